@@ -1,0 +1,78 @@
+"""What public entry points ask of their arguments, and how they say no.
+
+Each check names who asked, what was expected, what came and, where it helps, what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_choice", "check_event", "check_permutation", "check_positive", "check_sizes"]
+
+
+def check_positive(who: str, name: str, value: Any, least: int = 1) -> int:
+    """Return `value` as an int of at least `least`, or say what is wrong with it."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{who} expected {name} to be an int, got {value!r}.")
+    if value < least:
+        raise ValueError(f"{who} expected {name} of at least {least}, got {value}.")
+    return value
+
+
+def check_sizes(who: str, name: str, values: Iterable[int] | int) -> tuple[int, ...]:
+    """Return layer widths as a tuple of positive ints."""
+    if isinstance(values, int):
+        raise TypeError(f"{who} expected {name} to be a sequence of ints such as ({values},), got {values!r}.")
+    return tuple(check_positive(who, f"every width in {name}", value) for value in values)
+
+
+def check_choice(who: str, name: str, value: Any, choices: Iterable[str]) -> str:
+    """Return `value` if it is one of `choices`."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{who} expected {name} to be one of {', '.join(choices)}, got {value!r}.")
+    return value
+
+
+def check_permutation(who: str, name: str, value: Any, size: int | None = None) -> Tensor:
+    """Return `value` as an int64 tensor that holds each of 0 .. size - 1 once."""
+    permutation = torch.as_tensor(value)
+    size = permutation.numel() if size is None else size
+    if permutation.is_floating_point() or permutation.shape != (size,):
+        raise ValueError(f"{who} expected {name} to be a permutation of 0 .. {size - 1}, got {value!r}.")
+    if not torch.equal(permutation.sort().values.cpu(), torch.arange(size)):
+        raise ValueError(f"{who} expected {name} to hold each of 0 .. {size - 1} once, got {permutation.tolist()}.")
+    return permutation.to(torch.int64)
+
+
+def check_event(
+    who: str, name: str, value: Any, size: int, size_name: str, like: Tensor | None = None
+) -> Tensor:
+    """Check a tensor of events: its last dimension and, against `like`, its dtype and device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{who} expected {name} to be a torch.Tensor, got {type(value).__name__}: "
+            f"convert it with torch.as_tensor({name})."
+        )
+    if value.dim() == 0 or value.shape[-1] != size:
+        raise ValueError(
+            f"{who} expected {name} with last dimension {size} ({size_name}), got shape {tuple(value.shape)}."
+        )
+    if like is not None and value.dtype != like.dtype:
+        raise TypeError(
+            f"{who} has {_short(like.dtype)} parameters, got {name} of {_short(value.dtype)}: "
+            f"convert {name} with .to(torch.{_short(like.dtype)}) or the flow with .to(torch.{_short(value.dtype)})."
+        )
+    if like is not None and value.device != like.device:
+        raise ValueError(
+            f"{who} has its parameters on {like.device}, got {name} on {value.device}: move one of them with .to(device)."
+        )
+    return value
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,491 @@
+r"""Stacks of layers: MAF, IAF and RealNVP, each with a conditional form.
+
+Layers run from noise to data: `flow[0]` acts on the noise first, `flow[-1]` gives the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_maf.checks import check_permutation, check_positive
+from pyro_maf.transforms import (
+    AffineCoupling,
+    BatchNorm,
+    ConditionalFlow,
+    Flow,
+    InverseAutoregressive,
+    MaskedAutoregressive,
+)
+
+__all__ = ["IAF", "MAF", "ConditionalIAF", "ConditionalMAF", "ConditionalRealNVP", "RealNVP", "Stack"]
+
+
+class Stack(Flow):
+    r"""Flows one after another: y = t_L(... t_1(x)), with the sum of their log-determinants.
+
+    Args:
+        layers: From noise to data. They agree on D; those that take a context agree on its width.
+
+    Raises:
+        ValueError: For no layers, or layers that disagree.
+
+    Example:
+        >>> from pyro_maf.transforms import ActNorm, Permute
+        >>> flow = Stack([ActNorm(3), Permute([2, 1, 0])])
+        >>> len(flow), flow[1].permutation.tolist()
+        (2, [2, 1, 0])
+    """
+
+    def __init__(self, layers: Sequence[Flow]) -> None:
+        layers = list(layers)
+        if not layers:
+            raise ValueError(f"{type(self).__name__} expected at least one layer, got none.")
+        for layer in layers:
+            if not isinstance(layer, Flow):
+                raise TypeError(f"{type(self).__name__} expected flows, got {type(layer).__name__}.")
+        for size in ("input_dim", "context_dim"):
+            found = {getattr(layer, size) for layer in layers} - ({0} if size == "context_dim" else set())
+            if len(found) > 1:
+                raise ValueError(f"{type(self).__name__} expected layers of one {size}, got {sorted(found)}.")
+        super().__init__(layers[0].input_dim, max(layer.context_dim for layer in layers))
+        self.layers = nn.ModuleList(layers)
+
+    @property
+    def fast(self) -> str:  # type: ignore[override]
+        """The direction that no layer is slow in; where there is none, the one that fewer are slow in."""
+        speeds = [layer.fast for layer in self if layer.fast != "both"]
+        if not speeds:
+            return "both"
+        return max(("inverse", "forward"), key=speeds.count)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[Flow]:
+        return iter(self.layers)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Flow:
+        return self.layers[index]  # type: ignore[return-value]
+
+    def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
+        r"""Set the statistics that layers keep (batch norm, act norm) from data `y`, (rows, D), layer by layer."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                for layer in reversed(list(self)):
+                    own = context if layer.context_dim else None
+                    layer.fit_statistics(y, own)
+                    y = layer._pull(y, own)[0]
+        finally:
+            self.train(training)
+
+    def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._in_turn("_push", list(self), x, context)
+
+    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._in_turn("_pull", list(self)[::-1], y, context)
+
+    @staticmethod
+    def _in_turn(
+        direction: str, layers: list[Flow], value: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        value, total = getattr(layers[0], direction)(value, context if layers[0].context_dim else None)
+        for layer in layers[1:]:
+            value, log_det = getattr(layer, direction)(value, context if layer.context_dim else None)
+            total = total + log_det
+        return value, total
+
+    def __repr__(self) -> str:
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        context = f", context_dim={self.context_dim}" if self.context_dim else ""
+        fast = {
+            "inverse": "log_prob of data is one parallel pass, sampling one sequential sweep",
+            "forward": "sampling is one parallel pass, log_prob of data one sequential sweep",
+            "both": "log_prob and sampling are one parallel pass each",
+        }[self.fast]
+        layers = "".join(f"\n  ({index}): {_describe(layer)}" for index, layer in enumerate(self))
+        return f"{self.name}(input_dim={self.input_dim}{context}, {parameters:,} parameters; {fast}){layers}"
+
+
+def _describe(layer: Flow) -> str:
+    network = getattr(layer, "made", None) or next(iter(getattr(layer, "networks", [])), None)
+    if network is None:
+        return repr(layer)
+    widths = [network.input_dim, *network.hidden_dims, network.layers[-1].out_features]
+    return f"{layer.name}({' -> '.join(map(str, widths))}, {network.activation})"
+
+
+def _orders(who: str, input_dim: int, num_layers: int, order: Any, seed: int) -> list[Tensor]:
+    """The order of the variables in each layer, noise to data."""
+    natural = torch.arange(input_dim)
+    if isinstance(order, str):
+        if order == "reverse":
+            # The layer next to the data has the natural order, as in the paper.
+            return [natural if (num_layers - 1 - layer) % 2 == 0 else natural.flip(0) for layer in range(num_layers)]
+        if order == "random":
+            generator = torch.Generator().manual_seed(seed)
+            return [torch.randperm(input_dim, generator=generator) for _ in range(num_layers)]
+        raise ValueError(f'{who} expected order "reverse", "random", or permutations, got {order!r}.')
+    given = torch.as_tensor(order)
+    if given.dim() == 1:
+        return [check_permutation(who, "order", given, input_dim)] * num_layers
+    if len(given) != num_layers:
+        raise ValueError(f"{who} expected one order for each of {num_layers} layers, got {len(given)}.")
+    return [check_permutation(who, "every order", row, input_dim) for row in given]
+
+
+def _with_batch_norm(layers: Sequence[Flow], batch_norm: bool) -> list[Flow]:
+    """Put a batch norm on the noise side of each layer: after it, seen from the data."""
+    if not batch_norm:
+        return list(layers)
+    return [member for layer in layers for member in (BatchNorm(layer.input_dim), layer)]
+
+
+class _AutoregressiveStack(Stack):
+    layer_class: type[MaskedAutoregressive] | type[InverseAutoregressive]
+
+    def __init__(
+        self,
+        input_dim: int,
+        *,
+        num_layers: int = 5,
+        hidden_dims: Sequence[int] | None = None,
+        activation: str = "relu",
+        order: str | Sequence[int] | Sequence[Sequence[int]] | Tensor = "reverse",
+        batch_norm: bool = False,
+        context_dim: int = 0,
+        degrees: str = "sequential",
+        seed: int = 0,
+    ) -> None:
+        who = type(self).__name__
+        check_positive(who, "input_dim", input_dim)
+        check_positive(who, "num_layers", num_layers)
+        layers = [
+            self.layer_class(
+                input_dim,
+                hidden_dims=hidden_dims,
+                context_dim=context_dim,
+                activation=activation,
+                order=layer_order,
+                degrees=degrees,
+                seed=seed + index,
+            )
+            for index, layer_order in enumerate(_orders(who, input_dim, num_layers, order, seed))
+        ]
+        super().__init__(_with_batch_norm(layers, batch_norm))
+
+
+class MAF(_AutoregressiveStack):
+    r"""Masked autoregressive flow: `num_layers` layers of `MaskedAutoregressive`.
+
+    Each maps y_i = x_i exp(alpha_i(y_<i)) + mu_i(y_<i) in its own order of the variables. Starts as the identity.
+
+    Args:
+        input_dim: D.
+        num_layers: Number of autoregressive layers.
+        hidden_dims: Widths of each network's hidden layers, by default two by `pyro_maf.nn.default_hidden_dims`.
+        activation: A name from `pyro_maf.nn.ACTIVATIONS`.
+        order: "reverse": natural in the layer next to the data, and reversed from layer to layer; "random"; one
+            permutation for all layers; or a permutation for each, noise to data.
+        batch_norm: Put a `BatchNorm` after every layer, seen from the data.
+        context_dim: Number of context features; 0 for none. `ConditionalMAF` is the form to use with a context.
+        degrees: Degrees of the hidden units, "sequential" or "random".
+        seed: Seed of random orders and degrees. Weights are drawn from torch's global generator.
+
+    Shapes:
+        x and y are (\*batch, D), log-determinants (\*batch,) in nats.
+
+    Cost:
+        `flow.inv(y)` and the density of data: one dense pass a layer. `flow(x)` and sampling: one sweep a layer, about
+        half the multiplications of a dense pass, but in sequence.
+
+    Raises:
+        ValueError: For non-positive sizes, unknown names, orders that are no permutations, inputs of the wrong width.
+        TypeError: For inputs of another dtype than the parameters.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> flow = MAF(5, num_layers=2, hidden_dims=[32, 32])
+        >>> base = dist.Normal(torch.zeros(5), torch.ones(5)).to_event(1)
+        >>> dist.TransformedDistribution(base, [flow]).log_prob(torch.zeros(7, 5)).shape
+        torch.Size([7])
+
+    Reference:
+        Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017.
+    """
+
+    layer_class = MaskedAutoregressive
+
+
+class IAF(_AutoregressiveStack):
+    r"""Inverse autoregressive flow: `num_layers` layers of `InverseAutoregressive`.
+
+    Each maps y_i = x_i exp(alpha_i(x_<i)) + mu_i(x_<i) in its own order of the variables. Starts as the identity.
+
+    Args:
+        input_dim, num_layers, hidden_dims, activation, order, batch_norm, context_dim, degrees, seed: As in `MAF`.
+
+    Shapes:
+        x and y are (\*batch, D), log-determinants (\*batch,) in nats.
+
+    Cost:
+        `flow(x)`, sampling and the density of its own samples: one dense pass a layer. `flow.inv(y)` and the density of
+        outside points: one sweep a layer, about half the multiplications of a dense pass, but in sequence.
+
+    Raises:
+        ValueError: As in `MAF`.
+        TypeError: As in `MAF`.
+
+    Example:
+        >>> flow = IAF(5, num_layers=2, hidden_dims=[32, 32])
+        >>> y = flow(torch.randn(7, 5))
+        >>> flow.fast, y.shape
+        ('forward', torch.Size([7, 5]))
+
+    Reference:
+        Kingma et al., *Improving Variational Inference with Inverse Autoregressive Flow*, 2016.
+    """
+
+    layer_class = InverseAutoregressive
+
+
+class RealNVP(Stack):
+    r"""RealNVP: `num_layers` layers of `AffineCoupling`, with masks that alternate between even and odd dimensions.
+
+    Starts as the identity.
+
+    Args:
+        input_dim: D.
+        num_layers: Number of coupling layers.
+        hidden_dims: Widths of each network's hidden layers, by default two by `pyro_maf.nn.default_hidden_dims`.
+        activation: A name from `pyro_maf.nn.ACTIVATIONS`.
+        order: As in `MAF`: the even places of a layer's order are kept and the odd ones moved. "reverse" alternates the
+            two, also where D is odd.
+        batch_norm: Put a `BatchNorm` after every layer, seen from the data.
+        context_dim: Number of context features; 0 for none. `ConditionalRealNVP` is the form to use with a context.
+        networks: "joint" or, as in the paper, "separate" networks for mu and alpha; see `AffineCoupling`.
+        seed: Seed of random orders.
+
+    Shapes:
+        x and y are (\*batch, D), log-determinants (\*batch,) in nats.
+
+    Cost: one dense pass a layer in either direction.
+
+    Raises:
+        ValueError: As in `MAF`.
+        TypeError: As in `MAF`.
+
+    Example:
+        >>> flow = RealNVP(5, num_layers=2, hidden_dims=[32, 32])
+        >>> [layer.mask.int().tolist() for layer in flow]
+        [[0, 1, 0, 1, 0], [1, 0, 1, 0, 1]]
+
+    Reference:
+        Dinh, Sohl-Dickstein & Bengio, *Density Estimation Using Real NVP*, 2017.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        *,
+        num_layers: int = 5,
+        hidden_dims: Sequence[int] | None = None,
+        activation: str = "relu",
+        order: str | Sequence[int] | Sequence[Sequence[int]] | Tensor = "reverse",
+        batch_norm: bool = False,
+        context_dim: int = 0,
+        networks: str = "joint",
+        seed: int = 0,
+    ) -> None:
+        who = type(self).__name__
+        check_positive(who, "input_dim", input_dim)
+        check_positive(who, "num_layers", num_layers)
+        layers = [
+            AffineCoupling(
+                input_dim,
+                mask=mask,
+                hidden_dims=hidden_dims,
+                context_dim=context_dim,
+                activation=activation,
+                networks=networks,
+            )
+            for mask in _alternating_masks(who, input_dim, num_layers, order, seed)
+        ]
+        super().__init__(_with_batch_norm(layers, batch_norm))
+
+
+def _alternating_masks(who: str, input_dim: int, num_layers: int, order: Any, seed: int) -> list[Tensor]:
+    """True where a dimension is kept: at the even places of the order, and in turn at the odd ones."""
+    if isinstance(order, str) and order == "reverse":
+        orders = [torch.arange(input_dim)] * num_layers
+    else:
+        orders = _orders(who, input_dim, num_layers, order, seed)
+    masks = []
+    for layer, layer_order in enumerate(orders):
+        parity = (num_layers - 1 - layer) % 2
+        masks.append((layer_order.argsort() % 2 == parity) & (input_dim > 1))
+    return masks
+
+
+class ConditionalMAF(ConditionalFlow):
+    r"""A `MAF` whose networks see a context: `condition(context)` is a flow.
+
+    Args:
+        input_dim: D.
+        context_dim: Number of context features, at least 1.
+        num_layers, hidden_dims, activation, order, batch_norm, degrees, seed: As in `MAF`.
+
+    Shapes:
+        context is (\*batch or (), context_dim) and broadcasts with x and y, (\*batch, D).
+
+    Cost: as `MAF`; the terms of the context are computed once a layer.
+
+    Raises:
+        ValueError: As in `MAF`, and for a context of the wrong width.
+
+    Example:
+        >>> flow = ConditionalMAF(5, 2, num_layers=2, hidden_dims=[32, 32])
+        >>> flow.condition(torch.zeros(7, 2)).inv(torch.zeros(7, 5)).shape
+        torch.Size([7, 5])
+
+    Reference:
+        Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017, section 3.4.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        context_dim: int,
+        *,
+        num_layers: int = 5,
+        hidden_dims: Sequence[int] | None = None,
+        activation: str = "relu",
+        order: str | Sequence[int] | Sequence[Sequence[int]] | Tensor = "reverse",
+        batch_norm: bool = False,
+        degrees: str = "sequential",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            MAF(
+                input_dim,
+                num_layers=num_layers,
+                hidden_dims=hidden_dims,
+                activation=activation,
+                order=order,
+                batch_norm=batch_norm,
+                context_dim=context_dim,
+                degrees=degrees,
+                seed=seed,
+            )
+        )
+
+
+class ConditionalIAF(ConditionalFlow):
+    r"""An `IAF` whose networks see a context: `condition(context)` is a flow.
+
+    Args:
+        input_dim: D.
+        context_dim: Number of context features, at least 1.
+        num_layers, hidden_dims, activation, order, batch_norm, degrees, seed: As in `IAF`.
+
+    Shapes:
+        context is (\*batch or (), context_dim) and broadcasts with x and y, (\*batch, D).
+
+    Cost: as `IAF`; the terms of the context are computed once a layer.
+
+    Raises:
+        ValueError: As in `IAF`, and for a context of the wrong width.
+
+    Example:
+        >>> flow = ConditionalIAF(5, 2, num_layers=2, hidden_dims=[32, 32])
+        >>> flow.condition(torch.zeros(7, 2))(torch.zeros(7, 5)).shape
+        torch.Size([7, 5])
+
+    Reference:
+        Kingma et al., *Improving Variational Inference with Inverse Autoregressive Flow*, 2016.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        context_dim: int,
+        *,
+        num_layers: int = 5,
+        hidden_dims: Sequence[int] | None = None,
+        activation: str = "relu",
+        order: str | Sequence[int] | Sequence[Sequence[int]] | Tensor = "reverse",
+        batch_norm: bool = False,
+        degrees: str = "sequential",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            IAF(
+                input_dim,
+                num_layers=num_layers,
+                hidden_dims=hidden_dims,
+                activation=activation,
+                order=order,
+                batch_norm=batch_norm,
+                context_dim=context_dim,
+                degrees=degrees,
+                seed=seed,
+            )
+        )
+
+
+class ConditionalRealNVP(ConditionalFlow):
+    r"""A `RealNVP` whose networks see a context: `condition(context)` is a flow.
+
+    Args:
+        input_dim: D.
+        context_dim: Number of context features, at least 1.
+        num_layers, hidden_dims, activation, order, batch_norm, networks, seed: As in `RealNVP`.
+
+    Shapes:
+        context is (\*batch or (), context_dim) and broadcasts with x and y, (\*batch, D).
+
+    Cost: as `RealNVP`; the terms of the context are computed once a layer.
+
+    Raises:
+        ValueError: As in `RealNVP`, and for a context of the wrong width.
+
+    Example:
+        >>> flow = ConditionalRealNVP(5, 2, num_layers=2, hidden_dims=[32, 32])
+        >>> flow.condition(torch.zeros(7, 2)).inv(torch.zeros(7, 5)).shape
+        torch.Size([7, 5])
+
+    Reference:
+        Dinh, Sohl-Dickstein & Bengio, *Density Estimation Using Real NVP*, 2017.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        context_dim: int,
+        *,
+        num_layers: int = 5,
+        hidden_dims: Sequence[int] | None = None,
+        activation: str = "relu",
+        order: str | Sequence[int] | Sequence[Sequence[int]] | Tensor = "reverse",
+        batch_norm: bool = False,
+        networks: str = "joint",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            RealNVP(
+                input_dim,
+                num_layers=num_layers,
+                hidden_dims=hidden_dims,
+                activation=activation,
+                order=order,
+                batch_norm=batch_norm,
+                context_dim=context_dim,
+                networks=networks,
+                seed=seed,
+            )
+        )

@@ -1,0 +1,403 @@
+"""Masked networks: degrees, masks, masked layers and MADE.
+
+This is the lowest floor of the package: it knows torch and nothing of distributions. Hidden units are always laid
+out in order of their degree, so that every masked weight is block lower triangular up to the order of the inputs;
+the sweep of the sequential direction relies on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyro_maf.checks import check_choice, check_event, check_permutation, check_positive, check_sizes
+
+__all__ = ["ACTIVATIONS", "MADE", "MLP", "MaskedLinear", "compress_tails", "default_hidden_dims", "degrees", "masks"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "elu": F.elu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "leaky_relu": F.leaky_relu,
+    "softplus": F.softplus,
+    "sigmoid": torch.sigmoid,
+}
+"""The activations that `MADE` and `MLP` know, by name."""
+
+BULK = 3.0
+
+
+def compress_tails(x: Tensor) -> Tensor:
+    r"""What networks see of their inputs: x itself up to 3 in size, sign(x) (3 + log(1 + |x| - 3)) beyond.
+
+    A network grows linearly far from the data it was trained on. Left alone, a point 50 standard deviations out gets a
+    location and a scale so extreme that float32 cannot invert the map, and an outlier in a test set can cost a
+    thousand nats. The compression is continuously differentiable and increasing, so nothing is hidden from the
+    network.
+
+    Example:
+        >>> compress_tails(torch.tensor([-2.0, 1.5, 50.0]))
+        tensor([-2.0000,  1.5000,  6.8712])
+    """
+    inside = x.clamp(-BULK, BULK)
+    beyond = x - inside
+    return inside + beyond.sign() * beyond.abs().log1p()
+
+
+def default_hidden_dims(input_dim: int) -> tuple[int, int]:
+    """Two hidden layers of eight units per dimension, at least 64 and at most 512.
+
+    Example:
+        >>> default_hidden_dims(6), default_hidden_dims(21), default_hidden_dims(784)
+        ((64, 64), (168, 168), (512, 512))
+    """
+    width = min(512, max(64, 8 * input_dim))
+    return width, width
+
+
+def degrees(
+    input_dim: int, hidden_dims: Sequence[int], *, kind: str = "sequential", lowest: int = 1, seed: int = 0
+) -> list[Tensor]:
+    """Degrees of the hidden units of a MADE, sorted within each layer.
+
+    A unit of degree d sees the first d inputs of the order. Degrees run from `lowest` to D - 1; a unit of degree 0
+    sees the context alone, so `lowest` is 0 where there is one.
+
+    Args:
+        input_dim: D, the number of inputs.
+        hidden_dims: Widths of the hidden layers; any width will do, smaller than D included.
+        kind: "sequential" spreads the degrees evenly; "random" draws them uniformly. Either way each layer's last
+            unit has degree D - 1, so that the last output sees every input.
+        lowest: 0 or 1.
+        seed: Seed of the random degrees.
+
+    Returns:
+        One int64 tensor per hidden layer.
+
+    Raises:
+        ValueError: For non-positive sizes or an unknown `kind`.
+
+    Example:
+        >>> degrees(4, [6, 2])
+        [tensor([1, 1, 2, 2, 3, 3]), tensor([2, 3])]
+
+    Reference:
+        Germain et al., *MADE: Masked Autoencoder for Distribution Estimation*, 2015.
+    """
+    check_positive("degrees", "input_dim", input_dim)
+    check_choice("degrees", "kind", kind, ("sequential", "random"))
+    highest = max(lowest, input_dim - 1)
+    levels = highest - lowest + 1
+    generator = torch.Generator().manual_seed(seed)
+    layers = []
+    for width in check_sizes("degrees", "hidden_dims", hidden_dims):
+        if kind == "random":
+            drawn = torch.randint(lowest, highest + 1, (width,), generator=generator)
+            drawn[-1] = highest
+            layers.append(drawn.sort().values)
+        else:
+            units = torch.arange(1, width + 1)
+            layers.append(torch.div(units * levels + width - 1, width, rounding_mode="floor") - 1 + lowest)
+    return layers
+
+
+def masks(order: Sequence[int] | Tensor, hidden_degrees: Sequence[Tensor], outputs_per_input: int = 1) -> list[Tensor]:
+    """Masks that make a network autoregressive in `order`.
+
+    Entry (k, j) of a hidden layer's mask is true where the degree of unit k is at least that of unit j; of the last
+    one where it is greater, so that output i depends on the inputs before i in `order` alone.
+
+    Args:
+        order: The inputs' indices, first to last.
+        hidden_degrees: Degrees of the hidden units, as from `degrees`.
+        outputs_per_input: Outputs for each input, adjacent to each other.
+
+    Returns:
+        One bool tensor per layer, of shape (units out, units in).
+
+    Raises:
+        ValueError: If `order` is not a permutation.
+
+    Example:
+        >>> hidden, last = masks([0, 1, 2], degrees(3, [2]))
+        >>> (last.int() @ hidden.int()).tolist()  # the number of paths from each input to each output
+        [[0, 0, 0], [1, 0, 0], [2, 1, 0]]
+
+    Reference:
+        Germain et al., *MADE: Masked Autoencoder for Distribution Estimation*, 2015.
+    """
+    position = check_permutation("masks", "order", order).argsort() + 1
+    chain = [position, *hidden_degrees]
+    hidden = [after[:, None] >= before[None, :] for before, after in zip(chain, chain[1:], strict=False)]
+    last = position.repeat_interleave(outputs_per_input)[:, None] > chain[-1][None, :]
+    return [*hidden, last]
+
+
+class MaskedLinear(nn.Linear):
+    r"""A linear layer with some of its weights held at zero: y = (M * W) x + b.
+
+    The weights are drawn uniformly within one over the square root of each unit's number of visible inputs.
+
+    Args:
+        mask: M, of shape (units out, units in); true or 1 where a weight is kept.
+
+    Shapes:
+        x is (\*batch, units in), y is (\*batch, units out).
+
+    Raises:
+        ValueError: If the mask is not a matrix.
+
+    Example:
+        >>> layer = MaskedLinear(torch.tensor([[1, 0], [1, 1]]))
+        >>> torch.autograd.functional.jacobian(layer, torch.zeros(2))[0, 1].item()
+        0.0
+    """
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        if mask.dim() != 2:
+            raise ValueError(f"MaskedLinear expected mask to be a matrix, got shape {tuple(mask.shape)}.")
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = mask.shape
+        self.weight = nn.Parameter(torch.empty(mask.shape))
+        self.bias = nn.Parameter(torch.empty(self.out_features))
+        # Not in the state_dict: whoever owns this layer stores the degrees that the mask is made from.
+        self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights and biases anew."""
+        bound = self.mask.sum(1).clamp(min=1).rsqrt()
+        with torch.no_grad():
+            self.weight.uniform_(-1, 1).mul_(bound[:, None])
+            self.bias.uniform_(-1, 1).mul_(bound)
+
+    @property
+    def masked_weight(self) -> Tensor:
+        """M * W, of shape (units out, units in)."""
+        return self.weight * self.mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer; one dense product."""
+        return F.linear(x, self.masked_weight, self.bias)
+
+
+class Network(nn.Module):
+    """What MADE and MLP share: compressed tails, a named activation, and a context that every layer sees."""
+
+    layers: nn.ModuleList
+    context_layers: nn.ModuleList
+    activation_index: Tensor
+
+    def __init__(self, activation: str, context_dim: int) -> None:
+        super().__init__()
+        check_choice(type(self).__name__, "activation", activation, ACTIVATIONS)
+        self.context_dim = check_positive(type(self).__name__, "context_dim", context_dim, least=0)
+        self.activation = activation
+        # The state_dict holds the activation too, so that weights are never run through another one unnoticed.
+        self.register_buffer("activation_index", torch.tensor(list(ACTIVATIONS).index(activation)))
+
+    def _make(self, layers: Sequence[nn.Linear]) -> None:
+        self.layers = nn.ModuleList(layers)
+        widths = [layer.out_features for layer in layers] if self.context_dim else []
+        self.context_layers = nn.ModuleList(nn.Linear(self.context_dim, width, bias=False) for width in widths)
+
+    def zero_output(self) -> None:
+        """Set the last layer to zero, so that every output starts at 0 whatever the input."""
+        with torch.no_grad():
+            for layer in (self.layers[-1], *self.context_layers[-1:]):
+                for parameter in layer.parameters():
+                    parameter.zero_()
+
+    def context_terms(self, context: Tensor | None) -> list[Tensor | None]:
+        """What the context adds to each layer, or None for each where there is none."""
+        if context is None:
+            return [None] * len(self.layers)
+        return [layer(context) for layer in self.context_layers]
+
+    def run(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """The layers in turn, unchecked."""
+        activation = ACTIVATIONS[self.activation]
+        terms = self.context_terms(context)
+        last = len(self.layers) - 1
+        x = compress_tails(x)
+        for index, (layer, term) in enumerate(zip(self.layers, terms, strict=True)):
+            x = layer(x)
+            if term is not None:
+                x = x + term
+            if index < last:
+                x = activation(x)
+        return x
+
+    def check_input(self, x: Any, context: Any, input_dim: int) -> None:
+        """Raise what is wrong with an input or a context, if anything."""
+        who, like = type(self).__name__, self.layers[0].weight
+        check_event(who, "x", x, input_dim, "input_dim", like)
+        if context is None and self.context_dim:
+            raise ValueError(f"{who} expected a context with last dimension {self.context_dim} (context_dim), got none.")
+        if context is not None:
+            if not self.context_dim:
+                raise ValueError(f"{who} was built without context_dim and takes no context.")
+            check_event(who, "context", context, self.context_dim, "context_dim", like)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        stored = state_dict.get(prefix + "activation_index")
+        error_messages = args[-1]
+        if stored is not None and int(stored) != int(self.activation_index):
+            name = list(ACTIVATIONS)[int(stored)]
+            error_messages.append(f"activation of {prefix[:-1]}: {name!r} was stored, {self.activation!r} is built here.")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class MLP(Network):
+    r"""A plain network with a named activation, and a context that every layer sees.
+
+    Args:
+        input_dim: Number of inputs; 0 where the output depends on the context alone or is constant.
+        hidden_dims: Widths of the hidden layers.
+        output_dim: Number of outputs.
+        context_dim: Number of context features, 0 for none.
+        activation: A name from `ACTIVATIONS`.
+
+    Shapes:
+        x is (\*batch, input_dim), context (\*batch or (), context_dim), the output (\*batch, output_dim).
+
+    Raises:
+        ValueError: For non-positive sizes, an unknown activation, or an input of the wrong width.
+
+    Example:
+        >>> MLP(3, [8], 2)(torch.zeros(5, 3)).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dims: Sequence[int],
+        output_dim: int,
+        *,
+        context_dim: int = 0,
+        activation: str = "relu",
+    ) -> None:
+        super().__init__(activation, context_dim)
+        self.input_dim = check_positive("MLP", "input_dim", input_dim, least=0)
+        self.hidden_dims = check_sizes("MLP", "hidden_dims", hidden_dims)
+        widths = [self.input_dim, *self.hidden_dims, check_positive("MLP", "output_dim", output_dim)]
+        # A mask of ones is a plain layer; an input of no columns would make nn.Linear warn.
+        self._make([_plain(before, after) for before, after in zip(widths, widths[1:], strict=False)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """One dense pass."""
+        self.check_input(x, context, self.input_dim)
+        return self.run(x, context)
+
+
+_spread_degrees = degrees  # MADE has an argument of the same name
+
+
+class MADE(Network):
+    r"""Masked autoencoder for distribution estimation: output i depends on the inputs before i, in one pass.
+
+    Args:
+        input_dim: D, the number of inputs.
+        hidden_dims: Widths of the hidden layers, by default two by `default_hidden_dims`.
+        outputs_per_input: P, the number of outputs for each input.
+        context_dim: Number of context features, 0 for none. Every unit sees all of them.
+        activation: A name from `ACTIVATIONS`.
+        order: The inputs' indices, first to last; by default 0 .. D - 1.
+        degrees: "sequential" or "random", as in the function of that name.
+        seed: Seed of random degrees.
+
+    Shapes:
+        x is (\*batch, D), context (\*batch or (), context_dim), the output (\*batch, D, P).
+
+    Raises:
+        ValueError: For non-positive sizes, an unknown activation, an order that is no permutation, an input or
+            context of the wrong width, a context missing or superfluous.
+        TypeError: For an input of another dtype than the parameters.
+
+    Example:
+        >>> made = MADE(3, [16, 16], outputs_per_input=2)
+        >>> made(torch.zeros(5, 3)).shape
+        torch.Size([5, 3, 2])
+
+    Reference:
+        Germain et al., *MADE: Masked Autoencoder for Distribution Estimation*, 2015.
+    """
+
+    order: Tensor
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dims: Sequence[int] | None = None,
+        *,
+        outputs_per_input: int = 1,
+        context_dim: int = 0,
+        activation: str = "relu",
+        order: Sequence[int] | Tensor | None = None,
+        degrees: str = "sequential",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(activation, context_dim)
+        self.input_dim = check_positive("MADE", "input_dim", input_dim)
+        hidden_dims = default_hidden_dims(input_dim) if hidden_dims is None else hidden_dims
+        self.hidden_dims = check_sizes("MADE", "hidden_dims", hidden_dims)
+        self.outputs_per_input = check_positive("MADE", "outputs_per_input", outputs_per_input)
+        order = torch.arange(input_dim) if order is None else order
+        self.register_buffer("order", check_permutation("MADE", "order", order, input_dim).clone())
+        lowest = 0 if context_dim else 1
+        hidden = _spread_degrees(input_dim, self.hidden_dims, kind=degrees, lowest=lowest, seed=seed)
+        for index, layer_degrees in enumerate(hidden):
+            self.register_buffer(f"degrees_{index}", layer_degrees)
+        self._make([MaskedLinear(mask) for mask in self.masks()])
+        self._derive()
+
+    @property
+    def hidden_degrees(self) -> list[Tensor]:
+        """Degrees of the hidden units, a sorted int64 tensor per layer."""
+        return [getattr(self, f"degrees_{index}") for index in range(len(self.hidden_dims))]
+
+    @property
+    def last_layer(self) -> nn.Linear:
+        """The layer that makes the outputs; its rows are the P outputs of input 0, then those of input 1, ..."""
+        return self.layers[-1]  # type: ignore[return-value]
+
+    def masks(self) -> list[Tensor]:
+        """The bool mask of each layer."""
+        return masks(self.order, self.hidden_degrees, self.outputs_per_input)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """One dense pass through all layers."""
+        self.check_input(x, context, self.input_dim)
+        return self.parameters_of(x, context)
+
+    def parameters_of(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """`forward` without its checks."""
+        return self.run(x, context).unflatten(-1, (self.input_dim, self.outputs_per_input))
+
+    def _derive(self) -> None:
+        """Remake what follows from order and degrees: the masks, and how many units are final at each step."""
+        with torch.no_grad():
+            for layer, mask in zip(self.layers, self.masks(), strict=True):
+                layer.mask.copy_(mask)
+        steps = torch.arange(self.input_dim, device=self.order.device)
+        self.ready = [torch.searchsorted(d, steps, right=True).tolist() for d in self.hidden_degrees]
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._derive()
+
+
+def _plain(input_dim: int, output_dim: int) -> nn.Linear:
+    if input_dim:
+        return nn.Linear(input_dim, output_dim)
+    return MaskedLinear(torch.ones(output_dim, 0))

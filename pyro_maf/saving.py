@@ -1,0 +1,164 @@
+"""Saving and loading: one safetensors file with the weights, and the architecture as JSON in its header.
+
+Nothing that is loaded can run code: the header names a class of this package, or one derived from it that the program
+has imported, and the plain values to build it with.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Savable", "load"]
+
+FORMAT = 1
+KEY = "pyro_maf"
+_known: dict[str, type[Savable]] = {}
+Self = TypeVar("Self", bound="Savable")
+
+
+class Savable:
+    """A module that remembers the arguments it was built with, which are its architecture.
+
+    Arguments are numbers, strings, booleans, None, sequences of these, integer tensors and other savable modules.
+    Floating-point tensors are starting values of what the state_dict holds, and are left to it.
+    """
+
+    _arguments: dict[str, Any]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        _known[cls.__name__] = cls
+
+    def __new__(cls: type[Self], *args: Any, **kwargs: Any) -> Self:
+        self = super().__new__(cls)
+        bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs).arguments
+        self.__dict__["_arguments"] = dict(list(bound.items())[1:])
+        return self
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write weights and architecture to `path`, whole or not at all.
+
+        Args:
+            path: A file; by custom it ends in .safetensors. What was there is replaced once all is written.
+
+        Raises:
+            FileNotFoundError: If its folder does not exist.
+            TypeError: If an argument this was built with is none of the above.
+            ModuleNotFoundError: Without the `train` extra.
+        """
+        from safetensors.torch import save
+
+        module: Any = self
+        header = {"format": FORMAT, "training": module.training, **_describe(self)}
+        state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
+        write_whole(Path(path), save(state, {KEY: json.dumps(header)}))
+
+
+def load(path: str | os.PathLike[str]) -> Any:
+    """Read what `save` wrote: a flow, a conditional flow or a density, on the CPU, with the dtype it had.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, truncated, foreign or from a later version; the message says which.
+        ModuleNotFoundError: Without the `train` extra.
+
+    Example:
+        >>> import os, tempfile, pyro_maf
+        >>> flow = pyro_maf.MAF(3, num_layers=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     flow.save(os.path.join(folder, "flow.safetensors"))
+        ...     again = pyro_maf.load(os.path.join(folder, "flow.safetensors"))
+        >>> type(again).__name__
+        'MAF'
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"load expected a file at {path}, found {'a folder' if path.is_dir() else 'nothing'}.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"load found {path} damaged, truncated or no safetensors file: {error}.") from None
+    if KEY not in metadata:
+        raise ValueError(f"load found no {KEY} architecture in {path}: another program wrote it.")
+    return _rebuild(path, metadata[KEY], state)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name and rename it, so that `path` is never half-written."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"save expected an existing folder for {path.name}, got {path.parent}.")
+    if path.is_dir():
+        raise IsADirectoryError(f"save expected a file name, got the folder {path}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _rebuild(path: Path, header_text: str, state: dict[str, Tensor]) -> Any:
+    try:
+        header = json.loads(header_text)
+        if header["format"] > FORMAT:
+            raise ValueError(f"it has format {header['format']}, this version reads up to {FORMAT}")
+        module = _build(header)
+        floating = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
+        if floating:
+            module.to(floating[0])
+        module.load_state_dict(state)
+        return module.train(header["training"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"load could not rebuild what {path} describes: {reason}") from None
+
+
+def _describe(module: Savable) -> dict[str, Any]:
+    arguments = {name: _encode(type(module).__name__, name, value) for name, value in module._arguments.items()}
+    return {"class": type(module).__name__, "arguments": arguments}
+
+
+def _encode(who: str, name: str, value: Any) -> Any:
+    if isinstance(value, Savable):
+        return _describe(value)
+    if isinstance(value, Tensor):
+        return None if value.is_floating_point() else value.tolist()
+    if isinstance(value, (list, tuple, torch.Size, nn.ModuleList)):
+        return [_encode(who, name, item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{who} can not be saved: its argument {name} is {type(value).__name__}, which JSON does not hold.")
+
+
+def _build(description: dict[str, Any]) -> Any:
+    name = description["class"]
+    if name not in _known:
+        raise ValueError(f"{name} is no class known here; import the module that defines it first")
+    return _known[name](**{key: _decode(value) for key, value in description["arguments"].items()})
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return _build(value)
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    return value

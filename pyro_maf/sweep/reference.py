@@ -1,0 +1,126 @@
+r"""The sweep in torch: each weight is touched once forward and once in reverse.
+
+Solves w_i = f(v_i; phi_i(w_<i)), i = 1 .. D, where phi is a MADE. Once w_1 .. w_i are known, the hidden units of degree
+up to i are final, and never change again. So the sweep walks over i, finishing at each step the newly determined
+units of every layer and one set of parameters phi_i. The work is that of one pass through the non-zero part of the
+masked weights.
+
+The adjoint walks back from D to 1 in the same manner, and is the transposed triangular solve: with the saved
+activations it yields the derivative with respect to every unit, whence those of the weights are one product a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_maf.nn import compress_tails
+from pyro_maf.sweep.plan import Plan, ScalarMap
+
+__all__ = ["Activations", "adjoint", "sweep"]
+
+
+class Activations(NamedTuple):
+    """What a sweep leaves behind: one activation set.
+
+    Attributes:
+        w: The solution, (D, batch).
+        parameters: phi, (D, P, batch).
+        before: Each hidden layer's units before the activation, (units, batch). Units that no output can see stay 0.
+    """
+
+    w: Tensor
+    parameters: Tensor
+    before: list[Tensor]
+
+
+def sweep(plan: Plan, step: Callable[[int, Tensor], Tensor], batch: int) -> Activations:
+    """Walk over the variables; `step(i, phi_i)` maps phi_i (P, batch) to w_i (batch,).
+
+    Cost: one pass through the non-zero half of the weights; D (layers + 1) small products.
+    """
+    like = plan.weights[0]
+    w = like.new_empty(plan.dim, batch)
+    seen = torch.empty_like(w)
+    parameters = like.new_empty(plan.dim, plan.num_parameters, batch)
+    before = [like.new_zeros(weight.shape[0], batch) for weight in plan.weights[:-1]]
+    after = [torch.empty_like(layer) for layer in before]
+    done = [0] * len(before)
+    rows = plan.num_parameters
+    for i in range(plan.dim):
+        known, count = seen, i
+        for layer, ready in enumerate(plan.ready):
+            new = slice(done[layer], ready[i])
+            if new.stop > new.start:
+                weight, bias = plan.weights[layer][new, :count], plan.biases[layer][new]
+                torch.addmm(bias, weight, known[:count], out=before[layer][new])
+                after[layer][new] = plan.activation(before[layer][new])
+            done[layer] = new.stop
+            known, count = after[layer], new.stop
+        own = slice(i * rows, (i + 1) * rows)
+        torch.addmm(plan.biases[-1][own], plan.weights[-1][own, :count], known[:count], out=parameters[i])
+        w[i] = step(i, parameters[i])
+        seen[i] = compress_tails(w[i])
+    return Activations(w, parameters, before)
+
+
+def adjoint(
+    plan: Plan, scalar_map: ScalarMap, v: Tensor, solved: Activations, grad_w: Tensor, grad_log_det: Tensor
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Derivatives of <grad_w, w> + <grad_log_det, log_det> with respect to v, the plan's weights and its biases.
+
+    Cost: one pass through the non-zero half of the weights, then one product a layer for the weights' own derivatives.
+    """
+    w, parameters, before = solved
+    dw_dv, dw_dphi, dlog_dv, dlog_dphi = _partials(scalar_map, v, parameters)
+    outputs = plan.weights[-1].shape[0]
+    total_w = grad_w.clone()
+    total_phi = dlog_dphi * grad_log_det
+    seen_slope, seen = _slope(compress_tails, w)
+    slopes, after = zip(*(_slope(plan.activation, layer) for layer in before), strict=True) if before else ((), ())
+    totals = [torch.zeros_like(layer) for layer in before]
+    flat_phi = total_phi.view(outputs, -1)
+    rows = plan.num_parameters
+    # Units that no output sees have index plan.ready[.][-1] and up: their derivative is zero.
+    for i in reversed(range(plan.dim)):
+        total_phi[i].addcmul_(dw_dphi[i], total_w[i])
+        above, weight, first, last = flat_phi, plan.weights[-1], i * rows, outputs
+        for layer in reversed(range(len(before))):
+            ready = plan.ready[layer]
+            new = slice(ready[i - 1] if i else 0, ready[i])
+            if new.stop > new.start:
+                total = weight[first:last, new].T @ above[first:last]
+                totals[layer][new] = total.mul_(slopes[layer][new])
+            above, weight, first, last = totals[layer], plan.weights[layer], new.start, ready[-1]
+        if i:
+            total_w[i - 1].addcmul_(weight[first:last, i - 1] @ above[first:last], seen_slope[i - 1])
+    grad_v = torch.addcmul(dlog_dv * grad_log_det, dw_dv, total_w)
+    units = [*totals, flat_phi]
+    grad_weights = [total @ below.T for total, below in zip(units, [seen, *after], strict=True)]
+    grad_biases = [total.sum_to_size(bias.shape) for total, bias in zip(units, plan.biases, strict=True)]
+    return grad_v, grad_weights, grad_biases
+
+
+def _partials(scalar_map: ScalarMap, v: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dw/dv, dw/dphi, dlog/dv, dlog/dphi of the scalar map, every one elementwise."""
+    with torch.enable_grad():
+        v, parameters = v.detach().requires_grad_(), parameters.detach().requires_grad_()
+        w, log_derivative = scalar_map(v, *parameters.unbind(1))
+        partials = []
+        for value, keep in ((w, True), (log_derivative, False)):
+            partials += torch.autograd.grad(
+                value.sum(), (v, parameters), retain_graph=keep, allow_unused=True, materialize_grads=True
+            )
+    return tuple(partials)  # type: ignore[return-value]
+
+
+def _slope(activation: Callable[[Tensor], Tensor], before: Tensor) -> tuple[Tensor, Tensor]:
+    """The activation's derivative and value at `before`."""
+    with torch.enable_grad():
+        before = before.detach().requires_grad_()
+        after = activation(before)
+        (slope,) = torch.autograd.grad(after.sum(), before)
+    return slope, after.detach()

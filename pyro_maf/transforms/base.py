@@ -1,0 +1,349 @@
+"""What every flow shares: boundary checks, the cache, the inverse as a module, conditioning on a context."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from pyro.distributions.conditional import ConditionalTransformModule
+from pyro.distributions.torch_transform import TransformModule
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_maf.checks import check_event, check_positive
+from pyro_maf.saving import Savable
+from pyro_maf.transforms.cache import Pair, caching_is_possible
+
+__all__ = ["ConditionalFlow", "Conditioned", "Flow", "Inverse"]
+
+
+class Flow(Savable, TransformModule):
+    r"""An invertible map from noise x to data y, both of D dimensions, with its log-determinant.
+
+    A subclass implements `_push` and `_pull`, each of which returns its result together with log |det dy/dx|, whichever
+    the direction.
+    Everything else is here, and is the same for a layer and for a stack.
+
+    Args:
+        input_dim: D.
+        context_dim: Number of context features that `_push` and `_pull` ask for; 0 for none.
+
+    Attributes:
+        domain, codomain: Real vectors, so `event_dim` is 1.
+        fast: "both", "forward" (x to y) or "inverse" (y to x): the directions that take one parallel pass.
+
+    Example:
+        >>> class Shift(Flow):
+        ...     def _push(self, x, context=None):
+        ...         return x + 1, x.new_zeros(x.shape[:-1])
+        ...     def _pull(self, y, context=None):
+        ...         return y - 1, y.new_zeros(y.shape[:-1])
+        >>> Shift(2).inv(torch.ones(2))
+        tensor([0., 0.])
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+    fast = "both"
+
+    def __init__(self, input_dim: int, context_dim: int = 0) -> None:
+        super().__init__(cache_size=1)
+        self.input_dim = check_positive(self.name, "input_dim", input_dim)
+        self.context_dim = check_positive(self.name, "context_dim", context_dim, least=0)
+        self._pair: Pair | None = None
+
+    # -- what a subclass provides ---------------------------------------------------------------------------------
+
+    def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
+        """Set whatever statistics of the data this flow keeps, from data `y`; most keep none."""
+
+    # -- the two directions ---------------------------------------------------------------------------------------
+
+    def __call__(self, x: Tensor) -> Tensor:
+        r"""Map noise x (\*batch, D) to data y."""
+        return self._through(x, "x", self._push)
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        return self._through(y, "y", self._pull)
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._push(x)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self._pull(y)[0]
+
+    def _through(self, given: Tensor, role: str, direction: Any) -> Tensor:
+        given = self._checked(given, role)
+        if not self._cache_size or not caching_is_possible():
+            return self._exactly(direction, given)[0]
+        if self._pair is not None and (known := self._pair.given_for(self, given)) is not None:
+            return known
+        self._pair = None
+        made, log_det = self._exactly(direction, given)
+        # An output that is its input has no identity of its own to be remembered by.
+        if made is not given:
+            self._pair = Pair(self, given, made, log_det, _Forget(self))
+        return made
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        r"""log |det dy/dx| in nats, (\*batch,), for y = self(x).
+
+        Computed in the fast direction: from y alone where that is "inverse", from x alone otherwise.
+        """
+        x, y = self._checked(x, "x"), self._checked(y, "y")
+        if self._pair is not None and caching_is_possible():
+            for given, made in ((x, y), (y, x)):
+                if (log_det := self._pair.log_det_of(self, given, made)) is not None:
+                    return log_det
+        if self.fast == "inverse":
+            return self._exactly(self._pull, y)[1]
+        return self._exactly(self._push, x)[1]
+
+    def _exactly(self, direction: Any, given: Tensor) -> tuple[Tensor, Tensor]:
+        """Run a direction in the module's own precision: a rounded network would not invert."""
+        kind = given.device.type
+        if torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return direction(given)
+        return direction(given)
+
+    def _checked(self, value: Tensor, role: str) -> Tensor:
+        like = self._like()
+        if isinstance(value, Tensor) and like is not None and torch.is_autocast_enabled(value.device.type):
+            value = value.to(like.dtype)
+        if self.context_dim:
+            raise ValueError(
+                f"{self.name} expected a context with last dimension {self.context_dim} (context_dim), got none: "
+                "use .condition(context)."
+            )
+        return check_event(self.name, role, value, self.input_dim, "input_dim", like)
+
+    def _like(self) -> Tensor | None:
+        """A tensor of this flow's own dtype and device, if it has any."""
+        waiting: list[Any] = [self]
+        while waiting:
+            member = waiting.pop()
+            for tensor in (*member._parameters.values(), *member._buffers.values()):
+                if tensor is not None and tensor.is_floating_point():
+                    return tensor
+            waiting.extend(member._modules.values())
+        return None
+
+    # -- conventions of Transform ---------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The class's name, as errors give it."""
+        return type(self).__name__
+
+    @property
+    def inv(self) -> Flow:
+        """The inverse, a module that shares this flow's parameters and cache."""
+        inverse = self._inv() if self._inv is not None else None
+        if inverse is None:
+            inverse = Inverse(self)
+            # A weak reference: a strong one would make a cycle, and `modules()` must not find the inverse.
+            self._inv = weakref.ref(inverse)
+        return inverse
+
+    @property
+    def sign(self) -> int:
+        """+1: every flow here is increasing in each dimension."""
+        return 1
+
+    def with_cache(self, cache_size: int = 1) -> Flow:
+        """This flow with caching on (1) or off (0); parameters are shared."""
+        if cache_size not in (0, 1):
+            raise ValueError(f"{self.name} expected cache_size 0 or 1, got {cache_size!r}.")
+        if cache_size == self._cache_size:
+            return self
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__getstate__())
+        twin._cache_size = cache_size
+        return twin
+
+    def clear_cache(self) -> None:
+        """Forget the last pair. Only needed after writing through `.data`, which no version counts."""
+        self._pair = None
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        """Shape of y for x of `shape`."""
+        if not shape or shape[-1] != self.input_dim:
+            raise ValueError(f"{self.name} expected a last dimension of {self.input_dim} (input_dim), got shape {tuple(shape)}.")
+        return torch.Size(shape)
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        """Shape of x for y of `shape`."""
+        return self.forward_shape(shape)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Flow:
+        self._pair = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_inv": None, "_pair": None}
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
+
+class _Forget:
+    """Drops a flow's pair when its output is gone; keeps neither alive."""
+
+    def __init__(self, flow: Flow) -> None:
+        self._flow = weakref.ref(flow)
+
+    def __call__(self, gone: Any) -> None:
+        flow = self._flow()
+        if flow is not None and flow._pair is not None and flow._pair._made is gone:
+            flow._pair = None
+
+
+class Inverse(Flow):
+    r"""The inverse of a flow: maps y to x, with log-determinant log |det dx/dy|.
+
+    It holds the flow as its submodule `flow`, so no parameter is lost, and shares the flow's cache.
+    `flow.inv` is the usual way to make one.
+
+    Example:
+        >>> from pyro_maf import MAF
+        >>> flow = MAF(3)
+        >>> flow.inv.inv is flow, len(list(flow.inv.parameters())) == len(list(flow.parameters()))
+        (True, True)
+    """
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__(flow.input_dim, flow.context_dim)
+        self.flow = flow
+        self._cache_size = flow._cache_size
+
+    @property
+    def fast(self) -> str:  # type: ignore[override]
+        """The flow's own, turned around."""
+        return {"forward": "inverse", "inverse": "forward"}.get(self.flow.fast, self.flow.fast)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.flow._inv_call(x)
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        return self.flow(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return -self.flow.log_abs_det_jacobian(y, x)
+
+    def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, log_det = self.flow._pull(x, context)
+        return y, -log_det
+
+    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, log_det = self.flow._push(y, context)
+        return x, -log_det
+
+    @property
+    def inv(self) -> Flow:
+        return self.flow
+
+    def with_cache(self, cache_size: int = 1) -> Flow:
+        return self if cache_size == self._cache_size else self.flow.with_cache(cache_size).inv
+
+    def clear_cache(self) -> None:
+        self.flow.clear_cache()
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        return self.flow.inverse_shape(shape)
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        return self.flow.forward_shape(shape)
+
+
+class Conditioned(Flow):
+    r"""A conditional flow at one context: an ordinary flow.
+
+    Args:
+        flow: A flow with `context_dim` > 0.
+        context: (\*batch or (), context_dim); its batch shape broadcasts with that of x and y.
+    """
+
+    context: Tensor
+
+    def __init__(self, flow: Flow, context: Tensor) -> None:
+        super().__init__(flow.input_dim)
+        self.flow = flow
+        context = check_event(flow.name, "context", context, flow.context_dim, "context_dim", flow._like())
+        self.register_buffer("context", context, persistent=False)
+
+    def save(self, path: Any) -> None:
+        raise TypeError(f"{self.name} at one context can not be saved: save the conditional flow and condition it anew.")
+
+    @property
+    def name(self) -> str:
+        return self.flow.name
+
+    @property
+    def fast(self) -> str:  # type: ignore[override]
+        return self.flow.fast
+
+    def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.flow._push(x, self.context)
+
+    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.flow._pull(y, self.context)
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        super().forward_shape(shape)
+        return self._broadcast(shape) + (self.input_dim,)
+
+    def _checked(self, value: Tensor, role: str) -> Tensor:
+        value = super()._checked(value, role)
+        self._broadcast(value.shape)
+        return value
+
+    def _broadcast(self, shape: torch.Size) -> torch.Size:
+        try:
+            return torch.broadcast_shapes(shape[:-1], self.context.shape[:-1])
+        except RuntimeError:
+            raise ValueError(
+                f"{self.name} expected x and context with batch shapes that broadcast, "
+                f"got {tuple(shape[:-1])} and {tuple(self.context.shape[:-1])}."
+            ) from None
+
+
+class ConditionalFlow(Savable, ConditionalTransformModule):
+    r"""A flow that waits for a context: `condition(context)` gives the flow at that context.
+
+    Args:
+        flow: A flow with `context_dim` > 0, whose parameters this module holds.
+
+    Raises:
+        ValueError: If the flow takes no context.
+    """
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        if not flow.context_dim:
+            raise ValueError(f"{type(self).__name__} expected context_dim of at least 1, got {flow.context_dim}.")
+        self.flow = flow
+
+    @property
+    def input_dim(self) -> int:
+        """D."""
+        return self.flow.input_dim
+
+    @property
+    def context_dim(self) -> int:
+        """Number of context features."""
+        return self.flow.context_dim
+
+    def condition(self, context: Tensor) -> Flow:
+        r"""The flow at `context`, (\*batch or (), context_dim)."""
+        return Conditioned(self.flow, context)

@@ -1,0 +1,99 @@
+"""The pair (x, y) that a flow computed last, kept for as long as it is certain to be right."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Pair", "caching_is_possible"]
+
+
+def caching_is_possible() -> bool:
+    """False where tensors have no lasting identity: under compile, `torch.func` and inference mode."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.is_inference_mode_enabled()
+    )
+
+
+class Pair:
+    """One input, the output that a module made of it, and their log-determinant.
+
+    The pair lives as long as the output does. It is valid for the same tensor objects at the same versions, the same
+    parameters and buffers at the same versions, and the same train/eval and grad modes. A backward through its graph
+    retires it, so that no graph is walked a second time.
+    """
+
+    def __init__(
+        self, module: nn.Module, given: Tensor, made: Tensor, log_det: Tensor, forget: Callable[[Any], None]
+    ) -> None:
+        self._state = _state(module)
+        self._given = given
+        self._made = weakref.ref(made, forget)
+        self._versions = given._version, made._version
+        self._log_det: Tensor | None = log_det
+        # The hooks hold this list alone: they must keep neither the pair nor its tensors alive.
+        self._retired: list[bool] = []
+        for tensor in (made, log_det):
+            if tensor.grad_fn is not None:
+                tensor.grad_fn.register_prehook(_Retire(self._retired))
+
+    def given_for(self, module: nn.Module, made: Tensor) -> Tensor | None:
+        """The input that gave `made`, or None if that is not certain."""
+        return self._given if self._made() is made and self._holds(module, made) else None
+
+    def log_det_of(self, module: nn.Module, given: Tensor, made: Tensor) -> Tensor | None:
+        """The log-determinant of (given, made), or None if that is not certain.
+
+        One that carries a graph is handed out once: two losses may then be differentiated one after the other.
+        """
+        if self._log_det is None or self._given is not given or self._made() is not made or not self._holds(module, made):
+            return None
+        log_det = self._log_det
+        if log_det.requires_grad:
+            self._log_det = None
+        return log_det
+
+    def _holds(self, module: nn.Module, made: Tensor) -> bool:
+        return (
+            not self._retired
+            and self._versions == (self._given._version, made._version)
+            and _same(self._state, _state(module))
+        )
+
+
+class _Retire:
+    def __init__(self, retired: list[bool]) -> None:
+        self._retired = retired
+
+    def __call__(self, *_: Any) -> None:
+        self._retired.append(True)
+
+
+def _state(module: nn.Module) -> tuple[tuple[Any, ...], list[Tensor], list[tuple[int, int]]]:
+    """All that the module's map depends on: modes, tensors by identity, their versions and where they lie."""
+    tensors: list[Any] = []
+    modes: list[Any] = [torch.is_grad_enabled()]
+    waiting = [module]
+    while waiting:
+        member = waiting.pop()
+        modes.append(member.training)
+        tensors.extend(member._parameters.values())
+        tensors.extend(member._buffers.values())
+        waiting.extend(child for child in member._modules.values() if child is not None)
+    present = [tensor for tensor in tensors if tensor is not None]
+    return tuple(modes), present, [(tensor._version, tensor.data_ptr()) for tensor in present]
+
+
+def _same(before: Any, now: Any) -> bool:
+    return (
+        before[0] == now[0]
+        and before[2] == now[2]
+        and len(before[1]) == len(now[1])
+        and all(one is other for one, other in zip(before[1], now[1], strict=True))
+    )

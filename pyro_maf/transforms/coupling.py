@@ -1,0 +1,145 @@
+r"""Affine coupling: some dimensions pass through and set the affine map of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_maf.checks import check_choice
+from pyro_maf.nn import MLP, default_hidden_dims
+from pyro_maf.transforms.base import ConditionalFlow, Flow
+from pyro_maf.transforms.scalar import Affine, ScalarMap
+
+__all__ = ["AffineCoupling", "ConditionalAffineCoupling"]
+
+
+class AffineCoupling(Flow):
+    r"""A RealNVP layer: dimensions where the mask is true pass through and set the map of the others.
+
+    y_i = x_i for i kept; y_i = x_i exp(alpha_i(x_kept)) + mu_i(x_kept) for the others, and
+    log |det dy/dx| is the sum of the alpha_i. Starts as the identity.
+
+    Args:
+        input_dim: D.
+        mask: D booleans, true where a dimension is kept; by default every other one, the first included. With D = 1
+            there is nothing to keep, and the default moves the one dimension by a learned constant or by the context.
+        hidden_dims: Widths of the hidden layers, by default two by `pyro_maf.nn.default_hidden_dims`.
+        context_dim: Number of context features, 0 for none.
+        activation: A name from `pyro_maf.nn.ACTIVATIONS`.
+        networks: "joint", one network for mu and alpha; or "separate", the paper's: one with tanh units for alpha and
+            one with `activation` units for mu.
+
+    Shapes:
+        x and y are (\*batch, D), log-determinants (\*batch,) in nats.
+
+    Cost: one dense pass in either direction.
+
+    Raises:
+        ValueError: For a mask of the wrong length or one that moves nothing, and as `MLP` does.
+
+    Example:
+        >>> layer = AffineCoupling(3, mask=[True, False, False])
+        >>> x = torch.randn(5, 3)
+        >>> bool(torch.equal(layer(x)[:, 0], x[:, 0]))
+        True
+
+    Reference:
+        Dinh, Sohl-Dickstein & Bengio, *Density Estimation Using Real NVP*, 2017.
+    """
+
+    mask: Tensor
+
+    def __init__(
+        self,
+        input_dim: int,
+        *,
+        mask: Sequence[bool] | Tensor | None = None,
+        hidden_dims: Sequence[int] | None = None,
+        context_dim: int = 0,
+        activation: str = "relu",
+        networks: str = "joint",
+    ) -> None:
+        super().__init__(input_dim, context_dim)
+        mask = (torch.arange(input_dim) % 2 == 0) & (input_dim > 1) if mask is None else torch.as_tensor(mask).bool()
+        if mask.shape != (input_dim,):
+            raise ValueError(f"{self.name} expected a mask of {input_dim} booleans, got shape {tuple(mask.shape)}.")
+        if bool(mask.all()):
+            raise ValueError(f"{self.name} expected a mask with at least one False: this one would move nothing.")
+        self.register_buffer("mask", mask.clone())
+        self.scalar: ScalarMap = Affine()
+        check_choice(self.name, "networks", networks, ("joint", "separate"))
+        hidden_dims = default_hidden_dims(input_dim) if hidden_dims is None else hidden_dims
+        kept, moved = int(mask.sum()), int((~mask).sum())
+        parameters = self.scalar.num_parameters
+        widths = [parameters * moved] if networks == "joint" else [moved] * parameters
+        activations = [activation] if networks == "joint" else [activation, "tanh"]
+        self.networks = torch.nn.ModuleList(
+            MLP(kept, hidden_dims, width, context_dim=context_dim, activation=name)
+            for width, name in zip(widths, activations, strict=True)
+        )
+        for network in self.networks:
+            network.zero_output()
+        self._derive()
+
+    def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._through_map(self.scalar.forward, x, context)
+
+    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._through_map(self.scalar.inverse, y, context)
+
+    def _through_map(self, scalar_map: Any, given: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        kept, moved = given[..., self._kept], given[..., self._moved]
+        parameters = torch.cat([network.run(kept, context) for network in self.networks], -1)
+        moved, log_derivative = scalar_map(moved, *parameters.chunk(self.scalar.num_parameters, -1))
+        if moved.shape[:-1] != kept.shape[:-1]:
+            kept = kept.expand(*moved.shape[:-1], -1)
+        return torch.cat([kept, moved], -1)[..., self._place], log_derivative.sum(-1)
+
+    def _derive(self) -> None:
+        """Remake the indices that follow from the mask."""
+        kept, moved = self.mask.nonzero()[:, 0], (~self.mask).nonzero()[:, 0]
+        for name, index in (("_kept", kept), ("_moved", moved), ("_place", torch.cat([kept, moved]).argsort())):
+            self.register_buffer(name, index, persistent=False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._derive()
+
+
+class ConditionalAffineCoupling(ConditionalFlow):
+    r"""An `AffineCoupling` whose networks see a context.
+
+    Args:
+        input_dim: D.
+        context_dim: Number of context features, at least 1.
+        mask, hidden_dims, activation, networks: As in `AffineCoupling`.
+
+    Example:
+        >>> layer = ConditionalAffineCoupling(3, 2)
+        >>> layer.condition(torch.zeros(5, 2))(torch.zeros(3)).shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        context_dim: int,
+        *,
+        mask: Sequence[bool] | Tensor | None = None,
+        hidden_dims: Sequence[int] | None = None,
+        activation: str = "relu",
+        networks: str = "joint",
+    ) -> None:
+        super().__init__(
+            AffineCoupling(
+                input_dim,
+                mask=mask,
+                hidden_dims=hidden_dims,
+                context_dim=context_dim,
+                activation=activation,
+                networks=networks,
+            )
+        )

@@ -1,0 +1,55 @@
+"""Reordering of dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from pyro_maf.checks import check_permutation
+from pyro_maf.transforms.base import Flow
+
+__all__ = ["Permute"]
+
+
+class Permute(Flow):
+    r"""y_i = x_{p(i)}, with log-determinant 0. The permutation p is part of the state_dict.
+
+    Args:
+        permutation: p, each of 0 .. D - 1 once.
+
+    Shapes:
+        x and y are (\*batch, D), log-determinants (\*batch,).
+
+    Cost: one copy in either direction.
+
+    Raises:
+        ValueError: If it is not a permutation.
+
+    Example:
+        >>> import torch
+        >>> Permute([2, 0, 1])(torch.tensor([10.0, 11.0, 12.0]))
+        tensor([12., 10., 11.])
+    """
+
+    permutation: Tensor
+
+    def __init__(self, permutation: Sequence[int] | Tensor) -> None:
+        permutation = check_permutation("Permute", "permutation", permutation)
+        super().__init__(permutation.numel())
+        self.register_buffer("permutation", permutation.clone())
+        self._derive()
+
+    def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x[..., self.permutation], x.new_zeros(x.shape[:-1])
+
+    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return y[..., self._inverse_permutation], y.new_zeros(y.shape[:-1])
+
+    def _derive(self) -> None:
+        self.register_buffer("_inverse_permutation", self.permutation.argsort(), persistent=False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._derive()
