@@ -49,9 +49,7 @@ def check_permutation(who: str, name: str, value: Any, size: int | None = None) 
     return permutation.to(torch.int64)
 
 
-def check_event(
-    who: str, name: str, value: Any, size: int, size_name: str, like: Tensor | None = None
-) -> Tensor:
+def check_event(who: str, name: str, value: Any, size: int, size_name: str, like: Tensor | None = None) -> Tensor:
     """Check a tensor of events: its last dimension and, against `like`, its dtype and device."""
     if not isinstance(value, Tensor):
         raise TypeError(

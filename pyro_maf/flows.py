@@ -5,11 +5,11 @@ Layers run from noise to data: `flow[0]` acts on the noise first, `flow[-1]` giv
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_maf.checks import check_permutation, check_positive
 from pyro_maf.transforms import (
@@ -19,105 +19,10 @@ from pyro_maf.transforms import (
     Flow,
     InverseAutoregressive,
     MaskedAutoregressive,
+    Stack,
 )
 
-__all__ = ["IAF", "MAF", "ConditionalIAF", "ConditionalMAF", "ConditionalRealNVP", "RealNVP", "Stack"]
-
-
-class Stack(Flow):
-    r"""Flows one after another: y = t_L(... t_1(x)), with the sum of their log-determinants.
-
-    Args:
-        layers: From noise to data. They agree on D; those that take a context agree on its width.
-
-    Raises:
-        ValueError: For no layers, or layers that disagree.
-
-    Example:
-        >>> from pyro_maf.transforms import ActNorm, Permute
-        >>> flow = Stack([ActNorm(3), Permute([2, 1, 0])])
-        >>> len(flow), flow[1].permutation.tolist()
-        (2, [2, 1, 0])
-    """
-
-    def __init__(self, layers: Sequence[Flow]) -> None:
-        layers = list(layers)
-        if not layers:
-            raise ValueError(f"{type(self).__name__} expected at least one layer, got none.")
-        for layer in layers:
-            if not isinstance(layer, Flow):
-                raise TypeError(f"{type(self).__name__} expected flows, got {type(layer).__name__}.")
-        for size in ("input_dim", "context_dim"):
-            found = {getattr(layer, size) for layer in layers} - ({0} if size == "context_dim" else set())
-            if len(found) > 1:
-                raise ValueError(f"{type(self).__name__} expected layers of one {size}, got {sorted(found)}.")
-        super().__init__(layers[0].input_dim, max(layer.context_dim for layer in layers))
-        self.layers = nn.ModuleList(layers)
-
-    @property
-    def fast(self) -> str:  # type: ignore[override]
-        """The direction that no layer is slow in; where there is none, the one that fewer are slow in."""
-        speeds = [layer.fast for layer in self if layer.fast != "both"]
-        if not speeds:
-            return "both"
-        return max(("inverse", "forward"), key=speeds.count)
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    def __iter__(self) -> Iterator[Flow]:
-        return iter(self.layers)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> Flow:
-        return self.layers[index]  # type: ignore[return-value]
-
-    def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
-        r"""Set the statistics that layers keep (batch norm, act norm) from data `y`, (rows, D), layer by layer."""
-        training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                for layer in reversed(list(self)):
-                    own = context if layer.context_dim else None
-                    layer.fit_statistics(y, own)
-                    y = layer._pull(y, own)[0]
-        finally:
-            self.train(training)
-
-    def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._in_turn("_push", list(self), x, context)
-
-    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._in_turn("_pull", list(self)[::-1], y, context)
-
-    @staticmethod
-    def _in_turn(
-        direction: str, layers: list[Flow], value: Tensor, context: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        value, total = getattr(layers[0], direction)(value, context if layers[0].context_dim else None)
-        for layer in layers[1:]:
-            value, log_det = getattr(layer, direction)(value, context if layer.context_dim else None)
-            total = total + log_det
-        return value, total
-
-    def __repr__(self) -> str:
-        parameters = sum(parameter.numel() for parameter in self.parameters())
-        context = f", context_dim={self.context_dim}" if self.context_dim else ""
-        fast = {
-            "inverse": "log_prob of data is one parallel pass, sampling one sequential sweep",
-            "forward": "sampling is one parallel pass, log_prob of data one sequential sweep",
-            "both": "log_prob and sampling are one parallel pass each",
-        }[self.fast]
-        layers = "".join(f"\n  ({index}): {_describe(layer)}" for index, layer in enumerate(self))
-        return f"{self.name}(input_dim={self.input_dim}{context}, {parameters:,} parameters; {fast}){layers}"
-
-
-def _describe(layer: Flow) -> str:
-    network = getattr(layer, "made", None) or next(iter(getattr(layer, "networks", [])), None)
-    if network is None:
-        return repr(layer)
-    widths = [network.input_dim, *network.hidden_dims, network.layers[-1].out_features]
-    return f"{layer.name}({' -> '.join(map(str, widths))}, {network.activation})"
+__all__ = ["IAF", "MAF", "ConditionalIAF", "ConditionalMAF", "ConditionalRealNVP", "RealNVP"]
 
 
 def _orders(who: str, input_dim: int, num_layers: int, order: Any, seed: int) -> list[Tensor]:
@@ -332,7 +237,38 @@ def _alternating_masks(who: str, input_dim: int, num_layers: int, order: Any, se
     return masks
 
 
-class ConditionalMAF(ConditionalFlow):
+class _ConditionalAutoregressiveStack(ConditionalFlow):
+    stack_class: type[_AutoregressiveStack]
+
+    def __init__(
+        self,
+        input_dim: int,
+        context_dim: int,
+        *,
+        num_layers: int = 5,
+        hidden_dims: Sequence[int] | None = None,
+        activation: str = "relu",
+        order: str | Sequence[int] | Sequence[Sequence[int]] | Tensor = "reverse",
+        batch_norm: bool = False,
+        degrees: str = "sequential",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            self.stack_class(
+                input_dim,
+                num_layers=num_layers,
+                hidden_dims=hidden_dims,
+                activation=activation,
+                order=order,
+                batch_norm=batch_norm,
+                context_dim=context_dim,
+                degrees=degrees,
+                seed=seed,
+            )
+        )
+
+
+class ConditionalMAF(_ConditionalAutoregressiveStack):
     r"""A `MAF` whose networks see a context: `condition(context)` is a flow.
 
     Args:
@@ -357,35 +293,10 @@ class ConditionalMAF(ConditionalFlow):
         Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017, section 3.4.
     """
 
-    def __init__(
-        self,
-        input_dim: int,
-        context_dim: int,
-        *,
-        num_layers: int = 5,
-        hidden_dims: Sequence[int] | None = None,
-        activation: str = "relu",
-        order: str | Sequence[int] | Sequence[Sequence[int]] | Tensor = "reverse",
-        batch_norm: bool = False,
-        degrees: str = "sequential",
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            MAF(
-                input_dim,
-                num_layers=num_layers,
-                hidden_dims=hidden_dims,
-                activation=activation,
-                order=order,
-                batch_norm=batch_norm,
-                context_dim=context_dim,
-                degrees=degrees,
-                seed=seed,
-            )
-        )
+    stack_class = MAF
 
 
-class ConditionalIAF(ConditionalFlow):
+class ConditionalIAF(_ConditionalAutoregressiveStack):
     r"""An `IAF` whose networks see a context: `condition(context)` is a flow.
 
     Args:
@@ -410,32 +321,7 @@ class ConditionalIAF(ConditionalFlow):
         Kingma et al., *Improving Variational Inference with Inverse Autoregressive Flow*, 2016.
     """
 
-    def __init__(
-        self,
-        input_dim: int,
-        context_dim: int,
-        *,
-        num_layers: int = 5,
-        hidden_dims: Sequence[int] | None = None,
-        activation: str = "relu",
-        order: str | Sequence[int] | Sequence[Sequence[int]] | Tensor = "reverse",
-        batch_norm: bool = False,
-        degrees: str = "sequential",
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            IAF(
-                input_dim,
-                num_layers=num_layers,
-                hidden_dims=hidden_dims,
-                activation=activation,
-                order=order,
-                batch_norm=batch_norm,
-                context_dim=context_dim,
-                degrees=degrees,
-                seed=seed,
-            )
-        )
+    stack_class = IAF
 
 
 class ConditionalRealNVP(ConditionalFlow):

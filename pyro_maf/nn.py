@@ -241,7 +241,9 @@ class Network(nn.Module):
         who, like = type(self).__name__, self.layers[0].weight
         check_event(who, "x", x, input_dim, "input_dim", like)
         if context is None and self.context_dim:
-            raise ValueError(f"{who} expected a context with last dimension {self.context_dim} (context_dim), got none.")
+            raise ValueError(
+                f"{who} expected a context with last dimension {self.context_dim} (context_dim), got none."
+            )
         if context is not None:
             if not self.context_dim:
                 raise ValueError(f"{who} was built without context_dim and takes no context.")
@@ -252,7 +254,9 @@ class Network(nn.Module):
         error_messages = args[-1]
         if stored is not None and int(stored) != int(self.activation_index):
             name = list(ACTIVATIONS)[int(stored)]
-            error_messages.append(f"activation of {prefix[:-1]}: {name!r} was stored, {self.activation!r} is built here.")
+            error_messages.append(
+                f"activation of {prefix[:-1]}: {name!r} was stored, {self.activation!r} is built here."
+            )
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
 

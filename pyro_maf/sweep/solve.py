@@ -76,8 +76,6 @@ def _differentiable(
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
     w, logs = unrolled(plan, scalar_map, v)
     found = iter(
-        torch.autograd.grad(
-            (w, logs.sum(0)), wanted, (grad_w, grad_log_det), create_graph=True, allow_unused=True
-        )
+        torch.autograd.grad((w, logs.sum(0)), wanted, (grad_w, grad_log_det), create_graph=True, allow_unused=True)
     )
     return tuple(next(found) if tensor.requires_grad else None for tensor in inputs)

@@ -7,10 +7,11 @@ from pyro_maf.transforms.autoregressive import (
     InverseAutoregressive,
     MaskedAutoregressive,
 )
-from pyro_maf.transforms.base import Conditioned, ConditionalFlow, Flow, Inverse
+from pyro_maf.transforms.base import ConditionalFlow, Conditioned, Flow, Inverse
 from pyro_maf.transforms.batch_norm import BatchNorm
 from pyro_maf.transforms.coupling import AffineCoupling, ConditionalAffineCoupling
 from pyro_maf.transforms.permute import Permute
+from pyro_maf.transforms.stack import Stack
 from pyro_maf.transforms.triangular import ConditionalLowerTriangularAffine, LowerTriangularAffine
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "LowerTriangularAffine",
     "MaskedAutoregressive",
     "Permute",
+    "Stack",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_maf.checks import check_event, check_positive
+from pyro_maf.precision import converted, exactly, like_of
 from pyro_maf.saving import Savable
 from pyro_maf.transforms.cache import Pair, caching_is_possible
 
@@ -50,8 +51,8 @@ class Flow(Savable, TransformModule):
 
     def __init__(self, input_dim: int, context_dim: int = 0) -> None:
         super().__init__(cache_size=1)
-        self.input_dim = check_positive(self.name, "input_dim", input_dim)
-        self.context_dim = check_positive(self.name, "context_dim", context_dim, least=0)
+        self.input_dim = check_positive(type(self).__name__, "input_dim", input_dim)
+        self.context_dim = check_positive(type(self).__name__, "context_dim", context_dim, least=0)
         self._pair: Pair | None = None
 
     # -- what a subclass provides ---------------------------------------------------------------------------------
@@ -108,34 +109,16 @@ class Flow(Savable, TransformModule):
         return self._exactly(self._push, x)[1]
 
     def _exactly(self, direction: Any, given: Tensor) -> tuple[Tensor, Tensor]:
-        """Run a direction in the module's own precision: a rounded network would not invert."""
-        kind = given.device.type
-        if torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):
-                return direction(given)
-        return direction(given)
+        return exactly(direction, given, like=given)
 
     def _checked(self, value: Tensor, role: str) -> Tensor:
-        like = self._like()
-        if isinstance(value, Tensor) and like is not None and torch.is_autocast_enabled(value.device.type):
-            value = value.to(like.dtype)
         if self.context_dim:
             raise ValueError(
                 f"{self.name} expected a context with last dimension {self.context_dim} (context_dim), got none: "
                 "use .condition(context)."
             )
-        return check_event(self.name, role, value, self.input_dim, "input_dim", like)
-
-    def _like(self) -> Tensor | None:
-        """A tensor of this flow's own dtype and device, if it has any."""
-        waiting: list[Any] = [self]
-        while waiting:
-            member = waiting.pop()
-            for tensor in (*member._parameters.values(), *member._buffers.values()):
-                if tensor is not None and tensor.is_floating_point():
-                    return tensor
-            waiting.extend(member._modules.values())
-        return None
+        like = like_of(self)
+        return check_event(self.name, role, converted(value, like), self.input_dim, "input_dim", like)
 
     # -- conventions of Transform ---------------------------------------------------------------------------------
 
@@ -177,7 +160,9 @@ class Flow(Savable, TransformModule):
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         """Shape of y for x of `shape`."""
         if not shape or shape[-1] != self.input_dim:
-            raise ValueError(f"{self.name} expected a last dimension of {self.input_dim} (input_dim), got shape {tuple(shape)}.")
+            raise ValueError(
+                f"{self.name} expected a last dimension of {self.input_dim} (input_dim), got shape {tuple(shape)}."
+            )
         return torch.Size(shape)
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
@@ -187,6 +172,9 @@ class Flow(Savable, TransformModule):
     def _apply(self, fn: Any, recurse: bool = True) -> Flow:
         self._pair = None
         return super()._apply(fn, recurse)
+
+    def __repr__(self) -> str:
+        return f"{self.name}({self.input_dim})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_inv": None, "_pair": None}
@@ -253,6 +241,9 @@ class Inverse(Flow):
     def inv(self) -> Flow:
         return self.flow
 
+    def __repr__(self) -> str:
+        return f"Inverse of {self.flow!r}"
+
     def with_cache(self, cache_size: int = 1) -> Flow:
         return self if cache_size == self._cache_size else self.flow.with_cache(cache_size).inv
 
@@ -279,11 +270,13 @@ class Conditioned(Flow):
     def __init__(self, flow: Flow, context: Tensor) -> None:
         super().__init__(flow.input_dim)
         self.flow = flow
-        context = check_event(flow.name, "context", context, flow.context_dim, "context_dim", flow._like())
+        context = check_event(flow.name, "context", context, flow.context_dim, "context_dim", like_of(flow))
         self.register_buffer("context", context, persistent=False)
 
     def save(self, path: Any) -> None:
-        raise TypeError(f"{self.name} at one context can not be saved: save the conditional flow and condition it anew.")
+        raise TypeError(
+            f"{self.name} at one context can not be saved: save the conditional flow and condition it anew."
+        )
 
     @property
     def name(self) -> str:
@@ -298,6 +291,9 @@ class Conditioned(Flow):
 
     def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.flow._pull(y, self.context)
+
+    def __repr__(self) -> str:
+        return f"{self.flow!r} at a context of shape {tuple(self.context.shape)}"
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         super().forward_shape(shape)
@@ -343,6 +339,13 @@ class ConditionalFlow(Savable, ConditionalTransformModule):
     def context_dim(self) -> int:
         """Number of context features."""
         return self.flow.context_dim
+
+    def fit_statistics(self, y: Tensor, context: Tensor) -> None:
+        r"""Set the statistics that layers keep (batch norm, act norm) from data `y`, (rows, D), and its context."""
+        self.flow.fit_statistics(y, context)
+
+    def __repr__(self) -> str:
+        return repr(self.flow).replace(self.flow.name, type(self).__name__, 1)
 
     def condition(self, context: Tensor) -> Flow:
         r"""The flow at `context`, (\*batch or (), context_dim)."""

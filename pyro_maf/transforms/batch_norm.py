@@ -76,7 +76,9 @@ class BatchNorm(Flow):
     def _batch_statistics(self, y: Tensor) -> tuple[Tensor, Tensor]:
         rows = y.reshape(-1, self.input_dim)
         if len(rows) < 2:
-            raise ValueError("BatchNorm expected at least 2 rows in training mode, got 1: call .eval() to score single rows.")
+            raise ValueError(
+                "BatchNorm expected at least 2 rows in training mode, got 1: call .eval() to score single rows."
+            )
         variance, mean = torch.var_mean(rows, 0, correction=0)
         with torch.no_grad():
             self.mean.lerp_(mean, self.MOMENTUM)

@@ -52,7 +52,12 @@ class Pair:
 
         One that carries a graph is handed out once: two losses may then be differentiated one after the other.
         """
-        if self._log_det is None or self._given is not given or self._made() is not made or not self._holds(module, made):
+        if (
+            self._log_det is None
+            or self._given is not given
+            or self._made() is not made
+            or not self._holds(module, made)
+        ):
             return None
         log_det = self._log_det
         if log_det.requires_grad:

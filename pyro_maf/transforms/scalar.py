@@ -42,7 +42,7 @@ class Affine:
         (1.5, 0.0)
     """
 
-    BOUND = 5.0
+    BOUND = 4.0
     num_parameters = 2
 
     def forward(self, x: Tensor, shift: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:

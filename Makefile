@@ -1,0 +1,46 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench clean
+.DELETE_ON_ERROR:
+
+help:  ## Say what there is to make
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+demo: $(VENV)/.train  ## Fit the flows to two data sets; a table and pictures in demo/
+	$(BIN)/python examples/demo.py --out demo
+
+test: check  ## Check, then run every test and every example of the documentation
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q
+
+check: $(VENV)/.dev  ## Lint, layout of the code, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev  ## Run every benchmark, one after another
+	set -e; for file in benchmarks/[a-z]*.py; do $(BIN)/python $$file; done
+
+clean:  ## Remove what was built, the environment included
+	rm -rf $(VENV) demo dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp for each extra, so that installing is repeated only when what is asked for has changed. torch comes first: with
+# the pinned version in place nothing else pulls in another build of it.
+INSTALL := $(BIN)/pip install -q -c constraints.txt
+
+$(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/pip
+	$(INSTALL) torch
+	$(INSTALL) -e '.[train]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/pip
+	$(INSTALL) torch
+	$(INSTALL) -e '.[dev]'
+	@touch $(VENV)/.train $@  # dev holds all of train

@@ -1,0 +1,42 @@
+"""A set of data in three parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pyro_maf.datasets.pixels import LogitPixels
+
+__all__ = ["Dataset"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    r"""Data in three parts, float32, one row an event.
+
+    Attributes:
+        name: What it is called in tables and pictures.
+        train, validation, test: (rows, D) each.
+        train_context, validation_context, test_context: (rows, C) each, or None where there is no context.
+        pixels: How the rows come from pixels, or None.
+    """
+
+    name: str
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+    train_context: Tensor | None = None
+    validation_context: Tensor | None = None
+    test_context: Tensor | None = None
+    pixels: LogitPixels | None = None
+
+    @property
+    def input_dim(self) -> int:
+        """D."""
+        return self.train.shape[-1]
+
+    @property
+    def context_dim(self) -> int:
+        """C, 0 where there is no context."""
+        return 0 if self.train_context is None else self.train_context.shape[-1]

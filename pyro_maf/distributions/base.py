@@ -1,0 +1,227 @@
+"""What every density shares: boundary checks, shapes, drawing and scoring, conditioning on a context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.distributions.conditional import ConditionalDistribution
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyro_maf.checks import check_event, check_positive
+from pyro_maf.precision import converted, exactly, like_of
+from pyro_maf.saving import Savable
+
+__all__ = ["ConditionalDensity", "ConditionedDensity", "Density"]
+
+Self = TypeVar("Self", bound="Density")
+
+
+class Density(Savable, TorchDistribution, nn.Module):
+    r"""A distribution over vectors of D real numbers whose parameters are those of a module.
+
+    Both a Pyro distribution, so that calling it draws a value and `pyro.sample` takes it, and a torch module. A
+    subclass implements `_log_prob` and `_sample`; everything else is here.
+
+    Args:
+        input_dim: D.
+        context_dim: Number of context features that `_log_prob` and `_sample` ask for; 0 for none.
+        batch_shape: Shape over which the distribution itself varies; () for most.
+
+    Attributes:
+        event_shape: (D,).
+        support: Real vectors.
+        has_rsample: Whether `rsample` is there: draws that carry the gradient of the parameters.
+
+    Example:
+        >>> class Uniform(Density):
+        ...     def _log_prob(self, value, context=None):
+        ...         return torch.where(((value > 0) & (value < 1)).all(-1), 0.0, -torch.inf)
+        ...     def _sample(self, shape, context=None):
+        ...         return torch.rand(*shape, self.input_dim)
+        >>> square = Uniform(2)
+        >>> square().shape, square.expand([7]).log_prob(torch.tensor([0.5, 0.5])).shape
+        (torch.Size([2]), torch.Size([7]))
+    """
+
+    support = constraints.real_vector
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, input_dim: int, context_dim: int = 0, batch_shape: Sequence[int] = ()) -> None:
+        check_positive(type(self).__name__, "input_dim", input_dim)
+        check_positive(type(self).__name__, "context_dim", context_dim, least=0)
+        # The last of this chain of constructors is the module's.
+        super().__init__(torch.Size(batch_shape), torch.Size([input_dim]))
+        self.input_dim = input_dim
+        self.context_dim = context_dim
+
+    # -- what a subclass provides ---------------------------------------------------------------------------------
+
+    def _log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+        r"""Log-density (\*batch,) of `value` (\*batch, D), batch being that of value and context together."""
+        raise NotImplementedError
+
+    def _sample(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
+        r"""Draws (\*shape, D); the batch shape of `context` broadcasts to `shape`."""
+        raise NotImplementedError
+
+    def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
+        """Set whatever statistics of the data this density keeps, from data `y`, (rows, D); most keep none."""
+
+    # -- drawing and scoring --------------------------------------------------------------------------------------
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        r"""Log-density in nats, (\*batch,), of `value`, (\*batch, D), which broadcasts with `batch_shape`."""
+        self._check_has_context()
+        like = like_of(self)
+        value = check_event(self.name, "value", converted(value, like), self.input_dim, "input_dim", like)
+        try:
+            batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        except RuntimeError:
+            raise ValueError(
+                f"{self.name} expected value with a batch shape that broadcasts with its own, "
+                f"{tuple(self.batch_shape)}, got {tuple(value.shape[:-1])}."
+            ) from None
+        return exactly(self._log_prob, value, like=like).expand(batch)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        r"""Draws without gradient, (\*sample_shape, \*batch_shape, D)."""
+        with torch.no_grad():
+            return self._draw(sample_shape)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        r"""Draws with gradient, (\*sample_shape, \*batch_shape, D), where `has_rsample` is true.
+
+        Raises:
+            NotImplementedError: Where it is not, as for mixtures.
+        """
+        if not self.has_rsample:
+            raise NotImplementedError(f"{self.name} has no reparameterised draws: use sample.")
+        return self._draw(sample_shape)
+
+    def _draw(self, sample_shape: Sequence[int]) -> Tensor:
+        self._check_has_context()
+        return exactly(self._sample, torch.Size(sample_shape) + self.batch_shape, like=like_of(self))
+
+    def _check_has_context(self) -> None:
+        if self.context_dim:
+            raise ValueError(
+                f"{self.name} expected a context with last dimension {self.context_dim} (context_dim), got none: "
+                "condition its conditional form on one."
+            )
+
+    # -- conventions of Distribution ------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The class's name, as errors give it."""
+        return type(self).__name__
+
+    def expand(self: Self, batch_shape: Sequence[int], _instance: Any = None) -> Self:
+        """This density with a larger batch shape; a shallow twin that shares every parameter.
+
+        Raises:
+            ValueError: If the present batch shape does not broadcast to `batch_shape`.
+        """
+        shape = torch.Size(batch_shape)
+        try:
+            fits = torch.broadcast_shapes(self.batch_shape, shape) == shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"{self.name} expected a batch_shape to which its own, {tuple(self.batch_shape)}, broadcasts, "
+                f"got {tuple(shape)}."
+            )
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._batch_shape = shape
+        return twin
+
+    def __repr__(self) -> str:
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        context = f", context_dim={self.context_dim}" if self.context_dim else ""
+        return f"{self.name}(input_dim={self.input_dim}{context}, {parameters:,} parameters)"
+
+
+class ConditionedDensity(Density):
+    r"""A density at one context: an ordinary density, whose batch shape is that of the context.
+
+    Args:
+        density: A density with `context_dim` > 0.
+        context: (\*batch or (), context_dim); its batch shape broadcasts with that of values.
+    """
+
+    context: Tensor
+
+    def __init__(self, density: Density, context: Tensor) -> None:
+        like = like_of(density)
+        context = check_event(
+            density.name, "context", converted(context, like), density.context_dim, "context_dim", like
+        )
+        super().__init__(density.input_dim, batch_shape=context.shape[:-1])
+        self.density: Density = density
+        self.has_rsample = density.has_rsample
+        self.register_buffer("context", context, persistent=False)
+
+    def save(self, path: Any) -> None:
+        raise TypeError(
+            f"{self.name} at one context can not be saved: save the conditional form and condition it anew."
+        )
+
+    @property
+    def name(self) -> str:
+        return self.density.name
+
+    def _log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.density._log_prob(value, self.context)
+
+    def _sample(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
+        return self.density._sample(shape, self.context)
+
+    def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
+        self.density.fit_statistics(y, self.context)
+
+    def __repr__(self) -> str:
+        return f"{self.density!r} at a context of shape {tuple(self.context.shape)}"
+
+
+class ConditionalDensity(Savable, ConditionalDistribution, nn.Module):
+    r"""A density that waits for a context: `condition(context)` gives the density at that context.
+
+    Args:
+        density: A density with `context_dim` > 0, whose parameters this module holds.
+
+    Raises:
+        ValueError: If the density takes no context.
+    """
+
+    def __init__(self, density: Density) -> None:
+        super().__init__()
+        if not density.context_dim:
+            raise ValueError(f"{type(self).__name__} expected context_dim of at least 1, got {density.context_dim}.")
+        self.density = density
+
+    @property
+    def input_dim(self) -> int:
+        """D."""
+        return self.density.input_dim
+
+    @property
+    def context_dim(self) -> int:
+        """Number of context features."""
+        return self.density.context_dim
+
+    def fit_statistics(self, y: Tensor, context: Tensor) -> None:
+        r"""Set the statistics that the density keeps from data `y`, (rows, D), and its context."""
+        self.density.fit_statistics(y, context)
+
+    def condition(self, context: Tensor) -> Density:
+        r"""The density at `context`, (\*batch or (), context_dim)."""
+        return ConditionedDensity(self.density, context)
+
+    def __repr__(self) -> str:
+        return repr(self.density).replace(self.density.name, type(self).__name__, 1)

@@ -1,0 +1,42 @@
+"""A module's own precision: autocast does not apply where a rounded network would be a different density."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["converted", "exactly", "like_of"]
+
+Result = TypeVar("Result")
+
+
+def like_of(module: nn.Module) -> Tensor | None:
+    """A tensor of the module's own dtype and device, if it has any."""
+    # Walked by hand: `parameters()` is slower, and can not be compiled.
+    waiting: list[Any] = [module]
+    while waiting:
+        member = waiting.pop()
+        for tensor in (*member._parameters.values(), *member._buffers.values()):
+            if tensor is not None and tensor.is_floating_point():
+                return tensor
+        waiting.extend(member._modules.values())
+    return None
+
+
+def converted(value: Any, like: Tensor | None) -> Any:
+    """A value in the dtype of `like` where autocast may have made it another; as it is anywhere else."""
+    if isinstance(value, Tensor) and like is not None and torch.is_autocast_enabled(value.device.type):
+        return value.to(like.dtype)
+    return value
+
+
+def exactly(run: Callable[..., Result], *arguments: Any, like: Tensor | None) -> Result:
+    """Run without autocast on the device of `like`."""
+    kind = "cpu" if like is None else like.device.type
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return run(*arguments)
+    return run(*arguments)

@@ -1,0 +1,174 @@
+"""The rows that a model is fitted to: what may be given, what is wrong with it, and the units it comes in."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+__all__ = ["Rows", "Units", "check_training", "read_rows", "split", "units_of"]
+
+LEAST_ROWS = 10
+NUMERIC_KINDS = "fiub"
+
+
+class Rows(NamedTuple):
+    """Data (rows, D) and, for a conditional model, as many rows of context (rows, C)."""
+
+    data: Tensor
+    context: Tensor | None
+
+    def take(self, index: Tensor | slice) -> Rows:
+        """The rows at `index`."""
+        return Rows(self.data[index], None if self.context is None else self.context[index])
+
+    def to(self, device: torch.device) -> Rows:
+        """These rows on `device`."""
+        return Rows(self.data.to(device), None if self.context is None else self.context.to(device))
+
+
+class Units(NamedTuple):
+    """Mean and standard deviation of each column."""
+
+    loc: Tensor
+    scale: Tensor
+
+
+def read_rows(model: Any, data: Any, context: Any, *, dtype: torch.dtype, role: str = "") -> Rows:
+    """Tensors of `dtype` on the CPU from whatever was given, or what is wrong with it.
+
+    Args:
+        model: Whose `input_dim` and `context_dim` the widths must be.
+        data, context: Tensors, arrays, data frames or nested lists; context is None for a model without.
+        dtype: What the values are rounded to before anything is asked of them.
+        role: "" or "validation ", as errors put it before "data" and "context".
+
+    Raises:
+        ValueError: For wrong shapes, values that are not finite, or a context missing, superfluous or of another length.
+        TypeError: For what is not numeric.
+    """
+    who = type(model).__name__
+    table = _read_table(f"{role}data", data, model.input_dim, f"input_dim of {who}", dtype)
+    if not model.context_dim:
+        if context is not None:
+            raise ValueError(f"fit got {role}context for {who}, which takes none: leave it out or build a conditional model.")
+        return Rows(table, None)
+    if context is None:
+        raise ValueError(
+            f"fit expected {role}context with {model.context_dim} columns (context_dim of {who}), got none."
+        )
+    given = _read_table(f"{role}context", context, model.context_dim, f"context_dim of {who}", dtype)
+    if len(given) != len(table):
+        raise ValueError(
+            f"fit expected as many rows of {role}context as of {role}data, got {len(given)} and {len(table)}."
+        )
+    return Rows(table, given)
+
+
+def check_training(rows: Rows, data: Any, context: Any) -> None:
+    """Refuse too few rows to learn from, and columns that are the same in all of them.
+
+    Args:
+        rows: What was read.
+        data, context: What it was read from, for the columns' names.
+    """
+    if len(rows.data) < LEAST_ROWS:
+        raise ValueError(f"fit expected at least {LEAST_ROWS} rows of data, got {len(rows.data)}.")
+    _check_varying("data", rows.data, data)
+    if rows.context is not None:
+        _check_varying("context", rows.context, context)
+
+
+def split(rows: Rows, fraction: float, generator: torch.Generator) -> tuple[Rows, Rows]:
+    """Training and validation rows: a random `fraction` of them, at least one, is set aside for validation."""
+    total = len(rows.data)
+    aside = min(max(1, round(fraction * total)), total - 2)
+    shuffled = torch.randperm(total, generator=generator)
+    return rows.take(shuffled[aside:]), rows.take(shuffled[:aside])
+
+
+def units_of(table: Tensor) -> Units:
+    """Mean and standard deviation of the columns of `table`, in its dtype; a column that does not vary keeps its scale.
+
+    Example:
+        >>> units_of(torch.tensor([[1.0, 7.0], [3.0, 7.0]]))
+        Units(loc=tensor([2., 7.]), scale=tensor([1., 1.]))
+    """
+    variance, mean = torch.var_mean(table.double(), 0, correction=0)
+    scale = torch.where(variance > 0, variance.sqrt(), torch.ones_like(variance))
+    return Units(mean.to(table.dtype), scale.to(table.dtype))
+
+
+def _read_table(name: str, value: Any, width: int, width_name: str, dtype: torch.dtype) -> Tensor:
+    table = _numbers(name, value)
+    shape = tuple(table.shape)
+    if table.dim() == 1 and width == 1:
+        table = table.unsqueeze(-1)
+    if table.dim() != 2 or table.shape[1] != width:
+        raise ValueError(f"fit expected {name} of shape (rows, {width}), {width} being the {width_name}, got {shape}.")
+    if not len(table):
+        raise ValueError(f"fit expected {name} with rows in it, got shape {shape}.")
+    table = table.to(dtype)
+    _check_finite(name, table, value)
+    return table
+
+
+def _numbers(name: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        if value.is_complex():
+            raise TypeError(f"fit expected {name} of real numbers, got {value.dtype}.")
+        return value.detach().cpu()
+    if _is_frame(value):
+        columns = [_column_of_frame(name, label, column) for label, column in value.items()]
+        return torch.from_numpy(np.stack(columns, 1)) if columns else torch.empty(len(value), 0)
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError(f"fit expected {name} to be a table, got rows of different lengths.") from None
+    if array.dtype.kind not in NUMERIC_KINDS:
+        raise TypeError(
+            f"fit expected {name} to be a tensor, array or data frame of numbers, "
+            f"got {type(value).__name__} of {array.dtype}."
+        )
+    # A copy: torch takes neither negative strides nor foreign byte orders, and warns of arrays it may not write to.
+    return torch.from_numpy(np.array(array, np.float32 if array.dtype == np.float32 else np.float64, order="C"))
+
+
+def _is_frame(value: Any) -> bool:
+    return all(hasattr(value, attribute) for attribute in ("columns", "items", "dtypes"))
+
+
+def _column_of_frame(name: str, label: Any, column: Any) -> np.ndarray[Any, Any]:
+    if getattr(column.dtype, "kind", "O") not in NUMERIC_KINDS:
+        raise TypeError(
+            f"fit expected {name} of numeric columns, got column {label!r} of {column.dtype}: drop it or encode it."
+        )
+    return np.asarray(column.to_numpy(dtype=np.float64, na_value=np.nan))
+
+
+def _column_name(value: Any, column: int) -> str:
+    return f"column {list(value.columns)[column]!r}" if _is_frame(value) else f"column {column}"
+
+
+def _check_finite(name: str, table: Tensor, value: Any) -> None:
+    wrong = ~table.isfinite()
+    if not wrong.any():
+        return
+    row, column = (int(index) for index in wrong.nonzero()[0])
+    count = int(wrong.any(1).sum())
+    raise ValueError(
+        f"fit expected finite {name}, got {table[row, column].item()} in row {row}, {_column_name(value, column)} "
+        f"({count} of {len(table)} rows have such values): drop those rows or fill them in."
+    )
+
+
+def _check_varying(name: str, table: Tensor, value: Any) -> None:
+    low, high = table.aminmax(dim=0)
+    for column in (low == high).nonzero()[:1, 0].tolist():
+        raise ValueError(
+            f"fit expected {name} that varies in every column, "
+            f"got {low[column].item():g} in every row of {_column_name(value, column)}: drop that column."
+        )

@@ -1,0 +1,71 @@
+"""A progress bar over the epochs of a fit."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pyro_maf.training.module import MaximumLikelihood
+
+__all__ = ["ProgressBar", "shows"]
+
+SECONDS_BETWEEN_UPDATES = 0.2
+
+
+def shows(progress: bool | str, console: Console) -> bool:
+    """Whether to show a bar: never (False), where it is read by somebody (True), or in any case ("always")."""
+    return progress == "always" or (bool(progress) and (console.is_terminal or console.is_jupyter))
+
+
+class ProgressBar(Callback):
+    """One bar on stderr: epoch, losses, time spent and the most that is left, which patience may cut short.
+
+    Args:
+        console: Where it goes.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            TextColumn("{task.fields[losses]}"),
+            TimeElapsedColumn(),
+            TextColumn("at most"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._updated = 0.0
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Show the bar."""
+        self._task = self._progress.add_task("", total=trainer.max_epochs, epoch=1, losses="")
+        self._progress.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move on within the epoch."""
+        if time.monotonic() - self._updated > SECONDS_BETWEEN_UPDATES:
+            self._updated = time.monotonic()
+            fraction = (batch_idx + 1) / int(trainer.num_training_batches)
+            self._progress.update(self._task, completed=trainer.current_epoch + fraction)
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Show the epoch's losses."""
+        if isinstance(module, MaximumLikelihood) and module.validation_loss:
+            epoch = len(module.validation_loss)
+            best = f"best {module.schedule.best:.3f} after {module.schedule.best_epoch}"
+            losses = f"train {module.train_loss[-1]:.3f}  validation {module.validation_loss[-1]:.3f}  {best}"
+            self._progress.update(self._task, completed=epoch, epoch=epoch, losses=losses)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Leave the bar as it is."""
+        self._progress.stop()
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        """Give the terminal back."""
+        self._progress.stop()

@@ -1,0 +1,49 @@
+"""What a fit gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["FitResult"]
+
+
+@dataclass(frozen=True, repr=False)
+class FitResult:
+    """A fitted density, how it got there, and why it stopped there.
+
+    Losses are mean negative log-likelihoods in nats, in the data's own units.
+
+    Attributes:
+        density: A `FlowPrior`, or a `ConditionalFlowPrior` where there is a context, in eval mode. It holds the model
+            that was fitted, with its best weights.
+        train_loss: The mean loss of each epoch's training batches, taken while the weights moved.
+        validation_loss: The loss on the validation rows after each epoch, with the averaged weights.
+        best_epoch: How many epochs the best weights were trained for; 0 if none was better than the given weights.
+        validation_log_likelihood: The mean log-likelihood of the validation rows under the best weights.
+        seconds: How long it took.
+        stop_reason: Why it ended, in words.
+        skipped_steps: How many steps were left out because their loss or its gradient was not finite.
+    """
+
+    density: Any
+    train_loss: tuple[float, ...]
+    validation_loss: tuple[float, ...]
+    best_epoch: int
+    validation_log_likelihood: float
+    seconds: float
+    stop_reason: str
+    skipped_steps: int = 0
+
+    @property
+    def epochs(self) -> int:
+        """How many epochs there were."""
+        return len(self.validation_loss)
+
+    def __repr__(self) -> str:
+        skipped = f"; {self.skipped_steps} steps with a non-finite loss skipped" if self.skipped_steps else ""
+        return (
+            f"FitResult(validation log-likelihood {self.validation_log_likelihood:.3f} nats "
+            f"after epoch {self.best_epoch} of {self.epochs}, {self.seconds:.1f} s; "
+            f"stopped: {self.stop_reason}{skipped})"
+        )

@@ -1,0 +1,122 @@
+"""Every transform, one line each. Whatever stands here is held to every law in `test_contract.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pyro_maf import IAF, MAF, ConditionalIAF, ConditionalMAF, ConditionalRealNVP, RealNVP, transforms
+from pyro_maf.nn import ACTIVATIONS
+from pyro_maf.transforms import BatchNorm, ConditionalFlow, Flow
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What hypothesis draws: sizes, orders, depth, seed."""
+
+    input_dim: int
+    context_dim: int
+    num_layers: int
+    hidden_dims: list[int]
+    activation: str
+    order: Any
+    seed: int
+
+    @property
+    def network(self) -> dict[str, Any]:
+        return {"hidden_dims": self.hidden_dims, "activation": self.activation}
+
+    @property
+    def permutation(self) -> Tensor:
+        return torch.randperm(self.input_dim, generator=torch.Generator().manual_seed(self.seed))
+
+    @property
+    def layer(self) -> dict[str, Any]:
+        return {**self.network, "order": self.permutation, "degrees": "random", "seed": self.seed}
+
+    @property
+    def stack(self) -> dict[str, Any]:
+        order = self.permutation.tolist() if self.order == "given" else self.order
+        return {**self.network, "num_layers": self.num_layers, "order": order, "seed": self.seed}
+
+    @property
+    def mask(self) -> Tensor:
+        return self.permutation < self.input_dim // 2
+
+
+@st.composite
+def architectures(draw: Any, largest: int = 12) -> Architecture:
+    """Dimensions 1 to `largest`, 1 to 4 layers, networks of none to three hidden layers of 1 to 64 units."""
+    return Architecture(
+        input_dim=draw(st.integers(1, largest)),
+        context_dim=draw(st.integers(1, 3)),
+        num_layers=draw(st.integers(1, 4)),
+        hidden_dims=draw(st.lists(st.integers(1, 64), min_size=0, max_size=3)),
+        activation=draw(st.sampled_from(list(ACTIVATIONS))),
+        order=draw(st.sampled_from(["reverse", "random", "given"])),
+        seed=draw(st.integers(0, 10**6)),
+    )
+
+
+Builder = Callable[[Architecture], "Flow | ConditionalFlow"]
+
+REGISTRY: dict[str, Builder] = {
+    "MaskedAutoregressive": lambda a: transforms.MaskedAutoregressive(a.input_dim, **a.layer),
+    "InverseAutoregressive": lambda a: transforms.InverseAutoregressive(a.input_dim, **a.layer),
+    "AffineCoupling": lambda a: transforms.AffineCoupling(a.input_dim, mask=a.mask, **a.network),
+    "AffineCoupling separate": lambda a: transforms.AffineCoupling(a.input_dim, networks="separate", **a.network),
+    "BatchNorm": lambda a: transforms.BatchNorm(a.input_dim),
+    "ActNorm": lambda a: transforms.ActNorm(a.input_dim),
+    "Permute": lambda a: transforms.Permute(a.permutation),
+    "LowerTriangularAffine": lambda a: transforms.LowerTriangularAffine(a.input_dim),
+    "MAF": lambda a: MAF(a.input_dim, **a.stack),
+    "MAF batch norm": lambda a: MAF(a.input_dim, batch_norm=True, **a.stack),
+    "IAF": lambda a: IAF(a.input_dim, **a.stack),
+    "RealNVP": lambda a: RealNVP(a.input_dim, **a.stack),
+    "Stack": lambda a: transforms.Stack(
+        [MAF(a.input_dim, **a.stack), transforms.Permute(a.permutation), IAF(a.input_dim, **a.stack).inv]
+    ),
+    "ConditionalMaskedAutoregressive": lambda a: transforms.ConditionalMaskedAutoregressive(
+        a.input_dim, a.context_dim, **a.layer
+    ),
+    "ConditionalInverseAutoregressive": lambda a: transforms.ConditionalInverseAutoregressive(
+        a.input_dim, a.context_dim, **a.layer
+    ),
+    "ConditionalAffineCoupling": lambda a: transforms.ConditionalAffineCoupling(
+        a.input_dim, a.context_dim, mask=a.mask, **a.network
+    ),
+    "ConditionalLowerTriangularAffine": lambda a: transforms.ConditionalLowerTriangularAffine(
+        a.input_dim, a.context_dim, **a.network
+    ),
+    "ConditionalMAF": lambda a: ConditionalMAF(a.input_dim, a.context_dim, **a.stack),
+    "ConditionalIAF": lambda a: ConditionalIAF(a.input_dim, a.context_dim, **a.stack),
+    "ConditionalRealNVP": lambda a: ConditionalRealNVP(a.input_dim, a.context_dim, networks="separate", **a.stack),
+}
+
+
+def build(name: str, a: Architecture, dtype: torch.dtype, device: str, gain: float = 1.0) -> Flow | ConditionalFlow:
+    """The transform in eval mode, its parameters and statistics drawn at random: a stand-in for a trained one."""
+    torch.manual_seed(a.seed)
+    flow = REGISTRY[name](a).to(device=device, dtype=dtype).eval()
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            fan_in = parameter.shape[1] if parameter.dim() == 2 else 4
+            parameter.copy_(gain * torch.randn(parameter.shape, dtype=dtype) / max(1, fan_in) ** 0.5)
+        for member in flow.modules():
+            if isinstance(member, BatchNorm):
+                member.mean.copy_(torch.randn(member.input_dim))
+                member.variance.copy_(torch.rand(member.input_dim) + 0.1)
+    return flow
+
+
+def at_context(flow: Flow | ConditionalFlow, *batch: int) -> Flow:
+    """The flow itself, or a conditional one at a random context of that batch shape."""
+    if isinstance(flow, Flow):
+        return flow
+    like = next(flow.parameters())
+    return flow.condition(torch.randn(*batch, flow.context_dim, dtype=torch.float64).to(like))

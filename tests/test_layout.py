@@ -1,0 +1,139 @@
+"""How the package is laid out: who may import whom, how long a module is, what an import brings along."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pyro_maf
+
+PACKAGE = Path(pyro_maf.__file__).parent
+ROOT = PACKAGE.parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+FLOORS = (
+    "checks",
+    "precision",
+    "saving",
+    "nn",
+    "sweep",
+    "transforms",
+    "flows",
+    "distributions",
+    "infer",
+    "training",
+    "datasets",
+    "plotting",
+    "cli",
+)
+"""From the ground up: a module imports from its own floor and those below."""
+
+ROOF = ("__init__", "__main__")
+"""Modules of the package itself that import from any floor."""
+
+LATE = ("lightning", "pytorch_lightning", "matplotlib", "numba", "sklearn", "pandas")
+"""What `import pyro_maf` leaves alone until something needs it."""
+
+PUBLIC = {
+    "pyro_maf": """MAF IAF RealNVP ConditionalMAF ConditionalIAF ConditionalRealNVP MADE MADEMoG MAFMoG FlowPrior
+        fit load""",
+    "pyro_maf.nn": "MaskedLinear MADE degrees masks",
+    "pyro_maf.transforms": """MaskedAutoregressive InverseAutoregressive AffineCoupling BatchNorm ActNorm Permute
+        LowerTriangularAffine ConditionalMaskedAutoregressive ConditionalInverseAutoregressive
+        ConditionalAffineCoupling ConditionalLowerTriangularAffine""",
+    "pyro_maf.distributions": "MADEMoG MAFMoG FlowPrior ConditionalMADEMoG ConditionalMAFMoG ConditionalFlowPrior",
+    "pyro_maf.training": "fit",
+}
+
+
+def floor_of(path: Path) -> str:
+    """The floor that a module stands on: its name, or that of the folder directly under the package."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The floors of this package that a module imports from, anywhere in its code; "" for the package itself."""
+    package = ("pyro_maf", *path.relative_to(PACKAGE).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = ".".join(package[: len(package) + 1 - node.level]) if node.level else ""
+            base = ".".join(filter(None, (start, node.module)))
+            names = [f"{base}.{alias.name}" if base == "pyro_maf" else base for alias in node.names]
+        for name in names:
+            head, *rest = name.split(".")
+            if head == "pyro_maf":
+                yield rest[0] if rest and rest[0] in FLOORS else ""
+
+
+def run(code: str) -> str:
+    """What a fresh interpreter prints."""
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_every_module_stands_on_a_floor() -> None:
+    assert {floor_of(path) for path in MODULES} <= {*FLOORS, *ROOF}
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_imports_point_down(floor: str) -> None:
+    allowed = FLOORS[: FLOORS.index(floor) + 1]
+    upward = [
+        f"{path.relative_to(ROOT)} imports from {name or 'the package itself'}"
+        for path in MODULES
+        if floor_of(path) == floor
+        for name in imported(path)
+        if name not in allowed
+    ]
+    assert upward == []
+
+
+def test_imports_are_found_whatever_their_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    module = tmp_path / "nn" / "made.py"
+    module.parent.mkdir()
+    module.write_text(
+        "import pyro_maf\nimport pyro_maf.flows\nfrom pyro_maf import load, training\nfrom ..sweep.plan import Plan\n"
+        "def late():\n    from pyro_maf.infer import guide\n    from . import masks\n    from .. import cli\n"
+    )
+    assert sorted(imported(module)) == ["", "", "cli", "flows", "infer", "nn", "sweep", "training"]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_module_is_too_long(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 450
+
+
+def test_import_leaves_heavy_packages_alone() -> None:
+    code = f"import sys, pyro_maf; print([name for name in {LATE} if name in sys.modules])"
+    assert run(code).strip() == "[]"
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names_exist(module: str) -> None:
+    found = importlib.import_module(module)
+    for name in PUBLIC[module].split():
+        assert hasattr(found, name), f"{module} has no {name}"
+        assert name in found.__all__
+        assert name in dir(found)
+
+
+def test_everything_public_is_documented() -> None:
+    for module in PUBLIC:
+        found = importlib.import_module(module)
+        for name in found.__all__:
+            value = getattr(found, name)
+            assert not callable(value) or value.__doc__, f"{module}.{name} has no docstring"
+
+
+def test_types_are_published() -> None:
+    assert (PACKAGE / "py.typed").is_file()

@@ -1,0 +1,214 @@
+"""Pictures: the axes they have, what they draw, and that they can be written."""
+
+from __future__ import annotations
+
+import math
+
+import matplotlib as mpl
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from pyro_maf import MAF, ConditionalMAF, plotting
+from pyro_maf.datasets import FigureOne
+from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior, MADEMoG, MAFMoG
+from pyro_maf.training import FitResult
+
+WINDOW = ((-4.0, 12.0), (-7.0, 7.0))
+
+
+@pytest.fixture
+def rows():
+    return torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+
+
+def randomised(module):
+    """A model that is no longer the identity."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return module.double()
+
+
+def result(losses):
+    best = min(losses)
+    return FitResult(None, tuple(losses), tuple(losses), losses.index(best) + 1, -best, 1.0, "reached max_epochs")
+
+
+def titles(figure):
+    return [axes.get_title() for axes in figure.axes if axes.get_title()]
+
+
+PICTURES = {
+    "scatter": lambda: plotting.scatter(FigureOne().sample(60), {"MAF": FigureOne().sample(60, 1)}, title="Toy"),
+    "noise": lambda: plotting.noise({"MAF": MAF(2)}, FigureOne().sample(60), title="Toy"),
+    "contours": lambda: plotting.contours({"Exact": FigureOne(), "MADE": FlowPrior(MAF(2))}, WINDOW, title="Toy"),
+    "losses": lambda: plotting.losses({"MAF": result([3.0, 2.0, 2.5])}, marks={"best": 1.9}, title="Toy"),
+    "image_grid": lambda: plotting.image_grid({"Data": torch.rand(9, 64)}, columns=3, title="Toy"),
+    "pairs": lambda: plotting.pairs(FigureOne().sample(60), FigureOne().sample(60, 1), title="Toy"),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_picture_can_be_written_and_has_its_title(name, tmp_path):
+    figure = PICTURES[name]()
+    assert isinstance(figure, Figure)
+    assert figure.get_suptitle() == "Toy"
+    figure.savefig(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_drawing_leaves_matplotlibs_settings_alone(name):
+    before = dict(mpl.rcParams)
+    PICTURES[name]()
+    assert dict(mpl.rcParams) == before
+
+
+def test_scatter_has_a_panel_for_the_data_and_for_each_model_on_the_same_axes(rows):
+    figure = plotting.scatter(rows, {"MADE": rows + 100, "MAF": rows[:5]}, dims=(0, 2))
+    assert titles(figure) == ["Data", "MADE", "MAF"]
+    assert {(axes.get_xlim(), axes.get_ylim()) for axes in figure.axes} == {
+        (figure.axes[0].get_xlim(), figure.axes[0].get_ylim())
+    }
+    assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("$x_{1}$", "$x_{3}$")
+    drawn = torch.from_numpy(figure.axes[0].collections[0].get_offsets().data)
+    assert torch.equal(drawn.float(), rows[:, [0, 2]])
+
+
+def test_panels_go_on_in_a_second_row_without_empty_ones(rows):
+    figure = plotting.scatter(rows, {f"model {i}": rows for i in range(4)})
+    assert len(figure.axes) == 5
+    assert figure.axes[0].get_subplotspec().get_gridspec().get_geometry() == (2, 3)
+
+
+def test_noise_draws_what_the_flow_pulls_the_standardised_data_to(rows):
+    flow = randomised(MAF(3, num_layers=2, hidden_dims=[8]))
+    loc, scale = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 1.0, 2.0])
+    prior = FlowPrior(flow, loc=loc.double(), scale=scale.double())
+    figure = plotting.noise({"MAF": prior}, rows.double(), dims=(1, 2))
+    drawn = torch.from_numpy(figure.axes[0].collections[0].get_offsets().data)
+    expected = flow.inv((rows.double() - loc) / scale)[:, 1:].detach()
+    assert torch.allclose(drawn, expected)
+    assert [circle.radius for circle in figure.axes[0].patches] == [1, 2, 3]
+    assert figure.axes[0].get_ylabel() == "$u_{3}$"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [MADEMoG(3, hidden_dims=[8], num_components=3), MAFMoG(3, num_layers=2, hidden_dims=[8], num_components=3)],
+    ids=["MADEMoG", "MAFMoG"],
+)
+def test_the_noise_of_a_mixture_has_the_density_that_its_jacobian_says(model):
+    # log p(y) = log N(u; 0, I) + log |det du/dy| holds for the true noise of y, and for nothing else of this form.
+    model = randomised(model)
+    y = torch.tensor([0.3, -0.8, 1.1], dtype=torch.float64)
+    u = plotting._noise_of(FlowPrior(model), y[None])[0]
+    jacobian = torch.autograd.functional.jacobian(lambda y: plotting._noise_of(model, y[None])[0], y)
+    log_prob = torch.distributions.Normal(0.0, 1.0).log_prob(u).sum() + torch.linalg.slogdet(jacobian)[1]
+    assert log_prob.item() == pytest.approx(model.log_prob(y).item())
+
+
+def test_the_noise_of_a_mixtures_samples_is_standard_normal():
+    torch.manual_seed(0)
+    model = randomised(MADEMoG(2, hidden_dims=[8], num_components=3))
+    u = plotting._noise_of(model, model.sample((4000,))).detach()
+    assert u.mean(0).abs().max() < 4 / math.sqrt(4000)
+    assert (torch.cov(u.T) - torch.eye(2)).abs().max() < 0.1
+
+
+def test_the_noise_of_a_mixture_is_finite_far_out():
+    model = MADEMoG(2, hidden_dims=[8]).double()
+    u = plotting._noise_of(model, torch.tensor([[12.0, -12.0]], dtype=torch.float64))
+    assert u[0, 0] > 8
+    assert u[0, 1] < -8
+    assert u.isfinite().all()
+
+
+def test_noise_takes_a_conditional_density_at_a_context(rows):
+    flow = randomised(ConditionalMAF(3, 2, num_layers=1, hidden_dims=[8]))
+    context = torch.randn(40, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    density = ConditionalFlowPrior(flow).condition(context)
+    figure = plotting.noise({"MAF": density}, rows.double())
+    drawn = torch.from_numpy(figure.axes[0].collections[0].get_offsets().data)
+    assert torch.allclose(drawn, flow.condition(context).inv(rows.double())[:, :2].detach())
+
+
+def test_contours_share_the_levels_of_the_first_density():
+    figure = plotting.contours({"Exact": FigureOne(), "Model": FlowPrior(MAF(2))}, WINDOW)
+    exact, model = (axes.collections[0] for axes in figure.axes[:2])
+    assert titles(figure) == ["Exact", "Model"]
+    assert list(exact.levels) == list(model.levels)
+    assert exact.levels[-1] == pytest.approx(math.exp(FigureOne().log_prob(torch.zeros(2)).item()), rel=0.01)
+    assert figure.axes[-1].get_ylabel() == "density"
+    assert figure.axes[0].get_xlim() == WINDOW[0]
+
+
+def test_losses_draw_both_curves_of_each_fit_and_the_marks():
+    figure = plotting.losses({"MADE": result([3.0, 2.0, 2.5]), "MAF": result([2.8, 1.0])}, marks={"true": 0.9})
+    (axes,) = figure.axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["MADE", "MAF", "true", "in training"]
+    assert list(axes.lines[0].get_ydata()) == [3.0, 2.0, 2.5]
+    assert list(axes.lines[3].get_xdata()) == [1, 2]
+    assert axes.get_ylabel() == "negative log-likelihood in nats"
+
+
+def test_the_axis_of_losses_leaves_the_first_tenth_of_the_epochs_out():
+    slow = [1000.0, *[2.0 - 0.01 * epoch for epoch in range(19)]]
+    low, high = plotting.losses({"MAF": result([1000.0, *slow])}).axes[0].get_ylim()
+    assert (low, high) == pytest.approx((1.82 - 0.009, 2.0 + 0.009))
+
+
+def test_image_grid_lays_images_out_row_by_row():
+    images = torch.arange(4.0).repeat_interleave(4).reshape(4, 4)
+    sheet = plotting.image_grid({"Data": images}, columns=2).axes[0].images[0].get_array()
+    assert sheet.shape == (5, 5)
+    assert [sheet[0, 0], sheet[0, 3], sheet[3, 0], sheet[3, 3]] == [0, 1, 2, 3]
+    assert math.isnan(sheet.filled(math.nan)[2, 0])
+
+
+def test_image_grid_leaves_places_without_an_image_blank():
+    sheet = plotting.image_grid({"Data": torch.ones(1, 4)}, columns=2).axes[0].images[0].get_array()
+    assert (~torch.from_numpy(sheet.filled(math.nan)).isnan()).sum() == 4
+
+
+def test_pairs_have_a_lower_triangle_of_panels_with_names(rows):
+    figure = plotting.pairs(rows, rows, names=["a", "b", "c"])
+    assert len(figure.axes) == 6
+    assert [axes.get_xlabel() for axes in figure.axes if axes.get_xlabel()] == ["a", "b", "c"]
+    assert [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()] == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (
+            lambda: plotting.scatter(torch.zeros(5), {}),
+            ValueError,
+            r"scatter expected Data .*shape \(5,\)",
+        ),
+        (
+            lambda: plotting.scatter(torch.zeros(5, 2), {"MAF": torch.zeros(5, 1)}),
+            ValueError,
+            r"MAF of shape",
+        ),
+        (lambda: plotting.noise({}, torch.zeros(5, 2)), ValueError, r"at least one model, got none"),
+        (lambda: plotting.noise({"f": FigureOne()}, torch.zeros(5, 2)), TypeError, r"noise expected .*got FigureOne"),
+        (lambda: plotting.noise({"f": MAF(2)}, torch.zeros(5, 2), dims=(0, 2)), ValueError, r"\(rows, 3 or more\)"),
+        (lambda: plotting.contours({}, WINDOW), ValueError, r"at least one density, got none"),
+        (lambda: plotting.contours({"f": FigureOne()}, ((0, 0), (0, 1))), ValueError, r"low < high .*got \(0, 0\)"),
+        (lambda: plotting.losses({}), ValueError, r"at least one result, got none"),
+        (
+            lambda: plotting.image_grid({"Data": torch.zeros(5, 63)}),
+            ValueError,
+            r"square number.*\(5, 63\)",
+        ),
+        (lambda: plotting.image_grid({"Data": torch.zeros(5, 64)}, columns=0), ValueError, r"columns of at least 1"),
+        (lambda: plotting.pairs(torch.zeros(5, 2), torch.zeros(5, 2), names=["a"]), ValueError, r"2 names.*got 1"),
+    ],
+)
+def test_bad_arguments_are_refused_in_words(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
