@@ -238,7 +238,7 @@ class Network(nn.Module):
 
     def check_input(self, x: Any, context: Any, input_dim: int) -> None:
         """Raise what is wrong with an input or a context, if anything."""
-        who, like = type(self).__name__, self.layers[0].weight
+        who, like = type(self).__name__, next(self.layers.parameters())
         check_event(who, "x", x, input_dim, "input_dim", like)
         if context is None and self.context_dim:
             raise ValueError(
@@ -249,7 +249,7 @@ class Network(nn.Module):
                 raise ValueError(f"{who} was built without context_dim and takes no context.")
             check_event(who, "context", context, self.context_dim, "context_dim", like)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         stored = state_dict.get(prefix + "activation_index")
         error_messages = args[-1]
         if stored is not None and int(stored) != int(self.activation_index):
@@ -371,6 +371,11 @@ class MADE(Network):
         return [getattr(self, f"degrees_{index}") for index in range(len(self.hidden_dims))]
 
     @property
+    def masked_layers(self) -> list[MaskedLinear]:
+        """All layers, first to last."""
+        return list(self.layers)  # type: ignore[arg-type]
+
+    @property
     def last_layer(self) -> nn.Linear:
         """The layer that makes the outputs; its rows are the P outputs of input 0, then those of input 1, ..."""
         return self.layers[-1]  # type: ignore[return-value]
@@ -391,12 +396,12 @@ class MADE(Network):
     def _derive(self) -> None:
         """Remake what follows from order and degrees: the masks, and how many units are final at each step."""
         with torch.no_grad():
-            for layer, mask in zip(self.layers, self.masks(), strict=True):
+            for layer, mask in zip(self.masked_layers, self.masks(), strict=True):
                 layer.mask.copy_(mask)
         steps = torch.arange(self.input_dim, device=self.order.device)
         self.ready = [torch.searchsorted(d, steps, right=True).tolist() for d in self.hidden_degrees]
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._derive()
 

@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ class Savable:
     """
 
     _arguments: dict[str, Any]
+    _unsavable: ClassVar[str] = ""
+    """For a class that can not be saved, what to do instead."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -51,7 +53,7 @@ class Savable:
 
         Raises:
             FileNotFoundError: If its folder does not exist.
-            TypeError: If an argument this was built with is none of the above.
+            TypeError: If an argument this was built with is none of the above, or a flow or density at one context.
             ModuleNotFoundError: Without the `train` extra.
         """
         from safetensors.torch import save
@@ -133,6 +135,8 @@ def _rebuild(path: Path, header_text: str, state: dict[str, Tensor]) -> Any:
 
 
 def _describe(module: Savable) -> dict[str, Any]:
+    if module._unsavable:
+        raise TypeError(f"{module!r} can not be saved: {module._unsavable}.")
     arguments = {name: _encode(type(module).__name__, name, value) for name, value in module._arguments.items()}
     return {"class": type(module).__name__, "arguments": arguments}
 

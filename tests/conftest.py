@@ -12,7 +12,7 @@ settings.register_profile(
     "pyro_maf",
     derandomize=True,
     deadline=None,
-    max_examples=25,
+    max_examples=12,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow],
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_maf import IAF, MAF, ConditionalIAF, ConditionalMAF, ConditionalRealNVP, RealNVP, transforms
 from pyro_maf.nn import ACTIVATIONS
-from pyro_maf.transforms import BatchNorm, ConditionalFlow, Flow
+from pyro_maf.transforms import BatchNorm, ConditionalFlow, Flow, LowerTriangularAffine
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,11 @@ def build(name: str, a: Architecture, dtype: torch.dtype, device: str, gain: flo
             if isinstance(member, BatchNorm):
                 member.mean.copy_(torch.randn(member.input_dim))
                 member.variance.copy_(torch.rand(member.input_dim) + 0.1)
+            if isinstance(member, LowerTriangularAffine):
+                # A triangular matrix with entries of size 1 is singular but for rounding from ten rows on.
+                last = member.network.layers[-1] if member.context_dim else torch.nn.Module()
+                for parameter in (member.below, *last.parameters()):
+                    parameter.div_(a.input_dim**0.5)
     return flow
 
 

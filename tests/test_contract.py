@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import io
 import math
 import pickle
@@ -29,7 +28,7 @@ double, single = torch.float64, torch.float32
 
 def points(flow: Flow, *batch: int, scale: float = 1.0) -> Tensor:
     like = like_of(flow)
-    kind = {} if like is None else {"dtype": like.dtype, "device": like.device}
+    kind = {"dtype": double} if like is None else {"dtype": like.dtype, "device": like.device}
     return scale * torch.randn(*batch, flow.input_dim, **kind)
 
 
@@ -37,6 +36,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     """Largest distance between rows, relative to their length (or 1, where that is larger)."""
     if not wanted.numel():
         return 0.0
+    found, wanted = found.detach(), wanted.detach()
     return float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1)).max())
 
 
@@ -62,7 +62,7 @@ def test_inverts_in_double_precision(name: str, device: str, a: Architecture, sc
 
 @given(a=architectures(), scale=st.sampled_from([1.0, 50.0]))
 def test_inverts_in_single_precision(name: str, device: str, a: Architecture, scale: float) -> None:
-    # Half the gain: four layers of scale exp(-4) on top of each other hold less of x than float32 has digits.
+    # Half the gain: four layers of scale exp(-3) on top of each other hold less of x than float32 has digits.
     flow = at_context(build(name, a, single, device, gain=0.5), 20).with_cache(0)
     x = points(flow, 20, scale=scale)
     assert relative_error(flow.inv(flow(x)), x) < 1e-4
@@ -250,7 +250,6 @@ def test_cache_keeps_no_tensor_alive(name: str, device: str, a: Architecture) ->
     flow.inv(y)
     watched = [weakref.ref(x), weakref.ref(y)]
     del x, y
-    gc.collect()
     assert [ref() for ref in watched] == [None, None]
     assert flow._pair is None
 
@@ -312,7 +311,7 @@ def test_scoring_a_sample_has_the_gradient_of_a_fresh_computation(name: str, dev
         return list(torch.autograd.grad(loss, parameters, materialize_grads=True, allow_unused=True))
 
     for found, wanted in zip(gradients(True), gradients(False), strict=True):
-        assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-6 * float(1 + wanted.abs().max()))
+        assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-6 * float(1 + wanted.norm()))
 
 
 @given(a=architectures(largest=4))
@@ -334,14 +333,14 @@ def test_two_losses_from_one_sample(name: str, device: str, a: Architecture) -> 
 @given(a=architectures(largest=4))
 def test_runs_without_gradients_and_in_lower_precision_contexts(name: str, device: str, a: Architecture) -> None:
     flow = at_context(build(name, a, single, device, gain=0.5), 8)
-    x = points(flow, 8)
+    x = points(flow, 8).to(single)
     wanted = flow(x).detach()
     for context in (torch.no_grad(), torch.inference_mode(), torch.autocast(device, dtype=torch.bfloat16)):
         with context:
             y = flow(x)
             back = flow.inv(y.clone())
             log_det = flow.log_abs_det_jacobian(x, y)
-        assert torch.equal(y, wanted)
+        assert relative_error(y, wanted) < 1e-6  # torch may multiply matrices in another order without gradients
         assert y.dtype == back.dtype == log_det.dtype == single
         assert relative_error(back, x) < 1e-4
 
@@ -354,7 +353,9 @@ def test_runs_without_gradients_and_in_lower_precision_contexts(name: str, devic
 def test_first_and_second_derivatives(name: str, device: str, a: Architecture, inverted: bool) -> None:
     if a.activation in ("relu", "leaky_relu", "elu"):
         a = Architecture(**{**vars(a), "activation": "tanh"})  # finite differences need a smooth function
-    a = Architecture(**{**vars(a), "num_layers": min(2, a.num_layers), "hidden_dims": [min(4, h) for h in a.hidden_dims[:2]]})
+    a = Architecture(
+        **{**vars(a), "num_layers": min(2, a.num_layers), "hidden_dims": [min(4, h) for h in a.hidden_dims[:2]]}
+    )
     flow = at_context(build(name, a, double, device, gain=0.5), 2)
     names = [key for key, _ in flow.named_parameters()] + (["context"] if hasattr(flow, "context") else [])
     tensors = dict([*flow.named_parameters(), *flow.named_buffers()])
@@ -385,7 +386,9 @@ class _Both(torch.nn.Module):
 
 
 @given(a=architectures(), after_use=st.booleans())
-def test_copies_pickles_and_moves_through_a_state_dict(name: str, device: str, a: Architecture, after_use: bool) -> None:
+def test_copies_pickles_and_moves_through_a_state_dict(
+    name: str, device: str, a: Architecture, after_use: bool
+) -> None:
     unbound = build(name, a, double, device)
     torch.manual_seed(a.seed)
     flow = at_context(unbound, 5)
@@ -474,9 +477,9 @@ def test_context_broadcasts(name: str, device: str, a: Architecture, inverted: b
     assert y.shape == (4, 3, a.input_dim)
     assert bound.log_abs_det_jacobian(x, y).shape == (4, 3)
     for row in range(4):
-        single_row = flow.condition(context[row, 0])
-        single_row = single_row.inv if inverted else single_row
-        assert torch.allclose(single_row(x), y[row], rtol=1e-9, atol=1e-9)
+        at_one = flow.condition(context[row, 0])
+        at_one = at_one.inv if inverted else at_one
+        assert torch.allclose(at_one(x), y[row], rtol=1e-9, atol=1e-9)
 
 
 @given(a=architectures(largest=4), inverted=st.booleans())

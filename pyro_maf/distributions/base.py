@@ -156,6 +156,7 @@ class ConditionedDensity(Density):
     """
 
     context: Tensor
+    _unsavable = "save the conditional form and condition it anew"
 
     def __init__(self, density: Density, context: Tensor) -> None:
         like = like_of(density)
@@ -166,11 +167,6 @@ class ConditionedDensity(Density):
         self.density: Density = density
         self.has_rsample = density.has_rsample
         self.register_buffer("context", context, persistent=False)
-
-    def save(self, path: Any) -> None:
-        raise TypeError(
-            f"{self.name} at one context can not be saved: save the conditional form and condition it anew."
-        )
 
     @property
     def name(self) -> str:

@@ -46,10 +46,10 @@ class Plan(NamedTuple):
     @classmethod
     def of(cls, made: MADE, context: Tensor | None = None) -> Plan:
         """Lay out a MADE; `context` is (batch, context_dim), (context_dim,) or None. Differentiable."""
-        weights = [layer.masked_weight for layer in made.layers]
+        weights = [layer.masked_weight for layer in made.masked_layers]
         biases = [
             (layer.bias if term is None else layer.bias + term).reshape(-1, layer.out_features).T
-            for layer, term in zip(made.layers, made.context_terms(context), strict=True)
+            for layer, term in zip(made.masked_layers, made.context_terms(context), strict=True)
         ]
         rows = torch.arange(made.input_dim * made.outputs_per_input, device=made.order.device)
         rows = rows.view(made.input_dim, -1)[made.order].flatten()

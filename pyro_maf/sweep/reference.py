@@ -109,7 +109,7 @@ def _partials(scalar_map: ScalarMap, v: Tensor, parameters: Tensor) -> tuple[Ten
     with torch.enable_grad():
         v, parameters = v.detach().requires_grad_(), parameters.detach().requires_grad_()
         w, log_derivative = scalar_map(v, *parameters.unbind(1))
-        partials = []
+        partials: list[Tensor] = []
         for value, keep in ((w, True), (log_derivative, False)):
             partials += torch.autograd.grad(
                 value.sum(), (v, parameters), retain_graph=keep, allow_unused=True, materialize_grads=True

@@ -39,7 +39,7 @@ def solve(made: MADE, scalar_map: ScalarMap, v: Tensor, context: Tensor | None =
         w, logs = unrolled(plan, scalar_map, columns)
         log_det = logs.sum(0)
     else:
-        w, log_det = _Solve.apply(plan, scalar_map, columns, *plan.weights, *plan.biases)  # type: ignore[no-untyped-call]
+        w, log_det = _Solve.apply(plan, scalar_map, columns, *plan.weights, *plan.biases)
     w = w.T[:, made.order.argsort()]
     return w.reshape(v.shape), log_det.reshape(v.shape[:-1])
 

@@ -33,6 +33,11 @@ class Batches:
         self.generator = generator
         self._count = max(1, round(len(rows.data) / size))
 
+    @property
+    def smallest(self) -> int:
+        """Rows in the smallest batch."""
+        return len(self.rows.data) // self._count
+
     def __len__(self) -> int:
         return self._count
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 __all__ = ["Rows", "Units", "check_training", "read_rows", "split", "units_of"]
 
 LEAST_ROWS = 10
@@ -47,14 +46,17 @@ def read_rows(model: Any, data: Any, context: Any, *, dtype: torch.dtype, role: 
         role: "" or "validation ", as errors put it before "data" and "context".
 
     Raises:
-        ValueError: For wrong shapes, values that are not finite, or a context missing, superfluous or of another length.
+        ValueError: For wrong shapes, values that are not finite, or a context missing, superfluous or of another
+            length.
         TypeError: For what is not numeric.
     """
     who = type(model).__name__
     table = _read_table(f"{role}data", data, model.input_dim, f"input_dim of {who}", dtype)
     if not model.context_dim:
         if context is not None:
-            raise ValueError(f"fit got {role}context for {who}, which takes none: leave it out or build a conditional model.")
+            raise ValueError(
+                f"fit got {role}context for {who}, which takes none: leave it out or build a conditional model."
+            )
         return Rows(table, None)
     if context is None:
         raise ValueError(
@@ -124,6 +126,9 @@ def _numbers(name: str, value: Any) -> Tensor:
     if _is_frame(value):
         columns = [_column_of_frame(name, label, column) for label, column in value.items()]
         return torch.from_numpy(np.stack(columns, 1)) if columns else torch.empty(len(value), 0)
+    if isinstance(value, np.ma.MaskedArray) and value.dtype.kind in NUMERIC_KINDS:
+        # What is masked out is missing, whatever number stands there.
+        value = np.ma.filled(value.astype(np.float64), np.nan)
     try:
         array = np.asarray(value)
     except ValueError:

@@ -21,7 +21,7 @@ from pyro_maf.training.data import Rows, check_training, read_rows, split, units
 from pyro_maf.training.interruption import Interruption
 from pyro_maf.training.result import FitResult
 from pyro_maf.training.schedule import Schedule
-from pyro_maf.transforms import ConditionalFlow, Flow
+from pyro_maf.transforms import BatchNorm, ConditionalFlow, Flow
 
 __all__ = ["fit"]
 
@@ -29,6 +29,7 @@ VALIDATION_FRACTION = 0.1
 VALIDATION_BATCH = 2048
 
 
+@torch.inference_mode(False)
 def fit(
     model: Flow | ConditionalFlow | Density | ConditionalDensity,
     data: Any,
@@ -98,15 +99,20 @@ def fit(
     started = time.monotonic()
     weight = _first_weight(model)
     _check_options(batch_size, max_epochs, patience, seed, progress)
-    _check_above_zero("learning_rate", learning_rate)
+    _check_above_zero("learning_rate", learning_rate, finite=True)
     _check_above_zero("max_grad_norm", max_grad_norm)
     lightning = _lightning_parts()
     generator = torch.Generator().manual_seed(seed)
     training, held_out = _read(model, data, context, validation, weight.dtype, generator)
     density = _in_units_of(training, model)
     batches = Batches(training.to(weight.device), batch_size, generator)
+    _check_batches(model, batches, batch_size)
     schedule = Schedule(learning_rate, patience)
-    with Interruption() as interruption, _untouched_random_states(weight.device, seed):
+    with (
+        Interruption() as interruption,
+        _untouched_random_states(weight.device, seed),
+        torch.autocast(weight.device.type, enabled=False),
+    ):
         module = lightning.MaximumLikelihood(
             density.density if isinstance(density, ConditionalDensity) else density,
             batches,
@@ -141,16 +147,25 @@ def _first_weight(model: Any) -> Tensor:
 def _check_options(batch_size: Any, max_epochs: Any, patience: Any, seed: Any, progress: Any) -> None:
     for name, value in (("batch_size", batch_size), ("max_epochs", max_epochs), ("patience", patience)):
         check_positive("fit", name, value)
-    check_positive("fit", "seed", seed, least=0)
+    if check_positive("fit", "seed", seed, least=0) >= 2**63:
+        raise ValueError(f"fit expected seed below 2**63, got {seed}.")
     if progress not in (True, False, "always"):
         raise ValueError(f'fit expected progress to be True, False or "always", got {progress!r}.')
 
 
-def _check_above_zero(name: str, value: Any) -> None:
+def _check_above_zero(name: str, value: Any, finite: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"fit expected {name} to be a number, got {value!r}.")
-    if math.isnan(value) or value <= 0:
-        raise ValueError(f"fit expected {name} above 0, got {value}.")
+    if math.isnan(value) or value <= 0 or (finite and math.isinf(value)):
+        raise ValueError(f"fit expected {name} above 0{' and finite' if finite else ''}, got {value}.")
+
+
+def _check_batches(model: Any, batches: Batches, batch_size: int) -> None:
+    if batches.smallest < 2 and any(isinstance(member, BatchNorm) for member in model.modules()):
+        raise ValueError(
+            f"fit expected batches of at least 2 rows for a model with batch norm, "
+            f"got {len(batches.rows.data)} training rows and batch_size {batch_size}."
+        )
 
 
 def _read(
@@ -172,15 +187,22 @@ def _read(
 
 def _in_units_of(training: Rows, model: Any) -> FlowPrior | ConditionalFlowPrior:
     """The model, standardised by the training rows."""
+    if isinstance(model, FlowPrior) and model.context_dim:
+        units = {name: getattr(model, name) for name in ("loc", "scale", "context_loc", "context_scale")}
+        return ConditionalFlowPrior(model.model, **units)
     if isinstance(model, (FlowPrior, ConditionalFlowPrior)):
         return model
     loc, scale = units_of(training.data)
     if training.context is None:
-        return FlowPrior(model, loc=loc, scale=scale)
+        prior = FlowPrior(model, loc=loc, scale=scale)
+        if prior.batch_shape:
+            raise ValueError(
+                f"fit expected a single density, got {model.name} with batch shape {tuple(prior.batch_shape)}: "
+                "where that is of a context, leave the condition out and give it as context=."
+            )
+        return prior
     context_loc, context_scale = units_of(training.context)
-    return ConditionalFlowPrior(
-        model, loc=loc, scale=scale, context_loc=context_loc, context_scale=context_scale
-    )
+    return ConditionalFlowPrior(model, loc=loc, scale=scale, context_loc=context_loc, context_scale=context_scale)
 
 
 def _lightning_parts() -> ModuleType:

@@ -11,17 +11,28 @@ __all__ = ["Abandoned", "Interruption"]
 
 
 class Abandoned(BaseException):
-    """Raised by a second Ctrl-C. No KeyboardInterrupt, for which Lightning would end the program."""
+    """Raised by a second Ctrl-C, inside. No KeyboardInterrupt, for which Lightning would end the program."""
 
 
 class Interruption:
-    """While entered, the first Ctrl-C sets `requested`, and a second raises `Abandoned`.
+    """While entered, the first Ctrl-C sets `requested`; a second raises `Abandoned`, outside KeyboardInterrupt.
 
     Outside the main thread, where no signals arrive, and where Ctrl-C is ignored, it does nothing.
+
+    Attributes:
+        requested: Whether there was a Ctrl-C.
+
+    Example:
+        >>> import signal
+        >>> with Interruption() as interruption:
+        ...     signal.raise_signal(signal.SIGINT)
+        >>> interruption.requested
+        True
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self._settling = False
         self._before: Any = None
 
     def __enter__(self) -> Interruption:
@@ -35,8 +46,14 @@ class Interruption:
     ) -> None:
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
+        if kind is Abandoned:
+            raise KeyboardInterrupt from None
+
+    def settle(self) -> None:
+        """Raise nothing from now on: what follows is short, and may not be left half done."""
+        self._settling = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and not self._settling:
             raise Abandoned
         self.requested = True

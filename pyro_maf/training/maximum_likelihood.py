@@ -12,7 +12,6 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from rich.console import Console
 
-from pyro_maf.training.interruption import Abandoned
 from pyro_maf.training.module import MaximumLikelihood
 from pyro_maf.training.progress import ProgressBar, shows
 
@@ -25,7 +24,7 @@ def maximise(module: MaximumLikelihood, *, max_epochs: int, progress: bool | str
     """Train `module` where it is, and leave it there with its best weights, in eval mode.
 
     Raises:
-        KeyboardInterrupt: After a second Ctrl-C.
+        Abandoned: At a second Ctrl-C.
     """
     device = module.batches.rows.data.device
     try:
@@ -33,9 +32,8 @@ def maximise(module: MaximumLikelihood, *, max_epochs: int, progress: bool | str
         with _quiet():
             trainer = _trainer(device, max_epochs, _callbacks(progress))
             trainer.fit(module, train_dataloaders=module.batches, val_dataloaders=module.held_out)
-    except Abandoned:
-        raise KeyboardInterrupt from None
     finally:
+        module.interruption.settle()
         # Lightning leaves what it trained on the CPU.
         module.density.to(device)
         module.restore_best()

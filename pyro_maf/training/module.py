@@ -82,7 +82,7 @@ class MaximumLikelihood(LightningModule):
     # -- training -------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """Take the given weights for the best so far."""
+        """Take the given weights for the best so far, to be put back if no others validate."""
         if self._has_act_norm or self._has_batch_norm:
             self.density.fit_statistics(*self.batches.rows)
         self._average.start()
@@ -91,8 +91,8 @@ class MaximumLikelihood(LightningModule):
             for index, batch in enumerate(self.held_out):
                 self.validation_step(batch, index)
         self.density.train()
-        if self.schedule.improves(0, self._validation_mean.take()):
-            self._keep()
+        self.schedule.improves(0, self._validation_mean.take())
+        self._keep()
 
     def training_step(self, batch: Rows, index: int) -> None:
         """One step of Adam, unless the loss or its gradient is not finite."""
@@ -142,7 +142,7 @@ class MaximumLikelihood(LightningModule):
     # -- ending ---------------------------------------------------------------------------------------------------
 
     def restore_best(self) -> None:
-        """Put the weights and statistics in place that validated best, if any did."""
+        """Put the weights and statistics in place that validated best, if it came to that."""
         if self._kept:
             self.density.load_state_dict(self._kept)
 

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from pyro_maf.training.module import MaximumLikelihood
 
@@ -33,9 +34,10 @@ class ProgressBar(Callback):
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
             TextColumn("{task.fields[losses]}"),
-            TimeElapsedColumn(),
+            # Where the line is short, only the bar gives way.
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
             TextColumn("at most"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
             console=console,
         )
         self._updated = 0.0
@@ -58,8 +60,8 @@ class ProgressBar(Callback):
         """Show the epoch's losses."""
         if isinstance(module, MaximumLikelihood) and module.validation_loss:
             epoch = len(module.validation_loss)
-            best = f"best {module.schedule.best:.3f} after {module.schedule.best_epoch}"
-            losses = f"train {module.train_loss[-1]:.3f}  validation {module.validation_loss[-1]:.3f}  {best}"
+            best = f"best {module.schedule.best:.3f}"
+            losses = f"train {module.train_loss[-1]:.3f}  val {module.validation_loss[-1]:.3f}  {best}"
             self._progress.update(self._task, completed=epoch, epoch=epoch, losses=losses)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:

@@ -41,7 +41,8 @@ class FitResult:
         return len(self.validation_loss)
 
     def __repr__(self) -> str:
-        skipped = f"; {self.skipped_steps} steps with a non-finite loss skipped" if self.skipped_steps else ""
+        steps = "1 step" if self.skipped_steps == 1 else f"{self.skipped_steps} steps"
+        skipped = f"; {steps} without a finite loss and gradient skipped" if self.skipped_steps else ""
         return (
             f"FitResult(validation log-likelihood {self.validation_log_likelihood:.3f} nats "
             f"after epoch {self.best_epoch} of {self.epochs}, {self.seconds:.1f} s; "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -67,6 +69,6 @@ class ActNorm(Flow):
         # Asked for at every call: reading the buffer would wait for the device.
         self._is_initialized = bool(self.initialized)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: object) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._derive()

@@ -130,11 +130,11 @@ class Flow(Savable, TransformModule):
     @property
     def inv(self) -> Flow:
         """The inverse, a module that shares this flow's parameters and cache."""
-        inverse = self._inv() if self._inv is not None else None
+        inverse: Any = self._inv() if self._inv is not None else None  # type: ignore[call-arg]
         if inverse is None:
             inverse = Inverse(self)
             # A weak reference: a strong one would make a cycle, and `modules()` must not find the inverse.
-            self._inv = weakref.ref(inverse)
+            self._inv = weakref.ref(inverse)  # type: ignore[assignment]
         return inverse
 
     @property
@@ -266,17 +266,14 @@ class Conditioned(Flow):
     """
 
     context: Tensor
+    _unsavable = "save the conditional flow and condition it anew"
 
     def __init__(self, flow: Flow, context: Tensor) -> None:
         super().__init__(flow.input_dim)
         self.flow = flow
-        context = check_event(flow.name, "context", context, flow.context_dim, "context_dim", like_of(flow))
+        like = like_of(flow)
+        context = check_event(flow.name, "context", converted(context, like), flow.context_dim, "context_dim", like)
         self.register_buffer("context", context, persistent=False)
-
-    def save(self, path: Any) -> None:
-        raise TypeError(
-            f"{self.name} at one context can not be saved: save the conditional flow and condition it anew."
-        )
 
     @property
     def name(self) -> str:

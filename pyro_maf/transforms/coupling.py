@@ -51,6 +51,9 @@ class AffineCoupling(Flow):
     """
 
     mask: Tensor
+    _kept: Tensor
+    _moved: Tensor
+    _place: Tensor
 
     def __init__(
         self,
@@ -76,12 +79,13 @@ class AffineCoupling(Flow):
         parameters = self.scalar.num_parameters
         widths = [parameters * moved] if networks == "joint" else [moved] * parameters
         activations = [activation] if networks == "joint" else [activation, "tanh"]
-        self.networks = torch.nn.ModuleList(
+        made = [
             MLP(kept, hidden_dims, width, context_dim=context_dim, activation=name)
             for width, name in zip(widths, activations, strict=True)
-        )
-        for network in self.networks:
+        ]
+        for network in made:
             network.zero_output()
+        self.networks = torch.nn.ModuleList(made)
         self._derive()
 
     def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -92,7 +96,7 @@ class AffineCoupling(Flow):
 
     def _through_map(self, scalar_map: Any, given: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         kept, moved = given[..., self._kept], given[..., self._moved]
-        parameters = torch.cat([network.run(kept, context) for network in self.networks], -1)
+        parameters = torch.cat([network.run(kept, context) for network in self.networks], -1)  # type: ignore[operator]
         moved, log_derivative = scalar_map(moved, *parameters.chunk(self.scalar.num_parameters, -1))
         if moved.shape[:-1] != kept.shape[:-1]:
             kept = kept.expand(*moved.shape[:-1], -1)

@@ -34,6 +34,7 @@ class Permute(Flow):
     """
 
     permutation: Tensor
+    _inverse_permutation: Tensor
 
     def __init__(self, permutation: Sequence[int] | Tensor) -> None:
         permutation = check_permutation("Permute", "permutation", permutation)

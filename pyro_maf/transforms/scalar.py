@@ -42,17 +42,19 @@ class Affine:
         (1.5, 0.0)
     """
 
-    BOUND = 4.0
+    BOUND = 3.0
     num_parameters = 2
 
-    def forward(self, x: Tensor, shift: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         """y and log dy/dx = alpha."""
+        shift, a = parameters
         alpha = self._alpha(a)
         half = torch.exp(0.5 * alpha)
         return (x * half + shift) * half, alpha
 
-    def inverse(self, y: Tensor, shift: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, y: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         """x and log dy/dx = alpha."""
+        shift, a = parameters
         alpha = self._alpha(a)
         half = torch.exp(-0.5 * alpha)
         return (y * half - shift) * half, alpha

@@ -1,0 +1,139 @@
+"""What goes wrong with the autoregressive flow and the permutation that come with Pyro 1.9.2, and must not go wrong here.
+
+Every test asks its question of what the two builders make, and uses nothing that Pyro's own lack.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_maf import transforms
+
+
+def autoregressive(input_dim: int, hidden_dims: Sequence[int] = (16,)) -> Any:
+    return transforms.InverseAutoregressive(input_dim, hidden_dims=hidden_dims)
+
+
+def permute(permutation: Tensor) -> Any:
+    return transforms.Permute(permutation)
+
+
+def shaken(flow: Any, gain: float = 0.5) -> Any:
+    """Weights drawn at random, as if trained, in the dtype of the flow."""
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            fan_in = parameter.shape[1] if parameter.dim() == 2 else 4
+            parameter.copy_(gain * torch.randn(parameter.shape) / fan_in**0.5)
+    return flow
+
+
+def density_of(flow: Any, input_dim: int = 3, **kwargs: Any) -> Any:
+    base = dist.Normal(torch.zeros(input_dim, dtype=torch.float64), 1.0, **kwargs).to_event(1)
+    return dist.TransformedDistribution(base, [flow], **kwargs)
+
+
+def test_score_of_a_sample_follows_the_parameters() -> None:
+    """There, the density of a sample stays that of the weights it was drawn with."""
+    flow = shaken(autoregressive(3).double())
+    density = density_of(flow)
+    optimizer = torch.optim.SGD(flow.parameters(), lr=0.1)
+    y = density.rsample([4])
+    density.log_prob(y).mean().backward()
+    optimizer.step()
+    torch.testing.assert_close(density.log_prob(y), density.log_prob(y.clone()), rtol=1e-9, atol=1e-9)
+
+
+def test_trains_on_one_tensor_over_and_over() -> None:
+    """There, the second step walks the graph of the first and torch refuses."""
+    flow = shaken(autoregressive(3).double())
+    data = 1 + 0.5 * torch.randn(50, 3, dtype=torch.float64)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=0.05)
+    losses = []
+    for _ in range(10):
+        loss = -density_of(flow).log_prob(data).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_can_be_copied_after_use() -> None:
+    """There, the cache holds tensors with a history, which can not be copied."""
+    flow = shaken(autoregressive(3).double())
+    x = torch.randn(4, 3, dtype=torch.float64)
+    y = flow(x)
+    torch.testing.assert_close(copy.deepcopy(flow)(x.clone()), y, rtol=0, atol=0)
+
+
+def test_inverts_in_double_precision_under_a_single_precision_default() -> None:
+    """There, the loop starts from zeros of the default dtype."""
+    assert torch.get_default_dtype() == torch.float32
+    flow = shaken(autoregressive(3).double())
+    x = torch.randn(4, 3, dtype=torch.float64)
+    back = flow.inv(flow(x).clone())
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-12)
+
+
+def test_hidden_layers_may_be_narrower_than_the_input() -> None:
+    """There, refused. A bottleneck still lets the last output see every input before it."""
+    flow = shaken(autoregressive(5, [3]).double())
+    jacobian = torch.autograd.functional.jacobian(flow, torch.full((5,), 0.5, dtype=torch.float64))
+    assert bool((jacobian.tril() == jacobian).all())
+    assert int((jacobian[-1] != 0).sum()) >= 4
+
+
+def test_density_compiles_in_one_graph() -> None:
+    flow = shaken(autoregressive(3).double())
+    density = density_of(flow.inv, validate_args=False)
+    y = torch.randn(4, 3, dtype=torch.float64)
+    torch._dynamo.reset()
+    compiled = torch.compile(density.log_prob, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(y), density.log_prob(y))
+
+
+def test_inverted_layers_keep_their_parameters() -> None:
+    """There, an inverse is no module, so a stack of them is registered, trained and saved without any weights."""
+    layers = [shaken(autoregressive(3).double()) for _ in range(2)]
+    inverted = dist.ComposeTransformModule([layer.inv for layer in layers])
+    wanted = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    assert {id(parameter) for parameter in inverted.parameters()} == wanted
+    assert len(inverted.state_dict()) == sum(len(layer.state_dict()) for layer in layers)
+
+
+def test_permutation_is_saved() -> None:
+    """There, the same weights behind another permutation load without a word, and are another density."""
+
+    def build(permutation: list[int]) -> Any:
+        return dist.ComposeTransformModule([autoregressive(3).double(), permute(torch.tensor(permutation))])
+
+    stored, other = shaken(build([2, 0, 1])), build([1, 2, 0])
+    other.load_state_dict(stored.state_dict())
+    x = torch.randn(4, 3, dtype=torch.float64)
+    torch.testing.assert_close(other(x), stored(x), rtol=0, atol=0)
+    torch.testing.assert_close(other.inv(x), stored.inv(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_a_wrong_width_is_named(width: int) -> None:
+    """There, one hears of mat1 and mat2."""
+    flow = autoregressive(3)
+    for direction in (flow, flow.inv):
+        with pytest.raises(ValueError, match=rf"expected . with last dimension 3 .*, got shape \(7, {width}\)"):
+            direction(torch.zeros(7, width))
+
+
+def test_single_precision_round_trip_in_the_tails() -> None:
+    """There, a log-scale x is clamped as x + (bound - x), which float32 rounds to anything once x is large."""
+    flow = shaken(autoregressive(5, [32, 32]), gain=2.0)
+    x = 50 * torch.randn(1000, 5)
+    with torch.no_grad():
+        back = flow.inv(flow(x).clone())
+    assert float(((back - x).norm(dim=-1) / x.norm(dim=-1)).max()) < 1e-4
