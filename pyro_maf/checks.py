@@ -67,7 +67,8 @@ def check_event(who: str, name: str, value: Any, size: int, size_name: str, like
         )
     if like is not None and value.device != like.device:
         raise ValueError(
-            f"{who} has its parameters on {like.device}, got {name} on {value.device}: move one of them with .to(device)."
+            f"{who} has its parameters on {like.device}, got {name} on {value.device}: "
+            "move one of them with .to(device)."
         )
     return value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from pyro_maf.datasets import FigureOne, patches
 def demo():
     spec = importlib.util.spec_from_file_location("demo", Path(__file__).parent.parent / "examples" / "demo.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules["demo"] = module  # where its dataclasses look for their types
     spec.loader.exec_module(module)
     return module
 

@@ -40,7 +40,7 @@ def density_of(flow: Any, input_dim: int = 3, **kwargs: Any) -> Any:
 
 
 def test_score_of_a_sample_follows_the_parameters() -> None:
-    """There, the density of a sample stays that of the weights it was drawn with."""
+    """Pyro's cache knows nothing of weights: the density of a sample stays that of those it was drawn with."""
     flow = shaken(autoregressive(3).double())
     density = density_of(flow)
     optimizer = torch.optim.SGD(flow.parameters(), lr=0.1)
@@ -51,7 +51,7 @@ def test_score_of_a_sample_follows_the_parameters() -> None:
 
 
 def test_trains_on_one_tensor_over_and_over() -> None:
-    """There, the second step walks the graph of the first and torch refuses."""
+    """Pyro's cache knows the tensor from the step before, whose graph is gone: torch refuses the second backward."""
     flow = shaken(autoregressive(3).double())
     data = 1 + 0.5 * torch.randn(50, 3, dtype=torch.float64)
     optimizer = torch.optim.Adam(flow.parameters(), lr=0.05)
@@ -66,7 +66,7 @@ def test_trains_on_one_tensor_over_and_over() -> None:
 
 
 def test_can_be_copied_after_use() -> None:
-    """There, the cache holds tensors with a history, which can not be copied."""
+    """Pyro's cache is copied along, and torch copies no tensor that has a history."""
     flow = shaken(autoregressive(3).double())
     x = torch.randn(4, 3, dtype=torch.float64)
     y = flow(x)
@@ -74,7 +74,7 @@ def test_can_be_copied_after_use() -> None:
 
 
 def test_inverts_in_double_precision_under_a_single_precision_default() -> None:
-    """There, the loop starts from zeros of the default dtype."""
+    """Pyro's inverse starts from zeros of the default dtype."""
     assert torch.get_default_dtype() == torch.float32
     flow = shaken(autoregressive(3).double())
     x = torch.randn(4, 3, dtype=torch.float64)
@@ -83,16 +83,18 @@ def test_inverts_in_double_precision_under_a_single_precision_default() -> None:
 
 
 def test_hidden_layers_may_be_narrower_than_the_input() -> None:
-    """There, refused. A bottleneck still lets the last output see every input before it."""
+    """Pyro refuses them. Even behind a bottleneck the last output sees every input before it."""
     flow = shaken(autoregressive(5, [3]).double())
     jacobian = torch.autograd.functional.jacobian(flow, torch.full((5,), 0.5, dtype=torch.float64))
     assert bool((jacobian.tril() == jacobian).all())
     assert int((jacobian[-1] != 0).sum()) >= 4
 
 
-def test_density_compiles_in_one_graph() -> None:
+@pytest.mark.parametrize("sequential", [False, True], ids=["parallel", "sequential"])
+def test_density_compiles_in_one_graph(sequential: bool) -> None:
+    """Pyro's loop of the sequential direction reads its indices from a tensor, which breaks the graph."""
     flow = shaken(autoregressive(3).double())
-    density = density_of(flow.inv, validate_args=False)
+    density = density_of(flow if sequential else flow.inv, validate_args=False)
     y = torch.randn(4, 3, dtype=torch.float64)
     torch._dynamo.reset()
     compiled = torch.compile(density.log_prob, fullgraph=True, backend="eager")
@@ -100,7 +102,7 @@ def test_density_compiles_in_one_graph() -> None:
 
 
 def test_inverted_layers_keep_their_parameters() -> None:
-    """There, an inverse is no module, so a stack of them is registered, trained and saved without any weights."""
+    """Pyro's inverse is no module, so a stack of them is registered, trained and saved without any weights."""
     layers = [shaken(autoregressive(3).double()) for _ in range(2)]
     inverted = dist.ComposeTransformModule([layer.inv for layer in layers])
     wanted = {id(parameter) for layer in layers for parameter in layer.parameters()}
@@ -109,7 +111,7 @@ def test_inverted_layers_keep_their_parameters() -> None:
 
 
 def test_permutation_is_saved() -> None:
-    """There, the same weights behind another permutation load without a word, and are another density."""
+    """Pyro's is no module: weights load without a word behind another permutation, and are another density."""
 
     def build(permutation: list[int]) -> Any:
         return dist.ComposeTransformModule([autoregressive(3).double(), permute(torch.tensor(permutation))])
@@ -123,7 +125,7 @@ def test_permutation_is_saved() -> None:
 
 @pytest.mark.parametrize("width", [2, 4])
 def test_a_wrong_width_is_named(width: int) -> None:
-    """There, one hears of mat1 and mat2."""
+    """From Pyro one hears of mat1 and mat2."""
     flow = autoregressive(3)
     for direction in (flow, flow.inv):
         with pytest.raises(ValueError, match=rf"expected . with last dimension 3 .*, got shape \(7, {width}\)"):
@@ -131,7 +133,7 @@ def test_a_wrong_width_is_named(width: int) -> None:
 
 
 def test_single_precision_round_trip_in_the_tails() -> None:
-    """There, a log-scale x is clamped as x + (bound - x), which float32 rounds to anything once x is large."""
+    """Pyro clamps a log-scale a as a + (bound - a), of which float32 keeps few digits once a is large."""
     flow = shaken(autoregressive(5, [32, 32]), gain=2.0)
     x = 50 * torch.randn(1000, 5)
     with torch.no_grad():

@@ -1,0 +1,467 @@
+"""Fitting: that it learns and keeps its best, why it ends, what it shows, and that it leaves all else alone."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import pickle
+import random
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.distributions import MultivariateNormal, Normal
+
+from pyro_maf import (
+    IAF,
+    MAF,
+    ConditionalFlowPrior,
+    ConditionalIAF,
+    ConditionalMADEMoG,
+    ConditionalMAF,
+    ConditionalMAFMoG,
+    ConditionalRealNVP,
+    FlowPrior,
+    MADEMoG,
+    MAFMoG,
+    RealNVP,
+    fit,
+)
+from pyro_maf.training import FitResult
+from pyro_maf.training.interruption import Interruption
+from pyro_maf.training.progress import shows
+from pyro_maf.training.schedule import Schedule
+from pyro_maf.transforms import ActNorm, LowerTriangularAffine, MaskedAutoregressive, Permute, Stack
+
+ROOT = Path(__file__).parent.parent
+SMALL: dict[str, Any] = {"num_layers": 2, "hidden_dims": [16]}
+QUICK: dict[str, Any] = {"batch_size": 50, "max_epochs": 3, "progress": False}
+GAUSSIAN = MultivariateNormal(
+    torch.tensor([3.0, -2.0], dtype=torch.float64),
+    scale_tril=torch.tensor([[1.0, 0.0], [1.2, 0.5]], dtype=torch.float64),
+)
+"""Its total correlation is 0.96 nats: what a fit has to gain on independent normals, which is where a flow starts."""
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "MAF": lambda: MAF(2, **SMALL),
+    "IAF": lambda: IAF(2, **SMALL),
+    "RealNVP": lambda: RealNVP(2, **SMALL),
+    "MAF, batch norm": lambda: MAF(2, batch_norm=True, **SMALL),
+    "IAF, batch norm": lambda: IAF(2, batch_norm=True, **SMALL),
+    "RealNVP, batch norm": lambda: RealNVP(2, batch_norm=True, **SMALL),
+    "inverse of IAF": lambda: IAF(2, **SMALL).inv,
+    "Stack with ActNorm": lambda: Stack(
+        [ActNorm(2), MaskedAutoregressive(2, hidden_dims=[16]), Permute([1, 0]), ActNorm(2)]
+    ),
+    "LowerTriangularAffine": lambda: LowerTriangularAffine(2),
+    "MADEMoG": lambda: MADEMoG(2, hidden_dims=[16], num_components=3),
+    "MAFMoG": lambda: MAFMoG(2, num_components=3, **SMALL),
+    "MAFMoG, batch norm": lambda: MAFMoG(2, num_components=3, batch_norm=True, **SMALL),
+    "FlowPrior": lambda: FlowPrior(MAF(2, **SMALL), loc=torch.tensor([2.0, -1.0]), scale=torch.tensor([1.5, 1.0])),
+}
+CONDITIONAL_FAMILIES: dict[str, Callable[[], Any]] = {
+    "ConditionalMAF": lambda: ConditionalMAF(2, 1, **SMALL),
+    "ConditionalIAF": lambda: ConditionalIAF(2, 1, **SMALL),
+    "ConditionalRealNVP": lambda: ConditionalRealNVP(2, 1, **SMALL),
+    "ConditionalMAF, batch norm": lambda: ConditionalMAF(2, 1, batch_norm=True, **SMALL),
+    "ConditionalMADEMoG": lambda: ConditionalMADEMoG(2, 1, hidden_dims=[16], num_components=3),
+    "ConditionalMAFMoG": lambda: ConditionalMAFMoG(2, 1, num_components=3, **SMALL),
+    "ConditionalFlowPrior": lambda: ConditionalFlowPrior(
+        ConditionalMAF(2, 1, **SMALL), scale=torch.tensor([2.0, 2.0]), context_scale=torch.tensor([10.0])
+    ),
+    "MAF that asks for a context": lambda: MAF(2, context_dim=1, **SMALL),
+    "FlowPrior that asks for a context": lambda: FlowPrior(MAF(2, context_dim=1, **SMALL)),
+}
+
+
+def gaussian_rows(rows: int = 300, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(rows, 2, generator=generator, dtype=torch.float64)
+    return GAUSSIAN.loc + noise @ GAUSSIAN.scale_tril.T
+
+
+def seeded(make: Callable[[], Any]) -> Any:
+    torch.manual_seed(0)
+    return make()
+
+
+def small_maf() -> Any:
+    return seeded(lambda: MAF(2, num_layers=1, hidden_dims=[8]).double())
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def mean_log_prob(density: Any, rows: Tensor) -> float:
+    with torch.no_grad():
+        return density.log_prob(rows).mean().item()
+
+
+class Hooked(MaskedAutoregressive):
+    """A layer that does something of the test's choosing at each training step."""
+
+    def __init__(self, at_step: Callable[[int, Tensor], Tensor]) -> None:
+        super().__init__(2, hidden_dims=[8])
+        self.double()
+        self.at_step = at_step
+        self.steps = 0
+
+    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, log_det = super()._pull(y, context)
+        if self.training:
+            self.steps += 1
+            log_det = self.at_step(self.steps, log_det)
+        return x, log_det
+
+
+# -- learning ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_correlated_gaussian_is_learnt() -> None:
+    test = gaussian_rows(4000, seed=1)
+    model = seeded(lambda: MAF(2, **SMALL).double())
+    result = fit(model, gaussian_rows(4000), max_epochs=12, learning_rate=5e-3, progress=False)
+    exact = GAUSSIAN.log_prob(test).mean().item()
+    assert exact - 0.01 < mean_log_prob(result.density, test) < exact + 0.001
+    drawn = result.density.sample((20_000,))
+    assert torch.allclose(drawn.mean(0), GAUSSIAN.mean, atol=0.1)
+    assert torch.allclose(drawn.T.cov(), GAUSSIAN.covariance_matrix, atol=0.1)
+
+
+def test_a_conditional_gaussian_is_learnt() -> None:
+    context = 50 + 20 * torch.randn(3000, 1, dtype=torch.float64)
+    data = 7 - 0.3 * context + 2 * torch.randn(3000, 1, dtype=torch.float64)
+    train, test = slice(0, 2000), slice(2000, None)
+    model = seeded(lambda: ConditionalMAF(1, 1, **SMALL).double())
+    result = fit(model, data[train], context=context[train], max_epochs=12, learning_rate=5e-3, progress=False)
+    exact = Normal(7 - 0.3 * context[test, 0], 2.0).log_prob(data[test, 0]).mean().item()
+    assert exact - 0.02 < mean_log_prob(result.density.condition(context[test]), data[test]) < exact + 0.01
+
+
+@pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES.keys())
+def test_every_family_learns_and_keeps_its_best(make: Callable[[], Any]) -> None:
+    model, validation = seeded(make).double(), gaussian_rows(100, seed=1)
+    result = fit(
+        model, gaussian_rows(), validation=validation, batch_size=50, max_epochs=15, learning_rate=2e-2, progress=False
+    )
+    assert result.validation_log_likelihood > GAUSSIAN.log_prob(validation).mean() - 0.2
+    assert result.validation_log_likelihood == -min(result.validation_loss)
+    assert result.validation_loss[result.best_epoch - 1] == min(result.validation_loss)
+    assert mean_log_prob(result.density, validation) == pytest.approx(result.validation_log_likelihood, rel=1e-12)
+    assert not any(member.training for member in (*result.density.modules(), *model.modules()))
+    assert result.density is model or result.density.model is model
+
+
+@pytest.mark.parametrize("make", CONDITIONAL_FAMILIES.values(), ids=CONDITIONAL_FAMILIES.keys())
+def test_every_conditional_family_learns_and_keeps_its_best(make: Callable[[], Any]) -> None:
+    context, new = 10 * torch.randn(300, 1).double(), 10 * torch.randn(100, 1).double()
+    data, validation = gaussian_rows() + context, gaussian_rows(100, seed=1) + new
+    result = fit(
+        seeded(make).double(),
+        data,
+        context=context,
+        validation=(validation, new),
+        batch_size=50,
+        max_epochs=20,
+        learning_rate=2e-2,
+        progress=False,
+    )
+    # On its own the data is at best a Gaussian of the covariance that the context widens.
+    unconditional = MultivariateNormal(data.mean(0), data.T.cov()).log_prob(validation).mean()
+    assert isinstance(result.density, ConditionalFlowPrior)
+    assert result.validation_log_likelihood > unconditional + 0.5
+    assert result.validation_log_likelihood == -min(result.validation_loss)
+    fitted = mean_log_prob(result.density.condition(new), validation)
+    assert fitted == pytest.approx(result.validation_log_likelihood, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_model_keeps_its_dtype_and_device(dtype: torch.dtype, device: str) -> None:
+    model = small_maf().to(device=device, dtype=dtype)
+    result = fit(model, gaussian_rows(), **QUICK)
+    value = gaussian_rows(5).to(device=device, dtype=dtype)
+    assert {tensor.dtype for tensor in result.density.state_dict().values() if tensor.is_floating_point()} == {dtype}
+    assert {tensor.device.type for tensor in result.density.state_dict().values()} == {device}
+    assert result.density.log_prob(value).dtype == result.density.sample().dtype == dtype
+
+
+def test_parameters_that_are_frozen_stay() -> None:
+    model = seeded(lambda: MAF(2, **SMALL).double())
+    model[0].requires_grad_(False)
+    before = weights(model)
+    fit(model, gaussian_rows(), learning_rate=1e-2, **QUICK)
+    after = weights(model)
+    moved = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"1"}
+
+
+# -- the same every time, and nothing else touched --------------------------------------------------------------------
+
+
+def noisy() -> Any:
+    """A layer that draws numbers as it trains, as dropout does."""
+    return Hooked(lambda step, log_det: log_det + 0.01 * torch.randn_like(log_det))
+
+
+@pytest.mark.parametrize("make", [lambda: MAF(2, batch_norm=True, **SMALL), noisy], ids=["MAF", "noisy"])
+def test_the_same_call_gives_the_same_result(make: Callable[[], Any]) -> None:
+    model = seeded(make)
+    twin, third = copy.deepcopy(model), copy.deepcopy(model)
+    one = fit(model, gaussian_rows(), **QUICK)
+    torch.manual_seed(123)
+    other = fit(twin, gaussian_rows(), **QUICK)
+    assert (one.train_loss, one.validation_loss) == (other.train_loss, other.validation_loss)
+    assert same(weights(one.density), weights(other.density))
+    assert fit(third, gaussian_rows(), seed=1, **QUICK).train_loss != one.train_loss
+
+
+def test_global_random_states_are_left_alone() -> None:
+    model = noisy()
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    fit(model, gaussian_rows(), **QUICK)
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_nothing_is_printed_or_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    environment, handlers = dict(os.environ), [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for progress in (False, True):
+        fit(small_maf(), gaussian_rows(), **{**QUICK, "progress": progress})
+    assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
+    assert dict(os.environ) == environment
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["no_grad", "inference_mode", "autocast"],
+)
+def test_the_modes_of_the_caller_change_nothing(mode: Callable[[], Any]) -> None:
+    model, twin = small_maf().float(), small_maf().float()
+    plain = fit(model, gaussian_rows(), **QUICK)
+    with mode():
+        result = fit(twin, gaussian_rows(), **QUICK)
+    assert result.validation_loss == plain.validation_loss
+    result.density.rsample((3,)).sum().backward()
+
+
+def test_a_fit_may_run_outside_the_main_thread() -> None:
+    results: list[FitResult] = []
+    thread = threading.Thread(target=lambda: results.append(fit(small_maf(), gaussian_rows(), **QUICK)))
+    thread.start()
+    thread.join()
+    assert results[0].validation_loss == fit(small_maf(), gaussian_rows(), **QUICK).validation_loss
+
+
+def test_a_fitted_density_can_be_copied_and_pickled() -> None:
+    density, rows = fit(small_maf(), gaussian_rows(), **QUICK).density, gaussian_rows(5)
+    for twin in (copy.deepcopy(density), pickle.loads(pickle.dumps(density))):
+        assert torch.equal(twin.log_prob(rows), density.log_prob(rows))
+
+
+# -- ending -----------------------------------------------------------------------------------------------------------
+
+
+def test_it_ends_when_nothing_is_gained_any_more() -> None:
+    result = fit(small_maf(), gaussian_rows(), learning_rate=0.3, patience=4, batch_size=50, progress=False)
+    assert result.stop_reason == "no better validation log-likelihood for 4 epochs"
+    assert result.epochs == result.best_epoch + 4 < 1000
+    assert -result.validation_log_likelihood == min(result.validation_loss) < result.validation_loss[-1]
+
+
+def test_it_ends_after_the_last_epoch() -> None:
+    result = fit(small_maf(), gaussian_rows(), **QUICK)
+    assert result.stop_reason == "reached max_epochs (3)"
+    assert (result.epochs, len(result.train_loss), result.skipped_steps) == (3, 3, 0)
+    assert result.seconds > 0
+
+
+def test_the_learning_rate_is_halved_after_a_quarter_of_the_patience() -> None:
+    schedule = Schedule(learning_rate=1.0, patience=8)
+    rates = []
+    for epoch, loss in enumerate([2.0, 1.0, 1.5, math.nan, 1.5, 1.0, 1.5, 1.5, 1.5, 1.5]):
+        assert not schedule.is_over
+        schedule.improves(epoch, loss)
+        rates.append(schedule.learning_rate)
+    assert rates == [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125, 0.0625]
+    assert (schedule.best, schedule.best_epoch, schedule.is_over) == (1.0, 1, True)
+
+
+def test_weights_that_are_the_best_already_are_given_back() -> None:
+    model = small_maf()
+    given = weights(model)
+    result = fit(model, gaussian_rows(), validation=gaussian_rows(20) + 1e200, **QUICK)
+    assert (result.best_epoch, result.validation_log_likelihood) == (0, -math.inf)
+    assert same(weights(model), given)
+
+
+BAD_STEPS = {
+    "loss": lambda log_det: log_det * math.nan,
+    "infinite loss": lambda log_det: log_det - math.inf,
+    # Its value is that of log_det, and its derivative 0 * inf.
+    "gradient": lambda log_det: log_det + ((log_det - log_det.detach()).abs() + 0.0).sqrt(),
+}
+
+
+@pytest.mark.parametrize("spoil", BAD_STEPS.values(), ids=BAD_STEPS.keys())
+def test_steps_that_are_not_finite_are_skipped(spoil: Callable[[Tensor], Tensor]) -> None:
+    model = Hooked(lambda step, log_det: spoil(log_det) if step % 4 == 0 else log_det)
+    result = fit(model, gaussian_rows(), batch_size=27, max_epochs=3, learning_rate=1e-2, progress=False)
+    assert (model.steps, result.skipped_steps) == (30, 7)
+    assert all(math.isfinite(loss) for loss in (*result.train_loss, *result.validation_loss))
+    assert result.best_epoch > 0
+    assert "7 steps without a finite loss and gradient skipped" in repr(result)
+
+
+def test_it_ends_when_no_step_is_finite() -> None:
+    model = Hooked(lambda step, log_det: log_det * math.nan if step > 10 else log_det)
+    result = fit(model, gaussian_rows(), batch_size=27, max_epochs=5, progress=False)
+    assert result.stop_reason == "no step of epoch 2 had a finite loss and gradient"
+    assert (result.epochs, result.skipped_steps) == (2, 10)
+    assert math.isnan(result.train_loss[1])
+    assert math.isfinite(result.validation_log_likelihood)
+
+
+# -- Ctrl-C -----------------------------------------------------------------------------------------------------------
+
+
+def pressing(at: int, times: int = 1) -> Callable[[int, Tensor], Tensor]:
+    """Press Ctrl-C in one step."""
+
+    def at_step(step: int, log_det: Tensor) -> Tensor:
+        for _ in range(times if step == at else 0):
+            signal.raise_signal(signal.SIGINT)
+        return log_det
+
+    return at_step
+
+
+def test_ctrl_c_ends_a_fit_with_the_best_so_far() -> None:
+    started, validation = threading.Event(), gaussian_rows(50, seed=1)
+
+    def at_step(step: int, log_det: Tensor) -> Tensor:
+        started.set()
+        return log_det
+
+    def press() -> None:
+        started.wait(60)
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    threading.Thread(target=press).start()
+    endless = {"max_epochs": 10**9, "patience": 10**9, "progress": False}
+    result = fit(Hooked(at_step), gaussian_rows(), validation=validation, **endless)
+    assert result.stop_reason == "interrupted"
+    assert result.validation_log_likelihood == -min(result.validation_loss)
+    assert mean_log_prob(result.density, validation) == pytest.approx(result.validation_log_likelihood, rel=1e-12)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_ends_an_epoch_halfway() -> None:
+    model = Hooked(pressing(at=14))
+    result = fit(model, gaussian_rows(), batch_size=27, max_epochs=3, progress=False)
+    assert (model.steps, result.epochs, result.stop_reason) == (14, 2, "interrupted")
+    assert "stopped: interrupted" in repr(result)
+
+
+def test_a_second_ctrl_c_raises_and_leaves_the_best() -> None:
+    model, twin = Hooked(pressing(at=25, times=2)), Hooked(pressing(at=-1))
+    twin.load_state_dict(model.state_dict())
+    options = {"batch_size": 27, "learning_rate": 1e-2, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, gaussian_rows(), max_epochs=5, **options)
+    assert fit(twin, gaussian_rows(), max_epochs=2, **options).best_epoch == 2
+    assert model.steps == 25
+    assert not model.training
+    assert same(weights(model), weights(twin))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_ends_a_fit_is_not_left_half_done() -> None:
+    with Interruption() as interruption:
+        interruption.settle()
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+    assert interruption.requested
+
+
+def test_ctrl_c_twice_ends_a_program_as_it_always_does() -> None:
+    program = """
+        import os, signal, torch
+        from pyro_maf import MAF, fit
+
+        class Pressed(MAF):
+            def _pull(self, y, context=None):
+                if self.training:
+                    os.kill(os.getpid(), signal.SIGINT)
+                return super()._pull(y, context)
+
+        try:
+            fit(Pressed(2, num_layers=1), torch.randn(100, 2), batch_size=10, progress="always")
+        finally:
+            print("cleaned up")
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == -signal.SIGINT
+    assert ended.stdout == "cleaned up\n"
+    assert ended.stderr.strip().endswith("KeyboardInterrupt")
+
+
+# -- what it shows ----------------------------------------------------------------------------------------------------
+
+
+def test_the_bar_shows_epoch_losses_and_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    result = fit(small_maf(), gaussian_rows(), **{**QUICK, "progress": "always"})
+    out, err = capsys.readouterr()
+    losses = f"train {result.train_loss[-1]:.3f}  val {result.validation_loss[-1]:.3f}"
+    best = f"best {-result.validation_log_likelihood:.3f}"
+    assert out == ""
+    assert re.search(rf"epoch 3 ━+ {losses}  {best} \d:\d\d:\d\d at most 00:00", err)
+
+
+def test_the_bar_is_for_terminals_and_notebooks() -> None:
+    terminal, file = Console(stderr=True, force_terminal=True), Console(stderr=True, force_terminal=False)
+    notebook = Console(stderr=True, force_terminal=False, force_jupyter=True)
+    assert [shows(True, console) for console in (terminal, notebook, file)] == [True, True, False]
+    assert [shows("always", console) for console in (terminal, notebook, file)] == [True, True, True]
+    assert [shows(False, console) for console in (terminal, notebook, file)] == [False, False, False]
+
+
+def test_the_result_says_in_one_line_how_it_went() -> None:
+    parts: dict[str, Any] = {"density": None, "train_loss": (3.0, 2.0), "validation_loss": (2.5, 2.25)}
+    result = FitResult(
+        **parts, best_epoch=2, validation_log_likelihood=-2.25, seconds=1.25, stop_reason="reached max_epochs (2)"
+    )
+    assert repr(result) == (
+        "FitResult(validation log-likelihood -2.250 nats after epoch 2 of 2, 1.2 s; stopped: reached max_epochs (2))"
+    )
+    assert result.epochs == 2
