@@ -21,7 +21,7 @@ from torch.distributions import AffineTransform
 from pyro_maf import IAF, MAF, ConditionalMAF, ConditionalRealNVP, RealNVP
 from pyro_maf.nn import BULK, Network
 from pyro_maf.transforms import BatchNorm, Flow
-from pyro_maf.transforms.scalar import Affine
+from pyro_maf.sweep import Affine
 
 DIM, CONTEXT_DIM, LAYERS, ROWS = 5, 3, 3, 40
 double = torch.float64

@@ -11,8 +11,8 @@ from torch import Tensor
 from pyro_maf.checks import check_positive
 from pyro_maf.distributions.base import ConditionalDensity, Density
 from pyro_maf.nn import MADE
-from pyro_maf.sweep import Plan
-from pyro_maf.sweep.reference import sweep
+from pyro_maf.sweep.plan import Plan
+from pyro_maf.sweep.reference import walk
 
 __all__ = ["ConditionalMADEMoG", "MADEMoG"]
 
@@ -122,7 +122,7 @@ class MADEMoG(Density):
                 mu, s = mu.gather(0, component)[0], s.gather(0, component)[0]
                 return mu + _log_sigma(s).exp() * normal[i]
 
-            y = sweep(plan, draw, rows).w
+            y = walk(plan, draw, rows).w
             return y.T[:, self.order.argsort()].reshape(*shape, self.input_dim)
 
     def _start_near_normal(self) -> None:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from pyro_maf.nn import ACTIVATIONS, MADE
 
-__all__ = ["Plan", "ScalarMap"]
+__all__ = ["Direction", "Plan", "biases_of"]
 
-ScalarMap = Callable[..., tuple[Tensor, Tensor]]
-"""A map of one dimension: (v, \\*parameters) to (w, log-derivative), elementwise."""
+Direction = Callable[..., tuple[Tensor, Tensor]]
+"""One direction of a map of one dimension: (v, \\*parameters) to (w, log dy/dx), elementwise."""
 
 
 class Plan(NamedTuple):
@@ -23,6 +23,7 @@ class Plan(NamedTuple):
         weights: One matrix per layer, (units out, units in); columns of the first and rows of the last follow the
             order of the variables; the last has P adjacent rows for each variable.
         biases: One per layer, (units out, 1), or (units out, batch) where the context differs along the batch.
+        order: The variables, first to last.
         ready: For each hidden layer, the number of units that are final once the first 0, 1, .. D - 1 variables are
             known.
         activation: The elementwise function between layers.
@@ -30,6 +31,7 @@ class Plan(NamedTuple):
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
+    order: Tensor
     ready: list[list[int]]
     activation: Callable[[Tensor], Tensor]
 
@@ -47,12 +49,22 @@ class Plan(NamedTuple):
     def of(cls, made: MADE, context: Tensor | None = None) -> Plan:
         """Lay out a MADE; `context` is (batch, context_dim), (context_dim,) or None. Differentiable."""
         weights = [layer.masked_weight for layer in made.masked_layers]
-        biases = [
-            (layer.bias if term is None else layer.bias + term).reshape(-1, layer.out_features).T
-            for layer, term in zip(made.masked_layers, made.context_terms(context), strict=True)
-        ]
-        rows = torch.arange(made.input_dim * made.outputs_per_input, device=made.order.device)
-        rows = rows.view(made.input_dim, -1)[made.order].flatten()
         weights[0] = weights[0][:, made.order]
-        weights[-1], biases[-1] = weights[-1][rows], biases[-1][rows]
-        return cls(tuple(weights), tuple(biases), made.ready, ACTIVATIONS[made.activation])
+        weights[-1] = weights[-1][_output_rows(made)]
+        activation = ACTIVATIONS[made.activation]
+        return cls(tuple(weights), tuple(biases_of(made, context)), made.order, made.ready, activation)
+
+
+def biases_of(made: MADE, context: Tensor | None) -> list[Tensor]:
+    """The biases of a plan, with what the context adds to them. Differentiable."""
+    biases: list[Tensor] = [layer.bias for layer in made.masked_layers]
+    terms = made.context_terms(context)
+    biases = [bias if term is None else bias + term for bias, term in zip(biases, terms, strict=True)]
+    biases = [bias.reshape(-1, bias.shape[-1]).T for bias in biases]
+    biases[-1] = biases[-1][_output_rows(made)]
+    return biases
+
+
+def _output_rows(made: MADE) -> Tensor:
+    rows = torch.arange(made.input_dim * made.outputs_per_input, device=made.order.device)
+    return rows.view(made.input_dim, -1)[made.order].flatten()

@@ -12,32 +12,33 @@ activations it yields the derivative with respect to every unit, whence those of
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_maf.nn import compress_tails
-from pyro_maf.sweep.plan import Plan, ScalarMap
+from pyro_maf.sweep.plan import Direction, Plan
 
-__all__ = ["Activations", "adjoint", "sweep"]
+__all__ = ["Activations", "TorchSweep", "walk"]
 
 
 class Activations(NamedTuple):
     """What a sweep leaves behind: one activation set.
 
     Attributes:
-        w: The solution, (D, batch).
+        w: The solution, (D, batch), in the order of the variables.
         parameters: phi, (D, P, batch).
-        before: Each hidden layer's units before the activation, (units, batch). Units that no output can see stay 0.
+        before: All hidden units before the activation, layer by layer, (units, batch). Those no output sees stay 0.
     """
 
     w: Tensor
     parameters: Tensor
-    before: list[Tensor]
+    before: Tensor
 
 
-def sweep(plan: Plan, step: Callable[[int, Tensor], Tensor], batch: int) -> Activations:
+def walk(plan: Plan, step: Callable[[int, Tensor], Tensor], batch: int) -> Activations:
     """Walk over the variables; `step(i, phi_i)` maps phi_i (P, batch) to w_i (batch,).
 
     Cost: one pass through the non-zero half of the weights; D (layers + 1) small products.
@@ -46,7 +47,8 @@ def sweep(plan: Plan, step: Callable[[int, Tensor], Tensor], batch: int) -> Acti
     w = like.new_empty(plan.dim, batch)
     seen = torch.empty_like(w)
     parameters = like.new_empty(plan.dim, plan.num_parameters, batch)
-    before = [like.new_zeros(weight.shape[0], batch) for weight in plan.weights[:-1]]
+    hidden = like.new_zeros(sum(_hidden_widths(plan)), batch)
+    before = hidden.split(_hidden_widths(plan))
     after = [torch.empty_like(layer) for layer in before]
     done = [0] * len(before)
     rows = plan.num_parameters
@@ -64,51 +66,72 @@ def sweep(plan: Plan, step: Callable[[int, Tensor], Tensor], batch: int) -> Acti
         torch.addmm(plan.biases[-1][own], plan.weights[-1][own, :count], known[:count], out=parameters[i])
         w[i] = step(i, parameters[i])
         seen[i] = compress_tails(w[i])
-    return Activations(w, parameters, before)
+    return Activations(w, parameters, hidden)
 
 
-def adjoint(
-    plan: Plan, scalar_map: ScalarMap, v: Tensor, solved: Activations, grad_w: Tensor, grad_log_det: Tensor
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Derivatives of <grad_w, w> + <grad_log_det, log_det> with respect to v, the plan's weights and its biases.
+@dataclass(frozen=True)
+class TorchSweep:
+    """The sweep of a map of one dimension, and its adjoint, on any device and in any dtype.
 
-    Cost: one pass through the non-zero half of the weights, then one product a layer for the weights' own derivatives.
+    Args:
+        direction: The map.
     """
-    w, parameters, before = solved
-    dw_dv, dw_dphi, dlog_dv, dlog_dphi = _partials(scalar_map, v, parameters)
-    outputs = plan.weights[-1].shape[0]
-    total_w = grad_w.clone()
-    total_phi = dlog_dphi * grad_log_det
-    seen_slope, seen = _slope(compress_tails, w)
-    slopes, after = zip(*(_slope(plan.activation, layer) for layer in before), strict=True) if before else ((), ())
-    totals = [torch.zeros_like(layer) for layer in before]
-    flat_phi = total_phi.view(outputs, -1)
-    rows = plan.num_parameters
-    # Units that no output sees have index plan.ready[.][-1] and up: their derivative is zero.
-    for i in reversed(range(plan.dim)):
-        total_phi[i].addcmul_(dw_dphi[i], total_w[i])
-        above, weight, first, last = flat_phi, plan.weights[-1], i * rows, outputs
-        for layer in reversed(range(len(before))):
-            ready = plan.ready[layer]
-            new = slice(ready[i - 1] if i else 0, ready[i])
-            if new.stop > new.start:
-                total = weight[first:last, new].T @ above[first:last]
-                totals[layer][new] = total.mul_(slopes[layer][new])
-            above, weight, first, last = totals[layer], plan.weights[layer], new.start, ready[-1]
-        if i:
-            total_w[i - 1].addcmul_(weight[first:last, i - 1] @ above[first:last], seen_slope[i - 1])
-    grad_v = torch.addcmul(dlog_dv * grad_log_det, dw_dv, total_w)
-    units = [*totals, flat_phi]
-    grad_weights = [total @ below.T for total, below in zip(units, [seen, *after], strict=True)]
-    grad_biases = [total.sum_to_size(bias.shape) for total, bias in zip(units, plan.biases, strict=True)]
-    return grad_v, grad_weights, grad_biases
+
+    direction: Direction
+
+    def sweep(self, plan: Plan, v: Tensor) -> tuple[Tensor, Tensor, Activations]:
+        """w, log-determinant and what the adjoint needs, for v (batch, D)."""
+        given = v[:, plan.order].T.contiguous()
+        solved = walk(plan, lambda i, parameters: self.direction(given[i], *parameters)[0], len(v))
+        log_det = self.direction(given, *solved.parameters.unbind(1))[1].sum(0)
+        return solved.w.T[:, plan.order.argsort()], log_det, solved
+
+    def adjoint(
+        self, plan: Plan, v: Tensor, w: Tensor, kept: Activations, grad_w: Tensor, grad_log_det: Tensor
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Derivatives of <grad_w, w> + <grad_log_det, log_det> by v, the plan's weights and its biases.
+
+        Cost: one pass through the non-zero half of the weights, then one product a layer for the weights' own.
+        """
+        given, total_w = (tensor[:, plan.order].T.contiguous() for tensor in (v, grad_w))
+        dw_dv, dw_dphi, dlog_dv, dlog_dphi = _partials(self.direction, given, kept.parameters)
+        outputs = plan.weights[-1].shape[0]
+        total_phi = dlog_dphi * grad_log_det
+        seen_slope, seen = _slope(compress_tails, kept.w)
+        slope, active = _slope(plan.activation, kept.before)
+        slopes, after = slope.split(_hidden_widths(plan)), active.split(_hidden_widths(plan))
+        totals = [torch.zeros_like(layer) for layer in after]
+        flat_phi = total_phi.view(outputs, -1)
+        rows = plan.num_parameters
+        # Units that no output sees have index plan.ready[.][-1] and up: their derivative is zero.
+        for i in reversed(range(plan.dim)):
+            total_phi[i].addcmul_(dw_dphi[i], total_w[i])
+            above, weight, first, last = flat_phi, plan.weights[-1], i * rows, outputs
+            for layer in reversed(range(len(totals))):
+                ready = plan.ready[layer]
+                new = slice(ready[i - 1] if i else 0, ready[i])
+                if new.stop > new.start:
+                    total = weight[first:last, new].T @ above[first:last]
+                    totals[layer][new] = total.mul_(slopes[layer][new])
+                above, weight, first, last = totals[layer], plan.weights[layer], new.start, ready[-1]
+            if i:
+                total_w[i - 1].addcmul_(weight[first:last, i - 1] @ above[first:last], seen_slope[i - 1])
+        grad_v = torch.addcmul(dlog_dv * grad_log_det, dw_dv, total_w).T[:, plan.order.argsort()]
+        units = [*totals, flat_phi]
+        grad_weights = [total @ below.T for total, below in zip(units, [seen, *after], strict=True)]
+        grad_biases = [total.sum_to_size(bias.shape) for total, bias in zip(units, plan.biases, strict=True)]
+        return grad_v, grad_weights, grad_biases
 
 
-def _partials(scalar_map: ScalarMap, v: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _hidden_widths(plan: Plan) -> list[int]:
+    return [weight.shape[0] for weight in plan.weights[:-1]]
+
+
+def _partials(direction: Direction, v: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dw/dv, dw/dphi, dlog/dv, dlog/dphi of the scalar map, every one elementwise."""
     with torch.enable_grad():
         v, parameters = v.detach().requires_grad_(), parameters.detach().requires_grad_()
-        w, log_derivative = scalar_map(v, *parameters.unbind(1))
+        w, log_derivative = direction(v, *parameters.unbind(1))
         partials: list[Tensor] = []
         for value, keep in ((w, True), (log_derivative, False)):
             partials += torch.autograd.grad(

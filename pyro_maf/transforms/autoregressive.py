@@ -2,14 +2,13 @@ r"""Autoregressive layers: each dimension's map depends on the dimensions before
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from pyro_maf.nn import MADE
-from pyro_maf.sweep import solve
+from pyro_maf.sweep import Affine, ScalarMap, forget, solve
 from pyro_maf.transforms.base import ConditionalFlow, Flow
-from pyro_maf.transforms.scalar import Affine, ScalarMap
 
 __all__ = [
     "ConditionalInverseAutoregressive",
@@ -17,8 +16,6 @@ __all__ = [
     "InverseAutoregressive",
     "MaskedAutoregressive",
 ]
-
-Direction = Callable[..., tuple[Tensor, Tensor]]
 
 
 class _Autoregressive(Flow):
@@ -54,12 +51,17 @@ class _Autoregressive(Flow):
         """The dimensions' indices, first to last."""
         return self.made.order
 
-    def _parallel(self, scalar_map: Direction, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        w, log_derivative = scalar_map(v, *self.made.parameters_of(v, context).unbind(-1))
+    def _parallel(self, v: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        direction = self.scalar.inverse if inverse else self.scalar.forward
+        w, log_derivative = direction(v, *self.made.parameters_of(v, context).unbind(-1))
         return w, log_derivative.sum(-1)
 
-    def _sequential(self, scalar_map: Direction, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return solve(self.made, scalar_map, v, context)
+    def _sequential(self, v: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        return solve(self.made, self.scalar, v, context, inverse=inverse)
+
+    def clear_cache(self) -> None:
+        super().clear_cache()
+        forget(self.made)
 
 
 class MaskedAutoregressive(_Autoregressive):
@@ -101,10 +103,10 @@ class MaskedAutoregressive(_Autoregressive):
     fast = "inverse"
 
     def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._sequential(self.scalar.forward, x, context)
+        return self._sequential(x, context, inverse=False)
 
     def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._parallel(self.scalar.inverse, y, context)
+        return self._parallel(y, context, inverse=True)
 
 
 class InverseAutoregressive(_Autoregressive):
@@ -139,10 +141,10 @@ class InverseAutoregressive(_Autoregressive):
     fast = "forward"
 
     def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._parallel(self.scalar.forward, x, context)
+        return self._parallel(x, context, inverse=False)
 
     def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._sequential(self.scalar.inverse, y, context)
+        return self._sequential(y, context, inverse=True)
 
 
 class _ConditionalAutoregressive(ConditionalFlow):

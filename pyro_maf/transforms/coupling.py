@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pyro_maf.checks import check_choice
 from pyro_maf.nn import MLP, default_hidden_dims
+from pyro_maf.sweep import Affine, ScalarMap
 from pyro_maf.transforms.base import ConditionalFlow, Flow
-from pyro_maf.transforms.scalar import Affine, ScalarMap
 
 __all__ = ["AffineCoupling", "ConditionalAffineCoupling"]
 

@@ -1,0 +1,284 @@
+r"""The sweep and its adjoint, compiled by numba for CPUs.
+
+Both work on a tape: one row for each unit of the network, level by level, inputs first and outputs last, and one column
+for each point of the batch. Arrays that describe the network:
+
+- `weights`, flat: the matrix that makes level l, (units, units below), begins at `starts[l]`. Level 0 are the inputs.
+- `levels[l]`: the tape's row at which level l begins; the last entry is the number of rows.
+- `final[l, i + 1]`: how many units of level l are final in step i, when the variables before i are known; `final[l, 0]`
+  is 0. Those of step i alone are thus final[l, i] .. final[l, i + 1] - 1.
+
+Variables are walked in blocks. One matrix product brings in all that earlier blocks contribute to a block's units;
+inside the block, small products follow the variables one by one. A chunk of columns is taken through the whole sweep
+before the next, so that its part of the tape stays in the processor's cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from pyro_maf.sweep.elementwise import INNER, activate, compress, transform
+from pyro_maf.sweep.products import add_product, dot
+
+__all__ = ["reverse", "sweep_columns", "sweep_rows"]
+
+ENTRY = {"fastmath": INNER["fastmath"], "error_model": "numpy", "cache": True, "nogil": True}
+"""How functions are compiled that Python calls: kept on disk, and running without the interpreter's lock."""
+CHUNK = 128
+"""Points that are taken through the sweep together."""
+
+
+@njit(**ENTRY)
+def sweep_columns(
+    v: Any,
+    order: Any,
+    weights: Any,
+    starts: Any,
+    levels: Any,
+    final: Any,
+    kind: int,
+    biases: Any,
+    sign: int,
+    bound: float,
+    block: int,
+    first: int,
+    end: int,
+    tape: Any,
+    slopes: Any,
+    w: Any,
+    log_det: Any,
+) -> None:
+    """Sweep over points `first` .. `end` - 1, filling w (points, D), log_det and, for the adjoint, tape and slopes.
+
+    Args:
+        v: What is given, (points, D).
+        order: The variables, first to last.
+        weights, starts, levels, final: The network, as above.
+        kind: The activation.
+        biases: (units above the inputs, 1 or points).
+        sign: 1 for y of x, -1 for x of y.
+        bound: Of the log-scale.
+        block: Variables in a block.
+        tape: (units, points); with no rows where nothing is to be kept.
+        slopes: Derivatives, laid out as the tape: of what the network sees of a variable by the variable; of each
+            hidden unit by what is put in; of w by the shift, and of the log-scale by the network's output.
+    """
+    dim, top = v.shape[1], len(starts) - 1
+    keep = tape.shape[0] > 0
+    room = min(CHUNK, end - first)
+    work = tape if keep else np.empty((levels[-1], room), v.dtype)
+    # Where nothing is kept, all slopes go to one row that nobody reads.
+    slope = slopes if keep else np.empty((1, room), v.dtype)
+    last = len(slope) - 1
+    chunks = (end - first + CHUNK - 1) // CHUNK
+    for chunk in range(chunks):
+        b0 = first + (end - first) * chunk // chunks
+        b1 = first + (end - first) * (chunk + 1) // chunks
+        t0 = b0 if keep else 0
+        t1 = t0 + b1 - b0
+        log_det[b0:b1] = 0
+        for i0 in range(0, dim, block):
+            i1 = min(dim, i0 + block)
+            # First what earlier blocks contribute to the whole block, then the block's own variables, one by one.
+            for i in range(i0 - 1, i1):
+                whole = i < i0
+                for level in range(1, top + 1):
+                    known = final[level - 1, i0]
+                    if whole:
+                        rows, columns = (final[level, i0], final[level, i1]), (0, known)
+                        _set_biases(biases, levels[level] - dim, rows, work, levels[level], b0, t0, t1)
+                    else:
+                        rows, columns = (final[level, i], final[level, i + 1]), (known, final[level - 1, i + 1])
+                    below, own = levels[level - 1], levels[level]
+                    add_product(weights, starts[level], own - below, 1, rows, columns, work, below, work, own, t0, t1)
+                    if level < top and not whole:
+                        for r in range(own + rows[0], own + rows[1]):
+                            activate(kind, work[r, t0:t1], slope[min(r, last), t0:t1])
+                if whole:
+                    continue
+                x, shift = work[i, t0:t1], levels[top] + 2 * i
+                for b in range(b1 - b0):
+                    x[b] = v[b0 + b, order[i]]
+                transform(
+                    x,
+                    work[shift, t0:t1],
+                    work[shift + 1, t0:t1],
+                    sign,
+                    bound,
+                    log_det[b0:b1],
+                    slope[min(shift, last), t0:t1],
+                    slope[min(shift + 1, last), t0:t1],
+                )
+                for b in range(b1 - b0):
+                    w[b0 + b, order[i]] = x[b]
+                compress(x, slope[min(i, last), t0:t1])
+        _clear_unseen(levels, final, work, t0, t1)
+
+
+@njit(**INNER)
+def _set_biases(biases: Any, bias_row: int, rows: Any, tape: Any, row: int, b0: int, t0: int, t1: int) -> None:
+    for r in range(rows[0], rows[1]):
+        if biases.shape[1] == 1:
+            tape[row + r, t0:t1] = biases[bias_row + r, 0]
+        else:
+            tape[row + r, t0:t1] = biases[bias_row + r, b0 : b0 + t1 - t0]
+
+
+@njit(**INNER)
+def _clear_unseen(levels: Any, final: Any, tape: Any, t0: int, t1: int) -> None:
+    """Units of so high a degree that no output sees them were never computed."""
+    for level in range(1, len(levels) - 1):
+        for r in range(levels[level] + final[level, -1], levels[level + 1]):
+            tape[r, t0:t1] = 0
+
+
+@njit(**ENTRY)
+def sweep_rows(
+    v: Any,
+    order: Any,
+    weights: Any,
+    starts: Any,
+    levels: Any,
+    final: Any,
+    kind: int,
+    biases: Any,
+    sign: int,
+    bound: float,
+    w: Any,
+    log_det: Any,
+) -> None:
+    """Sweep over one point after another, as `sweep_columns` does over many at once; the best for a few points."""
+    dim, top = v.shape[1], len(starts) - 1
+    units, slopes = np.empty(levels[-1], v.dtype), np.empty(levels[-1], v.dtype)
+    for b in range(len(v)):
+        bias_column = b if biases.shape[1] > 1 else 0
+        log_det[b] = 0
+        for i in range(dim):
+            for level in range(1, top + 1):
+                own, below = levels[level], levels[level - 1]
+                low, high, seen = final[level, i], final[level, i + 1], final[level - 1, i + 1]
+                inputs = units[below : below + seen]
+                for r in range(low, high):
+                    at = starts[level] + r * (own - below)
+                    units[own + r] = biases[own - dim + r, bias_column] + dot(weights[at : at + seen], inputs)
+                if level < top:
+                    activate(kind, units[own + low : own + high], slopes[own + low : own + high])
+            shift = levels[top] + 2 * i
+            units[i] = v[b, order[i]]
+            transform(
+                units[i : i + 1],
+                units[shift : shift + 1],
+                units[shift + 1 : shift + 2],
+                sign,
+                bound,
+                log_det[b : b + 1],
+                slopes[:1],
+                slopes[:1],
+            )
+            w[b, order[i]] = units[i]
+            compress(units[i : i + 1], slopes[:1])
+
+
+# -- the adjoint ------------------------------------------------------------------------------------------------------
+
+
+@njit(**ENTRY)
+def reverse(
+    v: Any,
+    w: Any,
+    order: Any,
+    weights: Any,
+    starts: Any,
+    levels: Any,
+    final: Any,
+    slopes: Any,
+    grad_w: Any,
+    grad_log_det: Any,
+    sign: int,
+    block: int,
+    first: int,
+    end: int,
+    delta: Any,
+    grad_v: Any,
+) -> None:
+    """Derivatives of <grad_w, w> + <grad_log_det, log_det>: by each unit's input in `delta`, by v in `grad_v`.
+
+    Args:
+        v, w: What was given and found, (points, D).
+        slopes: What `sweep_columns` left.
+        grad_w, grad_log_det: (points, D) and (points,).
+        delta: (units, points).
+        grad_v: (points, D).
+        order, weights, starts, levels, final, sign, block, first, end: As in `sweep_columns`.
+    """
+    dim, top = v.shape[1], len(starts) - 1
+    chunks = (end - first + CHUNK - 1) // CHUNK
+    for chunk in range(chunks):
+        b0 = first + (end - first) * chunk // chunks
+        b1 = first + (end - first) * (chunk + 1) // chunks
+        for i0 in range((dim - 1) // block * block, -1, -block):
+            i1 = min(dim, i0 + block)
+            # First what later blocks send back to the whole block, then the block's own variables, last to first.
+            for i in range(i1, i0 - 1, -1):
+                whole = i == i1
+                for step in range(top):
+                    # The variable before the units that it is made from: they follow from it, the last level first.
+                    level = 0 if step == 0 else top - step
+                    if whole:
+                        rows = (final[level, i0], final[level, i1]) if level else (i0, i1)
+                        above = (final[level + 1, i1], final[level + 1, dim])
+                        delta[levels[level] + rows[0] : levels[level] + rows[1], b0:b1] = 0
+                    elif level == 0:
+                        rows, above = (i, i + 1), (final[1, i + 1], final[1, i1])
+                    else:
+                        rows, above = (
+                            (final[level, i], final[level, i + 1]),
+                            (final[level + 1, i], final[level + 1, i1]),
+                        )
+                    own, upper = levels[level], levels[level + 1]
+                    add_product(
+                        weights, starts[level + 1], 1, upper - own, rows, above, delta, upper, delta, own, b0, b1
+                    )
+                    if whole:
+                        continue
+                    if level == 0:
+                        shift = levels[top] + 2 * i
+                        _transform_back(
+                            v, w, order[i], slopes, i, shift, grad_w, grad_log_det, sign, b0, b1, delta, grad_v
+                        )
+                    else:
+                        for r in range(own + rows[0], own + rows[1]):
+                            for b in range(b0, b1):
+                                delta[r, b] *= slopes[r, b]
+        _clear_unseen(levels, final, delta, b0, b1)
+
+
+@njit(**INNER)
+def _transform_back(
+    v: Any,
+    w: Any,
+    column: int,
+    slopes: Any,
+    i: int,
+    shift: int,
+    grad_w: Any,
+    grad_log_det: Any,
+    sign: int,
+    b0: int,
+    b1: int,
+    delta: Any,
+    grad_v: Any,
+) -> None:
+    """The map's adjoint: all that is known of w's derivative goes on to v and to the map's two parameters."""
+    half = v.dtype.type(0.5 * sign)
+    for b in range(b0, b1):
+        total = grad_w[b, column] + slopes[i, b] * delta[i, b]
+        e = slopes[shift, b]
+        grad_v[b, column] = total * e * e
+        delta[shift, b] = total * e
+        delta[shift + 1, b] = slopes[shift + 1, b] * (
+            grad_log_det[b] + total * half * (w[b, column] + v[b, column] * e * e)
+        )

@@ -1,0 +1,90 @@
+"""A MADE laid out for the kernels, once for each version of its weights."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_maf.nn import ACTIVATIONS, MADE
+from pyro_maf.sweep.plan import Plan, biases_of
+
+__all__ = ["Pack", "forget", "pack_of"]
+
+Array = np.ndarray[Any, Any]
+
+
+class Pack(NamedTuple):
+    """The arrays that `kernel` describes, in the order in which it takes them."""
+
+    order: Array
+    weights: Array
+    starts: Array
+    levels: Array
+    final: Array
+    kind: int
+    biases: Array
+
+
+class _Version(NamedTuple):
+    """Tensors as they were: by identity, by count of changes, and by where they lie."""
+
+    tensors: list[Tensor]
+    marks: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, made: MADE) -> _Version:
+        tensors = [made.order]
+        for layer in made.layers:
+            tensors += layer._parameters.values()  # type: ignore[arg-type]
+        return cls(tensors, [(tensor._version, tensor.data_ptr()) for tensor in tensors])
+
+    def same_as(self, other: _Version) -> bool:
+        return self.marks == other.marks and all(
+            one is another for one, another in zip(self.tensors, other.tensors, strict=True)
+        )
+
+
+# Beside the networks rather than in them, so that no copy or pickle of one brings its pack along.
+_packs: weakref.WeakKeyDictionary[MADE, tuple[_Version, Pack]] = weakref.WeakKeyDictionary()
+
+
+def pack_of(made: MADE, plan: Plan | None = None) -> Pack:
+    """The pack of a network's present weights; `plan`, if it is at hand, saves laying them out again."""
+    if made.order.is_inference():
+        return _pack(made, plan)  # such tensors count no changes
+    version = _Version.of(made)
+    known = _packs.get(made)
+    if known is not None and known[0].same_as(version):
+        return known[1]
+    pack = _pack(made, plan)
+    _packs[made] = version, pack
+    return pack
+
+
+def forget(made: MADE) -> None:
+    """Drop a network's pack: needed only after writing through `.data`, which no version counts."""
+    _packs.pop(made, None)
+
+
+def _pack(made: MADE, plan: Plan | None) -> Pack:
+    with torch.no_grad():
+        plan = Plan.of(made) if plan is None else plan
+        weights = torch.cat([weight.detach().reshape(-1) for weight in plan.weights])
+        biases = torch.cat(biases_of(made, None))
+    kind = list(ACTIVATIONS).index(made.activation)
+    return Pack(plan.order.numpy(), weights.numpy(), *_layout(plan), kind, biases.numpy())
+
+
+def _layout(plan: Plan) -> tuple[Array, Array, Array]:
+    """`starts`, `levels` and `final`."""
+    widths = [plan.dim, *(weight.shape[0] for weight in plan.weights)]
+    starts = np.cumsum([0, 0, *(weight.numel() for weight in plan.weights[:-1])])
+    final = np.zeros((len(widths), plan.dim + 1), np.int64)
+    final[0, 1:] = np.arange(plan.dim)
+    final[1:-1, 1:] = np.reshape(plan.ready, (-1, plan.dim))
+    final[-1] = plan.num_parameters * np.arange(plan.dim + 1)
+    return starts, np.cumsum([0, *widths]), final
