@@ -1,6 +1,6 @@
 """D plain passes over the network: slow, but made of ordinary differentiable operations.
 
-It answers where the sweep cannot: double backward, `torch.func` and `vmap`. Cost: D dense passes.
+It answers where the sweep cannot: double backward, `torch.func`, `vmap` and tracing. Cost: D dense passes.
 """
 
 from __future__ import annotations
