@@ -35,7 +35,7 @@ def solve(made: MADE, scalar_map: ScalarMap, v: Tensor, context: Tensor | None =
         context = context if context.dim() == 1 else context.expand(*batch, -1).reshape(-1, context.shape[-1])
     plan = Plan.of(made, context)
     columns = v.reshape(-1, made.input_dim)[:, made.order].T.contiguous()
-    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
+    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         w, logs = unrolled(plan, scalar_map, columns)
         log_det = logs.sum(0)
     else:
