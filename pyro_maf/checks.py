@@ -5,6 +5,7 @@ Each check names who asked, what was expected, what came and, where it helps, wh
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,11 +17,15 @@ __all__ = ["check_choice", "check_event", "check_permutation", "check_positive",
 
 def check_positive(who: str, name: str, value: Any, least: int = 1) -> int:
     """Return `value` as an int of at least `least`, or say what is wrong with it."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{who} expected {name} to be an int, got {value!r}.")
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{who} expected {name} to be an int, got {value!r}.") from None
     if value < least:
         raise ValueError(f"{who} expected {name} of at least {least}, got {value}.")
-    return value
+    return int(value)
 
 
 def check_sizes(who: str, name: str, values: Iterable[int] | int) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,8 +28,8 @@ Self = TypeVar("Self", bound="Savable")
 class Savable:
     """A module that remembers the arguments it was built with, which are its architecture.
 
-    Arguments are numbers, strings, booleans, None, sequences of these, integer tensors and other savable modules.
-    Floating-point tensors are starting values of what the state_dict holds, and are left to it.
+    Arguments are numbers, strings, booleans, None, sequences of these, integer tensors or arrays and other savable
+    modules. Floating-point tensors are starting values of what the state_dict holds, and are left to it.
     """
 
     _arguments: dict[str, Any]
@@ -144,6 +145,8 @@ def _describe(module: Savable) -> dict[str, Any]:
 def _encode(who: str, name: str, value: Any) -> Any:
     if isinstance(value, Savable):
         return _describe(value)
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = torch.from_numpy(value) if isinstance(value, np.ndarray) else value.item()
     if isinstance(value, Tensor):
         return None if value.is_floating_point() else value.tolist()
     if isinstance(value, (list, tuple, torch.Size, nn.ModuleList)):

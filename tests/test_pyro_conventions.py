@@ -1,4 +1,4 @@
-"""Flows where Pyro expects a transform: what Pyro asks of its own, in distributions, modules, handlers and inference."""
+"""Flows where Pyro expects a transform: what it asks of its own, in distributions, modules, handlers and inference."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from pyro.infer.reparam import TransformReparam
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import constraints
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, stack_module_state, vmap
+from torch.func import jacrev, vmap
 
-from pyro_maf import IAF, MAF, ConditionalIAF, ConditionalMAF, RealNVP
+from pyro_maf import IAF, MAF, ConditionalIAF, RealNVP
 from pyro_maf.transforms import ConditionalFlow, Flow
 from tests.registry import REGISTRY, Architecture, at_context, build
 
@@ -349,7 +349,7 @@ def test_a_guide_with_vectorized_particles_finds_a_correlated_normal(make: Any) 
     svi = SVI(lambda: pyro.sample("z", target), guide, pyro.optim.Adam({"lr": 0.02}), elbo)
     losses = [svi.step() for _ in range(150)]
     assert all(map(math.isfinite, losses))
-    # The target is normalized, so the loss is a divergence: 1.4 at the start, 0 at best.
+    # The target is normalized, so the loss is a divergence: 3.7 at the start, 0 at best.
     assert sum(losses[:5]) / 5 > 1
     assert sum(losses[-30:]) / 30 < 0.1
 
@@ -375,8 +375,8 @@ def test_an_amortized_guide_on_subsampled_rows() -> None:
     losses = [svi.step() for _ in range(200)]
     assert all(map(math.isfinite, losses))
     z = guide_of.condition(data).sample([1000])
-    torch.testing.assert_close(z.mean(0), 0.8 * data, rtol=0, atol=0.25)
-    torch.testing.assert_close(z.var(0).mean(), torch.tensor(0.2, dtype=double), rtol=0.2, atol=0)
+    assert float((z.mean(0) - 0.8 * data).abs().mean()) < 0.1
+    assert float((z.var(0) - 0.2).abs().mean()) < 0.05
 
 
 @pytest.mark.parametrize(
@@ -409,6 +409,7 @@ def test_every_objective_takes_it_as_prior_and_guide(elbo: Any, inverted: bool) 
 
 
 @either_way
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:DeprecationWarning")  # Pyro's own
 def test_the_jit_objective_trains_a_guide(inverted: bool) -> None:
     """Traced by torch.jit once, with the sequential direction in it or without."""
     target = dist.MultivariateNormal(torch.tensor([1.0, -1.0], dtype=double), CORRELATED)
@@ -441,69 +442,3 @@ def test_nuts_takes_a_transformed_distribution_for_a_prior(make: Any) -> None:
     with torch.no_grad():
         weights = (prior.log_prob(grid) + dist.Normal(grid, 0.5).to_event(1).log_prob(observed)).softmax(0)
     torch.testing.assert_close(mcmc.get_samples()["z"].mean(0), weights @ grid, rtol=0, atol=0.2)
-
-
-# Compiled, and under torch.func
-
-
-class Score(nn.Module):
-    """The log-density of a flow over a standard normal. Validating arguments branches on data, so it is off."""
-
-    def __init__(self, flow: Flow) -> None:
-        super().__init__()
-        self.flow = flow
-
-    def forward(self, y: Tensor) -> Tensor:
-        base = normal(self.flow.input_dim, validate_args=False).to_event(1)
-        return dist.TransformedDistribution(base, [self.flow], validate_args=False).log_prob(y)
-
-
-def parallel_flows() -> list[Any]:
-    """Flows whose density is one parallel pass."""
-    iaf = shaken(IAF(3, **TINY)).inv
-    at_a_context = shaken(ConditionalMAF(3, 2, **TINY)).condition(torch.randn(2, dtype=double))
-    return [shaken(MAF(3, **TINY)), shaken(RealNVP(3, **TINY)), iaf, at_a_context]
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("which", range(4), ids=["MAF", "RealNVP", "inverse of IAF", "ConditionalMAF"])
-def test_compiles_in_one_graph_with_its_gradient(backend: str, which: int) -> None:
-    torch._dynamo.reset()
-    score = Score(parallel_flows()[which])
-    compiled = torch.compile(score, fullgraph=True, backend=backend)
-    tensors = list(score.parameters())
-    for _ in range(2):
-        y = torch.randn(5, 3, dtype=double, requires_grad=True)
-        found, wanted = compiled(y), score(y)
-        torch.testing.assert_close(found, wanted)
-        slopes = (torch.autograd.grad(value.sum(), [y, *tensors]) for value in (found, wanted))
-        torch.testing.assert_close(*slopes)
-        with torch.no_grad():
-            tensors[0].mul_(1.5)
-
-
-@pytest.mark.parametrize("which", range(4), ids=["MAF", "RealNVP", "inverse of IAF", "ConditionalMAF"])
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own forward mode
-def test_derivatives_by_torch_func(which: int) -> None:
-    """The score of each row and its Jacobian; the gradient of each row's density in the parameters."""
-    score = Score(parallel_flows()[which])
-    y = torch.randn(4, 3, dtype=double)
-    rows = [row.clone().requires_grad_() for row in y]
-    parameters = dict(score.named_parameters())
-    slopes = torch.stack([torch.autograd.grad(score(row), row)[0] for row in rows])
-    torch.testing.assert_close(vmap(grad(score))(y), slopes)
-    bends = torch.stack([torch.autograd.functional.hessian(score, row) for row in rows])
-    for second in (hessian(score), jacrev(grad(score)), jacfwd(grad(score))):
-        torch.testing.assert_close(vmap(second)(y), bends)
-    by_row = vmap(grad(lambda values, row: functional_call(score, values, (row,))), in_dims=(None, 0))(parameters, y)
-    for index, row in enumerate(rows):
-        wanted = torch.autograd.grad(score(row), list(parameters.values()))
-        torch.testing.assert_close([slope[index] for slope in by_row.values()], list(wanted))
-
-
-def test_an_ensemble_is_one_call() -> None:
-    members = [Score(shaken(MAF(3, **TINY))) for _ in range(3)]
-    y = torch.randn(4, 3, dtype=double)
-    parameters, buffers = stack_module_state(members)
-    found = vmap(lambda p, b: functional_call(members[0], (p, b), (y,)))(parameters, buffers)
-    torch.testing.assert_close(found, torch.stack([member(y) for member in members]))

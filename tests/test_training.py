@@ -9,9 +9,6 @@ import pickle
 import random
 import re
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +20,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
+from torch.nn.utils import parameters_to_vector
 
 from pyro_maf import (
     IAF,
@@ -40,20 +38,12 @@ from pyro_maf import (
     fit,
 )
 from pyro_maf.training import FitResult
-from pyro_maf.training.interruption import Interruption
 from pyro_maf.training.progress import shows
 from pyro_maf.training.schedule import Schedule
 from pyro_maf.transforms import ActNorm, LowerTriangularAffine, MaskedAutoregressive, Permute, Stack
+from tests.fits import GAUSSIAN, QUICK, SMALL, Hooked, gaussian_rows, mean_log_prob, same, seeded, small_maf, weights
 
 ROOT = Path(__file__).parent.parent
-SMALL: dict[str, Any] = {"num_layers": 2, "hidden_dims": [16]}
-QUICK: dict[str, Any] = {"batch_size": 50, "max_epochs": 3, "progress": False}
-GAUSSIAN = MultivariateNormal(
-    torch.tensor([3.0, -2.0], dtype=torch.float64),
-    scale_tril=torch.tensor([[1.0, 0.0], [1.2, 0.5]], dtype=torch.float64),
-)
-"""Its total correlation is 0.96 nats: what a fit has to gain on independent normals, which is where a flow starts."""
-
 FAMILIES: dict[str, Callable[[], Any]] = {
     "MAF": lambda: MAF(2, **SMALL),
     "IAF": lambda: IAF(2, **SMALL),
@@ -84,51 +74,6 @@ CONDITIONAL_FAMILIES: dict[str, Callable[[], Any]] = {
     "MAF that asks for a context": lambda: MAF(2, context_dim=1, **SMALL),
     "FlowPrior that asks for a context": lambda: FlowPrior(MAF(2, context_dim=1, **SMALL)),
 }
-
-
-def gaussian_rows(rows: int = 300, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(rows, 2, generator=generator, dtype=torch.float64)
-    return GAUSSIAN.loc + noise @ GAUSSIAN.scale_tril.T
-
-
-def seeded(make: Callable[[], Any]) -> Any:
-    torch.manual_seed(0)
-    return make()
-
-
-def small_maf() -> Any:
-    return seeded(lambda: MAF(2, num_layers=1, hidden_dims=[8]).double())
-
-
-def weights(model: Any) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def mean_log_prob(density: Any, rows: Tensor) -> float:
-    with torch.no_grad():
-        return density.log_prob(rows).mean().item()
-
-
-class Hooked(MaskedAutoregressive):
-    """A layer that does something of the test's choosing at each training step."""
-
-    def __init__(self, at_step: Callable[[int, Tensor], Tensor]) -> None:
-        super().__init__(2, hidden_dims=[8])
-        self.double()
-        self.at_step = at_step
-        self.steps = 0
-
-    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, log_det = super()._pull(y, context)
-        if self.training:
-            self.steps += 1
-            log_det = self.at_step(self.steps, log_det)
-        return x, log_det
 
 
 # -- learning ---------------------------------------------------------------------------------------------------------
@@ -212,6 +157,52 @@ def test_parameters_that_are_frozen_stay() -> None:
     assert moved == {"1"}
 
 
+def test_a_fit_may_be_taken_up_again() -> None:
+    model, validation = small_maf(), gaussian_rows(100, seed=1)
+    first = fit(model, gaussian_rows(), validation=validation, **QUICK)
+    second = fit(first.density, gaussian_rows(), validation=validation, learning_rate=1e-2, **QUICK)
+    assert second.density is first.density
+    assert second.validation_log_likelihood > first.validation_log_likelihood + 0.1
+
+
+def test_batch_norm_ends_with_the_statistics_of_the_training_rows() -> None:
+    rows = gaussian_rows()
+    model = seeded(lambda: MAF(2, batch_norm=True, **SMALL).double())
+    density = fit(model, rows, validation=gaussian_rows(50, seed=1), learning_rate=1e-2, **QUICK).density
+    ended = weights(density)
+    density.fit_statistics(rows)
+    assert same(weights(density), ended)
+
+
+def test_act_norm_starts_with_the_statistics_of_the_training_rows() -> None:
+    model = ActNorm(2).double()
+    fit(model, gaussian_rows(), batch_size=10, max_epochs=1, learning_rate=1e-12, progress=False)
+    # Of rows that are standardised: mean 0 and, with one row the fewer, almost deviation 1.
+    assert model.loc.abs().max() < 1e-9
+    assert model.log_scale.exp().tolist() == pytest.approx([math.sqrt(270 / 269)] * 2, rel=1e-9)
+
+
+def test_averaged_weights_are_validated_and_training_goes_on_with_its_own() -> None:
+    trained: list[Tensor] = []
+    validated: list[Tensor] = []
+
+    class Watched(Hooked):
+        def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            (trained if self.training else validated).append(parameters_to_vector(self.parameters()).detach())
+            return super()._pull(y, context)
+
+    rate = 1e-2
+    model = seeded(lambda: Watched(lambda step, log_det: log_det))
+    fit(model, gaussian_rows(), batch_size=27, max_epochs=10, learning_rate=rate, progress=False)
+    steps = [(after - before).abs().max().item() for before, after in zip(trained, trained[1:], strict=False)]
+    lags = [(trained[10 * epoch] - validated[epoch]).abs().max().item() for epoch in range(10)]
+    assert (len(trained), len(validated)) == (100, 11)
+    # A step of Adam hardly exceeds its rate; an average lags behind by several, once it has forgotten the start.
+    assert max(steps) < 1.5 * rate
+    assert lags[0] == 0
+    assert min(lags[5:]) > 2 * rate
+
+
 # -- the same every time, and nothing else touched --------------------------------------------------------------------
 
 
@@ -233,7 +224,10 @@ def test_the_same_call_gives_the_same_result(make: Callable[[], Any]) -> None:
 
 
 def test_global_random_states_are_left_alone() -> None:
-    model = noisy()
+    def draw(step: int, log_det: Tensor) -> Tensor:
+        return log_det + 0.01 * (torch.randn_like(log_det) + random.random() + np.random.rand())
+
+    model = Hooked(draw)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     fit(model, gaussian_rows(), **QUICK)
     assert random.getstate() == before[0]
@@ -347,99 +341,13 @@ def test_it_ends_when_no_step_is_finite() -> None:
     assert math.isfinite(result.validation_log_likelihood)
 
 
-# -- Ctrl-C -----------------------------------------------------------------------------------------------------------
-
-
-def pressing(at: int, times: int = 1) -> Callable[[int, Tensor], Tensor]:
-    """Press Ctrl-C in one step."""
-
-    def at_step(step: int, log_det: Tensor) -> Tensor:
-        for _ in range(times if step == at else 0):
-            signal.raise_signal(signal.SIGINT)
-        return log_det
-
-    return at_step
-
-
-def test_ctrl_c_ends_a_fit_with_the_best_so_far() -> None:
-    started, validation = threading.Event(), gaussian_rows(50, seed=1)
-
-    def at_step(step: int, log_det: Tensor) -> Tensor:
-        started.set()
-        return log_det
-
-    def press() -> None:
-        started.wait(60)
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-
-    threading.Thread(target=press).start()
-    endless = {"max_epochs": 10**9, "patience": 10**9, "progress": False}
-    result = fit(Hooked(at_step), gaussian_rows(), validation=validation, **endless)
-    assert result.stop_reason == "interrupted"
-    assert result.validation_log_likelihood == -min(result.validation_loss)
-    assert mean_log_prob(result.density, validation) == pytest.approx(result.validation_log_likelihood, rel=1e-12)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_ctrl_c_ends_an_epoch_halfway() -> None:
-    model = Hooked(pressing(at=14))
-    result = fit(model, gaussian_rows(), batch_size=27, max_epochs=3, progress=False)
-    assert (model.steps, result.epochs, result.stop_reason) == (14, 2, "interrupted")
-    assert "stopped: interrupted" in repr(result)
-
-
-def test_a_second_ctrl_c_raises_and_leaves_the_best() -> None:
-    model, twin = Hooked(pressing(at=25, times=2)), Hooked(pressing(at=-1))
-    twin.load_state_dict(model.state_dict())
-    options = {"batch_size": 27, "learning_rate": 1e-2, "progress": False}
-    with pytest.raises(KeyboardInterrupt):
-        fit(model, gaussian_rows(), max_epochs=5, **options)
-    assert fit(twin, gaussian_rows(), max_epochs=2, **options).best_epoch == 2
-    assert model.steps == 25
-    assert not model.training
-    assert same(weights(model), weights(twin))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_what_ends_a_fit_is_not_left_half_done() -> None:
-    with Interruption() as interruption:
-        interruption.settle()
-        for _ in range(3):
-            signal.raise_signal(signal.SIGINT)
-    assert interruption.requested
-
-
-def test_ctrl_c_twice_ends_a_program_as_it_always_does() -> None:
-    program = """
-        import os, signal, torch
-        from pyro_maf import MAF, fit
-
-        class Pressed(MAF):
-            def _pull(self, y, context=None):
-                if self.training:
-                    os.kill(os.getpid(), signal.SIGINT)
-                return super()._pull(y, context)
-
-        try:
-            fit(Pressed(2, num_layers=1), torch.randn(100, 2), batch_size=10, progress="always")
-        finally:
-            print("cleaned up")
-    """
-    ended = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert ended.returncode == -signal.SIGINT
-    assert ended.stdout == "cleaned up\n"
-    assert ended.stderr.strip().endswith("KeyboardInterrupt")
-
-
 # -- what it shows ----------------------------------------------------------------------------------------------------
 
 
 def test_the_bar_shows_epoch_losses_and_time_left(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("COLUMNS", "72")
     result = fit(small_maf(), gaussian_rows(), **{**QUICK, "progress": "always"})
     out, err = capsys.readouterr()
     losses = f"train {result.train_loss[-1]:.3f}  val {result.validation_loss[-1]:.3f}"

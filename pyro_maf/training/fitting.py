@@ -209,10 +209,11 @@ def _lightning_parts() -> ModuleType:
     try:
         from pyro_maf.training import maximum_likelihood
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("lightning", "rich"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("lightning", "rich"):
             raise
         raise ModuleNotFoundError(
-            f"fit needs {error.name}, which is not installed: pip install pyro-maf[train].", name=error.name
+            f"fit needs {package}, which is not installed: pip install pyro-maf[train].", name=package
         ) from None
     return maximum_likelihood
 

@@ -96,8 +96,6 @@ class MaximumLikelihood(LightningModule):
 
     def training_step(self, batch: Rows, index: int) -> None:
         """One step of Adam, unless the loss or its gradient is not finite."""
-        if self.interruption.requested:
-            self._stop("interrupted")
         self._optimizer.zero_grad()
         loss = -self.density._log_prob(*batch).mean()
         # Not Lightning's own backward: its hooks would take a tenth of the step, and are for what is not used here.
@@ -110,6 +108,11 @@ class MaximumLikelihood(LightningModule):
         self._optimizer.step()
         self._average.follow()
         self._training_mean.add(loss * len(batch.data), len(batch.data))
+
+    def on_train_batch_end(self, outputs: object, batch: Rows, batch_idx: int) -> None:
+        """Heed a Ctrl-C: the weights are validated as they are, in the middle of an epoch."""
+        if self.interruption.requested:
+            self._stop("interrupted")
 
     # -- validation -----------------------------------------------------------------------------------------------
 
@@ -134,6 +137,8 @@ class MaximumLikelihood(LightningModule):
         self._average.swap()
         if all_skipped:
             self._stop(f"no step of epoch {epoch} had a finite loss and gradient")
+        elif self.interruption.requested:
+            self._stop("interrupted")
         elif self.schedule.is_over:
             self._stop(f"no better validation log-likelihood for {self.schedule.patience} epochs")
         for group in self._optimizer.param_groups:

@@ -289,6 +289,9 @@ class Conditioned(Flow):
     def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.flow._pull(y, self.context)
 
+    def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
+        self.flow.fit_statistics(y, self.context)
+
     def __repr__(self) -> str:
         return f"{self.flow!r} at a context of shape {tuple(self.context.shape)}"
 

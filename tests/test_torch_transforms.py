@@ -1,0 +1,84 @@
+"""Densities under torch's own transforms, in the directions that are one parallel pass: `compile` and `torch.func`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, stack_module_state, vmap
+
+from pyro_maf import IAF, MAF, ConditionalMAF, RealNVP
+from pyro_maf.transforms import Flow
+from tests.test_pyro_conventions import TINY, double, normal, shaken
+
+SHALLOW = {**TINY, "num_layers": 1}
+every_flow = pytest.mark.parametrize("which", range(4), ids=["MAF", "RealNVP", "inverse of IAF", "ConditionalMAF"])
+
+
+class Score(nn.Module):
+    """The log-density of a flow over a standard normal. Validating arguments branches on data, so it is off."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, y: Tensor) -> Tensor:
+        base = normal(self.flow.input_dim, validate_args=False).to_event(1)
+        return dist.TransformedDistribution(base, [self.flow], validate_args=False).log_prob(y)
+
+
+def parallel_flows() -> list[Any]:
+    """Flows whose density is one parallel pass."""
+    iaf = shaken(IAF(3, **SHALLOW)).inv
+    at_a_context = shaken(ConditionalMAF(3, 2, **SHALLOW)).condition(torch.randn(2, dtype=double))
+    return [shaken(MAF(3, **TINY)), shaken(RealNVP(3, **TINY)), iaf, at_a_context]
+
+
+@pytest.mark.parametrize(
+    ("which", "backend"),
+    [(0, "eager"), (1, "eager"), (0, "aot_eager"), (1, "aot_eager"), (2, "aot_eager"), (3, "aot_eager")],
+    ids=["MAF-eager", "RealNVP-eager", "MAF", "RealNVP", "inverse of IAF", "ConditionalMAF"],
+)
+def test_compiles_in_one_graph_with_its_gradient(which: int, backend: str) -> None:
+    torch._dynamo.reset()
+    score = Score(parallel_flows()[which])
+    compiled = torch.compile(score, fullgraph=True, backend=backend)
+    tensors = list(score.parameters())
+    for _ in range(2):
+        y = torch.randn(5, 3, dtype=double, requires_grad=True)
+        found, wanted = compiled(y), score(y)
+        torch.testing.assert_close(found, wanted)
+        slopes = (torch.autograd.grad(value.sum(), [y, *tensors]) for value in (found, wanted))
+        torch.testing.assert_close(*slopes)
+        with torch.no_grad():
+            tensors[0].mul_(1.5)
+
+
+@every_flow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own forward mode
+def test_derivatives_by_torch_func(which: int) -> None:
+    """The score of each row and its Jacobian; the gradient of each row's density in the parameters."""
+    score = Score(parallel_flows()[which])
+    y = torch.randn(4, 3, dtype=double)
+    rows = [row.clone().requires_grad_() for row in y]
+    parameters = dict(score.named_parameters())
+    slopes = torch.stack([torch.autograd.grad(score(row), row)[0] for row in rows])
+    torch.testing.assert_close(vmap(grad(score))(y), slopes)
+    bends = torch.stack([torch.autograd.functional.hessian(score, row) for row in rows])
+    for second in (hessian(score), jacrev(grad(score)), jacfwd(grad(score))):
+        torch.testing.assert_close(vmap(second)(y), bends)
+    by_row = vmap(grad(lambda values, row: functional_call(score, values, (row,))), in_dims=(None, 0))(parameters, y)
+    for index, row in enumerate(rows):
+        wanted = torch.autograd.grad(score(row), list(parameters.values()))
+        torch.testing.assert_close([slope[index] for slope in by_row.values()], list(wanted))
+
+
+def test_an_ensemble_is_one_call() -> None:
+    members = [Score(shaken(MAF(3, **TINY))) for _ in range(3)]
+    y = torch.randn(4, 3, dtype=double)
+    parameters, buffers = stack_module_state(members)
+    found = vmap(lambda p, b: functional_call(members[0], (p, b), (y,)))(parameters, buffers)
+    torch.testing.assert_close(found, torch.stack([member(y) for member in members]))
