@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_maf.nn import MADE
 from pyro_maf.sweep.loading import kernels
-from pyro_maf.sweep.pack import Array, Pack, pack_of
+from pyro_maf.sweep.pack import Pack, flat, pack_of
 from pyro_maf.sweep.plan import Plan, biases_of
 from pyro_maf.sweep.scalar import Affine, ScalarMap
 from pyro_maf.sweep.threads import in_parts
@@ -25,7 +25,7 @@ FEW_POINTS = 8
 def takes(scalar: ScalarMap, v: Tensor) -> bool:
     """Whether the kernels know the map, and run on this device, in this precision and on this machine."""
     return (
-        isinstance(scalar, Affine)
+        type(scalar) is Affine
         and v.device.type == "cpu"
         and v.dtype in (torch.float32, torch.float64)
         and not torch.compiler.is_compiling()
@@ -40,7 +40,7 @@ def evaluate(made: MADE, v: Tensor, context: Tensor | None, sign: int) -> tuple[
     """
     pack = pack_of(made)
     if context is not None:
-        pack = pack._replace(biases=_flat(biases_of(made, context)))
+        pack = pack._replace(biases=flat(biases_of(made, context)))
     v = v.detach().contiguous()
     w, log_det = torch.empty_like(v), v.new_empty(len(v))
     given, found, logs = v.numpy(), w.numpy(), log_det.numpy()
@@ -78,8 +78,7 @@ class KernelSweep:
 
     def sweep(self, plan: Plan, v: Tensor) -> tuple[Tensor, Tensor, Kept]:
         """w, log-determinant and what the adjoint needs, for v (batch, D)."""
-        v = v.contiguous()
-        pack = self.pack._replace(biases=_flat(plan.biases))
+        v, pack = v.contiguous(), self.pack
         w, log_det = torch.empty_like(v), v.new_empty(len(v))
         tape, slopes = v.new_empty(2, int(pack.levels[-1]), len(v))
         arrays = [tensor.numpy() for tensor in (tape, slopes, w, log_det)]
@@ -110,10 +109,6 @@ class KernelSweep:
         grad_weights = [unit @ seen.T for unit, seen in zip(own, below, strict=True)]
         grad_biases = [unit.sum_to_size(bias.shape) for unit, bias in zip(own, plan.biases, strict=True)]
         return grad_v, grad_weights, grad_biases
-
-
-def _flat(biases: list[Tensor] | tuple[Tensor, ...]) -> Array:
-    return torch.cat([bias.detach() for bias in biases]).contiguous().numpy()
 
 
 def _block(dim: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pyro_maf.nn import ACTIVATIONS, MADE
-from pyro_maf.sweep.plan import Plan, biases_of
+from pyro_maf.sweep.plan import Plan
 
-__all__ = ["Pack", "forget", "pack_of"]
+__all__ = ["Pack", "flat", "forget", "pack", "pack_of"]
 
 Array = np.ndarray[Any, Any]
 
@@ -52,17 +53,18 @@ class _Version(NamedTuple):
 _packs: weakref.WeakKeyDictionary[MADE, tuple[_Version, Pack]] = weakref.WeakKeyDictionary()
 
 
-def pack_of(made: MADE, plan: Plan | None = None) -> Pack:
-    """The pack of a network's present weights; `plan`, if it is at hand, saves laying them out again."""
+def pack_of(made: MADE) -> Pack:
+    """The pack of a network's present weights, made anew when they have changed."""
     if made.order.is_inference():
-        return _pack(made, plan)  # such tensors count no changes
+        return pack(Plan.of(made))  # such tensors count no changes
     version = _Version.of(made)
     known = _packs.get(made)
     if known is not None and known[0].same_as(version):
         return known[1]
-    pack = _pack(made, plan)
-    _packs[made] = version, pack
-    return pack
+    with torch.no_grad():
+        fresh = pack(Plan.of(made))
+    _packs[made] = version, fresh
+    return fresh
 
 
 def forget(made: MADE) -> None:
@@ -70,13 +72,16 @@ def forget(made: MADE) -> None:
     _packs.pop(made, None)
 
 
-def _pack(made: MADE, plan: Plan | None) -> Pack:
-    with torch.no_grad():
-        plan = Plan.of(made) if plan is None else plan
-        weights = torch.cat([weight.detach().reshape(-1) for weight in plan.weights])
-        biases = torch.cat(biases_of(made, None))
-    kind = list(ACTIVATIONS).index(made.activation)
-    return Pack(plan.order.numpy(), weights.numpy(), *_layout(plan), kind, biases.numpy())
+def pack(plan: Plan) -> Pack:
+    """The arrays of a plan."""
+    weights = torch.cat([weight.detach().reshape(-1) for weight in plan.weights])
+    kind = next(kind for kind, activation in enumerate(ACTIVATIONS.values()) if activation is plan.activation)
+    return Pack(plan.order.numpy(), weights.numpy(), *_layout(plan), kind, flat(plan.biases))
+
+
+def flat(biases: Sequence[Tensor]) -> Array:
+    """The biases of all layers, (units, 1 or batch)."""
+    return torch.cat([bias.detach() for bias in biases]).contiguous().numpy()
 
 
 def _layout(plan: Plan) -> tuple[Array, Array, Array]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_maf.nn import MADE
 from pyro_maf.sweep import compiled
-from pyro_maf.sweep.pack import pack_of
+from pyro_maf.sweep.pack import pack
 from pyro_maf.sweep.plan import Direction, Plan
 from pyro_maf.sweep.reference import TorchSweep
 from pyro_maf.sweep.scalar import ScalarMap
@@ -67,7 +67,7 @@ def _solve_rows(
     if by_kernel and not _needs_gradient(made, v, context):
         return compiled.evaluate(made, v, context, sign)
     plan = Plan.of(made, context)
-    engine: Engine = compiled.KernelSweep(pack_of(made, plan), sign) if by_kernel else TorchSweep(direction)
+    engine: Engine = compiled.KernelSweep(pack(plan), sign) if by_kernel else TorchSweep(direction)
     return _Solve.apply(engine, plan, direction, v, *plan.weights, *plan.biases)
 
 

@@ -59,8 +59,8 @@ class _Autoregressive(Flow):
     def _sequential(self, v: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
         return solve(self.made, self.scalar, v, context, inverse=inverse)
 
-    def clear_cache(self) -> None:
-        super().clear_cache()
+    def _forget(self) -> None:
+        super()._forget()
         forget(self.made)
 
 

@@ -154,7 +154,12 @@ class Flow(Savable, TransformModule):
         return twin
 
     def clear_cache(self) -> None:
-        """Forget the last pair. Only needed after writing through `.data`, which no version counts."""
+        """Forget all that was remembered. Only needed after writing through `.data`, which no version counts."""
+        for member in self.modules():
+            if isinstance(member, Flow):
+                member._forget()
+
+    def _forget(self) -> None:
         self._pair = None
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
@@ -246,9 +251,6 @@ class Inverse(Flow):
 
     def with_cache(self, cache_size: int = 1) -> Flow:
         return self if cache_size == self._cache_size else self.flow.with_cache(cache_size).inv
-
-    def clear_cache(self) -> None:
-        self.flow.clear_cache()
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         return self.flow.inverse_shape(shape)
