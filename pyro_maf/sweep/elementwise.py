@@ -29,15 +29,39 @@ LN2_HIGH = np.float32(0.693359375)
 LN2_LOW = np.float32(-2.12194440e-4)
 
 
+@njit(**INNER)
 def _exp(x: Any) -> Any:
-    """exp, in a form that float32 loops vectorise; there it ends at e^-87 and e^88."""
-    return math.exp(x)
+    """exp(x); in float32 it ends at e^-87 and e^88."""
+    power, rest = _exp_parts(x)
+    return power * rest + power
 
 
-@overload(_exp)
-def _compiled_exp(x: Any) -> Any:
+@njit(**INNER)
+def _expm1(x: Any) -> Any:
+    """exp(x) - 1, to full precision around 0."""
+    power, rest = _exp_parts(x)
+    return power * rest + (power - type(x)(1))
+
+
+@njit(**INNER)
+def _tanh(x: Any) -> Any:
+    """tanh(x), which rounds to 1 long before 20."""
+    limit = type(x)(20)
+    x = limit if x > limit else x
+    x = -limit if x < -limit else x
+    grown = _expm1(x + x)
+    return grown / (grown + type(x)(2))
+
+
+def _exp_parts(x: Any) -> tuple[Any, Any]:
+    """A power p of two and a rest r such that exp(x) = p (1 + r). Loops of it in float32 are vectorised."""
+    return 1.0, math.expm1(x)
+
+
+@overload(_exp_parts)
+def _compiled_exp_parts(x: Any) -> Any:
     def double(x: Any) -> Any:
-        return math.exp(x)
+        return 1.0, math.expm1(x)
 
     def single(x: Any) -> Any:
         x = np.float32(88.0) if x > np.float32(88.0) else x
@@ -49,16 +73,9 @@ def _compiled_exp(x: Any) -> Any:
         p = p * r + np.float32(1 / 24)
         p = p * r + np.float32(1 / 6)
         p = p * r + np.float32(0.5)
-        p = p * r * r + r + np.float32(1.0)
-        return p * np.int32((np.int32(n) + 127) << 23).view(np.float32)
+        return np.int32((np.int32(n) + 127) << 23).view(np.float32), p * r * r + r
 
     return single if x == types.float32 else double
-
-
-@njit(**INNER)
-def _tanh(x: Any, one: Any) -> Any:
-    """In terms of exp, whose loops are vectorised; off by no more than exp is. `one` is 1 in the type of x."""
-    return (one + one) / (one + _exp(-(x + x))) - one
 
 
 @njit(**INNER)
@@ -75,7 +92,7 @@ def activate(kind: Any, z: Any, slope: Any) -> None:
             z[t] *= slope[t]
     elif kind == TANH:
         for t in range(len(z)):
-            z[t] = _tanh(z[t], one)
+            z[t] = _tanh(z[t])
             slope[t] = one - z[t] * z[t]
     elif kind == SIGMOID:
         for t in range(len(z)):
@@ -83,9 +100,9 @@ def activate(kind: Any, z: Any, slope: Any) -> None:
             slope[t] = z[t] * (one - z[t])
     elif kind == ELU:
         for t in range(len(z)):
-            grown = _exp(min(z[t], z.dtype.type(0)))
-            slope[t] = one if z[t] > 0 else grown
-            z[t] = z[t] if z[t] > 0 else grown - one
+            grown = _expm1(min(z[t], z.dtype.type(0)))
+            slope[t] = one if z[t] > 0 else grown + one
+            z[t] = z[t] if z[t] > 0 else grown
     elif kind == SILU:
         for t in range(len(z)):
             gate = one / (one + _exp(-z[t]))
@@ -107,7 +124,7 @@ def transform(x: Any, shift: Any, a: Any, sign: int, bound: float, log_det: Any,
     """Replace x by (x e + sign s) e with e = exp(sign alpha / 2), and add alpha = b tanh(a / b) to log_det."""
     one, half, signed, limit = x.dtype.type(1), x.dtype.type(0.5 * sign), x.dtype.type(sign), x.dtype.type(bound)
     for t in range(len(x)):
-        squashed = _tanh(a[t] / limit, one)
+        squashed = _tanh(a[t] / limit)
         alpha = limit * squashed
         e = _exp(half * alpha)
         x[t] = (x[t] * e + signed * shift[t]) * e

@@ -1,0 +1,290 @@
+"""The sweep: kernels, torch and D plain passes give the same, also where one of them cannot answer."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pyro_maf import MAF
+from pyro_maf.nn import compress_tails
+from pyro_maf.sweep import compiled, loading, threads
+from pyro_maf.transforms import ConditionalMaskedAutoregressive, Flow
+from tests.registry import Architecture, architectures, at_context, build
+
+LAYERS = (
+    "MaskedAutoregressive",
+    "InverseAutoregressive",
+    "ConditionalMaskedAutoregressive",
+    "ConditionalInverseAutoregressive",
+)
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+needs_kernels = pytest.mark.skipif(loading.kernels() is None, reason="no compiled kernels on this machine")
+
+
+@contextmanager
+def in_torch() -> Iterator[None]:
+    """Without the kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "takes", lambda scalar, v: False)
+        yield
+
+
+def slow_direction(flow: Flow) -> Any:
+    """The sequential one, with its log-determinant."""
+    return flow._push if flow.fast == "inverse" else flow._pull
+
+
+def naive(flow: Any, v: Tensor) -> Tensor:
+    """D passes over the whole network, each for one variable."""
+    layer, context = getattr(flow, "flow", flow), getattr(flow, "context", None)
+    direction = layer.scalar.forward if layer.fast == "inverse" else layer.scalar.inverse
+    w = torch.zeros_like(v)
+    for i in layer.order:
+        w[..., i] = direction(v, *layer.made(w, context).unbind(-1))[0][..., i]
+    return w
+
+
+def largest_difference(found: Tensor, wanted: Tensor) -> float:
+    """Between rows, relative to their length or 1."""
+    if not wanted.numel():
+        return 0.0
+    return float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1)).max())
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", LAYERS)
+@given(a=architectures(), points=st.sampled_from([1, 7, 8, 150]), scale=st.sampled_from([1.0, 50.0]))
+def test_kernels_agree_with_torch(name: str, dtype: torch.dtype, a: Architecture, points: int, scale: float) -> None:
+    flow = at_context(build(name, a, dtype, "cpu", gain=0.5), points)
+    v = scale * torch.randn(points, a.input_dim, dtype=dtype)
+    with torch.no_grad():
+        w, log_det = slow_direction(flow)(v)
+        with in_torch():
+            wanted, wanted_log_det = slow_direction(flow)(v)
+    kept, kept_log_det = slow_direction(flow)(v)
+    for one, log in ((w, log_det), (kept.detach(), kept_log_det.detach())):
+        assert largest_difference(one, wanted) < TOLERANCE[dtype]
+        # Each variable's log-scale rounds on its own.
+        assert largest_difference(log[:, None], wanted_log_det[:, None]) < a.input_dim * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@given(a=architectures(largest=6))
+def test_torch_agrees_with_d_plain_passes(name: str, a: Architecture) -> None:
+    flow = at_context(build(name, a, torch.float64, "cpu"), 9)
+    v = torch.randn(9, a.input_dim, dtype=torch.float64)
+    with torch.no_grad(), in_torch():
+        assert largest_difference(slow_direction(flow)(v)[0], naive(flow, v)) < 1e-12
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", LAYERS)
+@given(a=architectures(largest=6), points=st.sampled_from([1, 150]))
+def test_gradients_agree(name: str, a: Architecture, points: int) -> None:
+    flow = build(name, a, torch.float64, "cpu")
+    v = torch.randn(points, a.input_dim, dtype=torch.float64, requires_grad=True)
+    context = torch.randn(points, a.context_dim, dtype=torch.float64, requires_grad=True)
+
+    def gradients() -> list[Tensor]:
+        layer = getattr(flow, "flow", flow)
+        w, log_det = slow_direction(layer)(v, context if layer.context_dim else None)
+        wanted = [v, context, *flow.parameters()]
+        loss = w.sin().sum() + log_det.square().sum()
+        return list(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
+
+    found = gradients()
+    with in_torch():
+        wanted = gradients()
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-9 * float(1 + other.norm()))
+
+
+@needs_kernels
+@pytest.mark.parametrize("points", [3, 30])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_passes_through(bad: float, points: int) -> None:
+    a = Architecture(5, 1, 1, [16, 16], "relu", "random", 0)
+    flow = build("MaskedAutoregressive", a, torch.float32, "cpu")
+    v = torch.randn(points, 5)
+    v[1, flow.order[1]] = bad
+    with torch.no_grad():
+        w = flow._push(v)[0]
+        with in_torch():
+            wanted = flow._push(v)[0]
+    assert not torch.isfinite(w[1]).all()
+    assert torch.allclose(w, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+    rest = [row for row in range(points) if row != 1]
+    assert torch.isfinite(w[rest]).all()
+
+
+@needs_kernels
+def test_a_pack_is_never_stale() -> None:
+    flow = build("MAF", Architecture(4, 1, 2, [8], "tanh", "reverse", 0), torch.float64, "cpu")
+    x = torch.randn(20, 4, dtype=torch.float64)
+
+    def assert_fresh() -> None:
+        with torch.no_grad():
+            assert torch.equal(flow(x), copy.deepcopy(flow)(x))
+
+    assert_fresh()
+    for fused in (False, True):
+        optimizer = torch.optim.Adam(flow.parameters(), 0.1, fused=fused)
+        flow.inv(x).square().sum().backward()
+        optimizer.step()
+        assert_fresh()
+    flow.load_state_dict({key: value + 0.1 * value.is_floating_point() for key, value in flow.state_dict().items()})
+    assert_fresh()
+    with torch.no_grad():
+        flow[0].made.layers[0].weight.mul_(0.5)
+    assert_fresh()
+    flow[1].made.layers[0].bias = torch.nn.Parameter(torch.ones(8, dtype=torch.float64))
+    assert_fresh()
+    flow[0].made.layers[1].weight.data.add_(0.3)
+    flow.clear_cache()
+    assert_fresh()
+    flow.float().double()
+    assert_fresh()
+
+
+@needs_kernels
+def test_packs_go_with_their_networks_and_stay_out_of_copies() -> None:
+    from pyro_maf.sweep import pack
+
+    flow = MAF(3, num_layers=1)
+    with torch.no_grad():
+        flow(torch.randn(4, 3))
+    made = flow[0].made
+    assert made in pack._packs
+    assert copy.deepcopy(made) not in pack._packs
+    before = len(pack._packs)
+    del flow, made
+    assert len(pack._packs) == before - 1
+
+
+@needs_kernels
+@settings(max_examples=5)
+@given(parts=st.integers(2, 5), points=st.integers(1, 400))
+def test_threads_share_the_points_out(parts: int, points: int) -> None:
+    a = Architecture(5, 1, 1, [16, 16], "silu", "random", 0)
+    flow = build("MaskedAutoregressive", a, torch.float64, "cpu")
+    v = torch.randn(points, 5, dtype=torch.float64, requires_grad=True)
+
+    def results() -> list[Tensor]:
+        w, log_det = flow._push(v)
+        return [w.detach(), log_det.detach(), *torch.autograd.grad((w.sum() + log_det).sum(), [v, *flow.parameters()])]
+
+    wanted = results()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threads, "LEAST_WORK", 1)
+        patch.setattr(torch, "get_num_threads", lambda: parts)
+        found = results()
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
+
+
+@needs_kernels
+def test_several_callers_at_once() -> None:
+    flow = build("MAF", Architecture(6, 1, 2, [32, 32], "relu", "reverse", 0), torch.float64, "cpu")
+    batches = [torch.randn(50 + 10 * index, 6, dtype=torch.float64) for index in range(6)]
+    with torch.no_grad():
+        wanted = [flow._push(x)[0] for x in batches]
+    found: list[Any] = [None] * len(batches)
+
+    def work(index: int) -> None:
+        with torch.no_grad():
+            for _ in range(20):
+                found[index] = flow._push(batches[index])[0]
+
+    callers = [threading.Thread(target=work, args=(index,)) for index in range(len(batches))]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What a fresh interpreter does with the code."""
+    root = Path(__file__).parent.parent
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+SAMPLE = "import sys, torch, pyro_maf\nwith torch.no_grad(): pyro_maf.MAF(2, hidden_dims=[4])(torch.zeros(3, 2))\n"
+HAS_NUMBA = "print('numba' in sys.modules)"
+
+
+def test_the_environment_can_ask_for_torch() -> None:
+    done = run(SAMPLE + HAS_NUMBA, PYRO_MAF_KERNEL="torch")
+    assert done.stdout.strip() == "False"
+    assert done.stderr == ""
+
+
+def test_without_numba_torch_answers_with_one_warning() -> None:
+    hidden = "import sys; sys.modules['numba'] = None\n"
+    done = run(hidden + SAMPLE + "with torch.no_grad(): pyro_maf.MAF(2)(torch.zeros(3, 2))")
+    assert done.stderr.count("RuntimeWarning") == 1
+    assert "slower" in done.stderr
+
+
+def test_without_a_folder_for_compiled_code_torch_answers_with_one_warning() -> None:
+    unwritable = (
+        "from numba.core import caching\n"
+        "for locator in (caching._CacheImpl._locator_classes):\n"
+        "    locator.from_function = classmethod(lambda cls, function, path: None)\n"
+    )
+    done = run(unwritable + SAMPLE)
+    assert done.stderr.count("RuntimeWarning") == 1
+    assert "can not be compiled" in done.stderr
+
+
+def test_memory_does_not_grow_with_the_dimension() -> None:
+    """The graph of a sweep holds one set of activations, however many variables there are."""
+    sizes = {}
+    for dim in (4, 32):
+        flow = MAF(dim, num_layers=1, hidden_dims=[64, 64]).double()
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            flow(torch.randn(2000, dim, dtype=torch.float64))
+        sizes[dim] = sum(kept.values())
+    rows = {dim: 2 * (dim + 128 + 2 * dim) + 2 * dim for dim in sizes}
+    assert sizes[32] / sizes[4] < 1.2 * rows[32] / rows[4]
+
+
+def test_a_sweep_sees_the_network_as_the_parallel_direction_does() -> None:
+    layer = ConditionalMaskedAutoregressive(3, 2, hidden_dims=[8]).double()
+    torch.nn.init.normal_(layer.flow.made.last_layer.weight)
+    context = torch.randn(2, dtype=torch.float64)
+    v = 10 * torch.randn(40, 3, dtype=torch.float64)
+    flow = layer.condition(context)
+    with torch.no_grad():
+        w = flow._push(v)[0]
+        parameters = layer.flow.made(w, context)
+        assert not torch.equal(compress_tails(w), w)
+        assert torch.allclose(layer.flow.scalar.forward(v, *parameters.unbind(-1))[0], w, rtol=1e-12, atol=1e-12)
