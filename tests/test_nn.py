@@ -275,7 +275,7 @@ def test_default_widths_are_eight_a_dimension_within_bounds() -> None:
         (lambda: MaskedLinear(torch.ones(3)), ValueError, r"MaskedLinear expected mask to be a matrix, got shape"),
         (lambda: MADE(0), ValueError, "MADE expected input_dim of at least 1, got 0"),
         (lambda: MADE(2.5), TypeError, r"MADE expected input_dim to be an int, got 2\.5"),
-        (lambda: MADE(3, 16), TypeError, r"hidden_dims to be a sequence of ints such as \(16,\), got 16"),
+        (lambda: MADE(3, 16), TypeError, r"hidden_dims to be a sequence of ints such as \(64, 64\), got 16"),
         (lambda: MADE(3, np.int64(16)), TypeError, "MADE expected hidden_dims to be a sequence of ints"),
         (lambda: MADE(3, outputs_per_input=0), ValueError, "MADE expected outputs_per_input of at least 1, got 0"),
         (lambda: MADE(3, activation="ReLU"), ValueError, "MADE expected activation to be one of relu"),
