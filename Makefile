@@ -21,7 +21,7 @@ check: $(VENV)/.dev  ## Lint, layout of the code, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev  ## Run every benchmark, one after another
+bench: $(VENV)/.bench  ## Run every benchmark, one after another
 	set -e; for file in benchmarks/[a-z]*.py; do $(BIN)/python $$file; done
 
 clean:  ## Remove what was built, the environment included
@@ -44,3 +44,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/pip
 	$(INSTALL) torch
 	$(INSTALL) -e '.[dev]'
 	@touch $(VENV)/.train $@  # dev holds all of train
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(INSTALL) -e '.[bench]'
+	@touch $@

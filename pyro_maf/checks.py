@@ -30,8 +30,8 @@ def check_positive(who: str, name: str, value: Any, least: int = 1) -> int:
 
 def check_sizes(who: str, name: str, values: Iterable[int] | int) -> tuple[int, ...]:
     """Return layer widths as a tuple of positive ints."""
-    if isinstance(values, int):
-        raise TypeError(f"{who} expected {name} to be a sequence of ints such as ({values},), got {values!r}.")
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"{who} expected {name} to be a sequence of ints such as (64, 64), got {values!r}.")
     return tuple(check_positive(who, f"every width in {name}", value) for value in values)
 
 
@@ -45,7 +45,10 @@ def check_choice(who: str, name: str, value: Any, choices: Iterable[str]) -> str
 
 def check_permutation(who: str, name: str, value: Any, size: int | None = None) -> Tensor:
     """Return `value` as an int64 tensor that holds each of 0 .. size - 1 once."""
-    permutation = torch.as_tensor(value)
+    try:
+        permutation = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        permutation = torch.empty(0, 0)
     size = permutation.numel() if size is None else size
     if permutation.is_floating_point() or permutation.shape != (size,):
         raise ValueError(f"{who} expected {name} to be a permutation of 0 .. {size - 1}, got {value!r}.")

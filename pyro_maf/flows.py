@@ -28,6 +28,7 @@ __all__ = ["IAF", "MAF", "ConditionalIAF", "ConditionalMAF", "ConditionalRealNVP
 def _orders(who: str, input_dim: int, num_layers: int, order: Any, seed: int) -> list[Tensor]:
     """The order of the variables in each layer, noise to data."""
     natural = torch.arange(input_dim)
+    wanted = f'{who} expected order "reverse", "random", or permutations, got {order!r}.'
     if isinstance(order, str):
         if order == "reverse":
             # The layer next to the data has the natural order, as in the paper.
@@ -35,8 +36,13 @@ def _orders(who: str, input_dim: int, num_layers: int, order: Any, seed: int) ->
         if order == "random":
             generator = torch.Generator().manual_seed(seed)
             return [torch.randperm(input_dim, generator=generator) for _ in range(num_layers)]
-        raise ValueError(f'{who} expected order "reverse", "random", or permutations, got {order!r}.')
-    given = torch.as_tensor(order)
+        raise ValueError(wanted)
+    try:
+        given = torch.as_tensor(order)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(wanted) from None
+    if given.dim() not in (1, 2):
+        raise ValueError(wanted)
     if given.dim() == 1:
         return [check_permutation(who, "order", given, input_dim)] * num_layers
     if len(given) != num_layers:
@@ -169,8 +175,8 @@ class RealNVP(Stack):
         num_layers: Number of coupling layers.
         hidden_dims: Widths of each network's hidden layers, by default two by `pyro_maf.nn.default_hidden_dims`.
         activation: A name from `pyro_maf.nn.ACTIVATIONS`.
-        order: As in `MAF`: the even places of a layer's order are kept and the odd ones moved. "reverse" alternates the
-            two, also where D is odd.
+        order: As in `MAF`, but "reverse" is the natural order in every layer. In the layer next to the data the even
+            places of its order are kept and the odd ones moved; the two alternate from layer to layer.
         batch_norm: Put a `BatchNorm` after every layer, seen from the data.
         context_dim: Number of context features; 0 for none. `ConditionalRealNVP` is the form to use with a context.
         networks: "joint" or, as in the paper, "separate" networks for mu and alpha; see `AffineCoupling`.

@@ -81,7 +81,7 @@ def degrees(
         One int64 tensor per hidden layer.
 
     Raises:
-        ValueError: For non-positive sizes or an unknown `kind`.
+        ValueError: For non-positive sizes, an unknown `kind` or another `lowest`.
 
     Example:
         >>> degrees(4, [6, 2])
@@ -92,6 +92,8 @@ def degrees(
     """
     check_positive("degrees", "input_dim", input_dim)
     check_choice("degrees", "kind", kind, ("sequential", "random"))
+    if lowest not in (0, 1):
+        raise ValueError(f"degrees expected lowest to be 0 or 1, got {lowest!r}.")
     highest = max(lowest, input_dim - 1)
     levels = highest - lowest + 1
     generator = torch.Generator().manual_seed(seed)
@@ -253,10 +255,8 @@ class Network(nn.Module):
         stored = state_dict.get(prefix + "activation_index")
         error_messages = args[-1]
         if stored is not None and int(stored) != int(self.activation_index):
-            name = list(ACTIVATIONS)[int(stored)]
-            error_messages.append(
-                f"activation of {prefix[:-1]}: {name!r} was stored, {self.activation!r} is built here."
-            )
+            name = dict(enumerate(map(repr, ACTIVATIONS))).get(int(stored), "one unknown here")
+            error_messages.append(f"activation of {prefix[:-1]}: {name} was stored, {self.activation!r} is built here.")
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
 

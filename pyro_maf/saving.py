@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import tempfile
+import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -38,12 +39,14 @@ class Savable:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        _known[cls.__name__] = cls
+        if not _hides_ours(cls):
+            _known[cls.__name__] = cls
 
     def __new__(cls: type[Self], *args: Any, **kwargs: Any) -> Self:
         self = super().__new__(cls)
         bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs).arguments
-        self.__dict__["_arguments"] = dict(list(bound.items())[1:])
+        # As they are now: the caller may go on to change a list or an array.
+        self.__dict__["_arguments"] = {name: _frozen(value) for name, value in list(bound.items())[1:]}
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -60,13 +63,14 @@ class Savable:
         from safetensors.torch import save
 
         module: Any = self
-        header = {"format": FORMAT, "training": module.training, **_describe(self)}
+        training = [name for name, member in module.named_modules(remove_duplicate=False) if member.training]
+        header = {"format": FORMAT, "training": training, **_describe(self)}
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
         write_whole(Path(path), save(state, {KEY: json.dumps(header)}))
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """Read what `save` wrote: a flow, a conditional flow or a density, on the CPU, with the dtype it had.
+    """Read what `save` wrote: a flow, a conditional flow or a density, on the CPU, with the dtype and modes it had.
 
     Args:
         path: The file.
@@ -107,15 +111,16 @@ def write_whole(path: Path, content: bytes) -> None:
         raise FileNotFoundError(f"save expected an existing folder for {path.name}, got {path.parent}.")
     if path.is_dir():
         raise IsADirectoryError(f"save expected a file name, got the folder {path}.")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Not a file of `tempfile`, which its owner alone could read.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -129,17 +134,35 @@ def _rebuild(path: Path, header_text: str, state: dict[str, Tensor]) -> Any:
         if floating:
             module.to(floating[0])
         module.load_state_dict(state)
-        return module.train(header["training"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        for name, member in module.named_modules():
+            member.training = name in header["training"]
+        return module
+    except (LookupError, ArithmeticError, TypeError, ValueError, RuntimeError, AttributeError, MemoryError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"load could not rebuild what {path} describes: {reason}") from None
 
 
 def _describe(module: Savable) -> dict[str, Any]:
     if module._unsavable:
-        raise TypeError(f"{module!r} can not be saved: {module._unsavable}.")
+        raise TypeError(f"{type(module).__name__} can not be saved: {module._unsavable}.")
+    if _hides_ours(type(module)):
+        raise TypeError(f"{type(module).__name__} can not be saved: its name is that of a class of {KEY}.")
     arguments = {name: _encode(type(module).__name__, name, value) for name, value in module._arguments.items()}
     return {"class": type(module).__name__, "arguments": arguments}
+
+
+def _hides_ours(cls: type[Savable]) -> bool:
+    """Whether a class from elsewhere has the name of one of this package, which a file could not tell apart."""
+    ours, its = (each.__module__.partition(".")[0] == KEY for each in (_known.get(cls.__name__, cls), cls))
+    return ours and not its
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_frozen, value))
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        return value.clone()
+    return value.copy() if isinstance(value, np.ndarray) else value
 
 
 def _encode(who: str, name: str, value: Any) -> Any:
@@ -149,10 +172,10 @@ def _encode(who: str, name: str, value: Any) -> Any:
         value = torch.from_numpy(value) if isinstance(value, np.ndarray) else value.item()
     if isinstance(value, Tensor):
         return None if value.is_floating_point() else value.tolist()
-    if isinstance(value, (list, tuple, torch.Size, nn.ModuleList)):
-        return [_encode(who, name, item) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, (Sequence, nn.ModuleList)):
+        return [_encode(who, name, item) for item in value]
     raise TypeError(f"{who} can not be saved: its argument {name} is {type(value).__name__}, which JSON does not hold.")
 
 

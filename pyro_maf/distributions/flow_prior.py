@@ -99,6 +99,7 @@ class FlowPrior(Density):
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
         r"""Set the statistics that the model keeps from data `y`, (rows, D), in the data's own units."""
+        y = check_event(self.name, "y", y, self.input_dim, "input_dim", like_of(self))
         with torch.no_grad():
             self.model.fit_statistics(self.units._pull(y)[0], self._standardised(context))
 

@@ -44,18 +44,19 @@ class ActNorm(Flow):
         self.loc = nn.Parameter(torch.zeros(input_dim))
         self.log_scale = nn.Parameter(torch.zeros(input_dim))
         self.register_buffer("initialized", torch.tensor(False))
-        self._derive()
+        # The buffer again, since reading it at every call would wait for the device; in a list, which twins with and
+        # without a cache share.
+        self._known = [False]
 
     def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return x * self.log_scale.exp() + self.loc, self.log_scale.sum().expand(x.shape[:-1])
 
     def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.training and not self._is_initialized and y.numel() > self.input_dim:
-            self.fit_statistics(y)
+            self._fit_statistics(y)
         return (y - self.loc) * (-self.log_scale).exp(), self.log_scale.sum().expand(y.shape[:-1])
 
-    def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
-        """Set loc and log_scale from the data `y`, (rows, D), unless they have been set before."""
+    def _fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
         if self._is_initialized:
             return
         with torch.no_grad():
@@ -65,9 +66,12 @@ class ActNorm(Flow):
             self.initialized.fill_(True)
         self._derive()
 
+    @property
+    def _is_initialized(self) -> bool:
+        return self._known[0]
+
     def _derive(self) -> None:
-        # Asked for at every call: reading the buffer would wait for the device.
-        self._is_initialized = bool(self.initialized)
+        self._known[0] = bool(self.initialized)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: object) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -64,7 +64,32 @@ class Flow(Savable, TransformModule):
         raise NotImplementedError
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
-        """Set whatever statistics of the data this flow keeps, from data `y`; most keep none."""
+        r"""Set whatever statistics of the data this flow keeps (batch norm, act norm); most keep none.
+
+        Args:
+            y: Data, (\*batch, D), of two rows at least.
+            context: Its context, where the flow takes one.
+
+        Raises:
+            ValueError: For data or context of the wrong width, or too few rows.
+            TypeError: For data or context of another dtype than the parameters.
+        """
+        like = like_of(self)
+        check_event(self.name, "y", y, self.input_dim, "input_dim", like)
+        if context is None and self.context_dim:
+            raise ValueError(
+                f"{self.name} expected a context with last dimension {self.context_dim} (context_dim), got none."
+            )
+        if context is not None:
+            if not self.context_dim:
+                raise ValueError(f"{self.name} was built without context_dim and takes no context.")
+            check_event(self.name, "context", context, self.context_dim, "context_dim", like)
+        if (rows := y.shape[:-1].numel()) < 2:
+            raise ValueError(f"{self.name} expected at least 2 rows of data, got {rows}.")
+        self._fit_statistics(y, context)
+
+    def _fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
+        """`fit_statistics` of checked data: what a subclass that keeps statistics provides."""
 
     # -- the two directions ---------------------------------------------------------------------------------------
 
@@ -97,16 +122,18 @@ class Flow(Savable, TransformModule):
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         r"""log |det dy/dx| in nats, (\*batch,), for y = self(x).
 
-        Computed in the fast direction: from y alone where that is "inverse", from x alone otherwise.
+        Computed in the fast direction: from x alone where that is "forward", from y alone where it is "inverse". Where
+        both are, from y, unless y is remembered to be made of x: a batch norm in training takes other statistics then.
         """
         x, y = self._checked(x, "x"), self._checked(y, "y")
         if self._pair is not None and caching_is_possible():
             for given, made in ((x, y), (y, x)):
                 if (log_det := self._pair.log_det_of(self, given, made)) is not None:
                     return log_det
-        if self.fast == "inverse":
-            return self._exactly(self._pull, y)[1]
-        return self._exactly(self._push, x)[1]
+        made_of_x = self._pair is not None and self._pair.joins(self, x, y)
+        if self.fast == "forward" or (self.fast == "both" and made_of_x):
+            return self._exactly(self._push, x)[1]
+        return self._exactly(self._pull, y)[1]
 
     def _exactly(self, direction: Any, given: Tensor) -> tuple[Tensor, Tensor]:
         return exactly(direction, given, like=given)
@@ -244,6 +271,9 @@ class Inverse(Flow):
 
     @property
     def inv(self) -> Flow:
+        # One that was copied or loaded is not yet known to its flow.
+        if self.flow._inv is None or self.flow._inv() is None:  # type: ignore[call-arg]
+            self.flow._inv = weakref.ref(self)  # type: ignore[assignment]
         return self.flow
 
     def __repr__(self) -> str:
@@ -291,7 +321,7 @@ class Conditioned(Flow):
     def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.flow._pull(y, self.context)
 
-    def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
+    def _fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
         self.flow.fit_statistics(y, self.context)
 
     def __repr__(self) -> str:

@@ -63,8 +63,7 @@ class BatchNorm(Flow):
         log_scale = self._log_scale(variance)
         return (y - mean) * (-log_scale).exp() + self.beta, log_scale.sum().expand(y.shape[:-1])
 
-    def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
-        """Set the mean and variance to those of the data `y`, (rows, D)."""
+    def _fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
         with torch.no_grad():
             variance, mean = torch.var_mean(y.reshape(-1, self.input_dim), 0, correction=0)
             self.mean.copy_(mean)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_maf.changes import Snapshot
+
 __all__ = ["Pair", "caching_is_possible"]
 
 
@@ -52,24 +54,25 @@ class Pair:
 
         One that carries a graph is handed out once: two losses may then be differentiated one after the other.
         """
-        if (
-            self._log_det is None
-            or self._given is not given
-            or self._made() is not made
-            or not self._holds(module, made)
-        ):
+        if self._log_det is None or not self.joins(module, given, made):
             return None
         log_det = self._log_det
         if log_det.requires_grad:
             self._log_det = None
         return log_det
 
+    def joins(self, module: nn.Module, given: Tensor, made: Tensor) -> bool:
+        """Whether `made` is certain to be what the module makes of `given`."""
+        return self._given is given and self._made() is made and self._holds(module, made)
+
     def _holds(self, module: nn.Module, made: Tensor) -> bool:
         return (
-            not self._retired
-            and self._versions == (self._given._version, made._version)
-            and _same(self._state, _state(module))
+            not self._retired and self._versions == (self._given._version, made._version) and self._same_state(module)
         )
+
+    def _same_state(self, module: nn.Module) -> bool:
+        (modes, before), (modes_now, now) = self._state, _state(module)
+        return modes == modes_now and before.holds_for(now)
 
 
 class _Retire:
@@ -80,10 +83,10 @@ class _Retire:
         self._retired.append(True)
 
 
-def _state(module: nn.Module) -> tuple[tuple[Any, ...], list[Tensor], list[tuple[int, int]]]:
-    """All that the module's map depends on: modes, tensors by identity, their versions and where they lie."""
+def _state(module: nn.Module) -> tuple[list[bool], Snapshot]:
+    """All that the module's map depends on: modes and tensors."""
     tensors: list[Any] = []
-    modes: list[Any] = [torch.is_grad_enabled()]
+    modes = [torch.is_grad_enabled()]
     waiting = [module]
     while waiting:
         member = waiting.pop()
@@ -91,14 +94,4 @@ def _state(module: nn.Module) -> tuple[tuple[Any, ...], list[Tensor], list[tuple
         tensors.extend(member._parameters.values())
         tensors.extend(member._buffers.values())
         waiting.extend(child for child in member._modules.values() if child is not None)
-    present = [tensor for tensor in tensors if tensor is not None]
-    return tuple(modes), present, [(tensor._version, tensor.data_ptr()) for tensor in present]
-
-
-def _same(before: Any, now: Any) -> bool:
-    return (
-        before[0] == now[0]
-        and before[2] == now[2]
-        and len(before[1]) == len(now[1])
-        and all(one is other for one, other in zip(before[1], now[1], strict=True))
-    )
+    return modes, Snapshot.of(tensor for tensor in tensors if tensor is not None)

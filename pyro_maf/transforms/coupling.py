@@ -66,9 +66,12 @@ class AffineCoupling(Flow):
         networks: str = "joint",
     ) -> None:
         super().__init__(input_dim, context_dim)
-        mask = (torch.arange(input_dim) % 2 == 0) & (input_dim > 1) if mask is None else torch.as_tensor(mask).bool()
+        mask = (torch.arange(input_dim) % 2 == 0) & (input_dim > 1) if mask is None else torch.as_tensor(mask)
         if mask.shape != (input_dim,):
             raise ValueError(f"{self.name} expected a mask of {input_dim} booleans, got shape {tuple(mask.shape)}.")
+        if mask.is_floating_point():
+            raise ValueError(f"{self.name} expected a mask of {input_dim} booleans, got {mask.tolist()}.")
+        mask = mask.bool()
         if bool(mask.all()):
             raise ValueError(f"{self.name} expected a mask with at least one False: this one would move nothing.")
         self.register_buffer("mask", mask.clone())

@@ -49,6 +49,7 @@ class Permute(Flow):
         return y[..., self._inverse_permutation], y.new_zeros(y.shape[:-1])
 
     def _derive(self) -> None:
+        check_permutation("Permute", "permutation", self.permutation)
         self.register_buffer("_inverse_permutation", self.permutation.argsort(), persistent=False)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -59,9 +59,14 @@ class Stack(Flow):
     def __getitem__(self, index: int) -> Flow:
         return self.layers[index]  # type: ignore[return-value]
 
-    def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
-        r"""Set the statistics that layers keep (batch norm, act norm) from data `y`, (rows, D), layer by layer."""
-        training = self.training
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        shape = super().forward_shape(shape)
+        for layer in self:
+            shape = layer.forward_shape(shape)
+        return shape
+
+    def _fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
+        modes = [(member, member.training) for member in self.modules()]
         self.eval()
         try:
             with torch.no_grad():
@@ -70,7 +75,8 @@ class Stack(Flow):
                     layer.fit_statistics(y, own)
                     y = layer._pull(y, own)[0]
         finally:
-            self.train(training)
+            for member, training in modes:
+                member.training = training
 
     def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._in_turn("_push", list(self), x, context)
@@ -94,8 +100,16 @@ class Stack(Flow):
             "forward": "sampling is one parallel pass, log_prob of data one sequential sweep",
             "both": "log_prob and sampling are one parallel pass each",
         }[self.fast]
-        layers = "".join(f"\n  ({index}): {_describe(layer)}" for index, layer in enumerate(self))
+        if {"inverse", "forward"} <= _speeds(self):
+            fast = "log_prob and sampling take sequential sweeps"
+        described = (_describe(layer).replace("\n", "\n  ") for layer in self)
+        layers = "".join(f"\n  ({index}): {layer}" for index, layer in enumerate(described))
         return f"{self.name}(input_dim={self.input_dim}{context}, {parameters:,} parameters; {fast}){layers}"
+
+
+def _speeds(flow: Flow) -> set[str]:
+    """The fast directions of all layers, those of stacks within stacks included."""
+    return {speed for layer in flow for speed in _speeds(layer)} if isinstance(flow, Stack) else {flow.fast}
 
 
 def _describe(layer: Flow) -> str:

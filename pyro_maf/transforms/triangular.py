@@ -33,7 +33,7 @@ class LowerTriangularAffine(Flow):
     Cost: one product forward, one triangular solve inverse.
 
     Raises:
-        ValueError: For a loc or scale_tril of the wrong shape, or a diagonal that is not positive.
+        ValueError: For a loc or scale_tril of the wrong shape, a diagonal that is not positive, or anything above it.
 
     Example:
         >>> layer = LowerTriangularAffine(2, scale_tril=torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
@@ -54,14 +54,17 @@ class LowerTriangularAffine(Flow):
         activation: str = "relu",
     ) -> None:
         super().__init__(input_dim, context_dim)
-        loc = torch.zeros(input_dim) if loc is None else loc
-        scale_tril = torch.eye(input_dim) if scale_tril is None else scale_tril
+        dtype = next((given.dtype for given in (loc, scale_tril) if given is not None), None)
+        loc = torch.zeros(input_dim, dtype=dtype) if loc is None else loc
+        scale_tril = torch.eye(input_dim, dtype=dtype) if scale_tril is None else scale_tril
         for name, value, shape in (("loc", loc, (input_dim,)), ("scale_tril", scale_tril, (input_dim, input_dim))):
             if value.shape != shape:
                 raise ValueError(f"{self.name} expected {name} of shape {shape}, got {tuple(value.shape)}.")
         diagonal = scale_tril.diagonal()
         if not bool((diagonal > 0).all()):
             raise ValueError(f"{self.name} expected a positive diagonal of scale_tril, got {diagonal.tolist()}.")
+        if bool((scale_tril.triu(1) != 0).any()):
+            raise ValueError(f"{self.name} expected scale_tril to be lower triangular, got numbers above its diagonal.")
         self.loc = nn.Parameter(loc.detach().clone())
         self.log_diagonal = nn.Parameter(diagonal.detach().log())
         rows, columns = torch.tril_indices(input_dim, input_dim, -1)

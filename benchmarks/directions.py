@@ -1,0 +1,159 @@
+"""Both directions of a flow, forwards and backwards: this package against Pyro, zuko, nflows, normflows and flowjax.
+
+    python benchmarks/directions.py            # the sizes of the table in README.md, with one thread and with two
+    python benchmarks/directions.py --quick    # a tiny size, to see that everything runs
+    python benchmarks/directions.py --sizes 63,512 --batches 100 --layers 1 --tasks sample --threads 1
+
+A whole run writes its results, a table and a picture to benchmarks/results and the table to benchmarks/README.md; any
+other run writes to the folder that --out names, or to a temporary one. README.md says how to read them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from parts import picture, report, worker
+from parts.peers import PEERS, versions
+from parts.plan import BATCHES, LAYERS, TASKS, Plan
+
+HERE = Path(__file__).resolve().parent
+RESULTS, README = HERE / "results", HERE / "README.md"
+THREADS = (1, 2)
+# With more than one thread, what matters is whether they help: one layer tells.
+LAYERS_OF_MORE_THREADS = (1,)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and report, or report again what was measured before."""
+    options = parse(arguments)
+    whole = options.out is None and not (options.quick or chosen(options))
+    folder = RESULTS if whole else Path(options.out or tempfile.mkdtemp(prefix="directions-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = folder / f"directions{'' if options.device == 'cpu' else '-' + options.device}.json"
+    if options.render:
+        results = json.loads(stored.read_text(encoding="utf-8"))
+    else:
+        results = measure(plans(options))
+        write(stored, json.dumps(results, indent=1))
+    write(stored.with_suffix(".md"), report.summary(results) + "\n" + report.details(results))
+    picture.draw(results, stored.with_suffix(".png"))
+    if whole and options.device == "cpu":
+        report.put_between_markers(README, report.summary(results))
+    print(report.summary(results))
+    print(f"Results, table and picture are in {folder}.")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="a tiny size, few repetitions")
+    which.add_argument("--full", action="store_true", help="every combination of D, H and batch: hours")
+    parser.add_argument("--threads", type=int, nargs="+", default=None, metavar="N", help=f"default: {THREADS}")
+    parser.add_argument("--sizes", type=size, nargs="+", metavar="D,H", help="default: those of the table")
+    parser.add_argument("--batches", type=int, nargs="+", metavar="B", help=f"default: {BATCHES}")
+    parser.add_argument("--layers", type=int, nargs="+", metavar="L", help=f"default: {LAYERS}; 1 with more threads")
+    parser.add_argument("--tasks", choices=TASKS, nargs="+", help="default: all")
+    parser.add_argument("--peers", choices=PEERS, nargs="*", help="default: all")
+    parser.add_argument("--seconds", type=float, help=f"time for a cell; default: {Plan.seconds}")
+    parser.add_argument(
+        "--longest-call",
+        type=float,
+        metavar="SECONDS",
+        help=f"peers whose call would take longer are predicted, not run; default: {Plan.longest_call}",
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--out", metavar="FOLDER", help="where results go")
+    parser.add_argument("--render", action="store_true", help="measure nothing: make table and picture of the results")
+    return parser.parse_args(arguments)
+
+
+def size(text: str) -> tuple[int, int]:
+    """D and H from "D,H"."""
+    dim, hidden = map(int, text.split(","))
+    return dim, hidden
+
+
+def chosen(options: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for of a plan's sizes and contenders; empty for a whole run."""
+    names = ("sizes", "batches", "layers", "tasks", "peers")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return {name: tuple(values) for name, values in given.items()}
+
+
+def plans(options: argparse.Namespace) -> list[Plan]:
+    """A plan for each number of threads, memory and updates in the first alone."""
+    plan = Plan(peers=tuple(PEERS), device=options.device)
+    plan = plan.full() if options.full else plan.quick() if options.quick else plan
+    given = chosen(options)
+    limits = {"seconds": options.seconds, "longest_call": options.longest_call}
+    given |= {name: value for name, value in limits.items() if value is not None}
+    plan = dataclasses.replace(plan, **given)
+    if options.device != "cpu" or (options.tasks and "sample_backward" not in options.tasks):
+        plan = dataclasses.replace(plan, memory=None)
+    if options.tasks and "sample" not in options.tasks:
+        plan = dataclasses.replace(plan, update=False)
+    threads = options.threads or ((1,) if options.quick else THREADS)
+    first, *others = (dataclasses.replace(plan, threads=count) for count in threads)
+    layers = plan.layers if options.layers or options.full or options.quick else LAYERS_OF_MORE_THREADS
+    return [first, *(dataclasses.replace(other, layers=layers, memory=None, update=False) for other in others)]
+
+
+def measure(plans: list[Plan]) -> dict[str, Any]:
+    """Carry out the plans, one after another, and say how it goes."""
+    results: dict[str, Any] = {"about": about(), "missing": [], "cells": [], "updates": [], "memory": None}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for plan in plans:
+        if plan.threads > cores:
+            results["missing"].append(f"{plan.threads} threads are left out: there are {cores} cores.")
+            continue
+        for kind, content in worker.results(plan):
+            if kind == "cell":
+                results["cells"].append(content)
+                print(report.line(content), file=sys.stderr, flush=True)
+            elif kind == "update":
+                results["updates"].append(content)
+            elif kind == "memory":
+                results["memory"] = content
+            elif content not in results["missing"]:
+                results["missing"].append(content)
+                print(content, file=sys.stderr, flush=True)
+    return results
+
+
+def about() -> dict[str, Any]:
+    """Where and with what this runs."""
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("model name"):
+            processor = line.split(":", 1)[1].strip()
+            break
+    return {
+        "date": datetime.date.today().isoformat(),
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "versions": versions(),
+    }
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Peak memory of sampling and its gradient: a process for each contender, which prints the bytes.
+
+    python -m parts.memory NAME D H ROWS
+
+NAME is one of `peers.PEERS`, "pyro-maf" for us, or "D passes" for the plain loop.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import itertools
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from parts.architecture import Architecture, network_of
+from parts.peers import OURS, find
+from pyro_maf.transforms import Stack
+
+LOOP = "D passes"
+# The allocator gives memory back at once, so that what is free does not hide what is needed next.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+
+
+def measured(names: list[str], dim: int, hidden: int, batch: int) -> dict[str, int]:
+    """Bytes by which the process of each contender grew, at its largest; those that cannot be measured are left out."""
+    found = {}
+    for name in (OURS, LOOP, *names):
+        command = [sys.executable, "-m", "parts.memory", name, str(dim), str(hidden), str(batch)]
+        folder = Path(__file__).resolve().parents[1]
+        process = subprocess.run(
+            command, cwd=folder, env=os.environ | ALLOCATOR, capture_output=True, text=True, check=False
+        )
+        if process.returncode == 0:
+            found[name] = int(process.stdout.split()[-1])
+        else:
+            print(f"memory of {name}: {process.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+    return found
+
+
+def d_passes(flow: Stack) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The loop that everybody writes: a pass for each dimension, of which one output is used."""
+
+    def run(noise: Tensor) -> tuple[Tensor, Tensor]:
+        total = noise.new_zeros(len(noise))
+        for layer in flow:
+            columns = list(torch.zeros_like(noise).unbind(-1))
+            for index in layer.order.tolist():
+                outputs = network_of(layer).parameters_of(torch.stack(columns, -1))[:, index]
+                columns[index], log_derivative = layer.scalar.forward(noise[:, index], *outputs.unbind(-1))
+                total = total + log_derivative
+            noise = torch.stack(columns, -1)
+        return noise, total
+
+    return run
+
+
+def growth(work: Callable[[], object]) -> int:
+    """Bytes by which this process grows while it works, at its largest."""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        # The peak cannot be set back, so the first call is the one that counts.
+        before = _largest_so_far()
+        work()
+        return _largest_so_far() - before
+    work()  # what is compiled or kept is compiled and kept
+    gc.collect()
+    _trim()
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    work()
+    return _status("VmHWM") - before
+
+
+def _largest_so_far() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise KeyError(field)
+
+
+def _trim() -> None:
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        return
+
+
+def main(name: str, dim: int, hidden: int, batch: int) -> None:
+    """Print the bytes of one contender."""
+    torch.set_num_threads(1)
+    architecture = Architecture("MAF", dim, hidden, 1)
+    flow = architecture.flow()
+    noise = torch.randn(batch, dim)
+    if name == LOOP:
+        run = d_passes(flow)
+
+        def work() -> None:
+            flow.zero_grad()
+            data, log_det = run(noise)
+            (0.5 * data.square().sum(-1) - log_det).mean().backward()
+
+    else:
+        peers, _ = find([name] if name != OURS else [])
+        peer = peers[name](architecture, flow, torch.device("cpu"))
+        # Pyro cannot differentiate twice what it made of one tensor.
+        given = itertools.cycle([peer.prepare(noise), peer.prepare(noise)])
+
+        def work() -> None:
+            peer.sample_and_differentiate(next(given))
+
+    print(growth(work))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -1,0 +1,80 @@
+"""nflows: a transform takes data to noise; layers have the natural order, and the data is reversed between them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from nflows.distributions.normal import StandardNormal
+from nflows.flows.base import Flow
+from nflows.nn.nets.mlp import MLP
+from nflows.transforms.autoregressive import MaskedAffineAutoregressiveTransform
+from nflows.transforms.base import CompositeTransform, Transform
+from nflows.transforms.coupling import AffineCouplingTransform
+from nflows.transforms.permutations import ReversePermutation
+from torch import Tensor
+
+from parts.architecture import HIDDEN_LAYERS, Architecture, linears, network_of
+from parts.peers.base import TorchPeer
+from parts.peers.natural import in_natural_order, ours_again
+from parts.peers.weights import fill
+from pyro_maf.transforms import AffineCoupling, MaskedAutoregressive, Stack
+
+
+class _Conditioner(MLP):
+    """An `MLP` as coupling layers call it."""
+
+    def forward(self, inputs: Tensor, context: None = None) -> Tensor:
+        return super().forward(inputs)
+
+
+class Nflows(TorchPeer):
+    """`MaskedAffineAutoregressiveTransform` and `AffineCouplingTransform`."""
+
+    def __init__(self, architecture: Architecture, flow: Stack, device: torch.device) -> None:
+        super().__init__(architecture, flow, device)
+        self.layers = list(flow)
+        self.networks = []
+        make = self._autoregressive if architecture.family == "MAF" else self._coupling
+        transforms: list[Transform] = []
+        for index, layer in enumerate(reversed(self.layers)):
+            if architecture.family == "MAF" and index:
+                transforms.append(ReversePermutation(architecture.dim))
+            transforms.append(make(layer))
+        self.networks.reverse()
+        self.transform = CompositeTransform(transforms)
+        self.module = Flow(self.transform, StandardNormal([architecture.dim]))
+        self._ready()
+
+    def _autoregressive(self, layer: MaskedAutoregressive) -> Transform:
+        transform = MaskedAffineAutoregressiveTransform(
+            self.architecture.dim, self.architecture.hidden, num_blocks=HIDDEN_LAYERS - 1, use_residual_blocks=False
+        )
+        network = transform.autoregressive_net
+        fill(
+            [network.initial_layer, *(block.linear for block in network.blocks), network.final_layer],
+            in_natural_order(layer),
+        )
+        self.networks.append(network)
+        return transform
+
+    def _coupling(self, layer: AffineCoupling) -> Transform:
+        widths = [self.architecture.hidden] * HIDDEN_LAYERS
+        transform = AffineCouplingTransform(
+            (~layer.mask).int(), lambda kept, outputs: _Conditioner([kept], [outputs], widths, F.relu)
+        )
+        network = transform.transform_net
+        fill([network._input_layer, *network._hidden_layers, network._output_layer], linears(network_of(layer)))
+        self.networks.append(network)
+        return transform
+
+    def _to_data(self, noise: Tensor) -> Tensor:
+        return self.transform.inverse(noise)[0]
+
+    def _to_data_and_log_det(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform.inverse(noise)
+
+    def _log_prob(self, data: Tensor) -> Tensor:
+        return self.module.log_prob(data)
+
+    def outputs(self, index: int, inputs: Tensor) -> Tensor:
+        return ours_again(self.layers[index], self.networks[index], inputs.to(self.device)).cpu()

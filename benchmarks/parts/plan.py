@@ -1,0 +1,78 @@
+"""Which sizes, which work, and how long."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+
+from parts.architecture import Architecture
+
+TASKS = {
+    "log_prob": ("MAF", "log_prob of data, no gradient: the parallel direction"),
+    "train": ("MAF", "training step: loss, gradient, Adam"),
+    "sample": ("MAF", "sampling, no gradient: the sequential direction"),
+    "sample_backward": ("MAF", "sampling with log-density, and its gradient"),
+    "coupling_log_prob": ("RealNVP", "RealNVP, log_prob of data, no gradient"),
+    "coupling_sample": ("RealNVP", "RealNVP, sampling, no gradient"),
+}
+"""Each task's family, and what it is. The parallel ones come first: from them follows how long D passes take."""
+
+DIMS = (6, 21, 43, 63, 784)
+HIDDEN = (100, 512, 1024)
+SIZES = ((6, 100), (21, 100), (43, 512), (63, 512), (784, 1024))
+BATCHES = (1, 100, 1000)
+LAYERS = (1, 5)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one process measures, one thread count throughout.
+
+    Attributes:
+        threads: Number of threads, and of cores that the process may use.
+        sizes: D and the width of both hidden layers.
+        batches: Numbers of rows.
+        layers: Numbers of layers.
+        tasks: Names from `TASKS`.
+        peers: Names from `peers.PEERS`.
+        seconds: Time for a cell, shared between the contenders.
+        longest_call: A peer whose call would take longer than this many seconds is predicted, not run.
+        device: "cpu" or "cuda".
+        memory: D, width and rows at which memory is measured, if it is.
+        update: Whether to time the first call after a change of the weights.
+    """
+
+    threads: int = 1
+    sizes: tuple[tuple[int, int], ...] = SIZES
+    batches: tuple[int, ...] = BATCHES
+    layers: tuple[int, ...] = LAYERS
+    tasks: tuple[str, ...] = tuple(TASKS)
+    peers: tuple[str, ...] = ()
+    seconds: float = 0.6
+    longest_call: float = 3.0
+    device: str = "cpu"
+    memory: tuple[int, int, int] | None = (63, 512, 1000)
+    update: bool = True
+
+    def architectures(self) -> list[Architecture]:
+        """Every architecture of every family that a task asks for."""
+        families = [family for family in ("MAF", "RealNVP") if self.tasks_of(family)]
+        return [
+            Architecture(family, dim, hidden, layers)
+            for (dim, hidden), layers, family in itertools.product(self.sizes, self.layers, families)
+        ]
+
+    def tasks_of(self, family: str) -> list[str]:
+        """The tasks for members of a family, in the order of `TASKS`."""
+        return [task for task in TASKS if task in self.tasks and TASKS[task][0] == family]
+
+    def quick(self) -> Plan:
+        """One small size, to see that everything runs."""
+        return dataclasses.replace(
+            self, sizes=((6, 32),), batches=(10,), layers=(2,), seconds=0.05, longest_call=1.0, memory=(6, 32, 100)
+        )
+
+    def full(self) -> Plan:
+        """Every combination of sizes."""
+        return dataclasses.replace(self, sizes=tuple(itertools.product(DIMS, HIDDEN)), longest_call=60.0, seconds=2.0)
