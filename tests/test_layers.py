@@ -8,6 +8,7 @@ from typing import Any
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro_maf.transforms.scalar import Affine
 from torch import Tensor, nn
 
 from pyro_maf.nn import compress_tails
@@ -21,7 +22,6 @@ from pyro_maf.transforms import (
     MaskedAutoregressive,
     Permute,
 )
-from pyro_maf.transforms.scalar import Affine
 
 double = torch.float64
 

@@ -251,7 +251,7 @@ def test_without_numba_torch_answers_with_one_warning() -> None:
 def test_without_a_folder_for_compiled_code_torch_answers_with_one_warning() -> None:
     unwritable = (
         "from numba.core import caching\n"
-        "for locator in (caching._CacheImpl._locator_classes):\n"
+        "for locator in (caching.CacheImpl._locator_classes):\n"
         "    locator.from_function = classmethod(lambda cls, function, path: None)\n"
     )
     done = run(unwritable + SAMPLE)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_maf.changes import Snapshot
 from pyro_maf.nn import ACTIVATIONS, MADE
 from pyro_maf.sweep.plan import Plan
 
@@ -30,46 +31,35 @@ class Pack(NamedTuple):
     biases: Array
 
 
-class _Version(NamedTuple):
-    """Tensors as they were: by identity, by count of changes, and by where they lie."""
-
-    tensors: list[Tensor]
-    marks: list[tuple[int, int]]
-
-    @classmethod
-    def of(cls, made: MADE) -> _Version:
-        tensors = [made.order]
-        for layer in made.layers:
-            tensors += layer._parameters.values()  # type: ignore[arg-type]
-        return cls(tensors, [(tensor._version, tensor.data_ptr()) for tensor in tensors])
-
-    def same_as(self, other: _Version) -> bool:
-        return self.marks == other.marks and all(
-            one is another for one, another in zip(self.tensors, other.tensors, strict=True)
-        )
-
-
 # Beside the networks rather than in them, so that no copy or pickle of one brings its pack along.
-_packs: weakref.WeakKeyDictionary[MADE, tuple[_Version, Pack]] = weakref.WeakKeyDictionary()
+_packs: weakref.WeakKeyDictionary[MADE, tuple[Snapshot, Pack]] = weakref.WeakKeyDictionary()
 
 
 def pack_of(made: MADE) -> Pack:
     """The pack of a network's present weights, made anew when they have changed."""
     if made.order.is_inference():
         return pack(Plan.of(made))  # such tensors count no changes
-    version = _Version.of(made)
+    now = Snapshot.of(_tensors(made))
     known = _packs.get(made)
-    if known is not None and known[0].same_as(version):
+    if known is not None and known[0].holds_for(now):
         return known[1]
     with torch.no_grad():
         fresh = pack(Plan.of(made))
-    _packs[made] = version, fresh
+    _packs[made] = now, fresh
     return fresh
 
 
 def forget(made: MADE) -> None:
     """Drop a network's pack: needed only after writing through `.data`, which no version counts."""
     _packs.pop(made, None)
+
+
+def _tensors(made: MADE) -> list[Any]:
+    """What a pack is made of."""
+    tensors: list[Any] = [made.order]
+    for layer in made._modules["layers"]._modules.values():  # type: ignore[union-attr]
+        tensors += layer._parameters.values()  # type: ignore[union-attr]
+    return tensors
 
 
 def pack(plan: Plan) -> Pack:
