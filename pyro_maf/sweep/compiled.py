@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_maf.nn import MADE
 from pyro_maf.sweep.loading import kernels
-from pyro_maf.sweep.pack import Pack, flat, pack_of
+from pyro_maf.sweep.pack import LANES, Pack, flat, pack_of
 from pyro_maf.sweep.plan import Plan, biases_of
 from pyro_maf.sweep.scalar import Affine, ScalarMap
 from pyro_maf.sweep.threads import in_parts
@@ -53,12 +53,12 @@ def evaluate(made: MADE, v: Tensor, context: Tensor | None, sign: int) -> tuple[
     def run(first: int, end: int) -> None:
         kernels().sweep_columns(given, *pack, sign, Affine.BOUND, block, first, end, nothing, nothing, found, logs)
 
-    in_parts(run, len(v), pack.weights.size)
+    in_parts(run, len(v), LANES, pack.weights.size)
     return w, log_det
 
 
 class Kept(NamedTuple):
-    """What the adjoint needs: each unit's activation and derivative, (units, batch)."""
+    """What the adjoint needs: each unit's activation and derivative, (units, batch and idle points)."""
 
     tape: Tensor
     slopes: Tensor
@@ -80,14 +80,14 @@ class KernelSweep:
         """w, log-determinant and what the adjoint needs, for v (batch, D)."""
         v, pack = v.contiguous(), self.pack
         w, log_det = torch.empty_like(v), v.new_empty(len(v))
-        tape, slopes = v.new_empty(2, int(pack.levels[-1]), len(v))
+        tape, slopes = v.new_empty(2, int(pack.levels[-1]), -(-len(v) // LANES) * LANES)
         arrays = [tensor.numpy() for tensor in (tape, slopes, w, log_det)]
         given, block = v.numpy(), _block(plan.dim)
 
         def run(first: int, end: int) -> None:
             kernels().sweep_columns(given, *pack, self.sign, Affine.BOUND, block, first, end, *arrays)
 
-        in_parts(run, len(v), pack.weights.size)
+        in_parts(run, len(v), LANES, pack.weights.size)
         return w, log_det, Kept(tape, slopes)
 
     def adjoint(
@@ -103,11 +103,11 @@ class KernelSweep:
         def run(first: int, end: int) -> None:
             kernels().reverse(*given, *network, *wanted, self.sign, block, first, end, delta.numpy(), grad_v.numpy())
 
-        in_parts(run, len(v), self.pack.weights.size)
+        in_parts(run, len(v), LANES, self.pack.weights.size)
         sizes = np.diff(self.pack.levels).tolist()
         own, below = delta.split(sizes)[1:], tape.split(sizes)[:-1]
         grad_weights = [unit @ seen.T for unit, seen in zip(own, below, strict=True)]
-        grad_biases = [unit.sum_to_size(bias.shape) for unit, bias in zip(own, plan.biases, strict=True)]
+        grad_biases = [unit[:, : len(v)].sum_to_size(bias.shape) for unit, bias in zip(own, plan.biases, strict=True)]
         return grad_v, grad_weights, grad_biases
 
 

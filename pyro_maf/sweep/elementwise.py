@@ -79,12 +79,14 @@ def _compiled_exp_parts(x: Any) -> Any:
 
 
 @njit(**INNER)
-def activate(kind: Any, z: Any, slope: Any) -> None:
-    """Replace z by its activation, and put the derivative in `slope`."""
+def activate(kind: Any, z: Any, slope: Any, keep: bool) -> None:
+    """Replace z by its activation, and put the derivative in `slope`, which only matters if it is to be kept."""
     one, half = z.dtype.type(1), z.dtype.type(0.5)
     if kind == RELU:
+        if keep:
+            for t in range(len(z)):
+                slope[t] = 0 if z[t] <= 0 else 1
         for t in range(len(z)):
-            slope[t] = 0 if z[t] <= 0 else 1
             z[t] = 0 if z[t] <= 0 else z[t]
     elif kind == LEAKY_RELU:
         for t in range(len(z)):
@@ -120,17 +122,25 @@ def activate(kind: Any, z: Any, slope: Any) -> None:
 
 
 @njit(**INNER)
-def transform(x: Any, shift: Any, a: Any, sign: int, bound: float, log_det: Any, slope: Any, alpha_slope: Any) -> None:
-    """Replace x by (x e + sign s) e with e = exp(sign alpha / 2), and add alpha = b tanh(a / b) to log_det."""
+def transform(x: Any, shift: Any, a: Any, sign: int, bound: float, log_det: Any, scale: Any, alpha_slope: Any) -> None:
+    """Replace x by (x e + sign s) e with e = exp(sign alpha / 2), and add alpha = b tanh(a / b) to log_det.
+
+    Leaves alpha in `a`, its derivative in `alpha_slope` and e in `scale`. One loop for each, since loops over many
+    arrays are not vectorised.
+    """
     one, half, signed, limit = x.dtype.type(1), x.dtype.type(0.5 * sign), x.dtype.type(sign), x.dtype.type(bound)
+    for t in range(len(a)):
+        a[t] = _tanh(a[t] / limit)
+    for t in range(len(a)):
+        alpha_slope[t] = one - a[t] * a[t]
+    for t in range(len(a)):
+        a[t] *= limit
+    for t in range(len(a)):
+        log_det[t] += a[t]
+    for t in range(len(a)):
+        scale[t] = _exp(half * a[t])
     for t in range(len(x)):
-        squashed = _tanh(a[t] / limit)
-        alpha = limit * squashed
-        e = _exp(half * alpha)
-        x[t] = (x[t] * e + signed * shift[t]) * e
-        log_det[t] += alpha
-        slope[t] = signed * e
-        alpha_slope[t] = one - squashed * squashed
+        x[t] = (x[t] * scale[t] + signed * shift[t]) * scale[t]
 
 
 @njit(**INNER)

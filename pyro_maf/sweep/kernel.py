@@ -21,13 +21,14 @@ import numpy as np
 from numba import njit
 
 from pyro_maf.sweep.elementwise import INNER, activate, compress, transform
+from pyro_maf.sweep.pack import LANES
 from pyro_maf.sweep.products import add_product, dot
 
 __all__ = ["reverse", "sweep_columns", "sweep_rows"]
 
 ENTRY = {"fastmath": INNER["fastmath"], "error_model": "numpy", "cache": True, "nogil": True}
 """How functions are compiled that Python calls: kept on disk, and running without the interpreter's lock."""
-CHUNK = 128
+CHUNK = 256
 """Points that are taken through the sweep together."""
 
 
@@ -62,69 +63,95 @@ def sweep_columns(
         sign: 1 for y of x, -1 for x of y.
         bound: Of the log-scale.
         block: Variables in a block.
-        tape: (units, points); with no rows where nothing is to be kept.
+        first, end: Which points; `first` is a multiple of `LANES`.
+        tape: (units, points and idle ones up to a multiple of `LANES`); with no rows where nothing is to be kept.
         slopes: Derivatives, laid out as the tape: of what the network sees of a variable by the variable; of each
-            hidden unit by what is put in; of w by the shift, and of the log-scale by the network's output.
+            hidden unit by what is put in; of the log-scale by the network's output. In place of that of w by the shift,
+            the square root of that of w by v.
     """
     dim, top = v.shape[1], len(starts) - 1
     keep = tape.shape[0] > 0
-    room = min(CHUNK, end - first)
+    room = _padded(min(CHUNK, end - first))
     work = tape if keep else np.empty((levels[-1], room), v.dtype)
     # Where nothing is kept, all slopes go to one row that nobody reads.
     slope = slopes if keep else np.empty((1, room), v.dtype)
-    last = len(slope) - 1
-    chunks = (end - first + CHUNK - 1) // CHUNK
-    for chunk in range(chunks):
-        b0 = first + (end - first) * chunk // chunks
-        b1 = first + (end - first) * (chunk + 1) // chunks
+    logs, last = np.empty(room, v.dtype), len(slope) - 1
+    found = np.empty((block, room), v.dtype)
+    for b0 in range(first, end, CHUNK):
+        points = min(CHUNK, end - b0)
         t0 = b0 if keep else 0
-        t1 = t0 + b1 - b0
-        log_det[b0:b1] = 0
+        t1 = t0 + _padded(points)
+        logs[:] = 0
         for i0 in range(0, dim, block):
             i1 = min(dim, i0 + block)
+            _gather(v, order, i0, i1, b0, points, work, t0, t1)
             # First what earlier blocks contribute to the whole block, then the block's own variables, one by one.
             for i in range(i0 - 1, i1):
                 whole = i < i0
                 for level in range(1, top + 1):
+                    below, own = levels[level - 1], levels[level]
                     known = final[level - 1, i0]
                     if whole:
                         rows, columns = (final[level, i0], final[level, i1]), (0, known)
-                        _set_biases(biases, levels[level] - dim, rows, work, levels[level], b0, t0, t1)
+                        _set_biases(biases, own - dim, rows, work, own, b0, points, t0, t1)
                     else:
                         rows, columns = (final[level, i], final[level, i + 1]), (known, final[level - 1, i + 1])
-                    below, own = levels[level - 1], levels[level]
                     add_product(weights, starts[level], own - below, 1, rows, columns, work, below, work, own, t0, t1)
                     if level < top and not whole:
                         for r in range(own + rows[0], own + rows[1]):
-                            activate(kind, work[r, t0:t1], slope[min(r, last), t0:t1])
+                            activate(kind, work[r, t0:t1], slope[min(r, last), t0:t1], keep)
                 if whole:
                     continue
                 x, shift = work[i, t0:t1], levels[top] + 2 * i
-                for b in range(b1 - b0):
-                    x[b] = v[b0 + b, order[i]]
                 transform(
                     x,
                     work[shift, t0:t1],
                     work[shift + 1, t0:t1],
                     sign,
                     bound,
-                    log_det[b0:b1],
+                    logs[: t1 - t0],
                     slope[min(shift, last), t0:t1],
                     slope[min(shift + 1, last), t0:t1],
                 )
-                for b in range(b1 - b0):
-                    w[b0 + b, order[i]] = x[b]
+                found[i - i0, : t1 - t0] = x
                 compress(x, slope[min(i, last), t0:t1])
+            _scatter(found, order, i0, i1, b0, points, w)
+        log_det[b0 : b0 + points] = logs[:points]
         _clear_unseen(levels, final, work, t0, t1)
 
 
 @njit(**INNER)
-def _set_biases(biases: Any, bias_row: int, rows: Any, tape: Any, row: int, b0: int, t0: int, t1: int) -> None:
+def _padded(points: int) -> int:
+    return (points + LANES - 1) // LANES * LANES
+
+
+@njit(**INNER)
+def _gather(v: Any, order: Any, i0: int, i1: int, b0: int, points: int, tape: Any, t0: int, t1: int) -> None:
+    """Put variables i0 .. i1 - 1 of the points into rows of the tape; idle ones are 0."""
+    for b in range(points):
+        for i in range(i0, i1):
+            tape[i, t0 + b] = v[b0 + b, order[i]]
+    tape[i0:i1, t0 + points : t1] = 0
+
+
+@njit(**INNER)
+def _scatter(found: Any, order: Any, i0: int, i1: int, b0: int, points: int, w: Any) -> None:
+    """Put rows of variables i0 .. i1 - 1 back where the points have them."""
+    for b in range(points):
+        for i in range(i0, i1):
+            w[b0 + b, order[i]] = found[i - i0, b]
+
+
+@njit(**INNER)
+def _set_biases(
+    biases: Any, bias_row: int, rows: Any, tape: Any, row: int, b0: int, points: int, t0: int, t1: int
+) -> None:
     for r in range(rows[0], rows[1]):
         if biases.shape[1] == 1:
             tape[row + r, t0:t1] = biases[bias_row + r, 0]
         else:
-            tape[row + r, t0:t1] = biases[bias_row + r, b0 : b0 + t1 - t0]
+            tape[row + r, t0 : t0 + points] = biases[bias_row + r, b0 : b0 + points]
+            tape[row + r, t0 + points : t1] = 0
 
 
 @njit(**INNER)
@@ -165,7 +192,7 @@ def sweep_rows(
                     at = starts[level] + r * (own - below)
                     units[own + r] = biases[own - dim + r, bias_column] + dot(weights[at : at + seen], inputs)
                 if level < top:
-                    activate(kind, units[own + low : own + high], slopes[own + low : own + high])
+                    activate(kind, units[own + low : own + high], slopes[own + low : own + high], False)
             shift = levels[top] + 2 * i
             units[i] = v[b, order[i]]
             transform(
@@ -210,15 +237,14 @@ def reverse(
         v, w: What was given and found, (points, D).
         slopes: What `sweep_columns` left.
         grad_w, grad_log_det: (points, D) and (points,).
-        delta: (units, points).
+        delta: Laid out as the tape.
         grad_v: (points, D).
         order, weights, starts, levels, final, sign, block, first, end: As in `sweep_columns`.
     """
     dim, top = v.shape[1], len(starts) - 1
-    chunks = (end - first + CHUNK - 1) // CHUNK
-    for chunk in range(chunks):
-        b0 = first + (end - first) * chunk // chunks
-        b1 = first + (end - first) * (chunk + 1) // chunks
+    for b0 in range(first, end, CHUNK):
+        points = min(CHUNK, end - b0)
+        b1 = b0 + _padded(points)
         for i0 in range((dim - 1) // block * block, -1, -block):
             i1 = min(dim, i0 + block)
             # First what later blocks send back to the whole block, then the block's own variables, last to first.
@@ -247,7 +273,7 @@ def reverse(
                     if level == 0:
                         shift = levels[top] + 2 * i
                         _transform_back(
-                            v, w, order[i], slopes, i, shift, grad_w, grad_log_det, sign, b0, b1, delta, grad_v
+                            v, w, order[i], slopes, i, shift, grad_w, grad_log_det, sign, b0, points, delta, grad_v
                         )
                     else:
                         for r in range(own + rows[0], own + rows[1]):
@@ -268,17 +294,20 @@ def _transform_back(
     grad_log_det: Any,
     sign: int,
     b0: int,
-    b1: int,
+    points: int,
     delta: Any,
     grad_v: Any,
 ) -> None:
     """The map's adjoint: all that is known of w's derivative goes on to v and to the map's two parameters."""
-    half = v.dtype.type(0.5 * sign)
-    for b in range(b0, b1):
+    signed, half = v.dtype.type(sign), v.dtype.type(0.5 * sign)
+    for b in range(b0, b0 + points):
         total = grad_w[b, column] + slopes[i, b] * delta[i, b]
         e = slopes[shift, b]
         grad_v[b, column] = total * e * e
-        delta[shift, b] = total * e
+        delta[shift, b] = signed * total * e
         delta[shift + 1, b] = slopes[shift + 1, b] * (
             grad_log_det[b] + total * half * (w[b, column] + v[b, column] * e * e)
         )
+    idle = slice(b0 + points, b0 + _padded(points))
+    delta[shift, idle] = 0
+    delta[shift + 1, idle] = 0

@@ -14,9 +14,12 @@ from pyro_maf.changes import Snapshot
 from pyro_maf.nn import ACTIVATIONS, MADE
 from pyro_maf.sweep.plan import Plan
 
-__all__ = ["Pack", "flat", "forget", "pack", "pack_of"]
+__all__ = ["LANES", "Pack", "flat", "forget", "pack", "pack_of"]
 
 Array = np.ndarray[Any, Any]
+
+LANES = 16
+"""A tape's columns come in multiples of this, so that loops over them are vectors alone; what is added stays idle."""
 
 
 class Pack(NamedTuple):

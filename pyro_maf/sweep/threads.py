@@ -16,7 +16,7 @@ LEAST_WORK = 4_000_000
 _pool: ThreadPoolExecutor | None = None
 
 
-def in_parts(run: Callable[[int, int], None], points: int, work: int) -> None:
+def in_parts(run: Callable[[int, int], None], points: int, together: int, work: int) -> None:
     """Call run(first, end) for parts that make up 0 .. points, side by side if the work is worth it.
 
     `run` lets go of the interpreter's lock. As many threads take part as torch has been given.
@@ -24,13 +24,15 @@ def in_parts(run: Callable[[int, int], None], points: int, work: int) -> None:
     Args:
         run: What to do with points first .. end - 1.
         points: How many points there are.
+        together: Every part but the last has a multiple of this.
         work: Multiplications for each.
     """
-    parts = max(1, min(torch.get_num_threads(), points * work // LEAST_WORK, points))
-    edges = [points * part // parts for part in range(parts + 1)]
-    pieces = list(zip(edges, edges[1:], strict=False))
     if not points:
         return
+    groups = -(-points // together)
+    parts = max(1, min(torch.get_num_threads(), points * work // LEAST_WORK, groups))
+    edges = [min(points, groups * part // parts * together) for part in range(parts + 1)]
+    pieces = list(zip(edges, edges[1:], strict=False))
     waiting = [_threads().submit(run, *piece) for piece in pieces[1:]]
     run(*pieces[0])
     for future in waiting:
