@@ -395,6 +395,7 @@ class MADE(Network):
 
     def _derive(self) -> None:
         """Remake what follows from order and degrees: the masks, and how many units are final at each step."""
+        self.is_natural = self.order.tolist() == list(range(self.input_dim))
         with torch.no_grad():
             for layer, mask in zip(self.masked_layers, self.masks(), strict=True):
                 layer.mask.copy_(mask)

@@ -47,6 +47,14 @@ def slow_direction(flow: Flow) -> Any:
     return flow._push if flow.fast == "inverse" else flow._pull
 
 
+def fast_direction(flow: Flow) -> Any:
+    """The parallel one."""
+    return flow._pull if flow.fast == "inverse" else flow._push
+
+
+every_direction = pytest.mark.parametrize("direction", [slow_direction, fast_direction])
+
+
 def naive(flow: Any, v: Tensor) -> Tensor:
     """D passes over the whole network, each for one variable."""
     layer, context = getattr(flow, "flow", flow), getattr(flow, "context", None)
@@ -65,17 +73,20 @@ def largest_difference(found: Tensor, wanted: Tensor) -> float:
 
 
 @needs_kernels
+@every_direction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", LAYERS)
 @given(a=architectures(), points=st.sampled_from([1, 7, 8, 150]), scale=st.sampled_from([1.0, 50.0]))
-def test_kernels_agree_with_torch(name: str, dtype: torch.dtype, a: Architecture, points: int, scale: float) -> None:
+def test_kernels_agree_with_torch(
+    name: str, dtype: torch.dtype, direction: Any, a: Architecture, points: int, scale: float
+) -> None:
     flow = at_context(build(name, a, dtype, "cpu", gain=0.5), points)
     v = scale * torch.randn(points, a.input_dim, dtype=dtype)
     with torch.no_grad():
-        w, log_det = slow_direction(flow)(v)
+        w, log_det = direction(flow)(v)
         with in_torch():
-            wanted, wanted_log_det = slow_direction(flow)(v)
-    kept, kept_log_det = slow_direction(flow)(v)
+            wanted, wanted_log_det = direction(flow)(v)
+    kept, kept_log_det = direction(flow)(v)
     for one, log in ((w, log_det), (kept.detach(), kept_log_det.detach())):
         assert largest_difference(one, wanted) < TOLERANCE[dtype]
         # Each variable's log-scale rounds on its own.
@@ -92,16 +103,17 @@ def test_torch_agrees_with_d_plain_passes(name: str, a: Architecture) -> None:
 
 
 @needs_kernels
+@every_direction
 @pytest.mark.parametrize("name", LAYERS)
-@given(a=architectures(largest=6), points=st.sampled_from([1, 150]))
-def test_gradients_agree(name: str, a: Architecture, points: int) -> None:
+@given(a=architectures(largest=6), points=st.sampled_from([1, 150, 300]))
+def test_gradients_agree(name: str, direction: Any, a: Architecture, points: int) -> None:
     flow = build(name, a, torch.float64, "cpu")
     v = torch.randn(points, a.input_dim, dtype=torch.float64, requires_grad=True)
     context = torch.randn(points, a.context_dim, dtype=torch.float64, requires_grad=True)
 
     def gradients() -> list[Tensor]:
         layer = getattr(flow, "flow", flow)
-        w, log_det = slow_direction(layer)(v, context if layer.context_dim else None)
+        w, log_det = direction(layer)(v, context if layer.context_dim else None)
         wanted = [v, context, *flow.parameters()]
         loss = w.sin().sum() + log_det.square().sum()
         return list(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))

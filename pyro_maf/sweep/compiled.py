@@ -1,4 +1,4 @@
-"""The sweep by compiled kernels, where they can be had: on the CPU, in float32 or float64, for the affine map."""
+"""Both directions by compiled kernels, where they can be had: on the CPU, in float32 or float64, for the affine map."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from pyro_maf.nn import MADE
 from pyro_maf.sweep.loading import kernels
 from pyro_maf.sweep.pack import LANES, Pack, flat, pack_of
-from pyro_maf.sweep.plan import Plan, biases_of
+from pyro_maf.sweep.plan import biases_of, lay_out_biases
 from pyro_maf.sweep.scalar import Affine, ScalarMap
 from pyro_maf.sweep.threads import in_parts
 
-__all__ = ["KernelSweep", "evaluate", "takes"]
+__all__ = ["KernelEngine", "evaluate", "takes"]
 
 FEW_POINTS = 8
-"""Below this many points they are swept one after another."""
+"""Below this many points they are taken one after another."""
 
 
 def takes(scalar: ScalarMap, v: Tensor) -> bool:
@@ -33,25 +33,25 @@ def takes(scalar: ScalarMap, v: Tensor) -> bool:
     )
 
 
-def evaluate(made: MADE, v: Tensor, context: Tensor | None, sign: int) -> tuple[Tensor, Tensor]:
-    """w and log-determinant of points v (batch, D), without gradient and keeping nothing.
-
-    `sign` is 1 for y of x, -1 for x of y.
-    """
+def evaluate(
+    made: MADE, v: Tensor, context: Tensor | None, *, inverse: bool, sequential: bool
+) -> tuple[Tensor, Tensor]:
+    """w and log-determinant of points v (batch, D), without gradient and keeping nothing."""
     pack = pack_of(made)
     if context is not None:
-        pack = pack._replace(biases=flat(biases_of(made, context)))
+        pack = pack._replace(biases=flat(lay_out_biases(made, biases_of(made, context))))
     v = v.detach().contiguous()
     w, log_det = torch.empty_like(v), v.new_empty(len(v))
-    given, found, logs = v.numpy(), w.numpy(), log_det.numpy()
+    given, found, logs, sign = v.numpy(), w.numpy(), log_det.numpy(), -1 if inverse else 1
     if len(v) < FEW_POINTS:
-        kernels().sweep_rows(given, *pack, sign, Affine.BOUND, found, logs)
+        kernels().forward_rows(given, *pack, sign, Affine.BOUND, sequential, found, logs)
         return w, log_det
-    nothing = np.empty((0, 0), given.dtype)
-    block = _block(made.input_dim)
+    nothing, block = np.empty((0, 0), given.dtype), _block(made.input_dim, sequential)
 
     def run(first: int, end: int) -> None:
-        kernels().sweep_columns(given, *pack, sign, Affine.BOUND, block, first, end, nothing, nothing, found, logs)
+        kernels().forward_columns(
+            given, *pack, sign, Affine.BOUND, sequential, block, first, end, nothing, nothing, found, logs
+        )
 
     in_parts(run, len(v), LANES, pack.weights.size)
     return w, log_det
@@ -65,52 +65,62 @@ class Kept(NamedTuple):
 
 
 @dataclass(frozen=True)
-class KernelSweep:
-    """The sweep of one pack, and its adjoint.
+class KernelEngine:
+    """One direction through one pack, and its adjoint.
 
     Args:
         pack: The network.
-        sign: 1 for y of x, -1 for x of y.
+        inverse: Whether w are the x of given y.
+        sequential: Whether the network sees w rather than v.
     """
 
     pack: Pack
-    sign: int
+    inverse: bool
+    sequential: bool
 
-    def sweep(self, plan: Plan, v: Tensor) -> tuple[Tensor, Tensor, Kept]:
+    def forward(self, v: Tensor) -> tuple[Tensor, Tensor, Kept]:
         """w, log-determinant and what the adjoint needs, for v (batch, D)."""
         v, pack = v.contiguous(), self.pack
         w, log_det = torch.empty_like(v), v.new_empty(len(v))
         tape, slopes = v.new_empty(2, int(pack.levels[-1]), -(-len(v) // LANES) * LANES)
         arrays = [tensor.numpy() for tensor in (tape, slopes, w, log_det)]
-        given, block = v.numpy(), _block(plan.dim)
+        given, block = v.numpy(), _block(v.shape[1], self.sequential)
 
         def run(first: int, end: int) -> None:
-            kernels().sweep_columns(given, *pack, self.sign, Affine.BOUND, block, first, end, *arrays)
+            kernels().forward_columns(
+                given, *pack, self._sign, Affine.BOUND, self.sequential, block, first, end, *arrays
+            )
 
         in_parts(run, len(v), LANES, pack.weights.size)
         return w, log_det, Kept(tape, slopes)
 
     def adjoint(
-        self, plan: Plan, v: Tensor, w: Tensor, kept: Kept, grad_w: Tensor, grad_log_det: Tensor
+        self, v: Tensor, w: Tensor, kept: Kept, grad_w: Tensor, grad_log_det: Tensor
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Derivatives of <grad_w, w> + <grad_log_det, log_det> by v, the plan's weights and its biases."""
+        """Derivatives of <grad_w, w> + <grad_log_det, log_det> by v, the weights, and what is put into each unit."""
         tape, slopes = kept
         delta, grad_v = torch.empty_like(tape), torch.empty_like(w)
         given = [tensor.contiguous().numpy() for tensor in (v, w)]
         wanted = [tensor.contiguous().numpy() for tensor in (slopes, grad_w, grad_log_det)]
-        network, block = self.pack[: Pack._fields.index("kind")], _block(plan.dim)
+        network, block = self.pack[: Pack._fields.index("kind")], _block(v.shape[1], self.sequential)
+        results = delta.numpy(), grad_v.numpy()
 
         def run(first: int, end: int) -> None:
-            kernels().reverse(*given, *network, *wanted, self.sign, block, first, end, delta.numpy(), grad_v.numpy())
+            kernels().backward(*given, *network, *wanted, self._sign, self.sequential, block, first, end, *results)
 
         in_parts(run, len(v), LANES, self.pack.weights.size)
         sizes = np.diff(self.pack.levels).tolist()
         own, below = delta.split(sizes)[1:], tape.split(sizes)[:-1]
         grad_weights = [unit @ seen.T for unit, seen in zip(own, below, strict=True)]
-        grad_biases = [unit[:, : len(v)].sum_to_size(bias.shape) for unit, bias in zip(own, plan.biases, strict=True)]
-        return grad_v, grad_weights, grad_biases
+        return grad_v, grad_weights, [unit[:, : len(v)] for unit in own]
+
+    @property
+    def _sign(self) -> int:
+        return -1 if self.inverse else 1
 
 
-def _block(dim: int) -> int:
+def _block(dim: int, sequential: bool) -> int:
     """Variables in a block, by measurement."""
+    if not sequential:
+        return max(4, dim // 8)
     return 4 if dim <= 12 else 8 if dim <= 100 else 32

@@ -1,4 +1,4 @@
-r"""The sweep and its adjoint, compiled by numba for CPUs.
+r"""Both directions and their adjoints, compiled by numba for CPUs.
 
 Both work on a tape: one row for each unit of the network, level by level, inputs first and outputs last, and one column
 for each point of the batch. Arrays that describe the network:
@@ -8,9 +8,10 @@ for each point of the batch. Arrays that describe the network:
 - `final[l, i + 1]`: how many units of level l are final in step i, when the variables before i are known; `final[l, 0]`
   is 0. Those of step i alone are thus final[l, i] .. final[l, i + 1] - 1.
 
-Variables are walked in blocks. One matrix product brings in all that earlier blocks contribute to a block's units;
-inside the block, small products follow the variables one by one. A chunk of columns is taken through the whole sweep
-before the next, so that its part of the tape stays in the processor's cache.
+Variables are walked in blocks, which leaves the zero half of the weights out. In the sequential direction one matrix
+product brings in all that earlier blocks contribute to a block's units; inside the block, small products follow the
+variables one by one. In the parallel direction the one product is all there is to a block. A chunk of columns is taken
+through all blocks before the next, so that its part of the tape stays in the processor's cache.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pyro_maf.sweep.elementwise import INNER, activate, compress, transform
 from pyro_maf.sweep.pack import LANES
 from pyro_maf.sweep.products import add_product, dot
 
-__all__ = ["reverse", "sweep_columns", "sweep_rows"]
+__all__ = ["backward", "forward_columns", "forward_rows"]
 
 ENTRY = {"fastmath": INNER["fastmath"], "error_model": "numpy", "cache": True, "nogil": True}
 """How functions are compiled that Python calls: kept on disk, and running without the interpreter's lock."""
@@ -33,7 +34,7 @@ CHUNK = 256
 
 
 @njit(**ENTRY)
-def sweep_columns(
+def forward_columns(
     v: Any,
     order: Any,
     weights: Any,
@@ -44,6 +45,7 @@ def sweep_columns(
     biases: Any,
     sign: int,
     bound: float,
+    sequential: bool,
     block: int,
     first: int,
     end: int,
@@ -52,7 +54,7 @@ def sweep_columns(
     w: Any,
     log_det: Any,
 ) -> None:
-    """Sweep over points `first` .. `end` - 1, filling w (points, D), log_det and, for the adjoint, tape and slopes.
+    """One direction for points `first` .. `end` - 1: fills w, log_det and, for the adjoint, tape and slopes.
 
     Args:
         v: What is given, (points, D).
@@ -62,7 +64,9 @@ def sweep_columns(
         biases: (units above the inputs, 1 or points).
         sign: 1 for y of x, -1 for x of y.
         bound: Of the log-scale.
+        sequential: Whether the network sees w, found on the way, rather than v.
         block: Variables in a block.
+        w, log_det: (points, D) and (points,).
         first, end: Which points; `first` is a multiple of `LANES`.
         tape: (units, points and idle ones up to a multiple of `LANES`); with no rows where nothing is to be kept.
         slopes: Derivatives, laid out as the tape: of what the network sees of a variable by the variable; of each
@@ -84,25 +88,33 @@ def sweep_columns(
         logs[:] = 0
         for i0 in range(0, dim, block):
             i1 = min(dim, i0 + block)
-            _gather(v, order, i0, i1, b0, points, work, t0, t1)
-            # First what earlier blocks contribute to the whole block, then the block's own variables, one by one.
+            _gather(v, order, i0, i1, b0, points, found)
+            if not sequential:
+                for i in range(i0, i1):
+                    work[i, t0:t1] = found[i - i0, : t1 - t0]
+                    compress(work[i, t0:t1], slope[min(i, last), t0:t1])
+            # First the whole block: all there is to it where the inputs are given, and otherwise what earlier blocks
+            # contribute. Then its variables one by one.
             for i in range(i0 - 1, i1):
                 whole = i < i0
-                for level in range(1, top + 1):
-                    below, own = levels[level - 1], levels[level]
-                    known = final[level - 1, i0]
-                    if whole:
-                        rows, columns = (final[level, i0], final[level, i1]), (0, known)
-                        _set_biases(biases, own - dim, rows, work, own, b0, points, t0, t1)
-                    else:
-                        rows, columns = (final[level, i], final[level, i + 1]), (known, final[level - 1, i + 1])
-                    add_product(weights, starts[level], own - below, 1, rows, columns, work, below, work, own, t0, t1)
-                    if level < top and not whole:
-                        for r in range(own + rows[0], own + rows[1]):
-                            activate(kind, work[r, t0:t1], slope[min(r, last), t0:t1], keep)
+                if whole or sequential:
+                    for level in range(1, top + 1):
+                        below, own = levels[level - 1], levels[level]
+                        known = final[level - 1, i0] if sequential else final[level - 1, i1]
+                        if whole:
+                            rows, columns = (final[level, i0], final[level, i1]), (0, known)
+                            _set_biases(biases, own - dim, rows, work, own, b0, points, t0, t1)
+                        else:
+                            rows, columns = (final[level, i], final[level, i + 1]), (known, final[level - 1, i + 1])
+                        add_product(
+                            weights, starts[level], own - below, 1, rows, columns, work, below, work, own, t0, t1
+                        )
+                        if level < top and whole != sequential:
+                            for r in range(own + rows[0], own + rows[1]):
+                                activate(kind, work[r, t0:t1], slope[min(r, last), t0:t1], keep)
                 if whole:
                     continue
-                x, shift = work[i, t0:t1], levels[top] + 2 * i
+                x, shift = found[i - i0, : t1 - t0], levels[top] + 2 * i
                 transform(
                     x,
                     work[shift, t0:t1],
@@ -113,8 +125,9 @@ def sweep_columns(
                     slope[min(shift, last), t0:t1],
                     slope[min(shift + 1, last), t0:t1],
                 )
-                found[i - i0, : t1 - t0] = x
-                compress(x, slope[min(i, last), t0:t1])
+                if sequential:
+                    work[i, t0:t1] = x
+                    compress(work[i, t0:t1], slope[min(i, last), t0:t1])
             _scatter(found, order, i0, i1, b0, points, w)
         log_det[b0 : b0 + points] = logs[:points]
         _clear_unseen(levels, final, work, t0, t1)
@@ -126,12 +139,12 @@ def _padded(points: int) -> int:
 
 
 @njit(**INNER)
-def _gather(v: Any, order: Any, i0: int, i1: int, b0: int, points: int, tape: Any, t0: int, t1: int) -> None:
-    """Put variables i0 .. i1 - 1 of the points into rows of the tape; idle ones are 0."""
+def _gather(v: Any, order: Any, i0: int, i1: int, b0: int, points: int, found: Any) -> None:
+    """Put variables i0 .. i1 - 1 of the points into rows; idle ones are 0."""
     for b in range(points):
         for i in range(i0, i1):
-            tape[i, t0 + b] = v[b0 + b, order[i]]
-    tape[i0:i1, t0 + points : t1] = 0
+            found[i - i0, b] = v[b0 + b, order[i]]
+    found[: i1 - i0, points:] = 0
 
 
 @njit(**INNER)
@@ -163,7 +176,7 @@ def _clear_unseen(levels: Any, final: Any, tape: Any, t0: int, t1: int) -> None:
 
 
 @njit(**ENTRY)
-def sweep_rows(
+def forward_rows(
     v: Any,
     order: Any,
     weights: Any,
@@ -174,15 +187,20 @@ def sweep_rows(
     biases: Any,
     sign: int,
     bound: float,
+    sequential: bool,
     w: Any,
     log_det: Any,
 ) -> None:
-    """Sweep over one point after another, as `sweep_columns` does over many at once; the best for a few points."""
+    """Take one point after another, as `forward_columns` does over many at once; the best for a few points."""
     dim, top = v.shape[1], len(starts) - 1
-    units, slopes = np.empty(levels[-1], v.dtype), np.empty(levels[-1], v.dtype)
+    units, slopes, x = np.empty(levels[-1], v.dtype), np.empty(levels[-1], v.dtype), np.empty(1, v.dtype)
     for b in range(len(v)):
         bias_column = b if biases.shape[1] > 1 else 0
         log_det[b] = 0
+        if not sequential:
+            for i in range(dim):
+                units[i] = v[b, order[i]]
+            compress(units[:dim], slopes[:dim])
         for i in range(dim):
             for level in range(1, top + 1):
                 own, below = levels[level], levels[level - 1]
@@ -194,9 +212,9 @@ def sweep_rows(
                 if level < top:
                     activate(kind, units[own + low : own + high], slopes[own + low : own + high], False)
             shift = levels[top] + 2 * i
-            units[i] = v[b, order[i]]
+            x[0] = v[b, order[i]]
             transform(
-                units[i : i + 1],
+                x,
                 units[shift : shift + 1],
                 units[shift + 1 : shift + 2],
                 sign,
@@ -205,15 +223,17 @@ def sweep_rows(
                 slopes[:1],
                 slopes[:1],
             )
-            w[b, order[i]] = units[i]
-            compress(units[i : i + 1], slopes[:1])
+            w[b, order[i]] = x[0]
+            if sequential:
+                units[i] = x[0]
+                compress(units[i : i + 1], slopes[:1])
 
 
 # -- the adjoint ------------------------------------------------------------------------------------------------------
 
 
 @njit(**ENTRY)
-def reverse(
+def backward(
     v: Any,
     w: Any,
     order: Any,
@@ -225,6 +245,7 @@ def reverse(
     grad_w: Any,
     grad_log_det: Any,
     sign: int,
+    sequential: bool,
     block: int,
     first: int,
     end: int,
@@ -235,11 +256,11 @@ def reverse(
 
     Args:
         v, w: What was given and found, (points, D).
-        slopes: What `sweep_columns` left.
+        slopes: What `forward_columns` left.
         grad_w, grad_log_det: (points, D) and (points,).
         delta: Laid out as the tape.
         grad_v: (points, D).
-        order, weights, starts, levels, final, sign, block, first, end: As in `sweep_columns`.
+        order, weights, starts, levels, final, sign, sequential, block, first, end: As in `forward_columns`.
     """
     dim, top = v.shape[1], len(starts) - 1
     for b0 in range(first, end, CHUNK):
@@ -247,38 +268,60 @@ def reverse(
         b1 = b0 + _padded(points)
         for i0 in range((dim - 1) // block * block, -1, -block):
             i1 = min(dim, i0 + block)
-            # First what later blocks send back to the whole block, then the block's own variables, last to first.
-            for i in range(i1, i0 - 1, -1):
+            if not sequential:
+                for i in range(i0, i1):
+                    delta[i, b0:b1] = 0
+                    _transform_back(
+                        v,
+                        w,
+                        order[i],
+                        slopes,
+                        i,
+                        levels[top] + 2 * i,
+                        grad_w,
+                        grad_log_det,
+                        sign,
+                        b0,
+                        points,
+                        delta,
+                        grad_v,
+                    )
+            # First the whole block: all there is to it where the inputs were given, and otherwise what later blocks
+            # send back. Then its variables one by one, last to first.
+            for i in range(i1, i0 - 1 if sequential else i1 - 1, -1):
                 whole = i == i1
                 for step in range(top):
-                    # The variable before the units that it is made from: they follow from it, the last level first.
-                    level = 0 if step == 0 else top - step
+                    level = top - 1 - step
+                    if sequential:
+                        # The variable before the units that it is made from: they follow from it.
+                        level = 0 if step == 0 else top - step
+                    later = i1 if sequential else i0
                     if whole:
                         rows = (final[level, i0], final[level, i1]) if level else (i0, i1)
-                        above = (final[level + 1, i1], final[level + 1, dim])
+                        above = (final[level + 1, later], final[level + 1, dim])
                         delta[levels[level] + rows[0] : levels[level] + rows[1], b0:b1] = 0
                     elif level == 0:
                         rows, above = (i, i + 1), (final[1, i + 1], final[1, i1])
                     else:
-                        rows, above = (
-                            (final[level, i], final[level, i + 1]),
-                            (final[level + 1, i], final[level + 1, i1]),
-                        )
+                        rows = (final[level, i], final[level, i + 1])
+                        above = (final[level + 1, i], final[level + 1, i1])
                     own, upper = levels[level], levels[level + 1]
                     add_product(
                         weights, starts[level + 1], 1, upper - own, rows, above, delta, upper, delta, own, b0, b1
                     )
-                    if whole:
-                        continue
-                    if level == 0:
+                    if level > 0 and whole != sequential:
+                        for r in range(own + rows[0], own + rows[1]):
+                            for b in range(b0, b1):
+                                delta[r, b] *= slopes[r, b]
+                    if level == 0 and sequential and not whole:
                         shift = levels[top] + 2 * i
                         _transform_back(
                             v, w, order[i], slopes, i, shift, grad_w, grad_log_det, sign, b0, points, delta, grad_v
                         )
-                    else:
-                        for r in range(own + rows[0], own + rows[1]):
-                            for b in range(b0, b1):
-                                delta[r, b] *= slopes[r, b]
+            if not sequential:
+                for i in range(i0, i1):
+                    for b in range(b0, b0 + points):
+                        grad_v[b, order[i]] += slopes[i, b] * delta[i, b]
         _clear_unseen(levels, final, delta, b0, b1)
 
 

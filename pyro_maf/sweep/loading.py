@@ -37,5 +37,5 @@ def kernels() -> Any:
 
 
 def _compiled_before(kernel: Any) -> bool:
-    folder = Path(kernel.sweep_rows.stats.cache_path)
-    return any(folder.glob("kernel.sweep_rows-*.nbi"))
+    folder = Path(kernel.forward_rows.stats.cache_path)
+    return any(folder.glob("kernel.forward_rows-*.nbi"))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_maf.changes import Snapshot
 from pyro_maf.nn import ACTIVATIONS, MADE
-from pyro_maf.sweep.plan import Plan
+from pyro_maf.sweep.plan import Plan, biases_of, weights_of
 
 __all__ = ["LANES", "Pack", "flat", "forget", "pack", "pack_of"]
 
@@ -34,20 +34,23 @@ class Pack(NamedTuple):
     biases: Array
 
 
+Layout = tuple[Array, Array, Array]
+
 # Beside the networks rather than in them, so that no copy or pickle of one brings its pack along.
 _packs: weakref.WeakKeyDictionary[MADE, tuple[Snapshot, Pack]] = weakref.WeakKeyDictionary()
+# A network remakes its list `ready` whenever its order or degrees change.
+_layouts: weakref.WeakKeyDictionary[MADE, tuple[list[list[int]], Layout]] = weakref.WeakKeyDictionary()
 
 
 def pack_of(made: MADE) -> Pack:
     """The pack of a network's present weights, made anew when they have changed."""
     if made.order.is_inference():
-        return pack(Plan.of(made))  # such tensors count no changes
+        return pack(made, _plan_of(made))  # such tensors count no changes
     now = Snapshot.of(_tensors(made))
     known = _packs.get(made)
     if known is not None and known[0].holds_for(now):
         return known[1]
-    with torch.no_grad():
-        fresh = pack(Plan.of(made))
+    fresh = pack(made, _plan_of(made))
     _packs[made] = now, fresh
     return fresh
 
@@ -55,6 +58,23 @@ def pack_of(made: MADE) -> Pack:
 def forget(made: MADE) -> None:
     """Drop a network's pack: needed only after writing through `.data`, which no version counts."""
     _packs.pop(made, None)
+
+
+def pack(made: MADE, plan: Plan) -> Pack:
+    """The arrays of a network's plan."""
+    weights = torch.cat([weight.detach().reshape(-1) for weight in plan.weights])
+    kind = list(ACTIVATIONS).index(made.activation)
+    return Pack(plan.order.numpy(), weights.numpy(), *_layout_of(made), kind, flat(plan.biases))
+
+
+def flat(biases: Sequence[Tensor]) -> Array:
+    """The biases of all layers, (units, 1 or batch)."""
+    return torch.cat([bias.detach() for bias in biases]).contiguous().numpy()
+
+
+def _plan_of(made: MADE) -> Plan:
+    with torch.no_grad():
+        return Plan.of(made, weights_of(made), biases_of(made, None))
 
 
 def _tensors(made: MADE) -> list[Any]:
@@ -65,24 +85,20 @@ def _tensors(made: MADE) -> list[Any]:
     return tensors
 
 
-def pack(plan: Plan) -> Pack:
-    """The arrays of a plan."""
-    weights = torch.cat([weight.detach().reshape(-1) for weight in plan.weights])
-    kind = next(kind for kind, activation in enumerate(ACTIVATIONS.values()) if activation is plan.activation)
-    return Pack(plan.order.numpy(), weights.numpy(), *_layout(plan), kind, flat(plan.biases))
+def _layout_of(made: MADE) -> Layout:
+    known = _layouts.get(made)
+    if known is None or known[0] is not made.ready:
+        known = _layouts[made] = made.ready, _layout(made)
+    return known[1]
 
 
-def flat(biases: Sequence[Tensor]) -> Array:
-    """The biases of all layers, (units, 1 or batch)."""
-    return torch.cat([bias.detach() for bias in biases]).contiguous().numpy()
-
-
-def _layout(plan: Plan) -> tuple[Array, Array, Array]:
+def _layout(made: MADE) -> Layout:
     """`starts`, `levels` and `final`."""
-    widths = [plan.dim, *(weight.shape[0] for weight in plan.weights)]
-    starts = np.cumsum([0, 0, *(weight.numel() for weight in plan.weights[:-1])])
-    final = np.zeros((len(widths), plan.dim + 1), np.int64)
-    final[0, 1:] = np.arange(plan.dim)
-    final[1:-1, 1:] = np.reshape(plan.ready, (-1, plan.dim))
-    final[-1] = plan.num_parameters * np.arange(plan.dim + 1)
+    dim, outputs = made.input_dim, made.outputs_per_input
+    widths = [dim, *made.hidden_dims, dim * outputs]
+    starts = np.cumsum([0, 0, *(below * own for below, own in zip(widths[:-2], widths[1:-1], strict=True))])
+    final = np.zeros((len(widths), dim + 1), np.int64)
+    final[0, 1:] = np.arange(dim)
+    final[1:-1, 1:] = np.reshape(made.ready, (-1, dim))
+    final[-1] = outputs * np.arange(dim + 1)
     return starts, np.cumsum([0, *widths]), final

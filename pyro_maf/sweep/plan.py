@@ -1,8 +1,8 @@
-"""A MADE laid out for a sweep: masked weights and biases in the order of the variables."""
+"""A MADE laid out in the order of its variables: masked weights and biases."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_maf.nn import ACTIVATIONS, MADE
 
-__all__ = ["Direction", "Plan", "biases_of"]
+__all__ = ["Direction", "Plan", "biases_of", "lay_back", "lay_out_biases", "weights_of"]
 
 Direction = Callable[..., tuple[Tensor, Tensor]]
 """One direction of a map of one dimension: (v, \\*parameters) to (w, log dy/dx), elementwise."""
@@ -46,25 +46,59 @@ class Plan(NamedTuple):
         return self.weights[-1].shape[0] // self.dim
 
     @classmethod
-    def of(cls, made: MADE, context: Tensor | None = None) -> Plan:
-        """Lay out a MADE; `context` is (batch, context_dim), (context_dim,) or None. Differentiable."""
-        weights = [layer.masked_weight for layer in made.masked_layers]
-        weights[0] = weights[0][:, made.order]
-        weights[-1] = weights[-1][_output_rows(made)]
-        activation = ACTIVATIONS[made.activation]
-        return cls(tuple(weights), tuple(biases_of(made, context)), made.order, made.ready, activation)
+    def of(cls, made: MADE, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Plan:
+        """Lay out a MADE with these weights and biases, as `weights_of` and `biases_of` give them. Differentiable."""
+        masked = [weight * layer.mask for weight, layer in zip(weights, made.masked_layers, strict=True)]
+        if not made.is_natural:
+            masked[0] = masked[0][:, made.order]
+            masked[-1] = masked[-1][_output_rows(made, made.order)]
+        rows = lay_out_biases(made, biases)
+        return cls(tuple(masked), tuple(rows), made.order, made.ready, ACTIVATIONS[made.activation])
+
+
+def weights_of(made: MADE) -> list[Tensor]:
+    """A MADE's own weights, one matrix per layer."""
+    return [layer.weight for layer in made.masked_layers]
 
 
 def biases_of(made: MADE, context: Tensor | None) -> list[Tensor]:
-    """The biases of a plan, with what the context adds to them. Differentiable."""
-    biases: list[Tensor] = [layer.bias for layer in made.masked_layers]
+    """A MADE's biases with what the context adds to them, (units,) or (batch, units) per layer. Differentiable."""
     terms = made.context_terms(context)
-    biases = [bias if term is None else bias + term for bias, term in zip(biases, terms, strict=True)]
-    biases = [bias.reshape(-1, bias.shape[-1]).T for bias in biases]
-    biases[-1] = biases[-1][_output_rows(made)]
-    return biases
+    return [
+        layer.bias if term is None else layer.bias + term for layer, term in zip(made.masked_layers, terms, strict=True)
+    ]
 
 
-def _output_rows(made: MADE) -> Tensor:
-    rows = torch.arange(made.input_dim * made.outputs_per_input, device=made.order.device)
-    return rows.view(made.input_dim, -1)[made.order].flatten()
+def lay_out_biases(made: MADE, biases: Sequence[Tensor]) -> list[Tensor]:
+    """Biases as a plan has them, (units, 1) or (units, batch). Differentiable."""
+    rows = [bias.reshape(-1, bias.shape[-1]).T for bias in biases]
+    if not made.is_natural:
+        rows[-1] = rows[-1][_output_rows(made, made.order)]
+    return rows
+
+
+def lay_back(
+    made: MADE, weights: Sequence[Tensor], units: Sequence[Tensor], biases: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Derivatives in a plan's layout as derivatives by what the plan was made of.
+
+    Args:
+        made: The network.
+        weights: Derivatives by the plan's weights.
+        units: Derivatives by what is put into each unit above the inputs, layer by layer, (units, batch).
+        biases: Those that the plan was made of.
+    """
+    weights, units = list(weights), list(units)
+    by_biases = [unit.sum(1) if bias.dim() == 1 else unit.T for unit, bias in zip(units, biases, strict=True)]
+    if not made.is_natural:
+        place = made.order.argsort()
+        outputs = _output_rows(made, place)
+        weights[0] = weights[0][:, place]
+        weights[-1], by_biases[-1] = weights[-1][outputs], by_biases[-1][..., outputs]
+    masked = [weight.mul_(layer.mask) for weight, layer in zip(weights, made.masked_layers, strict=True)]
+    return masked, by_biases
+
+
+def _output_rows(made: MADE, order: Tensor) -> Tensor:
+    rows = torch.arange(made.input_dim * made.outputs_per_input, device=order.device)
+    return rows.view(made.input_dim, -1)[order].flatten()

@@ -74,25 +74,29 @@ class TorchSweep:
     """The sweep of a map of one dimension, and its adjoint, on any device and in any dtype.
 
     Args:
-        direction: The map.
+        plan: The network.
+        direction: The map of one dimension.
     """
 
+    plan: Plan
     direction: Direction
 
-    def sweep(self, plan: Plan, v: Tensor) -> tuple[Tensor, Tensor, Activations]:
+    def forward(self, v: Tensor) -> tuple[Tensor, Tensor, Activations]:
         """w, log-determinant and what the adjoint needs, for v (batch, D)."""
+        plan = self.plan
         given = v[:, plan.order].T.contiguous()
         solved = walk(plan, lambda i, parameters: self.direction(given[i], *parameters)[0], len(v))
         log_det = self.direction(given, *solved.parameters.unbind(1))[1].sum(0)
         return solved.w.T[:, plan.order.argsort()], log_det, solved
 
     def adjoint(
-        self, plan: Plan, v: Tensor, w: Tensor, kept: Activations, grad_w: Tensor, grad_log_det: Tensor
+        self, v: Tensor, w: Tensor, kept: Activations, grad_w: Tensor, grad_log_det: Tensor
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Derivatives of <grad_w, w> + <grad_log_det, log_det> by v, the plan's weights and its biases.
+        """Derivatives of <grad_w, w> + <grad_log_det, log_det> by v, by the weights, and by what is put into each unit.
 
         Cost: one pass through the non-zero half of the weights, then one product a layer for the weights' own.
         """
+        plan = self.plan
         given, total_w = (tensor[:, plan.order].T.contiguous() for tensor in (v, grad_w))
         dw_dv, dw_dphi, dlog_dv, dlog_dphi = _partials(self.direction, given, kept.parameters)
         outputs = plan.weights[-1].shape[0]
@@ -119,8 +123,7 @@ class TorchSweep:
         grad_v = torch.addcmul(dlog_dv * grad_log_det, dw_dv, total_w).T[:, plan.order.argsort()]
         units = [*totals, flat_phi]
         grad_weights = [total @ below.T for total, below in zip(units, [seen, *after], strict=True)]
-        grad_biases = [total.sum_to_size(bias.shape) for total, bias in zip(units, plan.biases, strict=True)]
-        return grad_v, grad_weights, grad_biases
+        return grad_v, grad_weights, units
 
 
 def _hidden_widths(plan: Plan) -> list[int]:

@@ -1,4 +1,4 @@
-"""The sequential direction as one differentiable operation."""
+"""Either direction of an autoregressive layer as one differentiable operation."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ import torch
 from torch import Tensor
 
 from pyro_maf.nn import MADE
-from pyro_maf.sweep import compiled
+from pyro_maf.sweep import compiled, unrolled
 from pyro_maf.sweep.pack import pack
-from pyro_maf.sweep.plan import Direction, Plan
+from pyro_maf.sweep.plan import Direction, Plan, biases_of, lay_back, weights_of
 from pyro_maf.sweep.reference import TorchSweep
 from pyro_maf.sweep.scalar import ScalarMap
-from pyro_maf.sweep.unrolled import unrolled
 
-__all__ = ["solve"]
+__all__ = ["parallel", "solve"]
 
 
 class Engine(Protocol):
-    """What carries out a sweep and its adjoint."""
+    """What carries out one direction of one network, and its adjoint."""
 
-    def sweep(self, plan: Plan, v: Tensor) -> tuple[Tensor, Tensor, Any]:
+    def forward(self, v: Tensor) -> tuple[Tensor, Tensor, Any]:
         """w, log-determinant and a tuple of tensors for the adjoint, for v (batch, D)."""
         ...
 
     def adjoint(
-        self, plan: Plan, v: Tensor, w: Tensor, kept: Any, grad_w: Tensor, grad_log_det: Tensor
+        self, v: Tensor, w: Tensor, kept: Any, grad_w: Tensor, grad_log_det: Tensor
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Derivatives of <grad_w, w> + <grad_log_det, log_det> by v, the plan's weights and its biases."""
+        """Derivatives of <grad_w, w> + <grad_log_det, log_det> by v, the weights, and what is put into each unit.
+
+        The last are (units, batch) for each layer above the inputs.
+        """
         ...
 
 
@@ -49,26 +51,65 @@ def solve(
 
     Cost: one pass through the non-zero half of the network's weights, and as much again for the gradient, whatever D.
     """
+    return _in_rows(made, scalar, v, context, inverse, True)
+
+
+def parallel(
+    made: MADE, scalar: ScalarMap, v: Tensor, context: Tensor | None = None, *, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    r"""w_i = f(v_i; phi_i(v_<i)), all at once. Arguments and results are those of `solve`."""
+    return _in_rows(made, scalar, v, context, inverse, False)
+
+
+def _in_rows(
+    made: MADE, scalar: ScalarMap, v: Tensor, context: Tensor | None, inverse: bool, sequential: bool
+) -> tuple[Tensor, Tensor]:
+    if not (sequential or compiled.takes(scalar, v)) or _is_traced():
+        return _plain(made, scalar, v, context, inverse, sequential)
     if context is not None:
-        batch = torch.broadcast_shapes(v.shape[:-1], context.shape[:-1])
-        v = v.expand(*batch, v.shape[-1])
-        context = context if context.dim() == 1 else context.expand(*batch, -1).reshape(-1, context.shape[-1])
-    w, log_det = _solve_rows(made, scalar, v.reshape(-1, made.input_dim), context, inverse)
+        v, context = _together(v, context)
+    rows = v.reshape(-1, made.input_dim)
+    w, log_det = _run(made, scalar, rows, context, inverse, sequential)
     return w.reshape(v.shape), log_det.reshape(v.shape[:-1])
 
 
-def _solve_rows(
-    made: MADE, scalar: ScalarMap, v: Tensor, context: Tensor | None, inverse: bool
+def _run(
+    made: MADE, scalar: ScalarMap, v: Tensor, context: Tensor | None, inverse: bool, sequential: bool
 ) -> tuple[Tensor, Tensor]:
-    direction = scalar.inverse if inverse else scalar.forward
-    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return unrolled(Plan.of(made, context), direction, v)
-    by_kernel, sign = compiled.takes(scalar, v), -1 if inverse else 1
+    by_kernel = compiled.takes(scalar, v)
     if by_kernel and not _needs_gradient(made, v, context):
-        return compiled.evaluate(made, v, context, sign)
-    plan = Plan.of(made, context)
-    engine: Engine = compiled.KernelSweep(pack(plan), sign) if by_kernel else TorchSweep(direction)
-    return _Solve.apply(engine, plan, direction, v, *plan.weights, *plan.biases)
+        return compiled.evaluate(made, v, context, inverse=inverse, sequential=sequential)
+    direction = scalar.inverse if inverse else scalar.forward
+    return _Differentiable.apply(
+        made, direction, by_kernel, inverse, sequential, v, *weights_of(made), *biases_of(made, context)
+    )
+
+
+def _plain(
+    made: MADE, scalar: ScalarMap, v: Tensor, context: Tensor | None, inverse: bool, sequential: bool
+) -> tuple[Tensor, Tensor]:
+    """By ordinary operations of torch, for what looks inside: `torch.func`, compilation and tracing."""
+    direction = scalar.inverse if inverse else scalar.forward
+    if not sequential:
+        w, log_derivative = direction(v, *made.parameters_of(v, context).unbind(-1))
+        return w, log_derivative.sum(-1)
+    if context is not None:
+        v, context = _together(v, context)
+    plan = Plan.of(made, weights_of(made), biases_of(made, context))
+    w, log_det = unrolled.solve(plan, direction, v.reshape(-1, made.input_dim))
+    return w.reshape(v.shape), log_det.reshape(v.shape[:-1])
+
+
+def _is_traced() -> bool:
+    return torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def _together(v: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    """v with the batch shape of both, and the context with a row for each of its rows, unless it is one for all."""
+    batch = torch.broadcast_shapes(v.shape[:-1], context.shape[:-1])
+    if context.dim() > 1:
+        context = context.expand(*batch, -1).reshape(-1, context.shape[-1])
+    return v.expand(*batch, v.shape[-1]), context
 
 
 def _needs_gradient(made: MADE, v: Tensor, context: Tensor | None) -> bool:
@@ -81,37 +122,50 @@ def _needs_gradient(made: MADE, v: Tensor, context: Tensor | None) -> bool:
     )
 
 
-class _Solve(torch.autograd.Function):
-    """The sweep, with its adjoint as the backward."""
+class _Differentiable(torch.autograd.Function):
+    """One direction, with its adjoint as the backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, engine: Engine, plan: Plan, direction: Direction, v: Tensor, *tensors: Tensor
+        ctx: Any,
+        made: MADE,
+        direction: Direction,
+        by_kernel: bool,
+        inverse: bool,
+        sequential: bool,
+        v: Tensor,
+        *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        w, log_det, kept = engine.sweep(plan, v)
-        ctx.engine, ctx.direction, ctx.kind_of_kept = engine, direction, type(kept)
-        ctx.layout = plan._replace(weights=(), biases=())
+        layers = len(tensors) // 2
+        plan = Plan.of(made, tensors[:layers], tensors[layers:])
+        engine: Engine = TorchSweep(plan, direction)
+        if by_kernel:
+            engine = compiled.KernelEngine(pack(made, plan), inverse, sequential)
+        w, log_det, kept = engine.forward(v)
+        ctx.made, ctx.direction, ctx.engine, ctx.sequential = made, direction, engine, sequential
+        ctx.layers, ctx.kind_of_kept = layers, type(kept)
         ctx.save_for_backward(v, w, *tensors, *kept)
         return w, log_det
 
     @staticmethod
     def backward(ctx: Any, grad_w: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         v, w, *saved = ctx.saved_tensors
-        layers = len(ctx.layout.ready) + 1
-        plan = ctx.layout._replace(weights=tuple(saved[:layers]), biases=tuple(saved[layers : 2 * layers]))
+        tensors, kept = saved[: 2 * ctx.layers], ctx.kind_of_kept(*saved[2 * ctx.layers :])
+        nothing = (None,) * 5
         if torch.is_grad_enabled():
-            return None, None, None, *_differentiable(plan, ctx.direction, v, grad_w, grad_log_det)
-        kept = ctx.kind_of_kept(*saved[2 * layers :])
-        grad_v, grad_weights, grad_biases = ctx.engine.adjoint(plan, v, w, kept, grad_w, grad_log_det)
-        return None, None, None, grad_v, *grad_weights, *grad_biases
+            return *nothing, *_differentiable(ctx, v, tensors, grad_w, grad_log_det)
+        grad_v, by_weights, by_units = ctx.engine.adjoint(v, w, kept, grad_w, grad_log_det)
+        grad_weights, grad_biases = lay_back(ctx.made, by_weights, by_units, tensors[ctx.layers :])
+        return *nothing, grad_v, *grad_weights, *grad_biases
 
 
 def _differentiable(
-    plan: Plan, direction: Direction, v: Tensor, grad_w: Tensor, grad_log_det: Tensor
+    ctx: Any, v: Tensor, tensors: list[Tensor], grad_w: Tensor, grad_log_det: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """The same derivatives through D plain passes, so that they can be differentiated again."""
-    inputs = (v, *plan.weights, *plan.biases)
+    """The same derivatives through plain passes, so that they can be differentiated again."""
+    inputs = (v, *tensors)
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    solved = unrolled(plan, direction, v)
-    found = iter(torch.autograd.grad(solved, wanted, (grad_w, grad_log_det), create_graph=True, allow_unused=True))
+    plan = Plan.of(ctx.made, tensors[: ctx.layers], tensors[ctx.layers :])
+    results = (unrolled.solve if ctx.sequential else unrolled.parallel)(plan, ctx.direction, v)
+    found = iter(torch.autograd.grad(results, wanted, (grad_w, grad_log_det), create_graph=True, allow_unused=True))
     return tuple(next(found) if tensor.requires_grad else None for tensor in inputs)

@@ -1,6 +1,6 @@
-"""D plain passes over the network: slow, but made of ordinary differentiable operations.
+"""Plain passes over the network: slow where they follow the variables, but made of ordinary differentiable operations.
 
-It answers where the sweep cannot: double backward, `torch.func`, `vmap` and tracing. Cost: D dense passes.
+They answer where the kernels and the sweep cannot: double backward, `torch.func`, `vmap` and tracing.
 """
 
 from __future__ import annotations
@@ -13,26 +13,33 @@ from torch import Tensor
 from pyro_maf.nn import compress_tails
 from pyro_maf.sweep.plan import Direction, Plan
 
-__all__ = ["unrolled"]
+__all__ = ["parallel", "solve"]
 
 
-def unrolled(plan: Plan, direction: Direction, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve w_i = f(v_i; phi_i(w_<i)) for v (batch, D); returns w and the sum of its logs, (batch,)."""
+def solve(plan: Plan, direction: Direction, v: Tensor) -> tuple[Tensor, Tensor]:
+    """w_i = f(v_i; phi_i(w_<i)) for v (batch, D); returns w and the sum of its logs, (batch,). Cost: D dense passes."""
     given = v[:, plan.order].T
     w: list[Tensor] = []
     log_det = torch.zeros_like(given[0])
     for i in range(plan.dim):
         known = torch.stack([*map(compress_tails, w), *[torch.zeros_like(given[0])] * (plan.dim - i)])
-        parameters = _network(plan, known).unflatten(0, (plan.dim, plan.num_parameters))[i]
-        value, log_derivative = direction(given[i], *parameters)
+        value, log_derivative = direction(given[i], *_network(plan, known)[i])
         w.append(value)
         log_det = log_det + log_derivative
     return torch.stack(w, 1)[:, plan.order.argsort()], log_det
 
 
+def parallel(plan: Plan, direction: Direction, v: Tensor) -> tuple[Tensor, Tensor]:
+    """w_i = f(v_i; phi_i(v_<i)) for v (batch, D), likewise. Cost: one dense pass."""
+    given = v[:, plan.order].T
+    w, log_derivative = direction(given, *_network(plan, compress_tails(given)).unbind(1))
+    return w.T[:, plan.order.argsort()], log_derivative.sum(0)
+
+
 def _network(plan: Plan, x: Tensor) -> Tensor:
+    """phi, (D, P, batch), of what the network sees, (D, batch)."""
     identity: Callable[[Tensor], Tensor] = lambda value: value  # noqa: E731
     activations = [*[plan.activation] * (len(plan.weights) - 1), identity]
     for weight, bias, activation in zip(plan.weights, plan.biases, activations, strict=True):
         x = activation(weight @ x + bias)
-    return x
+    return x.unflatten(0, (plan.dim, plan.num_parameters))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pyro_maf.nn import MADE
-from pyro_maf.sweep import Affine, ScalarMap, forget, solve
+from pyro_maf.sweep import Affine, ScalarMap, forget, parallel, solve
 from pyro_maf.transforms.base import ConditionalFlow, Flow
 
 __all__ = [
@@ -52,9 +52,7 @@ class _Autoregressive(Flow):
         return self.made.order
 
     def _parallel(self, v: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        direction = self.scalar.inverse if inverse else self.scalar.forward
-        w, log_derivative = direction(v, *self.made.parameters_of(v, context).unbind(-1))
-        return w, log_derivative.sum(-1)
+        return parallel(self.made, self.scalar, v, context, inverse=inverse)
 
     def _sequential(self, v: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
         return solve(self.made, self.scalar, v, context, inverse=inverse)
