@@ -6,7 +6,7 @@ step of an optimizer counts as a change, whatever it was of.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -39,21 +39,22 @@ class Snapshot(NamedTuple):
         (True, False)
     """
 
-    tensors: list[Tensor]
+    tensors: list[Tensor | None]
     marks: list[int]
 
     @classmethod
-    def of(cls, tensors: Iterable[Tensor]) -> Snapshot:
+    def of(cls, tensors: list[Tensor | None]) -> Snapshot:
         """The present state of tensors that count their changes: any but those of inference mode."""
-        present, marks = list(tensors), [_steps]
-        for tensor in present:
-            marks += (tensor._version, tensor.data_ptr())
-        return cls(present, marks)
+        marks = [_steps]
+        for tensor in tensors:
+            if tensor is not None:
+                marks += (tensor._version, tensor.data_ptr())
+        return cls(tensors, marks)
 
     def holds_for(self, now: Snapshot) -> bool:
         """Whether nothing has changed between the two."""
         return (
             self.marks == now.marks
             and len(self.tensors) == len(now.tensors)
-            and all(one is other for one, other in zip(self.tensors, now.tensors, strict=True))
+            and all(map(operator.is_, self.tensors, now.tensors))
         )

@@ -8,10 +8,10 @@ from typing import Any
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro_maf.transforms.scalar import Affine
 from torch import Tensor, nn
 
 from pyro_maf.nn import compress_tails
+from pyro_maf.sweep import Affine
 from pyro_maf.transforms import (
     AffineCoupling,
     ConditionalAffineCoupling,

@@ -122,5 +122,5 @@ class KernelEngine:
 def _block(dim: int, sequential: bool) -> int:
     """Variables in a block, by measurement."""
     if not sequential:
-        return max(4, dim // 8)
+        return 4 if dim <= 100 else 16
     return 4 if dim <= 12 else 8 if dim <= 100 else 32

@@ -86,12 +86,13 @@ class _Retire:
 def _state(module: nn.Module) -> tuple[list[bool], Snapshot]:
     """All that the module's map depends on: modes and tensors."""
     tensors: list[Any] = []
-    modes = [torch.is_grad_enabled()]
-    waiting = [module]
-    while waiting:
-        member = waiting.pop()
+    modes, members = [torch.is_grad_enabled()], [module]
+    for member in members:  # grows as it is walked
         modes.append(member.training)
-        tensors.extend(member._parameters.values())
-        tensors.extend(member._buffers.values())
-        waiting.extend(child for child in member._modules.values() if child is not None)
-    return modes, Snapshot.of(tensor for tensor in tensors if tensor is not None)
+        if member._parameters:
+            tensors += member._parameters.values()
+        if member._buffers:
+            tensors += member._buffers.values()
+        if member._modules:
+            members += [child for child in member._modules.values() if child is not None]
+    return modes, Snapshot.of(tensors)
