@@ -30,7 +30,7 @@ class Snapshot(NamedTuple):
 
     Attributes:
         tensors: The tensors themselves, so that none of them can be taken for another.
-        marks: The number of optimizer steps so far; then, for each tensor, its count of changes and where it lies.
+        marks: The number of optimizer steps so far; then each tensor's count of changes, and where each lies.
 
     Example:
         >>> x = torch.zeros(3)
@@ -45,11 +45,9 @@ class Snapshot(NamedTuple):
     @classmethod
     def of(cls, tensors: list[Tensor | None]) -> Snapshot:
         """The present state of tensors that count their changes: any but those of inference mode."""
-        marks = [_steps]
-        for tensor in tensors:
-            if tensor is not None:
-                marks += (tensor._version, tensor.data_ptr())
-        return cls(tensors, marks)
+        present = [tensor for tensor in tensors if tensor is not None]
+        versions = [tensor._version for tensor in present]
+        return cls(tensors, [_steps, *versions, *[tensor.data_ptr() for tensor in present]])
 
     def holds_for(self, now: Snapshot) -> bool:
         """Whether nothing has changed between the two."""

@@ -16,7 +16,7 @@ from pyro_maf.sweep.plan import biases_of, lay_out_biases
 from pyro_maf.sweep.scalar import Affine, ScalarMap
 from pyro_maf.sweep.threads import in_parts
 
-__all__ = ["KernelEngine", "evaluate", "takes"]
+__all__ = ["KernelSweep", "evaluate", "takes"]
 
 FEW_POINTS = 8
 """Below this many points they are taken one after another."""
@@ -65,18 +65,16 @@ class Kept(NamedTuple):
 
 
 @dataclass(frozen=True)
-class KernelEngine:
-    """One direction through one pack, and its adjoint.
+class KernelSweep:
+    """The sweep of one network, and its adjoint.
 
     Args:
         pack: The network.
         inverse: Whether w are the x of given y.
-        sequential: Whether the network sees w rather than v.
     """
 
     pack: Pack
     inverse: bool
-    sequential: bool
 
     def forward(self, v: Tensor) -> tuple[Tensor, Tensor, Kept]:
         """w, log-determinant and what the adjoint needs, for v (batch, D)."""
@@ -84,12 +82,10 @@ class KernelEngine:
         w, log_det = torch.empty_like(v), v.new_empty(len(v))
         tape, slopes = v.new_empty(2, int(pack.levels[-1]), -(-len(v) // LANES) * LANES)
         arrays = [tensor.numpy() for tensor in (tape, slopes, w, log_det)]
-        given, block = v.numpy(), _block(v.shape[1], self.sequential)
+        given, block = v.numpy(), _block(v.shape[1], True)
 
         def run(first: int, end: int) -> None:
-            kernels().forward_columns(
-                given, *pack, self._sign, Affine.BOUND, self.sequential, block, first, end, *arrays
-            )
+            kernels().forward_columns(given, *pack, self._sign, Affine.BOUND, True, block, first, end, *arrays)
 
         in_parts(run, len(v), LANES, pack.weights.size)
         return w, log_det, Kept(tape, slopes)
@@ -102,11 +98,11 @@ class KernelEngine:
         delta, grad_v = torch.empty_like(tape), torch.empty_like(w)
         given = [tensor.contiguous().numpy() for tensor in (v, w)]
         wanted = [tensor.contiguous().numpy() for tensor in (slopes, grad_w, grad_log_det)]
-        network, block = self.pack[: Pack._fields.index("kind")], _block(v.shape[1], self.sequential)
+        network, block = self.pack[: Pack._fields.index("kind")], _block(v.shape[1], True)
         results = delta.numpy(), grad_v.numpy()
 
         def run(first: int, end: int) -> None:
-            kernels().backward(*given, *network, *wanted, self._sign, self.sequential, block, first, end, *results)
+            kernels().backward(*given, *network, *wanted, self._sign, block, first, end, *results)
 
         in_parts(run, len(v), LANES, self.pack.weights.size)
         sizes = np.diff(self.pack.levels).tolist()

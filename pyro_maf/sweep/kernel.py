@@ -1,4 +1,4 @@
-r"""Both directions and their adjoints, compiled by numba for CPUs.
+r"""Both directions, and the adjoint of the sequential one, compiled by numba for CPUs.
 
 Both work on a tape: one row for each unit of the network, level by level, inputs first and outputs last, and one column
 for each point of the batch. Arrays that describe the network:
@@ -245,7 +245,6 @@ def backward(
     grad_w: Any,
     grad_log_det: Any,
     sign: int,
-    sequential: bool,
     block: int,
     first: int,
     end: int,
@@ -260,7 +259,7 @@ def backward(
         grad_w, grad_log_det: (points, D) and (points,).
         delta: Laid out as the tape.
         grad_v: (points, D).
-        order, weights, starts, levels, final, sign, sequential, block, first, end: As in `forward_columns`.
+        order, weights, starts, levels, final, sign, block, first, end: As in `forward_columns`.
     """
     dim, top = v.shape[1], len(starts) - 1
     for b0 in range(first, end, CHUNK):
@@ -268,37 +267,15 @@ def backward(
         b1 = b0 + _padded(points)
         for i0 in range((dim - 1) // block * block, -1, -block):
             i1 = min(dim, i0 + block)
-            if not sequential:
-                for i in range(i0, i1):
-                    delta[i, b0:b1] = 0
-                    _transform_back(
-                        v,
-                        w,
-                        order[i],
-                        slopes,
-                        i,
-                        levels[top] + 2 * i,
-                        grad_w,
-                        grad_log_det,
-                        sign,
-                        b0,
-                        points,
-                        delta,
-                        grad_v,
-                    )
-            # First the whole block: all there is to it where the inputs were given, and otherwise what later blocks
-            # send back. Then its variables one by one, last to first.
-            for i in range(i1, i0 - 1 if sequential else i1 - 1, -1):
+            # First what later blocks send back to the whole block, then the block's own variables, last to first.
+            for i in range(i1, i0 - 1, -1):
                 whole = i == i1
                 for step in range(top):
-                    level = top - 1 - step
-                    if sequential:
-                        # The variable before the units that it is made from: they follow from it.
-                        level = 0 if step == 0 else top - step
-                    later = i1 if sequential else i0
+                    # The variable before the units that it is made from: they follow from it, the last level first.
+                    level = 0 if step == 0 else top - step
                     if whole:
                         rows = (final[level, i0], final[level, i1]) if level else (i0, i1)
-                        above = (final[level + 1, later], final[level + 1, dim])
+                        above = (final[level + 1, i1], final[level + 1, dim])
                         delta[levels[level] + rows[0] : levels[level] + rows[1], b0:b1] = 0
                     elif level == 0:
                         rows, above = (i, i + 1), (final[1, i + 1], final[1, i1])
@@ -309,19 +286,17 @@ def backward(
                     add_product(
                         weights, starts[level + 1], 1, upper - own, rows, above, delta, upper, delta, own, b0, b1
                     )
-                    if level > 0 and whole != sequential:
-                        for r in range(own + rows[0], own + rows[1]):
-                            for b in range(b0, b1):
-                                delta[r, b] *= slopes[r, b]
-                    if level == 0 and sequential and not whole:
+                    if whole:
+                        continue
+                    if level == 0:
                         shift = levels[top] + 2 * i
                         _transform_back(
                             v, w, order[i], slopes, i, shift, grad_w, grad_log_det, sign, b0, points, delta, grad_v
                         )
-            if not sequential:
-                for i in range(i0, i1):
-                    for b in range(b0, b0 + points):
-                        grad_v[b, order[i]] += slopes[i, b] * delta[i, b]
+                    else:
+                        for r in range(own + rows[0], own + rows[1]):
+                            for b in range(b0, b1):
+                                delta[r, b] *= slopes[r, b]
         _clear_unseen(levels, final, delta, b0, b1)
 
 

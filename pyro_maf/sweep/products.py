@@ -10,6 +10,9 @@ from pyro_maf.sweep.elementwise import INNER
 
 __all__ = ["add_product", "dot"]
 
+PANEL = 96
+"""Terms that are added to all rows before the next: so many rows of x stay near the processor."""
+
 
 @njit(**INNER)
 def add_product(
@@ -31,17 +34,17 @@ def add_product(
     W[r, k] is weights[start + r row_step + k column_step]. Four rows by three terms at a time is what sixteen vector
     registers hold.
     """
-    r, end = rows
-    if columns[1] <= columns[0]:
-        return
-    while r + 4 <= end:
-        _four_rows(weights, start + r * row_step, row_step, column_step, columns, x, x_row, y, y_row + r, t0, t1)
-        r += 4
-    if r + 2 <= end:
-        _two_rows(weights, start + r * row_step, row_step, column_step, columns, x, x_row, y, y_row + r, t0, t1)
-        r += 2
-    if r < end:
-        _one_row(weights, start + r * row_step, column_step, columns, x, x_row, y[y_row + r, t0:t1], t0, t1)
+    for k0 in range(columns[0], columns[1], PANEL):
+        panel = (k0, min(k0 + PANEL, columns[1]))
+        r, end = rows
+        while r + 4 <= end:
+            _four_rows(weights, start + r * row_step, row_step, column_step, panel, x, x_row, y, y_row + r, t0, t1)
+            r += 4
+        if r + 2 <= end:
+            _two_rows(weights, start + r * row_step, row_step, column_step, panel, x, x_row, y, y_row + r, t0, t1)
+            r += 2
+        if r < end:
+            _one_row(weights, start + r * row_step, column_step, panel, x, x_row, y[y_row + r, t0:t1], t0, t1)
 
 
 @njit(**INNER)

@@ -18,7 +18,7 @@ __all__ = ["parallel", "solve"]
 
 
 class Engine(Protocol):
-    """What carries out one direction of one network, and its adjoint."""
+    """What carries out the sweep of one network, and its adjoint."""
 
     def forward(self, v: Tensor) -> tuple[Tensor, Tensor, Any]:
         """w, log-determinant and a tuple of tensors for the adjoint, for v (batch, D)."""
@@ -64,25 +64,20 @@ def parallel(
 def _in_rows(
     made: MADE, scalar: ScalarMap, v: Tensor, context: Tensor | None, inverse: bool, sequential: bool
 ) -> tuple[Tensor, Tensor]:
-    if not (sequential or compiled.takes(scalar, v)) or _is_traced():
+    by_kernel, needs_gradient = compiled.takes(scalar, v), _needs_gradient(made, v, context)
+    # With a gradient the parallel direction is dense products for the most part, at which torch is best.
+    if _is_traced() or (not sequential and (needs_gradient or not by_kernel)):
         return _plain(made, scalar, v, context, inverse, sequential)
     if context is not None:
         v, context = _together(v, context)
-    rows = v.reshape(-1, made.input_dim)
-    w, log_det = _run(made, scalar, rows, context, inverse, sequential)
-    return w.reshape(v.shape), log_det.reshape(v.shape[:-1])
-
-
-def _run(
-    made: MADE, scalar: ScalarMap, v: Tensor, context: Tensor | None, inverse: bool, sequential: bool
-) -> tuple[Tensor, Tensor]:
-    by_kernel = compiled.takes(scalar, v)
-    if by_kernel and not _needs_gradient(made, v, context):
-        return compiled.evaluate(made, v, context, inverse=inverse, sequential=sequential)
-    direction = scalar.inverse if inverse else scalar.forward
-    return _Differentiable.apply(
-        made, direction, by_kernel, inverse, sequential, v, *weights_of(made), *biases_of(made, context)
-    )
+    rows = v if v.dim() == 2 else v.reshape(-1, made.input_dim)
+    if by_kernel and not needs_gradient:
+        w, log_det = compiled.evaluate(made, rows, context, inverse=inverse, sequential=sequential)
+    else:
+        direction = scalar.inverse if inverse else scalar.forward
+        tensors = (*weights_of(made), *biases_of(made, context))
+        w, log_det = _Sweep.apply(made, direction, by_kernel, inverse, rows, *tensors)
+    return (w, log_det) if rows is v else (w.reshape(v.shape), log_det.reshape(v.shape[:-1]))
 
 
 def _plain(
@@ -122,8 +117,8 @@ def _needs_gradient(made: MADE, v: Tensor, context: Tensor | None) -> bool:
     )
 
 
-class _Differentiable(torch.autograd.Function):
-    """One direction, with its adjoint as the backward."""
+class _Sweep(torch.autograd.Function):
+    """The sequential direction, with its adjoint as the backward."""
 
     @staticmethod
     def forward(
@@ -132,7 +127,6 @@ class _Differentiable(torch.autograd.Function):
         direction: Direction,
         by_kernel: bool,
         inverse: bool,
-        sequential: bool,
         v: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -140,9 +134,9 @@ class _Differentiable(torch.autograd.Function):
         plan = Plan.of(made, tensors[:layers], tensors[layers:])
         engine: Engine = TorchSweep(plan, direction)
         if by_kernel:
-            engine = compiled.KernelEngine(pack(made, plan), inverse, sequential)
+            engine = compiled.KernelSweep(pack(made, plan), inverse)
         w, log_det, kept = engine.forward(v)
-        ctx.made, ctx.direction, ctx.engine, ctx.sequential = made, direction, engine, sequential
+        ctx.made, ctx.direction, ctx.engine = made, direction, engine
         ctx.layers, ctx.kind_of_kept = layers, type(kept)
         ctx.save_for_backward(v, w, *tensors, *kept)
         return w, log_det
@@ -151,7 +145,7 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, grad_w: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         v, w, *saved = ctx.saved_tensors
         tensors, kept = saved[: 2 * ctx.layers], ctx.kind_of_kept(*saved[2 * ctx.layers :])
-        nothing = (None,) * 5
+        nothing = (None,) * 4
         if torch.is_grad_enabled():
             return *nothing, *_differentiable(ctx, v, tensors, grad_w, grad_log_det)
         grad_v, by_weights, by_units = ctx.engine.adjoint(v, w, kept, grad_w, grad_log_det)
@@ -162,10 +156,10 @@ class _Differentiable(torch.autograd.Function):
 def _differentiable(
     ctx: Any, v: Tensor, tensors: list[Tensor], grad_w: Tensor, grad_log_det: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """The same derivatives through plain passes, so that they can be differentiated again."""
+    """The same derivatives through D plain passes, so that they can be differentiated again."""
     inputs = (v, *tensors)
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
     plan = Plan.of(ctx.made, tensors[: ctx.layers], tensors[ctx.layers :])
-    results = (unrolled.solve if ctx.sequential else unrolled.parallel)(plan, ctx.direction, v)
+    results = unrolled.solve(plan, ctx.direction, v)
     found = iter(torch.autograd.grad(results, wanted, (grad_w, grad_log_det), create_graph=True, allow_unused=True))
     return tuple(next(found) if tensor.requires_grad else None for tensor in inputs)

@@ -1,6 +1,6 @@
-"""Plain passes over the network: slow where they follow the variables, but made of ordinary differentiable operations.
+"""D plain passes over the network: slow, but made of ordinary differentiable operations.
 
-They answer where the kernels and the sweep cannot: double backward, `torch.func`, `vmap` and tracing.
+They answer where the sweep cannot: double backward, `torch.func`, `vmap` and tracing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_maf.nn import compress_tails
 from pyro_maf.sweep.plan import Direction, Plan
 
-__all__ = ["parallel", "solve"]
+__all__ = ["solve"]
 
 
 def solve(plan: Plan, direction: Direction, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,15 +29,8 @@ def solve(plan: Plan, direction: Direction, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(w, 1)[:, plan.order.argsort()], log_det
 
 
-def parallel(plan: Plan, direction: Direction, v: Tensor) -> tuple[Tensor, Tensor]:
-    """w_i = f(v_i; phi_i(v_<i)) for v (batch, D), likewise. Cost: one dense pass."""
-    given = v[:, plan.order].T
-    w, log_derivative = direction(given, *_network(plan, compress_tails(given)).unbind(1))
-    return w.T[:, plan.order.argsort()], log_derivative.sum(0)
-
-
 def _network(plan: Plan, x: Tensor) -> Tensor:
-    """phi, (D, P, batch), of what the network sees, (D, batch)."""
+    """phi, (D, P, batch), for what the network sees, (D, batch)."""
     identity: Callable[[Tensor], Tensor] = lambda value: value  # noqa: E731
     activations = [*[plan.activation] * (len(plan.weights) - 1), identity]
     for weight, bias, activation in zip(plan.weights, plan.biases, activations, strict=True):
