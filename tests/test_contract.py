@@ -345,7 +345,7 @@ def test_runs_without_gradients_and_in_lower_precision_contexts(name: str, devic
             y = flow(x)
             back = flow.inv(y.clone())
             log_det = flow.log_abs_det_jacobian(x, y)
-        assert relative_error(y, wanted) < 1e-6  # torch may multiply matrices in another order without gradients
+        assert relative_error(y, wanted) < 1e-5  # kernels and torch round differently; bfloat16 would be off by 1e-2
         assert y.dtype == back.dtype == log_det.dtype == single
         assert relative_error(back, x) < 1e-4
 
