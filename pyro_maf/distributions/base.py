@@ -78,6 +78,8 @@ class Density(Savable, TorchDistribution, nn.Module):
         self._check_has_context()
         like = like_of(self)
         value = check_event(self.name, "value", converted(value, like), self.input_dim, "input_dim", like)
+        if not self.batch_shape:
+            return exactly(self._log_prob, value, like=like)
         try:
             batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         except RuntimeError:

@@ -54,6 +54,7 @@ class Flow(Savable, TransformModule):
         self.input_dim = check_positive(type(self).__name__, "input_dim", input_dim)
         self.context_dim = check_positive(type(self).__name__, "context_dim", context_dim, least=0)
         self._pair: Pair | None = None
+        self._like_inverse: dict[str, Any] | None = None
 
     # -- what a subclass provides ---------------------------------------------------------------------------------
 
@@ -159,9 +160,20 @@ class Flow(Savable, TransformModule):
         """The inverse, a module that shares this flow's parameters and cache."""
         inverse: Any = self._inv() if self._inv is not None else None  # type: ignore[call-arg]
         if inverse is None:
-            inverse = Inverse(self)
+            inverse = self._new_inverse()
             # A weak reference: a strong one would make a cycle, and `modules()` must not find the inverse.
             self._inv = weakref.ref(inverse)  # type: ignore[assignment]
+        return inverse
+
+    def _new_inverse(self) -> Inverse:
+        # Made anew whenever nobody holds the last one, so it has to be quick: all but what refers to this flow is kept.
+        if self._like_inverse is None:
+            own = ("_modules", "_arguments")
+            self._like_inverse = {name: value for name, value in vars(Inverse(self)).items() if name not in own}
+        inverse: Inverse = object.__new__(Inverse)
+        for name, value in self._like_inverse.items():
+            inverse.__dict__[name] = value.copy() if isinstance(value, dict) else value
+        inverse.__dict__.update(_modules={"flow": self}, _arguments={"flow": self})
         return inverse
 
     @property
@@ -209,7 +221,7 @@ class Flow(Savable, TransformModule):
         return f"{self.name}({self.input_dim})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_inv": None, "_pair": None}
+        return {**self.__dict__, "_inv": None, "_pair": None, "_like_inverse": None}
 
     def __eq__(self, other: object) -> bool:
         return self is other

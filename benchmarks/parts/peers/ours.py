@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from parts.architecture import Architecture, networks
 from parts.peers.base import TorchPeer
+from pyro_maf import FlowPrior
 from pyro_maf.transforms import Stack
 
 
@@ -19,9 +19,7 @@ class Ours(TorchPeer):
     def __init__(self, architecture: Architecture, flow: Stack, device: torch.device) -> None:
         super().__init__(architecture, flow, device)
         self.module = self.flow = copy.deepcopy(flow).to(device)
-        zeros = torch.zeros(architecture.dim, device=device)
-        base = dist.Normal(zeros, zeros + 1).to_event(1)
-        self.distribution = dist.TransformedDistribution(base, [self.flow])
+        self.distribution = FlowPrior(self.flow)
         self._ready()
 
     def _to_data(self, noise: Tensor) -> Tensor:
