@@ -98,12 +98,14 @@ class AffineCoupling(Flow):
         return self._through_map(self.scalar.inverse, y, context)
 
     def _through_map(self, scalar_map: Any, given: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        kept, moved = given[..., self._kept], given[..., self._moved]
-        parameters = torch.cat([network.run(kept, context) for network in self.networks], -1)  # type: ignore[operator]
+        # index_select takes half the time of indexing by a tensor.
+        kept, moved = given.index_select(-1, self._kept), given.index_select(-1, self._moved)
+        outputs = [network.run(kept, context) for network in self.networks]  # type: ignore[operator]
+        parameters = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         moved, log_derivative = scalar_map(moved, *parameters.chunk(self.scalar.num_parameters, -1))
         if moved.shape[:-1] != kept.shape[:-1]:
             kept = kept.expand(*moved.shape[:-1], -1)
-        return torch.cat([kept, moved], -1)[..., self._place], log_derivative.sum(-1)
+        return torch.cat([kept, moved], -1).index_select(-1, self._place), log_derivative.sum(-1)
 
     def _derive(self) -> None:
         """Remake the indices that follow from the mask."""

@@ -43,10 +43,10 @@ class Permute(Flow):
         self._derive()
 
     def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return x[..., self.permutation], x.new_zeros(x.shape[:-1])
+        return x.index_select(-1, self.permutation), x.new_zeros(x.shape[:-1])
 
     def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return y[..., self._inverse_permutation], y.new_zeros(y.shape[:-1])
+        return y.index_select(-1, self._inverse_permutation), y.new_zeros(y.shape[:-1])
 
     def _derive(self) -> None:
         check_permutation("Permute", "permutation", self.permutation)
