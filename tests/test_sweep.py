@@ -236,7 +236,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=root,
-        env={**os.environ, **environment},
+        env={**os.environ, "PYRO_MAF_KERNEL": "", **environment},
         capture_output=True,
         text=True,
         check=True,
