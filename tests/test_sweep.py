@@ -300,3 +300,10 @@ def test_a_sweep_sees_the_network_as_the_parallel_direction_does() -> None:
         parameters = layer.flow.made(w, context)
         assert not torch.equal(compress_tails(w), w)
         assert torch.allclose(layer.flow.scalar.forward(v, *parameters.unbind(-1))[0], w, rtol=1e-12, atol=1e-12)
+
+
+def test_training_in_the_parallel_direction_loads_no_kernels() -> None:
+    train = "import sys, torch, pyro_maf\npyro_maf.MAF(2, hidden_dims=[4]).inv(torch.zeros(3, 2)).sum().backward()\n"
+    done = run(train + HAS_NUMBA)
+    assert done.stdout.strip() == "False"
+    assert done.stderr == ""

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_maf.checks import check_positive
 from pyro_maf.distributions.base import ConditionalDensity, Density
 from pyro_maf.nn import MADE
-from pyro_maf.sweep.plan import Plan, biases_of, weights_of
+from pyro_maf.sweep.plan import plan_of
 from pyro_maf.sweep.reference import walk
 
 __all__ = ["ConditionalMADEMoG", "MADEMoG"]
@@ -110,7 +110,7 @@ class MADEMoG(Density):
         with torch.no_grad():
             if context is not None and context.dim() > 1:
                 context = context.expand(*shape, -1).reshape(-1, context.shape[-1])
-            plan = Plan.of(self.made, weights_of(self.made), biases_of(self.made, context))
+            plan = plan_of(self.made, context)
             rows, like = shape.numel(), self.made.last_layer.bias
             normal = torch.randn(self.input_dim, rows, dtype=like.dtype, device=like.device)
             # The largest of logits plus Gumbel noise falls on each component with its probability.

@@ -41,20 +41,12 @@ def evaluate(
     if context is not None:
         pack = pack._replace(biases=flat(lay_out_biases(made, biases_of(made, context))))
     v = v.detach().contiguous()
-    w, log_det = torch.empty_like(v), v.new_empty(len(v))
-    given, found, logs, sign = v.numpy(), w.numpy(), log_det.numpy(), -1 if inverse else 1
     if len(v) < FEW_POINTS:
-        kernels().forward_rows(given, *pack, sign, Affine.BOUND, sequential, found, logs)
+        w, log_det = torch.empty_like(v), v.new_empty(len(v))
+        kernels().forward_rows(v.numpy(), *pack, _sign(inverse), Affine.BOUND, sequential, w.numpy(), log_det.numpy())
         return w, log_det
-    nothing, block = np.empty((0, 0), given.dtype), _block(made.input_dim, sequential)
-
-    def run(first: int, end: int) -> None:
-        kernels().forward_columns(
-            given, *pack, sign, Affine.BOUND, sequential, block, first, end, nothing, nothing, found, logs
-        )
-
-    in_parts(run, len(v), LANES, pack.weights.size)
-    return w, log_det
+    nothing = v.new_empty(0, 0)
+    return _forward_columns(pack, v, inverse, sequential, nothing, nothing)
 
 
 class Kept(NamedTuple):
@@ -78,16 +70,8 @@ class KernelSweep:
 
     def forward(self, v: Tensor) -> tuple[Tensor, Tensor, Kept]:
         """w, log-determinant and what the adjoint needs, for v (batch, D)."""
-        v, pack = v.contiguous(), self.pack
-        w, log_det = torch.empty_like(v), v.new_empty(len(v))
-        tape, slopes = v.new_empty(2, int(pack.levels[-1]), -(-len(v) // LANES) * LANES)
-        arrays = [tensor.numpy() for tensor in (tape, slopes, w, log_det)]
-        given, block = v.numpy(), _block(v.shape[1], True)
-
-        def run(first: int, end: int) -> None:
-            kernels().forward_columns(given, *pack, self._sign, Affine.BOUND, True, block, first, end, *arrays)
-
-        in_parts(run, len(v), LANES, pack.weights.size)
+        tape, slopes = v.new_empty(2, int(self.pack.levels[-1]), -(-len(v) // LANES) * LANES)
+        w, log_det = _forward_columns(self.pack, v.contiguous(), self.inverse, True, tape, slopes)
         return w, log_det, Kept(tape, slopes)
 
     def adjoint(
@@ -102,7 +86,7 @@ class KernelSweep:
         results = delta.numpy(), grad_v.numpy()
 
         def run(first: int, end: int) -> None:
-            kernels().backward(*given, *network, *wanted, self._sign, block, first, end, *results)
+            kernels().backward(*given, *network, *wanted, _sign(self.inverse), block, first, end, *results)
 
         in_parts(run, len(v), LANES, self.pack.weights.size)
         sizes = np.diff(self.pack.levels).tolist()
@@ -110,9 +94,25 @@ class KernelSweep:
         grad_weights = [unit @ seen.T for unit, seen in zip(own, below, strict=True)]
         return grad_v, grad_weights, [unit[:, : len(v)] for unit in own]
 
-    @property
-    def _sign(self) -> int:
-        return -1 if self.inverse else 1
+
+def _forward_columns(
+    pack: Pack, v: Tensor, inverse: bool, sequential: bool, tape: Tensor, slopes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """w and log-determinant of contiguous v (batch, D); fills tape and slopes unless they have no rows."""
+    w, log_det = torch.empty_like(v), v.new_empty(len(v))
+    given, *results = (tensor.numpy() for tensor in (v, tape, slopes, w, log_det))
+    sign, block = _sign(inverse), _block(v.shape[1], sequential)
+
+    def run(first: int, end: int) -> None:
+        kernels().forward_columns(given, *pack, sign, Affine.BOUND, sequential, block, first, end, *results)
+
+    in_parts(run, len(v), LANES, pack.weights.size)
+    return w, log_det
+
+
+def _sign(inverse: bool) -> int:
+    """As the kernels take it: 1 for y of x, -1 for x of y."""
+    return -1 if inverse else 1
 
 
 def _block(dim: int, sequential: bool) -> int:

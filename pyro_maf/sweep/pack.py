@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_maf.changes import Snapshot
 from pyro_maf.nn import ACTIVATIONS, MADE
-from pyro_maf.sweep.plan import Plan, biases_of, weights_of
+from pyro_maf.sweep.plan import Plan, plan_of
 
 __all__ = ["LANES", "Pack", "flat", "forget", "pack", "pack_of"]
 
@@ -45,12 +45,12 @@ _layouts: weakref.WeakKeyDictionary[MADE, tuple[list[list[int]], Layout]] = weak
 def pack_of(made: MADE) -> Pack:
     """The pack of a network's present weights, made anew when they have changed."""
     if made.order.is_inference():
-        return pack(made, _plan_of(made))  # such tensors count no changes
+        return _fresh(made)  # such tensors count no changes
     now = Snapshot.of(_tensors(made))
     known = _packs.get(made)
     if known is not None and known[0].holds_for(now):
         return known[1]
-    fresh = pack(made, _plan_of(made))
+    fresh = _fresh(made)
     _packs[made] = now, fresh
     return fresh
 
@@ -72,9 +72,9 @@ def flat(biases: Sequence[Tensor]) -> Array:
     return torch.cat([bias.detach() for bias in biases]).contiguous().numpy()
 
 
-def _plan_of(made: MADE) -> Plan:
+def _fresh(made: MADE) -> Pack:
     with torch.no_grad():
-        return Plan.of(made, weights_of(made), biases_of(made, None))
+        return pack(made, plan_of(made))
 
 
 def _tensors(made: MADE) -> list[Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_maf.nn import ACTIVATIONS, MADE
 
-__all__ = ["Direction", "Plan", "biases_of", "lay_back", "lay_out_biases", "weights_of"]
+__all__ = ["Direction", "Plan", "biases_of", "lay_back", "lay_out_biases", "plan_of", "weights_of"]
 
 Direction = Callable[..., tuple[Tensor, Tensor]]
 """One direction of a map of one dimension: (v, \\*parameters) to (w, log dy/dx), elementwise."""
@@ -54,6 +54,11 @@ class Plan(NamedTuple):
             masked[-1] = masked[-1][_output_rows(made, made.order)]
         rows = lay_out_biases(made, biases)
         return cls(tuple(masked), tuple(rows), made.order, made.ready, ACTIVATIONS[made.activation])
+
+
+def plan_of(made: MADE, context: Tensor | None = None) -> Plan:
+    """The plan of a MADE as it is, at a context. Differentiable."""
+    return Plan.of(made, weights_of(made), biases_of(made, context))
 
 
 def weights_of(made: MADE) -> list[Tensor]:

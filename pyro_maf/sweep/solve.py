@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_maf.nn import MADE
 from pyro_maf.sweep import compiled, unrolled
 from pyro_maf.sweep.pack import pack
-from pyro_maf.sweep.plan import Direction, Plan, biases_of, lay_back, weights_of
+from pyro_maf.sweep.plan import Direction, Plan, biases_of, lay_back, plan_of, weights_of
 from pyro_maf.sweep.reference import TorchSweep
 from pyro_maf.sweep.scalar import ScalarMap
 
@@ -64,9 +64,13 @@ def parallel(
 def _in_rows(
     made: MADE, scalar: ScalarMap, v: Tensor, context: Tensor | None, inverse: bool, sequential: bool
 ) -> tuple[Tensor, Tensor]:
-    by_kernel, needs_gradient = compiled.takes(scalar, v), _needs_gradient(made, v, context)
-    # With a gradient the parallel direction is dense products for the most part, at which torch is best.
-    if _is_traced() or (not sequential and (needs_gradient or not by_kernel)):
+    needs_gradient = _needs_gradient(made, v, context)
+    # With a gradient the parallel direction is dense products for the most part, at which torch is best. The kernels
+    # are asked about last, since that loads them.
+    if _is_traced() or (needs_gradient and not sequential):
+        return _plain(made, scalar, v, context, inverse, sequential)
+    by_kernel = compiled.takes(scalar, v)
+    if not (by_kernel or sequential):
         return _plain(made, scalar, v, context, inverse, sequential)
     if context is not None:
         v, context = _together(v, context)
@@ -90,8 +94,7 @@ def _plain(
         return w, log_derivative.sum(-1)
     if context is not None:
         v, context = _together(v, context)
-    plan = Plan.of(made, weights_of(made), biases_of(made, context))
-    w, log_det = unrolled.solve(plan, direction, v.reshape(-1, made.input_dim))
+    w, log_det = unrolled.solve(plan_of(made, context), direction, v.reshape(-1, made.input_dim))
     return w.reshape(v.shape), log_det.reshape(v.shape[:-1])
 
 

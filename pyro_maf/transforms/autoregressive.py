@@ -51,12 +51,6 @@ class _Autoregressive(Flow):
         """The dimensions' indices, first to last."""
         return self.made.order
 
-    def _parallel(self, v: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        return parallel(self.made, self.scalar, v, context, inverse=inverse)
-
-    def _sequential(self, v: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        return solve(self.made, self.scalar, v, context, inverse=inverse)
-
     def _forget(self) -> None:
         super()._forget()
         forget(self.made)
@@ -101,10 +95,10 @@ class MaskedAutoregressive(_Autoregressive):
     fast = "inverse"
 
     def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._sequential(x, context, inverse=False)
+        return solve(self.made, self.scalar, x, context)
 
     def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._parallel(y, context, inverse=True)
+        return parallel(self.made, self.scalar, y, context, inverse=True)
 
 
 class InverseAutoregressive(_Autoregressive):
@@ -139,10 +133,10 @@ class InverseAutoregressive(_Autoregressive):
     fast = "forward"
 
     def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._parallel(x, context, inverse=False)
+        return parallel(self.made, self.scalar, x, context)
 
     def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._sequential(y, context, inverse=True)
+        return solve(self.made, self.scalar, y, context, inverse=True)
 
 
 class _ConditionalAutoregressive(ConditionalFlow):
