@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_maf.checks import check_choice, check_event, check_permutation, check_positive, check_sizes
+from pyro_maf.tracing import is_looked_into
 
 __all__ = ["ACTIVATIONS", "MADE", "MLP", "MaskedLinear", "compress_tails", "default_hidden_dims", "degrees", "masks"]
 
@@ -31,6 +32,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """The activations that `MADE` and `MLP` know, by name."""
 
 BULK = 3.0
+FEW = 128
+"""Up to so many numbers it is likely that none lies in the tails, and worth a look."""
 
 
 def compress_tails(x: Tensor) -> Tensor:
@@ -45,9 +48,10 @@ def compress_tails(x: Tensor) -> Tensor:
         >>> compress_tails(torch.tensor([-2.0, 1.5, 50.0]))
         tensor([-2.0000,  1.5000,  6.8712])
     """
-    inside = x.clamp(-BULK, BULK)
-    beyond = x - inside
-    return inside + beyond.sign() * beyond.abs().log1p()
+    if 0 < x.numel() <= FEW and not is_looked_into() and float(x.detach().abs().amax()) <= BULK:
+        return x
+    beyond = F.softshrink(x, BULK)
+    return x.clamp(-BULK, BULK) + beyond.detach().sign() * beyond.abs().log1p()
 
 
 def default_hidden_dims(input_dim: int) -> tuple[int, int]:
@@ -188,7 +192,7 @@ class MaskedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer; one dense product."""
-        return F.linear(x, self.masked_weight, self.bias)
+        return F.linear(x, self.weight * self.mask, self.bias)
 
 
 class Network(nn.Module):
@@ -391,7 +395,8 @@ class MADE(Network):
 
     def parameters_of(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """`forward` without its checks."""
-        return self.run(x, context).unflatten(-1, (self.input_dim, self.outputs_per_input))
+        outputs = self.run(x, context)
+        return outputs.view(*outputs.shape[:-1], self.input_dim, self.outputs_per_input)
 
     def _derive(self) -> None:
         """Remake what follows from order and degrees: the masks, and how many units are final at each step."""

@@ -19,10 +19,11 @@ def like_of(module: nn.Module) -> Tensor | None:
     waiting: list[Any] = [module]
     while waiting:
         member = waiting.pop()
-        for tensor in (*member._parameters.values(), *member._buffers.values()):
-            if tensor is not None and tensor.is_floating_point():
-                return tensor
-        waiting.extend(member._modules.values())
+        for own in (member._parameters, member._buffers):
+            for tensor in own.values():
+                if tensor is not None and tensor.is_floating_point():
+                    return tensor
+        waiting += member._modules.values()
     return None
 
 

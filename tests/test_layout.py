@@ -22,6 +22,7 @@ FLOORS = (
     "checks",
     "changes",
     "precision",
+    "tracing",
     "saving",
     "nn",
     "sweep",

@@ -105,15 +105,22 @@ class FlowPrior(Density):
 
     def _log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
         context = self._standardised(context)
-        if isinstance(self.model, Density):
-            z, log_scale = self.units._pull(value)
-            return self.model._log_prob(z, context) - log_scale
-        if self._flow.fast == "forward" and context is None:
+        model, units = self.model, self.units
+        if not isinstance(model, Flow):
+            z, log_scale = units._pull(value)
+            return model._log_prob(z, context) - log_scale
+        if context is None and model.fast == "forward":
             u = self._flow._inv_call(value)
             log_det = self._flow.log_abs_det_jacobian(u, value)
-        else:
-            u, log_det = self._flow._pull(value, context)
-        return -0.5 * (u.square().sum(-1) + self.input_dim * math.log(2 * math.pi)) - log_det
+            return torch.add(log_det, u.square().sum(-1), alpha=0.5).neg() - self._log_normaliser
+        scale = units.scale
+        u, log_det = model._pull((value - units.loc) / scale, context)  # type: ignore[operator]
+        highest = torch.rsub(scale.log().sum(), -self._log_normaliser)
+        return highest - torch.add(log_det, u.square().sum(-1), alpha=0.5)
+
+    @property
+    def _log_normaliser(self) -> float:
+        return 0.5 * self.input_dim * math.log(2 * math.pi)
 
     def _sample(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
         context = self._standardised(context)

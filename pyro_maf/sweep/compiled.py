@@ -90,7 +90,7 @@ class KernelSweep:
 
         in_parts(run, len(v), LANES, self.pack.weights.size)
         sizes = np.diff(self.pack.levels).tolist()
-        own, below = delta.split(sizes)[1:], tape.split(sizes)[:-1]
+        own, below = delta.split_with_sizes(sizes)[1:], tape.split_with_sizes(sizes)[:-1]
         grad_weights = [unit @ seen.T for unit, seen in zip(own, below, strict=True)]
         return grad_v, grad_weights, [unit[:, : len(v)] for unit in own]
 

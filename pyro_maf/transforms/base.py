@@ -126,7 +126,8 @@ class Flow(Savable, TransformModule):
         Computed in the fast direction: from x alone where that is "forward", from y alone where it is "inverse". Where
         both are, from y, unless y is remembered to be made of x: a batch norm in training takes other statistics then.
         """
-        x, y = self._checked(x, "x"), self._checked(y, "y")
+        like = self._like()
+        x, y = self._in_width(x, "x", like), self._in_width(y, "y", like)
         if self._pair is not None and caching_is_possible():
             for given, made in ((x, y), (y, x)):
                 if (log_det := self._pair.log_det_of(self, given, made)) is not None:
@@ -140,12 +141,18 @@ class Flow(Savable, TransformModule):
         return exactly(direction, given, like=given)
 
     def _checked(self, value: Tensor, role: str) -> Tensor:
+        return self._in_width(value, role, self._like())
+
+    def _like(self) -> Tensor | None:
+        """What inputs have the dtype and device of; refuses a flow that waits for a context."""
         if self.context_dim:
             raise ValueError(
                 f"{self.name} expected a context with last dimension {self.context_dim} (context_dim), got none: "
                 "use .condition(context)."
             )
-        like = like_of(self)
+        return like_of(self)
+
+    def _in_width(self, value: Tensor, role: str, like: Tensor | None) -> Tensor:
         return check_event(self.name, role, converted(value, like), self.input_dim, "input_dim", like)
 
     # -- conventions of Transform ---------------------------------------------------------------------------------

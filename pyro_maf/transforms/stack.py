@@ -54,7 +54,7 @@ class Stack(Flow):
         return len(self.layers)
 
     def __iter__(self) -> Iterator[Flow]:
-        return iter(self.layers)  # type: ignore[arg-type]
+        return iter(self._modules["layers"]._modules.values())  # type: ignore[union-attr,arg-type]
 
     def __getitem__(self, index: int) -> Flow:
         return self.layers[index]  # type: ignore[return-value]
