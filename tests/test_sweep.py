@@ -173,6 +173,21 @@ def test_a_pack_is_never_stale() -> None:
 
 
 @needs_kernels
+def test_a_weight_computed_from_others_is_never_stale() -> None:
+    flow = build("MaskedAutoregressive", Architecture(4, 1, 1, [8], "tanh", "reverse", 0), torch.float64, "cpu")
+    torch.nn.utils.parametrizations.weight_norm(flow.made.layers[0])
+    x = torch.randn(20, 4, dtype=torch.float64)
+    for _ in range(2):
+        for context in (torch.enable_grad, torch.no_grad):
+            with context():
+                found = flow._push(x)[0]
+                with in_torch():
+                    assert torch.allclose(found, flow._push(x)[0], rtol=1e-12, atol=1e-12)
+        with torch.no_grad():
+            flow.made.layers[0].parametrizations.weight.original0.mul_(0.5)
+
+
+@needs_kernels
 def test_packs_go_with_their_networks_and_stay_out_of_copies() -> None:
     from pyro_maf.sweep import pack
 

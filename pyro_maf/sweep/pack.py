@@ -34,6 +34,8 @@ class Pack(NamedTuple):
     biases: Array
 
 
+PARAMETERS = {"weight", "bias"}
+
 Layout = tuple[Array, Array, Array]
 
 # Beside the networks rather than in them, so that no copy or pickle of one brings its pack along.
@@ -81,7 +83,9 @@ def _tensors(made: MADE) -> list[Any]:
     """What a pack is made of."""
     tensors: list[Any] = [made.order]
     for layer in made._modules["layers"]._modules.values():  # type: ignore[union-attr]
-        tensors += layer._parameters.values()  # type: ignore[union-attr]
+        own = layer._parameters  # type: ignore[union-attr]
+        # A weight that is computed from others, by a parametrization or pruning, is no parameter of the layer.
+        tensors += own.values() if own.keys() == PARAMETERS else (layer.weight, layer.bias)  # type: ignore[union-attr]
     return tensors
 
 
