@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyro_maf import MAF
 from pyro_maf.nn import compress_tails
-from pyro_maf.sweep import compiled, loading, threads
+from pyro_maf.sweep import compiled, dense, loading, threads
 from pyro_maf.transforms import ConditionalMaskedAutoregressive, Flow
 from tests.registry import Architecture, architectures, at_context, build
 
@@ -39,6 +39,15 @@ def in_torch() -> Iterator[None]:
     """Without the kernels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled, "takes", lambda scalar, v: False)
+        yield
+
+
+@contextmanager
+def wide_from_the_start() -> Iterator[None]:
+    """With every layer treated as a wide one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dense, "NARROW", 0)
+        patch.setattr(dense, "LEAST_UNITS", 0)
         yield
 
 
@@ -322,3 +331,35 @@ def test_training_in_the_parallel_direction_loads_no_kernels() -> None:
     done = run(train + HAS_NUMBA)
     assert done.stdout.strip() == "False"
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@given(a=architectures(largest=6), frozen=st.sampled_from(["none", "weights", "all but one", "inputs"]))
+def test_wide_layers_agree_with_plain_operations(name: str, a: Architecture, frozen: str) -> None:
+    flow = build(name, a, torch.float64, "cpu", gain=0.5)
+    layer = getattr(flow, "flow", flow)
+    parameters = list(layer.parameters())
+    for parameter in parameters[1 if frozen == "all but one" else 0 :]:
+        parameter.requires_grad_(frozen in ("none", "inputs"))
+    v = (3 * torch.randn(2, 4, a.input_dim, dtype=torch.float64)).requires_grad_(frozen != "inputs")
+    context = torch.randn(4, a.context_dim, dtype=torch.float64, requires_grad=frozen != "inputs")
+    wanted = [tensor for tensor in (v, context, *parameters) if tensor.requires_grad]
+
+    def results() -> tuple[Tensor, Tensor]:
+        return fast_direction(layer)(v, context if layer.context_dim else None)  # type: ignore[no-any-return]
+
+    def derivatives() -> list[Tensor]:
+        w, log_det = results()
+        loss = w.sin().sum() + log_det.square().sum()
+        first = torch.autograd.grad(loss, wanted, create_graph=True, materialize_grads=True, allow_unused=True)
+        slope = sum(one.square().sum() for one in first)
+        second = torch.autograd.grad(slope, wanted, materialize_grads=True, allow_unused=True)
+        once = torch.autograd.grad(results()[0].sin().sum(), wanted, materialize_grads=True, allow_unused=True)
+        return [w, log_det, *first, *second, *once]
+
+    plain = derivatives()
+    with wide_from_the_start():
+        found = derivatives()
+        assert "_Dense" in str([node for node, _ in results()[1].grad_fn.next_functions] + [results()[1].grad_fn])
+    for one, other in zip(found, plain, strict=True):
+        assert torch.allclose(one, other, rtol=1e-8, atol=1e-8 * float(1 + other.detach().norm()))

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from pyro_maf.nn import MADE
-from pyro_maf.sweep import compiled, unrolled
+from pyro_maf.sweep import compiled, dense, unrolled
+from pyro_maf.sweep.circumstances import needs_gradient, together
 from pyro_maf.sweep.pack import pack
 from pyro_maf.sweep.plan import Direction, Plan, biases_of, lay_back, plan_of, weights_of
 from pyro_maf.sweep.reference import TorchSweep
 from pyro_maf.sweep.scalar import ScalarMap
+from pyro_maf.tracing import is_traced
 
 __all__ = ["parallel", "solve"]
 
@@ -64,24 +66,34 @@ def parallel(
 def _in_rows(
     made: MADE, scalar: ScalarMap, v: Tensor, context: Tensor | None, inverse: bool, sequential: bool
 ) -> tuple[Tensor, Tensor]:
-    needs_gradient = _needs_gradient(made, v, context)
-    # With a gradient the parallel direction is dense products for the most part, at which torch is best. The kernels
-    # are asked about last, since that loads them.
-    if _is_traced() or (needs_gradient and not sequential):
-        return _plain(made, scalar, v, context, inverse, sequential)
-    by_kernel = compiled.takes(scalar, v)
-    if not (by_kernel or sequential):
+    way = _way(made, scalar, v, context, sequential)
+    if way == "plain":
         return _plain(made, scalar, v, context, inverse, sequential)
     if context is not None:
-        v, context = _together(v, context)
+        v, context = together(v, context)
     rows = v if v.dim() == 2 else v.reshape(-1, made.input_dim)
-    if by_kernel and not needs_gradient:
+    if way == "kernel":
         w, log_det = compiled.evaluate(made, rows, context, inverse=inverse, sequential=sequential)
+    elif way == "dense":
+        w, log_det = dense.differentiable(made, rows, weights_of(made), biases_of(made, context), inverse=inverse)
     else:
         direction = scalar.inverse if inverse else scalar.forward
         tensors = (*weights_of(made), *biases_of(made, context))
-        w, log_det = _Sweep.apply(made, direction, by_kernel, inverse, rows, *tensors)
+        w, log_det = _Sweep.apply(made, direction, way == "kernel sweep", inverse, rows, *tensors)
     return (w, log_det) if rows is v else (w.reshape(v.shape), log_det.reshape(v.shape[:-1]))
+
+
+def _way(made: MADE, scalar: ScalarMap, v: Tensor, context: Tensor | None, sequential: bool) -> str:
+    """How to compute a direction. The kernels are asked about last, since that loads them."""
+    if is_traced():
+        return "plain"
+    differentiated = needs_gradient(made, v, context)
+    if differentiated and not sequential:
+        # With a gradient, these are matrix products for the most part, at which torch is best.
+        return "dense" if dense.takes(made, scalar, v) else "plain"
+    if compiled.takes(scalar, v):
+        return "kernel sweep" if differentiated else "kernel"
+    return "sweep" if sequential else "plain"
 
 
 def _plain(
@@ -93,31 +105,9 @@ def _plain(
         w, log_derivative = direction(v, *made.parameters_of(v, context).unbind(-1))
         return w, log_derivative.sum(-1)
     if context is not None:
-        v, context = _together(v, context)
+        v, context = together(v, context)
     w, log_det = unrolled.solve(plan_of(made, context), direction, v.reshape(-1, made.input_dim))
     return w.reshape(v.shape), log_det.reshape(v.shape[:-1])
-
-
-def _is_traced() -> bool:
-    return torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-
-
-def _together(v: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-    """v with the batch shape of both, and the context with a row for each of its rows, unless it is one for all."""
-    batch = torch.broadcast_shapes(v.shape[:-1], context.shape[:-1])
-    if context.dim() > 1:
-        context = context.expand(*batch, -1).reshape(-1, context.shape[-1])
-    return v.expand(*batch, v.shape[-1]), context
-
-
-def _needs_gradient(made: MADE, v: Tensor, context: Tensor | None) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return (
-        v.requires_grad
-        or (context is not None and context.requires_grad)
-        or any(parameter.requires_grad for parameter in made.parameters())
-    )
 
 
 class _Sweep(torch.autograd.Function):
@@ -137,6 +127,7 @@ class _Sweep(torch.autograd.Function):
         plan = Plan.of(made, tensors[:layers], tensors[layers:])
         engine: Engine = TorchSweep(plan, direction)
         if by_kernel:
+            # Not the pack that is kept: gradcheck, for one, writes through `.data`, which no version counts.
             engine = compiled.KernelSweep(pack(made, plan), inverse)
         w, log_det, kept = engine.forward(v)
         ctx.made, ctx.direction, ctx.engine = made, direction, engine
