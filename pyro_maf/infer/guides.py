@@ -1,0 +1,384 @@
+r"""Flows as guides: `AutoMAF`, `AutoIAF` and `AutoRealNVP`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoContinuous, init_to_median
+from pyro.params.param_store import param_with_module_name
+from torch import Tensor, nn
+from torch.distributions import transform_to
+from torch.quasirandom import SobolEngine
+
+from pyro_maf.checks import check_positive, check_sizes
+from pyro_maf.flows import IAF, MAF, RealNVP
+from pyro_maf.infer.latents import Latents
+from pyro_maf.infer.log_joint import LogJoint, latent_sites
+from pyro_maf.infer.start import Normal, best_normal
+from pyro_maf.infer.whitening import Whitening
+from pyro_maf.transforms import ConditionalFlow, Flow, LowerTriangularAffine, Stack
+
+__all__ = ["AutoFlow", "AutoIAF", "AutoMAF", "AutoRealNVP"]
+
+QUANTILE_DRAWS = 8192
+Self = TypeVar("Self", bound="AutoFlow")
+
+
+class AutoFlow(AutoContinuous):
+    """What the three guides share; see `AutoIAF`."""
+
+    flow_class: type[MAF] | type[IAF] | type[RealNVP]
+    default_num_layers = 3
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        num_layers: int | None = None,
+        hidden_dims: Sequence[int] | None = None,
+        init_loc_fn: Callable[..., Any] | None = None,
+        init_scale: float | None = None,
+        encoder: Callable[..., Tensor] | None = None,
+        create_plates: Callable[..., Any] | None = None,
+    ) -> None:
+        who = type(self).__name__
+        if not callable(model):
+            raise TypeError(f"{who} expected a model to call, got {type(model).__name__}.")
+        if init_scale is not None and not 0 < init_scale < float("inf"):
+            raise ValueError(f"{who} expected init_scale above 0 and finite, got {init_scale!r}.")
+        super().__init__(model, _median_or_feasible if init_loc_fn is None else init_loc_fn)
+        self.create_plates = create_plates
+        self._plain_model = (model,)  # in a tuple, as Pyro does: a model that is a module is no part of its guide
+        self._num_layers = check_positive(who, "num_layers", num_layers or self.default_num_layers)
+        self._hidden_dims = None if hidden_dims is None else check_sizes(who, "hidden_dims", hidden_dims)
+        self._init_scale = init_scale
+        self.encoder = encoder
+        self.transform: Any = None
+
+    # -- setting up -----------------------------------------------------------------------------------------------
+
+    def setup(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """Run the model, make the parameters and start them where the posterior is; returns the guide.
+
+        The first call of the guide does the same. Before that it is of use where an optimizer wants the parameters, or
+        `load_state_dict` a place for them. Arguments are the model's.
+        """
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        return self
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super(AutoContinuous, self)._setup_prototype(*args, **kwargs)
+            sites = latent_sites(self.prototype_trace)
+            context = None if self.encoder is None else self._context(args, kwargs)
+            rows = torch.Size() if context is None else context.shape[:-1]
+            self._latents = Latents(type(self).__name__, sites, rows)
+            self.latent_dim = self._latents.size
+            self._cond_indep_stacks = {name: site["cond_indep_stack"] for name, site in sites.items()}
+            self._create_plates(*args, **kwargs)
+            self._make_transform(context, args, kwargs)
+        except BaseException:
+            self.prototype_trace = None  # so that the next call tries again
+            raise
+
+    def _make_transform(self, context: Tensor | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        start = self._start(args, kwargs)
+        size, context_dim = self.latent_dim, 0 if context is None else context.shape[-1]
+        hidden_dims = _default_hidden_dims(size) if self._hidden_dims is None else self._hidden_dims
+        shared = {"hidden_dims": hidden_dims, "activation": "elu", "context_dim": context_dim}
+        flow = self.flow_class(size, num_layers=self._num_layers, **shared)  # type: ignore[arg-type]
+        head = LowerTriangularAffine(size, **shared)  # type: ignore[arg-type]
+        units = Whitening(size, loc=start.loc, scale_tril=start.scale_tril)
+        stack = Stack([*flow, head, units]).to(start.loc)
+        self.transform = ConditionalFlow(stack) if context_dim else stack
+
+    def _start(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Normal:
+        values = {name: part.site["value"].detach() for name, part in self._latents.parts.items()}
+        loc = self._latents.pack(values)[0].reshape(-1, self.latent_dim).mean(0)
+        if self._init_scale is not None:
+            return Normal.isotropic(loc, self._init_scale)
+        if self.encoder is not None:
+            return Normal.isotropic(loc, 1.0)
+        replayed = poutine.replay(self._plain_model[0], trace=self.prototype_trace)
+        joint = LogJoint(self._plain_model[0], poutine.trace(replayed).get_trace(*args, **kwargs), args, kwargs)
+
+        def log_density(latents: Tensor) -> Tensor:
+            sites, log_det = self._latents.unpack(latents.reshape(len(latents), *(1,) * joint.nesting, -1))
+            return joint(sites) + log_det
+
+        near = loc + torch.tensor([[0.0], [0.01]]).to(loc)
+        joint.settle(self._latents.unpack(near.reshape(2, *(1,) * joint.nesting, -1))[0])
+        if joint.is_random:
+            return Normal.isotropic(loc, 0.1)
+        return best_normal(log_density, loc, vectorised=joint.is_vectorised)
+
+    def _context(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        context = self._held("encoder")(*args, **kwargs)
+        if not isinstance(context, Tensor) or context.dim() == 0:
+            raise ValueError(
+                f"{type(self).__name__} expected encoder to return a tensor (*rows, features), got {context!r}."
+            )
+        return context
+
+    # -- what Pyro asks of a guide --------------------------------------------------------------------------------
+
+    def get_base_dist(self) -> Any:
+        like = next(self._held("transform").parameters())
+        normal = dist.Normal(like.new_zeros(1), like.new_ones(1), validate_args=False)
+        return normal.expand([self.latent_dim]).to_event(1)
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> Flow:
+        transform = self._held("transform")
+        return transform if self._held("encoder") is None else transform.condition(self._context(args, kwargs))
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
+        self.setup(*args, **kwargs)
+        return dist.TransformedDistribution(self.get_base_dist(), [self.get_transform(*args, **kwargs)])
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        self.setup(*args, **kwargs)
+        self._register()
+        return super().forward(*args, **kwargs)
+
+    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
+        posterior = self.get_posterior(*args, **kwargs)
+        with ExitStack() as stack:
+            if self._latents.rows:
+                plates = self._create_plates(*args, **kwargs)
+                frames = next(iter(self._cond_indep_stacks.values()))
+                for frame in frames:
+                    stack.enter_context(plates[frame.name])
+            latent = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
+        if latent.requires_grad:
+            latent.register_hook(_without_bad_draws)
+        return latent
+
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        for part, unconstrained in self._latents.split(latent):
+            yield part.site, unconstrained
+
+    def _register(self) -> None:
+        """Tell Pyro of the parameters, whatever another guide of this name has left in its store."""
+        store = pyro.get_param_store()
+        known = dict(store.named_parameters())
+        for role in ("transform", "encoder"):
+            module = self._held(role)
+            for name, parameter in module.named_parameters() if isinstance(module, nn.Module) else ():
+                full_name = param_with_module_name(f"{self._pyro_name}.{role}", name)
+                if known.get(full_name, parameter) is not parameter:
+                    del store[full_name]
+                if parameter.requires_grad:
+                    pyro.param(full_name, parameter)
+
+    def _held(self, role: str) -> Any:
+        """An attribute, without the statement to Pyro about all its parameters that reading it would be."""
+        return self._modules.get(role, self.__dict__.get(role))
+
+    # -- what it has found ----------------------------------------------------------------------------------------
+
+    def rsample(self, sample_shape: Sequence[int] = (), *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        r"""Draws of every site, (\*sample_shape, \*site), with gradient. Further arguments are the model's."""
+        shape = torch.Size(sample_shape)
+        latent = self.get_posterior(*args, **kwargs).rsample(shape)
+        return self._as_sites(latent, shape)
+
+    def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        r"""Log-density of the guide in nats, (\*batch,), at values (\*batch, \*site) of every site.
+
+        With an encoder whose context has rows, `batch` ends with these. Further arguments are the model's.
+
+        Raises:
+            ValueError: If a site is missing.
+        """
+        posterior = self.get_posterior(*args, **kwargs)
+        if missing := self._latents.parts.keys() - values.keys():
+            raise ValueError(f"{type(self).__name__} expected values of every site, got none of {sorted(missing)}.")
+        latent, log_det = self._latents.pack(values)
+        return posterior.log_prob(latent) - log_det
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The marginal median of every latent variable; see `quantiles`."""
+        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        r"""Marginal quantiles of every latent variable, (number of quantiles, \*site).
+
+        They are those of 8,192 draws in unconstrained space, mapped to the support. The noise is a fixed Sobol
+        sequence, so that repeated calls agree.
+        """
+        posterior = self.get_posterior(*args, **kwargs)
+        (transform,) = posterior.transforms
+        like = next(self._held("transform").parameters())
+        noise = _even_noise(QUANTILE_DRAWS, self.latent_dim).to(like)
+        latent = transform(noise.reshape(-1, *(1,) * len(self._latents.rows), self.latent_dim))
+        wanted = torch.as_tensor(quantiles, dtype=like.dtype, device=like.device)
+        # In a few columns at a time: torch.quantile takes no more than 16 million numbers.
+        found = torch.cat([columns.quantile(wanted, 0) for columns in latent.split(1024, -1)], -1)
+        return self._as_sites(found, wanted.shape)
+
+    def _as_sites(self, latent: Tensor, shape: torch.Size) -> dict[str, Tensor]:
+        rows = self._latents.rows
+        plates = 0 if rows else max(len(part.plates) for part in self._latents.parts.values())
+        batch = latent.reshape(-1, *(1,) * plates, *latent.shape[len(shape) :])
+        sites = {}
+        for part, unconstrained in self._latents.split(batch):
+            value = part.transform(unconstrained)
+            sites[part.site["name"]] = value.reshape(*shape, *part.site["value"].shape) if not rows else value
+        return sites
+
+    # -- copies ---------------------------------------------------------------------------------------------------
+
+    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        # Pyro's own way would take the model away from the original. What is fixed once set up is shared.
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        copied = ("_modules", "_parameters", "_buffers", "training")
+        twin.__dict__.update(self.__dict__, **{name: copy.deepcopy(self.__dict__[name], memo) for name in copied})
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without the model, as Pyro's guides are pickled, but leaving this one as it is.
+        return {**self.__dict__, "_model": None, "_plain_model": None, "master": None}
+
+
+class AutoIAF(AutoFlow):
+    r"""A guide that is an inverse autoregressive flow over all latent variables of a model.
+
+    With v the latent variables in unconstrained space as one vector, v = loc + L (b + A flow(u)), u standard normal.
+    loc and L are fixed where the guide starts: the best of many normals along an ascent to the mode, by their evidence
+    lower bounds. b, the lower triangular A and the flow are trained, and start as the identity; so a fresh guide is that
+    normal, and at its worst a full-rank normal is what is fitted.
+
+    Args:
+        model: A Pyro model.
+        num_layers: Number of autoregressive layers.
+        hidden_dims: Widths of each network's hidden layers, by default two of 64 to 512 units, by the number of latent
+            variables.
+        init_loc_fn: Where the ascent begins, site by site, as for other guides of Pyro; by default at the prior's
+            median, and where a prior is improper at the middle of its support.
+        init_scale: Start with this scale in every direction, at the point of `init_loc_fn`, without an ascent.
+        encoder: Makes the guide amortised: a function, or a module, of the model's arguments that returns a context
+            for a conditional flow. A context of shape (features,) is for all latent variables together. One of shape
+            (\*rows, features) is for each row of a plate, which all latent variables are in.
+        create_plates: As in Pyro's guides: makes plates, from the model's arguments, that subsample.
+
+    Attributes:
+        latent_dim: D, the number of unconstrained latent variables, or those of one row.
+        transform: The map from u to v, once set up.
+
+    Cost:
+        A step is one pass a layer, as drawing and scoring its own draws is. `log_prob` of other points is one sweep a
+        layer. Setting up takes up to thirty Hessians of the model and some thousand evaluations, in batches.
+
+    Raises:
+        ValueError: For a model without latent variables or with discrete ones; for options out of range.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro.infer import SVI, Trace_ELBO
+        >>> def model(y):
+        ...     scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        ...     with pyro.plate("rows", len(y)):
+        ...         pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+        >>> guide = AutoIAF(model, num_layers=2)
+        >>> svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 1e-2}), Trace_ELBO())
+        >>> loss = svi.step(torch.tensor([0.5, -0.2, 0.1]))
+        >>> guide.rsample((7,))["scale"].shape, sorted(guide.median())
+        (torch.Size([7]), ['scale'])
+
+    Reference:
+        Kingma et al., *Improving Variational Inference with Inverse Autoregressive Flow*, 2016.
+    """
+
+    flow_class = IAF
+
+
+class AutoMAF(AutoFlow):
+    r"""A guide that is a masked autoregressive flow over all latent variables of a model.
+
+    Args:
+        model, num_layers, hidden_dims, init_loc_fn, init_scale, encoder, create_plates: As in `AutoIAF`.
+
+    Cost:
+        A step is one sweep a layer and its adjoint. `log_prob` of other points is one pass a layer.
+
+    Raises:
+        ValueError: As in `AutoIAF`.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> guide = AutoMAF(lambda: pyro.sample("z", dist.Gamma(2.0, 1.0)), num_layers=2)
+        >>> guide.setup().rsample((7,))["z"].shape
+        torch.Size([7])
+
+    Reference:
+        Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017.
+    """
+
+    flow_class = MAF
+
+
+class AutoRealNVP(AutoFlow):
+    r"""A guide that is a RealNVP over all latent variables of a model. Six layers by default.
+
+    Args:
+        model, num_layers, hidden_dims, init_loc_fn, init_scale, encoder, create_plates: As in `AutoIAF`.
+
+    Cost: one pass a layer, for a step and for `log_prob` of any points.
+
+    Raises:
+        ValueError: As in `AutoIAF`.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> guide = AutoRealNVP(lambda: pyro.sample("z", dist.Gamma(2.0, 1.0)), num_layers=2)
+        >>> guide.setup().rsample((7,))["z"].shape
+        torch.Size([7])
+
+    Reference:
+        Dinh, Sohl-Dickstein & Bengio, *Density Estimation Using Real NVP*, 2017.
+    """
+
+    flow_class = RealNVP
+    default_num_layers = 6
+
+
+def _median_or_feasible(site: Any = None) -> Any:
+    """Pyro's `init_to_median`, and for improper priors, which can not be drawn from, the image of 0."""
+    if site is None:
+        return _median_or_feasible
+    try:
+        return init_to_median(site)
+    except NotImplementedError:
+        transform, shape = transform_to(site["fn"].support), site["fn"].shape()
+        value = transform(torch.zeros(transform.inverse_shape(shape)))
+        value._pyro_custom_init = False
+        return value
+
+
+def _default_hidden_dims(latent_dim: int) -> tuple[int, int]:
+    width = min(512, max(64, 4 * latent_dim))
+    return width, width
+
+
+def _even_noise(draws: int, dim: int) -> Tensor:
+    """Standard normal draws of a fixed Sobol sequence; beyond its dimensions, of a fixed seed."""
+    if dim > SobolEngine.MAXDIM:
+        return torch.randn(draws, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    uniform = SobolEngine(dim, scramble=True, seed=0).draw(draws, dtype=torch.float64)
+    return torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
+
+
+def _without_bad_draws(gradient: Tensor) -> Tensor:
+    """Zero for draws whose gradient is not finite, so that one of them can not spoil the parameters."""
+    return torch.where(gradient.isfinite().all(-1, keepdim=True), gradient, 0.0)

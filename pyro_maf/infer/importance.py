@@ -1,0 +1,134 @@
+"""Draws of a guide with their importance weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_maf.infer.log_joint import LogJoint, latent_sites, nesting_of
+
+__all__ = ["Weighted", "arviz", "smoothed", "weigh"]
+
+MOST_NUMBERS = 4_000_000
+"""How many log-probabilities of single sites and rows are held at a time."""
+
+
+class Weighted(NamedTuple):
+    r"""Draws z of a guide q with log weights log p(x, z) - log q(z), in nats.
+
+    Attributes:
+        values: The value of each latent site, (draws, \*site).
+        log_weights: (draws,); minus infinity where the model could not score a draw.
+    """
+
+    values: dict[str, Tensor]
+    log_weights: Tensor
+
+
+@torch.no_grad()
+def weigh(
+    who: str,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    num_samples: int,
+) -> Weighted:
+    """Draw from a guide and weigh the draws.
+
+    Raises:
+        ValueError: If the guide leaves out a latent site of the model.
+    """
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    example = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    shapes = {name: site["value"].shape for name, site in latent_sites(example).items()}
+    if missing := sorted(shapes.keys() - guide_trace.nodes.keys()):
+        raise ValueError(
+            f"{who} expected a guide of every latent site, got none of {', '.join(missing)}: sum these out of the model."
+        )
+    joint = LogJoint(model, example, args, kwargs)
+    nesting = max(joint.nesting, nesting_of(guide_trace))
+    size = sum(site["value"].numel() for site in example.nodes.values() if site["type"] == "sample")
+    chunk = max(1, min(num_samples, MOST_NUMBERS // max(1, size)))
+    found = []
+    for start in range(0, num_samples, chunk):
+        values, log_q = _draw(guide, args, kwargs, min(chunk, num_samples - start), nesting, shapes)
+        if not found:
+            joint.settle({name: value[:4] for name, value in values.items()})
+        draws = {name: value.reshape(len(value), *shapes[name]) for name, value in values.items()}
+        found.append(Weighted(draws, joint(values) - log_q))
+    return Weighted(
+        {name: torch.cat([each.values[name] for each in found]) for name in shapes},
+        torch.cat([each.log_weights for each in found]),
+    )
+
+
+def _draw(
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    draws: int,
+    nesting: int,
+    shapes: Mapping[str, torch.Size],
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Values of the latent sites, padded to `nesting` plates, and their log-density under the guide."""
+    with pyro.plate("_draws", draws, dim=-nesting - 1):
+        trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    trace.compute_log_prob()
+    log_q = torch.zeros(())
+    for site in trace.nodes.values():
+        if site["type"] == "sample":
+            part = site["log_prob"]
+            part = part.expand(torch.broadcast_shapes(part.shape, (draws, *(1,) * nesting)))
+            log_q = log_q.to(part) + part.reshape(draws, -1).sum(1)
+    values = {}
+    for name in shapes:
+        site = trace.nodes[name]
+        event = site["fn"].event_shape
+        batch = torch.broadcast_shapes(site["value"].shape[: site["value"].dim() - len(event)], (draws, *(1,) * nesting))
+        values[name] = site["value"].expand(batch + event)
+    return values, log_q
+
+
+def smoothed(log_weights: Tensor) -> tuple[Tensor, float]:
+    """Normalised log weights, Pareto-smoothed, and k-hat, the shape of their tail.
+
+    Reference:
+        Vehtari et al., *Pareto smoothed importance sampling*, 2024.
+    """
+    scored = log_weights.isfinite()
+    if int(scored.sum()) < 10:
+        return log_weights.new_full(log_weights.shape, -torch.inf), float("inf")
+    weights = log_weights[scored].double().cpu().numpy()
+    if np.ptp(weights) < 1e-10:  # the guide is the posterior
+        return torch.where(scored, -scored.sum().log(), -torch.inf), float("-inf")
+    found, k_hat = arviz().psislw(weights)
+    result = torch.full(log_weights.shape, -torch.inf, dtype=torch.float64)
+    result[scored.cpu()] = torch.as_tensor(np.asarray(found))
+    return result.to(log_weights.device), float(k_hat)
+
+
+def arviz() -> Any:
+    """The package, imported late; it announces itself, and two processes that import it at once can collide."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for attempt in range(3):
+            try:
+                import arviz as package
+            except FileNotFoundError:
+                if attempt == 2:
+                    raise
+            except ModuleNotFoundError:
+                raise ModuleNotFoundError(
+                    "Diagnosing a guide needs arviz, which is not installed: pip install pyro-maf[train].", name="arviz"
+                ) from None
+            else:
+                return package
+    raise AssertionError
