@@ -22,6 +22,8 @@ FLOORS = (
     "checks",
     "changes",
     "precision",
+    "interruption",
+    "showing",
     "tracing",
     "saving",
     "nn",
@@ -51,6 +53,7 @@ PUBLIC = {
         LowerTriangularAffine ConditionalMaskedAutoregressive ConditionalInverseAutoregressive
         ConditionalAffineCoupling ConditionalLowerTriangularAffine""",
     "pyro_maf.distributions": "MADEMoG MAFMoG FlowPrior ConditionalMADEMoG ConditionalMAFMoG ConditionalFlowPrior",
+    "pyro_maf.infer": "AutoMAF AutoIAF AutoRealNVP fit_guide diagnose reweight to_arviz neutra TracePath_ELBO",
     "pyro_maf.training": "fit",
 }
 

@@ -1,6 +1,22 @@
 """Flows as guides of Pyro models: guides, an objective, fitting, and what tells whether to trust the result."""
 
 from pyro_maf.infer.diagnosis import Diagnosis, diagnose, reweight, to_arviz
+from pyro_maf.infer.fitting import GuideFit, fit_guide
 from pyro_maf.infer.guides import AutoIAF, AutoMAF, AutoRealNVP
+from pyro_maf.infer.neutra import NeuTra, neutra
+from pyro_maf.infer.path_gradient import TracePath_ELBO
 
-__all__ = ["AutoIAF", "AutoMAF", "AutoRealNVP", "Diagnosis", "diagnose", "reweight", "to_arviz"]
+__all__ = [
+    "AutoIAF",
+    "AutoMAF",
+    "AutoRealNVP",
+    "Diagnosis",
+    "GuideFit",
+    "NeuTra",
+    "TracePath_ELBO",
+    "diagnose",
+    "fit_guide",
+    "neutra",
+    "reweight",
+    "to_arviz",
+]

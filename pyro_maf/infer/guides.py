@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
@@ -82,20 +83,20 @@ class AutoFlow(AutoContinuous):
             rows = torch.Size() if context is None else context.shape[:-1]
             self._latents = Latents(type(self).__name__, sites, rows)
             self.latent_dim = self._latents.size
-            self._cond_indep_stacks = {name: site["cond_indep_stack"] for name, site in sites.items()}
-            self._create_plates(*args, **kwargs)
-            self._make_transform(context, args, kwargs)
+            with poutine.block():  # whatever traces the guide is not to see what is tried out here
+                self._create_plates(*args, **kwargs)
+                start = self._start(args, kwargs)
+            self._make_transform(start, 0 if context is None else context.shape[-1])
         except BaseException:
             self.prototype_trace = None  # so that the next call tries again
             raise
 
-    def _make_transform(self, context: Tensor | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        start = self._start(args, kwargs)
-        size, context_dim = self.latent_dim, 0 if context is None else context.shape[-1]
+    def _make_transform(self, start: Normal, context_dim: int) -> None:
+        size = self.latent_dim
         hidden_dims = _default_hidden_dims(size) if self._hidden_dims is None else self._hidden_dims
-        shared = {"hidden_dims": hidden_dims, "activation": "elu", "context_dim": context_dim}
-        flow = self.flow_class(size, num_layers=self._num_layers, **shared)  # type: ignore[arg-type]
-        head = LowerTriangularAffine(size, **shared)  # type: ignore[arg-type]
+        shared: dict[str, Any] = {"hidden_dims": hidden_dims, "activation": "elu", "context_dim": context_dim}
+        flow = self.flow_class(size, num_layers=self._num_layers, **shared)
+        head = LowerTriangularAffine(size, **shared)
         units = Whitening(size, loc=start.loc, scale_tril=start.scale_tril)
         stack = Stack([*flow, head, units]).to(start.loc)
         self.transform = ConditionalFlow(stack) if context_dim else stack
@@ -144,22 +145,36 @@ class AutoFlow(AutoContinuous):
         return dist.TransformedDistribution(self.get_base_dist(), [self.get_transform(*args, **kwargs)])
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draw every latent site; returns its value by name."""
         self.setup(*args, **kwargs)
         self._register()
-        return super().forward(*args, **kwargs)
+        self._create_plates(*args, **kwargs)
+        latent = self.sample_latent(*args, **kwargs)
+        sites = {}
+        for part, unconstrained in self._latents.split(latent):
+            name, event_dim = part.site["name"], part.site["fn"].event_dim
+            value = part.transform(unconstrained)
+            log_det = part.transform.log_abs_det_jacobian(unconstrained, value)
+            log_det = sum_rightmost(log_det, log_det.dim() - value.dim() + event_dim)
+            with self._in_plates(name):
+                sites[name] = pyro.sample(name, dist.Delta(value, log_density=-log_det, event_dim=event_dim))
+        return sites
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         posterior = self.get_posterior(*args, **kwargs)
-        with ExitStack() as stack:
-            if self._latents.rows:
-                plates = self._create_plates(*args, **kwargs)
-                frames = next(iter(self._cond_indep_stacks.values()))
-                for frame in frames:
-                    stack.enter_context(plates[frame.name])
+        with self._in_plates(next(iter(self._latents.parts))) if self._latents.rows else nullcontext():
             latent = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
         if latent.requires_grad:
             latent.register_hook(_without_bad_draws)
         return latent
+
+    @contextmanager
+    def _in_plates(self, name: str) -> Iterator[None]:
+        """Inside the plates of a site."""
+        with ExitStack() as stack:
+            for frame in self._latents.parts[name].site["cond_indep_stack"]:
+                stack.enter_context(self.plates[frame.name])
+            yield
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for part, unconstrained in self._latents.split(latent):
@@ -225,6 +240,10 @@ class AutoFlow(AutoContinuous):
         # In a few columns at a time: torch.quantile takes no more than 16 million numbers.
         found = torch.cat([columns.quantile(wanted, 0) for columns in latent.split(1024, -1)], -1)
         return self._as_sites(found, wanted.shape)
+
+    def sites_of(self, noise: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        r"""The value of each site, (\*batch, \*site), that noise u, (\*batch, D), is mapped to."""
+        return self._as_sites(self.get_transform(*args, **kwargs)(noise), noise.shape[: -1 - len(self._latents.rows)])
 
     def _as_sites(self, latent: Tensor, shape: torch.Size) -> dict[str, Tensor]:
         rows = self._latents.rows

@@ -46,55 +46,68 @@ def weigh(
     Raises:
         ValueError: If the guide leaves out a latent site of the model.
     """
-    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    example = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-    shapes = {name: site["value"].shape for name, site in latent_sites(example).items()}
-    if missing := sorted(shapes.keys() - guide_trace.nodes.keys()):
-        raise ValueError(
-            f"{who} expected a guide of every latent site, got none of {', '.join(missing)}: sum these out of the model."
-        )
-    joint = LogJoint(model, example, args, kwargs)
-    nesting = max(joint.nesting, nesting_of(guide_trace))
-    size = sum(site["value"].numel() for site in example.nodes.values() if site["type"] == "sample")
-    chunk = max(1, min(num_samples, MOST_NUMBERS // max(1, size)))
-    found = []
-    for start in range(0, num_samples, chunk):
-        values, log_q = _draw(guide, args, kwargs, min(chunk, num_samples - start), nesting, shapes)
-        if not found:
-            joint.settle({name: value[:4] for name, value in values.items()})
-        draws = {name: value.reshape(len(value), *shapes[name]) for name, value in values.items()}
-        found.append(Weighted(draws, joint(values) - log_q))
+    pair = _Pair(who, model, guide, args, kwargs)
+    chunk = max(1, min(num_samples, MOST_NUMBERS // pair.size))
+    found = [pair.weigh(min(chunk, num_samples - start)) for start in range(0, num_samples, chunk)]
     return Weighted(
-        {name: torch.cat([each.values[name] for each in found]) for name in shapes},
+        {name: torch.cat([each.values[name] for each in found]) for name in pair.shapes},
         torch.cat([each.log_weights for each in found]),
     )
 
 
-def _draw(
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    draws: int,
-    nesting: int,
-    shapes: Mapping[str, torch.Size],
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Values of the latent sites, padded to `nesting` plates, and their log-density under the guide."""
-    with pyro.plate("_draws", draws, dim=-nesting - 1):
-        trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    trace.compute_log_prob()
-    log_q = torch.zeros(())
-    for site in trace.nodes.values():
-        if site["type"] == "sample":
-            part = site["log_prob"]
-            part = part.expand(torch.broadcast_shapes(part.shape, (draws, *(1,) * nesting)))
-            log_q = log_q.to(part) + part.reshape(draws, -1).sum(1)
-    values = {}
-    for name in shapes:
-        site = trace.nodes[name]
-        event = site["fn"].event_shape
-        batch = torch.broadcast_shapes(site["value"].shape[: site["value"].dim() - len(event)], (draws, *(1,) * nesting))
-        values[name] = site["value"].expand(batch + event)
-    return values, log_q
+@torch.no_grad()
+def allows_batches(
+    who: str, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether one run of a model, inside a plate, scores many draws of a guide."""
+    return _Pair(who, model, guide, args, kwargs).joint.is_vectorised
+
+
+class _Pair:
+    """A model and its guide."""
+
+    def __init__(
+        self,
+        who: str,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        self._guide, self._args, self._kwargs = guide, args, kwargs
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        example = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        self.shapes = {name: site["value"].shape for name, site in latent_sites(example).items()}
+        if missing := sorted(self.shapes.keys() - guide_trace.nodes.keys()):
+            raise ValueError(
+                f"{who} expected a guide of every latent site, got none of {', '.join(missing)}: "
+                "sum these out of the model."
+            )
+        sites = [site for site in example.nodes.values() if site["type"] == "sample"]
+        self.size = sum(site["value"].numel() for site in sites if isinstance(site["value"], Tensor))
+        self.joint = LogJoint(model, example, args, kwargs)
+        self._nesting = max(self.joint.nesting, nesting_of(guide_trace))
+        self.joint.settle(self._draw(4)[0])
+
+    def weigh(self, draws: int) -> Weighted:
+        values, log_q = self._draw(draws)
+        shaped = {name: value.reshape(draws, *self.shapes[name]) for name, value in values.items()}
+        return Weighted(shaped, self.joint(values) - log_q)
+
+    def _draw(self, draws: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Values of the latent sites, padded to as many plates as there are, and their log-density."""
+        with pyro.plate("_draws", draws, dim=-self._nesting - 1):
+            trace = poutine.trace(self._guide).get_trace(*self._args, **self._kwargs)
+        trace.compute_log_prob()
+        plates = (draws, *(1,) * self._nesting)
+        parts = [site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample"]
+        parts = [part.expand(torch.broadcast_shapes(part.shape, plates)).reshape(draws, -1).sum(1) for part in parts]
+        values = {}
+        for name in self.shapes:
+            value, event = trace.nodes[name]["value"], trace.nodes[name]["fn"].event_shape
+            batch = torch.broadcast_shapes(value.shape[: value.dim() - len(event)], plates)
+            values[name] = value.expand(batch + event)
+        return values, torch.stack(parts).sum(0)
 
 
 def smoothed(log_weights: Tensor) -> tuple[Tensor, float]:

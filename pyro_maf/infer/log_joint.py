@@ -17,6 +17,9 @@ __all__ = ["FAILURES", "LogJoint", "held_randomness", "latent_sites", "nesting_o
 FAILURES = (ValueError, ArithmeticError, RuntimeError)
 """What models and distributions raise where a value can not be scored, linear algebra included."""
 
+SPARE = 2
+"""Dimensions left free between a model's plates and that of the draws, for plates that are open around a call."""
+
 Values = Mapping[str, Tensor]
 """The value of each latent site, draws along the first dimension."""
 
@@ -34,7 +37,7 @@ class LogJoint:
         args, kwargs: What it is called with.
 
     Attributes:
-        nesting: How many dimensions, from the right, the model's own plates take.
+        nesting: How many dimensions, from the right, are for the model's own plates.
         is_vectorised: Whether one run scores many draws; set by `settle`.
         is_random: Whether the model draws more than is seen, such as hidden discrete sites; set by `settle`.
 
@@ -49,7 +52,7 @@ class LogJoint:
     ) -> None:
         self._model, self._args, self._kwargs = model, args, kwargs
         self._shapes = {name: site["value"].shape for name, site in latent_sites(example).items()}
-        self.nesting = nesting_of(example)
+        self.nesting = nesting_of(example) + SPARE
         self.is_vectorised = True
         self.is_random = False
         self._subsamples = any(

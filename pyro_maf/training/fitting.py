@@ -18,7 +18,8 @@ from pyro_maf.checks import check_positive
 from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
 from pyro_maf.training.batches import Batches
 from pyro_maf.training.data import Rows, check_training, read_rows, split, units_of
-from pyro_maf.training.interruption import Interruption
+from pyro_maf.interruption import Interruption
+from pyro_maf.showing import check_progress
 from pyro_maf.training.result import FitResult
 from pyro_maf.training.schedule import Schedule
 from pyro_maf.transforms import BatchNorm, ConditionalFlow, Flow
@@ -149,8 +150,7 @@ def _check_options(batch_size: Any, max_epochs: Any, patience: Any, seed: Any, p
         check_positive("fit", name, value)
     if check_positive("fit", "seed", seed, least=0) >= 2**63:
         raise ValueError(f"fit expected seed below 2**63, got {seed}.")
-    if progress not in (True, False, "always"):
-        raise ValueError(f'fit expected progress to be True, False or "always", got {progress!r}.')
+    check_progress("fit", progress)
 
 
 def _check_above_zero(name: str, value: Any, finite: bool = False) -> None:

@@ -12,14 +12,9 @@ from rich.table import Column
 
 from pyro_maf.training.module import MaximumLikelihood
 
-__all__ = ["ProgressBar", "shows"]
+__all__ = ["ProgressBar"]
 
 SECONDS_BETWEEN_UPDATES = 0.2
-
-
-def shows(progress: bool | str, console: Console) -> bool:
-    """Whether to show a bar: never (False), where it is read by somebody (True), or in any case ("always")."""
-    return progress == "always" or (bool(progress) and (console.is_terminal or console.is_jupyter))
 
 
 class ProgressBar(Callback):

@@ -1,0 +1,42 @@
+"""The average of weights that move around an optimum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Average"]
+
+MEMORY = 100
+
+
+class Average:
+    """An exponential average of parameters over about 100 steps, and the best one met.
+
+    Args:
+        parameters: What moves.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = list(parameters)
+        self._average = [parameter.detach().clone() for parameter in parameters]
+        self._kept: list[Tensor] | None = None
+        self._count = 0
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Take in the parameters as they are."""
+        self._count += 1
+        torch._foreach_lerp_(self._average, self._parameters, max(1 / self._count, 1 / MEMORY))
+
+    def keep(self) -> None:
+        """Remember the present average as the best."""
+        self._kept = [value.clone() for value in self._average]
+
+    @torch.no_grad()
+    def use(self) -> None:
+        """Set the parameters to the best average, or to the present one where none was kept."""
+        for parameter, value in zip(self._parameters, self._kept or self._average, strict=True):
+            parameter.copy_(value)

@@ -1,0 +1,232 @@
+"""Fitting a guide to a model by stochastic variational inference."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from torch import Tensor
+
+from pyro_maf.checks import check_positive
+from pyro_maf.infer.averaging import Average
+from pyro_maf.infer.diagnosis import Diagnosis, diagnose
+from pyro_maf.infer.guides import AutoFlow
+from pyro_maf.infer.importance import allows_batches, arviz
+from pyro_maf.infer.log_joint import FAILURES
+from pyro_maf.infer.path_gradient import TracePath_ELBO
+from pyro_maf.infer.progress import bar
+from pyro_maf.infer.schedule import Schedule
+from pyro_maf.interruption import Interruption
+from pyro_maf.showing import check_progress
+
+__all__ = ["GuideFit", "fit_guide"]
+
+MOST_FAILURES = 50
+CLIP = 4.0
+ALONE = 4
+"""Particles where the model has to be run for each."""
+
+
+@dataclass(frozen=True, repr=False)
+class GuideFit:
+    """A fitted guide, how it got there, why it stopped there, and whether to trust it.
+
+    Attributes:
+        guide: As given, with the averaged weights of its best stretch.
+        elbo: The evidence lower bound of each step in nats, from the step's own draws, while the weights moved.
+        diagnosis: Of the guide as returned.
+        seconds: How long it took.
+        stop_reason: Why it ended, in words.
+        skipped_steps: How many steps were left out because the model raised, or loss or gradient were not finite.
+    """
+
+    guide: Any
+    elbo: tuple[float, ...]
+    diagnosis: Diagnosis
+    seconds: float
+    stop_reason: str
+    skipped_steps: int = 0
+
+    def __repr__(self) -> str:
+        skipped = f"; {self.skipped_steps} steps without a finite loss and gradient skipped" if self.skipped_steps else ""
+        return (
+            f"GuideFit({type(self.guide).__name__}, {len(self.elbo)} steps in {self.seconds:.1f} s; "
+            f"stopped: {self.stop_reason}{skipped}; {self.diagnosis})"
+        )
+
+
+def fit_guide(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    steps: int = 10_000,
+    num_particles: int = 32,
+    learning_rate: float = 1e-2,
+    progress: bool | str = True,
+    **kwargs: Any,
+) -> GuideFit:
+    r"""Fit a guide, and the parameters of the model if it has any, until the evidence lower bound stops rising.
+
+    Adam on the path gradient, for guides of this package, or else on that of `Trace_ELBO`. The learning rate warms up, is
+    halved whenever the bound of 200 steps is no better than the best before, by more than its standard error, and falls
+    in any case over the last 30 % of `steps`. After five halvings the bound has converged. Gradients are clipped to four
+    times their usual norm; steps where the model raises, or where loss or gradient are not finite, are skipped. What is
+    kept are the weights averaged over the best stretch.
+
+    Args:
+        model: A Pyro model.
+        guide: Its guide: one of this package, of Pyro, or one's own.
+        *args, **kwargs: What model and guide are called with.
+        steps: The most steps.
+        num_particles: Draws in each step; all at once where the model allows that, and else at most four.
+        learning_rate: The highest.
+        progress: Whether to show a bar: True where that is a terminal or a notebook, False never, "always" in any case.
+
+    Returns:
+        A `GuideFit`. Ctrl-C ends it early, with the best so far.
+
+    Cost: a step is one run of guide and model, and one of their gradients.
+
+    Raises:
+        ValueError: For options out of range, or a guide without parameters.
+        Exception: What the model raises, where it does so fifty times in a row.
+        ModuleNotFoundError: Without the `train` extra.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_maf.infer import AutoIAF
+        >>> def model(y):
+        ...     scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        ...     with pyro.plate("rows", len(y)):
+        ...         pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+        >>> y = torch.tensor([0.5, -0.2, 0.1])
+        >>> fit = fit_guide(model, AutoIAF(model), y, steps=100, progress=False)
+        >>> fit.stop_reason, fit.diagnosis.k_hat < 0.7
+        ('reached steps (100)', True)
+
+    Reference:
+        Roeder, Wu & Duvenaud, *Sticking the Landing*, 2017; Dhaka et al., *Robust, accurate stochastic optimization for
+        variational inference*, 2020.
+    """
+    started = time.monotonic()
+    _check(steps, num_particles, learning_rate, progress)
+    arviz()  # where it is missing, better to say so now than after the fit
+    run = _Run(model, guide, args, kwargs, num_particles, Schedule(learning_rate, steps))
+    reason = f"reached steps ({steps})"
+    with Interruption() as interruption, bar(progress, steps) as show:
+        for _ in range(steps):
+            run.step()
+            show(run.elbo)
+            if interruption.requested:
+                reason = "interrupted"
+                break
+            if run.schedule.converged:
+                reason = "the evidence lower bound has converged"
+                break
+    run.settle()
+    return GuideFit(
+        guide=guide,
+        elbo=tuple(run.elbo),
+        diagnosis=diagnose(model, guide, *args, **kwargs),
+        seconds=time.monotonic() - started,
+        stop_reason=reason,
+        skipped_steps=run.skipped,
+    )
+
+
+def _check(steps: Any, num_particles: Any, learning_rate: Any, progress: Any) -> None:
+    check_positive("fit_guide", "steps", steps)
+    check_positive("fit_guide", "num_particles", num_particles)
+    if isinstance(learning_rate, bool) or not isinstance(learning_rate, (int, float)):
+        raise TypeError(f"fit_guide expected learning_rate to be a number, got {learning_rate!r}.")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"fit_guide expected learning_rate above 0 and finite, got {learning_rate}.")
+    check_progress("fit_guide", progress)
+
+
+class _Run:
+    """The steps of a fit."""
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        num_particles: int,
+        schedule: Schedule,
+    ) -> None:
+        self._model, self._guide, self._args, self._kwargs = model, guide, args, kwargs
+        together = allows_batches("fit_guide", model, guide, args, kwargs)
+        objective = TracePath_ELBO if isinstance(guide, AutoFlow) else Trace_ELBO
+        particles = num_particles if together else min(num_particles, ALONE)
+        self._objective = objective(num_particles=particles, vectorize_particles=together)
+        self._parameters = self._find_parameters()
+        self._optimizer = torch.optim.Adam(self._parameters, lr=schedule.learning_rate)
+        self._usual_norm = math.inf
+        self._failures = 0
+        self.average = Average(self._parameters)
+        self.schedule = schedule
+        self.elbo: list[float] = []
+        self.skipped = 0
+
+    def _find_parameters(self) -> list[Tensor]:
+        with poutine.trace(param_only=True) as capture:
+            self._objective.loss(self._model, self._guide, *self._args, **self._kwargs)
+        sites = capture.trace.nodes.values()
+        found = {id(leaf): leaf for leaf in (site["value"].unconstrained() for site in sites if site["type"] == "param")}
+        parameters = [leaf for leaf in found.values() if leaf.requires_grad]
+        if not parameters:
+            raise ValueError("fit_guide expected a guide with parameters to train, got none.")
+        return parameters
+
+    def step(self) -> None:
+        """One step, or none where it fails."""
+        self._optimizer.zero_grad(set_to_none=True)
+        try:
+            loss = self._objective.loss_and_grads(self._model, self._guide, *self._args, **self._kwargs)
+        except FAILURES:
+            self._skip(raises=True)
+            return
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._skip(raises=False)
+            return
+        self._failures = 0
+        self._clip(norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.schedule.learning_rate
+        self._optimizer.step()
+        self.elbo.append(-loss)
+        self.average.add()
+        if self.schedule.step(loss) and self.schedule.is_as_good_as_any:
+            self.average.keep()
+
+    def _skip(self, raises: bool) -> None:
+        self.skipped += 1
+        self._failures += 1
+        if self._failures >= MOST_FAILURES:
+            if raises:
+                raise
+            raise ArithmeticError(f"fit_guide found no finite loss and gradient in {MOST_FAILURES} steps in a row.")
+
+    def _clip(self, norm: float) -> None:
+        """Scale the gradient down to a few times its usual norm."""
+        limit = CLIP * self._usual_norm
+        if norm > limit:
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(limit / norm)
+        norm = min(norm, limit)
+        self._usual_norm = norm if self._usual_norm == math.inf else 0.98 * self._usual_norm + 0.02 * norm
+
+    def settle(self) -> None:
+        """Put the averaged weights in place."""
+        self.average.use()

@@ -1,0 +1,126 @@
+"""The path gradient of the evidence lower bound."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pyro.distributions import Delta
+from pyro.infer import Trace_ELBO
+from torch import Tensor, nn
+from torch.distributions import Distribution, Transform
+
+__all__ = ["TracePath_ELBO"]
+
+
+class TracePath_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's way to name objectives)
+    r"""The evidence lower bound with its path gradient, whose variance vanishes as the guide nears the posterior.
+
+    With z = t(u; phi), the gradient of E[log p(x, z) - log q(z; phi)] by phi is E[(d/dz)(log p(x, z) - log q(z)) dz/dphi]:
+    the derivative of log q by its own parameters has mean zero, and is left out. Where q is the posterior the bracket is
+    zero for every draw, not on average alone. Far from it, `Trace_ELBO` may have the smaller variance.
+
+    Takes the arguments of `Trace_ELBO`, `num_particles` and `vectorize_particles` among them, and gives the same value.
+
+    Cost:
+        Beside a step of `Trace_ELBO`, the density of the draws once more, from the draws alone: for a flow its inverse,
+        which is one pass or one sweep a layer, and the derivative of that by the draws.
+
+    Raises:
+        NotImplementedError: For a guide with a site that is not reparameterised, or one whose parameters can not be
+            told from its value.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro.infer import SVI
+        >>> from pyro_maf.infer import AutoIAF
+        >>> def model():
+        ...     pyro.sample("z", dist.Gamma(2.0, 1.0))
+        >>> elbo = TracePath_ELBO(num_particles=8, vectorize_particles=True)
+        >>> svi = SVI(model, AutoIAF(model), pyro.optim.ClippedAdam({"lr": 1e-2}), elbo)
+        >>> isinstance(svi.step(), float)
+        True
+
+    Reference:
+        Roeder, Wu & Duvenaud, *Sticking the Landing*, 2017; Vaitl et al., *Gradients should stay on path*, 2022.
+    """
+
+    def _differentiable_loss_particle(self, model_trace: Any, guide_trace: Any) -> tuple[Any, Any]:
+        elbo, surrogate = 0.0, 0.0
+        for site in model_trace.nodes.values():
+            if site["type"] == "sample":
+                elbo = elbo + float(site["log_prob_sum"])
+                surrogate = surrogate + site["log_prob_sum"]
+        for name, site in guide_trace.nodes.items():
+            if site["type"] == "sample":
+                elbo = elbo - float(site["log_prob_sum"])
+                surrogate = surrogate - _held_log_prob(name, site)
+        return -elbo, -surrogate
+
+
+def _held_log_prob(name: str, site: dict[str, Any]) -> Any:
+    """The log-density of a site's value, as a function of the value alone."""
+    fn, value = site["fn"], site["value"]
+    if not isinstance(value, Tensor) or not (value.requires_grad or _depends(site["log_prob_sum"])):
+        return site["log_prob_sum"]
+    if isinstance(_innermost(fn), Delta):
+        return site["log_prob_sum"]  # the density it carries is that of a change of variables, without parameters
+    if not fn.has_rsample:
+        raise NotImplementedError(
+            f"TracePath_ELBO expected reparameterised sites, got {name} of {type(fn).__name__}: use Trace_ELBO."
+        )
+    with _frozen(fn) as held:
+        # Another tensor of the same numbers: no cache then knows what it was made of, parameters and all.
+        log_prob = held.log_prob(value.view_as(value))
+    scale, mask = site["scale"], site["mask"]
+    if mask is not None:
+        log_prob = torch.where(torch.as_tensor(mask, device=log_prob.device), log_prob, 0.0)
+    return (log_prob * scale).sum()
+
+
+def _depends(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _innermost(fn: Any) -> Any:
+    while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
+        fn = fn.base_dist
+    return fn
+
+
+@contextmanager
+def _frozen(fn: Any) -> Iterator[Any]:
+    """A twin of a distribution that depends on its parameters no more, while entered."""
+    modules: list[nn.Module] = []
+    twin = _detached(fn, modules)
+    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield twin
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def _detached(value: Any, modules: list[nn.Module]) -> Any:
+    """A copy without gradient of tensors, and of what distributions and transforms hold; modules are collected."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(_detached(item, modules) for item in value)
+    if isinstance(value, nn.Module):
+        modules.append(value)
+        if not any(buffer.requires_grad for buffer in value.buffers()):
+            return value
+        twin = copy.copy(value)
+        twin._buffers = {name: _detached(buffer, modules) for name, buffer in value._buffers.items()}
+        return twin
+    if isinstance(value, (Distribution, Transform)):
+        twin = copy.copy(value)
+        twin.__dict__.update({name: _detached(item, modules) for name, item in value.__dict__.items() if name != "_inv"})
+        return twin
+    return value

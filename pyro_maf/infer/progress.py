@@ -1,0 +1,51 @@
+"""A progress bar over the steps of a fit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from statistics import fmean
+
+from pyro_maf.showing import shows
+
+__all__ = ["bar"]
+
+SECONDS_BETWEEN_UPDATES = 0.2
+RECENT = 100
+
+
+@contextmanager
+def bar(progress: bool | str, steps: int) -> Iterator[Callable[[Sequence[float]], None]]:
+    """A bar on stderr: step, mean bound of the last hundred, time spent and the most that is left.
+
+    Yields:
+        What to call after each step, with the bound of every step so far.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.table import Column
+
+    console = Console(stderr=True)
+    if not shows(progress, console):
+        yield lambda elbo: None
+        return
+    columns = (
+        TextColumn("step {task.completed}"),
+        BarColumn(),
+        TextColumn("{task.fields[elbo]}"),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
+        TextColumn("at most"),
+        TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+    )
+    with Progress(*columns, console=console) as shown:
+        task = shown.add_task("", total=steps, elbo="")
+        updated = time.monotonic()
+
+        def show(elbo: Sequence[float]) -> None:
+            nonlocal updated
+            if elbo and time.monotonic() - updated > SECONDS_BETWEEN_UPDATES:
+                updated = time.monotonic()
+                shown.update(task, completed=len(elbo), elbo=f"ELBO {fmean(elbo[-RECENT:]):.3f} nats")
+
+        yield show
