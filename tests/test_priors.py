@@ -258,6 +258,14 @@ def test_other_supports_are_refused(given: Any, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_support_within_another_is_refused() -> None:
+    inner = FlowPrior(MAF(2, **SMALL), support="simplex")
+    with pytest.raises(
+        ValueError, match=r"of real vectors, got FlowPrior with support Simplex\(\): give FlowPrior that"
+    ):
+        FlowPrior(inner)
+
+
 # -- a good module -----------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions.constraints import Constraint
+from torch.distributions.constraints import Constraint, real_vector
 
 from pyro_maf.checks import check_event, check_positive
 from pyro_maf.distributions.base import ConditionalDensity, Density
@@ -50,7 +50,7 @@ class FlowPrior(Density):
     Raises:
         TypeError: If the model is neither flow nor density, or a statistic is no tensor.
         ValueError: For statistics of the wrong shape, infinite ones, scales that are not positive, context
-            statistics for a model without context, or a support that is none of these.
+            statistics for a model without context, a support that is none of these, or a model with one of its own.
 
     Example:
         >>> import pyro
@@ -342,6 +342,11 @@ def _check_model(who: str, model: Any) -> None:
         )
     if not isinstance(model, (Flow, Density)):
         raise TypeError(f"{who} expected a flow or a density, got {type(model).__name__}.")
+    if isinstance(model, Density) and model.support is not real_vector:
+        raise ValueError(
+            f"{who} expected a model of real vectors, got {model.name} with support {model.support}: "
+            f"give {who} that support, and the model none."
+        )
 
 
 def _batch_shape(model: Any) -> torch.Size:
