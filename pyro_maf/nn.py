@@ -48,7 +48,12 @@ def compress_tails(x: Tensor) -> Tensor:
         >>> compress_tails(torch.tensor([-2.0, 1.5, 50.0]))
         tensor([-2.0000,  1.5000,  6.8712])
     """
-    if 0 < x.numel() <= FEW and x.device.type == "cpu" and not is_looked_into() and float(x.detach().abs().amax()) <= BULK:
+    if (
+        0 < x.numel() <= FEW
+        and x.device.type == "cpu"
+        and not is_looked_into()
+        and float(x.detach().abs().amax()) <= BULK
+    ):
         return x
     beyond = F.softshrink(x, BULK)
     return x.clamp(-BULK, BULK) + beyond.detach().sign() * beyond.abs().log1p()

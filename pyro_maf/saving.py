@@ -64,13 +64,16 @@ class Savable:
 
         module: Any = self
         training = [name for name, member in module.named_modules(remove_duplicate=False) if member.training]
-        header = {"format": FORMAT, "training": training, **_describe(self)}
+        frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+        header = {"format": FORMAT, "training": training, "frozen": frozen, **_describe(self)}
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
         write_whole(Path(path), save(state, {KEY: json.dumps(header)}))
 
 
 def load(path: str | os.PathLike[str]) -> Any:
     """Read what `save` wrote: a flow, a conditional flow or a density, on the CPU, with the dtype and modes it had.
+
+    What was frozen, `requires_grad_(False)`, is frozen again.
 
     Args:
         path: The file.
@@ -136,6 +139,8 @@ def _rebuild(path: Path, header_text: str, state: dict[str, Tensor]) -> Any:
         module.load_state_dict(state)
         for name, member in module.named_modules():
             member.training = name in header["training"]
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name not in header.get("frozen", ()))
         return module
     except (LookupError, ArithmeticError, TypeError, ValueError, RuntimeError, AttributeError, MemoryError) as error:
         reason = " ".join(str(error).split())

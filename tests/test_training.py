@@ -37,8 +37,8 @@ from pyro_maf import (
     RealNVP,
     fit,
 )
+from pyro_maf.showing import shows
 from pyro_maf.training import FitResult
-from pyro_maf.training.progress import shows
 from pyro_maf.training.schedule import Schedule
 from pyro_maf.transforms import ActNorm, LowerTriangularAffine, MaskedAutoregressive, Permute, Stack
 from tests.fits import GAUSSIAN, QUICK, SMALL, Hooked, gaussian_rows, mean_log_prob, same, seeded, small_maf, weights

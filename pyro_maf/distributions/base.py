@@ -30,10 +30,11 @@ class Density(Savable, TorchDistribution, nn.Module):
         input_dim: D.
         context_dim: Number of context features that `_log_prob` and `_sample` ask for; 0 for none.
         batch_shape: Shape over which the distribution itself varies; () for most.
+        event_size: Number of columns of a value, where that is not D.
 
     Attributes:
-        event_shape: (D,).
-        support: Real vectors.
+        event_shape: (D,), or (event_size,).
+        support: Real vectors, unless a subclass says otherwise.
         has_rsample: Whether `rsample` is there: draws that carry the gradient of the parameters.
 
     Example:
@@ -47,14 +48,19 @@ class Density(Savable, TorchDistribution, nn.Module):
         (torch.Size([2]), torch.Size([7]))
     """
 
-    support = constraints.real_vector
     arg_constraints: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, input_dim: int, context_dim: int = 0, batch_shape: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        input_dim: int,
+        context_dim: int = 0,
+        batch_shape: Sequence[int] = (),
+        event_size: int | None = None,
+    ) -> None:
         check_positive(type(self).__name__, "input_dim", input_dim)
         check_positive(type(self).__name__, "context_dim", context_dim, least=0)
         # The last of this chain of constructors is the module's.
-        super().__init__(torch.Size(batch_shape), torch.Size([input_dim]))
+        super().__init__(torch.Size(batch_shape), torch.Size([input_dim if event_size is None else event_size]))
         self.input_dim = input_dim
         self.context_dim = context_dim
 
@@ -77,7 +83,7 @@ class Density(Savable, TorchDistribution, nn.Module):
         r"""Log-density in nats, (\*batch,), of `value`, (\*batch, D), which broadcasts with `batch_shape`."""
         self._check_has_context()
         like = like_of(self)
-        value = check_event(self.name, "value", converted(value, like), self.input_dim, "input_dim", like)
+        value = self._checked_event("value", converted(value, like), like)
         if not self.batch_shape:
             return exactly(self._log_prob, value, like=like)
         try:
@@ -104,6 +110,11 @@ class Density(Savable, TorchDistribution, nn.Module):
             raise NotImplementedError(f"{self.name} has no reparameterised draws: use sample.")
         return self._draw(sample_shape)
 
+    def _checked_event(self, role: str, value: Tensor, like: Tensor | None) -> Tensor:
+        (size,) = self.event_shape
+        size_name = "input_dim" if size == self.input_dim else "event_shape"
+        return check_event(self.name, role, value, size, size_name, like)
+
     def _draw(self, sample_shape: Sequence[int]) -> Tensor:
         self._check_has_context()
         return exactly(self._sample, torch.Size(sample_shape) + self.batch_shape, like=like_of(self))
@@ -116,6 +127,11 @@ class Density(Savable, TorchDistribution, nn.Module):
             )
 
     # -- conventions of Distribution ------------------------------------------------------------------------------
+
+    @property
+    def support(self) -> Any:
+        """What holds for every value, a constraint of event_dim 1."""
+        return constraints.real_vector
 
     @property
     def name(self) -> str:
@@ -165,7 +181,7 @@ class ConditionedDensity(Density):
         context = check_event(
             density.name, "context", converted(context, like), density.context_dim, "context_dim", like
         )
-        super().__init__(density.input_dim, batch_shape=context.shape[:-1])
+        super().__init__(density.input_dim, batch_shape=context.shape[:-1], event_size=density.event_shape[0])
         self.density: Density = density
         self.has_rsample = density.has_rsample
         self.register_buffer("context", context, persistent=False)
@@ -173,6 +189,11 @@ class ConditionedDensity(Density):
     @property
     def name(self) -> str:
         return self.density.name
+
+    @property
+    def support(self) -> Any:
+        """That of the density."""
+        return self.density.support
 
     def _log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
         return self.density._log_prob(value, self.context)

@@ -1,46 +1,56 @@
-"""A flow, or another density, in the units of the data it was fitted to."""
+"""A flow, or another density, in the units of the data it was fitted to and on their support."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions.constraints import Constraint, real_vector
 
-from pyro_maf.checks import check_event
+from pyro_maf.checks import check_event, check_positive
 from pyro_maf.distributions.base import ConditionalDensity, Density
+from pyro_maf.distributions.support import Support
+from pyro_maf.flows import MAF
 from pyro_maf.precision import like_of
 from pyro_maf.transforms import ConditionalFlow, Flow, Stack
+from pyro_maf.transforms.cache import caching_is_possible
 
 __all__ = ["ConditionalFlowPrior", "FlowPrior"]
 
 
 class FlowPrior(Density):
-    r"""Density of y = loc + scale z, where z is what the model describes.
+    r"""Density of y = T(loc + scale z), where z is what the model describes and T maps to the support.
 
-    For a flow, z = flow(u) with u standard normal:
-    log p(y) = log N(u; 0, I) - log |det dz/du| - sum_i log scale_i. For a density, z ~ model.
+    For a flow, z = flow(u) with u standard normal. With w = loc + scale z,
+    log p(y) = log N(u; 0, I) - log |det dz/du| - sum_i log scale_i - log |det dT/dw|. For a density, z ~ model. T is
+    the identity, or in each column exp or the logistic function, or stick-breaking for the simplex.
 
     Args:
         model: A `Flow` or a `Density`. For one with `context_dim` > 0 use `ConditionalFlowPrior`.
-        loc: Shift of each dimension, (D,); by default 0. A buffer, as are the next three: not trained.
+        support: "real", "positive", "unit_interval" or "simplex"; a sequence with one of the first three for each
+            column; or the constraints of torch that are these. A density has 0, so log-density -inf, elsewhere and on
+            the boundary. A simplex is that of D + 1 numbers, and its density that of the first D.
+        loc: Shift of each dimension, (D,), in units of w; by default 0. A buffer, as are the next three: not trained.
         scale: Positive scale of each dimension, (D,); by default 1.
         context_loc: Shift, (context_dim,), that is taken from the context before the model sees it; by default 0.
         context_scale: Positive scale, (context_dim,), that the context is then divided by; by default 1.
 
     Shapes:
-        Values are (\*batch, D), log-densities (\*batch,) in nats.
+        Values are (\*batch, D), or (\*batch, D + 1) for a simplex; log-densities are (\*batch,), in nats.
 
     Cost:
-        That of the model. `log_prob` is `flow.inv`: one dense pass a layer for a MAF or RealNVP; one sweep a layer for
-        an IAF, except for the draws that its `rsample` gave last, whose density is at hand. Drawing is `flow(u)`: one
-        sweep a layer for a MAF, one dense pass a layer for an IAF or RealNVP.
+        That of the model, and a few elementwise operations for the support. `log_prob` is `flow.inv`: one dense pass a
+        layer for a MAF or RealNVP; one sweep a layer for an IAF, except for the draws that its `rsample` gave last,
+        whose density is at hand. Drawing is `flow(u)`: one sweep a layer for a MAF, one dense pass a layer for an IAF
+        or RealNVP.
 
     Raises:
         TypeError: If the model is neither flow nor density, or a statistic is no tensor.
-        ValueError: For statistics of the wrong shape, infinite ones, scales that are not positive, or context
-            statistics for a model without context.
+        ValueError: For statistics of the wrong shape, infinite ones, scales that are not positive, context
+            statistics for a model without context, a support that is none of these, or a model with one of its own.
 
     Example:
         >>> import pyro
@@ -50,6 +60,9 @@ class FlowPrior(Density):
         ...     z = pyro.sample("z", prior)
         >>> z.shape, prior.log_prob(z).shape
         (torch.Size([5, 3]), torch.Size([5]))
+        >>> rates = FlowPrior(MAF(2, num_layers=1), support=["positive", "unit_interval"])
+        >>> rates.log_prob(torch.tensor([[1.0, 0.5], [-1.0, 0.5]])).isfinite()
+        tensor([ True, False])
 
     Reference:
         Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017.
@@ -63,6 +76,7 @@ class FlowPrior(Density):
         self,
         model: Flow | Density,
         *,
+        support: str | Constraint | Sequence[str | Constraint] = "real",
         loc: Tensor | None = None,
         scale: Tensor | None = None,
         context_loc: Tensor | None = None,
@@ -71,21 +85,99 @@ class FlowPrior(Density):
         _check_model(self.name, model)
         if not model.context_dim and (context_loc is not None or context_scale is not None):
             raise ValueError(f"{self.name} got context_loc or context_scale for a model that takes no context.")
-        super().__init__(model.input_dim, model.context_dim, _batch_shape(model))
+        known = Support(self.name, support, model.input_dim)
+        super().__init__(model.input_dim, model.context_dim, _batch_shape(model), known.event_size)
+        _remember_by_name(self, known)
         like = like_of(model)
         like = torch.zeros(()) if like is None else like
         self.model: Flow | Density = model
         self.units = _Units(
             _statistic(self.name, "loc", loc, model.input_dim, like),
             _statistic(self.name, "scale", scale, model.input_dim, like),
+            known,
         )
         for name, value in (("context_loc", context_loc), ("context_scale", context_scale)):
             self.register_buffer(name, _statistic(self.name, name, value, model.context_dim, like))
         self.has_rsample = isinstance(model, Flow) or model.has_rsample
         if isinstance(model, Flow):
-            # One map from noise to the data's units, so that its cache knows what was drawn. Not registered as a
+            # One map from noise to the data, so that its cache knows what was drawn. Not registered as a
             # submodule: its layers are already.
-            self.__dict__["_flow"] = Stack([model, self.units])
+            self.__dict__["_flow"] = _NoiseToData([model, self.units])
+
+    @classmethod
+    def fit(
+        cls,
+        data: Any,
+        flow: Flow | Density | ConditionalFlow | ConditionalDensity | None = None,
+        *,
+        support: str | Constraint | Sequence[str | Constraint] | None = None,
+        context: Any = None,
+        validation: Any = None,
+        batch_size: int = 256,
+        max_epochs: int = 1000,
+        patience: int = 30,
+        learning_rate: float = 2e-3,
+        seed: int = 0,
+        progress: bool | str = True,
+    ) -> FlowPrior | ConditionalFlowPrior:
+        r"""A prior from draws or data, by maximum likelihood: `pyro_maf.fit`, ready to stand in a model.
+
+        It is frozen: inference neither trains it nor computes gradients of its weights. To go on training it with a
+        model, unfreeze it, `prior.requires_grad_(True)`, and register it there, `pyro.module("prior", prior)`.
+
+        Args:
+            data: Rows (N, D), or (N, D + 1) for a simplex: a tensor, an array, a data frame or nested lists.
+            flow: A flow, a density, a conditional form of either, or a prior to fit further; it is trained and frozen
+                in place. By default a `MAF` for D, in the dtype and on the device of `data` where that is a floating
+                tensor, and in torch's default dtype otherwise.
+            support: As in `FlowPrior`; by default "real", or that of `flow` if it is a prior.
+            context: Rows (N, C) that the distribution of the data depends on; by default none.
+            validation, batch_size, max_epochs, patience, learning_rate, progress: As in `pyro_maf.fit`.
+            seed: As in `pyro_maf.fit`, and of the weights that a flow by default starts from.
+
+        Returns:
+            A `FlowPrior`, or a `ConditionalFlowPrior` where there is a context, in eval mode.
+
+        Cost: as `pyro_maf.fit`.
+
+        Raises:
+            TypeError: As `pyro_maf.fit`.
+            ValueError: As `pyro_maf.fit`, so for data outside the support or on its boundary.
+            ModuleNotFoundError: Without the `train` extra.
+
+        Example:
+            >>> waits = torch.distributions.Exponential(torch.tensor([1.0, 0.1])).sample((200,))
+            >>> prior = FlowPrior.fit(waits, support="positive", max_epochs=2, progress=False)
+            >>> prior.support.check(prior.sample((5,)))
+            tensor([True, True, True, True, True])
+        """
+        # Upward, and so late: fitting is built on the densities. It is here because this is where one looks for it.
+        from pyro_maf.training import fit
+        from pyro_maf.training.data import number_of_columns
+
+        if flow is None:
+            columns = number_of_columns("data", data)
+            context_dim = 0 if context is None else number_of_columns("context", context)
+            flow = _default_flow(columns, context_dim, support, seed, data)
+        result = fit(
+            flow,
+            data,
+            context=context,
+            support=support,
+            validation=validation,
+            batch_size=batch_size,
+            max_epochs=max_epochs,
+            patience=patience,
+            learning_rate=learning_rate,
+            seed=seed,
+            progress=progress,
+        )
+        return result.density.requires_grad_(False)
+
+    @property
+    def support(self) -> Any:
+        """The constraint that values are drawn in and have a density in, of event_dim 1."""
+        return self.units.support.constraint
 
     @property
     def loc(self) -> Tensor:
@@ -99,28 +191,38 @@ class FlowPrior(Density):
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
         r"""Set the statistics that the model keeps from data `y`, (rows, D), in the data's own units."""
-        y = check_event(self.name, "y", y, self.input_dim, "input_dim", like_of(self))
+        y = self._checked_event("y", y, like_of(self))
         with torch.no_grad():
             self.model.fit_statistics(self.units._pull(y)[0], self._standardised(context))
 
     def _log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+        support = self.units.support
+        if support.name == "real":
+            return self._log_prob_inside(value, context)
+        outside = support.outside(value)
+        # What was drawn from here is known by its identity: a copy of it would have to be inverted.
+        if not caching_is_possible() or torch._C._is_tracing() or outside.any():
+            value = support.inside(value, outside)
+        return torch.where(outside, -torch.inf, self._log_prob_inside(value, context))
+
+    def _log_prob_inside(self, value: Tensor, context: Tensor | None) -> Tensor:
         context = self._standardised(context)
         model, units = self.model, self.units
-        if not isinstance(model, Flow):
-            z, log_scale = units._pull(value)
-            return model._log_prob(z, context) - log_scale
+        if isinstance(model, Density):
+            z, log_det = units._pull(value)
+            return model._log_prob(z, context) - log_det
         if context is None and model.fast == "forward":
             u = self._flow._inv_call(value)
             log_det = self._flow.log_abs_det_jacobian(u, value)
-            return torch.add(log_det, u.square().sum(-1), alpha=0.5).neg() - self._log_normaliser
-        scale = units.scale
-        u, log_det = model._pull((value - units.loc) / scale, context)  # type: ignore[operator]
-        highest = torch.rsub(scale.log().sum(), -self._log_normaliser)
-        return highest - torch.add(log_det, u.square().sum(-1), alpha=0.5)
+        else:
+            z, log_units = units._pull(value)
+            u, log_det = model._pull(z, context)
+            log_det = log_det + log_units
+        return torch.add(log_det, u.square().sum(-1), alpha=0.5).neg() - self._log_normaliser
 
     @property
     def _log_normaliser(self) -> float:
-        return 0.5 * self.input_dim * math.log(2 * math.pi)
+        return 0.5 * self.model.input_dim * math.log(2 * math.pi)
 
     def _sample(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
         context = self._standardised(context)
@@ -133,7 +235,9 @@ class FlowPrior(Density):
         return None if context is None else (context - self.context_loc) / self.context_scale
 
     def __repr__(self) -> str:
-        return f"{self.name} of {self.model!r}"
+        name = self.units.support.name
+        on = "" if name == "real" else f" on {name if isinstance(name, str) else ', '.join(name)}"
+        return f"{self.name}{on} of {self.model!r}"
 
 
 class ConditionalFlowPrior(ConditionalDensity):
@@ -141,10 +245,11 @@ class ConditionalFlowPrior(ConditionalDensity):
 
     Args:
         model: A flow or density with `context_dim` > 0, or a `ConditionalFlow` or `ConditionalDensity`.
-        loc, scale, context_loc, context_scale: As in `FlowPrior`.
+        support, loc, scale, context_loc, context_scale: As in `FlowPrior`.
 
     Shapes:
-        context is (\*batch or (), context_dim), in its own units, and broadcasts with values, (\*batch, D).
+        context is (\*batch or (), context_dim), in its own units, and broadcasts with values, (\*batch, D), or
+        (\*batch, D + 1) for a simplex.
 
     Cost: as `FlowPrior`, but an IAF takes a sweep a layer for its own draws too.
 
@@ -163,6 +268,7 @@ class ConditionalFlowPrior(ConditionalDensity):
         self,
         model: Flow | Density | ConditionalFlow | ConditionalDensity,
         *,
+        support: str | Constraint | Sequence[str | Constraint] = "real",
         loc: Tensor | None = None,
         scale: Tensor | None = None,
         context_loc: Tensor | None = None,
@@ -170,28 +276,62 @@ class ConditionalFlowPrior(ConditionalDensity):
     ) -> None:
         inner = _unwrapped(model)
         _check_model(type(self).__name__, inner)
-        super().__init__(FlowPrior(inner, loc=loc, scale=scale, context_loc=context_loc, context_scale=context_scale))
+        prior = FlowPrior(
+            inner, support=support, loc=loc, scale=scale, context_loc=context_loc, context_scale=context_scale
+        )
+        super().__init__(prior)
+        _remember_by_name(self, prior.units.support)
 
 
 class _Units(Flow):
-    """y = loc + scale x, with nothing to train."""
+    """y = T(loc + scale x), where T maps to the support, with nothing to train."""
 
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, loc: Tensor, scale: Tensor) -> None:
+    def __init__(self, loc: Tensor, scale: Tensor, support: Support) -> None:
         super().__init__(len(loc))
+        self.support = support
         self.register_buffer("loc", loc)
         self.register_buffer("scale", scale)
 
     def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.loc + self.scale * x, self._log_scale(x)
+        y, log_det = self.support.constrain(self.loc + self.scale * x)
+        return y, log_det + self.scale.log().sum()
 
     def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return (y - self.loc) / self.scale, self._log_scale(y)
+        w, log_det = self.support.unconstrain(y)
+        return (w - self.loc) / self.scale, log_det + self.scale.log().sum()
 
-    def _log_scale(self, value: Tensor) -> Tensor:
-        return self.scale.log().sum().expand(value.shape[:-1])
+
+class _NoiseToData(Stack):
+    """A flow and the units of its data, whose y may have a column more than x."""
+
+    def _in_width(self, value: Tensor, role: str, like: Tensor | None) -> Tensor:
+        if role != "y":
+            return super()._in_width(value, role, like)
+        units: Any = self[-1]
+        return check_event(self.name, role, value, units.support.event_size, "event_size of its support")
+
+
+def _remember_by_name(prior: FlowPrior | ConditionalFlowPrior, support: Support) -> None:
+    """Save the support by its name, which JSON holds; one that goes without saying is left out."""
+    prior._arguments.pop("support", None)
+    if support.name != "real":
+        prior._arguments["support"] = support.name
+
+
+def _default_flow(columns: int, context_dim: int, support: Any, seed: int, data: Any) -> MAF:
+    """A MAF for a table of so many columns; the global random state is left as it was."""
+    # Asked for as many columns as there are: that a simplex has one less to describe is not yet known.
+    on_simplex = support is not None and Support("FlowPrior.fit", support, columns).event_size > columns
+    if on_simplex and columns < 2:
+        raise ValueError("FlowPrior.fit expected data with at least 2 columns for a simplex, got 1.")
+    check_positive("FlowPrior.fit", "seed", seed, least=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        flow = MAF(columns - on_simplex, context_dim=context_dim)
+    return flow.to(data) if isinstance(data, Tensor) and data.dtype in (torch.float32, torch.float64) else flow
 
 
 def _unwrapped(model: Any) -> Any:
@@ -209,6 +349,11 @@ def _check_model(who: str, model: Any) -> None:
         )
     if not isinstance(model, (Flow, Density)):
         raise TypeError(f"{who} expected a flow or a density, got {type(model).__name__}.")
+    if isinstance(model, Density) and model.support is not real_vector:
+        raise ValueError(
+            f"{who} expected a model of real vectors, got {model.name} with support {model.support}: "
+            f"give {who} that support, and the model none."
+        )
 
 
 def _batch_shape(model: Any) -> torch.Size:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
@@ -55,7 +54,8 @@ class GuideFit:
     skipped_steps: int = 0
 
     def __repr__(self) -> str:
-        skipped = f"; {self.skipped_steps} steps without a finite loss and gradient skipped" if self.skipped_steps else ""
+        steps = f"{self.skipped_steps} steps without a finite loss and gradient"
+        skipped = f"; {steps} skipped" if self.skipped_steps else ""
         return (
             f"GuideFit({type(self.guide).__name__}, {len(self.elbo)} steps in {self.seconds:.1f} s; "
             f"stopped: {self.stop_reason}{skipped}; {self.diagnosis})"
@@ -74,11 +74,11 @@ def fit_guide(
 ) -> GuideFit:
     r"""Fit a guide, and the parameters of the model if it has any, until the evidence lower bound stops rising.
 
-    Adam on the path gradient, for guides of this package, or else on that of `Trace_ELBO`. The learning rate warms up, is
-    halved whenever the bound of 200 steps is no better than the best before, by more than its standard error, and falls
-    in any case over the last 30 % of `steps`. After five halvings the bound has converged. Gradients are clipped to four
-    times their usual norm; steps where the model raises, or where loss or gradient are not finite, are skipped. What is
-    kept are the weights averaged over the best stretch.
+    Adam on the path gradient, for guides of this package, or else on that of `Trace_ELBO`. The learning rate warms up,
+    is halved whenever the bound of 200 steps is no better than the best before, by more than its standard error, and
+    falls in any case over the last 30 % of `steps`. After five halvings the bound has converged. Gradients are clipped
+    to four times their usual norm; steps where the model raises, or where loss or gradient are not finite, are skipped.
+    What is kept are the weights averaged over the best stretch.
 
     Args:
         model: A Pyro model.
@@ -180,9 +180,9 @@ class _Run:
     def _find_parameters(self) -> list[Tensor]:
         with poutine.trace(param_only=True) as capture:
             self._objective.loss(self._model, self._guide, *self._args, **self._kwargs)
-        sites = capture.trace.nodes.values()
-        found = {id(leaf): leaf for leaf in (site["value"].unconstrained() for site in sites if site["type"] == "param")}
-        parameters = [leaf for leaf in found.values() if leaf.requires_grad]
+        sites: list[Any] = [site for site in capture.trace.nodes.values() if site["type"] == "param"]
+        leaves = {id(leaf): leaf for leaf in (site["value"].unconstrained() for site in sites)}
+        parameters = [leaf for leaf in leaves.values() if leaf.requires_grad]
         if not parameters:
             raise ValueError("fit_guide expected a guide with parameters to train, got none.")
         return parameters

@@ -275,8 +275,8 @@ class AutoIAF(AutoFlow):
 
     With v the latent variables in unconstrained space as one vector, v = loc + L (b + A flow(u)), u standard normal.
     loc and L are fixed where the guide starts: the best of many normals along an ascent to the mode, by their evidence
-    lower bounds. b, the lower triangular A and the flow are trained, and start as the identity; so a fresh guide is that
-    normal, and at its worst a full-rank normal is what is fitted.
+    lower bounds. b, the lower triangular A and the flow are trained, and start as the identity; so a fresh guide is
+    that normal, and at its worst a full-rank normal is what is fitted.
 
     Args:
         model: A Pyro model.

@@ -104,7 +104,8 @@ class _Pair:
         parts = [part.expand(torch.broadcast_shapes(part.shape, plates)).reshape(draws, -1).sum(1) for part in parts]
         values = {}
         for name in self.shapes:
-            value, event = trace.nodes[name]["value"], trace.nodes[name]["fn"].event_shape
+            site: Any = trace.nodes[name]
+            value, event = site["value"], site["fn"].event_shape
             batch = torch.broadcast_shapes(value.shape[: value.dim() - len(event)], plates)
             values[name] = value.expand(batch + event)
         return values, torch.stack(parts).sum(0)

@@ -129,12 +129,10 @@ def _transform_of(who: str, name: str, site: dict[str, Any]) -> Transform:
 def _within_reach(transform: Transform, unconstrained: Tensor) -> Tensor:
     """Keep scales from becoming 0 or infinite, at which a model would raise, for one draw among many."""
     while isinstance(transform, (IndependentTransform, ComposeTransform)):
-        inner = transform.base_transform if isinstance(transform, IndependentTransform) else None
-        if inner is None:
-            if not transform.parts:
-                return unconstrained
-            inner = transform.parts[0]
-        transform = inner
+        parts = transform.parts if isinstance(transform, ComposeTransform) else [transform.base_transform]
+        if not parts:
+            return unconstrained
+        transform = parts[0]
     if not isinstance(transform, (ExpTransform, SigmoidTransform)):
         return unconstrained
     reach = REACH.get(unconstrained.dtype, 10.0)

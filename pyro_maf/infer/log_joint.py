@@ -104,7 +104,8 @@ class LogJoint:
             found = [self._in_turn(one, seed) for seed in (0, 1)]
         except FAILURES:
             return False
-        return not torch.allclose(*found, rtol=1e-5, atol=1e-5, equal_nan=True)
+        first, second = found
+        return not torch.allclose(first, second, rtol=1e-5, atol=1e-5, equal_nan=True)
 
     def _together(self, values: Values) -> Tensor:
         draws = _count(values)
@@ -116,7 +117,7 @@ class LogJoint:
     def _in_turn(self, values: Values, seed: int = 0) -> Tensor:
         rows = range(_count(values))
         shaped = [{name: value[row].reshape(self._shapes[name]) for name, value in values.items()} for row in rows]
-        return torch.stack([self._run(row, seed).log_prob_sum() for row in shaped])
+        return torch.stack([torch.as_tensor(self._run(row, seed).log_prob_sum()) for row in shaped])
 
     def _run(self, values: Values, seed: int = 0) -> poutine.Trace:
         with held_randomness(next(iter(values.values())).device, seed):
@@ -130,12 +131,12 @@ def _count(values: Values) -> int:
     return len(next(iter(values.values())))
 
 
-def latent_sites(trace: poutine.Trace) -> dict[str, dict[str, Any]]:
+def latent_sites(trace: Any) -> dict[str, Any]:
     """The latent sites of a trace by name, without the indices of subsamples."""
     return {name: site for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)}
 
 
-def frames_of(site: dict[str, Any]) -> list[Any]:
+def frames_of(site: Any) -> list[Any]:
     """The vectorised plates around a site of a trace."""
     return [frame for frame in site["cond_indep_stack"] if frame.vectorized] if site["type"] == "sample" else []
 

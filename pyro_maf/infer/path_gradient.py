@@ -19,9 +19,10 @@ __all__ = ["TracePath_ELBO"]
 class TracePath_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's way to name objectives)
     r"""The evidence lower bound with its path gradient, whose variance vanishes as the guide nears the posterior.
 
-    With z = t(u; phi), the gradient of E[log p(x, z) - log q(z; phi)] by phi is E[(d/dz)(log p(x, z) - log q(z)) dz/dphi]:
-    the derivative of log q by its own parameters has mean zero, and is left out. Where q is the posterior the bracket is
-    zero for every draw, not on average alone. Far from it, `Trace_ELBO` may have the smaller variance.
+    With z = t(u; phi), the gradient of E[log p(x, z) - log q(z; phi)] by phi is
+    E[(d/dz)(log p(x, z) - log q(z)) dz/dphi]: the derivative of log q by its own parameters has mean zero, and is left
+    out. Where q is the posterior the bracket is zero for every draw, not on average alone. Far from it, `Trace_ELBO`
+    may have the smaller variance.
 
     Takes the arguments of `Trace_ELBO`, `num_particles` and `vectorize_particles` among them, and gives the same value.
 
@@ -120,7 +121,8 @@ def _detached(value: Any, modules: list[nn.Module]) -> Any:
         twin._buffers = {name: _detached(buffer, modules) for name, buffer in value._buffers.items()}
         return twin
     if isinstance(value, (Distribution, Transform)):
-        twin = copy.copy(value)
-        twin.__dict__.update({name: _detached(item, modules) for name, item in value.__dict__.items() if name != "_inv"})
-        return twin
+        held: Any = copy.copy(value)
+        own = value.__dict__.items()
+        held.__dict__.update({name: _detached(item, modules) for name, item in own if name != "_inv"})
+        return held
     return value

@@ -18,8 +18,8 @@ class Schedule:
 
     Losses are looked at in windows of 200 steps. Where the mean of a window is no better than the best before it, by
     more than its own standard error, the rate is halved; after five halvings there is nothing more to gain, and the
-    bound has converged. Should that not have happened by seventy per cent of the steps, the rate falls to a thirty-second
-    over the rest.
+    bound has converged. Should that not have happened by seventy per cent of the steps, the rate falls to a
+    thirty-second over the rest.
 
     Args:
         learning_rate: The highest.

@@ -134,7 +134,9 @@ def _updated(covariance: Tensor, moved: Tensor, bent: Tensor) -> Tensor:
     weight = 1 / (moved @ bent)
     projected = covariance @ bent
     outer = torch.outer(moved, projected)
-    return covariance - weight * (outer + outer.T) + weight * (1 + weight * bent @ projected) * torch.outer(moved, moved)
+    return (
+        covariance - weight * (outer + outer.T) + weight * (1 + weight * bent @ projected) * torch.outer(moved, moved)
+    )
 
 
 def _line_search(log_density: Score, loc: Tensor, step: Tensor) -> tuple[Tensor, float]:

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Rows", "Units", "check_training", "read_rows", "split", "units_of"]
+from pyro_maf.distributions.support import Support
+
+__all__ = ["Rows", "Units", "check_training", "number_of_columns", "read_rows", "split", "units_of"]
 
 LEAST_ROWS = 10
 NUMERIC_KINDS = "fiub"
@@ -36,22 +38,38 @@ class Units(NamedTuple):
     scale: Tensor
 
 
-def read_rows(model: Any, data: Any, context: Any, *, dtype: torch.dtype, role: str = "") -> Rows:
+def number_of_columns(name: str, value: Any) -> int:
+    """How many columns a table has; a vector is one.
+
+    Raises:
+        ValueError: For what is no table.
+        TypeError: For what is not numeric.
+    """
+    table = _numbers(name, value)
+    if table.dim() not in (1, 2) or not table.numel():
+        raise ValueError(f"fit expected {name} of shape (rows, columns), got {tuple(table.shape)}.")
+    return 1 if table.dim() == 1 else table.shape[1]
+
+
+def read_rows(model: Any, data: Any, context: Any, *, support: Support, dtype: torch.dtype, role: str = "") -> Rows:
     """Tensors of `dtype` on the CPU from whatever was given, or what is wrong with it.
 
     Args:
-        model: Whose `input_dim` and `context_dim` the widths must be.
+        model: Whose `input_dim` and `context_dim` the widths must be; a simplex has a column more.
         data, context: Tensors, arrays, data frames or nested lists; context is None for a model without.
+        support: What the data must lie inside of.
         dtype: What the values are rounded to before anything is asked of them.
         role: "" or "validation ", as errors put it before "data" and "context".
 
     Raises:
-        ValueError: For wrong shapes, values that are not finite, or a context missing, superfluous or of another
-            length.
+        ValueError: For wrong shapes, values that are not finite or not inside the support, or a context missing,
+            superfluous or of another length.
         TypeError: For what is not numeric.
     """
     who = type(model).__name__
-    table = _read_table(f"{role}data", data, model.input_dim, f"input_dim of {who}", dtype)
+    more = ", and 1 for a simplex" * (support.event_size - model.input_dim)
+    table = _read_table(f"{role}data", data, support.event_size, f"input_dim of {who}{more}", dtype)
+    _check_inside(f"{role}data", table, data, support)
     if not model.context_dim:
         if context is not None:
             raise ValueError(
@@ -167,6 +185,26 @@ def _check_finite(name: str, table: Tensor, value: Any) -> None:
     raise ValueError(
         f"fit expected finite {name}, got {table[row, column].item()} in row {row}, {_column_name(value, column)} "
         f"({count} of {len(table)} rows have such values): drop those rows or fill them in."
+    )
+
+
+def _check_inside(name: str, table: Tensor, value: Any, support: Support) -> None:
+    outside = support.outside(table)
+    if not outside.any():
+        return
+    count = f"{int(outside.sum())} of {len(table)} rows"
+    wrong = support.outside_by_column(table)
+    if not wrong.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"fit expected {name} of rows that sum to 1 (support simplex), got {table[row].sum().item():.7g} in row "
+            f"{row} ({count} do not): divide each row by its sum."
+        )
+    row, column = (int(index) for index in wrong.nonzero()[0])
+    raise ValueError(
+        f"fit expected {name} of {support.values_of(column)} in {_column_name(value, column)} (support "
+        f"{support.name_of(column)}), got {table[row, column].item()} in row {row} ({count} are not inside): "
+        "move those rows inside or choose another support."
     )
 
 

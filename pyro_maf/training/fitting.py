@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributions.constraints import Constraint
 
 from pyro_maf.checks import check_positive
 from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
-from pyro_maf.training.batches import Batches
-from pyro_maf.training.data import Rows, check_training, read_rows, split, units_of
+from pyro_maf.distributions.support import Support
 from pyro_maf.interruption import Interruption
 from pyro_maf.showing import check_progress
+from pyro_maf.training.batches import Batches
+from pyro_maf.training.data import Rows, check_training, read_rows, split, units_of
 from pyro_maf.training.result import FitResult
 from pyro_maf.training.schedule import Schedule
 from pyro_maf.transforms import BatchNorm, ConditionalFlow, Flow
@@ -36,6 +38,7 @@ def fit(
     data: Any,
     *,
     context: Any = None,
+    support: str | Constraint | Sequence[str | Constraint] | None = None,
     validation: Any = None,
     batch_size: int = 256,
     max_epochs: int = 1000,
@@ -47,10 +50,11 @@ def fit(
 ) -> FitResult:
     r"""Fit a flow or a density to data by maximum likelihood.
 
-    Maximises mean_n log p(y_n | c_n) with p the density of loc + scale z, z ~ model, where loc and scale are the
-    mean and standard deviation of the training rows; a context is standardised likewise. Adam steps on batches; after
-    each epoch an average of the weights over the last two epochs or so is scored on the validation rows. The learning
-    rate is halved when that score stalls, the fit ends when it has stalled for good, and the best average is kept.
+    Maximises mean_n log p(y_n | c_n) with p the density of T(loc + scale z), z ~ model, where T maps to the support,
+    and loc and scale are the mean and standard deviation of the training rows before T; a context is standardised
+    likewise. Adam steps on batches; after each epoch an average of the weights over the last two epochs or so is scored
+    on the validation rows. The learning rate is halved when that score stalls, the fit ends when it has stalled for
+    good, and the best average is kept.
 
     The model is trained in place, in its own dtype and on its own device, and left in eval mode with its best weights.
     Given the same weights to start from, the same call gives the same result to the last bit on a CPU. The global
@@ -60,6 +64,8 @@ def fit(
         model: A flow, a density, or a conditional form of either. A `FlowPrior` keeps the units it has.
         data: Rows (N, D): a tensor, an array, a data frame or nested lists of finite numbers, at least 10 rows.
         context: Rows (N, C) of the same kinds, for a model with `context_dim` > 0.
+        support: Where the data lie: "real", "positive", "unit_interval", "simplex", or a sequence with one of the first
+            three for each column, or constraints, as `FlowPrior` takes it. By default "real" or that of a `FlowPrior`.
         validation: The part of the rows to set aside at random for validation, between 0 and 1, by default a tenth;
             or rows like `data`; or a tuple (data, context) of such for a model with a context.
         batch_size: Rows in a batch, give or take: an epoch is cut into equal ones.
@@ -82,7 +88,8 @@ def fit(
     Raises:
         TypeError: For a model that is no flow or density, or data that is not numeric.
         ValueError: For data that is not finite, does not vary in a column, has too few rows or the wrong width; for a
-            context missing, superfluous or of another length; for options out of range.
+            context missing, superfluous or of another length; for data outside the support or on its boundary, with the
+            row and column; for options out of range.
         ModuleNotFoundError: Without the `train` extra.
 
     Example:
@@ -104,8 +111,9 @@ def fit(
     _check_above_zero("max_grad_norm", max_grad_norm)
     lightning = _lightning_parts()
     generator = torch.Generator().manual_seed(seed)
-    training, held_out = _read(model, data, context, validation, weight.dtype, generator)
-    density = _in_units_of(training, model)
+    known = _support(model, support)
+    training, held_out = _read(model, data, context, known, validation, weight.dtype, generator)
+    density = _in_units_of(training, model, known)
     batches = Batches(training.to(weight.device), batch_size, generator)
     _check_batches(model, batches, batch_size)
     schedule = Schedule(learning_rate, patience)
@@ -168,11 +176,29 @@ def _check_batches(model: Any, batches: Batches, batch_size: int) -> None:
         )
 
 
+def _support(model: Any, given: Any) -> Support:
+    """The support that was asked for, or else the model's own."""
+    inner = model.density if isinstance(model, ConditionalFlowPrior) else model
+    own = inner.units.support if isinstance(inner, FlowPrior) else None
+    if given is None:
+        return Support("fit", "real", model.input_dim) if own is None else own
+    asked = Support("fit", given, model.input_dim)
+    if own is not None and own.name != asked.name:
+        raise ValueError(f"fit expected support {own.name!r}, that of the {type(model).__name__}, got {asked.name!r}.")
+    return asked
+
+
 def _read(
-    model: Any, data: Any, context: Any, validation: Any, dtype: torch.dtype, generator: torch.Generator
+    model: Any,
+    data: Any,
+    context: Any,
+    support: Support,
+    validation: Any,
+    dtype: torch.dtype,
+    generator: torch.Generator,
 ) -> tuple[Rows, Rows]:
     """Training and validation rows."""
-    rows = read_rows(model, data, context, dtype=dtype)
+    rows = read_rows(model, data, context, support=support, dtype=dtype)
     check_training(rows, data, context)
     if validation is None or isinstance(validation, (int, float)):
         fraction = VALIDATION_FRACTION if validation is None else float(validation)
@@ -182,19 +208,19 @@ def _read(
     given = validation if isinstance(validation, tuple) else (validation, None)
     if len(given) != 2:
         raise ValueError(f"fit expected validation as data or a tuple (data, context), got a tuple of {len(given)}.")
-    return rows, read_rows(model, *given, dtype=dtype, role="validation ")
+    return rows, read_rows(model, *given, support=support, dtype=dtype, role="validation ")
 
 
-def _in_units_of(training: Rows, model: Any) -> FlowPrior | ConditionalFlowPrior:
-    """The model, standardised by the training rows."""
+def _in_units_of(training: Rows, model: Any, support: Support) -> FlowPrior | ConditionalFlowPrior:
+    """The model on its support, standardised by the training rows."""
     if isinstance(model, FlowPrior) and model.context_dim:
         units = {name: getattr(model, name) for name in ("loc", "scale", "context_loc", "context_scale")}
-        return ConditionalFlowPrior(model.model, **units)
+        return ConditionalFlowPrior(model.model, support=support.name, **units)
     if isinstance(model, (FlowPrior, ConditionalFlowPrior)):
         return model
-    loc, scale = units_of(training.data)
+    loc, scale = units_of(support.unconstrain(training.data)[0])
     if training.context is None:
-        prior = FlowPrior(model, loc=loc, scale=scale)
+        prior = FlowPrior(model, support=support.name, loc=loc, scale=scale)
         if prior.batch_shape:
             raise ValueError(
                 f"fit expected a single density, got {model.name} with batch shape {tuple(prior.batch_shape)}: "
@@ -202,7 +228,9 @@ def _in_units_of(training: Rows, model: Any) -> FlowPrior | ConditionalFlowPrior
             )
         return prior
     context_loc, context_scale = units_of(training.context)
-    return ConditionalFlowPrior(model, loc=loc, scale=scale, context_loc=context_loc, context_scale=context_scale)
+    return ConditionalFlowPrior(
+        model, support=support.name, loc=loc, scale=scale, context_loc=context_loc, context_scale=context_scale
+    )
 
 
 def _lightning_parts() -> ModuleType:

@@ -12,8 +12,9 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from rich.console import Console
 
+from pyro_maf.showing import shows
 from pyro_maf.training.module import MaximumLikelihood
-from pyro_maf.training.progress import ProgressBar, shows
+from pyro_maf.training.progress import ProgressBar
 
 __all__ = ["MaximumLikelihood", "maximise"]
 

@@ -7,9 +7,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from pyro_maf.distributions import Density
+from pyro_maf.interruption import Interruption
 from pyro_maf.training.batches import Batches
 from pyro_maf.training.data import Rows
-from pyro_maf.interruption import Interruption
 from pyro_maf.training.schedule import Schedule
 from pyro_maf.transforms import ActNorm, BatchNorm
 

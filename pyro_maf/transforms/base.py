@@ -350,8 +350,8 @@ class Conditioned(Flow):
         super().forward_shape(shape)
         return self._broadcast(shape) + (self.input_dim,)
 
-    def _checked(self, value: Tensor, role: str) -> Tensor:
-        value = super()._checked(value, role)
+    def _in_width(self, value: Tensor, role: str, like: Tensor | None) -> Tensor:
+        value = super()._in_width(value, role, like)
         self._broadcast(value.shape)
         return value
 

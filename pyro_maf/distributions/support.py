@@ -1,0 +1,250 @@
+"""Supports: which vectors a prior gives density to, and the map to them from vectors of real numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+from torch.distributions import biject_to, transform_to
+from torch.distributions.transforms import CatTransform
+from torch.nn import functional as F
+
+__all__ = ["Columns", "Support"]
+
+SIMPLEX = "simplex"
+
+
+class Kind(NamedTuple):
+    """What a column holds: its constraint, and the elementwise map z -> y to it.
+
+    Attributes:
+        constraint: Of one number.
+        values: What it holds, in words.
+        constrain: y of z, strictly inside, and log dy/dz.
+        unconstrain: z of y, and log dy/dz.
+        outside: Where y has no density. NaN is not outside: it stays NaN.
+    """
+
+    constraint: constraints.Constraint
+    values: str
+    constrain: Callable[[Tensor], tuple[Tensor, Tensor]]
+    unconstrain: Callable[[Tensor], tuple[Tensor, Tensor]]
+    outside: Callable[[Tensor], Tensor]
+
+
+def _same(z: Tensor) -> tuple[Tensor, Tensor]:
+    return z, torch.zeros_like(z)
+
+
+def _exp(z: Tensor) -> tuple[Tensor, Tensor]:
+    ends = torch.finfo(z.dtype)
+    return z.exp().clamp(ends.tiny, ends.max), z
+
+
+def _log(y: Tensor) -> tuple[Tensor, Tensor]:
+    z = y.log()
+    return z, z
+
+
+def _sigmoid(z: Tensor) -> tuple[Tensor, Tensor]:
+    ends = torch.finfo(z.dtype)
+    return z.sigmoid().clamp(ends.tiny, 1 - ends.eps), F.logsigmoid(z) + F.logsigmoid(-z)
+
+
+def _logit(y: Tensor) -> tuple[Tensor, Tensor]:
+    log_y, log_rest = y.log(), torch.log1p(-y)
+    return log_y - log_rest, log_y + log_rest
+
+
+KINDS = {
+    "real": Kind(constraints.real, "real numbers", _same, _same, lambda y: torch.zeros_like(y, dtype=torch.bool)),
+    "positive": Kind(
+        constraints.positive,
+        "numbers above 0",
+        _exp,
+        _log,
+        lambda y: (y <= 0) | (y == torch.inf),
+    ),
+    "unit_interval": Kind(
+        constraints.unit_interval,
+        "numbers between 0 and 1, both excluded",
+        _sigmoid,
+        _logit,
+        lambda y: (y <= 0) | (y >= 1),
+    ),
+}
+
+
+class Support:
+    r"""The vectors y that a prior gives density to, and the map to them from vectors z of D real numbers.
+
+    Of each column: y = z ("real"), exp z ("positive") or 1 / (1 + exp(-z)) ("unit_interval"). "simplex" has D + 1
+    columns, by breaking a stick: y_k = s_k (1 - y_1 - ... - y_{k-1}) with s_k = sigmoid(z_k - log(D + 1 - k)), and the
+    rest is y_{D+1}. These are the maps of `biject_to(constraint)`, so NUTS walks where the flow lives.
+
+    Args:
+        who: Who asks, for errors.
+        given: A name, a constraint that has one, or a sequence with one for each of D columns.
+        input_dim: D.
+
+    Attributes:
+        name: JSON: a name or, where columns differ, a tuple with one for each.
+        event_size: Number of columns of y: D, or D + 1 for the simplex.
+        constraint: What torch and Pyro know it by, of event_dim 1.
+
+    Cost: a few elementwise operations a column.
+
+    Raises:
+        ValueError: For what is no support known here, or a sequence of another length than D.
+
+    Example:
+        >>> support = Support("FlowPrior", ["real", "positive"], 2)
+        >>> support.constrain(torch.zeros(2))
+        (tensor([0., 1.]), tensor(0.))
+        >>> Support("FlowPrior", constraints.simplex, 2).constrain(torch.zeros(2))[0]
+        tensor([0.3333, 0.3333, 0.3333])
+    """
+
+    def __init__(self, who: str, given: Any, input_dim: int) -> None:
+        names = _names(who, given, input_dim)
+        self.name: str | tuple[str, ...] = names[0] if len(set(names)) == 1 else names
+        self.event_size = input_dim + (self.name == SIMPLEX)
+        self._runs = [(name, len(list(run))) for name, run in groupby(names)]
+
+    @property
+    def constraint(self) -> Any:
+        """The constraint of y, of event_dim 1."""
+        if self.name == "real":
+            return constraints.real_vector
+        if self.name == SIMPLEX:
+            return constraints.simplex
+        parts = [constraints.independent(KINDS[name].constraint, 1) for name, _ in self._runs]
+        return parts[0] if len(parts) == 1 else Columns(parts, -1, [length for _, length in self._runs])
+
+    def constrain(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        r"""The point y of z, strictly inside, and log |det dy/dz|, (\*batch,); z is (\*batch, D)."""
+        if self.name == SIMPLEX:
+            return _break_stick(z)
+        return self._by_column("constrain", z)
+
+    def unconstrain(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        r"""The z of a point y that is inside, and log |det dy/dz|, (\*batch,); y is (\*batch, event_size)."""
+        if self.name == SIMPLEX:
+            return _join_stick(y)
+        return self._by_column("unconstrain", y)
+
+    def outside(self, y: Tensor) -> Tensor:
+        r"""Whether y is outside, on the boundary, or infinite, (\*batch,)."""
+        wrong = self.outside_by_column(y).any(-1)
+        return wrong | _off_plane(y) if self.name == SIMPLEX else wrong
+
+    def outside_by_column(self, y: Tensor) -> Tensor:
+        """Which entries of y no point of the support has, of the shape of y."""
+        if self.name == SIMPLEX:
+            return y <= 0
+        parts = y.split([length for _, length in self._runs], -1)
+        return torch.cat([KINDS[name].outside(part) for (name, _), part in zip(self._runs, parts, strict=True)], -1)
+
+    def inside(self, y: Tensor, outside: Tensor) -> Tensor:
+        """The points y, with any that are outside moved to where the density and its gradient are finite."""
+        return torch.where(outside.unsqueeze(-1), torch.full_like(y, 1 / max(2, self.event_size)), y)
+
+    def values_of(self, column: int) -> str:
+        """What a column holds, in words."""
+        name = self.name_of(column)
+        return KINDS["positive" if name == SIMPLEX else name].values
+
+    def name_of(self, column: int) -> str:
+        """The name of one column's support."""
+        return self.name if isinstance(self.name, str) else self.name[column]
+
+    def _by_column(self, direction: str, value: Tensor) -> tuple[Tensor, Tensor]:
+        parts = value.split([length for _, length in self._runs], -1)
+        made = [getattr(KINDS[name], direction)(part) for (name, _), part in zip(self._runs, parts, strict=True)]
+        if len(made) == 1:
+            return made[0][0], made[0][1].sum(-1)
+        return torch.cat([part for part, _ in made], -1), torch.cat([log_slope for _, log_slope in made], -1).sum(-1)
+
+
+class Columns(constraints.cat):
+    """Constraints of columns side by side, each of event_dim 1, as one of event_dim 1.
+
+    `constraints.cat` as torch has it answers `check` for each part of a vector; this one for the vector.
+    """
+
+    def check(self, value: Tensor) -> Tensor:
+        """Whether each vector holds to every part."""
+        checks = [part.check(each) for part, each in zip(self.cseq, value.split(self.lengths, -1), strict=True)]
+        return torch.stack(checks).all(0)
+
+    def __repr__(self) -> str:
+        return f"Columns({self.cseq}, lengths={self.lengths})"
+
+
+def _columns_transform(constraint: Columns) -> CatTransform:
+    return CatTransform([biject_to(part) for part in constraint.cseq], constraint.dim, constraint.lengths)
+
+
+for registry in (biject_to, transform_to):
+    registry.register(Columns, _columns_transform)
+
+
+def _names(who: str, given: Any, input_dim: int) -> tuple[str, ...]:
+    """A name for each of the D columns of z."""
+    if isinstance(given, Columns):
+        given = [part for part, length in zip(given.cseq, given.lengths, strict=True) for _ in range(length)]
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        names = tuple(_name(who, each) for each in given)
+        if len(names) != input_dim or (SIMPLEX in names and names != (SIMPLEX,)):
+            raise ValueError(
+                f"{who} expected support with {', '.join(KINDS)} for each of {input_dim} columns, got {list(names)}."
+            )
+        return names
+    return (_name(who, given),) * input_dim
+
+
+def _name(who: str, given: Any) -> str:
+    choices = (*KINDS, SIMPLEX)
+    if isinstance(given, str) and given in choices:
+        return given
+    constraint = given
+    if isinstance(given, constraints.independent) and given.event_dim <= 1:
+        constraint = given.base_constraint
+    for name, known in ((SIMPLEX, constraints.simplex), *((name, kind.constraint) for name, kind in KINDS.items())):
+        # Of one type exactly and with the same bounds: `greater_than(0)` is "positive", `greater_than(1)` is not.
+        if type(constraint) is type(known) and vars(constraint) == vars(known):
+            return name
+    raise ValueError(
+        f"{who} expected support to be one of {', '.join(choices)}, a constraint that is one of these, or a sequence "
+        f"with one for each column, got {given!r}."
+    )
+
+
+def _break_stick(z: Tensor) -> tuple[Tensor, Tensor]:
+    z = z - _offset(z)
+    log_rest = F.logsigmoid(-z).cumsum(-1)
+    log_y = torch.cat([F.logsigmoid(z) + F.pad(log_rest[..., :-1], (1, 0)), log_rest[..., -1:]], -1)
+    return log_y.exp().clamp(min=torch.finfo(z.dtype).tiny), log_y.sum(-1)
+
+
+def _join_stick(y: Tensor) -> tuple[Tensor, Tensor]:
+    # The rest of the stick as a sum of what is left, not as 1 less what was taken, which would cancel. The factors
+    # 1 - s_k of the determinant multiply up to the last entry, so that it is the product of all entries.
+    rest = y.flip(-1).cumsum(-1).flip(-1)[..., 1:]
+    log_y = y.log()
+    z = log_y[..., :-1] - rest.log()
+    return z + _offset(z), log_y.sum(-1)
+
+
+def _offset(z: Tensor) -> Tensor:
+    """What makes z = 0 the middle of the simplex."""
+    return torch.arange(z.shape[-1], 0, -1, dtype=z.dtype, device=z.device).log()
+
+
+def _off_plane(y: Tensor) -> Tensor:
+    """Whether the entries do not sum to 1, by more than their rounding."""
+    return (y.sum(-1) - 1).abs() > max(1e-6, 10 * torch.finfo(y.dtype).eps * y.shape[-1])
