@@ -32,7 +32,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """The activations that `MADE` and `MLP` know, by name."""
 
 BULK = 3.0
-FEW = 128
+FEW = 400
 """Up to so many numbers on a CPU it is likely that none lies in the tails, and worth a look."""
 
 

@@ -286,6 +286,7 @@ class ConditionalFlowPrior(ConditionalDensity):
 class _Units(Flow):
     """y = T(loc + scale x), where T maps to the support, with nothing to train."""
 
+    is_by_row = True
     loc: Tensor
     scale: Tensor
 

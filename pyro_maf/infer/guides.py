@@ -3,6 +3,7 @@ r"""Flows as guides: `AutoMAF`, `AutoIAF` and `AutoRealNVP`."""
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -20,11 +21,11 @@ from torch.quasirandom import SobolEngine
 
 from pyro_maf.checks import check_positive, check_sizes
 from pyro_maf.flows import IAF, MAF, RealNVP
+from pyro_maf.infer.head import Head
 from pyro_maf.infer.latents import Latents
 from pyro_maf.infer.log_joint import LogJoint, latent_sites
 from pyro_maf.infer.start import Normal, best_normal
-from pyro_maf.infer.whitening import Whitening
-from pyro_maf.transforms import ConditionalFlow, Flow, LowerTriangularAffine, Stack
+from pyro_maf.transforms import ConditionalFlow, Flow, Stack
 
 __all__ = ["AutoFlow", "AutoIAF", "AutoMAF", "AutoRealNVP"]
 
@@ -52,7 +53,7 @@ class AutoFlow(AutoContinuous):
         who = type(self).__name__
         if not callable(model):
             raise TypeError(f"{who} expected a model to call, got {type(model).__name__}.")
-        if init_scale is not None and not 0 < init_scale < float("inf"):
+        if init_scale is not None and not 0 < init_scale < math.inf:
             raise ValueError(f"{who} expected init_scale above 0 and finite, got {init_scale!r}.")
         super().__init__(model, _median_or_feasible if init_loc_fn is None else init_loc_fn)
         self.create_plates = create_plates
@@ -96,9 +97,8 @@ class AutoFlow(AutoContinuous):
         hidden_dims = _default_hidden_dims(size) if self._hidden_dims is None else self._hidden_dims
         shared: dict[str, Any] = {"hidden_dims": hidden_dims, "activation": "elu", "context_dim": context_dim}
         flow = self.flow_class(size, num_layers=self._num_layers, **shared)
-        head = LowerTriangularAffine(size, **shared)
-        units = Whitening(size, loc=start.loc, scale_tril=start.scale_tril)
-        stack = Stack([*flow, head, units]).to(start.loc)
+        head = Head(size, loc=start.loc, scale_tril=start.scale_tril, **shared)
+        stack = Stack([*flow, head]).to(start.loc)
         self.transform = ConditionalFlow(stack) if context_dim else stack
 
     def _start(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Normal:
@@ -133,8 +133,8 @@ class AutoFlow(AutoContinuous):
 
     def get_base_dist(self) -> Any:
         like = next(self._held("transform").parameters())
-        normal = dist.Normal(like.new_zeros(1), like.new_ones(1), validate_args=False)
-        return normal.expand([self.latent_dim]).to_event(1)
+        normal = dist.Normal(like.new_zeros(self.latent_dim), like.new_ones(self.latent_dim), validate_args=False)
+        return normal.to_event(1)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Flow:
         transform = self._held("transform")
@@ -142,7 +142,8 @@ class AutoFlow(AutoContinuous):
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
         self.setup(*args, **kwargs)
-        return dist.TransformedDistribution(self.get_base_dist(), [self.get_transform(*args, **kwargs)])
+        transform = self.get_transform(*args, **kwargs)
+        return dist.TransformedDistribution(self.get_base_dist(), [transform], validate_args=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw every latent site; returns its value by name."""
@@ -400,4 +401,6 @@ def _even_noise(draws: int, dim: int) -> Tensor:
 
 def _without_bad_draws(gradient: Tensor) -> Tensor:
     """Zero for draws whose gradient is not finite, so that one of them can not spoil the parameters."""
+    if gradient.device.type == "cpu" and math.isfinite(float(gradient.sum())):
+        return gradient
     return torch.where(gradient.isfinite().all(-1, keepdim=True), gradient, 0.0)

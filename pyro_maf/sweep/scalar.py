@@ -50,7 +50,7 @@ class Affine:
         shift, a = parameters
         alpha = self._alpha(a)
         half = torch.exp(0.5 * alpha)
-        return (x * half + shift) * half, alpha
+        return torch.addcmul(shift, x, half) * half, alpha
 
     def inverse(self, y: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         """x and log dy/dx = alpha."""

@@ -36,6 +36,7 @@ class ActNorm(Flow):
         Kingma & Dhariwal, *Glow: Generative Flow with Invertible 1x1 Convolutions*, 2018.
     """
 
+    is_by_row = True
     SMALLEST_SCALE = 1e-6
     initialized: Tensor
 

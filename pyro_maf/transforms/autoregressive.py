@@ -21,6 +21,8 @@ __all__ = [
 class _Autoregressive(Flow):
     """What MAF and IAF layers share: a MADE that gives each dimension the parameters of its map."""
 
+    is_by_row = True
+
     def __init__(
         self,
         input_dim: int,

@@ -33,6 +33,8 @@ class Flow(Savable, TransformModule):
     Attributes:
         domain, codomain: Real vectors, so `event_dim` is 1.
         fast: "both", "forward" (x to y) or "inverse" (y to x): the directions that take one parallel pass.
+        is_by_row: Whether rows (N, D) may be given for any batch of as many: false where the flow has a batch shape of
+            its own, or might have.
 
     Example:
         >>> class Shift(Flow):
@@ -48,6 +50,7 @@ class Flow(Savable, TransformModule):
     codomain = constraints.real_vector
     bijective = True
     fast = "both"
+    is_by_row = False
 
     def __init__(self, input_dim: int, context_dim: int = 0) -> None:
         super().__init__(cache_size=1)
@@ -270,6 +273,11 @@ class Inverse(Flow):
     def fast(self) -> str:  # type: ignore[override]
         """The flow's own, turned around."""
         return {"forward": "inverse", "inverse": "forward"}.get(self.flow.fast, self.flow.fast)
+
+    @property
+    def is_by_row(self) -> bool:  # type: ignore[override]
+        """As the flow."""
+        return self.flow.is_by_row
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.flow._inv_call(x)

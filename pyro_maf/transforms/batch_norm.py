@@ -42,6 +42,7 @@ class BatchNorm(Flow):
         appendix B.
     """
 
+    is_by_row = True
     EPS = 1e-5
     MOMENTUM = 0.1
     mean: Tensor

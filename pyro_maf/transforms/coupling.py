@@ -50,6 +50,7 @@ class AffineCoupling(Flow):
         Dinh, Sohl-Dickstein & Bengio, *Density Estimation Using Real NVP*, 2017.
     """
 
+    is_by_row = True
     mask: Tensor
     _kept: Tensor
     _moved: Tensor

@@ -33,6 +33,7 @@ class Permute(Flow):
         tensor([12., 10., 11.])
     """
 
+    is_by_row = True
     permutation: Tensor
     _inverse_permutation: Tensor
 

@@ -41,6 +41,7 @@ class LowerTriangularAffine(Flow):
         [2.0, 2.0]
     """
 
+    is_by_row = True
     _places: Tensor
 
     def __init__(

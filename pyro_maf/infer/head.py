@@ -1,0 +1,98 @@
+"""The full-rank affine map at the end of a guide's flow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyro_maf.nn import MLP
+from pyro_maf.transforms import Flow
+
+__all__ = ["Head"]
+
+
+class Head(Flow):
+    r"""y = loc + L (b + A x), with a fixed location and a fixed factor L, and A and b trained.
+
+    L and A are lower triangular with positive diagonals. A and b start as the identity and 0, so that y starts as
+    loc + L x: what is trained lives in units where the posterior is about standard normal, and one learning rate suits
+    every model.
+
+    Args:
+        input_dim: D.
+        loc: (D,).
+        scale_tril: L, (D, D).
+        context_dim: Number of context features, 0 for none. With a context, a network adds to A and b; its outputs
+            start at 0.
+        hidden_dims: Widths of that network.
+        activation: A name from `pyro_maf.nn.ACTIVATIONS`.
+
+    Shapes:
+        x and y are (\*batch, D), log-determinants (\*batch,) in nats.
+
+    Cost: two products forward, two triangular solves inverse.
+    """
+
+    is_by_row = True
+    loc: Tensor
+    scale_tril: Tensor
+    _places: Tensor
+
+    def __init__(
+        self,
+        input_dim: int,
+        *,
+        loc: Tensor,
+        scale_tril: Tensor,
+        context_dim: int = 0,
+        hidden_dims: Sequence[int] = (),
+        activation: str = "relu",
+    ) -> None:
+        super().__init__(input_dim, context_dim)
+        self.register_buffer("loc", loc.detach().clone())
+        self.register_buffer("scale_tril", scale_tril.detach().clone())
+        # b, the logarithm of A's diagonal, and what is below it, as one: each parameter costs an optimizer time.
+        self.free = nn.Parameter(torch.zeros(2 * input_dim + input_dim * (input_dim - 1) // 2).to(loc))
+        self.register_buffer("_places", _places(input_dim).to(loc.device), persistent=False)
+        if context_dim:
+            self.network = MLP(context_dim, hidden_dims, len(self.free), activation=activation)
+            self.network.zero_output()
+
+    def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        shift, factor, log_det = self._parts(context)
+        z = F.linear(x, factor, shift) if factor.dim() == 2 else shift + (factor @ x[..., None])[..., 0]
+        y = F.linear(z, self.scale_tril, self.loc)
+        return y, log_det.expand(y.shape[:-1])
+
+    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        shift, factor, log_det = self._parts(context)
+        x = _solve(factor, _solve(self.scale_tril, y - self.loc) - shift)
+        return x, log_det.expand(x.shape[:-1])
+
+    def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """b, A and log |det LA|."""
+        free = self.free if context is None else self.free + self.network.run(context, None)
+        size = self.input_dim
+        shift, log_diagonal, below = free.split([size, size, free.shape[-1] - 2 * size], -1)
+        entries = torch.cat([F.pad(log_diagonal.exp(), (1, 0)), below], -1)
+        factor = entries.index_select(-1, self._places).unflatten(-1, (size, size))
+        return shift, factor, log_diagonal.sum(-1) + self.scale_tril.diagonal().log().sum()
+
+
+def _places(size: int) -> Tensor:
+    """Where each entry of a lower triangular matrix stands in (0, diagonal, entries below it)."""
+    places = torch.zeros(size, size, dtype=torch.int64)
+    places.diagonal().copy_(torch.arange(1, size + 1))
+    rows, columns = torch.tril_indices(size, size, -1)
+    places[rows, columns] = torch.arange(size + 1, size + 1 + len(rows))
+    return places.flatten()
+
+
+def _solve(factor: Tensor, y: Tensor) -> Tensor:
+    if factor.dim() > 2:
+        return torch.linalg.solve_triangular(factor, y[..., None], upper=False)[..., 0]
+    columns = y.reshape(-1, y.shape[-1]).T
+    return torch.linalg.solve_triangular(factor, columns, upper=False).T.reshape(y.shape)
