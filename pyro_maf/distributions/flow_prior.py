@@ -216,7 +216,7 @@ class FlowPrior(Density):
             log_det = self._flow.log_abs_det_jacobian(u, value)
         else:
             z, log_units = units._pull(value)
-            u, log_det = model._pull(z, context)
+            u, log_det = self._flow[0]._pull(z, context)
             log_det = log_det + log_units
         return torch.add(log_det, u.square().sum(-1), alpha=0.5).neg() - self._log_normaliser
 

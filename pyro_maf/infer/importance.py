@@ -12,7 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_maf.infer.log_joint import LogJoint, latent_sites, nesting_of
+from pyro_maf.infer.log_joint import LogJoint, latent_sites, nesting_of, total_by_draw
 
 __all__ = ["Weighted", "arviz", "smoothed", "weigh"]
 
@@ -100,15 +100,13 @@ class _Pair:
             trace = poutine.trace(self._guide).get_trace(*self._args, **self._kwargs)
         trace.compute_log_prob()
         plates = (draws, *(1,) * self._nesting)
-        parts = [site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample"]
-        parts = [part.expand(torch.broadcast_shapes(part.shape, plates)).reshape(draws, -1).sum(1) for part in parts]
         values = {}
         for name in self.shapes:
             site: Any = trace.nodes[name]
             value, event = site["value"], site["fn"].event_shape
             batch = torch.broadcast_shapes(value.shape[: value.dim() - len(event)], plates)
             values[name] = value.expand(batch + event)
-        return values, torch.stack(parts).sum(0)
+        return values, total_by_draw(trace, plates)
 
 
 def smoothed(log_weights: Tensor) -> tuple[Tensor, float]:

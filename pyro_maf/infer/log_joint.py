@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["FAILURES", "LogJoint", "held_randomness", "latent_sites", "nesting_of"]
+__all__ = ["FAILURES", "LogJoint", "held_randomness", "latent_sites", "nesting_of", "total_by_draw"]
 
 FAILURES = (ValueError, ArithmeticError, RuntimeError)
 """What models and distributions raise where a value can not be scored, linear algebra included."""
@@ -111,8 +111,7 @@ class LogJoint:
         draws = _count(values)
         with pyro.plate("_draws", draws, dim=-self.nesting - 1):
             trace = self._run(values)
-        parts = [site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample"]
-        return torch.stack([part.expand(draws, *part.shape[1:]).flatten(1).sum(1) for part in parts]).sum(0)
+        return total_by_draw(trace, (draws, *(1,) * self.nesting))
 
     def _in_turn(self, values: Values, seed: int = 0) -> Tensor:
         rows = range(_count(values))
@@ -144,6 +143,13 @@ def frames_of(site: Any) -> list[Any]:
 def nesting_of(trace: poutine.Trace) -> int:
     """How many dimensions, from the right, the plates of a trace take."""
     return max((-frame.dim for site in trace.nodes.values() for frame in frames_of(site)), default=0)
+
+
+def total_by_draw(trace: Any, plates: tuple[int, ...]) -> Tensor:
+    """Log-density of all sites of a trace, (plates[0],), whose other plates are those of a model."""
+    parts = [site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample"]
+    parts = [part.expand(torch.broadcast_shapes(part.shape, plates)) for part in map(torch.as_tensor, parts)]
+    return torch.stack([part.reshape(plates[0], -1).sum(1) for part in parts]).sum(0)
 
 
 @contextmanager
