@@ -78,7 +78,7 @@ def _bounds(log_density: Score, candidates: list[Normal], noise: Tensor) -> Tens
     draws = torch.cat([each.loc + noise @ each.scale_tril.T for each in candidates])
     scores = log_density(draws).view(len(candidates), -1).mean(1)
     entropies = torch.stack([each.scale_tril.diagonal().log().sum() for each in candidates])
-    return (scores + entropies).nan_to_num(nan=-torch.inf)
+    return (scores + entropies).nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
 
 
 def _newton(log_density: Score, loc: Tensor, vectorised: bool) -> Iterator[list[Normal]]:
@@ -115,18 +115,19 @@ def _bfgs(log_density: Score, loc: Tensor) -> Iterator[list[Normal]]:
             return
         before, gradient_before = loc, gradient
         loc, improved = _line_search(log_density, loc, covariance @ gradient)
-        if improved - value < 1e-4:
-            return
+        done = improved - value < 1e-4
         value, gradient = improved, _gradient(log_density, loc)
         moved, bent = loc - before, gradient_before - gradient
         if moved @ bent > 1e-8 * bent @ bent:
             if iteration % HISTORY == 0:  # what was learned far away is forgotten
                 covariance = torch.eye(len(loc), dtype=loc.dtype, device=loc.device) * ((moved @ bent) / (bent @ bent))
             covariance = _updated(covariance, moved, bent)
-        if iteration % 4 == 3:
+        if done or iteration % 4 == 3:
             factor, failed = torch.linalg.cholesky_ex(covariance)
             own = [] if failed else [Normal(loc, factor)]
             yield own + [Normal.isotropic(loc, scale) for scale in ISOTROPIC]
+        if done:
+            return
 
 
 def _updated(covariance: Tensor, moved: Tensor, bent: Tensor) -> Tensor:
