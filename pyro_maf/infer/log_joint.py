@@ -122,7 +122,8 @@ class LogJoint:
         with held_randomness(next(iter(values.values())).device, seed):
             conditioned = poutine.trace(poutine.condition(self._model, data=dict(values)))
             trace = conditioned.get_trace(*self._args, **self._kwargs)
-        trace.compute_log_prob()
+        with pyro.settings.context(validate_poutine=False):  # which warns of what minus infinity says here
+            trace.compute_log_prob()
         return trace
 
 
