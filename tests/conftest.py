@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pyro
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -32,3 +35,12 @@ def device(request: pytest.FixtureRequest) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("--device cuda: torch finds no CUDA device on this machine")
     return name
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """Pyro without parameters, and a seed."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    yield
+    pyro.clear_param_store()
