@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from pyro.distributions import Delta
 from pyro.infer import Trace_ELBO
+from pyro.infer.util import torch_item
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
@@ -53,11 +54,11 @@ class TracePath_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's way to name objectives)
         elbo, surrogate = 0.0, 0.0
         for site in model_trace.nodes.values():
             if site["type"] == "sample":
-                elbo = elbo + float(site["log_prob_sum"])
+                elbo = elbo + torch_item(site["log_prob_sum"])
                 surrogate = surrogate + site["log_prob_sum"]
         for name, site in guide_trace.nodes.items():
             if site["type"] == "sample":
-                elbo = elbo - float(site["log_prob_sum"])
+                elbo = elbo - torch_item(site["log_prob_sum"])
                 surrogate = surrogate - _held_log_prob(name, site)
         return -elbo, -surrogate
 
