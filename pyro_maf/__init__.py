@@ -4,6 +4,7 @@ MAF, its inverse (IAF) and RealNVP as Pyro transforms with exact log-determinant
 learned priors, and density estimators. Every flow maps noise x to data y; densities are in nats.
 """
 
+from pyro_maf import infer
 from pyro_maf.distributions import (
     ConditionalFlowPrior,
     ConditionalMADEMoG,
@@ -32,6 +33,7 @@ __all__ = [
     "MAFMoG",
     "RealNVP",
     "fit",
+    "infer",
     "load",
 ]
 __version__ = "0.1.0"

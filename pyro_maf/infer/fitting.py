@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,18 +119,11 @@ def fit_guide(
     _check(steps, num_particles, learning_rate, progress)
     arviz()  # where it is missing, better to say so now than after the fit
     run = _Run(model, guide, args, kwargs, num_particles, Schedule(learning_rate, steps))
-    reason = f"reached steps ({steps})"
     with Interruption() as interruption, bar(progress, steps) as show:
-        for _ in range(steps):
-            run.step()
-            show(run.elbo)
-            if interruption.requested:
-                reason = "interrupted"
-                break
-            if run.schedule.converged:
-                reason = "the evidence lower bound has converged"
-                break
-    run.settle()
+        try:
+            reason = run.to_the_end(steps, interruption, show)
+        finally:
+            run.settle()
     return GuideFit(
         guide=guide,
         elbo=tuple(run.elbo),
@@ -186,6 +179,17 @@ class _Run:
         if not parameters:
             raise ValueError("fit_guide expected a guide with parameters to train, got none.")
         return parameters
+
+    def to_the_end(self, steps: int, interruption: Interruption, show: Callable[[Sequence[float]], None]) -> str:
+        """Take steps until there is a reason to stop, and return it."""
+        for _ in range(steps):
+            self.step()
+            show(self.elbo)
+            if interruption.requested:
+                return "interrupted"
+            if self.schedule.converged:
+                return "the evidence lower bound has converged"
+        return f"reached steps ({steps})"
 
     def step(self) -> None:
         """One step, or none where it fails."""
