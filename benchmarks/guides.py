@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pyro
 from directions import RESULTS, about, write
 from parts import accuracy, marginals, steps
 from parts.guides import FITTED, GUIDES, PARTICLES, STEPS, fit
@@ -38,6 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     whole = options.out is None and options.steps is None and options.guides == list(GUIDES)
     folder = RESULTS if whole else Path(options.out or tempfile.mkdtemp(prefix="guides-"))
     folder.mkdir(parents=True, exist_ok=True)
+    pyro.enable_validation(False)
     results: dict[str, Any] = {"about": about(), "particles": PARTICLES, "posteriors": {}}
     console = Console(width=140)
     for posterior in stored(options.folder):
@@ -59,7 +61,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="of the posteriors")
     parser.add_argument("--steps", type=int, help=f"default: {STEPS:,}, and what fit_guide takes")
-    parser.add_argument("--guides", choices=GUIDES, nargs="+", default=list(GUIDES), metavar="NAME", help="default: all")
+    parser.add_argument(
+        "--guides", choices=GUIDES, nargs="+", default=list(GUIDES), metavar="NAME", help="default: all"
+    )
     parser.add_argument("--out", metavar="FOLDER", help="where results go")
     return parser.parse_args(arguments)
 
@@ -129,7 +133,9 @@ def costs(results: dict[str, Any]) -> list[str]:
         )
     if "step_ms" in results:
         ours, theirs = (results["step_ms"][name] for name in SAME_SIZE)
-        lines.append(f"A step of SVI: {SAME_SIZE[0]} {ours:.2f} ms, {SAME_SIZE[1]} {theirs:.2f} ms ({ours / theirs:.2f})")
+        lines.append(
+            f"A step of SVI: {SAME_SIZE[0]} {ours:.2f} ms, {SAME_SIZE[1]} {theirs:.2f} ms ({ours / theirs:.2f})"
+        )
     return lines
 
 

@@ -12,7 +12,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 
-from parts.guides import PARTICLES, started, stepper
+from parts.guides import NESTING, PARTICLES, started, stepper
 from parts.posteriors import Posterior
 from pyro_maf.infer import TracePath_ELBO
 
@@ -37,7 +37,7 @@ def gradients(posterior: Posterior, guide: Any, seeds: int = SEEDS, repetitions:
 
 
 def _gradient(posterior: Posterior, guide: Any, objective: type[Trace_ELBO]) -> Callable[[], Tensor]:
-    elbo = objective(num_particles=PARTICLES, vectorize_particles=True)
+    elbo = objective(num_particles=PARTICLES, vectorize_particles=True, max_plate_nesting=NESTING)
     parameters = list(guide.parameters())
 
     def call() -> Tensor:
