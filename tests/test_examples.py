@@ -1,4 +1,4 @@
-"""The worked uses of a prior, made small: that they run, and that what they compare is computed right."""
+"""The worked examples, made small: that they run, and that what they compare is computed right."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ def vae() -> ModuleType:
 @pytest.fixture(scope="module")
 def empirical() -> ModuleType:
     return example("empirical_prior")
+
+
+@pytest.fixture(scope="module")
+def neutra() -> ModuleType:
+    return example("neutra")
 
 
 # -- the autoencoder ---------------------------------------------------------------------------------------------------
@@ -134,3 +139,29 @@ def test_the_empirical_prior_prints_its_table_and_draws_its_picture(
         empirical.main(["--out", str(tmp_path / "pictures")])
     assert all(word in capture.get() for word in ("flow", "normal", "weak", "the true law"))
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["empirical-prior.png"]
+
+
+# -- NUTS in the coordinates of a guide --------------------------------------------------------------------------------
+
+
+def test_chains_in_either_coordinates_are_compared_and_drawn(
+    neutra: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = neutra.Settings(fit_steps=20, chains=2, warmup=10, draws=20)
+    monkeypatch.setattr(neutra, "Settings", lambda: small)
+    with neutra.CONSOLE.capture() as capture:
+        neutra.main(["--out", str(tmp_path / "pictures")])
+    assert all(word in capture.get() for word in ("NUTS on neutra", "R-hat", "divergences"))
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["neutra.png"]
+
+
+def test_draws_are_of_the_models_own_sites_and_summed_up_by_the_worst(neutra: ModuleType) -> None:
+    torch.manual_seed(0)
+    good = {"tau": torch.rand(2, 400), "theta": torch.randn(2, 400, 8)}
+    rhat, size = neutra.summary(neutra.Chains(good, 0, 1.0))
+    assert rhat < 1.02
+    assert size > 300
+    apart = {**good, "tau": good["tau"] + torch.tensor([[0.0], [5.0]])}
+    rhat, size = neutra.summary(neutra.Chains(apart, 0, 1.0))
+    assert rhat > 1.5
+    assert size < 50

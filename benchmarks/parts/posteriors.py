@@ -1,0 +1,121 @@
+"""Posteriors with reference draws, and the Pyro models that they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+Arguments = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A model, what it is called with, and draws from its posterior that are trusted.
+
+    Attributes:
+        name: Whose.
+        model: Scores many draws in one run, inside a plate.
+        args: Its arguments.
+        columns: Names of the parameters, such as "tau" or "theta[3]", counted from one.
+        draws: Reference draws, (rows, columns).
+    """
+
+    name: str
+    model: Callable[..., Any]
+    args: Arguments
+    columns: tuple[str, ...]
+    draws: np.ndarray
+
+    @property
+    def scales(self) -> np.ndarray:
+        """Standard deviation of each column."""
+        return self.draws.std(0)
+
+    def table(self, sites: Mapping[str, Tensor]) -> np.ndarray:
+        """Values of the model's sites, draws first, as (rows, columns)."""
+        return np.stack([self._column(sites, name) for name in self.columns], 1)
+
+    def _column(self, sites: Mapping[str, Tensor], name: str) -> np.ndarray:
+        site, _, index = name.rstrip("]").partition("[")
+        flat = sites[site].detach().double().flatten(1) if sites[site].dim() > 1 else sites[site].double()[:, None]
+        return flat[:, int(index) - 1 if index else 0].numpy()
+
+
+class Flat(dist.ImproperUniform):
+    """Lebesgue measure. A draw, which Pyro's guides take once to find out shapes and a start, is zero."""
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 (as in Pyro)
+        return torch.zeros(self.shape(sample_shape))
+
+
+def eight_schools(y: Tensor, sigma: Tensor) -> None:
+    """Eight effects around a common mean: a funnel in tau."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+
+def autoregression(past: Tensor, y: Tensor) -> None:
+    """A time series predicted from its last few values, (T, K)."""
+    alpha = pyro.sample("alpha", dist.Normal(0.0, 10.0))
+    beta = pyro.sample("beta", dist.Normal(0.0, 10.0).expand([past.shape[-1]]).to_event(1))
+    sigma = pyro.sample("sigma", dist.HalfCauchy(2.5))
+    with pyro.plate("times", len(y)):
+        pyro.sample("y", dist.Normal(alpha + (beta * past).sum(-1), sigma), obs=y)
+
+
+def regression(x: Tensor, y: Tensor) -> None:
+    """Least squares with a flat prior on the coefficients."""
+    beta = pyro.sample("beta", Flat(dist.constraints.real_vector, (), (x.shape[-1],)))
+    sigma = pyro.sample("sigma", dist.HalfCauchy(2.5))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal((beta * x).sum(-1), sigma), obs=y)
+
+
+def _schools_data(data: Mapping[str, Tensor]) -> Arguments:
+    return data["y"], data["sigma"]
+
+
+def _series_data(data: Mapping[str, Tensor]) -> Arguments:
+    y, lags = data["y"], int(data["K"])
+    return torch.stack([y[lags - lag : len(y) - lag] for lag in range(1, lags + 1)], 1), y[lags:]
+
+
+def _kidscore_data(data: Mapping[str, Tensor]) -> Arguments:
+    school, iq = data["mom_hs"], data["mom_iq"]
+    return torch.stack([torch.ones_like(iq), school, iq, school * iq], 1), data["kid_score"]
+
+
+MODELS: dict[str, tuple[Callable[..., None], Callable[[Mapping[str, Tensor]], Arguments]]] = {
+    "eight_schools_centered": (eight_schools, _schools_data),
+    "arK": (autoregression, _series_data),
+    "kidscore_interaction": (regression, _kidscore_data),
+}
+"""The models that are known by name, and how their arguments are made of the data."""
+
+
+def stored(folder: Path) -> Iterator[Posterior | str]:
+    """The posteriors of a folder; of a file without a known model, a line that says so."""
+    for path in sorted(folder.glob("*.npz")):
+        if path.stem not in MODELS:
+            yield f"{path.name} is skipped: no model of that name in parts/posteriors.py."
+            continue
+        model, arguments = MODELS[path.stem]
+        with np.load(path) as arrays:
+            data = {
+                name.removeprefix("data_"): torch.as_tensor(array, dtype=torch.float32)
+                for name, array in arrays.items()
+                if name.startswith("data_")
+            }
+            columns = tuple(str(name) for name in arrays["names"])
+            yield Posterior(path.stem, model, arguments(data), columns, arrays["draws"])
