@@ -65,7 +65,7 @@ def picking() -> None:
     pyro.sample("y", dist.Normal(z[0], 0.1), obs=torch.tensor(0.3))
 
 
-@pytest.mark.parametrize("model, event", [(branching, ()), (picking, (3,))])
+@pytest.mark.parametrize(("model", "event"), [(branching, ()), (picking, (3,))])
 def test_a_model_that_takes_no_batch_is_run_for_each_draw(model: Any, event: tuple[int, ...]) -> None:
     """One that raises on a batch, and one that takes it and scores something else."""
     values = {"z": torch.randn(5, 1, 1, *event)}
@@ -206,6 +206,15 @@ def test_a_density_without_second_derivatives_is_climbed_by_gradients() -> None:
     found = best_normal(lambda v: Once.apply(v - 2).sum(-1), torch.zeros(2))
     assert float((found.loc - 2).abs().max()) < 0.1
     assert elbo_of(lambda v: dist.Normal(2.0, 1.0).log_prob(v).sum(-1), *found) > -0.1
+
+
+def test_a_second_derivative_that_is_not_finite_is_done_without() -> None:
+    """That of torch.logaddexp is not a number where one term is far below the other."""
+
+    def wells(v: Tensor) -> Tensor:
+        return torch.logaddexp(*(dist.Normal(mode, 1.0).log_prob(v[:, 0]) for mode in (-8.0, 8.0)))
+
+    assert float(best_normal(wells, torch.tensor([-7.2])).loc) == pytest.approx(-8.0, abs=0.1)
 
 
 @pytest.mark.parametrize("score", [-math.inf, math.nan])

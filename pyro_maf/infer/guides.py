@@ -58,7 +58,9 @@ class AutoFlow(AutoContinuous):
         super().__init__(model, _median_or_feasible if init_loc_fn is None else init_loc_fn)
         self.create_plates = create_plates
         self._plain_model = (model,)  # in a tuple, as Pyro does: a model that is a module is no part of its guide
-        self._num_layers = check_positive(who, "num_layers", num_layers or self.default_num_layers)
+        self._num_layers = check_positive(
+            who, "num_layers", self.default_num_layers if num_layers is None else num_layers
+        )
         self._hidden_dims = None if hidden_dims is None else check_sizes(who, "hidden_dims", hidden_dims)
         self._init_scale = init_scale
         self.encoder = encoder
@@ -253,7 +255,7 @@ class AutoFlow(AutoContinuous):
         sites = {}
         for part, unconstrained in self._latents.split(batch):
             value = part.transform(unconstrained)
-            sites[part.site["name"]] = value.reshape(*shape, *part.site["value"].shape) if not rows else value
+            sites[part.site["name"]] = value if rows else value.reshape(shape + part.site["value"].shape)
         return sites
 
     # -- copies ---------------------------------------------------------------------------------------------------

@@ -91,7 +91,10 @@ def _newton(log_density: Score, loc: Tensor, vectorised: bool) -> Iterator[list[
         except FAILURES:  # such as an operation that can be differentiated once alone
             yield from _bfgs(log_density, loc)
             return
-        if not (gradient.isfinite().all() and hessian.isfinite().all()):
+        if not gradient.isfinite().all():
+            return
+        if not hessian.isfinite().all():  # as the second derivative of torch.logaddexp is not, with one term far below
+            yield from _bfgs(log_density, loc)
             return
         curvature = _Curvature(-hessian)
         yield [curvature.normal(loc, largest) for largest in LARGEST_SCALES] + [

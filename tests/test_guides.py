@@ -1,0 +1,675 @@
+"""AutoMAF, AutoIAF and AutoRealNVP where Pyro expects a guide."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import (
+    SVI,
+    JitTrace_ELBO,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
+from pyro.infer.autoguide import init_to_value
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyro_maf.infer import AutoIAF
+from tests.posteriors import COUNTS, GAMMA, GUIDES, SMALL, counting, drawn, normal_of, regression, same, steps, weights
+
+pytestmark = pytest.mark.usefixtures("fresh")
+each_guide = pytest.mark.parametrize("make", GUIDES)
+
+
+def shaken(guide: Any, gain: float = 0.3) -> Any:
+    """As if trained."""
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(gain * torch.randn_like(parameter) / max(1, parameter.shape[-1]) ** 0.5)
+    return guide
+
+
+# -- models of every shape ---------------------------------------------------------------------------------------------
+
+
+def scalar() -> None:
+    pyro.sample("z", dist.Gamma(2.0, 1.0))
+
+
+def several() -> None:
+    scale = pyro.sample("scale", dist.HalfCauchy(1.0))
+    share = pyro.sample("share", dist.Beta(2.0, 3.0))
+    vector = pyro.sample("vector", dist.Normal(torch.zeros(3), scale[..., None]).to_event(1))
+    pyro.sample("y", dist.Normal(share * vector.sum(-1), scale), obs=torch.tensor(0.5))
+
+
+def shapes_of_events() -> None:
+    pyro.sample("simplex", dist.Dirichlet(torch.ones(3)))
+    ordered = dist.transforms.OrderedTransform()
+    pyro.sample("ordered", dist.TransformedDistribution(dist.Normal(torch.zeros(3), 1.0).to_event(1), ordered))
+    pyro.sample("correlation", dist.LKJCholesky(3, 2.0))
+    above = pyro.sample("above", dist.ImproperUniform(constraints.greater_than(2.0), (), ()))
+    pyro.sample("y", dist.Normal(above, 1.0), obs=torch.tensor(3.0))
+
+
+def plates() -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 3):
+        z = pyro.sample("z", dist.Normal(loc, 1.0))
+        v = pyro.sample("v", dist.Dirichlet(torch.ones(2)))
+        pyro.sample("y", dist.Normal(z + v[..., 0], 1.0), obs=torch.arange(3.0))
+
+
+def nested() -> None:
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    with pyro.plate("columns", 2, dim=-2):
+        a = pyro.sample("a", dist.Normal(0.0, scale))
+        with pyro.plate("rows", 3, dim=-1):
+            b = pyro.sample("b", dist.Normal(a, 1.0))
+            pyro.sample("y", dist.Normal(b, scale), obs=torch.ones(2, 3))
+
+
+def flat() -> None:
+    z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (2,)))
+    pyro.sample("y", dist.Normal(z, torch.tensor([0.5, 2.0])).to_event(1), obs=torch.tensor([1.0, -1.0]))
+
+
+def double() -> None:
+    loc = torch.zeros(2, dtype=torch.float64)
+    z = pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+    pyro.sample("scale", dist.LogNormal(z[..., 0], 1.0))
+
+
+MODELS: dict[str, tuple[Callable[[], None], dict[str, tuple[int, ...]]]] = {
+    "scalar": (scalar, {"z": ()}),
+    "several": (several, {"scale": (), "share": (), "vector": (3,)}),
+    "events": (
+        shapes_of_events,
+        {"simplex": (3,), "ordered": (3,), "correlation": (3, 3), "above": ()},
+    ),
+    "plates": (plates, {"loc": (), "z": (3,), "v": (3, 2)}),
+    "nested": (nested, {"scale": (), "a": (2, 1), "b": (2, 3)}),
+    "flat": (flat, {"z": (2,)}),
+    "double": (double, {"z": (2,), "scale": ()}),
+}
+each_model = pytest.mark.parametrize(("model", "shapes"), MODELS.values(), ids=MODELS)
+
+
+def supports(model: Any, guide: Any) -> dict[str, Any]:
+    trace: Any = poutine.trace(poutine.replay(model, trace=poutine.trace(guide).get_trace())).get_trace()
+    return {name: trace.nodes[name]["fn"].support for name in trace.stochastic_nodes if name in guide()}
+
+
+@each_model
+@each_guide
+def test_takes_models_of_every_shape(make: Any, model: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+    guide = shaken(make(model, **SMALL).setup())
+    sites, log_q = drawn(guide)
+    batch = guide.rsample((4, 2))
+    assert {name: tuple(value.shape) for name, value in sites.items() if name in shapes} == shapes
+    assert {name: tuple(value.shape) for name, value in batch.items()} == {n: (4, 2, *s) for n, s in shapes.items()}
+    assert {name: tuple(value.shape) for name, value in guide.median().items()} == shapes
+    quantiles = guide.quantiles([0.1, 0.5, 0.9])
+    assert {name: tuple(value.shape) for name, value in quantiles.items()} == {n: (3, *s) for n, s in shapes.items()}
+    for name, support in supports(model, guide).items():
+        for value in (sites[name], batch[name], guide.median()[name]):
+            assert bool(support.check(value).all()), name
+    # The density of outside points is that of the trace which drew them.
+    torch.testing.assert_close(guide.log_prob(sites), log_q, rtol=2e-3, atol=2e-3)
+    assert guide.log_prob(batch).shape == (4, 2)
+    for value in batch.values():
+        value.sum().backward(retain_graph=True)
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in guide.transform.parameters())
+
+
+@each_model
+@each_guide
+@pytest.mark.parametrize("vectorised", [True, False])
+def test_trains_on_models_of_every_shape(make: Any, model: Any, shapes: Any, vectorised: bool) -> None:
+    """From the first step of an optimizer on, with particles in a plate of which the set-up knows nothing."""
+    guide = make(model, **SMALL)
+    nesting = 2 if model is nested else 1
+    objective = Trace_ELBO(num_particles=3, vectorize_particles=vectorised, max_plate_nesting=nesting)
+    losses = steps(objective, model, guide, 2)
+    assert all(map(math.isfinite, losses))
+    before = weights(guide)
+    steps(objective, model, guide, 1)
+    assert not same(before, weights(guide))
+
+
+# -- setting up --------------------------------------------------------------------------------------------------------
+
+
+@each_guide
+def test_parameters_exist_before_an_optimizer_does(make: Any) -> None:
+    """Pyro's AutoIAFNormal has none before its first call."""
+    guide = make(counting, **SMALL).setup()
+    before = weights(guide)
+    optimizer = torch.optim.Adam(guide.parameters(), lr=0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        Trace_ELBO().differentiable_loss(counting, guide).backward()
+        optimizer.step()
+    assert before
+    assert not same(before, weights(guide))
+
+
+@each_guide
+def test_the_first_call_sets_up(make: Any) -> None:
+    guide = make(counting, **SMALL)
+    assert [*guide.parameters()] == []
+    assert guide()["rate"].shape == ()
+    assert [*guide.parameters()] != []
+
+
+def test_setting_up_again_changes_nothing() -> None:
+    guide = AutoIAF(counting, **SMALL).setup()
+    before = [*map(id, guide.parameters())]
+    assert guide.setup() is guide
+    assert [*map(id, guide.parameters())] == before
+
+
+def test_init_loc_fn_is_where_a_guide_with_a_scale_starts() -> None:
+    """Pyro's AutoIAFNormal ignores it."""
+    values = {"scale": torch.tensor(3.0), "share": torch.tensor(0.9), "vector": torch.tensor([1.0, 2.0, 3.0])}
+    guide = AutoIAF(several, init_loc_fn=init_to_value(values=values), init_scale=1e-3, **SMALL).setup()
+    for name, value in guide.median().items():
+        torch.testing.assert_close(value, values[name], rtol=1e-2, atol=1e-2)
+    _, factor = normal_of(guide)
+    torch.testing.assert_close(factor, 1e-3 * torch.eye(5), rtol=1e-2, atol=1e-5)
+
+
+def test_init_loc_fn_is_where_the_ascent_begins() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.ImproperUniform(constraints.real, (), ()))
+        pyro.factor("wells", torch.logaddexp(dist.Normal(-8.0, 1.0).log_prob(z), dist.Normal(8.0, 1.0).log_prob(z)))
+
+    for mode in (-8.0, 8.0):
+        guide = AutoIAF(model, init_loc_fn=init_to_value(values={"z": torch.tensor(mode * 0.9)}), **SMALL)
+        assert float(guide.setup().median()["z"]) == pytest.approx(mode, abs=0.1)
+
+
+@each_guide
+@pytest.mark.parametrize("units", [(1.0, 1.0, 1.0), (1.0, 2000.0, 0.01)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fresh_guide_is_a_normal_posterior(make: Any, units: tuple[float, ...], dtype: torch.dtype) -> None:
+    known = regression(units=units, dtype=dtype)
+    guide = make(known.model, **SMALL).setup()
+    assert {parameter.dtype for parameter in guide.parameters()} == {dtype}
+    assert known.distance(*normal_of(guide)) < (1e-4 if dtype == torch.float32 else 1e-8)
+
+
+def test_a_failed_set_up_can_be_tried_again() -> None:
+    def model(fails: bool) -> None:
+        if fails:
+            raise RuntimeError("no data yet")
+        counting()
+
+    guide = AutoIAF(model, **SMALL)
+    with pytest.raises(RuntimeError, match="no data yet"):
+        guide.setup(True)
+    assert guide(False)["rate"].shape == ()
+
+
+def test_a_model_that_takes_no_batch_is_set_up_all_the_same() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        loc = z[0] if z[1] > -5 else z[0] - 1
+        pyro.sample("y", dist.Normal(loc, 0.5), obs=torch.tensor(1.0))
+
+    loc, factor = normal_of(AutoIAF(model, **SMALL).setup())
+    torch.testing.assert_close(loc, torch.tensor([0.8, 0.0]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(factor @ factor.T, torch.diag(torch.tensor([0.2, 1.0])), atol=1e-3, rtol=0)
+
+
+def test_arguments_are_the_models() -> None:
+    def model(y: Tensor, *, scale: float) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 10.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(z, scale), obs=y)
+
+    guide, y = AutoIAF(model, **SMALL), torch.tensor([1.0, 3.0])
+    assert math.isfinite(steps(Trace_ELBO(), model, guide, 1, y, scale=0.1)[0])
+    assert float(guide.median(y, scale=0.1)["z"]) == pytest.approx(2.0, abs=0.05)
+
+
+@each_guide
+def test_pyros_guides_have_what_these_have(make: Any) -> None:
+    guide = make(several, **SMALL).setup()
+    assert guide.get_posterior().event_shape == (guide.latent_dim,) == (5,)
+    assert guide.sample_latent().shape == (5,)
+    torch.testing.assert_close(guide.get_base_dist().mean, torch.zeros(5))
+
+
+# -- objectives --------------------------------------------------------------------------------------------------------
+
+OBJECTIVES = {
+    "Trace": Trace_ELBO(),
+    "Trace vectorised": Trace_ELBO(num_particles=3, vectorize_particles=True),
+    "MeanField": TraceMeanField_ELBO(),
+    "Renyi": RenyiELBO(alpha=0.5, num_particles=3, vectorize_particles=True),
+    "Graph": TraceGraph_ELBO(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*TraceMeanField_ELBO:UserWarning")
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@each_guide
+def test_trains_with_pyros_objectives(make: Any, objective: Any) -> None:
+    guide = make(plates, **SMALL, init_scale=0.05)
+    losses = steps(objective, plates, guide, 40)
+    assert sum(losses[-10:]) < sum(losses[:10])
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@each_guide
+def test_trains_with_a_compiled_objective(make: Any) -> None:
+    guide = make(plates, **SMALL, init_scale=0.05)
+    losses = steps(JitTrace_ELBO(ignore_jit_warnings=True), plates, guide, 40)
+    assert sum(losses[-10:]) < sum(losses[:10])
+
+
+@each_guide
+def test_the_bound_rises_to_the_evidence(make: Any) -> None:
+    """A gamma posterior, for which a flow does better than a normal in the logarithm."""
+    guide = make(counting, **SMALL)
+    objective = Trace_ELBO(num_particles=16, vectorize_particles=True)
+    steps(objective, counting, guide, 80)
+    prior = torch.distributions.Gamma(2.0, 1.0)
+    rate = torch.tensor(3.0)
+    evidence = float(prior.log_prob(rate) + dist.Poisson(rate).log_prob(COUNTS).sum() - GAMMA.log_prob(rate))
+    bound = -Trace_ELBO(num_particles=2000, vectorize_particles=True).loss(counting, guide)
+    assert evidence - 0.02 < bound < evidence + 0.01
+
+
+# -- discrete sites ----------------------------------------------------------------------------------------------------
+
+
+def mixture() -> None:
+    loc = pyro.sample("loc", dist.Normal(torch.tensor([-2.0, 2.0]), 1.0).to_event(1))
+    with pyro.plate("rows", 4):
+        which = pyro.sample("which", dist.Categorical(torch.ones(2) / 2), infer={"enumerate": "parallel"})
+        pyro.sample("y", dist.Normal(loc[..., which], 0.5), obs=torch.tensor([-2.5, -1.5, 1.5, 2.5]))
+
+
+@each_guide
+def test_a_discrete_site_is_named_with_what_to_do(make: Any) -> None:
+    with pytest.raises(
+        ValueError, match=rf"{make.__name__} .*discrete site which.*poutine.block\(model, hide=\['which'\]"
+    ):
+        make(mixture).setup()
+
+
+@each_guide
+def test_a_discrete_site_can_be_hidden_and_summed_out(make: Any) -> None:
+    guide = make(poutine.block(mixture, hide=["which"]), **SMALL)
+    losses = steps(TraceEnum_ELBO(max_plate_nesting=1), mixture, guide, 80)
+    assert sum(losses[-20:]) < sum(losses[:20])
+    assert sorted(guide.median()) == ["loc"]
+
+
+# -- quantiles, draws and densities ------------------------------------------------------------------------------------
+
+
+@each_guide
+def test_quantiles_are_exact_where_they_are_known(make: Any) -> None:
+    """Of a lognormal posterior, which a fresh guide is. AutoIAFNormal of Pyro has no quantiles."""
+    loc, scale = torch.tensor([1.0, -1.0]), torch.tensor([0.5, 1.5])
+    guide = make(lambda: pyro.sample("z", dist.LogNormal(loc, scale).to_event(1)), **SMALL).setup()
+    wanted = torch.tensor([0.05, 0.5, 0.95])
+    found = guide.quantiles(wanted)["z"]
+    torch.testing.assert_close(found, dist.LogNormal(loc, scale).icdf(wanted[:, None]), rtol=0.02, atol=0)
+    torch.testing.assert_close(guide.median()["z"], loc.exp(), rtol=0.01, atol=0)
+
+
+@each_guide
+def test_quantiles_are_those_of_draws(make: Any) -> None:
+    guide = shaken(make(several, **SMALL).setup())
+    draws = guide.rsample((20_000,))
+    for name, found in guide.quantiles([0.2, 0.8]).items():
+        share = (draws[name][:, None] < found).float().mean(0)
+        torch.testing.assert_close(
+            share, torch.tensor([0.2, 0.8]).reshape(2, *[1] * (found.dim() - 1)).expand_as(found), atol=0.02, rtol=0
+        )
+
+
+@each_guide
+def test_quantiles_are_repeatable_and_leave_the_random_state_alone(make: Any) -> None:
+    guide = shaken(make(several, **SMALL).setup())
+    before = torch.get_rng_state()
+    assert same(guide.quantiles([0.1, 0.9]), guide.quantiles([0.1, 0.9]))
+    assert same(guide.median(), guide.median())
+    assert torch.equal(before, torch.get_rng_state())
+    assert not any(value.requires_grad for value in guide.median().values())
+
+
+@each_guide
+def test_density_is_a_change_of_variables(make: Any) -> None:
+    """By the Jacobian of noise to sites, in double precision."""
+    guide = shaken(make(double, **SMALL).setup())
+    noise = torch.randn(3, dtype=torch.float64)
+
+    def sites(u: Tensor) -> Tensor:
+        found = guide.sites_of(u)
+        return torch.cat([found["z"], found["scale"][None]])
+
+    jacobian = torch.autograd.functional.jacobian(sites, noise)
+    expected = dist.Normal(torch.zeros(3, dtype=torch.float64), 1.0).log_prob(noise).sum() - jacobian.slogdet()[1]
+    torch.testing.assert_close(guide.log_prob(guide.sites_of(noise)), expected, rtol=1e-9, atol=1e-9)
+
+
+@each_guide
+def test_density_integrates_to_one(make: Any) -> None:
+    guide = shaken(make(scalar, **SMALL).setup())
+    z = torch.linspace(1e-4, 60, 100_000, dtype=torch.float64).float()
+    with torch.no_grad():
+        density = guide.log_prob({"z": z}).exp()
+    assert float(torch.trapezoid(density, z)) == pytest.approx(1.0, abs=2e-3)
+
+
+@each_guide
+def test_a_single_draw_has_the_shape_of_the_site(make: Any) -> None:
+    guide = make(several, **SMALL).setup()
+    expected = {"scale": (), "share": (), "vector": (3,)}
+    for sites in (guide.rsample(), guide.sites_of(torch.zeros(5)), guide.quantiles(torch.tensor(0.5))):
+        assert {name: tuple(value.shape) for name, value in sites.items()} == expected
+
+
+@each_guide
+def test_a_missing_site_of_a_density_is_named(make: Any) -> None:
+    guide = make(several, **SMALL).setup()
+    with pytest.raises(ValueError, match=r"values of every site, got none of \['share', 'vector'\]"):
+        guide.log_prob({"scale": torch.tensor(1.0)})
+
+
+# -- copies ------------------------------------------------------------------------------------------------------------
+
+
+@each_guide
+def test_a_deep_copy_and_the_original_train_independently(make: Any) -> None:
+    guide = make(counting, **SMALL)
+    steps(Trace_ELBO(), counting, guide, 2)
+    twin = copy.deepcopy(guide)
+    assert same(weights(guide), weights(twin))
+    before = weights(guide)
+    steps(Trace_ELBO(), counting, twin, 2)
+    assert same(before, weights(guide))
+    assert not same(before, weights(twin))
+    before = weights(twin)
+    steps(Trace_ELBO(), counting, guide, 2)
+    assert same(before, weights(twin))
+
+
+def test_a_guide_that_is_not_set_up_can_be_copied() -> None:
+    guide = AutoIAF(counting, **SMALL)
+    twin = copy.deepcopy(guide)
+    assert twin()["rate"].shape == guide()["rate"].shape == ()
+
+
+@each_guide
+def test_a_pickled_guide_draws_as_before(make: Any) -> None:
+    guide = shaken(make(counting, **SMALL).setup())
+    twin = pickle.loads(pickle.dumps(guide))
+    assert same(guide.median(), twin.median())
+    assert guide()["rate"].shape == twin()["rate"].shape == ()
+    torch.testing.assert_close(twin.log_prob({"rate": torch.tensor(3.0)}), guide.log_prob({"rate": torch.tensor(3.0)}))
+
+
+@each_guide
+def test_weights_load_into_a_guide_that_is_set_up(make: Any) -> None:
+    """Where a guide starts is part of its state: another start, and the same weights, are the same guide."""
+    guide = shaken(make(counting, **SMALL).setup())
+    stored = io.BytesIO()
+    torch.save(guide.state_dict(), stored)
+    stored.seek(0)
+    other = make(counting, **SMALL, init_scale=0.3).setup()
+    assert not same(guide.median(), other.median())
+    other.load_state_dict(torch.load(stored))
+    assert same(guide.median(), other.median())
+
+
+@each_guide
+def test_two_guides_of_one_name_train_independently(make: Any) -> None:
+    """Pyro's store knows parameters by name, and both are called the same."""
+    guides = [make(counting, **SMALL) for _ in range(2)]
+    runs = [SVI(counting, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()) for guide in guides]
+    for _ in range(3):
+        for guide, other, run in zip(guides, guides[::-1], runs, strict=True):
+            own, before = weights(guide), weights(other)
+            run.step()
+            assert own == {} or not same(own, weights(guide))
+            assert same(before, weights(other))
+
+
+@each_guide
+def test_a_new_guide_starts_afresh_whatever_the_store_holds(make: Any) -> None:
+    old = make(counting, **SMALL)
+    steps(Trace_ELBO(), counting, shaken(old.setup(), gain=3.0), 2)
+    kept = weights(old)
+    known = regression()
+    steps(Trace_ELBO(), known.model, new := make(known.model, **SMALL), 1)
+    fresh_guide = make(known.model, **SMALL).setup()
+    fresh_guide()
+    assert known.distance(*normal_of(fresh_guide)) < 1e-8
+    assert same(kept, weights(old))
+    assert new.latent_dim == 3
+
+
+# -- amortised ---------------------------------------------------------------------------------------------------------
+
+
+class Summary(nn.Module):
+    """A context of the data, for all latent variables together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 4)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.linear(torch.stack([y.mean(), y.std()]))
+
+
+def of_data(y: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+@each_guide
+def test_a_context_of_all_data_steers_all_latent_variables(make: Any) -> None:
+    encoder = Summary()
+    guide = make(of_data, encoder=encoder, **SMALL)
+    low, high = torch.tensor([-2.0, -1.0, -1.5]), torch.tensor([2.0, 1.0, 1.5, 1.2])
+    svi = SVI(of_data, guide, pyro.optim.Adam({"lr": 0.03}), Trace_ELBO(num_particles=8, vectorize_particles=True))
+    before = encoder.linear.weight.detach().clone()
+    for _ in range(90):
+        svi.step(low)
+        svi.step(high)
+    assert not torch.equal(before, encoder.linear.weight)
+    assert float(guide.median(low)["z"]) == pytest.approx(-4.5 / 4, abs=0.25)
+    assert float(guide.median(high)["z"]) == pytest.approx(5.7 / 5, abs=0.25)
+
+
+def by_row(y: Tensor, size: int | None = None) -> None:
+    with pyro.plate("rows", len(y), subsample_size=size) as rows:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        share = pyro.sample("share", dist.Beta(2.0, 2.0))
+        pyro.sample("y", dist.Normal(z.sum(-1) + share, 0.5), obs=y[rows])
+
+
+@each_guide
+def test_a_context_by_row_serves_batches_of_any_size(make: Any) -> None:
+    encoder = nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 3))
+    guide = make(by_row, encoder=encoder, create_plates=lambda y: pyro.plate("rows", len(y)), **SMALL)
+    svi = SVI(by_row, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO(num_particles=2, vectorize_particles=True))
+    for size in (5, 3, 7):
+        assert math.isfinite(svi.step(torch.randn(size)))
+        assert guide.latent_dim == 3
+    y = torch.randn(6)
+    sites, log_q = drawn(guide, y)
+    assert (sites["z"].shape, sites["share"].shape) == ((6, 2), (6,))
+    log_prob = guide.log_prob(sites, y)
+    assert log_prob.shape == (6,)
+    torch.testing.assert_close(log_prob.sum(), log_q, rtol=1e-3, atol=1e-3)
+    assert guide.median(y)["z"].shape == (6, 2)
+    assert guide.quantiles([0.1, 0.9], y)["share"].shape == (2, 6)
+    assert guide.rsample((4,), y)["z"].shape == (4, 6, 2)
+
+
+@each_guide
+def test_a_context_by_row_within_subsamples(make: Any) -> None:
+    network, everything = nn.Linear(1, 3), torch.randn(20)
+
+    def model(y: Tensor) -> None:
+        with pyro.plate("rows", 20, subsample=torch.arange(5)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+    def create_plates(y: Tensor) -> Any:
+        return pyro.plate("rows", 20, subsample=torch.arange(5))
+
+    guide = make(model, encoder=lambda y: network(y[:, None]), create_plates=create_plates, **SMALL)
+    optimizer = pyro.optim.Adam({"lr": 0.02})
+    svi = SVI(model, guide, optimizer, Trace_ELBO())
+    assert all(math.isfinite(svi.step(everything[start : start + 5])) for start in (0, 5, 10, 15))
+    sites, log_q = drawn(guide, everything[:5])
+    # Five rows stand for twenty.
+    log_prob = guide.log_prob(sites, everything[:5])
+    torch.testing.assert_close(4 * log_prob.sum(), log_q, rtol=1e-3, atol=1e-3)
+
+
+def test_a_context_for_rows_that_a_site_is_not_in_is_refused() -> None:
+    def model(y: Tensor) -> None:
+        pyro.sample("loc", dist.Normal(0.0, 1.0))
+        by_row(y)
+
+    with pytest.raises(ValueError, match=r"every site in plates of shape \(5,\).*got loc in \(\)"):
+        AutoIAF(model, encoder=lambda y: y[:, None]).setup(torch.randn(5))
+
+
+# -- data in subsamples ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_plates", [True, False])
+@each_guide
+def test_trains_on_subsamples_of_the_data(make: Any, by_plates: bool) -> None:
+    def model(y: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        with pyro.plate("rows", len(y), subsample_size=20) as rows:
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y[rows])
+
+    y = 3 + torch.randn(200)
+    create = {"create_plates": lambda y: pyro.plate("rows", len(y), subsample_size=20)} if by_plates else {}
+    guide = make(model, **SMALL, **create)
+    objective = Trace_ELBO(num_particles=4, vectorize_particles=True)
+    steps(objective, model, guide, 100, y)
+    assert float(guide.median(y)["loc"]) == pytest.approx(float(y.mean()), abs=0.25)
+
+
+# -- what goes wrong for one draw --------------------------------------------------------------------------------------
+
+
+class Steep(torch.autograd.Function):
+    """Zero, with an infinite gradient where the argument is above 1.5."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.where(x > 1.5, torch.inf, 0.0)
+
+
+@pytest.mark.filterwarnings("ignore:Encountered:UserWarning")
+@pytest.mark.parametrize("bad", [Steep.apply, lambda z: torch.where(z > 1.5, torch.nan, 0.0) * z], ids=["inf", "nan"])
+@each_guide
+def test_one_bad_draw_leaves_the_parameters_finite(make: Any, bad: Any) -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(bad(z), 1.0, validate_args=False), obs=torch.tensor(0.0))
+
+    guide = make(model, **SMALL, init_scale=1.0)
+    steps(Trace_ELBO(num_particles=20, vectorize_particles=True), model, guide, 5)
+    assert all(bool(parameter.isfinite().all()) for parameter in guide.parameters())
+    assert bool(guide.median()["z"].isfinite())
+
+
+@pytest.mark.parametrize("point", [-1000.0, 1000.0])
+@each_guide
+def test_scales_and_shares_out_of_reach_raise_nothing(make: Any, point: float) -> None:
+    def model() -> None:
+        scale = pyro.sample("scale", dist.HalfCauchy(1.0))
+        share = pyro.sample("share", dist.Beta(2.0, 2.0))
+        pyro.sample("y", dist.Normal(share, scale), obs=torch.tensor(1.0))
+
+    guide = make(model, **SMALL, init_scale=0.1).setup()
+    with torch.no_grad():
+        guide.transform(torch.zeros(2))
+        for name, buffer in guide.named_buffers():
+            if name.endswith(".loc"):
+                buffer.fill_(point)
+    loss = Trace_ELBO().loss_and_grads(model, guide)
+    assert not math.isnan(loss)
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in guide.parameters())
+
+
+# -- wrong arguments ---------------------------------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "layers": ({"num_layers": -1}, ValueError, "num_layers of at least 1, got -1"),
+    "no layers": ({"num_layers": 0}, ValueError, "num_layers of at least 1, got 0"),
+    "half a layer": ({"num_layers": 1.5}, TypeError, "num_layers to be an int, got 1.5"),
+    "width": ({"hidden_dims": [8, 0]}, ValueError, "hidden_dims of at least 1, got 0"),
+    "one width": ({"hidden_dims": 8}, TypeError, "hidden_dims to be a sequence of ints"),
+    "scale": ({"init_scale": 0.0}, ValueError, "init_scale above 0 and finite, got 0.0"),
+    "infinite scale": ({"init_scale": math.inf}, ValueError, "init_scale above 0 and finite, got inf"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), WRONG.values(), ids=WRONG)
+@each_guide
+def test_wrong_options_are_named(make: Any, options: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message) as raised:
+        make(counting, **options)
+    assert str(raised.value).startswith(make.__name__)
+    assert "\n" not in str(raised.value)
+
+
+@each_guide
+def test_a_model_that_cannot_be_called_is_refused(make: Any) -> None:
+    with pytest.raises(TypeError, match=f"{make.__name__} expected a model to call, got int"):
+        make(3)
+
+
+@each_guide
+def test_a_model_without_latent_variables_is_refused(make: Any) -> None:
+    with pytest.raises(ValueError, match=f"{make.__name__} found no latent variables"):
+        make(lambda: pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0))).setup()
+
+
+@pytest.mark.parametrize("context", [3.0, torch.tensor(1.0)])
+def test_an_encoder_that_returns_no_features_is_refused(context: Any) -> None:
+    with pytest.raises(ValueError, match=r"AutoIAF expected encoder to return a tensor \(\*rows, features\), got"):
+        AutoIAF(counting, encoder=lambda: context).setup()
+
+
+def test_a_support_without_a_bijection_is_named() -> None:
+    factors = dist.ImproperUniform(constraints.lower_cholesky, (), (2, 2))
+    with pytest.raises(ValueError, match=r"AutoIAF knows no map .* site factor, LowerCholesky.*poutine\.reparam"):
+        AutoIAF(lambda: pyro.sample("factor", factors)).setup()
