@@ -74,9 +74,8 @@ def run(target: Callable[..., None], settings: Settings) -> Chains:
     started = time.monotonic()
     for chain in range(settings.chains):
         pyro.set_rng_seed(chain)
-        mcmc = MCMC(
-            NUTS(target), num_samples=settings.draws, warmup_steps=settings.warmup, num_chains=1, disable_progbar=True
-        )
+        kernel = NUTS(target, jit_compile=True, ignore_jit_warnings=True)
+        mcmc = MCMC(kernel, num_samples=settings.draws, warmup_steps=settings.warmup, disable_progbar=True)
         mcmc.run(EFFECTS, ERRORS)
         found.append(mcmc.get_samples())
         divergences += sum(map(len, mcmc.diagnostics()["divergences"].values()))
