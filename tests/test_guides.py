@@ -270,7 +270,7 @@ OBJECTIVES = {
 @each_guide
 def test_trains_with_pyros_objectives(make: Any, objective: Any) -> None:
     guide = make(plates, **SMALL, init_scale=0.05)
-    losses = steps(objective, plates, guide, 40)
+    losses = steps(objective, plates, guide, 25)
     assert sum(losses[-10:]) < sum(losses[:10])
 
 
@@ -278,7 +278,7 @@ def test_trains_with_pyros_objectives(make: Any, objective: Any) -> None:
 @each_guide
 def test_trains_with_a_compiled_objective(make: Any) -> None:
     guide = make(plates, **SMALL, init_scale=0.05)
-    losses = steps(JitTrace_ELBO(ignore_jit_warnings=True), plates, guide, 40)
+    losses = steps(JitTrace_ELBO(ignore_jit_warnings=True), plates, guide, 25)
     assert sum(losses[-10:]) < sum(losses[:10])
 
 

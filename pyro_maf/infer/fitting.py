@@ -233,4 +233,6 @@ class _Run:
 
     def settle(self) -> None:
         """Put the averaged weights in place."""
+        if self.schedule.ends_as_good_as_any():
+            self.average.keep()
         self.average.use()

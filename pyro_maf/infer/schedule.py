@@ -54,10 +54,21 @@ class Schedule:
         self._window.append(loss)
         if len(self._window) < WINDOW:
             return False
-        mean, error = fmean(self._window), stdev(self._window) / math.sqrt(WINDOW)
+        mean, error = self._mean()
         if not mean < self._best - error:
             self._cuts += 1
         self.is_as_good_as_any = mean <= self._best + error
         self._best = min(self._best, mean)
         self._window = []
         return True
+
+    def ends_as_good_as_any(self) -> bool:
+        """Whether the losses since the last window, if there are any, are no worse than the best."""
+        if len(self._window) < 2:
+            return False
+        mean, error = self._mean()
+        return mean <= self._best + error
+
+    def _mean(self) -> tuple[float, float]:
+        """Of the present window, with its standard error."""
+        return fmean(self._window), stdev(self._window) / math.sqrt(len(self._window))

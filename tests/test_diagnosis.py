@@ -1,0 +1,224 @@
+"""Whether to trust a guide: k-hat, verdicts, reweighting, and draws for arviz."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+
+from pyro_maf.infer import Diagnosis, diagnose, reweight, to_arviz
+from tests.posteriors import GUIDES, SMALL, counting, regression
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+
+def standard(size: int = 3) -> None:
+    pyro.sample("z", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+
+
+def normal(loc: float = 0.0, scale: float = 1.0, size: int = 3) -> Any:
+    return lambda: pyro.sample("z", dist.Normal(torch.full((size,), loc), scale).to_event(1))
+
+
+@pytest.mark.parametrize("make", GUIDES)
+def test_a_guide_that_is_the_posterior_is_good(make: Any) -> None:
+    known = regression()
+    found = diagnose(known.model, make(known.model, **SMALL), num_samples=4000)
+    assert found.k_hat < 0.5
+    assert found.ess > 3990
+    assert found.elbo_se < 1e-3
+    assert (found.num_samples, found.unscored) == (4000, 0)
+    assert "is good" in found.verdict
+
+
+def test_the_bound_is_the_evidence_where_the_guide_is_the_posterior() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(1.5))
+
+    found = diagnose(model, lambda: pyro.sample("z", dist.Normal(0.75, 0.5**0.5)))
+    assert found.elbo == pytest.approx(float(dist.Normal(0.0, 2**0.5).log_prob(torch.tensor(1.5))), abs=1e-5)
+
+
+def test_the_bound_and_its_error_are_those_of_the_draws() -> None:
+    """KL(N(0.5, 1) || N(0, 1)) in three dimensions, and the variance of log p/q, 3 * 0.5^2."""
+    found = diagnose(standard, normal(0.5))
+    assert found.elbo == pytest.approx(-3 * 0.125, abs=4 * found.elbo_se)
+    assert found.elbo_se == pytest.approx((3 * 0.25 / 10_000) ** 0.5, rel=0.05)
+    assert found.ess == pytest.approx(10_000 * math.exp(-0.75), rel=0.1)
+
+
+def test_a_guide_that_is_far_too_narrow_is_worthless() -> None:
+    found = diagnose(standard, normal(scale=0.2))
+    assert found.k_hat > 0.7
+    assert found.ess < 2000
+    assert "poor" in found.verdict or "worthless" in found.verdict
+
+
+@pytest.mark.parametrize(
+    ("k_hat", "unscored", "words"),
+    [
+        (-math.inf, 0, "is good"),
+        (0.49, 0, "is good"),
+        (0.5, 0, "is usable"),
+        (0.7, 0, "is poor"),
+        (1.0, 0, "is worthless"),
+        (math.inf, 0, "is worthless"),
+        (0.1, 501, "could not score most draws"),
+    ],
+)
+def test_verdicts_are_sentences(k_hat: float, unscored: int, words: str) -> None:
+    found = Diagnosis(k_hat=k_hat, ess=10.0, elbo=-1.0, elbo_se=0.1, num_samples=1000, unscored=unscored)
+    assert words in found.verdict
+    assert found.verdict.endswith(".")
+    assert found.verdict in repr(found)
+    assert (f"{unscored} draws could not be scored" in repr(found)) == (unscored > 0)
+
+
+def positive(raises: bool) -> Any:
+    """A half of a normal, on all numbers: the other half can not be scored."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(0.0, z.sqrt(), validate_args=raises), obs=torch.tensor(0.5))
+
+    return model
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_draws_that_the_model_cannot_score_are_counted_and_left_out(raises: bool) -> None:
+    pyro.set_rng_seed(2)
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(1.0, 1.0))
+
+    found = diagnose(positive(raises), guide, num_samples=400)
+    assert found.unscored == pytest.approx(400 * 0.159, abs=30)
+    assert math.isfinite(found.elbo)
+    assert f"{found.unscored} draws could not be scored" in repr(found)
+    draws = reweight(positive(raises), guide, num_samples=50)["z"]
+    assert bool((draws > 0).all())
+
+
+def test_a_guide_that_leaves_out_a_site_is_refused() -> None:
+    def model() -> None:
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("b", dist.Normal(0.0, 1.0))
+
+    for name, function in {"diagnose": diagnose, "reweight": reweight, "to_arviz": to_arviz}.items():
+        with pytest.raises(ValueError, match=rf"{name} expected a guide of every latent site, got none of b:"):
+            function(model, lambda: pyro.sample("a", dist.Normal(0.0, 1.0)))
+
+
+@pytest.mark.parametrize("count", [0, 99])
+def test_too_few_draws_are_refused(count: int) -> None:
+    for name, function in {"diagnose": diagnose, "to_arviz": to_arviz}.items():
+        with pytest.raises(ValueError, match=f"{name} expected num_samples of at least 100, got {count}"):
+            function(standard, normal(), num_samples=count)
+
+
+# -- every kind of model -----------------------------------------------------------------------------------------------
+
+
+def rows(y: Tensor, *, scale: float = 1.0) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("columns", 2, dim=-2), pyro.plate("rows", len(y), dim=-1):
+        z = pyro.sample("z", dist.Normal(loc, scale))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y.expand(2, -1))
+
+
+def test_plates_and_arguments_are_the_models() -> None:
+    y = torch.tensor([0.5, -0.5, 1.0])
+    guide = AutoNormal(rows)
+    found = diagnose(rows, guide, y, scale=0.5, num_samples=500)
+    assert math.isfinite(found.elbo)
+    draws = reweight(rows, GUIDES[1](rows, **SMALL), y, scale=0.5, num_samples=200)
+    assert {name: tuple(value.shape) for name, value in draws.items()} == {"loc": (200,), "z": (200, 2, 3)}
+
+
+def test_a_model_that_takes_no_batch_is_scored_all_the_same() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(1.0 if z[0] > 100 else 0.0, 1.0), obs=torch.tensor(0.0))
+
+    found = diagnose(model, normal(0.5), num_samples=300)
+    expected = -3 * 0.125 + float(dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.0)))
+    assert found.elbo == pytest.approx(expected, abs=4 * found.elbo_se)
+
+
+def test_scales_and_masks_of_a_model_count() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 2), poutine.scale(scale=3.0), poutine.mask(mask=torch.tensor([True, False])):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor([1.0, 100.0]))
+
+    found = diagnose(model, lambda: pyro.sample("z", dist.Normal(0.75, 0.5)))
+    assert found.ess == pytest.approx(10_000, rel=1e-3)
+    assert found.elbo_se < 1e-4
+
+
+def test_a_guide_with_auxiliary_sites_is_weighed_by_its_joint_density() -> None:
+    def guide() -> None:
+        u = pyro.sample("u", dist.Normal(0.0, 0.6), infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Delta(u / 0.6, log_density=math.log(0.6)))
+
+    found = diagnose(lambda: pyro.sample("z", dist.Normal(0.0, 1.0)), guide)
+    assert abs(found.elbo) < 1e-5
+
+
+# -- reweighting -------------------------------------------------------------------------------------------------------
+
+
+def test_reweighting_corrects_mean_and_deviation() -> None:
+    pyro.set_rng_seed(4)
+    draws = reweight(standard, normal(0.3, 1.2), num_samples=8000)["z"]
+    assert draws.shape == (8000, 3)
+    torch.testing.assert_close(draws.mean(0), torch.zeros(3), atol=0.04, rtol=0)
+    torch.testing.assert_close(draws.std(0), torch.ones(3), atol=0.04, rtol=0)
+
+
+def test_reweighting_a_hopeless_guide_warns() -> None:
+    with pytest.warns(UserWarning, match="reweighting can not correct this guide"):
+        reweight(standard, normal(6.0, 0.2), num_samples=100)
+
+
+def test_reweighting_needs_a_draw_that_can_be_scored() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(0.0, torch.where(z > 50, 1.0, torch.nan), validate_args=False), obs=torch.ones(()))
+
+    with pytest.raises(ValueError, match="reweight found no draw of the guide that the model can score"):
+        reweight(model, lambda: pyro.sample("z", dist.Normal(0.0, 1.0)), num_samples=100)
+
+
+def test_reweighted_draws_come_in_random_order() -> None:
+    draws = reweight(standard, normal(0.3, 1.2), num_samples=2000)["z"][:, 0]
+    assert abs(float(torch.stack([draws[:-1], draws[1:]]).corrcoef()[0, 1])) < 0.1
+
+
+# -- arviz -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [*GUIDES, AutoNormal])
+def test_draws_become_inference_data(make: Any) -> None:
+    y = torch.tensor([0.5, -0.5, 1.0])
+    guide = make(rows, **SMALL) if make in GUIDES else make(rows)
+    data = to_arviz(rows, guide, y, num_samples=300)
+    assert type(data).__name__ == "InferenceData"
+    assert {name: value.shape for name, value in data.posterior.items()} == {"loc": (1, 300), "z": (1, 300, 2, 3)}
+    assert data.sample_stats["log_weight"].shape == (1, 300)
+    assert float((2.718281828 ** data.sample_stats["log_weight"]).sum()) == pytest.approx(1.0, rel=1e-4)
+    assert {"k_hat", "elbo", "verdict"} <= data.posterior.attrs.keys()
+
+
+def test_a_fresh_guide_of_a_skewed_posterior_says_how_good_it_is() -> None:
+    found = diagnose(counting, GUIDES[1](counting, **SMALL))
+    assert found.k_hat < 0.7
+    assert 5_000 < found.ess < 10_000

@@ -1,0 +1,323 @@
+"""Fitting a guide: what it finds, why it stops, and what it bears."""
+
+from __future__ import annotations
+
+import math
+import signal
+from functools import partial
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal, init_to_value
+from torch import Tensor, nn
+
+from pyro_maf.infer import diagnose, fit_guide, fitting
+from pyro_maf.infer.schedule import Schedule
+from tests.posteriors import GAMMA, GUIDES, SMALL, counting, regression, weights
+
+pytestmark = pytest.mark.usefixtures("fresh")
+QUICK: dict[str, Any] = {"num_particles": 8, "progress": False}
+AutoIAF = GUIDES[1]
+
+
+class Counted:
+    """A model that does something at one of its runs."""
+
+    def __init__(self, at: float, action: Any, model: Any = counting) -> None:
+        self.runs = 0
+        self._at, self._action, self._model = at, action, model
+
+    def __call__(self) -> None:
+        self.runs += 1
+        if self.runs >= self._at:
+            self._action(self)
+        self._model()
+
+
+@pytest.mark.parametrize("make", GUIDES)
+def test_finds_a_normal_posterior_from_a_poor_start(make: Any) -> None:
+    known = regression()
+    sd = known.covariance.diagonal().sqrt()
+    away = init_to_value(values={"z": known.mean + sd * torch.tensor([1.0, -1.0, 1.0])})
+    guide = make(known.model, init_loc_fn=away, init_scale=0.15, **SMALL)
+    fit = fit_guide(known.model, guide, steps=300, learning_rate=0.03, **QUICK)
+    assert fit.guide is guide
+    draws = guide.rsample((20_000,))["z"].detach()
+    assert bool(((draws.mean(0) - known.mean).abs() < 0.15 * sd).all())
+    torch.testing.assert_close(draws.T.corrcoef(), known_correlation(known.covariance), atol=0.06, rtol=0)
+    torch.testing.assert_close(draws.std(0), sd, rtol=0.08, atol=0)
+    assert fit.diagnosis.k_hat < 0.7
+
+
+def known_correlation(covariance: Tensor) -> Tensor:
+    sd = covariance.diagonal().sqrt()
+    return covariance / sd / sd[:, None]
+
+
+def test_finds_a_gamma_posterior() -> None:
+    fit = fit_guide(counting, AutoIAF(counting, **SMALL), steps=150, **QUICK)
+    draws = fit.guide.rsample((20_000,))["rate"].detach()
+    assert float(draws.mean()) == pytest.approx(float(GAMMA.mean), rel=0.02)
+    assert float(draws.std()) == pytest.approx(float(GAMMA.stddev), rel=0.04)
+    assert fit.diagnosis.ess > 0.98 * fit.diagnosis.num_samples
+
+
+# -- why it stops ------------------------------------------------------------------------------------------------------
+
+
+def standard() -> None:
+    pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def test_stops_once_the_bound_has_converged() -> None:
+    """Of a guide that is the posterior from the first: six windows of 200 steps find nothing to gain."""
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(pyro.param("loc", lambda: torch.tensor(0.0)), 1.0))
+
+    fit = fit_guide(standard, guide, num_particles=1, progress=False)
+    assert fit.stop_reason == "the evidence lower bound has converged"
+    assert 1_000 < len(fit.elbo) < 3_000
+    assert abs(float(pyro.param("loc").detach())) < 0.05
+
+
+def test_stops_when_steps_are_reached() -> None:
+    fit = fit_guide(counting, AutoIAF(counting, **SMALL), steps=7, **QUICK)
+    assert fit.stop_reason == "reached steps (7)"
+    assert (len(fit.elbo), fit.skipped_steps) == (7, 0)
+    assert fit.seconds > 0
+    assert repr(fit).startswith("GuideFit(AutoIAF, 7 steps in ")
+    assert "stopped: reached steps (7)" in repr(fit)
+
+
+def test_ctrl_c_ends_a_fit_with_what_it_had() -> None:
+    model = Counted(math.inf, lambda model: None)
+    guide = AutoIAF(model, **SMALL).setup()
+    before = weights(guide)
+
+    def press(self: Counted) -> None:
+        self._at = math.inf
+        signal.raise_signal(signal.SIGINT)
+
+    model._action, model._at = press, model.runs + 40
+    fit = fit_guide(model, guide, steps=10_000, **QUICK)
+    assert fit.stop_reason == "interrupted"
+    assert 0 < len(fit.elbo) < 60
+    assert any(not torch.equal(value, before[name]) for name, value in weights(guide).items())
+    assert fit.diagnosis.k_hat < 0.7
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_learning_rate_warms_up_is_halved_and_ends() -> None:
+    schedule = Schedule(0.01, steps=100_000)
+    rates = []
+    while not schedule.converged:
+        rates.append(schedule.learning_rate)
+        schedule.step(float(len(rates) % 2))
+    assert rates[0] == pytest.approx(0.01 / 50)
+    assert max(rates) == 0.01
+    assert rates[-1] == pytest.approx(0.01 / 16)
+    assert len(rates) == 6 * 200
+
+
+def test_the_learning_rate_stays_while_the_bound_rises_and_falls_at_the_end() -> None:
+    schedule = Schedule(0.01, steps=4_000)
+    rates = []
+    for step in range(4_000):
+        rates.append(schedule.learning_rate)
+        schedule.step(float(-step))
+    assert rates[50] == rates[2_790] == 0.01
+    assert rates[-1] == pytest.approx(0.01 / 32, rel=0.01)
+    assert not schedule.converged
+    assert schedule.is_as_good_as_any
+
+
+def rising(steps: int) -> float:
+    """Where a weight ends that is on the way to a far optimum all along."""
+    pyro.clear_param_store()
+
+    def model() -> None:
+        pyro.sample("z", dist.Normal(1000.0, 1.0))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(pyro.param("loc", lambda: torch.tensor(0.0)), 1.0))
+
+    fit_guide(model, guide, steps=steps, num_particles=1, progress=False)
+    return float(pyro.param("loc").detach())
+
+
+def test_a_fit_that_is_cut_short_keeps_its_last_steps() -> None:
+    """The bound rises all along: more steps are better, also where they end within a window of 200."""
+    found = [rising(steps) for steps in (200, 260, 390)]
+    assert found == sorted(found)
+    assert found[2] > 1.5 * found[0]
+
+
+# -- what it bears -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Encountered:UserWarning")
+@pytest.mark.parametrize("how", ["raises", "nan"])
+def test_steps_that_fail_are_skipped_and_counted(how: str) -> None:
+    failures = []
+
+    def fails(model: Counted) -> None:
+        if model.runs % 10 == 0 and torch.is_grad_enabled():
+            failures.append(model.runs)
+            if how == "raises":
+                raise ValueError("singular")
+            pyro.sample("bad", dist.Normal(math.nan, 1.0, validate_args=False), obs=torch.tensor(0.0))
+
+    model = Counted(0, lambda model: None)
+    guide = AutoIAF(model, **SMALL).setup()
+    model._action = fails
+    model.runs = -50  # well behind what looks at the model before the first step
+    fit = fit_guide(model, guide, steps=100, **QUICK)
+    assert fit.skipped_steps == len(failures) > 3
+    assert len(fit.elbo) == 100 - fit.skipped_steps
+    assert all(map(math.isfinite, fit.elbo))
+    assert all(bool(parameter.isfinite().all()) for parameter in guide.parameters())
+    assert "steps without a finite loss and gradient skipped" in repr(fit)
+
+
+def test_what_a_model_always_raises_is_raised() -> None:
+    def fails(model: Counted) -> None:
+        if torch.is_grad_enabled():
+            raise ValueError("always singular")
+
+    model = Counted(math.inf, fails)
+    guide = AutoIAF(model, **SMALL).setup()
+    model._at = 0
+    with pytest.raises(ValueError, match="always singular"):
+        fit_guide(model, guide, steps=100, **QUICK)
+
+
+@pytest.mark.filterwarnings("ignore:Encountered:UserWarning")
+def test_a_bound_that_is_never_finite_is_an_error() -> None:
+    def model() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(math.nan, 1.0, validate_args=False), obs=torch.tensor(0.0))
+
+    with pytest.raises(ArithmeticError, match="no finite loss and gradient in 50 steps in a row"):
+        fit_guide(model, AutoIAF(model, init_scale=1.0, **SMALL), steps=100, **QUICK)
+
+
+def test_fits_guides_of_pyro() -> None:
+    near = init_to_value(values={"rate": torch.tensor(3.0)})
+    fit = fit_guide(counting, AutoNormal(counting, init_loc_fn=near), steps=200, learning_rate=0.05, **QUICK)
+    assert float(fit.guide.median()["rate"]) == pytest.approx(float(GAMMA.mean), rel=0.05)
+    assert repr(fit).startswith("GuideFit(AutoNormal, 200 steps")
+
+
+def test_fits_guides_that_are_functions() -> None:
+    def guide() -> None:
+        shape = pyro.param("shape", lambda: torch.tensor(5.0), constraint=dist.constraints.positive)
+        rate = pyro.param("rate_of", lambda: torch.tensor(2.0), constraint=dist.constraints.positive)
+        pyro.sample("rate", dist.Gamma(shape, rate))
+
+    fit = fit_guide(counting, guide, steps=300, learning_rate=0.05, **QUICK)
+    mean = pyro.param("shape") / pyro.param("rate_of")
+    assert float(mean.detach()) == pytest.approx(float(GAMMA.mean), rel=0.05)
+    assert repr(fit).startswith("GuideFit(function, 300 steps")
+
+
+def test_parameters_of_the_model_are_fitted_too() -> None:
+    y = torch.tensor([1.0, 3.0])
+
+    def model() -> None:
+        loc = pyro.param("loc", lambda: torch.tensor(1.5))
+        z = pyro.sample("z", dist.Normal(loc, 1.0))
+        with pyro.plate("rows", 2):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    fit_guide(model, AutoIAF(model, **SMALL), steps=200, learning_rate=0.05, **QUICK)
+    assert float(pyro.param("loc").detach()) == pytest.approx(2.0, abs=0.1)
+
+
+def test_a_model_that_takes_no_batch_is_fitted_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "diagnose", partial(diagnose, num_samples=200))  # ten thousand take as many runs
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        loc = z[0] if z[1] > -5 else z[0] - 1
+        pyro.sample("y", dist.Normal(loc, 0.5), obs=torch.tensor(1.0))
+
+    guide = AutoIAF(model, **SMALL)
+    fit = fit_guide(model, guide, steps=30, progress=False)
+    assert fit.skipped_steps == 0
+    torch.testing.assert_close(guide.median()["z"], torch.tensor([0.8, 0.0]), atol=0.1, rtol=0)
+
+
+def test_arguments_are_the_models_and_amortised_guides_are_fitted() -> None:
+    def model(y: Tensor, *, scale: float) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(z, scale), obs=y)
+
+    network = nn.Linear(1, 2)
+    guide = AutoIAF(model, encoder=lambda y, scale: network(y.mean(0, keepdim=True)), **SMALL)
+    y = torch.tensor([1.0, 2.0])
+    fit = fit_guide(model, guide, y, scale=1.0, steps=150, learning_rate=0.05, **QUICK)
+    assert float(guide.median(y, scale=1.0)["z"]) == pytest.approx(1.0, abs=0.1)
+    assert fit.diagnosis.k_hat < 0.7
+
+
+def test_the_same_seed_is_the_same_fit() -> None:
+    fits = []
+    for _ in range(2):
+        pyro.set_rng_seed(5)
+        fits.append(fit_guide(counting, AutoIAF(counting, **SMALL), steps=20, **QUICK))
+    assert fits[0].elbo == fits[1].elbo
+
+
+# -- what it shows -----------------------------------------------------------------------------------------------------
+
+
+def test_a_bar_is_shown_where_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    fit_guide(counting, AutoIAF(counting, **SMALL), steps=5, num_particles=2, progress="always")
+    shown = capsys.readouterr()
+    assert "step" in shown.err
+    assert shown.out == ""
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_no_bar_is_shown_where_nobody_looks(capsys: pytest.CaptureFixture[str], progress: bool) -> None:
+    fit_guide(counting, AutoIAF(counting, **SMALL), steps=5, num_particles=2, progress=progress)
+    assert capsys.readouterr() == ("", "")
+
+
+# -- wrong arguments ---------------------------------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "steps": ({"steps": 0}, ValueError, "steps of at least 1, got 0"),
+    "half a step": ({"steps": 1.5}, TypeError, "steps to be an int, got 1.5"),
+    "particles": ({"num_particles": 0}, ValueError, "num_particles of at least 1, got 0"),
+    "rate": ({"learning_rate": 0.0}, ValueError, "learning_rate above 0 and finite, got 0.0"),
+    "infinite rate": ({"learning_rate": math.inf}, ValueError, "learning_rate above 0 and finite, got inf"),
+    "named rate": ({"learning_rate": "fast"}, TypeError, "learning_rate to be a number, got 'fast'"),
+    "progress": ({"progress": "often"}, ValueError, "progress to be True, False or \"always\", got 'often'"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_options_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as raised:
+        fit_guide(counting, AutoIAF(counting, **SMALL), **options)
+    assert str(raised.value).startswith("fit_guide expected")
+
+
+def test_a_guide_without_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match="fit_guide expected a guide with parameters to train, got none"):
+        fit_guide(counting, lambda: pyro.sample("rate", dist.Gamma(2.0, 1.0)), **QUICK)
+
+
+def test_a_guide_that_leaves_out_a_site_is_refused() -> None:
+    def model() -> None:
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("b", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="fit_guide expected a guide of every latent site, got none of b"):
+        fit_guide(model, lambda: pyro.sample("a", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0)), **QUICK)
