@@ -33,7 +33,7 @@ from torch import Tensor
 from pyro_maf.infer import AutoIAF, GuideFit, fit_guide, neutra
 from pyro_maf.infer.importance import arviz
 
-CONSOLE = Console()
+CONSOLE = Console(width=110)
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 
