@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,10 @@ def run(target: Callable[..., None], settings: Settings) -> Chains:
         pyro.set_rng_seed(chain)
         kernel = NUTS(target, jit_compile=True, ignore_jit_warnings=True)
         mcmc = MCMC(kernel, num_samples=settings.draws, warmup_steps=settings.warmup, disable_progbar=True)
-        mcmc.run(EFFECTS, ERRORS)
+        with warnings.catch_warnings():
+            # Pyro compiles by torch.jit, which torch has deprecated.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            mcmc.run(EFFECTS, ERRORS)
         found.append(mcmc.get_samples())
         divergences += sum(map(len, mcmc.diagnostics()["divergences"].values()))
     draws = {name: torch.stack([each[name] for each in found]) for name in found[0]}
