@@ -80,6 +80,13 @@ def steps(objective: Any, model: Callable[..., Any], guide: Any, count: int, *ar
     return [svi.step(*args, **kwargs) for _ in range(count)]
 
 
+def bound(model: Callable[..., Any], guide: Any) -> float:
+    """The evidence lower bound in nats, from many draws of one seed."""
+    pyro.set_rng_seed(1)
+    with torch.no_grad():
+        return -pyro.infer.Trace_ELBO(num_particles=1000, vectorize_particles=True).loss(model, guide)
+
+
 def drawn(guide: Any, *args: Any, **kwargs: Any) -> tuple[dict[str, Tensor], Tensor]:
     """A draw of a guide in Pyro's way: the value of each site, and the log-density of the whole trace."""
     trace: Any = poutine.trace(guide).get_trace(*args, **kwargs)

@@ -37,12 +37,11 @@ class Counted:
         self._model()
 
 
-@pytest.mark.parametrize("make", GUIDES)
-def test_finds_a_normal_posterior_from_a_poor_start(make: Any) -> None:
+def test_finds_a_normal_posterior_from_a_poor_start() -> None:
     known = regression()
     sd = known.covariance.diagonal().sqrt()
     away = init_to_value(values={"z": known.mean + sd * torch.tensor([1.0, -1.0, 1.0])})
-    guide = make(known.model, init_loc_fn=away, init_scale=0.15, **SMALL)
+    guide = AutoIAF(known.model, init_loc_fn=away, init_scale=0.15, **SMALL)
     fit = fit_guide(known.model, guide, steps=300, learning_rate=0.03, **QUICK)
     assert fit.guide is guide
     draws = guide.rsample((20_000,))["z"].detach()
@@ -84,12 +83,13 @@ def test_stops_once_the_bound_has_converged() -> None:
     assert abs(float(pyro.param("loc").detach())) < 0.05
 
 
-def test_stops_when_steps_are_reached() -> None:
-    fit = fit_guide(counting, AutoIAF(counting, **SMALL), steps=7, **QUICK)
+@pytest.mark.parametrize("make", GUIDES)
+def test_stops_when_steps_are_reached(make: Any) -> None:
+    fit = fit_guide(counting, make(counting, **SMALL), steps=7, **QUICK)
     assert fit.stop_reason == "reached steps (7)"
     assert (len(fit.elbo), fit.skipped_steps) == (7, 0)
     assert fit.seconds > 0
-    assert repr(fit).startswith("GuideFit(AutoIAF, 7 steps in ")
+    assert repr(fit).startswith(f"GuideFit({make.__name__}, 7 steps in ")
     assert "stopped: reached steps (7)" in repr(fit)
 
 

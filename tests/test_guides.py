@@ -28,7 +28,20 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_maf.infer import AutoIAF
-from tests.posteriors import COUNTS, GAMMA, GUIDES, SMALL, counting, drawn, normal_of, regression, same, steps, weights
+from tests.posteriors import (
+    COUNTS,
+    GAMMA,
+    GUIDES,
+    SMALL,
+    bound,
+    counting,
+    drawn,
+    normal_of,
+    regression,
+    same,
+    steps,
+    weights,
+)
 
 pytestmark = pytest.mark.usefixtures("fresh")
 each_guide = pytest.mark.parametrize("make", GUIDES)
@@ -137,12 +150,11 @@ def test_takes_models_of_every_shape(make: Any, model: Any, shapes: dict[str, tu
 
 @each_model
 @each_guide
-@pytest.mark.parametrize("vectorised", [True, False])
-def test_trains_on_models_of_every_shape(make: Any, model: Any, shapes: Any, vectorised: bool) -> None:
+def test_trains_on_models_of_every_shape(make: Any, model: Any, shapes: Any) -> None:
     """From the first step of an optimizer on, with particles in a plate of which the set-up knows nothing."""
     guide = make(model, **SMALL)
     nesting = 2 if model is nested else 1
-    objective = Trace_ELBO(num_particles=3, vectorize_particles=vectorised, max_plate_nesting=nesting)
+    objective = Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=nesting)
     losses = steps(objective, model, guide, 2)
     assert all(map(math.isfinite, losses))
     before = weights(guide)
@@ -270,16 +282,18 @@ OBJECTIVES = {
 @each_guide
 def test_trains_with_pyros_objectives(make: Any, objective: Any) -> None:
     guide = make(plates, **SMALL, init_scale=0.05)
-    losses = steps(objective, plates, guide, 25)
-    assert sum(losses[-10:]) < sum(losses[:10])
+    before = bound(plates, guide)
+    steps(objective, plates, guide, 15)
+    assert bound(plates, guide) > before + 0.2
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
 @each_guide
 def test_trains_with_a_compiled_objective(make: Any) -> None:
     guide = make(plates, **SMALL, init_scale=0.05)
-    losses = steps(JitTrace_ELBO(ignore_jit_warnings=True), plates, guide, 25)
-    assert sum(losses[-10:]) < sum(losses[:10])
+    before = bound(plates, guide)
+    steps(JitTrace_ELBO(ignore_jit_warnings=True), plates, guide, 15)
+    assert bound(plates, guide) > before + 0.2
 
 
 @each_guide
@@ -287,12 +301,11 @@ def test_the_bound_rises_to_the_evidence(make: Any) -> None:
     """A gamma posterior, for which a flow does better than a normal in the logarithm."""
     guide = make(counting, **SMALL)
     objective = Trace_ELBO(num_particles=16, vectorize_particles=True)
-    steps(objective, counting, guide, 80)
+    steps(objective, counting, guide, 50)
     prior = torch.distributions.Gamma(2.0, 1.0)
     rate = torch.tensor(3.0)
     evidence = float(prior.log_prob(rate) + dist.Poisson(rate).log_prob(COUNTS).sum() - GAMMA.log_prob(rate))
-    bound = -Trace_ELBO(num_particles=2000, vectorize_particles=True).loss(counting, guide)
-    assert evidence - 0.02 < bound < evidence + 0.01
+    assert evidence - 0.02 < bound(counting, guide) < evidence + 0.01
 
 
 # -- discrete sites ----------------------------------------------------------------------------------------------------
@@ -316,8 +329,8 @@ def test_a_discrete_site_is_named_with_what_to_do(make: Any) -> None:
 @each_guide
 def test_a_discrete_site_can_be_hidden_and_summed_out(make: Any) -> None:
     guide = make(poutine.block(mixture, hide=["which"]), **SMALL)
-    losses = steps(TraceEnum_ELBO(max_plate_nesting=1), mixture, guide, 80)
-    assert sum(losses[-20:]) < sum(losses[:20])
+    losses = steps(TraceEnum_ELBO(max_plate_nesting=1), mixture, guide, 40)
+    assert sum(losses[-10:]) < sum(losses[:10])
     assert sorted(guide.median()) == ["loc"]
 
 
@@ -488,10 +501,9 @@ def of_data(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
 
-@each_guide
-def test_a_context_of_all_data_steers_all_latent_variables(make: Any) -> None:
+def test_a_context_of_all_data_steers_all_latent_variables() -> None:
     encoder = Summary()
-    guide = make(of_data, encoder=encoder, **SMALL)
+    guide = AutoIAF(of_data, encoder=encoder, **SMALL)
     low, high = torch.tensor([-2.0, -1.0, -1.5]), torch.tensor([2.0, 1.0, 1.5, 1.2])
     svi = SVI(of_data, guide, pyro.optim.Adam({"lr": 0.03}), Trace_ELBO(num_particles=8, vectorize_particles=True))
     before = encoder.linear.weight.detach().clone()
@@ -575,7 +587,7 @@ def test_trains_on_subsamples_of_the_data(make: Any, by_plates: bool) -> None:
     create = {"create_plates": lambda y: pyro.plate("rows", len(y), subsample_size=20)} if by_plates else {}
     guide = make(model, **SMALL, **create)
     objective = Trace_ELBO(num_particles=4, vectorize_particles=True)
-    steps(objective, model, guide, 100, y)
+    steps(objective, model, guide, 30, y)
     assert float(guide.median(y)["loc"]) == pytest.approx(float(y.mean()), abs=0.25)
 
 

@@ -37,11 +37,11 @@ def shaken(guide: Any) -> Any:
 
 def test_draws_are_of_the_posterior_whatever_the_guide() -> None:
     warped = neutra(counting, shaken(AutoIAF(counting, **SMALL).setup()))
-    mcmc = MCMC(NUTS(warped), num_samples=250, warmup_steps=60, disable_progbar=True)
+    mcmc = MCMC(NUTS(warped), num_samples=200, warmup_steps=40, disable_progbar=True)
     mcmc.run()
     draws = warped.draws(mcmc.get_samples())["rate"]
-    assert draws.shape == (250,)
-    error = float(GAMMA.stddev) / 100**0.5
+    assert draws.shape == (200,)
+    error = float(GAMMA.stddev) / 80**0.5
     assert float(draws.mean()) == pytest.approx(float(GAMMA.mean), abs=4 * error)
     assert float(draws.std()) == pytest.approx(float(GAMMA.stddev), rel=0.3)
 
