@@ -16,6 +16,8 @@ from pyro_maf.infer.importance import Weighted, arviz, smoothed, weigh
 __all__ = ["Diagnosis", "diagnose", "reweight", "to_arviz"]
 
 GOOD, USABLE = 0.5, 0.7
+EVEN = 0.99
+"""Beyond this part of effective draws, weights hardly differ."""
 CANDIDATES = 4
 """How many draws are weighed for each that `reweight` returns."""
 
@@ -48,6 +50,11 @@ class Diagnosis:
             return "The model could not score most draws of this guide: it is not near the posterior."
         if self.k_hat < GOOD:
             return f"k-hat {self.k_hat:.2f} is good: draws of this guide may be used as they are, or reweighted."
+        if self.ess > EVEN * self.num_samples:
+            return (
+                f"The weights hardly differ, so draws may be used as they are; but k-hat {self.k_hat:.2f} says that the "
+                "far tails do: do not rely on extreme quantiles."
+            )
         if self.k_hat < USABLE:
             return f"k-hat {self.k_hat:.2f} is usable: means may be off a little, which `reweight` corrects."
         if self.k_hat < 1:
