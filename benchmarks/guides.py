@@ -1,6 +1,6 @@
 """Guides of posteriors with reference draws: this package's against Pyro's, with the same steps and particles.
 
-    python benchmarks/guides.py FOLDER                  # a quarter of an hour on one core
+    python benchmarks/guides.py FOLDER                  # up to half an hour on one core
     python benchmarks/guides.py FOLDER --steps 100 --guides AutoIAF AutoNormal --out /tmp/guides
 
 FOLDER holds a file NAME.npz for each posterior, with `names` of its parameters, reference `draws` and the data of the
