@@ -291,7 +291,8 @@ class AutoIAF(AutoFlow):
         init_scale: Start with this scale in every direction, at the point of `init_loc_fn`, without an ascent.
         encoder: Makes the guide amortised: a function, or a module, of the model's arguments that returns a context
             for a conditional flow. A context of shape (features,) is for all latent variables together. One of shape
-            (\*rows, features) is for each row of a plate, which all latent variables are in.
+            (\*rows, features) is for each row of a plate, which all latent variables are in; where batches differ in
+            size, `create_plates` has to make that plate.
         create_plates: As in Pyro's guides: makes plates, from the model's arguments, that subsample.
 
     Attributes:
