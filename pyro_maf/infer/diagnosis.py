@@ -52,8 +52,8 @@ class Diagnosis:
             return f"k-hat {self.k_hat:.2f} is good: draws of this guide may be used as they are, or reweighted."
         if self.ess > EVEN * self.num_samples:
             return (
-                f"The weights hardly differ, so draws may be used as they are; but k-hat {self.k_hat:.2f} says that the "
-                "far tails do: do not rely on extreme quantiles."
+                f"The weights hardly differ, so draws may be used as they are; but k-hat {self.k_hat:.2f} says that "
+                "the far tails do: do not rely on extreme quantiles."
             )
         if self.k_hat < USABLE:
             return f"k-hat {self.k_hat:.2f} is usable: means may be off a little, which `reweight` corrects."
