@@ -76,7 +76,7 @@ def run(target: Callable[..., None], settings: Settings) -> Chains:
     started = time.monotonic()
     for chain in range(settings.chains):
         pyro.set_rng_seed(chain)
-        kernel = NUTS(target, target_accept_prob=0.95, jit_compile=True, ignore_jit_warnings=True)
+        kernel = NUTS(target, jit_compile=True, ignore_jit_warnings=True)
         mcmc = MCMC(kernel, num_samples=settings.draws, warmup_steps=settings.warmup, disable_progbar=True)
         with warnings.catch_warnings():
             # Pyro compiles by torch.jit, which torch has deprecated.
