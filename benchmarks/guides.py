@@ -1,7 +1,7 @@
 """Guides of posteriors with reference draws: this package's against Pyro's, with the same steps and particles.
 
     python benchmarks/guides.py FOLDER                  # up to half an hour on one core
-    python benchmarks/guides.py FOLDER --steps 100 --guides AutoIAF AutoNormal --out /tmp/guides
+    python benchmarks/guides.py FOLDER --steps 100 --guides AutoIAF AutoNormal --out guides
 
 FOLDER holds a file NAME.npz for each posterior, with `names` of its parameters, reference `draws` and the data of the
 model as `data_*`; parts/posteriors.py says which are known. A run with no options but FOLDER, --out apart, is one whose

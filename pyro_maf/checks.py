@@ -5,6 +5,7 @@ Each check names who asked, what was expected, what came and, where it helps, wh
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -12,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_choice", "check_event", "check_permutation", "check_positive", "check_sizes"]
+__all__ = [
+    "check_above_zero",
+    "check_choice",
+    "check_event",
+    "check_permutation",
+    "check_positive",
+    "check_sizes",
+]
 
 
 def check_positive(who: str, name: str, value: Any, least: int = 1) -> int:
@@ -26,6 +34,14 @@ def check_positive(who: str, name: str, value: Any, least: int = 1) -> int:
     if value < least:
         raise ValueError(f"{who} expected {name} of at least {least}, got {value}.")
     return int(value)
+
+
+def check_above_zero(who: str, name: str, value: Any, *, finite: bool = False) -> None:
+    """Raise if `value` is not a number above 0 or, where that is asked for, not finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{who} expected {name} to be a number, got {value!r}.")
+    if math.isnan(value) or value <= 0 or (finite and math.isinf(value)):
+        raise ValueError(f"{who} expected {name} above 0{' and finite' if finite else ''}, got {value}.")
 
 
 def check_sizes(who: str, name: str, values: Iterable[int] | int) -> tuple[int, ...]:

@@ -1,10 +1,12 @@
-"""When progress is shown."""
+"""How progress is shown, and when."""
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["check_progress", "shows"]
+__all__ = ["SECONDS_BETWEEN_UPDATES", "check_progress", "progress_bar", "shows"]
+
+SECONDS_BETWEEN_UPDATES = 0.2
 
 
 def check_progress(who: str, progress: Any) -> None:
@@ -16,3 +18,25 @@ def check_progress(who: str, progress: Any) -> None:
 def shows(progress: bool | str, console: Any) -> bool:
     """Whether to show a bar: never (False), where it is read by somebody (True), or in any case ("always")."""
     return progress == "always" or (bool(progress) and (console.is_terminal or console.is_jupyter))
+
+
+def progress_bar(place: str, figures: str, console: Any) -> Any:
+    """A bar of rich with one text before it and one after, the time spent, and the most that is left.
+
+    Args:
+        place, figures: The texts, as rich formats them.
+        console: Where it goes.
+    """
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.table import Column
+
+    return Progress(
+        TextColumn(place),
+        BarColumn(),
+        TextColumn(figures),
+        # Where the line is short, only the bar gives way.
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
+        TextColumn("at most"),
+        TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+        console=console,
+    )

@@ -214,16 +214,11 @@ class FlowPrior(Density):
         if context is None and model.fast == "forward":
             u = self._flow._inv_call(value)
             log_det = self._flow.log_abs_det_jacobian(u, value)
-        elif units.support.name == "real":
-            # As below, with fewer operations: small batches spend their time on these.
-            u, log_det = self._flow[0]._pull((value - units.loc) / units.scale, context)
-            highest = torch.rsub(units.scale.log().sum(), -self._log_normaliser)
-            return highest - torch.add(log_det, u.square().sum(-1), alpha=0.5)
         else:
             z, log_units = units._pull(value)
             u, log_det = self._flow[0]._pull(z, context)
             log_det = log_det + log_units
-        return torch.add(log_det, u.square().sum(-1), alpha=0.5).neg() - self._log_normaliser
+        return torch.rsub(torch.add(log_det, u.square().sum(-1), alpha=0.5), -self._log_normaliser)
 
     @property
     def _log_normaliser(self) -> float:

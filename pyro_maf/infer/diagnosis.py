@@ -106,7 +106,8 @@ def diagnose(
         importance sampling*, 2024.
     """
     check_positive("diagnose", "num_samples", num_samples, least=100)
-    return _diagnosis(weigh("diagnose", model, guide, args, kwargs, num_samples))
+    weighted = weigh("diagnose", model, guide, args, kwargs, num_samples)
+    return _diagnosis(weighted, *smoothed(weighted.log_weights))
 
 
 def reweight(
@@ -178,19 +179,17 @@ def to_arviz(
     """
     check_positive("to_arviz", "num_samples", num_samples, least=100)
     weighted = weigh("to_arviz", model, guide, args, kwargs, num_samples)
-    log_weights, _ = smoothed(weighted.log_weights)
-    diagnosis = _diagnosis(weighted)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # arviz warns of more draws than chains, and there is one chain
-        return arviz().from_dict(
-            posterior={name: value[None].cpu().numpy() for name, value in weighted.values.items()},
-            sample_stats={"log_weight": log_weights[None].cpu().numpy()},
-            posterior_attrs={"k_hat": diagnosis.k_hat, "elbo": diagnosis.elbo, "verdict": diagnosis.verdict},
-        )
-
-
-def _diagnosis(weighted: Weighted) -> Diagnosis:
     log_weights, k_hat = smoothed(weighted.log_weights)
+    diagnosis = _diagnosis(weighted, log_weights, k_hat)
+    return arviz().from_dict(
+        posterior={name: value[None].cpu().numpy() for name, value in weighted.values.items()},
+        sample_stats={"log_weight": log_weights[None].cpu().numpy()},
+        posterior_attrs={"k_hat": diagnosis.k_hat, "elbo": diagnosis.elbo, "verdict": diagnosis.verdict},
+    )
+
+
+def _diagnosis(weighted: Weighted, log_weights: Tensor, k_hat: float) -> Diagnosis:
+    """What draws tell, with their smoothed log weights."""
     scored = weighted.log_weights[weighted.log_weights.isfinite()].double()
     squares = float((2 * log_weights).exp().sum())
     return Diagnosis(

@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 
-from pyro_maf.checks import check_positive
+from pyro_maf.checks import check_above_zero, check_positive
 from pyro_maf.infer.averaging import Average
 from pyro_maf.infer.diagnosis import Diagnosis, diagnose
 from pyro_maf.infer.guides import AutoFlow
@@ -137,10 +137,7 @@ def fit_guide(
 def _check(steps: Any, num_particles: Any, learning_rate: Any, progress: Any) -> None:
     check_positive("fit_guide", "steps", steps)
     check_positive("fit_guide", "num_particles", num_particles)
-    if isinstance(learning_rate, bool) or not isinstance(learning_rate, (int, float)):
-        raise TypeError(f"fit_guide expected learning_rate to be a number, got {learning_rate!r}.")
-    if not 0 < learning_rate < math.inf:
-        raise ValueError(f"fit_guide expected learning_rate above 0 and finite, got {learning_rate}.")
+    check_above_zero("fit_guide", "learning_rate", learning_rate, finite=True)
     check_progress("fit_guide", progress)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import transform_to
 from torch.quasirandom import SobolEngine
 
-from pyro_maf.checks import check_positive, check_sizes
+from pyro_maf.checks import check_above_zero, check_positive, check_sizes
 from pyro_maf.flows import IAF, MAF, RealNVP
 from pyro_maf.infer.head import Head
 from pyro_maf.infer.latents import Latents
@@ -53,8 +53,8 @@ class AutoFlow(AutoContinuous):
         who = type(self).__name__
         if not callable(model):
             raise TypeError(f"{who} expected a model to call, got {type(model).__name__}.")
-        if init_scale is not None and not 0 < init_scale < math.inf:
-            raise ValueError(f"{who} expected init_scale above 0 and finite, got {init_scale!r}.")
+        if init_scale is not None:
+            check_above_zero(who, "init_scale", init_scale, finite=True)
         super().__init__(model, _median_or_feasible if init_loc_fn is None else init_loc_fn)
         self.create_plates = create_plates
         self._plain_model = (model,)  # in a tuple, as Pyro does: a model that is a module is no part of its guide

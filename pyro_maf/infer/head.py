@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyro_maf.nn import MLP
 from pyro_maf.transforms import Flow
+from pyro_maf.transforms.triangular import solve_lower
 
 __all__ = ["Head"]
 
@@ -69,7 +70,7 @@ class Head(Flow):
 
     def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         shift, factor, log_det = self._parts(context)
-        x = _solve(factor, _solve(self.scale_tril, y - self.loc) - shift)
+        x = solve_lower(factor, solve_lower(self.scale_tril, y - self.loc) - shift)
         return x, log_det.expand(x.shape[:-1])
 
     def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,10 +90,3 @@ def _places(size: int) -> Tensor:
     rows, columns = torch.tril_indices(size, size, -1)
     places[rows, columns] = torch.arange(size + 1, size + 1 + len(rows))
     return places.flatten()
-
-
-def _solve(factor: Tensor, y: Tensor) -> Tensor:
-    if factor.dim() > 2:
-        return torch.linalg.solve_triangular(factor, y[..., None], upper=False)[..., 0]
-    columns = y.reshape(-1, y.shape[-1]).T
-    return torch.linalg.solve_triangular(factor, columns, upper=False).T.reshape(y.shape)

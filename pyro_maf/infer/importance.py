@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,17 +132,13 @@ def smoothed(log_weights: Tensor) -> tuple[Tensor, float]:
 def arviz() -> Any:
     """The package, imported late; it announces itself, and two processes that import it at once can collide."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for attempt in range(3):
-            try:
-                import arviz as package
-            except FileNotFoundError:
-                if attempt == 2:
-                    raise
-            except ModuleNotFoundError:
-                raise ModuleNotFoundError(
-                    "Diagnosing a guide needs arviz, which is not installed: pip install pyro-maf[train].", name="arviz"
-                ) from None
-            else:
-                return package
-    raise AssertionError
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            for _ in range(2):
+                with suppress(FileNotFoundError):
+                    return import_module("arviz")
+            return import_module("arviz")
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError(
+                "Diagnosing a guide needs arviz, which is not installed: pip install pyro-maf[train].", name="arviz"
+            ) from None

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import fmean
 
-from pyro_maf.showing import shows
+from pyro_maf.showing import SECONDS_BETWEEN_UPDATES, progress_bar, shows
 
 __all__ = ["bar"]
 
-SECONDS_BETWEEN_UPDATES = 0.2
 RECENT = 100
 
 
@@ -23,22 +22,12 @@ def bar(progress: bool | str, steps: int) -> Iterator[Callable[[Sequence[float]]
         What to call after each step, with the bound of every step so far.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.table import Column
 
     console = Console(stderr=True)
     if not shows(progress, console):
         yield lambda elbo: None
         return
-    columns = (
-        TextColumn("step {task.completed}"),
-        BarColumn(),
-        TextColumn("{task.fields[elbo]}"),
-        TimeElapsedColumn(table_column=Column(no_wrap=True)),
-        TextColumn("at most"),
-        TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
-    )
-    with Progress(*columns, console=console) as shown:
+    with progress_bar("step {task.completed}", "{task.fields[elbo]}", console) as shown:
         task = shown.add_task("", total=steps, elbo="")
         updated = time.monotonic()
 

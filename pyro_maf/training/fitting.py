@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from pyro_maf.checks import check_positive
+from pyro_maf.checks import check_above_zero, check_positive
 from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
 from pyro_maf.distributions.support import Support
 from pyro_maf.interruption import Interruption
@@ -107,8 +106,8 @@ def fit(
     started = time.monotonic()
     weight = _first_weight(model)
     _check_options(batch_size, max_epochs, patience, seed, progress)
-    _check_above_zero("learning_rate", learning_rate, finite=True)
-    _check_above_zero("max_grad_norm", max_grad_norm)
+    check_above_zero("fit", "learning_rate", learning_rate, finite=True)
+    check_above_zero("fit", "max_grad_norm", max_grad_norm)
     lightning = _lightning_parts()
     generator = torch.Generator().manual_seed(seed)
     known = _support(model, support)
@@ -159,13 +158,6 @@ def _check_options(batch_size: Any, max_epochs: Any, patience: Any, seed: Any, p
     if check_positive("fit", "seed", seed, least=0) >= 2**63:
         raise ValueError(f"fit expected seed below 2**63, got {seed}.")
     check_progress("fit", progress)
-
-
-def _check_above_zero(name: str, value: Any, finite: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"fit expected {name} to be a number, got {value!r}.")
-    if math.isnan(value) or value <= 0 or (finite and math.isinf(value)):
-        raise ValueError(f"fit expected {name} above 0{' and finite' if finite else ''}, got {value}.")
 
 
 def _check_batches(model: Any, batches: Batches, batch_size: int) -> None:

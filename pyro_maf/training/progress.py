@@ -7,14 +7,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column
 
+from pyro_maf.showing import SECONDS_BETWEEN_UPDATES, progress_bar
 from pyro_maf.training.module import MaximumLikelihood
 
 __all__ = ["ProgressBar"]
-
-SECONDS_BETWEEN_UPDATES = 0.2
 
 
 class ProgressBar(Callback):
@@ -25,16 +22,7 @@ class ProgressBar(Callback):
     """
 
     def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(),
-            TextColumn("{task.fields[losses]}"),
-            # Where the line is short, only the bar gives way.
-            TimeElapsedColumn(table_column=Column(no_wrap=True)),
-            TextColumn("at most"),
-            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
-            console=console,
-        )
+        self._progress = progress_bar("epoch {task.fields[epoch]}", "{task.fields[losses]}", console)
         self._updated = 0.0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyro_maf.nn import MLP, default_hidden_dims
 from pyro_maf.transforms.base import ConditionalFlow, Flow
 
-__all__ = ["ConditionalLowerTriangularAffine", "LowerTriangularAffine"]
+__all__ = ["ConditionalLowerTriangularAffine", "LowerTriangularAffine", "solve_lower"]
 
 
 class LowerTriangularAffine(Flow):
@@ -84,12 +84,7 @@ class LowerTriangularAffine(Flow):
 
     def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         loc, log_diagonal, factor = self._factor(context)
-        centred = y - loc
-        if factor.dim() == 2:
-            columns = centred.reshape(-1, self.input_dim).T
-            x = torch.linalg.solve_triangular(factor, columns, upper=False).T.reshape(centred.shape)
-        else:
-            x = torch.linalg.solve_triangular(factor, centred[..., None], upper=False)[..., 0]
+        x = solve_lower(factor, y - loc)
         return x, log_diagonal.sum(-1).expand(x.shape[:-1])
 
     def _factor(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,6 +95,14 @@ class LowerTriangularAffine(Flow):
         size = self.input_dim
         flat = below.new_zeros(*below.shape[:-1], size * size).index_copy(-1, self._places, below)
         return loc, log_diagonal, torch.diag_embed(log_diagonal.exp()) + flat.unflatten(-1, (size, size))
+
+
+def solve_lower(factor: Tensor, y: Tensor) -> Tensor:
+    r"""The x of y = L x, for a lower triangular L, (D, D) or with the batch shape of y, (\*batch, D)."""
+    if factor.dim() > 2:
+        return torch.linalg.solve_triangular(factor, y[..., None], upper=False)[..., 0]
+    columns = y.reshape(-1, y.shape[-1]).T
+    return torch.linalg.solve_triangular(factor, columns, upper=False).T.reshape(y.shape)
 
 
 class ConditionalLowerTriangularAffine(ConditionalFlow):
