@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Savable", "load"]
+__all__ = ["Savable", "describe", "load", "write_whole"]
 
 FORMAT = 1
 KEY = "pyro_maf"
@@ -65,7 +65,7 @@ class Savable:
         module: Any = self
         training = [name for name, member in module.named_modules(remove_duplicate=False) if member.training]
         frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
-        header = {"format": FORMAT, "training": training, "frozen": frozen, **_describe(self)}
+        header = {"format": FORMAT, "training": training, "frozen": frozen, **describe(self)}
         state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
         write_whole(Path(path), save(state, {KEY: json.dumps(header)}))
 
@@ -147,7 +147,12 @@ def _rebuild(path: Path, header_text: str, state: dict[str, Tensor]) -> Any:
         raise ValueError(f"load could not rebuild what {path} describes: {reason}") from None
 
 
-def _describe(module: Savable) -> dict[str, Any]:
+def describe(module: Savable) -> dict[str, Any]:
+    """The architecture of a module, as JSON holds it.
+
+    Raises:
+        TypeError: As `Savable.save`.
+    """
     if module._unsavable:
         raise TypeError(f"{type(module).__name__} can not be saved: {module._unsavable}.")
     if _hides_ours(type(module)):
@@ -172,7 +177,7 @@ def _frozen(value: Any) -> Any:
 
 def _encode(who: str, name: str, value: Any) -> Any:
     if isinstance(value, Savable):
-        return _describe(value)
+        return describe(value)
     if isinstance(value, (np.ndarray, np.generic)):
         value = torch.from_numpy(value) if isinstance(value, np.ndarray) else value.item()
     if isinstance(value, Tensor):

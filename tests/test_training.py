@@ -299,11 +299,12 @@ def test_the_learning_rate_is_halved_after_a_quarter_of_the_patience() -> None:
     schedule = Schedule(learning_rate=1.0, patience=8)
     rates = []
     for epoch, loss in enumerate([2.0, 1.0, 1.5, math.nan, 1.5, 1.0, 1.5, 1.5, 1.5, 1.5]):
-        assert not schedule.is_over
+        assert schedule.reason is None
         schedule.improves(epoch, loss)
         rates.append(schedule.learning_rate)
     assert rates == [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125, 0.0625]
-    assert (schedule.best, schedule.best_epoch, schedule.is_over) == (1.0, 1, True)
+    assert (schedule.best, schedule.best_epoch) == (1.0, 1)
+    assert schedule.reason == "no better validation log-likelihood for 8 epochs"
 
 
 def test_weights_that_are_the_best_already_are_given_back() -> None:
@@ -334,11 +335,36 @@ def test_steps_that_are_not_finite_are_skipped(spoil: Callable[[Tensor], Tensor]
 
 def test_it_ends_when_no_step_is_finite() -> None:
     model = Hooked(lambda step, log_det: log_det * math.nan if step > 10 else log_det)
-    result = fit(model, gaussian_rows(), batch_size=27, max_epochs=5, progress=False)
+    with pytest.warns(UserWarning, match="skipped 5 steps in a row"):
+        result = fit(model, gaussian_rows(), batch_size=27, max_epochs=5, progress=False)
     assert result.stop_reason == "no step of epoch 2 had a finite loss and gradient"
     assert (result.epochs, result.skipped_steps) == (2, 10)
     assert math.isnan(result.train_loss[1])
     assert math.isfinite(result.validation_log_likelihood)
+
+
+def test_after_several_bad_steps_in_a_row_it_goes_on_from_the_best_weights_more_slowly() -> None:
+    taken: list[Tensor] = []
+
+    def at_step(step: int, log_det: Tensor) -> Tensor:
+        taken.append(model.state_dict()["made.layers.0.weight"].clone())
+        return log_det * math.nan if 24 <= step < 29 else log_det
+
+    model = Hooked(at_step)
+    with pytest.warns(UserWarning, match=r"best weights so far, with a learning rate of 0\.005"):
+        result = fit(model, gaussian_rows(), batch_size=27, max_epochs=4, learning_rate=1e-2, progress=False)
+    assert (result.skipped_steps, result.epochs) == (5, 4)
+    assert torch.equal(taken[23], taken[27])
+    assert not torch.equal(taken[27], taken[28])
+    assert all(math.isfinite(loss) for loss in (*result.train_loss, *result.validation_loss))
+
+
+def test_a_fit_without_any_finite_step_ends_before_its_epoch_does() -> None:
+    model = Hooked(lambda step, log_det: log_det * math.nan)
+    with pytest.warns(UserWarning, match="skipped 5 steps in a row"):
+        result = fit(model, gaussian_rows(), batch_size=1, max_epochs=5, progress=False)
+    assert (result.epochs, result.skipped_steps) == (1, 55)
+    assert result.stop_reason == "no step had a finite loss and gradient, however low the learning rate"
 
 
 # -- what it shows ----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import pyro_maf.training
 from pyro_maf import MAF, ConditionalFlowPrior, ConditionalMADEMoG, ConditionalMAF, FlowPrior, fit
 from pyro_maf.training.batches import Batches
 from pyro_maf.training.data import Rows, split
+from pyro_maf.training.processes import Processes
 from pyro_maf.transforms import Permute
 from tests.fits import QUICK, SMALL, gaussian_rows, mean_log_prob, same, seeded, small_maf, weights
 
@@ -130,7 +131,7 @@ def test_validation_may_be_rows_with_their_context() -> None:
 @pytest.mark.parametrize("size", [1, 3, 7, 64, 1000])
 def test_batches_are_even_and_leave_no_row_out(size: int) -> None:
     rows = Rows(torch.arange(100.0).unsqueeze(-1), -torch.arange(100.0).unsqueeze(-1))
-    batches = Batches(rows, size, torch.Generator().manual_seed(0))
+    batches = Batches(rows, size, torch.Generator().manual_seed(0), Processes())
     first, second = list(batches), list(batches)
     sizes = [len(batch.data) for batch in first]
     assert len(first) == len(batches) == max(1, round(100 / size))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_maf.distributions.support import Support
 
-__all__ = ["Rows", "Units", "check_training", "number_of_columns", "read_rows", "split", "units_of"]
+__all__ = ["Rows", "Units", "check_training", "check_varying", "number_of_columns", "read_rows", "split", "units_of"]
 
 LEAST_ROWS = 10
 NUMERIC_KINDS = "fiub"
@@ -51,7 +51,16 @@ def number_of_columns(name: str, value: Any) -> int:
     return 1 if table.dim() == 1 else table.shape[1]
 
 
-def read_rows(model: Any, data: Any, context: Any, *, support: Support, dtype: torch.dtype, role: str = "") -> Rows:
+def read_rows(
+    model: Any,
+    data: Any,
+    context: Any,
+    *,
+    support: Support,
+    dtype: torch.dtype,
+    role: str = "",
+    first: int | None = None,
+) -> Rows:
     """Tensors of `dtype` on the CPU from whatever was given, or what is wrong with it.
 
     Args:
@@ -60,6 +69,7 @@ def read_rows(model: Any, data: Any, context: Any, *, support: Support, dtype: t
         support: What the data must lie inside of.
         dtype: What the values are rounded to before anything is asked of them.
         role: "" or "validation ", as errors put it before "data" and "context".
+        first: Where this is a part of a larger table, the number of its first row there.
 
     Raises:
         ValueError: For wrong shapes, values that are not finite or not inside the support, or a context missing,
@@ -68,8 +78,8 @@ def read_rows(model: Any, data: Any, context: Any, *, support: Support, dtype: t
     """
     who = type(model).__name__
     more = ", and 1 for a simplex" * (support.event_size - model.input_dim)
-    table = _read_table(f"{role}data", data, support.event_size, f"input_dim of {who}{more}", dtype)
-    _check_inside(f"{role}data", table, data, support)
+    table = _read_table(f"{role}data", data, support.event_size, f"input_dim of {who}{more}", dtype, first)
+    _check_inside(f"{role}data", table, data, support, first)
     if not model.context_dim:
         if context is not None:
             raise ValueError(
@@ -80,7 +90,7 @@ def read_rows(model: Any, data: Any, context: Any, *, support: Support, dtype: t
         raise ValueError(
             f"fit expected {role}context with {model.context_dim} columns (context_dim of {who}), got none."
         )
-    given = _read_table(f"{role}context", context, model.context_dim, f"context_dim of {who}", dtype)
+    given = _read_table(f"{role}context", context, model.context_dim, f"context_dim of {who}", dtype, first)
     if len(given) != len(table):
         raise ValueError(
             f"fit expected as many rows of {role}context as of {role}data, got {len(given)} and {len(table)}."
@@ -97,9 +107,24 @@ def check_training(rows: Rows, data: Any, context: Any) -> None:
     """
     if len(rows.data) < LEAST_ROWS:
         raise ValueError(f"fit expected at least {LEAST_ROWS} rows of data, got {len(rows.data)}.")
-    _check_varying("data", rows.data, data)
+    check_varying("data", *rows.data.aminmax(dim=0), data)
     if rows.context is not None:
-        _check_varying("context", rows.context, context)
+        check_varying("context", *rows.context.aminmax(dim=0), context)
+
+
+def check_varying(name: str, low: Tensor, high: Tensor, value: Any) -> None:
+    """Refuse columns that are the same in every row.
+
+    Args:
+        name: "data" or "context".
+        low, high: The range of each column.
+        value: What they were read from, for the columns' names.
+    """
+    for column in (low == high).nonzero()[:1, 0].tolist():
+        raise ValueError(
+            f"fit expected {name} that varies in every column, "
+            f"got {low[column].item():g} in every row of {_column_name(value, column)}: drop that column."
+        )
 
 
 def split(rows: Rows, fraction: float, generator: torch.Generator) -> tuple[Rows, Rows]:
@@ -122,7 +147,7 @@ def units_of(table: Tensor) -> Units:
     return Units(mean.to(table.dtype), scale.to(table.dtype))
 
 
-def _read_table(name: str, value: Any, width: int, width_name: str, dtype: torch.dtype) -> Tensor:
+def _read_table(name: str, value: Any, width: int, width_name: str, dtype: torch.dtype, first: int | None) -> Tensor:
     table = _numbers(name, value)
     shape = tuple(table.shape)
     if table.dim() == 1 and width == 1:
@@ -132,7 +157,7 @@ def _read_table(name: str, value: Any, width: int, width_name: str, dtype: torch
     if not len(table):
         raise ValueError(f"fit expected {name} with rows in it, got shape {shape}.")
     table = table.to(dtype)
-    _check_finite(name, table, value)
+    _check_finite(name, table, value, first)
     return table
 
 
@@ -176,42 +201,38 @@ def _column_name(value: Any, column: int) -> str:
     return f"column {list(value.columns)[column]!r}" if _is_frame(value) else f"column {column}"
 
 
-def _check_finite(name: str, table: Tensor, value: Any) -> None:
+def _check_finite(name: str, table: Tensor, value: Any, first: int | None) -> None:
     wrong = ~table.isfinite()
     if not wrong.any():
         return
     row, column = (int(index) for index in wrong.nonzero()[0])
-    count = int(wrong.any(1).sum())
     raise ValueError(
-        f"fit expected finite {name}, got {table[row, column].item()} in row {row}, {_column_name(value, column)} "
-        f"({count} of {len(table)} rows have such values): drop those rows or fill them in."
+        f"fit expected finite {name}, got {table[row, column].item()} in row {row + (first or 0)}, "
+        f"{_column_name(value, column)}{_so_many(wrong.any(1), first, 'rows have such values')}: "
+        "drop those rows or fill them in."
     )
 
 
-def _check_inside(name: str, table: Tensor, value: Any, support: Support) -> None:
+def _so_many(wrong: Tensor, first: int | None, what: str) -> str:
+    """How many of the rows it is, where they are all at hand."""
+    return "" if first is not None else f" ({int(wrong.sum())} of {len(wrong)} {what})"
+
+
+def _check_inside(name: str, table: Tensor, value: Any, support: Support, first: int | None) -> None:
     outside = support.outside(table)
     if not outside.any():
         return
-    count = f"{int(outside.sum())} of {len(table)} rows"
     wrong = support.outside_by_column(table)
     if not wrong.any():
         row = int(outside.nonzero()[0])
         raise ValueError(
             f"fit expected {name} of rows that sum to 1 (support simplex), got {table[row].sum().item():.7g} in row "
-            f"{row} ({count} do not): divide each row by its sum."
+            f"{row + (first or 0)}{_so_many(outside, first, 'rows do not')}: divide each row by its sum."
         )
     row, column = (int(index) for index in wrong.nonzero()[0])
     raise ValueError(
         f"fit expected {name} of {support.values_of(column)} in {_column_name(value, column)} (support "
-        f"{support.name_of(column)}), got {table[row, column].item()} in row {row} ({count} are not inside): "
+        f"{support.name_of(column)}), got {table[row, column].item()} in row {row + (first or 0)}"
+        f"{_so_many(outside, first, 'rows are not inside')}: "
         "move those rows inside or choose another support."
     )
-
-
-def _check_varying(name: str, table: Tensor, value: Any) -> None:
-    low, high = table.aminmax(dim=0)
-    for column in (low == high).nonzero()[:1, 0].tolist():
-        raise ValueError(
-            f"fit expected {name} that varies in every column, "
-            f"got {low[column].item():g} in every row of {_column_name(value, column)}: drop that column."
-        )

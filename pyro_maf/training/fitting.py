@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,16 +19,18 @@ from pyro_maf.checks import check_above_zero, check_positive
 from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
 from pyro_maf.distributions.support import Support
 from pyro_maf.interruption import Interruption
+from pyro_maf.saving import describe
 from pyro_maf.showing import check_progress
 from pyro_maf.training.batches import Batches
-from pyro_maf.training.data import Rows, check_training, read_rows, split, units_of
+from pyro_maf.training.checkpoint import Keeper
+from pyro_maf.training.parts import in_units_of, read_parts
+from pyro_maf.training.processes import Processes
 from pyro_maf.training.result import FitResult
 from pyro_maf.training.schedule import Schedule
 from pyro_maf.transforms import BatchNorm, ConditionalFlow, Flow
 
 __all__ = ["fit"]
 
-VALIDATION_FRACTION = 0.1
 VALIDATION_BATCH = 2048
 
 
@@ -45,6 +48,9 @@ def fit(
     learning_rate: float = 2e-3,
     max_grad_norm: float = 5.0,
     seed: int = 0,
+    folder: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    devices: int = 1,
     progress: bool | str = True,
 ) -> FitResult:
     r"""Fit a flow or a density to data by maximum likelihood.
@@ -59,9 +65,17 @@ def fit(
     Given the same weights to start from, the same call gives the same result to the last bit on a CPU. The global
     random states are left as they were.
 
+    With a `folder` nothing is lost: Ctrl-C, a crash or a killed machine cost the last second or so, and the call again
+    with `resume=True` goes on from there to the very weights that it would have come to (on a CPU, bit for bit).
+
+    Started by torchrun, its processes, on one machine or several, fit the model together: each takes a part of every
+    batch, and `batch_size` is that of all of them. Every process returns the result.
+
     Args:
         model: A flow, a density, or a conditional form of either. A `FlowPrior` keeps the units it has.
-        data: Rows (N, D): a tensor, an array, a data frame or nested lists of finite numbers, at least 10 rows.
+        data: Rows (N, D): a tensor, an array, a data frame or nested lists of finite numbers, at least 10 rows. A
+            `numpy.memmap` of more than 512 MiB is not read into memory but streamed; at most 262,144 of its rows are
+            held out for validation, and batch norm takes the statistics of as many.
         context: Rows (N, C) of the same kinds, for a model with `context_dim` > 0.
         support: Where the data lie: "real", "positive", "unit_interval", "simplex", or a sequence with one of the first
             three for each column, or constraints, as `FlowPrior` takes it. By default "real" or that of a `FlowPrior`.
@@ -74,11 +88,22 @@ def fit(
         learning_rate: Adam's, to begin with.
         max_grad_norm: Norm that the gradient of a step is cut down to.
         seed: Of the split and of the order of the batches.
+        folder: Where to keep the fit: `checkpoint.safetensors`, from which it can go on; `log.csv`, a line an epoch, and
+            the same for TensorBoard where that is installed; at the end `model.safetensors`, for `pyro_maf.load`. It is
+            made if need be. One that holds a fit already is refused, unless that is to be resumed.
+        resume: Go on from the checkpoint in `folder`, where there is one. The model, the data and the options must be
+            the same, but for `max_epochs` and `patience`, which may be raised, and what follows here.
+        devices: Processes to fit with on this machine, each on a GPU of its own if the model is on one. Lightning
+            starts the others by running the program again: it must come to this call by itself.
         progress: A bar on stderr: True where that is a terminal or a notebook, False never, "always" in any case.
 
     Returns:
         A `FitResult`: the density in the data's own units, the losses in nats, why it ended. Ctrl-C ends it early, with
         the best so far; a second Ctrl-C raises KeyboardInterrupt, with the model's best weights in place.
+
+    Warns:
+        UserWarning: After 5 steps in a row without a finite loss and gradient: it goes on from the best weights with
+            half the learning rate.
 
     Cost:
         An epoch takes one `log_prob` with its gradient for each training row and one without for each validation row:
@@ -88,7 +113,8 @@ def fit(
         TypeError: For a model that is no flow or density, or data that is not numeric.
         ValueError: For data that is not finite, does not vary in a column, has too few rows or the wrong width; for a
             context missing, superfluous or of another length; for data outside the support or on its boundary, with the
-            row and column; for options out of range.
+            row and column; for options out of range; for a folder that holds a fit that is not to be resumed, or is of
+            something else.
         ModuleNotFoundError: Without the `train` extra.
 
     Example:
@@ -103,19 +129,32 @@ def fit(
     Reference:
         Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017, section 4.
     """
-    started = time.monotonic()
     weight = _first_weight(model)
-    _check_options(batch_size, max_epochs, patience, seed, progress)
-    check_above_zero("fit", "learning_rate", learning_rate, finite=True)
-    check_above_zero("fit", "max_grad_norm", max_grad_norm)
+    _check_options(
+        batch_size=batch_size,
+        max_epochs=max_epochs,
+        patience=patience,
+        learning_rate=learning_rate,
+        max_grad_norm=max_grad_norm,
+        devices=devices,
+        seed=seed,
+    )
+    check_progress("fit", progress)
+    if resume and folder is None:
+        raise ValueError("fit expected the folder to resume from, got resume=True without one.")
     lightning = _lightning_parts()
-    generator = torch.Generator().manual_seed(seed)
     known = _support(model, support)
-    training, held_out = _read(model, data, context, known, validation, weight.dtype, generator)
-    density = _in_units_of(training, model, known)
-    batches = Batches(training.to(weight.device), batch_size, generator)
+    parts = read_parts(model, data, context, validation, known, dtype=weight.dtype, seed=seed)
+    density = in_units_of(parts, model, known)
+    processes = Processes(devices)
+    batches = parts.batches(batch_size, processes)
     _check_batches(model, batches, batch_size)
     schedule = Schedule(learning_rate, patience)
+    keeper = None
+    if folder is not None:
+        options = {"batch_size": batch_size, "learning_rate": learning_rate, "max_grad_norm": max_grad_norm}
+        settings = {"model": describe(density), "data": parts.digest(), "seed": seed, **options}
+        keeper = Keeper(Path(folder), settings, resume=resume)
     with (
         Interruption() as interruption,
         _untouched_random_states(weight.device, seed),
@@ -124,21 +163,27 @@ def fit(
         module = lightning.MaximumLikelihood(
             density.density if isinstance(density, ConditionalDensity) else density,
             batches,
-            Batches(held_out.to(weight.device), VALIDATION_BATCH),
+            Batches(parts.held_out, VALIDATION_BATCH, None, processes),
             schedule=schedule,
             max_grad_norm=max_grad_norm,
             interruption=interruption,
+            processes=processes,
+            keeper=keeper,
         )
-        lightning.maximise(module, max_epochs=max_epochs, progress=progress)
+        lightning.maximise(module, max_epochs=max_epochs, device=weight.device, progress=progress)
+    density.eval()
+    if keeper is not None and processes.is_first:
+        density.save(keeper.folder / "model.safetensors")
     return FitResult(
-        density=density.eval(),
-        train_loss=tuple(module.train_loss),
-        validation_loss=tuple(module.validation_loss),
+        density=density,
+        train_loss=tuple(epoch.train_loss for epoch in module.history),
+        validation_loss=tuple(epoch.validation_loss for epoch in module.history),
         best_epoch=schedule.best_epoch,
         validation_log_likelihood=-schedule.best,
-        seconds=time.monotonic() - started,
-        stop_reason=module.stop_reason or f"reached max_epochs ({max_epochs})",
+        seconds=module.seconds,
+        stop_reason=module.stop_reason or schedule.reason or f"reached max_epochs ({max_epochs})",
         skipped_steps=module.skipped_steps,
+        folder=None if keeper is None else keeper.folder,
     )
 
 
@@ -152,12 +197,16 @@ def _first_weight(model: Any) -> Tensor:
     raise ValueError(f"fit expected a model with weights to train, got {type(model).__name__} with none.")
 
 
-def _check_options(batch_size: Any, max_epochs: Any, patience: Any, seed: Any, progress: Any) -> None:
-    for name, value in (("batch_size", batch_size), ("max_epochs", max_epochs), ("patience", patience)):
+def _check_options(
+    *, batch_size: Any, max_epochs: Any, patience: Any, learning_rate: Any, max_grad_norm: Any, devices: Any, seed: Any
+) -> None:
+    counts = {"batch_size": batch_size, "max_epochs": max_epochs, "patience": patience, "devices": devices}
+    for name, value in counts.items():
         check_positive("fit", name, value)
+    check_above_zero("fit", "learning_rate", learning_rate, finite=True)
+    check_above_zero("fit", "max_grad_norm", max_grad_norm)
     if check_positive("fit", "seed", seed, least=0) >= 2**63:
         raise ValueError(f"fit expected seed below 2**63, got {seed}.")
-    check_progress("fit", progress)
 
 
 def _check_batches(model: Any, batches: Batches, batch_size: int) -> None:
@@ -180,57 +229,12 @@ def _support(model: Any, given: Any) -> Support:
     return asked
 
 
-def _read(
-    model: Any,
-    data: Any,
-    context: Any,
-    support: Support,
-    validation: Any,
-    dtype: torch.dtype,
-    generator: torch.Generator,
-) -> tuple[Rows, Rows]:
-    """Training and validation rows."""
-    rows = read_rows(model, data, context, support=support, dtype=dtype)
-    check_training(rows, data, context)
-    if validation is None or isinstance(validation, (int, float)):
-        fraction = VALIDATION_FRACTION if validation is None else float(validation)
-        if not 0 < fraction < 1:
-            raise ValueError(f"fit expected validation as a part between 0 and 1, or as data, got {validation!r}.")
-        return split(rows, fraction, generator)
-    given = validation if isinstance(validation, tuple) else (validation, None)
-    if len(given) != 2:
-        raise ValueError(f"fit expected validation as data or a tuple (data, context), got a tuple of {len(given)}.")
-    return rows, read_rows(model, *given, support=support, dtype=dtype, role="validation ")
-
-
-def _in_units_of(training: Rows, model: Any, support: Support) -> FlowPrior | ConditionalFlowPrior:
-    """The model on its support, standardised by the training rows."""
-    if isinstance(model, FlowPrior) and model.context_dim:
-        units = {name: getattr(model, name) for name in ("loc", "scale", "context_loc", "context_scale")}
-        return ConditionalFlowPrior(model.model, support=support.name, **units)
-    if isinstance(model, (FlowPrior, ConditionalFlowPrior)):
-        return model
-    loc, scale = units_of(support.unconstrain(training.data)[0])
-    if training.context is None:
-        prior = FlowPrior(model, support=support.name, loc=loc, scale=scale)
-        if prior.batch_shape:
-            raise ValueError(
-                f"fit expected a single density, got {model.name} with batch shape {tuple(prior.batch_shape)}: "
-                "where that is of a context, leave the condition out and give it as context=."
-            )
-        return prior
-    context_loc, context_scale = units_of(training.context)
-    return ConditionalFlowPrior(
-        model, support=support.name, loc=loc, scale=scale, context_loc=context_loc, context_scale=context_scale
-    )
-
-
 def _lightning_parts() -> ModuleType:
     try:
         from pyro_maf.training import maximum_likelihood
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in ("lightning", "rich"):
+        if package not in ("lightning", "rich", "safetensors"):
             raise
         raise ModuleNotFoundError(
             f"fit needs {package}, which is not installed: pip install pyro-maf[train].", name=package

@@ -9,11 +9,14 @@ from contextlib import contextmanager
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 
 from pyro_maf.showing import shows
+from pyro_maf.training.log import Log
 from pyro_maf.training.module import MaximumLikelihood
+from pyro_maf.training.processes import Processes
 from pyro_maf.training.progress import ProgressBar
 
 __all__ = ["MaximumLikelihood", "maximise"]
@@ -21,18 +24,25 @@ __all__ = ["MaximumLikelihood", "maximise"]
 ACCELERATORS = {"cpu": "cpu", "cuda": "gpu", "mps": "mps"}
 
 
-def maximise(module: MaximumLikelihood, *, max_epochs: int, progress: bool | str) -> None:
-    """Train `module` where it is, and leave it there with its best weights, in eval mode.
+def maximise(module: MaximumLikelihood, *, max_epochs: int, device: torch.device, progress: bool | str) -> None:
+    """Train `module`, and leave it on `device` with its best weights, in eval mode.
+
+    Args:
+        module: What to train, perhaps from where a checkpoint left it.
+        max_epochs: The most epochs, those before the checkpoint included.
+        device: Where to; with several processes on GPUs, each takes one of its own.
+        progress: As in `fit`.
 
     Raises:
         Abandoned: At a second Ctrl-C.
     """
-    device = module.batches.rows.data.device
+    remaining = max_epochs - len(module.history)
     try:
         module.train()
-        with _quiet():
-            trainer = _trainer(device, max_epochs, _callbacks(progress))
-            trainer.fit(module, train_dataloaders=module.batches, val_dataloaders=module.held_out)
+        if remaining > 0 and not module.schedule.reason:
+            with _quiet():
+                trainer = _trainer(device, module.processes, remaining, _callbacks(module, progress))
+                trainer.fit(module, train_dataloaders=module.batches, val_dataloaders=module.held_out)
     finally:
         module.interruption.settle()
         # Lightning leaves what it trained on the CPU.
@@ -41,11 +51,16 @@ def maximise(module: MaximumLikelihood, *, max_epochs: int, progress: bool | str
         module.density.eval()
 
 
-def _trainer(device: torch.device, max_epochs: int, callbacks: list[Callback]) -> Trainer:
+def _trainer(device: torch.device, processes: Processes, max_epochs: int, callbacks: list[Callback]) -> Trainer:
+    several = processes.are_several
     return Trainer(
         accelerator=ACCELERATORS[device.type],
-        devices=[device.index or 0] if device.type == "cuda" else 1,
-        plugins=[LightningEnvironment()],
+        devices=[device.index or 0] if device.type == "cuda" and not several else processes.here,
+        num_nodes=processes.machines,
+        # What the statistics of a layer are is for `BatchNorm` to say; all else is the same everywhere.
+        strategy=DDPStrategy(broadcast_buffers=False) if several else "auto",
+        plugins=[TorchElasticEnvironment() if processes.by_torchrun else LightningEnvironment()],
+        use_distributed_sampler=False,
         max_epochs=max_epochs,
         callbacks=callbacks,
         logger=False,
@@ -58,9 +73,12 @@ def _trainer(device: torch.device, max_epochs: int, callbacks: list[Callback]) -
     )
 
 
-def _callbacks(progress: bool | str) -> list[Callback]:
+def _callbacks(module: MaximumLikelihood, progress: bool | str) -> list[Callback]:
+    if not module.processes.is_first:
+        return []
     console = Console(stderr=True)
-    return [ProgressBar(console)] if shows(progress, console) else []
+    bar: list[Callback] = [ProgressBar(console, module)] if shows(progress, console) else []
+    return bar if module.keeper is None else [Log(module.keeper.folder), *bar]
 
 
 @contextmanager

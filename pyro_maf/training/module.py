@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from pyro_maf.distributions import Density
 from pyro_maf.interruption import Interruption
+from pyro_maf.training.averaging import WeightAverage
 from pyro_maf.training.batches import Batches
+from pyro_maf.training.checkpoint import Checkpoint, Keeper, generator_states, set_generator_states
 from pyro_maf.training.data import Rows
+from pyro_maf.training.log import Epoch
+from pyro_maf.training.processes import Processes
 from pyro_maf.training.schedule import Schedule
+from pyro_maf.training.stored import StoredBatches
 from pyro_maf.transforms import ActNorm, BatchNorm
 
 __all__ = ["MaximumLikelihood"]
 
 AVERAGED_EPOCHS = 2
 AVERAGED_STEPS = 50
+WEIGHT_DECAY = 1e-6
+SKIPPED_IN_A_ROW = 5
+MOST_LOWERINGS = 10
 
 
 class MaximumLikelihood(LightningModule):
@@ -27,14 +40,16 @@ class MaximumLikelihood(LightningModule):
 
     Args:
         density: What is fitted, in the data's own units.
-        batches: The training rows, on the density's device.
-        held_out: The validation rows, likewise.
+        batches: The training rows.
+        held_out: The validation rows.
         schedule: Learning rate and patience.
         max_grad_norm: Norm that a step's gradient is cut down to.
         interruption: Whether to stop for another reason.
+        processes: Those that take part.
+        keeper: What writes checkpoints, if anything does.
 
     Attributes:
-        train_loss, validation_loss: One loss an epoch.
+        history: The epochs so far.
         skipped_steps: Steps left out because their loss or gradient was not finite.
         stop_reason: Why it ended before the last epoch, if it did.
     """
@@ -42,12 +57,14 @@ class MaximumLikelihood(LightningModule):
     def __init__(
         self,
         density: Density,
-        batches: Batches,
+        batches: Batches | StoredBatches,
         held_out: Batches,
         *,
         schedule: Schedule,
         max_grad_norm: float,
         interruption: Interruption,
+        processes: Processes,
+        keeper: Keeper | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -57,22 +74,36 @@ class MaximumLikelihood(LightningModule):
         self.schedule = schedule
         self.max_grad_norm = max_grad_norm
         self.interruption = interruption
-        self.train_loss: list[float] = []
-        self.validation_loss: list[float] = []
+        self.processes = processes
+        self.keeper = keeper
+        self.history: list[Epoch] = []
         self.skipped_steps = 0
         self.stop_reason: str | None = None
+        self._began = time.monotonic()
         self._weights = [weight for weight in density.parameters() if weight.requires_grad]
         self._average = WeightAverage(self._weights, max(AVERAGED_STEPS, AVERAGED_EPOCHS * len(batches)))
         self._kept: dict[str, Tensor] = {}
         self._training_mean = _Mean()
         self._validation_mean = _Mean()
-        self._has_batch_norm = any(isinstance(member, BatchNorm) for member in density.modules())
+        self._batch_norms = [member for member in density.modules() if isinstance(member, BatchNorm)]
         self._has_act_norm = any(isinstance(member, ActNorm) for member in density.modules())
+        self._skipped_in_a_row = 0
+        self._lowerings_in_a_row = 0
+        self._found = None if keeper is None else keeper.found
+        if self._found is not None:
+            self._go_on(self._found)
+
+    @property
+    def seconds(self) -> float:
+        """How long it has taken, with what came before it was taken up again."""
+        return time.monotonic() - self._began
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam, all weights in one call where the device can."""
         fused = self._weights[0].device.type in ("cpu", "cuda")
-        self._optimizer = torch.optim.Adam(self._weights, lr=self.schedule.learning_rate, fused=fused)
+        self._optimizer = torch.optim.Adam(
+            self._weights, lr=self.schedule.learning_rate, weight_decay=WEIGHT_DECAY, fused=fused
+        )
         return self._optimizer
 
     def transfer_batch_to_device(self, batch: Rows, device: torch.device, dataloader_idx: int) -> Rows:
@@ -82,45 +113,95 @@ class MaximumLikelihood(LightningModule):
     # -- training -------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """Take the given weights for the best so far, to be put back if no others validate."""
-        if self._has_act_norm or self._has_batch_norm:
-            self.density.fit_statistics(*self.batches.rows)
+        """Take the given weights for the best so far, to be put back if no others validate; or go on."""
+        if self.batches.smallest < self.processes.count:
+            raise ValueError(
+                f"fit expected a row of each batch for every process, got {self.batches.smallest} rows for "
+                f"{self.processes.count} processes."
+            )
+        for rows in (self.batches, self.held_out):
+            rows.to(self.device)
+        for layer in self._batch_norms:
+            layer.together = self.processes.are_several
+        if self._found is not None:
+            self._put_in_place(self._found)
+            return
+        if self._has_act_norm or self._batch_norms:
+            self.density.fit_statistics(*self.batches.sample())
         self._average.start()
         self.density.eval()
         with torch.no_grad():
             for index, batch in enumerate(self.held_out):
                 self.validation_step(batch, index)
         self.density.train()
-        self.schedule.improves(0, self._validation_mean.take())
+        self.schedule.improves(0, self._validation_mean.take(self.processes))
         self._keep()
+        self.save(taken=0)
 
-    def training_step(self, batch: Rows, index: int) -> None:
+    def training_step(self, batch: Rows | tuple[()], index: int) -> None:
         """One step of Adam, unless the loss or its gradient is not finite."""
-        self._optimizer.zero_grad()
-        loss = -self.density._log_prob(*batch).mean()
-        # Not Lightning's own backward: its hooks would take a tenth of the step, and are for what is not used here.
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self._weights, self.max_grad_norm)
-        loss = loss.detach()
-        if not torch.isfinite(norm + loss):
-            self.skipped_steps += 1
+        if not batch:
             return
+        self._optimizer.zero_grad()
+        log_prob = self.density._log_prob(*batch)
+        # Of several processes each has a part of the batch, and the gradient will be the mean of theirs.
+        rows, log_likelihood = self.processes.total(len(log_prob), log_prob.detach().sum())
+        loss = -log_prob.sum() * (self.processes.count / rows)
+        if self.processes.are_several:
+            self.manual_backward(loss)
+        else:
+            # Not Lightning's own: its hooks would take a tenth of the step, and are for what is not used here.
+            loss.backward()
+        norm = nn.utils.clip_grad_norm_(self._weights, self.max_grad_norm)
+        if not torch.isfinite(norm + log_likelihood):
+            self._skip()
+            return
+        self._skipped_in_a_row = self._lowerings_in_a_row = 0
         self._optimizer.step()
         self._average.follow()
-        self._training_mean.add(loss * len(batch.data), len(batch.data))
+        self._training_mean.add(-log_likelihood, int(rows))
 
-    def on_train_batch_end(self, outputs: object, batch: Rows, batch_idx: int) -> None:
-        """Heed a Ctrl-C: the weights are validated as they are, in the middle of an epoch."""
-        if self.interruption.requested:
+    def on_train_batch_end(self, outputs: object, batch: Rows | tuple[()], batch_idx: int) -> None:
+        """Write a checkpoint now and then. Heed a Ctrl-C: the weights are validated in the middle of an epoch."""
+        if not batch:
+            return
+        interrupted = self._is_interrupted()
+        if interrupted or (self.keeper is not None and self.keeper.is_due):
+            self.save(batch_idx + 1)
+        if interrupted:
+            # What follows is for the result: the fit is taken up again where it is now.
+            self.keeper = None
             self._stop("interrupted")
+
+    def _skip(self) -> None:
+        """Leave a step out; after several in a row, go back to the best weights with half the learning rate."""
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row < SKIPPED_IN_A_ROW:
+            return
+        self._skipped_in_a_row = 0
+        self._lowerings_in_a_row += 1
+        if self._lowerings_in_a_row > MOST_LOWERINGS:
+            self._stop("no step had a finite loss and gradient, however low the learning rate")
+            return
+        self.schedule.lower()
+        self._set_learning_rate()
+        self.density.load_state_dict(self._kept)
+        self._optimizer.state.clear()
+        self._average.start()
+        warnings.warn(
+            f"fit skipped {SKIPPED_IN_A_ROW} steps in a row without a finite loss and gradient: it goes on from the "
+            f"best weights so far, with a learning rate of {self.schedule.learning_rate:.3g}.",
+            stacklevel=2,
+        )
 
     # -- validation -----------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
         """Put the averaged weights in place, with their statistics."""
         self._average.swap()
-        if self._has_batch_norm:
-            self.density.fit_statistics(*self.batches.rows)
+        if self._batch_norms:
+            self.density.fit_statistics(*self.batches.sample())
 
     def validation_step(self, batch: Rows, index: int) -> None:
         """Add up the log-likelihood of a batch."""
@@ -129,22 +210,78 @@ class MaximumLikelihood(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Keep the averaged weights if they are the best yet; take up training where it was."""
         all_skipped = not self._training_mean.count
-        self.train_loss.append(self._training_mean.take())
-        self.validation_loss.append(self._validation_mean.take())
-        epoch = len(self.validation_loss)
-        if self.schedule.improves(epoch, self.validation_loss[-1]):
+        learning_rate = self.schedule.learning_rate
+        losses = self._training_mean.take(), self._validation_mean.take(self.processes)
+        self.history.append(Epoch(self.seconds, *losses, learning_rate, self.skipped_steps))
+        epoch = len(self.history)
+        if self.schedule.improves(epoch, losses[1]):
             self._keep()
         self._average.swap()
         if all_skipped:
             self._stop(f"no step of epoch {epoch} had a finite loss and gradient")
-        elif self.interruption.requested:
+        elif self._is_interrupted():
             self._stop("interrupted")
-        elif self.schedule.is_over:
-            self._stop(f"no better validation log-likelihood for {self.schedule.patience} epochs")
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.schedule.learning_rate
+        elif self.schedule.reason:
+            self._stop(self.schedule.reason)
+        self._set_learning_rate()
+        if self.keeper is not None and (self.keeper.is_due or self.trainer.should_stop or self._is_last(epoch)):
+            self.save(taken=0)
 
-    # -- ending ---------------------------------------------------------------------------------------------------
+    # -- keeping and going on -------------------------------------------------------------------------------------
+
+    def save(self, taken: int) -> None:
+        """Write a checkpoint.
+
+        Args:
+            taken: How many batches of the present epoch have been taken.
+        """
+        if self.keeper is None or not self.processes.is_first:
+            return
+        tensors = {
+            **_named("density", self.density.state_dict()),
+            **_named("kept", self._kept),
+            **_named("average", dict(enumerate(self._average.values))),
+            **_named("global", generator_states(self.device)),
+            "order": self.batches.order(taken),
+            "training_loss": torch.as_tensor(self._training_mean.total),
+        }
+        for number, state in self._optimizer.state_dict()["state"].items():
+            tensors.update(_named(f"optimizer/{number}", state))
+        facts = {
+            "taken": taken,
+            "history": self.history,
+            "seconds": self.seconds,
+            "schedule": self.schedule.state(),
+            "averaged": self._average.taken,
+            "training_rows": self._training_mean.count,
+            "skipped": [self.skipped_steps, self._skipped_in_a_row, self._lowerings_in_a_row],
+        }
+        self.keeper.write(Checkpoint(tensors, facts))
+
+    def _go_on(self, checkpoint: Checkpoint) -> None:
+        """Be where `checkpoint` was, but for what waits for training to start."""
+        facts = checkpoint.facts
+        self.history = [Epoch(*epoch) for epoch in facts["history"]]
+        self.schedule.go_on(facts["schedule"])
+        self.skipped_steps, self._skipped_in_a_row, self._lowerings_in_a_row = facts["skipped"]
+        self.batches.go_on(checkpoint.tensors["order"], facts["taken"])
+        self._began -= facts["seconds"]
+        self._kept = checkpoint.under("kept")
+
+    def _put_in_place(self, checkpoint: Checkpoint) -> None:
+        facts = checkpoint.facts
+        self.density.load_state_dict(checkpoint.under("density"))
+        average = checkpoint.under("average")
+        self._average.go_on([average[str(number)].to(self.device) for number in range(len(average))], facts["averaged"])
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in checkpoint.under("optimizer").items():
+            number, _, field = name.partition("/")
+            states.setdefault(int(number), {})[field] = tensor
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": states})
+        self._set_learning_rate()
+        if facts["training_rows"]:
+            self._training_mean.add(checkpoint.tensors["training_loss"].to(self.device), facts["training_rows"])
+        set_generator_states(checkpoint.under("global"), self.device)
 
     def restore_best(self) -> None:
         """Put the weights and statistics in place that validated best, if it came to that."""
@@ -154,42 +291,20 @@ class MaximumLikelihood(LightningModule):
     def _keep(self) -> None:
         self._kept = {name: tensor.detach().clone() for name, tensor in self.density.state_dict().items()}
 
+    def _set_learning_rate(self) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.schedule.learning_rate
+
+    def _is_interrupted(self) -> bool:
+        """Whether any of the processes was."""
+        return bool(self.processes.total(float(self.interruption.requested))[0])
+
+    def _is_last(self, epoch: int) -> bool:
+        return self.trainer.current_epoch + 1 == self.trainer.max_epochs
+
     def _stop(self, reason: str) -> None:
         self.stop_reason = self.stop_reason or reason
         self.trainer.should_stop = True
-
-
-class WeightAverage:
-    """An exponential average of weights.
-
-    Args:
-        weights: What it follows.
-        steps: How many of the last steps it averages over, give or take.
-    """
-
-    def __init__(self, weights: list[nn.Parameter], steps: int) -> None:
-        self._weights = weights
-        self._steps = steps
-        self.start()
-
-    def start(self) -> None:
-        """Begin with the weights as they are."""
-        self._average = [weight.detach().clone() for weight in self._weights]
-        self._taken = 0
-
-    def follow(self) -> None:
-        """Take in the weights after a step. Early on it averages over fewer, so that it forgets the start."""
-        self._taken += 1
-        fraction = max(1 / self._steps, 9 / (self._taken + 9))
-        torch._foreach_lerp_(self._average, [weight.detach() for weight in self._weights], fraction)
-
-    def swap(self) -> None:
-        """Exchange the weights and their average."""
-        with torch.no_grad():
-            for weight, average in zip(self._weights, self._average, strict=True):
-                held = weight.clone()
-                weight.copy_(average)
-                average.copy_(held)
 
 
 class _Mean:
@@ -200,11 +315,20 @@ class _Mean:
         self.count = 0
 
     def add(self, total: Tensor, count: int) -> None:
+        """Take in the sum over `count` rows."""
         self.total = self.total + total
         self.count += count
 
-    def take(self) -> float:
-        """The mean, NaN of nothing; starts again."""
-        mean = float(self.total) / self.count if self.count else float("nan")
+    def take(self, processes: Processes | None = None) -> float:
+        """The mean, NaN of nothing; starts again.
+
+        Args:
+            processes: Those that have each summed up a part, if they have.
+        """
+        total, count = (self.total, self.count) if processes is None else processes.total(self.total, self.count)
         self.total, self.count = 0.0, 0
-        return mean
+        return float(total) / int(count) if count else float("nan")
+
+
+def _named(prefix: str, tensors: Mapping[Any, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}

@@ -19,15 +19,19 @@ class ProgressBar(Callback):
 
     Args:
         console: Where it goes.
+        fit: What it is of.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, fit: MaximumLikelihood) -> None:
+        self._fit = fit
+        self._before = len(fit.history)
         self._progress = progress_bar("epoch {task.fields[epoch]}", "{task.fields[losses]}", console)
         self._updated = 0.0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Show the bar."""
-        self._task = self._progress.add_task("", total=trainer.max_epochs, epoch=1, losses="")
+        total = self._before + int(trainer.max_epochs or 0)
+        self._task = self._progress.add_task("", total=total, completed=self._before, epoch=self._before + 1, losses="")
         self._progress.start()
 
     def on_train_batch_end(
@@ -37,15 +41,14 @@ class ProgressBar(Callback):
         if time.monotonic() - self._updated > SECONDS_BETWEEN_UPDATES:
             self._updated = time.monotonic()
             fraction = (batch_idx + 1) / int(trainer.num_training_batches)
-            self._progress.update(self._task, completed=trainer.current_epoch + fraction)
+            self._progress.update(self._task, completed=self._before + trainer.current_epoch + fraction)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Show the epoch's losses."""
-        if isinstance(module, MaximumLikelihood) and module.validation_loss:
-            epoch = len(module.validation_loss)
-            best = f"best {module.schedule.best:.3f}"
-            losses = f"train {module.train_loss[-1]:.3f}  val {module.validation_loss[-1]:.3f}  {best}"
-            self._progress.update(self._task, completed=epoch, epoch=epoch, losses=losses)
+        if history := self._fit.history:
+            best = f"best {self._fit.schedule.best:.3f}"
+            losses = f"train {history[-1].train_loss:.3f}  val {history[-1].validation_loss:.3f}  {best}"
+            self._progress.update(self._task, completed=len(history), epoch=len(history), losses=losses)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Leave the bar as it is."""

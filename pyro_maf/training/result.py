@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 __all__ = ["FitResult"]
@@ -21,9 +22,10 @@ class FitResult:
         validation_loss: The loss on the validation rows after each epoch, with the averaged weights.
         best_epoch: How many epochs the best weights were trained for; 0 if none was better than the given weights.
         validation_log_likelihood: The mean log-likelihood of the validation rows under the best weights.
-        seconds: How long it took.
+        seconds: How long it took, without any time between an interruption and going on.
         stop_reason: Why it ended, in words.
         skipped_steps: How many steps were left out because their loss or its gradient was not finite.
+        folder: Where the fit is kept, if anywhere.
     """
 
     density: Any
@@ -34,6 +36,7 @@ class FitResult:
     seconds: float
     stop_reason: str
     skipped_steps: int = 0
+    folder: Path | None = None
 
     @property
     def epochs(self) -> int:
@@ -43,8 +46,9 @@ class FitResult:
     def __repr__(self) -> str:
         steps = "1 step" if self.skipped_steps == 1 else f"{self.skipped_steps} steps"
         skipped = f"; {steps} without a finite loss and gradient skipped" if self.skipped_steps else ""
+        resumable = "; resume=True goes on" if self.folder and self.stop_reason == "interrupted" else ""
         return (
             f"FitResult(validation log-likelihood {self.validation_log_likelihood:.3f} nats "
             f"after epoch {self.best_epoch} of {self.epochs}, {self.seconds:.1f} s; "
-            f"stopped: {self.stop_reason}{skipped})"
+            f"stopped: {self.stop_reason}{resumable}{skipped})"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 __all__ = ["Schedule"]
 
@@ -23,8 +24,8 @@ class Schedule:
         >>> schedule = Schedule(learning_rate=1.0, patience=4)
         >>> [schedule.improves(epoch, loss) for epoch, loss in enumerate([3.0, 2.0, 2.5])]
         [True, True, False]
-        >>> schedule.learning_rate, schedule.is_over
-        (0.5, False)
+        >>> schedule.learning_rate, schedule.reason
+        (0.5, None)
     """
 
     def __init__(self, learning_rate: float, patience: int) -> None:
@@ -42,11 +43,24 @@ class Schedule:
             self.best, self.best_epoch = validation_loss, epoch
             return True
         if epoch - max(self.best_epoch, self._lowered_at) >= max(1, self.patience // 4):
-            self.learning_rate /= 2
-            self._lowered_at = epoch
+            self.lower()
         return False
 
+    def lower(self) -> None:
+        """Halve the learning rate."""
+        self.learning_rate /= 2
+        self._lowered_at = self._epoch
+
+    def state(self) -> dict[str, Any]:
+        """Where it is, for `go_on`."""
+        return {name: value for name, value in vars(self).items() if name != "patience"}
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Be where another was; the patience stays this one's."""
+        vars(self).update(state)
+
     @property
-    def is_over(self) -> bool:
-        """Whether the patience is at its end."""
-        return self._epoch - self.best_epoch >= self.patience
+    def reason(self) -> str | None:
+        """Why to end: that the patience is at its end; or None."""
+        is_over = self._epoch - self.best_epoch >= self.patience
+        return f"no better validation log-likelihood for {self.patience} epochs" if is_over else None

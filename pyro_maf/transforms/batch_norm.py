@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from pyro_maf.transforms.base import Flow
 
@@ -45,6 +47,8 @@ class BatchNorm(Flow):
     is_by_row = True
     EPS = 1e-5
     MOMENTUM = 0.1
+    together = False
+    """Whether the batch is that of all processes of `torch.distributed`, each holding a part; `fit` sets it."""
     mean: Tensor
     variance: Tensor
 
@@ -75,12 +79,38 @@ class BatchNorm(Flow):
 
     def _batch_statistics(self, y: Tensor) -> tuple[Tensor, Tensor]:
         rows = y.reshape(-1, self.input_dim)
-        if len(rows) < 2:
+        if self.together:
+            mean, variance = _moments_of_all(rows)
+        elif len(rows) < 2:
             raise ValueError(
                 "BatchNorm expected at least 2 rows in training mode, got 1: call .eval() to score single rows."
             )
-        variance, mean = torch.var_mean(rows, 0, correction=0)
+        else:
+            variance, mean = torch.var_mean(rows, 0, correction=0)
         with torch.no_grad():
             self.mean.lerp_(mean, self.MOMENTUM)
             self.variance.lerp_(variance, self.MOMENTUM)
         return mean, variance
+
+
+def _moments_of_all(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance over the rows of all processes, with their gradient."""
+    count = _Total.apply(rows.new_tensor(len(rows)))
+    mean = _Total.apply(rows.sum(0)) / count
+    return mean, _Total.apply((rows - mean).square().sum(0)) / count
+
+
+class _Total(torch.autograd.Function):
+    """The sum over all processes: what each adds to it, all of their losses depend on."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        distributed.all_reduce(total)
+        return total

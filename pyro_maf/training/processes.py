@@ -1,0 +1,66 @@
+"""The processes that fit one model together: each takes its part of every batch, and all hold the same weights."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor, distributed
+
+__all__ = ["Processes"]
+
+
+class Processes:
+    """Those that torchrun has started, or that Lightning is to start; or this one alone.
+
+    They know of each other through `torch.distributed`, once Lightning has set that up.
+
+    Args:
+        devices: How many there are to be on this machine, where torchrun has not said.
+
+    Attributes:
+        by_torchrun: Whether torchrun has started them.
+        here: How many there are on this machine.
+        machines: How many machines there are.
+
+    Example:
+        >>> alone = Processes()
+        >>> alone.are_several, alone.total(2.0, 3), alone.part(torch.arange(3)).tolist()
+        (False, (2.0, 3), [0, 1, 2])
+    """
+
+    def __init__(self, devices: int = 1) -> None:
+        self.by_torchrun = distributed.is_available() and distributed.is_torchelastic_launched()
+        self.here = int(os.environ["LOCAL_WORLD_SIZE"]) if self.by_torchrun else devices
+        self.machines = int(os.environ["WORLD_SIZE"]) // self.here if self.by_torchrun else 1
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return self.here * self.machines
+
+    @property
+    def are_several(self) -> bool:
+        """Whether there is more than one."""
+        return self.count > 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes files and shows progress."""
+        # As torchrun numbers them, or Lightning those that it starts.
+        rank = os.environ.get("RANK") if self.by_torchrun else os.environ.get("LOCAL_RANK")
+        return not self.are_several or int(rank or 0) == 0
+
+    def part(self, index: Tensor) -> Tensor:
+        """This process's part of the rows of a batch."""
+        return index.tensor_split(self.count)[distributed.get_rank()] if self.are_several else index
+
+    def total(self, *values: Tensor | float) -> tuple[Tensor | float, ...]:
+        """The sum of each of `values` over all processes, without a gradient."""
+        if not self.are_several:
+            return values
+        together = torch.stack([torch.as_tensor(value, dtype=torch.float64).detach().cpu() for value in values])
+        # NCCL knows nothing but GPUs.
+        together = together.cuda() if distributed.get_backend() == "nccl" else together
+        distributed.all_reduce(together)
+        return tuple(together)

@@ -1,0 +1,237 @@
+"""A fit that was interrupted, killed or ended goes on to the very weights that it would have come to."""
+
+from __future__ import annotations
+
+import csv
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+import pyro_maf
+from pyro_maf import IAF, MAF, FlowPrior, MAFMoG, RealNVP, fit
+from pyro_maf.training.checkpoint import Checkpoint
+from tests.fits import gaussian_rows, same, seeded, weights
+
+ROOT = Path(__file__).parent.parent
+OPTIONS: dict[str, Any] = {"batch_size": 27, "max_epochs": 4, "learning_rate": 1e-2, "progress": False}
+
+
+class Pressed(MAF):
+    """A flow whose training steps press Ctrl-C at the numbers it is told."""
+
+    at: ClassVar[set[int]] = set()
+    steps: ClassVar[int] = 0
+
+    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.training:
+            Pressed.steps += 1
+            if Pressed.steps in self.at:
+                signal.raise_signal(signal.SIGINT)
+        return super()._pull(y, context)
+
+
+def flow(cls: Any = MAF, **options: Any) -> Any:
+    return seeded(lambda: cls(2, num_layers=2, hidden_dims=[8], **options))
+
+
+def pressed(at: set[int], monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
+    monkeypatch.setattr(Pressed, "at", at)
+    monkeypatch.setattr(Pressed, "steps", 0)
+    return flow(Pressed, **options)
+
+
+def without_time(result: Any) -> tuple[Any, ...]:
+    return result.train_loss, result.validation_loss, result.best_epoch, result.stop_reason
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_norm": True}, {"order": "random"}], ids=["plain", "norm", "random"])
+@pytest.mark.parametrize("step", [1, 10, 14, 29])
+def test_an_interrupted_fit_goes_on_bit_for_bit(
+    step: int, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = fit(flow(Pressed, **options), gaussian_rows(), **OPTIONS)
+    first = fit(pressed({step}, monkeypatch, **options), gaussian_rows(), folder=tmp_path, **OPTIONS)
+    assert first.stop_reason == "interrupted"
+    assert "resume=True goes on" in repr(first)
+    other = pressed(set(), monkeypatch, **options)
+    second = fit(other, gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
+    assert Pressed.steps == 40 - step
+    assert same(weights(whole.density), weights(second.density))
+    assert without_time(whole) == without_time(second)
+
+
+@pytest.mark.parametrize("make", [IAF, RealNVP, MAFMoG, lambda *a, **k: FlowPrior(MAF(*a, **k), support="positive")])
+def test_every_family_goes_on_bit_for_bit(make: Any, tmp_path: Path) -> None:
+    rows = gaussian_rows().exp()
+    whole = fit(flow(make), rows, **OPTIONS)
+    fit(flow(make), rows, folder=tmp_path, **{**OPTIONS, "max_epochs": 2})
+    second = fit(flow(make), rows, folder=tmp_path, resume=True, **OPTIONS)
+    assert same(weights(whole.density), weights(second.density))
+    assert without_time(whole) == without_time(second)
+
+
+def test_it_may_be_interrupted_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = fit(flow(Pressed), gaussian_rows(), **OPTIONS)
+    for _ in range(5):
+        result = fit(pressed({7}, monkeypatch), gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
+    assert result.stop_reason == "interrupted"
+    result = fit(pressed(set(), monkeypatch), gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
+    assert same(weights(whole.density), weights(result.density))
+
+
+def test_the_starting_weights_of_the_second_call_do_not_matter(tmp_path: Path) -> None:
+    whole = fit(flow(), gaussian_rows(), **OPTIONS)
+    fit(flow(), gaussian_rows(), folder=tmp_path, **{**OPTIONS, "max_epochs": 1})
+    torch.manual_seed(99)
+    second = fit(MAF(2, num_layers=2, hidden_dims=[8]), gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
+    assert same(weights(whole.density), weights(second.density))
+
+
+def test_without_a_checkpoint_it_starts_afresh(tmp_path: Path) -> None:
+    whole = fit(flow(), gaussian_rows(), **OPTIONS)
+    result = fit(flow(), gaussian_rows(), folder=tmp_path / "new" / "one", resume=True, **OPTIONS)
+    assert without_time(whole) == without_time(result)
+
+
+def test_a_fit_that_has_ended_is_given_back_at_once(tmp_path: Path) -> None:
+    options = {**OPTIONS, "max_epochs": 200, "patience": 2}
+    ended = fit(flow(), gaussian_rows(60), folder=tmp_path, **options)
+    before = (tmp_path / "log.csv").read_text()
+    again = fit(flow(), gaussian_rows(60), folder=tmp_path, resume=True, **options)
+    assert ended.stop_reason == "no better validation log-likelihood for 2 epochs"
+    assert without_time(again) == without_time(ended)
+    assert same(weights(again.density), weights(ended.density))
+    assert (tmp_path / "log.csv").read_text() == before
+
+
+def test_the_folder_holds_model_and_log(tmp_path: Path) -> None:
+    result = fit(flow(), gaussian_rows(), folder=tmp_path, **OPTIONS)
+    assert same(weights(pyro_maf.load(tmp_path / "model.safetensors")), weights(result.density))
+    with open(tmp_path / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
+    assert tuple(float(row["validation_loss"]) for row in rows) == result.validation_loss
+    assert tuple(float(row["train_loss"]) for row in rows) == result.train_loss
+    assert [float(row["learning_rate"]) for row in rows] == [1e-2] * 4
+    assert [row["skipped_steps"] for row in rows] == ["0"] * 4
+
+
+def test_a_log_goes_on_where_it_was(tmp_path: Path) -> None:
+    fit(flow(), gaussian_rows(), folder=tmp_path, **{**OPTIONS, "max_epochs": 2})
+    before = (tmp_path / "log.csv").read_text().splitlines()
+    fit(flow(), gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
+    after = (tmp_path / "log.csv").read_text().splitlines()
+    assert after[:3] == before
+    seconds = [float(line.split(",")[1]) for line in after[1:]]
+    assert seconds == sorted(seconds)
+    assert len(after) == 5
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_a_fit_is_not_written_over(tmp_path: Path) -> None:
+    fit(flow(), gaussian_rows(), folder=tmp_path, **OPTIONS)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match=r"go on with it by resume=True, or choose another folder\.$"):
+        fit(flow(), gaussian_rows(), folder=tmp_path, **OPTIONS)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({"batch_size": 28}, "batch_size"),
+        ({"learning_rate": 2e-2}, "learning_rate"),
+        ({"seed": 1}, "data"),
+        ({"data": gaussian_rows(seed=1)}, "data"),
+        ({"model": flow(activation="tanh")}, "model"),
+    ],
+    ids=["batch_size", "learning_rate", "seed", "data", "model"],
+)
+def test_another_fit_is_not_gone_on_with(changed: dict[str, Any], name: str, tmp_path: Path) -> None:
+    asked = {"model": flow(), "data": gaussian_rows(), **OPTIONS, "folder": tmp_path}
+    fit(**asked)
+    with pytest.raises(ValueError, match=f"^fit found a fit with another {name} in "):
+        fit(**{**asked, **changed}, resume=True)
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-20], lambda content: b"", lambda content: b"{}" * 99])
+def test_a_damaged_checkpoint_is_said_to_be(damage: Any, tmp_path: Path) -> None:
+    fit(flow(), gaussian_rows(), folder=tmp_path, **OPTIONS)
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match="damaged, truncated or no checkpoint"):
+        fit(flow(), gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
+
+
+def test_a_model_is_no_checkpoint_and_a_later_format_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    flow().save(path)
+    with pytest.raises(ValueError, match="no checkpoint"):
+        fit(flow(), gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
+    Checkpoint({"x": torch.zeros(1)}, {"format": 99}).write(path)
+    with pytest.raises(ValueError, match="format 99, this version reads up to 1"):
+        fit(flow(), gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
+
+
+def test_to_resume_is_to_have_a_folder() -> None:
+    with pytest.raises(ValueError, match="expected the folder to resume from"):
+        fit(flow(), gaussian_rows(), resume=True)
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(FileExistsError):
+        fit(flow(), gaussian_rows(), folder=tmp_path / "taken", **OPTIONS)
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+# -- killed -----------------------------------------------------------------------------------------------------------
+
+PROGRAM = """
+    import sys, torch
+    from pyro_maf import MAF, fit
+    from pyro_maf.training import maximum_likelihood
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows = torch.randn(3000, 4, generator=torch.Generator().manual_seed(1)).cumsum(1)
+    model = MAF(4, num_layers=2, hidden_dims=[16], batch_norm=True)
+    print("started", flush=True)
+    fit(model, rows, batch_size=20, max_epochs=6, folder=sys.argv[1], resume=True, progress=False)
+    print("ended", flush=True)
+"""
+KILLS = 2
+
+
+def run(folder: Path, kill_after: float | None = None) -> bool:
+    """Whether the program came to its end; else it was killed so long after its start."""
+    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(folder)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        if kill_after is not None:
+            time.sleep(kill_after)
+            process.send_signal(signal.SIGKILL)
+        return "ended" in process.stdout.read()
+
+
+def test_a_killed_fit_loses_nothing(tmp_path: Path) -> None:
+    moments = random.Random(0)
+    killed = [run(tmp_path / "killed", kill_after=moments.uniform(0.2, 2.0)) for _ in range(KILLS)]
+    assert not killed[0]
+    assert run(tmp_path / "killed")
+    assert run(tmp_path / "whole")
+    one, other = (pyro_maf.load(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert same(weights(one), weights(other))
+    assert not list((tmp_path / "killed").glob(".*"))

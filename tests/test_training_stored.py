@@ -1,0 +1,183 @@
+"""Rows on disk are streamed: what a fit sees of them is what it would see of the same rows in memory."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_maf import MAF, ConditionalMAF, fit
+from pyro_maf.distributions.support import Support
+from pyro_maf.training import stored
+from pyro_maf.training.data import units_of
+from pyro_maf.training.processes import Processes
+from pyro_maf.training.stored import StoredBatches, StoredRows
+from tests.fits import GAUSSIAN, gaussian_rows, mean_log_prob, same, seeded, weights
+
+ROWS = 3001
+QUICK: dict[str, Any] = {"batch_size": 100, "max_epochs": 3, "learning_rate": 1e-2, "progress": False}
+
+
+@pytest.fixture(autouse=True)
+def _small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if memory held a few hundred rows."""
+    monkeypatch.setattr(stored, "IN_MEMORY", 0)
+    monkeypatch.setattr(stored, "BLOCK_BYTES", 64 * 2 * 8)
+    monkeypatch.setattr(stored, "MIXED_BYTES", 6 * 64 * 2 * 8)
+
+
+def mapped(path: Path, rows: Any, mode: Any = "r") -> Any:
+    np.save(path, np.asarray(rows))
+    return np.load(path, mmap_mode=mode)
+
+
+def model(context_dim: int = 0) -> Any:
+    shape: dict[str, Any] = {"num_layers": 1, "hidden_dims": [8]}
+    return seeded(lambda: ConditionalMAF(1, 1, **shape) if context_dim else MAF(2, **shape))
+
+
+def stored_rows(path: Path, **options: Any) -> tuple[StoredRows, Tensor]:
+    """The rows, each of which has a number of its own in its first column, and the same in memory."""
+    table = torch.stack([torch.arange(float(ROWS)), torch.randn(ROWS, generator=torch.Generator().manual_seed(0))], 1)
+    known = {"support": Support("fit", "real", 2), "dtype": torch.float64, "fraction": 0.1, "seed": 0, **options}
+    return StoredRows(model(), mapped(path / "rows.npy", table.double()), None, **known), table.double()
+
+
+def numbers(batches: Any) -> list[list[int]]:
+    return [batch.data[:, 0].long().tolist() for batch in batches]
+
+
+def test_every_training_row_is_dealt_once_a_pass_and_no_other(tmp_path: Path) -> None:
+    rows, _ = stored_rows(tmp_path)
+    batches = StoredBatches(rows, 100, torch.Generator().manual_seed(0), Processes())
+    held_out = set(rows.held_out().data[:, 0].long().tolist())
+    first, second = numbers(batches), numbers(batches)
+    assert 0.09 * ROWS < len(held_out) < 0.12 * ROWS
+    for dealt in (first, second):
+        assert len(dealt) == len(batches)
+        assert sorted(sum(dealt, [])) == sorted(set(range(ROWS)) - held_out)
+        assert batches.smallest <= min(map(len, dealt))
+        assert max(map(len, dealt)) < 150
+    assert first != second
+
+
+def test_rows_from_far_apart_share_a_batch(tmp_path: Path) -> None:
+    rows, _ = stored_rows(tmp_path)
+    batches = numbers(StoredBatches(rows, 100, torch.Generator().manual_seed(0), Processes()))
+    spread = [max(batch) - min(batch) for batch in batches]
+    assert sum(spread) / len(spread) > ROWS / 2
+
+
+def test_a_pass_is_taken_up_where_it_was(tmp_path: Path) -> None:
+    rows, _ = stored_rows(tmp_path)
+    batches = StoredBatches(rows, 100, torch.Generator().manual_seed(0), Processes())
+    order = batches.order(0)
+    whole = numbers(batches)
+    for taken in (1, 5, len(whole) - 1):
+        batches.go_on(order, taken)
+        again = list(batches)
+        assert again[:taken] == [()] * taken
+        assert numbers(again[taken:]) == whole[taken:]
+
+
+def test_units_are_those_of_the_training_rows(tmp_path: Path) -> None:
+    rows, table = stored_rows(tmp_path)
+    kept = torch.ones(ROWS, dtype=torch.bool)
+    kept[rows.held_out().data[:, 0].long()] = False
+    units, context = rows.measured()
+    expected = units_of(table[kept])
+    torch.testing.assert_close(units.loc, expected.loc, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(units.scale, expected.scale, rtol=1e-12, atol=1e-12)
+    assert context is None
+
+
+def test_a_sample_is_of_as_many_rows_as_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, table = stored_rows(tmp_path)
+    assert len(rows.sample().data) == sum(rows.sizes)
+    monkeypatch.setattr(stored, "MOST_HELD", 500)
+    rows, _ = stored_rows(tmp_path)
+    sample = rows.sample().data
+    assert 500 <= len(sample) <= 500 + len(rows.starts)
+    assert sample[:, 0].mean() == pytest.approx(ROWS / 2, rel=0.1)
+    assert len(rows.held_out().data) <= 0.12 * ROWS
+
+
+@pytest.mark.parametrize("support", ["real", "positive"])
+def test_a_fit_to_a_mapped_file_learns(support: str, tmp_path: Path) -> None:
+    rows = gaussian_rows(ROWS)
+    data = rows.exp() if support == "positive" else rows
+    result = fit(model().double(), mapped(tmp_path / "rows.npy", data), support=support, **{**QUICK, "max_epochs": 15})
+    known = GAUSSIAN.log_prob(rows).mean().item() - (rows.sum(1).mean().item() if support == "positive" else 0.0)
+    assert mean_log_prob(result.density, data) == pytest.approx(known, abs=0.05)
+
+
+def test_a_context_is_streamed_with_its_data(tmp_path: Path) -> None:
+    table = mapped(tmp_path / "rows.npy", gaussian_rows(ROWS))
+    result = fit(model(1).double(), table[:, 1:], context=table[:, :1], **{**QUICK, "max_epochs": 15})
+    rows = torch.from_numpy(np.array(table))
+    given = result.density.condition(rows[:, :1]).log_prob(rows[:, 1:]).mean().item()
+    apart = GAUSSIAN.log_prob(rows) - torch.distributions.Normal(3.0, 1.0).log_prob(rows[:, 0])
+    assert given == pytest.approx(apart.mean().item(), abs=0.05)
+
+
+def test_a_fit_to_a_mapped_file_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    table = mapped(tmp_path / "rows.npy", gaussian_rows(ROWS))
+    whole = fit(model(), table, **QUICK)
+    fit(model(), table, folder=tmp_path / "fit", **{**QUICK, "max_epochs": 1})
+    again = fit(model(), table, folder=tmp_path / "fit", resume=True, **QUICK)
+    assert same(weights(whole.density), weights(again.density))
+
+
+def test_batch_norm_takes_its_statistics_from_the_sample(tmp_path: Path) -> None:
+    flow = seeded(lambda: MAF(2, num_layers=1, hidden_dims=[8], batch_norm=True))
+    result = fit(flow, mapped(tmp_path / "rows.npy", gaussian_rows(ROWS)), **QUICK)
+    assert math.isfinite(result.validation_log_likelihood)
+    assert not torch.equal(flow[0].mean, torch.zeros(2))
+
+
+def test_what_was_written_to_a_private_copy_stays(tmp_path: Path) -> None:
+    table = mapped(tmp_path / "rows.npy", gaussian_rows(ROWS), "c")
+    table[:] = np.asarray(gaussian_rows(ROWS, seed=1))
+    fit(model(), table, **QUICK)
+    assert np.array_equal(table, np.asarray(gaussian_rows(ROWS, seed=1)))
+
+
+def test_a_row_that_is_wrong_is_named_by_its_place_in_the_file(tmp_path: Path) -> None:
+    rows = gaussian_rows(ROWS)
+    rows[2345, 1] = math.nan
+    with pytest.raises(ValueError, match=r"^fit expected finite data, got nan in row 2345, column 1: drop"):
+        fit(model(), mapped(tmp_path / "rows.npy", rows), **QUICK)
+    rows[2345, 1] = 1.0
+    with pytest.raises(ValueError, match=r"got -.* in row \d+: move those rows inside"):
+        fit(model(), mapped(tmp_path / "rows.npy", rows), support="positive", **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (gaussian_rows(ROWS)[:, :1], r"expected data of shape \(rows, 2\)"),
+        (torch.cat([gaussian_rows(ROWS)[:, :1], torch.ones(ROWS, 1)], 1), "got 1 in every row of column 1"),
+    ],
+    ids=["width", "constant"],
+)
+def test_bad_tables_are_refused(rows: Tensor, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(model(), mapped(tmp_path / "rows.npy", rows), **QUICK)
+
+
+def test_a_context_of_another_length_is_refused(tmp_path: Path) -> None:
+    table = mapped(tmp_path / "rows.npy", gaussian_rows(ROWS))
+    with pytest.raises(ValueError, match=f"as many rows of context as of data, got {ROWS - 1} and {ROWS}"):
+        fit(model(1), table[:, :1], context=table[1:, 1:], **QUICK)
+
+
+def test_a_small_file_is_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    table = mapped(tmp_path / "rows.npy", gaussian_rows(ROWS))
+    assert not stored.is_stored(table)
+    assert same(weights(fit(model(), table, **QUICK).density), weights(fit(model(), np.array(table), **QUICK).density))
