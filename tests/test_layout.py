@@ -46,7 +46,7 @@ for among the priors, and fitting is built on them."""
 ROOF = ("__init__", "__main__")
 """Modules of the package itself that import from any floor."""
 
-LATE = ("lightning", "pytorch_lightning", "matplotlib", "numba", "sklearn", "pandas")
+LATE = ("lightning", "pytorch_lightning", "matplotlib", "numba", "sklearn", "pandas", "pyarrow", "h5py")
 """What `import pyro_maf` leaves alone until something needs it."""
 
 PUBLIC = {
