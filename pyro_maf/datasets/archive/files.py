@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["ZENODO", "find", "locate", "reading", "unpickling"]
+__all__ = ["ZENODO", "ask_first", "find", "locate", "reading", "unpickling"]
 
 ZENODO = "data.tar.gz of record 1161203 of Zenodo, Preprocessed datasets for MAF experiments, has it"
 LONGEST_REASON = 160
@@ -63,6 +63,25 @@ def reading(who: str, path: Path, kind: str) -> Iterator[None]:
             f"{who} expected {path} to be {kind}, got one that is damaged, truncated or of another format: "
             f"{_line(error)}."
         ) from None
+
+
+def ask_first(who: str, path: Path, allowed: bool, instead: str) -> None:
+    """Refuse to load a pickle unless that was asked for.
+
+    Args:
+        who: The loader that reads.
+        path: The pickle.
+        allowed: Whether the user trusts it.
+        instead: What can run no code, and where to get it.
+
+    Raises:
+        ValueError: If it is not allowed.
+    """
+    if not allowed:
+        raise ValueError(
+            f"{who} expected files that can not run code, got the pickle {path} alone: "
+            f"pass allow_pickle=True if you trust it, or take what can not: {instead}."
+        )
 
 
 @contextmanager

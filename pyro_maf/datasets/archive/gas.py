@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyro_maf.datasets.archive.files import find, locate, unpickling
+from pyro_maf.datasets.archive.files import ask_first, find, locate, unpickling
 from pyro_maf.datasets.archive.formats import check_rows, read_parquet, read_text
 from pyro_maf.datasets.archive.preparation import standardise, three_parts
 from pyro_maf.datasets.dataset import Dataset
@@ -17,7 +17,7 @@ from pyro_maf.datasets.dataset import Dataset
 __all__ = ["gas"]
 
 PARQUET, TEXT, PICKLE = "gas/ethylene_CO.parquet", "gas/ethylene_CO.txt", "gas/ethylene_CO.pickle"
-SOURCE = "Gas sensor array under dynamic gas mixtures of the UCI Machine Learning Repository has the .txt"
+UCI = "Gas sensor array under dynamic gas mixtures, UCI Machine Learning Repository"
 NO_SENSORS = ("Meth", "Eth", "Time")
 HIGHEST_CORRELATION = 0.98
 
@@ -68,13 +68,11 @@ def gas(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Dataset:
         Fonollosa, Sheik, Huerta & Marco, *Reservoir computing compensates slow response of chemosensor arrays exposed
         to fast varying gas concentrations in continuous monitoring*, 2015.
     """
-    path = find(root, PARQUET, *([PICKLE] if allow_pickle else []), TEXT)
-    if path is None and find(root, PICKLE):
-        raise ValueError(
-            f"gas expected {Path(root) / PARQUET} or .txt, got the pickle alone, which can run code: pass "
-            f"allow_pickle=True if you trust it; or {SOURCE}."
-        )
-    path = path or locate("gas", root, TEXT, PARQUET, source=SOURCE)
+    pickled = find(root, PICKLE)
+    plain = find(root, PARQUET, *([] if pickled and allow_pickle else [TEXT]))
+    if pickled and not plain:
+        ask_first("gas", pickled, allow_pickle, f"the text file of {UCI}")
+    path = plain or pickled or locate("gas", root, TEXT, PARQUET, source=f"{UCI}, has the former")
     sensors = _uncorrelated(path, _quarter(path) if path.suffix == ".txt" else _frame(path))
     standardise("gas", path, sensors, ddof=1)
     return Dataset("GAS", *three_parts(sensors))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_maf.datasets.archive.files import ZENODO, find, locate
+from pyro_maf.datasets.archive.files import ZENODO, ask_first, find, locate
 from pyro_maf.datasets.archive.image_files import (
     LABELS,
     Images,
@@ -26,8 +25,8 @@ from pyro_maf.datasets.pixels import LogitPixels
 
 __all__ = ["cifar10", "mnist"]
 
-MNIST_SOURCE = "Yann LeCun's MNIST database of handwritten digits has it"
-CIFAR_SOURCE = "cifar-10-binary.tar.gz, the binary version of Alex Krizhevsky's CIFAR-10, has it"
+MNIST = "Yann LeCun's MNIST database of handwritten digits"
+CIFAR = "cifar-10-binary.tar.gz, the binary version of Alex Krizhevsky's CIFAR-10"
 MNIST_PICKLE = "mnist/mnist.pkl.gz"
 BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
 ROWS_AT_A_TIME = 1000
@@ -76,7 +75,7 @@ def mnist(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Datase
     """
     pickled = find(root, MNIST_PICKLE)
     if pickled and not find(root, "mnist/train-images-idx3-ubyte", "mnist/train-images-idx3-ubyte.gz"):
-        _ask_first("mnist", pickled, allow_pickle, MNIST_SOURCE.replace("has it", "has idx files"))
+        ask_first("mnist", pickled, allow_pickle, f"the idx files of {MNIST}")
         parts = unpickle_mnist(pickled)
     else:
         whole, test = (_idx_part(root, name) for name in ("train", "t10k"))
@@ -127,26 +126,20 @@ def cifar10(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Data
     """
     pickled = find(root, f"cifar10/{BATCHES[0]}")
     if pickled and not find(root, f"cifar10/{BATCHES[0]}.bin"):
-        _ask_first("cifar10", pickled, allow_pickle, CIFAR_SOURCE.replace("has it", "has .bin files"))
+        ask_first("cifar10", pickled, allow_pickle, f"the .bin files of {CIFAR}")
         batches = [unpickle_batch(locate("cifar10", root, f"cifar10/{name}", source=ZENODO)) for name in BATCHES]
     else:
-        batches = [read_batch(locate("cifar10", root, f"cifar10/{name}.bin", source=CIFAR_SOURCE)) for name in BATCHES]
+        batches = [
+            read_batch(locate("cifar10", root, f"cifar10/{name}.bin", source=f"{CIFAR} has it")) for name in BATCHES
+        ]
     whole = Images.join(batches[:-1])
     parts = [*whole.split(len(whole) - len(whole) // 10), batches[-1]]
     return _dataset("CIFAR-10", parts, LogitPixels(levels=256, margin=0.05), mirrored=True)
 
 
-def _ask_first(who: str, path: Path, allowed: bool, instead: str) -> None:
-    if not allowed:
-        raise ValueError(
-            f"{who} found the pickle {path} alone, and loading a pickle can run code: "
-            f"pass allow_pickle=True if you trust it, or take what can not: {instead}."
-        )
-
-
 def _idx_part(root: str | os.PathLike[str], part: str) -> Images:
     names = [f"mnist/{part}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
-    return read_idx(*(locate("mnist", root, name, f"{name}.gz", source=MNIST_SOURCE) for name in names))
+    return read_idx(*(locate("mnist", root, name, f"{name}.gz", source=f"{MNIST} has it") for name in names))
 
 
 def _dataset(name: str, parts: Sequence[Images], pixels: LogitPixels, *, mirrored: bool = False) -> Dataset:
