@@ -63,7 +63,7 @@ def write_hepmass(root: Path, rows: int = 300, columns: int = 28) -> tuple[np.nd
 def write_bsds300(root: Path, columns: int = 63) -> dict[str, np.ndarray]:
     random = np.random.RandomState(5)
     tables = {
-        part: random.normal(size=(rows, columns)) for part, rows in (("train", 40), ("validation", 7), ("test", 9))
+        part: random.normal(size=(rows, columns)) for part, rows in (("train", 40), ("validation", 20), ("test", 31))
     }
     with h5py.File(folder_of(root, "BSDS300") / "BSDS300.hdf5", "w") as file:
         for part, table in tables.items():

@@ -59,6 +59,7 @@ PUBLIC = {
     "pyro_maf.distributions": "MADEMoG MAFMoG FlowPrior ConditionalMADEMoG ConditionalMAFMoG ConditionalFlowPrior",
     "pyro_maf.infer": "AutoMAF AutoIAF AutoRealNVP fit_guide diagnose reweight to_arviz neutra TracePath_ELBO",
     "pyro_maf.training": "fit",
+    "pyro_maf.datasets": "ARCHIVE load_dataset power gas hepmass miniboone bsds300 mnist cifar10",
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 __all__ = ["ZENODO", "ask_first", "find", "locate", "reading", "unpickling"]
 
-ZENODO = "data.tar.gz of record 1161203 of Zenodo, Preprocessed datasets for MAF experiments, has it"
+ZENODO = "data.tar.gz of https://zenodo.org/records/1161203 (Preprocessed datasets for MAF experiments)"
 LONGEST_REASON = 160
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError, MemoryError, zlib.error)
 """What the readers of numpy, pyarrow, h5py and gzip raise at a file that is not what they expect."""
@@ -28,7 +28,7 @@ def locate(who: str, root: str | os.PathLike[str], *names: str, source: str) -> 
         who: The loader that asks.
         root: The folder that holds one folder a set.
         names: Paths under `root`, the one to have by default first.
-        source: Where to get it, as a clause.
+        source: Where to get it.
 
     Raises:
         FileNotFoundError: If there is none: which was expected, where it is to be had, where to put it.
@@ -39,7 +39,9 @@ def locate(who: str, root: str | os.PathLike[str], *names: str, source: str) -> 
     wanted = Path(root) / names[0]
     others = "".join(f" or {Path(name).name}" for name in names[1:])
     found = "a folder" if wanted.is_dir() else "nothing"
-    raise FileNotFoundError(f"{who} expected a file at {wanted}{others}, found {found}: {source}; put it there.")
+    raise FileNotFoundError(
+        f"{who} expected a file at {wanted}{others}, found {found}: get it from {source} and put it there."
+    )
 
 
 @contextmanager
@@ -72,7 +74,7 @@ def ask_first(who: str, path: Path, allowed: bool, instead: str) -> None:
         who: The loader that reads.
         path: The pickle.
         allowed: Whether the user trusts it.
-        instead: What can run no code, and where to get it.
+        instead: What can not, and from where.
 
     Raises:
         ValueError: If it is not allowed.
@@ -80,7 +82,7 @@ def ask_first(who: str, path: Path, allowed: bool, instead: str) -> None:
     if not allowed:
         raise ValueError(
             f"{who} expected files that can not run code, got the pickle {path} alone: "
-            f"pass allow_pickle=True if you trust it, or take what can not: {instead}."
+            f"pass allow_pickle=True if you trust it, or get {instead}."
         )
 
 

@@ -39,7 +39,7 @@ def read_text(who: str, path: Path, columns: int) -> NDArray[np.float64]:
     """The rows below the header line of a file of numbers between spaces."""
     with reading(who, path, "a text file of numbers below a header line"):
         _check_header(path)
-        rows = np.loadtxt(path, skiprows=1, ndmin=2)
+        rows = np.loadtxt(path, skiprows=1, ndmin=2, encoding="utf-8")
     return check_rows(who, path, rows, columns)
 
 
@@ -53,12 +53,12 @@ def read_parquet(who: str, path: Path) -> dict[str, NDArray[Any]]:
         return {name: table[name].to_numpy() for name in names}
 
 
-def check_rows(who: str, path: Path, rows: Any, columns: int, *, least: int = LEAST_ROWS) -> NDArray[Any]:
-    """Return rows of `columns` finite numbers, at least `least` of them, or say what is wrong with them."""
+def check_rows(who: str, path: Path, rows: Any, columns: int) -> NDArray[Any]:
+    """Return rows of `columns` finite numbers, enough to split, or say what is wrong with them."""
     if rows.dtype.kind not in "fiu" or rows.ndim != 2 or rows.shape[1] != columns:
         raise ValueError(f"{who} expected rows of {columns} numbers in {path}, got {rows.dtype} of shape {rows.shape}.")
-    if len(rows) < least:
-        raise ValueError(f"{who} expected at least {least} rows in {path}, got {len(rows)}: is it the whole file?")
+    if len(rows) < LEAST_ROWS:
+        raise ValueError(f"{who} expected at least {LEAST_ROWS} rows in {path}, got {len(rows)}: is it the whole file?")
     wrong = np.argwhere(~np.isfinite(rows))
     if len(wrong):
         row, column = (int(index) for index in wrong[0])

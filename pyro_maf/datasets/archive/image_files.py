@@ -85,9 +85,9 @@ def unpickle_batch(path: Path) -> Images:
 
 
 def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
-    length = 4 + 4 * dimensions
+    length, kind = 4 + 4 * dimensions, "images" if dimensions == 3 else "labels"
     opened: Any = gzip.open if path.suffix == ".gz" else open
-    with reading("mnist", path, f"an idx file of bytes in {dimensions} dimensions"), opened(path, "rb") as file:
+    with reading("mnist", path, f"an idx file of {kind}"), opened(path, "rb") as file:
         content = file.read()
         if len(content) < length or content[:4] != bytes([0, 0, BYTE, dimensions]):
             raise ValueError(f"it begins with {content[:4].hex(' ')}")

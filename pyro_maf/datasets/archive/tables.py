@@ -166,11 +166,11 @@ def bsds300(root: str | os.PathLike[str]) -> Dataset:
         >>> with tempfile.TemporaryDirectory() as root:
         ...     pathlib.Path(root, "BSDS300").mkdir()
         ...     with h5py.File(pathlib.Path(root, "BSDS300", "BSDS300.hdf5"), "w") as file:
-        ...         for part, rows in {"train": 90, "validation": 5, "test": 20}.items():
+        ...         for part, rows in {"train": 90, "validation": 20, "test": 30}.items():
         ...             file[part] = numpy.random.rand(rows, 63)
         ...     data = bsds300(root)
         >>> data.train.shape, data.validation.shape, data.test.shape
-        (torch.Size([90, 63]), torch.Size([5, 63]), torch.Size([20, 63]))
+        (torch.Size([90, 63]), torch.Size([20, 63]), torch.Size([30, 63]))
 
     Reference:
         Martin, Fowlkes, Tal & Malik, *A Database of Human Segmented Natural Images*, 2001.
@@ -181,8 +181,10 @@ def bsds300(root: str | os.PathLike[str]) -> Dataset:
     parts = {}
     with reading("bsds300", path, "an HDF5 file with train, validation and test"), h5py.File(path, "r") as file:
         for part in ("train", "validation", "test"):
+            if not isinstance(file[part], h5py.Dataset):
+                raise ValueError(f"{part} is no table")
             parts[part] = file[part].astype(np.float32)[...]
-    train, validation, test = (tensor(check_rows("bsds300", path, rows, 63, least=1)) for rows in parts.values())
+    train, validation, test = (tensor(check_rows("bsds300", path, rows, 63)) for rows in parts.values())
     return Dataset("BSDS300", train, validation, test)
 
 
