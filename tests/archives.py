@@ -48,7 +48,8 @@ def hepmass_rows(rows: int, columns: int, seed: int) -> np.ndarray:
     for feature in DISCRETE:
         table[:, 1 + feature] = random.randint(3, size=rows)
     table[:5, 3] = table[:, 3].min() - 1  # the smallest value of a continuous feature, five times: few enough
-    table[:5, 0] = 1
+    table[5:30, 7] = table[:, 7].max() + 1  # a largest value may recur as often as it likes
+    table[:30, 0] = 1
     return table
 
 
