@@ -128,6 +128,11 @@ def write_mnist(root: Path, suffix: str = "") -> dict[str, tuple[np.ndarray, np.
     return images
 
 
+def old_pickle(content: Any) -> bytes:
+    """As Python 2 wrote it in 2017, when numpy's modules had other names."""
+    return pickle.dumps(content, protocol=2).replace(b"numpy._core.", b"numpy.core.")
+
+
 def write_mnist_pickle(root: Path) -> None:
     """The three parts as the archive has them: pixels in float32, those of a level v being v / 256."""
     (train, labels), (test, test_labels) = (
@@ -135,7 +140,7 @@ def write_mnist_pickle(root: Path) -> None:
         for levels, labels in mnist_images().values()
     )
     parts = ((train[:55], labels[:55]), (train[55:], labels[55:]), (test, test_labels))
-    (folder_of(root, "mnist") / "mnist.pkl.gz").write_bytes(gzip.compress(pickle.dumps(parts, protocol=2)))
+    (folder_of(root, "mnist") / "mnist.pkl.gz").write_bytes(gzip.compress(old_pickle(parts)))
 
 
 def cifar_images() -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -156,7 +161,7 @@ def write_cifar10(root: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def write_cifar10_pickles(root: Path) -> None:
     folder = folder_of(root, "cifar10")
     for name, (levels, labels) in cifar_images().items():
-        (folder / name).write_bytes(pickle.dumps({"data": levels, "labels": labels.tolist()}, protocol=2))
+        (folder / name).write_bytes(old_pickle({"data": levels, "labels": labels.tolist()}))
 
 
 WRITERS: Mapping[str, Callable[[Path], Any]] = MappingProxyType(

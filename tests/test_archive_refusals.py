@@ -119,6 +119,10 @@ def save_frame(root: Path, **changes: Any) -> None:
     archives.write_gas_parquet(root, frame)
 
 
+def save_pickle_of_frame(root: Path, content: bytes) -> None:
+    (archives.folder_of(root, "gas") / "ethylene_CO.pickle").write_bytes(content)
+
+
 def save_idx(root: Path, part: str, array: np.ndarray) -> None:
     archives.write_mnist(root)
     (root / "mnist" / f"{part}-ubyte").write_bytes(archives.idx(array))
@@ -235,6 +239,16 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         "gas",
         lambda root: save_frame(root, R0=3.0),
         r"every column it keeps of .*parquet to vary, got 3 in",
+    ),
+    "no sensor": (
+        "gas",
+        lambda root: save_frame(root, **{f"R{i}": None for i in range(16)}),
+        r"sensors in .*parquet, got columns Time, Meth, Eth alone",
+    ),
+    "a frame of another pandas": (
+        "gas",
+        lambda root: save_pickle_of_frame(root, b"cpandas.core.nowhere\nFrame\n."),
+        r"ethylene_CO.pickle to be a pickle that can be loaded here, got ModuleNotFoundError: .*nowhere",
     ),
     "no frame": (
         "gas",

@@ -95,8 +95,6 @@ def unpickling(who: str, path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except ModuleNotFoundError:
-        raise
     except Exception as error:
         raise ValueError(
             f"{who} expected {path} to be a pickle that can be loaded here, got {type(error).__name__}: {_line(error)}."
