@@ -74,7 +74,7 @@ def ask_first(who: str, path: Path, allowed: bool, instead: str) -> None:
         who: The loader that reads.
         path: The pickle.
         allowed: Whether the user trusts it.
-        instead: What can not, and from where.
+        instead: What runs no code, and where to get it.
 
     Raises:
         ValueError: If it is not allowed.
