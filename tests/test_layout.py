@@ -46,7 +46,7 @@ for among the priors, and fitting is built on them."""
 ROOF = ("__init__", "__main__")
 """Modules of the package itself that import from any floor."""
 
-LATE = ("lightning", "pytorch_lightning", "matplotlib", "numba", "sklearn", "pandas")
+LATE = ("lightning", "pytorch_lightning", "matplotlib", "numba", "sklearn", "pandas", "pyarrow", "h5py")
 """What `import pyro_maf` leaves alone until something needs it."""
 
 PUBLIC = {
@@ -59,6 +59,7 @@ PUBLIC = {
     "pyro_maf.distributions": "MADEMoG MAFMoG FlowPrior ConditionalMADEMoG ConditionalMAFMoG ConditionalFlowPrior",
     "pyro_maf.infer": "AutoMAF AutoIAF AutoRealNVP fit_guide diagnose reweight to_arviz neutra TracePath_ELBO",
     "pyro_maf.training": "fit",
+    "pyro_maf.datasets": "ARCHIVE load_dataset power gas hepmass miniboone bsds300 mnist cifar10",
 }
 
 

@@ -1,14 +1,26 @@
-"""Data to fit: two-dimensional toys of known density, and scikit-learn's images as the paper prepares such.
+"""Data to fit: the paper's sets from local files, toys of known density, and scikit-learn's images.
 
-Everything is drawn from a seed and leaves torch's global generator alone.
+Everything is drawn from a seed and leaves the global generators alone.
 """
 
+from pyro_maf.datasets.archive import (
+    ARCHIVE,
+    bsds300,
+    cifar10,
+    gas,
+    hepmass,
+    load_dataset,
+    miniboone,
+    mnist,
+    power,
+)
 from pyro_maf.datasets.dataset import Dataset
 from pyro_maf.datasets.images import complete_patches, digits, patches
 from pyro_maf.datasets.pixels import LogitPixels
 from pyro_maf.datasets.toys import TOYS, FigureOne, Funnel, Moons, Pinwheel, Ring, Toy
 
 __all__ = [
+    "ARCHIVE",
     "TOYS",
     "Dataset",
     "FigureOne",
@@ -18,7 +30,15 @@ __all__ = [
     "Pinwheel",
     "Ring",
     "Toy",
+    "bsds300",
+    "cifar10",
     "complete_patches",
     "digits",
+    "gas",
+    "hepmass",
+    "load_dataset",
+    "miniboone",
+    "mnist",
     "patches",
+    "power",
 ]

@@ -1,0 +1,169 @@
+"""The images of the paper, MNIST and CIFAR-10, as logits of dequantised pixels, with the label as context."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pyro_maf.datasets.archive.files import ZENODO, ask_first, find, locate
+from pyro_maf.datasets.archive.image_files import (
+    LABELS,
+    Images,
+    read_batch,
+    read_idx,
+    unpickle_batch,
+    unpickle_mnist,
+)
+from pyro_maf.datasets.dataset import Dataset
+from pyro_maf.datasets.pixels import LogitPixels
+
+__all__ = ["cifar10", "mnist"]
+
+MNIST = "http://yann.lecun.com/exdb/mnist (The MNIST database of handwritten digits)"
+CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html (CIFAR-10 binary version)"
+MNIST_PICKLE = "mnist/mnist.pkl.gz"
+BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
+ROWS_AT_A_TIME = 1000
+
+
+def mnist(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Dataset:
+    r"""MNIST: handwritten digits of 28 x 28 pixels; 784 dimensions, and 10 of context.
+
+    Grey levels v become y = logit(lambda + (1 - 2 lambda) x) of x = (v + U(0, 1)) / 256, lambda = 1e-6, with the noise
+    of the published code. The context is the label, one-hot. The last sixth of the images to train on is for
+    validation. `pixels` of the result carries log-likelihoods back to pixel space and to bits per pixel.
+
+    The four idx files are read, each as it is or with .gz at its end. The published archive holds the same images as a
+    pickle, `mnist/mnist.pkl.gz`, and a pickle can run any code when it is loaded: that is read only where there are no
+    idx files and `allow_pickle` says so. The rows are the same.
+
+    Args:
+        root: The folder that holds `mnist/train-images-idx3-ubyte`, `mnist/train-labels-idx1-ubyte`,
+            `mnist/t10k-images-idx3-ubyte` and `mnist/t10k-labels-idx1-ubyte`.
+        allow_pickle: Whether to load the pickle, which is to run whatever code is in it.
+
+    Returns:
+        50,000 rows for training, 10,000 for validation and 10,000 for testing, (rows, 784), with context (rows, 10).
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If one is damaged, of another format or shape; if there are not as many labels as images; if there
+            is the pickle alone and it is not allowed.
+
+    Example:
+        >>> import pathlib, tempfile, numpy
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     pathlib.Path(root, "mnist").mkdir()
+        ...     for part, n in {"train": 60, "t10k": 10}.items():
+        ...         shape = numpy.array([n, 28, 28], ">u4").tobytes()
+        ...         images, labels = (pathlib.Path(root, "mnist", f"{part}-{kind}-ubyte")
+        ...                           for kind in ("images-idx3", "labels-idx1"))
+        ...         _ = images.write_bytes(b"\0\0\x08\x03" + shape + bytes(n * 784))
+        ...         _ = labels.write_bytes(b"\0\0\x08\x01" + shape[:4] + bytes(n))
+        ...     data = mnist(root)
+        >>> data.train.shape, data.validation.shape, data.test_context.shape
+        (torch.Size([50, 784]), torch.Size([10, 784]), torch.Size([10, 10]))
+
+    Reference:
+        LeCun, Bottou, Bengio & Haffner, *Gradient-Based Learning Applied to Document Recognition*, 1998.
+    """
+    pickled = find(root, MNIST_PICKLE)
+    if pickled and not find(root, "mnist/train-images-idx3-ubyte", "mnist/train-images-idx3-ubyte.gz"):
+        ask_first("mnist", pickled, allow_pickle, f"the idx files from {MNIST}")
+        parts = unpickle_mnist(pickled)
+    else:
+        whole, test = (_idx_part(root, name) for name in ("train", "t10k"))
+        parts = [*whole.split(len(whole) - len(whole) // 6), test]
+    return _dataset("MNIST", parts, LogitPixels(levels=256, margin=1e-6))
+
+
+def cifar10(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Dataset:
+    r"""CIFAR-10: colour photographs of 32 x 32 pixels; 3072 dimensions, and 10 of context.
+
+    Levels v become y = logit(lambda + (1 - 2 lambda) x) of x = (v + U(0, 1)) / 256, lambda = 0.05, with the noise of
+    the published code. Red, green and blue follow one another, row by row each. The context is the label, one-hot. The
+    last tenth of the images to train on is for validation; the others are there twice, the second time mirrored, left
+    for right. `pixels` of the result carries log-likelihoods back to pixel space and to bits per pixel.
+
+    The binary version is read, six files that end in .bin. The published archive and the Python version hold the same
+    images as pickles of the same names without .bin, and a pickle can run any code when it is loaded: they are read
+    only where there are no .bin files and `allow_pickle` says so. The rows are the same.
+
+    Args:
+        root: The folder that holds `cifar10/data_batch_1.bin` to `cifar10/data_batch_5.bin` and
+            `cifar10/test_batch.bin`.
+        allow_pickle: Whether to load the pickles, which is to run whatever code is in them.
+
+    Returns:
+        90,000 rows for training, 5,000 for validation and 10,000 for testing, (rows, 3072), with context (rows, 10).
+
+    Cost:
+        The rows take 1.3 GB of memory, and while they are prepared 0.6 GB more.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If one is damaged, of another format or shape; if there are the pickles alone and they are not
+            allowed.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     pathlib.Path(root, "cifar10").mkdir()
+        ...     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        ...         _ = pathlib.Path(root, "cifar10", f"{name}.bin").write_bytes(bytes(10 * 3073))
+        ...     data = cifar10(root)
+        >>> data.train.shape, data.validation.shape, data.test_context.shape
+        (torch.Size([90, 3072]), torch.Size([5, 3072]), torch.Size([10, 10]))
+
+    Reference:
+        Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009.
+    """
+    pickled = find(root, f"cifar10/{BATCHES[0]}")
+    if pickled and not find(root, f"cifar10/{BATCHES[0]}.bin"):
+        ask_first("cifar10", pickled, allow_pickle, f"the .bin files from {CIFAR}")
+        batches = [unpickle_batch(locate("cifar10", root, f"cifar10/{name}", source=ZENODO)) for name in BATCHES]
+    else:
+        batches = [read_batch(locate("cifar10", root, f"cifar10/{name}.bin", source=CIFAR)) for name in BATCHES]
+    whole = Images.join(batches[:-1])
+    parts = [*whole.split(len(whole) - len(whole) // 10), batches[-1]]
+    return _dataset("CIFAR-10", parts, LogitPixels(levels=256, margin=0.05), mirrored=True)
+
+
+def _idx_part(root: str | os.PathLike[str], part: str) -> Images:
+    names = [f"mnist/{part}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
+    return read_idx(*(locate("mnist", root, name, f"{name}.gz", source=MNIST) for name in names))
+
+
+def _dataset(name: str, parts: Sequence[Images], pixels: LogitPixels, *, mirrored: bool = False) -> Dataset:
+    """Logits and one-hot labels of training, validation and test images, the noise drawn in that order."""
+    random = np.random.RandomState(42)
+    contexts = [F.one_hot(torch.from_numpy(part.labels), LABELS).float() for part in parts]
+    train = torch.empty((2 if mirrored else 1) * len(parts[0]), parts[0].levels.shape[1])
+    _dequantise(parts[0].levels, pixels, random, train)
+    if mirrored:
+        _mirror(*train.chunk(2))
+        contexts[0] = contexts[0].repeat(2, 1)
+    validation, test = (torch.empty(part.levels.shape) for part in parts[1:])
+    _dequantise(parts[1].levels, pixels, random, validation)
+    _dequantise(parts[2].levels, pixels, random, test)
+    return Dataset(name, train, validation, test, contexts[0], contexts[1], contexts[2], pixels)
+
+
+def _dequantise(levels: NDArray[np.uint8], pixels: LogitPixels, random: np.random.RandomState, out: Tensor) -> None:
+    """Write logits of levels with noise to the first rows of `out`: some at a time, because noise is in float64."""
+    for start in range(0, len(levels), ROWS_AT_A_TIME):
+        block = levels[start : start + ROWS_AT_A_TIME]
+        noisy = torch.from_numpy((block + random.random_sample(block.shape)) / pixels.levels)
+        out[start : start + len(block)] = pixels.to_logits(noisy)
+
+
+def _mirror(images: Tensor, out: Tensor) -> None:
+    """Write CIFAR-10's images, (images, 3072), to `out` with left and right exchanged."""
+    for some, mirrored in zip(images.split(ROWS_AT_A_TIME), out.split(ROWS_AT_A_TIME), strict=True):
+        mirrored.copy_(some.unflatten(1, (3, 32, 32)).flip(-1).flatten(1))
