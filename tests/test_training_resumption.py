@@ -142,7 +142,7 @@ def test_a_log_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_a_fit_is_not_written_over(tmp_path: Path) -> None:
     fit(flow(), gaussian_rows(), folder=tmp_path, **OPTIONS)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    with pytest.raises(ValueError, match=r"go on with it by resume=True, or choose another folder\.$"):
+    with pytest.raises(ValueError, match=r"resume=True goes on with it, or choose another folder\.$"):
         fit(flow(), gaussian_rows(), folder=tmp_path, **OPTIONS)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 

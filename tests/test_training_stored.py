@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def test_every_training_row_is_dealt_once_a_pass_and_no_other(tmp_path: Path) ->
     assert 0.09 * ROWS < len(held_out) < 0.12 * ROWS
     for dealt in (first, second):
         assert len(dealt) == len(batches)
-        assert sorted(sum(dealt, [])) == sorted(set(range(ROWS)) - held_out)
+        assert sorted(itertools.chain.from_iterable(dealt)) == sorted(set(range(ROWS)) - held_out)
         assert batches.smallest <= min(map(len, dealt))
         assert max(map(len, dealt)) < 150
     assert first != second
@@ -97,7 +98,7 @@ def test_units_are_those_of_the_training_rows(tmp_path: Path) -> None:
 
 
 def test_a_sample_is_of_as_many_rows_as_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, table = stored_rows(tmp_path)
+    rows, _ = stored_rows(tmp_path)
     assert len(rows.sample().data) == sum(rows.sizes)
     monkeypatch.setattr(stored, "MOST_HELD", 500)
     rows, _ = stored_rows(tmp_path)

@@ -95,9 +95,7 @@ class Keeper:
         self._next = 0.0
         if self._path.exists():
             if not resume:
-                raise ValueError(
-                    f"fit found a fit in {folder}: go on with it by resume=True, or choose another folder."
-                )
+                raise ValueError(f"fit found a fit in {folder}: resume=True goes on with it, or choose another folder.")
             self.found = Checkpoint.read(self._path)
             self._check_settings(self.found.facts["settings"])
         folder.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,7 @@ from pyro_maf.training.parts import in_units_of, read_parts
 from pyro_maf.training.processes import Processes
 from pyro_maf.training.result import FitResult
 from pyro_maf.training.schedule import Schedule
+from pyro_maf.training.stored import StoredBatches
 from pyro_maf.transforms import BatchNorm, ConditionalFlow, Flow
 
 __all__ = ["fit"]
@@ -88,9 +89,9 @@ def fit(
         learning_rate: Adam's, to begin with.
         max_grad_norm: Norm that the gradient of a step is cut down to.
         seed: Of the split and of the order of the batches.
-        folder: Where to keep the fit: `checkpoint.safetensors`, from which it can go on; `log.csv`, a line an epoch, and
-            the same for TensorBoard where that is installed; at the end `model.safetensors`, for `pyro_maf.load`. It is
-            made if need be. One that holds a fit already is refused, unless that is to be resumed.
+        folder: Where to keep the fit: `checkpoint.safetensors`, from which it can go on; `log.csv`, a line an epoch,
+            and the same for TensorBoard where that is installed; at the end `model.safetensors`, for `pyro_maf.load`.
+            It is made if need be. One that holds a fit already is refused, unless that is to be resumed.
         resume: Go on from the checkpoint in `folder`, where there is one. The model, the data and the options must be
             the same, but for `max_epochs` and `patience`, which may be raised, and what follows here.
         devices: Processes to fit with on this machine, each on a GPU of its own if the model is on one. Lightning
@@ -209,7 +210,7 @@ def _check_options(
         raise ValueError(f"fit expected seed below 2**63, got {seed}.")
 
 
-def _check_batches(model: Any, batches: Batches, batch_size: int) -> None:
+def _check_batches(model: Any, batches: Batches | StoredBatches, batch_size: int) -> None:
     if batches.smallest < 2 and any(isinstance(member, BatchNorm) for member in model.modules()):
         raise ValueError(
             f"fit expected batches of at least 2 rows for a model with batch norm, "

@@ -140,7 +140,7 @@ class MaximumLikelihood(LightningModule):
 
     def training_step(self, batch: Rows | tuple[()], index: int) -> None:
         """One step of Adam, unless the loss or its gradient is not finite."""
-        if not batch:
+        if not isinstance(batch, Rows):
             return
         self._optimizer.zero_grad()
         log_prob = self.density._log_prob(*batch)
@@ -203,8 +203,10 @@ class MaximumLikelihood(LightningModule):
         if self._batch_norms:
             self.density.fit_statistics(*self.batches.sample())
 
-    def validation_step(self, batch: Rows, index: int) -> None:
+    def validation_step(self, batch: Rows | tuple[()], index: int) -> None:
         """Add up the log-likelihood of a batch."""
+        if not isinstance(batch, Rows):
+            return
         self._validation_mean.add(-self.density._log_prob(*batch).sum(), len(batch.data))
 
     def on_validation_epoch_end(self) -> None:
@@ -314,7 +316,7 @@ class _Mean:
         self.total: Tensor | float = 0.0
         self.count = 0
 
-    def add(self, total: Tensor, count: int) -> None:
+    def add(self, total: Tensor | float, count: int) -> None:
         """Take in the sum over `count` rows."""
         self.total = self.total + total
         self.count += count

@@ -225,7 +225,7 @@ class _Moments:
 
 def _forget(table: Any) -> None:
     """Let go of the pages that were read, which stay resident otherwise, until the whole file is."""
-    mapped = getattr(table, "_mmap", None)
+    mapped: Any = getattr(table, "_mmap", None)
     # What was written to a private copy would be lost.
     if hasattr(mapped, "madvise") and table.mode != "c":
         mapped.madvise(mmap.MADV_DONTNEED)
