@@ -109,7 +109,7 @@ def named(who: str, names: Sequence[str] | None, size: int, symbol: str = "x") -
 def limits_of(rows: Tensor) -> tuple[tuple[float, float], tuple[float, float]]:
     """Ends of two axes that hold all but the outermost thousandth of the rows, with a margin."""
     low, high = torch.quantile(rows.double(), torch.tensor([0.0005, 0.9995], dtype=torch.float64), dim=0)
-    margin = 0.08 * (high - low) + 1e-9
+    margin = 0.08 * (high - low) + 1e-6 * high.abs() + 1e-9
     first, second = torch.stack([low - margin, high + margin], -1).tolist()
     return tuple(first), tuple(second)
 

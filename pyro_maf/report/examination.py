@@ -1,0 +1,201 @@
+"""What there is to say of a density and rows: their log-densities, their noise, and samples beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
+from pyro_maf.distributions.noise import noise_of
+from pyro_maf.precision import like_of
+from pyro_maf.report.table import Table
+
+__all__ = ["Examination", "LowRow", "examine"]
+
+MOST_VALUES = 20_000_000
+"""How many numbers are scored; more rows than that are drawn from at random."""
+PICTURED_ROWS = 10_000
+PICTURED_VALUES = 8_000_000
+LOWEST = 10
+SEED = 0
+
+
+@dataclass(frozen=True)
+class LowRow:
+    """A row of little density.
+
+    Attributes:
+        row: Its number in the data, from 0.
+        log_prob: In nats.
+        values, context: Its numbers; no context where there is none.
+        dimension: The dimension of its noise that is furthest from 0.
+        noise: That dimension's noise.
+    """
+
+    row: int
+    log_prob: float
+    values: list[float]
+    context: list[float]
+    dimension: int
+    noise: float
+
+
+@dataclass(frozen=True)
+class Examination:
+    """A density and the rows it was looked at with. Tensors are on the CPU, in float64.
+
+    Attributes:
+        names, context_names: Of the columns.
+        rows: How many rows were given.
+        log_prob: Log-densities of those that were scored, (scored,), in nats.
+        lowest: The rows with the least of them, the least first.
+        data: Some of them, drawn at random, (pictured, columns), for pictures.
+        noise: The noise of those, (pictured, D).
+        samples: As many of the density, at the contexts of those, less any that are not finite.
+        samples_log_prob: Log-densities of the samples.
+    """
+
+    names: list[str]
+    context_names: list[str]
+    rows: int
+    log_prob: Tensor
+    lowest: list[LowRow]
+    data: Tensor
+    noise: Tensor
+    samples: Tensor
+    samples_log_prob: Tensor
+
+
+def examine(
+    density: FlowPrior | ConditionalFlowPrior,
+    data: Any,
+    context: Any,
+    names: Sequence[str] | None,
+    context_names: Sequence[str] | None,
+) -> Examination:
+    """Look at a density with rows of data; the global random state is left as it was.
+
+    Memory is bounded whatever the number of rows: they are read in blocks, and pictures are made of a part.
+
+    Raises:
+        TypeError, ValueError: As `write_report`.
+    """
+    tables = _tables(density, data, context, names, context_names)
+    generator = np.random.default_rng(SEED)
+    width = len(tables[0].names)
+    scored = _some(np.arange(len(tables[0])), MOST_VALUES // width, generator)
+    pictured = _some(scored, min(PICTURED_ROWS, PICTURED_VALUES // width), generator)
+    with torch.no_grad():
+        looked = _Reader(density, tables)
+        log_prob = torch.cat([looked.log_prob(*looked.read(block)) for block in tables[0].blocks(scored)])
+        data_rows, noise, samples, samples_log_prob = looked.pictured(pictured)
+        order = log_prob.argsort()[:LOWEST].numpy()
+        lowest = looked.low_rows(scored[order], log_prob[order])
+    return Examination(
+        names=tables[0].names,
+        context_names=tables[1].names if len(tables) > 1 else [],
+        rows=len(tables[0]),
+        log_prob=log_prob,
+        lowest=lowest,
+        data=data_rows,
+        noise=noise,
+        samples=samples,
+        samples_log_prob=samples_log_prob,
+    )
+
+
+class _Reader:
+    """Rows of the tables, and what the density has to say of them."""
+
+    def __init__(self, density: FlowPrior | ConditionalFlowPrior, tables: list[Table]) -> None:
+        self.density = density
+        self.prior: Any = density.density if isinstance(density, ConditionalFlowPrior) else density
+        self.tables = tables
+        like = like_of(density)
+        self.like = torch.zeros(()) if like is None else like
+
+    def read(self, index: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor | None]:
+        """Data and context at `index`, or what is wrong with them."""
+        data, *context = (table.take(index, self.like) for table in self.tables)
+        support = self.prior.units.support
+        outside = support.outside(data)
+        if outside.any():
+            row = int(outside.nonzero()[0])
+            raise ValueError(
+                f"write_report expected data inside the support, {support.name}, where the density is not 0, got row "
+                f"{index[row]} outside: leave such rows out, and say so."
+            )
+        return data, context[0] if context else None
+
+    def at(self, context: Tensor | None) -> Any:
+        """The density at a context."""
+        return self.density if context is None else self.density.condition(context)  # type: ignore[operator]
+
+    def log_prob(self, data: Tensor, context: Tensor | None) -> Tensor:
+        """Log-densities of rows."""
+        value: Tensor = self.at(context).log_prob(data)
+        return value.double().cpu()
+
+    def pictured(self, index: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows, their noise, samples at their contexts, and the samples' log-densities."""
+        parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        device = self.like.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(SEED)
+            for block in self.tables[0].blocks(index):
+                data, context = self.read(block)
+                density = self.at(context)
+                samples = density.sample(() if context is not None else (len(block),))
+                found = (data, noise_of(self.prior, data, context), samples, density.log_prob(samples))
+                parts.append(tuple(each.double().cpu() for each in found))  # type: ignore[arg-type]
+        rows, noise, samples, samples_log_prob = map(torch.cat, zip(*parts, strict=True))
+        finite = samples.isfinite().all(-1)
+        return rows, noise, samples[finite], samples_log_prob[finite]
+
+    def low_rows(self, index: np.ndarray[Any, Any], log_prob: Tensor) -> list[LowRow]:
+        """The rows at `index`."""
+        data, context = self.read(index)
+        noise = noise_of(self.prior, data, context)
+        furthest = noise.abs().argmax(-1)
+        return [
+            LowRow(
+                row=int(index[i]),
+                log_prob=float(log_prob[i]),
+                values=data[i].tolist(),
+                context=[] if context is None else context[i].tolist(),
+                dimension=int(furthest[i]),
+                noise=float(noise[i, furthest[i]]),
+            )
+            for i in range(len(index))
+        ]
+
+
+def _tables(density: Any, data: Any, context: Any, names: Any, context_names: Any) -> list[Table]:
+    """Data and, for a conditional density, context."""
+    if not isinstance(density, ConditionalFlowPrior):
+        if context is not None or context_names is not None:
+            raise ValueError("write_report got a context for a density that takes none: leave it out.")
+        return [Table("data", data, density.event_shape[0], names)]
+    if context is None:
+        raise ValueError(f"write_report expected a context with {density.context_dim} columns, got none.")
+    tables = [
+        Table("data", data, density.density.event_shape[0], names),
+        Table("context", context, density.context_dim, context_names),
+    ]
+    if len(tables[0]) != len(tables[1]):
+        raise ValueError(
+            f"write_report expected as many rows of context as of data, got {len(tables[1])} and {len(tables[0])}."
+        )
+    return tables
+
+
+def _some(index: np.ndarray[Any, Any], most: int, generator: np.random.Generator) -> np.ndarray[Any, Any]:
+    """At most so many of an index, at least one, in their order."""
+    if len(index) <= most:
+        return index
+    return np.sort(generator.choice(index, max(1, most), replace=False))
