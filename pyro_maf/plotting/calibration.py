@@ -93,14 +93,16 @@ def pit(u: Tensor, *, names: Sequence[str] | None = None, title: str = "") -> Fi
     total = len(uniform)
     bins = max(4, min(MOST_BINS, total // ROWS_IN_A_BIN))
     margin = 2 * math.sqrt((bins - 1) / total)
+    heights = [torch.histc(column, bins, 0, 1).max() * bins / total for column in uniform.T]
+    top = 1.1 * max(1 + margin, *map(float, heights))
     figure, panels = new_panels(size, title, height=1.8, of="dimension")
     for i, (axes, name) in enumerate(zip(panels, names, strict=True)):
         axes.hist(uniform[:, i].numpy(), bins=bins, range=(0, 1), weights=[bins / total] * total, color=COLOURS[4])
         axes.axhspan(max(0.0, 1 - margin), 1 + margin, color=GREY, alpha=0.35, linewidth=0)
         axes.axhline(1, color="black", linewidth=0.7)
         axes.set_title(name)
-        axes.set(xlim=(0, 1), xticks=(0, 0.5, 1))
-        axes.locator_params("y", nbins=4)
+        axes.set(xlim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 1))
+        axes.set_ylim(0, top)
     return figure
 
 
@@ -149,7 +151,7 @@ def _normal_order(total: int) -> tuple[Tensor, Tensor, Tensor]:
     edge = torch.special.ndtri(torch.tensor(0.5 / total, dtype=torch.float64))
     places = torch.linspace(float(edge), -float(edge), count, dtype=torch.float64)
     places = torch.special.ndtr(places).mul(total).sub(0.5).round().clamp(0, total - 1).long().unique()
-    p = (places + 0.5) / total
+    p = (places.double() + 0.5) / total
     z = torch.special.ndtri(p)
     return places, z, (p * (1 - p) / total).sqrt() / torch.exp(-0.5 * z.square()) * math.sqrt(2 * math.pi)
 

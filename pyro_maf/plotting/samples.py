@@ -141,8 +141,9 @@ def _pair(axes: Axes, data: Tensor, samples: Tensor, limits: Any) -> None:
     """Two dimensions of data and samples, or one dimension's histograms where the two are the same."""
     axes.set_xlim(limits[0])
     if torch.equal(data[:, 0], data[:, 1]):
-        for rows, colour in ((data, GREY), (samples, COLOURS[0])):
-            axes.hist(rows[:, 0].numpy(), bins=40, range=limits[0], density=True, histtype="step", color=colour)
+        edges = edges_of(*limits[0], len(data))
+        histogram(axes, data[:, 0], edges, GREY, filled=True)
+        histogram(axes, samples[:, 0], edges, COLOURS[0], filled=False)
         axes.set_yticks([])
         return
     dots(axes, data, GREY)

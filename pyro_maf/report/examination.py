@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,11 @@ from pyro_maf.report.table import Table
 
 __all__ = ["Examination", "LowRow", "examine"]
 
-MOST_VALUES = 20_000_000
+MOST_VALUES = 10_000_000
 """How many numbers are scored; more rows than that are drawn from at random."""
 PICTURED_ROWS = 10_000
-PICTURED_VALUES = 8_000_000
+PICTURED_VALUES = 2_500_000
+LEAST_SAMPLES = 2000
 LOWEST = 10
 SEED = 0
 
@@ -56,7 +58,7 @@ class Examination:
         lowest: The rows with the least of them, the least first.
         data: Some of them, drawn at random, (pictured, columns), for pictures.
         noise: The noise of those, (pictured, D).
-        samples: As many of the density, at the contexts of those, less any that are not finite.
+        samples: As many of the density, or 2,000 if that is more, at the contexts of those; finite ones.
         samples_log_prob: Log-densities of the samples.
     """
 
@@ -93,7 +95,9 @@ def examine(
     with torch.no_grad():
         looked = _Reader(density, tables)
         log_prob = torch.cat([looked.log_prob(*looked.read(block)) for block in tables[0].blocks(scored)])
-        data_rows, noise, samples, samples_log_prob = looked.pictured(pictured)
+        data_rows, noise = looked.noise(pictured)
+        # Of a few rows more than one sample each, or the samples' histograms would be all chance.
+        samples, samples_log_prob = looked.samples(pictured.repeat(math.ceil(LEAST_SAMPLES / len(pictured))))
         order = log_prob.argsort()[:LOWEST].numpy()
         lowest = looked.low_rows(scored[order], log_prob[order])
     return Examination(
@@ -141,21 +145,29 @@ class _Reader:
         value: Tensor = self.at(context).log_prob(data)
         return value.double().cpu()
 
-    def pictured(self, index: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows, their noise, samples at their contexts, and the samples' log-densities."""
-        parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    def noise(self, index: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
+        """The rows at `index`, and their noise."""
+        parts = []
+        for block in self.tables[0].blocks(index):
+            data, context = self.read(block)
+            parts.append((data.double().cpu(), noise_of(self.prior, data, context).double().cpu()))
+        data, noise = map(torch.cat, zip(*parts, strict=True))
+        return data, noise
+
+    def samples(self, index: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
+        """A sample at the context of each row at `index`, unless it is not finite, and the log-densities of these."""
+        parts = []
         device = self.like.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(SEED)
             for block in self.tables[0].blocks(index):
-                data, context = self.read(block)
+                _, context = self.read(block)
                 density = self.at(context)
-                samples = density.sample(() if context is not None else (len(block),))
-                found = (data, noise_of(self.prior, data, context), samples, density.log_prob(samples))
-                parts.append(tuple(each.double().cpu() for each in found))  # type: ignore[arg-type]
-        rows, noise, samples, samples_log_prob = map(torch.cat, zip(*parts, strict=True))
+                samples = density.sample((len(block),) if context is None else ())
+                parts.append((samples.double().cpu(), density.log_prob(samples).double().cpu()))
+        samples, log_prob = map(torch.cat, zip(*parts, strict=True))
         finite = samples.isfinite().all(-1)
-        return rows, noise, samples[finite], samples_log_prob[finite]
+        return samples[finite], log_prob[finite]
 
     def low_rows(self, index: np.ndarray[Any, Any], log_prob: Tensor) -> list[LowRow]:
         """The rows at `index`."""

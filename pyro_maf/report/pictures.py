@@ -29,7 +29,7 @@ MOST_PAIRS = 6
 CORRELATED_COLUMNS = 1000
 """Among how many columns the most correlated are looked for: the work grows with their square."""
 LONGEST_NAME = 24
-DPI = 110
+DPI = 96
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def write_report(
         command: What made the fit, to show.
 
     Cost:
-        One `log_prob` a row, up to 20 million numbers and a random part of the rows beyond that; and for up to 10,000
+        One `log_prob` a row, up to 10 million numbers and a random part of the rows beyond that; and for up to 10,000
         rows a sample, its `log_prob` and the noise. A page is some hundred kilobytes, whatever the number of rows.
 
     Raises:
