@@ -366,6 +366,22 @@ def test_what_can_not_be_reported_is_refused_in_words_and_what_was_there_stays(
     assert path.read_text() == "the last report"
 
 
+def test_a_bar_is_shown_where_it_is_asked_for(report, capfd):
+    report(standard(), normal(40))
+    assert capfd.readouterr().err == ""
+    report(standard(), normal(40), progress="always")
+    assert "100 %" in capfd.readouterr().err
+
+
+def test_autocast_does_not_round_the_noise():
+    density, data = standard(), normal(40)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = examination.examine(density, data, None, None, None)
+    exact = examination.examine(density, data, None, None, None)
+    assert torch.equal(rounded.noise, exact.noise)
+    assert rounded.lowest == exact.lowest
+
+
 def test_a_folder_that_is_not_there_is_named_before_any_work(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"write_report expected an existing folder for report\.html"):
         write_report(tmp_path / "none" / "report.html", result_of(standard()), normal(5))

@@ -141,7 +141,8 @@ def _pair(axes: Axes, data: Tensor, samples: Tensor, limits: Any) -> None:
     """Two dimensions of data and samples, or one dimension's histograms where the two are the same."""
     axes.set_xlim(limits[0])
     if torch.equal(data[:, 0], data[:, 1]):
-        edges = edges_of(*limits[0], len(data))
+        low, high = limits[0]
+        edges = edges_of(low, high, len(data))
         histogram(axes, data[:, 0], edges, GREY, filled=True)
         histogram(axes, samples[:, 0], edges, COLOURS[0], filled=False)
         axes.set_yticks([])

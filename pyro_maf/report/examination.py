@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.distributions.noise import noise_of
-from pyro_maf.precision import like_of
+from pyro_maf.precision import exactly, like_of
+from pyro_maf.report.progress import bar
 from pyro_maf.report.table import Table
 
 __all__ = ["Examination", "LowRow", "examine"]
@@ -79,6 +81,8 @@ def examine(
     context: Any,
     names: Sequence[str] | None,
     context_names: Sequence[str] | None,
+    *,
+    progress: bool | str = False,
 ) -> Examination:
     """Look at a density with rows of data; the global random state is left as it was.
 
@@ -92,12 +96,13 @@ def examine(
     width = len(tables[0].names)
     scored = _some(np.arange(len(tables[0])), MOST_VALUES // width, generator)
     pictured = _some(scored, min(PICTURED_ROWS, PICTURED_VALUES // width), generator)
-    with torch.no_grad():
-        looked = _Reader(density, tables)
-        log_prob = torch.cat([looked.log_prob(*looked.read(block)) for block in tables[0].blocks(scored)])
+    # Of a few rows more than one sample each, or the samples' histograms would be all chance.
+    sampled = pictured.repeat(math.ceil(LEAST_SAMPLES / len(pictured)))
+    with torch.no_grad(), bar(progress, len(scored) + len(pictured) + len(sampled)) as done:
+        looked = _Reader(density, tables, done)
+        log_prob = looked.log_prob(scored)
         data_rows, noise = looked.noise(pictured)
-        # Of a few rows more than one sample each, or the samples' histograms would be all chance.
-        samples, samples_log_prob = looked.samples(pictured.repeat(math.ceil(LEAST_SAMPLES / len(pictured))))
+        samples, samples_log_prob = looked.samples(sampled)
         order = log_prob.argsort()[:LOWEST].numpy()
         lowest = looked.low_rows(scored[order], log_prob[order])
     return Examination(
@@ -116,10 +121,13 @@ def examine(
 class _Reader:
     """Rows of the tables, and what the density has to say of them."""
 
-    def __init__(self, density: FlowPrior | ConditionalFlowPrior, tables: list[Table]) -> None:
+    def __init__(
+        self, density: FlowPrior | ConditionalFlowPrior, tables: list[Table], done: Callable[[int], None]
+    ) -> None:
         self.density = density
         self.prior: Any = density.density if isinstance(density, ConditionalFlowPrior) else density
         self.tables = tables
+        self.done = done
         like = like_of(density)
         self.like = torch.zeros(()) if like is None else like
 
@@ -132,7 +140,7 @@ class _Reader:
             row = int(outside.nonzero()[0])
             raise ValueError(
                 f"write_report expected data inside the support, {support.name}, where the density is not 0, got row "
-                f"{index[row]} outside: leave such rows out, and say so."
+                f"{index[row]} outside: leave such rows out."
             )
         return data, context[0] if context else None
 
@@ -140,30 +148,33 @@ class _Reader:
         """The density at a context."""
         return self.density if context is None else self.density.condition(context)  # type: ignore[operator]
 
-    def log_prob(self, data: Tensor, context: Tensor | None) -> Tensor:
-        """Log-densities of rows."""
-        value: Tensor = self.at(context).log_prob(data)
-        return value.double().cpu()
+    def blocks(self, index: np.ndarray[Any, Any]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Data and context at `index`, as many as are looked at at once."""
+        for block in self.tables[0].blocks(index):
+            yield self.read(block)
+            self.done(len(block))
+
+    def log_prob(self, index: np.ndarray[Any, Any]) -> Tensor:
+        """Log-densities of the rows at `index`."""
+        return torch.cat([self.at(context).log_prob(data).double().cpu() for data, context in self.blocks(index)])
 
     def noise(self, index: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
         """The rows at `index`, and their noise."""
         parts = []
-        for block in self.tables[0].blocks(index):
-            data, context = self.read(block)
-            parts.append((data.double().cpu(), noise_of(self.prior, data, context).double().cpu()))
+        for data, context in self.blocks(index):
+            # As `log_prob` does for itself: a rounded network would be a different density.
+            u = exactly(noise_of, self.prior, data, context, like=self.like)
+            parts.append((data.double().cpu(), u.double().cpu()))
         data, noise = map(torch.cat, zip(*parts, strict=True))
         return data, noise
 
     def samples(self, index: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
         """A sample at the context of each row at `index`, unless it is not finite, and the log-densities of these."""
         parts = []
-        device = self.like.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(SEED)
-            for block in self.tables[0].blocks(index):
-                _, context = self.read(block)
+        with _seeded(self.like.device):
+            for data, context in self.blocks(index):
                 density = self.at(context)
-                samples = density.sample((len(block),) if context is None else ())
+                samples = density.sample((len(data),) if context is None else ())
                 parts.append((samples.double().cpu(), density.log_prob(samples).double().cpu()))
         samples, log_prob = map(torch.cat, zip(*parts, strict=True))
         finite = samples.isfinite().all(-1)
@@ -172,7 +183,7 @@ class _Reader:
     def low_rows(self, index: np.ndarray[Any, Any], log_prob: Tensor) -> list[LowRow]:
         """The rows at `index`."""
         data, context = self.read(index)
-        noise = noise_of(self.prior, data, context)
+        noise = exactly(noise_of, self.prior, data, context, like=self.like)
         furthest = noise.abs().argmax(-1)
         return [
             LowRow(
@@ -204,6 +215,18 @@ def _tables(density: Any, data: Any, context: Any, names: Any, context_names: An
             f"write_report expected as many rows of context as of data, got {len(tables[1])} and {len(tables[0])}."
         )
     return tables
+
+
+@contextmanager
+def _seeded(device: torch.device) -> Iterator[None]:
+    """Seed what draws on the CPU and on `device`, and leave the global random states as they were."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(SEED)
+        for one in cuda:
+            with torch.cuda.device(one):
+                torch.cuda.manual_seed(SEED)
+        yield
 
 
 def _some(index: np.ndarray[Any, Any], most: int, generator: np.random.Generator) -> np.ndarray[Any, Any]:

@@ -17,6 +17,7 @@ from pyro_maf.report import pictures
 from pyro_maf.report.examination import Examination, examine
 from pyro_maf.report.kolmogorov import calibration_of, radius_of
 from pyro_maf.saving import write_whole
+from pyro_maf.showing import check_progress
 from pyro_maf.training import FitResult
 
 __all__ = ["write_report"]
@@ -41,6 +42,7 @@ def write_report(
     names: Sequence[str] | None = None,
     context_names: Sequence[str] | None = None,
     command: str = "",
+    progress: bool | str = True,
 ) -> None:
     r"""Write what there is to know of a fit as one HTML page, which needs no network and no other file.
 
@@ -60,6 +62,7 @@ def write_report(
         names: Of the columns, by default those of a data frame, or x1, x2 and so on.
         context_names: Of the columns of the context, likewise, with c1.
         command: What made the fit, to show.
+        progress: A bar on stderr: True where that is a terminal or a notebook, False never, "always" in any case.
 
     Cost:
         One `log_prob` a row, up to 10 million numbers and a random part of the rows beyond that; and for up to 10,000
@@ -87,7 +90,8 @@ def write_report(
         raise FileNotFoundError(f"write_report expected an existing folder for {path.name}, got {path.parent}.")
     if not isinstance(result, FitResult) or not isinstance(result.density, (FlowPrior, ConditionalFlowPrior)):
         raise TypeError(f"write_report expected what fit returned, a FitResult, got {type(result).__name__}.")
-    examination = examine(result.density, data, context, names, context_names)
+    check_progress("write_report", progress)
+    examination = examine(result.density, data, context, names, context_names, progress=progress)
     write_whole(path, _page(result, examination, command).encode())
 
 
