@@ -60,6 +60,8 @@ PUBLIC = {
     "pyro_maf.distributions": "MADEMoG MAFMoG FlowPrior ConditionalMADEMoG ConditionalMAFMoG ConditionalFlowPrior",
     "pyro_maf.infer": "AutoMAF AutoIAF AutoRealNVP fit_guide diagnose reweight to_arviz neutra TracePath_ELBO",
     "pyro_maf.training": "fit",
+    "pyro_maf.plotting": "contours image_grid log_densities losses marginals noise pairs pit qq scatter",
+    "pyro_maf.report": "write_report",
 }
 
 
