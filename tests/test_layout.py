@@ -35,6 +35,7 @@ FLOORS = (
     "training",
     "datasets",
     "plotting",
+    "report",
     "cli",
 )
 """From the ground up: a module imports from its own floor and those below."""
@@ -60,6 +61,8 @@ PUBLIC = {
     "pyro_maf.infer": "AutoMAF AutoIAF AutoRealNVP fit_guide diagnose reweight to_arviz neutra TracePath_ELBO",
     "pyro_maf.training": "fit",
     "pyro_maf.datasets": "ARCHIVE load_dataset power gas hepmass miniboone bsds300 mnist cifar10",
+    "pyro_maf.plotting": "contours image_grid log_densities losses marginals noise pairs pit qq scatter",
+    "pyro_maf.report": "write_report",
 }
 
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from pyro_maf import MAF, ConditionalMAF, plotting
 from pyro_maf.datasets import FigureOne
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior, MADEMoG, MAFMoG
+from pyro_maf.distributions.noise import noise_of
 from pyro_maf.training import FitResult
 
 WINDOW = ((-4.0, 12.0), (-7.0, 7.0))
@@ -46,6 +47,10 @@ PICTURES = {
     "contours": lambda: plotting.contours({"Exact": FigureOne(), "MADE": FlowPrior(MAF(2))}, WINDOW, title="Toy"),
     "losses": lambda: plotting.losses({"MAF": result([3.0, 2.0, 2.5])}, marks={"best": 1.9}, title="Toy"),
     "image_grid": lambda: plotting.image_grid({"Data": torch.rand(9, 64)}, columns=3, title="Toy"),
+    "marginals": lambda: plotting.marginals(FigureOne().sample(60), FigureOne().sample(60, 1), title="Toy"),
+    "pit": lambda: plotting.pit(torch.zeros(60, 2), title="Toy"),
+    "qq": lambda: plotting.qq(torch.zeros(60, 2), title="Toy"),
+    "log_densities": lambda: plotting.log_densities({"data": torch.zeros(60)}, title="Toy"),
     "pairs": lambda: plotting.pairs(FigureOne().sample(60), FigureOne().sample(60, 1), title="Toy"),
 }
 
@@ -104,8 +109,8 @@ def test_the_noise_of_a_mixture_has_the_density_that_its_jacobian_says(model):
     # log p(y) = log N(u; 0, I) + log |det du/dy| holds for the true noise of y, and for nothing else of this form.
     model = randomised(model)
     y = torch.tensor([0.3, -0.8, 1.1], dtype=torch.float64)
-    u = plotting._noise_of(FlowPrior(model), y[None])[0]
-    jacobian = torch.autograd.functional.jacobian(lambda y: plotting._noise_of(model, y[None])[0], y)
+    u = noise_of(FlowPrior(model), y[None])[0]
+    jacobian = torch.autograd.functional.jacobian(lambda y: noise_of(model, y[None])[0], y)
     log_prob = torch.distributions.Normal(0.0, 1.0).log_prob(u).sum() + torch.linalg.slogdet(jacobian)[1]
     assert log_prob.item() == pytest.approx(model.log_prob(y).item())
 
@@ -113,14 +118,14 @@ def test_the_noise_of_a_mixture_has_the_density_that_its_jacobian_says(model):
 def test_the_noise_of_a_mixtures_samples_is_standard_normal():
     torch.manual_seed(0)
     model = randomised(MADEMoG(2, hidden_dims=[8], num_components=3))
-    u = plotting._noise_of(model, model.sample((4000,))).detach()
+    u = noise_of(model, model.sample((4000,))).detach()
     assert u.mean(0).abs().max() < 4 / math.sqrt(4000)
     assert (torch.cov(u.T) - torch.eye(2)).abs().max() < 0.1
 
 
 def test_the_noise_of_a_mixture_is_finite_far_out():
     model = MADEMoG(2, hidden_dims=[8]).double()
-    u = plotting._noise_of(model, torch.tensor([[12.0, -12.0]], dtype=torch.float64))
+    u = noise_of(model, torch.tensor([[12.0, -12.0]], dtype=torch.float64))
     assert u[0, 0] > 8
     assert u[0, 1] < -8
     assert u.isfinite().all()
@@ -181,6 +186,74 @@ def test_pairs_have_a_lower_triangle_of_panels_with_names(rows):
     assert [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()] == ["b", "c"]
 
 
+def test_pairs_of_samples_far_from_the_data_are_drawn_on_the_axes_of_the_data(rows):
+    near, far = plotting.pairs(rows, rows), plotting.pairs(rows, rows + 100)
+    assert [axes.get_xlim() for axes in near.axes] == [axes.get_xlim() for axes in far.axes]
+
+
+def test_marginals_count_all_rows_of_data_and_samples_in_the_bins_of_the_data(rows):
+    figure = plotting.marginals(rows, torch.cat([rows, rows + 100]), names=["a", "b", "c"])
+    assert titles(figure) == ["a", "b", "c"]
+    for axes in figure.axes:
+        data, samples = (patch.get_xy() for patch in axes.patches)
+        # The outline of a step histogram passes each bin's edges and each height twice.
+        assert set(samples[:, 0]) <= set(data[:, 0])
+        assert 2 * samples[:, 1].max() == pytest.approx(data[:, 1].max())
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["data", "samples"]
+
+
+def test_pit_bars_are_uniform_for_standard_normal_noise_and_the_band_is_binomial():
+    u = torch.special.ndtri((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000)[:, None]
+    figure = plotting.pit(torch.cat([u, u / 2], 1))
+    even, narrow = ([bar.get_height() for bar in axes.patches[:-1]] for axes in figure.axes)
+    assert even == pytest.approx([1.0] * 20)
+    assert sum(narrow) == pytest.approx(20)
+    assert narrow[0] < 0.1 < 1.5 < narrow[9]
+    band = figure.axes[0].patches[-1].get_bbox()
+    assert (band.y1 - band.y0) / 2 == pytest.approx(2 * math.sqrt(1000 * 0.05 * 0.95) / 50)
+
+
+def test_the_bars_of_standard_normal_noise_leave_the_band_as_often_as_it_says():
+    u = torch.randn(2000, 20, generator=torch.Generator().manual_seed(0))
+    figure = plotting.pit(u)
+    band = figure.axes[0].patches[-1].get_bbox()
+    bars = [bar.get_height() for axes in figure.axes for bar in axes.patches[:-1]]
+    assert sum(band.y0 <= height <= band.y1 for height in bars) / len(bars) == pytest.approx(0.95, abs=0.02)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 50, 5000])
+def test_qq_draws_sorted_noise_against_the_quantiles_that_belong_there(rows):
+    u = torch.special.ndtri((torch.arange(rows, dtype=torch.float64) + 0.5) / rows)
+    u = u[torch.randperm(rows, generator=torch.Generator().manual_seed(0))][:, None]
+    figure = plotting.qq(torch.cat([u, 2 * u + 1], 1), names=["a", "b"])
+    for axes, scale, shift in zip(figure.axes, (1, 2), (0, 1), strict=True):
+        normal, found = axes.lines[-1].get_data()
+        assert list(found) == pytest.approx([scale * z + shift for z in normal])
+        assert normal[-1] == pytest.approx(u.max().item())
+        assert len(normal) <= 200
+
+
+def test_the_band_of_qq_holds_standard_normal_noise_as_often_as_it_says():
+    u = torch.randn(2000, 20, generator=torch.Generator().manual_seed(0))
+    inside = total = 0
+    for axes in plotting.qq(u).axes:
+        normal, found = axes.lines[-1].get_data()
+        edges = axes.collections[0].get_paths()[0]
+        middle = abs(normal) < 2
+        inside += edges.contains_points(list(zip(normal[middle], found[middle], strict=True))).sum()
+        total += middle.sum()
+    assert inside / total == pytest.approx(0.95, abs=0.03)
+
+
+def test_log_densities_share_their_bins_and_leave_out_what_is_not_finite():
+    heights = torch.linspace(-5.0, -1.0, 200)
+    figure = plotting.log_densities({"data": heights, "samples": torch.cat([heights, torch.tensor([-math.inf])])})
+    data, samples = (patch.get_xy() for patch in figure.axes[0].patches)
+    assert set(data[:, 0]) == set(samples[:, 0])
+    assert data[:, 1].max() == samples[:, 1].max()
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["data", "samples"]
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -206,6 +279,12 @@ def test_pairs_have_a_lower_triangle_of_panels_with_names(rows):
             r"square number.*\(5, 63\)",
         ),
         (lambda: plotting.image_grid({"Data": torch.zeros(5, 64)}, columns=0), ValueError, r"columns of at least 1"),
+        (lambda: plotting.marginals(torch.zeros(5, 2), torch.zeros(5, 1)), ValueError, r"samples of shape"),
+        (lambda: plotting.marginals(torch.zeros(5, 0), torch.zeros(5, 0)), ValueError, r"shape"),
+        (lambda: plotting.pit(torch.zeros(5)), ValueError, r"pit expected u of shape"),
+        (lambda: plotting.qq(torch.zeros(5, 2), names=["a"]), ValueError, r"qq expected 2 names.*got 1"),
+        (lambda: plotting.log_densities({}), ValueError, r"at least one row of each, got none"),
+        (lambda: plotting.log_densities({"f": torch.full((3,), -math.inf)}), ValueError, r"finite log-densities"),
         (lambda: plotting.pairs(torch.zeros(5, 2), torch.zeros(5, 2), names=["a"]), ValueError, r"2 names.*got 1"),
     ],
 )

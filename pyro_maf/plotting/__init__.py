@@ -1,0 +1,14 @@
+r"""Pictures of densities: samples, the noise that data come from, contours, losses, images.
+
+Each function returns a matplotlib `Figure` that no global state knows: save it with `figure.savefig(path)`. Where
+several models are compared they share their axes, and their colours are those of Okabe and Ito or of cividis, which
+colour-blind readers tell apart.
+"""
+
+from pyro_maf.plotting.calibration import noise, pit, qq
+from pyro_maf.plotting.density import contours, log_densities
+from pyro_maf.plotting.fits import losses
+from pyro_maf.plotting.images import image_grid
+from pyro_maf.plotting.samples import marginals, pairs, scatter
+
+__all__ = ["contours", "image_grid", "log_densities", "losses", "marginals", "noise", "pairs", "pit", "qq", "scatter"]

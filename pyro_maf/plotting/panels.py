@@ -1,0 +1,147 @@
+"""What pictures are drawn on: their style, a figure of panels, and the rows that fit into one."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "COLOURS",
+    "GREY",
+    "dots",
+    "edges_of",
+    "histogram",
+    "label",
+    "limits_of",
+    "named",
+    "new_figure",
+    "new_panels",
+    "some_rows",
+    "styled",
+]
+
+GREY = "#8c8c8c"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "lines.linewidth": 1.4,
+    "legend.frameon": False,
+}
+COLUMNS = 3
+DPI = 160
+POINTS = 4000
+MOST_BINS = 40
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def styled(draw: Callable[P, R]) -> Callable[P, R]:
+    """Draw in this module's style, and leave the user's own as it was."""
+
+    @functools.wraps(draw)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> R:
+        import matplotlib
+
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+def new_figure(width: float, height: float, title: str) -> Figure:
+    """A figure that pyplot does not know of, in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def new_panels(
+    count: int, title: str, *, width: float = 2.7, height: float = 2.6, of: str = "model"
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, left to right and then down."""
+    if count < 1:
+        raise ValueError(f"A picture expects at least one {of}, got none.")
+    columns = min(count, COLUMNS)
+    rows = math.ceil(count / columns)
+    figure = new_figure(width * columns, height * rows + 0.3 * bool(title), title)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in panels[count:]:
+        unused.remove()
+    return figure, panels[:count]
+
+
+def some_rows(who: str, name: str, rows: Any, dims: Sequence[int], most: int | None = POINTS) -> Tensor:
+    """The columns `dims` of at most so many rows, on the CPU."""
+    rows = torch.as_tensor(rows).detach().cpu()
+    least = max(dims, default=0) + 1
+    if rows.dim() != 2 or rows.shape[-1] < least:
+        raise ValueError(f"{who} expected {name} of shape (rows, {least} or more), got shape {tuple(rows.shape)}.")
+    return rows[:most, list(dims)]
+
+
+def named(who: str, names: Sequence[str] | None, size: int, symbol: str = "x") -> list[str]:
+    """The names of so many dimensions: those given, or the symbol with a number."""
+    names = [f"${symbol}_{{{i + 1}}}$" for i in range(size)] if names is None else list(names)
+    if len(names) != size:
+        raise ValueError(f"{who} expected {size} names, one for each dimension, got {len(names)}.")
+    return names
+
+
+def limits_of(rows: Tensor) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Ends of two axes that hold all but the outermost thousandth of the rows, with a margin."""
+    low, high = torch.quantile(rows.double(), torch.tensor([0.0005, 0.9995], dtype=torch.float64), dim=0)
+    margin = 0.08 * (high - low) + 1e-6 * high.abs() + 1e-9
+    first, second = torch.stack([low - margin, high + margin], -1).tolist()
+    return tuple(first), tuple(second)
+
+
+def dots(axes: Axes, rows: Tensor, colour: str) -> None:
+    """A dot for each of the rows, (rows, 2)."""
+    first, second = rows.T.numpy()
+    axes.scatter(first, second, s=2.5, color=colour, alpha=0.35, linewidths=0, rasterized=True)
+
+
+def edges_of(low: float, high: float, total: int) -> list[float]:
+    """The edges of as many bins from low to high as a histogram of so many rows bears."""
+    bins = min(MOST_BINS, math.ceil(2 * total ** (1 / 3)))
+    return torch.linspace(low, high, bins + 1, dtype=torch.float64).tolist()
+
+
+def histogram(axes: Axes, values: Tensor, edges: list[float], colour: str, *, filled: bool, name: str = "") -> None:
+    """Parts of all values, (rows,), those outside of the edges too, in each bin; filled, or an outline."""
+    axes.hist(
+        values.numpy(),
+        bins=edges,
+        weights=[1 / len(values)] * len(values),
+        histtype="stepfilled" if filled else "step",
+        color=colour,
+        alpha=0.4 if filled else 1.0,
+        label=name or None,
+    )
+
+
+def label(axes: Axes, name: str, dims: tuple[int, int], symbol: str, limits: Any) -> None:
+    """Title, limits and the names of two dimensions."""
+    axes.set_title(name)
+    axes.set(xlim=limits[0], ylim=limits[1])
+    axes.set_xlabel(f"${symbol}_{{{dims[0] + 1}}}$")
+    axes.set_ylabel(f"${symbol}_{{{dims[1] + 1}}}$")

@@ -1,0 +1,152 @@
+"""Data and the samples of models, side by side or one over the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyro_maf.plotting.panels import (
+    COLOURS,
+    GREY,
+    dots,
+    edges_of,
+    histogram,
+    label,
+    limits_of,
+    named,
+    new_figure,
+    new_panels,
+    some_rows,
+    styled,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["marginals", "pairs", "scatter"]
+
+
+@styled
+def scatter(data: Tensor, samples: Mapping[str, Tensor], *, dims: tuple[int, int] = (0, 1), title: str = "") -> Figure:
+    """Data beside each model's samples, in two of their dimensions, on the same axes.
+
+    Args:
+        data: Rows (N, D).
+        samples: Rows (M, D) of each model, by name. At most 4,000 rows of each are drawn.
+        dims: The two dimensions to show.
+        title: Of the figure.
+
+    Raises:
+        ValueError: For rows that are not (rows, D), or have not these dimensions.
+        ModuleNotFoundError: Without the `train` extra.
+
+    Example:
+        >>> figure = scatter(torch.randn(50, 2), {"MAF": torch.randn(50, 2)})
+        >>> [axes.get_title() for axes in figure.axes]
+        ['Data', 'MAF']
+    """
+    everything = {name: some_rows("scatter", name, rows, dims) for name, rows in {"Data": data, **samples}.items()}
+    figure, panels = new_panels(len(everything), title)
+    limits = limits_of(everything["Data"])
+    for index, (axes, (name, rows)) in enumerate(zip(panels, everything.items(), strict=True)):
+        dots(axes, rows, COLOURS[0] if index else GREY)
+        label(axes, name, dims, "x", limits)
+    return figure
+
+
+@styled
+def marginals(data: Tensor, samples: Tensor, *, names: Sequence[str] | None = None, title: str = "") -> Figure:
+    """The histogram of each dimension, data under samples of one model, in the same bins.
+
+    Heights are parts of all rows, those beyond the outermost bins, about a thousandth of the data, too.
+
+    Args:
+        data: Rows (N, D), of the dimensions to show.
+        samples: Rows (M, D).
+        names: Of the dimensions.
+        title: Of the figure.
+
+    Raises:
+        ValueError: For rows of another shape, or as many names as there are not dimensions.
+        ModuleNotFoundError: Without the `train` extra.
+
+    Example:
+        >>> figure = marginals(torch.randn(50, 2), torch.randn(80, 2), names=["height", "weight"])
+        >>> [axes.get_title() for axes in figure.axes]
+        ['height', 'weight']
+    """
+    size = torch.as_tensor(data).shape[-1]
+    data, samples = (
+        some_rows("marginals", name, rows, range(size), most=None)
+        for name, rows in (("data", data), ("samples", samples))
+    )
+    names = named("marginals", names, size)
+    figure, panels = new_panels(size, title, height=1.8, of="dimension")
+    for i, (axes, name) in enumerate(zip(panels, names, strict=True)):
+        edges = edges_of(*limits_of(data[:, [i, i]])[0], len(data))
+        histogram(axes, data[:, i], edges, GREY, filled=True)
+        histogram(axes, samples[:, i], edges, COLOURS[0], filled=False)
+        axes.set_title(name)
+        axes.set_yticks([])
+    handles = [panels[0].plot([], [], color=colour)[0] for colour in (GREY, COLOURS[0])]
+    figure.legend(handles, ["data", "samples"], loc="outside lower center", ncols=2)
+    return figure
+
+
+@styled
+def pairs(data: Tensor, samples: Tensor, *, names: Sequence[str] | None = None, title: str = "") -> Figure:
+    """Every pair of dimensions, data under samples of one model, with the histogram of each dimension.
+
+    Args:
+        data: Rows (N, D), of the few dimensions to show.
+        samples: Rows (M, D). At most 4,000 of either are drawn.
+        names: Of the dimensions.
+        title: Of the figure.
+
+    Raises:
+        ValueError: For rows of another shape, or as many names as there are not dimensions.
+        ModuleNotFoundError: Without the `train` extra.
+
+    Example:
+        >>> figure = pairs(torch.randn(50, 3), torch.randn(50, 3))
+        >>> len(figure.axes)
+        6
+    """
+    size = torch.as_tensor(data).shape[-1]
+    data, samples = (
+        some_rows("pairs", name, rows, range(size)) for name, rows in (("data", data), ("samples", samples))
+    )
+    names = named("pairs", names, size)
+    figure = new_figure(1.6 * size + 0.6, 1.6 * size + 0.3, title)
+    grid = figure.subplots(size, size, squeeze=False)
+    limits = [limits_of(data[:, [i, i]])[0] for i in range(size)]
+    for i in range(size):
+        for j in range(size):
+            if j > i:
+                grid[i, j].remove()
+                continue
+            _pair(grid[i, j], data[:, [j, i]], samples[:, [j, i]], (limits[j], limits[i]))
+            grid[i, j].set(xlabel=names[j] if i == size - 1 else "", ylabel=names[i] if j == 0 and i else "")
+            grid[i, j].label_outer()
+    handles = [grid[0, 0].plot([], [], color=colour)[0] for colour in (GREY, COLOURS[0])]
+    figure.legend(handles, ["data", "samples"], loc="upper right")
+    return figure
+
+
+def _pair(axes: Axes, data: Tensor, samples: Tensor, limits: Any) -> None:
+    """Two dimensions of data and samples, or one dimension's histograms where the two are the same."""
+    axes.set_xlim(limits[0])
+    if torch.equal(data[:, 0], data[:, 1]):
+        low, high = limits[0]
+        edges = edges_of(low, high, len(data))
+        histogram(axes, data[:, 0], edges, GREY, filled=True)
+        histogram(axes, samples[:, 0], edges, COLOURS[0], filled=False)
+        axes.set_yticks([])
+        return
+    dots(axes, data, GREY)
+    dots(axes, samples, COLOURS[0])
+    axes.set_ylim(limits[1])

@@ -1,0 +1,236 @@
+"""What there is to say of a density and rows: their log-densities, their noise, and samples beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
+from pyro_maf.distributions.noise import noise_of
+from pyro_maf.precision import exactly, like_of
+from pyro_maf.report.progress import bar
+from pyro_maf.report.table import Table
+
+__all__ = ["Examination", "LowRow", "examine"]
+
+MOST_VALUES = 10_000_000
+"""How many numbers are scored; more rows than that are drawn from at random."""
+PICTURED_ROWS = 10_000
+PICTURED_VALUES = 2_500_000
+LEAST_SAMPLES = 2000
+LOWEST = 10
+SEED = 0
+
+
+@dataclass(frozen=True)
+class LowRow:
+    """A row of little density.
+
+    Attributes:
+        row: Its number in the data, from 0.
+        log_prob: In nats.
+        values, context: Its numbers; no context where there is none.
+        dimension: The dimension of its noise that is furthest from 0.
+        noise: That dimension's noise.
+    """
+
+    row: int
+    log_prob: float
+    values: list[float]
+    context: list[float]
+    dimension: int
+    noise: float
+
+
+@dataclass(frozen=True)
+class Examination:
+    """A density and the rows it was looked at with. Tensors are on the CPU, in float64.
+
+    Attributes:
+        names, context_names: Of the columns.
+        rows: How many rows were given.
+        log_prob: Log-densities of those that were scored, (scored,), in nats.
+        lowest: The rows with the least of them, the least first.
+        data: Some of them, drawn at random, (pictured, columns), for pictures.
+        noise: The noise of those, (pictured, D).
+        samples: As many of the density, or 2,000 if that is more, at the contexts of those; finite ones.
+        samples_log_prob: Log-densities of the samples.
+    """
+
+    names: list[str]
+    context_names: list[str]
+    rows: int
+    log_prob: Tensor
+    lowest: list[LowRow]
+    data: Tensor
+    noise: Tensor
+    samples: Tensor
+    samples_log_prob: Tensor
+
+
+def examine(
+    density: FlowPrior | ConditionalFlowPrior,
+    data: Any,
+    context: Any,
+    names: Sequence[str] | None,
+    context_names: Sequence[str] | None,
+    *,
+    progress: bool | str = False,
+) -> Examination:
+    """Look at a density with rows of data; the global random state is left as it was.
+
+    Memory is bounded whatever the number of rows: they are read in blocks, and pictures are made of a part.
+
+    Raises:
+        TypeError, ValueError: As `write_report`.
+    """
+    tables = _tables(density, data, context, names, context_names)
+    generator = np.random.default_rng(SEED)
+    width = len(tables[0].names)
+    scored = _some(np.arange(len(tables[0])), MOST_VALUES // width, generator)
+    pictured = _some(scored, min(PICTURED_ROWS, PICTURED_VALUES // width), generator)
+    # Of a few rows more than one sample each, or the samples' histograms would be all chance.
+    sampled = pictured.repeat(math.ceil(LEAST_SAMPLES / len(pictured)))
+    with torch.no_grad(), bar(progress, len(scored) + len(pictured) + len(sampled)) as done:
+        looked = _Reader(density, tables, done)
+        log_prob = looked.log_prob(scored)
+        data_rows, noise = looked.noise(pictured)
+        samples, samples_log_prob = looked.samples(sampled)
+        order = log_prob.argsort()[:LOWEST].numpy()
+        lowest = looked.low_rows(scored[order], log_prob[order])
+    return Examination(
+        names=tables[0].names,
+        context_names=tables[1].names if len(tables) > 1 else [],
+        rows=len(tables[0]),
+        log_prob=log_prob,
+        lowest=lowest,
+        data=data_rows,
+        noise=noise,
+        samples=samples,
+        samples_log_prob=samples_log_prob,
+    )
+
+
+class _Reader:
+    """Rows of the tables, and what the density has to say of them."""
+
+    def __init__(
+        self, density: FlowPrior | ConditionalFlowPrior, tables: list[Table], done: Callable[[int], None]
+    ) -> None:
+        self.density = density
+        self.prior: Any = density.density if isinstance(density, ConditionalFlowPrior) else density
+        self.tables = tables
+        self.done = done
+        like = like_of(density)
+        self.like = torch.zeros(()) if like is None else like
+
+    def read(self, index: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor | None]:
+        """Data and context at `index`, or what is wrong with them."""
+        data, *context = (table.take(index, self.like) for table in self.tables)
+        support = self.prior.units.support
+        outside = support.outside(data)
+        if outside.any():
+            row = int(outside.nonzero()[0])
+            raise ValueError(
+                f"write_report expected data inside the support, {support.name}, where the density is not 0, got row "
+                f"{index[row]} outside: leave such rows out."
+            )
+        return data, context[0] if context else None
+
+    def at(self, context: Tensor | None) -> Any:
+        """The density at a context."""
+        return self.density if context is None else self.density.condition(context)  # type: ignore[operator]
+
+    def blocks(self, index: np.ndarray[Any, Any]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Data and context at `index`, as many as are looked at at once."""
+        for block in self.tables[0].blocks(index):
+            yield self.read(block)
+            self.done(len(block))
+
+    def log_prob(self, index: np.ndarray[Any, Any]) -> Tensor:
+        """Log-densities of the rows at `index`."""
+        return torch.cat([self.at(context).log_prob(data).double().cpu() for data, context in self.blocks(index)])
+
+    def noise(self, index: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
+        """The rows at `index`, and their noise."""
+        parts = []
+        for data, context in self.blocks(index):
+            # As `log_prob` does for itself: a rounded network would be a different density.
+            u = exactly(noise_of, self.prior, data, context, like=self.like)
+            parts.append((data.double().cpu(), u.double().cpu()))
+        data, noise = map(torch.cat, zip(*parts, strict=True))
+        return data, noise
+
+    def samples(self, index: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
+        """A sample at the context of each row at `index`, unless it is not finite, and the log-densities of these."""
+        parts = []
+        with _seeded(self.like.device):
+            for data, context in self.blocks(index):
+                density = self.at(context)
+                samples = density.sample((len(data),) if context is None else ())
+                parts.append((samples.double().cpu(), density.log_prob(samples).double().cpu()))
+        samples, log_prob = map(torch.cat, zip(*parts, strict=True))
+        finite = samples.isfinite().all(-1)
+        return samples[finite], log_prob[finite]
+
+    def low_rows(self, index: np.ndarray[Any, Any], log_prob: Tensor) -> list[LowRow]:
+        """The rows at `index`."""
+        data, context = self.read(index)
+        noise = exactly(noise_of, self.prior, data, context, like=self.like)
+        furthest = noise.abs().argmax(-1)
+        return [
+            LowRow(
+                row=int(index[i]),
+                log_prob=float(log_prob[i]),
+                values=data[i].tolist(),
+                context=[] if context is None else context[i].tolist(),
+                dimension=int(furthest[i]),
+                noise=float(noise[i, furthest[i]]),
+            )
+            for i in range(len(index))
+        ]
+
+
+def _tables(density: Any, data: Any, context: Any, names: Any, context_names: Any) -> list[Table]:
+    """Data and, for a conditional density, context."""
+    if not isinstance(density, ConditionalFlowPrior):
+        if context is not None or context_names is not None:
+            raise ValueError("write_report got a context for a density that takes none: leave it out.")
+        return [Table("data", data, density.event_shape[0], names)]
+    if context is None:
+        raise ValueError(f"write_report expected a context with {density.context_dim} columns, got none.")
+    tables = [
+        Table("data", data, density.density.event_shape[0], names),
+        Table("context", context, density.context_dim, context_names),
+    ]
+    if len(tables[0]) != len(tables[1]):
+        raise ValueError(
+            f"write_report expected as many rows of context as of data, got {len(tables[1])} and {len(tables[0])}."
+        )
+    return tables
+
+
+@contextmanager
+def _seeded(device: torch.device) -> Iterator[None]:
+    """Seed what draws on the CPU and on `device`, and leave the global random states as they were."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(SEED)
+        for one in cuda:
+            with torch.cuda.device(one):
+                torch.cuda.manual_seed(SEED)
+        yield
+
+
+def _some(index: np.ndarray[Any, Any], most: int, generator: np.random.Generator) -> np.ndarray[Any, Any]:
+    """At most so many of an index, at least one, in their order."""
+    if len(index) <= most:
+        return index
+    return np.sort(generator.choice(index, max(1, most), replace=False))

@@ -1,0 +1,114 @@
+r"""Kolmogorov distances: how far the noise of data is from what it should be, and how far chance alone takes it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Calibration", "calibration_of", "distance_between", "distance_to_uniform", "radius_of"]
+
+LEVEL = 0.05
+LOUD = 4.0
+"""Standard errors from which a moment of Phi(u) is spoken of."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    r"""The largest of the distances of Phi(u_i) from the uniform distribution, over dimensions i and the radius.
+
+    Attributes:
+        distance: sup_t |F_N(t) - t|, the largest.
+        where: The name of the dimension that has it.
+        expected: What a single distance of N draws from the uniform distribution is on average, 0.87 / sqrt(N).
+        limit: What the largest stays below in at least 95 % of data sets from the model, whatever N.
+        rows: N.
+        shape: In which way that dimension departs, in words; "" where it does not.
+    """
+
+    distance: float
+    where: str
+    expected: float
+    limit: float
+    rows: int
+    shape: str
+
+    @property
+    def departs(self) -> bool:
+        """Whether chance does not account for it."""
+        return self.distance > self.limit
+
+
+def calibration_of(u: Tensor, names: list[str]) -> Calibration:
+    r"""The calibration of noise u, (rows, columns), each of whose columns should be standard normal.
+
+    The limit is that of Dvoretzky, Kiefer and Wolfowitz with Massart's constant, P(distance > t) <= 2 exp(-2 N t^2),
+    shared out over the columns, which need not be independent.
+
+    Example:
+        >>> draws = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
+        >>> calibration_of(draws, ["a", "b"]).departs, calibration_of(draws + 0.5, ["a", "b"]).departs
+        (False, True)
+
+    Reference:
+        Massart, *The Tight Constant in the Dvoretzky-Kiefer-Wolfowitz Inequality*, 1990.
+    """
+    uniform = torch.special.ndtr(u.double())
+    distances = distance_to_uniform(uniform)
+    worst = int(distances.argmax())
+    rows, columns = u.shape
+    limit = math.sqrt(math.log(2 * columns / LEVEL) / (2 * rows))
+    return Calibration(
+        distance=float(distances[worst]),
+        where=names[worst],
+        # The mean of Kolmogorov's distribution.
+        expected=math.sqrt(math.pi / 2) * math.log(2) / math.sqrt(rows),
+        limit=limit,
+        rows=rows,
+        shape=_shape(uniform[:, worst]) if distances[worst] > limit else "",
+    )
+
+
+def distance_to_uniform(values: Tensor) -> Tensor:
+    """The Kolmogorov distance of each column of values in [0, 1], (rows, D), from the uniform distribution, (D,).
+
+    Example:
+        >>> distance_to_uniform(torch.tensor([[0.25], [0.75]]))
+        tensor([0.2500])
+    """
+    ordered = values.sort(0).values
+    steps = torch.arange(len(ordered) + 1, dtype=ordered.dtype, device=ordered.device)[:, None] / len(ordered)
+    return torch.maximum((steps[1:] - ordered).amax(0), (ordered - steps[:-1]).amax(0))
+
+
+def distance_between(one: Tensor, other: Tensor) -> Tensor:
+    """The Kolmogorov distance of each column of one sample, (rows, D), from that of another, (rows, D): (D,).
+
+    Example:
+        >>> distance_between(torch.tensor([[1.0], [2.0]]), torch.tensor([[2.0], [2.0]]))
+        tensor([0.5000])
+    """
+    ordered = [rows.T.contiguous().sort(-1).values for rows in (one, other)]
+    places = torch.cat(ordered, -1)
+    parts = [torch.searchsorted(rows, places, right=True) / rows.shape[-1] for rows in ordered]
+    return (parts[0] - parts[1]).abs().amax(-1)
+
+
+def radius_of(u: Tensor) -> Tensor:
+    r"""The normal scores of |u|^2, (rows,), which is chi-squared of D degrees of freedom where u is standard normal."""
+    half, degrees = u.double().square().sum(-1) / 2, torch.tensor(u.shape[-1] / 2, dtype=torch.float64)
+    below, above = torch.special.gammainc(degrees, half), torch.special.gammaincc(degrees, half)
+    return torch.where(below < above, torch.special.ndtri(below), -torch.special.ndtri(above))
+
+
+def _shape(uniform: Tensor) -> str:
+    """How values that should be uniform are not."""
+    shift = (float(uniform.mean()) - 1 / 2) * math.sqrt(12 * len(uniform))
+    spread = (float((uniform - 1 / 2).square().mean()) - 1 / 12) * math.sqrt(180 * len(uniform))
+    if max(abs(shift), abs(spread)) < LOUD:
+        return "neither shifted nor too wide or narrow as a whole, but of another shape"
+    if abs(shift) > abs(spread):
+        return f"the data lie {'above' if shift > 0 else 'below'} where the density has them"
+    return "the density is too narrow for the data" if spread > 0 else "the density is too wide for the data"

@@ -1,0 +1,387 @@
+"""The report of a fit: what the page says, that it stands alone, and that it says so when it can not be written."""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+from pyro_maf import IAF, MAF, ConditionalMAF, RealNVP, plotting
+from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior, MADEMoG, MAFMoG
+from pyro_maf.report import examination, kolmogorov, pictures, table, write_report
+from pyro_maf.training import FitResult
+
+SMALL = {"num_layers": 1, "hidden_dims": [8]}
+
+
+class Page(HTMLParser):
+    """What a page is made of."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.html = path.read_text(encoding="utf-8")
+        self.tags, self.rows, self.words = [], [], []
+        self._in_style = self._in_cell = False
+        self.feed(self.html)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag == "tr":
+            self.rows.append([])
+        self._in_cell = tag in ("td", "th") or (self._in_cell and tag == "span")
+        self._in_style = tag == "style"
+
+    def handle_data(self, data):
+        if not self._in_style:
+            self.words.append(data)
+        if self._in_cell and data.strip():
+            self.rows[-1].append(data.strip())
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    def figure(self, name):
+        return re.search(rf"<dt>{name}</dt><dd><b>(.*?)</b>", self.html).group(1)
+
+    def pictures(self):
+        prefix = "data:image/svg+xml;base64,"
+        return [base64.b64decode(image["src"].removeprefix(prefix)).decode() for image in self.all("img")]
+
+
+def normal(rows, columns=2, seed=0):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def result_of(density, **changes):
+    given = {
+        "density": density.eval(),
+        "train_loss": (2.0, 1.5, 1.3),
+        "validation_loss": (1.9, 1.4, 1.5),
+        "best_epoch": 2,
+        "validation_log_likelihood": -1.4,
+        "seconds": 75.2,
+        "stop_reason": "reached max_epochs (3)",
+        "skipped_steps": 4,
+    }
+    return FitResult(**{**given, **changes})
+
+
+def standard(columns=2, **options):
+    """A density that is the standard normal, in the units given."""
+    torch.manual_seed(0)
+    return FlowPrior(MAF(columns, **SMALL), **options)
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """Writes and reads a page."""
+
+    def written(density, data, **options):
+        path = tmp_path / "report.html"
+        write_report(path, result_of(density), data, **options)
+        return Page(path)
+
+    return written
+
+
+@pytest.fixture
+def report(drawn, monkeypatch):
+    """The same with its pictures left undrawn, for tests of the words: drawing takes seconds."""
+    undrawn = {name: lambda *_, **__: None for name in plotting.__all__}
+    monkeypatch.setattr(pictures, "plotting", SimpleNamespace(**undrawn))
+    monkeypatch.setattr(pictures, "_embedded", lambda _, alt, note="": pictures.Picture("data:,", alt, note))
+    return drawn
+
+
+def test_the_page_needs_no_other_file_and_each_picture_is_told_in_words(drawn):
+    page = drawn(standard(), normal(300))
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe"})
+    assert "url(" not in page.html
+    assert all(image["src"].startswith("data:") and image["alt"] for image in page.all("img"))
+    ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    assert {link["href"] for link in page.all("a")} == {f"#{name}" for name in ids}
+
+
+def test_the_headline_has_the_figures_of_the_fit_and_of_the_rows(report):
+    density, data = standard(), normal(300)
+    page = report(density, data)
+    log_prob = density.log_prob(data).detach().double()
+    error = 2 * float(log_prob.std()) / math.sqrt(300)
+    assert page.figure("Log-likelihood of these rows") == f"{log_prob.mean():.3f} ± {error:.3f}"
+    assert page.figure("Validation in the fit") == "-1.400"
+    assert (page.figure("Epochs"), page.figure("Time")) == ("3", "1 min 15 s")
+    assert page.figure("Stopped") == "reached max_epochs (3)"
+    assert "4 steps skipped" in page.text
+    parameters = sum(parameter.numel() for parameter in density.parameters())
+    assert (page.figure("Rows"), page.figure("Parameters")) == ("300", f"{parameters:,}")
+    assert "best: 2" in page.text
+    assert "float32" in page.text
+
+
+def test_a_density_that_is_right_has_nothing_said_against_it(report):
+    page = report(standard(3), normal(2000, 3))
+    assert "Nothing in these rows speaks against the model" in page.text
+
+
+@pytest.mark.parametrize(
+    ("scale", "shift", "words"),
+    [
+        (2.0, 0.0, "too wide"),
+        (0.5, 0.0, "too narrow"),
+        (1.0, -0.5, "lie above where"),
+        (1.0, 0.5, "lie below where"),
+    ],
+)
+def test_a_density_that_is_wrong_is_told_in_which_way(report, scale, shift, words):
+    density = standard(1, scale=torch.tensor([scale]), loc=torch.tensor([shift]))
+    page = report(density, normal(2000, 1), names=["height"])
+    assert "Chance does not account" in page.text
+    assert re.search(rf"that of height, where .*{words}", page.text)
+
+
+def test_dependence_that_no_dimension_shows_is_seen_by_the_radius(report):
+    first = normal(2000, 1)
+    page = report(standard(2), torch.cat([first, first], 1))
+    assert "that of |u|²" in page.text
+
+
+def test_the_rows_of_least_density_come_first_with_their_numbers(report):
+    data = normal(400)
+    data[123] = torch.tensor([0.5, -9.0])
+    data[7] = torch.tensor([7.0, 0.25])
+    density = standard()
+    header, *rows = report(density, data, names=["height", "weight"]).rows
+    assert header == ["row", "log-density", "furthest", "noise", "height", "weight"]
+    log_prob = density.log_prob(data).detach()
+    assert [int(row[0]) for row in rows] == log_prob.argsort()[:10].tolist()
+    assert rows[0] == ["123", f"{log_prob[123]:.2f}", "weight", "-9.0", "0.5", "-9"]
+    assert rows[1][2:] == ["height", "+7.0", "7", "0.25"]
+
+
+@pytest.mark.parametrize(
+    ("make", "columns"),
+    [
+        (lambda: FlowPrior(IAF(3, **SMALL)), 3),
+        (lambda: FlowPrior(RealNVP(3, **SMALL), support=["positive", "real", "unit_interval"]), 3),
+        (lambda: FlowPrior(RealNVP(2, **SMALL), support="simplex"), 3),
+        (lambda: FlowPrior(MADEMoG(2, hidden_dims=[8], num_components=3)), 2),
+        (lambda: FlowPrior(MAFMoG(2, num_components=3, **SMALL)), 2),
+        (lambda: FlowPrior(MAF(1, **SMALL).double(), support="positive"), 1),
+    ],
+    ids=["IAF", "columns' own supports", "simplex", "MADEMoG", "MAFMoG", "one column, float64"],
+)
+def test_every_kind_of_density_is_right_about_its_own_draws(report, make, columns):
+    torch.manual_seed(0)
+    density = make()
+    page = report(density, density.sample((400,)))
+    assert page.figure("Columns") == str(columns)
+    assert "Nothing in these rows speaks against the model" in page.text
+    assert ("pairs" in {attributes.get("id") for attributes in page.all("h2")}) == (columns > 1)
+
+
+def test_samples_of_a_conditional_density_are_drawn_at_the_contexts_of_the_data():
+    torch.manual_seed(0)
+    flow = ConditionalMAF(2, 1, num_layers=1, hidden_dims=[], activation="tanh")
+    density = ConditionalFlowPrior(flow)
+    with torch.no_grad():
+        for parameter in density.parameters():
+            parameter.fill_(0.5)
+    context = torch.linspace(-3, 3, 3000)[:, None]
+    data = density.condition(context).sample()
+    looked = examination.examine(density, data, context, None, None)
+    of_data, of_samples = (
+        torch.corrcoef(torch.cat([rows.double(), context.double()], 1).T)[:2, 2] for rows in (data, looked.samples)
+    )
+    assert torch.allclose(of_samples, of_data, atol=0.05)
+    assert of_data.abs().min() > 0.3
+    assert not kolmogorov.calibration_of(looked.noise, ["u1", "u2"]).departs
+
+
+def test_a_conditional_report_has_the_context_of_the_lowest_rows(report):
+    torch.manual_seed(0)
+    density = ConditionalFlowPrior(ConditionalMAF(2, 2, **SMALL))
+    page = report(density, normal(50), context=normal(50, 2, 1), context_names=["dose", "age"])
+    assert page.rows[0][-4:] == ["x1", "x2", "dose", "age"]
+    assert "given 2 context columns" in page.text
+    row = page.rows[1]
+    assert row[-1] == f"{normal(50, 2, 1)[int(row[0]), 1]:.4g}"
+
+
+def test_what_users_name_can_not_become_part_of_the_page(drawn):
+    bad = ["<script>alert(1)</script>", '"><img onerror=x> $a^{$ \x00']
+    page = drawn(standard(), normal(60), names=bad, command="fit </code><script>x</script> && echo $HOME")
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script"})
+    assert all("onerror" not in attributes for _, attributes in page.tags)
+    assert "fit </code><script>x</script> && echo $HOME" in page.text
+    for picture in page.pictures():
+        assert all(not element.tag.endswith("script") for element in ElementTree.fromstring(picture).iter())
+
+
+def test_names_that_the_font_of_the_pictures_has_not_are_left_to_the_browser(drawn):
+    page = drawn(standard(), normal(60), names=["身長", "体重 $kg$"])
+    assert sum("身長" in picture and "体重 $kg$" in picture for picture in page.pictures()) == 4
+
+
+def test_a_wide_table_says_what_it_leaves_out(report):
+    data = normal(300, 30)
+    data[:, 29] = data[:, 4] + 0.1 * normal(300, 1, 1)[:, 0]
+    page = report(standard(30), data)
+    assert "24 of 30 columns, those whose data and samples differ most" in page.text
+    assert "12 of 31 panels, those that are furthest from uniform" in page.text
+    assert re.search(r"6 of 30 columns, the most correlated: .*x5, .*x30\.", page.text)
+    assert "18 more columns are left out" in page.text
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_a_handful_of_rows_is_enough_for_a_page(report, rows):
+    page = report(standard(7), normal(rows, 7))
+    assert page.figure("Rows") == str(rows)
+    assert ("±" in page.figure("Log-likelihood of these rows")) == (rows > 1)
+    assert "2,000 samples" in page.text or "2,002 samples" in page.text
+
+
+def test_a_single_row_is_enough_for_pictures(drawn):
+    assert len(drawn(standard(), normal(1)).pictures()) == 6
+
+
+def test_a_column_that_does_not_vary_is_drawn(drawn):
+    data = normal(50)
+    data[:, 1] = 1e8
+    assert len(drawn(standard(scale=torch.tensor([1.0, 1e8])), data).all("img")) == 6
+
+
+def test_more_rows_than_are_scored_are_drawn_from_at_random_and_read_in_blocks(report, tmp_path, monkeypatch):
+    monkeypatch.setattr(examination, "MOST_VALUES", 800)
+    monkeypatch.setattr(examination, "PICTURED_ROWS", 150)
+    monkeypatch.setattr(table, "ROWS_AT_ONCE", 64)
+    taken = []
+    take = table.Table.take
+    monkeypatch.setattr(table.Table, "take", lambda self, index, like: taken.append(index) or take(self, index, like))
+    data = np.lib.format.open_memmap(tmp_path / "data.npy", "w+", np.float32, (5000, 2))
+    data[:] = normal(5000)
+    page = report(standard(), data)
+    assert page.figure("Rows") == "5,000"
+    assert "400 of them, drawn at random, were scored" in page.text
+    assert "Pictures are of 150 rows" in page.text
+    assert max(map(len, taken)) <= 64
+    assert len(np.unique(np.concatenate(taken))) == 400
+    assert np.concatenate(taken).max() > 4500
+
+
+def test_the_same_fit_and_rows_make_the_same_page_and_leave_the_random_state_alone(drawn):
+    density = standard()
+    state = torch.get_rng_state()
+    first = drawn(density, normal(200)).html
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert drawn(density, normal(200)).html == first
+
+
+def test_tables_of_every_kind_make_the_same_page(report):
+    rows = normal(40).double()
+    frame = pd.DataFrame(rows.numpy(), columns=["x1", "x2"])
+    pages = {report(standard(), given).html for given in (rows, rows.float().double().numpy(), rows.tolist(), frame)}
+    assert len(pages) == 1
+
+
+def test_columns_of_a_data_frame_keep_their_names(report):
+    page = report(standard(), pd.DataFrame({"height": normal(40)[:, 0], "weight": normal(40)[:, 1]}))
+    assert page.rows[0][-2:] == ["height", "weight"]
+
+
+def test_pairs_of_many_rows_leave_room_for_the_rest_under_two_megabytes():
+    looked = examination.examine(standard(6), normal(4000, 6), None, None, None)
+    assert len(pictures.pairs(looked).source) < 1_300_000
+
+
+def test_distances_are_those_of_kolmogorov():
+    one, other = normal(200, 3).double(), 0.5 + normal(150, 3, 1).double()
+    uniform = torch.special.ndtr(one)
+    assert kolmogorov.distance_to_uniform(uniform).tolist() == pytest.approx(
+        [stats.kstest(column.numpy(), "uniform").statistic for column in uniform.T]
+    )
+    assert kolmogorov.distance_between(one, other).tolist() == pytest.approx(
+        [stats.ks_2samp(*both).statistic for both in zip(one.T.numpy(), other.T.numpy(), strict=True)]
+    )
+
+
+def test_chance_passes_the_limit_in_at_most_one_of_twenty_data_sets():
+    names = [f"u{i}" for i in range(5)]
+    found = [kolmogorov.calibration_of(normal(100, 5, seed), names) for seed in range(400)]
+    assert 0 < sum(each.departs for each in found) <= 20
+    single = [kolmogorov.calibration_of(normal(100, 1, seed), ["u"]) for seed in range(400)]
+    assert sum(each.distance for each in single) / 400 == pytest.approx(single[0].expected, rel=0.05)
+
+
+def test_the_radius_is_the_normal_score_of_chi_squared_far_out_too():
+    u = torch.tensor([[0.1, 0.2, -0.1], [1.0, -1.0, 1.0], [5.0, 5.0, -5.0]], dtype=torch.float64)
+    squared = u.square().sum(-1).numpy()
+    expected = -stats.norm.ppf(stats.chi2.sf(squared, 3))
+    assert kolmogorov.radius_of(u).numpy() == pytest.approx(expected)
+
+
+def with_nan(rows):
+    rows[3, 1] = math.nan
+    return rows
+
+
+CONDITIONAL = ConditionalFlowPrior(ConditionalMAF(2, 1, **SMALL))
+
+
+@pytest.mark.parametrize(
+    ("density", "data", "options", "error", "words"),
+    [
+        (standard(), normal(5, 3), {}, ValueError, r"data of shape \(rows, 2\).*got \(5, 3\)"),
+        (standard(), normal(0), {}, ValueError, r"1 row or more, got \(0, 2\)"),
+        (standard(), with_nan(normal(5)), {}, ValueError, r"finite data, got nan in row 3, column x2"),
+        (standard(), [["a", "b"]], {}, TypeError, r"data of numbers, got list"),
+        (standard(), [[1.0, 2.0], [3.0]], {}, ValueError, r"rows of different lengths"),
+        (standard(), normal(5).to(torch.complex64), {}, TypeError, r"real numbers, got torch.complex64"),
+        (standard(), normal(5), {"names": ["a"]}, ValueError, r"2 names of data, one for each column, got 1"),
+        (standard(), normal(5), {"context": normal(5)}, ValueError, r"takes none: leave it out"),
+        (standard(support="positive"), normal(5), {}, ValueError, r"inside the support, positive.*got row 0"),
+        (CONDITIONAL, normal(5), {}, ValueError, r"context with 1 columns, got none"),
+        (CONDITIONAL, normal(5), {"context": normal(4, 1)}, ValueError, r"got 4 and 5"),
+        (MAF(2, **SMALL), normal(5), {}, TypeError, r"what fit returned"),
+    ],
+)
+def test_what_can_not_be_reported_is_refused_in_words_and_what_was_there_stays(
+    tmp_path, density, data, options, error, words
+):
+    path = tmp_path / "report.html"
+    path.write_text("the last report")
+    with pytest.raises(error, match=words):
+        write_report(path, result_of(density), data, **options)
+    assert [each.name for each in tmp_path.iterdir()] == ["report.html"]
+    assert path.read_text() == "the last report"
+
+
+def test_a_bar_is_shown_where_it_is_asked_for(report, capfd):
+    report(standard(), normal(40))
+    assert capfd.readouterr().err == ""
+    report(standard(), normal(40), progress="always")
+    assert "100 %" in capfd.readouterr().err
+
+
+def test_autocast_does_not_round_the_noise():
+    density, data = standard(), normal(40)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = examination.examine(density, data, None, None, None)
+    exact = examination.examine(density, data, None, None, None)
+    assert torch.equal(rounded.noise, exact.noise)
+    assert rounded.lowest == exact.lowest
+
+
+def test_a_folder_that_is_not_there_is_named_before_any_work(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"write_report expected an existing folder for report\.html"):
+        write_report(tmp_path / "none" / "report.html", result_of(standard()), normal(5))
