@@ -35,6 +35,7 @@ FLOORS = (
     "training",
     "datasets",
     "plotting",
+    "experiments",
     "cli",
 )
 """From the ground up: a module imports from its own floor and those below."""
