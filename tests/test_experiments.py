@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.distributions import MultivariateNormal
 
 from pyro_maf import ConditionalMAF, MAFMoG, RealNVP, load
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
-from pyro_maf.experiments import FLOWS, build
+from pyro_maf.experiments import FLOWS, build, fit_gaussian
 from pyro_maf.transforms import ConditionalFlow
 
 
@@ -80,3 +81,26 @@ def test_the_conditional_gaussian_moves_with_the_context():
 def test_what_can_not_be_built_is_said(options, message):
     with pytest.raises(ValueError, match=message):
         build(**{"flow": "maf", "input_dim": 2} | options)
+
+
+def test_the_gaussian_has_the_mean_and_covariance_of_the_rows():
+    rows = torch.randn(50, 3, dtype=torch.float64) @ torch.randn(3, 3, dtype=torch.float64) + 5
+    density = fit_gaussian(rows)
+    exact = MultivariateNormal(rows.mean(0), torch.cov(rows.T, correction=0))
+    torch.testing.assert_close(density.log_prob(rows), exact.log_prob(rows))
+
+
+def test_the_gaussian_given_a_class_has_its_mean_and_the_covariance_within_classes():
+    label = torch.arange(60) % 3
+    rows = torch.randn(60, 2, dtype=torch.float64) + torch.tensor([[0.0, 9.0], [4.0, 4.0], [-7.0, 1.0]])[label]
+    context = torch.nn.functional.one_hot(label).double()
+    means = torch.stack([rows[label == index].mean(0) for index in range(3)])
+    exact = MultivariateNormal(means[label], torch.cov((rows - means[label]).T, correction=0))
+    density = fit_gaussian(rows, context).condition(context)
+    torch.testing.assert_close(density.log_prob(rows), exact.log_prob(rows))
+
+
+def test_a_gaussian_without_a_density_is_refused():
+    rows = torch.randn(50, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="got 50 rows in which column 1 follows from those before it"):
+        fit_gaussian(rows[:, [0, 0, 1]])

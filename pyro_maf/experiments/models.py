@@ -17,8 +17,9 @@ from pyro_maf.distributions import (
     MADEMoG,
     MAFMoG,
 )
+from pyro_maf.experiments.gaussian import gaussian, gaussian_given
 from pyro_maf.flows import IAF, MAF, ConditionalIAF, ConditionalMAF, ConditionalRealNVP, RealNVP
-from pyro_maf.transforms import AffineCoupling, ConditionalFlow, Flow, LowerTriangularAffine, Stack
+from pyro_maf.transforms import ConditionalFlow, Flow
 
 __all__ = ["FLOWS", "build"]
 
@@ -87,7 +88,7 @@ def build(
     check_positive("build", "context_dim", context_dim, least=0)
     check_positive("build", "seed", seed, least=0)
     if flow == "gaussian":
-        return _gaussian(input_dim, context_dim)
+        return gaussian_given(input_dim, context_dim) if context_dim else gaussian(input_dim)
     options: dict[str, Any] = {"hidden_dims": hidden_dims, "activation": activation, "seed": seed}
     options |= {"networks": networks} if flow == "realnvp" else {"degrees": degrees}
     if flow in STACKS:
@@ -97,15 +98,6 @@ def build(
     plain, conditional = CLASSES[flow]
     with _seeded(seed):
         return conditional(input_dim, context_dim, **options) if context_dim else plain(input_dim, **options)
-
-
-def _gaussian(input_dim: int, context_dim: int) -> Flow | ConditionalFlow:
-    affine = LowerTriangularAffine(input_dim)
-    if not context_dim:
-        return affine
-    # A coupling that keeps nothing and has no hidden layer: what it moves by is linear in the context.
-    by_context = AffineCoupling(input_dim, mask=[False] * input_dim, hidden_dims=[], context_dim=context_dim)
-    return ConditionalFlow(Stack([affine, by_context]))
 
 
 @contextmanager
