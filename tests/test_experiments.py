@@ -26,6 +26,7 @@ from pyro_maf.experiments import (
     candidates,
     compare,
     comparison,
+    divide,
     fit_gaussian,
     tables,
 )
@@ -188,7 +189,7 @@ def test_what_was_fitted_before_is_read_back_to_the_bit(toy, tmp_path, monkeypat
     monkeypatch.setattr(comparison, "fit_gaussian", None)
     again = compare(toy, SMALL, folder=tmp_path, **QUICK)
     assert tables.as_json(again) == tables.as_json(first)
-    density = load(tmp_path / "maf-5-8" / "density.safetensors")
+    density = load(tmp_path / "maf-5-8" / "model.safetensors")
     with torch.no_grad():
         assert torch.equal(density.log_prob(toy.test).double(), first.scores[2].log_prob)
 
@@ -271,3 +272,27 @@ def test_every_form_of_the_table_has_the_same_figures(toy):
         assert any(str(score.test) in line for line in markdown)
     assert "-3.08" in console.file.getvalue()
     assert Candidate("any", "maf").widths == ""
+
+
+def test_a_table_is_cut_into_three_parts_that_share_no_row_and_keep_their_context():
+    data = torch.arange(100).double()[:, None].expand(100, 2)
+    parts = divide("rows", data.numpy(), data[:, :1].numpy(), test=0.2, validation=0.25, seed=3)
+    sizes = [len(part) for part in (parts.train, parts.validation, parts.test)]
+    assert sizes == [60, 20, 20]
+    together = torch.cat([parts.train, parts.validation, parts.test])
+    assert together[:, 0].sort().values.tolist() == list(range(100))
+    assert torch.equal(parts.test[:, :1], parts.test_context)
+    assert not torch.equal(together, divide("rows", data).train)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (100, {"test": 1.0}, "divide expected test as a part between 0 and 1, got 1.0"),
+        (100, {"validation": 0}, "divide expected validation as a part between 0 and 1, got 0"),
+        (12, {}, "got 12 rows, which make 10, 1 and 1"),
+    ],
+)
+def test_what_can_not_be_divided_is_said(rows, options, message):
+    with pytest.raises(ValueError, match=message):
+        divide("rows", torch.randn(rows, 2), **options)

@@ -2,6 +2,7 @@
 
 from pyro_maf.experiments.candidates import ROWS, Candidate, candidates
 from pyro_maf.experiments.comparison import Comparison, compare
+from pyro_maf.experiments.division import divide
 from pyro_maf.experiments.gaussian import fit_gaussian
 from pyro_maf.experiments.models import FLOWS, build
 from pyro_maf.experiments.scores import Estimate, Score
@@ -19,5 +20,6 @@ __all__ = [
     "build",
     "candidates",
     "compare",
+    "divide",
     "fit_gaussian",
 ]

@@ -22,7 +22,7 @@ from pyro_maf.saving import write_whole
 __all__ = ["Estimate", "Score", "estimate", "log_prob_of", "read_score", "write_score"]
 
 BATCH = 2048
-DENSITY, LOG_PROB, SCORE = "density.safetensors", "log_prob.npy", "score.json"
+DENSITY, LOG_PROB, SCORE = "model.safetensors", "log_prob.npy", "score.json"
 
 
 @dataclass(frozen=True)
