@@ -29,13 +29,13 @@ from pyro_maf.datasets import Dataset
 from pyro_maf.experiments import ROWS, candidates, compare
 
 PAPER_EPOCHS = 1000
-EMPTY: dict[str, Any] = {"sets": {}, "speed": [], "figure_one": None}
+EMPTY: dict[str, Any] = {"about": None, "sets": {}, "speed": [], "figure_one": None}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Fit, measure, write down after each fit."""
     options = parse(arguments)
-    if not (options.names or options.speed or options.figure_one):
+    if not (options.names or options.speed or options.figure_one or options.render):
         print("Nothing to do: name a folder of data, or --root and sets of the paper, or --speed, or --figure-one.")
         return
     pyro.enable_validation(False)
@@ -43,11 +43,10 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     stored = options.out / "paper.json"
     results = EMPTY | (json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {})
-    results["about"] = about()
     for change in changes(options):
-        results = merged(results, change)
+        results = merged(results, change) | {"about": about()}
         write(stored, json.dumps(results, indent=1))
-        write(stored.with_suffix(".md"), standings.everything(results))
+    write(stored.with_suffix(".md"), standings.everything(results))
     if options.out == RESULTS:
         report.put_between_markers(README, standings.everything(results), report.PAPER)
     print(standings.everything(results))
@@ -69,6 +68,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", choices=rivals.RIVALS, default=list(rivals.RIVALS), help="default: all")
     parser.add_argument("--speed", action="store_true", help="measure rows per second of training")
     parser.add_argument("--figure-one", action="store_true", help="draw Figure 1")
+    parser.add_argument("--render", action="store_true", help="make tables of the results that --out holds")
     parser.add_argument("--quick", action="store_true", help="tiny networks, to see that everything runs")
     parser.add_argument(
         "--fits", type=Path, default=Path("paper-fits"), help="where fits are kept; default: %(default)s"

@@ -15,7 +15,7 @@ Section = dict[str, Any]
 def everything(results: dict[str, Any]) -> str:
     """All tables there are results for."""
     sets = results["sets"]
-    parts = [_about(results["about"])]
+    parts = [_about(results["about"])] if results["about"] else []
     if sets:
         parts += [_scores(sets), _bits(sets), _settings(sets), _order(sets), _peers(sets)]
     parts += [_speed(results["speed"]), _figure_one(results["figure_one"])]

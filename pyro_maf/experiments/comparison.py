@@ -150,8 +150,9 @@ class _Contest:
     def scores(self, models: Sequence[Candidate]) -> Iterator[Score]:
         """Each as it comes, until all are done or one is interrupted."""
         for model in models:
-            options = dict(self.options)
-            if model.learning_rate is not None:
+            # A closed form heeds none of them.
+            options = {} if model.flow == "gaussian" else dict(self.options)
+            if model.learning_rate is not None and options:
                 options["learning_rate"] = model.learning_rate
             known_by = fingerprint(self.data, model, options)
             own = None if self.folder is None else self.folder / model.slug

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from pyro_maf.experiments.comparison import Comparison
@@ -87,7 +88,7 @@ def as_table(found: Comparison, published: Mapping[str, float] | None = None) ->
     given = f", {found.context_dim} of context" if found.context_dim else ""
     title = f"{found.data} ({found.input_dim}{given}): test log-likelihood in nats, two standard errors"
     heading, rows = _cells(found, published)
-    table = Table(title=title)
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, name in enumerate(heading):
         table.add_column(name, justify="right" if index else "left", no_wrap=True)
     for cells, is_best in rows:
@@ -98,7 +99,7 @@ def as_table(found: Comparison, published: Mapping[str, float] | None = None) ->
 def _cells(found: Comparison, published: Mapping[str, float] | None) -> tuple[list[str], list[tuple[list[str], bool]]]:
     """The heading, and each row with whether it is the best model's."""
     images = any(score.bits is not None for score in found.scores)
-    heading = ["model", "test", *["bits per pixel"] * images, "behind the best", "hidden", "parameters", "epochs", "s"]
+    heading = ["model", "test", *["bits per pixel"] * images, "behind the best", "hidden", "weights", "s"]
     heading += ["paper"] * (published is not None)
     rows = []
     for score in found.scores:
@@ -106,7 +107,7 @@ def _cells(found: Comparison, published: Mapping[str, float] | None) -> tuple[li
         name = score.candidate.name
         cells = [name, str(score.test), *[str(score.bits)] * images]
         cells += ["" if is_best or found.best is None else str(found.best.ahead_of(score)), score.candidate.widths]
-        cells += [f"{score.parameters:,}", str(score.epochs), f"{score.seconds:.0f}"]
+        cells += [f"{score.parameters:,}", f"{score.seconds:.0f}"]
         if published is not None:
             cells.append(f"{published[name]:.2f}" if name in published else "")
         rows.append((cells, is_best))
