@@ -7,6 +7,7 @@ from typing import Any
 
 from parts.contest import OURS
 from parts.report import ratio, table
+from parts.scaling import costs
 from pyro_maf.experiments import ROWS, SETTINGS, Estimate
 
 Section = dict[str, Any]
@@ -18,7 +19,7 @@ def everything(results: dict[str, Any]) -> str:
     parts = [_about(results["about"])] if results["about"] else []
     if sets:
         parts += [_scores(sets), _bits(sets), _settings(sets), _order(sets), _peers(sets)]
-    parts += [_speed(results["speed"]), _figure_one(results["figure_one"])]
+    parts += [_speed(results["speed"]), costs(results["speed"]), _figure_one(results["figure_one"])]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
