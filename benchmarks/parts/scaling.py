@@ -13,7 +13,7 @@ EPOCHS = 100
 LAUNCH, PEAK, BANDWIDTH = 5e-6, 20e12, 1.5e12
 """Assumed of a GPU: seconds between the starts of two kernels, float32 operations and bytes a second."""
 KERNELS_A_LAYER = 100
-"""About as many as `torch.profiler` counts of one layer in a training step, forwards and backwards, clipping included."""
+"""About as many as `torch.profiler` counts of one layer in a training step, clipping included."""
 PASSES_OVER_WEIGHTS = 16
 """How often a step reads or writes numbers as many as there are weights: masks, products, gradients, Adam."""
 
