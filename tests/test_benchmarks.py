@@ -75,6 +75,85 @@ def test_guides_are_fitted_measured_and_drawn_where_the_model_is_known(posterior
     assert (out / "guides.png").stat().st_size > 0
 
 
+@pytest.fixture
+def sets_of_data(tmp_path):
+    """A folder with a table in three parts, and one with images and labels."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(240, 3)).astype(np.float32)
+    rows[:, 1] += rows[:, 0] ** 2
+    labels = rng.integers(2, size=200, dtype=np.uint8)
+    images = (rng.integers(0, 120, (200, 16)) + 100 * labels[:, None]).astype(np.uint8)
+    folder = tmp_path / "sets"
+    folder.mkdir()
+    np.savez(folder / "bent.npz", train=rows[:200], val=rows[200:220], test=rows[220:])
+    np.savez(folder / "squares.npz", images=images, labels=labels)
+    return folder
+
+
+def test_the_papers_models_are_compared_with_the_peers_and_given_a_class(sets_of_data, tmp_path):
+    options = ["--quick", "--steps", "2", "--depths", "1", "--peers", "zuko", "--figure-one", "--speed"]
+    options += ["--models", "Gaussian", "MADE", "MAF (5)", "--fits", tmp_path / "fits", "--out", tmp_path / "results"]
+    command = [sys.executable, BENCHMARKS / "paper.py", sets_of_data, *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    first = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    results = json.loads((tmp_path / "results" / "paper.json").read_text())
+    assert list(results["sets"]) == ["bent", "squares", "squares, given the class"]
+    for name, section in results["sets"].items():
+        assert [line["model"] for line in section["models"]] == ["Gaussian", "MADE", "MAF (5)"]
+        assert all(("bits" in line) == ("squares" in name) for line in section["models"])
+        (against,) = section["against_peers"]
+        assert (against["model"], against["best_peer"]) == ("MAF (5)", "zuko")
+        means = [against["test"][who]["mean"] for who in ("pyro-maf", "zuko")]
+        assert against["difference"] == pytest.approx(means[0] - means[1], abs=1e-6)
+        assert against["difference_error"] > 0
+        assert [(line["first"], line["second"]) for line in section["order"]] == [("MADE", "Gaussian")]
+    assert results["figure_one"]["MAF (5)"]["short_of_exact"]["mean"] > 0
+    (cell,) = results["speed"]
+    assert cell["rows_per_second"].keys() >= {"pyro-maf", "zuko"}
+    assert cell["ratio"]["zuko"] > 0
+    assert cell["fit_rows_per_second"] > 0
+    for picture in ("paper-digits.png", "paper-figure1-density.png", "paper-figure1-noise.png"):
+        assert (tmp_path / "results" / picture).stat().st_size > 0
+    assert (tmp_path / "results" / "paper.md").read_text() in first.stdout
+
+
+def test_fits_of_the_papers_models_are_kept_and_read_back(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from parts import contest
+
+    from pyro_maf.datasets import FigureOne
+    from pyro_maf.experiments import candidates
+
+    data = FigureOne().dataset(train=200, validation=50, test=50)
+    models = candidates(["Gaussian", "RealNVP (5)"], hidden_dims=[[8]])
+    plan = contest.Plan(models, ("zuko", "nflows"), epochs=1, rate=1e-3, folder=tmp_path)
+    *_, first = contest.run(data, plan)
+    assert [line["who"] for line in first["tried"]] == ["pyro-maf", "pyro-maf", "zuko", "nflows"]
+    monkeypatch.setattr(contest, "_fitted", None)
+    *_, again = contest.run(data, plan)
+    assert again == first
+
+
+def test_a_plain_loop_of_the_peers_keeps_the_weights_that_validate_best(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import torch
+    from parts import rivals
+
+    from pyro_maf.datasets import Dataset
+    from pyro_maf.experiments import candidates
+
+    rows = torch.randn(300, 2)
+    data = Dataset("any", rows[:200], rows[200:250], rows[250:])
+    (candidate,) = candidates(["MAF (5)"], hidden_dims=[[8, 8]])
+    for name, make in rivals.RIVALS.items():
+        torch.manual_seed(0)
+        module = make(candidate, 2, 0)
+        start = rivals.scores(module, data.validation, None).mean()
+        epochs = rivals.train(module, data, epochs=4, patience=9, batch=50, rate=1e-2, seed=0)
+        assert epochs == 4, name
+        assert rivals.scores(module, data.validation, None).mean() > start, name
+
+
 def test_columns_are_found_in_the_sites_by_their_names(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import torch

@@ -36,6 +36,7 @@ FLOORS = (
     "datasets",
     "plotting",
     "report",
+    "experiments",
     "cli",
 )
 """From the ground up: a module imports from its own floor and those below."""

@@ -13,6 +13,7 @@ from parts.peers import OURS
 from parts.plan import TASKS
 
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+PAPER = ("<!-- paper: begin -->", "<!-- paper: end -->")
 COMPILED = "flowjax"
 """The peer that is compiled as a whole, and has a column of its own."""
 SLOW_CALL = 0.1
@@ -52,7 +53,7 @@ def _by_architecture(found: list[Cell]) -> str:
         for show in columns.values():
             row += [show(cells[batch]) if batch in cells else "" for batch in batches]
         rows.append(row)
-    return _table(heading, rows)
+    return table(heading, rows)
 
 
 def _ours(cell: Cell) -> str:
@@ -103,7 +104,7 @@ def details(results: Results) -> str:
     listed = "".join(f"- {note}\n" for note in sorted(notes))
     return (
         f"{_about(results)}\n\nMilliseconds, minimum / median; ~ predicted; in brackets the number of calls where it "
-        f"is below 10.\n\n{_table(heading, rows)}\n\n{listed}"
+        f"is below 10.\n\n{table(heading, rows)}\n\n{listed}"
     )
 
 
@@ -151,7 +152,7 @@ def _scaling(cells: list[Cell]) -> str:
                 )
     if not rows:
         return ""
-    return "**One thread / more threads, our fastest calls**\n\n" + _table(["threads", "", "least", "most"], rows)
+    return "**One thread / more threads, our fastest calls**\n\n" + table(["threads", "", "least", "most"], rows)
 
 
 def _where(key: tuple[Any, ...]) -> str:
@@ -174,7 +175,7 @@ def _updates(updates: list[dict[str, Any]]) -> str:
     if not rows:
         return ""
     heading = ["threads", "D, H", "batch", "first, ms", "next, ms", "first / next"]
-    return "**Sampling right after a change of all weights, and the call after that** (1 layer)\n\n" + _table(
+    return "**Sampling right after a change of all weights, and the call after that** (1 layer)\n\n" + table(
         heading, rows
     )
 
@@ -190,7 +191,7 @@ def _memory(memory: dict[str, Any] | None) -> str:
     title = (
         f"**Peak memory of sampling and its gradient** ({dim}, {hidden}, {batch:,}; 1 layer; {LOOP}: the plain loop)"
     )
-    return f"{title}\n\n" + _table(["", "MiB", "/ ours"], rows)
+    return f"{title}\n\n" + table(["", "MiB", "/ ours"], rows)
 
 
 def _predictions(cells: list[Cell]) -> str:
@@ -254,19 +255,21 @@ def _threads(count: int) -> str:
     return "one thread" if count == 1 else f"{count} threads"
 
 
-def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown, its figures to the right."""
     rule = ["---:" if name else "---" for name in heading]
     return "\n".join("| " + " | ".join(row) + " |" for row in (heading, rule, *rows))
 
 
-def put_between_markers(path: Path, text: str) -> None:
-    """Replace what stands between the markers of a file.
+def put_between_markers(path: Path, text: str, markers: tuple[str, str] = (BEGIN, END)) -> None:
+    """Replace what stands between two markers of a file.
 
     Raises:
         ValueError: If the file has no markers.
     """
+    begin, end = markers
     old = path.read_text(encoding="utf-8")
-    if BEGIN not in old or END not in old:
-        raise ValueError(f"{path} has no lines {BEGIN} and {END} to put the table between.")
-    head, tail = old.split(BEGIN, 1)[0], old.split(END, 1)[1]
-    path.write_text(f"{head}{BEGIN}\n\n{text}\n{END}{tail}", encoding="utf-8")
+    if begin not in old or end not in old:
+        raise ValueError(f"{path} has no lines {begin} and {end} to put the table between.")
+    head, tail = old.split(begin, 1)[0], old.split(end, 1)[1]
+    path.write_text(f"{head}{begin}\n\n{text}\n{end}{tail}", encoding="utf-8")

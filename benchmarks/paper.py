@@ -1,0 +1,152 @@
+"""The paper's comparison: its models on sets of data, next to its own figures and to those of three peers.
+
+    python benchmarks/paper.py FOLDER                        # .npz files with train, val and test, or images and labels
+    python benchmarks/paper.py --root ARCHIVE POWER GAS      # the paper's own sets
+    python benchmarks/paper.py FOLDER --only protein --steps 4000
+    python benchmarks/paper.py --speed --figure-one          # rows per second of training; Figure 1
+
+Every fit is kept in --fits, and what is there is not fitted again, so an interrupted run goes on. The results of each
+set are put among those that --out holds already. README.md says how to read them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from directions import README, RESULTS, about, write
+from parts import contest, digits, figure_one, report, rivals, sets, speed, standings
+
+from pyro_maf import datasets
+from pyro_maf.datasets import Dataset
+from pyro_maf.experiments import ROWS, candidates, compare
+
+PAPER_EPOCHS = 1000
+EMPTY: dict[str, Any] = {"about": None, "sets": {}, "speed": [], "figure_one": None}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Fit, measure, write down after each fit."""
+    options = parse(arguments)
+    if not (options.names or options.speed or options.figure_one or options.render):
+        print("Nothing to do: name a folder of data, or --root and sets of the paper, or --speed, or --figure-one.")
+        return
+    pyro.enable_validation(False)
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    stored = options.out / "paper.json"
+    results = EMPTY | (json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {})
+    for change in changes(options):
+        results = merged(results, change) | {"about": about()}
+        write(stored, json.dumps(results, indent=1))
+    write(stored.with_suffix(".md"), standings.everything(results))
+    if options.out == RESULTS:
+        report.put_between_markers(README, standings.everything(results), report.PAPER)
+    print(standings.everything(results))
+    print(f"Results and pictures are in {options.out}.")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="a folder of .npz files, or with --root names of the paper's sets")
+    parser.add_argument("--root", type=Path, help="of the paper's archive")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the folder's sets, or patches; default: all")
+    parser.add_argument("--models", nargs="+", choices=ROWS, default=list(ROWS), metavar="MODEL", help="default: all")
+    parser.add_argument("--depths", type=int, nargs="+", default=[1, 2], help="numbers of hidden layers; default: 1 2")
+    parser.add_argument("--units", type=int, help="the most units of a hidden layer; default: the paper's")
+    parser.add_argument("--rows", type=int, help="the most training rows; default: all")
+    parser.add_argument("--steps", type=int, help=f"the most steps of a fit; default: {PAPER_EPOCHS:,} epochs")
+    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate of everybody; default: %(default)g")
+    parser.add_argument("--peers", nargs="*", choices=rivals.RIVALS, default=list(rivals.RIVALS), help="default: all")
+    parser.add_argument("--speed", action="store_true", help="measure rows per second of training")
+    parser.add_argument("--figure-one", action="store_true", help="draw Figure 1")
+    parser.add_argument("--render", action="store_true", help="make tables of the results that --out holds")
+    parser.add_argument("--quick", action="store_true", help="tiny networks, to see that everything runs")
+    parser.add_argument(
+        "--fits", type=Path, default=Path("paper-fits"), help="where fits are kept; default: %(default)s"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where results go")
+    return parser.parse_args(arguments)
+
+
+def changes(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What there is to put among the results, as it comes."""
+    if options.figure_one:
+        epochs, rows = (2, 2000) if options.quick else (20, 20_000)
+        yield {"figure_one": figure_one.run(options.out, epochs, rows)}
+    if options.speed:
+        cells = []
+        for size in [(3, 8)] if options.quick else speed.SIZES:
+            cells.append(speed.measure(size, ["zuko", "nflows", "pyro", "normflows"], 0.2 if options.quick else 30.0))
+            yield {"speed": cells}
+    if options.names:
+        warm_up()
+    for data in chosen(options):
+        yield from fitted(data, options)
+
+
+def chosen(options: argparse.Namespace) -> Iterator[Dataset]:
+    """The sets, those with a context without it too."""
+    if options.root is not None:
+        found = sets.published(options.root, options.names)
+    else:
+        found = (data for name in options.names for data in [*sets.stored(Path(name)), *extra(options)])
+    for data in found:
+        if options.only is None or data.name in options.only:
+            data = sets.shortened(data, options.rows)
+            yield sets.without_context(data)
+            if data.context_dim:
+                yield data
+
+
+def extra(options: argparse.Namespace) -> list[Dataset]:
+    """Patches of photographs, which are at hand everywhere."""
+    return [] if options.quick else [datasets.patches(train=options.rows or 30_000)]
+
+
+def fitted(data: Dataset, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The results of a set after each fit."""
+    name = f"{data.name}, given the class" if data.context_dim else data.name
+    units = 8 if options.quick else sets.units(data, options.units)
+    steps = math.ceil(len(data.train) / contest.BATCH)
+    epochs = max(1, round(options.steps / steps)) if options.steps else PAPER_EPOCHS
+    label = f"{name}-{len(data.train)}-{epochs}-{options.rate:g}".replace(", ", "-").replace(" ", "-")
+    plan = contest.Plan(
+        candidates(options.models, hidden_dims=[(units,) * depth for depth in options.depths]),
+        tuple(options.peers),
+        epochs=epochs,
+        rate=options.rate,
+        folder=options.fits / label,
+    )
+    for section in contest.run(data, plan):
+        last = section["tried"][-1]
+        print(
+            f"{name}: {last['who']} {last['model']} {last['hidden']}: {last['mean']:.3f}", file=sys.stderr, flush=True
+        )
+        yield {"sets": {name: section}}
+    if data.context_dim and data.pixels is not None:
+        digits.draw(data, plan, options.out / "paper-digits.png")
+
+
+def merged(results: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """The results with a change; a set's take the place of its older ones, the other sets' stay."""
+    if "sets" in change:
+        return results | {"sets": results["sets"] | change["sets"]}
+    return results | change
+
+
+def warm_up() -> None:
+    """Load what the first fit loads, so that it is not in its time."""
+    compare(datasets.FigureOne().dataset(100, 20, 20), candidates(["MADE"]), max_epochs=1, progress=False)
+
+
+if __name__ == "__main__":
+    main()

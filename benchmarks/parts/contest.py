@@ -1,0 +1,193 @@
+"""One set of data: our models and the peers', each fitted once and kept, and what they come to."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from parts import rivals
+from parts.peers.base import UnsupportedError
+from parts.sets import standardised
+from pyro_maf.datasets import Dataset
+from pyro_maf.experiments import Candidate, Estimate, compare
+from pyro_maf.experiments.scores import estimate
+from pyro_maf.saving import write_whole
+
+OURS = "pyro-maf"
+BATCH, PATIENCE, SEED = 100, 30, 0
+SHARED = ("MADE MoG", "RealNVP (5)", "MAF (5)", "MAF MoG (5)")
+"""What peers fit, where they have it, with the most hidden layers that we try."""
+
+PAIRS = (
+    ("MAF MoG (5)", "RealNVP (5)"),
+    ("MAF (5)", "RealNVP (5)"),
+    ("MAF (10)", "RealNVP (10)"),
+    ("RealNVP (5)", "MADE"),
+    ("MADE", "Gaussian"),
+)
+"""Which is expected ahead of which."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is fitted to a set, and for how long.
+
+    Attributes:
+        candidates: Our models, with every width.
+        peers: Who else fits the shared ones.
+        epochs: The most passes over the training rows.
+        rate: Adam's learning rate, to begin with.
+        folder: Where fits are kept.
+    """
+
+    candidates: tuple[Candidate, ...]
+    peers: tuple[str, ...]
+    epochs: int
+    rate: float
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Somebody's model, fitted: test log-likelihoods in nats by row, and processor seconds."""
+
+    who: str
+    candidate: Candidate
+    log_prob: Tensor
+    validation: float
+    epochs: int
+    seconds: float
+    parameters: int
+
+
+def run(data: Dataset, plan: Plan) -> Iterator[dict[str, Any]]:
+    """Fit one after another; what all of those so far come to, after each."""
+    fits: list[Fit] = []
+    deepest = max(len(candidate.hidden_dims or ()) for candidate in plan.candidates)
+    for candidate in plan.candidates:
+        is_shared = candidate.name in SHARED and len(candidate.hidden_dims or ()) == deepest
+        for who in (OURS, *plan.peers) if is_shared else (OURS,):
+            own = plan.folder / f"{who}-{candidate.slug}"
+            try:
+                fits.append(_stored(own, who, candidate) or _fitted(data, plan, who, candidate, own))
+            except UnsupportedError:
+                continue
+            yield summary(data, plan, fits)
+
+
+def _fitted(data: Dataset, plan: Plan, who: str, candidate: Candidate, own: Path) -> Fit:
+    started = time.process_time()
+    fit = _ours(data, plan, candidate, started) if who == OURS else _theirs(data, plan, who, candidate, started)
+    array = io.BytesIO()
+    np.save(array, fit.log_prob.numpy(), allow_pickle=False)
+    own.mkdir(parents=True, exist_ok=True)
+    write_whole(own / "log_prob.npy", array.getvalue())
+    figures = {name: getattr(fit, name) for name in ("validation", "epochs", "seconds", "parameters")}
+    write_whole(own / "fit.json", json.dumps(figures).encode())
+    return fit
+
+
+def _stored(own: Path, who: str, candidate: Candidate) -> Fit | None:
+    if not (own / "fit.json").is_file():
+        return None
+    figures = json.loads((own / "fit.json").read_text(encoding="utf-8"))
+    return Fit(who, candidate, torch.from_numpy(np.load(own / "log_prob.npy", allow_pickle=False)), **figures)
+
+
+def _ours(data: Dataset, plan: Plan, candidate: Candidate, started: float) -> Fit:
+    found = compare(
+        data,
+        [candidate],
+        folder=plan.folder / "densities",
+        batch_size=BATCH,
+        max_epochs=plan.epochs,
+        patience=PATIENCE,
+        learning_rate=plan.rate,
+        seed=SEED,
+    )
+    if found.missing:
+        raise KeyboardInterrupt
+    if found.failed:
+        raise UnsupportedError(found.failed[candidate.name])
+    (score,) = found.tried
+    seconds = time.process_time() - started
+    return Fit(OURS, candidate, score.log_prob, score.validation, score.epochs, seconds, score.parameters)
+
+
+def _theirs(data: Dataset, plan: Plan, who: str, candidate: Candidate, started: float) -> Fit:
+    standard, gain = standardised(data)
+    torch.manual_seed(SEED)
+    module = rivals.RIVALS[who](candidate, data.input_dim, data.context_dim)
+    epochs = rivals.train(
+        module, standard, epochs=plan.epochs, patience=PATIENCE, batch=BATCH, rate=plan.rate, seed=SEED
+    )
+    log_prob = rivals.scores(module, standard.test, standard.test_context) - gain
+    validation = rivals.scores(module, standard.validation, standard.validation_context).mean().item() - gain
+    parameters = sum(weight.numel() for weight in module.parameters())
+    return Fit(who, candidate, log_prob, validation, epochs, time.process_time() - started, parameters)
+
+
+def summary(data: Dataset, plan: Plan, fits: list[Fit]) -> dict[str, Any]:
+    """Everything worth keeping, as JSON has it."""
+    best: dict[str, Fit] = {}
+    for fit in fits:
+        name = fit.candidate.name
+        if fit.who == OURS and (name not in best or fit.validation > best[name].validation):
+            best[name] = fit
+    return {
+        "input_dim": data.input_dim,
+        "context_dim": data.context_dim,
+        "rows": [len(data.train), len(data.validation), len(data.test)],
+        "epochs": plan.epochs,
+        "learning_rate": plan.rate,
+        "models": [_line(data, fit) for fit in best.values()],
+        "tried": [_line(data, fit) for fit in fits],
+        "against_peers": list(_against(fits)),
+        "order": [
+            {"first": one, "second": other, **_difference(best[one], best[other])}
+            for one, other in PAIRS
+            if one in best and other in best
+        ],
+    }
+
+
+def _line(data: Dataset, fit: Fit) -> dict[str, Any]:
+    line = {"who": fit.who, "model": fit.candidate.name, "hidden": fit.candidate.widths}
+    line |= asdict(estimate(fit.log_prob))
+    if data.pixels is not None:
+        bits: Estimate = estimate(data.pixels.bits_per_pixel(fit.log_prob, data.test.double()))
+        line |= {"bits": bits.mean, "bits_error": bits.error}
+    rest = ("validation", "epochs", "seconds", "parameters")
+    return line | {name: getattr(fit, name) for name in rest}
+
+
+def _against(fits: list[Fit]) -> Iterator[dict[str, Any]]:
+    """Each of our fits against the peers' of the same model and widths."""
+    for ours in fits:
+        others = {fit.who: fit for fit in fits if fit.candidate == ours.candidate and fit.who != OURS}
+        if ours.who != OURS or not others:
+            continue
+        # A mean that is not a number is that of a fit that came to nothing.
+        best = max(others.values(), key=lambda fit: fit.log_prob.nan_to_num(nan=-torch.inf).mean().item())
+        yield {
+            "model": ours.candidate.name,
+            "hidden": ours.candidate.widths,
+            "test": {fit.who: asdict(estimate(fit.log_prob)) for fit in (ours, *others.values())},
+            "seconds": {fit.who: fit.seconds for fit in (ours, *others.values())},
+            "best_peer": best.who,
+            **_difference(ours, best),
+        }
+
+
+def _difference(one: Fit, other: Fit) -> dict[str, float]:
+    found = estimate(one.log_prob - other.log_prob)
+    return {"difference": found.mean, "difference_error": found.error}

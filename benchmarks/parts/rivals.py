@@ -1,0 +1,174 @@
+"""The peers' models, built as their users build them, and the loop that trains them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parts.peers.base import UnsupportedError
+from pyro_maf.datasets import Dataset
+from pyro_maf.experiments import Candidate
+
+MAX_GRAD_NORM = 5.0
+COMPONENTS = 10
+
+
+class Zuko(nn.Module):
+    """`zuko.flows.MAF` and `zuko.flows.RealNVP`."""
+
+    def __init__(self, candidate: Candidate, dim: int, context_dim: int) -> None:
+        super().__init__()
+        import zuko
+
+        makers = {"made": zuko.flows.MAF, "maf": zuko.flows.MAF, "realnvp": zuko.flows.RealNVP}
+        if candidate.flow not in makers:
+            raise UnsupportedError(f"zuko has no {candidate.name}.")
+        self.flow = makers[candidate.flow](
+            dim, context_dim, transforms=candidate.num_layers, hidden_features=candidate.hidden_dims
+        )
+
+    def log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
+        return self.flow(context).log_prob(y)
+
+
+class Nflows(nn.Module):
+    """Masked autoregressive layers with reversals between them, on a normal or a `MADEMoG`; affine couplings."""
+
+    def __init__(self, candidate: Candidate, dim: int, context_dim: int) -> None:
+        super().__init__()
+        from nflows.distributions.mixture import MADEMoG
+        from nflows.distributions.normal import StandardNormal
+        from nflows.flows.base import Flow
+        from nflows.transforms.base import CompositeTransform
+        from nflows.transforms.permutations import ReversePermutation
+
+        width, *others = candidate.hidden_dims
+        layers: list[Any] = []
+        if candidate.flow != "made-mog":
+            for index in range(candidate.num_layers):
+                layers += [ReversePermutation(dim)] if index else []
+                layers.append(self._layer(candidate, dim, context_dim, index))
+        if candidate.flow in ("made-mog", "maf-mog"):
+            layers = layers or [ReversePermutation(dim)]
+            base = MADEMoG(
+                dim,
+                width,
+                context_dim or None,
+                num_blocks=len(others),
+                num_mixture_components=COMPONENTS,
+                use_residual_blocks=False,
+                custom_initialization=True,
+            )
+        else:
+            base = StandardNormal([dim])
+        self.flow = Flow(CompositeTransform(layers), base)
+
+    @staticmethod
+    def _layer(candidate: Candidate, dim: int, context_dim: int, index: int) -> Any:
+        from nflows.nn.nets.mlp import MLP
+        from nflows.transforms.autoregressive import MaskedAffineAutoregressiveTransform
+        from nflows.transforms.base import CompositeTransform
+        from nflows.transforms.coupling import AffineCouplingTransform
+        from nflows.transforms.normalization import ActNorm
+
+        width, *others = candidate.hidden_dims
+        if candidate.flow != "realnvp":
+            return MaskedAffineAutoregressiveTransform(
+                dim, width, context_dim or None, num_blocks=len(others), use_residual_blocks=False
+            )
+        if context_dim:
+            raise UnsupportedError("nflows has no plain network with a context for couplings.")
+
+        class Conditioner(MLP):
+            def forward(self, inputs: Tensor, context: None = None) -> Tensor:
+                return super().forward(inputs)
+
+        moved = (torch.arange(dim) + index) % 2
+        coupling = AffineCouplingTransform(
+            moved, lambda kept, outputs: Conditioner([kept], [outputs], candidate.hidden_dims, F.relu)
+        )
+        # Its scale is a sigmoid, under which no data are narrower than the noise unless another layer sees to it.
+        return CompositeTransform([ActNorm(dim), coupling])
+
+    def log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
+        return self.flow.log_prob(y, context)
+
+
+class Pyro(nn.Module):
+    """`affine_autoregressive(...).inv` and `affine_coupling`, with the variables reversed between layers."""
+
+    def __init__(self, candidate: Candidate, dim: int, context_dim: int) -> None:
+        super().__init__()
+        from pyro.distributions import transforms as T
+
+        if candidate.flow not in ("made", "maf", "realnvp"):
+            raise UnsupportedError(f"Pyro has no {candidate.name}.")
+        widths = list(candidate.hidden_dims)
+        if candidate.flow != "realnvp" and min(widths) < dim:
+            raise UnsupportedError(f"Pyro refuses hidden layers narrower than {dim} inputs.")
+        if candidate.flow != "realnvp":
+            make = T.conditional_affine_autoregressive if context_dim else T.affine_autoregressive
+        else:
+            make = T.conditional_affine_coupling if context_dim else T.affine_coupling
+        sizes = (dim, context_dim) if context_dim else (dim,)
+        # One layer after another from the noise to the data, turned round where its pass is the other way.
+        self.layers = nn.ModuleList(make(*sizes, hidden_dims=widths) for _ in range(candidate.num_layers))
+        self.is_inverse = candidate.flow != "realnvp"
+        self.dim = dim
+        self.permute = T.Permute
+
+    def log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
+        transforms: list[Any] = []
+        for index, layer in enumerate(self.layers):
+            transforms += [self.permute(torch.arange(self.dim).flip(0))] if index else []
+            at = layer if context is None else layer.condition(context)
+            transforms.append(at.inv if self.is_inverse else at)
+        base = dist.Normal(y.new_zeros(self.dim), y.new_ones(self.dim)).to_event(1)
+        return dist.TransformedDistribution(base, transforms).log_prob(y)
+
+
+RIVALS: dict[str, type[nn.Module]] = {"zuko": Zuko, "nflows": Nflows, "pyro": Pyro}
+
+
+def train(module: Any, data: Dataset, *, epochs: int, patience: int, batch: int, rate: float, seed: int) -> int:
+    """Adam on batches with clipped gradients; the weights that validate best are kept.
+
+    Returns:
+        For how many epochs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(module.parameters(), rate, fused=True)
+    best, kept, best_epoch = float("inf"), copy.deepcopy(module.state_dict()), 0
+    for epoch in range(1, epochs + 1):
+        module.train()
+        for index in torch.randperm(len(data.train), generator=generator).split(batch):
+            optimizer.zero_grad()
+            context = None if data.train_context is None else data.train_context[index]
+            loss = -module.log_prob(data.train[index], context).mean()
+            loss.backward()
+            nn.utils.clip_grad_norm_(module.parameters(), MAX_GRAD_NORM)
+            optimizer.step()
+        module.eval()
+        held_out = -scores(module, data.validation, data.validation_context).mean().item()
+        if held_out < best:
+            best, kept, best_epoch = held_out, copy.deepcopy(module.state_dict()), epoch
+        elif epoch - best_epoch >= patience:
+            break
+    module.load_state_dict(kept)
+    module.eval()
+    return epoch
+
+
+def scores(module: Any, rows: Tensor, context: Tensor | None) -> Tensor:
+    """The log-density of each row, in float64."""
+    found = []
+    with torch.no_grad():
+        for start in range(0, len(rows), 2048):
+            part = slice(start, start + 2048)
+            found.append(module.log_prob(rows[part], None if context is None else context[part]).double())
+    return torch.cat(found)

@@ -1,0 +1,77 @@
+"""The sets of data that the paper's comparison runs on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from pyro_maf import datasets
+from pyro_maf.datasets import Dataset, LogitPixels
+from pyro_maf.experiments import SETTINGS
+from pyro_maf.training.data import units_of
+
+NARROW, WIDE, WIDEST = 100, 512, 1024
+"""Units of a hidden layer in the paper: for up to 8 dimensions, up to 63, and for images."""
+
+
+def stored(folder: Path) -> Iterator[Dataset]:
+    """Each .npz of a folder with arrays train, val and test, or uint8 images and labels."""
+    for path in sorted(folder.glob("*.npz")):
+        with np.load(path, allow_pickle=False) as arrays:
+            if {"train", "val", "test"} <= set(arrays):
+                parts = (torch.from_numpy(arrays[name]).float() for name in ("train", "val", "test"))
+                yield Dataset(path.stem, *parts)
+            elif {"images", "labels"} <= set(arrays):
+                yield images(path.stem, torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]))
+
+
+def images(name: str, levels: torch.Tensor, labels: torch.Tensor) -> Dataset:
+    """Bytes as the paper prepares MNIST: shuffled, a tenth for testing and a tenth of the rest for validation."""
+    shuffle = torch.randperm(len(levels), generator=torch.Generator().manual_seed(0))
+    pixels = LogitPixels()
+    rows = pixels.to_logits(pixels.dequantise(levels[shuffle].flatten(1).long())).float()
+    context = F.one_hot(labels[shuffle].long()).float()
+    test = len(rows) // 10
+    validation = (len(rows) - test) // 10
+    sizes = [len(rows) - validation - test, validation, test]
+    return Dataset(name, *rows.split(sizes), *context.split(sizes), pixels=pixels)
+
+
+def published(root: Path, names: list[str]) -> Iterator[Dataset]:
+    """The paper's own, from the archive that it came with."""
+    for name in names:
+        yield getattr(datasets, SETTINGS[name].loader)(root)
+
+
+def shortened(data: Dataset, rows: int | None) -> Dataset:
+    """The first training rows alone."""
+    if rows is None or rows >= len(data.train):
+        return data
+    context = None if data.train_context is None else data.train_context[:rows]
+    return dataclasses.replace(data, train=data.train[:rows], train_context=context)
+
+
+def without_context(data: Dataset) -> Dataset:
+    """The rows alone."""
+    return dataclasses.replace(data, train_context=None, validation_context=None, test_context=None)
+
+
+def standardised(data: Dataset) -> tuple[Dataset, float]:
+    """The rows in units of the training rows' deviations, and the nats that a log-density gains by it."""
+    loc, scale = units_of(data.train)
+    parts = {name: (getattr(data, name) - loc) / scale for name in ("train", "validation", "test")}
+    return dataclasses.replace(data, **parts), scale.double().log().sum().item()
+
+
+def units(data: Dataset, most: int | None) -> int:
+    """Of a hidden layer, as the paper has them for about as many dimensions."""
+    if data.name in SETTINGS:
+        paper = max(SETTINGS[data.name].units)
+    else:
+        paper = NARROW if data.input_dim < 20 else WIDE if data.input_dim < 100 else WIDEST
+    return min(paper, most or paper)

@@ -1,0 +1,106 @@
+"""What takes part in a comparison: a model by name and how it is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pyro_maf.distributions import ConditionalDensity, Density
+from pyro_maf.experiments.models import STACKS, build
+from pyro_maf.transforms import ConditionalFlow, Flow
+
+__all__ = ["ROWS", "Candidate", "candidates"]
+
+ROWS: dict[str, tuple[str, int]] = {
+    "Gaussian": ("gaussian", 1),
+    "MADE": ("made", 1),
+    "MADE MoG": ("made-mog", 1),
+    "RealNVP (5)": ("realnvp", 5),
+    "RealNVP (10)": ("realnvp", 10),
+    "MAF (5)": ("maf", 5),
+    "MAF (10)": ("maf", 10),
+    "MAF MoG (5)": ("maf-mog", 5),
+}
+"""The lines of the paper's table: which flow each is, and with how many layers."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to fit. Of those with one name, which differ in their widths, the one that validates best counts.
+
+    Attributes:
+        name: What it is called in the table.
+        flow, num_layers, hidden_dims, activation, batch_norm, degrees, networks: As in `build`.
+        learning_rate: Adam's to begin with, or None for that of the comparison.
+
+    Example:
+        >>> Candidate("MAF (5)", "maf", hidden_dims=(100, 100)).slug
+        'maf-5-100x100'
+    """
+
+    name: str
+    flow: str
+    num_layers: int = 5
+    hidden_dims: tuple[int, ...] | None = None
+    activation: str = "relu"
+    batch_norm: bool = False
+    degrees: str = "sequential"
+    networks: str = "joint"
+    learning_rate: float | None = None
+
+    @property
+    def slug(self) -> str:
+        """What its folder is called."""
+        layers = f"-{self.num_layers}" if self.flow in STACKS else ""
+        return f"{self.flow}{layers}" + (f"-{self.widths}" if self.widths else "")
+
+    @property
+    def widths(self) -> str:
+        """Those of the hidden layers, "" where they are as by default or there are none."""
+        return "x".join(map(str, self.hidden_dims or ())) if self.flow != "gaussian" else ""
+
+    def build(
+        self, input_dim: int, context_dim: int, seed: int
+    ) -> Flow | ConditionalFlow | Density | ConditionalDensity:
+        """The model, untrained."""
+        return build(
+            self.flow,
+            input_dim,
+            context_dim=context_dim,
+            num_layers=self.num_layers,
+            hidden_dims=self.hidden_dims,
+            activation=self.activation,
+            batch_norm=self.batch_norm,
+            degrees=self.degrees,
+            networks=self.networks,
+            seed=seed,
+        )
+
+
+def candidates(
+    names: Sequence[str] = tuple(ROWS), *, hidden_dims: Sequence[Sequence[int]] = (), batch_norm: bool = False
+) -> tuple[Candidate, ...]:
+    """The paper's models for any data.
+
+    Args:
+        names: Lines of the paper's table, all of them by default.
+        hidden_dims: Widths to try, each those of one network's hidden layers; by default those that `build` chooses.
+        batch_norm: Put a `BatchNorm` after every layer of the flows.
+
+    Raises:
+        ValueError: For a name that the table does not have, or no name at all.
+
+    Example:
+        >>> [one.slug for one in candidates(["Gaussian", "MADE"], hidden_dims=[[32], [32, 32]])]
+        ['gaussian', 'made-32', 'made-32x32']
+    """
+    unknown = [name for name in names if name not in ROWS]
+    if unknown or not names:
+        raise ValueError(f"candidates expected names among {', '.join(ROWS)}, got {', '.join(unknown) or 'none'}.")
+    widths: list[tuple[int, ...] | None] = [tuple(each) for each in hidden_dims]
+    return tuple(
+        Candidate(name, flow, num_layers, each, batch_norm=batch_norm)
+        for name in names
+        for flow, num_layers in [ROWS[name]]
+        for each in (widths if widths and flow != "gaussian" else [None])
+    )

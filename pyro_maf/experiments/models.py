@@ -1,0 +1,108 @@
+"""The paper's models by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from pyro_maf.checks import check_choice, check_positive
+from pyro_maf.distributions import (
+    ConditionalDensity,
+    ConditionalMADEMoG,
+    ConditionalMAFMoG,
+    Density,
+    MADEMoG,
+    MAFMoG,
+)
+from pyro_maf.experiments.gaussian import gaussian, gaussian_given
+from pyro_maf.flows import IAF, MAF, ConditionalIAF, ConditionalMAF, ConditionalRealNVP, RealNVP
+from pyro_maf.transforms import ConditionalFlow, Flow
+
+__all__ = ["FLOWS", "build"]
+
+CLASSES: dict[str, tuple[Any, Any]] = {
+    "maf": (MAF, ConditionalMAF),
+    "iaf": (IAF, ConditionalIAF),
+    "realnvp": (RealNVP, ConditionalRealNVP),
+    "made": (MAF, ConditionalMAF),
+    "made-mog": (MADEMoG, ConditionalMADEMoG),
+    "maf-mog": (MAFMoG, ConditionalMAFMoG),
+}
+"""What each name builds, without and with a context."""
+
+FLOWS = (*CLASSES, "gaussian")
+"""The names that `build` knows."""
+
+STACKS = ("maf", "iaf", "realnvp", "maf-mog")
+"""Those that have a number of layers, and batch norm between them if asked for."""
+
+
+def build(
+    flow: str,
+    input_dim: int,
+    *,
+    context_dim: int = 0,
+    num_layers: int = 5,
+    hidden_dims: Sequence[int] | None = None,
+    activation: str = "relu",
+    batch_norm: bool = False,
+    degrees: str = "sequential",
+    networks: str = "joint",
+    seed: int = 0,
+) -> Flow | ConditionalFlow | Density | ConditionalDensity:
+    r"""One of the paper's models, untrained, for `pyro_maf.fit`.
+
+    "made" has Gaussian conditionals in the natural order: a MAF of one layer. "gaussian" is normal with a full
+    covariance; with a context c the mean, and the log of each dimension's scale, are linear in c. Its closed form is
+    `fit_gaussian`.
+
+    Args:
+        flow: "maf", "iaf", "realnvp", "made", "made-mog", "maf-mog" or "gaussian".
+        input_dim: D.
+        context_dim: Number of context features, 0 for none; with one, the model is a conditional form.
+        num_layers: Layers of "maf", "iaf", "realnvp" and "maf-mog"; the others have none to choose.
+        hidden_dims: Widths of each network's hidden layers, by default two by `pyro_maf.nn.default_hidden_dims`.
+        activation: A name from `pyro_maf.nn.ACTIVATIONS`.
+        batch_norm: Put a `BatchNorm` after every layer of those that have a number of layers.
+        degrees: Degrees of the hidden units of masked networks, "sequential" or "random".
+        networks: "joint" or "separate" networks for shift and scale of "realnvp".
+        seed: Seed of the weights and of random degrees; the global random state is left as it was.
+
+    Raises:
+        ValueError: For an unknown name, non-positive sizes, and as the model does.
+
+    Example:
+        >>> type(build("maf", 3)).__name__, type(build("made-mog", 3, context_dim=2)).__name__
+        ('MAF', 'ConditionalMADEMoG')
+        >>> len(build("made", 3)), len(build("realnvp", 3, num_layers=10))
+        (1, 10)
+
+    Reference:
+        Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017, section 4.
+    """
+    check_choice("build", "flow", flow, FLOWS)
+    check_positive("build", "input_dim", input_dim)
+    check_positive("build", "context_dim", context_dim, least=0)
+    check_positive("build", "seed", seed, least=0)
+    if flow == "gaussian":
+        return gaussian_given(input_dim, context_dim) if context_dim else gaussian(input_dim)
+    options: dict[str, Any] = {"hidden_dims": hidden_dims, "activation": activation, "seed": seed}
+    options |= {"networks": networks} if flow == "realnvp" else {"degrees": degrees}
+    if flow in STACKS:
+        options |= {"num_layers": num_layers, "batch_norm": batch_norm}
+    elif flow == "made":
+        options |= {"num_layers": 1}
+    plain, conditional = CLASSES[flow]
+    with _seeded(seed):
+        return conditional(input_dim, context_dim, **options) if context_dim else plain(input_dim, **options)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw weights from `seed`, and leave the global random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

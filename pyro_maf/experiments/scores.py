@@ -1,0 +1,149 @@
+"""How well a fitted model predicts the test rows: one line of a comparison, and its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_maf.datasets import Dataset
+from pyro_maf.experiments.candidates import Candidate
+from pyro_maf.saving import write_whole
+
+__all__ = ["Estimate", "Score", "estimate", "log_prob_of", "read_score", "write_score"]
+
+BATCH = 2048
+DENSITY, LOG_PROB, SCORE = "model.safetensors", "log_prob.npy", "score.json"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean, and two standard errors of it."""
+
+    mean: float
+    error: float
+
+    def __str__(self) -> str:
+        digits = 3 if self.error < 0.02 else 2
+        return f"{self.mean:.{digits}f} ± {self.error:.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Score:
+    """A candidate that has been fitted.
+
+    Attributes:
+        candidate: What was fitted.
+        log_prob: The log-density of each test row, in nats, (rows,), in float64.
+        bits_per_pixel: Likewise for images, or None.
+        validation: Mean log-likelihood of the validation rows, in nats.
+        parameters: How many numbers were fitted.
+        epochs: For how many epochs, 0 for a closed form.
+        seconds: How long that took.
+        stop_reason: Why it ended.
+    """
+
+    candidate: Candidate
+    log_prob: Tensor
+    bits_per_pixel: Tensor | None
+    validation: float
+    parameters: int
+    epochs: int
+    seconds: float
+    stop_reason: str
+
+    @property
+    def test(self) -> Estimate:
+        """Test log-likelihood in nats."""
+        return estimate(self.log_prob)
+
+    @property
+    def bits(self) -> Estimate | None:
+        """Bits per pixel of the test rows, for images."""
+        return None if self.bits_per_pixel is None else estimate(self.bits_per_pixel)
+
+    def ahead_of(self, other: Score) -> Estimate:
+        """By how many nats this predicts a test row better, row by row: what both find hard cancels."""
+        return estimate(self.log_prob - other.log_prob)
+
+
+def estimate(values: Tensor) -> Estimate:
+    """The mean of independent values, and two standard errors.
+
+    Example:
+        >>> estimate(torch.tensor([1.0, 3.0]))
+        Estimate(mean=2.0, error=2.0)
+    """
+    error = 2 * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Estimate(values.mean().item(), error)
+
+
+def log_prob_of(density: Any, rows: Tensor, context: Tensor | None) -> Tensor:
+    """The log-density of every row, (rows,), in float64 on the CPU."""
+    device = next(density.parameters()).device
+    found = []
+    with torch.no_grad():
+        for start in range(0, len(rows), BATCH):
+            batch = slice(start, start + BATCH)
+            at = density if context is None else density.condition(context[batch].to(device))
+            found.append(at.log_prob(rows[batch].to(device)).double().cpu())
+    return torch.cat(found)
+
+
+def fingerprint(data: Dataset, candidate: Candidate, options: dict[str, Any]) -> dict[str, Any]:
+    """What a stored score has to have in common with the one that is asked for."""
+    parts = (data.train, data.validation, data.test, data.train_context, data.validation_context, data.test_context)
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(b"none" if part is None else part.contiguous().numpy().tobytes())
+    found = {"data": digest.hexdigest(), "candidate": dataclasses.asdict(candidate), "options": options}
+    # As JSON has it, where a tuple is a list.
+    return json.loads(json.dumps(found))
+
+
+def write_score(folder: Path, score: Score, density: Any, known_by: dict[str, Any]) -> None:
+    """Write density and score to `folder`; `score.json`, which says that all is there, comes last."""
+    density.save(folder / DENSITY)
+    array = io.BytesIO()
+    np.save(array, score.log_prob.numpy(), allow_pickle=False)
+    write_whole(folder / LOG_PROB, array.getvalue())
+    own = {name: getattr(score, name) for name in ("validation", "parameters", "epochs", "seconds", "stop_reason")}
+    write_whole(folder / SCORE, json.dumps({"fingerprint": known_by, **own}, indent=1).encode())
+
+
+def read_score(folder: Path, data: Dataset, candidate: Candidate, known_by: dict[str, Any]) -> Score | None:
+    """The score that was written to `folder`, or None where there is none.
+
+    Raises:
+        ValueError: If what is there was fitted to other data, otherwise or is damaged.
+    """
+    if not (folder / SCORE).is_file():
+        return None
+    try:
+        stored = json.loads((folder / SCORE).read_text(encoding="utf-8"))
+        other = stored.pop("fingerprint")
+        log_prob = torch.from_numpy(np.load(folder / LOG_PROB, allow_pickle=False))
+        score = Score(candidate, log_prob, bits_of(data, log_prob), **stored)
+    except (ValueError, TypeError, KeyError, OSError, EOFError) as error:
+        raise ValueError(f"compare found {folder} damaged ({error}): remove it to fit {candidate.name} anew.") from None
+    if other != known_by:
+        what = ", ".join(name for name in known_by if other.get(name) != known_by[name])
+        raise ValueError(
+            f"compare found {candidate.name} in {folder} fitted with other {what}: "
+            "name another folder, or remove that one to fit it anew."
+        )
+    return score
+
+
+def bits_of(data: Dataset, log_prob: Tensor) -> Tensor | None:
+    """Bits per pixel of each test row, where the rows are images."""
+    return None if data.pixels is None else data.pixels.bits_per_pixel(log_prob, data.test.double())

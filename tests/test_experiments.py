@@ -1,0 +1,298 @@
+"""The paper's models by name, its settings, and the comparison of models on a set of data."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from torch.distributions import MultivariateNormal
+
+from pyro_maf import ConditionalMAF, MAFMoG, RealNVP, load
+from pyro_maf.datasets import Dataset, FigureOne, LogitPixels
+from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
+from pyro_maf.experiments import (
+    FLOWS,
+    ROWS,
+    SETTINGS,
+    Candidate,
+    Comparison,
+    Score,
+    build,
+    candidates,
+    compare,
+    comparison,
+    divide,
+    fit_gaussian,
+    tables,
+)
+from pyro_maf.transforms import ConditionalFlow
+
+QUICK = {"max_epochs": 2, "progress": False}
+SMALL = candidates(["Gaussian", "MADE", "MAF (5)"], hidden_dims=[[8]])
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return FigureOne().dataset(train=1000, validation=200, test=400)
+
+
+def in_units(model):
+    conditional = hasattr(model, "condition")
+    return (ConditionalFlowPrior if conditional else FlowPrior)(model)
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_every_name_builds_a_model_that_scores_draws_and_is_saved(flow, tmp_path):
+    density = in_units(build(flow, 3, num_layers=2, hidden_dims=[8]))
+    y = density.sample((5,))
+    assert density.log_prob(y).isfinite().all()
+    density.save(tmp_path / "model.safetensors")
+    torch.testing.assert_close(load(tmp_path / "model.safetensors").log_prob(y), density.log_prob(y))
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_every_name_has_a_conditional_form(flow, tmp_path):
+    density = in_units(build(flow, 3, context_dim=2, num_layers=2, hidden_dims=[8]))
+    context = torch.randn(5, 2)
+    y = density.condition(context).sample()
+    assert density.condition(context).log_prob(y).shape == (5,)
+    density.save(tmp_path / "model.safetensors")
+    again = load(tmp_path / "model.safetensors").condition(context)
+    torch.testing.assert_close(again.log_prob(y), density.condition(context).log_prob(y))
+
+
+def test_options_reach_the_model():
+    flow = build("realnvp", 4, num_layers=3, hidden_dims=[7], activation="tanh", batch_norm=True, networks="separate")
+    assert isinstance(flow, RealNVP)
+    assert len(flow) == 6
+    assert len(flow[1].networks) == 2
+    assert flow[1].networks[0].hidden_dims == (7,)
+    assert flow[1].networks[0].activation == "tanh"
+    made = build("made", 4, context_dim=2, num_layers=9, degrees="random", seed=5)
+    assert isinstance(made, ConditionalMAF)
+    assert len(made.flow) == 1
+    assert made.flow[0].order.tolist() == [0, 1, 2, 3]
+    assert not torch.equal(made.flow[0].made.degrees_0, build("made", 4, context_dim=2).flow[0].made.degrees_0)
+    assert isinstance(build("maf-mog", 4), MAFMoG)
+
+
+def test_weights_follow_the_seed_and_the_global_state_is_left_alone():
+    before = torch.random.get_rng_state()
+    first, again, other = (build("maf", 3, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    weight = "layers.0.made.layers.0.weight"
+    assert torch.equal(first.state_dict()[weight], again.state_dict()[weight])
+    assert not torch.equal(first.state_dict()[weight], other.state_dict()[weight])
+
+
+def test_the_conditional_gaussian_moves_with_the_context():
+    model = build("gaussian", 2, context_dim=1)
+    assert isinstance(model, ConditionalFlow)
+    with torch.no_grad():
+        model.flow[1].networks[0].context_layers[0].weight.copy_(torch.tensor([[3.0], [-1.0], [0.0], [0.0]]))
+    assert model.condition(torch.tensor([2.0]))(torch.zeros(2)).tolist() == [6.0, -2.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"flow": "nsf"}, "build expected flow to be one of maf, iaf"),
+        ({"input_dim": 0}, "build expected input_dim of at least 1, got 0"),
+        ({"context_dim": -1}, "build expected context_dim of at least 0, got -1"),
+        ({"seed": -1}, "build expected seed of at least 0, got -1"),
+    ],
+)
+def test_what_can_not_be_built_is_said(options, message):
+    with pytest.raises(ValueError, match=message):
+        build(**{"flow": "maf", "input_dim": 2} | options)
+
+
+def test_the_gaussian_has_the_mean_and_covariance_of_the_rows():
+    rows = torch.randn(50, 3, dtype=torch.float64) @ torch.randn(3, 3, dtype=torch.float64) + 5
+    density = fit_gaussian(rows)
+    exact = MultivariateNormal(rows.mean(0), torch.cov(rows.T, correction=0))
+    torch.testing.assert_close(density.log_prob(rows), exact.log_prob(rows))
+
+
+def test_the_gaussian_given_a_class_has_its_mean_and_the_covariance_within_classes():
+    label = torch.arange(60) % 3
+    rows = torch.randn(60, 2, dtype=torch.float64) + torch.tensor([[0.0, 9.0], [4.0, 4.0], [-7.0, 1.0]])[label]
+    context = torch.nn.functional.one_hot(label).double()
+    means = torch.stack([rows[label == index].mean(0) for index in range(3)])
+    exact = MultivariateNormal(means[label], torch.cov((rows - means[label]).T, correction=0))
+    density = fit_gaussian(rows, context).condition(context)
+    torch.testing.assert_close(density.log_prob(rows), exact.log_prob(rows))
+
+
+def test_a_gaussian_without_a_density_is_refused():
+    rows = torch.randn(50, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="got 50 rows in which column 1 follows from those before it"):
+        fit_gaussian(rows[:, [0, 0, 1]])
+
+
+def test_the_papers_settings_are_its_tables_and_appendix():
+    assert {name: one.widths for name, one in SETTINGS.items()} == {
+        "POWER": ((100,), (100, 100)),
+        "GAS": ((100,), (100, 100)),
+        "HEPMASS": ((512,), (512, 512)),
+        "MINIBOONE": ((512,), (512, 512)),
+        "BSDS300": ((512,), (512, 512), (1024,), (1024, 1024)),
+        "MNIST": ((1024,), (1024, 1024)),
+        "CIFAR-10": ((1024,), (1024, 1024), (2048,), (2048, 2048)),
+    }
+    gas = {one.name: one for one in SETTINGS["GAS"].candidates()}
+    assert list(gas) == list(ROWS)
+    assert (gas["MAF (10)"].activation, gas["RealNVP (5)"].activation) == ("tanh", "relu")
+    assert (gas["MADE MoG"].learning_rate, gas["MAF MoG (5)"].learning_rate) == (1e-3, 1e-4)
+    assert (gas["RealNVP (5)"].networks, gas["MAF (5)"].batch_norm) == ("separate", True)
+    assert SETTINGS["CIFAR-10"].candidates(["MAF (5)"])[0].degrees == "random"
+    assert SETTINGS["BSDS300"].published["MAF MoG (5)"] == 156.36
+    assert SETTINGS["MNIST"].published == {}
+
+
+def test_names_that_the_table_does_not_have_are_refused():
+    with pytest.raises(ValueError, match=r"among Gaussian, MADE, .*, got MAF, NSF"):
+        candidates(["MADE", "MAF", "NSF"])
+    with pytest.raises(ValueError, match="got none"):
+        candidates([])
+
+
+def test_models_are_scored_on_the_test_rows_and_set_against_the_best(toy):
+    found = compare(toy, SMALL, **QUICK)
+    gaussian, made, maf = found.scores
+    torch.testing.assert_close(gaussian.log_prob, fit_gaussian(toy.train).log_prob(toy.test).double())
+    assert (gaussian.epochs, gaussian.parameters, made.epochs) == (0, 5, 2)
+    difference = found.best.log_prob - gaussian.log_prob
+    ahead = found.best.ahead_of(gaussian)
+    assert ahead.mean == pytest.approx(difference.mean().item())
+    assert ahead.error == pytest.approx(2 * difference.std().item() / 20)
+    assert found.best.test.mean == max(gaussian.test.mean, made.test.mean, maf.test.mean)
+    assert found.missing == ()
+
+
+def test_of_the_widths_that_were_tried_those_count_that_validate_best():
+    narrow, wide = candidates(["MADE"], hidden_dims=[[8], [16]])
+    log_prob = torch.zeros(3, dtype=torch.float64)
+    tried = (Score(narrow, log_prob, None, -1.0, 1, 1, 1.0, ""), Score(wide, log_prob - 9, None, -0.5, 1, 1, 1.0, ""))
+    found = Comparison("any", 2, 0, (1, 1, 3), tried, {}, ())
+    assert [score.candidate for score in found.scores] == [wide]
+
+
+def test_what_was_fitted_before_is_read_back_to_the_bit(toy, tmp_path, monkeypatch):
+    first = compare(toy, SMALL, folder=tmp_path, **QUICK)
+    monkeypatch.setattr(comparison, "fit", None)
+    monkeypatch.setattr(comparison, "fit_gaussian", None)
+    again = compare(toy, SMALL, folder=tmp_path, **QUICK)
+    assert tables.as_json(again) == tables.as_json(first)
+    density = load(tmp_path / "maf-5-8" / "model.safetensors")
+    with torch.no_grad():
+        assert torch.equal(density.log_prob(toy.test).double(), first.scores[2].log_prob)
+
+
+def test_what_was_fitted_otherwise_is_neither_taken_nor_overwritten(toy, tmp_path):
+    compare(toy, SMALL[:2], folder=tmp_path, **QUICK)
+    before = (tmp_path / "made-8" / "score.json").read_bytes()
+    with pytest.raises(ValueError, match=r"MADE in .*made-8 fitted with other options"):
+        compare(toy, SMALL[1:2], folder=tmp_path, seed=1, **QUICK)
+    moved = dataclasses.replace(toy, train=toy.train + 1)
+    with pytest.raises(ValueError, match=r"Gaussian in .*gaussian fitted with other data"):
+        compare(moved, SMALL[:1], folder=tmp_path, **QUICK)
+    assert (tmp_path / "made-8" / "score.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["score.json", "log_prob.npy"])
+def test_damaged_files_are_named(toy, tmp_path, name):
+    compare(toy, SMALL[:1], folder=tmp_path, **QUICK)
+    file = tmp_path / "gaussian" / name
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"compare found .*gaussian damaged .*: remove it to fit Gaussian anew"):
+        compare(toy, SMALL[:1], folder=tmp_path, **QUICK)
+
+
+def test_an_interrupted_comparison_keeps_what_is_done_and_goes_on_later(toy, tmp_path, monkeypatch):
+    fit = comparison.fit
+
+    def interrupted(*args, **options):
+        return dataclasses.replace(fit(*args, **options), stop_reason="interrupted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(comparison, "fit", interrupted)
+        found = compare(toy, SMALL, folder=tmp_path, **QUICK)
+    assert [score.candidate.name for score in found.scores] == ["Gaussian"]
+    assert found.missing == ("MADE", "MAF (5)")
+    assert compare(toy, SMALL, folder=tmp_path, **QUICK).missing == ()
+
+
+def test_models_of_data_with_a_context_are_conditional_and_images_have_bits_per_pixel():
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randint(2, (300,), generator=generator)
+    context = torch.nn.functional.one_hot(label).float()
+    pixels = LogitPixels(levels=4)
+    levels = torch.randint(2, (300, 3), generator=generator) + 2 * label[:, None]
+    rows = pixels.to_logits(pixels.dequantise(levels)).float()
+    parts = [slice(0, 200), slice(200, 250), slice(250, 300)]
+    given = Dataset("squares", *(rows[part] for part in parts), *(context[part] for part in parts), pixels=pixels)
+    blind = Dataset("squares", given.train, given.validation, given.test, pixels=pixels)
+    names = ["Gaussian", "MADE"]
+    informed, uninformed = (compare(data, candidates(names, hidden_dims=[[8]]), **QUICK) for data in (given, blind))
+    assert informed.context_dim == 2
+    for one, other in zip(informed.scores, uninformed.scores, strict=True):
+        assert one.bits.mean < other.bits.mean
+    assert "bits per pixel" in tables.as_markdown(informed)
+
+
+def test_a_model_that_has_no_fit_is_left_out_and_said(toy):
+    twice = dataclasses.replace(
+        toy, train=toy.train[:, [0, 0]], validation=toy.validation[:, [0, 0]], test=toy.test[:, [0, 0]]
+    )
+    found = compare(twice, SMALL[:2], **QUICK)
+    assert [score.candidate.name for score in found.scores] == ["MADE"]
+    assert "column 1 follows from those before it" in found.failed["Gaussian"]
+
+
+def test_every_form_of_the_table_has_the_same_figures(toy):
+    found = compare(toy, SMALL, **QUICK)
+    published = {"MADE": -3.08}
+    (first, second, _) = json.loads(tables.as_json(found, published))["models"]
+    assert (first["model"], first["published"], second["published"]) == ("Gaussian", None, -3.08)
+    rows = list(csv.DictReader(io.StringIO(tables.as_csv(found, published))))
+    assert [float(row["test"]) for row in rows] == [score.test.mean for score in found.scores]
+    markdown = tables.as_markdown(found, published).splitlines()
+    assert len(markdown) == 2 + 3
+    assert f"**{found.best.candidate.name}**" in "".join(markdown)
+    console = Console(width=200, file=io.StringIO())
+    console.print(tables.as_table(found, published))
+    for score in found.scores:
+        assert str(score.test) in console.file.getvalue()
+        assert any(str(score.test) in line for line in markdown)
+    assert "-3.08" in console.file.getvalue()
+    assert Candidate("any", "maf").widths == ""
+
+
+def test_a_table_is_cut_into_three_parts_that_share_no_row_and_keep_their_context():
+    data = torch.arange(100).double()[:, None].expand(100, 2)
+    parts = divide("rows", data.numpy(), data[:, :1].numpy(), test=0.2, validation=0.25, seed=3)
+    sizes = [len(part) for part in (parts.train, parts.validation, parts.test)]
+    assert sizes == [60, 20, 20]
+    together = torch.cat([parts.train, parts.validation, parts.test])
+    assert together[:, 0].sort().values.tolist() == list(range(100))
+    assert torch.equal(parts.test[:, :1], parts.test_context)
+    assert not torch.equal(together, divide("rows", data).train)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (100, {"test": 1.0}, "divide expected test as a part between 0 and 1, got 1.0"),
+        (100, {"validation": 0}, "divide expected validation as a part between 0 and 1, got 0"),
+        (12, {}, "got 12 rows, which make 10, 1 and 1"),
+    ],
+)
+def test_what_can_not_be_divided_is_said(rows, options, message):
+    with pytest.raises(ValueError, match=message):
+        divide("rows", torch.randn(rows, 2), **options)
