@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pyro_maf.datasets.cells import is_missing, number_in, numbers_of, places_of, text_at, texts_of
+from pyro_maf.datasets.cells import is_missing, numbers_of, places_of, text_at, texts_of
 
 __all__ = ["Column", "Survey"]
 
@@ -105,14 +104,14 @@ class Survey:
         Raises:
             ValueError: For too many categories.
         """
-        if not self._holds_text and not np.isnan(numbers_of(cells)).any():
-            self._number = text_at(cells, 0) if len(cells) else self._number
-            return
-        for text in texts_of(cells).unique().to_pylist():
-            if not self._holds_text and not math.isnan(number_in(text)):
-                self._number = repr(text)
-            elif text:
-                self._texts.add(text)
+        different = texts_of(cells).unique()
+        is_number = np.zeros(len(different), bool) if self._holds_text else ~np.isnan(numbers_of(different))
+        if is_number.any():
+            self._number = text_at(different, int(is_number.argmax()))
+        self._texts.update(
+            different[place].as_py() or "" for place in np.flatnonzero(~is_number)[: MOST_CATEGORIES + 1]
+        )
+        self._texts.discard("")
         if len(self._texts) > MOST_CATEGORIES:
             raise ValueError(
                 f"read_table expected at most {MOST_CATEGORIES} categories, got more in {self._place}: leave it out."
