@@ -1,6 +1,6 @@
-"""Data to fit: the paper's sets from local files, toys of known density, and scikit-learn's images.
+"""Data to fit: any table of numbers, the paper's sets from local files, toys of known density, scikit-learn's images.
 
-Everything is drawn from a seed and leaves the global generators alone.
+What is drawn is drawn from a seed and leaves the global generators alone.
 """
 
 from pyro_maf.datasets.archive import (
@@ -17,6 +17,7 @@ from pyro_maf.datasets.archive import (
 from pyro_maf.datasets.dataset import Dataset
 from pyro_maf.datasets.images import complete_patches, digits, patches
 from pyro_maf.datasets.pixels import LogitPixels
+from pyro_maf.datasets.tables import Table, read_table
 from pyro_maf.datasets.toys import TOYS, FigureOne, Funnel, Moons, Pinwheel, Ring, Toy
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Moons",
     "Pinwheel",
     "Ring",
+    "Table",
     "Toy",
     "bsds300",
     "cifar10",
@@ -41,4 +43,5 @@ __all__ = [
     "mnist",
     "patches",
     "power",
+    "read_table",
 ]

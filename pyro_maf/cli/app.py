@@ -1,0 +1,46 @@
+"""The commands, and what becomes of their errors."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pyro_maf.cli import fit, info, sample, score
+from pyro_maf.cli.ending import Endings
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="pyro-maf",
+    cls=Endings,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (fit, score, sample, info):
+    name = command.__name__.rpartition(".")[-1]
+    app.command(name, epilog=command.EXAMPLES, no_args_is_help=True)(command.run)
+
+
+def main() -> None:
+    """Run the command that the program's arguments ask for."""
+    app()
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        import pyro_maf
+
+        typer.echo(f"pyro-maf {pyro_maf.__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")]
+
+
+@app.callback()
+def options(version: Version = False) -> None:
+    """Masked autoregressive flows: exact densities of tables of numbers."""

@@ -1,0 +1,65 @@
+"""How a command ends: with 0, with 2 and one line on bad input, with 130 when it was interrupted."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+__all__ = ["Endings", "command_line", "say"]
+
+PACKAGE = Path(__file__).parent.parent
+BAD_INPUT = 2
+INTERRUPTED = 130
+COMMAND = "pyro_maf.command"
+
+
+class Endings(TyperGroup):
+    """Commands whose errors become a line on stderr and an exit code, where they are about what was given."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Remember the arguments, for `command_line`."""
+        ctx.meta[COMMAND] = shlex.join(["pyro-maf", *args])
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say("interrupted.")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            # Who read standard output wants no more of it, and Python must not try to write what is left.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return None
+        except (ValueError, TypeError, ModuleNotFoundError, OSError) as error:
+            if not _is_about_input(error):
+                raise
+            say(" ".join(str(error).split()))
+            raise typer.Exit(BAD_INPUT) from None
+
+
+def command_line(ctx: typer.Context) -> str:
+    """The command as it was given."""
+    return str(ctx.meta[COMMAND])
+
+
+def say(message: str) -> None:
+    """Put a line on stderr: standard output is for data."""
+    typer.echo(f"pyro-maf: {message}", err=True)
+
+
+def _is_about_input(error: Exception) -> bool:
+    """Whether this package raised it, or the operating system. Anything else is a defect, and shows where it is."""
+    if isinstance(error, OSError):
+        return True
+    traceback: Any = error.__traceback__
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return PACKAGE in Path(traceback.tb_frame.f_code.co_filename).parents

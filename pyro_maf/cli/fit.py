@@ -1,0 +1,198 @@
+"""`pyro-maf fit`: a density from a table, in a folder of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+import typer
+
+from pyro_maf.cli.ending import INTERRUPTED, command_line, say
+from pyro_maf.cli.folder import COLUMNS, RECORD, REPORT, Record, check_folder, clear_folder, write_json
+from pyro_maf.cli.naming import named
+from pyro_maf.cli.options import Source, read, separated, source_and_array
+from pyro_maf.cli.request import check_asked, model_of, support_of, validation_of
+
+if TYPE_CHECKING:
+    from pyro_maf.datasets import Table
+    from pyro_maf.training import FitResult
+    from pyro_maf.training.data import Rows
+
+__all__ = ["EXAMPLES", "run"]
+
+EXAMPLES = """**Examples**
+
+```
+pyro-maf fit wine.csv
+pyro-maf fit wine.parquet --columns alcohol,flavanoids --context colour --flow realnvp --layers 10
+pyro-maf fit rates.csv --support positive,share=unit_interval --out rates --resume
+```
+"""
+Flow = Literal["maf", "iaf", "realnvp", "made", "made-mog", "maf-mog", "gaussian"]
+
+
+def _option(help: str, metavar: str = "N") -> Any:
+    return typer.Option(help=help, metavar=metavar)
+
+
+def run(
+    ctx: typer.Context,
+    data: Source,
+    flow: Annotated[Flow, _option(f"What to fit: {', '.join(get_args(Flow))}.", "FLOW")] = "maf",
+    layers: Annotated[int | None, _option("Layers of maf, iaf, realnvp and maf-mog; by default 5.")] = None,
+    hidden: Annotated[
+        list[str] | None, _option("Widths of the hidden layers, as 128,128; by default by the data.", "WIDTHS")
+    ] = None,
+    columns: Annotated[
+        list[str] | None, _option("Columns to fit; by default all that are no context.", "NAMES")
+    ] = None,
+    context: Annotated[
+        list[str] | None, _option("Columns that those depend on: numbers, or text as categories.", "NAMES")
+    ] = None,
+    support: Annotated[
+        list[str] | None,
+        _option(
+            "Where the data lie: positive, unit_interval or simplex; or COLUMN=positive; by default anywhere.", "KINDS"
+        ),
+    ] = None,
+    validation: Annotated[
+        str, _option("Rows to validate with: the part to hold out, between 0 and 1, or another table.", "PART")
+    ] = "0.1",
+    epochs: Annotated[int, _option("The most passes over the data.")] = 1000,
+    batch_size: Annotated[int, _option("Rows in a batch.")] = 256,
+    learning_rate: Annotated[float, _option("To begin with; it is halved when nothing is gained.")] = 2e-3,
+    patience: Annotated[int, _option("Epochs without a gain after which to end.")] = 30,
+    seed: Annotated[int, _option("Of the weights, of the rows held out and of the order of batches.")] = 0,
+    device: Annotated[Literal["cpu", "cuda"], _option("Where to fit: cpu or cuda.", "DEVICE")] = "cpu",
+    devices: Annotated[int, _option("Processes to fit with, each on a GPU of its own with --device cuda.")] = 1,
+    out: Annotated[
+        Path | None, _option("The folder for what is made; by default named after DATA and --flow.", "DIR")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the fit in the folder, if there is one.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the fit in the folder, if there is one.")
+    ] = False,
+) -> None:
+    """Fit a density to a table by maximum likelihood.
+
+    Leaves a folder with the model, its columns, a log of its epochs, a checkpoint from which the fit can go on, and a
+    report for a browser. Ctrl-C ends a fit early; --resume goes on from there.
+    """
+    from pyro_maf.training import fit, processes
+
+    folder = out or Path(f"{_stem(data)}-{flow}")
+    # Processes that the first one starts leave files and messages to it.
+    is_first = processes.is_first()
+    if is_first:
+        check_folder(folder, resume=resume, overwrite=overwrite)
+    check_asked(flow, layers, hidden, device, devices, data)
+    table = read(data, columns=separated(columns) or None, context=separated(context))
+    kinds = support_of(separated(support), table.names)
+    model = model_of(flow, table, kinds, layers, separated(hidden), seed).to(device)
+    options: dict[str, Any] = {"context": table.context, "support": kinds, "seed": seed}
+    options["validation"] = validation_of(validation, table)
+    with named(table):
+        if is_first:
+            held_out = _held_out(model, table, options)
+            say(f"{len(table.data):,} rows of {_described(table)}, to {folder}.")
+            if overwrite:
+                clear_folder(folder)
+        result = fit(
+            model,
+            table.data,
+            **options,
+            batch_size=batch_size,
+            max_epochs=epochs,
+            patience=patience,
+            learning_rate=learning_rate,
+            folder=folder,
+            resume=resume,
+            devices=devices,
+        )
+    if is_first:
+        _leave(folder, result, table, held_out, command_line(ctx), data)
+
+
+def _stem(data: str) -> str:
+    """What a fit to `data` is called: the name of its file without the endings."""
+    if data == "-":
+        return "table"
+    path, array = source_and_array(data)
+    return "-".join(filter(None, (Path(path.removesuffix(".gz")).stem, array)))
+
+
+def _held_out(model: Any, table: Table, options: dict[str, Any]) -> Rows:
+    """The rows that the fit will hold out, of which the report is.
+
+    Raises:
+        ValueError: For data that the fit would refuse, before anything is overwritten.
+    """
+    from pyro_maf.distributions.support import Support
+    from pyro_maf.training.parts import read_parts
+
+    support = Support("fit", options["support"] or "real", model.input_dim)
+    dtype = next(model.parameters()).dtype
+    parts = read_parts(
+        model, table.data, options["context"], options["validation"], support, dtype=dtype, seed=options["seed"]
+    )
+    return parts.held_out
+
+
+def _leave(folder: Path, result: FitResult, table: Table, held_out: Rows, command: str, data: str) -> None:
+    """Put what else is known of a fit into its folder.
+
+    Raises:
+        typer.Exit: If the fit was interrupted.
+    """
+    from pyro_maf.report import write_report
+
+    write_json(folder / COLUMNS, table.columns)
+    write_json(folder / RECORD, dataclasses.asdict(_record(result, table, command, data)))
+    if result.stop_reason == "interrupted":
+        again = command.replace(" --overwrite", "").replace(" --resume", "") + " --resume"
+        say(f"interrupted in epoch {result.epochs + 1}. To go on: {again}")
+        raise typer.Exit(INTERRUPTED)
+    result.density.cpu()  # where the rows are
+    write_report(
+        folder / REPORT,
+        result,
+        held_out.data,
+        context=held_out.context,
+        names=table.names,
+        context_names=table.context_names or None,
+        command=command,
+    )
+    say(
+        f"validation log-likelihood {result.validation_log_likelihood:.3f} nats after epoch {result.best_epoch} of "
+        f"{result.epochs}, {result.seconds:.1f} s; stopped: {result.stop_reason}. See {folder / REPORT}."
+    )
+
+
+def _described(table: Table) -> str:
+    """Which columns were read."""
+    given = f" given {_listed(table.context_names)}" if table.context_names else ""
+    return f"{_listed(table.names)}{given}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 8 else f"{', '.join(names[:7])} ... {names[-1]} ({len(names)} columns)"
+
+
+def _record(result: FitResult, table: Table, command: str, data: str) -> Record:
+    import pyro_maf
+
+    return Record(
+        command=command,
+        version=pyro_maf.__version__,
+        data="standard input" if data == "-" else data,
+        rows=len(table.data),
+        validation_log_likelihood=result.validation_log_likelihood,
+        best_epoch=result.best_epoch,
+        epochs=result.epochs,
+        seconds=result.seconds,
+        stop_reason=result.stop_reason,
+    )

@@ -1,0 +1,123 @@
+"""What a fit has left behind: a folder, or the model alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyro_maf.cli.folder import COLUMNS, MODEL, RECORD, Record, read_json
+from pyro_maf.cli.options import read
+
+if TYPE_CHECKING:
+    from pyro_maf.datasets import Table
+
+__all__ = ["Fitted", "read_fitted"]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fitted density and what is known of it.
+
+    Attributes:
+        density: On the CPU, in eval mode.
+        columns: How to read a table for it, as `Table.columns`; None for a model without its folder.
+        record: How it was made; None for a model without its folder.
+    """
+
+    density: Any
+    columns: dict[str, Any] | None
+    record: Record | None
+
+    @property
+    def inner(self) -> Any:
+        """The density itself, that takes its context or has none."""
+        return getattr(self.density, "density", self.density)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the columns of data."""
+        if self.columns is None:
+            return tuple(f"x{i}" for i in range(1, self.inner.event_shape[0] + 1))
+        return tuple(self.columns["data"])
+
+    @property
+    def context(self) -> tuple[tuple[str, list[str] | None], ...]:
+        """Names and categories of the columns of context."""
+        if self.columns is None:
+            return tuple((f"c{i}", None) for i in range(1, self.inner.context_dim + 1))
+        return tuple((column["name"], column["categories"]) for column in self.columns["context"])
+
+    def read(self, source: str) -> Table:
+        """The table in `source` as this model takes it.
+
+        Raises:
+            ValueError: As `read_table`, and for a table of another width where only that is known.
+        """
+        if self.columns is not None:
+            return read(source, columns=self.columns)
+        table = read(source)
+        data, context = len(self.names), len(self.context)
+        if len(table.names) != data + context:
+            raise ValueError(
+                f"score expected {data + context} columns, {data} of data and then {context} of context, "
+                f"got {len(table.names)}: the model has no {COLUMNS} beside it to choose by."
+            )
+        return replace(table, data=table.data[:, :data], context=table.data[:, data:] if context else None)
+
+
+def read_fitted(path: Path) -> Fitted:
+    """A model, and what lies beside it.
+
+    Args:
+        path: The folder of a fit, or a model of any name.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If a file is damaged or foreign.
+    """
+    from pyro_maf.saving import load
+
+    model = path / MODEL if path.is_dir() else path
+    if not model.is_file():
+        found = f"a folder without {MODEL}" if path.is_dir() else "nothing"
+        raise FileNotFoundError(f"expected a fit's folder or a .safetensors file at {path}, found {found}.")
+    density = _as_density(load(model), model).eval()
+    columns = read_json(model.with_name(COLUMNS)) if model.name == MODEL else None
+    facts = read_json(model.with_name(RECORD)) if model.name == MODEL else None
+    try:
+        fitted = Fitted(density, columns, None if facts is None else Record(**facts))
+    except TypeError as error:
+        raise ValueError(f"found {model.with_name(RECORD)} damaged: {error}.") from None
+    _check_columns(fitted, path)
+    return fitted
+
+
+def _as_density(model: Any, path: Path) -> Any:
+    """What was loaded as a density: a flow is one of standard normal noise."""
+    from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
+    from pyro_maf.transforms import ConditionalFlow, Flow
+
+    if isinstance(model, ConditionalFlow):
+        return ConditionalFlowPrior(model)
+    if isinstance(model, Flow):
+        return ConditionalFlowPrior(model) if model.context_dim else FlowPrior(model)
+    if isinstance(model, Density):
+        return ConditionalDensity(model) if model.context_dim else model
+    if isinstance(model, ConditionalDensity):
+        return model
+    raise ValueError(f"expected a flow or a density in {path}, found {type(model).__name__}.")
+
+
+def _check_columns(fitted: Fitted, path: Path) -> None:
+    """Refuse columns that are those of another model."""
+    try:
+        widths = len(fitted.names), sum(len(categories or [name]) for name, categories in fitted.context)
+    except (LookupError, TypeError):
+        widths = 0, 0
+    expected = fitted.inner.event_shape[0], fitted.inner.context_dim
+    if widths != expected:
+        raise ValueError(
+            f"expected {COLUMNS} in {path} with {expected[0]} columns of data and {expected[1]} of context, as the "
+            f"model has, found {widths[0]} and {widths[1]}."
+        )

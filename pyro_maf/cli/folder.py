@@ -1,0 +1,93 @@
+"""The folder of a fit: what lies in it, and when it may be written to."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "CHECKPOINT",
+    "COLUMNS",
+    "MODEL",
+    "RECORD",
+    "REPORT",
+    "Record",
+    "check_folder",
+    "clear_folder",
+    "read_json",
+    "write_json",
+]
+
+MODEL, CHECKPOINT, LOG = "model.safetensors", "checkpoint.safetensors", "log.csv"
+"""What `pyro_maf.fit` writes."""
+
+COLUMNS, RECORD, REPORT = "columns.json", "fit.json", "report.html"
+"""What the command adds: how to read a table for the model, how it was made, and how well it fits."""
+
+FILES = (MODEL, CHECKPOINT, LOG, COLUMNS, RECORD, REPORT)
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a model was made, as JSON holds it."""
+
+    command: str
+    version: str
+    data: str
+    rows: int
+    validation_log_likelihood: float
+    best_epoch: int
+    epochs: int
+    seconds: float
+    stop_reason: str
+
+
+def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse to write over a fit without being asked to.
+
+    Raises:
+        ValueError: If `folder` holds one that is neither to be resumed nor overwritten, or one without a checkpoint
+            that is to be resumed.
+    """
+    if resume and overwrite:
+        raise ValueError("fit got both --resume and --overwrite: choose one.")
+    found = [name for name in FILES if (folder / name).exists()]
+    if not found or overwrite:
+        return
+    if not resume:
+        raise ValueError(
+            f"fit found a fit in {folder} ({found[0]}): go on with it by --resume, replace it by --overwrite, or "
+            "choose another folder with --out."
+        )
+    if MODEL in found and CHECKPOINT not in found:
+        raise ValueError(f"fit found {MODEL} in {folder}, but no {CHECKPOINT} to go on from: choose another folder.")
+
+
+def clear_folder(folder: Path) -> None:
+    """Remove a fit, and nothing else."""
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a file whole or not at all."""
+    from pyro_maf.saving import write_whole
+
+    write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What a file holds, or None where there is none."""
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"found {path} damaged: {error}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"found {path} damaged: it holds no object.")
+    return value

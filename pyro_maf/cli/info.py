@@ -1,0 +1,54 @@
+"""`pyro-maf info`: what a model is, and how it came to be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import typer
+
+from pyro_maf.cli.options import Model
+
+if TYPE_CHECKING:
+    from pyro_maf.cli.fitted import Fitted
+
+__all__ = ["EXAMPLES", "run"]
+
+EXAMPLES = """**Examples**
+
+```
+pyro-maf info wine-maf
+```
+"""
+
+
+def run(model: Model) -> None:
+    """Say what a model is: its layers, its columns, how well it does, and how it was made."""
+    from pyro_maf.cli.fitted import read_fitted
+
+    facts = list(_facts(read_fitted(model)))
+    width = max(len(name) for name, _ in facts) + 2
+    for name, value in facts:
+        typer.echo(f"{name:<{width}}{value}".replace("\n", "\n" + " " * width))
+
+
+def _facts(fitted: Fitted) -> Iterator[tuple[str, str]]:
+    inner, record = fitted.inner, fitted.record
+    yield "model", repr(fitted.density)
+    yield "dimensions", str(inner.event_shape[0])
+    if fitted.context:
+        yield "context", f"{inner.context_dim} numbers"
+    yield "parameters", f"{sum(parameter.numel() for parameter in inner.parameters()):,}"
+    if fitted.columns is not None:
+        yield "columns", ", ".join(fitted.names)
+    for name, categories in fitted.context if fitted.columns is not None else ():
+        yield "given", name if categories is None else f"{name}: {', '.join(categories)}"
+    if record is not None:
+        yield (
+            "validation",
+            f"log-likelihood {record.validation_log_likelihood:.4f} nats after epoch {record.best_epoch} of "
+            f"{record.epochs}",
+        )
+        yield "stopped", f"{record.stop_reason}, after {record.seconds:.1f} s"
+        yield "data", f"{record.rows:,} rows of {record.data}"
+        yield "made by", f"{record.command} (version {record.version})"

@@ -1,0 +1,91 @@
+"""Rows that go out as they come: to standard output, a csv or a parquet file."""
+
+from __future__ import annotations
+
+import csv
+import secrets
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+
+__all__ = ["STANDARD_OUTPUT", "writing_rows"]
+
+STANDARD_OUTPUT = Path("-")
+
+
+@contextmanager
+def writing_rows(path: Path, names: Sequence[str]) -> Iterator[Callable[[np.ndarray[Any, Any]], None]]:
+    """While entered, a function that writes rows, (n, columns), under the column names `names`.
+
+    A file is there once all is written, and not before; what was there stays until then.
+
+    Args:
+        path: "-" for standard output, as csv, or a file that ends in .csv or .parquet.
+
+    Raises:
+        ValueError: For another ending.
+        FileNotFoundError: If its folder does not exist.
+
+    Example:
+        >>> import numpy as np
+        >>> with writing_rows(STANDARD_OUTPUT, ["a", "b"]) as write:  # doctest: +SKIP
+        ...     write(np.ones((2, 2)))
+    """
+    writers = {".csv": _csv_writer, ".parquet": _parquet_writer}
+    if path == STANDARD_OUTPUT:
+        with _csv_writer(sys.stdout.buffer, names) as write:
+            yield write
+        sys.stdout.flush()
+        return
+    if path.suffix not in writers:
+        raise ValueError(f'expected --out to end in {" or ".join(writers)}, or to be "-", got {path}.')
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"expected an existing folder for {path.name}, got {path.parent}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with open(temporary, "xb") as file, writers[path.suffix](file, names) as write:
+            yield write
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _csv_writer(file: Any, names: Sequence[str]) -> Iterator[Callable[[np.ndarray[Any, Any]], None]]:
+    import io
+
+    from pyarrow.csv import CSVWriter, WriteOptions
+
+    header = io.StringIO()
+    csv.writer(header, lineterminator="\n").writerow(names)
+    file.write(header.getvalue().encode())
+    with CSVWriter(file, _schema(names), write_options=WriteOptions(include_header=False)) as writer:
+        yield lambda rows: writer.write(_batch(rows, names))
+
+
+@contextmanager
+def _parquet_writer(file: Any, names: Sequence[str]) -> Iterator[Callable[[np.ndarray[Any, Any]], None]]:
+    from pyarrow.parquet import ParquetWriter
+
+    with ParquetWriter(file, _schema(names)) as writer:
+        yield lambda rows: writer.write(_batch(rows, names))
+
+
+def _schema(names: Sequence[str]) -> Any:
+    import pyarrow
+
+    return pyarrow.schema([(name, pyarrow.float32()) for name in names])
+
+
+def _batch(rows: np.ndarray[Any, Any], names: Sequence[str]) -> Any:
+    import pyarrow
+
+    return pyarrow.record_batch([pyarrow.array(column, pyarrow.float32()) for column in rows.T], schema=_schema(names))

@@ -1,0 +1,74 @@
+"""`pyro-maf score`: how likely rows are."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from pyro_maf.cli.ending import say
+from pyro_maf.cli.options import Model, Out, Source
+from pyro_maf.cli.rows import STANDARD_OUTPUT, writing_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from pyro_maf.cli.fitted import Fitted
+    from pyro_maf.datasets import Table
+
+__all__ = ["EXAMPLES", "run"]
+
+EXAMPLES = """**Examples**
+
+```
+pyro-maf score wine-maf new.csv --out scores.csv
+pyro-maf score wine-maf new.parquet | sort -g | head
+xz -dc new.csv.xz | pyro-maf score wine-maf -
+```
+"""
+NUMBERS_IN_A_BATCH = 2**18
+
+
+def run(model: Model, data: Source, out: Out = STANDARD_OUTPUT) -> None:
+    """Give the log-density of every row, in nats.
+
+    One column, log_density, with a row for each of DATA, in its order. The columns of DATA are found by name, whatever
+    else it holds.
+    """
+    import torch
+
+    from pyro_maf.cli.fitted import read_fitted
+
+    fitted = read_fitted(model)
+    table = fitted.read(data)
+    count = len(table.data)
+    total = squares = 0.0
+    with writing_rows(out, ["log_density"]) as write, torch.no_grad():
+        for scores in _scores(fitted, table):
+            write(scores[:, None].numpy())
+            total, squares = total + scores.double().sum().item(), squares + scores.double().square().sum().item()
+    say(_summary(count, total / count, squares / count))
+
+
+def _scores(fitted: Fitted, table: Table) -> Iterator[Tensor]:
+    """Log-densities, batch by batch."""
+    import numpy as np
+    import torch
+
+    rows = max(1, NUMBERS_IN_A_BATCH // len(table.names))
+    for start in range(0, len(table.data), rows):
+        # Copies: torch warns of arrays that it may not write to.
+        data = torch.from_numpy(np.array(table.data[start : start + rows]))
+        density = fitted.density
+        if table.context is not None:
+            density = density.condition(torch.from_numpy(np.array(table.context[start : start + rows])))
+        yield density.log_prob(data)
+
+
+def _summary(count: int, mean: float, mean_square: float) -> str:
+    rows = f"{count:,} row" + "s" * (count != 1)
+    if not math.isfinite(mean):
+        return f"{rows}, of which some have density 0."
+    error = math.sqrt(max(0.0, mean_square - mean**2) / count)
+    return f"{rows}, mean log-density {mean:.3f} nats, standard error {error:.3f}."

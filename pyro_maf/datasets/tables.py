@@ -1,0 +1,216 @@
+"""Any table of numbers as data and context: what is read of it, and how its columns are kept in mind."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from pyro_maf.datasets.columns import Column, Survey
+from pyro_maf.datasets.sources import ArraySource, Source, open_source
+from pyro_maf.datasets.spool import Spool
+
+__all__ = ["Table", "read_table"]
+
+BYTES_IN_MEMORY = 2**29
+
+
+@dataclass(frozen=True, repr=False)
+class Table:
+    """Named columns of numbers, float32, one row an event.
+
+    Attributes:
+        data: (rows, D): an array or, for a table larger than half a gibibyte, a read-only `np.memmap`.
+        context: (rows, C), or None where there is none.
+        names: Of the D columns of data.
+        context_names: Of the C columns of context; that of a category is column=category.
+        columns: Plain values that JSON holds and that `read_table` takes, to read another table in the same way:
+            {"data": [name, ...], "context": [{"name": name, "categories": [category, ...] or None}, ...]}.
+    """
+
+    data: np.ndarray[Any, Any]
+    context: np.ndarray[Any, Any] | None
+    names: tuple[str, ...]
+    context_names: tuple[str, ...]
+    columns: dict[str, Any]
+
+    def __repr__(self) -> str:
+        given = f" given {', '.join(self.context_names)}" if self.context_names else ""
+        return f"Table({len(self.data)} rows of {', '.join(self.names)}{given})"
+
+
+def read_table(
+    source: str | os.PathLike[str] | BinaryIO,
+    *,
+    columns: Sequence[str] | Mapping[str, Any] | None = None,
+    context: Sequence[str] = (),
+    array: str | None = None,
+) -> Table:
+    r"""Read csv, tsv, parquet, npy or npz, which may be larger than memory.
+
+    The first bytes tell the format. Text may be compressed by gzip; it has names above its columns or not. Columns
+    without names are x1, x2, ... Numbers are rounded to float32. More than half a gibibyte of them is kept in a
+    temporary file that is deleted when the program ends, or read from the .npy file itself.
+
+    Args:
+        source: A path; "-" for standard input; or a binary stream.
+        columns: The columns of data, in this order; by default all that are no context. Or the `columns` of another
+            table: its columns are looked for by name, whatever else there is, and its categories are kept. Without a
+            context, a table without names may also have just as many columns.
+        context: Columns that the distribution of the data depends on. One of text, of truth values or of a dictionary
+            becomes a column of 0 and 1 for each of its categories, in alphabetical order.
+        array: Which array of an .npz file; it may be left out where only one has rows and columns.
+
+    Returns:
+        A `Table`.
+
+    Cost:
+        One pass over the file, and one before it over columns of context that may be text.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        TypeError: For a source or a choice of columns that is none of these.
+        ValueError: For a file that is empty, damaged or ragged; for columns that are unknown, named twice or not named;
+            for text among the data, missing values and those that are not finite, with the row, counted from 1, and
+            the column; for categories that the other table did not have, or too many.
+        ModuleNotFoundError: For csv and parquet without the `train` extra.
+
+    Example:
+        >>> import io
+        >>> text = b"colour,length,width\nred,1.5,2\nblue,2.5,3\n"
+        >>> table = read_table(io.BytesIO(text), context=["colour"])
+        >>> table
+        Table(2 rows of length, width given colour=blue, colour=red)
+        >>> table.context.tolist()
+        [[0.0, 1.0], [1.0, 0.0]]
+        >>> read_table(io.BytesIO(b"width,length,colour\n9,8,red\n"), columns=table.columns).data.tolist()
+        [[8.0, 9.0]]
+    """
+    opened = open_source(source, array)
+    _check_names(opened)
+    if isinstance(columns, Mapping):
+        if context:
+            raise ValueError("read_table got context beside a description of columns, which names it: leave it out.")
+        data_columns, context_columns = _described(opened, columns)
+    else:
+        data_columns, context_columns = _chosen(opened, columns, context)
+    rows = _read(opened, [*data_columns, *context_columns])
+    width = len(data_columns)
+    return Table(
+        data=rows[:, :width],
+        context=rows[:, width:] if context_columns else None,
+        names=tuple(column.name for column in data_columns),
+        context_names=tuple(name for column in context_columns for name in column.encoded_names),
+        columns={
+            "data": [column.name for column in data_columns],
+            "context": [{"name": column.name, "categories": column.categories} for column in context_columns],
+        },
+    )
+
+
+def _check_names(source: Source) -> None:
+    repeated = [name for place, name in enumerate(source.names) if name and name in source.names[:place]]
+    if repeated:
+        raise ValueError(f"read_table expected names that differ, got two columns {repeated[0]!r} in {source.label}.")
+
+
+def _chosen(source: Source, columns: Sequence[str] | None, context: Sequence[str]) -> tuple[list[Column], list[Column]]:
+    """The columns of data and of context that were asked for, or all that are left."""
+    for name, value in (("columns", columns), ("context", context)):
+        if isinstance(value, str) or not isinstance(value, (Sequence, type(None))):
+            raise TypeError(f"read_table expected {name} to be a sequence of names, got {value!r}.")
+    names = [name for name in source.names if name not in context] if columns is None else list(columns)
+    for place, name in enumerate(asked := [*names, *context]):
+        _check_known(source, name)
+        if name in asked[:place]:
+            raise ValueError(f"read_table expected each column once, in columns or in context, got {name!r} twice.")
+    if not names:
+        raise ValueError(f"read_table expected columns of data beside the context, got none in {source.label}.")
+    for name in names:
+        if source.holds_text(name):
+            raise ValueError(
+                f"read_table expected data of numbers, got text in {_place(source, name)}: "
+                "leave it out or make it context."
+            )
+    return [Column(name, _place(source, name)) for name in names], _surveyed(source, context)
+
+
+def _surveyed(source: Source, names: Sequence[str]) -> list[Column]:
+    """Columns of context, with the categories of those that hold text."""
+    kinds = {name: source.holds_text(name) for name in names}
+    surveys = {
+        name: Survey(name, _place(source, name), bool(kind)) for name, kind in kinds.items() if kind is not False
+    }
+    if surveys:
+        for batch in source.batches(list(surveys)):
+            for survey, cells in zip(surveys.values(), batch, strict=True):
+                survey.add(cells)
+    return [surveys[name].column() if name in surveys else Column(name, _place(source, name)) for name in names]
+
+
+def _described(source: Source, description: Mapping[str, Any]) -> tuple[list[Column], list[Column]]:
+    """The columns that the description of another table names."""
+    try:
+        data = list(map(str, description["data"]))
+        context = [(str(each["name"]), each["categories"]) for each in description["context"]]
+    except (LookupError, TypeError):
+        raise ValueError(
+            f"read_table expected columns as names or as the columns of another table, got {description!r}."
+        ) from None
+    if not source.is_named and not context and len(data) == len(source.names):
+        source.names = tuple(data)
+    for name in [*data, *(name for name, _ in context)]:
+        _check_known(source, name)
+    return (
+        [Column(name, _place(source, name)) for name in data],
+        [Column(name, _place(source, name), categories) for name, categories in context],
+    )
+
+
+def _check_known(source: Source, name: str) -> None:
+    if name == "":
+        place = source.names.index("") + 1 if "" in source.names else 1
+        raise ValueError(
+            f"read_table expected a name for every column, got none for column {place} of {source.label}: "
+            "name it, or choose others with columns=."
+        )
+    if name not in source.names:
+        near = difflib.get_close_matches(name, source.names, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {_listed(source.names)}."
+        named = "" if source.is_named else ", whose columns have no names of their own"
+        raise ValueError(f"read_table found no column {name!r} in {source.label}{named}: {hint}")
+
+
+def _place(source: Source, name: str) -> str:
+    return f"column {name!r} of {source.label}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 10 else f"{', '.join(names[:9])}, ... {names[-1]}"
+
+
+def _read(source: Source, columns: Sequence[Column]) -> np.ndarray[Any, Any]:
+    """The numbers of the columns, one after another, (rows, numbers)."""
+    names = [column.name for column in columns]
+    mapped = _mapped(source, names)
+    first_row = 1
+    with Spool(sum(len(column.encoded_names) for column in columns), BYTES_IN_MEMORY) as spool:
+        for batch in source.batches(names):
+            parts = [column.encode(cells, first_row) for column, cells in zip(columns, batch, strict=True)]
+            first_row += len(parts[0])
+            if mapped is None:
+                spool.append(np.concatenate(parts, 1))
+    if first_row == 1:
+        raise ValueError(f"read_table expected rows of data, got none in {source.label}.")
+    return spool.rows() if mapped is None else mapped
+
+
+def _mapped(source: Source, names: Sequence[str]) -> np.ndarray[Any, Any] | None:
+    """The array in the file itself, where it is large and holds just these columns as floating-point numbers."""
+    if not isinstance(source, ArraySource) or names != list(source.names) or source.array.dtype.kind != "f":
+        return None
+    return source.array if source.array.nbytes > BYTES_IN_MEMORY else None

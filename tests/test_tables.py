@@ -1,0 +1,493 @@
+"""Tables: every format gives the same numbers, in memory and beyond it, and what is wrong is said in one line."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pyro_maf import MAF, fit
+from pyro_maf.datasets import read_table, sources, tables
+from pyro_maf.datasets.spool import temporary_file
+
+ROWS = 50
+NAMES = ("length", "width", "height")
+COLOURS = ("blue", "green", "red")
+
+
+def numbers() -> np.ndarray[Any, Any]:
+    return np.random.default_rng(0).normal(10, 2, (ROWS, 3)).astype(np.float32)
+
+
+def frame() -> pd.DataFrame:
+    """Three columns of data, and four of context: a number, a text, a truth value and a dictionary."""
+    random = np.random.default_rng(1)
+    table = pd.DataFrame(numbers(), columns=list(NAMES))
+    table.insert(1, "colour", [COLOURS[i] for i in np.arange(ROWS) % 3])
+    table.insert(0, "age", random.integers(20, 80, ROWS))
+    table["is_new"] = random.random(ROWS) < 0.5
+    table["size"] = pd.Categorical(np.where(random.random(ROWS) < 0.5, "small", "large"))
+    return table
+
+
+def write_csv(path: Path, table: pd.DataFrame, **options: Any) -> Path:
+    table.to_csv(path, index=False, float_format="%.9g", **options)
+    return path
+
+
+def write_gzip(path: Path, table: pd.DataFrame) -> Path:
+    path.write_bytes(gzip.compress(write_csv(path, table).read_bytes()))
+    return path
+
+
+def write_parquet(path: Path, table: pd.DataFrame) -> Path:
+    # Split into row groups, with an index that is no column.
+    table.set_index(np.arange(len(table)) * 2).to_parquet(path, row_group_size=7)
+    return path
+
+
+WITH_NAMES: dict[str, Callable[[Path, pd.DataFrame], Path]] = {
+    "csv": write_csv,
+    "tsv": lambda path, table: write_csv(path, table, sep="\t"),
+    "semicolons": lambda path, table: write_csv(path, table, sep=";"),
+    "byte order mark": lambda path, table: write_csv(path, table, encoding="utf-8-sig"),
+    "Windows lines": lambda path, table: write_csv(path, table, lineterminator="\r\n"),
+    "all quoted": lambda path, table: write_csv(path, table, quoting=1),
+    "gzip": write_gzip,
+    "parquet": write_parquet,
+}
+
+
+def save_text(path: Path, array: Any) -> Path:
+    np.savetxt(path, array, fmt="%.9g")
+    return path
+
+
+def save_npy(path: Path, array: Any) -> Path:
+    with open(path, "wb") as file:
+        np.save(file, array)
+    return path
+
+
+def save_npz(path: Path, **arrays: Any) -> Path:
+    with open(path, "wb") as file:
+        np.savez(file, **arrays)
+    return path
+
+
+WITHOUT_NAMES: dict[str, Callable[[Path, Any], Path]] = {
+    "spaces": save_text,
+    "csv": lambda path, array: write_csv(path, pd.DataFrame(array), header=False),
+    "npy": save_npy,
+    "npy, float64": lambda path, array: save_npy(path, array.astype(np.float64)),
+    "npy, columns first": lambda path, array: save_npy(path, np.asfortranarray(array)),
+    "npy, other byte order": lambda path, array: save_npy(path, array.astype(">f4")),
+    "npz": lambda path, array: save_npz(path, rows=array, label=np.arange(len(array))),
+}
+
+with_names = pytest.mark.parametrize("write", WITH_NAMES.values(), ids=WITH_NAMES.keys())
+without_names = pytest.mark.parametrize("write", WITHOUT_NAMES.values(), ids=WITHOUT_NAMES.keys())
+
+
+def text(content: str | bytes) -> io.BytesIO:
+    return io.BytesIO(content if isinstance(content, bytes) else content.encode())
+
+
+# -- what is read -----------------------------------------------------------------------------------------------------
+
+
+@with_names
+def test_columns_with_names_are_read_from_every_format(tmp_path: Path, write: Any) -> None:
+    table = read_table(write(tmp_path / "table", frame()[list(NAMES)]))
+    assert table.names == NAMES
+    assert table.data.dtype == np.float32
+    assert np.array_equal(table.data, numbers())
+    assert (table.context, table.context_names) == (None, ())
+
+
+@without_names
+def test_columns_without_names_are_numbered(tmp_path: Path, write: Any) -> None:
+    table = read_table(write(tmp_path / "table", numbers()))
+    assert table.names == ("x1", "x2", "x3")
+    assert table.data.dtype == np.float32
+    assert np.array_equal(table.data, numbers())
+
+
+@with_names
+def test_context_is_read_with_a_column_for_each_category(tmp_path: Path, write: Any) -> None:
+    given = frame()
+    table = read_table(write(tmp_path / "table", given), context=["size", "age", "colour", "is_new"])
+    assert table.names == NAMES
+    assert table.context_names == (
+        *("size=large", "size=small", "age", "colour=blue", "colour=green", "colour=red"),
+        *("is_new=False", "is_new=True"),
+    )
+    expected = [given["size"] == "large", given["size"] == "small", given["age"]]
+    expected += [given["colour"] == colour for colour in COLOURS] + [~given["is_new"], given["is_new"]]
+    assert table.context is not None
+    assert np.array_equal(table.context, np.stack(expected, 1).astype(np.float32))
+
+
+def test_columns_are_taken_in_the_order_asked_for(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "table.csv", frame())
+    table = read_table(path, columns=["height", "length"], context=["age"])
+    assert table.names == ("height", "length")
+    assert np.array_equal(table.data, numbers()[:, [2, 0]])
+
+
+def test_standard_input_and_streams_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for write in (write_csv, write_parquet):
+        content = write(tmp_path / "table", frame()[list(NAMES)]).read_bytes()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        assert np.array_equal(read_table("-").data, numbers())
+        assert np.array_equal(read_table(io.BytesIO(content)).data, numbers())
+
+
+@pytest.mark.parametrize(
+    ("content", "names", "rows"),
+    [
+        ("a,b\n1,2\n3,4\n", ("a", "b"), 2),
+        ("1,2\n3,4\n", ("x1", "x2"), 2),
+        ("0,1\n0.5,1.5\n", ("0", "1"), 1),
+        ("0,1\n2,3\n", ("x1", "x2"), 2),
+        ("2019,2020\n1.5,2.5\n", ("x1", "x2"), 2),
+        ("# a,b\n1,2\n", ("a", "b"), 1),
+        ("\n\na, b\n1, 2\n\n3, 4\n", ("a", "b"), 2),
+        ("1 2 3\n4 5 6\n", ("x1", "x2", "x3"), 2),
+        ("wind speed\n1\n2\n", ("wind speed",), 2),
+        ('"a, b","c\nd"\n+1,-2e3\n', ("a, b", "c\nd"), 1),
+        ("a\tb c\n1\t2\n", ("a", "b c"), 1),
+        ("5,6", ("x1", "x2"), 1),
+    ],
+    ids=repr,
+)
+def test_names_and_separators_are_recognised(content: str, names: tuple[str, ...], rows: int) -> None:
+    table = read_table(text(content))
+    assert (table.names, len(table.data)) == (names, rows)
+
+
+def test_text_without_names_may_hold_context() -> None:
+    table = read_table(text("1.5,red\n2.5,blue\n"), context=["x2"])
+    assert table.context_names == ("x2=blue", "x2=red")
+
+
+def test_signs_and_exponents_are_numbers() -> None:
+    table = read_table(text("a,b\n+1, 1e3 \n-.5,2E-3\n"))
+    assert table.data.tolist() == np.array([[1, 1000], [-0.5, 0.002]], np.float32).tolist()
+
+
+def test_an_array_of_an_npz_file_is_chosen_by_name(tmp_path: Path) -> None:
+    path = save_npz(tmp_path / "table.npz", train=numbers(), test=numbers()[:5] + 1)
+    assert np.array_equal(read_table(path, array="test").data, numbers()[:5] + 1)
+    with pytest.raises(ValueError, match=re.escape("choose one of train, test with array=")):
+        read_table(path)
+    with pytest.raises(ValueError, match=re.escape("no array 'tets' in table.npz, but train, test")):
+        read_table(path, array="tets")
+
+
+def test_a_vector_is_one_column(tmp_path: Path) -> None:
+    assert read_table(save_npy(tmp_path / "vector.npy", np.arange(4.0))).data.tolist() == [[0], [1], [2], [3]]
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.int8(), pa.uint64(), pa.decimal128(22, 2)], ids=str)
+def test_parquet_of_every_kind_of_number_is_read(tmp_path: Path, kind: Any) -> None:
+    values = pa.array(np.array([1, 2, 3], np.float16) if pa.types.is_float16(kind) else [1, 2, 3]).cast(kind)
+    pq.write_table(pa.table({"a": values}), tmp_path / "table.parquet")
+    assert read_table(tmp_path / "table.parquet").data.tolist() == [[1], [2], [3]]
+
+
+def test_a_fit_takes_what_was_read(tmp_path: Path) -> None:
+    table = read_table(write_csv(tmp_path / "table.csv", frame()), columns=NAMES, context=["age", "colour"])
+    result = fit(MAF(3, context_dim=4, num_layers=1), table.data, context=table.context, max_epochs=1, progress=False)
+    assert result.density.condition(torch.tensor(table.context)).log_prob(torch.tensor(table.data)).shape == (ROWS,)
+
+
+# -- larger than memory -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little memory, and batches of few rows."""
+    monkeypatch.setattr(tables, "BYTES_IN_MEMORY", 100)
+    monkeypatch.setattr(sources, "NUMBERS_IN_A_BATCH", 20)
+    monkeypatch.setattr(sources, "BYTES_IN_A_BLOCK", 300)
+
+
+@pytest.mark.parametrize("write", [write_csv, write_gzip, write_parquet])
+def test_a_large_table_is_read_in_batches_to_the_same_numbers(
+    tmp_path: Path, request: pytest.FixtureRequest, write: Any
+) -> None:
+    path, context = write(tmp_path / "table", frame()), ["colour", "age", "is_new"]
+    plain = read_table(path, columns=NAMES, context=context)
+    request.getfixturevalue("small_memory")
+    with open(path, "rb") as stream:
+        for source in (path, stream):
+            large = read_table(source, columns=NAMES, context=context)
+            assert isinstance(large.data, np.memmap)
+            assert isinstance(large.context, np.memmap)
+            assert np.array_equal(large.data, plain.data)
+            assert np.array_equal(large.context, plain.context)
+            assert (large.names, large.context_names, large.columns) == (
+                *(plain.names, plain.context_names),
+                plain.columns,
+            )
+
+
+@pytest.mark.usefixtures("small_memory")
+def test_a_large_array_is_mapped_and_not_copied(tmp_path: Path) -> None:
+    path = save_npy(tmp_path / "table.npy", numbers())
+    large = read_table(path)
+    assert isinstance(large.data, np.memmap)
+    assert str(large.data.filename) == str(path)
+    assert np.array_equal(large.data, numbers())
+    chosen = read_table(path, context=["x2"])
+    assert np.array_equal(chosen.data, numbers()[:, [0, 2]])
+    assert np.array_equal(chosen.context, numbers()[:, [1]])
+
+
+@pytest.mark.usefixtures("small_memory")
+def test_rows_are_counted_across_batches(tmp_path: Path) -> None:
+    table = frame()
+    table.loc[40, "width"] = np.nan
+    table.loc[45, "colour"] = None
+    path = write_csv(tmp_path / "table.csv", table)
+    with pytest.raises(ValueError, match=r"an empty cell in data row 41 \(counted from 1\) of column 'width'"):
+        read_table(path, columns=NAMES)
+    with pytest.raises(ValueError, match=r"an empty cell in data row 46 \(counted from 1\) of column 'colour'"):
+        read_table(path, columns=["length"], context=["colour"])
+    array = numbers()
+    array[33, 2] = np.inf
+    with pytest.raises(ValueError, match=r"got inf in data row 34 \(counted from 1\) of column 'x3'"):
+        read_table(save_npy(tmp_path / "table.npy", array))
+
+
+def test_temporary_files_are_gone_when_the_program_ends() -> None:
+    code = "from pyro_maf.datasets.spool import temporary_file; print(temporary_file('.table'))"
+    path = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert os.path.basename(os.path.dirname(path)).startswith("pyro-maf-")
+    assert not os.path.exists(os.path.dirname(path))
+    assert temporary_file(".table").exists()
+
+
+# -- another table, in the same way -----------------------------------------------------------------------------------
+
+
+@with_names
+def test_another_table_is_read_in_the_same_way(tmp_path: Path, write: Any) -> None:
+    first = read_table(write(tmp_path / "first", frame()), columns=["width", "length"], context=["colour", "is_new"])
+    description = json.loads(json.dumps(first.columns))
+    other = frame()[frame()["colour"] == "red"].iloc[:, ::-1].assign(extra="text")
+    second = read_table(write(tmp_path / "second", other), columns=description)
+    assert (second.names, second.context_names, second.columns) == (first.names, first.context_names, first.columns)
+    chosen = np.arange(ROWS) % 3 == 2
+    assert np.array_equal(second.data, first.data[chosen])
+    assert first.context is not None
+    assert np.array_equal(second.context, first.context[chosen])
+
+
+def test_a_category_that_is_not_known_is_refused_by_name() -> None:
+    columns = read_table(text("y,colour\n1,red\n2,blue\n"), context=["colour"]).columns
+    with pytest.raises(
+        ValueError,
+        match=re.escape(
+            "read_table expected one of 'blue', 'red', got 'green' in data row 2 (counted from 1) "
+            "of column 'colour' of the stream."
+        ),
+    ):
+        read_table(text("y,colour\n1,red\n2,green\n"), columns=columns)
+
+
+def test_a_table_without_names_fits_a_description_of_as_many_columns(tmp_path: Path) -> None:
+    columns = read_table(write_csv(tmp_path / "table.csv", frame()[list(NAMES)])).columns
+    table = read_table(save_npy(tmp_path / "table.npy", numbers()), columns=columns)
+    assert table.names == NAMES
+    assert np.array_equal(table.data, numbers())
+    with pytest.raises(ValueError, match=r"no column 'length' in wide\.npy, whose columns have no names of their own"):
+        read_table(save_npy(tmp_path / "wide.npy", np.ones((3, 4))), columns=columns)
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+WRONG_TEXT = {
+    "empty": ("", {}, "read_table found the stream empty."),
+    "blank": ("\n\n", {}, "read_table found the stream empty."),
+    "names alone": ("a,b\n", {}, "read_table expected rows of data, got none in the stream."),
+    "ragged": (
+        "a,b\n1,2\n3\n",
+        {},
+        "read_table found the stream ragged: data row 2 (counted from 1) has 1 cells where 2 were expected.",
+    ),
+    "ragged without names": (
+        "1,2\n3,4\n5,6,7\n",
+        {},
+        "read_table found the stream ragged: data row 3 (counted from 1) has 3 cells where 2 were expected.",
+    ),
+    "text among the data": (
+        "a,colour\n1,red\n2,blue\n",
+        {},
+        "read_table expected finite numbers, got 'red' in data row 1 (counted from 1) of column 'colour' of the "
+        "stream: fill it in, drop that row or leave the column out.",
+    ),
+    "missing": (
+        "a,b\n1,2\n3,\n",
+        {},
+        "read_table expected finite numbers, got an empty cell in data row 2 (counted from 1) of column 'b' of the "
+        "stream: fill it in, drop that row or leave the column out.",
+    ),
+    "not available": ("a,b\n1,2\n3,NA\n", {}, "got 'NA' in data row 2 (counted from 1) of column 'b'"),
+    "not a number": ("a,b\nnan,2\n", {}, "got 'nan' in data row 1 (counted from 1) of column 'a'"),
+    "infinite": ("a,b\n1,2\n3,-inf\n", {}, "got '-inf' in data row 2 (counted from 1) of column 'b'"),
+    "too large": (
+        "a,b\n1,2\n3,1e39\n",
+        {},
+        "read_table expected numbers that float32 holds, got '1e39' in data row 2 (counted from 1) of column 'b'",
+    ),
+    "missing context": ("a,b\n1,2\n3,NA\n", {"context": ["b"]}, "got 'NA' in data row 2 (counted from 1)"),
+    "same names": ("a,b,a\n1,2,3\n", {}, "read_table expected names that differ, got two columns 'a' in the stream."),
+    "no name": (
+        ",a,b\n0,1,2\n",
+        {},
+        "read_table expected a name for every column, got none for column 1 of the stream: name it, or choose others "
+        "with columns=.",
+    ),
+    "unknown column": (
+        "length,width\n1,2\n",
+        {"columns": ["lenght"]},
+        "read_table found no column 'lenght' in the stream: did you mean 'length'?",
+    ),
+    "unknown context": (
+        "length,width\n1,2\n",
+        {"context": ["colour"]},
+        "read_table found no column 'colour' in the stream: it has length, width.",
+    ),
+    "twice": (
+        "a,b\n1,2\n",
+        {"columns": ["a", "b"], "context": ["b"]},
+        "read_table expected each column once, in columns or in context, got 'b' twice.",
+    ),
+    "context alone": (
+        "a\n1\n",
+        {"context": ["a"]},
+        "read_table expected columns of data beside the context, got none in the stream.",
+    ),
+    "numbers and text": (
+        "y,age\n1,30\n2,old\n3,NA\n",
+        {"context": ["age"]},
+        "read_table expected numbers or text, got both in column 'age' of the stream, as '30' and 'old'.",
+    ),
+    "one category": (
+        "y,colour\n1,red\n2,red\n",
+        {"context": ["colour"]},
+        "read_table expected context that varies, got 'red' in every row of column 'colour' of the stream: leave it "
+        "out.",
+    ),
+    "an array of a text": (
+        "a\n1\n",
+        {"array": "train"},
+        "read_table got array='train' for the stream, which is no .npz file: leave it out.",
+    ),
+    "a description that is none": (
+        "a\n1\n",
+        {"columns": {"names": ["a"]}},
+        "read_table expected columns as names or as the columns of another table, got {'names': ['a']}.",
+    ),
+    "context beside a description": (
+        "a,b\n1,2\n",
+        {"columns": {"data": ["a"], "context": []}, "context": ["b"]},
+        "read_table got context beside a description of columns, which names it: leave it out.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "options", "message"), WRONG_TEXT.values(), ids=WRONG_TEXT.keys())
+def test_what_is_wrong_is_said_in_one_line(content: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        read_table(text(content), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_too_many_categories_are_refused() -> None:
+    rows = "".join(f"{i},name {i}\n" for i in range(1001))
+    with pytest.raises(ValueError, match="at most 1000 categories, got more in column 'name' of the stream"):
+        read_table(text("y,name\n" + rows), context=["name"])
+
+
+WRONG_BYTES = {
+    "truncated parquet": lambda path: write_parquet(path, frame()).read_bytes()[:-20],
+    "parquet of noise": lambda path: b"PAR1" + bytes(range(200)) + b"PAR1",
+    "truncated npy": lambda path: save_npy(path, numbers()).read_bytes()[:-20],
+    "npy cut in its header": lambda path: save_npy(path, numbers()).read_bytes()[:30],
+    "npy of objects": lambda path: save_npy(path, np.array([[1, "a"]], object)).read_bytes(),
+    "npy of text": lambda path: save_npy(path, np.array([["a"]])).read_bytes(),
+    "npy of three dimensions": lambda path: save_npy(path, np.ones((2, 2, 2))).read_bytes(),
+    "npy of complex numbers": lambda path: save_npy(path, np.ones((2, 2), complex)).read_bytes(),
+    "truncated npz": lambda path: save_npz(path, a=numbers()).read_bytes()[:-20],
+    "zip without arrays": lambda path: save_npz(path, a=numbers()).read_bytes().replace(b"a.npy", b"a.txt"),
+    "truncated gzip": lambda path: write_gzip(path, frame()).read_bytes()[:-20],
+    "bytes of no text": lambda path: bytes([0, 1, 2, 3] * 50),
+    "text in latin-1": lambda path: "größe,b\n1,2\n".encode("latin-1"),
+    "text in latin-1, further down": lambda path: ("a,b\n" + "1,2\n" * 9000 + "1,größe\n").encode("latin-1"),
+}
+
+
+@pytest.mark.parametrize("content", WRONG_BYTES.values(), ids=WRONG_BYTES.keys())
+def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "table"
+    path.write_bytes(content(path))
+    with pytest.raises(ValueError, match=r"^read_table (found|expected) .*table") as caught:
+        read_table(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (pa.array(["a", "b"]), "read_table expected data of numbers, got text in column 'b' of table.parquet"),
+        (pa.array([True, False]), "read_table expected data of numbers, got text in column 'b' of table.parquet"),
+        (pa.array([1, None]), "got an empty cell in data row 2 (counted from 1) of column 'b' of table.parquet"),
+        (pa.array([1.0, np.nan]), "got nan in data row 2 (counted from 1) of column 'b' of table.parquet"),
+        (
+            pa.array([0, 1], pa.timestamp("ms")),
+            "got 'b' of timestamp[ms] in table.parquet: leave it out or convert it.",
+        ),
+        (pa.array([[1], [2]]), "got 'b' of list<"),
+    ],
+    ids=["text", "truth values", "null", "nan", "times", "lists"],
+)
+def test_what_is_wrong_with_a_column_of_parquet_is_said(tmp_path: Path, column: Any, message: str) -> None:
+    pq.write_table(pa.table({"a": [1.0, 2.0], "b": column}), tmp_path / "table.parquet")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_table(tmp_path / "table.parquet")
+    assert read_table(tmp_path / "table.parquet", columns=["a"]).data.tolist() == [[1], [2]]
+
+
+def test_sources_that_are_none_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match=r"read_table expected a file at .*none.csv, found nothing"):
+        read_table(tmp_path / "none.csv")
+    with pytest.raises(FileNotFoundError, match="found a folder"):
+        read_table(tmp_path)
+    for source in (3, io.StringIO("a\n1\n")):
+        with pytest.raises(TypeError, match=r"expected a path, \"-\" for standard input or a binary stream, got"):
+            read_table(source)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected context to be a sequence of names, got 'a'"):
+        read_table(text("a\n1\n"), context="a")
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115 (closed by the next line)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    with pytest.raises(ValueError, match="standard input, which is a terminal"):
+        read_table("-")
+    sys.stdin.close()
