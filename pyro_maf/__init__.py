@@ -4,19 +4,25 @@ MAF, its inverse (IAF) and RealNVP as Pyro transforms with exact log-determinant
 learned priors, and density estimators. Every flow maps noise x to data y; densities are in nats.
 """
 
-from pyro_maf import infer
-from pyro_maf.distributions import (
-    ConditionalFlowPrior,
-    ConditionalMADEMoG,
-    ConditionalMAFMoG,
-    FlowPrior,
-    MADEMoG,
-    MAFMoG,
-)
-from pyro_maf.flows import IAF, MAF, ConditionalIAF, ConditionalMAF, ConditionalRealNVP, RealNVP
-from pyro_maf.nn import MADE
-from pyro_maf.saving import load
-from pyro_maf.training import fit
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyro_maf import infer
+    from pyro_maf.distributions import (
+        ConditionalFlowPrior,
+        ConditionalMADEMoG,
+        ConditionalMAFMoG,
+        FlowPrior,
+        MADEMoG,
+        MAFMoG,
+    )
+    from pyro_maf.flows import IAF, MAF, ConditionalIAF, ConditionalMAF, ConditionalRealNVP, RealNVP
+    from pyro_maf.nn import MADE
+    from pyro_maf.saving import load
+    from pyro_maf.training import fit
 
 __all__ = [
     "IAF",
@@ -37,3 +43,27 @@ __all__ = [
     "load",
 ]
 __version__ = "0.1.0"
+
+HOMES = {
+    "distributions": "ConditionalFlowPrior ConditionalMADEMoG ConditionalMAFMoG FlowPrior MADEMoG MAFMoG",
+    "flows": "IAF MAF ConditionalIAF ConditionalMAF ConditionalRealNVP RealNVP",
+    "nn": "MADE",
+    "saving": "load",
+    "training": "fit",
+}
+"""Where the names above are from. Each is imported when it is first asked for: with it comes torch, for which the
+command line should not wait before it shows its help."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "infer":
+        return importlib.import_module("pyro_maf.infer")
+    for home, names in HOMES.items():
+        if name in names.split():
+            value = globals()[name] = getattr(importlib.import_module(f"pyro_maf.{home}"), name)
+            return value
+    raise AttributeError(f"module 'pyro_maf' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

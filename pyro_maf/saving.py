@@ -6,6 +6,7 @@ has imported, and the plain values to build it with.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import os
@@ -191,6 +192,9 @@ def _encode(who: str, name: str, value: Any) -> Any:
 
 def _build(description: dict[str, Any]) -> Any:
     name = description["class"]
+    if name not in _known:
+        # A program that does nothing but load may not have come across ours, which the densities stand on.
+        importlib.import_module(f"{KEY}.distributions")
     if name not in _known:
         raise ValueError(f"{name} is no class known here; import the module that defines it first")
     return _known[name](**{key: _decode(value) for key, value in description["arguments"].items()})

@@ -193,7 +193,7 @@ def test_signs_and_exponents_are_numbers() -> None:
 def test_an_array_of_an_npz_file_is_chosen_by_name(tmp_path: Path) -> None:
     path = save_npz(tmp_path / "table.npz", train=numbers(), test=numbers()[:5] + 1)
     assert np.array_equal(read_table(path, array="test").data, numbers()[:5] + 1)
-    with pytest.raises(ValueError, match=re.escape("choose one of train, test with array=")):
+    with pytest.raises(ValueError, match=re.escape("choose one of train, test by array=")):
         read_table(path)
     with pytest.raises(ValueError, match=re.escape("no array 'tets' in table.npz, but train, test")):
         read_table(path, array="tets")
@@ -362,8 +362,8 @@ WRONG_TEXT = {
     "no name": (
         ",a,b\n0,1,2\n",
         {},
-        "read_table expected a name for every column, got none for column 1 of the stream: name it, or choose others "
-        "with columns=.",
+        "read_table expected a name for every column, got none for column 1 of the stream: name it, or choose "
+        "which columns to read.",
     ),
     "unknown column": (
         "length,width\n1,2\n",

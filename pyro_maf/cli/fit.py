@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
 from pyro_maf.cli.ending import INTERRUPTED, command_line, say
-from pyro_maf.cli.folder import COLUMNS, RECORD, REPORT, Record, check_folder, clear_folder, write_json
+from pyro_maf.cli.folder import COLUMNS, RECORD, REPORT, Record, check_folder, replacing, write_json
 from pyro_maf.cli.naming import named
 from pyro_maf.cli.options import Source, read, separated, source_and_array
 from pyro_maf.cli.request import check_asked, model_of, support_of, validation_of
@@ -70,23 +71,20 @@ def run(
     out: Annotated[
         Path | None, _option("The folder for what is made; by default named after DATA and --flow.", "DIR")
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the fit in the folder, if there is one.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the fit in the folder, if there is one.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the fit in the folder, if any.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the fit in the folder, if any.")] = False,
 ) -> None:
     """Fit a density to a table by maximum likelihood.
 
     Leaves a folder with the model, its columns, a log of its epochs, a checkpoint from which the fit can go on, and a
     report for a browser. Ctrl-C ends a fit early; --resume goes on from there.
     """
-    from pyro_maf.training import fit, processes
+    from pyro_maf.training import fit
+    from pyro_maf.training.processes import Processes
 
     folder = out or Path(f"{_stem(data)}-{flow}")
     # Processes that the first one starts leave files and messages to it.
-    is_first = processes.is_first()
+    is_first = Processes(devices).is_first
     if is_first:
         check_folder(folder, resume=resume, overwrite=overwrite)
     check_asked(flow, layers, hidden, device, devices, data)
@@ -99,20 +97,19 @@ def run(
         if is_first:
             held_out = _held_out(model, table, options)
             say(f"{len(table.data):,} rows of {_described(table)}, to {folder}.")
-            if overwrite:
-                clear_folder(folder)
-        result = fit(
-            model,
-            table.data,
-            **options,
-            batch_size=batch_size,
-            max_epochs=epochs,
-            patience=patience,
-            learning_rate=learning_rate,
-            folder=folder,
-            resume=resume,
-            devices=devices,
-        )
+        with replacing(folder) if overwrite and is_first else nullcontext():
+            result = fit(
+                model,
+                table.data,
+                **options,
+                batch_size=batch_size,
+                max_epochs=epochs,
+                patience=patience,
+                learning_rate=learning_rate,
+                folder=folder,
+                resume=resume,
+                devices=devices,
+            )
     if is_first:
         _leave(folder, result, table, held_out, command_line(ctx), data)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,12 @@ __all__ = [
     "REPORT",
     "Record",
     "check_folder",
-    "clear_folder",
     "read_json",
+    "replacing",
     "write_json",
 ]
 
-MODEL, CHECKPOINT, LOG = "model.safetensors", "checkpoint.safetensors", "log.csv"
+MODEL, CHECKPOINT, LOG, BOARD = "model.safetensors", "checkpoint.safetensors", "log.csv", "tensorboard"
 """What `pyro_maf.fit` writes."""
 
 COLUMNS, RECORD, REPORT = "columns.json", "fit.json", "report.html"
@@ -66,11 +69,23 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise ValueError(f"fit found {MODEL} in {folder}, but no {CHECKPOINT} to go on from: choose another folder.")
 
 
-def clear_folder(folder: Path) -> None:
-    """Remove a fit, and nothing else."""
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+@contextmanager
+def replacing(folder: Path) -> Iterator[None]:
+    """While entered, the fit in `folder` is set aside; it is put back if no other has begun by the end."""
+    fits = [folder / name for name in (*FILES, BOARD) if (folder / name).exists()]
+    if not fits:
+        yield
+        return
+    aside = Path(tempfile.mkdtemp(prefix=".replaced-", dir=folder))
+    for path in fits:
+        path.rename(aside / path.name)
+    try:
+        yield
+    finally:
+        if not (folder / CHECKPOINT).exists():
+            for path in fits:
+                (aside / path.name).rename(path)
+        shutil.rmtree(aside)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -33,4 +33,5 @@ def named(table: Table) -> Iterator[None]:
         names = table.context_names if re.match(r"fit expected (finite )?(validation )?context", text) else table.names
         text = re.sub(r"\bcolumn (\d+)", lambda found: f"column {names[int(found[1])]!r}", text)
         text = re.sub(r"\brow (\d+)", lambda found: f"data row {int(found[1]) + 1} (counted from 1)", text)
-        raise ValueError(text) from None
+        error.args = (text,)
+        raise

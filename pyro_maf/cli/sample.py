@@ -51,8 +51,8 @@ def run(
     density = fitted.density if given is None else fitted.density.condition(given)
     names = fitted.names
     rows = max(1, NUMBERS_IN_A_BATCH // len(names))
-    with writing_rows(out, names) as write, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    torch.manual_seed(seed)
+    with writing_rows(out, names) as write:
         for start in range(0, number, rows):
             write(density.sample((min(rows, number - start),)).numpy())
 

@@ -42,13 +42,15 @@ def run(model: Model, data: Source, out: Out = STANDARD_OUTPUT) -> None:
 
     fitted = read_fitted(model)
     table = fitted.read(data)
-    count = len(table.data)
     total = squares = 0.0
+    outside = 0
     with writing_rows(out, ["log_density"]) as write, torch.no_grad():
         for scores in _scores(fitted, table):
             write(scores[:, None].numpy())
-            total, squares = total + scores.double().sum().item(), squares + scores.double().square().sum().item()
-    say(_summary(count, total / count, squares / count))
+            inside = scores[scores > -torch.inf].double()
+            outside += len(scores) - len(inside)
+            total, squares = total + inside.sum().item(), squares + inside.square().sum().item()
+    say(_summary(len(table.data), outside, total, squares))
 
 
 def _scores(fitted: Fitted, table: Table) -> Iterator[Tensor]:
@@ -66,9 +68,10 @@ def _scores(fitted: Fitted, table: Table) -> Iterator[Tensor]:
         yield density.log_prob(data)
 
 
-def _summary(count: int, mean: float, mean_square: float) -> str:
+def _summary(count: int, outside: int, total: float, squares: float) -> str:
     rows = f"{count:,} row" + "s" * (count != 1)
-    if not math.isfinite(mean):
-        return f"{rows}, of which some have density 0."
-    error = math.sqrt(max(0.0, mean_square - mean**2) / count)
+    if outside:
+        return f"{rows}, of which {outside:,} {'has' if outside == 1 else 'have'} density 0."
+    mean = total / count
+    error = math.sqrt(max(0.0, squares / count - mean**2) / count)
     return f"{rows}, mean log-density {mean:.3f} nats, standard error {error:.3f}."

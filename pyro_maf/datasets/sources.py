@@ -312,7 +312,10 @@ def _chosen_member(archive: zipfile.ZipFile, members: dict[str, str], label: str
     for candidates in (list(members), tables):
         if len(candidates) == 1:
             return candidates[0]
-    raise ValueError(f"read_table found several arrays in {label}: choose one of {', '.join(members)} with array=.")
+    raise ValueError(
+        f"read_table found several arrays in {label}: choose one of {', '.join(members)} by array=, or on the command "
+        f"line as {label}:{next(iter(members))}."
+    )
 
 
 def _dimensions(archive: zipfile.ZipFile, member: str) -> int:

@@ -176,7 +176,7 @@ def _check_known(source: Source, name: str) -> None:
         place = source.names.index("") + 1 if "" in source.names else 1
         raise ValueError(
             f"read_table expected a name for every column, got none for column {place} of {source.label}: "
-            "name it, or choose others with columns=."
+            "name it, or choose which columns to read."
         )
     if name not in source.names:
         near = difflib.get_close_matches(name, source.names, 1)

@@ -1,0 +1,499 @@
+"""The command line: what each command leaves and prints, and how it ends."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pandas as pd
+import pyro_maf.report
+import pytest
+import torch
+from pyro_maf.experiments import build
+from pyro_maf.experiments.models import FLOWS, STACKS
+from typer.testing import CliRunner
+
+import pyro_maf
+from pyro_maf.cli import app, request
+from pyro_maf.cli import fit as fit_module
+from pyro_maf.cli import sample as sample_module
+from pyro_maf.cli import score as score_module
+
+ROOT = Path(__file__).parent.parent
+NAMES = ["length", "width"]
+QUICK = ("--epochs", "2", "--hidden", "16", "--layers", "2", "--batch-size", "50")
+FILES = {"model.safetensors", "columns.json", "fit.json", "log.csv", "checkpoint.safetensors", "report.html"}
+
+
+def frame() -> pd.DataFrame:
+    """Two columns of data, 200 rows, and two of context: a text and a number."""
+    random = np.random.default_rng(0)
+    age = random.integers(20, 80, 200)
+    colour = np.array(["blue", "red"])[np.arange(200) % 2]
+    length = random.normal(10, 2, 200) + age / 10
+    rows = {"length": length, "width": random.normal(1, 0.1, 200) * length, "age": age}
+    return pd.DataFrame(rows).astype(np.float32).assign(colour=colour)
+
+
+def run(*arguments: Any, code: int = 0, given: bytes | None = None) -> Any:
+    """The result of a command that ends with `code`."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=given)
+    assert result.exit_code == code, (result.stderr, result.exception)
+    return result
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a table as csv, and a fit to two of its columns, plain and given the others."""
+    folder = tmp_path_factory.mktemp("cli")
+    frame().to_csv(folder / "table.csv", index=False, float_format="%.9g")
+    run("fit", folder / "table.csv", "--columns", "length,width", "--out", folder / "plain", *QUICK)
+    run(
+        *("fit", folder / "table.csv", "--columns", "length", "--columns", "width", "--context", "colour,age"),
+        *("--out", folder / "given", *QUICK),
+    )
+    return folder
+
+
+@pytest.fixture
+def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder with the table in it."""
+    (tmp_path / "table.csv").write_bytes((folder / "table.csv").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report that takes no time."""
+    monkeypatch.setattr(pyro_maf.report, "write_report", lambda path, *rest, **options: path.write_text("a report"))
+
+
+def rows_of(columns: list[str]) -> torch.Tensor:
+    return torch.tensor(frame()[columns].to_numpy(np.float32))
+
+
+def given_rows() -> torch.Tensor:
+    """The context of the table as the model takes it: blue, red, age."""
+    table = frame()
+    columns = [table["colour"] == "blue", table["colour"] == "red", table["age"]]
+    return torch.tensor(np.stack(columns, 1).astype(np.float32))
+
+
+# -- fit --------------------------------------------------------------------------------------------------------------
+
+
+def test_fit_leaves_a_folder_with_all_there_is_to_know(here: Path) -> None:
+    command = ["fit", "table.csv", "--columns", "length,width", "--context", "colour", "--seed", "3", *QUICK]
+    result = run(*command)
+    assert result.stdout == ""
+    assert "200 rows of length, width given colour=blue, colour=red, to table-maf." in result.stderr
+    assert {path.name for path in (here / "table-maf").iterdir() if path.is_file()} == FILES
+    log = pd.read_csv("table-maf/log.csv")
+    assert log["epoch"].tolist() == [1, 2]
+    record = json.loads(Path("table-maf/fit.json").read_text())
+    assert record["command"] == f"pyro-maf {' '.join(command)}"
+    assert (record["rows"], record["data"], record["epochs"]) == (200, "table.csv", 2)
+    assert record["validation_log_likelihood"] == -log["validation_loss"].min()
+    assert json.loads(Path("table-maf/columns.json").read_text()) == {
+        "data": NAMES,
+        "context": [{"name": "colour", "categories": ["blue", "red"]}],
+    }
+    model = pyro_maf.load("table-maf/model.safetensors")
+    assert (type(model).__name__, model.input_dim, model.context_dim) == ("ConditionalFlowPrior", 2, 2)
+    report = Path("table-maf/report.html").read_text()
+    assert record["command"] in report
+    assert "colour=red" in report
+
+
+def test_fit_trains_as_the_library_does(folder: Path) -> None:
+    model = build("maf", 2, num_layers=2, hidden_dims=[16])
+    result = pyro_maf.fit(model, rows_of(NAMES), max_epochs=2, batch_size=50, progress=False)
+    assert torch.equal(
+        pyro_maf.load(folder / "plain" / "model.safetensors").log_prob(rows_of(NAMES)),
+        result.density.log_prob(rows_of(NAMES)),
+    )
+
+
+@pytest.mark.usefixtures("quick_report")
+@pytest.mark.parametrize("flow", FLOWS)
+def test_every_flow_is_fitted_with_and_without_context(here: Path, flow: str) -> None:
+    for context in ([], ["--context", "age"]):
+        folder = f"{flow}-{len(context)}"
+        run("fit", "table.csv", "--columns", "length,width", *context, "--flow", flow, "--out", folder, "--epochs", 1)
+        arguments = ["--context", "age=50"] if context else []
+        assert len(run("sample", folder, "-n", 3, *arguments).stdout.splitlines()) == 4
+
+
+@pytest.mark.usefixtures("quick_report")
+def test_the_folder_is_named_after_the_data_and_the_flow(here: Path) -> None:
+    np.savez(here / "all.npz", train=rows_of(NAMES).numpy(), test=rows_of(NAMES).numpy())
+    run("fit", "all.npz:train", "--epochs", 1, "--flow", "gaussian")
+    run("fit", "-", "--epochs", 1, "--flow", "made", given=frame()[NAMES].to_csv(index=False).encode())
+    assert (here / "all-train-gaussian").is_dir()
+    assert (here / "table-made").is_dir()
+    assert json.loads((here / "table-made" / "fit.json").read_text())["data"] == "standard input"
+
+
+@pytest.mark.usefixtures("quick_report")
+def test_rows_to_validate_with_may_be_another_table(here: Path) -> None:
+    frame()[:50][["width", "age", "length"]].to_parquet("other.parquet")
+    run("fit", "table.csv", "--columns", "length,width", "--validation", "other.parquet", "--out", "fit", *QUICK)
+    density = pyro_maf.load("fit/model.safetensors")
+    mean = density.log_prob(rows_of(NAMES)[:50]).mean().item()
+    record = json.loads(Path("fit/fit.json").read_text())
+    assert record["validation_log_likelihood"] == pytest.approx(mean, rel=1e-5)
+
+
+@pytest.mark.usefixtures("quick_report")
+@pytest.mark.parametrize(
+    ("asked", "support"),
+    [
+        (["positive"], ("positive", "positive")),
+        (["real,positive"], ("real", "positive")),
+        (["width=positive"], ("real", "positive")),
+        (["positive", "width=real"], ("positive", "real")),
+    ],
+    ids=str,
+)
+def test_the_support_is_given_for_all_columns_or_by_name(
+    here: Path, asked: list[str], support: tuple[str, ...]
+) -> None:
+    options = [word for item in asked for word in ("--support", item)]
+    run("fit", "table.csv", "--columns", "length,width", *options, "--out", "fit", *QUICK)
+    samples = pyro_maf.load("fit/model.safetensors")
+    name = samples.units.support.name
+    assert (name if isinstance(name, tuple) else (name,) * 2) == support
+
+
+@pytest.mark.usefixtures("quick_report")
+def test_a_simplex_has_a_dimension_less_than_columns(here: Path) -> None:
+    shares = np.random.default_rng(0).dirichlet([2, 3, 4], 200)
+    pd.DataFrame(shares, columns=["a", "b", "c"]).to_csv("shares.csv", index=False)
+    run("fit", "shares.csv", "--support", "simplex", "--out", "fit", *QUICK)
+    run("sample", "fit", "-n", 5, "--out", "drawn.csv")
+    drawn = pd.read_csv("drawn.csv")
+    assert drawn.columns.tolist() == ["a", "b", "c"]
+    assert drawn.sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.usefixtures("quick_report")
+def test_a_fit_is_not_overwritten_unasked(here: Path) -> None:
+    command = ["fit", "table.csv", "--columns", "length,width", "--out", "fit", *QUICK]
+    run(*command)
+    (here / "fit" / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in (here / "fit").iterdir() if path.is_file()}
+    assert "found a fit in fit" in run(*command, code=2).stderr
+    # Options that are found wrong only once the fit begins.
+    assert "learning_rate above 0" in run(*command, "--overwrite", "--learning-rate", "-1", code=2).stderr
+    after = {path.name: path.read_bytes() for path in (here / "fit").iterdir() if path.is_file()}
+    assert after == before
+    run(*command, "--overwrite", "--seed", "1")
+    assert json.loads((here / "fit" / "fit.json").read_text())["command"].endswith("--overwrite --seed 1")
+    assert (here / "fit" / "notes.txt").read_text() == "mine"
+    assert {path.name for path in (here / "fit").iterdir() if path.is_file()} == {*FILES, "notes.txt"}
+    assert [path.name for path in (here / "fit").glob(".*")] == []
+
+
+@pytest.mark.usefixtures("quick_report")
+def test_an_interrupted_fit_goes_on_to_the_same_model(here: Path) -> None:
+    command = ["fit", "table.csv", "--columns", "length,width", *QUICK[2:], "--patience", "1000"]
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 60
+        log = here / "halves" / "log.csv"
+        while not log.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    result = run(*command, "--epochs", 10_000, "--out", "halves", code=130)
+    thread.join()
+    line = result.stderr.strip().splitlines()[-1]
+    assert re.fullmatch(
+        r"pyro-maf: interrupted in epoch \d+\. To go on: pyro-maf fit table\.csv .* --out halves --resume", line
+    )
+    assert (here / "halves" / "model.safetensors").exists()
+    epochs = len(pd.read_csv("halves/log.csv")) + 2
+    run(*command, "--epochs", epochs, "--out", "halves", "--resume")
+    run(*command, "--epochs", epochs, "--out", "whole")
+    halves, whole = (pd.read_csv(f"{name}/log.csv").drop(columns="seconds") for name in ("halves", "whole"))
+    assert halves.equals(whole)
+    assert len(whole) == epochs
+    models = [pyro_maf.load(f"{name}/model.safetensors").log_prob(rows_of(NAMES)) for name in ("halves", "whole")]
+    assert torch.equal(*models)
+    assert (here / "halves" / "report.html").exists()
+
+
+@pytest.mark.usefixtures("quick_report")
+def test_resume_begins_where_there_is_nothing_yet(here: Path) -> None:
+    run("fit", "table.csv", "--columns", "length,width", "--resume", "--out", "fit", *QUICK)
+    assert len(pd.read_csv("fit/log.csv")) == 2
+
+
+def test_options_are_those_of_the_library() -> None:
+    ours, theirs = (inspect.signature(function).parameters for function in (fit_module.run, pyro_maf.fit))
+    for name in ("batch_size", "learning_rate", "patience", "seed", "devices"):
+        assert ours[name].default == theirs[name].default
+    assert ours["epochs"].default == theirs["max_epochs"].default
+    assert get_args(fit_module.Flow) == FLOWS
+    assert request.LAYERED == STACKS
+    assert inspect.signature(build).parameters["num_layers"].default == request.DEFAULT_LAYERS
+
+
+# -- score ------------------------------------------------------------------------------------------------------------
+
+
+def test_score_gives_the_log_density_of_every_row(folder: Path, tmp_path: Path) -> None:
+    with torch.no_grad():
+        expected = pyro_maf.load(folder / "plain" / "model.safetensors").log_prob(rows_of(NAMES)).numpy()
+    result = run("score", folder / "plain", folder / "table.csv")
+    assert f"200 rows, mean log-density {expected.mean():.3f} nats" in result.stderr
+    printed = pd.read_csv(io.StringIO(result.stdout))
+    assert printed.columns.tolist() == ["log_density"]
+    assert np.array_equal(printed["log_density"].to_numpy(np.float32), expected)
+    for name in ("scores.csv", "scores.parquet"):
+        result = run("score", folder / "plain", folder / "table.csv", "--out", tmp_path / name)
+        read = pd.read_csv(tmp_path / name) if name.endswith("csv") else pd.read_parquet(tmp_path / name)
+        assert np.array_equal(read["log_density"].to_numpy(np.float32), expected)
+        assert result.stdout == ""
+
+
+def test_score_reads_standard_input_and_finds_columns_by_name(folder: Path) -> None:
+    table = frame()[["colour", "width", "age", "length"]].assign(note="text").to_csv(index=False, float_format="%.9g")
+    density = pyro_maf.load(folder / "given" / "model.safetensors").condition(given_rows())
+    with torch.no_grad():
+        expected = density.log_prob(rows_of(NAMES)).numpy()
+    printed = run("score", folder / "given", "-", given=table.encode()).stdout.split()[1:]
+    assert np.array_equal(np.array(printed, np.float32), expected)
+
+
+def test_large_tables_are_scored_in_batches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for model in ("plain", "given"):
+        whole = run("score", folder / model, folder / "table.csv").stdout.split()[1:]
+        with monkeypatch.context() as patched:
+            patched.setattr(score_module, "NUMBERS_IN_A_BATCH", 14)
+            parts = run("score", folder / model, folder / "table.csv").stdout.split()[1:]
+        # Kernels round differently for batches of other sizes.
+        assert np.array(parts, np.float32) == pytest.approx(np.array(whole, np.float32), rel=1e-5)
+
+
+@pytest.mark.usefixtures("quick_report")
+def test_rows_outside_the_support_have_density_zero(here: Path) -> None:
+    run("fit", "table.csv", "--columns", "length,width", "--support", "positive", "--out", "fit", *QUICK)
+    result = run("score", "fit", "-", given=b"length,width\n10,10\n-1,10\n")
+    assert result.stdout.split()[2] == "-inf"
+    assert "2 rows, of which 1 has density 0" in result.stderr
+
+
+def test_a_model_without_its_folder_takes_columns_by_their_order(folder: Path, tmp_path: Path) -> None:
+    table = frame()
+    columns = np.stack(
+        [table["length"], table["width"], table["colour"] == "blue", table["colour"] == "red", table["age"]]
+    )
+    np.save(tmp_path / "rows.npy", columns.T)
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes((folder / "given" / "model.safetensors").read_bytes())
+    ours = run("score", alone, tmp_path / "rows.npy").stdout
+    assert ours == run("score", folder / "given", folder / "table.csv").stdout
+    np.save(tmp_path / "rows.npy", columns[:, :4])
+    message = "score expected 5 columns, 2 of data and then 3 of context, got 4"
+    assert message in run("score", alone, tmp_path / "rows.npy", code=2).stderr
+
+
+# -- sample -----------------------------------------------------------------------------------------------------------
+
+
+def test_sample_draws_rows_with_their_names(folder: Path, tmp_path: Path) -> None:
+    plain = folder / "plain"
+    printed = run("sample", plain, "-n", 7, "--seed", 1).stdout
+    lines = printed.splitlines()
+    assert (lines[0], len(lines)) == ("length,width", 8)
+    assert run("sample", plain, "-n", 7, "--seed", 1).stdout == printed
+    assert run("sample", plain, "-n", 7, "--seed", 2).stdout != printed
+    run("sample", plain, "-n", 7, "--seed", 1, "--out", tmp_path / "drawn.parquet")
+    drawn = pd.read_parquet(tmp_path / "drawn.parquet")
+    assert drawn.columns.tolist() == NAMES
+    assert np.array_equal(drawn, pd.read_csv(io.StringIO(printed)).astype(np.float32))
+
+
+def test_samples_are_those_of_the_density(folder: Path) -> None:
+    printed = run("sample", folder / "given", "-n", 5, "--context", "age=30,colour=red", "--seed", 4).stdout
+    density = pyro_maf.load(folder / "given" / "model.safetensors").condition(torch.tensor([0.0, 1.0, 30.0]))
+    torch.manual_seed(4)
+    drawn = np.array([line.split(",") for line in printed.splitlines()[1:]], np.float32)
+    assert np.array_equal(drawn, density.sample((5,)).numpy())
+
+
+def test_many_rows_are_drawn_in_batches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_module, "NUMBERS_IN_A_BATCH", 6)
+    lines = run("sample", folder / "plain", "-n", 8).stdout.splitlines()
+    assert len(lines) == 9
+    assert len(set(lines)) == 9
+
+
+# -- info -------------------------------------------------------------------------------------------------------------
+
+
+def test_info_says_what_a_model_is_and_how_it_was_made(folder: Path) -> None:
+    facts = run("info", folder / "given").stdout
+    likelihood = json.loads((folder / "given" / "fit.json").read_text())["validation_log_likelihood"]
+    for fact in (
+        "ConditionalFlowPrior of MAF(input_dim=2, context_dim=3",
+        "(1): MaskedAutoregressive(2 -> 16 -> 4, relu)",
+        "columns     length, width",
+        "given       colour: blue, red",
+        "given       age",
+        f"validation  log-likelihood {likelihood:.4f} nats after epoch",
+        "stopped     reached max_epochs (2)",
+        "data        200 rows of ",
+        "made by     pyro-maf fit ",
+    ):
+        assert fact in facts
+    alone = run("info", folder / "plain" / "model.safetensors").stdout
+    assert "columns     length, width" in alone
+
+
+def test_a_flow_that_was_saved_alone_is_a_density_too(tmp_path: Path) -> None:
+    pyro_maf.MAF(2, num_layers=1).save(tmp_path / "flow.safetensors")
+    pyro_maf.ConditionalMAF(2, 1, num_layers=1).save(tmp_path / "given.safetensors")
+    assert "FlowPrior of MAF(input_dim=2" in run("info", tmp_path / "flow.safetensors").stdout
+    assert run("sample", tmp_path / "flow.safetensors", "-n", 1).stdout.startswith("x1,x2\n")
+    assert run("sample", tmp_path / "given.safetensors", "-n", 1, "--context", "c1=2").stdout.startswith("x1,x2\n")
+
+
+# -- how it ends ------------------------------------------------------------------------------------------------------
+
+
+FIT = ("fit", "{}/table.csv", "--columns", "length,width", "--out", "new")
+WRONG = {
+    "no data": (("fit", "{}/none.csv"), "read_table expected a file at .*none.csv, found nothing"),
+    "text among the data": (
+        ("fit", "{}/table.csv"),
+        r"got 'blue' in data row 1 \(counted from 1\) of column 'colour' of table.csv",
+    ),
+    "an unknown column": ((*FIT, "--context", "colours"), "no column 'colours' in table.csv: did you mean 'colour'?"),
+    "a constant column": (
+        ("fit", "{}/constant.csv", "--out", "new"),
+        "fit expected data that varies in every column, got 7 in every row of column 'b': drop that column",
+    ),
+    "outside the support": (
+        (*FIT, "--support", "width=unit_interval"),
+        r"in column 'width' \(support unit_interval\), got .* in data row \d+ \(counted from 1\)",
+    ),
+    "an unknown support": ((*FIT, "--support", "widht=positive"), "no column 'widht': the columns are length, width"),
+    "two supports": ((*FIT, "--support", "real,real,width=positive"), "with 2 for all other columns"),
+    "layers of one without": ((*FIT, "--flow", "made", "--layers", "3"), "fit got --layers for made"),
+    "hidden layers of one without": ((*FIT, "--flow", "gaussian", "--hidden", "3"), "fit got --hidden for gaussian"),
+    "widths that are none": ((*FIT, "--hidden", "16,x"), "fit expected --hidden as widths such as 128,128, got 16,x"),
+    "no such part": ((*FIT, "--validation", "2"), "fit expected validation as a part between 0 and 1"),
+    "no epochs": ((*FIT, "--epochs", "0"), "fit expected max_epochs of at least 1, got 0"),
+    "resume and overwrite": ((*FIT, "--resume", "--overwrite"), "fit got both --resume and --overwrite"),
+    "several processes and a pipe": (("fit", "-", "--devices", "2"), "expected a file for several --devices"),
+    "no model": (("score", "{}", "{}/table.csv"), "found a folder without model.safetensors"),
+    "no model at all": (("info", "{}/none"), "expected a fit's folder or a .safetensors file at .*none, found nothing"),
+    "a model that is none": (("info", "{}/table.csv"), "load found .*table.csv damaged, truncated or no safetensors"),
+    "a column that is missing": (("score", "{}/plain", "{}/constant.csv"), "no column 'length' in constant.csv"),
+    "an ending": (
+        ("score", "{}/plain", "{}/table.csv", "--out", "new.txt"),
+        "expected --out to end in .csv or .parquet",
+    ),
+    "no folder": (("sample", "{}/plain", "--out", "none/new.csv"), "expected an existing folder for new.csv, got none"),
+    "no rows": (("sample", "{}/plain", "-n", "0"), "sample expected --number of at least 1, got 0"),
+    "a negative seed": (("sample", "{}/plain", "--seed", "-1"), "sample expected --seed of at least 0, got -1"),
+    "no context": (("sample", "{}/given", "--context", "age=3"), "sample expected --context colour=VALUE"),
+    "an unknown context": (("sample", "{}/given", "--context", "ages=3"), "got --context ages=3, which is no column"),
+    "a context twice": (("sample", "{}/given", "--context", "age=3,age=4"), "got --context age=4, twice"),
+    "a context without a value": (("sample", "{}/given", "--context", "age"), "got --context age, without a value"),
+    "an unknown category": (
+        ("sample", "{}/given", "--context", "age=3,colour=green"),
+        "expected --context colour to be one of blue, red, got 'green'",
+    ),
+    "a context that is no number": (
+        ("sample", "{}/given", "--context", "age=old,colour=red"),
+        "expected --context age to be a finite number, got 'old'",
+    ),
+    "a superfluous context": (("sample", "{}/plain", "--context", "age=3"), "the model takes no context"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG.keys())
+def test_bad_input_is_one_line_and_exit_code_two(
+    folder: Path, here: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    frame()[NAMES].assign(a=frame()["age"], b=7).drop(columns=NAMES).to_csv(folder / "constant.csv", index=False)
+    result = run(*(argument.format(folder) for argument in arguments), code=2)
+    lines = [line for line in result.stderr.splitlines() if " rows of " not in line or "expected" in line]
+    assert len(lines) == 1
+    assert re.search(message, lines[0])
+    assert lines[0].startswith("pyro-maf: ")
+    assert result.stdout == ""
+    assert [path.name for path in here.iterdir()] == ["table.csv"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused(here: Path) -> None:
+    assert "torch finds no CUDA device" in run("fit", "table.csv", "--device", "cuda", code=2).stderr
+
+
+def test_damaged_files_beside_a_model_are_refused(folder: Path, here: Path) -> None:
+    for name in FILES:
+        (here / name).write_bytes((folder / "plain" / name).read_bytes())
+    for name, content, message in (
+        ("columns.json", "{", "columns.json damaged"),
+        ("columns.json", "[]", "columns.json damaged"),
+        ("columns.json", '{"data": ["a"], "context": []}', "with 2 columns of data and 0 of context, as the model has"),
+        ("fit.json", "{}", "fit.json damaged"),
+    ):
+        whole = (here / name).read_bytes()
+        (here / name).write_text(content)
+        assert message in run("info", here, code=2).stderr
+        (here / name).write_bytes(whole)
+
+
+def test_a_defect_is_not_taken_for_bad_input(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pyro_maf.FlowPrior, "sample", lambda *_: json.loads("no JSON"))
+    result = CliRunner().invoke(app, ["sample", str(folder / "plain")])
+    assert isinstance(result.exception, json.JSONDecodeError)
+
+
+def test_usage_errors_end_with_two(folder: Path) -> None:
+    assert "--flow" in run("fit", folder / "table.csv", "--flow", "none", code=2).stderr
+    assert "none" in run("none", code=2).stderr
+
+
+def test_every_command_has_help_with_examples() -> None:
+    assert run("--version").stdout == f"pyro-maf {pyro_maf.__version__}\n"
+    for command in ("fit", "score", "sample", "info"):
+        assert command in run("--help").stdout
+        assert f"pyro-maf {command}" in run(command, "--help").stdout
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys; from pyro_maf.cli import app; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
+
+
+def test_a_closed_pipe_is_no_error(folder: Path) -> None:
+    command = [sys.executable, "-m", "pyro_maf", "sample", folder / "plain", "-n", "200000"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"length,width\n"
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert process.wait() == 0
+    assert b"Error" not in errors
