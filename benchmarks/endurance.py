@@ -147,13 +147,13 @@ def kills(times: int) -> dict[str, Any]:
         lasted += not killed("killed", moments.uniform(0.05, 2 * alone / times))
     run_to_end("killed")
     one, other = (load_file(f"{folder}/model.safetensors") for folder in ("alone", "killed"))
-    logs = [Path(folder, "log.csv").read_text(encoding="utf-8").splitlines() for folder in ("alone", "killed")]
+    first, second = (Path(folder, "log.csv").read_text(encoding="utf-8").splitlines() for folder in ("alone", "killed"))
     return {
         "kills": lasted,
         "seconds_alone": alone,
         "same_weights": one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one),
-        "same_losses": [without_seconds(log) for log in logs][0] == [without_seconds(log) for log in logs][1],
-        "epochs": len(logs[1]) - 1,
+        "same_losses": without_seconds(first) == without_seconds(second),
+        "epochs": len(second) - 1,
         "left_over": sorted(str(path) for path in Path("killed").glob(".*")),
     }
 

@@ -17,18 +17,18 @@ from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
-import pyro_maf.report
 import pytest
 import torch
-from pyro_maf.experiments import build
-from pyro_maf.experiments.models import FLOWS, STACKS
 from typer.testing import CliRunner
 
 import pyro_maf
+import pyro_maf.report
 from pyro_maf.cli import app, request
 from pyro_maf.cli import fit as fit_module
 from pyro_maf.cli import sample as sample_module
 from pyro_maf.cli import score as score_module
+from pyro_maf.experiments import build
+from pyro_maf.experiments.models import FLOWS, STACKS
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["length", "width"]
