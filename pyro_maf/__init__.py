@@ -54,10 +54,24 @@ HOMES = {
 """Where the names above are from. Each is imported when it is first asked for: with it comes torch, for which the
 command line should not wait before it shows its help."""
 
+PARTS = (
+    "datasets",
+    "distributions",
+    "experiments",
+    "flows",
+    "infer",
+    "nn",
+    "plotting",
+    "report",
+    "training",
+    "transforms",
+)
+"""Modules that need no import of their own."""
+
 
 def __getattr__(name: str) -> Any:
-    if name == "infer":
-        return importlib.import_module("pyro_maf.infer")
+    if name in PARTS:
+        return importlib.import_module(f"pyro_maf.{name}")
     for home, names in HOMES.items():
         if name in names.split():
             value = globals()[name] = getattr(importlib.import_module(f"pyro_maf.{home}"), name)
@@ -66,4 +80,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *PARTS})

@@ -148,6 +148,13 @@ def test_public_names_exist(module: str) -> None:
         assert name in dir(found)
 
 
+def test_the_parts_of_the_package_need_no_import_of_their_own() -> None:
+    code = "import pyro_maf; print([getattr(pyro_maf, name).__name__ for name in pyro_maf.PARTS])"
+    assert run(code).strip() == str([f"pyro_maf.{name}" for name in pyro_maf.PARTS])
+    with pytest.raises(AttributeError, match="module 'pyro_maf' has no attribute 'Maf'"):
+        getattr(pyro_maf, "Maf")  # noqa: B009
+
+
 def test_everything_public_is_documented() -> None:
     for module in PUBLIC:
         found = importlib.import_module(module)

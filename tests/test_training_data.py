@@ -128,6 +128,14 @@ def test_validation_may_be_rows_with_their_context() -> None:
     assert fitted == pytest.approx(result.validation_log_likelihood, rel=1e-12)
 
 
+def test_the_result_holds_the_rows_that_were_validated_with() -> None:
+    result = fit(small_maf(), gaussian_rows(), **QUICK)
+    assert result.held_out is not None
+    assert result.held_out.context is None
+    best = mean_log_prob(result.density, result.held_out.data)
+    assert best == pytest.approx(result.validation_log_likelihood, rel=1e-12)
+
+
 @pytest.mark.parametrize("size", [1, 3, 7, 64, 1000])
 def test_batches_are_even_and_leave_no_row_out(size: int) -> None:
     rows = Rows(torch.arange(100.0).unsqueeze(-1), -torch.arange(100.0).unsqueeze(-1))

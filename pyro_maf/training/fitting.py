@@ -183,6 +183,7 @@ def fit(
         validation_log_likelihood=-schedule.best,
         seconds=module.seconds,
         stop_reason=module.stop_reason or schedule.reason or f"reached max_epochs ({max_epochs})",
+        held_out=parts.held_out,
         skipped_steps=module.skipped_steps,
         folder=None if keeper is None else keeper.folder,
     )

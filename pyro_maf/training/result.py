@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyro_maf.training.data import Rows
+
 __all__ = ["FitResult"]
 
 
@@ -25,6 +27,7 @@ class FitResult:
         seconds: How long it took, without any time between an interruption and going on.
         stop_reason: Why it ended, in words.
         skipped_steps: How many steps were left out because their loss or its gradient was not finite.
+        held_out: The validation rows, a pair (data, context), on the CPU.
         folder: Where the fit is kept, if anywhere.
     """
 
@@ -36,6 +39,7 @@ class FitResult:
     seconds: float
     stop_reason: str
     skipped_steps: int = 0
+    held_out: Rows | None = None
     folder: Path | None = None
 
     @property
