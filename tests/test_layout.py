@@ -22,6 +22,7 @@ FLOORS = (
     "checks",
     "changes",
     "precision",
+    "randomness",
     "interruption",
     "showing",
     "tracing",

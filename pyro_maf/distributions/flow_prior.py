@@ -15,6 +15,7 @@ from pyro_maf.distributions.base import ConditionalDensity, Density
 from pyro_maf.distributions.support import Support
 from pyro_maf.flows import MAF
 from pyro_maf.precision import like_of
+from pyro_maf.randomness import seeded
 from pyro_maf.transforms import ConditionalFlow, Flow, Stack
 from pyro_maf.transforms.cache import caching_is_possible
 
@@ -329,8 +330,7 @@ def _default_flow(columns: int, context_dim: int, support: Any, seed: int, data:
     if on_simplex and columns < 2:
         raise ValueError("FlowPrior.fit expected data with at least 2 columns for a simplex, got 1.")
     check_positive("FlowPrior.fit", "seed", seed, least=0)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         flow = MAF(columns - on_simplex, context_dim=context_dim)
     return flow.to(data) if isinstance(data, Tensor) and data.dtype in (torch.float32, torch.float64) else flow
 

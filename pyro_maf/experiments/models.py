@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 from pyro_maf.checks import check_choice, check_positive
 from pyro_maf.distributions import (
@@ -19,6 +16,7 @@ from pyro_maf.distributions import (
 )
 from pyro_maf.experiments.gaussian import gaussian, gaussian_given
 from pyro_maf.flows import IAF, MAF, ConditionalIAF, ConditionalMAF, ConditionalRealNVP, RealNVP
+from pyro_maf.randomness import seeded
 from pyro_maf.transforms import ConditionalFlow, Flow
 
 __all__ = ["FLOWS", "build"]
@@ -96,13 +94,5 @@ def build(
     elif flow == "made":
         options |= {"num_layers": 1}
     plain, conditional = CLASSES[flow]
-    with _seeded(seed):
+    with seeded(seed):
         return conditional(input_dim, context_dim, **options) if context_dim else plain(input_dim, **options)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Draw weights from `seed`, and leave the global random state as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield

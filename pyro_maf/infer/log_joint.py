@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
@@ -12,7 +11,9 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["FAILURES", "LogJoint", "held_randomness", "latent_sites", "nesting_of", "total_by_draw"]
+from pyro_maf.randomness import seeded
+
+__all__ = ["FAILURES", "LogJoint", "latent_sites", "nesting_of", "total_by_draw"]
 
 FAILURES = (ValueError, ArithmeticError, RuntimeError)
 """What models and distributions raise where a value can not be scored, linear algebra included."""
@@ -119,7 +120,7 @@ class LogJoint:
         return torch.stack([torch.as_tensor(self._run(row, seed).log_prob_sum()) for row in shaped])
 
     def _run(self, values: Values, seed: int = 0) -> poutine.Trace:
-        with held_randomness(next(iter(values.values())).device, seed):
+        with seeded(seed, next(iter(values.values())).device):
             conditioned = poutine.trace(poutine.condition(self._model, data=dict(values)))
             trace = conditioned.get_trace(*self._args, **self._kwargs)
         with pyro.settings.context(validate_poutine=False):  # which warns of what minus infinity says here
@@ -151,14 +152,3 @@ def total_by_draw(trace: Any, plates: tuple[int, ...]) -> Tensor:
     parts = [site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample"]
     parts = [part.expand(torch.broadcast_shapes(part.shape, plates)) for part in map(torch.as_tensor, parts)]
     return torch.stack([part.reshape(plates[0], -1).sum(1) for part in parts]).sum(0)
-
-
-@contextmanager
-def held_randomness(device: torch.device, seed: int = 0) -> Iterator[None]:
-    """Seed torch, and put its random state back afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield

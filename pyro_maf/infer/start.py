@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_maf.infer.log_joint import FAILURES, held_randomness
+from pyro_maf.infer.log_joint import FAILURES
+from pyro_maf.randomness import seeded
 
 __all__ = ["Normal", "best_normal"]
 
@@ -59,7 +60,7 @@ def best_normal(log_density: Score, loc: Tensor, *, vectorised: bool = True) -> 
         Dauphin et al., *Identifying and attacking the saddle point problem*, 2014; Zhang et al., *Pathfinder: Parallel
         quasi-Newton variational inference*, 2022.
     """
-    with held_randomness(loc.device):
+    with seeded(0, loc.device):
         noise = torch.randn(DRAWS // 2, len(loc), dtype=loc.dtype, device=loc.device)
     noise = torch.cat([noise, -noise])
     best, best_bound = Normal.isotropic(loc, ISOTROPIC[-1]), -math.inf

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.distributions.noise import noise_of
 from pyro_maf.precision import exactly, like_of
+from pyro_maf.randomness import seeded
 from pyro_maf.report.progress import bar
 from pyro_maf.report.table import Table
 
@@ -171,7 +171,7 @@ class _Reader:
     def samples(self, index: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
         """A sample at the context of each row at `index`, unless it is not finite, and the log-densities of these."""
         parts = []
-        with _seeded(self.like.device):
+        with seeded(SEED, self.like.device):
             for data, context in self.blocks(index):
                 density = self.at(context)
                 samples = density.sample((len(data),) if context is None else ())
@@ -215,18 +215,6 @@ def _tables(density: Any, data: Any, context: Any, names: Any, context_names: An
             f"write_report expected as many rows of context as of data, got {len(tables[1])} and {len(tables[0])}."
         )
     return tables
-
-
-@contextmanager
-def _seeded(device: torch.device) -> Iterator[None]:
-    """Seed what draws on the CPU and on `device`, and leave the global random states as they were."""
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.default_generator.manual_seed(SEED)
-        for one in cuda:
-            with torch.cuda.device(one):
-                torch.cuda.manual_seed(SEED)
-        yield
 
 
 def _some(index: np.ndarray[Any, Any], most: int, generator: np.random.Generator) -> np.ndarray[Any, Any]:

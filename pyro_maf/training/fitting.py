@@ -19,6 +19,7 @@ from pyro_maf.checks import check_above_zero, check_positive
 from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
 from pyro_maf.distributions.support import Support
 from pyro_maf.interruption import Interruption
+from pyro_maf.randomness import seeded
 from pyro_maf.saving import describe
 from pyro_maf.showing import check_progress
 from pyro_maf.training.batches import Batches
@@ -248,13 +249,8 @@ def _lightning_parts() -> ModuleType:
 def _untouched_random_states(device: torch.device, seed: int) -> Iterator[None]:
     """Seed torch for layers that draw numbers, and leave every global random state as it was."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    cuda = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=cuda):
-            torch.default_generator.manual_seed(seed)
-            for one in cuda:
-                with torch.cuda.device(one):
-                    torch.cuda.manual_seed(seed)
+        with seeded(seed, device):
             yield
     finally:
         random.setstate(python_state)
