@@ -222,9 +222,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_model(here: Path) -> None:
     result = run(*command, "--epochs", 10_000, "--out", "halves", code=130)
     thread.join()
     line = result.stderr.strip().splitlines()[-1]
-    assert re.fullmatch(
-        r"pyro-maf: interrupted in epoch \d+\. To go on: pyro-maf fit table\.csv .* --out halves --resume", line
-    )
+    assert re.fullmatch(r"pyro-maf: interrupted\. To go on: pyro-maf fit table\.csv .* --out halves --resume", line)
     assert (here / "halves" / "model.safetensors").exists()
     epochs = len(pd.read_csv("halves/log.csv")) + 2
     run(*command, "--epochs", epochs, "--out", "halves", "--resume")
@@ -235,6 +233,19 @@ def test_an_interrupted_fit_goes_on_to_the_same_model(here: Path) -> None:
     models = [pyro_maf.load(f"{name}/model.safetensors").log_prob(rows_of(NAMES)) for name in ("halves", "whole")]
     assert torch.equal(*models)
     assert (here / "halves" / "report.html").exists()
+
+
+def test_a_fit_that_was_cut_off_says_how_to_go_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["fit", "table.csv", "--columns", "length,width", *QUICK]
+
+    def cut_off(*rest: Any, folder: Path, **options: Any) -> None:
+        folder.mkdir()
+        (folder / "checkpoint.safetensors").write_text("a checkpoint")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pyro_maf.training, "fit", cut_off)
+    result = run(*command, "--overwrite", code=130)
+    assert result.stderr.splitlines()[-1].endswith(f"To go on: pyro-maf {' '.join(command)} --resume")
 
 
 @pytest.mark.usefixtures("quick_report")

@@ -8,6 +8,7 @@ import typer
 
 from pyro_maf.cli import fit, info, sample, score
 from pyro_maf.cli.ending import Endings
+from pyro_maf.cli.version import version
 
 __all__ = ["app", "main"]
 
@@ -32,15 +33,15 @@ def main() -> None:
 
 def _show_version(asked: bool) -> None:
     if asked:
-        import pyro_maf
-
-        typer.echo(f"pyro-maf {pyro_maf.__version__}")
+        typer.echo(f"pyro-maf {version()}")
         raise typer.Exit
 
 
-Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")]
+ShowVersion = Annotated[
+    bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+]
 
 
 @app.callback()
-def options(version: Version = False) -> None:
+def options(show_version: ShowVersion = False) -> None:
     """Masked autoregressive flows: exact densities of tables of numbers."""

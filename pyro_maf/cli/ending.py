@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-__all__ = ["Endings", "command_line", "say"]
+__all__ = ["INTERRUPTED", "Endings", "command_line", "say"]
 
 PACKAGE = Path(__file__).parent.parent
 BAD_INPUT = 2

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
 from pyro_maf.cli.ending import INTERRUPTED, command_line, say
-from pyro_maf.cli.folder import COLUMNS, RECORD, REPORT, Record, check_folder, replacing, write_json
+from pyro_maf.cli.folder import CHECKPOINT, COLUMNS, RECORD, REPORT, Record, check_folder, replacing, write_json
 from pyro_maf.cli.naming import named
 from pyro_maf.cli.options import Source, read, separated, source_and_array
 from pyro_maf.cli.request import check_asked, model_of, support_of, validation_of
+from pyro_maf.cli.version import version
 
 if TYPE_CHECKING:
     from pyro_maf.datasets import Table
@@ -85,6 +86,7 @@ def run(
     folder = out or Path(f"{_stem(data)}-{flow}")
     # Processes that the first one starts leave files and messages to it.
     is_first = Processes(devices).is_first
+    command = command_line(ctx)
     if is_first:
         check_folder(folder, resume=resume, overwrite=overwrite)
     check_asked(flow, layers, hidden, device, devices, data)
@@ -97,7 +99,7 @@ def run(
         if is_first:
             held_out = _held_out(model, table, options)
             say(f"{len(table.data):,} rows of {_described(table)}, to {folder}.")
-        with replacing(folder) if overwrite and is_first else nullcontext():
+        with _resumable(folder, command), replacing(folder) if overwrite and is_first else nullcontext():
             result = fit(
                 model,
                 table.data,
@@ -111,7 +113,9 @@ def run(
                 devices=devices,
             )
     if is_first:
-        _leave(folder, result, table, held_out, command_line(ctx), data)
+        _leave(folder, result, table, held_out, command, data)
+        if result.stop_reason == "interrupted":
+            raise _interrupted(command)
 
 
 def _stem(data: str) -> str:
@@ -139,20 +143,29 @@ def _held_out(model: Any, table: Table, options: dict[str, Any]) -> Rows:
     return parts.held_out
 
 
-def _leave(folder: Path, result: FitResult, table: Table, held_out: Rows, command: str, data: str) -> None:
-    """Put what else is known of a fit into its folder.
+@contextmanager
+def _resumable(folder: Path, command: str) -> Iterator[None]:
+    """While entered, an interruption that leaves no time to finish ends the command, and says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (folder / CHECKPOINT).exists():
+            raise
+        raise _interrupted(command) from None
 
-    Raises:
-        typer.Exit: If the fit was interrupted.
-    """
+
+def _interrupted(command: str) -> typer.Exit:
+    again = command.replace(" --overwrite", "").replace(" --resume", "") + " --resume"
+    say(f"interrupted. To go on: {again}")
+    return typer.Exit(INTERRUPTED)
+
+
+def _leave(folder: Path, result: FitResult, table: Table, held_out: Rows, command: str, data: str) -> None:
+    """Put what else is known of a fit into its folder."""
     from pyro_maf.report import write_report
 
     write_json(folder / COLUMNS, table.columns)
     write_json(folder / RECORD, dataclasses.asdict(_record(result, table, command, data)))
-    if result.stop_reason == "interrupted":
-        again = command.replace(" --overwrite", "").replace(" --resume", "") + " --resume"
-        say(f"interrupted in epoch {result.epochs + 1}. To go on: {again}")
-        raise typer.Exit(INTERRUPTED)
     result.density.cpu()  # where the rows are
     write_report(
         folder / REPORT,
@@ -180,11 +193,9 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _record(result: FitResult, table: Table, command: str, data: str) -> Record:
-    import pyro_maf
-
     return Record(
         command=command,
-        version=pyro_maf.__version__,
+        version=version(),
         data="standard input" if data == "-" else data,
         rows=len(table.data),
         validation_log_likelihood=result.validation_log_likelihood,

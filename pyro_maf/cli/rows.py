@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ STANDARD_OUTPUT = Path("-")
 
 @contextmanager
 def writing_rows(path: Path, names: Sequence[str]) -> Iterator[Callable[[np.ndarray[Any, Any]], None]]:
-    """While entered, a function that writes rows, (n, columns), under the column names `names`.
+    r"""While entered, a function that writes rows, (n, columns), under the column names `names`.
 
     A file is there once all is written, and not before; what was there stays until then.
 
@@ -34,9 +35,12 @@ def writing_rows(path: Path, names: Sequence[str]) -> Iterator[Callable[[np.ndar
         FileNotFoundError: If its folder does not exist.
 
     Example:
-        >>> import numpy as np
-        >>> with writing_rows(STANDARD_OUTPUT, ["a", "b"]) as write:  # doctest: +SKIP
-        ...     write(np.ones((2, 2)))
+        >>> import tempfile, numpy as np
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with writing_rows(Path(folder, "rows.csv"), ["a", "b"]) as write:
+        ...         write(np.array([[1, 2.5]]))
+        ...     Path(folder, "rows.csv").read_text()
+        'a,b\n1,2.5\n'
     """
     writers = {".csv": _csv_writer, ".parquet": _parquet_writer}
     if path == STANDARD_OUTPUT:
@@ -60,8 +64,6 @@ def writing_rows(path: Path, names: Sequence[str]) -> Iterator[Callable[[np.ndar
 
 @contextmanager
 def _csv_writer(file: Any, names: Sequence[str]) -> Iterator[Callable[[np.ndarray[Any, Any]], None]]:
-    import io
-
     from pyarrow.csv import CSVWriter, WriteOptions
 
     header = io.StringIO()
