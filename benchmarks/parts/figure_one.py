@@ -1,7 +1,7 @@
 """The paper's Figure 1: MADE and a MAF of five layers on a density that is not Gaussian in the order (x1, x2).
 
 MADE and the layer of the MAF next to the data have that order, and the MAF's layers take turns. A MAF with one order
-throughout is fitted too: each of its layers is affine in x2 given x1, so all of them are: it is a MADE.
+throughout is fitted too: each of its layers is affine in x2 given x1, so they are together, and no more than a MADE.
 """
 
 from __future__ import annotations

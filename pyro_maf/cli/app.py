@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pyro_maf.cli import fit, info, sample, score
+from pyro_maf.cli import compare, fit, info, paper, sample, score
 from pyro_maf.cli.ending import Endings
 from pyro_maf.cli.version import version
 
@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (fit, score, sample, info):
+for command in (fit, score, sample, info, compare, paper):
     name = command.__name__.rpartition(".")[-1]
     app.command(name, epilog=command.EXAMPLES, no_args_is_help=True)(command.run)
 

@@ -20,6 +20,7 @@ __all__ = ["Comparison", "compare"]
 
 CLOSED_FORM = "closed form"
 INTERRUPTED = "interrupted"
+CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,16 @@ def compare(
     Args:
         data: Training, validation and test rows, and their contexts.
         models: What to fit, by default every line of the paper's table.
-        folder: Where each model gets a folder of its own, with its density and score. What is found there is read
-            back and not fitted again, so an interrupted comparison goes on.
+        folder: Where each model gets a folder of its own, with its density, its score and the log of its fit. What is
+            found there is read back and not fitted again, and a fit that was interrupted goes on.
         batch_size, max_epochs, patience, learning_rate, progress: As in `fit`; a candidate's own learning rate counts.
         seed: Of the weights to begin with, and of the batches.
         device: Where to fit.
         tell: Called with each score as it comes.
 
     Returns:
-        A `Comparison`. Ctrl-C ends the fit at hand and leaves out that model and those after it.
+        A `Comparison`. Ctrl-C ends it, without the model at hand and those after it; with a folder, the same call goes
+        on from there.
 
     Cost: that of the fits; what is read back costs nothing.
 
@@ -187,6 +189,8 @@ class _Contest:
             score = self._score(model, density, result.epochs, result.seconds, result.stop_reason)
         if own is not None:
             write_score(own, score, density, known_by)
+            # Four times the size of the model, and of no more use.
+            (own / CHECKPOINT).unlink(missing_ok=True)
         return score
 
     def _train(self, model: Candidate, options: dict[str, Any], own: Path | None) -> FitResult:
@@ -198,6 +202,8 @@ class _Contest:
             context=data.train_context,
             validation=validation,
             progress=self.progress,
+            folder=own,
+            resume=own is not None,
             **options,
         )
 

@@ -86,7 +86,7 @@ def as_markdown(found: Comparison, published: Mapping[str, float] | None = None)
 def as_table(found: Comparison, published: Mapping[str, float] | None = None) -> Table:
     """The table as rich prints it, the best model in bold."""
     given = f", {found.context_dim} of context" if found.context_dim else ""
-    title = f"{found.data} ({found.input_dim}{given}): test log-likelihood in nats, two standard errors"
+    title = f"{found.data} ({found.input_dim}{given}): nats a test row, two standard errors"
     heading, rows = _cells(found, published)
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, name in enumerate(heading):

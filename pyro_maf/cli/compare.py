@@ -1,0 +1,132 @@
+"""`pyro-maf compare`: the paper's models on a table of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from pyro_maf.cli.ending import INTERRUPTED, say
+from pyro_maf.cli.folder import COLUMNS, write_json
+from pyro_maf.cli.naming import named
+from pyro_maf.cli.options import Source, read, separated, source_and_array
+
+if TYPE_CHECKING:
+    from pyro_maf.experiments import Candidate, Comparison, Score
+
+__all__ = ["EXAMPLES", "finish", "run", "tell"]
+
+EXAMPLES = """**Examples**
+
+```
+pyro-maf compare wine.csv
+pyro-maf compare wine.csv --models "Gaussian,MADE,MAF (5)" --hidden 64 --hidden 64,64
+pyro-maf compare wine.parquet --context colour --epochs 100 --out wine-given-colour
+```
+"""
+
+
+def _option(help: str, metavar: str = "N") -> Any:
+    return typer.Option(help=help, metavar=metavar)
+
+
+def run(
+    data: Source,
+    models: Annotated[list[str] | None, _option("Lines of the paper's table; by default all of them.", "NAMES")] = None,
+    hidden: Annotated[
+        list[str] | None,
+        _option("Widths of the hidden layers, as 128,128; given several times, the best are taken.", "WIDTHS"),
+    ] = None,
+    batch_norm: Annotated[
+        bool, typer.Option("--batch-norm", help="Put batch norm after every layer of the flows.")
+    ] = False,
+    columns: Annotated[
+        list[str] | None, _option("Columns to fit; by default all that are no context.", "NAMES")
+    ] = None,
+    context: Annotated[
+        list[str] | None, _option("Columns that those depend on: numbers, or text as categories.", "NAMES")
+    ] = None,
+    test: Annotated[float, _option("The part of the rows to test with.", "PART")] = 0.1,
+    validation: Annotated[float, _option("The part of the other rows to validate with.", "PART")] = 0.1,
+    epochs: Annotated[int, _option("The most passes over the data.")] = 1000,
+    batch_size: Annotated[int, _option("Rows in a batch.")] = 256,
+    learning_rate: Annotated[float, _option("To begin with; it is halved when nothing is gained.")] = 2e-3,
+    patience: Annotated[int, _option("Epochs without a gain after which to end.")] = 30,
+    seed: Annotated[int, _option("Of the three parts, of the weights and of the order of batches.")] = 0,
+    device: Annotated[Literal["cpu", "cuda"], _option("Where to fit: cpu or cuda.", "DEVICE")] = "cpu",
+    out: Annotated[Path | None, _option("The folder for what is made; by default named after DATA.", "DIR")] = None,
+) -> None:
+    """Fit the paper's models to a table, and say which predicts rows best that none of them has seen.
+
+    Leaves a folder for each model, which score and sample take, and the table as comparison.md, .csv and .json. What
+    the folder holds already is not fitted again: after Ctrl-C the same command goes on.
+    """
+    from pyro_maf.experiments import compare, divide
+
+    asked = _candidates(models, hidden, batch_norm)
+    table = read(data, columns=separated(columns) or None, context=separated(context))
+    name = "table" if data == "-" else Path(source_and_array(data)[0].removesuffix(".gz")).stem
+    folder = out or Path(f"{name}-comparison")
+    parts = divide(name, table.data, table.context, test=test, validation=validation, seed=seed)
+    with named(table):
+        found = compare(
+            parts,
+            asked,
+            folder=folder,
+            batch_size=batch_size,
+            max_epochs=epochs,
+            patience=patience,
+            learning_rate=learning_rate,
+            seed=seed,
+            device=device,
+            tell=tell,
+        )
+    for score in found.tried:
+        write_json(folder / score.candidate.slug / COLUMNS, table.columns)
+    finish(found, folder, "comparison")
+
+
+def tell(score: Score) -> None:
+    """Say how a model did."""
+    name = " ".join(filter(None, (score.candidate.name, score.candidate.widths)))
+    say(f"{name}: {score.test} nats, {score.seconds:.1f} s; {score.stop_reason}.")
+
+
+def finish(found: Comparison, folder: Path, name: str, published: Mapping[str, float] | None = None) -> None:
+    """Print the table, and write it to a folder as name.md, .csv and .json.
+
+    Raises:
+        typer.Exit: If the comparison was interrupted.
+    """
+    from rich.console import Console
+
+    from pyro_maf.experiments import tables
+    from pyro_maf.saving import write_whole
+
+    Console().print(tables.as_table(found, published))
+    forms = {"md": tables.as_markdown, "csv": tables.as_csv, "json": tables.as_json}
+    for ending, form in forms.items():
+        write_whole(folder / f"{name}.{ending}", form(found, published).encode())
+    for model, reason in found.failed.items():
+        say(f"{model} is left out: {reason}")
+    if found.missing:
+        say(f"interrupted before {', '.join(found.missing)}. The same command goes on from there.")
+        raise typer.Exit(INTERRUPTED)
+
+
+def _candidates(models: list[str] | None, hidden: list[str] | None, batch_norm: bool) -> tuple[Candidate, ...]:
+    """What was asked for.
+
+    Raises:
+        ValueError: For unknown names, or widths that are no numbers.
+    """
+    from pyro_maf.experiments import ROWS, candidates
+
+    try:
+        widths = [[int(width) for width in each.split(",")] for each in hidden or ()]
+    except ValueError:
+        given = " ".join(hidden or ())
+        raise ValueError(f"compare expected --hidden as numbers such as 128,128, got {given}.") from None
+    return candidates(separated(models) or tuple(ROWS), hidden_dims=widths, batch_norm=batch_norm)

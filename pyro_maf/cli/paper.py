@@ -1,0 +1,90 @@
+"""`pyro-maf paper`: the paper's experiments on its own sets of data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+import typer
+
+from pyro_maf.cli.compare import finish, tell
+from pyro_maf.cli.options import separated
+
+if TYPE_CHECKING:
+    from pyro_maf.datasets import Dataset
+
+__all__ = ["EXAMPLES", "run"]
+
+EXAMPLES = """**Examples**
+
+```
+pyro-maf paper POWER --root data --device cuda
+pyro-maf paper MINIBOONE --root data --models "Gaussian,MAF (5)" --learning-rate 1e-3 --epochs 50
+```
+"""
+Name = Literal["POWER", "GAS", "HEPMASS", "MINIBOONE", "BSDS300", "MNIST", "CIFAR-10"]
+
+
+def _option(help: str, metavar: str = "N") -> Any:
+    return typer.Option(help=help, metavar=metavar)
+
+
+def run(
+    name: Annotated[
+        Name,
+        typer.Argument(metavar="NAME", help=f"Which set: {', '.join(get_args(Name))}.", case_sensitive=False),
+    ],
+    root: Annotated[Path, _option("The folder that holds the published archive's folder of each set.", "DIR")],
+    models: Annotated[list[str] | None, _option("Lines of the paper's table; by default all of them.", "NAMES")] = None,
+    epochs: Annotated[int, _option("The most passes over the data.")] = 1000,
+    learning_rate: Annotated[
+        float | None, _option("By default the paper's: 1e-3 for MADE and MADE MoG, 1e-4 for the flows.", "RATE")
+    ] = None,
+    seed: Annotated[int, _option("Of the weights and of the order of batches.")] = 0,
+    device: Annotated[Literal["cpu", "cuda"], _option("Where to fit: cpu or cuda.", "DEVICE")] = "cpu",
+    allow_pickle: Annotated[
+        bool,
+        typer.Option("--allow-pickle", help="Load a pickle where there is no other file: it can run any code."),
+    ] = False,
+    out: Annotated[Path | None, _option("The folder for what is made; by default named after the set.", "DIR")] = None,
+) -> None:
+    """Repeat the paper's experiment on one of its sets, and put its figures beside those that come of it.
+
+    Every width that the paper tried is fitted, with its settings, and the one that validates best counts. Images are
+    fitted by themselves and then given their class. What the folder holds already is not fitted again: after Ctrl-C
+    the same command goes on.
+    """
+    from pyro_maf.datasets import load_dataset
+    from pyro_maf.experiments import ROWS, SETTINGS, compare
+    from pyro_maf.experiments.settings import BATCH_SIZE, PATIENCE
+
+    settings = SETTINGS[name]
+    models_asked = settings.candidates(separated(models) or tuple(ROWS))
+    if learning_rate is not None:
+        models_asked = tuple(dataclasses.replace(one, learning_rate=learning_rate) for one in models_asked)
+    folder = out or Path(f"{name.lower()}-paper")
+    for part, data in _parts(load_dataset(settings.loader, root, allow_pickle=allow_pickle)):
+        found = compare(
+            data,
+            models_asked,
+            folder=folder / part,
+            batch_size=BATCH_SIZE,
+            max_epochs=epochs,
+            patience=PATIENCE,
+            seed=seed,
+            device=device,
+            tell=tell,
+        )
+        finish(found, folder, part, settings.published if settings.published and part == BLIND else None)
+
+
+BLIND, GIVEN = "unconditional", "conditional"
+
+
+def _parts(data: Dataset) -> Iterator[tuple[str, Dataset]]:
+    """The rows alone and, where there is a context, given it."""
+    yield BLIND, dataclasses.replace(data, train_context=None, validation_context=None, test_context=None)
+    if data.context_dim:
+        yield GIVEN, data

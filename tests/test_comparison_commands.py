@@ -1,0 +1,113 @@
+"""`pyro-maf compare` and `pyro-maf paper`: what they leave behind, how they go on, what they refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from pyro_maf.cli import app
+from pyro_maf.cli.paper import Name
+from pyro_maf.experiments import SETTINGS, comparison
+
+QUICK = ["--epochs", "2", "--models", "Gaussian,MADE", "--hidden", "8", "--hidden", "16"]
+
+
+@pytest.fixture
+def invoke(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    return lambda *arguments: CliRunner().invoke(app, list(map(str, arguments)))
+
+
+@pytest.fixture
+def wine(tmp_path):
+    rng = np.random.default_rng(0)
+    colours = rng.integers(2, size=200)
+    rows = rng.normal(size=(200, 2)) + 3 * colours[:, None]
+    lines = [f"{a:.5f},{b:.5f},{('red', 'white')[c]}" for (a, b), c in zip(rows, colours, strict=True)]
+    path = tmp_path / "wine.csv"
+    path.write_text("\n".join(["acid,sugar,colour", *lines]))
+    return path
+
+
+def test_compare_leaves_a_table_in_three_forms_and_models_that_score_takes(invoke, wine, tmp_path):
+    result = invoke("compare", wine, "--context", "colour", *QUICK)
+    assert result.exit_code == 0, result.output
+    assert "Gaussian" in result.stdout
+    assert "MADE 16: " in result.stderr
+    folder = tmp_path / "wine-comparison"
+    found = json.loads((folder / "comparison.json").read_text())
+    assert (found["data"], found["context_dim"], found["rows"]["test"]) == ("wine", 2, 20)
+    assert [line["model"] for line in found["models"]] == ["Gaussian", "MADE"]
+    assert "| MADE |" in (folder / "comparison.md").read_text().replace("**", "")
+    assert (folder / "comparison.csv").read_text().startswith("model,test,error,")
+    scored = invoke("score", folder / "made-8", wine)
+    assert scored.exit_code == 0, scored.output
+    assert len(scored.stdout.splitlines()) == 201
+
+
+def test_compare_goes_on_after_an_interruption(invoke, wine, monkeypatch):
+    fit = comparison.fit
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            comparison,
+            "fit",
+            lambda *args, **named: dataclasses.replace(fit(*args, **named), stop_reason="interrupted"),
+        )
+        result = invoke("compare", wine, "--columns", "acid,sugar", *QUICK)
+    assert result.exit_code == 130
+    assert "interrupted before MADE. The same command goes on from there." in result.stderr
+    again = invoke("compare", wine, "--columns", "acid,sugar", *QUICK)
+    assert again.exit_code == 0, again.output
+    assert "MADE" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--hidden", "wide"], "compare expected --hidden as numbers such as 128,128, got wide."),
+        (["--models", "NSF"], "candidates expected names among Gaussian, MADE"),
+        (["--test", "2", "--context", "colour"], "divide expected test as a part between 0 and 1, got 2.0"),
+        (["--columns", "salt"], "read_table found no column 'salt'"),
+    ],
+)
+def test_compare_refuses_in_one_line(invoke, wine, options, message):
+    result = invoke("compare", wine, *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_compare_calls_columns_by_name(invoke, wine, tmp_path):
+    wine.write_text("\n".join(["acid,sugar", *(f"{value},1" for value in range(100))]))
+    result = invoke("compare", wine, "--models", "MADE")
+    assert result.exit_code == 2
+    assert "column 'sugar'" in result.stderr
+
+
+def test_paper_repeats_an_experiment_next_to_the_published_figures(invoke, tmp_path):
+    folder = tmp_path / "archive" / "miniboone"
+    folder.mkdir(parents=True)
+    np.save(folder / "data.npy", np.random.default_rng(0).normal(size=(300, 43)))
+    options = ["--models", "Gaussian,MADE", "--epochs", "1", "--learning-rate", "0.01"]
+    result = invoke("paper", "miniboone", "--root", tmp_path / "archive", *options)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "miniboone-paper" / "unconditional.json").read_text())
+    assert [line["published"] for line in found["models"]] == [-37.24, -15.59]
+    assert "-37.24" in result.stdout
+    tried = sorted(path.name for path in (tmp_path / "miniboone-paper" / "unconditional").iterdir())
+    assert tried == ["gaussian", "made-512", "made-512x512"]
+    known_by = json.loads((tmp_path / "miniboone-paper" / "unconditional" / "made-512" / "score.json").read_text())
+    assert known_by["fingerprint"]["options"]["learning_rate"] == 0.01
+    assert known_by["fingerprint"]["options"]["batch_size"] == 100
+
+
+def test_paper_knows_every_set_of_the_settings(invoke):
+    assert list(Name.__args__) == list(SETTINGS)
+    result = invoke("paper", "POWER", "--root", "nowhere")
+    assert result.exit_code == 2
+    assert "power" in result.stderr
