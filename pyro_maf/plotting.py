@@ -1,13 +1,14 @@
 r"""Pictures of densities: samples, the noise that data come from, contours, losses, images.
 
-Each function returns a matplotlib `Figure` that no global state knows: save it with `figure.savefig(path)`. Where
-several models are compared they share their axes, and their colours are those of Okabe and Ito or of cividis, which
-colour-blind readers tell apart.
+Each function returns a matplotlib `Figure` that no global state knows: save it with `figure.savefig(path)`; at the end
+of a notebook's cell it shows itself. Where several models are compared they share their axes, and their colours are
+those of Okabe and Ito or of cividis, which colour-blind readers tell apart.
 """
 
 from __future__ import annotations
 
 import functools
+import io
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +44,7 @@ STYLE: dict[Any, Any] = {
 }
 COLUMNS = 3
 DPI = 160
+SCREEN_DPI = 80
 POINTS = 4000
 GRID = 200
 
@@ -287,10 +289,22 @@ def pairs(data: Tensor, samples: Tensor, *, names: Sequence[str] | None = None, 
 # -- what they are made of --------------------------------------------------------------------------------------------
 
 
-def _figure(width: float, height: float, title: str) -> Figure:
+@functools.cache
+def _figure_class() -> type[Figure]:
+    """Matplotlib's, made to show itself at the end of a notebook's cell: of its own it does so only by pyplot."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    class ShownFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            picture = io.BytesIO()
+            self.savefig(picture, format="png", dpi=SCREEN_DPI)
+            return picture.getvalue()
+
+    return ShownFigure
+
+
+def _figure(width: float, height: float, title: str) -> Figure:
+    figure = _figure_class()(figsize=(width, height), dpi=DPI, layout="constrained")
     if title:
         figure.suptitle(title, fontsize=11)
     return figure

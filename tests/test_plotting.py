@@ -7,6 +7,7 @@ import math
 import matplotlib as mpl
 import pytest
 import torch
+from IPython.core.formatters import PNGFormatter
 from matplotlib.figure import Figure
 
 from pyro_maf import MAF, ConditionalMAF, plotting
@@ -48,6 +49,13 @@ PICTURES = {
     "image_grid": lambda: plotting.image_grid({"Data": torch.rand(9, 64)}, columns=3, title="Toy"),
     "pairs": lambda: plotting.pairs(FigureOne().sample(60), FigureOne().sample(60, 1), title="Toy"),
 }
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_picture_shows_itself_in_a_notebook_without_pyplot(name):
+    formatter = PNGFormatter()
+    picture = formatter(PICTURES[name]())
+    assert picture.startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", PICTURES)
