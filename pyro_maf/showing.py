@@ -19,7 +19,7 @@ def check_progress(who: str, progress: Any) -> None:
 def shows(progress: bool | str, console: Any) -> bool:
     """Whether to show a bar: never (False), where it is read by somebody (True), or in any case ("always").
 
-    In a notebook rich draws with ipywidgets; where that is missing it warns at every update instead, so there is no bar.
+    In a notebook rich draws with ipywidgets; where that is missing it would warn at every update, so there is no bar.
     """
     if console.is_jupyter and find_spec("ipywidgets") is None:
         return False
