@@ -124,7 +124,8 @@ def smoothed(log_weights: Tensor) -> tuple[Tensor, float]:
     weights = log_weights[scored].double().cpu().numpy()
     if np.ptp(weights) < 1e-10:  # the guide is the posterior
         return torch.where(scored, -scored.sum().log(), -torch.inf), float("-inf")
-    found, k_hat = arviz().psislw(weights)
+    with np.errstate(over="ignore"):  # arviz lets candidates for the tail's shape that are out of the question overflow
+        found, k_hat = arviz().psislw(weights)
     result = torch.full(log_weights.shape, -torch.inf, dtype=torch.float64)
     result[scored.cpu()] = torch.as_tensor(np.asarray(found))
     return result.to(log_weights.device), float(k_hat)
