@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 __all__ = ["SECONDS_BETWEEN_UPDATES", "check_progress", "progress_bar", "shows"]
@@ -16,7 +17,12 @@ def check_progress(who: str, progress: Any) -> None:
 
 
 def shows(progress: bool | str, console: Any) -> bool:
-    """Whether to show a bar: never (False), where it is read by somebody (True), or in any case ("always")."""
+    """Whether to show a bar: never (False), where it is read by somebody (True), or in any case ("always").
+
+    In a notebook rich draws with ipywidgets; where that is missing it would warn at every update, so there is no bar.
+    """
+    if console.is_jupyter and find_spec("ipywidgets") is None:
+        return False
     return progress == "always" or (bool(progress) and (console.is_terminal or console.is_jupyter))
 
 

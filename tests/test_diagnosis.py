@@ -14,6 +14,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from pyro_maf.infer import Diagnosis, diagnose, reweight, to_arviz
+from pyro_maf.infer.importance import smoothed
 from tests.posteriors import GUIDES, SMALL, counting, regression
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -222,3 +223,9 @@ def test_a_fresh_guide_of_a_skewed_posterior_says_how_good_it_is() -> None:
     found = diagnose(counting, GUIDES[1](counting, **SMALL))
     assert found.k_hat < 0.7
     assert 5_000 < found.ess < 10_000
+
+
+def test_weights_that_differ_by_hundreds_of_nats_are_judged_without_a_warning() -> None:
+    log_weights, k_hat = smoothed(100 * torch.randn(100_000, generator=torch.Generator().manual_seed(0)))
+    assert k_hat > 1
+    assert float(log_weights.exp().sum()) == pytest.approx(1)

@@ -289,6 +289,13 @@ def test_no_bar_is_shown_where_nobody_looks(capsys: pytest.CaptureFixture[str], 
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("guide_class", [AutoNormal, AutoIAF])
+def test_pyro_is_left_nothing_to_guess_aloud(caplog: pytest.LogCaptureFixture, guide_class: Any) -> None:
+    with caplog.at_level("INFO"):
+        fit_guide(counting, guide_class(counting), steps=5, num_particles=2, progress=False)
+    assert not caplog.records
+
+
 # -- wrong arguments ---------------------------------------------------------------------------------------------------
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

@@ -7,6 +7,7 @@ import math
 import matplotlib as mpl
 import pytest
 import torch
+from IPython.core.formatters import PNGFormatter
 from matplotlib.figure import Figure
 
 from pyro_maf import MAF, ConditionalMAF, plotting
@@ -53,6 +54,13 @@ PICTURES = {
     "log_densities": lambda: plotting.log_densities({"data": torch.zeros(60)}, title="Toy"),
     "pairs": lambda: plotting.pairs(FigureOne().sample(60), FigureOne().sample(60, 1), title="Toy"),
 }
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_picture_shows_itself_in_a_notebook_without_pyplot(name):
+    formatter = PNGFormatter()
+    picture = formatter(PICTURES[name]())
+    assert picture.startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", PICTURES)

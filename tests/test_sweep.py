@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -331,6 +332,13 @@ def test_training_in_the_parallel_direction_loads_no_kernels() -> None:
     done = run(train + HAS_NUMBA)
     assert done.stdout.strip() == "False"
     assert done.stderr == ""
+
+
+def test_compiling_is_announced_only_where_nothing_was_compiled_before(tmp_path: Path) -> None:
+    kernel = SimpleNamespace(forward_rows=SimpleNamespace(stats=SimpleNamespace(cache_path=str(tmp_path))))
+    assert not loading._compiled_before(kernel)
+    (tmp_path / "kernel.forward_columns-36.py311.nbi").touch()  # a density alone never sweeps by rows
+    assert loading._compiled_before(kernel)
 
 
 @pytest.mark.parametrize("name", LAYERS)

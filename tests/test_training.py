@@ -36,6 +36,7 @@ from pyro_maf import (
     MAFMoG,
     RealNVP,
     fit,
+    showing,
 )
 from pyro_maf.showing import shows
 from pyro_maf.training import FitResult
@@ -382,12 +383,16 @@ def test_the_bar_shows_epoch_losses_and_time_left(
     assert re.search(rf"epoch 3 ━+ {losses}  {best} \d:\d\d:\d\d at most 00:00", err)
 
 
-def test_the_bar_is_for_terminals_and_notebooks() -> None:
+def test_the_bar_is_for_terminals_and_notebooks_that_have_widgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(showing, "find_spec", lambda name: object())
     terminal, file = Console(stderr=True, force_terminal=True), Console(stderr=True, force_terminal=False)
     notebook = Console(stderr=True, force_terminal=False, force_jupyter=True)
     assert [shows(True, console) for console in (terminal, notebook, file)] == [True, True, False]
     assert [shows("always", console) for console in (terminal, notebook, file)] == [True, True, True]
     assert [shows(False, console) for console in (terminal, notebook, file)] == [False, False, False]
+    monkeypatch.setattr(showing, "find_spec", lambda name: None)
+    assert [shows(True, console) for console in (terminal, notebook)] == [True, False]
+    assert not shows("always", notebook)
 
 
 def test_the_result_says_in_one_line_how_it_went() -> None:

@@ -17,7 +17,7 @@ from pyro_maf.checks import check_above_zero, check_positive
 from pyro_maf.infer.averaging import Average
 from pyro_maf.infer.diagnosis import Diagnosis, diagnose
 from pyro_maf.infer.guides import AutoFlow
-from pyro_maf.infer.importance import allows_batches, arviz
+from pyro_maf.infer.importance import arviz, nesting_of_batches
 from pyro_maf.infer.log_joint import FAILURES
 from pyro_maf.infer.path_gradient import TracePath_ELBO
 from pyro_maf.infer.progress import bar
@@ -154,10 +154,16 @@ class _Run:
         schedule: Schedule,
     ) -> None:
         self._model, self._guide, self._args, self._kwargs = model, guide, args, kwargs
-        together = allows_batches("fit_guide", model, guide, args, kwargs)
+        nesting = nesting_of_batches("fit_guide", model, guide, args, kwargs)
+        together = nesting is not None
         objective = TracePath_ELBO if isinstance(guide, AutoFlow) else Trace_ELBO
         particles = num_particles if together else min(num_particles, ALONE)
-        self._objective = objective(num_particles=particles, vectorize_particles=together)
+        # Told how many plates there are, since Pyro would say on stderr what it guesses.
+        self._objective = objective(
+            num_particles=particles,
+            vectorize_particles=together,
+            max_plate_nesting=math.inf if nesting is None else nesting,
+        )
         self._parameters = self._find_parameters()
         self._optimizer = torch.optim.Adam(self._parameters, lr=schedule.learning_rate)
         self._usual_norm = math.inf

@@ -58,11 +58,12 @@ def weigh(
 
 
 @torch.no_grad()
-def allows_batches(
+def nesting_of_batches(
     who: str, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> bool:
-    """Whether one run of a model, inside a plate, scores many draws of a guide."""
-    return _Pair(who, model, guide, args, kwargs).joint.is_vectorised
+) -> int | None:
+    """How many plates model and guide have where one run, inside a plate, scores many draws; None where it does not."""
+    pair = _Pair(who, model, guide, args, kwargs)
+    return pair.nesting if pair.joint.is_vectorised else None
 
 
 class _Pair:
@@ -88,7 +89,7 @@ class _Pair:
         sites = [site for site in example.nodes.values() if site["type"] == "sample"]
         self.size = sum(site["value"].numel() for site in sites if isinstance(site["value"], Tensor))
         self.joint = LogJoint(model, example, args, kwargs)
-        self._nesting = max(self.joint.nesting, nesting_of(guide_trace))
+        self.nesting = max(self.joint.nesting, nesting_of(guide_trace))
         self.joint.settle(self._draw(4)[0])
 
     def weigh(self, draws: int) -> Weighted:
@@ -98,10 +99,10 @@ class _Pair:
 
     def _draw(self, draws: int) -> tuple[dict[str, Tensor], Tensor]:
         """Values of the latent sites, padded to as many plates as there are, and their log-density."""
-        with pyro.plate("_draws", draws, dim=-self._nesting - 1):
+        with pyro.plate("_draws", draws, dim=-self.nesting - 1):
             trace = poutine.trace(self._guide).get_trace(*self._args, **self._kwargs)
         trace.compute_log_prob()
-        plates = (draws, *(1,) * self._nesting)
+        plates = (draws, *(1,) * self.nesting)
         values = {}
         for name in self.shapes:
             site: Any = trace.nodes[name]
@@ -123,7 +124,8 @@ def smoothed(log_weights: Tensor) -> tuple[Tensor, float]:
     weights = log_weights[scored].double().cpu().numpy()
     if np.ptp(weights) < 1e-10:  # the guide is the posterior
         return torch.where(scored, -scored.sum().log(), -torch.inf), float("-inf")
-    found, k_hat = arviz().psislw(weights)
+    with np.errstate(over="ignore"):  # arviz lets candidates for the tail's shape that are out of the question overflow
+        found, k_hat = arviz().psislw(weights)
     result = torch.full(log_weights.shape, -torch.inf, dtype=torch.float64)
     result[scored.cpu()] = torch.as_tensor(np.asarray(found))
     return result.to(log_weights.device), float(k_hat)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -44,6 +45,7 @@ STYLE: dict[Any, Any] = {
 }
 COLUMNS = 3
 DPI = 160
+SCREEN_DPI = 80
 POINTS = 4000
 MOST_BINS = 40
 
@@ -64,11 +66,23 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
     return styled
 
 
-def new_figure(width: float, height: float, title: str) -> Figure:
-    """A figure that pyplot does not know of, in inches."""
+@functools.cache
+def _figure_class() -> type[Figure]:
+    """Matplotlib's, made to show itself at the end of a notebook's cell: of its own it does so only by pyplot."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    class ShownFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            picture = io.BytesIO()
+            self.savefig(picture, format="png", dpi=SCREEN_DPI)
+            return picture.getvalue()
+
+    return ShownFigure
+
+
+def new_figure(width: float, height: float, title: str) -> Figure:
+    """A figure that pyplot does not know of, in inches."""
+    figure = _figure_class()(figsize=(width, height), dpi=DPI, layout="constrained")
     if title:
         figure.suptitle(title, fontsize=11)
     return figure

@@ -38,4 +38,4 @@ def kernels() -> Any:
 
 def _compiled_before(kernel: Any) -> bool:
     folder = Path(kernel.forward_rows.stats.cache_path)
-    return any(folder.glob("kernel.forward_rows-*.nbi"))
+    return any(folder.glob("kernel.*-*.nbi"))
