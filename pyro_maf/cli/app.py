@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
+import pyro_maf
 from pyro_maf.cli import compare, fit, info, paper, sample, score
 from pyro_maf.cli.ending import Endings
-from pyro_maf.cli.version import version
 
 __all__ = ["app", "main"]
 
@@ -33,7 +33,7 @@ def main() -> None:
 
 def _show_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"pyro-maf {version()}")
+        typer.echo(f"pyro-maf {pyro_maf.__version__}")
         raise typer.Exit
 
 

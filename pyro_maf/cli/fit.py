@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
+import pyro_maf
 from pyro_maf.cli.ending import INTERRUPTED, command_line, say
 from pyro_maf.cli.folder import CHECKPOINT, COLUMNS, RECORD, REPORT, Record, check_folder, replacing, write_json
 from pyro_maf.cli.naming import named
 from pyro_maf.cli.options import Source, read, separated, source_and_array
 from pyro_maf.cli.request import check_asked, model_of, support_of, validation_of
-from pyro_maf.cli.version import version
 
 if TYPE_CHECKING:
     from pyro_maf.datasets import Table
     from pyro_maf.training import FitResult
-    from pyro_maf.training.data import Rows
 
 __all__ = ["EXAMPLES", "run"]
 
@@ -93,27 +92,27 @@ def run(
     table = read(data, columns=separated(columns) or None, context=separated(context))
     kinds = support_of(separated(support), table.names)
     model = model_of(flow, table, kinds, layers, separated(hidden), seed).to(device)
-    options: dict[str, Any] = {"context": table.context, "support": kinds, "seed": seed}
-    options["validation"] = validation_of(validation, table)
-    with named(table):
-        if is_first:
-            held_out = _held_out(model, table, options)
-            say(f"{len(table.data):,} rows of {_described(table)}, to {folder}.")
-        with _resumable(folder, command), replacing(folder) if overwrite and is_first else nullcontext():
-            result = fit(
-                model,
-                table.data,
-                **options,
-                batch_size=batch_size,
-                max_epochs=epochs,
-                patience=patience,
-                learning_rate=learning_rate,
-                folder=folder,
-                resume=resume,
-                devices=devices,
-            )
+    held_out = validation_of(validation, table)
     if is_first:
-        _leave(folder, result, table, held_out, command, data)
+        say(f"{len(table.data):,} rows of {_described(table)}, to {folder}.")
+    with named(table), _resumable(folder, command), replacing(folder) if overwrite and is_first else nullcontext():
+        result = fit(
+            model,
+            table.data,
+            context=table.context,
+            support=kinds,
+            validation=held_out,
+            batch_size=batch_size,
+            max_epochs=epochs,
+            patience=patience,
+            learning_rate=learning_rate,
+            seed=seed,
+            folder=folder,
+            resume=resume,
+            devices=devices,
+        )
+    if is_first:
+        _leave(folder, result, table, command, data)
         if result.stop_reason == "interrupted":
             raise _interrupted(command)
 
@@ -124,23 +123,6 @@ def _stem(data: str) -> str:
         return "table"
     path, array = source_and_array(data)
     return "-".join(filter(None, (Path(path.removesuffix(".gz")).stem, array)))
-
-
-def _held_out(model: Any, table: Table, options: dict[str, Any]) -> Rows:
-    """The rows that the fit will hold out, of which the report is.
-
-    Raises:
-        ValueError: For data that the fit would refuse, before anything is overwritten.
-    """
-    from pyro_maf.distributions.support import Support
-    from pyro_maf.training.parts import read_parts
-
-    support = Support("fit", options["support"] or "real", model.input_dim)
-    dtype = next(model.parameters()).dtype
-    parts = read_parts(
-        model, table.data, options["context"], options["validation"], support, dtype=dtype, seed=options["seed"]
-    )
-    return parts.held_out
 
 
 @contextmanager
@@ -160,12 +142,13 @@ def _interrupted(command: str) -> typer.Exit:
     return typer.Exit(INTERRUPTED)
 
 
-def _leave(folder: Path, result: FitResult, table: Table, held_out: Rows, command: str, data: str) -> None:
+def _leave(folder: Path, result: FitResult, table: Table, command: str, data: str) -> None:
     """Put what else is known of a fit into its folder."""
     from pyro_maf.report import write_report
 
     write_json(folder / COLUMNS, table.columns)
     write_json(folder / RECORD, dataclasses.asdict(_record(result, table, command, data)))
+    held_out: Any = result.held_out
     result.density.cpu()  # where the rows are
     write_report(
         folder / REPORT,
@@ -195,7 +178,7 @@ def _listed(names: Sequence[str]) -> str:
 def _record(result: FitResult, table: Table, command: str, data: str) -> Record:
     return Record(
         command=command,
-        version=version(),
+        version=pyro_maf.__version__,
         data="standard input" if data == "-" else data,
         rows=len(table.data),
         validation_log_likelihood=result.validation_log_likelihood,
