@@ -411,6 +411,10 @@ WRONG = {
     "widths that are none": ((*FIT, "--hidden", "16,x"), "fit expected --hidden as widths such as 128,128, got 16,x"),
     "no such part": ((*FIT, "--validation", "2"), "fit expected validation as a part between 0 and 1"),
     "no epochs": ((*FIT, "--epochs", "0"), "fit expected max_epochs of at least 1, got 0"),
+    "a file for a folder": (
+        ("fit", "{}/table.csv", "--out", "table.csv"),
+        "fit expected --out to be a folder, got the file table.csv",
+    ),
     "resume and overwrite": ((*FIT, "--resume", "--overwrite"), "fit got both --resume and --overwrite"),
     "several processes and a pipe": (("fit", "-", "--devices", "2"), "expected a file for several --devices"),
     "no model": (("score", "{}", "{}/table.csv"), "found a folder without model.safetensors"),

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -340,8 +341,14 @@ WRONG_TEXT = {
     "text among the data": (
         "a,colour\n1,red\n2,blue\n",
         {},
-        "read_table expected finite numbers, got 'red' in data row 1 (counted from 1) of column 'colour' of the "
-        "stream: fill it in, drop that row or leave the column out.",
+        "read_table expected numbers, got 'red' in data row 1 (counted from 1) of column 'colour' of the stream: leave "
+        "the column out or make it context.",
+    ),
+    "decimal commas": (
+        "a;b\n1;2\n1;2,5\n",
+        {},
+        "read_table expected numbers with a decimal point, got '2,5' in data row 2 (counted from 1) of column 'b' of "
+        "the stream: replace the comma.",
     ),
     "missing": (
         "a,b\n1,2\n3,\n",
@@ -474,6 +481,13 @@ def test_what_is_wrong_with_a_column_of_parquet_is_said(tmp_path: Path, column: 
     with pytest.raises(ValueError, match=re.escape(message)):
         read_table(tmp_path / "table.parquet")
     assert read_table(tmp_path / "table.parquet", columns=["a"]).data.tolist() == [[1], [2]]
+
+
+def test_a_workbook_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "table.xlsx", "w") as workbook:
+        workbook.writestr("xl/workbook.xml", "<workbook/>")
+    with pytest.raises(ValueError, match=r"found a workbook at table\.xlsx: save the sheet with the table as csv"):
+        read_table(tmp_path / "table.xlsx")
 
 
 def test_sources_that_are_none_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

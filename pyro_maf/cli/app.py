@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
 import pyro_maf
 from pyro_maf.cli import compare, fit, info, paper, sample, score
-from pyro_maf.cli.ending import Endings
+from pyro_maf.cli.ending import INTERRUPTED, Endings
 
 __all__ = ["app", "main"]
 
@@ -28,7 +29,11 @@ for command in (fit, score, sample, info, compare, paper):
 
 def main() -> None:
     """Run the command that the program's arguments ask for."""
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:
+        # Before there is a command to end.
+        sys.exit(INTERRUPTED)
 
 
 def _show_version(asked: bool) -> None:

@@ -52,11 +52,13 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuse to write over a fit without being asked to.
 
     Raises:
-        ValueError: If `folder` holds one that is neither to be resumed nor overwritten, or one without a checkpoint
-            that is to be resumed.
+        ValueError: If `folder` is a file, or holds a fit that is neither to be resumed nor overwritten or that has no
+            checkpoint to be resumed from.
     """
     if resume and overwrite:
         raise ValueError("fit got both --resume and --overwrite: choose one.")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"fit expected --out to be a folder, got the file {folder}.")
     found = [name for name in FILES if (folder / name).exists()]
     if not found or overwrite:
         return

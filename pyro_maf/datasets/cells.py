@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["is_missing", "number_in", "numbers_of", "places_of", "text_at", "texts_of"]
+__all__ = ["is_missing", "number_in", "numbers_of", "places_of", "text_at", "text_in", "texts_of"]
 
 MISSING = {"", "na", "n/a", "nan", "null", "none", "?"}
 
@@ -41,7 +41,7 @@ def numbers_of(column: Column) -> np.ndarray[Any, Any]:
     import pyarrow
     import pyarrow.compute as pc
 
-    if pyarrow.types.is_string(column.type):
+    if _is_text(column):
         try:
             column = pc.cast(column, pyarrow.float64())
         except pyarrow.ArrowInvalid:  # one that arrow does not read; Python reads a sign and spaces before it
@@ -79,10 +79,22 @@ def places_of(texts: Any, categories: Sequence[str]) -> np.ndarray[Any, Any]:
     return np.asarray(pc.fill_null(places, -1).to_numpy(zero_copy_only=False))
 
 
-def text_at(column: Column, row: int) -> str:
-    """What stands in a cell, as an error shows it."""
+def text_in(column: Column, row: int) -> str:
+    """What stands in a cell, without spaces around it; nothing where that is null."""
     value = column[row]
     value = value.as_py() if hasattr(value, "as_py") else value.item()
-    if value is None or (isinstance(value, str) and not value.strip()):
+    return "" if value is None else str(value).strip()
+
+
+def text_at(column: Column, row: int) -> str:
+    """What stands in a cell, as an error shows it: text in quotes."""
+    text = text_in(column, row)
+    if not text:
         return "an empty cell"
-    return repr(value.strip()) if isinstance(value, str) else f"{value}"
+    return text if isinstance(column, np.ndarray) or not _is_text(column) else repr(text)
+
+
+def _is_text(column: Column) -> bool:
+    import pyarrow
+
+    return bool(pyarrow.types.is_string(column.type))

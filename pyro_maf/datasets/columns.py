@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pyro_maf.datasets.cells import is_missing, numbers_of, places_of, text_at, texts_of
+from pyro_maf.datasets.cells import is_missing, number_in, numbers_of, places_of, text_at, text_in, texts_of
 
 __all__ = ["Column", "Survey"]
 
@@ -61,10 +62,9 @@ class Column:
         wrong = ~np.isfinite(rounded)
         if wrong.any():
             row = int(wrong.argmax())
-            expected = "numbers that float32 holds" if np.isfinite(numbers[row]) else "finite numbers"
+            expected, advice = _complaint(text_in(cells, row), finite=bool(np.isfinite(numbers[row])))
             raise ValueError(
-                f"read_table expected {expected}, got {text_at(cells, row)} in {self._at(first_row + row)}: "
-                "fill it in, drop that row or leave the column out."
+                f"read_table expected {expected}, got {text_at(cells, row)} in {self._at(first_row + row)}: {advice}."
             )
         return rounded[:, None]
 
@@ -136,3 +136,14 @@ class Survey:
                 f"read_table expected context that varies, got {text!r} in every row of {self._place}: leave it out."
             )
         return Column(self._name, self._place, sorted(self._texts))
+
+
+def _complaint(text: str, *, finite: bool) -> tuple[str, str]:
+    """What was expected instead of a cell, and what to do about it."""
+    if finite:
+        return "numbers that float32 holds", "divide the column by a power of 10 or leave it out"
+    if is_missing(text) or math.isinf(number_in(text)):
+        return "finite numbers", "fill it in, drop that row or leave the column out"
+    if not math.isnan(number_in(text.replace(",", ".", 1))):
+        return "numbers with a decimal point", "replace the comma"
+    return "numbers", "leave the column out or make it context"

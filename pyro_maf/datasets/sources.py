@@ -295,6 +295,8 @@ def _member(path: Path, label: str, array: str | None) -> tuple[Path, str]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {name.removesuffix(".npy"): name for name in archive.namelist() if name.endswith(".npy")}
+            if "xl/workbook.xml" in archive.namelist():
+                raise ValueError(f"read_table found a workbook at {label}: save the sheet with the table as csv.")
             if not members:
                 raise ValueError(f"read_table found a zip archive without arrays at {label}: it is no .npz file.")
             chosen = _chosen_member(archive, members, label) if array is None else array
