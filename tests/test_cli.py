@@ -127,6 +127,19 @@ def test_fit_trains_as_the_library_does(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick_report")
+def test_labels_may_be_numbers_and_a_model_of_double_precision(here: Path) -> None:
+    table = frame().assign(label=lambda rows: (rows["age"] > 40) * 10 + 2)
+    table.to_csv(here / "labels.csv", index=False)
+    shared = ("--columns", "length,width", "--precision", "double", "--epochs", 1)
+    result = run("fit", "labels.csv", *shared, "--categories", "label", "--out", "labels")
+    assert "given label=2, label=12" in result.stderr
+    model = pyro_maf.load(here / "labels" / "model.safetensors")
+    assert (model.context_dim, next(model.parameters()).dtype) == (2, torch.float64)
+    assert len(run("sample", "labels", "-n", 3, "--context", "label=12").stdout.splitlines()) == 4
+    assert len(run("score", "labels", "labels.csv").stdout.splitlines()) == len(table) + 1
+
+
+@pytest.mark.usefixtures("quick_report")
 @pytest.mark.parametrize("flow", FLOWS)
 def test_every_flow_is_fitted_with_and_without_context(here: Path, flow: str) -> None:
     for context in ([], ["--context", "age"]):

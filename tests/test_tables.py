@@ -143,6 +143,23 @@ def test_context_is_read_with_a_column_for_each_category(tmp_path: Path, write: 
     assert np.array_equal(table.context, np.stack(expected, 1).astype(np.float32))
 
 
+@pytest.mark.parametrize("write", [write_csv, write_parquet])
+def test_numbers_become_categories_where_they_are_said_to_be_labels(tmp_path: Path, write: Any) -> None:
+    given = pd.DataFrame({"x": np.arange(6.0), "label": [10, 2, 2, 1, 10, 1]})
+    table = read_table(write(tmp_path / "table", given), context=["label"], categories=["label"])
+    assert table.context_names == ("label=1", "label=2", "label=10")
+    assert table.context is not None
+    assert table.context.argmax(1).tolist() == [2, 1, 1, 0, 2, 0]
+    again = read_table(write(tmp_path / "other", given[::-1]), columns=table.columns)
+    assert again.context is not None
+    assert np.array_equal(again.context, table.context[::-1])
+
+
+def test_categories_are_context() -> None:
+    with pytest.raises(ValueError, match="expected categories among the columns of context, got 'a'"):
+        read_table(io.BytesIO(b"a,b\n1,2\n"), categories=["a"])
+
+
 def test_columns_are_taken_in_the_order_asked_for(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "table.csv", frame())
     table = read_table(path, columns=["height", "length"], context=["age"])

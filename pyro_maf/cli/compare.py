@@ -48,6 +48,9 @@ def run(
     context: Annotated[
         list[str] | None, _option("Columns that those depend on: numbers, or text as categories.", "NAMES")
     ] = None,
+    categories: Annotated[
+        list[str] | None, _option("Columns that they depend on whose numbers are labels, such as 0 to 9.", "NAMES")
+    ] = None,
     test: Annotated[float, _option("The part of the rows to test with.", "PART")] = 0.1,
     validation: Annotated[float, _option("The part of the other rows to validate with.", "PART")] = 0.1,
     epochs: Annotated[int, _option("The most passes over the data.")] = 1000,
@@ -66,7 +69,7 @@ def run(
     from pyro_maf.experiments import compare, divide
 
     asked = _candidates(models, hidden, batch_norm)
-    table = read(data, columns=separated(columns) or None, context=separated(context))
+    table = read(data, separated(columns), separated(context), separated(categories))
     name = "table" if data == "-" else Path(source_and_array(data)[0].removesuffix(".gz")).stem
     folder = out or Path(f"{name}-comparison")
     parts = divide(name, table.data, table.context, test=test, validation=validation, seed=seed)

@@ -52,6 +52,9 @@ def run(
     context: Annotated[
         list[str] | None, _option("Columns that those depend on: numbers, or text as categories.", "NAMES")
     ] = None,
+    categories: Annotated[
+        list[str] | None, _option("Columns that they depend on whose numbers are labels, such as 0 to 9.", "NAMES")
+    ] = None,
     support: Annotated[
         list[str] | None,
         _option(
@@ -67,6 +70,9 @@ def run(
     patience: Annotated[int, _option("Epochs without a gain after which to end.")] = 30,
     seed: Annotated[int, _option("Of the weights, of the rows held out and of the order of batches.")] = 0,
     device: Annotated[Literal["cpu", "cuda"], _option("Where to fit: cpu or cuda.", "DEVICE")] = "cpu",
+    precision: Annotated[
+        Literal["single", "double"], _option("Of the model's numbers: single or double.", "PRECISION")
+    ] = "single",
     devices: Annotated[int, _option("Processes to fit with, each on a GPU of its own with --device cuda.")] = 1,
     out: Annotated[
         Path | None, _option("The folder for what is made; by default named after DATA and --flow.", "DIR")
@@ -89,9 +95,10 @@ def run(
     if is_first:
         check_folder(folder, resume=resume, overwrite=overwrite)
     check_asked(flow, layers, hidden, device, devices, data)
-    table = read(data, columns=separated(columns) or None, context=separated(context))
+    table = read(data, separated(columns), separated(context), separated(categories))
     kinds = support_of(separated(support), table.names)
     model = model_of(flow, table, kinds, layers, separated(hidden), seed).to(device)
+    model = model.double() if precision == "double" else model
     held_out = validation_of(validation, table)
     if is_first:
         say(f"{len(table.data):,} rows of {_described(table)}, to {folder}.")

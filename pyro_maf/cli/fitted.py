@@ -10,6 +10,8 @@ from pyro_maf.cli.folder import COLUMNS, MODEL, RECORD, Record, read_json
 from pyro_maf.cli.options import read
 
 if TYPE_CHECKING:
+    import torch
+
     from pyro_maf.datasets import Table
 
 __all__ = ["Fitted", "read_fitted"]
@@ -33,6 +35,16 @@ class Fitted:
     def inner(self) -> Any:
         """The density itself, that takes its context or has none."""
         return getattr(self.density, "density", self.density)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What data and context must be."""
+        import torch
+
+        from pyro_maf.precision import like_of
+
+        like = like_of(self.inner)
+        return torch.get_default_dtype() if like is None else like.dtype
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,12 +41,14 @@ def source_and_array(source: str) -> tuple[str, str | None]:
     return (path, array) if colon and path.endswith(".npz") else (source, None)
 
 
-def read(source: str, **choice: Any) -> Table:
+def read(source: str, columns: Any = None, context: Sequence[str] = (), categories: Sequence[str] = ()) -> Table:
     """The table in a file, in an array of one, or on standard input.
 
     Args:
         source: As the user gives it.
-        choice: `columns` and `context` of `read_table`.
+        columns: As in `read_table`; none at all means all.
+        context: As in `read_table`.
+        categories: As in `read_table`, but they need not be named in `context` too.
 
     Raises:
         ValueError, FileNotFoundError: As `read_table`.
@@ -53,7 +56,8 @@ def read(source: str, **choice: Any) -> Table:
     from pyro_maf.datasets import read_table
 
     path, array = source_and_array(source)
-    return read_table(path, array=array, **choice)
+    given = [*context, *(name for name in categories if name not in context)]
+    return read_table(path, columns=columns or None, context=given, categories=categories, array=array)
 
 
 def separated(values: list[str] | None) -> list[str]:

@@ -77,7 +77,7 @@ def _given(fitted: Fitted, pairs: list[str]) -> Tensor | None:
     if missing:
         raise ValueError(f"sample expected --context {missing[0]}=VALUE: {_wanted(columns)}.")
     numbers = [number for name, kinds in columns.items() for number in _encoded(name, given[name], kinds)]
-    return torch.tensor(numbers) if columns else None
+    return torch.tensor(numbers, dtype=fitted.dtype) if columns else None
 
 
 def _encoded(name: str, value: str, categories: list[str] | None) -> list[float]:

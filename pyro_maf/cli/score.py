@@ -61,10 +61,11 @@ def _scores(fitted: Fitted, table: Table) -> Iterator[Tensor]:
     rows = max(1, NUMBERS_IN_A_BATCH // len(table.names))
     for start in range(0, len(table.data), rows):
         # Copies: torch warns of arrays that it may not write to.
-        data = torch.from_numpy(np.array(table.data[start : start + rows]))
+        data = torch.from_numpy(np.array(table.data[start : start + rows])).to(fitted.dtype)
         density = fitted.density
         if table.context is not None:
-            density = density.condition(torch.from_numpy(np.array(table.context[start : start + rows])))
+            context = torch.from_numpy(np.array(table.context[start : start + rows])).to(fitted.dtype)
+            density = density.condition(context)
         yield density.log_prob(data)
 
 

@@ -22,7 +22,7 @@ class Column:
     Attributes:
         name: What it is called.
         place: Where and in which table it stands, as errors say it.
-        categories: Its texts in alphabetical order, or None for a column of numbers.
+        categories: Its texts in order, or None for a column of numbers.
 
     Example:
         >>> column = Column("colour", "column 'colour'", ["blue", "red"])
@@ -88,7 +88,7 @@ class Survey:
 
     Args:
         name, place: As in `Column`.
-        holds_text: Whether it is known to hold text; otherwise its cells tell.
+        holds_text: Whether it is known to hold text, or numbers that stand for categories; otherwise its cells tell.
     """
 
     def __init__(self, name: str, place: str, holds_text: bool) -> None:
@@ -135,7 +135,13 @@ class Survey:
             raise ValueError(
                 f"read_table expected context that varies, got {text!r} in every row of {self._place}: leave it out."
             )
-        return Column(self._name, self._place, sorted(self._texts))
+        return Column(self._name, self._place, sorted(self._texts, key=_in_order))
+
+
+def _in_order(category: str) -> tuple[float, str]:
+    """Labels that are numbers come first, as numbers."""
+    number = number_in(category)
+    return (math.inf if math.isnan(number) else number, category)
 
 
 def _complaint(text: str, *, finite: bool) -> tuple[str, str]:

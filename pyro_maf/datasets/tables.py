@@ -48,6 +48,7 @@ def read_table(
     *,
     columns: Sequence[str] | Mapping[str, Any] | None = None,
     context: Sequence[str] = (),
+    categories: Sequence[str] = (),
     array: str | None = None,
 ) -> Table:
     r"""Read csv, tsv, parquet, npy or npz, which may be larger than memory.
@@ -63,6 +64,7 @@ def read_table(
             context, a table without names may also have just as many columns.
         context: Columns that the distribution of the data depends on. One of text, of truth values or of a dictionary
             becomes a column of 0 and 1 for each of its categories, in alphabetical order.
+        categories: Columns of context whose numbers are labels, such as 0 to 9, and become categories too.
         array: Which array of an .npz file; it may be left out where only one has rows and columns.
 
     Returns:
@@ -93,11 +95,11 @@ def read_table(
     opened = open_source(source, array)
     _check_names(opened)
     if isinstance(columns, Mapping):
-        if context:
+        if context or categories:
             raise ValueError("read_table got context beside a description of columns, which names it: leave it out.")
         data_columns, context_columns = _described(opened, columns)
     else:
-        data_columns, context_columns = _chosen(opened, columns, context)
+        data_columns, context_columns = _chosen(opened, columns, context, categories)
     rows = _read(opened, [*data_columns, *context_columns])
     width = len(data_columns)
     return Table(
@@ -118,9 +120,11 @@ def _check_names(source: Source) -> None:
         raise ValueError(f"read_table expected names that differ, got two columns {repeated[0]!r} in {source.label}.")
 
 
-def _chosen(source: Source, columns: Sequence[str] | None, context: Sequence[str]) -> tuple[list[Column], list[Column]]:
+def _chosen(
+    source: Source, columns: Sequence[str] | None, context: Sequence[str], categories: Sequence[str]
+) -> tuple[list[Column], list[Column]]:
     """The columns of data and of context that were asked for, or all that are left."""
-    for name, value in (("columns", columns), ("context", context)):
+    for name, value in (("columns", columns), ("context", context), ("categories", categories)):
         if isinstance(value, str) or not isinstance(value, (Sequence, type(None))):
             raise TypeError(f"read_table expected {name} to be a sequence of names, got {value!r}.")
     names = [name for name in source.names if name not in context] if columns is None else list(columns)
@@ -128,6 +132,11 @@ def _chosen(source: Source, columns: Sequence[str] | None, context: Sequence[str
         _check_known(source, name)
         if name in asked[:place]:
             raise ValueError(f"read_table expected each column once, in columns or in context, got {name!r} twice.")
+    for name in categories:
+        if name not in context:
+            raise ValueError(
+                f"read_table expected categories among the columns of context, got {name!r}: add it there."
+            )
     if not names:
         raise ValueError(f"read_table expected columns of data beside the context, got none in {source.label}.")
     for name in names:
@@ -136,12 +145,12 @@ def _chosen(source: Source, columns: Sequence[str] | None, context: Sequence[str
                 f"read_table expected data of numbers, got text in {_place(source, name)}: "
                 "leave it out or make it context."
             )
-    return [Column(name, _place(source, name)) for name in names], _surveyed(source, context)
+    return [Column(name, _place(source, name)) for name in names], _surveyed(source, context, categories)
 
 
-def _surveyed(source: Source, names: Sequence[str]) -> list[Column]:
-    """Columns of context, with the categories of those that hold text."""
-    kinds = {name: source.holds_text(name) for name in names}
+def _surveyed(source: Source, names: Sequence[str], categories: Sequence[str]) -> list[Column]:
+    """Columns of context, with the categories of those that hold text or labels."""
+    kinds = {name: name in categories or source.holds_text(name) for name in names}
     surveys = {
         name: Survey(name, _place(source, name), bool(kind)) for name, kind in kinds.items() if kind is not False
     }
