@@ -92,6 +92,8 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             # Of Lightning's own use of torch.
             warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated", category=FutureWarning)
+            # Its successor is not known to the torch of before 2.13.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
             # The device was the caller's choice.
             warnings.filterwarnings("ignore", message="(GPU|TPU|MPS) available but not used")
             yield
