@@ -77,6 +77,11 @@ def _joined(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
     return joined
 
 
+def written(notebook: NotebookNode) -> str:
+    """The text of a notebook's file."""
+    return nbformat.writes(tidied(notebook)) + "\n"
+
+
 def complaints(notebook: NotebookNode) -> list[str]:
     """What was written to stderr, which is for nobody to read."""
     return [
@@ -94,10 +99,10 @@ def run(path: Path) -> None:
         CellExecutionError, CellTimeoutError: As `executed`.
         RuntimeError: If it wrote to stderr.
     """
-    notebook = tidied(executed(nbformat.read(path, as_version=4), path.parent))
+    notebook = executed(nbformat.read(path, as_version=4), path.parent)
     if found := complaints(notebook):
         raise RuntimeError("it wrote to stderr: " + "".join(found))
-    write_whole(path, (nbformat.writes(notebook) + "\n").encode())
+    write_whole(path, written(notebook).encode())
 
 
 def compile_kernels() -> None:
