@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench tutorials clean
 .DELETE_ON_ERROR:
 
 help:  ## Say what there is to make
@@ -23,6 +23,9 @@ check: $(VENV)/.dev  ## Lint, layout of the code, types
 
 bench: $(VENV)/.bench  ## Run every benchmark, one after another
 	set -e; for file in benchmarks/[a-z]*.py; do $(BIN)/python $$file; done
+
+tutorials: $(VENV)/.dev  ## Run every notebook anew, and write it with what it puts out
+	OMP_NUM_THREADS=1 $(BIN)/python tutorials/run.py
 
 clean:  ## Remove what was built, the environment included
 	rm -rf $(VENV) demo dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

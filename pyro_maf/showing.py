@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,10 +21,13 @@ def shows(progress: bool | str, console: Any) -> bool:
     """Whether to show a bar: never (False), where it is read by somebody (True), or in any case ("always").
 
     In a notebook rich draws with ipywidgets; where that is missing it would warn at every update, so there is no bar.
+    Where FORCE_COLOR is set, as for the shell commands of a notebook and by some CI, rich takes a pipe for a terminal.
     """
     if console.is_jupyter and find_spec("ipywidgets") is None:
         return False
-    return progress == "always" or (bool(progress) and (console.is_terminal or console.is_jupyter))
+    is_only_coloured = bool(os.environ.get("FORCE_COLOR")) and not console.file.isatty()
+    is_read = console.is_jupyter or (console.is_terminal and not is_only_coloured)
+    return progress == "always" or (bool(progress) and is_read)
 
 
 def progress_bar(place: str, figures: str, console: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import os
 import pickle
@@ -385,6 +386,7 @@ def test_the_bar_shows_epoch_losses_and_time_left(
 
 def test_the_bar_is_for_terminals_and_notebooks_that_have_widgets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(showing, "find_spec", lambda name: object())
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
     terminal, file = Console(stderr=True, force_terminal=True), Console(stderr=True, force_terminal=False)
     notebook = Console(stderr=True, force_terminal=False, force_jupyter=True)
     assert [shows(True, console) for console in (terminal, notebook, file)] == [True, True, False]
@@ -393,6 +395,13 @@ def test_the_bar_is_for_terminals_and_notebooks_that_have_widgets(monkeypatch: p
     monkeypatch.setattr(showing, "find_spec", lambda name: None)
     assert [shows(True, console) for console in (terminal, notebook)] == [True, False]
     assert not shows("always", notebook)
+
+
+def test_the_bar_is_not_for_a_pipe_that_is_to_be_coloured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    pipe = Console(file=io.StringIO())
+    assert pipe.is_terminal
+    assert not shows(True, pipe)
 
 
 def test_the_result_says_in_one_line_how_it_went() -> None:

@@ -1,0 +1,133 @@
+"""Run the notebooks of this folder anew, each in a kernel of its own, and write them with what they put out.
+
+Run with `make tutorials`, or `python tutorials/run.py 01-flows-in-ten-minutes.ipynb` for some of them. A notebook that
+fails, or that writes to stderr, is left as it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import nbformat
+import torch
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
+from nbformat import NotebookNode
+
+from pyro_maf import MAF
+from pyro_maf.saving import write_whole
+
+FOLDER = Path(__file__).parent
+SECONDS_A_CELL = 600
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+
+def notebooks() -> list[Path]:
+    """Every notebook, in reading order."""
+    return sorted(FOLDER.glob("[0-9]*.ipynb"))
+
+
+def executed(notebook: NotebookNode, folder: Path = FOLDER) -> NotebookNode:
+    """A notebook, run from its first cell to its last in `folder`.
+
+    Raises:
+        CellExecutionError: For the first cell that raises.
+        CellTimeoutError: For one that does not end.
+    """
+    fresh = nbformat.from_dict(notebook)
+    client = NotebookClient(
+        fresh,
+        timeout=SECONDS_A_CELL,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(folder)}},
+    )
+    return client.execute()
+
+
+def tidied(notebook: NotebookNode) -> NotebookNode:
+    """A notebook without what differs from machine to machine and run to run, though nothing that it shows does."""
+    tidy = nbformat.from_dict(notebook)
+    tidy.metadata = nbformat.from_dict(METADATA)
+    for number, cell in enumerate(tidy.cells, start=1):
+        cell.id, cell.metadata = f"cell-{number:02d}", NotebookNode()
+        if cell.cell_type == "code":
+            cell.outputs = _joined(cell.outputs)
+    return tidy
+
+
+def _joined(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
+    """Outputs with what one stream wrote in pieces made whole, and pictures without a description of their object."""
+    joined: list[NotebookNode] = []
+    for output in map(nbformat.from_dict, outputs):
+        if output.output_type == "stream" and joined and joined[-1].get("name") == output.name:
+            joined[-1].text += output.text
+            continue
+        if "image/png" in output.get("data", {}):
+            output.data.pop("text/plain", None)
+        output.pop("transient", None)
+        joined.append(output)
+    return joined
+
+
+def written(notebook: NotebookNode) -> str:
+    """The text of a notebook's file."""
+    return nbformat.writes(tidied(notebook)) + "\n"
+
+
+def complaints(notebook: NotebookNode) -> list[str]:
+    """What was written to stderr, which is for nobody to read."""
+    return [
+        output.text
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "stream" and output.name == "stderr"
+    ]
+
+
+def run(path: Path) -> None:
+    """Run one notebook and write it.
+
+    Raises:
+        CellExecutionError, CellTimeoutError: As `executed`.
+        RuntimeError: If it wrote to stderr.
+    """
+    notebook = executed(nbformat.read(path, as_version=4), path.parent)
+    if found := complaints(notebook):
+        raise RuntimeError("it wrote to stderr: " + "".join(found))
+    write_whole(path, written(notebook).encode())
+
+
+def compile_kernels() -> None:
+    """Have the kernels of either precision compiled, so that no notebook announces it."""
+    for dtype in (torch.float32, torch.float64):
+        MAF(2, num_layers=1).to(dtype)(torch.zeros(1, 2, dtype=dtype))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run notebooks one after another; 1 if any of them failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", nargs="*", type=Path, help="which to run (default: all of this folder)")
+    compile_kernels()
+    failed = 0
+    for path in parser.parse_args(arguments).notebooks or notebooks():
+        started = time.monotonic()
+        try:
+            run(path)
+        except (CellExecutionError, CellTimeoutError, RuntimeError) as error:
+            failed += 1
+            print(f"{path.name} failed and is left as it was: {error}", file=sys.stderr)
+        else:
+            print(f"{path.name}: {time.monotonic() - started:.0f} s", flush=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
