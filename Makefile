@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench docs clean
 .DELETE_ON_ERROR:
 
 help:  ## Say what there is to make
@@ -24,8 +24,12 @@ check: $(VENV)/.dev  ## Lint, layout of the code, types
 bench: $(VENV)/.bench  ## Run every benchmark, one after another
 	set -e; for file in benchmarks/[a-z]*.py; do $(BIN)/python $$file; done
 
+docs: $(VENV)/.docs  ## Build the documentation into site/, to be read in a browser without a server
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python docs/hooks/links.py site
+
 clean:  ## Remove what was built, the environment included
-	rm -rf $(VENV) demo dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/pip:
@@ -47,4 +51,8 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/pip
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(INSTALL) -e '.[bench]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.train
+	$(INSTALL) -e '.[docs]'
 	@touch $@
