@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench tutorials clean
+.PHONY: help demo test check bench tutorials docs clean
 .DELETE_ON_ERROR:
 
 help:  ## Say what there is to make
@@ -27,8 +27,12 @@ bench: $(VENV)/.bench  ## Run every benchmark, one after another
 tutorials: $(VENV)/.dev  ## Run every notebook anew, and write it with what it puts out
 	OMP_NUM_THREADS=1 $(BIN)/python tutorials/run.py
 
+docs: $(VENV)/.docs  ## Build the documentation into site/, to be read in a browser without a server
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python docs/hooks/links.py site
+
 clean:  ## Remove what was built, the environment included
-	rm -rf $(VENV) demo dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/pip:
@@ -50,4 +54,8 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/pip
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(INSTALL) -e '.[bench]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.train
+	$(INSTALL) -e '.[docs]'
 	@touch $@

@@ -1,0 +1,65 @@
+"""Check a built site: every link leads to a page, a file or a heading of it, and nothing is fetched from elsewhere.
+
+    python docs/hooks/links.py site
+
+mkdocs checks what pages say to each other; this is about what is in the HTML, of the theme and the API pages too.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+
+class Page(HTMLParser):
+    """What one page links to, what it has a browser fetch, and the places in it that can be linked to."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.fetched: list[str] = []
+        self.places: set[str] = set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Take note of one element."""
+        given = {name: value or "" for name, value in attrs}
+        self.places.update(given[name] for name in ("id", "name") if name in given)
+        if "src" in given:
+            self.fetched.append(given["src"])
+        if tag == "link" and given.get("rel") not in ("canonical", "prev", "next"):
+            self.fetched.append(given["href"])
+        elif "href" in given:
+            self.links.append(given["href"])
+
+
+def problems(site: Path) -> Iterator[str]:
+    """What is wrong with a site, a line each."""
+    pages = {path.resolve(): Page(path) for path in sorted(site.rglob("*.html")) if path.name != "404.html"}
+    for path, page in pages.items():
+        where = path.relative_to(site.resolve())
+        yield from (f"{where} fetches {url}" for url in page.fetched if urlsplit(url).scheme not in ("", "data"))
+        for link in page.links + page.fetched:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            target = target / "index.html" if target.is_dir() else target
+            if not target.is_file():
+                yield f"{where} links to {link}, which is not there"
+            elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].places:
+                yield f"{where} links to {link}, a page without that heading"
+
+
+def main(arguments: list[str]) -> int:
+    """Print every problem of the site in a folder; 1 if there are any."""
+    found = list(problems(Path(arguments[0])))
+    print("\n".join(found) or f"{arguments[0]}: every link leads somewhere, and nothing is fetched from elsewhere.")
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

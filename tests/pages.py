@@ -1,0 +1,53 @@
+"""The examples of a page in Markdown: what they run, and what they say comes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+HEADING_OR_BLOCK = re.compile(r"^#+ (?P<heading>[^\n]*)$|^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+PRINTED = re.compile(r"^ *print\(.*\)  # (.*)$", re.MULTILINE)
+
+
+def sections(page: Path) -> dict[str, str]:
+    """The code of each section of a page by its heading, on the lines where it stands in the file."""
+    text = page.read_text(encoding="utf-8")
+    found: dict[str, str] = {}
+    heading = ""
+    for match in HEADING_OR_BLOCK.finditer(text):
+        if match["heading"]:
+            heading = match["heading"]
+            continue
+        found[heading] = _on_its_line(found.get(heading, ""), match, text)
+    return found
+
+
+def whole(page: Path) -> str:
+    """All the code of a page, on the lines where it stands in the file."""
+    text = page.read_text(encoding="utf-8")
+    code = ""
+    for match in HEADING_OR_BLOCK.finditer(text):
+        if match["code"]:
+            code = _on_its_line(code, match, text)
+    return code
+
+
+def _on_its_line(before: str, match: re.Match[str], text: str) -> str:
+    line = text.count("\n", 0, match.start("code"))
+    return before + "\n" * (line - before.count("\n")) + match["code"]
+
+
+def run(code: str, page: Path) -> list[str]:
+    """The lines that code from a page prints."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        exec(compile(code, str(page), "exec"), {"__name__": page.stem})
+    return output.getvalue().splitlines()
+
+
+def promised(code: str) -> list[str]:
+    """The lines that code from a page says it prints."""
+    return PRINTED.findall(code)

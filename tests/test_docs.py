@@ -1,0 +1,55 @@
+"""The pages of docs/: their code prints what they say it prints, and their commands do what they show."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pyro_maf.cli import app
+from tests.pages import ROOT, promised, run, whole
+
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+WITH_CODE = [page for page in PAGES if whole(page)]
+CONSOLE = re.compile(r"^```console\n(?P<lines>.*?)^```$", re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"-?\d[\d,]*(\.\d+)?(e[-+]?\d+)?")
+COMPILING = "pyro-maf compiles"
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT / "docs").as_posix()
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=name)
+def test_code_prints_what_its_page_says(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = whole(page)
+    assert promised(code)
+    assert run(code, page) == promised(code)
+
+
+def commands(page: Path) -> list[tuple[list[str], list[str]]]:
+    """Each command that a page shows, as arguments, and the lines that it shows below."""
+    found: list[tuple[list[str], list[str]]] = []
+    for block in CONSOLE.finditer(page.read_text(encoding="utf-8")):
+        for line in block["lines"].splitlines():
+            if line.startswith("$ pyro-maf "):
+                found.append((line.split()[2:], []))
+            else:
+                found[-1][1].append(line)
+    return found
+
+
+def test_commands_do_what_their_page_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for numbers, which machines and their load have a part in."""
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "command-line.md"
+    run(whole(page), page)
+    shown = commands(page)
+    assert shown
+    for arguments, lines in shown:
+        output = CliRunner().invoke(app, arguments).output.splitlines()
+        given = [NUMBER.sub("#", line).rstrip() for line in output if not line.startswith(COMPILING)]
+        assert given == [NUMBER.sub("#", line).rstrip() for line in lines], " ".join(arguments)
