@@ -6,9 +6,9 @@
     python benchmarks/endurance.py processes
 
 A file of so many gigabytes is written to a temporary folder, a flow is fitted to it for an epoch, and the largest
-resident memory of that process is read from the operating system (Linux). A fit is killed at random moments and taken up again,
-and its last weights are compared with those of a fit that was left alone. Rows per second are counted for one process
-and for two that share each batch. Results go to results/endurance.json.
+resident memory of that process is read from the operating system (Linux). A fit is killed at random moments and taken
+up again, and its last weights are compared with those of a fit that was left alone. Rows per second are counted for one
+process and for two that share each batch. Results go to results/endurance.json.
 """
 
 from __future__ import annotations
