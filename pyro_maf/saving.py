@@ -6,6 +6,7 @@ has imported, and the plain values to build it with.
 
 from __future__ import annotations
 
+import glob
 import importlib
 import inspect
 import json
@@ -19,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Savable", "describe", "load", "write_whole"]
+__all__ = ["Savable", "describe", "load", "remove_unfinished", "write_whole"]
 
 FORMAT = 1
 KEY = "pyro_maf"
+TOKEN_BYTES = 8
 _known: dict[str, type[Savable]] = {}
 Self = TypeVar("Self", bound="Savable")
 
@@ -116,7 +118,7 @@ def write_whole(path: Path, content: bytes) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"save expected a file name, got the folder {path}.")
     # Not a file of `tempfile`, which its owner alone could read.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(TOKEN_BYTES)}")
     try:
         with open(temporary, "xb") as file:
             file.write(content)
@@ -126,6 +128,13 @@ def write_whole(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what `write_whole` has left next to `path` in a process that was killed."""
+    token = "[0-9a-f]" * (2 * TOKEN_BYTES)
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.{token}"):
+        temporary.unlink(missing_ok=True)
 
 
 def _rebuild(path: Path, header_text: str, state: dict[str, Tensor]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import random
 import signal
 import subprocess
@@ -12,13 +13,17 @@ import time
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import pyro_maf
 from pyro_maf import IAF, MAF, FlowPrior, MAFMoG, RealNVP, fit
-from pyro_maf.training.checkpoint import Checkpoint
+from pyro_maf.training import checkpoint
+from pyro_maf.training.checkpoint import Checkpoint, Keeper
+from pyro_maf.training.log import Epoch
+from pyro_maf.training.module import MaximumLikelihood
 from tests.fits import gaussian_rows, same, seeded, weights
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +42,34 @@ class Pressed(MAF):
             if Pressed.steps in self.at:
                 signal.raise_signal(signal.SIGINT)
         return super()._pull(y, context)
+
+
+class PressedInValidation(MAF):
+    """A flow that presses Ctrl-C in the validation it is told, that of the given weights being the first."""
+
+    at: ClassVar[int | None] = None
+    validations = 0
+
+    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.validations += not self.training
+        if not self.training and self.validations == self.at:
+            signal.raise_signal(signal.SIGINT)
+        return super()._pull(y, context)
+
+
+class Broken(MAF):
+    """A flow without a finite loss after 8 steps."""
+
+    steps: ClassVar[int] = 0
+
+    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, log_det = super()._pull(y, context)
+        Broken.steps += self.training
+        return x, log_det * math.nan if self.training and Broken.steps > 8 else log_det
+
+
+def _raise_memory_error(*_: object) -> None:
+    raise MemoryError
 
 
 def flow(cls: Any = MAF, **options: Any) -> Any:
@@ -113,6 +146,116 @@ def test_a_fit_that_has_ended_is_given_back_at_once(tmp_path: Path) -> None:
     assert (tmp_path / "log.csv").read_text() == before
 
 
+def test_a_fit_that_could_not_go_on_is_given_back_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Broken, "steps", 0)
+    options = {**OPTIONS, "batch_size": 68}  # 4 to an epoch
+    ended = fit(flow(Broken), gaussian_rows(), folder=tmp_path, **options)
+    again = fit(flow(Broken), gaussian_rows(), folder=tmp_path, resume=True, **options)
+    assert ended.stop_reason == "no step of epoch 3 had a finite loss and gradient"
+    assert repr(without_time(again)) == repr(without_time(ended))  # NaN is not equal to itself
+
+
+def test_more_patience_goes_on_where_it_had_run_out(tmp_path: Path) -> None:
+    options = {**OPTIONS, "max_epochs": 200}
+    ended = fit(flow(), gaussian_rows(60), folder=tmp_path, patience=2, **options)
+    again = fit(flow(), gaussian_rows(60), folder=tmp_path, patience=5, resume=True, **options)
+    assert again.stop_reason == "no better validation log-likelihood for 5 epochs"
+    assert again.validation_loss[: ended.epochs] == ended.validation_loss
+    assert again.epochs == again.best_epoch + 5
+
+
+def test_ctrl_c_in_validation_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PressedInValidation, "at", None)
+    whole = fit(flow(PressedInValidation), gaussian_rows(), **OPTIONS)
+    monkeypatch.setattr(PressedInValidation, "at", 2)
+    first = fit(flow(PressedInValidation), gaussian_rows(), folder=tmp_path, **OPTIONS)
+    assert (first.stop_reason, first.epochs) == ("interrupted", 1)
+    monkeypatch.setattr(PressedInValidation, "at", None)
+    second = fit(flow(PressedInValidation), gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
+    assert same(weights(whole.density), weights(second.density))
+    assert without_time(whole) == without_time(second)
+
+
+@pytest.mark.parametrize("step", [0, 5, 10])
+def test_a_fit_that_dies_before_its_next_step_loses_nothing(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there were so many steps: none, some of an epoch, or all, so that its validation was next."""
+    whole = fit(flow(Pressed), gaussian_rows(), **OPTIONS)
+    save = MaximumLikelihood.save
+
+    def dying(module: MaximumLikelihood, taken: int) -> None:
+        save(module, taken)
+        if taken == step:
+            raise MemoryError
+
+    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(checkpoint, "MOST_OF_THE_TIME", math.inf)
+    for method in ("save", "_put_in_place"):
+        with monkeypatch.context() as patched, pytest.raises(MemoryError):
+            patched.setattr(MaximumLikelihood, method, dying if method == "save" else _raise_memory_error)
+            fit(flow(Pressed), gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
+    second = fit(flow(Pressed), gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
+    assert same(weights(whole.density), weights(second.density))
+    assert without_time(whole) == without_time(second)
+
+
+def test_the_log_is_never_behind_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, behind = Keeper.write, []
+
+    def noting(keeper: Keeper, written: Checkpoint) -> None:
+        epochs = len(written.facts["history"])
+        logged = (tmp_path / "log.csv").read_text().count("\n") - 1 if epochs else 0
+        behind.append(epochs - logged)
+        write(keeper, written)
+
+    monkeypatch.setattr(Keeper, "write", noting)
+    fit(flow(), gaussian_rows(), folder=tmp_path, **OPTIONS)
+    assert behind
+    assert max(behind) == 0
+
+
+def test_what_a_killed_fit_left_half_written_is_removed(tmp_path: Path) -> None:
+    names = ("checkpoint.safetensors", "log.csv", "model.safetensors")
+    for name in (*names, "notes.txt"):
+        (tmp_path / f".{name}.0123456789abcdef").write_text("half")
+    (tmp_path / ".log.csv.swp").write_text("an editor's")
+    fit(flow(), gaussian_rows(), folder=tmp_path, **OPTIONS)
+    assert {path.name for path in tmp_path.glob(".*")} == {".notes.txt.0123456789abcdef", ".log.csv.swp"}
+
+
+def test_counts_may_be_those_of_numpy(tmp_path: Path) -> None:
+    options = {**OPTIONS, "max_epochs": 1, "batch_size": np.int64(27), "seed": np.int64(0)}
+    fit(flow(), gaussian_rows(), folder=tmp_path, **options)
+    again = fit(flow(), gaussian_rows(), folder=tmp_path, resume=True, **{**OPTIONS, "max_epochs": 1})
+    assert again.epochs == 1
+
+
+def test_the_home_folder_has_its_short_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = fit(flow(), gaussian_rows(), folder="~/fits", **{**OPTIONS, "max_epochs": 1})
+    assert result.folder == tmp_path / "fits"
+    assert (tmp_path / "fits" / "model.safetensors").exists()
+
+
+def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fit(flow(), gaussian_rows(), **{**OPTIONS, "max_epochs": 1})
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensorboard_reads_each_epoch_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    first = fit(pressed({25}, monkeypatch), gaussian_rows(), folder=tmp_path, **OPTIONS)
+    assert first.epochs == 3
+    result = fit(pressed(set(), monkeypatch), gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == set(Epoch._fields)
+    validation = events.Scalars("validation_loss")
+    assert [event.step for event in validation] == [1, 2, 3, 4]
+    assert [event.value for event in validation] == pytest.approx(result.validation_loss, rel=1e-6)
+
+
 def test_the_folder_holds_model_and_log(tmp_path: Path) -> None:
     result = fit(flow(), gaussian_rows(), folder=tmp_path, **OPTIONS)
     assert same(weights(pyro_maf.load(tmp_path / "model.safetensors")), weights(result.density))
@@ -145,6 +288,23 @@ def test_a_fit_is_not_written_over(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"resume=True goes on with it, or choose another folder\.$"):
         fit(flow(), gaussian_rows(), folder=tmp_path, **OPTIONS)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["log.csv", "model.safetensors"])
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_is_not_of_a_fit_that_can_go_on_is_not_written_over(name: str, resume: bool, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"^fit found {name} in .*, but no checkpoint.safetensors to go on from"):
+        fit(flow(), gaussian_rows(), folder=tmp_path, resume=resume, **OPTIONS)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_other_weights_frozen_are_another_fit(tmp_path: Path) -> None:
+    fit(flow(), gaussian_rows(), folder=tmp_path, **{**OPTIONS, "max_epochs": 1})
+    other = flow()
+    other[0].requires_grad_(False)
+    with pytest.raises(ValueError, match="^fit found a fit with another choice of frozen weights in "):
+        fit(other, gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_maf.saving import write_whole
+from pyro_maf.saving import remove_unfinished, write_whole
 
-__all__ = ["Checkpoint", "Keeper", "generator_states", "set_generator_states"]
+__all__ = ["LOG", "MODEL", "Checkpoint", "Keeper", "generator_states", "set_generator_states"]
+
+CHECKPOINT, LOG, MODEL = "checkpoint.safetensors", "log.csv", "model.safetensors"
+"""What lies in the folder of a fit."""
 
 FORMAT = 1
 KEY = "pyro_maf.fit"
@@ -77,31 +80,34 @@ class Keeper:
         folder: Where to; it is made if need be.
         settings: What must be the same when the fit is taken up again.
         resume: Whether a fit that is there already is to be taken up.
+        is_first: Whether this is the process that writes.
 
     Attributes:
         found: The checkpoint to go on from, or None.
 
     Raises:
-        ValueError: If there is a fit that is not to be resumed, or one that is damaged or has other settings; the
-            message says which.
+        ValueError: If there is a fit that is not to be resumed, or one that is damaged, has other settings or has lost
+            its checkpoint; the message says which.
         FileExistsError: If `folder` is a file.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], *, resume: bool) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], *, resume: bool, is_first: bool = True) -> None:
         self.folder = folder
         self.found: Checkpoint | None = None
-        self._settings = json.loads(json.dumps(settings))
-        self._path = folder / "checkpoint.safetensors"
+        # Counts may be numpy's.
+        self._settings = json.loads(json.dumps(settings, default=int))
+        self._path = folder / CHECKPOINT
         self._next = 0.0
-        if self._path.exists():
-            if not resume:
-                raise ValueError(f"fit found a fit in {folder}: resume=True goes on with it, or choose another folder.")
+        if resume and self._path.exists():
             self.found = Checkpoint.read(self._path)
             self._check_settings(self.found.facts["settings"])
+        if not is_first:
+            return
+        if self.found is None:
+            self._check_unused()
         folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in folder.glob(f".{self._path.name}.*"):
-            # Of a process that was killed while it wrote.
-            unfinished.unlink(missing_ok=True)
+        for name in (CHECKPOINT, LOG, MODEL):
+            remove_unfinished(folder / name)
 
     @property
     def is_due(self) -> bool:
@@ -115,6 +121,17 @@ class Keeper:
         checkpoint.write(self._path)
         ended = time.monotonic()
         self._next = ended + max(SECONDS_BETWEEN, (ended - began) / MOST_OF_THE_TIME)
+
+    def _check_unused(self) -> None:
+        if self._path.exists():
+            raise ValueError(
+                f"fit found a fit in {self.folder}: resume=True goes on with it, or choose another folder."
+            )
+        for name in (LOG, MODEL):
+            if (self.folder / name).exists():
+                raise ValueError(
+                    f"fit found {name} in {self.folder}, but no {CHECKPOINT} to go on from: choose another folder."
+                )
 
     def _check_settings(self, before: dict[str, Any]) -> None:
         for name, value in self._settings.items():

@@ -23,7 +23,7 @@ from pyro_maf.randomness import seeded
 from pyro_maf.saving import describe
 from pyro_maf.showing import check_progress
 from pyro_maf.training.batches import Batches
-from pyro_maf.training.checkpoint import Keeper
+from pyro_maf.training.checkpoint import MODEL, Keeper
 from pyro_maf.training.parts import in_units_of, read_parts
 from pyro_maf.training.processes import Processes
 from pyro_maf.training.result import FitResult
@@ -67,8 +67,9 @@ def fit(
     Given the same weights to start from, the same call gives the same result to the last bit on a CPU. The global
     random states are left as they were.
 
-    With a `folder` nothing is lost: Ctrl-C, a crash or a killed machine cost the last second or so, and the call again
-    with `resume=True` goes on from there to the very weights that it would have come to (on a CPU, bit for bit).
+    With a `folder` nothing is lost: Ctrl-C, a crash or a killed machine cost the last second or, where a checkpoint
+    takes long to write, twenty times as long, and the call again with `resume=True` goes on from there to the very
+    weights that it would have come to (on a CPU, bit for bit).
 
     Started by torchrun, its processes, on one machine or several, fit the model together: each takes a part of every
     batch, and `batch_size` is that of all of them. Every process returns the result.
@@ -92,7 +93,8 @@ def fit(
         seed: Of the split and of the order of the batches.
         folder: Where to keep the fit: `checkpoint.safetensors`, from which it can go on; `log.csv`, a line an epoch,
             and the same for TensorBoard where that is installed; at the end `model.safetensors`, for `pyro_maf.load`.
-            It is made if need be. One that holds a fit already is refused, unless that is to be resumed.
+            It is made if need be, and shared by all processes. One that holds any of these is refused, unless there is
+            a checkpoint to be resumed.
         resume: Go on from the checkpoint in `folder`, where there is one. The model, the data and the options must be
             the same, but for `max_epochs` and `patience`, which may be raised, and what follows here.
         devices: Processes to fit with on this machine, each on a GPU of its own if the model is on one. Lightning
@@ -139,8 +141,8 @@ def fit(
         learning_rate=learning_rate,
         max_grad_norm=max_grad_norm,
         devices=devices,
-        seed=seed,
     )
+    seed = _checked_seed(seed)
     check_progress("fit", progress)
     if resume and folder is None:
         raise ValueError("fit expected the folder to resume from, got resume=True without one.")
@@ -150,13 +152,13 @@ def fit(
     density = in_units_of(parts, model, known)
     processes = Processes(devices)
     batches = parts.batches(batch_size, processes)
-    _check_batches(model, batches, batch_size)
+    _check_batches(model, batches, batch_size, processes)
     schedule = Schedule(learning_rate, patience)
     keeper = None
     if folder is not None:
         options = {"batch_size": batch_size, "learning_rate": learning_rate, "max_grad_norm": max_grad_norm}
-        settings = {"model": describe(density), "data": parts.digest(), "seed": seed, **options}
-        keeper = Keeper(Path(folder), settings, resume=resume)
+        settings = {"model": describe(density), "data": parts.digest(), "seed": seed, **options, **_frozen(density)}
+        keeper = Keeper(Path(folder).expanduser(), settings, resume=resume, is_first=processes.is_first)
     with (
         Interruption() as interruption,
         _untouched_random_states(weight.device, seed),
@@ -175,7 +177,7 @@ def fit(
         lightning.maximise(module, max_epochs=max_epochs, device=weight.device, progress=progress)
     density.eval()
     if keeper is not None and processes.is_first:
-        density.save(keeper.folder / "model.safetensors")
+        density.save(keeper.folder / MODEL)
     return FitResult(
         density=density,
         train_loss=tuple(epoch.train_loss for epoch in module.history),
@@ -201,23 +203,37 @@ def _first_weight(model: Any) -> Tensor:
 
 
 def _check_options(
-    *, batch_size: Any, max_epochs: Any, patience: Any, learning_rate: Any, max_grad_norm: Any, devices: Any, seed: Any
+    *, batch_size: Any, max_epochs: Any, patience: Any, learning_rate: Any, max_grad_norm: Any, devices: Any
 ) -> None:
     counts = {"batch_size": batch_size, "max_epochs": max_epochs, "patience": patience, "devices": devices}
     for name, value in counts.items():
         check_positive("fit", name, value)
     check_above_zero("fit", "learning_rate", learning_rate, finite=True)
     check_above_zero("fit", "max_grad_norm", max_grad_norm)
-    if check_positive("fit", "seed", seed, least=0) >= 2**63:
-        raise ValueError(f"fit expected seed below 2**63, got {seed}.")
 
 
-def _check_batches(model: Any, batches: Batches | StoredBatches, batch_size: int) -> None:
+def _checked_seed(seed: Any) -> int:
+    if (checked := check_positive("fit", "seed", seed, least=0)) >= 2**63:
+        raise ValueError(f"fit expected seed below 2**63, got {checked}.")
+    return checked
+
+
+def _check_batches(model: Any, batches: Batches | StoredBatches, batch_size: int, processes: Processes) -> None:
+    if batches.smallest < processes.count:
+        raise ValueError(
+            f"fit expected a row of each batch for every process, got {batches.smallest} rows for "
+            f"{processes.count} processes."
+        )
     if batches.smallest < 2 and any(isinstance(member, BatchNorm) for member in model.modules()):
         raise ValueError(
             f"fit expected batches of at least 2 rows for a model with batch norm, "
             f"got {len(batches.rows.data)} training rows and batch_size {batch_size}."
         )
+
+
+def _frozen(density: Any) -> dict[str, list[str] | None]:
+    names = [name for name, weight in density.named_parameters() if not weight.requires_grad]
+    return {"choice of frozen weights": names or None}
 
 
 def _support(model: Any, given: Any) -> Support:

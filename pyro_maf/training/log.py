@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from pyro_maf.saving import write_whole
+from pyro_maf.training.checkpoint import LOG
 
 __all__ = ["Epoch", "Log"]
 
@@ -38,33 +39,46 @@ class Log(Callback):
 
     Args:
         folder: Where to.
+        history: The epochs, to which the fit adds.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "log.csv"
-        self._board = _board(folder / "tensorboard")
+    def __init__(self, folder: Path, history: Sequence[Epoch]) -> None:
+        self._path = folder / LOG
+        self._history = history
+        self._board = _board(folder / "tensorboard", first=len(history) + 1)
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Write what has come to be known."""
-        history: Any = module.history
-        self._write(history)
+        self._write()
         if self._board is not None:
-            for name, value in history[-1]._asdict().items():
-                self._board.add_scalar(name, value, len(history))
+            for name, value in self._history[-1]._asdict().items():
+                self._board.add_scalar(name, value, len(self._history))
             self._board.flush()
 
-    def _write(self, history: Sequence[Epoch]) -> None:
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Let go of the file of TensorBoard."""
+        self._close()
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        """Let go of it also then."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+    def _write(self) -> None:
         text = io.StringIO()
         rows = csv.writer(text, lineterminator="\n")
         rows.writerow(["epoch", *Epoch._fields])
-        rows.writerows([number, *epoch] for number, epoch in enumerate(history, 1))
+        rows.writerows([number, *epoch] for number, epoch in enumerate(self._history, 1))
         write_whole(self._path, text.getvalue().encode())
 
 
-def _board(folder: Path) -> Any:
-    """What TensorBoard reads, where it is installed."""
+def _board(folder: Path, first: int) -> Any:
+    """What TensorBoard reads, where it is installed, from epoch `first` on; what it had of those is forgotten."""
     if find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=first)

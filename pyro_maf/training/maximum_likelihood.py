@@ -39,7 +39,7 @@ def maximise(module: MaximumLikelihood, *, max_epochs: int, device: torch.device
     remaining = max_epochs - len(module.history)
     try:
         module.train()
-        if remaining > 0 and not module.schedule.reason:
+        if remaining > 0 and not (module.stop_reason or module.schedule.reason):
             with _quiet():
                 trainer = _trainer(device, module.processes, remaining, _callbacks(module, progress))
                 trainer.fit(module, train_dataloaders=module.batches, val_dataloaders=module.held_out)
@@ -78,7 +78,7 @@ def _callbacks(module: MaximumLikelihood, progress: bool | str) -> list[Callback
         return []
     console = Console(stderr=True)
     bar: list[Callback] = [ProgressBar(console, module)] if shows(progress, console) else []
-    return bar if module.keeper is None else [Log(module.keeper.folder), *bar]
+    return bar if module.keeper is None else [Log(module.keeper.folder, module.history), *bar]
 
 
 @contextmanager

@@ -30,6 +30,7 @@ AVERAGED_STEPS = 50
 WEIGHT_DECAY = 1e-6
 SKIPPED_IN_A_ROW = 5
 MOST_LOWERINGS = 10
+INTERRUPTED = "interrupted"
 
 
 class MaximumLikelihood(LightningModule):
@@ -114,15 +115,15 @@ class MaximumLikelihood(LightningModule):
 
     def on_train_start(self) -> None:
         """Take the given weights for the best so far, to be put back if no others validate; or go on."""
-        if self.batches.smallest < self.processes.count:
+        found = int(self.processes.total(float(self._found is not None))[0])
+        if 0 < found < self.processes.count:
             raise ValueError(
-                f"fit expected a row of each batch for every process, got {self.batches.smallest} rows for "
-                f"{self.processes.count} processes."
+                f"fit expected a folder that all processes share, but only {found} of {self.processes.count} found a "
+                "fit to go on with there."
             )
         for rows in (self.batches, self.held_out):
             rows.to(self.device)
-        for layer in self._batch_norms:
-            layer.together = self.processes.are_several
+        self._share_statistics(self.processes.are_several)
         if self._found is not None:
             self._put_in_place(self._found)
             return
@@ -149,6 +150,7 @@ class MaximumLikelihood(LightningModule):
         loss = -log_prob.sum() * (self.processes.count / rows)
         if self.processes.are_several:
             self.manual_backward(loss)
+            self._check_gradients()
         else:
             # Not Lightning's own: its hooks would take a tenth of the step, and are for what is not used here.
             loss.backward()
@@ -171,7 +173,7 @@ class MaximumLikelihood(LightningModule):
         if interrupted:
             # What follows is for the result: the fit is taken up again where it is now.
             self.keeper = None
-            self._stop("interrupted")
+            self._stop(INTERRUPTED)
 
     def _skip(self) -> None:
         """Leave a step out; after several in a row, go back to the best weights with half the learning rate."""
@@ -222,11 +224,15 @@ class MaximumLikelihood(LightningModule):
         if all_skipped:
             self._stop(f"no step of epoch {epoch} had a finite loss and gradient")
         elif self._is_interrupted():
-            self._stop("interrupted")
+            self._stop(INTERRUPTED)
         elif self.schedule.reason:
             self._stop(self.schedule.reason)
         self._set_learning_rate()
-        if self.keeper is not None and (self.keeper.is_due or self.trainer.should_stop or self._is_last(epoch)):
+
+    def on_validation_end(self) -> None:
+        """Write a checkpoint; after the log, which may be ahead of it but not behind."""
+        is_last = self.trainer.current_epoch + 1 == self.trainer.max_epochs
+        if self.keeper is not None and (self.keeper.is_due or self.trainer.should_stop or is_last):
             self.save(taken=0)
 
     # -- keeping and going on -------------------------------------------------------------------------------------
@@ -257,6 +263,8 @@ class MaximumLikelihood(LightningModule):
             "averaged": self._average.taken,
             "training_rows": self._training_mean.count,
             "skipped": [self.skipped_steps, self._skipped_in_a_row, self._lowerings_in_a_row],
+            # Of the other reasons, an interruption is over, and patience may be raised.
+            "stop_reason": None if self.stop_reason in (INTERRUPTED, self.schedule.reason) else self.stop_reason,
         }
         self.keeper.write(Checkpoint(tensors, facts))
 
@@ -267,6 +275,7 @@ class MaximumLikelihood(LightningModule):
         self.schedule.go_on(facts["schedule"])
         self.skipped_steps, self._skipped_in_a_row, self._lowerings_in_a_row = facts["skipped"]
         self.batches.go_on(checkpoint.tensors["order"], facts["taken"])
+        self.stop_reason = facts.get("stop_reason")
         self._began -= facts["seconds"]
         self._kept = checkpoint.under("kept")
 
@@ -287,8 +296,22 @@ class MaximumLikelihood(LightningModule):
 
     def restore_best(self) -> None:
         """Put the weights and statistics in place that validated best, if it came to that."""
+        self._share_statistics(False)
         if self._kept:
             self.density.load_state_dict(self._kept)
+
+    def _share_statistics(self, together: bool) -> None:
+        for layer in self._batch_norms:
+            layer.together = together
+
+    def _check_gradients(self) -> None:
+        """Refuse weights that play no part, which torch, adding up gradients of several processes, would wait for."""
+        for name, weight in self.density.named_parameters():
+            if weight.requires_grad and weight.grad is None:
+                raise ValueError(
+                    f"fit with several processes expected log_prob to depend on every weight, but not on {name}: "
+                    "freeze it by requires_grad_(False)."
+                )
 
     def _keep(self) -> None:
         self._kept = {name: tensor.detach().clone() for name, tensor in self.density.state_dict().items()}
@@ -300,9 +323,6 @@ class MaximumLikelihood(LightningModule):
     def _is_interrupted(self) -> bool:
         """Whether any of the processes was."""
         return bool(self.processes.total(float(self.interruption.requested))[0])
-
-    def _is_last(self, epoch: int) -> bool:
-        return self.trainer.current_epoch + 1 == self.trainer.max_epochs
 
     def _stop(self, reason: str) -> None:
         self.stop_reason = self.stop_reason or reason

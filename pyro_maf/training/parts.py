@@ -42,7 +42,7 @@ class Parts(NamedTuple):
         return deal(self.training, size, self.generator, processes)
 
     def digest(self) -> str:
-        """A number that other data would not have."""
+        """A number that data of other moments, or with other validation rows, would not have."""
         hashed = hashlib.sha256(str(len(self.training.data)).encode())
         for tensor in (*self.units, *(self.context_units or ()), *self.held_out):
             if tensor is not None:
