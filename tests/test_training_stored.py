@@ -42,9 +42,9 @@ def model(context_dim: int = 0) -> Any:
     return seeded(lambda: ConditionalMAF(1, 1, **shape) if context_dim else MAF(2, **shape))
 
 
-def stored_rows(path: Path, **options: Any) -> tuple[StoredRows, Tensor]:
+def stored_rows(path: Path, rows: int = ROWS, **options: Any) -> tuple[StoredRows, Tensor]:
     """The rows, each of which has a number of its own in its first column, and the same in memory."""
-    table = torch.stack([torch.arange(float(ROWS)), torch.randn(ROWS, generator=torch.Generator().manual_seed(0))], 1)
+    table = torch.stack([torch.arange(float(rows)), torch.randn(rows, generator=torch.Generator().manual_seed(0))], 1)
     known = {"support": Support("fit", "real", 2), "dtype": torch.float64, "fraction": 0.1, "seed": 0, **options}
     return StoredRows(model(), mapped(path / "rows.npy", table.double()), None, **known), table.double()
 
@@ -65,6 +65,53 @@ def test_every_training_row_is_dealt_once_a_pass_and_no_other(tmp_path: Path) ->
         assert batches.smallest <= min(map(len, dealt))
         assert max(map(len, dealt)) < 150
     assert first != second
+
+
+@pytest.mark.parametrize("more", [1, 2, 60])
+def test_a_few_rows_over_make_no_batch_of_their_own(more: int, tmp_path: Path) -> None:
+    rows, _ = stored_rows(tmp_path, rows=64 * 6 * 2 + more)
+    batches = StoredBatches(rows, 100, torch.Generator().manual_seed(0), Processes())
+    assert batches.smallest > 50
+    assert min(map(len, numbers(batches))) >= batches.smallest
+
+
+def test_rows_may_lie_in_any_way(tmp_path: Path) -> None:
+    table = gaussian_rows(ROWS).numpy()
+    for number, laid_out in enumerate([table, np.asfortranarray(table), table.astype(">f8")]):
+        for mode in ("r", "r+", "c"):
+            rows = mapped(tmp_path / f"{number}.npy", laid_out, mode)
+            for view in (slice(None), slice(None, None, -1), slice(5, None, 3)):
+                assert stored.is_stored(rows[view])
+                known: dict[str, Any] = {"support": Support("fit", "real", 2), "dtype": torch.float64}
+                read = StoredRows(model(), rows[view], None, **known, fraction=0.1, seed=0)
+                assert np.array_equal(read.read(64).data, table[view][64:128])
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.bool_, np.float16])
+def test_numbers_of_any_kind_are_streamed(kind: Any, tmp_path: Path) -> None:
+    table = (gaussian_rows(ROWS).numpy() > 0).astype(kind)
+    rows = mapped(tmp_path / "rows.npy", table)
+    assert stored.is_stored(rows)
+    whole = StoredRows(
+        model(), rows, None, support=Support("fit", "real", 2), dtype=torch.float64, fraction=0.1, seed=0
+    )
+    assert np.array_equal(whole.read(128).data, table[128:192])
+
+
+def test_columns_with_names_are_no_table(tmp_path: Path) -> None:
+    rows = np.zeros(ROWS, [("x", "f8"), ("y", "f8")])
+    with pytest.raises(TypeError, match="expected data to be a tensor, array or data frame of numbers, got memmap"):
+        fit(model(), mapped(tmp_path / "rows.npy", rows), **QUICK)
+
+
+def test_a_file_that_changes_during_a_fit_is_not_trusted(tmp_path: Path) -> None:
+    rows, _ = stored_rows(tmp_path)
+    other = np.load(tmp_path / "rows.npy", mmap_mode="r+")
+    batches = StoredBatches(rows, 100, torch.Generator().manual_seed(0), Processes())
+    other[2345, 1] = math.nan
+    other.flush()
+    with pytest.raises(ValueError, match="got nan in row 2345, column 1"):
+        list(batches)
 
 
 def test_rows_from_far_apart_share_a_batch(tmp_path: Path) -> None:

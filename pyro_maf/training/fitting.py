@@ -77,8 +77,8 @@ def fit(
     Args:
         model: A flow, a density, or a conditional form of either. A `FlowPrior` keeps the units it has.
         data: Rows (N, D): a tensor, an array, a data frame or nested lists of finite numbers, at least 10 rows. A
-            `numpy.memmap` of more than 512 MiB is not read into memory but streamed; at most 262,144 of its rows are
-            held out for validation, and batch norm takes the statistics of as many.
+            `numpy.memmap` of more than 512 MiB is not read into memory but streamed; no more than some 262,144 of its
+            rows are held out for validation, and batch norm takes the statistics of as many.
         context: Rows (N, C) of the same kinds, for a model with `context_dim` > 0.
         support: Where the data lie: "real", "positive", "unit_interval", "simplex", or a sequence with one of the first
             three for each column, or constraints, as `FlowPrior` takes it. By default "real" or that of a `FlowPrior`.

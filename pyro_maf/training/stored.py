@@ -131,6 +131,7 @@ class StoredRows:
         return of_data.units(self.dtype), of_context.units(self.dtype)
 
     def _held(self, length: int) -> int:
+        # The same in all blocks but the last, so that a group of them has as many rows whichever they are.
         return min(math.ceil(self._fraction * length), length - 1)
 
     def _shuffle(self, start: int, rows: Rows) -> Tensor:
@@ -193,8 +194,8 @@ class StoredBatches(Passes):
 
     @staticmethod
     def _groups(blocks: Tensor) -> tuple[Tensor, ...]:
-        """Blocks that are mixed with each other."""
-        return blocks.split(max(1, MIXED_BYTES // BLOCK_BYTES))
+        """Blocks that are mixed with each other: groups as equal as can be, so that none is of a few rows."""
+        return blocks.tensor_split(max(1, round(len(blocks) * BLOCK_BYTES / MIXED_BYTES)))
 
 
 class _Moments:
