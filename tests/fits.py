@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from pyro_maf import MAF
+from pyro_maf.training import FitResult, fit
 from pyro_maf.transforms import MaskedAutoregressive
 
 SMALL: dict[str, Any] = {"num_layers": 2, "hidden_dims": [16]}
@@ -47,6 +49,18 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def mean_log_prob(density: Any, rows: Tensor) -> float:
     with torch.no_grad():
         return density.log_prob(rows).mean().item()
+
+
+def long_fit(folder: Path | str) -> FitResult:
+    """A fit of some seconds, which goes on where it was; the same in any process, so by one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rows = torch.randn(3000, 4, generator=torch.Generator().manual_seed(1)).cumsum(1)
+        model = seeded(lambda: MAF(4, num_layers=2, hidden_dims=[16], batch_norm=True))
+        return fit(model, rows, batch_size=20, max_epochs=6, folder=folder, resume=True, progress=False)
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Hooked(MaskedAutoregressive):

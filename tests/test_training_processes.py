@@ -10,45 +10,22 @@ from pathlib import Path
 import pytest
 
 import pyro_maf
+from tests import several_fits
+from tests.several_fits import MODELS
 
 ROOT = Path(__file__).parent.parent
-PROGRAM = """
-import os, sys
-import torch
-from pyro_maf import ConditionalMAF, MAF, MAFMoG, RealNVP, fit
-
-torch.set_num_threads(1)
-torch.manual_seed(0)
-folder, devices = sys.argv[1], int(sys.argv[2])
-rows = torch.randn(301, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).cumsum(1)
-shape = {"num_layers": 2, "hidden_dims": [16]}
-models = {
-    "maf": lambda: MAF(3, **shape),
-    "batch norm": lambda: MAF(3, batch_norm=True, **shape),
-    "maf-mog": lambda: MAFMoG(3, **shape),
-    "realnvp": lambda: RealNVP(3, **shape),
-    "conditional": lambda: ConditionalMAF(2, 1, **shape),
-}
-for kind, model in models.items() if devices == 1 else [("maf", models["maf"])]:
-    context, data = (rows[:, :1], rows[:, 1:]) if kind == "conditional" else (None, rows)
-    options = {"batch_size": 33, "max_epochs": 3, "learning_rate": 1e-2, "progress": False, "devices": devices}
-    result = fit(model().double(), data, context=context, folder=f"{folder}/{kind}", resume=True, **options)
-    rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
-    print(f"rank {rank} {kind}: {result.validation_loss}", flush=True)
-"""
-KINDS = ("maf", "batch norm", "maf-mog", "realnvp", "conditional")
 
 
-def run(folder: Path, launcher: str = "") -> list[str]:
-    """What each process prints."""
+def run(folder: Path, launcher: str) -> list[str]:
+    """What each process of two says."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    program = folder.parent / "program.py"
-    program.write_text(PROGRAM)
     devices = "2" if launcher == "lightning" else "1"
-    command = [sys.executable, *(torchrun if launcher == "torchrun" else []), str(program), str(folder), devices]
+    program = [several_fits.__file__, str(folder), devices]
+    command = [sys.executable, *(torchrun if launcher == "torchrun" else []), *program]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     made = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert made.returncode == 0, made.stderr
+    assert "deprecated" not in made.stderr
     return sorted(line for line in made.stdout.splitlines() if line.startswith("rank"))
 
 
@@ -70,22 +47,31 @@ def apart(one: Path, other: Path) -> float:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("alone") / "one"
-    assert len(run(folder)) == len(KINDS)
+    folder = tmp_path_factory.mktemp("alone")
+    several_fits.fit_all(str(folder), list(MODELS), devices=1)
     return folder
 
 
 def test_two_processes_of_torchrun_fit_what_one_does(alone: Path, tmp_path: Path) -> None:
-    said = run(tmp_path / "two", "torchrun")
-    assert len(said) == 2 * len(KINDS)
-    for kind in KINDS:
+    said = run(tmp_path, "torchrun")
+    for kind in MODELS:
         first, second = (line.split(":")[1] for line in said if f" {kind}:" in line)
         assert first == second
-        assert apart(alone / kind, tmp_path / "two" / kind) < 1e-8, kind
-        assert (tmp_path / "two" / kind / "log.csv").read_text().count("\n") == 4
+        assert first.endswith(" False")  # nothing is shared any longer
+        assert apart(alone / kind, tmp_path / kind) < 1e-8, kind
+        assert (tmp_path / kind / "log.csv").read_text().count("\n") == 4
+    refusals = [
+        "a folder that all processes share, but only 1 of 2 found a fit to go on with there.",
+        "a row of each batch for every process, got 1 rows for 2 processes.",
+        "log_prob to depend on every weight, but not on model.idle: freeze it by requires_grad_(False).",
+    ]
+    for rank in (0, 1):
+        refused = [line for line in said if line.startswith(f"rank {rank} refused: fit ")]
+        assert len(refused) == 3
+        assert all(any(line.endswith(refusal) for line in refused) for refusal in refusals)
 
 
 def test_two_processes_of_lightning_fit_what_one_does(alone: Path, tmp_path: Path) -> None:
-    said = run(tmp_path / "two", "lightning")
+    said = run(tmp_path, "lightning")
     assert [line.split(":")[0] for line in said] == ["rank 0 maf", "rank 1 maf"]
-    assert apart(alone / "maf", tmp_path / "two" / "maf") < 1e-8
+    assert apart(alone / "maf", tmp_path / "maf") < 1e-8

@@ -24,7 +24,7 @@ from pyro_maf.training import checkpoint
 from pyro_maf.training.checkpoint import Checkpoint, Keeper
 from pyro_maf.training.log import Epoch
 from pyro_maf.training.module import MaximumLikelihood
-from tests.fits import gaussian_rows, same, seeded, weights
+from tests.fits import gaussian_rows, long_fit, same, seeded, weights
 
 ROOT = Path(__file__).parent.parent
 OPTIONS: dict[str, Any] = {"batch_size": 27, "max_epochs": 4, "learning_rate": 1e-2, "progress": False}
@@ -192,9 +192,10 @@ def test_a_fit_that_dies_before_its_next_step_loses_nothing(
     monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN", 0.0)
     monkeypatch.setattr(checkpoint, "MOST_OF_THE_TIME", math.inf)
     for method in ("save", "_put_in_place"):
-        with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        with monkeypatch.context() as patched:
             patched.setattr(MaximumLikelihood, method, dying if method == "save" else _raise_memory_error)
-            fit(flow(Pressed), gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
+            with pytest.raises(MemoryError):
+                fit(flow(Pressed), gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
     second = fit(flow(Pressed), gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
     assert same(weights(whole.density), weights(second.density))
     assert without_time(whole) == without_time(second)
@@ -303,7 +304,7 @@ def test_other_weights_frozen_are_another_fit(tmp_path: Path) -> None:
     fit(flow(), gaussian_rows(), folder=tmp_path, **{**OPTIONS, "max_epochs": 1})
     other = flow()
     other[0].requires_grad_(False)
-    with pytest.raises(ValueError, match="^fit found a fit with another choice of frozen weights in "):
+    with pytest.raises(ValueError, match=r"^fit found a fit with another choice of frozen weights in "):
         fit(other, gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
 
 
@@ -359,39 +360,34 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 # -- killed -----------------------------------------------------------------------------------------------------------
 
 PROGRAM = """
-    import sys, torch
-    from pyro_maf import MAF, fit
+    import sys
+    from tests.fits import long_fit
     from pyro_maf.training import maximum_likelihood
 
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    rows = torch.randn(3000, 4, generator=torch.Generator().manual_seed(1)).cumsum(1)
-    model = MAF(4, num_layers=2, hidden_dims=[16], batch_norm=True)
     print("started", flush=True)
-    fit(model, rows, batch_size=20, max_epochs=6, folder=sys.argv[1], resume=True, progress=False)
+    long_fit(sys.argv[1])
     print("ended", flush=True)
 """
 KILLS = 2
 
 
-def run(folder: Path, kill_after: float | None = None) -> bool:
-    """Whether the program came to its end; else it was killed so long after its start."""
+def killed(folder: Path, after: float) -> bool:
+    """Whether the fit was killed so many seconds after its start, or else came to its end."""
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(folder)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
-        if kill_after is not None:
-            time.sleep(kill_after)
-            process.send_signal(signal.SIGKILL)
-        return "ended" in process.stdout.read()
+        time.sleep(after)
+        process.send_signal(signal.SIGKILL)
+        return "ended" not in process.stdout.read()
 
 
 def test_a_killed_fit_loses_nothing(tmp_path: Path) -> None:
     moments = random.Random(0)
-    killed = [run(tmp_path / "killed", kill_after=moments.uniform(0.2, 2.0)) for _ in range(KILLS)]
-    assert not killed[0]
-    assert run(tmp_path / "killed")
-    assert run(tmp_path / "whole")
-    one, other = (pyro_maf.load(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
-    assert same(weights(one), weights(other))
+    assert killed(tmp_path / "killed", moments.uniform(0.2, 2.0))
+    for _ in range(KILLS - 1):
+        killed(tmp_path / "killed", moments.uniform(0.2, 2.0))
+    one, other = (long_fit(tmp_path / name) for name in ("whole", "killed"))
+    assert same(weights(one.density), weights(other.density))
+    assert without_time(one) == without_time(other)
     assert not list((tmp_path / "killed").glob(".*"))

@@ -178,6 +178,7 @@ def fit(
     density.eval()
     if keeper is not None and processes.is_first:
         density.save(keeper.folder / MODEL)
+    processes.wait()
     return FitResult(
         density=density,
         train_loss=tuple(epoch.train_loss for epoch in module.history),

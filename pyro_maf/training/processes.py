@@ -55,6 +55,11 @@ class Processes:
         """This process's part of the rows of a batch."""
         return index.tensor_split(self.count)[distributed.get_rank()] if self.are_several else index
 
+    def wait(self) -> None:
+        """Go on when all of them have come here, if they ever met."""
+        if self.are_several and distributed.is_initialized():
+            self.total(0.0)
+
     def total(self, *values: Tensor | float) -> tuple[Tensor | float, ...]:
         """The sum of each of `values` over all processes, without a gradient."""
         if not self.are_several:

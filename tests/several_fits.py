@@ -1,0 +1,80 @@
+"""Fits for one process or several: `python several_fits.py FOLDER DEVICES`, also by torchrun.
+
+Each says on a line of its own what its process came to.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import pyro_maf
+from pyro_maf import MAF, ConditionalMAF, MAFMoG, RealNVP, fit
+from pyro_maf.transforms import BatchNorm
+
+SHAPE: dict[str, Any] = {"num_layers": 2, "hidden_dims": [16]}
+OPTIONS: dict[str, Any] = {"batch_size": 33, "max_epochs": 3, "learning_rate": 1e-2, "progress": False}
+ROWS = torch.randn(301, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).cumsum(1)
+MODELS: dict[str, Callable[[], Any]] = {
+    "maf": lambda: MAF(3, **SHAPE),
+    "batch norm": lambda: MAF(3, batch_norm=True, **SHAPE),
+    "maf-mog": lambda: MAFMoG(3, **SHAPE),
+    "realnvp": lambda: RealNVP(3, **SHAPE),
+    "conditional": lambda: ConditionalMAF(2, 1, **SHAPE),
+}
+
+
+class Idle(MAF):
+    """A flow with a weight that plays no part."""
+
+    def __init__(self) -> None:
+        super().__init__(3, **SHAPE)
+        self.idle = nn.Parameter(torch.zeros(1))
+
+
+def say(what: object) -> None:
+    """Write what came of something in this process."""
+    rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
+    # In one piece: several write at once.
+    sys.stdout.write(f"rank {rank} {what}\n")
+    sys.stdout.flush()
+
+
+def fit_all(folder: str, kinds: list[str], devices: int) -> None:
+    """Fit models of the named kinds, each in a folder of its own."""
+    torch.manual_seed(0)
+    for kind in kinds:
+        context, data = (ROWS[:, :1], ROWS[:, 1:]) if kind == "conditional" else (None, ROWS)
+        known: dict[str, Any] = {"context": context, "folder": f"{folder}/{kind}", "resume": True, "devices": devices}
+        result = fit(MODELS[kind]().double(), data, **known, **OPTIONS)
+        # Every process finds the model there.
+        pyro_maf.load(f"{folder}/{kind}/model.safetensors")
+        together = [layer.together for layer in result.density.modules() if isinstance(layer, BatchNorm)]
+        say(f"{kind}: {result.validation_loss} {any(together)}")
+
+
+def try_what_is_refused(folder: str) -> None:
+    """Fit what several processes can not, and say why not."""
+    own = f"{folder}/{'maf' if os.environ['RANK'] == '0' else 'elsewhere'}"
+    cases: list[tuple[Any, dict[str, Any]]] = [
+        (MODELS["maf"]().double(), {"folder": own, "resume": True, "max_epochs": 4}),
+        (MODELS["maf"]().double(), {"batch_size": 1}),
+        (Idle().double(), {}),
+    ]
+    for model, options in cases:
+        try:
+            fit(model, ROWS, **{**OPTIONS, **options})
+        except ValueError as error:
+            say(f"refused: {error}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    fit_all(sys.argv[1], list(MODELS) if sys.argv[2] == "1" else ["maf"], int(sys.argv[2]))
+    if "RANK" in os.environ:
+        try_what_is_refused(sys.argv[1])
