@@ -15,9 +15,9 @@ from torch import Tensor
 from pyro_maf import MAF, ConditionalMAF, fit
 from pyro_maf.distributions.support import Support
 from pyro_maf.training import stored
-from pyro_maf.training.data import units_of
 from pyro_maf.training.processes import Processes
 from pyro_maf.training.stored import StoredBatches, StoredRows
+from pyro_maf.training.units import units_of
 from tests.fits import GAUSSIAN, gaussian_rows, mean_log_prob, same, seeded, weights
 
 ROWS = 3001

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
-from pyro_maf.training.data import units_of
+from pyro_maf.training.units import units_of
 from pyro_maf.transforms import AffineCoupling, ConditionalFlow, Flow, LowerTriangularAffine, Stack
 
 __all__ = ["fit_gaussian", "gaussian", "gaussian_given"]

@@ -1,4 +1,4 @@
-"""The rows that a model is fitted to: what may be given, what is wrong with it, and the units it comes in."""
+"""The rows that a model is fitted to: what may be given, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_maf.distributions.support import Support
 
-__all__ = ["Rows", "Units", "check_training", "check_varying", "number_of_columns", "read_rows", "split", "units_of"]
+__all__ = ["Rows", "check_training", "check_varying", "number_of_columns", "read_rows", "split"]
 
 LEAST_ROWS = 10
 NUMERIC_KINDS = "fiub"
@@ -29,13 +29,6 @@ class Rows(NamedTuple):
     def to(self, device: torch.device) -> Rows:
         """These rows on `device`."""
         return Rows(self.data.to(device), None if self.context is None else self.context.to(device))
-
-
-class Units(NamedTuple):
-    """Mean and standard deviation of each column."""
-
-    loc: Tensor
-    scale: Tensor
 
 
 def number_of_columns(name: str, value: Any) -> int:
@@ -133,18 +126,6 @@ def split(rows: Rows, fraction: float, generator: torch.Generator) -> tuple[Rows
     aside = min(max(1, round(fraction * total)), total - 2)
     shuffled = torch.randperm(total, generator=generator)
     return rows.take(shuffled[aside:]), rows.take(shuffled[:aside])
-
-
-def units_of(table: Tensor) -> Units:
-    """Mean and standard deviation of the columns of `table`, in its dtype; a column that does not vary keeps its scale.
-
-    Example:
-        >>> units_of(torch.tensor([[1.0, 7.0], [3.0, 7.0]]))
-        Units(loc=tensor([2., 7.]), scale=tensor([1., 1.]))
-    """
-    variance, mean = torch.var_mean(table.double(), 0, correction=0)
-    scale = torch.where(variance > 0, variance.sqrt(), torch.ones_like(variance))
-    return Units(mean.to(table.dtype), scale.to(table.dtype))
 
 
 def _read_table(name: str, value: Any, width: int, width_name: str, dtype: torch.dtype, first: int | None) -> Tensor:

@@ -10,9 +10,10 @@ import torch
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.distributions.support import Support
 from pyro_maf.training.batches import Batches
-from pyro_maf.training.data import Rows, Units, check_training, read_rows, split, units_of
+from pyro_maf.training.data import Rows, check_training, read_rows, split
 from pyro_maf.training.processes import Processes
 from pyro_maf.training.stored import StoredBatches, StoredRows, is_stored
+from pyro_maf.training.units import Units, units_of
 
 __all__ = ["Parts", "in_units_of", "read_parts"]
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pyro_maf.distributions.support import Support
 from pyro_maf.training.batches import Passes
-from pyro_maf.training.data import Rows, Units, check_varying, read_rows
+from pyro_maf.training.data import Rows, check_varying, read_rows
 from pyro_maf.training.processes import Processes
+from pyro_maf.training.units import Moments, Units
 
 __all__ = ["StoredBatches", "StoredRows", "is_stored"]
 
@@ -118,7 +119,7 @@ class StoredRows:
         Raises:
             ValueError: As in `read`, which sees every row, and for columns that do not vary.
         """
-        of_data, of_context = _Moments(), _Moments()
+        of_data, of_context = Moments(), Moments()
         for start in self.starts:
             rows = self.training(start)
             of_data.add(self.support.unconstrain(rows.data)[0])
@@ -196,32 +197,6 @@ class StoredBatches(Passes):
     def _groups(blocks: Tensor) -> tuple[Tensor, ...]:
         """Blocks that are mixed with each other: groups as equal as can be, so that none is of a few rows."""
         return blocks.tensor_split(max(1, round(len(blocks) * BLOCK_BYTES / MIXED_BYTES)))
-
-
-class _Moments:
-    """Mean, variance and range of columns that come block by block."""
-
-    def __init__(self) -> None:
-        self._rows = 0
-        self._mean = self._squares = self.low = self.high = torch.zeros(())
-
-    def add(self, table: Tensor) -> None:
-        """Take in the rows of a block."""
-        table = table.double()
-        variance, mean = torch.var_mean(table, 0, correction=0)
-        low, high = table.aminmax(dim=0)
-        if not self._rows:
-            self._mean, self._squares, self.low, self.high = mean, torch.zeros_like(mean), low, high
-        total = self._rows + len(table)
-        apart = mean - self._mean
-        self._squares = self._squares + len(table) * (variance + apart**2 * self._rows / total)
-        self._mean = self._mean + apart * len(table) / total
-        self.low, self.high = self.low.minimum(low), self.high.maximum(high)
-        self._rows = total
-
-    def units(self, dtype: torch.dtype) -> Units:
-        """Mean and deviation, as `units_of` gives them of a whole table."""
-        return Units(self._mean.to(dtype), (self._squares / self._rows).sqrt().to(dtype))
 
 
 def _forget(table: Any) -> None:
