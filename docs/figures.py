@@ -1,4 +1,4 @@
-"""Draw the figures of the documentation into docs/assets/: python docs/figures.py
+"""Draw the figures of the documentation into docs/assets/, by `python docs/figures.py`.
 
 The posterior takes a minute: NUTS gives the reference, and two guides are fitted with the defaults of `fit_guide`.
 """
