@@ -1,10 +1,11 @@
-"""Draw the figures of the documentation into docs/assets/: python docs/figures.py
+"""Draw the figures of the documentation into docs/assets/, by `python docs/figures.py`.
 
 The posterior takes a minute: NUTS gives the reference, and two guides are fitted with the defaults of `fit_guide`.
 """
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 from pyro_maf.infer import AutoIAF, fit_guide
 from pyro_maf.nn import MADE
 
-ASSETS = Path(__file__).parent / "assets"
+ROOT = Path(__file__).parent.parent
+ASSETS = ROOT / "docs" / "assets"
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 DRAWS = 2000
@@ -103,6 +105,30 @@ def sweep(dim: int = 6, units: int = 12, step: int = 3) -> Figure:
     return figure
 
 
+def cost() -> Figure:
+    """What drawing 1,000 rows costs in six packages, as benchmarks/directions.py has measured it."""
+    cells = json.loads((ROOT / "benchmarks" / "results" / "directions.json").read_text(encoding="utf-8"))["cells"]
+    wanted = {"task": "sample", "threads": 1, "layers": 1, "batch": 1000}
+    cells = sorted((cell for cell in cells if wanted.items() <= cell.items()), key=lambda cell: cell["D"])
+    dims = [cell["D"] for cell in cells]
+    figure, axes = plt.subplots(figsize=(4.6, 3.1), layout="constrained")
+    for name in ("pyro", "zuko", "nflows", "normflows", "flowjax", "pyro-maf"):
+        heights = [cell["times"][name]["over_dense"] for cell in cells]
+        colour, width = (BLUE, 3) if name == "pyro-maf" else (GREY, 1)
+        axes.plot(dims, heights, color=colour, linewidth=width)
+        for dim, height, cell in zip(dims, heights, cells, strict=True):
+            face = colour if cell["times"][name]["measured"] else "white"
+            axes.plot(dim, height, "o", markersize=4, color=colour, markerfacecolor=face)
+    axes.text(dims[-1], 1.1 * heights[-1], "pyro-maf", color=BLUE, ha="right", va="bottom", weight="bold")
+    axes.text(60, 250, "Pyro, zuko, nflows,\nnormflows, flowjax", color="0.4", ha="right", va="bottom")
+    axes.set(xscale="log", yscale="log", ylim=(0.3, 2000), xlabel="dimensions", ylabel="time / one dense pass")
+    axes.set_xticks(dims, dims)
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title("1,000 rows from a MAF layer (hollow: predicted)", fontsize=10)
+    return figure
+
+
 def _draw(axes: Axes, mask: np.ndarray[Any, Any], before: np.ndarray[Any, Any], now: np.ndarray[Any, Any]) -> None:
     image = np.ones((*mask.shape, 3))
     for rows, colour in ((before, BEFORE), (now, NOW), (~(before | now), LATER)):
@@ -118,7 +144,7 @@ def main() -> None:
     """Draw them all."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for draw in (sweep, posterior):
+        for draw in (cost, sweep, posterior):
             draw().savefig(ASSETS / f"{draw.__name__}.png", dpi=110)
 
 

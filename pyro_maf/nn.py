@@ -332,6 +332,8 @@ class MADE(Network):
     Shapes:
         x is (\*batch, D), context (\*batch or (), context_dim), the output (\*batch, D, P).
 
+    Cost: one dense pass, whatever D; the masks are multiplied in first.
+
     Raises:
         ValueError: For non-positive sizes, an unknown activation, an order that is no permutation, an input or
             context of the wrong width, a context missing or superfluous.

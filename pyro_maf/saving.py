@@ -46,6 +46,7 @@ class Savable:
             _known[cls.__name__] = cls
 
     def __new__(cls: type[Self], *args: Any, **kwargs: Any) -> Self:
+        """Make one, and take note of its arguments."""
         self = super().__new__(cls)
         bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs).arguments
         # As they are now: the caller may go on to change a list or an array.

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from docs.hooks.links import problems
 from pyro_maf.cli import app
 from tests.pages import ROOT, promised, run, whole
 
@@ -28,6 +29,20 @@ def test_code_prints_what_its_page_says(page: Path, tmp_path: Path, monkeypatch:
     code = whole(page)
     assert promised(code)
     assert run(code, page) == promised(code)
+
+
+def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(
+        '<h1 id="here"></h1><a href="page.html#here"></a><a href="https://else.where"></a>'
+    )
+    assert list(problems(tmp_path)) == []
+    (tmp_path / "index.html").write_text(
+        '<a href="none.html"></a><a href="page.html#there"></a><img src="https://else.where/picture.png">'
+    )
+    found = list(problems(tmp_path))
+    assert [line.split()[1] for line in found] == ["fetches", "links", "links"]
+    assert "none.html, which is not there" in found[1]
+    assert "page.html#there, a page without that heading" in found[2]
 
 
 def commands(page: Path) -> list[tuple[list[str], list[str]]]:

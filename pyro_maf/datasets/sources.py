@@ -91,9 +91,11 @@ class ArraySource(Source):
         self.names = tuple(f"x{i}" for i in range(1, self.array.shape[1] + 1))
 
     def holds_text(self, name: str) -> bool | None:
+        """Never: an array has numbers alone."""
         return False
 
     def batches(self, names: Sequence[str]) -> Iterator[list[Any]]:
+        """Parts of the mapped array, column by column."""
         columns = [self.names.index(name) for name in names]
         size = max(1, NUMBERS_IN_A_BATCH // self.array.shape[1])
         for start in range(0, len(self.array), size):
@@ -114,6 +116,7 @@ class ParquetSource(Source):
         self.names = tuple(name for name in self._schema.names if not INDEX_OF_PANDAS.fullmatch(name))
 
     def holds_text(self, name: str) -> bool | None:
+        """As the schema says."""
         from pyarrow import types
 
         kind = self._schema.field(name).type
@@ -129,6 +132,7 @@ class ParquetSource(Source):
         )
 
     def batches(self, names: Sequence[str]) -> Iterator[list[Any]]:
+        """Row groups, read in parts."""
         size = max(1, NUMBERS_IN_A_BATCH // max(1, len(names)))
         with self._reading():
             for batch in self._file.iter_batches(size, columns=list(names)):
@@ -172,9 +176,11 @@ class CsvSource(Source):
         self._rows_above = head[0][0] + 1 if self.is_named else 0
 
     def holds_text(self, name: str) -> bool | None:
+        """None: only the cells can tell."""
         return None
 
     def batches(self, names: Sequence[str]) -> Iterator[list[Any]]:
+        """Rows as pyarrow parses them, every column as text."""
         import pyarrow
         from pyarrow import csv as arrow_csv
 

@@ -188,6 +188,7 @@ class ConditionedDensity(Density):
 
     @property
     def name(self) -> str:
+        """The density's own."""
         return self.density.name
 
     @property
@@ -202,6 +203,7 @@ class ConditionedDensity(Density):
         return self.density._sample(shape, self.context)
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
+        """Set the density's statistics from data y, at the context that it is held at."""
         self.density.fit_statistics(y, self.context)
 
     def __repr__(self) -> str:
@@ -216,6 +218,12 @@ class ConditionalDensity(Savable, ConditionalDistribution, nn.Module):
 
     Raises:
         ValueError: If the density takes no context.
+
+    Example:
+        >>> from pyro_maf import MADEMoG
+        >>> density = ConditionalDensity(MADEMoG(3, context_dim=2))
+        >>> density.condition(torch.zeros(5, 2)).log_prob(torch.zeros(3)).shape
+        torch.Size([5])
     """
 
     def __init__(self, density: Density) -> None:

@@ -86,6 +86,9 @@ def diagnose(
         num_samples: How many draws to weigh.
         *args, **kwargs: What model and guide are called with.
 
+    Returns:
+        A `Diagnosis`.
+
     Cost: `num_samples` draws of the guide and evaluations of the model, in batches where the model allows them.
 
     Raises:
@@ -121,6 +124,8 @@ def reweight(
 
     Returns:
         The value of each latent site, (num_samples, \*site). A draw may come more than once.
+
+    Cost: as `diagnose` with four times `num_samples`.
 
     Warns:
         UserWarning: If k-hat is 0.7 or more: the weights can not be relied on.

@@ -134,15 +134,18 @@ class AutoFlow(AutoContinuous):
     # -- what Pyro asks of a guide --------------------------------------------------------------------------------
 
     def get_base_dist(self) -> Any:
+        """Standard normal noise, of event shape (D,)."""
         like = next(self._held("transform").parameters())
         normal = dist.Normal(like.new_zeros(self.latent_dim), like.new_ones(self.latent_dim), validate_args=False)
         return normal.to_event(1)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Flow:
+        """The map from noise to unconstrained latent variables, at the encoder's context if there is one."""
         transform = self._held("transform")
         return transform if self._held("encoder") is None else transform.condition(self._context(args, kwargs))
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
+        """The distribution of the unconstrained latent variables as one vector."""
         self.setup(*args, **kwargs)
         transform = self.get_transform(*args, **kwargs)
         return dist.TransformedDistribution(self.get_base_dist(), [transform], validate_args=False)
@@ -164,6 +167,7 @@ class AutoFlow(AutoContinuous):
         return sites
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Draw the unconstrained latent variables, as an auxiliary site of Pyro's."""
         posterior = self.get_posterior(*args, **kwargs)
         with self._in_plates(next(iter(self._latents.parts))) if self._latents.rows else nullcontext():
             latent = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})

@@ -61,6 +61,7 @@ class LogJoint:
         )
 
     def __call__(self, values: Values) -> Tensor:
+        """log p(x, z) in nats, (draws,), at values of the latent sites."""
         count = _count(values)
         try:
             scored = self._together(values) if self.is_vectorised else self._in_turn(values)

@@ -28,6 +28,7 @@ class NeuTra:
         self._model = self._reparam.reparam(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model, its latent variables made of noise."""
         return self._model(*args, **kwargs)
 
     @torch.no_grad()
@@ -47,6 +48,11 @@ def neutra(model: Callable[..., Any], guide: AutoFlow) -> NeuTra:
         model: A Pyro model.
         guide: Its guide, from this module, fitted and without an encoder. Its weights are held fixed from now on:
             `guide.requires_grad_(True)` would let them train again.
+
+    Returns:
+        A `NeuTra`: run NUTS on it, and let its `draws` turn the samples into those of the model's sites.
+
+    Cost: beside the model's own density and gradient, those of the guide's map: one pass a layer for an `AutoIAF`.
 
     Raises:
         TypeError: For a guide from elsewhere.

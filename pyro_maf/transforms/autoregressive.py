@@ -179,6 +179,12 @@ class ConditionalMaskedAutoregressive(_ConditionalAutoregressive):
     Shapes:
         context is (\*batch or (), context_dim) and broadcasts with x and y, (\*batch, D).
 
+    Cost: as `MaskedAutoregressive`; the terms of the context are one product a hidden layer.
+
+    Raises:
+        ValueError: As in `MaskedAutoregressive`, and for a context of the wrong width.
+        TypeError: As in `MaskedAutoregressive`.
+
     Example:
         >>> layer = ConditionalMaskedAutoregressive(3, 2, hidden_dims=[16])
         >>> layer.condition(torch.zeros(5, 2)).inv(torch.zeros(3)).shape
@@ -198,6 +204,12 @@ class ConditionalInverseAutoregressive(_ConditionalAutoregressive):
 
     Shapes:
         context is (\*batch or (), context_dim) and broadcasts with x and y, (\*batch, D).
+
+    Cost: as `InverseAutoregressive`; the terms of the context are one product a hidden layer.
+
+    Raises:
+        ValueError: As in `InverseAutoregressive`, and for a context of the wrong width.
+        TypeError: As in `InverseAutoregressive`.
 
     Example:
         >>> layer = ConditionalInverseAutoregressive(3, 2, hidden_dims=[16])

@@ -280,12 +280,14 @@ class Inverse(Flow):
         return self.flow.is_by_row
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Map data of the flow to its noise."""
         return self.flow._inv_call(x)
 
     def _inv_call(self, y: Tensor) -> Tensor:
         return self.flow(y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """The log-determinant of the flow at (y, x), negated; in nats, of the batch shape."""
         return -self.flow.log_abs_det_jacobian(y, x)
 
     def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -298,6 +300,7 @@ class Inverse(Flow):
 
     @property
     def inv(self) -> Flow:
+        """The flow."""
         # One that was copied or loaded is not yet known to its flow.
         if self.flow._inv is None or self.flow._inv() is None:  # type: ignore[call-arg]
             self.flow._inv = weakref.ref(self)  # type: ignore[assignment]
@@ -307,12 +310,15 @@ class Inverse(Flow):
         return f"Inverse of {self.flow!r}"
 
     def with_cache(self, cache_size: int = 1) -> Flow:
+        """The inverse of the flow with such a cache."""
         return self if cache_size == self._cache_size else self.flow.with_cache(cache_size).inv
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
+        """The shape of what comes of an input: that of the flow's own input."""
         return self.flow.inverse_shape(shape)
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        """The shape of an input, for what comes of it: that of the flow's own output."""
         return self.flow.forward_shape(shape)
 
 
@@ -336,10 +342,12 @@ class Conditioned(Flow):
 
     @property
     def name(self) -> str:
+        """The flow's own."""
         return self.flow.name
 
     @property
     def fast(self) -> str:  # type: ignore[override]
+        """The flow's own."""
         return self.flow.fast
 
     def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -355,6 +363,7 @@ class Conditioned(Flow):
         return f"{self.flow!r} at a context of shape {tuple(self.context.shape)}"
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
+        """The shape of an output: an input's, broadcast with the context's batch shape."""
         super().forward_shape(shape)
         return self._broadcast(shape) + (self.input_dim,)
 
@@ -381,6 +390,12 @@ class ConditionalFlow(Savable, ConditionalTransformModule):
 
     Raises:
         ValueError: If the flow takes no context.
+
+    Example:
+        >>> from pyro_maf import MAF
+        >>> flow = ConditionalFlow(MAF(3, num_layers=1, context_dim=2))
+        >>> flow.condition(torch.zeros(5, 2)).inv(torch.zeros(5, 3)).shape
+        torch.Size([5, 3])
     """
 
     def __init__(self, flow: Flow) -> None:

@@ -127,6 +127,15 @@ class ConditionalAffineCoupling(ConditionalFlow):
         context_dim: Number of context features, at least 1.
         mask, hidden_dims, activation, networks: As in `AffineCoupling`.
 
+    Shapes:
+        context is (\*batch or (), context_dim) and broadcasts with x and y, (\*batch, D).
+
+    Cost: one dense pass in either direction.
+
+    Raises:
+        ValueError: As in `AffineCoupling`, and for a context of the wrong width.
+        TypeError: As in `AffineCoupling`.
+
     Example:
         >>> layer = ConditionalAffineCoupling(3, 2)
         >>> layer.condition(torch.zeros(5, 2))(torch.zeros(3)).shape

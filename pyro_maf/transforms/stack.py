@@ -65,6 +65,7 @@ class Stack(Flow):
         return self.layers[index]  # type: ignore[return-value]
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
+        """The shape of an output: an input's, through every layer."""
         shape = super().forward_shape(shape)
         for layer in self:
             shape = layer.forward_shape(shape)

@@ -113,6 +113,15 @@ class ConditionalLowerTriangularAffine(ConditionalFlow):
         context_dim: Number of context features, at least 1.
         loc, scale_tril, hidden_dims, activation: As in `LowerTriangularAffine`.
 
+    Shapes:
+        context is (\*batch or (), context_dim) and broadcasts with x and y, (\*batch, D).
+
+    Cost: a pass of the network, and for each row a triangular product or solve: D^2 multiplications.
+
+    Raises:
+        ValueError: As in `LowerTriangularAffine`, and for a context of the wrong width.
+        TypeError: As in `LowerTriangularAffine`.
+
     Example:
         >>> layer = ConditionalLowerTriangularAffine(3, 2)
         >>> layer.condition(torch.zeros(5, 2))(torch.zeros(3)).shape
