@@ -99,8 +99,7 @@ def test_there_are_pictures_and_they_are_of_the_size_of_a_screen(path: Path) -> 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_what_it_takes_from_the_package_is_there(path: Path) -> None:
-    """What a change of name would break: every name that is imported, and every keyword of what it calls is left to
-    `make tutorials`."""
+    """Every name that is imported, so that a change of one is noticed; how they are called, `make tutorials` tries."""
     imports = [node for node in ast.walk(ast.parse(python_of(read(path)))) if isinstance(node, ast.ImportFrom)]
     ours = [node for node in imports if node.module.partition(".")[0] == "pyro_maf"]
     assert ours
