@@ -316,6 +316,13 @@ def test_wrong_options_are_named(options: dict[str, Any], error: type[Exception]
     assert str(raised.value).startswith("fit_guide expected")
 
 
+def test_a_class_in_place_of_a_guide_is_refused() -> None:
+    with pytest.raises(
+        TypeError, match=r"fit_guide expected a guide, got the class AutoIAF: make one, AutoIAF\(model\)"
+    ):
+        fit_guide(lambda: pyro.sample("z", dist.Normal(0.0, 1.0)), AutoIAF)
+
+
 def test_a_guide_without_parameters_is_refused() -> None:
     with pytest.raises(ValueError, match="fit_guide expected a guide with parameters to train, got none"):
         fit_guide(counting, lambda: pyro.sample("rate", dist.Gamma(2.0, 1.0)), **QUICK)

@@ -96,6 +96,7 @@ def fit_guide(
 
     Raises:
         ValueError: For options out of range, or a guide without parameters.
+        TypeError: For a class of guides in place of a guide.
         Exception: What the model raises, where it does so fifty times in a row.
         ModuleNotFoundError: Without the `train` extra.
 
@@ -116,7 +117,7 @@ def fit_guide(
         variational inference*, 2020.
     """
     started = time.monotonic()
-    _check(steps, num_particles, learning_rate, progress)
+    _check(guide, steps, num_particles, learning_rate, progress)
     arviz()  # where it is missing, better to say so now than after the fit
     run = _Run(model, guide, args, kwargs, num_particles, Schedule(learning_rate, steps))
     with Interruption() as interruption, bar(progress, steps) as show:
@@ -134,7 +135,11 @@ def fit_guide(
     )
 
 
-def _check(steps: Any, num_particles: Any, learning_rate: Any, progress: Any) -> None:
+def _check(guide: Any, steps: Any, num_particles: Any, learning_rate: Any, progress: Any) -> None:
+    if isinstance(guide, type):
+        raise TypeError(
+            f"fit_guide expected a guide, got the class {guide.__name__}: make one, {guide.__name__}(model)."
+        )
     check_positive("fit_guide", "steps", steps)
     check_positive("fit_guide", "num_particles", num_particles)
     check_above_zero("fit_guide", "learning_rate", learning_rate, finite=True)
