@@ -64,19 +64,22 @@ def test_a_guide_that_is_far_too_narrow_is_worthless() -> None:
 
 
 @pytest.mark.parametrize(
-    ("k_hat", "unscored", "words"),
+    ("k_hat", "ess", "unscored", "words"),
     [
-        (-math.inf, 0, "is good"),
-        (0.49, 0, "is good"),
-        (0.5, 0, "is usable"),
-        (0.7, 0, "is poor"),
-        (1.0, 0, "is worthless"),
-        (math.inf, 0, "is worthless"),
-        (0.1, 501, "could not score most draws"),
+        (-math.inf, 900.0, 0, "is good"),
+        (0.49, 100.0, 0, "is good"),
+        (0.5, 900.0, 0, "is usable"),
+        (0.49, 99.0, 0, "only 99 of 1000 draws count"),
+        (0.65, 10.0, 0, "only 10 of 1000 draws count"),
+        (0.65, 995.0, 0, "weights hardly differ"),
+        (0.7, 10.0, 0, "is poor"),
+        (1.0, 10.0, 0, "is worthless"),
+        (math.inf, 10.0, 0, "is worthless"),
+        (0.1, 10.0, 501, "could not score most draws"),
     ],
 )
-def test_verdicts_are_sentences(k_hat: float, unscored: int, words: str) -> None:
-    found = Diagnosis(k_hat=k_hat, ess=10.0, elbo=-1.0, elbo_se=0.1, num_samples=1000, unscored=unscored)
+def test_verdicts_are_sentences(k_hat: float, ess: float, unscored: int, words: str) -> None:
+    found = Diagnosis(k_hat=k_hat, ess=ess, elbo=-1.0, elbo_se=0.1, num_samples=1000, unscored=unscored)
     assert words in found.verdict
     assert found.verdict.endswith(".")
     assert found.verdict in repr(found)

@@ -18,6 +18,8 @@ __all__ = ["Diagnosis", "diagnose", "reweight", "to_arviz"]
 GOOD, USABLE = 0.5, 0.7
 EVEN = 0.99
 """Beyond this part of effective draws, weights hardly differ."""
+FEW = 0.1
+"""Below this part of effective draws, a tail that seems light is one that was hardly seen."""
 CANDIDATES = 4
 """How many draws are weighed for each that `reweight` returns."""
 
@@ -48,6 +50,12 @@ class Diagnosis:
         """What the figures say, in one sentence."""
         if self.unscored > self.num_samples // 2:
             return "The model could not score most draws of this guide: it is not near the posterior."
+        if self.k_hat < USABLE and self.ess < FEW * self.num_samples:
+            return (
+                f"k-hat {self.k_hat:.2f} would do, but only {self.ess:.0f} of {self.num_samples} draws count: the guide "
+                "covers little of the posterior, and may have missed a part of it without a trace; give it more "
+                "layers or steps."
+            )
         if self.k_hat < GOOD:
             return f"k-hat {self.k_hat:.2f} is good: draws of this guide may be used as they are, or reweighted."
         if self.ess > EVEN * self.num_samples:
