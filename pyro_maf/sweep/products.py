@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from pyro_maf.sweep.elementwise import INNER
 
 __all__ = ["add_product", "dot"]
 
-PANEL = 96
-"""Terms that are added to all rows before the next: so many rows of x stay near the processor."""
+PANEL = 256
+"""Terms that are added to all rows before the next: so many numbers of some rows of W stay near the processor."""
+VECTOR = 64
+"""Bytes of a row that are worked on together."""
 
 
 @njit(**INNER)
@@ -31,97 +36,90 @@ def add_product(
 ) -> None:
     """y[y_row + r] += sum_k W[r, k] x[x_row + k] for r in `rows`, k in `columns` and tape columns t0 .. t1 - 1.
 
-    W[r, k] is weights[start + r row_step + k column_step]. Four rows by three terms at a time is what sixteen vector
-    registers hold.
+    W[r, k] is weights[start + r row_step + k column_step]. There are whole vectors of tape columns.
     """
-    for k0 in range(columns[0], columns[1], PANEL):
-        panel = (k0, min(k0 + PANEL, columns[1]))
+    for k in range(columns[0], columns[1], PANEL):
+        terms = min(PANEL, columns[1] - k)
         r, end = rows
-        while r + 4 <= end:
-            _four_rows(weights, start + r * row_step, row_step, column_step, panel, x, x_row, y, y_row + r, t0, t1)
-            r += 4
-        if r + 2 <= end:
-            _two_rows(weights, start + r * row_step, row_step, column_step, panel, x, x_row, y, y_row + r, t0, t1)
-            r += 2
-        if r < end:
-            _one_row(weights, start + r * row_step, column_step, panel, x, x_row, y[y_row + r, t0:t1], t0, t1)
+        while r < end:
+            left, at = end - r, start + r * row_step + k * column_step
+            for t in range(t0, t1, VECTOR // y.itemsize):
+                if left >= 8:
+                    _add_tile(8, weights, at, row_step, column_step, x, x_row + k, y, y_row + r, t, terms)
+                elif left >= 4:
+                    _add_tile(4, weights, at, row_step, column_step, x, x_row + k, y, y_row + r, t, terms)
+                elif left >= 2:
+                    _add_tile(2, weights, at, row_step, column_step, x, x_row + k, y, y_row + r, t, terms)
+                else:
+                    _add_tile(1, weights, at, row_step, column_step, x, x_row + k, y, y_row + r, t, terms)
+            r += 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
 
 
-@njit(**INNER)
-def _four_rows(
-    w: Any, at: int, down: int, step: int, columns: Any, x: Any, x_row: int, y: Any, r: int, t0: int, t1: int
-) -> None:
-    y0, y1, y2, y3 = y[r, t0:t1], y[r + 1, t0:t1], y[r + 2, t0:t1], y[r + 3, t0:t1]
-    k, end = columns
-    while k + 3 <= end:
-        x0, x1, x2 = x[x_row + k, t0:t1], x[x_row + k + 1, t0:t1], x[x_row + k + 2, t0:t1]
-        a, b, c, d = at + k * step, at + down + k * step, at + 2 * down + k * step, at + 3 * down + k * step
-        a0, a1, a2 = w[a], w[a + step], w[a + 2 * step]
-        b0, b1, b2 = w[b], w[b + step], w[b + 2 * step]
-        c0, c1, c2 = w[c], w[c + step], w[c + 2 * step]
-        d0, d1, d2 = w[d], w[d + step], w[d + 2 * step]
-        for t in range(t1 - t0):
-            u0, u1, u2 = x0[t], x1[t], x2[t]
-            y0[t] += a0 * u0 + a1 * u1 + a2 * u2
-            y1[t] += b0 * u0 + b1 * u1 + b2 * u2
-            y2[t] += c0 * u0 + c1 * u1 + c2 * u2
-            y3[t] += d0 * u0 + d1 * u1 + d2 * u2
-        k += 3
-    while k < end:
-        x0 = x[x_row + k, t0:t1]
-        a0, b0, c0, d0 = (
-            w[at + k * step],
-            w[at + down + k * step],
-            w[at + 2 * down + k * step],
-            w[at + 3 * down + k * step],
-        )
-        for t in range(t1 - t0):
-            y0[t] += a0 * x0[t]
-            y1[t] += b0 * x0[t]
-            y2[t] += c0 * x0[t]
-            y3[t] += d0 * x0[t]
-        k += 1
+@intrinsic(prefer_literal=True)
+def _add_tile(
+    typing: Any,
+    height: Any,
+    weights: Any,
+    at: Any,
+    row_step: Any,
+    column_step: Any,
+    x: Any,
+    x_row: Any,
+    y: Any,
+    y_row: Any,
+    t: Any,
+    terms: Any,
+) -> Any:
+    """`add_product` for `height` rows of y, one vector of tape columns from t on, and terms from `at` on.
 
+    Written for the compiler below numba: sums stay in registers until all terms are in, which no loop over arrays does.
+    """
+    index = types.intp
+    signature = types.void(height, weights, index, index, index, x, index, y, index, index, index)
+    rows = height.literal_value
 
-@njit(**INNER)
-def _two_rows(
-    w: Any, at: int, down: int, step: int, columns: Any, x: Any, x_row: int, y: Any, r: int, t0: int, t1: int
-) -> None:
-    y0, y1 = y[r, t0:t1], y[r + 1, t0:t1]
-    k, end = columns
-    while k + 4 <= end:
-        x0, x1, x2, x3 = x[x_row + k, t0:t1], x[x_row + k + 1, t0:t1], x[x_row + k + 2, t0:t1], x[x_row + k + 3, t0:t1]
-        a, b = at + k * step, at + down + k * step
-        a0, a1, a2, a3 = w[a], w[a + step], w[a + 2 * step], w[a + 3 * step]
-        b0, b1, b2, b3 = w[b], w[b + step], w[b + 2 * step], w[b + 3 * step]
-        for t in range(t1 - t0):
-            y0[t] += a0 * x0[t] + a1 * x1[t] + a2 * x2[t] + a3 * x3[t]
-            y1[t] += b0 * x0[t] + b1 * x1[t] + b2 * x2[t] + b3 * x3[t]
-        k += 4
-    while k < end:
-        x0 = x[x_row + k, t0:t1]
-        a0, b0 = w[at + k * step], w[at + down + k * step]
-        for t in range(t1 - t0):
-            y0[t] += a0 * x0[t]
-            y1[t] += b0 * x0[t]
-        k += 1
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        at, row_step, column_step = arguments[1 + 1 : 1 + 4]
+        x_row, y_row, t, terms = arguments[6], *arguments[8:]
+        number = context.get_data_type(signature.args[1].dtype)
+        size = context.get_abi_sizeof(number)
+        vector = ir.VectorType(number, VECTOR // size)
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), None)
 
+        def array(position: int) -> Any:
+            return context.make_array(signature.args[position])(context, builder, arguments[position])
 
-@njit(**INNER)
-def _one_row(w: Any, at: int, step: int, columns: Any, x: Any, x_row: int, y: Any, t0: int, t1: int) -> None:
-    k, end = columns
-    while k + 4 <= end:
-        x0, x1, x2, x3 = x[x_row + k, t0:t1], x[x_row + k + 1, t0:t1], x[x_row + k + 2, t0:t1], x[x_row + k + 3, t0:t1]
-        a = at + k * step
-        a0, a1, a2, a3 = w[a], w[a + step], w[a + 2 * step], w[a + 3 * step]
-        for t in range(t1 - t0):
-            y[t] += a0 * x0[t] + a1 * x1[t] + a2 * x2[t] + a3 * x3[t]
-        k += 4
-    while k < end:
-        x0, a0 = x[x_row + k, t0:t1], w[at + k * step]
-        for t in range(t1 - t0):
-            y[t] += a0 * x0[t]
-        k += 1
+        w_data, x_array, y_array = array(1).data, array(5), array(7)
+
+        def place(array: Any, row: Any) -> Any:
+            """Where the vector lies in a row."""
+            width = cgutils.unpack_tuple(builder, array.shape)[1]
+            first = builder.gep(array.data, [builder.add(builder.mul(row, width), t)])
+            return builder.bitcast(first, vector.as_pointer())
+
+        places, sums = [], []
+        for r in range(rows):
+            places.append(place(y_array, builder.add(y_row, index_constant(r))))
+            sums.append(cgutils.alloca_once(builder, vector))
+            builder.store(builder.load(places[r], align=size), sums[r])
+        with cgutils.for_range(builder, terms) as loop:
+            seen = builder.load(place(x_array, builder.add(x_row, loop.index)), align=size)
+            w_at = builder.add(at, builder.mul(loop.index, column_step))
+            for r in range(rows):
+                weight = builder.load(builder.gep(w_data, [w_at]))
+                w_at = builder.add(w_at, row_step)
+                one = builder.insert_element(ir.Constant(vector, ir.Undefined), weight, ir.IntType(32)(0))
+                each = builder.shuffle_vector(one, one, zeros)
+                term = builder.fmul(each, seen, flags=("contract",))
+                builder.store(builder.fadd(builder.load(sums[r]), term, flags=("contract",)), sums[r])
+        for r in range(rows):
+            builder.store(builder.load(sums[r]), places[r], align=size)
+        return context.get_dummy_value()
+
+    def index_constant(value: int) -> Any:
+        return ir.IntType(types.intp.bitwidth)(value)
+
+    return signature, generate
 
 
 @njit(**INNER)
