@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pyro_maf.nn import MADE
 from pyro_maf.sweep.loading import kernels
-from pyro_maf.sweep.pack import LANES, Pack, flat, pack_of
+from pyro_maf.sweep.pack import LANES, Array, Pack, flat, pack_of
+from pyro_maf.sweep.panels import FEWEST, MOST, ROWS
 from pyro_maf.sweep.plan import biases_of, lay_out_biases
 from pyro_maf.sweep.scalar import Affine, ScalarMap
 from pyro_maf.sweep.threads import in_parts
@@ -91,8 +92,8 @@ class KernelSweep:
         in_parts(run, len(v), LANES, self.pack.weights.size)
         sizes = np.diff(self.pack.levels).tolist()
         own, below = delta.split_with_sizes(sizes)[1:], tape.split_with_sizes(sizes)[:-1]
-        grad_weights = [unit @ seen.T for unit, seen in zip(own, below, strict=True)]
-        return grad_v, grad_weights, [unit[:, : len(v)] for unit in own]
+        steps = zip(own, below, self.pack.final[1:], self.pack.final, strict=False)
+        return grad_v, [_by_weights(*step) for step in steps], [unit[:, : len(v)] for unit in own]
 
 
 def _forward_columns(
@@ -108,6 +109,19 @@ def _forward_columns(
 
     in_parts(run, len(v), LANES, pack.weights.size)
     return w, log_det
+
+
+def _by_weights(unit: Tensor, seen: Tensor, final: Array, final_below: Array) -> Tensor:
+    """unit @ seen.T where a unit sees those below it, in panels of rows, and 0 elsewhere or anything."""
+    panels = min(MOST, len(unit) // ROWS)
+    if panels < FEWEST:
+        return unit @ seen.T
+    total = unit.new_zeros(len(unit), len(seen))
+    edges = [len(unit) * panel // panels for panel in range(panels + 1)]
+    for first, end in zip(edges, edges[1:], strict=False):
+        columns = final_below[min(int(np.searchsorted(final, end - 1, side="right")), len(final) - 1)]
+        torch.mm(unit[first:end], seen[:columns].T, out=total[first:end, :columns])
+    return total
 
 
 def _sign(inverse: bool) -> int:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from pyro_maf.changes import Snapshot
 from pyro_maf.nn import ACTIVATIONS, MADE
-from pyro_maf.sweep.plan import Plan, plan_of
+from pyro_maf.sweep.plan import biases_of, lay_out_biases, output_rows, weights_of
 
-__all__ = ["LANES", "Pack", "flat", "forget", "pack", "pack_of"]
+__all__ = ["LANES", "Array", "Pack", "flat", "forget", "pack", "pack_of"]
 
 Array = np.ndarray[Any, Any]
 
@@ -62,11 +62,18 @@ def forget(made: MADE) -> None:
     _packs.pop(made, None)
 
 
-def pack(made: MADE, plan: Plan) -> Pack:
-    """The arrays of a network's plan."""
-    weights = torch.cat([weight.detach().reshape(-1) for weight in plan.weights])
+def pack(made: MADE, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Pack:
+    """The arrays of a network with these weights and biases, as `weights_of` and `biases_of` give them."""
+    every = weights[0].new_empty(sum(weight.numel() for weight in weights))
+    places = every.split([weight.numel() for weight in weights])
+    masked = [place.view_as(weight) for place, weight in zip(places, weights, strict=True)]
+    for place, weight, layer in zip(masked, weights, made.masked_layers, strict=True):
+        torch.mul(weight.detach(), layer.mask, out=place)
+    if not made.is_natural:
+        masked[0].copy_(masked[0][:, made.order])
+        masked[-1].copy_(masked[-1][output_rows(made, made.order)])
     kind = list(ACTIVATIONS).index(made.activation)
-    return Pack(plan.order.numpy(), weights.numpy(), *_layout_of(made), kind, flat(plan.biases))
+    return Pack(made.order.numpy(), every.numpy(), *_layout_of(made), kind, flat(lay_out_biases(made, biases)))
 
 
 def flat(biases: Sequence[Tensor]) -> Array:
@@ -76,7 +83,7 @@ def flat(biases: Sequence[Tensor]) -> Array:
 
 def _fresh(made: MADE) -> Pack:
     with torch.no_grad():
-        return pack(made, plan_of(made))
+        return pack(made, weights_of(made), biases_of(made, None))
 
 
 def _tensors(made: MADE) -> list[Any]:

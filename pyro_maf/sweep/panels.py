@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_maf.nn import MADE
 
-__all__ = ["Panel", "Product", "panels_of"]
+__all__ = ["FEWEST", "MOST", "ROWS", "Panel", "Product", "panels_of"]
 
 ROWS, FEWEST, MOST = 128, 2, 8
 """Rows of a panel, and how many panels there may be: with more of them, fewer zeros are multiplied, but slower."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_maf.nn import ACTIVATIONS, MADE
 
-__all__ = ["Direction", "Plan", "biases_of", "lay_back", "lay_out_biases", "plan_of", "weights_of"]
+__all__ = ["Direction", "Plan", "biases_of", "lay_back", "lay_out_biases", "output_rows", "plan_of", "weights_of"]
 
 Direction = Callable[..., tuple[Tensor, Tensor]]
 """One direction of a map of one dimension: (v, \\*parameters) to (w, log dy/dx), elementwise."""
@@ -51,7 +51,7 @@ class Plan(NamedTuple):
         masked = [weight * layer.mask for weight, layer in zip(weights, made.masked_layers, strict=True)]
         if not made.is_natural:
             masked[0] = masked[0][:, made.order]
-            masked[-1] = masked[-1][_output_rows(made, made.order)]
+            masked[-1] = masked[-1][output_rows(made, made.order)]
         rows = lay_out_biases(made, biases)
         return cls(tuple(masked), tuple(rows), made.order, made.ready, ACTIVATIONS[made.activation])
 
@@ -78,7 +78,7 @@ def lay_out_biases(made: MADE, biases: Sequence[Tensor]) -> list[Tensor]:
     """Biases as a plan has them, (units, 1) or (units, batch). Differentiable."""
     rows = [bias.reshape(-1, bias.shape[-1]).T for bias in biases]
     if not made.is_natural:
-        rows[-1] = rows[-1][_output_rows(made, made.order)]
+        rows[-1] = rows[-1][output_rows(made, made.order)]
     return rows
 
 
@@ -97,13 +97,14 @@ def lay_back(
     by_biases = [unit.sum(1) if bias.dim() == 1 else unit.T for unit, bias in zip(units, biases, strict=True)]
     if not made.is_natural:
         place = made.order.argsort()
-        outputs = _output_rows(made, place)
+        outputs = output_rows(made, place)
         weights[0] = weights[0][:, place]
         weights[-1], by_biases[-1] = weights[-1][outputs], by_biases[-1][..., outputs]
     masked = [weight.mul_(layer.mask) for weight, layer in zip(weights, made.masked_layers, strict=True)]
     return masked, by_biases
 
 
-def _output_rows(made: MADE, order: Tensor) -> Tensor:
+def output_rows(made: MADE, order: Tensor) -> Tensor:
+    """Rows of the last layer for the variables in an order."""
     rows = torch.arange(made.input_dim * made.outputs_per_input, device=order.device)
     return rows.view(made.input_dim, -1)[order].flatten()

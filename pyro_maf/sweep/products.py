@@ -14,7 +14,7 @@ from pyro_maf.sweep.elementwise import INNER
 __all__ = ["add_product", "dot"]
 
 PANEL = 256
-"""Terms that are added to all rows before the next: so many numbers of some rows of W stay near the processor."""
+"""Terms that are added to all rows before the next: so many rows of x stay near the processor."""
 VECTOR = 64
 """Bytes of a row that are worked on together."""
 
@@ -36,7 +36,7 @@ def add_product(
 ) -> None:
     """y[y_row + r] += sum_k W[r, k] x[x_row + k] for r in `rows`, k in `columns` and tape columns t0 .. t1 - 1.
 
-    W[r, k] is weights[start + r row_step + k column_step]. There are whole vectors of tape columns.
+    W[r, k] is weights[start + r row_step + k column_step]. The tape columns are a multiple of `LANES`.
     """
     for k in range(columns[0], columns[1], PANEL):
         terms = min(PANEL, columns[1] - k)
@@ -55,8 +55,7 @@ def add_product(
             r += 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
 
 
-@intrinsic(prefer_literal=True)
-def _add_tile(
+def _tile(
     typing: Any,
     height: Any,
     weights: Any,
@@ -70,56 +69,50 @@ def _add_tile(
     t: Any,
     terms: Any,
 ) -> Any:
-    """`add_product` for `height` rows of y, one vector of tape columns from t on, and terms from `at` on.
+    """Types and code of `_add_tile`, in the language of the compiler below numba.
 
-    Written for the compiler below numba: sums stay in registers until all terms are in, which no loop over arrays does.
+    `_add_tile` does what `add_product` does for `height` rows of y, one vector of tape columns from t on, and so many
+    terms with the weights from `at` on. The sums stay in registers until all terms are in, which no loop over arrays
+    brings about.
     """
     index = types.intp
-    signature = types.void(height, weights, index, index, index, x, index, y, index, index, index)
-    rows = height.literal_value
+    return types.void(height, weights, index, index, index, x, index, y, index, index, index), _generate_tile
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        at, row_step, column_step = arguments[1 + 1 : 1 + 4]
-        x_row, y_row, t, terms = arguments[6], *arguments[8:]
-        number = context.get_data_type(signature.args[1].dtype)
-        size = context.get_abi_sizeof(number)
-        vector = ir.VectorType(number, VECTOR // size)
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), None)
 
-        def array(position: int) -> Any:
-            return context.make_array(signature.args[position])(context, builder, arguments[position])
+def _generate_tile(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    _, _, at, row_step, column_step, _, x_row, _, y_row, t, terms = arguments
+    weights, x, y = (
+        context.make_array(signature.args[position])(context, builder, arguments[position]) for position in (1, 5, 7)
+    )
+    number = context.get_data_type(signature.args[1].dtype)
+    size = context.get_abi_sizeof(number)
+    vector = ir.VectorType(number, VECTOR // size)
+    undefined, zeros = ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), vector.count), None)
 
-        w_data, x_array, y_array = array(1).data, array(5), array(7)
+    def place(array: Any, row: Any) -> Any:
+        """Where the vector of a row lies."""
+        width = cgutils.unpack_tuple(builder, array.shape)[1]
+        first = builder.gep(array.data, [builder.add(builder.mul(row, width), t)])
+        return builder.bitcast(first, vector.as_pointer())
 
-        def place(array: Any, row: Any) -> Any:
-            """Where the vector lies in a row."""
-            width = cgutils.unpack_tuple(builder, array.shape)[1]
-            first = builder.gep(array.data, [builder.add(builder.mul(row, width), t)])
-            return builder.bitcast(first, vector.as_pointer())
+    rows = range(signature.args[0].literal_value)
+    places = [place(y, builder.add(y_row, context.get_constant(types.intp, row))) for row in rows]
+    sums = [cgutils.alloca_once_value(builder, builder.load(at_row, align=size)) for at_row in places]
+    with cgutils.for_range(builder, terms) as loop:
+        seen = builder.load(place(x, builder.add(x_row, loop.index)), align=size)
+        weight_at = builder.add(at, builder.mul(loop.index, column_step))
+        for total in sums:
+            weight = builder.load(builder.gep(weights.data, [weight_at]))
+            weight_at = builder.add(weight_at, row_step)
+            first = builder.insert_element(undefined, weight, ir.Constant(ir.IntType(32), 0))
+            term = builder.fmul(builder.shuffle_vector(first, undefined, zeros), seen, flags=("contract",))
+            builder.store(builder.fadd(builder.load(total), term, flags=("contract",)), total)
+    for total, at_row in zip(sums, places, strict=True):
+        builder.store(builder.load(total), at_row, align=size)
+    return context.get_dummy_value()
 
-        places, sums = [], []
-        for r in range(rows):
-            places.append(place(y_array, builder.add(y_row, index_constant(r))))
-            sums.append(cgutils.alloca_once(builder, vector))
-            builder.store(builder.load(places[r], align=size), sums[r])
-        with cgutils.for_range(builder, terms) as loop:
-            seen = builder.load(place(x_array, builder.add(x_row, loop.index)), align=size)
-            w_at = builder.add(at, builder.mul(loop.index, column_step))
-            for r in range(rows):
-                weight = builder.load(builder.gep(w_data, [w_at]))
-                w_at = builder.add(w_at, row_step)
-                one = builder.insert_element(ir.Constant(vector, ir.Undefined), weight, ir.IntType(32)(0))
-                each = builder.shuffle_vector(one, one, zeros)
-                term = builder.fmul(each, seen, flags=("contract",))
-                builder.store(builder.fadd(builder.load(sums[r]), term, flags=("contract",)), sums[r])
-        for r in range(rows):
-            builder.store(builder.load(sums[r]), places[r], align=size)
-        return context.get_dummy_value()
 
-    def index_constant(value: int) -> Any:
-        return ir.IntType(types.intp.bitwidth)(value)
-
-    return signature, generate
+_add_tile: Any = intrinsic(prefer_literal=True)(_tile)
 
 
 @njit(**INNER)

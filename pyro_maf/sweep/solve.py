@@ -124,11 +124,11 @@ class _Sweep(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
         layers = len(tensors) // 2
-        plan = Plan.of(made, tensors[:layers], tensors[layers:])
-        engine: Engine = TorchSweep(plan, direction)
-        if by_kernel:
-            # Not the pack that is kept: gradcheck, for one, writes through `.data`, which no version counts.
-            engine = compiled.KernelSweep(pack(made, plan), inverse)
+        network = made, tensors[:layers], tensors[layers:]
+        # Not the pack that is kept: gradcheck, for one, writes through `.data`, which no version counts.
+        engine: Engine = (
+            compiled.KernelSweep(pack(*network), inverse) if by_kernel else TorchSweep(Plan.of(*network), direction)
+        )
         w, log_det, kept = engine.forward(v)
         ctx.made, ctx.direction, ctx.engine = made, direction, engine
         ctx.layers, ctx.kind_of_kept = layers, type(kept)
