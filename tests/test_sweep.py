@@ -136,6 +136,28 @@ def test_gradients_agree(name: str, direction: Any, a: Architecture, points: int
 
 
 @needs_kernels
+@every_direction
+@pytest.mark.parametrize("order", ["reverse", "random"])
+def test_networks_of_many_units_agree_with_torch(order: str, direction: Any) -> None:
+    """So many that products and derivatives are taken in parts."""
+    flow = build("MaskedAutoregressive", Architecture(7, 1, 1, [270, 530], "tanh", order, 0), torch.float64, "cpu", 0.5)
+    v = torch.randn(40, 7, dtype=torch.float64, requires_grad=True)
+
+    def results() -> list[Tensor]:
+        with torch.no_grad():
+            known = direction(flow)(v)
+        w, log_det = direction(flow)(v)
+        loss = w.sin().sum() + log_det.square().sum()
+        return [*known, w.detach(), *torch.autograd.grad(loss, [v, *flow.parameters()])]
+
+    found = results()
+    with in_torch():
+        wanted = results()
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-9 * float(1 + other.norm()))
+
+
+@needs_kernels
 @pytest.mark.parametrize("points", [3, 30])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_passes_through(bad: float, points: int) -> None:

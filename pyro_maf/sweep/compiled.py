@@ -83,7 +83,8 @@ class KernelSweep:
         delta, grad_v = torch.empty_like(tape), torch.empty_like(w)
         given = [tensor.contiguous().numpy() for tensor in (v, w)]
         wanted = [tensor.contiguous().numpy() for tensor in (slopes, grad_w, grad_log_det)]
-        network, block = self.pack[: Pack._fields.index("kind")], _block(v.shape[1], True)
+        # Twice as many: weights are read down their columns here, so blocks are to be wide.
+        network, block = self.pack[: Pack._fields.index("kind")], 2 * _block(v.shape[1], True)
         results = delta.numpy(), grad_v.numpy()
 
         def run(first: int, end: int) -> None:
@@ -131,6 +132,6 @@ def _sign(inverse: bool) -> int:
 
 def _block(dim: int, sequential: bool) -> int:
     """Variables in a block, by measurement."""
-    if not sequential:
-        return 4 if dim <= 100 else 16
-    return 4 if dim <= 12 else 8 if dim <= 100 else 32
+    if dim > 100:
+        return 16
+    return 8 if sequential and dim > 12 else 4
