@@ -7,6 +7,7 @@ from typing import Any
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 from pyro_maf.sweep.elementwise import INNER
@@ -17,6 +18,8 @@ PANEL = 256
 """Terms that are added to all rows before the next: so many rows of x stay near the processor."""
 VECTOR = 64
 """Bytes of a row that are worked on together."""
+TALLEST = 8 if "+avx512f" in get_host_cpu_features() else 6
+"""Rows whose sums fit the processor's registers, beside what is added to them."""
 
 
 @njit(**INNER)
@@ -44,15 +47,15 @@ def add_product(
         while r < end:
             left, at = end - r, start + r * row_step + k * column_step
             for t in range(t0, t1, VECTOR // y.itemsize):
-                if left >= 8:
-                    _add_tile(8, weights, at, row_step, column_step, x, x_row + k, y, y_row + r, t, terms)
+                if left >= TALLEST:
+                    _add_tile(TALLEST, weights, at, row_step, column_step, x, x_row + k, y, y_row + r, t, terms)
                 elif left >= 4:
                     _add_tile(4, weights, at, row_step, column_step, x, x_row + k, y, y_row + r, t, terms)
                 elif left >= 2:
                     _add_tile(2, weights, at, row_step, column_step, x, x_row + k, y, y_row + r, t, terms)
                 else:
                     _add_tile(1, weights, at, row_step, column_step, x, x_row + k, y, y_row + r, t, terms)
-            r += 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
+            r += TALLEST if left >= TALLEST else 4 if left >= 4 else 2 if left >= 2 else 1
 
 
 def _tile(
