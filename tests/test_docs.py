@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -29,6 +30,16 @@ def test_code_prints_what_its_page_says(page: Path, tmp_path: Path, monkeypatch:
     code = whole(page)
     assert promised(code)
     assert run(code, page) == promised(code)
+
+
+@pytest.mark.parametrize(
+    "module", ["flows", "transforms", "distributions", "infer", "training", "datasets", "experiments"]
+)
+def test_every_public_name_has_its_place_among_the_api(module: str) -> None:
+    """On pages that list them, in an order to be read in; the others show whatever is public."""
+    listed = set(re.split(r"[^\w]+", (ROOT / "docs" / "api" / f"{module}.md").read_text(encoding="utf-8")))
+    public = importlib.import_module(f"pyro_maf.{module}").__all__
+    assert set(public) - listed == set()
 
 
 def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:

@@ -25,6 +25,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Have pages, whose links are those of the repository, show the copies."""
+    for picture in PICTURES:
+        markdown = markdown.replace(f"(../{picture})", f"(assets/{Path(picture).name})")
+    return markdown
+
+
 def on_post_page(output: str, page: Page, **_: Any) -> str:
     """Have a page take the script from the site itself."""
     return output.replace(FETCHED, get_relative_url(KEPT, page.url))

@@ -9,16 +9,9 @@ import nbformat
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
-from nbformat import NotebookNode
 
 FOLDER = "tutorials"
 LINK = re.compile(r"\]\(([\w.-]+)\.ipynb")
-INDEX = f"{FOLDER}/index.md"
-INTRODUCTION = """# Tutorials
-
-Notebooks that were run from the first cell to the last, shown with what they put out. Their sources are in
-`tutorials/` of the repository, where `make tutorials` runs them anew.
-"""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -31,19 +24,17 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add a page for each notebook, its pictures, and a page that lists them."""
-    listed = [INTRODUCTION]
+    """Add a page for each notebook, its pictures, and the folder's README as the section's own page."""
+    index = (_root(config) / FOLDER / "README.md").read_text(encoding="utf-8")
+    files.append(File.generated(config, f"{FOLDER}/index.md", content=_between_pages(index)))
     for path in _notebooks(config):
         notebook = nbformat.read(path, as_version=4)
         text, resources = MarkdownExporter().from_notebook_node(
             notebook, resources={"output_files_dir": path.stem, "unique_key": path.stem}
         )
-        text = LINK.sub(r"](\1.md", text)
-        files.append(File.generated(config, f"{FOLDER}/{path.stem}.md", content=text))
+        files.append(File.generated(config, f"{FOLDER}/{path.stem}.md", content=_between_pages(text)))
         for name, content in resources["outputs"].items():
             files.append(File.generated(config, str(PurePosixPath(FOLDER, name)), content=content))
-        listed.append(f"- [{_title(notebook)}]({path.stem}.md)")
-    files.append(File.generated(config, INDEX, content="\n".join(listed) + "\n"))
     return files
 
 
@@ -55,6 +46,6 @@ def _notebooks(config: MkDocsConfig) -> list[Path]:
     return sorted((_root(config) / FOLDER).glob("[0-9]*.ipynb"))
 
 
-def _title(notebook: NotebookNode) -> str:
-    """The heading that a notebook begins with."""
-    return str(notebook.cells[0].source.splitlines()[0].lstrip("# "))
+def _between_pages(text: str) -> str:
+    """Markdown whose links lead to pages rather than notebooks."""
+    return LINK.sub(r"](\1.md", text)
