@@ -52,8 +52,8 @@ class Diagnosis:
             return "The model could not score most draws of this guide: it is not near the posterior."
         if self.k_hat < USABLE and self.ess < FEW * self.num_samples:
             return (
-                f"k-hat {self.k_hat:.2f} would do, but only {self.ess:.0f} of {self.num_samples} draws count: the guide "
-                "covers little of the posterior, and may have missed a part of it without a trace; give it more "
+                f"k-hat {self.k_hat:.2f} would do, but only {self.ess:.0f} of {self.num_samples} draws count: the "
+                "guide covers little of the posterior, and may have missed a part of it without a trace; give it more "
                 "layers or steps."
             )
         if self.k_hat < GOOD:
