@@ -86,6 +86,14 @@ def test_verdicts_are_sentences(k_hat: float, ess: float, unscored: int, words: 
     assert (f"{unscored} draws could not be scored" in repr(found)) == (unscored > 0)
 
 
+@pytest.mark.parametrize(
+    ("k_hat", "ess", "expected"), [(0.69, 10.0, True), (0.7, 990.0, False), (0.9, 995.0, True), (math.inf, 1.0, False)]
+)
+def test_weights_that_hardly_differ_need_no_light_tail_to_reweight_by(k_hat: float, ess: float, expected: bool) -> None:
+    found = Diagnosis(k_hat=k_hat, ess=ess, elbo=-1.0, elbo_se=0.1, num_samples=1000, unscored=0)
+    assert found.can_be_reweighted is expected
+
+
 def positive(raises: bool) -> Any:
     """A half of a normal, on all numbers: the other half can not be scored."""
 

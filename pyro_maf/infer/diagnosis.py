@@ -58,7 +58,7 @@ class Diagnosis:
             )
         if self.k_hat < GOOD:
             return f"k-hat {self.k_hat:.2f} is good: draws of this guide may be used as they are, or reweighted."
-        if self.ess > EVEN * self.num_samples:
+        if self._weights_hardly_differ:
             return (
                 f"The weights hardly differ, so draws may be used as they are; but k-hat {self.k_hat:.2f} says that "
                 "the far tails do: do not rely on extreme quantiles."
@@ -74,6 +74,15 @@ class Diagnosis:
             f"k-hat {self.k_hat:.2f} is worthless: the guide is far from the posterior; reparameterise the model or "
             "sample it with NUTS."
         )
+
+    @property
+    def _weights_hardly_differ(self) -> bool:
+        return self.ess > EVEN * self.num_samples
+
+    @property
+    def can_be_reweighted(self) -> bool:
+        """Whether `reweight` can be relied on: k-hat is below 0.7, or the weights hardly differ."""
+        return self.k_hat < USABLE or self._weights_hardly_differ
 
     def __repr__(self) -> str:
         unscored = f"; {self.unscored} draws could not be scored" if self.unscored else ""
@@ -136,7 +145,7 @@ def reweight(
     Cost: as `diagnose` with four times `num_samples`.
 
     Warns:
-        UserWarning: If k-hat is 0.7 or more: the weights can not be relied on.
+        UserWarning: If k-hat is 0.7 or more and the weights differ: they can not be relied on.
 
     Raises:
         ValueError: If the guide leaves out a latent site, or the model can score none of its draws.
@@ -159,7 +168,7 @@ def reweight(
     log_weights, k_hat = smoothed(weighted.log_weights)
     if not log_weights.isfinite().any():
         raise ValueError("reweight found no draw of the guide that the model can score.")
-    if k_hat >= USABLE:
+    if not _diagnosis(weighted, log_weights, k_hat).can_be_reweighted:
         warnings.warn(f"k-hat is {k_hat:.2f}: reweighting can not correct this guide.", UserWarning, stacklevel=2)
     index = _systematic(log_weights.exp(), num_samples)
     return {name: value[index] for name, value in weighted.values.items()}
