@@ -136,7 +136,7 @@ def reweight(
     Cost: as `diagnose` with four times `num_samples`.
 
     Warns:
-        UserWarning: If k-hat is 0.7 or more: the weights can not be relied on.
+        UserWarning: If k-hat is 0.7 or more and weights differ at all: they can not be relied on.
 
     Raises:
         ValueError: If the guide leaves out a latent site, or the model can score none of its draws.
@@ -159,7 +159,7 @@ def reweight(
     log_weights, k_hat = smoothed(weighted.log_weights)
     if not log_weights.isfinite().any():
         raise ValueError("reweight found no draw of the guide that the model can score.")
-    if k_hat >= USABLE:
+    if k_hat >= USABLE and _diagnosis(weighted, log_weights, k_hat).ess <= EVEN * len(log_weights):
         warnings.warn(f"k-hat is {k_hat:.2f}: reweighting can not correct this guide.", UserWarning, stacklevel=2)
     index = _systematic(log_weights.exp(), num_samples)
     return {name: value[index] for name, value in weighted.values.items()}
