@@ -201,6 +201,18 @@ def test_reweighting_a_hopeless_guide_warns() -> None:
         reweight(standard, normal(6.0, 0.2), num_samples=100)
 
 
+def test_reweighting_says_nothing_of_a_heavy_tail_that_hardly_weighs() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("tail", 1e-4 * torch.exp(0.45 * z**2))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    assert diagnose(model, guide, num_samples=400).k_hat > 0.7
+    assert reweight(model, guide, num_samples=100)["z"].shape == (100,)
+
+
 def test_reweighting_needs_a_draw_that_can_be_scored() -> None:
     def model() -> None:
         z = pyro.sample("z", dist.Normal(0.0, 1.0))

@@ -134,6 +134,16 @@ def test_draws_follow_the_density_in_many_dimensions(make: Callable[[int], Densi
     assert abs(float(ratio.mean() - 1)) < 4 * float(ratio.std()) / math.sqrt(len(draws))
 
 
+def test_a_context_reaches_the_model_in_its_units() -> None:
+    inner = shaken(ConditionalMAF(2, 1, num_layers=1, **SMALL))
+    units = {"context_loc": torch.tensor([3.0]).double(), "context_scale": torch.tensor([4.0]).double()}
+    context, y = 3 + 4 * torch.randn(5, 1).double(), torch.randn(5, 2).double()
+    given = ConditionalFlowPrior(inner, **units).condition(context)
+    plain = ConditionalFlowPrior(inner).condition((context - 3) / 4)
+    assert torch.equal(given.log_prob(y), plain.log_prob(y))
+    assert not torch.allclose(given.log_prob(y), ConditionalFlowPrior(inner).condition(context).log_prob(y))
+
+
 @every_conditional
 def test_draws_follow_the_density_at_their_context(make: Callable[[int, int], ConditionalDensity]) -> None:
     density = shaken(make(2, 3), 0.1)
