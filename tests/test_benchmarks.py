@@ -107,6 +107,15 @@ def test_the_papers_models_are_compared_with_the_peers_and_given_a_class(sets_of
         assert against["difference"] == pytest.approx(means[0] - means[1], abs=1e-6)
         assert against["difference_error"] > 0
         assert [(line["first"], line["second"]) for line in section["order"]] == [("MADE", "Gaussian")]
+    given = results["sets"]["squares, given the class"]["given_context"]
+    assert [line["model"] for line in given] == ["Gaussian", "MADE", "MAF (5)"]
+    gained = [
+        given["mean"] - blind["mean"]
+        for given, blind in zip(
+            results["sets"]["squares, given the class"]["models"], results["sets"]["squares"]["models"], strict=True
+        )
+    ]
+    assert [line["difference"] for line in given] == pytest.approx(gained, abs=1e-6)
     assert results["figure_one"]["MAF (5)"]["short_of_exact"]["mean"] > 0
     (cell,) = results["speed"]
     assert cell["rows_per_second"].keys() >= {"pyro-maf", "zuko"}
