@@ -297,3 +297,12 @@ def test_bad_input_is_refused_with_a_reason(call: Callable[[], Any], error: type
     with pytest.raises(error, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_a_context_starts_with_no_more_weight_than_as_many_inputs():
+    made = MADE(400, [300, 300], context_dim=10)
+    for layer, given in zip(made.masked_layers[:-1], made.context_layers, strict=False):
+        of_an_input = (layer.weight * layer.mask)[-1].square().sum() / layer.mask[-1].sum()
+        assert given.weight[-20:].square().mean() == pytest.approx(of_an_input.item(), rel=0.5)
+    alone = MLP(0, [300], 2, context_dim=10)
+    assert alone.context_layers[0].weight.abs().max() > 0.3
