@@ -143,6 +143,14 @@ def test_fits_of_the_papers_models_are_kept_and_read_back(monkeypatch, tmp_path)
     assert again == first
 
 
+def test_peers_are_found_as_often_as_they_are_asked_for(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from parts import peers
+
+    first, again = (peers.find(["pyro", "zuko"])[0] for _ in range(2))
+    assert list(first) == list(again) == ["pyro-maf", "pyro", "zuko"]
+
+
 def test_a_plain_loop_of_the_peers_keeps_the_weights_that_validate_best(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import torch

@@ -107,9 +107,7 @@ def _given(sets: dict[str, Section]) -> str:
         for model in ROWS
         if any(model in column for column in columns)
     ]
-    title = (
-        "**What the class is worth**: nats a test row over the model without it, paired by row; bold where none"
-    )
+    title = "**What the class is worth**: nats a test row over the model without it, paired by row; bold where none"
     return f"{title}\n\n{table(['', *informed], rows)}"
 
 
