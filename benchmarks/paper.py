@@ -118,13 +118,15 @@ def fitted(data: Dataset, options: argparse.Namespace) -> Iterator[dict[str, Any
     units = 8 if options.quick else sets.units(data, options.units)
     steps = math.ceil(len(data.train) / contest.BATCH)
     epochs = max(1, round(options.steps / steps)) if options.steps else PAPER_EPOCHS
-    label = f"{name}-{len(data.train)}-{epochs}-{options.rate:g}".replace(", ", "-").replace(" ", "-")
+    settings = f"{len(data.train)}-{epochs}-{options.rate:g}"
+    blind = options.fits / f"{data.name}-{settings}".replace(" ", "-")
     plan = contest.Plan(
         candidates(options.models, hidden_dims=[(units,) * depth for depth in options.depths]),
         tuple(options.peers),
         epochs=epochs,
         rate=options.rate,
-        folder=options.fits / label,
+        folder=options.fits / f"{name}-{settings}".replace(", ", "-").replace(" ", "-"),
+        blind=blind if data.context_dim else None,
     )
     for section in contest.run(data, plan):
         last = section["tried"][-1]

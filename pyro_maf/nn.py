@@ -217,8 +217,16 @@ class Network(nn.Module):
 
     def _make(self, layers: Sequence[nn.Linear]) -> None:
         self.layers = nn.ModuleList(layers)
-        widths = [layer.out_features for layer in layers] if self.context_dim else []
-        self.context_layers = nn.ModuleList(nn.Linear(self.context_dim, width, bias=False) for width in widths)
+        self.context_layers = nn.ModuleList(self._context_layer(layer) for layer in layers if self.context_dim)
+
+    def _context_layer(self, layer: nn.Linear) -> nn.Linear:
+        """What adds the context to a layer: each feature of it starts with about the weight of an input."""
+        made = nn.Linear(self.context_dim, layer.out_features, bias=False)
+        visible = layer.mask.sum(1) if isinstance(layer, MaskedLinear) else torch.full((1,), float(layer.in_features))
+        with torch.no_grad():
+            # Drawn as if the context were all that there is, it would drown out hundreds of inputs.
+            made.weight.mul_((self.context_dim / (self.context_dim + visible)).sqrt()[:, None])
+        return made
 
     def zero_output(self) -> None:
         """Set the last layer to zero, so that every output starts at 0 whatever the input."""

@@ -107,6 +107,15 @@ def test_the_papers_models_are_compared_with_the_peers_and_given_a_class(sets_of
         assert against["difference"] == pytest.approx(means[0] - means[1], abs=1e-6)
         assert against["difference_error"] > 0
         assert [(line["first"], line["second"]) for line in section["order"]] == [("MADE", "Gaussian")]
+    given = results["sets"]["squares, given the class"]["given_context"]
+    assert [line["model"] for line in given] == ["Gaussian", "MADE", "MAF (5)"]
+    gained = [
+        given["mean"] - blind["mean"]
+        for given, blind in zip(
+            results["sets"]["squares, given the class"]["models"], results["sets"]["squares"]["models"], strict=True
+        )
+    ]
+    assert [line["difference"] for line in given] == pytest.approx(gained, abs=1e-6)
     assert results["figure_one"]["MAF (5)"]["short_of_exact"]["mean"] > 0
     (cell,) = results["speed"]
     assert cell["rows_per_second"].keys() >= {"pyro-maf", "zuko"}
@@ -132,6 +141,14 @@ def test_fits_of_the_papers_models_are_kept_and_read_back(monkeypatch, tmp_path)
     monkeypatch.setattr(contest, "_fitted", None)
     *_, again = contest.run(data, plan)
     assert again == first
+
+
+def test_peers_are_found_as_often_as_they_are_asked_for(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from parts import peers
+
+    first, again = (peers.find(["pyro", "zuko"])[0] for _ in range(2))
+    assert list(first) == list(again) == ["pyro-maf", "pyro", "zuko"]
 
 
 def test_a_plain_loop_of_the_peers_keeps_the_weights_that_validate_best(monkeypatch):

@@ -297,3 +297,14 @@ def test_bad_input_is_refused_with_a_reason(call: Callable[[], Any], error: type
     with pytest.raises(error, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_a_feature_of_the_context_starts_with_about_the_weight_of_an_input():
+    made = MADE(400, [300, 300], context_dim=10)
+    with torch.no_grad():
+        for layer, context_layer in zip(made.layers, made.context_layers, strict=True):
+            # The last units see the most inputs.
+            of_inputs = layer.weight[-50:][layer.mask[-50:] == 1].square().mean().item()
+            assert context_layer.weight[-50:].square().mean().item() == pytest.approx(of_inputs, rel=0.2)
+        # One that sees nothing but the context has a weight to match.
+        assert MLP(0, [300], 2, context_dim=10).context_layers[0].weight.abs().max() > 0.3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class Plan:
         epochs: The most passes over the training rows.
         rate: Adam's learning rate, to begin with.
         folder: Where fits are kept.
+        blind: Where those without the context are kept, for data that has one.
     """
 
     candidates: tuple[Candidate, ...]
@@ -54,6 +55,7 @@ class Plan:
     epochs: int
     rate: float
     folder: Path
+    blind: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def summary(data: Dataset, plan: Plan, fits: list[Fit]) -> dict[str, Any]:
         name = fit.candidate.name
         if fit.who == OURS and (name not in best or fit.validation > best[name].validation):
             best[name] = fit
-    return {
+    found = {
         "input_dim": data.input_dim,
         "context_dim": data.context_dim,
         "rows": [len(data.train), len(data.validation), len(data.test)],
@@ -158,6 +160,9 @@ def summary(data: Dataset, plan: Plan, fits: list[Fit]) -> dict[str, Any]:
             if one in best and other in best
         ],
     }
+    if plan.blind is not None:
+        found["given_context"] = list(_gains(best.values(), plan.blind))
+    return found
 
 
 def _line(data: Dataset, fit: Fit) -> dict[str, Any]:
@@ -186,6 +191,14 @@ def _against(fits: list[Fit]) -> Iterator[dict[str, Any]]:
             "best_peer": best.who,
             **_difference(ours, best),
         }
+
+
+def _gains(fits: Iterable[Fit], blind: Path) -> Iterator[dict[str, Any]]:
+    """By how much our models predict the test rows better given the context than without it, the widths the same."""
+    for fit in fits:
+        without = _stored(blind / f"{OURS}-{fit.candidate.slug}", OURS, fit.candidate)
+        if without is not None:
+            yield {"model": fit.candidate.name, "hidden": fit.candidate.widths, **_difference(fit, without)}
 
 
 def _difference(one: Fit, other: Fit) -> dict[str, float]:

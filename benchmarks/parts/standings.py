@@ -18,7 +18,7 @@ def everything(results: dict[str, Any]) -> str:
     sets = results["sets"]
     parts = [_about(results["about"])] if results["about"] else []
     if sets:
-        parts += [_scores(sets), _bits(sets), _settings(sets), _order(sets), _peers(sets)]
+        parts += [_scores(sets), _bits(sets), _settings(sets), _order(sets), _given(sets), _peers(sets)]
     parts += [_speed(results["speed"]), costs(results["speed"]), _figure_one(results["figure_one"])]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -94,6 +94,21 @@ def _judged(line: dict[str, float]) -> str:
     """A difference that ought to be above zero, in bold where it is not by two standard errors."""
     shown = str(Estimate(line["difference"], line["difference_error"]))
     return shown if line["difference"] > line["difference_error"] else f"**{shown}**"
+
+
+def _given(sets: dict[str, Section]) -> str:
+    """What the context is worth, of those sets that have one."""
+    informed = {name: section for name, section in sets.items() if section.get("given_context")}
+    if not informed:
+        return ""
+    columns = [{line["model"]: line for line in section["given_context"]} for section in informed.values()]
+    rows = [
+        [model, *(_judged(column[model]) if model in column else "" for column in columns)]
+        for model in ROWS
+        if any(model in column for column in columns)
+    ]
+    title = "**What the class is worth**: nats a test row over the model without it, paired by row; bold where none"
+    return f"{title}\n\n{table(['', *informed], rows)}"
 
 
 def _peers(sets: dict[str, Section]) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 
-import pyro
+# Not pyro itself: once it is imported, that is the name of a module of this package.
+from pyro import enable_validation
 
 from parts.peers.base import Peer, UnsupportedError
 
@@ -27,7 +28,7 @@ def find(names: list[str]) -> tuple[dict[str, type[Peer]], dict[str, str]]:
     from parts.peers.ours import Ours
 
     # Nobody checks what a distribution is given: not all of them would.
-    pyro.enable_validation(False)
+    enable_validation(False)
     found: dict[str, type[Peer]] = {OURS: Ours}
     missing = {}
     for name in names:
