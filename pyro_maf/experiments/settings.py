@@ -36,7 +36,7 @@ PUBLISHED: dict[str, dict[str, float]] = {
 class Settings:
     """How the paper treats one set of data.
 
-    Its weight decay, 1e-6, is not here: `fit` has an average of the weights instead.
+    Its weight decay, 1e-6, is what `fit` always has.
 
     Attributes:
         name: As the paper has it.

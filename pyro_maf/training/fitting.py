@@ -59,9 +59,9 @@ def fit(
 
     Maximises mean_n log p(y_n | c_n) with p the density of T(loc + scale z), z ~ model, where T maps to the support,
     and loc and scale are the mean and standard deviation of the training rows before T; a context is standardised
-    likewise. Adam steps on batches; after each epoch an average of the weights over the last two epochs or so is scored
-    on the validation rows. The learning rate is halved when that score stalls, the fit ends when it has stalled for
-    good, and the best average is kept.
+    likewise. Adam, with the paper's weight decay of 1e-6, steps on batches; after each epoch an average of the weights
+    over the last two epochs or so is scored on the validation rows. The learning rate is halved when that score stalls,
+    the fit ends when it has stalled for good, and the best average is kept.
 
     The model is trained in place, in its own dtype and on its own device, and left in eval mode with its best weights.
     Given the same weights to start from, the same call gives the same result to the last bit on a CPU. The global
