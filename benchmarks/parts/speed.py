@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from typing import Any
 
 import torch
@@ -39,21 +40,23 @@ def measure(size: tuple[int, int], names: list[str], seconds: float) -> dict[str
     return {
         "D": dim,
         "H": hidden,
-        "rows_per_second": {name: BATCH / own.median for name, own in times.items()},
+        # The fastest call: on a machine that others use too, the median is that of the company.
+        "rows_per_second": {name: BATCH / own.minimum for name, own in times.items()},
         "ratio": {name: paired_ratio(own, times[OURS]) for name, own in times.items() if name != OURS},
         "fit_rows_per_second": _rows_per_second_of_fit(flow, dim),
     }
 
 
 def _rows_per_second_of_fit(flow: Any, dim: int) -> float:
-    """Training rows per second of a whole `fit`: averaging, bookkeeping, and a tenth as many rows of validation."""
+    """Training rows per processor second of `fit`: averaging, bookkeeping, and a tenth as many rows of validation."""
     rows = torch.randn(STEPS_OF_FIT * BATCH, dim)
     held_out = torch.randn(len(rows) // 10, dim)
-    seconds = [
+    seconds = []
+    for epochs in (1, 1, 3):
+        started = time.process_time()
         pyro_maf.fit(
             flow, rows, validation=held_out, batch_size=BATCH, max_epochs=epochs, learning_rate=1e-6, progress=False
-        ).seconds
-        for epochs in (1, 1, 3)
-    ]
+        )
+        seconds.append(time.process_time() - started)
     # What is paid once, and not for every epoch, is in both.
     return 2 * len(rows) / (seconds[2] - seconds[1])
