@@ -151,9 +151,8 @@ def _speed(cells: list[dict[str, Any]]) -> str:
         for cell in cells
     ]
     title = (
-        "**Rows per second of training**: MAF (5), two hidden layers of H, batches of 100, one thread; the fastest "
-        "step, and whole epochs of `fit` by processor seconds, its validation included; time of a peer's step over "
-        "that of ours, in turns"
+        "**Rows per second of training**: MAF (5), two hidden layers of H, batches of 100, one thread; processor "
+        "seconds of steps in turns, and of whole epochs of `fit`, validation included; a peer's step over ours"
     )
     return f"{title}\n\n{table(heading, rows)}"
 
