@@ -52,7 +52,7 @@ class Score:
 
 
 def figure_one(toy: FigureOne) -> Task:
-    """The toy, with every layer in the order (x1, x2), in which p(x2 | x1) has two modes."""
+    """The toy. The layer next to the data has the order (x1, x2), in which p(x2 | x1) has two modes."""
     widths = [64, 64]
     return Task(
         data=toy.dataset(train=20_000, validation=5_000, test=10_000),

@@ -134,6 +134,13 @@ def test_bad_arguments_are_refused_in_words(call, error, words):
         call()
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64, torch.float32])
+def test_levels_of_every_dtype_are_dequantised(dtype):
+    values = torch.arange(256).reshape(16, 16)
+    assert torch.equal(LogitPixels().dequantise(values.to(dtype)), LogitPixels().dequantise(values))
+    assert torch.equal((LogitPixels().dequantise(values.to(dtype)) * 256).floor().long(), values)
+
+
 def test_dequantised_levels_are_uniform_within_their_level():
     values = torch.arange(17).repeat_interleave(4000)
     x = LogitPixels(levels=17).dequantise(values, seed=1)

@@ -49,6 +49,8 @@ class LogitPixels:
         Raises:
             ValueError: If a value is no level.
         """
+        # A byte can not be compared with 256.
+        values = values.double()
         if not bool(((values >= 0) & (values < self.levels) & (values == values.round())).all()):
             raise ValueError(
                 f"LogitPixels expected whole values of 0 .. {self.levels - 1}, "
