@@ -4,14 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pyro_maf.cli.ending import INTERRUPTED, say
 from pyro_maf.cli.folder import COLUMNS, write_json
 from pyro_maf.cli.naming import named
-from pyro_maf.cli.options import Source, read, separated, source_and_array
+from pyro_maf.cli.options import (
+    BatchSize,
+    Categories,
+    Columns,
+    Context,
+    Device,
+    Epochs,
+    Models,
+    Patience,
+    Rate,
+    Source,
+    option,
+    read,
+    separated,
+    source_and_array,
+)
 
 if TYPE_CHECKING:
     from pyro_maf.experiments import Candidate, Comparison, Score
@@ -28,38 +43,28 @@ pyro-maf compare wine.parquet --context colour --epochs 100 --out wine-given-col
 """
 
 
-def _option(help: str, metavar: str = "N") -> Any:
-    return typer.Option(help=help, metavar=metavar)
-
-
 def run(
     data: Source,
-    models: Annotated[list[str] | None, _option("Lines of the paper's table; by default all of them.", "NAMES")] = None,
+    models: Models = None,
     hidden: Annotated[
         list[str] | None,
-        _option("Widths of the hidden layers, as 128,128; given several times, the best are taken.", "WIDTHS"),
+        option("Widths of the hidden layers, as 128,128; given several times, the best are taken.", "WIDTHS"),
     ] = None,
     batch_norm: Annotated[
         bool, typer.Option("--batch-norm", help="Put batch norm after every layer of the flows.")
     ] = False,
-    columns: Annotated[
-        list[str] | None, _option("Columns to fit; by default all that are no context.", "NAMES")
-    ] = None,
-    context: Annotated[
-        list[str] | None, _option("Columns that those depend on: numbers, or text as categories.", "NAMES")
-    ] = None,
-    categories: Annotated[
-        list[str] | None, _option("Columns that they depend on whose numbers are labels, such as 0 to 9.", "NAMES")
-    ] = None,
-    test: Annotated[float, _option("The part of the rows to test with.", "PART")] = 0.1,
-    validation: Annotated[float, _option("The part of the other rows to validate with.", "PART")] = 0.1,
-    epochs: Annotated[int, _option("The most passes over the data.")] = 1000,
-    batch_size: Annotated[int, _option("Rows in a batch.")] = 256,
-    learning_rate: Annotated[float, _option("To begin with; it is halved when nothing is gained.")] = 2e-3,
-    patience: Annotated[int, _option("Epochs without a gain after which to end.")] = 30,
-    seed: Annotated[int, _option("Of the three parts, of the weights and of the order of batches.")] = 0,
-    device: Annotated[Literal["cpu", "cuda"], _option("Where to fit: cpu or cuda.", "DEVICE")] = "cpu",
-    out: Annotated[Path | None, _option("The folder for what is made; by default named after DATA.", "DIR")] = None,
+    columns: Columns = None,
+    context: Context = None,
+    categories: Categories = None,
+    test: Annotated[float, option("The part of the rows to test with.", "PART")] = 0.1,
+    validation: Annotated[float, option("The part of the other rows to validate with.", "PART")] = 0.1,
+    epochs: Epochs = 1000,
+    batch_size: BatchSize = 256,
+    learning_rate: Rate = 2e-3,
+    patience: Patience = 30,
+    seed: Annotated[int, option("Of the three parts, of the weights and of the order of batches.")] = 0,
+    device: Device = "cpu",
+    out: Annotated[Path | None, option("The folder for what is made; by default named after DATA.", "DIR")] = None,
 ) -> None:
     """Fit the paper's models to a table, and say which predicts rows best that none of them has seen.
 

@@ -14,7 +14,21 @@ import pyro_maf
 from pyro_maf.cli.ending import INTERRUPTED, command_line, say
 from pyro_maf.cli.folder import CHECKPOINT, COLUMNS, RECORD, REPORT, Record, check_folder, replacing, write_json
 from pyro_maf.cli.naming import named
-from pyro_maf.cli.options import Source, read, separated, source_and_array
+from pyro_maf.cli.options import (
+    BatchSize,
+    Categories,
+    Columns,
+    Context,
+    Device,
+    Epochs,
+    Patience,
+    Rate,
+    Source,
+    option,
+    read,
+    separated,
+    source_and_array,
+)
 from pyro_maf.cli.request import check_asked, model_of, support_of, validation_of
 
 if TYPE_CHECKING:
@@ -34,48 +48,38 @@ pyro-maf fit rates.csv --support positive,share=unit_interval --out rates --resu
 Flow = Literal["maf", "iaf", "realnvp", "made", "made-mog", "maf-mog", "gaussian"]
 
 
-def _option(help: str, metavar: str = "N") -> Any:
-    return typer.Option(help=help, metavar=metavar)
-
-
 def run(
     ctx: typer.Context,
     data: Source,
-    flow: Annotated[Flow, _option(f"What to fit: {', '.join(get_args(Flow))}.", "FLOW")] = "maf",
-    layers: Annotated[int | None, _option("Layers of maf, iaf, realnvp and maf-mog; by default 5.")] = None,
+    flow: Annotated[Flow, option(f"What to fit: {', '.join(get_args(Flow))}.", "FLOW")] = "maf",
+    layers: Annotated[int | None, option("Layers of maf, iaf, realnvp and maf-mog; by default 5.")] = None,
     hidden: Annotated[
-        list[str] | None, _option("Widths of the hidden layers, as 128,128; by default by the data.", "WIDTHS")
+        list[str] | None, option("Widths of the hidden layers, as 128,128; by default by the data.", "WIDTHS")
     ] = None,
-    columns: Annotated[
-        list[str] | None, _option("Columns to fit; by default all that are no context.", "NAMES")
-    ] = None,
-    context: Annotated[
-        list[str] | None, _option("Columns that those depend on: numbers, or text as categories.", "NAMES")
-    ] = None,
-    categories: Annotated[
-        list[str] | None, _option("Columns that they depend on whose numbers are labels, such as 0 to 9.", "NAMES")
-    ] = None,
+    columns: Columns = None,
+    context: Context = None,
+    categories: Categories = None,
     support: Annotated[
         list[str] | None,
-        _option(
+        option(
             "Where the data lie: positive, unit_interval or simplex; or COLUMN=positive; by default anywhere.", "KINDS"
         ),
     ] = None,
     validation: Annotated[
-        str, _option("Rows to validate with: the part to hold out, between 0 and 1, or another table.", "PART")
+        str, option("Rows to validate with: the part to hold out, between 0 and 1, or another table.", "PART")
     ] = "0.1",
-    epochs: Annotated[int, _option("The most passes over the data.")] = 1000,
-    batch_size: Annotated[int, _option("Rows in a batch.")] = 256,
-    learning_rate: Annotated[float, _option("To begin with; it is halved when nothing is gained.")] = 2e-3,
-    patience: Annotated[int, _option("Epochs without a gain after which to end.")] = 30,
-    seed: Annotated[int, _option("Of the weights, of the rows held out and of the order of batches.")] = 0,
-    device: Annotated[Literal["cpu", "cuda"], _option("Where to fit: cpu or cuda.", "DEVICE")] = "cpu",
+    epochs: Epochs = 1000,
+    batch_size: BatchSize = 256,
+    learning_rate: Rate = 2e-3,
+    patience: Patience = 30,
+    seed: Annotated[int, option("Of the weights, of the rows held out and of the order of batches.")] = 0,
+    device: Device = "cpu",
     precision: Annotated[
-        Literal["single", "double"], _option("Of the model's numbers: single or double.", "PRECISION")
+        Literal["single", "double"], option("Of the model's numbers: single or double.", "PRECISION")
     ] = "single",
-    devices: Annotated[int, _option("Processes to fit with, each on a GPU of its own with --device cuda.")] = 1,
+    devices: Annotated[int, option("Processes to fit with, each on a GPU of its own with --device cuda.")] = 1,
     out: Annotated[
-        Path | None, _option("The folder for what is made; by default named after DATA and --flow.", "DIR")
+        Path | None, option("The folder for what is made; by default named after DATA and --flow.", "DIR")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the fit in the folder, if any.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the fit in the folder, if any.")] = False,

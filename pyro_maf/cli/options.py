@@ -4,14 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
     from pyro_maf.datasets import Table
 
-__all__ = ["Model", "Out", "Source", "read", "separated", "source_and_array"]
+__all__ = [
+    "BatchSize",
+    "Categories",
+    "Columns",
+    "Context",
+    "Device",
+    "Epochs",
+    "Model",
+    "Models",
+    "Out",
+    "Patience",
+    "Rate",
+    "Source",
+    "option",
+    "read",
+    "separated",
+    "source_and_array",
+]
+
+
+def option(help: str, metavar: str = "N") -> Any:
+    """An option of a command, whose values `metavar` stands for."""
+    return typer.Option(help=help, metavar=metavar)
+
 
 Source = Annotated[
     str,
@@ -26,8 +49,19 @@ Model = Annotated[
 ]
 Out = Annotated[
     Path,
-    typer.Option(metavar="FILE", help='Where to: a file ending in .csv or .parquet; "-" is standard output, as csv.'),
+    option('Where to: a file ending in .csv or .parquet; "-" is standard output, as csv.', "FILE"),
 ]
+Columns = Annotated[list[str] | None, option("Columns to fit; by default all that are no context.", "NAMES")]
+Context = Annotated[list[str] | None, option("Columns that those depend on: numbers, or text as categories.", "NAMES")]
+Categories = Annotated[
+    list[str] | None, option("Columns that they depend on whose numbers are labels, such as 0 to 9.", "NAMES")
+]
+Models = Annotated[list[str] | None, option("Lines of the paper's table; by default all of them.", "NAMES")]
+Epochs = Annotated[int, option("The most passes over the data.")]
+BatchSize = Annotated[int, option("Rows in a batch.")]
+Rate = Annotated[float, option("To begin with; it is halved when nothing is gained.")]
+Patience = Annotated[int, option("Epochs without a gain after which to end.")]
+Device = Annotated[Literal["cpu", "cuda"], option("Where to fit: cpu or cuda.", "DEVICE")]
 
 
 def source_and_array(source: str) -> tuple[str, str | None]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
 from pyro_maf.cli.compare import finish, tell
-from pyro_maf.cli.options import separated
+from pyro_maf.cli.options import Device, Epochs, Models, option, separated
 
 if TYPE_CHECKING:
     from pyro_maf.datasets import Dataset
@@ -27,28 +27,24 @@ pyro-maf paper MINIBOONE --root data --models "Gaussian,MAF (5)" --learning-rate
 Name = Literal["POWER", "GAS", "HEPMASS", "MINIBOONE", "BSDS300", "MNIST", "CIFAR-10"]
 
 
-def _option(help: str, metavar: str = "N") -> Any:
-    return typer.Option(help=help, metavar=metavar)
-
-
 def run(
     name: Annotated[
         Name,
         typer.Argument(metavar="NAME", help=f"Which set: {', '.join(get_args(Name))}.", case_sensitive=False),
     ],
-    root: Annotated[Path, _option("The folder that holds the published archive's folder of each set.", "DIR")],
-    models: Annotated[list[str] | None, _option("Lines of the paper's table; by default all of them.", "NAMES")] = None,
-    epochs: Annotated[int, _option("The most passes over the data.")] = 1000,
+    root: Annotated[Path, option("The folder that holds the published archive's folder of each set.", "DIR")],
+    models: Models = None,
+    epochs: Epochs = 1000,
     learning_rate: Annotated[
-        float | None, _option("By default the paper's: 1e-3 for MADE and MADE MoG, 1e-4 for the flows.", "RATE")
+        float | None, option("By default the paper's: 1e-3 for MADE and MADE MoG, 1e-4 for the flows.", "RATE")
     ] = None,
-    seed: Annotated[int, _option("Of the weights and of the order of batches.")] = 0,
-    device: Annotated[Literal["cpu", "cuda"], _option("Where to fit: cpu or cuda.", "DEVICE")] = "cpu",
+    seed: Annotated[int, option("Of the weights and of the order of batches.")] = 0,
+    device: Device = "cpu",
     allow_pickle: Annotated[
         bool,
         typer.Option("--allow-pickle", help="Load a pickle where there is no other file: it can run any code."),
     ] = False,
-    out: Annotated[Path | None, _option("The folder for what is made; by default named after the set.", "DIR")] = None,
+    out: Annotated[Path | None, option("The folder for what is made; by default named after the set.", "DIR")] = None,
 ) -> None:
     """Repeat the paper's experiment on one of its sets, and put its figures beside those that come of it.
 
