@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import pyro
 import pytest
 import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c() -> None:
+    """Ctrl-C is heard, also where the tests run in the background of a shell, which has it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 
 import pyro
@@ -27,12 +26,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device", choices=("cpu", "cuda"), default="cpu", help="where tests that take a device run, by default cpu"
     )
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _ctrl_c() -> None:
-    """Ctrl-C is heard, also where the tests run in the background of a shell, which has it ignored."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
