@@ -181,6 +181,14 @@ def test_a_fit_to_a_mapped_file_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert same(weights(whole.density), weights(again.density))
 
 
+def test_the_sample_is_read_from_the_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, _ = stored_rows(tmp_path)
+    batches = StoredBatches(rows, 100, torch.Generator().manual_seed(0), Processes())
+    first = batches.sample()
+    monkeypatch.setattr(StoredRows, "read", lambda *_: pytest.fail("the file was read again"))
+    assert torch.equal(batches.sample().data, first.data)
+
+
 def test_batch_norm_takes_its_statistics_from_the_sample(tmp_path: Path) -> None:
     flow = seeded(lambda: MAF(2, num_layers=1, hidden_dims=[8], batch_norm=True))
     result = fit(flow, mapped(tmp_path / "rows.npy", gaussian_rows(ROWS)), **QUICK)

@@ -157,6 +157,7 @@ class StoredBatches(Passes):
         super().__init__(generator, processes)
         self.rows = rows
         self.device = torch.device("cpu")
+        self._sample: Rows | None = None
         self._sizes = torch.tensor(rows.sizes)
         self._lengths = [int(self._sizes[group].sum()) for group in self._groups(torch.arange(len(rows.sizes)))]
         self._counts = [max(1, round(length / size)) for length in self._lengths]
@@ -171,8 +172,10 @@ class StoredBatches(Passes):
         self.device = device
 
     def sample(self) -> Rows:
-        """Rows to set statistics from: as many as memory should hold."""
-        return self.rows.sample().to(self.device)
+        """Rows to set statistics from: as many as memory should hold, always the same, and read once."""
+        if self._sample is None:
+            self._sample = self.rows.sample()
+        return self._sample.to(self.device)
 
     def __len__(self) -> int:
         return sum(self._counts)
