@@ -25,6 +25,7 @@ from pyro_maf.distributions import (
     FlowPrior,
     MADEMoG,
     MAFMoG,
+    base,
 )
 from pyro_maf.flows import IAF, MAF, ConditionalIAF, ConditionalMAF, RealNVP
 
@@ -156,6 +157,52 @@ def test_draws_follow_the_density_at_their_context(make: Callable[[int, int], Co
         log_prob = density.condition(context).log_prob(draws)
         ratio = (dist.Normal(centre, narrow).to_event(1).log_prob(draws) - log_prob).exp()
     assert torch.all((ratio.mean(0) - 1).abs() < 4 * ratio.std(0) / math.sqrt(len(draws)))
+
+
+# -- estimates ---------------------------------------------------------------------------------------------------------
+
+
+@every_density
+def test_moments_and_entropy_are_those_of_the_density(make: Callable[[int], Density]) -> None:
+    density = shaken(make(1), 0.2)
+    y, cell = grid(1, 60.0, 24001)
+    with torch.no_grad():
+        log_p = density.log_prob(y)
+    p = log_p.exp() * cell
+    mean = float(p @ y[:, 0])
+    variance = float(p @ (y[:, 0] - mean).square())
+    assert float(density.mean.detach()) == pytest.approx(mean, abs=4e-2 * variance**0.5)
+    assert float(density.variance.detach()) == pytest.approx(variance, rel=0.15)
+    assert float(density.stddev.detach()) == pytest.approx(variance**0.5, rel=0.08)
+    assert float(density.entropy().detach()) == pytest.approx(-float(p @ log_p.clamp(min=-700)), abs=5e-2)
+
+
+@every_conditional
+def test_estimates_have_the_shapes_of_other_distributions(
+    make: Callable[[int, int], ConditionalDensity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "DRAWS", 100)
+    with torch.no_grad():
+        at = make(2, 3).condition(torch.randn(4, 3))
+        assert at.mean.shape == at.variance.shape == at.stddev.shape == (4, 2)
+        assert at.entropy().shape == (4,)
+        torch.testing.assert_close(at.perplexity(), at.entropy().exp())
+
+
+def test_estimates_are_repeatable_and_leave_the_random_state_alone() -> None:
+    prior = FlowPrior(MAF(3, num_layers=1, **SMALL), **_units(3))
+    before = torch.get_rng_state()
+    assert torch.equal(prior.mean, prior.mean)
+    assert torch.equal(prior.entropy(), prior.entropy())
+    assert torch.equal(before, torch.get_rng_state())
+    assert prior.expand([5]).mean.shape == (5, 3)
+
+
+def test_entropy_can_be_trained_where_draws_carry_a_gradient() -> None:
+    prior = FlowPrior(MAF(2, num_layers=1, **SMALL))
+    prior.entropy().backward()
+    assert any(bool(p.grad.any()) for p in prior.parameters() if p.grad is not None)
+    assert not MADEMoG(2, **SMALL).entropy().requires_grad
 
 
 # -- what each one is --------------------------------------------------------------------------------------------------

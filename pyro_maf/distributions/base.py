@@ -13,9 +13,16 @@ from torch.distributions import constraints
 
 from pyro_maf.checks import check_event, check_positive
 from pyro_maf.precision import converted, exactly, like_of
+from pyro_maf.randomness import seeded
 from pyro_maf.saving import Savable
 
 __all__ = ["ConditionalDensity", "ConditionedDensity", "Density"]
+
+DRAWS, ROWS = 10_000, 100_000
+"""How many draws estimate a moment, and the most rows, of all batches together, that are drawn at a time."""
+
+UNLISTED = ("mean", "mode", "stddev", "variance")
+"""Left out of `dir`: `torch.jit.trace` and `inspect.getmembers` read whatever is listed, and would draw for each."""
 
 Self = TypeVar("Self", bound="Density")
 
@@ -110,6 +117,41 @@ class Density(Savable, TorchDistribution, nn.Module):
             raise NotImplementedError(f"{self.name} has no reparameterised draws: use sample.")
         return self._draw(sample_shape)
 
+    # -- estimates ------------------------------------------------------------------------------------------------
+
+    @property
+    def mean(self) -> Tensor:
+        r"""Monte Carlo estimate of E[y], (\*batch_shape, D), with a standard error of 1 % of the standard deviation.
+
+        Of 10,000 draws from a fixed seed: the same at every reading, and the random state is left alone. It carries
+        the gradient of the parameters where `has_rsample` is true, and none elsewhere. The same holds for `variance`,
+        `stddev` and `entropy`.
+
+        Cost: that of 10,000 draws for each element of `batch_shape`, at every reading.
+        """
+        return torch.cat(self._drawn()).mean(0)
+
+    @property
+    def variance(self) -> Tensor:
+        r"""Monte Carlo estimate of the variance of each number, (\*batch_shape, D), from the draws of `mean`."""
+        return torch.cat(self._drawn()).var(0)
+
+    def entropy(self) -> Tensor:
+        r"""Monte Carlo estimate of -E[log p(y)] in nats, (\*batch_shape,), from the draws of `mean`.
+
+        Cost: beside the draws, that of `log_prob` for each.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.has_rsample):
+            return -torch.cat([self.log_prob(draws) for draws in self._drawn()]).mean(0)
+
+    def _drawn(self) -> list[Tensor]:
+        """The draws that estimates are of, (DRAWS, *batch_shape, D) in parts."""
+        like = like_of(self)
+        draws = max(1, ROWS // max(1, self.batch_shape.numel()))
+        with seeded(0, None if like is None else like.device):
+            draw = self._draw if self.has_rsample else self.sample
+            return [draw((min(draws, DRAWS - start),)) for start in range(0, DRAWS, draws)]
+
     def _checked_event(self, role: str, value: Tensor, like: Tensor | None) -> Tensor:
         (size,) = self.event_shape
         size_name = "input_dim" if size == self.input_dim else "event_shape"
@@ -158,6 +200,10 @@ class Density(Savable, TorchDistribution, nn.Module):
         twin.__dict__.update(self.__dict__)
         twin._batch_shape = shape
         return twin
+
+    def __dir__(self) -> list[str]:
+        """The attributes, without those that are estimated at every reading."""
+        return [name for name in super().__dir__() if name not in UNLISTED]
 
     def __repr__(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.parameters())

@@ -85,7 +85,7 @@ class TorchSweep:
         """w, log-determinant and what the adjoint needs, for v (batch, D)."""
         plan = self.plan
         given = v[:, plan.order].T.contiguous()
-        solved = walk(plan, lambda i, parameters: self.direction(given[i], *parameters)[0], len(v))
+        solved = walk(plan, lambda i, parameters: self.direction(given[i], *parameters)[0], v.shape[0])
         log_det = self.direction(given, *solved.parameters.unbind(1))[1].sum(0)
         return solved.w.T[:, plan.order.argsort()], log_det, solved
 

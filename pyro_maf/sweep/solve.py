@@ -14,7 +14,7 @@ from pyro_maf.sweep.pack import pack
 from pyro_maf.sweep.plan import Direction, Plan, biases_of, lay_back, plan_of, weights_of
 from pyro_maf.sweep.reference import TorchSweep
 from pyro_maf.sweep.scalar import ScalarMap
-from pyro_maf.tracing import is_traced
+from pyro_maf.tracing import is_exported, is_traced
 
 __all__ = ["parallel", "solve"]
 
@@ -88,6 +88,8 @@ def _way(made: MADE, scalar: ScalarMap, v: Tensor, context: Tensor | None, seque
     if is_traced():
         return "plain"
     differentiated = needs_gradient(made, v, context)
+    if differentiated and is_exported():
+        return "plain"  # the sweep's own adjoint is no part of an exported program
     if differentiated and not sequential:
         # With a gradient, these are matrix products for the most part, at which torch is best.
         return "dense" if dense.takes(made, scalar, v) else "plain"
