@@ -34,6 +34,7 @@ def test_five_layers_learn_figure_one_and_one_layer_in_the_same_order_does_not(d
     assert true.mean - scores["Gaussian"].mean > 0.5
 
 
+@pytest.mark.filterwarnings("ignore:fit found heavy tails:UserWarning")
 def test_the_demo_prints_its_table_and_writes_its_pictures(demo, tmp_path, monkeypatch):
     toy = FigureOne()
     full = demo.figure_one(toy), demo.image_patches()

@@ -117,6 +117,7 @@ def test_importance_sampling_agrees_with_the_exact_posterior_of_a_normal_prior(e
     torch.testing.assert_close(sampled, empirical.exactly(prior, seen, held_out), atol=0.05, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:fit found heavy tails:UserWarning")
 def test_a_prior_from_past_groups_predicts_new_ones_better_than_normal_priors(empirical: ModuleType) -> None:
     settings = empirical.Settings(past_groups=600, new_groups=60, held_out_rows=20, max_epochs=40, draws=1500)
     known, past, _, scores = empirical.run(settings)

@@ -102,6 +102,7 @@ def test_an_interrupted_fit_goes_on_bit_for_bit(
     assert without_time(whole) == without_time(second)
 
 
+@pytest.mark.filterwarnings("ignore:fit found heavy tails:UserWarning")
 @pytest.mark.parametrize("make", [IAF, RealNVP, MAFMoG, lambda *a, **k: FlowPrior(MAF(*a, **k), support="positive")])
 def test_every_family_goes_on_bit_for_bit(make: Any, tmp_path: Path) -> None:
     rows = gaussian_rows().exp()

@@ -13,7 +13,7 @@ import typer
 import pyro_maf
 from pyro_maf.cli.ending import INTERRUPTED, command_line, say
 from pyro_maf.cli.folder import CHECKPOINT, COLUMNS, RECORD, REPORT, Record, check_folder, replacing, write_json
-from pyro_maf.cli.naming import named
+from pyro_maf.cli.naming import named, with_names
 from pyro_maf.cli.options import (
     BatchSize,
     Categories,
@@ -122,6 +122,7 @@ def run(
             resume=resume,
             devices=devices,
         )
+    result = dataclasses.replace(result, warnings=tuple(with_names(line, table) for line in result.warnings))
     if is_first:
         _leave(folder, result, table, command, data)
         if result.stop_reason == "interrupted":
@@ -197,4 +198,5 @@ def _record(result: FitResult, table: Table, command: str, data: str) -> Record:
         epochs=result.epochs,
         seconds=result.seconds,
         stop_reason=result.stop_reason,
+        warnings=list(result.warnings),
     )

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Record:
     epochs: int
     seconds: float
     stop_reason: str
+    warnings: list[str] = field(default_factory=list)
 
 
 def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:

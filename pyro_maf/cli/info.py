@@ -50,5 +50,7 @@ def _facts(fitted: Fitted) -> Iterator[tuple[str, str]]:
             f"{record.epochs}",
         )
         yield "stopped", f"{record.stop_reason}, after {record.seconds:.1f} s"
+        for line in record.warnings:
+            yield "warning", line
         yield "data", f"{record.rows:,} rows of {record.data}"
         yield "made by", f"{record.command} (version {record.version})"

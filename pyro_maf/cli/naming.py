@@ -1,21 +1,26 @@
-"""Errors about columns and rows by number, said with names."""
+"""Errors and warnings about columns and rows by number, said with names."""
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from pyro_maf.cli.ending import say
 
 if TYPE_CHECKING:
     from pyro_maf.datasets import Table
 
-__all__ = ["named"]
+__all__ = ["named", "with_names"]
 
 
 @contextmanager
 def named(table: Table) -> Iterator[None]:
     r"""While entered, errors of `fit` call the columns of `table` by name, and count its rows as `read_table` does.
+
+    Its warnings, with names too, become lines on stderr, each of them once.
 
     Example:
         >>> import io
@@ -26,12 +31,32 @@ def named(table: Table) -> Iterator[None]:
             ...
         ValueError: fit expected data above 0 in column 'b', got -1 in data row 1 (counted from 1): move it.
     """
-    try:
-        yield
-    except ValueError as error:
-        text = str(error)
-        names = table.context_names if re.match(r"fit expected (finite )?(validation )?context", text) else table.names
-        text = re.sub(r"\bcolumn (\d+)", lambda found: f"column {names[int(found[1])]!r}", text)
-        text = re.sub(r"\brow (\d+)", lambda found: f"data row {int(found[1]) + 1} (counted from 1)", text)
-        error.args = (text,)
-        raise
+    said: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        line = with_names(str(message), table)
+        if line not in said:
+            say(line)
+        said.add(line)
+
+    with warnings.catch_warnings():
+        # A program that turns warnings into errors wants to see where they are from; here there is no program.
+        warnings.filterwarnings("always", "fit ", UserWarning)
+        warnings.showwarning = show
+        try:
+            yield
+        except ValueError as error:
+            error.args = (with_names(str(error), table),)
+            raise
+
+
+def with_names(text: str, table: Table) -> str:
+    """What `fit` says, with the names of columns in the place of their numbers, and rows counted from 1."""
+    is_context = bool(re.match(r"fit expected (finite )?(validation )?context", text))
+
+    def name(found: re.Match[str]) -> str:
+        names = table.context_names if found[1] or is_context else table.names
+        return f"{found[1] or ''}column {names[int(found[2])]!r}"
+
+    text = re.sub(r"\b(context )?column (\d+)", name, text)
+    return re.sub(r"\brow (\d+)", lambda found: f"data row {int(found[1]) + 1} (counted from 1)", text)

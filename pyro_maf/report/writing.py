@@ -46,7 +46,7 @@ def write_report(
 ) -> None:
     r"""Write what there is to know of a fit as one HTML page, which needs no network and no other file.
 
-    It has the figures of the fit; the mean log-likelihood of `data` with two standard errors; whether the noise that
+    It has the figures and warnings of the fit; the mean log-likelihood of `data` with two standard errors; whether the noise that
     the density takes `data` to be made of is standard normal, by the probability integral transform, QQ plots and the
     largest Kolmogorov distance; histograms and pairs of columns of data and samples; log-densities of both; the rows
     of the least density; losses over the epochs; and the command.
@@ -110,6 +110,7 @@ def _page(result: FitResult, examination: Examination, command: str) -> str:
         title=_title(result, examination),
         figures=_figures(result, examination),
         command=command,
+        warnings=result.warnings,
         calibration=calibration_of(u, names),
         has_radius=len(names) > examination.noise.shape[1],
         pit=pit,

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from pyro_maf.distributions.support import Support
 
-__all__ = ["Rows", "check_training", "check_varying", "number_of_columns", "read_rows", "split"]
+__all__ = [
+    "Rows",
+    "check_training",
+    "check_varying",
+    "column_labels",
+    "number_of_columns",
+    "read_rows",
+    "some_rows",
+    "split",
+]
 
 LEAST_ROWS = 10
 NUMERIC_KINDS = "fiub"
@@ -42,6 +51,30 @@ def number_of_columns(name: str, value: Any) -> int:
     if table.dim() not in (1, 2) or not table.numel():
         raise ValueError(f"fit expected {name} of shape (rows, columns), got {tuple(table.shape)}.")
     return 1 if table.dim() == 1 else table.shape[1]
+
+
+def column_labels(value: Any, width: int) -> list[str]:
+    """What warnings call each of `width` columns: by its name in a frame, by its number elsewhere."""
+    return [_column_name(value, column) for column in range(width)]
+
+
+def some_rows(name: str, value: Any, most_rows: int, most_numbers: int) -> np.ndarray[Any, Any]:
+    """Some rows of a table that `read_rows` has checked, (rows, columns) in float64: the same at every call.
+
+    They are drawn at random; of a table that is mapped from a file no others are read.
+
+    Args:
+        name: "data" or "context".
+        value: The table.
+        most_rows, most_numbers: How much of it; of a wide table 100 rows, whatever `most_numbers` is.
+    """
+    table = value if isinstance(value, Tensor) or hasattr(value, "iloc") else np.asanyarray(value)
+    most = min(most_rows, max(100, most_numbers // (table.shape[1] if len(table.shape) > 1 else 1)))
+    if len(table) > most:
+        index = np.sort(np.random.default_rng(0).choice(len(table), most, replace=False))
+        table = table.iloc[index] if hasattr(table, "iloc") else table[index]
+    rows = _numbers(name, table).double().numpy()
+    return rows if rows.ndim == 2 else rows[:, None]
 
 
 def read_rows(

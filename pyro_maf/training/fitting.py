@@ -28,6 +28,7 @@ from pyro_maf.training.parts import in_units_of, read_parts
 from pyro_maf.training.processes import Processes
 from pyro_maf.training.result import FitResult
 from pyro_maf.training.schedule import Schedule
+from pyro_maf.training.screening import announce, screen_data, screen_ending
 from pyro_maf.training.stored import StoredBatches
 from pyro_maf.transforms import BatchNorm, ConditionalFlow, Flow
 
@@ -106,8 +107,11 @@ def fit(
         the best so far; a second Ctrl-C raises KeyboardInterrupt, with the model's best weights in place.
 
     Warns:
-        UserWarning: After 5 steps in a row without a finite loss and gradient: it goes on from the best weights with
-            half the learning rate.
+        UserWarning: Of what lets a density go wrong without an error, a line each, with the column and what to do: few
+            distinct values, a value that many rows share, columns that follow from others, heavy tails, a context over
+            orders of magnitude; at the end of a best epoch of 0, and of `max_epochs` reached while it was improving.
+            `FitResult.warnings` holds these. And after 5 steps in a row without a finite loss and gradient: it goes on
+            from the best weights with half the learning rate.
 
     Cost:
         An epoch takes one `log_prob` with its gradient for each training row and one without for each validation row:
@@ -151,6 +155,9 @@ def fit(
     parts = read_parts(model, data, context, validation, known, dtype=weight.dtype, seed=seed)
     density = in_units_of(parts, model, known)
     processes = Processes(devices)
+    cautions = screen_data(data, context, known)
+    if processes.is_first:
+        announce(cautions)
     batches = parts.batches(batch_size, processes)
     _check_batches(model, batches, batch_size, processes)
     schedule = Schedule(learning_rate, patience)
@@ -179,17 +186,23 @@ def fit(
     if keeper is not None and processes.is_first:
         density.save(keeper.folder / MODEL)
     processes.wait()
+    losses = tuple(epoch.validation_loss for epoch in module.history)
+    stopped = module.stop_reason or schedule.reason
+    endings = screen_ending(losses, schedule, has_more=stopped is None, has_skipped=module.skipped_steps > 0)
+    if processes.is_first:
+        announce(endings)
     return FitResult(
         density=density,
         train_loss=tuple(epoch.train_loss for epoch in module.history),
-        validation_loss=tuple(epoch.validation_loss for epoch in module.history),
+        validation_loss=losses,
         best_epoch=schedule.best_epoch,
         validation_log_likelihood=-schedule.best,
         seconds=module.seconds,
-        stop_reason=module.stop_reason or schedule.reason or f"reached max_epochs ({max_epochs})",
+        stop_reason=stopped or f"reached max_epochs ({max_epochs})",
         held_out=parts.held_out,
         skipped_steps=module.skipped_steps,
         folder=None if keeper is None else keeper.folder,
+        warnings=(*cautions, *endings),
     )
 
 

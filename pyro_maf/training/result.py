@@ -29,6 +29,8 @@ class FitResult:
         skipped_steps: How many steps were left out because their loss or its gradient was not finite.
         held_out: The validation rows, a pair (data, context), on the CPU.
         folder: Where the fit is kept, if anywhere.
+        warnings: What may have gone wrong without an error, a line each: columns of few values, columns that follow
+            from others, heavy tails, a context over orders of magnitude, a best epoch of 0, too few epochs.
     """
 
     density: Any
@@ -41,6 +43,7 @@ class FitResult:
     skipped_steps: int = 0
     held_out: Rows | None = None
     folder: Path | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def epochs(self) -> int:
@@ -51,8 +54,10 @@ class FitResult:
         steps = "1 step" if self.skipped_steps == 1 else f"{self.skipped_steps} steps"
         skipped = f"; {steps} without a finite loss and gradient skipped" if self.skipped_steps else ""
         resumable = "; resume=True goes on" if self.folder and self.stop_reason == "interrupted" else ""
+        count = len(self.warnings)
+        warned = f"; {count} warning{'s' * (count > 1)}, see .warnings" if count else ""
         return (
             f"FitResult(validation log-likelihood {self.validation_log_likelihood:.3f} nats "
             f"after epoch {self.best_epoch} of {self.epochs}, {self.seconds:.1f} s; "
-            f"stopped: {self.stop_reason}{resumable}{skipped})"
+            f"stopped: {self.stop_reason}{resumable}{skipped}{warned})"
         )

@@ -1,0 +1,335 @@
+"""Data screening: what in a table, or in how a fit ended, lets a density go wrong without an error.
+
+The statistics are those of at most 10,000 rows drawn at random. Every threshold stands below, with what it lets pass.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pyro_maf.distributions.support import Support
+from pyro_maf.training.data import column_labels, some_rows
+from pyro_maf.training.schedule import Schedule
+
+__all__ = ["announce", "screen_data", "screen_ending"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+MOST_ROWS = 10_000
+MOST_NUMBERS = 4_000_000
+"""How much of a table is looked at: a fraction of a second."""
+
+FEW_VALUES, FEW_REPEATS = 20, 3
+SOME_VALUES, SOME_REPEATS = 100, 50
+"""A column is of few values where it has up to 20 that come 3 times each on average, or up to 100 that come 50 times
+each: ratings, counts, hours, ages in years. Iris, in steps of a millimetre (22 values, 7 times each), passes."""
+
+ATOM_SHARE, ATOM_RATIO, ATOM_ROWS = 0.05, 10, 10
+"""A value of its own, such as the 0 of a dry day: in 5 % of the rows and 10 of them, 10 times as often as any other."""
+
+UNEXPLAINED = 1e-4
+SPARE_ROWS = 10
+MOST_COLUMNS = 1000
+"""A column follows from others where a linear combination leaves a hundredth of its standard deviation, and of its
+median deviation, which a shared outlier does not shrink. Units converted and rounded fall under it; the radius and the
+perimeter of a cell (2.6e-4 of the variance) pass. With fewer rows than columns + 10, or more columns than 1,000,
+nothing can be said or it would take too long."""
+
+TAIL_RATIO, TAIL_INDEX, TAIL_SHARE, TAIL_ROWS = 2.0, 2.0, 0.05, 50
+OUTLIER_RATIO = 12.0
+"""A tail is heavy where, of 50 rows and more, the furthest in a thousand (the fifth furthest of few rows) lies twice as
+far from the median as under a Laplace distribution of the same median deviation, and the furthest 5 % fall off like a
+power of 2 or less (Hill's estimator); or where the furthest of all lies 12 times as far as under that distribution. Of
+200 rows and more, less than one column in 300 that is normal, uniform, exponential, gamma, bimodal or t (3 degrees) is
+taken for one; of 1,000 rows, Cauchy, t (1.5) and log-normal (sigma 1.5) columns are seen in 98 cases of 100, t (2) in
+half, log-normal (sigma 1) in a third."""
+
+MAGNITUDES, MAGNITUDE_SKEW, CONTEXT_ROWS = 100.0, 8.0, 20
+"""A context is over orders of magnitude where its 95 % quantile is 100 times the 5 % quantile, and 8 times as far from
+the median: log-normal with sigma 1.5, three decades. Uniform, exponential and normal ones pass."""
+
+STILL_IMPROVING = 0.01
+"""Nats that the last epochs, a quarter of the patience or half of all, have gained where a fit was still improving."""
+
+MOST_NAMED = 3
+
+
+class _Finding(NamedTuple):
+    """A column, and in what way it stands out."""
+
+    column: int
+    detail: str
+
+
+def screen_data(data: Any, context: Any, support: Support) -> list[str]:
+    """Warnings about the columns of what `fit` was given, a line each.
+
+    Args:
+        data, context: As `fit` takes them, and has checked them; context may be None.
+        support: Where the data lie. Tails are those of the unconstrained values.
+
+    Cost: some sorting of at most 10,000 rows.
+
+    Example:
+        >>> rows = np.random.default_rng(0).normal(size=(500, 2))
+        >>> screen_data(rows, None, Support("fit", "real", 2))
+        []
+        >>> screen_data(rows.round(), None, Support("fit", "real", 2))[0].partition(":")[0]
+        'fit found few distinct values in column 0 (6 in 500 rows) and column 1 (7 in 500 rows)'
+    """
+    rows = some_rows("data", data, MOST_ROWS, MOST_NUMBERS)
+    labels = column_labels(data, rows.shape[1])
+    unconstrained = support.unconstrain(torch.from_numpy(rows))[0].numpy()
+    free = rows[:, : unconstrained.shape[1]]  # the last of a simplex follows from the others
+    ordered = np.sort(rows, 0)
+    few = _few_values(ordered)
+    atoms = _without(_atoms(ordered), few)
+    tails = _without(_heavy_tails(unconstrained), [*few, *atoms])
+    takes_logarithm = {
+        column for column in range(free.shape[1]) if support.name_of(column) == "real" and ordered[0, column] > 0
+    }
+    found = [
+        _line(
+            "few distinct values",
+            few,
+            labels,
+            "a density of real numbers rises without bound there. Dequantise by uniform noise as wide as a step, "
+            "or make it context (by --categories where numbers are labels)",
+        ),
+        _line(
+            "a value that many rows share",
+            atoms,
+            labels,
+            "a density of real numbers rises without bound there. Leave those rows out, or say by a column of context "
+            "which they are and add noise to them",
+        ),
+        _dependent(free, labels),
+        _line(
+            "heavy tails",
+            [finding for finding in tails if finding.column in takes_logarithm],
+            labels,
+            'the few far values set the fit. Fit the logarithm, by support="positive" for the column, or remove rows '
+            "that are errors",
+        ),
+        _line(
+            "heavy tails",
+            [finding for finding in tails if finding.column not in takes_logarithm],
+            labels,
+            "the few far values set the fit. Compress them, as by arcsinh or a logarithm, or remove rows that are "
+            "errors",
+        ),
+    ]
+    if context is not None:
+        found += _screen_context(context)
+    return [line for line in found if line]
+
+
+def screen_ending(losses: Sequence[float], schedule: Schedule, *, has_more: bool, has_skipped: bool) -> list[str]:
+    """Warnings about how a fit ended, a line each.
+
+    Args:
+        losses: The validation loss after each epoch.
+        schedule: As the last of them left it.
+        has_more: Whether it would have gone on with more epochs.
+        has_skipped: Whether steps had no finite loss or gradient.
+
+    Example:
+        >>> schedule = Schedule(learning_rate=1e-3, patience=30)
+        >>> losses = [3.0, 2.0, 1.5]
+        >>> [schedule.improves(epoch, loss) for epoch, loss in enumerate(losses, 1)]
+        [True, True, True]
+        >>> screen_ending(losses, schedule, has_more=True, has_skipped=False)
+        ['fit reached max_epochs (3) while the validation log-likelihood was still improving: raise max_epochs.']
+    """
+    found = []
+    if losses and not schedule.best_epoch:
+        remedy = "look for outliers, lower" if has_skipped else "lower"
+        found.append(
+            "fit has its best epoch at 0, as no later one validated better than the weights it began with (of a new "
+            f"flow a normal distribution of independent columns): unless the rows are that, {remedy} learning_rate, "
+            "take a smaller model or more rows."
+        )
+    recent = max(1, min(schedule.patience // 4, len(losses) // 2))
+    if has_more and schedule.best_epoch > len(losses) - recent:
+        gain = min(losses[:-recent], default=math.inf) - schedule.best
+        if gain > STILL_IMPROVING:
+            found.append(
+                f"fit reached max_epochs ({len(losses)}) while the validation log-likelihood was still improving: "
+                "raise max_epochs."
+            )
+    return found
+
+
+def announce(lines: Sequence[str]) -> None:
+    """Warn of each line at the place that called this package."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("pyro_maf", "torch"):
+        level, frame = level + 1, frame.f_back
+    for line in lines:
+        warnings.warn(line, UserWarning, stacklevel=level)
+
+
+def _screen_context(context: Any) -> list[str]:
+    rows = some_rows("context", context, MOST_ROWS, MOST_NUMBERS)
+    labels = [f"context {label}" for label in column_labels(context, rows.shape[1])]
+    wide = _magnitudes(rows)
+    tails = _without(_heavy_tails(rows), [*wide, *_few_values(np.sort(rows, 0))])
+    return [
+        _line(
+            "values over orders of magnitude",
+            [finding for finding in wide if rows[:, finding.column].min() > 0],
+            labels,
+            "once standardised, the small ones are all the same. Give its logarithm as context",
+        ),
+        _line(
+            "values over orders of magnitude",
+            [finding for finding in wide if rows[:, finding.column].min() <= 0],
+            labels,
+            "once standardised, the small ones are all the same. Give arcsinh(c / s) as context, with s the size "
+            "of the small ones",
+        ),
+        _line(
+            "heavy tails",
+            tails,
+            labels,
+            "once standardised, all but the far values are much the same. Compress them, as by arcsinh or a logarithm",
+        ),
+    ]
+
+
+def _few_values(ordered: Array) -> list[_Finding]:
+    rows = len(ordered)
+    counts = 1 + (ordered[1:] != ordered[:-1]).sum(0)
+    few = (counts <= FEW_VALUES) & (counts * FEW_REPEATS <= rows)
+    few |= (counts <= SOME_VALUES) & (counts * SOME_REPEATS <= rows)
+    return [_Finding(int(column), f"{counts[column]} in {rows:,} rows") for column in few.nonzero()[0]]
+
+
+def _atoms(ordered: Array) -> list[_Finding]:
+    rows = len(ordered)
+    least = max(ATOM_ROWS, math.ceil(ATOM_SHARE * rows))
+    # A value in so many rows is the same at both ends of some stretch of that length.
+    candidates = (ordered[least - 1 :] == ordered[: rows - least + 1]).any(0) if least <= rows else np.zeros(0, bool)
+    found = []
+    for column in candidates.nonzero()[0]:
+        values, counts = np.unique(ordered[:, column], return_counts=True)
+        second = np.sort(counts)[-2] if len(counts) > 1 else rows
+        if counts.max() >= ATOM_RATIO * second:
+            found.append(_Finding(int(column), f"{values[counts.argmax()]:.6g} in {counts.max() / rows:.0%} of rows"))
+    return found
+
+
+def _dependent(rows: Array, labels: Sequence[str]) -> str:
+    """The columns that are linear combinations of those before them."""
+    count, width = rows.shape
+    if not 2 <= width <= MOST_COLUMNS or count < width + SPARE_ROWS:
+        return ""
+    scale = rows.std(0)
+    standard = (rows - rows.mean(0)) / np.where(scale > 0, scale, 1.0)
+    correlation = torch.from_numpy(standard.T @ standard / count)
+    # A Cholesky factor, row by row, of the columns that do not follow from others.
+    factor = torch.zeros(width, width, dtype=torch.float64)
+    free, found = list[int](), list[str]()
+    for column in scale.nonzero()[0].tolist():
+        known = factor[: len(free), : len(free)]
+        solved = torch.linalg.solve_triangular(known, correlation[free, column, None], upper=False)
+        left = float(correlation[column, column] - solved.square().sum())
+        if free and left <= UNEXPLAINED:
+            weights = torch.linalg.solve_triangular(known.T, solved, upper=True).numpy()[:, 0]
+            if _explains(standard[:, free] @ weights, standard[:, column]):
+                found.append(_combination(rows, column, free, weights, labels))
+                continue
+        factor[len(free), : len(free)] = solved[:, 0]
+        factor[len(free), len(free)] = math.sqrt(max(left, torch.finfo(torch.float64).eps))
+        free.append(column)
+    if not found:
+        return ""
+    named = ", ".join(found[:MOST_NAMED]) + _and_more(len(found) - MOST_NAMED)
+    return (
+        f"fit found that {named}: the rows lie on a plane, where a density rises without bound. Leave such columns out."
+    )
+
+
+def _explains(predicted: Array, column: Array) -> bool:
+    """Whether the rest is small for most rows too: a row that is an outlier in all columns makes any two alike."""
+    deviation = np.median(np.abs(column - np.median(column)))
+    rest = column - predicted
+    return bool(np.median(np.abs(rest - np.median(rest))) <= math.sqrt(UNEXPLAINED) * deviation) or not deviation
+
+
+def _combination(rows: Array, column: int, free: Sequence[int], weights: Array, labels: Sequence[str]) -> str:
+    """In words, what a column is of those that do not follow from others."""
+    parts = [free[place] for place in np.argsort(-np.abs(weights), kind="stable") if abs(weights[place]) > 0.02]
+    if len(parts) == 1:
+        is_same = np.array_equal(rows[:, column], rows[:, parts[0]])
+        relation = "repeats" if is_same else "is a multiple, up to a shift, of"
+        return f"{labels[column]} {relation} {labels[parts[0]]}"
+    named = [labels[part] for part in sorted(parts[:MOST_NAMED])]
+    return f"{labels[column]} is a linear combination of {_joined(named)}" + _and_more(len(parts) - len(named))
+
+
+def _heavy_tails(rows: Array) -> list[_Finding]:
+    count = len(rows)
+    far, furthest = max(5, count // 1000), max(5, math.ceil(TAIL_SHARE * count))
+    if count <= furthest:
+        return []
+    median = np.median(rows, 0)
+    away = -np.sort(-np.abs(rows - median), 0)
+    middle = np.median(away, 0)
+    spread = np.subtract(*np.quantile(rows, [0.75, 0.25], 0))
+    ok = (middle > 0) & (spread > 0) & (away[furthest] > 0)
+    scale = np.where(ok, middle, 1.0) / math.log(2)  # of a Laplace distribution with this median deviation
+    ratio = away[far - 1] / (scale * math.log(count / far))
+    outlier = away[0] / (scale * math.log(count))
+    excess = np.log(np.where(ok, away[:furthest] / np.where(ok, away[furthest], 1.0), 1.0)).mean(0)
+    heavy = ok & (((count >= TAIL_ROWS) & (ratio > TAIL_RATIO) & (excess * TAIL_INDEX > 1)) | (outlier > OUTLIER_RATIO))
+    extremes = np.abs(rows - median).argmax(0)
+    return [
+        _Finding(
+            int(column),
+            f"up to {away[0, column] / spread[column]:.3g} quartile ranges from the median, "
+            f"as {rows[extremes[column], column]:.4g}",
+        )
+        for column in heavy.nonzero()[0]
+    ]
+
+
+def _magnitudes(rows: Array) -> list[_Finding]:
+    found = []
+    for column, values in enumerate(np.abs(rows.T)):
+        positive = values[values > 0]
+        if len(positive) < CONTEXT_ROWS:
+            continue
+        low, middle, high = np.quantile(positive, [0.05, 0.5, 0.95])
+        if high > MAGNITUDES * low and high - middle > MAGNITUDE_SKEW * (middle - low):
+            found.append(_Finding(column, f"a twentieth below {low:.2g}, a twentieth above {high:.2g}"))
+    return found
+
+
+def _without(findings: Sequence[_Finding], others: Sequence[_Finding]) -> list[_Finding]:
+    """Those of columns that stand out in no other way yet."""
+    columns = {finding.column for finding in others}
+    return [finding for finding in findings if finding.column not in columns]
+
+
+def _line(what: str, findings: Sequence[_Finding], labels: Sequence[str], advice: str) -> str:
+    """A warning of one line, or "" where there is nothing to warn of."""
+    if not findings:
+        return ""
+    named = [f"{labels[column]} ({detail})" for column, detail in findings[:MOST_NAMED]]
+    return f"fit found {what} in {_joined(named)}{_and_more(len(findings) - len(named))}: {advice}."
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+
+
+def _and_more(count: int) -> str:
+    return f" and {count} more column{'s' * (count != 1)}" if count > 0 else ""
