@@ -9,6 +9,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pyarrow import csv as arrow_csv
 
 from pyro_maf import MAF, fit
-from pyro_maf.datasets import read_table, sources, tables
+from pyro_maf.datasets import read_table, tables
+from pyro_maf.datasets import source as bounds
+from pyro_maf.datasets import text as csv_source
 from pyro_maf.datasets.spool import temporary_file
 
 ROWS = 50
@@ -241,8 +246,8 @@ def test_a_fit_takes_what_was_read(tmp_path: Path) -> None:
 def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little memory, and batches of few rows."""
     monkeypatch.setattr(tables, "BYTES_IN_MEMORY", 100)
-    monkeypatch.setattr(sources, "NUMBERS_IN_A_BATCH", 20)
-    monkeypatch.setattr(sources, "BYTES_IN_A_BLOCK", 300)
+    monkeypatch.setattr(bounds, "NUMBERS_IN_A_BATCH", 20)
+    monkeypatch.setattr(csv_source, "BYTES_IN_A_BLOCK", 300)
 
 
 @pytest.mark.parametrize("write", [write_csv, write_gzip, write_parquet])
@@ -355,6 +360,11 @@ WRONG_TEXT = {
         {},
         "read_table found the stream ragged: data row 3 (counted from 1) has 3 cells where 2 were expected.",
     ),
+    "ragged below an empty line": (
+        '"a","b"\n1,2\n\n"3\n",4\n5,6,7\n',
+        {},
+        "read_table found the stream ragged: data row 3 (counted from 1) has 3 cells where 2 were expected.",
+    ),
     "text among the data": (
         "a,colour\n1,red\n2,blue\n",
         {},
@@ -443,6 +453,66 @@ def test_what_is_wrong_is_said_in_one_line(content: str, options: dict[str, Any]
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         read_table(text(content), **options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_reader_is_closed_before_the_error_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One that is left to the garbage collector may still run at the interpreter's end, which it then aborts.
+    readers: list[Any] = []
+    open_csv = arrow_csv.open_csv
+
+    class Watched:
+        def __init__(self, *arguments: Any) -> None:
+            self.reader = open_csv(*arguments)
+            self.is_closed = False
+            readers.append(self)
+
+        def __enter__(self) -> Any:
+            return self.reader.__enter__()
+
+        def __exit__(self, *error: Any) -> Any:
+            self.is_closed = True
+            return self.reader.__exit__(*error)
+
+    monkeypatch.setattr(arrow_csv, "open_csv", Watched)
+    monkeypatch.setattr(csv_source, "BYTES_IN_A_BLOCK", 300)
+    content = "a;b\n" + "1,5;2\n" * 500
+    for options in ({}, {"columns": ["b"], "context": ["a"], "categories": ["a"]}):
+        with pytest.raises(ValueError, match="read_table expected") as caught:
+            read_table(text(content), **options)
+        assert caught.value.__traceback__ is not None
+    assert [reader.is_closed for reader in readers] == [True] * 2
+
+
+def test_bad_cells_do_not_abort_the_interpreter(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("a;b;c\n" + "0,5;1,5;2,5\n" * 100_000)
+    code = "from pyro_maf.datasets import read_table, text\ntext.BYTES_IN_A_BLOCK = 100_000\nread_table('table.csv')"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("ValueError: read_table expected numbers with a decimal point")
+
+
+def test_reading_is_linear_in_the_number_of_columns() -> None:
+    def seconds(width: int) -> float:
+        content = (",".join(f"c{i}" for i in range(width)) + "\n" + ",".join("1" * width) + "\n").encode()
+        began = time.process_time()
+        table = read_table(io.BytesIO(content), context=["c3"])
+        assert table.data.shape == (1, width - 1)
+        return time.process_time() - began
+
+    seconds(100)
+    # Quadratic, it took 12 s.
+    assert seconds(20_000) < 5
+
+
+def test_a_pipe_with_a_name_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=lambda: path.write_bytes(b"a,b\n1,2\n"))
+    writer.start()
+    assert read_table(path).data.tolist() == [[1, 2]]
+    writer.join()
+    with pytest.raises(FileNotFoundError, match="found a device"):
+        read_table("/dev/null")
 
 
 def test_too_many_categories_are_refused() -> None:

@@ -8,9 +8,23 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["is_missing", "number_in", "numbers_of", "places_of", "text_at", "text_in", "texts_of"]
+__all__ = [
+    "is_missing",
+    "is_text",
+    "listed",
+    "number_in",
+    "numbers_of",
+    "places_of",
+    "quoted",
+    "shown",
+    "text_at",
+    "text_in",
+    "texts_of",
+]
 
 MISSING = {"", "na", "n/a", "nan", "null", "none", "?"}
+LONGEST_TEXT = 60
+MOST_LISTED = 10
 
 Column = Any
 """An array of numpy or pyarrow with one dimension."""
@@ -34,6 +48,28 @@ def is_missing(text: str) -> bool:
     return text.casefold() in MISSING
 
 
+def shown(text: str, most: int = LONGEST_TEXT) -> str:
+    r"""A text from a file as a message shows it: without what moves a terminal's cursor, and not too long.
+
+    Example:
+        >>> shown("a\x1b[2Jb"), shown("a" * 9, most=4)
+        ('a\\x1b[2Jb', 'aaa…')
+    """
+    cut = text if len(text) <= most else f"{text[: most - 1]}…"
+    return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in cut)
+
+
+def quoted(text: str) -> str:
+    """The same in quotes."""
+    return repr(text if len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 1]}…")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names with commas between them: all, or the first and the last of many."""
+    some = names if len(names) <= MOST_LISTED else [*names[: MOST_LISTED - 1], f"... {names[-1]}"]
+    return ", ".join(map(shown, some))
+
+
 def numbers_of(column: Column) -> np.ndarray[Any, Any]:
     """The numbers of a column as float64, NaN where there is none."""
     if isinstance(column, np.ndarray):
@@ -41,11 +77,13 @@ def numbers_of(column: Column) -> np.ndarray[Any, Any]:
     import pyarrow
     import pyarrow.compute as pc
 
-    if _is_text(column):
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if is_text(column.type):
         try:
             column = pc.cast(column, pyarrow.float64())
         except pyarrow.ArrowInvalid:  # one that arrow does not read; Python reads a sign and spaces before it
-            return np.array([number_in(text) for text in column.to_pylist()])
+            return np.array([math.nan if text is None else number_in(text) for text in column.to_pylist()])
     if pyarrow.types.is_float16(column.type):
         return column.to_numpy(zero_copy_only=False).astype(np.float64)
     return np.asarray(pc.cast(column, pyarrow.float64(), safe=False).to_numpy(zero_copy_only=False))
@@ -91,10 +129,13 @@ def text_at(column: Column, row: int) -> str:
     text = text_in(column, row)
     if not text:
         return "an empty cell"
-    return text if isinstance(column, np.ndarray) or not _is_text(column) else repr(text)
+    return shown(text) if isinstance(column, np.ndarray) or not is_text(column.type) else quoted(text)
 
 
-def _is_text(column: Column) -> bool:
-    import pyarrow
+def is_text(kind: Any) -> bool:
+    """Whether a type of pyarrow is one of text."""
+    from pyarrow import types
 
-    return bool(pyarrow.types.is_string(column.type))
+    # string_view is younger than the oldest pyarrow that will do.
+    names = ("is_string", "is_large_string", "is_string_view")
+    return any(getattr(types, name)(kind) for name in names if hasattr(types, name))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Spool", "temporary_file"]
+__all__ = ["Spool", "copied", "temporary_file"]
 
 
 class Spool:
@@ -69,6 +70,14 @@ def temporary_file(suffix: str) -> Path:
     descriptor, name = tempfile.mkstemp(suffix, dir=_folder().name)
     os.close(descriptor)
     return Path(name)
+
+
+def copied(stream: Any) -> Path:
+    """What a binary stream holds, as a temporary file."""
+    path = temporary_file(".table")
+    with open(path, "wb") as file:
+        shutil.copyfileobj(stream, file)
+    return path
 
 
 @functools.cache

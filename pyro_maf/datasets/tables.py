@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from pyro_maf.datasets.arrays import ArraySource
+from pyro_maf.datasets.cells import listed, quoted, shown
 from pyro_maf.datasets.columns import Column, Survey
-from pyro_maf.datasets.sources import ArraySource, Source, open_source
+from pyro_maf.datasets.source import Source
+from pyro_maf.datasets.sources import open_source
 from pyro_maf.datasets.spool import Spool
 
 __all__ = ["Table", "read_table"]
 
 BYTES_IN_MEMORY = 2**29
+MOST_COMPARED = 2000
+"""Among how many names one that is close to an unknown one is looked for: that takes a while for each."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -115,9 +121,19 @@ def read_table(
 
 
 def _check_names(source: Source) -> None:
-    repeated = [name for place, name in enumerate(source.names) if name and name in source.names[:place]]
-    if repeated:
-        raise ValueError(f"read_table expected names that differ, got two columns {repeated[0]!r} in {source.label}.")
+    name = _repeated(filter(None, source.names))
+    if name is not None:
+        raise ValueError(f"read_table expected names that differ, got two columns {quoted(name)} in {source.label}.")
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    """The first name that has come before."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def _chosen(
@@ -127,11 +143,12 @@ def _chosen(
     for name, value in (("columns", columns), ("context", context), ("categories", categories)):
         if isinstance(value, str) or not isinstance(value, (Sequence, type(None))):
             raise TypeError(f"read_table expected {name} to be a sequence of names, got {value!r}.")
-    names = [name for name in source.names if name not in context] if columns is None else list(columns)
-    for place, name in enumerate(asked := [*names, *context]):
-        _check_known(source, name)
-        if name in asked[:place]:
-            raise ValueError(f"read_table expected each column once, in columns or in context, got {name!r} twice.")
+    given = set(context)
+    names = [name for name in source.names if name not in given] if columns is None else list(columns)
+    _check_known(source, [*names, *context])
+    twice = _repeated([*names, *context])
+    if twice is not None:
+        raise ValueError(f"read_table expected each column once, in columns or in context, got {quoted(twice)} twice.")
     for name in categories:
         if name not in context:
             raise ValueError(
@@ -139,13 +156,18 @@ def _chosen(
             )
     if not names:
         raise ValueError(f"read_table expected columns of data beside the context, got none in {source.label}.")
+    return _numeric(source, names), _surveyed(source, context, categories)
+
+
+def _numeric(source: Source, names: Sequence[str]) -> list[Column]:
+    """Columns of data."""
     for name in names:
         if source.holds_text(name):
             raise ValueError(
                 f"read_table expected data of numbers, got text in {_place(source, name)}: "
                 "leave it out or make it context."
             )
-    return [Column(name, _place(source, name)) for name in names], _surveyed(source, context, categories)
+    return [Column(name, _place(source, name)) for name in names]
 
 
 def _surveyed(source: Source, names: Sequence[str], categories: Sequence[str]) -> list[Column]:
@@ -155,9 +177,10 @@ def _surveyed(source: Source, names: Sequence[str], categories: Sequence[str]) -
         name: Survey(name, _place(source, name), bool(kind)) for name, kind in kinds.items() if kind is not False
     }
     if surveys:
-        for batch in source.batches(list(surveys)):
-            for survey, cells in zip(surveys.values(), batch, strict=True):
-                survey.add(cells)
+        with closing(source.batches(list(surveys))) as batches:
+            for batch in batches:
+                for survey, cells in zip(surveys.values(), batch, strict=True):
+                    survey.add(cells)
     return [surveys[name].column() if name in surveys else Column(name, _place(source, name)) for name in names]
 
 
@@ -168,38 +191,36 @@ def _described(source: Source, description: Mapping[str, Any]) -> tuple[list[Col
         context = [(str(each["name"]), each["categories"]) for each in description["context"]]
     except (LookupError, TypeError):
         raise ValueError(
-            f"read_table expected columns as names or as the columns of another table, got {description!r}."
+            "read_table expected columns as names or as the columns of another table, got "
+            f"{shown(str(description), 200)}."
         ) from None
     if not source.is_named and not context and len(data) == len(source.names):
         source.names = tuple(data)
-    for name in [*data, *(name for name, _ in context)]:
-        _check_known(source, name)
-    return (
-        [Column(name, _place(source, name)) for name in data],
-        [Column(name, _place(source, name), categories) for name, categories in context],
-    )
+    _check_known(source, [*data, *(name for name, _ in context)])
+    for name, _ in context:
+        source.holds_text(name)
+    return _numeric(source, data), [Column(name, _place(source, name), categories) for name, categories in context]
 
 
-def _check_known(source: Source, name: str) -> None:
-    if name == "":
+def _check_known(source: Source, names: Sequence[str]) -> None:
+    known = set(source.names)
+    unknown = next((name for name in names if name == "" or name not in known), None)
+    if unknown is None:
+        return
+    if unknown == "":
         place = source.names.index("") + 1 if "" in source.names else 1
         raise ValueError(
             f"read_table expected a name for every column, got none for column {place} of {source.label}: "
             "name it, or choose which columns to read."
         )
-    if name not in source.names:
-        near = difflib.get_close_matches(name, source.names, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it has {_listed(source.names)}."
-        named = "" if source.is_named else ", whose columns have no names of their own"
-        raise ValueError(f"read_table found no column {name!r} in {source.label}{named}: {hint}")
+    near = difflib.get_close_matches(unknown, source.names, 1) if len(source.names) <= MOST_COMPARED else []
+    hint = f"did you mean {quoted(near[0])}?" if near else f"it has {listed(source.names)}."
+    named = "" if source.is_named else ", whose columns have no names of their own"
+    raise ValueError(f"read_table found no column {quoted(unknown)} in {source.label}{named}: {hint}")
 
 
 def _place(source: Source, name: str) -> str:
-    return f"column {name!r} of {source.label}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) <= 10 else f"{', '.join(names[:9])}, ... {names[-1]}"
+    return f"column {quoted(name)} of {source.label}"
 
 
 def _read(source: Source, columns: Sequence[Column]) -> np.ndarray[Any, Any]:
@@ -207,8 +228,9 @@ def _read(source: Source, columns: Sequence[Column]) -> np.ndarray[Any, Any]:
     names = [column.name for column in columns]
     mapped = _mapped(source, names)
     first_row = 1
-    with Spool(sum(len(column.encoded_names) for column in columns), BYTES_IN_MEMORY) as spool:
-        for batch in source.batches(names):
+    width = sum(len(column.encoded_names) for column in columns)
+    with Spool(width, BYTES_IN_MEMORY) as spool, closing(source.batches(names)) as batches:
+        for batch in batches:
             parts = [column.encode(cells, first_row) for column, cells in zip(columns, batch, strict=True)]
             first_row += len(parts[0])
             if mapped is None:

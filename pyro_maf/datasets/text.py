@@ -1,0 +1,128 @@
+"""Tables as text: which marks lie between cells, whether there are names above them, and their rows in batches."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pyro_maf.datasets.cells import is_missing, number_in
+from pyro_maf.datasets.source import Source, one_line
+
+__all__ = ["CsvSource"]
+
+BYTES_IN_A_BLOCK = 2**23
+
+
+class CsvSource(Source):
+    """Text in UTF-8, a row a line, its cells apart by tabs, commas, semicolons or single spaces.
+
+    The first line holds names, unless it has as many numbers as the others.
+    """
+
+    def __init__(self, path: Path, label: str) -> None:
+        super().__init__(path, label)
+        try:
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                first, second = itertools.islice(itertools.chain(filter(str.strip, file), ("", "")), 2)
+                if "\0" in first:
+                    raise csv.Error("it holds bytes that are no text")
+                self._delimiter = _delimiter_between(first, second)
+                file.seek(0)
+                rows = csv.reader(file, delimiter=self._delimiter)
+                head = list(itertools.islice(((place, row) for place, row in enumerate(rows) if row), 2))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise self._no_text(error) from None
+        if not head:
+            raise self.wrong("empty.")
+        cells = [[cell.strip() for cell in row] for _, row in head]
+        self.is_named = _is_header(cells[0], cells[1] if len(cells) > 1 else [])
+        cells[0][0] = cells[0][0].lstrip("# ")  # numpy.savetxt marks names as a comment
+        self.names = tuple(cells[0]) if self.is_named else tuple(f"x{i}" for i in range(1, len(cells[0]) + 1))
+        self._rows_above = head[0][0] + 1 if self.is_named else 0
+
+    def holds_text(self, name: str) -> bool | None:
+        """None: only the cells can tell."""
+        return None
+
+    def batches(self, names: Sequence[str]) -> Generator[list[Any], None, None]:
+        """Rows as pyarrow parses them, every column as text."""
+        import pyarrow
+        from pyarrow import csv as arrow_csv
+
+        try:
+            # A reader that is left to the garbage collector is destroyed while its threads run, and ends the process.
+            with arrow_csv.open_csv(
+                self.path,
+                arrow_csv.ReadOptions(
+                    use_threads=False,
+                    block_size=BYTES_IN_A_BLOCK,
+                    column_names=self.names,
+                    skip_rows_after_names=self._rows_above,
+                ),
+                # Nothing of Python's, such as a handler of ragged rows: a thread of pyarrow's that let go of it after
+                # the interpreter's end would end the process as well.
+                arrow_csv.ParseOptions(delimiter=self._delimiter, newlines_in_values=True),
+                arrow_csv.ConvertOptions(
+                    column_types=dict.fromkeys(names, pyarrow.string()),
+                    include_columns=list(names),
+                    strings_can_be_null=False,
+                ),
+            ) as reader:
+                for batch in reader:
+                    yield batch.columns
+        except pyarrow.ArrowException as error:
+            raise self._ragged() or self.wrong(f"damaged: {one_line(error)}") from None
+
+    def _ragged(self) -> ValueError | None:
+        """What is wrong with the first row that has not as many cells as there are columns; None if all have."""
+        try:
+            with open(self.path, encoding="utf-8-sig", newline="") as file:
+                for number, row in enumerate(self._rows(file), 1):
+                    if len(row) != len(self.names):
+                        return self.wrong(
+                            f"ragged: data row {number} (counted from 1) has {len(row)} cells where "
+                            f"{len(self.names)} were expected."
+                        )
+        except (UnicodeDecodeError, csv.Error) as error:
+            return self._no_text(error)
+        return None
+
+    def _rows(self, file: Any) -> Iterator[list[str]]:
+        """The rows of data, those without a cell left out, as pyarrow does."""
+        rows = csv.reader(file, delimiter=self._delimiter)
+        return filter(None, itertools.islice(rows, self._rows_above, None))
+
+    def _no_text(self, error: Exception) -> ValueError:
+        return self.wrong(f"to be neither csv in UTF-8 nor parquet, npy or npz: {one_line(error)}")
+
+
+def _delimiter_between(first: str, second: str) -> str:
+    """What the cells of two lines are apart by; a comma where that is nothing."""
+    marks = [mark for mark in "\t,;" if mark in first]
+    if marks:
+        return max(marks, key=first.count)
+    # Spaces may also be those of a name.
+    in_both = " " in first.strip() and (not second or second.count(" ") == first.count(" "))
+    return " " if in_both else ","
+
+
+def _is_header(first: list[str], second: list[str]) -> bool:
+    """Whether a row holds names: of texts alone, a text above a number, or numbers that count the columns."""
+    if not any(map(_is_number, first)):
+        return True
+    if any(_is_text(above) and _is_number(below) for above, below in zip(first, second, strict=False)):
+        return True
+    counts = [[str(i) for i in range(start, start + len(first))] for start in (0, 1)]
+    return first in counts and not all(cell.isdecimal() for cell in second)
+
+
+def _is_number(cell: str) -> bool:
+    return not math.isnan(number_in(cell)) or is_missing(cell)
+
+
+def _is_text(cell: str) -> bool:
+    return not _is_number(cell)
