@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_maf.checks import check_choice, check_event, check_permutation, check_positive, check_sizes
+from pyro_maf.tempering import Linear, Tempered
 from pyro_maf.tracing import is_looked_into
 
 __all__ = ["ACTIVATIONS", "MADE", "MLP", "MaskedLinear", "compress_tails", "default_hidden_dims", "degrees", "masks"]
@@ -201,10 +202,9 @@ class MaskedLinear(nn.Linear):
         return F.linear(x, self.weight * self.mask, self.bias)
 
 
-class Network(nn.Module):
+class Network(Tempered):
     """What MADE and MLP share: compressed tails, a named activation, and a context that every layer sees."""
 
-    layers: nn.ModuleList
     context_layers: nn.ModuleList
     activation_index: Tensor
 
@@ -418,17 +418,16 @@ class MADE(Network):
         """Remake what follows from order and degrees: the masks, and how many units are final at each step."""
         self.is_natural = self.order.tolist() == list(range(self.input_dim))
         with torch.no_grad():
-            for layer, mask in zip(self.masked_layers, self.masks(), strict=True):
-                layer.mask.copy_(mask)
+            for layer, mask, gain in zip(self.masked_layers, self.masks(), self._gains(), strict=True):
+                layer.mask.copy_(mask).mul_(gain)  # as part of the mask it is seen wherever that is
         steps = torch.arange(self.input_dim, device=self.order.device)
         self.ready = [torch.searchsorted(d, steps, right=True).tolist() for d in self.hidden_degrees]
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _apply_gains(self) -> None:
         self._derive()
 
 
 def _plain(input_dim: int, output_dim: int) -> nn.Linear:
     if input_dim:
-        return nn.Linear(input_dim, output_dim)
+        return Linear(input_dim, output_dim)
     return MaskedLinear(torch.ones(output_dim, 0))

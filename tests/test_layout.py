@@ -27,6 +27,7 @@ FLOORS = (
     "showing",
     "tracing",
     "saving",
+    "tempering",
     "nn",
     "sweep",
     "transforms",

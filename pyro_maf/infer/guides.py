@@ -25,6 +25,7 @@ from pyro_maf.infer.head import Head
 from pyro_maf.infer.latents import Latents
 from pyro_maf.infer.log_joint import LogJoint, latent_sites
 from pyro_maf.infer.start import Normal, best_normal
+from pyro_maf.tempering import Tempered
 from pyro_maf.transforms import ConditionalFlow, Flow, Stack
 
 __all__ = ["AutoFlow", "AutoIAF", "AutoMAF", "AutoRealNVP"]
@@ -101,6 +102,9 @@ class AutoFlow(AutoContinuous):
         flow = self.flow_class(size, num_layers=self._num_layers, **shared)
         head = Head(size, loc=start.loc, scale_tril=start.scale_tril, **shared)
         stack = Stack([*flow, head]).to(start.loc)
+        for module in stack.modules():
+            if isinstance(module, Tempered):
+                module.temper()
         self.transform = ConditionalFlow(stack) if context_dim else stack
 
     def _start(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Normal:

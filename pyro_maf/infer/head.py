@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_maf.nn import MLP
+from pyro_maf.tempering import gain_of
 from pyro_maf.transforms import Flow
 from pyro_maf.transforms.triangular import solve_lower
 
@@ -20,7 +22,8 @@ class Head(Flow):
 
     L and A are lower triangular with positive diagonals. A and b start as the identity and 0, so that y starts as
     loc + L x: what is trained lives in units where the posterior is about standard normal, and one learning rate suits
-    every model.
+    every model. From 23 dimensions on, what is below the diagonal of A is a gain of about 16 / D times its parameters,
+    so that a step of Adam, which moves all D (D - 1) / 2 of them, moves y no further than in few dimensions.
 
     Args:
         input_dim: D.
@@ -40,6 +43,7 @@ class Head(Flow):
     is_by_row = True
     loc: Tensor
     scale_tril: Tensor
+    gain: Tensor | None
     _places: Tensor
 
     def __init__(
@@ -57,6 +61,8 @@ class Head(Flow):
         self.register_buffer("scale_tril", scale_tril.detach().clone())
         # b, the logarithm of A's diagonal, and what is below it, as one: each parameter costs an optimizer time.
         self.free = nn.Parameter(torch.zeros(2 * input_dim + input_dim * (input_dim - 1) // 2).to(loc))
+        gain = gain_of(input_dim)
+        self.register_buffer("gain", None if gain == 1.0 else torch.tensor(gain).to(loc))
         self.register_buffer("_places", _places(input_dim).to(loc.device), persistent=False)
         if context_dim:
             self.network = MLP(context_dim, hidden_dims, len(self.free), activation=activation)
@@ -73,12 +79,17 @@ class Head(Flow):
         x = solve_lower(factor, solve_lower(self.scale_tril, y - self.loc) - shift)
         return x, log_det.expand(x.shape[:-1])
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The gain is that which the stored entries are for: none where a head without one was stored.
+        self.gain = torch.ones_like(self.free[0].detach()) if prefix + "gain" in state_dict else None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """b, A and log |det LA|."""
         free = self.free if context is None else self.free + self.network.run(context, None)
         size = self.input_dim
         shift, log_diagonal, below = free.split([size, size, free.shape[-1] - 2 * size], -1)
-        entries = torch.cat([F.pad(log_diagonal.exp(), (1, 0)), below], -1)
+        entries = torch.cat([F.pad(log_diagonal.exp(), (1, 0)), below if self.gain is None else self.gain * below], -1)
         factor = entries.index_select(-1, self._places).unflatten(-1, (size, size))
         return shift, factor, log_diagonal.sum(-1) + self.scale_tril.diagonal().log().sum()
 
