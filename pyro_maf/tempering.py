@@ -64,7 +64,8 @@ class Tempered(nn.Module):
 
     def _apply_gains(self) -> None:
         """Tell each layer its gain."""
-        for layer, gain in zip(self.layers, self._gains(), strict=True):
+        layers: list[Linear] = list(self.layers)  # type: ignore[arg-type]
+        for layer, gain in zip(layers, self._gains(), strict=True):
             layer.gain = gain
 
     def _gains(self) -> list[float]:
@@ -72,6 +73,8 @@ class Tempered(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The gains are those that the stored weights are for: none where an untempered network was stored.
-        self.gains = next(self.layers.parameters()).new_ones(len(self.layers)) if prefix + "gains" in state_dict else None
+        self.gains = (
+            next(self.layers.parameters()).new_ones(len(self.layers)) if prefix + "gains" in state_dict else None
+        )
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._apply_gains()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_maf.infer import diagnose, fit_guide, fitting
 from pyro_maf.infer.schedule import Schedule
-from tests.posteriors import GAMMA, GUIDES, SMALL, counting, regression, weights
+from tests.posteriors import GAMMA, GUIDES, SMALL, counting, regression, steps, weights
 
 pytestmark = pytest.mark.usefixtures("fresh")
 QUICK: dict[str, Any] = {"num_particles": 8, "progress": False}
@@ -203,6 +203,104 @@ def test_a_bound_that_is_never_finite_is_an_error() -> None:
 
     with pytest.raises(ArithmeticError, match="no finite loss and gradient in 50 steps in a row"):
         fit_guide(model, AutoIAF(model, init_scale=1.0, **SMALL), steps=100, **QUICK)
+
+
+def test_a_fit_that_raises_leaves_its_best_weights() -> None:
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(pyro.param("loc", lambda: torch.tensor(3.0)), 1.0))
+
+    model = Counted(500, lambda model: fails(), standard)
+
+    def fails() -> None:
+        pyro.param("loc").data.fill_(1e3)  # as after a step that is far too long
+        raise ValueError("singular from now on")
+
+    with pytest.raises(ValueError, match="singular from now on"):
+        fit_guide(model, guide, steps=1_000, learning_rate=0.05, num_particles=1, progress=False)
+    assert abs(float(pyro.param("loc").detach())) < 0.2
+
+
+@pytest.mark.filterwarnings("ignore:Encountered:UserWarning")
+@pytest.mark.parametrize("how", ["explodes", "is not a number"])
+def test_a_fit_that_goes_astray_returns_to_its_best_weights_at_half_the_rate(how: str) -> None:
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(pyro.param("loc", lambda: torch.tensor(3.0)), 1.0))
+
+    def leads_astray(model: Counted) -> None:
+        model._at = math.inf
+        pyro.param("loc").data.fill_(1e4 if how == "explodes" else math.nan)
+
+    model = Counted(300, leads_astray, standard)
+    fit = fit_guide(model, guide, steps=600, learning_rate=0.05, num_particles=1, progress=False)
+    assert fit.retreats == 1
+    assert abs(float(pyro.param("loc").detach())) < 0.2
+    assert "went back to the best weights 1 times, with half the learning rate" in repr(fit)
+
+
+def test_the_learning_rate_is_halved_and_warms_up_again_on_a_retreat() -> None:
+    schedule = Schedule(0.01, steps=100_000)
+    for _ in range(100):
+        schedule.step(1.0)
+    schedule.restart()
+    assert schedule.learning_rate == pytest.approx(0.005 / 50)
+    for _ in range(100):
+        schedule.step(1.0)
+    assert schedule.learning_rate == 0.005
+
+
+def test_an_ordinary_fit_never_retreats() -> None:
+    fit = fit_guide(counting, AutoIAF(counting, init_scale=0.01, **SMALL), steps=300, **QUICK)
+    assert (fit.retreats, fit.skipped_steps) == (0, 0)
+
+
+# -- many latent variables ---------------------------------------------------------------------------------------------
+
+
+def hierarchy(groups: int) -> Any:
+    """As many means as groups around a common one, with the scale of their differences to be learned."""
+    y = 1 + 0.3 * torch.randn(groups, generator=torch.Generator().manual_seed(1))
+
+    def model() -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 5.0))
+        scale = pyro.sample("scale", dist.HalfCauchy(torch.tensor(2.0)))
+        with pyro.plate("groups", groups):
+            z = pyro.sample("z", dist.Normal(loc, scale))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    return model
+
+
+def funnel(size: int) -> Any:
+    """Neal's: the scale of all but one is the exponential of that one."""
+
+    def model() -> None:
+        v = pyro.sample("v", dist.Normal(0.0, 3.0))
+        with pyro.plate("rows", size - 1):
+            pyro.sample("x", dist.Normal(0.0, (v / 2).exp()))
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "least"), [(hierarchy(100), -160.0), (funnel(100), -6.0)], ids=["hierarchy", "funnel"]
+)
+def test_the_default_rate_suits_a_hundred_latent_variables(
+    monkeypatch: pytest.MonkeyPatch, model: Any, least: float
+) -> None:
+    monkeypatch.setattr(fitting, "diagnose", partial(diagnose, num_samples=200))
+    fit = fit_guide(model, AutoIAF(model), steps=60, **QUICK)
+    assert (fit.skipped_steps, fit.retreats) == (0, 0)
+    assert min(fit.elbo) > fit.elbo[0] - 10
+    assert fit.elbo[-1] > least
+
+
+@pytest.mark.parametrize("make", GUIDES)
+def test_a_plain_loop_at_the_usual_rate_bears_a_hundred_latent_variables(make: Any) -> None:
+    model = hierarchy(100)
+    loss = pyro.infer.Trace_ELBO(num_particles=4, vectorize_particles=True)
+    losses = steps(loss, model, make(model, num_layers=2), 40)
+    assert max(losses) < losses[0] + 20
+    assert losses[-1] < losses[0] - 20
 
 
 def test_fits_guides_of_pyro() -> None:

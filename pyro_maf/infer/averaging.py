@@ -31,6 +31,11 @@ class Average:
         self._count += 1
         torch._foreach_lerp_(self._average, self._parameters, max(1 / self._count, 1 / MEMORY))
 
+    def restart(self) -> None:
+        """Forget all but the best: an average from the next parameters on, and until then of the present ones."""
+        self._count = 0
+        self._average = [parameter.detach().clone() for parameter in self._parameters]
+
     def keep(self) -> None:
         """Remember the present average as the best."""
         self._kept = [value.clone() for value in self._average]

@@ -21,6 +21,7 @@ from pyro_maf.infer.importance import arviz, nesting_of_batches
 from pyro_maf.infer.log_joint import FAILURES
 from pyro_maf.infer.path_gradient import TracePath_ELBO
 from pyro_maf.infer.progress import bar
+from pyro_maf.infer.retreat import Retreat
 from pyro_maf.infer.schedule import Schedule
 from pyro_maf.interruption import Interruption
 from pyro_maf.showing import check_progress
@@ -28,6 +29,7 @@ from pyro_maf.showing import check_progress
 __all__ = ["GuideFit", "fit_guide"]
 
 MOST_FAILURES = 50
+FAILURES_TO_RETREAT = 10
 CLIP = 4.0
 ALONE = 4
 """Particles where the model has to be run for each."""
@@ -44,6 +46,7 @@ class GuideFit:
         seconds: How long it took.
         stop_reason: Why it ended, in words.
         skipped_steps: How many steps were left out because the model raised, or loss or gradient were not finite.
+        retreats: How often the fit went back to its best weights, with half the learning rate.
     """
 
     guide: Any
@@ -52,10 +55,13 @@ class GuideFit:
     seconds: float
     stop_reason: str
     skipped_steps: int = 0
+    retreats: int = 0
 
     def __repr__(self) -> str:
         steps = f"{self.skipped_steps} steps without a finite loss and gradient"
         skipped = f"; {steps} skipped" if self.skipped_steps else ""
+        if self.retreats:
+            skipped += f"; went back to the best weights {self.retreats} times, with half the learning rate"
         return (
             f"GuideFit({type(self.guide).__name__}, {len(self.elbo)} steps in {self.seconds:.1f} s; "
             f"stopped: {self.stop_reason}{skipped}; {self.diagnosis})"
@@ -78,7 +84,8 @@ def fit_guide(
     is halved whenever the bound of 200 steps is no better than the best before, by more than its standard error, and
     falls in any case over the last 30 % of `steps`. After five halvings the bound has converged. Gradients are clipped
     to four times their usual norm; steps where the model raises, or where loss or gradient are not finite, are skipped.
-    What is kept are the weights averaged over the best stretch.
+    After ten of these in a row, and where the bound falls far below its best, the fit goes on from its best weights at
+    half the rate. The result has the weights averaged over the best stretch.
 
     Args:
         model: A Pyro model.
@@ -97,7 +104,8 @@ def fit_guide(
     Raises:
         ValueError: For options out of range, or a guide without parameters.
         TypeError: For a class of guides in place of a guide.
-        Exception: What the model raises, where it does so fifty times in a row.
+        Exception: What the model raises, where it does so fifty times in a row; the guide has its best weights then.
+        ArithmeticError: Where loss or gradient are not finite fifty times in a row, likewise.
         ModuleNotFoundError: Without the `train` extra.
 
     Example:
@@ -132,6 +140,7 @@ def fit_guide(
         seconds=time.monotonic() - started,
         stop_reason=reason,
         skipped_steps=run.skipped,
+        retreats=run.retreats,
     )
 
 
@@ -174,9 +183,11 @@ class _Run:
         self._usual_norm = math.inf
         self._failures = 0
         self.average = Average(self._parameters)
+        self._best = Retreat(self._parameters)
         self.schedule = schedule
         self.elbo: list[float] = []
         self.skipped = 0
+        self.retreats = 0
 
     def _find_parameters(self) -> list[Tensor]:
         with poutine.trace(param_only=True) as capture:
@@ -212,11 +223,14 @@ class _Run:
             self._skip(raises=False)
             return
         self._failures = 0
+        self.elbo.append(-loss)
+        if self._best.is_due(loss):
+            self._retreat()
+            return
         self._clip(norm)
         for group in self._optimizer.param_groups:
             group["lr"] = self.schedule.learning_rate
         self._optimizer.step()
-        self.elbo.append(-loss)
         self.average.add()
         if self.schedule.step(loss) and self.schedule.is_as_good_as_any:
             self.average.keep()
@@ -224,10 +238,21 @@ class _Run:
     def _skip(self, raises: bool) -> None:
         self.skipped += 1
         self._failures += 1
+        if self._failures % FAILURES_TO_RETREAT == 0:
+            self._retreat()
         if self._failures >= MOST_FAILURES:
             if raises:
                 raise
             raise ArithmeticError(f"fit_guide found no finite loss and gradient in {MOST_FAILURES} steps in a row.")
+
+    def _retreat(self) -> None:
+        """Go on from the best weights at half the rate, without the moments of what led away from there."""
+        self._best.take()
+        self._optimizer.state.clear()
+        self._usual_norm = math.inf
+        self.schedule.restart()
+        self.average.restart()
+        self.retreats += 1
 
     def _clip(self, norm: float) -> None:
         """Scale the gradient down to a few times its usual norm."""
@@ -241,6 +266,8 @@ class _Run:
 
     def settle(self) -> None:
         """Put the averaged weights in place."""
+        if self._best.has_fallen():
+            self._retreat()
         if self.schedule.ends_as_good_as_any():
             self.average.keep()
         self.average.use()

@@ -31,7 +31,7 @@ class Schedule:
 
     def __init__(self, learning_rate: float, steps: int) -> None:
         self._highest, self._steps = learning_rate, steps
-        self._taken, self._cuts = 0, 0
+        self._taken, self._cuts, self._warm_from = 0, 0, 0
         self._best = math.inf
         self._window: list[float] = []
         self.is_as_good_as_any = False
@@ -44,9 +44,15 @@ class Schedule:
     @property
     def learning_rate(self) -> float:
         """That of the next step."""
-        warm = min(1.0, (self._taken + 1) / WARM_UP)
+        warm = min(1.0, (self._taken - self._warm_from + 1) / WARM_UP)
         annealed = 2.0 ** (-CUTS * max(0.0, 1 - (self._steps - self._taken) / (LAST_PART * self._steps)))
         return self._highest * warm * min(2.0**-self._cuts, annealed)
+
+    def restart(self) -> None:
+        """Warm up again, to half the rate, and leave out the present window."""
+        self._highest /= 2
+        self._warm_from = self._taken
+        self._window = []
 
     def step(self, loss: float) -> bool:
         """Take note of a step's loss; true where it ended a window."""
