@@ -1,29 +1,40 @@
 """Saving and loading: one safetensors file with the weights, and the architecture as JSON in its header.
 
 Nothing that is loaded can run code: the header names a class of this package, or one derived from it that the program
-has imported, and the plain values to build it with.
+has imported, and the plain values to build it with. A digest of both stands beside it: a file in which a single bit has
+changed is refused.
 """
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import importlib
 import inspect
 import json
 import os
 import secrets
-from collections.abc import Sequence
+import struct
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Savable", "describe", "load", "remove_unfinished", "write_whole"]
+from pyro_maf.allowance import Allowance
+
+__all__ = ["Contents", "Savable", "describe", "load", "pack", "remove_unfinished", "unpack", "write_whole"]
 
 FORMAT = 1
 KEY = "pyro_maf"
+DIGEST = "digest"
+LENGTH = struct.Struct("<Q")
+"""Of a safetensors header, in bytes; a multiple of its size, so that the numbers are aligned."""
+REMEDY = "It is left as it is: put a copy of it back, or write it again."
 TOKEN_BYTES = 8
 _known: dict[str, type[Savable]] = {}
 Self = TypeVar("Self", bound="Savable")
@@ -64,14 +75,11 @@ class Savable:
             TypeError: If an argument this was built with is none of the above, or a flow or density at one context.
             ModuleNotFoundError: Without the `train` extra.
         """
-        from safetensors.torch import save
-
         module: Any = self
         training = [name for name, member in module.named_modules(remove_duplicate=False) if member.training]
         frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
         header = {"format": FORMAT, "training": training, "frozen": frozen, **describe(self)}
-        state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
-        write_whole(Path(path), save(state, {KEY: json.dumps(header)}))
+        write_whole(Path(path), pack(module.state_dict(), KEY, json.dumps(header)))
 
 
 def load(path: str | os.PathLike[str]) -> Any:
@@ -96,20 +104,90 @@ def load(path: str | os.PathLike[str]) -> Any:
         >>> type(again).__name__
         'MAF'
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"load expected a file at {path}, found {'a folder' if path.is_dir() else 'nothing'}.")
+    contents = unpack(path, KEY, "load", "safetensors file")
+    # Where a digest vouches for the architecture, the weights are those of a module that has been built before.
+    with nullcontext() if contents.has_digest else Allowance(contents.tensors.values()):
+        module = _rebuild(path, contents)
+    if not contents.has_digest:
+        warnings.warn(
+            f"load found no digest in {path}, as an earlier version or another program wrote it: damage to its weights "
+            "would go unnoticed. Save it again.",
+            stacklevel=2,
+        )
+    return module
+
+
+class Contents(NamedTuple):
+    """What `pack` wrote.
+
+    Attributes:
+        text: Of the header.
+        tensors: By name.
+        has_digest: Whether there was a digest, which then fits.
+    """
+
+    text: str
+    tensors: dict[str, Tensor]
+    has_digest: bool
+
+
+def pack(tensors: Mapping[str, Tensor], key: str, text: str) -> bytes:
+    """A safetensors file of `tensors`, with `text` under `key` in its header, and a digest of it all."""
+    from safetensors.torch import save
+
+    # Copies: no two tensors of a file may share memory.
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    content = save(copies, {key: text})
+    # Two entries of its own would come in either order, and the same module in two different files.
+    (size,) = LENGTH.unpack_from(content)
+    header = json.loads(content[LENGTH.size : LENGTH.size + size])
+    header["__metadata__"][DIGEST] = _digest(text, copies)
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % LENGTH.size)
+    return b"".join([LENGTH.pack(len(encoded)), encoded, memoryview(content)[LENGTH.size + size :]])
+
+
+def unpack(path: Path, key: str, who: str, kind: str) -> Contents:
+    """What `pack` wrote, from `path`.
+
+    Args:
+        path: The file.
+        key: Where its text is.
+        who: Who is to read it.
+        kind: What it should be.
+
+    Raises:
+        ValueError: If it can not be read, is damaged or foreign; the message says which.
+        ModuleNotFoundError: Without safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"load found {path} damaged, truncated or no safetensors file: {error}.") from None
-    if KEY not in metadata:
-        raise ValueError(f"load found no {KEY} architecture in {path}: another program wrote it.")
-    return _rebuild(path, metadata[KEY], state)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{who} found {path} damaged, truncated or no {kind}: {reason}. {REMEDY}") from None
+    if key not in metadata:
+        raise ValueError(f"{who} found no {key} architecture in {path}: another program wrote it, or it is no {kind}.")
+    digest = metadata.get(DIGEST)
+    # Without a digest there is nothing else in the header, unless its name is what has changed.
+    if digest != _digest(metadata[key], tensors) if digest is not None else len(metadata) > 1:
+        raise ValueError(f"{who} found {path} damaged: its content is not what was written. {REMEDY}")
+    return Contents(metadata[key], tensors, digest is not None)
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """A number that another text or other tensors would not have. Cost: about a second a gigabyte."""
+    hashed = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        hashed.update(json.dumps([name, str(tensor.dtype), tensor.shape]).encode())
+        hashed.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return hashed.hexdigest()
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -138,9 +216,10 @@ def remove_unfinished(path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _rebuild(path: Path, header_text: str, state: dict[str, Tensor]) -> Any:
+def _rebuild(path: Path, contents: Contents) -> Any:
+    state = contents.tensors
     try:
-        header = json.loads(header_text)
+        header = json.loads(contents.text)
         if header["format"] > FORMAT:
             raise ValueError(f"it has format {header['format']}, this version reads up to {FORMAT}")
         module = _build(header)

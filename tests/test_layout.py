@@ -26,6 +26,7 @@ FLOORS = (
     "interruption",
     "showing",
     "tracing",
+    "allowance",
     "saving",
     "tempering",
     "nn",

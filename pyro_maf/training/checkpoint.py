@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_maf.saving import remove_unfinished, write_whole
+from pyro_maf.saving import pack, remove_unfinished, unpack, write_whole
 
 __all__ = ["LOG", "MODEL", "Checkpoint", "Keeper", "generator_states", "set_generator_states"]
 
@@ -39,11 +39,7 @@ class Checkpoint(NamedTuple):
 
     def write(self, path: Path) -> None:
         """Put it at `path`, whole or not at all."""
-        from safetensors.torch import save
-
-        # Copies: no two tensors of a file may share memory.
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.tensors.items()}
-        write_whole(path, save(tensors, {KEY: json.dumps({"format": FORMAT, **self.facts})}))
+        write_whole(path, pack(self.tensors, KEY, json.dumps({"format": FORMAT, **self.facts})))
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
@@ -52,17 +48,19 @@ class Checkpoint(NamedTuple):
         Raises:
             ValueError: If it is damaged, foreign or from a later version.
         """
-        from safetensors import SafetensorError, safe_open
-
+        contents = unpack(path, KEY, "fit", "checkpoint")
         try:
-            with safe_open(path, "pt") as file:
-                facts = json.loads((file.metadata() or {})[KEY])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, OSError, LookupError, ValueError) as error:
-            raise ValueError(f"fit found {path} damaged, truncated or no checkpoint: {error}.") from None
-        if facts["format"] > FORMAT:
+            facts = json.loads(contents.text)
+            later = facts["format"] > FORMAT
+        except (LookupError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"fit found {path} damaged: its facts are no JSON with a format ({error}).") from None
+        if later:
             raise ValueError(f"fit found {path} with format {facts['format']}, this version reads up to {FORMAT}.")
-        return cls(tensors, facts)
+        if not contents.has_digest:
+            raise ValueError(
+                f"fit found no digest in {path}, as an earlier version or another program wrote it: choose another folder."
+            )
+        return cls(contents.tensors, facts)
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose names begin with `prefix/`, by the rest of their names."""
