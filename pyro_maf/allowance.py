@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from itertools import zip_longest
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -18,13 +18,19 @@ PER_OPERATION = 64
 """Elements that an operation counts for on top of its result's, so that a loop without end has one."""
 SLACK = 2**21
 """Elements that any file may take: some megabytes."""
+SIZED = (
+    *("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "zeros"),
+    *("expand", "repeat", "repeat_interleave", "tile", "tril_indices", "triu_indices"),
+)
+"""Operations whose integers are sizes of the result, by name; those of a tensor may begin with `new_`."""
 
 
 class Allowance(TorchFunctionMode):
     """While entered, torch computes about as much as it takes to build a module with these weights, and no more.
 
-    A file of a few bytes can describe a network of gigabytes. What would exceed the allowance is refused before it is
-    allocated: its size is that which torch works out on the meta device.
+    A file of a few bytes can describe a network of gigabytes. An operation that would exceed the allowance by
+    broadcasting its arguments, or by the sizes that it is asked for, is refused before it allocates anything. (torch's
+    own functions of shapes, and its meta device, would load a computer algebra system of 40 MiB for that.)
 
     Args:
         stored: The weights that the file holds.
@@ -32,9 +38,10 @@ class Allowance(TorchFunctionMode):
     Raises:
         ValueError: In place of the operation that would exceed it.
 
-    Cost: some microseconds an operation; a shape is worked out only where the result might be too large.
+    Cost: some microseconds an operation.
 
     Example:
+        >>> import torch
         >>> with Allowance([torch.zeros(3)]):
         ...     torch.zeros(10**9)
         Traceback (most recent call last):
@@ -57,45 +64,35 @@ class Allowance(TorchFunctionMode):
     ) -> Any:
         """Run the operation where it can be afforded."""
         kwargs = kwargs or {}
-        if _at_most([args, kwargs]) > self._left:
-            self._spend(_on_meta(function, args, kwargs))
+        self._check(_at_most(function, [args, kwargs]))
         result = function(*args, **kwargs)
-        self._spend(result)
+        self._left -= PER_OPERATION + sum(tensor.numel() for tensor in _leaves(result, Tensor))
+        self._check(0)
         return result
 
-    def _spend(self, result: Any) -> None:
-        self._left -= PER_OPERATION + sum(leaf.numel() for leaf in _leaves(result) if isinstance(leaf, Tensor))
-        if self._left < 0:
+    def _check(self, elements: int) -> None:
+        if elements > self._left:
             raise ValueError(f"its architecture takes far more memory than the {self._stored} numbers in the file")
 
 
-def _at_most(arguments: Any) -> int:
-    """A bound on the elements of a result: sizes broadcast, repeat, or span a square, but do not add up to more."""
-    sizes = [leaf.numel() if isinstance(leaf, Tensor) else leaf**2 for leaf in _leaves(arguments)]
-    return math.prod(max(1, size) for size in sizes)
+def _at_most(function: Callable[..., Any], arguments: Any) -> int:
+    """A bound on the elements of a result."""
+    shapes = [reversed(tensor.shape) for tensor in _leaves(arguments, Tensor)]
+    size = math.prod(map(max, zip_longest(*shapes, fillvalue=1)))
+    name = getattr(function, "__name__", "").removeprefix("new_")
+    if name not in SIZED:
+        return size
+    asked = size * math.prod(max(1, number) for number in _leaves(arguments, int))
+    return asked**2 if name == "eye" else asked
 
 
-def _leaves(value: Any) -> Iterator[Tensor | int]:
-    if isinstance(value, Tensor) or type(value) is int:
+Leaf = TypeVar("Leaf")
+
+
+def _leaves(value: Any, kind: type[Leaf]) -> Iterator[Leaf]:
+    """The values of one kind in nested sequences and dictionaries."""
+    if isinstance(value, kind):
         yield value
     elif isinstance(value, (list, tuple, dict)):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(item)
-
-
-def _on_meta(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result without its numbers, or None where that can not be had without them."""
-    kwargs = {name: value for name, value in kwargs.items() if name not in ("device", "generator", "out")}
-    try:
-        with torch.device("meta"):
-            return function(*_to_meta(args), **_to_meta(kwargs))
-    except (RuntimeError, NotImplementedError, TypeError):
-        return None
-
-
-def _to_meta(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.to("meta")
-    if isinstance(value, dict):
-        return {name: _to_meta(item) for name, item in value.items()}
-    return type(value)(map(_to_meta, value)) if type(value) in (list, tuple) else value
+            yield from _leaves(item, kind)

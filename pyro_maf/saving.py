@@ -27,15 +27,45 @@ from torch import Tensor, nn
 
 from pyro_maf.allowance import Allowance
 
-__all__ = ["Contents", "Savable", "describe", "load", "pack", "remove_unfinished", "unpack", "write_whole"]
+__all__ = [
+    "Contents",
+    "Kind",
+    "Savable",
+    "describe",
+    "load",
+    "pack",
+    "packed",
+    "remove_unfinished",
+    "try_to_write",
+    "unpack",
+    "write_whole",
+]
 
 FORMAT = 1
 KEY = "pyro_maf"
 DIGEST = "digest"
 LENGTH = struct.Struct("<Q")
 """Of a safetensors header, in bytes; a multiple of its size, so that the numbers are aligned."""
-REMEDY = "It is left as it is: put a copy of it back, or write it again."
 TOKEN_BYTES = 8
+
+
+class Kind(NamedTuple):
+    """A kind of file that this package writes.
+
+    Attributes:
+        key: Of its text in the header.
+        name: For messages, as are those that follow.
+        reader: What reads it.
+        remedy: What to do where it is damaged.
+    """
+
+    key: str
+    name: str
+    reader: str
+    remedy: str
+
+
+MODEL = Kind(KEY, "safetensors file", "load", "It is left as it is: put a copy of it back, or save the model again.")
 _known: dict[str, type[Savable]] = {}
 Self = TypeVar("Self", bound="Savable")
 
@@ -75,11 +105,19 @@ class Savable:
             TypeError: If an argument this was built with is none of the above, or a flow or density at one context.
             ModuleNotFoundError: Without the `train` extra.
         """
-        module: Any = self
-        training = [name for name, member in module.named_modules(remove_duplicate=False) if member.training]
-        frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
-        header = {"format": FORMAT, "training": training, "frozen": frozen, **describe(self)}
-        write_whole(Path(path), pack(module.state_dict(), KEY, json.dumps(header)))
+        write_whole(Path(path), packed(self))
+
+
+def packed(module: Any) -> bytes:
+    """The file that `Savable.save` writes.
+
+    Raises:
+        TypeError: As there.
+    """
+    training = [name for name, member in module.named_modules(remove_duplicate=False) if member.training]
+    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    header = {"format": FORMAT, "training": training, "frozen": frozen, **describe(module)}
+    return pack(module.state_dict(), MODEL, json.dumps(header))
 
 
 def load(path: str | os.PathLike[str]) -> Any:
@@ -107,7 +145,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"load expected a file at {path}, found {'a folder' if path.is_dir() else 'nothing'}.")
-    contents = unpack(path, KEY, "load", "safetensors file")
+    contents = unpack(path, MODEL)
     # Where a digest vouches for the architecture, the weights are those of a module that has been built before.
     with nullcontext() if contents.has_digest else Allowance(contents.tensors.values()):
         module = _rebuild(path, contents)
@@ -134,13 +172,13 @@ class Contents(NamedTuple):
     has_digest: bool
 
 
-def pack(tensors: Mapping[str, Tensor], key: str, text: str) -> bytes:
-    """A safetensors file of `tensors`, with `text` under `key` in its header, and a digest of it all."""
+def pack(tensors: Mapping[str, Tensor], kind: Kind, text: str) -> bytes:
+    """A safetensors file of `tensors`, with `text` in its header, and a digest of it all."""
     from safetensors.torch import save
 
     # Copies: no two tensors of a file may share memory.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    content = save(copies, {key: text})
+    content = save(copies, {kind.key: text})
     # Two entries of its own would come in either order, and the same module in two different files.
     (size,) = LENGTH.unpack_from(content)
     header = json.loads(content[LENGTH.size : LENGTH.size + size])
@@ -150,14 +188,8 @@ def pack(tensors: Mapping[str, Tensor], key: str, text: str) -> bytes:
     return b"".join([LENGTH.pack(len(encoded)), encoded, memoryview(content)[LENGTH.size + size :]])
 
 
-def unpack(path: Path, key: str, who: str, kind: str) -> Contents:
+def unpack(path: Path, kind: Kind) -> Contents:
     """What `pack` wrote, from `path`.
-
-    Args:
-        path: The file.
-        key: Where its text is.
-        who: Who is to read it.
-        kind: What it should be.
 
     Raises:
         ValueError: If it can not be read, is damaged or foreign; the message says which.
@@ -171,14 +203,19 @@ def unpack(path: Path, key: str, who: str, kind: str) -> Contents:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{who} found {path} damaged, truncated or no {kind}: {reason}. {REMEDY}") from None
-    if key not in metadata:
-        raise ValueError(f"{who} found no {key} architecture in {path}: another program wrote it, or it is no {kind}.")
-    digest = metadata.get(DIGEST)
+        raise ValueError(
+            f"{kind.reader} found {path} damaged, truncated or no {kind.name}: {reason}. {kind.remedy}"
+        ) from None
+    if kind.key not in metadata:
+        raise ValueError(
+            f"{kind.reader} found no {kind.key} architecture in {path}: another program wrote it, or it is no "
+            f"{kind.name}."
+        )
+    text, digest = metadata[kind.key], metadata.get(DIGEST)
     # Without a digest there is nothing else in the header, unless its name is what has changed.
-    if digest != _digest(metadata[key], tensors) if digest is not None else len(metadata) > 1:
-        raise ValueError(f"{who} found {path} damaged: its content is not what was written. {REMEDY}")
-    return Contents(metadata[key], tensors, digest is not None)
+    if digest != _digest(text, tensors) if digest is not None else len(metadata) > 1:
+        raise ValueError(f"{kind.reader} found {path} damaged: its content is not what was written. {kind.remedy}")
+    return Contents(text, tensors, digest is not None)
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
@@ -186,7 +223,7 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     hashed = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         hashed.update(json.dumps([name, str(tensor.dtype), tensor.shape]).encode())
-        hashed.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return hashed.hexdigest()
 
 
@@ -204,9 +241,22 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            # Of a full disk it does not say which file was to be written, and of others the temporary one.
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from None
         raise
+
+
+def try_to_write(path: Path, content: bytes) -> bool:
+    """Write a file whole, or say in a warning why not: hours of work should not end because a disk is full."""
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        warnings.warn(f"fit could not write {path}: {error.strerror}. It goes on without that file.", stacklevel=2)
+        return False
+    return True
 
 
 def remove_unfinished(path: Path) -> None:

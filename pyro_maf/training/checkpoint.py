@@ -13,15 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_maf.saving import pack, remove_unfinished, unpack, write_whole
+from pyro_maf.saving import Kind, pack, remove_unfinished, try_to_write, unpack, write_whole
 
 __all__ = ["LOG", "MODEL", "Checkpoint", "Keeper", "generator_states", "set_generator_states"]
 
-CHECKPOINT, LOG, MODEL = "checkpoint.safetensors", "log.csv", "model.safetensors"
+CHECKPOINT, LOG, MODEL, BOARD = "checkpoint.safetensors", "log.csv", "model.safetensors", "tensorboard"
 """What lies in the folder of a fit."""
 
 FORMAT = 1
-KEY = "pyro_maf.fit"
+REMEDY = "It is left as it is: put a copy of it back, or choose another folder to begin again."
+FILE = Kind("pyro_maf.fit", "checkpoint", "fit", REMEDY)
 SECONDS_BETWEEN = 1.0
 MOST_OF_THE_TIME = 1 / 20
 
@@ -39,7 +40,11 @@ class Checkpoint(NamedTuple):
 
     def write(self, path: Path) -> None:
         """Put it at `path`, whole or not at all."""
-        write_whole(path, pack(self.tensors, KEY, json.dumps({"format": FORMAT, **self.facts})))
+        write_whole(path, self.packed())
+
+    def packed(self) -> bytes:
+        """The file."""
+        return pack(self.tensors, FILE, json.dumps({"format": FORMAT, **self.facts}))
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
@@ -48,19 +53,50 @@ class Checkpoint(NamedTuple):
         Raises:
             ValueError: If it is damaged, foreign or from a later version.
         """
-        contents = unpack(path, KEY, "fit", "checkpoint")
+        contents = unpack(path, FILE)
         try:
             facts = json.loads(contents.text)
             later = facts["format"] > FORMAT
         except (LookupError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"fit found {path} damaged: its facts are no JSON with a format ({error}).") from None
+            raise ValueError(
+                f"fit found {path} damaged: its text is no JSON with a format ({error}). {REMEDY}"
+            ) from None
         if later:
             raise ValueError(f"fit found {path} with format {facts['format']}, this version reads up to {FORMAT}.")
         if not contents.has_digest:
             raise ValueError(
-                f"fit found no digest in {path}, as an earlier version or another program wrote it: choose another folder."
+                f"fit found no digest in {path}: an earlier version or another program wrote it. Choose another folder."
             )
         return cls(contents.tensors, facts)
+
+    def check(self, path: Path, like: Checkpoint) -> None:
+        """Refuse what another fit, or another version, has written.
+
+        Args:
+            path: Where it was read from.
+            like: What the fit at hand writes: the same names, shapes and forms. All of the optimizer may be missing.
+
+        Raises:
+            ValueError: For the first thing that is missing, superfluous or of another form.
+        """
+        facts = self.facts
+        wrong = [
+            name for name, example in like.facts.items() if name not in facts or not _is_like(facts[name], example)
+        ]
+        expected = {name: example for name, example in like.tensors.items() if self._has(name)}
+        # Of several devices, whichever it was written on.
+        there = {name: tensor for name, tensor in self.tensors.items() if name == "global/cpu" or "global/" not in name}
+        wrong += sorted(expected.keys() ^ there.keys())
+        wrong += [name for name in expected.keys() & there.keys() if expected[name].shape != there[name].shape]
+        if wrong:
+            raise ValueError(
+                f"fit can not go on from {path}: its {wrong[0]} is missing, or not that of this fit: another version "
+                f"or another model wrote it. {REMEDY}"
+            )
+
+    def _has(self, name: str) -> bool:
+        """Whether a tensor of that name is to be expected."""
+        return not name.startswith("optimizer/") or any(there.startswith("optimizer/") for there in self.tensors)
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose names begin with `prefix/`, by the rest of their names."""
@@ -81,6 +117,7 @@ class Keeper:
         is_first: Whether this is the process that writes.
 
     Attributes:
+        path: Of the checkpoint.
         found: The checkpoint to go on from, or None.
 
     Raises:
@@ -94,11 +131,13 @@ class Keeper:
         self.found: Checkpoint | None = None
         # Counts may be numpy's.
         self._settings = json.loads(json.dumps(settings, default=int))
-        self._path = folder / CHECKPOINT
+        self.path = folder / CHECKPOINT
         self._next = 0.0
-        if resume and self._path.exists():
-            self.found = Checkpoint.read(self._path)
-            self._check_settings(self.found.facts["settings"])
+        self._has_written = False
+        if resume and self.path.exists():
+            self.found = Checkpoint.read(self.path)
+            self._check_settings(self.found.facts.get("settings"))
+            self._has_written = True
         if not is_first:
             return
         if self.found is None:
@@ -113,15 +152,19 @@ class Keeper:
         return time.monotonic() >= self._next
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint now."""
+        """Write a checkpoint now: the first one raises what is wrong with the folder, later ones warn."""
         began = time.monotonic()
         checkpoint.facts["settings"] = self._settings
-        checkpoint.write(self._path)
+        if self._has_written:
+            try_to_write(self.path, checkpoint.packed())
+        else:
+            checkpoint.write(self.path)
+            self._has_written = True
         ended = time.monotonic()
         self._next = ended + max(SECONDS_BETWEEN, (ended - began) / MOST_OF_THE_TIME)
 
     def _check_unused(self) -> None:
-        if self._path.exists():
+        if self.path.exists():
             raise ValueError(
                 f"fit found a fit in {self.folder}: resume=True goes on with it, or choose another folder."
             )
@@ -131,7 +174,9 @@ class Keeper:
                     f"fit found {name} in {self.folder}, but no {CHECKPOINT} to go on from: choose another folder."
                 )
 
-    def _check_settings(self, before: dict[str, Any]) -> None:
+    def _check_settings(self, before: Any) -> None:
+        if not isinstance(before, dict):
+            raise ValueError(f"fit found {self.path} without the settings of its fit. {REMEDY}")
         for name, value in self._settings.items():
             if before.get(name) != value:
                 raise ValueError(
@@ -153,6 +198,22 @@ def set_generator_states(states: dict[str, Tensor], device: torch.device) -> Non
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _is_like(value: object, example: object) -> bool:
+    """Whether JSON has the form of an example: a list of one stands for any number of such, None for a text or none."""
+    if isinstance(example, dict):
+        if not isinstance(value, dict):
+            return False
+        return value.keys() == example.keys() and all(_is_like(value[name], example[name]) for name in example)
+    if isinstance(example, (list, tuple)):
+        examples = example * len(value) if isinstance(value, list) and len(example) == 1 else example
+        return isinstance(value, list) and len(value) == len(examples) and all(map(_is_like, value, examples))
+    if example is None:
+        return value is None or isinstance(value, str)
+    if isinstance(example, int):
+        return type(value) is int and value >= 0
+    return type(value) in (int, float) if isinstance(example, float) else type(value) is type(example)
 
 
 def _short(value: Any) -> str:

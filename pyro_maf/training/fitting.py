@@ -20,7 +20,7 @@ from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Den
 from pyro_maf.distributions.support import Support
 from pyro_maf.interruption import Interruption
 from pyro_maf.randomness import seeded
-from pyro_maf.saving import describe
+from pyro_maf.saving import describe, packed, try_to_write
 from pyro_maf.showing import check_progress
 from pyro_maf.training.batches import Batches
 from pyro_maf.training.checkpoint import MODEL, Keeper
@@ -111,7 +111,8 @@ def fit(
             distinct values, a value that many rows share, columns that follow from others, heavy tails, a context over
             orders of magnitude; at the end of a best epoch of 0, and of `max_epochs` reached while it was improving.
             `FitResult.warnings` holds these. And after 5 steps in a row without a finite loss and gradient: it goes on
-            from the best weights with half the learning rate.
+            from the best weights with half the learning rate. And of a file that can not be written any more: it goes
+            on without.
 
     Cost:
         An epoch takes one `log_prob` with its gradient for each training row and one without for each validation row:
@@ -164,7 +165,8 @@ def fit(
     keeper = None
     if folder is not None:
         options = {"batch_size": batch_size, "learning_rate": learning_rate, "max_grad_norm": max_grad_norm}
-        settings = {"model": describe(density), "data": parts.digest(), "seed": seed, **options, **_frozen(density)}
+        what = {"model": describe(density), "precision": str(weight.dtype), "data": parts.digest(), "seed": seed}
+        settings = {**what, **options, **_frozen(density)}
         keeper = Keeper(Path(folder).expanduser(), settings, resume=resume, is_first=processes.is_first)
     with (
         Interruption() as interruption,
@@ -184,7 +186,7 @@ def fit(
         lightning.maximise(module, max_epochs=max_epochs, device=weight.device, progress=progress)
     density.eval()
     if keeper is not None and processes.is_first:
-        density.save(keeper.folder / MODEL)
+        try_to_write(keeper.folder / MODEL, packed(density))
     processes.wait()
     losses = tuple(epoch.validation_loss for epoch in module.history)
     stopped = module.stop_reason or schedule.reason

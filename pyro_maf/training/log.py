@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from pyro_maf.saving import write_whole
-from pyro_maf.training.checkpoint import LOG
+from pyro_maf.saving import try_to_write
+from pyro_maf.training.checkpoint import BOARD, LOG
 
 __all__ = ["Epoch", "Log"]
 
@@ -45,11 +45,14 @@ class Log(Callback):
     def __init__(self, folder: Path, history: Sequence[Epoch]) -> None:
         self._path = folder / LOG
         self._history = history
-        self._board = _board(folder / "tensorboard", first=len(history) + 1)
+        self._events = folder / BOARD
+        self._board: Any = None
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Write what has come to be known."""
         self._write()
+        # Not before: until its first checkpoint, a fit leaves what was in the folder as it was.
+        self._board = self._board or _board(self._events, first=len(self._history))
         if self._board is not None:
             for name, value in self._history[-1]._asdict().items():
                 self._board.add_scalar(name, value, len(self._history))
@@ -72,7 +75,7 @@ class Log(Callback):
         rows = csv.writer(text, lineterminator="\n")
         rows.writerow(["epoch", *Epoch._fields])
         rows.writerows([number, *epoch] for number, epoch in enumerate(self._history, 1))
-        write_whole(self._path, text.getvalue().encode())
+        try_to_write(self._path, text.getvalue().encode())
 
 
 def _board(folder: Path, first: int) -> Any:

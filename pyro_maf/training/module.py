@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,7 +92,8 @@ class MaximumLikelihood(LightningModule):
         self._skipped_in_a_row = 0
         self._lowerings_in_a_row = 0
         self._found = None if keeper is None else keeper.found
-        if self._found is not None:
+        if keeper is not None and self._found is not None:
+            self._check(self._found, keeper.path)
             self._go_on(self._found)
 
     @property
@@ -245,16 +247,21 @@ class MaximumLikelihood(LightningModule):
         """
         if self.keeper is None or not self.processes.is_first:
             return
+        checkpoint = self._checkpoint(taken)
+        checkpoint.tensors.update(_named("kept", self._kept))
+        for number, state in self._optimizer.state_dict()["state"].items():
+            checkpoint.tensors.update(_named(f"optimizer/{number}", state))
+        self.keeper.write(checkpoint)
+
+    def _checkpoint(self, taken: int) -> Checkpoint:
+        """All that goes into a checkpoint but for the best weights and the state of the optimizer."""
         tensors = {
             **_named("density", self.density.state_dict()),
-            **_named("kept", self._kept),
             **_named("average", dict(enumerate(self._average.values))),
             **_named("global", generator_states(self.device)),
             "order": self.batches.order(taken),
             "training_loss": torch.as_tensor(self._training_mean.total),
         }
-        for number, state in self._optimizer.state_dict()["state"].items():
-            tensors.update(_named(f"optimizer/{number}", state))
         facts = {
             "taken": taken,
             "history": self.history,
@@ -266,7 +273,17 @@ class MaximumLikelihood(LightningModule):
             # Of the other reasons, an interruption is over, and patience may be raised.
             "stop_reason": None if self.stop_reason in (INTERRUPTED, self.schedule.reason) else self.stop_reason,
         }
-        self.keeper.write(Checkpoint(tensors, facts))
+        return Checkpoint(tensors, facts)
+
+    def _check(self, checkpoint: Checkpoint, path: Path) -> None:
+        """Refuse a checkpoint that this fit could not have written."""
+        like = self._checkpoint(0)
+        like.facts["history"] = [Epoch(0.0, 0.0, 0.0, 0.0, 0)]
+        like.tensors.update(_named("kept", self.density.state_dict()))
+        for number, weight in enumerate(self._weights):
+            adam = {"step": torch.tensor(0.0), "exp_avg": weight, "exp_avg_sq": weight}
+            like.tensors.update(_named(f"optimizer/{number}", adam))
+        checkpoint.check(path, like)
 
     def _go_on(self, checkpoint: Checkpoint) -> None:
         """Be where `checkpoint` was, but for what waits for training to start."""
@@ -275,7 +292,7 @@ class MaximumLikelihood(LightningModule):
         self.schedule.go_on(facts["schedule"])
         self.skipped_steps, self._skipped_in_a_row, self._lowerings_in_a_row = facts["skipped"]
         self.batches.go_on(checkpoint.tensors["order"], facts["taken"])
-        self.stop_reason = facts.get("stop_reason")
+        self.stop_reason = facts["stop_reason"]
         self._began -= facts["seconds"]
         self._kept = checkpoint.under("kept")
 

@@ -1,0 +1,348 @@
+"""Damaged files: each is refused in one line that names it, or changes nothing; none is lost, none is run with."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save, save_file
+from torch import Tensor
+
+import pyro_maf
+from pyro_maf import MAF, FlowPrior, fit
+from pyro_maf.allowance import Allowance
+from pyro_maf.training.checkpoint import Checkpoint
+from tests.fits import gaussian_rows, same, seeded, weights
+
+OPTIONS: dict[str, Any] = {"batch_size": 50, "learning_rate": 1e-2, "progress": False}
+JUNK: tuple[Any, ...] = (None, True, -1, 3, 1.5, 10**30, "x", [], {}, [1], {"a": 1}, "NaN")
+NAMES = ("checkpoint.safetensors", "log.csv", "model.safetensors")
+LENGTH = struct.Struct("<Q")
+
+
+def flow(**options: Any) -> Any:
+    return seeded(lambda: MAF(2, num_layers=1, hidden_dims=[4], **options))
+
+
+def resumed(folder: Path, **options: Any) -> Any:
+    return fit(flow(), gaussian_rows(100), folder=folder, resume=True, **{**OPTIONS, "max_epochs": 2, **options})
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("origin")
+    fit(flow(), gaussian_rows(100), folder=folder, max_epochs=1, **OPTIONS)
+    return folder
+
+
+@pytest.fixture
+def folder(origin: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(origin, tmp_path / "fit"))
+
+
+def parts(content: bytes) -> tuple[dict[str, Any], bytes]:
+    """The header of a safetensors file, and its numbers."""
+    (size,) = LENGTH.unpack_from(content)
+    return json.loads(content[8 : 8 + size]), content[8 + size :]
+
+
+def joined(header: dict[str, Any], numbers: bytes) -> bytes:
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return LENGTH.pack(len(encoded)) + encoded + numbers
+
+
+def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where there is something in JSON."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place, *(deeper for key, item in inner for deeper in places(item, (*place, key)))]
+
+
+def changed(value: Any, chance: random.Random) -> Any:
+    """JSON with something removed, or replaced by something of another kind."""
+    value = json.loads(json.dumps(value))
+    *way, last = chance.choice(places(value)[1:])
+    at = value
+    for key in way:
+        at = at[key]
+    if chance.random() < 0.4:
+        del at[last]
+    else:
+        at[last] = chance.choice([junk for junk in JUNK if type(junk) is not type(at[last])])
+    return value
+
+
+def flipped(content: bytes, chance: random.Random) -> bytes:
+    damaged = bytearray(content)
+    damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+    return bytes(damaged)
+
+
+def blotted(content: bytes, chance: random.Random) -> bytes:
+    at = chance.randrange(len(content))
+    end = min(len(content), at + chance.choice([1, 8, 64, 512]))
+    return content[:at] + chance.choice([bytes(end - at), chance.randbytes(end - at)]) + content[end:]
+
+
+def rewritten(content: bytes, chance: random.Random) -> bytes:
+    """By another program, which may not know of a digest, or leave a tensor out."""
+    header, numbers = parts(content)
+    (key, text) = next(item for item in header["__metadata__"].items() if item[0] != "digest")
+    how = chance.randrange(4)
+    if how == 0:
+        header["__metadata__"][key] = json.dumps(changed(json.loads(text), chance))
+    elif how == 1:
+        header["__metadata__"][key] = f'{text[:-1]}, "{chance.choice(list(json.loads(text)))}": null}}'
+    elif how == 2:
+        header = changed(header, chance)
+    else:
+        tensors = load(content)
+        del tensors[chance.choice(list(tensors))]
+        return save(tensors, {key: text})
+    return joined(header, numbers)
+
+
+DAMAGES: dict[str, Callable[[bytes, random.Random], bytes]] = {
+    "truncated": lambda content, chance: content[: chance.randrange(len(content))],
+    "flipped": flipped,
+    "blotted": blotted,
+    "longer": lambda content, chance: content + chance.randbytes(8),
+    "rewritten": rewritten,
+}
+
+
+def damages(how: str, content: bytes, count: int) -> Iterator[bytes]:
+    """Files that differ from `content`, the same ones at each call."""
+    chance = random.Random(how)
+    some = (DAMAGES[how](content, chance) for _ in range(2 * count))
+    return islice((damaged for damaged in some if damaged != content), count)
+
+
+def is_refused(path: Path, damaged: bytes, run: Callable[[], Any], right: dict[str, Tensor] | None = None) -> bool:
+    """Whether what runs on a damaged file refuses it in a line, and leaves it; else it has to come to what is right."""
+    path.write_bytes(damaged)
+    try:
+        result = weights(run())
+    except ValueError as error:
+        return str(path) in str(error) and "\n" not in str(error) and path.read_bytes() == damaged
+    assert right is not None
+    assert same(result, right)
+    return False
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_whole(how: str, folder: Path) -> None:
+    path = folder / "checkpoint.safetensors"
+    log = (folder / "log.csv").read_bytes()
+    for damaged in damages(how, path.read_bytes(), 40):
+        assert is_refused(path, damaged, lambda: resumed(folder).density)
+    assert (folder / "log.csv").read_bytes() == log
+    assert {file.name for file in folder.glob("*.*")} == {*NAMES}
+
+
+@pytest.mark.parametrize("how", [how for how in DAMAGES if how != "rewritten"])
+def test_a_damaged_model_is_refused(how: str, folder: Path) -> None:
+    path = folder / "model.safetensors"
+    for damaged in damages(how, path.read_bytes(), 60):
+        assert is_refused(path, damaged, lambda: pyro_maf.load(path))
+
+
+@pytest.mark.filterwarnings("ignore:load found no digest")
+def test_a_rewritten_model_is_refused_or_the_same(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    right = weights(pyro_maf.load(path))
+    some = list(damages("rewritten", path.read_bytes(), 60))
+    assert sum(is_refused(path, damaged, lambda: pyro_maf.load(path), right) for damaged in some) > 50
+
+
+def test_no_bit_of_the_weights_flips_unnoticed(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    _, numbers = parts(content)
+    before = content[: len(content) - len(numbers)]
+    for bit in range(0, 8 * len(numbers), 37):
+        damaged = bytearray(numbers)
+        damaged[bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(before + damaged)
+        with pytest.raises(ValueError, match="damaged: its content is not what was written"):
+            pyro_maf.load(path)
+
+
+def test_a_model_without_a_digest_is_loaded_with_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "old.safetensors"
+    model = FlowPrior(flow(), loc=torch.ones(2), scale=torch.ones(2))
+    model.save(path)
+    header, _ = parts(path.read_bytes())
+    save_file(load(path.read_bytes()), path, {"pyro_maf": header["__metadata__"]["pyro_maf"]})
+    with pytest.warns(UserWarning, match="load found no digest in .*old.safetensors") as caught:
+        assert same(weights(pyro_maf.load(path)), weights(model))
+    assert caught[0].filename == __file__
+
+
+def test_a_checkpoint_without_a_digest_is_refused(folder: Path) -> None:
+    path = folder / "checkpoint.safetensors"
+    header, _ = parts(path.read_bytes())
+    save_file(load(path.read_bytes()), path, {"pyro_maf.fit": header["__metadata__"]["pyro_maf.fit"]})
+    with pytest.raises(ValueError, match=r"^fit found no digest in .*checkpoint.safetensors: an earlier version"):
+        resumed(folder)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_checkpoint_that_this_fit_would_not_write_is_refused(seed: int, folder: Path) -> None:
+    """As another version of this package might leave it: whole, but with other contents."""
+    path, chance = folder / "checkpoint.safetensors", random.Random(seed)
+    found = Checkpoint.read(path)
+    for _ in range(10):
+        facts, tensors = dict(found.facts), dict(found.tensors)
+        del facts["format"]
+        name = chance.choice(sorted(tensors))
+        how = chance.randrange(3)
+        if how == 0:
+            removed = chance.choice(sorted(facts))
+            del facts[removed]
+        elif how == 1:
+            del tensors[name]
+        else:
+            tensors[name] = tensors[name].unsqueeze(0)
+        Checkpoint(tensors, facts).write(path)
+        assert is_refused(path, path.read_bytes(), lambda: resumed(folder).density)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("taken", "3"),
+        ("taken", -1),
+        ("averaged", 1.5),
+        ("seconds", None),
+        ("history", [[1.0, 2.0]]),
+        ("history", [[1.0, 2.0, 3.0, 4.0, "5"]]),
+        ("skipped", [0, 0]),
+        ("schedule", {"learning_rate": 1e-2}),
+        ("stop_reason", 4),
+        ("settings", []),
+    ],
+)
+def test_facts_of_another_form_are_refused(name: str, value: Any, folder: Path) -> None:
+    path = folder / "checkpoint.safetensors"
+    found = Checkpoint.read(path)
+    Checkpoint(found.tensors, {**found.facts, name: value}).write(path)
+    with pytest.raises(ValueError, match=f"^fit .*{name}") as caught:
+        resumed(folder)
+    assert str(path) in str(caught.value)
+
+
+def test_files_in_each_others_place_are_refused(folder: Path) -> None:
+    model, checkpoint, log = (folder / name for name in ("model.safetensors", "checkpoint.safetensors", "log.csv"))
+    with pytest.raises(ValueError, match=f"found no pyro_maf architecture in {checkpoint}"):
+        pyro_maf.load(checkpoint)
+    for other in (model, log):
+        shutil.copy(other, checkpoint)
+        with pytest.raises(ValueError, match=f"^fit found .*{checkpoint}.* no checkpoint"):
+            resumed(folder)
+    checkpoint.unlink()
+    checkpoint.mkdir()
+    with pytest.raises(ValueError, match=f"^fit found {checkpoint} damaged, truncated or no checkpoint"):
+        resumed(folder)
+
+
+def test_another_precision_is_another_fit(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r'fit with another precision .*"torch.float32", now "torch.float64"'):
+        fit(flow().double(), gaussian_rows(100), folder=folder, resume=True, max_epochs=2, **OPTIONS)
+
+
+# -- no room on the disk ----------------------------------------------------------------------------------------------
+
+
+def full(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full once so many files have been written to it."""
+    written = iter(range(10**6))
+
+    def fsync(_: int) -> None:
+        if next(written) >= at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fsync)
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_full_disk_ends_no_fit_under_way(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = fit(flow(), gaussian_rows(100), max_epochs=3, **OPTIONS)
+    folder = tmp_path / "fit"
+    with monkeypatch.context() as patched:
+        full(at, patched)
+        with pytest.warns(UserWarning, match="^fit could not write") as caught:
+            result = fit(flow(), gaussian_rows(100), folder=folder, max_epochs=3, **OPTIONS)
+    said = [str(warning.message) for warning in caught]
+    assert all(any(f"could not write {folder / name}: No space left" in line for line in said) for name in NAMES[at:])
+    assert same(weights(result.density), weights(whole.density))
+    assert not list(folder.glob(".*"))
+    again = fit(flow(), gaussian_rows(100), folder=folder, max_epochs=3, resume=True, **OPTIONS)
+    assert same(weights(again.density), weights(whole.density))
+    assert same(weights(pyro_maf.load(folder / "model.safetensors")), weights(whole.density))
+
+
+def test_a_disk_that_is_full_from_the_start_refuses_a_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full(0, monkeypatch)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/checkpoint.safetensors'"):
+        fit(flow(), gaussian_rows(100), folder=tmp_path, max_epochs=1, **OPTIONS)
+    assert not list(tmp_path.iterdir())
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+HUGE: dict[str, dict[str, Any]] = {
+    "MAF": {"input_dim": 6000, "hidden_dims": [6000], "num_layers": 1},
+    "IAF": {"input_dim": 10**6, "hidden_dims": [10**6]},
+    "RealNVP": {"input_dim": 50_000, "hidden_dims": [50_000]},
+    "MADEMoG": {"input_dim": 6000, "num_components": 1000},
+    "ConditionalMAF": {"input_dim": 2, "context_dim": 10**9},
+    "LowerTriangularAffine": {"input_dim": 50_000},
+    "FlowPrior": {"model": {"class": "MAF", "arguments": {"input_dim": 6000}}},
+    "Stack": {"layers": [{"class": "MAF", "arguments": {"input_dim": 1, "num_layers": 10**9}}]},
+}
+
+
+def describe_huge(name: str, path: Path) -> None:
+    header = {"format": 1, "training": [], "frozen": [], "class": name, "arguments": HUGE[name]}
+    save_file({"a": torch.zeros(1)}, path, {"pyro_maf": json.dumps(header)})
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_an_architecture_larger_than_its_file_is_refused_before_it_is_built(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    describe_huge(name, path)
+    with pytest.raises(ValueError, match=f"{path} describes: its architecture takes far more memory than the 1 num"):
+        pyro_maf.load(path)
+
+
+def test_a_file_of_some_hundred_bytes_takes_no_memory(tmp_path: Path) -> None:
+    describe_huge("MAF", tmp_path / "model.safetensors")
+    program = (
+        "import resource, sys, pyro_maf\n"
+        "pyro_maf.MAF(2).save(sys.argv[1] + '.small'); pyro_maf.load(sys.argv[1] + '.small')\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: pyro_maf.load(sys.argv[1])\n"
+        "except ValueError: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    path = str(tmp_path / "model.safetensors")
+    done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 32 * 1024  # KiB on Linux
+
+
+def test_an_allowance_is_enough_for_what_was_stored() -> None:
+    for build in (lambda: MAF(20, hidden_dims=[300, 300]), lambda: pyro_maf.MAFMoG(8, num_components=30)):
+        stored = build().state_dict().values()
+        with Allowance(stored):
+            assert len(build().state_dict()) == len(stored)
