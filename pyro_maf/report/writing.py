@@ -46,10 +46,10 @@ def write_report(
 ) -> None:
     r"""Write what there is to know of a fit as one HTML page, which needs no network and no other file.
 
-    It has the figures and warnings of the fit; the mean log-likelihood of `data` with two standard errors; whether the noise that
-    the density takes `data` to be made of is standard normal, by the probability integral transform, QQ plots and the
-    largest Kolmogorov distance; histograms and pairs of columns of data and samples; log-densities of both; the rows
-    of the least density; losses over the epochs; and the command.
+    It has the figures and warnings of the fit; the mean log-likelihood of `data` with two standard errors; whether the
+    noise that the density takes `data` to be made of is standard normal, by the probability integral transform, QQ
+    plots and the largest Kolmogorov distance; histograms and pairs of columns of data and samples; log-densities of both;
+    the rows of the least density; losses over the epochs; and the command.
 
     Rows that the fit has not seen are the ones to give: those it was fitted to look better than they are.
 
