@@ -48,8 +48,8 @@ def write_report(
 
     It has the figures and warnings of the fit; the mean log-likelihood of `data` with two standard errors; whether the
     noise that the density takes `data` to be made of is standard normal, by the probability integral transform, QQ
-    plots and the largest Kolmogorov distance; histograms and pairs of columns of data and samples; log-densities of both;
-    the rows of the least density; losses over the epochs; and the command.
+    plots and the largest Kolmogorov distance; histograms and pairs of columns of data and samples;
+    log-densities of both; the rows of the least density; losses over the epochs; and the command.
 
     Rows that the fit has not seen are the ones to give: those it was fitted to look better than they are.
 
