@@ -32,7 +32,7 @@ from pyro_maf.experiments.models import FLOWS, STACKS
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["length", "width"]
-QUICK = ("--epochs", "2", "--hidden", "16", "--layers", "2", "--batch-size", "50")
+QUICK = ("--max-epochs", "2", "--hidden-dims", "16", "--num-layers", "2", "--batch-size", "50")
 FILES = {"model.safetensors", "columns.json", "fit.json", "log.csv", "checkpoint.safetensors", "report.html"}
 
 
@@ -58,10 +58,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a table as csv, and a fit to two of its columns, plain and given the others."""
     folder = tmp_path_factory.mktemp("cli")
     frame().to_csv(folder / "table.csv", index=False, float_format="%.9g")
-    run("fit", folder / "table.csv", "--columns", "length,width", "--out", folder / "plain", *QUICK)
+    run("fit", folder / "table.csv", "--columns", "length,width", "--folder", folder / "plain", *QUICK)
     run(
         *("fit", folder / "table.csv", "--columns", "length", "--columns", "width", "--context", "colour,age"),
-        *("--out", folder / "given", *QUICK),
+        *("--folder", folder / "given", *QUICK),
     )
     return folder
 
@@ -130,8 +130,8 @@ def test_fit_trains_as_the_library_does(folder: Path) -> None:
 def test_labels_may_be_numbers_and_a_model_of_double_precision(here: Path) -> None:
     table = frame().assign(label=lambda rows: (rows["age"] > 40) * 10 + 2)
     table.to_csv(here / "labels.csv", index=False)
-    shared = ("--columns", "length,width", "--precision", "double", "--epochs", 1)
-    result = run("fit", "labels.csv", *shared, "--categories", "label", "--out", "labels")
+    shared = ("--columns", "length,width", "--precision", "double", "--max-epochs", 1)
+    result = run("fit", "labels.csv", *shared, "--categories", "label", "--folder", "labels")
     assert "given label=2, label=12" in result.stderr
     model = pyro_maf.load(here / "labels" / "model.safetensors")
     assert (model.context_dim, next(model.parameters()).dtype) == (2, torch.float64)
@@ -144,7 +144,19 @@ def test_labels_may_be_numbers_and_a_model_of_double_precision(here: Path) -> No
 def test_every_flow_is_fitted_with_and_without_context(here: Path, flow: str) -> None:
     for context in ([], ["--context", "age"]):
         folder = f"{flow}-{len(context)}"
-        run("fit", "table.csv", "--columns", "length,width", *context, "--flow", flow, "--out", folder, "--epochs", 1)
+        run(
+            "fit",
+            "table.csv",
+            "--columns",
+            "length,width",
+            *context,
+            "--flow",
+            flow,
+            "--folder",
+            folder,
+            "--max-epochs",
+            1,
+        )
         arguments = ["--context", "age=50"] if context else []
         assert len(run("sample", folder, "-n", 3, *arguments).stdout.splitlines()) == 4
 
@@ -152,8 +164,8 @@ def test_every_flow_is_fitted_with_and_without_context(here: Path, flow: str) ->
 @pytest.mark.usefixtures("quick_report")
 def test_the_folder_is_named_after_the_data_and_the_flow(here: Path) -> None:
     np.savez(here / "all.npz", train=rows_of(NAMES).numpy(), test=rows_of(NAMES).numpy())
-    run("fit", "all.npz:train", "--epochs", 1, "--flow", "gaussian")
-    run("fit", "-", "--epochs", 1, "--flow", "made", given=frame()[NAMES].to_csv(index=False).encode())
+    run("fit", "all.npz:train", "--max-epochs", 1, "--flow", "gaussian")
+    run("fit", "-", "--max-epochs", 1, "--flow", "made", given=frame()[NAMES].to_csv(index=False).encode())
     assert (here / "all-train-gaussian").is_dir()
     assert (here / "table-made").is_dir()
     assert json.loads((here / "table-made" / "fit.json").read_text())["data"] == "standard input"
@@ -162,7 +174,7 @@ def test_the_folder_is_named_after_the_data_and_the_flow(here: Path) -> None:
 @pytest.mark.usefixtures("quick_report")
 def test_rows_to_validate_with_may_be_another_table(here: Path) -> None:
     frame()[:50][["width", "age", "length"]].to_parquet("other.parquet")
-    run("fit", "table.csv", "--columns", "length,width", "--validation", "other.parquet", "--out", "fit", *QUICK)
+    run("fit", "table.csv", "--columns", "length,width", "--validation", "other.parquet", "--folder", "fit", *QUICK)
     density = pyro_maf.load("fit/model.safetensors")
     mean = density.log_prob(rows_of(NAMES)[:50]).mean().item()
     record = json.loads(Path("fit/fit.json").read_text())
@@ -184,7 +196,7 @@ def test_the_support_is_given_for_all_columns_or_by_name(
     here: Path, asked: list[str], support: tuple[str, ...]
 ) -> None:
     options = [word for item in asked for word in ("--support", item)]
-    run("fit", "table.csv", "--columns", "length,width", *options, "--out", "fit", *QUICK)
+    run("fit", "table.csv", "--columns", "length,width", *options, "--folder", "fit", *QUICK)
     samples = pyro_maf.load("fit/model.safetensors")
     name = samples.units.support.name
     assert (name if isinstance(name, tuple) else (name,) * 2) == support
@@ -194,7 +206,7 @@ def test_the_support_is_given_for_all_columns_or_by_name(
 def test_a_simplex_has_a_dimension_less_than_columns(here: Path) -> None:
     shares = np.random.default_rng(0).dirichlet([2, 3, 4], 200)
     pd.DataFrame(shares, columns=["a", "b", "c"]).to_csv("shares.csv", index=False)
-    run("fit", "shares.csv", "--support", "simplex", "--out", "fit", *QUICK)
+    run("fit", "shares.csv", "--support", "simplex", "--folder", "fit", *QUICK)
     run("sample", "fit", "-n", 5, "--out", "drawn.csv")
     drawn = pd.read_csv("drawn.csv")
     assert drawn.columns.tolist() == ["a", "b", "c"]
@@ -203,7 +215,7 @@ def test_a_simplex_has_a_dimension_less_than_columns(here: Path) -> None:
 
 @pytest.mark.usefixtures("quick_report")
 def test_a_fit_is_not_overwritten_unasked(here: Path) -> None:
-    command = ["fit", "table.csv", "--columns", "length,width", "--out", "fit", *QUICK]
+    command = ["fit", "table.csv", "--columns", "length,width", "--folder", "fit", *QUICK]
     run(*command)
     (here / "fit" / "notes.txt").write_text("mine")
     before = {path.name: path.read_bytes() for path in (here / "fit").iterdir() if path.is_file()}
@@ -232,14 +244,14 @@ def test_an_interrupted_fit_goes_on_to_the_same_model(here: Path) -> None:
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    result = run(*command, "--epochs", 10_000, "--out", "halves", code=130)
+    result = run(*command, "--max-epochs", 10_000, "--folder", "halves", code=130)
     thread.join()
     line = result.stderr.strip().splitlines()[-1]
-    assert re.fullmatch(r"pyro-maf: interrupted\. To go on: pyro-maf fit table\.csv .* --out halves --resume", line)
+    assert re.fullmatch(r"pyro-maf: interrupted\. To go on: pyro-maf fit table\.csv .* --folder halves --resume", line)
     assert (here / "halves" / "model.safetensors").exists()
     epochs = len(pd.read_csv("halves/log.csv")) + 2
-    run(*command, "--epochs", epochs, "--out", "halves", "--resume")
-    run(*command, "--epochs", epochs, "--out", "whole")
+    run(*command, "--max-epochs", epochs, "--folder", "halves", "--resume")
+    run(*command, "--max-epochs", epochs, "--folder", "whole")
     halves, whole = (pd.read_csv(f"{name}/log.csv").drop(columns="seconds") for name in ("halves", "whole"))
     assert halves.equals(whole)
     assert len(whole) == epochs
@@ -263,18 +275,31 @@ def test_a_fit_that_was_cut_off_says_how_to_go_on(here: Path, monkeypatch: pytes
 
 @pytest.mark.usefixtures("quick_report")
 def test_resume_begins_where_there_is_nothing_yet(here: Path) -> None:
-    run("fit", "table.csv", "--columns", "length,width", "--resume", "--out", "fit", *QUICK)
+    run("fit", "table.csv", "--columns", "length,width", "--resume", "--folder", "fit", *QUICK)
     assert len(pd.read_csv("fit/log.csv")) == 2
 
 
 def test_options_are_those_of_the_library() -> None:
     ours, theirs = (inspect.signature(function).parameters for function in (fit_module.run, pyro_maf.fit))
-    for name in ("batch_size", "learning_rate", "patience", "seed", "devices"):
+    for name in ("batch_size", "learning_rate", "max_epochs", "patience", "seed", "devices"):
         assert ours[name].default == theirs[name].default
-    assert ours["epochs"].default == theirs["max_epochs"].default
     assert get_args(fit_module.Flow) == FLOWS
     assert request.LAYERED == STACKS
     assert inspect.signature(build).parameters["num_layers"].default == request.DEFAULT_LAYERS
+
+
+def test_options_by_their_former_names_are_understood_and_said(here: Path) -> None:
+    result = run(
+        "fit", "table.csv", "--columns", "length,width", "--epochs=1", "--layers", 1, "--hidden", 8, "--out", "fit"
+    )
+    renamed = {"epochs": "max-epochs", "layers": "num-layers", "hidden": "hidden-dims", "out": "folder"}
+    for former, present in renamed.items():
+        assert f"pyro-maf: --{former} is now called --{present}, as in Python.\n" in result.stderr
+    command = json.loads(Path("fit/fit.json").read_text(encoding="utf-8"))["command"]
+    assert command == (
+        "pyro-maf fit table.csv --columns length,width --max-epochs=1 --num-layers 1 --hidden-dims 8 --folder fit"
+    )
+    assert "is now called" not in run("sample", "fit", "-n", 2, "--out", "drawn.csv").stderr
 
 
 # -- score ------------------------------------------------------------------------------------------------------------
@@ -316,7 +341,7 @@ def test_large_tables_are_scored_in_batches(folder: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.usefixtures("quick_report")
 def test_rows_outside_the_support_have_density_zero(here: Path) -> None:
-    run("fit", "table.csv", "--columns", "length,width", "--support", "positive", "--out", "fit", *QUICK)
+    run("fit", "table.csv", "--columns", "length,width", "--support", "positive", "--folder", "fit", *QUICK)
     result = run("score", "fit", "-", given=b"length,width\n10,10\n-1,10\n")
     assert result.stdout.split()[2] == "-inf"
     assert "2 rows, of which 1 has density 0" in result.stderr
@@ -401,7 +426,7 @@ def test_a_flow_that_was_saved_alone_is_a_density_too(tmp_path: Path) -> None:
 # -- how it ends ------------------------------------------------------------------------------------------------------
 
 
-FIT = ("fit", "{}/table.csv", "--columns", "length,width", "--out", "new")
+FIT = ("fit", "{}/table.csv", "--columns", "length,width", "--folder", "new")
 WRONG = {
     "no data": (("fit", "{}/none.csv"), "read_table expected a file at .*none.csv, found nothing"),
     "text among the data": (
@@ -410,7 +435,7 @@ WRONG = {
     ),
     "an unknown column": ((*FIT, "--context", "colours"), "no column 'colours' in table.csv: did you mean 'colour'?"),
     "a constant column": (
-        ("fit", "{}/constant.csv", "--out", "new"),
+        ("fit", "{}/constant.csv", "--folder", "new"),
         "fit expected data that varies in every column, got 7 in every row of column 'b': drop that column",
     ),
     "outside the support": (
@@ -419,14 +444,20 @@ WRONG = {
     ),
     "an unknown support": ((*FIT, "--support", "widht=positive"), "no column 'widht': the columns are length, width"),
     "two supports": ((*FIT, "--support", "real,real,width=positive"), "with 2 for all other columns"),
-    "layers of one without": ((*FIT, "--flow", "made", "--layers", "3"), "fit got --layers for made"),
-    "hidden layers of one without": ((*FIT, "--flow", "gaussian", "--hidden", "3"), "fit got --hidden for gaussian"),
-    "widths that are none": ((*FIT, "--hidden", "16,x"), "fit expected --hidden as widths such as 128,128, got 16,x"),
+    "layers of one without": ((*FIT, "--flow", "made", "--num-layers", "3"), "fit got --num-layers for made"),
+    "hidden layers of one without": (
+        (*FIT, "--flow", "gaussian", "--hidden-dims", "3"),
+        "fit got --hidden-dims for gaussian",
+    ),
+    "widths that are none": (
+        (*FIT, "--hidden-dims", "16,x"),
+        "fit expected --hidden-dims as widths such as 128,128, got 16,x",
+    ),
     "no such part": ((*FIT, "--validation", "2"), "fit expected validation as a part between 0 and 1"),
-    "no epochs": ((*FIT, "--epochs", "0"), "fit expected max_epochs of at least 1, got 0"),
+    "no epochs": ((*FIT, "--max-epochs", "0"), "fit expected max_epochs of at least 1, got 0"),
     "a file for a folder": (
-        ("fit", "{}/table.csv", "--out", "table.csv"),
-        "fit expected --out to be a folder, got the file table.csv",
+        ("fit", "{}/table.csv", "--folder", "table.csv"),
+        "fit expected --folder to be a folder, got the file table.csv",
     ),
     "resume and overwrite": ((*FIT, "--resume", "--overwrite"), "fit got both --resume and --overwrite"),
     "several processes and a pipe": (("fit", "-", "--devices", "2"), "expected a file for several --devices"),

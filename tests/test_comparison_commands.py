@@ -13,7 +13,7 @@ from pyro_maf.cli import app
 from pyro_maf.cli.paper import Name
 from pyro_maf.experiments import SETTINGS, comparison
 
-QUICK = ["--epochs", "2", "--models", "Gaussian,MADE", "--hidden", "8", "--hidden", "16"]
+QUICK = ["--max-epochs", "2", "--models", "Gaussian,MADE", "--hidden-dims", "8", "--hidden-dims", "16"]
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_compare_goes_on_after_an_interruption(invoke, wine, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--hidden", "wide"], "compare expected --hidden as numbers such as 128,128, got wide."),
+        (["--hidden-dims", "wide"], "compare expected --hidden-dims as numbers such as 128,128, got wide."),
         (["--models", "NSF"], "candidates expected names among Gaussian, MADE"),
         (["--test", "2", "--context", "colour"], "divide expected test as a part between 0 and 1, got 2.0"),
         (["--columns", "salt"], "read_table found no column 'salt'"),
@@ -93,7 +93,7 @@ def test_paper_repeats_an_experiment_next_to_the_published_figures(invoke, tmp_p
     folder = tmp_path / "archive" / "miniboone"
     folder.mkdir(parents=True)
     np.save(folder / "data.npy", np.random.default_rng(0).normal(size=(300, 43)))
-    options = ["--models", "Gaussian,MADE", "--epochs", "1", "--learning-rate", "0.01"]
+    options = ["--models", "Gaussian,MADE", "--max-epochs", "1", "--learning-rate", "0.01"]
     result = invoke("paper", "miniboone", "--root", tmp_path / "archive", *options)
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "miniboone-paper" / "unconditional.json").read_text())

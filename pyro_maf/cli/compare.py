@@ -37,8 +37,8 @@ EXAMPLES = """**Examples**
 
 ```
 pyro-maf compare wine.csv
-pyro-maf compare wine.csv --models "Gaussian,MADE,MAF (5)" --hidden 64 --hidden 64,64
-pyro-maf compare wine.parquet --context colour --epochs 100 --out wine-given-colour
+pyro-maf compare wine.csv --models "Gaussian,MADE,MAF (5)" --hidden-dims 64 --hidden-dims 64,64
+pyro-maf compare wine.parquet --context colour --max-epochs 100 --folder wine-given-colour
 ```
 """
 
@@ -46,7 +46,7 @@ pyro-maf compare wine.parquet --context colour --epochs 100 --out wine-given-col
 def run(
     data: Source,
     models: Models = None,
-    hidden: Annotated[
+    hidden_dims: Annotated[
         list[str] | None,
         option("Widths of the hidden layers, as 128,128; given several times, the best are taken.", "WIDTHS"),
     ] = None,
@@ -58,13 +58,13 @@ def run(
     categories: Categories = None,
     test: Annotated[float, option("The part of the rows to test with.", "PART")] = 0.1,
     validation: Annotated[float, option("The part of the other rows to validate with.", "PART")] = 0.1,
-    epochs: Epochs = 1000,
+    max_epochs: Epochs = 1000,
     batch_size: BatchSize = 256,
     learning_rate: Rate = 2e-3,
     patience: Patience = 30,
     seed: Annotated[int, option("Of the three parts, of the weights and of the order of batches.")] = 0,
     device: Device = "cpu",
-    out: Annotated[Path | None, option("The folder for what is made; by default named after DATA.", "DIR")] = None,
+    folder: Annotated[Path | None, option("The folder for what is made; by default named after DATA.", "DIR")] = None,
 ) -> None:
     """Fit the paper's models to a table, and say which predicts rows best that none of them has seen.
 
@@ -73,10 +73,10 @@ def run(
     """
     from pyro_maf.experiments import compare, divide
 
-    asked = _candidates(models, hidden, batch_norm)
+    asked = _candidates(models, hidden_dims, batch_norm)
     table = read(data, separated(columns), separated(context), separated(categories))
     name = "table" if data == "-" else Path(source_and_array(data)[0].removesuffix(".gz")).stem
-    folder = out or Path(f"{name}-comparison")
+    folder = folder or Path(f"{name}-comparison")
     parts = divide(name, table.data, table.context, test=test, validation=validation, seed=seed)
     with named(table):
         found = compare(
@@ -84,7 +84,7 @@ def run(
             asked,
             folder=folder,
             batch_size=batch_size,
-            max_epochs=epochs,
+            max_epochs=max_epochs,
             patience=patience,
             learning_rate=learning_rate,
             seed=seed,
@@ -136,5 +136,5 @@ def _candidates(models: list[str] | None, hidden: list[str] | None, batch_norm: 
         widths = [[int(width) for width in each.split(",")] for each in hidden or ()]
     except ValueError:
         given = " ".join(hidden or ())
-        raise ValueError(f"compare expected --hidden as numbers such as 128,128, got {given}.") from None
+        raise ValueError(f"compare expected --hidden-dims as numbers such as 128,128, got {given}.") from None
     return candidates(separated(models) or tuple(ROWS), hidden_dims=widths, batch_norm=batch_norm)

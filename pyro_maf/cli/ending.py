@@ -17,13 +17,24 @@ PACKAGE = Path(__file__).parent.parent
 BAD_INPUT = 2
 INTERRUPTED = 130
 COMMAND = "pyro_maf.command"
+TRAINING = ("fit", "compare", "paper")
+FORMER = {
+    "--epochs": "--max-epochs",
+    "--layers": "--num-layers",
+    "--hidden": "--hidden-dims",
+    "--out": "--folder",
+}
+"""What options of the commands that train were called before they had the names of Python's: scripts go on working, and
+are told."""
 
 
 class Endings(TyperGroup):
     """Commands whose errors become a line on stderr and an exit code, where they are about what was given."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Remember the arguments, for `command_line`."""
+        """Remember the arguments, for `command_line`; those of former names are taken for what they are called now."""
+        if args and args[0] in TRAINING:
+            args = [_renamed(argument) for argument in args]
         ctx.meta[COMMAND] = shlex.join(["pyro-maf", *args])
         return super().parse_args(ctx, args)
 
@@ -53,6 +64,15 @@ def command_line(ctx: typer.Context) -> str:
 def say(message: str) -> None:
     """Put a line on stderr: standard output is for data."""
     typer.echo(f"pyro-maf: {message}", err=True)
+
+
+def _renamed(argument: str) -> str:
+    """An option by its present name, or any other argument as it is."""
+    name, equals, value = argument.partition("=")
+    if name not in FORMER:
+        return argument
+    say(f"{name} is now called {FORMER[name]}, as in Python.")
+    return f"{FORMER[name]}{equals}{value}"
 
 
 def _is_about_input(error: Exception) -> bool:

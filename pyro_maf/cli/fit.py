@@ -41,8 +41,8 @@ EXAMPLES = """**Examples**
 
 ```
 pyro-maf fit wine.csv
-pyro-maf fit wine.parquet --columns alcohol,flavanoids --context colour --flow realnvp --layers 10
-pyro-maf fit rates.csv --support positive,share=unit_interval --out rates --resume
+pyro-maf fit wine.parquet --columns alcohol,flavanoids --context colour --flow realnvp --num-layers 10
+pyro-maf fit rates.csv --support positive,share=unit_interval --folder rates --resume
 ```
 """
 Flow = Literal["maf", "iaf", "realnvp", "made", "made-mog", "maf-mog", "gaussian"]
@@ -52,8 +52,8 @@ def run(
     ctx: typer.Context,
     data: Source,
     flow: Annotated[Flow, option(f"What to fit: {', '.join(get_args(Flow))}.", "FLOW")] = "maf",
-    layers: Annotated[int | None, option("Layers of maf, iaf, realnvp and maf-mog; by default 5.")] = None,
-    hidden: Annotated[
+    num_layers: Annotated[int | None, option("Layers of maf, iaf, realnvp and maf-mog; by default 5.")] = None,
+    hidden_dims: Annotated[
         list[str] | None, option("Widths of the hidden layers, as 128,128; by default by the data.", "WIDTHS")
     ] = None,
     columns: Columns = None,
@@ -68,7 +68,7 @@ def run(
     validation: Annotated[
         str, option("Rows to validate with: the part to hold out, between 0 and 1, or another table.", "PART")
     ] = "0.1",
-    epochs: Epochs = 1000,
+    max_epochs: Epochs = 1000,
     batch_size: BatchSize = 256,
     learning_rate: Rate = 2e-3,
     patience: Patience = 30,
@@ -78,7 +78,7 @@ def run(
         Literal["single", "double"], option("Of the model's numbers: single or double.", "PRECISION")
     ] = "single",
     devices: Annotated[int, option("Processes to fit with, each on a GPU of its own with --device cuda.")] = 1,
-    out: Annotated[
+    folder: Annotated[
         Path | None, option("The folder for what is made; by default named after DATA and --flow.", "DIR")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the fit in the folder, if any.")] = False,
@@ -92,16 +92,16 @@ def run(
     from pyro_maf.training import fit
     from pyro_maf.training.processes import Processes
 
-    folder = out or Path(f"{_stem(data)}-{flow}")
+    folder = folder or Path(f"{_stem(data)}-{flow}")
     # Processes that the first one starts leave files and messages to it.
     is_first = Processes(devices).is_first
     command = command_line(ctx)
     if is_first:
         check_folder(folder, resume=resume, overwrite=overwrite)
-    check_asked(flow, layers, hidden, device, devices, data)
+    check_asked(flow, num_layers, hidden_dims, device, devices, data)
     table = read(data, separated(columns), separated(context), separated(categories))
     kinds = support_of(separated(support), table.names)
-    model = model_of(flow, table, kinds, layers, separated(hidden), seed).to(device)
+    model = model_of(flow, table, kinds, num_layers, separated(hidden_dims), seed).to(device)
     model = model.double() if precision == "double" else model
     held_out = validation_of(validation, table)
     if is_first:
@@ -114,7 +114,7 @@ def run(
             support=kinds,
             validation=held_out,
             batch_size=batch_size,
-            max_epochs=epochs,
+            max_epochs=max_epochs,
             patience=patience,
             learning_rate=learning_rate,
             seed=seed,

@@ -59,14 +59,14 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise ValueError("fit got both --resume and --overwrite: choose one.")
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"fit expected --out to be a folder, got the file {folder}.")
+        raise ValueError(f"fit expected --folder to be a folder, got the file {folder}.")
     found = [name for name in FILES if (folder / name).exists()]
     if not found or overwrite:
         return
     if not resume:
         raise ValueError(
             f"fit found a fit in {folder} ({found[0]}): go on with it by --resume, replace it by --overwrite, or "
-            "choose another folder with --out."
+            "choose another folder with --folder."
         )
     if MODEL in found and CHECKPOINT not in found:
         raise ValueError(f"fit found {MODEL} in {folder}, but no {CHECKPOINT} to go on from: choose another folder.")

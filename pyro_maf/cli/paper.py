@@ -21,7 +21,7 @@ EXAMPLES = """**Examples**
 
 ```
 pyro-maf paper POWER --root data --device cuda
-pyro-maf paper MINIBOONE --root data --models "Gaussian,MAF (5)" --learning-rate 1e-3 --epochs 50
+pyro-maf paper MINIBOONE --root data --models "Gaussian,MAF (5)" --learning-rate 1e-3 --max-epochs 50
 ```
 """
 Name = Literal["POWER", "GAS", "HEPMASS", "MINIBOONE", "BSDS300", "MNIST", "CIFAR-10"]
@@ -34,7 +34,7 @@ def run(
     ],
     root: Annotated[Path, option("The folder that holds the published archive's folder of each set.", "DIR")],
     models: Models = None,
-    epochs: Epochs = 1000,
+    max_epochs: Epochs = 1000,
     learning_rate: Annotated[
         float | None, option("By default the paper's: 1e-3 for MADE and MADE MoG, 1e-4 for the flows.", "RATE")
     ] = None,
@@ -44,7 +44,9 @@ def run(
         bool,
         typer.Option("--allow-pickle", help="Load a pickle where there is no other file: it can run any code."),
     ] = False,
-    out: Annotated[Path | None, option("The folder for what is made; by default named after the set.", "DIR")] = None,
+    folder: Annotated[
+        Path | None, option("The folder for what is made; by default named after the set.", "DIR")
+    ] = None,
 ) -> None:
     """Repeat the paper's experiment on one of its sets, and put its figures beside those that come of it.
 
@@ -60,14 +62,14 @@ def run(
     models_asked = settings.candidates(separated(models) or tuple(ROWS))
     if learning_rate is not None:
         models_asked = tuple(dataclasses.replace(one, learning_rate=learning_rate) for one in models_asked)
-    folder = out or Path(f"{name.lower()}-paper")
+    folder = folder or Path(f"{name.lower()}-paper")
     for part, data in _parts(load_dataset(settings.loader, root, allow_pickle=allow_pickle)):
         found = compare(
             data,
             models_asked,
             folder=folder / part,
             batch_size=BATCH_SIZE,
-            max_epochs=epochs,
+            max_epochs=max_epochs,
             patience=PATIENCE,
             seed=seed,
             device=device,

@@ -22,9 +22,9 @@ def check_asked(flow: str, layers: int | None, hidden: list[str] | None, device:
     import torch
 
     if layers is not None and flow not in LAYERED:
-        raise ValueError(f"fit got --layers for {flow}, which has no number of layers to choose: leave it out.")
+        raise ValueError(f"fit got --num-layers for {flow}, which has no number of layers to choose: leave it out.")
     if hidden and flow == "gaussian":
-        raise ValueError("fit got --hidden for gaussian, which has no hidden layers: leave it out.")
+        raise ValueError("fit got --hidden-dims for gaussian, which has no hidden layers: leave it out.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("fit got --device cuda, but torch finds no CUDA device: leave it out.")
     if devices > 1 and data == "-":
@@ -66,7 +66,7 @@ def model_of(
     from pyro_maf.experiments import build
 
     if not all(width.isdecimal() for width in hidden):
-        raise ValueError(f"fit expected --hidden as widths such as 128,128, got {','.join(hidden)}.")
+        raise ValueError(f"fit expected --hidden-dims as widths such as 128,128, got {','.join(hidden)}.")
     return build(
         flow,
         # On a simplex the last column follows from the others.
