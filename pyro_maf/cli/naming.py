@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TextIO
 
 from pyro_maf.cli.ending import say
 
@@ -33,11 +33,18 @@ def named(table: Table) -> Iterator[None]:
     """
     said: set[str] = set()
 
-    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
-        line = with_names(str(message), table)
-        if line not in said:
-            say(line)
-        said.add(line)
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        text = with_names(str(message), table)
+        if text not in said:
+            say(text)
+        said.add(text)
 
     with warnings.catch_warnings():
         # A program that turns warnings into errors wants to see where they are from; here there is no program.
