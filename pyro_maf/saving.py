@@ -103,7 +103,6 @@ class Savable:
         Raises:
             FileNotFoundError: If its folder does not exist.
             TypeError: If an argument this was built with is none of the above, or a flow or density at one context.
-            ModuleNotFoundError: Without the `train` extra.
         """
         write_whole(Path(path), packed(self))
 
@@ -131,7 +130,6 @@ def load(path: str | os.PathLike[str]) -> Any:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, truncated, foreign or from a later version; the message says which.
-        ModuleNotFoundError: Without the `train` extra.
 
     Example:
         >>> import os, tempfile, pyro_maf

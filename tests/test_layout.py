@@ -20,6 +20,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = (
     "checks",
+    "extras",
     "changes",
     "precision",
     "randomness",

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyro_maf.extras import require
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -42,6 +44,7 @@ def writing_rows(path: Path, names: Sequence[str]) -> Iterator[Callable[[np.ndar
         ...     Path(folder, "rows.csv").read_text()
         'a,b\n1,2.5\n'
     """
+    require("pyro-maf", "pyarrow")
     writers = {".csv": _csv_writer, ".parquet": _parquet_writer}
     if path == STANDARD_OUTPUT:
         with _csv_writer(sys.stdout.buffer, names) as write:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from pyro_maf.extras import require
+
 __all__ = [
     "is_missing",
     "is_text",
@@ -96,6 +98,7 @@ def texts_of(column: Column) -> Any:
         >>> texts_of(np.array([1, 2])).to_pylist()
         ['1', '2']
     """
+    require("read_table", "pyarrow")
     import pyarrow
     import pyarrow.compute as pc
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_maf.checks import check_event, check_positive
 from pyro_maf.datasets.dataset import Dataset
 from pyro_maf.datasets.pixels import LogitPixels
+from pyro_maf.extras import require
 
 __all__ = ["complete_patches", "digits", "patches"]
 
@@ -37,6 +38,7 @@ def digits(*, margin: float = 1e-6, seed: int = 0) -> Dataset:
         >>> data.train.shape, data.test.shape, data.train_context.shape
         (torch.Size([1455, 64]), torch.Size([180, 64]), torch.Size([1455, 10]))
     """
+    require("digits", "sklearn")
     from sklearn.datasets import load_digits
 
     values, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
@@ -111,6 +113,7 @@ def complete_patches(y: Tensor) -> Tensor:
 
 def _grey_photographs() -> Tensor:
     """Luma of the photographs, (photographs, rows, columns), whole values of 0 .. 255."""
+    require("patches", "sklearn")
     from sklearn.datasets import load_sample_images
 
     images: Sequence[Any] = load_sample_images().images

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import io
 import os
 import re
@@ -20,6 +19,7 @@ from pyro_maf.datasets.cells import is_text, quoted, shown
 from pyro_maf.datasets.source import Source, one_line
 from pyro_maf.datasets.spool import copied
 from pyro_maf.datasets.text import CsvSource
+from pyro_maf.extras import require
 
 __all__ = ["ParquetSource", "open_source"]
 
@@ -97,16 +97,8 @@ def open_source(source: Any, array: str | None = None) -> Source:
         raise ValueError(f"read_table got array={array!r} for {label}, which is no .npz file: leave it out.")
     if start.startswith(b"\x93NUMPY"):
         return ArraySource(path, label)
-    _check_pyarrow(label)
+    require("read_table", "pyarrow")
     return (ParquetSource if start.startswith(b"PAR1") else CsvSource)(path, label)
-
-
-def _check_pyarrow(label: str) -> None:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise ModuleNotFoundError(
-            f"read_table needs pyarrow for {label}, which is not installed: pip install pyro-maf[train].",
-            name="pyarrow",
-        )
 
 
 def _as_file(source: Any) -> tuple[Path, str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import fmean
 
+from pyro_maf.extras import require
 from pyro_maf.showing import SECONDS_BETWEEN_UPDATES, progress_bar, shows
 
 __all__ = ["bar"]
@@ -21,6 +22,7 @@ def bar(progress: bool | str, steps: int) -> Iterator[Callable[[Sequence[float]]
     Yields:
         What to call after each step, with the bound of every step so far.
     """
+    require("fit_guide", "rich")
     from rich.console import Console
 
     console = Console(stderr=True)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
+from pyro_maf.extras import require
 from pyro_maf.precision import like_of
 from pyro_maf.report import pictures
 from pyro_maf.report.examination import Examination, examine
@@ -85,6 +86,7 @@ def write_report(
         ...     "Kolmogorov" in page.read_text(encoding="utf-8")
         True
     """
+    require("write_report", "jinja2", "matplotlib", "rich")
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"write_report expected an existing folder for {path.name}, got {path.parent}.")

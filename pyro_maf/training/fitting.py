@@ -18,6 +18,7 @@ from torch.distributions.constraints import Constraint
 from pyro_maf.checks import check_above_zero, check_positive
 from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
 from pyro_maf.distributions.support import Support
+from pyro_maf.extras import require
 from pyro_maf.interruption import Interruption
 from pyro_maf.randomness import seeded
 from pyro_maf.saving import describe, packed, try_to_write
@@ -265,15 +266,9 @@ def _support(model: Any, given: Any) -> Support:
 
 
 def _lightning_parts() -> ModuleType:
-    try:
-        from pyro_maf.training import maximum_likelihood
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in ("lightning", "rich", "safetensors"):
-            raise
-        raise ModuleNotFoundError(
-            f"fit needs {package}, which is not installed: pip install pyro-maf[train].", name=package
-        ) from None
+    require("fit", "rich", "lightning")
+    from pyro_maf.training import maximum_likelihood
+
     return maximum_likelihood
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyro_maf.datasets.archive.files import reading
+from pyro_maf.extras import require
 
 __all__ = ["LEAST_ROWS", "check_rows", "read_csv", "read_npy", "read_parquet", "read_text"]
 
@@ -27,6 +28,7 @@ def read_csv(who: str, path: Path) -> NDArray[np.float64]:
 
     The header is skipped, not read: that of HEPMASS need not have as many names as there are columns.
     """
+    require(who, "pyarrow")
     from pyarrow import csv
 
     with reading(who, path, "a csv file with a header line"):
@@ -45,6 +47,7 @@ def read_text(who: str, path: Path, columns: int) -> NDArray[np.float64]:
 
 def read_parquet(who: str, path: Path) -> dict[str, NDArray[Any]]:
     """The columns of a parquet file by name, without the row labels that pandas writes."""
+    require(who, "pyarrow")
     from pyarrow import parquet
 
     with reading(who, path, "a parquet file"):

@@ -13,6 +13,7 @@ from pyro_maf.datasets.archive.files import ask_first, find, locate, unpickling
 from pyro_maf.datasets.archive.formats import check_rows, read_parquet, read_text
 from pyro_maf.datasets.archive.preparation import standardise, three_parts
 from pyro_maf.datasets.dataset import Dataset
+from pyro_maf.extras import require
 
 __all__ = ["gas"]
 
@@ -101,6 +102,7 @@ def _frame(path: Path) -> NDArray[np.float64]:
 
 
 def _unpickled_columns(path: Path) -> dict[str, NDArray[Any]]:
+    require("gas", "pandas")
     import pandas
 
     with unpickling("gas", path):

@@ -13,6 +13,7 @@ from pyro_maf.datasets.archive.files import ZENODO, locate, reading
 from pyro_maf.datasets.archive.formats import LEAST_ROWS, check_rows, read_csv, read_npy
 from pyro_maf.datasets.archive.preparation import hold_out, standardise, tensor, three_parts
 from pyro_maf.datasets.dataset import Dataset
+from pyro_maf.extras import require
 
 __all__ = ["bsds300", "hepmass", "miniboone", "power"]
 
@@ -175,6 +176,7 @@ def bsds300(root: str | os.PathLike[str]) -> Dataset:
     Reference:
         Martin, Fowlkes, Tal & Malik, *A Database of Human Segmented Natural Images*, 2001.
     """
+    require("bsds300", "h5py")
     import h5py
 
     path = locate("bsds300", root, "BSDS300/BSDS300.hdf5", source=ZENODO)
