@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pyro
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# Before anything imports Triton, which asks once: without a device its kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Examples are drawn anew from the test's own code alone, so a run that passed passes again; compiling a first kernel or
 # a busy machine is no failure.

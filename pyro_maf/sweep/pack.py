@@ -14,7 +14,7 @@ from pyro_maf.changes import Snapshot
 from pyro_maf.nn import ACTIVATIONS, MADE
 from pyro_maf.sweep.plan import biases_of, lay_out_biases, output_rows, weights_of
 
-__all__ = ["LANES", "Array", "Pack", "flat", "forget", "pack", "pack_of"]
+__all__ = ["LANES", "Array", "Pack", "flat", "forget", "layout_of", "pack", "pack_of"]
 
 Array = np.ndarray[Any, Any]
 
@@ -73,7 +73,7 @@ def pack(made: MADE, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Pac
         masked[0].copy_(masked[0][:, made.order])
         masked[-1].copy_(masked[-1][output_rows(made, made.order)])
     kind = list(ACTIVATIONS).index(made.activation)
-    return Pack(made.order.numpy(), every.numpy(), *_layout_of(made), kind, flat(lay_out_biases(made, biases)))
+    return Pack(made.order.numpy(), every.numpy(), *layout_of(made), kind, flat(lay_out_biases(made, biases)))
 
 
 def flat(biases: Sequence[Tensor]) -> Array:
@@ -96,7 +96,8 @@ def _tensors(made: MADE) -> list[Any]:
     return tensors
 
 
-def _layout_of(made: MADE) -> Layout:
+def layout_of(made: MADE) -> Layout:
+    """`starts`, `levels` and `final` of a network's pack: made once for its order and degrees."""
     known = _layouts.get(made)
     if known is None or known[0] is not made.ready:
         known = _layouts[made] = made.ready, _layout(made)

@@ -47,8 +47,8 @@ def walk(plan: Plan, step: Callable[[int, Tensor], Tensor], batch: int) -> Activ
     w = like.new_empty(plan.dim, batch)
     seen = torch.empty_like(w)
     parameters = like.new_empty(plan.dim, plan.num_parameters, batch)
-    hidden = like.new_zeros(sum(_hidden_widths(plan)), batch)
-    before = hidden.split(_hidden_widths(plan))
+    hidden = like.new_zeros(sum(hidden_widths(plan)), batch)
+    before = hidden.split(hidden_widths(plan))
     after = [torch.empty_like(layer) for layer in before]
     done = [0] * len(before)
     rows = plan.num_parameters
@@ -98,15 +98,32 @@ class TorchSweep:
         """
         plan = self.plan
         given, total_w = (tensor[:, plan.order].T.contiguous() for tensor in (v, grad_w))
-        dw_dv, dw_dphi, dlog_dv, dlog_dphi = _partials(self.direction, given, kept.parameters)
-        outputs = plan.weights[-1].shape[0]
-        total_phi = dlog_dphi * grad_log_det
-        seen_slope, seen = _slope(compress_tails, kept.w)
-        slope, active = _slope(plan.activation, kept.before)
-        slopes, after = slope.split(_hidden_widths(plan)), active.split(_hidden_widths(plan))
-        totals = [torch.zeros_like(layer) for layer in after]
-        flat_phi = total_phi.view(outputs, -1)
-        rows = plan.num_parameters
+        dw_dv, dw_dphi, dlog_dv, dlog_dphi = partials(self.direction, given, kept.parameters)
+        seen_slope, seen = slope_of(compress_tails, kept.w)
+        slope, active = slope_of(plan.activation, kept.before)
+        units = self.walk_back(total_w, dlog_dphi * grad_log_det, dw_dphi, seen_slope, slope)
+        grad_v = torch.addcmul(dlog_dv * grad_log_det, dw_dv, total_w).T[:, plan.order.argsort()]
+        after = active.split(hidden_widths(plan))
+        grad_weights = [total @ below.T for total, below in zip(units, [seen, *after], strict=True)]
+        return grad_v, grad_weights, units
+
+    def walk_back(
+        self, total_w: Tensor, total_phi: Tensor, dw_dphi: Tensor, seen_slope: Tensor, slope: Tensor
+    ) -> list[Tensor]:
+        """The gradient with respect to what is put into each unit, layer by layer, (units, batch).
+
+        Args:
+            total_w: That with respect to w, (D, batch), apart from what later variables make of w: completed in place.
+            total_phi: That of the log-determinants with respect to phi, (D, P, batch).
+            dw_dphi: (D, P, batch).
+            seen_slope: The derivative of what the network sees of w, (D, batch).
+            slope: That of the activation of each hidden unit, (units, batch).
+        """
+        plan = self.plan
+        outputs, rows = plan.weights[-1].shape[0], plan.num_parameters
+        flat_phi = total_phi.view(outputs, total_w.shape[1])
+        slopes = slope.split(hidden_widths(plan))
+        totals = [torch.zeros_like(layer) for layer in slopes]
         # Units that no output sees have index plan.ready[.][-1] and up: their derivative is zero.
         for i in reversed(range(plan.dim)):
             total_phi[i].addcmul_(dw_dphi[i], total_w[i])
@@ -120,17 +137,14 @@ class TorchSweep:
                 above, weight, first, last = totals[layer], plan.weights[layer], new.start, ready[-1]
             if i:
                 total_w[i - 1].addcmul_(weight[first:last, i - 1] @ above[first:last], seen_slope[i - 1])
-        grad_v = torch.addcmul(dlog_dv * grad_log_det, dw_dv, total_w).T[:, plan.order.argsort()]
-        units = [*totals, flat_phi]
-        grad_weights = [total @ below.T for total, below in zip(units, [seen, *after], strict=True)]
-        return grad_v, grad_weights, units
+        return [*totals, flat_phi]
 
 
-def _hidden_widths(plan: Plan) -> list[int]:
+def hidden_widths(plan: Plan) -> list[int]:
     return [weight.shape[0] for weight in plan.weights[:-1]]
 
 
-def _partials(direction: Direction, v: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def partials(direction: Direction, v: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dw/dv, dw/dphi, dlog/dv, dlog/dphi of the scalar map, every one elementwise."""
     with torch.enable_grad():
         v, parameters = v.detach().requires_grad_(), parameters.detach().requires_grad_()
@@ -143,7 +157,7 @@ def _partials(direction: Direction, v: Tensor, parameters: Tensor) -> tuple[Tens
     return tuple(partials)  # type: ignore[return-value]
 
 
-def _slope(activation: Callable[[Tensor], Tensor], before: Tensor) -> tuple[Tensor, Tensor]:
+def slope_of(activation: Callable[[Tensor], Tensor], before: Tensor) -> tuple[Tensor, Tensor]:
     """The activation's derivative and value at `before`."""
     with torch.enable_grad():
         before = before.detach().requires_grad_()

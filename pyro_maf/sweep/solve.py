@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from pyro_maf.nn import MADE
-from pyro_maf.sweep import compiled, dense, unrolled
+from pyro_maf.sweep import compiled, dense, triton_sweep, unrolled
 from pyro_maf.sweep.circumstances import needs_gradient, together
 from pyro_maf.sweep.pack import pack
 from pyro_maf.sweep.plan import Direction, Plan, biases_of, lay_back, plan_of, weights_of
 from pyro_maf.sweep.reference import TorchSweep
 from pyro_maf.sweep.scalar import ScalarMap
+from pyro_maf.sweep.triton_sweep import TritonSweep
 from pyro_maf.tracing import is_exported, is_traced
 
 __all__ = ["parallel", "solve"]
@@ -79,7 +80,7 @@ def _in_rows(
     else:
         direction = scalar.inverse if inverse else scalar.forward
         tensors = (*weights_of(made), *biases_of(made, context))
-        w, log_det = _Sweep.apply(made, direction, way == "kernel sweep", inverse, rows, *tensors)
+        w, log_det = _Sweep.apply(made, direction, way, inverse, rows, *tensors)
     return (w, log_det) if rows is v else (w.reshape(v.shape), log_det.reshape(v.shape[:-1]))
 
 
@@ -95,6 +96,8 @@ def _way(made: MADE, scalar: ScalarMap, v: Tensor, context: Tensor | None, seque
         return "dense" if dense.takes(made, scalar, v) else "plain"
     if compiled.takes(scalar, v):
         return "kernel sweep" if differentiated else "kernel"
+    if sequential and triton_sweep.takes(scalar, v):
+        return "triton"
     return "sweep" if sequential else "plain"
 
 
@@ -120,7 +123,7 @@ class _Sweep(torch.autograd.Function):
         ctx: Any,
         made: MADE,
         direction: Direction,
-        by_kernel: bool,
+        way: str,
         inverse: bool,
         v: Tensor,
         *tensors: Tensor,
@@ -129,7 +132,11 @@ class _Sweep(torch.autograd.Function):
         network = made, tensors[:layers], tensors[layers:]
         # Not the pack that is kept: gradcheck, for one, writes through `.data`, which no version counts.
         engine: Engine = (
-            compiled.KernelSweep(pack(*network), inverse) if by_kernel else TorchSweep(Plan.of(*network), direction)
+            compiled.KernelSweep(pack(*network), inverse)
+            if way == "kernel sweep"
+            else TritonSweep(Plan.of(*network), direction, made, inverse)
+            if way == "triton"
+            else TorchSweep(Plan.of(*network), direction)
         )
         w, log_det, kept = engine.forward(v)
         ctx.made, ctx.direction, ctx.engine = made, direction, engine

@@ -1,0 +1,110 @@
+"""The sweep on a CUDA device: each walk as one Triton kernel, for the affine map in float32."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_maf.nn import ACTIVATIONS, BULK, MADE
+from pyro_maf.sweep.pack import layout_of
+from pyro_maf.sweep.reference import Activations, TorchSweep, hidden_widths
+from pyro_maf.sweep.scalar import Affine, ScalarMap
+
+__all__ = ["TritonSweep", "takes"]
+
+TILES = ((256, (2, 8, 256)), (4096, (4, 8, 128)), (None, (8, 8, 64)))
+"""Points of a program, units at a time and units below at a time, up to so many points, by measurement on an H200: few
+points are spread over the whole device, many share the weights that a program reads."""
+FEW = 2
+
+# Beside the networks, as packs are. A network remakes its list `ready` whenever its order or degrees change.
+_tables: weakref.WeakKeyDictionary[MADE, tuple[list[list[int]], torch.device, list[Tensor]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def takes(scalar: ScalarMap, v: Tensor) -> bool:
+    """Whether there are kernels for this map, device and dtype."""
+    return type(scalar) is Affine and v.device.type == "cuda" and v.dtype == torch.float32 and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@dataclass(frozen=True)
+class TritonSweep(TorchSweep):
+    """The sweep of one network with the affine map, and its adjoint.
+
+    Args:
+        plan: The network.
+        direction: The map of one dimension.
+        made: What the plan is of.
+        inverse: Whether w are the x of given y.
+    """
+
+    made: MADE
+    inverse: bool
+
+    def forward(self, v: Tensor) -> tuple[Tensor, Tensor, Activations]:
+        """w, log-determinant and what the adjoint needs, for v (batch, D)."""
+        from pyro_maf.sweep import triton_kernel
+
+        plan, points = self.plan, len(v)
+        tape, before = v.new_zeros(2, sum(self._widths), points)
+        w, log_det = torch.empty_like(v, memory_format=torch.contiguous_format), v.new_empty(points)
+        columns = max(bias.shape[1] for bias in plan.biases)
+        biases = torch.cat([bias.expand(-1, columns) for bias in plan.biases])
+        weights = torch.cat([weight.flatten() for weight in plan.weights])
+        kind = list(ACTIVATIONS).index(self.made.activation)
+        programs, tiles = _tiles(points)
+        if points:
+            triton_kernel.walk[programs](
+                v.contiguous(), plan.order, weights, biases, *self._tables(v.device), w, log_det, tape, before,
+                points, columns, plan.dim, self.inverse, Affine.BOUND, BULK, kind, len(plan.weights), *tiles,
+            )  # fmt: skip
+        phi = before[-self._widths[-1] :].view(plan.dim, plan.num_parameters, points)
+        hidden = before[plan.dim : -self._widths[-1]]
+        return w, log_det, Activations(w[:, plan.order].T.contiguous(), phi, hidden)
+
+    def walk_back(
+        self, total_w: Tensor, total_phi: Tensor, dw_dphi: Tensor, seen_slope: Tensor, slope: Tensor
+    ) -> list[Tensor]:
+        """As that of the torch sweep."""
+        from pyro_maf.sweep import triton_kernel
+
+        plan, points = self.plan, total_w.shape[1]
+        delta = total_w.new_zeros(sum(self._widths), points)
+        delta[-self._widths[-1] :] = total_phi.view(self._widths[-1], points)
+        weights = torch.cat([weight.T.flatten() for weight in plan.weights])
+        programs, tiles = _tiles(points)
+        if points:
+            triton_kernel.walk_back[programs](
+                weights, *self._tables(total_w.device), dw_dphi.contiguous(), torch.cat([seen_slope, slope]), delta,
+                total_w, points, plan.dim, plan.num_parameters, len(plan.weights), *tiles,
+            )  # fmt: skip
+        return list(delta.split(self._widths)[1:])
+
+    @property
+    def _widths(self) -> list[int]:
+        return [self.plan.dim, *hidden_widths(self.plan), self.plan.dim * self.plan.num_parameters]
+
+    def _tables(self, device: torch.device) -> list[Tensor]:
+        """`starts`, `levels` and `final` on the device, copied there once for each layout."""
+        entry = _tables.get(self.made)
+        if entry is None or entry[0] is not self.made.ready or entry[1] != device:
+            tables = [torch.as_tensor(table.astype("int32"), device=device) for table in layout_of(self.made)]
+            entry = _tables[self.made] = self.made.ready, device, tables
+        return entry[2]
+
+
+def _tiles(points: int) -> tuple[tuple[int], tuple[int, int, int, int]]:
+    """The number of programs, and `tile`, `rows`, `few` and `block` of the kernels."""
+    tile, rows, block = next(sizes for most, sizes in TILES if most is None or points <= most)
+    return (-(-points // tile),), (tile, rows, FEW, block)
