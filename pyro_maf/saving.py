@@ -32,6 +32,7 @@ __all__ = [
     "Kind",
     "Savable",
     "describe",
+    "drop_weak_references",
     "load",
     "pack",
     "packed",
@@ -94,6 +95,16 @@ class Savable:
         self.__dict__["_arguments"] = {name: _frozen(value) for name, value in list(bound.items())[1:]}
         return self
 
+    def __copy__(self: Self) -> Self:
+        # What the default does, without the preparation for pickling: a copy may be needed in the midst of a step.
+        twin = object.__new__(type(self))
+        twin.__dict__.update(getattr(self, "__getstate__", lambda: self.__dict__)())
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        drop_weak_references(self)
+        return super().__reduce_ex__(protocol)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights and architecture to `path`, whole or not at all.
 
@@ -117,6 +128,12 @@ def packed(module: Any) -> bytes:
     frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
     header = {"format": FORMAT, "training": training, "frozen": frozen, **describe(module)}
     return pack(module.state_dict(), MODEL, json.dumps(header))
+
+
+def drop_weak_references(module: Any) -> None:
+    """Take off what Pyro's store hangs on parameters at every statement of them, and what can not be pickled."""
+    for parameter in module.parameters():
+        parameter.__dict__.pop("unconstrained", None)
 
 
 def load(path: str | os.PathLike[str]) -> Any:

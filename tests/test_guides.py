@@ -7,6 +7,7 @@ import io
 import math
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -27,7 +28,8 @@ from pyro.infer.autoguide import init_to_value
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_maf.infer import AutoIAF
+from pyro_maf import IAF, MAF, FlowPrior
+from pyro_maf.infer import AutoIAF, TracePath_ELBO, fit_guide
 from tests.posteriors import (
     COUNTS,
     GAMMA,
@@ -137,8 +139,10 @@ def test_takes_models_of_every_shape(make: Any, model: Any, shapes: dict[str, tu
     assert {name: tuple(value.shape) for name, value in guide.median().items()} == shapes
     quantiles = guide.quantiles([0.1, 0.5, 0.9])
     assert {name: tuple(value.shape) for name, value in quantiles.items()} == {n: (3, *s) for n, s in shapes.items()}
+    # The numbers of a simplex and of a Cholesky factor have medians of their own, which need not fit together.
+    mixed = ("simplex", "v", "correlation")
     for name, support in supports(model, guide).items():
-        for value in (sites[name], batch[name], guide.median()[name]):
+        for value in (sites[name], batch[name], *([] if name in mixed else [guide.median()[name]])):
             assert bool(support.check(value).all()), name
     # The density of outside points is that of the trace which drew them.
     torch.testing.assert_close(guide.log_prob(sites), log_q, rtol=2e-3, atol=2e-3)
@@ -359,6 +363,61 @@ def test_quantiles_are_those_of_draws(make: Any) -> None:
         )
 
 
+def mixing() -> None:
+    """Sites whose maps mix coordinates, or turn them around."""
+    pyro.sample("shares", dist.Dirichlet(torch.tensor([3.0, 3.0, 3.0])))
+    ordered = dist.transforms.OrderedTransform()
+    pyro.sample("cuts", dist.TransformedDistribution(dist.Normal(torch.zeros(4), 1.0).to_event(1), ordered))
+    pyro.sample("factor", dist.LKJCholesky(3, 2.0))
+    pyro.sample("below", dist.ImproperUniform(constraints.less_than(2.0), (), ()))
+    with pyro.plate("rows", 2):
+        pyro.sample("parts", dist.Dirichlet(torch.ones(2)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_quantiles_are_marginal_on_every_support(seed: int) -> None:
+    pyro.set_rng_seed(seed)
+    guide = shaken(AutoIAF(mixing, init_scale=0.5, **SMALL).setup(), gain=0.2)
+    levels = torch.tensor([0.05, 0.5, 0.95])
+    draws = guide.rsample((20_000,))
+    for name, found in guide.quantiles(levels).items():
+        share = (draws[name][:, None] < found).float().mean(0)
+        # Entries that are 0 or 1 by construction are at every quantile.
+        share = torch.where((found[2] - found[0]).abs() < 1e-6, levels.reshape(-1, *[1] * (found.dim() - 1)), share)
+        torch.testing.assert_close(
+            share, levels.reshape(-1, *[1] * (found.dim() - 1)).expand_as(share), atol=0.02, rtol=0, msg=name
+        )
+        assert bool((found.diff(dim=0) >= 0).all())
+        torch.testing.assert_close(guide.median()[name], found[1])
+
+
+def test_quantiles_of_shares_are_those_of_their_beta() -> None:
+    """Of a Dirichlet posterior, to which a fresh guide is close: each share is Beta(30, 60)."""
+    guide = AutoIAF(lambda: pyro.sample("shares", dist.Dirichlet(torch.full((3,), 30.0))), **SMALL).setup()
+    found = guide.quantiles([0.05, 0.95])["shares"]
+    expected = torch.tensor([0.25416, 0.41674])[:, None].expand(2, 3)
+    torch.testing.assert_close(found, expected, atol=0.01, rtol=0)
+
+
+def test_quantiles_of_any_shape_of_levels() -> None:
+    guide = AutoIAF(several, **SMALL).setup()
+    levels = torch.tensor([[0.1, 0.9], [0.5, 0.2]])
+    found = guide.quantiles(levels)["vector"]
+    assert found.shape == (2, 2, 3)
+    torch.testing.assert_close(found[1, 0], guide.quantiles(0.5)["vector"])
+
+
+@pytest.mark.parametrize("levels", [[1.5], [-0.1], [0.5, math.nan], torch.tensor(2.0), 7])
+def test_quantiles_out_of_range_are_refused(levels: Any) -> None:
+    with pytest.raises(ValueError, match=r"AutoIAF expected quantiles from 0 to 1, got (1.5|-0.1|nan|2|7)\.$"):
+        AutoIAF(counting, **SMALL).quantiles(levels)
+
+
+def test_quantiles_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(TypeError, match="AutoIAF expected quantiles to be numbers from 0 to 1, got 'median'"):
+        AutoIAF(counting, **SMALL).quantiles("median")
+
+
 @each_guide
 def test_quantiles_are_repeatable_and_leave_the_random_state_alone(make: Any) -> None:
     guide = shaken(make(several, **SMALL).setup())
@@ -439,6 +498,174 @@ def test_a_pickled_guide_draws_as_before(make: Any) -> None:
     assert same(guide.median(), twin.median())
     assert guide()["rate"].shape == twin()["rate"].shape == ()
     torch.testing.assert_close(twin.log_prob({"rate": torch.tensor(3.0)}), guide.log_prob({"rate": torch.tensor(3.0)}))
+
+
+USES: dict[str, Callable[[Any], object]] = {
+    "SVI": lambda guide: steps(Trace_ELBO(), counting, guide, 2),
+    "SVI of the path": lambda guide: steps(TracePath_ELBO(), counting, guide, 2),
+    "fit_guide": lambda guide: fit_guide(counting, guide, steps=3, num_particles=2, progress=False),
+    "rsample": lambda guide: guide.rsample((3,)),
+    "quantiles": lambda guide: guide.quantiles([0.5]),
+    "a call": lambda guide: guide(),
+    "a graph": lambda guide: guide.rsample((3,))["rate"].sum().backward(),
+}
+
+
+def stored_and_loaded(guide: Any) -> Any:
+    stored = io.BytesIO()
+    torch.save(guide, stored)
+    stored.seek(0)
+    return torch.load(stored, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [stored_and_loaded, copy.deepcopy], ids=["saved", "deep-copied"])
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+@each_guide
+def test_a_used_guide_can_be_copied_and_both_train_on(make: Any, use: Any, copied: Any) -> None:
+    guide = make(counting, **SMALL, init_scale=0.3).setup()
+    use(guide)
+    twin = copied(guide)
+    rate = {"rate": torch.tensor([1.0, 3.0])}
+    assert same(guide.median(), twin.median())
+    torch.testing.assert_close(twin.log_prob(rate), guide.log_prob(rate), rtol=0, atol=0)
+    for one, other in ((guide, twin), (twin, guide)):
+        before, kept = weights(one), weights(other)
+        steps(Trace_ELBO(), counting, one, 1)
+        assert not same(before, weights(one))
+        assert same(kept, weights(other))
+
+
+def conditioned_on_parameters(y: Tensor) -> None:
+    """Parameters stand in distributions and in supports, and the model's graph hangs on what it draws."""
+    concentration = pyro.param("concentration", torch.tensor([2.0, 3.0]), constraint=constraints.positive)
+    share = pyro.sample("share", dist.Dirichlet(concentration))
+    loc = pyro.sample("loc", dist.Normal(pyro.param("centre", torch.tensor(0.0)), 1.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(loc + share[..., 0], 1.0), obs=y)
+
+
+def test_a_model_with_parameters_and_data_stays_behind() -> None:
+    y = torch.arange(100_000.0) % 7
+    guide = AutoIAF(
+        conditioned_on_parameters,
+        init_loc_fn=lambda site: _start_of(site),
+        init_scale=0.1,
+        num_layers=1,
+        hidden_dims=[4],
+    )
+    steps(Trace_ELBO(), conditioned_on_parameters, guide, 2, y)
+    pickled = pickle.dumps(guide)
+    assert len(pickled) < 20_000  # of 400,000 bytes of data
+    assert same(guide.median(y), pickle.loads(pickled).median(y))
+    steps(Trace_ELBO(), conditioned_on_parameters, pickle.loads(pickled), 1, y)
+
+
+def _start_of(site: Any) -> Tensor:
+    return init_to_value(site, values={"share": torch.tensor([0.4, 0.6]), "loc": torch.tensor(1.0)})
+
+
+def test_a_guide_that_never_met_its_model_says_so_once_it_is_unpickled() -> None:
+    twin = pickle.loads(pickle.dumps(AutoIAF(counting, **SMALL)))
+    with pytest.raises(ValueError, match=r"^AutoIAF expected a model to set itself up .* guide\.setup\(\).*\.$"):
+        twin()
+
+
+@pytest.mark.parametrize("make", [lambda: MAF(2, num_layers=1), lambda: FlowPrior(IAF(2, num_layers=1))])
+def test_flows_and_densities_that_pyro_knows_of_can_be_pickled(make: Any) -> None:
+    module = make()
+    pyro.module("module", module)
+    twin = pickle.loads(pickle.dumps(module))
+    assert same(weights(module), weights(twin))
+    assert same(weights(module), weights(copy.deepcopy(module)))
+
+
+# -- Pyro's store ------------------------------------------------------------------------------------------------------
+
+
+def through_a_file(folder: Path) -> None:
+    pyro.get_param_store().save(str(folder / "weights"))
+    pyro.clear_param_store()
+    pyro.get_param_store().load(str(folder / "weights"))
+
+
+def through_the_state(folder: Path) -> None:
+    state = pyro.get_param_store().get_state()
+    pyro.clear_param_store()
+    pyro.get_param_store().set_state(state)
+
+
+@pytest.mark.parametrize("way", [through_a_file, through_the_state])
+@each_guide
+def test_a_new_guide_is_what_the_store_holds(make: Any, way: Any, tmp_path: Path) -> None:
+    """Wherever either starts: the start of a guide goes with its weights."""
+    guide = shaken(make(counting, **SMALL, init_scale=0.2).setup())
+    steps(Trace_ELBO(), counting, guide, 2)
+    wanted, kept = guide.median(), weights(guide)
+    way(tmp_path)
+    called, read = (make(counting, **SMALL, init_scale=0.7) for _ in range(2))
+    called()
+    assert same(wanted, called.median())
+    if way is through_a_file:
+        pyro.get_param_store().load(str(tmp_path / "weights"))
+    assert same(wanted, read.median()) == (way is through_a_file)
+    steps(Trace_ELBO(), counting, called, 1)
+    assert not same(kept, weights(called))
+    assert same(kept, weights(guide))
+
+
+@each_guide
+def test_a_guide_in_use_goes_back_to_what_was_saved(make: Any, tmp_path: Path) -> None:
+    guide = shaken(make(counting, **SMALL).setup())
+    guide()
+    state, wanted = copy.deepcopy(pyro.get_param_store().get_state()), weights(guide)
+    pyro.get_param_store().save(str(tmp_path / "weights"))
+    for restore in (
+        lambda: pyro.get_param_store().set_state(copy.deepcopy(state)),
+        lambda: pyro.get_param_store().load(str(tmp_path / "weights")),
+    ):
+        steps(Trace_ELBO(), counting, guide, 1)
+        assert not same(wanted, weights(guide))
+        restore()
+        guide()
+        assert same(wanted, weights(guide))
+    steps(Trace_ELBO(), counting, guide, 1)  # and trains on
+    assert not same(wanted, weights(guide))
+
+
+def test_saving_the_store_says_nothing_to_other_guides(tmp_path: Path) -> None:
+    guides = [shaken(AutoIAF(counting, **SMALL).setup()) for _ in range(2)]
+    for guide in guides:
+        guide()
+    for _ in range(2):
+        for guide, other in (guides, guides[::-1]):
+            kept = weights(guide)
+            other()
+            pyro.get_param_store().save(str(tmp_path / "weights"))
+            pickle.dumps(other)
+            with pyro.get_param_store().scope():
+                counting()
+            guide()
+            assert same(kept, weights(guide))
+
+
+@pytest.mark.parametrize("options", [{"num_layers": 2}, {"hidden_dims": [5]}, {"hidden_dims": [8, 8]}])
+def test_weights_of_a_guide_that_is_built_otherwise_are_refused(options: Any, tmp_path: Path) -> None:
+    AutoIAF(counting, **SMALL).setup()()
+    through_a_file(tmp_path)
+    with pytest.raises(ValueError, match=r"^AutoIAF expected the weights of a guide that is built alike .*\.$"):
+        AutoIAF(counting, **{**SMALL, **options})()
+
+
+def test_an_encoder_comes_from_the_store_too(tmp_path: Path) -> None:
+    def guide() -> Any:
+        torch.manual_seed(len(pyro.get_param_store()))
+        return AutoIAF(of_data, encoder=Summary(), **SMALL)
+
+    y, trained = torch.tensor([1.0, 2.0, 4.0]), guide()
+    steps(Trace_ELBO(), of_data, trained, 2, y)
+    wanted = trained.median(y)
+    through_a_file(tmp_path)
+    assert same(wanted, guide().median(y))
 
 
 @each_guide

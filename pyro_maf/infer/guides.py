@@ -14,23 +14,25 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous, init_to_median
-from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 from torch.distributions import transform_to
-from torch.quasirandom import SobolEngine
 
 from pyro_maf.checks import check_above_zero, check_positive, check_sizes
 from pyro_maf.flows import IAF, MAF, RealNVP
 from pyro_maf.infer.head import Head
 from pyro_maf.infer.latents import Latents
 from pyro_maf.infer.log_joint import LogJoint, latent_sites
+from pyro_maf.infer.param_store import Stored
+from pyro_maf.infer.prototype import bare_latents, bare_trace
+from pyro_maf.infer.quantiles import QUANTILE_DRAWS, checked_levels, even_noise, quantiles_of
+from pyro_maf.infer.refusal import RefusalError
 from pyro_maf.infer.start import Normal, best_normal
+from pyro_maf.saving import drop_weak_references
 from pyro_maf.tempering import Tempered
 from pyro_maf.transforms import ConditionalFlow, Flow, Stack
 
 __all__ = ["AutoFlow", "AutoIAF", "AutoMAF", "AutoRealNVP"]
 
-QUANTILE_DRAWS = 8192
 Self = TypeVar("Self", bound="AutoFlow")
 
 
@@ -66,6 +68,7 @@ class AutoFlow(AutoContinuous):
         self._init_scale = init_scale
         self.encoder = encoder
         self.transform: Any = None
+        self._stored = Stored()
 
     # -- setting up -----------------------------------------------------------------------------------------------
 
@@ -75,11 +78,20 @@ class AutoFlow(AutoContinuous):
         The first call of the guide does the same. Before that it is of use where an optimizer wants the parameters, or
         `load_state_dict` a place for them. Arguments are the model's.
         """
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
+        self._set_up_once(args, kwargs)
+        self._stored.take(type(self).__name__, self._stored_modules())
         return self
 
+    def _set_up_once(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        if self._plain_model is None:
+            raise RefusalError(
+                f"{type(self).__name__} expected a model to set itself up with, got none, since it was pickled before: "
+                "call guide.setup() with the model's arguments, then pickle it."
+            )
         try:
             super(AutoContinuous, self)._setup_prototype(*args, **kwargs)
             sites = latent_sites(self.prototype_trace)
@@ -145,19 +157,23 @@ class AutoFlow(AutoContinuous):
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Flow:
         """The map from noise to unconstrained latent variables, at the encoder's context if there is one."""
+        self._set_up_once(args, kwargs)
         transform = self._held("transform")
         return transform if self._held("encoder") is None else transform.condition(self._context(args, kwargs))
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
         """The distribution of the unconstrained latent variables as one vector."""
         self.setup(*args, **kwargs)
+        return self._posterior(args, kwargs)
+
+    def _posterior(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         transform = self.get_transform(*args, **kwargs)
         return dist.TransformedDistribution(self.get_base_dist(), [transform], validate_args=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw every latent site; returns its value by name."""
-        self.setup(*args, **kwargs)
-        self._register()
+        self._set_up_once(args, kwargs)
+        self._stored.state(type(self).__name__, self._stored_modules())
         self._create_plates(*args, **kwargs)
         latent = self.sample_latent(*args, **kwargs)
         sites = {}
@@ -172,7 +188,7 @@ class AutoFlow(AutoContinuous):
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Draw the unconstrained latent variables, as an auxiliary site of Pyro's."""
-        posterior = self.get_posterior(*args, **kwargs)
+        posterior = self._posterior(args, kwargs)  # whose weights are read already, in a call
         with self._in_plates(next(iter(self._latents.parts))) if self._latents.rows else nullcontext():
             latent = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
         if latent.requires_grad:
@@ -191,18 +207,10 @@ class AutoFlow(AutoContinuous):
         for part, unconstrained in self._latents.split(latent):
             yield part.site, unconstrained
 
-    def _register(self) -> None:
-        """Tell Pyro of the parameters, whatever another guide of this name has left in its store."""
-        store = pyro.get_param_store()
-        known = dict(store.named_parameters())
-        for role in ("transform", "encoder"):
-            module = self._held(role)
-            for name, parameter in module.named_parameters() if isinstance(module, nn.Module) else ():
-                full_name = param_with_module_name(f"{self._pyro_name}.{role}", name)
-                if known.get(full_name, parameter) is not parameter:
-                    del store[full_name]
-                if parameter.requires_grad:
-                    pyro.param(full_name, parameter)
+    def _stored_modules(self) -> dict[str, nn.Module]:
+        """The modules that have weights, by their names in Pyro's store."""
+        held = {role: self._held(role) for role in ("transform", "encoder")}
+        return {f"{self._pyro_name}.{role}": module for role, module in held.items() if isinstance(module, nn.Module)}
 
     def _held(self, role: str) -> Any:
         """An attribute, without the statement to Pyro about all its parameters that reading it would be."""
@@ -233,24 +241,28 @@ class AutoFlow(AutoContinuous):
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The marginal median of every latent variable; see `quantiles`."""
-        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
+        return self.quantiles(0.5, *args, **kwargs)
 
     @torch.no_grad()
-    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        r"""Marginal quantiles of every latent variable, (number of quantiles, \*site).
+    def quantiles(self, quantiles: float | Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        r"""Marginal quantiles of every latent variable, (\*levels, \*site), at levels from 0 to 1.
 
-        They are those of 8,192 draws in unconstrained space, mapped to the support. The noise is a fixed Sobol
-        sequence, so that repeated calls agree.
+        They are those of 8,192 draws of each site, on its support: of a simplex or an ordered vector each number's own,
+        so that medians of shares need not sum to 1. The noise is a fixed Sobol sequence, so that repeated calls agree.
+
+        Raises:
+            TypeError: If a level is no number.
+            ValueError: If one is not from 0 to 1.
         """
         posterior = self.get_posterior(*args, **kwargs)
         (transform,) = posterior.transforms
         like = next(self._held("transform").parameters())
-        noise = _even_noise(QUANTILE_DRAWS, self.latent_dim).to(like)
+        levels = checked_levels(type(self).__name__, quantiles, like)
+        noise = even_noise(QUANTILE_DRAWS, self.latent_dim).to(like)
         latent = transform(noise.reshape(-1, *(1,) * len(self._latents.rows), self.latent_dim))
-        wanted = torch.as_tensor(quantiles, dtype=like.dtype, device=like.device)
-        # In a few columns at a time: torch.quantile takes no more than 16 million numbers.
-        found = torch.cat([columns.quantile(wanted, 0) for columns in latent.split(1024, -1)], -1)
-        return self._as_sites(found, wanted.shape)
+        # Of what the draws are mapped to: a map that mixes coordinates takes no quantile to a quantile.
+        draws = self._as_sites(latent, torch.Size([QUANTILE_DRAWS]))
+        return {name: quantiles_of(value, levels.to(value)) for name, value in draws.items()}
 
     def sites_of(self, noise: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         r"""The value of each site, (\*batch, \*site), that noise u, (\*batch, D), is mapped to."""
@@ -272,13 +284,26 @@ class AutoFlow(AutoContinuous):
         # Pyro's own way would take the model away from the original. What is fixed once set up is shared.
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        copied = ("_modules", "_parameters", "_buffers", "training")
+        copied = ("_modules", "_parameters", "_buffers", "training", "_pyro_context")
         twin.__dict__.update(self.__dict__, **{name: copy.deepcopy(self.__dict__[name], memo) for name in copied})
+        twin.__dict__["_stored"] = self._stored.of_a_copy()
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        # Without the model, as Pyro's guides are pickled, but leaving this one as it is.
-        return {**self.__dict__, "_model": None, "_plain_model": None, "master": None}
+        # Without the model, as Pyro's guides are pickled, but leaving this one as it is; its data stay behind too.
+        drop_weak_references(self)
+        lacking: dict[str, Any] = {
+            "_model": None,
+            "_plain_model": None,
+            "master": None,
+            "_stored": self._stored.of_a_copy(),
+        }
+        if self.prototype_trace is None:
+            return {**self.__dict__, **lacking}
+        # Once set up, none of these is asked again, and they are often functions that can not be pickled.
+        lacking |= {"init_loc_fn": None, "plates": {}}
+        lacking |= {"prototype_trace": bare_trace(self.prototype_trace), "_latents": bare_latents(self._latents)}
+        return {**self.__dict__, **lacking}
 
 
 class AutoIAF(AutoFlow):
@@ -400,14 +425,6 @@ def _median_or_feasible(site: Any = None) -> Any:
 def _default_hidden_dims(latent_dim: int) -> tuple[int, int]:
     width = min(512, max(64, 4 * latent_dim))
     return width, width
-
-
-def _even_noise(draws: int, dim: int) -> Tensor:
-    """Standard normal draws of a fixed Sobol sequence; beyond its dimensions, of a fixed seed."""
-    if dim > SobolEngine.MAXDIM:
-        return torch.randn(draws, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    uniform = SobolEngine(dim, scramble=True, seed=0).draw(draws, dtype=torch.float64)
-    return torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
 
 
 def _without_bad_draws(gradient: Tensor) -> Tensor:

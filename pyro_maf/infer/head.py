@@ -58,7 +58,7 @@ class Head(Flow):
     ) -> None:
         super().__init__(input_dim, context_dim)
         self.register_buffer("loc", loc.detach().clone())
-        self.register_buffer("scale_tril", scale_tril.detach().clone())
+        self.register_buffer("scale_tril", scale_tril.detach().clone(memory_format=torch.contiguous_format))
         # b, the logarithm of A's diagonal, and what is below it, as one: each parameter costs an optimizer time.
         self.free = nn.Parameter(torch.zeros(2 * input_dim + input_dim * (input_dim - 1) // 2).to(loc))
         gain = gain_of(input_dim)

@@ -14,7 +14,7 @@ from pyro.infer.util import torch_item
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
-__all__ = ["TracePath_ELBO"]
+__all__ = ["TracePath_ELBO", "detached"]
 
 
 class TracePath_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's way to name objectives)
@@ -97,7 +97,7 @@ def _innermost(fn: Any) -> Any:
 def _frozen(fn: Any) -> Iterator[Any]:
     """A twin of a distribution that depends on its parameters no more, while entered."""
     modules: list[nn.Module] = []
-    twin = _detached(fn, modules)
+    twin = detached(fn, modules)
     parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -108,22 +108,22 @@ def _frozen(fn: Any) -> Iterator[Any]:
             parameter.requires_grad_(True)
 
 
-def _detached(value: Any, modules: list[nn.Module]) -> Any:
+def detached(value: Any, modules: list[nn.Module]) -> Any:
     """A copy without gradient of tensors, and of what distributions and transforms hold; modules are collected."""
     if isinstance(value, Tensor):
         return value.detach()
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-        return type(value)(_detached(item, modules) for item in value)
+        return type(value)(detached(item, modules) for item in value)
     if isinstance(value, nn.Module):
         modules.append(value)
         if not any(buffer.requires_grad for buffer in value.buffers()):
             return value
         twin = copy.copy(value)
-        twin._buffers = {name: _detached(buffer, modules) for name, buffer in value._buffers.items()}
+        twin._buffers = {name: detached(buffer, modules) for name, buffer in value._buffers.items()}
         return twin
     if isinstance(value, (Distribution, Transform)):
         held: Any = copy.copy(value)
         own = value.__dict__.items()
-        held.__dict__.update({name: _detached(item, modules) for name, item in own if name != "_inv"})
+        held.__dict__.update({name: detached(item, modules) for name, item in own if name != "_inv"})
         return held
     return value

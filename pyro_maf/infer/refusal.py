@@ -1,0 +1,32 @@
+"""Refusals that stay one line: Pyro adds a table of shapes to whatever is raised while a program is traced."""
+
+from __future__ import annotations
+
+__all__ = ["RefusalError", "without_empty_tables"]
+
+TABLE = "\nTrace Shapes:"
+EMPTY = ("Param Sites:", "Sample Sites:")
+
+
+class RefusalError(ValueError):
+    r"""A `ValueError` about how a model or a guide is built, for which no table of shapes helps.
+
+    Example:
+        >>> str(RefusalError("AutoIAF found no latent variables.\nTrace Shapes:\n Param Sites:\nSample Sites:"))
+        'AutoIAF found no latent variables.'
+    """
+
+    def __str__(self) -> str:
+        return super().__str__().partition(TABLE)[0]
+
+
+def without_empty_tables(error: BaseException) -> None:
+    """Take the tables that list nothing off an error's message, in place."""
+    message = error.args[0] if len(error.args) == 1 else None
+    if isinstance(message, str):
+        said, *tables = message.split(TABLE)
+        error.args = (TABLE.join([said, *(table for table in tables if not _is_empty(table))]),)
+
+
+def _is_empty(table: str) -> bool:
+    return all(line.strip() in EMPTY for line in table.strip().splitlines())
