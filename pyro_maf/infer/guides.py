@@ -334,7 +334,8 @@ class AutoIAF(AutoFlow):
 
     Cost:
         A step is one pass a layer, as drawing and scoring its own draws is. `log_prob` of other points is one sweep a
-        layer. Setting up takes up to thirty Hessians of the model and some thousand evaluations, in batches.
+        layer. Setting up takes some tens of Hessians of the model and some thousand evaluations, in batches; of a model
+        that has to be run for each draw, some 300 runs.
 
     Raises:
         ValueError: For a model without latent variables or with discrete ones; for options out of range.

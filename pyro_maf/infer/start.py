@@ -7,27 +7,34 @@ way there proposes normals, and the evidence lower bound of each, estimated from
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_maf.infer.double import Score, in_double, widened
 from pyro_maf.infer.log_joint import FAILURES
 from pyro_maf.randomness import seeded
 
 __all__ = ["Normal", "best_normal"]
 
 DRAWS = 32
-ITERATIONS = 30
+ITERATIONS = 300
+PATIENCE, GAIN = 20, 1e-3
+"""So many iterations without a normal better by so many nats end an ascent, as of a density without a mode."""
 HALVINGS = 12
 ISOTROPIC = (1.0, 0.1)
 LARGEST_SCALES = (math.inf, 10.0, 1.0)
 DENSE = 200
 HISTORY = 20
-
-Score = Callable[[Tensor], Tensor]
-"""Log density of latent vectors: (rows, D) to (rows,)."""
+FEW = 20
+"""Up to so many dimensions curvature alone serves."""
+DIAGONAL_STEPS, DIAGONAL_RATE = 100, 0.2
+ALONE, ALONE_DRAWS = 300, 4
+"""About how many runs a model may take that has to be run for each row, and the draws of a bound then."""
+SLACK = 10.0
+"""How many nats, and per cent, rounding to float32 may cost a normal."""
 
 
 class Normal(NamedTuple):
@@ -46,32 +53,112 @@ def best_normal(log_density: Score, loc: Tensor, *, vectorised: bool = True) -> 
     r"""The normal of the largest evidence lower bound, among those met on an ascent from `loc`.
 
     Every point of the ascent proposes the normal with the curvature there, its scales bounded by none, 10 and 1, and
-    isotropic ones of scale 1 and 0.1. Bounds are estimated from 32 draws, the same for all.
+    isotropic ones of scale 1 and 0.1. Bounds are estimated from 32 draws, the same for all. Beyond 20 dimensions there
+    is the diagonal normal too that variational inference reaches from `loc`: where scales depend on each other, as in
+    hierarchies, no curvature has a bound as high.
 
     The ascent is a damped Newton iteration on |eigenvalues|, so that saddles repel it; beyond 200 dimensions it is
-    BFGS, whose curvature comes from the gradients met.
+    BFGS, whose curvature comes from the gradients met. It ends where it has converged, or has met no better normal for
+    20 iterations, and is computed in float64 where the model can be run so.
 
     Args:
         log_density: Of the posterior, up to a constant.
         loc: Where to begin, (D,).
-        vectorised: Whether many rows cost about as much as one.
+        vectorised: Whether many rows cost about as much as one. Where not, it is the best of some 300 runs.
 
     Reference:
         Dauphin et al., *Identifying and attacking the saddle point problem*, 2014; Zhang et al., *Pathfinder: Parallel
         quasi-Newton variational inference*, 2022.
     """
-    with seeded(0, loc.device):
-        noise = torch.randn(DRAWS // 2, len(loc), dtype=loc.dtype, device=loc.device)
-    noise = torch.cat([noise, -noise])
-    best, best_bound = Normal.isotropic(loc, ISOTROPIC[-1]), -math.inf
-    path = _newton(log_density, loc, vectorised) if len(loc) <= DENSE else _bfgs(log_density, loc)
-    for candidates in path:
+    wide = in_double(log_density, loc)
+    if wide is not None:
+        found, bound = _Search(wide, loc.double(), vectorised).best()
+        normal = Normal(found.loc.to(loc), found.scale_tril.to(loc))
         with torch.no_grad():
-            bounds = _bounds(log_density, candidates, noise)
-        bound, index = bounds.max(0)
-        if bound > best_bound:
-            best, best_bound = candidates[int(index)], float(bound)
-    return best
+            narrow = float(_bounds(log_density, [normal], _noise(loc, vectorised))[0])
+        if narrow > bound - max(SLACK, SLACK / 100 * abs(bound)):
+            return normal
+    return _Search(log_density, loc, vectorised).best()[0]
+
+
+def _noise(loc: Tensor, vectorised: bool, seed: int = 0) -> Tensor:
+    """Standard normal draws in pairs of opposite sign."""
+    with seeded(seed, loc.device):
+        noise = torch.randn((DRAWS if vectorised else ALONE_DRAWS) // 2, len(loc)).to(loc)
+    return torch.cat([noise, -noise])
+
+
+class _Search:
+    """The search for a normal, in the dtype of `loc`."""
+
+    def __init__(self, log_density: Score, loc: Tensor, vectorised: bool) -> None:
+        self._log_density, self._loc, self._vectorised = log_density, loc, vectorised
+        self._noise = _noise(loc, vectorised)
+        self._runs = 0
+        self._best, self._bound = Normal.isotropic(loc, ISOTROPIC[-1]), -math.inf
+
+    def best(self) -> tuple[Normal, float]:
+        """The best normal and its bound."""
+        dense = DENSE if self._vectorised else FEW
+        path = (_newton if len(self._loc) <= dense else _bfgs)(self._score, self._loc, self._vectorised)
+        if self._vectorised:
+            self._all_along(path)
+        else:
+            self._backwards(path)
+        if len(self._loc) > FEW and self._vectorised:
+            self._try([_diagonal(self._score, self._loc, _noise(self._loc, True, seed=1))])
+        return self._best, self._bound
+
+    def _all_along(self, path: Iterator[list[Normal]]) -> None:
+        """Try the candidates of every point."""
+        idle = 0
+        for candidates in path:
+            idle = 0 if self._try(candidates) else idle + 1
+            if idle >= PATIENCE:
+                return
+
+    def _backwards(self, path: Iterator[list[Normal]]) -> None:
+        """Try the candidates of some points, from the last on, since a bound takes many more runs than a step does."""
+        met = []
+        for candidates in path:
+            met.append(candidates)
+            if self._runs >= ALONE // 2:
+                break
+        back = 1
+        while back <= len(met) and self._runs < ALONE:
+            self._try(met[-back])
+            back *= 2
+
+    def _score(self, rows: Tensor) -> Tensor:
+        self._runs += len(rows)
+        return self._log_density(rows)
+
+    def _try(self, candidates: list[Normal]) -> bool:
+        """Whether one of the candidates is better than the best so far."""
+        with torch.no_grad():
+            bound, index = _bounds(self._score, candidates, self._noise).max(0)
+        better = float(bound) > self._bound + GAIN
+        if float(bound) > self._bound:
+            self._best, self._bound = candidates[int(index)], float(bound)
+        return better
+
+
+def _diagonal(log_density: Score, loc: Tensor, noise: Tensor) -> Normal:
+    """The diagonal normal that a hundred steps of Adam on the bound of fixed noise reach from `loc`."""
+    place = torch.stack([loc, torch.full_like(loc, math.log(ISOTROPIC[-1]))]).requires_grad_()
+    optimizer = torch.optim.Adam([place], betas=(0.8, 0.95))
+    for step in range(DIAGONAL_STEPS):
+        optimizer.param_groups[0]["lr"] = DIAGONAL_RATE * (1 - step / DIAGONAL_STEPS)
+        with torch.enable_grad():
+            scores = log_density(place[0] + noise * place[1].exp())
+            bound = scores.mean() + place[1].sum()
+        if not bound.isfinite():
+            break
+        (place.grad,) = torch.autograd.grad(-bound, place)
+        place.grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        optimizer.step()
+    loc, log_scale = place.detach()
+    return Normal(loc, log_scale.exp().diag())
 
 
 def _bounds(log_density: Score, candidates: list[Normal], noise: Tensor) -> Tensor:
@@ -90,25 +177,25 @@ def _newton(log_density: Score, loc: Tensor, vectorised: bool) -> Iterator[list[
         try:
             gradient, hessian = _derivatives(log_density, loc, vectorised)
         except FAILURES:  # such as an operation that can be differentiated once alone
-            yield from _bfgs(log_density, loc)
+            yield from _bfgs(log_density, loc, vectorised)
             return
         if not gradient.isfinite().all():
             return
         if not hessian.isfinite().all():  # as the second derivative of torch.logaddexp is not, with one term far below
-            yield from _bfgs(log_density, loc)
+            yield from _bfgs(log_density, loc, vectorised)
             return
         curvature = _Curvature(-hessian)
         yield [curvature.normal(loc, largest) for largest in LARGEST_SCALES] + [
             Normal.isotropic(loc, scale) for scale in ISOTROPIC
         ]
         step = curvature.solve(gradient)
-        loc, improved = _line_search(log_density, loc, step)
+        loc, improved = _line_search(log_density, loc, step, vectorised)
         if improved - value < 1e-4:
             return
         value = improved
 
 
-def _bfgs(log_density: Score, loc: Tensor) -> Iterator[list[Normal]]:
+def _bfgs(log_density: Score, loc: Tensor, vectorised: bool) -> Iterator[list[Normal]]:
     """Candidates at each point of a BFGS ascent with a short history."""
     yield [Normal.isotropic(loc, scale) for scale in ISOTROPIC]
     covariance = torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
@@ -118,7 +205,7 @@ def _bfgs(log_density: Score, loc: Tensor) -> Iterator[list[Normal]]:
         if not gradient.isfinite().all():
             return
         before, gradient_before = loc, gradient
-        loc, improved = _line_search(log_density, loc, covariance @ gradient)
+        loc, improved = _line_search(log_density, loc, covariance @ gradient, vectorised)
         done = improved - value < 1e-4
         value, gradient = improved, _gradient(log_density, loc)
         moved, bent = loc - before, gradient_before - gradient
@@ -144,13 +231,19 @@ def _updated(covariance: Tensor, moved: Tensor, bent: Tensor) -> Tensor:
     )
 
 
-def _line_search(log_density: Score, loc: Tensor, step: Tensor) -> tuple[Tensor, float]:
-    """The best of a full step and of ever smaller ones, with its log density."""
+def _line_search(log_density: Score, loc: Tensor, step: Tensor, vectorised: bool) -> tuple[Tensor, float]:
+    """The best of a full step and of ever smaller ones, with its log density; alone, the first that is any better."""
     sizes = 0.5 ** torch.arange(HALVINGS, dtype=loc.dtype, device=loc.device)
     points = torch.cat([loc[None], loc + sizes[:, None] * step])
     with torch.no_grad():
-        value, index = log_density(points).max(0)
-    return points[int(index)], float(value)
+        if vectorised:
+            value, index = log_density(points).max(0)
+            return points[int(index)], float(value)
+        present = float(log_density(points[:1]))
+        for point in points[1:]:
+            if (value_there := float(log_density(point[None]))) > present:
+                return point, value_there
+    return loc, present
 
 
 class _Curvature:
@@ -160,9 +253,9 @@ class _Curvature:
     """
 
     def __init__(self, precision: Tensor) -> None:
-        self._dtype = precision.dtype
+        self._like = precision.new_empty(())
         floor = 1e-4 if precision.dtype == torch.float32 else 1e-9
-        precision = precision.double()
+        precision = widened(precision)
         diagonal = precision.diagonal().abs()
         self._units = diagonal.clamp(min=max(1e-12, 1e-14 * float(diagonal.max()))).rsqrt()
         scaled = precision * self._units * self._units[:, None]
@@ -171,8 +264,8 @@ class _Curvature:
 
     def solve(self, gradient: Tensor) -> Tensor:
         """The Newton step."""
-        turned = self._vectors.T @ (self._units * gradient.double())
-        return (self._units * (self._vectors @ (turned / self._values))).to(self._dtype)
+        turned = self._vectors.T @ (self._units * widened(gradient))
+        return (self._units * (self._vectors @ (turned / self._values))).to(self._like)
 
     def normal(self, loc: Tensor, largest: float) -> Normal:
         """The normal of this precision, no direction of it wider than `largest`."""
@@ -182,7 +275,7 @@ class _Curvature:
             values, vectors = torch.linalg.eigh(covariance)
             covariance = (vectors * values.clamp(max=largest**2)) @ vectors.T
         factor, _ = torch.linalg.cholesky_ex((covariance + covariance.T) / 2)
-        return Normal(loc, factor.to(self._dtype))
+        return Normal(loc, factor.to(self._like))
 
 
 def _gradient(log_density: Score, loc: Tensor) -> Tensor:

@@ -1,0 +1,207 @@
+"""Where guides start: once the ascent has converged, in float64, and where curvature alone would mislead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_maf.infer import AutoIAF, start
+from pyro_maf.infer.double import in_double, widened
+from pyro_maf.infer.start import best_normal
+from tests.posteriors import SMALL, bound, regression
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+
+def years(batched: bool = True) -> Callable[[], None]:
+    """A trend over calendar years as they are: intercept and slope are all but collinear."""
+    t = torch.arange(1950.0, 2010.0)
+    y = 0.02 * (t - 1980) + 15 + 0.1 * torch.randn(60, generator=torch.Generator().manual_seed(0))
+    design = torch.stack([torch.ones(60), t], 1)
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), torch.tensor([1000.0, 10.0])).to_event(1))
+        scale = pyro.sample("scale", dist.HalfNormal(torch.tensor(10.0)))
+        with pyro.plate("rows", 60):
+            pyro.sample("y", dist.Normal((w * design).sum(-1) if batched else design @ w, scale), obs=y)
+
+    return model
+
+
+def unscaled(batched: bool = True) -> Callable[[], None]:
+    """A regression on predictors in units from 1e-3 to 1e5, one of them far from 0."""
+    generator = torch.Generator().manual_seed(0)
+    units = torch.tensor([1.0, 1e3, 1e-3, 1e5])
+    x = (torch.randn(100, 4, generator=generator) + torch.tensor([0.0, 1000.0, 0.0, 0.0])) * units
+    y = x @ (1 / units) + 0.3 * torch.randn(100, generator=generator)
+
+    def model() -> None:
+        intercept = pyro.sample("intercept", dist.Normal(0.0, 1000.0))
+        w = pyro.sample("w", dist.Normal(torch.zeros(4), 1e4 / units).to_event(1))
+        scale = pyro.sample("scale", dist.HalfNormal(torch.tensor(10.0)))
+        with pyro.plate("rows", 100):
+            pyro.sample("y", dist.Normal(intercept + ((w * x).sum(-1) if batched else x @ w), scale), obs=y)
+
+    return model
+
+
+def counts_along_a_line() -> None:
+    """A Gaussian process with Poisson counts."""
+    x = torch.linspace(0, 10, 40)
+    covariance = torch.exp(-0.5 * ((x[:, None] - x) / 1.5) ** 2) + 1e-4 * torch.eye(40)
+    rate = torch.exp(1 + torch.sin(x))
+    y = torch.poisson(rate, generator=torch.Generator().manual_seed(0))
+    f = pyro.sample("f", dist.MultivariateNormal(torch.zeros(40), covariance))
+    level = pyro.sample("level", dist.Normal(0.0, 3.0))
+    pyro.sample("y", dist.Poisson((f + level[..., None]).exp()).to_event(1), obs=y)
+
+
+STEEP: dict[str, tuple[Callable[[], None], float]] = {
+    "years": (years(), 31.8),
+    "unscaled": (unscaled(), -96.5),
+    "process": (counts_along_a_line, -88.9),
+}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("model", "expected"), STEEP.values(), ids=STEEP)
+def test_the_ascent_goes_on_until_it_has_converged(model: Any, expected: float, seed: int) -> None:
+    pyro.set_rng_seed(seed)
+    guide = AutoIAF(model, **SMALL).setup()
+    found = bound(model, guide)
+    assert next(guide.parameters()).dtype == torch.float32
+    assert found == pytest.approx(expected, abs=2.0)
+
+
+def bound_alone(model: Any, guide: Any) -> float:
+    """As `bound`, for a model that has to be run for each draw."""
+    pyro.set_rng_seed(1)
+    with torch.no_grad():
+        return -pyro.infer.Trace_ELBO(num_particles=100).loss(model, guide)
+
+
+@pytest.mark.parametrize(("make", "expected"), [(years, 31.8), (unscaled, -96.5)])
+def test_a_matrix_product_with_float32_data_is_ascended_in_float64_all_the_same(make: Any, expected: float) -> None:
+    model = make(batched=False)
+    assert bound_alone(model, AutoIAF(model, **SMALL).setup()) == pytest.approx(expected, abs=2.0)
+
+
+def test_a_model_that_is_run_alone_is_run_some_hundreds_of_times() -> None:
+    runs = []
+    model = unscaled(batched=False)
+
+    def counted() -> None:
+        runs.append(1)
+        model()
+
+    AutoIAF(counted, **SMALL).setup()
+    assert len(runs) < 450
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_hierarchy_starts_where_its_scale_is_neither_lost_nor_left(seed: int) -> None:
+    """Curvature along the ascent, which ends in the neck of the posterior, is some hundred nats worse."""
+    y = 1 + 0.3 * torch.randn(200, generator=torch.Generator().manual_seed(1))
+
+    def model() -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 5.0))
+        scale = pyro.sample("scale", dist.HalfCauchy(torch.tensor(2.0)))
+        with pyro.plate("groups", 200):
+            pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(loc, scale)), 1.0), obs=y)
+
+    pyro.set_rng_seed(seed)
+    guide = AutoIAF(model, **SMALL).setup()
+    scale = guide.rsample((1000,))["scale"].detach()
+    assert 0.02 < float(scale.median()) < 0.5
+    with torch.no_grad():
+        assert -pyro.infer.Trace_ELBO(num_particles=100, vectorize_particles=True).loss(model, guide) > -235
+
+
+# -- float64 -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_computed_from_float64_latents_and_float32_data_is_float64() -> None:
+    x, number = torch.randn(5, 3), torch.tensor(1 / 3)
+    dtypes = []
+
+    def score(rows: Tensor) -> Tensor:
+        total = (x @ rows[0]).sum() + torch.linalg.solve(x.T @ x, rows[0]).sum() + (rows[:, 0].sum() * x).sum()
+        stacked = torch.stack([total, number])
+        dtypes.append({each.dtype for each in (total, stacked, torch.nn.functional.linear(rows, x))})
+        return total.expand(len(rows))
+
+    loc = torch.randn(3)
+    wide = in_double(score, loc)
+    assert wide is not None
+    assert dtypes[0] == {torch.float64}
+    exact = float(score(loc[None])[0])
+    assert float(wide(loc.double()[None])[0]) == pytest.approx(exact, rel=1e-4)
+    assert wide(torch.stack([loc, loc]).double()).dtype == torch.float64
+
+
+def test_what_writes_into_a_tensor_still_does() -> None:
+    def score(rows: Tensor) -> Tensor:
+        total = torch.zeros(len(rows))
+        total.add_(rows.sum(1).float())
+        total[:1] = rows[:1].sum(1)
+        total += rows[:, 0]
+        return total
+
+    wide = in_double(score, torch.tensor([1.0, 2.0]))
+    assert wide is not None
+    assert wide(torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)).tolist() == [4.0, 10.0]
+
+
+def refuses(rows: Tensor) -> Tensor:
+    if rows.dtype == torch.float64:
+        raise TypeError("float32 alone")
+    return -0.5 * (rows - 1).square().sum(-1)
+
+
+def other(rows: Tensor) -> Tensor:
+    return (-0.5 if rows.dtype == torch.float32 else 3.0) * (rows - 1).square().sum(-1)
+
+
+@pytest.mark.parametrize("score", [refuses, other])
+def test_where_float64_fails_the_latents_own_dtype_serves(score: Any) -> None:
+    assert in_double(score, torch.zeros(3)) is None
+    found = best_normal(score, torch.zeros(3))
+    assert found.loc.dtype == torch.float32
+    torch.testing.assert_close(found.loc, torch.ones(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(found.scale_tril, torch.eye(3), atol=1e-3, rtol=0)
+
+
+def test_a_device_without_float64_is_left_its_own_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnSuchADevice(Tensor):
+        def double(self, *args: Any, **kwargs: Any) -> Tensor:
+            raise TypeError("this device has no float64")
+
+        def cpu(self, *args: Any, **kwargs: Any) -> Tensor:
+            return self.as_subclass(Tensor)
+
+    tensor = torch.ones(2).as_subclass(OnSuchADevice)
+    assert widened(tensor).dtype == torch.float64
+    monkeypatch.setattr(start, "in_double", lambda score, loc: None)
+    known = regression(dtype=torch.float32)
+    guide = AutoIAF(known.model, **SMALL).setup()
+    with torch.no_grad():
+        loc = guide.transform(torch.zeros(3))
+    torch.testing.assert_close(loc.double(), known.mean, atol=1e-2, rtol=1e-2)
+
+
+def test_a_normal_that_float32_can_not_hold_is_not_used() -> None:
+    """Its location lies between two float32 numbers, farther from either than the posterior is wide."""
+
+    def score(rows: Tensor) -> Tensor:
+        return -0.5 * ((rows - 100_000.003).double() / 1e-4).square().sum(-1).to(rows)
+
+    found = best_normal(score, torch.full((1,), 100_000.0))
+    assert bool(found.loc.isfinite().all())
+    draws = found.loc + found.scale_tril[0] * torch.randn(1000, 1)
+    assert bool(score(draws).isfinite().all())
