@@ -27,6 +27,7 @@ FLOORS = (
     "interruption",
     "showing",
     "tracing",
+    "folder",
     "allowance",
     "saving",
     "tempering",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -12,7 +12,7 @@ import typer
 
 import pyro_maf
 from pyro_maf.cli.ending import INTERRUPTED, command_line, say
-from pyro_maf.cli.folder import CHECKPOINT, COLUMNS, RECORD, REPORT, Record, check_folder, replacing, write_json
+from pyro_maf.cli.folder import CHECKPOINT, COLUMNS, RECORD, REPORT, Record, check_folder, write_json
 from pyro_maf.cli.naming import named, with_names
 from pyro_maf.cli.options import (
     BatchSize,
@@ -30,6 +30,7 @@ from pyro_maf.cli.options import (
     source_and_array,
 )
 from pyro_maf.cli.request import check_asked, model_of, support_of, validation_of
+from pyro_maf.folder import held
 
 if TYPE_CHECKING:
     from pyro_maf.datasets import Table
@@ -97,6 +98,7 @@ def run(
     is_first = Processes(devices).is_first
     command = command_line(ctx)
     if is_first:
+        ctx.with_resource(held(folder, make=False))
         check_folder(folder, resume=resume, overwrite=overwrite)
     check_asked(flow, num_layers, hidden_dims, device, devices, data)
     table = read(data, separated(columns), separated(context), separated(categories))
@@ -106,7 +108,7 @@ def run(
     held_out = validation_of(validation, table)
     if is_first:
         say(f"{len(table.data):,} rows of {_described(table)}, to {folder}.")
-    with named(table), _resumable(folder, command), replacing(folder) if overwrite and is_first else nullcontext():
+    with named(table), _resumable(folder, command, overwrite=overwrite):
         result = fit(
             model,
             table.data,
@@ -120,6 +122,7 @@ def run(
             seed=seed,
             folder=folder,
             resume=resume,
+            overwrite=overwrite,
             devices=devices,
         )
     result = dataclasses.replace(result, warnings=tuple(with_names(line, table) for line in result.warnings))
@@ -138,14 +141,23 @@ def _stem(data: str) -> str:
 
 
 @contextmanager
-def _resumable(folder: Path, command: str) -> Iterator[None]:
+def _resumable(folder: Path, command: str, *, overwrite: bool) -> Iterator[None]:
     """While entered, an interruption that leaves no time to finish ends the command, and says how to go on."""
+    old = _version(folder / CHECKPOINT) if overwrite else None
     try:
         yield
     except KeyboardInterrupt:
-        if not (folder / CHECKPOINT).exists():
+        if _version(folder / CHECKPOINT) in (None, old):
             raise
         raise _interrupted(command) from None
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """What tells a file from those that it replaced; None without one."""
+    if not path.exists():
+        return None
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns
 
 
 def _interrupted(command: str) -> typer.Exit:

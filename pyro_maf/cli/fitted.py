@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyro_maf.cli.folder import COLUMNS, MODEL, RECORD, Record, read_json
 from pyro_maf.cli.options import read
+from pyro_maf.folder import recover
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +91,8 @@ def read_fitted(path: Path) -> Fitted:
     """
     from pyro_maf.saving import load
 
+    if path.is_dir():
+        recover(path)
     model = path / MODEL if path.is_dir() else path
     if not model.is_file():
         found = f"a folder without {MODEL}" if path.is_dir() else "nothing"

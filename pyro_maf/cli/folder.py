@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pyro_maf.folder import CHECKPOINT, COLUMNS, FILES, MODEL, RECORD, REPORT, recover
 
 __all__ = [
     "CHECKPOINT",
@@ -20,17 +18,8 @@ __all__ = [
     "Record",
     "check_folder",
     "read_json",
-    "replacing",
     "write_json",
 ]
-
-MODEL, CHECKPOINT, LOG, BOARD = "model.safetensors", "checkpoint.safetensors", "log.csv", "tensorboard"
-"""What `pyro_maf.fit` writes."""
-
-COLUMNS, RECORD, REPORT = "columns.json", "fit.json", "report.html"
-"""What the command adds: how to read a table for the model, how it was made, and how well it fits."""
-
-FILES = (MODEL, CHECKPOINT, LOG, COLUMNS, RECORD, REPORT)
 
 
 @dataclass(frozen=True)
@@ -54,12 +43,14 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
     Raises:
         ValueError: If `folder` is a file, or holds a fit that is neither to be resumed nor overwritten or that has no
-            checkpoint to be resumed from.
+            checkpoint to be resumed from, or if another
+            process writes to it.
     """
     if resume and overwrite:
         raise ValueError("fit got both --resume and --overwrite: choose one.")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"fit expected --folder to be a folder, got the file {folder}.")
+    recover(folder)
     found = [name for name in FILES if (folder / name).exists()]
     if not found or overwrite:
         return
@@ -70,25 +61,6 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
         )
     if MODEL in found and CHECKPOINT not in found:
         raise ValueError(f"fit found {MODEL} in {folder}, but no {CHECKPOINT} to go on from: choose another folder.")
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[None]:
-    """While entered, the fit in `folder` is set aside; it is put back if no other has begun by the end."""
-    fits = [folder / name for name in (*FILES, BOARD) if (folder / name).exists()]
-    if not fits:
-        yield
-        return
-    aside = Path(tempfile.mkdtemp(prefix=".replaced-", dir=folder))
-    for path in fits:
-        path.rename(aside / path.name)
-    try:
-        yield
-    finally:
-        if not (folder / CHECKPOINT).exists():
-            for path in fits:
-                (aside / path.name).rename(path)
-        shutil.rmtree(aside)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -6,19 +6,20 @@ The file is safetensors with JSON in its header, as that of a model: nothing in 
 from __future__ import annotations
 
 import json
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_maf.folder import CHECKPOINT, FILES, LOG, MODEL, held, recover, replaced
 from pyro_maf.saving import Kind, pack, remove_unfinished, try_to_write, unpack, write_whole
 
-__all__ = ["LOG", "MODEL", "Checkpoint", "Keeper", "generator_states", "set_generator_states"]
-
-CHECKPOINT, LOG, MODEL, BOARD = "checkpoint.safetensors", "log.csv", "model.safetensors", "tensorboard"
-"""What lies in the folder of a fit."""
+__all__ = ["Checkpoint", "Keeper", "generator_states", "keeping", "set_generator_states"]
 
 FORMAT = 1
 REMEDY = "It is left as it is: put a copy of it back, or choose another folder to begin again."
@@ -111,9 +112,10 @@ class Keeper:
     """Keeps a fit in a folder: often, but not for more than a twentieth of the time.
 
     Args:
-        folder: Where to; it is made if need be.
+        folder: Where to; it is held by this process.
         settings: What must be the same when the fit is taken up again.
         resume: Whether a fit that is there already is to be taken up.
+        overwrite: Whether a fit that is there already is to give way to the first checkpoint of this one.
         is_first: Whether this is the process that writes.
 
     Attributes:
@@ -123,10 +125,11 @@ class Keeper:
     Raises:
         ValueError: If there is a fit that is not to be resumed, or one that is damaged, has other settings or has lost
             its checkpoint; the message says which.
-        FileExistsError: If `folder` is a file.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], *, resume: bool, is_first: bool = True) -> None:
+    def __init__(
+        self, folder: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool, is_first: bool
+    ) -> None:
         self.folder = folder
         self.found: Checkpoint | None = None
         # Counts may be numpy's.
@@ -134,16 +137,18 @@ class Keeper:
         self.path = folder / CHECKPOINT
         self._next = 0.0
         self._has_written = False
+        self._overwrites = overwrite
+        if is_first:
+            recover(folder)
         if resume and self.path.exists():
             self.found = Checkpoint.read(self.path)
             self._check_settings(self.found.facts.get("settings"))
             self._has_written = True
         if not is_first:
             return
-        if self.found is None:
+        if self.found is None and not overwrite:
             self._check_unused()
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (CHECKPOINT, LOG, MODEL):
+        for name in FILES:
             remove_unfinished(folder / name)
 
     @property
@@ -158,7 +163,9 @@ class Keeper:
         if self._has_written:
             try_to_write(self.path, checkpoint.packed())
         else:
-            checkpoint.write(self.path)
+            content = checkpoint.packed()
+            with replaced(self.folder) if self._overwrites else nullcontext():
+                write_whole(self.path, content)
             self._has_written = True
         ended = time.monotonic()
         self._next = ended + max(SECONDS_BETWEEN, (ended - began) / MOST_OF_THE_TIME)
@@ -166,7 +173,8 @@ class Keeper:
     def _check_unused(self) -> None:
         if self.path.exists():
             raise ValueError(
-                f"fit found a fit in {self.folder}: resume=True goes on with it, or choose another folder."
+                f"fit found a fit in {self.folder}: overwrite=True replaces it, resume=True goes on with it, or choose "
+                "another folder."
             )
         for name in (LOG, MODEL):
             if (self.folder / name).exists():
@@ -183,6 +191,24 @@ class Keeper:
                     f"fit found a fit with another {name} in {self.folder} ({_short(before.get(name))}, "
                     f"now {_short(value)}): resume with the same, or choose another folder."
                 )
+
+
+@contextmanager
+def keeping(
+    folder: str | os.PathLike[str] | None, settings: dict[str, Any], *, resume: bool, overwrite: bool, is_first: bool
+) -> Iterator[Keeper | None]:
+    """While entered, a fit is kept in `folder` and nowhere else is one; None without a folder.
+
+    Raises:
+        ValueError: As `Keeper`, and if another process writes there.
+        OSError: If nothing can be written there.
+    """
+    if folder is None:
+        yield None
+        return
+    path = Path(folder).expanduser()
+    with held(path) if is_first else nullcontext():
+        yield Keeper(path, settings, resume=resume, overwrite=overwrite, is_first=is_first)
 
 
 def generator_states(device: torch.device) -> dict[str, Tensor]:

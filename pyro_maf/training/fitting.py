@@ -6,7 +6,6 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,12 +18,13 @@ from pyro_maf.checks import check_above_zero, check_positive
 from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
 from pyro_maf.distributions.support import Support
 from pyro_maf.extras import require
+from pyro_maf.folder import MODEL
 from pyro_maf.interruption import Interruption
 from pyro_maf.randomness import seeded
 from pyro_maf.saving import describe, packed, try_to_write
 from pyro_maf.showing import check_progress
 from pyro_maf.training.batches import Batches
-from pyro_maf.training.checkpoint import MODEL, Keeper
+from pyro_maf.training.checkpoint import keeping
 from pyro_maf.training.parts import in_units_of, read_parts
 from pyro_maf.training.processes import Processes
 from pyro_maf.training.result import FitResult
@@ -54,6 +54,7 @@ def fit(
     seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     devices: int = 1,
     progress: bool | str = True,
 ) -> FitResult:
@@ -96,9 +97,10 @@ def fit(
         folder: Where to keep the fit: `checkpoint.safetensors`, from which it can go on; `log.csv`, a line an epoch,
             and the same for TensorBoard where that is installed; at the end `model.safetensors`, for `pyro_maf.load`.
             It is made if need be, and shared by all processes. One that holds any of these is refused, unless there is
-            a checkpoint to be resumed.
+            a checkpoint to be resumed, or it is to be overwritten; and so is one that another fit is writing to.
         resume: Go on from the checkpoint in `folder`, where there is one. The model, the data and the options must be
             the same, but for `max_epochs` and `patience`, which may be raised, and what follows here.
+        overwrite: Replace the fit in `folder`, if any. It stays as it is until this one has its first checkpoint.
         devices: Processes to fit with on this machine, each on a GPU of its own if the model is on one. Lightning
             starts the others by running the program again: it must come to this call by itself.
         progress: A bar on stderr: True where that is a terminal or a notebook, False never, "always" in any case.
@@ -150,8 +152,7 @@ def fit(
     )
     seed = _checked_seed(seed)
     check_progress("fit", progress)
-    if resume and folder is None:
-        raise ValueError("fit expected the folder to resume from, got resume=True without one.")
+    _check_folder(folder, resume=resume, overwrite=overwrite)
     lightning = _lightning_parts()
     known = _support(model, support)
     parts = read_parts(model, data, context, validation, known, dtype=weight.dtype, seed=seed)
@@ -163,13 +164,13 @@ def fit(
     batches = parts.batches(batch_size, processes)
     _check_batches(model, batches, batch_size, processes)
     schedule = Schedule(learning_rate, patience)
-    keeper = None
+    settings = {}
     if folder is not None:
         options = {"batch_size": batch_size, "learning_rate": learning_rate, "max_grad_norm": max_grad_norm}
         what = {"model": describe(density), "precision": str(weight.dtype), "data": parts.digest(), "seed": seed}
         settings = {**what, **options, **_frozen(density)}
-        keeper = Keeper(Path(folder).expanduser(), settings, resume=resume, is_first=processes.is_first)
     with (
+        keeping(folder, settings, resume=resume, overwrite=overwrite, is_first=processes.is_first) as keeper,
         Interruption() as interruption,
         _untouched_random_states(weight.device, seed),
         torch.autocast(weight.device.type, enabled=False),
@@ -185,9 +186,9 @@ def fit(
             keeper=keeper,
         )
         lightning.maximise(module, max_epochs=max_epochs, device=weight.device, progress=progress)
-    density.eval()
-    if keeper is not None and processes.is_first:
-        try_to_write(keeper.folder / MODEL, packed(density))
+        density.eval()
+        if keeper is not None and processes.is_first:
+            try_to_write(keeper.folder / MODEL, packed(density))
     processes.wait()
     losses = tuple(epoch.validation_loss for epoch in module.history)
     stopped = module.stop_reason or schedule.reason
@@ -227,6 +228,15 @@ def _check_options(
         check_positive("fit", name, value)
     check_above_zero("fit", "learning_rate", learning_rate, finite=True)
     check_above_zero("fit", "max_grad_norm", max_grad_norm)
+
+
+def _check_folder(folder: str | os.PathLike[str] | None, *, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise ValueError("fit got both resume and overwrite: choose one.")
+    if resume and folder is None:
+        raise ValueError("fit expected the folder to resume from, got resume=True without one.")
+    if overwrite and folder is None:
+        raise ValueError("fit expected the folder to overwrite a fit in, got overwrite=True without one.")
 
 
 def _checked_seed(seed: Any) -> int:

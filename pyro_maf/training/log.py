@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from pyro_maf.folder import BOARD, LOG
 from pyro_maf.saving import try_to_write
-from pyro_maf.training.checkpoint import BOARD, LOG
 
 __all__ = ["Epoch", "Log"]
 

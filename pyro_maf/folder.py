@@ -1,0 +1,195 @@
+"""The folder of a fit: what lies in it, who may write to it, and how an old fit gives way to a new one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+__all__ = [
+    "BOARD",
+    "CHECKPOINT",
+    "COLUMNS",
+    "FILES",
+    "LOG",
+    "MODEL",
+    "RECORD",
+    "REPORT",
+    "held",
+    "recover",
+    "replaced",
+]
+
+CHECKPOINT, LOG, MODEL, BOARD = "checkpoint.safetensors", "log.csv", "model.safetensors", "tensorboard"
+"""What `pyro_maf.fit` writes."""
+
+COLUMNS, RECORD, REPORT = "columns.json", "fit.json", "report.html"
+"""What the command adds: how to read a table for the model, how it was made, and how well it fits."""
+
+FILES = (MODEL, CHECKPOINT, LOG, COLUMNS, RECORD, REPORT)
+
+LOCK = ".lock"
+LOCKED_BYTE = 2**20
+"""Where Windows locks the file: beyond the line in it, which others are to read."""
+ASIDE = ".replaced-"
+TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+UNLOCKABLE = (errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""Errors of file systems, mostly of networks, that know no locks."""
+
+
+@dataclass
+class _Hold:
+    """A folder that a thread of this process writes to, and how many times over."""
+
+    thread: int
+    times: int = 0
+    lock: IO[bytes] | None = None
+
+
+_holds: dict[Path, _Hold] = {}
+_guard = threading.Lock()
+
+
+@contextmanager
+def held(folder: Path, *, make: bool = True) -> Iterator[None]:
+    """While entered, this thread alone writes to `folder`; it may enter again.
+
+    The operating system lets go of the lock of a process that ends, however it ends.
+
+    Args:
+        folder: The folder of a fit.
+        make: Whether to make it; if not, it is locked once someone inside this has made it.
+
+    Raises:
+        ValueError: If another thread or process holds it; the message says which.
+        OSError: If nothing can be written there.
+    """
+    key = folder.resolve()
+    with _guard:
+        hold = _holds.setdefault(key, _Hold(threading.get_ident()))
+        if hold.thread != threading.get_ident():
+            raise _taken(folder, "another thread of this process")
+        hold.times += 1
+    try:
+        if hold.lock is None and (make or folder.is_dir()):
+            folder.mkdir(parents=True, exist_ok=True)
+            hold.lock = _lock(folder)
+        yield
+    finally:
+        with _guard:
+            hold.times -= 1
+            if not hold.times:
+                del _holds[key]
+                _release(folder, hold.lock)
+
+
+def _lock(folder: Path) -> IO[bytes] | None:
+    """The locked file of a folder; None where there are no locks."""
+    path = folder / LOCK
+    while True:
+        try:
+            file = open(path, "a+b")  # noqa: SIM115 (it stays open for as long as the folder is held)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(folder)) from None
+        try:
+            _lock_file(file)
+            # Whoever held it may have removed it since it was opened: then others lock another file.
+            if _is(path, file):
+                _sign(file)
+                return file
+        except OSError as error:
+            file.seek(0)
+            holder = "".join(filter(str.isprintable, file.read(200).decode(errors="replace")))
+            file.close()
+            if error.errno in TAKEN:
+                raise _taken(folder, holder or "another process") from None
+            if error.errno not in UNLOCKABLE:
+                raise
+            warnings.warn(
+                f"fit can not lock {folder}: {error.strerror}. Take care that no other fit writes there.", stacklevel=5
+            )
+            return None
+        file.close()
+
+
+def _lock_file(file: IO[bytes]) -> None:
+    if sys.platform == "win32":
+        file.seek(LOCKED_BYTE)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is(path: Path, file: IO[bytes]) -> bool:
+    """Whether an open file is the one at `path`."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    return False
+
+
+def _sign(file: IO[bytes]) -> None:
+    """Leave a line for those who come while the folder is held."""
+    file.truncate(0)
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode())
+    file.flush()
+
+
+def _release(folder: Path, lock: IO[bytes] | None) -> None:
+    if lock is None:
+        return
+    # While it is still locked, so that no one else's is removed; Windows removes no open file.
+    with suppress(OSError):
+        (folder / LOCK).unlink()
+    lock.close()
+
+
+def _taken(folder: Path, holder: str) -> ValueError:
+    return ValueError(
+        f"fit found another fit at work in {folder} ({holder}): wait until it has ended, or choose another folder."
+    )
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[None]:
+    """While entered, the fit in `folder` is set aside for a checkpoint; without one it is put back, now or later."""
+    old = [folder / name for name in (CHECKPOINT, *FILES, BOARD) if (folder / name).exists()]
+    aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=folder))
+    try:
+        # The checkpoint is the first to go and the last to come back: where there is one, it is the new one.
+        for path in dict.fromkeys(old):
+            path.rename(aside / path.name)
+        yield
+    finally:
+        recover(folder)
+
+
+def recover(folder: Path) -> None:
+    """Put a fit back in place that was set aside for one that has not begun, because its process was killed.
+
+    Raises:
+        ValueError: If there is one, and another process writes to the folder.
+    """
+    asides = sorted(folder.glob(f"{ASIDE}*"))
+    with held(folder) if asides else nullcontext():
+        for aside in asides:
+            if not (folder / CHECKPOINT).exists():
+                for path in sorted(aside.iterdir(), key=lambda path: path.name == CHECKPOINT):
+                    path.rename(folder / path.name)
+            shutil.rmtree(aside)
