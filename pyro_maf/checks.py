@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "check_above_zero",
@@ -74,7 +74,7 @@ def check_permutation(who: str, name: str, value: Any, size: int | None = None) 
 
 
 def check_event(who: str, name: str, value: Any, size: int, size_name: str, like: Tensor | None = None) -> Tensor:
-    """Check a tensor of events: its last dimension and, against `like`, its dtype and device."""
+    """Check a tensor of events: its last dimension and, against `like`, its device and, unless of indices, dtype."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{who} expected {name} to be a torch.Tensor, got {type(value).__name__}: "
@@ -84,17 +84,34 @@ def check_event(who: str, name: str, value: Any, size: int, size_name: str, like
         raise ValueError(
             f"{who} expected {name} with last dimension {size} ({size_name}), got shape {tuple(value.shape)}."
         )
-    if like is not None and value.dtype != like.dtype:
+    if like is not None and value.dtype != like.dtype and like.is_floating_point():
         raise TypeError(
             f"{who} has {_short(like.dtype)} parameters, got {name} of {_short(value.dtype)}: "
             f"convert {name} with .to(torch.{_short(like.dtype)}) or the flow with .to(torch.{_short(value.dtype)})."
         )
     if like is not None and value.device != like.device:
+        held = "has its parameters on" if like.is_floating_point() else "is on"
         raise ValueError(
-            f"{who} has its parameters on {like.device}, got {name} on {value.device}: "
-            "move one of them with .to(device)."
+            f"{who} {held} {like.device}, got {name} on {value.device}: move one of them with .to(device)."
         )
     return value
+
+
+def check_takes_gradient(who: str, module: nn.Module, like: Tensor | None) -> None:
+    """Refuse parameters of inference mode where a gradient is wanted: torch would lose that of some without a word.
+
+    Args:
+        who: The module's name.
+        module: The module.
+        like: One of its tensors, or None.
+    """
+    if like is None or not like.is_inference() or not torch.is_grad_enabled():
+        return
+    if any(parameter.requires_grad for parameter in module.parameters()):
+        raise RuntimeError(
+            f"{who} was built in inference mode, so its parameters take no gradient (Inference tensors cannot be saved "
+            "for backward): build it outside of torch.inference_mode, or call it under torch.no_grad."
+        )
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -272,7 +272,8 @@ class Network(Tempered):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         stored = state_dict.get(prefix + "activation_index")
         error_messages = args[-1]
-        if stored is not None and int(stored) != int(self.activation_index):
+        # Not against the buffer, which holds nothing yet after `to_empty`.
+        if stored is not None and int(stored) != list(ACTIVATIONS).index(self.activation):
             name = dict(enumerate(map(repr, ACTIVATIONS))).get(int(stored), "one unknown here")
             error_messages.append(f"activation of {prefix[:-1]}: {name} was stored, {self.activation!r} is built here.")
             return

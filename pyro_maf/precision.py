@@ -13,15 +13,15 @@ __all__ = ["converted", "exactly", "like_of"]
 Result = TypeVar("Result")
 
 
-def like_of(module: nn.Module) -> Tensor | None:
-    """A tensor of the module's own dtype and device, if it has any."""
+def like_of(module: nn.Module, *, floating: bool = True) -> Tensor | None:
+    """A tensor of the module's own dtype and device, if it has any; or one of any dtype, on its device."""
     # Walked by hand: `parameters()` is slower, and can not be compiled.
     waiting: list[Any] = [module]
     while waiting:
         member = waiting.pop()
         for own in (member._parameters, member._buffers):
             for tensor in own.values():
-                if tensor is not None and tensor.is_floating_point():
+                if tensor is not None and (not floating or tensor.is_floating_point()):
                     return tensor
         waiting += member._modules.values()
     return None

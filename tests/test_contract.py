@@ -24,11 +24,14 @@ from tests.registry import REGISTRY, Architecture, architectures, at_context, bu
 pytestmark = pytest.mark.parametrize("name", REGISTRY)
 AUTOREGRESSIVE = (MaskedAutoregressive, InverseAutoregressive)
 double, single = torch.float64, torch.float32
+WHEN = st.sampled_from(["always", "before", "after", "never"])
+"""When something holds, seen from the first call."""
 
 
 def points(flow: Flow, *batch: int, scale: float = 1.0) -> Tensor:
     like = like_of(flow)
-    kind = {"dtype": double} if like is None else {"dtype": like.dtype, "device": like.device}
+    held = like_of(flow, floating=False)
+    kind = {"dtype": double if like is None else like.dtype, "device": None if held is None else held.device}
     return scale * torch.randn(*batch, flow.input_dim, **kind)
 
 
@@ -211,6 +214,68 @@ def test_results_are_never_stale(name: str, device: str, a: Architecture, step: 
     assert torch.allclose(flow.log_abs_det_jacobian(x, y), wanted.log_abs_det_jacobian(x, y), rtol=1e-9, atol=1e-9)
     assert torch.allclose(flow.inv(y), wanted.inv(y), rtol=1e-9, atol=1e-9)
     assert torch.allclose(flow(x), wanted(x), rtol=1e-9, atol=1e-9)
+
+
+@given(a=architectures(largest=4), x_when=WHEN, y_when=WHEN, frozen=WHEN, context_when=WHEN, data=st.data())
+@settings(max_examples=8)
+def test_gradients_are_those_of_a_fresh_computation_whatever_is_frozen_and_when(
+    name: str,
+    device: str,
+    a: Architecture,
+    x_when: str,
+    y_when: str,
+    frozen: str,
+    context_when: str,
+    data: st.DataObject,
+) -> None:
+    """`x_when` and its like: whether a gradient is wanted before the first call, after it, or at both times."""
+    inverted = data.draw(st.booleans(), "inverted")
+    queries = data.draw(st.lists(st.sampled_from(["there", "back", "log_det"]), min_size=1, max_size=3), "queries")
+    partly = data.draw(st.booleans(), "only every other parameter is frozen")
+
+    def program(cache_size: int) -> tuple[list[Tensor], list[bool]]:
+        flow = at_context(build(name, a, double, device), 5)
+        parameters = list(flow.parameters())
+        chosen = parameters[:: 1 + partly]
+        member = (flow.inv if inverted else flow).with_cache(cache_size)
+        torch.manual_seed(0)
+        x = points(flow, 5)
+        context = getattr(flow, "context", None)
+        leaves = [*parameters, x] if context is None else [*parameters, x, context]
+        for times in ("before", "after"):
+            for parameter in chosen:
+                parameter.requires_grad_(frozen not in ("always", times))
+            x.requires_grad_(x_when in ("always", times))
+            if context is not None:
+                context.requires_grad_(context_when in ("always", times))
+            if times == "before":
+                y = member(x)
+                if y_when != "never" and not y._is_view():
+                    y.detach_()
+            if y.is_leaf:
+                y.requires_grad_(y_when in ("always", times))
+        asked = {
+            "there": lambda: member(x),
+            "back": lambda: member.inv(y),
+            "log_det": lambda: member.log_abs_det_jacobian(x, y),
+        }
+        results = [asked[query]() for query in queries]
+        loss = sum((result**3).sum() for result in results)
+        assert isinstance(loss, Tensor)
+        wanted = [leaf for leaf in [*leaves, y] if leaf.is_leaf and leaf.requires_grad]
+        gradients = [torch.zeros_like(leaf) for leaf in wanted]
+        if wanted and loss.requires_grad:
+            gradients = list(torch.autograd.grad(loss, wanted, materialize_grads=True, allow_unused=True))
+        # Where y is still part of the graph of x, x itself is the answer to `inv`: the same function of all leaves.
+        exact = [
+            result.requires_grad for result, query in zip(results, queries, strict=True) if y.is_leaf or query != "back"
+        ]
+        return [result.detach() for result in [*results, *gradients]], exact
+
+    found, wanted = program(1), program(0)
+    assert found[1] == wanted[1]
+    for one, other in zip(found[0], wanted[0], strict=True):
+        assert torch.allclose(one, other, rtol=1e-6, atol=1e-6 * float(1 + other.norm()))
 
 
 @given(a=architectures(largest=4))
@@ -531,3 +596,7 @@ def test_says_what_is_wrong_with_an_input(name: str, device: str, a: Architectur
             flow(points(flow, 3).float())
     with pytest.raises(TypeError, match=r"expected x to be a torch\.Tensor, got list"):
         flow([0.0] * a.input_dim)
+    elsewhere = copy.deepcopy(flow).to("meta")
+    for direction in (elsewhere, elsewhere.inv, elsewhere.with_cache(0)):
+        with pytest.raises(ValueError, match=rf"on meta, got \w on {device}.*: move one of them with \.to\(device\)"):
+            direction(points(flow, 3))

@@ -11,7 +11,7 @@ from pyro.distributions.conditional import ConditionalDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_maf.checks import check_event, check_positive
+from pyro_maf.checks import check_event, check_positive, check_takes_gradient
 from pyro_maf.precision import converted, exactly, like_of
 from pyro_maf.randomness import seeded
 from pyro_maf.saving import Savable
@@ -90,6 +90,7 @@ class Density(Savable, TorchDistribution, nn.Module):
         r"""Log-density in nats, (\*batch,), of `value`, (\*batch, D), which broadcasts with `batch_shape`."""
         self._check_has_context()
         like = like_of(self)
+        check_takes_gradient(self.name, self, like)
         value = self._checked_event("value", converted(value, like), like)
         if not self.batch_shape:
             return exactly(self._log_prob, value, like=like)
@@ -159,7 +160,9 @@ class Density(Savable, TorchDistribution, nn.Module):
 
     def _draw(self, sample_shape: Sequence[int]) -> Tensor:
         self._check_has_context()
-        return exactly(self._sample, torch.Size(sample_shape) + self.batch_shape, like=like_of(self))
+        like = like_of(self)
+        check_takes_gradient(self.name, self, like)
+        return exactly(self._sample, torch.Size(sample_shape) + self.batch_shape, like=like)
 
     def _check_has_context(self) -> None:
         if self.context_dim:

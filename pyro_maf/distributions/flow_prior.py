@@ -90,7 +90,8 @@ class FlowPrior(Density):
         super().__init__(model.input_dim, model.context_dim, _batch_shape(model), known.event_size)
         _remember_by_name(self, known)
         like = like_of(model)
-        like = torch.zeros(()) if like is None else like
+        if like is None:  # one that permutes alone is of no dtype, but on a device
+            like = torch.zeros((), device=getattr(like_of(model, floating=False), "device", None))
         self.model: Flow | Density = model
         self.units = _Units(
             _statistic(self.name, "loc", loc, model.input_dim, like),

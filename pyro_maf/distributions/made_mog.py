@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_maf.checks import check_positive
 from pyro_maf.distributions.base import ConditionalDensity, Density
 from pyro_maf.nn import MADE
+from pyro_maf.sweep.layers import is_called, own_tensors, walk_by_calls
 from pyro_maf.sweep.plan import plan_of
 from pyro_maf.sweep.reference import walk
 
@@ -110,8 +111,7 @@ class MADEMoG(Density):
         with torch.no_grad():
             if context is not None and context.dim() > 1:
                 context = context.expand(*shape, -1).reshape(-1, context.shape[-1])
-            plan = plan_of(self.made, context)
-            rows, like = shape.numel(), self.made.last_layer.bias
+            rows, like = shape.numel(), self.made.masked_layers[-1].mask
             normal = torch.randn(self.input_dim, rows, dtype=like.dtype, device=like.device)
             # The largest of logits plus Gumbel noise falls on each component with its probability.
             gumbel = -like.new_empty(self.input_dim, self.num_components, rows).exponential_().log()
@@ -122,7 +122,9 @@ class MADEMoG(Density):
                 mu, s = mu.gather(0, component)[0], s.gather(0, component)[0]
                 return mu + _log_sigma(s).exp() * normal[i]
 
-            y = walk(plan, draw, rows).w
+            if own_tensors(self.made) is None and is_called(self.made):
+                return walk_by_calls(self.made, draw, context, like, rows).reshape(*shape, self.input_dim)
+            y = walk(plan_of(self.made, context), draw, rows).w
             return y.T[:, self.order.argsort()].reshape(*shape, self.input_dim)
 
     def _start_near_normal(self) -> None:

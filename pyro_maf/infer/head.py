@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_maf.nn import MLP
+from pyro_maf.sweep.layers import current, outputs_of
 from pyro_maf.tempering import gain_of
 from pyro_maf.transforms import Flow
 from pyro_maf.transforms.triangular import solve_lower
@@ -63,7 +64,7 @@ class Head(Flow):
         self.free = nn.Parameter(torch.zeros(2 * input_dim + input_dim * (input_dim - 1) // 2).to(loc))
         gain = gain_of(input_dim)
         self.register_buffer("gain", None if gain == 1.0 else torch.tensor(gain).to(loc))
-        self.register_buffer("_places", _places(input_dim).to(loc.device), persistent=False)
+        self._derive()
         if context_dim:
             self.network = MLP(context_dim, hidden_dims, len(self.free), activation=activation)
             self.network.zero_output()
@@ -83,10 +84,16 @@ class Head(Flow):
         # The gain is that which the stored entries are for: none where a head without one was stored.
         self.gain = torch.ones_like(self.free[0].detach()) if prefix + "gain" in state_dict else None
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._derive()
+
+    def _derive(self) -> None:
+        """Remake where each entry of A comes from."""
+        self.register_buffer("_places", _places(self.input_dim).to(self.free.device), persistent=False)
 
     def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """b, A and log |det LA|."""
-        free = self.free if context is None else self.free + self.network.run(context, None)
+        free: Tensor = current(self).free
+        free = free if context is None else free + outputs_of(self.network, context, None)
         size = self.input_dim
         shift, log_diagonal, below = free.split([size, size, free.shape[-1] - 2 * size], -1)
         entries = torch.cat([F.pad(log_diagonal.exp(), (1, 0)), below if self.gain is None else self.gain * below], -1)

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Sequence
 
-from pyro_maf.nn import Network
+import torch
+from torch import Tensor, nn
+
+from pyro_maf.nn import MADE
+from pyro_maf.sweep.layers import is_hooked
 
 __all__ = ["needs_gradient", "together"]
 
 
-def needs_gradient(network: Network, v: Tensor, context: Tensor | None) -> bool:
-    """Whether what a network makes of v at a context is to be differentiated."""
+def needs_gradient(made: MADE, own: Sequence[Tensor] | None, v: Tensor, context: Tensor | None) -> bool:
+    """Whether what a network makes of v at a context may have to be differentiated.
+
+    Args:
+        made: The network.
+        own: Its `own_tensors`; where it has others besides, there is no telling, and the answer is yes.
+        v: The variables.
+        context: The context, or None.
+    """
     if not torch.is_grad_enabled():
         return False
-    if v.requires_grad or (context is not None and context.requires_grad):
+    if own is None or v.requires_grad or any(tensor.requires_grad for tensor in own):
         return True
-    # Walked by hand: `parameters()` takes longer than a small layer.
-    layers = (*network._modules["layers"]._modules.values(), *network._modules["context_layers"]._modules.values())  # type: ignore[union-attr]
-    return any(tensor.requires_grad for layer in layers for tensor in layer._parameters.values() if tensor is not None)
+    return context is not None and (context.requires_grad or any(map(_may_need_gradient, made.context_layers)))
+
+
+def _may_need_gradient(layer: nn.Module) -> bool:
+    weight = layer._parameters.get("weight")
+    return type(layer) is not nn.Linear or is_hooked(layer) or weight is None or weight.requires_grad
 
 
 def together(v: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_maf.nn import MADE
 from pyro_maf.sweep.loading import kernels
-from pyro_maf.sweep.pack import LANES, Array, Pack, flat, pack_of
+from pyro_maf.sweep.pack import LANES, Array, Pack
 from pyro_maf.sweep.panels import FEWEST, MOST, ROWS
-from pyro_maf.sweep.plan import biases_of, lay_out_biases
 from pyro_maf.sweep.scalar import Affine, ScalarMap
 from pyro_maf.sweep.threads import in_parts
 
@@ -34,13 +32,8 @@ def takes(scalar: ScalarMap, v: Tensor) -> bool:
     )
 
 
-def evaluate(
-    made: MADE, v: Tensor, context: Tensor | None, *, inverse: bool, sequential: bool
-) -> tuple[Tensor, Tensor]:
+def evaluate(pack: Pack, v: Tensor, *, inverse: bool, sequential: bool) -> tuple[Tensor, Tensor]:
     """w and log-determinant of points v (batch, D), without gradient and keeping nothing."""
-    pack = pack_of(made)
-    if context is not None:
-        pack = pack._replace(biases=flat(lay_out_biases(made, biases_of(made, context))))
     v = v.detach().contiguous()
     if len(v) < FEW_POINTS:
         w, log_det = torch.empty_like(v), v.new_empty(len(v))

@@ -34,8 +34,6 @@ class Pack(NamedTuple):
     biases: Array
 
 
-PARAMETERS = {"weight", "bias"}
-
 Layout = tuple[Array, Array, Array]
 
 # Beside the networks rather than in them, so that no copy or pickle of one brings its pack along.
@@ -44,21 +42,35 @@ _packs: weakref.WeakKeyDictionary[MADE, tuple[Snapshot, Pack]] = weakref.WeakKey
 _layouts: weakref.WeakKeyDictionary[MADE, tuple[list[list[int]], Layout]] = weakref.WeakKeyDictionary()
 
 
-def pack_of(made: MADE) -> Pack:
-    """The pack of a network's present weights, made anew when they have changed."""
-    if made.order.is_inference():
-        return _fresh(made)  # such tensors count no changes
-    now = Snapshot.of(_tensors(made))
+def pack_of(made: MADE, own: Sequence[Tensor] | None, context: Tensor | None = None) -> Pack:
+    """The pack of a network's present weights at a context; laid out afresh where they have changed.
+
+    Args:
+        made: The network.
+        own: Its `own_tensors`; where it has others besides, nothing is remembered.
+        context: (batch, context_dim) or (context_dim,), or None.
+    """
+    if own is None:
+        return _fresh(made, context)
+    pack = _remembered(made, own)
+    return pack if context is None else pack._replace(biases=flat(lay_out_biases(made, biases_of(made, context))))
+
+
+def _remembered(made: MADE, own: Sequence[Tensor]) -> Pack:
+    tensors: list[Any] = [made._buffers["order"], *own]
     known = _packs.get(made)
-    if known is not None and known[0].holds_for(now):
+    if known is not None and known[0].holds_for(tensors):
         return known[1]
-    fresh = _fresh(made)
-    _packs[made] = now, fresh
+    # Before the weights are read: a change in between is then noticed by the next call.
+    state = Snapshot.of(tensors)
+    fresh = _fresh(made, None)
+    if state is not None:
+        _packs[made] = state, fresh
     return fresh
 
 
 def forget(made: MADE) -> None:
-    """Drop a network's pack: needed only after writing through `.data`, which no version counts."""
+    """Drop a network's pack: needed only after writes that no version counts, as through `.data` or numpy."""
     _packs.pop(made, None)
 
 
@@ -81,19 +93,9 @@ def flat(biases: Sequence[Tensor]) -> Array:
     return torch.cat([bias.detach() for bias in biases]).contiguous().numpy()
 
 
-def _fresh(made: MADE) -> Pack:
+def _fresh(made: MADE, context: Tensor | None) -> Pack:
     with torch.no_grad():
-        return pack(made, weights_of(made), biases_of(made, None))
-
-
-def _tensors(made: MADE) -> list[Any]:
-    """What a pack is made of."""
-    tensors: list[Any] = [made.order]
-    for layer in made._modules["layers"]._modules.values():  # type: ignore[union-attr]
-        own = layer._parameters  # type: ignore[union-attr]
-        # A weight that is computed from others, by a parametrization or pruning, is no parameter of the layer.
-        tensors += own.values() if own.keys() == PARAMETERS else (layer.weight, layer.bias)  # type: ignore[union-attr]
-    return tensors
+        return pack(made, weights_of(made), biases_of(made, context))
 
 
 def layout_of(made: MADE) -> Layout:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_maf.nn import ACTIVATIONS, MADE
+from pyro_maf.nn import ACTIVATIONS, MADE, MaskedLinear
+from pyro_maf.sweep.layers import current
 
 __all__ = ["Direction", "Plan", "biases_of", "lay_back", "lay_out_biases", "output_rows", "plan_of", "weights_of"]
 
@@ -62,16 +63,20 @@ def plan_of(made: MADE, context: Tensor | None = None) -> Plan:
 
 
 def weights_of(made: MADE) -> list[Tensor]:
-    """A MADE's own weights, one matrix per layer."""
-    return [layer.weight for layer in made.masked_layers]
+    """A MADE's weights before the mask, one matrix per layer, as a call of its layers would compute them."""
+    return [current(layer).weight for layer in made.masked_layers]
 
 
 def biases_of(made: MADE, context: Tensor | None) -> list[Tensor]:
     """A MADE's biases with what the context adds to them, (units,) or (batch, units) per layer. Differentiable."""
     terms = made.context_terms(context)
-    return [
-        layer.bias if term is None else layer.bias + term for layer, term in zip(made.masked_layers, terms, strict=True)
-    ]
+    biases = [_bias_of(current(layer)) for layer in made.masked_layers]
+    return [bias if term is None else bias + term for bias, term in zip(biases, terms, strict=True)]
+
+
+def _bias_of(layer: MaskedLinear) -> Tensor:
+    bias: Tensor | None = layer.bias  # a user may have taken it away
+    return layer.weight.new_zeros(layer.out_features) if bias is None else bias
 
 
 def lay_out_biases(made: MADE, biases: Sequence[Tensor]) -> list[Tensor]:

@@ -10,7 +10,8 @@ from torch import Tensor
 from pyro_maf.nn import MADE
 from pyro_maf.sweep import compiled, dense, triton_sweep, unrolled
 from pyro_maf.sweep.circumstances import needs_gradient, together
-from pyro_maf.sweep.pack import pack
+from pyro_maf.sweep.layers import is_called, own_tensors, walk_by_calls
+from pyro_maf.sweep.pack import pack, pack_of
 from pyro_maf.sweep.plan import Direction, Plan, biases_of, lay_back, plan_of, weights_of
 from pyro_maf.sweep.reference import TorchSweep
 from pyro_maf.sweep.scalar import ScalarMap
@@ -67,14 +68,17 @@ def parallel(
 def _in_rows(
     made: MADE, scalar: ScalarMap, v: Tensor, context: Tensor | None, inverse: bool, sequential: bool
 ) -> tuple[Tensor, Tensor]:
-    way = _way(made, scalar, v, context, sequential)
+    own = own_tensors(made)
+    if own is None and is_called(made):
+        return _by_calls(made, scalar, v, context, inverse, sequential)
+    way = _way(made, own, scalar, v, context, sequential)
     if way == "plain":
         return _plain(made, scalar, v, context, inverse, sequential)
     if context is not None:
         v, context = together(v, context)
     rows = v if v.dim() == 2 else v.reshape(-1, made.input_dim)
     if way == "kernel":
-        w, log_det = compiled.evaluate(made, rows, context, inverse=inverse, sequential=sequential)
+        w, log_det = compiled.evaluate(pack_of(made, own, context), rows, inverse=inverse, sequential=sequential)
     elif way == "dense":
         w, log_det = dense.differentiable(made, rows, weights_of(made), biases_of(made, context), inverse=inverse)
     else:
@@ -84,11 +88,13 @@ def _in_rows(
     return (w, log_det) if rows is v else (w.reshape(v.shape), log_det.reshape(v.shape[:-1]))
 
 
-def _way(made: MADE, scalar: ScalarMap, v: Tensor, context: Tensor | None, sequential: bool) -> str:
+def _way(
+    made: MADE, own: list[Tensor] | None, scalar: ScalarMap, v: Tensor, context: Tensor | None, sequential: bool
+) -> str:
     """How to compute a direction. The kernels are asked about last, since that loads them."""
     if is_traced():
         return "plain"
-    differentiated = needs_gradient(made, v, context)
+    differentiated = needs_gradient(made, own, v, context)
     if differentiated and is_exported():
         return "plain"  # the sweep's own adjoint is no part of an exported program
     if differentiated and not sequential:
@@ -113,6 +119,29 @@ def _plain(
         v, context = together(v, context)
     w, log_det = unrolled.solve(plan_of(made, context), direction, v.reshape(-1, made.input_dim))
     return w.reshape(v.shape), log_det.reshape(v.shape[:-1])
+
+
+def _by_calls(
+    made: MADE, scalar: ScalarMap, v: Tensor, context: Tensor | None, inverse: bool, sequential: bool
+) -> tuple[Tensor, Tensor]:
+    """By calls of the network, for what only those run: hooks and modules of a user's own. Cost: D calls, or one."""
+    direction = scalar.inverse if inverse else scalar.forward
+    if not sequential:
+        w, log_derivative = direction(v, *made(v, context).unbind(-1))
+        return w, log_derivative.sum(-1)
+    if context is not None:
+        v, context = together(v, context)
+    rows = v.reshape(-1, made.input_dim)
+    given = rows[:, made.order].T
+    log_derivatives: list[Tensor] = []
+
+    def step(i: int, parameters: Tensor) -> Tensor:
+        value, log_derivative = direction(given[i], *parameters)
+        log_derivatives.append(log_derivative)
+        return value
+
+    w = walk_by_calls(made, step, context, rows, len(rows))
+    return w.reshape(v.shape), torch.stack(log_derivatives).sum(0).reshape(v.shape[:-1])
 
 
 class _Sweep(torch.autograd.Function):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_maf.sweep.layers import current
 from pyro_maf.transforms.base import Flow
 
 __all__ = ["ActNorm"]
@@ -50,12 +51,14 @@ class ActNorm(Flow):
         self._known = [False]
 
     def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return x * self.log_scale.exp() + self.loc, self.log_scale.sum().expand(x.shape[:-1])
+        own = current(self)
+        return x * own.log_scale.exp() + own.loc, own.log_scale.sum().expand(x.shape[:-1])
 
     def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.training and not self._is_initialized and y.numel() > self.input_dim:
             self._fit_statistics(y)
-        return (y - self.loc) * (-self.log_scale).exp(), self.log_scale.sum().expand(y.shape[:-1])
+        own = current(self)
+        return (y - own.loc) * (-own.log_scale).exp(), own.log_scale.sum().expand(y.shape[:-1])
 
     def _fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
         if self._is_initialized:

@@ -11,7 +11,7 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_maf.checks import check_event, check_positive
+from pyro_maf.checks import check_event, check_positive, check_takes_gradient
 from pyro_maf.precision import converted, exactly, like_of
 from pyro_maf.saving import Savable
 from pyro_maf.transforms.cache import Pair, caching_is_possible
@@ -114,13 +114,14 @@ class Flow(Savable, TransformModule):
         given = self._checked(given, role)
         if not self._cache_size or not caching_is_possible():
             return self._exactly(direction, given)[0]
-        if self._pair is not None and (known := self._pair.given_for(self, given)) is not None:
+        pair = self._pair  # read once: another thread may replace it
+        if pair is not None and (known := pair.given_for(self, given)) is not None:
             return known
         self._pair = None
         made, log_det = self._exactly(direction, given)
         # An output that is its input has no identity of its own to be remembered by.
         if made is not given:
-            self._pair = Pair(self, given, made, log_det, _Forget(self))
+            self._pair = Pair.of(self, given, made, log_det, _Forget(self))
         return made
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
@@ -131,11 +132,12 @@ class Flow(Savable, TransformModule):
         """
         like = self._like()
         x, y = self._in_width(x, "x", like), self._in_width(y, "y", like)
-        if self._pair is not None and caching_is_possible():
+        pair = self._pair
+        if pair is not None and caching_is_possible():
             for given, made in ((x, y), (y, x)):
-                if (log_det := self._pair.log_det_of(self, given, made)) is not None:
+                if (log_det := pair.log_det_of(self, given, made)) is not None:
                     return log_det
-        made_of_x = self._pair is not None and self._pair.joins(self, x, y)
+        made_of_x = pair is not None and pair.joins(self, x, y)
         if self.fast == "forward" or (self.fast == "both" and made_of_x):
             return self._exactly(self._push, x)[1]
         return self._exactly(self._pull, y)[1]
@@ -153,10 +155,13 @@ class Flow(Savable, TransformModule):
                 f"{self.name} expected a context with last dimension {self.context_dim} (context_dim), got none: "
                 "use .condition(context)."
             )
-        return like_of(self)
+        like = like_of(self)
+        check_takes_gradient(self.name, self, like)
+        return like
 
     def _in_width(self, value: Tensor, role: str, like: Tensor | None) -> Tensor:
-        return check_event(self.name, role, converted(value, like), self.input_dim, "input_dim", like)
+        held = like_of(self, floating=False) if like is None else like
+        return check_event(self.name, role, converted(value, like), self.input_dim, "input_dim", held)
 
     # -- conventions of Transform ---------------------------------------------------------------------------------
 
@@ -203,7 +208,12 @@ class Flow(Savable, TransformModule):
         return twin
 
     def clear_cache(self) -> None:
-        """Forget all that was remembered. Only needed after writing through `.data`, which no version counts."""
+        """Forget all that was remembered.
+
+        Only needed after writes that torch does not count: through `.data`, through an array of numpy or another
+        library that shares the memory (`.numpy()`, `torch.from_numpy`, DLPack), or by another process to inputs and
+        outputs in shared memory. Of parameters in shared memory nothing is remembered.
+        """
         for member in self.modules():
             if isinstance(member, Flow):
                 member._forget()
@@ -224,7 +234,7 @@ class Flow(Savable, TransformModule):
         return self.forward_shape(shape)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Flow:
-        self._pair = None
+        self._forget()
         return super()._apply(fn, recurse)
 
     def __repr__(self) -> str:
@@ -247,7 +257,8 @@ class _Forget:
 
     def __call__(self, gone: Any) -> None:
         flow = self._flow()
-        if flow is not None and flow._pair is not None and flow._pair._made is gone:
+        pair = None if flow is None else flow._pair
+        if flow is not None and pair is not None and pair._made is gone:
             flow._pair = None
 
 

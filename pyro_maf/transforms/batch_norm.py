@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from pyro_maf.sweep.layers import current
 from pyro_maf.transforms.base import Flow
 
 __all__ = ["BatchNorm"]
@@ -75,7 +76,7 @@ class BatchNorm(Flow):
             self.variance.copy_(variance)
 
     def _log_scale(self, variance: Tensor) -> Tensor:
-        return 0.5 * (variance + self.EPS).log() - self.log_gamma
+        return 0.5 * (variance + self.EPS).log() - current(self).log_gamma
 
     def _batch_statistics(self, y: Tensor) -> tuple[Tensor, Tensor]:
         rows = y.reshape(-1, self.input_dim)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,38 +27,56 @@ class Pair:
     """One input, the output that a module made of it, and their log-determinant.
 
     The pair lives as long as the output does. It is valid for the same tensor objects at the same versions, the same
-    parameters and buffers at the same versions, and the same train/eval and grad modes. A backward through its graph
-    retires it, so that no graph is walked a second time.
+    parameters and buffers at the same versions, the same train/eval and grad modes, and as long as the same of all
+    these tensors require a gradient. A backward through its graph retires it, so that no graph is walked a second time.
     """
 
     def __init__(
-        self, module: nn.Module, given: Tensor, made: Tensor, log_det: Tensor, forget: Callable[[Any], None]
+        self, state: _State, given: Tensor, made: Tensor, log_det: Tensor, forget: Callable[[Any], None]
     ) -> None:
-        self._state = _state(module)
+        self._state = state
         self._given = given
         self._made = weakref.ref(made, forget)
-        self._versions = given._version, made._version
-        self._log_det: Tensor | None = log_det
+        self._ends = _ends(given, made)
+        # An address is told from another for as long as what lay there is held.
+        self._storages = given.untyped_storage(), made.untyped_storage()
+        # In a list, whose `pop` is one step: of several threads, one gets it.
+        self._log_dets = [log_det]
         # The hooks hold this list alone: they must keep neither the pair nor its tensors alive.
         self._retired: list[bool] = []
         for tensor in (made, log_det):
             if tensor.grad_fn is not None:
                 tensor.grad_fn.register_prehook(_Retire(self._retired))
 
+    @classmethod
+    def of(
+        cls, module: nn.Module, given: Tensor, made: Tensor, log_det: Tensor, forget: Callable[[Any], None]
+    ) -> Pair | None:
+        """The pair, or None where something that it depends on can change uncounted."""
+        if made.is_inference() or given.is_inference() or (state := _state(module)) is None:
+            return None
+        return cls(state, given, made, log_det, forget)
+
     def given_for(self, module: nn.Module, made: Tensor) -> Tensor | None:
         """The input that gave `made`, or None if that is not certain."""
-        return self._given if self._made() is made and self._holds(module, made) else None
+        given = self._given
+        if self._made() is not made or (given.requires_grad and not torch.is_grad_enabled()):
+            return None
+        return given if self._holds(module, made) and not _is_watched(made) else None
 
     def log_det_of(self, module: nn.Module, given: Tensor, made: Tensor) -> Tensor | None:
         """The log-determinant of (given, made), or None if that is not certain.
 
         One that carries a graph is handed out once: two losses may then be differentiated one after the other.
         """
-        if self._log_det is None or not self.joins(module, given, made):
+        if not self._log_dets or not self.joins(module, given, made) or _is_watched(made):
             return None
-        log_det = self._log_det
-        if log_det.requires_grad:
-            self._log_det = None
+        try:
+            log_det = self._log_dets.pop()
+        except IndexError:  # another thread was first
+            return None
+        if not log_det.requires_grad:
+            self._log_dets.append(log_det)
         return log_det
 
     def joins(self, module: nn.Module, given: Tensor, made: Tensor) -> bool:
@@ -66,13 +84,7 @@ class Pair:
         return self._given is given and self._made() is made and self._holds(module, made)
 
     def _holds(self, module: nn.Module, made: Tensor) -> bool:
-        return (
-            not self._retired and self._versions == (self._given._version, made._version) and self._same_state(module)
-        )
-
-    def _same_state(self, module: nn.Module) -> bool:
-        (modes, before), (modes_now, now) = self._state, _state(module)
-        return modes == modes_now and before.holds_for(now)
+        return not self._retired and self._ends == _ends(self._given, made) and self._state.holds_for(module)
 
 
 class _Retire:
@@ -83,16 +95,64 @@ class _Retire:
         self._retired.append(True)
 
 
-def _state(module: nn.Module) -> tuple[list[bool], Snapshot]:
-    """All that the module's map depends on: modes and tensors."""
-    tensors: list[Any] = []
-    modes, members = [torch.is_grad_enabled()], [module]
+class _State(NamedTuple):
+    """All that a module's map depends on, and the graph of what it maps."""
+
+    modes: list[bool]
+    tensors: Snapshot
+    graph: list[bool]
+
+    def holds_for(self, module: nn.Module) -> bool:
+        """Whether nothing has changed since."""
+        modes, tensors = _parts(module)
+        return self.modes == modes and self.tensors.holds_for(tensors) and self.graph == _graph(tensors)
+
+
+def _state(module: nn.Module) -> _State | None:
+    modes, tensors = _parts(module)
+    snapshot = Snapshot.of(tensors)
+    return None if snapshot is None else _State(modes, snapshot, _graph(tensors))
+
+
+def _parts(module: nn.Module) -> tuple[list[bool], list[Tensor]]:
+    """The grad mode and the train/eval mode of each module in it, and all parameters and buffers."""
+    tensors: list[Tensor | None] = []
+    modes: list[bool] = [torch.is_grad_enabled()]
+    members: list[nn.Module | None] = [module]
     for member in members:  # grows as it is walked
+        if member is None:
+            continue
         modes.append(member.training)
-        if member._parameters:
-            tensors += member._parameters.values()
-        if member._buffers:
-            tensors += member._buffers.values()
-        if member._modules:
-            members += [child for child in member._modules.values() if child is not None]
-    return modes, Snapshot.of(tensors)
+        if parameters := member._parameters:
+            tensors += parameters.values()
+        if buffers := member._buffers:
+            tensors += buffers.values()
+        if children := member._modules:
+            members += children.values()
+    return modes, [tensor for tensor in tensors if tensor is not None]
+
+
+def _graph(tensors: list[Tensor]) -> list[bool]:
+    """Which tensors require a gradient, and which are leaves: of no matter where nothing is differentiated."""
+    if not torch.is_grad_enabled():
+        return []
+    return [*[tensor.requires_grad for tensor in tensors], *[tensor.is_leaf for tensor in tensors]]
+
+
+def _ends(given: Tensor, made: Tensor) -> tuple[int | bool, ...]:
+    """What changes when an end of a pair is written to, or becomes part of another graph."""
+    return (
+        given._version,
+        made._version,
+        given.data_ptr(),
+        made.data_ptr(),
+        given.requires_grad,
+        made.requires_grad,
+        given.is_leaf,
+        made.is_leaf,
+    )
+
+
+def _is_watched(made: Tensor) -> bool:
+    """Whether somebody asked for the gradient at an output, which what is remembered of it would bypass."""
+    return made.retains_grad or bool(made._backward_hooks)

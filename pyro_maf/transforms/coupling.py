@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_maf.checks import check_choice
 from pyro_maf.nn import MLP, default_hidden_dims
 from pyro_maf.sweep import Affine, ScalarMap
+from pyro_maf.sweep.layers import outputs_of
 from pyro_maf.transforms.base import ConditionalFlow, Flow
 
 __all__ = ["AffineCoupling", "ConditionalAffineCoupling"]
@@ -101,7 +102,7 @@ class AffineCoupling(Flow):
     def _through_map(self, scalar_map: Any, given: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         # index_select takes half the time of indexing by a tensor.
         kept, moved = given.index_select(-1, self._kept), given.index_select(-1, self._moved)
-        outputs = [network.run(kept, context) for network in self.networks]  # type: ignore[operator]
+        outputs = [outputs_of(network, kept, context) for network in self.networks]
         parameters = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         moved, log_derivative = scalar_map(moved, *parameters.chunk(self.scalar.num_parameters, -1))
         if moved.shape[:-1] != kept.shape[:-1]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyro_maf.nn import MLP, default_hidden_dims
+from pyro_maf.sweep.layers import current, outputs_of
 from pyro_maf.transforms.base import ConditionalFlow, Flow
 
 __all__ = ["ConditionalLowerTriangularAffine", "LowerTriangularAffine", "solve_lower"]
@@ -68,12 +70,11 @@ class LowerTriangularAffine(Flow):
             raise ValueError(f"{self.name} expected scale_tril to be lower triangular, got numbers above its diagonal.")
         self.loc = nn.Parameter(loc.detach().clone())
         self.log_diagonal = nn.Parameter(diagonal.detach().log())
-        rows, columns = torch.tril_indices(input_dim, input_dim, -1)
-        self.below = nn.Parameter(scale_tril.detach()[rows, columns])
-        self.register_buffer("_places", rows * input_dim + columns, persistent=False)
+        self.below = nn.Parameter(scale_tril.detach()[tuple(torch.tril_indices(input_dim, input_dim, -1))])
+        self._derive()
         if context_dim:
             hidden_dims = default_hidden_dims(input_dim) if hidden_dims is None else hidden_dims
-            width = 2 * input_dim + len(rows)
+            width = 2 * input_dim + len(self.below)
             self.network = MLP(context_dim, hidden_dims, width, activation=activation)
             self.network.zero_output()
 
@@ -88,13 +89,23 @@ class LowerTriangularAffine(Flow):
         return x, log_diagonal.sum(-1).expand(x.shape[:-1])
 
     def _factor(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        loc, log_diagonal, below = self.loc, self.log_diagonal, self.below
+        own = current(self)
+        loc, log_diagonal, below = own.loc, own.log_diagonal, own.below
         if context is not None:
-            made = self.network.run(context, None).split([self.input_dim, self.input_dim, len(below)], -1)
+            made = outputs_of(self.network, context, None).split([self.input_dim, self.input_dim, len(below)], -1)
             loc, log_diagonal, below = loc + made[0], log_diagonal + made[1], below + made[2]
         size = self.input_dim
         flat = below.new_zeros(*below.shape[:-1], size * size).index_copy(-1, self._places, below)
         return loc, log_diagonal, torch.diag_embed(log_diagonal.exp()) + flat.unflatten(-1, (size, size))
+
+    def _derive(self) -> None:
+        """Remake where the entries below the diagonal stand in the matrix."""
+        rows, columns = torch.tril_indices(self.input_dim, self.input_dim, -1, device=self.below.device)
+        self.register_buffer("_places", rows * self.input_dim + columns, persistent=False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._derive()
 
 
 def solve_lower(factor: Tensor, y: Tensor) -> Tensor:

@@ -1,0 +1,123 @@
+"""How a network comes by its weights: as parameters of its layers, by parametrizations and hooks, or in a call alone.
+
+A masked layer computes M * W x + b. Where W and b are its own parameters, or computed from others by
+`torch.nn.utils.parametrize` or by the hooks of `weight_norm`, `spectral_norm` and `prune`, a sweep takes them from the
+layer. Where other hooks or a `forward` of the user's own take part, the network is called, once for each variable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from pyro_maf.nn import MADE, MLP, MaskedLinear
+
+__all__ = ["current", "is_called", "is_hooked", "outputs_of", "own_tensors", "walk_by_calls"]
+
+Module = TypeVar("Module", bound=nn.Module)
+
+WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
+"""Hooks that set a weight before a call and look at nothing else."""
+
+
+def own_tensors(made: MADE) -> list[Tensor] | None:
+    """Weight, bias and mask of each layer in turn, or None where they are not all that the network computes with."""
+    if type(made) is not MADE or is_hooked(made):
+        return None
+    tensors: list[Tensor] = []
+    for layer in made._modules["layers"]._modules.values():  # type: ignore[union-attr]
+        if type(layer) is not MaskedLinear or is_hooked(layer):
+            return None
+        weight, bias, mask = layer._parameters.get("weight"), layer._parameters.get("bias"), layer._buffers.get("mask")
+        if weight is None or bias is None or mask is None:
+            return None
+        tensors += weight, bias, mask
+    return tensors
+
+
+def is_called(made: MADE) -> bool:
+    """Whether only a call of the network computes what it does, for one whose `own_tensors` are not all.
+
+    Raises:
+        TypeError: For a layer without a mask, with which nothing would be known of what depends on what.
+    """
+    for layer in made.layers:
+        if not isinstance(getattr(layer, "mask", None), Tensor):
+            raise TypeError(
+                f"{type(made).__name__} expected layers that are MaskedLinear, got {type(layer).__name__}: "
+                "change a weight by torch.nn.utils.parametrize, which leaves the mask in place."
+            )
+    return (
+        is_hooked(made)
+        or any(getattr(type(made), name) is not getattr(MADE, name) for name in ("forward", "parameters_of", "run"))
+        or any(_is_called(layer) for layer in made.layers)
+    )
+
+
+def current(module: Module) -> Module:
+    """The module, after the hooks that set its weights before a call: for one that is used without a call."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WEIGHT_HOOKS):
+            hook(module, ())
+    return module
+
+
+def outputs_of(network: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
+    """The outputs of an `MLP`, or of whatever stands in its place; unchecked where no hook asks for a call."""
+    if type(network) is MLP and not is_hooked(network):
+        return network.run(x, context)
+    outputs: Tensor = network(x, context)
+    return outputs
+
+
+def walk_by_calls(
+    made: MADE, step: Callable[[int, Tensor], Tensor], context: Tensor | None, like: Tensor, batch: int
+) -> Tensor:
+    """Walk over the variables, as `reference.walk`; w, (batch, D).
+
+    Args:
+        made: The network.
+        step: Maps the place of a variable in the order, and its parameters (P, batch), to its w, (batch,).
+        context: (context_dim,) or (batch, context_dim), or None.
+        like: A tensor of the dtype and device of w.
+        batch: Number of points.
+
+    Cost: D calls of the network.
+    """
+    order, place = made.order, made.order.argsort()
+    zeros = like.new_zeros(batch)
+    w: list[Tensor] = []
+    for i in range(made.input_dim):
+        known = torch.stack([*w, *[zeros] * (made.input_dim - i)], 1)[:, place]
+        w.append(step(i, made(known, context)[:, order][:, i].T))
+    return torch.stack(w, 1)[:, place]
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of the module is more than its class's `forward`."""
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
+
+
+def _is_called(layer: Any) -> bool:
+    others = [hook for hook in layer._forward_pre_hooks.values() if not isinstance(hook, WEIGHT_HOOKS)]
+    return bool(
+        others
+        or layer._forward_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or "forward" in vars(layer)
+        or type(layer).forward is not MaskedLinear.forward
+    )
