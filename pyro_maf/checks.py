@@ -105,7 +105,8 @@ def check_takes_gradient(who: str, module: nn.Module, like: Tensor | None) -> No
         module: The module.
         like: One of its tensors, or None.
     """
-    if like is None or not like.is_inference() or not torch.is_grad_enabled():
+    # A compiler cannot be asked, and takes no part where tensors of inference mode do.
+    if like is None or torch.compiler.is_compiling() or not like.is_inference() or not torch.is_grad_enabled():
         return
     if any(parameter.requires_grad for parameter in module.parameters()):
         raise RuntimeError(
