@@ -514,7 +514,13 @@ def test_damaged_files_beside_a_model_are_refused(folder: Path, here: Path) -> N
         ("columns.json", "{", "columns.json damaged"),
         ("columns.json", "[]", "columns.json damaged"),
         ("columns.json", '{"data": ["a"], "context": []}', "with 2 columns of data and 0 of context, as the model has"),
+        ("columns.json", '{"data": [1, 2], "context": []}', "columns.json damaged: expected names of columns"),
+        ("columns.json", '{"data": ["a", "a"], "context": []}', "columns.json damaged: expected names of columns"),
+        ("columns.json", '{"data": ["a", "b"], "context": [{"name": 3}]}', "columns.json damaged: expected names"),
+        ("columns.json", '{"data": "ab", "context": {}}', "columns.json damaged: expected names of columns"),
+        ("columns.json", '{"a":' * 99999, "columns.json damaged"),
         ("fit.json", "{}", "fit.json damaged"),
+        ("fit.json", (folder / "plain" / "fit.json").read_text().replace("200", '"200"'), "expected rows of type int"),
     ):
         whole = (here / name).read_bytes()
         (here / name).write_text(content)
@@ -526,6 +532,49 @@ def test_a_defect_is_not_taken_for_bad_input(folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr(pyro_maf.FlowPrior, "sample", lambda *_: json.loads("no JSON"))
     result = CliRunner().invoke(app, ["sample", str(folder / "plain")])
     assert isinstance(result.exception, json.JSONDecodeError)
+
+
+def test_names_from_elsewhere_can_not_move_a_terminals_cursor(folder: Path, here: Path) -> None:
+    for name in FILES:
+        (here / name).write_bytes((folder / "plain" / name).read_bytes())
+    (here / "columns.json").write_text(json.dumps({"data": ["length\x1b[2J", "wid\nth"], "context": []}))
+    facts = run("info", here).stdout
+    assert "columns     length\\x1b[2J, wid\\nth\n" in facts
+    assert facts.replace("\n", "").isprintable()
+    result = run("score", here, here / "none\x1b.csv", code=2)
+    assert "none\\x1b.csv" in result.stderr
+    result = run("fit", here / ("n" * 200 + "/" + "n" * 200 + "/" + "n" * 2000), code=2)
+    assert len(result.stderr) < 1100
+
+
+def test_a_name_that_reads_like_a_place_is_left_as_it_is(here: Path) -> None:
+    frame().rename(columns={"width": "row 3"})[["length", "row 3"]].to_csv("rows.csv", index=False)
+    result = run("fit", "rows.csv", "--support", "unit_interval", code=2)
+    assert "column 'length'" in result.stderr
+    result = run("fit", "rows.csv", "--support", "row 3=unit_interval", code=2)
+    assert "in column 'row 3' (support unit_interval)" in result.stderr
+
+
+@pytest.mark.usefixtures("quick_report")
+def test_resume_with_another_table_says_so(here: Path) -> None:
+    run("fit", "table.csv", "--columns", "length,width", "--folder", "fit", *QUICK)
+    frame()[:150].to_csv("other.csv", index=False)
+    result = run("fit", "other.csv", "--columns", "length,width", "--folder", "fit", *QUICK, "--resume", code=2)
+    line = result.stderr.splitlines()[-1]
+    assert "fit found a fit with another data in fit, of other rows" in line
+    assert not re.search(r"[0-9a-f]{8}", line)
+
+
+def test_completion_knows_the_commands_and_their_options() -> None:
+    assert "--install-completion" in run("--help").stdout
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "_PYRO_MAF_COMPLETE": "complete_bash", "COMP_CWORD": "2"}
+    completed = subprocess.run(
+        [sys.executable, "-m", "pyro_maf"],
+        env=environment | {"COMP_WORDS": "pyro-maf fit --prec"},
+        capture_output=True,
+        text=True,
+    )
+    assert completed.stdout.split() == ["--precision"]
 
 
 def test_usage_errors_end_with_two(folder: Path) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from pyro_maf.cli import app
+from pyro_maf.cli.options import Row
 from pyro_maf.cli.paper import Name
-from pyro_maf.experiments import SETTINGS, comparison
+from pyro_maf.experiments import ROWS, SETTINGS, candidates, comparison
 
 QUICK = ["--max-epochs", "2", "--models", "Gaussian,MADE", "--hidden-dims", "8", "--hidden-dims", "16"]
 
@@ -48,6 +50,32 @@ def test_compare_leaves_a_table_in_three_forms_and_models_that_score_takes(invok
     scored = invoke("score", folder / "made-8", wine)
     assert scored.exit_code == 0, scored.output
     assert len(scored.stdout.splitlines()) == 201
+
+
+def test_help_lists_the_models_in_the_spelling_of_the_table(invoke):
+    assert get_args(Row) == tuple(ROWS)
+    text = " ".join(invoke("compare", "--help").stdout.replace("│", " ").split())
+    assert ", ".join(ROWS) in text
+
+
+def test_models_are_taken_in_either_spelling():
+    for name, slug in {
+        "made-mog": "made-mog",
+        "maf": "maf-5",
+        "MAF-10": "maf-10",
+        "realnvp (10)": "realnvp-10",
+    }.items():
+        assert [one.slug for one in candidates([name])] == [slug]
+    assert [one.name for one in candidates(["maf", "MAF (5)"])] == ["MAF (5)"]
+    with pytest.raises(ValueError, match=r"expected names among Gaussian, .*, got iaf, maf-7"):
+        candidates(["iaf", "maf-7"])
+
+
+def test_a_name_of_a_table_is_no_markup(invoke, wine, tmp_path):
+    wine.rename(tmp_path / "a[bold] [")
+    result = invoke("compare", "a[bold] [", "--columns", "acid,sugar", "--models", "gaussian", "--folder", "out")
+    assert result.exit_code == 0, result.output
+    assert "a[bold] [ (2)" in result.stdout
 
 
 def test_compare_goes_on_after_an_interruption(invoke, wine, monkeypatch):

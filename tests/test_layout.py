@@ -21,6 +21,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
     "checks",
     "extras",
+    "wording",
     "changes",
     "precision",
     "randomness",

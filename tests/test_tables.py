@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -568,6 +569,98 @@ def test_what_is_wrong_with_a_column_of_parquet_is_said(tmp_path: Path, column: 
     with pytest.raises(ValueError, match=re.escape(message)):
         read_table(tmp_path / "table.parquet")
     assert read_table(tmp_path / "table.parquet", columns=["a"]).data.tolist() == [[1], [2]]
+
+
+def damaged(random: random.Random, content: bytes) -> bytes:
+    """A file with a few bytes changed, cut off, put in or left out, half of the time near its beginning."""
+    place = random.randrange(min(len(content), random.choice([140, len(content)])))
+    other = bytes(random.randrange(256) for _ in range(random.randrange(1, 9)))
+    rest = random.choice([content[place + len(other) :], content[place:], b"", content[place + 1 :]])
+    return content[:place] + random.choice([other, b"", bytes(len(other)), b"(", b"'"]) + rest
+
+
+def refusal(source: Any, **options: Any) -> str:
+    """What `read_table` says of a table, "" where it takes it."""
+    try:
+        read_table(source, **options)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def wholes(folder: Path) -> list[bytes]:
+    path, array = folder / "table", numbers()
+    save_npy(path, array)
+    contents = [path.read_bytes(), save_npz(path, a=array, b=array, c=array[:, 0]).read_bytes()]
+    with open(path, "wb") as file:
+        np.savez_compressed(file, a=array)
+    contents.append(path.read_bytes())
+    with open(path, "wb") as file:
+        np.lib.format.write_array(file, array, version=(2, 0))
+    return [*contents, path.read_bytes(), *(write(path, frame()).read_bytes() for write in WITH_NAMES.values())]
+
+
+def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    description = {"data": ["length"], "context": [{"name": "colour", "categories": ["blue", "red"]}]}
+    contents = wholes(tmp_path)
+    refusals = []
+    for _ in range(400):
+        options = chance.choice([{}, {"columns": description}, {"context": ["colour"]}])
+        refusals.append(refusal(io.BytesIO(damaged(chance, chance.choice(contents))), **options))
+    lines = [line for line in refusals if line]
+    assert len(lines) > 200
+    assert all(line.startswith("read_table ") and line.isprintable() and len(line) < 600 for line in lines)
+
+
+def test_an_encrypted_array_is_refused_in_one_line(tmp_path: Path) -> None:
+    content = bytearray(save_npz(tmp_path / "table.npz", a=numbers()).read_bytes())
+    for start, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(start) + flags] |= 1
+    (tmp_path / "table.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^read_table found table\.npz damaged, truncated or locked: .*encrypted"):
+        read_table(tmp_path / "table.npz")
+
+
+OF_ALL_TYPES = [
+    *(pa.array(["1", "2"], kind) for kind in (pa.string(), pa.large_string(), pa.binary())),
+    *(pa.array(["red", "blue"], kind) for kind in (pa.string(), pa.large_string(), pa.binary())),
+    *(
+        pa.array([1, 2], kind)
+        for kind in (pa.int8(), pa.uint64(), pa.float64(), pa.decimal128(9, 2), pa.decimal256(50, 2))
+    ),
+    *(pa.array([1, 2], kind) for kind in (pa.date32(), pa.timestamp("ns", "UTC"), pa.time32("s"), pa.duration("s"))),
+    *(pa.array(values).dictionary_encode() for values in (["red", "blue"], [1, 2], [b"1", b"2"])),
+    *(pa.array(values) for values in ([True, False], [None, None], [[1], [2]], [{"x": 1}, {"x": 2}])),
+    pa.array([1, 2], pa.date32()).dictionary_encode(),
+]
+
+
+@pytest.mark.parametrize("cells", OF_ALL_TYPES, ids=lambda cells: str(cells.type))
+def test_parquet_of_every_type_is_read_or_refused_in_one_line_whatever_is_asked(tmp_path: Path, cells: Any) -> None:
+    pq.write_table(pa.table({"x": [1.0, 2.0], "c": cells}), tmp_path / "table.parquet")
+    asked: list[dict[str, Any]] = [{}, {"context": ["c"]}, {"context": ["c"], "categories": ["c"]}]
+    asked += [{"columns": {"data": ["x", "c"], "context": []}}]
+    asked += [
+        {"columns": {"data": ["x"], "context": [{"name": "c", "categories": categories}]}}
+        for categories in (None, ["1", "2"], ["blue", "red"])
+    ]
+    for options in asked:
+        line = refusal(tmp_path / "table.parquet", **options)
+        assert line == "" or (line.startswith("read_table ") and line.isprintable())
+
+
+def test_names_and_cells_can_not_move_a_terminals_cursor_or_fill_it(tmp_path: Path) -> None:
+    path = tmp_path / "a\x1b[2J.csv"
+    for content in ("a,\x1b[31mb\n1,x\n", f"a,{'b' * 9999}\n1,x\n", f"a,b\n1,{'x' * 99999}\n", "a,b\n1,\x1b[31m\n"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"^read_table expected numbers, got") as caught:
+            read_table(path)
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 400
+    with pytest.raises(ValueError, match="found no column") as caught:
+        read_table(path, columns=["z\x1b"])
+    assert str(caught.value).isprintable()
 
 
 def test_a_workbook_is_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ app = typer.Typer(
     name="pyro-maf",
     cls=Endings,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -30,7 +29,8 @@ for command in (fit, score, sample, info, compare, paper):
 def main() -> None:
     """Run the command that the program's arguments ask for."""
     try:
-        app()
+        # By this name whatever the program's: completion is installed for it.
+        app(prog_name="pyro-maf")
     except KeyboardInterrupt:
         # Before there is a command to end.
         sys.exit(INTERRUPTED)

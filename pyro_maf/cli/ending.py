@@ -11,11 +11,14 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from pyro_maf.wording import shown
+
 __all__ = ["INTERRUPTED", "Endings", "command_line", "say"]
 
 PACKAGE = Path(__file__).parent.parent
 BAD_INPUT = 2
 INTERRUPTED = 130
+LONGEST_ERROR = 1000
 COMMAND = "pyro_maf.command"
 TRAINING = ("fit", "compare", "paper")
 FORMER = {
@@ -52,7 +55,7 @@ class Endings(TyperGroup):
         except (ValueError, TypeError, ModuleNotFoundError, OSError) as error:
             if not _is_about_input(error):
                 raise
-            say(" ".join(str(error).split()))
+            say(shown(" ".join(str(error).split()), LONGEST_ERROR))
             raise typer.Exit(BAD_INPUT) from None
 
 
@@ -63,7 +66,7 @@ def command_line(ctx: typer.Context) -> str:
 
 def say(message: str) -> None:
     """Put a line on stderr: standard output is for data."""
-    typer.echo(f"pyro-maf: {message}", err=True)
+    typer.echo(f"pyro-maf: {shown(message, len(message))}", err=True)
 
 
 def _renamed(argument: str) -> str:

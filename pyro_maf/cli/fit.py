@@ -31,6 +31,7 @@ from pyro_maf.cli.options import (
 )
 from pyro_maf.cli.request import check_asked, model_of, support_of, validation_of
 from pyro_maf.folder import held
+from pyro_maf.wording import MOST_LISTED, listed
 
 if TYPE_CHECKING:
     from pyro_maf.datasets import Table
@@ -196,7 +197,7 @@ def _described(table: Table) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) <= 8 else f"{', '.join(names[:7])} ... {names[-1]} ({len(names)} columns)"
+    return listed(names) + f" ({len(names)} columns)" * (len(names) > MOST_LISTED)
 
 
 def _record(result: FitResult, table: Table, command: str, data: str) -> Record:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_maf.cli.folder import COLUMNS, MODEL, RECORD, Record, read_json
 from pyro_maf.cli.options import read
 from pyro_maf.folder import recover
+from pyro_maf.wording import shown
 
 if TYPE_CHECKING:
     import torch
@@ -100,12 +101,56 @@ def read_fitted(path: Path) -> Fitted:
     density = _as_density(load(model), model).eval()
     columns = read_json(model.with_name(COLUMNS)) if model.name == MODEL else None
     facts = read_json(model.with_name(RECORD)) if model.name == MODEL else None
-    try:
-        fitted = Fitted(density, columns, None if facts is None else Record(**facts))
-    except TypeError as error:
-        raise ValueError(f"found {model.with_name(RECORD)} damaged: {error}.") from None
+    if columns is not None and not _is_description(columns):
+        raise ValueError(
+            f"found {model.with_name(COLUMNS)} damaged: expected names of columns, each a text and each once, and "
+            "categories or null for each of context."
+        )
+    fitted = Fitted(density, columns, None if facts is None else _record(facts, model.with_name(RECORD)))
     _check_columns(fitted, path)
     return fitted
+
+
+def _record(facts: dict[str, Any], path: Path) -> Record:
+    """The record that a file holds.
+
+    Raises:
+        ValueError: For entries that are missing, unknown or of another type.
+    """
+    try:
+        record = Record(**facts)
+    except TypeError as error:
+        raise ValueError(f"found {path} damaged: {error}.") from None
+    for field in fields(Record):
+        value = getattr(record, field.name)
+        if not _is_of(str(field.type), value):
+            raise ValueError(
+                f"found {path} damaged: expected {field.name} of type {field.type}, got {shown(repr(value))}."
+            )
+    return record
+
+
+def _is_of(kind: str, value: Any) -> bool:
+    """Whether a value of JSON is of the type that a field of `Record` has."""
+    if kind == "list[str]":
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
+    return isinstance(value, kinds[kind]) and not isinstance(value, bool)
+
+
+def _is_description(columns: dict[str, Any]) -> bool:
+    """Whether a value of JSON says how to read a table, as `Table.columns` does."""
+    data, context = columns.get("data"), columns.get("context")
+    if not isinstance(data, list) or not isinstance(context, list):
+        return False
+    if not all(isinstance(column, dict) and {"name", "categories"} <= column.keys() for column in context):
+        return False
+    categories = [column["categories"] for column in context if column["categories"] is not None]
+    lists = [[*data, *(column["name"] for column in context)], *categories]
+    return all(
+        isinstance(texts, list) and all(isinstance(text, str) for text in texts) and len({*texts}) == len(texts)
+        for texts in lists
+    )
 
 
 def _as_density(model: Any, path: Path) -> Any:
@@ -126,10 +171,7 @@ def _as_density(model: Any, path: Path) -> Any:
 
 def _check_columns(fitted: Fitted, path: Path) -> None:
     """Refuse columns that are those of another model."""
-    try:
-        widths = len(fitted.names), sum(len(categories or [name]) for name, categories in fitted.context)
-    except (LookupError, TypeError):
-        widths = 0, 0
+    widths = len(fitted.names), sum(1 if categories is None else len(categories) for _, categories in fitted.context)
     expected = fitted.inner.event_shape[0], fitted.inner.context_dim
     if widths != expected:
         raise ValueError(

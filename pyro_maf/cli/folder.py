@@ -76,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"found {path} damaged: {error}.") from None
     if not isinstance(value, dict):
         raise ValueError(f"found {path} damaged: it holds no object.")

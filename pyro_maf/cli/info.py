@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import typer
 
 from pyro_maf.cli.options import Model
+from pyro_maf.wording import shown
 
 if TYPE_CHECKING:
     from pyro_maf.cli.fitted import Fitted
@@ -26,10 +27,19 @@ def run(model: Model) -> None:
     """Say what a model is: its layers, its columns, how well it does, and how it was made."""
     from pyro_maf.cli.fitted import read_fitted
 
-    facts = list(_facts(read_fitted(model)))
+    facts = [(name, _plain(value)) for name, value in _facts(read_fitted(model))]
     width = max(len(name) for name, _ in facts) + 2
     for name, value in facts:
         typer.echo(f"{name:<{width}}{value}".replace("\n", "\n" + " " * width))
+
+
+def _plain(value: str) -> str:
+    """Lines without what moves a terminal's cursor: names are those of a file from elsewhere."""
+    return "\n".join(shown(line, len(line)) for line in value.split("\n"))
+
+
+def _joined(names: Sequence[str]) -> str:
+    return ", ".join(name.replace("\n", "\\n") for name in names)
 
 
 def _facts(fitted: Fitted) -> Iterator[tuple[str, str]]:
@@ -40,9 +50,9 @@ def _facts(fitted: Fitted) -> Iterator[tuple[str, str]]:
         yield "context", f"{inner.context_dim} numbers"
     yield "parameters", f"{sum(parameter.numel() for parameter in inner.parameters()):,}"
     if fitted.columns is not None:
-        yield "columns", ", ".join(fitted.names)
+        yield "columns", _joined(fitted.names)
     for name, categories in fitted.context if fitted.columns is not None else ():
-        yield "given", name if categories is None else f"{name}: {', '.join(categories)}"
+        yield "given", name if categories is None else f"{name}: {_joined(categories)}"
     if record is not None:
         yield (
             "validation",

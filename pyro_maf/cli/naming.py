@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 from pyro_maf.cli.ending import say
+from pyro_maf.wording import quoted
 
 if TYPE_CHECKING:
     from pyro_maf.datasets import Table
@@ -62,8 +63,10 @@ def with_names(text: str, table: Table) -> str:
     is_context = bool(re.match(r"fit expected (finite )?(validation )?context", text))
 
     def name(found: re.Match[str]) -> str:
+        if found[3]:
+            return f"data row {int(found[3]) + 1} (counted from 1)"
         names = table.context_names if found[1] or is_context else table.names
-        return f"{found[1] or ''}column {names[int(found[2])]!r}"
+        return f"{found[1] or ''}column {quoted(names[int(found[2])])}"
 
-    text = re.sub(r"\b(context )?column (\d+)", name, text)
-    return re.sub(r"\brow (\d+)", lambda found: f"data row {int(found[1]) + 1} (counted from 1)", text)
+    # At once, as a name may be one of a row.
+    return re.sub(r"\b(context )?column (\d+)|\brow (\d+)", name, text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
@@ -23,6 +23,7 @@ __all__ = [
     "Out",
     "Patience",
     "Rate",
+    "Row",
     "Source",
     "option",
     "read",
@@ -56,7 +57,11 @@ Context = Annotated[list[str] | None, option("Columns that those depend on: numb
 Categories = Annotated[
     list[str] | None, option("Columns that they depend on whose numbers are labels, such as 0 to 9.", "NAMES")
 ]
-Models = Annotated[list[str] | None, option("Lines of the paper's table; by default all of them.", "NAMES")]
+Row = Literal["Gaussian", "MADE", "MADE MoG", "RealNVP (5)", "RealNVP (10)", "MAF (5)", "MAF (10)", "MAF MoG (5)"]
+Models = Annotated[
+    list[str] | None,
+    option(f"Lines of the paper's table: {', '.join(get_args(Row))}, or as made-mog, maf-10; by default all.", "NAMES"),
+]
 Epochs = Annotated[int, option("The most passes over the data.")]
 BatchSize = Annotated[int, option("Rows in a batch.")]
 Rate = Annotated[float, option("To begin with; it is halved when nothing is gained.")]

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from pyro_maf.datasets import source as bounds
-from pyro_maf.datasets.cells import listed, shown
 from pyro_maf.datasets.source import Source, one_line
 from pyro_maf.datasets.spool import copied
+from pyro_maf.wording import listed, shown
 
 __all__ = ["ArraySource", "member_of"]
 

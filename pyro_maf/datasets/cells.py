@@ -9,24 +9,20 @@ from typing import Any
 import numpy as np
 
 from pyro_maf.extras import require
+from pyro_maf.wording import quoted, shown
 
 __all__ = [
     "is_missing",
     "is_text",
-    "listed",
     "number_in",
     "numbers_of",
     "places_of",
-    "quoted",
-    "shown",
     "text_at",
     "text_in",
     "texts_of",
 ]
 
 MISSING = {"", "na", "n/a", "nan", "null", "none", "?"}
-LONGEST_TEXT = 60
-MOST_LISTED = 10
 
 Column = Any
 """An array of numpy or pyarrow with one dimension."""
@@ -50,32 +46,11 @@ def is_missing(text: str) -> bool:
     return text.casefold() in MISSING
 
 
-def shown(text: str, most: int = LONGEST_TEXT) -> str:
-    r"""A text from a file as a message shows it: without what moves a terminal's cursor, and not too long.
-
-    Example:
-        >>> shown("a\x1b[2Jb"), shown("a" * 9, most=4)
-        ('a\\x1b[2Jb', 'aaa…')
-    """
-    cut = text if len(text) <= most else f"{text[: most - 1]}…"
-    return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in cut)
-
-
-def quoted(text: str) -> str:
-    """The same in quotes."""
-    return repr(text if len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 1]}…")
-
-
-def listed(names: Sequence[str]) -> str:
-    """Names with commas between them: all, or the first and the last of many."""
-    some = names if len(names) <= MOST_LISTED else [*names[: MOST_LISTED - 1], f"... {names[-1]}"]
-    return ", ".join(map(shown, some))
-
-
 def numbers_of(column: Column) -> np.ndarray[Any, Any]:
     """The numbers of a column as float64, NaN where there is none."""
     if isinstance(column, np.ndarray):
-        return column.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # a NaN that signals is one all the same
+            return column.astype(np.float64)
     import pyarrow
     import pyarrow.compute as pc
 

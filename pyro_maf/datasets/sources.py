@@ -15,11 +15,12 @@ from typing import Any
 
 from pyro_maf.datasets import source as bounds
 from pyro_maf.datasets.arrays import ArraySource, member_of
-from pyro_maf.datasets.cells import is_text, quoted, shown
+from pyro_maf.datasets.cells import is_text
 from pyro_maf.datasets.source import Source, one_line
 from pyro_maf.datasets.spool import copied
 from pyro_maf.datasets.text import CsvSource
 from pyro_maf.extras import require
+from pyro_maf.wording import quoted, shown
 
 __all__ = ["ParquetSource", "open_source"]
 

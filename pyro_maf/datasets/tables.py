@@ -12,11 +12,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pyro_maf.datasets.arrays import ArraySource
-from pyro_maf.datasets.cells import listed, quoted, shown
 from pyro_maf.datasets.columns import Column, Survey
 from pyro_maf.datasets.source import Source
 from pyro_maf.datasets.sources import open_source
 from pyro_maf.datasets.spool import Spool
+from pyro_maf.wording import listed, quoted, shown
 
 __all__ = ["Table", "read_table"]
 
@@ -172,7 +172,7 @@ def _numeric(source: Source, names: Sequence[str]) -> list[Column]:
 
 def _surveyed(source: Source, names: Sequence[str], categories: Sequence[str]) -> list[Column]:
     """Columns of context, with the categories of those that hold text or labels."""
-    kinds = {name: name in categories or source.holds_text(name) for name in names}
+    kinds = {name: source.holds_text(name) for name in names} | dict.fromkeys(categories, True)
     surveys = {
         name: Survey(name, _place(source, name), bool(kind)) for name, kind in kinds.items() if kind is not False
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,13 @@ ROWS: dict[str, tuple[str, int]] = {
     "MAF MoG (5)": ("maf-mog", 5),
 }
 """The lines of the paper's table: which flow each is, and with how many layers."""
+
+SPELLINGS = {
+    re.sub(r"[^a-z0-9]", "", spelling.casefold()): row
+    for row, (flow, layers) in ROWS.items()
+    for spelling in (row, *([] if layers == 10 else [flow]))
+}
+"""Each line by its letters and figures: maf-mog is MAF MoG (5), as for `build`, and realnvp-10 RealNVP (10)."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,8 @@ def candidates(
     """The paper's models for any data.
 
     Args:
-        names: Lines of the paper's table, all of them by default.
+        names: Lines of the paper's table, all of them by default, as there or as in `build`: "MADE MoG" or "made-mog",
+            "MAF (5)", "maf-5" or "maf".
         hidden_dims: Widths to try, each those of one network's hidden layers; by default those that `build` chooses.
         batch_norm: Put a `BatchNorm` after every layer of the flows.
 
@@ -94,13 +103,14 @@ def candidates(
         >>> [one.slug for one in candidates(["Gaussian", "MADE"], hidden_dims=[[32], [32, 32]])]
         ['gaussian', 'made-32', 'made-32x32']
     """
-    unknown = [name for name in names if name not in ROWS]
+    spelt = [re.sub(r"[^a-z0-9]", "", name.casefold()) for name in names]
+    unknown = [name for name, spelling in zip(names, spelt, strict=True) if spelling not in SPELLINGS]
     if unknown or not names:
         raise ValueError(f"candidates expected names among {', '.join(ROWS)}, got {', '.join(unknown) or 'none'}.")
     widths: list[tuple[int, ...] | None] = [tuple(each) for each in hidden_dims]
     return tuple(
         Candidate(name, flow, num_layers, each, batch_norm=batch_norm)
-        for name in names
+        for name in dict.fromkeys(SPELLINGS[spelling] for spelling in spelt)
         for flow, num_layers in [ROWS[name]]
         for each in (widths if widths and flow != "gaussian" else [None])
     )

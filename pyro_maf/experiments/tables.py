@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from pyro_maf.experiments.comparison import Comparison
 from pyro_maf.experiments.scores import Estimate, Score
@@ -88,7 +89,8 @@ def as_table(found: Comparison, published: Mapping[str, float] | None = None) ->
     given = f", {found.context_dim} of context" if found.context_dim else ""
     title = f"{found.data} ({found.input_dim}{given}): nats a test row, two standard errors"
     heading, rows = _cells(found, published)
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    # Not a str, in which a name may have marks of rich's.
+    table = Table(title=Text(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, name in enumerate(heading):
         table.add_column(name, justify="right" if index else "left", no_wrap=True)
     for cells, is_best in rows:

@@ -186,6 +186,11 @@ class Keeper:
         if not isinstance(before, dict):
             raise ValueError(f"fit found {self.path} without the settings of its fit. {REMEDY}")
         for name, value in self._settings.items():
+            if before.get(name) != value and name == "data":
+                raise ValueError(
+                    f"fit found a fit with another data in {self.folder}, of other rows or with others held out for "
+                    "validation: resume with the same table, seed and validation, or choose another folder."
+                )
             if before.get(name) != value:
                 raise ValueError(
                     f"fit found a fit with another {name} in {self.folder} ({_short(before.get(name))}, "
