@@ -318,6 +318,12 @@ def test_without_a_folder_for_compiled_code_torch_answers_with_one_warning() -> 
     assert "can not be compiled" in done.stderr
 
 
+def test_without_compilation_torch_answers_with_one_warning() -> None:
+    done = run(SAMPLE, NUMBA_DISABLE_JIT="1")
+    assert done.stderr.count("RuntimeWarning") == 1
+    assert "can not be compiled" in done.stderr
+
+
 def test_memory_does_not_grow_with_the_dimension() -> None:
     """The graph of a sweep holds one set of activations, however many variables there are."""
     sizes = {}

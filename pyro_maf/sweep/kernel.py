@@ -21,18 +21,20 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from pyro_maf.sweep.cache import stored
 from pyro_maf.sweep.elementwise import INNER, activate, compress, transform
 from pyro_maf.sweep.pack import LANES
 from pyro_maf.sweep.products import add_product, dot
 
 __all__ = ["backward", "forward_columns", "forward_rows"]
 
-ENTRY = {"fastmath": INNER["fastmath"], "error_model": "numpy", "cache": True, "nogil": True}
-"""How functions are compiled that Python calls: kept on disk, and running without the interpreter's lock."""
+ENTRY = {"fastmath": INNER["fastmath"], "error_model": "numpy", "nogil": True}
+"""How functions are compiled that Python calls, to run without the interpreter's lock."""
 CHUNK = 256
 """Points that are taken through the sweep together."""
 
 
+@stored
 @njit(**ENTRY)
 def forward_columns(
     v: Any,
@@ -175,6 +177,7 @@ def _clear_unseen(levels: Any, final: Any, tape: Any, t0: int, t1: int) -> None:
             tape[r, t0:t1] = 0
 
 
+@stored
 @njit(**ENTRY)
 def forward_rows(
     v: Any,
@@ -232,6 +235,7 @@ def forward_rows(
 # -- the adjoint ------------------------------------------------------------------------------------------------------
 
 
+@stored
 @njit(**ENTRY)
 def backward(
     v: Any,

@@ -1,0 +1,206 @@
+"""Compiled code on disk: whatever has become of it, the answer is right, and a line says what was wrong."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyro_maf.sweep import cache, loading
+
+pytest.importorskip("numba")
+ROOT = Path(__file__).parent.parent
+SOURCE = "def twice(x):\n    return x + x\n\n\ndef thrice(x):\n    return x + x + x\n"
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_said", [])
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with two functions, compiled."""
+    folder = tmp_path_factory.mktemp("origin")
+    (folder / "tiny.py").write_text(SOURCE)
+    assert [answer(folder, name, 4) for name in ("twice", "thrice")] == [(8, 0), (12, 0)]
+    yield folder
+    del sys.modules["tiny"]
+
+
+@pytest.fixture
+def folder(origin: Path) -> Iterator[Path]:
+    """The same folder, as compiled code knows where it is from."""
+    kept = origin.with_name("kept")
+    shutil.copytree(origin, kept, dirs_exist_ok=True)
+    yield origin
+    shutil.rmtree(origin)
+    kept.rename(origin)
+
+
+def answer(folder: Path, name: str, x: Any) -> tuple[Any, int]:
+    """What a process that starts now would compute, and how much of it with code from disk."""
+    import numba
+
+    spec = importlib.util.spec_from_file_location("tiny", folder / "tiny.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["tiny"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function = cache.stored(numba.njit(getattr(module, name)))
+    return function(x), sum(function.stats.cache_hits.values())
+
+
+def only(folder: Path, pattern: str) -> Path:
+    (path,) = (folder / "__pycache__").glob(pattern)
+    return path
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 4
+    path.write_bytes(content)
+
+
+def replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "a stub": lambda path: path.write_bytes(path.read_bytes()[:20]),
+    "garbage": lambda path: path.write_bytes(bytes(range(256)) * 4),
+    "a flipped bit": flip,
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "of another function": lambda path: shutil.copy(path.with_name(path.name.replace("twice-1", "thrice-5")), path),
+}
+
+
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_code_is_compiled_again_with_a_warning(damage: str, kind: str, folder: Path) -> None:
+    path = only(folder, f"tiny.twice*.{kind}")
+    DAMAGES[damage](path)
+    with pytest.warns(RuntimeWarning, match=f"compiled code in {path.parent} damaged .{path.name}") as caught:
+        assert answer(folder, "twice", 4) == (8, 0)
+    assert len(caught) == 1
+    assert "\n" not in str(caught[0].message)
+    # Whole again, without a word.
+    assert answer(folder, "twice", 4) == (8, 1)
+    assert answer(folder, "thrice", 4) == (12, 1)
+
+
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+def test_code_that_is_missing_is_compiled_again(kind: str, folder: Path) -> None:
+    only(folder, f"tiny.twice*.{kind}").unlink()
+    assert answer(folder, "twice", 4) == (8, 0)
+    assert answer(folder, "twice", 4) == (8, 1)
+
+
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+def test_what_can_not_be_read_or_replaced_costs_a_warning_each_time(kind: str, folder: Path) -> None:
+    path = only(folder, f"tiny.twice*.{kind}")
+    replace_by_folder(path)
+    for _ in range(2):
+        cache._said.clear()
+        with pytest.warns(RuntimeWarning, match=f"can not read its compiled code in {path.parent} ") as caught:
+            assert answer(folder, "twice", 4) == (8, 0)
+        assert len(caught) == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_code_that_can_not_be_written_is_used_all_the_same(
+    number: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    before = sorted((folder / "__pycache__").iterdir())
+    monkeypatch.setattr(os, "fsync", refuse)
+    place = f"could not write its compiled code to {folder / '__pycache__'} .{os.strerror(number)}"
+    with pytest.warns(RuntimeWarning, match=place) as caught:
+        assert answer(folder, "twice", 4.5) == (9.0, 0)
+    assert len(caught) == 1
+    assert sorted((folder / "__pycache__").iterdir()) == before
+    assert answer(folder, "twice", 4) == (8, 1)
+
+
+@pytest.mark.parametrize("what", ["numba", "the sources"])
+def test_code_of_another_version_is_compiled_again(what: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if what == "numba":
+        monkeypatch.setattr("numba.__version__", "0.0")
+    else:
+        monkeypatch.setattr(cache, "_stamp", lambda: "of other sources")
+    assert answer(folder, "twice", 4) == (8, 0)
+    assert answer(folder, "twice", 4) == (8, 1)
+
+
+def test_processes_that_compile_at_once_never_run_each_others_code(folder: Path) -> None:
+    """Each takes number 1 for its signature, one is last to write the index and the other the code."""
+    whole = (folder / "__pycache__").rename(folder / "whole")
+    assert answer(folder, "twice", 4.5) == (9.0, 0)
+    shutil.copy(only(folder, "tiny.twice*.nbc"), whole)
+    shutil.rmtree(folder / "__pycache__")
+    whole.rename(folder / "__pycache__")
+    assert answer(folder, "twice", 4) == (8, 0)
+    assert answer(folder, "twice", 4.5) == (9.0, 0)
+    assert [answer(folder, "twice", x) for x in (4, 4.5)] == [(8, 1), (9.0, 1)]
+
+
+def test_nothing_in_a_foreign_file_is_run(folder: Path) -> None:
+    import pickle
+
+    class Payload:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(folder / "witness"),)
+
+    for path in list((folder / "__pycache__").glob("tiny.twice*")):
+        path.write_bytes(pickle.dumps(Payload()))
+    with pytest.warns(RuntimeWarning, match="damaged"):
+        assert answer(folder, "twice", 4) == (8, 0)
+    assert not (folder / "witness").exists()
+
+
+def test_the_sources_of_compiled_code_are_all_known() -> None:
+    """Whoever edits one of them runs what it says now."""
+    folder, seen, ahead = Path(cache.__file__).parent, set(), ["kernel"]
+    while ahead:
+        name = ahead.pop()
+        seen.add(name)
+        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pyro_maf.sweep."):
+                ahead += {node.module.rpartition(".")[2]} - seen - {"cache"}
+    assert seen >= {*cache.SOURCES}
+    assert {"kernel", "elementwise", "products", "pack"} <= {*cache.SOURCES}
+
+
+@pytest.mark.skipif(loading.kernels() is None, reason="no compiled kernels on this machine")
+def test_a_flow_answers_whatever_became_of_its_kernels(tmp_path: Path) -> None:
+    from numba.core.caching import UserProvidedCacheLocator
+
+    kernel = loading.kernels()
+    program = (
+        "import torch, pyro_maf\n"
+        "with torch.no_grad(): print(pyro_maf.MAF(2, hidden_dims=[4])(torch.ones(3, 2)).sum().item())"
+    )
+    place = tmp_path / UserProvidedCacheLocator.get_suitable_cache_subpath(kernel.__file__)
+    place.mkdir()
+    (place / Path(kernel.forward_rows._cache._cache_file._index_path).name).write_bytes(b"garbage")
+    environment = {**os.environ, "PYRO_MAF_KERNEL": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) == 6.0
+    assert done.stderr.count("RuntimeWarning") == 1
+    assert f"found its compiled code in {place} damaged" in done.stderr
