@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf.checks import check_positive
-from pyro_maf.infer.importance import Weighted, arviz, smoothed, weigh
+from pyro_maf.infer.importance import NoVerdictError, Weighted, arviz, smoothed, weigh
 
 __all__ = ["Diagnosis", "diagnose", "reweight", "to_arviz"]
 
@@ -35,6 +35,7 @@ class Diagnosis:
         elbo_se: Its standard error.
         num_samples: How many draws were weighed.
         unscored: How many of them the model could not score; they are left out.
+        reason: Why there is no verdict, in a clause; "" where there is one. Without one, figures are not numbers.
         verdict: One sentence.
     """
 
@@ -44,10 +45,13 @@ class Diagnosis:
     elbo_se: float
     num_samples: int
     unscored: int
+    reason: str = ""
 
     @property
     def verdict(self) -> str:
         """What the figures say, in one sentence."""
+        if self.reason:
+            return f"No verdict: {self.reason}."
         if self.unscored > self.num_samples // 2:
             return "The model could not score most draws of this guide: it is not near the posterior."
         if self.k_hat < USABLE and self.ess < FEW * self.num_samples:
@@ -85,6 +89,8 @@ class Diagnosis:
         return self.k_hat < USABLE or self._weights_hardly_differ
 
     def __repr__(self) -> str:
+        if self.reason:
+            return f"Diagnosis({self.verdict})"
         unscored = f"; {self.unscored} draws could not be scored" if self.unscored else ""
         return (
             f"Diagnosis(ELBO {self.elbo:.3f} +- {self.elbo_se:.3f} nats, effective sample size {self.ess:.0f} of "
@@ -103,13 +109,17 @@ def diagnose(
         num_samples: How many draws to weigh.
         *args, **kwargs: What model and guide are called with.
 
+    Discrete sites of the model with `infer={"enumerate": "parallel"}` are summed out. Where its plates subsample, all
+    rows are scored, in runs over minibatches; where that is not possible, as with data that are a minibatch already,
+    there is no verdict, and `Diagnosis.reason` says why.
+
     Returns:
         A `Diagnosis`.
 
-    Cost: `num_samples` draws of the guide and evaluations of the model, in batches where the model allows them.
+    Cost: `num_samples` draws of the guide and evaluations of the model on all rows, in batches where it allows them.
 
     Raises:
-        ValueError: If the guide leaves out a latent site of the model.
+        ValueError: If the guide leaves out a latent site of the model, or the model draws what no guide has.
         ModuleNotFoundError: Without the `train` extra.
 
     Example:
@@ -126,7 +136,11 @@ def diagnose(
         importance sampling*, 2024.
     """
     check_positive("diagnose", "num_samples", num_samples, least=100)
-    weighted = weigh("diagnose", model, guide, args, kwargs, num_samples)
+    try:
+        weighted = weigh("diagnose", model, guide, args, kwargs, num_samples)
+    except NoVerdictError as error:
+        nan = float("nan")
+        return Diagnosis(nan, nan, nan, nan, num_samples=0, unscored=0, reason=error.reason)
     return _diagnosis(weighted, *smoothed(weighted.log_weights))
 
 
@@ -148,7 +162,7 @@ def reweight(
         UserWarning: If k-hat is 0.7 or more and the weights differ: they can not be relied on.
 
     Raises:
-        ValueError: If the guide leaves out a latent site, or the model can score none of its draws.
+        ValueError: If the guide leaves out a latent site, or the model can score none of its draws or not all rows.
         ModuleNotFoundError: Without the `train` extra.
 
     Example:
@@ -188,7 +202,7 @@ def to_arviz(
         `log_weight`; attributes of `posterior` the diagnosis.
 
     Raises:
-        ValueError: If the guide leaves out a latent site.
+        ValueError: If the guide leaves out a latent site, or the model can not score all rows.
         ModuleNotFoundError: Without the `train` extra.
 
     Example:

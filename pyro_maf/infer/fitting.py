@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor
 
 from pyro_maf.checks import check_above_zero, check_positive
 from pyro_maf.infer.averaging import Average
 from pyro_maf.infer.diagnosis import Diagnosis, diagnose
 from pyro_maf.infer.guides import AutoFlow
-from pyro_maf.infer.importance import arviz, nesting_of_batches
+from pyro_maf.infer.importance import arviz, pairing
 from pyro_maf.infer.log_joint import FAILURES
 from pyro_maf.infer.path_gradient import TracePath_ELBO
 from pyro_maf.infer.progress import bar
@@ -168,15 +168,13 @@ class _Run:
         schedule: Schedule,
     ) -> None:
         self._model, self._guide, self._args, self._kwargs = model, guide, args, kwargs
-        nesting = nesting_of_batches("fit_guide", model, guide, args, kwargs)
-        together = nesting is not None
-        objective = TracePath_ELBO if isinstance(guide, AutoFlow) else Trace_ELBO
-        particles = num_particles if together else min(num_particles, ALONE)
+        pair = pairing("fit_guide", model, guide, args, kwargs)
+        objective = TracePath_ELBO if isinstance(guide, AutoFlow) else TraceEnum_ELBO if pair.enumerated else Trace_ELBO
         # Told how many plates there are, since Pyro would say on stderr what it guesses.
         self._objective = objective(
-            num_particles=particles,
-            vectorize_particles=together,
-            max_plate_nesting=math.inf if nesting is None else nesting,
+            num_particles=num_particles if pair.is_vectorised else min(num_particles, ALONE),
+            vectorize_particles=pair.is_vectorised,
+            max_plate_nesting=pair.nesting,
         )
         self._parameters = self._find_parameters()
         self._optimizer = torch.optim.Adam(self._parameters, lr=schedule.learning_rate)

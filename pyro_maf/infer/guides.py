@@ -12,7 +12,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from torch import Tensor, nn
 from torch.distributions import transform_to
@@ -21,8 +20,10 @@ from pyro_maf.checks import check_above_zero, check_positive, check_sizes
 from pyro_maf.flows import IAF, MAF, RealNVP
 from pyro_maf.infer.head import Head
 from pyro_maf.infer.latents import Latents
-from pyro_maf.infer.log_joint import LogJoint, latent_sites
+from pyro_maf.infer.log_joint import latent_sites
+from pyro_maf.infer.masks import masked_in_vector
 from pyro_maf.infer.param_store import Stored
+from pyro_maf.infer.posterior import Posterior
 from pyro_maf.infer.prototype import bare_latents, bare_trace
 from pyro_maf.infer.quantiles import QUANTILE_DRAWS, checked_levels, even_noise, quantiles_of
 from pyro_maf.infer.refusal import RefusalError
@@ -97,11 +98,11 @@ class AutoFlow(AutoContinuous):
             sites = latent_sites(self.prototype_trace)
             context = None if self.encoder is None else self._context(args, kwargs)
             rows = torch.Size() if context is None else context.shape[:-1]
-            self._latents = Latents(type(self).__name__, sites, rows)
-            self.latent_dim = self._latents.size
+            self._latents = Latents(type(self).__name__, sites, rows, self._plates_of_user(args, kwargs))
             with poutine.block():  # whatever traces the guide is not to see what is tried out here
                 self._create_plates(*args, **kwargs)
                 start = self._start(args, kwargs)
+            self.latent_dim = self._latents.size
             self._make_transform(start, 0 if context is None else context.shape[-1])
         except BaseException:
             self.prototype_trace = None  # so that the next call tries again
@@ -120,24 +121,28 @@ class AutoFlow(AutoContinuous):
         self.transform = ConditionalFlow(stack) if context_dim else stack
 
     def _start(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Normal:
-        values = {name: part.site["value"].detach() for name, part in self._latents.parts.items()}
-        loc = self._latents.pack(values)[0].reshape(-1, self.latent_dim).mean(0)
-        if self._init_scale is not None:
-            return Normal.isotropic(loc, self._init_scale)
-        if self.encoder is not None:
-            return Normal.isotropic(loc, 1.0)
-        replayed = poutine.replay(self._plain_model[0], trace=self.prototype_trace)
-        joint = LogJoint(self._plain_model[0], poutine.trace(replayed).get_trace(*args, **kwargs), args, kwargs)
-
-        def log_density(latents: Tensor) -> Tensor:
-            sites, log_det = self._latents.unpack(latents.reshape(len(latents), *(1,) * joint.nesting, -1))
-            return joint(sites) + log_det
-
-        near = loc + torch.tensor([[0.0], [0.01]]).to(loc)
-        joint.settle(self._latents.unpack(near.reshape(2, *(1,) * joint.nesting, -1))[0])
-        if joint.is_random:
+        masked = self._latents.has_masks()
+        as_told = self._init_scale is not None or self.encoder is not None
+        posterior = None
+        if masked or not as_told:
+            posterior = Posterior(self._plain_model[0], self.prototype_trace, self._latents, args, kwargs)
+            if masked:
+                posterior.leave_out_idle()
+        loc = self._latents.initial()
+        if posterior is None or as_told:
+            return Normal.isotropic(loc, 1.0 if self._init_scale is None else self._init_scale)
+        if not posterior.is_known:
             return Normal.isotropic(loc, 0.1)
-        return best_normal(log_density, loc, vectorised=joint.is_vectorised)
+        return best_normal(posterior, loc, vectorised=posterior.is_vectorised)
+
+    def _plates_of_user(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> set[str]:
+        """The names of the plates that `create_plates` makes."""
+        create_plates = self.create_plates if self.master is None else self.master().create_plates
+        if create_plates is None:
+            return set()
+        with poutine.block():
+            plates = create_plates(*args, **kwargs)
+        return {plate.name for plate in ([plates] if isinstance(plates, pyro.plate) else plates)}
 
     def _context(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         context = self._held("encoder")(*args, **kwargs)
@@ -179,10 +184,11 @@ class AutoFlow(AutoContinuous):
         sites = {}
         for part, unconstrained in self._latents.split(latent):
             name, event_dim = part.site["name"], part.site["fn"].event_dim
-            value = part.transform(unconstrained)
-            log_det = part.transform.log_abs_det_jacobian(unconstrained, value)
-            log_det = sum_rightmost(log_det, log_det.dim() - value.dim() + event_dim)
+            value, log_det = self._latents.mapped(part, unconstrained)
             with self._in_plates(name):
+                for plate, dim in part.rows.items():
+                    indices = self.plates[plate].indices.to(value.device)
+                    value, log_det = value.index_select(dim, indices), log_det.index_select(dim + event_dim, indices)
                 sites[name] = pyro.sample(name, dist.Delta(value, log_density=-log_det, event_dim=event_dim))
         return sites
 
@@ -223,6 +229,27 @@ class AutoFlow(AutoContinuous):
         shape = torch.Size(sample_shape)
         latent = self.get_posterior(*args, **kwargs).rsample(shape)
         return self._as_sites(latent, shape)
+
+    @property
+    def shapes_of_all_rows(self) -> dict[str, torch.Size]:
+        """The shape of every site, where a plate subsamples that one is in; empty elsewhere."""
+        parts = self._latents.parts
+        return {name: part.value.shape for name, part in parts.items()} if any(p.rows for p in parts.values()) else {}
+
+    def scored_draws(
+        self, count: int, nesting: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Draws of every site with all its rows, plates padded to `nesting`, and their log-density in nats."""
+        posterior = self.get_posterior(*args, **kwargs)
+        latent = posterior.rsample((count, *(1,) * nesting))
+        values, log_det = self._latents.unpack(latent)
+        return values, posterior.log_prob(latent).reshape(count) - log_det
+
+    def has_masks_of(self, sites: Mapping[str, Any]) -> bool:
+        """Whether sites, of a trace, are masked where they were when the guide was set up."""
+        if self._latents.rows:
+            return True  # where masks are refused
+        return torch.equal(masked_in_vector(self._latents, sites), masked_in_vector(self._latents, {}))
 
     def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         r"""Log-density of the guide in nats, (\*batch,), at values (\*batch, \*site) of every site.
@@ -268,6 +295,21 @@ class AutoFlow(AutoContinuous):
         r"""The value of each site, (\*batch, \*site), that noise u, (\*batch, D), is mapped to."""
         return self._as_sites(self.get_transform(*args, **kwargs)(noise), noise.shape[: -1 - len(self._latents.rows)])
 
+    def sites_and_log_det(self, noise: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        r"""The value of each site that noise u is mapped to, and log |det dz/du| in nats, (\*batch,).
+
+        `noise` is (D,), or (\*batch, D) with ones in `batch` where the plates of the model are.
+        """
+        transform = self.get_transform()
+        latent = transform(noise)
+        total = transform.log_abs_det_jacobian(noise, latent)
+        values = {}
+        for part, unconstrained in self._latents.split(latent):
+            values[part.site["name"]], log_det = self._latents.mapped(part, unconstrained)
+            plates = tuple(range(-len(part.plates), 0))
+            total = total + (log_det.sum(plates, keepdim=noise.dim() > 1) if plates else log_det)
+        return values, total
+
     def _as_sites(self, latent: Tensor, shape: torch.Size) -> dict[str, Tensor]:
         rows = self._latents.rows
         plates = 0 if rows else max(len(part.plates) for part in self._latents.parts.values())
@@ -275,7 +317,7 @@ class AutoFlow(AutoContinuous):
         sites = {}
         for part, unconstrained in self._latents.split(batch):
             value = part.transform(unconstrained)
-            sites[part.site["name"]] = value if rows else value.reshape(shape + part.site["value"].shape)
+            sites[part.site["name"]] = value if rows else value.reshape(shape + part.value.shape)
         return sites
 
     # -- copies ---------------------------------------------------------------------------------------------------

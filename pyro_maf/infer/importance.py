@@ -14,12 +14,41 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_maf.infer.enumeration import is_enumerated, log_densities
+from pyro_maf.infer.guides import AutoFlow
+from pyro_maf.infer.latents import masked_entries
 from pyro_maf.infer.log_joint import LogJoint, latent_sites, nesting_of, total_by_draw
 
-__all__ = ["Weighted", "arviz", "smoothed", "weigh"]
+__all__ = ["NoVerdictError", "Pairing", "Weighted", "arviz", "joint_of", "pairing", "smoothed", "weigh"]
 
 MOST_NUMBERS = 4_000_000
 """How many log-probabilities of single sites and rows are held at a time."""
+
+
+class NoVerdictError(ValueError):
+    """A guide can not be judged here.
+
+    Attributes:
+        reason: Why, in a clause.
+    """
+
+    def __init__(self, who: str, reason: str) -> None:
+        super().__init__(f"{who} can not score the model as a whole: {reason}.")
+        self.reason = reason
+
+
+class Pairing(NamedTuple):
+    """How to run a model with its guide.
+
+    Attributes:
+        nesting: How many plates they have, counted from the right.
+        is_vectorised: Whether one run, inside a plate, scores many draws.
+        enumerated: Whether the model has discrete sites to sum out.
+    """
+
+    nesting: int
+    is_vectorised: bool
+    enumerated: bool
 
 
 class Weighted(NamedTuple):
@@ -46,9 +75,12 @@ def weigh(
     """Draw from a guide and weigh the draws.
 
     Raises:
-        ValueError: If the guide leaves out a latent site of the model.
+        NoVerdictError: If not all rows of the model can be scored.
+        ValueError: If the guide leaves out a latent site of the model, or the model draws what no guide has.
     """
     pair = _Pair(who, model, guide, args, kwargs)
+    if pair.reason:
+        raise NoVerdictError(who, pair.reason)
     chunk = max(1, min(num_samples, MOST_NUMBERS // pair.size))
     found = [pair.weigh(min(chunk, num_samples - start)) for start in range(0, num_samples, chunk)]
     return Weighted(
@@ -58,12 +90,31 @@ def weigh(
 
 
 @torch.no_grad()
-def nesting_of_batches(
+def pairing(
     who: str, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> int | None:
-    """How many plates model and guide have where one run, inside a plate, scores many draws; None where it does not."""
+) -> Pairing:
+    """How to run a model with its guide, found out by trying.
+
+    Raises:
+        ValueError: If the guide leaves out a latent site of the model, or the model draws what no guide has.
+    """
     pair = _Pair(who, model, guide, args, kwargs)
-    return pair.nesting if pair.joint.is_vectorised else None
+    return Pairing(pair.nesting, pair.joint.is_vectorised, pair.joint.enumerated)
+
+
+@torch.no_grad()
+def joint_of(
+    who: str, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> LogJoint:
+    """The log joint density of a model at values of its guide's sites.
+
+    Raises:
+        ValueError: As in `weigh`.
+    """
+    pair = _Pair(who, model, guide, args, kwargs)
+    if pair.reason:
+        raise NoVerdictError(who, pair.reason)
+    return pair.joint
 
 
 class _Pair:
@@ -77,20 +128,46 @@ class _Pair:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> None:
-        self._guide, self._args, self._kwargs = guide, args, kwargs
+        self._guide: Any = guide
+        self._args, self._kwargs = args, kwargs
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         example = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-        self.shapes = {name: site["value"].shape for name, site in latent_sites(example).items()}
-        if missing := sorted(self.shapes.keys() - guide_trace.nodes.keys()):
+        latents = latent_sites(example)
+        missing = [name for name in latents if name not in guide_trace.nodes and not is_enumerated(latents[name])]
+        if missing:
             raise ValueError(
-                f"{who} expected a guide of every latent site, got none of {', '.join(missing)}: "
-                "sum these out of the model."
+                f"{who} expected a guide of every latent site, got none of {', '.join(sorted(missing))}: add these to "
+                "the guide, or sum discrete ones out with infer={'enumerate': 'parallel'}."
             )
-        sites = [site for site in example.nodes.values() if site["type"] == "sample"]
-        self.size = sum(site["value"].numel() for site in sites if isinstance(site["value"], Tensor))
-        self.joint = LogJoint(model, example, args, kwargs)
+        latents = {name: site for name, site in latents.items() if name in guide_trace.nodes}
+        self.shapes = {name: site["value"].shape for name, site in latents.items()}
+        self._all_rows = isinstance(guide, AutoFlow) and guide.shapes_of_all_rows
+        self.shapes.update(self._all_rows or {})
+        self.joint = LogJoint(model, example, args, kwargs, shapes=self.shapes)
         self.nesting = max(self.joint.nesting, nesting_of(guide_trace))
-        self.joint.settle(self._draw(4)[0])
+        draws, _ = self._draw(4)
+        self.joint.settle(draws)
+        check_draws(who, self.joint)
+        self.reason = f"{self.joint.partial}; call it with all rows" if self.joint.partial else ""
+        self._check_masks(who, latents, guide_trace, draws)
+        sites = [site for site in example.nodes.values() if site["type"] == "sample"]
+        values = sum(site["value"].numel() for site in sites if isinstance(site["value"], Tensor))
+        self.size = max(values, self.joint.numbers)
+
+    def _check_masks(self, who: str, latents: Mapping[str, Any], guide_trace: Any, draws: dict[str, Tensor]) -> None:
+        """Notice where a guide scores entries that a mask keeps out of the model: its bound has no upper limit."""
+        masks = {name: masked_entries(site, site["value"]) for name, site in latents.items()}
+        if isinstance(self._guide, AutoFlow):
+            if not self._guide.has_masks_of(latents):
+                raise ValueError(f"{who} expected latent sites masked as when the guide was set up: use another guide.")
+            return
+        for name, mask in masks.items():
+            site = guide_trace.nodes[name]
+            own = None if mask is None else masked_entries(site, site["value"])
+            if mask is not None and (own is None or not torch.equal(own, mask)):
+                moved = torch.where(mask, draws[name].roll(1, 0), draws[name])
+                if torch.equal(self.joint({**draws, name: moved}), self.joint(draws)):
+                    self.reason = f"site {name} is masked in the model, and the guide scores it; mask it there too"
 
     def weigh(self, draws: int) -> Weighted:
         values, log_q = self._draw(draws)
@@ -99,6 +176,8 @@ class _Pair:
 
     def _draw(self, draws: int) -> tuple[dict[str, Tensor], Tensor]:
         """Values of the latent sites, padded to as many plates as there are, and their log-density."""
+        if self._all_rows:
+            return self._guide.scored_draws(draws, self.nesting, self._args, self._kwargs)
         with pyro.plate("_draws", draws, dim=-self.nesting - 1):
             trace = poutine.trace(self._guide).get_trace(*self._args, **self._kwargs)
         trace.compute_log_prob()
@@ -109,7 +188,22 @@ class _Pair:
             value, event = site["value"], site["fn"].event_shape
             batch = torch.broadcast_shapes(value.shape[: value.dim() - len(event)], plates)
             values[name] = value.expand(batch + event)
-        return values, total_by_draw(trace, plates)
+        return values, total_by_draw(log_densities(trace), plates)
+
+
+def check_draws(who: str, joint: LogJoint) -> None:
+    """Raise for a model that draws what no guide has, so that its density is another in every run."""
+    if joint.hidden:
+        raise ValueError(
+            f"{who} expected a model that draws no site but those of its guide, got draws of the hidden site "
+            f"{', '.join(joint.hidden)}: pass the model without poutine.block, which sums discrete sites out that have "
+            "infer={'enumerate': 'parallel'}."
+        )
+    if joint.is_random:
+        raise ValueError(
+            f"{who} expected a model with one density at one value of its sites, got one that differs from run to run: "
+            "put what it draws into sites that the guide has, and modules with dropout into eval mode."
+        )
 
 
 def smoothed(log_weights: Tensor) -> tuple[Tensor, float]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from pyro.distributions import MaskedDistribution
+from pyro.distributions.util import sum_rightmost
+from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform, SigmoidTransform
 
-__all__ = ["Latents", "Part"]
+from pyro_maf.infer.minibatches import subsampled
+
+__all__ = ["Latents", "Part", "masked_entries"]
 
 REACH = {torch.float32: 40.0, torch.float64: 300.0}
 """How far from 0 the logarithm of a scale may be; its exponential can be squared and divided by."""
@@ -21,13 +26,17 @@ class Part(NamedTuple):
 
     Attributes:
         site: The site, as in the prototype trace.
+        value: Its value there; within plates that subsample, for all rows.
+        rows: Where plates subsample, the dimension of the value that belongs to each.
         transform: From unconstrained values to the site's support.
         plates: Shape of the plates around it, without the rows that have vectors of their own.
         event: Shape of one unconstrained event.
-        start, stop: Its place.
+        start, stop: Its place among all entries, those that are left out included.
     """
 
     site: dict[str, Any]
+    value: Tensor
+    rows: dict[str, int]
     transform: Transform
     plates: torch.Size
     event: torch.Size
@@ -42,23 +51,34 @@ class Latents:
         who: Whose they are, for errors.
         sites: The latent sites, from a trace.
         rows: Shape of the plates whose every row has a vector of its own, or () where there is one vector in all.
+        created: The plates that the guide is told to create: where these subsample, v is of all their rows.
 
     Attributes:
-        rows: As given.
+        rows: As in the arguments.
         size: D.
         parts: Each site's place, by name.
+        idle: Which entries of all sites, (entries,), are no part of v, but constants: see `leave_out`.
 
     Raises:
-        ValueError: If a site is discrete, if there are none, or if one is not in the plates of `rows` alone.
+        ValueError: If a site is discrete, if there are none, if one is not in the plates of `rows` alone, or if one is
+            in another plate that subsamples.
     """
 
-    def __init__(self, who: str, sites: Mapping[str, dict[str, Any]], rows: torch.Size) -> None:
+    def __init__(
+        self, who: str, sites: Mapping[str, dict[str, Any]], rows: torch.Size, created: Collection[str] = ()
+    ) -> None:
+        if not rows:
+            _check_plates(who, sites, created)
+        self._who = who
         self.rows = rows
         self.parts: dict[str, Part] = {}
         self.size = 0
         for name, site in sites.items():
             transform = _transform_of(who, name, site)
-            value = site["value"]
+            value = site["value"].detach()
+            of_rows = {} if rows else {frame.name: frame.dim - site["fn"].event_dim for frame in subsampled(site)}
+            for frame in subsampled(site) if of_rows else ():
+                value = periodic_repeat(value, frame.full_size, of_rows[frame.name])
             batch = value.shape[: value.dim() - site["fn"].event_dim]
             if rows and batch != rows:
                 raise ValueError(
@@ -68,16 +88,62 @@ class Latents:
             event = transform.inverse_shape(value.shape)[len(batch) :]
             plates = torch.Size() if rows else batch
             stop = self.size + plates.numel() * event.numel()
-            self.parts[name] = Part(site, transform, plates, event, self.size, stop)
+            self.parts[name] = Part(site, value, of_rows, transform, plates, event, self.size, stop)
             self.size = stop
         if not self.size:
             raise ValueError(f"{who} found no latent variables in the model.")
+        self.idle = torch.zeros(self.size, dtype=torch.bool, device=value.device)
+        self._constants = torch.zeros(self.size).to(value)
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether there are entries that are no part of v."""
+        return self.size < len(self.idle)
+
+    def leave_out(self, idle: Tensor) -> None:
+        """Hold entries of v, which a mask keeps out of the model's density, at their initial values.
+
+        They are no part of v and of log |det dz/dv| from now on.
+
+        Raises:
+            ValueError: If none is left.
+        """
+        self._constants = self.pack({name: part.value for name, part in self.parts.items()})[0]
+        self.idle, self.size = idle, int((~idle).sum())
+        if not self.size:
+            raise ValueError(f"{self._who} found no latent variables in the model that are not masked.")
+
+    def initial(self) -> Tensor:
+        """The values of the prototype as one vector, (D,)."""
+        latent, _ = self.pack({name: part.value for name, part in self.parts.items()})
+        return latent.reshape(-1, self.size).mean(0)
+
+    def has_masks(self) -> bool:
+        """Whether there are masked entries.
+
+        Raises:
+            ValueError: If these are in plates whose rows change from call to call.
+        """
+        masked = [
+            name for name, part in self.parts.items() if masked_entries(part.site, part.site["value"]) is not None
+        ]
+        for name in masked:
+            if self.rows or self.parts[name].rows:
+                raise ValueError(
+                    f"{self._who} expected latent sites without a mask where rows have latent variables of their own, "
+                    f"got {name}: leave masked rows out of the model."
+                )
+        return bool(masked)
 
     def split(self, latent: Tensor) -> Iterator[tuple[Part, Tensor]]:
         r"""Each site's unconstrained value, for a latent of shape (\*batch, D).
 
         `batch` has ones where the plates of the model are, as inside a plate of particles, or ends before them.
         """
+        if self.leaves_out:
+            entries = self._constants.to(latent).expand(*latent.shape[:-1], -1).clone()
+            entries[..., ~self.idle] = latent
+            latent = entries
         for part in self.parts.values():
             batch = torch.broadcast_shapes(part.plates, latent.shape[:-1])
             value = latent[..., part.start : part.stop].reshape(batch + part.event)
@@ -87,10 +153,25 @@ class Latents:
         r"""The value of each site, and log |det dz/dv| in nats, (draws,), for a latent (draws, \*ones, D)."""
         values, total = {}, latent.new_zeros(len(latent))
         for part, unconstrained in self.split(latent):
-            value = values[part.site["name"]] = part.transform(unconstrained)
-            log_det = part.transform.log_abs_det_jacobian(unconstrained, value)
+            values[part.site["name"]], log_det = self.mapped(part, unconstrained)
             total = total + log_det.reshape(len(latent), -1).sum(-1)
         return values, total
+
+    def mapped(self, part: Part, unconstrained: Tensor) -> tuple[Tensor, Tensor]:
+        r"""The value of a site, and log |det dz/dv| in nats for each of its events, entries left out aside."""
+        value = part.transform(unconstrained)
+        return value, self._log_det(part, unconstrained, value)
+
+    def _log_det(self, part: Part, unconstrained: Tensor, value: Tensor) -> Tensor:
+        transform = part.transform
+        while self.leaves_out and isinstance(transform, IndependentTransform):
+            transform = transform.base_transform
+        log_det = transform.log_abs_det_jacobian(unconstrained, value)
+        if self.leaves_out:
+            idle = self.idle[part.start : part.stop].reshape(part.plates + part.event)
+            events = idle.shape[: idle.dim() - transform.domain.event_dim]
+            log_det = torch.where(idle.reshape(*events, -1).all(-1), 0.0, log_det)
+        return sum_rightmost(log_det, log_det.dim() - value.dim() + part.site["fn"].event_dim)
 
     def pack(self, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         r"""The latent (\*batch, D) of values (\*batch, \*site), and log |det dz/dv|, (\*batch,).
@@ -100,14 +181,48 @@ class Latents:
         pieces, log_dets = [], []
         for name, part in self.parts.items():
             unconstrained = part.transform.inv(values[name])
-            log_det = part.transform.log_abs_det_jacobian(unconstrained, values[name])
+            log_det = self._log_det(part, unconstrained, values[name])
             batch = unconstrained.shape[: unconstrained.dim() - len(part.plates) - len(part.event)]
             pieces.append(unconstrained.reshape(*batch, part.stop - part.start))
             log_dets.append(log_det.reshape(*batch, -1).sum(-1))
         batch = torch.broadcast_shapes(*(piece.shape[:-1] for piece in pieces))
-        return torch.cat([piece.expand(*batch, -1) for piece in pieces], -1), torch.stack(
-            [log_det.expand(batch) for log_det in log_dets]
-        ).sum(0)
+        entries = torch.cat([piece.expand(*batch, -1) for piece in pieces], -1)
+        latent = entries[..., ~self.idle] if self.leaves_out else entries
+        return latent, torch.stack([log_det.expand(batch) for log_det in log_dets]).sum(0)
+
+
+def _check_plates(who: str, sites: Mapping[str, dict[str, Any]], created: Collection[str]) -> None:
+    """Refuse latent variables of rows that a plate draws anew each time, unless they are those of all rows."""
+    for name, site in sites.items():
+        for frame in subsampled(site):
+            if frame.name not in created:
+                raise ValueError(
+                    f"{who} expected latent sites outside of plates that subsample, got {name} in plate {frame.name} "
+                    f"with {frame.size} of its {frame.full_size} rows: pass encoder=, for a guide of each row, or "
+                    f"create_plates=, for latent variables of all {frame.full_size}."
+                )
+
+
+def masked_entries(site: Mapping[str, Any], value: Tensor) -> Tensor | None:
+    """Which elements of a site's value have no prior density, (*site); None if all have one.
+
+    They are masked by `pyro.poutine.mask`, as the part of a site with `obs_mask` that is observed, or by `fn.mask`.
+    """
+    fn = site["fn"]
+    masks = [(site["mask"], fn.event_dim)]
+    while fn is not None:
+        if isinstance(fn, MaskedDistribution):
+            masks.append((fn._mask, fn.event_dim))
+        fn = getattr(fn, "base_dist", None)
+    seen = torch.ones_like(value, dtype=torch.bool)
+    for mask, event_dim in masks:
+        if mask is not None:
+            mask = torch.as_tensor(mask, device=value.device)
+            mask = mask.reshape(mask.shape + (1,) * event_dim)
+            extra = max(0, mask.dim() - value.dim())
+            # Where a mask is wider than the site, an element counts if it does so anywhere.
+            seen = seen & (mask.flatten(0, extra).any(0) if extra else mask)
+    return None if seen.all() else ~seen
 
 
 def _transform_of(who: str, name: str, site: dict[str, Any]) -> Transform:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
+import pyro
 import torch
-from pyro.infer.reparam import NeuTraReparam
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_maf.infer.guides import AutoFlow
+from pyro_maf.infer.importance import joint_of
+from pyro_maf.infer.log_joint import LogJoint
 
 __all__ = ["NeuTra", "neutra"]
 
@@ -23,13 +28,43 @@ class NeuTra:
     """
 
     def __init__(self, model: Callable[..., Any], guide: AutoFlow) -> None:
-        self._guide = guide
-        self._reparam = NeuTraReparam(guide)
-        self._model = self._reparam.reparam(model)
+        self._model, self._guide = model, guide
+        self._joint: LogJoint | None = None
+        self._arguments: list[Any] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model, its latent variables made of noise."""
-        return self._model(*args, **kwargs)
+        """Run the model, its latent variables made of noise.
+
+        Raises:
+            ValueError: If the model draws what no guide has, or has plates that subsample whose rows can not all be
+                scored.
+        """
+        with Messenger():  # without a handler, Pyro takes factors for observations outside of inference
+            return self._run(self._joint_at(args, kwargs), args, kwargs)
+
+    def _run(self, joint: LogJoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = self._guide._pyro_name
+        noise = pyro.sample(f"{name}_shared_latent", self._guide.get_base_dist().mask(False))
+        values, log_det = self._guide.sites_and_log_det(noise)
+        pyro.factor(f"{name}_log_det", log_det)
+        if not joint.subsamples:
+            return poutine.condition(self._model, data=values)(*args, **kwargs)
+        padded, _ = self._guide.sites_and_log_det(noise.reshape(-1, *(1,) * joint.nesting, noise.shape[-1]))
+        with poutine.block():
+            scores = joint(padded)
+            result = joint.returned(padded)
+        pyro.factor(f"{name}_all_rows", scores.reshape(noise.shape[:-1]))
+        return result
+
+    def _joint_at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LogJoint:
+        """The log joint density at some arguments; that of the last ones is at hand."""
+        arguments = [*args, *kwargs, *kwargs.values()]
+        same = len(arguments) == len(self._arguments) and all(map(operator.is_, arguments, self._arguments))
+        if self._joint is None or not same:
+            with poutine.block():
+                self._joint = joint_of("neutra", self._model, self._guide, args, kwargs)
+            self._arguments = arguments
+        return self._joint
 
     @torch.no_grad()
     def draws(self, samples: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -51,6 +86,9 @@ def neutra(model: Callable[..., Any], guide: AutoFlow) -> NeuTra:
 
     Returns:
         A `NeuTra`: run NUTS on it, and let its `draws` turn the samples into those of the model's sites.
+
+    Discrete sites with `infer={"enumerate": "parallel"}` are left to the sampler, which sums them out. Where plates of
+    the model subsample, every evaluation scores all rows, minibatch by minibatch.
 
     Cost: beside the model's own density and gradient, those of the guide's map: one pass a layer for an `AutoIAF`.
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.distributions import Delta
 from pyro.infer import Trace_ELBO
 from pyro.infer.util import torch_item
+from pyro.util import warn_if_nan
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
+
+from pyro_maf.infer.enumeration import is_enumerated, log_densities
+from pyro_maf.infer.log_joint import latent_sites
 
 __all__ = ["TracePath_ELBO", "detached"]
 
@@ -26,6 +32,8 @@ class TracePath_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's way to name objectives)
     may have the smaller variance.
 
     Takes the arguments of `Trace_ELBO`, `num_particles` and `vectorize_particles` among them, and gives the same value.
+    Discrete sites of the model that have `infer={"enumerate": "parallel"}` and that the guide leaves out are summed
+    out, as by `TraceEnum_ELBO`.
 
     Cost:
         Beside a step of `Trace_ELBO`, the density of the draws once more, from the draws alone: for a flow its inverse,
@@ -50,17 +58,53 @@ class TracePath_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's way to name objectives)
         Roeder, Wu & Duvenaud, *Sticking the Landing*, 2017; Vaitl et al., *Gradients should stay on path*, 2022.
     """
 
+    _last: Callable[..., Any] | None = None
+    _enumerates = False
+
+    def _get_traces(
+        self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Iterator[tuple[Any, Any]]:
+        if self._last != model:
+            self._last, self._enumerates = model, _has_enumerated(model, guide, args, kwargs)
+        if self._enumerates and self.max_plate_nesting == math.inf:
+            self._guess_max_plate_nesting(model, guide, args, kwargs)
+        yield from super()._get_traces(model, guide, args, kwargs)
+
+    def _get_trace(
+        self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
+    ) -> tuple[Any, Any]:
+        if self._enumerates:
+            model = poutine.enum(model, first_available_dim=-1 - self.max_plate_nesting)
+        return super()._get_trace(model, guide, args, kwargs)
+
+    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+        """The negative bound in nats, from `num_particles` draws."""
+        loss = 0.0
+        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
+            log_joint = sum(torch_item(log_density.sum()) for log_density in log_densities(model_trace))
+            loss += float(torch_item(guide_trace.log_prob_sum()) - log_joint) / self.num_particles
+        warn_if_nan(torch.as_tensor(loss), "loss")
+        return loss
+
     def _differentiable_loss_particle(self, model_trace: Any, guide_trace: Any) -> tuple[Any, Any]:
-        elbo, surrogate = 0.0, 0.0
-        for site in model_trace.nodes.values():
-            if site["type"] == "sample":
-                elbo = elbo + torch_item(site["log_prob_sum"])
-                surrogate = surrogate + site["log_prob_sum"]
+        elbo: Any = 0.0
+        surrogate: Any = 0.0
+        for log_density in log_densities(model_trace):
+            elbo = elbo + torch_item(log_density.sum())
+            surrogate = surrogate + log_density.sum()
         for name, site in guide_trace.nodes.items():
             if site["type"] == "sample":
                 elbo = elbo - torch_item(site["log_prob_sum"])
                 surrogate = surrogate - _held_log_prob(name, site)
         return -elbo, -surrogate
+
+
+def _has_enumerated(model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    """Whether a model has discrete sites to sum out that its guide leaves out; draws nothing from the random state."""
+    with torch.random.fork_rng(), poutine.block():
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    return any(is_enumerated(site) for name, site in latent_sites(model_trace).items() if name not in guide_trace.nodes)
 
 
 def _held_log_prob(name: str, site: dict[str, Any]) -> Any:

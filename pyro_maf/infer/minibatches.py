@@ -1,0 +1,246 @@
+"""Runs of a model over minibatches that together score every row of its data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Minibatch", "Minibatches", "PartialRowsError", "frames_of", "joined", "minibatches_of", "subsampled"]
+
+NO_LOOK = ("__get__", "__len__", "__hash__", "size", "dim", "numel")
+"""Functions that tell a tensor's shape and not its numbers."""
+
+
+class PartialRowsError(Exception):
+    """Why the rows that a plate leaves out can not be scored, in one clause."""
+
+
+class Subsampled(NamedTuple):
+    """A plate that draws `batch` of `size` rows."""
+
+    size: int
+    batch: int
+
+
+def frames_of(site: Any) -> list[Any]:
+    """The vectorised plates around a site of a trace."""
+    return [frame for frame in site["cond_indep_stack"] if frame.vectorized] if site["type"] == "sample" else []
+
+
+def subsampled(site: Any) -> list[Any]:
+    """The plates around a site, vectorised or not, that have less than all their rows in this run."""
+    if site["type"] != "sample":
+        return []
+    return [frame for frame in site["cond_indep_stack"] if frame.full_size not in (None, frame.size)]
+
+
+class Minibatch(Messenger):
+    r"""One run: hands each plate its rows, and says what part of the whole each site then is.
+
+    Args:
+        rows: The rows of each plate.
+        weights: For each plate the weight of each of its rows, the factor size / batch of Pyro's taken off. Without,
+            the rows stand for all, and Pyro's factor stays.
+        share: For a set of plates, the part that this run is of all runs with the same rows of these.
+    """
+
+    def __init__(
+        self,
+        rows: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor] | None = None,
+        share: Callable[[frozenset[str]], float] = lambda plates: 1.0,
+    ) -> None:
+        super().__init__()
+        self._rows, self._weights, self._share = rows, weights, share
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not site_is_subsample(msg) or msg["value"] is not None:
+            return
+        name, plate = msg["name"], msg["fn"]
+        if name in self._rows and len(self._rows[name]) == min(plate.subsample_size or plate.size, plate.size):
+            msg["value"], msg["done"] = self._rows[name].to(plate.device), True
+        elif self._weights is not None and plate.subsample_size is not None and plate.subsample_size < plate.size:
+            raise PartialRowsError(f"plate {name} comes with another size from run to run")
+
+    def weight(self, frames: Iterable[Any]) -> Tensor | float:
+        """What to multiply the log density of a site in these plates by, in the shape of the plates."""
+        weights = self._weights or {}
+        inside = [frame for frame in frames if frame.name in weights]
+        weight: Tensor | float = self._share(frozenset(frame.name for frame in inside))
+        for frame in inside:
+            rows = weights[frame.name]
+            if frame.dim is None:  # one row after another, counted from one
+                weight = weight * float(rows[frame.counter - 1])
+            else:
+                weight = weight * rows.reshape(-1, *(1,) * (-frame.dim - 1))
+        return weight
+
+    def of_these_rows(self, value: Tensor, dims: Mapping[str, int]) -> Tensor:
+        """The part of a value of all rows that belongs to this run, for plates at dimensions of the value."""
+        for name, dim in dims.items():
+            value = value.index_select(dim, self._rows[name].to(value.device))
+        return value
+
+
+class Minibatches:
+    """Runs of a model whose plates together see every row once.
+
+    Rows that the last minibatch of a plate shares with others count by halves. Plates that no site is in together take
+    their minibatches side by side, so the number of runs is the largest of theirs; others in all combinations.
+
+    Args:
+        plates: The size of each plate that subsamples, and that of its minibatch.
+        together: The sets of such plates that sites are in.
+        most: The most minibatches of a plate; where there are more, rows of others stand for those left out.
+        like: Of the dtype and device of weights.
+    """
+
+    def __init__(
+        self, plates: Mapping[str, Subsampled], together: Iterable[frozenset[str]], most: float, like: Tensor
+    ) -> None:
+        self._plates = {name: _of_plate(plate, most, like) for name, plate in plates.items()}
+        self._groups = joined([*together, *(frozenset([name]) for name in plates)])
+        self._combinations = [
+            list(product(*(range(len(self._plates[name])) for name in sorted(group)))) for group in self._groups
+        ]
+        self.count = max(map(len, self._combinations), default=1)
+
+    def __iter__(self) -> Iterator[Minibatch]:
+        for run in range(self.count):
+            chosen = {
+                name: self._plates[name][index]
+                for group, combinations in zip(self._groups, self._combinations, strict=True)
+                for name, index in zip(sorted(group), combinations[run % len(combinations)], strict=True)
+            }
+            rows = {name: pair[0] for name, pair in chosen.items()}
+            weights = {name: pair[1] for name, pair in chosen.items()}
+            yield Minibatch(rows, weights, partial(self._share, run))
+
+    def _share(self, run: int, plates: frozenset[str]) -> float:
+        for group, combinations in zip(self._groups, self._combinations, strict=True):
+            if plates and plates <= group:
+                times = len(range(run % len(combinations), self.count, len(combinations)))
+                return 1 / times / math.prod(len(self._plates[name]) for name in group - plates)
+        return 1 / self.count
+
+
+def _of_plate(plate: Subsampled, most: float, like: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Minibatches of a plate: rows, in random order, and their weights."""
+    # Rows are often sorted, and where not all minibatches are run, these are to stand for the others.
+    order = torch.randperm(plate.size, generator=torch.Generator().manual_seed(0))
+    starts = [min(start, plate.size - plate.batch) for start in range(0, plate.size, plate.batch)]
+    starts = starts[: int(min(most, len(starts)))]
+    times = torch.zeros(plate.size)
+    for start in starts:
+        times[start : start + plate.batch] += 1
+    scale = plate.batch / int((times > 0).sum())
+    found = []
+    for start in starts:
+        part = slice(start, start + plate.batch)
+        found.append((order[part], (scale / times[part]).to(like)))
+    return found
+
+
+def joined(sets: Iterable[frozenset[str]]) -> list[frozenset[str]]:
+    """Sets that have an element in common become one."""
+    result: list[frozenset[str]] = []
+    for each in sets:
+        apart = [other for other in result if not other & each]
+        result = [*apart, each.union(*(other for other in result if other & each))] if each else result
+    return result
+
+
+def minibatches_of(
+    run: Callable[[], Trace], sites: Iterable[Any], like: Tensor, most: float = math.inf
+) -> tuple[Iterable[Minibatch], str]:
+    """The minibatches that score all rows of a model, and "".
+
+    Where rows can not be chosen for it, one minibatch that stands for all, and in a clause why; where no plate
+    subsamples, a single one.
+
+    Args:
+        run: Runs the model.
+        sites: Its sites, from a trace.
+        like, most: As in `Minibatches`.
+    """
+    if not any(map(subsampled, sites)):
+        return (Minibatch({}),), ""
+    look = _Look()
+    with look, _Uses(look):
+        trace = run()
+    frames = [subsampled(site) for site in trace.nodes.values()]
+    plates = {frame.name: Subsampled(int(frame.full_size), int(frame.size)) for each in frames for frame in each}
+    try:
+        look.check(plates)
+    except PartialRowsError as reason:
+        return (Minibatch(look.rows),), str(reason)
+    return Minibatches(plates, (frozenset(frame.name for frame in each) for each in frames), most, like), ""
+
+
+class _Look(Messenger):
+    """Notes which plates draw their own rows, and which of these the model looks at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[str, Tensor] = {}
+        self.used: set[str] = set()
+        self._partial: set[str] = set()
+        self._handed: set[str] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is not None:
+            self._handed.add(msg["name"])
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            self.rows[msg["name"]] = msg["value"]
+            if len(msg["value"]) < msg["fn"].size:
+                self._partial.add(msg["name"])
+
+    def check(self, plates: Mapping[str, Subsampled]) -> None:
+        """Raise where the rows of a plate are not the model's to draw."""
+        for name, plate in plates.items():
+            part = f"{plate.batch} of its {plate.size} rows"
+            if name not in self.rows:
+                raise PartialRowsError(f"plate {name} stands outside the model, with {part}")
+            if name in self._handed:
+                raise PartialRowsError(f"plate {name} is handed {part} as subsample=")
+            if name not in self.used:
+                raise PartialRowsError(f"plate {name} draws {part}, but the model does not look at which")
+        if alone := sorted(self._partial - plates.keys()):
+            raise PartialRowsError(f"plate {alone[0]} subsamples, and no site is in it")
+
+
+class _Uses(TorchFunctionMode):
+    """Notes which indices of plates go into any function of torch, such as that of `data[rows]`."""
+
+    def __init__(self, look: _Look) -> None:
+        super().__init__()
+        self._look = look
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") not in NO_LOOK:
+            inputs = {id(value) for value in _leaves((args, tuple(kwargs.values())))}
+            self._look.used.update(name for name, rows in self._look.rows.items() if id(rows) in inputs)
+        return func(*args, **kwargs)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value

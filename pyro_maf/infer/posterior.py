@@ -1,0 +1,77 @@
+"""The posterior of the latent vector of a guide, up to its normalising constant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_maf.infer.enumeration import is_enumerated, without_blocks
+from pyro_maf.infer.latents import Latents
+from pyro_maf.infer.log_joint import LogJoint, latent_sites
+from pyro_maf.infer.masks import idle_entries, masked_in_vector
+
+__all__ = ["Posterior"]
+
+MINIBATCHES = 8
+"""How many minibatches of a plate that subsamples stand for the others, at most."""
+
+
+class Posterior:
+    r"""log p(x, z(v)) |det dz/dv| in nats, (draws,), for latent vectors v, (draws, D).
+
+    Discrete sites that the model is to sum out are summed out, those that `pyro.poutine.block` hides from a guide
+    included. Where a plate subsamples data, the rows of some minibatches stand for all.
+
+    Args:
+        model: The model that a guide is of.
+        prototype: The trace that the guide is laid out by.
+        latents: The layout of the latent vector.
+        args, kwargs: What the model is called with.
+
+    Attributes:
+        is_known: Whether it is the posterior: the model draws nothing else, and all latent variables of rows are in.
+        is_vectorised: Whether one run of the model scores many draws.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        prototype: Any,
+        latents: Latents,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        for candidate in (without_blocks(model), model):
+            replayed = poutine.replay(candidate, trace=prototype)
+            example = poutine.trace(replayed).get_trace(*args, **kwargs)
+            hidden = [site for name, site in latent_sites(example).items() if name not in latents.parts]
+            if all(map(is_enumerated, hidden)):
+                break  # and elsewhere there are latent variables that another guide has
+        shapes = {name: part.value.shape for name, part in latents.parts.items()}
+        by_row = any(part.rows for part in latents.parts.values())
+        most = math.inf if by_row else MINIBATCHES
+        self._latents = latents
+        self._joint = LogJoint(candidate, example, args, kwargs, shapes=shapes, most_minibatches=most)
+        near = latents.initial() + torch.tensor([[0.0], [0.01]]).to(latents.initial())
+        self._joint.settle(self._unpacked(near)[0])
+        self.is_vectorised = self._joint.is_vectorised
+        self.is_known = not self._joint.is_random and not (by_row and self._joint.partial)
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Log density of latent vectors, (draws, D)."""
+        values, log_det = self._unpacked(latents)
+        return self._joint(values) + log_det
+
+    def leave_out_idle(self) -> None:
+        """Leave out of the latent vector what a mask keeps out of the model, since it has no posterior."""
+        if self.is_known:
+            masked = masked_in_vector(self._latents, {})
+            self._latents.leave_out(idle_entries(self._latents, masked, self._joint, self._joint.nesting))
+
+    def _unpacked(self, latents: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        return self._latents.unpack(latents.reshape(len(latents), *(1,) * self._joint.nesting, -1))
