@@ -24,7 +24,7 @@ QUICK: dict[str, Any] = {"steps": 5, "num_particles": 2, "progress": False}
 TABLE = torch.randn(7, 5, generator=torch.Generator().manual_seed(3))
 
 
-# -- models that subsample by n and m of their rows, or by none of them -------------------------------------------------
+# -- models that subsample by n and m of their rows, or by none of them ------------------------------------------------
 
 
 def rows(n: int | None = None, m: int | None = None) -> None:
@@ -113,7 +113,7 @@ def test_where_not_all_minibatches_are_run_they_stand_for_the_rest() -> None:
     torch.testing.assert_close(few(values), joint_of(model, values)(values), rtol=1e-5, atol=1e-4)
 
 
-# -- the verdict --------------------------------------------------------------------------------------------------------
+# -- the verdict -------------------------------------------------------------------------------------------------------
 
 
 def of_rows(y: Tensor, size: int | None = None) -> None:
@@ -220,7 +220,7 @@ def test_of_minibatches_that_change_their_size_there_is_no_verdict() -> None:
         diagnose(model, lambda y: pyro.sample("loc", dist.Normal(0.0, 1.0)), torch.randn(200))
 
 
-# -- latent variables of rows -------------------------------------------------------------------------------------------
+# -- latent variables of rows ------------------------------------------------------------------------------------------
 
 
 def local(y: Tensor, size: int | None = 4) -> None:
