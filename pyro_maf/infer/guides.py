@@ -12,22 +12,21 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoContinuous, init_to_median
+from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor, nn
-from torch.distributions import transform_to
 
 from pyro_maf.checks import check_above_zero, check_positive, check_sizes
 from pyro_maf.flows import IAF, MAF, RealNVP
 from pyro_maf.infer.head import Head
-from pyro_maf.infer.latents import Latents
+from pyro_maf.infer.latents import Latents, median_or_feasible, names_of_plates
 from pyro_maf.infer.log_joint import latent_sites
 from pyro_maf.infer.masks import masked_in_vector
 from pyro_maf.infer.param_store import Stored
-from pyro_maf.infer.posterior import Posterior
+from pyro_maf.infer.posterior import start_of
 from pyro_maf.infer.prototype import bare_latents, bare_trace
 from pyro_maf.infer.quantiles import QUANTILE_DRAWS, checked_levels, even_noise, quantiles_of
 from pyro_maf.infer.refusal import RefusalError
-from pyro_maf.infer.start import Normal, best_normal
+from pyro_maf.infer.start import Normal
 from pyro_maf.saving import drop_weak_references
 from pyro_maf.tempering import Tempered
 from pyro_maf.transforms import ConditionalFlow, Flow, Stack
@@ -59,7 +58,7 @@ class AutoFlow(AutoContinuous):
             raise TypeError(f"{who} expected a model to call, got {type(model).__name__}.")
         if init_scale is not None:
             check_above_zero(who, "init_scale", init_scale, finite=True)
-        super().__init__(model, _median_or_feasible if init_loc_fn is None else init_loc_fn)
+        super().__init__(model, median_or_feasible if init_loc_fn is None else init_loc_fn)
         self.create_plates = create_plates
         self._plain_model = (model,)  # in a tuple, as Pyro does: a model that is a module is no part of its guide
         self._num_layers = check_positive(
@@ -98,10 +97,13 @@ class AutoFlow(AutoContinuous):
             sites = latent_sites(self.prototype_trace)
             context = None if self.encoder is None else self._context(args, kwargs)
             rows = torch.Size() if context is None else context.shape[:-1]
-            self._latents = Latents(type(self).__name__, sites, rows, self._plates_of_user(args, kwargs))
             with poutine.block():  # whatever traces the guide is not to see what is tried out here
+                create_plates = self.create_plates if self.master is None else self.master().create_plates
+                created = names_of_plates(create_plates, args, kwargs)
+                self._latents = Latents(type(self).__name__, sites, rows, created)
                 self._create_plates(*args, **kwargs)
-                start = self._start(args, kwargs)
+                scale = 1.0 if self._init_scale is None and self.encoder is not None else self._init_scale
+                start = start_of(self._plain_model[0], self.prototype_trace, self._latents, args, kwargs, scale)
             self.latent_dim = self._latents.size
             self._make_transform(start, 0 if context is None else context.shape[-1])
         except BaseException:
@@ -119,30 +121,6 @@ class AutoFlow(AutoContinuous):
             if isinstance(module, Tempered):
                 module.temper()
         self.transform = ConditionalFlow(stack) if context_dim else stack
-
-    def _start(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Normal:
-        masked = self._latents.has_masks()
-        as_told = self._init_scale is not None or self.encoder is not None
-        posterior = None
-        if masked or not as_told:
-            posterior = Posterior(self._plain_model[0], self.prototype_trace, self._latents, args, kwargs)
-            if masked:
-                posterior.leave_out_idle()
-        loc = self._latents.initial()
-        if posterior is None or as_told:
-            return Normal.isotropic(loc, 1.0 if self._init_scale is None else self._init_scale)
-        if not posterior.is_known:
-            return Normal.isotropic(loc, 0.1)
-        return best_normal(posterior, loc, vectorised=posterior.is_vectorised)
-
-    def _plates_of_user(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> set[str]:
-        """The names of the plates that `create_plates` makes."""
-        create_plates = self.create_plates if self.master is None else self.master().create_plates
-        if create_plates is None:
-            return set()
-        with poutine.block():
-            plates = create_plates(*args, **kwargs)
-        return {plate.name for plate in ([plates] if isinstance(plates, pyro.plate) else plates)}
 
     def _context(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         context = self._held("encoder")(*args, **kwargs)
@@ -249,7 +227,7 @@ class AutoFlow(AutoContinuous):
         """Whether sites, of a trace, are masked where they were when the guide was set up."""
         if self._latents.rows:
             return True  # where masks are refused
-        return torch.equal(masked_in_vector(self._latents, sites), masked_in_vector(self._latents, {}))
+        return torch.equal(masked_in_vector(self._latents, sites), self._latents.masked)
 
     def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         r"""Log-density of the guide in nats, (\*batch,), at values (\*batch, \*site) of every site.
@@ -450,19 +428,6 @@ class AutoRealNVP(AutoFlow):
 
     flow_class = RealNVP
     default_num_layers = 6
-
-
-def _median_or_feasible(site: Any = None) -> Any:
-    """Pyro's `init_to_median`, and for improper priors, which can not be drawn from, the image of 0."""
-    if site is None:
-        return _median_or_feasible
-    try:
-        return init_to_median(site)
-    except NotImplementedError:
-        transform, shape = transform_to(site["fn"].support), site["fn"].shape()
-        value = transform(torch.zeros(transform.inverse_shape(shape)))
-        value._pyro_custom_init = False
-        return value
 
 
 def _default_hidden_dims(latent_dim: int) -> tuple[int, int]:

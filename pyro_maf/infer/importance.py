@@ -18,6 +18,7 @@ from pyro_maf.infer.enumeration import is_enumerated, log_densities
 from pyro_maf.infer.guides import AutoFlow
 from pyro_maf.infer.latents import masked_entries
 from pyro_maf.infer.log_joint import LogJoint, latent_sites, nesting_of, total_by_draw
+from pyro_maf.infer.refusal import RefusalError
 
 __all__ = ["NoVerdictError", "Pairing", "Weighted", "arviz", "joint_of", "pairing", "smoothed", "weigh"]
 
@@ -25,7 +26,7 @@ MOST_NUMBERS = 4_000_000
 """How many log-probabilities of single sites and rows are held at a time."""
 
 
-class NoVerdictError(ValueError):
+class NoVerdictError(RefusalError):
     """A guide can not be judged here.
 
     Attributes:
@@ -159,7 +160,7 @@ class _Pair:
         masks = {name: masked_entries(site, site["value"]) for name, site in latents.items()}
         if isinstance(self._guide, AutoFlow):
             if not self._guide.has_masks_of(latents):
-                raise ValueError(f"{who} expected latent sites masked as when the guide was set up: use another guide.")
+                raise RefusalError(f"{who} expected latent sites masked as in the guide's set-up: use another guide.")
             return
         for name, mask in masks.items():
             site = guide_trace.nodes[name]
@@ -194,13 +195,13 @@ class _Pair:
 def check_draws(who: str, joint: LogJoint) -> None:
     """Raise for a model that draws what no guide has, so that its density is another in every run."""
     if joint.hidden:
-        raise ValueError(
+        raise RefusalError(
             f"{who} expected a model that draws no site but those of its guide, got draws of the hidden site "
             f"{', '.join(joint.hidden)}: pass the model without poutine.block, which sums discrete sites out that have "
             "infer={'enumerate': 'parallel'}."
         )
     if joint.is_random:
-        raise ValueError(
+        raise RefusalError(
             f"{who} expected a model with one density at one value of its sites, got one that differs from run to run: "
             "put what it draws into sites that the guide has, and modules with dropout into eval mode."
         )

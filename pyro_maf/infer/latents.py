@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from pyro.distributions import MaskedDistribution
 from pyro.distributions.util import sum_rightmost
+from pyro.infer.autoguide import init_to_median
 from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor
-from torch.distributions import Transform, biject_to
+from torch.distributions import Transform, biject_to, transform_to
 from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform, SigmoidTransform
 
 from pyro_maf.infer.minibatches import subsampled
+from pyro_maf.infer.refusal import RefusalError
 
-__all__ = ["Latents", "Part", "masked_entries"]
+__all__ = ["Latents", "Part", "masked_entries", "median_or_feasible", "names_of_plates"]
 
 REACH = {torch.float32: 40.0, torch.float64: 300.0}
 """How far from 0 the logarithm of a scale may be; its exponential can be squared and divided by."""
@@ -58,6 +61,7 @@ class Latents:
         size: D.
         parts: Each site's place, by name.
         idle: Which entries of all sites, (entries,), are no part of v, but constants: see `leave_out`.
+        masked: Which were masked then.
 
     Raises:
         ValueError: If a site is discrete, if there are none, if one is not in the plates of `rows` alone, or if one is
@@ -93,6 +97,7 @@ class Latents:
         if not self.size:
             raise ValueError(f"{who} found no latent variables in the model.")
         self.idle = torch.zeros(self.size, dtype=torch.bool, device=value.device)
+        self.masked = self.idle
         self._constants = torch.zeros(self.size).to(value)
 
     @property
@@ -100,7 +105,7 @@ class Latents:
         """Whether there are entries that are no part of v."""
         return self.size < len(self.idle)
 
-    def leave_out(self, idle: Tensor) -> None:
+    def leave_out(self, idle: Tensor, masked: Tensor) -> None:
         """Hold entries of v, which a mask keeps out of the model's density, at their initial values.
 
         They are no part of v and of log |det dz/dv| from now on.
@@ -109,9 +114,9 @@ class Latents:
             ValueError: If none is left.
         """
         self._constants = self.pack({name: part.value for name, part in self.parts.items()})[0]
-        self.idle, self.size = idle, int((~idle).sum())
+        self.idle, self.masked, self.size = idle, masked, int((~idle).sum())
         if not self.size:
-            raise ValueError(f"{self._who} found no latent variables in the model that are not masked.")
+            raise RefusalError(f"{self._who} found no latent variables in the model that are not masked.")
 
     def initial(self) -> Tensor:
         """The values of the prototype as one vector, (D,)."""
@@ -129,7 +134,7 @@ class Latents:
         ]
         for name in masked:
             if self.rows or self.parts[name].rows:
-                raise ValueError(
+                raise RefusalError(
                     f"{self._who} expected latent sites without a mask where rows have latent variables of their own, "
                     f"got {name}: leave masked rows out of the model."
                 )
@@ -196,11 +201,32 @@ def _check_plates(who: str, sites: Mapping[str, dict[str, Any]], created: Collec
     for name, site in sites.items():
         for frame in subsampled(site):
             if frame.name not in created:
-                raise ValueError(
+                raise RefusalError(
                     f"{who} expected latent sites outside of plates that subsample, got {name} in plate {frame.name} "
                     f"with {frame.size} of its {frame.full_size} rows: pass encoder=, for a guide of each row, or "
                     f"create_plates=, for latent variables of all {frame.full_size}."
                 )
+
+
+def median_or_feasible(site: Any = None) -> Any:
+    """Pyro's `init_to_median`, and for improper priors, which can not be drawn from, the image of 0."""
+    if site is None:
+        return median_or_feasible
+    try:
+        return init_to_median(site)
+    except NotImplementedError:
+        transform, shape = transform_to(site["fn"].support), site["fn"].shape()
+        value = transform(torch.zeros(transform.inverse_shape(shape)))
+        value._pyro_custom_init = False
+        return value
+
+
+def names_of_plates(
+    create_plates: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> set[str]:
+    """The names of the plates that a user's function makes."""
+    plates = [] if create_plates is None else create_plates(*args, **kwargs)
+    return {plate.name for plate in ([plates] if isinstance(plates, pyro.plate) else plates)}
 
 
 def masked_entries(site: Mapping[str, Any], value: Tensor) -> Tensor | None:

@@ -14,11 +14,38 @@ from pyro_maf.infer.enumeration import is_enumerated, without_blocks
 from pyro_maf.infer.latents import Latents
 from pyro_maf.infer.log_joint import LogJoint, latent_sites
 from pyro_maf.infer.masks import idle_entries, masked_in_vector
+from pyro_maf.infer.start import Normal, best_normal
 
-__all__ = ["Posterior"]
+__all__ = ["start_of"]
 
 MINIBATCHES = 8
 """How many minibatches of a plate that subsamples stand for the others, at most."""
+
+
+def start_of(
+    model: Callable[..., Any],
+    prototype: Any,
+    latents: Latents,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    scale: float | None,
+) -> Normal:
+    """Where a guide starts; what a mask keeps out of the model is left out of `latents`, since it has no posterior.
+
+    Args:
+        model, prototype, latents, args, kwargs: As in `Posterior`.
+        scale: That of an isotropic normal at the initial values, or None for the best normal of an ascent.
+    """
+    masked = latents.has_masks()
+    if scale is not None and not masked:
+        return Normal.isotropic(latents.initial(), scale)
+    posterior = Posterior(model, prototype, latents, args, kwargs)
+    if masked and posterior.is_known:
+        posterior.leave_out_idle()
+    loc = latents.initial()
+    if scale is not None or not posterior.is_known:
+        return Normal.isotropic(loc, 0.1 if scale is None else scale)
+    return best_normal(posterior, loc, vectorised=posterior.is_vectorised)
 
 
 class Posterior:
@@ -68,10 +95,9 @@ class Posterior:
         return self._joint(values) + log_det
 
     def leave_out_idle(self) -> None:
-        """Leave out of the latent vector what a mask keeps out of the model, since it has no posterior."""
-        if self.is_known:
-            masked = masked_in_vector(self._latents, {})
-            self._latents.leave_out(idle_entries(self._latents, masked, self._joint, self._joint.nesting))
+        """Leave out of the latent vector what a mask keeps out of the model."""
+        masked = masked_in_vector(self._latents, {})
+        self._latents.leave_out(idle_entries(self._latents, masked, self._joint, self._joint.nesting), masked)
 
     def _unpacked(self, latents: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         return self._latents.unpack(latents.reshape(len(latents), *(1,) * self._joint.nesting, -1))
