@@ -151,10 +151,10 @@ def _diagonal(log_density: Score, loc: Tensor, noise: Tensor) -> Normal:
         optimizer.param_groups[0]["lr"] = DIAGONAL_RATE * (1 - step / DIAGONAL_STEPS)
         with torch.enable_grad():
             scores = log_density(place[0] + noise * place[1].exp())
-            bound = scores.mean() + place[1].sum()
-        if not bound.isfinite():
+            loss = -scores.mean() - place[1].sum()
+        if not loss.isfinite():
             break
-        (place.grad,) = torch.autograd.grad(-bound, place)
+        (place.grad,) = torch.autograd.grad(loss, place)
         place.grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         optimizer.step()
     loc, log_scale = place.detach()
