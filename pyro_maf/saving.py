@@ -288,9 +288,7 @@ def _rebuild(path: Path, contents: Contents) -> Any:
         if header["format"] > FORMAT:
             raise ValueError(f"it has format {header['format']}, this version reads up to {FORMAT}")
         module = _build(header)
-        floating = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
-        if floating:
-            module.to(floating[0])
+        _take_dtypes(module, state)
         module.load_state_dict(state)
         for name, member in module.named_modules():
             member.training = name in header["training"]
@@ -300,6 +298,17 @@ def _rebuild(path: Path, contents: Contents) -> Any:
     except (LookupError, ArithmeticError, TypeError, ValueError, RuntimeError, AttributeError, MemoryError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"load could not rebuild what {path} describes: {reason}") from None
+
+
+def _take_dtypes(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Make the tensors of a module those of the dtypes of `state`; what is not saved, of the one that most have."""
+    floating = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
+    if not floating:
+        return
+    module.to(max(floating, key=floating.count))
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name in state and tensor.dtype != state[name].dtype:
+            tensor.data = tensor.data.to(state[name].dtype)
 
 
 def describe(module: Savable) -> dict[str, Any]:

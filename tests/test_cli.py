@@ -362,6 +362,28 @@ def test_a_model_without_its_folder_takes_columns_by_their_order(folder: Path, t
     assert message in run("score", alone, tmp_path / "rows.npy", code=2).stderr
 
 
+@pytest.mark.usefixtures("quick_report")
+@pytest.mark.parametrize("precision", ["single", "double"])
+def test_columns_far_from_zero_are_fitted_scored_and_drawn_as_precisely_as_they_are(here: Path, precision: str) -> None:
+    noise = np.random.default_rng(0).standard_normal((400, 3))
+    table = pd.DataFrame(noise * [0.1, 1, 10] + [5.4e6, 0, 1.7e9], columns=["northing", "height", "time"])
+    table.to_csv("utm.csv", index=False, float_format="%.6f")
+    told = run("fit", "utm.csv", "--context", "time", "--precision", precision, "--folder", "fit", *QUICK).stderr
+    truth = -(1 + np.log(2 * np.pi)) - np.log(0.1)
+    assert float(re.search(r"log-likelihood (\S+) nats", told)[1]) == pytest.approx(truth, abs=0.4)
+    scored = run("score", "fit", "utm.csv").stdout.split()[1:]
+    assert np.array(scored, float).mean() == pytest.approx(truth, abs=0.2)
+    # A row or two say nothing of how precise their columns are: the model does.
+    table[:2].to_csv("two.csv", index=False, float_format="%.6f")
+    two = run("score", "fit", "two.csv").stdout.split()[1:]
+    assert np.array(two, float) == pytest.approx(np.array(scored[:2], float), abs=1e-3)
+    for out in ("drawn.csv", "drawn.parquet"):
+        run("sample", "fit", "-n", 500, "--context", "time=1700000003", "--out", out)
+        drawn = pd.read_csv(out) if out.endswith("csv") else pd.read_parquet(out)
+        assert drawn["northing"].std() == pytest.approx(0.1, rel=0.15)
+        assert drawn["northing"].nunique() > 490
+
+
 # -- sample -----------------------------------------------------------------------------------------------------------
 
 

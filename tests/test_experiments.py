@@ -286,6 +286,24 @@ def test_a_table_is_cut_into_three_parts_that_share_no_row_and_keep_their_contex
     assert not torch.equal(together, divide("rows", data).train)
 
 
+def test_copies_of_a_row_are_in_one_part_of_three():
+    data = torch.arange(300.0)[:, None].expand(300, 2) // 3
+    parts = divide("rows", data, data[:, :1], test=0.2, validation=0.25, seed=3)
+    rows = [part[:, 0] for part in (parts.train, parts.validation, parts.test)]
+    assert [len(part) for part in rows] == [3 * len(part.unique()) for part in rows] == [180, 60, 60]
+    assert torch.equal(parts.validation[:, :1], parts.validation_context)
+
+
+def test_a_column_far_from_zero_is_compared_as_one_that_is_not():
+    rows = 0.1 * torch.randn(400, 2, dtype=torch.float64)
+    near, far = (
+        compare(divide("rows", rows + offset), candidates(["Gaussian", "MADE"]), max_epochs=2, progress=False)
+        for offset in (0.0, 5.4e6)
+    )
+    for one, other in zip(near.scores, far.scores, strict=True):
+        assert other.test.mean == pytest.approx(one.test.mean, abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [

@@ -240,6 +240,43 @@ def test_a_fit_takes_what_was_read(tmp_path: Path) -> None:
     assert result.density.condition(torch.tensor(table.context)).log_prob(torch.tensor(table.data)).shape == (ROWS,)
 
 
+# -- as precise as it is -----------------------------------------------------------------------------------------------
+
+PRECISE = {
+    "northings": [5.4e6 + 0.125 * i for i in range(50)],
+    "time stamps": [1.7e9 + 10.0 * i for i in range(50)],
+    "close to 1": [1 - 1e-9 * (i + 1) for i in range(50)],
+    "very small": [1e-50 * (i + 1) for i in range(50)],
+}
+
+
+@pytest.mark.parametrize("column", PRECISE.values(), ids=PRECISE.keys())
+@pytest.mark.parametrize("write", [write_csv, write_parquet])
+def test_columns_that_float32_rounds_are_read_in_float64(tmp_path: Path, write: Any, column: list[float]) -> None:
+    given = pd.DataFrame({"exact": np.arange(50.0), "precise": column})
+    path = tmp_path / "table"
+    given.to_csv(path, index=False) if write is write_csv else write(path, given)
+    table = read_table(path)
+    assert table.data.dtype == np.float64
+    assert table.data.tolist() == given.to_numpy().tolist()
+    assert read_table(path, columns=["exact"]).data.dtype == np.float32
+    assert read_table(path, dtype="float32").data.tolist() == given.to_numpy(np.float32).tolist()
+    assert read_table(path, columns=["exact"], dtype="float64").data.dtype == np.float64
+
+
+@pytest.mark.usefixtures("small_memory")
+@pytest.mark.parametrize("dtype", ["float32", "float64", None])
+def test_a_large_table_is_as_precise_as_a_small_one(tmp_path: Path, dtype: str | None) -> None:
+    given = pd.DataFrame({"exact": np.arange(50.0), "precise": PRECISE["northings"]})
+    given.to_csv(tmp_path / "table.csv", index=False)
+    for columns in (["exact"], ["exact", "precise"]):
+        table = read_table(tmp_path / "table.csv", columns=columns, dtype=dtype)
+        assert isinstance(table.data, np.memmap)
+        expected = dtype or ("float32" if columns == ["exact"] else "float64")
+        assert table.data.dtype == np.dtype(expected)
+        assert np.array_equal(table.data, given[columns].to_numpy(expected))
+
+
 # -- larger than memory -----------------------------------------------------------------------------------------------
 
 

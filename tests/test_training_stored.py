@@ -144,6 +144,45 @@ def test_units_are_those_of_the_training_rows(tmp_path: Path) -> None:
     assert context is None
 
 
+def test_copies_of_a_row_are_on_one_side_of_the_split(tmp_path: Path) -> None:
+    drawn = gaussian_rows(500)[torch.randint(500, (ROWS,), generator=torch.Generator().manual_seed(0))]
+    known: dict[str, Any] = {"support": Support("fit", "real", 2), "dtype": torch.float64}
+    rows = StoredRows(model(), mapped(tmp_path / "rows.npy", drawn), None, **known, fraction=0.1, seed=0)
+    batches = StoredBatches(rows, 100, torch.Generator().manual_seed(0), Processes())
+    dealt, held_out = torch.cat([batch.data for batch in batches]), rows.held_out().data
+    assert 0.09 * ROWS < len(held_out) < 0.11 * ROWS
+    assert len(dealt) == ROWS - len(held_out) == sum(rows.sizes)
+    both = torch.cat([dealt.unique(dim=0), held_out.unique(dim=0)])
+    assert len(both) == len(both.unique(dim=0)) == len(drawn.unique(dim=0))
+    assert rows.repeats == pytest.approx(ROWS - len(drawn.unique(dim=0)), rel=0.02)
+
+
+def test_rows_that_repeat_are_counted_while_they_are_streamed(tmp_path: Path) -> None:
+    table = mapped(tmp_path / "rows.npy", gaussian_rows(600).repeat_interleave(5, 0))
+    with pytest.warns(UserWarning, match=r"fit found 2,4\d\d of 3,000 rows to repeat an earlier one"):
+        result = fit(model(), table, validation=gaussian_rows(50, seed=1), **QUICK)
+    assert result.repeats == pytest.approx(2400, abs=50)
+
+
+@pytest.mark.parametrize("values", [1, 3])
+def test_a_row_of_many_copies_stays_for_training(values: int, tmp_path: Path) -> None:
+    table, repeats = gaussian_rows(ROWS), torch.arange(ROWS) % 4 > 0
+    table[repeats] = gaussian_rows(values, seed=1)[torch.arange(int(repeats.sum())) % values]
+    known: dict[str, Any] = {"support": Support("fit", "real", 2), "dtype": torch.float64}
+    for seed in range(4):
+        rows = StoredRows(model(), mapped(tmp_path / "rows.npy", table), None, **known, fraction=0.1, seed=seed)
+        held_out = rows.held_out().data
+        assert 0.03 * ROWS < len(held_out) == len(held_out.unique(dim=0)) < 0.11 * ROWS
+
+
+def test_categories_are_divided_row_by_row(tmp_path: Path) -> None:
+    table = torch.stack([torch.arange(ROWS) % 2, torch.arange(ROWS) % 3], 1).double()
+    known: dict[str, Any] = {"support": Support("fit", "real", 2), "dtype": torch.float64}
+    rows = StoredRows(model(), mapped(tmp_path / "rows.npy", table), None, **known, fraction=0.1, seed=0)
+    assert len(rows.held_out().data.unique(dim=0)) == 6
+    assert sum(rows.sizes) == ROWS - len(rows.held_out().data)
+
+
 def test_a_sample_is_of_as_many_rows_as_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, _ = stored_rows(tmp_path)
     assert len(rows.sample().data) == sum(rows.sizes)

@@ -102,7 +102,8 @@ def run(
         ctx.with_resource(held(folder, make=False))
         check_folder(folder, resume=resume, overwrite=overwrite)
     check_asked(flow, num_layers, hidden_dims, device, devices, data)
-    table = read(data, separated(columns), separated(context), separated(categories))
+    dtype = "float64" if precision == "double" else None
+    table = read(data, separated(columns), separated(context), separated(categories), dtype)
     kinds = support_of(separated(support), table.names)
     model = model_of(flow, table, kinds, num_layers, separated(hidden_dims), seed).to(device)
     model = model.double() if precision == "double" else model

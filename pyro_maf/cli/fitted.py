@@ -39,14 +39,14 @@ class Fitted:
         return getattr(self.density, "density", self.density)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """What data and context must be."""
-        import torch
+    def dtype(self) -> str:
+        """Of the rows that it draws and takes, "float32" or "float64"."""
+        return _name_of(self.density.dtype)
 
-        from pyro_maf.precision import like_of
-
-        like = like_of(self.inner)
-        return torch.get_default_dtype() if like is None else like.dtype
+    @property
+    def table_dtype(self) -> str:
+        """Of a table of data and context for it: the more precise of the two."""
+        return max(self.dtype, _name_of(self.density.context_dtype))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -69,8 +69,8 @@ class Fitted:
             ValueError: As `read_table`, and for a table of another width where only that is known.
         """
         if self.columns is not None:
-            return read(source, columns=self.columns)
-        table = read(source)
+            return read(source, columns=self.columns, dtype=self.table_dtype)
+        table = read(source, dtype=self.table_dtype)
         data, context = len(self.names), len(self.context)
         if len(table.names) != data + context:
             raise ValueError(
@@ -78,6 +78,10 @@ class Fitted:
                 f"got {len(table.names)}: the model has no {COLUMNS} beside it to choose by."
             )
         return replace(table, data=table.data[:, :data], context=table.data[:, data:] if context else None)
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def read_fitted(path: Path) -> Fitted:

@@ -80,7 +80,13 @@ def source_and_array(source: str) -> tuple[str, str | None]:
     return (path, array) if colon and path.endswith(".npz") else (source, None)
 
 
-def read(source: str, columns: Any = None, context: Sequence[str] = (), categories: Sequence[str] = ()) -> Table:
+def read(
+    source: str,
+    columns: Any = None,
+    context: Sequence[str] = (),
+    categories: Sequence[str] = (),
+    dtype: str | None = None,
+) -> Table:
     """The table in a file, in an array of one, or on standard input.
 
     Args:
@@ -88,6 +94,7 @@ def read(source: str, columns: Any = None, context: Sequence[str] = (), categori
         columns: As in `read_table`; none at all means all.
         context: As in `read_table`.
         categories: As in `read_table`, but they need not be named in `context` too.
+        dtype: As in `read_table`.
 
     Raises:
         ValueError, FileNotFoundError: As `read_table`.
@@ -96,7 +103,7 @@ def read(source: str, columns: Any = None, context: Sequence[str] = (), categori
 
     path, array = source_and_array(source)
     given = [*context, *(name for name in categories if name not in context)]
-    return read_table(path, columns=columns or None, context=given, categories=categories, array=array)
+    return read_table(path, columns=columns or None, context=given, categories=categories, array=array, dtype=dtype)
 
 
 def separated(values: list[str] | None) -> list[str]:

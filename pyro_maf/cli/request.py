@@ -38,7 +38,7 @@ def validation_of(asked: str, table: Table) -> Any:
     part = number_in(asked)
     if not math.isnan(part):
         return part
-    other = read(asked, columns=table.columns)
+    other = read(asked, columns=table.columns, dtype=table.data.dtype.name)
     return other.data if other.context is None else (other.data, other.context)
 
 

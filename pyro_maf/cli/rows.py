@@ -24,13 +24,17 @@ STANDARD_OUTPUT = Path("-")
 
 
 @contextmanager
-def writing_rows(path: Path, names: Sequence[str]) -> Iterator[Callable[[np.ndarray[Any, Any]], None]]:
+def writing_rows(
+    path: Path, names: Sequence[str], dtype: str = "float32"
+) -> Iterator[Callable[[np.ndarray[Any, Any]], None]]:
     r"""While entered, a function that writes rows, (n, columns), under the column names `names`.
 
     A file is there once all is written, and not before; what was there stays until then.
 
     Args:
         path: "-" for standard output, as csv, or a file that ends in .csv or .parquet.
+        names: Of the columns.
+        dtype: "float32" or "float64", of what is written: as many digits as it has.
 
     Raises:
         ValueError: For another ending.
@@ -47,7 +51,7 @@ def writing_rows(path: Path, names: Sequence[str]) -> Iterator[Callable[[np.ndar
     require("pyro-maf", "pyarrow")
     writers = {".csv": _csv_writer, ".parquet": _parquet_writer}
     if path == STANDARD_OUTPUT:
-        with _csv_writer(sys.stdout.buffer, names) as write:
+        with _csv_writer(sys.stdout.buffer, _schema(names, dtype)) as write:
             yield write
         sys.stdout.flush()
         return
@@ -57,7 +61,7 @@ def writing_rows(path: Path, names: Sequence[str]) -> Iterator[Callable[[np.ndar
         raise FileNotFoundError(f"expected an existing folder for {path.name}, got {path.parent}.")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with open(temporary, "xb") as file, writers[path.suffix](file, names) as write:
+        with open(temporary, "xb") as file, writers[path.suffix](file, _schema(names, dtype)) as write:
             yield write
         temporary.replace(path)
     except BaseException:
@@ -66,31 +70,33 @@ def writing_rows(path: Path, names: Sequence[str]) -> Iterator[Callable[[np.ndar
 
 
 @contextmanager
-def _csv_writer(file: Any, names: Sequence[str]) -> Iterator[Callable[[np.ndarray[Any, Any]], None]]:
+def _csv_writer(file: Any, schema: Any) -> Iterator[Callable[[np.ndarray[Any, Any]], None]]:
     from pyarrow.csv import CSVWriter, WriteOptions
 
     header = io.StringIO()
-    csv.writer(header, lineterminator="\n").writerow(names)
+    csv.writer(header, lineterminator="\n").writerow(schema.names)
     file.write(header.getvalue().encode())
-    with CSVWriter(file, _schema(names), write_options=WriteOptions(include_header=False)) as writer:
-        yield lambda rows: writer.write(_batch(rows, names))
+    with CSVWriter(file, schema, write_options=WriteOptions(include_header=False)) as writer:
+        yield lambda rows: writer.write(_batch(rows, schema))
 
 
 @contextmanager
-def _parquet_writer(file: Any, names: Sequence[str]) -> Iterator[Callable[[np.ndarray[Any, Any]], None]]:
+def _parquet_writer(file: Any, schema: Any) -> Iterator[Callable[[np.ndarray[Any, Any]], None]]:
     from pyarrow.parquet import ParquetWriter
 
-    with ParquetWriter(file, _schema(names)) as writer:
-        yield lambda rows: writer.write(_batch(rows, names))
+    with ParquetWriter(file, schema) as writer:
+        yield lambda rows: writer.write(_batch(rows, schema))
 
 
-def _schema(names: Sequence[str]) -> Any:
+def _schema(names: Sequence[str], dtype: str) -> Any:
     import pyarrow
 
-    return pyarrow.schema([(name, pyarrow.float32()) for name in names])
+    kind = pyarrow.float64() if dtype == "float64" else pyarrow.float32()
+    return pyarrow.schema([(name, kind) for name in names])
 
 
-def _batch(rows: np.ndarray[Any, Any], names: Sequence[str]) -> Any:
+def _batch(rows: np.ndarray[Any, Any], schema: Any) -> Any:
     import pyarrow
 
-    return pyarrow.record_batch([pyarrow.array(column, pyarrow.float32()) for column in rows.T], schema=_schema(names))
+    columns = [pyarrow.array(column, field.type) for column, field in zip(rows.T, schema, strict=True)]
+    return pyarrow.record_batch(columns, schema=schema)

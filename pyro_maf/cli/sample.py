@@ -52,7 +52,7 @@ def run(
     names = fitted.names
     rows = max(1, NUMBERS_IN_A_BATCH // len(names))
     torch.manual_seed(seed)
-    with writing_rows(out, names) as write:
+    with writing_rows(out, names, fitted.dtype) as write:
         for start in range(0, number, rows):
             write(density.sample((min(rows, number - start),)).numpy())
 
@@ -77,7 +77,7 @@ def _given(fitted: Fitted, pairs: list[str]) -> Tensor | None:
     if missing:
         raise ValueError(f"sample expected --context {missing[0]}=VALUE: {_wanted(columns)}.")
     numbers = [number for name, kinds in columns.items() for number in _encoded(name, given[name], kinds)]
-    return torch.tensor(numbers, dtype=fitted.dtype) if columns else None
+    return torch.tensor(numbers, dtype=fitted.density.context_dtype) if columns else None
 
 
 def _encoded(name: str, value: str, categories: list[str] | None) -> list[float]:

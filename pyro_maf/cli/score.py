@@ -44,7 +44,7 @@ def run(model: Model, data: Source, out: Out = STANDARD_OUTPUT) -> None:
     table = fitted.read(data)
     total = squares = 0.0
     outside = 0
-    with writing_rows(out, ["log_density"]) as write, torch.no_grad():
+    with writing_rows(out, ["log_density"], fitted.dtype) as write, torch.no_grad():
         for scores in _scores(fitted, table):
             write(scores[:, None].numpy())
             inside = scores[scores > -torch.inf].double()
@@ -61,11 +61,11 @@ def _scores(fitted: Fitted, table: Table) -> Iterator[Tensor]:
     rows = max(1, NUMBERS_IN_A_BATCH // len(table.names))
     for start in range(0, len(table.data), rows):
         # Copies: torch warns of arrays that it may not write to.
-        data = torch.from_numpy(np.array(table.data[start : start + rows])).to(fitted.dtype)
+        data = torch.from_numpy(np.array(table.data[start : start + rows])).to(fitted.density.dtype)
         density = fitted.density
         if table.context is not None:
-            context = torch.from_numpy(np.array(table.context[start : start + rows])).to(fitted.dtype)
-            density = density.condition(context)
+            context = torch.from_numpy(np.array(table.context[start : start + rows]))
+            density = density.condition(context.to(density.context_dtype))
         yield density.log_prob(data)
 
 

@@ -44,7 +44,7 @@ class Column:
         return tuple(f"{self.name}={category}" for category in self.categories)
 
     def encode(self, cells: Any, first_row: int) -> np.ndarray[Any, Any]:
-        """Cells as float32, (rows, 1) or (rows, categories).
+        """Cells as float64, (rows, 1) or (rows, categories).
 
         Args:
             cells: An array of numpy or pyarrow.
@@ -58,15 +58,14 @@ class Column:
     def _numbers(self, cells: Any, first_row: int) -> np.ndarray[Any, Any]:
         numbers = numbers_of(cells)
         with np.errstate(over="ignore"):
-            rounded = numbers.astype(np.float32)
-        wrong = ~np.isfinite(rounded)
+            wrong = ~np.isfinite(numbers.astype(np.float32))
         if wrong.any():
             row = int(wrong.argmax())
             expected, advice = _complaint(text_in(cells, row), finite=bool(np.isfinite(numbers[row])))
             raise ValueError(
                 f"read_table expected {expected}, got {text_at(cells, row)} in {self._at(first_row + row)}: {advice}."
             )
-        return rounded[:, None]
+        return numbers[:, None]
 
     def _one_hot(self, cells: Any, first_row: int) -> np.ndarray[Any, Any]:
         categories = self.categories or []
@@ -77,7 +76,7 @@ class Column:
             raise ValueError(
                 f"read_table expected one of {shown}, got {text_at(cells, row)} in {self._at(first_row + row)}."
             )
-        return np.eye(len(categories), dtype=np.float32)[places]
+        return np.eye(len(categories))[places]
 
     def _at(self, row: int) -> str:
         return f"data row {row} (counted from 1) of {self.place}"

@@ -13,7 +13,7 @@ __all__ = ["Dataset"]
 
 @dataclass(frozen=True)
 class Dataset:
-    r"""Data in three parts, float32, one row an event.
+    r"""Data in three parts, one row an event: float32, or float64 where float32 would not hold them.
 
     Attributes:
         name: What it is called in tables and pictures.

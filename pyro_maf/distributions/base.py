@@ -89,7 +89,7 @@ class Density(Savable, TorchDistribution, nn.Module):
     def log_prob(self, value: Tensor) -> Tensor:
         r"""Log-density in nats, (\*batch,), of `value`, (\*batch, D), which broadcasts with `batch_shape`."""
         self._check_has_context()
-        like = like_of(self)
+        like = self._like()
         check_takes_gradient(self.name, self, like)
         value = self._checked_event("value", converted(value, like), like)
         if not self.batch_shape:
@@ -158,9 +158,17 @@ class Density(Savable, TorchDistribution, nn.Module):
         size_name = "input_dim" if size == self.input_dim else "event_shape"
         return check_event(self.name, role, value, size, size_name, like)
 
+    def _like(self) -> Tensor | None:
+        """What values have the dtype and the device of."""
+        return like_of(self)
+
+    def _context_like(self) -> Tensor | None:
+        """What contexts have the dtype and the device of."""
+        return like_of(self)
+
     def _draw(self, sample_shape: Sequence[int]) -> Tensor:
         self._check_has_context()
-        like = like_of(self)
+        like = self._like()
         check_takes_gradient(self.name, self, like)
         return exactly(self._sample, torch.Size(sample_shape) + self.batch_shape, like=like)
 
@@ -177,6 +185,16 @@ class Density(Savable, TorchDistribution, nn.Module):
     def support(self) -> Any:
         """What holds for every value, a constraint of event_dim 1."""
         return constraints.real_vector
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values that `log_prob` takes and `sample` gives."""
+        return _dtype_of(self._like())
+
+    @property
+    def context_dtype(self) -> torch.dtype:
+        """Of the context that the conditional form takes."""
+        return _dtype_of(self._context_like())
 
     @property
     def name(self) -> str:
@@ -226,7 +244,7 @@ class ConditionedDensity(Density):
     _unsavable = "save the conditional form and condition it anew"
 
     def __init__(self, density: Density, context: Tensor) -> None:
-        like = like_of(density)
+        like = density._context_like()
         context = check_event(
             density.name, "context", converted(context, like), density.context_dim, "context_dim", like
         )
@@ -244,6 +262,9 @@ class ConditionedDensity(Density):
     def support(self) -> Any:
         """That of the density."""
         return self.density.support
+
+    def _like(self) -> Tensor | None:
+        return self.density._like()
 
     def _log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
         return self.density._log_prob(value, self.context)
@@ -291,6 +312,16 @@ class ConditionalDensity(Savable, ConditionalDistribution, nn.Module):
         """Number of context features."""
         return self.density.context_dim
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values that the density at a context takes and gives."""
+        return self.density.dtype
+
+    @property
+    def context_dtype(self) -> torch.dtype:
+        """Of the context."""
+        return self.density.context_dtype
+
     def fit_statistics(self, y: Tensor, context: Tensor) -> None:
         r"""Set the statistics that the density keeps from data `y`, (rows, D), and its context."""
         self.density.fit_statistics(y, context)
@@ -301,3 +332,7 @@ class ConditionalDensity(Savable, ConditionalDistribution, nn.Module):
 
     def __repr__(self) -> str:
         return repr(self.density).replace(self.density.name, type(self).__name__, 1)
+
+
+def _dtype_of(like: Tensor | None) -> torch.dtype:
+    return torch.get_default_dtype() if like is None else like.dtype

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint, real_vector
 
-from pyro_maf.checks import check_event, check_positive
+from pyro_maf.checks import check_positive
 from pyro_maf.distributions.base import ConditionalDensity, Density
 from pyro_maf.distributions.support import Support
+from pyro_maf.distributions.units import NoiseToData, Units, float32_holds, keep_float64, statistics
 from pyro_maf.flows import MAF
 from pyro_maf.precision import like_of
 from pyro_maf.randomness import seeded
@@ -20,6 +21,8 @@ from pyro_maf.transforms import ConditionalFlow, Flow, Stack
 from pyro_maf.transforms.cache import caching_is_possible
 
 __all__ = ["ConditionalFlowPrior", "FlowPrior"]
+
+CONTEXT_UNITS = ("context_loc", "context_scale")
 
 
 class FlowPrior(Density):
@@ -35,9 +38,12 @@ class FlowPrior(Density):
             column; or the constraints of torch that are these. A density has 0, so log-density -inf, elsewhere and on
             the boundary. A simplex is that of D + 1 numbers, and its density that of the first D.
         loc: Shift of each dimension, (D,), in units of w; by default 0. A buffer, as are the next three: not trained.
-        scale: Positive scale of each dimension, (D,); by default 1.
+        scale: Positive scale of each dimension, (D,); by default 1. Both are converted to the model's dtype, unless
+            they are of float64 and float32 does not hold the values to a thousandth of their scale, as it does not hold
+            5.4e6 +- 0.1: values y are of float64 then, and z is rounded to the model's dtype. `dtype` says which.
         context_loc: Shift, (context_dim,), that is taken from the context before the model sees it; by default 0.
-        context_scale: Positive scale, (context_dim,), that the context is then divided by; by default 1.
+        context_scale: Positive scale, (context_dim,), that the context is then divided by; by default 1. The same holds
+            for the dtype of a context, `context_dtype`.
 
     Shapes:
         Values are (\*batch, D), or (\*batch, D + 1) for a simplex; log-densities are (\*batch,), in nats.
@@ -93,18 +99,15 @@ class FlowPrior(Density):
         if like is None:  # one that permutes alone is of no dtype, but on a device
             like = torch.zeros((), device=getattr(like_of(model, floating=False), "device", None))
         self.model: Flow | Density = model
-        self.units = _Units(
-            _statistic(self.name, "loc", loc, model.input_dim, like),
-            _statistic(self.name, "scale", scale, model.input_dim, like),
-            known,
-        )
-        for name, value in (("context_loc", context_loc), ("context_scale", context_scale)):
-            self.register_buffer(name, _statistic(self.name, name, value, model.context_dim, like))
+        self.units = Units(*statistics(self.name, "", (loc, scale), model.input_dim, like, known), known, like)
+        of_context = statistics(self.name, "context_", (context_loc, context_scale), model.context_dim, like)
+        for name, value in zip(CONTEXT_UNITS, of_context, strict=True):
+            self.register_buffer(name, value)
         self.has_rsample = isinstance(model, Flow) or model.has_rsample
         if isinstance(model, Flow):
             # One map from noise to the data, so that its cache knows what was drawn. Not registered as a
             # submodule: its layers are already.
-            self.__dict__["_flow"] = _NoiseToData([model, self.units])
+            self.__dict__["_flow"] = NoiseToData([model, self.units])
 
     @classmethod
     def fit(
@@ -191,11 +194,19 @@ class FlowPrior(Density):
         """Scale of each dimension, (D,)."""
         return self.units.scale
 
+    def standardised(self, y: Tensor) -> Tensor:
+        r"""z of values y inside the support, (\*batch, D), in the dtype of the model."""
+        return self.units._pull(y)[0]
+
+    def standardised_context(self, context: Tensor) -> Tensor:
+        r"""What the model sees of a context, (\*batch, context_dim), in its dtype."""
+        return ((context - self.context_loc) / self.context_scale).to(self.units.inner.dtype)
+
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
         r"""Set the statistics that the model keeps from data `y`, (rows, D), in the data's own units."""
-        y = self._checked_event("y", y, like_of(self))
+        y = self._checked_event("y", y, self._like())
         with torch.no_grad():
-            self.model.fit_statistics(self.units._pull(y)[0], self._standardised(context))
+            self.model.fit_statistics(self.standardised(y), self._standardised(context))
 
     def _log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
         support = self.units.support
@@ -230,11 +241,34 @@ class FlowPrior(Density):
         context = self._standardised(context)
         if isinstance(self.model, Density):
             return self.units._push(self.model._sample(shape, context))[0]
-        u = torch.randn(*shape, self.input_dim, dtype=self.loc.dtype, device=self.loc.device)
+        inner = self.units.inner
+        u = torch.randn(*shape, self.input_dim, dtype=inner.dtype, device=inner.device)
         return self._flow(u) if context is None else self._flow._push(u, context)[0]
 
     def _standardised(self, context: Tensor | None) -> Tensor | None:
-        return None if context is None else (context - self.context_loc) / self.context_scale
+        return None if context is None else self.standardised_context(context)
+
+    def _like(self) -> Tensor:
+        return self.units.loc
+
+    def _context_like(self) -> Tensor:
+        return self.context_loc
+
+    def _checked_event(self, role: str, value: Tensor, like: Tensor | None) -> Tensor:
+        if isinstance(value, Tensor) and value.dtype != self.loc.dtype != self.units.inner.dtype:
+            column = int(float32_holds(self.loc, self.scale, self.units.support).int().argmin())
+            raise TypeError(
+                f"{self.name} expected {role} of float64, got {str(value.dtype).removeprefix('torch.')}: that rounds "
+                f"column {column}, about {self.loc[column].item():.7g} +- {self.scale[column].item():.2g} before the "
+                "support, too coarsely. Read the values in float64 to begin with."
+            )
+        return super()._checked_event(role, value, like)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FlowPrior:
+        before = self.context_loc, self.context_scale
+        super()._apply(fn, recurse)
+        keep_float64(self._buffers, CONTEXT_UNITS, before, None)
+        return self
 
     def __repr__(self) -> str:
         name = self.units.support.name
@@ -285,38 +319,6 @@ class ConditionalFlowPrior(ConditionalDensity):
         _remember_by_name(self, prior.units.support)
 
 
-class _Units(Flow):
-    """y = T(loc + scale x), where T maps to the support, with nothing to train."""
-
-    is_by_row = True
-    loc: Tensor
-    scale: Tensor
-
-    def __init__(self, loc: Tensor, scale: Tensor, support: Support) -> None:
-        super().__init__(len(loc))
-        self.support = support
-        self.register_buffer("loc", loc)
-        self.register_buffer("scale", scale)
-
-    def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y, log_det = self.support.constrain(self.loc + self.scale * x)
-        return y, log_det + self.scale.log().sum()
-
-    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        w, log_det = self.support.unconstrain(y)
-        return (w - self.loc) / self.scale, log_det + self.scale.log().sum()
-
-
-class _NoiseToData(Stack):
-    """A flow and the units of its data, whose y may have a column more than x."""
-
-    def _in_width(self, value: Tensor, role: str, like: Tensor | None) -> Tensor:
-        if role != "y":
-            return super()._in_width(value, role, like)
-        units: Any = self[-1]
-        return check_event(self.name, role, value, units.support.event_size, "event_size of its support")
-
-
 def _remember_by_name(prior: FlowPrior | ConditionalFlowPrior, support: Support) -> None:
     """Save the support by its name, which JSON holds; one that goes without saying is left out."""
     prior._arguments.pop("support", None)
@@ -363,16 +365,3 @@ def _batch_shape(model: Any) -> torch.Size:
     if isinstance(model, Flow):
         return model.forward_shape(torch.Size([model.input_dim]))[:-1]
     return model.batch_shape
-
-
-def _statistic(who: str, name: str, value: Tensor | None, size: int, like: Tensor) -> Tensor:
-    """Shifts or, where the name says so, positive scales as a vector like `like`."""
-    if value is None:
-        return torch.full((size,), float(name.endswith("scale")), dtype=like.dtype, device=like.device)
-    check_event(who, name, value, size, "context_dim" if name.startswith("context") else "input_dim")
-    value = value.detach().to(like).clone()
-    if value.dim() != 1 or not value.isfinite().all():
-        raise ValueError(f"{who} expected {name} to be {size} finite numbers, got {value.tolist()}.")
-    if name.endswith("scale") and not (value > 0).all():
-        raise ValueError(f"{who} expected {name} to be positive, got {value.tolist()}.")
-    return value

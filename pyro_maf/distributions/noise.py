@@ -47,7 +47,7 @@ def noise_of(model: Any, y: Tensor, context: Tensor | None = None) -> Tensor:
     if isinstance(model, ConditionedDensity):
         return noise_of(model.density, y, model.context[: len(y)])
     if isinstance(model, FlowPrior):
-        return noise_of(model.model, model.units._pull(y)[0], model._standardised(context))
+        return noise_of(model.model, model.standardised(y), model._standardised(context))
     if isinstance(model, MAFMoG):
         return noise_of(model.base, model.flow._pull(y, context)[0], context)
     if isinstance(model, MADEMoG):

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from pyro_maf.checks import check_positive
 from pyro_maf.datasets import Dataset
+from pyro_maf.training.data import Rows, split
+from pyro_maf.training.repeats import copies_of
 
 __all__ = ["divide"]
 
@@ -20,6 +22,8 @@ def divide(
 ) -> Dataset:
     r"""Shuffle rows and set some of them aside: a part for testing, and a part of the rest for validation.
 
+    Rows that repeat stay together, as in `fit`.
+
     Args:
         name: What the data are called in tables.
         data: Rows (N, D): an array or a tensor of numbers.
@@ -29,7 +33,7 @@ def divide(
         seed: Of the shuffle.
 
     Returns:
-        A `Dataset`, in float32.
+        A `Dataset`, in the dtype of `data` where that is float32 or float64, and in float64 otherwise.
 
     Raises:
         ValueError: For parts that are no parts, or too few rows for all three.
@@ -55,11 +59,22 @@ def divide(
             f"divide expected at least {LEAST_ROWS} rows to train with and 2 each to validate and test with, "
             f"got {total} rows, which make {sizes[0]}, {sizes[1]} and {sizes[2]}."
         )
-    shuffle = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    parts = _rows(data)[shuffle].split(sizes)
-    contexts = (None, None, None) if context is None else _rows(context)[shuffle].split(sizes)
-    return Dataset(name, *parts, *contexts)
+    rows = Rows(_numbers(data), None if context is None else _numbers(context))
+    generator = torch.Generator().manual_seed(seed)
+    if copies_of(rows).distinct < total:
+        others, for_testing = split(rows, test, generator)
+        parts = [*split(others, validation, generator), for_testing]
+    else:
+        shuffle = torch.randperm(total, generator=generator)
+        parts = [rows.take(index) for index in shuffle.split(sizes)]
+    train, validating, testing = parts
+    return Dataset(
+        name,
+        *(train.data, validating.data, testing.data),
+        *(train.context, validating.context, testing.context),
+    )
 
 
-def _rows(table: Any) -> Tensor:
-    return torch.tensor(table, dtype=torch.float32) if not isinstance(table, Tensor) else table.float()
+def _numbers(table: Any) -> Tensor:
+    table = table if isinstance(table, Tensor) else torch.tensor(table)
+    return table if table.dtype == torch.float32 else table.double()

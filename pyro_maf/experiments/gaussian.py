@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
-from pyro_maf.training.units import units_of
+from pyro_maf.training.units import Moments, Units
 from pyro_maf.transforms import AffineCoupling, ConditionalFlow, Flow, LowerTriangularAffine, Stack
 
 __all__ = ["fit_gaussian", "gaussian", "gaussian_given"]
@@ -63,11 +63,11 @@ def fit_gaussian(data: Tensor, context: Tensor | None = None) -> FlowPrior | Con
         >>> round(density.log_prob(data).mean().item(), 1)  # -log(2 pi e) - 2 log 2
         -4.2
     """
-    units = units_of(data)
+    units = _moments(data)
     standard = _standardised(data, *units)
     if context is None:
         return FlowPrior(gaussian(data.shape[1], _factor(standard, data.dtype)), **units._asdict()).eval()
-    context_units = units_of(context)
+    context_units = _moments(context)
     given = _standardised(context, *context_units)
     # The columns of a one-hot context are dependent: the pseudo-inverse gives the smallest of all solutions.
     weight = torch.linalg.pinv(given) @ standard
@@ -79,6 +79,13 @@ def fit_gaussian(data: Tensor, context: Tensor | None = None) -> FlowPrior | Con
         context_loc=context_units.loc,
         context_scale=context_units.scale,
     ).eval()
+
+
+def _moments(table: Tensor) -> Units:
+    """Mean and standard deviation of the columns, which a maximum of the likelihood has, however far a row lies."""
+    moments = Moments()
+    moments.add(table)
+    return moments.units()
 
 
 def _standardised(rows: Tensor, loc: Tensor, scale: Tensor) -> Tensor:

@@ -94,8 +94,8 @@ def log_prob_of(density: Any, rows: Tensor, context: Tensor | None) -> Tensor:
     with torch.no_grad():
         for start in range(0, len(rows), BATCH):
             batch = slice(start, start + BATCH)
-            at = density if context is None else density.condition(context[batch].to(device))
-            found.append(at.log_prob(rows[batch].to(device)).double().cpu())
+            at = density if context is None else density.condition(context[batch].to(device, density.context_dtype))
+            found.append(at.log_prob(rows[batch].to(device, density.dtype)).double().cpu())
     return torch.cat(found)
 
 

@@ -130,10 +130,11 @@ class _Reader:
         self.done = done
         like = like_of(density)
         self.like = torch.zeros(()) if like is None else like
+        self.likes = [self.like.to(dtype) for dtype in (density.dtype, density.context_dtype)]
 
     def read(self, index: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor | None]:
         """Data and context at `index`, or what is wrong with them."""
-        data, *context = (table.take(index, self.like) for table in self.tables)
+        data, *context = (table.take(index, like) for table, like in zip(self.tables, self.likes, strict=False))
         support = self.prior.units.support
         outside = support.outside(data)
         if outside.any():

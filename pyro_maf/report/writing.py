@@ -149,7 +149,7 @@ def _title(result: FitResult, examination: Examination) -> str:
 def _figures(result: FitResult, examination: Examination) -> list[Figure]:
     """The headline figures."""
     scored, rows = len(examination.log_prob), examination.rows
-    weight = like_of(result.density)
+    weight = like_of(_model(result))
     parameters = sum(parameter.numel() for parameter in result.density.parameters())
     columns = f"{len(examination.names):,}"
     return [

@@ -8,20 +8,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_maf.distributions import FlowPrior
 from pyro_maf.distributions.support import Support
+from pyro_maf.training.repeats import Copies, copies_of
+from pyro_maf.training.units import Units, context_units_of, units_of
 
 __all__ = [
     "Rows",
+    "check_rounded",
     "check_training",
     "check_varying",
     "column_labels",
+    "measured",
     "number_of_columns",
     "read_rows",
     "some_rows",
     "split",
+    "strays",
 ]
 
 LEAST_ROWS = 10
+LEAST_HELD_OUT = 3
 NUMERIC_KINDS = "fiub"
 
 
@@ -31,9 +38,19 @@ class Rows(NamedTuple):
     data: Tensor
     context: Tensor | None
 
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Of the data and of the context; without one, twice that of the data."""
+        return self.data.dtype, (self.data if self.context is None else self.context).dtype
+
     def take(self, index: Tensor | slice) -> Rows:
         """The rows at `index`."""
         return Rows(self.data[index], None if self.context is None else self.context[index])
+
+    def rounded(self, dtypes: tuple[torch.dtype, torch.dtype]) -> Rows:
+        """These rows in the dtypes of a density's values and of its context."""
+        data, context = dtypes
+        return Rows(self.data.to(data), None if self.context is None else self.context.to(context))
 
     def to(self, device: torch.device) -> Rows:
         """These rows on `device`."""
@@ -83,17 +100,17 @@ def read_rows(
     context: Any,
     *,
     support: Support,
-    dtype: torch.dtype,
     role: str = "",
     first: int | None = None,
 ) -> Rows:
-    """Tensors of `dtype` on the CPU from whatever was given, or what is wrong with it.
+    """Tensors on the CPU from whatever was given, or what is wrong with it.
+
+    They are of float32 where that is what came, and otherwise of float64, which loses nothing.
 
     Args:
         model: Whose `input_dim` and `context_dim` the widths must be; a simplex has a column more.
         data, context: Tensors, arrays, data frames or nested lists; context is None for a model without.
         support: What the data must lie inside of.
-        dtype: What the values are rounded to before anything is asked of them.
         role: "" or "validation ", as errors put it before "data" and "context".
         first: Where this is a part of a larger table, the number of its first row there.
 
@@ -104,7 +121,7 @@ def read_rows(
     """
     who = type(model).__name__
     more = ", and 1 for a simplex" * (support.event_size - model.input_dim)
-    table = _read_table(f"{role}data", data, support.event_size, f"input_dim of {who}{more}", dtype, first)
+    table = _read_table(f"{role}data", data, support.event_size, f"input_dim of {who}{more}", first)
     _check_inside(f"{role}data", table, data, support, first)
     if not model.context_dim:
         if context is not None:
@@ -116,12 +133,23 @@ def read_rows(
         raise ValueError(
             f"fit expected {role}context with {model.context_dim} columns (context_dim of {who}), got none."
         )
-    given = _read_table(f"{role}context", context, model.context_dim, f"context_dim of {who}", dtype, first)
+    given = _read_table(f"{role}context", context, model.context_dim, f"context_dim of {who}", first)
     if len(given) != len(table):
         raise ValueError(
             f"fit expected as many rows of {role}context as of {role}data, got {len(given)} and {len(table)}."
         )
     return Rows(table, given)
+
+
+def measured(rows: Rows, support: Support) -> tuple[Units, Units | None]:
+    """Units of the columns of data, unconstrained, and of those of the context."""
+    context_units = None if rows.context is None else context_units_of(rows.context)
+    return units_of(support.unconstrain(rows.data)[0]), context_units
+
+
+def strays(data: Tensor, support: Support) -> bool:
+    """Whether values inside the support leave it where they are rounded to float32, as 1 - 1e-9 is to 1."""
+    return support.name != "real" and data.dtype == torch.float64 and bool(support.outside(data.float()).any())
 
 
 def check_training(rows: Rows, data: Any, context: Any) -> None:
@@ -153,15 +181,52 @@ def check_varying(name: str, low: Tensor, high: Tensor, value: Any) -> None:
         )
 
 
-def split(rows: Rows, fraction: float, generator: torch.Generator) -> tuple[Rows, Rows]:
-    """Training and validation rows: a random `fraction` of them, at least one, is set aside for validation."""
+def check_rounded(
+    rows: Rows, prior: FlowPrior, data: Any, context: Any, role: str = "", first: int | None = None
+) -> None:
+    """Refuse values so far out that they are infinite in the dtype of the model and in the units of `prior`.
+
+    Args:
+        rows: What was read, in the dtypes of `prior`.
+        prior: Whose units they are standardised by.
+        data, context: What the rows were read from, for the columns' names.
+        role, first: As in `read_rows`.
+    """
+    _check_finite(f"{role}data", prior.standardised(rows.data), data, first)
+    if rows.context is not None:
+        _check_finite(f"{role}context", prior.standardised_context(rows.context), context, first)
+
+
+def split(rows: Rows, fraction: float, generator: torch.Generator, copies: Copies | None = None) -> tuple[Rows, Rows]:
+    """Training and validation rows: a random `fraction` of them, at least one, is set aside for validation.
+
+    Rows of the same numbers stay together, or the score of the validation rows would be of rows that were trained on.
+    One with more copies than there are to be validation rows stays for training. Where that leaves fewer than 3
+    different rows to validate with, the values are so few that they are categories, and rows are drawn one by one.
+
+    Args:
+        rows: What to divide.
+        fraction: Between 0 and 1.
+        generator: What draws.
+        copies: Which of the rows are the same, where that has been found out.
+    """
     total = len(rows.data)
     aside = min(max(1, round(fraction * total)), total - 2)
+    copies = copies_of(rows) if copies is None else copies
+    if copies.distinct < total:
+        number = copies.number.bincount()
+        order = torch.randperm(copies.distinct, generator=generator)
+        order = order[number[order] <= aside]
+        held_out = order[number[order].cumsum(0) <= aside]
+        if len(held_out) >= LEAST_HELD_OUT:
+            is_held_out = torch.isin(copies.number, held_out)
+            shuffled = torch.randperm(total, generator=generator)
+            return rows.take(shuffled[~is_held_out[shuffled]]), rows.take(shuffled[is_held_out[shuffled]])
     shuffled = torch.randperm(total, generator=generator)
     return rows.take(shuffled[aside:]), rows.take(shuffled[:aside])
 
 
-def _read_table(name: str, value: Any, width: int, width_name: str, dtype: torch.dtype, first: int | None) -> Tensor:
+def _read_table(name: str, value: Any, width: int, width_name: str, first: int | None) -> Tensor:
     table = _numbers(name, value)
     shape = tuple(table.shape)
     if table.dim() == 1 and width == 1:
@@ -170,7 +235,7 @@ def _read_table(name: str, value: Any, width: int, width_name: str, dtype: torch
         raise ValueError(f"fit expected {name} of shape (rows, {width}), {width} being the {width_name}, got {shape}.")
     if not len(table):
         raise ValueError(f"fit expected {name} with rows in it, got shape {shape}.")
-    table = table.to(dtype)
+    table = table.to(torch.float32 if table.is_floating_point() and table.dtype != torch.float64 else torch.float64)
     _check_finite(name, table, value, first)
     return table
 

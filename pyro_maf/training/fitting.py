@@ -61,10 +61,11 @@ def fit(
     r"""Fit a flow or a density to data by maximum likelihood.
 
     Maximises mean_n log p(y_n | c_n) with p the density of T(loc + scale z), z ~ model, where T maps to the support,
-    and loc and scale are the mean and standard deviation of the training rows before T; a context is standardised
-    likewise. Adam, with the paper's weight decay of 1e-6, steps on batches; after each epoch an average of the weights
-    over the last two epochs or so is scored on the validation rows. The learning rate is halved when that score stalls,
-    the fit ends when it has stalled for good, and the best average is kept.
+    and loc and scale are the mean and standard deviation of the training rows before T, of which those far out are
+    moved to a fence: 10 standard deviations, by the quartiles, from the median. A context is standardised likewise,
+    but with a fence against single outliers only. Adam, with the paper's weight decay of 1e-6, steps on batches; after
+    each epoch an average of the weights over the last two epochs or so is scored on the validation rows. The learning
+    rate is halved when that score stalls, the fit ends when it has stalled for good, and the best average is kept.
 
     The model is trained in place, in its own dtype and on its own device, and left in eval mode with its best weights.
     Given the same weights to start from, the same call gives the same result to the last bit on a CPU. The global
@@ -79,14 +80,17 @@ def fit(
 
     Args:
         model: A flow, a density, or a conditional form of either. A `FlowPrior` keeps the units it has.
-        data: Rows (N, D): a tensor, an array, a data frame or nested lists of finite numbers, at least 10 rows. A
+        data: Rows (N, D): a tensor, an array, a data frame or nested lists of finite numbers, at least 10 rows. They
+            are rounded to the model's dtype in their units, not before: where float32 does not hold the values of a
+            column to a thousandth of its scale, the density of a model in float32 takes and draws float64. A
             `numpy.memmap` of more than 512 MiB is not read into memory but streamed; no more than some 262,144 of its
             rows are held out for validation, and batch norm takes the statistics of as many.
         context: Rows (N, C) of the same kinds, for a model with `context_dim` > 0.
         support: Where the data lie: "real", "positive", "unit_interval", "simplex", or a sequence with one of the first
             three for each column, or constraints, as `FlowPrior` takes it. By default "real" or that of a `FlowPrior`.
         validation: The part of the rows to set aside at random for validation, between 0 and 1, by default a tenth;
-            or rows like `data`; or a tuple (data, context) of such for a model with a context.
+            or rows like `data`; or a tuple (data, context) of such for a model with a context. A part is by distinct
+            rows: all copies of a row, with its context, are for training or all are for validation.
         batch_size: Rows in a batch, give or take: an epoch is cut into equal ones.
         max_epochs: The most passes over the training rows.
         patience: Epochs without a better validation log-likelihood after which to end. After a quarter of it the
@@ -158,7 +162,8 @@ def fit(
     parts = read_parts(model, data, context, validation, known, dtype=weight.dtype, seed=seed)
     density = in_units_of(parts, model, known)
     processes = Processes(devices)
-    cautions = screen_data(data, context, known)
+    cautions = [*parts.remarks(density, data, context), *screen_data(data, context, known)]
+    parts = parts.rounded(density, data, context)
     if processes.is_first:
         announce(cautions)
     batches = parts.batches(batch_size, processes)
@@ -207,6 +212,7 @@ def fit(
         skipped_steps=module.skipped_steps,
         folder=None if keeper is None else keeper.folder,
         warnings=(*cautions, *endings),
+        repeats=parts.repeats,
     )
 
 

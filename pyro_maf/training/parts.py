@@ -9,15 +9,28 @@ import torch
 
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.distributions.support import Support
+from pyro_maf.distributions.units import float32_holds
 from pyro_maf.training.batches import Batches
-from pyro_maf.training.data import Rows, check_training, read_rows, split
+from pyro_maf.training.data import (
+    Rows,
+    check_rounded,
+    check_training,
+    column_labels,
+    measured,
+    read_rows,
+    split,
+    strays,
+)
 from pyro_maf.training.processes import Processes
+from pyro_maf.training.repeats import copies_of, repeat_as_a_whole
 from pyro_maf.training.stored import StoredBatches, StoredRows, is_stored
-from pyro_maf.training.units import Units, units_of
+from pyro_maf.training.units import Units
 
 __all__ = ["Parts", "in_units_of", "read_parts"]
 
 VALIDATION_FRACTION = 0.1
+MENTIONED = 0.01
+COARSE = 0.05
 
 
 class Parts(NamedTuple):
@@ -29,6 +42,9 @@ class Parts(NamedTuple):
         units: Of the unconstrained columns of the training data.
         context_units: Of those of its context, where there is one.
         generator: What draws the order of batches.
+        repeats: How many of all rows repeat an earlier one; an estimate for rows on disk.
+        stray: Whether some values leave the support where they are rounded to float32.
+        whole: All rows, where they are in memory and have not been rounded yet.
     """
 
     training: Rows | StoredRows
@@ -36,6 +52,58 @@ class Parts(NamedTuple):
     units: Units
     context_units: Units | None
     generator: torch.Generator
+    repeats: int
+    stray: bool
+    whole: Rows | None = None
+
+    def rounded(self, density: FlowPrior | ConditionalFlowPrior, data: Any, context: Any) -> Parts:
+        """The rows in the dtypes that `density` takes: rounded once their units have been taken, and not before.
+
+        Args:
+            density: In their units.
+            data, context: What the rows were read from, for the columns' names.
+
+        Raises:
+            ValueError: For values too far out for the model's dtype.
+        """
+        prior = prior_of(density)
+        dtypes = density.dtype, density.context_dtype
+        held_out, training = self.held_out.rounded(dtypes), self.training
+        if isinstance(training, StoredRows):
+            training.round_for(prior)
+        else:
+            check_rounded((self.whole or training).rounded(dtypes), prior, data, context)
+            training = training.rounded(dtypes)
+        check_rounded(held_out, prior, data, context, "validation ")
+        return self._replace(training=training, held_out=held_out, whole=None)
+
+    def remarks(self, density: FlowPrior | ConditionalFlowPrior, data: Any, context: Any) -> list[str]:
+        """What to know of these rows, a line each: how many repeat, and which columns `density` has to round coarsely.
+
+        Args:
+            density, data, context: As in `rounded`, which comes after.
+        """
+        support = prior_of(density).units.support
+        return [
+            *self._on_repeats(),
+            *_on_rounding("", self.units, support, density.dtype, data),
+            *_on_rounding("context ", self.context_units, None, density.context_dtype, context),
+        ]
+
+    def _on_repeats(self) -> list[str]:
+        """A line on rows that repeat, unless they are few, or of few values, which is another matter."""
+        if isinstance(self.training, StoredRows):
+            total, some = len(self.training.data), self.training.read(0)
+        else:
+            some = self.whole or self.training
+            total = len(some.data)
+        if self.repeats < MENTIONED * total or not repeat_as_a_whole(some):
+            return []
+        return [
+            f"fit found {self.repeats:,} of {total:,} rows to repeat an earlier one: all copies of a row are on one "
+            "side of the split, for training or for validation. Draws of a chain, or resampled ones, tell as much as "
+            "the distinct rows among them."
+        ]
 
     def batches(self, size: int, processes: Processes) -> Batches | StoredBatches:
         """The training rows in batches."""
@@ -54,28 +122,44 @@ class Parts(NamedTuple):
 def read_parts(
     model: Any, data: Any, context: Any, validation: Any, support: Support, *, dtype: torch.dtype, seed: int
 ) -> Parts:
-    """The parts of what was given to `fit`, which says what they may be, in `dtype` and on the CPU.
+    """The parts of what was given to `fit`, which says what they may be, on the CPU and as precise as they came.
+
+    Args:
+        model, data, context, validation, seed: As in `fit`.
+        support: Where the data lie.
+        dtype: That of the model.
 
     Raises:
         ValueError, TypeError: As in `fit`.
     """
     generator = torch.Generator().manual_seed(seed)
     fraction, given = _validation(validation)
-    known: dict[str, Any] = {"support": support, "dtype": dtype}
-    training: Rows | StoredRows
+    if given is not None:
+        given = read_rows(model, *given, support=support, role="validation ")
     if is_stored(data):
-        training = StoredRows(model, data, context, fraction=fraction, seed=seed, **known)
-        units = training.measured()
-        held_out = training.held_out() if given is None else read_rows(model, *given, **known, role="validation ")
-        return Parts(training, held_out, *units, generator)
-    rows = read_rows(model, data, context, **known)
+        stored = StoredRows(model, data, context, support=support, dtype=dtype, fraction=fraction, seed=seed)
+        units = _as_precise(stored.measured(), stored.stored_dtypes, dtype)
+        held_out = stored.held_out() if given is None else given
+        return Parts(stored, held_out, *units, generator, stored.repeats, stored.stray)
+    rows = read_rows(model, data, context, support=support)
     check_training(rows, data, context)
-    if given is None:
-        training, held_out = split(rows, fraction, generator)
-    else:
-        training, held_out = rows, read_rows(model, *given, **known, role="validation ")
-    context_units = None if training.context is None else units_of(training.context)
-    return Parts(training, held_out, units_of(support.unconstrain(training.data)[0]), context_units, generator)
+    copies = copies_of(rows)
+    training, held_out = split(rows, fraction, generator, copies) if given is None else (rows, given)
+    units = _as_precise(measured(training, support), training.dtypes, dtype)
+    repeats = len(rows.data) - copies.distinct
+    return Parts(training, held_out, *units, generator, repeats, strays(rows.data, support), rows)
+
+
+def _as_precise(
+    units: tuple[Units, Units | None], dtypes: tuple[torch.dtype, torch.dtype], dtype: torch.dtype
+) -> tuple[Units, Units | None]:
+    """Units for a model of `dtype`: those of rows that came in float32, and so are rounded already, need no more."""
+    of_data, of_context = units
+    if torch.float64 not in (dtype, dtypes[0]):
+        of_data = of_data.float()
+    if of_context is not None and torch.float64 not in (dtype, dtypes[1]):
+        of_context = of_context.float()
+    return of_data, of_context
 
 
 def in_units_of(parts: Parts, model: Any, support: Support) -> FlowPrior | ConditionalFlowPrior:
@@ -89,6 +173,13 @@ def in_units_of(parts: Parts, model: Any, support: Support) -> FlowPrior | Condi
         return ConditionalFlowPrior(model.model, support=support.name, **units)
     if isinstance(model, (FlowPrior, ConditionalFlowPrior)):
         return model
+    density = _in_new_units(parts, model, support)
+    if parts.stray:
+        prior_of(density).units.widen()
+    return density
+
+
+def _in_new_units(parts: Parts, model: Any, support: Support) -> FlowPrior | ConditionalFlowPrior:
     loc, scale = parts.units
     if parts.context_units is None:
         prior = FlowPrior(model, support=support.name, loc=loc, scale=scale)
@@ -102,6 +193,25 @@ def in_units_of(parts: Parts, model: Any, support: Support) -> FlowPrior | Condi
     return ConditionalFlowPrior(
         model, support=support.name, loc=loc, scale=scale, context_loc=context_loc, context_scale=context_scale
     )
+
+
+def _on_rounding(role: str, units: Units | None, support: Support | None, dtype: torch.dtype, value: Any) -> list[str]:
+    """A line on a column that the dtype of the density's values is too coarse for."""
+    if units is None or dtype == torch.float64:
+        return []
+    coarse = (~float32_holds(*units, support, resolution=COARSE)).nonzero()[:1, 0].tolist()
+    return [
+        f"fit takes {role}{column_labels(value, len(units.loc))[column]} in float32, which has few different values "
+        f"there, {units.loc[column].item():.8g} +- {units.scale[column].item():.2g}: subtract what the rows have in "
+        "common while they are in float64, or fit a model in float64, model.double(), to rows in float64."
+        for column in coarse
+    ]
+
+
+def prior_of(density: FlowPrior | ConditionalFlowPrior) -> FlowPrior:
+    """The prior that takes its context, where there is one."""
+    inner: Any = density.density if isinstance(density, ConditionalFlowPrior) else density
+    return inner
 
 
 def _validation(validation: Any) -> tuple[float, tuple[Any, Any] | None]:

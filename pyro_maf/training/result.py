@@ -29,8 +29,10 @@ class FitResult:
         skipped_steps: How many steps were left out because their loss or its gradient was not finite.
         held_out: The validation rows, a pair (data, context), on the CPU.
         folder: Where the fit is kept, if anywhere.
+        repeats: How many of all rows repeat an earlier one; of rows that are streamed, about how many.
         warnings: What may have gone wrong without an error, a line each: columns of few values, columns that follow
-            from others, heavy tails, a context over orders of magnitude, a best epoch of 0, too few epochs.
+            from others, heavy tails, a context over orders of magnitude, rows that repeat, a best epoch of 0, too few
+            epochs.
     """
 
     density: Any
@@ -44,6 +46,7 @@ class FitResult:
     held_out: Rows | None = None
     folder: Path | None = None
     warnings: tuple[str, ...] = ()
+    repeats: int = 0
 
     @property
     def epochs(self) -> int:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_maf.distributions import FlowPrior
 from pyro_maf.distributions.support import Support
 from pyro_maf.training.batches import Passes
-from pyro_maf.training.data import Rows, check_varying, read_rows
+from pyro_maf.training.data import LEAST_HELD_OUT, Rows, check_rounded, check_varying, measured, read_rows, strays
 from pyro_maf.training.processes import Processes
+from pyro_maf.training.repeats import Counts, Hashes, hash_rows, lot_of, tallied
 from pyro_maf.training.units import Moments, Units
 
 __all__ = ["StoredBatches", "StoredRows", "is_stored"]
@@ -23,6 +25,9 @@ IN_MEMORY = 2**29
 BLOCK_BYTES = 2**20
 MIXED_BYTES = 2**26
 MOST_HELD = 2**18
+MOST_MEASURED = 2**16
+COUNTED = 0.1
+"""Of how many rows the copies are counted where none are to be held out, as a part of all."""
 
 
 def is_stored(data: Any) -> bool:
@@ -33,16 +38,23 @@ def is_stored(data: Any) -> bool:
 class StoredRows:
     """A table that is mapped from a file and, for a conditional model, one of its context.
 
-    A random choice of rows in each block, always the same, is held out for validation.
+    A random choice of rows, always the same, is held out for validation. It is by the numbers of a row, so that rows
+    which repeat stay together. A row with more copies than there are to be validation rows stays for training; where
+    that leaves fewer than 3 different rows to validate with, the choice is by the place of a row in its block.
 
     Args:
         model: Whose `input_dim` and `context_dim` the widths must be.
         data: (rows, D), a `numpy.memmap`.
         context: (rows, C), or None.
         support: What the data must lie inside of.
-        dtype: Of the tensors that are read.
+        dtype: Of the tensors that are read, until `round_for` says better.
         fraction: What part of the rows to hold out, as far as memory should hold them; 0 for none.
         seed: Of the choice.
+
+    Attributes:
+        repeats: About how many rows repeat an earlier one, once all have been read.
+        stored_dtypes: Of data and context as they are read.
+        stray: Whether values leave the support where they are rounded to float32, likewise.
 
     Raises:
         ValueError: For wrong shapes, and for a context missing, superfluous or of another length.
@@ -64,19 +76,33 @@ class StoredRows:
         self.data = data
         self.context = context
         self.support = support
-        self.dtype = dtype
+        self.dtypes = dtype, dtype
         self.seed = seed
+        self.repeats = 0
+        self.stray = False
         self.block = max(64, BLOCK_BYTES // ((support.event_size + model.context_dim) * dtype.itemsize))
         self.starts = range(0, len(data), self.block)
         self._model = model
         self._fraction = min(fraction, MOST_HELD / len(data))
-        self.read(0)
+        self._prior: FlowPrior | None = None
+        self._sizes: list[int] = []
+        self._by_place = False
+        self._threshold = 0.0
+        self._for_training: Hashes = np.empty(0, np.uint64)
+        self._held_out: Rows | None = None
+        self.stored_dtypes = self._whole(0).dtypes
 
     @property
     def sizes(self) -> list[int]:
         """Training rows in each block."""
-        lengths = [min(self.block, len(self.data) - start) for start in self.starts]
-        return [length - self._held(length) for length in lengths]
+        if not self._sizes:
+            self._survey()
+        return self._sizes
+
+    def round_for(self, prior: FlowPrior) -> None:
+        """Read rows in the dtypes that `prior` takes, and refuse those too far out for its model's."""
+        self._prior = prior
+        self.dtypes = prior.dtype, prior.context_dtype
 
     def read(self, start: int) -> Rows:
         """All rows of the block that begins at row `start`.
@@ -84,62 +110,132 @@ class StoredRows:
         Raises:
             ValueError: For values that are not finite or not inside the support.
         """
+        return self._rounded(start, self._whole(start))
+
+    def _rounded(self, start: int, rows: Rows) -> Rows:
+        rows = rows.rounded(self.dtypes)
+        if self._prior is not None:
+            check_rounded(rows, self._prior, self.data, self.context, first=start)
+        return rows
+
+    def _whole(self, start: int) -> Rows:
+        """A block as precise as it is stored."""
         block = slice(start, start + self.block)
         context = None if self.context is None else self.context[block]
         try:
-            return read_rows(
-                self._model, self.data[block], context, support=self.support, dtype=self.dtype, first=start
-            )
+            return read_rows(self._model, self.data[block], context, support=self.support, first=start)
         finally:
             for table in (self.data, self.context):
                 _forget(table)
 
     def training(self, start: int) -> Rows:
         """The training rows of a block."""
-        rows = self.read(start)
-        return rows.take(self._shuffle(start, rows)[self._held(len(rows.data)) :])
+        rows = self._whole(start)
+        return self._rounded(start, rows).take(~self._is_held_out(start, rows))
 
     def held_out(self) -> Rows:
-        """The validation rows of all blocks."""
-        return self._gather(lambda start, rows: rows.take(self._shuffle(start, rows)[: self._held(len(rows.data))]))
+        """The validation rows of all blocks, as precise as they are stored."""
+        if self._held_out is None:
+            self._held_out = _joined([rows.take(self._is_held_out(start, rows)) for start, rows in self._blocks()])
+        return self._held_out
 
     def sample(self) -> Rows:
         """As many training rows as memory should hold, from all over the file."""
         share = min(1.0, MOST_HELD / sum(self.sizes))
-
-        def some(start: int, rows: Rows) -> Rows:
-            first = self._held(len(rows.data))
-            return rows.take(self._shuffle(start, rows)[first : first + math.ceil(share * (len(rows.data) - first))])
-
-        return self._gather(some)
+        return _joined([self._some(share, start, self.training(start)) for start in self.starts])
 
     def measured(self) -> tuple[Units, Units | None]:
-        """Mean and deviation of the columns of data (unconstrained) and context, over the training rows.
+        """Location and scale of the columns of data (unconstrained) and context, of a sample of the training rows.
 
         Raises:
             ValueError: As in `read`, which sees every row, and for columns that do not vary.
         """
+        share = min(1.0, MOST_MEASURED / sum(self.sizes))
+        training, held_out = [], []
+        for start, rows in self._blocks():
+            aside = self._is_held_out(start, rows)
+            held_out.append(rows.take(aside))
+            training.append(self._some(share, start, rows.take(~aside)))
+        self._held_out = _joined(held_out)
+        return measured(_joined(training), self.support)
+
+    def _blocks(self) -> Iterator[tuple[int, Rows]]:
+        return ((start, self._whole(start)) for start in self.starts)
+
+    def _survey(self) -> None:
+        """Look at every row once: whether columns vary, which rows repeat, and how many of each block are for training.
+
+        Raises:
+            ValueError: As in `read`, and for columns that do not vary.
+        """
         of_data, of_context = Moments(), Moments()
-        for start in self.starts:
-            rows = self.training(start)
-            of_data.add(self.support.unconstrain(rows.data)[0])
+        # Somewhat more than are to be held out: what is by chance has to reach.
+        share = min(1.0, 1.5 * (self._fraction or min(COUNTED, MOST_HELD / len(self.data))) + 30 / len(self.data))
+        counted = []
+        for _, rows in self._blocks():
+            of_data.add(rows.data)
             if rows.context is not None:
                 of_context.add(rows.context)
+            self.stray = self.stray or strays(rows.data, self.support)
+            hashes = hash_rows(rows)
+            counted.append(np.unique(hashes[lot_of(hashes, self.seed) < share], return_counts=True))
         check_varying("data", of_data.low, of_data.high, self.data)
-        if self.context is None:
-            return of_data.units(self.dtype), None
-        check_varying("context", of_context.low, of_context.high, self.context)
-        return of_data.units(self.dtype), of_context.units(self.dtype)
+        if self.context is not None:
+            check_varying("context", of_context.low, of_context.high, self.context)
+        hashes, number = tallied(*zip(*counted, strict=True))
+        # All copies of a row are among those that were counted, or none is.
+        self.repeats = round(len(self.data) * (1 - len(number) / max(1, number.sum())))
+        self._choose(hashes, number)
+        self._sizes = [
+            self._length(start) - self._chosen(start, *own) for start, own in zip(self.starts, counted, strict=True)
+        ]
 
-    def _held(self, length: int) -> int:
-        # The same in all blocks but the last, so that a group of them has as many rows whichever they are.
+    def _choose(self, hashes: Hashes, number: Counts) -> None:
+        """Settle which rows are for validation.
+
+        Args:
+            hashes: Of a part of the rows by lot, and of all that are to be held out.
+            number: Of the copies of each.
+        """
+        most = self._fraction * len(self.data)
+        many = number > most
+        self._for_training = hashes[many]
+        lots = lot_of(hashes[~many], self.seed)
+        order = lots.argsort()
+        within = int((number[~many][order].cumsum() <= most).sum())
+        self._by_place = within < LEAST_HELD_OUT
+        self._threshold = 0.0 if self._by_place else float(lots[order[within - 1]])
+
+    def _length(self, start: int) -> int:
+        return min(self.block, len(self.data) - start)
+
+    def _chosen(self, start: int, hashes: Hashes, number: Counts) -> int:
+        """How many rows of a block are for validation, its hashes that may be being these."""
+        if not self._fraction:
+            return 0
+        return self._at_a_place(self._length(start)) if self._by_place else int(number[self._is_drawn(hashes)].sum())
+
+    def _is_drawn(self, hashes: Hashes) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+        return (lot_of(hashes, self.seed) <= self._threshold) & ~np.isin(hashes, self._for_training)
+
+    def _is_held_out(self, start: int, rows: Rows) -> Tensor:
+        """Which rows of a block are for validation, which to say takes a look at all."""
+        if not self._sizes:
+            self._survey()
+        if not self._fraction:
+            return torch.zeros(len(rows.data), dtype=torch.bool)
+        if self._by_place:
+            shuffled = torch.randperm(len(rows.data), generator=torch.Generator().manual_seed(self.seed + start))
+            return shuffled < self._at_a_place(len(rows.data))
+        return torch.from_numpy(self._is_drawn(hash_rows(rows)))
+
+    def _at_a_place(self, length: int) -> int:
+        """How many rows of so many in a block are for validation, where their place decides."""
         return min(math.ceil(self._fraction * length), length - 1)
 
-    def _shuffle(self, start: int, rows: Rows) -> Tensor:
-        return torch.randperm(len(rows.data), generator=torch.Generator().manual_seed(self.seed + start))
-
-    def _gather(self, choose: Callable[[int, Rows], Rows]) -> Rows:
-        return _joined([choose(start, self.read(start)) for start in self.starts])
+    def _some(self, share: float, start: int, rows: Rows) -> Rows:
+        shuffled = torch.randperm(len(rows.data), generator=torch.Generator().manual_seed(self.seed + start))
+        return rows.take(shuffled[: math.ceil(share * len(rows.data))])
 
 
 class StoredBatches(Passes):
@@ -159,13 +255,18 @@ class StoredBatches(Passes):
         self.device = torch.device("cpu")
         self._sample: Rows | None = None
         self._sizes = torch.tensor(rows.sizes)
-        self._lengths = [int(self._sizes[group].sum()) for group in self._groups(torch.arange(len(rows.sizes)))]
-        self._counts = [max(1, round(length / size)) for length in self._lengths]
+        groups = self._groups(torch.arange(len(rows.sizes)))
+        self._counts = [max(1, round(int(self._sizes[group].sum()) / size)) for group in groups]
+        # Whichever blocks come together, but for the last one, which comes last.
+        ascending, last = self._sizes[:-1].sort().values, int(self._sizes[-1])
+        fewest = [int(ascending[: len(group)].sum()) for group in groups[:-1]]
+        fewest.append(int(ascending[: len(groups[-1]) - 1].sum()) + last)
+        self._smallest = min(length // count for length, count in zip(fewest, self._counts, strict=True))
 
     @property
     def smallest(self) -> int:
-        """Rows in the smallest batch."""
-        return min(length // count for length, count in zip(self._lengths, self._counts, strict=True))
+        """Rows in the smallest batch, whichever blocks are mixed with each other."""
+        return self._smallest
 
     def to(self, device: torch.device) -> None:
         """Deal the batches out on `device`."""
@@ -185,8 +286,8 @@ class StoredBatches(Passes):
         # The last block, which may be a short one, stays last, so that each pass has as many batches.
         blocks, passed_over = self._begin(len(self._sizes) - 1)
         groups = self._groups(torch.cat([blocks, torch.tensor([len(blocks)])]))
-        for group, length, count in zip(groups, self._lengths, self._counts, strict=True):
-            shuffle = torch.randperm(length, generator=self._generator)
+        for group, count in zip(groups, self._counts, strict=True):
+            shuffle = torch.randperm(int(self._sizes[group].sum()), generator=self._generator)
             if passed_over >= count:
                 passed_over -= count
                 yield from [()] * count

@@ -1,22 +1,33 @@
-"""The units that columns come in: their means and standard deviations."""
+"""The units that columns come in: a location and a scale that a few far rows do not set."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "Units", "units_of"]
+__all__ = ["Moments", "Units", "context_units_of", "units_of"]
 
 BLOCK_ROWS = 2**16
+NORMAL_QUARTILES = 1.3490
+NORMAL_TAILS = 3.2897
+"""How many standard deviations of a normal distribution lie between its quartiles, and between its 5% quantiles."""
+FENCE = 10.0
+MOST_BEYOND = 0.1
+OUTLIERS = 0.005
 
 
 class Units(NamedTuple):
-    """Mean and standard deviation of each column."""
+    """Location and scale of each column, in float64."""
 
     loc: Tensor
     scale: Tensor
+
+    def float(self) -> Units:
+        """The same in float32."""
+        return Units(self.loc.float(), self.scale.float())
 
 
 class Moments:
@@ -29,8 +40,8 @@ class Moments:
         >>> moments = Moments()
         >>> for block in (torch.tensor([[1.0], [2.0]]), torch.tensor([[6.0]])):
         ...     moments.add(block)
-        >>> moments.units(torch.float32).loc, moments.high
-        (tensor([3.]), tensor([6.], dtype=torch.float64))
+        >>> moments.units().loc, moments.high
+        (tensor([3.], dtype=torch.float64), tensor([6.], dtype=torch.float64))
     """
 
     def __init__(self) -> None:
@@ -51,21 +62,69 @@ class Moments:
         self.low, self.high = self.low.minimum(low), self.high.maximum(high)
         self._rows = total
 
-    def units(self, dtype: torch.dtype) -> Units:
-        """Mean and deviation; a column that does not vary keeps its scale."""
+    def units(self) -> Units:
+        """Mean and standard deviation; a column that does not vary has scale 1."""
         deviation = (self._squares / self._rows).sqrt()
-        scale = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
-        return Units(self._mean.to(dtype), scale.to(dtype))
+        return Units(self._mean, torch.where(deviation > 0, deviation, torch.ones_like(deviation)))
 
 
-def units_of(table: Tensor) -> Units:
-    """Mean and standard deviation of the columns of `table`, in its dtype; a column that does not vary keeps its scale.
+def units_of(table: Tensor, most_beyond: float = 1.0) -> Units:
+    r"""Mean and standard deviation of the columns of `table`, its far values moved to a fence; in float64.
+
+    The fence lies 10 standard deviations on either side of the median, those of a normal distribution with the column's
+    quartiles: far enough to leave ordinary columns as they are, and near enough for one value at 1e6 to count as little
+    as one at 10. A tail beyond it is not cut off, but stands as far out as it does in these units. Where more than a
+    tenth of the rows lie beyond it, the 5% and 95% quantiles take the quartiles' place; where half of the rows share
+    one value and fewer than a tenth have another, the median distance of those does. A column that does not vary has
+    scale 1.
+
+    Args:
+        table: Rows, (N, D).
+        most_beyond: A column with a larger part of its rows beyond the fence has none.
+
+    Cost: a partial sort of each column.
 
     Example:
-        >>> units_of(torch.tensor([[1.0, 7.0], [3.0, 7.0]]))
-        Units(loc=tensor([2., 7.]), scale=tensor([1., 1.]))
+        >>> rows = torch.tensor([[1.0, 7.0], [3.0, 7.0]])
+        >>> units_of(rows).loc.tolist(), units_of(rows).scale.tolist()
+        ([2.0, 7.0], [1.0, 1.0])
+        >>> normal = torch.randn(9000, 1, generator=torch.Generator().manual_seed(0))
+        >>> normal[0] = 1e6
+        >>> round(units_of(normal).scale.item(), 1)
+        1.0
     """
+    low, high = _fences(table, most_beyond)
     moments = Moments()
     for block in table.split(BLOCK_ROWS):
-        moments.add(block)
-    return moments.units(table.dtype)
+        moments.add(block.double().clamp(low, high))
+    return moments.units()
+
+
+def context_units_of(table: Tensor) -> Units:
+    """Units of a context: as `units_of`, but with a fence against a few outliers only, up to one row in 200.
+
+    A network sees a context as it is, and grows linearly with it: one with a heavy tail would reach so far out in units
+    of its bulk that the rows there would set the steps of a fit.
+    """
+    return units_of(table, OUTLIERS)
+
+
+def _fences(table: Tensor, most_beyond: float) -> tuple[Tensor, Tensor]:
+    """What each column is clipped to, (D,) each."""
+    # A column at a time: a sorted copy of all of them might not fit.
+    fences = [_fence(column.double().numpy(), most_beyond) for column in table.detach().unbind(1)]
+    low, high = zip(*fences, strict=True)
+    return torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
+
+
+def _fence(column: np.ndarray[tuple[int, ...], np.dtype[np.float64]], most_beyond: float) -> tuple[float, float]:
+    tail, low, median, high, other_tail = np.quantile(column, [0.05, 0.25, 0.5, 0.75, 0.95])
+    reach = FENCE * (high - low) / NORMAL_QUARTILES
+    apart = np.abs(column - median)
+    if (apart > reach).mean() > MOST_BEYOND:
+        reach = FENCE * (other_tail - tail) / NORMAL_TAILS
+    elif not reach and (others := apart[apart > 0]).size:
+        reach = FENCE * np.median(others)
+    if (apart > reach).mean() > most_beyond:
+        reach = np.inf
+    return float(median - reach), float(median + reach)

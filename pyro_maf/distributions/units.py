@@ -1,0 +1,164 @@
+"""The units of a prior's columns and their support: the map from what a model describes to the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_maf.checks import check_event
+from pyro_maf.distributions.support import Support
+from pyro_maf.transforms import Flow, Stack
+
+__all__ = ["NoiseToData", "Units", "float32_holds", "has_float64", "keep_float64", "statistics"]
+
+RESOLUTION = 1e-3
+
+
+class Units(Flow):
+    r"""y = T(loc + scale x), where T maps to the support, with nothing to train.
+
+    loc, scale and y are of one dtype, and x of that of the model. The two differ where the model is in float32 and the
+    columns need float64: 5.4e6 +- 0.1, say, of which float32 tells three values apart. There y is standardised in
+    float64, and rounded only then.
+
+    Args:
+        loc, scale: (D,) each.
+        support: What T maps to.
+        like: A tensor of the dtype and on the device of x.
+    """
+
+    is_by_row = True
+    loc: Tensor
+    scale: Tensor
+    inner: Tensor
+
+    def __init__(self, loc: Tensor, scale: Tensor, support: Support, like: Tensor) -> None:
+        super().__init__(len(loc))
+        self.support = support
+        self.register_buffer("loc", loc)
+        self.register_buffer("scale", scale)
+        # Of no elements: it is there to have the model's dtype and device, wherever those go.
+        self.register_buffer("inner", like.new_empty(0), persistent=False)
+
+    def widen(self) -> None:
+        """Have y in float64, where the device can, whatever the dtype of x."""
+        if has_float64(self.loc.device):
+            self.loc, self.scale = self.loc.double(), self.scale.double()
+
+    def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, log_det = self.support.constrain(self.loc + self.scale * x)
+        return y, log_det + self.scale.log().sum()
+
+    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        w, log_det = self.support.unconstrain(y)
+        return ((w - self.loc) / self.scale).to(self.inner.dtype), log_det + self.scale.log().sum()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Flow:
+        before = self.loc, self.scale
+        super()._apply(fn, recurse)
+        keep_float64(self._buffers, ("loc", "scale"), before, self.support)
+        return self
+
+
+class NoiseToData(Stack):
+    """A flow and the units of its data, whose y may have a column more than x, and another dtype."""
+
+    def _in_width(self, value: Tensor, role: str, like: Tensor | None) -> Tensor:
+        units: Any = self[-1]
+        if role != "y":
+            return super()._in_width(value, role, units.inner)
+        return check_event(self.name, role, value, units.support.event_size, "event_size of its support", units.loc)
+
+
+def float32_holds(loc: Tensor, scale: Tensor, support: Support | None = None, resolution: float = RESOLUTION) -> Tensor:
+    """Whether float32 tells values of each column apart that differ by so little, (D,).
+
+    Args:
+        loc, scale: Of the unconstrained values, (D,) each.
+        support: Where the values themselves lie; by default they are real.
+        resolution: How little, as a part of the scale.
+
+    Example:
+        >>> float32_holds(torch.tensor([5.4e6, 2000.0]).double(), torch.tensor([0.1, 10.0]).double())
+        tensor([False,  True])
+    """
+    loc, scale = loc.detach().double().cpu(), scale.detach().double().cpu()
+    single = torch.finfo(torch.float32)
+    rounding = single.eps * loc.abs()
+    holds = (scale > single.tiny / single.eps) & (loc.abs() + scale < single.max * single.eps)
+    if support is not None and support.name != "real":
+        y = support.constrain(loc)[0]
+        # By turns up and down: a simplex would not notice its entries grow together.
+        signs = torch.arange(y.shape[-1], dtype=y.dtype) % 2 * 2 - 1
+        nudged = support.unconstrain(y * (1 + single.eps * signs))[0]
+        rounding = rounding.maximum((nudged - loc).abs())
+        holds = holds & support.unconstrain(y.float().double())[0].isfinite()
+    return holds & (rounding <= resolution * scale)
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether there are float64 tensors on a device."""
+    return device.type != "mps"
+
+
+def keep_float64(
+    buffers: dict[str, Tensor | None], names: Sequence[str], before: tuple[Tensor, Tensor], support: Support | None
+) -> None:
+    """Where a module was converted to another dtype, put units back in float64 that float32 does not hold.
+
+    Args:
+        buffers: Those of the module.
+        names: Of location and scale.
+        before: What they were.
+        support: As in `float32_holds`.
+    """
+    now = buffers[names[0]]
+    if now is None or now.dtype == torch.float64 or before[0].dtype != torch.float64 or not has_float64(now.device):
+        return
+    if not float32_holds(*before, support).all():
+        buffers.update((name, value.to(now.device)) for name, value in zip(names, before, strict=True))
+
+
+def statistics(
+    who: str,
+    prefix: str,
+    values: tuple[Tensor | None, Tensor | None],
+    size: int,
+    like: Tensor,
+    support: Support | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Location and scale as vectors like `like`, or in float64 where that is what they are and what they need.
+
+    Args:
+        who: Who asks, for errors.
+        prefix: "" or "context_", as errors put it before "loc" and "scale".
+        values: (size,) each, or None for 0 and 1.
+        size: Their length.
+        like: A tensor of the model's dtype and device.
+        support: As in `float32_holds`.
+
+    Raises:
+        TypeError: For what is no tensor.
+        ValueError: For other shapes, infinite numbers and scales that are not positive.
+    """
+    size_name = "context_dim" if prefix else "input_dim"
+    loc, scale = values
+    loc = torch.zeros(size) if loc is None else check_event(who, f"{prefix}loc", loc, size, size_name)
+    scale = torch.ones(size) if scale is None else check_event(who, f"{prefix}scale", scale, size, size_name)
+    dtype = like.dtype
+    may_need_more = torch.float64 in (loc.dtype, scale.dtype) and dtype != torch.float64 and has_float64(like.device)
+    if may_need_more and loc.shape == scale.shape and not float32_holds(loc, scale, support).all():
+        dtype = torch.float64
+    return _statistic(who, f"{prefix}loc", loc, like, dtype), _statistic(who, f"{prefix}scale", scale, like, dtype)
+
+
+def _statistic(who: str, name: str, value: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    value = value.detach().to(like.device, dtype).clone()
+    if value.dim() != 1 or not value.isfinite().all():
+        raise ValueError(f"{who} expected {name} to be {value.shape[-1]} finite numbers, got {value.tolist()}.")
+    if name.endswith("scale") and not (value > 0).all():
+        raise ValueError(f"{who} expected {name} to be positive, got {value.tolist()}.")
+    return value

@@ -1,0 +1,283 @@
+"""The units that a fit takes columns in: those of the bulk, and in float64 where float32 does not hold the values."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import pyro_maf
+from pyro_maf import IAF, MAF, ConditionalMAF, FlowPrior, MADEMoG, RealNVP, fit
+from pyro_maf.distributions.support import Support
+from pyro_maf.distributions.units import float32_holds
+from pyro_maf.training import stored
+from pyro_maf.training.units import context_units_of, units_of
+from tests.fits import mean_log_prob, same, seeded, weights
+
+OFFSET, SCALE = 5.4e6, 0.1
+TRUTH = -(1 + math.log(2 * math.pi)) - math.log(SCALE)
+QUICK: dict[str, Any] = {"batch_size": 100, "max_epochs": 3, "progress": False}
+
+
+def normal(rows: int = 500, columns: int = 2, seed: int = 0) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).standard_normal((rows, columns))
+
+
+def northings(rows: int = 500, seed: int = 0) -> np.ndarray[Any, Any]:
+    """Rows of 5.4e6 +- 0.1, of which float32 tells a few values apart, and of 0 +- 1."""
+    return normal(rows, seed=seed) * [SCALE, 1] + [OFFSET, 0]
+
+
+def model(family: Any = MAF, dim: int = 2, context_dim: int = 0) -> Any:
+    shape: dict[str, Any] = {"num_layers": 1, "hidden_dims": [8]}
+    return seeded(lambda: family(dim, context_dim, **shape) if context_dim else family(dim, **shape))
+
+
+# -- a bulk and what lies beyond it -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("far", [1e6, -1e30, 40.0])
+def test_ordinary_columns_have_mean_and_deviation_and_an_outlier_hardly_moves_them(far: float) -> None:
+    rows = torch.from_numpy(3 + 2 * normal(1000))
+    loc, scale = units_of(rows)
+    assert torch.allclose(loc, rows.mean(0), rtol=1e-12)
+    assert torch.allclose(scale, rows.std(0, correction=0), rtol=1e-12)
+    rows[7, 0] = far
+    moved = units_of(rows)
+    assert torch.allclose(moved.loc, loc, atol=0.05)
+    assert torch.allclose(moved.scale, scale, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("column", "scale"),
+    [
+        ((np.arange(1000) % 2).astype(float), 0.5),
+        ((np.arange(1000) % 20 == 0).astype(float), math.sqrt(0.05 * 0.95)),
+        (np.where(np.arange(1000) % 10 < 7, 0.0, 5 + normal(1000)[:, 0]), 2.4),
+        (np.where(np.arange(1000) % 50 == 0, np.where(np.arange(1000) == 0, 1e9, 2 + normal(1000)[:, 0]), 0.0), 0.7),
+        (np.where(np.arange(1000) % 10 < 6, 1e-9, 1.0) * normal(1000)[:, 0], math.sqrt(0.4)),
+        (np.where(np.arange(1000) % 20 == 0, -9999.0, normal(1000)[:, 0]), 2.4),
+        (np.full(1000, 4.0), 1.0),
+    ],
+    ids=["two values", "rare value", "many zeros", "nearly all zeros", "narrow and wide", "a code for missing", "one"],
+)
+def test_a_scale_is_that_of_the_bulk_whatever_the_quartiles(column: Any, scale: float) -> None:
+    assert units_of(torch.from_numpy(column)[:, None]).scale.item() == pytest.approx(scale, rel=0.25)
+
+
+def test_a_context_has_a_fence_against_outliers_and_none_against_a_tail() -> None:
+    rows = torch.from_numpy(normal(1000, 1))
+    rows[0] = 1e6
+    assert context_units_of(rows).scale.item() == pytest.approx(1.0, rel=0.1)
+    tail = torch.from_numpy(np.exp(3 * normal(1000, 1)))
+    assert context_units_of(tail).scale.item() == pytest.approx(tail.std(correction=0).item())
+    assert units_of(tail).scale.item() < tail.std().item() / 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_outlier_costs_the_other_rows_nothing(seed: int) -> None:
+    rows = normal(300, seed=seed)
+    rows[5, 0] = 1e6
+    with pytest.warns(UserWarning, match="heavy tails in column 0"):
+        result = fit(model(), rows, **{**QUICK, "max_epochs": 10})
+    fresh = torch.from_numpy(normal(4000, seed=9)).float()
+    assert mean_log_prob(result.density, fresh) == pytest.approx(-1 - math.log(2 * math.pi), abs=0.1)
+
+
+def test_an_outlier_of_a_context_leaves_the_others_their_say() -> None:
+    context = normal(600, 1)
+    rows = context + 0.3 * normal(600, 1, seed=1)
+    context[3] = 1e6
+    with pytest.warns(UserWarning, match="context column 0"):
+        result = fit(
+            model(ConditionalMAF, 1, 1), rows, context=context, learning_rate=2e-2, **{**QUICK, "max_epochs": 25}
+        )
+    fresh = torch.from_numpy(normal(1000, 1, seed=2)).float()
+    at = result.density.condition(fresh)
+    assert mean_log_prob(at, fresh) > -1.0  # without a context it is -1.5
+
+
+# -- columns that float32 does not hold -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loc", "scale", "support", "holds"),
+    [
+        (0.0, 1.0, "real", True),
+        (2000.0, 10.0, "real", True),
+        (OFFSET, SCALE, "real", False),
+        (1.7e9, 3600.0, "real", False),
+        (1e-42, 1e-43, "real", False),
+        (1e38, 1e37, "real", False),
+        (0.0, 1.0, "positive", True),
+        (0.0, 1e-6, "positive", False),
+        (200.0, 1.0, "positive", False),
+        (0.0, 1.0, "unit_interval", True),
+        (20.0, 1.0, "unit_interval", False),
+        (-20.0, 1.0, "unit_interval", True),
+        (0.0, 1e-6, "simplex", False),
+        (0.0, 1.0, "simplex", True),
+    ],
+)
+def test_what_float32_holds(loc: float, scale: float, support: str, holds: bool) -> None:
+    size = 2 if support == "simplex" else 1
+    units = (torch.full((size,), value, dtype=torch.float64) for value in (loc, scale))
+    assert bool(float32_holds(*units, Support("fit", support, size)).all()) == holds
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("family", [MAF, IAF, RealNVP, lambda dim, **_: MADEMoG(dim, hidden_dims=[8])])
+def test_a_model_of_float32_is_fitted_to_any_offset(family: Any, seed: int) -> None:
+    rows = northings(seed=seed)
+    near, far = (fit(model(family), each, **QUICK) for each in (rows - [OFFSET, 0], rows))
+    assert far.density.dtype == torch.float64
+    assert next(far.density.parameters()).dtype == torch.float32
+    assert far.validation_log_likelihood == pytest.approx(near.validation_log_likelihood, abs=1e-3)
+    assert far.validation_log_likelihood == pytest.approx(TRUTH, abs=0.4)
+    torch.manual_seed(seed)
+    drawn = far.density.sample((3000,))
+    assert drawn.dtype == torch.float64
+    assert drawn[:, 0].std().item() == pytest.approx(SCALE, rel=0.1)
+    assert len(drawn[:, 0].unique()) > 2900
+    score = mean_log_prob(far.density, torch.from_numpy(rows))
+    assert score == pytest.approx(mean_log_prob(near.density, torch.from_numpy(rows - [OFFSET, 0]).float()), abs=1e-3)
+
+
+@pytest.mark.parametrize(("offset", "scale"), [(1e9, 1.0), (1.7e9, 20.0), (-9.19e9, 0.5), (1e-41, 1e-42), (1e39, 1e38)])
+def test_offsets_and_sizes_of_any_kind(offset: float, scale: float) -> None:
+    result = fit(model(), offset + scale * normal(), **QUICK)
+    expected = -1 - math.log(2 * math.pi) - 2 * math.log(scale)
+    assert result.validation_log_likelihood == pytest.approx(expected, abs=0.4)
+    assert result.density.sample((2000,)).std(0).tolist() == pytest.approx([scale, scale], rel=0.1)
+
+
+@pytest.mark.parametrize("support", ["positive", "unit_interval", "simplex"])
+def test_values_are_mapped_from_their_support_before_they_are_rounded(support: str) -> None:
+    z = torch.from_numpy(normal(500, 2))
+    rows = {
+        "positive": (15.0 + 1e-7 * z).exp(),
+        "unit_interval": 1 - (-18.0 + z).sigmoid(),
+        "simplex": torch.cat([(1e-7 * z).exp(), torch.ones(500, 1)], 1).double(),
+    }[support]
+    rows = rows / rows.sum(1, keepdim=True) if support == "simplex" else rows
+    single, double = (fit(each, rows, support=support, **QUICK) for each in (model(), model().double()))
+    assert single.validation_log_likelihood == pytest.approx(double.validation_log_likelihood, abs=1e-2)
+
+
+def test_a_few_values_at_the_edge_of_a_support_stay_inside() -> None:
+    rows = torch.from_numpy(normal(500)).sigmoid()
+    rows[7, 1] = 1 - 1e-9
+    result = fit(model(), rows, support="unit_interval", **QUICK)
+    assert result.density.log_prob(rows).isfinite().all()
+
+
+def test_a_context_of_time_stamps_is_told_apart() -> None:
+    seconds = 1.7e9 + 10 * normal(500, 1)
+    rows = (seconds - 1.7e9) / 10 + 0.3 * normal(500, 1, seed=1)
+    given = [seconds, seconds - 1.7e9]
+    far, near = (fit(model(ConditionalMAF, 1, 1), rows, context=each, **QUICK) for each in given)
+    assert (far.density.dtype, far.density.context_dtype) == (torch.float32, torch.float64)
+    assert far.validation_log_likelihood == pytest.approx(near.validation_log_likelihood, abs=1e-3)
+    at = far.density.condition(torch.from_numpy(seconds))
+    assert at.sample().dtype == torch.float32
+    expected = mean_log_prob(near.density.condition(torch.from_numpy(given[1]).float()), torch.from_numpy(rows).float())
+    assert mean_log_prob(at, torch.from_numpy(rows).float()) == pytest.approx(expected, abs=1e-3)
+
+
+def wide(family: Any = MAF) -> FlowPrior:
+    units = {"loc": torch.tensor([OFFSET, 0.0]).double(), "scale": torch.tensor([SCALE, 1.0]).double()}
+    return FlowPrior(model(family), **units)
+
+
+def test_a_density_of_float64_values_keeps_them_wherever_it_goes(tmp_path: Path) -> None:
+    prior, rows = wide(), torch.from_numpy(northings(7))
+    expected = prior.log_prob(rows)
+    prior.save(tmp_path / "prior.safetensors")
+    copies = [
+        pyro_maf.load(tmp_path / "prior.safetensors"),
+        copy.deepcopy(prior),
+        pickle.loads(pickle.dumps(prior)),
+        copy.deepcopy(prior).float(),
+        copy.deepcopy(prior).to(torch.float32),
+    ]
+    for each in copies:
+        assert (each.dtype, each.units.inner.dtype) == (torch.float64, torch.float32)
+        assert torch.equal(each.log_prob(rows), expected)
+    assert torch.allclose(copy.deepcopy(prior).double().log_prob(rows), expected, atol=1e-4)
+    assert copy.deepcopy(prior).double().float().dtype == torch.float64
+
+
+def test_float32_holds_what_it_holds() -> None:
+    units = {"loc": torch.tensor([3.0, 0.0]).double(), "scale": torch.tensor([SCALE, 1.0]).double()}
+    assert FlowPrior(model(), **units).dtype == torch.float32
+    assert FlowPrior(model().double(), **units).float().dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", [MAF, IAF, RealNVP])
+def test_draws_of_float64_carry_gradients_and_are_remembered(family: Any) -> None:
+    prior = FlowPrior(
+        model(family), loc=torch.tensor([OFFSET, 0.0]).double(), scale=torch.tensor([SCALE, 1.0]).double()
+    )
+    drawn = prior.rsample((3, 4, 5))
+    score = prior.log_prob(drawn)
+    assert (score.shape, score.dtype) == ((3, 4, 5), torch.float64)
+    assert torch.allclose(score, prior.log_prob(drawn.detach().clone()), atol=1e-4)
+    (drawn[..., 0] + score).sum().backward()
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in prior.parameters())
+
+
+def test_values_that_were_rounded_are_refused() -> None:
+    message = r"FlowPrior expected value of float64, got float32: that rounds column 0, about 5400000 \+- 0.1"
+    with pytest.raises(TypeError, match=message):
+        wide().log_prob(torch.from_numpy(northings(7)).float())
+
+
+def test_rows_that_come_in_float32_are_scored_in_float32() -> None:
+    rows = torch.from_numpy(normal()).float() + 1e5
+    result = fit(model(), rows, **QUICK)
+    assert result.density.dtype == torch.float32
+    assert mean_log_prob(result.density, rows) == pytest.approx(-1 - math.log(2 * math.pi), abs=0.4)
+
+
+def test_a_prior_whose_units_are_too_coarse_says_so() -> None:
+    given = FlowPrior(model(), loc=torch.tensor([OFFSET, 0.0]), scale=torch.tensor([SCALE, 1.0]))
+    message = r"fit takes column 0 in float32, which has few different values there, 5400000 \+- 0\.\d+:"
+    with pytest.warns(UserWarning, match=message):
+        result = fit(given, northings(), **QUICK)
+    assert result.density is given
+
+
+def test_a_prior_of_float64_values_is_fitted_further() -> None:
+    first = fit(model(), northings(), **QUICK)
+    again = fit(first.density, northings(seed=1), **QUICK)
+    assert again.density is first.density
+    assert again.validation_log_likelihood == pytest.approx(TRUTH, abs=0.4)
+
+
+def test_a_fit_in_two_dtypes_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    whole = fit(model(), northings(), **QUICK)
+    fit(model(), northings(), folder=tmp_path / "fit", **{**QUICK, "max_epochs": 1})
+    again = fit(model(), northings(), folder=tmp_path / "fit", resume=True, **QUICK)
+    assert same(weights(whole.density), weights(again.density))
+    loaded = pyro_maf.load(tmp_path / "fit" / "model.safetensors")
+    assert torch.equal(loaded.log_prob(again.held_out.data), again.density.log_prob(again.held_out.data))
+
+
+def test_a_mapped_table_is_rounded_after_its_units_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored, "IN_MEMORY", 0)
+    monkeypatch.setattr(stored, "BLOCK_BYTES", 2000)
+    np.save(tmp_path / "rows.npy", northings(2000))
+    result = fit(model(), np.load(tmp_path / "rows.npy", mmap_mode="r"), **QUICK)
+    assert result.validation_log_likelihood == pytest.approx(TRUTH, abs=0.3)
+    assert result.density.sample((3000,))[:, 0].std().item() == pytest.approx(SCALE, rel=0.1)
+
+
+def test_a_prior_from_draws_is_as_precise_as_they_are() -> None:
+    prior = FlowPrior.fit(northings(), model(), **QUICK)
+    assert prior.sample((2000,))[:, 0].std().item() == pytest.approx(SCALE, rel=0.1)
