@@ -76,7 +76,18 @@ def __getattr__(name: str) -> Any:
         if name in names.split():
             value = globals()[name] = getattr(importlib.import_module(f"pyro_maf.{home}"), name)
             return value
-    raise AttributeError(f"module 'pyro_maf' has no attribute {name!r}")
+    raise AttributeError(f"module 'pyro_maf' has no attribute {name!r}{_hint(name)}", name=name)
+
+
+def _hint(name: str) -> str:
+    """Where a name is that is looked for here, for instance one that is a part's own, or that is spelled otherwise."""
+    if name.startswith("_"):
+        return ""
+    for part in PARTS:
+        for public in importlib.import_module(f"pyro_maf.{part}").__all__:
+            if public.lower() == name.lower():
+                return f": it is pyro_maf.{public if public in __all__ else f'{part}.{public}'}"
+    return ""
 
 
 def __dir__() -> list[str]:

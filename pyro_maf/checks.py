@@ -19,6 +19,7 @@ __all__ = [
     "check_event",
     "check_permutation",
     "check_positive",
+    "check_shape",
     "check_sizes",
 ]
 
@@ -49,6 +50,13 @@ def check_sizes(who: str, name: str, values: Iterable[int] | int) -> tuple[int, 
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise TypeError(f"{who} expected {name} to be a sequence of ints such as (64, 64), got {values!r}.")
     return tuple(check_positive(who, f"every width in {name}", value) for value in values)
+
+
+def check_shape(who: str, name: str, values: Iterable[int] | int) -> torch.Size:
+    """Return the shape of a batch of draws, () for a single one."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"{who} expected {name} to be a sequence of ints such as (5,), got {values!r}.")
+    return torch.Size([check_positive(who, f"every size in {name}", value, least=0) for value in values])
 
 
 def check_choice(who: str, name: str, value: Any, choices: Iterable[str]) -> str:
@@ -85,9 +93,10 @@ def check_event(who: str, name: str, value: Any, size: int, size_name: str, like
             f"{who} expected {name} with last dimension {size} ({size_name}), got shape {tuple(value.shape)}."
         )
     if like is not None and value.dtype != like.dtype and like.is_floating_point():
+        flow = f" or the flow with .to(torch.{_short(value.dtype)})" if value.is_floating_point() else ""
         raise TypeError(
             f"{who} has {_short(like.dtype)} parameters, got {name} of {_short(value.dtype)}: "
-            f"convert {name} with .to(torch.{_short(like.dtype)}) or the flow with .to(torch.{_short(value.dtype)})."
+            f"convert {name} with .to(torch.{_short(like.dtype)}){flow}."
         )
     if like is not None and value.device != like.device:
         held = "has its parameters on" if like.is_floating_point() else "is on"

@@ -11,12 +11,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoNormal, init_to_value
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_value
 from torch import Tensor, nn
 
-from pyro_maf.infer import diagnose, fit_guide, fitting
+from pyro_maf.infer import diagnose, fit_guide, fitting, neutra, reweight, to_arviz
 from pyro_maf.infer.schedule import Schedule
-from tests.posteriors import GAMMA, GUIDES, SMALL, counting, regression, steps, weights
+from tests.posteriors import GAMMA, GUIDES, SMALL, counting, regression, same, steps, weights
 
 pytestmark = pytest.mark.usefixtures("fresh")
 QUICK: dict[str, Any] = {"num_particles": 8, "progress": False}
@@ -90,6 +91,11 @@ def test_stops_when_steps_are_reached(make: Any) -> None:
     assert (len(fit.elbo), fit.skipped_steps) == (7, 0)
     assert fit.seconds > 0
     assert repr(fit).startswith(f"GuideFit({make.__name__}, 7 steps in ")
+    lines = repr(fit).splitlines()
+    assert len(lines) == 4
+    assert max(map(len, lines)) <= 100
+    assert f"ELBO {fit.diagnosis.elbo:.3f}" in lines[2]
+    assert f"k-hat {fit.diagnosis.k_hat:.2f} is good" in lines[3]
     assert "stopped: reached steps (7)" in repr(fit)
 
 
@@ -412,6 +418,94 @@ def test_wrong_options_are_named(options: dict[str, Any], error: type[Exception]
     with pytest.raises(error, match=message) as raised:
         fit_guide(counting, AutoIAF(counting, **SMALL), **options)
     assert str(raised.value).startswith("fit_guide expected")
+
+
+def of_data(y: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("lr", "use learning_rate"),
+        ("num_steps", "use steps"),
+        ("num_samples", "use num_particles"),
+        ("learningrate", "use learning_rate"),
+        ("colour", "the options are steps, num_particles, learning_rate, progress"),
+    ],
+)
+def test_an_option_by_another_name_is_named(name: str, meant: str) -> None:
+    kwargs: dict[str, Any] = {name: 3}
+    with pytest.raises(TypeError) as raised:
+        fit_guide(of_data, AutoIAF(of_data), torch.zeros(2), **kwargs)
+    assert str(raised.value) == (
+        f"fit_guide expected an option of its own or an argument of the model, model(y), got {name}: {meant}."
+    )
+
+
+def test_keywords_of_the_model_are_passed_on_whatever_their_name() -> None:
+    def model(*, lr: float) -> None:
+        pyro.sample("z", dist.Normal(lr, 1.0))
+
+    fit = fit_guide(model, AutoIAF(model, **SMALL), lr=5.0, steps=3, **QUICK)
+    assert float(fit.guide.median()["z"]) == pytest.approx(5.0, abs=0.2)
+
+
+class Module(nn.Module):
+    def forward(self, y: Tensor) -> None:
+        of_data(y)
+
+
+@pytest.mark.parametrize("model", [of_data, Module(), partial(of_data)])
+def test_missing_arguments_of_the_model_are_named(model: Any) -> None:
+    with pytest.raises(TypeError, match=r"fit_guide expected the arguments of the model, model\(y\).*argument: 'y'\.$"):
+        fit_guide(model, AutoIAF(model))
+
+
+@pytest.mark.parametrize("ask", [fit_guide, diagnose, reweight, to_arviz, neutra])
+def test_model_and_guide_swapped_are_told_apart(ask: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"expected a model and then its guide, got AutoIAF, a guide, .*\(model, guide\)"
+    ):
+        ask(AutoIAF(counting, **SMALL).setup(), counting)
+
+
+def fails(site: str | None) -> None:
+    if site is not None:
+        pyro.sample(site, dist.Normal(0.0, 1.0))
+    raise ValueError("no data yet")
+
+
+def test_tables_of_nothing_are_left_off_what_a_model_raises() -> None:
+    for ask in (fit_guide, diagnose):
+        for guide in (AutoIAF(partial(fails, None)), AutoNormal(partial(fails, None))):
+            with pytest.raises(ValueError, match=r"\Ano data yet\Z"):
+                ask(partial(fails, None), guide)
+    with pytest.raises(ValueError, match=r"\Ano data yet\Z"):
+        AutoIAF(partial(fails, None)).setup()
+
+
+def test_tables_of_sites_stay_with_what_a_model_raises() -> None:
+    with pytest.raises(ValueError, match=r"(?s)\Ano data yet\nTrace Shapes:.*before dist"):
+        fit_guide(partial(fails, "before"), AutoIAF(partial(fails, "before")))
+
+
+@pytest.mark.parametrize("guide_class", [AutoNormal, AutoMultivariateNormal, AutoIAF])
+def test_parameters_outside_of_pyros_store_are_trained(guide_class: Any) -> None:
+    with pyro.settings.context(module_local_params=True):
+        guide = guide_class(counting, init_scale=0.5)
+        guide()
+        before = weights(guide)
+        fit = fit_guide(counting, guide, steps=20, **QUICK)
+        assert len(fit.elbo) == 20
+        assert not same(before, weights(guide))
+        if guide_class is AutoIAF:
+            before = weights(guide)
+            steps(Trace_ELBO(), counting, guide, 2)
+            assert not same(before, weights(guide))
+    assert len(pyro.get_param_store()) == 0
 
 
 def test_a_class_in_place_of_a_guide_is_refused() -> None:

@@ -322,6 +322,12 @@ def mixture() -> None:
         pyro.sample("y", dist.Normal(loc[..., which], 0.5), obs=torch.tensor([-2.5, -1.5, 1.5, 2.5]))
 
 
+def test_a_refusal_in_a_step_of_pyros_stays_one_line() -> None:
+    with pytest.raises(ValueError, match="AutoIAF found no latent variables") as raised:
+        steps(Trace_ELBO(), lambda: None, AutoIAF(lambda: None), 1)
+    assert len(str(raised.value).splitlines()) == 1
+
+
 @each_guide
 def test_a_discrete_site_is_named_with_what_to_do(make: Any) -> None:
     with pytest.raises(
@@ -460,6 +466,12 @@ def test_a_single_draw_has_the_shape_of_the_site(make: Any) -> None:
         assert {name: tuple(value.shape) for name, value in sites.items()} == expected
 
 
+@pytest.mark.parametrize("shape", [5, 2.5, "ab", None])
+def test_a_shape_of_draws_that_is_no_sequence_is_refused(shape: Any) -> None:
+    with pytest.raises(TypeError, match=r"AutoIAF expected sample_shape to be a sequence of ints such as \(5,\), got"):
+        AutoIAF(counting, **SMALL).rsample(shape)
+
+
 @each_guide
 def test_a_missing_site_of_a_density_is_named(make: Any) -> None:
     guide = make(several, **SMALL).setup()
@@ -577,6 +589,48 @@ def test_flows_and_densities_that_pyro_knows_of_can_be_pickled(make: Any) -> Non
     twin = pickle.loads(pickle.dumps(module))
     assert same(weights(module), weights(twin))
     assert same(weights(module), weights(copy.deepcopy(module)))
+
+
+def shares_of(bound: Tensor) -> None:
+    v = pyro.sample("v", dist.Uniform(torch.zeros(()), bound))
+    pyro.sample("y", dist.Normal(v, 1.0), obs=torch.tensor(0.3))
+
+
+def on_a_latent() -> None:
+    shares_of(pyro.sample("u", dist.Uniform(0.0, 1.0)))
+
+
+def on_a_parameter() -> None:
+    shares_of(pyro.param("u", torch.tensor(2.0)))
+
+
+def far_below_a_latent() -> None:
+    u = pyro.sample("u", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.sample("v", dist.ImproperUniform(constraints.independent(constraints.greater_than(u.exp()), 1), (), (2,)))
+
+
+@pytest.mark.parametrize("model", [on_a_latent, on_a_parameter, far_below_a_latent])
+@pytest.mark.parametrize("way", ["set up", "SVI", "fit_guide"])
+def test_a_support_that_moves_is_refused_in_one_line(model: Any, way: str) -> None:
+    guide = AutoIAF(model, **SMALL)
+    ways: dict[str, Callable[[], object]] = {
+        "set up": guide.setup,
+        "SVI": lambda: steps(Trace_ELBO(), model, guide, 1),
+        "fit_guide": lambda: fit_guide(model, guide, steps=2, progress=False),
+    }
+    with pytest.raises(
+        ValueError, match=r"AutoIAF expected supports that stay as they are, got that of site v"
+    ) as raised:
+        ways[way]()
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_supports_of_tensors_that_stay_are_taken() -> None:
+    def model() -> None:
+        with pyro.plate("rows", 2):
+            pyro.sample("v", dist.Uniform(torch.zeros(2), torch.tensor([1.0, 2.0])))
+
+    assert AutoIAF(model, **SMALL).setup().median()["v"].shape == (2,)
 
 
 # -- Pyro's store ------------------------------------------------------------------------------------------------------

@@ -141,6 +141,29 @@ def test_no_module_is_too_long(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 450
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("AutoIAF", "it is pyro_maf.infer.AutoIAF"),
+        ("fit_guide", "it is pyro_maf.infer.fit_guide"),
+        ("autoiaf", "it is pyro_maf.infer.AutoIAF"),
+        ("realnvp", "it is pyro_maf.RealNVP"),
+        ("MaskedAutoregressive", "it is pyro_maf.transforms.MaskedAutoregressive"),
+        ("MaskedLinear", "it is pyro_maf.nn.MaskedLinear"),
+        ("load_dataset", "it is pyro_maf.datasets.load_dataset"),
+    ],
+)
+def test_a_name_that_is_elsewhere_is_pointed_to(name: str, said: str) -> None:
+    with pytest.raises(AttributeError, match=rf"^module 'pyro_maf' has no attribute '{name}': {said}$"):
+        getattr(pyro_maf, name)
+
+
+def test_a_name_that_is_nowhere_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match=r"^module 'pyro_maf' has no attribute 'nonsense'$"):
+        _ = pyro_maf.nonsense
+    assert not hasattr(pyro_maf, "__nothing__")
+
+
 def test_import_leaves_heavy_packages_alone() -> None:
     code = f"import sys, pyro_maf; print([name for name in {LATE} if name in sys.modules])"
     assert run(code).strip() == "[]"

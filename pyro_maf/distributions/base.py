@@ -11,7 +11,7 @@ from pyro.distributions.conditional import ConditionalDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_maf.checks import check_event, check_positive, check_takes_gradient
+from pyro_maf.checks import check_event, check_positive, check_shape, check_takes_gradient
 from pyro_maf.precision import converted, exactly, like_of
 from pyro_maf.randomness import seeded
 from pyro_maf.saving import Savable
@@ -170,7 +170,8 @@ class Density(Savable, TorchDistribution, nn.Module):
         self._check_has_context()
         like = self._like()
         check_takes_gradient(self.name, self, like)
-        return exactly(self._sample, torch.Size(sample_shape) + self.batch_shape, like=like)
+        shape = check_shape(self.name, "sample_shape", sample_shape) + self.batch_shape
+        return exactly(self._sample, shape, like=like)
 
     def _check_has_context(self) -> None:
         if self.context_dim:
@@ -207,7 +208,7 @@ class Density(Savable, TorchDistribution, nn.Module):
         Raises:
             ValueError: If the present batch shape does not broadcast to `batch_shape`.
         """
-        shape = torch.Size(batch_shape)
+        shape = check_shape(self.name, "batch_shape", batch_shape)
         try:
             fits = torch.broadcast_shapes(self.batch_shape, shape) == shape
         except RuntimeError:

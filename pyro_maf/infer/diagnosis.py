@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from pyro_maf.checks import check_positive
+from pyro_maf.infer.arguments import check_call, check_pair
+from pyro_maf.infer.guides import AutoFlow
 from pyro_maf.infer.importance import NoVerdictError, Weighted, arviz, smoothed, weigh
+from pyro_maf.infer.refusal import without_empty_tables
 
 __all__ = ["Diagnosis", "diagnose", "reweight", "to_arviz"]
 
@@ -119,6 +122,7 @@ def diagnose(
     Cost: `num_samples` draws of the guide and evaluations of the model on all rows, in batches where it allows them.
 
     Raises:
+        TypeError: If the two are swapped, or the model does not take the arguments.
         ValueError: If the guide leaves out a latent site of the model, or the model draws what no guide has.
         ModuleNotFoundError: Without the `train` extra.
 
@@ -137,7 +141,7 @@ def diagnose(
     """
     check_positive("diagnose", "num_samples", num_samples, least=100)
     try:
-        weighted = weigh("diagnose", model, guide, args, kwargs, num_samples)
+        weighted = _weighed("diagnose", model, guide, args, kwargs, num_samples)
     except NoVerdictError as error:
         nan = float("nan")
         return Diagnosis(nan, nan, nan, nan, num_samples=0, unscored=0, reason=error.reason)
@@ -162,6 +166,7 @@ def reweight(
         UserWarning: If k-hat is 0.7 or more and the weights differ: they can not be relied on.
 
     Raises:
+        TypeError: If the two are swapped, or the model does not take the arguments.
         ValueError: If the guide leaves out a latent site, or the model can score none of its draws or not all rows.
         ModuleNotFoundError: Without the `train` extra.
 
@@ -178,7 +183,7 @@ def reweight(
         Vehtari et al., *Pareto smoothed importance sampling*, 2024.
     """
     check_positive("reweight", "num_samples", num_samples)
-    weighted = weigh("reweight", model, guide, args, kwargs, max(100, CANDIDATES * num_samples))
+    weighted = _weighed("reweight", model, guide, args, kwargs, max(100, CANDIDATES * num_samples))
     log_weights, k_hat = smoothed(weighted.log_weights)
     if not log_weights.isfinite().any():
         raise ValueError("reweight found no draw of the guide that the model can score.")
@@ -202,6 +207,7 @@ def to_arviz(
         `log_weight`; attributes of `posterior` the diagnosis.
 
     Raises:
+        TypeError: If the two are swapped, or the model does not take the arguments.
         ValueError: If the guide leaves out a latent site, or the model can not score all rows.
         ModuleNotFoundError: Without the `train` extra.
 
@@ -214,7 +220,7 @@ def to_arviz(
         (1, 4000)
     """
     check_positive("to_arviz", "num_samples", num_samples, least=100)
-    weighted = weigh("to_arviz", model, guide, args, kwargs, num_samples)
+    weighted = _weighed("to_arviz", model, guide, args, kwargs, num_samples)
     log_weights, k_hat = smoothed(weighted.log_weights)
     diagnosis = _diagnosis(weighted, log_weights, k_hat)
     return arviz().from_dict(
@@ -222,6 +228,23 @@ def to_arviz(
         sample_stats={"log_weight": log_weights[None].cpu().numpy()},
         posterior_attrs={"k_hat": diagnosis.k_hat, "elbo": diagnosis.elbo, "verdict": diagnosis.verdict},
     )
+
+
+def _weighed(
+    who: str,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    num_samples: int,
+) -> Weighted:
+    """Weighed draws of a guide, for arguments that are checked first."""
+    check_pair(who, model, guide)
+    check_call(who, model, args, kwargs, ("num_samples",))
+    with without_empty_tables():
+        if isinstance(guide, AutoFlow):
+            guide.setup(*args, **kwargs)  # not in a trace, which would add to what it may have to say
+        return weigh(who, model, guide, args, kwargs, num_samples)
 
 
 def _diagnosis(weighted: Weighted, log_weights: Tensor, k_hat: float) -> Diagnosis:

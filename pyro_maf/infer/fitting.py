@@ -14,6 +14,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor
 
 from pyro_maf.checks import check_above_zero, check_positive
+from pyro_maf.infer.arguments import check_call, check_pair
 from pyro_maf.infer.averaging import Average
 from pyro_maf.infer.diagnosis import Diagnosis, diagnose
 from pyro_maf.infer.guides import AutoFlow
@@ -21,6 +22,7 @@ from pyro_maf.infer.importance import arviz, pairing
 from pyro_maf.infer.log_joint import FAILURES
 from pyro_maf.infer.path_gradient import TracePath_ELBO
 from pyro_maf.infer.progress import bar
+from pyro_maf.infer.refusal import without_empty_tables
 from pyro_maf.infer.retreat import Retreat
 from pyro_maf.infer.schedule import Schedule
 from pyro_maf.interruption import Interruption
@@ -28,6 +30,7 @@ from pyro_maf.showing import check_progress
 
 __all__ = ["GuideFit", "fit_guide"]
 
+OPTIONS = ("steps", "num_particles", "learning_rate", "progress")
 MOST_FAILURES = 50
 FAILURES_TO_RETREAT = 10
 CLIP = 4.0
@@ -58,13 +61,17 @@ class GuideFit:
     retreats: int = 0
 
     def __repr__(self) -> str:
-        steps = f"{self.skipped_steps} steps without a finite loss and gradient"
-        skipped = f"; {steps} skipped" if self.skipped_steps else ""
-        if self.retreats:
-            skipped += f"; went back to the best weights {self.retreats} times, with half the learning rate"
+        found, steps = self.diagnosis, f"{len(self.elbo)} steps in {self.seconds:.1f} s"
+        skipped = (
+            f", {self.skipped_steps} steps without a finite loss and gradient skipped" if self.skipped_steps else ""
+        )
+        retreats = f", after {self.retreats} returns to the best weights" if self.retreats else ""
         return (
-            f"GuideFit({type(self.guide).__name__}, {len(self.elbo)} steps in {self.seconds:.1f} s; "
-            f"stopped: {self.stop_reason}{skipped}; {self.diagnosis})"
+            f"GuideFit({type(self.guide).__name__}, {steps}{skipped};\n"
+            f"  stopped: {self.stop_reason}{retreats};\n"
+            f"  ELBO {found.elbo:.3f} +- {found.elbo_se:.3f} nats, effective sample size {found.ess:.0f} of "
+            f"{found.num_samples};\n"
+            f"  {found.verdict.partition(': ')[0].rstrip('.')})"
         )
 
 
@@ -103,7 +110,7 @@ def fit_guide(
 
     Raises:
         ValueError: For options out of range, or a guide without parameters.
-        TypeError: For a class of guides in place of a guide.
+        TypeError: For a class of guides in place of a guide, for the two swapped, and for what the model does not take.
         Exception: What the model raises, where it does so fifty times in a row; the guide has its best weights then.
         ArithmeticError: Where loss or gradient are not finite fifty times in a row, likewise.
         ModuleNotFoundError: Without the `train` extra.
@@ -125,10 +132,14 @@ def fit_guide(
         variational inference*, 2020.
     """
     started = time.monotonic()
-    _check(guide, steps, num_particles, learning_rate, progress)
+    _check(model, guide, steps, num_particles, learning_rate, progress)
+    check_call("fit_guide", model, args, kwargs, OPTIONS)
     arviz()  # where it is missing, better to say so now than after the fit
-    run = _Run(model, guide, args, kwargs, num_particles, Schedule(learning_rate, steps))
-    with Interruption() as interruption, bar(progress, steps) as show:
+    with without_empty_tables():
+        if isinstance(guide, AutoFlow):
+            guide.setup(*args, **kwargs)  # not in a trace, which would add to what it may have to say
+        run = _Run(model, guide, args, kwargs, num_particles, Schedule(learning_rate, steps))
+    with without_empty_tables(), Interruption() as interruption, bar(progress, steps) as show:
         try:
             reason = run.to_the_end(steps, interruption, show)
         finally:
@@ -144,15 +155,17 @@ def fit_guide(
     )
 
 
-def _check(guide: Any, steps: Any, num_particles: Any, learning_rate: Any, progress: Any) -> None:
-    if isinstance(guide, type):
-        raise TypeError(
-            f"fit_guide expected a guide, got the class {guide.__name__}: make one, {guide.__name__}(model)."
-        )
+def _check(model: Any, guide: Any, steps: Any, num_particles: Any, learning_rate: Any, progress: Any) -> None:
+    check_pair("fit_guide", model, guide)
     check_positive("fit_guide", "steps", steps)
     check_positive("fit_guide", "num_particles", num_particles)
     check_above_zero("fit_guide", "learning_rate", learning_rate, finite=True)
     check_progress("fit_guide", progress)
+
+
+def _leaf(value: Any) -> Tensor:
+    """What is trained of a parameter; with `module_local_params` Pyro states some as they are."""
+    return value.unconstrained() if hasattr(value, "unconstrained") else value
 
 
 class _Run:
@@ -191,7 +204,7 @@ class _Run:
         with poutine.trace(param_only=True) as capture:
             self._objective.loss(self._model, self._guide, *self._args, **self._kwargs)
         sites: list[Any] = [site for site in capture.trace.nodes.values() if site["type"] == "param"]
-        leaves = {id(leaf): leaf for leaf in (site["value"].unconstrained() for site in sites)}
+        leaves = {id(leaf): leaf for leaf in (_leaf(site["value"]) for site in sites)}
         parameters = [leaf for leaf in leaves.values() if leaf.requires_grad]
         if not parameters:
             raise ValueError("fit_guide expected a guide with parameters to train, got none.")

@@ -15,7 +15,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor, nn
 
-from pyro_maf.checks import check_above_zero, check_positive, check_sizes
+from pyro_maf.checks import check_above_zero, check_positive, check_shape, check_sizes
 from pyro_maf.flows import IAF, MAF, RealNVP
 from pyro_maf.infer.head import Head
 from pyro_maf.infer.latents import Latents, median_or_feasible, names_of_plates
@@ -25,8 +25,9 @@ from pyro_maf.infer.param_store import Stored
 from pyro_maf.infer.posterior import start_of
 from pyro_maf.infer.prototype import bare_latents, bare_trace
 from pyro_maf.infer.quantiles import QUANTILE_DRAWS, checked_levels, even_noise, quantiles_of
-from pyro_maf.infer.refusal import RefusalError
+from pyro_maf.infer.refusal import RefusalError, without_empty_tables
 from pyro_maf.infer.start import Normal
+from pyro_maf.infer.supports import check_supports
 from pyro_maf.saving import drop_weak_references
 from pyro_maf.tempering import Tempered
 from pyro_maf.transforms import ConditionalFlow, Flow, Stack
@@ -84,7 +85,8 @@ class AutoFlow(AutoContinuous):
 
     def _set_up_once(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
+            with without_empty_tables():
+                self._setup_prototype(*args, **kwargs)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         if self._plain_model is None:
@@ -101,6 +103,7 @@ class AutoFlow(AutoContinuous):
                 create_plates = self.create_plates if self.master is None else self.master().create_plates
                 created = names_of_plates(create_plates, args, kwargs)
                 self._latents = Latents(type(self).__name__, sites, rows, created)
+                check_supports(type(self).__name__, self._plain_model[0], self._latents, args, kwargs)
                 self._create_plates(*args, **kwargs)
                 scale = 1.0 if self._init_scale is None and self.encoder is not None else self._init_scale
                 start = start_of(self._plain_model[0], self.prototype_trace, self._latents, args, kwargs, scale)
@@ -204,7 +207,7 @@ class AutoFlow(AutoContinuous):
 
     def rsample(self, sample_shape: Sequence[int] = (), *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         r"""Draws of every site, (\*sample_shape, \*site), with gradient. Further arguments are the model's."""
-        shape = torch.Size(sample_shape)
+        shape = check_shape(type(self).__name__, "sample_shape", sample_shape)
         latent = self.get_posterior(*args, **kwargs).rsample(shape)
         return self._as_sites(latent, shape)
 

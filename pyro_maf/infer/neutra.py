@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_maf.infer.arguments import check_pair
 from pyro_maf.infer.guides import AutoFlow
 from pyro_maf.infer.importance import joint_of
 from pyro_maf.infer.log_joint import LogJoint
@@ -111,6 +112,7 @@ def neutra(model: Callable[..., Any], guide: AutoFlow) -> NeuTra:
     Reference:
         Hoffman et al., *NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural Transport*, 2019.
     """
+    check_pair("neutra", model, guide)
     if not isinstance(guide, AutoFlow):
         raise TypeError(f"neutra expected a guide of pyro_maf.infer, got {type(guide).__name__}.")
     if guide.prototype_trace is None:

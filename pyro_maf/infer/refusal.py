@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 __all__ = ["RefusalError", "without_empty_tables"]
 
 TABLE = "\nTrace Shapes:"
@@ -20,12 +23,17 @@ class RefusalError(ValueError):
         return super().__str__().partition(TABLE)[0]
 
 
-def without_empty_tables(error: BaseException) -> None:
-    """Take the tables that list nothing off an error's message, in place."""
-    message = error.args[0] if len(error.args) == 1 else None
-    if isinstance(message, str):
-        said, *tables = message.split(TABLE)
-        error.args = (TABLE.join([said, *(table for table in tables if not _is_empty(table))]),)
+@contextmanager
+def without_empty_tables() -> Iterator[None]:
+    """While entered, tables that list nothing are taken off the messages of errors, which are the same otherwise."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        message = error.args[0] if len(error.args) == 1 else None
+        if isinstance(message, str):
+            said, *tables = message.split(TABLE)
+            error.args = (TABLE.join([said, *(table for table in tables if not _is_empty(table))]),)
+        raise
 
 
 def _is_empty(table: str) -> bool:

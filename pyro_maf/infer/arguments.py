@@ -1,0 +1,87 @@
+"""What a model and its guide are called with, checked before either is run."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pyro.infer.autoguide import AutoGuide
+from torch import nn
+
+__all__ = ["check_call", "check_pair"]
+
+FORMER: dict[str, tuple[str, ...]] = {
+    "learning_rate": ("lr", "rate", "step_size"),
+    "num_particles": ("num_samples", "particles", "n_particles", "num_draws"),
+    "num_samples": ("n", "samples", "draws", "num_draws", "num_particles", "n_samples"),
+    "progress": ("progress_bar", "progressbar", "verbose", "disable_progbar"),
+    "steps": ("num_steps", "n_steps", "max_steps", "iterations", "num_iterations", "n_iter", "epochs", "max_epochs"),
+}
+"""What options are called elsewhere."""
+
+
+def check_pair(who: str, model: Any, guide: Any) -> None:
+    """Check that a model and its guide are both there, and in that order.
+
+    Raises:
+        TypeError: If one can not be called, or is a class, or if the two are swapped.
+    """
+    if isinstance(model, AutoGuide) and not isinstance(guide, AutoGuide):
+        raise TypeError(
+            f"{who} expected a model and then its guide, got {type(model).__name__}, a guide, in place of the model: "
+            f"call {who}(model, guide)."
+        )
+    if isinstance(guide, type):
+        raise TypeError(f"{who} expected a guide, got the class {guide.__name__}: make one, {guide.__name__}(model).")
+    for role, program in (("a model", model), ("a guide", guide)):
+        if not callable(program):
+            raise TypeError(f"{who} expected {role} to call, got {type(program).__name__}.")
+
+
+def check_call(
+    who: str, model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: Sequence[str]
+) -> None:
+    """Check that a model takes the arguments that are passed on to it.
+
+    Args:
+        who: The function that passes them on.
+        model: The model.
+        args, kwargs: What it would be called with.
+        options: The options of `who`, for which a keyword may have been meant.
+
+    Raises:
+        TypeError: If it does not.
+    """
+    signature = _signature(model)
+    try:
+        if signature is not None:
+            signature.bind(*args, **kwargs)
+    except TypeError as error:
+        names = list(signature.parameters) if signature is not None else []
+        unknown = next((name for name in kwargs if name not in names), None)
+        if unknown is None:
+            raise TypeError(
+                f"{who} expected the arguments of the model, model({', '.join(names)}), after the guide: {error}."
+            ) from None
+        meant = _meant(unknown, options)
+        advice = f"use {meant}" if meant else f"the options are {', '.join(options)}"
+        raise TypeError(
+            f"{who} expected an option of its own or an argument of the model, model({', '.join(names)}), "
+            f"got {unknown}: {advice}."
+        ) from None
+
+
+def _meant(name: str, options: Sequence[str]) -> str | None:
+    """The option that goes by another name elsewhere, or is spelled about like it."""
+    former = [option for option in options if name in FORMER.get(option, ())]
+    return next(iter([*former, *difflib.get_close_matches(name, options, n=1, cutoff=0.7)]), None)
+
+
+def _signature(model: Callable[..., Any]) -> inspect.Signature | None:
+    """What a model takes, where it says so."""
+    try:
+        return inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+    except (TypeError, ValueError):
+        return None

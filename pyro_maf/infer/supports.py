@@ -1,0 +1,78 @@
+"""Whether the supports of a model's latent sites stay as they were when the guide was set up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+
+from pyro_maf.infer.latents import Latents
+from pyro_maf.infer.log_joint import FAILURES
+from pyro_maf.infer.refusal import RefusalError
+from pyro_maf.randomness import seeded
+
+__all__ = ["check_supports"]
+
+STEP = 0.3
+"""How far latent variables are moved, in unconstrained space, to see whether a support moves with them."""
+
+
+@torch.no_grad()
+def check_supports(
+    who: str, model: Callable[..., Any], latents: Latents, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Refuse a support with a bound that is another at other values of the latent variables, or that is trained.
+
+    A guide maps to each support as it was in the model's first run: where it moves, draws leave it, and what the guide
+    says of the posterior is wrong.
+
+    Cost: one run of the model where a support has a tensor for a bound, and none where all bounds are plain numbers.
+
+    Raises:
+        ValueError: For such a support, with its site.
+    """
+    before = {name: list(_bounds(part.site["fn"].support)) for name, part in latents.parts.items()}
+    for name, bounds in before.items():
+        if any(bound.requires_grad for bound in bounds):
+            raise RefusalError(_said(who, name, "a parameter of the model"))
+    if not any(before.values()):
+        return
+    moved = {
+        name: part.transform(part.transform.inv(part.site["value"]) + STEP) for name, part in latents.parts.items()
+    }
+    try:
+        with poutine.block(), seeded(0, next(iter(moved.values())).device):
+            trace: Any = poutine.trace(poutine.condition(model, data=moved)).get_trace(*args, **kwargs)
+    except FAILURES:
+        return  # which says nothing of supports
+    for name, bounds in before.items():
+        now = list(_bounds(trace.nodes[name]["fn"].support)) if name in trace else bounds
+        if len(now) != len(bounds) or not all(map(_same, now, bounds)):
+            raise RefusalError(_said(who, name, "other latent variables, or on a draw"))
+
+
+def _said(who: str, name: str, cause: str) -> str:
+    return (
+        f"{who} expected supports that stay as they are, got that of site {name}, which depends on {cause}: draw a "
+        "number with a fixed support, such as the unit interval, and scale it."
+    )
+
+
+def _bounds(support: Any) -> Iterator[Tensor]:
+    """The tensors that a constraint is made of."""
+    for value in getattr(support, "__dict__", {}).values():
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Constraint):
+            yield from _bounds(value)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                yield from _bounds(item) if isinstance(item, Constraint) else ()
+
+
+def _same(now: Tensor, before: Tensor) -> bool:
+    return now.shape == before.shape and torch.equal(now, before)
