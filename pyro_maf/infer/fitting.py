@@ -65,7 +65,8 @@ class GuideFit:
         skipped = (
             f", {self.skipped_steps} steps without a finite loss and gradient skipped" if self.skipped_steps else ""
         )
-        retreats = f", after {self.retreats} returns to the best weights" if self.retreats else ""
+        times = f"; went back to the best weights {self.retreats} times, with half the learning rate"
+        retreats = times if self.retreats else ""
         return (
             f"GuideFit({type(self.guide).__name__}, {steps}{skipped};\n"
             f"  stopped: {self.stop_reason}{retreats};\n"
