@@ -15,7 +15,7 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_value
 from torch import Tensor, nn
 
-from pyro_maf.infer import diagnose, fit_guide, fitting, neutra, reweight, to_arviz
+from pyro_maf.infer import Diagnosis, GuideFit, diagnose, fit_guide, fitting, neutra, reweight, to_arviz
 from pyro_maf.infer.schedule import Schedule
 from tests.posteriors import GAMMA, GUIDES, SMALL, counting, regression, same, steps, weights
 
@@ -97,6 +97,16 @@ def test_stops_when_steps_are_reached(make: Any) -> None:
     assert f"ELBO {fit.diagnosis.elbo:.3f}" in lines[2]
     assert f"k-hat {fit.diagnosis.k_hat:.2f} is good" in lines[3]
     assert "stopped: reached steps (7)" in repr(fit)
+
+
+def test_a_fit_without_a_verdict_prints_four_lines_too() -> None:
+    nan = math.nan
+    diagnosis = Diagnosis(nan, nan, nan, nan, num_samples=0, unscored=0, reason="the data are a minibatch")
+    for retreats in (0, 3):
+        lines = repr(GuideFit(None, (-1.0, -3.0), diagnosis, 1.0, "interrupted", 7, retreats)).splitlines()
+        assert len(lines) == 4
+        assert max(map(len, lines)) <= 120
+        assert lines[2:] == ["  ELBO about -2.000 nats in the last steps;", "  No verdict: the data are a minibatch)"]
 
 
 def test_ctrl_c_ends_a_fit_with_what_it_had() -> None:

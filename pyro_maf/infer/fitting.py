@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from pyro_maf.infer.guides import AutoFlow
 from pyro_maf.infer.importance import arviz, pairing
 from pyro_maf.infer.log_joint import FAILURES
 from pyro_maf.infer.path_gradient import TracePath_ELBO
-from pyro_maf.infer.progress import bar
+from pyro_maf.infer.progress import RECENT, bar
 from pyro_maf.infer.refusal import without_empty_tables
 from pyro_maf.infer.retreat import Retreat
 from pyro_maf.infer.schedule import Schedule
@@ -61,7 +62,7 @@ class GuideFit:
     retreats: int = 0
 
     def __repr__(self) -> str:
-        found, steps = self.diagnosis, f"{len(self.elbo)} steps in {self.seconds:.1f} s"
+        steps = f"{len(self.elbo)} steps in {self.seconds:.1f} s"
         skipped = (
             f", {self.skipped_steps} steps without a finite loss and gradient skipped" if self.skipped_steps else ""
         )
@@ -70,10 +71,21 @@ class GuideFit:
         return (
             f"GuideFit({type(self.guide).__name__}, {steps}{skipped};\n"
             f"  stopped: {self.stop_reason}{retreats};\n"
-            f"  ELBO {found.elbo:.3f} +- {found.elbo_se:.3f} nats, effective sample size {found.ess:.0f} of "
-            f"{found.num_samples};\n"
-            f"  {found.verdict.partition(': ')[0].rstrip('.')})"
+            f"  {self._bound()};\n"
+            f"  {self._verdict()})"
         )
+
+    def _bound(self) -> str:
+        found = self.diagnosis
+        if found.reason:
+            return f"ELBO about {fmean(self.elbo[-RECENT:]):.3f} nats in the last steps" if self.elbo else "no ELBO"
+        draws = f"effective sample size {found.ess:.0f} of {found.num_samples}"
+        return f"ELBO {found.elbo:.3f} +- {found.elbo_se:.3f} nats, {draws}"
+
+    def _verdict(self) -> str:
+        """The verdict as far as it fits a line; `diagnosis` has all of it."""
+        verdict = self.diagnosis.verdict.rstrip(".")
+        return verdict if self.diagnosis.reason else verdict.partition(": ")[0]
 
 
 def fit_guide(

@@ -128,7 +128,7 @@ class AutoFlow(AutoContinuous):
     def _context(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         context = self._held("encoder")(*args, **kwargs)
         if not isinstance(context, Tensor) or context.dim() == 0:
-            raise ValueError(
+            raise RefusalError(
                 f"{type(self).__name__} expected encoder to return a tensor (*rows, features), got {context!r}."
             )
         return context

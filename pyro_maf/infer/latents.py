@@ -85,7 +85,7 @@ class Latents:
                 value = periodic_repeat(value, frame.full_size, of_rows[frame.name])
             batch = value.shape[: value.dim() - site["fn"].event_dim]
             if rows and batch != rows:
-                raise ValueError(
+                raise RefusalError(
                     f"{who} expected every site in plates of shape {tuple(rows)}, that of the encoder's context, "
                     f"got {name} in {tuple(batch)}."
                 )
@@ -95,7 +95,7 @@ class Latents:
             self.parts[name] = Part(site, value, of_rows, transform, plates, event, self.size, stop)
             self.size = stop
         if not self.size:
-            raise ValueError(f"{who} found no latent variables in the model.")
+            raise RefusalError(f"{who} found no latent variables in the model.")
         self.idle = torch.zeros(self.size, dtype=torch.bool, device=value.device)
         self.masked = self.idle
         self._constants = torch.zeros(self.size).to(value)
@@ -254,14 +254,14 @@ def masked_entries(site: Mapping[str, Any], value: Tensor) -> Tensor | None:
 def _transform_of(who: str, name: str, site: dict[str, Any]) -> Transform:
     support = site["fn"].support
     if support.is_discrete:
-        raise ValueError(
+        raise RefusalError(
             f"{who} expected continuous latent variables, got the discrete site {name}: sum it out with TraceEnum_ELBO "
             f"and infer={{'enumerate': 'parallel'}}, and hide it here, {who}(poutine.block(model, hide=['{name}']))."
         )
     try:
         return biject_to(support)
     except NotImplementedError:
-        raise ValueError(
+        raise RefusalError(
             f"{who} knows no map from real numbers to the support of site {name}, {support}: "
             "reparameterise it with pyro.poutine.reparam."
         ) from None

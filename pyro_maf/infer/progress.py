@@ -10,7 +10,7 @@ from statistics import fmean
 from pyro_maf.extras import require
 from pyro_maf.showing import SECONDS_BETWEEN_UPDATES, progress_bar, shows
 
-__all__ = ["bar"]
+__all__ = ["RECENT", "bar"]
 
 RECENT = 100
 
