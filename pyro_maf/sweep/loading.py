@@ -22,8 +22,8 @@ def kernels() -> Any:
     try:
         from pyro_maf.sweep import kernel
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
-        # numba says RuntimeError where it finds no folder to keep compiled code in. Sources may be missing, too; and with
-        # NUMBA_DISABLE_JIT, or in a numba to come, there is not what the cache holds on to.
+        # numba says RuntimeError where it finds no folder to keep compiled code in. Sources may be missing, too; and
+        # with NUMBA_DISABLE_JIT, or in a numba to come, there is not what the cache holds on to.
         reason = " ".join(str(error).split())
         warnings.warn(
             f"pyro-maf sweeps in torch, which is slower: its kernels can not be compiled here ({reason}). "
