@@ -148,6 +148,11 @@ def test_noise_takes_a_conditional_density_at_a_context(rows):
     assert torch.allclose(drawn, flow.condition(context).inv(rows.double())[:, :2].detach())
 
 
+def test_contours_of_a_density_in_float64():
+    figure = plotting.contours({"Model": FlowPrior(MAF(2).double())}, WINDOW)
+    assert figure.axes[0].get_title() == "Model"
+
+
 def test_contours_share_the_levels_of_the_first_density():
     figure = plotting.contours({"Exact": FigureOne(), "Model": FlowPrior(MAF(2))}, WINDOW)
     exact, model = (axes.collections[0] for axes in figure.axes[:2])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -238,11 +239,12 @@ def test_values_that_were_rounded_are_refused() -> None:
         wide().log_prob(torch.from_numpy(northings(7)).float())
 
 
-def test_rows_that_come_in_float32_are_scored_in_float32() -> None:
-    rows = torch.from_numpy(normal()).float() + 1e5
-    result = fit(model(), rows, **QUICK)
+@pytest.mark.parametrize("form", [torch.from_numpy, np.asarray, pd.DataFrame])
+def test_rows_that_come_in_float32_are_scored_in_float32(form: Any) -> None:
+    rows = normal().astype(np.float32) + np.float32(1e5)
+    result = fit(model(), form(rows), **QUICK)
     assert result.density.dtype == torch.float32
-    assert mean_log_prob(result.density, rows) == pytest.approx(-1 - math.log(2 * math.pi), abs=0.4)
+    assert mean_log_prob(result.density, torch.from_numpy(rows)) == pytest.approx(-1 - math.log(2 * math.pi), abs=0.4)
 
 
 def test_a_prior_whose_units_are_too_coarse_says_so() -> None:

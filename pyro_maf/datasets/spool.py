@@ -81,7 +81,8 @@ class Spool:
 
     def _gathered(self) -> np.ndarray[Any, Any]:
         if self._file is None:
-            return np.concatenate(self._held or [np.empty((0, self._width))])
+            self._held = [np.concatenate(self._held or [np.empty((0, self._width))])]
+            return self._held[0]
         return np.memmap(self._file.name, np.float64, "r", shape=(self.length, self._width))
 
     def _write_held(self) -> None:

@@ -50,7 +50,8 @@ def contours(
     levels: list[float] = []
     for axes, (name, density) in zip(panels, densities.items(), strict=True):
         with torch.no_grad():
-            height = density.log_prob(points).exp().reshape(GRID, GRID).T
+            height = density.log_prob(points.to(getattr(density, "dtype", torch.float32)))
+            height = height.exp().reshape(GRID, GRID).T
         levels = levels or torch.linspace(0, float(height.max()), 11).tolist()
         grid = (axis1.numpy(), axis2.numpy(), height.numpy())
         filled = axes.contourf(*grid, levels=levels, cmap="cividis", extend="max")
@@ -97,4 +98,4 @@ def log_densities(heights: Mapping[str, Tensor], *, title: str = "") -> Figure:
 def _axis(low: float, high: float) -> Tensor:
     if not low < high:
         raise ValueError(f"contours expected a window with low < high on each axis, got ({low}, {high}).")
-    return torch.linspace(low, high, GRID)
+    return torch.linspace(low, high, GRID, dtype=torch.float64)

@@ -30,6 +30,8 @@ __all__ = [
 LEAST_ROWS = 10
 LEAST_HELD_OUT = 3
 NUMERIC_KINDS = "fiub"
+IN_FLOAT32 = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int16, torch.bool)
+"""Dtypes of which float32 holds every value."""
 
 
 class Rows(NamedTuple):
@@ -105,7 +107,7 @@ def read_rows(
 ) -> Rows:
     """Tensors on the CPU from whatever was given, or what is wrong with it.
 
-    They are of float32 where that is what came, and otherwise of float64, which loses nothing.
+    They are of float32 where that loses nothing of what came, and otherwise of float64.
 
     Args:
         model: Whose `input_dim` and `context_dim` the widths must be; a simplex has a column more.
@@ -235,7 +237,7 @@ def _read_table(name: str, value: Any, width: int, width_name: str, first: int |
         raise ValueError(f"fit expected {name} of shape (rows, {width}), {width} being the {width_name}, got {shape}.")
     if not len(table):
         raise ValueError(f"fit expected {name} with rows in it, got shape {shape}.")
-    table = table.to(torch.float32 if table.is_floating_point() and table.dtype != torch.float64 else torch.float64)
+    table = table.to(torch.float32 if table.dtype in IN_FLOAT32 else torch.float64)
     _check_finite(name, table, value, first)
     return table
 
@@ -261,7 +263,7 @@ def _numbers(name: str, value: Any) -> Tensor:
             f"got {type(value).__name__} of {array.dtype}."
         )
     # A copy: torch takes neither negative strides nor foreign byte orders, and warns of arrays it may not write to.
-    return torch.from_numpy(np.array(array, np.float32 if array.dtype == np.float32 else np.float64, order="C"))
+    return torch.from_numpy(np.array(array, _dtype_for(array.dtype), order="C"))
 
 
 def _is_frame(value: Any) -> bool:
@@ -273,7 +275,14 @@ def _column_of_frame(name: str, label: Any, column: Any) -> np.ndarray[Any, Any]
         raise TypeError(
             f"fit expected {name} of numeric columns, got column {label!r} of {column.dtype}: drop it or encode it."
         )
-    return np.asarray(column.to_numpy(dtype=np.float64, na_value=np.nan))
+    # A nullable dtype of pandas says which one of numpy it is.
+    dtype = _dtype_for(getattr(column.dtype, "numpy_dtype", column.dtype))
+    return np.asarray(column.to_numpy(dtype=dtype, na_value=np.nan))
+
+
+def _dtype_for(dtype: Any) -> type[np.floating[Any]]:
+    """float32 for what it holds every value of."""
+    return np.float32 if np.can_cast(dtype, np.float32) else np.float64
 
 
 def _column_name(value: Any, column: int) -> str:
