@@ -114,6 +114,13 @@ def test_fit_leaves_a_folder_with_all_there_is_to_know(here: Path) -> None:
     assert (type(model).__name__, model.input_dim, model.context_dim) == ("ConditionalFlowPrior", 2, 2)
     report = Path("table-maf/report.html").read_text()
     assert record["command"] in report
+    assert "<h1>table.csv: MAF of 2 columns given 1 context column, 20" in report
+    assert "<b>20 of 200</b><small>held out; they also chose the epoch</small>" in report
+    lowest = [int(number) for number in re.findall(r"<tr><td>(\d+)</td>", report)]
+    density = model.condition(given_rows()[:, :2])
+    log_prob = density.log_prob(rows_of(NAMES)).detach()
+    printed = [float(value) for value in re.findall(r"<tr><td>\d+</td><td>(.*?)</td>", report)]
+    assert printed == pytest.approx([log_prob[row - 1].item() for row in lowest], abs=0.006)
     assert "colour=red" in report
 
 

@@ -199,6 +199,32 @@ def test_pairs_have_a_lower_triangle_of_panels_with_names(rows):
     assert [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()] == ["b", "c"]
 
 
+def test_a_histogram_of_positive_numbers_does_not_begin_below_0(rows):
+    positive = rows.exp()
+    for figure in (plotting.marginals(positive, positive + 1), plotting.pairs(positive, positive.square())):
+        histograms = [patch.get_xy()[:, 0] for axes in figure.axes for patch in axes.patches]
+        assert len(histograms) == 6
+        assert min(map(min, histograms)) > 0
+    same = torch.full((30, 1), 2.0)
+    assert plotting.marginals(same, same).axes[0].patches[0].get_xy()[:, 1].max() == pytest.approx(1)
+
+
+def test_data_are_drawn_over_samples_and_the_larger_the_fewer_they_are(rows):
+    figure = plotting.pairs(rows[:40], rows.repeat(50, 1))
+    samples, data = figure.axes[1].collections
+    assert len(data.get_offsets()) == 40
+    assert len(samples.get_offsets()) > 40
+    assert data.get_sizes()[0] > 2 * samples.get_sizes()[0]
+    assert tuple(data.get_facecolor()[0][:3]) != tuple(samples.get_facecolor()[0][:3])
+
+
+def test_panels_are_as_many_abreast_as_asked_for(rows):
+    for draw in (plotting.pit, plotting.qq, lambda u, **options: plotting.marginals(u, u, **options)):
+        assert draw(rows, columns=1).get_figwidth() < draw(rows, columns=2).get_figwidth() < draw(rows).get_figwidth()
+    with pytest.raises(ValueError, match="columns of at least 1, got 0"):
+        plotting.pit(rows, columns=0)
+
+
 def test_pairs_of_samples_far_from_the_data_are_drawn_on_the_axes_of_the_data(rows):
     near, far = plotting.pairs(rows, rows), plotting.pairs(rows, rows + 100)
     assert [axes.get_xlim() for axes in near.axes] == [axes.get_xlim() for axes in far.axes]

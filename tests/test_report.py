@@ -6,6 +6,7 @@ import base64
 import math
 import re
 import xml.etree.ElementTree as ElementTree
+from datetime import date
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -16,9 +17,11 @@ import torch
 from scipy import stats
 
 from pyro_maf import IAF, MAF, ConditionalMAF, RealNVP, plotting
+from pyro_maf.datasets import Table
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior, MADEMoG, MAFMoG
 from pyro_maf.report import examination, kolmogorov, pictures, table, write_report
 from pyro_maf.training import FitResult
+from pyro_maf.training.data import Rows
 
 SMALL = {"num_layers": 1, "hidden_dims": [8]}
 
@@ -163,8 +166,8 @@ def test_the_rows_of_least_density_come_first_with_their_numbers(report):
     header, *rows = report(density, data, names=["height", "weight"]).rows
     assert header == ["row", "log-density", "furthest", "noise", "height", "weight"]
     log_prob = density.log_prob(data).detach()
-    assert [int(row[0]) for row in rows] == log_prob.argsort()[:10].tolist()
-    assert rows[0] == ["123", f"{log_prob[123]:.2f}", "weight", "-9.0", "0.5", "-9"]
+    assert [int(row[0]) for row in rows] == (log_prob.argsort()[:10] + 1).tolist()
+    assert rows[0] == ["124", f"{log_prob[123]:.2f}", "weight", "-9.0", "0.5", "-9"]
     assert rows[1][2:] == ["height", "+7.0", "7", "0.25"]
 
 
@@ -207,6 +210,73 @@ def test_samples_of_a_conditional_density_are_drawn_at_the_contexts_of_the_data(
     assert not kolmogorov.calibration_of(looked.noise, ["u1", "u2"]).departs
 
 
+def named_table(rows=200):
+    """A table with a category, a number and a column of positive numbers, some rows of which were left out."""
+    colours = ["blue", "red"]
+    label = torch.arange(rows) % 2
+    context = torch.stack([1 - label, label, label * 0.5 + normal(rows, 1, 1)[:, 0]], 1).float()
+    return Table(
+        data=normal(rows).exp().numpy(),
+        context=context.numpy(),
+        names=("length", "width"),
+        context_names=("colour=blue", "colour=red", "age"),
+        columns={
+            "data": ["length", "width"],
+            "context": [{"name": "colour", "categories": colours}, {"name": "age", "categories": None}],
+        },
+        label="wine.csv",
+        rows=np.arange(rows) * 2 + 1,
+    )
+
+
+def conditional():
+    torch.manual_seed(0)
+    return ConditionalFlowPrior(ConditionalMAF(2, 3, **SMALL), support="positive")
+
+
+def test_a_named_table_gives_its_name_its_categories_and_its_rows(report):
+    rows = named_table()
+    density = conditional()
+    page = report(density, rows)
+    assert f"<h1>wine.csv: MAF of 2 columns given 2 context columns, {date.today()}</h1>" in page.html
+    assert f"<title>wine.csv: MAF of 2 columns given 2 context columns, {date.today()}</title>" in page.html
+    header, *lowest = page.rows
+    assert header[-4:] == ["length", "width", "colour", "age"]
+    with torch.no_grad():
+        log_prob = density.condition(torch.tensor(rows.context)).log_prob(torch.tensor(rows.data))
+    for row, place in zip(lowest, log_prob.argsort().tolist(), strict=False):
+        assert int(row[0]) == 2 * place + 1
+        assert row[-2:] == [["blue", "red"][place % 2], f"{rows.context[place, 2]:.4g}"]
+    with pytest.raises(ValueError, match="got a context or names beside a Table"):
+        report(density, rows, names=["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("places", "value", "note"),
+    [(torch.arange(80), "80 of 800", "held out; they also chose the epoch"), (None, "80", "they also chose the epoch")],
+)
+def test_the_rows_that_were_held_out_are_called_so_and_scored_once(tmp_path, places, value, note):
+    held_out = normal(80)
+    result = result_of(standard(), held_out=Rows(held_out, None), held_out_places=places, rows=800)
+    write_report(tmp_path / "report.html", result, held_out)
+    page = Page(tmp_path / "report.html")
+    assert page.figure("Rows") == value
+    assert note in page.text
+    assert page.figure("Log-likelihood of held-out rows")
+    assert "Validation in the fit" not in page.text
+    write_report(tmp_path / "report.html", result, held_out + 1)
+    assert "Validation in the fit" in Page(tmp_path / "report.html").text
+
+
+def test_no_more_panels_lie_side_by_side_than_fit_on_a_telephone(drawn):
+    page = drawn(standard(4), normal(300, 4))
+    assert "min-width" not in page.html.replace("@media", "")
+    assert not re.search(r"img[^}]*max-width: \d+rem", page.html)
+    marginals = next(picture for picture in page.pictures() if ">samples<" in picture)
+    width = float(re.search(r'width="([\d.]+)pt"', marginals).group(1))
+    assert width < 420
+
+
 def test_a_conditional_report_has_the_context_of_the_lowest_rows(report):
     torch.manual_seed(0)
     density = ConditionalFlowPrior(ConditionalMAF(2, 2, **SMALL))
@@ -214,7 +284,7 @@ def test_a_conditional_report_has_the_context_of_the_lowest_rows(report):
     assert page.rows[0][-4:] == ["x1", "x2", "dose", "age"]
     assert "given 2 context columns" in page.text
     row = page.rows[1]
-    assert row[-1] == f"{normal(50, 2, 1)[int(row[0]), 1]:.4g}"
+    assert row[-1] == f"{normal(50, 2, 1)[int(row[0]) - 1, 1]:.4g}"
 
 
 def test_what_users_name_can_not_become_part_of_the_page(drawn):
@@ -343,13 +413,19 @@ CONDITIONAL = ConditionalFlowPrior(ConditionalMAF(2, 1, **SMALL))
     [
         (standard(), normal(5, 3), {}, ValueError, r"data of shape \(rows, 2\).*got \(5, 3\)"),
         (standard(), normal(0), {}, ValueError, r"1 row or more, got \(0, 2\)"),
-        (standard(), with_nan(normal(5)), {}, ValueError, r"finite data, got nan in row 3, column x2"),
+        (
+            standard(),
+            with_nan(normal(5)),
+            {},
+            ValueError,
+            r"finite data, got nan in data row 4 \(counted from 1\), column x2",
+        ),
         (standard(), [["a", "b"]], {}, TypeError, r"data of numbers, got list"),
         (standard(), [[1.0, 2.0], [3.0]], {}, ValueError, r"rows of different lengths"),
         (standard(), normal(5).to(torch.complex64), {}, TypeError, r"real numbers, got torch.complex64"),
         (standard(), normal(5), {"names": ["a"]}, ValueError, r"2 names of data, one for each column, got 1"),
         (standard(), normal(5), {"context": normal(5)}, ValueError, r"takes none: leave it out"),
-        (standard(support="positive"), normal(5), {}, ValueError, r"inside the support, positive.*got row 0"),
+        (standard(support="positive"), normal(5), {}, ValueError, r"inside the support, positive.*got data row 1 "),
         (CONDITIONAL, normal(5), {}, ValueError, r"context with 1 columns, got none"),
         (CONDITIONAL, normal(5), {"context": normal(4, 1)}, ValueError, r"got 4 and 5"),
         (MAF(2, **SMALL), normal(5), {}, TypeError, r"what fit returned"),

@@ -116,7 +116,7 @@ def run(
             table.data,
             context=table.context,
             support=kinds,
-            validation=held_out,
+            validation=held_out if isinstance(held_out, float) else (held_out.data, held_out.context),
             batch_size=batch_size,
             max_epochs=max_epochs,
             patience=patience,
@@ -129,7 +129,7 @@ def run(
         )
     result = dataclasses.replace(result, warnings=tuple(with_names(line, table) for line in result.warnings))
     if is_first:
-        _leave(folder, result, table, command, data)
+        _leave(folder, result, table, _held_out(result, table, held_out), command, data)
         if result.stop_reason == "interrupted":
             raise _interrupted(command)
 
@@ -168,23 +168,27 @@ def _interrupted(command: str) -> typer.Exit:
     return typer.Exit(INTERRUPTED)
 
 
-def _leave(folder: Path, result: FitResult, table: Table, command: str, data: str) -> None:
+def _held_out(result: FitResult, table: Table, validation: float | Table) -> Table:
+    """The rows that the fit was validated with, as the table that they are from has them."""
+    rows: Any = result.held_out
+    source = table if isinstance(validation, float) else validation
+    places = result.held_out_places
+    return dataclasses.replace(
+        source,
+        data=rows.data.numpy(),
+        context=None if rows.context is None else rows.context.numpy(),
+        rows=source.rows if places is None else source.numbers(places.numpy()),
+    )
+
+
+def _leave(folder: Path, result: FitResult, table: Table, held_out: Table, command: str, data: str) -> None:
     """Put what else is known of a fit into its folder."""
     from pyro_maf.report import write_report
 
     write_json(folder / COLUMNS, table.columns)
     write_json(folder / RECORD, dataclasses.asdict(_record(result, table, command, data)))
-    held_out: Any = result.held_out
     result.density.cpu()  # where the rows are
-    write_report(
-        folder / REPORT,
-        result,
-        held_out.data,
-        context=held_out.context,
-        names=table.names,
-        context_names=table.context_names or None,
-        command=command,
-    )
+    write_report(folder / REPORT, result, held_out, command=command)
     say(
         f"validation log-likelihood {result.validation_log_likelihood:.3f} nats after epoch {result.best_epoch} of "
         f"{result.epochs}, {result.seconds:.1f} s; stopped: {result.stop_reason}. See {folder / REPORT}."

@@ -64,7 +64,7 @@ def with_names(text: str, table: Table) -> str:
 
     def name(found: re.Match[str]) -> str:
         if found[3]:
-            return f"data row {int(found[3]) + 1} (counted from 1)"
+            return f"data row {table.numbers(int(found[3]))} (counted from 1)"
         names = table.context_names if found[1] or is_context else table.names
         return f"{found[1] or ''}column {quoted(names[int(found[2])])}"
 

@@ -36,6 +36,8 @@ class Table:
         context_names: Of the C columns of context; that of a category is column=category.
         columns: Plain values that JSON holds and that `read_table` takes, to read another table in the same way:
             {"data": [name, ...], "context": [{"name": name, "categories": [category, ...] or None}, ...]}.
+        label: Name of the file; "" for a table that was put together otherwise.
+        rows: Number of each row in the file, counted from 1; None for all of them in their order.
     """
 
     data: np.ndarray[Any, Any]
@@ -43,6 +45,12 @@ class Table:
     names: tuple[str, ...]
     context_names: tuple[str, ...]
     columns: dict[str, Any]
+    label: str = ""
+    rows: np.ndarray[Any, Any] | None = None
+
+    def numbers(self, places: Any) -> Any:
+        """Numbers in the file, counted from 1, of the rows at `places` of this table, counted from 0."""
+        return places + 1 if self.rows is None else self.rows[places]
 
     def __repr__(self) -> str:
         given = f" given {', '.join(self.context_names)}" if self.context_names else ""
@@ -121,6 +129,7 @@ def read_table(
             "data": [column.name for column in data_columns],
             "context": [{"name": column.name, "categories": column.categories} for column in context_columns],
         },
+        label=opened.label,
     )
 
 

@@ -63,7 +63,7 @@ def noise(densities: Mapping[str, Any], data: Tensor, *, dims: tuple[int, int] =
 
 
 @styled
-def pit(u: Tensor, *, names: Sequence[str] | None = None, title: str = "") -> Figure:
+def pit(u: Tensor, *, names: Sequence[str] | None = None, columns: int = 3, title: str = "") -> Figure:
     r"""Probability integral transforms: a histogram of Phi(u_i) for each dimension of the noise of data.
 
     Under a perfect model Phi(u_i) is uniform. The band holds 95 % of the bars then: two standard errors of a binomial
@@ -73,6 +73,7 @@ def pit(u: Tensor, *, names: Sequence[str] | None = None, title: str = "") -> Fi
     Args:
         u: Noise of the data, (N, D), of the dimensions to show, as `noise` draws it.
         names: Of the dimensions.
+        columns: Panels side by side, at most.
         title: Of the figure.
 
     Raises:
@@ -95,7 +96,7 @@ def pit(u: Tensor, *, names: Sequence[str] | None = None, title: str = "") -> Fi
     margin = 2 * math.sqrt((bins - 1) / total)
     heights = [torch.histc(column, bins, 0, 1).max() * bins / total for column in uniform.T]
     top = 1.1 * max(1 + margin, *map(float, heights))
-    figure, panels = new_panels(size, title, height=1.8, of="dimension")
+    figure, panels = new_panels(size, title, height=1.8, of="dimension", columns=columns)
     for i, (axes, name) in enumerate(zip(panels, names, strict=True)):
         axes.hist(uniform[:, i].numpy(), bins=bins, range=(0, 1), weights=[bins / total] * total, color=COLOURS[4])
         axes.axhspan(max(0.0, 1 - margin), 1 + margin, color=GREY, alpha=0.35, linewidth=0)
@@ -107,14 +108,14 @@ def pit(u: Tensor, *, names: Sequence[str] | None = None, title: str = "") -> Fi
 
 
 @styled
-def qq(u: Tensor, *, names: Sequence[str] | None = None, title: str = "") -> Figure:
+def qq(u: Tensor, *, names: Sequence[str] | None = None, columns: int = 3, title: str = "") -> Figure:
     r"""Quantiles of each dimension of the noise of data against those of the standard normal.
 
     Under a perfect model they lie on the diagonal. The band is two standard errors of a quantile on either side,
     sqrt(p (1 - p) / N) / phi(z_p). The tails, which a histogram hides, are at the ends.
 
     Args:
-        u, names, title: As in `pit`.
+        u, names, columns, title: As in `pit`.
 
     Raises:
         ValueError: As in `pit`.
@@ -131,7 +132,7 @@ def qq(u: Tensor, *, names: Sequence[str] | None = None, title: str = "") -> Fig
     places, normal, error = _normal_order(len(u))
     found = u.sort(0).values[places]
     edge = max(2.0, float(normal[-1])) + 1
-    figure, panels = new_panels(size, title, height=2.3, of="dimension")
+    figure, panels = new_panels(size, title, height=2.3, of="dimension", columns=columns)
     for i, (axes, name) in enumerate(zip(panels, names, strict=True)):
         axes.fill_between(normal, normal - 2 * error, normal + 2 * error, color=GREY, alpha=0.35, linewidth=0)
         axes.plot((-edge, edge), (-edge, edge), color="black", linewidth=0.7)

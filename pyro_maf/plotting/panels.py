@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from pyro_maf.checks import check_positive
 from pyro_maf.extras import require
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COLOURS",
+    "DARK",
     "GREY",
+    "bins_of",
     "dots",
     "edges_of",
     "histogram",
@@ -33,6 +36,7 @@ __all__ = [
 ]
 
 GREY = "#8c8c8c"
+DARK = "#262626"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -50,6 +54,8 @@ DPI = 160
 SCREEN_DPI = 80
 POINTS = 4000
 MOST_BINS = 40
+SMALLEST_DOT, LARGEST_DOT = 2.5, 12.0
+FEW_ROWS = 1000
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -92,12 +98,12 @@ def new_figure(width: float, height: float, title: str) -> Figure:
 
 
 def new_panels(
-    count: int, title: str, *, width: float = 2.7, height: float = 2.6, of: str = "model"
+    count: int, title: str, *, width: float = 2.7, height: float = 2.6, of: str = "model", columns: int = COLUMNS
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, left to right and then down."""
+    """A figure of `count` panels, left to right, at most `columns` of them, and then down."""
     if count < 1:
         raise ValueError(f"A picture expects at least one {of}, got none.")
-    columns = min(count, COLUMNS)
+    columns = min(count, check_positive("A picture", "columns", columns))
     rows = math.ceil(count / columns)
     figure = new_figure(width * columns, height * rows + 0.3 * bool(title), title)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -132,9 +138,24 @@ def limits_of(rows: Tensor) -> tuple[tuple[float, float], tuple[float, float]]:
 
 
 def dots(axes: Axes, rows: Tensor, colour: str) -> None:
-    """A dot for each of the rows, (rows, 2)."""
+    """A dot for each of the rows, (rows, 2), the larger and darker the fewer there are."""
     first, second = rows.T.numpy()
-    axes.scatter(first, second, s=2.5, color=colour, alpha=0.35, linewidths=0, rasterized=True)
+    area = min(LARGEST_DOT, max(SMALLEST_DOT, SMALLEST_DOT * FEW_ROWS / max(1, len(rows))))
+    alpha = 0.35 * math.sqrt(area / SMALLEST_DOT)
+    axes.scatter(first, second, s=area, color=colour, alpha=alpha, linewidths=0, rasterized=True)
+
+
+def bins_of(data: Tensor, samples: Tensor) -> list[float]:
+    """The edges of as many bins as a histogram of the data, (rows,), bears, over their limits.
+
+    They begin and end where there is something to count: those of positive numbers not below 0.
+    """
+    (low, high), _ = limits_of(data[:, None].expand(-1, 2))
+    everything = torch.cat([data, samples]).double()
+    everything = everything[everything.isfinite()]
+    low, high = max(low, float(everything.min())), min(high, float(everything.max()))
+    # What is the same everywhere has a bin too.
+    return edges_of(low, max(high, low + 1e-9 + 1e-6 * abs(low)), len(data))
 
 
 def edges_of(low: float, high: float, total: int) -> list[float]:

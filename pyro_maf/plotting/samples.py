@@ -10,9 +10,10 @@ from torch import Tensor
 
 from pyro_maf.plotting.panels import (
     COLOURS,
+    DARK,
     GREY,
+    bins_of,
     dots,
-    edges_of,
     histogram,
     label,
     limits_of,
@@ -59,7 +60,9 @@ def scatter(data: Tensor, samples: Mapping[str, Tensor], *, dims: tuple[int, int
 
 
 @styled
-def marginals(data: Tensor, samples: Tensor, *, names: Sequence[str] | None = None, title: str = "") -> Figure:
+def marginals(
+    data: Tensor, samples: Tensor, *, names: Sequence[str] | None = None, columns: int = 3, title: str = ""
+) -> Figure:
     """The histogram of each dimension, data under samples of one model, in the same bins.
 
     Heights are parts of all rows, those beyond the outermost bins, about a thousandth of the data, too.
@@ -68,6 +71,7 @@ def marginals(data: Tensor, samples: Tensor, *, names: Sequence[str] | None = No
         data: Rows (N, D), of the dimensions to show.
         samples: Rows (M, D).
         names: Of the dimensions.
+        columns: Panels side by side, at most.
         title: Of the figure.
 
     Raises:
@@ -85,9 +89,9 @@ def marginals(data: Tensor, samples: Tensor, *, names: Sequence[str] | None = No
         for name, rows in (("data", data), ("samples", samples))
     )
     names = named("marginals", names, size)
-    figure, panels = new_panels(size, title, height=1.8, of="dimension")
+    figure, panels = new_panels(size, title, height=1.8, of="dimension", columns=columns)
     for i, (axes, name) in enumerate(zip(panels, names, strict=True)):
-        edges = edges_of(*limits_of(data[:, [i, i]])[0], len(data))
+        edges = bins_of(data[:, i], samples[:, i])
         histogram(axes, data[:, i], edges, GREY, filled=True)
         histogram(axes, samples[:, i], edges, COLOURS[0], filled=False)
         axes.set_title(name)
@@ -99,7 +103,7 @@ def marginals(data: Tensor, samples: Tensor, *, names: Sequence[str] | None = No
 
 @styled
 def pairs(data: Tensor, samples: Tensor, *, names: Sequence[str] | None = None, title: str = "") -> Figure:
-    """Every pair of dimensions, data under samples of one model, with the histogram of each dimension.
+    """Every pair of dimensions, data over samples of one model, with the histogram of each dimension.
 
     Args:
         data: Rows (N, D), of the few dimensions to show.
@@ -132,7 +136,7 @@ def pairs(data: Tensor, samples: Tensor, *, names: Sequence[str] | None = None, 
             _pair(grid[i, j], data[:, [j, i]], samples[:, [j, i]], (limits[j], limits[i]))
             grid[i, j].set(xlabel=names[j] if i == size - 1 else "", ylabel=names[i] if j == 0 and i else "")
             grid[i, j].label_outer()
-    handles = [grid[0, 0].plot([], [], color=colour)[0] for colour in (GREY, COLOURS[0])]
+    handles = [grid[0, 0].plot([], [], ".", color=colour, markersize=6)[0] for colour in (DARK, COLOURS[0])]
     figure.legend(handles, ["data", "samples"], loc="upper right")
     return figure
 
@@ -141,12 +145,12 @@ def _pair(axes: Axes, data: Tensor, samples: Tensor, limits: Any) -> None:
     """Two dimensions of data and samples, or one dimension's histograms where the two are the same."""
     axes.set_xlim(limits[0])
     if torch.equal(data[:, 0], data[:, 1]):
-        low, high = limits[0]
-        edges = edges_of(low, high, len(data))
+        edges = bins_of(data[:, 0], samples[:, 0])
         histogram(axes, data[:, 0], edges, GREY, filled=True)
         histogram(axes, samples[:, 0], edges, COLOURS[0], filled=False)
         axes.set_yticks([])
         return
-    dots(axes, data, GREY)
+    # Data come last, so that none of them lies under a sample, however many there are.
     dots(axes, samples, COLOURS[0])
+    dots(axes, data, DARK)
     axes.set_ylim(limits[1])

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_maf.datasets import Table as NamedTable
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.distributions.noise import noise_of
 from pyro_maf.precision import exactly, like_of
 from pyro_maf.randomness import seeded
 from pyro_maf.report.progress import bar
-from pyro_maf.report.table import Table
+from pyro_maf.report.table import Given, Table, given_columns
 
 __all__ = ["Examination", "LowRow", "examine"]
 
@@ -34,9 +35,10 @@ class LowRow:
     """A row of little density.
 
     Attributes:
-        row: Its number in the data, from 0.
+        row: Its number in the table, from 1.
         log_prob: In nats.
-        values, context: Its numbers; no context where there is none.
+        values: Its numbers.
+        context: Its context as text, a category by its name; empty where there is none.
         dimension: The dimension of its noise that is furthest from 0.
         noise: That dimension's noise.
     """
@@ -44,7 +46,7 @@ class LowRow:
     row: int
     log_prob: float
     values: list[float]
-    context: list[float]
+    context: list[str]
     dimension: int
     noise: float
 
@@ -56,6 +58,7 @@ class Examination:
     Attributes:
         names, context_names: Of the columns.
         rows: How many rows were given.
+        is_held_out: Whether they are the rows that the fit was validated with.
         log_prob: Log-densities of those that were scored, (scored,), in nats.
         lowest: The rows with the least of them, the least first.
         data: Some of them, drawn at random, (pictured, columns), for pictures.
@@ -67,6 +70,7 @@ class Examination:
     names: list[str]
     context_names: list[str]
     rows: int
+    is_held_out: bool
     log_prob: Tensor
     lowest: list[LowRow]
     data: Tensor
@@ -82,16 +86,24 @@ def examine(
     names: Sequence[str] | None,
     context_names: Sequence[str] | None,
     *,
+    held_out: Any = None,
     progress: bool | str = False,
 ) -> Examination:
     """Look at a density with rows of data; the global random state is left as it was.
 
     Memory is bounded whatever the number of rows: they are read in blocks, and pictures are made of a part.
 
+    Args:
+        density: With a flow or a density that `fit` can fit.
+        data, context, names, context_names, progress: As in `write_report`.
+        held_out: The rows that the fit was validated with, a pair (data, context), if that is known.
+
     Raises:
         TypeError, ValueError: As `write_report`.
     """
     tables = _tables(density, data, context, names, context_names)
+    given = given_columns(data, tables)
+    numbers = None if not isinstance(data, NamedTable) else data.rows
     generator = np.random.default_rng(SEED)
     width = len(tables[0].names)
     scored = _some(np.arange(len(tables[0])), MOST_VALUES // width, generator)
@@ -104,11 +116,13 @@ def examine(
         data_rows, noise = looked.noise(pictured)
         samples, samples_log_prob = looked.samples(sampled)
         order = log_prob.argsort()[:LOWEST].numpy()
-        lowest = looked.low_rows(scored[order], log_prob[order])
+        lowest = looked.low_rows(scored[order], log_prob[order], given, numbers)
+        is_held_out = looked.is_all(held_out)
     return Examination(
         names=tables[0].names,
-        context_names=tables[1].names if len(tables) > 1 else [],
+        context_names=[column.name for column in given],
         rows=len(tables[0]),
+        is_held_out=is_held_out,
         log_prob=log_prob,
         lowest=lowest,
         data=data_rows,
@@ -140,8 +154,8 @@ class _Reader:
         if outside.any():
             row = int(outside.nonzero()[0])
             raise ValueError(
-                f"write_report expected data inside the support, {support.name}, where the density is not 0, got row "
-                f"{index[row]} outside: leave such rows out."
+                f"write_report expected data inside the support, {support.name}, where the density is not 0, got data "
+                f"row {index[row] + 1} (counted from 1) outside: leave such rows out."
             )
         return data, context[0] if context else None
 
@@ -181,17 +195,28 @@ class _Reader:
         finite = samples.isfinite().all(-1)
         return samples[finite], log_prob[finite]
 
-    def low_rows(self, index: np.ndarray[Any, Any], log_prob: Tensor) -> list[LowRow]:
-        """The rows at `index`."""
+    def is_all(self, rows: Any) -> bool:
+        """Whether the tables hold just these rows, a pair (data, context)."""
+        if rows is None or len(rows[0]) != len(self.tables[0]):
+            return False
+        index = np.arange(len(self.tables[0]))
+        return all(
+            torch.equal(table.take(block, self.like), part[torch.from_numpy(block)].to(self.like))
+            for table, part in zip(self.tables, rows, strict=False)
+            for block in table.blocks(index)
+        )
+
+    def low_rows(self, index: np.ndarray[Any, Any], log_prob: Tensor, given: list[Given], numbers: Any) -> list[LowRow]:
+        """The rows at `index`, with their numbers in the table that they are from."""
         data, context = self.read(index)
         noise = exactly(noise_of, self.prior, data, context, like=self.like)
         furthest = noise.abs().argmax(-1)
         return [
             LowRow(
-                row=int(index[i]),
+                row=int(index[i] + 1 if numbers is None else numbers[index[i]]),
                 log_prob=float(log_prob[i]),
                 values=data[i].tolist(),
-                context=[] if context is None else context[i].tolist(),
+                context=[] if context is None else [column.text(context[i].tolist()) for column in given],
                 dimension=int(furthest[i]),
                 noise=float(noise[i, furthest[i]]),
             )
@@ -201,6 +226,12 @@ class _Reader:
 
 def _tables(density: Any, data: Any, context: Any, names: Any, context_names: Any) -> list[Table]:
     """Data and, for a conditional density, context."""
+    if isinstance(data, NamedTable):
+        if any(value is not None for value in (context, names, context_names)):
+            raise ValueError("write_report got a context or names beside a Table, which has its own: leave them out.")
+        names, context = data.names, data.context
+        context_names = None if context is None else data.context_names
+        data = data.data
     if not isinstance(density, ConditionalFlowPrior):
         if context is not None or context_names is not None:
             raise ValueError("write_report got a context for a density that takes none: leave it out.")

@@ -29,6 +29,8 @@ MOST_PAIRS = 6
 CORRELATED_COLUMNS = 1000
 """Among how many columns the most correlated are looked for: the work grows with their square."""
 LONGEST_NAME = 24
+ABREAST = 2
+"""Panels side by side: as many as can be read on a telephone."""
 DPI = 96
 
 
@@ -57,7 +59,7 @@ def marginals(examination: Examination) -> Picture:
     """Histograms of columns of data and samples."""
     data, samples, names = examination.data, examination.samples, examination.names
     shown, note = _foremost(distance_between(data, samples), MOST_MARGINALS, "whose data and samples differ most")
-    figure = plotting.marginals(data[:, shown], samples[:, shown], names=_drawn(names, shown))
+    figure = plotting.marginals(data[:, shown], samples[:, shown], names=_drawn(names, shown), columns=ABREAST)
     return _embedded(figure, f"Histograms of data and samples of {_listed(names, shown)}.", note)
 
 
@@ -67,8 +69,12 @@ def noise(u: Tensor, names: list[str]) -> tuple[Picture, Picture]:
     shown, note = _foremost(distances, MOST_NOISE, "that are furthest from uniform", "panels")
     listed, drawn = _listed(names, shown), _drawn(names, shown)
     return (
-        _embedded(plotting.pit(u[:, shown], names=drawn), f"PIT histograms of the noise of {listed}.", note),
-        _embedded(plotting.qq(u[:, shown], names=drawn), f"Normal QQ plots of the noise of {listed}.", note),
+        _embedded(
+            plotting.pit(u[:, shown], names=drawn, columns=ABREAST), f"PIT histograms of the noise of {listed}.", note
+        ),
+        _embedded(
+            plotting.qq(u[:, shown], names=drawn, columns=ABREAST), f"Normal QQ plots of the noise of {listed}.", note
+        ),
     )
 
 
@@ -81,7 +87,7 @@ def pairs(examination: Examination) -> Picture:
         among = f" of the first {CORRELATED_COLUMNS:,}" if len(names) > CORRELATED_COLUMNS else ""
         note = f"{len(shown)} of {len(names):,} columns, the most correlated{among}: {_listed(names, shown)}."
     figure = plotting.pairs(data[:, shown], samples[:, shown], names=_drawn(names, shown))
-    return _embedded(figure, f"Data under samples for every pair of {_listed(names, shown)}.", note)
+    return _embedded(figure, f"Data over samples for every pair of {_listed(names, shown)}.", note)
 
 
 def log_densities(examination: Examination) -> Picture:

@@ -3,17 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Table"]
+from pyro_maf.datasets import Table as NamedTable
+
+__all__ = ["Given", "Table", "given_columns"]
 
 NUMERIC_KINDS = "fiub"
 VALUES_AT_ONCE = 2**18
 ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Given:
+    """A column of context as its table has it: of numbers, or of categories that the density sees as 0 and 1 each.
+
+    Attributes:
+        name: Of the column.
+        first: Where its numbers begin in a row of the context.
+        categories: In their order, or None for a column of numbers.
+
+    Example:
+        >>> Given("colour", 1, ["blue", "red"]).text([30.5, 0.0, 1.0])
+        'red'
+    """
+
+    name: str
+    first: int
+    categories: list[str] | None = None
+
+    def text(self, context: list[float]) -> str:
+        """What stands in this column of a row, whose numbers for the density are `context`."""
+        if self.categories is None:
+            return f"{context[self.first]:.4g}"
+        return self.categories[context.index(1.0, self.first) - self.first]
+
+
+def given_columns(data: Any, tables: list[Table]) -> list[Given]:
+    """The columns of context: those of the table that `data` is, or a column for each number."""
+    if not isinstance(data, NamedTable):
+        return [Given(name, place) for table in tables[1:] for place, name in enumerate(table.names)]
+    columns, first = [], 0
+    for column in data.columns["context"]:
+        columns.append(Given(column["name"], first, column["categories"]))
+        first += len(column["categories"] or [0])
+    return columns
 
 
 class Table:
@@ -62,8 +101,8 @@ class Table:
         if wrong.any():
             row, column = wrong.nonzero()[0].tolist()
             raise ValueError(
-                f"write_report expected finite {self.role}, got {rows[row, column].item()} in row {index[row]}, "
-                f"column {self.names[column]}: drop such rows or fill them in."
+                f"write_report expected finite {self.role}, got {rows[row, column].item()} in data row "
+                f"{index[row] + 1} (counted from 1), column {self.names[column]}: drop such rows or fill them in."
             )
         return rows
 

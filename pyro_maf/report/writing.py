@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from datetime import date
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from pyro_maf.datasets import Table
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.extras import require
 from pyro_maf.precision import like_of
@@ -58,7 +60,8 @@ def write_report(
         path: The file; by custom it ends in .html. What was there is replaced once all is written.
         result: What `pyro_maf.fit` returned.
         data: Rows (N, D), or (N, D + 1) on a simplex: a tensor, an array, a data frame or nested lists. A `np.memmap`
-            is read in blocks.
+            is read in blocks. Or what `read_table` returned, which has names and context of its own: then the page has
+            the name of the table in its title, categories by their names, and rows by their numbers in the file.
         context: Rows (N, C) of the same kinds, where the density takes a context.
         names: Of the columns, by default those of a data frame, or x1, x2 and so on.
         context_names: Of the columns of the context, likewise, with c1.
@@ -72,7 +75,8 @@ def write_report(
     Raises:
         TypeError: For a result that is not of `fit`, or data that are not numeric.
         ValueError: For data of the wrong width, without rows, not finite or outside the support, with the row; for a
-            context missing, superfluous or of another length; for as many names as there are not columns.
+            context missing, superfluous or of another length; for as many names as there are not columns. Rows are
+            counted from 1.
         FileNotFoundError: If the folder of `path` does not exist.
         ModuleNotFoundError: Without the `train` extra.
 
@@ -93,11 +97,14 @@ def write_report(
     if not isinstance(result, FitResult) or not isinstance(result.density, (FlowPrior, ConditionalFlowPrior)):
         raise TypeError(f"write_report expected what fit returned, a FitResult, got {type(result).__name__}.")
     check_progress("write_report", progress)
-    examination = examine(result.density, data, context, names, context_names, progress=progress)
-    write_whole(path, _page(result, examination, command).encode())
+    examination = examine(
+        result.density, data, context, names, context_names, held_out=result.held_out, progress=progress
+    )
+    label = data.label if isinstance(data, Table) else ""
+    write_whole(path, _page(result, examination, command, label).encode())
 
 
-def _page(result: FitResult, examination: Examination, command: str) -> str:
+def _page(result: FitResult, examination: Examination, command: str, label: str) -> str:
     """The page's text."""
     from jinja2 import Environment, StrictUndefined
 
@@ -109,7 +116,7 @@ def _page(result: FitResult, examination: Examination, command: str) -> str:
         u = torch.cat([u, radius_of(u)[:, None]], -1)
     pit, qq = pictures.noise(u, names)
     return environment.from_string(template).render(
-        title=_title(result, examination),
+        title=_title(result, examination, label),
         figures=_figures(result, examination),
         command=command,
         warnings=result.warnings,
@@ -141,21 +148,24 @@ def _model(result: FitResult) -> Any:
     return (density.density if isinstance(density, ConditionalFlowPrior) else density).model
 
 
-def _title(result: FitResult, examination: Examination) -> str:
+def _title(result: FitResult, examination: Examination, label: str) -> str:
     given = f" given {_count(len(examination.context_names), 'context column')}" if examination.context_names else ""
-    return f"{type(_model(result)).__name__} of {_count(len(examination.names), 'column')}{given}"
+    model = f"{type(_model(result)).__name__} of {_count(len(examination.names), 'column')}{given}"
+    return f"{label}: {model}, {date.today()}" if label else f"{model}, {date.today()}"
 
 
 def _figures(result: FitResult, examination: Examination) -> list[Figure]:
     """The headline figures."""
-    scored, rows = len(examination.log_prob), examination.rows
     weight = like_of(_model(result))
     parameters = sum(parameter.numel() for parameter in result.density.parameters())
     columns = f"{len(examination.names):,}"
+    validation = Figure(
+        "Validation in the fit", f"{result.validation_log_likelihood:.3f}", "nats, of the fit's own rows"
+    )
     return [
         _log_likelihood(examination),
-        Figure("Validation in the fit", f"{result.validation_log_likelihood:.3f}", "nats, of the fit's own rows"),
-        Figure("Rows", f"{rows:,}", "" if scored == rows else f"{scored:,} of them, drawn at random, were scored"),
+        *[validation] * (not examination.is_held_out),
+        _rows(result, examination),
         Figure("Columns", columns, _count(len(examination.context_names), "context column", none="no context")),
         Figure("Epochs", f"{result.epochs:,}", f"best: {result.best_epoch:,}"),
         Figure("Time", _duration(result.seconds), "for the fit"),
@@ -170,7 +180,20 @@ def _log_likelihood(examination: Examination) -> Figure:
     value = f"{log_prob.mean():.3f}"
     if len(log_prob) > 1 and log_prob.isfinite().all():
         value += f" ± {2 * float(log_prob.std()) / math.sqrt(len(log_prob)):.3f}"
-    return Figure("Log-likelihood of these rows", value, "nats a row, ± two standard errors")
+    which = "held-out rows" if examination.is_held_out else "these rows"
+    return Figure(f"Log-likelihood of {which}", value, "nats a row, ± two standard errors")
+
+
+def _rows(result: FitResult, examination: Examination) -> Figure:
+    """How many rows were looked at, and what they are to the fit."""
+    scored, rows = len(examination.log_prob), examination.rows
+    notes = [] if scored == rows else [f"{scored:,} of them, drawn at random, were scored"]
+    if not examination.is_held_out:
+        return Figure("Rows", f"{rows:,}", *notes)
+    if result.held_out is None or result.held_out_places is None:
+        return Figure("Rows", f"{rows:,}", "; ".join(["those to validate with; they also chose the epoch", *notes]))
+    value = f"{rows:,} of {result.rows:,}"
+    return Figure("Rows", value, "; ".join(["held out; they also chose the epoch", *notes]))
 
 
 def _lowest(examination: Examination, noise_names: Sequence[str]) -> dict[str, Any]:
@@ -182,7 +205,8 @@ def _lowest(examination: Examination, noise_names: Sequence[str]) -> dict[str, A
             "log_prob": f"{low.log_prob:.2f}",
             "furthest": noise_names[low.dimension],
             "noise": f"{low.noise:+.1f}",
-            "values": [f"{value:.4g}" for value in (*low.values[: len(columns)], *low.context[: len(contexts)])],
+            "values": [f"{value:.4g}" for value in low.values[: len(columns)]],
+            "context": list(zip(contexts, low.context, strict=False)),
         }
         for low in examination.lowest
     ]

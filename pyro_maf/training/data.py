@@ -19,6 +19,7 @@ __all__ = [
     "check_training",
     "check_varying",
     "column_labels",
+    "divide",
     "measured",
     "number_of_columns",
     "read_rows",
@@ -200,7 +201,15 @@ def check_rounded(
 
 
 def split(rows: Rows, fraction: float, generator: torch.Generator, copies: Copies | None = None) -> tuple[Rows, Rows]:
-    """Training and validation rows: a random `fraction` of them, at least one, is set aside for validation.
+    """Training and validation rows, as `divide` has them."""
+    training, held_out = divide(rows, fraction, generator, copies)
+    return rows.take(training), rows.take(held_out)
+
+
+def divide(
+    rows: Rows, fraction: float, generator: torch.Generator, copies: Copies | None = None
+) -> tuple[Tensor, Tensor]:
+    """Places of training and validation rows: a random `fraction` of them, at least one, is set aside for validation.
 
     Rows of the same numbers stay together, or the score of the validation rows would be of rows that were trained on.
     One with more copies than there are to be validation rows stays for training. Where that leaves fewer than 3
@@ -223,9 +232,9 @@ def split(rows: Rows, fraction: float, generator: torch.Generator, copies: Copie
         if len(held_out) >= LEAST_HELD_OUT:
             is_held_out = torch.isin(copies.number, held_out)
             shuffled = torch.randperm(total, generator=generator)
-            return rows.take(shuffled[~is_held_out[shuffled]]), rows.take(shuffled[is_held_out[shuffled]])
+            return shuffled[~is_held_out[shuffled]], shuffled[is_held_out[shuffled]]
     shuffled = torch.randperm(total, generator=generator)
-    return rows.take(shuffled[aside:]), rows.take(shuffled[:aside])
+    return shuffled[aside:], shuffled[:aside]
 
 
 def _read_table(name: str, value: Any, width: int, width_name: str, first: int | None) -> Tensor:

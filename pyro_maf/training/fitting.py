@@ -209,6 +209,8 @@ def fit(
         seconds=module.seconds,
         stop_reason=stopped or f"reached max_epochs ({max_epochs})",
         held_out=parts.held_out,
+        held_out_places=parts.places,
+        rows=parts.total,
         skipped_steps=module.skipped_steps,
         folder=None if keeper is None else keeper.folder,
         warnings=(*cautions, *endings),

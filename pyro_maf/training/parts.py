@@ -6,6 +6,7 @@ import hashlib
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.distributions.support import Support
@@ -16,9 +17,9 @@ from pyro_maf.training.data import (
     check_rounded,
     check_training,
     column_labels,
+    divide,
     measured,
     read_rows,
-    split,
     strays,
 )
 from pyro_maf.training.processes import Processes
@@ -45,6 +46,7 @@ class Parts(NamedTuple):
         repeats: How many of all rows repeat an earlier one; an estimate for rows on disk.
         stray: Whether some values leave the support where they are rounded to float32.
         whole: All rows, where they are in memory and have not been rounded yet.
+        places: Where in the data the validation rows were, from 0; None where they were given.
     """
 
     training: Rows | StoredRows
@@ -55,6 +57,7 @@ class Parts(NamedTuple):
     repeats: int
     stray: bool
     whole: Rows | None = None
+    places: Tensor | None = None
 
     def rounded(self, density: FlowPrior | ConditionalFlowPrior, data: Any, context: Any) -> Parts:
         """The rows in the dtypes that `density` takes: rounded once their units have been taken, and not before.
@@ -101,7 +104,7 @@ class Parts(NamedTuple):
             return []
         return [
             f"fit found {self.repeats:,} of {total:,} rows to repeat an earlier one: all copies of a row are on one "
-            "side of the split, for training or for validation. Draws of a chain, or resampled ones, tell as much as "
+            "side of the divide, for training or for validation. Draws of a chain, or resampled ones, tell as much as "
             "the distinct rows among them."
         ]
 
@@ -109,6 +112,12 @@ class Parts(NamedTuple):
         """The training rows in batches."""
         deal: Any = StoredBatches if isinstance(self.training, StoredRows) else Batches
         return deal(self.training, size, self.generator, processes)
+
+    @property
+    def total(self) -> int:
+        """Number of rows of data, for training and, unless those were given, for validation."""
+        in_memory = not isinstance(self.training, StoredRows) and self.places is not None
+        return len(self.training.data) + (len(self.held_out.data) if in_memory else 0)
 
     def digest(self) -> str:
         """A number that data of other moments, or with other validation rows, would not have."""
@@ -140,14 +149,18 @@ def read_parts(
         stored = StoredRows(model, data, context, support=support, dtype=dtype, fraction=fraction, seed=seed)
         units = _as_precise(stored.measured(), stored.stored_dtypes, dtype)
         held_out = stored.held_out() if given is None else given
-        return Parts(stored, held_out, *units, generator, stored.repeats, stored.stray)
+        places = stored.places if given is None else None
+        return Parts(stored, held_out, *units, generator, stored.repeats, stored.stray, places=places)
     rows = read_rows(model, data, context, support=support)
     check_training(rows, data, context)
     copies = copies_of(rows)
-    training, held_out = split(rows, fraction, generator, copies) if given is None else (rows, given)
+    training, places = rows, None
+    if given is None:
+        others, places = divide(rows, fraction, generator, copies)
+        training, given = rows.take(others), rows.take(places)
     units = _as_precise(measured(training, support), training.dtypes, dtype)
     repeats = len(rows.data) - copies.distinct
-    return Parts(training, held_out, *units, generator, repeats, strays(rows.data, support), rows)
+    return Parts(training, given, *units, generator, repeats, strays(rows.data, support), rows, places)
 
 
 def _as_precise(

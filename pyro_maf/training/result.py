@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from pyro_maf.training.data import Rows
 
 __all__ = ["FitResult"]
@@ -28,6 +30,8 @@ class FitResult:
         stop_reason: Why it ended, in words.
         skipped_steps: How many steps were left out because their loss or its gradient was not finite.
         held_out: The validation rows, a pair (data, context), on the CPU.
+        held_out_places: Where in the data these were, from 0; None where they were given as `validation`.
+        rows: How many rows of data were given.
         folder: Where the fit is kept, if anywhere.
         repeats: How many of all rows repeat an earlier one; of rows that are streamed, about how many.
         warnings: What may have gone wrong without an error, a line each: columns of few values, columns that follow
@@ -47,6 +51,8 @@ class FitResult:
     folder: Path | None = None
     warnings: tuple[str, ...] = ()
     repeats: int = 0
+    held_out_places: Tensor | None = None
+    rows: int = 0
 
     @property
     def epochs(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,7 @@ class StoredRows:
         repeats: About how many rows repeat an earlier one, once all have been read.
         stored_dtypes: Of data and context as they are read.
         stray: Whether values leave the support where they are rounded to float32, likewise.
+        places: Of the validation rows in the table, from 0, likewise.
 
     Raises:
         ValueError: For wrong shapes, and for a context missing, superfluous or of another length.
@@ -90,6 +91,7 @@ class StoredRows:
         self._threshold = 0.0
         self._for_training: Hashes = np.empty(0, np.uint64)
         self._held_out: Rows | None = None
+        self.places: Tensor | None = None
         self.stored_dtypes = self._whole(0).dtypes
 
     @property
@@ -135,9 +137,9 @@ class StoredRows:
 
     def held_out(self) -> Rows:
         """The validation rows of all blocks, as precise as they are stored."""
-        if self._held_out is None:
-            self._held_out = _joined([rows.take(self._is_held_out(start, rows)) for start, rows in self._blocks()])
-        return self._held_out
+        if self._held_out is not None:
+            return self._held_out
+        return self._hold_out((start, rows, self._is_held_out(start, rows)) for start, rows in self._blocks())
 
     def sample(self) -> Rows:
         """As many training rows as memory should hold, from all over the file."""
@@ -151,13 +153,25 @@ class StoredRows:
             ValueError: As in `read`, which sees every row, and for columns that do not vary.
         """
         share = min(1.0, MOST_MEASURED / sum(self.sizes))
-        training, held_out = [], []
-        for start, rows in self._blocks():
-            aside = self._is_held_out(start, rows)
-            held_out.append(rows.take(aside))
-            training.append(self._some(share, start, rows.take(~aside)))
-        self._held_out = _joined(held_out)
+        training = []
+
+        def blocks() -> Iterator[tuple[int, Rows, Tensor]]:
+            for start, rows in self._blocks():
+                aside = self._is_held_out(start, rows)
+                training.append(self._some(share, start, rows.take(~aside)))
+                yield start, rows, aside
+
+        self._hold_out(blocks())
         return measured(_joined(training), self.support)
+
+    def _hold_out(self, blocks: Iterable[tuple[int, Rows, Tensor]]) -> Rows:
+        """The validation rows, from blocks with their starts and which of their rows are some; for later too."""
+        held_out, places = [], []
+        for start, rows, aside in blocks:
+            held_out.append(rows.take(aside))
+            places.append(start + aside.nonzero()[:, 0])
+        self._held_out, self.places = _joined(held_out), torch.cat(places)
+        return self._held_out
 
     def _blocks(self) -> Iterator[tuple[int, Rows]]:
         return ((start, self._whole(start)) for start in self.starts)
