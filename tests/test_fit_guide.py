@@ -482,6 +482,17 @@ def test_model_and_guide_swapped_are_told_apart(ask: Any) -> None:
         ask(AutoIAF(counting, **SMALL).setup(), counting)
 
 
+@pytest.mark.parametrize("ask", [fit_guide, diagnose, reweight])
+def test_functions_swapped_are_told_apart_by_what_they_observe(ask: Any) -> None:
+    def guide() -> None:
+        rate = pyro.sample("rate", dist.Gamma(pyro.param("shape", torch.tensor(2.0)), 1.0))
+        pyro.deterministic("log_rate", rate.log())
+
+    with pytest.raises(ValueError, match=r"which observes nothing, got one that observes y: .*\(model, guide\)\.$"):
+        ask(guide, counting)
+    assert diagnose(counting, guide, num_samples=100).num_samples == 100
+
+
 def fails(site: str | None) -> None:
     if site is not None:
         pyro.sample(site, dist.Normal(0.0, 1.0))

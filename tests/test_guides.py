@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -470,6 +471,63 @@ def test_a_single_draw_has_the_shape_of_the_site(make: Any) -> None:
 def test_a_shape_of_draws_that_is_no_sequence_is_refused(shape: Any) -> None:
     with pytest.raises(TypeError, match=r"AutoIAF expected sample_shape to be a sequence of ints such as \(5,\), got"):
         AutoIAF(counting, **SMALL).rsample(shape)
+
+
+def test_numbers_arrays_and_ints_have_a_density() -> None:
+    guide = shaken(AutoIAF(several, **SMALL).setup())
+    tensors = {"scale": torch.tensor(2.0), "share": torch.tensor(0.5), "vector": torch.tensor([1.0, 0.0, -1.0])}
+    expected = guide.log_prob(tensors)
+    numbers = {"scale": 2, "share": 0.5, "vector": np.array([1.0, 0.0, -1.0])}
+    lists = {"scale": torch.tensor(2), "share": np.float64(0.5), "vector": [1, 0, -1]}
+    for values in (numbers, lists):
+        torch.testing.assert_close(guide.log_prob(values), expected, rtol=0, atol=0)
+    many = guide.log_prob({**numbers, "share": [0.5, 0.2]})
+    assert many.shape == (2,)
+    torch.testing.assert_close(many[0], expected)
+
+
+def test_a_density_is_zero_outside_of_the_support() -> None:
+    guide = shaken(AutoIAF(several, **SMALL).setup())
+    values = {
+        "scale": torch.tensor([1.0, -1.0, 0.0, 1.0]),
+        "share": torch.tensor([0.5, 0.5, 0.5, 1.5]),
+        "vector": [0.0] * 3,
+    }
+    found = guide.log_prob(values)
+    assert found.isfinite().tolist() == [True, False, False, False]
+    assert bool((found[1:] == -torch.inf).all())
+    found[0].backward()
+    assert all(bool(p.grad.isfinite().all()) for p in guide.parameters() if p.grad is not None)
+    shares = AutoIAF(mixing, **SMALL).setup()
+    draws = {name: value.detach() for name, value in shares.rsample((3,)).items()}
+    assert bool(shares.log_prob(draws).isfinite().all())
+    assert shares.log_prob({**draws, "shares": 2 * draws["shares"]}).tolist() == [-math.inf] * 3
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"scale": "wide"}, TypeError, "numbers for scale, got 'wide'"),
+        ({"scale": torch.tensor(1.0).double()}, TypeError, "float32 parameters, got scale of float64: convert it with"),
+        ({"vector": torch.zeros(2)}, ValueError, r"vector of shape \(\*batch, 3\), got \(2,\)"),
+        ({"vector": 1.0}, ValueError, r"vector of shape \(\*batch, 3\), got \(\)"),
+        (
+            {"scale": torch.ones(2), "share": torch.ones(3)},
+            ValueError,
+            r"broadcast, got \(2,\) of scale, \(3,\) of s",
+        ),
+    ],
+)
+def test_values_that_do_not_fit_are_named(changed: Any, error: Any, message: str) -> None:
+    values = {"scale": torch.tensor(1.0), "share": torch.tensor(0.5), "vector": torch.zeros(3)}
+    with pytest.raises(error, match=f"AutoIAF .*{message}") as raised:
+        AutoIAF(several, **SMALL).log_prob({**values, **changed})
+    assert "\n" not in str(raised.value)
+
+
+def test_values_without_names_are_refused() -> None:
+    with pytest.raises(TypeError, match="AutoIAF expected values of the sites by name, as a dictionary, got Tensor"):
+        AutoIAF(several, **SMALL).log_prob(torch.zeros(5))
 
 
 @each_guide

@@ -7,10 +7,14 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pyro import poutine
+from pyro.distributions import Unit
 from pyro.infer.autoguide import AutoGuide
 from torch import nn
 
-__all__ = ["check_call", "check_pair"]
+from pyro_maf.infer.refusal import RefusalError
+
+__all__ = ["check_call", "check_observes_nothing", "check_pair"]
 
 FORMER: dict[str, tuple[str, ...]] = {
     "learning_rate": ("lr", "rate", "step_size"),
@@ -38,6 +42,23 @@ def check_pair(who: str, model: Any, guide: Any) -> None:
     for role, program in (("a model", model), ("a guide", guide)):
         if not callable(program):
             raise TypeError(f"{who} expected {role} to call, got {type(program).__name__}.")
+
+
+def check_observes_nothing(who: str, guide_trace: poutine.Trace, model_trace: poutine.Trace) -> None:
+    """Check that a guide is not a model: that no site of its own is of data.
+
+    Raises:
+        ValueError: If one is.
+    """
+    for name, site in guide_trace.nodes.items():
+        if site["type"] != "sample" or not site["is_observed"] or name in model_trace.nodes:
+            continue
+        infer = site["infer"] or {}
+        if not (isinstance(site["fn"], Unit) or infer.keys() & {"is_auxiliary", "_deterministic"}):
+            raise RefusalError(
+                f"{who} expected a model and then its guide, which observes nothing, got one that observes {name}: "
+                f"if the two are swapped, call {who}(model, guide)."
+            )
 
 
 def check_call(

@@ -28,6 +28,7 @@ from pyro_maf.infer.quantiles import QUANTILE_DRAWS, checked_levels, even_noise,
 from pyro_maf.infer.refusal import RefusalError, without_empty_tables
 from pyro_maf.infer.start import Normal
 from pyro_maf.infer.supports import check_supports
+from pyro_maf.infer.values import checked_values, within_supports
 from pyro_maf.saving import drop_weak_references
 from pyro_maf.tempering import Tempered
 from pyro_maf.transforms import ConditionalFlow, Flow, Stack
@@ -232,19 +233,23 @@ class AutoFlow(AutoContinuous):
             return True  # where masks are refused
         return torch.equal(masked_in_vector(self._latents, sites), self._latents.masked)
 
-    def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def log_prob(self, values: Mapping[str, Tensor | float], *args: Any, **kwargs: Any) -> Tensor:
         r"""Log-density of the guide in nats, (\*batch,), at values (\*batch, \*site) of every site.
 
-        With an encoder whose context has rows, `batch` ends with these. Further arguments are the model's.
+        With an encoder whose context has rows, `batch` ends with these. Outside of the support it is minus infinity.
+        Further arguments are the model's.
 
         Raises:
-            ValueError: If a site is missing.
+            TypeError: If they are no numbers, or floating-point tensors of another dtype than the guide's.
+            ValueError: If a site is missing or of another shape.
         """
         posterior = self.get_posterior(*args, **kwargs)
-        if missing := self._latents.parts.keys() - values.keys():
-            raise ValueError(f"{type(self).__name__} expected values of every site, got none of {sorted(missing)}.")
-        latent, log_det = self._latents.pack(values)
-        return posterior.log_prob(latent) - log_det
+        like = next(self._held("transform").parameters())
+        checked = checked_values(type(self).__name__, self._latents, values, like)
+        latent, log_det = self._latents.pack(checked)
+        inside = within_supports(self._latents, checked) & latent.isfinite().all(-1)
+        log_prob = posterior.log_prob(torch.where(inside[..., None], latent, 0.0)) - log_det
+        return torch.where(inside, log_prob, -torch.inf)
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_maf.infer.arguments import check_observes_nothing
 from pyro_maf.infer.enumeration import is_enumerated, log_densities
 from pyro_maf.infer.guides import AutoFlow
 from pyro_maf.infer.latents import masked_entries
@@ -133,6 +134,7 @@ class _Pair:
         self._args, self._kwargs = args, kwargs
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         example = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        check_observes_nothing(who, guide_trace, example)
         latents = latent_sites(example)
         missing = [name for name in latents if name not in guide_trace.nodes and not is_enumerated(latents[name])]
         if missing:
