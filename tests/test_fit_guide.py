@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_value
 from torch import Tensor, nn
 
-from pyro_maf.infer import Diagnosis, GuideFit, diagnose, fit_guide, fitting, neutra, reweight, to_arviz
+from pyro_maf.infer import Diagnosis, GuideFit, diagnose, fit_guide, fitting, neutra, progress, reweight, to_arviz
 from pyro_maf.infer.schedule import Schedule
 from tests.posteriors import GAMMA, GUIDES, SMALL, counting, regression, same, steps, weights
 
@@ -36,6 +37,18 @@ class Counted:
         if self.runs >= self._at:
             self._action(self)
         self._model()
+
+
+def in_turn() -> None:
+    """A model that has to be run for each draw."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    loc = z[0] if z[1] > -5 else z[0] - 1
+    pyro.sample("y", dist.Normal(loc, 0.5), obs=torch.tensor(1.0))
+
+
+alone = pytest.warns(
+    UserWarning, match="fit_guide runs the model for each draw, which is slow: with 7 draws at once it"
+)
 
 
 def test_finds_a_normal_posterior_from_a_poor_start() -> None:
@@ -125,6 +138,64 @@ def test_ctrl_c_ends_a_fit_with_what_it_had() -> None:
     assert any(not torch.equal(value, before[name]) for name, value in weights(guide).items())
     assert fit.diagnosis.k_hat < 0.7
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("model", [counting, in_turn])
+def test_ctrl_c_in_the_diagnosis_returns_the_fit_without_a_verdict(model: Any) -> None:
+    at_once = model is counting
+    with_gradient: list[int] = []
+
+    def press_after_the_steps(counted: Counted) -> None:
+        if torch.is_grad_enabled():
+            with_gradient.append(counted.runs)
+        elif len(with_gradient) >= (20 if at_once else 80):
+            counted._at = math.inf
+            signal.raise_signal(signal.SIGINT)
+
+    counted = Counted(0, press_after_the_steps, model)
+    guide = AutoIAF(counted, **SMALL).setup()
+    with_gradient.clear()
+    with nullcontext() if at_once else alone:
+        fit = fit_guide(counted, guide, steps=20, **QUICK)
+    assert len(fit.elbo) == 20
+    assert fit.stop_reason == "reached steps (20)"
+    assert fit.diagnosis.verdict == "No verdict: interrupted; call diagnose(model, guide)."
+    assert "No verdict: interrupted" in repr(fit)
+    assert math.isnan(fit.diagnosis.k_hat)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert diagnose(counted, guide, num_samples=100).ess > 50
+
+
+def press_twice(model: Counted) -> None:
+    if torch.is_grad_enabled():
+        model._at = math.inf
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_second_ctrl_c_returns_the_fit_at_once() -> None:
+    model = Counted(math.inf, press_twice)
+    guide = AutoIAF(model, **SMALL).setup()
+    model._at = model.runs + 40
+    fit = fit_guide(model, guide, steps=10_000, **QUICK)
+    assert 0 < len(fit.elbo) < 60
+    assert (fit.stop_reason, fit.diagnosis.reason) == ("interrupted", "interrupted; call diagnose(model, guide)")
+    assert all(bool(value.isfinite().all()) for value in weights(guide).values())
+
+
+def test_a_second_ctrl_c_before_the_first_step_is_over_ends_the_fit() -> None:
+    model = Counted(math.inf, lambda model: None)
+    guide = AutoIAF(model, **SMALL).setup()
+    with_gradient: list[int] = []
+
+    def press_at_the_first_step(model: Counted) -> None:
+        with_gradient.append(model.runs)
+        if len(with_gradient) > 3:  # behind what looks at the model
+            press_twice(model)
+
+    model._action, model._at = press_at_the_first_step, 0
+    with pytest.raises(KeyboardInterrupt):
+        fit_guide(model, guide, steps=10_000, **QUICK)
 
 
 def test_the_learning_rate_warms_up_is_halved_and_ends() -> None:
@@ -351,18 +422,38 @@ def test_parameters_of_the_model_are_fitted_too() -> None:
     assert float(pyro.param("loc").detach()) == pytest.approx(2.0, abs=0.1)
 
 
-def test_a_model_that_takes_no_batch_is_fitted_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "diagnose", partial(diagnose, num_samples=200))  # ten thousand take as many runs
-
-    def model() -> None:
-        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        loc = z[0] if z[1] > -5 else z[0] - 1
-        pyro.sample("y", dist.Normal(loc, 0.5), obs=torch.tensor(1.0))
-
-    guide = AutoIAF(model, **SMALL)
-    fit = fit_guide(model, guide, steps=30, progress=False)
+def test_a_model_that_takes_no_batch_is_fitted_all_the_same() -> None:
+    guide = AutoIAF(in_turn, **SMALL)
+    with alone as warned:
+        fit = fit_guide(in_turn, guide, steps=30, progress=False)
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
+    assert "before site y, whose batch shape should be (7,)" in str(warned[0].message)
+    assert "z has shape (7, 2), alone (2,)" in str(warned[0].message)
+    assert "\n" not in str(warned[0].message)
+    assert fit.run_alone in str(warned[0].message)
+    assert "the model was run for each draw" in repr(fit)
     assert fit.skipped_steps == 0
     torch.testing.assert_close(guide.median()["z"], torch.tensor([0.8, 0.0]), atol=0.1, rtol=0)
+
+
+def test_a_model_that_broadcasts_is_said_nothing_of() -> None:
+    fit = fit_guide(counting, AutoIAF(counting, **SMALL), steps=5, **QUICK)
+    assert fit.run_alone == ""
+    assert "for each draw" not in repr(fit)
+    assert fit.diagnosis.num_samples == 10_000
+
+
+@pytest.mark.parametrize(("steps", "least"), [(10, 200), (105, 210)])
+def test_what_comes_before_and_after_the_steps_costs_in_proportion_to_them(steps: int, least: int) -> None:
+    model = Counted(math.inf, lambda model: None, in_turn)
+    guide = AutoIAF(model, **SMALL).setup()
+    assert model.runs < 450
+    before = model.runs
+    with alone:
+        fit = fit_guide(model, guide, steps=steps, progress=False)
+    assert fit.diagnosis.num_samples == least
+    assert model.runs - before < 4 * steps + least + 60
 
 
 def test_arguments_are_the_models_and_amortised_guides_are_fitted() -> None:
@@ -394,6 +485,18 @@ def test_a_bar_is_shown_where_it_is_asked_for(capsys: pytest.CaptureFixture[str]
     fit_guide(counting, AutoIAF(counting, **SMALL), steps=5, num_particles=2, progress="always")
     shown = capsys.readouterr()
     assert "step" in shown.err
+    assert shown.out == ""
+
+
+def test_a_bar_is_shown_over_the_runs_before_and_after_the_steps_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_UPDATES", 0.0)
+    with alone:
+        fit_guide(in_turn, AutoIAF(in_turn, **SMALL), steps=5, progress="always")
+    shown = capsys.readouterr()
+    for what in ("setting up, run", "step 5", "diagnosis, run 20"):
+        assert what in shown.err
     assert shown.out == ""
 
 

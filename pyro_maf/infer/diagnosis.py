@@ -50,6 +50,12 @@ class Diagnosis:
     unscored: int
     reason: str = ""
 
+    @classmethod
+    def without_verdict(cls, reason: str) -> Diagnosis:
+        """A diagnosis that says why there is no verdict."""
+        nan = float("nan")
+        return cls(nan, nan, nan, nan, num_samples=0, unscored=0, reason=reason)
+
     @property
     def verdict(self) -> str:
         """What the figures say, in one sentence."""
@@ -143,8 +149,7 @@ def diagnose(
     try:
         weighted = _weighed("diagnose", model, guide, args, kwargs, num_samples)
     except NoVerdictError as error:
-        nan = float("nan")
-        return Diagnosis(nan, nan, nan, nan, num_samples=0, unscored=0, reason=error.reason)
+        return Diagnosis.without_verdict(error.reason)
     return _diagnosis(weighted, *smoothed(weighted.log_weights))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -17,16 +18,18 @@ from torch import Tensor
 from pyro_maf.checks import check_above_zero, check_positive
 from pyro_maf.infer.arguments import check_call, check_pair
 from pyro_maf.infer.averaging import Average
+from pyro_maf.infer.batching import why_alone
 from pyro_maf.infer.diagnosis import Diagnosis, diagnose
 from pyro_maf.infer.guides import AutoFlow
 from pyro_maf.infer.importance import arviz, pairing
 from pyro_maf.infer.log_joint import FAILURES
 from pyro_maf.infer.path_gradient import TracePath_ELBO
-from pyro_maf.infer.progress import RECENT, bar
+from pyro_maf.infer.progress import RECENT, Bar, bar
 from pyro_maf.infer.refusal import without_empty_tables
 from pyro_maf.infer.retreat import Retreat
 from pyro_maf.infer.schedule import Schedule
-from pyro_maf.interruption import Interruption
+from pyro_maf.infer.start import ALONE as SET_UP_RUNS
+from pyro_maf.interruption import Abandoned, Interruption
 from pyro_maf.showing import check_progress
 
 __all__ = ["GuideFit", "fit_guide"]
@@ -37,6 +40,9 @@ FAILURES_TO_RETREAT = 10
 CLIP = 4.0
 ALONE = 4
 """Particles where the model has to be run for each."""
+DIAGNOSED = 10_000
+DIAGNOSED_BY_STEP, LEAST_DIAGNOSED = 2, 200
+"""Draws that are weighed in the end for each step, and at least, where the model has to be run for each."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,6 +57,7 @@ class GuideFit:
         stop_reason: Why it ended, in words.
         skipped_steps: How many steps were left out because the model raised, or loss or gradient were not finite.
         retreats: How often the fit went back to its best weights, with half the learning rate.
+        run_alone: Why the model had to be run for each draw, and at which site that shows; "" where it was not.
     """
 
     guide: Any
@@ -60,6 +67,7 @@ class GuideFit:
     stop_reason: str
     skipped_steps: int = 0
     retreats: int = 0
+    run_alone: str = ""
 
     def __repr__(self) -> str:
         steps = f"{len(self.elbo)} steps in {self.seconds:.1f} s"
@@ -68,9 +76,10 @@ class GuideFit:
         )
         times = f"; went back to the best weights {self.retreats} times, with half the learning rate"
         retreats = times if self.retreats else ""
+        alone = "; the model was run for each draw" if self.run_alone else ""
         return (
             f"GuideFit({type(self.guide).__name__}, {steps}{skipped};\n"
-            f"  stopped: {self.stop_reason}{retreats};\n"
+            f"  stopped: {self.stop_reason}{retreats}{alone};\n"
             f"  {self._bound()};\n"
             f"  {self._verdict()})"
         )
@@ -117,9 +126,15 @@ def fit_guide(
         progress: Whether to show a bar: True where that is a terminal or a notebook, False never, "always" in any case.
 
     Returns:
-        A `GuideFit`. Ctrl-C ends it early, with the best so far.
+        A `GuideFit`. Ctrl-C ends it early, with the best so far; during the closing diagnosis, without a verdict.
 
-    Cost: a step is one run of guide and model, and one of their gradients.
+    Cost:
+        A step is one run of guide and model, and one of their gradients; the diagnosis ten thousand draws, in batches.
+        Where the model has to be run for each draw, a step is up to four runs, setting up some 300, and the diagnosis
+        two for each step, at least 200.
+
+    Warns:
+        UserWarning: If the model has to be run for each draw: why, and at which site that shows.
 
     Raises:
         ValueError: For options out of range, or a guide without parameters.
@@ -148,23 +163,34 @@ def fit_guide(
     _check(model, guide, steps, num_particles, learning_rate, progress)
     check_call("fit_guide", model, args, kwargs, OPTIONS)
     arviz()  # where it is missing, better to say so now than after the fit
-    with without_empty_tables():
-        if isinstance(guide, AutoFlow):
-            guide.setup(*args, **kwargs)  # not in a trace, which would add to what it may have to say
-        run = _Run(model, guide, args, kwargs, num_particles, Schedule(learning_rate, steps))
-    with without_empty_tables(), Interruption() as interruption, bar(progress, steps) as show:
-        try:
-            reason = run.to_the_end(steps, interruption, show)
-        finally:
-            run.settle()
+    with without_empty_tables(), bar(progress, steps) as show:
+        with show.runs("setting up, run", SET_UP_RUNS):
+            if isinstance(guide, AutoFlow):
+                guide.setup(*args, **kwargs)  # not in a trace, which would add to what it may have to say
+            run = _Run(model, guide, args, kwargs, num_particles, Schedule(learning_rate, steps))
+        if run.alone:
+            warnings.warn(
+                f"fit_guide runs the model for each draw, which is slow: {run.alone}. Draws come first: index and "
+                "reduce from the right, such as (X * w).sum(-1) or w[..., 0].",
+                UserWarning,
+                stacklevel=2,
+            )
+        with Interruption() as interruption:
+            try:
+                reason = run.to_the_end(steps, interruption, show)
+            finally:
+                interruption.settle()
+                run.settle()
+        diagnosis = run.diagnosed(show)
     return GuideFit(
         guide=guide,
         elbo=tuple(run.elbo),
-        diagnosis=diagnose(model, guide, *args, **kwargs),
+        diagnosis=diagnosis,
         seconds=time.monotonic() - started,
         stop_reason=reason,
         skipped_steps=run.skipped,
         retreats=run.retreats,
+        run_alone=run.alone,
     )
 
 
@@ -195,6 +221,7 @@ class _Run:
     ) -> None:
         self._model, self._guide, self._args, self._kwargs = model, guide, args, kwargs
         pair = pairing("fit_guide", model, guide, args, kwargs)
+        self.alone = "" if pair.is_vectorised else why_alone(model, guide, args, kwargs)
         objective = TracePath_ELBO if isinstance(guide, AutoFlow) else TraceEnum_ELBO if pair.enumerated else Trace_ELBO
         # Told how many plates there are, since Pyro would say on stderr what it guesses.
         self._objective = objective(
@@ -212,6 +239,7 @@ class _Run:
         self.elbo: list[float] = []
         self.skipped = 0
         self.retreats = 0
+        self.is_abandoned = False
 
     def _find_parameters(self) -> list[Tensor]:
         with poutine.trace(param_only=True) as capture:
@@ -223,16 +251,35 @@ class _Run:
             raise ValueError("fit_guide expected a guide with parameters to train, got none.")
         return parameters
 
-    def to_the_end(self, steps: int, interruption: Interruption, show: Callable[[Sequence[float]], None]) -> str:
+    def to_the_end(self, steps: int, interruption: Interruption, show: Bar) -> str:
         """Take steps until there is a reason to stop, and return it."""
         for _ in range(steps):
-            self.step()
-            show(self.elbo)
+            try:
+                self.step()
+            except Abandoned:
+                if not self.elbo:
+                    raise
+                self.is_abandoned = True
+                return "interrupted"
+            show.step(self.elbo)
             if interruption.requested:
                 return "interrupted"
             if self.schedule.converged:
                 return "the evidence lower bound has converged"
         return f"reached steps ({steps})"
+
+    def diagnosed(self, show: Bar) -> Diagnosis:
+        """The diagnosis of the guide, or one without a verdict where it was interrupted."""
+        draws = DIAGNOSED
+        if self.alone:
+            draws = min(draws, max(LEAST_DIAGNOSED, DIAGNOSED_BY_STEP * len(self.elbo)))
+        try:
+            if not self.is_abandoned:
+                with show.runs("diagnosis, run", draws):
+                    return diagnose(self._model, self._guide, *self._args, num_samples=draws, **self._kwargs)
+        except KeyboardInterrupt:
+            pass  # what the steps have learned is not to be lost
+        return Diagnosis.without_verdict("interrupted; call diagnose(model, guide)")
 
     def step(self) -> None:
         """One step, or none where it fails."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_maf.infer.enumeration import is_enumerated, log_densities
 from pyro_maf.infer.hidden import Draws
 from pyro_maf.infer.minibatches import Minibatch, PartialRowsError, frames_of, minibatches_of, subsampled
+from pyro_maf.infer.runs import noticed
 from pyro_maf.randomness import seeded
 
 __all__ = ["FAILURES", "LogJoint", "latent_sites", "nesting_of", "total_by_draw"]
@@ -182,6 +183,7 @@ class LogJoint:
             one = {name: value[row].reshape(self._shapes[name]) for name, value in values.items()}
             parts = log_densities(self._scored(one, minibatch, seed), minibatch.weight)
             self.numbers = max(self.numbers, sum(part.numel() for part in parts))
+            noticed()
             return _sum(part.sum() for part in parts)
 
         minibatches = tuple(minibatches)

@@ -1,42 +1,83 @@
-"""A progress bar over the steps of a fit."""
+"""A progress bar over the steps of a fit, and over the runs of a model before and after them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import fmean
+from typing import Any
 
 from pyro_maf.extras import require
+from pyro_maf.infer.runs import watched
 from pyro_maf.showing import SECONDS_BETWEEN_UPDATES, progress_bar, shows
 
-__all__ = ["RECENT", "bar"]
+__all__ = ["RECENT", "Bar", "bar"]
 
 RECENT = 100
 
 
+class Bar:
+    """What `bar` yields.
+
+    Args:
+        shown: A `rich.progress.Progress`, or None where nothing is shown.
+        steps: The most steps.
+    """
+
+    def __init__(self, shown: Any, steps: int) -> None:
+        self._shown, self._steps = shown, steps
+        self._task: Any = None
+        self._updated = time.monotonic()
+
+    def step(self, elbo: Sequence[float]) -> None:
+        """Show the bound of every step so far: their number, and the mean of the last hundred."""
+        if self._shown is None:
+            return
+        if self._task is None:
+            self._task = self._shown.add_task("", total=self._steps, what="step", elbo="")
+        if elbo and self._is_time():
+            mean = fmean(elbo[-RECENT:])
+            self._shown.update(self._task, completed=len(elbo), elbo=f"ELBO {mean:.3f} nats")
+
+    @contextmanager
+    def runs(self, what: str, total: int) -> Iterator[None]:
+        """A bar of its own for what takes a run of the model for each draw, once there are any."""
+        count, task = 0, None
+
+        def show() -> None:
+            nonlocal count, task
+            count += 1
+            if self._shown is not None and self._is_time():
+                task = self._shown.add_task("", total=total, what=what, elbo="") if task is None else task
+                self._shown.update(task, completed=min(count, total))
+
+        with watched(show):
+            yield
+        if task is not None:
+            self._shown.update(task, total=count, completed=count)
+
+    def _is_time(self) -> bool:
+        now = time.monotonic()
+        if now - self._updated <= SECONDS_BETWEEN_UPDATES:
+            return False
+        self._updated = now
+        return True
+
+
 @contextmanager
-def bar(progress: bool | str, steps: int) -> Iterator[Callable[[Sequence[float]], None]]:
+def bar(progress: bool | str, steps: int) -> Iterator[Bar]:
     """A bar on stderr: step, mean bound of the last hundred, time spent and the most that is left.
 
     Yields:
-        What to call after each step, with the bound of every step so far.
+        A `Bar` to tell of steps and runs.
     """
     require("fit_guide", "rich")
     from rich.console import Console
 
     console = Console(stderr=True)
     if not shows(progress, console):
-        yield lambda elbo: None
+        yield Bar(None, steps)
         return
-    with progress_bar("step {task.completed}", "{task.fields[elbo]}", console) as shown:
-        task = shown.add_task("", total=steps, elbo="")
-        updated = time.monotonic()
-
-        def show(elbo: Sequence[float]) -> None:
-            nonlocal updated
-            if elbo and time.monotonic() - updated > SECONDS_BETWEEN_UPDATES:
-                updated = time.monotonic()
-                shown.update(task, completed=len(elbo), elbo=f"ELBO {fmean(elbo[-RECENT:]):.3f} nats")
-
-        yield show
+    with progress_bar("{task.fields[what]} {task.completed}", "{task.fields[elbo]}", console) as shown:
+        yield Bar(shown, steps)

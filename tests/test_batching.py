@@ -1,0 +1,92 @@
+"""Why a model can not be run for many draws at once: the site where it shows, its shape, and the expected one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+
+from pyro_maf.infer import AutoIAF
+from pyro_maf.infer.batching import why_alone
+from tests.posteriors import SMALL
+
+pytestmark = pytest.mark.usefixtures("fresh")
+X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+T = torch.linspace(0.1, 2.0, 5)
+
+
+def regression_by(mean: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        with pyro.plate("rows", 20):
+            pyro.sample("y", dist.Normal(mean(w), scale), obs=torch.zeros(20))
+
+    return model
+
+
+def indexed_from_the_left() -> None:
+    z = pyro.sample("z", dist.Normal(torch.zeros(10), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(z[0], 0.5), obs=torch.tensor(1.0))
+
+
+def stacked_on_the_left() -> None:
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(torch.stack([a * t for t in T]), 1.0).to_event(1), obs=torch.ones(5))
+
+
+def branching() -> None:
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(a if a > 0 else -a, 1.0), obs=torch.tensor(1.0))
+
+
+def numbers() -> None:
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    pyro.factor("f", torch.tensor(-0.5 * a.item() ** 2))
+
+
+def mixing() -> None:
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(a.mean(), 1.0), obs=torch.tensor(1.0))
+
+
+SLOW: dict[str, tuple[Callable[[], None], str]] = {
+    "matrix product": (
+        regression_by(lambda w: X @ w),
+        r"raises RuntimeError before site y, whose batch shape should be \(7, 20\) \(there w has shape \(7, 1, 3\), "
+        r"alone \(3,\); there scale has shape \(7, 1\), alone \(\)\): ",
+    ),
+    "a dimension too many": (
+        regression_by(lambda w: (X * w[..., None, :]).sum(-1)),
+        r"site y has batch shape \(7, 7, 20\), expected \(7, 20\)",
+    ),
+    "an entry from the left": (indexed_from_the_left, r"site y has batch shape \(10,\), expected \(7,\)"),
+    "a stack on the left": (stacked_on_the_left, r"site y has batch shape \(5,\), expected \(7,\)"),
+    "a branch": (
+        branching,
+        r"raises RuntimeError before site y, whose .* \(7,\) .* a has shape \(7,\), alone \(\)\): Boolean",
+    ),
+    "numbers of Python": (numbers, r"raises RuntimeError before site f, whose batch shape should be \(7,\) "),
+    "draws mixed": (
+        mixing,
+        r"site y has another density than for each draw alone \(there a has shape \(7,\), alone \(\)\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("make", [AutoIAF, AutoNormal])
+@pytest.mark.parametrize(("model", "expected"), SLOW.values(), ids=SLOW)
+def test_the_site_is_named_with_its_shape(make: Any, model: Any, expected: str) -> None:
+    guide = make(model, **(SMALL if make is AutoIAF else {}))
+    guide()
+    found = why_alone(model, guide, (), {})
+    assert found.startswith("with 7 draws at once ")
+    assert "\n" not in found
+    assert re.search(expected, found), found
