@@ -221,6 +221,7 @@ class _Run:
     ) -> None:
         self._model, self._guide, self._args, self._kwargs = model, guide, args, kwargs
         pair = pairing("fit_guide", model, guide, args, kwargs)
+        self._is_alone = not pair.is_vectorised
         self.alone = "" if pair.is_vectorised else why_alone(model, guide, args, kwargs)
         objective = TracePath_ELBO if isinstance(guide, AutoFlow) else TraceEnum_ELBO if pair.enumerated else Trace_ELBO
         # Told how many plates there are, since Pyro would say on stderr what it guesses.
@@ -271,7 +272,7 @@ class _Run:
     def diagnosed(self, show: Bar) -> Diagnosis:
         """The diagnosis of the guide, or one without a verdict where it was interrupted."""
         draws = DIAGNOSED
-        if self.alone:
+        if self._is_alone:
             draws = min(draws, max(LEAST_DIAGNOSED, DIAGNOSED_BY_STEP * len(self.elbo)))
         try:
             if not self.is_abandoned:
