@@ -14,6 +14,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.utils.parametrize as parametrize
+from pyro import distributions as dist
+from pyro.nn import PyroSample
+from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -171,6 +174,32 @@ def test_an_end_of_a_pair_that_lies_elsewhere(make: Callable[..., Flow], end: st
     assert torch.allclose(flow.inv(y), fresh.inv(y))
     assert torch.allclose(flow.log_abs_det_jacobian(x, y), fresh.log_abs_det_jacobian(x, y))
     assert torch.allclose(flow(x), fresh(x))
+
+
+@every_stack
+@torch.no_grad()
+def test_weights_that_are_no_parameters(make: Callable[..., Flow]) -> None:
+    """As of a network that another one computes, and of one whose weights have a prior."""
+    flow, x = stack(make), torch.randn(9, 4)
+    layers = [member for member in flow.modules() if isinstance(member, nn.Linear)]
+    for layer in layers:
+        weight = layer.weight.detach()
+        del layer.weight
+        layer.weight = weight  # type: ignore[assignment]
+    y = flow(x)
+    assert flow.inv(y) is x
+    for layer in layers:
+        layer.weight = layer.weight + 0.1  # type: ignore[assignment]
+    fresh = copy.deepcopy(flow).with_cache(0)
+    assert torch.allclose(flow.inv(y), fresh.inv(y), atol=1e-6)
+    assert_fresh(flow, x)
+    y = flow(x)
+    for layer in layers:
+        to_pyro_module_(layer)
+        layer.weight = PyroSample(dist.Normal(0.0, 1.0).expand(layer.weight.shape).to_event(2))  # type: ignore[assignment]
+    for _ in range(2):
+        assert not torch.allclose(flow.inv(y), x, atol=1e-3)
+        y = flow(x)
 
 
 @torch.no_grad()

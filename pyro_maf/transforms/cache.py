@@ -98,7 +98,7 @@ class _Retire:
 class _State(NamedTuple):
     """All that a module's map depends on, and the graph of what it maps."""
 
-    modes: list[bool]
+    modes: list[object]
     tensors: Snapshot
     graph: list[bool]
 
@@ -114,10 +114,10 @@ def _state(module: nn.Module) -> _State | None:
     return None if snapshot is None else _State(modes, snapshot, _graph(tensors))
 
 
-def _parts(module: nn.Module) -> tuple[list[bool], list[Tensor]]:
+def _parts(module: nn.Module) -> tuple[list[object], list[Tensor]]:
     """The grad mode and the train/eval mode of each module in it, and all parameters and buffers."""
     tensors: list[Tensor | None] = []
-    modes: list[bool] = [torch.is_grad_enabled()]
+    modes: list[object] = [torch.is_grad_enabled()]
     members: list[nn.Module | None] = [module]
     for member in members:  # grows as it is walked
         if member is None:
@@ -129,6 +129,12 @@ def _parts(module: nn.Module) -> tuple[list[bool], list[Tensor]]:
             tensors += buffers.values()
         if children := member._modules:
             members += children.values()
+        elif len(parameters) < 2 and isinstance(member, nn.Linear):
+            for name in {"weight", "bias"} - parameters.keys():
+                # A tensor in the place of a parameter; or what is drawn at each look, and never the same again.
+                replaced = vars(member).get(name)
+                tensors.append(replaced)
+                modes.append(name if isinstance(replaced, Tensor) else object())
     return modes, [tensor for tensor in tensors if tensor is not None]
 
 
