@@ -29,7 +29,7 @@ def like_of(module: nn.Module, *, floating: bool = True) -> Tensor | None:
 
 def converted(value: Any, like: Tensor | None) -> Any:
     """A value in the dtype of `like` where autocast may have made it another; as it is anywhere else."""
-    if isinstance(value, Tensor) and like is not None and torch.is_autocast_enabled(value.device.type):
+    if isinstance(value, Tensor) and like is not None and _is_cast(value.device.type):
         return value.to(like.dtype)
     return value
 
@@ -37,7 +37,12 @@ def converted(value: Any, like: Tensor | None) -> Any:
 def exactly(run: Callable[..., Result], *arguments: Any, like: Tensor | None) -> Result:
     """Run without autocast on the device of `like`."""
     kind = "cpu" if like is None else like.device.type
-    if torch.is_autocast_enabled(kind):
+    if _is_cast(kind):
         with torch.autocast(kind, enabled=False):
             return run(*arguments)
     return run(*arguments)
+
+
+def _is_cast(kind: str) -> bool:
+    """Whether autocast applies on devices of a kind: nobody may ask of those that have none, as the meta device."""
+    return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)

@@ -597,6 +597,9 @@ def test_says_what_is_wrong_with_an_input(name: str, device: str, a: Architectur
     with pytest.raises(TypeError, match=r"expected x to be a torch\.Tensor, got list"):
         flow([0.0] * a.input_dim)
     elsewhere = copy.deepcopy(flow).to("meta")
-    for direction in (elsewhere, elsewhere.inv, elsewhere.with_cache(0)):
-        with pytest.raises(ValueError, match=rf"on meta, got \w on {device}.*: move one of them with \.to\(device\)"):
-            direction(points(flow, 3))
+    x = points(flow, 3)
+    for member, value in ((elsewhere, x), (flow, x.to("meta"))):
+        where = f"on {next(iter(member.state_dict().values())).device}, got \\w on {value.device}"
+        for direction in (member, member.inv, member.with_cache(0)):
+            with pytest.raises(ValueError, match=rf"{where}: move one of them with \.to\(device\)"):
+                direction(value)

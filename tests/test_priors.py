@@ -25,6 +25,7 @@ import pyro_maf
 from pyro_maf import IAF, MAF, ConditionalMAF, FlowPrior, MADEMoG, MAFMoG
 from pyro_maf.distributions import ConditionalFlowPrior
 from pyro_maf.distributions.support import Columns
+from pyro_maf.transforms import Permute, Stack
 from tests.fits import same, weights
 from tests.test_distributions import SMALL, shaken
 
@@ -567,3 +568,11 @@ def test_a_conditional_prior_in_a_model(support: Any) -> None:
     svi = SVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.02}), elbo)
     assert all(math.isfinite(svi.step()) for _ in range(3))
     assert not same(weights(conditional), before)
+
+
+def test_a_prior_of_permutations_alone_lies_on_their_device() -> None:
+    prior = FlowPrior(Stack([Permute([1, 2, 0])]).to("meta"))
+    assert prior.loc.device.type == "meta"
+    assert prior.sample((5,)).device.type == "meta"
+    with pytest.raises(ValueError, match="FlowPrior has its parameters on meta, got value on cpu"):
+        prior.log_prob(torch.zeros(5, 3))
