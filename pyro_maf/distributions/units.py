@@ -156,9 +156,9 @@ def statistics(
 
 
 def _statistic(who: str, name: str, value: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    value = value.detach().to(like.device, dtype).clone()
+    value = value.detach().to(dtype).clone()
     if value.dim() != 1 or not value.isfinite().all():
         raise ValueError(f"{who} expected {name} to be {value.shape[-1]} finite numbers, got {value.tolist()}.")
     if name.endswith("scale") and not (value > 0).all():
         raise ValueError(f"{who} expected {name} to be positive, got {value.tolist()}.")
-    return value
+    return value.to(like.device)
