@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from parts import picture, report, worker
 from parts.peers import PEERS, versions
 from parts.plan import BATCHES, LAYERS, TASKS, Plan
@@ -110,7 +111,7 @@ def plans(options: argparse.Namespace) -> list[Plan]:
 
 def measure(plans: list[Plan]) -> dict[str, Any]:
     """Carry out the plans, one after another, and say how it goes."""
-    results: dict[str, Any] = {"about": about(), "missing": [], "cells": [], "updates": [], "memory": None}
+    results: dict[str, Any] = {"about": about(plans[0].device), "missing": [], "cells": [], "updates": [], "memory": None}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for plan in plans:
         if plan.threads > cores:
@@ -130,7 +131,7 @@ def measure(plans: list[Plan]) -> dict[str, Any]:
     return results
 
 
-def about() -> dict[str, Any]:
+def about(device: str) -> dict[str, Any]:
     """Where and with what this runs."""
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -138,6 +139,8 @@ def about() -> dict[str, Any]:
         if line.startswith("model name"):
             processor = line.split(":", 1)[1].strip()
             break
+    if device == "cuda":
+        processor = f"{torch.cuda.get_device_name()}, {processor}"
     return {
         "date": datetime.date.today().isoformat(),
         "processor": processor,
