@@ -111,7 +111,8 @@ def plans(options: argparse.Namespace) -> list[Plan]:
 
 def measure(plans: list[Plan]) -> dict[str, Any]:
     """Carry out the plans, one after another, and say how it goes."""
-    results: dict[str, Any] = {"about": about(plans[0].device), "missing": [], "cells": [], "updates": [], "memory": None}
+    results: dict[str, Any] = {"about": about(plans[0].device), "missing": [], "cells": [], "updates": []}
+    results["memory"] = None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for plan in plans:
         if plan.threads > cores:
