@@ -132,7 +132,7 @@ def measure(plans: list[Plan]) -> dict[str, Any]:
     return results
 
 
-def about(device: str) -> dict[str, Any]:
+def about(device: str = "cpu") -> dict[str, Any]:
     """Where and with what this runs."""
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
