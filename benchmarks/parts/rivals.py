@@ -148,8 +148,7 @@ def train(module: Any, data: Dataset, *, epochs: int, patience: int, batch: int,
         module.train()
         for index in torch.randperm(len(data.train), generator=generator).split(batch):
             optimizer.zero_grad()
-            context = None if data.train_context is None else data.train_context[index]
-            loss = -module.log_prob(data.train[index], context).mean()
+            loss = -_log_prob(module, data.train[index], data.train_context, index).mean()
             loss.backward()
             nn.utils.clip_grad_norm_(module.parameters(), MAX_GRAD_NORM)
             optimizer.step()
@@ -170,5 +169,10 @@ def scores(module: Any, rows: Tensor, context: Tensor | None) -> Tensor:
     with torch.no_grad():
         for start in range(0, len(rows), 2048):
             part = slice(start, start + 2048)
-            found.append(module.log_prob(rows[part], None if context is None else context[part]).double())
+            found.append(_log_prob(module, rows[part], context, part).double())
     return torch.cat(found)
+
+
+def _log_prob(module: Any, rows: Tensor, context: Tensor | None, part: Tensor | slice) -> Tensor:
+    """Of a peer, all of which are in float32."""
+    return module.log_prob(rows.float(), None if context is None else context[part].float())
