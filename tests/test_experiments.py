@@ -214,6 +214,23 @@ def test_damaged_files_are_named(toy, tmp_path, name):
         compare(toy, SMALL[:1], folder=tmp_path, **QUICK)
 
 
+@pytest.mark.parametrize("name", ["log_prob.npy", "score.json"])
+def test_damaged_scores_are_never_compared(toy, tmp_path, name):
+    compare(toy, SMALL[:1], folder=tmp_path, **QUICK)
+    file = tmp_path / "gaussian" / name
+    content = file.read_bytes()
+    for place in range(0, len(content), len(content) // 40):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(
+            ValueError, match=r"compare found .*gaussian damaged|compare found Gaussian in .* fitted with"
+        ):
+            compare(toy, SMALL[:1], folder=tmp_path, **QUICK)
+    for other in (b"null", b"[]", b'{"fingerprint": null}'):
+        (tmp_path / "gaussian" / "score.json").write_bytes(other)
+        with pytest.raises(ValueError, match=r"compare found .*gaussian damaged"):
+            compare(toy, SMALL[:1], folder=tmp_path, **QUICK)
+
+
 def test_an_interrupted_comparison_keeps_what_is_done_and_goes_on_later(toy, tmp_path, monkeypatch):
     fit = comparison.fit
 

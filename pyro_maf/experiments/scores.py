@@ -117,7 +117,9 @@ def write_score(folder: Path, score: Score, density: Any, known_by: dict[str, An
     np.save(array, score.log_prob.numpy(), allow_pickle=False)
     write_whole(folder / LOG_PROB, array.getvalue())
     own = {name: getattr(score, name) for name in ("validation", "parameters", "epochs", "seconds", "stop_reason")}
-    write_whole(folder / SCORE, json.dumps({"fingerprint": known_by, **own}, indent=1).encode())
+    facts = {"fingerprint": known_by, **own}
+    facts["digest"] = _digest(score.log_prob, facts)
+    write_whole(folder / SCORE, json.dumps(facts, indent=1).encode())
 
 
 def read_score(folder: Path, data: Dataset, candidate: Candidate, known_by: dict[str, Any]) -> Score | None:
@@ -130,10 +132,12 @@ def read_score(folder: Path, data: Dataset, candidate: Candidate, known_by: dict
         return None
     try:
         stored = json.loads((folder / SCORE).read_text(encoding="utf-8"))
-        other = stored.pop("fingerprint")
         log_prob = torch.from_numpy(np.load(folder / LOG_PROB, allow_pickle=False))
+        if not isinstance(stored, dict) or stored.pop("digest", None) != _digest(log_prob, stored):
+            raise ValueError("its content is not what was written")
+        other = stored.pop("fingerprint")
         score = Score(candidate, log_prob, bits_of(data, log_prob), **stored)
-    except (ValueError, TypeError, KeyError, OSError, EOFError) as error:
+    except (ValueError, TypeError, KeyError, OSError, EOFError, RecursionError) as error:
         raise ValueError(f"compare found {folder} damaged ({error}): remove it to fit {candidate.name} anew.") from None
     if other != known_by:
         what = ", ".join(name for name in known_by if other.get(name) != known_by[name])
@@ -142,6 +146,13 @@ def read_score(folder: Path, data: Dataset, candidate: Candidate, known_by: dict
             "name another folder, or remove that one to fit it anew."
         )
     return score
+
+
+def _digest(log_prob: Tensor, facts: dict[str, Any]) -> str:
+    """A number that other scores or facts would not have."""
+    hashed = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    hashed.update(log_prob.numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def bits_of(data: Dataset, log_prob: Tensor) -> Tensor | None:
