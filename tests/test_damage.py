@@ -293,6 +293,19 @@ def test_a_full_disk_ends_no_fit_under_way(at: int, tmp_path: Path, monkeypatch:
     assert same(weights(pyro_maf.load(folder / "model.safetensors")), weights(whole.density))
 
 
+def test_a_board_that_can_not_be_written_ends_no_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tensorboard.SummaryWriter, "flush", refuse)
+    with pytest.warns(UserWarning, match=f"fit could not write to {tmp_path}/tensorboard: .*No space left") as caught:
+        assert fit(flow(), gaussian_rows(100), folder=tmp_path, max_epochs=3, **OPTIONS).epochs == 3
+    assert len([warning for warning in caught if "tensorboard" in str(warning.message)]) == 1
+    assert pyro_maf.load(tmp_path / "model.safetensors")
+
+
 def test_a_disk_that_is_full_from_the_start_refuses_a_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full(0, monkeypatch)
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/checkpoint.safetensors'"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,17 +47,23 @@ class Log(Callback):
         self._path = folder / LOG
         self._history = history
         self._events = folder / BOARD
+        self._has_board = find_spec("tensorboard") is not None
         self._board: Any = None
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Write what has come to be known."""
         self._write()
-        # Not before: until its first checkpoint, a fit leaves what was in the folder as it was.
-        self._board = self._board or _board(self._events, first=len(self._history))
-        if self._board is not None:
+        if not self._has_board:
+            return
+        try:
+            # Not before: until its first checkpoint, a fit leaves what was in the folder as it was.
+            self._board = self._board or _board(self._events, first=len(self._history))
             for name, value in self._history[-1]._asdict().items():
                 self._board.add_scalar(name, value, len(self._history))
             self._board.flush()
+        except OSError as error:
+            self._has_board, self._board = False, None
+            warnings.warn(f"fit could not write to {self._events}: {error}. It goes on without.", stacklevel=2)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Let go of the file of TensorBoard."""
@@ -79,9 +86,7 @@ class Log(Callback):
 
 
 def _board(folder: Path, first: int) -> Any:
-    """What TensorBoard reads, where it is installed, from epoch `first` on; what it had of those is forgotten."""
-    if find_spec("tensorboard") is None:
-        return None
+    """The files of TensorBoard from epoch `first` on; what it had of those is forgotten."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=first)
