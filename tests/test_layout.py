@@ -22,6 +22,7 @@ FLOORS = (
     "checks",
     "extras",
     "wording",
+    "tabular",
     "changes",
     "precision",
     "randomness",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_maf.distributions import FlowPrior
 from pyro_maf.distributions.support import Support
+from pyro_maf.tabular import Layout, is_frame, number_of_rows, numbers, part_of
 from pyro_maf.training.repeats import Copies, copies_of
 from pyro_maf.training.units import Units, context_units_of, units_of
 
@@ -30,7 +31,6 @@ __all__ = [
 
 LEAST_ROWS = 10
 LEAST_HELD_OUT = 3
-NUMERIC_KINDS = "fiub"
 IN_FLOAT32 = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int16, torch.bool)
 """Dtypes of which float32 holds every value."""
 
@@ -67,7 +67,7 @@ def number_of_columns(name: str, value: Any) -> int:
         ValueError: For what is no table.
         TypeError: For what is not numeric.
     """
-    table = _numbers(name, value)
+    table = numbers("fit", name, value)
     if table.dim() not in (1, 2) or not table.numel():
         raise ValueError(f"fit expected {name} of shape (rows, columns), got {tuple(table.shape)}.")
     return 1 if table.dim() == 1 else table.shape[1]
@@ -88,13 +88,11 @@ def some_rows(name: str, value: Any, most_rows: int, most_numbers: int) -> np.nd
         value: The table.
         most_rows, most_numbers: How much of it; of a wide table 100 rows, whatever `most_numbers` is.
     """
-    table = value if isinstance(value, Tensor) or hasattr(value, "iloc") else np.asanyarray(value)
-    most = min(most_rows, max(100, most_numbers // (table.shape[1] if len(table.shape) > 1 else 1)))
-    if len(table) > most:
-        index = np.sort(np.random.default_rng(0).choice(len(table), most, replace=False))
-        table = table.iloc[index] if hasattr(table, "iloc") else table[index]
-    rows = _numbers(name, table).double().numpy()
-    return rows if rows.ndim == 2 else rows[:, None]
+    total, width = number_of_rows(value), number_of_columns(name, part_of(value, slice(1)))
+    most = min(most_rows, max(100, most_numbers // width))
+    if total > most:
+        value = part_of(value, np.sort(np.random.default_rng(0).choice(total, most, replace=False)))
+    return numbers("fit", name, value).double().reshape(-1, width).numpy()
 
 
 def read_rows(
@@ -238,7 +236,7 @@ def divide(
 
 
 def _read_table(name: str, value: Any, width: int, width_name: str, first: int | None) -> Tensor:
-    table = _numbers(name, value)
+    table = numbers("fit", name, value)
     shape = tuple(table.shape)
     if table.dim() == 1 and width == 1:
         table = table.unsqueeze(-1)
@@ -251,51 +249,10 @@ def _read_table(name: str, value: Any, width: int, width_name: str, first: int |
     return table
 
 
-def _numbers(name: str, value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        if value.is_complex():
-            raise TypeError(f"fit expected {name} of real numbers, got {value.dtype}.")
-        return value.detach().cpu()
-    if _is_frame(value):
-        columns = [_column_of_frame(name, label, column) for label, column in value.items()]
-        return torch.from_numpy(np.stack(columns, 1)) if columns else torch.empty(len(value), 0)
-    if isinstance(value, np.ma.MaskedArray) and value.dtype.kind in NUMERIC_KINDS:
-        # What is masked out is missing, whatever number stands there.
-        value = np.ma.filled(value.astype(np.float64), np.nan)
-    try:
-        array = np.asarray(value)
-    except ValueError:
-        raise ValueError(f"fit expected {name} to be a table, got rows of different lengths.") from None
-    if array.dtype.kind not in NUMERIC_KINDS:
-        raise TypeError(
-            f"fit expected {name} to be a tensor, array or data frame of numbers, "
-            f"got {type(value).__name__} of {array.dtype}."
-        )
-    # A copy: torch takes neither negative strides nor foreign byte orders, and warns of arrays it may not write to.
-    return torch.from_numpy(np.array(array, _dtype_for(array.dtype), order="C"))
-
-
-def _is_frame(value: Any) -> bool:
-    return all(hasattr(value, attribute) for attribute in ("columns", "items", "dtypes"))
-
-
-def _column_of_frame(name: str, label: Any, column: Any) -> np.ndarray[Any, Any]:
-    if getattr(column.dtype, "kind", "O") not in NUMERIC_KINDS:
-        raise TypeError(
-            f"fit expected {name} of numeric columns, got column {label!r} of {column.dtype}: drop it or encode it."
-        )
-    # A nullable dtype of pandas says which one of numpy it is.
-    dtype = _dtype_for(getattr(column.dtype, "numpy_dtype", column.dtype))
-    return np.asarray(column.to_numpy(dtype=dtype, na_value=np.nan))
-
-
-def _dtype_for(dtype: Any) -> type[np.floating[Any]]:
-    """float32 for what it holds every value of."""
-    return np.float32 if np.can_cast(dtype, np.float32) else np.float64
-
-
 def _column_name(value: Any, column: int) -> str:
-    return f"column {list(value.columns)[column]!r}" if _is_frame(value) else f"column {column}"
+    labels = Layout.of(value).labels
+    # The names of a frame are whatever they are.
+    return f"column {(list(value.columns) if is_frame(value) else labels)[column]!r}" if labels else f"column {column}"
 
 
 def _check_finite(name: str, table: Tensor, value: Any, first: int | None) -> None:

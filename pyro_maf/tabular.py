@@ -1,0 +1,224 @@
+"""Tables of numbers in whatever form they come: tensors, arrays, data frames, nested lists, dictionaries of draws."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Layout", "is_frame", "number_of_rows", "numbers", "part_of"]
+
+NUMERIC_KINDS = "fiub"
+
+
+class Layout(NamedTuple):
+    """The form of a table, and what its columns are called.
+
+    Attributes:
+        form: "frame", "dict" or, for all that has no names, "rows".
+        names: Of the columns of a frame, or of the entries of a dictionary: the sites of a posterior.
+        shapes: Of one row of each: () for a column.
+
+    Example:
+        >>> layout = Layout.of({"mu": torch.zeros(9), "b": torch.zeros(9, 2)})
+        >>> layout.labels
+        ['mu', 'b[0]', 'b[1]']
+        >>> layout.like(torch.tensor([[1.0, 2.0, 3.0]]))
+        {'mu': tensor([1.]), 'b': tensor([[2., 3.]])}
+    """
+
+    form: str = "rows"
+    names: tuple[Hashable, ...] = ()
+    shapes: tuple[tuple[int, ...], ...] = ()
+
+    @classmethod
+    def of(cls, value: Any) -> Layout:
+        """That of a table which `numbers` takes."""
+        if isinstance(value, Mapping):
+            return cls("dict", tuple(value), tuple(tuple(np.shape(entry)[1:]) for entry in value.values()))
+        if is_frame(value):
+            return cls("frame", tuple(value.columns), ((),) * len(value.columns))
+        return cls()
+
+    @property
+    def labels(self) -> list[str]:
+        """A name for each number of a row."""
+        return [label for name, shape in zip(self.names, self.shapes, strict=True) for label in _labels(name, shape)]
+
+    def pick(self, who: str, role: str, value: Any) -> Any:
+        """The part of a table with names that has the columns of this layout, in their order; others as they are.
+
+        Raises:
+            ValueError: If a column is missing, or an entry has another shape.
+        """
+        found = Layout.of(value)
+        if not self.names or not found.names or found[1:] == self[1:]:
+            return value
+        by_name = {str(name): name for name in found.names}
+        wanted = self.names if isinstance(value, Mapping) else self.labels
+        missing = [name for name in wanted if str(name) not in by_name]
+        if missing:
+            raise ValueError(
+                f"{who} expected {role} with column {str(missing[0])!r}, as in the fit, got {_listed(found.names)}."
+            )
+        names = [by_name[str(name)] for name in wanted]
+        if not isinstance(value, Mapping):
+            return value[names]
+        picked = {name: value[name] for name in names}
+        for name, shape, expected in zip(wanted, Layout.of(picked).shapes, self.shapes, strict=True):
+            if shape != expected:
+                raise ValueError(f"{who} expected {role} {str(name)!r} of shape (rows, {expected}), got {shape} a row.")
+        return picked
+
+    def has_all(self, value: Any) -> bool:
+        """Whether a table with names has all columns of this layout."""
+        found = {str(name) for name in Layout.of(value).names}
+        wanted = self.names if isinstance(value, Mapping) else self.labels
+        return bool(self.names) and found.issuperset(map(str, wanted))
+
+    def spread(self, who: str, option: str, given: Mapping[Any, Any], default: Any, width: int) -> Any:
+        """An option by name of column or of entry, or by number where there are no names, as one for each column.
+
+        Args:
+            who, option: As errors put it.
+            given: What was asked for.
+            default: For columns that it leaves out.
+            width: How many columns there are.
+
+        Returns:
+            The one that all columns have, or a list with one for each.
+
+        Raises:
+            ValueError: For a name that no column has.
+        """
+        layout = self if self.names else Layout("rows", tuple(range(width)), ((),) * width)
+        by_name = {str(name): value for name, value in given.items()}
+        known = {*layout.labels, *map(str, layout.names)}
+        for name in by_name:
+            if name not in known:
+                raise ValueError(f"{who} expected {option} of columns {_listed(layout.names)}, got one of {name!r}.")
+        values = [
+            by_name.get(label, by_name.get(str(name), default))
+            for name, shape in zip(layout.names, layout.shapes, strict=True)
+            for label in _labels(name, shape)
+        ]
+        return values[0] if all(value == values[0] for value in values) else values
+
+    def like(self, rows: Tensor) -> Any:
+        r"""Rows, (\*batch, columns), in the form of this layout: a data frame of (rows, columns), or a dictionary."""
+        if self.form == "frame":
+            from pandas import DataFrame
+
+            return DataFrame(rows.detach().cpu().numpy(), columns=list(self.names))
+        return self.entries(rows) if self.form == "dict" else rows
+
+    def entries(self, rows: Tensor) -> dict[str, Tensor]:
+        r"""The columns of rows, (\*batch, columns), by name, (\*batch, \*shape) each."""
+        parts = rows.split([math.prod(shape) for shape in self.shapes], -1)
+        return {
+            str(name): part.reshape(*rows.shape[:-1], *shape)
+            for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
+        }
+
+
+def is_frame(value: Any) -> bool:
+    """Whether this is a data frame."""
+    return all(hasattr(value, attribute) for attribute in ("columns", "items", "dtypes"))
+
+
+def number_of_rows(value: Any) -> int:
+    """How many rows a table has."""
+    return len(next(iter(value.values()), ())) if isinstance(value, Mapping) else len(value)
+
+
+def part_of(value: Any, index: slice | np.ndarray[Any, Any]) -> Any:
+    """Some rows of a table, in its own form; of one that is mapped from a file no others are read."""
+    if isinstance(value, Mapping):
+        return {name: part_of(entry, index) for name, entry in value.items()}
+    if hasattr(value, "iloc"):
+        return value.iloc[index]
+    return (
+        value[index] if isinstance(value, Tensor | np.ndarray) or isinstance(index, slice) else np.asarray(value)[index]
+    )
+
+
+def numbers(who: str, name: str, value: Any) -> Tensor:
+    """A table as a tensor on the CPU: in its own dtype where it is a tensor, else of float32 or float64 as it came.
+
+    Args:
+        who, name: Who asks and what for, as errors put it.
+        value: A tensor, an array, a data frame, nested lists, or a dictionary of tensors or arrays (rows, ...), each of
+            whose entries gives as many columns as a row of it has numbers.
+
+    Raises:
+        TypeError: For what is not numeric.
+        ValueError: For what is no table.
+    """
+    if isinstance(value, Tensor):
+        if value.is_complex():
+            raise TypeError(f"{who} expected {name} of real numbers, got {value.dtype}.")
+        return value.detach().cpu()
+    if isinstance(value, Mapping):
+        return _side_by_side(who, name, value)
+    if is_frame(value):
+        columns = [_column_of_frame(who, name, label, column) for label, column in value.items()]
+        return torch.from_numpy(np.stack(columns, 1)) if columns else torch.empty(len(value), 0)
+    if isinstance(value, np.ma.MaskedArray) and value.dtype.kind in NUMERIC_KINDS:
+        # What is masked out is missing, whatever number stands there.
+        value = np.ma.filled(value.astype(np.float64), np.nan)
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError(f"{who} expected {name} to be a table, got rows of different lengths.") from None
+    if array.dtype.kind not in NUMERIC_KINDS:
+        raise TypeError(
+            f"{who} expected {name} to be a tensor, array or data frame of numbers, "
+            f"got {type(value).__name__} of {array.dtype}."
+        )
+    # A copy: torch takes neither negative strides nor foreign byte orders, and warns of arrays it may not write to.
+    return torch.from_numpy(np.array(array, _dtype_for(array.dtype), order="C"))
+
+
+def _side_by_side(who: str, name: str, value: Mapping[Any, Any]) -> Tensor:
+    """The entries of a dictionary as columns."""
+    entries = {label: numbers(who, f"{name} {label!r}", entry) for label, entry in value.items()}
+    lengths = {label: len(entry) if entry.dim() else None for label, entry in entries.items()}
+    if not entries or None in lengths.values() or len(set(lengths.values())) > 1:
+        raise ValueError(
+            f"{who} expected {name} as a dictionary of (rows, ...), as many rows each, got "
+            f"{', '.join(f'{label!r} of shape {tuple(entry.shape)}' for label, entry in entries.items()) or 'none'}."
+        )
+    flat = [entry.flatten(1) if entry.dim() > 1 else entry[:, None] for entry in entries.values()]
+    if any(entry.dtype != torch.float32 for entry in flat):
+        flat = [entry.double() for entry in flat]
+    return torch.cat(flat, -1)
+
+
+def _column_of_frame(who: str, name: str, label: Any, column: Any) -> np.ndarray[Any, Any]:
+    if getattr(column.dtype, "kind", "O") not in NUMERIC_KINDS:
+        raise TypeError(
+            f"{who} expected {name} of numeric columns, got column {label!r} of {column.dtype}: drop it or encode it."
+        )
+    # A nullable dtype of pandas says which one of numpy it is.
+    dtype = _dtype_for(getattr(column.dtype, "numpy_dtype", column.dtype))
+    return np.asarray(column.to_numpy(dtype=dtype, na_value=np.nan))
+
+
+def _dtype_for(dtype: Any) -> type[np.floating[Any]]:
+    """float32 for what it holds every value of."""
+    return np.float32 if np.can_cast(dtype, np.float32) else np.float64
+
+
+def _labels(name: Hashable, shape: Sequence[int]) -> list[str]:
+    places = itertools.product(*map(range, shape))
+    return [f"{name}[{','.join(map(str, place))}]" if shape else str(name) for place in places]
+
+
+def _listed(names: Sequence[Hashable]) -> str:
+    shown = ", ".join(repr(str(name)) for name in names[:8])
+    return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown
