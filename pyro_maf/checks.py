@@ -84,19 +84,22 @@ def check_permutation(who: str, name: str, value: Any, size: int | None = None) 
 def check_event(who: str, name: str, value: Any, size: int, size_name: str, like: Tensor | None = None) -> Tensor:
     """Check a tensor of events: its last dimension and, against `like`, its device and, unless of indices, dtype."""
     if not isinstance(value, Tensor):
+        of_frame = ".to_numpy()" if hasattr(value, "to_numpy") else ""
+        dtype = "" if like is None else f", dtype=torch.{_short(like.dtype)}"
         raise TypeError(
             f"{who} expected {name} to be a torch.Tensor, got {type(value).__name__}: "
-            f"convert it with torch.as_tensor({name})."
+            f"convert it with torch.as_tensor({name}{of_frame}{dtype})."
         )
     if value.dim() == 0 or value.shape[-1] != size:
         raise ValueError(
             f"{who} expected {name} with last dimension {size} ({size_name}), got shape {tuple(value.shape)}."
         )
     if like is not None and value.dtype != like.dtype and like.is_floating_point():
-        flow = f" or the flow with .to(torch.{_short(value.dtype)})" if value.is_floating_point() else ""
+        # A module has floating-point parameters, whatever it is converted to.
+        other = f" or the flow with .to(torch.{_short(value.dtype)})" if value.is_floating_point() else ""
         raise TypeError(
             f"{who} has {_short(like.dtype)} parameters, got {name} of {_short(value.dtype)}: "
-            f"convert {name} with .to(torch.{_short(like.dtype)}){flow}."
+            f"convert {name} with .to(torch.{_short(like.dtype)}){other}."
         )
     if like is not None and value.device != like.device:
         held = "has its parameters on" if like.is_floating_point() else "is on"

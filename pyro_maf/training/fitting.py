@@ -145,7 +145,7 @@ def fit(
     Reference:
         Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017, section 4.
     """
-    weight = _first_weight(model)
+    weight = _first_weight(model, data)
     _check_options(
         batch_size=batch_size,
         max_epochs=max_epochs,
@@ -218,14 +218,21 @@ def fit(
     )
 
 
-def _first_weight(model: Any) -> Tensor:
+def _first_weight(model: Any, data: Any) -> Tensor:
     """The weight whose dtype and device decide."""
     if not isinstance(model, (Flow, ConditionalFlow, Density, ConditionalDensity)):
-        raise TypeError(f"fit expected a flow or a density, got {type(model).__name__}.")
+        raise TypeError(f"fit expected a flow or a density, got {type(model).__name__}.{_advice(model, data)}")
     for weight in model.parameters():
         if weight.requires_grad:
             return weight
     raise ValueError(f"fit expected a model with weights to train, got {type(model).__name__} with none.")
+
+
+def _advice(model: Any, data: Any) -> str:
+    """What to do about a model that is none."""
+    if isinstance(model, type):
+        return f" {model.__name__} is a class: build one of it, with a size, as fit(MAF(2), data)."
+    return " The model comes first: fit(model, data)." if isinstance(data, torch.nn.Module) else ""
 
 
 def _check_options(
