@@ -85,10 +85,10 @@ def check_event(who: str, name: str, value: Any, size: int, size_name: str, like
     """Check a tensor of events: its last dimension and, against `like`, its device and, unless of indices, dtype."""
     if not isinstance(value, Tensor):
         of_frame = ".to_numpy()" if hasattr(value, "to_numpy") else ""
-        dtype = "" if like is None else f", dtype=torch.{_short(like.dtype)}"
+        dtype = "" if like is None or not like.is_floating_point() else f", dtype=torch.{_short(like.dtype)}"
         raise TypeError(
             f"{who} expected {name} to be a torch.Tensor, got {type(value).__name__}: "
-            f"convert it with torch.as_tensor({name}{of_frame}{dtype})."
+            f"convert it with torch.tensor({name}{of_frame}{dtype})."
         )
     if value.dim() == 0 or value.shape[-1] != size:
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["converted", "exactly", "like_of"]
+__all__ = ["as_far_as_exact", "converted", "exactly", "like_of"]
 
 Result = TypeVar("Result")
 
@@ -41,6 +41,22 @@ def exactly(run: Callable[..., Result], *arguments: Any, like: Tensor | None) ->
         with torch.autocast(kind, enabled=False):
             return run(*arguments)
     return run(*arguments)
+
+
+def as_far_as_exact(like: Tensor, value: Tensor, *, as_model: bool) -> Tensor:
+    """A value in the dtype of `like`, unless what it has lost, or would lose, makes it another; then as it is.
+
+    Args:
+        like: Of a density's values or context.
+        value: Of any dtype.
+        as_model: Whether `like` is of the model's dtype, to which all else is rounded, and not of a finer one.
+    """
+    if value.dtype == like.dtype or value.is_complex():
+        return value
+    if not value.is_floating_point():
+        converted = value.to(like.dtype)
+        return converted if torch.equal(converted.to(value.dtype), value) else value
+    return value.to(like.dtype) if as_model or value.dtype == torch.float64 else value
 
 
 def _is_cast(kind: str) -> bool:

@@ -121,7 +121,7 @@ class Layout(NamedTuple):
         r"""The columns of rows, (\*batch, columns), by name, (\*batch, \*shape) each."""
         parts = rows.split([math.prod(shape) for shape in self.shapes], -1)
         return {
-            str(name): part.reshape(*rows.shape[:-1], *shape)
+            str(name): part.reshape((*rows.shape[:-1], *shape))
             for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
         }
 

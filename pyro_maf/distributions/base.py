@@ -91,7 +91,7 @@ class Density(Savable, TorchDistribution, nn.Module):
         self._check_has_context()
         like = self._like()
         check_takes_gradient(self.name, self, like)
-        value = self._checked_event("value", converted(value, like), like)
+        value = self._checked_event("value", converted(self._read("value", value), like), like)
         if not self.batch_shape:
             return exactly(self._log_prob, value, like=like)
         try:
@@ -157,6 +157,10 @@ class Density(Savable, TorchDistribution, nn.Module):
         (size,) = self.event_shape
         size_name = "input_dim" if size == self.input_dim else "event_shape"
         return check_event(self.name, role, value, size, size_name, like)
+
+    def _read(self, role: str, value: Any) -> Any:
+        """What `log_prob` and `condition` take, as a tensor like the density's own where they take more than that."""
+        return value
 
     def _like(self) -> Tensor | None:
         """What values have the dtype and the device of."""
@@ -246,6 +250,7 @@ class ConditionedDensity(Density):
 
     def __init__(self, density: Density, context: Tensor) -> None:
         like = density._context_like()
+        context = density._read("context", context)
         context = check_event(
             density.name, "context", converted(context, like), density.context_dim, "context_dim", like
         )
@@ -263,6 +268,9 @@ class ConditionedDensity(Density):
     def support(self) -> Any:
         """That of the density."""
         return self.density.support
+
+    def _read(self, role: str, value: Any) -> Any:
+        return self.density._read(role, value)
 
     def _like(self) -> Tensor | None:
         return self.density._like()

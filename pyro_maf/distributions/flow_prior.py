@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,14 +15,16 @@ from pyro_maf.distributions.base import ConditionalDensity, Density
 from pyro_maf.distributions.support import Support
 from pyro_maf.distributions.units import NoiseToData, Units, float32_holds, keep_float64, statistics
 from pyro_maf.flows import MAF
-from pyro_maf.precision import like_of
+from pyro_maf.precision import as_far_as_exact, like_of
 from pyro_maf.randomness import seeded
+from pyro_maf.tabular import Layout, numbers
 from pyro_maf.transforms import ConditionalFlow, Flow, Stack
 from pyro_maf.transforms.cache import caching_is_possible
 
 __all__ = ["ConditionalFlowPrior", "FlowPrior"]
 
 CONTEXT_UNITS = ("context_loc", "context_scale")
+Entries: TypeAlias = Sequence[tuple[str, Sequence[int]]]
 
 
 class FlowPrior(Density):
@@ -44,9 +46,14 @@ class FlowPrior(Density):
         context_loc: Shift, (context_dim,), that is taken from the context before the model sees it; by default 0.
         context_scale: Positive scale, (context_dim,), that the context is then divided by; by default 1. The same holds
             for the dtype of a context, `context_dtype`.
+        columns: The names of what a value holds, in order, each with its shape, () for a number: as of the columns of a
+            data frame or the sites of a posterior, and set by `fit` to either. By default none.
+        context_columns: Those of the context.
 
     Shapes:
         Values are (\*batch, D), or (\*batch, D + 1) for a simplex; log-densities are (\*batch,), in nats.
+        `log_prob` also takes what `fit` took, (rows, D): arrays, lists, other dtypes where nothing is lost, data frames
+        and dictionaries of draws, whose columns it finds by name.
 
     Cost:
         That of the model, and a few elementwise operations for the support. `log_prob` is `flow.inv`: one dense pass a
@@ -88,6 +95,8 @@ class FlowPrior(Density):
         scale: Tensor | None = None,
         context_loc: Tensor | None = None,
         context_scale: Tensor | None = None,
+        columns: Entries = (),
+        context_columns: Entries = (),
     ) -> None:
         _check_model(self.name, model)
         if not model.context_dim and (context_loc is not None or context_scale is not None):
@@ -95,6 +104,7 @@ class FlowPrior(Density):
         known = Support(self.name, support, model.input_dim)
         super().__init__(model.input_dim, model.context_dim, _batch_shape(model), known.event_size)
         _remember_by_name(self, known)
+        self.name_columns(_layout(columns), _layout(context_columns))
         like = like_of(model)
         if like is None:  # one that permutes alone is of no dtype, but on a device
             like = torch.zeros((), device=getattr(like_of(model, floating=False), "device", None))
@@ -115,7 +125,7 @@ class FlowPrior(Density):
         data: Any,
         flow: Flow | Density | ConditionalFlow | ConditionalDensity | None = None,
         *,
-        support: str | Constraint | Sequence[str | Constraint] | None = None,
+        support: str | Constraint | Sequence[str | Constraint] | Mapping[Any, str | Constraint] | None = None,
         context: Any = None,
         validation: Any = None,
         batch_size: int = 256,
@@ -131,11 +141,14 @@ class FlowPrior(Density):
         model, unfreeze it, `prior.requires_grad_(True)`, and register it there, `pyro.module("prior", prior)`.
 
         Args:
-            data: Rows (N, D), or (N, D + 1) for a simplex: a tensor, an array, a data frame or nested lists.
+            data: Rows (N, D), or (N, D + 1) for a simplex: a tensor, an array, a data frame or nested lists. Or the
+                draws of a posterior, `mcmc.get_samples()`: a dictionary of tensors (N, ...), laid side by side, which
+                `prior.unpack(value)` takes apart again.
             flow: A flow, a density, a conditional form of either, or a prior to fit further; it is trained and frozen
                 in place. By default a `MAF` for D, in the dtype and on the device of `data` where that is a floating
                 tensor, and in torch's default dtype otherwise.
-            support: As in `FlowPrior`; by default "real", or that of `flow` if it is a prior.
+            support: As in `FlowPrior`; by default "real", or that of `flow` if it is a prior. Or a dictionary by name
+                of column or site, {"scale": "positive"}, where those that it leaves out are real.
             context: Rows (N, C) that the distribution of the data depends on; by default none.
             validation, batch_size, max_epochs, patience, learning_rate, progress: As in `pyro_maf.fit`.
             seed: As in `pyro_maf.fit`, and of the weights that a flow by default starts from.
@@ -160,8 +173,10 @@ class FlowPrior(Density):
         from pyro_maf.training import fit
         from pyro_maf.training.data import number_of_columns
 
+        columns = number_of_columns("data", data)
+        if isinstance(support, Mapping):
+            support = Layout.of(data).spread("FlowPrior.fit", "support", support, "real", columns)
         if flow is None:
-            columns = number_of_columns("data", data)
             context_dim = 0 if context is None else number_of_columns("context", context)
             flow = _default_flow(columns, context_dim, support, seed, data)
         result = fit(
@@ -178,6 +193,31 @@ class FlowPrior(Density):
             progress=progress,
         )
         return result.density.requires_grad_(False)
+
+    def name_columns(self, layout: Layout, context_layout: Layout) -> None:
+        """Call the columns of values and of the context by these names, in `log_prob`, in `unpack` and once saved."""
+        _name_columns(self, layout, context_layout)
+        self._layouts = {"value": layout, "context": context_layout}
+
+    def unpack(self, value: Tensor) -> dict[str, Tensor]:
+        r"""A value, (\*batch, D), by the names of its columns: of a prior from draws, site by site, (\*batch, \*shape).
+
+        Raises:
+            ValueError: If the columns have no names.
+
+        Example:
+            >>> draws = {"mu": torch.randn(50), "b": torch.randn(50, 2)}
+            >>> prior = FlowPrior.fit(draws, max_epochs=1, progress=False)
+            >>> {site: tuple(value.shape) for site, value in prior.unpack(prior.sample((7,))).items()}
+            {'mu': (7,), 'b': (7, 2)}
+        """
+        layout = self._layouts["value"]
+        if not layout.names:
+            raise ValueError(
+                f"{self.name} has no names for the columns of a value: fit it to a data frame or a dictionary of "
+                "draws, or build it with columns=."
+            )
+        return layout.entries(self._checked_event("value", value, None))
 
     @property
     def support(self) -> Any:
@@ -248,6 +288,15 @@ class FlowPrior(Density):
     def _standardised(self, context: Tensor | None) -> Tensor | None:
         return None if context is None else self.standardised_context(context)
 
+    def _read(self, role: str, value: Any) -> Any:
+        like, width = (self.loc, self.event_shape[0]) if role == "value" else (self.context_loc, self.context_dim)
+        if isinstance(value, Tensor):
+            return as_far_as_exact(like, value, as_model=like.dtype == self.units.inner.dtype)
+        table = numbers(self.name, role, self._layouts[role].pick(self.name, role, value)).to(like.device)
+        if width == 1 and table.dim() < 2 and table.shape != (1,):
+            table = table[..., None]
+        return as_far_as_exact(like, table, as_model=like.dtype == self.units.inner.dtype)
+
     def _like(self) -> Tensor:
         return self.units.loc
 
@@ -281,7 +330,7 @@ class ConditionalFlowPrior(ConditionalDensity):
 
     Args:
         model: A flow or density with `context_dim` > 0, or a `ConditionalFlow` or `ConditionalDensity`.
-        support, loc, scale, context_loc, context_scale: As in `FlowPrior`.
+        support, loc, scale, context_loc, context_scale, columns, context_columns: As in `FlowPrior`.
 
     Shapes:
         context is (\*batch or (), context_dim), in its own units, and broadcasts with values, (\*batch, D), or
@@ -309,6 +358,8 @@ class ConditionalFlowPrior(ConditionalDensity):
         scale: Tensor | None = None,
         context_loc: Tensor | None = None,
         context_scale: Tensor | None = None,
+        columns: Entries = (),
+        context_columns: Entries = (),
     ) -> None:
         inner = _unwrapped(model)
         _check_model(type(self).__name__, inner)
@@ -317,6 +368,33 @@ class ConditionalFlowPrior(ConditionalDensity):
         )
         super().__init__(prior)
         _remember_by_name(self, prior.units.support)
+        self.name_columns(_layout(columns), _layout(context_columns))
+
+    def name_columns(self, layout: Layout, context_layout: Layout) -> None:
+        """As `FlowPrior.name_columns`."""
+        _name_columns(self, layout, context_layout)
+        self._prior.name_columns(layout, context_layout)
+
+    def unpack(self, value: Tensor) -> dict[str, Tensor]:
+        r"""A value, (\*batch, D), by the names of its columns, as `FlowPrior.unpack`."""
+        return self._prior.unpack(value)
+
+    @property
+    def _prior(self) -> FlowPrior:
+        prior: Any = self.density
+        return prior
+
+
+def _layout(entries: Entries) -> Layout:
+    return Layout("dict", tuple(name for name, _ in entries), tuple(tuple(shape) for _, shape in entries))
+
+
+def _name_columns(prior: FlowPrior | ConditionalFlowPrior, layout: Layout, context_layout: Layout) -> None:
+    """Have the names saved."""
+    for argument, each in (("columns", layout), ("context_columns", context_layout)):
+        prior._arguments.pop(argument, None)
+        if each.names:
+            prior._arguments[argument] = tuple(zip(map(str, each.names), each.shapes, strict=True))
 
 
 def _remember_by_name(prior: FlowPrior | ConditionalFlowPrior, support: Support) -> None:
@@ -335,7 +413,8 @@ def _default_flow(columns: int, context_dim: int, support: Any, seed: int, data:
     check_positive("FlowPrior.fit", "seed", seed, least=0)
     with seeded(seed):
         flow = MAF(columns - on_simplex, context_dim=context_dim)
-    return flow.to(data) if isinstance(data, Tensor) and data.dtype in (torch.float32, torch.float64) else flow
+    like = next(iter(data.values()), None) if isinstance(data, Mapping) else data
+    return flow.to(like) if isinstance(like, Tensor) and like.dtype in (torch.float32, torch.float64) else flow
 
 
 def _unwrapped(model: Any) -> Any:

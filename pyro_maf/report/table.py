@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf.datasets import Table as NamedTable
+from pyro_maf.tabular import Layout, numbers
 
 __all__ = ["Given", "Table", "given_columns"]
 
@@ -118,6 +119,8 @@ def _values(role: str, value: Any) -> tuple[Any, Sequence[str] | None]:
         if value.is_complex():
             raise TypeError(f"write_report expected {role} of real numbers, got {value.dtype}.")
         return value.detach(), None
+    if isinstance(value, Mapping):
+        return numbers("write_report", role, value), Layout.of(value).labels
     names = [str(name) for name in value.columns] if hasattr(value, "columns") else None
     try:
         array = value.to_numpy() if names is not None else np.asarray(value)

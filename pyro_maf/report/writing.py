@@ -59,9 +59,10 @@ def write_report(
     Args:
         path: The file; by custom it ends in .html. What was there is replaced once all is written.
         result: What `pyro_maf.fit` returned.
-        data: Rows (N, D), or (N, D + 1) on a simplex: a tensor, an array, a data frame or nested lists. A `np.memmap`
-            is read in blocks. Or what `read_table` returned, which has names and context of its own: then the page has
-            the name of the table in its title, categories by their names, and rows by their numbers in the file.
+        data: Rows (N, D), or (N, D + 1) on a simplex, as `fit` takes them; columns with names are found by name. A
+            `np.memmap` is read in blocks. Or what `read_table` returned, which has names and context of its own: then
+            the page has the name of the table in its title, categories by their names, and rows by their numbers in the
+            file.
         context: Rows (N, C) of the same kinds, where the density takes a context.
         names: Of the columns, by default those of a data frame, or x1, x2 and so on.
         context_names: Of the columns of the context, likewise, with c1.
@@ -97,10 +98,12 @@ def write_report(
     if not isinstance(result, FitResult) or not isinstance(result.density, (FlowPrior, ConditionalFlowPrior)):
         raise TypeError(f"write_report expected what fit returned, a FitResult, got {type(result).__name__}.")
     check_progress("write_report", progress)
+    label = data.label if isinstance(data, Table) else ""
+    data = result.layout.pick("write_report", "data", data)
+    context = result.context_layout.pick("write_report", "context", context)
     examination = examine(
         result.density, data, context, names, context_names, held_out=result.held_out, progress=progress
     )
-    label = data.label if isinstance(data, Table) else ""
     write_whole(path, _page(result, examination, command, label).encode())
 
 

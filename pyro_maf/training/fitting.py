@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -23,8 +23,10 @@ from pyro_maf.interruption import Interruption
 from pyro_maf.randomness import seeded
 from pyro_maf.saving import describe, packed, try_to_write
 from pyro_maf.showing import check_progress
+from pyro_maf.tabular import Layout
 from pyro_maf.training.batches import Batches
 from pyro_maf.training.checkpoint import keeping
+from pyro_maf.training.data import number_of_columns
 from pyro_maf.training.parts import in_units_of, read_parts
 from pyro_maf.training.processes import Processes
 from pyro_maf.training.result import FitResult
@@ -44,7 +46,7 @@ def fit(
     data: Any,
     *,
     context: Any = None,
-    support: str | Constraint | Sequence[str | Constraint] | None = None,
+    support: str | Constraint | Sequence[str | Constraint] | Mapping[Any, str | Constraint] | None = None,
     validation: Any = None,
     batch_size: int = 256,
     max_epochs: int = 1000,
@@ -80,17 +82,20 @@ def fit(
 
     Args:
         model: A flow, a density, or a conditional form of either. A `FlowPrior` keeps the units it has.
-        data: Rows (N, D): a tensor, an array, a data frame or nested lists of finite numbers, at least 10 rows. They
-            are rounded to the model's dtype in their units, not before: where float32 does not hold the values of a
-            column to a thousandth of its scale, the density of a model in float32 takes and draws float64. A
-            `numpy.memmap` of more than 512 MiB is not read into memory but streamed; no more than some 262,144 of its
-            rows are held out for validation, and batch norm takes the statistics of as many.
+        data: Rows (N, D): a tensor, an array, a data frame or nested lists of finite numbers, at least 10 rows; or a
+            dictionary of tensors or arrays (N, ...), laid side by side, as the draws of a posterior. They are rounded
+            to the model's dtype in their units, not before: where float32 does not hold the values of a column to a
+            thousandth of its scale, the density of a model in float32 takes and draws float64. A `numpy.memmap` of more
+            than 512 MiB is not read into memory but streamed; no more than some 262,144 of its rows are held out for
+            validation, and batch norm takes the statistics of as many.
         context: Rows (N, C) of the same kinds, for a model with `context_dim` > 0.
         support: Where the data lie: "real", "positive", "unit_interval", "simplex", or a sequence with one of the first
-            three for each column, or constraints, as `FlowPrior` takes it. By default "real" or that of a `FlowPrior`.
+            three for each column, or constraints, as `FlowPrior` takes it; or a dictionary by name of column or entry,
+            {"income": "positive"}, where those that it leaves out are real. By default "real" or that of a `FlowPrior`.
         validation: The part of the rows to set aside at random for validation, between 0 and 1, by default a tenth;
-            or rows like `data`; or a tuple (data, context) of such for a model with a context. A part is by distinct
-            rows: all copies of a row, with its context, are for training or all are for validation.
+            or rows like `data`; or a tuple (data, context) of such for a model with a context, whose columns are found
+            by name where they have names. A part is by distinct rows: all copies of a row, with its context, are for
+            training or all are for validation.
         batch_size: Rows in a batch, give or take: an epoch is cut into equal ones.
         max_epochs: The most passes over the training rows.
         patience: Epochs without a better validation log-likelihood after which to end. After a quarter of it the
@@ -158,7 +163,11 @@ def fit(
     check_progress("fit", progress)
     _check_folder(folder, resume=resume, overwrite=overwrite)
     lightning = _lightning_parts()
+    layout, context_layout = Layout.of(data), Layout.of(context)
+    if isinstance(support, Mapping):
+        support = layout.spread("fit", "support", support, "real", number_of_columns("data", data))
     known = _support(model, support)
+    validation = _by_name(validation, layout, context_layout)
     parts = read_parts(model, data, context, validation, known, dtype=weight.dtype, seed=seed)
     density = in_units_of(parts, model, known)
     processes = Processes(devices)
@@ -174,6 +183,9 @@ def fit(
         options = {"batch_size": batch_size, "learning_rate": learning_rate, "max_grad_norm": max_grad_norm}
         what = {"model": describe(density), "precision": str(weight.dtype), "data": parts.digest(), "seed": seed}
         settings = {**what, **options, **_frozen(density)}
+    if layout.names or context_layout.names:
+        # Not among the settings: a table may have lost its names on the way to where a fit is resumed.
+        density.name_columns(layout, context_layout)
     with (
         keeping(folder, settings, resume=resume, overwrite=overwrite, is_first=processes.is_first) as keeper,
         Interruption() as interruption,
@@ -215,6 +227,8 @@ def fit(
         folder=None if keeper is None else keeper.folder,
         warnings=(*cautions, *endings),
         repeats=parts.repeats,
+        layout=layout,
+        context_layout=context_layout,
     )
 
 
@@ -226,6 +240,14 @@ def _first_weight(model: Any, data: Any) -> Tensor:
         if weight.requires_grad:
             return weight
     raise ValueError(f"fit expected a model with weights to train, got {type(model).__name__} with none.")
+
+
+def _by_name(validation: Any, layout: Layout, context_layout: Layout) -> Any:
+    """Rows to validate with, their columns in the order of the training rows; a part of these as it is."""
+    if isinstance(validation, tuple) and len(validation) == 2:
+        data, context = validation
+        return layout.pick("fit", "validation data", data), context_layout.pick("fit", "validation context", context)
+    return layout.pick("fit", "validation data", validation)
 
 
 def _advice(model: Any, data: Any) -> str:

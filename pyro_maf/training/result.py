@@ -6,11 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from pyro_maf.checks import check_positive
+from pyro_maf.tabular import Layout, number_of_rows, numbers, part_of
 from pyro_maf.training.data import Rows
 
 __all__ = ["FitResult"]
+
+NUMBERS_AT_ONCE = 2**20
+NAMELESS = Layout()
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,6 +43,15 @@ class FitResult:
         warnings: What may have gone wrong without an error, a line each: columns of few values, columns that follow
             from others, heavy tails, a context over orders of magnitude, rows that repeat, a best epoch of 0, too few
             epochs.
+        layout, context_layout: The form of the data and of the context, and the names of their columns.
+
+    Example:
+        >>> import pandas as pd, pyro_maf
+        >>> frame = pd.DataFrame({"a": [1.0, 2.5, 3.1, 4.2, 0.3, 5.9, 7.7], "b": [2.0, 0.4, 1.9, 6.3, 8.1, 9.2, 3.3]})
+        >>> frame = pd.concat([frame, 10 - frame])
+        >>> result = pyro_maf.fit(pyro_maf.MAF(2, num_layers=1), frame, max_epochs=1, progress=False)
+        >>> result.score(frame).shape, list(result.sample(3).columns)
+        (torch.Size([14]), ['a', 'b'])
     """
 
     density: Any
@@ -53,11 +68,95 @@ class FitResult:
     repeats: int = 0
     held_out_places: Tensor | None = None
     rows: int = 0
+    layout: Layout = NAMELESS
+    context_layout: Layout = NAMELESS
 
     @property
     def epochs(self) -> int:
         """How many epochs there were."""
         return len(self.validation_loss)
+
+    def score(self, rows: Any, context: Any = None) -> Tensor:
+        """The log-likelihood of each row, (rows,), in nats, in the data's own units; without gradient, on the CPU.
+
+        Args:
+            rows: Whatever `fit` takes, in the units that it was fitted in. Columns with names are found by name where
+                the fit had names, whatever else there is; others go by their order.
+            context: Rows of context, for a density that takes one. It may be left out where `rows` has its columns too.
+
+        Returns:
+            The log-densities; -inf outside the support, NaN for a row with a missing value.
+
+        Raises:
+            TypeError: For what is not numeric.
+            ValueError: For columns that are missing, or another number of them; for a context missing, superfluous or
+                of another length.
+        """
+        width = self._inner.event_shape[0]
+        if context is None and self._takes_context and self.context_layout.has_all(rows):
+            context = rows
+        self._check_context("score", context)
+        rows = self.layout.pick("score", "rows", rows)
+        context = None if context is None else self.context_layout.pick("score", "context", context)
+        total, size = number_of_rows(rows), max(1, NUMBERS_AT_ONCE // width)
+        if context is not None and number_of_rows(context) != total:
+            raise ValueError(
+                f"score expected as many rows of context as of rows, got {number_of_rows(context)} and {total}."
+            )
+        parts = [torch.empty(0)]
+        with torch.no_grad():
+            for start in range(0, total, size):
+                block = slice(start, start + size)
+                density = self.density
+                if context is not None:
+                    density = density.condition(_table("context", part_of(context, block), self._inner.context_dim))
+                parts.append(density.log_prob(_table("rows", part_of(rows, block), width)).cpu())
+        return torch.cat(parts[1:] or parts)
+
+    def sample(self, number: int, context: Any = None) -> Any:
+        """New rows, in the form of the data that it was fitted to: a data frame, a dictionary or a tensor.
+
+        They are drawn with torch's global random state.
+
+        Args:
+            number: How many.
+            context: For a density that takes one: a row, for all of them, or as many rows, one for each.
+
+        Raises:
+            ValueError: For a context missing, superfluous, or of another number of rows.
+        """
+        number = check_positive("sample", "number", number)
+        self._check_context("sample", context)
+        if context is None:
+            return self.layout.like(self.density.sample((number,)).cpu())
+        width = self._inner.context_dim
+        given = numbers("sample", "context", self.context_layout.pick("sample", "context", context))
+        given = given.reshape(-1, width) if given.dim() < 2 and given.numel() % width == 0 else given
+        if given.dim() != 2 or given.shape[1] != width or len(given) not in (1, number):
+            raise ValueError(
+                f"sample expected context of shape (1, {width}) or ({number}, {width}), got {tuple(given.shape)}."
+            )
+        return self.layout.like(self.density.condition(given.expand(number, width)).sample().cpu())
+
+    @property
+    def _inner(self) -> Any:
+        """The density that takes its context, where there is one."""
+        return getattr(self.density, "density", self.density)
+
+    @property
+    def _takes_context(self) -> bool:
+        return bool(self._inner.context_dim)
+
+    def _check_context(self, who: str, context: Any) -> None:
+        if self._takes_context and context is None:
+            names = self.context_layout.labels
+            which = f", with the columns {', '.join(names)}" if names else ""
+            raise ValueError(
+                f"{who} expected context with {self._inner.context_dim} columns{which}, got none: the density depends "
+                "on it."
+            )
+        if context is not None and not self._takes_context:
+            raise ValueError(f"{who} got context for a density that takes none: leave it out.")
 
     def __repr__(self) -> str:
         steps = "1 step" if self.skipped_steps == 1 else f"{self.skipped_steps} steps"
@@ -70,3 +169,13 @@ class FitResult:
             f"after epoch {self.best_epoch} of {self.epochs}, {self.seconds:.1f} s; "
             f"stopped: {self.stop_reason}{resumable}{skipped}{warned})"
         )
+
+
+def _table(role: str, value: Any, width: int) -> Tensor:
+    """Rows of so many columns; a vector is one column."""
+    table = numbers("score", role, value)
+    if table.dim() == 1 and width == 1:
+        table = table[:, None]
+    if table.dim() != 2 or table.shape[1] != width:
+        raise ValueError(f"score expected {role} of shape (rows, {width}), as in the fit, got {tuple(table.shape)}.")
+    return table

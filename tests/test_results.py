@@ -1,0 +1,267 @@
+"""What one does with a fit: score rows and draw new ones, in whatever form the data came."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import MCMC, NUTS
+from torch import Tensor
+
+import pyro_maf
+from pyro_maf import MAF, ConditionalFlowPrior, ConditionalMAF, FlowPrior, MADEMoG, fit
+from pyro_maf.report import write_report
+from pyro_maf.tabular import Layout, numbers
+
+FRAME = pd.DataFrame(np.random.default_rng(0).normal(size=(200, 3)), columns=["a", "b", "c"])
+ROWS = torch.tensor(FRAME[["a", "b"]].to_numpy())
+QUICK: dict[str, Any] = {"max_epochs": 1, "progress": False}
+FORMS: dict[str, Callable[[pd.DataFrame], Any]] = {
+    "frame": lambda frame: frame,
+    "wider frame in another order": lambda frame: FRAME[["c", "b", "a"]],
+    "array": pd.DataFrame.to_numpy,
+    "array of float32": lambda frame: frame.to_numpy(np.float32),
+    "lists": lambda frame: frame.to_numpy().tolist(),
+    "float64 tensor": lambda frame: torch.tensor(frame.to_numpy()),
+    "float32 tensor": lambda frame: torch.tensor(frame.to_numpy(np.float32)),
+    "dictionary": lambda frame: {"b": torch.tensor(frame["b"].to_numpy(copy=True)), "a": frame["a"].to_numpy()},
+}
+
+
+def flow(**options: Any) -> MAF:
+    torch.manual_seed(0)
+    return MAF(2, **{"num_layers": 1, "hidden_dims": [8], **options})
+
+
+@pytest.fixture(scope="module")
+def result() -> Any:
+    return fit(flow(), FRAME[["a", "b"]], **QUICK)
+
+
+@pytest.fixture(scope="module")
+def given() -> Any:
+    """The result of a conditional fit."""
+    torch.manual_seed(0)
+    return fit(ConditionalMAF(1, 2, num_layers=1), FRAME[["a"]], context=FRAME[["b", "c"]], **QUICK)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_score_and_log_prob_take_what_fit_took(result: Any, form: Callable[[Any], Any]) -> None:
+    rows = form(FRAME[["a", "b"]])
+    with torch.no_grad():
+        expected = result.density.log_prob(ROWS.float())
+    score = result.score(rows)
+    assert score.numpy().shape == (200,)
+    assert torch.allclose(score, expected, rtol=1e-6)
+    assert torch.allclose(result.density.log_prob(rows).detach(), expected, rtol=1e-6)
+
+
+def test_score_is_in_the_units_of_the_table_and_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = 1000 + 0.5 * FRAME[["a", "b"]]
+    result = fit(flow(), frame, validation=frame, **QUICK)
+    whole = result.score(frame)
+    assert whole.mean().item() == pytest.approx(result.validation_log_likelihood, abs=1e-4)
+    monkeypatch.setattr("pyro_maf.training.result.NUMBERS_AT_ONCE", 100)
+    assert torch.allclose(result.score(frame), whole, atol=1e-5)
+    assert result.score(frame[:0]).shape == (0,)
+
+
+def test_score_of_a_context_finds_its_columns_by_name_or_takes_them_apart(given: Any) -> None:
+    rows, context = FRAME[["a"]], FRAME[["c", "b"]]
+    expected = given.score(FRAME)
+    assert torch.equal(given.score(rows, context), expected)
+    assert torch.equal(given.score(rows["a"].tolist(), FRAME[["b", "c"]].to_numpy()), expected)
+    at = given.density.condition(context)
+    assert torch.allclose(at.log_prob(FRAME[["b", "a"]]).detach(), expected)
+    positive = fit(flow(), FRAME[["a", "b"]].abs(), support={"a": "positive"}, **QUICK)
+    assert torch.isneginf(positive.score(pd.DataFrame({"b": [1.0], "a": [-1.0]}))).all()
+
+
+BAD = {
+    "a column that is missing": (lambda r, g: r.score(FRAME[["a", "c"]]), "score expected rows with column 'b', as in"),
+    "one of the context": (
+        lambda r, g: g.score(FRAME[["a"]], FRAME[["b"]]),
+        "score expected context with column 'c', as in the fit, got 'b'.",
+    ),
+    "another width": (lambda r, g: r.score(np.zeros((3, 3))), "score expected rows of shape (rows, 2), as in the fit"),
+    "no context": (lambda r, g: g.score(FRAME[["a"]]), "score expected context with 2 columns, with the columns b, c"),
+    "too much context": (lambda r, g: r.score(FRAME, FRAME), "score got context for a density that takes none"),
+    "another length": (lambda r, g: g.score(FRAME, FRAME[:3]), "as many rows of context as of rows, got 3 and 200."),
+    "contexts of samples": (
+        lambda r, g: g.sample(3, FRAME[:2]),
+        "sample expected context of shape (1, 2) or (3, 2), got (2, 2).",
+    ),
+    "text": (lambda r, g: r.score(FRAME.assign(a="x")), "score expected rows of numeric columns, got column 'a'"),
+    "log_prob": (lambda r, g: r.density.log_prob(FRAME[["a"]]), "FlowPrior expected value with column 'b', as in"),
+    "unpack": (lambda r, g: FlowPrior(flow()).unpack(torch.zeros(2)), "FlowPrior has no names for the columns"),
+    "a class": (lambda r, g: fit(MAF, FRAME), "MAF is a class: build one of it, with a size, as fit(MAF(2), data)."),
+    "swapped": (lambda r, g: fit(FRAME, MAF(2)), "got DataFrame. The model comes first: fit(model, data)."),
+    "a support of none": (
+        lambda r, g: FlowPrior.fit(FRAME, support={"d": "positive"}),
+        "FlowPrior.fit expected support of columns 'a', 'b', 'c', got one of 'd'.",
+    ),
+    "support of nothing": (
+        lambda r, g: fit(flow(), FRAME[["a", "b"]], support={"a": "round"}),
+        "fit expected support to be one of real, positive, unit_interval, simplex",
+    ),
+    "validation": (
+        lambda r, g: fit(flow(), FRAME[["a", "b"]], validation=FRAME[["a", "c"]]),
+        "fit expected validation data with column 'b', as in the fit, got 'a', 'c'.",
+    ),
+    "draws of unequal number": (
+        lambda r, g: FlowPrior.fit({"mu": torch.zeros(20), "b": torch.zeros(19, 2)}),
+        "fit expected data as a dictionary of (rows, ...), as many rows each, got 'mu' of shape (20,), 'b' of shape",
+    ),
+    "large counts": (
+        lambda r, g: g.density.condition(torch.tensor([2**24 + 1, 0])),
+        "has float32 parameters, got context of int64",
+    ),
+}
+
+
+@pytest.mark.parametrize(("ask", "message"), BAD.values(), ids=BAD.keys())
+def test_what_does_not_fit_is_said(result: Any, given: Any, ask: Callable[..., Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        ask(result, given)
+
+
+def test_samples_have_the_form_and_the_names_of_the_data(result: Any, given: Any) -> None:
+    drawn = result.sample(5)
+    assert isinstance(drawn, pd.DataFrame)
+    assert (list(drawn.columns), len(drawn)) == (["a", "b"], 5)
+    assert isinstance(fit(flow(), ROWS, **QUICK).sample(4), Tensor)
+    assert given.sample(6, context=FRAME[["b", "c"]][:1]).shape == (6, 1)
+    assert given.sample(200, context=FRAME).shape == (200, 1)
+    assert given.sample(3, context=[0.5, -0.5]).columns.tolist() == ["a"]
+    numbered = fit(flow(), pd.DataFrame(ROWS.numpy()), **QUICK)
+    assert numbered.sample(2).columns.tolist() == [0, 1]
+    draws = fit(MAF(3, num_layers=1), {"mu": FRAME["c"], "b": ROWS}, **QUICK).sample(7)
+    assert {name: tuple(values.shape) for name, values in draws.items()} == {"mu": (7,), "b": (7, 2)}
+
+
+def test_validation_rows_are_found_by_name(result: Any) -> None:
+    again = fit(flow(), FRAME[["a", "b"]], validation=FRAME[["c", "b", "a"]][:50], **QUICK)
+    expected = fit(flow(), ROWS, validation=ROWS[:50], **QUICK)
+    assert again.validation_loss == expected.validation_loss
+    torch.manual_seed(0)
+    shuffled = FRAME[["c", "a", "b"]][:50]
+    given = fit(
+        ConditionalMAF(1, 2, num_layers=1),
+        FRAME[["a"]],
+        context=FRAME[["b", "c"]],
+        validation=(shuffled, shuffled),
+        **QUICK,
+    )
+    assert given.score(shuffled).mean().item() == pytest.approx(given.validation_log_likelihood, abs=1e-5)
+
+
+# -- priors from draws ------------------------------------------------------------------------------------------------
+
+
+def model() -> None:
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    slopes = pyro.sample("slopes", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    pyro.sample("y", dist.Normal(slopes.sum(), scale), obs=torch.tensor(1.0))
+
+
+@pytest.mark.filterwarnings("ignore:fit found .* rows to repeat:UserWarning")
+def test_a_prior_from_the_draws_of_a_posterior_gives_its_sites_back(tmp_path: Path) -> None:
+    pyro.set_rng_seed(0)
+    mcmc = MCMC(NUTS(model), num_samples=60, warmup_steps=20, disable_progbar=True)
+    mcmc.run()
+    draws = mcmc.get_samples()
+    prior = FlowPrior.fit(draws, support={"scale": "positive"}, **QUICK)
+    assert prior.units.support.name == ("positive", "real", "real")
+    values = prior.unpack(prior.sample((4,)))
+    assert {name: tuple(value.shape) for name, value in values.items()} == {"scale": (4,), "slopes": (4, 2)}
+    assert (values["scale"] > 0).all()
+    packed = torch.cat([draws["scale"][:, None], draws["slopes"]], 1)
+    assert torch.equal(prior.log_prob(draws), prior.log_prob(packed))
+    assert torch.equal(prior.log_prob(dict(reversed(draws.items()))), prior.log_prob(packed))
+    prior.save(tmp_path / "prior.safetensors")
+    for twin in (pyro_maf.load(tmp_path / "prior.safetensors"), copy.deepcopy(prior), prior.expand([3])):
+        assert twin.unpack(packed)["slopes"].shape == (60, 2)
+        assert torch.equal(twin.log_prob(packed[0]), prior.expand(twin.batch_shape).log_prob(packed[0]))
+
+    def later() -> Any:
+        values = prior.unpack(pyro.sample("prior", prior))
+        return pyro.sample("y", dist.Normal(values["slopes"].sum(), values["scale"]))
+
+    assert later().shape == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_prior_of_draws_has_their_dtype(dtype: torch.dtype) -> None:
+    draws = {"mu": torch.tensor(FRAME["c"]).to(dtype), "b": ROWS.abs().to(dtype)}
+    prior = FlowPrior.fit(draws, support={"b": "positive"}, **QUICK)
+    assert (prior.loc.dtype, prior.units.support.name) == (dtype, ("real", "positive", "positive"))
+
+
+def test_a_support_may_be_given_by_the_name_or_number_of_a_column(tmp_path: Path) -> None:
+    frame = FRAME.abs()
+    for data, support in ((frame, {"b": "positive"}), (torch.tensor(frame.to_numpy()), {1: "positive"})):
+        prior = FlowPrior.fit(data, support=support, **QUICK)
+        assert prior.units.support.name == ("real", "positive", "real")
+    everywhere = FlowPrior.fit(frame, support=dict.fromkeys("abc", "positive"), **QUICK)
+    assert everywhere.units.support.name == "positive"
+    shares = pd.DataFrame(np.random.default_rng(0).dirichlet([2.0] * 3, 50), columns=list("abc"))
+    assert FlowPrior.fit(shares, support=dict.fromkeys("abc", "simplex"), **QUICK).input_dim == 2
+
+
+def test_a_conditional_prior_is_saved_with_the_names_of_its_columns(given: Any, tmp_path: Path) -> None:
+    given.density.save(tmp_path / "given.safetensors")
+    loaded = pyro_maf.load(tmp_path / "given.safetensors")
+    assert isinstance(loaded, ConditionalFlowPrior)
+    at = loaded.condition(FRAME[["c", "b"]][:5])
+    assert torch.equal(at.log_prob(FRAME[:5]), given.density.condition(FRAME[:5]).log_prob(FRAME[:5]))
+    assert list(loaded.unpack(at.sample())) == ["a"]
+
+
+@pytest.mark.parametrize("context", [torch.tensor([1, 2]), [1, 2], (1.0, 2.0), torch.tensor([1.0, 2.0]).double()])
+def test_a_context_may_be_whole_numbers(given: Any, context: Any) -> None:
+    expected = given.density.condition(torch.tensor([1.0, 2.0])).log_prob(torch.zeros(1))
+    assert torch.equal(given.density.condition(context).log_prob(torch.zeros(1)), expected)
+    single = FlowPrior.fit(FRAME[["a"]], context=FRAME[["b"]], **QUICK)
+    assert torch.equal(single.condition(1).log_prob([0.5]), single.condition(torch.tensor([1.0])).log_prob([0.5]))
+
+
+def test_the_advice_of_other_densities_and_flows_works() -> None:
+    density = MADEMoG(2)
+    for value in (FRAME[["a", "b"]], ROWS.numpy(), ROWS, ROWS.int()):
+        with pytest.raises(TypeError) as error:
+            density.log_prob(value)
+        advice = str(error.value)
+        converted = re.search(r"convert it with (.*)\.$", advice) or re.search(
+            r"convert (value) with (\.to\(\S+\))", advice
+        )
+        assert converted is not None
+        assert "int32" not in advice.partition("convert")[2]
+        density.log_prob(eval("".join(converted.groups()), {"torch": torch, "value": value}))
+
+
+def test_a_layout_says_what_numbers_are_called() -> None:
+    table = {"m": torch.arange(12.0).reshape(2, 2, 3), "n": np.arange(2)}
+    layout = Layout.of(table)
+    assert layout.labels == [*(f"m[{i},{j}]" for i in range(2) for j in range(3)), "n"]
+    assert numbers("fit", "data", table)[1].tolist() == [6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 1.0]
+    assert torch.equal(layout.entries(numbers("fit", "data", table))["m"], table["m"].double())
+    with pytest.raises(ValueError, match=r"score expected rows 'n' of shape \(rows, \(\)\), got \(4,\) a row"):
+        layout.pick("score", "rows", {"m": table["m"], "n": np.zeros((2, 4))})
+
+
+def test_a_report_finds_columns_by_name_and_takes_draws_apart(result: Any, tmp_path: Path) -> None:
+    draws = {"b": torch.tensor(FRAME["b"]), "a": torch.tensor(FRAME["a"])}
+    pages = []
+    for rows in (FRAME[["a", "b"]], FRAME, draws):
+        write_report(tmp_path / "page.html", result, rows, progress=False)
+        pages.append((tmp_path / "page.html").read_bytes())
+    assert pages[0] == pages[1] == pages[2]
