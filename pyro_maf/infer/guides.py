@@ -61,6 +61,7 @@ class AutoFlow(AutoContinuous):
         if init_scale is not None:
             check_above_zero(who, "init_scale", init_scale, finite=True)
         super().__init__(model, median_or_feasible if init_loc_fn is None else init_loc_fn)
+        self._is_told = init_loc_fn is not None
         self.create_plates = create_plates
         self._plain_model = (model,)  # in a tuple, as Pyro does: a model that is a module is no part of its guide
         self._num_layers = check_positive(
@@ -107,7 +108,8 @@ class AutoFlow(AutoContinuous):
                 check_supports(type(self).__name__, self._plain_model[0], self._latents, args, kwargs)
                 self._create_plates(*args, **kwargs)
                 scale = 1.0 if self._init_scale is None and self.encoder is not None else self._init_scale
-                start = start_of(self._plain_model[0], self.prototype_trace, self._latents, args, kwargs, scale)
+                model, trace = self._plain_model[0], self.prototype_trace
+                start = start_of(model, trace, self._latents, args, kwargs, scale, self._is_told)
             self.latent_dim = self._latents.size
             self._make_transform(start, 0 if context is None else context.shape[-1])
         except BaseException:

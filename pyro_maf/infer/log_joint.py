@@ -88,8 +88,9 @@ class LogJoint:
         self.hidden: tuple[str, ...] = ()
         self.numbers = 1
         values = {name: site["value"] for name, site in latents.items() if name in shapes}
+        self._like = next(iter(values.values()))
         self._minibatches, self.partial = minibatches_of(
-            lambda: self._run(values), example.nodes.values(), next(iter(values.values())), most_minibatches
+            lambda: self._run(values), example.nodes.values(), self._like, most_minibatches
         )
         self.subsamples = not isinstance(self._minibatches, tuple)
         self._all_rows = {name: _of_all_rows(latents[name], shapes[name]) for name in values}
@@ -114,6 +115,17 @@ class LogJoint:
         one = {name: value[0].reshape(self._shapes[name]) for name, value in values.items()}
         trace: Any = self._scored(one, next(iter(self._minibatches)))
         return trace.nodes["_RETURN"]["value"]
+
+    def prior_draws(self, count: int) -> dict[str, Tensor]:
+        r"""Draws of the latent sites from the prior, (count, \*site), of a model that scores many draws in one run.
+
+        Raises:
+            RuntimeError: If a value has not the rows that it is to have, as those of a minibatch.
+        """
+        plate = pyro.plate("_draws", count, dim=-self.nesting - 1)
+        with seeded(0, self._like.device), pyro.poutine.block(), plate:
+            trace: Any = poutine.trace(self._model).get_trace(*self._args, **self._kwargs)
+        return {name: trace.nodes[name]["value"].reshape(count, *shape) for name, shape in self._shapes.items()}
 
     def settle(self, values: Values) -> LogJoint:
         """Decide between one run for all draws and one for each, by trying both on a few; returns itself.

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from pyro_maf.infer.enumeration import is_enumerated, without_blocks
 from pyro_maf.infer.latents import Latents
-from pyro_maf.infer.log_joint import LogJoint, latent_sites
+from pyro_maf.infer.log_joint import FAILURES, LogJoint, latent_sites
 from pyro_maf.infer.masks import idle_entries, masked_in_vector
-from pyro_maf.infer.start import Normal, best_normal
+from pyro_maf.infer.start import Normal, best_normal, best_of
 
 __all__ = ["start_of"]
 
+PRIOR_DRAWS = 64
 MINIBATCHES = 8
 """How many minibatches of a plate that subsamples stand for the others, at most."""
 
@@ -29,12 +30,15 @@ def start_of(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     scale: float | None,
+    is_told: bool,
 ) -> Normal:
     """Where a guide starts; what a mask keeps out of the model is left out of `latents`, since it has no posterior.
 
     Args:
         model, prototype, latents, args, kwargs: As in `Posterior`.
         scale: That of an isotropic normal at the initial values, or None for the best normal of an ascent.
+        is_told: Whether a user has said where to begin. If not, and a draw of the prior is better than where the ascent
+            ends, which is in another mode, there is one from that draw too.
     """
     masked = latents.has_masks()
     if scale is not None and not masked:
@@ -45,7 +49,9 @@ def start_of(
     loc = latents.initial()
     if scale is not None or not posterior.is_known:
         return Normal.isotropic(loc, 0.1 if scale is None else scale)
-    return best_normal(posterior, loc, vectorised=posterior.is_vectorised)
+    found = best_normal(posterior, loc, vectorised=posterior.is_vectorised)
+    draw = None if is_told or not posterior.is_vectorised else posterior.better_draw(found.loc)
+    return found if draw is None else best_of(posterior, [found, best_normal(posterior, draw)])
 
 
 class Posterior:
@@ -93,6 +99,18 @@ class Posterior:
         """Log density of latent vectors, (draws, D)."""
         values, log_det = self._unpacked(latents)
         return self._joint(values) + log_det
+
+    @torch.no_grad()
+    def better_draw(self, loc: Tensor) -> Tensor | None:
+        """The draw of the prior of the highest log density, (D,), if it is above that of `loc`."""
+        try:
+            values = self._joint.prior_draws(PRIOR_DRAWS)
+        except (*FAILURES, NotImplementedError):  # as of an improper prior
+            return None
+        draws, _ = self._latents.pack(values)
+        scores = self(torch.cat([loc[None], draws]))
+        index = int(scores.argmax())
+        return draws[index - 1] if scores[index] > scores[0] + 1 else None
 
     def leave_out_idle(self) -> None:
         """Leave out of the latent vector what a mask keeps out of the model."""

@@ -17,7 +17,7 @@ from pyro_maf.infer.double import Score, in_double, widened
 from pyro_maf.infer.log_joint import FAILURES
 from pyro_maf.randomness import seeded
 
-__all__ = ["Normal", "best_normal"]
+__all__ = ["Normal", "best_normal", "best_of"]
 
 DRAWS = 32
 ITERATIONS = 300
@@ -79,6 +79,13 @@ def best_normal(log_density: Score, loc: Tensor, *, vectorised: bool = True) -> 
         if narrow > bound - max(SLACK, SLACK / 100 * abs(bound)):
             return normal
     return _Search(log_density, loc, vectorised).best()[0]
+
+
+def best_of(log_density: Score, normals: list[Normal], *, vectorised: bool = True) -> Normal:
+    """The normal of the largest evidence lower bound of a few."""
+    with torch.no_grad():
+        bounds = _bounds(log_density, normals, _noise(normals[0].loc, vectorised))
+    return normals[int(bounds.argmax())]
 
 
 def _noise(loc: Tensor, vectorised: bool, seed: int = 0) -> Tensor:
