@@ -40,8 +40,9 @@ def idle_entries(
     points = (loc + 0.5 * noise[:POINTS]).requires_grad_()
     with torch.enable_grad():
         scores = score(points)
-        (gradient,) = torch.autograd.grad(scores.sum(), points, allow_unused=True)
-    idle = masked if gradient is None else masked & (gradient == 0).all(0)
+        total = scores.sum() + 0 * points.sum()  # which has a gradient where nothing else does
+        (gradient,) = torch.autograd.grad(total, points)
+    idle = masked & (gradient == 0).all(0)
     idle = torch.cat([_whole_events(part, idle) for part in latents.parts.values()])
     with torch.no_grad():
         others = score(torch.where(idle, loc + noise[POINTS:], points))
