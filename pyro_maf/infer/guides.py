@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pyro_maf.checks import check_above_zero, check_positive, check_shape, check_sizes
 from pyro_maf.flows import IAF, MAF, RealNVP
-from pyro_maf.infer.head import Head
+from pyro_maf.infer.head import with_head
 from pyro_maf.infer.latents import Latents, median_or_feasible, names_of_plates
 from pyro_maf.infer.log_joint import latent_sites
 from pyro_maf.infer.masks import masked_in_vector
@@ -26,12 +26,10 @@ from pyro_maf.infer.posterior import start_of
 from pyro_maf.infer.prototype import bare_latents, bare_trace
 from pyro_maf.infer.quantiles import QUANTILE_DRAWS, checked_levels, even_noise, quantiles_of
 from pyro_maf.infer.refusal import RefusalError, without_empty_tables
-from pyro_maf.infer.start import Normal
 from pyro_maf.infer.supports import check_supports
 from pyro_maf.infer.values import checked_values, within_supports
 from pyro_maf.saving import drop_weak_references
-from pyro_maf.tempering import Tempered
-from pyro_maf.transforms import ConditionalFlow, Flow, Stack
+from pyro_maf.transforms import ConditionalFlow, Flow
 
 __all__ = ["AutoFlow", "AutoIAF", "AutoMAF", "AutoRealNVP"]
 
@@ -111,22 +109,12 @@ class AutoFlow(AutoContinuous):
                 model, trace = self._plain_model[0], self.prototype_trace
                 start = start_of(model, trace, self._latents, args, kwargs, scale, self._is_told)
             self.latent_dim = self._latents.size
-            self._make_transform(start, 0 if context is None else context.shape[-1])
+            context_dim = 0 if context is None else context.shape[-1]
+            stack = with_head(self.flow_class, start, self._num_layers, self._hidden_dims, context_dim)
+            self.transform = ConditionalFlow(stack) if context_dim else stack
         except BaseException:
             self.prototype_trace = None  # so that the next call tries again
             raise
-
-    def _make_transform(self, start: Normal, context_dim: int) -> None:
-        size = self.latent_dim
-        hidden_dims = _default_hidden_dims(size) if self._hidden_dims is None else self._hidden_dims
-        shared: dict[str, Any] = {"hidden_dims": hidden_dims, "activation": "elu", "context_dim": context_dim}
-        flow = self.flow_class(size, num_layers=self._num_layers, **shared)
-        head = Head(size, loc=start.loc, scale_tril=start.scale_tril, **shared)
-        stack = Stack([*flow, head]).to(start.loc)
-        for module in stack.modules():
-            if isinstance(module, Tempered):
-                module.temper()
-        self.transform = ConditionalFlow(stack) if context_dim else stack
 
     def _context(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         context = self._held("encoder")(*args, **kwargs)
@@ -438,11 +426,6 @@ class AutoRealNVP(AutoFlow):
 
     flow_class = RealNVP
     default_num_layers = 6
-
-
-def _default_hidden_dims(latent_dim: int) -> tuple[int, int]:
-    width = min(512, max(64, 4 * latent_dim))
-    return width, width
 
 
 def _without_bad_draws(gradient: Tensor) -> Tensor:

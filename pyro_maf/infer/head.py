@@ -9,13 +9,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_maf.flows import IAF, MAF, RealNVP
+from pyro_maf.infer.start import Normal
 from pyro_maf.nn import MLP
 from pyro_maf.sweep.layers import current, outputs_of
-from pyro_maf.tempering import gain_of
-from pyro_maf.transforms import Flow
+from pyro_maf.tempering import Tempered, gain_of
+from pyro_maf.transforms import Flow, Stack
 from pyro_maf.transforms.triangular import solve_lower
 
-__all__ = ["Head"]
+__all__ = ["Head", "with_head"]
+
+
+def with_head(
+    flow_class: type[MAF] | type[IAF] | type[RealNVP],
+    start: Normal,
+    num_layers: int,
+    hidden_dims: Sequence[int] | None,
+    context_dim: int,
+) -> Stack:
+    """A flow and a head, as one map that starts as a normal and may be trained at a guide's learning rate.
+
+    `hidden_dims` of None are two layers of 64 to 512 units, by the number of dimensions.
+    """
+    size = len(start.loc)
+    if hidden_dims is None:
+        hidden_dims = 2 * (min(512, max(64, 4 * size)),)
+    shared: dict[str, Any] = {"hidden_dims": hidden_dims, "activation": "elu", "context_dim": context_dim}
+    flow = flow_class(size, num_layers=num_layers, **shared)
+    head = Head(size, loc=start.loc, scale_tril=start.scale_tril, **shared)
+    stack = Stack([*flow, head]).to(start.loc)
+    for module in stack.modules():
+        if isinstance(module, Tempered):
+            module.temper()
+    return stack
 
 
 class Head(Flow):
