@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib.util import find_spec
 from typing import Any
 
-__all__ = ["SECONDS_BETWEEN_UPDATES", "check_progress", "progress_bar", "shows"]
+__all__ = ["SECONDS_BETWEEN_UPDATES", "check_progress", "progress_bar", "say_before_bar", "shows"]
 
 SECONDS_BETWEEN_UPDATES = 0.2
 
@@ -20,7 +21,7 @@ def check_progress(who: str, progress: Any) -> None:
 def shows(progress: bool | str, console: Any) -> bool:
     """Whether to show a bar: never (False), where it is read by somebody (True), or in any case ("always").
 
-    In a notebook rich draws with ipywidgets; where that is missing it would warn at every update, so there is no bar.
+    In a notebook there is one where ipywidgets is installed, as for the bars of other packages.
     Where FORCE_COLOR is set, as for the shell commands of a notebook and by some CI, rich takes a pipe for a terminal.
     """
     if console.is_jupyter and find_spec("ipywidgets") is None:
@@ -30,17 +31,25 @@ def shows(progress: bool | str, console: Any) -> bool:
     return progress == "always" or (bool(progress) and is_read)
 
 
+def say_before_bar(text: str, progress: bool | str) -> None:
+    """Say on stderr what a bar has to wait for, where one will be shown."""
+    from rich.console import Console
+
+    if shows(progress, Console(stderr=True)):
+        print(text, file=sys.stderr, flush=True)
+
+
 def progress_bar(place: str, figures: str, console: Any) -> Any:
     """A bar of rich with one text before it and one after, the time spent, and the most that is left.
 
     Args:
         place, figures: The texts, as rich formats them.
-        console: Where it goes.
+        console: Where it goes; in a notebook it is an output of the cell.
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.table import Column
 
-    return Progress(
+    columns = (
         TextColumn(place),
         BarColumn(),
         TextColumn(figures),
@@ -48,5 +57,9 @@ def progress_bar(place: str, figures: str, console: Any) -> Any:
         TimeElapsedColumn(table_column=Column(no_wrap=True)),
         TextColumn("at most"),
         TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
-        console=console,
     )
+    if console.is_jupyter:
+        from pyro_maf.notebooks import NotebookProgress
+
+        return NotebookProgress(*columns)
+    return Progress(*columns, console=console)

@@ -27,6 +27,7 @@ FLOORS = (
     "precision",
     "randomness",
     "interruption",
+    "notebooks",
     "showing",
     "tracing",
     "folder",

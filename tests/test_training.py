@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ from pyro_maf import (
     showing,
 )
 from pyro_maf.showing import shows
-from pyro_maf.training import FitResult
+from pyro_maf.training import FitResult, fitting
 from pyro_maf.training.schedule import Schedule
 from pyro_maf.transforms import ActNorm, LowerTriangularAffine, MaskedAutoregressive, Permute, Stack
 from tests.fits import GAUSSIAN, QUICK, SMALL, Hooked, gaussian_rows, mean_log_prob, same, seeded, small_maf, weights
@@ -382,6 +383,53 @@ def test_the_bar_shows_epoch_losses_and_time_left(
     best = f"best {-result.validation_log_likelihood:.3f}"
     assert out == ""
     assert re.search(rf"epoch 3 ━+ {losses}  {best} \d:\d\d:\d\d at most 00:00", err)
+
+
+class Cell:
+    """The outputs of a cell of a notebook, as IPython's `display` makes and replaces them."""
+
+    def __init__(self) -> None:
+        self.outputs: list[dict[str, str]] = []
+        self.replaced = 0
+
+    def display(self, data: dict[str, str], *, raw: bool, display_id: bool) -> Cell:
+        assert raw
+        assert display_id
+        self.outputs.append(data)
+        return self
+
+    def update(self, data: dict[str, str], *, raw: bool) -> None:
+        assert raw
+        self.outputs[-1] = data
+        self.replaced += 1
+
+
+def test_a_notebook_keeps_the_last_state_of_a_bar_as_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rich's own bar is a widget, which is empty once the notebook is stored, and leaves another empty output."""
+    cell = Cell()
+    monkeypatch.setattr("IPython.display.display", cell.display)
+    console = Console(stderr=True, force_jupyter=True)
+    with showing.progress_bar("step {task.completed}", "{task.fields[loss]}", console) as bar:
+        task = bar.add_task("", total=1_000, loss="")
+        for step in range(1, 1_001):
+            bar.update(task, completed=step, loss=f"loss {step}")
+    assert cell.replaced < 50
+    assert [set(output) for output in cell.outputs] == [{"text/plain"}]
+    assert re.fullmatch(r"step 1000 ━+ loss 1000 \d:\d\d:\d\d at most 00:00", cell.outputs[0]["text/plain"])
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("progress", ["always", True, False])
+def test_what_the_first_bar_waits_for_is_said(
+    progress: bool | str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fitting, "sys", SimpleNamespace(modules={}))
+    fit(small_maf(), gaussian_rows(), **{**QUICK, "max_epochs": 1, "progress": progress})
+    said = capsys.readouterr().err
+    assert said.startswith("fit loads Lightning, once in a program: some seconds.\n") == (progress == "always")
+    assert bool(said) == (progress == "always")
 
 
 def test_the_bar_is_for_terminals_and_notebooks_that_have_widgets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from types import ModuleType
 import nbformat
 import pytest
 from nbformat import NotebookNode
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 FOLDER = Path(__file__).parent.parent / "tutorials"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -161,3 +161,22 @@ def test_one_that_fails_or_warns_is_left_as_it_was(
     assert message in capsys.readouterr().err
     assert notebook.read_text(encoding="utf-8") == before
     assert list(notebook.parent.iterdir()) == [notebook]
+
+
+def test_outputs_that_show_nothing_are_left_out(runner: ModuleType) -> None:
+    """Such as the widget of a bar, of which a stored notebook has the name alone, and the empty one after it."""
+    blank = [
+        new_output("display_data", {"text/plain": "Output()", "application/vnd.jupyter.widget-view+json": {}}),
+        new_output("display_data", {"text/plain": "", "text/html": "<pre style='white-space:pre'></pre>\n"}),
+        new_output("execute_result", {"text/plain": ""}, execution_count=1),
+        new_output("display_data", {}),
+        new_output("stream", name="stdout", text="\n"),
+    ]
+    seen = [
+        new_output("display_data", {"text/html": "<b>bold</b>"}),
+        new_output("display_data", {"image/png": "iVBORw0KGgo="}),
+        new_output("error", ename="ValueError", evalue="", traceback=[]),
+        new_output("stream", name="stdout", text=" a\n"),
+    ]
+    cell = new_code_cell("a", execution_count=1, outputs=[*blank, *seen])
+    assert runner.tidied(new_notebook(cells=[cell])).cells[0].outputs == seen

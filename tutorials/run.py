@@ -7,6 +7,7 @@ fails, or that writes to stderr, is left as it was.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -64,7 +65,8 @@ def tidied(notebook: NotebookNode) -> NotebookNode:
 
 
 def _joined(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
-    """Outputs with what one stream wrote in pieces made whole, and pictures without a description of their object."""
+    """Outputs that show something, with what one stream wrote in pieces made whole, and pictures without a description
+    of their object."""
     joined: list[NotebookNode] = []
     for output in map(nbformat.from_dict, outputs):
         if output.output_type == "stream" and joined and joined[-1].get("name") == output.name:
@@ -74,7 +76,18 @@ def _joined(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
             output.data.pop("text/plain", None)
         output.pop("transient", None)
         joined.append(output)
-    return joined
+    return [output for output in joined if shows_something(output)]
+
+
+def shows_something(output: NotebookNode) -> bool:
+    """Whether anything is to be seen of an output in a stored notebook: not of blanks, empty tags, or a widget."""
+    if output.output_type == "stream":
+        return bool(output.text.strip())
+    data = output.get("data", {})
+    if any(kind.startswith("application/vnd.jupyter.widget") for kind in data):
+        return False
+    text = [re.sub(r"<[^>]*>", "", str(value)) if kind == "text/html" else str(value) for kind, value in data.items()]
+    return output.output_type == "error" or any(part.strip() for part in text)
 
 
 def written(notebook: NotebookNode) -> str:

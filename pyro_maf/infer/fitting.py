@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor
 
 from pyro_maf.checks import check_above_zero, check_positive
+from pyro_maf.extras import require
 from pyro_maf.infer.arguments import check_call, check_pair
 from pyro_maf.infer.averaging import Average
 from pyro_maf.infer.batching import why_alone
@@ -30,7 +32,7 @@ from pyro_maf.infer.retreat import Retreat
 from pyro_maf.infer.schedule import Schedule
 from pyro_maf.infer.start import ALONE as SET_UP_RUNS
 from pyro_maf.interruption import Abandoned, Interruption
-from pyro_maf.showing import check_progress
+from pyro_maf.showing import check_progress, say_before_bar
 
 __all__ = ["GuideFit", "fit_guide"]
 
@@ -162,6 +164,9 @@ def fit_guide(
     started = time.monotonic()
     _check(model, guide, steps, num_particles, learning_rate, progress)
     check_call("fit_guide", model, args, kwargs, OPTIONS)
+    require("fit_guide", "rich")
+    if "arviz" not in sys.modules:
+        say_before_bar("fit_guide loads arviz, once in a program: some seconds.", progress)
     arviz()  # where it is missing, better to say so now than after the fit
     with without_empty_tables(), bar(progress, steps) as show:
         with show.runs("setting up, run", SET_UP_RUNS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
@@ -22,7 +23,7 @@ from pyro_maf.folder import MODEL
 from pyro_maf.interruption import Interruption
 from pyro_maf.randomness import seeded
 from pyro_maf.saving import describe, packed, try_to_write
-from pyro_maf.showing import check_progress
+from pyro_maf.showing import check_progress, say_before_bar
 from pyro_maf.tabular import Layout
 from pyro_maf.training.batches import Batches
 from pyro_maf.training.checkpoint import keeping
@@ -162,7 +163,7 @@ def fit(
     seed = _checked_seed(seed)
     check_progress("fit", progress)
     _check_folder(folder, resume=resume, overwrite=overwrite)
-    lightning = _lightning_parts()
+    lightning = _lightning_parts(progress if Processes(devices).is_first else False)
     layout, context_layout = Layout.of(data), Layout.of(context)
     if isinstance(support, Mapping):
         support = layout.spread("fit", "support", support, "real", number_of_columns("data", data))
@@ -312,8 +313,11 @@ def _support(model: Any, given: Any) -> Support:
     return asked
 
 
-def _lightning_parts() -> ModuleType:
-    require("fit", "rich", "lightning")
+def _lightning_parts(progress: bool | str) -> ModuleType:
+    require("fit", "rich")
+    if "lightning" not in sys.modules:
+        say_before_bar("fit loads Lightning, once in a program: some seconds.", progress)
+    require("fit", "lightning")
     from pyro_maf.training import maximum_likelihood
 
     return maximum_likelihood
