@@ -576,6 +576,52 @@ def test_names_from_elsewhere_can_not_move_a_terminals_cursor(folder: Path, here
     assert len(result.stderr) < 1100
 
 
+@pytest.mark.usefixtures("quick_report")
+def test_rows_with_missing_values_are_dropped_when_asked(
+    folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = frame()
+    table.loc[[0, 17, 199], "width"] = np.nan
+    table.to_csv("gaps.csv", index=False, float_format="%.9g")
+    options = ("--columns", "length,width")
+    found = "of 200 rows, 3 rows have a missing value: 'width' 3 (rows 1, 18, 200)"
+    assert found in run("fit", "gaps.csv", *options, *QUICK, code=2).stderr
+    for command in ("fit", "compare"):
+        quick = QUICK if command == "fit" else ("--models", "gaussian")
+        result = run(command, "gaps.csv", *options, "--drop-missing", "--folder", command, *quick)
+        assert f"left out of gaps.csv: {found}." in result.stderr
+    assert json.loads(Path("fit/fit.json").read_text())["rows"] == 197
+    table.loc[5, "width"] = 1e9
+    table.to_csv("far.csv", index=False)
+    result = run("fit", "far.csv", *options, "--drop-missing", "--support", "width=unit_interval", code=2)
+    assert "in data row 2 (counted from 1)" in result.stderr
+    assert found in run("score", folder / "plain", "gaps.csv", code=2).stderr
+    whole = run("score", folder / "plain", "table.csv").stdout.split()
+    for size in (2**18, 14):
+        monkeypatch.setattr(score_module, "NUMBERS_IN_A_BATCH", size)
+        result = run("score", folder / "plain", "gaps.csv", "--drop-missing")
+        scores = result.stdout.split()
+        assert [place for place, score in enumerate(scores) if score == "nan"] == [1, 18, 200]
+        kept = [place for place in range(1, 201) if place not in (1, 18, 200)]
+        expected = [float(whole[place]) for place in kept]
+        assert [float(scores[place]) for place in kept] == pytest.approx(expected, rel=1e-4)
+        assert f"nan for some rows: {found}." in result.stderr
+        assert "197 rows, mean log-density" in result.stderr
+
+
+@pytest.mark.usefixtures("quick_report")
+def test_text_may_have_commas_and_another_encoding(folder: Path, here: Path) -> None:
+    content = frame()[NAMES].to_csv(index=False, sep=";", decimal=",", float_format="%.9g")
+    (here / "comma.csv").write_bytes(content.replace("width", "größe").encode("latin-1"))
+    how = ("--decimal", ",", "--encoding", "latin-1")
+    run("fit", "comma.csv", *how, "--folder", "fit", "--validation", "comma.csv", *QUICK)
+    (here / "plain.csv").write_text(content)
+    assert run("score", folder / "plain", "plain.csv", "--decimal", ",").stdout == (
+        run("score", folder / "plain", "table.csv").stdout
+    )
+    assert "--encoding" in run("fit", "comma.csv", code=2).stderr
+
+
 def test_a_name_that_reads_like_a_place_is_left_as_it_is(here: Path) -> None:
     frame().rename(columns={"width": "row 3"})[["length", "row 3"]].to_csv("rows.csv", index=False)
     result = run("fit", "rows.csv", "--support", "unit_interval", code=2)

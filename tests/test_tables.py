@@ -559,6 +559,119 @@ def test_too_many_categories_are_refused() -> None:
         read_table(text("y,name\n" + rows), context=["name"])
 
 
+def test_missing_values_are_counted_with_their_columns_and_rows() -> None:
+    content = "a,b,c,colour\n1,2,3,red\n,2,3,blue\n1,NA,3,\n1, n/a ,3,red\n1,?,3,red\n1,null,3,red\n"
+    with pytest.raises(
+        ValueError, match=r"^read_table expected finite numbers, got an empty cell in data row 2"
+    ) as caught:
+        read_table(text(content), context=["colour"])
+    message = str(caught.value)
+    assert message.endswith(
+        "In all, of 6 rows, 5 rows have a missing value: 'b' 4 (rows 3, 4, 5, ...), 'a' 1 (row 2), 'colour' 1 (row 3). "
+        "drop_missing=True, or --drop-missing, leaves such rows out."
+    )
+    with pytest.raises(ValueError, match=r"got 'red' in data row 1 .*colour"):
+        read_table(text(content))
+    with pytest.raises(ValueError, match=r"of 6 rows, 1 row has a missing value: 'a' 1 \(row 2\)\."):
+        read_table(text(content), columns=["a"])
+    with pytest.raises(ValueError, match="expected rows without missing values, got none in the stream: of 2 rows, 2"):
+        read_table(text("a,b\n1,\n,2\n"), drop_missing=True)
+
+
+@pytest.mark.parametrize("write", [write_csv, write_parquet])
+def test_rows_with_missing_values_are_dropped_when_asked_and_the_others_remember_their_numbers(
+    tmp_path: Path, request: pytest.FixtureRequest, write: Any
+) -> None:
+    given = frame()
+    given.loc[[3, 40], "width"] = np.nan
+    given.loc[[0, 40], "colour"] = None
+    path = write(tmp_path / "table", given)
+    for small in (False, True):
+        if small:
+            request.getfixturevalue("small_memory")
+        table = read_table(path, columns=NAMES, context=["colour"], drop_missing=True)
+        whole = np.setdiff1d(np.arange(ROWS), [0, 3, 40])
+        assert np.array_equal(table.data, numbers()[whole])
+        assert table.rows is not None
+        assert table.rows.tolist() == (whole + 1).tolist()
+        assert table.numbers(0) == 2
+        assert table.missing is not None
+        assert str(table.missing) == (
+            "of 50 rows, 3 rows have a missing value: 'width' 2 (rows 4, 41), 'colour' 2 (rows 1, 41)"
+        )
+        assert table.context is not None
+        assert table.context.sum() == len(whole)
+    plain = read_table(write(tmp_path / "whole", frame()), columns=NAMES, drop_missing=True)
+    assert (plain.rows, plain.missing) == (None, None)
+    assert plain.numbers(np.array([0, 4])).tolist() == [1, 5]
+
+
+def test_missing_values_of_an_array_are_dropped_when_asked(tmp_path: Path) -> None:
+    array = numbers()
+    array[[2, 7], [0, 1]] = np.nan
+    table = read_table(save_npy(tmp_path / "table.npy", array), drop_missing=True)
+    assert np.array_equal(table.data, np.delete(array, [2, 7], 0))
+    array[9, 0] = np.inf
+    with pytest.raises(ValueError, match="got inf in data row 10"):
+        read_table(save_npy(tmp_path / "table.npy", array), drop_missing=True)
+
+
+def test_decimals_may_come_after_a_comma() -> None:
+    table = read_table(text("a;b;size\n1,5;-2,5e3;0,5\n3;4; 1,5\n"), decimal=",", context=["size"])
+    assert table.data.tolist() == [[1.5, -2500], [3, 4]]
+    assert table.context is not None
+    assert table.context.tolist() == [[0.5], [1.5]]
+    assert read_table(text("1,5;2\n3;4\n"), decimal=",").names == ("x1", "x2")
+    assert read_table(text("1,5\n3\n"), decimal=",").data.tolist() == [[1.5], [3]]
+    with pytest.raises(ValueError, match=r"with a decimal comma, got '1\.234' in data row 1 .*: replace the point"):
+        read_table(text("a;b\n1.234;2\n"), decimal=",")
+    with pytest.raises(ValueError, match=r"replace the comma\. decimal=',', or --decimal ,, reads such numbers"):
+        read_table(text("a;b\n1,5;2\n"))
+    with pytest.raises(ValueError, match=r'expected decimal "\." or ",", got \';\''):
+        read_table(text("a\n1\n"), decimal=";")
+
+
+def test_text_may_have_another_encoding() -> None:
+    content = "größe;farbe\n1,5;grün\n2,5;blau\n"
+    for encoding in ("latin-1", "cp1252", "utf-16", "utf-8-sig"):
+        table = read_table(text(content.encode(encoding)), decimal=",", encoding=encoding, context=["farbe"])
+        assert (table.names, table.context_names) == (("größe",), ("farbe=blau", "farbe=grün"))
+    with pytest.raises(ValueError, match="encoding= or --encoding reads text of another encoding"):
+        read_table(text(content.encode("latin-1")))
+    with pytest.raises(ValueError, match="not to be text in utf-16: "):
+        read_table(text(content.encode() + b"x"), encoding="utf-16")
+    for encoding in ("klingon", "base64"):
+        with pytest.raises(ValueError, match=f"an encoding that Python knows, .* got '{encoding}'"):
+            read_table(text(content), encoding=encoding)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    ["2024-02-29", "29.02.2024", "2/29/24", "2024-02-29 08:15:00", "2024-02-29T08:15Z", "9-Feb-2024", "8:15"],
+)
+def test_dates_and_times_are_refused_with_what_to_do(moment: str) -> None:
+    content = f"x,day\n1,{moment}\n2,{moment}\n"
+    advice = "put numbers in their place, such as days or seconds since the first of them"
+    with pytest.raises(ValueError, match=f"expected numbers, got '{moment}' in data row 1 .*: {advice}, or leave the"):
+        read_table(text(content))
+    with pytest.raises(
+        ValueError, match=f"got dates or times, as '{moment}', in column 'day' .*: {advice}, or name it"
+    ):
+        read_table(text(content), context=["day"])
+    labels = read_table(text(f"{content}3,2000-01-01\n"), context=["day"], categories=["day"])
+    assert len(labels.context_names) == 2
+
+
+def test_thousands_of_columns_hold_what_few_do() -> None:
+    rows = np.random.default_rng(0).normal(size=(20, 300)).astype(np.float32)
+    content = "\n".join([",".join(f"c{i}" for i in range(300)), *(",".join(map(str, row)) for row in rows.tolist())])
+    assert np.array_equal(read_table(text(content)).data, rows)
+    with pytest.raises(ValueError, match=r"got '\+' in data row 21 \(counted from 1\) of column 'c7'"):
+        read_table(text(content + "\n" + ",".join(["1"] * 7 + ["+"] + [" +1"] * 292)))
+    table = read_table(text(content + "\n" + ",".join(["1"] * 8 + [" +1"] * 292)))
+    assert table.data[-1].tolist() == [1] * 300
+
+
 WRONG_BYTES = {
     "truncated parquet": lambda path: write_parquet(path, frame()).read_bytes()[:-20],
     "parquet of noise": lambda path: b"PAR1" + bytes(range(200)) + b"PAR1",

@@ -175,6 +175,19 @@ def test_a_row_of_many_copies_stays_for_training(values: int, tmp_path: Path) ->
         assert 0.03 * ROWS < len(held_out) == len(held_out.unique(dim=0)) < 0.11 * ROWS
 
 
+def test_a_fit_says_which_rows_it_held_out(tmp_path: Path) -> None:
+    rows = gaussian_rows()
+    for data in (mapped(tmp_path / "rows.npy", rows), rows):
+        result = fit(model(), data, max_epochs=1, validation=0.2, progress=False)
+        assert result.rows == len(rows)
+        assert result.held_out_places is not None
+        assert 0 < len(result.held_out_places) < len(rows) / 2
+        assert result.held_out is not None
+        assert torch.equal(result.held_out.data, torch.as_tensor(rows)[result.held_out_places].to(torch.float32))
+    result = fit(model(), rows, max_epochs=1, validation=rows[:50], progress=False)
+    assert (result.rows, result.held_out_places) == (len(rows), None)
+
+
 def test_categories_are_divided_row_by_row(tmp_path: Path) -> None:
     table = torch.stack([torch.arange(ROWS) % 2, torch.arange(ROWS) % 3], 1).double()
     known: dict[str, Any] = {"support": Support("fit", "real", 2), "dtype": torch.float64}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +16,10 @@ from pyro_maf.cli.options import (
     Categories,
     Columns,
     Context,
+    Decimal,
     Device,
+    DropMissing,
+    Encoding,
     Epochs,
     Models,
     Patience,
@@ -56,6 +59,9 @@ def run(
     columns: Columns = None,
     context: Context = None,
     categories: Categories = None,
+    drop_missing: DropMissing = False,
+    decimal: Decimal = ".",
+    encoding: Encoding = "utf-8",
     test: Annotated[float, option("The part of the rows to test with.", "PART")] = 0.1,
     validation: Annotated[float, option("The part of the other rows to validate with.", "PART")] = 0.1,
     max_epochs: Epochs = 1000,
@@ -74,7 +80,10 @@ def run(
     from pyro_maf.experiments import compare, divide
 
     asked = _candidates(models, hidden_dims, batch_norm)
-    table = read(data, separated(columns), separated(context), separated(categories))
+    text: dict[str, Any] = {"drop_missing": drop_missing, "decimal": decimal, "encoding": encoding}
+    table = read(data, separated(columns), separated(context), separated(categories), **text)
+    if table.missing is not None:
+        say(f"left out of {table.label}: {table.missing}.")
     name = "table" if data == "-" else Path(source_and_array(data)[0].removesuffix(".gz")).stem
     folder = folder or Path(f"{name}-comparison")
     parts = divide(name, table.data, table.context, test=test, validation=validation, seed=seed)

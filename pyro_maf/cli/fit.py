@@ -19,7 +19,10 @@ from pyro_maf.cli.options import (
     Categories,
     Columns,
     Context,
+    Decimal,
     Device,
+    DropMissing,
+    Encoding,
     Epochs,
     Patience,
     Rate,
@@ -61,6 +64,9 @@ def run(
     columns: Columns = None,
     context: Context = None,
     categories: Categories = None,
+    drop_missing: DropMissing = False,
+    decimal: Decimal = ".",
+    encoding: Encoding = "utf-8",
     support: Annotated[
         list[str] | None,
         option(
@@ -103,12 +109,16 @@ def run(
         check_folder(folder, resume=resume, overwrite=overwrite)
     check_asked(flow, num_layers, hidden_dims, device, devices, data)
     dtype = "float64" if precision == "double" else None
-    table = read(data, separated(columns), separated(context), separated(categories), dtype)
+    text: dict[str, Any] = {"drop_missing": drop_missing, "decimal": decimal, "encoding": encoding}
+    table = read(data, separated(columns), separated(context), separated(categories), dtype, **text)
     kinds = support_of(separated(support), table.names)
     model = model_of(flow, table, kinds, num_layers, separated(hidden_dims), seed).to(device)
     model = model.double() if precision == "double" else model
-    held_out = validation_of(validation, table)
+    held_out = validation_of(validation, table, **text)
     if is_first:
+        for each in (table, *([] if isinstance(held_out, float) else [held_out])):
+            if each.missing is not None:
+                say(f"left out of {each.label}: {each.missing}.")
         say(f"{len(table.data):,} rows of {_described(table)}, to {folder}.")
     with named(table), _resumable(folder, command, overwrite=overwrite):
         result = fit(

@@ -62,15 +62,15 @@ class Fitted:
             return tuple((f"c{i}", None) for i in range(1, self.inner.context_dim + 1))
         return tuple((column["name"], column["categories"]) for column in self.columns["context"])
 
-    def read(self, source: str) -> Table:
-        """The table in `source` as this model takes it.
+    def read(self, source: str, **text: Any) -> Table:
+        """The table in `source` as this model takes it; `text` as in `pyro_maf.cli.options.read`.
 
         Raises:
             ValueError: As `read_table`, and for a table of another width where only that is known.
         """
         if self.columns is not None:
-            return read(source, columns=self.columns, dtype=self.table_dtype)
-        table = read(source, dtype=self.table_dtype)
+            return read(source, columns=self.columns, dtype=self.table_dtype, **text)
+        table = read(source, dtype=self.table_dtype, **text)
         data, context = len(self.names), len(self.context)
         if len(table.names) != data + context:
             raise ValueError(

@@ -16,7 +16,10 @@ __all__ = [
     "Categories",
     "Columns",
     "Context",
+    "Decimal",
     "Device",
+    "DropMissing",
+    "Encoding",
     "Epochs",
     "Model",
     "Models",
@@ -66,6 +69,9 @@ Epochs = Annotated[int, option("The most passes over the data.")]
 BatchSize = Annotated[int, option("Rows in a batch.")]
 Rate = Annotated[float, option("To begin with; it is halved when nothing is gained.")]
 Patience = Annotated[int, option("Epochs without a gain after which to end.")]
+DropMissing = Annotated[bool, typer.Option("--drop-missing", help="Leave out rows with missing values.")]
+Decimal = Annotated[Literal[".", ","], option('What decimals come after in text: "." or ",".', "MARK")]
+Encoding = Annotated[str, option("Of text that is not in UTF-8, such as latin-1 or cp1252.", "NAME")]
 Device = Annotated[Literal["cpu", "cuda"], option("Where to fit: cpu or cuda.", "DEVICE")]
 
 
@@ -86,6 +92,7 @@ def read(
     context: Sequence[str] = (),
     categories: Sequence[str] = (),
     dtype: str | None = None,
+    **text: Any,
 ) -> Table:
     """The table in a file, in an array of one, or on standard input.
 
@@ -95,6 +102,7 @@ def read(
         context: As in `read_table`.
         categories: As in `read_table`, but they need not be named in `context` too.
         dtype: As in `read_table`.
+        **text: `drop_missing`, `decimal` and `encoding`, as in `read_table`.
 
     Raises:
         ValueError, FileNotFoundError: As `read_table`.
@@ -103,7 +111,9 @@ def read(
 
     path, array = source_and_array(source)
     given = [*context, *(name for name in categories if name not in context)]
-    return read_table(path, columns=columns or None, context=given, categories=categories, array=array, dtype=dtype)
+    return read_table(
+        path, columns=columns or None, context=given, categories=categories, array=array, dtype=dtype, **text
+    )
 
 
 def separated(values: list[str] | None) -> list[str]:

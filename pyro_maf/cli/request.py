@@ -31,14 +31,14 @@ def check_asked(flow: str, layers: int | None, hidden: list[str] | None, device:
         raise ValueError("fit expected a file for several --devices, as each process reads it, got standard input.")
 
 
-def validation_of(asked: str, table: Table) -> float | Table:
+def validation_of(asked: str, table: Table, **text: Any) -> float | Table:
     """What to validate with: a part of the rows, or another table."""
     from pyro_maf.datasets.cells import number_in
 
     part = number_in(asked)
     if not math.isnan(part):
         return part
-    return read(asked, columns=table.columns, dtype=table.data.dtype.name)
+    return read(asked, columns=table.columns, dtype=table.data.dtype.name, **text)
 
 
 def support_of(asked: list[str], names: Sequence[str]) -> str | list[str] | None:

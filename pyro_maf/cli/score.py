@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from pyro_maf.cli.ending import say
-from pyro_maf.cli.options import Model, Out, Source
+from pyro_maf.cli.options import Decimal, Encoding, Model, Out, Source
 from pyro_maf.cli.rows import STANDARD_OUTPUT, writing_rows
 
 if TYPE_CHECKING:
@@ -30,7 +32,16 @@ xz -dc new.csv.xz | pyro-maf score wine-maf -
 NUMBERS_IN_A_BATCH = 2**18
 
 
-def run(model: Model, data: Source, out: Out = STANDARD_OUTPUT) -> None:
+def run(
+    model: Model,
+    data: Source,
+    drop_missing: Annotated[
+        bool, typer.Option("--drop-missing", help="Give rows with missing values nan, and not an error.")
+    ] = False,
+    decimal: Decimal = ".",
+    encoding: Encoding = "utf-8",
+    out: Out = STANDARD_OUTPUT,
+) -> None:
     """Give the log-density of every row, in nats.
 
     One column, log_density, with a row for each of DATA, in its order. The columns of DATA are found by name, whatever
@@ -41,16 +52,38 @@ def run(model: Model, data: Source, out: Out = STANDARD_OUTPUT) -> None:
     from pyro_maf.cli.fitted import read_fitted
 
     fitted = read_fitted(model)
-    table = fitted.read(data)
+    table = fitted.read(data, drop_missing=drop_missing, decimal=decimal, encoding=encoding)
     total = squares = 0.0
-    outside = 0
+    count = 0
     with writing_rows(out, ["log_density"], fitted.dtype) as write, torch.no_grad():
-        for scores in _scores(fitted, table):
+        for scores in _with_gaps(_scores(fitted, table), table):
             write(scores[:, None].numpy())
             inside = scores[scores > -torch.inf].double()
-            outside += len(scores) - len(inside)
+            count += len(inside)
             total, squares = total + inside.sum().item(), squares + inside.square().sum().item()
-    say(_summary(len(table.data), outside, total, squares))
+    if table.missing is not None:
+        say(f"nan for some rows: {table.missing}.")
+    say(_summary(len(table.data), len(table.data) - count, total, squares))
+
+
+def _with_gaps(scores: Iterator[Tensor], table: Table) -> Iterator[Tensor]:
+    """Log-densities for all rows of the file, NaN for those that were left out of the table."""
+    import numpy as np
+    import torch
+
+    if table.missing is None:
+        yield from scores
+        return
+    place = written = 0
+    for some in scores:
+        numbers = table.numbers(np.arange(place, place + len(some)))
+        place += len(some)
+        rows = torch.full((int(numbers[-1]) - written,), torch.nan, dtype=some.dtype)
+        rows[torch.from_numpy(numbers - written - 1)] = some
+        written = int(numbers[-1])
+        yield rows
+    if table.missing.length > written:
+        yield torch.full((table.missing.length - written,), torch.nan)
 
 
 def _scores(fitted: Fitted, table: Table) -> Iterator[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +13,13 @@ from pyro_maf.extras import require
 from pyro_maf.wording import quoted, shown
 
 __all__ = [
+    "is_date",
     "is_missing",
     "is_text",
+    "missing_in",
     "number_in",
     "numbers_of",
+    "numbers_of_many",
     "places_of",
     "text_at",
     "text_in",
@@ -23,22 +27,43 @@ __all__ = [
 ]
 
 MISSING = {"", "na", "n/a", "nan", "null", "none", "?"}
+DATE = re.compile(
+    r"(\d{4}([-/.])\d{1,2}\2\d{1,2}|\d{1,2}([-/.])\d{1,2}\3(\d{4}|\d{2})|\d{1,2}[-. ]+[A-Za-z]{3,9}[-. ]+\d{2,4})"
+    r"([T ,]|$)|\d{1,2}:\d{2}(:\d{2}|$)"
+)
 
 Column = Any
 """An array of numpy or pyarrow with one dimension."""
 
 
-def number_in(text: str) -> float:
+def number_in(text: str, decimal: str = ".") -> float:
     """The number that a cell holds, NaN where it holds none.
 
+    Args:
+        text: What stands there.
+        decimal: What its decimals come after, a point or a comma. A point in a number with a comma is no number: it
+            may stand between thousands.
+
     Example:
-        >>> number_in("+1.5e3"), number_in("1_5")
-        (1500.0, nan)
+        >>> number_in("+1.5e3"), number_in("1_5"), number_in("1,5", ","), number_in("1.500", ",")
+        (1500.0, nan, 1.5, nan)
     """
+    if decimal == ",":
+        text = "" if "." in text else text.replace(",", ".", 1)
     try:
         return math.nan if "_" in text else float(text)
     except ValueError:
         return math.nan
+
+
+def is_date(text: str) -> bool:
+    """Whether a cell holds a date, a time or both rather than a number.
+
+    Example:
+        >>> list(map(is_date, ["2024-02-29T08:15:00Z", "29.2.2024 8:15", "2/29/24", "29-Feb-2024", "8:15", "1.5"]))
+        [True, True, True, True, True, False]
+    """
+    return DATE.match(text) is not None
 
 
 def is_missing(text: str) -> bool:
@@ -46,8 +71,8 @@ def is_missing(text: str) -> bool:
     return text.casefold() in MISSING
 
 
-def numbers_of(column: Column) -> np.ndarray[Any, Any]:
-    """The numbers of a column as float64, NaN where there is none."""
+def numbers_of(column: Column, decimal: str = ".") -> np.ndarray[Any, Any]:
+    """The numbers of a column as float64, NaN where there is none; `decimal` as in `number_in`."""
     if isinstance(column, np.ndarray):
         with np.errstate(invalid="ignore"):  # a NaN that signals is one all the same
             return column.astype(np.float64)
@@ -57,13 +82,76 @@ def numbers_of(column: Column) -> np.ndarray[Any, Any]:
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if is_text(column.type):
+        column = _with_points(column) if decimal == "," else column
         try:
             column = pc.cast(column, pyarrow.float64())
-        except pyarrow.ArrowInvalid:  # one that arrow does not read; Python reads a sign and spaces before it
-            return np.array([math.nan if text is None else number_in(text) for text in column.to_pylist()])
+        except pyarrow.ArrowInvalid:
+            column = _without_gaps(column)
     if pyarrow.types.is_float16(column.type):
         return column.to_numpy(zero_copy_only=False).astype(np.float64)
     return np.asarray(pc.cast(column, pyarrow.float64(), safe=False).to_numpy(zero_copy_only=False))
+
+
+def numbers_of_many(columns: Sequence[Column]) -> np.ndarray[Any, Any] | None:
+    """The numbers of columns of text, (rows, columns), or None unless every cell is a finite one that float32 holds."""
+    if any(isinstance(column, np.ndarray) or not is_text(column.type) for column in columns):
+        return None
+    import pyarrow
+    import pyarrow.compute as pc
+
+    try:
+        numbers = pc.cast(pyarrow.concat_arrays(columns), pyarrow.float64()).to_numpy(zero_copy_only=False)
+    except pyarrow.ArrowInvalid:
+        return None
+    with np.errstate(over="ignore"):
+        if not np.isfinite(numbers.astype(np.float32)).all():
+            return None
+    return np.ascontiguousarray(numbers.reshape(len(columns), -1).T)
+
+
+def _with_points(column: Column) -> Column:
+    """Texts with a point for their first comma; nothing for those that have a point."""
+    import pyarrow
+    import pyarrow.compute as pc
+
+    nothing = pyarrow.scalar(None, column.type)
+    return pc.if_else(
+        pc.match_substring(column, "."), nothing, pc.replace_substring(column, ",", ".", max_replacements=1)
+    )
+
+
+def _without_gaps(column: Column) -> Column:
+    """The numbers of texts, some of which arrow does not read as one."""
+    import pyarrow
+    import pyarrow.compute as pc
+
+    column = pc.if_else(pyarrow.array(missing_in(column)), pyarrow.scalar(None, column.type), column)
+    try:
+        return pc.cast(column, pyarrow.float64())
+    except pyarrow.ArrowInvalid:  # Python reads a sign and spaces before a number
+        texts = column.to_pylist()
+        return pyarrow.array([math.nan if text is None else number_in(text) for text in texts], pyarrow.float64())
+
+
+def missing_in(column: Column) -> np.ndarray[Any, Any]:
+    """Which cells of a column say that their value is missing.
+
+    Example:
+        >>> missing_in(np.array([1.0, math.nan])).tolist()
+        [False, True]
+    """
+    if isinstance(column, np.ndarray):
+        return np.isnan(column) if column.dtype.kind == "f" else np.zeros(len(column), bool)
+    import pyarrow
+    import pyarrow.compute as pc
+
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if not is_text(column.type):
+        return np.asarray(pc.is_null(column, nan_is_null=True).to_numpy(zero_copy_only=False))
+    texts = pc.utf8_lower(pc.utf8_trim_whitespace(pc.cast(column, pyarrow.string())))
+    is_one = pc.is_in(texts, value_set=pyarrow.array(sorted(MISSING)))
+    return np.asarray(pc.or_kleene(is_one, pc.is_null(column)).to_numpy(zero_copy_only=False))
 
 
 def texts_of(column: Column) -> Any:

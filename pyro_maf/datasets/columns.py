@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pyro_maf.datasets.cells import is_missing, number_in, numbers_of, places_of, text_at, text_in, texts_of
+from pyro_maf.datasets.cells import (
+    is_date,
+    is_missing,
+    missing_in,
+    number_in,
+    numbers_of,
+    numbers_of_many,
+    places_of,
+    text_at,
+    text_in,
+    texts_of,
+)
+from pyro_maf.wording import quoted
 
-__all__ = ["Column", "Survey"]
+__all__ = ["Column", "Survey", "encoded"]
 
 MOST_CATEGORIES = 1000
+MANY_COLUMNS = 100
+MARKS = {".": "point", ",": "comma"}
+OTHER = {".": ",", ",": "."}
+NO_DATES = "put numbers in their place, such as days or seconds since the first of them"
 
 
 @dataclass(frozen=True)
@@ -23,6 +40,7 @@ class Column:
         name: What it is called.
         place: Where and in which table it stands, as errors say it.
         categories: Its texts in order, or None for a column of numbers.
+        decimal: What decimals come after in its texts, a point or a comma.
 
     Example:
         >>> column = Column("colour", "column 'colour'", ["blue", "red"])
@@ -35,6 +53,7 @@ class Column:
     name: str
     place: str
     categories: list[str] | None = None
+    decimal: str = "."
 
     @property
     def encoded_names(self) -> tuple[str, ...]:
@@ -44,7 +63,7 @@ class Column:
         return tuple(f"{self.name}={category}" for category in self.categories)
 
     def encode(self, cells: Any, first_row: int) -> np.ndarray[Any, Any]:
-        """Cells as float64, (rows, 1) or (rows, categories).
+        """Cells as float64, (rows, 1) or (rows, categories), NaN where the value is missing.
 
         Args:
             cells: An array of numpy or pyarrow.
@@ -55,45 +74,85 @@ class Column:
         """
         return self._numbers(cells, first_row) if self.categories is None else self._one_hot(cells, first_row)
 
+    def complaint(self, cells: Any, row: int, first_row: int) -> str:
+        """What is wrong with one of `cells`, the beginning of an error: who, what was expected, what came and where."""
+        text = text_in(cells, row)
+        if self.categories is not None:
+            expected = "one of " + ", ".join(map(quoted, self.categories[:10])) + ", ..." * (len(self.categories) > 10)
+        elif is_missing(text) or math.isinf(number_in(text, self.decimal)):
+            expected = "finite numbers"
+        elif not math.isnan(number_in(text, self.decimal)):
+            expected = "numbers that float32 holds"
+        else:
+            is_other = not math.isnan(number_in(text, OTHER[self.decimal]))
+            expected = "numbers" + f" with a decimal {MARKS[self.decimal]}" * is_other
+        place = f"data row {first_row + row} (counted from 1) of {self.place}"
+        return f"read_table expected {expected}, got {text_at(cells, row)} in {place}"
+
     def _numbers(self, cells: Any, first_row: int) -> np.ndarray[Any, Any]:
-        numbers = numbers_of(cells)
-        with np.errstate(over="ignore"):
+        numbers = numbers_of(cells, self.decimal)
+        with np.errstate(over="ignore", invalid="ignore"):
             wrong = ~np.isfinite(numbers.astype(np.float32))
         if wrong.any():
+            wrong &= ~missing_in(cells)
+        if wrong.any():
             row = int(wrong.argmax())
-            expected, advice = _complaint(text_in(cells, row), finite=bool(np.isfinite(numbers[row])))
-            raise ValueError(
-                f"read_table expected {expected}, got {text_at(cells, row)} in {self._at(first_row + row)}: {advice}."
-            )
+            advice = self._advice(text_in(cells, row))
+            raise ValueError(f"{self.complaint(cells, row, first_row)}: {advice}.")
         return numbers[:, None]
+
+    def _advice(self, text: str) -> str:
+        """What to do about a cell that holds no number that will do."""
+        number = number_in(text, self.decimal)
+        if math.isinf(number):
+            return "fill it in, drop that row or leave the column out"
+        if not math.isnan(number):
+            return "divide the column by a power of 10 or leave it out"
+        if is_date(text):
+            return f"{NO_DATES}, or leave the column out"
+        if not math.isnan(number_in(text, OTHER[self.decimal])):
+            other = OTHER[self.decimal]
+            return f"replace the {MARKS[other]}. decimal={other!r}, or --decimal {other}, reads such numbers"
+        return "leave the column out or make it context"
 
     def _one_hot(self, cells: Any, first_row: int) -> np.ndarray[Any, Any]:
         categories = self.categories or []
         places = places_of(texts_of(cells), categories)
-        if (places < 0).any():
-            row = int((places < 0).argmax())
-            shown = ", ".join(map(repr, categories[:10])) + ", ..." * (len(categories) > 10)
-            raise ValueError(
-                f"read_table expected one of {shown}, got {text_at(cells, row)} in {self._at(first_row + row)}."
-            )
-        return np.eye(len(categories))[places]
+        unknown = places < 0
+        if not unknown.any():
+            return np.eye(len(categories))[places]
+        unknown &= ~missing_in(cells)
+        if unknown.any():
+            raise ValueError(f"{self.complaint(cells, int(unknown.argmax()), first_row)}.")
+        return np.where(places[:, None] < 0, np.nan, np.eye(len(categories))[places])
 
-    def _at(self, row: int) -> str:
-        return f"data row {row} (counted from 1) of {self.place}"
+
+def encoded(columns: Sequence[Column], batch: Sequence[Any], first_row: int) -> np.ndarray[Any, Any]:
+    """The numbers of all columns in a batch of rows, (rows, numbers), as `Column.encode` has each.
+
+    Thousands of columns of text take one call for all where all cells hold numbers, and not one for each.
+    """
+    if len(columns) > MANY_COLUMNS and all(column.categories is None for column in columns):
+        numbers = numbers_of_many(batch)
+        if numbers is not None:
+            return numbers
+    parts = [column.encode(cells, first_row) for column, cells in zip(columns, batch, strict=True)]
+    return np.concatenate(parts, 1)
 
 
 class Survey:
     """What a column of context turns out to hold, one batch after another: numbers, or which categories.
 
     Args:
-        name, place: As in `Column`.
+        name, place, decimal: As in `Column`.
         holds_text: Whether it is known to hold text, or numbers that stand for categories; otherwise its cells tell.
     """
 
-    def __init__(self, name: str, place: str, holds_text: bool) -> None:
+    def __init__(self, name: str, place: str, holds_text: bool, decimal: str = ".") -> None:
         self._name = name
         self._place = place
         self._holds_text = holds_text
+        self._decimal = decimal
         self._texts: set[str] = set()
         self._number: str | None = None
 
@@ -104,7 +163,9 @@ class Survey:
             ValueError: For too many categories.
         """
         different = texts_of(cells).unique()
-        is_number = np.zeros(len(different), bool) if self._holds_text else ~np.isnan(numbers_of(different))
+        is_number = (
+            np.zeros(len(different), bool) if self._holds_text else ~np.isnan(numbers_of(different, self._decimal))
+        )
         if is_number.any():
             self._number = text_at(different, int(is_number.argmax()))
         self._texts.update(
@@ -112,8 +173,9 @@ class Survey:
         )
         self._texts.discard("")
         if len(self._texts) > MOST_CATEGORIES:
+            advice = f"{NO_DATES}, or leave it out" if all(map(is_date, self._texts)) else "leave it out"
             raise ValueError(
-                f"read_table expected at most {MOST_CATEGORIES} categories, got more in {self._place}: leave it out."
+                f"read_table expected at most {MOST_CATEGORIES} categories, got more in {self._place}: {advice}."
             )
 
     def column(self) -> Column:
@@ -123,16 +185,23 @@ class Survey:
             ValueError: If it holds both numbers and texts, or the same text in every row.
         """
         if not self._holds_text and all(map(is_missing, self._texts)):
-            return Column(self._name, self._place)
-        if self._number is not None:
-            text = min(text for text in self._texts if not is_missing(text))
+            return Column(self._name, self._place, decimal=self._decimal)
+        texts = [text for text in self._texts if not is_missing(text)]
+        if not self._holds_text and all(map(is_date, texts)):
             raise ValueError(
-                f"read_table expected numbers or text, got both in {self._place}, as {self._number} and {text!r}."
+                f"read_table expected numbers or categories, got dates or times, as {quoted(min(texts))}, in "
+                f"{self._place}: {NO_DATES}, or name it among the categories."
+            )
+        if self._number is not None:
+            raise ValueError(
+                f"read_table expected numbers or text, got both in {self._place}, as {self._number} and "
+                f"{quoted(min(texts))}."
             )
         if len(self._texts) == 1:
             (text,) = self._texts
             raise ValueError(
-                f"read_table expected context that varies, got {text!r} in every row of {self._place}: leave it out."
+                f"read_table expected context that varies, got {quoted(text)} in every row of {self._place}: leave it "
+                "out."
             )
         return Column(self._name, self._place, sorted(self._texts, key=_in_order))
 
@@ -141,14 +210,3 @@ def _in_order(category: str) -> tuple[float, str]:
     """Labels that are numbers come first, as numbers."""
     number = number_in(category)
     return (math.inf if math.isnan(number) else number, category)
-
-
-def _complaint(text: str, *, finite: bool) -> tuple[str, str]:
-    """What was expected instead of a cell, and what to do about it."""
-    if finite:
-        return "numbers that float32 holds", "divide the column by a power of 10 or leave it out"
-    if is_missing(text) or math.isinf(number_in(text)):
-        return "finite numbers", "fill it in, drop that row or leave the column out"
-    if not math.isnan(number_in(text.replace(",", ".", 1))):
-        return "numbers with a decimal point", "replace the comma"
-    return "numbers", "leave the column out or make it context"

@@ -20,10 +20,12 @@ class Source:
         label: What errors call it.
         names: Of its columns.
         is_named: Whether the names are its own; otherwise they are x1, x2, ...
+        decimal: What decimals come after in its texts, a point or a comma.
     """
 
     names: tuple[str, ...]
     is_named: bool = True
+    decimal: str = "."
 
     def __init__(self, path: Path, label: str) -> None:
         self.path = path

@@ -18,7 +18,7 @@ from pyro_maf.datasets.arrays import ArraySource, member_of
 from pyro_maf.datasets.cells import is_text
 from pyro_maf.datasets.source import Source, one_line
 from pyro_maf.datasets.spool import copied
-from pyro_maf.datasets.text import CsvSource
+from pyro_maf.datasets.text import CsvSource, recoded
 from pyro_maf.extras import require
 from pyro_maf.wording import quoted, shown
 
@@ -73,12 +73,13 @@ class ParquetSource(Source):
             raise self.wrong(f"damaged or truncated: {one_line(error)}") from None
 
 
-def open_source(source: Any, array: str | None = None) -> Source:
+def open_source(source: Any, array: str | None, decimal: str, encoding: str) -> Source:
     """The table in a file or stream, whose format its first bytes tell.
 
     Args:
         source: A path; "-" for standard input; or a binary stream. What is no file yet is copied to a temporary one.
         array: Which array of an .npz file; it may be left out where only one has rows and columns.
+        decimal, encoding: Of text, as in `read_table`.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -99,7 +100,9 @@ def open_source(source: Any, array: str | None = None) -> Source:
     if start.startswith(b"\x93NUMPY"):
         return ArraySource(path, label)
     require("read_table", "pyarrow")
-    return (ParquetSource if start.startswith(b"PAR1") else CsvSource)(path, label)
+    if start.startswith(b"PAR1"):
+        return ParquetSource(path, label)
+    return CsvSource(recoded(path, label, encoding), label, decimal)
 
 
 def _as_file(source: Any) -> tuple[Path, str]:

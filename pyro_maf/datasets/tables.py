@@ -12,7 +12,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pyro_maf.datasets.arrays import ArraySource
-from pyro_maf.datasets.columns import Column, Survey
+from pyro_maf.datasets.columns import Column, Survey, encoded
+from pyro_maf.datasets.gaps import Gaps
 from pyro_maf.datasets.source import Source
 from pyro_maf.datasets.sources import open_source
 from pyro_maf.datasets.spool import Spool
@@ -38,6 +39,7 @@ class Table:
             {"data": [name, ...], "context": [{"name": name, "categories": [category, ...] or None}, ...]}.
         label: Name of the file; "" for a table that was put together otherwise.
         rows: Number of each row in the file, counted from 1; None for all of them in their order.
+        missing: What was left out for missing values: how many rows, which, and in which columns; None for nothing.
     """
 
     data: np.ndarray[Any, Any]
@@ -47,6 +49,7 @@ class Table:
     columns: dict[str, Any]
     label: str = ""
     rows: np.ndarray[Any, Any] | None = None
+    missing: Gaps | None = None
 
     def numbers(self, places: Any) -> Any:
         """Numbers in the file, counted from 1, of the rows at `places` of this table, counted from 0."""
@@ -65,6 +68,9 @@ def read_table(
     categories: Sequence[str] = (),
     array: str | None = None,
     dtype: str | None = None,
+    drop_missing: bool = False,
+    decimal: str = ".",
+    encoding: str = "utf-8",
 ) -> Table:
     r"""Read csv, tsv, parquet, npy or npz, which may be larger than memory.
 
@@ -84,6 +90,10 @@ def read_table(
         array: Which array of an .npz file; it may be left out where only one has rows and columns.
         dtype: "float32" or "float64", for a table that is to be like another one; an array that is read from its own
             file has the dtype that it has there.
+        drop_missing: Leave out rows with a missing value in one of these columns: an empty cell, NaN, null, or text
+            such as NA; `Table.rows` says which are left.
+        decimal: What decimals come after in text, "." or ",".
+        encoding: Of text, by a name that Python knows, such as "latin-1".
 
     Returns:
         A `Table`.
@@ -96,7 +106,7 @@ def read_table(
         TypeError: For a source or a choice of columns that is none of these.
         ValueError: For a file that is empty, damaged or ragged; for columns that are unknown, named twice or not named;
             for text among the data, missing values and those that are not finite, with the row, counted from 1, and
-            the column; for categories that the other table did not have, or too many.
+            the column, and how many are missing where; for categories that the other table did not have, or too many.
         ModuleNotFoundError: For csv and parquet without the `train` extra.
 
     Example:
@@ -110,7 +120,9 @@ def read_table(
         >>> read_table(io.BytesIO(b"width,length,colour\n9,8,red\n"), columns=table.columns).data.tolist()
         [[8.0, 9.0]]
     """
-    opened = open_source(source, array)
+    if decimal not in (".", ","):
+        raise ValueError(f'read_table expected decimal "." or ",", got {decimal!r}.')
+    opened = open_source(source, array, decimal, encoding)
     _check_names(opened)
     if isinstance(columns, Mapping):
         if context or categories:
@@ -118,7 +130,7 @@ def read_table(
         data_columns, context_columns = _described(opened, columns)
     else:
         data_columns, context_columns = _chosen(opened, columns, context, categories)
-    rows = _read(opened, [*data_columns, *context_columns], dtype)
+    rows, gaps = _read(opened, [*data_columns, *context_columns], dtype, drop_missing)
     width = len(data_columns)
     return Table(
         data=rows[:, :width],
@@ -130,6 +142,8 @@ def read_table(
             "context": [{"name": column.name, "categories": column.categories} for column in context_columns],
         },
         label=opened.label,
+        rows=np.delete(np.arange(1, gaps.length + 1), gaps.rows - 1) if len(gaps.rows) else None,
+        missing=gaps if len(gaps.rows) else None,
     )
 
 
@@ -180,21 +194,29 @@ def _numeric(source: Source, names: Sequence[str]) -> list[Column]:
                 f"read_table expected data of numbers, got text in {_place(source, name)}: "
                 "leave it out or make it context."
             )
-    return [Column(name, _place(source, name)) for name in names]
+    return _columns(source, names)
+
+
+def _columns(source: Source, names: Sequence[str]) -> list[Column]:
+    """Columns of numbers."""
+    return [Column(name, _place(source, name), decimal=source.decimal) for name in names]
 
 
 def _surveyed(source: Source, names: Sequence[str], categories: Sequence[str]) -> list[Column]:
     """Columns of context, with the categories of those that hold text or labels."""
     kinds = {name: source.holds_text(name) for name in names} | dict.fromkeys(categories, True)
     surveys = {
-        name: Survey(name, _place(source, name), bool(kind)) for name, kind in kinds.items() if kind is not False
+        name: Survey(name, _place(source, name), bool(kind), source.decimal)
+        for name, kind in kinds.items()
+        if kind is not False
     }
     if surveys:
         with closing(source.batches(list(surveys))) as batches:
             for batch in batches:
                 for survey, cells in zip(surveys.values(), batch, strict=True):
                     survey.add(cells)
-    return [surveys[name].column() if name in surveys else Column(name, _place(source, name)) for name in names]
+    plain = {column.name: column for column in _columns(source, names)}
+    return [surveys[name].column() if name in surveys else plain[name] for name in names]
 
 
 def _described(source: Source, description: Mapping[str, Any]) -> tuple[list[Column], list[Column]]:
@@ -212,7 +234,9 @@ def _described(source: Source, description: Mapping[str, Any]) -> tuple[list[Col
     _check_known(source, [*data, *(name for name, _ in context)])
     for name, _ in context:
         source.holds_text(name)
-    return _numeric(source, data), [Column(name, _place(source, name), categories) for name, categories in context]
+    return _numeric(source, data), [
+        Column(name, _place(source, name), categories, source.decimal) for name, categories in context
+    ]
 
 
 def _check_known(source: Source, names: Sequence[str]) -> None:
@@ -236,21 +260,34 @@ def _place(source: Source, name: str) -> str:
     return f"column {quoted(name)} of {source.label}"
 
 
-def _read(source: Source, columns: Sequence[Column], dtype: str | None) -> np.ndarray[Any, Any]:
-    """The numbers of the columns, one after another, (rows, numbers)."""
+def _read(
+    source: Source, columns: Sequence[Column], dtype: str | None, drop_missing: bool
+) -> tuple[np.ndarray[Any, Any], Gaps]:
+    """The numbers of the columns, one after another, (rows, numbers), and what is missing among them.
+
+    Raises:
+        ValueError: For missing values, unless they are to be dropped, and where nothing is left.
+    """
     names = [column.name for column in columns]
-    mapped = _mapped(source, names)
-    first_row = 1
+    mapped = None if drop_missing else _mapped(source, names)
+    gaps = Gaps(columns)
     width = sum(len(column.encoded_names) for column in columns)
     with Spool(width, BYTES_IN_MEMORY) as spool, closing(source.batches(names)) as batches:
         for batch in batches:
-            parts = [column.encode(cells, first_row) for column, cells in zip(columns, batch, strict=True)]
-            first_row += len(parts[0])
-            if mapped is None:
-                spool.append(np.concatenate(parts, 1))
-    if first_row == 1:
+            rows = encoded(columns, batch, gaps.length + 1)
+            is_whole = gaps.add(rows, batch)
+            if mapped is None and (drop_missing or not gaps.first):
+                spool.append(rows if is_whole.all() else rows[is_whole])
+    if not gaps.length:
         raise ValueError(f"read_table expected rows of data, got none in {source.label}.")
-    return spool.rows(dtype) if mapped is None else mapped
+    if gaps.first and not drop_missing:
+        raise ValueError(
+            f"{gaps.first}: fill it in, drop that row or leave the column out. In all, {gaps}. drop_missing=True, or "
+            "--drop-missing, leaves such rows out."
+        )
+    if len(gaps.rows) == gaps.length:
+        raise ValueError(f"read_table expected rows without missing values, got none in {source.label}: {gaps}.")
+    return spool.rows(dtype) if mapped is None else mapped, gaps
 
 
 def _mapped(source: Source, names: Sequence[str]) -> np.ndarray[Any, Any] | None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import itertools
 import math
+import shutil
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pyro_maf.datasets.cells import is_missing, number_in
 from pyro_maf.datasets.source import Source, one_line
+from pyro_maf.datasets.spool import temporary_file
 
-__all__ = ["CsvSource"]
+__all__ = ["CsvSource", "recoded"]
 
 BYTES_IN_A_BLOCK = 2**23
 
@@ -23,14 +26,15 @@ class CsvSource(Source):
     The first line holds names, unless it has as many numbers as the others.
     """
 
-    def __init__(self, path: Path, label: str) -> None:
+    def __init__(self, path: Path, label: str, decimal: str = ".") -> None:
         super().__init__(path, label)
+        self.decimal = decimal
         try:
             with open(path, encoding="utf-8-sig", newline="") as file:
                 first, second = itertools.islice(itertools.chain(filter(str.strip, file), ("", "")), 2)
                 if "\0" in first:
                     raise csv.Error("it holds bytes that are no text")
-                self._delimiter = _delimiter_between(first, second)
+                self._delimiter = _delimiter_between(first, second, "\t;" if decimal == "," else "\t,;")
                 file.seek(0)
                 rows = csv.reader(file, delimiter=self._delimiter)
                 head = list(itertools.islice(((place, row) for place, row in enumerate(rows) if row), 2))
@@ -39,7 +43,7 @@ class CsvSource(Source):
         if not head:
             raise self.wrong("empty.")
         cells = [[cell.strip() for cell in row] for _, row in head]
-        self.is_named = _is_header(cells[0], cells[1] if len(cells) > 1 else [])
+        self.is_named = _is_header(cells[0], cells[1] if len(cells) > 1 else [], decimal)
         cells[0][0] = cells[0][0].lstrip("# ")  # numpy.savetxt marks names as a comment
         self.names = tuple(cells[0]) if self.is_named else tuple(f"x{i}" for i in range(1, len(cells[0]) + 1))
         self._rows_above = head[0][0] + 1 if self.is_named else 0
@@ -97,32 +101,52 @@ class CsvSource(Source):
         return filter(None, itertools.islice(rows, self._rows_above, None))
 
     def _no_text(self, error: Exception) -> ValueError:
-        return self.wrong(f"to be neither csv in UTF-8 nor parquet, npy or npz: {one_line(error)}")
+        advice = " encoding= or --encoding reads text of another encoding." if isinstance(error, UnicodeError) else ""
+        return self.wrong(f"to be neither csv in UTF-8 nor parquet, npy or npz: {one_line(error)}{advice}")
 
 
-def _delimiter_between(first: str, second: str) -> str:
-    """What the cells of two lines are apart by; a comma where that is nothing."""
-    marks = [mark for mark in "\t,;" if mark in first]
-    if marks:
-        return max(marks, key=first.count)
+def recoded(path: Path, label: str, encoding: str) -> Path:
+    """A file of text in UTF-8: this one, or a temporary one where it has another encoding.
+
+    pyarrow would have Python decode it, in a thread of its own, which an interpreter that ends does not wait for.
+
+    Raises:
+        ValueError: For an encoding that Python does not know, and text that has another one.
+    """
+    try:
+        name = codecs.lookup(encoding).name
+        if name in ("utf-8", "utf-8-sig"):
+            return path
+        target = temporary_file(".table")
+        with open(path, encoding=name, newline="") as file, open(target, "w", encoding="utf-8", newline="") as copy:
+            shutil.copyfileobj(file, copy)
+        return target
+    except LookupError:
+        raise ValueError(
+            f'read_table expected an encoding that Python knows, such as "latin-1" or "cp1252", got {encoding!r}.'
+        ) from None
+    except UnicodeError as error:
+        raise ValueError(f"read_table found {label} not to be text in {encoding}: {one_line(error)}") from None
+
+
+def _delimiter_between(first: str, second: str, marks: str) -> str:
+    """Which of the marks, or a space, the cells of two lines are apart by; the second where that is nothing."""
+    found = [mark for mark in marks if mark in first]
+    if found:
+        return max(found, key=first.count)
     # Spaces may also be those of a name.
     in_both = " " in first.strip() and (not second or second.count(" ") == first.count(" "))
-    return " " if in_both else ","
+    return " " if in_both else marks[1]
 
 
-def _is_header(first: list[str], second: list[str]) -> bool:
+def _is_header(first: list[str], second: list[str], decimal: str) -> bool:
     """Whether a row holds names: of texts alone, a text above a number, or numbers that count the columns."""
-    if not any(map(_is_number, first)):
-        return True
-    if any(_is_text(above) and _is_number(below) for above, below in zip(first, second, strict=False)):
+    above, below = ([_is_number(cell, decimal) for cell in row] for row in (first, second))
+    if not any(above) or any(number and not name for name, number in zip(above, below, strict=False)):
         return True
     counts = [[str(i) for i in range(start, start + len(first))] for start in (0, 1)]
     return first in counts and not all(cell.isdecimal() for cell in second)
 
 
-def _is_number(cell: str) -> bool:
-    return not math.isnan(number_in(cell)) or is_missing(cell)
-
-
-def _is_text(cell: str) -> bool:
-    return not _is_number(cell)
+def _is_number(cell: str, decimal: str) -> bool:
+    return not math.isnan(number_in(cell, decimal)) or is_missing(cell)
