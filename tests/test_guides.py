@@ -301,6 +301,19 @@ def test_trains_with_a_compiled_objective(make: Any) -> None:
     assert bound(plates, guide) > before + 0.2
 
 
+@pytest.mark.parametrize(("objective", "inverses"), [(Trace_ELBO, 0), (TracePath_ELBO, 1)])
+@each_guide
+def test_a_step_inverts_none_of_its_draws_but_for_the_path_gradient(
+    monkeypatch: pytest.MonkeyPatch, make: Any, objective: Any, inverses: int
+) -> None:
+    guide = make(plates, **SMALL).setup()
+    pulled: list[int] = []
+    pull = type(guide.transform)._pull
+    monkeypatch.setattr(type(guide.transform), "_pull", lambda *args: pulled.append(1) or pull(*args))
+    objective(num_particles=4, vectorize_particles=True, max_plate_nesting=1).loss_and_grads(plates, guide)
+    assert len(pulled) == inverses
+
+
 @each_guide
 def test_the_bound_rises_to_the_evidence(make: Any) -> None:
     """A gamma posterior, for which a flow does better than a normal in the logarithm."""

@@ -73,7 +73,7 @@ def why_alone(
             if missing:
                 expected = tuple(_expected(single.nodes[missing[0]], nesting))
                 before = f" before site {missing[0]}, whose batch shape should be {expected}"
-            said = str(error).partition("\n")[0][:LONGEST]
+            said = str(error).partition("\n")[0][:LONGEST].rstrip(".")
             return f"{where} it raises {type(error).__name__}{before}{_shapes(single, sites)}: {said}"
     for name, (batch, expected) in _misshapen(single, sites, nesting).items():
         return f"{where} site {name} has batch shape {tuple(batch)}, expected {tuple(expected)}"

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import pyro
@@ -169,8 +170,9 @@ class AutoFlow(AutoContinuous):
         posterior = self._posterior(args, kwargs)  # whose weights are read already, in a call
         with self._in_plates(next(iter(self._latents.parts))) if self._latents.rows else nullcontext():
             latent = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
-        if latent.requires_grad:
-            latent.register_hook(_without_bad_draws)
+        if latent.grad_fn is not None:
+            # At the operation: a hook of the tensor would keep its density from what the cache remembers of it.
+            latent.grad_fn.register_prehook(partial(_without_bad_draws, latent.output_nr))
         return latent
 
     @contextmanager
@@ -428,8 +430,10 @@ class AutoRealNVP(AutoFlow):
     default_num_layers = 6
 
 
-def _without_bad_draws(gradient: Tensor) -> Tensor:
+def _without_bad_draws(output: int, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """Zero for draws whose gradient is not finite, so that one of them can not spoil the parameters."""
-    if gradient.device.type == "cpu" and math.isfinite(float(gradient.sum())):
-        return gradient
-    return torch.where(gradient.isfinite().all(-1, keepdim=True), gradient, 0.0)
+    gradient = gradients[output]
+    if gradient is None or (gradient.device.type == "cpu" and math.isfinite(float(gradient.sum()))):
+        return gradients
+    clean = torch.where(gradient.isfinite().all(-1, keepdim=True), gradient, 0.0)
+    return *gradients[:output], clean, *gradients[output + 1 :]
