@@ -91,6 +91,20 @@ def test_an_outlier_costs_the_other_rows_nothing(seed: int) -> None:
     assert mean_log_prob(result.density, fresh) == pytest.approx(-1 - math.log(2 * math.pi), abs=0.1)
 
 
+def test_an_outlier_among_the_validation_rows_does_not_choose_the_epoch() -> None:
+    rows = normal(600)
+    rows[:, 1] = np.sin(2 * rows[:, 0]) + 0.3 * rows[:, 1]
+    options = {**QUICK, "max_epochs": 15, "learning_rate": 2e-2}
+    plain = fit(model(), rows, **options)
+    moved = rows.copy()
+    moved[np.abs(rows - plain.held_out.data[0].numpy()).sum(1).argmin(), 0] = 1e6
+    with pytest.warns(UserWarning, match="heavy tails in column 0"):
+        result = fit(model(), moved, **options)
+    assert len(result.held_out.data) == len(plain.held_out.data) - 1
+    assert result.best_epoch > 5
+    assert result.validation_log_likelihood == pytest.approx(plain.validation_log_likelihood, abs=0.2)
+
+
 def test_an_outlier_of_a_context_leaves_the_others_their_say() -> None:
     context = normal(600, 1)
     rows = context + 0.3 * normal(600, 1, seed=1)

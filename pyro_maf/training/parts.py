@@ -32,6 +32,7 @@ __all__ = ["Parts", "in_units_of", "read_parts"]
 VALIDATION_FRACTION = 0.1
 MENTIONED = 0.01
 COARSE = 0.05
+FAR = 1000.0
 
 
 class Parts(NamedTuple):
@@ -47,6 +48,7 @@ class Parts(NamedTuple):
         stray: Whether some values leave the support where they are rounded to float32.
         whole: All rows, where they are in memory and have not been rounded yet.
         places: Where in the data the validation rows were, from 0; None where they were given.
+        left_out: How many rows lay too far out to validate with, and are for nothing.
     """
 
     training: Rows | StoredRows
@@ -58,6 +60,7 @@ class Parts(NamedTuple):
     stray: bool
     whole: Rows | None = None
     places: Tensor | None = None
+    left_out: int = 0
 
     def rounded(self, density: FlowPrior | ConditionalFlowPrior, data: Any, context: Any) -> Parts:
         """The rows in the dtypes that `density` takes: rounded once their units have been taken, and not before.
@@ -75,10 +78,20 @@ class Parts(NamedTuple):
         if isinstance(training, StoredRows):
             training.round_for(prior)
         else:
-            check_rounded((self.whole or training).rounded(dtypes), prior, data, context)
+            check_rounded((training if self.whole is None else self.whole).rounded(dtypes), prior, data, context)
             training = training.rounded(dtypes)
         check_rounded(held_out, prior, data, context, "validation ")
-        return self._replace(training=training, held_out=held_out, whole=None)
+        return self._replace(training=training, held_out=held_out, whole=None)._without_far_rows(prior)
+
+    def _without_far_rows(self, prior: FlowPrior) -> Parts:
+        """These parts without validation rows, unless they were given, that lie over a thousand scales from the bulk.
+
+        The log-likelihood of one outweighs that of all others, and would choose the epoch by itself.
+        """
+        far = (prior.standardised(self.held_out.data).abs() > FAR).any(1)
+        if self.places is None or far.all() or not far.any():
+            return self
+        return self._replace(held_out=self.held_out.take(~far), places=self.places[~far], left_out=int(far.sum()))
 
     def remarks(self, density: FlowPrior | ConditionalFlowPrior, data: Any, context: Any) -> list[str]:
         """What to know of these rows, a line each: how many repeat, and which columns `density` has to round coarsely.
@@ -98,7 +111,7 @@ class Parts(NamedTuple):
         if isinstance(self.training, StoredRows):
             total, some = len(self.training.data), self.training.read(0)
         else:
-            some = self.whole or self.training
+            some = self.training if self.whole is None else self.whole
             total = len(some.data)
         if self.repeats < MENTIONED * total or not repeat_as_a_whole(some):
             return []
@@ -117,7 +130,7 @@ class Parts(NamedTuple):
     def total(self) -> int:
         """Number of rows of data, for training and, unless those were given, for validation."""
         in_memory = not isinstance(self.training, StoredRows) and self.places is not None
-        return len(self.training.data) + (len(self.held_out.data) if in_memory else 0)
+        return len(self.training.data) + (len(self.held_out.data) + self.left_out if in_memory else 0)
 
     def digest(self) -> str:
         """A number that data of other moments, or with other validation rows, would not have."""
