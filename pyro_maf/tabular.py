@@ -43,7 +43,14 @@ class Layout(NamedTuple):
             return cls("dict", tuple(value), tuple(tuple(np.shape(entry)[1:]) for entry in value.values()))
         if is_frame(value):
             return cls("frame", tuple(value.columns), ((),) * len(value.columns))
+        if hasattr(value, "iloc") and value.name is not None:
+            return cls("frame", (value.name,), ((),))
         return cls()
+
+    @classmethod
+    def named(cls, entries: Sequence[tuple[Hashable, Sequence[int]]]) -> Layout:
+        """That of a dictionary with entries of these names and shapes of a row."""
+        return cls("dict", tuple(name for name, _ in entries), tuple(tuple(shape) for _, shape in entries))
 
     @property
     def labels(self) -> list[str]:
@@ -72,7 +79,9 @@ class Layout(NamedTuple):
         picked = {name: value[name] for name in names}
         for name, shape, expected in zip(wanted, Layout.of(picked).shapes, self.shapes, strict=True):
             if shape != expected:
-                raise ValueError(f"{who} expected {role} {str(name)!r} of shape (rows, {expected}), got {shape} a row.")
+                raise ValueError(
+                    f"{who} expected {role} {str(name)!r} of shape {_with_rows(expected)}, got {_with_rows(shape)}."
+                )
         return picked
 
     def has_all(self, value: Any) -> bool:
@@ -217,6 +226,10 @@ def _dtype_for(dtype: Any) -> type[np.floating[Any]]:
 def _labels(name: Hashable, shape: Sequence[int]) -> list[str]:
     places = itertools.product(*map(range, shape))
     return [f"{name}[{','.join(map(str, place))}]" if shape else str(name) for place in places]
+
+
+def _with_rows(shape: Sequence[int]) -> str:
+    return f"({', '.join(map(str, ('rows', *shape)))}{',' * (not shape)})"
 
 
 def _listed(names: Sequence[Hashable]) -> str:

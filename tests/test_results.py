@@ -142,6 +142,9 @@ def test_samples_have_the_form_and_the_names_of_the_data(result: Any, given: Any
     assert given.sample(6, context=FRAME[["b", "c"]][:1]).shape == (6, 1)
     assert given.sample(200, context=FRAME).shape == (200, 1)
     assert given.sample(3, context=[0.5, -0.5]).columns.tolist() == ["a"]
+    series = fit(MAF(1, num_layers=1), FRAME["a"], **QUICK)
+    assert series.sample(2).columns.tolist() == ["a"]
+    assert torch.equal(series.score(FRAME), series.score(FRAME["a"]))
     numbered = fit(flow(), pd.DataFrame(ROWS.numpy()), **QUICK)
     assert numbered.sample(2).columns.tolist() == [0, 1]
     draws = fit(MAF(3, num_layers=1), {"mu": FRAME["c"], "b": ROWS}, **QUICK).sample(7)
@@ -211,6 +214,10 @@ def test_a_support_may_be_given_by_the_name_or_number_of_a_column(tmp_path: Path
     for data, support in ((frame, {"b": "positive"}), (torch.tensor(frame.to_numpy()), {1: "positive"})):
         prior = FlowPrior.fit(data, support=support, **QUICK)
         assert prior.units.support.name == ("real", "positive", "real")
+    built = FlowPrior(flow(), support={"b": "positive"}, columns=[("a", ()), ("b", ())])
+    assert built.units.support.name == ("real", "positive")
+    built.save(tmp_path / "built.safetensors")
+    assert pyro_maf.load(tmp_path / "built.safetensors").units.support.name == ("real", "positive")
     everywhere = FlowPrior.fit(frame, support=dict.fromkeys("abc", "positive"), **QUICK)
     assert everywhere.units.support.name == "positive"
     shares = pd.DataFrame(np.random.default_rng(0).dirichlet([2.0] * 3, 50), columns=list("abc"))
@@ -254,7 +261,7 @@ def test_a_layout_says_what_numbers_are_called() -> None:
     assert layout.labels == [*(f"m[{i},{j}]" for i in range(2) for j in range(3)), "n"]
     assert numbers("fit", "data", table)[1].tolist() == [6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 1.0]
     assert torch.equal(layout.entries(numbers("fit", "data", table))["m"], table["m"].double())
-    with pytest.raises(ValueError, match=r"score expected rows 'n' of shape \(rows, \(\)\), got \(4,\) a row"):
+    with pytest.raises(ValueError, match=r"score expected rows 'n' of shape \(rows,\), got \(rows, 4\)"):
         layout.pick("score", "rows", {"m": table["m"], "n": np.zeros((2, 4))})
 
 

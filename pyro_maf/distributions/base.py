@@ -91,7 +91,7 @@ class Density(Savable, TorchDistribution, nn.Module):
         self._check_has_context()
         like = self._like()
         check_takes_gradient(self.name, self, like)
-        value = self._checked_event("value", converted(self._read("value", value), like), like)
+        value = self._checked_event("value", converted(self._read("value", value, like), like), like)
         if not self.batch_shape:
             return exactly(self._log_prob, value, like=like)
         try:
@@ -158,7 +158,7 @@ class Density(Savable, TorchDistribution, nn.Module):
         size_name = "input_dim" if size == self.input_dim else "event_shape"
         return check_event(self.name, role, value, size, size_name, like)
 
-    def _read(self, role: str, value: Any) -> Any:
+    def _read(self, role: str, value: Any, like: Tensor | None) -> Any:
         """What `log_prob` and `condition` take, as a tensor like the density's own where they take more than that."""
         return value
 
@@ -250,7 +250,7 @@ class ConditionedDensity(Density):
 
     def __init__(self, density: Density, context: Tensor) -> None:
         like = density._context_like()
-        context = density._read("context", context)
+        context = density._read("context", context, like)
         context = check_event(
             density.name, "context", converted(context, like), density.context_dim, "context_dim", like
         )
@@ -269,8 +269,8 @@ class ConditionedDensity(Density):
         """That of the density."""
         return self.density.support
 
-    def _read(self, role: str, value: Any) -> Any:
-        return self.density._read(role, value)
+    def _read(self, role: str, value: Any, like: Tensor | None) -> Any:
+        return self.density._read(role, value, like)
 
     def _like(self) -> Tensor | None:
         return self.density._like()

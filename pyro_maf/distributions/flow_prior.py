@@ -38,7 +38,8 @@ class FlowPrior(Density):
         model: A `Flow` or a `Density`. For one with `context_dim` > 0 use `ConditionalFlowPrior`.
         support: "real", "positive", "unit_interval" or "simplex"; a sequence with one of the first three for each
             column; or the constraints of torch that are these. A density has 0, so log-density -inf, elsewhere and on
-            the boundary. A simplex is that of D + 1 numbers, and its density that of the first D.
+            the boundary. A simplex is that of D + 1 numbers, and its density that of the first D. Or a dictionary by
+            name of column, where `columns` has names, or else by number; what it leaves out is real.
         loc: Shift of each dimension, (D,), in units of w; by default 0. A buffer, as are the next three: not trained.
         scale: Positive scale of each dimension, (D,); by default 1. Both are converted to the model's dtype, unless
             they are of float64 and float32 does not hold the values to a thousandth of their scale, as it does not hold
@@ -90,7 +91,7 @@ class FlowPrior(Density):
         self,
         model: Flow | Density,
         *,
-        support: str | Constraint | Sequence[str | Constraint] = "real",
+        support: str | Constraint | Sequence[str | Constraint] | Mapping[Any, str | Constraint] = "real",
         loc: Tensor | None = None,
         scale: Tensor | None = None,
         context_loc: Tensor | None = None,
@@ -101,10 +102,12 @@ class FlowPrior(Density):
         _check_model(self.name, model)
         if not model.context_dim and (context_loc is not None or context_scale is not None):
             raise ValueError(f"{self.name} got context_loc or context_scale for a model that takes no context.")
+        if isinstance(support, Mapping):
+            support = Layout.named(columns).spread(self.name, "support", support, "real", model.input_dim)
         known = Support(self.name, support, model.input_dim)
         super().__init__(model.input_dim, model.context_dim, _batch_shape(model), known.event_size)
         _remember_by_name(self, known)
-        self.name_columns(_layout(columns), _layout(context_columns))
+        self.name_columns(Layout.named(columns), Layout.named(context_columns))
         like = like_of(model)
         if like is None:  # one that permutes alone is of no dtype, but on a device
             like = torch.zeros((), device=getattr(like_of(model, floating=False), "device", None))
@@ -288,14 +291,15 @@ class FlowPrior(Density):
     def _standardised(self, context: Tensor | None) -> Tensor | None:
         return None if context is None else self.standardised_context(context)
 
-    def _read(self, role: str, value: Any) -> Any:
-        like, width = (self.loc, self.event_shape[0]) if role == "value" else (self.context_loc, self.context_dim)
-        if isinstance(value, Tensor):
-            return as_far_as_exact(like, value, as_model=like.dtype == self.units.inner.dtype)
-        table = numbers(self.name, role, self._layouts[role].pick(self.name, role, value)).to(like.device)
-        if width == 1 and table.dim() < 2 and table.shape != (1,):
-            table = table[..., None]
-        return as_far_as_exact(like, table, as_model=like.dtype == self.units.inner.dtype)
+    def _read(self, role: str, value: Any, like: Tensor | None) -> Any:
+        if like is None or (isinstance(value, Tensor) and value.dtype == like.dtype):
+            return value
+        if not isinstance(value, Tensor):
+            value = numbers(self.name, role, self._layouts[role].pick(self.name, role, value)).to(like.device)
+            width = self.event_shape[0] if role == "value" else self.context_dim
+            if width == 1 and value.dim() < 2 and value.shape != (1,):
+                value = value[..., None]
+        return as_far_as_exact(like, value, as_model=like.dtype == self.units.inner.dtype)
 
     def _like(self) -> Tensor:
         return self.units.loc
@@ -353,7 +357,7 @@ class ConditionalFlowPrior(ConditionalDensity):
         self,
         model: Flow | Density | ConditionalFlow | ConditionalDensity,
         *,
-        support: str | Constraint | Sequence[str | Constraint] = "real",
+        support: str | Constraint | Sequence[str | Constraint] | Mapping[Any, str | Constraint] = "real",
         loc: Tensor | None = None,
         scale: Tensor | None = None,
         context_loc: Tensor | None = None,
@@ -363,12 +367,11 @@ class ConditionalFlowPrior(ConditionalDensity):
     ) -> None:
         inner = _unwrapped(model)
         _check_model(type(self).__name__, inner)
-        prior = FlowPrior(
-            inner, support=support, loc=loc, scale=scale, context_loc=context_loc, context_scale=context_scale
-        )
+        units = {"loc": loc, "scale": scale, "context_loc": context_loc, "context_scale": context_scale}
+        prior = FlowPrior(inner, support=support, columns=columns, context_columns=context_columns, **units)
         super().__init__(prior)
         _remember_by_name(self, prior.units.support)
-        self.name_columns(_layout(columns), _layout(context_columns))
+        _name_columns(self, Layout.named(columns), Layout.named(context_columns))
 
     def name_columns(self, layout: Layout, context_layout: Layout) -> None:
         """As `FlowPrior.name_columns`."""
@@ -383,10 +386,6 @@ class ConditionalFlowPrior(ConditionalDensity):
     def _prior(self) -> FlowPrior:
         prior: Any = self.density
         return prior
-
-
-def _layout(entries: Entries) -> Layout:
-    return Layout("dict", tuple(name for name, _ in entries), tuple(tuple(shape) for _, shape in entries))
 
 
 def _name_columns(prior: FlowPrior | ConditionalFlowPrior, layout: Layout, context_layout: Layout) -> None:
