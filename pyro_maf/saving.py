@@ -216,6 +216,8 @@ def unpack(path: Path, kind: Kind) -> Contents:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except PermissionError as error:
+        raise ValueError(f"{kind.reader} can not read {path}: {error.strerror or error}.") from None
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -269,7 +271,9 @@ def try_to_write(path: Path, content: bytes) -> bool:
     try:
         write_whole(path, content)
     except OSError as error:
-        warnings.warn(f"fit could not write {path}: {error.strerror}. It goes on without that file.", stacklevel=2)
+        warnings.warn(
+            f"fit could not write {path}: {error.strerror or error}. It goes on without that file.", stacklevel=2
+        )
         return False
     return True
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -291,6 +291,44 @@ def test_a_full_disk_ends_no_fit_under_way(at: int, tmp_path: Path, monkeypatch:
     again = fit(flow(), gaussian_rows(100), folder=folder, max_epochs=3, resume=True, **OPTIONS)
     assert same(weights(again.density), weights(whole.density))
     assert same(weights(pyro_maf.load(folder / "model.safetensors")), weights(whole.density))
+
+
+class Removing(MAF):
+    """A flow that removes a folder while it is trained."""
+
+    at: ClassVar[Path]
+
+    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.training:
+            shutil.rmtree(self.at, ignore_errors=True)
+        return super()._pull(y, context)
+
+
+def test_a_folder_that_disappears_ends_no_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Removing, "at", tmp_path / "fit", raising=False)
+    monkeypatch.setattr("pyro_maf.training.log.find_spec", lambda name: None)  # TensorBoard writes in a thread
+    model = seeded(lambda: Removing(2, num_layers=1, hidden_dims=[4]))
+    with pytest.warns(UserWarning, match=f"fit could not write {tmp_path}/fit/.*: save expected an existing folder"):
+        result = fit(model, gaussian_rows(100), folder=tmp_path / "fit", max_epochs=2, **OPTIONS)
+    assert result.epochs == 2
+
+
+@pytest.mark.parametrize("how", ["load", "resume"])
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    how: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("safetensors.safe_open", refuse)
+    with pytest.raises(ValueError, match=r"can not read .*\.safetensors: Permission denied\.$"):
+        pyro_maf.load(folder / "model.safetensors") if how == "load" else resumed(folder)
+
+
+def test_a_damaged_checkpoint_can_be_overwritten(folder: Path) -> None:
+    (folder / "checkpoint.safetensors").write_bytes(b"damaged")
+    fit(flow(), gaussian_rows(100), folder=folder, overwrite=True, max_epochs=1, **OPTIONS)
+    assert resumed(folder).epochs == 2
 
 
 def test_a_board_that_can_not_be_written_ends_no_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from pyro_maf.saving import Kind, pack, remove_unfinished, try_to_write, unpack,
 __all__ = ["Checkpoint", "Keeper", "generator_states", "keeping", "set_generator_states"]
 
 FORMAT = 1
-REMEDY = "It is left as it is: put a copy of it back, or choose another folder to begin again."
+REMEDY = "It is left as it is: put a copy of it back, or overwrite it, or choose another folder to begin again."
 FILE = Kind("pyro_maf.fit", "checkpoint", "fit", REMEDY)
 SECONDS_BETWEEN = 1.0
 MOST_OF_THE_TIME = 1 / 20
