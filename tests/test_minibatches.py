@@ -79,7 +79,14 @@ def by_hand(n: int | None = None, m: int | None = None) -> None:
         pyro.sample("z", dist.Normal(loc, 2.0), obs=torch.as_tensor(TABLE[0].numpy()[j.numpy()]))
 
 
-MODELS = (rows, nested, apart, crossed, sequential, by_hand)
+def by_mask(n: int | None = None, m: int | None = None) -> None:
+    """In the order of the data, whatever that of the indices."""
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 7, subsample_size=n) as i:
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=TABLE[torch.isin(torch.arange(7), i), 0])
+
+
+MODELS = (rows, nested, apart, crossed, sequential, by_hand, by_mask)
 
 
 def joint_of(model: Any, values: dict[str, Tensor]) -> LogJoint:
@@ -135,7 +142,7 @@ def test_the_exact_posterior_is_good_whatever_the_minibatch(seed: int) -> None:
     evidence = float(torch.distributions.MultivariateNormal(torch.zeros(50), covariance).log_prob(y))
     found = diagnose(of_rows, exact, y, 7, num_samples=1000)
     assert found.ess > 999
-    assert "is good" in found.verdict or "hardly differ" in found.verdict
+    assert "is good" in found.verdict
     assert found.elbo == pytest.approx(evidence, abs=2e-3)
     draws = reweight(of_rows, exact, y, 7, num_samples=1000)["loc"]
     assert float(draws.mean()) == pytest.approx(float(y.sum() / 51), abs=0.02)

@@ -150,7 +150,7 @@ def diagnose(
         weighted = _weighed("diagnose", model, guide, args, kwargs, num_samples)
     except NoVerdictError as error:
         return Diagnosis.without_verdict(error.reason)
-    return _diagnosis(weighted, *smoothed(weighted.log_weights))
+    return _diagnosis(weighted, *smoothed(weighted.log_weights, weighted.rounding))
 
 
 def reweight(
@@ -189,7 +189,7 @@ def reweight(
     """
     check_positive("reweight", "num_samples", num_samples)
     weighted = _weighed("reweight", model, guide, args, kwargs, max(100, CANDIDATES * num_samples))
-    log_weights, k_hat = smoothed(weighted.log_weights)
+    log_weights, k_hat = smoothed(weighted.log_weights, weighted.rounding)
     if not log_weights.isfinite().any():
         raise ValueError("reweight found no draw of the guide that the model can score.")
     if not _diagnosis(weighted, log_weights, k_hat).can_be_reweighted:
@@ -226,7 +226,7 @@ def to_arviz(
     """
     check_positive("to_arviz", "num_samples", num_samples, least=100)
     weighted = _weighed("to_arviz", model, guide, args, kwargs, num_samples)
-    log_weights, k_hat = smoothed(weighted.log_weights)
+    log_weights, k_hat = smoothed(weighted.log_weights, weighted.rounding)
     diagnosis = _diagnosis(weighted, log_weights, k_hat)
     return arviz().from_dict(
         posterior={name: value[None].cpu().numpy() for name, value in weighted.values.items()},

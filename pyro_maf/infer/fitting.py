@@ -42,7 +42,8 @@ FAILURES_TO_RETREAT = 10
 CLIP = 4.0
 ALONE = 4
 """Particles where the model has to be run for each."""
-DIAGNOSED = 10_000
+DIAGNOSED, MOST_DIAGNOSED = 10_000, 1_000_000_000
+"""Draws that are weighed in the end, and the most log-probabilities for that if a thousand take fewer."""
 DIAGNOSED_BY_STEP, LEAST_DIAGNOSED = 2, 200
 """Draws that are weighed in the end for each step, and at least, where the model has to be run for each."""
 
@@ -225,7 +226,7 @@ class _Run:
         schedule: Schedule,
     ) -> None:
         self._model, self._guide, self._args, self._kwargs = model, guide, args, kwargs
-        pair = pairing("fit_guide", model, guide, args, kwargs)
+        self._pair = pair = pairing("fit_guide", model, guide, args, kwargs)
         self._is_alone = not pair.is_vectorised
         self.alone = "" if pair.is_vectorised else why_alone(model, guide, args, kwargs)
         objective = TracePath_ELBO if isinstance(guide, AutoFlow) else TraceEnum_ELBO if pair.enumerated else Trace_ELBO
@@ -276,9 +277,9 @@ class _Run:
 
     def diagnosed(self, show: Bar) -> Diagnosis:
         """The diagnosis of the guide, or one without a verdict where it was interrupted."""
-        draws = DIAGNOSED
+        draws = max(1_000, min(DIAGNOSED, MOST_DIAGNOSED // (self._pair.runs * self._pair.numbers)))
         if self._is_alone:
-            draws = min(draws, max(LEAST_DIAGNOSED, DIAGNOSED_BY_STEP * len(self.elbo)))
+            draws = min(draws, max(LEAST_DIAGNOSED, DIAGNOSED_BY_STEP * len(self.elbo) // self._pair.runs))
         try:
             if not self.is_abandoned:
                 with show.runs("diagnosis, run", draws):

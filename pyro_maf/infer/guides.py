@@ -346,7 +346,8 @@ class AutoIAF(AutoFlow):
             for a conditional flow. A context of shape (features,) is for all latent variables together. One of shape
             (\*rows, features) is for each row of a plate, which all latent variables are in; where batches differ in
             size, `create_plates` has to make that plate.
-        create_plates: As in Pyro's guides: makes plates, from the model's arguments, that subsample.
+        create_plates: As in Pyro's guides: makes plates, from the model's arguments, that subsample. Latent variables
+            inside of these are those of all their rows.
 
     Attributes:
         latent_dim: D, the number of unconstrained latent variables, or those of one row.
@@ -358,7 +359,8 @@ class AutoIAF(AutoFlow):
         that has to be run for each draw, some 300 runs.
 
     Raises:
-        ValueError: For a model without latent variables or with discrete ones; for options out of range.
+        ValueError: For a model without latent variables, with discrete ones, or with some in a plate that subsamples
+            and that neither `encoder` nor `create_plates` is for; for options out of range.
 
     Example:
         >>> import pyro, pyro.distributions as dist

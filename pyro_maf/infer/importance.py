@@ -19,10 +19,13 @@ from pyro_maf.infer.enumeration import is_enumerated, log_densities
 from pyro_maf.infer.guides import AutoFlow
 from pyro_maf.infer.latents import masked_entries
 from pyro_maf.infer.log_joint import LogJoint, latent_sites, nesting_of, total_by_draw
+from pyro_maf.infer.minibatches import PartialRowsError
 from pyro_maf.infer.refusal import RefusalError
 
 __all__ = ["NoVerdictError", "Pairing", "Weighted", "arviz", "joint_of", "pairing", "smoothed", "weigh"]
 
+ROUNDING = 32
+"""By how many units in the last place of the log joint density ten thousand sums may lie apart by rounding."""
 MOST_NUMBERS = 4_000_000
 """How many log-probabilities of single sites and rows are held at a time."""
 
@@ -46,11 +49,15 @@ class Pairing(NamedTuple):
         nesting: How many plates they have, counted from the right.
         is_vectorised: Whether one run, inside a plate, scores many draws.
         enumerated: Whether the model has discrete sites to sum out.
+        runs: How many runs score all rows.
+        numbers: How many log-probabilities a draw has in a run.
     """
 
     nesting: int
     is_vectorised: bool
     enumerated: bool
+    runs: int
+    numbers: int
 
 
 class Weighted(NamedTuple):
@@ -59,10 +66,12 @@ class Weighted(NamedTuple):
     Attributes:
         values: The value of each latent site, (draws, \*site).
         log_weights: (draws,); minus infinity where the model could not score a draw.
+        rounding: How far the arithmetic alone may have moved them.
     """
 
     values: dict[str, Tensor]
     log_weights: Tensor
+    rounding: float
 
 
 @torch.no_grad()
@@ -84,10 +93,14 @@ def weigh(
     if pair.reason:
         raise NoVerdictError(who, pair.reason)
     chunk = max(1, min(num_samples, MOST_NUMBERS // pair.size))
-    found = [pair.weigh(min(chunk, num_samples - start)) for start in range(0, num_samples, chunk)]
+    try:
+        found = [pair.weigh(min(chunk, num_samples - start)) for start in range(0, num_samples, chunk)]
+    except PartialRowsError as error:
+        raise NoVerdictError(who, f"{error}; call it with all rows") from None
     return Weighted(
         {name: torch.cat([each.values[name] for each in found]) for name in pair.shapes},
         torch.cat([each.log_weights for each in found]),
+        max(each.rounding for each in found),
     )
 
 
@@ -101,7 +114,7 @@ def pairing(
         ValueError: If the guide leaves out a latent site of the model, or the model draws what no guide has.
     """
     pair = _Pair(who, model, guide, args, kwargs)
-    return Pairing(pair.nesting, pair.joint.is_vectorised, pair.joint.enumerated)
+    return Pairing(pair.nesting, pair.joint.is_vectorised, pair.joint.enumerated, pair.joint.runs, pair.size)
 
 
 @torch.no_grad()
@@ -138,7 +151,7 @@ class _Pair:
         latents = latent_sites(example)
         missing = [name for name in latents if name not in guide_trace.nodes and not is_enumerated(latents[name])]
         if missing:
-            raise ValueError(
+            raise RefusalError(
                 f"{who} expected a guide of every latent site, got none of {', '.join(sorted(missing))}: add these to "
                 "the guide, or sum discrete ones out with infer={'enumerate': 'parallel'}."
             )
@@ -175,7 +188,9 @@ class _Pair:
     def weigh(self, draws: int) -> Weighted:
         values, log_q = self._draw(draws)
         shaped = {name: value.reshape(draws, *self.shapes[name]) for name, value in values.items()}
-        return Weighted(shaped, self.joint(values) - log_q)
+        log_p = self.joint(values)
+        size = torch.where(log_p.isfinite(), log_p.abs(), 0.0).max()
+        return Weighted(shaped, log_p - log_q, ROUNDING * torch.finfo(log_p.dtype).eps * float(size))
 
     def _draw(self, draws: int) -> tuple[dict[str, Tensor], Tensor]:
         """Values of the latent sites, padded to as many plates as there are, and their log-density."""
@@ -209,8 +224,10 @@ def check_draws(who: str, joint: LogJoint) -> None:
         )
 
 
-def smoothed(log_weights: Tensor) -> tuple[Tensor, float]:
+def smoothed(log_weights: Tensor, rounding: float = 0.0) -> tuple[Tensor, float]:
     """Normalised log weights, Pareto-smoothed, and k-hat, the shape of their tail.
+
+    Weights that differ by `rounding` at most are equal.
 
     Reference:
         Vehtari et al., *Pareto smoothed importance sampling*, 2024.
@@ -219,7 +236,7 @@ def smoothed(log_weights: Tensor) -> tuple[Tensor, float]:
     if int(scored.sum()) < 10:
         return log_weights.new_full(log_weights.shape, -torch.inf), float("inf")
     weights = log_weights[scored].double().cpu().numpy()
-    if np.ptp(weights) < 1e-10:  # the guide is the posterior
+    if np.ptp(weights) < max(1e-10, rounding):  # the guide is the posterior
         return torch.where(scored, -scored.sum().log(), -torch.inf), float("-inf")
     with np.errstate(over="ignore"):  # arviz lets candidates for the tail's shape that are out of the question overflow
         found, k_hat = arviz().psislw(weights)

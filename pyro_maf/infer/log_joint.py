@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_maf.infer.enumeration import is_enumerated, log_densities
 from pyro_maf.infer.hidden import Draws
-from pyro_maf.infer.minibatches import Minibatch, PartialRowsError, frames_of, minibatches_of, subsampled
+from pyro_maf.infer.minibatches import Minibatch, Minibatches, PartialRowsError, frames_of, minibatches_of, subsampled
 from pyro_maf.infer.runs import noticed
 from pyro_maf.randomness import seeded
 
@@ -57,7 +57,7 @@ class LogJoint:
         hidden: The names of sites that it draws and that are not to be seen from outside; set by `settle`.
         enumerated: Whether there are sites to sum out.
         partial: Why not all rows are scored, but those of one minibatch in their place; "" where all are.
-        subsamples: Whether there are plates whose rows come in minibatches.
+        runs: How many runs of the model score all rows.
         numbers: How many log-probabilities one draw takes at a time; set by `settle`.
 
     Shapes:
@@ -92,7 +92,7 @@ class LogJoint:
         self._minibatches, self.partial = minibatches_of(
             lambda: self._run(values), example.nodes.values(), self._like, most_minibatches
         )
-        self.subsamples = not isinstance(self._minibatches, tuple)
+        self.runs = self._minibatches.count if isinstance(self._minibatches, Minibatches) else 1
         self._all_rows = {name: _of_all_rows(latents[name], shapes[name]) for name in values}
         if not self.partial:
             self.partial = _within_subsamples(latents, self._all_rows)
@@ -136,7 +136,7 @@ class LogJoint:
         try:
             return self._settled(values)
         except PartialRowsError as reason:
-            self._minibatches, self.partial = (Minibatch({}),), str(reason)
+            self._minibatches, self.partial, self.runs = (Minibatch({}),), str(reason), 1
             return self._settled(values)
 
     def _settled(self, values: Values) -> LogJoint:
@@ -161,12 +161,12 @@ class LogJoint:
             self.is_vectorised = False
         else:
             self.is_vectorised = torch.allclose(found, expected[usable], rtol=1e-3, atol=1e-3)
-        self._look_for_draws(values, first)
+        index = int(usable.int().argmax())
+        self._look_for_draws({name: value[index : index + 1] for name, value in values.items()}, first)
         return self
 
-    def _look_for_draws(self, values: Values, minibatches: Iterable[Minibatch]) -> None:
-        """Set `hidden` and `is_random`: whether another seed gives the first draw another density."""
-        one = {name: value[:1] for name, value in values.items()}
+    def _look_for_draws(self, one: Values, minibatches: Iterable[Minibatch]) -> None:
+        """Set `hidden` and `is_random`: whether another seed gives values of one draw another density."""
         draws = Draws(next(iter(one.values())).device)
         try:
             with draws:
@@ -186,6 +186,8 @@ class LogJoint:
         def score(minibatch: Minibatch) -> Tensor:
             with pyro.plate("_draws", draws, dim=-self.nesting - 1):
                 trace = self._scored(values, minibatch)
+            if self.runs > 1:
+                noticed()
             return total_by_draw(log_densities(trace, minibatch.weight), plates)
 
         return _sum(map(score, minibatches))
@@ -193,10 +195,11 @@ class LogJoint:
     def _in_turn(self, values: Values, minibatches: Iterable[Minibatch], seed: int = 0) -> Tensor:
         def score(row: int, minibatch: Minibatch) -> Tensor:
             one = {name: value[row].reshape(self._shapes[name]) for name, value in values.items()}
-            parts = log_densities(self._scored(one, minibatch, seed), minibatch.weight)
-            self.numbers = max(self.numbers, sum(part.numel() for part in parts))
+            trace: Any = self._scored(one, minibatch, seed)
+            sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
+            self.numbers = max(self.numbers, sum(site["log_prob"].numel() for site in sites))
             noticed()
-            return _sum(part.sum() for part in parts)
+            return _sum(part.sum() for part in log_densities(trace, minibatch.weight))
 
         minibatches = tuple(minibatches)
         return torch.stack([_sum(score(row, each) for each in minibatches) for row in range(_count(values))])

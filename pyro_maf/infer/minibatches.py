@@ -147,7 +147,8 @@ def _of_plate(plate: Subsampled, most: float, like: Tensor) -> list[tuple[Tensor
     found = []
     for start in starts:
         part = slice(start, start + plate.batch)
-        found.append((order[part], (scale / times[part]).to(like)))
+        rows, places = order[part].sort()  # a model may select them by a mask
+        found.append((rows, (scale / times[part])[places].to(like)))
     return found
 
 

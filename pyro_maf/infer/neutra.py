@@ -48,7 +48,7 @@ class NeuTra:
         noise = pyro.sample(f"{name}_shared_latent", self._guide.get_base_dist().mask(False))
         values, log_det = self._guide.sites_and_log_det(noise)
         pyro.factor(f"{name}_log_det", log_det)
-        if not joint.subsamples:
+        if joint.runs == 1:
             return poutine.condition(self._model, data=values)(*args, **kwargs)
         padded, _ = self._guide.sites_and_log_det(noise.reshape(-1, *(1,) * joint.nesting, noise.shape[-1]))
         with poutine.block():
