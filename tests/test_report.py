@@ -171,6 +171,14 @@ def test_the_rows_of_least_density_come_first_with_their_numbers(report):
     assert rows[1][2:] == ["height", "+7.0", "7", "0.25"]
 
 
+def test_numbers_are_shown_with_as_many_digits_as_tell_them_apart(report):
+    units = {"loc": torch.tensor([5.4e6, 1.7e9]).double(), "scale": torch.tensor([0.1, 10.0]).double()}
+    data = normal(400).double() * units["scale"] + units["loc"]
+    data[123] = units["loc"] + torch.tensor([0.9, 3.0])
+    _, *rows = report(FlowPrior(RealNVP(2, **SMALL), **units), data, names=["northing", "time"]).rows
+    assert rows[0][4:] == ["5400000.9", "1700000003"]
+
+
 @pytest.mark.parametrize(
     ("make", "columns"),
     [

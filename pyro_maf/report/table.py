@@ -18,6 +18,8 @@ __all__ = ["Given", "Table", "given_columns"]
 NUMERIC_KINDS = "fiub"
 VALUES_AT_ONCE = 2**18
 ROWS_AT_ONCE = 4096
+MANY_DIGITS = 10_000
+"""Numbers from here on, such as time stamps, have more in common than the four digits that others are shown with."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Given:
     def text(self, context: list[float]) -> str:
         """What stands in this column of a row, whose numbers for the density are `context`."""
         if self.categories is None:
-            return f"{context[self.first]:.4g}"
+            number = context[self.first]
+            return f"{number:.4g}" if abs(number) < MANY_DIGITS else f"{number:.10g}"
         return self.categories[context.index(1.0, self.first) - self.first]
 
 

@@ -202,19 +202,27 @@ def _rows(result: FitResult, examination: Examination) -> Figure:
 def _lowest(examination: Examination, noise_names: Sequence[str]) -> dict[str, Any]:
     """The table of the rows of the least density."""
     columns, contexts = (given[:MOST_VALUES_OF_A_ROW] for given in (examination.names, examination.context_names))
+    digits = [_digits(column) for column in examination.data.unbind(1)[: len(columns)]]
     rows = [
         {
             "row": f"{low.row:,}",
             "log_prob": f"{low.log_prob:.2f}",
             "furthest": noise_names[low.dimension],
             "noise": f"{low.noise:+.1f}",
-            "values": [f"{value:.4g}" for value in low.values[: len(columns)]],
+            "values": [f"{value:.{count}g}" for value, count in zip(low.values, digits, strict=False)],
             "context": list(zip(contexts, low.context, strict=False)),
         }
         for low in examination.lowest
     ]
     left_out = len(examination.names) - len(columns) + len(examination.context_names) - len(contexts)
     return {"columns": [*columns, *contexts], "rows": rows, "left_out": left_out}
+
+
+def _digits(column: torch.Tensor) -> int:
+    """How many digits tell the values of a column apart: 4, and as many as all of them have in common."""
+    low, middle, high = column.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=column.dtype)).tolist()
+    common = math.log10(abs(middle) / (high - low)) if middle and high > low else 0.0
+    return 4 + max(0, math.floor(common) - 1)
 
 
 def _count(number: int, what: str, none: str = "") -> str:
