@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -122,6 +123,14 @@ def test_fit_leaves_a_folder_with_all_there_is_to_know(here: Path) -> None:
     printed = [float(value) for value in re.findall(r"<tr><td>\d+</td><td>(.*?)</td>", report)]
     assert printed == pytest.approx([log_prob[row - 1].item() for row in lowest], abs=0.006)
     assert "colour=red" in report
+
+
+def test_a_terminal_is_told_at_once_that_fit_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = SimpleNamespace(stderr=SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(fit_module, "sys", terminal)
+    monkeypatch.chdir(tmp_path)
+    said = run("fit", "nothing.csv", code=2).stderr
+    assert said.startswith("pyro-maf: loading torch, some seconds.\n")
 
 
 def test_fit_trains_as_the_library_does(folder: Path) -> None:

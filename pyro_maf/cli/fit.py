@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,6 +99,8 @@ def run(
     Leaves a folder with the model, its columns, a log of its epochs, a checkpoint from which the fit can go on, and a
     report for a browser. Ctrl-C ends a fit early; --resume goes on from there.
     """
+    if sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0":
+        say("loading torch, some seconds.")  # before anything else can be said of the table
     from pyro_maf.training import fit
     from pyro_maf.training.processes import Processes
 
