@@ -98,6 +98,9 @@ def test_columns_that_follow_from_others_are_named_with_these(seed: int) -> None
     assert "column 3 is a linear combination of column 0 and column 2:" in line
     one_hot = np.eye(3)[np.arange(500) % 3] + 0.01 * normal(seed)[:, :1]
     assert any("linear combination" in line for line in screened(np.concatenate([rows, one_hot], 1)))
+    (line,) = screened(rows[:, :2], frame[["c", "a"]])
+    assert "column 0 repeats context column 'a'" in line
+    assert screened(normal(seed), one_hot.round()) == []
     # Alike, but not the same; as many columns as rows; a shared outlier; a simplex.
     assert screened(frame.assign(d=frame["b"] + 0.9 * normal(seed + 9)[:, 0])) == []
     assert screened(normal(seed, 30, 30)) == []
@@ -130,7 +133,7 @@ def test_a_context_over_orders_of_magnitude_is_named_with_its_logarithm(seed: in
     assert "arcsinh" in screened(normal(seed), context)[0]
     (line,) = screened(normal(seed), pd.DataFrame({"dose": 10 ** random.uniform(-3, 3, 500)}))
     assert "context column 'dose'" in line
-    assert screened(normal(seed), random.standard_t(1.5, 1000))[0].startswith("fit found heavy tails in context")
+    assert screened(normal(seed, 1000), random.standard_t(1.5, 1000))[0].startswith("fit found heavy tails in context")
 
 
 @pytest.mark.parametrize("seed", range(3))

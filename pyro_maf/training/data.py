@@ -78,18 +78,18 @@ def column_labels(value: Any, width: int) -> list[str]:
     return [_column_name(value, column) for column in range(width)]
 
 
-def some_rows(name: str, value: Any, most_rows: int, most_numbers: int) -> np.ndarray[Any, Any]:
-    """Some rows of a table that `read_rows` has checked, (rows, columns) in float64: the same at every call.
+def some_rows(name: str, value: Any, width: int, most: int) -> np.ndarray[Any, Any]:
+    """Some rows of a table that `read_rows` has checked, (rows, columns) in float64, drawn at random.
 
-    They are drawn at random; of a table that is mapped from a file no others are read.
+    Of as many rows they are the same at every call; of a table that is mapped from a file no others are read.
 
     Args:
         name: "data" or "context".
         value: The table.
-        most_rows, most_numbers: How much of it; of a wide table 100 rows, whatever `most_numbers` is.
+        width: How many columns it has.
+        most: How many rows.
     """
-    total, width = number_of_rows(value), number_of_columns(name, part_of(value, slice(1)))
-    most = min(most_rows, max(100, most_numbers // width))
+    total = number_of_rows(value)
     if total > most:
         value = part_of(value, np.sort(np.random.default_rng(0).choice(total, most, replace=False)))
     return numbers("fit", name, value).double().reshape(-1, width).numpy()

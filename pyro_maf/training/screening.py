@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from pyro_maf.distributions.support import Support
-from pyro_maf.training.data import column_labels, some_rows
+from pyro_maf.tabular import part_of
+from pyro_maf.training.data import column_labels, number_of_columns, some_rows
 from pyro_maf.training.schedule import Schedule
 
 __all__ = ["announce", "screen_data", "screen_ending"]
@@ -37,10 +38,10 @@ ATOM_SHARE, ATOM_RATIO, ATOM_ROWS = 0.05, 10, 10
 UNEXPLAINED = 1e-4
 SPARE_ROWS = 10
 MOST_COLUMNS = 1000
-"""A column follows from others where a linear combination leaves a hundredth of its standard deviation, and of its
-median deviation, which a shared outlier does not shrink. Units converted and rounded fall under it; the radius and the
-perimeter of a cell (2.6e-4 of the variance) pass. With fewer rows than columns + 10, or more columns than 1,000,
-nothing can be said or it would take too long."""
+"""A column follows from others, or from the context, where a linear combination leaves a hundredth of its standard
+deviation, and of its median deviation, which a shared outlier does not shrink. Units converted and rounded fall under
+it; the radius and the perimeter of a cell (2.6e-4 of the variance) pass. With fewer rows than columns + 10, or more
+columns than 1,000, nothing can be said or it would take too long."""
 
 TAIL_RATIO, TAIL_INDEX, TAIL_SHARE, TAIL_ROWS = 2.0, 2.0, 0.05, 50
 OUTLIER_RATIO = 12.0
@@ -84,8 +85,12 @@ def screen_data(data: Any, context: Any, support: Support) -> list[str]:
         >>> screen_data(rows.round(), None, Support("fit", "real", 2))[0].partition(":")[0]
         'fit found few distinct values in column 0 (6 in 500 rows) and column 1 (7 in 500 rows)'
     """
-    rows = some_rows("data", data, MOST_ROWS, MOST_NUMBERS)
+    width = 0 if context is None else number_of_columns("context", part_of(context, slice(1)))
+    most = min(MOST_ROWS, max(100, MOST_NUMBERS // (support.event_size + width)))
+    rows = some_rows("data", data, support.event_size, most)
     labels = column_labels(data, rows.shape[1])
+    given = np.zeros((len(rows), 0)) if context is None else some_rows("context", context, width, most)
+    given_labels = [f"context {label}" for label in column_labels(context, width)]
     unconstrained = support.unconstrain(torch.from_numpy(rows))[0].numpy()
     free = rows[:, : unconstrained.shape[1]]  # the last of a simplex follows from the others
     ordered = np.sort(rows, 0)
@@ -110,7 +115,7 @@ def screen_data(data: Any, context: Any, support: Support) -> list[str]:
             "a density of real numbers rises without bound there. Leave those rows out, or say by a column of context "
             "which they are and add noise to them",
         ),
-        _dependent(free, labels),
+        _dependent(np.concatenate([given, free], 1), [*given_labels, *labels], width),
         _line(
             "heavy tails",
             [finding for finding in tails if finding.column in takes_logarithm],
@@ -126,8 +131,8 @@ def screen_data(data: Any, context: Any, support: Support) -> list[str]:
             "errors",
         ),
     ]
-    if context is not None:
-        found += _screen_context(context)
+    if width:
+        found += _screen_context(given, given_labels)
     return [line for line in found if line]
 
 
@@ -176,9 +181,7 @@ def announce(lines: Sequence[str]) -> None:
         warnings.warn(line, UserWarning, stacklevel=level)
 
 
-def _screen_context(context: Any) -> list[str]:
-    rows = some_rows("context", context, MOST_ROWS, MOST_NUMBERS)
-    labels = [f"context {label}" for label in column_labels(context, rows.shape[1])]
+def _screen_context(rows: Array, labels: Sequence[str]) -> list[str]:
     wide = _magnitudes(rows)
     tails = _without(_heavy_tails(rows), [*wide, *_few_values(np.sort(rows, 0))])
     return [
@@ -192,8 +195,8 @@ def _screen_context(context: Any) -> list[str]:
             "values over orders of magnitude",
             [finding for finding in wide if rows[:, finding.column].min() <= 0],
             labels,
-            "once standardised, the small ones are all the same. Give arcsinh(c / s) as context, with s the size "
-            "of the small ones",
+            "once standardised, the small ones are all the same. Give arcsinh(c / s) as context, a logarithm "
+            "on either side of 0, with s the size of the small ones",
         ),
         _line(
             "heavy tails",
@@ -226,8 +229,8 @@ def _atoms(ordered: Array) -> list[_Finding]:
     return found
 
 
-def _dependent(rows: Array, labels: Sequence[str]) -> str:
-    """The columns that are linear combinations of those before them."""
+def _dependent(rows: Array, labels: Sequence[str], first: int) -> str:
+    """The columns, from the `first` one on, that are linear combinations of those before them."""
     count, width = rows.shape
     if not 2 <= width <= MOST_COLUMNS or count < width + SPARE_ROWS:
         return ""
@@ -244,7 +247,7 @@ def _dependent(rows: Array, labels: Sequence[str]) -> str:
         if free and left <= UNEXPLAINED:
             weights = torch.linalg.solve_triangular(known.T, solved, upper=True).numpy()[:, 0]
             if _explains(standard[:, free] @ weights, standard[:, column]):
-                found.append(_combination(rows, column, free, weights, labels))
+                found += [_combination(rows, column, free, weights, labels)] * (column >= first)
                 continue
         factor[len(free), : len(free)] = solved[:, 0]
         factor[len(free), len(free)] = math.sqrt(max(left, torch.finfo(torch.float64).eps))
