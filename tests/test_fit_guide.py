@@ -611,6 +611,14 @@ def test_tables_of_nothing_are_left_off_what_a_model_raises() -> None:
         AutoIAF(partial(fails, None)).setup()
 
 
+def test_tensors_in_what_a_model_raises_are_cut() -> None:
+    def model() -> None:
+        raise ValueError("outside:\n" + "\n".join(map(str, range(300))))
+
+    with pytest.raises(ValueError, match=r"\Aoutside:\n0\n1\n2\n3\n4\n\.\.\. \(301 lines\)\Z"):
+        fit_guide(model, AutoNormal(model))
+
+
 def test_tables_of_sites_stay_with_what_a_model_raises() -> None:
     with pytest.raises(ValueError, match=r"(?s)\Ano data yet\nTrace Shapes:.*before dist"):
         fit_guide(partial(fails, "before"), AutoIAF(partial(fails, "before")))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 __all__ = ["RefusalError", "without_empty_tables"]
 
 TABLE = "\nTrace Shapes:"
+MOST_LINES = 6
 EMPTY = ("Param Sites:", "Sample Sites:")
 
 
@@ -25,15 +26,21 @@ class RefusalError(ValueError):
 
 @contextmanager
 def without_empty_tables() -> Iterator[None]:
-    """While entered, tables that list nothing are taken off the messages of errors, which are the same otherwise."""
+    """While entered, tables that list nothing are taken off the messages of errors, and long tensors are cut."""
     try:
         yield
     except (ValueError, RuntimeError) as error:
         message = error.args[0] if len(error.args) == 1 else None
         if isinstance(message, str):
             said, *tables = message.split(TABLE)
-            error.args = (TABLE.join([said, *(table for table in tables if not _is_empty(table))]),)
+            error.args = (TABLE.join([_cut(said), *(table for table in tables if not _is_empty(table))]),)
         raise
+
+
+def _cut(text: str) -> str:
+    """A text without the hundreds of lines that a tensor of draws may take in it."""
+    lines = text.splitlines()
+    return text if len(lines) <= MOST_LINES else "\n".join([*lines[:MOST_LINES], f"... ({len(lines)} lines)"])
 
 
 def _is_empty(table: str) -> bool:
