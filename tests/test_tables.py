@@ -462,6 +462,16 @@ WRONG_TEXT = {
         {"context": ["age"]},
         "read_table expected numbers or text, got both in column 'age' of the stream, as '30' and 'old'.",
     ),
+    "no value": (
+        "y,colour\n1,\n2,\n",
+        {"context": ["colour"], "categories": ["colour"]},
+        "read_table expected context with values, got none in column 'colour' of the stream: leave it out.",
+    ),
+    "no categories": (
+        "y,colour\n1,red\n",
+        {"columns": {"data": ["y"], "context": [{"name": "colour", "categories": []}]}},
+        "read_table expected columns as names or as the columns of another table",
+    ),
     "one category": (
         "y,colour\n1,red\n2,red\n",
         {"context": ["colour"]},
@@ -782,6 +792,7 @@ OF_ALL_TYPES = [
     *(pa.array([1, 2], kind) for kind in (pa.date32(), pa.timestamp("ns", "UTC"), pa.time32("s"), pa.duration("s"))),
     *(pa.array(values).dictionary_encode() for values in (["red", "blue"], [1, 2], [b"1", b"2"])),
     *(pa.array(values) for values in ([True, False], [None, None], [[1], [2]], [{"x": 1}, {"x": 2}])),
+    *(pa.array([None, None], kind) for kind in (pa.int8(), pa.string(), pa.bool_(), pa.float64())),
     pa.array([1, 2], pa.date32()).dictionary_encode(),
 ]
 

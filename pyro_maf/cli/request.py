@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_maf.cli.options import read
@@ -27,8 +28,8 @@ def check_asked(flow: str, layers: int | None, hidden: list[str] | None, device:
         raise ValueError("fit got --hidden-dims for gaussian, which has no hidden layers: leave it out.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("fit got --device cuda, but torch finds no CUDA device: leave it out.")
-    if devices > 1 and data == "-":
-        raise ValueError("fit expected a file for several --devices, as each process reads it, got standard input.")
+    if devices > 1 and (data == "-" or Path(data).is_fifo()):
+        raise ValueError("fit expected a file for several --devices, as each process reads it, got a pipe.")
 
 
 def validation_of(asked: str, table: Table, **text: Any) -> float | Table:

@@ -54,16 +54,21 @@ def run(
     fitted = read_fitted(model)
     table = fitted.read(data, drop_missing=drop_missing, decimal=decimal, encoding=encoding)
     total = squares = 0.0
-    count = 0
+    count = rows = 0
+    first = None
     with writing_rows(out, ["log_density"], fitted.dtype) as write, torch.no_grad():
         for scores in _with_gaps(_scores(fitted, table), table):
             write(scores[:, None].numpy())
+            outside = (scores == -torch.inf).nonzero()[:1, 0].tolist()
+            first = first or (rows + outside[0] + 1 if outside else None)
+            rows += len(scores)
             inside = scores[scores > -torch.inf].double()
             count += len(inside)
             total, squares = total + inside.sum().item(), squares + inside.square().sum().item()
     if table.missing is not None:
         say(f"nan for some rows: {table.missing}.")
-    say(_summary(len(table.data), len(table.data) - count, total, squares))
+    where = "" if first is None else f" (data row {first}, counted from 1, is the first)"
+    say(_summary(len(table.data), len(table.data) - count, where, total, squares))
 
 
 def _with_gaps(scores: Iterator[Tensor], table: Table) -> Iterator[Tensor]:
@@ -102,10 +107,10 @@ def _scores(fitted: Fitted, table: Table) -> Iterator[Tensor]:
         yield density.log_prob(data)
 
 
-def _summary(count: int, outside: int, total: float, squares: float) -> str:
+def _summary(count: int, outside: int, where: str, total: float, squares: float) -> str:
     rows = f"{count:,} row" + "s" * (count != 1)
     if outside:
-        return f"{rows}, of which {outside:,} {'has' if outside == 1 else 'have'} density 0."
+        return f"{rows}, of which {outside:,} {'has' if outside == 1 else 'have'} density 0{where}."
     mean = total / count
     error = math.sqrt(max(0.0, squares / count - mean**2) / count)
     return f"{rows}, mean log-density {mean:.3f} nats, standard error {error:.3f}."

@@ -94,7 +94,10 @@ def numbers_of(column: Column, decimal: str = ".") -> np.ndarray[Any, Any]:
 
 def numbers_of_many(columns: Sequence[Column]) -> np.ndarray[Any, Any] | None:
     """The numbers of columns of text, (rows, columns), or None unless every cell is a finite one that float32 holds."""
-    if any(isinstance(column, np.ndarray) or not is_text(column.type) for column in columns):
+    if any(isinstance(column, np.ndarray) for column in columns):
+        return None
+    kind = columns[0].type
+    if not is_text(kind) or any(column.type != kind for column in columns):
         return None
     import pyarrow
     import pyarrow.compute as pc

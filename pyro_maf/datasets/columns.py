@@ -192,6 +192,8 @@ class Survey:
                 f"read_table expected numbers or categories, got dates or times, as {quoted(min(texts))}, in "
                 f"{self._place}: {NO_DATES}, or name it among the categories."
             )
+        if not self._texts:
+            raise ValueError(f"read_table expected context with values, got none in {self._place}: leave it out.")
         if self._number is not None:
             raise ValueError(
                 f"read_table expected numbers or text, got both in {self._place}, as {self._number} and "

@@ -224,6 +224,8 @@ def _described(source: Source, description: Mapping[str, Any]) -> tuple[list[Col
     try:
         data = list(map(str, description["data"]))
         context = [(str(each["name"]), each["categories"]) for each in description["context"]]
+        if any(categories is not None and not categories for _, categories in context):
+            raise LookupError("a column of no categories")
     except (LookupError, TypeError):
         raise ValueError(
             "read_table expected columns as names or as the columns of another table, got "
