@@ -773,6 +773,16 @@ def test_saving_the_store_says_nothing_to_other_guides(tmp_path: Path) -> None:
             assert same(kept, weights(guide))
 
 
+def test_a_scope_leaves_no_weights_to_a_guide_of_another_model() -> None:
+    AutoIAF(counting, **SMALL).setup()()
+    with pyro.get_param_store().scope():
+        counting()
+    known = regression()
+    guide = AutoIAF(known.model, **SMALL)
+    guide()
+    assert known.distance(*normal_of(guide)) < 1e-8
+
+
 @pytest.mark.parametrize("options", [{"num_layers": 2}, {"hidden_dims": [5]}, {"hidden_dims": [8, 8]}])
 def test_weights_of_a_guide_that_is_built_otherwise_are_refused(options: Any, tmp_path: Path) -> None:
     AutoIAF(counting, **SMALL).setup()()

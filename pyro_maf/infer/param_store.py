@@ -112,9 +112,14 @@ class Stored:
             for name, value in known.items()
             if name.startswith(prefixes) and (name in others or name not in weights) and self._is_loaded(value)
         }
+        strange = {name: v for name, v in loaded.items() if not _entries.is_of_a_guide(v, since_cleared=False)}
+        loaded = strange or loaded
         missing = [name for name, weight in weights.items() if weight.is_stated and name not in known]
         wrong = [name for name in loaded if name not in weights or weights[name].tensor.shape != loaded[name].shape]
-        if odd := [*missing, *wrong]:
+        odd = [*missing, *wrong]
+        if odd and not strange:
+            return  # another guide's, put back at the end of a scope
+        if odd:
             raise RefusalError(
                 f"{who} expected the weights of a guide that is built alike in Pyro's param store, got others "
                 f"({odd[0]}): build the guide as the one that was saved, or call pyro.clear_param_store()."
