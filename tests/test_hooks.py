@@ -153,10 +153,14 @@ def test_hooks_of_the_network_itself_run(name: str) -> None:
     made = getattr(layer, "flow", layer).made
     x = torch.randn(9, 4, dtype=double)
     before = layer(x).detach()
+    y = layer(x)
     handle = made.register_forward_hook(lambda module, args, output: 0.5 * output)
+    assert not torch.allclose(layer.inv(y), x)
     assert_as_by_calls(layer)
-    assert not torch.allclose(layer(x), before)
+    y = layer(x)
+    assert not torch.allclose(y, before)
     handle.remove()
+    assert not torch.allclose(layer.inv(y), x)
     assert torch.allclose(layer(x), before)
 
 

@@ -115,26 +115,29 @@ def _state(module: nn.Module) -> _State | None:
 
 
 def _parts(module: nn.Module) -> tuple[list[object], list[Tensor]]:
-    """The grad mode and the train/eval mode of each module in it, and all parameters and buffers."""
+    """The grad mode, the train/eval mode and the hooks of each module in it, and all parameters and buffers."""
     tensors: list[Tensor | None] = []
     modes: list[object] = [torch.is_grad_enabled()]
     members: list[nn.Module | None] = [module]
     for member in members:  # grows as it is walked
         if member is None:
             continue
-        modes.append(member.training)
-        if parameters := member._parameters:
+        own = member.__dict__  # the quickest way to a module's parts
+        modes.append(own["training"])
+        if parameters := own["_parameters"]:
             tensors += parameters.values()
-        if buffers := member._buffers:
+        if buffers := own["_buffers"]:
             tensors += buffers.values()
-        if children := member._modules:
+        if children := own["_modules"]:
             members += children.values()
         elif len(parameters) < 2 and isinstance(member, nn.Linear):
             for name in {"weight", "bias"} - parameters.keys():
                 # A tensor in the place of a parameter; or what is drawn at each look, and never the same again.
-                replaced = vars(member).get(name)
+                replaced = own.get(name)
                 tensors.append(replaced)
                 modes.append(name if isinstance(replaced, Tensor) else object())
+        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            modes += *own["_forward_hooks"], *own["_forward_pre_hooks"]
     return modes, [tensor for tensor in tensors if tensor is not None]
 
 
