@@ -15,17 +15,18 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["Snapshot"]
+__all__ = ["Snapshot", "count_change"]
 
 _steps = 0
 
 
-def _count_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+def count_change(*_: Any) -> None:
+    """Count a change of any tensors: one that torch does not."""
     global _steps
     _steps += 1
 
 
-register_optimizer_step_post_hook(_count_step)
+register_optimizer_step_post_hook(count_change)
 
 
 class Snapshot(NamedTuple):
@@ -33,7 +34,7 @@ class Snapshot(NamedTuple):
 
     Attributes:
         tensors: The tensors themselves, so that none of them can be taken for another.
-        marks: The number of optimizer steps so far; then each tensor's count of changes, and its address.
+        marks: The number of optimizer steps and the like so far; then each tensor's count of changes, and its address.
         storages: What the tensors lie in. As long as these are held, no other numbers can come to lie at an address.
 
     Example:

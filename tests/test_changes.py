@@ -227,6 +227,21 @@ def test_memory_of_weights_that_are_gone_is_free() -> None:
     assert y.shape == x.shape
 
 
+@every_stack
+@torch.no_grad()
+def test_a_prior_lets_go_with_its_flow(make: Callable[..., Flow]) -> None:
+    prior = FlowPrior(stack(make))
+    y = prior.sample((9,))
+    prior.log_prob(y)
+    for parameter in prior.parameters():
+        parameter.data += 0.1
+    prior.model.clear_cache()  # type: ignore[union-attr,operator]
+    assert torch.allclose(prior.log_prob(y), copy.deepcopy(prior).log_prob(y), atol=1e-5)
+    lain_in = [weakref.ref(parameter.untyped_storage()) for parameter in prior.parameters()]
+    prior.double()
+    assert [ref() for ref in lain_in if ref() is not None] == []
+
+
 # Memory that others write to
 
 

@@ -319,6 +319,8 @@ class FlowPrior(Density):
 
     def _apply(self, fn: Any, recurse: bool = True) -> FlowPrior:
         before = self.context_loc, self.context_scale
+        if "_flow" in self.__dict__:  # no submodule, so that nothing else would reach it
+            self._flow.clear_cache()
         super()._apply(fn, recurse)
         keep_float64(self._buffers, CONTEXT_UNITS, before, None)
         return self

@@ -11,10 +11,11 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_maf.changes import count_change
 from pyro_maf.checks import check_event, check_positive, check_takes_gradient
 from pyro_maf.precision import converted, exactly, like_of
 from pyro_maf.saving import Savable
-from pyro_maf.transforms.cache import Pair, caching_is_possible
+from pyro_maf.transforms.cache import Pair, caching_is_possible, forget
 
 __all__ = ["ConditionalFlow", "Conditioned", "Flow", "Inverse"]
 
@@ -217,9 +218,11 @@ class Flow(Savable, TransformModule):
         for member in self.modules():
             if isinstance(member, Flow):
                 member._forget()
+        count_change()  # a prior, or a stack around this flow, remembers too
 
     def _forget(self) -> None:
         self._pair = None
+        forget(self)
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         """Shape of y for x of `shape`."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_maf.changes import Snapshot
 
-__all__ = ["Pair", "caching_is_possible"]
+__all__ = ["Pair", "caching_is_possible", "forget"]
 
 
 def caching_is_possible() -> bool:
@@ -108,10 +108,24 @@ class _State(NamedTuple):
         return self.modes == modes and self.tensors.holds_for(tensors) and self.graph == _graph(tensors)
 
 
+# The last of each module: comparing takes less time than to take another.
+_snapshots: weakref.WeakKeyDictionary[nn.Module, Snapshot] = weakref.WeakKeyDictionary()
+
+
+def forget(module: nn.Module) -> None:
+    """Let go of what a module's parameters and buffers lay in, once they lie elsewhere."""
+    _snapshots.pop(module, None)
+
+
 def _state(module: nn.Module) -> _State | None:
     modes, tensors = _parts(module)
-    snapshot = Snapshot.of(tensors)
-    return None if snapshot is None else _State(modes, snapshot, _graph(tensors))
+    snapshot = _snapshots.get(module)
+    if snapshot is None or not snapshot.holds_for(tensors):
+        snapshot = Snapshot.of(tensors)
+        if snapshot is None:
+            return None
+        _snapshots[module] = snapshot
+    return _State(modes, snapshot, _graph(tensors))
 
 
 def _parts(module: nn.Module) -> tuple[list[object], list[Tensor]]:
