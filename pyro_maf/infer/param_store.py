@@ -112,7 +112,9 @@ class Stored:
             for name, value in known.items()
             if name.startswith(prefixes) and (name in others or name not in weights) and self._is_loaded(value)
         }
-        strange = {name: v for name, v in loaded.items() if not _entries.is_of_a_guide(v, since_cleared=False)}
+        strange = {
+            name: loaded[name] for name in loaded if not _entries.is_of_a_guide(loaded[name], since_cleared=False)
+        }
         loaded = strange or loaded
         missing = [name for name, weight in weights.items() if weight.is_stated and name not in known]
         wrong = [name for name in loaded if name not in weights or weights[name].tensor.shape != loaded[name].shape]
