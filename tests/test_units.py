@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import pyro_maf
-from pyro_maf import IAF, MAF, ConditionalMAF, FlowPrior, MADEMoG, RealNVP, fit
+from pyro_maf import IAF, MAF, ConditionalFlowPrior, ConditionalMAF, FlowPrior, MADEMoG, RealNVP, fit
 from pyro_maf.distributions.support import Support
 from pyro_maf.distributions.units import float32_holds
 from pyro_maf.training import stored
@@ -226,6 +226,20 @@ def test_a_density_of_float64_values_keeps_them_wherever_it_goes(tmp_path: Path)
         assert torch.equal(each.log_prob(rows), expected)
     assert torch.allclose(copy.deepcopy(prior).double().log_prob(rows), expected, atol=1e-4)
     assert copy.deepcopy(prior).double().float().dtype == torch.float64
+
+
+def test_units_of_float64_are_loaded_into_a_prior_of_float32() -> None:
+    prior, rows = wide(), torch.from_numpy(northings(7))
+    other = FlowPrior(model())
+    other.load_state_dict(prior.state_dict())
+    assert torch.equal(other.log_prob(rows), prior.log_prob(rows))
+    units = {"context_loc": torch.tensor([1.7e9]).double(), "context_scale": torch.tensor([10.0]).double()}
+    given, empty = (ConditionalFlowPrior(model(ConditionalMAF, 2, 1), **each) for each in (units, {}))
+    empty.load_state_dict(given.state_dict())
+    assert (empty.dtype, empty.context_dtype) == (torch.float32, torch.float64)
+    narrow = FlowPrior(model())
+    narrow.load_state_dict(FlowPrior(model().double()).state_dict())
+    assert narrow.dtype == torch.float32
 
 
 def test_float32_holds_what_it_holds() -> None:

@@ -13,7 +13,7 @@ from torch.distributions.constraints import Constraint, real_vector
 from pyro_maf.checks import check_positive
 from pyro_maf.distributions.base import ConditionalDensity, Density
 from pyro_maf.distributions.support import Support
-from pyro_maf.distributions.units import NoiseToData, Units, float32_holds, keep_float64, statistics
+from pyro_maf.distributions.units import NoiseToData, Units, keep_float64, statistics, widen_for
 from pyro_maf.flows import MAF
 from pyro_maf.precision import as_far_as_exact, like_of
 from pyro_maf.randomness import seeded
@@ -308,13 +308,7 @@ class FlowPrior(Density):
         return self.context_loc
 
     def _checked_event(self, role: str, value: Tensor, like: Tensor | None) -> Tensor:
-        if isinstance(value, Tensor) and value.dtype != self.loc.dtype != self.units.inner.dtype:
-            column = int(float32_holds(self.loc, self.scale, self.units.support).int().argmin())
-            raise TypeError(
-                f"{self.name} expected {role} of float64, got {str(value.dtype).removeprefix('torch.')}: that rounds "
-                f"column {column}, about {self.loc[column].item():.7g} +- {self.scale[column].item():.2g} before the "
-                "support, too coarsely. Read the values in float64 to begin with."
-            )
+        self.units.check_precise(self.name, role, value)
         return super()._checked_event(role, value, like)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FlowPrior:
@@ -324,6 +318,10 @@ class FlowPrior(Density):
         super()._apply(fn, recurse)
         keep_float64(self._buffers, CONTEXT_UNITS, before, None)
         return self
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        widen_for(self._buffers, CONTEXT_UNITS, state, prefix, None)
+        super()._load_from_state_dict(state, prefix, *rest)
 
     def __repr__(self) -> str:
         name = self.units.support.name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from pyro_maf.checks import check_event
 from pyro_maf.distributions.support import Support
 from pyro_maf.transforms import Flow, Stack
 
-__all__ = ["NoiseToData", "Units", "float32_holds", "has_float64", "keep_float64", "statistics"]
+__all__ = ["NoiseToData", "Units", "float32_holds", "has_float64", "keep_float64", "statistics", "widen_for"]
 
 RESOLUTION = 1e-3
 
@@ -48,6 +48,22 @@ class Units(Flow):
         if has_float64(self.loc.device):
             self.loc, self.scale = self.loc.double(), self.scale.double()
 
+    def check_precise(self, who: str, role: str, value: Any) -> None:
+        """Refuse values that were rounded to a dtype that does not hold them.
+
+        Args:
+            who, role: As in `check_event`.
+            value: What is given for y.
+        """
+        if not isinstance(value, Tensor) or value.dtype == self.loc.dtype or self.loc.dtype == self.inner.dtype:
+            return
+        column = int(float32_holds(self.loc, self.scale, self.support).int().argmin())
+        raise TypeError(
+            f"{who} expected {role} of float64, got {str(value.dtype).removeprefix('torch.')}: that rounds column "
+            f"{column}, about {self.loc[column].item():.7g} +- {self.scale[column].item():.2g} before the support, too "
+            "coarsely. Read the values in float64 to begin with."
+        )
+
     def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, log_det = self.support.constrain(self.loc + self.scale * x)
         return y, log_det + self.scale.log().sum()
@@ -61,6 +77,10 @@ class Units(Flow):
         super()._apply(fn, recurse)
         keep_float64(self._buffers, ("loc", "scale"), before, self.support)
         return self
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        widen_for(self._buffers, ("loc", "scale"), state, prefix, self.support)
+        super()._load_from_state_dict(state, prefix, *rest)
 
 
 class NoiseToData(Stack):
@@ -120,6 +140,32 @@ def keep_float64(
         return
     if not float32_holds(*before, support).all():
         buffers.update((name, value.to(now.device)) for name, value in zip(names, before, strict=True))
+
+
+def widen_for(
+    buffers: dict[str, Tensor | None],
+    names: tuple[str, str],
+    state: Mapping[str, Any],
+    prefix: str,
+    support: Support | None,
+) -> None:
+    """Before units are loaded that float32 does not hold, make room for them.
+
+    Args:
+        buffers, names, support: As in `keep_float64`.
+        state: What is to be loaded.
+        prefix: Before the names there.
+    """
+    now, coming = buffers[names[0]], [state.get(prefix + name) for name in names]
+    if now is None or now.dtype == torch.float64 or not has_float64(now.device):
+        return
+    loc, scale = coming
+    if not (isinstance(loc, Tensor) and isinstance(scale, Tensor)) or loc.dtype != torch.float64:
+        return
+    if loc.shape == scale.shape == now.shape and not float32_holds(loc, scale, support).all():
+        for name in names:
+            held = buffers[name]
+            buffers[name] = None if held is None else held.double()
 
 
 def statistics(
