@@ -77,11 +77,18 @@ class TracePath_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's way to name objectives)
             model = poutine.enum(model, first_available_dim=-1 - self.max_plate_nesting)
         return super()._get_trace(model, guide, args, kwargs)
 
+    def _log_joints(self, model_trace: Any) -> list[Tensor]:
+        """What sums to the log joint density, each a number."""
+        if self._enumerates:
+            return [log_density.sum() for log_density in log_densities(model_trace)]
+        model_trace.compute_log_prob()
+        return [site["log_prob_sum"] for site in model_trace.nodes.values() if site["type"] == "sample"]
+
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """The negative bound in nats, from `num_particles` draws."""
         loss = 0.0
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
-            log_joint = sum(torch_item(log_density.sum()) for log_density in log_densities(model_trace))
+            log_joint = sum(map(torch_item, self._log_joints(model_trace)))
             loss += float(torch_item(guide_trace.log_prob_sum()) - log_joint) / self.num_particles
         warn_if_nan(torch.as_tensor(loss), "loss")
         return loss
@@ -89,9 +96,9 @@ class TracePath_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's way to name objectives)
     def _differentiable_loss_particle(self, model_trace: Any, guide_trace: Any) -> tuple[Any, Any]:
         elbo: Any = 0.0
         surrogate: Any = 0.0
-        for log_density in log_densities(model_trace):
-            elbo = elbo + torch_item(log_density.sum())
-            surrogate = surrogate + log_density.sum()
+        for log_joint in self._log_joints(model_trace):
+            elbo = elbo + torch_item(log_joint)
+            surrogate = surrogate + log_joint
         for name, site in guide_trace.nodes.items():
             if site["type"] == "sample":
                 elbo = elbo - torch_item(site["log_prob_sum"])

@@ -44,7 +44,7 @@ def start_of(
     if scale is not None and not masked:
         return Normal.isotropic(latents.initial(), scale)
     posterior = Posterior(model, prototype, latents, args, kwargs)
-    if masked and posterior.is_known:
+    if masked:
         posterior.leave_out_idle()
     loc = latents.initial()
     if scale is not None or not posterior.is_known:
