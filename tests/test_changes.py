@@ -25,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 from pyro_maf import IAF, MAF, ConditionalMAF, FlowPrior, RealNVP
 from pyro_maf.changes import Snapshot
 from pyro_maf.transforms import Flow, Permute
+from pyro_maf.transforms.cache import Pair
 
 STACKS = [MAF, IAF, RealNVP]
 every_stack = pytest.mark.parametrize("make", STACKS)
@@ -405,3 +406,18 @@ def test_threads_that_share_a_flow_find_no_entry_of_another() -> None:
     finally:
         sys.setswitchinterval(interval)
     assert errors == []
+
+
+def test_an_entry_that_another_thread_drops_midway(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow, x = stack(), torch.randn(9, 4)
+    y = flow(x)
+
+    def dropped_meanwhile(*_: object) -> None:
+        flow._pair = None
+
+    for lookup in ("given_for", "log_det_of"):
+        monkeypatch.setattr(Pair, lookup, dropped_meanwhile)
+    fresh = copy.deepcopy(flow).with_cache(0)
+    assert torch.allclose(flow.log_abs_det_jacobian(x, y), fresh.log_abs_det_jacobian(x, y))
+    y = flow(x)
+    assert torch.allclose(flow.inv(y), fresh.inv(y))
