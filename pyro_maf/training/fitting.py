@@ -174,6 +174,7 @@ def fit(
     processes = Processes(devices)
     cautions = [*parts.remarks(density, data, context), *screen_data(data, context, known)]
     parts = parts.rounded(density, data, context)
+    cautions += parts.omissions
     if processes.is_first:
         announce(cautions)
     batches = parts.batches(batch_size, processes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ class Parts(NamedTuple):
         stray: Whether some values leave the support where they are rounded to float32.
         whole: All rows, where they are in memory and have not been rounded yet.
         places: Where in the data the validation rows were, from 0; None where they were given.
-        left_out: How many rows lay too far out to validate with, and are for nothing.
+        left_out: Where in the data rows lay that are too far out to validate with, and are for nothing; from 0.
     """
 
     training: Rows | StoredRows
@@ -60,7 +61,7 @@ class Parts(NamedTuple):
     stray: bool
     whole: Rows | None = None
     places: Tensor | None = None
-    left_out: int = 0
+    left_out: Sequence[int] = ()
 
     def rounded(self, density: FlowPrior | ConditionalFlowPrior, data: Any, context: Any) -> Parts:
         """The rows in the dtypes that `density` takes: rounded once their units have been taken, and not before.
@@ -91,7 +92,20 @@ class Parts(NamedTuple):
         far = (prior.standardised(self.held_out.data).abs() > FAR).any(1)
         if self.places is None or far.all() or not far.any():
             return self
-        return self._replace(held_out=self.held_out.take(~far), places=self.places[~far], left_out=int(far.sum()))
+        return self._replace(
+            held_out=self.held_out.take(~far), places=self.places[~far], left_out=self.places[far].tolist()
+        )
+
+    @property
+    def omissions(self) -> list[str]:
+        """A line on the rows that are left out, where there are any."""
+        if not self.left_out:
+            return []
+        return [
+            f"fit left {len(self.left_out):,} of the validation rows out, the first of them row {min(self.left_out)}: "
+            "over 1,000 scales from the bulk, one would outweigh all others in the choice of the best epoch. Look at "
+            "them, and give rows that count as validation=."
+        ]
 
     def remarks(self, density: FlowPrior | ConditionalFlowPrior, data: Any, context: Any) -> list[str]:
         """What to know of these rows, a line each: how many repeat, and which columns `density` has to round coarsely.
@@ -130,7 +144,7 @@ class Parts(NamedTuple):
     def total(self) -> int:
         """Number of rows of data, for training and, unless those were given, for validation."""
         in_memory = not isinstance(self.training, StoredRows) and self.places is not None
-        return len(self.training.data) + (len(self.held_out.data) + self.left_out if in_memory else 0)
+        return len(self.training.data) + (len(self.held_out.data) + len(self.left_out) if in_memory else 0)
 
     def digest(self) -> str:
         """A number that data of other moments, or with other validation rows, would not have."""

@@ -83,7 +83,7 @@ def screen_data(data: Any, context: Any, support: Support) -> list[str]:
         >>> screen_data(rows, None, Support("fit", "real", 2))
         []
         >>> screen_data(rows.round(), None, Support("fit", "real", 2))[0].partition(":")[0]
-        'fit found few distinct values in column 0 (6 in 500 rows) and column 1 (7 in 500 rows)'
+        'fit found few distinct values in column 0 (8 in 500 rows) and column 1 (8 in 500 rows)'
     """
     width = 0 if context is None else number_of_columns("context", part_of(context, slice(1)))
     most = min(MOST_ROWS, max(100, MOST_NUMBERS // (support.event_size + width)))
