@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, PyroSample
 from torch import Tensor
 
 from pyro_maf.infer import AutoIAF
@@ -47,6 +48,20 @@ def branching() -> None:
     pyro.sample("y", dist.Normal(a if a > 0 else -a, 1.0), obs=torch.tensor(1.0))
 
 
+class Linear(PyroModule[torch.nn.Module]):  # type: ignore[misc]
+    """A layer with a prior, which takes the weights of one draw alone, before the rows' plate is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = PyroModule[torch.nn.Linear](3, 1, bias=False)
+        self.layer.weight = PyroSample(dist.Normal(torch.zeros(1, 3), 1.0).to_event(2))
+
+    def forward(self) -> None:
+        mean = self.layer(X).squeeze(-1)
+        with pyro.plate("rows", 20):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.zeros(20))
+
+
 def numbers() -> None:
     a = pyro.sample("a", dist.Normal(0.0, 1.0))
     pyro.factor("f", torch.tensor(-0.5 * a.item() ** 2))
@@ -72,6 +87,11 @@ SLOW: dict[str, tuple[Callable[[], None], str]] = {
     "a branch": (
         branching,
         r"raises RuntimeError before site y, whose .* \(7,\) .* a has shape \(7,\), alone \(\)\): Boolean",
+    ),
+    "a layer before its plate": (
+        Linear(),
+        r"raises RuntimeError before site y, whose batch shape should be \(7, 20\) \(there layer.weight has shape "
+        r"\(7, 1, 1, 3\), alone \(1, 3\)\): ",
     ),
     "numbers of Python": (numbers, r"raises RuntimeError before site f, whose batch shape should be \(7,\) "),
     "draws mixed": (

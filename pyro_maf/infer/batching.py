@@ -67,8 +67,8 @@ def why_alone(
             other = _other_density(model, args, kwargs, single, many)
     except Exception as error:  # a model that was never meant for a batch may fail in any way
         if not _misshapen(single, sites, nesting):
-            missing = [name for name, site in single.nodes.items() if site["type"] == "sample"]
-            missing = [name for name in missing if name not in sites.values]
+            scored = [name for name, site in single.nodes.items() if hasattr(site.get("fn"), "batch_shape")]
+            missing = [name for name in scored if name not in sites.values]
             before = ""
             if missing:
                 expected = tuple(_expected(single.nodes[missing[0]], nesting))
