@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from pyro_maf.infer import Diagnosis, diagnose, reweight, to_arviz
+from pyro_maf.infer import AutoIAF, Diagnosis, diagnose, fit_guide, neutra, reweight, to_arviz
 from pyro_maf.infer.importance import smoothed
 from tests.posteriors import GUIDES, SMALL, counting, regression
 
@@ -127,6 +127,31 @@ def test_a_guide_that_leaves_out_a_site_is_refused() -> None:
     for name, function in {"diagnose": diagnose, "reweight": reweight, "to_arviz": to_arviz}.items():
         with pytest.raises(ValueError, match=rf"{name} expected a guide of every latent site, got none of b:"):
             function(model, lambda: pyro.sample("a", dist.Normal(0.0, 1.0)))
+
+
+def test_a_guide_of_sites_that_the_model_does_not_have_is_refused() -> None:
+    """Their density stood against none, so that the bound exceeded the evidence."""
+
+    def larger(y: Tensor | None = None) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        scale = pyro.sample("scale", dist.HalfNormal(0.01))
+        pyro.sample("y", dist.Normal(loc, scale), obs=y)
+
+    def smaller(y: Tensor) -> None:
+        pyro.sample("y", dist.Normal(pyro.sample("loc", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+    y = torch.tensor(0.5)
+    of_other_model, of_other_arguments = AutoIAF(larger, **SMALL), AutoIAF(larger, **SMALL)
+    of_other_model.setup(y)
+    of_other_arguments.setup()
+    for name, function in {"diagnose": diagnose, "reweight": reweight, "to_arviz": to_arviz}.items():
+        with pytest.raises(ValueError, match=rf"{name} expected a guide of .* latent sites alone, .* draws scale: "):
+            function(smaller, of_other_model, y)
+        with pytest.raises(ValueError, match=rf"{name} expected a guide of .* latent sites alone, .* draws y: "):
+            function(larger, of_other_arguments, y)
+    for call in (lambda: fit_guide(smaller, of_other_model, y, steps=1), lambda: neutra(smaller, of_other_model)(y)):
+        with pytest.raises(ValueError, match=r"expected a guide of the model's latent sites alone"):
+            call()
 
 
 @pytest.mark.parametrize("count", [0, 99])

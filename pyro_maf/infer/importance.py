@@ -155,6 +155,7 @@ class _Pair:
                 f"{who} expected a guide of every latent site, got none of {', '.join(sorted(missing))}: add these to "
                 "the guide, or sum discrete ones out with infer={'enumerate': 'parallel'}."
             )
+        _check_guide_sites(who, guide_trace, latents)
         latents = {name: site for name, site in latents.items() if name in guide_trace.nodes}
         self.shapes = {name: site["value"].shape for name, site in latents.items()}
         self._all_rows = isinstance(guide, AutoFlow) and guide.shapes_of_all_rows
@@ -207,6 +208,18 @@ class _Pair:
             batch = torch.broadcast_shapes(value.shape[: value.dim() - len(event)], plates)
             values[name] = value.expand(batch + event)
         return values, total_by_draw(log_densities(trace), plates)
+
+
+def _check_guide_sites(who: str, guide_trace: poutine.Trace, latents: Mapping[str, Any]) -> None:
+    """Raise for a guide that draws what is no latent site of the model: its density would stand against none."""
+    extra = [name for name, site in latent_sites(guide_trace).items() if name not in latents]
+    extra = [name for name in extra if not (guide_trace.nodes[name]["infer"] or {}).get("is_auxiliary")]
+    if extra:
+        raise RefusalError(
+            f"{who} expected a guide of the model's latent sites alone, got one that draws {', '.join(sorted(extra))}: "
+            "make a guide of this model, with the arguments that it is called with here, or mark what only the guide "
+            "needs with infer={'is_auxiliary': True}."
+        )
 
 
 def check_draws(who: str, joint: LogJoint) -> None:
