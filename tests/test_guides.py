@@ -351,6 +351,25 @@ def test_a_discrete_site_is_named_with_what_to_do(make: Any) -> None:
 
 
 @each_guide
+@pytest.mark.parametrize(
+    ("site", "expected"),
+    [
+        (dist.Poisson(3.0), "discrete site z, whose values have no end"),
+        (dist.Geometric(0.3).expand([2]).to_event(1), "discrete site z, whose values have no end"),
+        (dist.Delta(torch.tensor(1.0)), r"site z of Delta, .* pyro\.deterministic"),
+        (dist.Delta(torch.zeros(2)).mask(torch.tensor(True)).to_event(1), r"site z of Delta, .* pyro\.deterministic"),
+    ],
+)
+def test_a_site_that_no_guide_can_have_is_refused_with_advice_that_works(make: Any, site: Any, expected: str) -> None:
+    def model() -> None:
+        pyro.sample("z", site)
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=rf"^{make.__name__} expected .*{expected}"):
+        make(model, **SMALL).setup()
+
+
+@each_guide
 def test_a_discrete_site_can_be_hidden_and_summed_out(make: Any) -> None:
     guide = make(poutine.block(mixture, hide=["which"]), **SMALL)
     losses = steps(TraceEnum_ELBO(max_plate_nesting=1), mixture, guide, 40)
@@ -814,6 +833,30 @@ def test_weights_load_into_a_guide_that_is_set_up(make: Any) -> None:
     assert not same(guide.median(), other.median())
     other.load_state_dict(torch.load(stored))
     assert same(guide.median(), other.median())
+
+
+@each_guide
+def test_weights_for_a_guide_that_is_not_set_up_are_refused_in_one_line(make: Any) -> None:
+    state = make(counting, **SMALL).setup().state_dict()
+    with pytest.raises(ValueError, match=rf"^{make.__name__} expected to be set up before .*guide.setup\(\) .*\.$"):
+        make(counting, **SMALL).load_state_dict(state)
+    fresh = make(counting, **SMALL)
+    fresh.load_state_dict(make(counting, **SMALL).state_dict())  # which has none
+    assert fresh.setup().state_dict().keys() == state.keys()
+
+
+@each_guide
+def test_what_needs_the_models_arguments_says_so_until_the_guide_is_set_up(make: Any) -> None:
+    def model(y: Tensor) -> None:
+        pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+    guide = make(model, **SMALL)
+    expected = rf"{make.__name__} expected the arguments of the model, model\(y\), since it is not set up yet: .*'y'"
+    for call in (guide.median, guide.rsample, guide, lambda: guide.quantiles([0.5])):
+        with pytest.raises(TypeError, match=expected):
+            call()
+    guide.setup(torch.tensor(0.5))
+    assert guide.median()["z"].shape == ()
 
 
 @each_guide

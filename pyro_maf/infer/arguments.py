@@ -14,7 +14,7 @@ from torch import nn
 
 from pyro_maf.infer.refusal import RefusalError
 
-__all__ = ["check_call", "check_observes_nothing", "check_pair"]
+__all__ = ["check_call", "check_observes_nothing", "check_pair", "check_set_up_call"]
 
 FORMER: dict[str, tuple[str, ...]] = {
     "learning_rate": ("lr", "rate", "step_size"),
@@ -91,6 +91,24 @@ def check_call(
         raise TypeError(
             f"{who} expected an option of its own or an argument of the model, model({', '.join(names)}), "
             f"got {unknown}: {advice}."
+        ) from None
+
+
+def check_set_up_call(who: str, model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Check that a guide is called with its model's arguments where it has yet to see its latent sites.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    signature = _signature(model)
+    if signature is None:
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"{who} expected the arguments of the model, model({', '.join(signature.parameters)}), since it is not set "
+            f"up yet: {error}; call fit_guide, or guide.setup() with these."
         ) from None
 
 

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from pyro_maf.checks import check_above_zero, check_positive, check_shape, check_sizes
 from pyro_maf.flows import IAF, MAF, RealNVP
+from pyro_maf.infer.arguments import check_set_up_call
 from pyro_maf.infer.head import with_head
 from pyro_maf.infer.latents import Latents, median_or_feasible, names_of_plates
 from pyro_maf.infer.log_joint import latent_sites
 from pyro_maf.infer.masks import masked_in_vector
-from pyro_maf.infer.param_store import Stored
+from pyro_maf.infer.param_store import Stored, check_place
 from pyro_maf.infer.posterior import start_of
 from pyro_maf.infer.prototype import bare_latents, bare_trace
 from pyro_maf.infer.quantiles import QUANTILE_DRAWS, checked_levels, even_noise, quantiles_of
@@ -95,6 +96,7 @@ class AutoFlow(AutoContinuous):
                 f"{type(self).__name__} expected a model to set itself up with, got none, since it was pickled before: "
                 "call guide.setup() with the model's arguments, then pickle it."
             )
+        check_set_up_call(type(self).__name__, self._plain_model[0], args, kwargs)
         try:
             super(AutoContinuous, self)._setup_prototype(*args, **kwargs)
             sites = latent_sites(self.prototype_trace)
@@ -297,6 +299,11 @@ class AutoFlow(AutoContinuous):
             value = part.transform(unconstrained)
             sites[part.site["name"]] = value if rows else value.reshape(shape + part.value.shape)
         return sites
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if self.prototype_trace is None:
+            check_place(type(self).__name__, state_dict, f"{prefix}transform.")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     # -- copies ---------------------------------------------------------------------------------------------------
 

@@ -153,7 +153,7 @@ class _Pair:
         if missing:
             raise RefusalError(
                 f"{who} expected a guide of every latent site, got none of {', '.join(sorted(missing))}: add these to "
-                "the guide, or sum discrete ones out with infer={'enumerate': 'parallel'}."
+                "the guide, or sum discrete ones of finitely many values out with infer={'enumerate': 'parallel'}."
             )
         _check_guide_sites(who, guide_trace, latents)
         latents = {name: site for name, site in latents.items() if name in guide_trace.nodes}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from pyro.distributions import MaskedDistribution
+from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import init_to_median
 from pyro.ops.tensor_utils import periodic_repeat
@@ -252,7 +252,17 @@ def masked_entries(site: Mapping[str, Any], value: Tensor) -> Tensor | None:
 
 
 def _transform_of(who: str, name: str, site: dict[str, Any]) -> Transform:
+    if _is_fixed(site["fn"]):
+        raise RefusalError(
+            f"{who} expected latent variables with a density, got the site {name} of Delta, which has one value: "
+            "write it with pyro.deterministic."
+        )
     support = site["fn"].support
+    if support.is_discrete and not site["fn"].has_enumerate_support:
+        raise RefusalError(
+            f"{who} expected continuous latent variables, got the discrete site {name}, whose values have no end and "
+            "can not be summed out: put a Categorical over the first of them in its place."
+        )
     if support.is_discrete:
         raise RefusalError(
             f"{who} expected continuous latent variables, got the discrete site {name}: sum it out with TraceEnum_ELBO "
@@ -265,6 +275,15 @@ def _transform_of(who: str, name: str, site: dict[str, Any]) -> Transform:
             f"{who} knows no map from real numbers to the support of site {name}, {support}: "
             "reparameterise it with pyro.poutine.reparam."
         ) from None
+
+
+def _is_fixed(fn: Any) -> bool:
+    """Whether a distribution is a point, masked, expanded or made an event as may be."""
+    while not isinstance(fn, Delta):
+        fn = getattr(fn, "base_dist", None)
+        if fn is None:
+            return False
+    return True
 
 
 def _within_reach(transform: Transform, unconstrained: Tensor) -> Tensor:

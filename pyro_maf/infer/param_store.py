@@ -20,10 +20,23 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_maf.infer.refusal import RefusalError
 
-__all__ = ["Stored"]
+__all__ = ["Stored", "check_place"]
 
 Modules = Mapping[str, nn.Module]
 """Modules by their names in the store."""
+
+
+def check_place(who: str, state_dict: Mapping[str, object], prefix: str) -> None:
+    """Check that no weights are loaded into a guide that is not set up, and so has no place for them.
+
+    Raises:
+        ValueError: If there are some whose names begin with `prefix`.
+    """
+    if any(name.startswith(prefix) for name in state_dict):
+        raise RefusalError(
+            f"{who} expected to be set up before its weights are loaded: call guide.setup() with the model's "
+            "arguments, then load_state_dict."
+        )
 
 
 class _Entries:
