@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "is_frame", "number_of_rows", "numbers", "part_of"]
+__all__ = ["Layout", "check_paired", "is_frame", "number_of_rows", "numbers", "part_of"]
 
 NUMERIC_KINDS = "fiub"
+TIME_KINDS = "mM"
 
 
 class Layout(NamedTuple):
@@ -63,6 +64,7 @@ class Layout(NamedTuple):
         Raises:
             ValueError: If a column is missing, or an entry has another shape.
         """
+        value = self._one_row(value)
         found = Layout.of(value)
         if not self.names or not found.names or found[1:] == self[1:]:
             return value
@@ -86,9 +88,19 @@ class Layout(NamedTuple):
 
     def has_all(self, value: Any) -> bool:
         """Whether a table with names has all columns of this layout."""
+        value = self._one_row(value)
         found = {str(name) for name in Layout.of(value).names}
         wanted = self.names if isinstance(value, Mapping) else self.labels
         return bool(self.names) and found.issuperset(map(str, wanted))
+
+    def _one_row(self, value: Any) -> Any:
+        """A row of a data frame, or a dictionary of single numbers, as a table of one row; others as they are."""
+        if isinstance(value, Mapping):
+            if not any(np.ndim(entry) for entry in value.values()):
+                return {name: _one_entry(entry) for name, entry in value.items()}
+        elif hasattr(value, "to_frame") and self.names and set(self.labels) <= {str(label) for label in value.index}:
+            return value.to_frame().T.infer_objects()
+        return value
 
     def spread(self, who: str, option: str, given: Mapping[Any, Any], default: Any, width: int) -> Any:
         """An option by name of column or of entry, or by number where there are no names, as one for each column.
@@ -143,6 +155,21 @@ def is_frame(value: Any) -> bool:
 def number_of_rows(value: Any) -> int:
     """How many rows a table has."""
     return len(next(iter(value.values()), ())) if isinstance(value, Mapping) else len(value)
+
+
+def check_paired(who: str, name: str, rows: Any, context: Any) -> None:
+    """Refuse a context of data frames whose index has the same labels as that of the rows in another order.
+
+    Rows are paired by their order, so that one of the two was shuffled or sorted without the other.
+    """
+    if not (hasattr(rows, "iloc") and hasattr(context, "iloc")):
+        return
+    index, other = rows.index, context.index
+    if not index.equals(other) and len(index) == len(other) and bool(index.isin(other).all()):
+        raise ValueError(
+            f"{who} expected context in the order of the {name}, got an index with the same labels in another order: "
+            "sort one as the other, as by context.loc[rows.index], or pass arrays where their rows do match."
+        )
 
 
 def part_of(value: Any, index: slice | np.ndarray[Any, Any]) -> Any:
@@ -211,16 +238,29 @@ def _side_by_side(who: str, name: str, value: Mapping[Any, Any]) -> Tensor:
 def _column_of_frame(who: str, name: str, label: Any, column: Any) -> np.ndarray[Any, Any]:
     if getattr(column.dtype, "kind", "O") not in NUMERIC_KINDS:
         raise TypeError(
-            f"{who} expected {name} of numeric columns, got column {label!r} of {column.dtype}: drop it or encode it."
+            f"{who} expected {name} of numeric columns, got column {label!r} of {column.dtype}: {_advice(column)}."
         )
     # A nullable dtype of pandas says which one of numpy it is.
     dtype = _dtype_for(getattr(column.dtype, "numpy_dtype", column.dtype))
     return np.asarray(column.to_numpy(dtype=dtype, na_value=np.nan))
 
 
+def _advice(column: Any) -> str:
+    """What to do with a column of a data frame that is not numeric."""
+    if getattr(column.dtype, "kind", "O") in TIME_KINDS:
+        return "put seconds or days since the first in its place, or drop it"
+    if not isinstance(column.dtype, np.dtype) or column.dtype.kind != "O":
+        return "drop it or encode it"
+    return "drop it or encode it, or where its entries are numbers convert it by pandas.to_numeric"
+
+
 def _dtype_for(dtype: Any) -> type[np.floating[Any]]:
     """float32 for what it holds every value of."""
     return np.float32 if np.can_cast(dtype, np.float32) else np.float64
+
+
+def _one_entry(number: Any) -> Any:
+    return number.reshape(1) if isinstance(number, Tensor) else np.reshape(number, 1)
 
 
 def _labels(name: Hashable, shape: Sequence[int]) -> list[str]:

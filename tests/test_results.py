@@ -86,6 +86,36 @@ def test_score_of_a_context_finds_its_columns_by_name_or_takes_them_apart(given:
     assert torch.isneginf(positive.score(pd.DataFrame({"b": [1.0], "a": [-1.0]}))).all()
 
 
+def test_one_row_is_scored_and_given_by_name() -> None:
+    result = fit(flow(), FRAME[["a", "b"]], **QUICK)
+    expected = result.score(FRAME[3:4])
+    mixed = FRAME[["b", "a"]].assign(name="x").iloc[3]
+    assert torch.equal(result.score(mixed), expected)
+    assert torch.equal(result.score({"b": FRAME["b"][3], "a": torch.tensor(FRAME["a"][3])}), expected)
+    given = fit(ConditionalMAF(1, 2, num_layers=1), FRAME[["a"]], context=FRAME[["b", "c"]], **QUICK)
+    assert torch.equal(given.score(FRAME.iloc[3]), given.score(FRAME[3:4]))
+    drawn = []
+    for one in (FRAME.iloc[3], {"c": FRAME["c"][3], "b": FRAME["b"][3]}, FRAME[["b", "c"]].to_numpy()[3]):
+        torch.manual_seed(0)
+        drawn.append(given.sample(2, one))
+    assert drawn[0].equals(drawn[1])
+    assert drawn[0].equals(drawn[2])
+
+
+def test_frames_that_were_shuffled_apart_are_refused() -> None:
+    shuffled, context = FRAME[["a"]][::-1], FRAME[["b", "c"]]
+    refusal = "in the order of the {}, got an index with the same labels in another order: sort one as the other"
+    given = fit(ConditionalMAF(1, 2, num_layers=1), FRAME[["a"]], context=context, **QUICK)
+    with pytest.raises(ValueError, match="fit expected context " + refusal.format("data")):
+        fit(ConditionalMAF(1, 2), shuffled, context=context)
+    with pytest.raises(ValueError, match="fit expected context " + refusal.format("validation data")):
+        fit(ConditionalMAF(1, 2), FRAME[["a"]], context=context, validation=(shuffled, context))
+    with pytest.raises(ValueError, match="score expected context " + refusal.format("rows")):
+        given.score(shuffled, context)
+    assert torch.equal(given.score(shuffled, context[::-1]), given.score(FRAME).flip(0))
+    assert torch.equal(given.score(shuffled, context.to_numpy()[::-1]), given.score(FRAME).flip(0))
+
+
 BAD = {
     "a column that is missing": (lambda r, g: r.score(FRAME[["a", "c"]]), "score expected rows with column 'b', as in"),
     "one of the context": (

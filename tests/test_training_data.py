@@ -291,6 +291,11 @@ BAD_DATA: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "fit expected data that varies in every column, got 4.5 in every row of column 1: drop that column.",
     ),
+    "constant in several": (
+        np.full((200, 2), 3.0),
+        ValueError,
+        "got 3 in every row of column 0: drop that column, and likewise column 1.",
+    ),
     "constant in a frame": (FRAME.assign(height=-2), ValueError, "got -2 in every row of column 'height': drop that"),
     "too wide": (
         np.zeros((200, 3)),
@@ -313,6 +318,16 @@ BAD_DATA: dict[str, tuple[Any, type[Exception], str]] = {
         torch.zeros(20, 2, dtype=torch.complex64),
         TypeError,
         "fit expected data of real numbers, got torch.complex64.",
+    ),
+    "dates in a frame": (
+        FRAME.assign(weight=pd.date_range("2020", periods=200)),
+        TypeError,
+        "]: put seconds or days since the first in its place, or drop it.",
+    ),
+    "numbers as objects in a frame": (
+        FRAME.astype({"weight": object}),
+        TypeError,
+        "'weight' of object: drop it or encode it, or where its entries are numbers convert it by pandas.to_numeric.",
     ),
     "text in a frame": (
         FRAME.assign(weight=pd.Categorical(["light", "heavy"] * 100)),

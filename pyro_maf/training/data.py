@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_maf.distributions import FlowPrior
 from pyro_maf.distributions.support import Support
-from pyro_maf.tabular import Layout, is_frame, number_of_rows, numbers, part_of
+from pyro_maf.tabular import Layout, check_paired, is_frame, number_of_rows, numbers, part_of
 from pyro_maf.training.repeats import Copies, copies_of
 from pyro_maf.training.units import Units, context_units_of, units_of
 
@@ -139,6 +139,7 @@ def read_rows(
         raise ValueError(
             f"fit expected as many rows of {role}context as of {role}data, got {len(given)} and {len(table)}."
         )
+    check_paired("fit", f"{role}data", data, context)
     return Rows(table, given)
 
 
@@ -149,8 +150,15 @@ def measured(rows: Rows, support: Support) -> tuple[Units, Units | None]:
 
 
 def strays(data: Tensor, support: Support) -> bool:
-    """Whether values inside the support leave it where they are rounded to float32, as 1 - 1e-9 is to 1."""
-    return support.name != "real" and data.dtype == torch.float64 and bool(support.outside(data.float()).any())
+    """Whether values inside the support leave it where they are rounded to float32, as 1 - 1e-9 and 1e-40 do.
+
+    1e-40 is one because draws on a support that ends at 0 are no smaller than the smallest normal number.
+    """
+    if support.name == "real" or data.dtype != torch.float64:
+        return False
+    rounded = data.float()
+    rounded = torch.where(rounded.abs() < torch.finfo(torch.float32).tiny, 0.0, rounded)
+    return bool(support.outside(rounded).any())
 
 
 def check_training(rows: Rows, data: Any, context: Any) -> None:
@@ -175,11 +183,15 @@ def check_varying(name: str, low: Tensor, high: Tensor, value: Any) -> None:
         low, high: The range of each column.
         value: What they were read from, for the columns' names.
     """
-    for column in (low == high).nonzero()[:1, 0].tolist():
-        raise ValueError(
-            f"fit expected {name} that varies in every column, "
-            f"got {low[column].item():g} in every row of {_column_name(value, column)}: drop that column."
-        )
+    same = (low == high).nonzero()[:, 0].tolist()
+    if not same:
+        return
+    others = [_column_name(value, column) for column in same[1:9]] + [f"{len(same) - 9} more"] * (len(same) > 9)
+    which = f"that column, and likewise {', '.join(others)}" if others else "that column"
+    raise ValueError(
+        f"fit expected {name} that varies in every column, "
+        f"got {low[same[0]].item():g} in every row of {_column_name(value, same[0])}: drop {which}."
+    )
 
 
 def check_rounded(

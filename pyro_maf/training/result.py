@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf.checks import check_positive
-from pyro_maf.tabular import Layout, number_of_rows, numbers, part_of
+from pyro_maf.tabular import Layout, check_paired, number_of_rows, numbers, part_of
 from pyro_maf.training.data import Rows
 
 __all__ = ["FitResult"]
@@ -81,7 +81,8 @@ class FitResult:
 
         Args:
             rows: Whatever `fit` takes, in the units that it was fitted in. Columns with names are found by name where
-                the fit had names, whatever else there is; others go by their order.
+                the fit had names, whatever else there is; others go by their order. A row of a data frame and a
+                dictionary of single numbers are one row.
             context: Rows of context, for a density that takes one. It may be left out where `rows` has its columns too.
 
         Returns:
@@ -89,8 +90,8 @@ class FitResult:
 
         Raises:
             TypeError: For what is not numeric.
-            ValueError: For columns that are missing, or another number of them; for a context missing, superfluous or
-                of another length.
+            ValueError: For columns that are missing, or another number of them; for a context missing, superfluous, of
+                another length, or of data frames whose index has another order than that of the rows.
         """
         width = self._inner.event_shape[0]
         if context is None and self._takes_context and self.context_layout.has_all(rows):
@@ -103,6 +104,7 @@ class FitResult:
             raise ValueError(
                 f"score expected as many rows of context as of rows, got {number_of_rows(context)} and {total}."
             )
+        check_paired("score", "rows", rows, context)
         parts = [torch.empty(0)]
         with torch.no_grad():
             for start in range(0, total, size):

@@ -234,8 +234,10 @@ def _dependent(rows: Array, labels: Sequence[str], first: int) -> str:
     count, width = rows.shape
     if not 2 <= width <= MOST_COLUMNS or count < width + SPARE_ROWS:
         return ""
-    scale = rows.std(0)
-    standard = (rows - rows.mean(0)) / np.where(scale > 0, scale, 1.0)
+    # By a power of two first, which is exact: squares of 1e200 overflow, and those of 1e-200 vanish.
+    sized = np.ldexp(rows, -np.frexp(np.abs(rows).max(0))[1])
+    scale = sized.std(0)
+    standard = (sized - sized.mean(0)) / np.where(scale > 0, scale, 1.0)
     correlation = torch.from_numpy(standard.T @ standard / count)
     # A Cholesky factor, row by row, of the columns that do not follow from others.
     factor = torch.zeros(width, width, dtype=torch.float64)

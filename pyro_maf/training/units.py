@@ -33,6 +33,8 @@ class Units(NamedTuple):
 class Moments:
     """Mean, variance and range of columns whose rows come block by block, summed up in float64.
 
+    Sums are taken in units of a power of two of the first block's size, so that squares neither overflow nor vanish.
+
     Attributes:
         low, high: The range of each column so far.
 
@@ -46,13 +48,15 @@ class Moments:
 
     def __init__(self) -> None:
         self._rows = 0
-        self._mean = self._squares = self.low = self.high = torch.zeros(())
+        self._size = self._mean = self._squares = self.low = self.high = torch.zeros(())
 
     def add(self, table: Tensor) -> None:
         """Take in the rows of a block."""
         table = table.double()
-        variance, mean = torch.var_mean(table, 0, correction=0)
         low, high = table.aminmax(dim=0)
+        if not self._rows:
+            self._size = _power_of_two(low.abs().maximum(high.abs()))
+        variance, mean = torch.var_mean(table / self._size, 0, correction=0)
         if not self._rows:
             self._mean, self._squares, self.low, self.high = mean, torch.zeros_like(mean), low, high
         total = self._rows + len(table)
@@ -64,8 +68,8 @@ class Moments:
 
     def units(self) -> Units:
         """Mean and standard deviation; a column that does not vary has scale 1."""
-        deviation = (self._squares / self._rows).sqrt()
-        return Units(self._mean, torch.where(deviation > 0, deviation, torch.ones_like(deviation)))
+        deviation = (self._squares / self._rows).sqrt() * self._size
+        return Units(self._mean * self._size, torch.where(deviation > 0, deviation, torch.ones_like(deviation)))
 
 
 def units_of(table: Tensor, most_beyond: float = 1.0) -> Units:
@@ -107,6 +111,11 @@ def context_units_of(table: Tensor) -> Units:
     of its bulk that the rows there would set the steps of a fit.
     """
     return units_of(table, OUTLIERS)
+
+
+def _power_of_two(value: Tensor) -> Tensor:
+    """The power of two of the size of each value, by which a division is exact; 1 for 0."""
+    return torch.where(value > 0, torch.ldexp(torch.ones_like(value), value.frexp().exponent - 1), 1.0)
 
 
 def _fences(table: Tensor, most_beyond: float) -> tuple[Tensor, Tensor]:
