@@ -1,4 +1,4 @@
-"""Flows as guides of Pyro models: guides, an objective, fitting, and what tells whether to trust the result."""
+"""Flows as guides of Pyro models: guides, an objective, fitting, and the diagnosis of the result."""
 
 from pyro_maf.infer.diagnosis import Diagnosis, diagnose, reweight, to_arviz
 from pyro_maf.infer.fitting import GuideFit, fit_guide

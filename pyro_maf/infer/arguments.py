@@ -1,4 +1,4 @@
-"""What a model and its guide are called with, checked before either is run."""
+"""Checks of the arguments of a model and its guide, before either is run."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ FORMER: dict[str, tuple[str, ...]] = {
     "progress": ("progress_bar", "progressbar", "verbose", "disable_progbar"),
     "steps": ("num_steps", "n_steps", "max_steps", "iterations", "num_iterations", "n_iter", "epochs", "max_epochs"),
 }
-"""What options are called elsewhere."""
+"""Names of the options elsewhere, by Pyro and others."""
 
 
 def check_pair(who: str, model: Any, guide: Any) -> None:
-    """Check that a model and its guide are both there, and in that order.
+    """Check that a model and its guide are both there, and in this order.
 
     Raises:
-        TypeError: If one can not be called, or is a class, or if the two are swapped.
+        TypeError: If one cannot be called, or is a class, or if the two are swapped.
     """
     if isinstance(model, AutoGuide) and not isinstance(guide, AutoGuide):
         raise TypeError(
@@ -45,10 +45,10 @@ def check_pair(who: str, model: Any, guide: Any) -> None:
 
 
 def check_observes_nothing(who: str, guide_trace: poutine.Trace, model_trace: poutine.Trace) -> None:
-    """Check that a guide is not a model: that no site of its own is of data.
+    """Check that a guide is not a model: that none of its sites is observed.
 
     Raises:
-        ValueError: If one is.
+        ValueError: If one of them is observed.
     """
     for name, site in guide_trace.nodes.items():
         if site["type"] != "sample" or not site["is_observed"] or name in model_trace.nodes:
@@ -69,7 +69,7 @@ def check_call(
     Args:
         who: The function that passes them on.
         model: The model.
-        args, kwargs: What it would be called with.
+        args, kwargs: Its arguments.
         options: The options of `who`, for which a keyword may have been meant.
 
     Raises:
@@ -113,13 +113,13 @@ def check_set_up_call(who: str, model: Callable[..., Any], args: Sequence[Any], 
 
 
 def _meant(name: str, options: Sequence[str]) -> str | None:
-    """The option that goes by another name elsewhere, or is spelled about like it."""
+    """Return the option that has this name elsewhere, or a similar spelling."""
     former = [option for option in options if name in FORMER.get(option, ())]
     return next(iter([*former, *difflib.get_close_matches(name, options, n=1, cutoff=0.7)]), None)
 
 
 def _signature(model: Callable[..., Any]) -> inspect.Signature | None:
-    """What a model takes, where it says so."""
+    """Return the signature of a model, or None if it has none."""
     try:
         return inspect.signature(model.forward if isinstance(model, nn.Module) else model)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""The average of weights that move around an optimum."""
+"""Exponential average of weights that oscillate around an optimum."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ MEMORY = 100
 
 
 class Average:
-    """An exponential average of parameters over about 100 steps, and the best one met.
+    """Exponential average of parameters over about 100 steps, and the best such average so far.
 
     Args:
-        parameters: What moves.
+        parameters: The parameters that the optimizer changes.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -27,21 +27,21 @@ class Average:
 
     @torch.no_grad()
     def add(self) -> None:
-        """Take in the parameters as they are."""
+        """Add the present parameters to the average."""
         self._count += 1
         torch._foreach_lerp_(self._average, self._parameters, max(1 / self._count, 1 / MEMORY))
 
     def restart(self) -> None:
-        """Forget all but the best: an average from the next parameters on, and until then of the present ones."""
+        """Restart the average from the next parameters on; until then it is the present ones. The best stays."""
         self._count = 0
         self._average = [parameter.detach().clone() for parameter in self._parameters]
 
     def keep(self) -> None:
-        """Remember the present average as the best."""
+        """Record the present average as the best."""
         self._kept = [value.clone() for value in self._average]
 
     @torch.no_grad()
     def use(self) -> None:
-        """Set the parameters to the best average, or to the present one where none was kept."""
+        """Set the parameters to the best average, or to the present one if none was recorded."""
         for parameter, value in zip(self._parameters, self._kept or self._average, strict=True):
             parameter.copy_(value)

@@ -1,4 +1,4 @@
-"""Why a model can not be run for many draws at once."""
+"""Diagnosis of a model that cannot be run for many draws at once."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pyro_maf.infer.log_joint import latent_sites, nesting_of
 __all__ = ["why_alone"]
 
 DRAWS = 7
-"""A number that no size of a model is likely to be."""
+"""Number of draws of the trial: unlikely to equal any size of a model."""
 SHOWN = 2
-"""The most latent sites whose shapes are shown."""
+"""Maximum number of latent sites whose shapes are shown."""
 LONGEST = 120
-"""The most characters of an error that are repeated."""
+"""Maximum number of characters quoted from an error."""
 
 
 class _Sites(Messenger):
-    """While entered, takes down the sample statements in their order."""
+    """Handler that records the sample statements in their order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,14 +44,15 @@ class _Sites(Messenger):
 def why_alone(
     model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> str:
-    """What goes wrong when a model is run for several draws of its guide at once, with the site where it shows.
+    """Describe the failure of a model that is run for several draws of its guide at once, and name the site.
 
     Args:
-        model, guide, args, kwargs: A model that can be run for one draw of the guide, and what both are called with.
+        model, guide, args, kwargs: A model that can be run for one draw of the guide, and the arguments of
+            both.
 
     Returns:
-        A clause such as "with 7 draws at once site y has batch shape (7, 1, 20), expected (7, 20)"; "" where nothing
-        does, as for a density that is not a number anyway.
+        A clause such as "with 7 draws at once site y has batch shape (7, 1, 20), expected (7, 20)"; "" if nothing
+        fails, as for a density that is NaN in any case.
     """
     drawn = poutine.trace(guide).get_trace(*args, **kwargs)
     single = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
@@ -83,7 +84,7 @@ def why_alone(
 
 
 def _misshapen(single: Any, sites: _Sites, nesting: int) -> dict[str, tuple[torch.Size, torch.Size]]:
-    """The sites whose batch shape does not broadcast to the expected one, with both."""
+    """Return the sites whose batch shape does not broadcast to the expected one, with both shapes."""
     found = {}
     for name, batch in sites.batches.items():
         if name in single.nodes:
@@ -94,7 +95,7 @@ def _misshapen(single: Any, sites: _Sites, nesting: int) -> dict[str, tuple[torc
 
 
 def _expected(site: Any, nesting: int) -> torch.Size:
-    """The batch shape of a site for several draws."""
+    """Return the expected batch shape of a site for several draws."""
     alone = site["fn"].batch_shape
     return torch.Size([DRAWS, *[1] * (nesting - len(alone)), *alone])
 
@@ -109,7 +110,7 @@ def _broadcasts(batch: torch.Size, expected: torch.Size) -> bool:
 def _other_density(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], single: Any, many: Any
 ) -> str | None:
-    """The first site that several draws together give another log density than the first of them alone."""
+    """Return the first site whose log-density differs between several draws together and the first of them alone."""
     first = {
         name: many.nodes[name]["value"]
         .expand(DRAWS, *many.nodes[name]["value"].shape[1:])[0]
@@ -134,7 +135,7 @@ def _other_density(
 
 
 def _shapes(single: Any, sites: _Sites) -> str:
-    """The shapes of the last latent sites that were met, together and alone, in brackets."""
+    """Format the shapes of the last latent sites of the run, together and alone, in brackets."""
     met = [(name, site) for name, site in latent_sites(single).items() if name in sites.values]
     shown = [
         f"there {name} has shape {tuple(sites.values[name])}, alone {tuple(site['value'].shape)}"

@@ -1,4 +1,4 @@
-"""Whether to trust a guide, and what to do about it."""
+"""Diagnosis of a guide by Pareto-smoothed importance sampling, and reweighted draws."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ __all__ = ["Diagnosis", "diagnose", "reweight", "to_arviz"]
 
 GOOD, USABLE = 0.5, 0.7
 EVEN = 0.99
-"""Beyond this part of effective draws, weights hardly differ."""
+"""Above this fraction of effective draws, the weights are about equal."""
 FEW = 0.1
-"""Below this part of effective draws, a tail that seems light is one that was hardly seen."""
+"""Below this fraction of effective draws, a light tail only means that hardly any of it was sampled."""
 CANDIDATES = 4
-"""How many draws are weighed for each that `reweight` returns."""
+"""Number of weighted draws for each draw that `reweight` returns."""
 
 
 @dataclass(frozen=True, repr=False)
 class Diagnosis:
-    """How far a guide is from the posterior.
+    """Quality of a guide as an approximation of the posterior.
 
     Attributes:
         k_hat: Pareto shape of the tail of the importance weights p(x, z) / q(z): under 0.5 good, under 0.7 usable.
         ess: Effective sample size of the smoothed weights, out of `num_samples`.
         elbo: Evidence lower bound in nats.
-        elbo_se: Its standard error.
-        num_samples: How many draws were weighed.
-        unscored: How many of them the model could not score; they are left out.
-        reason: Why there is no verdict, in a clause; "" where there is one. Without one, figures are not numbers.
-        verdict: One sentence.
+        elbo_se: Standard error of `elbo` in nats.
+        num_samples: Number of weighted draws.
+        unscored: Number of those that the model could not score; they are left out.
+        reason: Why there is no verdict, as a clause; "" if there is one. Without a verdict the figures are NaN.
+        verdict: The conclusion, in one sentence.
     """
 
     k_hat: float
@@ -52,13 +52,13 @@ class Diagnosis:
 
     @classmethod
     def without_verdict(cls, reason: str) -> Diagnosis:
-        """A diagnosis that says why there is no verdict."""
+        """Return a diagnosis without figures, with the reason for that."""
         nan = float("nan")
         return cls(nan, nan, nan, nan, num_samples=0, unscored=0, reason=reason)
 
     @property
     def verdict(self) -> str:
-        """What the figures say, in one sentence."""
+        """The conclusion from the figures, in one sentence."""
         if self.reason:
             return f"No verdict: {self.reason}."
         if self.unscored > self.num_samples // 2:
@@ -94,7 +94,7 @@ class Diagnosis:
 
     @property
     def can_be_reweighted(self) -> bool:
-        """Whether `reweight` can be relied on: k-hat is below 0.7, or the weights hardly differ."""
+        """True if `reweight` is reliable: k-hat is below 0.7, or the weights are about equal."""
         return self.k_hat < USABLE or self._weights_hardly_differ
 
     def __repr__(self) -> str:
@@ -110,13 +110,13 @@ class Diagnosis:
 def diagnose(
     model: Callable[..., Any], guide: Callable[..., Any], *args: Any, num_samples: int = 10_000, **kwargs: Any
 ) -> Diagnosis:
-    r"""Weigh draws of a guide by p(x, z) / q(z), and say what the weights tell.
+    r"""Diagnose a guide by the importance weights p(x, z) / q(z) of its draws.
 
     Args:
         model: A Pyro model.
         guide: Its guide: one of this package, of Pyro, or one's own.
-        num_samples: How many draws to weigh.
-        *args, **kwargs: What model and guide are called with.
+        num_samples: Number of draws to weight.
+        *args, **kwargs: Arguments of model and guide.
 
     Discrete sites of the model with `infer={"enumerate": "parallel"}` are summed out. Where its plates subsample, all
     rows are scored, in runs over minibatches; where that is not possible, as with data that are a minibatch already,
@@ -156,19 +156,19 @@ def diagnose(
 def reweight(
     model: Callable[..., Any], guide: Callable[..., Any], *args: Any, num_samples: int = 4_000, **kwargs: Any
 ) -> dict[str, Tensor]:
-    r"""Draws of the posterior: those of a guide, resampled by their Pareto-smoothed importance weights.
+    r"""Draw from the posterior: resample draws of a guide by their Pareto-smoothed importance weights.
 
     Args:
         model, guide, *args, **kwargs: As in `diagnose`.
-        num_samples: How many draws to return, out of four times as many that are weighed.
+        num_samples: Number of draws to return, out of four times as many weighted ones.
 
     Returns:
-        The value of each latent site, (num_samples, \*site). A draw may come more than once.
+        The value of each latent site, (num_samples, \*site). A draw may occur more than once.
 
     Cost: as `diagnose` with four times `num_samples`.
 
     Warns:
-        UserWarning: If k-hat is 0.7 or more and the weights differ: they can not be relied on.
+        UserWarning: If k-hat is 0.7 or more and the weights differ: they cannot be relied on.
 
     Raises:
         TypeError: If the two are swapped, or the model does not take the arguments.
@@ -201,11 +201,11 @@ def reweight(
 def to_arviz(
     model: Callable[..., Any], guide: Callable[..., Any], *args: Any, num_samples: int = 4_000, **kwargs: Any
 ) -> Any:
-    """Draws of a guide as arviz has them, for its summaries and plots.
+    """Convert draws of a guide to arviz, for its summaries and plots.
 
     Args:
         model, guide, *args, **kwargs: As in `diagnose`.
-        num_samples: How many draws, as one chain.
+        num_samples: Number of draws, as one chain.
 
     Returns:
         An `arviz.InferenceData`: `posterior` holds the draws as they are; `sample_stats` the smoothed log weights, as
@@ -213,7 +213,7 @@ def to_arviz(
 
     Raises:
         TypeError: If the two are swapped, or the model does not take the arguments.
-        ValueError: If the guide leaves out a latent site, or the model can not score all rows.
+        ValueError: If the guide leaves out a latent site, or the model cannot score all rows.
         ModuleNotFoundError: Without the `train` extra.
 
     Example:
@@ -243,17 +243,17 @@ def _weighed(
     kwargs: Mapping[str, Any],
     num_samples: int,
 ) -> Weighted:
-    """Weighed draws of a guide, for arguments that are checked first."""
+    """Check the arguments, then return weighted draws of the guide."""
     check_pair(who, model, guide)
     check_call(who, model, args, kwargs, ("num_samples",))
     with without_empty_tables():
         if isinstance(guide, AutoFlow):
-            guide.setup(*args, **kwargs)  # not in a trace, which would add to what it may have to say
+            guide.setup(*args, **kwargs)  # not in a trace, which would lengthen its error messages
         return weigh(who, model, guide, args, kwargs, num_samples)
 
 
 def _diagnosis(weighted: Weighted, log_weights: Tensor, k_hat: float) -> Diagnosis:
-    """What draws tell, with their smoothed log weights."""
+    """Return the diagnosis of draws with their smoothed log weights."""
     scored = weighted.log_weights[weighted.log_weights.isfinite()].double()
     squares = float((2 * log_weights).exp().sum())
     return Diagnosis(
@@ -267,7 +267,7 @@ def _diagnosis(weighted: Weighted, log_weights: Tensor, k_hat: float) -> Diagnos
 
 
 def _systematic(weights: Tensor, count: int) -> Tensor:
-    """Indices drawn in proportion to weights, as evenly as can be, in random order."""
+    """Draw indices in proportion to weights by systematic resampling, in random order."""
     edges = weights.cumsum(0)
     points = (torch.arange(count, device=weights.device) + torch.rand((), device=weights.device)) * edges[-1] / count
     index = torch.searchsorted(edges, points.to(edges)).clamp(max=len(weights) - 1)

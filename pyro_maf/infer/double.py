@@ -1,4 +1,4 @@
-"""A log density in float64, of a model that was written for float32."""
+"""Log-density in float64 of a model that was written for float32."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["Score", "in_double", "widened"]
 
 Score = Callable[[Tensor], Tensor]
-"""Log density of latent vectors: (rows, D) to (rows,)."""
+"""Log-density of latent vectors: (rows, D) to (rows,)."""
 
 CLOSE = 1e-2
 
 
 class _Promoting(TorchFunctionMode):
-    """Products of float32 and float64 are float64, as sums are: matrix products and numbers times tensors too."""
+    """Type promotion of mixed products, as of sums: float32 times float64 is float64, matrix products included."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -33,7 +33,7 @@ class _Promoting(TorchFunctionMode):
 
 
 def _writes(func: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a function writes into one of its arguments, which a copy in float64 would keep to itself."""
+    """True if a function writes into one of its arguments; written into a float64 copy, that would be lost."""
     name = getattr(func, "__name__", "")
     return "out" in kwargs or (name.endswith("_") and not name.endswith("__")) or name.startswith(("__i", "__set"))
 
@@ -55,7 +55,7 @@ def _promoted(value: Any) -> Any:
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """The tensor in float64: on its device, or on the CPU where the device has no such numbers."""
+    """Convert a tensor to float64, on its device or, if the device has no float64, on the CPU."""
     try:
         return tensor.double()
     except (TypeError, RuntimeError):
@@ -63,13 +63,13 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 def in_double(score: Score, loc: Tensor) -> Score | None:
-    """The same log density for latent vectors in float64, or None where the model can not be run so.
+    """Return the log-density for latent vectors in float64, or None if the model cannot be run so.
 
-    Data and parameters of the model stay float32 numbers; what is computed from them and the latents is float64.
+    Data and parameters of the model stay float32; everything computed from them and the latents is float64.
 
     Args:
-        score: For latent vectors of the dtype of `loc`.
-        loc: Where both are compared, (D,).
+        score: Log-density of latent vectors in the dtype of `loc`.
+        loc: The point at which both are compared, (D,).
     """
     wide = widened(loc)
     if loc.dtype == torch.float64 or wide.device != loc.device:
@@ -82,7 +82,7 @@ def in_double(score: Score, loc: Tensor) -> Score | None:
     try:
         with torch.no_grad():
             found, expected = promoted(wide[None]), score(loc[None])
-    except Exception:  # a model that was never meant for float64 may fail in any way
+    except Exception:  # a model not written for float64 may fail in any way
         return None
     same = torch.allclose(found.to(expected), expected, rtol=CLOSE, atol=CLOSE * len(loc))
     return promoted if same else None

@@ -24,20 +24,20 @@ Weigh = Callable[[Iterable[Any]], Tensor | float]
 
 
 def is_enumerated(site: Mapping[str, Any]) -> bool:
-    """Whether a latent site asks to be summed out, exactly and in parallel, as `TraceEnum_ELBO` does."""
+    """True if a latent site is to be enumerated in parallel, as by `TraceEnum_ELBO`."""
     infer = site["infer"] or {}
     return infer.get("enumerate") == "parallel" and not infer.get("num_samples") and site["fn"].has_enumerate_support
 
 
 def log_densities(trace: Trace, weigh: Weigh = lambda frames: 1.0) -> list[Tensor]:
-    r"""The log densities in nats that sum to that of a trace, in the shapes of plates, discrete sites summed out.
+    r"""Return log-densities in nats that sum to that of a trace, in the shapes of plates, discrete sites summed out.
 
     There is one for each site, and one for each set of sites that depend on the same enumerated ones: the logarithm of
     the sum, over all their values, of the product of densities, by tensor variable elimination.
 
     Args:
         trace: A trace whose log-probabilities are computed, of a run under `pyro.poutine.enum` or without it.
-        weigh: Weights by the plates around a site, beside those of Pyro's own scales.
+        weigh: Weights by the plates around a site, in addition to Pyro's scales.
 
     Raises:
         ValueError: If sites that depend on the same discrete ones are scaled differently.
@@ -67,7 +67,7 @@ def log_densities(trace: Trace, weigh: Weigh = lambda frames: 1.0) -> list[Tenso
 
 
 def _contracted(trace: Trace, sites: list[Any], summed: set[str], weigh: Weigh) -> list[Tensor]:
-    """Log densities of sites that depend on the same discrete ones, without the dimensions of these."""
+    """Sum enumerated discrete sites out of the log-densities of all sites that depend on them."""
     factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
     for site in sites:
         factors.setdefault(_plates_of(trace, site), []).append(_factor(site))
@@ -85,7 +85,7 @@ def _plates_of(trace: Trace, site: Any) -> frozenset[str]:
 
 
 def _factor(site: Any) -> Tensor:
-    """A site's factor in the sum: a mask takes part of it away, but a masked discrete site still sums to one."""
+    """Return a site's log-factor. A mask removes elements, but a masked discrete site still sums to one."""
     log_prob = site["packed"]["unscaled_log_prob"]
     if "_enumerate_dim" in site["infer"]:
         return log_prob
@@ -93,7 +93,7 @@ def _factor(site: Any) -> Tensor:
 
 
 def _common_scale(sites: list[Any]) -> float:
-    """The scale of sites that are summed over together, which goes outside of the logarithm."""
+    """Return the common scale of sites that are summed out together; it multiplies the logarithm of the sum."""
     scales = {}
     for site in sites:
         if isinstance(site["scale"], Tensor) and site["scale"].numel() != 1:
@@ -108,7 +108,7 @@ def _common_scale(sites: list[Any]) -> float:
 
 
 def without_blocks(model: Callable[..., Any]) -> Callable[..., Any]:
-    """A model whose wrapping handlers hide nothing: that of `poutine.block(model, hide=["z"])` is `model`."""
+    """Unwrap handlers that hide sites: for `poutine.block(model, hide=["z"])` return `model`."""
     layers = []
     while isinstance(model, partial):
         inner = model.func if isinstance(model.func, partial) else model

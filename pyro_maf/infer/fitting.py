@@ -41,26 +41,26 @@ MOST_FAILURES = 50
 FAILURES_TO_RETREAT = 10
 CLIP = 4.0
 ALONE = 4
-"""Particles where the model has to be run for each."""
+"""Number of particles if the model has to be run for each."""
 DIAGNOSED, MOST_DIAGNOSED = 10_000, 1_000_000_000
-"""Draws that are weighed in the end, and the most log-probabilities for that if a thousand take fewer."""
+"""Number of draws of the diagnosis, and its maximum number of log-probabilities if a thousand draws take fewer."""
 DIAGNOSED_BY_STEP, LEAST_DIAGNOSED = 2, 200
-"""Draws that are weighed in the end for each step, and at least, where the model has to be run for each."""
+"""Draws of the diagnosis by step, and their minimum, if the model has to be run for each draw."""
 
 
 @dataclass(frozen=True, repr=False)
 class GuideFit:
-    """A fitted guide, how it got there, why it stopped there, and whether to trust it.
+    """A fitted guide, with its loss history, the reason for stopping and a diagnosis.
 
     Attributes:
-        guide: As given, with the averaged weights of its best stretch.
-        elbo: The evidence lower bound of each step in nats, from the step's own draws, while the weights moved.
-        diagnosis: Of the guide as returned.
-        seconds: How long it took.
-        stop_reason: Why it ended, in words.
-        skipped_steps: How many steps were left out because the model raised, or loss or gradient were not finite.
-        retreats: How often the fit went back to its best weights, with half the learning rate.
-        run_alone: Why the model had to be run for each draw, and at which site that shows; "" where it was not.
+        guide: The guide, with its weights averaged over the best window.
+        elbo: The evidence lower bound of each step in nats, from that step's draws and weights.
+        diagnosis: Diagnosis of the returned guide.
+        seconds: Duration of the fit.
+        stop_reason: Reason for stopping, in words.
+        skipped_steps: Number of steps left out because the model raised, or loss or gradient were not finite.
+        retreats: Number of times that the fit returned to its best weights, with half the learning rate.
+        run_alone: Why the model had to be run for each draw, and the site at which that shows; "" otherwise.
     """
 
     guide: Any
@@ -95,7 +95,7 @@ class GuideFit:
         return f"ELBO {found.elbo:.3f} +- {found.elbo_se:.3f} nats, {draws}"
 
     def _verdict(self) -> str:
-        """The verdict as far as it fits a line; `diagnosis` has all of it."""
+        """The verdict, shortened to a line; `diagnosis` has all of it."""
         verdict = self.diagnosis.verdict.rstrip(".")
         return verdict if self.diagnosis.reason else verdict.partition(": ")[0]
 
@@ -123,10 +123,10 @@ def fit_guide(
         model: A Pyro model.
         guide: Its guide: one of this package, of Pyro, or one's own.
         *args, **kwargs: What model and guide are called with.
-        steps: The most steps.
-        num_particles: Draws in each step; all at once where the model allows that, and else at most four.
-        learning_rate: The highest.
-        progress: Whether to show a bar: True where that is a terminal or a notebook, False never, "always" in any case.
+        steps: Maximum number of steps.
+        num_particles: Draws in each step: all in one run if the model allows that, else at most four.
+        learning_rate: Maximum learning rate.
+        progress: True shows a bar on a terminal or in a notebook, False never, "always" in any case.
 
     Returns:
         A `GuideFit`. Ctrl-C ends it early, with the best so far; during the closing diagnosis, without a verdict.
@@ -137,13 +137,13 @@ def fit_guide(
         two for each step, at least 200.
 
     Warns:
-        UserWarning: If the model has to be run for each draw: why, and at which site that shows.
+        UserWarning: If the model has to be run for each draw: why, and the site at which that shows.
 
     Raises:
         ValueError: For options out of range, or a guide without parameters.
-        TypeError: For a class of guides in place of a guide, for the two swapped, and for what the model does not take.
-        Exception: What the model raises, where it does so fifty times in a row; the guide has its best weights then.
-        ArithmeticError: Where loss or gradient are not finite fifty times in a row, likewise.
+        TypeError: For a guide's class in place of a guide, for the two swapped, or if the model takes other arguments.
+        Exception: The error of the model, if it raises one fifty times in a row; the guide then has its best weights.
+        ArithmeticError: If loss or gradient are not finite fifty times in a row, likewise.
         ModuleNotFoundError: Without the `train` extra.
 
     Example:
@@ -168,11 +168,11 @@ def fit_guide(
     require("fit_guide", "rich")
     if "arviz" not in sys.modules:
         say_before_bar("fit_guide loads arviz, once in a program: some seconds.", progress)
-    arviz()  # where it is missing, better to say so now than after the fit
+    arviz()  # if it is missing, fail now rather than after the fit
     with without_empty_tables(), bar(progress, steps) as show:
         with show.runs("setting up, run", SET_UP_RUNS):
             if isinstance(guide, AutoFlow):
-                guide.setup(*args, **kwargs)  # not in a trace, which would add to what it may have to say
+                guide.setup(*args, **kwargs)  # not in a trace, which would lengthen its error messages
             run = _Run(model, guide, args, kwargs, num_particles, Schedule(learning_rate, steps))
         if run.alone:
             warnings.warn(
@@ -209,12 +209,12 @@ def _check(model: Any, guide: Any, steps: Any, num_particles: Any, learning_rate
 
 
 def _leaf(value: Any) -> Tensor:
-    """What is trained of a parameter; with `module_local_params` Pyro states some as they are."""
+    """Return the trained leaf of a parameter; with `module_local_params` Pyro states some without a constraint."""
     return value.unconstrained() if hasattr(value, "unconstrained") else value
 
 
 class _Run:
-    """The steps of a fit."""
+    """State and steps of a fit."""
 
     def __init__(
         self,
@@ -230,7 +230,7 @@ class _Run:
         self._is_alone = not pair.is_vectorised
         self.alone = "" if pair.is_vectorised else why_alone(model, guide, args, kwargs)
         objective = TracePath_ELBO if isinstance(guide, AutoFlow) else TraceEnum_ELBO if pair.enumerated else Trace_ELBO
-        # Told how many plates there are, since Pyro would say on stderr what it guesses.
+        # Pass max_plate_nesting explicitly; Pyro would otherwise guess it and print a warning.
         self._objective = objective(
             num_particles=num_particles if pair.is_vectorised else min(num_particles, ALONE),
             vectorize_particles=pair.is_vectorised,
@@ -259,7 +259,7 @@ class _Run:
         return parameters
 
     def to_the_end(self, steps: int, interruption: Interruption, show: Bar) -> str:
-        """Take steps until there is a reason to stop, and return it."""
+        """Take steps until there is a reason to stop; return the reason."""
         for _ in range(steps):
             try:
                 self.step()
@@ -276,7 +276,7 @@ class _Run:
         return f"reached steps ({steps})"
 
     def diagnosed(self, show: Bar) -> Diagnosis:
-        """The diagnosis of the guide, or one without a verdict where it was interrupted."""
+        """Diagnose the guide; without a verdict if interrupted."""
         draws = max(1_000, min(DIAGNOSED, MOST_DIAGNOSED // (self._pair.runs * self._pair.numbers)))
         if self._is_alone:
             draws = min(draws, max(LEAST_DIAGNOSED, DIAGNOSED_BY_STEP * len(self.elbo) // self._pair.runs))
@@ -285,11 +285,11 @@ class _Run:
                 with show.runs("diagnosis, run", draws):
                     return diagnose(self._model, self._guide, *self._args, num_samples=draws, **self._kwargs)
         except KeyboardInterrupt:
-            pass  # what the steps have learned is not to be lost
+            pass  # the fitted weights must not be lost
         return Diagnosis.without_verdict("interrupted; call diagnose(model, guide)")
 
     def step(self) -> None:
-        """One step, or none where it fails."""
+        """Take one step, or skip it if it fails."""
         self._optimizer.zero_grad(set_to_none=True)
         try:
             loss = self._objective.loss_and_grads(self._model, self._guide, *self._args, **self._kwargs)
@@ -324,7 +324,7 @@ class _Run:
             raise ArithmeticError(f"fit_guide found no finite loss and gradient in {MOST_FAILURES} steps in a row.")
 
     def _retreat(self) -> None:
-        """Go on from the best weights at half the rate, without the moments of what led away from there."""
+        """Continue from the best weights at half the rate, with the optimizer's moments reset."""
         self._best.take()
         self._optimizer.state.clear()
         self._usual_norm = math.inf
@@ -333,7 +333,7 @@ class _Run:
         self.retreats += 1
 
     def _clip(self, norm: float) -> None:
-        """Scale the gradient down to a few times its usual norm."""
+        """Clip the gradient to a few times its usual norm."""
         limit = CLIP * self._usual_norm
         if norm > limit:
             for parameter in self._parameters:
@@ -343,7 +343,7 @@ class _Run:
         self._usual_norm = norm if self._usual_norm == math.inf else 0.98 * self._usual_norm + 0.02 * norm
 
     def settle(self) -> None:
-        """Put the averaged weights in place."""
+        """Set the guide to its averaged weights."""
         if self._best.has_fallen():
             self._retreat()
         if self.schedule.ends_as_good_as_any():

@@ -39,7 +39,7 @@ Self = TypeVar("Self", bound="AutoFlow")
 
 
 class AutoFlow(AutoContinuous):
-    """What the three guides share; see `AutoIAF`."""
+    """Base class of the three guides; see `AutoIAF`."""
 
     flow_class: type[MAF] | type[IAF] | type[RealNVP]
     default_num_layers = 3
@@ -76,10 +76,10 @@ class AutoFlow(AutoContinuous):
     # -- setting up -----------------------------------------------------------------------------------------------
 
     def setup(self: Self, *args: Any, **kwargs: Any) -> Self:
-        """Run the model, make the parameters and start them where the posterior is; returns the guide.
+        """Run the model, create the parameters and initialise them near the posterior; return the guide.
 
-        The first call of the guide does the same. Before that it is of use where an optimizer wants the parameters, or
-        `load_state_dict` a place for them. Arguments are the model's.
+        The first call of the guide does the same. Call it before that where an optimizer needs the parameters, or
+        `load_state_dict` a target. Arguments are the model's.
         """
         self._set_up_once(args, kwargs)
         self._stored.take(type(self).__name__, self._stored_modules())
@@ -102,7 +102,7 @@ class AutoFlow(AutoContinuous):
             sites = latent_sites(self.prototype_trace)
             context = None if self.encoder is None else self._context(args, kwargs)
             rows = torch.Size() if context is None else context.shape[:-1]
-            with poutine.block():  # whatever traces the guide is not to see what is tried out here
+            with poutine.block():  # trial runs must be invisible to handlers around the guide
                 create_plates = self.create_plates if self.master is None else self.master().create_plates
                 created = names_of_plates(create_plates, args, kwargs)
                 self._latents = Latents(type(self).__name__, sites, rows, created)
@@ -127,22 +127,22 @@ class AutoFlow(AutoContinuous):
             )
         return context
 
-    # -- what Pyro asks of a guide --------------------------------------------------------------------------------
+    # -- Pyro's interface of a guide ------------------------------------------------------------------------------
 
     def get_base_dist(self) -> Any:
-        """Standard normal noise, of event shape (D,)."""
+        """Return the standard normal distribution of the noise, of event shape (D,)."""
         like = next(self._held("transform").parameters())
         normal = dist.Normal(like.new_zeros(self.latent_dim), like.new_ones(self.latent_dim), validate_args=False)
         return normal.to_event(1)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Flow:
-        """The map from noise to unconstrained latent variables, at the encoder's context if there is one."""
+        """Return the map from noise to unconstrained latent variables, conditioned on the encoder's context if any."""
         self._set_up_once(args, kwargs)
         transform = self._held("transform")
         return transform if self._held("encoder") is None else transform.condition(self._context(args, kwargs))
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
-        """The distribution of the unconstrained latent variables as one vector."""
+        """Return the distribution of the vector of unconstrained latent variables."""
         self.setup(*args, **kwargs)
         return self._posterior(args, kwargs)
 
@@ -151,7 +151,7 @@ class AutoFlow(AutoContinuous):
         return dist.TransformedDistribution(self.get_base_dist(), [transform], validate_args=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draw every latent site; returns its value by name."""
+        """Draw every latent site; return the values by name."""
         self._set_up_once(args, kwargs)
         self._stored.state(type(self).__name__, self._stored_modules())
         self._create_plates(*args, **kwargs)
@@ -169,17 +169,17 @@ class AutoFlow(AutoContinuous):
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Draw the unconstrained latent variables, as an auxiliary site of Pyro's."""
-        posterior = self._posterior(args, kwargs)  # whose weights are read already, in a call
+        posterior = self._posterior(args, kwargs)  # the weights are already read, in a call
         with self._in_plates(next(iter(self._latents.parts))) if self._latents.rows else nullcontext():
             latent = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
         if latent.grad_fn is not None:
-            # At the operation: a hook of the tensor would keep its density from what the cache remembers of it.
+            # On the operation: a hook on the tensor would bypass the cache, and the density would be computed again.
             latent.grad_fn.register_prehook(partial(_without_bad_draws, latent.output_nr))
         return latent
 
     @contextmanager
     def _in_plates(self, name: str) -> Iterator[None]:
-        """Inside the plates of a site."""
+        """Enter the plates of a site."""
         with ExitStack() as stack:
             for frame in self._latents.parts[name].site["cond_indep_stack"]:
                 stack.enter_context(self.plates[frame.name])
@@ -195,34 +195,34 @@ class AutoFlow(AutoContinuous):
         return {f"{self._pyro_name}.{role}": module for role, module in held.items() if isinstance(module, nn.Module)}
 
     def _held(self, role: str) -> Any:
-        """An attribute, without the statement to Pyro about all its parameters that reading it would be."""
+        """Return an attribute without registering its parameters with Pyro, as reading it would."""
         return self._modules.get(role, self.__dict__.get(role))
 
-    # -- what it has found ----------------------------------------------------------------------------------------
+    # -- draws and densities --------------------------------------------------------------------------------------
 
     def rsample(self, sample_shape: Sequence[int] = (), *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        r"""Draws of every site, (\*sample_shape, \*site), with gradient. Further arguments are the model's."""
+        r"""Draw every site, (\*sample_shape, \*site), with gradient. Further arguments are the model's."""
         shape = check_shape(type(self).__name__, "sample_shape", sample_shape)
         latent = self.get_posterior(*args, **kwargs).rsample(shape)
         return self._as_sites(latent, shape)
 
     @property
     def shapes_of_all_rows(self) -> dict[str, torch.Size]:
-        """The shape of every site, where a plate subsamples that one is in; empty elsewhere."""
+        """Return the shape of every site if one is in a plate that subsamples; empty otherwise."""
         parts = self._latents.parts
         return {name: part.value.shape for name, part in parts.items()} if any(p.rows for p in parts.values()) else {}
 
     def scored_draws(
         self, count: int, nesting: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Draws of every site with all its rows, plates padded to `nesting`, and their log-density in nats."""
+        """Draw every site for all rows, plates padded to `nesting`; also return the log-density in nats."""
         posterior = self.get_posterior(*args, **kwargs)
         latent = posterior.rsample((count, *(1,) * nesting))
         values, log_det = self._latents.unpack(latent)
         return values, posterior.log_prob(latent).reshape(count) - log_det
 
     def has_masks_of(self, sites: Mapping[str, Any]) -> bool:
-        """Whether sites, of a trace, are masked where they were when the guide was set up."""
+        """True if the sites of a trace have the masks that they had when the guide was set up."""
         if self._latents.rows:
             return True  # where masks are refused
         return torch.equal(masked_in_vector(self._latents, sites), self._latents.masked)
@@ -230,11 +230,11 @@ class AutoFlow(AutoContinuous):
     def log_prob(self, values: Mapping[str, Tensor | float], *args: Any, **kwargs: Any) -> Tensor:
         r"""Log-density of the guide in nats, (\*batch,), at values (\*batch, \*site) of every site.
 
-        With an encoder whose context has rows, `batch` ends with these. Outside of the support it is minus infinity.
+        With an encoder whose context has rows, `batch` ends with them. Outside the support it is minus infinity.
         Further arguments are the model's.
 
         Raises:
-            TypeError: If they are no numbers, or floating-point tensors of another dtype than the guide's.
+            TypeError: If values are not numeric, or floating-point tensors of another dtype than the guide's.
             ValueError: If a site is missing or of another shape.
         """
         posterior = self.get_posterior(*args, **kwargs)
@@ -247,19 +247,20 @@ class AutoFlow(AutoContinuous):
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The marginal median of every latent variable; see `quantiles`."""
+        """Marginal median of every latent variable; see `quantiles`."""
         return self.quantiles(0.5, *args, **kwargs)
 
     @torch.no_grad()
     def quantiles(self, quantiles: float | Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        r"""Marginal quantiles of every latent variable, (\*levels, \*site), at levels from 0 to 1.
+        r"""Marginal quantiles of every latent variable, (\*levels, \*site), at levels in [0, 1].
 
-        They are those of 8,192 draws of each site, on its support: of a simplex or an ordered vector each number's own,
-        so that medians of shares need not sum to 1. The noise is a fixed Sobol sequence, so that repeated calls agree.
+        Empirical quantiles of 8,192 draws of each site, on its support: by component for a simplex or an ordered
+        vector, so that medians of shares need not sum to 1. The noise is a fixed Sobol sequence, so that repeated calls
+        agree.
 
         Raises:
-            TypeError: If a level is no number.
-            ValueError: If one is not from 0 to 1.
+            TypeError: If a level is not a number.
+            ValueError: If a level is outside [0, 1].
         """
         posterior = self.get_posterior(*args, **kwargs)
         (transform,) = posterior.transforms
@@ -267,16 +268,16 @@ class AutoFlow(AutoContinuous):
         levels = checked_levels(type(self).__name__, quantiles, like)
         noise = even_noise(QUANTILE_DRAWS, self.latent_dim).to(like)
         latent = transform(noise.reshape(-1, *(1,) * len(self._latents.rows), self.latent_dim))
-        # Of what the draws are mapped to: a map that mixes coordinates takes no quantile to a quantile.
+        # On the support, not before the map: a map that mixes coordinates does not preserve marginal quantiles.
         draws = self._as_sites(latent, torch.Size([QUANTILE_DRAWS]))
         return {name: quantiles_of(value, levels.to(value)) for name, value in draws.items()}
 
     def sites_of(self, noise: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        r"""The value of each site, (\*batch, \*site), that noise u, (\*batch, D), is mapped to."""
+        r"""Map noise u, (\*batch, D), to the value of each site, (\*batch, \*site)."""
         return self._as_sites(self.get_transform(*args, **kwargs)(noise), noise.shape[: -1 - len(self._latents.rows)])
 
     def sites_and_log_det(self, noise: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        r"""The value of each site that noise u is mapped to, and log |det dz/du| in nats, (\*batch,).
+        r"""Map noise u to the value of each site, and return log |det dz/du| in nats, (\*batch,), with it.
 
         `noise` is (D,), or (\*batch, D) with ones in `batch` where the plates of the model are.
         """
@@ -308,7 +309,7 @@ class AutoFlow(AutoContinuous):
     # -- copies ---------------------------------------------------------------------------------------------------
 
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
-        # Pyro's own way would take the model away from the original. What is fixed once set up is shared.
+        # Pyro's method would remove the model from the original. What is fixed once set up is shared.
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         copied = ("_modules", "_parameters", "_buffers", "training", "_pyro_context")
@@ -327,41 +328,41 @@ class AutoFlow(AutoContinuous):
         }
         if self.prototype_trace is None:
             return {**self.__dict__, **lacking}
-        # Once set up, none of these is asked again, and they are often functions that can not be pickled.
+        # Not used again once set up, and often functions that cannot be pickled.
         lacking |= {"init_loc_fn": None, "plates": {}}
         lacking |= {"prototype_trace": bare_trace(self.prototype_trace), "_latents": bare_latents(self._latents)}
         return {**self.__dict__, **lacking}
 
 
 class AutoIAF(AutoFlow):
-    r"""A guide that is an inverse autoregressive flow over all latent variables of a model.
+    r"""Inverse autoregressive flow over all latent variables of a model, as a guide.
 
     With v the latent variables in unconstrained space as one vector, v = loc + L (b + A flow(u)), u standard normal.
-    loc and L are fixed where the guide starts: the best of many normals along an ascent to the mode, by their evidence
-    lower bounds. b, the lower triangular A and the flow are trained, and start as the identity; so a fresh guide is
-    that normal, and at its worst a full-rank normal is what is fitted.
+    loc and L are fixed by the initialization: the normal of the largest evidence lower bound among many along an
+    ascent to the mode. b, the lower triangular A and the flow are trained, and start as the identity; so a new guide is
+    that normal, and the family contains every full-rank normal.
 
     Args:
         model: A Pyro model.
         num_layers: Number of autoregressive layers.
-        hidden_dims: Widths of each network's hidden layers, by default two of 64 to 512 units, by the number of latent
-            variables.
-        init_loc_fn: Where the ascent begins, site by site, as for other guides of Pyro; by default at the prior's
-            median, and where a prior is improper at the middle of its support.
+        hidden_dims: Widths of each network's hidden layers, by default two of 64 to 512 units, depending on the number
+            of latent variables.
+        init_loc_fn: Starting point of the ascent, site by site, as for other guides of Pyro; by default the prior's
+            median, or the middle of the support of an improper prior.
         init_scale: Start with this scale in every direction, at the point of `init_loc_fn`, without an ascent.
-        encoder: Makes the guide amortised: a function, or a module, of the model's arguments that returns a context
-            for a conditional flow. A context of shape (features,) is for all latent variables together. One of shape
-            (\*rows, features) is for each row of a plate, which all latent variables are in; where batches differ in
-            size, `create_plates` has to make that plate.
-        create_plates: As in Pyro's guides: makes plates, from the model's arguments, that subsample. Latent variables
-            inside of these are those of all their rows.
+        encoder: Amortises the guide: a function or a module that maps the model's arguments to the context of a
+            conditional flow. A context of shape (features,) is for all latent variables together. One of shape
+            (\*rows, features) is for each row of a plate, which all latent variables are in; if batches differ in
+            size, `create_plates` has to create that plate.
+        create_plates: As in Pyro's guides: creates plates that subsample from the model's arguments. The guide has the
+            latent variables of all rows of these.
 
     Attributes:
         latent_dim: D, the number of unconstrained latent variables, or those of one row.
         transform: The map from u to v, once set up.
 
     Cost:
-        A step is one pass a layer, as drawing and scoring its own draws is. `log_prob` of other points is one sweep a
+        A step, as drawing and scoring its draws, is one pass a layer. `log_prob` of other points is one sweep a
         layer. Setting up takes some tens of Hessians of the model and some thousand evaluations, in batches; of a model
         that has to be run for each draw, some 300 runs.
 
@@ -390,7 +391,7 @@ class AutoIAF(AutoFlow):
 
 
 class AutoMAF(AutoFlow):
-    r"""A guide that is a masked autoregressive flow over all latent variables of a model.
+    r"""Masked autoregressive flow over all latent variables of a model, as a guide.
 
     Args:
         model, num_layers, hidden_dims, init_loc_fn, init_scale, encoder, create_plates: As in `AutoIAF`.
@@ -415,7 +416,7 @@ class AutoMAF(AutoFlow):
 
 
 class AutoRealNVP(AutoFlow):
-    r"""A guide that is a RealNVP over all latent variables of a model. Six layers by default.
+    r"""RealNVP over all latent variables of a model, as a guide. Six layers by default.
 
     Args:
         model, num_layers, hidden_dims, init_loc_fn, init_scale, encoder, create_plates: As in `AutoIAF`.
@@ -440,7 +441,7 @@ class AutoRealNVP(AutoFlow):
 
 
 def _without_bad_draws(output: int, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Zero for draws whose gradient is not finite, so that one of them can not spoil the parameters."""
+    """Zero the gradient of draws where it is not finite, so that they do not reach the parameters."""
     gradient = gradients[output]
     if gradient is None or (gradient.device.type == "cpu" and math.isfinite(float(gradient.sum()))):
         return gradients

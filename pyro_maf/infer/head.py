@@ -27,9 +27,9 @@ def with_head(
     hidden_dims: Sequence[int] | None,
     context_dim: int,
 ) -> Stack:
-    """A flow and a head, as one map that starts as a normal and may be trained at a guide's learning rate.
+    """Compose a flow with a head: one map that starts as a normal and can be trained at a guide's learning rate.
 
-    `hidden_dims` of None are two layers of 64 to 512 units, by the number of dimensions.
+    `hidden_dims` of None means two layers of 64 to 512 units, depending on the number of dimensions.
     """
     size = len(start.loc)
     if hidden_dims is None:
@@ -48,9 +48,9 @@ class Head(Flow):
     r"""y = loc + L (b + A x), with a fixed location and a fixed factor L, and A and b trained.
 
     L and A are lower triangular with positive diagonals. A and b start as the identity and 0, so that y starts as
-    loc + L x: what is trained lives in units where the posterior is about standard normal, and one learning rate suits
-    every model. From 23 dimensions on, what is below the diagonal of A is a gain of about 16 / D times its parameters,
-    so that a step of Adam, which moves all D (D - 1) / 2 of them, moves y no further than in few dimensions.
+    loc + L x: the trained parameters live in units in which the posterior is about standard normal, and one learning
+    rate suits every model. From 23 dimensions on, the entries below the diagonal of A are their parameters times a gain
+    of about 16 / D, so that a step of Adam on all D (D - 1) / 2 of them moves y no further than in few dimensions.
 
     Args:
         input_dim: D.
@@ -86,7 +86,7 @@ class Head(Flow):
         super().__init__(input_dim, context_dim)
         self.register_buffer("loc", loc.detach().clone())
         self.register_buffer("scale_tril", scale_tril.detach().clone(memory_format=torch.contiguous_format))
-        # b, the logarithm of A's diagonal, and what is below it, as one: each parameter costs an optimizer time.
+        # b, the logarithm of A's diagonal, and the entries below it, as one tensor: each costs an optimizer time.
         self.free = nn.Parameter(torch.zeros(2 * input_dim + input_dim * (input_dim - 1) // 2).to(loc))
         gain = gain_of(input_dim)
         self.register_buffer("gain", None if gain == 1.0 else torch.tensor(gain).to(loc))
@@ -107,17 +107,17 @@ class Head(Flow):
         return x, log_det.expand(x.shape[:-1])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The gain is that which the stored entries are for: none where a head without one was stored.
+        # The gain belongs to the stored entries: none if the stored head has none.
         self.gain = torch.ones_like(self.free[0].detach()) if prefix + "gain" in state_dict else None
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._derive()
 
     def _derive(self) -> None:
-        """Remake where each entry of A comes from."""
+        """Recompute the source index of each entry of A."""
         self.register_buffer("_places", _places(self.input_dim).to(self.free.device), persistent=False)
 
     def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """b, A and log |det LA|."""
+        """Return b, A and log |det LA|."""
         free: Tensor = current(self).free
         free = free if context is None else free + outputs_of(self.network, context, None)
         size = self.input_dim
@@ -128,7 +128,7 @@ class Head(Flow):
 
 
 def _places(size: int) -> Tensor:
-    """Where each entry of a lower triangular matrix stands in (0, diagonal, entries below it)."""
+    """Index of each entry of a lower triangular matrix in the vector (0, diagonal, entries below it)."""
     places = torch.zeros(size, size, dtype=torch.int64)
     places.diagonal().copy_(torch.arange(1, size + 1))
     rows, columns = torch.tril_indices(size, size, -1)

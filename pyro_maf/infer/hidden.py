@@ -17,14 +17,14 @@ __all__ = ["Draws"]
 
 
 class Draws(TorchFunctionMode):
-    """While entered, notes the sites for which random numbers are drawn.
+    """Mode that records the sites for which random numbers are drawn.
 
-    A handler within a model, such as `poutine.block`, keeps a site from whatever is around the model, but not its draw
+    A handler within a model, such as `poutine.block`, hides a site from handlers around the model, but not its draw
     from the random state.
 
     Attributes:
         sites: Their names.
-        any: Whether random numbers were drawn at all; set on leaving.
+        any: True if any random numbers were drawn; set on exit.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -47,7 +47,7 @@ class Draws(TorchFunctionMode):
         return (*self._states(), random.getstate(), numpy["pos"], numpy["key"].tobytes())
 
     def _states(self) -> tuple[bytes, ...]:
-        """The states of the generators of torch."""
+        """Return the states of torch's generators."""
         states = [torch.get_rng_state()]
         if self._device.type == "cuda":
             states.append(torch.cuda.get_rng_state(self._device))
@@ -64,7 +64,7 @@ class Draws(TorchFunctionMode):
 
 
 def _site_above() -> str:
-    """The name of the site that is being drawn further up the call stack; "" outside of any."""
+    """Return the name of the site that is being drawn further up the call stack; "" if none is."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is pyro.sample.__code__:

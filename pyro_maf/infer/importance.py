@@ -25,16 +25,16 @@ from pyro_maf.infer.refusal import RefusalError
 __all__ = ["NoVerdictError", "Pairing", "Weighted", "arviz", "joint_of", "pairing", "smoothed", "weigh"]
 
 ROUNDING = 32
-"""By how many units in the last place of the log joint density ten thousand sums may lie apart by rounding."""
+"""Spread by rounding of ten thousand sums, in units in the last place of the log joint density."""
 MOST_NUMBERS = 4_000_000
-"""How many log-probabilities of single sites and rows are held at a time."""
+"""Maximum number of log-probabilities of single sites and rows in memory."""
 
 
 class NoVerdictError(RefusalError):
-    """A guide can not be judged here.
+    """Raised where a guide cannot be diagnosed.
 
     Attributes:
-        reason: Why, in a clause.
+        reason: Why, as a clause.
     """
 
     def __init__(self, who: str, reason: str) -> None:
@@ -43,14 +43,14 @@ class NoVerdictError(RefusalError):
 
 
 class Pairing(NamedTuple):
-    """How to run a model with its guide.
+    """Layout of the runs of a model with its guide.
 
     Attributes:
-        nesting: How many plates they have, counted from the right.
-        is_vectorised: Whether one run, inside a plate, scores many draws.
-        enumerated: Whether the model has discrete sites to sum out.
-        runs: How many runs score all rows.
-        numbers: How many log-probabilities a draw has in a run.
+        nesting: Number of their plate dimensions, counted from the right.
+        is_vectorised: True if one run, inside a plate, scores many draws.
+        enumerated: True if the model has discrete sites to sum out.
+        runs: Number of runs that score all rows.
+        numbers: Number of log-probabilities of a draw in a run.
     """
 
     nesting: int
@@ -66,7 +66,7 @@ class Weighted(NamedTuple):
     Attributes:
         values: The value of each latent site, (draws, \*site).
         log_weights: (draws,); minus infinity where the model could not score a draw.
-        rounding: How far the arithmetic alone may have moved them.
+        rounding: Bound on their rounding error.
     """
 
     values: dict[str, Tensor]
@@ -83,7 +83,7 @@ def weigh(
     kwargs: Mapping[str, Any],
     num_samples: int,
 ) -> Weighted:
-    """Draw from a guide and weigh the draws.
+    """Draw from a guide and weight the draws.
 
     Raises:
         NoVerdictError: If not all rows of the model can be scored.
@@ -108,7 +108,7 @@ def weigh(
 def pairing(
     who: str, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Pairing:
-    """How to run a model with its guide, found out by trying.
+    """Determine the layout of the runs of a model with its guide, by trial runs.
 
     Raises:
         ValueError: If the guide leaves out a latent site of the model, or the model draws what no guide has.
@@ -121,7 +121,7 @@ def pairing(
 def joint_of(
     who: str, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> LogJoint:
-    """The log joint density of a model at values of its guide's sites.
+    """Return the log joint density of a model as a function of its guide's sites.
 
     Raises:
         ValueError: As in `weigh`.
@@ -133,7 +133,7 @@ def joint_of(
 
 
 class _Pair:
-    """A model and its guide."""
+    """A model and its guide, with their traces."""
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class _Pair:
         self.size = max(values, self.joint.numbers)
 
     def _check_masks(self, who: str, latents: Mapping[str, Any], guide_trace: Any, draws: dict[str, Tensor]) -> None:
-        """Notice where a guide scores entries that a mask keeps out of the model: its bound has no upper limit."""
+        """Raise if a guide scores entries that a mask excludes from the model: its bound has no upper limit."""
         masks = {name: masked_entries(site, site["value"]) for name, site in latents.items()}
         if isinstance(self._guide, AutoFlow):
             if not self._guide.has_masks_of(latents):
@@ -194,7 +194,7 @@ class _Pair:
         return Weighted(shaped, log_p - log_q, ROUNDING * torch.finfo(log_p.dtype).eps * float(size))
 
     def _draw(self, draws: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Values of the latent sites, padded to as many plates as there are, and their log-density."""
+        """Draw the latent sites, padded to the number of plates; also return their log-density."""
         if self._all_rows:
             return self._guide.scored_draws(draws, self.nesting, self._args, self._kwargs)
         with pyro.plate("_draws", draws, dim=-self.nesting - 1):
@@ -211,7 +211,7 @@ class _Pair:
 
 
 def _check_guide_sites(who: str, guide_trace: poutine.Trace, latents: Mapping[str, Any]) -> None:
-    """Raise for a guide that draws what is no latent site of the model: its density would stand against none."""
+    """Raise for a guide that draws a site that the model does not: no density in the model would match it."""
     extra = [name for name, site in latent_sites(guide_trace).items() if name not in latents]
     extra = [name for name in extra if not (guide_trace.nodes[name]["infer"] or {}).get("is_auxiliary")]
     if extra:
@@ -223,7 +223,7 @@ def _check_guide_sites(who: str, guide_trace: poutine.Trace, latents: Mapping[st
 
 
 def check_draws(who: str, joint: LogJoint) -> None:
-    """Raise for a model that draws what no guide has, so that its density is another in every run."""
+    """Raise for a model that draws random numbers outside of its sites: its density differs from run to run."""
     if joint.hidden:
         raise RefusalError(
             f"{who} expected a model that draws no site but those of its guide, got draws of the hidden site "
@@ -238,9 +238,9 @@ def check_draws(who: str, joint: LogJoint) -> None:
 
 
 def smoothed(log_weights: Tensor, rounding: float = 0.0) -> tuple[Tensor, float]:
-    """Normalised log weights, Pareto-smoothed, and k-hat, the shape of their tail.
+    """Return the normalised, Pareto-smoothed log weights, and k-hat, the shape of their tail.
 
-    Weights that differ by `rounding` at most are equal.
+    Weights that differ by at most `rounding` count as equal.
 
     Reference:
         Vehtari et al., *Pareto smoothed importance sampling*, 2024.
@@ -251,7 +251,7 @@ def smoothed(log_weights: Tensor, rounding: float = 0.0) -> tuple[Tensor, float]
     weights = log_weights[scored].double().cpu().numpy()
     if np.ptp(weights) < max(1e-10, rounding):  # the guide is the posterior
         return torch.where(scored, -scored.sum().log(), -torch.inf), float("-inf")
-    with np.errstate(over="ignore"):  # arviz lets candidates for the tail's shape that are out of the question overflow
+    with np.errstate(over="ignore"):  # for hopeless candidates of the tail's shape, arviz overflows
         found, k_hat = arviz().psislw(weights)
     result = torch.full(log_weights.shape, -torch.inf, dtype=torch.float64)
     result[scored.cpu()] = torch.as_tensor(np.asarray(found))
@@ -259,7 +259,7 @@ def smoothed(log_weights: Tensor, rounding: float = 0.0) -> tuple[Tensor, float]
 
 
 def arviz() -> Any:
-    """The package, imported late; it announces itself, and two processes that import it at once can collide."""
+    """Import arviz lazily: it prints a notice, and two processes that import it at once can collide."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         try:

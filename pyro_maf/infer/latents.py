@@ -1,4 +1,4 @@
-"""How the latent sites of a model are laid out as one unconstrained vector."""
+"""Layout of the latent sites of a model as one unconstrained vector."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from pyro_maf.infer.refusal import RefusalError
 __all__ = ["Latents", "Part", "masked_entries", "median_or_feasible", "names_of_plates"]
 
 REACH = {torch.float32: 40.0, torch.float64: 300.0}
-"""How far from 0 the logarithm of a scale may be; its exponential can be squared and divided by."""
+"""Maximum absolute logarithm of a scale; its exponential can be squared and divided by."""
 
 
 class Part(NamedTuple):
-    """One site's place in the vector.
+    """Position of one site in the vector.
 
     Attributes:
         site: The site, as in the prototype trace.
-        value: Its value there; within plates that subsample, for all rows.
-        rows: Where plates subsample, the dimension of the value that belongs to each.
-        transform: From unconstrained values to the site's support.
-        plates: Shape of the plates around it, without the rows that have vectors of their own.
+        value: Its value in that trace; within plates that subsample, for all rows.
+        rows: The dimension of the value for each plate that subsamples.
+        transform: The map from unconstrained values to the site's support.
+        plates: Shape of the plates around it, without rows that each have their vector.
         event: Shape of one unconstrained event.
-        start, stop: Its place among all entries, those that are left out included.
+        start, stop: Its range among all entries, including those that are left out.
     """
 
     site: dict[str, Any]
@@ -51,17 +51,18 @@ class Latents:
     r"""The latent sites of a model as one vector v of D real numbers.
 
     Args:
-        who: Whose they are, for errors.
+        who: Name of their guide, for errors.
         sites: The latent sites, from a trace.
-        rows: Shape of the plates whose every row has a vector of its own, or () where there is one vector in all.
-        created: The plates that the guide is told to create: where these subsample, v is of all their rows.
+        rows: Shape of the plates in which each row has its vector, or () for one vector in all.
+        created: The plates that `create_plates` creates: where these subsample, v is of all their rows.
 
     Attributes:
         rows: As in the arguments.
         size: D.
-        parts: Each site's place, by name.
-        idle: Which entries of all sites, (entries,), are no part of v, but constants: see `leave_out`.
-        masked: Which were masked then.
+        parts: Position of each site, by name.
+        idle: Mask over the entries of all sites, (entries,): true for constants, which are no part of v; see
+            `leave_out`.
+        masked: Mask over the entries, likewise: true where the model masked them then.
 
     Raises:
         ValueError: If a site is discrete, if there are none, if one is not in the plates of `rows` alone, or if one is
@@ -102,16 +103,16 @@ class Latents:
 
     @property
     def leaves_out(self) -> bool:
-        """Whether there are entries that are no part of v."""
+        """True if some entries are no part of v."""
         return self.size < len(self.idle)
 
     def leave_out(self, idle: Tensor, masked: Tensor) -> None:
-        """Hold entries of v, which a mask keeps out of the model's density, at their initial values.
+        """Fix entries of v that a mask excludes from the model's density at their initial values.
 
         They are no part of v and of log |det dz/dv| from now on.
 
         Raises:
-            ValueError: If none is left.
+            ValueError: If no entry of v remains.
         """
         self._constants = self.pack({name: part.value for name, part in self.parts.items()})[0]
         self.idle, self.masked, self.size = idle, masked, int((~idle).sum())
@@ -119,12 +120,12 @@ class Latents:
             raise RefusalError(f"{self._who} found no latent variables in the model that are not masked.")
 
     def initial(self) -> Tensor:
-        """The values of the prototype as one vector, (D,)."""
+        """Return the values of the prototype as one vector, (D,)."""
         latent, _ = self.pack({name: part.value for name, part in self.parts.items()})
         return latent.reshape(-1, self.size).mean(0)
 
     def has_masks(self) -> bool:
-        """Whether there are masked entries.
+        """True if there are masked entries.
 
         Raises:
             ValueError: If these are in plates whose rows change from call to call.
@@ -141,7 +142,7 @@ class Latents:
         return bool(masked)
 
     def split(self, latent: Tensor) -> Iterator[tuple[Part, Tensor]]:
-        r"""Each site's unconstrained value, for a latent of shape (\*batch, D).
+        r"""Split a latent of shape (\*batch, D) into the unconstrained value of each site.
 
         `batch` has ones where the plates of the model are, as inside a plate of particles, or ends before them.
         """
@@ -155,7 +156,7 @@ class Latents:
             yield part, _within_reach(part.transform, value)
 
     def unpack(self, latent: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        r"""The value of each site, and log |det dz/dv| in nats, (draws,), for a latent (draws, \*ones, D)."""
+        r"""Map a latent (draws, \*ones, D) to the value of each site; also return log |det dz/dv| in nats, (draws,)."""
         values, total = {}, latent.new_zeros(len(latent))
         for part, unconstrained in self.split(latent):
             values[part.site["name"]], log_det = self.mapped(part, unconstrained)
@@ -163,7 +164,7 @@ class Latents:
         return values, total
 
     def mapped(self, part: Part, unconstrained: Tensor) -> tuple[Tensor, Tensor]:
-        r"""The value of a site, and log |det dz/dv| in nats for each of its events, entries left out aside."""
+        r"""Map unconstrained values to a site; also return log |det dz/dv| in nats by event, without idle entries."""
         value = part.transform(unconstrained)
         return value, self._log_det(part, unconstrained, value)
 
@@ -179,7 +180,7 @@ class Latents:
         return sum_rightmost(log_det, log_det.dim() - value.dim() + part.site["fn"].event_dim)
 
     def pack(self, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        r"""The latent (\*batch, D) of values (\*batch, \*site), and log |det dz/dv|, (\*batch,).
+        r"""Return the latent (\*batch, D) of values (\*batch, \*site), and log |det dz/dv| in nats, (\*batch,).
 
         `batch` ends with the rows, where there are any.
         """
@@ -197,7 +198,7 @@ class Latents:
 
 
 def _check_plates(who: str, sites: Mapping[str, dict[str, Any]], created: Collection[str]) -> None:
-    """Refuse latent variables of rows that a plate draws anew each time, unless they are those of all rows."""
+    """Refuse latent variables in plates that resample their rows each time, unless they are those of all rows."""
     for name, site in sites.items():
         for frame in subsampled(site):
             if frame.name not in created:
@@ -209,7 +210,7 @@ def _check_plates(who: str, sites: Mapping[str, dict[str, Any]], created: Collec
 
 
 def median_or_feasible(site: Any = None) -> Any:
-    """Pyro's `init_to_median`, and for improper priors, which can not be drawn from, the image of 0."""
+    """Pyro's `init_to_median`; for improper priors, which cannot be drawn from, the image of 0."""
     if site is None:
         return median_or_feasible
     try:
@@ -224,15 +225,15 @@ def median_or_feasible(site: Any = None) -> Any:
 def names_of_plates(
     create_plates: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> set[str]:
-    """The names of the plates that a user's function makes."""
+    """Return the names of the plates that a user's function creates."""
     plates = [] if create_plates is None else create_plates(*args, **kwargs)
     return {plate.name for plate in ([plates] if isinstance(plates, pyro.plate) else plates)}
 
 
 def masked_entries(site: Mapping[str, Any], value: Tensor) -> Tensor | None:
-    """Which elements of a site's value have no prior density, (*site); None if all have one.
+    """Mask of the elements of a site's value without a prior density, (*site); None if all have one.
 
-    They are masked by `pyro.poutine.mask`, as the part of a site with `obs_mask` that is observed, or by `fn.mask`.
+    They are masked by `pyro.poutine.mask` or `fn.mask`, or are the observed part of a site with `obs_mask`.
     """
     fn = site["fn"]
     masks = [(site["mask"], fn.event_dim)]
@@ -246,7 +247,7 @@ def masked_entries(site: Mapping[str, Any], value: Tensor) -> Tensor | None:
             mask = torch.as_tensor(mask, device=value.device)
             mask = mask.reshape(mask.shape + (1,) * event_dim)
             extra = max(0, mask.dim() - value.dim())
-            # Where a mask is wider than the site, an element counts if it does so anywhere.
+            # Where a mask is wider than the site, an element counts if it does anywhere.
             seen = seen & (mask.flatten(0, extra).any(0) if extra else mask)
     return None if seen.all() else ~seen
 
@@ -287,7 +288,7 @@ def _is_fixed(fn: Any) -> bool:
 
 
 def _within_reach(transform: Transform, unconstrained: Tensor) -> Tensor:
-    """Keep scales from becoming 0 or infinite, at which a model would raise, for one draw among many."""
+    """Clamp scales away from 0 and infinity, at which a model would raise for one draw among many."""
     while isinstance(transform, (IndependentTransform, ComposeTransform)):
         parts = transform.parts if isinstance(transform, ComposeTransform) else [transform.base_transform]
         if not parts:

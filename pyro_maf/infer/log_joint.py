@@ -1,4 +1,4 @@
-"""The log joint density of a model at given values of its latent sites, for many draws at once."""
+"""Log joint density of a model as a function of its latent sites, for many draws at once."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from pyro_maf.randomness import seeded
 __all__ = ["FAILURES", "LogJoint", "latent_sites", "nesting_of", "total_by_draw"]
 
 FAILURES = (ValueError, ArithmeticError, RuntimeError)
-"""What models and distributions raise where a value can not be scored, linear algebra included."""
+"""Errors of models and distributions for a value that cannot be scored, linear algebra included."""
 
 SEEDS = 8
-"""From how many a model is run that draws random numbers, to see whether its density depends on them."""
+"""Number of seeds under which a model that draws random numbers is run, to test if its density depends on them."""
 
 SPARE = 2
 """Dimensions left free between a model's plates and that of the draws, for plates that are open around a call."""
@@ -37,28 +37,27 @@ Values = Mapping[str, Tensor]
 class LogJoint:
     r"""log p(x, z) in nats, for the data x that a model is called with and draws z of its latent sites.
 
-    All draws are scored by one run of the model inside a plate where the model allows that, and one after another where
-    it does not, which is found out by trying. Discrete sites that are enumerated in parallel are summed out. Where
-    plates subsample, runs over minibatches add up to all rows. Random numbers that the model draws itself are the same
-    in every call.
+    All draws are scored by one run of the model inside a plate if a trial shows that the model allows that, and one
+    after another if not. Discrete sites that are enumerated in parallel are summed out. Where plates subsample, runs
+    over minibatches add up to all rows. Random numbers that the model draws itself are the same in every call.
 
     Args:
         model: The model.
         example: A trace of it, for the shapes of its sites and the dimensions of its plates.
-        args, kwargs: What it is called with.
+        args, kwargs: Its arguments.
         shapes: The shape of the value of each latent site, by default of those in `example` that are not enumerated.
             Within plates that subsample it may be that of all rows.
-        most_minibatches: The most minibatches of a plate that subsamples; beyond it, they stand for the rest.
+        most_minibatches: Maximum number of minibatches of a plate that subsamples; of more, these stand for the rest.
 
     Attributes:
-        nesting: How many dimensions, from the right, are for the model's own plates.
-        is_vectorised: Whether one run scores many draws; set by `settle`.
-        is_random: Whether the model draws more than is seen, such as hidden discrete sites; set by `settle`.
-        hidden: The names of sites that it draws and that are not to be seen from outside; set by `settle`.
-        enumerated: Whether there are sites to sum out.
-        partial: Why not all rows are scored, but those of one minibatch in their place; "" where all are.
-        runs: How many runs of the model score all rows.
-        numbers: How many log-probabilities one draw takes at a time; set by `settle`.
+        nesting: Number of dimensions, from the right, of the model's plates.
+        is_vectorised: True if one run scores many draws; set by `settle`.
+        is_random: True if the density depends on random numbers outside of visible sites; set by `settle`.
+        hidden: Names of the sites that it draws but hides from handlers around it; set by `settle`.
+        enumerated: True if there are sites to sum out.
+        partial: Why only the rows of one minibatch are scored; "" if all rows are.
+        runs: Number of runs of the model that score all rows.
+        numbers: Number of log-probabilities of one draw in memory at a time; set by `settle`.
 
     Shapes:
         The value of a site of shape `(*plates, *event)` is `(draws, *plates, *event)`, plates padded with ones to
@@ -98,7 +97,7 @@ class LogJoint:
             self.partial = _within_subsamples(latents, self._all_rows)
 
     def __call__(self, values: Values) -> Tensor:
-        """log p(x, z) in nats, (draws,), at values of the latent sites."""
+        """Return log p(x, z) in nats, (draws,), at values of the latent sites."""
         count = _count(values)
         try:
             score = self._together if self.is_vectorised else self._in_turn
@@ -111,16 +110,16 @@ class LogJoint:
         return torch.where(scored.isnan() | (scored == torch.inf), -torch.inf, scored)
 
     def returned(self, values: Values) -> Any:
-        """What the model returns at values of one draw, (1, ...), with the rows of a first minibatch."""
+        """Return value of the model at values of one draw, (1, ...), with the rows of the first minibatch."""
         one = {name: value[0].reshape(self._shapes[name]) for name, value in values.items()}
         trace: Any = self._scored(one, next(iter(self._minibatches)))
         return trace.nodes["_RETURN"]["value"]
 
     def prior_draws(self, count: int) -> dict[str, Tensor]:
-        r"""Draws of the latent sites from the prior, (count, \*site), of a model that scores many draws in one run.
+        r"""Draw the latent sites from the prior, (count, \*site), for a model that scores many draws in one run.
 
         Raises:
-            RuntimeError: If a value has not the rows that it is to have, as those of a minibatch.
+            RuntimeError: If a value has fewer rows than expected, such as those of a minibatch.
         """
         plate = pyro.plate("_draws", count, dim=-self.nesting - 1)
         with seeded(0, self._like.device), pyro.poutine.block(), plate:
@@ -128,10 +127,10 @@ class LogJoint:
         return {name: trace.nodes[name]["value"].reshape(count, *shape) for name, shape in self._shapes.items()}
 
     def settle(self, values: Values) -> LogJoint:
-        """Decide between one run for all draws and one for each, by trying both on a few; returns itself.
+        """Choose between one run for all draws and one for each, by a trial of both on a few draws; return self.
 
         Raises:
-            Exception: Whatever the model raises, where it does so for every one of them.
+            Exception: The error of the model, if it raises one for every draw of the trial.
         """
         try:
             return self._settled(values)
@@ -157,7 +156,7 @@ class LogJoint:
             found = self._together({name: value[usable] for name, value in values.items()}, first)
         except PartialRowsError:
             raise
-        except Exception:  # a model that was never meant for a batch may fail in any way
+        except Exception:  # a model not written for a batch may fail in any way
             self.is_vectorised = False
         else:
             self.is_vectorised = torch.allclose(found, expected[usable], rtol=1e-3, atol=1e-3)
@@ -166,7 +165,7 @@ class LogJoint:
         return self
 
     def _look_for_draws(self, one: Values, minibatches: Iterable[Minibatch]) -> None:
-        """Set `hidden` and `is_random`: whether another seed gives values of one draw another density."""
+        """Set `hidden` and `is_random`, the latter if the density of one draw differs between seeds."""
         draws = Draws(next(iter(one.values())).device)
         try:
             with draws:
@@ -208,7 +207,7 @@ class LogJoint:
         inside = {name: minibatch.of_these_rows(value, self._all_rows.get(name, {})) for name, value in values.items()}
         with minibatch:
             trace = self._run(inside, seed)
-        with pyro.settings.context(validate_poutine=False):  # which warns of what minus infinity says here
+        with pyro.settings.context(validate_poutine=False):  # which would warn where minus infinity is the answer
             trace.compute_log_prob()
         return trace
 
@@ -221,7 +220,7 @@ class LogJoint:
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
-    """The sum of at least one tensor."""
+    """Sum at least one tensor."""
     first, *rest = terms
     return sum(rest, first)
 
@@ -231,24 +230,24 @@ def _count(values: Values) -> int:
 
 
 def latent_sites(trace: Any) -> dict[str, Any]:
-    """The latent sites of a trace by name, without the indices of subsamples."""
+    """Return the latent sites of a trace by name, without the indices of subsamples."""
     return {name: site for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)}
 
 
 def nesting_of(trace: poutine.Trace) -> int:
-    """How many dimensions, from the right, the plates of a trace take."""
+    """Number of dimensions, from the right, of the plates of a trace."""
     return max((-frame.dim for site in trace.nodes.values() for frame in frames_of(site)), default=0)
 
 
 def _of_all_rows(site: Any, shape: torch.Size) -> dict[str, int]:
-    """The plates around a site that subsample, where a value of this shape has all their rows: at which dimension."""
+    """Map each plate that subsamples, of whose rows a value of this shape has all, to its dimension."""
     dims = {frame.name: (frame.dim - site["fn"].event_dim, frame.full_size) for frame in frames_of(site)}
     partial = {frame.name for frame in subsampled(site)}
     return {name: dim for name, (dim, size) in dims.items() if name in partial and shape[dim] == size}
 
 
 def _within_subsamples(latents: Mapping[str, Any], all_rows: Mapping[str, Mapping[str, int]]) -> str:
-    """Where values are those of one minibatch, which site and plate this is; "" elsewhere."""
+    """Name the site and plate whose values are those of one minibatch; "" if none are."""
     for name, dims in all_rows.items():
         for frame in subsampled(latents[name]):
             if frame.name not in dims:
@@ -259,7 +258,7 @@ def _within_subsamples(latents: Mapping[str, Any], all_rows: Mapping[str, Mappin
 
 
 def total_by_draw(parts: Sequence[Tensor], plates: tuple[int, ...]) -> Tensor:
-    """The sum of log densities, (plates[0],), whose other plates are those of a model."""
+    """Sum log-densities over all plates but the first, to (plates[0],)."""
     parts = [part.reshape(part.shape[max(0, part.dim() - len(plates)) :]) for part in parts]
     parts = [part.expand(torch.broadcast_shapes(part.shape, plates)) for part in parts]
     return torch.stack([part.reshape(plates[0], -1).sum(1) for part in parts]).sum(0)

@@ -1,4 +1,4 @@
-"""Entries of latent sites that masks keep out of a model's density."""
+"""Entries of latent sites that masks exclude from a model's density."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ POINTS = 4
 def idle_entries(
     latents: Latents, masked: Tensor, log_joint: Callable[[Mapping[str, Tensor]], Tensor], nesting: int
 ) -> Tensor:
-    """Which entries of a latent vector are masked and matter nowhere else in a model, (D,).
+    """Mask of the entries of a latent vector that are masked and do not affect the log joint density, (D,).
 
-    Others that are masked, such as those of a flat prior, have a posterior by their likelihood. What matters is found
-    by trying: the log joint density has no gradient by an entry, and is the same at another value of it.
+    Other masked entries, such as those of a flat prior, have a posterior by their likelihood. The test of an idle
+    entry: the gradient of the log joint density with respect to it is zero, and another value of it gives the same
+    density.
 
     Args:
         latents: The layout of the vector.
-        masked: Which entries are masked, (D,).
-        log_joint: log p(x, z) in nats, (draws,), of values of all sites.
-        nesting: How many dimensions the values have for plates.
+        masked: Mask of the masked entries, (D,).
+        log_joint: log p(x, z) in nats, (draws,), as a function of the values of all sites.
+        nesting: Number of plate dimensions of the values.
     """
     loc = latents.initial()
     with seeded(0, loc.device):
@@ -40,7 +41,7 @@ def idle_entries(
     points = (loc + 0.5 * noise[:POINTS]).requires_grad_()
     with torch.enable_grad():
         scores = score(points)
-        total = scores.sum() + 0 * points.sum()  # which has a gradient where nothing else does
+        total = scores.sum() + 0 * points.sum()  # so that there is a gradient in any case
         (gradient,) = torch.autograd.grad(total, points)
     idle = masked & (gradient == 0).all(0)
     idle = torch.cat([_whole_events(part, idle) for part in latents.parts.values()])
@@ -51,7 +52,7 @@ def idle_entries(
 
 
 def masked_in_vector(latents: Latents, sites: Mapping[str, Any]) -> Tensor:
-    """Which entries of all sites, laid out as by `latents`, belong to elements that are masked in these sites."""
+    """Mask of the entries of all sites, in the layout of `latents`, whose elements are masked in these sites."""
     return torch.cat([_masked(part, sites.get(name, part.site)) for name, part in latents.parts.items()])
 
 
@@ -68,7 +69,7 @@ def _masked(part: Part, site: Any) -> Tensor:
 
 
 def _whole_events(part: Part, idle: Tensor) -> Tensor:
-    """Idle entries of a site without those whose event, as its transform has them, is idle in part."""
+    """Restrict the idle entries of a site to transform events that are idle as a whole."""
     shape = part.plates + part.event
     idle = idle[part.start : part.stop].reshape(shape)
     transform = part.transform

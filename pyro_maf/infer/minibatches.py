@@ -18,11 +18,11 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["Minibatch", "Minibatches", "PartialRowsError", "frames_of", "joined", "minibatches_of", "subsampled"]
 
 NO_LOOK = ("__get__", "__len__", "__hash__", "size", "dim", "numel")
-"""Functions that tell a tensor's shape and not its numbers."""
+"""Functions that depend on a tensor's shape and not on its values."""
 
 
 class PartialRowsError(Exception):
-    """Why the rows that a plate leaves out can not be scored, in one clause."""
+    """Raised with a clause that says why the rows that a plate leaves out cannot be scored."""
 
 
 class Subsampled(NamedTuple):
@@ -33,25 +33,25 @@ class Subsampled(NamedTuple):
 
 
 def frames_of(site: Any) -> list[Any]:
-    """The vectorised plates around a site of a trace."""
+    """Return the vectorised plates around a site of a trace."""
     return [frame for frame in site["cond_indep_stack"] if frame.vectorized] if site["type"] == "sample" else []
 
 
 def subsampled(site: Any) -> list[Any]:
-    """The plates around a site, vectorised or not, that have less than all their rows in this run."""
+    """Return the plates around a site, vectorised or not, that subsample in this run."""
     if site["type"] != "sample":
         return []
     return [frame for frame in site["cond_indep_stack"] if frame.full_size not in (None, frame.size)]
 
 
 class Minibatch(Messenger):
-    r"""One run: hands each plate its rows, and says what part of the whole each site then is.
+    r"""Handler of one run: sets the rows of each plate, and weights each site by its share of the whole.
 
     Args:
         rows: The rows of each plate.
-        weights: For each plate the weight of each of its rows, the factor size / batch of Pyro's taken off. Without,
+        weights: For each plate the weight of each of its rows, in place of Pyro's factor size / batch. Without,
             the rows stand for all, and Pyro's factor stays.
-        share: For a set of plates, the part that this run is of all runs with the same rows of these.
+        share: For a set of plates, one over the number of runs with the same rows of these plates.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Minibatch(Messenger):
             raise PartialRowsError(f"plate {name} comes with another size from run to run")
 
     def weight(self, frames: Iterable[Any]) -> Tensor | float:
-        """What to multiply the log density of a site in these plates by, in the shape of the plates."""
+        """Weight of the log-density of a site in these plates, in the shape of the plates."""
         weights = self._weights or {}
         inside = [frame for frame in frames if frame.name in weights]
         weight: Tensor | float = self._share(frozenset(frame.name for frame in inside))
@@ -86,23 +86,23 @@ class Minibatch(Messenger):
         return weight
 
     def of_these_rows(self, value: Tensor, dims: Mapping[str, int]) -> Tensor:
-        """The part of a value of all rows that belongs to this run, for plates at dimensions of the value."""
+        """Select the rows of this run from a value of all rows, with plates at these dimensions of the value."""
         for name, dim in dims.items():
             value = value.index_select(dim, self._rows[name].to(value.device))
         return value
 
 
 class Minibatches:
-    """Runs of a model whose plates together see every row once.
+    """Runs of a model that together cover every row of its plates once.
 
-    Rows that the last minibatch of a plate shares with others count by halves. Plates that no site is in together take
-    their minibatches side by side, so the number of runs is the largest of theirs; others in all combinations.
+    A row that the last minibatch of a plate shares with another has half its weight in each. Plates without a common
+    site iterate side by side, so that the number of runs is the largest of theirs; others in all combinations.
 
     Args:
         plates: The size of each plate that subsamples, and that of its minibatch.
-        together: The sets of such plates that sites are in.
-        most: The most minibatches of a plate; where there are more, rows of others stand for those left out.
-        like: Of the dtype and device of weights.
+        together: The sets of such plates around single sites.
+        most: Maximum number of minibatches of a plate; of more, these stand for those left out.
+        like: A tensor of the dtype and device of the weights.
     """
 
     def __init__(
@@ -135,8 +135,8 @@ class Minibatches:
 
 
 def _of_plate(plate: Subsampled, most: float, like: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Minibatches of a plate: rows, in random order, and their weights."""
-    # Rows are often sorted, and where not all minibatches are run, these are to stand for the others.
+    """Split a plate into minibatches: rows, in random order, and their weights."""
+    # Random, since rows are often sorted, and a part of the minibatches may have to stand for the others.
     order = torch.randperm(plate.size, generator=torch.Generator().manual_seed(0))
     starts = [min(start, plate.size - plate.batch) for start in range(0, plate.size, plate.batch)]
     starts = starts[: int(min(most, len(starts)))]
@@ -153,7 +153,7 @@ def _of_plate(plate: Subsampled, most: float, like: Tensor) -> list[tuple[Tensor
 
 
 def joined(sets: Iterable[frozenset[str]]) -> list[frozenset[str]]:
-    """Sets that have an element in common become one."""
+    """Merge sets that have an element in common."""
     result: list[frozenset[str]] = []
     for each in sets:
         apart = [other for other in result if not other & each]
@@ -164,13 +164,13 @@ def joined(sets: Iterable[frozenset[str]]) -> list[frozenset[str]]:
 def minibatches_of(
     run: Callable[[], Trace], sites: Iterable[Any], like: Tensor, most: float = math.inf
 ) -> tuple[Iterable[Minibatch], str]:
-    """The minibatches that score all rows of a model, and "".
+    """Return the minibatches that score all rows of a model, and "".
 
-    Where rows can not be chosen for it, one minibatch that stands for all, and in a clause why; where no plate
+    If its rows cannot be chosen, return one minibatch that stands for all, and the reason as a clause; if no plate
     subsamples, a single one.
 
     Args:
-        run: Runs the model.
+        run: A function that runs the model.
         sites: Its sites, from a trace.
         like, most: As in `Minibatches`.
     """
@@ -189,7 +189,7 @@ def minibatches_of(
 
 
 class _Look(Messenger):
-    """Notes which plates draw their own rows, and which of these the model looks at."""
+    """Handler that records the plates that draw their rows, and which of these indices the model uses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ class _Look(Messenger):
                 self._partial.add(msg["name"])
 
     def check(self, plates: Mapping[str, Subsampled]) -> None:
-        """Raise where the rows of a plate are not the model's to draw."""
+        """Raise if the rows of a plate are not drawn by the model."""
         for name, plate in plates.items():
             part = f"{plate.batch} of its {plate.size} rows"
             if name not in self.rows:
@@ -223,7 +223,7 @@ class _Look(Messenger):
 
 
 class _Uses(TorchFunctionMode):
-    """Notes which indices of plates go into any function of torch, such as that of `data[rows]`."""
+    """Mode that records which plates' indices enter a function of torch, such as that of `data[rows]`."""
 
     def __init__(self, look: _Look) -> None:
         super().__init__()

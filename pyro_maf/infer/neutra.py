@@ -1,4 +1,4 @@
-"""A model in the coordinates of a guide's noise, where NUTS walks easily."""
+"""Neural transport: a model in the coordinates of a guide's noise, where NUTS mixes well."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["NeuTra", "neutra"]
 
 
 class NeuTra:
-    """A model whose latent variables are made of a guide's noise: call it as the model. Made by `neutra`.
+    """A model reparameterised by a guide's noise; called like the model. Returned by `neutra`.
 
     Args:
         model: A Pyro model.
@@ -34,11 +34,11 @@ class NeuTra:
         self._arguments: list[Any] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model, its latent variables made of noise.
+        """Run the model, with its latent variables computed from noise.
 
         Raises:
-            ValueError: If the model draws what no guide has, or has plates that subsample whose rows can not all be
-                scored.
+            ValueError: If the model draws random numbers outside of its sites, or if not all rows of plates that
+                subsample can be scored.
         """
         with Messenger():  # without a handler, Pyro takes factors for observations outside of inference
             return self._run(self._joint_at(args, kwargs), args, kwargs)
@@ -58,7 +58,7 @@ class NeuTra:
         return result
 
     def _joint_at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LogJoint:
-        """The log joint density at some arguments; that of the last ones is at hand."""
+        """Return the log joint density for these arguments; that of the last ones is cached."""
         arguments = [*args, *kwargs, *kwargs.values()]
         same = len(arguments) == len(self._arguments) and all(map(operator.is_, arguments, self._arguments))
         if self._joint is None or not same:
@@ -69,32 +69,32 @@ class NeuTra:
 
     @torch.no_grad()
     def draws(self, samples: dict[str, Tensor]) -> dict[str, Tensor]:
-        r"""Draws of the model's own sites, (\*draws, \*site), of samples as `MCMC.get_samples` returns them."""
+        r"""Map samples of `MCMC.get_samples` to draws of the model's sites, (\*draws, \*site)."""
         (noise,) = (value for name, value in samples.items() if name.endswith("_shared_latent"))
         return self._guide.sites_of(noise)
 
 
 def neutra(model: Callable[..., Any], guide: AutoFlow) -> NeuTra:
-    r"""A model in the coordinates of a guide's noise, for NUTS: z = t(u), and the target is p(x, t(u)) |det dt/du|.
+    r"""Reparameterise a model by a guide's noise, for NUTS: z = t(u), and the target is p(x, t(u)) |det dt/du|.
 
     The better the guide, the nearer the density of u is to a standard normal, whatever the posterior's shape; and as
     MCMC it is exact with any guide.
 
     Args:
         model: A Pyro model.
-        guide: Its guide, from this module, fitted and without an encoder. Its weights are held fixed from now on:
-            `guide.requires_grad_(True)` would let them train again.
+        guide: Its guide, from this module, fitted and without an encoder. Its weights are frozen:
+            `guide.requires_grad_(True)` undoes that.
 
     Returns:
-        A `NeuTra`: run NUTS on it, and let its `draws` turn the samples into those of the model's sites.
+        A `NeuTra`: run NUTS on it; its `draws` maps the samples to the model's sites.
 
     Discrete sites with `infer={"enumerate": "parallel"}` are left to the sampler, which sums them out. Where plates of
     the model subsample, every evaluation scores all rows, minibatch by minibatch.
 
-    Cost: beside the model's own density and gradient, those of the guide's map: one pass a layer for an `AutoIAF`.
+    Cost: besides the model's density and gradient, those of the guide's map: one pass a layer for an `AutoIAF`.
 
     Raises:
-        TypeError: For a guide from elsewhere.
+        TypeError: For a guide that is not of this package.
         ValueError: For a guide that is not set up, or one with an encoder.
 
     Example:

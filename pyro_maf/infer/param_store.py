@@ -1,7 +1,7 @@
-"""A guide's weights in Pyro's param store: what is stated there, and what is taken from it.
+"""A guide's weights in Pyro's param store: registration there, and loading from it.
 
-The store knows weights by name, and guides of one class have one name. What another guide has entered there is none of
-this one's business; what was loaded, or put back by `set_state`, is what the user wants the guide to be.
+The store identifies weights by name, and guides of one class have one name. A guide ignores the entries of another
+guide; weights that were loaded, or restored by `set_state`, are those that the user wants it to have.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def check_place(who: str, state_dict: Mapping[str, object], prefix: str) -> None
 
 
 class _Entries:
-    """Which tensors guides have entered in the store, and how often it had been cleared by then."""
+    """Record of the tensors that guides have entered in the store, and of its clearings until then."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -48,20 +48,20 @@ class _Entries:
         self._entered = WeakTensorKeyDictionary()
 
     def now(self) -> int:
-        """How often the store has been seen cleared."""
-        # Clearing puts another dictionary in place; since this one is held, no other can have its address.
+        """Number of observed clearings of the store."""
+        # Clearing replaces the dictionary; since this one is referenced, no other can have its address.
         if self._params is not (params := pyro.get_param_store()._params):
             self._params = params
             self._count += 1
         return self._count
 
     def is_of_a_guide(self, tensor: Tensor, *, since_cleared: bool) -> bool:
-        """Whether a guide has entered a tensor, at any time or since the store was cleared."""
+        """True if a guide has entered a tensor, at any time or since the store was cleared."""
         entered = self._entered.get(tensor)
         return entered is not None and (not since_cleared or entered == self.now())
 
     def enter(self, name: str, tensor: Tensor) -> None:
-        """Enter a tensor in the store, in place of what has its name."""
+        """Enter a tensor in the store, in place of any entry of the same name."""
         store = pyro.get_param_store()
         if name in store:
             del store[name]
@@ -82,10 +82,10 @@ class _Weight(NamedTuple):
 
 
 class Stored:
-    """What a guide has of itself in the store: its parameters, and the floating-point buffers of its `state_dict`.
+    """Entries of a guide in the store: its parameters, and the floating-point buffers of its `state_dict`.
 
-    Buffers are where a guide starts: with another start the same parameters are another guide. They are entered as
-    views of the same memory, and not stated to Pyro, which would train them.
+    Buffers hold the initialization: with another one the same parameters are another guide. They are entered as
+    views of the same memory, and not registered with Pyro, which would train them.
     """
 
     def __init__(self) -> None:
@@ -94,13 +94,13 @@ class Stored:
         self._entered_at = 0
 
     def of_a_copy(self) -> Stored:
-        """The same for a copy of the guide, whose weights have yet to be entered."""
+        """Return the same for a copy of the guide, whose weights have yet to be entered."""
         twin = Stored()
         twin._entered_at = -1 if self._entered_at else 0
         return twin
 
     def take(self, who: str, modules: Modules) -> None:
-        """Take the weights that are in the store without a guide having entered them.
+        """Load the weights in the store that no guide has entered.
 
         Args:
             who: The guide's class, for errors.
@@ -133,7 +133,7 @@ class Stored:
         wrong = [name for name in loaded if name not in weights or weights[name].tensor.shape != loaded[name].shape]
         odd = [*missing, *wrong]
         if odd and not strange:
-            return  # another guide's, put back at the end of a scope
+            return  # another guide's, restored at the end of a scope
         if odd:
             raise RefusalError(
                 f"{who} expected the weights of a guide that is built alike in Pyro's param store, got others "
@@ -146,7 +146,7 @@ class Stored:
                 _entries.enter(name, weights[name].tensor)
 
     def state(self, who: str, modules: Modules) -> None:
-        """Take what was loaded, enter all weights, and tell Pyro of the parameters.
+        """Load weights from the store, enter all weights, and register the parameters with Pyro.
 
         Raises:
             ValueError: As `take`.
@@ -171,8 +171,8 @@ class Stored:
         self._entered_at = now
 
     def _is_loaded(self, tensor: Tensor) -> bool:
-        # For a guide that is in the store already, the tensors of another one never are, even if the store was
-        # cleared and put back in between.
+        # Once a guide is in the store, the tensors of another one never are its weights, even if the store was
+        # cleared and restored in between.
         return not _entries.is_of_a_guide(tensor, since_cleared=not self._entered_at)
 
     def _weights(self, modules: Modules) -> Iterator[_Weight]:
@@ -187,7 +187,7 @@ class Stored:
                 yield _Weight(full_name, self._view(full_name, module.get_buffer(name)), True, False)
 
     def _view(self, name: str, buffer: Tensor) -> Tensor:
-        """A leaf of a buffer's memory: the store asks its entries to require gradients."""
+        """Return a leaf that shares a buffer's memory: the store makes its entries require gradients."""
         view = self._views.get(name)
         if view is None or view.data_ptr() != buffer.data_ptr() or view.dtype != buffer.dtype:
             view = self._views[name] = buffer.detach()
@@ -195,7 +195,7 @@ class Stored:
 
 
 def _buffers_of(module: nn.Module) -> list[str]:
-    """Names of the floating-point buffers that are stored with a module; the store copies what is not contiguous."""
+    """Names of a module's persistent floating-point buffers, contiguous ones alone: the store copies others."""
     stored, buffers = module.state_dict(), dict(module.named_buffers())
     return [name for name, value in buffers.items() if name in stored and _can_be_entered(value)]
 
@@ -205,6 +205,6 @@ def _can_be_entered(buffer: Tensor) -> bool:
 
 
 def _state_locally(name: str, parameter: Tensor) -> None:
-    """The statement that Pyro's own modules make where their parameters are kept out of the store."""
+    """Register a parameter as Pyro's modules do under `module_local_params`, without the store."""
     parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
     effectful(type="param")(lambda *_, **__: parameter)(name, parameter, constraint=constraints.real, name=name)

@@ -26,22 +26,22 @@ __all__ = ["TracePath_ELBO", "detached"]
 class TracePath_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's way to name objectives)
     r"""The evidence lower bound with its path gradient, whose variance vanishes as the guide nears the posterior.
 
-    With z = t(u; phi), the gradient of E[log p(x, z) - log q(z; phi)] by phi is
-    E[(d/dz)(log p(x, z) - log q(z)) dz/dphi]: the derivative of log q by its own parameters has mean zero, and is left
-    out. Where q is the posterior the bracket is zero for every draw, not on average alone. Far from it, `Trace_ELBO`
-    may have the smaller variance.
+    With z = t(u; phi), the gradient of E[log p(x, z) - log q(z; phi)] with respect to phi is
+    E[(d/dz)(log p(x, z) - log q(z)) dz/dphi]: the gradient of log q with respect to its parameters has mean zero, and
+    is left out. If q is the posterior, the bracket is zero for every draw, not only on average. Far from it,
+    `Trace_ELBO` may have the smaller variance.
 
-    Takes the arguments of `Trace_ELBO`, `num_particles` and `vectorize_particles` among them, and gives the same value.
+    Takes the arguments of `Trace_ELBO`, such as `num_particles` and `vectorize_particles`, and has the same value.
     Discrete sites of the model that have `infer={"enumerate": "parallel"}` and that the guide leaves out are summed
     out, as by `TraceEnum_ELBO`.
 
     Cost:
-        Beside a step of `Trace_ELBO`, the density of the draws once more, from the draws alone: for a flow its inverse,
-        which is one pass or one sweep a layer, and the derivative of that by the draws.
+        In addition to a step of `Trace_ELBO`, the density of the draws as a function of the draws alone: for a flow its
+        inverse, which is one pass or one sweep a layer, and the gradient of that with respect to the draws.
 
     Raises:
-        NotImplementedError: For a guide with a site that is not reparameterised, or one whose parameters can not be
-            told from its value.
+        NotImplementedError: For a guide with a site that is not reparameterised, or one whose parameters cannot be
+            separated from its value.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -78,14 +78,14 @@ class TracePath_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's way to name objectives)
         return super()._get_trace(model, guide, args, kwargs)
 
     def _log_joints(self, model_trace: Any) -> list[Tensor]:
-        """What sums to the log joint density, each a number."""
+        """Return the terms that sum to the log joint density, each a number."""
         if self._enumerates:
             return [log_density.sum() for log_density in log_densities(model_trace)]
         model_trace.compute_log_prob()
         return [site["log_prob_sum"] for site in model_trace.nodes.values() if site["type"] == "sample"]
 
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
-        """The negative bound in nats, from `num_particles` draws."""
+        """Return the negative bound in nats, from `num_particles` draws."""
         loss = 0.0
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             log_joint = sum(map(torch_item, self._log_joints(model_trace)))
@@ -107,7 +107,7 @@ class TracePath_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's way to name objectives)
 
 
 def _has_enumerated(model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-    """Whether a model has discrete sites to sum out that its guide leaves out; draws nothing from the random state."""
+    """True if a model has discrete sites to sum out that its guide leaves out; the random state is not advanced."""
     with torch.random.fork_rng(), poutine.block():
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
@@ -115,18 +115,18 @@ def _has_enumerated(model: Callable[..., Any], guide: Callable[..., Any], args: 
 
 
 def _held_log_prob(name: str, site: dict[str, Any]) -> Any:
-    """The log-density of a site's value, as a function of the value alone."""
+    """Return the log-density of a site's value, as a function of the value alone."""
     fn, value = site["fn"], site["value"]
     if not isinstance(value, Tensor) or not (value.requires_grad or _depends(site["log_prob_sum"])):
         return site["log_prob_sum"]
     if isinstance(_innermost(fn), Delta):
-        return site["log_prob_sum"]  # the density it carries is that of a change of variables, without parameters
+        return site["log_prob_sum"]  # its density is that of a change of variables, without parameters
     if not fn.has_rsample:
         raise NotImplementedError(
             f"TracePath_ELBO expected reparameterised sites, got {name} of {type(fn).__name__}: use Trace_ELBO."
         )
     with _frozen(fn) as held:
-        # Another tensor of the same numbers: no cache then knows what it was made of, parameters and all.
+        # A new tensor of the same values: no cache then links it to the parameters that it was computed from.
         log_prob = held.log_prob(value.view_as(value))
     scale, mask = site["scale"], site["mask"]
     if mask is not None:
@@ -146,7 +146,7 @@ def _innermost(fn: Any) -> Any:
 
 @contextmanager
 def _frozen(fn: Any) -> Iterator[Any]:
-    """A twin of a distribution that depends on its parameters no more, while entered."""
+    """Copy of a distribution, detached from its parameters, while entered."""
     modules: list[nn.Module] = []
     twin = detached(fn, modules)
     parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
@@ -160,7 +160,7 @@ def _frozen(fn: Any) -> Iterator[Any]:
 
 
 def detached(value: Any, modules: list[nn.Module]) -> Any:
-    """A copy without gradient of tensors, and of what distributions and transforms hold; modules are collected."""
+    """Copy tensors, distributions and transforms without gradient; collect the modules in them."""
     if isinstance(value, Tensor):
         return value.detach()
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):

@@ -1,4 +1,4 @@
-"""The posterior of the latent vector of a guide, up to its normalising constant."""
+"""Posterior of the latent vector of a guide, up to its normalising constant."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["start_of"]
 
 PRIOR_DRAWS = 64
 MINIBATCHES = 8
-"""How many minibatches of a plate that subsamples stand for the others, at most."""
+"""Maximum number of minibatches of a plate that subsamples; they stand for the others."""
 
 
 def start_of(
@@ -32,13 +32,13 @@ def start_of(
     scale: float | None,
     is_told: bool,
 ) -> Normal:
-    """Where a guide starts; what a mask keeps out of the model is left out of `latents`, since it has no posterior.
+    """Initialise a guide; leave out of `latents` entries that a mask excludes from the model: they have no posterior.
 
     Args:
         model, prototype, latents, args, kwargs: As in `Posterior`.
-        scale: That of an isotropic normal at the initial values, or None for the best normal of an ascent.
-        is_told: Whether a user has said where to begin. If not, and a draw of the prior is better than where the ascent
-            ends, which is in another mode, there is one from that draw too.
+        scale: Scale of an isotropic normal at the initial values, or None for the best normal of an ascent.
+        is_told: True if the user chose the starting point. If not, and a draw of the prior has a higher density than
+            the end of the ascent, and so lies near another mode, there is an ascent from that draw too.
     """
     masked = latents.has_masks()
     if scale is not None and not masked:
@@ -57,18 +57,18 @@ def start_of(
 class Posterior:
     r"""log p(x, z(v)) |det dz/dv| in nats, (draws,), for latent vectors v, (draws, D).
 
-    Discrete sites that the model is to sum out are summed out, those that `pyro.poutine.block` hides from a guide
-    included. Where a plate subsamples data, the rows of some minibatches stand for all.
+    Discrete sites that are enumerated in parallel are summed out, including those that `pyro.poutine.block` hides from
+    a guide. Where a plate subsamples data, the rows of some minibatches stand for all.
 
     Args:
-        model: The model that a guide is of.
-        prototype: The trace that the guide is laid out by.
+        model: The model of the guide.
+        prototype: The trace that defines the guide's layout.
         latents: The layout of the latent vector.
-        args, kwargs: What the model is called with.
+        args, kwargs: Arguments of the model.
 
     Attributes:
-        is_known: Whether it is the posterior: the model draws nothing else, and all latent variables of rows are in.
-        is_vectorised: Whether one run of the model scores many draws.
+        is_known: True if it is the posterior: no other random draws, and the latent variables of all rows.
+        is_vectorised: True if one run of the model scores many draws.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Posterior:
             example = poutine.trace(replayed).get_trace(*args, **kwargs)
             hidden = [site for name, site in latent_sites(example).items() if name not in latents.parts]
             if all(map(is_enumerated, hidden)):
-                break  # and elsewhere there are latent variables that another guide has
+                break  # and there are latent variables that belong to another guide
         shapes = {name: part.value.shape for name, part in latents.parts.items()}
         by_row = any(part.rows for part in latents.parts.values())
         most = math.inf if by_row else MINIBATCHES
@@ -96,16 +96,16 @@ class Posterior:
         self.is_known = not self._joint.is_random and not (by_row and self._joint.partial)
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """Log density of latent vectors, (draws, D)."""
+        """Return the log-density of latent vectors, (draws, D), in nats, (draws,)."""
         values, log_det = self._unpacked(latents)
         return self._joint(values) + log_det
 
     @torch.no_grad()
     def better_draw(self, loc: Tensor) -> Tensor | None:
-        """The draw of the prior of the highest log density, (D,), if it is above that of `loc`."""
+        """Return the draw of the prior of the highest log-density, (D,), or None if `loc` has a higher one."""
         try:
             values = self._joint.prior_draws(PRIOR_DRAWS)
-        except (*FAILURES, NotImplementedError):  # as of an improper prior
+        except (*FAILURES, NotImplementedError):  # such as of an improper prior
             return None
         draws, _ = self._latents.pack(values)
         scores = self(torch.cat([loc[None], draws]))
@@ -113,7 +113,7 @@ class Posterior:
         return draws[index - 1] if scores[index] > scores[0] + 1 else None
 
     def leave_out_idle(self) -> None:
-        """Leave out of the latent vector what a mask keeps out of the model."""
+        """Leave out of the latent vector the entries that a mask excludes from the model."""
         masked = masked_in_vector(self._latents, {})
         self._latents.leave_out(idle_entries(self._latents, masked, self._joint, self._joint.nesting), masked)
 

@@ -1,4 +1,4 @@
-"""A progress bar over the steps of a fit, and over the runs of a model before and after them."""
+"""Progress bar over the steps of a fit, and over the runs of a model before and after them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ RECENT = 100
 
 
 class Bar:
-    """What `bar` yields.
+    """A progress bar, shown or not; yielded by `bar`.
 
     Args:
-        shown: A `rich.progress.Progress`, or None where nothing is shown.
-        steps: The most steps.
+        shown: A `rich.progress.Progress`, or None to show nothing.
+        steps: Maximum number of steps.
     """
 
     def __init__(self, shown: Any, steps: int) -> None:
@@ -42,7 +42,7 @@ class Bar:
 
     @contextmanager
     def runs(self, what: str, total: int) -> Iterator[None]:
-        """A bar of its own for what takes a run of the model for each draw, once there are any."""
+        """Show a separate bar for a stage that runs the model for each draw, from its first run on."""
         count, task = 0, None
 
         def show() -> None:
@@ -67,10 +67,10 @@ class Bar:
 
 @contextmanager
 def bar(progress: bool | str, steps: int) -> Iterator[Bar]:
-    """A bar on stderr: step, mean bound of the last hundred, time spent and the most that is left.
+    """Show a bar on stderr: step, mean bound of the last hundred, elapsed time and maximum remaining time.
 
     Yields:
-        A `Bar` to tell of steps and runs.
+        A `Bar` to report steps and runs to.
     """
     require("fit_guide", "rich")
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""What of a model's prototype trace goes with a guide into another process: shapes and plates, and no data."""
+"""The part of a prototype trace that is pickled with a guide: shapes and plates, and no data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["bare_latents", "bare_trace"]
 
 
 def bare_latents(latents: Latents) -> Latents:
-    """The layout of latent sites without the model's tensors, which may be parameters, or hang from its graph."""
+    """Strip a layout of the model's tensors, which may be parameters or part of its graph."""
     twin = copy.copy(latents)
     twin.parts = {
         name: part._replace(site=_bare_site(part.site), transform=detached(part.transform, []))
@@ -26,7 +26,7 @@ def bare_latents(latents: Latents) -> Latents:
 
 
 def bare_trace(trace: poutine.Trace) -> poutine.Trace:
-    """A trace of the latent sites alone."""
+    """Reduce a trace to its latent sites."""
     twin = poutine.Trace()
     for name, site in latent_sites(trace).items():
         twin.add_node(name, **_bare_site(site))
@@ -34,7 +34,7 @@ def bare_trace(trace: poutine.Trace) -> poutine.Trace:
 
 
 def _bare_site(site: dict[str, Any]) -> dict[str, Any]:
-    """A site at its value, with a distribution of its shapes, and without what the distribution was called with."""
+    """Copy a site with its value and a distribution of its shapes, without the distribution's parameters."""
     value = site["value"].detach().clone()
     shapes = Delta(value, event_dim=site["fn"].event_dim)
     scale, mask = (detached(site[name], []) for name in ("scale", "mask"))

@@ -1,4 +1,4 @@
-"""Marginal quantiles of draws, and the levels that are asked for."""
+"""Marginal quantiles of draws, and their levels."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["QUANTILE_DRAWS", "checked_levels", "even_noise", "quantiles_of"]
 
 QUANTILE_DRAWS = 8192
 MOST_COLUMNS = 1024
-"""How many at a time: `torch.quantile` takes no more than 16 million numbers."""
+"""Maximum number of columns at a time: `torch.quantile` takes no more than 16 million numbers."""
 
 
 def checked_levels(who: str, levels: float | Sequence[float] | Tensor, like: Tensor) -> Tensor:
-    """Levels as a tensor in the dtype and on the device of `like`.
+    """Convert levels to a tensor of the dtype and device of `like`.
 
     Raises:
-        TypeError: If they are no numbers.
-        ValueError: If one is not from 0 to 1.
+        TypeError: If they are not numbers.
+        ValueError: If one is outside [0, 1].
     """
     try:
         wanted = torch.as_tensor(levels, dtype=like.dtype, device=like.device)

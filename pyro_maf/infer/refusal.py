@@ -1,4 +1,4 @@
-"""Refusals that stay one line: Pyro adds a table of shapes to whatever is raised while a program is traced."""
+"""Errors of one line: Pyro adds a table of shapes to every error that is raised while a program is traced."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EMPTY = ("Param Sites:", "Sample Sites:")
 
 
 class RefusalError(ValueError):
-    r"""A `ValueError` about how a model or a guide is built, for which no table of shapes helps.
+    r"""A `ValueError` about the structure of a model or a guide, without Pyro's table of shapes.
 
     Example:
         >>> str(RefusalError("AutoIAF found no latent variables.\nTrace Shapes:\n Param Sites:\nSample Sites:"))
@@ -26,7 +26,7 @@ class RefusalError(ValueError):
 
 @contextmanager
 def without_empty_tables() -> Iterator[None]:
-    """While entered, tables that list nothing are taken off the messages of errors, and long tensors are cut."""
+    """Context that removes empty tables of shapes from error messages, and shortens long tensors in them."""
     try:
         yield
     except (ValueError, RuntimeError) as error:
@@ -38,7 +38,7 @@ def without_empty_tables() -> Iterator[None]:
 
 
 def _cut(text: str) -> str:
-    """A text without the hundreds of lines that a tensor of draws may take in it."""
+    """Shorten the hundreds of lines that a tensor of draws may take in a text."""
     lines = text.splitlines()
     return text if len(lines) <= MOST_LINES else "\n".join([*lines[:MOST_LINES], f"... ({len(lines)} lines)"])
 

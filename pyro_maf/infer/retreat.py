@@ -1,4 +1,4 @@
-"""Back to the best weights, where a fit has gone astray."""
+"""Return to the best weights after divergence."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ FALL, SPREADS = 5.0, 10.0
 
 
 class Retreat:
-    r"""The best weights so far, by the median loss of 25 steps, and whether the present ones are far worse.
+    r"""The best weights so far, by the median loss of 25 steps, and a test for far worse present ones.
 
-    The weights of a block of steps are those at its beginning, which the losses after it speak for. A block is far
-    worse where its median is above the best by 5 nats and ten times the median deviation in that one.
+    The weights of a block of steps are those at its beginning, which the losses of the block measure. A block is far
+    worse if its median is above the best by 5 nats and ten times the median deviation of the best block.
 
     Args:
-        parameters: What moves.
+        parameters: The parameters that the optimizer changes.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -32,7 +32,7 @@ class Retreat:
         self._block: list[float] = []
 
     def is_due(self, loss: float) -> bool:
-        """Take note of a step's loss; whether it ended a block far worse than the best."""
+        """Record a step's loss; return True if it ended a block far worse than the best."""
         self._block.append(loss)
         if len(self._block) < BLOCK:
             return False
@@ -46,7 +46,7 @@ class Retreat:
         return False
 
     def has_fallen(self) -> bool:
-        """Whether the losses since the last block are far worse than those of the best."""
+        """Return True if the losses since the last block are far worse than those of the best."""
         return bool(self._block) and median(self._block) > self._loss + self._margin
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Notice of each run of a model, for whoever waits for hundreds of them."""
+"""Notification of each run of a model, for a progress bar over hundreds of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def watched(notice: Callable[[], None]) -> Iterator[None]:
 
 
 def noticed() -> None:
-    """Say that a model was run for a single draw."""
+    """Report a run of a model for a single draw."""
     notice = _notice.get()
     if notice is not None:
         notice()

@@ -1,4 +1,4 @@
-"""How the learning rate of a guide falls, and when it is done."""
+"""Learning rate schedule and convergence test of a guide."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ LAST_PART = 0.3
 
 
 class Schedule:
-    r"""The learning rate of each step: warm-up, halved whenever the bound has stopped rising, annealed near the end.
+    r"""Learning rate of each step: warm-up, halved whenever the bound has stopped rising, annealed near the end.
 
-    Losses are looked at in windows of 200 steps. Where the mean of a window is no better than the best before it, by
-    more than its own standard error, the rate is halved; after five halvings there is nothing more to gain, and the
-    bound has converged. Should that not have happened by seventy per cent of the steps, the rate falls to a
-    thirty-second over the rest.
+    Losses are averaged in windows of 200 steps. If the mean of a window is not better than the best before it by more
+    than its standard error, the rate is halved; after five halvings the bound has converged. If that has not happened
+    by 70 % of the steps, the rate falls to 1/32 over the rest.
 
     Args:
-        learning_rate: The highest.
-        steps: The most there will be.
+        learning_rate: Maximum learning rate.
+        steps: Maximum number of steps.
 
     Attributes:
-        is_as_good_as_any: Whether the last window was no worse than the best, up to its standard error.
+        is_as_good_as_any: True if the last window was no worse than the best, up to its standard error.
     """
 
     def __init__(self, learning_rate: float, steps: int) -> None:
@@ -38,12 +37,12 @@ class Schedule:
 
     @property
     def converged(self) -> bool:
-        """Whether the bound has stopped rising for good."""
+        """True after the last halving, if the bound has stopped rising."""
         return self._cuts >= CUTS
 
     @property
     def learning_rate(self) -> float:
-        """That of the next step."""
+        """Learning rate of the next step."""
         warm = min(1.0, (self._taken - self._warm_from + 1) / WARM_UP)
         annealed = 2.0 ** (-CUTS * max(0.0, 1 - (self._steps - self._taken) / (LAST_PART * self._steps)))
         return self._highest * warm * min(2.0**-self._cuts, annealed)
@@ -55,7 +54,7 @@ class Schedule:
         self._window = []
 
     def step(self, loss: float) -> bool:
-        """Take note of a step's loss; true where it ended a window."""
+        """Record a step's loss; return True if it ended a window."""
         self._taken += 1
         self._window.append(loss)
         if len(self._window) < WINDOW:
@@ -69,12 +68,12 @@ class Schedule:
         return True
 
     def ends_as_good_as_any(self) -> bool:
-        """Whether the losses since the last window, if there are any, are no worse than the best."""
+        """Return True if the losses since the last window, if any, are no worse than the best."""
         if len(self._window) < 2:
             return False
         mean, error = self._mean()
         return mean <= self._best + error
 
     def _mean(self) -> tuple[float, float]:
-        """Of the present window, with its standard error."""
+        """Return the mean loss of the present window, and its standard error."""
         return fmean(self._window), stdev(self._window) / math.sqrt(len(self._window))

@@ -1,7 +1,7 @@
-r"""Where a guide starts: the normal distribution, of many along a path to the mode, that fits the posterior best.
+r"""Initialization of a guide: of many normals along an ascent to the mode, that of the largest evidence lower bound.
 
-A mode alone misleads: that of a funnel lies in its neck, where almost none of the probability is. So every point on the
-way there proposes normals, and the evidence lower bound of each, estimated from a few draws, decides.
+A mode alone misleads: that of a funnel lies in its neck, where almost none of the probability is. So every point of the
+ascent proposes normals, and the evidence lower bound of each, estimated from a few draws, decides.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ __all__ = ["Normal", "best_normal", "best_of"]
 DRAWS = 32
 ITERATIONS = 300
 PATIENCE, GAIN = 20, 1e-3
-"""So many iterations without a normal better by so many nats end an ascent, as of a density without a mode."""
+"""Iterations, and nats: an ascent without such a gain in so many iterations ends, as for a density without a mode."""
 HALVINGS = 12
 ISOTROPIC = (1.0, 0.1)
 LARGEST_SCALES = (math.inf, 10.0, 1.0)
 DENSE = 200
 HISTORY = 20
 FEW = 20
-"""Up to so many dimensions curvature alone serves."""
+"""Maximum number of dimensions at which the curvature alone suffices."""
 DIAGONAL_STEPS, DIAGONAL_RATE = 100, 0.2
 ALONE, ALONE_DRAWS = 300, 4
-"""About how many runs a model may take that has to be run for each row, and the draws of a bound then."""
+"""For a model that has to be run for each row: approximate maximum number of runs, and draws for each bound."""
 SLACK = 10.0
-"""How many nats, and per cent, rounding to float32 may cost a normal."""
+"""Maximum loss of a normal by rounding to float32, in nats and per cent."""
 
 
 class Normal(NamedTuple):
@@ -45,26 +45,26 @@ class Normal(NamedTuple):
 
     @classmethod
     def isotropic(cls, loc: Tensor, scale: float) -> Normal:
-        """The same scale in every direction."""
+        """Return a normal with the same scale in every direction."""
         return cls(loc, scale * torch.eye(len(loc), dtype=loc.dtype, device=loc.device))
 
 
 def best_normal(log_density: Score, loc: Tensor, *, vectorised: bool = True) -> Normal:
-    r"""The normal of the largest evidence lower bound, among those met on an ascent from `loc`.
+    r"""Return the normal of the largest evidence lower bound among those proposed on an ascent from `loc`.
 
-    Every point of the ascent proposes the normal with the curvature there, its scales bounded by none, 10 and 1, and
-    isotropic ones of scale 1 and 0.1. Bounds are estimated from 32 draws, the same for all. Beyond 20 dimensions there
-    is the diagonal normal too that variational inference reaches from `loc`: where scales depend on each other, as in
-    hierarchies, no curvature has a bound as high.
+    Every point of the ascent proposes normals with the curvature there, their scales unbounded, at most 10 and at most
+    1, and isotropic ones of scale 1 and 0.1. Bounds are estimated from 32 draws, the same for all. Beyond 20 dimensions
+    a further candidate is the diagonal normal that variational inference reaches from `loc`: where scales depend on
+    each other, as in hierarchies, no curvature has a bound as high.
 
     The ascent is a damped Newton iteration on |eigenvalues|, so that saddles repel it; beyond 200 dimensions it is
     BFGS, whose curvature comes from the gradients met. It ends where it has converged, or has met no better normal for
     20 iterations, and is computed in float64 where the model can be run so.
 
     Args:
-        log_density: Of the posterior, up to a constant.
-        loc: Where to begin, (D,).
-        vectorised: Whether many rows cost about as much as one. Where not, it is the best of some 300 runs.
+        log_density: Log-density of the posterior, up to a constant.
+        loc: Starting point, (D,).
+        vectorised: True if many rows cost about as much as one. If not, the ascent is limited to some 300 runs.
 
     Reference:
         Dauphin et al., *Identifying and attacking the saddle point problem*, 2014; Zhang et al., *Pathfinder: Parallel
@@ -82,14 +82,14 @@ def best_normal(log_density: Score, loc: Tensor, *, vectorised: bool = True) -> 
 
 
 def best_of(log_density: Score, normals: list[Normal], *, vectorised: bool = True) -> Normal:
-    """The normal of the largest evidence lower bound of a few."""
+    """Return the normal of the largest evidence lower bound among a few."""
     with torch.no_grad():
         bounds = _bounds(log_density, normals, _noise(normals[0].loc, vectorised))
     return normals[int(bounds.argmax())]
 
 
 def _noise(loc: Tensor, vectorised: bool, seed: int = 0) -> Tensor:
-    """Standard normal draws in pairs of opposite sign."""
+    """Draw standard normals in antithetic pairs."""
     with seeded(seed, loc.device):
         noise = torch.randn((DRAWS if vectorised else ALONE_DRAWS) // 2, len(loc)).to(loc)
     return torch.cat([noise, -noise])
@@ -125,7 +125,7 @@ class _Search:
                 return
 
     def _backwards(self, path: Iterator[list[Normal]]) -> None:
-        """Try the candidates of some points, from the last on, since a bound takes many more runs than a step does."""
+        """Try the candidates of some points, from the last one back, since a bound takes many more runs than a step."""
         met = []
         for candidates in path:
             met.append(candidates)
@@ -141,7 +141,7 @@ class _Search:
         return self._log_density(rows)
 
     def _try(self, candidates: list[Normal]) -> bool:
-        """Whether one of the candidates is better than the best so far."""
+        """Try candidates; return True if one is better than the best so far."""
         with torch.no_grad():
             bound, index = _bounds(self._score, candidates, self._noise).max(0)
         better = float(bound) > self._bound + GAIN
@@ -151,7 +151,7 @@ class _Search:
 
 
 def _diagonal(log_density: Score, loc: Tensor, noise: Tensor) -> Normal:
-    """The diagonal normal that a hundred steps of Adam on the bound of fixed noise reach from `loc`."""
+    """Return the diagonal normal that a hundred steps of Adam, on the bound at fixed noise, reach from `loc`."""
     place = torch.stack([loc, torch.full_like(loc, math.log(ISOTROPIC[-1]))]).requires_grad_()
     optimizer = torch.optim.Adam([place], betas=(0.8, 0.95))
     for step in range(DIAGONAL_STEPS):
@@ -169,7 +169,7 @@ def _diagonal(log_density: Score, loc: Tensor, noise: Tensor) -> Normal:
 
 
 def _bounds(log_density: Score, candidates: list[Normal], noise: Tensor) -> Tensor:
-    """Evidence lower bound of each candidate, up to a constant they share."""
+    """Evidence lower bound of each candidate, up to a common constant."""
     draws = torch.cat([each.loc + noise @ each.scale_tril.T for each in candidates])
     scores = log_density(draws).view(len(candidates), -1).mean(1)
     entropies = torch.stack([each.scale_tril.diagonal().log().sum() for each in candidates])
@@ -183,7 +183,7 @@ def _newton(log_density: Score, loc: Tensor, vectorised: bool) -> Iterator[list[
     for _ in range(ITERATIONS):
         try:
             gradient, hessian = _derivatives(log_density, loc, vectorised)
-        except FAILURES:  # such as an operation that can be differentiated once alone
+        except FAILURES:  # such as an operation without a second derivative
             yield from _bfgs(log_density, loc, vectorised)
             return
         if not gradient.isfinite().all():
@@ -217,7 +217,7 @@ def _bfgs(log_density: Score, loc: Tensor, vectorised: bool) -> Iterator[list[No
         value, gradient = improved, _gradient(log_density, loc)
         moved, bent = loc - before, gradient_before - gradient
         if moved @ bent > 1e-8 * bent @ bent:
-            if iteration % HISTORY == 0:  # what was learned far away is forgotten
+            if iteration % HISTORY == 0:  # forget the curvature of points far away
                 covariance = torch.eye(len(loc), dtype=loc.dtype, device=loc.device) * ((moved @ bent) / (bent @ bent))
             covariance = _updated(covariance, moved, bent)
         if done or iteration % 4 == 3:
@@ -239,7 +239,7 @@ def _updated(covariance: Tensor, moved: Tensor, bent: Tensor) -> Tensor:
 
 
 def _line_search(log_density: Score, loc: Tensor, step: Tensor, vectorised: bool) -> tuple[Tensor, float]:
-    """The best of a full step and of ever smaller ones, with its log density; alone, the first that is any better."""
+    """Return the best of a full step and ever smaller ones, with its log-density; if not vectorised, the first gain."""
     sizes = 0.5 ** torch.arange(HALVINGS, dtype=loc.dtype, device=loc.device)
     points = torch.cat([loc[None], loc + sizes[:, None] * step])
     with torch.no_grad():
@@ -254,9 +254,9 @@ def _line_search(log_density: Score, loc: Tensor, step: Tensor, vectorised: bool
 
 
 class _Curvature:
-    """The precision matrix |-H|, by its eigenvalues in units where its diagonal is one.
+    """The precision matrix |-H|, by its eigendecomposition in units in which its diagonal is one.
 
-    In those units rounding harms least: predictors of unlike sizes differ in the diagonal alone.
+    Rounding errors are smallest in those units: predictors of different scales differ in the diagonal alone.
     """
 
     def __init__(self, precision: Tensor) -> None:
@@ -275,7 +275,7 @@ class _Curvature:
         return (self._units * (self._vectors @ (turned / self._values))).to(self._like)
 
     def normal(self, loc: Tensor, largest: float) -> Normal:
-        """The normal of this precision, no direction of it wider than `largest`."""
+        """The normal of this precision, with no scale above `largest`."""
         root = self._units[:, None] * self._vectors * self._values.rsqrt()
         covariance = root @ root.T
         if largest < math.inf:

@@ -1,4 +1,4 @@
-"""Whether the supports of a model's latent sites stay as they were when the guide was set up."""
+"""Check that the supports of a model's latent sites do not change after the guide is set up."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from pyro_maf.randomness import seeded
 __all__ = ["check_supports"]
 
 STEP = 0.3
-"""How far latent variables are moved, in unconstrained space, to see whether a support moves with them."""
+"""Displacement of latent variables, in unconstrained space, for the test if a support moves with them."""
 
 
 @torch.no_grad()
 def check_supports(
     who: str, model: Callable[..., Any], latents: Latents, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
-    """Refuse a support with a bound that is another at other values of the latent variables, or that is trained.
+    """Refuse a support with a bound that depends on latent variables, or that is trained.
 
-    A guide maps to each support as it was in the model's first run: where it moves, draws leave it, and what the guide
-    says of the posterior is wrong.
+    A guide maps to each support as it was in the model's first run: if it moves, draws leave it, and the guide's
+    posterior is wrong.
 
-    Cost: one run of the model where a support has a tensor for a bound, and none where all bounds are plain numbers.
+    Cost: one run of the model if a support has a tensor for a bound, and none if all bounds are plain numbers.
 
     Raises:
         ValueError: For such a support, with its site.
@@ -48,7 +48,7 @@ def check_supports(
         with poutine.block(), seeded(0, next(iter(moved.values())).device):
             trace: Any = poutine.trace(poutine.condition(model, data=moved)).get_trace(*args, **kwargs)
     except FAILURES:
-        return  # which says nothing of supports
+        return  # which does not concern supports
     for name, bounds in before.items():
         now = list(_bounds(trace.nodes[name]["fn"].support)) if name in trace else bounds
         if len(now) != len(bounds) or not all(map(_same, now, bounds)):
@@ -63,7 +63,7 @@ def _said(who: str, name: str, cause: str) -> str:
 
 
 def _bounds(support: Any) -> Iterator[Tensor]:
-    """The tensors that a constraint is made of."""
+    """Iterate over the tensors of a constraint."""
     for value in getattr(support, "__dict__", {}).values():
         if isinstance(value, Tensor):
             yield value

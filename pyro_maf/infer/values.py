@@ -1,4 +1,4 @@
-"""Values of a guide's sites as a user hands them in."""
+"""Values of a guide's sites as a user passes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["checked_values", "within_supports"]
 
 
 def checked_values(who: str, latents: Latents, values: Any, like: Tensor) -> dict[str, Tensor]:
-    r"""Values of every site, (\*batch, \*site), as tensors of one batch shape and of the dtype of `like`.
+    r"""Convert values of every site, (\*batch, \*site), to tensors of one batch shape and of the dtype of `like`.
 
     Args:
         who: The guide's class, for errors.
@@ -23,7 +23,7 @@ def checked_values(who: str, latents: Latents, values: Any, like: Tensor) -> dic
         like: A weight of the guide.
 
     Raises:
-        TypeError: If they are no mapping, no numbers, or floating-point tensors of another dtype.
+        TypeError: If they are not a mapping, not numbers, or floating-point tensors of another dtype.
         ValueError: If a site is missing, or if a shape is not that of its site or does not broadcast with the others.
     """
     if not isinstance(values, Mapping):
@@ -50,11 +50,11 @@ def checked_values(who: str, latents: Latents, values: Any, like: Tensor) -> dic
 
 @torch.no_grad()
 def within_supports(latents: Latents, values: Mapping[str, Tensor]) -> Tensor:
-    r"""Whether all of the sites' values, (\*batch, \*site), are on their supports, (\*batch,)."""
+    r"""Test if all sites' values, (\*batch, \*site), are on their supports; (\*batch,), boolean."""
     inside = []
     for name, part in latents.parts.items():
         value = values[name]
-        # Some inverses clamp, so what comes back is compared.
+        # Some inverses clamp, so compare the round trip.
         back = part.transform(part.transform.inv(value))
         batch = value.dim() - len(part.value.shape) + len(latents.rows)
         inside.append(torch.isclose(back, value, rtol=1e-3, atol=1e-5).reshape(*value.shape[:batch], -1).all(-1))
