@@ -1,8 +1,8 @@
 """Both directions of an autoregressive layer, and their gradients.
 
-`solve` is the sequential one, as one sweep over the network, and `parallel` the other. `reference` is the sweep in
-torch, which runs for any device, dtype and map and defines what is right; `kernel` has both directions compiled by
-numba, for CPUs; `unrolled` is plain passes, differentiable to any order.
+`solve` is the sequential direction, one sweep over the network; `parallel` is the other. `reference`, the sweep in
+torch, runs on any device, for any dtype and univariate map, and defines correctness; `kernel` has both directions
+compiled by numba, for CPUs; `unrolled` runs plain passes, differentiable to any order.
 """
 
 from pyro_maf.sweep.pack import forget

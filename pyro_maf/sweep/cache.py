@@ -1,9 +1,8 @@
-"""Compiled code on disk: numba's own cache, but for what it takes on trust.
+"""On-disk cache of compiled code: numba's, with the integrity check that it lacks.
 
-numba runs whatever its files hold: of one that is cut short it raises what unpickling raises, at each call; one in
-which a bit has changed may compute anything. Here every file ends in a seal, the digest of its name and content, and
-none is unpickled whose seal is broken. Such a file costs a warning and the time to compile, after which it is whole
-again.
+numba runs whatever its files hold: a truncated one raises an unpickling error at each call; one with a flipped bit may
+compute anything. Here every file ends in a seal, the digest of its name and content, and no file with a broken seal is
+unpickled. Such a file costs a warning and a recompilation, which restores it.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from pyro_maf.saving import write_whole
 __all__ = ["stored"]
 
 SOURCES = ("elementwise", "kernel", "pack", "products")
-"""The modules that compiled code is made of. numba itself looks at the one that a function is in."""
+"""Modules that the compiled code is built from. numba itself checks only the module of the function."""
 SEAL = hashlib.sha256().digest_size
 
 
 def stored(dispatcher: Any) -> Any:
-    """A function of numba's with its compiled code on disk, in place of `njit(cache=True)`.
+    """Cache a numba function's compiled code on disk, in place of `njit(cache=True)`.
 
     Raises:
-        RuntimeError: Of numba's, where it finds no folder to write to.
+        RuntimeError: From numba, if there is no writable folder.
     """
-    # What `njit(cache=True)` sets; numba has no public way to put another cache there.
+    # The attribute that `njit(cache=True)` sets; numba has no public way to install another cache.
     dispatcher._cache = _Cache(dispatcher.py_func)
     return dispatcher
 
@@ -51,7 +50,7 @@ class _Cache(FunctionCache):
         self._cache_file = _SealedFiles(self.cache_path, self._impl.filename_base, stamp)
 
     def save_overload(self, signature: Any, data: Any) -> None:
-        """Write compiled code to disk, where there is room."""
+        """Write compiled code to disk; warn if that fails."""
         try:
             super().save_overload(signature, data)
         except OSError as error:
@@ -64,7 +63,7 @@ class _SealedFiles(IndexDataCacheFile):
     def load(self, key: Any) -> Any:
         """The code for a signature, or None."""
         found = super().load(key)
-        # Of processes that compile at once, two may take the same number for the code of different signatures.
+        # Processes that compile at the same time may use one number for the code of different signatures.
         return found[1] if found is not None and found[0] == key else None
 
     def save(self, key: Any, data: Any) -> None:
@@ -93,7 +92,7 @@ def _seal(path: Path, content: bytes) -> bytes:
 
 
 def _is_sound(path: Path) -> bool:
-    """Whether a file is there with its seal; a warning where it is there without."""
+    """Return whether a file exists with a valid seal; warn if it exists without one."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -101,7 +100,7 @@ def _is_sound(path: Path) -> bool:
     except OSError as error:
         _warn(f"can not read its compiled code in {path.parent} ({path.name}: {error.strerror})")
         return False
-    # numba unpickles what comes before the seal and does not look further.
+    # numba unpickles what precedes the seal and reads no further.
     if content[-SEAL:] == _seal(path, content[:-SEAL]):
         return True
     _warn(f"found its compiled code in {path.parent} damaged ({path.name})")
@@ -110,7 +109,7 @@ def _is_sound(path: Path) -> bool:
 
 @functools.cache
 def _stamp() -> str:
-    """A number that other sources, or another compiler, would not have."""
+    """Fingerprint of the sources and of the compiler's version."""
     folder = resources.files("pyro_maf.sweep")
     hashed = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
     for name in SOURCES:
@@ -122,7 +121,7 @@ _said: list[str] = []
 
 
 def _warn(what: str) -> None:
-    """Say what is wrong, once for all functions of a process."""
+    """Warn once per process, for all functions."""
     if not _said:
         _said.append(what)
         warnings.warn(

@@ -1,4 +1,4 @@
-"""What decides how a direction is computed, beside the direction itself."""
+"""Conditions on which the method for a direction depends: gradients needed, batch shapes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["needs_gradient", "together"]
 
 
 def needs_gradient(made: MADE, own: Sequence[Tensor] | None, v: Tensor, context: Tensor | None) -> bool:
-    """Whether what a network makes of v at a context may have to be differentiated.
+    """Return whether the outputs of a network at v and a context may require a gradient.
 
     Args:
         made: The network.
-        own: Its `own_tensors`; where it has others besides, there is no telling, and the answer is yes.
+        own: Its `own_tensors`; with None it may depend on other tensors, and the answer is yes.
         v: The variables.
         context: The context, or None.
     """
@@ -35,7 +35,7 @@ def _may_need_gradient(layer: nn.Module) -> bool:
 
 
 def together(v: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-    """V with the batch shape of both, and the context with a row for each of its rows, unless it is one for all."""
+    """Broadcast v to the common batch shape, and a batched context to one row for each row of v."""
     batch = torch.broadcast_shapes(v.shape[:-1], context.shape[:-1])
     if context.dim() > 1:
         context = context.expand(*batch, -1).reshape(-1, context.shape[-1])

@@ -1,4 +1,4 @@
-"""Both directions by compiled kernels, where they can be had: on the CPU, in float32 or float64, for the affine map."""
+"""Both directions by compiled kernels: on the CPU, in float32 or float64, for the affine map."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from pyro_maf.sweep.threads import in_parts
 __all__ = ["KernelSweep", "evaluate", "takes"]
 
 FEW_POINTS = 8
-"""Below this many points they are taken one after another."""
+"""Smaller batches are computed point by point."""
 
 
 def takes(scalar: ScalarMap, v: Tensor) -> bool:
-    """Whether the kernels know the map, and run on this device, in this precision and on this machine."""
+    """Return whether the kernels support this univariate map, device, dtype and machine."""
     return (
         type(scalar) is Affine
         and v.device.type == "cpu"
@@ -33,7 +33,7 @@ def takes(scalar: ScalarMap, v: Tensor) -> bool:
 
 
 def evaluate(pack: Pack, v: Tensor, *, inverse: bool, sequential: bool) -> tuple[Tensor, Tensor]:
-    """w and log-determinant of points v (batch, D), without gradient and keeping nothing."""
+    """w and log-determinant for v (batch, D), without gradient: nothing is saved for the adjoint."""
     v = v.detach().contiguous()
     if len(v) < FEW_POINTS:
         w, log_det = torch.empty_like(v), v.new_empty(len(v))
@@ -44,7 +44,7 @@ def evaluate(pack: Pack, v: Tensor, *, inverse: bool, sequential: bool) -> tuple
 
 
 class Kept(NamedTuple):
-    """What the adjoint needs: each unit's activation and derivative, (units, batch and idle points)."""
+    """Tensors saved for the adjoint: activations and their derivatives, (units, batch padded to `LANES`)."""
 
     tape: Tensor
     slopes: Tensor
@@ -56,14 +56,14 @@ class KernelSweep:
 
     Args:
         pack: The network.
-        inverse: Whether w are the x of given y.
+        inverse: Whether v is y and w is x, rather than the reverse.
     """
 
     pack: Pack
     inverse: bool
 
     def forward(self, v: Tensor) -> tuple[Tensor, Tensor, Kept]:
-        """w, log-determinant and what the adjoint needs, for v (batch, D)."""
+        """w, log-determinant and the tensors saved for the adjoint, for v (batch, D)."""
         tape, slopes = v.new_empty(2, int(self.pack.levels[-1]), -(-len(v) // LANES) * LANES)
         w, log_det = _forward_columns(self.pack, v.contiguous(), self.inverse, True, tape, slopes)
         return w, log_det, Kept(tape, slopes)
@@ -71,12 +71,12 @@ class KernelSweep:
     def adjoint(
         self, v: Tensor, w: Tensor, kept: Kept, grad_w: Tensor, grad_log_det: Tensor
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Derivatives of <grad_w, w> + <grad_log_det, log_det> by v, the weights, and what is put into each unit."""
+        """Gradients of <grad_w, w> + <grad_log_det, log_det> w.r.t. v, the weights and the pre-activations."""
         tape, slopes = kept
         delta, grad_v = torch.empty_like(tape), torch.empty_like(w)
         given = [tensor.contiguous().numpy() for tensor in (v, w)]
         wanted = [tensor.contiguous().numpy() for tensor in (slopes, grad_w, grad_log_det)]
-        # Twice as many: weights are read down their columns here, so blocks are to be wide.
+        # Blocks twice as wide: weights are read down their columns here.
         network, block = self.pack[: Pack._fields.index("kind")], 2 * _block(v.shape[1], True)
         results = delta.numpy(), grad_v.numpy()
 
@@ -106,7 +106,7 @@ def _forward_columns(
 
 
 def _by_weights(unit: Tensor, seen: Tensor, final: Array, final_below: Array) -> Tensor:
-    """unit @ seen.T where a unit sees those below it, in panels of rows, and 0 elsewhere or anything."""
+    """unit @ seen.T, in panels of rows; entries that the mask removes are 0 or arbitrary."""
     panels = min(MOST, len(unit) // ROWS)
     if panels < FEWEST:
         return unit @ seen.T
@@ -119,12 +119,12 @@ def _by_weights(unit: Tensor, seen: Tensor, final: Array, final_below: Array) ->
 
 
 def _sign(inverse: bool) -> int:
-    """As the kernels take it: 1 for y of x, -1 for x of y."""
+    """Direction as the kernels encode it: 1 for y from x, -1 for x from y."""
     return -1 if inverse else 1
 
 
 def _block(dim: int, sequential: bool) -> int:
-    """Variables in a block, by measurement."""
+    """Number of variables in a block, by measurement."""
     if dim > 100:
         return 16
     return 8 if sequential and dim > 12 else 4

@@ -1,6 +1,7 @@
-r"""The parallel direction of a wide layer, and its derivative, as one operation that skips the zeros of the weights.
+r"""The parallel direction of a wide layer, and its gradient, as one operation that skips the zeros of the weights.
 
-Variables and outputs are feature-major, (units, batch); hidden units are (batch, units): the fastest for the products.
+Variables and outputs are feature-major, (units, batch); hidden units are (batch, units):
+the fastest layouts for the products.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ __all__ = ["differentiable", "takes"]
 
 NARROW = 256
 LEAST_UNITS = 32_000
-"""A network with a narrower hidden layer than the first, or with fewer units for all points together than the second,
-is faster by whole products under autograd."""
+"""Minimum width of every hidden layer, and minimum width times batch size: below either, plain autograd with dense
+products is faster."""
 
 aten: Any = torch.ops.aten
 
 
 class Kept(NamedTuple):
-    """What the derivative needs of a pass.
+    """Tensors saved for the backward pass.
 
     Attributes:
         v, w: Variables before and after the map, (D, batch).
         half: The square root of dw/dv.
-        tanh: The log-scale over its bound.
-        growth: The derivative of a variable by what the network sees of it.
+        tanh: The log-scale divided by its bound.
+        growth: The derivative of a variable with respect to its `compress_tails`.
     """
 
     v: Tensor
@@ -47,12 +48,12 @@ class Kept(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """A pass through the network.
+    """Intermediate results of a pass through the network.
 
     Attributes:
-        below: What each layer's product is of, (batch, units).
-        given: What each activation's derivative is made of, likewise.
-        products: Each layer's.
+        below: Input of each layer, (batch, units).
+        given: Tensor that each activation's backward needs, its value or pre-activation, (batch, units).
+        products: Masked product of each layer.
     """
 
     below: list[Tensor]
@@ -61,7 +62,7 @@ class Pass(NamedTuple):
 
 
 def takes(made: MADE, scalar: ScalarMap, v: Tensor) -> bool:
-    """Whether this pass is for that map and network, on that device, with nobody looking inside."""
+    """Return whether this pass supports the map, network and device, and no tracer or compiler is active."""
     width = min(made.hidden_dims, default=0)
     return (
         width >= NARROW
@@ -79,9 +80,9 @@ def differentiable(
 
     Args:
         made: The network.
-        v: What is given.
-        weights, biases: Its own, as `plan.weights_of` and `plan.biases_of` give them.
-        inverse: Whether x is made of y.
+        v: The input.
+        weights, biases: Those of the network, from `plan.weights_of` and `plan.biases_of`.
+        inverse: Whether v is y and w is x, rather than the reverse.
     """
     return _Dense.apply(made, inverse, v, *weights, *biases)
 
@@ -129,7 +130,7 @@ def _compress(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _through(made: MADE, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Pass]:
-    """The outputs for inputs x (batch, D), as (units, batch)."""
+    """Outputs, (units, batch), for inputs x, (batch, D), and the intermediate results."""
     taken = Pass([x], [], [])
     for layer, weight, bias, panels in zip(made.masked_layers, weights, biases, panels_of(made), strict=True):
         product = Product.of(weight, layer.mask, panels)
@@ -142,7 +143,7 @@ def _through(made: MADE, x: Tensor, weights: Sequence[Tensor], biases: Sequence[
 
 
 def _map(v: Tensor, outputs: Tensor, sign: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The affine map of v (D, batch): w, log-determinant, e^(sign alpha / 2), and alpha over its bound."""
+    """The affine map of v (D, batch): w, log-determinant, e^(sign alpha / 2), and alpha divided by its bound."""
     tanh = (outputs[1::2] / Affine.BOUND).tanh_()
     half = (tanh * (0.5 * Affine.BOUND * sign)).exp_()
     w = (v * half).add_(outputs[::2], alpha=sign).mul_(half)
@@ -150,7 +151,7 @@ def _map(v: Tensor, outputs: Tensor, sign: int) -> tuple[Tensor, Tensor, Tensor,
 
 
 def _map_backward(kept: Kept, grad_w: Tensor, grad_log_det: Tensor, sign: int) -> tuple[Tensor, Tensor]:
-    """The affine map's derivatives by v, (D, batch), and by the outputs of the network, (2 D, batch)."""
+    """Gradients of the affine map w.r.t. v, (D, batch), and the outputs of the network, (2 D, batch)."""
     by_outputs = grad_w.new_empty(2 * len(grad_w), grad_w.shape[1])
     halfway = grad_w * kept.half
     torch.mul(halfway, sign, out=by_outputs[::2])
@@ -170,7 +171,7 @@ def _backward(
     grad_w: Tensor,
     grad_log_det: Tensor,
 ) -> list[Tensor | None]:
-    """Derivatives by v, the weights and the biases, as far as they are needed."""
+    """Gradients with respect to v, the weights and the biases; None where not needed."""
     layers = len(biases)
     by_weights: list[Tensor | None] = [None] * layers
     by_biases: list[Tensor | None] = [None] * layers
@@ -193,7 +194,7 @@ def _backward(
 def _by_plain_operations(
     ctx: Any, inputs: Sequence[Tensor], needed: Sequence[bool], grads: tuple[Tensor, Tensor]
 ) -> list[Tensor | None]:
-    """The same derivatives by operations that can be differentiated again."""
+    """The same gradients by plain operations, which can be differentiated again."""
     layers, again = len(inputs) // 2, torch.is_grad_enabled()
     with torch.enable_grad():
         results = _plain(ctx.made, ctx.inverse, inputs[0], inputs[1 : 1 + layers], inputs[1 + layers :])

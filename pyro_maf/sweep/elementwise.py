@@ -1,4 +1,4 @@
-"""Elementwise functions of the kernels: activations, the map of one dimension, what a network sees of its inputs."""
+"""Elementwise functions of the kernels: activations, the univariate map, the compression of a network's inputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INNER: dict[str, Any] = {
     "no_cpython_wrapper": True,
     "no_cfunc_wrapper": True,
 }
-"""How functions are compiled that others here call."""
+"""Compiler options of functions that other kernels call."""
 RELU, TANH, ELU, SILU, GELU, LEAKY_RELU, SOFTPLUS, SIGMOID = range(8)
 LEAK = 0.01
 
@@ -31,7 +31,7 @@ LN2_LOW = np.float32(-2.12194440e-4)
 
 @njit(**INNER)
 def _exp(x: Any) -> Any:
-    """exp(x); in float32 it ends at e^-87 and e^88."""
+    """exp(x), clamped to e^-87 .. e^88 in float32."""
     power, rest = _exp_parts(x)
     return power * rest + power
 
@@ -80,7 +80,7 @@ def _compiled_exp_parts(x: Any) -> Any:
 
 @njit(**INNER)
 def activate(kind: Any, z: Any, slope: Any, keep: bool) -> None:
-    """Replace z by its activation, and put the derivative in `slope`, which only matters if it is to be kept."""
+    """Replace the pre-activation z by its activation and write the derivative to `slope`, needed only if `keep`."""
     one, half = z.dtype.type(1), z.dtype.type(0.5)
     if kind == RELU:
         if keep:
@@ -125,8 +125,8 @@ def activate(kind: Any, z: Any, slope: Any, keep: bool) -> None:
 def transform(x: Any, shift: Any, a: Any, sign: int, bound: float, log_det: Any, scale: Any, alpha_slope: Any) -> None:
     """Replace x by (x e + sign s) e with e = exp(sign alpha / 2), and add alpha = b tanh(a / b) to log_det.
 
-    Leaves alpha in `a`, its derivative in `alpha_slope` and e in `scale`. One loop for each, since loops over many
-    arrays are not vectorised.
+    Leaves alpha in `a`, its derivative with respect to `a` in `alpha_slope` and e in `scale`. One loop for each, since
+    loops over many arrays are not vectorised.
     """
     one, half, signed, limit = x.dtype.type(1), x.dtype.type(0.5 * sign), x.dtype.type(sign), x.dtype.type(bound)
     for t in range(len(a)):
@@ -145,7 +145,7 @@ def transform(x: Any, shift: Any, a: Any, sign: int, bound: float, log_det: Any,
 
 @njit(**INNER)
 def compress(x: Any, slope: Any) -> None:
-    """Replace x by what the network sees of it."""
+    """Replace x by its `compress_tails` and write the derivative to `slope`."""
     one, bulk = x.dtype.type(1), x.dtype.type(BULK)
     for t in range(len(x)):
         slope[t] = one

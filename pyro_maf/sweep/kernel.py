@@ -1,17 +1,17 @@
 r"""Both directions, and the adjoint of the sequential one, compiled by numba for CPUs.
 
-Both work on a tape: one row for each unit of the network, level by level, inputs first and outputs last, and one column
+Both fill a tape: one row for each unit of the network, level by level, inputs first and outputs last, and one column
 for each point of the batch. Arrays that describe the network:
 
-- `weights`, flat: the matrix that makes level l, (units, units below), begins at `starts[l]`. Level 0 are the inputs.
+- `weights`, flat: the matrix of level l, (units, units below), begins at `starts[l]`. Level 0 is the inputs.
 - `levels[l]`: the tape's row at which level l begins; the last entry is the number of rows.
-- `final[l, i + 1]`: how many units of level l are final in step i, when the variables before i are known; `final[l, 0]`
-  is 0. Those of step i alone are thus final[l, i] .. final[l, i + 1] - 1.
+- `final[l, i + 1]`: the number of units of level l that are final at step i, when the variables before i are
+  determined; `final[l, 0]` is 0. Step i thus completes units final[l, i] .. final[l, i + 1] - 1.
 
-Variables are walked in blocks, which leaves the zero half of the weights out. In the sequential direction one matrix
-product brings in all that earlier blocks contribute to a block's units; inside the block, small products follow the
-variables one by one. In the parallel direction the one product is all there is to a block. A chunk of columns is taken
-through all blocks before the next, so that its part of the tape stays in the processor's cache.
+Variables are processed in blocks, which skips the zero half of the weights. In the sequential direction one matrix
+product adds the contributions of all earlier blocks to a block's units; inside the block, small products follow the
+variables one by one. In the parallel direction a block is that one product. A chunk of columns passes through all
+blocks before the next, so that its part of the tape stays in the processor's cache.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from pyro_maf.sweep.products import add_product, dot
 __all__ = ["backward", "forward_columns", "forward_rows"]
 
 ENTRY = {"fastmath": INNER["fastmath"], "error_model": "numpy", "nogil": True}
-"""How functions are compiled that Python calls, to run without the interpreter's lock."""
+"""Compiler options of functions that Python calls; they release the interpreter's lock."""
 CHUNK = 256
-"""Points that are taken through the sweep together."""
+"""Number of points that pass through the sweep together."""
 
 
 @stored
@@ -59,27 +59,27 @@ def forward_columns(
     """One direction for points `first` .. `end` - 1: fills w, log_det and, for the adjoint, tape and slopes.
 
     Args:
-        v: What is given, (points, D).
+        v: The input, (points, D).
         order: The variables, first to last.
         weights, starts, levels, final: The network, as above.
         kind: The activation.
         biases: (units above the inputs, 1 or points).
-        sign: 1 for y of x, -1 for x of y.
-        bound: Of the log-scale.
-        sequential: Whether the network sees w, found on the way, rather than v.
-        block: Variables in a block.
+        sign: 1 for y from x, -1 for x from y.
+        bound: Bound of the log-scale.
+        sequential: Whether the network's input is w, computed on the way, rather than v.
+        block: Number of variables in a block.
         w, log_det: (points, D) and (points,).
-        first, end: Which points; `first` is a multiple of `LANES`.
-        tape: (units, points and idle ones up to a multiple of `LANES`); with no rows where nothing is to be kept.
-        slopes: Derivatives, laid out as the tape: of what the network sees of a variable by the variable; of each
-            hidden unit by what is put in; of the log-scale by the network's output. In place of that of w by the shift,
-            the square root of that of w by v.
+        first, end: Range of points; `first` is a multiple of `LANES`.
+        tape: (units, points padded to a multiple of `LANES`); with no rows if nothing is saved for the adjoint.
+        slopes: Local derivatives, laid out as the tape: of `compress_tails`, of each activation with respect to its
+            pre-activation, and of the log-scale with respect to the network's output. The shift's row holds the square
+            root of dw/dv.
     """
     dim, top = v.shape[1], len(starts) - 1
     keep = tape.shape[0] > 0
     room = _padded(min(CHUNK, end - first))
     work = tape if keep else np.empty((levels[-1], room), v.dtype)
-    # Where nothing is kept, all slopes go to one row that nobody reads.
+    # If nothing is saved, all slopes go to one scratch row.
     slope = slopes if keep else np.empty((1, room), v.dtype)
     logs, last = np.empty(room, v.dtype), len(slope) - 1
     found = np.empty((block, room), v.dtype)
@@ -95,8 +95,8 @@ def forward_columns(
                 for i in range(i0, i1):
                     work[i, t0:t1] = found[i - i0, : t1 - t0]
                     compress(work[i, t0:t1], slope[min(i, last), t0:t1])
-            # First the whole block: all there is to it where the inputs are given, and otherwise what earlier blocks
-            # contribute. Then its variables one by one.
+            # First the whole block: all of it in the parallel direction, the contribution of earlier blocks in the
+            # sequential one. Then its variables one by one.
             for i in range(i0 - 1, i1):
                 whole = i < i0
                 if whole or sequential:
@@ -142,7 +142,7 @@ def _padded(points: int) -> int:
 
 @njit(**INNER)
 def _gather(v: Any, order: Any, i0: int, i1: int, b0: int, points: int, found: Any) -> None:
-    """Put variables i0 .. i1 - 1 of the points into rows; idle ones are 0."""
+    """Gather variables i0 .. i1 - 1 of the points into rows; the padding is 0."""
     for b in range(points):
         for i in range(i0, i1):
             found[i - i0, b] = v[b0 + b, order[i]]
@@ -151,7 +151,7 @@ def _gather(v: Any, order: Any, i0: int, i1: int, b0: int, points: int, found: A
 
 @njit(**INNER)
 def _scatter(found: Any, order: Any, i0: int, i1: int, b0: int, points: int, w: Any) -> None:
-    """Put rows of variables i0 .. i1 - 1 back where the points have them."""
+    """Scatter rows of variables i0 .. i1 - 1 back to the columns of w."""
     for b in range(points):
         for i in range(i0, i1):
             w[b0 + b, order[i]] = found[i - i0, b]
@@ -171,7 +171,7 @@ def _set_biases(
 
 @njit(**INNER)
 def _clear_unseen(levels: Any, final: Any, tape: Any, t0: int, t1: int) -> None:
-    """Units of so high a degree that no output sees them were never computed."""
+    """Zero the units that were never computed: of so high a degree that no output sees them."""
     for level in range(1, len(levels) - 1):
         for r in range(levels[level] + final[level, -1], levels[level + 1]):
             tape[r, t0:t1] = 0
@@ -194,7 +194,7 @@ def forward_rows(
     w: Any,
     log_det: Any,
 ) -> None:
-    """Take one point after another, as `forward_columns` does over many at once; the best for a few points."""
+    """Compute one direction point by point, as `forward_columns` does for many at once; faster for a few points."""
     dim, top = v.shape[1], len(starts) - 1
     units, slopes, x = np.empty(levels[-1], v.dtype), np.empty(levels[-1], v.dtype), np.empty(1, v.dtype)
     for b in range(len(v)):
@@ -255,11 +255,11 @@ def backward(
     delta: Any,
     grad_v: Any,
 ) -> None:
-    """Derivatives of <grad_w, w> + <grad_log_det, log_det>: by each unit's input in `delta`, by v in `grad_v`.
+    """Gradients of <grad_w, w> + <grad_log_det, log_det>: w.r.t. pre-activations in `delta`, w.r.t. v in `grad_v`.
 
     Args:
-        v, w: What was given and found, (points, D).
-        slopes: What `forward_columns` left.
+        v, w: Input and output of the direction, (points, D).
+        slopes: From `forward_columns`.
         grad_w, grad_log_det: (points, D) and (points,).
         delta: Laid out as the tape.
         grad_v: (points, D).
@@ -271,11 +271,11 @@ def backward(
         b1 = b0 + _padded(points)
         for i0 in range((dim - 1) // block * block, -1, -block):
             i1 = min(dim, i0 + block)
-            # First what later blocks send back to the whole block, then the block's own variables, last to first.
+            # First the gradient from later blocks to the whole block, then the block's variables, last to first.
             for i in range(i1, i0 - 1, -1):
                 whole = i == i1
                 for step in range(top):
-                    # The variable before the units that it is made from: they follow from it, the last level first.
+                    # The variable first, then the units that it is computed from, the last level first.
                     level = 0 if step == 0 else top - step
                     if whole:
                         rows = (final[level, i0], final[level, i1]) if level else (i0, i1)
@@ -320,7 +320,7 @@ def _transform_back(
     delta: Any,
     grad_v: Any,
 ) -> None:
-    """The map's adjoint: all that is known of w's derivative goes on to v and to the map's two parameters."""
+    """Adjoint of the univariate map: propagate the gradient of w to v and to the map's two parameters."""
     signed, half = v.dtype.type(sign), v.dtype.type(0.5 * sign)
     for b in range(b0, b0 + points):
         total = grad_w[b, column] + slopes[i, b] * delta[i, b]

@@ -1,8 +1,8 @@
-"""How a network comes by its weights: as parameters of its layers, by parametrizations and hooks, or in a call alone.
+"""Weights of a network: parameters of its layers, results of parametrizations and hooks, or accessible by calls alone.
 
-A masked layer computes M * W x + b. Where W and b are its own parameters, or computed from others by
-`torch.nn.utils.parametrize` or by the hooks of `weight_norm`, `spectral_norm` and `prune`, a sweep takes them from the
-layer. Where other hooks or a `forward` of the user's own take part, the network is called, once for each variable.
+A masked layer computes M * W x + b. If W and b are parameters of the layer, or computed from others by
+`torch.nn.utils.parametrize` or by the hooks of `weight_norm`, `spectral_norm` and `prune`, a sweep reads them from the
+layer. With other hooks or a user-defined `forward`, the network is called, once for each variable.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ __all__ = ["current", "is_called", "is_hooked", "outputs_of", "own_tensors", "wa
 Module = TypeVar("Module", bound=nn.Module)
 
 WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
-"""Hooks that set a weight before a call and look at nothing else."""
+"""Hooks that set a weight before a call and do nothing else."""
 
 
 def own_tensors(made: MADE) -> list[Tensor] | None:
-    """Weight, bias and mask of each layer in turn, or None where they are not all that the network computes with."""
+    """Weight, bias and mask of each layer in turn, or None if the network depends on anything else."""
     if type(made) is not MADE or is_hooked(made):
         return None
     tensors: list[Tensor] = []
@@ -42,10 +42,10 @@ def own_tensors(made: MADE) -> list[Tensor] | None:
 
 
 def is_called(made: MADE) -> bool:
-    """Whether only a call of the network computes what it does, for one whose `own_tensors` are not all.
+    """Return whether the network has to be called, for one whose `own_tensors` are None.
 
     Raises:
-        TypeError: For a layer without a mask, with which nothing would be known of what depends on what.
+        TypeError: For a layer without a mask, since the dependencies among variables would be unknown.
     """
     for layer in made.layers:
         if not isinstance(getattr(layer, "mask", None), Tensor):
@@ -61,7 +61,7 @@ def is_called(made: MADE) -> bool:
 
 
 def current(module: Module) -> Module:
-    """The module, after the hooks that set its weights before a call: for one that is used without a call."""
+    """The module, after running the hooks that set its weights before a call, for use without a call."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WEIGHT_HOOKS):
             hook(module, ())
@@ -69,7 +69,7 @@ def current(module: Module) -> Module:
 
 
 def outputs_of(network: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
-    """The outputs of an `MLP`, or of whatever stands in its place; unchecked where no hook asks for a call."""
+    """Outputs of an `MLP` or of a module in its place; an `MLP` without hooks runs unchecked."""
     if type(network) is MLP and not is_hooked(network):
         return network.run(x, context)
     outputs: Tensor = network(x, context)
@@ -83,7 +83,7 @@ def walk_by_calls(
 
     Args:
         made: The network.
-        step: Maps the place of a variable in the order, and its parameters (P, batch), to its w, (batch,).
+        step: Maps the position of a variable in the order, and its parameters (P, batch), to its w, (batch,).
         context: (context_dim,) or (batch, context_dim), or None.
         like: A tensor of the dtype and device of w.
         batch: Number of points.
@@ -100,7 +100,7 @@ def walk_by_calls(
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of the module is more than its class's `forward`."""
+    """Return whether a call of the module does more than its class's `forward`."""
     own = module.__dict__
     return bool(
         own["_forward_hooks"]

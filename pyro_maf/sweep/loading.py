@@ -1,4 +1,4 @@
-"""The compiled kernels: loaded when first needed, from numba's cache on disk where they have been compiled before."""
+"""Loading of the compiled kernels: on first use, from numba's on-disk cache if they have been compiled before."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SWITCH = "PYRO_MAF_KERNEL"
 
 @functools.cache
 def kernels() -> Any:
-    """The module of kernels, or None where the torch sweep has to answer."""
+    """The module of kernels, or None if they are unavailable and the torch sweep takes over."""
     if os.environ.get(SWITCH) == "torch":
         return None
     try:
         from pyro_maf.sweep import kernel
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
-        # numba says RuntimeError where it finds no folder to keep compiled code in. Sources may be missing, too; and
-        # with NUMBA_DISABLE_JIT, or in a numba to come, there is not what the cache holds on to.
+        # numba raises RuntimeError if it has no folder for compiled code. Sources may be missing, too; and with
+        # NUMBA_DISABLE_JIT, or in a later numba, the attributes that the cache relies on.
         reason = " ".join(str(error).split())
         warnings.warn(
             f"pyro-maf sweeps in torch, which is slower: its kernels can not be compiled here ({reason}). "

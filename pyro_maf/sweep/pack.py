@@ -19,11 +19,11 @@ __all__ = ["LANES", "Array", "Pack", "flat", "forget", "layout_of", "pack", "pac
 Array = np.ndarray[Any, Any]
 
 LANES = 16
-"""A tape's columns come in multiples of this, so that loops over them are vectors alone; what is added stays idle."""
+"""A tape's columns are padded to a multiple of this, so that loops over them are fully vectorised."""
 
 
 class Pack(NamedTuple):
-    """The arrays that `kernel` describes, in the order in which it takes them."""
+    """The arrays that `kernel` describes, in the order of its arguments."""
 
     order: Array
     weights: Array
@@ -36,18 +36,18 @@ class Pack(NamedTuple):
 
 Layout = tuple[Array, Array, Array]
 
-# Beside the networks rather than in them, so that no copy or pickle of one brings its pack along.
+# Outside the networks, so that copies and pickles of them leave the pack behind.
 _packs: weakref.WeakKeyDictionary[MADE, tuple[Snapshot, Pack]] = weakref.WeakKeyDictionary()
-# A network remakes its list `ready` whenever its order or degrees change.
+# A network replaces its list `ready` whenever its order or degrees change.
 _layouts: weakref.WeakKeyDictionary[MADE, tuple[list[list[int]], Layout]] = weakref.WeakKeyDictionary()
 
 
 def pack_of(made: MADE, own: Sequence[Tensor] | None, context: Tensor | None = None) -> Pack:
-    """The pack of a network's present weights at a context; laid out afresh where they have changed.
+    """The pack of a network's current weights at a context, rebuilt when they have changed.
 
     Args:
         made: The network.
-        own: Its `own_tensors`; where it has others besides, nothing is remembered.
+        own: Its `own_tensors`; with None nothing is cached.
         context: (batch, context_dim) or (context_dim,), or None.
     """
     if own is None:
@@ -61,7 +61,7 @@ def _remembered(made: MADE, own: Sequence[Tensor]) -> Pack:
     known = _packs.get(made)
     if known is not None and known[0].holds_for(tensors):
         return known[1]
-    # Before the weights are read: a change in between is then noticed by the next call.
+    # Taken before the weights are read, so that the next call detects a change in between.
     state = Snapshot.of(tensors)
     fresh = _fresh(made, None)
     if state is not None:
@@ -70,7 +70,7 @@ def _remembered(made: MADE, own: Sequence[Tensor]) -> Pack:
 
 
 def forget(made: MADE) -> None:
-    """Drop a network's pack: needed only after writes that no version counts, as through `.data` or numpy."""
+    """Drop a network's pack: needed only after writes that no version counter records, as through `.data` or numpy."""
     _packs.pop(made, None)
 
 
@@ -99,7 +99,7 @@ def _fresh(made: MADE, context: Tensor | None) -> Pack:
 
 
 def layout_of(made: MADE) -> Layout:
-    """`starts`, `levels` and `final` of a network's pack: made once for its order and degrees."""
+    """`starts`, `levels` and `final` of a network's pack, computed once for its order and degrees."""
     known = _layouts.get(made)
     if known is None or known[0] is not made.ready:
         known = _layouts[made] = made.ready, _layout(made)

@@ -1,4 +1,4 @@
-"""Products with a masked weight, some rows at a time, so that what its mask leaves out is never multiplied."""
+"""Products with a masked weight in panels of rows, which skip most of the entries that the mask removes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pyro_maf.nn import MADE
 __all__ = ["FEWEST", "MOST", "ROWS", "Panel", "Product", "panels_of"]
 
 ROWS, FEWEST, MOST = 128, 2, 8
-"""Rows of a panel, and how many panels there may be: with more of them, fewer zeros are multiplied, but slower."""
+"""Rows of a panel, and the minimum and maximum number of panels: more panels skip more zeros, in slower products."""
 Panel = tuple[slice, slice]
 """Rows of a mask, and the columns outside of which it is false in these rows."""
 
-# A network remakes its list `ready` whenever its order or degrees change.
+# A network replaces its list `ready` whenever its order or degrees change.
 _known: weakref.WeakKeyDictionary[MADE, tuple[list[list[int]], list[list[Panel]]]] = weakref.WeakKeyDictionary()
 
 
@@ -41,12 +41,12 @@ def _panels(mask: Tensor) -> list[Panel]:
 
 
 class Product(NamedTuple):
-    """A layer: y = x (M * W)^T + b, and its derivatives. x, y and their derivatives have a row for each point.
+    """A masked layer, y = x (M * W)^T + b, and its gradients. x, y and their gradients have a row for each point.
 
     Attributes:
         mask: M, (units out, units in).
         panels: Those of the mask.
-        pieces: What the mask leaves of the weight in each panel.
+        pieces: The masked weight, panel by panel.
     """
 
     mask: Tensor
@@ -59,14 +59,14 @@ class Product(NamedTuple):
         return cls(mask, panels, [weight[panel] * mask[panel] for panel in panels])
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """Y for b of (units out,) or (points, units out)."""
+        """Output y, (points, units out), for b of (units out,) or (points, units out)."""
         y = x.new_empty(len(x), len(self.mask))
         for piece, (rows, columns) in zip(self.pieces, self.panels, strict=True):
             torch.addmm(bias[..., rows], x[:, columns], piece.T, out=y[:, rows])
         return y
 
     def forward_transposed(self, x: Tensor, bias: Tensor) -> Tensor:
-        """Y with its transpose contiguous, as (units out, points)."""
+        """Output y transposed, (units out, points), contiguous."""
         bias = bias.T if bias.dim() == 2 else bias[:, None]
         y = x.new_empty(len(self.mask), len(x))
         for piece, (rows, columns) in zip(self.pieces, self.panels, strict=True):
@@ -74,14 +74,14 @@ class Product(NamedTuple):
         return y
 
     def by_input(self, grad: Tensor) -> Tensor:
-        """The derivative by x, for that by y."""
+        """Gradient with respect to x from the gradient with respect to y."""
         total = grad.new_zeros(len(grad), self.mask.shape[1])
         for piece, (rows, columns) in zip(self.pieces, self.panels, strict=True):
             total[:, columns].addmm_(grad[:, rows], piece)
         return total
 
     def by_weight(self, grad: Tensor, x: Tensor) -> Tensor:
-        """The derivative by W, for that by y."""
+        """Gradient with respect to W from the gradient with respect to y."""
         total = torch.zeros_like(self.mask)
         for panel in self.panels:
             rows, columns = panel

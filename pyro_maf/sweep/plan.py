@@ -14,11 +14,11 @@ from pyro_maf.sweep.layers import current
 __all__ = ["Direction", "Plan", "biases_of", "lay_back", "lay_out_biases", "output_rows", "plan_of", "weights_of"]
 
 Direction = Callable[..., tuple[Tensor, Tensor]]
-"""One direction of a map of one dimension: (v, \\*parameters) to (w, log dy/dx), elementwise."""
+"""One direction of a univariate map: (v, \\*parameters) to (w, log dy/dx), elementwise."""
 
 
 class Plan(NamedTuple):
-    """What a sweep needs of a MADE. Arrays are feature-major: units by batch.
+    """A MADE in the layout of a sweep. Arrays are feature-major: units by batch.
 
     Attributes:
         weights: One matrix per layer, (units out, units in); columns of the first and rows of the last follow the
@@ -26,7 +26,7 @@ class Plan(NamedTuple):
         biases: One per layer, (units out, 1), or (units out, batch) where the context differs along the batch.
         order: The variables, first to last.
         ready: For each hidden layer, the number of units that are final once the first 0, 1, .. D - 1 variables are
-            known.
+            determined.
         activation: The elementwise function between layers.
     """
 
@@ -58,7 +58,7 @@ class Plan(NamedTuple):
 
 
 def plan_of(made: MADE, context: Tensor | None = None) -> Plan:
-    """The plan of a MADE as it is, at a context. Differentiable."""
+    """The plan of a MADE with its current weights, at a context. Differentiable."""
     return Plan.of(made, weights_of(made), biases_of(made, context))
 
 
@@ -68,19 +68,19 @@ def weights_of(made: MADE) -> list[Tensor]:
 
 
 def biases_of(made: MADE, context: Tensor | None) -> list[Tensor]:
-    """A MADE's biases with what the context adds to them, (units,) or (batch, units) per layer. Differentiable."""
+    """A MADE's biases plus the terms of the context, (units,) or (batch, units) per layer. Differentiable."""
     terms = made.context_terms(context)
     biases = [_bias_of(current(layer)) for layer in made.masked_layers]
     return [bias if term is None else bias + term for bias, term in zip(biases, terms, strict=True)]
 
 
 def _bias_of(layer: MaskedLinear) -> Tensor:
-    bias: Tensor | None = layer.bias  # a user may have taken it away
+    bias: Tensor | None = layer.bias  # a user may have removed it
     return layer.weight.new_zeros(layer.out_features) if bias is None else bias
 
 
 def lay_out_biases(made: MADE, biases: Sequence[Tensor]) -> list[Tensor]:
-    """Biases as a plan has them, (units, 1) or (units, batch). Differentiable."""
+    """Biases in the layout of a plan, (units, 1) or (units, batch). Differentiable."""
     rows = [bias.reshape(-1, bias.shape[-1]).T for bias in biases]
     if not made.is_natural:
         rows[-1] = rows[-1][output_rows(made, made.order)]
@@ -90,13 +90,13 @@ def lay_out_biases(made: MADE, biases: Sequence[Tensor]) -> list[Tensor]:
 def lay_back(
     made: MADE, weights: Sequence[Tensor], units: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Derivatives in a plan's layout as derivatives by what the plan was made of.
+    """Map gradients in the layout of a plan back to the weights and biases of its MADE.
 
     Args:
         made: The network.
-        weights: Derivatives by the plan's weights.
-        units: Derivatives by what is put into each unit above the inputs, layer by layer, (units, batch).
-        biases: Those that the plan was made of.
+        weights: Gradients with respect to the plan's weights.
+        units: Gradients with respect to the pre-activations of each layer above the inputs, (units, batch).
+        biases: The biases that the plan was built from.
     """
     weights, units = list(weights), list(units)
     by_biases = [unit.sum(1) if bias.dim() == 1 else unit.T for unit, bias in zip(units, biases, strict=True)]

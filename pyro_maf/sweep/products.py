@@ -15,11 +15,11 @@ from pyro_maf.sweep.elementwise import INNER
 __all__ = ["add_product", "dot"]
 
 PANEL = 256
-"""Terms that are added to all rows before the next: so many rows of x stay near the processor."""
+"""Number of terms added to all rows of y before the next ones, so that these rows of x stay in cache."""
 VECTOR = 64
-"""Bytes of a row that are worked on together."""
+"""Bytes of a row that are processed together."""
 TALLEST = 8 if "+avx512f" in get_host_cpu_features() else 6
-"""Rows whose sums fit the processor's registers, beside what is added to them."""
+"""Maximum number of rows whose sums fit the processor's registers along with the operands."""
 
 
 @njit(**INNER)
@@ -72,11 +72,11 @@ def _tile(
     t: Any,
     terms: Any,
 ) -> Any:
-    """Types and code of `_add_tile`, in the language of the compiler below numba.
+    """Signature and LLVM code generator of `_add_tile`.
 
-    `_add_tile` does what `add_product` does for `height` rows of y, one vector of tape columns from t on, and so many
-    terms with the weights from `at` on. The sums stay in registers until all terms are in, which no loop over arrays
-    brings about.
+    `_add_tile` is `add_product` for `height` rows of y, one vector of tape columns from t on, and `terms` terms with
+    the weights from `at` on. The sums stay in registers until all terms are added, which a loop over arrays does not
+    achieve.
     """
     index = types.intp
     return types.void(height, weights, index, index, index, x, index, y, index, index, index), _generate_tile
@@ -93,7 +93,7 @@ def _generate_tile(context: Any, builder: Any, signature: Any, arguments: Any) -
     undefined, zeros = ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), vector.count), None)
 
     def place(array: Any, row: Any) -> Any:
-        """Where the vector of a row lies."""
+        """Pointer to the vector of a row."""
         width = cgutils.unpack_tuple(builder, array.shape)[1]
         first = builder.gep(array.data, [builder.add(builder.mul(row, width), t)])
         return builder.bitcast(first, vector.as_pointer())

@@ -1,12 +1,12 @@
 r"""The sweep in torch: each weight is touched once forward and once in reverse.
 
-Solves w_i = f(v_i; phi_i(w_<i)), i = 1 .. D, where phi is a MADE. Once w_1 .. w_i are known, the hidden units of degree
-up to i are final, and never change again. So the sweep walks over i, finishing at each step the newly determined
-units of every layer and one set of parameters phi_i. The work is that of one pass through the non-zero part of the
-masked weights.
+Solves w_i = f(v_i; phi_i(w_<i)), i = 1 .. D, where phi is a MADE. Once w_1 .. w_i are solved, the hidden units of
+degree up to i are final. So the sweep walks over i, completing at each step the newly determined units of every layer
+and one set of parameters phi_i. The work is that of one pass through the non-zero part of the masked weights.
 
-The adjoint walks back from D to 1 in the same manner, and is the transposed triangular solve: with the saved
-activations it yields the derivative with respect to every unit, whence those of the weights are one product a layer.
+The adjoint walks back from D to 1 in the same manner, and is the transposed triangular solve: from the saved
+activations it computes the gradient with respect to every pre-activation; that of the weights is then one product a
+layer.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ __all__ = ["Activations", "TorchSweep", "walk"]
 
 
 class Activations(NamedTuple):
-    """What a sweep leaves behind: one activation set.
+    """Intermediate results of a sweep: one set of activations.
 
     Attributes:
         w: The solution, (D, batch), in the order of the variables.
         parameters: phi, (D, P, batch).
-        before: All hidden units before the activation, layer by layer, (units, batch). Those no output sees stay 0.
+        before: Pre-activations of the hidden units, layer by layer, (units, batch); 0 for those that no output sees.
     """
 
     w: Tensor
@@ -71,18 +71,18 @@ def walk(plan: Plan, step: Callable[[int, Tensor], Tensor], batch: int) -> Activ
 
 @dataclass(frozen=True)
 class TorchSweep:
-    """The sweep of a map of one dimension, and its adjoint, on any device and in any dtype.
+    """The sweep of a univariate map, and its adjoint, on any device and in any dtype.
 
     Args:
         plan: The network.
-        direction: The map of one dimension.
+        direction: One direction of the univariate map.
     """
 
     plan: Plan
     direction: Direction
 
     def forward(self, v: Tensor) -> tuple[Tensor, Tensor, Activations]:
-        """w, log-determinant and what the adjoint needs, for v (batch, D)."""
+        """w, log-determinant and the tensors saved for the adjoint, for v (batch, D)."""
         plan = self.plan
         given = v[:, plan.order].T.contiguous()
         solved = walk(plan, lambda i, parameters: self.direction(given[i], *parameters)[0], v.shape[0])
@@ -92,9 +92,9 @@ class TorchSweep:
     def adjoint(
         self, v: Tensor, w: Tensor, kept: Activations, grad_w: Tensor, grad_log_det: Tensor
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Derivatives of <grad_w, w> + <grad_log_det, log_det> by v, by the weights, and by what is put into each unit.
+        """Gradients of <grad_w, w> + <grad_log_det, log_det> w.r.t. v, the weights and the pre-activations.
 
-        Cost: one pass through the non-zero half of the weights, then one product a layer for the weights' own.
+        Cost: one pass through the non-zero half of the weights, then one product a layer for the weights' gradients.
         """
         plan = self.plan
         given, total_w = (tensor[:, plan.order].T.contiguous() for tensor in (v, grad_w))
@@ -110,13 +110,13 @@ class TorchSweep:
     def walk_back(
         self, total_w: Tensor, total_phi: Tensor, dw_dphi: Tensor, seen_slope: Tensor, slope: Tensor
     ) -> list[Tensor]:
-        """The gradient with respect to what is put into each unit, layer by layer, (units, batch).
+        """Gradient with respect to the pre-activations, layer by layer, (units, batch).
 
         Args:
-            total_w: That with respect to w, (D, batch), apart from what later variables make of w: completed in place.
+            total_w: That with respect to w, (D, batch), before contributions of later variables; completed in place.
             total_phi: That of the log-determinants with respect to phi, (D, P, batch).
             dw_dphi: (D, P, batch).
-            seen_slope: The derivative of what the network sees of w, (D, batch).
+            seen_slope: The derivative of `compress_tails` at w, (D, batch).
             slope: That of the activation of each hidden unit, (units, batch).
         """
         plan = self.plan
@@ -124,7 +124,7 @@ class TorchSweep:
         flat_phi = total_phi.view(outputs, total_w.shape[1])
         slopes = slope.split(hidden_widths(plan))
         totals = [torch.zeros_like(layer) for layer in slopes]
-        # Units that no output sees have index plan.ready[.][-1] and up: their derivative is zero.
+        # Units that no output sees have index plan.ready[.][-1] and up: their gradient is zero.
         for i in reversed(range(plan.dim)):
             total_phi[i].addcmul_(dw_dphi[i], total_w[i])
             above, weight, first, last = flat_phi, plan.weights[-1], i * rows, outputs
@@ -145,7 +145,7 @@ def hidden_widths(plan: Plan) -> list[int]:
 
 
 def partials(direction: Direction, v: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dw/dv, dw/dphi, dlog/dv, dlog/dphi of the scalar map, every one elementwise."""
+    """dw/dv, dw/dphi, dlog/dv, dlog/dphi of the univariate map, elementwise."""
     with torch.enable_grad():
         v, parameters = v.detach().requires_grad_(), parameters.detach().requires_grad_()
         w, log_derivative = direction(v, *parameters.unbind(1))
@@ -158,7 +158,7 @@ def partials(direction: Direction, v: Tensor, parameters: Tensor) -> tuple[Tenso
 
 
 def slope_of(activation: Callable[[Tensor], Tensor], before: Tensor) -> tuple[Tensor, Tensor]:
-    """The activation's derivative and value at `before`."""
+    """Derivative and value of an elementwise function at `before`."""
     with torch.enable_grad():
         before = before.detach().requires_grad_()
         after = activation(before)

@@ -1,4 +1,4 @@
-"""The map of one dimension, whose parameters a network provides."""
+"""Univariate maps, whose parameters are a network's outputs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["Affine", "ScalarMap"]
 
 
 class ScalarMap(Protocol):
-    """An increasing map of the line, elementwise: all that a layer asks of it.
+    """An increasing elementwise map of the real line: the interface that a layer needs.
 
     Attributes:
-        num_parameters: P, how many numbers a network gives for each dimension. With all of them 0 the map is the
+        num_parameters: P, the number of network outputs for each dimension. With all of them 0 the map is the
             identity.
     """
 
@@ -32,9 +32,10 @@ class ScalarMap(Protocol):
 class Affine:
     r"""y = x exp(alpha) + mu, with log dy/dx = alpha.
 
-    A network gives (s, a): alpha = b tanh(a / b) with b = `BOUND`, the same in both directions, so the inverse is
-    exact; and mu = s exp(alpha / 2). Were mu the network's own output, a small scale would lose x among the rounding of
-    a large mu, and its inverse likewise with a large scale; halving the scale around the shift is the best for both.
+    The network outputs (s, a): alpha = b tanh(a / b) with b = `BOUND`, the same in both directions, so the inverse is
+    exact; and mu = s exp(alpha / 2). If mu were itself the output, a small scale would lose x to the rounding of a
+    large mu, and the inverse likewise with a large scale; applying exp(alpha / 2) on either side of the shift is best
+    for both.
 
     Example:
         >>> y, log_derivative = Affine().forward(torch.tensor(1.0), torch.tensor(0.5), torch.tensor(0.0))

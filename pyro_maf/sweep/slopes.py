@@ -22,7 +22,7 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": lambda z: F.elu(z, inplace=True),
     "leaky_relu": lambda z: F.leaky_relu(z, inplace=True),
 }
-"""Those whose derivative is known from their value: what was put in need not be kept."""
+"""Activations whose derivative follows from their value, so that the pre-activation need not be saved."""
 
 BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu": lambda grad, value: _aten.threshold_backward(grad, value, 0),
@@ -34,11 +34,12 @@ BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": _aten.gelu_backward,
     "softplus": lambda grad, z: _aten.softplus_backward(grad, z, 1, 20),
 }
-"""The derivative by what was put in, for that by the value; made of the value or, for the last three, of the former."""
+"""Gradient w.r.t. the pre-activation from the gradient w.r.t. the activation; uses the activation's value, or the
+pre-activation for silu, gelu and softplus."""
 
 
 def activate(name: str, z: Tensor) -> tuple[Tensor, Tensor]:
-    """An activation's value at z, which may be overwritten; and what `differentiate` asks for."""
+    """Activation of z, which may be overwritten, and the tensor that `differentiate` needs."""
     if name in IN_PLACE:
         value = IN_PLACE[name](z)
         return value, value
@@ -46,5 +47,5 @@ def activate(name: str, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def differentiate(name: str, grad: Tensor, kept: Tensor) -> Tensor:
-    """The derivative by z, for that by the activation's value."""
+    """Gradient with respect to the pre-activation from the gradient with respect to the activation."""
     return BACKWARD[name](grad, kept)

@@ -22,7 +22,7 @@ __all__ = ["parallel", "solve"]
 
 
 class Engine(Protocol):
-    """What carries out the sweep of one network, and its adjoint."""
+    """Implementation of the sweep of one network, and of its adjoint."""
 
     def forward(self, v: Tensor) -> tuple[Tensor, Tensor, Any]:
         """w, log-determinant and a tuple of tensors for the adjoint, for v (batch, D)."""
@@ -31,7 +31,7 @@ class Engine(Protocol):
     def adjoint(
         self, v: Tensor, w: Tensor, kept: Any, grad_w: Tensor, grad_log_det: Tensor
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Derivatives of <grad_w, w> + <grad_log_det, log_det> by v, the weights, and what is put into each unit.
+        """Gradients of <grad_w, w> + <grad_log_det, log_det> w.r.t. v, the weights and the pre-activations.
 
         The last are (units, batch) for each layer above the inputs.
         """
@@ -45,10 +45,10 @@ def solve(
 
     Args:
         made: The network, with as many outputs per input as f has parameters.
-        scalar: The map of one dimension: f is its `forward`, or its `inverse` if that is asked for.
-        v: What is given, (\*batch, D).
+        scalar: The univariate map: f is its `forward`, or its `inverse` if `inverse` is true.
+        v: The input, (\*batch, D).
         context: (\*batch or (), context_dim), or None.
-        inverse: Whether w are the x of given y.
+        inverse: Whether v is y and w is x, rather than the reverse.
 
     Returns:
         w, (\*batch, D), and the sum over i of log dy_i/dx_i, (\*batch,).
@@ -61,7 +61,7 @@ def solve(
 def parallel(
     made: MADE, scalar: ScalarMap, v: Tensor, context: Tensor | None = None, *, inverse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    r"""w_i = f(v_i; phi_i(v_<i)), all at once. Arguments and results are those of `solve`."""
+    r"""w_i = f(v_i; phi_i(v_<i)), for all i at once. Arguments and results are those of `solve`."""
     return _in_rows(made, scalar, v, context, inverse, False)
 
 
@@ -91,12 +91,12 @@ def _in_rows(
 def _way(
     made: MADE, own: list[Tensor] | None, scalar: ScalarMap, v: Tensor, context: Tensor | None, sequential: bool
 ) -> str:
-    """How to compute a direction. The kernels are asked about last, since that loads them."""
+    """Method for computing a direction. The kernels are queried last, since that loads them."""
     if is_traced():
         return "plain"
     differentiated = needs_gradient(made, own, v, context)
     if differentiated and is_exported():
-        return "plain"  # the sweep's own adjoint is no part of an exported program
+        return "plain"  # an exported program cannot hold the sweep's adjoint
     if differentiated and not sequential:
         # With a gradient, these are matrix products for the most part, at which torch is best.
         return "dense" if dense.takes(made, scalar, v) else "plain"
@@ -110,7 +110,7 @@ def _way(
 def _plain(
     made: MADE, scalar: ScalarMap, v: Tensor, context: Tensor | None, inverse: bool, sequential: bool
 ) -> tuple[Tensor, Tensor]:
-    """By ordinary operations of torch, for what looks inside: `torch.func`, compilation and tracing."""
+    """Compute by ordinary torch operations, as `torch.func`, compilation and tracing require."""
     direction = scalar.inverse if inverse else scalar.forward
     if not sequential:
         w, log_derivative = direction(v, *made.parameters_of(v, context).unbind(-1))
@@ -124,7 +124,7 @@ def _plain(
 def _by_calls(
     made: MADE, scalar: ScalarMap, v: Tensor, context: Tensor | None, inverse: bool, sequential: bool
 ) -> tuple[Tensor, Tensor]:
-    """By calls of the network, for what only those run: hooks and modules of a user's own. Cost: D calls, or one."""
+    """Compute by calls of the network, which run hooks and user-defined modules. Cost: D calls, or one."""
     direction = scalar.inverse if inverse else scalar.forward
     if not sequential:
         w, log_derivative = direction(v, *made(v, context).unbind(-1))
@@ -159,7 +159,7 @@ class _Sweep(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         layers = len(tensors) // 2
         network = made, tensors[:layers], tensors[layers:]
-        # Not the pack that is kept: gradcheck, for one, writes through `.data`, which no version counts.
+        # Not the cached pack: gradcheck, for one, writes through `.data`, which no version counter records.
         engine: Engine = (
             compiled.KernelSweep(pack(*network), inverse)
             if way == "kernel sweep"
@@ -188,7 +188,7 @@ class _Sweep(torch.autograd.Function):
 def _differentiable(
     ctx: Any, v: Tensor, tensors: list[Tensor], grad_w: Tensor, grad_log_det: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """The same derivatives through D plain passes, so that they can be differentiated again."""
+    """The same gradients through D plain passes, so that they can be differentiated again."""
     inputs = (v, *tensors)
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
     plan = Plan.of(ctx.made, tensors[: ctx.layers], tensors[ctx.layers :])

@@ -1,4 +1,4 @@
-"""Points of a batch shared out among threads."""
+"""Points of a batch divided among threads."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import torch
 __all__ = ["in_parts"]
 
 LEAST_WORK = 4_000_000
-"""Multiplications that are worth waking a thread for."""
+"""Minimum number of multiplications for which waking a thread pays."""
 
 _pool: ThreadPoolExecutor | None = None
 
 
 def in_parts(run: Callable[[int, int], None], points: int, together: int, work: int) -> None:
-    """Call run(first, end) for parts that make up 0 .. points, side by side if the work is worth it.
+    """Call run(first, end) for parts that cover 0 .. points, in parallel if the work is worth it.
 
-    `run` lets go of the interpreter's lock. As many threads take part as torch has been given.
+    `run` releases the interpreter's lock. At most `torch.get_num_threads()` threads take part.
 
     Args:
-        run: What to do with points first .. end - 1.
-        points: How many points there are.
-        together: Every part but the last has a multiple of this.
-        work: Multiplications for each.
+        run: Processes points first .. end - 1.
+        points: Number of points.
+        together: Granularity: the size of every part but the last is a multiple of this.
+        work: Multiplications per point.
     """
     if not points:
         return
@@ -47,7 +47,7 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def _forget_threads() -> None:
-    """A forked process has none of its parent's threads."""
+    """Drop the pool in a forked process, which has none of its parent's threads."""
     global _pool
     _pool = None
 

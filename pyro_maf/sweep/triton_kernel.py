@@ -1,11 +1,11 @@
 r"""The two walks of a sweep as Triton kernels: one launch a layer, whatever D.
 
-A program has a few points to itself and walks over the variables, so no two programs wait for each other. What one step
-computes the next one reads through global memory, where a barrier makes it visible to the whole program.
+A program owns a few points and walks over the variables, so no two programs wait for each other. Each step reads the
+results of the previous one from global memory, where a barrier makes them visible to the whole program.
 
 The tables are those of `pack.Pack`, in int32. `levels[l]` is where the units of level l begin in a tape, (units,
 points), from the inputs up to the outputs; `starts[l]` is where its weights begin in the flat buffer; `final[l, i + 1]`
-is the number of its units that are final once the first i variables are known, and `final[l, 0]` is 0.
+is the number of its units that are final once the first i variables are determined, and `final[l, 0]` is 0.
 
 Constants of a launch: `tile` points a program; `rows` units at a time, and `few` where there are no more than the
 outputs of one variable; `block` units below at a time. All are powers of two.
@@ -98,7 +98,7 @@ def walk(
 ):  # fmt: skip
     """w and log-determinant of v, (points, dim), by the affine map.
 
-    Fills `tape`, (units, points), with what the network sees of w and with the activations, and `before` with
+    Fills `tape`, (units, points), with the compressed w and the activations, and `before` with
     pre-activations and outputs. `biases` are (units, 1), with `bias_stride` 1, or (units, points). `top` is the level
     of the outputs.
     """

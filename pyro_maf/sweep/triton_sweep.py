@@ -18,18 +18,18 @@ from pyro_maf.sweep.scalar import Affine, ScalarMap
 __all__ = ["TritonSweep", "takes"]
 
 TILES = ((256, (2, 8, 256)), (4096, (4, 8, 128)), (None, (8, 8, 64)))
-"""Points of a program, units at a time and units below at a time, up to so many points, by measurement on an H200: few
-points are spread over the whole device, many share the weights that a program reads."""
+"""Maximum number of points, then points per program, units at a time and units below at a time, measured on an H200:
+few points are spread over the whole device, many share the weights that a program reads."""
 FEW = 2
 
-# Beside the networks, as packs are. A network remakes its list `ready` whenever its order or degrees change.
+# Outside the networks, as packs are. A network replaces its list `ready` whenever its order or degrees change.
 _tables: weakref.WeakKeyDictionary[MADE, tuple[list[list[int]], torch.device, list[Tensor]]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 def takes(scalar: ScalarMap, v: Tensor) -> bool:
-    """Whether there are kernels for this map, device and dtype."""
+    """Return whether there are kernels for this univariate map, device and dtype."""
     return type(scalar) is Affine and v.device.type == "cuda" and v.dtype == torch.float32 and _has_triton()
 
 
@@ -44,16 +44,16 @@ class TritonSweep(TorchSweep):
 
     Args:
         plan: The network.
-        direction: The map of one dimension.
-        made: What the plan is of.
-        inverse: Whether w are the x of given y.
+        direction: One direction of the univariate map.
+        made: The network of the plan.
+        inverse: Whether v is y and w is x, rather than the reverse.
     """
 
     made: MADE
     inverse: bool
 
     def forward(self, v: Tensor) -> tuple[Tensor, Tensor, Activations]:
-        """w, log-determinant and what the adjoint needs, for v (batch, D)."""
+        """w, log-determinant and the tensors saved for the adjoint, for v (batch, D)."""
         from pyro_maf.sweep import triton_kernel
 
         plan, points = self.plan, len(v)
@@ -76,7 +76,7 @@ class TritonSweep(TorchSweep):
     def walk_back(
         self, total_w: Tensor, total_phi: Tensor, dw_dphi: Tensor, seen_slope: Tensor, slope: Tensor
     ) -> list[Tensor]:
-        """As that of the torch sweep."""
+        """As `TorchSweep.walk_back`."""
         from pyro_maf.sweep import triton_kernel
 
         plan, points = self.plan, total_w.shape[1]

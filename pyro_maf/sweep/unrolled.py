@@ -1,6 +1,6 @@
-"""D plain passes over the network: slow, but made of ordinary differentiable operations.
+"""D plain passes over the network: slow, but of ordinary differentiable operations.
 
-They answer where the sweep cannot: double backward, `torch.func`, `vmap` and tracing.
+They stand in where the sweep cannot run: double backward, `torch.func`, `vmap` and tracing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["solve"]
 
 
 def solve(plan: Plan, direction: Direction, v: Tensor) -> tuple[Tensor, Tensor]:
-    """w_i = f(v_i; phi_i(w_<i)) for v (batch, D); returns w and the sum of its logs, (batch,). Cost: D dense passes."""
+    """w_i = f(v_i; phi_i(w_<i)) for v (batch, D); returns w and log-determinants, (batch,). Cost: D dense passes."""
     given = v[:, plan.order].T
     w: list[Tensor] = []
     log_det = torch.zeros_like(given[0])
@@ -30,7 +30,7 @@ def solve(plan: Plan, direction: Direction, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _network(plan: Plan, x: Tensor) -> Tensor:
-    """phi, (D, P, batch), for what the network sees, (D, batch)."""
+    """phi, (D, P, batch), for compressed inputs, (D, batch)."""
     identity: Callable[[Tensor], Tensor] = lambda value: value  # noqa: E731
     activations = [*[plan.activation] * (len(plan.weights) - 1), identity]
     for weight, bias, activation in zip(plan.weights, plan.biases, activations, strict=True):
