@@ -154,6 +154,42 @@ def test_a_guide_of_sites_that_the_model_does_not_have_is_refused() -> None:
             call()
 
 
+ANGLES: dict[str, Any] = {
+    "one": dist.VonMises(0.0, 1.0),
+    "of a plate": dist.VonMises(0.0, 1.0).expand([3]).to_event(1),
+    "two": dist.SineBivariateVonMises(*[torch.tensor(0.0)] * 2, *[torch.tensor(1.0)] * 2, torch.tensor(0.1)),
+}
+
+
+@pytest.mark.parametrize("prior", ANGLES.values(), ids=ANGLES)
+def test_draws_over_many_turns_of_an_angle_get_no_verdict(prior: Any) -> None:
+    """Every turn has the density of the first, so that a bound over n of them is log n above what is true."""
+
+    def model() -> None:
+        pyro.sample("angle", prior)
+
+    def guide(scale: float) -> Any:
+        shape = prior.batch_shape + prior.event_shape
+        return lambda: pyro.sample("angle", dist.Normal(torch.zeros(shape), scale).to_event(len(prior.event_shape)))
+
+    found = diagnose(model, guide(100.0))
+    assert found.reason.startswith("site angle is an angle, and the guide's draws take more than one turn of it")
+    with pytest.raises(ValueError, match=r"reweight .* site angle is an angle, .* Uniform\(-pi, pi\)"):
+        reweight(model, guide(100.0))
+    assert diagnose(model, guide(0.3)).elbo < 0  # within one turn
+
+
+def test_an_angle_of_one_turn_by_the_advice_has_the_right_bound() -> None:
+    pyro.set_rng_seed(0)
+
+    def model() -> None:
+        angle = pyro.sample("angle", dist.Uniform(-math.pi, math.pi))
+        pyro.factor("density", dist.VonMises(0.0, 1.0).log_prob(angle) + math.log(2 * math.pi))
+
+    found = fit_guide(model, AutoIAF(model, **SMALL), steps=100, progress=False).diagnosis
+    assert found.elbo == pytest.approx(0.0, abs=0.1)
+
+
 @pytest.mark.parametrize("count", [0, 99])
 def test_too_few_draws_are_refused(count: int) -> None:
     for name, function in {"diagnose": diagnose, "to_arviz": to_arviz}.items():

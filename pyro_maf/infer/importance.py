@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -60,6 +62,10 @@ class Pairing(NamedTuple):
     numbers: int
 
 
+CIRCULAR = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
+"""Distributions of angles: their densities repeat every 2 pi, over all real numbers."""
+
+
 class Weighted(NamedTuple):
     r"""Draws z of a guide q with log weights log p(x, z) - log q(z), in nats.
 
@@ -86,7 +92,7 @@ def weigh(
     """Draw from a guide and weight the draws.
 
     Raises:
-        NoVerdictError: If not all rows of the model can be scored.
+        NoVerdictError: If not all rows of the model can be scored, or if draws of an angle take more than one turn.
         ValueError: If the guide leaves out a latent site of the model, or the model draws what no guide has.
     """
     pair = _Pair(who, model, guide, args, kwargs)
@@ -97,8 +103,15 @@ def weigh(
         found = [pair.weigh(min(chunk, num_samples - start)) for start in range(0, num_samples, chunk)]
     except PartialRowsError as error:
         raise NoVerdictError(who, f"{error}; call it with all rows") from None
+    values = {name: torch.cat([each.values[name] for each in found]) for name in pair.shapes}
+    if name := next((name for name in pair.angles if _takes_turns(values[name])), ""):
+        raise NoVerdictError(
+            who,
+            f"site {name} is an angle, and the guide's draws take more than one turn of it, which all have the same "
+            "density: draw it from Uniform(-pi, pi) and put its own density into a pyro.factor",
+        )
     return Weighted(
-        {name: torch.cat([each.values[name] for each in found]) for name in pair.shapes},
+        values,
         torch.cat([each.log_weights for each in found]),
         max(each.rounding for each in found),
     )
@@ -157,6 +170,7 @@ class _Pair:
             )
         _check_guide_sites(who, guide_trace, latents)
         latents = {name: site for name, site in latents.items() if name in guide_trace.nodes}
+        self.angles = [name for name, site in latents.items() if _is_angle(site["fn"])]
         self.shapes = {name: site["value"].shape for name, site in latents.items()}
         self._all_rows = isinstance(guide, AutoFlow) and guide.shapes_of_all_rows
         self.shapes.update(self._all_rows or {})
@@ -220,6 +234,18 @@ def _check_guide_sites(who: str, guide_trace: poutine.Trace, latents: Mapping[st
             "make a guide of this model, with the arguments that it is called with here, or mark what only the guide "
             "needs with infer={'is_auxiliary': True}."
         )
+
+
+def _is_angle(fn: Any) -> bool:
+    """Whether a distribution is on circles, though its support is said to be the real numbers."""
+    while fn is not None and not isinstance(fn, CIRCULAR):
+        fn = getattr(fn, "base_dist", None)
+    return fn is not None
+
+
+def _takes_turns(angles: Tensor) -> bool:
+    r"""Whether draws of angles, (draws, \*site), differ by more than a turn: each turn more raises the bound."""
+    return bool((angles.amax(0) - angles.amin(0) > 2 * math.pi).any())
 
 
 def check_draws(who: str, joint: LogJoint) -> None:
