@@ -1,4 +1,4 @@
-"""The average of weights that move."""
+"""Exponential average of weights in training."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ __all__ = ["WeightAverage"]
 
 
 class WeightAverage:
-    """An exponential average of weights.
+    """Exponential average of weights.
 
     Args:
-        weights: What it follows.
-        steps: How many of the last steps it averages over, give or take.
+        weights: The weights to average.
+        steps: Approximate number of the last steps that it averages over.
 
     Attributes:
         values: The average of each weight.
-        taken: How many steps it has followed.
+        taken: Number of steps so far.
     """
 
     def __init__(self, weights: list[nn.Parameter], steps: int) -> None:
@@ -26,16 +26,16 @@ class WeightAverage:
         self.start()
 
     def start(self) -> None:
-        """Begin with the weights as they are."""
+        """Start from the present weights."""
         self.go_on([weight.detach().clone() for weight in self._weights], 0)
 
     def go_on(self, values: list[Tensor], taken: int) -> None:
-        """Begin where another average had come to."""
+        """Resume from the state of another average."""
         self.values = values
         self.taken = taken
 
     def follow(self) -> None:
-        """Take in the weights after a step. Early on it averages over fewer, so that it forgets the start."""
+        """Add the weights after a step. The first averages are over fewer steps, to forget the initial weights."""
         self.taken += 1
         fraction = max(1 / self._steps, 9 / (self.taken + 9))
         torch._foreach_lerp_(self.values, [weight.detach() for weight in self._weights], fraction)

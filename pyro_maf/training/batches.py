@@ -1,4 +1,4 @@
-"""Rows dealt out in batches, in an order that can be taken up again."""
+"""Batches of rows in an order that can be resumed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["Batches", "Passes"]
 
 
 class Passes:
-    """Passes over rows, each in an order of its own, and where they are.
+    """Passes over rows, each in its random order, and the position in them.
 
     Args:
-        generator: Where the order of each pass is drawn from; without one the rows come as they are.
-        processes: Those that each take a part of every batch.
+        generator: Generator of the order of each pass; None for the order of the rows.
+        processes: The processes that each take a part of every batch.
     """
 
     def __init__(self, generator: torch.Generator | None, processes: Processes) -> None:
@@ -28,19 +28,19 @@ class Passes:
         self._passed_over = 0
 
     def order(self, taken: int) -> Tensor:
-        """What to go on with after `taken` batches of the pass under way, or with the next one after none."""
+        """Generator state to resume from: of the current pass, or of the next if `taken` is 0."""
         if taken and self._order is not None:
             return self._order
         return torch.empty(0) if self._generator is None else self._generator.get_state()
 
     def go_on(self, order: Tensor, taken: int) -> None:
-        """Make the next pass the one that `order` is of, its first `taken` batches dealt already."""
+        """Resume from a generator state: the next pass has its order, with the first `taken` batches done."""
         if self._generator is not None:
             self._generator.set_state(order)
         self._passed_over = taken
 
     def _begin(self, count: int) -> tuple[Tensor, int]:
-        """The order of `count` things for a new pass, and how many batches of it were dealt already."""
+        """Draw the order of `count` items for a new pass; also return the number of its batches that are done."""
         passed_over, self._passed_over = self._passed_over, 0
         if self._generator is None:
             return torch.arange(count), passed_over
@@ -49,14 +49,14 @@ class Passes:
 
 
 class Batches(Passes):
-    """Rows in batches of as equal a size as can be: no small one at the end, and none left out.
+    """Batches of sizes as equal as possible: no small one at the end, and no rows left out.
 
     A batch is cut out of the tensors by one index. Collating it row by row, as torch's DataLoader does, would take
     longer than a training step.
 
     Args:
-        rows: What to deal out.
-        size: Rows in a batch, give or take.
+        rows: The rows.
+        size: Approximate number of rows in a batch.
         generator, processes: As in `Passes`.
 
     Example:
@@ -72,22 +72,22 @@ class Batches(Passes):
 
     @property
     def smallest(self) -> int:
-        """Rows in the smallest batch."""
+        """Number of rows in the smallest batch."""
         return len(self.rows.data) // self._count
 
     def to(self, device: torch.device) -> None:
-        """Deal the batches out on `device`."""
+        """Move the rows to `device`."""
         self.rows = self.rows.to(device)
 
     def sample(self) -> Rows:
-        """Rows to set statistics from: all of them."""
+        """Rows for the statistics of batch norm: all of them."""
         return self.rows
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[Rows | tuple[()]]:
-        """The batches; an empty tuple in the place of one that was dealt before a fit was taken up again."""
+        """Iterate over batches; an empty tuple stands for one that was done before a fit was resumed."""
         order, passed_over = self._begin(len(self.rows.data))
         for number, index in enumerate(order.to(self.rows.data.device).tensor_split(self._count)):
             yield () if number < passed_over else self.rows.take(self._processes.part(index))

@@ -1,6 +1,6 @@
-"""A fit as it stands, in one file: enough to go on from there to the very same weights.
+"""Checkpoint of a fit in one file: enough to resume and reach bitwise the same weights.
 
-The file is safetensors with JSON in its header, as that of a model: nothing in it can run code.
+The file is safetensors with JSON in its header, as for a model: nothing in it can run code.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ MOST_OF_THE_TIME = 1 / 20
 
 
 class Checkpoint(NamedTuple):
-    """What a fit is made of at one moment.
+    """State of a fit at one moment.
 
     Attributes:
         tensors: Weights, optimizer, average and random states, by name.
-        facts: Whatever JSON holds: the settings, the position, the losses.
+        facts: JSON values: the settings, the position, the losses.
     """
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
 
     def write(self, path: Path) -> None:
-        """Put it at `path`, whole or not at all."""
+        """Write it to `path` atomically."""
         write_whole(path, self.packed())
 
     def packed(self) -> bytes:
-        """The file."""
+        """Return the bytes of the file."""
         return pack(self.tensors, FILE, json.dumps({"format": FORMAT, **self.facts}))
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
-        """What lies at `path`.
+        """Read the checkpoint at `path`.
 
         Raises:
-            ValueError: If it is damaged, foreign or from a later version.
+            ValueError: If it is damaged, not a checkpoint, or from a later version.
         """
         contents = unpack(path, FILE)
         try:
@@ -71,21 +71,22 @@ class Checkpoint(NamedTuple):
         return cls(contents.tensors, facts)
 
     def check(self, path: Path, like: Checkpoint) -> None:
-        """Refuse what another fit, or another version, has written.
+        """Refuse the checkpoint of another fit or another version.
 
         Args:
-            path: Where it was read from.
-            like: What the fit at hand writes: the same names, shapes and forms. All of the optimizer may be missing.
+            path: The file that it was read from.
+            like: A checkpoint of this fit, with the expected names, shapes and forms. The optimizer may be absent as a
+                whole.
 
         Raises:
-            ValueError: For the first thing that is missing, superfluous or of another form.
+            ValueError: For the first entry that is missing, superfluous or of another form.
         """
         facts = self.facts
         wrong = [
             name for name, example in like.facts.items() if name not in facts or not _is_like(facts[name], example)
         ]
         expected = {name: example for name, example in like.tensors.items() if self._has(name)}
-        # Of several devices, whichever it was written on.
+        # Random states of any device: it may have been written on another.
         there = {name: tensor for name, tensor in self.tensors.items() if name == "global/cpu" or "global/" not in name}
         wrong += sorted(expected.keys() ^ there.keys())
         wrong += [name for name in expected.keys() & there.keys() if expected[name].shape != there[name].shape]
@@ -96,11 +97,11 @@ class Checkpoint(NamedTuple):
             )
 
     def _has(self, name: str) -> bool:
-        """Whether a tensor of that name is to be expected."""
+        """True if a tensor of that name is expected."""
         return not name.startswith("optimizer/") or any(there.startswith("optimizer/") for there in self.tensors)
 
     def under(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose names begin with `prefix/`, by the rest of their names."""
+        """Return the tensors whose names begin with `prefix/`, by the rest of their names."""
         return {
             name.removeprefix(f"{prefix}/"): tensor
             for name, tensor in self.tensors.items()
@@ -109,21 +110,21 @@ class Checkpoint(NamedTuple):
 
 
 class Keeper:
-    """Keeps a fit in a folder: often, but not for more than a twentieth of the time.
+    """Checkpoints of a fit in a folder: frequent, but at most 5 % of the time.
 
     Args:
-        folder: Where to; it is held by this process.
-        settings: What must be the same when the fit is taken up again.
-        resume: Whether a fit that is there already is to be taken up.
-        overwrite: Whether a fit that is there already is to give way to the first checkpoint of this one.
-        is_first: Whether this is the process that writes.
+        folder: The folder; this process has its lock.
+        settings: The settings that a resumed fit must share.
+        resume: True to resume a fit in the folder.
+        overwrite: True to replace a fit in the folder by the first checkpoint of this one.
+        is_first: True in the process that writes.
 
     Attributes:
-        path: Of the checkpoint.
-        found: The checkpoint to go on from, or None.
+        path: Path of the checkpoint.
+        found: The checkpoint to resume from, or None.
 
     Raises:
-        ValueError: If there is a fit that is not to be resumed, or one that is damaged, has other settings or has lost
+        ValueError: If there is a fit that is not to be resumed, or one that is damaged, has other settings or lacks
             its checkpoint; the message says which.
     """
 
@@ -153,11 +154,11 @@ class Keeper:
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time to write."""
+        """True if the next checkpoint is due."""
         return time.monotonic() >= self._next
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint now: the first one raises what is wrong with the folder, later ones warn."""
+        """Write a checkpoint now: if that fails, the first one raises and later ones warn."""
         began = time.monotonic()
         checkpoint.facts["settings"] = self._settings
         if self._has_written:
@@ -202,11 +203,11 @@ class Keeper:
 def keeping(
     folder: str | os.PathLike[str] | None, settings: dict[str, Any], *, resume: bool, overwrite: bool, is_first: bool
 ) -> Iterator[Keeper | None]:
-    """While entered, a fit is kept in `folder` and nowhere else is one; None without a folder.
+    """Context in which a fit has checkpoints in `folder`, under a lock; yields None without a folder.
 
     Raises:
         ValueError: As `Keeper`, and if another process writes there.
-        OSError: If nothing can be written there.
+        OSError: If the folder is not writable.
     """
     if folder is None:
         yield None
@@ -217,7 +218,7 @@ def keeping(
 
 
 def generator_states(device: torch.device) -> dict[str, Tensor]:
-    """The global random states that layers draw from."""
+    """Return the global random states that layers draw from."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -225,14 +226,14 @@ def generator_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_generator_states(states: dict[str, Tensor], device: torch.device) -> None:
-    """Put what `generator_states` gave back in place, as far as there is such a device."""
+    """Restore the random states of `generator_states`, as far as there is such a device."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def _is_like(value: object, example: object) -> bool:
-    """Whether JSON has the form of an example: a list of one stands for any number of such, None for a text or none."""
+    """Compare JSON with the form of an example: a list of one item is for any number, None for a string or none."""
     if isinstance(example, dict):
         if not isinstance(value, dict):
             return False

@@ -1,4 +1,4 @@
-"""The rows that a model is fitted to: what may be given, and what is wrong with it."""
+"""The rows that a model is fitted to: conversion and checks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
 LEAST_ROWS = 10
 LEAST_HELD_OUT = 3
 IN_FLOAT32 = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int16, torch.bool)
-"""Dtypes of which float32 holds every value."""
+"""Dtypes whose every value float32 represents exactly."""
 
 
 class Rows(NamedTuple):
@@ -43,29 +43,29 @@ class Rows(NamedTuple):
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """Of the data and of the context; without one, twice that of the data."""
+        """Dtypes of the data and of the context; without a context, twice that of the data."""
         return self.data.dtype, (self.data if self.context is None else self.context).dtype
 
     def take(self, index: Tensor | slice) -> Rows:
-        """The rows at `index`."""
+        """Select the rows at `index`."""
         return Rows(self.data[index], None if self.context is None else self.context[index])
 
     def rounded(self, dtypes: tuple[torch.dtype, torch.dtype]) -> Rows:
-        """These rows in the dtypes of a density's values and of its context."""
+        """Convert the rows to the dtypes of a density's values and of its context."""
         data, context = dtypes
         return Rows(self.data.to(data), None if self.context is None else self.context.to(context))
 
     def to(self, device: torch.device) -> Rows:
-        """These rows on `device`."""
+        """Move the rows to `device`."""
         return Rows(self.data.to(device), None if self.context is None else self.context.to(device))
 
 
 def number_of_columns(name: str, value: Any) -> int:
-    """How many columns a table has; a vector is one.
+    """Number of columns of a table; a vector is one.
 
     Raises:
-        ValueError: For what is no table.
-        TypeError: For what is not numeric.
+        ValueError: For a value that is not a table.
+        TypeError: For a value that is not numeric.
     """
     table = numbers("fit", name, value)
     if table.dim() not in (1, 2) or not table.numel():
@@ -74,20 +74,20 @@ def number_of_columns(name: str, value: Any) -> int:
 
 
 def column_labels(value: Any, width: int) -> list[str]:
-    """What warnings call each of `width` columns: by its name in a frame, by its number elsewhere."""
+    """Labels of `width` columns in warnings: the names in a frame, the numbers elsewhere."""
     return [_column_name(value, column) for column in range(width)]
 
 
 def some_rows(name: str, value: Any, width: int, most: int) -> np.ndarray[Any, Any]:
-    """Some rows of a table that `read_rows` has checked, (rows, columns) in float64, drawn at random.
+    """Draw rows of a table that `read_rows` has checked, (rows, columns) in float64.
 
-    Of as many rows they are the same at every call; of a table that is mapped from a file no others are read.
+    For the same number of rows the draw is the same at every call; of a table mapped from a file no others are read.
 
     Args:
         name: "data" or "context".
         value: The table.
-        width: How many columns it has.
-        most: How many rows.
+        width: Number of its columns.
+        most: Maximum number of rows.
     """
     total = number_of_rows(value)
     if total > most:
@@ -104,21 +104,21 @@ def read_rows(
     role: str = "",
     first: int | None = None,
 ) -> Rows:
-    """Tensors on the CPU from whatever was given, or what is wrong with it.
+    """Convert data and context to tensors on the CPU, and check them.
 
-    They are of float32 where that loses nothing of what came, and otherwise of float64.
+    They are of float32 if that is exact, and otherwise of float64.
 
     Args:
-        model: Whose `input_dim` and `context_dim` the widths must be; a simplex has a column more.
-        data, context: Tensors, arrays, data frames or nested lists; context is None for a model without.
-        support: What the data must lie inside of.
-        role: "" or "validation ", as errors put it before "data" and "context".
-        first: Where this is a part of a larger table, the number of its first row there.
+        model: The model, whose `input_dim` and `context_dim` the widths must match; a simplex has one column more.
+        data, context: Tensors, arrays, data frames or nested lists; context is None for a model without one.
+        support: The support of the data.
+        role: "" or "validation ", the prefix of "data" and "context" in errors.
+        first: For a part of a larger table, the number of its first row there.
 
     Raises:
         ValueError: For wrong shapes, values that are not finite or not inside the support, or a context missing,
             superfluous or of another length.
-        TypeError: For what is not numeric.
+            TypeError: For values that are not numeric.
     """
     who = type(model).__name__
     more = ", and 1 for a simplex" * (support.event_size - model.input_dim)
@@ -144,15 +144,15 @@ def read_rows(
 
 
 def measured(rows: Rows, support: Support) -> tuple[Units, Units | None]:
-    """Units of the columns of data, unconstrained, and of those of the context."""
+    """Return the units of the columns of the unconstrained data, and of those of the context."""
     context_units = None if rows.context is None else context_units_of(rows.context)
     return units_of(support.unconstrain(rows.data)[0]), context_units
 
 
 def strays(data: Tensor, support: Support) -> bool:
-    """Whether values inside the support leave it where they are rounded to float32, as 1 - 1e-9 and 1e-40 do.
+    """True if values inside the support leave it when rounded to float32, as 1 - 1e-9 and 1e-40 do.
 
-    1e-40 is one because draws on a support that ends at 0 are no smaller than the smallest normal number.
+    1e-40 counts, since draws on a support that ends at 0 are at least the smallest normal number.
     """
     if support.name == "real" or data.dtype != torch.float64:
         return False
@@ -162,11 +162,11 @@ def strays(data: Tensor, support: Support) -> bool:
 
 
 def check_training(rows: Rows, data: Any, context: Any) -> None:
-    """Refuse too few rows to learn from, and columns that are the same in all of them.
+    """Refuse too few rows, and constant columns.
 
     Args:
-        rows: What was read.
-        data, context: What it was read from, for the columns' names.
+        rows: The rows.
+        data, context: Their sources, for the columns' names.
     """
     if len(rows.data) < LEAST_ROWS:
         raise ValueError(f"fit expected at least {LEAST_ROWS} rows of data, got {len(rows.data)}.")
@@ -176,12 +176,12 @@ def check_training(rows: Rows, data: Any, context: Any) -> None:
 
 
 def check_varying(name: str, low: Tensor, high: Tensor, value: Any) -> None:
-    """Refuse columns that are the same in every row.
+    """Refuse constant columns.
 
     Args:
         name: "data" or "context".
         low, high: The range of each column.
-        value: What they were read from, for the columns' names.
+        value: Their source, for the columns' names.
     """
     same = (low == high).nonzero()[:, 0].tolist()
     if not same:
@@ -197,12 +197,12 @@ def check_varying(name: str, low: Tensor, high: Tensor, value: Any) -> None:
 def check_rounded(
     rows: Rows, prior: FlowPrior, data: Any, context: Any, role: str = "", first: int | None = None
 ) -> None:
-    """Refuse values so far out that they are infinite in the dtype of the model and in the units of `prior`.
+    """Refuse outliers so far out that they are infinite in the dtype of the model and the units of `prior`.
 
     Args:
-        rows: What was read, in the dtypes of `prior`.
-        prior: Whose units they are standardised by.
-        data, context: What the rows were read from, for the columns' names.
+        rows: The rows, in the dtypes of `prior`.
+        prior: The prior that standardises them.
+        data, context: Their sources, for the columns' names.
         role, first: As in `read_rows`.
     """
     _check_finite(f"{role}data", prior.standardised(rows.data), data, first)
@@ -211,7 +211,7 @@ def check_rounded(
 
 
 def split(rows: Rows, fraction: float, generator: torch.Generator, copies: Copies | None = None) -> tuple[Rows, Rows]:
-    """Training and validation rows, as `divide` has them."""
+    """Split rows into training and validation rows, as `divide`."""
     training, held_out = divide(rows, fraction, generator, copies)
     return rows.take(training), rows.take(held_out)
 
@@ -219,17 +219,17 @@ def split(rows: Rows, fraction: float, generator: torch.Generator, copies: Copie
 def divide(
     rows: Rows, fraction: float, generator: torch.Generator, copies: Copies | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Places of training and validation rows: a random `fraction` of them, at least one, is set aside for validation.
+    """Draw the indices of training and validation rows: a random `fraction`, at least one row, is for validation.
 
-    Rows of the same numbers stay together, or the score of the validation rows would be of rows that were trained on.
-    One with more copies than there are to be validation rows stays for training. Where that leaves fewer than 3
-    different rows to validate with, the values are so few that they are categories, and rows are drawn one by one.
+    Equal rows stay together, or the validation score would be that of rows that were trained on. A row with more
+    copies than the number of validation rows is for training. If that leaves fewer than 3 distinct rows for
+    validation, there are so few values that they are categories, and rows are drawn one by one.
 
     Args:
-        rows: What to divide.
-        fraction: Between 0 and 1.
-        generator: What draws.
-        copies: Which of the rows are the same, where that has been found out.
+        rows: The rows to divide.
+        fraction: Fraction of validation rows, between 0 and 1.
+        generator: Generator of the draw.
+        copies: The repeated rows, if already computed.
     """
     total = len(rows.data)
     aside = min(max(1, round(fraction * total)), total - 2)
@@ -263,7 +263,7 @@ def _read_table(name: str, value: Any, width: int, width_name: str, first: int |
 
 def _column_name(value: Any, column: int) -> str:
     labels = Layout.of(value).labels
-    # The names of a frame are whatever they are.
+    # The names of a frame may be of any type.
     return f"column {(list(value.columns) if is_frame(value) else labels)[column]!r}" if labels else f"column {column}"
 
 
@@ -280,7 +280,7 @@ def _check_finite(name: str, table: Tensor, value: Any, first: int | None) -> No
 
 
 def _so_many(wrong: Tensor, first: int | None, what: str) -> str:
-    """How many of the rows it is, where they are all at hand."""
+    """Count the rows in words, if all of them are in memory."""
     return "" if first is not None else f" ({int(wrong.sum())} of {len(wrong)} {what})"
 
 

@@ -64,25 +64,26 @@ def fit(
     r"""Fit a flow or a density to data by maximum likelihood.
 
     Maximises mean_n log p(y_n | c_n) with p the density of T(loc + scale z), z ~ model, where T maps to the support,
-    and loc and scale are the mean and standard deviation of the training rows before T, of which those far out are
-    moved to a fence: 10 standard deviations, by the quartiles, from the median. A context is standardised likewise,
+    and loc and scale are the mean and standard deviation of the training rows before T, of which outliers are moved
+    to a fence: 10 standard deviations, by the quartiles, from the median. A context is standardised likewise,
     but with a fence against single outliers only. Adam, with the paper's weight decay of 1e-6, steps on batches; after
     each epoch an average of the weights over the last two epochs or so is scored on the validation rows. The learning
-    rate is halved when that score stalls, the fit ends when it has stalled for good, and the best average is kept.
+    rate is halved when that score stalls, the fit ends after `patience` epochs without a better one, and the best
+    average is the result.
 
     The model is trained in place, in its own dtype and on its own device, and left in eval mode with its best weights.
-    Given the same weights to start from, the same call gives the same result to the last bit on a CPU. The global
-    random states are left as they were.
+    From the same initial weights, the same call has bitwise the same result on a CPU. The global
+    random states are left unchanged.
 
-    With a `folder` nothing is lost: Ctrl-C, a crash or a killed machine cost the last second or, where a checkpoint
-    takes long to write, twenty times as long, and the call again with `resume=True` goes on from there to the very
-    weights that it would have come to (on a CPU, bit for bit).
+    With a `folder` a fit can be resumed: Ctrl-C, a crash or a killed machine cost the last second or, if a checkpoint
+    takes long to write, twenty times as long; the same call with `resume=True` goes on from there to the weights of an
+    uninterrupted fit (on a CPU, bit for bit).
 
     Started by torchrun, its processes, on one machine or several, fit the model together: each takes a part of every
-    batch, and `batch_size` is that of all of them. Every process returns the result.
+    batch, and `batch_size` is the total. Every process returns the result.
 
     Args:
-        model: A flow, a density, or a conditional form of either. A `FlowPrior` keeps the units it has.
+        model: A flow, a density, or a conditional form of either. A `FlowPrior` keeps its units.
         data: Rows (N, D): a tensor, an array, a data frame or nested lists of finite numbers, at least 10 rows; or a
             dictionary of tensors or arrays (N, ...), laid side by side, as the draws of a posterior. They are rounded
             to the model's dtype in their units, not before: where float32 does not hold the values of a column to a
@@ -93,38 +94,38 @@ def fit(
         support: Where the data lie: "real", "positive", "unit_interval", "simplex", or a sequence with one of the first
             three for each column, or constraints, as `FlowPrior` takes it; or a dictionary by name of column or entry,
             {"income": "positive"}, where those that it leaves out are real. By default "real" or that of a `FlowPrior`.
-        validation: The part of the rows to set aside at random for validation, between 0 and 1, by default a tenth;
-            or rows like `data`; or a tuple (data, context) of such for a model with a context, whose columns are found
-            by name where they have names. A part is by distinct rows: all copies of a row, with its context, are for
-            training or all are for validation.
-        batch_size: Rows in a batch, give or take: an epoch is cut into equal ones.
-        max_epochs: The most passes over the training rows.
-        patience: Epochs without a better validation log-likelihood after which to end. After a quarter of it the
-            learning rate is halved.
-        learning_rate: Adam's, to begin with.
-        max_grad_norm: Norm that the gradient of a step is cut down to.
-        seed: Of the split and of the order of the batches.
-        folder: Where to keep the fit: `checkpoint.safetensors`, from which it can go on; `log.csv`, a line an epoch,
-            and the same for TensorBoard where that is installed; at the end `model.safetensors`, for `pyro_maf.load`.
-            It is made if need be, and shared by all processes. One that holds any of these is refused, unless there is
-            a checkpoint to be resumed, or it is to be overwritten; and so is one that another fit is writing to.
-        resume: Go on from the checkpoint in `folder`, where there is one. The model, the data and the options must be
-            the same, but for `max_epochs` and `patience`, which may be raised, and what follows here.
-        overwrite: Replace the fit in `folder`, if any. It stays as it is until this one has its first checkpoint.
-        devices: Processes to fit with on this machine, each on a GPU of its own if the model is on one. Lightning
-            starts the others by running the program again: it must come to this call by itself.
-        progress: A bar on stderr: True where that is a terminal or a notebook, False never, "always" in any case.
+        validation: The fraction of the rows to hold out at random for validation, between 0 and 1, by default 0.1;
+            or rows like `data`; or a tuple (data, context) of such for a model with a context, whose columns are
+            matched by name if they have names. A fraction is of distinct rows: all copies of a row, with its context,
+            are for training, or all are for validation.
+        batch_size: Approximate number of rows in a batch: an epoch is cut into equal ones.
+        max_epochs: Maximum number of epochs.
+        patience: Number of epochs without a better validation log-likelihood after which to stop. After a quarter of it
+            the learning rate is halved.
+        learning_rate: Initial learning rate of Adam.
+        max_grad_norm: Norm to which the gradient of a step is clipped.
+        seed: Seed of the split and of the order of the batches.
+        folder: Folder of the fit: `checkpoint.safetensors`, to resume from; `log.csv`, a line an epoch,
+            and the same for TensorBoard if that is installed; at the end `model.safetensors`, for `pyro_maf.load`.
+            It is created if necessary, and shared by all processes. One that holds any of these is refused, unless
+            there is a checkpoint to resume, or it is to be overwritten; and so is one that another fit is writing to.
+        resume: Resume from the checkpoint in `folder`, if any. The model, the data and the options must be
+            the same, except `max_epochs` and `patience`, which may be raised, and the options below.
+        overwrite: Replace the fit in `folder`, if any. It remains until the first checkpoint of this one.
+        devices: Number of processes on this machine, each on a different GPU if the model is on one. Lightning
+            starts the others by running the program again: it must reach this call by itself.
+        progress: A bar on stderr: True on a terminal or in a notebook, False never, "always" in any case.
 
     Returns:
-        A `FitResult`: the density in the data's own units, the losses in nats, why it ended. Ctrl-C ends it early, with
+        A `FitResult`: the density in the data's units, the losses in nats, why it ended. Ctrl-C ends it early, with
         the best so far; a second Ctrl-C raises KeyboardInterrupt, with the model's best weights in place.
 
     Warns:
-        UserWarning: Of what lets a density go wrong without an error, a line each, with the column and what to do: few
+        UserWarning: Of silent failures of a density, a line each, with the column and what to do: few
             distinct values, a value that many rows share, columns that follow from others, heavy tails, a context over
             orders of magnitude; at the end of a best epoch of 0, and of `max_epochs` reached while it was improving.
             `FitResult.warnings` holds these. And after 5 steps in a row without a finite loss and gradient: it goes on
-            from the best weights with half the learning rate. And of a file that can not be written any more: it goes
+            from the best weights with half the learning rate. And of a file that cannot be written any more: it goes
             on without.
 
     Cost:
@@ -132,11 +133,11 @@ def fit(
         for an `IAF` that is a sweep a layer. With batch norm, another pass over the training rows for its statistics.
 
     Raises:
-        TypeError: For a model that is no flow or density, or data that is not numeric.
+        TypeError: For a model that is not a flow or density, or data that is not numeric.
         ValueError: For data that is not finite, does not vary in a column, has too few rows or the wrong width; for a
             context missing, superfluous or of another length; for data outside the support or on its boundary, with the
-            row and column; for options out of range; for a folder that holds a fit that is not to be resumed, or is of
-            something else.
+            row and column; for options out of range; for a folder that holds a fit that is not to be resumed, or one of
+            other settings.
         ModuleNotFoundError: Without the `train` extra.
 
     Example:
@@ -186,7 +187,7 @@ def fit(
         what = {"model": describe(density), "precision": str(weight.dtype), "data": parts.digest(), "seed": seed}
         settings = {**what, **options, **_frozen(density)}
     if layout.names or context_layout.names:
-        # Not among the settings: a table may have lost its names on the way to where a fit is resumed.
+        # Not among the settings: a resumed fit may have the table without its names.
         density.name_columns(layout, context_layout)
     with (
         keeping(folder, settings, resume=resume, overwrite=overwrite, is_first=processes.is_first) as keeper,
@@ -235,7 +236,7 @@ def fit(
 
 
 def _first_weight(model: Any, data: Any) -> Tensor:
-    """The weight whose dtype and device decide."""
+    """Return the weight whose dtype and device are those of the fit."""
     if not isinstance(model, (Flow, ConditionalFlow, Density, ConditionalDensity)):
         raise TypeError(f"fit expected a flow or a density, got {type(model).__name__}.{_advice(model, data)}")
     for weight in model.parameters():
@@ -245,7 +246,7 @@ def _first_weight(model: Any, data: Any) -> Tensor:
 
 
 def _by_name(validation: Any, layout: Layout, context_layout: Layout) -> Any:
-    """Rows to validate with, their columns in the order of the training rows; a part of these as it is."""
+    """Order the columns of validation rows as those of the training rows; return a fraction unchanged."""
     if isinstance(validation, tuple) and len(validation) == 2:
         data, context = validation
         return layout.pick("fit", "validation data", data), context_layout.pick("fit", "validation context", context)
@@ -253,7 +254,7 @@ def _by_name(validation: Any, layout: Layout, context_layout: Layout) -> Any:
 
 
 def _advice(model: Any, data: Any) -> str:
-    """What to do about a model that is none."""
+    """Advice for a value that is not a model."""
     if isinstance(model, type):
         return f" {model.__name__} is a class: build one of it, with a size, as fit(MAF(2), data)."
     return " The model comes first: fit(model, data)." if isinstance(data, torch.nn.Module) else ""
@@ -303,7 +304,7 @@ def _frozen(density: Any) -> dict[str, list[str] | None]:
 
 
 def _support(model: Any, given: Any) -> Support:
-    """The support that was asked for, or else the model's own."""
+    """Return the requested support, or else that of the model."""
     inner = model.density if isinstance(model, ConditionalFlowPrior) else model
     own = inner.units.support if isinstance(inner, FlowPrior) else None
     if given is None:
@@ -326,7 +327,7 @@ def _lightning_parts(progress: bool | str) -> ModuleType:
 
 @contextmanager
 def _untouched_random_states(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed torch for layers that draw numbers, and leave every global random state as it was."""
+    """Seed torch for layers that draw numbers, and restore every global random state on exit."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with seeded(seed, device):

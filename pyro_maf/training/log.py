@@ -1,4 +1,4 @@
-"""The log of a fit: a line an epoch, as csv, and for TensorBoard where that is installed."""
+"""The log of a fit: a line an epoch, as csv, and for TensorBoard if that is installed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["Epoch", "Log"]
 
 
 class Epoch(NamedTuple):
-    """What is known of an epoch at its end.
+    """Record of an epoch.
 
     Attributes:
-        seconds: Since the fit began, without the time it was interrupted.
-        train_loss, validation_loss: In nats.
-        learning_rate: That of its steps.
-        skipped_steps: How many steps were left out so far.
+        seconds: Time since the fit began, without interruptions.
+        train_loss, validation_loss: Losses in nats.
+        learning_rate: Learning rate of its steps.
+        skipped_steps: Number of steps left out so far.
     """
 
     seconds: float
@@ -36,11 +36,11 @@ class Epoch(NamedTuple):
 
 
 class Log(Callback):
-    """Writes `log.csv`, whole at each epoch, so that it always agrees with the fit, one taken up again included.
+    """Callback that rewrites `log.csv` as a whole at each epoch, so that it agrees with the fit, also a resumed one.
 
     Args:
-        folder: Where to.
-        history: The epochs, to which the fit adds.
+        folder: The folder of the fit.
+        history: The epochs, to which the fit appends.
     """
 
     def __init__(self, folder: Path, history: Sequence[Epoch]) -> None:
@@ -51,12 +51,12 @@ class Log(Callback):
         self._board: Any = None
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Write what has come to be known."""
+        """Write the new epoch."""
         self._write()
         if not self._has_board:
             return
         try:
-            # Not before: until its first checkpoint, a fit leaves what was in the folder as it was.
+            # Not before: until its first checkpoint, a fit leaves the folder unchanged.
             self._board = self._board or _board(self._events, first=len(self._history))
             for name, value in self._history[-1]._asdict().items():
                 self._board.add_scalar(name, value, len(self._history))
@@ -66,11 +66,11 @@ class Log(Callback):
             warnings.warn(f"fit could not write to {self._events}: {error}. It goes on without.", stacklevel=2)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Let go of the file of TensorBoard."""
+        """Close the file of TensorBoard."""
         self._close()
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        """Let go of it also then."""
+        """Close the file of TensorBoard after an error too."""
         self._close()
 
     def _close(self) -> None:
@@ -86,7 +86,7 @@ class Log(Callback):
 
 
 def _board(folder: Path, first: int) -> Any:
-    """The files of TensorBoard from epoch `first` on; what it had of those is forgotten."""
+    """Open the files of TensorBoard from epoch `first` on; purge later entries."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=first)

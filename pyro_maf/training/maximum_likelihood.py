@@ -1,4 +1,4 @@
-"""Lightning's loop around a fit: where it runs, what it says, and how it ends."""
+"""Lightning's loop around a fit: devices, output and ending."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ ACCELERATORS = {"cpu": "cpu", "cuda": "gpu", "mps": "mps"}
 
 
 def maximise(module: MaximumLikelihood, *, max_epochs: int, device: torch.device, progress: bool | str) -> None:
-    """Train `module`, and leave it on `device` with its best weights, in eval mode.
+    """Train `module`; leave it on `device` with its best weights, in eval mode.
 
     Args:
-        module: What to train, perhaps from where a checkpoint left it.
-        max_epochs: The most epochs, those before the checkpoint included.
-        device: Where to; with several processes on GPUs, each takes one of its own.
+        module: The module to train, perhaps from a checkpoint.
+        max_epochs: Maximum number of epochs, those before the checkpoint included.
+        device: The device; with several processes on GPUs, each takes a different one.
         progress: As in `fit`.
 
     Raises:
@@ -45,7 +45,7 @@ def maximise(module: MaximumLikelihood, *, max_epochs: int, device: torch.device
                 trainer.fit(module, train_dataloaders=module.batches, val_dataloaders=module.held_out)
     finally:
         module.interruption.settle()
-        # Lightning leaves what it trained on the CPU.
+        # Lightning leaves the trained weights on the CPU.
         module.density.to(device)
         module.restore_best()
         module.density.eval()
@@ -57,7 +57,7 @@ def _trainer(device: torch.device, processes: Processes, max_epochs: int, callba
         accelerator=ACCELERATORS[device.type],
         devices=[device.index or 0] if device.type == "cuda" and not several else processes.here,
         num_nodes=processes.machines,
-        # What the statistics of a layer are is for `BatchNorm` to say; all else is the same everywhere.
+        # `BatchNorm` synchronises its statistics; all other state is the same in all processes.
         strategy=DDPStrategy(broadcast_buffers=False) if several else "auto",
         plugins=[TorchElasticEnvironment() if processes.by_torchrun else LightningEnvironment()],
         use_distributed_sampler=False,
@@ -83,16 +83,16 @@ def _callbacks(module: MaximumLikelihood, progress: bool | str) -> list[Callback
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Lightning's remarks on its own working from the user, for as long as this lasts."""
+    """Silence Lightning's messages about its internals, while entered."""
     loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            # Of Lightning's own use of torch.
+            # From Lightning's use of torch.
             warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated", category=FutureWarning)
-            # Its successor is not known to the torch of before 2.13.
+            # Versions of torch before 2.13 lack its successor.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
             # The device was the caller's choice.
             warnings.filterwarnings("ignore", message="(GPU|TPU|MPS) available but not used")

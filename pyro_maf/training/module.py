@@ -1,4 +1,4 @@
-"""Maximum likelihood as a Lightning module: the step, the averaged weights, and what is kept of them."""
+"""Maximum likelihood as a Lightning module: the step, the averaged weights, and their checkpoints."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ INTERRUPTED = "interrupted"
 
 
 class MaximumLikelihood(LightningModule):
-    """Minimises the mean negative log-likelihood with Adam, and keeps the weights that validate best.
+    """Minimisation of the mean negative log-likelihood with Adam, with the weights of the best validation loss.
 
-    What is validated and kept is an exponential average of the weights: it is better than any of them, and lets the
-    learning rate be high.
+    An exponential average of the weights is validated: it is better than any of them, and allows a high learning
+    rate.
 
     Args:
-        density: What is fitted, in the data's own units.
+        density: The density to fit, in the data's units.
         batches: The training rows.
         held_out: The validation rows.
         schedule: Learning rate and patience.
-        max_grad_norm: Norm that a step's gradient is cut down to.
-        interruption: Whether to stop for another reason.
-        processes: Those that take part.
-        keeper: What writes checkpoints, if anything does.
+        max_grad_norm: Norm to which a step's gradient is clipped.
+        interruption: Request to stop by the user.
+        processes: The processes that take part.
+        keeper: Writer of checkpoints, if any.
 
     Attributes:
         history: The epochs so far.
-        skipped_steps: Steps left out because their loss or gradient was not finite.
+        skipped_steps: Number of steps left out because their loss or gradient was not finite.
         stop_reason: Why it ended before the last epoch, if it did.
     """
 
@@ -98,11 +98,11 @@ class MaximumLikelihood(LightningModule):
 
     @property
     def seconds(self) -> float:
-        """How long it has taken, with what came before it was taken up again."""
+        """Duration in seconds, including the time before it was resumed."""
         return time.monotonic() - self._began
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam, all weights in one call where the device can."""
+        """Return Adam, fused over all weights if the device supports that."""
         fused = self._weights[0].device.type in ("cpu", "cuda")
         self._optimizer = torch.optim.Adam(
             self._weights, lr=self.schedule.learning_rate, weight_decay=WEIGHT_DECAY, fused=fused
@@ -110,13 +110,13 @@ class MaximumLikelihood(LightningModule):
         return self._optimizer
 
     def transfer_batch_to_device(self, batch: Rows, device: torch.device, dataloader_idx: int) -> Rows:
-        """Batches are on the device already."""
+        """Return the batch, which is on the device already."""
         return batch
 
     # -- training -------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """Take the given weights for the best so far, to be put back if no others validate; or go on."""
+        """Record the initial weights as the best so far, in case no others validate; or resume."""
         found = int(self.processes.total(float(self._found is not None))[0])
         if 0 < found < self.processes.count:
             raise ValueError(
@@ -142,19 +142,19 @@ class MaximumLikelihood(LightningModule):
         self.save(taken=0)
 
     def training_step(self, batch: Rows | tuple[()], index: int) -> None:
-        """One step of Adam, unless the loss or its gradient is not finite."""
+        """Take one step of Adam, unless the loss or its gradient is not finite."""
         if not isinstance(batch, Rows):
             return
         self._optimizer.zero_grad()
         log_prob = self.density._log_prob(*batch)
-        # Of several processes each has a part of the batch, and the gradient will be the mean of theirs.
+        # Each of several processes has a part of the batch, and the gradient is the mean over them.
         rows, log_likelihood = self.processes.total(len(log_prob), log_prob.detach().sum())
         loss = -log_prob.sum() * (self.processes.count / rows)
         if self.processes.are_several:
             self.manual_backward(loss)
             self._check_gradients()
         else:
-            # Not Lightning's own: its hooks would take a tenth of the step, and are for what is not used here.
+            # Not Lightning's backward: its hooks would take a tenth of the step, and nothing here uses them.
             loss.backward()
         norm = nn.utils.clip_grad_norm_(self._weights, self.max_grad_norm)
         if not torch.isfinite(norm + log_likelihood):
@@ -166,19 +166,19 @@ class MaximumLikelihood(LightningModule):
         self._training_mean.add(-log_likelihood, int(rows))
 
     def on_train_batch_end(self, outputs: object, batch: Rows | tuple[()], batch_idx: int) -> None:
-        """Write a checkpoint now and then. Heed a Ctrl-C: the weights are validated in the middle of an epoch."""
+        """Write a checkpoint if one is due. After Ctrl-C, stop and validate the weights in the middle of an epoch."""
         if not batch:
             return
         interrupted = self._is_interrupted()
         if interrupted or (self.keeper is not None and self.keeper.is_due):
             self.save(batch_idx + 1)
         if interrupted:
-            # What follows is for the result: the fit is taken up again where it is now.
+            # The rest is for the result alone: a resumed fit starts here.
             self.keeper = None
             self._stop(INTERRUPTED)
 
     def _skip(self) -> None:
-        """Leave a step out; after several in a row, go back to the best weights with half the learning rate."""
+        """Skip a step; after several in a row, return to the best weights with half the learning rate."""
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row < SKIPPED_IN_A_ROW:
@@ -202,19 +202,19 @@ class MaximumLikelihood(LightningModule):
     # -- validation -----------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        """Put the averaged weights in place, with their statistics."""
+        """Swap in the averaged weights, with their statistics."""
         self._average.swap()
         if self._batch_norms:
             self.density.fit_statistics(*self.batches.sample())
 
     def validation_step(self, batch: Rows | tuple[()], index: int) -> None:
-        """Add up the log-likelihood of a batch."""
+        """Accumulate the log-likelihood of a batch."""
         if not isinstance(batch, Rows):
             return
         self._validation_mean.add(-self.density._log_prob(*batch).sum(), len(batch.data))
 
     def on_validation_epoch_end(self) -> None:
-        """Keep the averaged weights if they are the best yet; take up training where it was."""
+        """Record the averaged weights if they are the best so far; return to training."""
         all_skipped = not self._training_mean.count
         learning_rate = self.schedule.learning_rate
         losses = self._training_mean.take(), self._validation_mean.take(self.processes)
@@ -232,18 +232,18 @@ class MaximumLikelihood(LightningModule):
         self._set_learning_rate()
 
     def on_validation_end(self) -> None:
-        """Write a checkpoint; after the log, which may be ahead of it but not behind."""
+        """Write a checkpoint, after the log, which may be ahead of it but not behind."""
         is_last = self.trainer.current_epoch + 1 == self.trainer.max_epochs
         if self.keeper is not None and (self.keeper.is_due or self.trainer.should_stop or is_last):
             self.save(taken=0)
 
-    # -- keeping and going on -------------------------------------------------------------------------------------
+    # -- checkpoints and resumption --------------------------------------------------------------------------------
 
     def save(self, taken: int) -> None:
         """Write a checkpoint.
 
         Args:
-            taken: How many batches of the present epoch have been taken.
+            taken: Number of batches of the present epoch that are done.
         """
         if self.keeper is None or not self.processes.is_first:
             return
@@ -254,7 +254,7 @@ class MaximumLikelihood(LightningModule):
         self.keeper.write(checkpoint)
 
     def _checkpoint(self, taken: int) -> Checkpoint:
-        """All that goes into a checkpoint but for the best weights and the state of the optimizer."""
+        """Return a checkpoint without the best weights and the state of the optimizer."""
         tensors = {
             **_named("density", self.density.state_dict()),
             **_named("average", dict(enumerate(self._average.values))),
@@ -270,7 +270,7 @@ class MaximumLikelihood(LightningModule):
             "averaged": self._average.taken,
             "training_rows": self._training_mean.count,
             "skipped": [self.skipped_steps, self._skipped_in_a_row, self._lowerings_in_a_row],
-            # Of the other reasons, an interruption is over, and patience may be raised.
+            # As for other reasons, an interruption is over, and patience may be raised.
             "stop_reason": None if self.stop_reason in (INTERRUPTED, self.schedule.reason) else self.stop_reason,
         }
         return Checkpoint(tensors, facts)
@@ -286,7 +286,7 @@ class MaximumLikelihood(LightningModule):
         checkpoint.check(path, like)
 
     def _go_on(self, checkpoint: Checkpoint) -> None:
-        """Be where `checkpoint` was, but for what waits for training to start."""
+        """Load `checkpoint`, except the state that is set when training starts."""
         facts = checkpoint.facts
         self.history = [Epoch(*epoch) for epoch in facts["history"]]
         self.schedule.go_on(facts["schedule"])
@@ -312,7 +312,7 @@ class MaximumLikelihood(LightningModule):
         set_generator_states(checkpoint.under("global"), self.device)
 
     def restore_best(self) -> None:
-        """Put the weights and statistics in place that validated best, if it came to that."""
+        """Set the weights and statistics to those with the best validation loss, if any were validated."""
         self._share_statistics(False)
         if self._kept:
             self.density.load_state_dict(self._kept)
@@ -322,7 +322,7 @@ class MaximumLikelihood(LightningModule):
             layer.together = together
 
     def _check_gradients(self) -> None:
-        """Refuse weights that play no part, which torch, adding up gradients of several processes, would wait for."""
+        """Refuse weights without a gradient, on which torch's reduction over several processes would hang."""
         for name, weight in self.density.named_parameters():
             if weight.requires_grad and weight.grad is None:
                 raise ValueError(
@@ -338,7 +338,7 @@ class MaximumLikelihood(LightningModule):
             group["lr"] = self.schedule.learning_rate
 
     def _is_interrupted(self) -> bool:
-        """Whether any of the processes was."""
+        """True if any of the processes was interrupted."""
         return bool(self.processes.total(float(self.interruption.requested))[0])
 
     def _stop(self, reason: str) -> None:
@@ -347,22 +347,22 @@ class MaximumLikelihood(LightningModule):
 
 
 class _Mean:
-    """A mean over rows. Its sum stays where it is computed until it is taken: to read it is to wait for the device."""
+    """Mean over rows. Its sum stays on the device until it is taken, since reading synchronises."""
 
     def __init__(self) -> None:
         self.total: Tensor | float = 0.0
         self.count = 0
 
     def add(self, total: Tensor | float, count: int) -> None:
-        """Take in the sum over `count` rows."""
+        """Add the sum over `count` rows."""
         self.total = self.total + total
         self.count += count
 
     def take(self, processes: Processes | None = None) -> float:
-        """The mean, NaN of nothing; starts again.
+        """Return the mean, NaN of no rows, and reset.
 
         Args:
-            processes: Those that have each summed up a part, if they have.
+            processes: The processes that each have a part of the sum, if any.
         """
         total, count = (self.total, self.count) if processes is None else processes.total(self.total, self.count)
         self.total, self.count = 0.0, 0

@@ -1,4 +1,4 @@
-"""The two parts of the data of a fit, for training and for validation, and the units they come in."""
+"""The two parts of the data of a fit, for training and for validation, and their units."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ FAR = 1000.0
 
 
 class Parts(NamedTuple):
-    """What a model is fitted to.
+    """Training and validation rows, with their units.
 
     Attributes:
         training: Rows in memory, or on disk.
-        held_out: Rows to validate with.
-        units: Of the unconstrained columns of the training data.
-        context_units: Of those of its context, where there is one.
-        generator: What draws the order of batches.
-        repeats: How many of all rows repeat an earlier one; an estimate for rows on disk.
-        stray: Whether some values leave the support where they are rounded to float32.
-        whole: All rows, where they are in memory and have not been rounded yet.
-        places: Where in the data the validation rows were, from 0; None where they were given.
-        left_out: Where in the data rows lay that are too far out to validate with, and are for nothing; from 0.
+        held_out: Validation rows.
+        units: Units of the unconstrained columns of the training data.
+        context_units: Units of the columns of its context, if any.
+        generator: Generator of the order of batches.
+        repeats: Number of rows that repeat an earlier one; an estimate for rows on disk.
+        stray: True if some values leave the support when rounded to float32.
+        whole: All rows, if they are in memory and not yet rounded.
+        places: Indices of the validation rows in the data, from 0; None if they were passed separately.
+        left_out: Indices in the data, from 0, of rows that are too far out for validation, and unused.
     """
 
     training: Rows | StoredRows
@@ -64,11 +64,11 @@ class Parts(NamedTuple):
     left_out: Sequence[int] = ()
 
     def rounded(self, density: FlowPrior | ConditionalFlowPrior, data: Any, context: Any) -> Parts:
-        """The rows in the dtypes that `density` takes: rounded once their units have been taken, and not before.
+        """Round the rows to the dtypes of `density`, after their units have been computed from the exact ones.
 
         Args:
-            density: In their units.
-            data, context: What the rows were read from, for the columns' names.
+            density: The density, in their units.
+            data, context: Their sources, for the columns' names.
 
         Raises:
             ValueError: For values too far out for the model's dtype.
@@ -85,9 +85,10 @@ class Parts(NamedTuple):
         return self._replace(training=training, held_out=held_out, whole=None)._without_far_rows(prior)
 
     def _without_far_rows(self, prior: FlowPrior) -> Parts:
-        """These parts without validation rows, unless they were given, that lie over a thousand scales from the bulk.
+        """Drop held-out validation rows that lie over a thousand scales from the bulk.
 
-        The log-likelihood of one outweighs that of all others, and would choose the epoch by itself.
+        The log-likelihood of one would outweigh that of all others, and select the epoch. Rows that were passed as
+        `validation` stay.
         """
         far = (prior.standardised(self.held_out.data).abs() > FAR).any(1)
         if self.places is None or far.all() or not far.any():
@@ -98,7 +99,7 @@ class Parts(NamedTuple):
 
     @property
     def omissions(self) -> list[str]:
-        """A line on the rows that are left out, where there are any."""
+        """Return a line on the rows that are left out, if any."""
         if not self.left_out:
             return []
         return [
@@ -108,7 +109,7 @@ class Parts(NamedTuple):
         ]
 
     def remarks(self, density: FlowPrior | ConditionalFlowPrior, data: Any, context: Any) -> list[str]:
-        """What to know of these rows, a line each: how many repeat, and which columns `density` has to round coarsely.
+        """Remarks on the rows, a line each: the number of repeats, and columns that `density` has to round coarsely.
 
         Args:
             density, data, context: As in `rounded`, which comes after.
@@ -121,7 +122,7 @@ class Parts(NamedTuple):
         ]
 
     def _on_repeats(self) -> list[str]:
-        """A line on rows that repeat, unless they are few, or of few values, which is another matter."""
+        """Return a line on rows that repeat, unless they are few, or repeat because their values are few."""
         if isinstance(self.training, StoredRows):
             total, some = len(self.training.data), self.training.read(0)
         else:
@@ -136,18 +137,18 @@ class Parts(NamedTuple):
         ]
 
     def batches(self, size: int, processes: Processes) -> Batches | StoredBatches:
-        """The training rows in batches."""
+        """Return the training rows in batches."""
         deal: Any = StoredBatches if isinstance(self.training, StoredRows) else Batches
         return deal(self.training, size, self.generator, processes)
 
     @property
     def total(self) -> int:
-        """Number of rows of data, for training and, unless those were given, for validation."""
+        """Number of rows of data, for training and, unless passed separately, for validation."""
         in_memory = not isinstance(self.training, StoredRows) and self.places is not None
         return len(self.training.data) + (len(self.held_out.data) + len(self.left_out) if in_memory else 0)
 
     def digest(self) -> str:
-        """A number that data of other moments, or with other validation rows, would not have."""
+        """Fingerprint of the moments and the validation rows."""
         hashed = hashlib.sha256(str(len(self.training.data)).encode())
         for tensor in (*self.units, *(self.context_units or ()), *self.held_out):
             if tensor is not None:
@@ -158,12 +159,12 @@ class Parts(NamedTuple):
 def read_parts(
     model: Any, data: Any, context: Any, validation: Any, support: Support, *, dtype: torch.dtype, seed: int
 ) -> Parts:
-    """The parts of what was given to `fit`, which says what they may be, on the CPU and as precise as they came.
+    """Split the arguments of `fit` into training and validation rows, on the CPU and in their original precision.
 
     Args:
         model, data, context, validation, seed: As in `fit`.
-        support: Where the data lie.
-        dtype: That of the model.
+        support: The support of the data.
+        dtype: Dtype of the model.
 
     Raises:
         ValueError, TypeError: As in `fit`.
@@ -193,7 +194,7 @@ def read_parts(
 def _as_precise(
     units: tuple[Units, Units | None], dtypes: tuple[torch.dtype, torch.dtype], dtype: torch.dtype
 ) -> tuple[Units, Units | None]:
-    """Units for a model of `dtype`: those of rows that came in float32, and so are rounded already, need no more."""
+    """Round units to float32 where both the model, of `dtype`, and the rows are of float32."""
     of_data, of_context = units
     if torch.float64 not in (dtype, dtypes[0]):
         of_data = of_data.float()
@@ -203,7 +204,7 @@ def _as_precise(
 
 
 def in_units_of(parts: Parts, model: Any, support: Support) -> FlowPrior | ConditionalFlowPrior:
-    """The model on its support, standardised by the training rows; a prior keeps the units it has.
+    """Return the model on its support, standardised by the training rows; a prior keeps its units.
 
     Raises:
         ValueError: For a model with a batch shape.
@@ -236,7 +237,7 @@ def _in_new_units(parts: Parts, model: Any, support: Support) -> FlowPrior | Con
 
 
 def _on_rounding(role: str, units: Units | None, support: Support | None, dtype: torch.dtype, value: Any) -> list[str]:
-    """A line on a column that the dtype of the density's values is too coarse for."""
+    """Return a line on columns for which the dtype of the density's values is too coarse."""
     if units is None or dtype == torch.float64:
         return []
     coarse = (~float32_holds(*units, support, resolution=COARSE)).nonzero()[:1, 0].tolist()
@@ -249,13 +250,13 @@ def _on_rounding(role: str, units: Units | None, support: Support | None, dtype:
 
 
 def prior_of(density: FlowPrior | ConditionalFlowPrior) -> FlowPrior:
-    """The prior that takes its context, where there is one."""
+    """Return the prior inside a conditional density, or the prior itself."""
     inner: Any = density.density if isinstance(density, ConditionalFlowPrior) else density
     return inner
 
 
 def _validation(validation: Any) -> tuple[float, tuple[Any, Any] | None]:
-    """What fraction of the rows to set aside, and else what rows were given."""
+    """Return the fraction of validation rows, or the validation rows that were passed."""
     if validation is None or isinstance(validation, (int, float)):
         fraction = VALIDATION_FRACTION if validation is None else float(validation)
         if not 0 < fraction < 1:

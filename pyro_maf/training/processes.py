@@ -1,4 +1,4 @@
-"""The processes that fit one model together: each takes its part of every batch, and all hold the same weights."""
+"""The processes of a distributed fit: each takes its part of every batch, and all have the same weights."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ __all__ = ["Processes"]
 
 
 class Processes:
-    """Those that torchrun has started, or that Lightning is to start; or this one alone.
+    """The processes that torchrun has started, or that Lightning is to start; or this one alone.
 
-    They know of each other through `torch.distributed`, once Lightning has set that up.
+    They communicate through `torch.distributed`, once Lightning has set that up.
 
     Args:
-        devices: How many there are to be on this machine, where torchrun has not said.
+        devices: Number of processes on this machine, if torchrun has not set it.
 
     Attributes:
-        by_torchrun: Whether torchrun has started them.
-        here: How many there are on this machine.
-        machines: How many machines there are.
+        by_torchrun: True if torchrun has started them.
+        here: Number of processes on this machine.
+        machines: Number of machines.
 
     Example:
         >>> alone = Processes()
@@ -36,36 +36,36 @@ class Processes:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of processes."""
         return self.here * self.machines
 
     @property
     def are_several(self) -> bool:
-        """Whether there is more than one."""
+        """True if there is more than one."""
         return self.count > 1
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one that writes files and shows progress."""
+        """True in the process that writes files and shows progress."""
         # As torchrun numbers them, or Lightning those that it starts.
         rank = os.environ.get("RANK") if self.by_torchrun else os.environ.get("LOCAL_RANK")
         return not self.are_several or int(rank or 0) == 0
 
     def part(self, index: Tensor) -> Tensor:
-        """This process's part of the rows of a batch."""
+        """Return this process's part of the rows of a batch."""
         return index.tensor_split(self.count)[distributed.get_rank()] if self.are_several else index
 
     def wait(self) -> None:
-        """Go on when all of them have come here, if they ever met."""
+        """Barrier over all processes; no-op before torch.distributed is set up."""
         if self.are_several and distributed.is_initialized():
             self.total(0.0)
 
     def total(self, *values: Tensor | float) -> tuple[Tensor | float, ...]:
-        """The sum of each of `values` over all processes, without a gradient."""
+        """Sum each of `values` over all processes, without a gradient."""
         if not self.are_several:
             return values
         together = torch.stack([torch.as_tensor(value, dtype=torch.float64).detach().cpu() for value in values])
-        # NCCL knows nothing but GPUs.
+        # NCCL supports GPUs only.
         together = together.cuda() if distributed.get_backend() == "nccl" else together
         distributed.all_reduce(together)
         return tuple(together)

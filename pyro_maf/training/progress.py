@@ -1,4 +1,4 @@
-"""A progress bar over the epochs of a fit."""
+"""Progress bar over the epochs of a fit."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["ProgressBar"]
 
 
 class ProgressBar(Callback):
-    """One bar on stderr: epoch, losses, time spent and the most that is left, which patience may cut short.
+    """A bar on stderr: epoch, losses, elapsed time and maximum remaining time, which patience may cut short.
 
     Args:
-        console: Where it goes.
-        fit: What it is of.
+        console: The console that it is shown on.
+        fit: The module in training.
     """
 
     def __init__(self, console: Console, fit: MaximumLikelihood) -> None:
@@ -37,7 +37,7 @@ class ProgressBar(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move on within the epoch."""
+        """Advance within the epoch."""
         if time.monotonic() - self._updated > SECONDS_BETWEEN_UPDATES:
             self._updated = time.monotonic()
             fraction = (batch_idx + 1) / int(trainer.num_training_batches)
@@ -51,9 +51,9 @@ class ProgressBar(Callback):
             self._progress.update(self._task, completed=len(history), epoch=len(history), losses=losses)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Leave the bar as it is."""
+        """Stop the bar, and leave it on the screen."""
         self._progress.stop()
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        """Give the terminal back."""
+        """Stop the bar after an error, and restore the terminal."""
         self._progress.stop()

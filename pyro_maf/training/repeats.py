@@ -1,4 +1,4 @@
-"""Rows that repeat, such as draws of a Markov chain: they are told by a hash of their numbers."""
+"""Repeated rows, such as draws of a Markov chain, by a hash of their values."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ __all__ = ["Copies", "Counts", "Hashes", "copies_of", "hash_rows", "lot_of", "re
 Hashes = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
 """A hash of each row, (rows,)."""
 Counts = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
-"""How often each of some hashes came, (hashes,)."""
+"""Number of occurrences of each hash, (hashes,)."""
 
 
 class Copies(NamedTuple):
-    """Which rows are the same.
+    """Groups of equal rows.
 
     Attributes:
-        distinct: How many rows differ.
-        number: Of each row, (rows,), the same for those that are the same.
+        distinct: Number of distinct rows.
+        number: Number of the group of each row, (rows,).
     """
 
     distinct: int
     number: Tensor
 
 
-# Of the splitmix64 generator, whose steps change half of the bits of a number wherever one bit of it changes.
+# Constants of splitmix64, whose steps flip half of the bits of a number on average if one bit of it changes.
 STEP = np.uint64(0x9E3779B97F4A7C15)
 MIXES = ((np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.uint64(0x94D049BB133111EB)))
 LAST_SHIFT = np.uint64(31)
 
 
 def hash_rows(tables: Iterable[Tensor | None]) -> Hashes:
-    """A hash of 64 bits of each row across tables side by side; those that are None are passed over.
+    """Hash each row across tables side by side to 64 bits; tables that are None are skipped.
 
-    Rows of the same numbers have the same hash, 0 and -0 being one number; of a million that differ, two share a hash
-    with a probability of 3e-8.
+    Equal rows have the same hash, with 0 equal to -0; among a million distinct rows, two share a hash with a
+    probability of 3e-8.
 
     Cost: some ten elementwise operations on a column.
 
@@ -52,7 +52,7 @@ def hash_rows(tables: Iterable[Tensor | None]) -> Hashes:
     for table in tables:
         if table is None:
             continue
-        numbers = (table + 0.0).numpy()  # which makes 0 of -0
+        numbers = (table + 0.0).numpy()  # turns -0 into 0
         bits = np.uint32 if numbers.dtype.itemsize == 4 else np.uint64
         for column in numbers.T:
             hashes = _mixed(hashes + STEP ^ np.ascontiguousarray(column).view(bits))
@@ -60,12 +60,12 @@ def hash_rows(tables: Iterable[Tensor | None]) -> Hashes:
 
 
 def lot_of(hashes: Hashes, seed: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    """A number between 0 and 1 for each hash, as good as drawn at random; another `seed` gives others."""
+    """Return a pseudo-random number between 0 and 1 for each hash; it depends on `seed`."""
     return _mixed(hashes ^ np.uint64(seed)) / 2.0**64
 
 
 def copies_of(tables: Iterable[Tensor | None]) -> Copies:
-    """Which rows across tables side by side are the same.
+    """Group equal rows across tables side by side.
 
     Cost: that of `hash_rows`, and a sort.
 
@@ -78,9 +78,9 @@ def copies_of(tables: Iterable[Tensor | None]) -> Copies:
 
 
 def repeat_as_a_whole(tables: Iterable[Tensor | None]) -> bool:
-    """Whether rows repeat as wholes, not because their columns have so few values that the same ones meet again.
+    """True if rows repeat as copies, rather than by chance since their columns have few values.
 
-    Then some column has about as many different values as there are different rows.
+    Then some column has about as many distinct values as there are distinct rows.
 
     Example:
         >>> draws = torch.arange(60.0)[:, None]
@@ -93,7 +93,7 @@ def repeat_as_a_whole(tables: Iterable[Tensor | None]) -> bool:
 
 
 def tallied(hashes: Iterable[Hashes], numbers: Iterable[Counts]) -> tuple[Hashes, Counts]:
-    """The different hashes of several lots in ascending order, and how often each came in all of them.
+    """Merge several lots of hashes: the distinct ones in ascending order, and their total counts.
 
     Example:
         >>> lots = [np.array([5, 7], np.uint64), np.array([5], np.uint64)]

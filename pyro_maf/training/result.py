@@ -1,4 +1,4 @@
-"""What a fit gives back."""
+"""The result of a fit."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ NAMELESS = Layout()
 
 @dataclass(frozen=True, repr=False)
 class FitResult:
-    """A fitted density, how it got there, and why it stopped there.
+    """A fitted density, with its loss history and the reason for stopping.
 
-    Losses are mean negative log-likelihoods in nats, in the data's own units.
+    Losses are mean negative log-likelihoods in nats, in the data's units.
 
     Attributes:
-        density: A `FlowPrior`, or a `ConditionalFlowPrior` where there is a context, in eval mode. It holds the model
-            that was fitted, with its best weights.
-        train_loss: The mean loss of each epoch's training batches, taken while the weights moved.
+        density: A `FlowPrior`, or a `ConditionalFlowPrior` if there is a context, in eval mode. It holds the fitted
+            model, with its best weights.
+        train_loss: The mean loss of each epoch's training batches, under the weights at each step.
         validation_loss: The loss on the validation rows after each epoch, with the averaged weights.
-        best_epoch: How many epochs the best weights were trained for; 0 if none was better than the given weights.
+        best_epoch: Number of epochs after which the weights were best; 0 if none was better than the initial weights.
         validation_log_likelihood: The mean log-likelihood of the validation rows under the best weights.
-        seconds: How long it took, without any time between an interruption and going on.
-        stop_reason: Why it ended, in words.
-        skipped_steps: How many steps were left out because their loss or its gradient was not finite.
+        seconds: Duration, without the time between an interruption and its resumption.
+        stop_reason: Reason for stopping, in words.
+        skipped_steps: Number of steps left out because their loss or its gradient was not finite.
         held_out: The validation rows, a pair (data, context), on the CPU.
-        held_out_places: Where in the data these were, from 0; None where they were given as `validation`.
-        rows: How many rows of data were given.
-        folder: Where the fit is kept, if anywhere.
-        repeats: How many of all rows repeat an earlier one; of rows that are streamed, about how many.
-        warnings: What may have gone wrong without an error, a line each: columns of few values, columns that follow
+        held_out_places: Indices of these in the data, from 0; None if they were passed as `validation`.
+        rows: Number of rows of data.
+        folder: Folder of the fit, if any.
+        repeats: Number of rows that repeat an earlier one; an estimate for rows that are streamed.
+        warnings: Possible failures without an error, a line each: columns of few values, columns that follow
             from others, heavy tails, a context over orders of magnitude, rows that repeat, a best epoch of 0, too few
             epochs.
         layout, context_layout: The form of the data and of the context, and the names of their columns.
@@ -73,23 +73,23 @@ class FitResult:
 
     @property
     def epochs(self) -> int:
-        """How many epochs there were."""
+        """Number of epochs."""
         return len(self.validation_loss)
 
     def score(self, rows: Any, context: Any = None) -> Tensor:
-        """The log-likelihood of each row, (rows,), in nats, in the data's own units; without gradient, on the CPU.
+        """Log-likelihood of each row, (rows,), in nats, in the data's units; without gradient, on the CPU.
 
         Args:
-            rows: Whatever `fit` takes, in the units that it was fitted in. Columns with names are found by name where
-                the fit had names, whatever else there is; others go by their order. A row of a data frame and a
+            rows: Rows as for `fit`, in the same units. Columns with names are matched by name if the fit had names,
+                and further ones are ignored; others go by their order. A row of a data frame and a
                 dictionary of single numbers are one row.
-            context: Rows of context, for a density that takes one. It may be left out where `rows` has its columns too.
+            context: Rows of context, for a density that takes one. It may be left out if `rows` has its columns too.
 
         Returns:
             The log-densities; -inf outside the support, NaN for a row with a missing value.
 
         Raises:
-            TypeError: For what is not numeric.
+            TypeError: For values that are not numeric.
             ValueError: For columns that are missing, or another number of them; for a context missing, superfluous, of
                 another length, or of data frames whose index has another order than that of the rows.
         """
@@ -116,12 +116,12 @@ class FitResult:
         return torch.cat(parts[1:] or parts)
 
     def sample(self, number: int, context: Any = None) -> Any:
-        """New rows, in the form of the data that it was fitted to: a data frame, a dictionary or a tensor.
+        """Draw new rows, in the form of the fitted data: a data frame, a dictionary or a tensor.
 
         They are drawn with torch's global random state.
 
         Args:
-            number: How many.
+            number: Number of rows.
             context: For a density that takes one: a row, for all of them, or as many rows, one for each.
 
         Raises:
@@ -142,7 +142,7 @@ class FitResult:
 
     @property
     def _inner(self) -> Any:
-        """The density that takes its context, where there is one."""
+        """The prior inside a conditional density, or the density itself."""
         return getattr(self.density, "density", self.density)
 
     @property
@@ -174,7 +174,7 @@ class FitResult:
 
 
 def _table(role: str, value: Any, width: int) -> Tensor:
-    """Rows of so many columns; a vector is one column."""
+    """Convert rows to a table of `width` columns; a vector is one column."""
     table = numbers("score", role, value)
     if table.dim() == 1 and width == 1:
         table = table[:, None]

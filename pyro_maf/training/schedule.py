@@ -1,4 +1,4 @@
-"""When to lower the learning rate, and when to stop."""
+"""Learning rate schedule and early stopping."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ __all__ = ["Schedule"]
 
 
 class Schedule:
-    """Halves the learning rate when the validation loss has not improved for a while, and ends when it has not at all.
+    """Halving of the learning rate after a quarter of the patience without a better validation loss; early stopping.
 
     Args:
-        learning_rate: The first one.
-        patience: Epochs without a better validation loss after which to end.
+        learning_rate: Initial learning rate.
+        patience: Number of epochs without a better validation loss after which to stop.
 
     Attributes:
-        learning_rate: The one to use now.
+        learning_rate: Present learning rate.
         best: The lowest validation loss so far.
-        best_epoch: The epoch it came after.
+        best_epoch: The epoch of that loss.
 
     Example:
         >>> schedule = Schedule(learning_rate=1.0, patience=4)
@@ -37,7 +37,7 @@ class Schedule:
         self._lowered_at = 0
 
     def improves(self, epoch: int, validation_loss: float) -> bool:
-        """Take note of a validation loss; whether it is the best yet."""
+        """Record a validation loss; return True if it is the best so far."""
         self._epoch = epoch
         if validation_loss < self.best:
             self.best, self.best_epoch = validation_loss, epoch
@@ -52,15 +52,15 @@ class Schedule:
         self._lowered_at = self._epoch
 
     def state(self) -> dict[str, Any]:
-        """Where it is, for `go_on`."""
+        """State to resume from, for `go_on`."""
         return {name: value for name, value in vars(self).items() if name != "patience"}
 
     def go_on(self, state: dict[str, Any]) -> None:
-        """Be where another was; the patience stays this one's."""
+        """Resume from a state, except for its patience."""
         vars(self).update(state)
 
     @property
     def reason(self) -> str | None:
-        """Why to end: that the patience is at its end; or None."""
+        """Reason for stopping, that the patience is exhausted; or None."""
         is_over = self._epoch - self.best_epoch >= self.patience
         return f"no better validation log-likelihood for {self.patience} epochs" if is_over else None

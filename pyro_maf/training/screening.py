@@ -1,6 +1,6 @@
-"""Data screening: what in a table, or in how a fit ended, lets a density go wrong without an error.
+"""Data screening: properties of a table, or of the end of a fit, that let a density fail without an error.
 
-The statistics are those of at most 10,000 rows drawn at random. Every threshold stands below, with what it lets pass.
+The statistics are of at most 10,000 rows drawn at random. All thresholds are below, with examples of what passes them.
 """
 
 from __future__ import annotations
@@ -25,56 +25,56 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 MOST_ROWS = 10_000
 MOST_NUMBERS = 4_000_000
-"""How much of a table is looked at: a fraction of a second."""
+"""Maximum number of values of a table that are screened: a fraction of a second."""
 
 FEW_VALUES, FEW_REPEATS = 20, 3
 SOME_VALUES, SOME_REPEATS = 100, 50
-"""A column is of few values where it has up to 20 that come 3 times each on average, or up to 100 that come 50 times
+"""A column has few distinct values if there are up to 20 that occur 3 times each on average, or up to 100, 50 times
 each: ratings, counts, hours, ages in years. Iris, in steps of a millimetre (22 values, 7 times each), passes."""
 
 ATOM_SHARE, ATOM_RATIO, ATOM_ROWS = 0.05, 10, 10
-"""A value of its own, such as the 0 of a dry day: in 5 % of the rows and 10 of them, 10 times as often as any other."""
+"""An atom, such as the 0 of a dry day: a value in 5 % of the rows and 10 of them, 10 times as frequent as any other."""
 
 UNEXPLAINED = 1e-4
 SPARE_ROWS = 10
 MOST_COLUMNS = 1000
-"""A column follows from others, or from the context, where a linear combination leaves a hundredth of its standard
-deviation, and of its median deviation, which a shared outlier does not shrink. Units converted and rounded fall under
+"""A column follows from others, or from the context, if a linear combination leaves a residual of 1 % of its standard
+deviation, and of its median deviation, which is robust to a shared outlier. Units converted and rounded fall under
 it; the radius and the perimeter of a cell (2.6e-4 of the variance) pass. With fewer rows than columns + 10, or more
-columns than 1,000, nothing can be said or it would take too long."""
+columns than 1,000, there is no test: it would be undetermined or take too long."""
 
 TAIL_RATIO, TAIL_INDEX, TAIL_SHARE, TAIL_ROWS = 2.0, 2.0, 0.05, 50
 OUTLIER_RATIO = 12.0
-"""A tail is heavy where, of 50 rows and more, the furthest in a thousand (the fifth furthest of few rows) lies twice as
+"""A tail is heavy if, of 50 rows and more, the furthest in a thousand (the fifth furthest of few rows) lies twice as
 far from the median as under a Laplace distribution of the same median deviation, and the furthest 5 % fall off like a
 power of 2 or less (Hill's estimator); or where the furthest of all lies 12 times as far as under that distribution. Of
 200 rows and more, less than one column in 300 that is normal, uniform, exponential, gamma, bimodal or t (3 degrees) is
-taken for one; of 1,000 rows, Cauchy, t (1.5) and log-normal (sigma 1.5) columns are seen in 98 cases of 100, t (2) in
-half, log-normal (sigma 1) in a third."""
+a false positive; of 1,000 rows, Cauchy, t (1.5) and log-normal (sigma 1.5) columns are detected in 98 cases of 100,
+t (2) in half, log-normal (sigma 1) in a third."""
 
 MAGNITUDES, MAGNITUDE_SKEW, CONTEXT_ROWS = 100.0, 8.0, 20
-"""A context is over orders of magnitude where its 95 % quantile is 100 times the 5 % quantile, and 8 times as far from
+"""A context is over orders of magnitude if its 95 % quantile is 100 times the 5 % quantile, and 8 times as far from
 the median: log-normal with sigma 1.5, three decades. Uniform, exponential and normal ones pass."""
 
 STILL_IMPROVING = 0.01
-"""Nats that the last epochs, a quarter of the patience or half of all, have gained where a fit was still improving."""
+"""Gain in nats over the last epochs, a quarter of the patience or half of all, that counts as still improving."""
 
 MOST_NAMED = 3
 
 
 class _Finding(NamedTuple):
-    """A column, and in what way it stands out."""
+    """A column and its anomaly."""
 
     column: int
     detail: str
 
 
 def screen_data(data: Any, context: Any, support: Support) -> list[str]:
-    """Warnings about the columns of what `fit` was given, a line each.
+    """Warnings about the columns of the arguments of `fit`, a line each.
 
     Args:
-        data, context: As `fit` takes them, and has checked them; context may be None.
-        support: Where the data lie. Tails are those of the unconstrained values.
+        data, context: Arguments of `fit`, checked; context may be None.
+        support: The support of the data. Tails are those of the unconstrained values.
 
     Cost: some sorting of at most 10,000 rows.
 
@@ -137,13 +137,13 @@ def screen_data(data: Any, context: Any, support: Support) -> list[str]:
 
 
 def screen_ending(losses: Sequence[float], schedule: Schedule, *, has_more: bool, has_skipped: bool) -> list[str]:
-    """Warnings about how a fit ended, a line each.
+    """Warnings about the end of a fit, a line each.
 
     Args:
         losses: The validation loss after each epoch.
-        schedule: As the last of them left it.
-        has_more: Whether it would have gone on with more epochs.
-        has_skipped: Whether steps had no finite loss or gradient.
+        schedule: The schedule after the last of them.
+        has_more: True if it would have gone on with more epochs.
+        has_skipped: True if some steps had no finite loss or gradient.
 
     Example:
         >>> schedule = Schedule(learning_rate=1e-3, patience=30)
@@ -173,7 +173,7 @@ def screen_ending(losses: Sequence[float], schedule: Schedule, *, has_more: bool
 
 
 def announce(lines: Sequence[str]) -> None:
-    """Warn of each line at the place that called this package."""
+    """Warn of each line, with the location of the call of this package."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("pyro_maf", "torch"):
         level, frame = level + 1, frame.f_back
@@ -218,7 +218,7 @@ def _few_values(ordered: Array) -> list[_Finding]:
 def _atoms(ordered: Array) -> list[_Finding]:
     rows = len(ordered)
     least = max(ATOM_ROWS, math.ceil(ATOM_SHARE * rows))
-    # A value in so many rows is the same at both ends of some stretch of that length.
+    # After sorting, a value in so many rows is the same at both ends of some window of that length.
     candidates = (ordered[least - 1 :] == ordered[: rows - least + 1]).any(0) if least <= rows else np.zeros(0, bool)
     found = []
     for column in candidates.nonzero()[0]:
@@ -230,7 +230,7 @@ def _atoms(ordered: Array) -> list[_Finding]:
 
 
 def _dependent(rows: Array, labels: Sequence[str], first: int) -> str:
-    """The columns, from the `first` one on, that are linear combinations of those before them."""
+    """Describe the columns, from `first` on, that are linear combinations of earlier ones."""
     count, width = rows.shape
     if not 2 <= width <= MOST_COLUMNS or count < width + SPARE_ROWS:
         return ""
@@ -263,14 +263,14 @@ def _dependent(rows: Array, labels: Sequence[str], first: int) -> str:
 
 
 def _explains(predicted: Array, column: Array) -> bool:
-    """Whether the rest is small for most rows too: a row that is an outlier in all columns makes any two alike."""
+    """True if the residual is small for most rows too: an outlier in all columns makes any two collinear."""
     deviation = np.median(np.abs(column - np.median(column)))
     rest = column - predicted
     return bool(np.median(np.abs(rest - np.median(rest))) <= math.sqrt(UNEXPLAINED) * deviation) or not deviation
 
 
 def _combination(rows: Array, column: int, free: Sequence[int], weights: Array, labels: Sequence[str]) -> str:
-    """In words, what a column is of those that do not follow from others."""
+    """Describe a column as a combination of independent ones."""
     parts = [free[place] for place in np.argsort(-np.abs(weights), kind="stable") if abs(weights[place]) > 0.02]
     if len(parts) == 1:
         is_same = np.array_equal(rows[:, column], rows[:, parts[0]])
@@ -319,13 +319,13 @@ def _magnitudes(rows: Array) -> list[_Finding]:
 
 
 def _without(findings: Sequence[_Finding], others: Sequence[_Finding]) -> list[_Finding]:
-    """Those of columns that stand out in no other way yet."""
+    """Drop the findings of columns that have another finding."""
     columns = {finding.column for finding in others}
     return [finding for finding in findings if finding.column not in columns]
 
 
 def _line(what: str, findings: Sequence[_Finding], labels: Sequence[str], advice: str) -> str:
-    """A warning of one line, or "" where there is nothing to warn of."""
+    """A warning of one line, or "" without findings."""
     if not findings:
         return ""
     named = [f"{labels[column]} ({detail})" for column, detail in findings[:MOST_NAMED]]

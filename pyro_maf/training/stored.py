@@ -1,4 +1,4 @@
-"""Rows on disk, too many for memory: checked, measured and dealt out in batches from a few blocks of them at a time."""
+"""Rows on disk, too many for memory: checks, moments and batches from a few blocks of them at a time."""
 
 from __future__ import annotations
 
@@ -27,35 +27,35 @@ MIXED_BYTES = 2**26
 MOST_HELD = 2**18
 MOST_MEASURED = 2**16
 COUNTED = 0.1
-"""Of how many rows the copies are counted where none are to be held out, as a part of all."""
+"""Fraction of the rows whose copies are counted if none are held out."""
 
 
 def is_stored(data: Any) -> bool:
-    """Whether `data` is mapped from a file that is too large to be read into memory as a whole."""
+    """True if `data` is mapped from a file that is too large to be read into memory as a whole."""
     return isinstance(data, np.memmap) and data.dtype.kind in "fiub" and data.nbytes > IN_MEMORY
 
 
 class StoredRows:
     """A table that is mapped from a file and, for a conditional model, one of its context.
 
-    A random choice of rows, always the same, is held out for validation. It is by the numbers of a row, so that rows
-    which repeat stay together. A row with more copies than there are to be validation rows stays for training; where
-    that leaves fewer than 3 different rows to validate with, the choice is by the place of a row in its block.
+    A random choice of rows, always the same, is held out for validation. It depends on the values of a row, so that
+    equal rows stay together. A row with more copies than the number of validation rows is for training; if that leaves
+    fewer than 3 distinct validation rows, the choice depends on the position of a row in its block.
 
     Args:
-        model: Whose `input_dim` and `context_dim` the widths must be.
+        model: The model, whose `input_dim` and `context_dim` the widths must match.
         data: (rows, D), a `numpy.memmap`.
         context: (rows, C), or None.
-        support: What the data must lie inside of.
-        dtype: Of the tensors that are read, until `round_for` says better.
-        fraction: What part of the rows to hold out, as far as memory should hold them; 0 for none.
-        seed: Of the choice.
+        support: The support of the data.
+        dtype: Dtype of the tensors that are read, until `round_for` changes it.
+        fraction: Fraction of the rows to hold out, up to a limit of memory; 0 for none.
+        seed: Seed of the choice.
 
     Attributes:
-        repeats: About how many rows repeat an earlier one, once all have been read.
-        stored_dtypes: Of data and context as they are read.
-        stray: Whether values leave the support where they are rounded to float32, likewise.
-        places: Of the validation rows in the table, from 0, likewise.
+        repeats: Approximate number of rows that repeat an earlier one, once all have been read.
+        stored_dtypes: Dtypes of data and context as they are read.
+        stray: True if values leave the support when rounded to float32, likewise.
+        places: Indices of the validation rows in the table, from 0, likewise.
 
     Raises:
         ValueError: For wrong shapes, and for a context missing, superfluous or of another length.
@@ -96,18 +96,18 @@ class StoredRows:
 
     @property
     def sizes(self) -> list[int]:
-        """Training rows in each block."""
+        """Number of training rows in each block."""
         if not self._sizes:
             self._survey()
         return self._sizes
 
     def round_for(self, prior: FlowPrior) -> None:
-        """Read rows in the dtypes that `prior` takes, and refuse those too far out for its model's."""
+        """Set the dtypes of rows to those of `prior`, and refuse rows too far out for that of its model."""
         self._prior = prior
         self.dtypes = prior.dtype, prior.context_dtype
 
     def read(self, start: int) -> Rows:
-        """All rows of the block that begins at row `start`.
+        """Read all rows of the block that begins at row `start`.
 
         Raises:
             ValueError: For values that are not finite or not inside the support.
@@ -121,7 +121,7 @@ class StoredRows:
         return rows
 
     def _whole(self, start: int) -> Rows:
-        """A block as precise as it is stored."""
+        """Read a block in its stored precision."""
         block = slice(start, start + self.block)
         context = None if self.context is None else self.context[block]
         try:
@@ -131,23 +131,23 @@ class StoredRows:
                 _forget(table)
 
     def training(self, start: int) -> Rows:
-        """The training rows of a block."""
+        """Read the training rows of a block."""
         rows = self._whole(start)
         return self._rounded(start, rows).take(~self._is_held_out(start, rows))
 
     def held_out(self) -> Rows:
-        """The validation rows of all blocks, as precise as they are stored."""
+        """Return the validation rows of all blocks, in their stored precision."""
         if self._held_out is not None:
             return self._held_out
         return self._hold_out((start, rows, self._is_held_out(start, rows)) for start, rows in self._blocks())
 
     def sample(self) -> Rows:
-        """As many training rows as memory should hold, from all over the file."""
+        """Return training rows from all over the file, up to a limit of memory."""
         share = min(1.0, MOST_HELD / sum(self.sizes))
         return _joined([self._some(share, start, self.training(start)) for start in self.starts])
 
     def measured(self) -> tuple[Units, Units | None]:
-        """Location and scale of the columns of data (unconstrained) and context, of a sample of the training rows.
+        """Location and scale of the columns of data (unconstrained) and context, from a sample of the training rows.
 
         Raises:
             ValueError: As in `read`, which sees every row, and for columns that do not vary.
@@ -165,7 +165,7 @@ class StoredRows:
         return measured(_joined(training), self.support)
 
     def _hold_out(self, blocks: Iterable[tuple[int, Rows, Tensor]]) -> Rows:
-        """The validation rows, from blocks with their starts and which of their rows are some; for later too."""
+        """Collect and store the validation rows, from blocks with their starts and masks of those rows."""
         held_out, places = [], []
         for start, rows, aside in blocks:
             held_out.append(rows.take(aside))
@@ -177,13 +177,13 @@ class StoredRows:
         return ((start, self._whole(start)) for start in self.starts)
 
     def _survey(self) -> None:
-        """Look at every row once: whether columns vary, which rows repeat, and how many of each block are for training.
+        """Scan every row once: for constant columns, repeated rows, and the number of training rows of each block.
 
         Raises:
             ValueError: As in `read`, and for columns that do not vary.
         """
         of_data, of_context = Moments(), Moments()
-        # Somewhat more than are to be held out: what is by chance has to reach.
+        # Somewhat more than are to be held out, as a margin for chance.
         share = min(1.0, 1.5 * (self._fraction or min(COUNTED, MOST_HELD / len(self.data))) + 30 / len(self.data))
         counted = []
         for _, rows in self._blocks():
@@ -197,7 +197,7 @@ class StoredRows:
         if self.context is not None:
             check_varying("context", of_context.low, of_context.high, self.context)
         hashes, number = tallied(*zip(*counted, strict=True))
-        # All copies of a row are among those that were counted, or none is.
+        # Either all copies of a row are counted or none.
         self.repeats = round(len(self.data) * (1 - len(number) / max(1, number.sum())))
         self._choose(hashes, number)
         self._sizes = [
@@ -205,11 +205,11 @@ class StoredRows:
         ]
 
     def _choose(self, hashes: Hashes, number: Counts) -> None:
-        """Settle which rows are for validation.
+        """Choose the validation rows.
 
         Args:
-            hashes: Of a part of the rows by lot, and of all that are to be held out.
-            number: Of the copies of each.
+            hashes: Hashes of a random part of the rows, and of all that are to be held out.
+            number: Number of copies of each.
         """
         most = self._fraction * len(self.data)
         many = number > most
@@ -224,7 +224,7 @@ class StoredRows:
         return min(self.block, len(self.data) - start)
 
     def _chosen(self, start: int, hashes: Hashes, number: Counts) -> int:
-        """How many rows of a block are for validation, its hashes that may be being these."""
+        """Count the validation rows of a block, with these hashes of candidates."""
         if not self._fraction:
             return 0
         return self._at_a_place(self._length(start)) if self._by_place else int(number[self._is_drawn(hashes)].sum())
@@ -233,7 +233,7 @@ class StoredRows:
         return (lot_of(hashes, self.seed) <= self._threshold) & ~np.isin(hashes, self._for_training)
 
     def _is_held_out(self, start: int, rows: Rows) -> Tensor:
-        """Which rows of a block are for validation, which to say takes a look at all."""
+        """Mask of the validation rows of a block, after a scan of all of them."""
         if not self._sizes:
             self._survey()
         if not self._fraction:
@@ -244,7 +244,7 @@ class StoredRows:
         return torch.from_numpy(self._is_drawn(hash_rows(rows)))
 
     def _at_a_place(self, length: int) -> int:
-        """How many rows of so many in a block are for validation, where their place decides."""
+        """Number of validation rows in a block of some length, if the choice depends on the position."""
         return min(math.ceil(self._fraction * length), length - 1)
 
     def _some(self, share: float, start: int, rows: Rows) -> Rows:
@@ -253,13 +253,13 @@ class StoredRows:
 
 
 class StoredBatches(Passes):
-    """Stored rows in batches; the same to a fit as `Batches`.
+    """Batches of stored rows, with the interface of `Batches`.
 
-    Blocks are taken in random order, some 64 MiB of them at a time, and their rows are mixed.
+    Blocks are read in random order, some 64 MiB of them at a time, and their rows are mixed.
 
     Args:
-        rows: What to deal out.
-        size: Rows in a batch, give or take.
+        rows: The rows.
+        size: Approximate number of rows in a batch.
         generator, processes: As in `Passes`.
     """
 
@@ -271,7 +271,7 @@ class StoredBatches(Passes):
         self._sizes = torch.tensor(rows.sizes)
         groups = self._groups(torch.arange(len(rows.sizes)))
         self._counts = [max(1, round(int(self._sizes[group].sum()) / size)) for group in groups]
-        # Whichever blocks come together, but for the last one, which comes last.
+        # For any grouping of the blocks, with the last one last.
         ascending, last = self._sizes[:-1].sort().values, int(self._sizes[-1])
         fewest = [int(ascending[: len(group)].sum()) for group in groups[:-1]]
         fewest.append(int(ascending[: len(groups[-1]) - 1].sum()) + last)
@@ -279,15 +279,15 @@ class StoredBatches(Passes):
 
     @property
     def smallest(self) -> int:
-        """Rows in the smallest batch, whichever blocks are mixed with each other."""
+        """Number of rows in the smallest batch, for any grouping of the blocks."""
         return self._smallest
 
     def to(self, device: torch.device) -> None:
-        """Deal the batches out on `device`."""
+        """Move the batches to `device`."""
         self.device = device
 
     def sample(self) -> Rows:
-        """Rows to set statistics from: as many as memory should hold, always the same, and read once."""
+        """Rows for the statistics of batch norm: up to a limit of memory, always the same, and read once."""
         if self._sample is None:
             self._sample = self.rows.sample()
         return self._sample.to(self.device)
@@ -296,8 +296,8 @@ class StoredBatches(Passes):
         return sum(self._counts)
 
     def __iter__(self) -> Iterator[Rows | tuple[()]]:
-        """The batches; an empty tuple in the place of one that was dealt before a fit was taken up again."""
-        # The last block, which may be a short one, stays last, so that each pass has as many batches.
+        """Iterate over batches; an empty tuple stands for one that was done before a fit was resumed."""
+        # The last block, which may be short, stays last, so that all passes have the same number of batches.
         blocks, passed_over = self._begin(len(self._sizes) - 1)
         groups = self._groups(torch.cat([blocks, torch.tensor([len(blocks)])]))
         for group, count in zip(groups, self._counts, strict=True):
@@ -313,14 +313,14 @@ class StoredBatches(Passes):
 
     @staticmethod
     def _groups(blocks: Tensor) -> tuple[Tensor, ...]:
-        """Blocks that are mixed with each other: groups as equal as can be, so that none is of a few rows."""
+        """Group the blocks to be mixed: as equally as possible, so that no group is of a few rows."""
         return blocks.tensor_split(max(1, round(len(blocks) * BLOCK_BYTES / MIXED_BYTES)))
 
 
 def _forget(table: Any) -> None:
-    """Let go of the pages that were read, which stay resident otherwise, until the whole file is."""
+    """Release the pages that were read; otherwise the whole file would become resident."""
     mapped: Any = getattr(table, "_mmap", None)
-    # What was written to a private copy would be lost.
+    # Not for a private copy, whose changes would be lost.
     if hasattr(mapped, "madvise") and table.mode != "c":
         mapped.madvise(mmap.MADV_DONTNEED)
 

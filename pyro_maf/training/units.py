@@ -1,4 +1,4 @@
-"""The units that columns come in: a location and a scale that a few far rows do not set."""
+"""Units of columns: a location and a scale that are robust to a few outliers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Moments", "Units", "context_units_of", "units_of"]
 BLOCK_ROWS = 2**16
 NORMAL_QUARTILES = 1.3490
 NORMAL_TAILS = 3.2897
-"""How many standard deviations of a normal distribution lie between its quartiles, and between its 5% quantiles."""
+"""Distance in standard deviations of a normal distribution between its quartiles, and between its 5 % quantiles."""
 FENCE = 10.0
 MOST_BEYOND = 0.1
 OUTLIERS = 0.005
@@ -26,12 +26,12 @@ class Units(NamedTuple):
     scale: Tensor
 
     def float(self) -> Units:
-        """The same in float32."""
+        """Round to float32."""
         return Units(self.loc.float(), self.scale.float())
 
 
 class Moments:
-    """Mean, variance and range of columns whose rows come block by block, summed up in float64.
+    """Mean, variance and range of columns, accumulated block by block in float64.
 
     Sums are taken in units of a power of two of the first block's size, so that squares neither overflow nor vanish.
 
@@ -51,7 +51,7 @@ class Moments:
         self._size = self._mean = self._squares = self.low = self.high = torch.zeros(())
 
     def add(self, table: Tensor) -> None:
-        """Take in the rows of a block."""
+        """Add the rows of a block."""
         table = table.double()
         low, high = table.aminmax(dim=0)
         if not self._rows:
@@ -67,24 +67,24 @@ class Moments:
         self._rows = total
 
     def units(self) -> Units:
-        """Mean and standard deviation; a column that does not vary has scale 1."""
+        """Return mean and standard deviation; a constant column has scale 1."""
         deviation = (self._squares / self._rows).sqrt() * self._size
         return Units(self._mean * self._size, torch.where(deviation > 0, deviation, torch.ones_like(deviation)))
 
 
 def units_of(table: Tensor, most_beyond: float = 1.0) -> Units:
-    r"""Mean and standard deviation of the columns of `table`, its far values moved to a fence; in float64.
+    r"""Return mean and standard deviation of the columns of `table`, its outliers moved to a fence; in float64.
 
     The fence lies 10 standard deviations on either side of the median, those of a normal distribution with the column's
-    quartiles: far enough to leave ordinary columns as they are, and near enough for one value at 1e6 to count as little
-    as one at 10. A tail beyond it is not cut off, but stands as far out as it does in these units. Where more than a
-    tenth of the rows lie beyond it, the 5% and 95% quantiles take the quartiles' place; where half of the rows share
-    one value and fewer than a tenth have another, the median distance of those does. A column that does not vary has
-    scale 1.
+    quartiles: far enough to leave ordinary columns unchanged, and near enough for one value at 1e6 to count as little
+    as one at 10. The data are not clipped: a tail beyond the fence is as far out as it is in these units. Where more
+    than a tenth of the rows lie beyond it, the 5% and 95% quantiles take the quartiles' place; where half of the rows
+    share one value and fewer than a tenth have another, the median distance of those does. A constant column has scale
+    1.
 
     Args:
         table: Rows, (N, D).
-        most_beyond: A column with a larger part of its rows beyond the fence has none.
+        most_beyond: A column with a larger fraction of its rows beyond the fence has no fence.
 
     Cost: a partial sort of each column.
 
@@ -107,8 +107,9 @@ def units_of(table: Tensor, most_beyond: float = 1.0) -> Units:
 def context_units_of(table: Tensor) -> Units:
     """Units of a context: as `units_of`, but with a fence against a few outliers only, up to one row in 200.
 
-    A network sees a context as it is, and grows linearly with it: one with a heavy tail would reach so far out in units
-    of its bulk that the rows there would set the steps of a fit.
+    A network takes a context linearly: in units of its bulk, the rows of a heavy tail would be so far out that they
+        would
+    dominate the steps of a fit.
     """
     return units_of(table, OUTLIERS)
 
@@ -119,7 +120,7 @@ def _power_of_two(value: Tensor) -> Tensor:
 
 
 def _fences(table: Tensor, most_beyond: float) -> tuple[Tensor, Tensor]:
-    """What each column is clipped to, (D,) each."""
+    """Lower and upper fence of each column, (D,) each."""
     # A column at a time: a sorted copy of all of them might not fit.
     fences = [_fence(column.double().numpy(), most_beyond) for column in table.detach().unbind(1)]
     low, high = zip(*fences, strict=True)
