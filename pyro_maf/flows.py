@@ -1,6 +1,6 @@
 r"""Stacks of layers: MAF, IAF and RealNVP, each with a conditional form.
 
-Layers run from noise to data: `flow[0]` acts on the noise first, `flow[-1]` gives the data.
+Layers run from noise to data: `flow[0]` acts on the noise, `flow[-1]` outputs the data.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class RealNVP(Stack):
         hidden_dims: Widths of each network's hidden layers, by default two by `pyro_maf.nn.default_hidden_dims`.
         activation: A name from `pyro_maf.nn.ACTIVATIONS`.
         order: As in `MAF`, but "reverse" is the natural order in every layer. In the layer next to the data the even
-            places of its order are kept and the odd ones moved; the two alternate from layer to layer.
+            places of its order pass through and the odd ones are transformed; the two alternate from layer to layer.
         batch_norm: Put a `BatchNorm` after every layer, seen from the data.
         context_dim: Number of context features; 0 for none. `ConditionalRealNVP` is the form to use with a context.
         networks: "joint" or, as in the paper, "separate" networks for mu and alpha; see `AffineCoupling`.
@@ -231,7 +231,7 @@ class RealNVP(Stack):
 
 
 def _alternating_masks(who: str, input_dim: int, num_layers: int, order: Any, seed: int) -> list[Tensor]:
-    """True where a dimension is kept: at the even places of the order, and in turn at the odd ones."""
+    """Masks, true where a dimension passes through: at the even places of the order, and in turn at the odd ones."""
     if isinstance(order, str) and order == "reverse":
         orders = [torch.arange(input_dim)] * num_layers
     else:

@@ -1,8 +1,8 @@
 """Masked networks: degrees, masks, masked layers and MADE.
 
-This is the lowest floor of the package: it knows torch and nothing of distributions. Hidden units are always laid
-out in order of their degree, so that every masked weight is block lower triangular up to the order of the inputs;
-the sweep of the sequential direction relies on it.
+This is the lowest floor of the package: it depends on torch, not on distributions. Hidden units are always sorted by
+degree, so that every masked weight is block lower triangular up to the order of the inputs; the sweep of the sequential
+direction relies on it.
 """
 
 from __future__ import annotations
@@ -30,26 +30,25 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softplus": F.softplus,
     "sigmoid": torch.sigmoid,
 }
-"""The activations that `MADE` and `MLP` know, by name."""
+"""Activations of `MADE` and `MLP`, by name."""
 
 BULK = 3.0
 FEW = 400
-"""Up to so many numbers on a CPU it is likely that none lies in the tails, and worth a look."""
+"""Maximum number of entries on a CPU for which it pays to check whether any lies in the tails."""
 
 
 def compress_tails(x: Tensor) -> Tensor:
-    r"""What networks see of their inputs: x itself up to 3 in size, sign(x) (3 + log(1 + |x| - 3)) beyond.
+    r"""Compress the tails of a network's inputs: x itself for |x| <= 3, sign(x) (3 + log(1 + |x| - 3)) beyond.
 
-    A network grows linearly far from the data it was trained on. Left alone, a point 50 standard deviations out gets a
+    A network grows linearly far from its training data. Without compression, a point 50 standard deviations out gets a
     location and a scale so extreme that float32 cannot invert the map, and an outlier in a test set can cost a
-    thousand nats. The compression is continuously differentiable and increasing, so nothing is hidden from the
-    network.
+    thousand nats. The compression is continuously differentiable and strictly increasing, so no information is lost.
 
     Example:
         >>> compress_tails(torch.tensor([-2.0, 1.5, 50.0]))
         tensor([-2.0000,  1.5000,  6.8712])
     """
-    # Asked first whether anything records: the number of numbers would hold a dynamic batch size to what it is now.
+    # Tracing is tested first: reading the number of entries would specialise a dynamic batch size.
     if (
         x.device.type == "cpu"
         and not is_looked_into()
@@ -78,11 +77,11 @@ def degrees(
     """Degrees of the hidden units of a MADE, sorted within each layer.
 
     A unit of degree d sees the first d inputs of the order. Degrees run from `lowest` to D - 1; a unit of degree 0
-    sees the context alone, so `lowest` is 0 where there is one.
+    sees the context alone, so `lowest` is 0 for a network with a context.
 
     Args:
         input_dim: D, the number of inputs.
-        hidden_dims: Widths of the hidden layers; any width will do, smaller than D included.
+        hidden_dims: Widths of the hidden layers; any positive width, also below D.
         kind: "sequential" spreads the degrees evenly; "random" draws them uniformly. Either way each layer's last
             unit has degree D - 1, so that the last output sees every input.
         lowest: 0 or 1.
@@ -153,12 +152,12 @@ def masks(order: Sequence[int] | Tensor, hidden_degrees: Sequence[Tensor], outpu
 
 
 class MaskedLinear(nn.Linear):
-    r"""A linear layer with some of its weights held at zero: y = (M * W) x + b.
+    r"""A linear layer with a masked weight: y = (M * W) x + b.
 
-    The weights are drawn uniformly within one over the square root of each unit's number of visible inputs.
+    Weights and biases are drawn uniformly within +- 1 / sqrt(n), with n the number of inputs that the unit sees.
 
     Args:
-        mask: M, of shape (units out, units in); true or 1 where a weight is kept.
+        mask: M, of shape (units out, units in); false or 0 where a weight is masked out.
 
     Shapes:
         x is (\*batch, units in), y is (\*batch, units out).
@@ -181,12 +180,12 @@ class MaskedLinear(nn.Linear):
         self.out_features, self.in_features = mask.shape
         self.weight = nn.Parameter(torch.empty(mask.shape))
         self.bias = nn.Parameter(torch.empty(self.out_features))
-        # Not in the state_dict: whoever owns this layer stores the degrees that the mask is made from.
+        # Not in the state_dict: the network stores the degrees from which the mask follows.
         self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights and biases anew."""
+        """Initialise the weights and biases at random."""
         bound = self.mask.sum(1).clamp(min=1).rsqrt()
         with torch.no_grad():
             self.weight.uniform_(-1, 1).mul_(bound[:, None])
@@ -203,7 +202,7 @@ class MaskedLinear(nn.Linear):
 
 
 class Network(Tempered):
-    """What MADE and MLP share: compressed tails, a named activation, and a context that every layer sees."""
+    """Base of `MADE` and `MLP`: compressed tails, a named activation, and a context that every layer sees."""
 
     context_layers: nn.ModuleList
     activation_index: Tensor
@@ -213,7 +212,7 @@ class Network(Tempered):
         check_choice(type(self).__name__, "activation", activation, ACTIVATIONS)
         self.context_dim = check_positive(type(self).__name__, "context_dim", context_dim, least=0)
         self.activation = activation
-        # The state_dict holds the activation too, so that weights are never run through another one unnoticed.
+        # In the state_dict, so that weights are never silently combined with another activation.
         self.register_buffer("activation_index", torch.tensor(list(ACTIVATIONS).index(activation)))
 
     def _make(self, layers: Sequence[nn.Linear]) -> None:
@@ -221,23 +220,23 @@ class Network(Tempered):
         self.context_layers = nn.ModuleList(self._context_layer(layer) for layer in layers if self.context_dim)
 
     def _context_layer(self, layer: nn.Linear) -> nn.Linear:
-        """What adds the context to a layer: each feature of it starts with about the weight of an input."""
+        """Linear layer from the context to a layer's units; each feature starts with about the weight of an input."""
         made = nn.Linear(self.context_dim, layer.out_features, bias=False)
         visible = layer.mask.sum(1) if isinstance(layer, MaskedLinear) else torch.full((1,), float(layer.in_features))
         with torch.no_grad():
-            # Drawn as if the context were all that there is, it would drown out hundreds of inputs.
+            # With the default initialisation, for the context alone, it would drown out hundreds of inputs.
             made.weight.mul_((self.context_dim / (self.context_dim + visible)).sqrt()[:, None])
         return made
 
     def zero_output(self) -> None:
-        """Set the last layer to zero, so that every output starts at 0 whatever the input."""
+        """Set the last layer to zero, so that every output starts at 0 for any input."""
         with torch.no_grad():
             for layer in (self.layers[-1], *self.context_layers[-1:]):
                 for parameter in layer.parameters():
                     parameter.zero_()
 
     def context_terms(self, context: Tensor | None) -> list[Tensor | None]:
-        """What the context adds to each layer, or None for each where there is none."""
+        """Terms that the context adds to each layer's pre-activations; None for each without a context."""
         if context is None:
             return [None] * len(self.layers)
         return [layer(context) for layer in self.context_layers]
@@ -257,7 +256,7 @@ class Network(Tempered):
         return x
 
     def check_input(self, x: Any, context: Any, input_dim: int) -> None:
-        """Raise what is wrong with an input or a context, if anything."""
+        """Raise if an input or a context is invalid."""
         who, like = type(self).__name__, next(self.layers.parameters())
         check_event(who, "x", x, input_dim, "input_dim", like)
         if context is None and self.context_dim:
@@ -272,7 +271,7 @@ class Network(Tempered):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         stored = state_dict.get(prefix + "activation_index")
         error_messages = args[-1]
-        # Not against the buffer, which holds nothing yet after `to_empty`.
+        # Not compared with the buffer, which is uninitialised after `to_empty`.
         if stored is not None and int(stored) != list(ACTIVATIONS).index(self.activation):
             name = dict(enumerate(map(repr, ACTIVATIONS))).get(int(stored), "one unknown here")
             error_messages.append(f"activation of {prefix[:-1]}: {name} was stored, {self.activation!r} is built here.")
@@ -284,7 +283,7 @@ class MLP(Network):
     r"""A plain network with a named activation, and a context that every layer sees.
 
     Args:
-        input_dim: Number of inputs; 0 where the output depends on the context alone or is constant.
+        input_dim: Number of inputs; 0 if the output depends on the context alone or is constant.
         hidden_dims: Widths of the hidden layers.
         output_dim: Number of outputs.
         context_dim: Number of context features, 0 for none.
@@ -346,7 +345,7 @@ class MADE(Network):
 
     Raises:
         ValueError: For non-positive sizes, an unknown activation, an order that is no permutation, an input or
-            context of the wrong width, a context missing or superfluous.
+            context of the wrong width, a missing or superfluous context.
         TypeError: For an input of another dtype than the parameters.
 
     Example:
@@ -398,7 +397,7 @@ class MADE(Network):
 
     @property
     def last_layer(self) -> nn.Linear:
-        """The layer that makes the outputs; its rows are the P outputs of input 0, then those of input 1, ..."""
+        """The output layer; its rows are the P outputs of input 0, then those of input 1, ..."""
         return self.layers[-1]  # type: ignore[return-value]
 
     def masks(self) -> list[Tensor]:
@@ -416,11 +415,11 @@ class MADE(Network):
         return outputs.view(*outputs.shape[:-1], self.input_dim, self.outputs_per_input)
 
     def _derive(self) -> None:
-        """Remake what follows from order and degrees: the masks, and how many units are final at each step."""
+        """Recompute what follows from order and degrees: the masks, and the number of final units at each step."""
         self.is_natural = self.order.tolist() == list(range(self.input_dim))
         with torch.no_grad():
             for layer, mask, gain in zip(self.masked_layers, self.masks(), self._gains(), strict=True):
-                layer.mask.copy_(mask).mul_(gain)  # as part of the mask it is seen wherever that is
+                layer.mask.copy_(mask).mul_(gain)  # as part of the mask, the gain applies wherever the mask does
         steps = torch.arange(self.input_dim, device=self.order.device)
         self.ready = [torch.searchsorted(d, steps, right=True).tolist() for d in self.hidden_degrees]
 

@@ -1,4 +1,4 @@
-"""Invertible layers, one a file. Every one maps noise x to data y."""
+"""Invertible layers, one per file, each of which maps noise x to data y."""
 
 from pyro_maf.transforms.act_norm import ActNorm
 from pyro_maf.transforms.autoregressive import (

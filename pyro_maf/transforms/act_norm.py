@@ -16,8 +16,8 @@ __all__ = ["ActNorm"]
 class ActNorm(Flow):
     r"""y = x exp(log_scale) + loc, with log |det dy/dx| = sum_i log_scale_i.
 
-    The first batch that passes in the data-to-noise direction in training mode sets loc and log_scale to its mean and
-    log standard deviation; from there on they are ordinary parameters. Starts as the identity.
+    The first batch in the data-to-noise direction in training mode sets loc and log_scale to its mean and log standard
+    deviation; from then on they are ordinary parameters. Starts as the identity.
 
     Args:
         input_dim: D.
@@ -46,8 +46,8 @@ class ActNorm(Flow):
         self.loc = nn.Parameter(torch.zeros(input_dim))
         self.log_scale = nn.Parameter(torch.zeros(input_dim))
         self.register_buffer("initialized", torch.tensor(False))
-        # The buffer again, since reading it at every call would wait for the device; in a list, which twins with and
-        # without a cache share.
+        # A copy of the buffer, since reading that at every call would synchronise with the device; in a list, which
+        # flows with and without a cache share.
         self._known = [False]
 
     def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

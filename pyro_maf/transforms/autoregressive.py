@@ -1,4 +1,4 @@
-r"""Autoregressive layers: each dimension's map depends on the dimensions before it."""
+r"""Autoregressive layers: the univariate map of each dimension depends on the dimensions before it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
 
 
 class _Autoregressive(Flow):
-    """What MAF and IAF layers share: a MADE that gives each dimension the parameters of its map."""
+    """Base of MAF and IAF layers: a MADE outputs the parameters of each dimension's univariate map."""
 
     is_by_row = True
 
@@ -115,7 +115,7 @@ class InverseAutoregressive(_Autoregressive):
         x and y are (\*batch, D), log-determinants (\*batch,) in nats.
 
     Cost:
-        x to y (sampling, and the density of own samples): one dense pass. y to x (the density of outside points): one
+        x to y (sampling, and the density of its own samples): one dense pass. y to x (the density of other points): one
         sweep, which is about half the multiplications of a dense pass, in sequence; its gradient costs as much again.
 
     Raises:

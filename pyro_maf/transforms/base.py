@@ -1,4 +1,4 @@
-"""What every flow shares: boundary checks, the cache, the inverse as a module, conditioning on a context."""
+"""Base classes of flows: input checks, the cache, the inverse as a module, conditioning on a context."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ __all__ = ["ConditionalFlow", "Conditioned", "Flow", "Inverse"]
 class Flow(Savable, TransformModule):
     r"""An invertible map from noise x to data y, both of D dimensions, with its log-determinant.
 
-    A subclass implements `_push` and `_pull`, each of which returns its result together with log |det dy/dx|, whichever
-    the direction.
-    Everything else is here, and is the same for a layer and for a stack.
+    A subclass implements `_push` and `_pull`, each of which returns its output and log |det dy/dx|, in either
+    direction.
+    Everything else is implemented here, for layers and stacks alike.
 
     Args:
         input_dim: D.
-        context_dim: Number of context features that `_push` and `_pull` ask for; 0 for none.
+        context_dim: Number of context features that `_push` and `_pull` take; 0 for none.
 
     Attributes:
         domain, codomain: Real vectors, so `event_dim` is 1.
         fast: "both", "forward" (x to y) or "inverse" (y to x): the directions that take one parallel pass.
-        is_by_row: Whether rows (N, D) may be given for any batch of as many: false where the flow has a batch shape of
-            its own, or might have.
+        is_by_row: Whether a batch may be flattened to rows (N, D): false if the flow has, or may have, a batch shape
+            of its own.
 
     Example:
         >>> class Shift(Flow):
@@ -69,11 +69,11 @@ class Flow(Savable, TransformModule):
         raise NotImplementedError
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
-        r"""Set whatever statistics of the data this flow keeps (batch norm, act norm); most keep none.
+        r"""Set the flow's statistics of the data (batch norm, act norm); most flows have none.
 
         Args:
-            y: Data, (\*batch, D), of two rows at least.
-            context: Its context, where the flow takes one.
+            y: Data, (\*batch, D), at least two rows.
+            context: The context of y, if the flow takes one.
 
         Raises:
             ValueError: For data or context of the wrong width, or too few rows.
@@ -94,7 +94,7 @@ class Flow(Savable, TransformModule):
         self._fit_statistics(y, context)
 
     def _fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
-        """`fit_statistics` of checked data: what a subclass that keeps statistics provides."""
+        """`fit_statistics` of checked data; overridden by subclasses with statistics."""
 
     # -- the two directions ---------------------------------------------------------------------------------------
 
@@ -120,7 +120,7 @@ class Flow(Savable, TransformModule):
             return known
         self._pair = None
         made, log_det = self._exactly(direction, given)
-        # An output that is its input has no identity of its own to be remembered by.
+        # An output that is its input has no identity of its own, by which the cache could recognise it.
         if made is not given:
             self._pair = Pair.of(self, given, made, log_det, _Forget(self))
         return made
@@ -128,8 +128,9 @@ class Flow(Savable, TransformModule):
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         r"""log |det dy/dx| in nats, (\*batch,), for y = self(x).
 
-        Computed in the fast direction: from x alone where that is "forward", from y alone where it is "inverse". Where
-        both are, from y, unless y is remembered to be made of x: a batch norm in training takes other statistics then.
+        Computed in the fast direction: from x alone if that is "forward", from y alone if it is "inverse". If it is
+        "both", from y, unless the cache has y as the output for x: a batch norm in training then uses the stored
+        statistics.
         """
         like = self._like()
         x, y = self._in_width(x, "x", like), self._in_width(y, "y", like)
@@ -150,7 +151,7 @@ class Flow(Savable, TransformModule):
         return self._in_width(value, role, self._like())
 
     def _like(self) -> Tensor | None:
-        """What inputs have the dtype and device of; refuses a flow that waits for a context."""
+        """Tensor of the dtype and device that inputs need, or None; raises for a flow without its context."""
         if self.context_dim:
             raise ValueError(
                 f"{self.name} expected a context with last dimension {self.context_dim} (context_dim), got none: "
@@ -168,7 +169,7 @@ class Flow(Savable, TransformModule):
 
     @property
     def name(self) -> str:
-        """The class's name, as errors give it."""
+        """Name of the class, for error messages."""
         return type(self).__name__
 
     @property
@@ -182,7 +183,7 @@ class Flow(Savable, TransformModule):
         return inverse
 
     def _new_inverse(self) -> Inverse:
-        # Made anew whenever nobody holds the last one, so it has to be quick: all but what refers to this flow is kept.
+        # Rebuilt whenever nobody holds the last one, so it must be fast: all but references to this flow is cached.
         if self._like_inverse is None:
             own = ("_modules", "_arguments")
             self._like_inverse = {name: value for name, value in vars(Inverse(self)).items() if name not in own}
@@ -198,7 +199,7 @@ class Flow(Savable, TransformModule):
         return 1
 
     def with_cache(self, cache_size: int = 1) -> Flow:
-        """This flow with caching on (1) or off (0); parameters are shared."""
+        """The same flow, parameters shared, with caching on (1) or off (0)."""
         if cache_size not in (0, 1):
             raise ValueError(f"{self.name} expected cache_size 0 or 1, got {cache_size!r}.")
         if cache_size == self._cache_size:
@@ -209,16 +210,16 @@ class Flow(Savable, TransformModule):
         return twin
 
     def clear_cache(self) -> None:
-        """Forget all that was remembered.
+        """Clear the cache.
 
-        Only needed after writes that torch does not count: through `.data`, through an array of numpy or another
-        library that shares the memory (`.numpy()`, `torch.from_numpy`, DLPack), or by another process to inputs and
-        outputs in shared memory. Of parameters in shared memory nothing is remembered.
+        Only needed after writes that torch's version counters miss: through `.data`, through an array of numpy or
+        another library that shares the memory (`.numpy()`, `torch.from_numpy`, DLPack), or by another process to inputs
+        and outputs in shared memory. With parameters in shared memory nothing is cached.
         """
         for member in self.modules():
             if isinstance(member, Flow):
                 member._forget()
-        count_change()  # a prior, or a stack around this flow, remembers too
+        count_change()  # a prior, or a stack around this flow, has a cache too
 
     def _forget(self) -> None:
         self._pair = None
@@ -253,7 +254,7 @@ class Flow(Savable, TransformModule):
 
 
 class _Forget:
-    """Drops a flow's pair when its output is gone; keeps neither alive."""
+    """Callback that drops a flow's cached pair when its output is freed; keeps neither alive."""
 
     def __init__(self, flow: Flow) -> None:
         self._flow = weakref.ref(flow)
@@ -268,8 +269,8 @@ class _Forget:
 class Inverse(Flow):
     r"""The inverse of a flow: maps y to x, with log-determinant log |det dx/dy|.
 
-    It holds the flow as its submodule `flow`, so no parameter is lost, and shares the flow's cache.
-    `flow.inv` is the usual way to make one.
+    It holds the flow as its submodule `flow`, parameters included, and shares the flow's cache.
+    `flow.inv` is the usual way to get one.
 
     Example:
         >>> from pyro_maf import MAF
@@ -285,12 +286,12 @@ class Inverse(Flow):
 
     @property
     def fast(self) -> str:  # type: ignore[override]
-        """The flow's own, turned around."""
+        """Fast direction of the flow, reversed."""
         return {"forward": "inverse", "inverse": "forward"}.get(self.flow.fast, self.flow.fast)
 
     @property
     def is_by_row(self) -> bool:  # type: ignore[override]
-        """As the flow."""
+        """As for the flow."""
         return self.flow.is_by_row
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -301,7 +302,7 @@ class Inverse(Flow):
         return self.flow(y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """The log-determinant of the flow at (y, x), negated; in nats, of the batch shape."""
+        """Negative log-determinant of the flow at (y, x), in nats, of the batch shape."""
         return -self.flow.log_abs_det_jacobian(y, x)
 
     def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -315,7 +316,7 @@ class Inverse(Flow):
     @property
     def inv(self) -> Flow:
         """The flow."""
-        # One that was copied or loaded is not yet known to its flow.
+        # After copying or loading, the flow does not refer to its inverse yet.
         if self.flow._inv is None or self.flow._inv() is None:  # type: ignore[call-arg]
             self.flow._inv = weakref.ref(self)  # type: ignore[assignment]
         return self.flow
@@ -324,15 +325,15 @@ class Inverse(Flow):
         return f"Inverse of {self.flow!r}"
 
     def with_cache(self, cache_size: int = 1) -> Flow:
-        """The inverse of the flow with such a cache."""
+        """The inverse of the flow with this cache size."""
         return self if cache_size == self._cache_size else self.flow.with_cache(cache_size).inv
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
-        """The shape of what comes of an input: that of the flow's own input."""
+        """Shape of the output for an input of `shape`: that of the flow's input."""
         return self.flow.inverse_shape(shape)
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
-        """The shape of an input, for what comes of it: that of the flow's own output."""
+        """Shape of the input for an output of `shape`: that of the flow's output."""
         return self.flow.forward_shape(shape)
 
 
@@ -356,12 +357,12 @@ class Conditioned(Flow):
 
     @property
     def name(self) -> str:
-        """The flow's own."""
+        """Name of the flow."""
         return self.flow.name
 
     @property
     def fast(self) -> str:  # type: ignore[override]
-        """The flow's own."""
+        """Fast direction of the flow."""
         return self.flow.fast
 
     def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -377,7 +378,7 @@ class Conditioned(Flow):
         return f"{self.flow!r} at a context of shape {tuple(self.context.shape)}"
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
-        """The shape of an output: an input's, broadcast with the context's batch shape."""
+        """Shape of the output: that of the input, broadcast with the context's batch shape."""
         super().forward_shape(shape)
         return self._broadcast(shape) + (self.input_dim,)
 
@@ -397,7 +398,7 @@ class Conditioned(Flow):
 
 
 class ConditionalFlow(Savable, ConditionalTransformModule):
-    r"""A flow that waits for a context: `condition(context)` gives the flow at that context.
+    r"""A flow that needs a context: `condition(context)` returns the flow at that context.
 
     Args:
         flow: A flow with `context_dim` > 0, whose parameters this module holds.
@@ -429,7 +430,7 @@ class ConditionalFlow(Savable, ConditionalTransformModule):
         return self.flow.context_dim
 
     def fit_statistics(self, y: Tensor, context: Tensor) -> None:
-        r"""Set the statistics that layers keep (batch norm, act norm) from data `y`, (rows, D), and its context."""
+        r"""Set the layers' statistics (batch norm, act norm) from data `y`, (rows, D), and its context."""
         self.flow.fit_statistics(y, context)
 
     def __repr__(self) -> str:

@@ -16,12 +16,12 @@ __all__ = ["BatchNorm"]
 class BatchNorm(Flow):
     r"""Normalizes in the data-to-noise direction: x = exp(log_gamma) (y - m) / sqrt(v + eps) + beta.
 
-    m and v are the mean and variance of y. In training mode the data-to-noise direction takes those of the batch at
-    hand and moves the running ones a tenth of the way there. Everything else takes the stored ones: running, or
-    exact once `fit_statistics` was given the training set. log |det dy/dx| = sum_i (log(v_i + eps) / 2 - log_gamma_i).
+    m and v are the mean and variance of y. In training mode the data-to-noise direction uses those of the batch and
+    updates the running ones with momentum 0.1. Everything else uses the stored ones: running, or exact after
+    `fit_statistics` of the training set. log |det dy/dx| = sum_i (log(v_i + eps) / 2 - log_gamma_i).
 
-    In training mode the directions are each other's inverse only for a pair that was computed together, since the
-    statistics belong to the batch. Starts near the identity: m = 0, v = 1.
+    In training mode the two directions are inverse only for a pair that was computed together, since the statistics
+    belong to the batch. Starts near the identity: m = 0, v = 1.
 
     Args:
         input_dim: D.
@@ -49,7 +49,7 @@ class BatchNorm(Flow):
     EPS = 1e-5
     MOMENTUM = 0.1
     together = False
-    """Whether the batch is that of all processes of `torch.distributed`, each holding a part; `fit` sets it."""
+    """Switch for statistics over all processes of `torch.distributed`, each with a part of the batch; set by `fit`."""
     mean: Tensor
     variance: Tensor
 
@@ -95,14 +95,14 @@ class BatchNorm(Flow):
 
 
 def _moments_of_all(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance over the rows of all processes, with their gradient."""
+    """Mean and variance over the rows of all processes, with gradient."""
     count = _Total.apply(rows.new_tensor(len(rows)))
     mean = _Total.apply(rows.sum(0)) / count
     return mean, _Total.apply((rows - mean).square().sum(0)) / count
 
 
 class _Total(torch.autograd.Function):
-    """The sum over all processes: what each adds to it, all of their losses depend on."""
+    """Sum over all processes; the gradient is summed too, since the loss of each process depends on every term."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The pair (x, y) that a flow computed last, kept for as long as it is certain to be right."""
+"""Cache of the pair (x, y) that a flow computed last, valid only while nothing that it depends on has changed."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def caching_is_possible() -> bool:
 
 
 class Pair:
-    """One input, the output that a module made of it, and their log-determinant.
+    """One input, the module's output for it, and their log-determinant.
 
     The pair lives as long as the output does. It is valid for the same tensor objects at the same versions, the same
-    parameters and buffers at the same versions, the same train/eval and grad modes, and as long as the same of all
-    these tensors require a gradient. A backward through its graph retires it, so that no graph is walked a second time.
+    parameters and buffers at the same versions, the same train/eval and grad modes, and as long as the same ones
+    of these tensors require a gradient. A backward through its graph retires it, so that no graph is traversed twice.
     """
 
     def __init__(
@@ -38,9 +38,9 @@ class Pair:
         self._given = given
         self._made = weakref.ref(made, forget)
         self._ends = _ends(given, made)
-        # An address is told from another for as long as what lay there is held.
+        # Holding the storages ensures that no other tensor gets the same address.
         self._storages = given.untyped_storage(), made.untyped_storage()
-        # In a list, whose `pop` is one step: of several threads, one gets it.
+        # In a list, whose `pop` is atomic: only one of several threads gets it.
         self._log_dets = [log_det]
         # The hooks hold this list alone: they must keep neither the pair nor its tensors alive.
         self._retired: list[bool] = []
@@ -52,13 +52,13 @@ class Pair:
     def of(
         cls, module: nn.Module, given: Tensor, made: Tensor, log_det: Tensor, forget: Callable[[Any], None]
     ) -> Pair | None:
-        """The pair, or None where something that it depends on can change uncounted."""
+        """The pair, or None if something that it depends on can change without a version count."""
         if made.is_inference() or given.is_inference() or (state := _state(module)) is None:
             return None
         return cls(state, given, made, log_det, forget)
 
     def given_for(self, module: nn.Module, made: Tensor) -> Tensor | None:
-        """The input that gave `made`, or None if that is not certain."""
+        """The input with output `made`, or None if that is not certain."""
         given = self._given
         if self._made() is not made or (given.requires_grad and not torch.is_grad_enabled()):
             return None
@@ -67,7 +67,7 @@ class Pair:
     def log_det_of(self, module: nn.Module, given: Tensor, made: Tensor) -> Tensor | None:
         """The log-determinant of (given, made), or None if that is not certain.
 
-        One that carries a graph is handed out once: two losses may then be differentiated one after the other.
+        One with a graph is returned once only, so that two losses can be differentiated one after the other.
         """
         if not self._log_dets or not self.joins(module, given, made) or _is_watched(made):
             return None
@@ -80,7 +80,7 @@ class Pair:
         return log_det
 
     def joins(self, module: nn.Module, given: Tensor, made: Tensor) -> bool:
-        """Whether `made` is certain to be what the module makes of `given`."""
+        """Return whether `made` is certain to be the module's output for `given`."""
         return self._given is given and self._made() is made and self._holds(module, made)
 
     def _holds(self, module: nn.Module, made: Tensor) -> bool:
@@ -96,24 +96,24 @@ class _Retire:
 
 
 class _State(NamedTuple):
-    """All that a module's map depends on, and the graph of what it maps."""
+    """State that a module's map depends on, and which of its tensors are part of a graph."""
 
     modes: list[object]
     tensors: Snapshot
     graph: list[bool]
 
     def holds_for(self, module: nn.Module) -> bool:
-        """Whether nothing has changed since."""
+        """Return whether the module is still in this state."""
         modes, tensors = _parts(module)
         return self.modes == modes and self.tensors.holds_for(tensors) and self.graph == _graph(tensors)
 
 
-# The last of each module: comparing takes less time than to take another.
+# The last snapshot of each module: comparing with it is faster than taking another.
 _snapshots: weakref.WeakKeyDictionary[nn.Module, Snapshot] = weakref.WeakKeyDictionary()
 
 
 def forget(module: nn.Module) -> None:
-    """Let go of what a module's parameters and buffers lay in, once they lie elsewhere."""
+    """Release the storages of a module's parameters and buffers after these have moved."""
     _snapshots.pop(module, None)
 
 
@@ -136,7 +136,7 @@ def _parts(module: nn.Module) -> tuple[list[object], list[Tensor]]:
     for member in members:  # grows as it is walked
         if member is None:
             continue
-        own = member.__dict__  # the quickest way to a module's parts
+        own = member.__dict__  # the fastest access to a module's members
         modes.append(own["training"])
         if parameters := own["_parameters"]:
             tensors += parameters.values()
@@ -146,7 +146,7 @@ def _parts(module: nn.Module) -> tuple[list[object], list[Tensor]]:
             members += children.values()
         elif len(parameters) < 2 and isinstance(member, nn.Linear):
             for name in {"weight", "bias"} - parameters.keys():
-                # A tensor in the place of a parameter; or what is drawn at each look, and never the same again.
+                # A tensor in place of a parameter; or a property that is drawn at each access and never the same again.
                 replaced = own.get(name)
                 tensors.append(replaced)
                 modes.append(name if isinstance(replaced, Tensor) else object())
@@ -156,14 +156,14 @@ def _parts(module: nn.Module) -> tuple[list[object], list[Tensor]]:
 
 
 def _graph(tensors: list[Tensor]) -> list[bool]:
-    """Which tensors require a gradient, and which are leaves: of no matter where nothing is differentiated."""
+    """`requires_grad` and `is_leaf` of each tensor; nothing in no-grad mode, where they do not matter."""
     if not torch.is_grad_enabled():
         return []
     return [*[tensor.requires_grad for tensor in tensors], *[tensor.is_leaf for tensor in tensors]]
 
 
 def _ends(given: Tensor, made: Tensor) -> tuple[int | bool, ...]:
-    """What changes when an end of a pair is written to, or becomes part of another graph."""
+    """Marks of a pair that change when either end is written to or becomes part of another graph."""
     return (
         given._version,
         made._version,
@@ -177,5 +177,5 @@ def _ends(given: Tensor, made: Tensor) -> tuple[int | bool, ...]:
 
 
 def _is_watched(made: Tensor) -> bool:
-    """Whether somebody asked for the gradient at an output, which what is remembered of it would bypass."""
+    """Return whether the gradient at an output is observed, which a cached result would bypass."""
     return made.retains_grad or bool(made._backward_hooks)

@@ -1,4 +1,4 @@
-r"""Affine coupling: some dimensions pass through and set the affine map of the others."""
+r"""Affine coupling: some dimensions pass through and condition the affine map of the others."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ __all__ = ["AffineCoupling", "ConditionalAffineCoupling"]
 
 
 class AffineCoupling(Flow):
-    r"""A RealNVP layer: dimensions where the mask is true pass through and set the map of the others.
+    r"""A RealNVP layer: dimensions where the mask m is true pass through and condition the map of the others.
 
-    y_i = x_i for i kept; y_i = x_i exp(alpha_i(x_kept)) + mu_i(x_kept) for the others, and
-    log |det dy/dx| is the sum of the alpha_i. Starts as the identity.
+    y_i = x_i where m_i is true; y_i = x_i exp(alpha_i(x_m)) + mu_i(x_m) for the others, and log |det dy/dx| is the sum
+    of the alpha_i. Starts as the identity.
 
     Args:
         input_dim: D.
-        mask: D booleans, true where a dimension is kept; by default every other one, the first included. With D = 1
-            there is nothing to keep, and the default moves the one dimension by a learned constant or by the context.
+        mask: m, D booleans, true where a dimension passes through; by default every other one, the first included.
+            With D = 1 nothing passes through, and the map of the one dimension is constant or depends on the context.
         hidden_dims: Widths of the hidden layers, by default two by `pyro_maf.nn.default_hidden_dims`.
         context_dim: Number of context features, 0 for none.
         activation: A name from `pyro_maf.nn.ACTIVATIONS`.
@@ -39,7 +39,7 @@ class AffineCoupling(Flow):
     Cost: one dense pass in either direction.
 
     Raises:
-        ValueError: For a mask of the wrong length or one that moves nothing, and as `MLP` does.
+        ValueError: For a mask of the wrong length or one that is true everywhere, and as in `MLP`.
 
     Example:
         >>> layer = AffineCoupling(3, mask=[True, False, False])
@@ -100,7 +100,7 @@ class AffineCoupling(Flow):
         return self._through_map(self.scalar.inverse, y, context)
 
     def _through_map(self, scalar_map: Any, given: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        # index_select takes half the time of indexing by a tensor.
+        # index_select takes half the time of indexing with a tensor.
         kept, moved = given.index_select(-1, self._kept), given.index_select(-1, self._moved)
         outputs = [outputs_of(network, kept, context) for network in self.networks]
         parameters = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
@@ -110,7 +110,7 @@ class AffineCoupling(Flow):
         return torch.cat([kept, moved], -1).index_select(-1, self._place), log_derivative.sum(-1)
 
     def _derive(self) -> None:
-        """Remake the indices that follow from the mask."""
+        """Recompute the indices that follow from the mask."""
         kept, moved = self.mask.nonzero()[:, 0], (~self.mask).nonzero()[:, 0]
         for name, index in (("_kept", kept), ("_moved", moved), ("_place", torch.cat([kept, moved]).argsort())):
             self.register_buffer(name, index, persistent=False)

@@ -17,7 +17,7 @@ class Permute(Flow):
     r"""y_i = x_{p(i)}, with log-determinant 0. The permutation p is part of the state_dict.
 
     Args:
-        permutation: p, each of 0 .. D - 1 once.
+        permutation: p, with each of 0 .. D - 1 once.
 
     Shapes:
         x and y are (\*batch, D), log-determinants (\*batch,).

@@ -1,4 +1,4 @@
-"""Flows one after another."""
+"""Composition of flows."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["Stack"]
 
 
 class Stack(Flow):
-    r"""Flows one after another: y = t_L(... t_1(x)), with the sum of their log-determinants.
+    r"""Composition of flows: y = t_L(... t_1(x)), with the sum of their log-determinants.
 
     Args:
         layers: From noise to data. They agree on D; those that take a context agree on its width.
 
     Raises:
-        ValueError: For no layers, or layers that disagree.
+        ValueError: For no layers, or layers that disagree on a width.
 
     Example:
         >>> from pyro_maf.transforms import ActNorm, Permute
@@ -44,7 +44,7 @@ class Stack(Flow):
 
     @property
     def fast(self) -> str:  # type: ignore[override]
-        """The direction that no layer is slow in; where there is none, the one that fewer are slow in."""
+        """The direction in which all layers are fast, or else the one in which more of them are."""
         speeds = [layer.fast for layer in self if layer.fast != "both"]
         if not speeds:
             return "both"
@@ -52,7 +52,7 @@ class Stack(Flow):
 
     @property
     def is_by_row(self) -> bool:  # type: ignore[override]
-        """As all layers are."""
+        """True if it is for all layers."""
         return all(layer.is_by_row for layer in self)
 
     def __len__(self) -> int:
@@ -65,7 +65,7 @@ class Stack(Flow):
         return self.layers[index]  # type: ignore[return-value]
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
-        """The shape of an output: an input's, through every layer."""
+        """Shape of the output: that of the input, mapped by every layer in turn."""
         shape = super().forward_shape(shape)
         for layer in self:
             shape = layer.forward_shape(shape)
@@ -93,7 +93,7 @@ class Stack(Flow):
     def _through_rows(
         self, direction: str, layers: list[Flow], value: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The layers in turn; a larger batch goes as rows, which saves every product two changes of shape."""
+        """Apply the layers in turn; flatten a batch of several dimensions once, not in every layer."""
         if value.dim() < 3 or context is not None or not self.is_by_row:
             return self._in_turn(direction, layers, value, context)
         made, log_det = self._in_turn(direction, layers, value.flatten(0, -2), None)
@@ -124,7 +124,7 @@ class Stack(Flow):
 
 
 def _speeds(flow: Flow) -> set[str]:
-    """The fast directions of all layers, those of stacks within stacks included."""
+    """Fast directions of all layers, including those of nested stacks."""
     return {speed for layer in flow for speed in _speeds(layer)} if isinstance(flow, Stack) else {flow.fast}
 
 

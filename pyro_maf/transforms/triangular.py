@@ -1,4 +1,4 @@
-"""The full-rank normal's transform: location and Cholesky factor."""
+"""Transform of a full-rank normal: location and Cholesky factor."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ __all__ = ["ConditionalLowerTriangularAffine", "LowerTriangularAffine", "solve_l
 
 
 class LowerTriangularAffine(Flow):
-    r"""y = loc + L x, with L lower triangular and of positive diagonal: log |det dy/dx| = sum_i log L_ii.
+    r"""y = loc + L x, with L lower triangular with a positive diagonal: log |det dy/dx| = sum_i log L_ii.
 
-    With a standard normal x, y is normal with covariance L L^T. Starts as the identity unless told otherwise.
+    With a standard normal x, y is normal with covariance L L^T. Starts as the identity by default.
 
     Args:
         input_dim: D.
-        loc: The location to start from, (D,).
-        scale_tril: The factor L to start from, (D, D).
-        context_dim: Number of context features, 0 for none. With a context, loc and L are those above plus what a
-            network makes of the context; each of its outputs starts at 0.
+        loc: Initial location, (D,).
+        scale_tril: Initial factor L, (D, D).
+        context_dim: Number of context features, 0 for none. With a context, a network of it adds to loc, to log L_ii
+            and to L below the diagonal; each of its outputs starts at 0.
         hidden_dims: Widths of that network, by default two by `pyro_maf.nn.default_hidden_dims`.
         activation: A name from `pyro_maf.nn.ACTIVATIONS`.
 
     Shapes:
         x and y are (\*batch, D), log-determinants (\*batch,) in nats.
 
-    Cost: one product forward, one triangular solve inverse.
+    Cost: one triangular product from x to y, one triangular solve from y to x.
 
     Raises:
-        ValueError: For a loc or scale_tril of the wrong shape, a diagonal that is not positive, or anything above it.
+        ValueError: For a loc or scale_tril of the wrong shape, a non-positive diagonal, or non-zero entries above it.
 
     Example:
         >>> layer = LowerTriangularAffine(2, scale_tril=torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
@@ -99,7 +99,7 @@ class LowerTriangularAffine(Flow):
         return loc, log_diagonal, torch.diag_embed(log_diagonal.exp()) + flat.unflatten(-1, (size, size))
 
     def _derive(self) -> None:
-        """Remake where the entries below the diagonal stand in the matrix."""
+        """Recompute the flat indices of the entries below the diagonal."""
         rows, columns = torch.tril_indices(self.input_dim, self.input_dim, -1, device=self.below.device)
         self.register_buffer("_places", rows * self.input_dim + columns, persistent=False)
 
