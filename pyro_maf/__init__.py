@@ -51,8 +51,8 @@ HOMES = {
     "saving": "load",
     "training": "fit",
 }
-"""Where the names above are from. Each is imported when it is first asked for: with it comes torch, for which the
-command line should not wait before it shows its help."""
+"""Modules of the names above. Each is imported on first access, since it imports torch, for which the help of the
+command line should not wait."""
 
 PARTS = (
     "datasets",
@@ -66,7 +66,7 @@ PARTS = (
     "training",
     "transforms",
 )
-"""Modules that need no import of their own."""
+"""Modules that are imported on first access."""
 
 
 def __getattr__(name: str) -> Any:
@@ -80,7 +80,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _hint(name: str) -> str:
-    """Where a name is that is looked for here, for instance one that is a part's own, or that is spelled otherwise."""
+    """Hint for a missing name: the module that has it, or its correct capitalisation."""
     if name.startswith("_"):
         return ""
     for part in PARTS:

@@ -1,4 +1,4 @@
-"""How much a module may allocate while it is built from a description that no digest vouches for."""
+"""Limit on the memory that a module may allocate while it is built from a description without a digest."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["Allowance"]
 
 PER_STORED = 100
-"""Elements computed per element stored. Building what this package has takes 15 at most."""
+"""Elements computed per element stored. Building this package's modules takes 15 at most."""
 PER_OPERATION = 64
-"""Elements that an operation counts for on top of its result's, so that a loop without end has one."""
+"""Elements charged per operation on top of its result's, so that an endless loop ends."""
 SLACK = 2**21
-"""Elements that any file may take: some megabytes."""
+"""Elements that any file may allocate: some megabytes."""
 SIZED = (
     *("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "zeros"),
     *("expand", "repeat", "repeat_interleave", "tile", "tril_indices", "triu_indices"),
@@ -26,17 +26,17 @@ SIZED = (
 
 
 class Allowance(TorchFunctionMode):
-    """While entered, torch computes about as much as it takes to build a module with these weights, and no more.
+    """Context manager that limits torch to about the computation of building a module with these weights.
 
     A file of a few bytes can describe a network of gigabytes. An operation that would exceed the allowance by
-    broadcasting its arguments, or by the sizes that it is asked for, is refused before it allocates anything. (torch's
-    own functions of shapes, and its meta device, would load a computer algebra system of 40 MiB for that.)
+    broadcasting its arguments, or by the sizes that it requests, is refused before it allocates anything. (torch's
+    shape functions and its meta device would load a computer algebra system of 40 MiB for that.)
 
     Args:
-        stored: The weights that the file holds.
+        stored: The weights in the file.
 
     Raises:
-        ValueError: In place of the operation that would exceed it.
+        ValueError: In place of an operation that would exceed the allowance.
 
     Cost: some microseconds an operation.
 
@@ -62,7 +62,7 @@ class Allowance(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run the operation where it can be afforded."""
+        """Run the operation if the allowance covers it."""
         kwargs = kwargs or {}
         self._check(_at_most(function, [args, kwargs]))
         result = function(*args, **kwargs)
@@ -76,7 +76,7 @@ class Allowance(TorchFunctionMode):
 
 
 def _at_most(function: Callable[..., Any], arguments: Any) -> int:
-    """A bound on the elements of a result."""
+    """Upper bound on the number of elements of a result."""
     shapes = [reversed(tensor.shape) for tensor in _leaves(arguments, Tensor)]
     size = math.prod(map(max, zip_longest(*shapes, fillvalue=1)))
     name = getattr(function, "__name__", "").removeprefix("new_")

@@ -1,8 +1,8 @@
-"""Whether tensors are still what they were: what caches have to know.
+"""Detection of changes to tensors, for caches.
 
 torch counts in-place changes of each tensor, with exceptions: fused optimizers write without counting, so every step of
-an optimizer counts as a change, whatever it was of; and nobody counts what another process writes into shared memory,
-so such tensors are never taken for unchanged.
+any optimizer counts as a change of all tensors; and writes of another process to shared memory are not counted, so such
+tensors are never taken for unchanged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _steps = 0
 
 
 def count_change(*_: Any) -> None:
-    """Count a change of any tensors: one that torch does not."""
+    """Record a change that torch does not count, of any tensors."""
     global _steps
     _steps += 1
 
@@ -30,12 +30,12 @@ register_optimizer_step_post_hook(count_change)
 
 
 class Snapshot(NamedTuple):
-    """Tensors as they were at some moment.
+    """State of tensors at one moment.
 
     Attributes:
-        tensors: The tensors themselves, so that none of them can be taken for another.
-        marks: The number of optimizer steps and the like so far; then each tensor's count of changes, and its address.
-        storages: What the tensors lie in. As long as these are held, no other numbers can come to lie at an address.
+        tensors: The tensors themselves, which are compared by identity.
+        marks: The number of uncounted changes so far; then each tensor's version, and its address.
+        storages: Storages of the tensors. While these are held, no other tensor can get one of the addresses.
 
     Example:
         >>> x = torch.zeros(3)
@@ -50,23 +50,23 @@ class Snapshot(NamedTuple):
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Snapshot | None:
-        """The present state of tensors, or None where one of them can change uncounted.
+        """The current state of tensors, or None if one of them can change without a version count.
 
-        That is one of inference mode, one that other processes can write to, and one without memory of its own.
+        Such are tensors of inference mode, in shared memory, and without a storage.
         """
         try:
             marks = _marks(tensors)
             storages = list(map(torch.Tensor.untyped_storage, tensors))
         except (RuntimeError, NotImplementedError):
             return None
-        # Of all storages on a GPU torch says that they are shared.
+        # torch reports every storage on a GPU as shared.
         if any(map(torch.UntypedStorage.is_shared, storages)) and any(map(_is_shared_on_cpu, storages)):
             return None
         return cls(tensors, marks, storages)
 
     def holds_for(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the same tensors, unchanged since."""
-        # In this order: tensors of inference mode, which count nothing, are never those of a snapshot.
+        """Return whether these are the same tensors, unchanged since."""
+        # In this order: tensors of inference mode, which have no version, are never those of a snapshot.
         return (
             len(self.tensors) == len(tensors)
             and all(map(operator.is_, self.tensors, tensors))

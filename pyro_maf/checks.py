@@ -1,6 +1,6 @@
-"""What public entry points ask of their arguments, and how they say no.
+"""Checks of arguments at public entry points.
 
-Each check names who asked, what was expected, what came and, where it helps, what to do.
+Each error names the caller, what was expected, what it got and, where it helps, what to do.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def check_positive(who: str, name: str, value: Any, least: int = 1) -> int:
-    """Return `value` as an int of at least `least`, or say what is wrong with it."""
+    """Return `value` as an int; raise if it is not one, or below `least`."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -38,7 +38,7 @@ def check_positive(who: str, name: str, value: Any, least: int = 1) -> int:
 
 
 def check_above_zero(who: str, name: str, value: Any, *, finite: bool = False) -> None:
-    """Raise if `value` is not a number above 0 or, where that is asked for, not finite."""
+    """Raise if `value` is not a number above 0 or, with `finite`, not finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{who} expected {name} to be a number, got {value!r}.")
     if math.isnan(value) or value <= 0 or (finite and math.isinf(value)):
@@ -95,7 +95,7 @@ def check_event(who: str, name: str, value: Any, size: int, size_name: str, like
             f"{who} expected {name} with last dimension {size} ({size_name}), got shape {tuple(value.shape)}."
         )
     if like is not None and value.dtype != like.dtype and like.is_floating_point():
-        # A module has floating-point parameters, whatever it is converted to.
+        # Only floating-point dtypes are suggested: a module cannot be converted to another.
         other = f" or the flow with .to(torch.{_short(value.dtype)})" if value.is_floating_point() else ""
         raise TypeError(
             f"{who} has {_short(like.dtype)} parameters, got {name} of {_short(value.dtype)}: "
@@ -110,14 +110,14 @@ def check_event(who: str, name: str, value: Any, size: int, size_name: str, like
 
 
 def check_takes_gradient(who: str, module: nn.Module, like: Tensor | None) -> None:
-    """Refuse parameters of inference mode where a gradient is wanted: torch would lose that of some without a word.
+    """Raise for parameters of inference mode if a gradient is needed: torch would silently lose that of some.
 
     Args:
         who: The module's name.
         module: The module.
         like: One of its tensors, or None.
     """
-    # A compiler cannot be asked, and takes no part where tensors of inference mode do.
+    # The test cannot be compiled, and no compiler runs with tensors of inference mode.
     if like is None or torch.compiler.is_compiling() or not like.is_inference() or not torch.is_grad_enabled():
         return
     if any(parameter.requires_grad for parameter in module.parameters()):

@@ -1,4 +1,4 @@
-"""Packages of the `train` extra: imported late, and named in one line where they are missing."""
+"""Packages of the `train` extra: imported late, with an error of one line if one is missing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib import import_module
 __all__ = ["require"]
 
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}
-"""What is installed where that has another name than what is imported."""
+"""Names of distributions that differ from the name of their package."""
 
 
 def require(who: str, *packages: str) -> None:
@@ -15,10 +15,10 @@ def require(who: str, *packages: str) -> None:
 
     Args:
         who: The function that needs them.
-        packages: By the names that they are imported by.
+        packages: Their import names.
 
     Raises:
-        ModuleNotFoundError: For the first that is not installed, with what to do.
+        ModuleNotFoundError: For the first that is not installed; the message says what to install.
 
     Example:
         >>> require("fit", "numpy", "no_such_package")

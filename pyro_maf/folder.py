@@ -1,4 +1,4 @@
-"""The folder of a fit: what lies in it, who may write to it, and how an old fit gives way to a new one."""
+"""The folder of a fit: its files, its lock, and the replacement of an old fit by a new one."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ __all__ = [
 ]
 
 CHECKPOINT, LOG, MODEL, BOARD = "checkpoint.safetensors", "log.csv", "model.safetensors", "tensorboard"
-"""What `pyro_maf.fit` writes."""
+"""Files that `pyro_maf.fit` writes."""
 
 COLUMNS, RECORD, REPORT = "columns.json", "fit.json", "report.html"
-"""What the command adds: how to read a table for the model, how it was made, and how well it fits."""
+"""Files that the command adds: columns of a table for the model, settings of the fit, and report of its quality."""
 
 FILES = (MODEL, CHECKPOINT, LOG, COLUMNS, RECORD, REPORT)
 
 LOCK = ".lock"
 LOCKED_BYTE = 2**20
-"""Where Windows locks the file: beyond the line in it, which others are to read."""
+"""Position of the lock on Windows: beyond the line in the file, which other processes need to read."""
 ASIDE = ".replaced-"
 TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 UNLOCKABLE = (errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
-"""Errors of file systems, mostly of networks, that know no locks."""
+"""Errors of file systems without locks, mostly network file systems."""
 
 
 @dataclass
 class _Hold:
-    """A folder that a thread of this process writes to, and how many times over."""
+    """A folder that a thread of this process writes to, and how many times the thread has entered it."""
 
     thread: int
     times: int = 0
@@ -68,17 +68,17 @@ _guard = threading.Lock()
 
 @contextmanager
 def held(folder: Path, *, make: bool = True) -> Iterator[None]:
-    """While entered, this thread alone writes to `folder`; it may enter again.
+    """Context manager with exclusive write access to `folder` for this thread; re-entrant.
 
-    The operating system lets go of the lock of a process that ends, however it ends.
+    The operating system releases the lock of a process that ends, even one that is killed.
 
     Args:
         folder: The folder of a fit.
-        make: Whether to make it; if not, it is locked once someone inside this has made it.
+        make: Whether to create it; if not, it is locked on the first re-entry after it exists.
 
     Raises:
         ValueError: If another thread or process holds it; the message says which.
-        OSError: If nothing can be written there.
+        OSError: If the folder is not writable.
     """
     key = folder.resolve()
     with _guard:
@@ -100,7 +100,7 @@ def held(folder: Path, *, make: bool = True) -> Iterator[None]:
 
 
 def _lock(folder: Path) -> IO[bytes] | None:
-    """The locked file of a folder; None where there are no locks."""
+    """The locked file of a folder; None if the file system has no locks."""
     path = folder / LOCK
     while True:
         try:
@@ -109,7 +109,7 @@ def _lock(folder: Path) -> IO[bytes] | None:
             raise OSError(error.errno, error.strerror, str(folder)) from None
         try:
             _lock_file(file)
-            # Whoever held it may have removed it since it was opened: then others lock another file.
+            # The previous holder may have removed it since it was opened: then others lock a new file.
             if _is(path, file):
                 _sign(file)
                 return file
@@ -137,14 +137,14 @@ def _lock_file(file: IO[bytes]) -> None:
 
 
 def _is(path: Path, file: IO[bytes]) -> bool:
-    """Whether an open file is the one at `path`."""
+    """Return whether an open file is the one at `path`."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
     return False
 
 
 def _sign(file: IO[bytes]) -> None:
-    """Leave a line for those who come while the folder is held."""
+    """Write a line that names the holder, for processes that try to lock the folder."""
     file.truncate(0)
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode())
@@ -154,7 +154,7 @@ def _sign(file: IO[bytes]) -> None:
 def _release(folder: Path, lock: IO[bytes] | None) -> None:
     if lock is None:
         return
-    # While it is still locked, so that no one else's is removed; Windows removes no open file.
+    # Removed while still locked, so that it is no other process's; Windows removes no open file.
     with suppress(OSError):
         (folder / LOCK).unlink()
     lock.close()
@@ -168,11 +168,11 @@ def _taken(folder: Path, holder: str) -> ValueError:
 
 @contextmanager
 def replaced(folder: Path) -> Iterator[None]:
-    """While entered, the fit in `folder` is set aside for a checkpoint; without one it is put back, now or later."""
+    """Set the fit in `folder` aside while entered; without a new checkpoint it is restored, on exit or later."""
     old = [folder / name for name in (CHECKPOINT, *FILES, BOARD) if (folder / name).exists()]
     aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=folder))
     try:
-        # The checkpoint is the first to go and the last to come back: where there is one, it is the new one.
+        # The checkpoint is moved first and restored last: a checkpoint in the folder is always the new one.
         for path in dict.fromkeys(old):
             path.rename(aside / path.name)
         yield
@@ -181,10 +181,10 @@ def replaced(folder: Path) -> Iterator[None]:
 
 
 def recover(folder: Path) -> None:
-    """Put a fit back in place that was set aside for one that has not begun, because its process was killed.
+    """Restore a fit that was set aside for a new one, if that was killed before its first checkpoint.
 
     Raises:
-        ValueError: If there is one, and another process writes to the folder.
+        ValueError: If there is one, and another process holds the folder.
     """
     asides = sorted(folder.glob(f"{ASIDE}*"))
     with held(folder) if asides else nullcontext():

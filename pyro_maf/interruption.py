@@ -1,4 +1,4 @@
-"""Ctrl-C as a request to stop, with what was learned so far."""
+"""Ctrl-C as a request to stop early, with the result so far."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__ = ["Abandoned", "Interruption"]
 
 
 class Abandoned(BaseException):
-    """Raised by a second Ctrl-C, inside. No KeyboardInterrupt, for which Lightning would end the program."""
+    """Raised by a second Ctrl-C. Not a KeyboardInterrupt, on which Lightning exits the program."""
 
 
 class Interruption:
-    """While entered, the first Ctrl-C sets `requested`; a second raises `Abandoned`, outside KeyboardInterrupt.
+    """Context manager: the first Ctrl-C sets `requested`, a second raises `Abandoned`, on exit KeyboardInterrupt.
 
-    Outside the main thread, where no signals arrive, and where Ctrl-C is ignored, it does nothing.
+    It does nothing outside the main thread, which alone gets signals, or if Ctrl-C is ignored.
 
     Attributes:
         requested: Whether there was a Ctrl-C.
@@ -50,7 +50,7 @@ class Interruption:
             raise KeyboardInterrupt from None
 
     def settle(self) -> None:
-        """Raise nothing from now on: what follows is short, and may not be left half done."""
+        """Raise nothing from now on: the remaining work is short and must be completed."""
         self._settling = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

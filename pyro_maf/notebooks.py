@@ -1,4 +1,4 @@
-"""A progress bar in a notebook: one line of text, replaced as the work moves on, which the stored notebook keeps."""
+"""A progress bar in a notebook: one line of text, replaced as the work proceeds, which is stored with the notebook."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SECONDS_BETWEEN_REFRESHES = 0.2
 
 
 class NotebookProgress(Progress):
-    """As rich's, but shown by IPython alone.
+    """As rich's `Progress`, but displayed by IPython alone.
 
-    What rich shows there is a widget, of which nothing is left once the notebook is stored, and an empty output.
+    rich displays a widget, which is lost when the notebook is stored, and an empty output.
     """
 
     def __init__(self, *columns: str | ProgressColumn) -> None:
@@ -28,23 +28,23 @@ class NotebookProgress(Progress):
         self._refreshed = 0.0
 
     def start(self) -> None:
-        """Show the line."""
+        """Display the line."""
         from IPython.display import display
 
         if self._handle is None:
             self._handle = display(self._shown(), raw=True, display_id=True)
 
     def stop(self) -> None:
-        """Show how it ended."""
+        """Display the final state."""
         self._replace()
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        """Move a task on, and show it."""
+        """Advance a task and refresh the line."""
         super().update(*args, **kwargs)
         self.refresh()
 
     def refresh(self) -> None:
-        """Show how it is, unless that has just been done."""
+        """Display the current state, at most once per `SECONDS_BETWEEN_REFRESHES`."""
         if time.monotonic() - self._refreshed > SECONDS_BETWEEN_REFRESHES:
             self._replace()
 

@@ -1,4 +1,4 @@
-"""A module's own precision: autocast does not apply where a rounded network would be a different density."""
+"""Exemption from autocast: a network rounded to a lower precision would be a different density."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Result = TypeVar("Result")
 
 
 def like_of(module: nn.Module, *, floating: bool = True) -> Tensor | None:
-    """A tensor of the module's own dtype and device, if it has any; or one of any dtype, on its device."""
-    # Walked by hand: `parameters()` is slower, and can not be compiled.
+    """A floating-point tensor of the module, or None; without `floating`, one of any dtype."""
+    # Traversed by hand: `parameters()` is slower and cannot be compiled.
     waiting: list[Any] = [module]
     while waiting:
         member = waiting.pop()
@@ -28,7 +28,7 @@ def like_of(module: nn.Module, *, floating: bool = True) -> Tensor | None:
 
 
 def converted(value: Any, like: Tensor | None) -> Any:
-    """A value in the dtype of `like` where autocast may have made it another; as it is anywhere else."""
+    """Convert a value to the dtype of `like` under autocast, which may have changed it; else return it unchanged."""
     if isinstance(value, Tensor) and like is not None and _is_cast(value.device.type):
         return value.to(like.dtype)
     return value
@@ -44,12 +44,12 @@ def exactly(run: Callable[..., Result], *arguments: Any, like: Tensor | None) ->
 
 
 def as_far_as_exact(like: Tensor, value: Tensor, *, as_model: bool) -> Tensor:
-    """A value in the dtype of `like`, unless what it has lost, or would lose, makes it another; then as it is.
+    """Convert a value to the dtype of `like` if that loses nothing that matters; otherwise return it unchanged.
 
     Args:
-        like: Of a density's values or context.
-        value: Of any dtype.
-        as_model: Whether `like` is of the model's dtype, to which all else is rounded, and not of a finer one.
+        like: A tensor like the density's values or context.
+        value: A tensor of any dtype.
+        as_model: Whether `like` has the model's dtype, to which floating-point values are rounded, not a finer one.
     """
     if value.dtype == like.dtype or value.is_complex():
         return value
@@ -60,5 +60,5 @@ def as_far_as_exact(like: Tensor, value: Tensor, *, as_model: bool) -> Tensor:
 
 
 def _is_cast(kind: str) -> bool:
-    """Whether autocast applies on devices of a kind: nobody may ask of those that have none, as the meta device."""
+    """Return whether autocast is active on a device type; a query for one without, such as meta, would raise."""
     return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)

@@ -1,4 +1,4 @@
-"""Numbers drawn from a seed, without a trace in the global random states."""
+"""Seeded draws that leave the global random states unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["seeded"]
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """While entered, torch draws from `seed`, on the CPU and on `device`; afterwards it goes on as if nothing had been.
+    """Context manager that seeds torch on the CPU and on `device`, and restores the random states on exit.
 
     Example:
         >>> with seeded(0):
@@ -23,7 +23,7 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """
     gpus = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus):
-        # Not `torch.manual_seed`, which seeds every device there is.
+        # Not `torch.manual_seed`, which seeds every device.
         torch.default_generator.manual_seed(seed)
         for gpu in gpus:
             with torch.cuda.device(gpu):

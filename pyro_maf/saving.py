@@ -1,8 +1,8 @@
 """Saving and loading: one safetensors file with the weights, and the architecture as JSON in its header.
 
-Nothing that is loaded can run code: the header names a class of this package, or one derived from it that the program
-has imported, and the plain values to build it with. A digest of both stands beside it: a file in which a single bit has
-changed is refused.
+Loading a file runs no code from it: the header names a class of this package, or one derived from it that the program
+has imported, and its constructor's arguments as plain values. A digest covers weights and header: a file with a single
+flipped bit is refused.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ FORMAT = 1
 KEY = "pyro_maf"
 DIGEST = "digest"
 LENGTH = struct.Struct("<Q")
-"""Of a safetensors header, in bytes; a multiple of its size, so that the numbers are aligned."""
+"""Length of a safetensors header, in bytes; a multiple of the size of this field, so that the tensors are aligned."""
 TOKEN_BYTES = 8
 
 
@@ -54,10 +54,10 @@ class Kind(NamedTuple):
     """A kind of file that this package writes.
 
     Attributes:
-        key: Of its text in the header.
-        name: For messages, as are those that follow.
-        reader: What reads it.
-        remedy: What to do where it is damaged.
+        key: Key of its text in the header.
+        name: Name of the kind, for messages, as are the next two.
+        reader: Function that reads it.
+        remedy: Advice for a damaged file.
     """
 
     key: str
@@ -80,7 +80,7 @@ class Savable:
 
     _arguments: dict[str, Any]
     _unsavable: ClassVar[str] = ""
-    """For a class that can not be saved, what to do instead."""
+    """Advice for a class that cannot be saved."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -91,12 +91,12 @@ class Savable:
         """Make one, and take note of its arguments."""
         self = super().__new__(cls)
         bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs).arguments
-        # As they are now: the caller may go on to change a list or an array.
+        # Copies: the caller may change a list or an array later.
         self.__dict__["_arguments"] = {name: _frozen(value) for name, value in list(bound.items())[1:]}
         return self
 
     def __copy__(self: Self) -> Self:
-        # What the default does, without the preparation for pickling: a copy may be needed in the midst of a step.
+        # The default, without the preparation for pickling: a copy may be taken in the middle of a training step.
         twin = object.__new__(type(self))
         twin.__dict__.update(getattr(self, "__getstate__", lambda: self.__dict__)())
         return twin
@@ -109,20 +109,20 @@ class Savable:
         """Write weights and architecture to `path`, whole or not at all.
 
         Args:
-            path: A file; by custom it ends in .safetensors. What was there is replaced once all is written.
+            path: A file, by convention with suffix .safetensors; one that exists is replaced once all is written.
 
         Raises:
             FileNotFoundError: If its folder does not exist.
-            TypeError: If an argument this was built with is none of the above, or a flow or density at one context.
+            TypeError: If a constructor argument is none of the above, or for a flow or density at one context.
         """
         write_whole(Path(path), packed(self))
 
 
 def packed(module: Any) -> bytes:
-    """The file that `Savable.save` writes.
+    """Content of the file that `Savable.save` writes.
 
     Raises:
-        TypeError: As there.
+        TypeError: As `Savable.save`.
     """
     training = [name for name, member in module.named_modules(remove_duplicate=False) if member.training]
     frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
@@ -131,15 +131,15 @@ def packed(module: Any) -> bytes:
 
 
 def drop_weak_references(module: Any) -> None:
-    """Take off what Pyro's store hangs on parameters at every statement of them, and what can not be pickled."""
+    """Remove the weak references that Pyro's parameter store attaches to parameters, which cannot be pickled."""
     for parameter in module.parameters():
         parameter.__dict__.pop("unconstrained", None)
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """Read what `save` wrote: a flow, a conditional flow or a density, on the CPU, with the dtype and modes it had.
+    """Load a saved flow, conditional flow or density, on the CPU, with the dtype and modes it was saved with.
 
-    What was frozen, `requires_grad_(False)`, is frozen again.
+    Parameters that were frozen, `requires_grad_(False)`, are frozen again.
 
     Args:
         path: The file.
@@ -161,7 +161,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"load expected a file at {path}, found {'a folder' if path.is_dir() else 'nothing'}.")
     contents = unpack(path, MODEL)
-    # Where a digest vouches for the architecture, the weights are those of a module that has been built before.
+    # A digest proves that the architecture and the weights are those of a module that has been built before.
     with nullcontext() if contents.has_digest else Allowance(contents.tensors.values()):
         module = _rebuild(path, contents)
     if not contents.has_digest:
@@ -174,12 +174,12 @@ def load(path: str | os.PathLike[str]) -> Any:
 
 
 class Contents(NamedTuple):
-    """What `pack` wrote.
+    """Contents of a file that `pack` wrote.
 
     Attributes:
-        text: Of the header.
-        tensors: By name.
-        has_digest: Whether there was a digest, which then fits.
+        text: Text in the header.
+        tensors: Tensors by name.
+        has_digest: Whether the file has a digest, which then matches.
     """
 
     text: str
@@ -188,13 +188,13 @@ class Contents(NamedTuple):
 
 
 def pack(tensors: Mapping[str, Tensor], kind: Kind, text: str) -> bytes:
-    """A safetensors file of `tensors`, with `text` in its header, and a digest of it all."""
+    """Content of a safetensors file of `tensors`, with `text` and a digest of all in its header."""
     from safetensors.torch import save
 
     # Copies: no two tensors of a file may share memory.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content = save(copies, {kind.key: text})
-    # Two entries of its own would come in either order, and the same module in two different files.
+    # safetensors writes two entries in either order, so that one module would give two different files.
     (size,) = LENGTH.unpack_from(content)
     header = json.loads(content[LENGTH.size : LENGTH.size + size])
     header["__metadata__"][DIGEST] = _digest(text, copies)
@@ -204,10 +204,10 @@ def pack(tensors: Mapping[str, Tensor], kind: Kind, text: str) -> bytes:
 
 
 def unpack(path: Path, kind: Kind) -> Contents:
-    """What `pack` wrote, from `path`.
+    """Read a file that `pack` wrote.
 
     Raises:
-        ValueError: If it can not be read, is damaged or foreign; the message says which.
+        ValueError: If it cannot be read, is damaged or foreign; the message says which.
         ModuleNotFoundError: Without safetensors.
     """
     from safetensors import SafetensorError, safe_open
@@ -229,14 +229,14 @@ def unpack(path: Path, kind: Kind) -> Contents:
             f"{kind.name}."
         )
     text, digest = metadata[kind.key], metadata.get(DIGEST)
-    # Without a digest there is nothing else in the header, unless its name is what has changed.
+    # Without a digest the header has one entry; a second one is a digest whose name is damaged.
     if digest != _digest(text, tensors) if digest is not None else len(metadata) > 1:
         raise ValueError(f"{kind.reader} found {path} damaged: its content is not what was written. {kind.remedy}")
     return Contents(text, tensors, digest is not None)
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """A number that another text or other tensors would not have. Cost: about a second a gigabyte."""
+    """SHA-256 digest of the text and the tensors. Cost: about a second per gigabyte."""
     hashed = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         hashed.update(json.dumps([name, str(tensor.dtype), tensor.shape]).encode())
@@ -245,12 +245,12 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name and rename it, so that `path` is never half-written."""
+    """Write a file atomically: under a temporary name, then renamed, so that `path` is never half-written."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"save expected an existing folder for {path.name}, got {path.parent}.")
     if path.is_dir():
         raise IsADirectoryError(f"save expected a file name, got the folder {path}.")
-    # Not a file of `tempfile`, which its owner alone could read.
+    # Not a file of `tempfile`, which only its owner can read.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(TOKEN_BYTES)}")
     try:
         with open(temporary, "xb") as file:
@@ -261,13 +261,13 @@ def write_whole(path: Path, content: bytes) -> None:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            # Of a full disk it does not say which file was to be written, and of others the temporary one.
+            # The error of a full disk names no file, and others name the temporary one.
             raise OSError(error.errno, error.strerror or str(error), str(path)) from None
         raise
 
 
 def try_to_write(path: Path, content: bytes) -> bool:
-    """Write a file whole, or say in a warning why not: hours of work should not end because a disk is full."""
+    """Write a file atomically, or warn if that fails: a full disk should not end hours of work."""
     try:
         write_whole(path, content)
     except OSError as error:
@@ -279,7 +279,7 @@ def try_to_write(path: Path, content: bytes) -> bool:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove what `write_whole` has left next to `path` in a process that was killed."""
+    """Remove temporary files of `path` that a killed process has left behind."""
     token = "[0-9a-f]" * (2 * TOKEN_BYTES)
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.{token}"):
         temporary.unlink(missing_ok=True)
@@ -305,7 +305,7 @@ def _rebuild(path: Path, contents: Contents) -> Any:
 
 
 def _take_dtypes(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Make the tensors of a module those of the dtypes of `state`; what is not saved, of the one that most have."""
+    """Convert a module's tensors to the dtypes in `state`, and tensors that are not saved to the most frequent one."""
     floating = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
     if not floating:
         return
@@ -316,7 +316,7 @@ def _take_dtypes(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def describe(module: Savable) -> dict[str, Any]:
-    """The architecture of a module, as JSON holds it.
+    """The architecture of a module, as JSON values.
 
     Raises:
         TypeError: As `Savable.save`.
@@ -330,7 +330,7 @@ def describe(module: Savable) -> dict[str, Any]:
 
 
 def _hides_ours(cls: type[Savable]) -> bool:
-    """Whether a class from elsewhere has the name of one of this package, which a file could not tell apart."""
+    """Return whether a class from elsewhere has the name of one of this package: a file could not tell them apart."""
     ours, its = (each.__module__.partition(".")[0] == KEY for each in (_known.get(cls.__name__, cls), cls))
     return ours and not its
 
@@ -360,7 +360,7 @@ def _encode(who: str, name: str, value: Any) -> Any:
 def _build(description: dict[str, Any]) -> Any:
     name = description["class"]
     if name not in _known:
-        # A program that does nothing but load may not have come across ours, which the densities stand on.
+        # A program that only loads may not have imported this package's classes, all of which the densities import.
         importlib.import_module(f"{KEY}.distributions")
     if name not in _known:
         raise ValueError(f"{name} is no class known here; import the module that defines it first")

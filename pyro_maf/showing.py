@@ -1,4 +1,4 @@
-"""How progress is shown, and when."""
+"""Progress bars, and the conditions for showing one."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ SECONDS_BETWEEN_UPDATES = 0.2
 
 
 def check_progress(who: str, progress: Any) -> None:
-    """Raise if `progress` is none of what `shows` knows."""
+    """Raise if `progress` is not a value that `shows` accepts."""
     if progress not in (True, False, "always"):
         raise ValueError(f'{who} expected progress to be True, False or "always", got {progress!r}.')
 
 
 def shows(progress: bool | str, console: Any) -> bool:
-    """Whether to show a bar: never (False), where it is read by somebody (True), or in any case ("always").
+    """Return whether to show a bar: never (False), in a terminal or notebook (True), or everywhere ("always").
 
-    In a notebook there is one where ipywidgets is installed, as for the bars of other packages.
-    Where FORCE_COLOR is set, as for the shell commands of a notebook and by some CI, rich takes a pipe for a terminal.
+    A notebook shows one if ipywidgets is installed, as for the bars of other packages.
+    With FORCE_COLOR set, as for the shell commands of a notebook and by some CI, rich takes a pipe for a terminal.
     """
     if console.is_jupyter and find_spec("ipywidgets") is None:
         return False
@@ -32,7 +32,7 @@ def shows(progress: bool | str, console: Any) -> bool:
 
 
 def say_before_bar(text: str, progress: bool | str) -> None:
-    """Say on stderr what a bar has to wait for, where one will be shown."""
+    """Print to stderr what a progress bar is waiting for, if one will be shown."""
     from rich.console import Console
 
     if shows(progress, Console(stderr=True)):
@@ -40,11 +40,11 @@ def say_before_bar(text: str, progress: bool | str) -> None:
 
 
 def progress_bar(place: str, figures: str, console: Any) -> Any:
-    """A bar of rich with one text before it and one after, the time spent, and the most that is left.
+    """A rich progress bar with one text before it and one after, the time elapsed, and the maximum time remaining.
 
     Args:
-        place, figures: The texts, as rich formats them.
-        console: Where it goes; in a notebook it is an output of the cell.
+        place, figures: The texts, in rich's format.
+        console: Console of the bar; in a notebook the bar is an output of the cell.
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.table import Column
@@ -53,7 +53,7 @@ def progress_bar(place: str, figures: str, console: Any) -> Any:
         TextColumn(place),
         BarColumn(),
         TextColumn(figures),
-        # Where the line is short, only the bar gives way.
+        # On a short line, only the bar shrinks.
         TimeElapsedColumn(table_column=Column(no_wrap=True)),
         TextColumn("at most"),
         TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),

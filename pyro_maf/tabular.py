@@ -1,4 +1,4 @@
-"""Tables of numbers in whatever form they come: tensors, arrays, data frames, nested lists, dictionaries of draws."""
+"""Tables of numbers in any form: tensors, arrays, data frames, nested lists, dictionaries of draws."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ TIME_KINDS = "mM"
 
 
 class Layout(NamedTuple):
-    """The form of a table, and what its columns are called.
+    """The form of a table, and the names of its columns.
 
     Attributes:
-        form: "frame", "dict" or, for all that has no names, "rows".
-        names: Of the columns of a frame, or of the entries of a dictionary: the sites of a posterior.
-        shapes: Of one row of each: () for a column.
+        form: "frame", "dict" or, without names, "rows".
+        names: Names of the columns of a frame, or of the entries of a dictionary: the sites of a posterior.
+        shapes: Shape of one row of each: () for a column.
 
     Example:
         >>> layout = Layout.of({"mu": torch.zeros(9), "b": torch.zeros(9, 2)})
@@ -39,7 +39,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, value: Any) -> Layout:
-        """That of a table which `numbers` takes."""
+        """Layout of a table that `numbers` accepts."""
         if isinstance(value, Mapping):
             return cls("dict", tuple(value), tuple(tuple(np.shape(entry)[1:]) for entry in value.values()))
         if is_frame(value):
@@ -50,7 +50,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def named(cls, entries: Sequence[tuple[Hashable, Sequence[int]]]) -> Layout:
-        """That of a dictionary with entries of these names and shapes of a row."""
+        """Layout of a dictionary with entries of these names and row shapes."""
         return cls("dict", tuple(name for name, _ in entries), tuple(tuple(shape) for _, shape in entries))
 
     @property
@@ -59,7 +59,7 @@ class Layout(NamedTuple):
         return [label for name, shape in zip(self.names, self.shapes, strict=True) for label in _labels(name, shape)]
 
     def pick(self, who: str, role: str, value: Any) -> Any:
-        """The part of a table with names that has the columns of this layout, in their order; others as they are.
+        """Select the columns of this layout, in its order, from a table with names; return others unchanged.
 
         Raises:
             ValueError: If a column is missing, or an entry has another shape.
@@ -87,7 +87,7 @@ class Layout(NamedTuple):
         return picked
 
     def has_all(self, value: Any) -> bool:
-        """Whether a table with names has all columns of this layout."""
+        """Return whether a table with names has all columns of this layout."""
         value = self._one_row(value)
         found = {str(name) for name in Layout.of(value).names}
         wanted = self.names if isinstance(value, Mapping) else self.labels
@@ -103,16 +103,16 @@ class Layout(NamedTuple):
         return value
 
     def spread(self, who: str, option: str, given: Mapping[Any, Any], default: Any, width: int) -> Any:
-        """An option by name of column or of entry, or by number where there are no names, as one for each column.
+        """Expand an option by name of column or entry, or by number without names, to one value for each column.
 
         Args:
-            who, option: As errors put it.
-            given: What was asked for.
-            default: For columns that it leaves out.
-            width: How many columns there are.
+            who, option: Caller and option, for errors.
+            given: The option's values by name or number.
+            default: Value for columns that are left out.
+            width: Number of columns.
 
         Returns:
-            The one that all columns have, or a list with one for each.
+            The value that all columns share, or a list with one for each.
 
         Raises:
             ValueError: For a name that no column has.
@@ -148,12 +148,12 @@ class Layout(NamedTuple):
 
 
 def is_frame(value: Any) -> bool:
-    """Whether this is a data frame."""
+    """Return whether a value is a data frame."""
     return all(hasattr(value, attribute) for attribute in ("columns", "items", "dtypes"))
 
 
 def number_of_rows(value: Any) -> int:
-    """How many rows a table has."""
+    """Number of rows of a table."""
     return len(next(iter(value.values()), ())) if isinstance(value, Mapping) else len(value)
 
 
@@ -173,7 +173,7 @@ def check_paired(who: str, name: str, rows: Any, context: Any) -> None:
 
 
 def part_of(value: Any, index: slice | np.ndarray[Any, Any]) -> Any:
-    """Some rows of a table, in its own form; of one that is mapped from a file no others are read."""
+    """Some rows of a table, in its form; of a memory-mapped one no others are read."""
     if isinstance(value, Mapping):
         return {name: part_of(entry, index) for name, entry in value.items()}
     if hasattr(value, "iloc"):
@@ -184,16 +184,16 @@ def part_of(value: Any, index: slice | np.ndarray[Any, Any]) -> Any:
 
 
 def numbers(who: str, name: str, value: Any) -> Tensor:
-    """A table as a tensor on the CPU: in its own dtype where it is a tensor, else of float32 or float64 as it came.
+    """A table as a tensor on the CPU: a tensor keeps its dtype, others become float32 or, if needed, float64.
 
     Args:
-        who, name: Who asks and what for, as errors put it.
+        who, name: Caller and argument, for errors.
         value: A tensor, an array, a data frame, nested lists, or a dictionary of tensors or arrays (rows, ...), each of
-            whose entries gives as many columns as a row of it has numbers.
+            which gives one column for each number of its rows.
 
     Raises:
-        TypeError: For what is not numeric.
-        ValueError: For what is no table.
+        TypeError: For values that are not numeric.
+        ValueError: For values that are not a table.
     """
     if isinstance(value, Tensor):
         if value.is_complex():
@@ -205,7 +205,7 @@ def numbers(who: str, name: str, value: Any) -> Tensor:
         columns = [_column_of_frame(who, name, label, column) for label, column in value.items()]
         return torch.from_numpy(np.stack(columns, 1)) if columns else torch.empty(len(value), 0)
     if isinstance(value, np.ma.MaskedArray) and value.dtype.kind in NUMERIC_KINDS:
-        # What is masked out is missing, whatever number stands there.
+        # Masked entries are missing, whatever their value.
         value = np.ma.filled(value.astype(np.float64), np.nan)
     try:
         array = np.asarray(value)
@@ -221,7 +221,7 @@ def numbers(who: str, name: str, value: Any) -> Tensor:
 
 
 def _side_by_side(who: str, name: str, value: Mapping[Any, Any]) -> Tensor:
-    """The entries of a dictionary as columns."""
+    """The entries of a dictionary as columns side by side."""
     entries = {label: numbers(who, f"{name} {label!r}", entry) for label, entry in value.items()}
     lengths = {label: len(entry) if entry.dim() else None for label, entry in entries.items()}
     if not entries or None in lengths.values() or len(set(lengths.values())) > 1:
@@ -240,13 +240,13 @@ def _column_of_frame(who: str, name: str, label: Any, column: Any) -> np.ndarray
         raise TypeError(
             f"{who} expected {name} of numeric columns, got column {label!r} of {column.dtype}: {_advice(column)}."
         )
-    # A nullable dtype of pandas says which one of numpy it is.
+    # A nullable dtype of pandas names the corresponding one of numpy.
     dtype = _dtype_for(getattr(column.dtype, "numpy_dtype", column.dtype))
     return np.asarray(column.to_numpy(dtype=dtype, na_value=np.nan))
 
 
 def _advice(column: Any) -> str:
-    """What to do with a column of a data frame that is not numeric."""
+    """Advice for a column of a data frame that is not numeric."""
     if getattr(column.dtype, "kind", "O") in TIME_KINDS:
         return "put seconds or days since the first in its place, or drop it"
     if not isinstance(column.dtype, np.dtype) or column.dtype.kind != "O":
@@ -255,7 +255,7 @@ def _advice(column: Any) -> str:
 
 
 def _dtype_for(dtype: Any) -> type[np.floating[Any]]:
-    """float32 for what it holds every value of."""
+    """float32 if it holds every value of the dtype, else float64."""
     return np.float32 if np.can_cast(dtype, np.float32) else np.float64
 
 

@@ -1,4 +1,4 @@
-"""Networks written such that a step of Adam moves a wide one no further than a narrow one."""
+"""Parametrisation of networks in which a step of Adam moves a wide one no further than a narrow one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 __all__ = ["Linear", "Tempered", "gain_of"]
 
 INPUTS, UNITS = 16, 64
-"""Up to so many inputs, and units of a hidden layer, a gain is 1."""
+"""Maximum number of inputs, and of units of a hidden layer, with a gain of 1."""
 
 
 def gain_of(inputs: int, usual: int = INPUTS) -> float:
-    """About usual / inputs, at most 1, and a power of two, by which numbers are multiplied exactly."""
+    """About usual / inputs, at most 1, rounded to a power of two, so that the multiplication is exact."""
     return 0.5 ** max(0, round(math.log2(max(1, inputs) / usual)))
 
 
@@ -52,7 +52,7 @@ class Tempered(nn.Module):
 
     @torch.no_grad()
     def temper(self) -> None:
-        """Set the gains by the widths of the layers, at most 1; the network computes what it did before."""
+        """Set the gains by the widths of the layers, at most 1; the network's function stays the same."""
         layers: list[nn.Linear] = list(self.layers)  # type: ignore[arg-type]
         gains = [gain_of(layer.in_features, UNITS if index else INPUTS) for index, layer in enumerate(layers)]
         if min(gains) == 1.0:
@@ -63,7 +63,7 @@ class Tempered(nn.Module):
         self._apply_gains()
 
     def _apply_gains(self) -> None:
-        """Tell each layer its gain."""
+        """Set the gain of each layer."""
         layers: list[Linear] = list(self.layers)  # type: ignore[arg-type]
         for layer, gain in zip(layers, self._gains(), strict=True):
             layer.gain = gain
@@ -72,7 +72,7 @@ class Tempered(nn.Module):
         return [1.0] * len(self.layers) if self.gains is None else self.gains.tolist()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The gains are those that the stored weights are for: none where an untempered network was stored.
+        # The gains belong to the stored weights: an untempered network is stored without.
         self.gains = (
             next(self.layers.parameters()).new_ones(len(self.layers)) if prefix + "gains" in state_dict else None
         )

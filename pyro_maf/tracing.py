@@ -1,4 +1,4 @@
-"""Whether torch records operations rather than values, so that no result may decide what comes next."""
+"""Detection of tracing, under which control flow must not depend on tensor values."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ __all__ = ["is_exported", "is_looked_into", "is_traced"]
 
 
 def is_traced() -> bool:
-    """Whether `torch.func` or a trace records each operation."""
+    """Return whether a `torch.func` transform or `torch.jit.trace` is active."""
     return torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def is_exported() -> bool:
-    """Whether `torch.export` records the operations themselves, as it does unless asked to be strict."""
+    """Return whether `torch.export` is recording in its default, non-strict mode."""
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def is_looked_into() -> bool:
-    """Whether anything does: compilers, forward derivatives and dispatch modes too."""
+    """Return whether operations are intercepted: by tracing, compilers, forward-mode gradients or dispatch modes."""
     return (
         torch.compiler.is_compiling()
         or is_traced()

@@ -1,4 +1,4 @@
-"""Texts from elsewhere, such as names of columns and of files, as a message of one line shows them."""
+"""Formatting of external texts, such as names of columns and files, for messages of one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MOST_LISTED = 10
 
 
 def shown(text: str, most: int = LONGEST_TEXT) -> str:
-    r"""A text without what moves a terminal's cursor, and not too long.
+    r"""Escape control characters in a text, and shorten it to `most` characters.
 
     Example:
         >>> shown("a\x1b[2Jb"), shown("a" * 9, most=4)
@@ -22,12 +22,12 @@ def shown(text: str, most: int = LONGEST_TEXT) -> str:
 
 
 def quoted(text: str) -> str:
-    """The same in quotes."""
+    """Quote a text, escaped and shortened."""
     return repr(text if len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 1]}…")
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names with commas between them: all, or the first and the last of many.
+    """Names separated by commas: all, or the first ones and the last of many.
 
     Example:
         >>> listed("ab"), listed("abcdefghijklmn")

@@ -1,4 +1,4 @@
-"""What every density shares: boundary checks, shapes, drawing and scoring, conditioning on a context."""
+"""Base classes of densities: input checks, shapes, sampling and scoring, conditioning on a context."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from pyro_maf.saving import Savable
 __all__ = ["ConditionalDensity", "ConditionedDensity", "Density"]
 
 DRAWS, ROWS = 10_000, 100_000
-"""How many draws estimate a moment, and the most rows, of all batches together, that are drawn at a time."""
+"""Number of draws that estimate a moment, and maximum number of rows, over all batches, drawn at a time."""
 
 UNLISTED = ("mean", "mode", "stddev", "variance")
-"""Left out of `dir`: `torch.jit.trace` and `inspect.getmembers` read whatever is listed, and would draw for each."""
+"""Left out of `dir`: `torch.jit.trace` and `inspect.getmembers` read all that is listed, and would sample for each."""
 
 Self = TypeVar("Self", bound="Density")
 
@@ -30,19 +30,19 @@ Self = TypeVar("Self", bound="Density")
 class Density(Savable, TorchDistribution, nn.Module):
     r"""A distribution over vectors of D real numbers whose parameters are those of a module.
 
-    Both a Pyro distribution, so that calling it draws a value and `pyro.sample` takes it, and a torch module. A
-    subclass implements `_log_prob` and `_sample`; everything else is here.
+    Both a Pyro distribution, so that calling it draws a value and `pyro.sample` accepts it, and a torch module. A
+    subclass implements `_log_prob` and `_sample`; everything else is implemented here.
 
     Args:
         input_dim: D.
-        context_dim: Number of context features that `_log_prob` and `_sample` ask for; 0 for none.
+        context_dim: Number of context features that `_log_prob` and `_sample` take; 0 for none.
         batch_shape: Shape over which the distribution itself varies; () for most.
-        event_size: Number of columns of a value, where that is not D.
+        event_size: Number of columns of a value, if that is not D.
 
     Attributes:
         event_shape: (D,), or (event_size,).
-        support: Real vectors, unless a subclass says otherwise.
-        has_rsample: Whether `rsample` is there: draws that carry the gradient of the parameters.
+        support: Real vectors, unless a subclass overrides it.
+        has_rsample: Whether there is `rsample`: draws with the gradient with respect to the parameters.
 
     Example:
         >>> class Uniform(Density):
@@ -74,7 +74,7 @@ class Density(Savable, TorchDistribution, nn.Module):
     # -- what a subclass provides ---------------------------------------------------------------------------------
 
     def _log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
-        r"""Log-density (\*batch,) of `value` (\*batch, D), batch being that of value and context together."""
+        r"""Log-density (\*batch,) of `value` (\*batch, D), with batch the joint batch shape of value and context."""
         raise NotImplementedError
 
     def _sample(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
@@ -82,7 +82,7 @@ class Density(Savable, TorchDistribution, nn.Module):
         raise NotImplementedError
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
-        """Set whatever statistics of the data this density keeps, from data `y`, (rows, D); most keep none."""
+        """Set the density's statistics of the data from data `y`, (rows, D); most densities have none."""
 
     # -- drawing and scoring --------------------------------------------------------------------------------------
 
@@ -124,11 +124,11 @@ class Density(Savable, TorchDistribution, nn.Module):
     def mean(self) -> Tensor:
         r"""Monte Carlo estimate of E[y], (\*batch_shape, D), with a standard error of 1 % of the standard deviation.
 
-        Of 10,000 draws from a fixed seed: the same at every reading, and the random state is left alone. It carries
-        the gradient of the parameters where `has_rsample` is true, and none elsewhere. The same holds for `variance`,
-        `stddev` and `entropy`.
+        From 10,000 draws with a fixed seed: equal at every access, the random state unchanged. It has a gradient with
+        respect to the parameters if `has_rsample` is true, else none. The same holds for `variance`, `stddev` and
+        `entropy`.
 
-        Cost: that of 10,000 draws for each element of `batch_shape`, at every reading.
+        Cost: that of 10,000 draws for each element of `batch_shape`, at every access.
         """
         return torch.cat(self._drawn()).mean(0)
 
@@ -140,13 +140,13 @@ class Density(Savable, TorchDistribution, nn.Module):
     def entropy(self) -> Tensor:
         r"""Monte Carlo estimate of -E[log p(y)] in nats, (\*batch_shape,), from the draws of `mean`.
 
-        Cost: beside the draws, that of `log_prob` for each.
+        Cost: the draws, and `log_prob` of each.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.has_rsample):
             return -torch.cat([self.log_prob(draws) for draws in self._drawn()]).mean(0)
 
     def _drawn(self) -> list[Tensor]:
-        """The draws that estimates are of, (DRAWS, *batch_shape, D) in parts."""
+        """Draws for estimates, (DRAWS, *batch_shape, D) in parts."""
         like = like_of(self)
         draws = max(1, ROWS // max(1, self.batch_shape.numel()))
         with seeded(0, None if like is None else like.device):
@@ -159,15 +159,15 @@ class Density(Savable, TorchDistribution, nn.Module):
         return check_event(self.name, role, value, size, size_name, like)
 
     def _read(self, role: str, value: Any, like: Tensor | None) -> Any:
-        """What `log_prob` and `condition` take, as a tensor like the density's own where they take more than that."""
+        """Convert an input of `log_prob` or `condition` to a tensor, in densities that accept other forms."""
         return value
 
     def _like(self) -> Tensor | None:
-        """What values have the dtype and the device of."""
+        """Tensor with the dtype and device of values, or None."""
         return like_of(self)
 
     def _context_like(self) -> Tensor | None:
-        """What contexts have the dtype and the device of."""
+        """Tensor with the dtype and device of contexts, or None."""
         return like_of(self)
 
     def _draw(self, sample_shape: Sequence[int]) -> Tensor:
@@ -188,29 +188,29 @@ class Density(Savable, TorchDistribution, nn.Module):
 
     @property
     def support(self) -> Any:
-        """What holds for every value, a constraint of event_dim 1."""
+        """Constraint that every value satisfies, of event_dim 1."""
         return constraints.real_vector
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the values that `log_prob` takes and `sample` gives."""
+        """Dtype of the values that `log_prob` takes and `sample` returns."""
         return _dtype_of(self._like())
 
     @property
     def context_dtype(self) -> torch.dtype:
-        """Of the context that the conditional form takes."""
+        """Dtype of the context that the conditional form takes."""
         return _dtype_of(self._context_like())
 
     @property
     def name(self) -> str:
-        """The class's name, as errors give it."""
+        """Name of the class, for error messages."""
         return type(self).__name__
 
     def expand(self: Self, batch_shape: Sequence[int], _instance: Any = None) -> Self:
         """This density with a larger batch shape; a shallow twin that shares every parameter.
 
         Raises:
-            ValueError: If the present batch shape does not broadcast to `batch_shape`.
+            ValueError: If the current batch shape does not broadcast to `batch_shape`.
         """
         shape = check_shape(self.name, "batch_shape", batch_shape)
         try:
@@ -228,7 +228,7 @@ class Density(Savable, TorchDistribution, nn.Module):
         return twin
 
     def __dir__(self) -> list[str]:
-        """The attributes, without those that are estimated at every reading."""
+        """The attributes, without those that are estimated at every access."""
         return [name for name in super().__dir__() if name not in UNLISTED]
 
     def __repr__(self) -> str:
@@ -261,12 +261,12 @@ class ConditionedDensity(Density):
 
     @property
     def name(self) -> str:
-        """The density's own."""
+        """Name of the density."""
         return self.density.name
 
     @property
     def support(self) -> Any:
-        """That of the density."""
+        """Support of the density."""
         return self.density.support
 
     def _read(self, role: str, value: Any, like: Tensor | None) -> Any:
@@ -282,7 +282,7 @@ class ConditionedDensity(Density):
         return self.density._sample(shape, self.context)
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
-        """Set the density's statistics from data y, at the context that it is held at."""
+        """Set the density's statistics from data y, at this context."""
         self.density.fit_statistics(y, self.context)
 
     def __repr__(self) -> str:
@@ -290,7 +290,7 @@ class ConditionedDensity(Density):
 
 
 class ConditionalDensity(Savable, ConditionalDistribution, nn.Module):
-    r"""A density that waits for a context: `condition(context)` gives the density at that context.
+    r"""A density that needs a context: `condition(context)` returns the density at that context.
 
     Args:
         density: A density with `context_dim` > 0, whose parameters this module holds.
@@ -323,16 +323,16 @@ class ConditionalDensity(Savable, ConditionalDistribution, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the values that the density at a context takes and gives."""
+        """Dtype of the values of the density at a context."""
         return self.density.dtype
 
     @property
     def context_dtype(self) -> torch.dtype:
-        """Of the context."""
+        """Dtype of the context."""
         return self.density.context_dtype
 
     def fit_statistics(self, y: Tensor, context: Tensor) -> None:
-        r"""Set the statistics that the density keeps from data `y`, (rows, D), and its context."""
+        r"""Set the density's statistics of the data from data `y`, (rows, D), and its context."""
         self.density.fit_statistics(y, context)
 
     def condition(self, context: Tensor) -> Density:

@@ -28,7 +28,7 @@ Entries: TypeAlias = Sequence[tuple[str, Sequence[int]]]
 
 
 class FlowPrior(Density):
-    r"""Density of y = T(loc + scale z), where z is what the model describes and T maps to the support.
+    r"""Density of y = T(loc + scale z), where the model is that of z and T maps to the support.
 
     For a flow, z = flow(u) with u standard normal. With w = loc + scale z,
     log p(y) = log N(u; 0, I) - log |det dz/du| - sum_i log scale_i - log |det dT/dw|. For a density, z ~ model. T is
@@ -37,35 +37,35 @@ class FlowPrior(Density):
     Args:
         model: A `Flow` or a `Density`. For one with `context_dim` > 0 use `ConditionalFlowPrior`.
         support: "real", "positive", "unit_interval" or "simplex"; a sequence with one of the first three for each
-            column; or the constraints of torch that are these. A density has 0, so log-density -inf, elsewhere and on
+            column; or the corresponding constraints of torch. The density is 0, the log-density -inf, outside and on
             the boundary. A simplex is that of D + 1 numbers, and its density that of the first D. Or a dictionary by
-            name of column, where `columns` has names, or else by number; what it leaves out is real.
+            name of column, if `columns` has names, or else by number; columns that it leaves out are real.
         loc: Shift of each dimension, (D,), in units of w; by default 0. A buffer, as are the next three: not trained.
         scale: Positive scale of each dimension, (D,); by default 1. Both are converted to the model's dtype, unless
-            they are of float64 and float32 does not hold the values to a thousandth of their scale, as it does not hold
-            5.4e6 +- 0.1: values y are of float64 then, and z is rounded to the model's dtype. `dtype` says which.
-        context_loc: Shift, (context_dim,), that is taken from the context before the model sees it; by default 0.
-        context_scale: Positive scale, (context_dim,), that the context is then divided by; by default 1. The same holds
-            for the dtype of a context, `context_dtype`.
-        columns: The names of what a value holds, in order, each with its shape, () for a number: as of the columns of a
-            data frame or the sites of a posterior, and set by `fit` to either. By default none.
+            they are of float64 and float32 does not resolve a thousandth of the scale, as for 5.4e6 +- 0.1: then values
+            y are of float64, and z is rounded to the model's dtype. `dtype` is that of y.
+        context_loc: Shift, (context_dim,), subtracted from the context before the model; by default 0.
+        context_scale: Positive scale, (context_dim,), by which the context is then divided; by default 1. The dtype of
+            a context, `context_dtype`, follows the same rule.
+        columns: Names of a value's columns or sites, in order, each with its shape, () for a number; set by `fit` to
+            the columns of a data frame or the sites of a posterior. By default none.
         context_columns: Those of the context.
 
     Shapes:
         Values are (\*batch, D), or (\*batch, D + 1) for a simplex; log-densities are (\*batch,), in nats.
-        `log_prob` also takes what `fit` took, (rows, D): arrays, lists, other dtypes where nothing is lost, data frames
-        and dictionaries of draws, whose columns it finds by name.
+        `log_prob` also takes the forms of data of `fit`, (rows, D): arrays, lists, other dtypes if exact, data frames
+        and dictionaries of draws, with columns matched by name.
 
     Cost:
         That of the model, and a few elementwise operations for the support. `log_prob` is `flow.inv`: one dense pass a
-        layer for a MAF or RealNVP; one sweep a layer for an IAF, except for the draws that its `rsample` gave last,
-        whose density is at hand. Drawing is `flow(u)`: one sweep a layer for a MAF, one dense pass a layer for an IAF
+        layer for a MAF or RealNVP; one sweep a layer for an IAF, except for the last draws of its `rsample`, whose
+        density is cached. Drawing is `flow(u)`: one sweep a layer for a MAF, one dense pass a layer for an IAF
         or RealNVP.
 
     Raises:
-        TypeError: If the model is neither flow nor density, or a statistic is no tensor.
+        TypeError: If the model is neither flow nor density, or a statistic is not a tensor.
         ValueError: For statistics of the wrong shape, infinite ones, scales that are not positive, context
-            statistics for a model without context, a support that is none of these, or a model with one of its own.
+            statistics for a model without context, an unknown support, or a model that has a support already.
 
     Example:
         >>> import pyro
@@ -118,8 +118,8 @@ class FlowPrior(Density):
             self.register_buffer(name, value)
         self.has_rsample = isinstance(model, Flow) or model.has_rsample
         if isinstance(model, Flow):
-            # One map from noise to the data, so that its cache knows what was drawn. Not registered as a
-            # submodule: its layers are already.
+            # One map from noise to the data, so that its cache holds the last draws. Not registered as a submodule:
+            # its layers are already.
             self.__dict__["_flow"] = NoiseToData([model, self.units])
 
     @classmethod
@@ -138,32 +138,33 @@ class FlowPrior(Density):
         seed: int = 0,
         progress: bool | str = True,
     ) -> FlowPrior | ConditionalFlowPrior:
-        r"""A prior from draws or data, by maximum likelihood: `pyro_maf.fit`, ready to stand in a model.
+        r"""A prior fitted to draws or data by maximum likelihood, `pyro_maf.fit`, for use in a model.
 
-        It is frozen: inference neither trains it nor computes gradients of its weights. To go on training it with a
-        model, unfreeze it, `prior.requires_grad_(True)`, and register it there, `pyro.module("prior", prior)`.
+        It is frozen: inference neither trains it nor computes gradients with respect to its weights. To train it
+        further with a model, unfreeze it, `prior.requires_grad_(True)`, and register it there,
+        `pyro.module("prior", prior)`.
 
         Args:
             data: Rows (N, D), or (N, D + 1) for a simplex: a tensor, an array, a data frame or nested lists. Or the
-                draws of a posterior, `mcmc.get_samples()`: a dictionary of tensors (N, ...), laid side by side, which
-                `prior.unpack(value)` takes apart again.
+                draws of a posterior, `mcmc.get_samples()`: a dictionary of tensors (N, ...), concatenated, which
+                `prior.unpack(value)` splits again.
             flow: A flow, a density, a conditional form of either, or a prior to fit further; it is trained and frozen
-                in place. By default a `MAF` for D, in the dtype and on the device of `data` where that is a floating
+                in place. By default a `MAF` for D, in the dtype and on the device of `data` if that is a floating
                 tensor, and in torch's default dtype otherwise.
             support: As in `FlowPrior`; by default "real", or that of `flow` if it is a prior. Or a dictionary by name
-                of column or site, {"scale": "positive"}, where those that it leaves out are real.
+                of column or site, {"scale": "positive"}; those that it leaves out are real.
             context: Rows (N, C) that the distribution of the data depends on; by default none.
             validation, batch_size, max_epochs, patience, learning_rate, progress: As in `pyro_maf.fit`.
-            seed: As in `pyro_maf.fit`, and of the weights that a flow by default starts from.
+            seed: As in `pyro_maf.fit`; also the seed of the initial weights of the default flow.
 
         Returns:
-            A `FlowPrior`, or a `ConditionalFlowPrior` where there is a context, in eval mode.
+            A `FlowPrior`, or with a context a `ConditionalFlowPrior`, in eval mode.
 
         Cost: as `pyro_maf.fit`.
 
         Raises:
             TypeError: As `pyro_maf.fit`.
-            ValueError: As `pyro_maf.fit`, so for data outside the support or on its boundary.
+            ValueError: As `pyro_maf.fit`, as for data outside the support or on its boundary.
             ModuleNotFoundError: Without the `train` extra.
 
         Example:
@@ -172,7 +173,7 @@ class FlowPrior(Density):
             >>> prior.support.check(prior.sample((5,)))
             tensor([True, True, True, True, True])
         """
-        # Upward, and so late: fitting is built on the densities. It is here because this is where one looks for it.
+        # An import upward, and so late: fitting is built on the densities. It is here because users look for it here.
         from pyro_maf.training import fit
         from pyro_maf.training.data import number_of_columns
 
@@ -198,12 +199,12 @@ class FlowPrior(Density):
         return result.density.requires_grad_(False)
 
     def name_columns(self, layout: Layout, context_layout: Layout) -> None:
-        """Call the columns of values and of the context by these names, in `log_prob`, in `unpack` and once saved."""
+        """Set the names of the columns of values and context, for `log_prob`, `unpack` and saving."""
         _name_columns(self, layout, context_layout)
         self._layouts = {"value": layout, "context": context_layout}
 
     def unpack(self, value: Tensor) -> dict[str, Tensor]:
-        r"""A value, (\*batch, D), by the names of its columns: of a prior from draws, site by site, (\*batch, \*shape).
+        r"""Split a value, (\*batch, D), by the names of its columns; for a prior from draws, by site, (\*batch, ...).
 
         Raises:
             ValueError: If the columns have no names.
@@ -224,7 +225,7 @@ class FlowPrior(Density):
 
     @property
     def support(self) -> Any:
-        """The constraint that values are drawn in and have a density in, of event_dim 1."""
+        """Constraint of the values, of event_dim 1: the density is 0 elsewhere."""
         return self.units.support.constraint
 
     @property
@@ -238,15 +239,15 @@ class FlowPrior(Density):
         return self.units.scale
 
     def standardised(self, y: Tensor) -> Tensor:
-        r"""z of values y inside the support, (\*batch, D), in the dtype of the model."""
+        r"""Standardised values z, (\*batch, D), in the model's dtype, for values y inside the support."""
         return self.units._pull(y)[0]
 
     def standardised_context(self, context: Tensor) -> Tensor:
-        r"""What the model sees of a context, (\*batch, context_dim), in its dtype."""
+        r"""Standardised context, (\*batch, context_dim), in the model's dtype."""
         return ((context - self.context_loc) / self.context_scale).to(self.units.inner.dtype)
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
-        r"""Set the statistics that the model keeps from data `y`, (rows, D), in the data's own units."""
+        r"""Set the model's statistics of the data from data `y`, (rows, D), in the data's units."""
         y = self._checked_event("y", y, self._like())
         with torch.no_grad():
             self.model.fit_statistics(self.standardised(y), self._standardised(context))
@@ -256,7 +257,7 @@ class FlowPrior(Density):
         if support.name == "real":
             return self._log_prob_inside(value, context)
         outside = support.outside(value)
-        # What was drawn from here is known by its identity: a copy of it would have to be inverted.
+        # The cache recognises the last draws by identity: a copy of them would have to be inverted.
         if not caching_is_possible() or torch._C._is_tracing() or outside.any():
             value = support.inside(value, outside)
         return torch.where(outside, -torch.inf, self._log_prob_inside(value, context))
@@ -313,7 +314,7 @@ class FlowPrior(Density):
 
     def _apply(self, fn: Any, recurse: bool = True) -> FlowPrior:
         before = self.context_loc, self.context_scale
-        if "_flow" in self.__dict__:  # no submodule, so that nothing else would reach it
+        if "_flow" in self.__dict__:  # not a submodule, so that nothing else reaches it
             self._flow.clear_cache()
         super()._apply(fn, recurse)
         keep_float64(self._buffers, CONTEXT_UNITS, before, None)
@@ -340,7 +341,7 @@ class ConditionalFlowPrior(ConditionalDensity):
         context is (\*batch or (), context_dim), in its own units, and broadcasts with values, (\*batch, D), or
         (\*batch, D + 1) for a simplex.
 
-    Cost: as `FlowPrior`, but an IAF takes a sweep a layer for its own draws too.
+    Cost: as `FlowPrior`, but `log_prob` of an IAF takes a sweep a layer for its own draws too.
 
     Raises:
         TypeError: As in `FlowPrior`.
@@ -379,7 +380,7 @@ class ConditionalFlowPrior(ConditionalDensity):
         self._prior.name_columns(layout, context_layout)
 
     def unpack(self, value: Tensor) -> dict[str, Tensor]:
-        r"""A value, (\*batch, D), by the names of its columns, as `FlowPrior.unpack`."""
+        r"""Split a value, (\*batch, D), by the names of its columns, as `FlowPrior.unpack`."""
         return self._prior.unpack(value)
 
     @property
@@ -389,7 +390,7 @@ class ConditionalFlowPrior(ConditionalDensity):
 
 
 def _name_columns(prior: FlowPrior | ConditionalFlowPrior, layout: Layout, context_layout: Layout) -> None:
-    """Have the names saved."""
+    """Store the names among the saved arguments."""
     for argument, each in (("columns", layout), ("context_columns", context_layout)):
         prior._arguments.pop(argument, None)
         if each.names:
@@ -397,15 +398,15 @@ def _name_columns(prior: FlowPrior | ConditionalFlowPrior, layout: Layout, conte
 
 
 def _remember_by_name(prior: FlowPrior | ConditionalFlowPrior, support: Support) -> None:
-    """Save the support by its name, which JSON holds; one that goes without saying is left out."""
+    """Store the support by name among the saved arguments, as JSON needs; the default is left out."""
     prior._arguments.pop("support", None)
     if support.name != "real":
         prior._arguments["support"] = support.name
 
 
 def _default_flow(columns: int, context_dim: int, support: Any, seed: int, data: Any) -> MAF:
-    """A MAF for a table of so many columns; the global random state is left as it was."""
-    # Asked for as many columns as there are: that a simplex has one less to describe is not yet known.
+    """A MAF for a table with this number of columns; the global random state is unchanged."""
+    # `columns` may be one too many: a simplex of D + 1 columns has D free dimensions.
     on_simplex = support is not None and Support("FlowPrior.fit", support, columns).event_size > columns
     if on_simplex and columns < 2:
         raise ValueError("FlowPrior.fit expected data with at least 2 columns for a simplex, got 1.")
@@ -417,7 +418,7 @@ def _default_flow(columns: int, context_dim: int, support: Any, seed: int, data:
 
 
 def _unwrapped(model: Any) -> Any:
-    """The flow or density that a conditional form holds."""
+    """The flow or density inside a conditional form."""
     if isinstance(model, ConditionalFlow):
         return model.flow
     return model.density if isinstance(model, ConditionalDensity) else model
@@ -439,7 +440,7 @@ def _check_model(who: str, model: Any) -> None:
 
 
 def _batch_shape(model: Any) -> torch.Size:
-    """That of a density; a flow has one where it holds a context."""
+    """Batch shape of a density, or of a flow, which has one if it holds a context."""
     if isinstance(model, Flow):
         return model.forward_shape(torch.Size([model.input_dim]))[:-1]
     return model.batch_shape

@@ -18,13 +18,13 @@ from pyro_maf.sweep.reference import walk
 __all__ = ["ConditionalMADEMoG", "MADEMoG"]
 
 BOUND = 5.0
-"""The most that log sigma can be in size, in nats."""
+"""Bound on |log sigma|, in nats."""
 
 WITHIN = 0.5
-"""Share of a new mixture's variance that is within its components; the rest is between their means."""
+"""Fraction of an initial mixture's variance within its components; the rest is between their means."""
 
 SMALL = 0.1
-"""What the last layer's weights are multiplied by, so that a new density hardly depends on its inputs."""
+"""Factor on the last layer's initial weights, so that a new density hardly depends on its inputs."""
 
 
 class MADEMoG(Density):
@@ -37,7 +37,7 @@ class MADEMoG(Density):
     Args:
         input_dim: D.
         hidden_dims: Widths of the hidden layers, by default two by `pyro_maf.nn.default_hidden_dims`.
-        num_components: K, the components of each conditional.
+        num_components: K, the number of components of each conditional.
         activation: A name from `pyro_maf.nn.ACTIVATIONS`.
         order: The dimensions' indices, first to last; by default 0 .. D - 1.
         context_dim: Number of context features, 0 for none. `ConditionalMADEMoG` is the form to use with a context.
@@ -97,7 +97,7 @@ class MADEMoG(Density):
         return self.made.order
 
     def mixtures(self, value: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        r"""log pi, mu and log sigma of every dimension's mixture at `value`, each (\*batch, D, K)."""
+        r"""Parameters log pi, mu and log sigma of every dimension's mixture at `value`, each (\*batch, D, K)."""
         logits, mu, s = self.made(value, context).unflatten(-1, (3, self.num_components)).unbind(-2)
         return logits.log_softmax(-1), mu, _log_sigma(s)
 
@@ -113,7 +113,7 @@ class MADEMoG(Density):
                 context = context.expand(*shape, -1).reshape(-1, context.shape[-1])
             rows, like = shape.numel(), self.made.masked_layers[-1].mask
             normal = torch.randn(self.input_dim, rows, dtype=like.dtype, device=like.device)
-            # The largest of logits plus Gumbel noise falls on each component with its probability.
+            # The maximum of logits plus Gumbel noise is at each component with that component's probability.
             gumbel = -like.new_empty(self.input_dim, self.num_components, rows).exponential_().log()
 
             def draw(i: int, parameters: Tensor) -> Tensor:

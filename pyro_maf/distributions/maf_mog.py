@@ -23,7 +23,7 @@ class MAFMoG(Density):
         input_dim: D.
         num_layers: Number of autoregressive layers of the flow.
         hidden_dims: Widths of each network's hidden layers, by default two by `pyro_maf.nn.default_hidden_dims`.
-        num_components: K, the components of each of the base's conditionals.
+        num_components: K, the number of components of each of the base's conditionals.
         activation: A name from `pyro_maf.nn.ACTIVATIONS`.
         order: Orders of the flow's layers, as in `MAF`.
         batch_norm: Put a `BatchNorm` after every layer, seen from the data.
@@ -39,7 +39,7 @@ class MAFMoG(Density):
         Values are (\*batch, D), log-densities (\*batch,) in nats.
 
     Cost:
-        `log_prob`: one dense pass a layer, and one for the base. `sample`: as many sweeps, each about half the
+        `log_prob`: one dense pass a layer, and one for the base. `sample`: one sweep for each of them, about half the
         multiplications of a dense pass, in sequence. A draw picks components, so there is no `rsample`.
 
     Raises:

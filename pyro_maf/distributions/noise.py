@@ -1,4 +1,4 @@
-"""The noise that a density takes a value to be made of."""
+"""Noise of a density: the inverse of its map from noise to values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["noise_of"]
 
 
 def noise_of(model: Any, y: Tensor, context: Tensor | None = None) -> Tensor:
-    r"""The noise u, (rows, D), that `model` takes y to be made of; under a perfect model it is standard normal.
+    r"""Noise u, (rows, D), that `model` maps to y; standard normal if the model is exact.
 
     For a flow u = flow.inv(y). For mixtures of Gaussians u_i = Phi^-1(F_i(y_i | y_<i)), with F_i the distribution
     function of the conditional.
@@ -26,12 +26,12 @@ def noise_of(model: Any, y: Tensor, context: Tensor | None = None) -> Tensor:
     Args:
         model: A flow, a `FlowPrior`, a `MADEMoG` or a `MAFMoG`, or a conditional form of one of the latter three.
         y: Rows (rows, D), or (rows, D + 1) on a simplex, inside the support, of the model's dtype and on its device.
-        context: Rows (rows, C) for a model that takes a context and does not hold one.
+        context: Rows (rows, C) for a model that takes a context and does not already hold one.
 
     Cost: that of `log_prob`.
 
     Raises:
-        TypeError: For a model whose noise is not known.
+        TypeError: For any other model.
 
     Example:
         >>> from pyro_maf import MAF
@@ -58,7 +58,7 @@ def noise_of(model: Any, y: Tensor, context: Tensor | None = None) -> Tensor:
 
 
 def _normal_quantiles(log_pi: Tensor, mu: Tensor, log_sigma: Tensor, y: Tensor) -> Tensor:
-    """Phi^-1 of each mixture's distribution function at y, from whichever tail is the smaller."""
+    """Phi^-1 of each mixture's distribution function at y, computed from the smaller tail."""
     # erfc keeps its relative precision in the tail, where torch.special.ndtr rounds to 0.
     standard = ((y[..., None] - mu) * (-log_sigma).exp()).double() / math.sqrt(2)
     below = (log_pi.double().exp() * torch.erfc(-standard)).sum(-1) / 2

@@ -1,4 +1,4 @@
-"""Supports: which vectors a prior gives density to, and the map to them from vectors of real numbers."""
+"""Supports of priors, and the maps to them from vectors of real numbers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SIMPLEX = "simplex"
 
 
 class Kind(NamedTuple):
-    """What a column holds: its constraint, and the elementwise map z -> y to it.
+    """Kind of a column: its constraint, and the elementwise map z -> y to it.
 
     Attributes:
-        constraint: Of one number.
-        values: What it holds, in words.
-        constrain: y of z, strictly inside, and log dy/dz.
-        unconstrain: z of y, and log dy/dz.
-        outside: Where y has no density. NaN is not outside: it stays NaN.
+        constraint: Constraint of one number.
+        values: Description of the values, for messages.
+        constrain: Maps z to y, strictly inside, and log dy/dz.
+        unconstrain: Maps y to z, and log dy/dz.
+        outside: Maps y to true where the density is 0. NaN is not outside: it stays NaN.
     """
 
     constraint: constraints.Constraint
@@ -80,26 +80,26 @@ KINDS = {
 
 
 class Support:
-    r"""The vectors y that a prior gives density to, and the map to them from vectors z of D real numbers.
+    r"""Support of a prior over vectors y, and the map to it from vectors z of D real numbers.
 
-    Of each column: y = z ("real"), exp z ("positive") or 1 / (1 + exp(-z)) ("unit_interval"). "simplex" has D + 1
+    For each column: y = z ("real"), exp z ("positive") or 1 / (1 + exp(-z)) ("unit_interval"). "simplex" has D + 1
     columns, by breaking a stick: y_k = s_k (1 - y_1 - ... - y_{k-1}) with s_k = sigmoid(z_k - log(D + 1 - k)), and the
     rest is y_{D+1}. These are the maps of `biject_to(constraint)`, so NUTS walks where the flow lives.
 
     Args:
-        who: Who asks, for errors.
+        who: The caller, for errors.
         given: A name, a constraint that has one, or a sequence with one for each of D columns.
         input_dim: D.
 
     Attributes:
-        name: JSON: a name or, where columns differ, a tuple with one for each.
+        name: A name or, if columns differ, a tuple with one for each; valid JSON.
         event_size: Number of columns of y: D, or D + 1 for the simplex.
-        constraint: What torch and Pyro know it by, of event_dim 1.
+        constraint: The corresponding constraint of torch and Pyro, of event_dim 1.
 
     Cost: a few elementwise operations a column.
 
     Raises:
-        ValueError: For what is no support known here, or a sequence of another length than D.
+        ValueError: For an unknown support, or a sequence of another length than D.
 
     Example:
         >>> support = Support("FlowPrior", ["real", "positive"], 2)
@@ -126,35 +126,35 @@ class Support:
         return parts[0] if len(parts) == 1 else Columns(parts, -1, [length for _, length in self._runs])
 
     def constrain(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        r"""The point y of z, strictly inside, and log |det dy/dz|, (\*batch,); z is (\*batch, D)."""
+        r"""Map z, (\*batch, D), to y, strictly inside; returns y and log |det dy/dz|, (\*batch,)."""
         if self.name == SIMPLEX:
             return _break_stick(z)
         return self._by_column("constrain", z)
 
     def unconstrain(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        r"""The z of a point y that is inside, and log |det dy/dz|, (\*batch,); y is (\*batch, event_size)."""
+        r"""Map y inside the support, (\*batch, event_size), to z; returns z and log |det dy/dz|, (\*batch,)."""
         if self.name == SIMPLEX:
             return _join_stick(y)
         return self._by_column("unconstrain", y)
 
     def outside(self, y: Tensor) -> Tensor:
-        r"""Whether y is outside, on the boundary, or infinite, (\*batch,)."""
+        r"""Return whether each y is outside, on the boundary, or infinite, (\*batch,)."""
         wrong = self.outside_by_column(y).any(-1)
         return wrong | _off_plane(y) if self.name == SIMPLEX else wrong
 
     def outside_by_column(self, y: Tensor) -> Tensor:
-        """Which entries of y no point of the support has, of the shape of y."""
+        """Mask of the entries of y that no point of the support has, of the shape of y."""
         if self.name == SIMPLEX:
             return y <= 0
         parts = y.split([length for _, length in self._runs], -1)
         return torch.cat([KINDS[name].outside(part) for (name, _), part in zip(self._runs, parts, strict=True)], -1)
 
     def inside(self, y: Tensor, outside: Tensor) -> Tensor:
-        """The points y, with any that are outside moved to where the density and its gradient are finite."""
+        """Replace points y that are outside by one at which the density and its gradient are finite."""
         return torch.where(outside.unsqueeze(-1), torch.full_like(y, 1 / max(2, self.event_size)), y)
 
     def values_of(self, column: int) -> str:
-        """What a column holds, in words."""
+        """Description of a column's values, for messages."""
         name = self.name_of(column)
         return KINDS["positive" if name == SIMPLEX else name].values
 
@@ -163,7 +163,7 @@ class Support:
         return self.name if isinstance(self.name, str) else self.name[column]
 
     def _by_column(self, direction: str, value: Tensor) -> tuple[Tensor, Tensor]:
-        if self.name == "real":  # of all supports the one that small batches would notice a detour for
+        if self.name == "real":  # a shortcut: small batches would notice the detour
             return value, value.new_zeros(value.shape[:-1])
         parts = value.split([length for _, length in self._runs], -1)
         made = [getattr(KINDS[name], direction)(part) for (name, _), part in zip(self._runs, parts, strict=True)]
@@ -175,11 +175,11 @@ class Support:
 class Columns(constraints.cat):
     """Constraints of columns side by side, each of event_dim 1, as one of event_dim 1.
 
-    `constraints.cat` as torch has it answers `check` for each part of a vector; this one for the vector.
+    `check` of `constraints.cat` returns a result for each part of a vector; this one for the vector.
     """
 
     def check(self, value: Tensor) -> Tensor:
-        """Whether each vector holds to every part."""
+        """Return whether each vector satisfies the constraints of all parts."""
         checks = [part.check(each) for part, each in zip(self.cseq, value.split(self.lengths, -1), strict=True)]
         return torch.stack(checks).all(0)
 
@@ -217,7 +217,7 @@ def _name(who: str, given: Any) -> str:
     if isinstance(given, constraints.independent) and given.event_dim <= 1:
         constraint = given.base_constraint
     for name, known in ((SIMPLEX, constraints.simplex), *((name, kind.constraint) for name, kind in KINDS.items())):
-        # Of one type exactly and with the same bounds: `greater_than(0)` is "positive", `greater_than(1)` is not.
+        # Exactly the same type with the same bounds: `greater_than(0)` is "positive", `greater_than(1)` is not.
         if type(constraint) is type(known) and vars(constraint) == vars(known):
             return name
     raise ValueError(
@@ -234,8 +234,8 @@ def _break_stick(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _join_stick(y: Tensor) -> tuple[Tensor, Tensor]:
-    # The rest of the stick as a sum of what is left, not as 1 less what was taken, which would cancel. The factors
-    # 1 - s_k of the determinant multiply up to the last entry, so that it is the product of all entries.
+    # The rest of the stick as the sum of the later entries, not as 1 minus the earlier ones, which would cancel. The
+    # product of the determinant's factors 1 - s_k is the last entry, so that the determinant is that of all entries.
     rest = y.flip(-1).cumsum(-1).flip(-1)[..., 1:]
     log_y = y.log()
     z = log_y[..., :-1] - rest.log()
@@ -243,10 +243,10 @@ def _join_stick(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _offset(z: Tensor) -> Tensor:
-    """What makes z = 0 the middle of the simplex."""
+    """Offset of z with which z = 0 is the centre of the simplex."""
     return torch.arange(z.shape[-1], 0, -1, dtype=z.dtype, device=z.device).log()
 
 
 def _off_plane(y: Tensor) -> Tensor:
-    """Whether the entries do not sum to 1, by more than their rounding."""
+    """Return whether the sum of the entries differs from 1 by more than rounding."""
     return (y.sum(-1) - 1).abs() > max(1e-6, 10 * torch.finfo(y.dtype).eps * y.shape[-1])

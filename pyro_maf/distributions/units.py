@@ -1,4 +1,4 @@
-"""The units of a prior's columns and their support: the map from what a model describes to the data."""
+"""Units and support of a prior's columns: the map from the model's standardised space to the data."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ RESOLUTION = 1e-3
 
 
 class Units(Flow):
-    r"""y = T(loc + scale x), where T maps to the support, with nothing to train.
+    r"""y = T(loc + scale x), where T maps to the support; no trainable parameters.
 
-    loc, scale and y are of one dtype, and x of that of the model. The two differ where the model is in float32 and the
-    columns need float64: 5.4e6 +- 0.1, say, of which float32 tells three values apart. There y is standardised in
-    float64, and rounded only then.
+    loc, scale and y have one dtype, and x that of the model. The two differ if the model is in float32 and the columns
+    need float64: 5.4e6 +- 0.1, for example, where float32 resolves three values. Then y is standardised in float64, and
+    rounded after that.
 
     Args:
         loc, scale: (D,) each.
-        support: What T maps to.
+        support: The image of T.
         like: A tensor of the dtype and on the device of x.
     """
 
@@ -40,20 +40,20 @@ class Units(Flow):
         self.support = support
         self.register_buffer("loc", loc)
         self.register_buffer("scale", scale)
-        # Of no elements: it is there to have the model's dtype and device, wherever those go.
+        # An empty tensor that follows the model's dtype and device.
         self.register_buffer("inner", like.new_empty(0), persistent=False)
 
     def widen(self) -> None:
-        """Have y in float64, where the device can, whatever the dtype of x."""
+        """Convert y to float64, if the device supports it, for any dtype of x."""
         if has_float64(self.loc.device):
             self.loc, self.scale = self.loc.double(), self.scale.double()
 
     def check_precise(self, who: str, role: str, value: Any) -> None:
-        """Refuse values that were rounded to a dtype that does not hold them.
+        """Raise for values that were rounded to a dtype that does not resolve them.
 
         Args:
             who, role: As in `check_event`.
-            value: What is given for y.
+            value: The value of y.
         """
         if not isinstance(value, Tensor) or value.dtype == self.loc.dtype or self.loc.dtype == self.inner.dtype:
             return
@@ -84,7 +84,7 @@ class Units(Flow):
 
 
 class NoiseToData(Stack):
-    """A flow and the units of its data, whose y may have a column more than x, and another dtype."""
+    """A flow followed by the units of its data; y may have one column more than x, and another dtype."""
 
     def _in_width(self, value: Tensor, role: str, like: Tensor | None) -> Tensor:
         units: Any = self[-1]
@@ -94,12 +94,12 @@ class NoiseToData(Stack):
 
 
 def float32_holds(loc: Tensor, scale: Tensor, support: Support | None = None, resolution: float = RESOLUTION) -> Tensor:
-    """Whether float32 tells values of each column apart that differ by so little, (D,).
+    """Return whether float32 resolves the values of each column to a fraction of their scale, (D,).
 
     Args:
-        loc, scale: Of the unconstrained values, (D,) each.
-        support: Where the values themselves lie; by default they are real.
-        resolution: How little, as a part of the scale.
+        loc, scale: Location and scale of the unconstrained values, (D,) each.
+        support: Support of the values; by default they are real.
+        resolution: The fraction.
 
     Example:
         >>> float32_holds(torch.tensor([5.4e6, 2000.0]).double(), torch.tensor([0.1, 10.0]).double())
@@ -111,7 +111,7 @@ def float32_holds(loc: Tensor, scale: Tensor, support: Support | None = None, re
     holds = (scale > single.tiny / single.eps) & (loc.abs() + scale < single.max * single.eps)
     if support is not None and support.name != "real":
         y = support.constrain(loc)[0]
-        # By turns up and down: a simplex would not notice its entries grow together.
+        # Alternately up and down: a simplex is invariant to a common factor of its entries.
         signs = torch.arange(y.shape[-1], dtype=y.dtype) % 2 * 2 - 1
         nudged = support.unconstrain(y * (1 + single.eps * signs))[0]
         rounding = rounding.maximum((nudged - loc).abs())
@@ -120,19 +120,19 @@ def float32_holds(loc: Tensor, scale: Tensor, support: Support | None = None, re
 
 
 def has_float64(device: torch.device) -> bool:
-    """Whether there are float64 tensors on a device."""
+    """Return whether a device supports float64 tensors."""
     return device.type != "mps"
 
 
 def keep_float64(
     buffers: dict[str, Tensor | None], names: Sequence[str], before: tuple[Tensor, Tensor], support: Support | None
 ) -> None:
-    """Where a module was converted to another dtype, put units back in float64 that float32 does not hold.
+    """Restore units in float64 that float32 does not resolve, after a module's conversion to another dtype.
 
     Args:
-        buffers: Those of the module.
-        names: Of location and scale.
-        before: What they were.
+        buffers: Buffers of the module.
+        names: Names of location and scale.
+        before: Their values before the conversion.
         support: As in `float32_holds`.
     """
     now = buffers[names[0]]
@@ -149,12 +149,12 @@ def widen_for(
     prefix: str,
     support: Support | None,
 ) -> None:
-    """Before units are loaded that float32 does not hold, make room for them.
+    """Convert units to float64 before loading ones that float32 does not resolve.
 
     Args:
         buffers, names, support: As in `keep_float64`.
-        state: What is to be loaded.
-        prefix: Before the names there.
+        state: The `state_dict` to load.
+        prefix: Prefix of the names in it.
     """
     now, coming = buffers[names[0]], [state.get(prefix + name) for name in names]
     if now is None or now.dtype == torch.float64 or not has_float64(now.device):
@@ -176,18 +176,18 @@ def statistics(
     like: Tensor,
     support: Support | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Location and scale as vectors like `like`, or in float64 where that is what they are and what they need.
+    """Location and scale as vectors like `like`, or in float64 if they are and float32 does not resolve them.
 
     Args:
-        who: Who asks, for errors.
-        prefix: "" or "context_", as errors put it before "loc" and "scale".
+        who: The caller, for errors.
+        prefix: "" or "context_", before "loc" and "scale" in errors.
         values: (size,) each, or None for 0 and 1.
         size: Their length.
         like: A tensor of the model's dtype and device.
         support: As in `float32_holds`.
 
     Raises:
-        TypeError: For what is no tensor.
+        TypeError: For values that are not tensors.
         ValueError: For other shapes, infinite numbers and scales that are not positive.
     """
     size_name = "context_dim" if prefix else "input_dim"
