@@ -26,7 +26,7 @@ SIZED = (
 
 
 class Allowance(TorchFunctionMode):
-    """Context manager that limits torch to about the computation of building a module with these weights.
+    """Context manager that limits torch to about the work of building a module with these weights.
 
     A file of a few bytes can describe a network of gigabytes. An operation that would exceed the allowance by
     broadcasting its arguments, or by the sizes that it requests, is refused before it allocates anything. (torch's

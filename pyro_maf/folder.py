@@ -74,7 +74,7 @@ def held(folder: Path, *, make: bool = True) -> Iterator[None]:
 
     Args:
         folder: The folder of a fit.
-        make: Whether to create it; if not, it is locked on the first re-entry after it exists.
+        make: Whether to create it; if not, it is locked at the first entry at which it exists.
 
     Raises:
         ValueError: If another thread or process holds it; the message says which.

@@ -15,7 +15,7 @@ class Abandoned(BaseException):
 
 
 class Interruption:
-    """Context manager: the first Ctrl-C sets `requested`, a second raises `Abandoned`, on exit KeyboardInterrupt.
+    """Context manager: the first Ctrl-C sets `requested`, a second raises `Abandoned`, and KeyboardInterrupt on exit.
 
     It does nothing outside the main thread, which alone gets signals, or if Ctrl-C is ignored.
 

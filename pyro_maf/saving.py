@@ -161,7 +161,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"load expected a file at {path}, found {'a folder' if path.is_dir() else 'nothing'}.")
     contents = unpack(path, MODEL)
-    # A digest proves that the architecture and the weights are those of a module that has been built before.
+    # With a digest, architecture and weights are certain to be those of a module that has been built before.
     with nullcontext() if contents.has_digest else Allowance(contents.tensors.values()):
         module = _rebuild(path, contents)
     if not contents.has_digest:

@@ -72,7 +72,7 @@ class Tempered(nn.Module):
         return [1.0] * len(self.layers) if self.gains is None else self.gains.tolist()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The gains belong to the stored weights: an untempered network is stored without.
+        # The gains belong to the stored weights: an untempered network is stored without any.
         self.gains = (
             next(self.layers.parameters()).new_ones(len(self.layers)) if prefix + "gains" in state_dict else None
         )

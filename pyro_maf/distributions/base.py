@@ -66,7 +66,7 @@ class Density(Savable, TorchDistribution, nn.Module):
     ) -> None:
         check_positive(type(self).__name__, "input_dim", input_dim)
         check_positive(type(self).__name__, "context_dim", context_dim, least=0)
-        # The last of this chain of constructors is the module's.
+        # This chain of constructors ends with that of nn.Module.
         super().__init__(torch.Size(batch_shape), torch.Size([input_dim if event_size is None else event_size]))
         self.input_dim = input_dim
         self.context_dim = context_dim

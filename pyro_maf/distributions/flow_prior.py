@@ -28,7 +28,7 @@ Entries: TypeAlias = Sequence[tuple[str, Sequence[int]]]
 
 
 class FlowPrior(Density):
-    r"""Density of y = T(loc + scale z), where the model is that of z and T maps to the support.
+    r"""Density of y = T(loc + scale z), where z follows the model and T maps to the support.
 
     For a flow, z = flow(u) with u standard normal. With w = loc + scale z,
     log p(y) = log N(u; 0, I) - log |det dz/du| - sum_i log scale_i - log |det dT/dw|. For a density, z ~ model. T is
@@ -109,7 +109,7 @@ class FlowPrior(Density):
         _remember_by_name(self, known)
         self.name_columns(Layout.named(columns), Layout.named(context_columns))
         like = like_of(model)
-        if like is None:  # one that permutes alone is of no dtype, but on a device
+        if like is None:  # a model of permutations alone has a device, but no dtype
             like = torch.zeros((), device=getattr(like_of(model, floating=False), "device", None))
         self.model: Flow | Density = model
         self.units = Units(*statistics(self.name, "", (loc, scale), model.input_dim, like, known), known, like)

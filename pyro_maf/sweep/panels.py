@@ -45,7 +45,7 @@ class Product(NamedTuple):
 
     Attributes:
         mask: M, (units out, units in).
-        panels: Those of the mask.
+        panels: Panels of the mask.
         pieces: The masked weight, panel by panel.
     """
 

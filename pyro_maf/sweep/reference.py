@@ -113,11 +113,11 @@ class TorchSweep:
         """Gradient with respect to the pre-activations, layer by layer, (units, batch).
 
         Args:
-            total_w: That with respect to w, (D, batch), before contributions of later variables; completed in place.
-            total_phi: That of the log-determinants with respect to phi, (D, P, batch).
+            total_w: Gradient w.r.t. w, (D, batch), without the contributions of later variables; completed in place.
+            total_phi: Gradient of the log-determinants w.r.t. phi, (D, P, batch).
             dw_dphi: (D, P, batch).
             seen_slope: The derivative of `compress_tails` at w, (D, batch).
-            slope: That of the activation of each hidden unit, (units, batch).
+            slope: The derivative of the activation of each hidden unit, (units, batch).
         """
         plan = self.plan
         outputs, rows = plan.weights[-1].shape[0], plan.num_parameters

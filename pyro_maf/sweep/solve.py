@@ -98,7 +98,7 @@ def _way(
     if differentiated and is_exported():
         return "plain"  # an exported program cannot hold the sweep's adjoint
     if differentiated and not sequential:
-        # With a gradient, these are matrix products for the most part, at which torch is best.
+        # With a gradient, these are mostly matrix products, at which torch is fastest.
         return "dense" if dense.takes(made, scalar, v) else "plain"
     if compiled.takes(scalar, v):
         return "kernel sweep" if differentiated else "kernel"
