@@ -154,6 +154,24 @@ def test_a_guide_of_sites_that_the_model_does_not_have_is_refused() -> None:
             call()
 
 
+def test_a_guide_that_is_off_is_no_posterior_for_the_rounding_of_a_large_likelihood() -> None:
+    """Of a million rows the density is rounded by some nats, at most; that is no reason to trust a guide."""
+    pyro.set_rng_seed(3)
+    y = torch.tensor([0.9, -1.1, 1.6, -1.4])
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with poutine.scale(scale=250_000.0), pyro.plate("rows", 4):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(7e-4, 1e-3))  # of a posterior of N(0, 0.001)
+
+    found = diagnose(model, guide)
+    assert found.ess == pytest.approx(10_000 * math.exp(-0.49), rel=0.1)
+    assert abs(float(reweight(model, guide)["z"].mean())) < 1.5e-4
+
+
 ANGLES: dict[str, Any] = {
     "one": dist.VonMises(0.0, 1.0),
     "of a plate": dist.VonMises(0.0, 1.0).expand([3]).to_event(1),

@@ -28,6 +28,8 @@ __all__ = ["NoVerdictError", "Pairing", "Weighted", "arviz", "joint_of", "pairin
 
 ROUNDING = 32
 """Spread by rounding of ten thousand sums, in units in the last place of the log joint density."""
+NEGLIGIBLE = 0.1
+"""Spread of log weights, in nats, that leaves 99.7% of the draws: more is not called equal, whatever the rounding."""
 MOST_NUMBERS = 4_000_000
 """Maximum number of log-probabilities of single sites and rows in memory."""
 
@@ -266,7 +268,7 @@ def check_draws(who: str, joint: LogJoint) -> None:
 def smoothed(log_weights: Tensor, rounding: float = 0.0) -> tuple[Tensor, float]:
     """Return the normalised, Pareto-smoothed log weights, and k-hat, the shape of their tail.
 
-    Weights that differ by at most `rounding` count as equal.
+    Weights that differ by at most `rounding`, and by no more than can not matter, count as equal.
 
     Reference:
         Vehtari et al., *Pareto smoothed importance sampling*, 2024.
@@ -275,7 +277,7 @@ def smoothed(log_weights: Tensor, rounding: float = 0.0) -> tuple[Tensor, float]
     if int(scored.sum()) < 10:
         return log_weights.new_full(log_weights.shape, -torch.inf), float("inf")
     weights = log_weights[scored].double().cpu().numpy()
-    if np.ptp(weights) < max(1e-10, rounding):  # the guide is the posterior
+    if np.ptp(weights) < max(1e-10, min(rounding, NEGLIGIBLE)):  # the guide is the posterior
         return torch.where(scored, -scored.sum().log(), -torch.inf), float("-inf")
     with np.errstate(over="ignore"):  # for hopeless candidates of the tail's shape, arviz overflows
         found, k_hat = arviz().psislw(weights)
