@@ -1,6 +1,6 @@
-"""Data to fit: any table of numbers, the paper's sets from local files, toys of known density, scikit-learn's images.
+"""Data to fit: any table of numbers, the paper's sets from local files, exact toy densities, scikit-learn's images.
 
-What is drawn is drawn from a seed and leaves the global generators alone.
+All random draws are from a seed and leave the global generators unchanged.
 """
 
 from pyro_maf.datasets.archive import (

@@ -1,4 +1,4 @@
-"""Arrays of numpy in files: .npy, and the members of .npz."""
+"""Files of numpy arrays: .npy, and the members of .npz."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ NO_ARRAY = (
     TypeError,
     ValueError,
 )
-"""What numpy raises of a damaged header, which it reads as literals of Python, and of a file that is too short."""
+"""Errors of numpy for a damaged header, which it parses as Python literals, and for a truncated file."""
 
 NO_ARCHIVE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, RuntimeError, ValueError)
-"""What zipfile raises of a damaged archive, and of members that are encrypted or compressed as it does not know."""
+"""Errors of zipfile for a damaged archive, and for members with encryption or unsupported compression."""
 
 
 class ArraySource(Source):
@@ -59,11 +59,11 @@ class ArraySource(Source):
         self.names = tuple(f"x{i}" for i in range(1, self.array.shape[1] + 1))
 
     def holds_text(self, name: str) -> bool | None:
-        """Never: an array has numbers alone."""
+        """Return False: an array has only numbers."""
         return False
 
     def batches(self, names: Sequence[str]) -> Generator[list[Any], None, None]:
-        """Parts of the mapped array, column by column."""
+        """Iterate over blocks of the mapped array, column by column."""
         places = {name: place for place, name in enumerate(self.names)}
         columns = [places[name] for name in names]
         size = max(1, bounds.NUMBERS_IN_A_BATCH // self.array.shape[1])
@@ -73,10 +73,10 @@ class ArraySource(Source):
 
 
 def member_of(path: Path, label: str, array: str | None) -> tuple[Path, str]:
-    """An array of an .npz file as an .npy file, and what errors call it.
+    """Extract an array of an .npz file to an .npy file; also return its label for errors.
 
     Raises:
-        ValueError: If there is no such array, there are several to choose from, or the file is damaged.
+        ValueError: If there is no such array, the choice is ambiguous, or the file is damaged.
     """
     with _reading_archive(label), zipfile.ZipFile(path) as archive:
         members = {name.removesuffix(".npy"): name for name in archive.namelist() if name.endswith(".npy")}
@@ -96,7 +96,7 @@ def member_of(path: Path, label: str, array: str | None) -> tuple[Path, str]:
 
 
 def _chosen(members: list[str], tables: list[str], label: str) -> str:
-    """The only array or, where there are several, the only one with rows and columns."""
+    """Return the only array or, of several, the only one with rows and columns."""
     for candidates in (members, tables):
         if len(candidates) == 1:
             return candidates[0]
@@ -117,7 +117,7 @@ def _dimensions(archive: zipfile.ZipFile, member: str) -> int:
 def _reading_array(label: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
-            # Of headers that Python 2 wrote.
+            # A warning about headers that Python 2 wrote.
             warnings.simplefilter("ignore")
             yield
     except NO_ARRAY as error:

@@ -1,4 +1,4 @@
-"""What stands in the cells of a column: numbers, texts, or nothing."""
+"""Cells of a column: numbers, text, or missing."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ DATE = re.compile(
 )
 
 Column = Any
-"""An array of numpy or pyarrow with one dimension."""
+"""A one-dimensional array of numpy or pyarrow."""
 
 
 def number_in(text: str, decimal: str = ".") -> float:
-    """The number that a cell holds, NaN where it holds none.
+    """Parse the number in a cell; NaN if there is none.
 
     Args:
-        text: What stands there.
-        decimal: What its decimals come after, a point or a comma. A point in a number with a comma is no number: it
-            may stand between thousands.
+        text: The cell's text.
+        decimal: The decimal mark, a point or a comma. With a comma, a text with a point is not a number: the point may
+        separate thousands.
 
     Example:
         >>> number_in("+1.5e3"), number_in("1_5"), number_in("1,5", ","), number_in("1.500", ",")
@@ -57,7 +57,7 @@ def number_in(text: str, decimal: str = ".") -> float:
 
 
 def is_date(text: str) -> bool:
-    """Whether a cell holds a date, a time or both rather than a number.
+    """True if a cell holds a date, a time or both rather than a number.
 
     Example:
         >>> list(map(is_date, ["2024-02-29T08:15:00Z", "29.2.2024 8:15", "2/29/24", "29-Feb-2024", "8:15", "1.5"]))
@@ -67,14 +67,14 @@ def is_date(text: str) -> bool:
 
 
 def is_missing(text: str) -> bool:
-    """Whether a cell says that its number is missing."""
+    """True if a cell marks a missing number."""
     return text.casefold() in MISSING
 
 
 def numbers_of(column: Column, decimal: str = ".") -> np.ndarray[Any, Any]:
-    """The numbers of a column as float64, NaN where there is none; `decimal` as in `number_in`."""
+    """Convert a column to float64, NaN for cells without a number; `decimal` as in `number_in`."""
     if isinstance(column, np.ndarray):
-        with np.errstate(invalid="ignore"):  # a NaN that signals is one all the same
+        with np.errstate(invalid="ignore"):  # a signalling NaN is a NaN too
             return column.astype(np.float64)
     import pyarrow
     import pyarrow.compute as pc
@@ -93,7 +93,7 @@ def numbers_of(column: Column, decimal: str = ".") -> np.ndarray[Any, Any]:
 
 
 def numbers_of_many(columns: Sequence[Column]) -> np.ndarray[Any, Any] | None:
-    """The numbers of columns of text, (rows, columns), or None unless every cell is a finite one that float32 holds."""
+    """Parse columns of text to (rows, columns); None unless every cell is a finite number in the range of float32."""
     if any(isinstance(column, np.ndarray) for column in columns):
         return None
     kind = columns[0].type
@@ -113,7 +113,7 @@ def numbers_of_many(columns: Sequence[Column]) -> np.ndarray[Any, Any] | None:
 
 
 def _with_points(column: Column) -> Column:
-    """Texts with a point for their first comma; nothing for those that have a point."""
+    """Replace the first comma of texts by a point; null for texts that have a point."""
     import pyarrow
     import pyarrow.compute as pc
 
@@ -124,20 +124,20 @@ def _with_points(column: Column) -> Column:
 
 
 def _without_gaps(column: Column) -> Column:
-    """The numbers of texts, some of which arrow does not read as one."""
+    """Parse texts, some of which arrow does not parse as numbers."""
     import pyarrow
     import pyarrow.compute as pc
 
     column = pc.if_else(pyarrow.array(missing_in(column)), pyarrow.scalar(None, column.type), column)
     try:
         return pc.cast(column, pyarrow.float64())
-    except pyarrow.ArrowInvalid:  # Python reads a sign and spaces before a number
+    except pyarrow.ArrowInvalid:  # unlike arrow, Python accepts a plus sign and spaces before a number
         texts = column.to_pylist()
         return pyarrow.array([math.nan if text is None else number_in(text) for text in texts], pyarrow.float64())
 
 
 def missing_in(column: Column) -> np.ndarray[Any, Any]:
-    """Which cells of a column say that their value is missing.
+    """Mask of the cells of a column that mark a missing value.
 
     Example:
         >>> missing_in(np.array([1.0, math.nan])).tolist()
@@ -158,7 +158,7 @@ def missing_in(column: Column) -> np.ndarray[Any, Any]:
 
 
 def texts_of(column: Column) -> Any:
-    """A column as texts of pyarrow without spaces around them; truth values are True and False, as Python writes them.
+    """Convert a column to stripped texts of pyarrow; truth values become True and False, as in Python.
 
     Example:
         >>> texts_of(np.array([1, 2])).to_pylist()
@@ -178,7 +178,7 @@ def texts_of(column: Column) -> Any:
 
 
 def places_of(texts: Any, categories: Sequence[str]) -> np.ndarray[Any, Any]:
-    """Where each text stands among `categories`, -1 where it does not."""
+    """Index of each text in `categories`, -1 for others."""
     import pyarrow
     import pyarrow.compute as pc
 
@@ -187,14 +187,14 @@ def places_of(texts: Any, categories: Sequence[str]) -> np.ndarray[Any, Any]:
 
 
 def text_in(column: Column, row: int) -> str:
-    """What stands in a cell, without spaces around it; nothing where that is null."""
+    """Text of a cell, stripped; "" for null."""
     value = column[row]
     value = value.as_py() if hasattr(value, "as_py") else value.item()
     return "" if value is None else str(value).strip()
 
 
 def text_at(column: Column, row: int) -> str:
-    """What stands in a cell, as an error shows it: text in quotes."""
+    """Content of a cell in an error message: text is quoted."""
     text = text_in(column, row)
     if not text:
         return "an empty cell"
@@ -202,9 +202,9 @@ def text_at(column: Column, row: int) -> str:
 
 
 def is_text(kind: Any) -> bool:
-    """Whether a type of pyarrow is one of text."""
+    """True if a type of pyarrow is a text type."""
     from pyarrow import types
 
-    # string_view is younger than the oldest pyarrow that will do.
+    # string_view is newer than the oldest supported pyarrow.
     names = ("is_string", "is_large_string", "is_string_view")
     return any(getattr(types, name)(kind) for name in names if hasattr(types, name))

@@ -1,4 +1,4 @@
-"""Columns of a table: of numbers, or of categories that become a 0 or 1 each."""
+"""Columns of a table: numeric, or categorical and encoded one-hot."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ NO_DATES = "put numbers in their place, such as days or seconds since the first 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table, and how its cells become numbers.
+    """A column of a table and its encoding.
 
     Attributes:
-        name: What it is called.
-        place: Where and in which table it stands, as errors say it.
-        categories: Its texts in order, or None for a column of numbers.
-        decimal: What decimals come after in its texts, a point or a comma.
+        name: Its name.
+        place: Its position and table, for errors.
+        categories: Its categories in order, or None for a column of numbers.
+        decimal: The decimal mark in its texts, a point or a comma.
 
     Example:
         >>> column = Column("colour", "column 'colour'", ["blue", "red"])
@@ -57,25 +57,25 @@ class Column:
 
     @property
     def encoded_names(self) -> tuple[str, ...]:
-        """Names of the numbers that a cell becomes."""
+        """Names of the encoded columns."""
         if self.categories is None:
             return (self.name,)
         return tuple(f"{self.name}={category}" for category in self.categories)
 
     def encode(self, cells: Any, first_row: int) -> np.ndarray[Any, Any]:
-        """Cells as float64, (rows, 1) or (rows, categories), NaN where the value is missing.
+        """Encode cells as float64, (rows, 1) or (rows, categories), NaN for missing values.
 
         Args:
             cells: An array of numpy or pyarrow.
-            first_row: Of the table that is the first of `cells`, counted from 1.
+            first_row: Row of the table, counted from 1, of the first of `cells`.
 
         Raises:
-            ValueError: For cells that are no finite numbers, or none of the categories.
+            ValueError: For cells that are not finite numbers, or not among the categories.
         """
         return self._numbers(cells, first_row) if self.categories is None else self._one_hot(cells, first_row)
 
     def complaint(self, cells: Any, row: int, first_row: int) -> str:
-        """What is wrong with one of `cells`, the beginning of an error: who, what was expected, what came and where."""
+        """Begin the error message for one of `cells`: who, expected and actual value, and position."""
         text = text_in(cells, row)
         if self.categories is not None:
             expected = "one of " + ", ".join(map(quoted, self.categories[:10])) + ", ..." * (len(self.categories) > 10)
@@ -102,7 +102,7 @@ class Column:
         return numbers[:, None]
 
     def _advice(self, text: str) -> str:
-        """What to do about a cell that holds no number that will do."""
+        """Advice for a cell without a valid number."""
         number = number_in(text, self.decimal)
         if math.isinf(number):
             return "fill it in, drop that row or leave the column out"
@@ -128,9 +128,9 @@ class Column:
 
 
 def encoded(columns: Sequence[Column], batch: Sequence[Any], first_row: int) -> np.ndarray[Any, Any]:
-    """The numbers of all columns in a batch of rows, (rows, numbers), as `Column.encode` has each.
+    """Encode all columns of a batch of rows, (rows, numbers), each as `Column.encode`.
 
-    Thousands of columns of text take one call for all where all cells hold numbers, and not one for each.
+    Thousands of columns of text take a single call if all cells hold numbers.
     """
     if len(columns) > MANY_COLUMNS and all(column.categories is None for column in columns):
         numbers = numbers_of_many(batch)
@@ -141,11 +141,11 @@ def encoded(columns: Sequence[Column], batch: Sequence[Any], first_row: int) -> 
 
 
 class Survey:
-    """What a column of context turns out to hold, one batch after another: numbers, or which categories.
+    """Type inference for a column of context, batch by batch: numeric, or categorical with its categories.
 
     Args:
         name, place, decimal: As in `Column`.
-        holds_text: Whether it is known to hold text, or numbers that stand for categories; otherwise its cells tell.
+        holds_text: True for text, or numbers that are labels of categories; otherwise inferred from the cells.
     """
 
     def __init__(self, name: str, place: str, holds_text: bool, decimal: str = ".") -> None:
@@ -157,7 +157,7 @@ class Survey:
         self._number: str | None = None
 
     def add(self, cells: Any) -> None:
-        """Take note of cells, an array of numpy or pyarrow.
+        """Add cells, an array of numpy or pyarrow.
 
         Raises:
             ValueError: For too many categories.
@@ -179,7 +179,7 @@ class Survey:
             )
 
     def column(self) -> Column:
-        """What it is.
+        """The inferred column.
 
         Raises:
             ValueError: If it holds both numbers and texts, or the same text in every row.
@@ -209,6 +209,6 @@ class Survey:
 
 
 def _in_order(category: str) -> tuple[float, str]:
-    """Labels that are numbers come first, as numbers."""
+    """Sort key of a category: numbers first, by value."""
     number = number_in(category)
     return (math.inf if math.isnan(number) else number, category)

@@ -1,4 +1,4 @@
-"""A set of data in three parts."""
+"""A data set in three parts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["Dataset"]
 
 @dataclass(frozen=True)
 class Dataset:
-    r"""Data in three parts, one row an event: float32, or float64 where float32 would not hold them.
+    r"""Data in three parts, one row an event: float32, or float64 if float32 is too coarse.
 
     Attributes:
-        name: What it is called in tables and pictures.
+        name: Its name in tables and pictures.
         train, validation, test: (rows, D) each.
-        train_context, validation_context, test_context: (rows, C) each, or None where there is no context.
-        pixels: How the rows come from pixels, or None.
+        train_context, validation_context, test_context: (rows, C) each, or None without a context.
+        pixels: The map from pixels to rows, or None.
     """
 
     name: str
@@ -38,5 +38,5 @@ class Dataset:
 
     @property
     def context_dim(self) -> int:
-        """C, 0 where there is no context."""
+        """C, 0 without a context."""
         return 0 if self.train_context is None else self.train_context.shape[-1]

@@ -1,4 +1,4 @@
-"""Missing values of a table: how many, in which columns, in which rows."""
+"""Missing values of a table: their number, columns and rows."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MOST_ROWS, MOST_COLUMNS = 3, 5
 
 
 class Gaps:
-    """The missing values of a table, as its rows come batch by batch.
+    """Missing values of a table, collected batch by batch.
 
     Args:
-        columns: Those that are read.
+        columns: The columns that are read.
 
     Attributes:
-        length: How many rows there were.
-        rows: Numbers of those with a missing value, counted from 1.
+        length: Number of rows.
+        rows: Numbers of the rows with a missing value, counted from 1.
         first: The first missing value, as the beginning of an error; "" without one.
     """
 
@@ -38,11 +38,11 @@ class Gaps:
         self._examples: dict[int, list[int]] = {}
 
     def add(self, numbers: np.ndarray[Any, Any], cells: Sequence[Any]) -> np.ndarray[Any, Any]:
-        """Which rows of a batch have no missing value.
+        """Record a batch; return the mask of its rows without a missing value.
 
         Args:
-            numbers: What the columns make of it, (rows, numbers), NaN where a value is missing.
-            cells: The columns themselves.
+            numbers: The encoded columns, (rows, numbers), NaN for missing values.
+            cells: The cells, by column.
         """
         before, self.length = self.length, self.length + len(numbers)
         missing = np.isnan(numbers)

@@ -23,8 +23,8 @@ TILE = 16
 def digits(*, margin: float = 1e-6, seed: int = 0) -> Dataset:
     r"""scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, as the paper prepares MNIST: logits of 64 pixels.
 
-    Shuffled, then the last 10 % are for testing and 10 % of the rest for validation. The context is the label, one-hot.
-    `pixels` of the result carries log-likelihoods back to pixel space and to bits per pixel.
+    The rows are shuffled; the last 10 % are for testing and 10 % of the rest for validation. The context is the label,
+    one-hot. `pixels` of the result converts log-likelihoods to pixel space and to bits per pixel.
 
     Args:
         margin: The paper's lambda.
@@ -64,21 +64,21 @@ def digits(*, margin: float = 1e-6, seed: int = 0) -> Dataset:
 
 
 def patches(*, train: int = 30_000, validation: int = 5_000, test: int = 5_000, seed: int = 0) -> Dataset:
-    r"""Patches of 8 x 8 pixels of scikit-learn's two photographs, as the paper has them of BSDS300: 63 dimensions.
+    r"""Patches of 8 x 8 pixels of scikit-learn's two photographs, prepared like the paper's BSDS300: 63 dimensions.
 
     Grey levels 0 .. 255 become (v + U(0, 1)) / 256, the patch's mean is removed, and the last pixel, which the others
-    now determine, is dropped; `complete_patches` puts it back. The photographs are cut into tiles of 16 x 16 pixels,
+    now determine, is dropped; `complete_patches` restores it. The photographs are cut into tiles of 16 x 16 pixels,
     80 % of which are for training, and patches lie within one tile, so no two parts share a pixel. Within a part
-    patches overlap but no two are at the same place.
+    patches overlap, but no two are at the same position.
 
     Args:
         train: Number of patches for training.
         validation: Number of patches for validation.
         test: Number of patches for testing.
-        seed: Seed of the division, the places and the noise.
+        seed: Seed of the split, the positions and the noise.
 
     Raises:
-        ValueError: If there are not as many patches.
+        ValueError: If there are fewer patches than requested.
         ModuleNotFoundError: Without the `train` extra.
 
     Example:
@@ -98,7 +98,7 @@ def patches(*, train: int = 30_000, validation: int = 5_000, test: int = 5_000, 
 
 
 def complete_patches(y: Tensor) -> Tensor:
-    r"""All 64 pixels, (\*batch, 64), of `patches` rows y, (\*batch, 63): those of a patch sum to 0.
+    r"""Restore all 64 pixels, (\*batch, 64), of `patches` rows y, (\*batch, 63): those of a patch sum to 0.
 
     Raises:
         ValueError: If the last dimension of `y` is not 63.
@@ -112,7 +112,7 @@ def complete_patches(y: Tensor) -> Tensor:
 
 
 def _grey_photographs() -> Tensor:
-    """Luma of the photographs, (photographs, rows, columns), whole values of 0 .. 255."""
+    """Luma of the photographs, (photographs, rows, columns), integers of 0 .. 255."""
     require("patches", "sklearn")
     from sklearn.datasets import load_sample_images
 
@@ -122,7 +122,7 @@ def _grey_photographs() -> Tensor:
 
 
 def _patch_places(shape: Sequence[int], sizes: dict[str, int], generator: torch.Generator) -> list[Tensor]:
-    """Photograph, row and column of the first pixel of each patch, (patches, 3), for each part."""
+    """Draw photograph, row and column of the first pixel of each patch, (patches, 3), for each part."""
     tiles = _shuffled(_grid(shape[0], shape[1] // TILE, shape[2] // TILE), generator)
     corners = tiles * torch.tensor([1, TILE, TILE])
     held_out = len(tiles) // 10
@@ -146,12 +146,12 @@ def _shuffled(rows: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _cut(photographs: Tensor, places: Tensor) -> Tensor:
-    """The grey levels of patches, (patches, 64)."""
+    """Cut out the grey levels of patches, (patches, 64)."""
     windows = photographs.unfold(1, SIDE, 1).unfold(2, SIDE, 1)
     return windows[places[:, 0], places[:, 1], places[:, 2]].flatten(1)
 
 
 def _centred(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Dequantised patches less their mean, without the last pixel."""
+    """Dequantise patches, subtract their mean and drop the last pixel."""
     pixels = (values + torch.rand(values.shape, generator=generator, dtype=torch.float64)) / 256
     return (pixels - pixels.mean(-1, keepdim=True))[:, :-1].float()

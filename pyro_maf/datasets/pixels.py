@@ -19,7 +19,7 @@ class LogitPixels:
     r"""The paper's map from grey levels to the real line, and back, with its Jacobian.
 
     A level v of 0 .. levels - 1 becomes a pixel x = (v + U(0, 1)) / levels in [0, 1), and that a logit
-    y = logit(margin + (1 - 2 margin) x). Densities of logits carry back by p(x) = p(y) prod_i dy_i/dx_i.
+    y = logit(margin + (1 - 2 margin) x). Densities of logits transform by p(x) = p(y) prod_i dy_i/dx_i.
 
     Args:
         levels: Number of grey levels: 256 for a byte, 17 for scikit-learn's digits.
@@ -44,12 +44,12 @@ class LogitPixels:
             raise ValueError(f"LogitPixels expected a margin between 0 and 0.5, got {self.margin!r}.")
 
     def dequantise(self, values: Tensor, seed: int = 0) -> Tensor:
-        """Pixels in [0, 1), in float64, of integer grey levels: uniform within each level.
+        """Dequantise integer grey levels to pixels in [0, 1), in float64: uniform within each level.
 
         Raises:
-            ValueError: If a value is no level.
+            ValueError: If a value is not a level.
         """
-        # A byte can not be compared with 256.
+        # A byte cannot be compared with 256.
         values = values.double()
         if not bool(((values >= 0) & (values < self.levels) & (values == values.round())).all()):
             raise ValueError(
@@ -61,11 +61,11 @@ class LogitPixels:
         return (values + noise) / self.levels
 
     def to_logits(self, x: Tensor) -> Tensor:
-        """Logits y of pixels x, elementwise."""
+        """Map pixels x to logits y, elementwise."""
         return torch.logit(self.margin + (1 - 2 * self.margin) * x)
 
     def to_pixels(self, y: Tensor) -> Tensor:
-        """Pixels x of logits y, elementwise; a model's samples may fall outside [0, 1] by as much as `margin`."""
+        """Map logits y to pixels x, elementwise; samples of a model may be outside [0, 1] by up to `margin`."""
         return (torch.sigmoid(y) - self.margin) / (1 - 2 * self.margin)
 
     def log_jacobian(self, y: Tensor) -> Tensor:
@@ -73,14 +73,14 @@ class LogitPixels:
         return (F.softplus(y) + F.softplus(-y) + math.log1p(-2 * self.margin)).sum(-1)
 
     def pixel_log_prob(self, log_prob: Tensor, y: Tensor) -> Tensor:
-        r"""Log-density of pixels in [0, 1]^D, in nats, from the `log_prob` that a model gives their logits y."""
+        r"""Log-density of pixels in [0, 1]^D, in nats, from a model's `log_prob` of their logits y."""
         return log_prob + self.log_jacobian(y)
 
     def bits_per_pixel(self, log_prob: Tensor, y: Tensor) -> Tensor:
         r"""Bits per pixel, (\*batch,): log2(levels) - log p(x) / (D log 2).
 
-        An upper bound, on average, on what a lossless code of the levels would take; a uniform density over the pixels
-        gives log2(levels): 8 for a byte, 4.087 for scikit-learn's digits, which have 17 levels.
+        An upper bound, on average, on the length of a lossless code of the levels; a uniform density over the pixels
+        has log2(levels): 8 for a byte, 4.087 for scikit-learn's digits, which have 17 levels.
 
         Args:
             log_prob: The log-density of the logits, in nats, (\*batch,).

@@ -1,4 +1,4 @@
-"""A table in a file, as every format offers it."""
+"""Interface of a table in a file, of any format."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ NUMBERS_IN_A_BATCH = 2**21
 
 
 class Source:
-    """A table in a file, read in batches of columns. A subclass gives `names`, `holds_text` and `batches`.
+    """A table in a file, read in batches of columns. A subclass defines `names`, `holds_text` and `batches`.
 
     Attributes:
-        label: What errors call it.
-        names: Of its columns.
-        is_named: Whether the names are its own; otherwise they are x1, x2, ...
-        decimal: What decimals come after in its texts, a point or a comma.
+        label: Its name in errors.
+        names: Names of its columns.
+        is_named: True if the file has names; otherwise they are x1, x2, ...
+        decimal: The decimal mark in its texts, a point or a comma.
     """
 
     names: tuple[str, ...]
@@ -32,17 +32,17 @@ class Source:
         self.label = label
 
     def holds_text(self, name: str) -> bool | None:
-        """Whether a column is of text, truth values or a dictionary; None where only its cells can tell.
+        """True if a column is of text, truth values or a dictionary; None if its cells have to be read for that.
 
         Raises:
-            ValueError: If it is neither of these nor of numbers.
+            ValueError: If it is neither of these nor numeric.
         """
         raise NotImplementedError
 
     def batches(self, names: Sequence[str]) -> Generator[list[Any], None, None]:
-        """The columns called `names`, a batch of rows at a time: arrays of numpy, or of pyarrow.
+        """Iterate over batches of rows of the columns `names`: arrays of numpy, or of pyarrow.
 
-        Close it where it may end early: it holds the file open.
+        Close the generator if it may end early: it holds the file open.
 
         Raises:
             ValueError: If the file is damaged.
@@ -50,11 +50,11 @@ class Source:
         raise NotImplementedError
 
     def wrong(self, what: str) -> ValueError:
-        """An error about the file as a whole."""
+        """Return an error about the file as a whole."""
         return ValueError(f"read_table found {self.label} {what}")
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error of another package, as the end of a sentence."""
+    """Convert the message of another package's error to the end of a sentence."""
     text = shown(" ".join(str(error).split()) or type(error).__name__, 200)
     return text.removesuffix(".") + "."

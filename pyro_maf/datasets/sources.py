@@ -1,4 +1,4 @@
-"""Files with a table in them: where they are, and which format they have."""
+"""Tables in files: location and format."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ INDEX_OF_PANDAS = re.compile(r"__index_level_\d+__")
 
 
 class ParquetSource(Source):
-    """A Parquet file. An index that pandas left in it is no column."""
+    """A Parquet file. An index that pandas wrote is not a column."""
 
     def __init__(self, path: Path, label: str) -> None:
         super().__init__(path, label)
@@ -39,7 +39,7 @@ class ParquetSource(Source):
             self.names = tuple(name for name in self._schema.names if not INDEX_OF_PANDAS.fullmatch(name))
 
     def holds_text(self, name: str) -> bool | None:
-        """As the schema says."""
+        """Return the answer of the schema."""
         from pyarrow import types
 
         kind = self._schema.field(name).type
@@ -55,7 +55,7 @@ class ParquetSource(Source):
         )
 
     def batches(self, names: Sequence[str]) -> Generator[list[Any], None, None]:
-        """Row groups, read in parts."""
+        """Iterate over row groups, in parts."""
         from pyarrow.parquet import ParquetFile
 
         size = max(1, bounds.NUMBERS_IN_A_BATCH // max(1, len(names)))
@@ -74,17 +74,17 @@ class ParquetSource(Source):
 
 
 def open_source(source: Any, array: str | None, decimal: str, encoding: str) -> Source:
-    """The table in a file or stream, whose format its first bytes tell.
+    """Open the table in a file or stream; its first bytes determine the format.
 
     Args:
-        source: A path; "-" for standard input; or a binary stream. What is no file yet is copied to a temporary one.
-        array: Which array of an .npz file; it may be left out where only one has rows and columns.
-        decimal, encoding: Of text, as in `read_table`.
+        source: A path; "-" for standard input; or a binary stream. A stream is copied to a temporary file.
+        array: Name of the array in an .npz file; optional if only one has rows and columns.
+        decimal, encoding: As in `read_table`.
 
     Raises:
         FileNotFoundError: If there is no such file.
         TypeError: If `source` is none of these.
-        ValueError: If there is nothing in it, it is damaged, or there is no such array.
+        ValueError: If it is empty or damaged, or there is no such array.
     """
     path, label = _as_file(source)
     start = _first_bytes(path)
@@ -106,7 +106,7 @@ def open_source(source: Any, array: str | None, decimal: str, encoding: str) -> 
 
 
 def _as_file(source: Any) -> tuple[Path, str]:
-    """A file with what `source` holds, and what errors call it."""
+    """Return a file with the content of `source`, and its label for errors."""
     if isinstance(source, str) and source == "-":
         if sys.stdin.isatty():
             raise ValueError("read_table expected a table on standard input, which is a terminal: pipe one in.")

@@ -1,4 +1,4 @@
-"""Rows that may be more than memory holds."""
+"""Rows that may exceed the memory."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ RESOLUTION = 1e-4
 
 
 class Spool:
-    """Rows of float64 that are gathered in memory or, once they exceed a bound, in a temporary file while entered.
+    """Rows of float64 that are collected in memory or, beyond a bound, in a temporary file; a context manager.
 
     Args:
-        width: Numbers in a row.
-        bound: The most bytes to hold in memory.
+        width: Number of values in a row.
+        bound: Maximum number of bytes in memory.
 
     Example:
         >>> with Spool(2, bound=16) as spool:
@@ -60,10 +60,10 @@ class Spool:
             self._write_held()
 
     def rows(self, dtype: str | None = None) -> np.ndarray[Any, Any]:
-        """All rows, (length, width): an array, or a read-only `np.memmap` of the file. For after the last one.
+        """Return all rows, (length, width): an array, or a read-only `np.memmap` of the file. Appending ends there.
 
         Args:
-            dtype: "float32" or "float64"; by default float32 where that loses nothing of account.
+            dtype: "float32" or "float64"; by default float32 if `float32_suffices`.
         """
         rows = self._gathered()
         if dtype is None:
@@ -75,7 +75,7 @@ class Spool:
         with open(temporary_file(".float32"), "wb") as file:
             for block in _blocks(rows):
                 file.write(block.astype(np.float32).tobytes())
-        with suppress(OSError):  # of a system that does not remove what is mapped: it goes when the program ends
+        with suppress(OSError):  # on a system that does not remove mapped files: it is removed at exit
             os.unlink(self._file.name)
         return np.memmap(file.name, np.float32, "r", shape=(self.length, self._width))
 
@@ -92,9 +92,9 @@ class Spool:
 
 
 def float32_suffices(rows: np.ndarray[Any, Any]) -> bool:
-    """Whether float32 holds the values of every column exactly, or its middle half to a ten-thousandth of its width.
+    """True if float32 is exact for every column, or resolves its interquartile range to 1e-4 of its width.
 
-    A value that it takes for 0 or for 1, and is not, speaks against it: some supports end there.
+    Not if another value is rounded to 0 or 1: some supports end there.
 
     Example:
         >>> float32_suffices(np.array([[20.1], [21.2], [22.3]])), float32_suffices(np.array([[5e6 + 0.1], [5e6]]))
@@ -117,14 +117,14 @@ def _blocks(rows: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
 
 
 def temporary_file(suffix: str) -> Path:
-    """An empty file that is deleted when the program ends."""
+    """Create an empty file that is deleted when the program ends."""
     descriptor, name = tempfile.mkstemp(suffix, dir=_folder().name)
     os.close(descriptor)
     return Path(name)
 
 
 def copied(stream: Any) -> Path:
-    """What a binary stream holds, as a temporary file."""
+    """Copy a binary stream to a temporary file."""
     path = temporary_file(".table")
     with open(path, "wb") as file:
         shutil.copyfileobj(stream, file)
@@ -133,5 +133,5 @@ def copied(stream: Any) -> Path:
 
 @functools.cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
-    # Windows can not delete a file that is still mapped.
+    # Windows cannot delete a file that is still mapped.
     return tempfile.TemporaryDirectory(prefix="pyro-maf-", ignore_cleanup_errors=True)

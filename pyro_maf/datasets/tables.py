@@ -1,4 +1,4 @@
-"""Any table of numbers as data and context: what is read of it, and how its columns are kept in mind."""
+"""Any table of numbers as data and context: reading, and the description of its columns."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Table", "read_table"]
 
 BYTES_IN_MEMORY = 2**29
 MOST_COMPARED = 2000
-"""Among how many names one that is close to an unknown one is looked for: that takes a while for each."""
+"""Maximum number of names that are searched for one similar to an unknown name: each takes time."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,14 +32,14 @@ class Table:
 
     Attributes:
         data: (rows, D): an array or, for a table larger than half a gibibyte, a read-only `np.memmap`.
-        context: (rows, C), or None where there is none.
-        names: Of the D columns of data.
-        context_names: Of the C columns of context; that of a category is column=category.
-        columns: Plain values that JSON holds and that `read_table` takes, to read another table in the same way:
-            {"data": [name, ...], "context": [{"name": name, "categories": [category, ...] or None}, ...]}.
-        label: Name of the file; "" for a table that was put together otherwise.
+        context: (rows, C), or None without a context.
+        names: Names of the D columns of data.
+        context_names: Names of the C columns of context; that of a category is column=category.
+        columns: Description of the columns in JSON values, which `read_table` takes to read another table in the same
+            way: {"data": [name, ...], "context": [{"name": name, "categories": [category, ...] or None}, ...]}.
+        label: Name of the file; "" for a table from elsewhere.
         rows: Number of each row in the file, counted from 1; None for all of them in their order.
-        missing: What was left out for missing values: how many rows, which, and in which columns; None for nothing.
+        missing: Rows left out for missing values: their number, which, and in which columns; None if there are none.
     """
 
     data: np.ndarray[Any, Any]
@@ -52,7 +52,7 @@ class Table:
     missing: Gaps | None = None
 
     def numbers(self, places: Any) -> Any:
-        """Numbers in the file, counted from 1, of the rows at `places` of this table, counted from 0."""
+        """Row numbers in the file, counted from 1, of the rows at `places` in this table, counted from 0."""
         return places + 1 if self.rows is None else self.rows[places]
 
     def __repr__(self) -> str:
@@ -74,39 +74,40 @@ def read_table(
 ) -> Table:
     r"""Read csv, tsv, parquet, npy or npz, which may be larger than memory.
 
-    The first bytes tell the format. Text may be compressed by gzip; it has names above its columns or not. Columns
-    without names are x1, x2, ... Numbers are rounded to float32 where that loses nothing of account, and not where a
-    column is 5.4e6 +- 0.1 or of time stamps. More than half a gibibyte of them is kept in a temporary file that is
-    deleted when the program ends, or read from the .npy file itself.
+    The first bytes determine the format. Text may be compressed by gzip; a header of names is optional. Columns
+    without names are x1, x2, ... Numbers are rounded to float32 if its precision suffices, which it does not for a
+    column of 5.4e6 +- 0.1 or of time stamps. More than half a gibibyte of them is stored in a temporary file that is
+    deleted when the program ends, or mapped from the .npy file itself.
 
     Args:
         source: A path; "-" for standard input; or a binary stream.
-        columns: The columns of data, in this order; by default all that are no context. Or the `columns` of another
-            table: its columns are looked for by name, whatever else there is, and its categories are kept. Without a
-            context, a table without names may also have just as many columns.
+        columns: The columns of data, in this order; by default all that are not context. Or the `columns` of another
+            table: its columns are matched by name, with its categories, and further ones are ignored. Without a
+            context, a table without names may also have the same number of columns.
         context: Columns that the distribution of the data depends on. One of text, of truth values or of a dictionary
             becomes a column of 0 and 1 for each of its categories, in alphabetical order.
-        categories: Columns of context whose numbers are labels, such as 0 to 9, and become categories too.
-        array: Which array of an .npz file; it may be left out where only one has rows and columns.
-        dtype: "float32" or "float64", for a table that is to be like another one; an array that is read from its own
-            file has the dtype that it has there.
+        categories: Columns of context whose numbers are labels, such as 0 to 9, and so categories too.
+        array: Name of the array in an .npz file; optional if only one has rows and columns.
+        dtype: "float32" or "float64", for a table that must match another one; an array that is mapped from its file
+        has the dtype of the file.
         drop_missing: Leave out rows with a missing value in one of these columns: an empty cell, NaN, null, or text
-            such as NA; `Table.rows` says which are left.
-        decimal: What decimals come after in text, "." or ",".
-        encoding: Of text, by a name that Python knows, such as "latin-1".
+            such as NA; `Table.rows` has the numbers of the others.
+        decimal: Decimal mark of text, "." or ",".
+        encoding: Encoding of text, by a name of Python's, such as "latin-1".
 
     Returns:
         A `Table`.
 
     Cost:
-        One pass over the file, and one before it over columns of context that may be text.
+        One pass over the file, after one over columns of context that may be text.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        TypeError: For a source or a choice of columns that is none of these.
-        ValueError: For a file that is empty, damaged or ragged; for columns that are unknown, named twice or not named;
-            for text among the data, missing values and those that are not finite, with the row, counted from 1, and
-            the column, and how many are missing where; for categories that the other table did not have, or too many.
+        TypeError: For a source or a choice of columns of another type.
+        ValueError: For a file that is empty, damaged or ragged; for columns that are unknown, repeated or without a
+            name; for text among the data, missing values and those that are not finite, with the row, counted from 1,
+            and the column, and how many are missing where; for categories that the other table did not have, or too
+            many.
         ModuleNotFoundError: For csv and parquet without the `train` extra.
 
     Example:
@@ -154,7 +155,7 @@ def _check_names(source: Source) -> None:
 
 
 def _repeated(names: Iterable[str]) -> str | None:
-    """The first name that has come before."""
+    """Return the first repeated name, if any."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -166,7 +167,7 @@ def _repeated(names: Iterable[str]) -> str | None:
 def _chosen(
     source: Source, columns: Sequence[str] | None, context: Sequence[str], categories: Sequence[str]
 ) -> tuple[list[Column], list[Column]]:
-    """The columns of data and of context that were asked for, or all that are left."""
+    """Return the requested columns of data and of context, or all the rest."""
     for name, value in (("columns", columns), ("context", context), ("categories", categories)):
         if isinstance(value, str) or not isinstance(value, (Sequence, type(None))):
             raise TypeError(f"read_table expected {name} to be a sequence of names, got {value!r}.")
@@ -187,7 +188,7 @@ def _chosen(
 
 
 def _numeric(source: Source, names: Sequence[str]) -> list[Column]:
-    """Columns of data."""
+    """Return columns of data, which must be numeric."""
     for name in names:
         if source.holds_text(name):
             raise ValueError(
@@ -198,12 +199,12 @@ def _numeric(source: Source, names: Sequence[str]) -> list[Column]:
 
 
 def _columns(source: Source, names: Sequence[str]) -> list[Column]:
-    """Columns of numbers."""
+    """Return columns of numbers."""
     return [Column(name, _place(source, name), decimal=source.decimal) for name in names]
 
 
 def _surveyed(source: Source, names: Sequence[str], categories: Sequence[str]) -> list[Column]:
-    """Columns of context, with the categories of those that hold text or labels."""
+    """Return columns of context, with the categories of those that hold text or labels."""
     kinds = {name: source.holds_text(name) for name in names} | dict.fromkeys(categories, True)
     surveys = {
         name: Survey(name, _place(source, name), bool(kind), source.decimal)
@@ -220,7 +221,7 @@ def _surveyed(source: Source, names: Sequence[str], categories: Sequence[str]) -
 
 
 def _described(source: Source, description: Mapping[str, Any]) -> tuple[list[Column], list[Column]]:
-    """The columns that the description of another table names."""
+    """Return the columns in the description of another table."""
     try:
         data = list(map(str, description["data"]))
         context = [(str(each["name"]), each["categories"]) for each in description["context"]]
@@ -265,10 +266,10 @@ def _place(source: Source, name: str) -> str:
 def _read(
     source: Source, columns: Sequence[Column], dtype: str | None, drop_missing: bool
 ) -> tuple[np.ndarray[Any, Any], Gaps]:
-    """The numbers of the columns, one after another, (rows, numbers), and what is missing among them.
+    """Read and encode the columns, (rows, numbers); also return their missing values.
 
     Raises:
-        ValueError: For missing values, unless they are to be dropped, and where nothing is left.
+        ValueError: For missing values, unless they are to be dropped, and if no rows remain.
     """
     names = [column.name for column in columns]
     mapped = None if drop_missing else _mapped(source, names)
@@ -293,7 +294,7 @@ def _read(
 
 
 def _mapped(source: Source, names: Sequence[str]) -> np.ndarray[Any, Any] | None:
-    """The array in the file itself, where it is large and holds just these columns as floating-point numbers."""
+    """Return the array mapped from the file if it is large and has exactly these columns in floating point."""
     if not isinstance(source, ArraySource) or names != list(source.names) or source.array.dtype.kind != "f":
         return None
     return source.array if source.array.nbytes > BYTES_IN_MEMORY else None

@@ -1,4 +1,4 @@
-"""Tables as text: which marks lie between cells, whether there are names above them, and their rows in batches."""
+"""Tables as text: delimiter, header, and rows in batches."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ BYTES_IN_A_BLOCK = 2**23
 
 
 class CsvSource(Source):
-    """Text in UTF-8, a row a line, its cells apart by tabs, commas, semicolons or single spaces.
+    """Text in UTF-8, a row a line, with cells separated by tabs, commas, semicolons or single spaces.
 
-    The first line holds names, unless it has as many numbers as the others.
+    The first line is a header, unless it is a row of numbers like the others.
     """
 
     def __init__(self, path: Path, label: str, decimal: str = ".") -> None:
@@ -44,21 +44,21 @@ class CsvSource(Source):
             raise self.wrong("empty.")
         cells = [[cell.strip() for cell in row] for _, row in head]
         self.is_named = _is_header(cells[0], cells[1] if len(cells) > 1 else [], decimal)
-        cells[0][0] = cells[0][0].lstrip("# ")  # numpy.savetxt marks names as a comment
+        cells[0][0] = cells[0][0].lstrip("# ")  # numpy.savetxt writes names as a comment
         self.names = tuple(cells[0]) if self.is_named else tuple(f"x{i}" for i in range(1, len(cells[0]) + 1))
         self._rows_above = head[0][0] + 1 if self.is_named else 0
 
     def holds_text(self, name: str) -> bool | None:
-        """None: only the cells can tell."""
+        """Return None: the cells have to be read for that."""
         return None
 
     def batches(self, names: Sequence[str]) -> Generator[list[Any], None, None]:
-        """Rows as pyarrow parses them, every column as text."""
+        """Iterate over rows as pyarrow parses them, every column as text."""
         import pyarrow
         from pyarrow import csv as arrow_csv
 
         try:
-            # A reader that is left to the garbage collector is destroyed while its threads run, and ends the process.
+            # A reader left to the garbage collector is destroyed while its threads run, which aborts the process.
             with arrow_csv.open_csv(
                 self.path,
                 arrow_csv.ReadOptions(
@@ -82,7 +82,7 @@ class CsvSource(Source):
             raise self._ragged() or self.wrong(f"damaged: {one_line(error)}") from None
 
     def _ragged(self) -> ValueError | None:
-        """What is wrong with the first row that has not as many cells as there are columns; None if all have."""
+        """Error for the first row whose number of cells is not that of the columns; None if there is none."""
         try:
             with open(self.path, encoding="utf-8-sig", newline="") as file:
                 for number, row in enumerate(self._rows(file), 1):
@@ -96,7 +96,7 @@ class CsvSource(Source):
         return None
 
     def _rows(self, file: Any) -> Iterator[list[str]]:
-        """The rows of data, those without a cell left out, as pyarrow does."""
+        """Iterate over the rows of data, without empty lines, as pyarrow does."""
         rows = csv.reader(file, delimiter=self._delimiter)
         return filter(None, itertools.islice(rows, self._rows_above, None))
 
@@ -106,12 +106,12 @@ class CsvSource(Source):
 
 
 def recoded(path: Path, label: str, encoding: str) -> Path:
-    """A file of text in UTF-8: this one, or a temporary one where it has another encoding.
+    """Return a file of text in UTF-8: this one, or a temporary one if it has another encoding.
 
-    pyarrow would have Python decode it, in a thread of its own, which an interpreter that ends does not wait for.
+    pyarrow would have Python decode it in another thread, for which the interpreter does not wait at exit.
 
     Raises:
-        ValueError: For an encoding that Python does not know, and text that has another one.
+        ValueError: For an encoding that Python lacks, and text of another encoding.
     """
     try:
         name = codecs.lookup(encoding).name
@@ -130,17 +130,17 @@ def recoded(path: Path, label: str, encoding: str) -> Path:
 
 
 def _delimiter_between(first: str, second: str, marks: str) -> str:
-    """Which of the marks, or a space, the cells of two lines are apart by; the second where that is nothing."""
+    """Detect which of the marks, or a space, separates the cells of two lines; the second line may be empty."""
     found = [mark for mark in marks if mark in first]
     if found:
         return max(found, key=first.count)
-    # Spaces may also be those of a name.
+    # Spaces may also be part of a name.
     in_both = " " in first.strip() and (not second or second.count(" ") == first.count(" "))
     return " " if in_both else marks[1]
 
 
 def _is_header(first: list[str], second: list[str], decimal: str) -> bool:
-    """Whether a row holds names: of texts alone, a text above a number, or numbers that count the columns."""
+    """True if a row is a header: only text, a text above a number, or the numbers of the columns."""
     above, below = ([_is_number(cell, decimal) for cell in row] for row in (first, second))
     if not any(above) or any(number and not name for name, number in zip(above, below, strict=False)):
         return True

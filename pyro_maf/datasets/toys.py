@@ -1,6 +1,6 @@
-"""Densities over the plane that are known exactly.
+"""Toy densities over the plane, with exact log-densities.
 
-Each gives samples, their log-density and, where it has a closed form, its entropy: minus the mean log-likelihood of a
+Each has samples, log-densities and, if there is a closed form, the entropy: minus the mean log-likelihood of a
 perfect model.
 """
 
@@ -20,11 +20,11 @@ LOG_2PI_E = math.log(2 * math.pi) + 1
 
 
 class Toy:
-    r"""A density over the plane that is known exactly. A subclass gives `_draw` and `_log_density`.
+    r"""A density over the plane with an exact log-density. A subclass defines `_draw` and `_log_density`.
 
     Attributes:
-        name: What it is called in tables and pictures.
-        entropy: In nats, or None where it has no closed form.
+        name: Its name in tables and pictures.
+        entropy: Entropy in nats, or None without a closed form.
 
     Example:
         >>> toy = FigureOne()
@@ -36,7 +36,7 @@ class Toy:
     entropy: float | None = None
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
-        """Draw `n` points, (n, 2) in float32; the same `seed` gives the same points.
+        """Draw `n` points, (n, 2) in float32; they depend on `seed` alone.
 
         Raises:
             ValueError: If `n` is below 1.
@@ -49,7 +49,7 @@ class Toy:
 
         Raises:
             ValueError: If the last dimension of `y` is not 2.
-            TypeError: If `y` is no tensor of floating-point numbers.
+            TypeError: If `y` is not a floating-point tensor.
         """
         who = type(self).__name__
         check_event(who, "y", y, 2, "a point of the plane")
@@ -58,7 +58,7 @@ class Toy:
         return self._log_density(y)
 
     def dataset(self, train: int = 10_000, validation: int = 2_000, test: int = 10_000, seed: int = 0) -> Dataset:
-        """Draw three independent parts of the given sizes."""
+        """Draw three independent parts of these sizes."""
         sizes = [check_positive(type(self).__name__, "the size of every part", n) for n in (train, validation, test)]
         first, second, third = torch.split(self.sample(sum(sizes), seed), sizes)
         return Dataset(self.name, first, second, third)
@@ -74,7 +74,7 @@ class Toy:
 
 
 class FigureOne(Toy):
-    r"""The density of the paper's Figure 1: p(x1, x2) = N(x2 | 0, 4) N(x1 | x2^2 / 4, 1), variances given.
+    r"""The density of the paper's Figure 1: p(x1, x2) = N(x2 | 0, 4) N(x1 | x2^2 / 4, 1), N(mean, variance).
 
     Each factor is Gaussian, but in the order (x1, x2) the second, p(x2 | x1), is not: it has two modes. Entropy
     log(2 pi e) + log 2 = 3.531 nats.
@@ -101,9 +101,9 @@ class FigureOne(Toy):
 
 
 class Funnel(Toy):
-    r"""Neal's funnel in the plane: p(x1, x2) = N(x1 | 0, 9) N(x2 | 0, exp(x1)), variances given.
+    r"""Neal's funnel in the plane: p(x1, x2) = N(x1 | 0, 9) N(x2 | 0, exp(x1)), N(mean, variance).
 
-    Entropy log(2 pi e) + log 3 = 3.936 nats, as x1, twice the log-scale of x2, is 0 on average.
+    Entropy log(2 pi e) + log 3 = 3.936 nats, as the mean of x1, twice the log-scale of x2, is 0.
 
     Example:
         >>> Funnel().sample(4).shape
@@ -127,7 +127,7 @@ class Funnel(Toy):
 
 
 class Ring(Toy):
-    r"""A ring about the origin: log-radius normal with mean log 2 and deviation 0.1, angle uniform.
+    r"""A ring about the origin: log-radius normal with mean log 2 and standard deviation 0.1, angle uniform.
 
     p(x) = p(r) / (2 pi r) with r = |x|. Entropy log(2 pi) + log(2 pi e) / 2 + log 0.1 + 2 log 2 = 2.340 nats.
 
@@ -145,16 +145,16 @@ class Ring(Toy):
         return torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
 
     def _log_density(self, y: Tensor) -> Tensor:
-        # At the centre the log is held finite, so that the density there is 0 rather than undefined.
+        # The log is clamped at the centre, so that the density there is 0 rather than undefined.
         log_radius = y.norm(dim=-1).clamp_min(torch.finfo(y.dtype).tiny).log()
         log_prob = _normal(log_radius, math.log(2), 0.1) - 2 * log_radius - math.log(2 * math.pi)
         return torch.where((y == 0).all(-1), -torch.inf, log_prob)
 
 
 class Moons(Toy):
-    r"""Two interleaved half circles of radius 1, blurred: an equal mixture of 64 round Gaussians of deviation 0.1.
+    r"""Two interleaved half circles of radius 1, blurred: an equal mixture of 64 isotropic Gaussians of scale 0.1.
 
-    The places lie closer together than a deviation, so the moons look smooth. No closed form of the entropy.
+    The means are closer together than the scale, so the moons look smooth. The entropy has no closed form.
 
     Example:
         >>> Moons().log_prob(torch.tensor([0.0, 1.0]))
@@ -174,10 +174,10 @@ class Moons(Toy):
 
 
 class Pinwheel(Toy):
-    r"""Five oblong Gaussians like the blades of a wheel, turned by an angle that grows with the radius.
+    r"""Five elongated Gaussians like the blades of a wheel, rotated by an angle that grows with the radius.
 
-    Turning by an angle that depends on the radius alone keeps areas, so the density is the mixture's at the point
-    turned back. No closed form of the entropy.
+    A rotation by an angle that depends on the radius alone preserves area, so the density is that of the mixture at
+    the point rotated back. The entropy has no closed form.
 
     Example:
         >>> Pinwheel().sample(4).shape

@@ -1,7 +1,7 @@
 """The data sets of the paper, from a folder that is laid out as the published archive is: a folder a set.
 
-Nothing is fetched: each loader reads files that are there, says which one is missing and where it is to be had, and
-prepares rows as the published code does, so that the same files give the same rows.
+Nothing is downloaded: each loader reads local files, names a missing one and its source, and prepares rows as the
+published code does, so that the same files yield the same rows.
 
 Reference:
     Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017,
@@ -39,13 +39,13 @@ PICKLED = ("gas", "mnist", "cifar10")
 
 
 def load_dataset(name: str, root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Dataset:
-    r"""One of the paper's data sets by its name.
+    r"""Load one of the paper's data sets by name.
 
     Args:
         name: power, gas, hepmass, miniboone, bsds300, mnist or cifar10.
-        root: The folder that holds one folder a set.
-        allow_pickle: Whether to load a pickle of gas, mnist or cifar10 where there is no other form: that is to run
-            whatever code is in it.
+        root: The folder with one folder for each set.
+        allow_pickle: Load a pickle of gas, mnist or cifar10 if there is no other form; that runs any
+            code in it.
 
     Raises:
         FileNotFoundError, ValueError, ModuleNotFoundError: As the loader of that name; ValueError for another name.

@@ -1,4 +1,4 @@
-"""Where the files of the archive are, and what is said of one that is not there or is not what it should be."""
+"""Location of the archive's files, and errors for a missing or damaged one."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ __all__ = ["ZENODO", "ask_first", "find", "locate", "reading", "unpickling"]
 ZENODO = "data.tar.gz of https://zenodo.org/records/1161203 (Preprocessed datasets for MAF experiments)"
 LONGEST_REASON = 160
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError, MemoryError, zlib.error)
-"""What the readers of numpy, pyarrow, h5py and gzip raise at a file that is not what they expect."""
+"""Errors of the readers of numpy, pyarrow, h5py and gzip for a file of another format."""
 
 
 def find(root: str | os.PathLike[str], *names: str) -> Path | None:
-    """The first of the files `names` that is under `root`, if any is."""
+    """Return the first of the files `names` under `root`, or None."""
     return next((path for path in (Path(root) / name for name in names) if path.is_file()), None)
 
 
 def locate(who: str, root: str | os.PathLike[str], *names: str, source: str) -> Path:
-    """The first of the files `names` that is under `root`.
+    """Return the first of the files `names` under `root`.
 
     Args:
-        who: The loader that asks.
-        root: The folder that holds one folder a set.
-        names: Paths under `root`, the one to have by default first.
+        who: The loader, for errors.
+        root: The folder with one folder for each set.
+        names: Paths under `root`, the preferred one first.
         source: Where to get it.
 
     Raises:
-        FileNotFoundError: If there is none: which was expected, where it is to be had, where to put it.
+        FileNotFoundError: If there is none, with the expected path and its source.
     """
     path = find(root, *names)
     if path is not None:
@@ -46,15 +46,15 @@ def locate(who: str, root: str | os.PathLike[str], *names: str, source: str) -> 
 
 @contextmanager
 def reading(who: str, path: Path, kind: str) -> Iterator[None]:
-    """Say in one line which file it was that could not be read.
+    """Convert errors of a reader to one line that names the file.
 
     Args:
         who: The loader that reads.
         path: The file.
-        kind: What it should be, with its article.
+        kind: Its expected format, with an article.
 
     Raises:
-        ValueError: If the file is empty, or the block that reads it finds it damaged or foreign.
+        ValueError: If the file is empty, or the block that reads it fails: it is damaged or of another format.
     """
     if path.stat().st_size == 0:
         raise ValueError(f"{who} expected {path} to be {kind}, got an empty file.")
@@ -68,13 +68,13 @@ def reading(who: str, path: Path, kind: str) -> Iterator[None]:
 
 
 def ask_first(who: str, path: Path, allowed: bool, instead: str) -> None:
-    """Refuse to load a pickle unless that was asked for.
+    """Refuse to load a pickle unless the user allows it.
 
     Args:
         who: The loader that reads.
         path: The pickle.
-        allowed: Whether the user trusts it.
-        instead: What runs no code, and where to get it.
+        allowed: True if the user trusts it.
+        instead: The format that runs no code, and its source.
 
     Raises:
         ValueError: If it is not allowed.
@@ -88,10 +88,10 @@ def ask_first(who: str, path: Path, allowed: bool, instead: str) -> None:
 
 @contextmanager
 def unpickling(who: str, path: Path) -> Iterator[None]:
-    """Say in one line which pickle it was that could not be loaded.
+    """Convert errors of loading a pickle to one line that names it.
 
     Raises:
-        ValueError: If the block that loads it fails, in any way: what a damaged pickle raises depends on its bytes.
+        ValueError: If the block that loads it fails, in any way: the error of a damaged pickle depends on its bytes.
     """
     try:
         yield
@@ -102,5 +102,5 @@ def unpickling(who: str, path: Path) -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    """What an error says, in one line of bearable length."""
+    """Shorten an error message to one line."""
     return " ".join(str(error).split())[:LONGEST_REASON].rstrip(".")

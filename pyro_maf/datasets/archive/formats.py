@@ -1,4 +1,4 @@
-"""The table formats of the archive: each is read as rows of numbers, or refused in one line that names the file."""
+"""The table formats of the archive: readers, with errors of one line that name the file."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ LEAST_ROWS = 20
 
 
 def read_npy(who: str, path: Path, columns: int) -> NDArray[Any]:
-    """The rows of an .npy file, which stay on disk until they are used."""
+    """Map the rows of an .npy file into memory."""
     with reading(who, path, "an .npy file"):
         rows = np.lib.format.open_memmap(path, mode="r")
     return check_rows(who, path, rows, columns)
 
 
 def read_csv(who: str, path: Path) -> NDArray[np.float64]:
-    """The rows below the header line of a file of numbers between commas.
+    """Read the rows below the header line of a file of comma-separated numbers.
 
-    The header is skipped, not read: that of HEPMASS need not have as many names as there are columns.
+    The header is skipped, not parsed: that of HEPMASS may have another number of names than of columns.
     """
     require(who, "pyarrow")
     from pyarrow import csv
@@ -38,7 +38,7 @@ def read_csv(who: str, path: Path) -> NDArray[np.float64]:
 
 
 def read_text(who: str, path: Path, columns: int) -> NDArray[np.float64]:
-    """The rows below the header line of a file of numbers between spaces."""
+    """Read the rows below the header line of a file of space-separated numbers."""
     with reading(who, path, "a text file of numbers below a header line"):
         _check_header(path)
         rows = np.loadtxt(path, skiprows=1, ndmin=2, encoding="utf-8")
@@ -46,7 +46,7 @@ def read_text(who: str, path: Path, columns: int) -> NDArray[np.float64]:
 
 
 def read_parquet(who: str, path: Path) -> dict[str, NDArray[Any]]:
-    """The columns of a parquet file by name, without the row labels that pandas writes."""
+    """Read the columns of a parquet file by name, without the row labels that pandas writes."""
     require(who, "pyarrow")
     from pyarrow import parquet
 
@@ -57,7 +57,7 @@ def read_parquet(who: str, path: Path) -> dict[str, NDArray[Any]]:
 
 
 def check_rows(who: str, path: Path, rows: Any, columns: int) -> NDArray[Any]:
-    """Return rows of `columns` finite numbers, enough to split, or say what is wrong with them."""
+    """Return the rows if they are of `columns` finite numbers and enough to split, or raise."""
     if rows.dtype.kind not in "fiu" or rows.ndim != 2 or rows.shape[1] != columns:
         raise ValueError(f"{who} expected rows of {columns} numbers in {path}, got {rows.dtype} of shape {rows.shape}.")
     if len(rows) < LEAST_ROWS:
@@ -72,7 +72,7 @@ def check_rows(who: str, path: Path, rows: Any, columns: int) -> NDArray[Any]:
 
 
 def _check_header(path: Path) -> None:
-    """Refuse a first line of numbers: skipping it would lose a row."""
+    """Refuse a first line of numbers: skipping it would drop a row."""
     with open(path, encoding="utf-8") as file:
         first = file.readline(10_000).replace(",", " ").split()
     try:

@@ -24,23 +24,23 @@ HIGHEST_CORRELATION = 0.98
 
 
 def gas(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Dataset:
-    r"""GAS: what sensors show in mixtures of ethylene and carbon monoxide; 8 dimensions.
+    r"""GAS: readings of sensors in mixtures of ethylene and carbon monoxide; 8 dimensions.
 
     Of the 16 sensors, while any correlates with another above 0.98, the first such is dropped. Then the columns are
     standardised by the mean and deviation of all rows; the last tenth is for testing, the last tenth of the rest for
     validation.
 
     The published archive holds a quarter of the rows, drawn at random, as a pickled data frame of columns Time, Meth,
-    Eth and the sensors. A pickle can run any code when it is loaded. So these are looked for, in this order:
+    Eth and the sensors. A pickle can run any code when it is loaded. So the loader looks for these, in this order:
 
-    - `gas/ethylene_CO.parquet`: that frame, converted by somebody who trusted it. The rows are those of the paper.
+    - `gas/ethylene_CO.parquet`: that frame, converted by someone who trusted it. The rows are those of the paper.
     - `gas/ethylene_CO.pickle`, with `allow_pickle` only. Likewise.
-    - `gas/ethylene_CO.txt`, as UCI has it. A quarter of its rows is drawn with a fixed seed: as many as those of the
-      paper and of the same law, but others.
+    - `gas/ethylene_CO.txt`, from UCI. A quarter of its rows is drawn with a fixed seed: the same number as in the
+      paper and from the same distribution, but other rows.
 
     Args:
-        root: The folder that holds one of these.
-        allow_pickle: Whether to load the pickle, which is to run whatever code is in it. It needs pandas.
+        root: The folder with one of these.
+        allow_pickle: Load the pickle, which runs any code in it. It needs pandas.
 
     Returns:
         852,174 rows for training, 94,685 for validation and 105,206 for testing, (rows, 8).
@@ -50,8 +50,8 @@ def gas(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Dataset:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, of another format or shape, or holds what is not finite; if other than 8 sensors
-            are left; if there is the pickle alone and it is not allowed.
+        ValueError: If it is damaged, of another format or shape, or has values that are not finite; if not 8 sensors
+            remain; if there is only the pickle and it is not allowed.
         ModuleNotFoundError: Without the `train` extra, or pandas for the pickle.
 
     Example:
@@ -80,14 +80,14 @@ def gas(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Dataset:
 
 
 def _quarter(path: Path) -> NDArray[np.float64]:
-    """The 16 sensors of UCI's file in a quarter of its rows, in random order."""
+    """Return the 16 sensors of a random quarter of the rows of UCI's file, in random order."""
     rows = read_text("gas", path, 19)
     drawn = np.random.RandomState(42).permutation(len(rows))[: round(len(rows) / 4)]
     return check_rows("gas", path, rows[drawn, 3:], 16)
 
 
 def _frame(path: Path) -> NDArray[np.float64]:
-    """The sensors of the archive's frame, (rows, sensors)."""
+    """Return the sensors of the archive's frame, (rows, sensors)."""
     columns = read_parquet("gas", path) if path.suffix == ".parquet" else _unpickled_columns(path)
     missing = [name for name in NO_SENSORS if name not in columns]
     if missing:
@@ -113,7 +113,7 @@ def _unpickled_columns(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _uncorrelated(path: Path, sensors: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The columns that are left when none correlates with another above 0.98."""
+    """Drop columns until none correlates with another above 0.98."""
     with np.errstate(invalid="ignore", divide="ignore"):  # a constant column, which is refused later
         high = np.atleast_2d(np.corrcoef(sensors, rowvar=False)) > HIGHEST_CORRELATION
     np.fill_diagonal(high, False)

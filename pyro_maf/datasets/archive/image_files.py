@@ -19,12 +19,12 @@ __all__ = ["LABELS", "Images", "read_batch", "read_idx", "unpickle_batch", "unpi
 
 LABELS = 10
 LEAST_IMAGES = 10
-BYTE = 0x08  # as idx files say that their numbers are unsigned bytes
+BYTE = 0x08  # the code of unsigned bytes in idx files
 
 
 @dataclass(frozen=True)
 class Images:
-    """Levels of 0 .. 255, (images, pixels), and as many labels of 0 .. 9, in int64."""
+    """Levels of 0 .. 255, (images, pixels), and labels of 0 .. 9, (images,), in int64."""
 
     levels: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -33,7 +33,7 @@ class Images:
         return len(self.levels)
 
     def split(self, first: int) -> tuple[Images, Images]:
-        """The first so many images and the rest."""
+        """Split off the first `first` images."""
         return (
             Images(self.levels[:first], self.labels[:first]),
             Images(self.levels[first:], self.labels[first:]),
@@ -41,12 +41,12 @@ class Images:
 
     @staticmethod
     def join(parts: Sequence[Images]) -> Images:
-        """One after another."""
+        """Concatenate."""
         return Images(np.concatenate([part.levels for part in parts]), np.concatenate([part.labels for part in parts]))
 
 
 def read_idx(images: Path, labels: Path) -> Images:
-    """MNIST's images and labels of two idx files, compressed by gzip where the name ends in .gz."""
+    """Read MNIST's images and labels from two idx files, compressed by gzip if the name ends in .gz."""
     levels = _read_idx(images, 3)
     if levels.shape[1:] != (28, 28):
         raise ValueError(f"mnist expected images of 28 x 28 pixels in {images}, got shape {levels.shape}.")
@@ -54,7 +54,7 @@ def read_idx(images: Path, labels: Path) -> Images:
 
 
 def read_batch(path: Path) -> Images:
-    """CIFAR-10's images of one file of the binary version: a byte of label and 3072 of pixels, again and again."""
+    """Read CIFAR-10's images from a file of the binary version: records of one byte of label and 3072 of pixels."""
     size = path.stat().st_size
     if size % 3073 or not size:
         raise ValueError(f"cifar10 expected {path} to hold images of 3073 bytes each, got {size} bytes in all.")
@@ -63,7 +63,7 @@ def read_batch(path: Path) -> Images:
 
 
 def unpickle_mnist(path: Path) -> list[Images]:
-    """The three parts of MNIST in the pickle of the archive, whose pixels are v / 256. Unpickling can run code."""
+    """Read the three parts of MNIST from the archive's pickle, whose pixels are v / 256. Unpickling can run code."""
     with unpickling("mnist", path), gzip.open(path) as file:
         parts = [(np.asarray(x) * 256, np.asarray(labels)) for x, labels in pickle.load(file, encoding="latin1")]
     if len(parts) != 3:
@@ -75,7 +75,7 @@ def unpickle_mnist(path: Path) -> list[Images]:
 
 
 def unpickle_batch(path: Path) -> Images:
-    """CIFAR-10's images of one file of the Python version. Unpickling can run code."""
+    """Read CIFAR-10's images from a file of the Python version. Unpickling can run code."""
     with unpickling("cifar10", path), open(path, "rb") as file:
         batch = pickle.load(file, encoding="latin1")
         levels, labels = np.asarray(batch["data"]), np.asarray(batch["labels"])
@@ -98,7 +98,7 @@ def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
 
 
 def _checked(who: str, path: Path, levels: NDArray[Any], labels: NDArray[Any], columns: int) -> Images:
-    """Images of so many pixels with labels that fit, or what is wrong with them."""
+    """Return images if they have `columns` pixels and valid labels, or raise."""
     if levels.ndim != 2 or levels.shape[1] != columns:
         raise ValueError(f"{who} expected images of {columns} pixels in {path}, got shape {levels.shape}.")
     if len(levels) < LEAST_IMAGES:

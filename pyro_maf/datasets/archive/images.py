@@ -36,25 +36,25 @@ def mnist(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Datase
     r"""MNIST: handwritten digits of 28 x 28 pixels; 784 dimensions, and 10 of context.
 
     Grey levels v become y = logit(lambda + (1 - 2 lambda) x) of x = (v + U(0, 1)) / 256, lambda = 1e-6, with the noise
-    of the published code. The context is the label, one-hot. The last sixth of the images to train on is for
-    validation. `pixels` of the result carries log-likelihoods back to pixel space and to bits per pixel.
+    of the published code. The context is the label, one-hot. The last sixth of the training images is for
+    validation. `pixels` of the result converts log-likelihoods to pixel space and to bits per pixel.
 
-    The four idx files are read, each as it is or with .gz at its end. The published archive holds the same images as a
-    pickle, `mnist/mnist.pkl.gz`, and a pickle can run any code when it is loaded: that is read only where there are no
-    idx files and `allow_pickle` says so. The rows are the same.
+    The four idx files are read, each plain or compressed as .gz. The published archive holds the same images as a
+    pickle, `mnist/mnist.pkl.gz`, and a pickle can run any code when it is loaded: it is read only if there are no
+    idx files and `allow_pickle` is set. The rows are the same.
 
     Args:
-        root: The folder that holds `mnist/train-images-idx3-ubyte`, `mnist/train-labels-idx1-ubyte`,
+        root: The folder with `mnist/train-images-idx3-ubyte`, `mnist/train-labels-idx1-ubyte`,
             `mnist/t10k-images-idx3-ubyte` and `mnist/t10k-labels-idx1-ubyte`.
-        allow_pickle: Whether to load the pickle, which is to run whatever code is in it.
+        allow_pickle: Load the pickle, which runs any code in it.
 
     Returns:
         50,000 rows for training, 10,000 for validation and 10,000 for testing, (rows, 784), with context (rows, 10).
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If one is damaged, of another format or shape; if there are not as many labels as images; if there
-            is the pickle alone and it is not allowed.
+        ValueError: If one is damaged, of another format or shape; if the numbers of labels and images differ; if there
+            is only the pickle and it is not allowed.
 
     Example:
         >>> import pathlib, tempfile, numpy
@@ -87,28 +87,28 @@ def cifar10(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Data
     r"""CIFAR-10: colour photographs of 32 x 32 pixels; 3072 dimensions, and 10 of context.
 
     Levels v become y = logit(lambda + (1 - 2 lambda) x) of x = (v + U(0, 1)) / 256, lambda = 0.05, with the noise of
-    the published code. Red, green and blue follow one another, row by row each. The context is the label, one-hot. The
-    last tenth of the images to train on is for validation; the others are there twice, the second time mirrored, left
-    for right. `pixels` of the result carries log-likelihoods back to pixel space and to bits per pixel.
+    the published code. Red, green and blue follow one another, each row by row. The context is the label, one-hot. The
+    last tenth of the training images is for validation; the others are augmented by their left-right mirror images.
+    `pixels` of the result converts log-likelihoods to pixel space and to bits per pixel.
 
     The binary version is read, six files that end in .bin. The published archive and the Python version hold the same
     images as pickles of the same names without .bin, and a pickle can run any code when it is loaded: they are read
-    only where there are no .bin files and `allow_pickle` says so. The rows are the same.
+    only if there are no .bin files and `allow_pickle` is set. The rows are the same.
 
     Args:
-        root: The folder that holds `cifar10/data_batch_1.bin` to `cifar10/data_batch_5.bin` and
+        root: The folder with `cifar10/data_batch_1.bin` to `cifar10/data_batch_5.bin` and
             `cifar10/test_batch.bin`.
-        allow_pickle: Whether to load the pickles, which is to run whatever code is in them.
+        allow_pickle: Load the pickles, which runs any code in them.
 
     Returns:
         90,000 rows for training, 5,000 for validation and 10,000 for testing, (rows, 3072), with context (rows, 10).
 
     Cost:
-        The rows take 1.3 GB of memory, and while they are prepared 0.6 GB more.
+        The rows take 1.3 GB of memory, and their preparation 0.6 GB more.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If one is damaged, of another format or shape; if there are the pickles alone and they are not
+        ValueError: If one is damaged, of another format or shape; if there are only the pickles and they are not
             allowed.
 
     Example:
@@ -141,7 +141,7 @@ def _idx_part(root: str | os.PathLike[str], part: str) -> Images:
 
 
 def _dataset(name: str, parts: Sequence[Images], pixels: LogitPixels, *, mirrored: bool = False) -> Dataset:
-    """Logits and one-hot labels of training, validation and test images, the noise drawn in that order."""
+    """Return logits and one-hot labels of training, validation and test images, the noise drawn in that order."""
     random = np.random.RandomState(42)
     contexts = [F.one_hot(torch.from_numpy(part.labels), LABELS).float() for part in parts]
     train = torch.empty((2 if mirrored else 1) * len(parts[0]), parts[0].levels.shape[1])
@@ -156,7 +156,7 @@ def _dataset(name: str, parts: Sequence[Images], pixels: LogitPixels, *, mirrore
 
 
 def _dequantise(levels: NDArray[np.uint8], pixels: LogitPixels, random: np.random.RandomState, out: Tensor) -> None:
-    """Write logits of levels with noise to the first rows of `out`: some at a time, because noise is in float64."""
+    """Write logits of levels with noise to the first rows of `out`, in blocks, since the noise is in float64."""
     for start in range(0, len(levels), ROWS_AT_A_TIME):
         block = levels[start : start + ROWS_AT_A_TIME]
         noisy = torch.from_numpy((block + random.random_sample(block.shape)) / pixels.levels)

@@ -1,4 +1,4 @@
-"""What the preparation of several sets has in common: the split into tenths and the standardisation."""
+"""Preparation shared by several sets: the split into tenths and the standardisation."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ Rows = NDArray[Any]
 
 
 def hold_out(rows: Rows) -> tuple[Rows, Rows]:
-    """All but the last tenth of the rows, rounded down, and that tenth."""
+    """Split off the last tenth of the rows, rounded down."""
     return rows[: len(rows) - len(rows) // 10], rows[len(rows) - len(rows) // 10 :]
 
 
 def three_parts(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Training, validation and test rows in float32: the last tenth for testing, that of the rest for validation."""
+    """Split rows in float32: the last tenth is for testing, the last tenth of the rest for validation."""
     rest, test = hold_out(rows)
     train, validation = hold_out(rest)
     return tensor(train), tensor(validation), tensor(test)
 
 
 def standardise(who: str, path: Path, rows: Rows, *others: Rows, by: int | None = None, ddof: int = 0) -> None:
-    """Subtract the mean and divide by the deviation of the first rows, in place, in float64.
+    """Standardise by the mean and standard deviation of the first rows, in place, in float64.
 
     Args:
-        who: The loader that prepares.
-        path: The file the rows are from.
-        rows: They give mean and deviation, and are standardised.
-        others: More rows to standardise by them.
-        by: How many of `rows` give mean and deviation, by default all.
-        ddof: What the number of rows is lessened by in the variance.
+        who: The loader, for errors.
+        path: The file of the rows.
+        rows: The rows that define mean and standard deviation, and are standardised.
+        others: Further rows to standardise by them.
+        by: Number of the first `rows` that define mean and standard deviation, by default all.
+        ddof: Delta degrees of freedom of the variance.
 
     Raises:
-        ValueError: If a column has the same value in all rows.
+        ValueError: If a column is constant.
     """
     given = rows[:by]
     same = np.flatnonzero(given.min(0) == given.max(0))
@@ -54,5 +54,5 @@ def standardise(who: str, path: Path, rows: Rows, *others: Rows, by: int | None 
 
 
 def tensor(rows: Rows) -> Tensor:
-    """Rows as a float32 tensor."""
+    """Convert rows to a float32 tensor."""
     return torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32))

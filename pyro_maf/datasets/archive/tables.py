@@ -21,7 +21,7 @@ MOST_REPEATS = 5
 
 
 def power(root: str | os.PathLike[str]) -> Dataset:
-    r"""POWER: what a household draws, minute by minute; 6 dimensions.
+    r"""POWER: electric power consumption of a household, by the minute; 6 dimensions.
 
     The 8 columns of the file are active power, reactive power, voltage, intensity, three sub-meterings and the time.
     Rows are shuffled, reactive power and intensity are dropped, and uniform noise breaks the ties that rounding left:
@@ -37,7 +37,7 @@ def power(root: str | os.PathLike[str]) -> Dataset:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, of another format or shape, or holds what is not finite.
+        ValueError: If it is damaged, of another format or shape, or has values that are not finite.
 
     Example:
         >>> import pathlib, tempfile, numpy
@@ -63,11 +63,11 @@ def power(root: str | os.PathLike[str]) -> Dataset:
 
 
 def hepmass(root: str | os.PathLike[str]) -> Dataset:
-    r"""HEPMASS: collisions that make a particle of mass 1000; 21 dimensions.
+    r"""HEPMASS: collisions that produce a particle of mass 1000; 21 dimensions.
 
-    Rows of class 1 are kept, and of their columns the 27 features behind the class; what more there is, as in the test
-    file, is dropped. Features are standardised by the mean and deviation of all rows of the training file. A feature
-    whose smallest value occurs more than 5 times among these is dropped: it is in part discrete. The last tenth of the
+    The rows are those of class 1, and their columns the 27 features after the class; further columns, as in the test
+    file, are dropped. Features are standardised by the mean and deviation of all rows of the training file. A feature
+    whose smallest value occurs more than 5 times among these is dropped: it is partly discrete. The last tenth of the
     training file is for validation.
 
     Args:
@@ -78,8 +78,8 @@ def hepmass(root: str | os.PathLike[str]) -> Dataset:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If one is damaged, of another format or shape, or holds what is not finite, or if other than 21
-            features are left.
+        ValueError: If one is damaged, of another format or shape, or has values that are not finite, or if not 21
+            features remain.
         ModuleNotFoundError: Without the `train` extra.
 
     Example:
@@ -127,7 +127,7 @@ def miniboone(root: str | os.PathLike[str]) -> Dataset:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, of another format or shape, or holds what is not finite.
+        ValueError: If it is damaged, of another format or shape, or has values that are not finite.
 
     Example:
         >>> import pathlib, tempfile, numpy
@@ -148,7 +148,7 @@ def miniboone(root: str | os.PathLike[str]) -> Dataset:
 def bsds300(root: str | os.PathLike[str]) -> Dataset:
     r"""BSDS300: patches of 8 x 8 pixels of natural images, their mean removed; 63 dimensions.
 
-    The file holds the three parts as they are used. The last pixel is not in it: `complete_patches` puts it back.
+    The file holds the three parts ready to use. The last pixel is not in it: `complete_patches` restores it.
 
     Args:
         root: The folder that holds `BSDS300/BSDS300.hdf5` of the published archive.
@@ -158,8 +158,8 @@ def bsds300(root: str | os.PathLike[str]) -> Dataset:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, of another format, without one of its parts or of another shape, or holds what is
-            not finite.
+        ValueError: If it is damaged, of another format, without one of its parts or of another shape, or has values
+            that are not finite.
         ModuleNotFoundError: Without the `train` extra.
 
     Example:
@@ -191,13 +191,13 @@ def bsds300(root: str | os.PathLike[str]) -> Dataset:
 
 
 def _standardised_parts(name: str, path: Path, rows: NDArray[np.float64]) -> Dataset:
-    """Split by tenths, standardised by all but the test rows."""
+    """Split rows by tenths, and standardise by all but the test rows."""
     standardise(name.lower(), path, rows, by=len(hold_out(rows)[0]))
     return Dataset(name, *three_parts(rows))
 
 
 def _signal(path: Path) -> NDArray[Any]:
-    """The 27 features of the rows of class 1."""
+    """Read the 27 features of the rows of class 1."""
     rows = read_csv("hepmass", path)
     if rows.shape[1] not in (28, 29):
         raise ValueError(f"hepmass expected a class and 27 features in {path}, got {rows.shape[1]} columns.")
