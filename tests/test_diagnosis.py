@@ -172,6 +172,26 @@ def test_a_guide_that_is_off_is_no_posterior_for_the_rounding_of_a_large_likelih
     assert abs(float(reweight(model, guide)["z"].mean())) < 1.5e-4
 
 
+def test_a_guide_of_data_of_another_size_is_refused_in_one_line() -> None:
+    def model(y: Tensor) -> None:
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+    def indexed(y: Tensor) -> None:
+        with pyro.plate("rows", len(y)) as rows:
+            pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=y[rows])
+
+    guide = AutoIAF(model, **SMALL).setup(torch.zeros(7))
+    for name, function in {"diagnose": diagnose, "reweight": reweight, "fit_guide": fit_guide}.items():
+        expected = (
+            rf"^{name} expected a guide whose site z has the shape \(4,\), .* got \(7,\): make another guide .*\.$"
+        )
+        with pytest.raises(ValueError, match=expected):
+            function(model, guide, torch.zeros(4))
+        with pytest.raises(ValueError, match=expected):
+            function(indexed, guide, torch.zeros(4))
+
+
 ANGLES: dict[str, Any] = {
     "one": dist.VonMises(0.0, 1.0),
     "of a plate": dist.VonMises(0.0, 1.0).expand([3]).to_event(1),

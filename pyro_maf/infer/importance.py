@@ -20,7 +20,7 @@ from pyro_maf.infer.arguments import check_observes_nothing
 from pyro_maf.infer.enumeration import is_enumerated, log_densities
 from pyro_maf.infer.guides import AutoFlow
 from pyro_maf.infer.latents import masked_entries
-from pyro_maf.infer.log_joint import LogJoint, latent_sites, nesting_of, total_by_draw
+from pyro_maf.infer.log_joint import FAILURES, LogJoint, latent_sites, nesting_of, total_by_draw
 from pyro_maf.infer.minibatches import PartialRowsError
 from pyro_maf.infer.refusal import RefusalError
 
@@ -160,6 +160,17 @@ class _Pair:
     ) -> None:
         self._guide: Any = guide
         self._args, self._kwargs = args, kwargs
+        try:
+            self._try_out(who, model)
+        except RefusalError:
+            raise
+        except (*FAILURES, IndexError):
+            _check_shapes(who, model, guide, args, kwargs)
+            raise
+
+    def _try_out(self, who: str, model: Callable[..., Any]) -> None:
+        """Run both, and lay out their sites."""
+        guide, args, kwargs = self._guide, self._args, self._kwargs
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         example = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         check_observes_nothing(who, guide_trace, example)
@@ -224,6 +235,23 @@ class _Pair:
             batch = torch.broadcast_shapes(value.shape[: value.dim() - len(event)], plates)
             values[name] = value.expand(batch + event)
         return values, total_by_draw(log_densities(trace), plates)
+
+
+def _check_shapes(
+    who: str, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Raise for a guide whose sites have other shapes than the model's, as of data with more rows."""
+    try:
+        drawn, alone = (latent_sites(poutine.trace(each).get_trace(*args, **kwargs)) for each in (guide, model))
+    except FAILURES:
+        return
+    for name in drawn.keys() & alone.keys():
+        got, expected = (tuple(sites[name]["value"].shape) for sites in (drawn, alone))
+        if got != expected:
+            raise RefusalError(
+                f"{who} expected a guide whose site {name} has the shape {expected}, as in the model with these "
+                f"arguments, got {got}: make another guide for data of another size."
+            )
 
 
 def _check_guide_sites(who: str, guide_trace: poutine.Trace, latents: Mapping[str, Any]) -> None:
