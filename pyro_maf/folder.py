@@ -78,7 +78,7 @@ def held(folder: Path, *, make: bool = True) -> Iterator[None]:
 
     Raises:
         ValueError: If another thread or process holds it; the message says which.
-        OSError: If the folder is not writable.
+        OSError: If the folder is not writable, or a file stands there.
     """
     key = folder.resolve()
     with _guard:
@@ -88,7 +88,10 @@ def held(folder: Path, *, make: bool = True) -> Iterator[None]:
         hold.times += 1
     try:
         if hold.lock is None and (make or folder.is_dir()):
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise type(error)(f"fit expected a folder at {folder}, found a file there: choose another.") from None
             hold.lock = _lock(folder)
         yield
     finally:

@@ -159,7 +159,10 @@ def load(path: str | os.PathLike[str]) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"load expected a file at {path}, found {'a folder' if path.is_dir() else 'nothing'}.")
+        found = "a folder" if path.is_dir() else "nothing"
+        of_fit = path / "model.safetensors"
+        advice = f": the model in it is {of_fit}" if of_fit.is_file() else ""
+        raise FileNotFoundError(f"load expected a file at {path}, found {found}{advice}.")
     contents = unpack(path, MODEL)
     # With a digest, architecture and weights are certain to be those of a module that has been built before.
     with nullcontext() if contents.has_digest else Allowance(contents.tensors.values()):

@@ -93,6 +93,14 @@ def test_integrates_to_one(make: Callable[[int], Density], input_dim: int, reach
         assert float(density.log_prob(y).exp().sum() * cell) == pytest.approx(1, abs=2e-4)
 
 
+def test_what_a_context_is_wanted_for_is_said() -> None:
+    density = CONDITIONAL["ConditionalFlowPrior of MAF"](2, 1)
+    for name in ("log_prob", "sample", "rsample"):
+        with pytest.raises(AttributeError, match=rf"^ConditionalFlowPrior has no {name}, .* use condition\(context\)"):
+            getattr(density, name)
+    assert not hasattr(density, "width")
+
+
 @every_conditional
 def test_integrates_to_one_at_every_context(make: Callable[[int, int], ConditionalDensity]) -> None:
     density = shaken(make(1, 2), 0.1)

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 
+import pandas as pd
 import pytest
 import torch
 from rich.console import Console
@@ -309,6 +310,16 @@ def test_copies_of_a_row_are_in_one_part_of_three():
     rows = [part[:, 0] for part in (parts.train, parts.validation, parts.test)]
     assert [len(part) for part in rows] == [3 * len(part.unique()) for part in rows] == [180, 60, 60]
     assert torch.equal(parts.validation[:, :1], parts.validation_context)
+
+
+def test_data_frames_are_divided_as_arrays_are():
+    frame = pd.DataFrame(torch.randn(100, 3).numpy(), columns=["a", "b", "c"])
+    parts = divide("rows", frame[["a", "b"]], frame["c"])
+    same = divide("rows", frame[["a", "b"]].to_numpy("float64"), frame[["c"]].to_numpy("float64"))
+    assert torch.equal(parts.test, same.test)
+    assert torch.equal(parts.test_context, same.test_context)
+    with pytest.raises(ValueError, match="divide expected context in the order of the data, got an index with"):
+        divide("rows", frame[["a", "b"]], frame["c"][::-1])
 
 
 def test_a_column_far_from_zero_is_compared_as_one_that_is_not():

@@ -54,6 +54,13 @@ def another_process(at: Path) -> Iterator[subprocess.Popen[str]]:
 # -- one at a time ----------------------------------------------------------------------------------------------------
 
 
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for at in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match=rf"^fit expected a folder at {at}, found a file there: choose another\.$"):
+            fit(flow(), gaussian_rows(), folder=at)
+
+
 def test_a_second_process_is_refused_until_the_first_has_ended_or_was_killed(tmp_path: Path) -> None:
     at = tmp_path / "fit"
     with another_process(at) as process:

@@ -53,6 +53,11 @@ def test_no_file_is_not_found(tmp_path: Path) -> None:
         pyro_maf.load(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match=f"load expected a file at {tmp_path}, found a folder"):
         pyro_maf.load(str(tmp_path))
+    pyro_maf.MAF(2).save(tmp_path / "model.safetensors")
+    with pytest.raises(
+        FileNotFoundError, match=rf"found a folder: the model in it is {tmp_path}/model\.safetensors\.$"
+    ):
+        pyro_maf.load(tmp_path)
 
 
 def test_a_truncated_file_is_refused(saved: Path) -> None:

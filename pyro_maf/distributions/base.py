@@ -311,6 +311,13 @@ class ConditionalDensity(Savable, ConditionalDistribution, nn.Module):
             raise ValueError(f"{type(self).__name__} expected context_dim of at least 1, got {density.context_dim}.")
         self.density = density
 
+    def __getattr__(self, name: str) -> Any:
+        if name in ("log_prob", "sample", "rsample"):
+            raise AttributeError(
+                f"{type(self).__name__} has no {name}, as it depends on a context: use condition(context).{name}."
+            )
+        return super().__getattr__(name)
+
     @property
     def input_dim(self) -> int:
         """D."""

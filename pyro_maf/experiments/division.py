@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_maf.checks import check_positive
 from pyro_maf.datasets import Dataset
+from pyro_maf.tabular import check_paired, is_frame, numbers
 from pyro_maf.training.data import Rows, split
 from pyro_maf.training.repeats import copies_of
 
@@ -26,7 +27,7 @@ def divide(
 
     Args:
         name: What the data are called in tables.
-        data: Rows (N, D): an array or a tensor of numbers.
+        data: Rows (N, D): an array, a tensor or a data frame of numbers.
         context: Rows (N, C), or None.
         test: The part of the rows to test with, between 0 and 1.
         validation: The part of the others to validate with.
@@ -36,7 +37,9 @@ def divide(
         A `Dataset`, in the dtype of `data` where that is float32 or float64, and in float64 otherwise.
 
     Raises:
-        ValueError: For parts that are no parts, or too few rows for all three.
+        TypeError: For columns of a data frame that are not numeric.
+        ValueError: For parts that are no parts, too few rows for all three, or data frames with the same index in
+            another order.
 
     Example:
         >>> data = divide("rows", torch.randn(100, 2))
@@ -59,7 +62,8 @@ def divide(
             f"divide expected at least {LEAST_ROWS} rows to train with and 2 each to validate and test with, "
             f"got {total} rows, which make {sizes[0]}, {sizes[1]} and {sizes[2]}."
         )
-    rows = Rows(_numbers(data), None if context is None else _numbers(context))
+    rows = Rows(_numbers("data", data), None if context is None else _numbers("context", context))
+    check_paired("divide", "data", data, context)
     generator = torch.Generator().manual_seed(seed)
     if copies_of(rows).distinct < total:
         others, for_testing = split(rows, test, generator)
@@ -75,6 +79,9 @@ def divide(
     )
 
 
-def _numbers(table: Any) -> Tensor:
+def _numbers(name: str, table: Any) -> Tensor:
+    if hasattr(table, "iloc"):
+        frame = table if is_frame(table) else table.to_frame()
+        return numbers("divide", name, frame).double()
     table = table if isinstance(table, Tensor) else torch.tensor(table)
     return table if table.dtype == torch.float32 else table.double()

@@ -194,8 +194,8 @@ class Keeper:
                 )
             if before.get(name) != value:
                 raise ValueError(
-                    f"fit found a fit with another {name} in {self.folder} ({_short(before.get(name))}, "
-                    f"now {_short(value)}): resume with the same, or choose another folder."
+                    f"fit found a fit with another {name} in {self.folder} "
+                    f"({_difference(before.get(name), value)}): resume with the same, or choose another folder."
                 )
 
 
@@ -246,6 +246,15 @@ def _is_like(value: object, example: object) -> bool:
     if isinstance(example, int):
         return type(value) is int and value >= 0
     return type(value) in (int, float) if isinstance(example, float) else type(value) is type(example)
+
+
+def _difference(before: Any, now: Any) -> str:
+    """What two settings differ in, by the name of the innermost entry."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
+        inner = _difference(before.get(name), now.get(name))
+        return inner if isinstance(now.get(name), dict) else f"{name} {inner}"
+    return f"{_short(before)}, now {_short(now)}"
 
 
 def _short(value: Any) -> str:
