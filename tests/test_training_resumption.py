@@ -385,9 +385,9 @@ def killed(folder: Path, after: float) -> bool:
 
 def test_a_killed_fit_loses_nothing(tmp_path: Path) -> None:
     moments = random.Random(0)
-    assert killed(tmp_path / "killed", moments.uniform(0.2, 2.0))
+    assert killed(tmp_path / "killed", moments.uniform(0.2, 1.0))
     for _ in range(KILLS - 1):
-        killed(tmp_path / "killed", moments.uniform(0.2, 2.0))
+        killed(tmp_path / "killed", moments.uniform(0.2, 1.0))
     one, other = (long_fit(tmp_path / name) for name in ("whole", "killed"))
     assert same(weights(one.density), weights(other.density))
     assert without_time(one) == without_time(other)
