@@ -637,6 +637,9 @@ def test_decimals_may_come_after_a_comma() -> None:
         read_table(text("a;b\n1.234;2\n"), decimal=",")
     with pytest.raises(ValueError, match=r"replace the comma\. decimal=',', or --decimal ,, reads such numbers"):
         read_table(text("a;b\n1,5;2\n"))
+    for number, decimal, mark in (("3,525.13", ".", "comma"), ("3.525,13", ",", "point")):
+        with pytest.raises(ValueError, match=f": take the {mark} between thousands out"):
+            read_table(text(f"a;b\n{number};2\n"), decimal=decimal)
     with pytest.raises(ValueError, match=r'expected decimal "\." or ",", got \';\''):
         read_table(text("a\n1\n"), decimal=";")
 

@@ -110,8 +110,10 @@ class Column:
             return "divide the column by a power of 10 or leave it out"
         if is_date(text):
             return f"{NO_DATES}, or leave the column out"
-        if not math.isnan(number_in(text, OTHER[self.decimal])):
-            other = OTHER[self.decimal]
+        other = OTHER[self.decimal]
+        if self.decimal in text and not math.isnan(number_in(text.replace(other, ""), self.decimal)):
+            return f"take the {MARKS[other]} between thousands out"
+        if not math.isnan(number_in(text, other)):
             return f"replace the {MARKS[other]}. decimal={other!r}, or --decimal {other}, reads such numbers"
         return "leave the column out or make it context"
 
