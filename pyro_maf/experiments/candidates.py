@@ -1,4 +1,4 @@
-"""What takes part in a comparison: a model by name and how it is built."""
+"""The candidates of a comparison: models by name, and their options."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ ROWS: dict[str, tuple[str, int]] = {
     "MAF (10)": ("maf", 10),
     "MAF MoG (5)": ("maf-mog", 5),
 }
-"""The lines of the paper's table: which flow each is, and with how many layers."""
+"""The rows of the paper's table: the flow of each, and its number of layers."""
 
 SPELLINGS = {
     re.sub(r"[^a-z0-9]", "", spelling.casefold()): row
     for row, (flow, layers) in ROWS.items()
     for spelling in (row, *([] if layers == 10 else [flow]))
 }
-"""Each line by its letters and figures: maf-mog is MAF MoG (5), as for `build`, and realnvp-10 RealNVP (10)."""
+"""Each row by its letters and digits: maf-mog is MAF MoG (5), as for `build`, and realnvp-10 RealNVP (10)."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to fit. Of those with one name, which differ in their widths, the one that validates best counts.
+    """A model to fit. Candidates of one name differ in their widths; the one with the best validation score counts.
 
     Attributes:
-        name: What it is called in the table.
+        name: Its name in the table.
         flow, num_layers, hidden_dims, activation, batch_norm, degrees, networks: As in `build`.
-        learning_rate: Adam's to begin with, or None for that of the comparison.
+        learning_rate: Initial learning rate of Adam, or None for that of the comparison.
 
     Example:
         >>> Candidate("MAF (5)", "maf", hidden_dims=(100, 100)).slug
@@ -58,19 +58,19 @@ class Candidate:
 
     @property
     def slug(self) -> str:
-        """What its folder is called."""
+        """Name of its folder."""
         layers = f"-{self.num_layers}" if self.flow in STACKS else ""
         return f"{self.flow}{layers}" + (f"-{self.widths}" if self.widths else "")
 
     @property
     def widths(self) -> str:
-        """Those of the hidden layers, "" where they are as by default or there are none."""
+        """Widths of the hidden layers; "" for the default or for no hidden layers."""
         return "x".join(map(str, self.hidden_dims or ())) if self.flow != "gaussian" else ""
 
     def build(
         self, input_dim: int, context_dim: int, seed: int
     ) -> Flow | ConditionalFlow | Density | ConditionalDensity:
-        """The model, untrained."""
+        """Build the untrained model."""
         return build(
             self.flow,
             input_dim,
@@ -88,16 +88,16 @@ class Candidate:
 def candidates(
     names: Sequence[str] = tuple(ROWS), *, hidden_dims: Sequence[Sequence[int]] = (), batch_norm: bool = False
 ) -> tuple[Candidate, ...]:
-    """The paper's models for any data.
+    """Return the paper's models for any data.
 
     Args:
-        names: Lines of the paper's table, all of them by default, as there or as in `build`: "MADE MoG" or "made-mog",
+        names: Rows of the paper's table, all of them by default, as there or as in `build`: "MADE MoG" or "made-mog",
             "MAF (5)", "maf-5" or "maf".
-        hidden_dims: Widths to try, each those of one network's hidden layers; by default those that `build` chooses.
+        hidden_dims: Widths to try, each of the hidden layers of one network; by default the choice of `build`.
         batch_norm: Put a `BatchNorm` after every layer of the flows.
 
     Raises:
-        ValueError: For a name that the table does not have, or no name at all.
+        ValueError: For a name that is not in the table, or no names.
 
     Example:
         >>> [one.slug for one in candidates(["Gaussian", "MADE"], hidden_dims=[[32], [32, 32]])]

@@ -25,15 +25,15 @@ CHECKPOINT = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class Comparison:
-    """The models that were fitted to a set of data, and how well each predicts its test rows.
+    """The models fitted to a data set, with the test score of each.
 
     Attributes:
         data: Name of the data.
         input_dim, context_dim: D and C.
-        rows: How many for training, validation and testing.
+        rows: Number of rows for training, validation and testing.
         tried: Every fit.
         failed: Why a model has no score, by its name.
-        missing: Names of those that were not reached before it was interrupted.
+        missing: Names of the models that were not reached before an interruption.
     """
 
     data: str
@@ -46,7 +46,7 @@ class Comparison:
 
     @property
     def scores(self) -> tuple[Score, ...]:
-        """One for each name, in the order that they were asked for: of the widths tried, those that validate best."""
+        """One score for each name, in the requested order: of the widths tried, that with the best validation score."""
         chosen: dict[str, Score] = {}
         for score in self.tried:
             held = chosen.get(score.candidate.name)
@@ -56,7 +56,7 @@ class Comparison:
 
     @property
     def best(self) -> Score | None:
-        """The one that predicts the test rows best, if any has been fitted."""
+        """The score of the highest test log-likelihood, if any."""
         return max(self.scores, key=lambda score: score.test.mean, default=None)
 
 
@@ -81,22 +81,24 @@ def compare(
 
     Args:
         data: Training, validation and test rows, and their contexts.
-        models: What to fit, by default every line of the paper's table.
-        folder: Where each model gets a folder of its own, with its density, its score and the log of its fit. What is
-            found there is read back and not fitted again, and a fit that was interrupted goes on.
-        batch_size, max_epochs, patience, learning_rate, progress: As in `fit`; a candidate's own learning rate counts.
-        seed: Of the weights to begin with, and of the batches.
-        device: Where to fit.
-        tell: Called with each score as it comes.
+        models: The models to fit, by default every row of the paper's table.
+        folder: Folder with a subfolder for each model, with its density, its score and the log of its fit. Results
+            in it are read back and not fitted again, and an interrupted fit is resumed.
+        batch_size, max_epochs, patience, learning_rate, progress: As in `fit`; a candidate's learning rate has
+            priority.
+        seed: Seed of the initial weights, and of the batches.
+        device: Device of the fits.
+        tell: Callback with each score.
 
     Returns:
-        A `Comparison`. Ctrl-C ends it, without the model at hand and those after it; with a folder, the same call goes
-        on from there.
+        A `Comparison`. Ctrl-C ends it, without the present model and those after it; with a folder, the same call
+        resumes from there.
 
-    Cost: that of the fits; what is read back costs nothing.
+    Cost: that of the fits; results that are read back are free.
 
     Raises:
-        ValueError: As `fit` for its options; and for a folder in which a model was fitted to other data or otherwise.
+        ValueError: As `fit` for its options; and for a folder in which a model was fitted to other data or with other
+            options.
         TypeError: As `fit`.
 
     Example:
@@ -137,7 +139,7 @@ def compare(
 
 @dataclass
 class _Contest:
-    """What the fits of a comparison have in common."""
+    """State that the fits of a comparison share."""
 
     data: Dataset
     options: dict[str, Any]
@@ -150,9 +152,9 @@ class _Contest:
         self.interrupted = False
 
     def scores(self, models: Sequence[Candidate]) -> Iterator[Score]:
-        """Each as it comes, until all are done or one is interrupted."""
+        """Iterate over scores until all fits are done or one is interrupted."""
         for model in models:
-            # A closed form heeds none of them.
+            # A closed form uses none of them.
             options = {} if model.flow == "gaussian" else dict(self.options)
             if model.learning_rate is not None and options:
                 options["learning_rate"] = model.learning_rate
@@ -169,7 +171,7 @@ class _Contest:
     def _fit(
         self, model: Candidate, options: dict[str, Any], own: Path | None, known_by: dict[str, Any]
     ) -> Score | None:
-        """Fit and score a model; None where there is nothing to score."""
+        """Fit and score a model; None if there is nothing to score."""
         if own is not None:
             own.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
@@ -189,7 +191,7 @@ class _Contest:
             score = self._score(model, density, result.epochs, result.seconds, result.stop_reason)
         if own is not None:
             write_score(own, score, density, known_by)
-            # Four times the size of the model, and of no more use.
+            # Four times the size of the model, and of no further use.
             (own / CHECKPOINT).unlink(missing_ok=True)
         return score
 

@@ -1,4 +1,4 @@
-"""A table cut into the three parts of a comparison."""
+"""Split of a table into the three parts of a comparison."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ LEAST_ROWS = 10
 def divide(
     name: str, data: Any, context: Any = None, *, test: float = 0.1, validation: float = 0.1, seed: int = 0
 ) -> Dataset:
-    r"""Shuffle rows and set some of them aside: a part for testing, and a part of the rest for validation.
+    r"""Shuffle rows and hold some out: a fraction for testing, and a fraction of the rest for validation.
 
-    Rows that repeat stay together, as in `fit`.
+    Equal rows stay together, as in `fit`.
 
     Args:
-        name: What the data are called in tables.
+        name: Name of the data in tables.
         data: Rows (N, D): an array, a tensor or a data frame of numbers.
         context: Rows (N, C), or None.
-        test: The part of the rows to test with, between 0 and 1.
-        validation: The part of the others to validate with.
-        seed: Of the shuffle.
+        test: Fraction of the rows for testing, between 0 and 1.
+        validation: Fraction of the others for validation.
+        seed: Seed of the shuffle.
 
     Returns:
-        A `Dataset`, in the dtype of `data` where that is float32 or float64, and in float64 otherwise.
+        A `Dataset`, in the dtype of `data` if that is float32 or float64, and in float64 otherwise.
 
     Raises:
         TypeError: For columns of a data frame that are not numeric.
-        ValueError: For parts that are no parts, too few rows for all three, or data frames with the same index in
+        ValueError: For fractions outside (0, 1), too few rows for all three, or data frames with the same index in
             another order.
 
     Example:

@@ -1,4 +1,4 @@
-"""The Gaussian with a full covariance: as a model to train, and at its greatest likelihood in closed form."""
+"""The Gaussian with a full covariance: as a model to train, and its maximum likelihood fit in closed form."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from pyro_maf.transforms import AffineCoupling, ConditionalFlow, Flow, LowerTria
 __all__ = ["fit_gaussian", "gaussian", "gaussian_given"]
 
 ROUNDING = 1e-6
-"""A column whose deviation about what the others say of it is a smaller part of its own is taken to follow from them:
+"""A column whose residual deviation given the others is below this fraction of its deviation counts as collinear:
 in float32 that much is rounding."""
 
 
 def gaussian(input_dim: int, factor: Tensor | None = None) -> Flow:
-    """A flow whose density is N(0, L L^T), L being `factor`, (D, D), by default the identity."""
+    """Build a flow whose density is N(0, L L^T), with L = `factor`, (D, D), by default the identity."""
     return LowerTriangularAffine(input_dim, scale_tril=factor)
 
 
 def gaussian_given(
     input_dim: int, context_dim: int, factor: Tensor | None = None, weight: Tensor | None = None
 ) -> ConditionalFlow:
-    """The same about a mean A c, A being `weight`, (D, C), by default 0.
+    """Build the same with mean A c, with A = `weight`, (D, C), by default 0.
 
     In training the log of each dimension's scale becomes linear in c too.
     """
-    # A coupling that keeps nothing and has no hidden layer: what it moves by is linear in the context.
+    # A coupling that passes nothing through and has no hidden layer: its shift is linear in the context.
     by_context = AffineCoupling(input_dim, mask=[False] * input_dim, hidden_dims=[], context_dim=context_dim)
     if weight is not None:
         network: Any = by_context.networks[0].to(weight.dtype)
@@ -42,15 +42,15 @@ def gaussian_given(
 def fit_gaussian(data: Tensor, context: Tensor | None = None) -> FlowPrior | ConditionalFlowPrior:
     r"""Fit N(y; m, S) or, with a context, N(y; m + A c, S): the maximum of the likelihood, without any steps.
 
-    m and S are mean and covariance of the rows, or of what the least squares of y on c leave of them. With a one-hot
-    context that is a mean for each class and a covariance that all share.
+    m and S are mean and covariance of the rows, or of the residuals of the least squares regression of y on c. With a
+    one-hot context that is a mean for each class and a common covariance.
 
     Args:
         data: Rows (N, D) of finite numbers, on the CPU.
         context: Rows (N, C), or None.
 
     Returns:
-        The density in the data's own units and dtype, in eval mode.
+        The density in the data's units and dtype, in eval mode.
 
     Cost: products over the rows and a Cholesky factor, in float64: O(N (D + C)^2 + D^3).
 
@@ -69,7 +69,7 @@ def fit_gaussian(data: Tensor, context: Tensor | None = None) -> FlowPrior | Con
         return FlowPrior(gaussian(data.shape[1], _factor(standard, data.dtype)), **units._asdict()).eval()
     context_units = _moments(context)
     given = _standardised(context, *context_units)
-    # The columns of a one-hot context are dependent: the pseudo-inverse gives the smallest of all solutions.
+    # The columns of a one-hot context are dependent: the pseudo-inverse yields the minimum-norm solution.
     weight = torch.linalg.pinv(given) @ standard
     factor = _factor(standard - given @ weight, data.dtype)
     return ConditionalFlowPrior(
@@ -82,7 +82,7 @@ def fit_gaussian(data: Tensor, context: Tensor | None = None) -> FlowPrior | Con
 
 
 def _moments(table: Tensor) -> Units:
-    """Mean and standard deviation of the columns, which a maximum of the likelihood has, however far a row lies."""
+    """Mean and standard deviation of the columns, as maximum likelihood requires, outliers included."""
     moments = Moments()
     moments.add(table)
     return moments.units()
@@ -93,9 +93,9 @@ def _standardised(rows: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
 
 
 def _factor(centred: Tensor, dtype: torch.dtype) -> Tensor:
-    """The Cholesky factor of the covariance of rows whose mean is 0."""
+    """Return the Cholesky factor of the covariance of rows whose mean is 0."""
     factor = torch.linalg.cholesky_ex(centred.T @ centred / len(centred)).L
-    # Beyond the first pivot that is not positive the factor holds what was to be factored, or NaN.
+    # Beyond the first non-positive pivot the factor holds the original matrix, or NaN.
     follows = ~(factor.diagonal() > ROUNDING)
     if follows.any():
         raise ValueError(

@@ -29,13 +29,13 @@ CLASSES: dict[str, tuple[Any, Any]] = {
     "made-mog": (MADEMoG, ConditionalMADEMoG),
     "maf-mog": (MAFMoG, ConditionalMAFMoG),
 }
-"""What each name builds, without and with a context."""
+"""The classes by name, without and with a context."""
 
 FLOWS = (*CLASSES, "gaussian")
-"""The names that `build` knows."""
+"""The names that `build` accepts."""
 
 STACKS = ("maf", "iaf", "realnvp", "maf-mog")
-"""Those that have a number of layers, and batch norm between them if asked for."""
+"""The flows with several layers, and optional batch norm between them."""
 
 
 def build(
@@ -51,7 +51,7 @@ def build(
     networks: str = "joint",
     seed: int = 0,
 ) -> Flow | ConditionalFlow | Density | ConditionalDensity:
-    r"""One of the paper's models, untrained, for `pyro_maf.fit`.
+    r"""Build one of the paper's models, untrained, for `pyro_maf.fit`.
 
     "made" has Gaussian conditionals in the natural order: a MAF of one layer. "gaussian" is normal with a full
     covariance; with a context c the mean, and the log of each dimension's scale, are linear in c. Its closed form is
@@ -61,16 +61,16 @@ def build(
         flow: "maf", "iaf", "realnvp", "made", "made-mog", "maf-mog" or "gaussian".
         input_dim: D.
         context_dim: Number of context features, 0 for none; with one, the model is a conditional form.
-        num_layers: Layers of "maf", "iaf", "realnvp" and "maf-mog"; the others have none to choose.
+        num_layers: Number of layers of "maf", "iaf", "realnvp" and "maf-mog"; fixed for the others.
         hidden_dims: Widths of each network's hidden layers, by default two by `pyro_maf.nn.default_hidden_dims`.
         activation: A name from `pyro_maf.nn.ACTIVATIONS`.
-        batch_norm: Put a `BatchNorm` after every layer of those that have a number of layers.
+        batch_norm: Put a `BatchNorm` after every layer of the flows with several layers.
         degrees: Degrees of the hidden units of masked networks, "sequential" or "random".
         networks: "joint" or "separate" networks for shift and scale of "realnvp".
-        seed: Seed of the weights and of random degrees; the global random state is left as it was.
+        seed: Seed of the weights and of random degrees; the global random state is left unchanged.
 
     Raises:
-        ValueError: For an unknown name, non-positive sizes, and as the model does.
+        ValueError: For an unknown name, non-positive sizes, and as the model.
 
     Example:
         >>> type(build("maf", 3)).__name__, type(build("made-mog", 3, context_dim=2)).__name__

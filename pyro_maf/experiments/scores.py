@@ -1,4 +1,4 @@
-"""How well a fitted model predicts the test rows: one line of a comparison, and its files."""
+"""Test score of a fitted model: one row of a comparison, and its files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DENSITY, LOG_PROB, SCORE = "model.safetensors", "log_prob.npy", "score.json"
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, and two standard errors of it."""
+    """A mean and two standard errors."""
 
     mean: float
     error: float
@@ -39,17 +39,17 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Score:
-    """A candidate that has been fitted.
+    """A fitted candidate and its scores.
 
     Attributes:
-        candidate: What was fitted.
+        candidate: The candidate.
         log_prob: The log-density of each test row, in nats, (rows,), in float64.
-        bits_per_pixel: Likewise for images, or None.
+        bits_per_pixel: Bits per pixel of each, for images, or None.
         validation: Mean log-likelihood of the validation rows, in nats.
-        parameters: How many numbers were fitted.
-        epochs: For how many epochs, 0 for a closed form.
-        seconds: How long that took.
-        stop_reason: Why it ended.
+        parameters: Number of fitted parameters.
+        epochs: Number of epochs, 0 for a closed form.
+        seconds: Duration of the fit.
+        stop_reason: Reason for stopping.
     """
 
     candidate: Candidate
@@ -72,12 +72,12 @@ class Score:
         return None if self.bits_per_pixel is None else estimate(self.bits_per_pixel)
 
     def ahead_of(self, other: Score) -> Estimate:
-        """By how many nats this predicts a test row better, row by row: what both find hard cancels."""
+        """Mean gain in nats of a test row over another score, paired by row, so that common difficulty cancels."""
         return estimate(self.log_prob - other.log_prob)
 
 
 def estimate(values: Tensor) -> Estimate:
-    """The mean of independent values, and two standard errors.
+    """Return the mean of independent values, and two standard errors.
 
     Example:
         >>> estimate(torch.tensor([1.0, 3.0]))
@@ -88,7 +88,7 @@ def estimate(values: Tensor) -> Estimate:
 
 
 def log_prob_of(density: Any, rows: Tensor, context: Tensor | None) -> Tensor:
-    """The log-density of every row, (rows,), in float64 on the CPU."""
+    """Log-density of every row, (rows,), in nats, in float64 on the CPU."""
     device = next(density.parameters()).device
     found = []
     with torch.no_grad():
@@ -100,18 +100,18 @@ def log_prob_of(density: Any, rows: Tensor, context: Tensor | None) -> Tensor:
 
 
 def fingerprint(data: Dataset, candidate: Candidate, options: dict[str, Any]) -> dict[str, Any]:
-    """What a stored score has to have in common with the one that is asked for."""
+    """The facts that a stored score must share with the requested one."""
     parts = (data.train, data.validation, data.test, data.train_context, data.validation_context, data.test_context)
     digest = hashlib.sha256()
     for part in parts:
         digest.update(b"none" if part is None else part.contiguous().numpy().tobytes())
     found = {"data": digest.hexdigest(), "candidate": dataclasses.asdict(candidate), "options": options}
-    # As JSON has it, where a tuple is a list.
+    # As in JSON, where a tuple is a list.
     return json.loads(json.dumps(found))
 
 
 def write_score(folder: Path, score: Score, density: Any, known_by: dict[str, Any]) -> None:
-    """Write density and score to `folder`; `score.json`, which says that all is there, comes last."""
+    """Write density and score to `folder`; `score.json`, which marks it as complete, comes last."""
     density.save(folder / DENSITY)
     array = io.BytesIO()
     np.save(array, score.log_prob.numpy(), allow_pickle=False)
@@ -123,10 +123,10 @@ def write_score(folder: Path, score: Score, density: Any, known_by: dict[str, An
 
 
 def read_score(folder: Path, data: Dataset, candidate: Candidate, known_by: dict[str, Any]) -> Score | None:
-    """The score that was written to `folder`, or None where there is none.
+    """Read the score in `folder`; None if there is none.
 
     Raises:
-        ValueError: If what is there was fitted to other data, otherwise or is damaged.
+        ValueError: If it is from other data or other options, or is damaged.
     """
     if not (folder / SCORE).is_file():
         return None
@@ -149,12 +149,12 @@ def read_score(folder: Path, data: Dataset, candidate: Candidate, known_by: dict
 
 
 def _digest(log_prob: Tensor, facts: dict[str, Any]) -> str:
-    """A number that other scores or facts would not have."""
+    """Fingerprint of the scores and facts."""
     hashed = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     hashed.update(log_prob.numpy().tobytes())
     return hashed.hexdigest()
 
 
 def bits_of(data: Dataset, log_prob: Tensor) -> Tensor | None:
-    """Bits per pixel of each test row, where the rows are images."""
+    """Bits per pixel of each test row, if the rows are images; else None."""
     return None if data.pixels is None else data.pixels.bits_per_pixel(log_prob, data.test.double())

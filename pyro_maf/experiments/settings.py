@@ -1,4 +1,4 @@
-"""The settings that the paper trained with, and the figures that it reports.
+"""The paper's training settings and published figures.
 
 Reference:
     Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017, section 4, table 1.
@@ -17,7 +17,7 @@ __all__ = ["BATCH_SIZE", "PATIENCE", "PUBLISHED", "SETTINGS", "Settings"]
 BATCH_SIZE = 100
 PATIENCE = 30
 ONE_NETWORK_RATE, FLOW_RATE = 1e-3, 1e-4
-"""The paper's learning rates: of MADE and MADE MoG, and of the flows."""
+"""The paper's learning rates: for MADE and MADE MoG, and for the flows."""
 
 PUBLISHED: dict[str, dict[str, float]] = {
     name: dict(zip(ROWS, column, strict=True))
@@ -34,16 +34,16 @@ PUBLISHED: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How the paper treats one set of data.
+    """The paper's settings for one data set.
 
-    Its weight decay, 1e-6, is what `fit` always has.
+    Its weight decay, 1e-6, is the default of `fit`.
 
     Attributes:
-        name: As the paper has it.
+        name: Name in the paper.
         loader: The function of `pyro_maf.datasets` that reads it.
-        units: Numbers of units of a hidden layer that were tried; each in one layer and in two.
-        activation: Of the masked networks; those of couplings are tanh for the scale and ReLU for the shift.
-        degrees: Of the masked networks' hidden units.
+        units: Numbers of units of a hidden layer that were tried, each in one layer and in two.
+        activation: Activation of the masked networks; those of couplings are tanh for the scale and ReLU for the shift.
+        degrees: Degrees of the masked networks' hidden units.
 
     Example:
         >>> [one.slug for one in SETTINGS["GAS"].candidates(["Gaussian", "MAF (5)"])]
@@ -58,7 +58,7 @@ class Settings:
 
     @property
     def published(self) -> dict[str, float]:
-        """The paper's figures by model, empty where its table 1 has none."""
+        """The paper's figures by model; empty if its table 1 has none."""
         return PUBLISHED.get(self.name, {})
 
     @property
@@ -67,7 +67,7 @@ class Settings:
         return tuple((units,) * layers for units in self.units for layers in (1, 2))
 
     def candidates(self, names: Sequence[str] = tuple(ROWS)) -> tuple[Candidate, ...]:
-        """Lines of the table with every width that was tried, at the paper's learning rates."""
+        """Return rows of the table with every width that was tried, at the paper's learning rates."""
         return tuple(
             Candidate(
                 one.name,
@@ -96,4 +96,4 @@ SETTINGS = {
         Settings("CIFAR-10", "cifar10", (1024, 2048), degrees="random"),
     )
 }
-"""By the paper's name of each set."""
+"""Settings by the paper's name of each set."""

@@ -21,14 +21,14 @@ Line = dict[str, Any]
 
 
 def lines(found: Comparison, published: Mapping[str, float] | None = None) -> list[Line]:
-    """One flat record for each model: what every form of the table is made of.
+    """Return a flat record for each model, the source of all forms of the table.
 
-    Log-likelihoods are in nats, `error` and the like are two standard errors; `behind` is by how much the best model
-    predicts a test row better, row by row.
+    Log-likelihoods are in nats, `error` and the like are two standard errors; `behind` is the mean gain of the best
+    model for a test row, paired by row.
 
     Args:
         found: The comparison.
-        published: Figures to stand beside ours, by name.
+        published: Published figures to show beside ours, by name.
     """
     best = found.best
     records = []
@@ -58,7 +58,7 @@ def _record(score: Score, behind: Estimate | None) -> Line:
 
 
 def as_json(found: Comparison, published: Mapping[str, float] | None = None) -> str:
-    """Everything, as JSON."""
+    """Format the records as JSON."""
     about = {"data": found.data, "input_dim": found.input_dim, "context_dim": found.context_dim}
     rows = dict(zip(("train", "validation", "test"), found.rows, strict=True))
     rest = {"models": lines(found, published), "failed": found.failed, "missing": list(found.missing)}
@@ -66,7 +66,7 @@ def as_json(found: Comparison, published: Mapping[str, float] | None = None) -> 
 
 
 def as_csv(found: Comparison, published: Mapping[str, float] | None = None) -> str:
-    """The records with a line of names above them."""
+    """Format the records as CSV, with a header."""
     records = lines(found, published)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(records[0]) if records else ["model"], lineterminator="\n")
@@ -76,7 +76,7 @@ def as_csv(found: Comparison, published: Mapping[str, float] | None = None) -> s
 
 
 def as_markdown(found: Comparison, published: Mapping[str, float] | None = None) -> str:
-    """The table of `as_table` in Markdown, the best model in bold."""
+    """Format the table of `as_table` in Markdown, the best model in bold."""
     heading, rows = _cells(found, published)
     ruled = [heading, ["---", *["---:"] * (len(heading) - 1)]]
     for cells, is_best in rows:
@@ -85,11 +85,11 @@ def as_markdown(found: Comparison, published: Mapping[str, float] | None = None)
 
 
 def as_table(found: Comparison, published: Mapping[str, float] | None = None) -> Table:
-    """The table as rich prints it, the best model in bold."""
+    """Format the table for rich, the best model in bold."""
     given = f", {found.context_dim} of context" if found.context_dim else ""
     title = f"{found.data} ({found.input_dim}{given}): nats a test row, two standard errors"
     heading, rows = _cells(found, published)
-    # Not a str, in which a name may have marks of rich's.
+    # Not a str, in which rich would interpret markup in a name.
     table = Table(title=Text(title), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, name in enumerate(heading):
         table.add_column(name, justify="right" if index else "left", no_wrap=True)
@@ -99,7 +99,7 @@ def as_table(found: Comparison, published: Mapping[str, float] | None = None) ->
 
 
 def _cells(found: Comparison, published: Mapping[str, float] | None) -> tuple[list[str], list[tuple[list[str], bool]]]:
-    """The heading, and each row with whether it is the best model's."""
+    """Return the header, and each row with a flag for the best model."""
     images = any(score.bits is not None for score in found.scores)
     heading = ["model", "test", *["bits per pixel"] * images, "behind the best", "hidden", "weights", "s"]
     heading += ["paper"] * (published is not None)

@@ -1,8 +1,8 @@
-r"""Pictures of densities: samples, the noise that data come from, contours, losses, images.
+r"""Pictures of densities: samples, the noise of data, contours, losses, images.
 
-Each function returns a matplotlib `Figure` that no global state knows: save it with `figure.savefig(path)`; at the end
-of a notebook's cell it shows itself. Where several models are compared they share their axes, and their colours are
-those of Okabe and Ito or of cividis, which colour-blind readers tell apart.
+Each function returns a matplotlib `Figure` that is not registered with pyplot: save it with `figure.savefig(path)`; at
+the end of a notebook's cell it shows itself. Compared models share their axes, and the colours are those of Okabe and
+Ito or of cividis, which colour-blind readers can distinguish.
 """
 
 from pyro_maf.plotting.calibration import noise, pit, qq

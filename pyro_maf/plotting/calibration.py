@@ -1,4 +1,4 @@
-"""The noise that models take data to be made of, and whether it is what it should be."""
+"""Calibration plots: the noise of data under a model against the standard normal distribution."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ QUANTILES = 200
 
 @styled
 def noise(densities: Mapping[str, Any], data: Tensor, *, dims: tuple[int, int] = (0, 1), title: str = "") -> Figure:
-    r"""The noise u that each model takes data to be made of; under a perfect model it is standard normal.
+    r"""The noise u = t^-1(y) of data under each model; under a perfect model it is standard normal.
 
     For a flow u = flow.inv(y). For mixtures of Gaussians u_i = Phi^-1(F_i(y_i | y_<i)), with F_i the distribution
-    function of the conditional. Circles of radius 1, 2 and 3 hold 39, 86 and 99 % of a standard normal.
+    function of the conditional. Circles of radius 1, 2 and 3 contain 39, 86 and 99 % of a standard normal.
 
     Args:
         densities: Densities by name, each a flow, a `FlowPrior`, a `MADEMoG` or a `MAFMoG`.
         data: Rows (N, D). At most 4,000 of them are drawn.
         dims: The two dimensions of u to show.
-        title: Of the figure.
+        title: Title of the figure.
 
     Raises:
-        TypeError: For a density whose noise is not known.
-        ValueError: For data that are not (rows, D), or have not these dimensions.
+        TypeError: For a density without a map to noise.
+        ValueError: For data that are not (rows, D), or lack these dimensions.
         ModuleNotFoundError: Without the `train` extra.
 
     Example:
@@ -66,18 +66,18 @@ def noise(densities: Mapping[str, Any], data: Tensor, *, dims: tuple[int, int] =
 def pit(u: Tensor, *, names: Sequence[str] | None = None, columns: int = 3, title: str = "") -> Figure:
     r"""Probability integral transforms: a histogram of Phi(u_i) for each dimension of the noise of data.
 
-    Under a perfect model Phi(u_i) is uniform. The band holds 95 % of the bars then: two standard errors of a binomial
-    count on either side of 1. A hump says that the density is too wide, a trough that it is too narrow, a slope that
-    it lies to one side.
+    Under a perfect model Phi(u_i) is uniform. The band then contains 95 % of the bars: two standard errors of a
+    binomial count on either side of 1. A hump means that the density is too wide, a trough that it is too narrow, a
+    slope that it is biased.
 
     Args:
-        u: Noise of the data, (N, D), of the dimensions to show, as `noise` draws it.
-        names: Of the dimensions.
-        columns: Panels side by side, at most.
-        title: Of the figure.
+        u: Noise of the data, (N, D), of the dimensions to show, as in `noise`.
+        names: Names of the dimensions.
+        columns: Maximum number of panels side by side.
+        title: Title of the figure.
 
     Raises:
-        ValueError: For noise of another shape, or as many names as there are not dimensions.
+        ValueError: For noise of another shape, or if there are not D names.
         ModuleNotFoundError: Without the `train` extra.
 
     Example:
@@ -146,9 +146,9 @@ def qq(u: Tensor, *, names: Sequence[str] | None = None, columns: int = 3, title
 
 
 def _normal_order(total: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Places of some of `total` sorted standard normal draws, the quantiles that belong there, and their errors."""
+    """Indices of some of `total` sorted standard normal draws, the expected quantiles, and their standard errors."""
     count = min(total, QUANTILES)
-    # Even in z, not in p: most of what there is to see is in the tails.
+    # Evenly spaced in z, not in p: the tails matter most.
     edge = torch.special.ndtri(torch.tensor(0.5 / total, dtype=torch.float64))
     places = torch.linspace(float(edge), -float(edge), count, dtype=torch.float64)
     places = torch.special.ndtr(places).mul(total).sub(0.5).round().clamp(0, total - 1).long().unique()

@@ -1,4 +1,4 @@
-"""Densities and their heights."""
+"""Plots of densities and of log-densities."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def contours(
     *,
     title: str = "",
 ) -> Figure:
-    """Densities over the plane, all to the scale of the first.
+    """Densities over the plane, on the colour scale of the first.
 
     Args:
-        densities: By name, whatever has a `log_prob` of points (rows, 2).
-        window: The lowest and highest x1, and of x2.
-        title: Of the figure.
+        densities: Densities by name, with a `log_prob` of points (rows, 2).
+        window: Minimum and maximum of x1, and of x2.
+        title: Title of the figure.
 
     Raises:
         ValueError: If there are no densities, or a window is empty.
@@ -62,14 +62,14 @@ def contours(
 
 @styled
 def log_densities(heights: Mapping[str, Tensor], *, title: str = "") -> Figure:
-    """How the log-densities of rows are distributed, those of data and of samples for instance, in the same bins.
+    """Histograms of log-densities of rows, for instance of data and of samples, in the same bins.
 
-    A model that has learnt the data's density gives its own samples the log-densities that it gives the data. The axis
-    leaves out the lowest thousandth of the first, and what is not finite.
+    If a model has learnt the data's density, its samples and the data have the same distribution of log-densities.
+    The axis leaves out the lowest thousandth of the first, and values that are not finite.
 
     Args:
         heights: Log-densities (rows,), in nats, by name.
-        title: Of the figure.
+        title: Title of the figure.
 
     Raises:
         ValueError: If there are none.

@@ -1,4 +1,4 @@
-"""How fits went."""
+"""Plots of the losses of fits."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["losses"]
 def losses(results: Mapping[str, FitResult], *, marks: Mapping[str, float] | None = None, title: str = "") -> Figure:
     """Validation and training loss of each fit against its epochs.
 
-    The axis of losses leaves the first tenth of the epochs out, so that the ends can be told apart.
+    The axis of losses leaves out the first tenth of the epochs, so that the final losses can be distinguished.
 
     Args:
-        results: What `pyro_maf.fit` returned, by name.
+        results: Results of `pyro_maf.fit`, by name.
         marks: Losses to compare with, in nats, by name, such as that of the true density on the validation rows.
-        title: Of the figure.
+        title: Title of the figure.
 
     Raises:
         ValueError: If there are no results.

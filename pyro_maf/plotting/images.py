@@ -1,4 +1,4 @@
-"""Images, as the rows of data that they are."""
+"""Plots of rows that are images."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["image_grid"]
 
 @styled
 def image_grid(images: Mapping[str, Tensor], *, columns: int = 8, title: str = "") -> Figure:
-    """Square grey-scale images of each source, side by side, all to the grey levels of the first.
+    """Square grey-scale images of each source, side by side, on the grey scale of the first.
 
     Args:
         images: Rows (N, D) by name, D a square number; the first `columns` squared of each are drawn.
-        columns: Images in a row, and rows of them.
-        title: Of the figure.
+        columns: Number of images in a row, and of rows.
+        title: Title of the figure.
 
     Raises:
-        ValueError: For rows that are no square images.
+        ValueError: For rows that are not square images.
         ModuleNotFoundError: Without the `train` extra.
 
     Example:
@@ -49,7 +49,7 @@ def image_grid(images: Mapping[str, Tensor], *, columns: int = 8, title: str = "
 
 
 def _sheet(name: str, rows: Tensor, columns: int) -> Tensor:
-    """Images laid out as one, with gaps of NaN, which are drawn white."""
+    """Tile images into one, with gaps of NaN, which are drawn white."""
     side = math.isqrt(rows.shape[-1])
     if rows.dim() != 2 or side * side != rows.shape[-1]:
         raise ValueError(f"image_grid expected {name} of shape (rows, a square number), got shape {tuple(rows.shape)}.")

@@ -1,4 +1,4 @@
-"""What pictures are drawn on: their style, a figure of panels, and the rows that fit into one."""
+"""Style of the pictures, figures of panels, and the rows for one panel."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ R = TypeVar("R")
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """Draw in this module's style, and leave the user's own as it was."""
+    """Decorate a function to draw in this module's style, and restore the user's."""
 
     @functools.wraps(draw)
     def styled(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -77,7 +77,7 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
 
 @functools.cache
 def _figure_class() -> type[Figure]:
-    """Matplotlib's, made to show itself at the end of a notebook's cell: of its own it does so only by pyplot."""
+    """Subclass of matplotlib's figure that shows itself at the end of a notebook's cell, without pyplot."""
     from matplotlib.figure import Figure
 
     class ShownFigure(Figure):
@@ -90,7 +90,7 @@ def _figure_class() -> type[Figure]:
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
-    """A figure that pyplot does not know of, in inches."""
+    """Create a figure that is not registered with pyplot; sizes in inches."""
     figure = _figure_class()(figsize=(width, height), dpi=DPI, layout="constrained")
     if title:
         figure.suptitle(title, fontsize=11)
@@ -100,7 +100,7 @@ def new_figure(width: float, height: float, title: str) -> Figure:
 def new_panels(
     count: int, title: str, *, width: float = 2.7, height: float = 2.6, of: str = "model", columns: int = COLUMNS
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, left to right, at most `columns` of them, and then down."""
+    """Create a figure of `count` panels, at most `columns` in a row."""
     if count < 1:
         raise ValueError(f"A picture expects at least one {of}, got none.")
     columns = min(count, check_positive("A picture", "columns", columns))
@@ -113,7 +113,7 @@ def new_panels(
 
 
 def some_rows(who: str, name: str, rows: Any, dims: Sequence[int], most: int | None = POINTS) -> Tensor:
-    """The columns `dims` of at most so many rows, on the CPU."""
+    """Return the columns `dims` of at most `most` rows, on the CPU."""
     rows = torch.as_tensor(rows).detach().cpu()
     least = max(dims, default=0) + 1
     if rows.dim() != 2 or rows.shape[-1] < least:
@@ -122,7 +122,7 @@ def some_rows(who: str, name: str, rows: Any, dims: Sequence[int], most: int | N
 
 
 def named(who: str, names: Sequence[str] | None, size: int, symbol: str = "x") -> list[str]:
-    """The names of so many dimensions: those given, or the symbol with a number."""
+    """Return the names of the dimensions, by default the symbol with a number."""
     names = [f"${symbol}_{{{i + 1}}}$" for i in range(size)] if names is None else list(names)
     if len(names) != size:
         raise ValueError(f"{who} expected {size} names, one for each dimension, got {len(names)}.")
@@ -130,7 +130,7 @@ def named(who: str, names: Sequence[str] | None, size: int, symbol: str = "x") -
 
 
 def limits_of(rows: Tensor) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Ends of two axes that hold all but the outermost thousandth of the rows, with a margin."""
+    """Limits of two axes that contain all but the outermost thousandth of the rows, with a margin."""
     low, high = torch.quantile(rows.double(), torch.tensor([0.0005, 0.9995], dtype=torch.float64), dim=0)
     margin = 0.08 * (high - low) + 1e-6 * high.abs() + 1e-9
     first, second = torch.stack([low - margin, high + margin], -1).tolist()
@@ -138,7 +138,7 @@ def limits_of(rows: Tensor) -> tuple[tuple[float, float], tuple[float, float]]:
 
 
 def dots(axes: Axes, rows: Tensor, colour: str) -> None:
-    """A dot for each of the rows, (rows, 2), the larger and darker the fewer there are."""
+    """Draw a dot for each row, (rows, 2), the larger and darker the fewer there are."""
     first, second = rows.T.numpy()
     area = min(LARGEST_DOT, max(SMALLEST_DOT, SMALLEST_DOT * FEW_ROWS / max(1, len(rows))))
     alpha = 0.35 * math.sqrt(area / SMALLEST_DOT)
@@ -146,26 +146,26 @@ def dots(axes: Axes, rows: Tensor, colour: str) -> None:
 
 
 def bins_of(data: Tensor, samples: Tensor) -> list[float]:
-    """The edges of as many bins as a histogram of the data, (rows,), bears, over their limits.
+    """Edges of the bins of a histogram of the data, (rows,), over their limits; the number depends on that of rows.
 
-    They begin and end where there is something to count: those of positive numbers not below 0.
+    They start and end inside the range of the values: those of positive numbers are not below 0.
     """
     (low, high), _ = limits_of(data[:, None].expand(-1, 2))
     everything = torch.cat([data, samples]).double()
     everything = everything[everything.isfinite()]
     low, high = max(low, float(everything.min())), min(high, float(everything.max()))
-    # What is the same everywhere has a bin too.
+    # Constant values have a bin too.
     return edges_of(low, max(high, low + 1e-9 + 1e-6 * abs(low)), len(data))
 
 
 def edges_of(low: float, high: float, total: int) -> list[float]:
-    """The edges of as many bins from low to high as a histogram of so many rows bears."""
+    """Edges of the bins from low to high of a histogram of `total` rows."""
     bins = min(MOST_BINS, math.ceil(2 * total ** (1 / 3)))
     return torch.linspace(low, high, bins + 1, dtype=torch.float64).tolist()
 
 
 def histogram(axes: Axes, values: Tensor, edges: list[float], colour: str, *, filled: bool, name: str = "") -> None:
-    """Parts of all values, (rows,), those outside of the edges too, in each bin; filled, or an outline."""
+    """Draw the fraction in each bin of all values, (rows,), including those outside the edges; filled or as a line."""
     axes.hist(
         values.numpy(),
         bins=edges,
@@ -178,7 +178,7 @@ def histogram(axes: Axes, values: Tensor, edges: list[float], colour: str, *, fi
 
 
 def label(axes: Axes, name: str, dims: tuple[int, int], symbol: str, limits: Any) -> None:
-    """Title, limits and the names of two dimensions."""
+    """Set title, limits and the names of two dimensions."""
     axes.set_title(name)
     axes.set(xlim=limits[0], ylim=limits[1])
     axes.set_xlabel(f"${symbol}_{{{dims[0] + 1}}}$")

@@ -1,4 +1,4 @@
-"""Data and the samples of models, side by side or one over the other."""
+"""Plots of data and samples of models, side by side or overlaid."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def scatter(data: Tensor, samples: Mapping[str, Tensor], *, dims: tuple[int, int
         data: Rows (N, D).
         samples: Rows (M, D) of each model, by name. At most 4,000 rows of each are drawn.
         dims: The two dimensions to show.
-        title: Of the figure.
+        title: Title of the figure.
 
     Raises:
-        ValueError: For rows that are not (rows, D), or have not these dimensions.
+        ValueError: For rows that are not (rows, D), or lack these dimensions.
         ModuleNotFoundError: Without the `train` extra.
 
     Example:
@@ -65,17 +65,17 @@ def marginals(
 ) -> Figure:
     """The histogram of each dimension, data under samples of one model, in the same bins.
 
-    Heights are parts of all rows, those beyond the outermost bins, about a thousandth of the data, too.
+    Heights are fractions of all rows, including those beyond the outermost bins, about a thousandth of the data.
 
     Args:
         data: Rows (N, D), of the dimensions to show.
         samples: Rows (M, D).
-        names: Of the dimensions.
-        columns: Panels side by side, at most.
-        title: Of the figure.
+        names: Names of the dimensions.
+        columns: Maximum number of panels side by side.
+        title: Title of the figure.
 
     Raises:
-        ValueError: For rows of another shape, or as many names as there are not dimensions.
+        ValueError: For rows of another shape, or if there are not D names.
         ModuleNotFoundError: Without the `train` extra.
 
     Example:
@@ -108,11 +108,11 @@ def pairs(data: Tensor, samples: Tensor, *, names: Sequence[str] | None = None, 
     Args:
         data: Rows (N, D), of the few dimensions to show.
         samples: Rows (M, D). At most 4,000 of either are drawn.
-        names: Of the dimensions.
-        title: Of the figure.
+        names: Names of the dimensions.
+        title: Title of the figure.
 
     Raises:
-        ValueError: For rows of another shape, or as many names as there are not dimensions.
+        ValueError: For rows of another shape, or if there are not D names.
         ModuleNotFoundError: Without the `train` extra.
 
     Example:
@@ -142,7 +142,7 @@ def pairs(data: Tensor, samples: Tensor, *, names: Sequence[str] | None = None, 
 
 
 def _pair(axes: Axes, data: Tensor, samples: Tensor, limits: Any) -> None:
-    """Two dimensions of data and samples, or one dimension's histograms where the two are the same."""
+    """Draw two dimensions of data and samples, or one dimension's histograms if the two are the same."""
     axes.set_xlim(limits[0])
     if torch.equal(data[:, 0], data[:, 1]):
         edges = bins_of(data[:, 0], samples[:, 0])
@@ -150,7 +150,7 @@ def _pair(axes: Axes, data: Tensor, samples: Tensor, limits: Any) -> None:
         histogram(axes, samples[:, 0], edges, COLOURS[0], filled=False)
         axes.set_yticks([])
         return
-    # Data come last, so that none of them lies under a sample, however many there are.
+    # Data are drawn last, so that samples do not hide them.
     dots(axes, samples, COLOURS[0])
     dots(axes, data, DARK)
     axes.set_ylim(limits[1])

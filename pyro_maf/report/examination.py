@@ -1,4 +1,4 @@
-"""What there is to say of a density and rows: their log-densities, their noise, and samples beside them."""
+"""Examination of a density with rows: their log-densities, their noise, and samples to compare with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pyro_maf.report.table import Given, Table, given_columns
 __all__ = ["Examination", "LowRow", "examine"]
 
 MOST_VALUES = 10_000_000
-"""How many numbers are scored; more rows than that are drawn from at random."""
+"""Maximum number of values that are scored; of more rows, a random part."""
 PICTURED_ROWS = 10_000
 PICTURED_VALUES = 2_500_000
 LEAST_SAMPLES = 2000
@@ -32,13 +32,13 @@ SEED = 0
 
 @dataclass(frozen=True)
 class LowRow:
-    """A row of little density.
+    """A row of low density.
 
     Attributes:
         row: Its number in the table, from 1.
-        log_prob: In nats.
-        values: Its numbers.
-        context: Its context as text, a category by its name; empty where there is none.
+        log_prob: Log-density in nats.
+        values: Its values.
+        context: Its context as text, a category by its name; empty without one.
         dimension: The dimension of its noise that is furthest from 0.
         noise: That dimension's noise.
     """
@@ -53,17 +53,17 @@ class LowRow:
 
 @dataclass(frozen=True)
 class Examination:
-    """A density and the rows it was looked at with. Tensors are on the CPU, in float64.
+    """A density and the rows of its examination. Tensors are on the CPU, in float64.
 
     Attributes:
-        names, context_names: Of the columns.
-        rows: How many rows were given.
-        is_held_out: Whether they are the rows that the fit was validated with.
-        log_prob: Log-densities of those that were scored, (scored,), in nats.
-        lowest: The rows with the least of them, the least first.
-        data: Some of them, drawn at random, (pictured, columns), for pictures.
+        names, context_names: Names of the columns.
+        rows: Number of rows.
+        is_held_out: True if they are the fit's validation rows.
+        log_prob: Log-densities of the scored rows, (scored,), in nats.
+        lowest: The rows with the lowest of them, in ascending order.
+        data: A random part of them for pictures, (pictured, columns).
         noise: The noise of those, (pictured, D).
-        samples: As many of the density, or 2,000 if that is more, at the contexts of those; finite ones.
+        samples: The same number of samples, or 2,000 if that is more, at the contexts of those; finite ones.
         samples_log_prob: Log-densities of the samples.
     """
 
@@ -89,14 +89,14 @@ def examine(
     held_out: Any = None,
     progress: bool | str = False,
 ) -> Examination:
-    """Look at a density with rows of data; the global random state is left as it was.
+    """Examine a density with rows of data; the global random state is left unchanged.
 
-    Memory is bounded whatever the number of rows: they are read in blocks, and pictures are made of a part.
+    Memory is bounded whatever the number of rows: they are read in blocks, and pictures are of a part.
 
     Args:
-        density: With a flow or a density that `fit` can fit.
+        density: A density with a model that `fit` can fit.
         data, context, names, context_names, progress: As in `write_report`.
-        held_out: The rows that the fit was validated with, a pair (data, context), if that is known.
+        held_out: The fit's validation rows, a pair (data, context), or None if unavailable.
 
     Raises:
         TypeError, ValueError: As `write_report`.
@@ -108,7 +108,7 @@ def examine(
     width = len(tables[0].names)
     scored = _some(np.arange(len(tables[0])), MOST_VALUES // width, generator)
     pictured = _some(scored, min(PICTURED_ROWS, PICTURED_VALUES // width), generator)
-    # Of a few rows more than one sample each, or the samples' histograms would be all chance.
+    # More than one sample for each of a few rows, or the samples' histograms would be mostly noise.
     sampled = pictured.repeat(math.ceil(LEAST_SAMPLES / len(pictured)))
     with torch.no_grad(), bar(progress, len(scored) + len(pictured) + len(sampled)) as done:
         looked = _Reader(density, tables, done)
@@ -133,7 +133,7 @@ def examine(
 
 
 class _Reader:
-    """Rows of the tables, and what the density has to say of them."""
+    """Reader of rows of the tables, with their log-densities, noise and samples."""
 
     def __init__(
         self, density: FlowPrior | ConditionalFlowPrior, tables: list[Table], done: Callable[[int], None]
@@ -147,7 +147,7 @@ class _Reader:
         self.likes = [self.like.to(dtype) for dtype in (density.dtype, density.context_dtype)]
 
     def read(self, index: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor | None]:
-        """Data and context at `index`, or what is wrong with them."""
+        """Read data and context at `index`, and check them."""
         data, *context = (table.take(index, like) for table, like in zip(self.tables, self.likes, strict=False))
         support = self.prior.units.support
         outside = support.outside(data)
@@ -160,21 +160,21 @@ class _Reader:
         return data, context[0] if context else None
 
     def at(self, context: Tensor | None) -> Any:
-        """The density at a context."""
+        """Condition the density on a context, if any."""
         return self.density if context is None else self.density.condition(context)  # type: ignore[operator]
 
     def blocks(self, index: np.ndarray[Any, Any]) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Data and context at `index`, as many as are looked at at once."""
+        """Iterate over blocks of data and context at `index`."""
         for block in self.tables[0].blocks(index):
             yield self.read(block)
             self.done(len(block))
 
     def log_prob(self, index: np.ndarray[Any, Any]) -> Tensor:
-        """Log-densities of the rows at `index`."""
+        """Return the log-densities of the rows at `index`."""
         return torch.cat([self.at(context).log_prob(data).double().cpu() for data, context in self.blocks(index)])
 
     def noise(self, index: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
-        """The rows at `index`, and their noise."""
+        """Return the rows at `index`, and their noise."""
         parts = []
         for data, context in self.blocks(index):
             # As `log_prob` does for itself: a rounded network would be a different density.
@@ -184,7 +184,7 @@ class _Reader:
         return data, noise
 
     def samples(self, index: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
-        """A sample at the context of each row at `index`, unless it is not finite, and the log-densities of these."""
+        """Draw a sample at the context of each row at `index`; return the finite ones and their log-densities."""
         parts = []
         with seeded(SEED, self.like.device):
             for data, context in self.blocks(index):
@@ -196,7 +196,7 @@ class _Reader:
         return samples[finite], log_prob[finite]
 
     def is_all(self, rows: Any) -> bool:
-        """Whether the tables hold just these rows, a pair (data, context)."""
+        """True if the tables hold exactly these rows, a pair (data, context)."""
         if rows is None or len(rows[0]) != len(self.tables[0]):
             return False
         index = np.arange(len(self.tables[0]))
@@ -207,7 +207,7 @@ class _Reader:
         )
 
     def low_rows(self, index: np.ndarray[Any, Any], log_prob: Tensor, given: list[Given], numbers: Any) -> list[LowRow]:
-        """The rows at `index`, with their numbers in the table that they are from."""
+        """Return the rows at `index`, with their numbers in their table."""
         data, context = self.read(index)
         noise = exactly(noise_of, self.prior, data, context, like=self.like)
         furthest = noise.abs().argmax(-1)
@@ -225,7 +225,7 @@ class _Reader:
 
 
 def _tables(density: Any, data: Any, context: Any, names: Any, context_names: Any) -> list[Table]:
-    """Data and, for a conditional density, context."""
+    """Return the tables of data and, for a conditional density, of context."""
     if isinstance(data, NamedTable):
         if any(value is not None for value in (context, names, context_names)):
             raise ValueError("write_report got a context or names beside a Table, which has its own: leave them out.")
@@ -250,7 +250,7 @@ def _tables(density: Any, data: Any, context: Any, names: Any, context_names: An
 
 
 def _some(index: np.ndarray[Any, Any], most: int, generator: np.random.Generator) -> np.ndarray[Any, Any]:
-    """At most so many of an index, at least one, in their order."""
+    """Draw at most `most` of an index, at least one, in their order."""
     if len(index) <= most:
         return index
     return np.sort(generator.choice(index, max(1, most), replace=False))

@@ -1,4 +1,4 @@
-r"""Kolmogorov distances: how far the noise of data is from what it should be, and how far chance alone takes it."""
+r"""Kolmogorov distances of the noise of data from the standard normal, and their limit under chance."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ __all__ = ["Calibration", "calibration_of", "distance_between", "distance_to_uni
 
 LEVEL = 0.05
 LOUD = 4.0
-"""Standard errors from which a moment of Phi(u) is spoken of."""
+"""Number of standard errors from which a deviation of a moment of Phi(u) is reported."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    r"""The largest of the distances of Phi(u_i) from the uniform distribution, over dimensions i and the radius.
+    r"""The largest distance of Phi(u_i) from the uniform distribution, over dimensions i and the radius.
 
     Attributes:
         distance: sup_t |F_N(t) - t|, the largest.
-        where: The name of the dimension that has it.
-        expected: What a single distance of N draws from the uniform distribution is on average, 0.87 / sqrt(N).
-        limit: What the largest stays below in at least 95 % of data sets from the model, whatever N.
+        where: The name of that dimension.
+        expected: Mean of a single distance for N draws from the uniform distribution, 0.87 / sqrt(N).
+        limit: Upper limit of the largest in at least 95 % of data sets from the model, for any N.
         rows: N.
-        shape: In which way that dimension departs, in words; "" where it does not.
+        shape: The form of that dimension's departure, in words; "" if there is none.
     """
 
     distance: float
@@ -37,15 +37,15 @@ class Calibration:
 
     @property
     def departs(self) -> bool:
-        """Whether chance does not account for it."""
+        """True if the distance is significant."""
         return self.distance > self.limit
 
 
 def calibration_of(u: Tensor, names: list[str]) -> Calibration:
-    r"""The calibration of noise u, (rows, columns), each of whose columns should be standard normal.
+    r"""Compute the calibration of noise u, (rows, columns), whose columns should each be standard normal.
 
     The limit is that of Dvoretzky, Kiefer and Wolfowitz with Massart's constant, P(distance > t) <= 2 exp(-2 N t^2),
-    shared out over the columns, which need not be independent.
+    divided among the columns (Bonferroni), which need not be independent.
 
     Example:
         >>> draws = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
@@ -97,14 +97,14 @@ def distance_between(one: Tensor, other: Tensor) -> Tensor:
 
 
 def radius_of(u: Tensor) -> Tensor:
-    r"""The normal scores of |u|^2, (rows,), which is chi-squared of D degrees of freedom where u is standard normal."""
+    r"""Normal scores of |u|^2, (rows,), which is chi-squared of D degrees of freedom if u is standard normal."""
     half, degrees = u.double().square().sum(-1) / 2, torch.tensor(u.shape[-1] / 2, dtype=torch.float64)
     below, above = torch.special.gammainc(degrees, half), torch.special.gammaincc(degrees, half)
     return torch.where(below < above, torch.special.ndtri(below), -torch.special.ndtri(above))
 
 
 def _shape(uniform: Tensor) -> str:
-    """How values that should be uniform are not."""
+    """Describe the departure of values from uniformity."""
     shift = (float(uniform.mean()) - 1 / 2) * math.sqrt(12 * len(uniform))
     spread = (float((uniform - 1 / 2).square().mean()) - 1 / 12) * math.sqrt(180 * len(uniform))
     if max(abs(shift), abs(spread)) < LOUD:

@@ -1,4 +1,4 @@
-"""The pictures of a report, each with what it shows in words."""
+"""The pictures of a report, each with a text alternative."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ MOST_MARGINALS = 24
 MOST_NOISE = 12
 MOST_PAIRS = 6
 CORRELATED_COLUMNS = 1000
-"""Among how many columns the most correlated are looked for: the work grows with their square."""
+"""Maximum number of columns among which the most correlated are searched: the cost is quadratic."""
 LONGEST_NAME = 24
 ABREAST = 2
-"""Panels side by side: as many as can be read on a telephone."""
+"""Number of panels side by side: legible on a phone."""
 DPI = 96
 
 
@@ -39,9 +39,9 @@ class Picture:
     """A picture for an HTML page.
 
     Attributes:
-        source: The picture itself, as a data: address.
-        alt: What it shows, for those who do not see it.
-        note: What was left out of it; "" for nothing.
+        source: The picture as a data: URL.
+        alt: Text alternative.
+        note: What it leaves out; "" for nothing.
     """
 
     source: str
@@ -50,13 +50,13 @@ class Picture:
 
 
 def losses(result: FitResult) -> Picture:
-    """Losses of training and validation."""
+    """Draw training and validation losses."""
     figure = plotting.losses({"validation": result})
     return _embedded(figure, f"Losses in training and validation over {result.epochs} epochs.")
 
 
 def marginals(examination: Examination) -> Picture:
-    """Histograms of columns of data and samples."""
+    """Draw histograms of columns of data and samples."""
     data, samples, names = examination.data, examination.samples, examination.names
     shown, note = _foremost(distance_between(data, samples), MOST_MARGINALS, "whose data and samples differ most")
     figure = plotting.marginals(data[:, shown], samples[:, shown], names=_drawn(names, shown), columns=ABREAST)
@@ -64,7 +64,7 @@ def marginals(examination: Examination) -> Picture:
 
 
 def noise(u: Tensor, names: list[str]) -> tuple[Picture, Picture]:
-    """PIT histograms and QQ plots of the columns of noise."""
+    """Draw PIT histograms and QQ plots of the columns of noise."""
     distances = distance_to_uniform(torch.special.ndtr(u))
     shown, note = _foremost(distances, MOST_NOISE, "that are furthest from uniform", "panels")
     listed, drawn = _listed(names, shown), _drawn(names, shown)
@@ -79,7 +79,7 @@ def noise(u: Tensor, names: list[str]) -> tuple[Picture, Picture]:
 
 
 def pairs(examination: Examination) -> Picture:
-    """Every pair of a few columns of data and samples."""
+    """Draw every pair of a few columns of data and samples."""
     data, samples, names = examination.data, examination.samples, examination.names
     shown = _most_correlated(data[:, :CORRELATED_COLUMNS])
     note = ""
@@ -91,22 +91,22 @@ def pairs(examination: Examination) -> Picture:
 
 
 def log_densities(examination: Examination) -> Picture:
-    """Histograms of the log-densities of data and samples."""
+    """Draw histograms of the log-densities of data and samples."""
     heights = {"data": examination.log_prob, "samples": examination.samples_log_prob}
     return _embedded(plotting.log_densities(heights), "Histograms of the log-densities of data and of samples.")
 
 
 def _foremost(score: Tensor, most: int, which: str, what: str = "columns") -> tuple[list[int], str]:
-    """The places of the highest scores, in their order, and a note of what that leaves out."""
+    """Return the indices of the highest scores, ascending, and a note on those left out."""
     if len(score) <= most:
         return list(range(len(score))), ""
     return sorted(score.topk(most).indices.tolist()), f"{most} of {len(score):,} {what}, those {which}."
 
 
 def _most_correlated(data: Tensor) -> list[int]:
-    """Columns that go together: first the most correlated pair, then whichever is the most correlated with one there.
+    """Select correlated columns: the most correlated pair, then repeatedly the one most correlated with any of them.
 
-    All of them, in their order, where they are few.
+    If there are few columns, all of them in their order.
     """
     width = data.shape[1]
     if width <= MOST_PAIRS:
@@ -123,7 +123,7 @@ def _most_correlated(data: Tensor) -> list[int]:
 
 
 def _drawn(names: Sequence[str], shown: Sequence[int]) -> list[str]:
-    """Names as matplotlib draws them as they are, shortened to fit a panel."""
+    """Escape names for matplotlib, and shorten them to fit a panel."""
     drawn = []
     for index in shown:
         name = "".join(letter if letter.isprintable() else " " for letter in names[index])
@@ -137,12 +137,12 @@ def _listed(names: Sequence[str], shown: Sequence[int]) -> str:
 
 
 def _embedded(figure: Figure, alt: str, note: str = "") -> Picture:
-    """A figure as SVG whose text is the browser's to draw, the same to the last byte each time."""
+    """Embed a figure as SVG with text elements, byte for byte reproducible."""
     import matplotlib
 
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pyro_maf"}), warnings.catch_warnings():
-        # Of letters that matplotlib's font has not: the browser's have.
+        # A warning about glyphs missing from matplotlib's font: the browser's have them.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(buffer, format="svg", dpi=DPI, metadata={"Date": None})
     encoded = base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,4 +1,4 @@
-"""A progress bar over the rows that are looked at."""
+"""Progress bar over the rows of a report."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["bar"]
 
 @contextmanager
 def bar(progress: bool | str, rows: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr: what part of the rows is done, time spent and the most that is left.
+    """Show a bar on stderr: fraction of the rows that is done, elapsed time and maximum remaining time.
 
     Yields:
-        What to call with the number of rows that have been done since.
+        A function to call with the number of rows done since the last call.
     """
     from rich.console import Console
 

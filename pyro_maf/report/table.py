@@ -1,4 +1,4 @@
-"""Tables of numbers, wherever they lie, read a few rows at a time."""
+"""Tables of numbers, in memory or on disk, read a few rows at a time."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ NUMERIC_KINDS = "fiub"
 VALUES_AT_ONCE = 2**18
 ROWS_AT_ONCE = 4096
 MANY_DIGITS = 10_000
-"""Numbers from here on, such as time stamps, have more in common than the four digits that others are shown with."""
+"""Values from here on, such as time stamps, may share more than the four digits that others are shown with."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """A column of context as its table has it: of numbers, or of categories that the density sees as 0 and 1 each.
+    """A column of context in its table: numeric, or categorical, which the density takes one-hot.
 
     Attributes:
-        name: Of the column.
-        first: Where its numbers begin in a row of the context.
-        categories: In their order, or None for a column of numbers.
+        name: Name of the column.
+        first: Index of its first value in a row of the encoded context.
+        categories: Its categories in order, or None for a column of numbers.
 
     Example:
         >>> Given("colour", 1, ["blue", "red"]).text([30.5, 0.0, 1.0])
@@ -41,7 +41,7 @@ class Given:
     categories: list[str] | None = None
 
     def text(self, context: list[float]) -> str:
-        """What stands in this column of a row, whose numbers for the density are `context`."""
+        """Decode this column from a row of encoded context."""
         if self.categories is None:
             number = context[self.first]
             return f"{number:.4g}" if abs(number) < MANY_DIGITS else f"{number:.10g}"
@@ -49,7 +49,7 @@ class Given:
 
 
 def given_columns(data: Any, tables: list[Table]) -> list[Given]:
-    """The columns of context: those of the table that `data` is, or a column for each number."""
+    """Return the columns of context: those of `data` if it is a table, or a column for each value."""
     if not isinstance(data, NamedTable):
         return [Given(name, place) for table in tables[1:] for place, name in enumerate(table.names)]
     columns, first = [], 0
@@ -60,17 +60,17 @@ def given_columns(data: Any, tables: list[Table]) -> list[Given]:
 
 
 class Table:
-    """Rows of numbers, of which no more are read than are asked for, so that a `np.memmap` stays on its disk.
+    """Rows of numbers that are read on demand, so that a `np.memmap` stays on disk.
 
     Args:
-        role: "data" or "context", as errors put it.
+        role: "data" or "context", for errors.
         value: A tensor, an array, a data frame or nested lists; a vector is one column.
-        width: How many columns it must have.
-        names: Of the columns, by default those of a data frame, or x1, x2 and so on.
+        width: Expected number of columns.
+        names: Names of the columns, by default those of a data frame, or x1, x2 and so on.
 
     Raises:
-        TypeError: For what is not numeric.
-        ValueError: For another width, no rows, or as many names as there are not columns.
+        TypeError: For a value that is not numeric.
+        ValueError: For another width, no rows, or another number of names.
 
     Example:
         >>> table = Table("data", [[1.0, 2.0], [3.0, 4.0]], 2)
@@ -92,7 +92,7 @@ class Table:
         return len(self._values)
 
     def take(self, index: np.ndarray[Any, Any], like: Tensor) -> Tensor:
-        """The rows at `index`, in the dtype and on the device of `like`.
+        """Read the rows at `index`, in the dtype and on the device of `like`.
 
         Raises:
             ValueError: If one is not finite.
@@ -111,13 +111,13 @@ class Table:
         return rows
 
     def blocks(self, index: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-        """`index` in parts that are read and scored at once."""
+        """Split `index` into blocks that are read and scored at once."""
         size = max(1, min(ROWS_AT_ONCE, VALUES_AT_ONCE // self._values.shape[1]))
         return [index[start : start + size] for start in range(0, len(index), size)]
 
 
 def _values(role: str, value: Any) -> tuple[Any, Sequence[str] | None]:
-    """What rows are taken from, and the names that came with it."""
+    """Return the indexable form of a table, and its names if any."""
     if isinstance(value, Tensor):
         if value.is_complex():
             raise TypeError(f"write_report expected {role} of real numbers, got {value.dtype}.")

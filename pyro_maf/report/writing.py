@@ -1,4 +1,4 @@
-"""Writing the page."""
+"""Writing of the report's page."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MOST_VALUES_OF_A_ROW = 12
 
 
 class Figure(NamedTuple):
-    """A headline figure: what it is, its value, and what to know of it."""
+    """A headline figure: its name, its value, and a remark."""
 
     name: str
     value: str
@@ -47,36 +47,36 @@ def write_report(
     command: str = "",
     progress: bool | str = True,
 ) -> None:
-    r"""Write what there is to know of a fit as one HTML page, which needs no network and no other file.
+    r"""Write a report of a fit as one HTML page, which needs no network and no other file.
 
-    It has the figures and warnings of the fit; the mean log-likelihood of `data` with two standard errors; whether the
-    noise that the density takes `data` to be made of is standard normal, by the probability integral transform, QQ
-    plots and the largest Kolmogorov distance; histograms and pairs of columns of data and samples;
-    log-densities of both; the rows of the least density; losses over the epochs; and the command.
+    It has the figures and warnings of the fit; the mean log-likelihood of `data` with two standard errors; the
+    calibration of the noise of `data` against the standard normal, by the probability integral transform, QQ plots and
+    the largest Kolmogorov distance; histograms and pairs of columns of data and samples; log-densities of both; the
+    rows of the lowest density; losses over the epochs; and the command.
 
-    Rows that the fit has not seen are the ones to give: those it was fitted to look better than they are.
+    Pass rows that the fit has not seen: those that it was fitted to look better than new ones.
 
     Args:
-        path: The file; by custom it ends in .html. What was there is replaced once all is written.
-        result: What `pyro_maf.fit` returned.
-        data: Rows (N, D), or (N, D + 1) on a simplex, as `fit` takes them; columns with names are found by name. A
-            `np.memmap` is read in blocks. Or what `read_table` returned, which has names and context of its own: then
+        path: The file; by custom it ends in .html. An existing file is replaced once all is written.
+        result: The result of `pyro_maf.fit`.
+        data: Rows (N, D), or (N, D + 1) on a simplex, as `fit` takes them; columns with names are matched by name. A
+            `np.memmap` is read in blocks. Or a table of `read_table`, with its names and context: then
             the page has the name of the table in its title, categories by their names, and rows by their numbers in the
             file.
-        context: Rows (N, C) of the same kinds, where the density takes a context.
-        names: Of the columns, by default those of a data frame, or x1, x2 and so on.
-        context_names: Of the columns of the context, likewise, with c1.
-        command: What made the fit, to show.
-        progress: A bar on stderr: True where that is a terminal or a notebook, False never, "always" in any case.
+        context: Rows (N, C) of the same kinds, if the density takes a context.
+        names: Names of the columns, by default those of a data frame, or x1, x2 and so on.
+        context_names: Names of the columns of the context, likewise, with c1.
+        command: The command of the fit, to show.
+        progress: A bar on stderr: True on a terminal or in a notebook, False never, "always" in any case.
 
     Cost:
-        One `log_prob` a row, up to 10 million numbers and a random part of the rows beyond that; and for up to 10,000
-        rows a sample, its `log_prob` and the noise. A page is some hundred kilobytes, whatever the number of rows.
+        One `log_prob` a row, up to 10 million values and a random part of the rows beyond that; and for up to 10,000
+        rows a sample, its `log_prob` and the noise. A page is some hundred kilobytes for any number of rows.
 
     Raises:
-        TypeError: For a result that is not of `fit`, or data that are not numeric.
+        TypeError: For a result that is not from `fit`, or data that are not numeric.
         ValueError: For data of the wrong width, without rows, not finite or outside the support, with the row; for a
-            context missing, superfluous or of another length; for as many names as there are not columns. Rows are
+            context missing, superfluous or of another length; for another number of names than of columns. Rows are
             counted from 1.
         FileNotFoundError: If the folder of `path` does not exist.
         ModuleNotFoundError: Without the `train` extra.
@@ -108,7 +108,7 @@ def write_report(
 
 
 def _page(result: FitResult, examination: Examination, command: str, label: str) -> str:
-    """The page's text."""
+    """Render the page."""
     from jinja2 import Environment, StrictUndefined
 
     template = files("pyro_maf.report").joinpath("page.html").read_text(encoding="utf-8")
@@ -138,15 +138,15 @@ def _page(result: FitResult, examination: Examination, command: str, label: str)
 
 
 def _noise_names(examination: Examination) -> list[str]:
-    """Names of the dimensions of the noise, and of its radius where that is not one of them."""
+    """Return the names of the dimensions of the noise, and of its radius if there are several."""
     size = examination.noise.shape[1]
-    # A simplex has a column more than its noise has dimensions.
+    # A simplex has one column more than its noise has dimensions.
     names = examination.names if len(examination.names) == size else [f"u{i + 1}" for i in range(size)]
     return [*names, "|u|²"] if size > 1 else list(names)
 
 
 def _model(result: FitResult) -> Any:
-    """The flow or density that was fitted."""
+    """Return the fitted flow or density."""
     density = result.density
     return (density.density if isinstance(density, ConditionalFlowPrior) else density).model
 
@@ -158,7 +158,7 @@ def _title(result: FitResult, examination: Examination, label: str) -> str:
 
 
 def _figures(result: FitResult, examination: Examination) -> list[Figure]:
-    """The headline figures."""
+    """Return the headline figures."""
     weight = like_of(_model(result))
     parameters = sum(parameter.numel() for parameter in result.density.parameters())
     columns = f"{len(examination.names):,}"
@@ -178,7 +178,7 @@ def _figures(result: FitResult, examination: Examination) -> list[Figure]:
 
 
 def _log_likelihood(examination: Examination) -> Figure:
-    """The mean log-likelihood of the rows, with two standard errors where there are two rows."""
+    """Return the mean log-likelihood of the rows, with two standard errors from two rows on."""
     log_prob = examination.log_prob
     value = f"{log_prob.mean():.3f}"
     if len(log_prob) > 1 and log_prob.isfinite().all():
@@ -188,7 +188,7 @@ def _log_likelihood(examination: Examination) -> Figure:
 
 
 def _rows(result: FitResult, examination: Examination) -> Figure:
-    """How many rows were looked at, and what they are to the fit."""
+    """Return the number of rows, and their role in the fit."""
     scored, rows = len(examination.log_prob), examination.rows
     notes = [] if scored == rows else [f"{scored:,} of them, drawn at random, were scored"]
     if not examination.is_held_out:
@@ -200,7 +200,7 @@ def _rows(result: FitResult, examination: Examination) -> Figure:
 
 
 def _lowest(examination: Examination, noise_names: Sequence[str]) -> dict[str, Any]:
-    """The table of the rows of the least density."""
+    """Return the table of the rows of the lowest density."""
     columns, contexts = (given[:MOST_VALUES_OF_A_ROW] for given in (examination.names, examination.context_names))
     digits = [_digits(column) for column in examination.data.unbind(1)[: len(columns)]]
     rows = [
@@ -219,7 +219,7 @@ def _lowest(examination: Examination, noise_names: Sequence[str]) -> dict[str, A
 
 
 def _digits(column: torch.Tensor) -> int:
-    """How many digits tell the values of a column apart: 4, and as many as all of them have in common."""
+    """Number of digits that distinguish the values of a column: 4, plus the number of leading ones that all share."""
     low, middle, high = column.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=column.dtype)).tolist()
     common = math.log10(abs(middle) / (high - low)) if middle and high > low else 0.0
     return 4 + max(0, math.floor(common) - 1)
