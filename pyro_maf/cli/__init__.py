@@ -1,6 +1,6 @@
-"""The command line: fit a density to a table, score rows, draw samples, say what a model is.
+"""The command line: fit a density to a table, score rows, draw samples, describe a model.
 
-Everything that takes long to import, torch first, is imported by the command that needs it.
+Slow imports, above all torch, are in the commands that need them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BAD_INPUT = 2
 
 
 def main() -> None:
-    """Run the command that the program's arguments ask for; without the `train` extra, say what to install."""
+    """Run the command in the program's arguments; without the `train` extra, print what to install."""
     try:
         require("pyro-maf", "typer", "rich")
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The commands, and what becomes of their errors."""
+"""The commands and the handling of their errors."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ for command in (fit, score, sample, info, compare, paper):
 
 
 def main() -> None:
-    """Run the command that the program's arguments ask for."""
+    """Run the command in the program's arguments."""
     try:
-        # By this name whatever the program's: completion is installed for it.
+        # Always by this name, for which completion is installed.
         app(prog_name="pyro-maf")
     except KeyboardInterrupt:
-        # Before there is a command to end.
+        # Interrupted before a command has started.
         sys.exit(INTERRUPTED)
 
 

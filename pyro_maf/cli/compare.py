@@ -1,4 +1,4 @@
-"""`pyro-maf compare`: the paper's models on a table of one's own."""
+"""`pyro-maf compare`: the paper's models on a table of the user's."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def run(
     device: Device = "cpu",
     folder: Annotated[Path | None, option("The folder for what is made; by default named after DATA.", "DIR")] = None,
 ) -> None:
-    """Fit the paper's models to a table, and say which predicts rows best that none of them has seen.
+    """Fit the paper's models to a table, and compare their test log-likelihoods.
 
-    Leaves a folder for each model, which score and sample take, and the table as comparison.md, .csv and .json. What
-    the folder holds already is not fitted again: after Ctrl-C the same command goes on.
+    Writes a folder for each model, which score and sample take, and the table as comparison.md, .csv and .json. Models
+    in the folder are not fitted again: after Ctrl-C the same command resumes.
     """
     from pyro_maf.experiments import compare, divide
 
@@ -106,7 +106,7 @@ def run(
 
 
 def tell(score: Score) -> None:
-    """Say how a model did."""
+    """Print the score of a model."""
     name = " ".join(filter(None, (score.candidate.name, score.candidate.widths)))
     say(f"{name}: {score.test} nats, {score.seconds:.1f} s; {score.stop_reason}.")
 
@@ -134,10 +134,10 @@ def finish(found: Comparison, folder: Path, name: str, published: Mapping[str, f
 
 
 def _candidates(models: list[str] | None, hidden: list[str] | None, batch_norm: bool) -> tuple[Candidate, ...]:
-    """What was asked for.
+    """Return the requested candidates.
 
     Raises:
-        ValueError: For unknown names, or widths that are no numbers.
+        ValueError: For unknown names, or widths that are not numbers.
     """
     from pyro_maf.experiments import ROWS, candidates
 

@@ -1,4 +1,4 @@
-"""How a command ends: with 0, with 2 and one line on bad input, with 130 when it was interrupted."""
+"""Exit codes of a command: 0, 2 with one line on bad input, 130 on interruption."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ FORMER = {
     "--hidden": "--hidden-dims",
     "--out": "--folder",
 }
-"""What options of the commands that train were called before they had the names of Python's: scripts go on working, and
-are told."""
+"""Former names of options of the commands that train, from before they had the names of Python's: scripts still work,
+with a warning."""
 
 
 class Endings(TyperGroup):
-    """Commands whose errors become a line on stderr and an exit code, where they are about what was given."""
+    """Command group that turns errors about the input into a line on stderr and an exit code."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Remember the arguments, for `command_line`; those of former names are taken for what they are called now."""
+        """Record the arguments, for `command_line`; translate former names of options."""
         if args and args[0] in TRAINING:
             args = [_renamed(argument) for argument in args]
         ctx.meta[COMMAND] = shlex.join(["pyro-maf", *args])
@@ -49,7 +49,7 @@ class Endings(TyperGroup):
             say("interrupted.")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
-            # Who read standard output wants no more of it, and Python must not try to write what is left.
+            # The reader closed the pipe; redirect stdout so that Python's final flush does not raise.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return None
         except (ValueError, TypeError, ModuleNotFoundError, OSError) as error:
@@ -60,17 +60,17 @@ class Endings(TyperGroup):
 
 
 def command_line(ctx: typer.Context) -> str:
-    """The command as it was given."""
+    """Return the command line, with the present names of options."""
     return str(ctx.meta[COMMAND])
 
 
 def say(message: str) -> None:
-    """Put a line on stderr: standard output is for data."""
+    """Print a line on stderr: standard output is for data."""
     typer.echo(f"pyro-maf: {shown(message, len(message))}", err=True)
 
 
 def _renamed(argument: str) -> str:
-    """An option by its present name, or any other argument as it is."""
+    """Return an option by its present name, or any other argument unchanged."""
     name, equals, value = argument.partition("=")
     if name not in FORMER:
         return argument
@@ -79,7 +79,7 @@ def _renamed(argument: str) -> str:
 
 
 def _is_about_input(error: Exception) -> bool:
-    """Whether this package raised it, or the operating system. Anything else is a defect, and shows where it is."""
+    """True if this package raised it, or the operating system. Anything else is a defect, and shows its traceback."""
     if isinstance(error, OSError):
         return True
     traceback: Any = error.__traceback__

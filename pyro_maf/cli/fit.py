@@ -1,4 +1,4 @@
-"""`pyro-maf fit`: a density from a table, in a folder of its own."""
+"""`pyro-maf fit`: a density of a table, in a folder."""
 
 from __future__ import annotations
 
@@ -96,16 +96,16 @@ def run(
 ) -> None:
     """Fit a density to a table by maximum likelihood.
 
-    Leaves a folder with the model, its columns, a log of its epochs, a checkpoint from which the fit can go on, and a
-    report for a browser. Ctrl-C ends a fit early; --resume goes on from there.
+    Writes a folder with the model, its columns, a log of its epochs, a checkpoint to resume from, and a report for a
+    browser. Ctrl-C ends a fit early; --resume resumes it from there.
     """
     if sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0":
-        say("loading torch, some seconds.")  # before anything else can be said of the table
+        say("loading torch, some seconds.")  # before anything about the table can be printed
     from pyro_maf.training import fit
     from pyro_maf.training.processes import Processes
 
     folder = folder or Path(f"{_stem(data)}-{flow}")
-    # Processes that the first one starts leave files and messages to it.
+    # Processes that the first one starts write no files or messages.
     is_first = Processes(devices).is_first
     command = command_line(ctx)
     if is_first:
@@ -149,7 +149,7 @@ def run(
 
 
 def _stem(data: str) -> str:
-    """What a fit to `data` is called: the name of its file without the endings."""
+    """Name of a fit to `data`: the name of its file without the endings."""
     if data == "-":
         return "table"
     path, array = source_and_array(data)
@@ -158,7 +158,7 @@ def _stem(data: str) -> str:
 
 @contextmanager
 def _resumable(folder: Path, command: str, *, overwrite: bool) -> Iterator[None]:
-    """While entered, an interruption that leaves no time to finish ends the command, and says how to go on."""
+    """Context in which an interruption without time to finish ends the command, with a hint how to resume."""
     old = _version(folder / CHECKPOINT) if overwrite else None
     try:
         yield
@@ -169,7 +169,7 @@ def _resumable(folder: Path, command: str, *, overwrite: bool) -> Iterator[None]
 
 
 def _version(path: Path) -> tuple[int, int] | None:
-    """What tells a file from those that it replaced; None without one."""
+    """Identity of a file, other than that of files it replaced; None without one."""
     if not path.exists():
         return None
     found = path.stat()
@@ -183,7 +183,7 @@ def _interrupted(command: str) -> typer.Exit:
 
 
 def _held_out(result: FitResult, table: Table, validation: float | Table) -> Table:
-    """The rows that the fit was validated with, as the table that they are from has them."""
+    """Return the fit's validation rows, in the form of their table."""
     rows: Any = result.held_out
     source = table if isinstance(validation, float) else validation
     places = result.held_out_places
@@ -196,7 +196,7 @@ def _held_out(result: FitResult, table: Table, validation: float | Table) -> Tab
 
 
 def _leave(folder: Path, result: FitResult, table: Table, held_out: Table, command: str, data: str) -> None:
-    """Put what else is known of a fit into its folder."""
+    """Write columns, record and report of a fit to its folder."""
     from pyro_maf.report import write_report
 
     write_json(folder / COLUMNS, table.columns)
@@ -210,7 +210,7 @@ def _leave(folder: Path, result: FitResult, table: Table, held_out: Table, comma
 
 
 def _described(table: Table) -> str:
-    """Which columns were read."""
+    """Describe the columns that were read."""
     given = f" given {_listed(table.context_names)}" if table.context_names else ""
     return f"{_listed(table.names)}{given}"
 

@@ -1,4 +1,4 @@
-"""What a fit has left behind: a folder, or the model alone."""
+"""A fitted model from its folder, or from a model file alone."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["Fitted", "read_fitted"]
 
 @dataclass(frozen=True)
 class Fitted:
-    """A fitted density and what is known of it.
+    """A fitted density, its columns and its record.
 
     Attributes:
-        density: On the CPU, in eval mode.
-        columns: How to read a table for it, as `Table.columns`; None for a model without its folder.
-        record: How it was made; None for a model without its folder.
+        density: The density, on the CPU, in eval mode.
+        columns: Description of the columns of a table for it, as `Table.columns`; None for a model without its folder.
+        record: Record of the fit; None for a model without its folder.
     """
 
     density: Any
@@ -35,22 +35,22 @@ class Fitted:
 
     @property
     def inner(self) -> Any:
-        """The density itself, that takes its context or has none."""
+        """The density inside a conditional one, or the density itself."""
         return getattr(self.density, "density", self.density)
 
     @property
     def dtype(self) -> str:
-        """Of the rows that it draws and takes, "float32" or "float64"."""
+        """Dtype of the rows that it draws and takes, "float32" or "float64"."""
         return _name_of(self.density.dtype)
 
     @property
     def table_dtype(self) -> str:
-        """Of a table of data and context for it: the more precise of the two."""
+        """Dtype of a table of data and context for it: the more precise of the two."""
         return max(self.dtype, _name_of(self.density.context_dtype))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the columns of data."""
+        """Names of the columns of data."""
         if self.columns is None:
             return tuple(f"x{i}" for i in range(1, self.inner.event_shape[0] + 1))
         return tuple(self.columns["data"])
@@ -63,10 +63,10 @@ class Fitted:
         return tuple((column["name"], column["categories"]) for column in self.columns["context"])
 
     def read(self, source: str, **text: Any) -> Table:
-        """The table in `source` as this model takes it; `text` as in `pyro_maf.cli.options.read`.
+        """Read the table in `source` for this model; `text` as in `pyro_maf.cli.options.read`.
 
         Raises:
-            ValueError: As `read_table`, and for a table of another width where only that is known.
+            ValueError: As `read_table`, and for a table of another width if there are no names.
         """
         if self.columns is not None:
             return read(source, columns=self.columns, dtype=self.table_dtype, **text)
@@ -85,14 +85,14 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def read_fitted(path: Path) -> Fitted:
-    """A model, and what lies beside it.
+    """Read a model and the files of its folder.
 
     Args:
-        path: The folder of a fit, or a model of any name.
+        path: The folder of a fit, or a model file of any name.
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If a file is damaged or foreign.
+        ValueError: If a file is damaged or of another format.
     """
     from pyro_maf.saving import load
 
@@ -116,7 +116,7 @@ def read_fitted(path: Path) -> Fitted:
 
 
 def _record(facts: dict[str, Any], path: Path) -> Record:
-    """The record that a file holds.
+    """Check and return the record in a file.
 
     Raises:
         ValueError: For entries that are missing, unknown or of another type.
@@ -135,7 +135,7 @@ def _record(facts: dict[str, Any], path: Path) -> Record:
 
 
 def _is_of(kind: str, value: Any) -> bool:
-    """Whether a value of JSON is of the type that a field of `Record` has."""
+    """True if a JSON value is of the type of a field of `Record`."""
     if kind == "list[str]":
         return isinstance(value, list) and all(isinstance(text, str) for text in value)
     kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
@@ -143,7 +143,7 @@ def _is_of(kind: str, value: Any) -> bool:
 
 
 def _is_description(columns: dict[str, Any]) -> bool:
-    """Whether a value of JSON says how to read a table, as `Table.columns` does."""
+    """True if a JSON value is a description of columns, as `Table.columns`."""
     data, context = columns.get("data"), columns.get("context")
     if not isinstance(data, list) or not isinstance(context, list):
         return False
@@ -158,7 +158,7 @@ def _is_description(columns: dict[str, Any]) -> bool:
 
 
 def _as_density(model: Any, path: Path) -> Any:
-    """What was loaded as a density: a flow is one of standard normal noise."""
+    """Convert a loaded model to a density: a flow is on standard normal noise."""
     from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
     from pyro_maf.transforms import ConditionalFlow, Flow
 
@@ -174,7 +174,7 @@ def _as_density(model: Any, path: Path) -> Any:
 
 
 def _check_columns(fitted: Fitted, path: Path) -> None:
-    """Refuse columns that are those of another model."""
+    """Refuse the columns of another model."""
     widths = len(fitted.names), sum(1 if categories is None else len(categories) for _, categories in fitted.context)
     expected = fitted.inner.event_shape[0], fitted.inner.context_dim
     if widths != expected:

@@ -1,4 +1,4 @@
-"""The folder of a fit: what lies in it, and when it may be written to."""
+"""The folder of a fit: its files, and the check before writing to it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Record:
-    """How a model was made, as JSON holds it."""
+    """Record of a fit, in JSON values."""
 
     command: str
     version: str
@@ -39,7 +39,7 @@ class Record:
 
 
 def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse to write over a fit without being asked to.
+    """Refuse to overwrite a fit without `overwrite`.
 
     Raises:
         ValueError: If `folder` is a file, or holds a fit that is neither to be resumed nor overwritten or that has no
@@ -64,14 +64,14 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     from pyro_maf.saving import write_whole
 
     write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """What a file holds, or None where there is none."""
+    """Read a JSON file; None if there is none."""
     if not path.is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""`pyro-maf info`: what a model is, and how it came to be."""
+"""`pyro-maf info`: description of a model and of its fit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pyro-maf info wine-maf
 
 
 def run(model: Model) -> None:
-    """Say what a model is: its layers, its columns, how well it does, and how it was made."""
+    """Describe a model: its layers, its columns, its scores, and its fit."""
     from pyro_maf.cli.fitted import read_fitted
 
     facts = [(name, _plain(value)) for name, value in _facts(read_fitted(model))]
@@ -34,7 +34,7 @@ def run(model: Model) -> None:
 
 
 def _plain(value: str) -> str:
-    """Lines without what moves a terminal's cursor: names are those of a file from elsewhere."""
+    """Strip control characters of the terminal: names may come from an untrusted file."""
     return "\n".join(shown(line, len(line)) for line in value.split("\n"))
 
 

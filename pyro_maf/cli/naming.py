@@ -1,4 +1,4 @@
-"""Errors and warnings about columns and rows by number, said with names."""
+"""Translation of errors and warnings about column and row numbers to names."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["named", "with_names"]
 
 @contextmanager
 def named(table: Table) -> Iterator[None]:
-    r"""While entered, errors of `fit` call the columns of `table` by name, and count its rows as `read_table` does.
+    r"""Context in which errors of `fit` name the columns of `table`, and count its rows as `read_table` does.
 
-    Its warnings, with names too, become lines on stderr, each of them once.
+    Its warnings, with names too, become lines on stderr, each printed once.
 
     Example:
         >>> import io
@@ -48,7 +48,7 @@ def named(table: Table) -> Iterator[None]:
         said.add(text)
 
     with warnings.catch_warnings():
-        # A program that turns warnings into errors wants to see where they are from; here there is no program.
+        # Filters that turn warnings into errors are for programs; the command line has no program to debug.
         warnings.filterwarnings("always", "fit ", UserWarning)
         warnings.showwarning = show
         try:
@@ -59,7 +59,7 @@ def named(table: Table) -> Iterator[None]:
 
 
 def with_names(text: str, table: Table) -> str:
-    """What `fit` says, with the names of columns in the place of their numbers, and rows counted from 1."""
+    """Replace column numbers in a message of `fit` by names, and count rows from 1."""
     is_context = bool(re.match(r"fit expected (finite )?(validation )?context", text))
 
     def name(found: re.Match[str]) -> str:
@@ -68,5 +68,5 @@ def with_names(text: str, table: Table) -> str:
         names = table.context_names if found[1] or is_context else table.names
         return f"{found[1] or ''}column {quoted(names[int(found[2])])}"
 
-    # At once, as a name may be one of a row.
+    # In one pass, since a name may look like a row number.
     return re.sub(r"\b(context )?column (\d+)|\brow (\d+)", name, text)

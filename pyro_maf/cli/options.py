@@ -1,4 +1,4 @@
-"""Arguments that several commands take."""
+"""Arguments shared by several commands."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = [
 
 
 def option(help: str, metavar: str = "N") -> Any:
-    """An option of a command, whose values `metavar` stands for."""
+    """Declare an option of a command, with `metavar` for its value."""
     return typer.Option(help=help, metavar=metavar)
 
 
@@ -76,7 +76,7 @@ Device = Annotated[Literal["cpu", "cuda"], option("Where to fit: cpu or cuda.", 
 
 
 def source_and_array(source: str) -> tuple[str, str | None]:
-    """A file and, where it is given as FILE.npz:ARRAY, which array of it.
+    """Split FILE.npz:ARRAY into the file and the name of the array, None for other files.
 
     Example:
         >>> source_and_array("power.npz:train"), source_and_array("C:power.csv")
@@ -94,11 +94,11 @@ def read(
     dtype: str | None = None,
     **text: Any,
 ) -> Table:
-    """The table in a file, in an array of one, or on standard input.
+    """Read the table in a file, in an array of a file, or on standard input.
 
     Args:
-        source: As the user gives it.
-        columns: As in `read_table`; none at all means all.
+        source: The user's argument.
+        columns: As in `read_table`; none means all.
         context: As in `read_table`.
         categories: As in `read_table`, but they need not be named in `context` too.
         dtype: As in `read_table`.
@@ -117,7 +117,7 @@ def read(
 
 
 def separated(values: list[str] | None) -> list[str]:
-    """The items of an option that is given several times, or once with commas.
+    """Split the items of an option that is repeated, or has commas.
 
     Example:
         >>> separated(["a,b", "c"])

@@ -1,4 +1,4 @@
-"""`pyro-maf paper`: the paper's experiments on its own sets of data."""
+"""`pyro-maf paper`: the paper's experiments on its data sets."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def run(
         Path | None, option("The folder for what is made; by default named after the set.", "DIR")
     ] = None,
 ) -> None:
-    """Repeat the paper's experiment on one of its sets, and put its figures beside those that come of it.
+    """Repeat the paper's experiment on one of its data sets, and compare with the published figures.
 
-    Every width that the paper tried is fitted, with its settings, and the one that validates best counts. Images are
-    fitted by themselves and then given their class. What the folder holds already is not fitted again: after Ctrl-C
-    the same command goes on.
+    Every width that the paper tried is fitted, with its settings, and the best on the validation rows counts. Images
+    are fitted without and then with their class as context. Models in the folder are not fitted again: after Ctrl-C the
+    same command resumes.
     """
     from pyro_maf.datasets import load_dataset
     from pyro_maf.experiments import ROWS, SETTINGS, compare
@@ -82,7 +82,7 @@ BLIND, GIVEN = "unconditional", "conditional"
 
 
 def _parts(data: Dataset) -> Iterator[tuple[str, Dataset]]:
-    """The rows alone and, where there is a context, given it."""
+    """Iterate over the data without context and, if there is one, with it."""
     yield BLIND, dataclasses.replace(data, train_context=None, validation_context=None, test_context=None)
     if data.context_dim:
         yield GIVEN, data

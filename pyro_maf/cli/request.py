@@ -1,4 +1,4 @@
-"""What the options of `fit` ask for, as `pyro_maf.fit` takes it."""
+"""Conversion of the options of `fit` to arguments of `pyro_maf.fit`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEFAULT_LAYERS = 5
 
 
 def check_asked(flow: str, layers: int | None, hidden: list[str] | None, device: str, devices: int, data: str) -> None:
-    """Refuse options that would do nothing, and devices that are not there."""
+    """Refuse options without effect, and devices that are not available."""
     import torch
 
     if layers is not None and flow not in LAYERED:
@@ -33,7 +33,7 @@ def check_asked(flow: str, layers: int | None, hidden: list[str] | None, device:
 
 
 def validation_of(asked: str, table: Table, **text: Any) -> float | Table:
-    """What to validate with: a part of the rows, or another table."""
+    """Return the fraction of validation rows, or the table of them."""
     from pyro_maf.datasets.cells import number_in
 
     part = number_in(asked)
@@ -43,7 +43,7 @@ def validation_of(asked: str, table: Table, **text: Any) -> float | Table:
 
 
 def support_of(asked: list[str], names: Sequence[str]) -> str | list[str] | None:
-    """What `pyro_maf.fit` takes as support: one for all columns, or one for each."""
+    """Return the support for `pyro_maf.fit`: one for all columns, or one for each."""
     plain = [item for item in asked if "=" not in item]
     by_name = dict(item.split("=", 1) for item in asked if "=" in item)
     if not by_name:
@@ -58,10 +58,10 @@ def support_of(asked: list[str], names: Sequence[str]) -> str | list[str] | None
 def model_of(
     flow: str, table: Table, support: str | list[str] | None, layers: int | None, hidden: list[str], seed: int
 ) -> Any:
-    """The model to train.
+    """Build the model to train.
 
     Raises:
-        ValueError: For sizes that are none.
+        ValueError: For invalid sizes.
     """
     from pyro_maf.experiments import build
 

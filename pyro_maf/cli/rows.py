@@ -1,4 +1,4 @@
-"""Rows that go out as they come: to standard output, a csv or a parquet file."""
+"""Streaming of rows to standard output, a csv or a parquet file."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ STANDARD_OUTPUT = Path("-")
 def writing_rows(
     path: Path, names: Sequence[str], dtype: str = "float32"
 ) -> Iterator[Callable[[np.ndarray[Any, Any]], None]]:
-    r"""While entered, a function that writes rows, (n, columns), under the column names `names`.
+    r"""Context that yields a function to write rows, (n, columns), under the column names `names`.
 
-    A file is there once all is written, and not before; what was there stays until then.
+    A file is replaced atomically once all is written.
 
     Args:
         path: "-" for standard output, as csv, or a file that ends in .csv or .parquet.
-        names: Of the columns.
-        dtype: "float32" or "float64", of what is written: as many digits as it has.
+        names: Names of the columns.
+        dtype: "float32" or "float64", the dtype of the output and so its number of digits.
 
     Raises:
         ValueError: For another ending.

@@ -58,10 +58,10 @@ def run(
 
 
 def _given(fitted: Fitted, pairs: list[str]) -> Tensor | None:
-    """The context that NAME=VALUE pairs say, (C,), or None for a model without.
+    """Parse NAME=VALUE pairs to the context, (C,), or None for a model without one.
 
     Raises:
-        ValueError: For a column that is missing, unknown or given twice, or a value that it does not take.
+        ValueError: For a column that is missing, unknown or repeated, or a value that is invalid for it.
     """
     import torch
 
@@ -81,7 +81,7 @@ def _given(fitted: Fitted, pairs: list[str]) -> Tensor | None:
 
 
 def _encoded(name: str, value: str, categories: list[str] | None) -> list[float]:
-    """A value of context as the model takes it."""
+    """Encode a value of context."""
     if categories is not None:
         if value not in categories:
             raise ValueError(f"sample expected --context {name} to be one of {', '.join(categories)}, got {value!r}.")

@@ -1,4 +1,4 @@
-"""`pyro-maf score`: how likely rows are."""
+"""`pyro-maf score`: log-densities of rows."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def run(
     encoding: Encoding = "utf-8",
     out: Out = STANDARD_OUTPUT,
 ) -> None:
-    """Give the log-density of every row, in nats.
+    """Compute the log-density of every row, in nats.
 
-    One column, log_density, with a row for each of DATA, in its order. The columns of DATA are found by name, whatever
-    else it holds.
+    One column, log_density, with a row for each of DATA, in its order. The columns of DATA are matched by name; others
+    are ignored.
     """
     import torch
 
@@ -72,7 +72,7 @@ def run(
 
 
 def _with_gaps(scores: Iterator[Tensor], table: Table) -> Iterator[Tensor]:
-    """Log-densities for all rows of the file, NaN for those that were left out of the table."""
+    """Iterate over log-densities of all rows of the file, NaN for those left out of the table."""
     import numpy as np
     import torch
 
@@ -92,13 +92,13 @@ def _with_gaps(scores: Iterator[Tensor], table: Table) -> Iterator[Tensor]:
 
 
 def _scores(fitted: Fitted, table: Table) -> Iterator[Tensor]:
-    """Log-densities, batch by batch."""
+    """Iterate over log-densities, batch by batch."""
     import numpy as np
     import torch
 
     rows = max(1, NUMBERS_IN_A_BATCH // len(table.names))
     for start in range(0, len(table.data), rows):
-        # Copies: torch warns of arrays that it may not write to.
+        # Copies: torch warns of read-only arrays.
         data = torch.from_numpy(np.array(table.data[start : start + rows])).to(fitted.density.dtype)
         density = fitted.density
         if table.context is not None:
