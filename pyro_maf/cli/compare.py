@@ -51,7 +51,7 @@ def run(
     models: Models = None,
     hidden_dims: Annotated[
         list[str] | None,
-        option("Widths of the hidden layers, as 128,128; given several times, the best are taken.", "WIDTHS"),
+        option("Widths of the hidden layers, as 128,128; repeat to select the best of several.", "WIDTHS"),
     ] = None,
     batch_norm: Annotated[
         bool, typer.Option("--batch-norm", help="Put batch norm after every layer of the flows.")
@@ -62,15 +62,15 @@ def run(
     drop_missing: DropMissing = False,
     decimal: Decimal = ".",
     encoding: Encoding = "utf-8",
-    test: Annotated[float, option("The part of the rows to test with.", "PART")] = 0.1,
-    validation: Annotated[float, option("The part of the other rows to validate with.", "PART")] = 0.1,
+    test: Annotated[float, option("Fraction of the rows for testing.", "PART")] = 0.1,
+    validation: Annotated[float, option("Fraction of the other rows for validation.", "PART")] = 0.1,
     max_epochs: Epochs = 1000,
     batch_size: BatchSize = 256,
     learning_rate: Rate = 2e-3,
     patience: Patience = 30,
-    seed: Annotated[int, option("Of the three parts, of the weights and of the order of batches.")] = 0,
+    seed: Annotated[int, option("Seed of the split, of the weights and of the order of batches.")] = 0,
     device: Device = "cpu",
-    folder: Annotated[Path | None, option("The folder for what is made; by default named after DATA.", "DIR")] = None,
+    folder: Annotated[Path | None, option("Folder of the results; by default named after DATA.", "DIR")] = None,
 ) -> None:
     """Fit the paper's models to a table, and compare their test log-likelihoods.
 

@@ -58,10 +58,12 @@ Flow = Literal["maf", "iaf", "realnvp", "made", "made-mog", "maf-mog", "gaussian
 def run(
     ctx: typer.Context,
     data: Source,
-    flow: Annotated[Flow, option(f"What to fit: {', '.join(get_args(Flow))}.", "FLOW")] = "maf",
-    num_layers: Annotated[int | None, option("Layers of maf, iaf, realnvp and maf-mog; by default 5.")] = None,
+    flow: Annotated[Flow, option(f"Model to fit: {', '.join(get_args(Flow))}.", "FLOW")] = "maf",
+    num_layers: Annotated[
+        int | None, option("Number of layers of maf, iaf, realnvp and maf-mog; by default 5.")
+    ] = None,
     hidden_dims: Annotated[
-        list[str] | None, option("Widths of the hidden layers, as 128,128; by default by the data.", "WIDTHS")
+        list[str] | None, option("Widths of the hidden layers, as 128,128; by default chosen from the data.", "WIDTHS")
     ] = None,
     columns: Columns = None,
     context: Context = None,
@@ -72,26 +74,26 @@ def run(
     support: Annotated[
         list[str] | None,
         option(
-            "Where the data lie: positive, unit_interval or simplex; or COLUMN=positive; by default anywhere.", "KINDS"
+            "Support of the data: positive, unit_interval or simplex; or COLUMN=positive; by default real.", "KINDS"
         ),
     ] = None,
     validation: Annotated[
-        str, option("Rows to validate with: the part to hold out, between 0 and 1, or another table.", "PART")
+        str, option("Validation rows: the fraction to hold out, between 0 and 1, or another table.", "PART")
     ] = "0.1",
     max_epochs: Epochs = 1000,
     batch_size: BatchSize = 256,
     learning_rate: Rate = 2e-3,
     patience: Patience = 30,
-    seed: Annotated[int, option("Of the weights, of the rows held out and of the order of batches.")] = 0,
+    seed: Annotated[int, option("Seed of the weights, of the held-out rows and of the order of batches.")] = 0,
     device: Device = "cpu",
     precision: Annotated[
-        Literal["single", "double"], option("Of the model's numbers: single or double.", "PRECISION")
+        Literal["single", "double"], option("Precision of the model: single or double.", "PRECISION")
     ] = "single",
-    devices: Annotated[int, option("Processes to fit with, each on a GPU of its own with --device cuda.")] = 1,
+    devices: Annotated[int, option("Number of processes, each on a different GPU with --device cuda.")] = 1,
     folder: Annotated[
-        Path | None, option("The folder for what is made; by default named after DATA and --flow.", "DIR")
+        Path | None, option("Folder of the results; by default named after DATA and --flow.", "DIR")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the fit in the folder, if any.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the fit in the folder, if any.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the fit in the folder, if any.")] = False,
 ) -> None:
     """Fit a density to a table by maximum likelihood.

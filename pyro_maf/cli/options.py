@@ -53,26 +53,26 @@ Model = Annotated[
 ]
 Out = Annotated[
     Path,
-    option('Where to: a file ending in .csv or .parquet; "-" is standard output, as csv.', "FILE"),
+    option('The output: a file ending in .csv or .parquet; "-" is standard output, as csv.', "FILE"),
 ]
-Columns = Annotated[list[str] | None, option("Columns to fit; by default all that are no context.", "NAMES")]
-Context = Annotated[list[str] | None, option("Columns that those depend on: numbers, or text as categories.", "NAMES")]
+Columns = Annotated[list[str] | None, option("Columns to fit; by default all that are not context.", "NAMES")]
+Context = Annotated[list[str] | None, option("Columns to condition on: numbers, or text as categories.", "NAMES")]
 Categories = Annotated[
-    list[str] | None, option("Columns that they depend on whose numbers are labels, such as 0 to 9.", "NAMES")
+    list[str] | None, option("Columns to condition on whose numbers are labels, such as 0 to 9.", "NAMES")
 ]
 Row = Literal["Gaussian", "MADE", "MADE MoG", "RealNVP (5)", "RealNVP (10)", "MAF (5)", "MAF (10)", "MAF MoG (5)"]
 Models = Annotated[
     list[str] | None,
-    option(f"Lines of the paper's table: {', '.join(get_args(Row))}, or as made-mog, maf-10; by default all.", "NAMES"),
+    option(f"Rows of the paper's table: {', '.join(get_args(Row))}, or as made-mog, maf-10; by default all.", "NAMES"),
 ]
-Epochs = Annotated[int, option("The most passes over the data.")]
-BatchSize = Annotated[int, option("Rows in a batch.")]
-Rate = Annotated[float, option("To begin with; it is halved when nothing is gained.")]
-Patience = Annotated[int, option("Epochs without a gain after which to end.")]
+Epochs = Annotated[int, option("Maximum number of epochs.")]
+BatchSize = Annotated[int, option("Approximate number of rows in a batch.")]
+Rate = Annotated[float, option("Initial learning rate; it is halved when the validation loss stalls.")]
+Patience = Annotated[int, option("Epochs without a better validation loss after which to stop.")]
 DropMissing = Annotated[bool, typer.Option("--drop-missing", help="Leave out rows with missing values.")]
-Decimal = Annotated[Literal[".", ","], option('What decimals come after in text: "." or ",".', "MARK")]
-Encoding = Annotated[str, option("Of text that is not in UTF-8, such as latin-1 or cp1252.", "NAME")]
-Device = Annotated[Literal["cpu", "cuda"], option("Where to fit: cpu or cuda.", "DEVICE")]
+Decimal = Annotated[Literal[".", ","], option('Decimal mark of text: "." or ",".', "MARK")]
+Encoding = Annotated[str, option("Encoding of text that is not in UTF-8, such as latin-1 or cp1252.", "NAME")]
+Device = Annotated[Literal["cpu", "cuda"], option("Device of the fit: cpu or cuda.", "DEVICE")]
 
 
 def source_and_array(source: str) -> tuple[str, str | None]:

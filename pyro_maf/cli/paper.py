@@ -30,23 +30,21 @@ Name = Literal["POWER", "GAS", "HEPMASS", "MINIBOONE", "BSDS300", "MNIST", "CIFA
 def run(
     name: Annotated[
         Name,
-        typer.Argument(metavar="NAME", help=f"Which set: {', '.join(get_args(Name))}.", case_sensitive=False),
+        typer.Argument(metavar="NAME", help=f"Data set: {', '.join(get_args(Name))}.", case_sensitive=False),
     ],
-    root: Annotated[Path, option("The folder that holds the published archive's folder of each set.", "DIR")],
+    root: Annotated[Path, option("Folder of the published archive, with a folder for each set.", "DIR")],
     models: Models = None,
     max_epochs: Epochs = 1000,
     learning_rate: Annotated[
         float | None, option("By default the paper's: 1e-3 for MADE and MADE MoG, 1e-4 for the flows.", "RATE")
     ] = None,
-    seed: Annotated[int, option("Of the weights and of the order of batches.")] = 0,
+    seed: Annotated[int, option("Seed of the weights and of the order of batches.")] = 0,
     device: Device = "cpu",
     allow_pickle: Annotated[
         bool,
-        typer.Option("--allow-pickle", help="Load a pickle where there is no other file: it can run any code."),
+        typer.Option("--allow-pickle", help="Load a pickle if there is no other file: it can run any code."),
     ] = False,
-    folder: Annotated[
-        Path | None, option("The folder for what is made; by default named after the set.", "DIR")
-    ] = None,
+    folder: Annotated[Path | None, option("Folder of the results; by default named after the set.", "DIR")] = None,
 ) -> None:
     """Repeat the paper's experiment on one of its data sets, and compare with the published figures.
 

@@ -28,12 +28,12 @@ NUMBERS_IN_A_BATCH = 2**18
 
 def run(
     model: Model,
-    number: Annotated[int, typer.Option("--number", "-n", metavar="N", help="How many rows.")] = 1000,
+    number: Annotated[int, typer.Option("--number", "-n", metavar="N", help="Number of rows.")] = 1000,
     out: Out = STANDARD_OUTPUT,
     context: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=VALUE", help="What the rows are given: one for each column of context.", show_default=False
+            metavar="NAME=VALUE", help="Context of the rows: one value for each column of context.", show_default=False
         ),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same rows.")] = 0,

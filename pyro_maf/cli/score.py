@@ -36,7 +36,7 @@ def run(
     model: Model,
     data: Source,
     drop_missing: Annotated[
-        bool, typer.Option("--drop-missing", help="Give rows with missing values nan, and not an error.")
+        bool, typer.Option("--drop-missing", help="Score rows with missing values as nan, instead of an error.")
     ] = False,
     decimal: Decimal = ".",
     encoding: Encoding = "utf-8",
