@@ -29,7 +29,7 @@ __all__ = ["NoVerdictError", "Pairing", "Weighted", "arviz", "joint_of", "pairin
 ROUNDING = 32
 """Spread by rounding of ten thousand sums, in units in the last place of the log joint density."""
 NEGLIGIBLE = 0.1
-"""Spread of log weights, in nats, that leaves 99.7% of the draws: more is not called equal, whatever the rounding."""
+"""Spread of log weights, in nats, at which 99.7 % of the draws are effective: larger ones never count as equal."""
 MOST_NUMBERS = 4_000_000
 """Maximum number of log-probabilities of single sites and rows in memory."""
 
@@ -267,14 +267,14 @@ def _check_guide_sites(who: str, guide_trace: poutine.Trace, latents: Mapping[st
 
 
 def _is_angle(fn: Any) -> bool:
-    """Whether a distribution is on circles, though its support is said to be the real numbers."""
+    """True if a distribution is of angles, though its declared support is the real numbers."""
     while fn is not None and not isinstance(fn, CIRCULAR):
         fn = getattr(fn, "base_dist", None)
     return fn is not None
 
 
 def _takes_turns(angles: Tensor) -> bool:
-    r"""Whether draws of angles, (draws, \*site), differ by more than a turn: each turn more raises the bound."""
+    r"""True if draws of angles, (draws, \*site), span more than a turn: each further turn raises the bound."""
     return bool((angles.amax(0) - angles.amin(0) > 2 * math.pi).any())
 
 
@@ -296,7 +296,7 @@ def check_draws(who: str, joint: LogJoint) -> None:
 def smoothed(log_weights: Tensor, rounding: float = 0.0) -> tuple[Tensor, float]:
     """Return the normalised, Pareto-smoothed log weights, and k-hat, the shape of their tail.
 
-    Weights that differ by at most `rounding`, and by no more than can not matter, count as equal.
+    Log weights that differ by at most `rounding`, and by less than `NEGLIGIBLE`, count as equal.
 
     Reference:
         Vehtari et al., *Pareto smoothed importance sampling*, 2024.

@@ -279,7 +279,7 @@ def _transform_of(who: str, name: str, site: dict[str, Any]) -> Transform:
 
 
 def _is_fixed(fn: Any) -> bool:
-    """Whether a distribution is a point, masked, expanded or made an event as may be."""
+    """True if a distribution is a Delta, perhaps masked, expanded or reinterpreted as an event."""
     while not isinstance(fn, Delta):
         fn = getattr(fn, "base_dist", None)
         if fn is None:

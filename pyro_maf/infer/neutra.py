@@ -77,8 +77,8 @@ class NeuTra:
 def neutra(model: Callable[..., Any], guide: AutoFlow) -> NeuTra:
     r"""Reparameterise a model by a guide's noise, for NUTS: z = t(u), and the target is p(x, t(u)) |det dt/du|.
 
-    The better the guide, the nearer the density of u is to a standard normal, whatever the posterior's shape; and as
-    MCMC it is exact with any guide.
+    The better the guide, the nearer the density of u is to a standard normal, for a posterior of any shape; as MCMC it
+    is exact with any guide.
 
     Args:
         model: A Pyro model.

@@ -27,7 +27,7 @@ Modules = Mapping[str, nn.Module]
 
 
 def check_place(who: str, state_dict: Mapping[str, object], prefix: str) -> None:
-    """Check that no weights are loaded into a guide that is not set up, and so has no place for them.
+    """Check that no weights are loaded into a guide that is not set up, and so lacks the parameters for them.
 
     Raises:
         ValueError: If there are some whose names begin with `prefix`.
@@ -73,7 +73,7 @@ _entries = _Entries()
 
 
 class _Weight(NamedTuple):
-    """A tensor, its name in the store, and whether it is entered there and stated to Pyro."""
+    """A tensor, its name in the store, and flags for an entry there and a registration with Pyro."""
 
     name: str
     tensor: Tensor

@@ -91,7 +91,7 @@ def examine(
 ) -> Examination:
     """Examine a density with rows of data; the global random state is left unchanged.
 
-    Memory is bounded whatever the number of rows: they are read in blocks, and pictures are of a part.
+    Memory is bounded for any number of rows: they are read in blocks, and pictures are of a part.
 
     Args:
         density: A density with a model that `fit` can fit.

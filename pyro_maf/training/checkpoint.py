@@ -249,7 +249,7 @@ def _is_like(value: object, example: object) -> bool:
 
 
 def _difference(before: Any, now: Any) -> str:
-    """What two settings differ in, by the name of the innermost entry."""
+    """Describe the first difference of two settings, by the name of the innermost entry."""
     if isinstance(before, dict) and isinstance(now, dict):
         name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
         inner = _difference(before.get(name), now.get(name))

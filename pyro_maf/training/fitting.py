@@ -91,9 +91,10 @@ def fit(
             than 512 MiB is not read into memory but streamed; no more than some 262,144 of its rows are held out for
             validation, and batch norm takes the statistics of as many.
         context: Rows (N, C) of the same kinds, for a model with `context_dim` > 0.
-        support: Where the data lie: "real", "positive", "unit_interval", "simplex", or a sequence with one of the first
-            three for each column, or constraints, as `FlowPrior` takes it; or a dictionary by name of column or entry,
-            {"income": "positive"}, where those that it leaves out are real. By default "real" or that of a `FlowPrior`.
+        support: The support of the data: "real", "positive", "unit_interval", "simplex", or a sequence with one of the
+            first three for each column, or constraints, as `FlowPrior` takes it; or a dictionary by name of column or
+            entry, {"income": "positive"}, where those that it leaves out are real. By default "real" or that of a
+            `FlowPrior`.
         validation: The fraction of the rows to hold out at random for validation, between 0 and 1, by default 0.1;
             or rows like `data`; or a tuple (data, context) of such for a model with a context, whose columns are
             matched by name if they have names. A fraction is of distinct rows: all copies of a row, with its context,
