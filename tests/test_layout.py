@@ -197,3 +197,11 @@ def test_everything_public_is_documented() -> None:
 
 def test_types_are_published() -> None:
     assert (PACKAGE / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_docstrings_begin_with_a_noun_or_an_imperative(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = (ast.get_docstring(node) or "-").split()[0]
+            assert first not in ("What", "Where", "Whether", "Those", "Who"), f"{path.name}: {ast.get_docstring(node)}"
