@@ -89,7 +89,7 @@ def read_table(
         categories: Columns of context whose numbers are labels, such as 0 to 9, and so categories too.
         array: Name of the array in an .npz file; optional if only one has rows and columns.
         dtype: "float32" or "float64", for a table that must match another one; an array that is mapped from its file
-        has the dtype of the file.
+            has the dtype of the file.
         drop_missing: Leave out rows with a missing value in one of these columns: an empty cell, NaN, null, or text
             such as NA; `Table.rows` has the numbers of the others.
         decimal: Decimal mark of text, "." or ",".
