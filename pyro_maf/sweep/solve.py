@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -160,13 +161,7 @@ class _Sweep(torch.autograd.Function):
         layers = len(tensors) // 2
         network = made, tensors[:layers], tensors[layers:]
         # Not the cached pack: gradcheck, for one, writes through `.data`, which no version counter records.
-        engine: Engine = (
-            compiled.KernelSweep(pack(*network), inverse)
-            if way == "kernel sweep"
-            else TritonSweep(Plan.of(*network), direction, made, inverse)
-            if way == "triton"
-            else TorchSweep(Plan.of(*network), direction)
-        )
+        engine = _engine(way, network, direction, inverse)
         w, log_det, kept = engine.forward(v)
         ctx.made, ctx.direction, ctx.engine = made, direction, engine
         ctx.layers, ctx.kind_of_kept = layers, type(kept)
@@ -183,6 +178,16 @@ class _Sweep(torch.autograd.Function):
         grad_v, by_weights, by_units = ctx.engine.adjoint(v, w, kept, grad_w, grad_log_det)
         grad_weights, grad_biases = lay_back(ctx.made, by_weights, by_units, tensors[ctx.layers :])
         return *nothing, grad_v, *grad_weights, *grad_biases
+
+
+def _engine(
+    way: str, network: tuple[MADE, Sequence[Tensor], Sequence[Tensor]], direction: Direction, inverse: bool
+) -> Engine:
+    """The implementation of a way, for a network with its weights and biases."""
+    if way == "kernel sweep":
+        return compiled.KernelSweep(pack(*network), inverse)
+    plan = Plan.of(*network)
+    return TritonSweep(plan, direction, network[0], inverse) if way == "triton" else TorchSweep(plan, direction)
 
 
 def _differentiable(
