@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_maf.checks import check_permutation, check_positive
+from pyro_maf._core.checks import check_permutation, check_positive
 from pyro_maf.transforms import (
     AffineCoupling,
     BatchNorm,

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyro_maf.allowance import Allowance
+from pyro_maf._core.memory_limit import Allowance
 
 __all__ = [
     "Contents",

@@ -72,8 +72,8 @@ class Hooked(MaskedAutoregressive):
         self.at_step = at_step
         self.steps = 0
 
-    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, log_det = super()._pull(y, context)
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, log_det = super().inverse_and_log_det(y, context)
         if self.training:
             self.steps += 1
             log_det = self.at_step(self.steps, log_det)

@@ -180,7 +180,7 @@ def test_more_images_than_are_prepared_at_a_time_get_one_stream_of_noise(
 ) -> None:
     archives.write_mnist(tmp_path)
     at_once = mnist(tmp_path)
-    monkeypatch.setattr("pyro_maf.datasets.archive.images.ROWS_AT_A_TIME", 7)
+    monkeypatch.setattr("pyro_maf.datasets.archive.mnist_cifar10.ROWS_AT_A_TIME", 7)
     assert torch.equal(whole(mnist(tmp_path)), whole(at_once))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pyro_maf.sweep import cache, loading
+from pyro_maf.sweep import compile_cache, loading
 
 pytest.importorskip("numba")
 ROOT = Path(__file__).parent.parent
@@ -24,7 +24,7 @@ SOURCE = "def twice(x):\n    return x + x\n\n\ndef thrice(x):\n    return x + x 
 
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "_said", [])
+    monkeypatch.setattr(compile_cache, "_said", [])
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def answer(folder: Path, name: str, x: Any) -> tuple[Any, int]:
     assert spec.loader is not None
     module = sys.modules["tiny"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    function = cache.stored(numba.njit(getattr(module, name)))
+    function = compile_cache.stored(numba.njit(getattr(module, name)))
     return function(x), sum(function.stats.cache_hits.values())
 
 
@@ -113,7 +113,7 @@ def test_what_can_not_be_read_or_replaced_costs_a_warning_each_time(kind: str, f
     path = only(folder, f"tiny.twice*.{kind}")
     replace_by_folder(path)
     for _ in range(2):
-        cache._said.clear()
+        compile_cache._said.clear()
         with pytest.warns(RuntimeWarning, match=f"can not read its compiled code in {path.parent} ") as caught:
             assert answer(folder, "twice", 4) == (8, 0)
         assert len(caught) == 1
@@ -141,7 +141,7 @@ def test_code_of_another_version_is_compiled_again(what: str, folder: Path, monk
     if what == "numba":
         monkeypatch.setattr("numba.__version__", "0.0")
     else:
-        monkeypatch.setattr(cache, "_stamp", lambda: "of other sources")
+        monkeypatch.setattr(compile_cache, "_stamp", lambda: "of other sources")
     assert answer(folder, "twice", 4) == (8, 0)
     assert answer(folder, "twice", 4) == (8, 1)
 
@@ -174,15 +174,15 @@ def test_nothing_in_a_foreign_file_is_run(folder: Path) -> None:
 
 def test_the_sources_of_compiled_code_are_all_known() -> None:
     """Whoever edits one of them runs what it says now."""
-    folder, seen, ahead = Path(cache.__file__).parent, set(), ["kernel"]
+    folder, seen, ahead = Path(compile_cache.__file__).parent, set(), ["kernel"]
     while ahead:
         name = ahead.pop()
         seen.add(name)
         for node in ast.walk(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pyro_maf.sweep."):
                 ahead += {node.module.rpartition(".")[2]} - seen - {"cache"}
-    assert seen >= {*cache.SOURCES}
-    assert {"kernel", "elementwise", "products", "pack"} <= {*cache.SOURCES}
+    assert seen >= {*compile_cache.SOURCES}
+    assert {"kernel", "elementwise", "products", "pack"} <= {*compile_cache.SOURCES}
 
 
 @pytest.mark.skipif(loading.kernels() is None, reason="no compiled kernels on this machine")

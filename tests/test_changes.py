@@ -23,7 +23,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel
 
 from pyro_maf import IAF, MAF, ConditionalMAF, FlowPrior, RealNVP
-from pyro_maf.changes import Snapshot
+from pyro_maf._core.torch_state import Snapshot
 from pyro_maf.transforms import Flow, Permute
 from pyro_maf.transforms.cache import Pair
 

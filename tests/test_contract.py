@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import functional_call, jacrev, vmap
 
 import pyro_maf
-from pyro_maf.precision import like_of
+from pyro_maf._core.torch_state import reference_tensor
 from pyro_maf.transforms import ActNorm, BatchNorm, ConditionalFlow, Flow, InverseAutoregressive, MaskedAutoregressive
 from tests.registry import REGISTRY, Architecture, architectures, at_context, build
 
@@ -29,8 +29,8 @@ WHEN = st.sampled_from(["always", "before", "after", "never"])
 
 
 def points(flow: Flow, *batch: int, scale: float = 1.0) -> Tensor:
-    like = like_of(flow)
-    held = like_of(flow, floating=False)
+    like = reference_tensor(flow)
+    held = reference_tensor(flow, floating=False)
     kind = {"dtype": double if like is None else like.dtype, "device": None if held is None else held.device}
     return scale * torch.randn(*batch, flow.input_dim, **kind)
 
@@ -449,7 +449,7 @@ class _Both(torch.nn.Module):
         self.flow, self.inverted = flow, inverted
 
     def forward(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        return self.flow._pull(value) if self.inverted else self.flow._push(value)
+        return self.flow.inverse_and_log_det(value) if self.inverted else self.flow.forward_and_log_det(value)
 
 
 # 8. A good module
@@ -591,7 +591,7 @@ def test_says_what_is_wrong_with_an_input(name: str, device: str, a: Architectur
     for direction in (flow, flow.inv):
         with pytest.raises(ValueError, match=rf"expected .* last dimension {a.input_dim} \(input_dim\), got shape"):
             direction(wide)
-    if like_of(flow) is not None:
+    if reference_tensor(flow) is not None:
         with pytest.raises(TypeError, match="has float64 parameters, got x of float32"):
             flow(points(flow, 3).float())
     with pytest.raises(TypeError, match=r"expected x to be a torch\.Tensor, got list"):

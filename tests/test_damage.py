@@ -21,7 +21,7 @@ from torch import Tensor
 
 import pyro_maf
 from pyro_maf import MAF, FlowPrior, fit
-from pyro_maf.allowance import Allowance
+from pyro_maf._core.memory_limit import Allowance
 from pyro_maf.training.checkpoint import Checkpoint
 from tests.fits import gaussian_rows, same, seeded, weights
 
@@ -298,10 +298,10 @@ class Removing(MAF):
 
     at: ClassVar[Path]
 
-    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.training:
             shutil.rmtree(self.at, ignore_errors=True)
-        return super()._pull(y, context)
+        return super().inverse_and_log_det(y, context)
 
 
 def test_a_folder_that_disappears_ends_no_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

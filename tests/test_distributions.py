@@ -25,7 +25,7 @@ from pyro_maf.distributions import (
     FlowPrior,
     MADEMoG,
     MAFMoG,
-    base,
+    density,
 )
 from pyro_maf.flows import IAF, MAF, ConditionalIAF, ConditionalMAF, RealNVP
 
@@ -189,7 +189,7 @@ def test_moments_and_entropy_are_those_of_the_density(make: Callable[[int], Dens
 def test_estimates_have_the_shapes_of_other_distributions(
     make: Callable[[int, int], ConditionalDensity], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "DRAWS", 100)
+    monkeypatch.setattr(density, "DRAWS", 100)
     with torch.no_grad():
         at = make(2, 3).condition(torch.randn(4, 3))
         assert at.mean.shape == at.variance.shape == at.stddev.shape == (4, 2)
@@ -370,10 +370,10 @@ def test_rsample_carries_the_gradient(make: Any) -> None:
 
 
 def test_mixtures_have_no_rsample() -> None:
-    for density in (MADEMoG(2), MAFMoG(2), FlowPrior(MADEMoG(2)), ConditionalMADEMoG(2, 1).condition(torch.ones(1))):
-        assert not density.has_rsample
-        with pytest.raises(NotImplementedError, match=f"{density.name} has no reparameterised draws"):
-            density.rsample()
+    for mixture in (MADEMoG(2), MAFMoG(2), FlowPrior(MADEMoG(2)), ConditionalMADEMoG(2, 1).condition(torch.ones(1))):
+        assert not mixture.has_rsample
+        with pytest.raises(NotImplementedError, match=f"{mixture.name} has no reparameterised draws"):
+            mixture.rsample()
     conditional = ConditionalFlowPrior(ConditionalMAF(2, 1, **SMALL))
     context = torch.zeros(5, 1, requires_grad=True)
     (gradient,) = torch.autograd.grad(shaken(conditional, 0.1).float().condition(context).rsample().sum(), context)

@@ -17,7 +17,7 @@ from pyro_maf.distributions import (
     FlowPrior,
     MADEMoG,
     MAFMoG,
-    base,
+    density,
 )
 from pyro_maf.flows import IAF, MAF, ConditionalIAF, ConditionalMAF, ConditionalRealNVP, RealNVP
 
@@ -77,7 +77,7 @@ def test_a_module_that_holds_a_density_is_traced(name: str, frozen: bool, monkey
     """Tracing reads every attribute that is listed, each of which may cost ten thousand draws, or raise."""
     scored, rows = trained(name)
     scored.requires_grad_(not frozen)
-    monkeypatch.setattr(base, "DRAWS", None)  # so that drawing them fails
+    monkeypatch.setattr(density, "DRAWS", None)  # so that drawing them fails
     traced = torch.jit.trace(scored, rows(4))
     for count in (7, 300):
         torch.testing.assert_close(traced(*(given := rows(count))), scored(*given), rtol=1e-4, atol=1e-5)

@@ -17,8 +17,8 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_value
 from torch import Tensor, nn
 
-from pyro_maf.infer import Diagnosis, GuideFit, diagnose, fit_guide, fitting, neutra, progress, reweight, to_arviz
-from pyro_maf.infer.schedule import Schedule
+from pyro_maf.infer import Diagnosis, GuideFit, diagnose, fit_guide, guide_fitting, neutra, progress, reweight, to_arviz
+from pyro_maf.infer.convergence import Schedule
 from tests.posteriors import GAMMA, GUIDES, SMALL, counting, regression, same, steps, weights
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -396,7 +396,7 @@ MANY: dict[str, tuple[Any, float]] = {
 def test_the_default_rate_suits_a_hundred_latent_variables(
     monkeypatch: pytest.MonkeyPatch, model: Any, least: float
 ) -> None:
-    monkeypatch.setattr(fitting, "DIAGNOSED", 1_000)
+    monkeypatch.setattr(guide_fitting, "DIAGNOSED", 1_000)
     fit = fit_guide(model, AutoIAF(model), steps=60, **QUICK)
     assert (fit.skipped_steps, fit.retreats) == (0, 0)
     bounds = [median(fit.elbo[start : start + 10]) for start in range(0, 60, 10)]

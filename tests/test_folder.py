@@ -17,16 +17,17 @@ import pytest
 from typer.testing import CliRunner
 
 import pyro_maf
-from pyro_maf import MAF, fit, folder
+from pyro_maf import MAF, fit
+from pyro_maf._core import files
+from pyro_maf._core.files import CHECKPOINT, COLUMNS, FILES, held, recover, replaced
 from pyro_maf.cli import app
-from pyro_maf.folder import CHECKPOINT, COLUMNS, FILES, held, recover, replaced
 from pyro_maf.training.module import MaximumLikelihood
 from tests.fits import gaussian_rows, same, seeded, weights
 
 OPTIONS: dict[str, Any] = {"batch_size": 50, "max_epochs": 1, "progress": False}
 HOLD = """
 import pathlib, sys
-from pyro_maf.folder import held
+from pyro_maf._core.files import held
 with held(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -111,7 +112,7 @@ def test_whoever_holds_a_folder_may_fit_in_it(tmp_path: Path) -> None:
 
 def test_a_lock_that_was_removed_as_it_was_opened_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one before lets go between our opening its file and our locking it."""
-    lock, opened = folder._lock_file, []
+    lock, opened = files._lock_file, []
 
     def late(file: Any) -> None:
         opened.append(file)
@@ -119,7 +120,7 @@ def test_a_lock_that_was_removed_as_it_was_opened_is_none(tmp_path: Path, monkey
             (tmp_path / ".lock").unlink()
         lock(file)
 
-    monkeypatch.setattr(folder, "_lock_file", late)
+    monkeypatch.setattr(files, "_lock_file", late)
     with held(tmp_path):
         assert len(opened) == 2
         assert os.path.samestat((tmp_path / ".lock").stat(), os.fstat(opened[1].fileno()))
@@ -129,7 +130,7 @@ def test_where_there_are_no_locks_a_warning_says_so(tmp_path: Path, monkeypatch:
     def refuse(_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(folder, "_lock_file", refuse)
+    monkeypatch.setattr(files, "_lock_file", refuse)
     with pytest.warns(UserWarning, match=f"fit can not lock {tmp_path}: No locks available"):
         fit(flow(), gaussian_rows(100), folder=tmp_path, **OPTIONS)
     assert (tmp_path / CHECKPOINT).exists()
@@ -139,7 +140,7 @@ def test_a_folder_that_can_not_be_written_to_is_named(tmp_path: Path, monkeypatc
     def refuse(path: Path, mode: str) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr("pyro_maf.folder.open", refuse, raising=False)
+    monkeypatch.setattr("pyro_maf._core.files.open", refuse, raising=False)
     with pytest.raises(PermissionError, match=f"Permission denied: '{tmp_path}'"):
         fit(flow(), gaussian_rows(100), folder=tmp_path, **OPTIONS)
     assert not list(tmp_path.iterdir())
@@ -211,7 +212,7 @@ def test_a_kill_while_an_old_fit_is_set_aside_loses_nothing(
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", dying(moves))
-        patched.setattr(folder, "recover", lambda at: None)
+        patched.setattr(files, "recover", lambda at: None)
         with pytest.raises(KeyboardInterrupt), replaced(old):
             raise KeyboardInterrupt
     assert len(list(old.glob(".replaced-*"))) == 1

@@ -308,8 +308,8 @@ def test_a_step_inverts_none_of_its_draws_but_for_the_path_gradient(
 ) -> None:
     guide = make(plates, **SMALL).setup()
     pulled: list[int] = []
-    pull = type(guide.transform)._pull
-    monkeypatch.setattr(type(guide.transform), "_pull", lambda *args: pulled.append(1) or pull(*args))
+    pull = type(guide.transform).inverse_and_log_det
+    monkeypatch.setattr(type(guide.transform), "inverse_and_log_det", lambda *args: pulled.append(1) or pull(*args))
     objective(num_particles=4, vectorize_particles=True, max_plate_nesting=1).loss_and_grads(plates, guide)
     assert len(pulled) == inverses
 

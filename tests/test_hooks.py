@@ -111,7 +111,7 @@ def by_calls(layer: Any, v: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
 def assert_as_by_calls(layer: Flow) -> None:
     """Values without gradient twice, since something might be remembered; then values and gradients with one."""
     for inverse in (False, True):
-        direction = layer._pull if inverse else layer._push
+        direction = layer.inverse_and_log_det if inverse else layer.forward_and_log_det
         for rows in (3, 20):
             v = torch.randn(rows, 4, dtype=double, requires_grad=True)
             with torch.no_grad():

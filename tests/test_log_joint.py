@@ -13,8 +13,8 @@ from pyro import poutine
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyro_maf.infer.initialization import best_normal
 from pyro_maf.infer.log_joint import LogJoint
-from pyro_maf.infer.start import best_normal
 from tests.posteriors import regression
 
 pytestmark = pytest.mark.usefixtures("fresh")

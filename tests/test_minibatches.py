@@ -15,7 +15,7 @@ from pyro.infer import MCMC, NUTS, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
-from pyro_maf.infer import AutoIAF, diagnose, fit_guide, fitting, neutra, reweight, to_arviz
+from pyro_maf.infer import AutoIAF, diagnose, fit_guide, guide_fitting, neutra, reweight, to_arviz
 from pyro_maf.infer.log_joint import LogJoint
 from tests.posteriors import GUIDES, SMALL, steps
 
@@ -309,6 +309,8 @@ def test_a_guide_that_draws_for_a_minibatch_alone_gets_no_verdict() -> None:
 
 
 def test_a_long_diagnosis_weighs_fewer_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "MOST_DIAGNOSED", 5 * 15 * 2_000)  # five runs, each of 15 values with the indices
+    monkeypatch.setattr(
+        guide_fitting, "MOST_DIAGNOSED", 5 * 15 * 2_000
+    )  # five runs, each of 15 values with the indices
     fit = fit_guide(of_rows, AutoIAF(of_rows, **SMALL), torch.randn(35), 7, **QUICK)
     assert fit.diagnosis.num_samples == pytest.approx(2_000, rel=0.2)

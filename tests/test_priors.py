@@ -24,7 +24,7 @@ from torch.distributions import biject_to
 import pyro_maf
 from pyro_maf import IAF, MAF, ConditionalMAF, FlowPrior, MADEMoG, MAFMoG
 from pyro_maf.distributions import ConditionalFlowPrior
-from pyro_maf.distributions.support import Columns
+from pyro_maf.support import Columns
 from pyro_maf.transforms import Permute, Stack
 from tests.fits import same, weights
 from tests.test_distributions import SMALL, shaken

@@ -20,7 +20,7 @@ from torch import Tensor
 import pyro_maf
 from pyro_maf import MAF, ConditionalFlowPrior, ConditionalMAF, FlowPrior, MADEMoG, fit
 from pyro_maf.report import write_report
-from pyro_maf.tabular import Layout, numbers
+from pyro_maf.tables.layout import Layout, numbers
 
 FRAME = pd.DataFrame(np.random.default_rng(0).normal(size=(200, 3)), columns=["a", "b", "c"])
 ROWS = torch.tensor(FRAME[["a", "b"]].to_numpy())

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from pyro_maf import MAF, ConditionalMAF, FlowPrior, fit
 from pyro_maf.cli import app
-from pyro_maf.distributions.support import Support
-from pyro_maf.training.schedule import Schedule
+from pyro_maf.support import Support
+from pyro_maf.training.plateau import Schedule
 from pyro_maf.training.screening import screen_data, screen_ending
 
 Array = np.ndarray[Any, Any]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_maf.infer import AutoIAF, start
+from pyro_maf.infer import AutoIAF, initialization
 from pyro_maf.infer.double import in_double, widened
-from pyro_maf.infer.start import best_normal
+from pyro_maf.infer.initialization import best_normal
 from tests.posteriors import SMALL, bound, regression
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -187,7 +187,7 @@ def test_a_device_without_float64_is_left_its_own_numbers(monkeypatch: pytest.Mo
 
     tensor = torch.ones(2).as_subclass(OnSuchADevice)
     assert widened(tensor).dtype == torch.float64
-    monkeypatch.setattr(start, "in_double", lambda score, loc: None)
+    monkeypatch.setattr(initialization, "in_double", lambda score, loc: None)
     known = regression(dtype=torch.float32)
     guide = AutoIAF(known.model, **SMALL).setup()
     with torch.no_grad():

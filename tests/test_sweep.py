@@ -54,12 +54,12 @@ def wide_from_the_start() -> Iterator[None]:
 
 def slow_direction(flow: Flow) -> Any:
     """The sequential one, with its log-determinant."""
-    return flow._push if flow.fast == "inverse" else flow._pull
+    return flow.forward_and_log_det if flow.fast == "inverse" else flow.inverse_and_log_det
 
 
 def fast_direction(flow: Flow) -> Any:
     """The parallel one."""
-    return flow._pull if flow.fast == "inverse" else flow._push
+    return flow.inverse_and_log_det if flow.fast == "inverse" else flow.forward_and_log_det
 
 
 every_direction = pytest.mark.parametrize("direction", [slow_direction, fast_direction])
@@ -166,9 +166,9 @@ def test_what_is_not_finite_passes_through(bad: float, points: int) -> None:
     v = torch.randn(points, 5)
     v[1, flow.order[1]] = bad
     with torch.no_grad():
-        w = flow._push(v)[0]
+        w = flow.forward_and_log_det(v)[0]
         with in_torch():
-            wanted = flow._push(v)[0]
+            wanted = flow.forward_and_log_det(v)[0]
     assert not torch.isfinite(w[1]).all()
     assert torch.allclose(w, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
     rest = [row for row in range(points) if row != 1]
@@ -212,9 +212,9 @@ def test_a_weight_computed_from_others_is_never_stale() -> None:
     for _ in range(2):
         for context in (torch.enable_grad, torch.no_grad):
             with context():
-                found = flow._push(x)[0]
+                found = flow.forward_and_log_det(x)[0]
                 with in_torch():
-                    assert torch.allclose(found, flow._push(x)[0], rtol=1e-12, atol=1e-12)
+                    assert torch.allclose(found, flow.forward_and_log_det(x)[0], rtol=1e-12, atol=1e-12)
         with torch.no_grad():
             flow.made.layers[0].parametrizations.weight.original0.mul_(0.5)
 
@@ -243,7 +243,7 @@ def test_threads_share_the_points_out(parts: int, points: int) -> None:
     v = torch.randn(points, 5, dtype=torch.float64, requires_grad=True)
 
     def results() -> list[Tensor]:
-        w, log_det = flow._push(v)
+        w, log_det = flow.forward_and_log_det(v)
         return [w.detach(), log_det.detach(), *torch.autograd.grad((w.sum() + log_det).sum(), [v, *flow.parameters()])]
 
     wanted = results()
@@ -260,13 +260,13 @@ def test_several_callers_at_once() -> None:
     flow = build("MAF", Architecture(6, 1, 2, [32, 32], "relu", "reverse", 0), torch.float64, "cpu")
     batches = [torch.randn(50 + 10 * index, 6, dtype=torch.float64) for index in range(6)]
     with torch.no_grad():
-        wanted = [flow._push(x)[0] for x in batches]
+        wanted = [flow.forward_and_log_det(x)[0] for x in batches]
     found: list[Any] = [None] * len(batches)
 
     def work(index: int) -> None:
         with torch.no_grad():
             for _ in range(20):
-                found[index] = flow._push(batches[index])[0]
+                found[index] = flow.forward_and_log_det(batches[index])[0]
 
     callers = [threading.Thread(target=work, args=(index,)) for index in range(len(batches))]
     for caller in callers:
@@ -349,7 +349,7 @@ def test_a_sweep_sees_the_network_as_the_parallel_direction_does() -> None:
     v = 10 * torch.randn(40, 3, dtype=torch.float64)
     flow = layer.condition(context)
     with torch.no_grad():
-        w = flow._push(v)[0]
+        w = flow.forward_and_log_det(v)[0]
         parameters = layer.flow.made(w, context)
         assert not torch.equal(compress_tails(w), w)
         assert torch.allclose(layer.flow.scalar.forward(v, *parameters.unbind(-1))[0], w, rtol=1e-12, atol=1e-12)

@@ -26,10 +26,11 @@ import torch
 from pyarrow import csv as arrow_csv
 
 from pyro_maf import MAF, fit
-from pyro_maf.datasets import read_table, tables
-from pyro_maf.datasets import source as bounds
-from pyro_maf.datasets import text as csv_source
-from pyro_maf.datasets.spool import temporary_file
+from pyro_maf.datasets import read_table
+from pyro_maf.tables import source as bounds
+from pyro_maf.tables import table as table_module
+from pyro_maf.tables import text as csv_source
+from pyro_maf.tables.spool import temporary_file
 
 ROWS = 50
 NAMES = ("length", "width", "height")
@@ -283,7 +284,7 @@ def test_a_large_table_is_as_precise_as_a_small_one(tmp_path: Path, dtype: str |
 @pytest.fixture
 def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little memory, and batches of few rows."""
-    monkeypatch.setattr(tables, "BYTES_IN_MEMORY", 100)
+    monkeypatch.setattr(table_module, "BYTES_IN_MEMORY", 100)
     monkeypatch.setattr(bounds, "NUMBERS_IN_A_BATCH", 20)
     monkeypatch.setattr(csv_source, "BYTES_IN_A_BLOCK", 300)
 
@@ -337,7 +338,7 @@ def test_rows_are_counted_across_batches(tmp_path: Path) -> None:
 
 
 def test_temporary_files_are_gone_when_the_program_ends() -> None:
-    code = "from pyro_maf.datasets.spool import temporary_file; print(temporary_file('.table'))"
+    code = "from pyro_maf.tables.spool import temporary_file; print(temporary_file('.table'))"
     path = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert os.path.basename(os.path.dirname(path)).startswith("pyro-maf-")
     assert not os.path.exists(os.path.dirname(path))
@@ -533,7 +534,10 @@ def test_a_reader_is_closed_before_the_error_arrives(monkeypatch: pytest.MonkeyP
 
 def test_bad_cells_do_not_abort_the_interpreter(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("a;b;c\n" + "0,5;1,5;2,5\n" * 100_000)
-    code = "from pyro_maf.datasets import read_table, text\ntext.BYTES_IN_A_BLOCK = 100_000\nread_table('table.csv')"
+    code = (
+        "from pyro_maf.datasets import read_table\n"
+        "from pyro_maf.tables import text\ntext.BYTES_IN_A_BLOCK = 100_000\nread_table('table.csv')"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("ValueError: read_table expected numbers with a decimal point")

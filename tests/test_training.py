@@ -38,11 +38,11 @@ from pyro_maf import (
     MAFMoG,
     RealNVP,
     fit,
-    showing,
 )
-from pyro_maf.showing import shows
+from pyro_maf._core import progress as progress_module
+from pyro_maf._core.progress import shows
 from pyro_maf.training import FitResult, fitting
-from pyro_maf.training.schedule import Schedule
+from pyro_maf.training.plateau import Schedule
 from pyro_maf.transforms import ActNorm, LowerTriangularAffine, MaskedAutoregressive, Permute, Stack
 from tests.fits import GAUSSIAN, QUICK, SMALL, Hooked, gaussian_rows, mean_log_prob, same, seeded, small_maf, weights
 
@@ -190,9 +190,9 @@ def test_averaged_weights_are_validated_and_training_goes_on_with_its_own() -> N
     validated: list[Tensor] = []
 
     class Watched(Hooked):
-        def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
             (trained if self.training else validated).append(parameters_to_vector(self.parameters()).detach())
-            return super()._pull(y, context)
+            return super().inverse_and_log_det(y, context)
 
     rate = 1e-2
     model = seeded(lambda: Watched(lambda step, log_det: log_det))
@@ -411,7 +411,7 @@ def test_a_notebook_keeps_the_last_state_of_a_bar_as_one_line(
     cell = Cell()
     monkeypatch.setattr("IPython.display.display", cell.display)
     console = Console(stderr=True, force_jupyter=True)
-    with showing.progress_bar("step {task.completed}", "{task.fields[loss]}", console) as bar:
+    with progress_module.progress_bar("step {task.completed}", "{task.fields[loss]}", console) as bar:
         task = bar.add_task("", total=1_000, loss="")
         for step in range(1, 1_001):
             bar.update(task, completed=step, loss=f"loss {step}")
@@ -433,14 +433,14 @@ def test_what_the_first_bar_waits_for_is_said(
 
 
 def test_the_bar_is_for_terminals_and_notebooks_that_have_widgets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(showing, "find_spec", lambda name: object())
+    monkeypatch.setattr(progress_module, "find_spec", lambda name: object())
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     terminal, file = Console(stderr=True, force_terminal=True), Console(stderr=True, force_terminal=False)
     notebook = Console(stderr=True, force_terminal=False, force_jupyter=True)
     assert [shows(True, console) for console in (terminal, notebook, file)] == [True, True, False]
     assert [shows("always", console) for console in (terminal, notebook, file)] == [True, True, True]
     assert [shows(False, console) for console in (terminal, notebook, file)] == [False, False, False]
-    monkeypatch.setattr(showing, "find_spec", lambda name: None)
+    monkeypatch.setattr(progress_module, "find_spec", lambda name: None)
     assert [shows(True, console) for console in (terminal, notebook)] == [True, False]
     assert not shows("always", notebook)
 

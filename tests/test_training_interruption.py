@@ -63,11 +63,11 @@ def test_ctrl_c_during_validation_ends_a_fit_there() -> None:
     class Pressed(Hooked):
         validations = 0
 
-        def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
             self.validations += not self.training
             if self.validations == 3:  # the first is of the weights that were given
                 signal.raise_signal(signal.SIGINT)
-            return super()._pull(y, context)
+            return super().inverse_and_log_det(y, context)
 
     model = Pressed(pressing(at=-1))
     result = fit(model, gaussian_rows(), batch_size=27, max_epochs=5, progress=False)
@@ -106,11 +106,11 @@ def test_ctrl_c_twice_ends_a_program_as_it_always_does() -> None:
         from pyro_maf import MAF, fit
 
         class Pressed(MAF):
-            def _pull(self, y, context=None):
+            def inverse_and_log_det(self, y, context=None):
                 while self.training:
                     os.kill(os.getpid(), signal.SIGINT)
                     time.sleep(0.05)
-                return super()._pull(y, context)
+                return super().inverse_and_log_det(y, context)
 
         try:
             fit(Pressed(2, num_layers=1), torch.randn(100, 2), batch_size=10, progress="always")

@@ -36,12 +36,12 @@ class Pressed(MAF):
     at: ClassVar[set[int]] = set()
     steps: ClassVar[int] = 0
 
-    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.training:
             Pressed.steps += 1
             if Pressed.steps in self.at:
                 signal.raise_signal(signal.SIGINT)
-        return super()._pull(y, context)
+        return super().inverse_and_log_det(y, context)
 
 
 class PressedInValidation(MAF):
@@ -50,11 +50,11 @@ class PressedInValidation(MAF):
     at: ClassVar[int | None] = None
     validations = 0
 
-    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.validations += not self.training
         if not self.training and self.validations == self.at:
             signal.raise_signal(signal.SIGINT)
-        return super()._pull(y, context)
+        return super().inverse_and_log_det(y, context)
 
 
 class Broken(MAF):
@@ -62,8 +62,8 @@ class Broken(MAF):
 
     steps: ClassVar[int] = 0
 
-    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, log_det = super()._pull(y, context)
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, log_det = super().inverse_and_log_det(y, context)
         Broken.steps += self.training
         return x, log_det * math.nan if self.training and Broken.steps > 8 else log_det
 

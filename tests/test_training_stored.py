@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf import MAF, ConditionalMAF, fit
-from pyro_maf.distributions.support import Support
+from pyro_maf.support import Support
 from pyro_maf.training import stored
 from pyro_maf.training.processes import Processes
 from pyro_maf.training.stored import StoredBatches, StoredRows

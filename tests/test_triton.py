@@ -14,8 +14,8 @@ from torch import Tensor
 from pyro_maf.nn import ACTIVATIONS, MADE
 from pyro_maf.sweep.plan import plan_of
 from pyro_maf.sweep.reference import TorchSweep
-from pyro_maf.sweep.scalar import Affine
 from pyro_maf.sweep.triton_sweep import TritonSweep
+from pyro_maf.univariate import Affine
 
 pytest.importorskip("triton", reason="Triton has wheels for Linux alone")
 

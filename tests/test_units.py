@@ -15,8 +15,8 @@ import torch
 
 import pyro_maf
 from pyro_maf import IAF, MAF, ConditionalFlowPrior, ConditionalMAF, FlowPrior, MADEMoG, RealNVP, fit
-from pyro_maf.distributions.support import Support
 from pyro_maf.distributions.units import float32_holds
+from pyro_maf.support import Support
 from pyro_maf.training import stored
 from pyro_maf.training.units import context_units_of, units_of
 from tests.fits import mean_log_prob, same, seeded, weights

@@ -9,7 +9,7 @@ import typer
 
 import pyro_maf
 from pyro_maf.cli import compare, fit, info, paper, sample, score
-from pyro_maf.cli.ending import INTERRUPTED, Endings
+from pyro_maf.cli.errors import INTERRUPTED, Endings
 
 __all__ = ["app", "main"]
 

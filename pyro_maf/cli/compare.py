@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyro_maf.cli.ending import INTERRUPTED, say
+from pyro_maf.cli.errors import INTERRUPTED, say
 from pyro_maf.cli.folder import COLUMNS, write_json
 from pyro_maf.cli.naming import named
 from pyro_maf.cli.options import (
@@ -119,11 +119,11 @@ def finish(found: Comparison, folder: Path, name: str, published: Mapping[str, f
     """
     from rich.console import Console
 
-    from pyro_maf.experiments import tables
+    from pyro_maf.experiments import results_table
     from pyro_maf.saving import write_whole
 
-    Console().print(tables.as_table(found, published))
-    forms = {"md": tables.as_markdown, "csv": tables.as_csv, "json": tables.as_json}
+    Console().print(results_table.as_table(found, published))
+    forms = {"md": results_table.as_markdown, "csv": results_table.as_csv, "json": results_table.as_json}
     for ending, form in forms.items():
         write_whole(folder / f"{name}.{ending}", form(found, published).encode())
     for model, reason in found.failed.items():

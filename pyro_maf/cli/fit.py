@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import typer
 
 import pyro_maf
-from pyro_maf.cli.ending import INTERRUPTED, command_line, say
+from pyro_maf._core.files import held
+from pyro_maf._core.text import MOST_LISTED, listed
+from pyro_maf.cli.errors import INTERRUPTED, command_line, say
 from pyro_maf.cli.folder import CHECKPOINT, COLUMNS, RECORD, REPORT, Record, check_folder, write_json
 from pyro_maf.cli.naming import named, with_names
 from pyro_maf.cli.options import (
@@ -35,8 +37,6 @@ from pyro_maf.cli.options import (
     source_and_array,
 )
 from pyro_maf.cli.request import check_asked, model_of, support_of, validation_of
-from pyro_maf.folder import held
-from pyro_maf.wording import MOST_LISTED, listed
 
 if TYPE_CHECKING:
     from pyro_maf.datasets import Table

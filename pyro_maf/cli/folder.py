@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyro_maf.folder import CHECKPOINT, COLUMNS, FILES, MODEL, RECORD, REPORT, recover
+from pyro_maf._core.files import CHECKPOINT, COLUMNS, FILES, MODEL, RECORD, REPORT, recover
 
 __all__ = [
     "CHECKPOINT",

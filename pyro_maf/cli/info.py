@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from pyro_maf._core.text import shown
 from pyro_maf.cli.options import Model
-from pyro_maf.wording import shown
 
 if TYPE_CHECKING:
-    from pyro_maf.cli.fitted import Fitted
+    from pyro_maf.cli.model import Fitted
 
 __all__ = ["EXAMPLES", "run"]
 
@@ -25,7 +25,7 @@ pyro-maf info wine-maf
 
 def run(model: Model) -> None:
     """Describe a model: its layers, its columns, its scores, and its fit."""
-    from pyro_maf.cli.fitted import read_fitted
+    from pyro_maf.cli.model import read_fitted
 
     facts = [(name, _plain(value)) for name, value in _facts(read_fitted(model))]
     width = max(len(name) for name, _ in facts) + 2

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
-from pyro_maf.cli.ending import say
-from pyro_maf.wording import quoted
+from pyro_maf._core.text import quoted
+from pyro_maf.cli.errors import say
 
 if TYPE_CHECKING:
     from pyro_maf.datasets import Table

@@ -34,7 +34,7 @@ def check_asked(flow: str, layers: int | None, hidden: list[str] | None, device:
 
 def validation_of(asked: str, table: Table, **text: Any) -> float | Table:
     """Return the fraction of validation rows, or the table of them."""
-    from pyro_maf.datasets.cells import number_in
+    from pyro_maf.tables.cells import number_in
 
     part = number_in(asked)
     if not math.isnan(part):

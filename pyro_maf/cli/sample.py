@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pyro_maf.cli.options import Model, Out, separated
-from pyro_maf.cli.rows import STANDARD_OUTPUT, writing_rows
+from pyro_maf.cli.writers import STANDARD_OUTPUT, writing_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pyro_maf.cli.fitted import Fitted
+    from pyro_maf.cli.model import Fitted
 
 __all__ = ["EXAMPLES", "run"]
 
@@ -41,8 +41,8 @@ def run(
     """Draw rows from a model, with the columns that it was fitted to."""
     import torch
 
-    from pyro_maf.checks import check_positive
-    from pyro_maf.cli.fitted import read_fitted
+    from pyro_maf._core.checks import check_positive
+    from pyro_maf.cli.model import read_fitted
 
     check_positive("sample", "--number", number)
     check_positive("sample", "--seed", seed, least=0)
@@ -86,7 +86,7 @@ def _encoded(name: str, value: str, categories: list[str] | None) -> list[float]
         if value not in categories:
             raise ValueError(f"sample expected --context {name} to be one of {', '.join(categories)}, got {value!r}.")
         return [float(value == category) for category in categories]
-    from pyro_maf.datasets.cells import number_in
+    from pyro_maf.tables.cells import number_in
 
     number = number_in(value)
     if not abs(number) < float("inf"):

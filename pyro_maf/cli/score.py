@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pyro_maf.cli.ending import say
+from pyro_maf.cli.errors import say
 from pyro_maf.cli.options import Decimal, Encoding, Model, Out, Source
-from pyro_maf.cli.rows import STANDARD_OUTPUT, writing_rows
+from pyro_maf.cli.writers import STANDARD_OUTPUT, writing_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
 
-    from pyro_maf.cli.fitted import Fitted
+    from pyro_maf.cli.model import Fitted
     from pyro_maf.datasets import Table
 
 __all__ = ["EXAMPLES", "run"]
@@ -49,7 +49,7 @@ def run(
     """
     import torch
 
-    from pyro_maf.cli.fitted import read_fitted
+    from pyro_maf.cli.model import read_fitted
 
     fitted = read_fitted(model)
     table = fitted.read(data, drop_missing=drop_missing, decimal=decimal, encoding=encoding)

@@ -17,8 +17,8 @@ from pyro_maf.datasets.archive import (
 from pyro_maf.datasets.dataset import Dataset
 from pyro_maf.datasets.images import complete_patches, digits, patches
 from pyro_maf.datasets.pixels import LogitPixels
-from pyro_maf.datasets.tables import Table, read_table
 from pyro_maf.datasets.toys import TOYS, FigureOne, Funnel, Moons, Pinwheel, Ring, Toy
+from pyro_maf.tables.table import Table, read_table
 
 __all__ = [
     "ARCHIVE",

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_maf.checks import check_event, check_positive
+from pyro_maf._core.checks import check_event, check_positive
+from pyro_maf._core.extras import require
 from pyro_maf.datasets.dataset import Dataset
 from pyro_maf.datasets.pixels import LogitPixels
-from pyro_maf.extras import require
 
 __all__ = ["complete_patches", "digits", "patches"]
 

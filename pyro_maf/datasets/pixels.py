@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_maf.checks import check_positive
+from pyro_maf._core.checks import check_positive
 
 __all__ = ["LogitPixels"]
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_maf.checks import check_event, check_positive
+from pyro_maf._core.checks import check_event, check_positive
 from pyro_maf.datasets.dataset import Dataset
 
 __all__ = ["TOYS", "FigureOne", "Funnel", "Moons", "Pinwheel", "Ring", "Toy"]

@@ -1,6 +1,6 @@
 """Densities built from flows and masked networks: Pyro distributions that are torch modules too."""
 
-from pyro_maf.distributions.base import ConditionalDensity, ConditionedDensity, Density
+from pyro_maf.distributions.density import ConditionalDensity, ConditionedDensity, Density
 from pyro_maf.distributions.flow_prior import ConditionalFlowPrior, FlowPrior
 from pyro_maf.distributions.made_mog import ConditionalMADEMoG, MADEMoG
 from pyro_maf.distributions.maf_mog import ConditionalMAFMoG, MAFMoG

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint, real_vector
 
-from pyro_maf.checks import check_positive
-from pyro_maf.distributions.base import ConditionalDensity, Density
-from pyro_maf.distributions.support import Support
+from pyro_maf._core.checks import check_positive
+from pyro_maf._core.random import seeded
+from pyro_maf._core.torch_state import as_far_as_exact, reference_tensor
+from pyro_maf.distributions.density import ConditionalDensity, Density
 from pyro_maf.distributions.units import NoiseToData, Units, keep_float64, statistics, widen_for
 from pyro_maf.flows import MAF
-from pyro_maf.precision import as_far_as_exact, like_of
-from pyro_maf.randomness import seeded
-from pyro_maf.tabular import Layout, numbers
+from pyro_maf.support import Support
+from pyro_maf.tables.layout import Layout, numbers
 from pyro_maf.transforms import ConditionalFlow, Flow, Stack
 from pyro_maf.transforms.cache import caching_is_possible
 
@@ -108,9 +108,9 @@ class FlowPrior(Density):
         super().__init__(model.input_dim, model.context_dim, _batch_shape(model), known.event_size)
         _remember_by_name(self, known)
         self.name_columns(Layout.named(columns), Layout.named(context_columns))
-        like = like_of(model)
+        like = reference_tensor(model)
         if like is None:  # a model of permutations alone has a device, but no dtype
-            like = torch.zeros((), device=getattr(like_of(model, floating=False), "device", None))
+            like = torch.zeros((), device=getattr(reference_tensor(model, floating=False), "device", None))
         self.model: Flow | Density = model
         self.units = Units(*statistics(self.name, "", (loc, scale), model.input_dim, like, known), known, like)
         of_context = statistics(self.name, "context_", (context_loc, context_scale), model.context_dim, like)
@@ -240,7 +240,7 @@ class FlowPrior(Density):
 
     def standardised(self, y: Tensor) -> Tensor:
         r"""Standardised values z, (\*batch, D), in the model's dtype, for values y inside the support."""
-        return self.units._pull(y)[0]
+        return self.units.inverse_and_log_det(y)[0]
 
     def standardised_context(self, context: Tensor) -> Tensor:
         r"""Standardised context, (\*batch, context_dim), in the model's dtype."""
@@ -266,14 +266,14 @@ class FlowPrior(Density):
         context = self._standardised(context)
         model, units = self.model, self.units
         if isinstance(model, Density):
-            z, log_det = units._pull(value)
+            z, log_det = units.inverse_and_log_det(value)
             return model._log_prob(z, context) - log_det
         if context is None and model.fast == "forward":
             u = self._flow._inv_call(value)
             log_det = self._flow.log_abs_det_jacobian(u, value)
         else:
-            z, log_units = units._pull(value)
-            u, log_det = self._flow[0]._pull(z, context)
+            z, log_units = units.inverse_and_log_det(value)
+            u, log_det = self._flow[0].inverse_and_log_det(z, context)
             log_det = log_det + log_units
         return torch.rsub(torch.add(log_det, u.square().sum(-1), alpha=0.5), -self._log_normaliser)
 
@@ -284,10 +284,10 @@ class FlowPrior(Density):
     def _sample(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
         context = self._standardised(context)
         if isinstance(self.model, Density):
-            return self.units._push(self.model._sample(shape, context))[0]
+            return self.units.forward_and_log_det(self.model._sample(shape, context))[0]
         inner = self.units.inner
         u = torch.randn(*shape, self.input_dim, dtype=inner.dtype, device=inner.device)
-        return self._flow(u) if context is None else self._flow._push(u, context)[0]
+        return self._flow(u) if context is None else self._flow.forward_and_log_det(u, context)[0]
 
     def _standardised(self, context: Tensor | None) -> Tensor | None:
         return None if context is None else self.standardised_context(context)

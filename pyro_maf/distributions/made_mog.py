@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_maf.checks import check_positive
-from pyro_maf.distributions.base import ConditionalDensity, Density
+from pyro_maf._core.checks import check_positive
+from pyro_maf.distributions.density import ConditionalDensity, Density
 from pyro_maf.nn import MADE
-from pyro_maf.sweep.layers import is_called, own_tensors, walk_by_calls
+from pyro_maf.nn.weights import is_called, own_tensors, walk_by_calls
 from pyro_maf.sweep.plan import plan_of
 from pyro_maf.sweep.reference import walk
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_maf.distributions.base import ConditionalDensity, Density
+from pyro_maf.distributions.density import ConditionalDensity, Density
 from pyro_maf.distributions.made_mog import MADEMoG
 from pyro_maf.flows import MAF
 
@@ -99,11 +99,11 @@ class MAFMoG(Density):
         self.flow.fit_statistics(y, context)
 
     def _log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
-        z, log_det = self.flow._pull(value, context)
+        z, log_det = self.flow.inverse_and_log_det(value, context)
         return self.base._log_prob(z, context) - log_det
 
     def _sample(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
-        return self.flow._push(self.base._sample(shape, context), context)[0]
+        return self.flow.forward_and_log_det(self.base._sample(shape, context), context)[0]
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}\n  base: {self.base!r}\n  flow: " + repr(self.flow).replace("\n", "\n  ")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_maf.distributions.base import ConditionalDensity, ConditionedDensity
+from pyro_maf.distributions.density import ConditionalDensity, ConditionedDensity
 from pyro_maf.distributions.flow_prior import FlowPrior
 from pyro_maf.distributions.made_mog import MADEMoG
 from pyro_maf.distributions.maf_mog import MAFMoG
@@ -49,11 +49,11 @@ def noise_of(model: Any, y: Tensor, context: Tensor | None = None) -> Tensor:
     if isinstance(model, FlowPrior):
         return noise_of(model.model, model.standardised(y), model._standardised(context))
     if isinstance(model, MAFMoG):
-        return noise_of(model.base, model.flow._pull(y, context)[0], context)
+        return noise_of(model.base, model.flow.inverse_and_log_det(y, context)[0], context)
     if isinstance(model, MADEMoG):
         return _normal_quantiles(*model.mixtures(y, context), y)
     if isinstance(model, Flow):
-        return model._pull(y, context)[0]
+        return model.inverse_and_log_det(y, context)[0]
     raise TypeError(f"noise expected flows, FlowPriors, MADEMoGs or MAFMoGs, got {type(model).__name__}.")
 
 

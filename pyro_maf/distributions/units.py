@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_maf.checks import check_event
-from pyro_maf.distributions.support import Support
+from pyro_maf._core.checks import check_event
+from pyro_maf.support import Support
 from pyro_maf.transforms import Flow, Stack
 
 __all__ = ["NoiseToData", "Units", "float32_holds", "has_float64", "keep_float64", "statistics", "widen_for"]
@@ -64,11 +64,13 @@ class Units(Flow):
             "coarsely. Read the values in float64 to begin with."
         )
 
-    def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """y = c(loc + scale x), c the map to the support, and log |det dy/dx|."""
         y, log_det = self.support.constrain(self.loc + self.scale * x)
         return y, log_det + self.scale.log().sum()
 
-    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x = (c^-1(y) - loc) / scale, and log |det dy/dx|."""
         w, log_det = self.support.unconstrain(y)
         return ((w - self.loc) / self.scale).to(self.inner.dtype), log_det + self.scale.log().sum()
 

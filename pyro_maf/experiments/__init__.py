@@ -2,9 +2,9 @@
 
 from pyro_maf.experiments.candidates import ROWS, Candidate, candidates
 from pyro_maf.experiments.comparison import Comparison, compare
-from pyro_maf.experiments.division import divide
 from pyro_maf.experiments.gaussian import fit_gaussian
 from pyro_maf.experiments.models import FLOWS, build
+from pyro_maf.experiments.partition import divide
 from pyro_maf.experiments.scores import Estimate, Score
 from pyro_maf.experiments.settings import SETTINGS, Settings
 

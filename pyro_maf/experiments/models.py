@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pyro_maf.checks import check_choice, check_positive
+from pyro_maf._core.checks import check_choice, check_positive
+from pyro_maf._core.random import seeded
 from pyro_maf.distributions import (
     ConditionalDensity,
     ConditionalMADEMoG,
@@ -16,7 +17,6 @@ from pyro_maf.distributions import (
 )
 from pyro_maf.experiments.gaussian import gaussian, gaussian_given
 from pyro_maf.flows import IAF, MAF, ConditionalIAF, ConditionalMAF, ConditionalRealNVP, RealNVP
-from pyro_maf.randomness import seeded
 from pyro_maf.transforms import ConditionalFlow, Flow
 
 __all__ = ["FLOWS", "build"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_maf.checks import check_positive
+from pyro_maf._core.checks import check_positive
 from pyro_maf.infer.arguments import check_call, check_pair
 from pyro_maf.infer.guides import AutoFlow
 from pyro_maf.infer.importance import NoVerdictError, Weighted, arviz, smoothed, weigh

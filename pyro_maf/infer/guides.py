@@ -16,7 +16,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor, nn
 
-from pyro_maf.checks import check_above_zero, check_positive, check_shape, check_sizes
+from pyro_maf._core.checks import check_above_zero, check_positive, check_shape, check_sizes
 from pyro_maf.flows import IAF, MAF, RealNVP
 from pyro_maf.infer.arguments import check_set_up_call
 from pyro_maf.infer.head import with_head

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_maf.flows import IAF, MAF, RealNVP
-from pyro_maf.infer.start import Normal
+from pyro_maf.infer.initialization import Normal
 from pyro_maf.nn import MLP
-from pyro_maf.sweep.layers import current, outputs_of
-from pyro_maf.tempering import Tempered, gain_of
+from pyro_maf.nn.tempering import Tempered, gain_of
+from pyro_maf.nn.weights import current, outputs_of
 from pyro_maf.transforms import Flow, Stack
 from pyro_maf.transforms.triangular import solve_lower
 
@@ -95,13 +95,15 @@ class Head(Flow):
             self.network = MLP(context_dim, hidden_dims, len(self.free), activation=activation)
             self.network.zero_output()
 
-    def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """y from the base's x, and log |det dy/dx|."""
         shift, factor, log_det = self._parts(context)
         z = F.linear(x, factor, shift) if factor.dim() == 2 else shift + (factor @ x[..., None])[..., 0]
         y = F.linear(z, self.scale_tril, self.loc)
         return y, log_det.expand(y.shape[:-1])
 
-    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x from y, and log |det dy/dx|."""
         shift, factor, log_det = self._parts(context)
         x = solve_lower(factor, solve_lower(self.scale_tril, y - self.loc) - shift)
         return x, log_det.expand(x.shape[:-1])

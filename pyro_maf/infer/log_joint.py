@@ -13,11 +13,11 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_maf._core.random import seeded
 from pyro_maf.infer.enumeration import is_enumerated, log_densities
 from pyro_maf.infer.hidden import Draws
 from pyro_maf.infer.minibatches import Minibatch, Minibatches, PartialRowsError, frames_of, minibatches_of, subsampled
 from pyro_maf.infer.runs import noticed
-from pyro_maf.randomness import seeded
 
 __all__ = ["FAILURES", "LogJoint", "latent_sites", "nesting_of", "total_by_draw"]
 

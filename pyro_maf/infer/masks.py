@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_maf._core.random import seeded
 from pyro_maf.infer.latents import Latents, Part, masked_entries
-from pyro_maf.randomness import seeded
 
 __all__ = ["idle_entries", "masked_in_vector"]
 

@@ -11,10 +11,10 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_maf.infer.enumeration import is_enumerated, without_blocks
+from pyro_maf.infer.initialization import Normal, best_normal, best_of
 from pyro_maf.infer.latents import Latents
 from pyro_maf.infer.log_joint import FAILURES, LogJoint, latent_sites
 from pyro_maf.infer.masks import idle_entries, masked_in_vector
-from pyro_maf.infer.start import Normal, best_normal, best_of
 
 __all__ = ["start_of"]
 

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from statistics import fmean
 from typing import Any
 
-from pyro_maf.extras import require
+from pyro_maf._core.extras import require
+from pyro_maf._core.progress import SECONDS_BETWEEN_UPDATES, progress_bar, shows
 from pyro_maf.infer.runs import watched
-from pyro_maf.showing import SECONDS_BETWEEN_UPDATES, progress_bar, shows
 
 __all__ = ["RECENT", "Bar", "bar"]
 

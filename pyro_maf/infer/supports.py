@@ -10,10 +10,10 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
+from pyro_maf._core.random import seeded
 from pyro_maf.infer.latents import Latents
 from pyro_maf.infer.log_joint import FAILURES
 from pyro_maf.infer.refusal import RefusalError
-from pyro_maf.randomness import seeded
 
 __all__ = ["check_supports"]
 

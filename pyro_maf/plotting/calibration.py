@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf.distributions.noise import noise_of
-from pyro_maf.plotting.panels import COLOURS, GREY, POINTS, dots, label, named, new_panels, some_rows, styled
+from pyro_maf.plotting.axes import COLOURS, GREY, POINTS, dots, label, named, new_panels, some_rows, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

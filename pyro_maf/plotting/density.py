@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_maf.plotting.panels import COLOURS, GREY, edges_of, histogram, label, new_panels, styled
+from pyro_maf.plotting.axes import COLOURS, GREY, edges_of, histogram, label, new_panels, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_maf.plotting.panels import (
+from pyro_maf.plotting.axes import (
     COLOURS,
     DARK,
     GREY,

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_maf._core.random import seeded
+from pyro_maf._core.torch_state import reference_tensor, without_autocast
 from pyro_maf.datasets import Table as NamedTable
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.distributions.noise import noise_of
-from pyro_maf.precision import exactly, like_of
-from pyro_maf.randomness import seeded
 from pyro_maf.report.progress import bar
 from pyro_maf.report.table import Given, Table, given_columns
 
@@ -142,7 +142,7 @@ class _Reader:
         self.prior: Any = density.density if isinstance(density, ConditionalFlowPrior) else density
         self.tables = tables
         self.done = done
-        like = like_of(density)
+        like = reference_tensor(density)
         self.like = torch.zeros(()) if like is None else like
         self.likes = [self.like.to(dtype) for dtype in (density.dtype, density.context_dtype)]
 
@@ -178,7 +178,7 @@ class _Reader:
         parts = []
         for data, context in self.blocks(index):
             # As `log_prob` does for itself: a rounded network would be a different density.
-            u = exactly(noise_of, self.prior, data, context, like=self.like)
+            u = without_autocast(noise_of, self.prior, data, context, like=self.like)
             parts.append((data.double().cpu(), u.double().cpu()))
         data, noise = map(torch.cat, zip(*parts, strict=True))
         return data, noise
@@ -209,7 +209,7 @@ class _Reader:
     def low_rows(self, index: np.ndarray[Any, Any], log_prob: Tensor, given: list[Given], numbers: Any) -> list[LowRow]:
         """Return the rows at `index`, with their numbers in their table."""
         data, context = self.read(index)
-        noise = exactly(noise_of, self.prior, data, context, like=self.like)
+        noise = without_autocast(noise_of, self.prior, data, context, like=self.like)
         furthest = noise.abs().argmax(-1)
         return [
             LowRow(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from pyro_maf.showing import progress_bar, shows
+from pyro_maf._core.progress import progress_bar, shows
 
 __all__ = ["bar"]
 

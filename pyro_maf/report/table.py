@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf.datasets import Table as NamedTable
-from pyro_maf.tabular import Layout, numbers
+from pyro_maf.tables.layout import Layout, numbers
 
 __all__ = ["Given", "Table", "given_columns"]
 

@@ -6,7 +6,7 @@ compiled by numba, for CPUs; `unrolled` runs plain passes, differentiable to any
 """
 
 from pyro_maf.sweep.pack import forget
-from pyro_maf.sweep.scalar import Affine, ScalarMap
 from pyro_maf.sweep.solve import parallel, solve
+from pyro_maf.univariate import Affine, ScalarMap
 
 __all__ = ["Affine", "ScalarMap", "forget", "parallel", "solve"]

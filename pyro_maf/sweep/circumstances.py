@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_maf.nn import MADE
-from pyro_maf.sweep.layers import is_hooked
+from pyro_maf.nn.weights import is_hooked
 
 __all__ = ["needs_gradient", "together"]
 

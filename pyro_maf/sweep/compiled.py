@@ -12,8 +12,8 @@ from torch import Tensor
 from pyro_maf.sweep.loading import kernels
 from pyro_maf.sweep.pack import LANES, Array, Pack
 from pyro_maf.sweep.panels import FEWEST, MOST, ROWS
-from pyro_maf.sweep.scalar import Affine, ScalarMap
 from pyro_maf.sweep.threads import in_parts
+from pyro_maf.univariate import Affine, ScalarMap
 
 __all__ = ["KernelSweep", "evaluate", "takes"]
 

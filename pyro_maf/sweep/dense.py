@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyro_maf._core.torch_state import is_intercepted, without_autocast
 from pyro_maf.nn import ACTIVATIONS, BULK, MADE, compress_tails
-from pyro_maf.precision import exactly
 from pyro_maf.sweep.panels import Product, panels_of
-from pyro_maf.sweep.scalar import Affine, ScalarMap
 from pyro_maf.sweep.slopes import activate, differentiate
-from pyro_maf.tracing import is_looked_into
+from pyro_maf.univariate import Affine, ScalarMap
 
 __all__ = ["differentiable", "takes"]
 
@@ -69,7 +68,7 @@ def takes(made: MADE, scalar: ScalarMap, v: Tensor) -> bool:
         and width * v.shape[:-1].numel() >= LEAST_UNITS
         and type(scalar) is Affine
         and v.device.type == "cpu"
-        and not is_looked_into()
+        and not is_intercepted()
     )
 
 
@@ -107,12 +106,12 @@ class _Dense(torch.autograd.Function):
         v, *saved = ctx.saved_tensors
         tensors, kept, below, given, *pieces = _in_lists(saved, ctx.sizes)
         needed = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled() or is_looked_into():
+        if torch.is_grad_enabled() or is_intercepted():
             return None, None, *_by_plain_operations(ctx, (v, *tensors), needed, (grad_w, grad_log_det))
         products = [product._replace(pieces=own) for product, own in zip(ctx.products, pieces, strict=True)]
         taken = Pass(below, given, products)
         biases = tensors[len(products) :]
-        found = exactly(_backward, ctx, Kept(*kept), taken, biases, needed, grad_w, grad_log_det, like=v)
+        found = without_autocast(_backward, ctx, Kept(*kept), taken, biases, needed, grad_w, grad_log_det, like=v)
         return None, None, *found
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from pyro_maf.sweep.cache import stored
+from pyro_maf.sweep.compile_cache import stored
 from pyro_maf.sweep.elementwise import INNER, activate, compress, transform
 from pyro_maf.sweep.pack import LANES
 from pyro_maf.sweep.products import add_product, dot

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_maf.changes import Snapshot
+from pyro_maf._core.torch_state import Snapshot
 from pyro_maf.nn import ACTIVATIONS, MADE
 from pyro_maf.sweep.plan import biases_of, lay_out_biases, output_rows, weights_of
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf.nn import ACTIVATIONS, MADE, MaskedLinear
-from pyro_maf.sweep.layers import current
+from pyro_maf.nn.weights import current
 
 __all__ = ["Direction", "Plan", "biases_of", "lay_back", "lay_out_biases", "output_rows", "plan_of", "weights_of"]
 

@@ -8,16 +8,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pyro_maf._core.torch_state import is_exported, is_traced
 from pyro_maf.nn import MADE
+from pyro_maf.nn.weights import is_called, own_tensors, walk_by_calls
 from pyro_maf.sweep import compiled, dense, triton_sweep, unrolled
 from pyro_maf.sweep.circumstances import needs_gradient, together
-from pyro_maf.sweep.layers import is_called, own_tensors, walk_by_calls
 from pyro_maf.sweep.pack import pack, pack_of
 from pyro_maf.sweep.plan import Direction, Plan, biases_of, lay_back, plan_of, weights_of
 from pyro_maf.sweep.reference import TorchSweep
-from pyro_maf.sweep.scalar import ScalarMap
 from pyro_maf.sweep.triton_sweep import TritonSweep
-from pyro_maf.tracing import is_exported, is_traced
+from pyro_maf.univariate import ScalarMap
 
 __all__ = ["parallel", "solve"]
 

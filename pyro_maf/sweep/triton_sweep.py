@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_maf.nn import ACTIVATIONS, BULK, MADE
 from pyro_maf.sweep.pack import layout_of
 from pyro_maf.sweep.reference import Activations, TorchSweep, hidden_widths
-from pyro_maf.sweep.scalar import Affine, ScalarMap
+from pyro_maf.univariate import Affine, ScalarMap
 
 __all__ = ["TritonSweep", "takes"]
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_maf.folder import CHECKPOINT, FILES, LOG, MODEL, held, recover, replaced
+from pyro_maf._core.files import CHECKPOINT, FILES, LOG, MODEL, held, recover, replaced
 from pyro_maf.saving import Kind, pack, remove_unfinished, try_to_write, unpack, write_whole
 
 __all__ = ["Checkpoint", "Keeper", "generator_states", "keeping", "set_generator_states"]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pyro_maf.distributions import FlowPrior
-from pyro_maf.distributions.support import Support
-from pyro_maf.tabular import Layout, check_paired, is_frame, number_of_rows, numbers, part_of
+from pyro_maf.support import Support
+from pyro_maf.tables.layout import Layout, check_paired, is_frame, number_of_rows, numbers, part_of
 from pyro_maf.training.repeats import Copies, copies_of
 from pyro_maf.training.units import Units, context_units_of, units_of
 

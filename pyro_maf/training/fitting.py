@@ -15,24 +15,24 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from pyro_maf.checks import check_above_zero, check_positive
+from pyro_maf._core.checks import check_above_zero, check_positive
+from pyro_maf._core.extras import require
+from pyro_maf._core.files import MODEL
+from pyro_maf._core.interruption import Interruption
+from pyro_maf._core.progress import check_progress, say_before_bar
+from pyro_maf._core.random import seeded
 from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
-from pyro_maf.distributions.support import Support
-from pyro_maf.extras import require
-from pyro_maf.folder import MODEL
-from pyro_maf.interruption import Interruption
-from pyro_maf.randomness import seeded
 from pyro_maf.saving import describe, packed, try_to_write
-from pyro_maf.showing import check_progress, say_before_bar
-from pyro_maf.tabular import Layout
+from pyro_maf.support import Support
+from pyro_maf.tables.layout import Layout
 from pyro_maf.training.batches import Batches
 from pyro_maf.training.checkpoint import keeping
 from pyro_maf.training.data import number_of_columns
-from pyro_maf.training.parts import in_units_of, read_parts
+from pyro_maf.training.plateau import Schedule
 from pyro_maf.training.processes import Processes
 from pyro_maf.training.result import FitResult
-from pyro_maf.training.schedule import Schedule
 from pyro_maf.training.screening import announce, screen_data, screen_ending
+from pyro_maf.training.split import in_units_of, read_parts
 from pyro_maf.training.stored import StoredBatches
 from pyro_maf.transforms import BatchNorm, ConditionalFlow, Flow
 

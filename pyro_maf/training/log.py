@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from pyro_maf.folder import BOARD, LOG
+from pyro_maf._core.files import BOARD, LOG
 from pyro_maf.saving import try_to_write
 
 __all__ = ["Epoch", "Log"]

@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, TorchEl
 from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 
-from pyro_maf.showing import shows
+from pyro_maf._core.progress import shows
 from pyro_maf.training.log import Log
 from pyro_maf.training.module import MaximumLikelihood
 from pyro_maf.training.processes import Processes

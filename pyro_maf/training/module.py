@@ -12,15 +12,15 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from pyro_maf._core.interruption import Interruption
 from pyro_maf.distributions import Density
-from pyro_maf.interruption import Interruption
 from pyro_maf.training.averaging import WeightAverage
 from pyro_maf.training.batches import Batches
 from pyro_maf.training.checkpoint import Checkpoint, Keeper, generator_states, set_generator_states
 from pyro_maf.training.data import Rows
 from pyro_maf.training.log import Epoch
+from pyro_maf.training.plateau import Schedule
 from pyro_maf.training.processes import Processes
-from pyro_maf.training.schedule import Schedule
 from pyro_maf.training.stored import StoredBatches
 from pyro_maf.transforms import ActNorm, BatchNorm
 

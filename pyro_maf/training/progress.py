@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
-from pyro_maf.showing import SECONDS_BETWEEN_UPDATES, progress_bar
+from pyro_maf._core.progress import SECONDS_BETWEEN_UPDATES, progress_bar
 from pyro_maf.training.module import MaximumLikelihood
 
 __all__ = ["ProgressBar"]

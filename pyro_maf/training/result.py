@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_maf.checks import check_positive
-from pyro_maf.tabular import Layout, check_paired, number_of_rows, numbers, part_of
+from pyro_maf._core.checks import check_positive
+from pyro_maf.tables.layout import Layout, check_paired, number_of_rows, numbers, part_of
 from pyro_maf.training.data import Rows
 
 __all__ = ["FitResult"]

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pyro_maf.distributions.support import Support
-from pyro_maf.tabular import part_of
+from pyro_maf.support import Support
+from pyro_maf.tables.layout import part_of
 from pyro_maf.training.data import column_labels, number_of_columns, some_rows
-from pyro_maf.training.schedule import Schedule
+from pyro_maf.training.plateau import Schedule
 
 __all__ = ["announce", "screen_data", "screen_ending"]
 

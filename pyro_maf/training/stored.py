@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf.distributions import FlowPrior
-from pyro_maf.distributions.support import Support
+from pyro_maf.support import Support
 from pyro_maf.training.batches import Passes
 from pyro_maf.training.data import LEAST_HELD_OUT, Rows, check_rounded, check_varying, measured, read_rows, strays
 from pyro_maf.training.processes import Processes

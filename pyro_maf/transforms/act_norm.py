@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_maf.sweep.layers import current
+from pyro_maf.nn.weights import current
 from pyro_maf.transforms.base import Flow
 
 __all__ = ["ActNorm"]
@@ -50,11 +50,13 @@ class ActNorm(Flow):
         # flows with and without a cache share.
         self._known = [False]
 
-    def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """y = x exp(log_scale) + loc, and log |det dy/dx|."""
         own = current(self)
         return x * own.log_scale.exp() + own.loc, own.log_scale.sum().expand(x.shape[:-1])
 
-    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x = (y - loc) exp(-log_scale), and log |det dy/dx|; sets both from the first batch in training."""
         if self.training and not self._is_initialized and y.numel() > self.input_dim:
             self._fit_statistics(y)
         own = current(self)

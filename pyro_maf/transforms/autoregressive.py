@@ -96,10 +96,12 @@ class MaskedAutoregressive(_Autoregressive):
 
     fast = "inverse"
 
-    def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Solve for y, in the layer's order, and log |det dy/dx|; sequential."""
         return solve(self.made, self.scalar, x, context)
 
-    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x from y, and log |det dy/dx|; parallel."""
         return parallel(self.made, self.scalar, y, context, inverse=True)
 
 
@@ -134,10 +136,12 @@ class InverseAutoregressive(_Autoregressive):
 
     fast = "forward"
 
-    def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """y from x, and log |det dy/dx|; parallel."""
         return parallel(self.made, self.scalar, x, context)
 
-    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Solve for x, in the layer's order, and log |det dy/dx|; sequential."""
         return solve(self.made, self.scalar, y, context, inverse=True)
 
 

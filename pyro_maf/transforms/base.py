@@ -11,9 +11,8 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_maf.changes import count_change
-from pyro_maf.checks import check_event, check_positive, check_takes_gradient
-from pyro_maf.precision import converted, exactly, like_of
+from pyro_maf._core.checks import check_event, check_positive, check_takes_gradient
+from pyro_maf._core.torch_state import converted, count_change, reference_tensor, without_autocast
 from pyro_maf.saving import Savable
 from pyro_maf.transforms.cache import Pair, caching_is_possible, forget
 
@@ -23,13 +22,12 @@ __all__ = ["ConditionalFlow", "Conditioned", "Flow", "Inverse"]
 class Flow(Savable, TransformModule):
     r"""An invertible map from noise x to data y, both of D dimensions, with its log-determinant.
 
-    A subclass implements `_push` and `_pull`, each of which returns its output and log |det dy/dx|, in either
-    direction.
+    A subclass implements `forward_and_log_det` and `inverse_and_log_det`; both return their output and log |det dy/dx|.
     Everything else is implemented here, for layers and stacks alike.
 
     Args:
         input_dim: D.
-        context_dim: Number of context features that `_push` and `_pull` take; 0 for none.
+        context_dim: Number of context features that `forward_and_log_det` and `inverse_and_log_det` take; 0 for none.
 
     Attributes:
         domain, codomain: Real vectors, so `event_dim` is 1.
@@ -39,9 +37,9 @@ class Flow(Savable, TransformModule):
 
     Example:
         >>> class Shift(Flow):
-        ...     def _push(self, x, context=None):
+        ...     def forward_and_log_det(self, x, context=None):
         ...         return x + 1, x.new_zeros(x.shape[:-1])
-        ...     def _pull(self, y, context=None):
+        ...     def inverse_and_log_det(self, y, context=None):
         ...         return y - 1, y.new_zeros(y.shape[:-1])
         >>> Shift(2).inv(torch.ones(2))
         tensor([0., 0.])
@@ -62,10 +60,15 @@ class Flow(Savable, TransformModule):
 
     # -- what a subclass provides ---------------------------------------------------------------------------------
 
-    def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""y for noise x (\*batch, D), and log |det dy/dx| (\*batch,) in nats; implemented by each flow.
+
+        Layers and densities call this; it neither checks nor caches, as a call of the flow does.
+        """
         raise NotImplementedError
 
-    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""x for data y (\*batch, D), and log |det dy/dx| (\*batch,) in nats, of the forward direction too."""
         raise NotImplementedError
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
@@ -79,7 +82,7 @@ class Flow(Savable, TransformModule):
             ValueError: For data or context of the wrong width, or too few rows.
             TypeError: For data or context of another dtype than the parameters.
         """
-        like = like_of(self)
+        like = reference_tensor(self)
         check_event(self.name, "y", y, self.input_dim, "input_dim", like)
         if context is None and self.context_dim:
             raise ValueError(
@@ -100,16 +103,16 @@ class Flow(Savable, TransformModule):
 
     def __call__(self, x: Tensor) -> Tensor:
         r"""Map noise x (\*batch, D) to data y."""
-        return self._through(x, "x", self._push)
+        return self._through(x, "x", self.forward_and_log_det)
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        return self._through(y, "y", self._pull)
+        return self._through(y, "y", self.inverse_and_log_det)
 
     def _call(self, x: Tensor) -> Tensor:
-        return self._push(x)[0]
+        return self.forward_and_log_det(x)[0]
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return self._pull(y)[0]
+        return self.inverse_and_log_det(y)[0]
 
     def _through(self, given: Tensor, role: str, direction: Any) -> Tensor:
         given = self._checked(given, role)
@@ -141,11 +144,11 @@ class Flow(Savable, TransformModule):
                     return log_det
         made_of_x = pair is not None and pair.joins(self, x, y)
         if self.fast == "forward" or (self.fast == "both" and made_of_x):
-            return self._exactly(self._push, x)[1]
-        return self._exactly(self._pull, y)[1]
+            return self._exactly(self.forward_and_log_det, x)[1]
+        return self._exactly(self.inverse_and_log_det, y)[1]
 
     def _exactly(self, direction: Any, given: Tensor) -> tuple[Tensor, Tensor]:
-        return exactly(direction, given, like=given)
+        return without_autocast(direction, given, like=given)
 
     def _checked(self, value: Tensor, role: str) -> Tensor:
         return self._in_width(value, role, self._like())
@@ -157,12 +160,12 @@ class Flow(Savable, TransformModule):
                 f"{self.name} expected a context with last dimension {self.context_dim} (context_dim), got none: "
                 "use .condition(context)."
             )
-        like = like_of(self)
+        like = reference_tensor(self)
         check_takes_gradient(self.name, self, like)
         return like
 
     def _in_width(self, value: Tensor, role: str, like: Tensor | None) -> Tensor:
-        held = like_of(self, floating=False) if like is None else like
+        held = reference_tensor(self, floating=False) if like is None else like
         return check_event(self.name, role, converted(value, like), self.input_dim, "input_dim", held)
 
     # -- conventions of Transform ---------------------------------------------------------------------------------
@@ -305,12 +308,14 @@ class Inverse(Flow):
         """Negative log-determinant of the flow at (y, x), in nats, of the batch shape."""
         return -self.flow.log_abs_det_jacobian(y, x)
 
-    def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y, log_det = self.flow._pull(x, context)
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x of the flow for its y, and the negative of its log |det|."""
+        y, log_det = self.flow.inverse_and_log_det(x, context)
         return y, -log_det
 
-    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, log_det = self.flow._push(y, context)
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """y of the flow for its x, and the negative of its log |det|."""
+        x, log_det = self.flow.forward_and_log_det(y, context)
         return x, -log_det
 
     @property
@@ -351,7 +356,7 @@ class Conditioned(Flow):
     def __init__(self, flow: Flow, context: Tensor) -> None:
         super().__init__(flow.input_dim)
         self.flow = flow
-        like = like_of(flow)
+        like = reference_tensor(flow)
         context = check_event(flow.name, "context", converted(context, like), flow.context_dim, "context_dim", like)
         self.register_buffer("context", context, persistent=False)
 
@@ -365,11 +370,13 @@ class Conditioned(Flow):
         """Fast direction of the flow."""
         return self.flow.fast
 
-    def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.flow._push(x, self.context)
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As of the flow, at the context."""
+        return self.flow.forward_and_log_det(x, self.context)
 
-    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.flow._pull(y, self.context)
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As of the flow, at the context."""
+        return self.flow.inverse_and_log_det(y, self.context)
 
     def _fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
         self.flow.fit_statistics(y, self.context)

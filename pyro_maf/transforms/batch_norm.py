@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from pyro_maf.sweep.layers import current
+from pyro_maf.nn.weights import current
 from pyro_maf.transforms.base import Flow
 
 __all__ = ["BatchNorm"]
@@ -60,11 +60,13 @@ class BatchNorm(Flow):
         self.register_buffer("mean", torch.zeros(input_dim))
         self.register_buffer("variance", torch.ones(input_dim))
 
-    def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """y from x by the stored statistics, and log |det dy/dx|."""
         log_scale = self._log_scale(self.variance)
         return (x - self.beta) * log_scale.exp() + self.mean, log_scale.sum().expand(x.shape[:-1])
 
-    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x from y by the batch's statistics in training and by the stored ones otherwise, and log |det dy/dx|."""
         mean, variance = self._batch_statistics(y) if self.training and y.numel() else (self.mean, self.variance)
         log_scale = self._log_scale(variance)
         return (y - mean) * (-log_scale).exp() + self.beta, log_scale.sum().expand(y.shape[:-1])

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyro_maf.changes import Snapshot
+from pyro_maf._core.torch_state import Snapshot
 
 __all__ = ["Pair", "caching_is_possible", "forget"]
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_maf.checks import check_choice
+from pyro_maf._core.checks import check_choice
 from pyro_maf.nn import MLP, default_hidden_dims
+from pyro_maf.nn.weights import outputs_of
 from pyro_maf.sweep import Affine, ScalarMap
-from pyro_maf.sweep.layers import outputs_of
 from pyro_maf.transforms.base import ConditionalFlow, Flow
 
 __all__ = ["AffineCoupling", "ConditionalAffineCoupling"]
@@ -93,10 +93,12 @@ class AffineCoupling(Flow):
         self.networks = torch.nn.ModuleList(made)
         self._derive()
 
-    def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """y from x, and log |det dy/dx|; one pass of the networks."""
         return self._through_map(self.scalar.forward, x, context)
 
-    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x from y, and log |det dy/dx|; one pass of the networks."""
         return self._through_map(self.scalar.inverse, y, context)
 
     def _through_map(self, scalar_map: Any, given: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:

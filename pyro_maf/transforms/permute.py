@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_maf.checks import check_permutation
+from pyro_maf._core.checks import check_permutation
 from pyro_maf.transforms.base import Flow
 
 __all__ = ["Permute"]
@@ -43,10 +43,12 @@ class Permute(Flow):
         self.register_buffer("permutation", permutation.clone())
         self._derive()
 
-    def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """y_i = x_permutation[i], and a log-determinant of 0."""
         return x.index_select(-1, self.permutation), x.new_zeros(x.shape[:-1])
 
-    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x from y, and a log-determinant of 0."""
         return y.index_select(-1, self._inverse_permutation), y.new_zeros(y.shape[:-1])
 
     def _derive(self) -> None:

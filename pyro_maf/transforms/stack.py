@@ -79,16 +79,18 @@ class Stack(Flow):
                 for layer in reversed(list(self)):
                     own = context if layer.context_dim else None
                     layer.fit_statistics(y, own)
-                    y = layer._pull(y, own)[0]
+                    y = layer.inverse_and_log_det(y, own)[0]
         finally:
             for member, training in modes:
                 member.training = training
 
-    def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._through_rows("_push", list(self), x, context)
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """y after every layer, noise to data, and the sum of their log |det dy/dx|."""
+        return self._through_rows("forward_and_log_det", list(self), x, context)
 
-    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._through_rows("_pull", list(self)[::-1], y, context)
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x after the inverse of every layer, data to noise, and the sum of their log |det dy/dx|."""
+        return self._through_rows("inverse_and_log_det", list(self)[::-1], y, context)
 
     def _through_rows(
         self, direction: str, layers: list[Flow], value: Tensor, context: Tensor | None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_maf.nn import MLP, default_hidden_dims
-from pyro_maf.sweep.layers import current, outputs_of
+from pyro_maf.nn.weights import current, outputs_of
 from pyro_maf.transforms.base import ConditionalFlow, Flow
 
 __all__ = ["ConditionalLowerTriangularAffine", "LowerTriangularAffine", "solve_lower"]
@@ -78,12 +78,14 @@ class LowerTriangularAffine(Flow):
             self.network = MLP(context_dim, hidden_dims, width, activation=activation)
             self.network.zero_output()
 
-    def _push(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """y = L x + loc, and log |det L|."""
         loc, log_diagonal, factor = self._factor(context)
         y = loc + (factor @ x[..., None])[..., 0]
         return y, log_diagonal.sum(-1).expand(y.shape[:-1])
 
-    def _pull(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x = L^-1 (y - loc), and log |det L|."""
         loc, log_diagonal, factor = self._factor(context)
         x = solve_lower(factor, y - loc)
         return x, log_diagonal.sum(-1).expand(x.shape[:-1])

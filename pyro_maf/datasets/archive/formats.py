@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyro_maf.datasets.archive.files import reading
-from pyro_maf.extras import require
+from pyro_maf._core.extras import require
+from pyro_maf.datasets.archive.lookup import reading
 
 __all__ = ["LEAST_ROWS", "check_rows", "read_csv", "read_npy", "read_parquet", "read_text"]
 

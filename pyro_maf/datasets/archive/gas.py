@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyro_maf.datasets.archive.files import ask_first, find, locate, unpickling
+from pyro_maf._core.extras import require
 from pyro_maf.datasets.archive.formats import check_rows, read_parquet, read_text
+from pyro_maf.datasets.archive.lookup import ask_first, find, locate, unpickling
 from pyro_maf.datasets.archive.preparation import standardise, three_parts
 from pyro_maf.datasets.dataset import Dataset
-from pyro_maf.extras import require
 
 __all__ = ["gas"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyro_maf.datasets.archive.files import reading, unpickling
+from pyro_maf.datasets.archive.lookup import reading, unpickling
 
 __all__ = ["LABELS", "Images", "read_batch", "read_idx", "unpickle_batch", "unpickle_mnist"]
 

@@ -16,23 +16,23 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor
 
-from pyro_maf.checks import check_above_zero, check_positive
-from pyro_maf.extras import require
+from pyro_maf._core.checks import check_above_zero, check_positive
+from pyro_maf._core.extras import require
+from pyro_maf._core.interruption import Abandoned, Interruption
+from pyro_maf._core.progress import check_progress, say_before_bar
 from pyro_maf.infer.arguments import check_call, check_pair
 from pyro_maf.infer.averaging import Average
 from pyro_maf.infer.batching import why_alone
+from pyro_maf.infer.convergence import Schedule
 from pyro_maf.infer.diagnosis import Diagnosis, diagnose
 from pyro_maf.infer.guides import AutoFlow
 from pyro_maf.infer.importance import arviz, pairing
+from pyro_maf.infer.initialization import ALONE as SET_UP_RUNS
 from pyro_maf.infer.log_joint import FAILURES
 from pyro_maf.infer.path_gradient import TracePath_ELBO
 from pyro_maf.infer.progress import RECENT, Bar, bar
 from pyro_maf.infer.refusal import without_empty_tables
 from pyro_maf.infer.retreat import Retreat
-from pyro_maf.infer.schedule import Schedule
-from pyro_maf.infer.start import ALONE as SET_UP_RUNS
-from pyro_maf.interruption import Abandoned, Interruption
-from pyro_maf.showing import check_progress, say_before_bar
 
 __all__ = ["GuideFit", "fit_guide"]
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_maf.datasets.archive.files import ZENODO, ask_first, find, locate
 from pyro_maf.datasets.archive.image_files import (
     LABELS,
     Images,
@@ -20,6 +19,7 @@ from pyro_maf.datasets.archive.image_files import (
     unpickle_batch,
     unpickle_mnist,
 )
+from pyro_maf.datasets.archive.lookup import ZENODO, ask_first, find, locate
 from pyro_maf.datasets.dataset import Dataset
 from pyro_maf.datasets.pixels import LogitPixels
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyro_maf.datasets.archive.files import ZENODO, locate, reading
+from pyro_maf._core.extras import require
 from pyro_maf.datasets.archive.formats import LEAST_ROWS, check_rows, read_csv, read_npy
+from pyro_maf.datasets.archive.lookup import ZENODO, locate, reading
 from pyro_maf.datasets.archive.preparation import hold_out, standardise, tensor, three_parts
 from pyro_maf.datasets.dataset import Dataset
-from pyro_maf.extras import require
 
 __all__ = ["bsds300", "hepmass", "miniboone", "power"]
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from pyro_maf.plotting.panels import COLOURS, GREY, new_panels, styled
+from pyro_maf.plotting.axes import COLOURS, GREY, new_panels, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

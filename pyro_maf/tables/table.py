@@ -11,13 +11,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pyro_maf.datasets.arrays import ArraySource
-from pyro_maf.datasets.columns import Column, Survey, encoded
-from pyro_maf.datasets.gaps import Gaps
-from pyro_maf.datasets.source import Source
-from pyro_maf.datasets.sources import open_source
-from pyro_maf.datasets.spool import Spool
-from pyro_maf.wording import listed, quoted, shown
+from pyro_maf._core.text import listed, quoted, shown
+from pyro_maf.tables.arrays import ArraySource
+from pyro_maf.tables.columns import Column, Survey, encoded
+from pyro_maf.tables.gaps import Gaps
+from pyro_maf.tables.source import Source
+from pyro_maf.tables.sources import open_source
+from pyro_maf.tables.spool import Spool
 
 __all__ = ["Table", "read_table"]
 

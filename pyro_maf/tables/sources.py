@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pyro_maf.datasets import source as bounds
-from pyro_maf.datasets.arrays import ArraySource, member_of
-from pyro_maf.datasets.cells import is_text
-from pyro_maf.datasets.source import Source, one_line
-from pyro_maf.datasets.spool import copied
-from pyro_maf.datasets.text import CsvSource, recoded
-from pyro_maf.extras import require
-from pyro_maf.wording import quoted, shown
+from pyro_maf._core.extras import require
+from pyro_maf._core.text import quoted, shown
+from pyro_maf.tables import source as bounds
+from pyro_maf.tables.arrays import ArraySource, member_of
+from pyro_maf.tables.cells import is_text
+from pyro_maf.tables.source import Source, one_line
+from pyro_maf.tables.spool import copied
+from pyro_maf.tables.text import CsvSource, recoded
 
 __all__ = ["ParquetSource", "open_source"]
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyro_maf.checks import check_positive
-from pyro_maf.plotting.panels import new_panels, styled
+from pyro_maf._core.checks import check_positive
+from pyro_maf.plotting.axes import new_panels, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,9 +11,9 @@ from pyro.distributions.conditional import ConditionalDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_maf.checks import check_event, check_positive, check_shape, check_takes_gradient
-from pyro_maf.precision import converted, exactly, like_of
-from pyro_maf.randomness import seeded
+from pyro_maf._core.checks import check_event, check_positive, check_shape, check_takes_gradient
+from pyro_maf._core.random import seeded
+from pyro_maf._core.torch_state import converted, reference_tensor, without_autocast
 from pyro_maf.saving import Savable
 
 __all__ = ["ConditionalDensity", "ConditionedDensity", "Density"]
@@ -93,7 +93,7 @@ class Density(Savable, TorchDistribution, nn.Module):
         check_takes_gradient(self.name, self, like)
         value = self._checked_event("value", converted(self._read("value", value, like), like), like)
         if not self.batch_shape:
-            return exactly(self._log_prob, value, like=like)
+            return without_autocast(self._log_prob, value, like=like)
         try:
             batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         except RuntimeError:
@@ -101,7 +101,7 @@ class Density(Savable, TorchDistribution, nn.Module):
                 f"{self.name} expected value with a batch shape that broadcasts with its own, "
                 f"{tuple(self.batch_shape)}, got {tuple(value.shape[:-1])}."
             ) from None
-        return exactly(self._log_prob, value, like=like).expand(batch)
+        return without_autocast(self._log_prob, value, like=like).expand(batch)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         r"""Draws without gradient, (\*sample_shape, \*batch_shape, D)."""
@@ -147,7 +147,7 @@ class Density(Savable, TorchDistribution, nn.Module):
 
     def _drawn(self) -> list[Tensor]:
         """Draws for estimates, (DRAWS, *batch_shape, D) in parts."""
-        like = like_of(self)
+        like = reference_tensor(self)
         draws = max(1, ROWS // max(1, self.batch_shape.numel()))
         with seeded(0, None if like is None else like.device):
             draw = self._draw if self.has_rsample else self.sample
@@ -164,18 +164,18 @@ class Density(Savable, TorchDistribution, nn.Module):
 
     def _like(self) -> Tensor | None:
         """Tensor with the dtype and device of values, or None."""
-        return like_of(self)
+        return reference_tensor(self)
 
     def _context_like(self) -> Tensor | None:
         """Tensor with the dtype and device of contexts, or None."""
-        return like_of(self)
+        return reference_tensor(self)
 
     def _draw(self, sample_shape: Sequence[int]) -> Tensor:
         self._check_has_context()
         like = self._like()
         check_takes_gradient(self.name, self, like)
         shape = check_shape(self.name, "sample_shape", sample_shape) + self.batch_shape
-        return exactly(self._sample, shape, like=like)
+        return without_autocast(self._sample, shape, like=like)
 
     def _check_has_context(self) -> None:
         if self.context_dim:

@@ -59,7 +59,7 @@ def progress_bar(place: str, figures: str, console: Any) -> Any:
         TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
     )
     if console.is_jupyter:
-        from pyro_maf.notebooks import NotebookProgress
+        from pyro_maf._core.notebooks import NotebookProgress
 
         return NotebookProgress(*columns)
     return Progress(*columns, console=console)

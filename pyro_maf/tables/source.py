@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyro_maf.wording import shown
+from pyro_maf._core.text import shown
 
 __all__ = ["NUMBERS_IN_A_BATCH", "Source", "one_line"]
 

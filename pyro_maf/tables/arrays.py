@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from pyro_maf.datasets import source as bounds
-from pyro_maf.datasets.source import Source, one_line
-from pyro_maf.datasets.spool import copied
-from pyro_maf.wording import listed, shown
+from pyro_maf._core.text import listed, shown
+from pyro_maf.tables import source as bounds
+from pyro_maf.tables.source import Source, one_line
+from pyro_maf.tables.spool import copied
 
 __all__ = ["ArraySource", "member_of"]
 

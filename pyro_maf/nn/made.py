@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_maf.checks import check_choice, check_event, check_permutation, check_positive, check_sizes
-from pyro_maf.tempering import Linear, Tempered
-from pyro_maf.tracing import is_looked_into
+from pyro_maf._core.checks import check_choice, check_event, check_permutation, check_positive, check_sizes
+from pyro_maf._core.torch_state import is_intercepted
+from pyro_maf.nn.tempering import Linear, Tempered
 
 __all__ = ["ACTIVATIONS", "MADE", "MLP", "MaskedLinear", "compress_tails", "default_hidden_dims", "degrees", "masks"]
 
@@ -51,7 +51,7 @@ def compress_tails(x: Tensor) -> Tensor:
     # Tracing is tested first: reading the number of entries would specialise a dynamic batch size.
     if (
         x.device.type == "cpu"
-        and not is_looked_into()
+        and not is_intercepted()
         and 0 < x.numel() <= FEW
         and float(x.detach().abs().amax()) <= BULK
     ):

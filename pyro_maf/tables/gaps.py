@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pyro_maf.datasets.columns import Column
-from pyro_maf.wording import quoted
+from pyro_maf._core.text import quoted
+from pyro_maf.tables.columns import Column
 
 __all__ = ["Gaps"]
 

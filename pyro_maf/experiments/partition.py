@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_maf.checks import check_positive
+from pyro_maf._core.checks import check_positive
 from pyro_maf.datasets import Dataset
-from pyro_maf.tabular import check_paired, is_frame, numbers
+from pyro_maf.tables.layout import check_paired, is_frame, numbers
 from pyro_maf.training.data import Rows, split
 from pyro_maf.training.repeats import copies_of
 

@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pyro_maf._core.extras import require
+from pyro_maf._core.progress import check_progress
+from pyro_maf._core.torch_state import reference_tensor
 from pyro_maf.datasets import Table
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
-from pyro_maf.extras import require
-from pyro_maf.precision import like_of
 from pyro_maf.report import pictures
 from pyro_maf.report.examination import Examination, examine
 from pyro_maf.report.kolmogorov import calibration_of, radius_of
 from pyro_maf.saving import write_whole
-from pyro_maf.showing import check_progress
 from pyro_maf.training import FitResult
 
 __all__ = ["write_report"]
@@ -159,7 +159,7 @@ def _title(result: FitResult, examination: Examination, label: str) -> str:
 
 def _figures(result: FitResult, examination: Examination) -> list[Figure]:
     """Return the headline figures."""
-    weight = like_of(_model(result))
+    weight = reference_tensor(_model(result))
     parameters = sum(parameter.numel() for parameter in result.density.parameters())
     columns = f"{len(examination.names):,}"
     validation = Figure(

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from pyro_maf.checks import check_positive
-from pyro_maf.extras import require
+from pyro_maf._core.checks import check_positive
+from pyro_maf._core.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,9 +11,9 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyro_maf.datasets.cells import is_missing, number_in
-from pyro_maf.datasets.source import Source, one_line
-from pyro_maf.datasets.spool import temporary_file
+from pyro_maf.tables.cells import is_missing, number_in
+from pyro_maf.tables.source import Source, one_line
+from pyro_maf.tables.spool import temporary_file
 
 __all__ = ["CsvSource", "recoded"]
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyro_maf._core.files import recover
+from pyro_maf._core.text import shown
 from pyro_maf.cli.folder import COLUMNS, MODEL, RECORD, Record, read_json
 from pyro_maf.cli.options import read
-from pyro_maf.folder import recover
-from pyro_maf.wording import shown
 
 if TYPE_CHECKING:
     import torch

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pyro_maf.extras import require
-from pyro_maf.wording import quoted, shown
+from pyro_maf._core.extras import require
+from pyro_maf._core.text import quoted, shown
 
 __all__ = [
     "is_date",

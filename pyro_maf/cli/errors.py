@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from pyro_maf.wording import shown
+from pyro_maf._core.text import shown
 
 __all__ = ["INTERRUPTED", "Endings", "command_line", "say"]
 

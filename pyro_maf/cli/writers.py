@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyro_maf.extras import require
+from pyro_maf._core.extras import require
 
 if TYPE_CHECKING:
     from collections.abc import Callable

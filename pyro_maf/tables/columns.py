@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pyro_maf.datasets.cells import (
+from pyro_maf._core.text import quoted
+from pyro_maf.tables.cells import (
     is_date,
     is_missing,
     missing_in,
@@ -21,7 +22,6 @@ from pyro_maf.datasets.cells import (
     text_in,
     texts_of,
 )
-from pyro_maf.wording import quoted
 
 __all__ = ["Column", "Survey", "encoded"]
 

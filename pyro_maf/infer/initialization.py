@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_maf._core.random import seeded
 from pyro_maf.infer.double import Score, in_double, widened
 from pyro_maf.infer.log_joint import FAILURES
-from pyro_maf.randomness import seeded
 
 __all__ = ["Normal", "best_normal", "best_of"]
 

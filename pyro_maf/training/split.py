@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
-from pyro_maf.distributions.support import Support
 from pyro_maf.distributions.units import float32_holds
+from pyro_maf.support import Support
 from pyro_maf.training.batches import Batches
 from pyro_maf.training.data import (
     Rows,

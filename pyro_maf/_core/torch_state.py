@@ -1,0 +1,168 @@
+"""State of torch that decides how to compute: tracing, autocast, and changes to tensors.
+
+torch counts in-place changes of each tensor, with exceptions: fused optimizers write without counting, so every step of
+any optimizer counts as a change of all tensors; and writes of another process to shared memory are not counted, so such
+tensors are never taken for unchanged.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+__all__ = [
+    "Snapshot",
+    "as_far_as_exact",
+    "converted",
+    "count_change",
+    "is_exported",
+    "is_intercepted",
+    "is_traced",
+    "reference_tensor",
+    "without_autocast",
+]
+
+Value = TypeVar("Value")
+Result = TypeVar("Result")
+
+_steps = 0
+
+
+def is_traced() -> bool:
+    """Return whether a `torch.func` transform or `torch.jit.trace` is active."""
+    return torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def is_exported() -> bool:
+    """Return whether `torch.export` is recording in its default, non-strict mode."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
+def is_intercepted() -> bool:
+    """Return whether operations are intercepted: by tracing, compilers, forward-mode gradients or dispatch modes."""
+    return (
+        torch.compiler.is_compiling()
+        or is_traced()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def reference_tensor(module: nn.Module, *, floating: bool = True) -> Tensor | None:
+    """A floating-point tensor of the module, or None; without `floating`, one of any dtype."""
+    # Traversed by hand: `parameters()` is slower and cannot be compiled.
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        if (member := waiting.pop()) is None:
+            continue
+        for own in (member._parameters, member._buffers):
+            for tensor in own.values():
+                if tensor is not None and (not floating or tensor.is_floating_point()):
+                    return tensor
+        waiting += member._modules.values()
+    return None
+
+
+def converted(value: Value, like: Tensor | None) -> Value:
+    """Convert a value to the dtype of `like` under autocast, which may have changed it; else return it unchanged."""
+    if isinstance(value, Tensor) and like is not None and _is_cast(value.device.type):
+        return value.to(like.dtype)  # type: ignore[return-value]
+    return value
+
+
+def without_autocast(run: Callable[..., Result], *arguments: object, like: Tensor | None) -> Result:
+    """Run without autocast on the device of `like`."""
+    kind = "cpu" if like is None else like.device.type
+    if _is_cast(kind):
+        with torch.autocast(kind, enabled=False):
+            return run(*arguments)
+    return run(*arguments)
+
+
+def as_far_as_exact(like: Tensor, value: Tensor, *, as_model: bool) -> Tensor:
+    """Convert a value to the dtype of `like` if that loses nothing that matters; otherwise return it unchanged.
+
+    Args:
+        like: A tensor like the density's values or context.
+        value: A tensor of any dtype.
+        as_model: Whether `like` has the model's dtype, to which floating-point values are rounded, not a finer one.
+    """
+    if value.dtype == like.dtype or value.is_complex():
+        return value
+    if not value.is_floating_point():
+        converted = value.to(like.dtype)
+        return converted if torch.equal(converted.to(value.dtype), value) else value
+    return value.to(like.dtype) if as_model or value.dtype == torch.float64 else value
+
+
+def _is_cast(kind: str) -> bool:
+    """Return whether autocast is active on a device type; a query for one without, such as meta, would raise."""
+    return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
+
+
+def count_change(*_: object) -> None:
+    """Record a change that torch does not count, of any tensors."""
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(count_change)
+
+
+class Snapshot(NamedTuple):
+    """State of tensors at one moment.
+
+    Attributes:
+        tensors: The tensors themselves, which are compared by identity.
+        marks: The number of uncounted changes so far; then each tensor's version, and its address.
+        storages: Storages of the tensors. While these are held, no other tensor can get one of the addresses.
+
+    Example:
+        >>> x = torch.zeros(3)
+        >>> before = Snapshot.of([x])
+        >>> before.holds_for([x]), before.holds_for([x.add_(1)])
+        (True, False)
+    """
+
+    tensors: Sequence[Tensor]
+    marks: list[int]
+    storages: list[torch.UntypedStorage]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Snapshot | None:
+        """The current state of tensors, or None if one of them can change without a version count.
+
+        Such are tensors of inference mode, in shared memory, and without a storage.
+        """
+        try:
+            marks = _marks(tensors)
+            storages = list(map(torch.Tensor.untyped_storage, tensors))
+        except (RuntimeError, NotImplementedError):
+            return None
+        # torch reports every storage on a GPU as shared.
+        if any(map(torch.UntypedStorage.is_shared, storages)) and any(map(_is_shared_on_cpu, storages)):
+            return None
+        return cls(tensors, marks, storages)
+
+    def holds_for(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether these are the same tensors, unchanged since."""
+        # In this order: tensors of inference mode, which have no version, are never those of a snapshot.
+        return (
+            len(self.tensors) == len(tensors)
+            and all(map(operator.is_, self.tensors, tensors))
+            and self.marks == _marks(tensors)
+        )
+
+
+def _marks(tensors: Sequence[Tensor]) -> list[int]:
+    return [_steps, *[tensor._version for tensor in tensors], *map(torch.Tensor.data_ptr, tensors)]
+
+
+def _is_shared_on_cpu(storage: torch.UntypedStorage) -> bool:
+    return storage.device.type == "cpu" and storage.is_shared()

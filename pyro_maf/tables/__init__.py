@@ -1,0 +1,1 @@
+"""Tables of numbers: in memory, in files and in text."""
