@@ -13,9 +13,9 @@ from torch import Tensor
 
 from pyro_maf._core.checks import check_permutation, check_positive
 from pyro_maf.transforms import (
-    AffineCoupling,
     BatchNorm,
     ConditionalFlow,
+    Coupling,
     Flow,
     InverseAutoregressive,
     MaskedAutoregressive,
@@ -166,7 +166,7 @@ class IAF(_AutoregressiveStack):
 
 
 class RealNVP(Stack):
-    r"""RealNVP: `num_layers` layers of `AffineCoupling`, with masks that alternate between even and odd dimensions.
+    r"""RealNVP: `num_layers` layers of `Coupling`, with masks that alternate between even and odd dimensions.
 
     Starts as the identity.
 
@@ -179,7 +179,7 @@ class RealNVP(Stack):
             places of its order pass through and the odd ones are transformed; the two alternate from layer to layer.
         batch_norm: Put a `BatchNorm` after every layer, seen from the data.
         context_dim: Number of context features; 0 for none. `ConditionalRealNVP` is the form to use with a context.
-        networks: "joint" or, as in the paper, "separate" networks for mu and alpha; see `AffineCoupling`.
+        networks: "joint" or, as in the paper, "separate" networks for mu and alpha; see `Coupling`.
         seed: Seed of random orders.
 
     Shapes:
@@ -217,7 +217,7 @@ class RealNVP(Stack):
         check_positive(who, "input_dim", input_dim)
         check_positive(who, "num_layers", num_layers)
         layers = [
-            AffineCoupling(
+            Coupling(
                 input_dim,
                 mask=mask,
                 hidden_dims=hidden_dims,

@@ -68,8 +68,8 @@ Builder = Callable[[Architecture], "Flow | ConditionalFlow"]
 REGISTRY: dict[str, Builder] = {
     "MaskedAutoregressive": lambda a: transforms.MaskedAutoregressive(a.input_dim, **a.layer),
     "InverseAutoregressive": lambda a: transforms.InverseAutoregressive(a.input_dim, **a.layer),
-    "AffineCoupling": lambda a: transforms.AffineCoupling(a.input_dim, mask=a.mask, **a.network),
-    "AffineCoupling separate": lambda a: transforms.AffineCoupling(a.input_dim, networks="separate", **a.network),
+    "Coupling": lambda a: transforms.Coupling(a.input_dim, mask=a.mask, **a.network),
+    "Coupling separate": lambda a: transforms.Coupling(a.input_dim, networks="separate", **a.network),
     "BatchNorm": lambda a: transforms.BatchNorm(a.input_dim),
     "ActNorm": lambda a: transforms.ActNorm(a.input_dim),
     "Permute": lambda a: transforms.Permute(a.permutation),
@@ -87,7 +87,7 @@ REGISTRY: dict[str, Builder] = {
     "ConditionalInverseAutoregressive": lambda a: transforms.ConditionalInverseAutoregressive(
         a.input_dim, a.context_dim, **a.layer
     ),
-    "ConditionalAffineCoupling": lambda a: transforms.ConditionalAffineCoupling(
+    "ConditionalCoupling": lambda a: transforms.ConditionalCoupling(
         a.input_dim, a.context_dim, mask=a.mask, **a.network
     ),
     "ConditionalLowerTriangularAffine": lambda a: transforms.ConditionalLowerTriangularAffine(

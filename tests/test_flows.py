@@ -264,7 +264,7 @@ def test_repr_tells_architecture_and_size() -> None:
         "  (3): MaskedAutoregressive(3 -> 16 -> 8 -> 6, tanh)",
     ]
     nested = repr(Stack([RealNVP(3, num_layers=1, hidden_dims=[9]), ActNorm(3)])).splitlines()
-    assert nested[2:] == ["    (0): AffineCoupling(2 -> 9 -> 2, relu)", "  (1): ActNorm(3)"]
+    assert nested[2:] == ["    (0): Coupling(2 -> 9 -> 2, relu)", "  (1): ActNorm(3)"]
 
 
 # Bad input

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from pyro_maf.nn import compress_tails
 from pyro_maf.sweep import Affine
 from pyro_maf.transforms import (
-    AffineCoupling,
-    ConditionalAffineCoupling,
+    ConditionalCoupling,
     ConditionalInverseAutoregressive,
     ConditionalLowerTriangularAffine,
     ConditionalMaskedAutoregressive,
+    Coupling,
     LowerTriangularAffine,
     MaskedAutoregressive,
     Permute,
@@ -105,7 +105,7 @@ def test_lower_triangular_affine_follows_its_context() -> None:
 # Coupling
 
 
-def mu_and_alpha(layer: AffineCoupling, x: Tensor) -> tuple[Tensor, Tensor]:
+def mu_and_alpha(layer: Coupling, x: Tensor) -> tuple[Tensor, Tensor]:
     """The paper's functions from the map as it is: y = x exp(alpha) + mu."""
     moved = ~layer.mask
     zeros = layer(torch.where(moved, 0.0, x))[..., moved]
@@ -116,7 +116,7 @@ def mu_and_alpha(layer: AffineCoupling, x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("networks", ["joint", "separate"])
 @pytest.mark.parametrize("mask", [None, [True, False, False, True, False], [False] * 5])
 def test_coupling_moves_what_the_mask_leaves_free(mask: Any, networks: str) -> None:
-    layer = shaken(AffineCoupling(5, mask=mask, networks=networks, hidden_dims=[8]))
+    layer = shaken(Coupling(5, mask=mask, networks=networks, hidden_dims=[8]))
     kept = torch.tensor([True, False, True, False, True] if mask is None else mask)
     x, other = torch.randn(2, 6, 5, dtype=double)
     y = layer(x)
@@ -132,7 +132,7 @@ def test_coupling_moves_what_the_mask_leaves_free(mask: Any, networks: str) -> N
 
 
 def test_separate_networks_are_tanh_for_alpha_and_relu_for_mu() -> None:
-    layer = shaken(AffineCoupling(4, hidden_dims=[8, 6], networks="separate"))
+    layer = shaken(Coupling(4, hidden_dims=[8, 6], networks="separate"))
     x = 3 * torch.randn(50, 4, dtype=double)
     outputs = []
     for network, activation in zip(layer.networks, (nn.ReLU(), nn.Tanh()), strict=True):
@@ -142,7 +142,7 @@ def test_separate_networks_are_tanh_for_alpha_and_relu_for_mu() -> None:
     found = mu_and_alpha(layer, x)
     close(found[0], outputs[0] * (alpha / 2).exp())
     close(found[1], alpha)
-    assert [member.activation for member in AffineCoupling(4, networks="separate", activation="elu").networks] == [
+    assert [member.activation for member in Coupling(4, networks="separate", activation="elu").networks] == [
         "elu",
         "tanh",
     ]
@@ -165,23 +165,23 @@ def test_autoregressive_layers_follow_their_context(make: Any) -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: AffineCoupling(0), ValueError, "AffineCoupling expected input_dim of at least 1, got 0"),
+        (lambda: Coupling(0), ValueError, "Coupling expected input_dim of at least 1, got 0"),
         (lambda: Permute([0, 2]), ValueError, r"Permute expected permutation to hold each of 0 \.\. 1 once"),
         (lambda: Permute([0.0, 1.0]), ValueError, r"Permute expected permutation to be a permutation of 0 \.\. 1"),
-        (lambda: AffineCoupling(3, mask=[True]), ValueError, r"expected a mask of 3 booleans, got shape \(1,\)"),
-        (lambda: AffineCoupling(2, mask=[True, True]), ValueError, "expected a mask with at least one False"),
-        (lambda: AffineCoupling(2, mask=torch.tensor([0.3, 0.0])), ValueError, "expected a mask of 2 booleans"),
-        (lambda: AffineCoupling(2, networks="three"), ValueError, "expected networks to be one of joint, separate"),
-        (lambda: AffineCoupling(2, hidden_dims=[0]), ValueError, "expected every width in hidden_dims of at least 1"),
+        (lambda: Coupling(3, mask=[True]), ValueError, r"expected a mask of 3 booleans, got shape \(1,\)"),
+        (lambda: Coupling(2, mask=[True, True]), ValueError, "expected a mask with at least one False"),
+        (lambda: Coupling(2, mask=torch.tensor([0.3, 0.0])), ValueError, "expected a mask of 2 booleans"),
+        (lambda: Coupling(2, networks="three"), ValueError, "expected networks to be one of joint, separate"),
+        (lambda: Coupling(2, hidden_dims=[0]), ValueError, "expected every width in hidden_dims of at least 1"),
         (lambda: LowerTriangularAffine(2, loc=torch.zeros(3)), ValueError, r"expected loc of shape \(2,\), got \(3,\)"),
         (lambda: LowerTriangularAffine(2, scale_tril=torch.eye(3)), ValueError, r"expected scale_tril of shape \(2, 2"),
         (lambda: LowerTriangularAffine(2, scale_tril=-torch.eye(2)), ValueError, "expected a positive diagonal"),
         (lambda: LowerTriangularAffine(2, scale_tril=torch.ones(2, 2)), ValueError, "expected scale_tril to be lower"),
         (lambda: MaskedAutoregressive(2, order=[0]), ValueError, r"expected order to be a permutation of 0 \.\. 1"),
-        (lambda: ConditionalAffineCoupling(2, 0), ValueError, "ConditionalAffineCoupling expected context_dim of at"),
-        (lambda: ConditionalAffineCoupling(2, 3).condition([0.0] * 3), TypeError, "expected context to be a torch"),
+        (lambda: ConditionalCoupling(2, 0), ValueError, "ConditionalCoupling expected context_dim of at"),
+        (lambda: ConditionalCoupling(2, 3).condition([0.0] * 3), TypeError, "expected context to be a torch"),
         (
-            lambda: ConditionalAffineCoupling(2, 3).condition(torch.zeros(4, 3))(torch.zeros(5, 2)),
+            lambda: ConditionalCoupling(2, 3).condition(torch.zeros(4, 3))(torch.zeros(5, 2)),
             ValueError,
             r"expected x and context with batch shapes that broadcast, got \(5,\) and \(4,\)",
         ),

@@ -53,9 +53,9 @@ PUBLIC = {
     "pyro_maf": """MAF IAF RealNVP ConditionalMAF ConditionalIAF ConditionalRealNVP MADE MADEMoG MAFMoG FlowPrior
         fit load""",
     "pyro_maf.nn": "MaskedLinear MADE degrees masks",
-    "pyro_maf.transforms": """MaskedAutoregressive InverseAutoregressive AffineCoupling BatchNorm ActNorm Permute
+    "pyro_maf.transforms": """MaskedAutoregressive InverseAutoregressive Coupling BatchNorm ActNorm Permute
         LowerTriangularAffine ConditionalMaskedAutoregressive ConditionalInverseAutoregressive
-        ConditionalAffineCoupling ConditionalLowerTriangularAffine""",
+        ConditionalCoupling ConditionalLowerTriangularAffine""",
     "pyro_maf.distributions": "MADEMoG MAFMoG FlowPrior ConditionalMADEMoG ConditionalMAFMoG ConditionalFlowPrior",
     "pyro_maf.infer": "AutoMAF AutoIAF AutoRealNVP fit_guide diagnose reweight to_arviz neutra TracePath_ELBO",
     "pyro_maf.training": "fit",

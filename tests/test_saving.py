@@ -39,7 +39,7 @@ UNITS = {"loc": torch.tensor([1.0, 2.0, 3.0]), "scale": torch.tensor([0.5, 1.0, 
 SAVABLE: dict[str, Callable[[], Any]] = {
     "MaskedAutoregressive": lambda: transforms.MaskedAutoregressive(3, order=[2, 0, 1], degrees="random", **TINY),
     "InverseAutoregressive": lambda: transforms.InverseAutoregressive(3, activation="silu", **TINY),
-    "AffineCoupling": lambda: transforms.AffineCoupling(3, mask=torch.tensor([True, False, False])),
+    "Coupling": lambda: transforms.Coupling(3, mask=torch.tensor([True, False, False])),
     "BatchNorm": lambda: BatchNorm(3),
     "ActNorm": lambda: ActNorm(3),
     "Permute": lambda: Permute(np.array([2, 0, 1])),
@@ -154,7 +154,7 @@ def test_sizes_of_numpy_and_any_sequence_are_kept(path: Path) -> None:
 
 def test_arguments_that_change_later_are_saved_as_they_were(path: Path) -> None:
     hidden, layers, mask = [6], [ActNorm(2)], np.array([True, True, False])
-    made = [MAF(2, num_layers=1, hidden_dims=hidden), Stack(layers), transforms.AffineCoupling(3, mask=mask)]
+    made = [MAF(2, num_layers=1, hidden_dims=hidden), Stack(layers), transforms.Coupling(3, mask=mask)]
     hidden.append(7)
     layers.append(ActNorm(2))
     mask[:] = [True, False, False]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.training.units import Moments, Units
-from pyro_maf.transforms import AffineCoupling, ConditionalFlow, Flow, LowerTriangularAffine, Stack
+from pyro_maf.transforms import ConditionalFlow, Coupling, Flow, LowerTriangularAffine, Stack
 
 __all__ = ["fit_gaussian", "gaussian", "gaussian_given"]
 
@@ -31,7 +31,7 @@ def gaussian_given(
     In training the log of each dimension's scale becomes linear in c too.
     """
     # A coupling that passes nothing through and has no hidden layer: its shift is linear in the context.
-    by_context = AffineCoupling(input_dim, mask=[False] * input_dim, hidden_dims=[], context_dim=context_dim)
+    by_context = Coupling(input_dim, mask=[False] * input_dim, hidden_dims=[], context_dim=context_dim)
     if weight is not None:
         network: Any = by_context.networks[0].to(weight.dtype)
         with torch.no_grad():

@@ -9,21 +9,21 @@ from pyro_maf.transforms.autoregressive import (
 )
 from pyro_maf.transforms.base import ConditionalFlow, Conditioned, Flow, Inverse
 from pyro_maf.transforms.batch_norm import BatchNorm
-from pyro_maf.transforms.coupling import AffineCoupling, ConditionalAffineCoupling
+from pyro_maf.transforms.coupling import ConditionalCoupling, Coupling
 from pyro_maf.transforms.permute import Permute
 from pyro_maf.transforms.stack import Stack
 from pyro_maf.transforms.triangular import ConditionalLowerTriangularAffine, LowerTriangularAffine
 
 __all__ = [
     "ActNorm",
-    "AffineCoupling",
     "BatchNorm",
-    "ConditionalAffineCoupling",
+    "ConditionalCoupling",
     "ConditionalFlow",
     "ConditionalInverseAutoregressive",
     "ConditionalLowerTriangularAffine",
     "ConditionalMaskedAutoregressive",
     "Conditioned",
+    "Coupling",
     "Flow",
     "Inverse",
     "InverseAutoregressive",

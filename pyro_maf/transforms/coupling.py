@@ -1,4 +1,4 @@
-r"""Affine coupling: some dimensions pass through and condition the affine map of the others."""
+r"""Coupling: some dimensions pass through and condition the affine map of the others."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pyro_maf.nn.weights import outputs_of
 from pyro_maf.sweep import Affine, ScalarMap
 from pyro_maf.transforms.base import ConditionalFlow, Flow
 
-__all__ = ["AffineCoupling", "ConditionalAffineCoupling"]
+__all__ = ["ConditionalCoupling", "Coupling"]
 
 
-class AffineCoupling(Flow):
+class Coupling(Flow):
     r"""A RealNVP layer: dimensions where the mask m is true pass through and condition the map of the others.
 
     y_i = x_i where m_i is true; y_i = x_i exp(alpha_i(x_m)) + mu_i(x_m) for the others, and log |det dy/dx| is the sum
@@ -42,7 +42,7 @@ class AffineCoupling(Flow):
         ValueError: For a mask of the wrong length or one that is true everywhere, and as in `MLP`.
 
     Example:
-        >>> layer = AffineCoupling(3, mask=[True, False, False])
+        >>> layer = Coupling(3, mask=[True, False, False])
         >>> x = torch.randn(5, 3)
         >>> bool(torch.equal(layer(x)[:, 0], x[:, 0]))
         True
@@ -122,13 +122,13 @@ class AffineCoupling(Flow):
         self._derive()
 
 
-class ConditionalAffineCoupling(ConditionalFlow):
-    r"""An `AffineCoupling` whose networks see a context.
+class ConditionalCoupling(ConditionalFlow):
+    r"""A `Coupling` whose networks see a context.
 
     Args:
         input_dim: D.
         context_dim: Number of context features, at least 1.
-        mask, hidden_dims, activation, networks: As in `AffineCoupling`.
+        mask, hidden_dims, activation, networks: As in `Coupling`.
 
     Shapes:
         context is (\*batch or (), context_dim) and broadcasts with x and y, (\*batch, D).
@@ -136,11 +136,11 @@ class ConditionalAffineCoupling(ConditionalFlow):
     Cost: one dense pass in either direction.
 
     Raises:
-        ValueError: As in `AffineCoupling`, and for a context of the wrong width.
-        TypeError: As in `AffineCoupling`.
+        ValueError: As in `Coupling`, and for a context of the wrong width.
+        TypeError: As in `Coupling`.
 
     Example:
-        >>> layer = ConditionalAffineCoupling(3, 2)
+        >>> layer = ConditionalCoupling(3, 2)
         >>> layer.condition(torch.zeros(5, 2))(torch.zeros(3)).shape
         torch.Size([5, 3])
     """
@@ -156,7 +156,7 @@ class ConditionalAffineCoupling(ConditionalFlow):
         networks: str = "joint",
     ) -> None:
         super().__init__(
-            AffineCoupling(
+            Coupling(
                 input_dim,
                 mask=mask,
                 hidden_dims=hidden_dims,

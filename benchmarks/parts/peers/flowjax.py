@@ -55,7 +55,7 @@ class Flowjax(Peer):
         bijection = eqx.tree_at(lambda it: it.masked_autoregressive_mlp, bijection, network)
         return [Flip((self.architecture.dim,)), bijection]
 
-    def _coupling(self, layer: transforms.AffineCoupling) -> list[AbstractBijection]:
+    def _coupling(self, layer: transforms.Coupling) -> list[AbstractBijection]:
         """The halves change places, except next to the noise, so that what the layer keeps comes first."""
         kept = int(layer.mask.sum())
         bijection = Coupling(

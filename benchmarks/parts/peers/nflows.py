@@ -17,7 +17,7 @@ from parts.architecture import HIDDEN_LAYERS, Architecture, linears, network_of
 from parts.peers.base import TorchPeer
 from parts.peers.natural import in_natural_order, ours_again
 from parts.peers.weights import fill
-from pyro_maf.transforms import AffineCoupling, MaskedAutoregressive, Stack
+from pyro_maf.transforms import Coupling, MaskedAutoregressive, Stack
 
 
 class _Conditioner(MLP):
@@ -57,7 +57,7 @@ class Nflows(TorchPeer):
         self.networks.append(network)
         return transform
 
-    def _coupling(self, layer: AffineCoupling) -> Transform:
+    def _coupling(self, layer: Coupling) -> Transform:
         widths = [self.architecture.hidden] * HIDDEN_LAYERS
         transform = AffineCouplingTransform(
             (~layer.mask).int(), lambda kept, outputs: _Conditioner([kept], [outputs], widths, F.relu)

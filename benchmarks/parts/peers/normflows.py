@@ -10,7 +10,7 @@ from parts.architecture import HIDDEN_LAYERS, Architecture, linears, network_of,
 from parts.peers.base import TorchPeer
 from parts.peers.natural import in_natural_order, ours_again
 from parts.peers.weights import fill
-from pyro_maf.transforms import AffineCoupling, MaskedAutoregressive, Stack
+from pyro_maf.transforms import Coupling, MaskedAutoregressive, Stack
 
 
 class Normflows(TorchPeer):
@@ -43,7 +43,7 @@ class Normflows(TorchPeer):
         self.networks.append(network)
         return nf.flows.Reverse(flow)
 
-    def _coupling(self, layer: AffineCoupling) -> nn.Module:
+    def _coupling(self, layer: Coupling) -> nn.Module:
         kept = int(layer.mask.sum())
         moved = self.architecture.dim - kept
         network = nf.nets.MLP([kept, *[self.architecture.hidden] * HIDDEN_LAYERS, 2 * moved])

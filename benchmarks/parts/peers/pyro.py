@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from parts.architecture import HIDDEN_LAYERS, Architecture, linears, network_of, rearranged, split
 from parts.peers.base import TorchPeer, UnsupportedError
 from parts.peers.weights import fill
-from pyro_maf.transforms import AffineCoupling, MaskedAutoregressive, Stack
+from pyro_maf.transforms import Coupling, MaskedAutoregressive, Stack
 
 
 class Pyro(TorchPeer):
@@ -43,7 +43,7 @@ class Pyro(TorchPeer):
         return T.AffineAutoregressive(network)
 
     @staticmethod
-    def _coupling(layer: AffineCoupling, architecture: Architecture) -> T.AffineCoupling:
+    def _coupling(layer: Coupling, architecture: Architecture) -> T.AffineCoupling:
         kept = int(layer.mask.sum())
         moved = architecture.dim - kept
         network = DenseNN(kept, [architecture.hidden] * HIDDEN_LAYERS, [moved, moved])
