@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "InputError",
     "check_above_zero",
     "check_choice",
     "check_event",
@@ -22,6 +23,25 @@ __all__ = [
     "check_shape",
     "check_sizes",
 ]
+
+
+class InputError(ValueError):
+    """Error about rows or columns of a table; its message is complete without the attributes.
+
+    Attributes:
+        row: Index of the first such row in the table, from 0; None if it is not about a row.
+        column: Index of the first such column, from 0; None if it is not about a column.
+
+    Example:
+        >>> error = InputError("fit expected finite data, got nan in row 4, column 1.", row=4, column=1)
+        >>> error.row, error.column
+        (4, 1)
+    """
+
+    def __init__(self, message: str, *, row: int | None = None, column: int | None = None) -> None:
+        super().__init__(message)
+        self.row = row
+        self.column = column
 
 
 def check_positive(who: str, name: str, value: Any, least: int = 1) -> int:
