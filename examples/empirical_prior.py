@@ -1,7 +1,7 @@
 """A prior learnt from past groups, for a new group of which little is known.
 
 Each group is a regression, y = a + b x + noise, and the coefficients (a, b) of the groups follow a law that is far from
-normal: a banana, b = a^2 - 1 and a little. `FlowPrior.fit` learns it from the least-squares estimates of 1,000 past
+normal: a banana, b = a^2 - 1 and a little. `fit_prior` learns it from the least-squares estimates of 1,000 past
 groups. Then come 300 new groups with two rows each, and 50 rows more that are held out to be predicted.
 
 What it shows: with the learnt prior the held-out rows are predicted better than with a normal prior of the mean and
@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pyro_maf import FlowPrior
+from pyro_maf import fit_prior
 
 CONSOLE = Console()
 NOISE = 0.5
@@ -148,7 +148,7 @@ def exactly(prior: dist.MultivariateNormal, seen: Groups, held_out: Groups) -> T
 def priors(past: Tensor, settings: Settings) -> dict[str, Any]:
     """What past groups' estimates say of a new group's coefficients, by name."""
     return {
-        "flow": FlowPrior.fit(past, max_epochs=settings.max_epochs),
+        "flow": fit_prior(past, max_epochs=settings.max_epochs),
         "normal": dist.MultivariateNormal(past.mean(0), past.T.cov()),
         "weak": dist.MultivariateNormal(torch.zeros(2), 100 * torch.eye(2)),
         "the true law": Population(),

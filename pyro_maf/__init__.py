@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pyro_maf.flows import IAF, MAF, ConditionalIAF, ConditionalMAF, ConditionalRealNVP, RealNVP
     from pyro_maf.nn import MADE
     from pyro_maf.saving import load
-    from pyro_maf.training import fit
+    from pyro_maf.training import fit, fit_prior
 
 __all__ = [
     "IAF",
@@ -39,6 +39,7 @@ __all__ = [
     "MAFMoG",
     "RealNVP",
     "fit",
+    "fit_prior",
     "infer",
     "load",
 ]
@@ -49,7 +50,7 @@ HOMES = {
     "flows": "IAF MAF ConditionalIAF ConditionalMAF ConditionalRealNVP RealNVP",
     "nn": "MADE",
     "saving": "load",
-    "training": "fit",
+    "training": "fit fit_prior",
 }
 """Modules of the names above. Each is imported on first access, since it imports torch, for which the help of the
 command line should not wait."""

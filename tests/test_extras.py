@@ -79,7 +79,7 @@ NEEDS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
     "fit": ("lightning", "fit", lambda _: pyro_maf.fit(pyro_maf.MAF(2), ROWS)),
     "the bar of fit": ("rich", "fit", lambda _: pyro_maf.fit(pyro_maf.MAF(2), ROWS)),
     "a guide's bar": ("rich", "fit_guide", lambda _: pyro_maf.infer.fit_guide(model, AutoNormal(model), steps=1)),
-    "a prior": ("lightning", "fit", lambda _: pyro_maf.FlowPrior.fit(torch.tensor(ROWS))),
+    "a prior": ("lightning", "fit", lambda _: pyro_maf.fit_prior(torch.tensor(ROWS))),
     "the report's page": ("jinja2", "write_report", report),
     "the report's pictures": ("matplotlib", "write_report", report),
     "a picture": ("matplotlib", "scatter", lambda _: plotting.scatter(torch.tensor(ROWS), {})),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -22,9 +23,10 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 import pyro_maf
-from pyro_maf import IAF, MAF, ConditionalMAF, FlowPrior, MADEMoG, MAFMoG
+from pyro_maf import IAF, MAF, ConditionalMAF, FlowPrior, MADEMoG, MAFMoG, fit_prior
 from pyro_maf.distributions import ConditionalFlowPrior
 from pyro_maf.support import Columns
+from pyro_maf.training.prior import FitOptions
 from pyro_maf.transforms import Permute, Stack
 from tests.fits import same, weights
 from tests.test_distributions import SMALL, shaken
@@ -310,16 +312,25 @@ def test_widths_are_checked_for_the_support() -> None:
 
 
 @every_support
-def test_fit_makes_a_frozen_prior_on_the_support_and_is_repeatable(support: Any) -> None:
+def test_fit_prior_returns_a_frozen_prior_on_the_support_and_is_repeatable(support: Any) -> None:
     data = rows_on(support)
     state = torch.get_rng_state()
-    prior, again = (FlowPrior.fit(data, support=support, seed=3, **QUICK) for _ in range(2))
+    prior, again = (fit_prior(data, support=support, seed=3, **QUICK) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert same(weights(prior), weights(again))
     assert (type(prior), prior.event_shape, prior.training) == (FlowPrior, data.shape[1:], False)
     assert not any(weight.requires_grad for weight in prior.parameters())
     assert prior.support.check(prior.sample((50,))).all()
-    assert not same(weights(prior), weights(FlowPrior.fit(data, support=support, seed=4, **QUICK)))
+    assert not same(weights(prior), weights(fit_prior(data, support=support, seed=4, **QUICK)))
+
+
+def test_fit_prior_has_the_options_of_fit() -> None:
+    shown, of_fit = (dict(inspect.signature(function).parameters) for function in (fit_prior, pyro_maf.fit))
+    assert list(shown)[:2] == ["data", "flow"]
+    assert shown.keys() - {"flow"} == of_fit.keys() - {"model"}
+    assert all(shown[name].default == of_fit[name].default for name in shown.keys() - {"flow"})
+    types = get_type_hints(pyro_maf.fit)
+    assert all(types[name] == its_type for name, its_type in get_type_hints(FitOptions).items())
 
 
 def test_fit_learns_in_the_units_of_unconstrained_data() -> None:
@@ -327,7 +338,7 @@ def test_fit_learns_in_the_units_of_unconstrained_data() -> None:
     truth = dist.LogNormal(torch.tensor([5.0, -3.0]).double(), torch.tensor([2.0, 0.1]).double()).to_event(1)
     torch.manual_seed(1)
     data, test = truth.sample((400,)), truth.sample((2000,))
-    prior = FlowPrior.fit(data, support="positive", max_epochs=1, learning_rate=1e-6, progress=False)
+    prior = fit_prior(data, support="positive", max_epochs=1, learning_rate=1e-6, progress=False)
     assert prior.loc.dtype == torch.float64
     torch.testing.assert_close(prior.loc, torch.tensor([5.0, -3.0]).double(), atol=0.3, rtol=0)
     torch.testing.assert_close(prior.scale, torch.tensor([2.0, 0.1]).double(), atol=0, rtol=0.1)
@@ -345,7 +356,7 @@ def test_fit_learns_in_the_units_of_unconstrained_data() -> None:
 )
 def test_fit_takes_flows_densities_and_priors(make: Callable[[], Any]) -> None:
     given = make()
-    prior = FlowPrior.fit(rows_on(MIXED), given, support=MIXED, **QUICK)
+    prior = fit_prior(rows_on(MIXED), given, support=MIXED, **QUICK)
     assert prior is given or prior.model is given
     assert prior.units.support.name == tuple(MIXED)
     assert not any(weight.requires_grad for weight in given.parameters())
@@ -355,7 +366,7 @@ def test_fit_takes_flows_densities_and_priors(make: Callable[[], Any]) -> None:
 def test_fit_with_a_context(flow: Any) -> None:
     context = torch.randn(100, 2)
     given = flow and flow()
-    prior = FlowPrior.fit(rows_on(MIXED), given, support=MIXED, context=context, **QUICK)
+    prior = fit_prior(rows_on(MIXED), given, support=MIXED, context=context, **QUICK)
     assert isinstance(prior, ConditionalFlowPrior)
     assert not any(weight.requires_grad for weight in prior.parameters())
     at = prior.condition(context[:4])
@@ -365,11 +376,11 @@ def test_fit_with_a_context(flow: Any) -> None:
 def test_fit_takes_arrays_frames_lists_and_validation_rows() -> None:
     data = rows_on("positive")
     for given in (data.numpy(), pd.DataFrame(data.numpy()), data.tolist(), data[:, 0]):
-        prior = FlowPrior.fit(given, support="positive", validation=0.2, **QUICK)
+        prior = fit_prior(given, support="positive", validation=0.2, **QUICK)
         assert (prior.loc.dtype, prior.event_shape[0]) == (torch.float32, 1 if given is data[:, 0] else prior.input_dim)
-    FlowPrior.fit(data, support="positive", validation=data[:20], **QUICK)
+    fit_prior(data, support="positive", validation=data[:20], **QUICK)
     with pytest.raises(ValueError, match=r"expected validation data of numbers above 0 in column 1 .* in row 0"):
-        FlowPrior.fit(data, support="positive", validation=data[:20] * torch.tensor([1.0, -1.0, 1.0]), **QUICK)
+        fit_prior(data, support="positive", validation=data[:20] * torch.tensor([1.0, -1.0, 1.0]), **QUICK)
 
 
 def _spoilt(support: Any, row: int, column: int, value: float) -> Tensor:
@@ -395,7 +406,7 @@ def _spoilt(support: Any, row: int, column: int, value: float) -> Tensor:
 )
 def test_fit_refuses_data_that_is_not_inside(support: Any, data: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        FlowPrior.fit(_spoilt(*data), support=support)
+        fit_prior(_spoilt(*data), support=support)
     assert "\n" not in str(caught.value)
 
 
@@ -403,19 +414,19 @@ def test_fit_refuses_data_that_is_not_inside(support: Any, data: Any, message: s
     ("call", "message"),
     [
         (
-            lambda d: FlowPrior.fit(d, FlowPrior(MAF(3)), support="positive"),
+            lambda d: fit_prior(d, FlowPrior(MAF(3)), support="positive"),
             "expected support 'real', that of the Flow",
         ),
-        (lambda d: FlowPrior.fit(d, MAF(2), support="positive"), r"data of shape \(rows, 2\)"),
-        (lambda d: FlowPrior.fit(d, MAF(3), support="simplex"), r"shape \(rows, 4\), 4 .* and 1 for a simplex"),
-        (lambda d: FlowPrior.fit(d[:, :1] * 0 + 1, support="simplex"), "at least 2 columns for a simplex, got 1"),
+        (lambda d: fit_prior(d, MAF(2), support="positive"), r"data of shape \(rows, 2\)"),
+        (lambda d: fit_prior(d, MAF(3), support="simplex"), r"shape \(rows, 4\), 4 .* and 1 for a simplex"),
+        (lambda d: fit_prior(d[:, :1] * 0 + 1, support="simplex"), "at least 2 columns for a simplex, got 1"),
         (
-            lambda d: FlowPrior.fit(d[:, 0, None, None], support="positive"),
+            lambda d: fit_prior(d[:, 0, None, None], support="positive"),
             r"shape \(rows, columns\), got \(100, 1, 1\)",
         ),
-        (lambda d: FlowPrior.fit(d, support=["real"]), "for each of 3 columns"),
-        (lambda d: FlowPrior.fit(np.zeros((0, 3))), r"got \(0, 3\)"),
-        (lambda d: FlowPrior.fit(d, seed=-1), "expected seed of at least 0, got -1"),
+        (lambda d: fit_prior(d, support=["real"]), "for each of 3 columns"),
+        (lambda d: fit_prior(np.zeros((0, 3))), r"got \(0, 3\)"),
+        (lambda d: fit_prior(d, seed=-1), "expected seed of at least 0, got -1"),
     ],
 )
 def test_fit_says_what_does_not_fit(call: Callable[[Tensor], Any], message: str) -> None:
@@ -525,7 +536,7 @@ def test_svi_in_a_plate_with_an_autoguide(support: Any) -> None:
 def test_frozen_it_stays_and_unfrozen_it_trains() -> None:
     """An empirical Bayes fit: with `pyro.module`, an unfrozen prior moves to where the data put it."""
     data = 5 + torch.randn(50, 2)
-    prior = FlowPrior.fit(torch.randn(200, 2), MAF(2, num_layers=1, **SMALL), **QUICK)
+    prior = fit_prior(torch.randn(200, 2), MAF(2, num_layers=1, **SMALL), **QUICK)
 
     def model() -> None:
         pyro.module("prior", prior)

@@ -18,7 +18,7 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
 import pyro_maf
-from pyro_maf import MAF, ConditionalFlowPrior, ConditionalMAF, FlowPrior, MADEMoG, fit
+from pyro_maf import MAF, ConditionalFlowPrior, ConditionalMAF, FlowPrior, MADEMoG, fit, fit_prior
 from pyro_maf.report import write_report
 from pyro_maf.tables.layout import Layout, numbers
 
@@ -136,8 +136,8 @@ BAD = {
     "a class": (lambda r, g: fit(MAF, FRAME), "MAF is a class: build one of it, with a size, as fit(MAF(2), data)."),
     "swapped": (lambda r, g: fit(FRAME, MAF(2)), "got DataFrame. The model comes first: fit(model, data)."),
     "a support of none": (
-        lambda r, g: FlowPrior.fit(FRAME, support={"d": "positive"}),
-        "FlowPrior.fit expected support of columns 'a', 'b', 'c', got one of 'd'.",
+        lambda r, g: fit_prior(FRAME, support={"d": "positive"}),
+        "fit_prior expected support of columns 'a', 'b', 'c', got one of 'd'.",
     ),
     "support of nothing": (
         lambda r, g: fit(flow(), FRAME[["a", "b"]], support={"a": "round"}),
@@ -148,7 +148,7 @@ BAD = {
         "fit expected validation data with column 'b', as in the fit, got 'a', 'c'.",
     ),
     "draws of unequal number": (
-        lambda r, g: FlowPrior.fit({"mu": torch.zeros(20), "b": torch.zeros(19, 2)}),
+        lambda r, g: fit_prior({"mu": torch.zeros(20), "b": torch.zeros(19, 2)}),
         "fit expected data as a dictionary of (rows, ...), as many rows each, got 'mu' of shape (20,), 'b' of shape",
     ),
     "large counts": (
@@ -212,7 +212,7 @@ def test_a_prior_from_the_draws_of_a_posterior_gives_its_sites_back(tmp_path: Pa
     mcmc = MCMC(NUTS(model), num_samples=60, warmup_steps=20, disable_progbar=True)
     mcmc.run()
     draws = mcmc.get_samples()
-    prior = FlowPrior.fit(draws, support={"scale": "positive"}, **QUICK)
+    prior = fit_prior(draws, support={"scale": "positive"}, **QUICK)
     assert prior.units.support.name == ("positive", "real", "real")
     values = prior.unpack(prior.sample((4,)))
     assert {name: tuple(value.shape) for name, value in values.items()} == {"scale": (4,), "slopes": (4, 2)}
@@ -235,23 +235,23 @@ def test_a_prior_from_the_draws_of_a_posterior_gives_its_sites_back(tmp_path: Pa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_prior_of_draws_has_their_dtype(dtype: torch.dtype) -> None:
     draws = {"mu": torch.tensor(FRAME["c"]).to(dtype), "b": ROWS.abs().to(dtype)}
-    prior = FlowPrior.fit(draws, support={"b": "positive"}, **QUICK)
+    prior = fit_prior(draws, support={"b": "positive"}, **QUICK)
     assert (prior.loc.dtype, prior.units.support.name) == (dtype, ("real", "positive", "positive"))
 
 
 def test_a_support_may_be_given_by_the_name_or_number_of_a_column(tmp_path: Path) -> None:
     frame = FRAME.abs()
     for data, support in ((frame, {"b": "positive"}), (torch.tensor(frame.to_numpy()), {1: "positive"})):
-        prior = FlowPrior.fit(data, support=support, **QUICK)
+        prior = fit_prior(data, support=support, **QUICK)
         assert prior.units.support.name == ("real", "positive", "real")
     built = FlowPrior(flow(), support={"b": "positive"}, columns=[("a", ()), ("b", ())])
     assert built.units.support.name == ("real", "positive")
     built.save(tmp_path / "built.safetensors")
     assert pyro_maf.load(tmp_path / "built.safetensors").units.support.name == ("real", "positive")
-    everywhere = FlowPrior.fit(frame, support=dict.fromkeys("abc", "positive"), **QUICK)
+    everywhere = fit_prior(frame, support=dict.fromkeys("abc", "positive"), **QUICK)
     assert everywhere.units.support.name == "positive"
     shares = pd.DataFrame(np.random.default_rng(0).dirichlet([2.0] * 3, 50), columns=list("abc"))
-    assert FlowPrior.fit(shares, support=dict.fromkeys("abc", "simplex"), **QUICK).input_dim == 2
+    assert fit_prior(shares, support=dict.fromkeys("abc", "simplex"), **QUICK).input_dim == 2
 
 
 def test_a_conditional_prior_is_saved_with_the_names_of_its_columns(given: Any, tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_conditional_prior_is_saved_with_the_names_of_its_columns(given: Any, 
 def test_a_context_may_be_whole_numbers(given: Any, context: Any) -> None:
     expected = given.density.condition(torch.tensor([1.0, 2.0])).log_prob(torch.zeros(1))
     assert torch.equal(given.density.condition(context).log_prob(torch.zeros(1)), expected)
-    single = FlowPrior.fit(FRAME[["a"]], context=FRAME[["b"]], **QUICK)
+    single = fit_prior(FRAME[["a"]], context=FRAME[["b"]], **QUICK)
     assert torch.equal(single.condition(1).log_prob([0.5]), single.condition(torch.tensor([1.0])).log_prob([0.5]))
 
 

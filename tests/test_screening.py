@@ -15,7 +15,7 @@ import torch
 from sklearn import datasets
 from typer.testing import CliRunner
 
-from pyro_maf import MAF, ConditionalMAF, FlowPrior, fit
+from pyro_maf import MAF, ConditionalMAF, fit, fit_prior
 from pyro_maf.cli import app
 from pyro_maf.support import Support
 from pyro_maf.training.plateau import Schedule
@@ -172,7 +172,7 @@ def test_warnings_are_in_the_result_and_point_at_the_call() -> None:
     frame = pd.DataFrame(normal(0), columns=["a", "b", "c"]).assign(d=lambda frame: frame["a"])
     for call in (
         lambda: quick(MAF(4, num_layers=1), frame),
-        lambda: FlowPrior.fit(frame, max_epochs=1, progress=False),
+        lambda: fit_prior(frame, max_epochs=1, progress=False),
     ):
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")

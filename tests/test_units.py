@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import pyro_maf
-from pyro_maf import IAF, MAF, ConditionalFlowPrior, ConditionalMAF, FlowPrior, MADEMoG, RealNVP, fit
+from pyro_maf import IAF, MAF, ConditionalFlowPrior, ConditionalMAF, FlowPrior, MADEMoG, RealNVP, fit, fit_prior
 from pyro_maf.distributions.units import float32_holds
 from pyro_maf.support import Support
 from pyro_maf.training import stored
@@ -322,5 +322,5 @@ def test_a_mapped_table_is_rounded_after_its_units_are_taken(tmp_path: Path, mon
 
 
 def test_a_prior_from_draws_is_as_precise_as_they_are() -> None:
-    prior = FlowPrior.fit(northings(), model(), **QUICK)
+    prior = fit_prior(northings(), model(), **QUICK)
     assert prior.sample((2000,))[:, 0].std().item() == pytest.approx(SCALE, rel=0.1)

@@ -10,12 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint, real_vector
 
-from pyro_maf._core.checks import check_positive
-from pyro_maf._core.random import seeded
 from pyro_maf._core.torch_state import as_far_as_exact, reference_tensor
 from pyro_maf.distributions.density import ConditionalDensity, Density
 from pyro_maf.distributions.units import NoiseToData, Units, keep_float64, statistics, widen_for
-from pyro_maf.flows import MAF
 from pyro_maf.support import Support
 from pyro_maf.tables.layout import Layout, numbers
 from pyro_maf.transforms import ConditionalFlow, Flow, Stack
@@ -33,6 +30,7 @@ class FlowPrior(Density):
     For a flow, z = flow(u) with u standard normal. With w = loc + scale z,
     log p(y) = log N(u; 0, I) - log |det dz/du| - sum_i log scale_i - log |det dT/dw|. For a density, z ~ model. T is
     the identity, or in each column exp or the logistic function, or stick-breaking for the simplex.
+    `pyro_maf.fit_prior` fits one to draws or data.
 
     Args:
         model: A `Flow` or a `Density`. For one with `context_dim` > 0 use `ConditionalFlowPrior`.
@@ -122,82 +120,6 @@ class FlowPrior(Density):
             # its layers are already.
             self.__dict__["_flow"] = NoiseToData([model, self.units])
 
-    @classmethod
-    def fit(
-        cls,
-        data: Any,
-        flow: Flow | Density | ConditionalFlow | ConditionalDensity | None = None,
-        *,
-        support: str | Constraint | Sequence[str | Constraint] | Mapping[Any, str | Constraint] | None = None,
-        context: Any = None,
-        validation: Any = None,
-        batch_size: int = 256,
-        max_epochs: int = 1000,
-        patience: int = 30,
-        learning_rate: float = 2e-3,
-        seed: int = 0,
-        progress: bool | str = True,
-    ) -> FlowPrior | ConditionalFlowPrior:
-        r"""A prior fitted to draws or data by maximum likelihood, `pyro_maf.fit`, for use in a model.
-
-        It is frozen: inference neither trains it nor computes gradients with respect to its weights. To train it
-        further with a model, unfreeze it, `prior.requires_grad_(True)`, and register it there,
-        `pyro.module("prior", prior)`.
-
-        Args:
-            data: Rows (N, D), or (N, D + 1) for a simplex: a tensor, an array, a data frame or nested lists. Or the
-                draws of a posterior, `mcmc.get_samples()`: a dictionary of tensors (N, ...), concatenated, which
-                `prior.unpack(value)` splits again.
-            flow: A flow, a density, a conditional form of either, or a prior to fit further; it is trained and frozen
-                in place. By default a `MAF` for D, in the dtype and on the device of `data` if that is a floating
-                tensor, and in torch's default dtype otherwise.
-            support: As in `FlowPrior`; by default "real", or that of `flow` if it is a prior. Or a dictionary by name
-                of column or site, {"scale": "positive"}; those that it leaves out are real.
-            context: Rows (N, C) that the distribution of the data depends on; by default none.
-            validation, batch_size, max_epochs, patience, learning_rate, progress: As in `pyro_maf.fit`.
-            seed: As in `pyro_maf.fit`; also the seed of the initial weights of the default flow.
-
-        Returns:
-            A `FlowPrior`, or with a context a `ConditionalFlowPrior`, in eval mode.
-
-        Cost: as `pyro_maf.fit`.
-
-        Raises:
-            TypeError: As `pyro_maf.fit`.
-            ValueError: As `pyro_maf.fit`, as for data outside the support or on its boundary.
-            ModuleNotFoundError: Without the `train` extra.
-
-        Example:
-            >>> waits = torch.distributions.Exponential(torch.tensor([1.0, 0.1])).sample((200,))
-            >>> prior = FlowPrior.fit(waits, support="positive", max_epochs=2, progress=False)
-            >>> prior.support.check(prior.sample((5,)))
-            tensor([True, True, True, True, True])
-        """
-        # An import upward, and so late: fitting is built on the densities. It is here because users look for it here.
-        from pyro_maf.training import fit
-        from pyro_maf.training.data import number_of_columns
-
-        columns = number_of_columns("data", data)
-        if isinstance(support, Mapping):
-            support = Layout.of(data).spread("FlowPrior.fit", "support", support, "real", columns)
-        if flow is None:
-            context_dim = 0 if context is None else number_of_columns("context", context)
-            flow = _default_flow(columns, context_dim, support, seed, data)
-        result = fit(
-            flow,
-            data,
-            context=context,
-            support=support,
-            validation=validation,
-            batch_size=batch_size,
-            max_epochs=max_epochs,
-            patience=patience,
-            learning_rate=learning_rate,
-            seed=seed,
-            progress=progress,
-        )
-        return result.density.requires_grad_(False)
-
     def name_columns(self, layout: Layout, context_layout: Layout) -> None:
         """Set the names of the columns of values and context, for `log_prob`, `unpack` and saving."""
         _name_columns(self, layout, context_layout)
@@ -210,8 +132,8 @@ class FlowPrior(Density):
             ValueError: If the columns have no names.
 
         Example:
-            >>> draws = {"mu": torch.randn(50), "b": torch.randn(50, 2)}
-            >>> prior = FlowPrior.fit(draws, max_epochs=1, progress=False)
+            >>> from pyro_maf import MAF
+            >>> prior = FlowPrior(MAF(3), columns=[("mu", ()), ("b", (2,))])
             >>> {site: tuple(value.shape) for site, value in prior.unpack(prior.sample((7,))).items()}
             {'mu': (7,), 'b': (7, 2)}
         """
@@ -402,19 +324,6 @@ def _remember_by_name(prior: FlowPrior | ConditionalFlowPrior, support: Support)
     prior._arguments.pop("support", None)
     if support.name != "real":
         prior._arguments["support"] = support.name
-
-
-def _default_flow(columns: int, context_dim: int, support: Any, seed: int, data: Any) -> MAF:
-    """A MAF for a table with this number of columns; the global random state is unchanged."""
-    # `columns` may be one too many: a simplex of D + 1 columns has D free dimensions.
-    on_simplex = support is not None and Support("FlowPrior.fit", support, columns).event_size > columns
-    if on_simplex and columns < 2:
-        raise ValueError("FlowPrior.fit expected data with at least 2 columns for a simplex, got 1.")
-    check_positive("FlowPrior.fit", "seed", seed, least=0)
-    with seeded(seed):
-        flow = MAF(columns - on_simplex, context_dim=context_dim)
-    like = next(iter(data.values()), None) if isinstance(data, Mapping) else data
-    return flow.to(like) if isinstance(like, Tensor) and like.dtype in (torch.float32, torch.float64) else flow
 
 
 def _unwrapped(model: Any) -> Any:

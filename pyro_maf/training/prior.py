@@ -1,0 +1,120 @@
+"""Fitting a prior to draws or data."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict, TypeVar, Unpack
+
+import torch
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+
+from pyro_maf._core.checks import check_positive
+from pyro_maf._core.random import seeded
+from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
+from pyro_maf.flows import MAF
+from pyro_maf.support import Support
+from pyro_maf.tables.layout import Layout
+from pyro_maf.training.data import number_of_columns
+from pyro_maf.training.fitting import fit
+from pyro_maf.transforms import ConditionalFlow, Flow
+
+__all__ = ["FitOptions", "fit_prior"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class FitOptions(TypedDict, total=False):
+    """Options of `pyro_maf.fit` that `fit_prior` forwards to it."""
+
+    validation: Any
+    batch_size: int
+    max_epochs: int
+    patience: int
+    learning_rate: float
+    max_grad_norm: float
+    folder: str | os.PathLike[str] | None
+    resume: bool
+    overwrite: bool
+    devices: int
+    progress: bool | str
+
+
+def _with_signature_of_options(function: F) -> F:
+    """Have `help` list each of `FitOptions`, with the default of `fit`."""
+    signature = inspect.signature(function)
+    options = [inspect.signature(fit).parameters[name] for name in FitOptions.__annotations__]
+    parameters = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    function.__dict__["__signature__"] = signature.replace(parameters=[*parameters, *options])
+    return function
+
+
+@_with_signature_of_options
+def fit_prior(
+    data: Any,
+    flow: Flow | Density | ConditionalFlow | ConditionalDensity | None = None,
+    *,
+    support: str | Constraint | Sequence[str | Constraint] | Mapping[Any, str | Constraint] | None = None,
+    context: Any = None,
+    seed: int = 0,
+    **options: Unpack[FitOptions],
+) -> FlowPrior | ConditionalFlowPrior:
+    r"""Fit a prior to draws or data by maximum likelihood, with `pyro_maf.fit`, for use in a model.
+
+    The prior is frozen: inference neither trains it nor computes gradients with respect to its weights. To train it
+    further with a model, unfreeze it, `prior.requires_grad_(True)`, and register it there,
+    `pyro.module("prior", prior)`.
+
+    Args:
+        data: Rows (N, D), or (N, D + 1) for a simplex: a tensor, an array, a data frame or nested lists. Or the
+            draws of a posterior, `mcmc.get_samples()`: a dictionary of tensors (N, ...), concatenated, which
+            `prior.unpack(value)` splits again.
+        flow: A flow, a density, a conditional form of either, or a prior to fit further; it is trained and frozen
+            in place. By default a `MAF` for D, in the dtype and on the device of `data` if that is a floating
+            tensor, and in torch's default dtype otherwise.
+        support: As in `FlowPrior`; by default "real", or that of `flow` if it is a prior. Or a dictionary by name
+            of column or site, {"scale": "positive"}; columns that it leaves out are real.
+        context: Rows (N, C) that the distribution of the data depends on; by default none.
+        seed: As in `pyro_maf.fit`; also the seed of the initial weights of the default flow.
+        validation, batch_size, max_epochs, patience, learning_rate, max_grad_norm, folder, resume, overwrite, devices,
+            progress: As in `pyro_maf.fit`.
+
+    Returns:
+        A `FlowPrior`, or with a context a `ConditionalFlowPrior`, in eval mode.
+
+    Cost: as `pyro_maf.fit`.
+
+    Raises:
+        TypeError: As `pyro_maf.fit`.
+        ValueError: As `pyro_maf.fit`, as for data outside the support or on its boundary.
+        ModuleNotFoundError: Without the `train` extra.
+
+    Example:
+        >>> waits = torch.distributions.Exponential(torch.tensor([1.0, 0.1])).sample((200,))
+        >>> prior = fit_prior(waits, support="positive", max_epochs=2, progress=False)
+        >>> prior.support.check(prior.sample((5,)))
+        tensor([True, True, True, True, True])
+    """
+    columns = number_of_columns("data", data)
+    if isinstance(support, Mapping):
+        support = Layout.of(data).spread("fit_prior", "support", support, "real", columns)
+    if flow is None:
+        context_dim = 0 if context is None else number_of_columns("context", context)
+        flow = _default_flow(columns, context_dim, support, seed, data)
+    result = fit(flow, data, context=context, support=support, seed=seed, **options)
+    return result.density.requires_grad_(False)
+
+
+def _default_flow(columns: int, context_dim: int, support: Any, seed: int, data: Any) -> MAF:
+    """A MAF for a table with this number of columns; the global random state is unchanged."""
+    # `columns` may be one too many: a simplex of D + 1 columns has D free dimensions.
+    on_simplex = support is not None and Support("fit_prior", support, columns).event_size > columns
+    if on_simplex and columns < 2:
+        raise ValueError("fit_prior expected data with at least 2 columns for a simplex, got 1.")
+    check_positive("fit_prior", "seed", seed, least=0)
+    with seeded(seed):
+        flow = MAF(columns - on_simplex, context_dim=context_dim)
+    like = next(iter(data.values()), None) if isinstance(data, Mapping) else data
+    return flow.to(like) if isinstance(like, Tensor) and like.dtype in (torch.float32, torch.float64) else flow
