@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_maf import IAF, MAF, RealNVP
-from pyro_maf.infer.head import Head
 from pyro_maf.nn import MADE, MLP
 from pyro_maf.nn.tempering import Tempered, gain_of
+from pyro_maf.transforms.triangular import Head
 
 FLOWS: tuple[Any, ...] = (MAF, IAF, RealNVP)
 

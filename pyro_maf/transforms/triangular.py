@@ -1,4 +1,4 @@
-"""Transform of a full-rank normal: location and Cholesky factor."""
+"""Transforms of a full-rank normal: location and Cholesky factor."""
 
 from __future__ import annotations
 
@@ -6,16 +6,82 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_maf.nn import MLP, default_hidden_dims
+from pyro_maf.nn.tempering import gain_of
 from pyro_maf.nn.weights import current, outputs_of
 from pyro_maf.transforms.base import ConditionalFlow, Flow
 
-__all__ = ["ConditionalLowerTriangularAffine", "LowerTriangularAffine", "solve_lower"]
+__all__ = ["ConditionalLowerTriangularAffine", "Head", "LowerTriangularAffine"]
 
 
-class LowerTriangularAffine(Flow):
+class TriangularMap(Flow):
+    r"""Base of the affine maps y = loc + L x, with L lower triangular with a positive diagonal.
+
+    A subclass returns loc, log L_ii and the entries of L below the diagonal, row by row, as `_entries()`. With a
+    context, the outputs of a network of it are added to these; they start at 0. A gain multiplies the entries below.
+    """
+
+    is_by_row = True
+    gain: Tensor | None
+    _places: Tensor
+
+    def __init__(
+        self, input_dim: int, context_dim: int = 0, hidden_dims: Sequence[int] | None = None, activation: str = "relu"
+    ) -> None:
+        super().__init__(input_dim, context_dim)
+        self.register_buffer("gain", None)
+        if context_dim:
+            hidden_dims = default_hidden_dims(input_dim) if hidden_dims is None else hidden_dims
+            self.network = MLP(context_dim, hidden_dims, sum(self._sizes()), activation=activation)
+            self.network.zero_output()
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """y = L x + loc, and log |det L|."""
+        loc, factor, log_det = self._factor(context)
+        y = F.linear(x, factor, loc) if factor.dim() == 2 else loc + (factor @ x[..., None])[..., 0]
+        return y, log_det.expand(y.shape[:-1])
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x = L^-1 (y - loc), and log |det L|."""
+        loc, factor, log_det = self._factor(context)
+        x = solve_lower(factor, y - loc)
+        return x, log_det.expand(x.shape[:-1])
+
+    def _entries(self) -> Sequence[Tensor]:
+        raise NotImplementedError
+
+    def _sizes(self) -> list[int]:
+        """Numbers of entries of loc, on the diagonal of L and below it."""
+        return [self.input_dim, self.input_dim, self.input_dim * (self.input_dim - 1) // 2]
+
+    def _factor(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return loc, L and log |det L|."""
+        loc, log_diagonal, below = self._entries()
+        if context is not None:
+            shifts = outputs_of(self.network, context, None).split(self._sizes(), -1)
+            loc, log_diagonal, below = loc + shifts[0], log_diagonal + shifts[1], below + shifts[2]
+        entries = [F.pad(log_diagonal.exp(), (1, 0)), below if self.gain is None else self.gain * below]
+        factor = torch.cat(entries, -1).index_select(-1, self._places)
+        return loc, factor.unflatten(-1, (self.input_dim, self.input_dim)), log_diagonal.sum(-1)
+
+    def _derive(self) -> None:
+        """Compute the index of each entry of L in the vector (0, diagonal, entries below it)."""
+        size, device = self.input_dim, next(self.parameters()).device
+        places = torch.zeros(size, size, dtype=torch.int64, device=device)
+        diagonal, below = torch.arange(1, 1 + size * (size + 1) // 2, device=device).tensor_split([size])
+        places.diagonal().copy_(diagonal)
+        places[tuple(torch.tril_indices(size, size, -1, device=device))] = below
+        self.register_buffer("_places", places.flatten(), persistent=False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._derive()
+
+
+class LowerTriangularAffine(TriangularMap):
     r"""y = loc + L x, with L lower triangular with a positive diagonal: log |det dy/dx| = sum_i log L_ii.
 
     With a standard normal x, y is normal with covariance L L^T. Starts as the identity by default.
@@ -43,9 +109,6 @@ class LowerTriangularAffine(Flow):
         [2.0, 2.0]
     """
 
-    is_by_row = True
-    _places: Tensor
-
     def __init__(
         self,
         input_dim: int,
@@ -56,8 +119,8 @@ class LowerTriangularAffine(Flow):
         hidden_dims: Sequence[int] | None = None,
         activation: str = "relu",
     ) -> None:
-        super().__init__(input_dim, context_dim)
-        dtype = next((given.dtype for given in (loc, scale_tril) if given is not None), None)
+        super().__init__(input_dim, context_dim, hidden_dims, activation)
+        dtype = next((start.dtype for start in (loc, scale_tril) if start is not None), None)
         loc = torch.zeros(input_dim, dtype=dtype) if loc is None else loc
         scale_tril = torch.eye(input_dim, dtype=dtype) if scale_tril is None else scale_tril
         for name, value, shape in (("loc", loc, (input_dim,)), ("scale_tril", scale_tril, (input_dim, input_dim))):
@@ -72,42 +135,74 @@ class LowerTriangularAffine(Flow):
         self.log_diagonal = nn.Parameter(diagonal.detach().log())
         self.below = nn.Parameter(scale_tril.detach()[tuple(torch.tril_indices(input_dim, input_dim, -1))])
         self._derive()
-        if context_dim:
-            hidden_dims = default_hidden_dims(input_dim) if hidden_dims is None else hidden_dims
-            width = 2 * input_dim + len(self.below)
-            self.network = MLP(context_dim, hidden_dims, width, activation=activation)
-            self.network.zero_output()
+
+    def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        layer = current(self)
+        return layer.loc, layer.log_diagonal, layer.below
+
+
+class Head(TriangularMap):
+    r"""y = loc + L (b + A x), with a fixed location and a fixed factor L, and A and b trained: the head of a guide.
+
+    L and A are lower triangular with positive diagonals. A and b start as the identity and 0, so that y starts as
+    loc + L x: the trained parameters live in units in which the posterior is about standard normal, and one learning
+    rate suits every model. From 23 dimensions on, the entries below the diagonal of A are their parameters times a gain
+    of about 16 / D, so that a step of Adam on all D (D - 1) / 2 of them moves y no further than in few dimensions.
+
+    Args:
+        input_dim: D.
+        loc: (D,).
+        scale_tril: L, (D, D).
+        context_dim, hidden_dims, activation: As in `LowerTriangularAffine`, for the network that adds to b and A.
+
+    Shapes:
+        x and y are (\*batch, D), log-determinants (\*batch,) in nats.
+
+    Cost: two products forward, two triangular solves inverse.
+    """
+
+    loc: Tensor
+    scale_tril: Tensor
+
+    def __init__(
+        self,
+        input_dim: int,
+        *,
+        loc: Tensor,
+        scale_tril: Tensor,
+        context_dim: int = 0,
+        hidden_dims: Sequence[int] | None = None,
+        activation: str = "relu",
+    ) -> None:
+        super().__init__(input_dim, context_dim, hidden_dims, activation)
+        self.register_buffer("loc", loc.detach().clone())
+        self.register_buffer("scale_tril", scale_tril.detach().clone(memory_format=torch.contiguous_format))
+        # b, the logarithm of A's diagonal, and the entries below it, as one tensor: each costs an optimizer time.
+        self.free = nn.Parameter(torch.zeros(sum(self._sizes())).to(loc))
+        gain = gain_of(input_dim)
+        self.gain = None if gain == 1.0 else torch.tensor(gain).to(loc)
+        self._derive()
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y = L x + loc, and log |det L|."""
-        loc, log_diagonal, factor = self._factor(context)
-        y = loc + (factor @ x[..., None])[..., 0]
-        return y, log_diagonal.sum(-1).expand(y.shape[:-1])
+        """y from the base's x, and log |det LA|."""
+        z, log_det = super().forward_and_log_det(x, context)
+        return F.linear(z, self.scale_tril, self.loc), log_det + self._fixed_log_det()
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x = L^-1 (y - loc), and log |det L|."""
-        loc, log_diagonal, factor = self._factor(context)
-        x = solve_lower(factor, y - loc)
-        return x, log_diagonal.sum(-1).expand(x.shape[:-1])
+        """x from y, and log |det LA|."""
+        x, log_det = super().inverse_and_log_det(solve_lower(self.scale_tril, y - self.loc), context)
+        return x, log_det + self._fixed_log_det()
 
-    def _factor(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        own = current(self)
-        loc, log_diagonal, below = own.loc, own.log_diagonal, own.below
-        if context is not None:
-            made = outputs_of(self.network, context, None).split([self.input_dim, self.input_dim, len(below)], -1)
-            loc, log_diagonal, below = loc + made[0], log_diagonal + made[1], below + made[2]
-        size = self.input_dim
-        flat = below.new_zeros(*below.shape[:-1], size * size).index_copy(-1, self._places, below)
-        return loc, log_diagonal, torch.diag_embed(log_diagonal.exp()) + flat.unflatten(-1, (size, size))
+    def _entries(self) -> tuple[Tensor, ...]:
+        return current(self).free.split(self._sizes())
 
-    def _derive(self) -> None:
-        """Recompute the flat indices of the entries below the diagonal."""
-        rows, columns = torch.tril_indices(self.input_dim, self.input_dim, -1, device=self.below.device)
-        self.register_buffer("_places", rows * self.input_dim + columns, persistent=False)
+    def _fixed_log_det(self) -> Tensor:
+        return self.scale_tril.diagonal().log().sum()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The gain belongs to the stored entries: none if the stored head has none.
+        self.gain = torch.ones_like(self.free[0].detach()) if prefix + "gain" in state_dict else None
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._derive()
 
 
 def solve_lower(factor: Tensor, y: Tensor) -> Tensor:
