@@ -7,10 +7,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Affine", "ScalarMap"]
+__all__ = ["Affine", "UnivariateMap"]
 
 
-class ScalarMap(Protocol):
+class UnivariateMap(Protocol):
     """An increasing elementwise map of the real line: the interface that a layer needs.
 
     Attributes:
@@ -20,11 +20,11 @@ class ScalarMap(Protocol):
 
     num_parameters: int
 
-    def forward(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """y and log dy/dx."""
+    def forward(self, x: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """y and log dy/dx, for phi with one more dimension than x, of P."""
         ...
 
-    def inverse(self, y: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, y: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
         """x and log dy/dx."""
         ...
 
@@ -38,7 +38,7 @@ class Affine:
     for both.
 
     Example:
-        >>> y, log_derivative = Affine().forward(torch.tensor(1.0), torch.tensor(0.5), torch.tensor(0.0))
+        >>> y, log_derivative = Affine().forward(torch.tensor(1.0), torch.tensor([0.5, 0.0]))
         >>> y.item(), log_derivative.item()
         (1.5, 0.0)
     """
@@ -46,16 +46,16 @@ class Affine:
     BOUND = 3.0
     num_parameters = 2
 
-    def forward(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
         """y and log dy/dx = alpha."""
-        shift, a = parameters
+        shift, a = phi.unbind(-1)
         alpha = self._alpha(a)
         half = torch.exp(0.5 * alpha)
         return torch.addcmul(shift, x, half) * half, alpha
 
-    def inverse(self, y: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, y: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
         """x and log dy/dx = alpha."""
-        shift, a = parameters
+        shift, a = phi.unbind(-1)
         alpha = self._alpha(a)
         half = torch.exp(-0.5 * alpha)
         return (y * half - shift) * half, alpha

@@ -99,11 +99,11 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
 def by_calls(layer: Any, v: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     """One direction by D calls of the network, each for one variable."""
     inner, context = getattr(layer, "flow", layer), getattr(layer, "context", None)
-    direction = inner.scalar.inverse if inverse else inner.scalar.forward
+    direction = inner.univariate.inverse if inverse else inner.univariate.forward
     w: Tensor = torch.zeros_like(v)
     sequential = (inner.fast == "inverse") != inverse
     for i in inner.order:
-        result, logs = direction(v, *inner.made(w if sequential else v, context).unbind(-1))
+        result, logs = direction(v, inner.made(w if sequential else v, context))
         w = torch.where(torch.arange(v.shape[-1]) == i, result, w)
     return w, logs.sum(-1)
 

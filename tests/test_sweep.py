@@ -39,7 +39,7 @@ needs_kernels = pytest.mark.skipif(loading.kernels() is None, reason="no compile
 def in_torch() -> Iterator[None]:
     """Without the kernels."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "takes", lambda scalar, v: False)
+        patch.setattr(compiled, "takes", lambda univariate, v: False)
         yield
 
 
@@ -68,10 +68,10 @@ every_direction = pytest.mark.parametrize("direction", [slow_direction, fast_dir
 def naive(flow: Any, v: Tensor) -> Tensor:
     """D passes over the whole network, each for one variable."""
     layer, context = getattr(flow, "flow", flow), getattr(flow, "context", None)
-    direction = layer.scalar.forward if layer.fast == "inverse" else layer.scalar.inverse
+    direction = layer.univariate.forward if layer.fast == "inverse" else layer.univariate.inverse
     w = torch.zeros_like(v)
     for i in layer.order:
-        w[..., i] = direction(v, *layer.made(w, context).unbind(-1))[0][..., i]
+        w[..., i] = direction(v, layer.made(w, context))[0][..., i]
     return w
 
 
@@ -352,7 +352,7 @@ def test_a_sweep_sees_the_network_as_the_parallel_direction_does() -> None:
         w = flow.forward_and_log_det(v)[0]
         parameters = layer.flow.made(w, context)
         assert not torch.equal(compress_tails(w), w)
-        assert torch.allclose(layer.flow.scalar.forward(v, *parameters.unbind(-1))[0], w, rtol=1e-12, atol=1e-12)
+        assert torch.allclose(layer.flow.univariate.forward(v, parameters)[0], w, rtol=1e-12, atol=1e-12)
 
 
 def test_training_in_the_parallel_direction_loads_no_kernels() -> None:

@@ -54,7 +54,7 @@ def d_passes(flow: Stack) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
             columns = list(torch.zeros_like(noise).unbind(-1))
             for index in layer.order.tolist():
                 outputs = network_of(layer).parameters_of(torch.stack(columns, -1))[:, index]
-                columns[index], log_derivative = layer.scalar.forward(noise[:, index], *outputs.unbind(-1))
+                columns[index], log_derivative = layer.univariate.forward(noise[:, index], outputs)
                 total = total + log_derivative
             noise = torch.stack(columns, -1)
         return noise, total

@@ -13,7 +13,7 @@ from pyro_maf.sweep.loading import kernels
 from pyro_maf.sweep.pack import LANES, Array, Pack
 from pyro_maf.sweep.panels import FEWEST, MOST, ROWS
 from pyro_maf.sweep.threads import in_parts
-from pyro_maf.univariate import Affine, ScalarMap
+from pyro_maf.univariate import Affine, UnivariateMap
 
 __all__ = ["KernelSweep", "evaluate", "takes"]
 
@@ -21,10 +21,10 @@ FEW_POINTS = 8
 """Smaller batches are computed point by point."""
 
 
-def takes(scalar: ScalarMap, v: Tensor) -> bool:
+def takes(univariate: UnivariateMap, v: Tensor) -> bool:
     """Return whether the kernels support this univariate map, device, dtype and machine."""
     return (
-        type(scalar) is Affine
+        type(univariate) is Affine
         and v.device.type == "cpu"
         and v.dtype in (torch.float32, torch.float64)
         and not torch.compiler.is_compiling()

@@ -17,7 +17,7 @@ from pyro_maf._core.torch_state import is_intercepted, without_autocast
 from pyro_maf.nn import ACTIVATIONS, BULK, MADE, compress_tails
 from pyro_maf.sweep.panels import Product, panels_of
 from pyro_maf.sweep.slopes import activate, differentiate
-from pyro_maf.univariate import Affine, ScalarMap
+from pyro_maf.univariate import Affine, UnivariateMap
 
 __all__ = ["differentiable", "takes"]
 
@@ -60,13 +60,13 @@ class Pass(NamedTuple):
     products: list[Product]
 
 
-def takes(made: MADE, scalar: ScalarMap, v: Tensor) -> bool:
+def takes(made: MADE, univariate: UnivariateMap, v: Tensor) -> bool:
     """Return whether this pass supports the map, network and device, and no tracer or compiler is active."""
     width = min(made.hidden_dims, default=0)
     return (
         width >= NARROW
         and width * v.shape[:-1].numel() >= LEAST_UNITS
-        and type(scalar) is Affine
+        and type(univariate) is Affine
         and v.device.type == "cpu"
         and not is_intercepted()
     )
@@ -211,5 +211,5 @@ def _plain(
         if index < len(weights) - 1:
             x = ACTIVATIONS[made.activation](x)
     direction = Affine().inverse if inverse else Affine().forward
-    w, log_derivative = direction(v, x[:, ::2], x[:, 1::2])
+    w, log_derivative = direction(v, x.unflatten(-1, (v.shape[-1], 2)))
     return w, log_derivative.sum(-1)

@@ -85,8 +85,8 @@ class TorchSweep:
         """w, log-determinant and the tensors saved for the adjoint, for v (batch, D)."""
         plan = self.plan
         given = v[:, plan.order].T.contiguous()
-        solved = walk(plan, lambda i, parameters: self.direction(given[i], *parameters)[0], v.shape[0])
-        log_det = self.direction(given, *solved.parameters.unbind(1))[1].sum(0)
+        solved = walk(plan, lambda i, parameters: self.direction(given[i], parameters.T)[0], v.shape[0])
+        log_det = self.direction(given, solved.parameters.transpose(1, 2))[1].sum(0)
         return solved.w.T[:, plan.order.argsort()], log_det, solved
 
     def adjoint(
@@ -148,13 +148,14 @@ def partials(direction: Direction, v: Tensor, parameters: Tensor) -> tuple[Tenso
     """dw/dv, dw/dphi, dlog/dv, dlog/dphi of the univariate map, elementwise."""
     with torch.enable_grad():
         v, parameters = v.detach().requires_grad_(), parameters.detach().requires_grad_()
-        w, log_derivative = direction(v, *parameters.unbind(1))
+        w, log_derivative = direction(v, parameters.transpose(1, 2))
         partials: list[Tensor] = []
         for value, keep in ((w, True), (log_derivative, False)):
             partials += torch.autograd.grad(
                 value.sum(), (v, parameters), retain_graph=keep, allow_unused=True, materialize_grads=True
             )
-    return tuple(partials)  # type: ignore[return-value]
+    dw_dv, dw_dphi, dlog_dv, dlog_dphi = partials
+    return dw_dv, dw_dphi.contiguous(), dlog_dv, dlog_dphi.contiguous()
 
 
 def slope_of(activation: Callable[[Tensor], Tensor], before: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from pyro_maf.sweep.pack import pack, pack_of
 from pyro_maf.sweep.plan import Direction, Plan, biases_of, lay_back, plan_of, weights_of
 from pyro_maf.sweep.reference import TorchSweep
 from pyro_maf.sweep.triton_sweep import TritonSweep
-from pyro_maf.univariate import ScalarMap
+from pyro_maf.univariate import UnivariateMap
 
 __all__ = ["parallel", "solve"]
 
@@ -40,13 +40,13 @@ class Engine(Protocol):
 
 
 def solve(
-    made: MADE, scalar: ScalarMap, v: Tensor, context: Tensor | None = None, *, inverse: bool = False
+    made: MADE, univariate: UnivariateMap, v: Tensor, context: Tensor | None = None, *, inverse: bool = False
 ) -> tuple[Tensor, Tensor]:
     r"""Solve w_i = f(v_i; phi_i(w_<i)), with phi_i the outputs of `made` for variable i.
 
     Args:
         made: The network, with as many outputs per input as f has parameters.
-        scalar: The univariate map: f is its `forward`, or its `inverse` if `inverse` is true.
+        univariate: The univariate map: f is its `forward`, or its `inverse` if `inverse` is true.
         v: The input, (\*batch, D).
         context: (\*batch or (), context_dim), or None.
         inverse: Whether v is y and w is x, rather than the reverse.
@@ -56,25 +56,25 @@ def solve(
 
     Cost: one pass through the non-zero half of the network's weights, and as much again for the gradient, whatever D.
     """
-    return _in_rows(made, scalar, v, context, inverse, True)
+    return _in_rows(made, univariate, v, context, inverse, True)
 
 
 def parallel(
-    made: MADE, scalar: ScalarMap, v: Tensor, context: Tensor | None = None, *, inverse: bool = False
+    made: MADE, univariate: UnivariateMap, v: Tensor, context: Tensor | None = None, *, inverse: bool = False
 ) -> tuple[Tensor, Tensor]:
     r"""w_i = f(v_i; phi_i(v_<i)), for all i at once. Arguments and results are those of `solve`."""
-    return _in_rows(made, scalar, v, context, inverse, False)
+    return _in_rows(made, univariate, v, context, inverse, False)
 
 
 def _in_rows(
-    made: MADE, scalar: ScalarMap, v: Tensor, context: Tensor | None, inverse: bool, sequential: bool
+    made: MADE, univariate: UnivariateMap, v: Tensor, context: Tensor | None, inverse: bool, sequential: bool
 ) -> tuple[Tensor, Tensor]:
     own = own_tensors(made)
     if own is None and is_called(made):
-        return _by_calls(made, scalar, v, context, inverse, sequential)
-    way = _way(made, own, scalar, v, context, sequential)
+        return _by_calls(made, univariate, v, context, inverse, sequential)
+    way = _way(made, own, univariate, v, context, sequential)
     if way == "plain":
-        return _plain(made, scalar, v, context, inverse, sequential)
+        return _plain(made, univariate, v, context, inverse, sequential)
     if context is not None:
         v, context = together(v, context)
     rows = v if v.dim() == 2 else v.reshape(-1, made.input_dim)
@@ -83,14 +83,14 @@ def _in_rows(
     elif way == "dense":
         w, log_det = dense.differentiable(made, rows, weights_of(made), biases_of(made, context), inverse=inverse)
     else:
-        direction = scalar.inverse if inverse else scalar.forward
+        direction = univariate.inverse if inverse else univariate.forward
         tensors = (*weights_of(made), *biases_of(made, context))
         w, log_det = _Sweep.apply(made, direction, way, inverse, rows, *tensors)
     return (w, log_det) if rows is v else (w.reshape(v.shape), log_det.reshape(v.shape[:-1]))
 
 
 def _way(
-    made: MADE, own: list[Tensor] | None, scalar: ScalarMap, v: Tensor, context: Tensor | None, sequential: bool
+    made: MADE, own: list[Tensor] | None, univariate: UnivariateMap, v: Tensor, context: Tensor | None, sequential: bool
 ) -> str:
     """Method for computing a direction. The kernels are queried last, since that loads them."""
     if is_traced():
@@ -100,21 +100,21 @@ def _way(
         return "plain"  # an exported program cannot hold the sweep's adjoint
     if differentiated and not sequential:
         # With a gradient, these are mostly matrix products, at which torch is fastest.
-        return "dense" if dense.takes(made, scalar, v) else "plain"
-    if compiled.takes(scalar, v):
+        return "dense" if dense.takes(made, univariate, v) else "plain"
+    if compiled.takes(univariate, v):
         return "kernel sweep" if differentiated else "kernel"
-    if sequential and triton_sweep.takes(scalar, v):
+    if sequential and triton_sweep.takes(univariate, v):
         return "triton"
     return "sweep" if sequential else "plain"
 
 
 def _plain(
-    made: MADE, scalar: ScalarMap, v: Tensor, context: Tensor | None, inverse: bool, sequential: bool
+    made: MADE, univariate: UnivariateMap, v: Tensor, context: Tensor | None, inverse: bool, sequential: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute by ordinary torch operations, as `torch.func`, compilation and tracing require."""
-    direction = scalar.inverse if inverse else scalar.forward
+    direction = univariate.inverse if inverse else univariate.forward
     if not sequential:
-        w, log_derivative = direction(v, *made.parameters_of(v, context).unbind(-1))
+        w, log_derivative = direction(v, made.parameters_of(v, context))
         return w, log_derivative.sum(-1)
     if context is not None:
         v, context = together(v, context)
@@ -123,12 +123,12 @@ def _plain(
 
 
 def _by_calls(
-    made: MADE, scalar: ScalarMap, v: Tensor, context: Tensor | None, inverse: bool, sequential: bool
+    made: MADE, univariate: UnivariateMap, v: Tensor, context: Tensor | None, inverse: bool, sequential: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute by calls of the network, which run hooks and user-defined modules. Cost: D calls, or one."""
-    direction = scalar.inverse if inverse else scalar.forward
+    direction = univariate.inverse if inverse else univariate.forward
     if not sequential:
-        w, log_derivative = direction(v, *made(v, context).unbind(-1))
+        w, log_derivative = direction(v, made(v, context))
         return w, log_derivative.sum(-1)
     if context is not None:
         v, context = together(v, context)
@@ -137,7 +137,7 @@ def _by_calls(
     log_derivatives: list[Tensor] = []
 
     def step(i: int, parameters: Tensor) -> Tensor:
-        value, log_derivative = direction(given[i], *parameters)
+        value, log_derivative = direction(given[i], parameters.T)
         log_derivatives.append(log_derivative)
         return value
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_maf.nn import ACTIVATIONS, BULK, MADE
 from pyro_maf.sweep.pack import layout_of
 from pyro_maf.sweep.reference import Activations, TorchSweep, hidden_widths
-from pyro_maf.univariate import Affine, ScalarMap
+from pyro_maf.univariate import Affine, UnivariateMap
 
 __all__ = ["TritonSweep", "takes"]
 
@@ -28,9 +28,9 @@ _tables: weakref.WeakKeyDictionary[MADE, tuple[list[list[int]], torch.device, li
 )
 
 
-def takes(scalar: ScalarMap, v: Tensor) -> bool:
+def takes(univariate: UnivariateMap, v: Tensor) -> bool:
     """Return whether there are kernels for this univariate map, device and dtype."""
-    return type(scalar) is Affine and v.device.type == "cuda" and v.dtype == torch.float32 and _has_triton()
+    return type(univariate) is Affine and v.device.type == "cuda" and v.dtype == torch.float32 and _has_triton()
 
 
 @functools.cache

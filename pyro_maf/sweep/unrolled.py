@@ -23,7 +23,7 @@ def solve(plan: Plan, direction: Direction, v: Tensor) -> tuple[Tensor, Tensor]:
     log_det = torch.zeros_like(given[0])
     for i in range(plan.dim):
         known = torch.stack([*map(compress_tails, w), *[torch.zeros_like(given[0])] * (plan.dim - i)])
-        value, log_derivative = direction(given[i], *_network(plan, known)[i])
+        value, log_derivative = direction(given[i], _network(plan, known)[i].T)
         w.append(value)
         log_det = log_det + log_derivative
     return torch.stack(w, 1)[:, plan.order.argsort()], log_det

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pyro_maf.nn import MADE
-from pyro_maf.sweep import Affine, ScalarMap, forget, parallel, solve
+from pyro_maf.sweep import Affine, UnivariateMap, forget, parallel, solve
 from pyro_maf.transforms.base import ConditionalFlow, Flow
 
 __all__ = [
@@ -35,11 +35,11 @@ class _Autoregressive(Flow):
         seed: int = 0,
     ) -> None:
         super().__init__(input_dim, context_dim)
-        self.scalar: ScalarMap = Affine()
+        self.univariate: UnivariateMap = Affine()
         self.made = MADE(
             input_dim,
             hidden_dims,
-            outputs_per_input=self.scalar.num_parameters,
+            outputs_per_input=self.univariate.num_parameters,
             context_dim=context_dim,
             activation=activation,
             order=order,
@@ -98,11 +98,11 @@ class MaskedAutoregressive(_Autoregressive):
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Solve for y, in the layer's order, and log |det dy/dx|; sequential."""
-        return solve(self.made, self.scalar, x, context)
+        return solve(self.made, self.univariate, x, context)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x from y, and log |det dy/dx|; parallel."""
-        return parallel(self.made, self.scalar, y, context, inverse=True)
+        return parallel(self.made, self.univariate, y, context, inverse=True)
 
 
 class InverseAutoregressive(_Autoregressive):
@@ -138,11 +138,11 @@ class InverseAutoregressive(_Autoregressive):
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y from x, and log |det dy/dx|; parallel."""
-        return parallel(self.made, self.scalar, x, context)
+        return parallel(self.made, self.univariate, x, context)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Solve for x, in the layer's order, and log |det dy/dx|; sequential."""
-        return solve(self.made, self.scalar, y, context, inverse=True)
+        return solve(self.made, self.univariate, y, context, inverse=True)
 
 
 class _ConditionalAutoregressive(ConditionalFlow):
