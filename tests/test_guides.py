@@ -29,7 +29,7 @@ from pyro.infer.autoguide import init_to_value
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_maf import IAF, MAF, FlowPrior
+from pyro_maf import IAF, MAF, FlowPrior, load
 from pyro_maf.infer import AutoIAF, TracePath_ELBO, fit_guide
 from tests.posteriors import (
     COUNTS,
@@ -618,6 +618,15 @@ def stored_and_loaded(guide: Any) -> Any:
     torch.save(guide, stored)
     stored.seek(0)
     return torch.load(stored, weights_only=False)
+
+
+@pytest.mark.parametrize("size", [2, 30])
+def test_the_map_of_a_guide_is_saved_and_loaded(size: int, tmp_path: Path) -> None:
+    guide = AutoIAF(lambda: pyro.sample("z", dist.Normal(torch.zeros(size), 1.0).to_event(1)), **SMALL).setup()
+    shaken(guide)
+    guide.transform.save(tmp_path / "map")
+    noise = torch.randn(5, size)
+    assert torch.equal(load(tmp_path / "map")(noise), guide.transform(noise))
 
 
 @pytest.mark.parametrize("copied", [stored_and_loaded, copy.deepcopy], ids=["saved", "deep-copied"])

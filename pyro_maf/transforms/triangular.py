@@ -120,19 +120,9 @@ class LowerTriangularAffine(TriangularMap):
         activation: str = "relu",
     ) -> None:
         super().__init__(input_dim, context_dim, hidden_dims, activation)
-        dtype = next((start.dtype for start in (loc, scale_tril) if start is not None), None)
-        loc = torch.zeros(input_dim, dtype=dtype) if loc is None else loc
-        scale_tril = torch.eye(input_dim, dtype=dtype) if scale_tril is None else scale_tril
-        for name, value, shape in (("loc", loc, (input_dim,)), ("scale_tril", scale_tril, (input_dim, input_dim))):
-            if value.shape != shape:
-                raise ValueError(f"{self.name} expected {name} of shape {shape}, got {tuple(value.shape)}.")
-        diagonal = scale_tril.diagonal()
-        if not bool((diagonal > 0).all()):
-            raise ValueError(f"{self.name} expected a positive diagonal of scale_tril, got {diagonal.tolist()}.")
-        if bool((scale_tril.triu(1) != 0).any()):
-            raise ValueError(f"{self.name} expected scale_tril to be lower triangular, got numbers above its diagonal.")
+        loc, scale_tril = _start(self.name, input_dim, loc, scale_tril)
         self.loc = nn.Parameter(loc.detach().clone())
-        self.log_diagonal = nn.Parameter(diagonal.detach().log())
+        self.log_diagonal = nn.Parameter(scale_tril.detach().diagonal().log())
         self.below = nn.Parameter(scale_tril.detach()[tuple(torch.tril_indices(input_dim, input_dim, -1))])
         self._derive()
 
@@ -151,8 +141,7 @@ class Head(TriangularMap):
 
     Args:
         input_dim: D.
-        loc: (D,).
-        scale_tril: L, (D, D).
+        loc, scale_tril: The fixed location, (D,), and L, (D, D), by default 0 and the identity.
         context_dim, hidden_dims, activation: As in `LowerTriangularAffine`, for the network that adds to b and A.
 
     Shapes:
@@ -168,13 +157,14 @@ class Head(TriangularMap):
         self,
         input_dim: int,
         *,
-        loc: Tensor,
-        scale_tril: Tensor,
+        loc: Tensor | None = None,
+        scale_tril: Tensor | None = None,
         context_dim: int = 0,
         hidden_dims: Sequence[int] | None = None,
         activation: str = "relu",
     ) -> None:
         super().__init__(input_dim, context_dim, hidden_dims, activation)
+        loc, scale_tril = _start(self.name, input_dim, loc, scale_tril)
         self.register_buffer("loc", loc.detach().clone())
         self.register_buffer("scale_tril", scale_tril.detach().clone(memory_format=torch.contiguous_format))
         # b, the logarithm of A's diagonal, and the entries below it, as one tensor: each costs an optimizer time.
@@ -203,6 +193,22 @@ class Head(TriangularMap):
         # The gain belongs to the stored entries: none if the stored head has none.
         self.gain = torch.ones_like(self.free[0].detach()) if prefix + "gain" in state_dict else None
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _start(who: str, input_dim: int, loc: Tensor | None, scale_tril: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return a checked initial location and factor; by default 0 and the identity."""
+    dtype = next((start.dtype for start in (loc, scale_tril) if start is not None), None)
+    loc = torch.zeros(input_dim, dtype=dtype) if loc is None else loc
+    scale_tril = torch.eye(input_dim, dtype=dtype) if scale_tril is None else scale_tril
+    for name, value, shape in (("loc", loc, (input_dim,)), ("scale_tril", scale_tril, (input_dim, input_dim))):
+        if value.shape != shape:
+            raise ValueError(f"{who} expected {name} of shape {shape}, got {tuple(value.shape)}.")
+    diagonal = scale_tril.diagonal()
+    if not bool((diagonal > 0).all()):
+        raise ValueError(f"{who} expected a positive diagonal of scale_tril, got {diagonal.tolist()}.")
+    if bool((scale_tril.triu(1) != 0).any()):
+        raise ValueError(f"{who} expected scale_tril to be lower triangular, got numbers above its diagonal.")
+    return loc, scale_tril
 
 
 def solve_lower(factor: Tensor, y: Tensor) -> Tensor:
