@@ -17,7 +17,8 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_value
 from torch import Tensor, nn
 
-from pyro_maf.infer import Diagnosis, GuideFit, diagnose, fit_guide, guide_fitting, neutra, progress, reweight, to_arviz
+from pyro_maf._core import progress as progress_module
+from pyro_maf.infer import Diagnosis, GuideFit, diagnose, fit_guide, guide_fitting, neutra, reweight, to_arviz
 from pyro_maf.infer.convergence import Schedule
 from tests.posteriors import GAMMA, GUIDES, SMALL, counting, regression, same, steps, weights
 
@@ -514,7 +515,7 @@ def test_a_bar_is_shown_where_it_is_asked_for(capsys: pytest.CaptureFixture[str]
 def test_a_bar_is_shown_over_the_runs_before_and_after_the_steps_too(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_UPDATES", 0.0)
+    monkeypatch.setattr(progress_module, "SECONDS_BETWEEN_UPDATES", 0.0)
     with alone:
         fit_guide(in_turn, AutoIAF(in_turn, **SMALL), steps=5, progress="always")
     shown = capsys.readouterr()

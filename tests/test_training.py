@@ -411,10 +411,11 @@ def test_a_notebook_keeps_the_last_state_of_a_bar_as_one_line(
     cell = Cell()
     monkeypatch.setattr("IPython.display.display", cell.display)
     console = Console(stderr=True, force_jupyter=True)
-    with progress_module.progress_bar("step {task.completed}", "{task.fields[loss]}", console) as bar:
-        task = bar.add_task("", total=1_000, loss="")
+    with progress_module.bar(
+        "always", "{task.description} {task.completed}", "{task.fields[loss]}", console=console
+    ) as bar:
         for step in range(1, 1_001):
-            bar.update(task, completed=step, loss=f"loss {step}")
+            bar.show("step", step, 1_000, loss=f"loss {step}")
     assert cell.replaced < 50
     assert [set(output) for output in cell.outputs] == [{"text/plain"}]
     assert re.fullmatch(r"step 1000 ━+ loss 1000 \d:\d\d:\d\d at most 00:00", cell.outputs[0]["text/plain"])

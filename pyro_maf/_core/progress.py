@@ -1,24 +1,34 @@
-"""Progress bars, and the conditions for showing one."""
+"""Progress bars on stderr or in a notebook, and the conditions for showing one."""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["SECONDS_BETWEEN_UPDATES", "check_progress", "progress_bar", "say_before_bar", "shows"]
+if TYPE_CHECKING:
+    from IPython.core.display_functions import DisplayHandle
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+__all__ = ["Bar", "bar", "check_progress", "say_before_bar", "shows"]
 
 SECONDS_BETWEEN_UPDATES = 0.2
+NOTEBOOK_WIDTH = 100
 
 
-def check_progress(who: str, progress: Any) -> None:
+def check_progress(who: str, progress: object) -> None:
     """Raise if `progress` is not a value that `shows` accepts."""
     if progress not in (True, False, "always"):
         raise ValueError(f'{who} expected progress to be True, False or "always", got {progress!r}.')
 
 
-def shows(progress: bool | str, console: Any) -> bool:
+def shows(progress: bool | str, console: Console) -> bool:
     """Return whether to show a bar: never (False), in a terminal or notebook (True), or everywhere ("always").
 
     A notebook shows one if ipywidgets is installed, as for the bars of other packages.
@@ -39,16 +49,91 @@ def say_before_bar(text: str, progress: bool | str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def progress_bar(place: str, figures: str, console: Any) -> Any:
-    """A rich progress bar with one text before it and one after, the time elapsed, and the maximum time remaining.
+class Bar:
+    """Lines of progress, or nothing at all; yielded by `bar`.
 
     Args:
-        place, figures: The texts, in rich's format.
-        console: Console of the bar; in a notebook the bar is an output of the cell.
+        lines: The lines, or None to show nothing.
     """
+
+    def __init__(self, lines: Progress | None) -> None:
+        self._lines = lines
+        self._tasks: dict[str, TaskID] = {}
+        self._updated = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """True if there are lines, and none was updated for a moment."""
+        return self._lines is not None and time.monotonic() - self._updated > SECONDS_BETWEEN_UPDATES
+
+    def show(self, line: str, completed: float, total: float, **fields: Any) -> None:
+        """Update a line, or begin it.
+
+        Args:
+            line: Its name, the texts' `{task.description}`.
+            completed, total: The amount of work that is done, and of all.
+            fields: Further fields of the texts.
+        """
+        if self._lines is None:
+            return
+        self._updated = time.monotonic()
+        if line not in self._tasks:
+            self._tasks[line] = self._lines.add_task(line, total=total, **fields)
+        self._lines.update(self._tasks[line], total=total, completed=completed, **fields)
+
+
+class _NotebookBar(Bar):
+    """Lines as plain text in the output of a cell, replaced as the work proceeds and stored with the notebook.
+
+    rich itself would display a widget, which is lost when the notebook is stored, and an empty output.
+    """
+
+    def __init__(self, lines: Progress) -> None:
+        from IPython.display import display
+
+        super().__init__(lines)
+        self._console, self._renderable = lines.console, lines.get_renderable
+        self._output: DisplayHandle | None = display(self._text(), raw=True, display_id=True)
+        self._displayed = time.monotonic()
+
+    def show(self, line: str, completed: float, total: float, **fields: Any) -> None:
+        """Update a line, and the output at most once per `SECONDS_BETWEEN_UPDATES`."""
+        super().show(line, completed, total, **fields)
+        if time.monotonic() - self._displayed > SECONDS_BETWEEN_UPDATES:
+            self.display()
+
+    def display(self) -> None:
+        """Replace the output by the present state."""
+        self._displayed = time.monotonic()
+        if self._output is not None:
+            self._output.update(self._text(), raw=True)
+
+    def _text(self) -> dict[str, str]:
+        with self._console.capture() as capture:
+            self._console.print(self._renderable())
+        return {"text/plain": capture.get().strip()}
+
+
+@contextmanager
+def bar(progress: bool | str, place: str, figures: str, console: Console | None = None) -> Iterator[Bar]:
+    """Show lines of a text, a bar, another text, the time elapsed, and the maximum time remaining.
+
+    Args:
+        progress: Whether to show them, as `shows` takes it.
+        place, figures: The texts, in rich's format.
+        console: Console of the lines, by default stderr; in a notebook they are an output of the cell.
+
+    Yields:
+        A `Bar` to report progress to.
+    """
+    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.table import Column
 
+    console = console or Console(stderr=True)
+    if not shows(progress, console):
+        yield Bar(None)
+        return
     columns = (
         TextColumn(place),
         BarColumn(),
@@ -58,8 +143,15 @@ def progress_bar(place: str, figures: str, console: Any) -> Any:
         TextColumn("at most"),
         TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
     )
-    if console.is_jupyter:
-        from pyro_maf._core.notebooks import NotebookProgress
-
-        return NotebookProgress(*columns)
-    return Progress(*columns, console=console)
+    if not console.is_jupyter:
+        with Progress(*columns, console=console) as lines:
+            yield Bar(lines)
+        return
+    plain = Console(
+        file=io.StringIO(), width=NOTEBOOK_WIDTH, force_jupyter=False, force_terminal=False, color_system=None
+    )
+    notebook = _NotebookBar(Progress(*columns, console=plain, auto_refresh=False))
+    try:
+        yield notebook
+    finally:
+        notebook.display()

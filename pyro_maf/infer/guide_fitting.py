@@ -16,12 +16,12 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor
 
+from pyro_maf._core.averaging import WeightAverage
 from pyro_maf._core.checks import check_above_zero, check_positive
 from pyro_maf._core.extras import require
 from pyro_maf._core.interruption import Abandoned, Interruption
-from pyro_maf._core.progress import check_progress, say_before_bar
+from pyro_maf._core.progress import Bar, bar, check_progress, say_before_bar
 from pyro_maf.infer.arguments import check_call, check_pair
-from pyro_maf.infer.averaging import Average
 from pyro_maf.infer.batching import why_alone
 from pyro_maf.infer.convergence import Schedule
 from pyro_maf.infer.diagnosis import Diagnosis, diagnose
@@ -30,9 +30,9 @@ from pyro_maf.infer.importance import arviz, pairing
 from pyro_maf.infer.initialization import ALONE as SET_UP_RUNS
 from pyro_maf.infer.log_joint import FAILURES
 from pyro_maf.infer.path_gradient import TracePath_ELBO
-from pyro_maf.infer.progress import RECENT, Bar, bar
 from pyro_maf.infer.refusal import without_empty_tables
 from pyro_maf.infer.retreat import Retreat
+from pyro_maf.infer.runs import runs_shown
 
 __all__ = ["GuideFit", "fit_guide"]
 
@@ -40,6 +40,8 @@ OPTIONS = ("steps", "num_particles", "learning_rate", "progress")
 MOST_FAILURES = 50
 FAILURES_TO_RETREAT = 10
 CLIP = 4.0
+AVERAGED_STEPS = 100
+RECENT = 100
 ALONE = 4
 """Number of particles if the model has to be run for each."""
 DIAGNOSED, MOST_DIAGNOSED = 10_000, 1_000_000_000
@@ -169,8 +171,8 @@ def fit_guide(
     if "arviz" not in sys.modules:
         say_before_bar("fit_guide loads arviz, once in a program: some seconds.", progress)
     arviz()  # if it is missing, fail now rather than after the fit
-    with without_empty_tables(), bar(progress, steps) as show:
-        with show.runs("setting up, run", SET_UP_RUNS):
+    with without_empty_tables(), bar(progress, "{task.description} {task.completed}", "{task.fields[elbo]}") as shown:
+        with runs_shown(shown, "setting up, run", SET_UP_RUNS, elbo=""):
             if isinstance(guide, AutoFlow):
                 guide.setup(*args, **kwargs)  # not in a trace, which would lengthen its error messages
             run = _Run(model, guide, args, kwargs, num_particles, Schedule(learning_rate, steps))
@@ -183,11 +185,11 @@ def fit_guide(
             )
         with Interruption() as interruption:
             try:
-                reason = run.to_the_end(steps, interruption, show)
+                reason = run.to_the_end(steps, interruption, shown)
             finally:
                 interruption.settle()
                 run.settle()
-        diagnosis = run.diagnosed(show)
+        diagnosis = run.diagnosed(shown)
     return GuideFit(
         guide=guide,
         elbo=tuple(run.elbo),
@@ -240,7 +242,7 @@ class _Run:
         self._optimizer = torch.optim.Adam(self._parameters, lr=schedule.learning_rate)
         self._usual_norm = math.inf
         self._failures = 0
-        self.average = Average(self._parameters)
+        self.average = WeightAverage(self._parameters, AVERAGED_STEPS)
         self._best = Retreat(self._parameters)
         self.schedule = schedule
         self.elbo: list[float] = []
@@ -258,8 +260,9 @@ class _Run:
             raise ValueError("fit_guide expected a guide with parameters to train, got none.")
         return parameters
 
-    def to_the_end(self, steps: int, interruption: Interruption, show: Bar) -> str:
+    def to_the_end(self, steps: int, interruption: Interruption, shown: Bar) -> str:
         """Take steps until there is a reason to stop; return the reason."""
+        shown.show("step", 0, steps, elbo="")
         for _ in range(steps):
             try:
                 self.step()
@@ -268,21 +271,22 @@ class _Run:
                     raise
                 self.is_abandoned = True
                 return "interrupted"
-            show.step(self.elbo)
+            if shown.is_due and self.elbo:
+                shown.show("step", len(self.elbo), steps, elbo=f"ELBO {fmean(self.elbo[-RECENT:]):.3f} nats")
             if interruption.requested:
                 return "interrupted"
             if self.schedule.converged:
                 return "the evidence lower bound has converged"
         return f"reached steps ({steps})"
 
-    def diagnosed(self, show: Bar) -> Diagnosis:
+    def diagnosed(self, shown: Bar) -> Diagnosis:
         """Diagnose the guide; without a verdict if interrupted."""
         draws = max(1_000, min(DIAGNOSED, MOST_DIAGNOSED // (self._pair.runs * self._pair.numbers)))
         if self._is_alone:
             draws = min(draws, max(LEAST_DIAGNOSED, DIAGNOSED_BY_STEP * len(self.elbo) // self._pair.runs))
         try:
             if not self.is_abandoned:
-                with show.runs("diagnosis, run", draws):
+                with runs_shown(shown, "diagnosis, run", draws, elbo=""):
                     return diagnose(self._model, self._guide, *self._args, num_samples=draws, **self._kwargs)
         except KeyboardInterrupt:
             pass  # the fitted weights must not be lost
@@ -311,7 +315,7 @@ class _Run:
         self._optimizer.step()
         self.average.add()
         if self.schedule.step(loss) and self.schedule.is_as_good_as_any:
-            self.average.keep()
+            self.average.record_best()
 
     def _skip(self, raises: bool) -> None:
         self.skipped += 1
@@ -347,5 +351,5 @@ class _Run:
         if self._best.has_fallen():
             self._retreat()
         if self.schedule.ends_as_good_as_any():
-            self.average.keep()
-        self.average.use()
+            self.average.record_best()
+        self.average.use_best()

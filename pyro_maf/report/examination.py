@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_maf._core.progress import bar
 from pyro_maf._core.random import seeded
 from pyro_maf._core.torch_state import reference_tensor, without_autocast
 from pyro_maf.datasets import Table as NamedTable
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.distributions.noise import noise_of
-from pyro_maf.report.progress import bar
 from pyro_maf.report.table import Given, Table, given_columns
 
 __all__ = ["Examination", "LowRow", "examine"]
@@ -110,8 +110,9 @@ def examine(
     pictured = _some(scored, min(PICTURED_ROWS, PICTURED_VALUES // width), generator)
     # More than one sample for each of a few rows, or the samples' histograms would be mostly noise.
     sampled = pictured.repeat(math.ceil(LEAST_SAMPLES / len(pictured)))
-    with torch.no_grad(), bar(progress, len(scored) + len(pictured) + len(sampled)) as done:
-        looked = _Reader(density, tables, done)
+    total = len(scored) + len(pictured) + len(sampled)
+    with torch.no_grad(), bar(progress, "{task.description}", "{task.percentage:.0f} %") as shown:
+        looked = _Reader(density, tables, lambda done: shown.show("report", done, total))
         log_prob = looked.log_prob(scored)
         data_rows, noise = looked.noise(pictured)
         samples, samples_log_prob = looked.samples(sampled)
@@ -136,12 +137,13 @@ class _Reader:
     """Reader of rows of the tables, with their log-densities, noise and samples."""
 
     def __init__(
-        self, density: FlowPrior | ConditionalFlowPrior, tables: list[Table], done: Callable[[int], None]
+        self, density: FlowPrior | ConditionalFlowPrior, tables: list[Table], show: Callable[[int], None]
     ) -> None:
         self.density = density
         self.prior: Any = density.density if isinstance(density, ConditionalFlowPrior) else density
         self.tables = tables
-        self.done = done
+        self.show = show
+        self.done = 0
         like = reference_tensor(density)
         self.like = torch.zeros(()) if like is None else like
         self.likes = [self.like.to(dtype) for dtype in (density.dtype, density.context_dtype)]
@@ -167,7 +169,8 @@ class _Reader:
         """Iterate over blocks of data and context at `index`."""
         for block in self.tables[0].blocks(index):
             yield self.read(block)
-            self.done(len(block))
+            self.done += len(block)
+            self.show(self.done)
 
     def log_prob(self, index: np.ndarray[Any, Any]) -> Tensor:
         """Return the log-densities of the rows at `index`."""

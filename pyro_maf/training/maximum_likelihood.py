@@ -11,9 +11,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
-from rich.console import Console
 
-from pyro_maf._core.progress import shows
 from pyro_maf.training.log import Log
 from pyro_maf.training.module import MaximumLikelihood
 from pyro_maf.training.processes import Processes
@@ -76,8 +74,7 @@ def _trainer(device: torch.device, processes: Processes, max_epochs: int, callba
 def _callbacks(module: MaximumLikelihood, progress: bool | str) -> list[Callback]:
     if not module.processes.is_first:
         return []
-    console = Console(stderr=True)
-    bar: list[Callback] = [ProgressBar(console, module)] if shows(progress, console) else []
+    bar: list[Callback] = [ProgressBar(progress, module)]
     return bar if module.keeper is None else [Log(module.keeper.folder, module.history), *bar]
 
 

@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from pyro_maf._core.averaging import WeightAverage
 from pyro_maf._core.interruption import Interruption
 from pyro_maf.distributions import Density
-from pyro_maf.training.averaging import WeightAverage
 from pyro_maf.training.batches import Batches
 from pyro_maf.training.checkpoint import Checkpoint, Keeper, generator_states, set_generator_states
 from pyro_maf.training.data import Rows
@@ -28,6 +28,7 @@ __all__ = ["MaximumLikelihood"]
 
 AVERAGED_EPOCHS = 2
 AVERAGED_STEPS = 50
+AVERAGING_ORDER = 8
 WEIGHT_DECAY = 1e-6
 SKIPPED_IN_A_ROW = 5
 MOST_LOWERINGS = 10
@@ -83,7 +84,9 @@ class MaximumLikelihood(LightningModule):
         self.stop_reason: str | None = None
         self._began = time.monotonic()
         self._weights = [weight for weight in density.parameters() if weight.requires_grad]
-        self._average = WeightAverage(self._weights, max(AVERAGED_STEPS, AVERAGED_EPOCHS * len(batches)))
+        self._average = WeightAverage(
+            self._weights, max(AVERAGED_STEPS, AVERAGED_EPOCHS * len(batches)), order=AVERAGING_ORDER, with_initial=True
+        )
         self._kept: dict[str, Tensor] = {}
         self._training_mean = _Mean()
         self._validation_mean = _Mean()
@@ -131,7 +134,7 @@ class MaximumLikelihood(LightningModule):
             return
         if self._has_act_norm or self._batch_norms:
             self.density.fit_statistics(*self.batches.sample())
-        self._average.start()
+        self._average.restart()
         self.density.eval()
         with torch.no_grad():
             for index, batch in enumerate(self.held_out):
@@ -162,7 +165,7 @@ class MaximumLikelihood(LightningModule):
             return
         self._skipped_in_a_row = self._lowerings_in_a_row = 0
         self._optimizer.step()
-        self._average.follow()
+        self._average.add()
         self._training_mean.add(-log_likelihood, int(rows))
 
     def on_train_batch_end(self, outputs: object, batch: Rows | tuple[()], batch_idx: int) -> None:
@@ -192,7 +195,7 @@ class MaximumLikelihood(LightningModule):
         self._set_learning_rate()
         self.density.load_state_dict(self._kept)
         self._optimizer.state.clear()
-        self._average.start()
+        self._average.restart()
         warnings.warn(
             f"fit skipped {SKIPPED_IN_A_ROW} steps in a row without a finite loss and gradient: it goes on from the "
             f"best weights so far, with a learning rate of {self.schedule.learning_rate:.3g}.",
@@ -300,7 +303,7 @@ class MaximumLikelihood(LightningModule):
         facts = checkpoint.facts
         self.density.load_state_dict(checkpoint.under("density"))
         average = checkpoint.under("average")
-        self._average.go_on([average[str(number)].to(self.device) for number in range(len(average))], facts["averaged"])
+        self._average.load([average[str(number)].to(self.device) for number in range(len(average))], facts["averaged"])
         states: dict[int, dict[str, Tensor]] = {}
         for name, tensor in checkpoint.under("optimizer").items():
             number, _, field = name.partition("/")
