@@ -27,7 +27,6 @@ import pyro_maf.report
 from pyro_maf.cli import app, request
 from pyro_maf.cli import fit as fit_module
 from pyro_maf.cli import sample as sample_module
-from pyro_maf.cli import score as score_module
 from pyro_maf.experiments import build
 from pyro_maf.experiments.models import FLOWS, STACKS
 
@@ -349,7 +348,7 @@ def test_large_tables_are_scored_in_batches(folder: Path, monkeypatch: pytest.Mo
     for model in ("plain", "given"):
         whole = run("score", folder / model, folder / "table.csv").stdout.split()[1:]
         with monkeypatch.context() as patched:
-            patched.setattr(score_module, "NUMBERS_IN_A_BATCH", 14)
+            patched.setattr("pyro_maf.training.result.VALUES_AT_ONCE", 14)
             parts = run("score", folder / model, folder / "table.csv").stdout.split()[1:]
         # Kernels round differently for batches of other sizes.
         assert np.array(parts, np.float32) == pytest.approx(np.array(whole, np.float32), rel=1e-5)
@@ -607,7 +606,7 @@ def test_rows_with_missing_values_are_dropped_when_asked(
     assert found in run("score", folder / "plain", "gaps.csv", code=2).stderr
     whole = run("score", folder / "plain", "table.csv").stdout.split()
     for size in (2**18, 14):
-        monkeypatch.setattr(score_module, "NUMBERS_IN_A_BATCH", size)
+        monkeypatch.setattr("pyro_maf.training.result.VALUES_AT_ONCE", size)
         result = run("score", folder / "plain", "gaps.csv", "--drop-missing")
         scores = result.stdout.split()
         assert [place for place, score in enumerate(scores) if score == "nan"] == [1, 18, 200]

@@ -29,7 +29,7 @@ from pyro_maf.experiments import (
     comparison,
     divide,
     fit_gaussian,
-    results_table,
+    results,
 )
 from pyro_maf.transforms import ConditionalFlow
 
@@ -189,7 +189,7 @@ def test_what_was_fitted_before_is_read_back_to_the_bit(toy, tmp_path, monkeypat
     monkeypatch.setattr(comparison, "fit", None)
     monkeypatch.setattr(comparison, "fit_gaussian", None)
     again = compare(toy, SMALL, folder=tmp_path, **QUICK)
-    assert results_table.as_json(again) == results_table.as_json(first)
+    assert results.as_json(again) == results.as_json(first)
     density = load(tmp_path / "maf-5-8" / "model.safetensors")
     with torch.no_grad():
         assert torch.equal(density.log_prob(toy.test).double(), first.scores[2].log_prob)
@@ -261,7 +261,7 @@ def test_models_of_data_with_a_context_are_conditional_and_images_have_bits_per_
     assert informed.context_dim == 2
     for one, other in zip(informed.scores, uninformed.scores, strict=True):
         assert one.bits.mean < other.bits.mean
-    assert "bits per pixel" in results_table.as_markdown(informed)
+    assert "bits per pixel" in results.as_markdown(informed)
 
 
 def test_a_model_that_has_no_fit_is_left_out_and_said(toy):
@@ -277,15 +277,15 @@ def test_a_model_that_has_no_fit_is_left_out_and_said(toy):
 def test_every_form_of_the_table_has_the_same_figures(toy):
     found = compare(toy, SMALL, **QUICK)
     published = {"MADE": -3.08}
-    (first, second, _) = json.loads(results_table.as_json(found, published))["models"]
+    (first, second, _) = json.loads(results.as_json(found, published))["models"]
     assert (first["model"], first["published"], second["published"]) == ("Gaussian", None, -3.08)
-    rows = list(csv.DictReader(io.StringIO(results_table.as_csv(found, published))))
+    rows = list(csv.DictReader(io.StringIO(results.as_csv(found, published))))
     assert [float(row["test"]) for row in rows] == [score.test.mean for score in found.scores]
-    markdown = results_table.as_markdown(found, published).splitlines()
+    markdown = results.as_markdown(found, published).splitlines()
     assert len(markdown) == 2 + 3
     assert f"**{found.best.candidate.name}**" in "".join(markdown)
     console = Console(width=200, file=io.StringIO())
-    console.print(results_table.as_table(found, published))
+    console.print(results.as_table(found, published))
     for score in found.scores:
         assert str(score.test) in console.file.getvalue()
         assert any(str(score.test) in line for line in markdown)

@@ -19,7 +19,7 @@ from parts.peers.base import UnsupportedError
 from parts.sets import standardised
 from pyro_maf.datasets import Dataset
 from pyro_maf.experiments import Candidate, Estimate, compare
-from pyro_maf.experiments.scores import estimate
+from pyro_maf.experiments.results import estimate
 from pyro_maf.saving import write_whole
 
 OURS = "pyro-maf"

@@ -15,7 +15,8 @@ import torch
 import pyro_maf
 from pyro_maf import MAF, plotting
 from pyro_maf.datasets import FigureOne
-from pyro_maf.experiments.scores import estimate, log_prob_of
+from pyro_maf.experiments.results import estimate
+from pyro_maf.training.result import log_prob_of
 
 WIDTHS = [64, 64]
 WINDOW = ((-3.5, 8.0), (-6.0, 6.0))
@@ -42,7 +43,7 @@ def run(folder: Path, epochs: int, rows: int) -> dict[str, Any]:
             make(), data.train, validation=data.validation, batch_size=500, max_epochs=epochs, learning_rate=5e-3
         )
         densities[name] = result.density
-        log_prob = log_prob_of(result.density, data.test, None)
+        log_prob = torch.cat([*log_prob_of(result.density, data.test)]).double()
         figures[name] = asdict(estimate(log_prob)) | {"short_of_exact": asdict(estimate(exact - log_prob))}
     drawn = {name: densities[name] for name in DRAWN}
     shown = plotting.contours({"True density": toy, **drawn}, WINDOW, title="Figure 1: the density and the models")

@@ -119,11 +119,11 @@ def finish(found: Comparison, folder: Path, name: str, published: Mapping[str, f
     """
     from rich.console import Console
 
-    from pyro_maf.experiments import results_table
+    from pyro_maf.experiments import results
     from pyro_maf.saving import write_whole
 
-    Console().print(results_table.as_table(found, published))
-    forms = {"md": results_table.as_markdown, "csv": results_table.as_csv, "json": results_table.as_json}
+    Console().print(results.as_table(found, published))
+    forms = {"md": results.as_markdown, "csv": results.as_csv, "json": results.as_json}
     for ending, form in forms.items():
         write_whole(folder / f"{name}.{ending}", form(found, published).encode())
     for model, reason in found.failed.items():

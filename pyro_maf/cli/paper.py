@@ -54,7 +54,7 @@ def run(
     """
     from pyro_maf.datasets import load_dataset
     from pyro_maf.experiments import ROWS, SETTINGS, compare
-    from pyro_maf.experiments.settings import BATCH_SIZE, PATIENCE
+    from pyro_maf.experiments.candidates import BATCH_SIZE, PATIENCE
 
     settings = SETTINGS[name]
     models_asked = settings.candidates(separated(models) or tuple(ROWS))

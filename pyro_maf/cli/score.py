@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from pyro_maf.cli.model import Fitted
     from pyro_maf.datasets import Table
 
 __all__ = ["EXAMPLES", "run"]
@@ -29,7 +28,6 @@ pyro-maf score wine-maf new.parquet | sort -g | head
 xz -dc new.csv.xz | pyro-maf score wine-maf -
 ```
 """
-NUMBERS_IN_A_BATCH = 2**18
 
 
 def run(
@@ -50,6 +48,7 @@ def run(
     import torch
 
     from pyro_maf.cli.model import read_fitted
+    from pyro_maf.training.result import log_prob_of
 
     fitted = read_fitted(model)
     table = fitted.read(data, drop_missing=drop_missing, decimal=decimal, encoding=encoding)
@@ -57,7 +56,7 @@ def run(
     count = rows = 0
     first = None
     with writing_rows(out, ["log_density"], fitted.dtype) as write, torch.no_grad():
-        for scores in _with_gaps(_scores(fitted, table), table):
+        for scores in _with_gaps(log_prob_of(fitted.density, table.data, table.context), table):
             write(scores[:, None].numpy())
             outside = (scores == -torch.inf).nonzero()[:1, 0].tolist()
             first = first or (rows + outside[0] + 1 if outside else None)
@@ -89,22 +88,6 @@ def _with_gaps(scores: Iterator[Tensor], table: Table) -> Iterator[Tensor]:
         yield rows
     if table.missing.length > written:
         yield torch.full((table.missing.length - written,), torch.nan)
-
-
-def _scores(fitted: Fitted, table: Table) -> Iterator[Tensor]:
-    """Iterate over log-densities, batch by batch."""
-    import numpy as np
-    import torch
-
-    rows = max(1, NUMBERS_IN_A_BATCH // len(table.names))
-    for start in range(0, len(table.data), rows):
-        # Copies: torch warns of read-only arrays.
-        data = torch.from_numpy(np.array(table.data[start : start + rows])).to(fitted.density.dtype)
-        density = fitted.density
-        if table.context is not None:
-            context = torch.from_numpy(np.array(table.context[start : start + rows]))
-            density = density.condition(context.to(density.context_dtype))
-        yield density.log_prob(data)
 
 
 def _summary(count: int, outside: int, where: str, total: float, squares: float) -> str:

@@ -305,6 +305,8 @@ class ConditionalDensity(Savable, ConditionalDistribution, nn.Module):
         torch.Size([5])
     """
 
+    density: Density
+
     def __init__(self, density: Density) -> None:
         super().__init__()
         if not density.context_dim:

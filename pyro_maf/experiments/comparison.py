@@ -2,62 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import io
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from pyro_maf._core.checks import check_positive
+from pyro_maf._core.files import CHECKPOINT, MODEL
 from pyro_maf.datasets import Dataset
+from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.experiments.candidates import Candidate, candidates
 from pyro_maf.experiments.gaussian import fit_gaussian
-from pyro_maf.experiments.scores import Score, bits_of, fingerprint, log_prob_of, read_score, write_score
+from pyro_maf.experiments.results import Comparison, Score
+from pyro_maf.saving import write_whole
+from pyro_maf.tables.layout import check_paired, is_frame, numbers
 from pyro_maf.training import FitResult, fit
+from pyro_maf.training.data import Rows, split
+from pyro_maf.training.repeats import copies_of
+from pyro_maf.training.result import log_prob_of
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["compare", "divide"]
 
 CLOSED_FORM = "closed form"
 INTERRUPTED = "interrupted"
-CHECKPOINT = "checkpoint.safetensors"
+LOG_PROB, SCORE = "log_prob.npy", "score.json"
+LEAST_ROWS = 10
 
-
-@dataclass(frozen=True)
-class Comparison:
-    """The models fitted to a data set, with the test score of each.
-
-    Attributes:
-        data: Name of the data.
-        input_dim, context_dim: D and C.
-        rows: Number of rows for training, validation and testing.
-        tried: Every fit.
-        failed: Why a model has no score, by its name.
-        missing: Names of the models that were not reached before an interruption.
-    """
-
-    data: str
-    input_dim: int
-    context_dim: int
-    rows: tuple[int, int, int]
-    tried: tuple[Score, ...]
-    failed: dict[str, str]
-    missing: tuple[str, ...]
-
-    @property
-    def scores(self) -> tuple[Score, ...]:
-        """One score for each name, in the requested order: of the widths tried, that with the best validation score."""
-        chosen: dict[str, Score] = {}
-        for score in self.tried:
-            held = chosen.get(score.candidate.name)
-            if held is None or score.validation > held.validation:
-                chosen[score.candidate.name] = score
-        return tuple(chosen.values())
-
-    @property
-    def best(self) -> Score | None:
-        """The score of the highest test log-likelihood, if any."""
-        return max(self.scores, key=lambda score: score.test.mean, default=None)
+Facts: TypeAlias = dict[str, Any]
+"""JSON values by name."""
 
 
 def compare(
@@ -104,8 +85,8 @@ def compare(
     Example:
         >>> from pyro_maf.datasets import FigureOne
         >>> data = FigureOne().dataset(train=500, validation=100, test=100)
-        >>> found = compare(data, candidates(["Gaussian", "MADE"]), max_epochs=2, progress=False)
-        >>> [score.candidate.name for score in found.scores]
+        >>> comparison = compare(data, candidates(["Gaussian", "MADE"]), max_epochs=2, progress=False)
+        >>> [score.candidate.name for score in comparison.scores]
         ['Gaussian', 'MADE']
 
     Reference:
@@ -120,18 +101,18 @@ def compare(
         "seed": seed,
     }
     contest = _Contest(data, options, None if folder is None else Path(folder), torch.device(device), progress)
-    tried: list[Score] = []
+    scores: list[Score] = []
     for score in contest.scores(models):
-        tried.append(score)
+        scores.append(score)
         if tell is not None:
             tell(score)
-    done = {score.candidate for score in tried}
+    done = {score.candidate for score in scores}
     return Comparison(
         data.name,
         data.input_dim,
         data.context_dim,
         (len(data.train), len(data.validation), len(data.test)),
-        tuple(tried),
+        tuple(scores),
         contest.failed,
         tuple(dict.fromkeys(one.name for one in models if one not in done and one.name not in contest.failed)),
     )
@@ -142,14 +123,12 @@ class _Contest:
     """State that the fits of a comparison share."""
 
     data: Dataset
-    options: dict[str, Any]
+    options: Facts
     folder: Path | None
     device: torch.device
     progress: bool | str
-
-    def __post_init__(self) -> None:
-        self.failed: dict[str, str] = {}
-        self.interrupted = False
+    failed: dict[str, str] = field(default_factory=dict)
+    interrupted: bool = False
 
     def scores(self, models: Sequence[Candidate]) -> Iterator[Score]:
         """Iterate over scores until all fits are done or one is interrupted."""
@@ -158,22 +137,20 @@ class _Contest:
             options = {} if model.flow == "gaussian" else dict(self.options)
             if model.learning_rate is not None and options:
                 options["learning_rate"] = model.learning_rate
-            known_by = fingerprint(self.data, model, options)
-            own = None if self.folder is None else self.folder / model.slug
-            score = None if own is None else read_score(own, self.data, model, known_by)
+            fingerprint = _fingerprint(self.data, model, options)
+            folder = None if self.folder is None else self.folder / model.slug
+            score = None if folder is None else _read_score(folder, self.data, model, fingerprint)
             if score is None:
-                score = self._fit(model, options, own, known_by)
+                score = self._fit(model, options, folder, fingerprint)
             if self.interrupted:
                 return
             if score is not None:
                 yield score
 
-    def _fit(
-        self, model: Candidate, options: dict[str, Any], own: Path | None, known_by: dict[str, Any]
-    ) -> Score | None:
+    def _fit(self, model: Candidate, options: Facts, folder: Path | None, fingerprint: Facts) -> Score | None:
         """Fit and score a model; None if there is nothing to score."""
-        if own is not None:
-            own.mkdir(parents=True, exist_ok=True)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         if model.flow == "gaussian":
             try:
@@ -183,19 +160,19 @@ class _Contest:
                 return None
             score = self._score(model, density, 0, time.monotonic() - started, CLOSED_FORM)
         else:
-            result = self._train(model, options, own)
+            result = self._train(model, options, folder)
             if result.stop_reason == INTERRUPTED:
                 self.interrupted = True
                 return None
             density = result.density
             score = self._score(model, density, result.epochs, result.seconds, result.stop_reason)
-        if own is not None:
-            write_score(own, score, density, known_by)
+        if folder is not None:
+            _write_score(folder, score, density, fingerprint)
             # Four times the size of the model, and of no further use.
-            (own / CHECKPOINT).unlink(missing_ok=True)
+            (folder / CHECKPOINT).unlink(missing_ok=True)
         return score
 
-    def _train(self, model: Candidate, options: dict[str, Any], own: Path | None) -> FitResult:
+    def _train(self, model: Candidate, options: Facts, folder: Path | None) -> FitResult:
         data = self.data
         validation = data.validation if data.validation_context is None else (data.validation, data.validation_context)
         return fit(
@@ -204,21 +181,167 @@ class _Contest:
             context=data.train_context,
             validation=validation,
             progress=self.progress,
-            folder=own,
-            resume=own is not None,
+            folder=folder,
+            resume=folder is not None,
             **options,
         )
 
-    def _score(self, model: Candidate, density: Any, epochs: int, seconds: float, stop_reason: str) -> Score:
+    def _score(
+        self,
+        model: Candidate,
+        density: FlowPrior | ConditionalFlowPrior,
+        epochs: int,
+        seconds: float,
+        stop_reason: str,
+    ) -> Score:
         data = self.data
-        log_prob = log_prob_of(density, data.test, data.test_context)
+        test, validation = (
+            torch.cat([*log_prob_of(density, rows, context)]).double()
+            for rows, context in ((data.test, data.test_context), (data.validation, data.validation_context))
+        )
         return Score(
             model,
-            log_prob,
-            bits_of(data, log_prob),
-            validation=log_prob_of(density, data.validation, data.validation_context).mean().item(),
+            test,
+            _bits_of(data, test),
+            validation=validation.mean().item(),
             parameters=sum(weight.numel() for weight in density.parameters()),
             epochs=epochs,
             seconds=seconds,
             stop_reason=stop_reason,
         )
+
+
+def _fingerprint(data: Dataset, candidate: Candidate, options: Facts) -> Facts:
+    """The facts that a stored score must share with the requested one."""
+    digest = hashlib.sha256()
+    for part in (
+        data.train,
+        data.validation,
+        data.test,
+        data.train_context,
+        data.validation_context,
+        data.test_context,
+    ):
+        digest.update(b"none" if part is None else part.contiguous().numpy().tobytes())
+    facts = {"data": digest.hexdigest(), "candidate": dataclasses.asdict(candidate), "options": options}
+    # As in JSON, where a tuple is a list.
+    return dict(json.loads(json.dumps(facts)))
+
+
+def _write_score(folder: Path, score: Score, density: FlowPrior | ConditionalFlowPrior, fingerprint: Facts) -> None:
+    """Write density and score to `folder`; `score.json`, which marks it as complete, comes last."""
+    density.save(folder / MODEL)
+    array = io.BytesIO()
+    np.save(array, score.log_prob.numpy(), allow_pickle=False)
+    write_whole(folder / LOG_PROB, array.getvalue())
+    facts: Facts = {"fingerprint": fingerprint}
+    facts |= {name: getattr(score, name) for name in ("validation", "parameters", "epochs", "seconds", "stop_reason")}
+    facts["digest"] = _digest(score.log_prob, facts)
+    write_whole(folder / SCORE, json.dumps(facts, indent=1).encode())
+
+
+def _read_score(folder: Path, data: Dataset, candidate: Candidate, fingerprint: Facts) -> Score | None:
+    """Read the score in `folder`; None if there is none.
+
+    Raises:
+        ValueError: If it is from other data or other options, or is damaged.
+    """
+    if not (folder / SCORE).is_file():
+        return None
+    try:
+        stored = json.loads((folder / SCORE).read_text(encoding="utf-8"))
+        log_prob = torch.from_numpy(np.load(folder / LOG_PROB, allow_pickle=False))
+        if not isinstance(stored, dict) or stored.pop("digest", None) != _digest(log_prob, stored):
+            raise ValueError("its content is not what was written")
+        other = stored.pop("fingerprint")
+        score = Score(candidate, log_prob, _bits_of(data, log_prob), **stored)
+    except (ValueError, TypeError, KeyError, OSError, EOFError, RecursionError) as error:
+        raise ValueError(f"compare found {folder} damaged ({error}): remove it to fit {candidate.name} anew.") from None
+    if other != fingerprint:
+        what = ", ".join(name for name in fingerprint if other.get(name) != fingerprint[name])
+        raise ValueError(
+            f"compare found {candidate.name} in {folder} fitted with other {what}: "
+            "name another folder, or remove that one to fit it anew."
+        )
+    return score
+
+
+def _digest(log_prob: Tensor, facts: Facts) -> str:
+    """Fingerprint of the scores and facts."""
+    hashed = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    hashed.update(log_prob.numpy().tobytes())
+    return hashed.hexdigest()
+
+
+def _bits_of(data: Dataset, log_prob: Tensor) -> Tensor | None:
+    """Bits per pixel of each test row, if the rows are images; else None."""
+    return None if data.pixels is None else data.pixels.bits_per_pixel(log_prob, data.test.double())
+
+
+def divide(
+    name: str, data: Any, context: Any = None, *, test: float = 0.1, validation: float = 0.1, seed: int = 0
+) -> Dataset:
+    r"""Shuffle rows and hold some out: a fraction for testing, and a fraction of the rest for validation.
+
+    Equal rows stay together, as in `fit`.
+
+    Args:
+        name: Name of the data in tables.
+        data: Rows (N, D): an array, a tensor or a data frame of numbers.
+        context: Rows (N, C), or None.
+        test: Fraction of the rows for testing, between 0 and 1.
+        validation: Fraction of the others for validation.
+        seed: Seed of the shuffle.
+
+    Returns:
+        A `Dataset`, in the dtype of `data` if that is float32 or float64, and in float64 otherwise.
+
+    Raises:
+        TypeError: For columns of a data frame that are not numeric.
+        ValueError: For fractions outside (0, 1), too few rows for all three, or data frames with the same index in
+            another order.
+
+    Example:
+        >>> data = divide("rows", torch.randn(100, 2))
+        >>> len(data.train), len(data.validation), len(data.test)
+        (81, 9, 10)
+
+    Reference:
+        Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017, section 4.2.
+    """
+    for role, part in (("test", test), ("validation", validation)):
+        if not 0 < part < 1:
+            raise ValueError(f"divide expected {role} as a part between 0 and 1, got {part!r}.")
+    check_positive("divide", "seed", seed, least=0)
+    total = len(data)
+    for_test = round(test * total)
+    for_validation = round(validation * (total - for_test))
+    sizes = [total - for_test - for_validation, for_validation, for_test]
+    if sizes[0] < LEAST_ROWS or min(sizes[1:]) < 2:
+        raise ValueError(
+            f"divide expected at least {LEAST_ROWS} rows to train with and 2 each to validate and test with, "
+            f"got {total} rows, which make {sizes[0]}, {sizes[1]} and {sizes[2]}."
+        )
+    rows = Rows(_numbers("data", data), None if context is None else _numbers("context", context))
+    check_paired("divide", "data", data, context)
+    generator = torch.Generator().manual_seed(seed)
+    if copies_of(rows).distinct < total:
+        others, for_testing = split(rows, test, generator)
+        parts = [*split(others, validation, generator), for_testing]
+    else:
+        shuffle = torch.randperm(total, generator=generator)
+        parts = [rows.take(index) for index in shuffle.split(sizes)]
+    train, validating, testing = parts
+    return Dataset(
+        name,
+        *(train.data, validating.data, testing.data),
+        *(train.context, validating.context, testing.context),
+    )
+
+
+def _numbers(name: str, table: Any) -> Tensor:
+    if hasattr(table, "iloc"):
+        frame = table if is_frame(table) else table.to_frame()
+        return numbers("divide", name, frame).double()
+    table = table if isinstance(table, Tensor) else torch.tensor(table)
+    return table if table.dtype == torch.float32 else table.double()

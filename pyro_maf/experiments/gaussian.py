@@ -2,41 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
-from pyro_maf.training.units import Moments, Units
+from pyro_maf.training.units import Moments
 from pyro_maf.transforms import ConditionalFlow, Coupling, Flow, LowerTriangularAffine, Stack
 
-__all__ = ["fit_gaussian", "gaussian", "gaussian_given"]
+__all__ = ["fit_gaussian", "gaussian"]
 
 ROUNDING = 1e-6
 """A column whose residual deviation given the others is below this fraction of its deviation counts as collinear:
 in float32 that much is rounding."""
 
 
-def gaussian(input_dim: int, factor: Tensor | None = None) -> Flow:
-    """Build a flow whose density is N(0, L L^T), with L = `factor`, (D, D), by default the identity."""
-    return LowerTriangularAffine(input_dim, scale_tril=factor)
+def gaussian(
+    input_dim: int, context_dim: int = 0, factor: Tensor | None = None, weight: Tensor | None = None
+) -> Flow | ConditionalFlow:
+    """Build a flow whose density is N(A c, L L^T), in training with the log of each scale linear in the context c too.
 
-
-def gaussian_given(
-    input_dim: int, context_dim: int, factor: Tensor | None = None, weight: Tensor | None = None
-) -> ConditionalFlow:
-    """Build the same with mean A c, with A = `weight`, (D, C), by default 0.
-
-    In training the log of each dimension's scale becomes linear in c too.
+    Args:
+        input_dim: D.
+        context_dim: C, 0 for no context: then the mean is 0.
+        factor: L, (D, D), by default the identity.
+        weight: A, (D, C), by default 0.
     """
-    # A coupling that passes nothing through and has no hidden layer: its shift is linear in the context.
-    by_context = Coupling(input_dim, mask=[False] * input_dim, hidden_dims=[], context_dim=context_dim)
+    layer = LowerTriangularAffine(input_dim, scale_tril=factor)
+    return ConditionalFlow(Stack([layer, _linear_in(context_dim, input_dim, weight)])) if context_dim else layer
+
+
+def _linear_in(context_dim: int, input_dim: int, weight: Tensor | None) -> Flow:
+    """Layer y_i = exp((B c)_i) x_i + (A c)_i, with A = `weight` and B = 0; both biases are left out here, and 0."""
+    # With no dimension to pass through, the network of a coupling sees the context alone; without hidden layers it is
+    # linear. Its outputs are the D shifts, then the D log-scales.
+    layer = Coupling(input_dim, mask=[False] * input_dim, hidden_dims=[], context_dim=context_dim)
     if weight is not None:
-        network: Any = by_context.networks[0].to(weight.dtype)
-        with torch.no_grad():
-            network.context_layers[0].weight[:input_dim] = weight
-    return ConditionalFlow(Stack([gaussian(input_dim, factor), by_context]))
+        name = "networks.0.context_layers.0.weight"
+        layer.to(weight.dtype).load_state_dict({name: torch.cat([weight, torch.zeros_like(weight)])}, strict=False)
+    return layer
 
 
 def fit_gaussian(data: Tensor, context: Tensor | None = None) -> FlowPrior | ConditionalFlowPrior:
@@ -63,43 +66,36 @@ def fit_gaussian(data: Tensor, context: Tensor | None = None) -> FlowPrior | Con
         >>> round(density.log_prob(data).mean().item(), 1)  # -log(2 pi e) - 2 log 2
         -4.2
     """
-    units = _moments(data)
-    standard = _standardised(data, *units)
+    loc, scale, standard = _standardised(data)
     if context is None:
-        return FlowPrior(gaussian(data.shape[1], _factor(standard, data.dtype)), **units._asdict()).eval()
-    context_units = _moments(context)
-    given = _standardised(context, *context_units)
+        layer = LowerTriangularAffine(data.shape[1], scale_tril=_factor(standard, data.dtype))
+        return FlowPrior(layer, loc=loc, scale=scale).eval()
+    context_loc, context_scale, predictors = _standardised(context)
     # The columns of a one-hot context are dependent: the pseudo-inverse yields the minimum-norm solution.
-    weight = torch.linalg.pinv(given) @ standard
-    factor = _factor(standard - given @ weight, data.dtype)
+    weight = torch.linalg.pinv(predictors) @ standard
+    factor = _factor(standard - predictors @ weight, data.dtype)
+    model = gaussian(data.shape[1], context.shape[1], factor, weight.T.to(data.dtype))
     return ConditionalFlowPrior(
-        gaussian_given(data.shape[1], context.shape[1], factor, weight.T.to(data.dtype)),
-        loc=units.loc,
-        scale=units.scale,
-        context_loc=context_units.loc,
-        context_scale=context_units.scale,
+        model, loc=loc, scale=scale, context_loc=context_loc, context_scale=context_scale
     ).eval()
 
 
-def _moments(table: Tensor) -> Units:
-    """Mean and standard deviation of the columns, as maximum likelihood requires, outliers included."""
+def _standardised(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and standard deviation of the columns, as maximum likelihood requires, and the rows in these units."""
     moments = Moments()
     moments.add(table)
-    return moments.units()
-
-
-def _standardised(rows: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
-    return (rows.double() - loc) / scale
+    loc, scale = moments.units()
+    return loc, scale, (table.double() - loc) / scale
 
 
 def _factor(centred: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the Cholesky factor of the covariance of rows whose mean is 0."""
     factor = torch.linalg.cholesky_ex(centred.T @ centred / len(centred)).L
     # Beyond the first non-positive pivot the factor holds the original matrix, or NaN.
-    follows = ~(factor.diagonal() > ROUNDING)
-    if follows.any():
+    collinear = ~(factor.diagonal() > ROUNDING)
+    if collinear.any():
         raise ValueError(
             f"fit_gaussian expected rows with a covariance of full rank, got {len(centred)} rows in which column "
-            f"{int(follows.int().argmax())} follows from those before it: drop that column or add rows."
+            f"{int(collinear.int().argmax())} follows from those before it: drop that column or add rows."
         )
     return factor.to(dtype)

@@ -15,7 +15,7 @@ from pyro_maf.distributions import (
     MADEMoG,
     MAFMoG,
 )
-from pyro_maf.experiments.gaussian import gaussian, gaussian_given
+from pyro_maf.experiments.gaussian import gaussian
 from pyro_maf.flows import IAF, MAF, ConditionalIAF, ConditionalMAF, ConditionalRealNVP, RealNVP
 from pyro_maf.transforms import ConditionalFlow, Flow
 
@@ -86,7 +86,7 @@ def build(
     check_positive("build", "context_dim", context_dim, least=0)
     check_positive("build", "seed", seed, least=0)
     if flow == "gaussian":
-        return gaussian_given(input_dim, context_dim) if context_dim else gaussian(input_dim)
+        return gaussian(input_dim, context_dim)
     options: dict[str, Any] = {"hidden_dims": hidden_dims, "activation": activation, "seed": seed}
     options |= {"networks": networks} if flow == "realnvp" else {"degrees": degrees}
     if flow in STACKS:

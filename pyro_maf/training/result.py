@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from pyro_maf._core.checks import check_positive
+from pyro_maf._core.torch_state import reference_tensor
+from pyro_maf.distributions import ConditionalDensity, Density, FlowPrior
 from pyro_maf.tables.layout import Layout, check_paired, number_of_rows, numbers, part_of
 from pyro_maf.training.data import Rows
 
-__all__ = ["FitResult"]
+__all__ = ["FitResult", "log_prob_of"]
 
-NUMBERS_AT_ONCE = 2**20
+ROWS_AT_ONCE, VALUES_AT_ONCE = 2**14, 2**18
 NAMELESS = Layout()
 
 
@@ -93,27 +96,18 @@ class FitResult:
             ValueError: For columns that are missing, or another number of them; for a context missing, superfluous, of
                 another length, or of data frames whose index has another order than that of the rows.
         """
-        width = self._inner.event_shape[0]
         if context is None and self._takes_context and self.context_layout.has_all(rows):
             context = rows
         self._check_context("score", context)
         rows = self.layout.pick("score", "rows", rows)
         context = None if context is None else self.context_layout.pick("score", "context", context)
-        total, size = number_of_rows(rows), max(1, NUMBERS_AT_ONCE // width)
-        if context is not None and number_of_rows(context) != total:
+        if context is not None and number_of_rows(context) != number_of_rows(rows):
             raise ValueError(
-                f"score expected as many rows of context as of rows, got {number_of_rows(context)} and {total}."
+                "score expected as many rows of context as of rows, "
+                f"got {number_of_rows(context)} and {number_of_rows(rows)}."
             )
         check_paired("score", "rows", rows, context)
-        parts = [torch.empty(0)]
-        with torch.no_grad():
-            for start in range(0, total, size):
-                block = slice(start, start + size)
-                density = self.density
-                if context is not None:
-                    density = density.condition(_table("context", part_of(context, block), self._inner.context_dim))
-                parts.append(density.log_prob(_table("rows", part_of(rows, block), width)).cpu())
-        return torch.cat(parts[1:] or parts)
+        return torch.cat([torch.empty(0), *log_prob_of(self.density, rows, context)])
 
     def sample(self, number: int, context: Any = None) -> Any:
         """Draw new rows, in the form of the fitted data: a data frame, a dictionary or a tensor.
@@ -141,9 +135,10 @@ class FitResult:
         return self.layout.like(self.density.condition(given.expand(number, width)).sample().cpu())
 
     @property
-    def _inner(self) -> Any:
+    def _inner(self) -> FlowPrior:
         """The prior inside a conditional density, or the density itself."""
-        return getattr(self.density, "density", self.density)
+        prior: FlowPrior = getattr(self.density, "density", self.density)
+        return prior
 
     @property
     def _takes_context(self) -> bool:
@@ -171,6 +166,35 @@ class FitResult:
             f"after epoch {self.best_epoch} of {self.epochs}, {self.seconds:.1f} s; "
             f"stopped: {self.stop_reason}{resumable}{skipped}{warned})"
         )
+
+
+def log_prob_of(density: Density | ConditionalDensity, rows: Any, context: Any = None) -> Iterator[Tensor]:
+    """Iterate over the log-densities of blocks of rows, (block,) each, in nats; without gradient, on the CPU.
+
+    Args:
+        density: The density; on another device the rows are moved there.
+        rows: Rows (N, D) in any form that `numbers` reads; of a memory-mapped array a block is read at a time.
+        context: Rows (N, C), for a density that takes a context.
+
+    Raises:
+        TypeError: For values that are not numeric.
+        ValueError: For rows or a context of another width.
+    """
+    conditional = cast("ConditionalDensity", density) if isinstance(density, ConditionalDensity) else None
+    inner = density if conditional is None else conditional.density
+    like = reference_tensor(inner)
+    (width,), device = inner.event_shape, None if like is None else like.device
+    # A prior rounds by itself, and refuses rows that are too coarse for it.
+    dtype, context_dtype = (None, None) if isinstance(inner, FlowPrior) else (density.dtype, density.context_dtype)
+    size = max(1, min(ROWS_AT_ONCE, VALUES_AT_ONCE // width))
+    for start in range(0, number_of_rows(rows), size):
+        block = slice(start, start + size)
+        with torch.no_grad():
+            at = inner
+            if conditional is not None:
+                features = _table("context", part_of(context, block), inner.context_dim)
+                at = conditional.condition(features.to(device, context_dtype))
+            yield at.log_prob(_table("rows", part_of(rows, block), width).to(device, dtype)).cpu()
 
 
 def _table(role: str, value: Any, width: int) -> Tensor:
