@@ -15,7 +15,8 @@ from pyro.nn import PyroModule, PyroSample
 from torch import Tensor
 
 from pyro_maf.infer import AutoIAF
-from pyro_maf.infer.batching import why_alone
+from pyro_maf.infer.model import Call
+from pyro_maf.infer.plates import why_alone
 from tests.posteriors import SMALL
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -106,7 +107,7 @@ SLOW: dict[str, tuple[Callable[[], None], str]] = {
 def test_the_site_is_named_with_its_shape(make: Any, model: Any, expected: str) -> None:
     guide = make(model, **(SMALL if make is AutoIAF else {}))
     guide()
-    found = why_alone(model, guide, (), {})
+    found = why_alone(Call(model), guide)
     assert found.startswith("with 7 draws at once ")
     assert "\n" not in found
     assert re.search(expected, found), found

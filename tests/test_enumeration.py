@@ -17,8 +17,8 @@ from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from torch import Tensor, nn
 
 from pyro_maf.infer import AutoIAF, TracePath_ELBO, diagnose, fit_guide, neutra, reweight, to_arviz
-from pyro_maf.infer.enumeration import without_blocks
-from pyro_maf.infer.log_joint import LogJoint
+from pyro_maf.infer.log_joint import LogJoint, without_blocks
+from pyro_maf.infer.model import Call
 from tests.posteriors import GUIDES, SMALL
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -109,7 +109,7 @@ PAIRS = {
 
 
 def density_of(model: Any, values: Tensor, *args: Any) -> tuple[LogJoint, Tensor]:
-    joint = LogJoint(model, poutine.trace(model).get_trace(*args), args, {})
+    joint = LogJoint(Call(model, args), poutine.trace(model).get_trace(*args))
     shaped = {"mu": values.reshape(-1, *(1,) * joint.nesting)}
     return joint, joint.settle(shaped)(shaped)
 
@@ -131,7 +131,7 @@ def test_a_model_whose_discrete_sites_take_no_batch_of_draws_is_summed_draw_by_d
             z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2), infer=ENUM)
             pyro.sample("y", dist.Normal(mu[z], 1.0), obs=Y)
 
-    joint = LogJoint(model, poutine.trace(model).get_trace(), (), {})
+    joint = LogJoint(Call(model), poutine.trace(model).get_trace())
     values = torch.randn(3, 2)
     found = joint.settle({"mu": values.reshape(3, 1, 1, 1, 2)})({"mu": values.reshape(3, 1, 1, 1, 2)})
     each = dist.Normal(values[:, :, None], 1.0).log_prob(Y) + torch.tensor(0.5).log()

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from pyro_maf.infer.initialization import best_normal
 from pyro_maf.infer.log_joint import LogJoint
+from pyro_maf.infer.model import Call
 from tests.posteriors import regression
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("fresh")
 
 def joint_of(model: Any, values: dict[str, Tensor], *args: Any) -> LogJoint:
     example = poutine.trace(model).get_trace(*args)
-    return LogJoint(model, example, args, {}).settle(values)
+    return LogJoint(Call(model, args), example).settle(values)
 
 
 def one_by_one(model: Any, values: dict[str, Tensor], *args: Any) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pyro_maf.infer import AutoIAF, diagnose, fit_guide, guide_fitting, neutra, reweight, to_arviz
 from pyro_maf.infer.log_joint import LogJoint
+from pyro_maf.infer.model import Call
 from tests.posteriors import GUIDES, SMALL, steps
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -92,7 +93,7 @@ MODELS = (rows, nested, apart, crossed, sequential, by_hand, by_mask)
 def joint_of(model: Any, values: dict[str, Tensor]) -> LogJoint:
     with pyro.poutine.block():
         example = poutine.trace(model).get_trace()
-    return LogJoint(model, example, (), {}).settle(values)
+    return LogJoint(Call(model), example).settle(values)
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
@@ -116,7 +117,7 @@ def test_where_not_all_minibatches_are_run_they_stand_for_the_rest() -> None:
             pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.ones(100)[i])
 
     values = {"loc": torch.randn(4, 1, 1, 1)}
-    few = LogJoint(model, poutine.trace(model).get_trace(), (), {}, most_minibatches=2).settle(values)
+    few = LogJoint(Call(model), poutine.trace(model).get_trace(), most_minibatches=2).settle(values)
     torch.testing.assert_close(few(values), joint_of(model, values)(values), rtol=1e-5, atol=1e-4)
 
 

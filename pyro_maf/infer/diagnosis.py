@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +10,9 @@ import torch
 from torch import Tensor
 
 from pyro_maf._core.checks import check_positive
-from pyro_maf.infer.arguments import check_call, check_pair
 from pyro_maf.infer.guides import AutoFlow
 from pyro_maf.infer.importance import NoVerdictError, Weighted, arviz, smoothed, weigh
-from pyro_maf.infer.refusal import without_empty_tables
+from pyro_maf.infer.model import Call, Guide, Model, check_call, check_pair, without_empty_tables
 
 __all__ = ["Diagnosis", "diagnose", "reweight", "to_arviz"]
 
@@ -107,9 +105,7 @@ class Diagnosis:
         )
 
 
-def diagnose(
-    model: Callable[..., Any], guide: Callable[..., Any], *args: Any, num_samples: int = 10_000, **kwargs: Any
-) -> Diagnosis:
+def diagnose(model: Model, guide: Guide, *args: object, num_samples: int = 10_000, **kwargs: object) -> Diagnosis:
     r"""Diagnose a guide by the importance weights p(x, z) / q(z) of its draws.
 
     Args:
@@ -147,14 +143,14 @@ def diagnose(
     """
     check_positive("diagnose", "num_samples", num_samples, least=100)
     try:
-        weighted = _weighed("diagnose", model, guide, args, kwargs, num_samples)
+        weighted = _weighed("diagnose", Call(model, args, kwargs), guide, num_samples)
     except NoVerdictError as error:
         return Diagnosis.without_verdict(error.reason)
     return _diagnosis(weighted, *smoothed(weighted.log_weights, weighted.rounding))
 
 
 def reweight(
-    model: Callable[..., Any], guide: Callable[..., Any], *args: Any, num_samples: int = 4_000, **kwargs: Any
+    model: Model, guide: Guide, *args: object, num_samples: int = 4_000, **kwargs: object
 ) -> dict[str, Tensor]:
     r"""Draw from the posterior: resample draws of a guide by their Pareto-smoothed importance weights.
 
@@ -188,7 +184,7 @@ def reweight(
         Vehtari et al., *Pareto smoothed importance sampling*, 2024.
     """
     check_positive("reweight", "num_samples", num_samples)
-    weighted = _weighed("reweight", model, guide, args, kwargs, max(100, CANDIDATES * num_samples))
+    weighted = _weighed("reweight", Call(model, args, kwargs), guide, max(100, CANDIDATES * num_samples))
     log_weights, k_hat = smoothed(weighted.log_weights, weighted.rounding)
     if not log_weights.isfinite().any():
         raise ValueError("reweight found no draw of the guide that the model can score.")
@@ -198,9 +194,7 @@ def reweight(
     return {name: value[index] for name, value in weighted.values.items()}
 
 
-def to_arviz(
-    model: Callable[..., Any], guide: Callable[..., Any], *args: Any, num_samples: int = 4_000, **kwargs: Any
-) -> Any:
+def to_arviz(model: Model, guide: Guide, *args: object, num_samples: int = 4_000, **kwargs: object) -> Any:
     """Convert draws of a guide to arviz, for its summaries and plots.
 
     Args:
@@ -225,7 +219,7 @@ def to_arviz(
         (1, 4000)
     """
     check_positive("to_arviz", "num_samples", num_samples, least=100)
-    weighted = _weighed("to_arviz", model, guide, args, kwargs, num_samples)
+    weighted = _weighed("to_arviz", Call(model, args, kwargs), guide, num_samples)
     log_weights, k_hat = smoothed(weighted.log_weights, weighted.rounding)
     diagnosis = _diagnosis(weighted, log_weights, k_hat)
     return arviz().from_dict(
@@ -237,19 +231,17 @@ def to_arviz(
 
 def _weighed(
     who: str,
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    call: Call,
+    guide: Guide,
     num_samples: int,
 ) -> Weighted:
     """Check the arguments, then return weighted draws of the guide."""
-    check_pair(who, model, guide)
-    check_call(who, model, args, kwargs, ("num_samples",))
+    check_pair(who, call.program, guide)
+    check_call(who, call, ("num_samples",))
     with without_empty_tables():
         if isinstance(guide, AutoFlow):
-            guide.setup(*args, **kwargs)  # not in a trace, which would lengthen its error messages
-        return weigh(who, model, guide, args, kwargs, num_samples)
+            guide.setup(*call.args, **call.kwargs)  # not in a trace, which would lengthen its error messages
+        return weigh(who, call, guide, num_samples)
 
 
 def _diagnosis(weighted: Weighted, log_weights: Tensor, k_hat: float) -> Diagnosis:

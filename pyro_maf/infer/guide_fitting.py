@@ -6,7 +6,6 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -21,18 +20,16 @@ from pyro_maf._core.checks import check_above_zero, check_positive
 from pyro_maf._core.extras import require
 from pyro_maf._core.interruption import Abandoned, Interruption
 from pyro_maf._core.progress import Bar, bar, check_progress, say_before_bar
-from pyro_maf.infer.arguments import check_call, check_pair
-from pyro_maf.infer.batching import why_alone
 from pyro_maf.infer.convergence import Schedule
 from pyro_maf.infer.diagnosis import Diagnosis, diagnose
 from pyro_maf.infer.guides import AutoFlow
 from pyro_maf.infer.importance import arviz, pairing
 from pyro_maf.infer.initialization import ALONE as SET_UP_RUNS
 from pyro_maf.infer.log_joint import FAILURES
+from pyro_maf.infer.model import Call, Guide, Model, check_call, check_pair, show_runs, without_empty_tables
 from pyro_maf.infer.path_gradient import TracePath_ELBO
-from pyro_maf.infer.refusal import without_empty_tables
+from pyro_maf.infer.plates import why_alone
 from pyro_maf.infer.retreat import Retreat
-from pyro_maf.infer.runs import runs_shown
 
 __all__ = ["GuideFit", "fit_guide"]
 
@@ -103,14 +100,14 @@ class GuideFit:
 
 
 def fit_guide(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    *args: Any,
+    model: Model,
+    guide: Guide,
+    *args: object,
     steps: int = 10_000,
     num_particles: int = 32,
     learning_rate: float = 1e-2,
     progress: bool | str = True,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> GuideFit:
     r"""Fit a guide, and the parameters of the model if it has any, until the evidence lower bound stops rising.
 
@@ -166,16 +163,17 @@ def fit_guide(
     """
     started = time.monotonic()
     _check(model, guide, steps, num_particles, learning_rate, progress)
-    check_call("fit_guide", model, args, kwargs, OPTIONS)
+    call = Call(model, args, kwargs)
+    check_call("fit_guide", call, OPTIONS)
     require("fit_guide", "rich")
     if "arviz" not in sys.modules:
         say_before_bar("fit_guide loads arviz, once in a program: some seconds.", progress)
     arviz()  # if it is missing, fail now rather than after the fit
     with without_empty_tables(), bar(progress, "{task.description} {task.completed}", "{task.fields[elbo]}") as shown:
-        with runs_shown(shown, "setting up, run", SET_UP_RUNS, elbo=""):
+        with show_runs(shown, "setting up, run", SET_UP_RUNS, elbo=""):
             if isinstance(guide, AutoFlow):
                 guide.setup(*args, **kwargs)  # not in a trace, which would lengthen its error messages
-            run = _Run(model, guide, args, kwargs, num_particles, Schedule(learning_rate, steps))
+            run = _Run(call, guide, num_particles, Schedule(learning_rate, steps))
         if run.alone:
             warnings.warn(
                 f"fit_guide runs the model for each draw, which is slow: {run.alone}. Draws come first: index and "
@@ -218,19 +216,11 @@ def _leaf(value: Any) -> Tensor:
 class _Run:
     """State and steps of a fit."""
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        num_particles: int,
-        schedule: Schedule,
-    ) -> None:
-        self._model, self._guide, self._args, self._kwargs = model, guide, args, kwargs
-        self._pair = pair = pairing("fit_guide", model, guide, args, kwargs)
+    def __init__(self, call: Call, guide: Guide, num_particles: int, schedule: Schedule) -> None:
+        self._call, self._guide = call, guide
+        self._pair = pair = pairing("fit_guide", call, guide)
         self._is_alone = not pair.is_vectorised
-        self.alone = "" if pair.is_vectorised else why_alone(model, guide, args, kwargs)
+        self.alone = "" if pair.is_vectorised else why_alone(call, guide)
         objective = TracePath_ELBO if isinstance(guide, AutoFlow) else TraceEnum_ELBO if pair.enumerated else Trace_ELBO
         # Pass max_plate_nesting explicitly; Pyro would otherwise guess it and print a warning.
         self._objective = objective(
@@ -252,7 +242,7 @@ class _Run:
 
     def _find_parameters(self) -> list[Tensor]:
         with poutine.trace(param_only=True) as capture:
-            self._objective.loss(self._model, self._guide, *self._args, **self._kwargs)
+            self._objective.loss(self._call.program, self._guide, *self._call.args, **self._call.kwargs)
         sites: list[Any] = [site for site in capture.trace.nodes.values() if site["type"] == "param"]
         leaves = {id(leaf): leaf for leaf in (_leaf(site["value"]) for site in sites)}
         parameters = [leaf for leaf in leaves.values() if leaf.requires_grad]
@@ -286,8 +276,9 @@ class _Run:
             draws = min(draws, max(LEAST_DIAGNOSED, DIAGNOSED_BY_STEP * len(self.elbo) // self._pair.runs))
         try:
             if not self.is_abandoned:
-                with runs_shown(shown, "diagnosis, run", draws, elbo=""):
-                    return diagnose(self._model, self._guide, *self._args, num_samples=draws, **self._kwargs)
+                call = self._call
+                with show_runs(shown, "diagnosis, run", draws, elbo=""):
+                    return diagnose(call.program, self._guide, *call.args, num_samples=draws, **call.kwargs)
         except KeyboardInterrupt:
             pass  # the fitted weights must not be lost
         return Diagnosis.without_verdict("interrupted; call diagnose(model, guide)")
@@ -296,7 +287,8 @@ class _Run:
         """Take one step, or skip it if it fails."""
         self._optimizer.zero_grad(set_to_none=True)
         try:
-            loss = self._objective.loss_and_grads(self._model, self._guide, *self._args, **self._kwargs)
+            call = self._call
+            loss = self._objective.loss_and_grads(call.program, self._guide, *call.args, **call.kwargs)
         except FAILURES:
             self._skip(raises=True)
             return

@@ -18,16 +18,14 @@ from torch import Tensor, nn
 
 from pyro_maf._core.checks import check_above_zero, check_positive, check_shape, check_sizes
 from pyro_maf.flows import IAF, MAF, RealNVP
-from pyro_maf.infer.arguments import check_set_up_call
 from pyro_maf.infer.head import with_head
 from pyro_maf.infer.latents import Latents, median_or_feasible, names_of_plates
-from pyro_maf.infer.log_joint import latent_sites
 from pyro_maf.infer.masks import masked_in_vector
+from pyro_maf.infer.model import Call, RefusalError, Site, check_set_up_call, latent_sites, without_empty_tables
 from pyro_maf.infer.param_store import Stored, check_place
 from pyro_maf.infer.posterior import start_of
 from pyro_maf.infer.prototype import bare_latents, bare_trace
 from pyro_maf.infer.quantiles import QUANTILE_DRAWS, checked_levels, even_noise, quantiles_of
-from pyro_maf.infer.refusal import RefusalError, without_empty_tables
 from pyro_maf.infer.supports import check_supports
 from pyro_maf.infer.values import checked_values, within_supports
 from pyro_maf.saving import drop_weak_references
@@ -96,21 +94,22 @@ class AutoFlow(AutoContinuous):
                 f"{type(self).__name__} expected a model to set itself up with, got none, since it was pickled before: "
                 "call guide.setup() with the model's arguments, then pickle it."
             )
-        check_set_up_call(type(self).__name__, self._plain_model[0], args, kwargs)
+        call = Call(self._plain_model[0], args, kwargs)
+        check_set_up_call(type(self).__name__, call)
         try:
             super(AutoContinuous, self)._setup_prototype(*args, **kwargs)
-            sites = latent_sites(self.prototype_trace)
+            prototype: Any = self.prototype_trace
+            sites = latent_sites(prototype)
             context = None if self.encoder is None else self._context(args, kwargs)
             rows = torch.Size() if context is None else context.shape[:-1]
             with poutine.block():  # trial runs must be invisible to handlers around the guide
                 create_plates = self.create_plates if self.master is None else self.master().create_plates
                 created = names_of_plates(create_plates, args, kwargs)
                 self._latents = Latents(type(self).__name__, sites, rows, created)
-                check_supports(type(self).__name__, self._plain_model[0], self._latents, args, kwargs)
+                check_supports(type(self).__name__, call, self._latents)
                 self._create_plates(*args, **kwargs)
                 scale = 1.0 if self._init_scale is None and self.encoder is not None else self._init_scale
-                model, trace = self._plain_model[0], self.prototype_trace
-                start = start_of(model, trace, self._latents, args, kwargs, scale, self._is_told)
+                start = start_of(call, prototype, self._latents, scale, self._is_told)
             self.latent_dim = self._latents.size
             context_dim = 0 if context is None else context.shape[-1]
             stack = with_head(self.flow_class, start, self._num_layers, self._hidden_dims, context_dim)
@@ -185,7 +184,7 @@ class AutoFlow(AutoContinuous):
                 stack.enter_context(self.plates[frame.name])
             yield
 
-    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Site, Tensor]]:
         for part, unconstrained in self._latents.split(latent):
             yield part.site, unconstrained
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -13,16 +13,24 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from torch import Tensor
+from torch.distributions import Distribution
 
-from pyro_maf.infer.arguments import check_observes_nothing
-from pyro_maf.infer.enumeration import is_enumerated, log_densities
 from pyro_maf.infer.guides import AutoFlow
 from pyro_maf.infer.latents import masked_entries
-from pyro_maf.infer.log_joint import FAILURES, LogJoint, latent_sites, nesting_of, total_by_draw
-from pyro_maf.infer.minibatches import PartialRowsError
-from pyro_maf.infer.refusal import RefusalError
+from pyro_maf.infer.log_joint import FAILURES, LogJoint, is_enumerated, log_densities, total_by_draw
+from pyro_maf.infer.model import (
+    Call,
+    Guide,
+    RefusalError,
+    Site,
+    Trace,
+    check_observes_nothing,
+    latent_sites,
+    layers_of,
+    sample_sites,
+)
+from pyro_maf.infer.plates import PartialRowsError, nesting_of
 
 __all__ = ["NoVerdictError", "Pairing", "Weighted", "arviz", "joint_of", "pairing", "smoothed", "weigh"]
 
@@ -85,19 +93,17 @@ class Weighted(NamedTuple):
 @torch.no_grad()
 def weigh(
     who: str,
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    call: Call,
+    guide: Guide,
     num_samples: int,
 ) -> Weighted:
-    """Draw from a guide and weight the draws.
+    """Draw from the guide of a model and weight the draws.
 
     Raises:
         NoVerdictError: If not all rows of the model can be scored, or if draws of an angle take more than one turn.
         ValueError: If the guide leaves out a latent site of the model, or the model draws what no guide has.
     """
-    pair = _Pair(who, model, guide, args, kwargs)
+    pair = _Pair(who, call, guide)
     if pair.reason:
         raise NoVerdictError(who, pair.reason)
     chunk = max(1, min(num_samples, MOST_NUMBERS // pair.size))
@@ -120,28 +126,24 @@ def weigh(
 
 
 @torch.no_grad()
-def pairing(
-    who: str, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Pairing:
+def pairing(who: str, call: Call, guide: Guide) -> Pairing:
     """Determine the layout of the runs of a model with its guide, by trial runs.
 
     Raises:
         ValueError: If the guide leaves out a latent site of the model, or the model draws what no guide has.
     """
-    pair = _Pair(who, model, guide, args, kwargs)
+    pair = _Pair(who, call, guide)
     return Pairing(pair.nesting, pair.joint.is_vectorised, pair.joint.enumerated, pair.joint.runs, pair.size)
 
 
 @torch.no_grad()
-def joint_of(
-    who: str, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> LogJoint:
+def joint_of(who: str, call: Call, guide: Guide) -> LogJoint:
     """Return the log joint density of a model as a function of its guide's sites.
 
     Raises:
         ValueError: As in `weigh`.
     """
-    pair = _Pair(who, model, guide, args, kwargs)
+    pair = _Pair(who, call, guide)
     if pair.reason:
         raise NoVerdictError(who, pair.reason)
     return pair.joint
@@ -150,29 +152,21 @@ def joint_of(
 class _Pair:
     """A model and its guide, with their traces."""
 
-    def __init__(
-        self,
-        who: str,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> None:
-        self._guide: Any = guide
-        self._args, self._kwargs = args, kwargs
+    def __init__(self, who: str, call: Call, guide: Guide) -> None:
+        self._call, self._guide = call, guide
         try:
-            self._try_out(who, model)
+            self._try_out(who)
         except RefusalError:
             raise
         except (*FAILURES, IndexError):
-            _check_shapes(who, model, guide, args, kwargs)
+            _check_shapes(who, call, guide)
             raise
 
-    def _try_out(self, who: str, model: Callable[..., Any]) -> None:
+    def _try_out(self, who: str) -> None:
         """Run both, and lay out their sites."""
-        guide, args, kwargs = self._guide, self._args, self._kwargs
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        example = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        call, guide = self._call, self._guide
+        guide_trace = call.of(guide).trace()
+        example = call.replayed(guide_trace)
         check_observes_nothing(who, guide_trace, example)
         latents = latent_sites(example)
         missing = [name for name in latents if name not in guide_trace.nodes and not is_enumerated(latents[name])]
@@ -187,26 +181,27 @@ class _Pair:
         self.shapes = {name: site["value"].shape for name, site in latents.items()}
         self._all_rows = isinstance(guide, AutoFlow) and guide.shapes_of_all_rows
         self.shapes.update(self._all_rows or {})
-        self.joint = LogJoint(model, example, args, kwargs, shapes=self.shapes)
+        self.joint = LogJoint(call, example, shapes=self.shapes)
         self.nesting = max(self.joint.nesting, nesting_of(guide_trace))
         draws, _ = self._draw(4)
         self.joint.settle(draws)
         check_draws(who, self.joint)
         self.reason = f"{self.joint.partial}; call it with all rows" if self.joint.partial else ""
         self._check_masks(who, latents, guide_trace, draws)
-        sites = [site for site in example.nodes.values() if site["type"] == "sample"]
+        sites = sample_sites(example).values()
         values = sum(site["value"].numel() for site in sites if isinstance(site["value"], Tensor))
         self.size = max(values, self.joint.numbers)
 
-    def _check_masks(self, who: str, latents: Mapping[str, Any], guide_trace: Any, draws: dict[str, Tensor]) -> None:
+    def _check_masks(self, who: str, latents: Mapping[str, Site], guide_trace: Trace, draws: dict[str, Tensor]) -> None:
         """Raise if a guide scores entries that a mask excludes from the model: its bound has no upper limit."""
         masks = {name: masked_entries(site, site["value"]) for name, site in latents.items()}
         if isinstance(self._guide, AutoFlow):
             if not self._guide.has_masks_of(latents):
                 raise RefusalError(f"{who} expected latent sites masked as in the guide's set-up: use another guide.")
             return
+        sites = sample_sites(guide_trace)
         for name, mask in masks.items():
-            site = guide_trace.nodes[name]
+            site = sites[name]
             own = None if mask is None else masked_entries(site, site["value"])
             if mask is not None and (own is None or not torch.equal(own, mask)):
                 moved = torch.where(mask, draws[name].roll(1, 0), draws[name])
@@ -222,27 +217,26 @@ class _Pair:
 
     def _draw(self, draws: int) -> tuple[dict[str, Tensor], Tensor]:
         """Draw the latent sites, padded to the number of plates; also return their log-density."""
-        if self._all_rows:
-            return self._guide.scored_draws(draws, self.nesting, self._args, self._kwargs)
+        if isinstance(self._guide, AutoFlow) and self._all_rows:
+            return self._guide.scored_draws(draws, self.nesting, self._call.args, self._call.kwargs)
         with pyro.plate("_draws", draws, dim=-self.nesting - 1):
-            trace = poutine.trace(self._guide).get_trace(*self._args, **self._kwargs)
+            trace = self._call.of(self._guide).trace()
         trace.compute_log_prob()
         plates = (draws, *(1,) * self.nesting)
         values = {}
+        sites = sample_sites(trace)
         for name in self.shapes:
-            site: Any = trace.nodes[name]
+            site = sites[name]
             value, event = site["value"], site["fn"].event_shape
             batch = torch.broadcast_shapes(value.shape[: value.dim() - len(event)], plates)
             values[name] = value.expand(batch + event)
         return values, total_by_draw(log_densities(trace), plates)
 
 
-def _check_shapes(
-    who: str, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> None:
+def _check_shapes(who: str, call: Call, guide: Guide) -> None:
     """Raise for a guide whose sites have other shapes than the model's, as of data with more rows."""
     try:
-        drawn, alone = (latent_sites(poutine.trace(each).get_trace(*args, **kwargs)) for each in (guide, model))
+        drawn, alone = latent_sites(call.of(guide).trace()), latent_sites(call.trace())
     except FAILURES:
         return
     for name in drawn.keys() & alone.keys():
@@ -254,10 +248,10 @@ def _check_shapes(
             )
 
 
-def _check_guide_sites(who: str, guide_trace: poutine.Trace, latents: Mapping[str, Any]) -> None:
+def _check_guide_sites(who: str, guide_trace: Trace, latents: Mapping[str, Site]) -> None:
     """Raise for a guide that draws a site that the model does not: no density in the model would match it."""
-    extra = [name for name, site in latent_sites(guide_trace).items() if name not in latents]
-    extra = [name for name in extra if not (guide_trace.nodes[name]["infer"] or {}).get("is_auxiliary")]
+    sites = latent_sites(guide_trace)
+    extra = [name for name in sites.keys() - latents if not (sites[name]["infer"] or {}).get("is_auxiliary")]
     if extra:
         raise RefusalError(
             f"{who} expected a guide of the model's latent sites alone, got one that draws {', '.join(sorted(extra))}: "
@@ -266,11 +260,9 @@ def _check_guide_sites(who: str, guide_trace: poutine.Trace, latents: Mapping[st
         )
 
 
-def _is_angle(fn: Any) -> bool:
+def _is_angle(fn: Distribution) -> bool:
     """True if a distribution is of angles, though its declared support is the real numbers."""
-    while fn is not None and not isinstance(fn, CIRCULAR):
-        fn = getattr(fn, "base_dist", None)
-    return fn is not None
+    return any(isinstance(layer, CIRCULAR) for layer in layers_of(fn))
 
 
 def _takes_turns(angles: Tensor) -> bool:

@@ -12,11 +12,11 @@ from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import init_to_median
 from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor
-from torch.distributions import Transform, biject_to, transform_to
+from torch.distributions import Distribution, Transform, biject_to, transform_to
 from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform, SigmoidTransform
 
-from pyro_maf.infer.minibatches import subsampled
-from pyro_maf.infer.refusal import RefusalError
+from pyro_maf.infer.model import RefusalError, Site, layers_of
+from pyro_maf.infer.plates import subsampled
 
 __all__ = ["Latents", "Part", "masked_entries", "median_or_feasible", "names_of_plates"]
 
@@ -37,7 +37,7 @@ class Part(NamedTuple):
         start, stop: Its range among all entries, including those that are left out.
     """
 
-    site: dict[str, Any]
+    site: Site
     value: Tensor
     rows: dict[str, int]
     transform: Transform
@@ -69,9 +69,7 @@ class Latents:
             in another plate that subsamples.
     """
 
-    def __init__(
-        self, who: str, sites: Mapping[str, dict[str, Any]], rows: torch.Size, created: Collection[str] = ()
-    ) -> None:
+    def __init__(self, who: str, sites: Mapping[str, Site], rows: torch.Size, created: Collection[str] = ()) -> None:
         if not rows:
             _check_plates(who, sites, created)
         self._who = who
@@ -81,7 +79,8 @@ class Latents:
         for name, site in sites.items():
             transform = _transform_of(who, name, site)
             value = site["value"].detach()
-            of_rows = {} if rows else {frame.name: frame.dim - site["fn"].event_dim for frame in subsampled(site)}
+            event_dim, frames = site["fn"].event_dim, subsampled(site)
+            of_rows = {} if rows else {frame.name: frame.dim - event_dim for frame in frames if frame.dim is not None}
             for frame in subsampled(site) if of_rows else ():
                 value = periodic_repeat(value, frame.full_size, of_rows[frame.name])
             batch = value.shape[: value.dim() - site["fn"].event_dim]
@@ -197,7 +196,7 @@ class Latents:
         return latent, torch.stack([log_det.expand(batch) for log_det in log_dets]).sum(0)
 
 
-def _check_plates(who: str, sites: Mapping[str, dict[str, Any]], created: Collection[str]) -> None:
+def _check_plates(who: str, sites: Mapping[str, Site], created: Collection[str]) -> None:
     """Refuse latent variables in plates that resample their rows each time, unless they are those of all rows."""
     for name, site in sites.items():
         for frame in subsampled(site):
@@ -230,17 +229,14 @@ def names_of_plates(
     return {plate.name for plate in ([plates] if isinstance(plates, pyro.plate) else plates)}
 
 
-def masked_entries(site: Mapping[str, Any], value: Tensor) -> Tensor | None:
+def masked_entries(site: Site, value: Tensor) -> Tensor | None:
     """Mask of the elements of a site's value without a prior density, (*site); None if all have one.
 
     They are masked by `pyro.poutine.mask` or `fn.mask`, or are the observed part of a site with `obs_mask`.
     """
     fn = site["fn"]
     masks = [(site["mask"], fn.event_dim)]
-    while fn is not None:
-        if isinstance(fn, MaskedDistribution):
-            masks.append((fn._mask, fn.event_dim))
-        fn = getattr(fn, "base_dist", None)
+    masks += [(layer._mask, layer.event_dim) for layer in layers_of(fn) if isinstance(layer, MaskedDistribution)]
     seen = torch.ones_like(value, dtype=torch.bool)
     for mask, event_dim in masks:
         if mask is not None:
@@ -252,13 +248,13 @@ def masked_entries(site: Mapping[str, Any], value: Tensor) -> Tensor | None:
     return None if seen.all() else ~seen
 
 
-def _transform_of(who: str, name: str, site: dict[str, Any]) -> Transform:
+def _transform_of(who: str, name: str, site: Site) -> Transform:
     if _is_fixed(site["fn"]):
         raise RefusalError(
             f"{who} expected latent variables with a density, got the site {name} of Delta, which has one value: "
             "write it with pyro.deterministic."
         )
-    support = site["fn"].support
+    support: Any = site["fn"].support
     if support.is_discrete and not site["fn"].has_enumerate_support:
         raise RefusalError(
             f"{who} expected continuous latent variables, got the discrete site {name}, whose values have no end and "
@@ -278,13 +274,9 @@ def _transform_of(who: str, name: str, site: dict[str, Any]) -> Transform:
         ) from None
 
 
-def _is_fixed(fn: Any) -> bool:
+def _is_fixed(fn: Distribution) -> bool:
     """True if a distribution is a Delta, perhaps masked, expanded or reinterpreted as an event."""
-    while not isinstance(fn, Delta):
-        fn = getattr(fn, "base_dist", None)
-        if fn is None:
-            return False
-    return True
+    return any(isinstance(layer, Delta) for layer in layers_of(fn))
 
 
 def _within_reach(transform: Transform, unconstrained: Tensor) -> Tensor:

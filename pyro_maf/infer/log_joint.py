@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import islice
-from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
+from pyro.ops import packed
+from pyro.ops.contract import contract_tensor_tree
+from pyro.poutine.block_messenger import BlockMessenger
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_maf._core.random import seeded
-from pyro_maf.infer.enumeration import is_enumerated, log_densities
-from pyro_maf.infer.hidden import Draws
-from pyro_maf.infer.minibatches import Minibatch, Minibatches, PartialRowsError, frames_of, minibatches_of, subsampled
-from pyro_maf.infer.runs import noticed
+from pyro_maf.infer.model import (
+    Call,
+    DrawRecorder,
+    Frame,
+    Model,
+    Site,
+    Trace,
+    is_subsample,
+    latent_sites,
+    report_run,
+    sample_sites,
+)
+from pyro_maf.infer.plates import (
+    Minibatch,
+    Minibatches,
+    PartialRowsError,
+    frames_of,
+    joined,
+    minibatches_of,
+    nesting_of,
+    subsampled,
+)
 
-__all__ = ["FAILURES", "LogJoint", "latent_sites", "nesting_of", "total_by_draw"]
+__all__ = ["FAILURES", "LogJoint", "is_enumerated", "log_densities", "total_by_draw", "without_blocks"]
 
 FAILURES = (ValueError, ArithmeticError, RuntimeError)
 """Errors of models and distributions for a value that cannot be scored, linear algebra included."""
@@ -33,6 +55,9 @@ SPARE = 2
 Values = Mapping[str, Tensor]
 """The value of each latent site, draws along the first dimension."""
 
+Weigh = Callable[[Iterable[Frame]], Tensor | float]
+"""The weight of a site in plates."""
+
 
 class LogJoint:
     r"""log p(x, z) in nats, for the data x that a model is called with and draws z of its latent sites.
@@ -42,9 +67,8 @@ class LogJoint:
     over minibatches add up to all rows. Random numbers that the model draws itself are the same in every call.
 
     Args:
-        model: The model.
+        call: The model with its arguments.
         example: A trace of it, for the shapes of its sites and the dimensions of its plates.
-        args, kwargs: Its arguments.
         shapes: The shape of the value of each latent site, by default of those in `example` that are not enumerated.
             Within plates that subsample it may be that of all rows.
         most_minibatches: Maximum number of minibatches of a plate that subsamples; of more, these stand for the rest.
@@ -67,15 +91,13 @@ class LogJoint:
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        example: poutine.Trace,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        call: Call,
+        example: Trace,
         *,
         shapes: Mapping[str, torch.Size] | None = None,
         most_minibatches: float = math.inf,
     ) -> None:
-        self._model, self._args, self._kwargs = model, args, kwargs
+        self._call = call
         latents = latent_sites(example)
         if shapes is None:
             shapes = {name: site["value"].shape for name, site in latents.items() if not is_enumerated(site)}
@@ -89,7 +111,7 @@ class LogJoint:
         values = {name: site["value"] for name, site in latents.items() if name in shapes}
         self._like = next(iter(values.values()))
         self._minibatches, self.partial = minibatches_of(
-            lambda: self._run(values), example.nodes.values(), self._like, most_minibatches
+            lambda: self._run(values), sample_sites(example).values(), self._like, most_minibatches
         )
         self.runs = self._minibatches.count if isinstance(self._minibatches, Minibatches) else 1
         self._all_rows = {name: _of_all_rows(latents[name], shapes[name]) for name in values}
@@ -109,11 +131,10 @@ class LogJoint:
             return torch.cat([self({name: value[half] for name, value in values.items()}) for half in halves])
         return torch.where(scored.isnan() | (scored == torch.inf), -torch.inf, scored)
 
-    def returned(self, values: Values) -> Any:
+    def returned(self, values: Values) -> object:
         """Return value of the model at values of one draw, (1, ...), with the rows of the first minibatch."""
         one = {name: value[0].reshape(self._shapes[name]) for name, value in values.items()}
-        trace: Any = self._scored(one, next(iter(self._minibatches)))
-        return trace.nodes["_RETURN"]["value"]
+        return self._scored(one, next(iter(self._minibatches))).nodes["_RETURN"]["value"]
 
     def prior_draws(self, count: int) -> dict[str, Tensor]:
         r"""Draw the latent sites from the prior, (count, \*site), for a model that scores many draws in one run.
@@ -122,9 +143,9 @@ class LogJoint:
             RuntimeError: If a value has fewer rows than expected, such as those of a minibatch.
         """
         plate = pyro.plate("_draws", count, dim=-self.nesting - 1)
-        with seeded(0, self._like.device), pyro.poutine.block(), plate:
-            trace: Any = poutine.trace(self._model).get_trace(*self._args, **self._kwargs)
-        return {name: trace.nodes[name]["value"].reshape(count, *shape) for name, shape in self._shapes.items()}
+        with seeded(0, self._like.device), poutine.block(), plate:
+            sites = sample_sites(self._call.trace())
+        return {name: sites[name]["value"].reshape(count, *shape) for name, shape in self._shapes.items()}
 
     def settle(self, values: Values) -> LogJoint:
         """Choose between one run for all draws and one for each, by a trial of both on a few draws; return self.
@@ -166,7 +187,7 @@ class LogJoint:
 
     def _look_for_draws(self, one: Values, minibatches: Iterable[Minibatch]) -> None:
         """Set `hidden` and `is_random`, the latter if the density of one draw differs between seeds."""
-        draws = Draws(next(iter(one.values())).device)
+        draws = DrawRecorder(next(iter(one.values())).device)
         try:
             with draws:
                 first = self._in_turn(one, minibatches)
@@ -186,7 +207,7 @@ class LogJoint:
             with pyro.plate("_draws", draws, dim=-self.nesting - 1):
                 trace = self._scored(values, minibatch)
             if self.runs > 1:
-                noticed()
+                report_run()
             return total_by_draw(log_densities(trace, minibatch.weight), plates)
 
         return _sum(map(score, minibatches))
@@ -194,16 +215,15 @@ class LogJoint:
     def _in_turn(self, values: Values, minibatches: Iterable[Minibatch], seed: int = 0) -> Tensor:
         def score(row: int, minibatch: Minibatch) -> Tensor:
             one = {name: value[row].reshape(self._shapes[name]) for name, value in values.items()}
-            trace: Any = self._scored(one, minibatch, seed)
-            sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
-            self.numbers = max(self.numbers, sum(site["log_prob"].numel() for site in sites))
-            noticed()
+            trace = self._scored(one, minibatch, seed)
+            self.numbers = max(self.numbers, sum(site["log_prob"].numel() for site in sample_sites(trace).values()))
+            report_run()
             return _sum(part.sum() for part in log_densities(trace, minibatch.weight))
 
         minibatches = tuple(minibatches)
         return torch.stack([_sum(score(row, each) for each in minibatches) for row in range(_count(values))])
 
-    def _scored(self, values: Values, minibatch: Minibatch, seed: int = 0) -> poutine.Trace:
+    def _scored(self, values: Values, minibatch: Minibatch, seed: int = 0) -> Trace:
         inside = {name: minibatch.of_these_rows(value, self._all_rows.get(name, {})) for name, value in values.items()}
         with minibatch:
             trace = self._run(inside, seed)
@@ -211,12 +231,12 @@ class LogJoint:
             trace.compute_log_prob()
         return trace
 
-    def _run(self, values: Values, seed: int = 0) -> poutine.Trace:
-        model = poutine.condition(self._model, data=dict(values))
+    def _run(self, values: Values, seed: int = 0) -> Trace:
+        model = poutine.condition(self._call.program, data=dict(values))
         if self.enumerated:  # along dimensions on the left of that of the draws
             model = poutine.enum(model, first_available_dim=-self.nesting - 2)
         with seeded(seed, next(iter(values.values())).device):
-            return poutine.trace(model).get_trace(*self._args, **self._kwargs)
+            return self._call.of(model).trace()
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
@@ -229,24 +249,13 @@ def _count(values: Values) -> int:
     return len(next(iter(values.values())))
 
 
-def latent_sites(trace: Any) -> dict[str, Any]:
-    """Return the latent sites of a trace by name, without the indices of subsamples."""
-    return {name: site for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)}
-
-
-def nesting_of(trace: poutine.Trace) -> int:
-    """Number of dimensions, from the right, of the plates of a trace."""
-    return max((-frame.dim for site in trace.nodes.values() for frame in frames_of(site)), default=0)
-
-
-def _of_all_rows(site: Any, shape: torch.Size) -> dict[str, int]:
+def _of_all_rows(site: Site, shape: torch.Size) -> dict[str, int]:
     """Map each plate that subsamples, of whose rows a value of this shape has all, to its dimension."""
-    dims = {frame.name: (frame.dim - site["fn"].event_dim, frame.full_size) for frame in frames_of(site)}
-    partial = {frame.name for frame in subsampled(site)}
-    return {name: dim for name, (dim, size) in dims.items() if name in partial and shape[dim] == size}
+    dims = ((frame, frame.dim - site["fn"].event_dim) for frame in subsampled(site) if frame.dim is not None)
+    return {frame.name: dim for frame, dim in dims if shape[dim] == frame.full_size}
 
 
-def _within_subsamples(latents: Mapping[str, Any], all_rows: Mapping[str, Mapping[str, int]]) -> str:
+def _within_subsamples(latents: Mapping[str, Site], all_rows: Mapping[str, Mapping[str, int]]) -> str:
     """Name the site and plate whose values are those of one minibatch; "" if none are."""
     for name, dims in all_rows.items():
         for frame in subsampled(latents[name]):
@@ -262,3 +271,105 @@ def total_by_draw(parts: Sequence[Tensor], plates: tuple[int, ...]) -> Tensor:
     parts = [part.reshape(part.shape[max(0, part.dim() - len(plates)) :]) for part in parts]
     parts = [part.expand(torch.broadcast_shapes(part.shape, plates)) for part in parts]
     return torch.stack([part.reshape(plates[0], -1).sum(1) for part in parts]).sum(0)
+
+
+def is_enumerated(site: Site) -> bool:
+    """True if a latent site is to be enumerated in parallel, as by `TraceEnum_ELBO`."""
+    infer = site["infer"] or {}
+    return infer.get("enumerate") == "parallel" and not infer.get("num_samples") and site["fn"].has_enumerate_support
+
+
+def log_densities(trace: Trace, weigh: Weigh = lambda frames: 1.0) -> list[Tensor]:
+    r"""Return log-densities in nats that sum to that of a trace, in the shapes of plates, discrete sites summed out.
+
+    There is one for each site, and one for each set of sites that depend on the same enumerated ones: the logarithm of
+    the sum, over all their values, of the product of densities, by tensor variable elimination.
+
+    Args:
+        trace: A trace whose log-probabilities are computed, of a run under `pyro.poutine.enum` or without it.
+        weigh: Weights by the plates around a site, in addition to Pyro's scales.
+
+    Raises:
+        ValueError: If sites that depend on the same discrete ones are scaled differently.
+        NotImplementedError: If a discrete site depends on two independent plates.
+
+    Reference:
+        Obermeyer et al., *Tensor variable elimination for plated factor graphs*, 2019.
+    """
+    sites = [site for site in sample_sites(trace).values() if not is_subsample(site)]
+    if not any(map(_is_summed_out, sites)):
+        return [site["log_prob"] * weigh(site["cond_indep_stack"]) for site in sites]
+    trace.pack_tensors()
+    summed = set(trace.symbol_to_dim) - set(trace.plate_to_symbol.values())
+    coupled: dict[frozenset[str], list[Site]] = {}
+    found = []
+    for site in sites:
+        if dims := summed.intersection(vars(site["packed"]["log_prob"])["_pyro_dims"]):
+            coupled.setdefault(frozenset(dims), []).append(site)
+        else:
+            found.append(site["log_prob"] * weigh(site["cond_indep_stack"]))
+    for component in joined(coupled):
+        together = [site for dims, group in coupled.items() if dims <= component for site in group]
+        found += _contracted(trace, together, set(component), weigh)
+    return found
+
+
+def _is_summed_out(site: Site) -> bool:
+    """True if a site of a trace is enumerated in it."""
+    return "_enumerate_dim" in (site["infer"] or {})
+
+
+def _contracted(trace: Trace, sites: list[Site], summed: set[str], weigh: Weigh) -> list[Tensor]:
+    """Sum enumerated discrete sites out of the log-densities of all sites that depend on them."""
+    factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+    for site in sites:
+        factors.setdefault(_plates_of(trace, site), []).append(_factor(site))
+    scale = _common_scale(sites)
+    frames = {trace.plate_to_symbol[frame.name]: frame for site in sites for frame in frames_of(site)}
+    return [
+        packed.unpack(term, trace.symbol_to_dim) * scale * weigh(frames[symbol] for symbol in plates)
+        for plates, terms in contract_tensor_tree(factors, summed).items()
+        for term in terms
+    ]
+
+
+def _plates_of(trace: Trace, site: Site) -> frozenset[str]:
+    return frozenset(trace.plate_to_symbol[frame.name] for frame in frames_of(site))
+
+
+def _factor(site: Site) -> Tensor:
+    """Return a site's log-factor. A mask removes elements, but a masked discrete site still sums to one."""
+    log_prob = site["packed"]["unscaled_log_prob"]
+    if _is_summed_out(site):
+        return log_prob
+    return packed.scale_and_mask(log_prob, mask=site["packed"]["mask"])
+
+
+def _common_scale(sites: list[Site]) -> float:
+    """Return the common scale of sites that are summed out together; it multiplies the logarithm of the sum."""
+    scales = {}
+    for site in sites:
+        if isinstance(site["scale"], Tensor) and site["scale"].numel() != 1:
+            raise ValueError(f"Enumeration expected a number as scale of site {site['name']}, got a tensor.")
+        if any(not frame.vectorized for frame in subsampled(site)):
+            raise PartialRowsError(f"site {site['name']} is summed over within a sequential plate that subsamples")
+        scales[float(site["scale"])] = site["name"]
+    if len(scales) > 1:
+        found = ", ".join(f"{scale:g} at {name}" for scale, name in scales.items())
+        raise ValueError(f"Enumeration expected one scale for all sites that depend on a discrete one, got {found}.")
+    return next(iter(scales), 1.0)
+
+
+def without_blocks(model: Model) -> Model:
+    """Unwrap handlers that hide sites: for `poutine.block(model, hide=["z"])` return `model`."""
+    layers = []
+    while isinstance(model, partial):
+        inner = model.func if isinstance(model.func, partial) else model
+        if len(inner.args) < 2 or not isinstance(inner.args[0], Messenger):
+            break
+        layers.append(inner.args[0])
+        model = inner.args[1]
+    for layer in reversed(layers):
+        if not isinstance(layer, BlockMessenger):
+            model = layer(model)
+    return model

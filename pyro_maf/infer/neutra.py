@@ -12,10 +12,10 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_maf.infer.arguments import check_pair
 from pyro_maf.infer.guides import AutoFlow
 from pyro_maf.infer.importance import joint_of
 from pyro_maf.infer.log_joint import LogJoint
+from pyro_maf.infer.model import Call, check_pair
 
 __all__ = ["NeuTra", "neutra"]
 
@@ -63,7 +63,7 @@ class NeuTra:
         same = len(arguments) == len(self._arguments) and all(map(operator.is_, arguments, self._arguments))
         if self._joint is None or not same:
             with poutine.block():
-                self._joint = joint_of("neutra", self._model, self._guide, args, kwargs)
+                self._joint = joint_of("neutra", Call(self._model, args, kwargs), self._guide)
             self._arguments = arguments
         return self._joint
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyro_maf.infer.refusal import RefusalError
+from pyro_maf.infer.model import RefusalError
 
 __all__ = ["Stored", "check_place"]
 

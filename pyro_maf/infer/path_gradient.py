@@ -17,8 +17,8 @@ from pyro.util import warn_if_nan
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
-from pyro_maf.infer.enumeration import is_enumerated, log_densities
-from pyro_maf.infer.log_joint import latent_sites
+from pyro_maf.infer.log_joint import is_enumerated, log_densities
+from pyro_maf.infer.model import latent_sites
 
 __all__ = ["TracePath_ELBO", "detached"]
 

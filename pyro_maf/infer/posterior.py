@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
-from pyro_maf.infer.enumeration import is_enumerated, without_blocks
 from pyro_maf.infer.initialization import Normal, best_normal, best_of
 from pyro_maf.infer.latents import Latents
-from pyro_maf.infer.log_joint import FAILURES, LogJoint, latent_sites
+from pyro_maf.infer.log_joint import FAILURES, LogJoint, is_enumerated, without_blocks
 from pyro_maf.infer.masks import idle_entries, masked_in_vector
+from pyro_maf.infer.model import Call, Trace, latent_sites
 
 __all__ = ["start_of"]
 
@@ -24,18 +21,16 @@ MINIBATCHES = 8
 
 
 def start_of(
-    model: Callable[..., Any],
-    prototype: Any,
+    call: Call,
+    prototype: Trace,
     latents: Latents,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
     scale: float | None,
     is_told: bool,
 ) -> Normal:
     """Initialise a guide; leave out of `latents` entries that a mask excludes from the model: they have no posterior.
 
     Args:
-        model, prototype, latents, args, kwargs: As in `Posterior`.
+        call, prototype, latents: As in `Posterior`.
         scale: Scale of an isotropic normal at the initial values, or None for the best normal of an ascent.
         is_told: True if the user chose the starting point. If not, and a draw of the prior has a higher density than
             the end of the ascent, and so lies near another mode, there is an ascent from that draw too.
@@ -43,7 +38,7 @@ def start_of(
     masked = latents.has_masks()
     if scale is not None and not masked:
         return Normal.isotropic(latents.initial(), scale)
-    posterior = Posterior(model, prototype, latents, args, kwargs)
+    posterior = Posterior(call, prototype, latents)
     if masked:
         posterior.leave_out_idle()
     loc = latents.initial()
@@ -61,27 +56,18 @@ class Posterior:
     a guide. Where a plate subsamples data, the rows of some minibatches stand for all.
 
     Args:
-        model: The model of the guide.
+        call: The model of the guide, with its arguments.
         prototype: The trace that defines the guide's layout.
         latents: The layout of the latent vector.
-        args, kwargs: Arguments of the model.
 
     Attributes:
         is_known: True if it is the posterior: no other random draws, and the latent variables of all rows.
         is_vectorised: True if one run of the model scores many draws.
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        prototype: Any,
-        latents: Latents,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> None:
-        for candidate in (without_blocks(model), model):
-            replayed = poutine.replay(candidate, trace=prototype)
-            example = poutine.trace(replayed).get_trace(*args, **kwargs)
+    def __init__(self, call: Call, prototype: Trace, latents: Latents) -> None:
+        for candidate in (call.of(without_blocks(call.program)), call):
+            example = candidate.replayed(prototype)
             hidden = [site for name, site in latent_sites(example).items() if name not in latents.parts]
             if all(map(is_enumerated, hidden)):
                 break  # and there are latent variables that belong to another guide
@@ -89,7 +75,7 @@ class Posterior:
         by_row = any(part.rows for part in latents.parts.values())
         most = math.inf if by_row else MINIBATCHES
         self._latents = latents
-        self._joint = LogJoint(candidate, example, args, kwargs, shapes=shapes, most_minibatches=most)
+        self._joint = LogJoint(candidate, example, shapes=shapes, most_minibatches=most)
         near = latents.initial() + torch.tensor([[0.0], [0.01]]).to(latents.initial())
         self._joint.settle(self._unpacked(near)[0])
         self.is_vectorised = self._joint.is_vectorised

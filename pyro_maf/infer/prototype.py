@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import cast
 
 from pyro import poutine
 from pyro.distributions import Delta
 
 from pyro_maf.infer.latents import Latents
-from pyro_maf.infer.log_joint import latent_sites
+from pyro_maf.infer.model import Site, latent_sites
 from pyro_maf.infer.path_gradient import detached
 
 __all__ = ["bare_latents", "bare_trace"]
@@ -33,9 +33,10 @@ def bare_trace(trace: poutine.Trace) -> poutine.Trace:
     return twin
 
 
-def _bare_site(site: dict[str, Any]) -> dict[str, Any]:
+def _bare_site(site: Site) -> Site:
     """Copy a site with its value and a distribution of its shapes, without the distribution's parameters."""
     value = site["value"].detach().clone()
     shapes = Delta(value, event_dim=site["fn"].event_dim)
     scale, mask = (detached(site[name], []) for name in ("scale", "mask"))
-    return {**site, "fn": shapes, "value": value, "args": (), "kwargs": {}, "scale": scale, "mask": mask}
+    twin = {**site, "fn": shapes, "value": value, "args": (), "kwargs": {}, "scale": scale, "mask": mask}
+    return cast("Site", twin)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.distributions.constraints import Constraint
 from pyro_maf._core.random import seeded
 from pyro_maf.infer.latents import Latents
 from pyro_maf.infer.log_joint import FAILURES
-from pyro_maf.infer.refusal import RefusalError
+from pyro_maf.infer.model import Call, RefusalError, sample_sites
 
 __all__ = ["check_supports"]
 
@@ -22,9 +22,7 @@ STEP = 0.3
 
 
 @torch.no_grad()
-def check_supports(
-    who: str, model: Callable[..., Any], latents: Latents, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> None:
+def check_supports(who: str, call: Call, latents: Latents) -> None:
     """Refuse a support with a bound that depends on latent variables, or that is trained.
 
     A guide maps to each support as it was in the model's first run: if it moves, draws leave it, and the guide's
@@ -46,11 +44,11 @@ def check_supports(
     }
     try:
         with poutine.block(), seeded(0, next(iter(moved.values())).device):
-            trace: Any = poutine.trace(poutine.condition(model, data=moved)).get_trace(*args, **kwargs)
+            sites = sample_sites(call.conditioned(moved))
     except FAILURES:
         return  # which does not concern supports
     for name, bounds in before.items():
-        now = list(_bounds(trace.nodes[name]["fn"].support)) if name in trace else bounds
+        now = list(_bounds(sites[name]["fn"].support)) if name in sites else bounds
         if len(now) != len(bounds) or not all(map(_same, now, bounds)):
             raise RefusalError(_said(who, name, "other latent variables, or on a draw"))
 

@@ -1,4 +1,4 @@
-"""Runs of a model over minibatches that together score every row of its data."""
+"""Plates of a model: minibatches that together score all rows, and why a model fails inside a plate of draws."""
 
 from __future__ import annotations
 
@@ -6,19 +6,37 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import pyro
 import torch
-from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Minibatch", "Minibatches", "PartialRowsError", "frames_of", "joined", "minibatches_of", "subsampled"]
+from pyro_maf.infer.model import Args, Call, Frame, Guide, Kwargs, Site, Trace, is_subsample, latent_sites, sample_sites
+
+__all__ = [
+    "Minibatch",
+    "Minibatches",
+    "PartialRowsError",
+    "frames_of",
+    "joined",
+    "minibatches_of",
+    "nesting_of",
+    "subsampled",
+    "why_alone",
+]
 
 NO_LOOK = ("__get__", "__len__", "__hash__", "size", "dim", "numel")
 """Functions that depend on a tensor's shape and not on its values."""
+
+DRAWS = 7
+"""Number of draws of the trial: unlikely to equal any size of a model."""
+SHOWN = 2
+"""Maximum number of latent sites whose shapes are shown."""
+LONGEST = 120
+"""Maximum number of characters quoted from an error."""
 
 
 class PartialRowsError(Exception):
@@ -32,16 +50,20 @@ class Subsampled(NamedTuple):
     batch: int
 
 
-def frames_of(site: Any) -> list[Any]:
-    """Return the vectorised plates around a site of a trace."""
-    return [frame for frame in site["cond_indep_stack"] if frame.vectorized] if site["type"] == "sample" else []
+def frames_of(site: Site) -> list[Frame]:
+    """Return the vectorised plates around a site."""
+    return [frame for frame in site["cond_indep_stack"] if frame.vectorized]
 
 
-def subsampled(site: Any) -> list[Any]:
+def subsampled(site: Site) -> list[Frame]:
     """Return the plates around a site, vectorised or not, that subsample in this run."""
-    if site["type"] != "sample":
-        return []
     return [frame for frame in site["cond_indep_stack"] if frame.full_size not in (None, frame.size)]
+
+
+def nesting_of(trace: Trace) -> int:
+    """Number of dimensions, from the right, of the plates of a trace."""
+    frames = (frame for site in sample_sites(trace).values() for frame in site["cond_indep_stack"])
+    return max((-frame.dim for frame in frames if frame.dim is not None), default=0)
 
 
 class Minibatch(Messenger):
@@ -63,8 +85,8 @@ class Minibatch(Messenger):
         super().__init__()
         self._rows, self._weights, self._share = rows, weights, share
 
-    def _pyro_sample(self, msg: Any) -> None:
-        if not site_is_subsample(msg) or msg["value"] is not None:
+    def _pyro_sample(self, msg: Site) -> None:
+        if not is_subsample(msg) or msg["value"] is not None:
             return
         name, plate = msg["name"], msg["fn"]
         if name in self._rows and len(self._rows[name]) == min(plate.subsample_size or plate.size, plate.size):
@@ -72,7 +94,7 @@ class Minibatch(Messenger):
         elif self._weights is not None and plate.subsample_size is not None and plate.subsample_size < plate.size:
             raise PartialRowsError(f"plate {name} comes with another size from run to run")
 
-    def weight(self, frames: Iterable[Any]) -> Tensor | float:
+    def weight(self, frames: Iterable[Frame]) -> Tensor | float:
         """Weight of the log-density of a site in these plates, in the shape of the plates."""
         weights = self._weights or {}
         inside = [frame for frame in frames if frame.name in weights]
@@ -162,7 +184,7 @@ def joined(sets: Iterable[frozenset[str]]) -> list[frozenset[str]]:
 
 
 def minibatches_of(
-    run: Callable[[], Trace], sites: Iterable[Any], like: Tensor, most: float = math.inf
+    run: Callable[[], Trace], sites: Iterable[Site], like: Tensor, most: float = math.inf
 ) -> tuple[Iterable[Minibatch], str]:
     """Return the minibatches that score all rows of a model, and "".
 
@@ -179,8 +201,8 @@ def minibatches_of(
     look = _Look()
     with look, _Uses(look):
         trace = run()
-    frames = [subsampled(site) for site in trace.nodes.values()]
-    plates = {frame.name: Subsampled(int(frame.full_size), int(frame.size)) for each in frames for frame in each}
+    frames = [subsampled(site) for site in sample_sites(trace).values()]
+    plates = {frame.name: Subsampled(int(frame.full_size or 0), int(frame.size)) for each in frames for frame in each}
     try:
         look.check(plates)
     except PartialRowsError as reason:
@@ -198,12 +220,12 @@ class _Look(Messenger):
         self._partial: set[str] = set()
         self._handed: set[str] = set()
 
-    def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and msg["value"] is not None:
+    def _pyro_sample(self, msg: Site) -> None:
+        if is_subsample(msg) and msg["value"] is not None:
             self._handed.add(msg["name"])
 
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg):
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if is_subsample(msg):
             self.rows[msg["name"]] = msg["value"]
             if len(msg["value"]) < msg["fn"].size:
                 self._partial.add(msg["name"])
@@ -230,8 +252,8 @@ class _Uses(TorchFunctionMode):
         self._look = look
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self, func: Callable[..., object], types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") not in NO_LOOK:
             inputs = {id(value) for value in _leaves((args, tuple(kwargs.values())))}
@@ -239,9 +261,121 @@ class _Uses(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def _leaves(value: object) -> Iterator[object]:
     if isinstance(value, (tuple, list)):
         for item in value:
             yield from _leaves(item)
     else:
         yield value
+
+
+@torch.no_grad()
+def why_alone(call: Call, guide: Guide) -> str:
+    """Describe the failure of a model that is run for several draws of its guide at once, and name the site.
+
+    Args:
+        call: A model that can be run for one draw of the guide, with its arguments.
+        guide: Its guide.
+
+    Returns:
+        A clause such as "with 7 draws at once site y has batch shape (7, 1, 20), expected (7, 20)"; "" if nothing
+        fails, as for a density that is NaN in any case.
+    """
+    drawn = call.of(guide).trace()
+    single = call.replayed(drawn)
+    trial = _Trial(single, max(nesting_of(single), nesting_of(drawn)))
+    try:
+        with trial.plate():
+            draws = call.of(guide).trace()
+            with trial:
+                many = call.replayed(draws)
+        failure = trial.wrong_shape() or trial.wrong_density(call, many)
+    except Exception as error:  # a model that was never meant for a batch may fail in any way
+        failure = trial.wrong_shape() or trial.raised(error)
+    return f"with {DRAWS} draws at once {failure}" if failure else ""
+
+
+class _Trial(Messenger):
+    """Handler of a run inside a plate of draws: records its sample sites, and compares them with those of one draw.
+
+    Args:
+        single: A trace of the model for one draw.
+        nesting: Number of dimensions of the plates of model and guide.
+    """
+
+    def __init__(self, single: Trace, nesting: int) -> None:
+        super().__init__()
+        self._single, self._latents, self._nesting = sample_sites(single), latent_sites(single), nesting
+        self._batches: dict[str, torch.Size] = {}
+        self._values: dict[str, torch.Size] = {}
+
+    def plate(self) -> pyro.plate:
+        """Return the plate of the draws."""
+        return pyro.plate("_draws", DRAWS, dim=-self._nesting - 1)
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if hasattr(msg["fn"], "batch_shape"):
+            self._batches[msg["name"]] = msg["fn"].batch_shape
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if isinstance(msg["value"], Tensor):
+            self._values[msg["name"]] = msg["value"].shape
+
+    def wrong_shape(self) -> str:
+        """Name the first site whose batch shape does not broadcast to the expected one; "" if there is none."""
+        for name, batch in self._batches.items():
+            if name in self._single and not _broadcasts(batch, expected := self._expected(name)):
+                return f"site {name} has batch shape {tuple(batch)}, expected {tuple(expected)}"
+        return ""
+
+    def wrong_density(self, call: Call, many: Trace) -> str:
+        """Name the first site whose log-density differs between all draws together and the first of them alone."""
+        sites = sample_sites(many)
+        shapes = {name: site["value"].shape for name, site in self._latents.items()}
+        alone = call.conditioned({name: _first(sites[name]["value"]).reshape(shapes[name]) for name in shapes})
+        for trace in (alone, many):
+            trace.compute_log_prob()
+        for name, site in sample_sites(alone).items():
+            if name in sites and not torch.allclose(
+                _first(sites[name]["log_prob"]).sum(), site["log_prob_sum"], rtol=1e-3, atol=1e-3, equal_nan=True
+            ):
+                return f"site {name} has another density than for each draw alone{self._shapes()}"
+        return ""
+
+    def raised(self, error: Exception) -> str:
+        """Say which error the model raised, and before which site."""
+        missing = (
+            name
+            for name, site in self._single.items()
+            if hasattr(site["fn"], "batch_shape") and name not in self._values
+        )
+        name = next(missing, None)
+        before = f" before site {name}, whose batch shape should be {tuple(self._expected(name))}" if name else ""
+        message = str(error).partition("\n")[0][:LONGEST].rstrip(".")
+        return f"it raises {type(error).__name__}{before}{self._shapes()}: {message}"
+
+    def _expected(self, name: str) -> torch.Size:
+        """Return the expected batch shape of a site for several draws."""
+        alone = self._single[name]["fn"].batch_shape
+        return torch.Size([DRAWS, *[1] * (self._nesting - len(alone)), *alone])
+
+    def _shapes(self) -> str:
+        """Format the shapes of the last latent sites of the run, together and alone, in brackets."""
+        run = [(name, site) for name, site in self._latents.items() if name in self._values]
+        shapes = [
+            f"there {name} has shape {tuple(self._values[name])}, alone {tuple(site['value'].shape)}"
+            for name, site in run[-SHOWN:]
+        ]
+        return f" ({'; '.join(shapes)})" if shapes else ""
+
+
+def _first(draws: Tensor) -> Tensor:
+    """Return the first of several draws, which may be one for all."""
+    return draws.expand(DRAWS, *draws.shape[1:])[0]
+
+
+def _broadcasts(batch: torch.Size, expected: torch.Size) -> bool:
+    try:
+        return torch.broadcast_shapes(batch, expected) == expected
+    except RuntimeError:
+        return False

@@ -1,0 +1,393 @@
+"""Pyro models and guides: their types, their runs, and the refusal of those that cannot be handled."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TypedDict, cast
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import TorchDistribution, Unit
+from pyro.infer.autoguide import AutoGuide
+from pyro.poutine import Trace
+from pyro.poutine.indep_messenger import CondIndepStackFrame as Frame
+from pyro.poutine.runtime import Message
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.overrides import TorchFunctionMode
+
+from pyro_maf._core.progress import Bar
+
+__all__ = [
+    "Args",
+    "Call",
+    "DrawRecorder",
+    "Frame",
+    "Guide",
+    "Kwargs",
+    "Model",
+    "RefusalError",
+    "Site",
+    "Trace",
+    "check_call",
+    "check_observes_nothing",
+    "check_pair",
+    "check_set_up_call",
+    "is_subsample",
+    "latent_sites",
+    "layers_of",
+    "report_run",
+    "sample_sites",
+    "show_runs",
+    "without_empty_tables",
+]
+
+Model = Callable[..., object]
+"""A Pyro model."""
+
+Guide = Callable[..., object]
+"""A guide of a model, called with the same arguments."""
+
+Args = tuple[object, ...]
+Kwargs = Mapping[str, object]
+
+OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "learning_rate": ("lr", "rate", "step_size"),
+    "num_particles": ("num_samples", "particles", "n_particles", "num_draws"),
+    "num_samples": ("n", "samples", "draws", "num_draws", "num_particles", "n_samples"),
+    "progress": ("progress_bar", "progressbar", "verbose", "disable_progbar"),
+    "steps": ("num_steps", "n_steps", "max_steps", "iterations", "num_iterations", "n_iter", "epochs", "max_epochs"),
+}
+"""Names of the options elsewhere, by Pyro and others."""
+
+TABLE = "\nTrace Shapes:"
+MOST_LINES = 6
+EMPTY = ("Param Sites:", "Sample Sites:")
+
+
+class Site(TypedDict):
+    """A sample site of a trace, or the message of a sample statement on its way through handlers.
+
+    Some entries exist for a time only: a message has no value before its draw, a site no log-probabilities before
+    `Trace.compute_log_prob`, and none in packed form before `Trace.pack_tensors`.
+    """
+
+    type: str
+    name: str
+    fn: TorchDistribution
+    value: Tensor
+    done: bool
+    is_observed: bool
+    infer: Mapping[str, object] | None
+    scale: float | Tensor
+    mask: bool | Tensor | None
+    cond_indep_stack: tuple[Frame, ...]
+    log_prob: Tensor
+    log_prob_sum: Tensor
+    unscaled_log_prob: Tensor
+    packed: Site
+
+
+def sample_sites(trace: Trace) -> dict[str, Site]:
+    """Return the sample sites of a trace by name, observed ones and the indices of subsamples included."""
+    nodes = cast("Mapping[str, Site]", trace.nodes)
+    return {name: site for name, site in nodes.items() if site["type"] == "sample"}
+
+
+def latent_sites(trace: Trace) -> dict[str, Site]:
+    """Return the latent sites of a trace by name, without the indices of subsamples."""
+    sites = sample_sites(trace)
+    return {name: site for name, site in sites.items() if not site["is_observed"] and not is_subsample(site)}
+
+
+def is_subsample(site: Site) -> bool:
+    """True if a site draws the indices of a plate that subsamples."""
+    return site_is_subsample(cast("Message[..., object]", site))
+
+
+def layers_of(fn: Distribution) -> Iterator[Distribution]:
+    """Iterate over a distribution and those that it wraps as `base_dist`, from the outermost."""
+    layer: Distribution | None = fn
+    while layer is not None:
+        yield layer
+        layer = getattr(layer, "base_dist", None)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A model or a guide, with the arguments that it is called with.
+
+    Args:
+        program: The model or guide.
+        args, kwargs: Its arguments.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> call = Call(lambda scale: pyro.sample("z", dist.Normal(0.0, scale)), (2.0,))
+        >>> list(latent_sites(call.trace()))
+        ['z']
+    """
+
+    program: Model
+    args: Args = ()
+    kwargs: Kwargs = field(default_factory=dict)
+
+    def __call__(self) -> object:
+        """Run the program."""
+        return self.program(*self.args, **self.kwargs)
+
+    def of(self, program: Model) -> Call:
+        """Return the call of another program with the same arguments, such as that of a model's guide."""
+        return Call(program, self.args, self.kwargs)
+
+    def trace(self) -> Trace:
+        """Trace of a run."""
+        return poutine.trace(self.program).get_trace(*self.args, **self.kwargs)
+
+    def replayed(self, trace: Trace) -> Trace:
+        """Trace of a run with the latent values of another trace."""
+        return self.of(poutine.replay(self.program, trace=trace)).trace()
+
+    def conditioned(self, values: Mapping[str, Tensor]) -> Trace:
+        """Trace of a run with values of some sites, which are observed in it."""
+        return self.of(poutine.condition(self.program, data=dict(values))).trace()
+
+
+_callback: ContextVar[Callable[[], None] | None] = ContextVar("_callback", default=None)
+"""Called after each run of a model for a single draw."""
+
+
+@contextmanager
+def show_runs(bar: Bar, what: str, total: int, **fields: str) -> Iterator[None]:
+    """Show the runs of a model for single draws on a line of `bar`, from the first one on, while entered.
+
+    Args:
+        bar: The bar.
+        what: Name of the line.
+        total: Expected number of runs.
+        fields: Further fields of the texts.
+    """
+    count, is_shown = 0, False
+
+    def show() -> None:
+        nonlocal count, is_shown
+        count += 1
+        if bar.is_due:
+            is_shown = True
+            bar.show(what, min(count, total), total, **fields)
+
+    token = _callback.set(show)
+    try:
+        yield
+    finally:
+        _callback.reset(token)
+    if is_shown:
+        bar.show(what, count, count, **fields)
+
+
+def report_run() -> None:
+    """Report a run of a model for a single draw."""
+    callback = _callback.get()
+    if callback is not None:
+        callback()
+
+
+class DrawRecorder(TorchFunctionMode):
+    """Mode that records the sites for which random numbers are drawn.
+
+    A handler within a model, such as `poutine.block`, hides a site from handlers around the model, but not its draw
+    from the random state.
+
+    Attributes:
+        sites: Their names.
+        any: True if any random numbers were drawn; set on exit.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+        self.sites: set[str] = set()
+        self.any = False
+
+    def __enter__(self) -> DrawRecorder:
+        self._before = self._all_states()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.any = bool(self.sites) or self._all_states() != self._before
+
+    def _all_states(self) -> tuple[object, ...]:
+        numpy = np.random.get_state(legacy=False)["state"]
+        return (*self._states(), random.getstate(), numpy["pos"], numpy["key"].tobytes())
+
+    def _states(self) -> tuple[bytes, ...]:
+        """Return the states of torch's generators."""
+        states = [torch.get_rng_state()]
+        if self._device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self._device))
+        return tuple(state.numpy().tobytes() for state in states)
+
+    def __torch_function__(
+        self, func: Callable[..., object], types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
+        before = self._states()
+        result = func(*args, **(kwargs or {}))
+        if self._states() != before and (name := _site_above()):
+            self.sites.add(name)
+        return result
+
+
+def _site_above() -> str:
+    """Return the name of the site that is being drawn further up the call stack; "" if none is."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is pyro.sample.__code__:
+            return str(frame.f_locals["name"])
+        frame = frame.f_back
+    return ""
+
+
+class RefusalError(ValueError):
+    r"""A `ValueError` about the structure of a model or a guide, without Pyro's table of shapes.
+
+    Pyro adds such a table to every error that is raised while a program is traced.
+
+    Example:
+        >>> str(RefusalError("AutoIAF found no latent variables.\nTrace Shapes:\n Param Sites:\nSample Sites:"))
+        'AutoIAF found no latent variables.'
+    """
+
+    def __str__(self) -> str:
+        return super().__str__().partition(TABLE)[0]
+
+
+@contextmanager
+def without_empty_tables() -> Iterator[None]:
+    """Context that removes empty tables of shapes from error messages, and shortens long tensors in them."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        message = error.args[0] if len(error.args) == 1 else None
+        if isinstance(message, str):
+            text, *tables = message.split(TABLE)
+            error.args = (TABLE.join([_shortened(text), *(table for table in tables if not _is_empty(table))]),)
+        raise
+
+
+def _shortened(text: str) -> str:
+    """Cut a text of more than a few lines, such as the hundreds of a tensor of draws."""
+    lines = text.splitlines()
+    return text if len(lines) <= MOST_LINES else "\n".join([*lines[:MOST_LINES], f"... ({len(lines)} lines)"])
+
+
+def _is_empty(table: str) -> bool:
+    return all(line.strip() in EMPTY for line in table.strip().splitlines())
+
+
+def check_pair(who: str, model: object, guide: object) -> None:
+    """Check that a model and its guide are both there, and in this order.
+
+    Raises:
+        TypeError: If one cannot be called, or is a class, or if the two are swapped.
+    """
+    if isinstance(model, AutoGuide) and not isinstance(guide, AutoGuide):
+        raise TypeError(
+            f"{who} expected a model and then its guide, got {type(model).__name__}, a guide, in place of the model: "
+            f"call {who}(model, guide)."
+        )
+    if isinstance(guide, type):
+        raise TypeError(f"{who} expected a guide, got the class {guide.__name__}: make one, {guide.__name__}(model).")
+    for role, program in (("a model", model), ("a guide", guide)):
+        if not callable(program):
+            raise TypeError(f"{who} expected {role} to call, got {type(program).__name__}.")
+
+
+def check_observes_nothing(who: str, guide_trace: Trace, model_trace: Trace) -> None:
+    """Check that a guide is not a model: that none of its sites is observed.
+
+    Raises:
+        ValueError: If one of them is observed.
+    """
+    for name, site in sample_sites(guide_trace).items():
+        if not site["is_observed"] or name in model_trace:
+            continue
+        infer = site["infer"] or {}
+        if not (isinstance(site["fn"], Unit) or infer.keys() & {"is_auxiliary", "_deterministic"}):
+            raise RefusalError(
+                f"{who} expected a model and then its guide, which observes nothing, got one that observes {name}: "
+                f"if the two are swapped, call {who}(model, guide)."
+            )
+
+
+def check_call(who: str, call: Call, options: Sequence[str]) -> None:
+    """Check that a model takes the arguments that are passed on to it.
+
+    Args:
+        who: The function that passes them on.
+        call: The model with its arguments.
+        options: The options of `who`, for which a keyword may have been meant.
+
+    Raises:
+        TypeError: If it does not.
+    """
+    if (mismatch := _mismatch(call)) is None:
+        return
+    names, error = mismatch
+    unknown = next((name for name in call.kwargs if name not in names), None)
+    if unknown is None:
+        raise TypeError(
+            f"{who} expected the arguments of the model, model({', '.join(names)}), after the guide: {error}."
+        )
+    option = _option_meant(unknown, options)
+    advice = f"use {option}" if option else f"the options are {', '.join(options)}"
+    raise TypeError(
+        f"{who} expected an option of its own or an argument of the model, model({', '.join(names)}), "
+        f"got {unknown}: {advice}."
+    )
+
+
+def check_set_up_call(who: str, call: Call) -> None:
+    """Check that a guide that is not set up yet is called with its model's arguments.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if mismatch := _mismatch(call):
+        names, error = mismatch
+        raise TypeError(
+            f"{who} expected the arguments of the model, model({', '.join(names)}), since it is not set "
+            f"up yet: {error}; call fit_guide, or guide.setup() with these."
+        )
+
+
+def _mismatch(call: Call) -> tuple[list[str], TypeError] | None:
+    """Return the names of a model's arguments and the error, if it does not take those of a call."""
+    model = call.program
+    try:
+        signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+    except (TypeError, ValueError):
+        return None  # a model without a signature
+    try:
+        signature.bind(*call.args, **call.kwargs)
+    except TypeError as error:
+        return list(signature.parameters), error
+    return None
+
+
+def _option_meant(name: str, options: Sequence[str]) -> str | None:
+    """Return the option that has this name elsewhere, or a similar spelling."""
+    same = [option for option in options if name in OTHER_NAMES.get(option, ())]
+    return next(iter([*same, *difflib.get_close_matches(name, options, n=1, cutoff=0.7)]), None)
