@@ -14,9 +14,8 @@ from pyro_maf.datasets.archive import (
     mnist,
     power,
 )
-from pyro_maf.datasets.dataset import Dataset
+from pyro_maf.datasets.dataset import Dataset, LogitPixels
 from pyro_maf.datasets.images import complete_patches, digits, patches
-from pyro_maf.datasets.pixels import LogitPixels
 from pyro_maf.datasets.toys import TOYS, FigureOne, Funnel, Moons, Pinwheel, Ring, Toy
 from pyro_maf.tables.table import Table, read_table
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_maf._core.checks import check_event, check_positive
 from pyro_maf._core.extras import require
-from pyro_maf.datasets.dataset import Dataset
-from pyro_maf.datasets.pixels import LogitPixels
+from pyro_maf.datasets.dataset import Dataset, LogitPixels
 
 __all__ = ["complete_patches", "digits", "patches"]
 
@@ -116,7 +116,7 @@ def _grey_photographs() -> Tensor:
     require("patches", "sklearn")
     from sklearn.datasets import load_sample_images
 
-    images: Sequence[Any] = load_sample_images().images
+    images: Sequence[NDArray[np.uint8]] = load_sample_images().images
     colours = torch.stack([torch.from_numpy(image.copy()) for image in images]).double()
     return (colours @ torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)).round()
 
@@ -132,7 +132,7 @@ def _patch_places(shape: Sequence[int], sizes: dict[str, int], generator: torch.
     for (name, size), share in zip(sizes.items(), shares, strict=True):
         places = (share[:, None] + offsets).reshape(-1, 3)
         if check_positive("patches", name, size) > len(places):
-            raise ValueError(f"patches expected {name} of at most {len(places)}, as many as there are, got {size}.")
+            raise ValueError(f"patches expected {name} of at most {len(places)}, the number of positions, got {size}.")
         parts.append(_shuffled(places, generator)[:size])
     return parts
 

@@ -15,9 +15,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from pyro_maf._core.checks import check_choice
-from pyro_maf.datasets.archive.gas import gas
 from pyro_maf.datasets.archive.mnist_cifar10 import cifar10, mnist
-from pyro_maf.datasets.archive.uci import bsds300, hepmass, miniboone, power
+from pyro_maf.datasets.archive.uci_bsds300 import bsds300, gas, hepmass, miniboone, power
 from pyro_maf.datasets.dataset import Dataset
 
 __all__ = ["ARCHIVE", "bsds300", "cifar10", "gas", "hepmass", "load_dataset", "miniboone", "mnist", "power"]

@@ -1,22 +1,130 @@
-"""The table formats of the archive: readers, with errors of one line that name the file."""
+"""The archive's files: where they lie, the formats of its tables, and errors of one line that name the file."""
 
 from __future__ import annotations
 
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pyro_maf._core.extras import require
-from pyro_maf.datasets.archive.lookup import reading
 
-__all__ = ["LEAST_ROWS", "check_rows", "read_csv", "read_npy", "read_parquet", "read_text"]
+__all__ = [
+    "LEAST_ROWS",
+    "ZENODO",
+    "Column",
+    "ask_first",
+    "check_rows",
+    "find",
+    "locate",
+    "read_csv",
+    "read_npy",
+    "read_parquet",
+    "read_text",
+    "reading",
+    "unpickling",
+]
 
+S = TypeVar("S", bound=np.generic)
+Column: TypeAlias = NDArray[np.generic]
+ZENODO = "data.tar.gz of https://zenodo.org/records/1161203 (Preprocessed datasets for MAF experiments)"
+LONGEST_REASON = 160
 LEAST_ROWS = 20
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError, MemoryError, zlib.error)
+"""Errors of the readers of numpy, pyarrow, h5py and gzip for a file of another format."""
 
 
-def read_npy(who: str, path: Path, columns: int) -> NDArray[Any]:
+def find(root: str | os.PathLike[str], *names: str) -> Path | None:
+    """Return the first of the files `names` under `root`, or None."""
+    return next((path for path in (Path(root) / name for name in names) if path.is_file()), None)
+
+
+def locate(who: str, root: str | os.PathLike[str], *names: str, source: str) -> Path:
+    """Return the first of the files `names` under `root`.
+
+    Args:
+        who: The loader, for errors.
+        root: The folder with one folder for each set.
+        names: Paths under `root`, the preferred one first.
+        source: Where to get it.
+
+    Raises:
+        FileNotFoundError: If there is none, with the expected path and its source.
+    """
+    path = find(root, *names)
+    if path is not None:
+        return path
+    wanted = Path(root) / names[0]
+    others = "".join(f" or {Path(name).name}" for name in names[1:])
+    present = "a folder" if wanted.is_dir() else "nothing"
+    raise FileNotFoundError(
+        f"{who} expected a file at {wanted}{others}, found {present}: get it from {source} and put it there."
+    )
+
+
+@contextmanager
+def reading(who: str, path: Path, kind: str) -> Iterator[None]:
+    """Convert errors of a reader to one line that names the file.
+
+    Args:
+        who: The loader that reads.
+        path: The file.
+        kind: Its expected format, with an article.
+
+    Raises:
+        ValueError: If the file is empty, or the block that reads it fails: it is damaged or of another format.
+    """
+    if path.stat().st_size == 0:
+        raise ValueError(f"{who} expected {path} to be {kind}, got an empty file.")
+    try:
+        yield
+    except UNREADABLE as error:
+        raise ValueError(
+            f"{who} expected {path} to be {kind}, got one that is damaged, truncated or of another format: "
+            f"{_line(error)}."
+        ) from None
+
+
+def ask_first(who: str, path: Path, allowed: bool, instead: str) -> None:
+    """Refuse to load a pickle unless the user allows it.
+
+    Args:
+        who: The loader that reads.
+        path: The pickle.
+        allowed: Whether the user trusts it.
+        instead: The format that runs no code, and its source.
+
+    Raises:
+        ValueError: If it is not allowed.
+    """
+    if not allowed:
+        raise ValueError(
+            f"{who} expected files that cannot run code, got the pickle {path} alone: "
+            f"pass allow_pickle=True if you trust it, or get {instead}."
+        )
+
+
+@contextmanager
+def unpickling(who: str, path: Path) -> Iterator[None]:
+    """Convert errors of loading a pickle to one line that names it.
+
+    Raises:
+        ValueError: If the block that loads it fails, in any way: the error of a damaged pickle depends on its bytes.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{who} expected {path} to be a pickle that can be loaded here, got {type(error).__name__}: {_line(error)}."
+        ) from None
+
+
+def read_npy(who: str, path: Path, columns: int) -> Column:
     """Map the rows of an .npy file into memory."""
     with reading(who, path, "an .npy file"):
         rows = np.lib.format.open_memmap(path, mode="r")
@@ -45,7 +153,7 @@ def read_text(who: str, path: Path, columns: int) -> NDArray[np.float64]:
     return check_rows(who, path, rows, columns)
 
 
-def read_parquet(who: str, path: Path) -> dict[str, NDArray[Any]]:
+def read_parquet(who: str, path: Path) -> dict[str, Column]:
     """Read the columns of a parquet file by name, without the row labels that pandas writes."""
     require(who, "pyarrow")
     from pyarrow import parquet
@@ -56,7 +164,7 @@ def read_parquet(who: str, path: Path) -> dict[str, NDArray[Any]]:
         return {name: table[name].to_numpy() for name in names}
 
 
-def check_rows(who: str, path: Path, rows: Any, columns: int) -> NDArray[Any]:
+def check_rows(who: str, path: Path, rows: NDArray[S], columns: int) -> NDArray[S]:
     """Return the rows if they are of `columns` finite numbers and enough to split, or raise."""
     if rows.dtype.kind not in "fiu" or rows.ndim != 2 or rows.shape[1] != columns:
         raise ValueError(f"{who} expected rows of {columns} numbers in {path}, got {rows.dtype} of shape {rows.shape}.")
@@ -80,3 +188,8 @@ def _check_header(path: Path) -> None:
     except ValueError:
         return
     raise ValueError("its first line holds no names of columns")
+
+
+def _line(error: Exception) -> str:
+    """Shorten an error message to one line."""
+    return " ".join(str(error).split())[:LONGEST_REASON].rstrip(".")

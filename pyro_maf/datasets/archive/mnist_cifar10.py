@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import math
 import os
+import pickle
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,17 +16,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_maf.datasets.archive.image_files import (
-    LABELS,
-    Images,
-    read_batch,
-    read_idx,
-    unpickle_batch,
-    unpickle_mnist,
-)
-from pyro_maf.datasets.archive.lookup import ZENODO, ask_first, find, locate
-from pyro_maf.datasets.dataset import Dataset
-from pyro_maf.datasets.pixels import LogitPixels
+from pyro_maf.datasets.archive.formats import ZENODO, Column, ask_first, find, locate, reading, unpickling
+from pyro_maf.datasets.dataset import Dataset, LogitPixels
 
 __all__ = ["cifar10", "mnist"]
 
@@ -30,6 +26,9 @@ CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html (CIFAR-10 binary version)"
 MNIST_PICKLE = "mnist/mnist.pkl.gz"
 BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
 ROWS_AT_A_TIME = 1000
+LABELS = 10
+LEAST_IMAGES = 10
+BYTE = 0x08  # the code of unsigned bytes in idx files
 
 
 def mnist(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Dataset:
@@ -76,7 +75,7 @@ def mnist(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Datase
     pickled = find(root, MNIST_PICKLE)
     if pickled and not find(root, "mnist/train-images-idx3-ubyte", "mnist/train-images-idx3-ubyte.gz"):
         ask_first("mnist", pickled, allow_pickle, f"the idx files from {MNIST}")
-        parts = unpickle_mnist(pickled)
+        parts = _unpickle_mnist(pickled)
     else:
         whole, test = (_idx_part(root, name) for name in ("train", "t10k"))
         parts = [*whole.split(len(whole) - len(whole) // 6), test]
@@ -127,20 +126,20 @@ def cifar10(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Data
     pickled = find(root, f"cifar10/{BATCHES[0]}")
     if pickled and not find(root, f"cifar10/{BATCHES[0]}.bin"):
         ask_first("cifar10", pickled, allow_pickle, f"the .bin files from {CIFAR}")
-        batches = [unpickle_batch(locate("cifar10", root, f"cifar10/{name}", source=ZENODO)) for name in BATCHES]
+        batches = [_unpickle_batch(locate("cifar10", root, f"cifar10/{name}", source=ZENODO)) for name in BATCHES]
     else:
-        batches = [read_batch(locate("cifar10", root, f"cifar10/{name}.bin", source=CIFAR)) for name in BATCHES]
-    whole = Images.join(batches[:-1])
+        batches = [_read_batch(locate("cifar10", root, f"cifar10/{name}.bin", source=CIFAR)) for name in BATCHES]
+    whole = _Images.join(batches[:-1])
     parts = [*whole.split(len(whole) - len(whole) // 10), batches[-1]]
     return _dataset("CIFAR-10", parts, LogitPixels(levels=256, margin=0.05), mirrored=True)
 
 
-def _idx_part(root: str | os.PathLike[str], part: str) -> Images:
+def _idx_part(root: str | os.PathLike[str], part: str) -> _Images:
     names = [f"mnist/{part}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
-    return read_idx(*(locate("mnist", root, name, f"{name}.gz", source=MNIST) for name in names))
+    return _read_idx(*(locate("mnist", root, name, f"{name}.gz", source=MNIST) for name in names))
 
 
-def _dataset(name: str, parts: Sequence[Images], pixels: LogitPixels, *, mirrored: bool = False) -> Dataset:
+def _dataset(name: str, parts: Sequence[_Images], pixels: LogitPixels, *, mirrored: bool = False) -> Dataset:
     """Return logits and one-hot labels of training, validation and test images, the noise drawn in that order."""
     random = np.random.RandomState(42)
     contexts = [F.one_hot(torch.from_numpy(part.labels), LABELS).float() for part in parts]
@@ -167,3 +166,92 @@ def _mirror(images: Tensor, out: Tensor) -> None:
     """Write CIFAR-10's images, (images, 3072), to `out` with left and right exchanged."""
     for some, mirrored in zip(images.split(ROWS_AT_A_TIME), out.split(ROWS_AT_A_TIME), strict=True):
         mirrored.copy_(some.unflatten(1, (3, 32, 32)).flip(-1).flatten(1))
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Levels of 0 .. 255, (images, pixels), and labels of 0 .. 9, (images,), in int64."""
+
+    levels: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.levels)
+
+    def split(self, first: int) -> tuple[_Images, _Images]:
+        """Split off the first `first` images."""
+        return (
+            _Images(self.levels[:first], self.labels[:first]),
+            _Images(self.levels[first:], self.labels[first:]),
+        )
+
+    @staticmethod
+    def join(parts: Sequence[_Images]) -> _Images:
+        """Concatenate."""
+        return _Images(np.concatenate([part.levels for part in parts]), np.concatenate([part.labels for part in parts]))
+
+
+def _read_idx(images: Path, labels: Path) -> _Images:
+    """Read MNIST's images and labels from two idx files, compressed by gzip if the name ends in .gz."""
+    levels = _read_array(images, 3)
+    if levels.shape[1:] != (28, 28):
+        raise ValueError(f"mnist expected images of 28 x 28 pixels in {images}, got shape {levels.shape}.")
+    return _checked("mnist", labels, levels.reshape(len(levels), 784), _read_array(labels, 1), 784)
+
+
+def _read_batch(path: Path) -> _Images:
+    """Read CIFAR-10's images from a file of the binary version: records of one byte of label and 3072 of pixels."""
+    size = path.stat().st_size
+    if size % 3073 or not size:
+        raise ValueError(f"cifar10 expected {path} to hold images of 3073 bytes each, got {size} bytes in all.")
+    records = np.fromfile(path, dtype=np.uint8).reshape(-1, 3073)
+    return _checked("cifar10", path, records[:, 1:], records[:, 0], 3072)
+
+
+def _unpickle_mnist(path: Path) -> list[_Images]:
+    """Read the three parts of MNIST from the archive's pickle, whose pixels are v / 256. Unpickling can run code."""
+    with unpickling("mnist", path), gzip.open(path) as file:
+        parts = [(np.asarray(x) * 256, np.asarray(labels)) for x, labels in pickle.load(file, encoding="latin1")]
+    if len(parts) != 3:
+        raise ValueError(f"mnist expected three parts in {path}, got {len(parts)}.")
+    for levels, _ in parts:
+        if levels.dtype.kind != "f" or not ((levels >= 0) & (levels < 256) & (levels == levels.round())).all():
+            raise ValueError(f"mnist expected pixels that are 0 .. 255 over 256 in {path}, got others.")
+    return [_checked("mnist", path, levels.astype(np.uint8), labels, 784) for levels, labels in parts]
+
+
+def _unpickle_batch(path: Path) -> _Images:
+    """Read CIFAR-10's images from a file of the Python version. Unpickling can run code."""
+    with unpickling("cifar10", path), open(path, "rb") as file:
+        batch = pickle.load(file, encoding="latin1")
+        levels, labels = np.asarray(batch["data"]), np.asarray(batch["labels"])
+    if levels.dtype != np.uint8:
+        raise ValueError(f"cifar10 expected pixels of uint8 in {path}, got {levels.dtype}.")
+    return _checked("cifar10", path, levels, labels, 3072)
+
+
+def _read_array(path: Path, dimensions: int) -> NDArray[np.uint8]:
+    length, kind = 4 + 4 * dimensions, "images" if dimensions == 3 else "labels"
+    with reading("mnist", path, f"an idx file of {kind}"):
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        if len(content) < length or content[:4] != bytes([0, 0, BYTE, dimensions]):
+            raise ValueError(f"it begins with {content[:4].hex(' ')}")
+        shape = [int(size) for size in np.frombuffer(content, ">u4", dimensions, 4)]
+        if len(content) - length != math.prod(shape):
+            raise ValueError(f"{math.prod(shape)} bytes should follow its head, {len(content) - length} do")
+    return np.frombuffer(content, np.uint8, offset=length).reshape(shape)
+
+
+def _checked(who: str, path: Path, levels: Column, labels: NDArray[np.integer], columns: int) -> _Images:
+    """Return images if they have `columns` pixels and valid labels, or raise."""
+    if levels.ndim != 2 or levels.shape[1] != columns:
+        raise ValueError(f"{who} expected images of {columns} pixels in {path}, got shape {levels.shape}.")
+    if len(levels) < LEAST_IMAGES:
+        raise ValueError(f"{who} expected at least {LEAST_IMAGES} images, those of {path}, got {len(levels)}.")
+    if labels.shape != (len(levels),):
+        raise ValueError(f"{who} expected {len(levels)} labels in {path}, one an image, got shape {labels.shape}.")
+    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= LABELS:
+        raise ValueError(
+            f"{who} expected labels of 0 .. {LABELS - 1} in {path}, got {labels.dtype} up to {labels.max()}."
+        )
+    return _Images(np.asarray(levels, dtype=np.uint8), labels.astype(np.int64))
