@@ -6,9 +6,7 @@ Ito or of cividis, which colour-blind readers can distinguish.
 """
 
 from pyro_maf.plotting.calibration import noise, pit, qq
-from pyro_maf.plotting.density import contours, log_densities
-from pyro_maf.plotting.image_grid import image_grid
-from pyro_maf.plotting.loss_curves import losses
-from pyro_maf.plotting.samples import marginals, pairs, scatter
+from pyro_maf.plotting.densities import contours, log_densities, losses
+from pyro_maf.plotting.samples import image_grid, marginals, pairs, scatter
 
 __all__ = ["contours", "image_grid", "log_densities", "losses", "marginals", "noise", "pairs", "pit", "qq", "scatter"]

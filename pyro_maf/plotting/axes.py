@@ -6,9 +6,10 @@ import functools
 import io
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from pyro_maf._core.checks import check_positive
@@ -17,11 +18,13 @@ from pyro_maf._core.extras import require
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
 
 __all__ = [
     "COLOURS",
     "DARK",
     "GREY",
+    "Window",
     "bins_of",
     "dots",
     "edges_of",
@@ -38,7 +41,7 @@ __all__ = [
 GREY = "#8c8c8c"
 DARK = "#262626"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-STYLE: dict[Any, Any] = {
+STYLE: dict[RcKeyType, object] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.spines.top": False,
@@ -59,6 +62,7 @@ FEW_ROWS = 1000
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Window: TypeAlias = tuple[tuple[float, float], tuple[float, float]]
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
@@ -112,7 +116,7 @@ def new_panels(
     return figure, panels[:count]
 
 
-def some_rows(who: str, name: str, rows: Any, dims: Sequence[int], most: int | None = POINTS) -> Tensor:
+def some_rows(who: str, name: str, rows: ArrayLike | Tensor, dims: Sequence[int], most: int | None = POINTS) -> Tensor:
     """Return the columns `dims` of at most `most` rows, on the CPU."""
     rows = torch.as_tensor(rows).detach().cpu()
     least = max(dims, default=0) + 1
@@ -129,7 +133,7 @@ def named(who: str, names: Sequence[str] | None, size: int, symbol: str = "x") -
     return names
 
 
-def limits_of(rows: Tensor) -> tuple[tuple[float, float], tuple[float, float]]:
+def limits_of(rows: Tensor) -> Window:
     """Limits of two axes that contain all but the outermost thousandth of the rows, with a margin."""
     low, high = torch.quantile(rows.double(), torch.tensor([0.0005, 0.9995], dtype=torch.float64), dim=0)
     margin = 0.08 * (high - low) + 1e-6 * high.abs() + 1e-9
@@ -177,7 +181,7 @@ def histogram(axes: Axes, values: Tensor, edges: list[float], colour: str, *, fi
     )
 
 
-def label(axes: Axes, name: str, dims: tuple[int, int], symbol: str, limits: Any) -> None:
+def label(axes: Axes, name: str, dims: tuple[int, int], symbol: str, limits: Window) -> None:
     """Set title, limits and the names of two dimensions."""
     axes.set_title(name)
     axes.set(xlim=limits[0], ylim=limits[1])

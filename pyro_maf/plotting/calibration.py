@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from pyro_maf.distributions import Density
 from pyro_maf.distributions.noise import noise_of
 from pyro_maf.plotting.axes import COLOURS, GREY, POINTS, dots, label, named, new_panels, some_rows, styled
+from pyro_maf.transforms import Flow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +26,9 @@ QUANTILES = 200
 
 
 @styled
-def noise(densities: Mapping[str, Any], data: Tensor, *, dims: tuple[int, int] = (0, 1), title: str = "") -> Figure:
+def noise(
+    densities: Mapping[str, Flow | Density], data: Tensor, *, dims: tuple[int, int] = (0, 1), title: str = ""
+) -> Figure:
     r"""The noise u = t^-1(y) of data under each model; under a perfect model it is standard normal.
 
     For a flow u = flow.inv(y). For mixtures of Gaussians u_i = Phi^-1(F_i(y_i | y_<i)), with F_i the distribution
@@ -130,13 +134,13 @@ def qq(u: Tensor, *, names: Sequence[str] | None = None, columns: int = 3, title
     u = some_rows("qq", "u", u, range(size), most=None).double()
     names = named("qq", names, size, "u")
     places, normal, error = _normal_order(len(u))
-    found = u.sort(0).values[places]
+    observed = u.sort(0).values[places]
     edge = max(2.0, float(normal[-1])) + 1
     figure, panels = new_panels(size, title, height=2.3, of="dimension", columns=columns)
     for i, (axes, name) in enumerate(zip(panels, names, strict=True)):
         axes.fill_between(normal, normal - 2 * error, normal + 2 * error, color=GREY, alpha=0.35, linewidth=0)
         axes.plot((-edge, edge), (-edge, edge), color="black", linewidth=0.7)
-        axes.plot(normal, found[:, i], ".", color=COLOURS[0], markersize=2.5)
+        axes.plot(normal, observed[:, i], ".", color=COLOURS[0], markersize=2.5)
         axes.set_title(name)
         axes.set(xlim=(-edge, edge), ylim=(-edge, edge), aspect="equal")
         axes.set(xticks=range(-int(edge), int(edge) + 1, 2), yticks=range(-int(edge), int(edge) + 1, 2))

@@ -23,7 +23,7 @@ from pyro_maf.transforms import ConditionalFlow, Flow
 
 __all__ = ["FitOptions", "fit_prior"]
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
 
 
 class FitOptions(TypedDict, total=False):
