@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf.infer import AutoIAF, initialization
-from pyro_maf.infer.double import in_double, widened
-from pyro_maf.infer.initialization import best_normal
+from pyro_maf.infer.initialization import best_normal, in_double, widened
 from tests.posteriors import SMALL, bound, regression
 
 pytestmark = pytest.mark.usefixtures("fresh")

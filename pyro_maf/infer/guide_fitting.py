@@ -20,7 +20,7 @@ from pyro_maf._core.checks import check_above_zero, check_positive
 from pyro_maf._core.extras import require
 from pyro_maf._core.interruption import Abandoned, Interruption
 from pyro_maf._core.progress import Bar, bar, check_progress, say_before_bar
-from pyro_maf.infer.convergence import Schedule
+from pyro_maf.infer.convergence import Retreat, Schedule
 from pyro_maf.infer.diagnosis import Diagnosis, diagnose
 from pyro_maf.infer.guides import AutoFlow
 from pyro_maf.infer.importance import arviz, pairing
@@ -29,7 +29,6 @@ from pyro_maf.infer.log_joint import FAILURES
 from pyro_maf.infer.model import Call, Guide, Model, check_call, check_pair, show_runs, without_empty_tables
 from pyro_maf.infer.path_gradient import TracePath_ELBO
 from pyro_maf.infer.plates import why_alone
-from pyro_maf.infer.retreat import Retreat
 
 __all__ = ["GuideFit", "fit_guide"]
 

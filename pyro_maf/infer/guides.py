@@ -18,13 +18,11 @@ from torch import Tensor, nn
 
 from pyro_maf._core.checks import check_above_zero, check_positive, check_shape, check_sizes
 from pyro_maf.flows import IAF, MAF, RealNVP
+from pyro_maf.infer.guide_state import Stored, bare_latents, bare_trace, check_place
 from pyro_maf.infer.head import with_head
 from pyro_maf.infer.latents import Latents, median_or_feasible, names_of_plates
-from pyro_maf.infer.masks import masked_in_vector
 from pyro_maf.infer.model import Call, RefusalError, Site, check_set_up_call, latent_sites, without_empty_tables
-from pyro_maf.infer.param_store import Stored, check_place
-from pyro_maf.infer.posterior import start_of
-from pyro_maf.infer.prototype import bare_latents, bare_trace
+from pyro_maf.infer.posterior import masked_in_vector, start_of
 from pyro_maf.infer.quantiles import QUANTILE_DRAWS, checked_levels, even_noise, quantiles_of
 from pyro_maf.infer.supports import check_supports
 from pyro_maf.infer.values import checked_values, within_supports

@@ -7,17 +7,20 @@ ascent proposes normals, and the evidence lower bound of each, estimated from a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pyro_maf._core.random import seeded
-from pyro_maf.infer.double import Score, in_double, widened
 from pyro_maf.infer.log_joint import FAILURES
 
-__all__ = ["Normal", "best_normal", "best_of"]
+__all__ = ["Normal", "best_normal", "best_of", "in_double", "widened"]
+
+Score = Callable[[Tensor], Tensor]
+"""Log-density of latent vectors: (rows, D) to (rows,)."""
 
 DRAWS = 32
 ITERATIONS = 300
@@ -33,6 +36,8 @@ FEW = 20
 DIAGONAL_STEPS, DIAGONAL_RATE = 100, 0.2
 ALONE, ALONE_DRAWS = 300, 4
 """For a model that has to be run for each row: approximate maximum number of runs, and draws for each bound."""
+CLOSE = 1e-2
+"""Maximum difference between log-densities in float64 and in float32, in nats by dimension and relative."""
 SLACK = 10.0
 """Maximum loss of a normal by rounding to float32, in nats and per cent."""
 
@@ -304,3 +309,74 @@ def _derivatives(log_density: Score, loc: Tensor, vectorised: bool) -> tuple[Ten
             return gradients[0].detach(), hessian
         rows = [torch.autograd.grad(entry, points, retain_graph=True)[0][0] for entry in gradients[0]]
     return gradients[0].detach(), torch.stack(rows)
+
+
+class _Promoting(TorchFunctionMode):
+    """Type promotion of mixed products, as of sums: float32 times float64 is float64, matrix products included."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        dtypes: set[torch.dtype] = set()
+        _collect((*args, *kwargs.values()), dtypes)
+        if dtypes >= {torch.float32, torch.float64} and not _writes(func, kwargs):
+            args = _promoted(args)
+            kwargs = {name: _promoted(value) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _writes(func: Any, kwargs: Mapping[str, Any]) -> bool:
+    """True if a function writes into one of its arguments; written into a float64 copy, that would be lost."""
+    name = getattr(func, "__name__", "")
+    return "out" in kwargs or (name.endswith("_") and not name.endswith("__")) or name.startswith(("__i", "__set"))
+
+
+def _collect(value: Any, dtypes: set[torch.dtype]) -> None:
+    if isinstance(value, Tensor):
+        dtypes.add(value.dtype)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            _collect(item, dtypes)
+
+
+def _promoted(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.dtype == torch.float32 else value
+    if type(value) in (tuple, list):
+        return type(value)(_promoted(item) for item in value)
+    return value
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Convert a tensor to float64, on its device or, if the device has no float64, on the CPU."""
+    try:
+        return tensor.double()
+    except (TypeError, RuntimeError):
+        return tensor.cpu().double()
+
+
+def in_double(score: Score, loc: Tensor) -> Score | None:
+    """Return the log-density for latent vectors in float64, or None if the model cannot be run so.
+
+    Data and parameters of the model stay float32; everything computed from them and the latents is float64.
+
+    Args:
+        score: Log-density of latent vectors in the dtype of `loc`.
+        loc: The point at which both are compared, (D,).
+    """
+    wide = widened(loc)
+    if loc.dtype == torch.float64 or wide.device != loc.device:
+        return None
+
+    def promoted(latents: Tensor) -> Tensor:
+        with _Promoting():
+            return score(latents).double()
+
+    try:
+        with torch.no_grad():
+            found, expected = promoted(wide[None]), score(loc[None])
+    except Exception:  # a model not written for float64 may fail in any way
+        return None
+    same = torch.allclose(found.to(expected), expected, rtol=CLOSE, atol=CLOSE * len(loc))
+    return promoted if same else None

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from pyro_maf._core.random import seeded
 from pyro_maf.infer.initialization import Normal, best_normal, best_of
-from pyro_maf.infer.latents import Latents
+from pyro_maf.infer.latents import Latents, Part, masked_entries
 from pyro_maf.infer.log_joint import FAILURES, LogJoint, is_enumerated, without_blocks
-from pyro_maf.infer.masks import idle_entries, masked_in_vector
-from pyro_maf.infer.model import Call, Trace, latent_sites
+from pyro_maf.infer.model import Call, Site, Trace, latent_sites
 
-__all__ = ["start_of"]
+__all__ = ["masked_in_vector", "start_of"]
 
 PRIOR_DRAWS = 64
+POINTS = 4
+"""Number of points at which the effect of masked entries is tested."""
 MINIBATCHES = 8
 """Maximum number of minibatches of a plate that subsamples; they stand for the others."""
 
@@ -105,3 +108,67 @@ class Posterior:
 
     def _unpacked(self, latents: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         return self._latents.unpack(latents.reshape(len(latents), *(1,) * self._joint.nesting, -1))
+
+
+def idle_entries(
+    latents: Latents, masked: Tensor, log_joint: Callable[[Mapping[str, Tensor]], Tensor], nesting: int
+) -> Tensor:
+    """Mask of the entries of a latent vector that are masked and do not affect the log joint density, (D,).
+
+    Other masked entries, such as those of a flat prior, have a posterior by their likelihood. The test of an idle
+    entry: the gradient of the log joint density with respect to it is zero, and another value of it gives the same
+    density.
+
+    Args:
+        latents: The layout of the vector.
+        masked: Mask of the masked entries, (D,).
+        log_joint: log p(x, z) in nats, (draws,), as a function of the values of all sites.
+        nesting: Number of plate dimensions of the values.
+    """
+    loc = latents.initial()
+    with seeded(0, loc.device):
+        noise = torch.randn(2 * POINTS, len(loc), dtype=loc.dtype, device=loc.device)
+
+    def score(points: Tensor) -> Tensor:
+        return log_joint(latents.unpack(points.reshape(len(points), *(1,) * nesting, -1))[0])
+
+    points = (loc + 0.5 * noise[:POINTS]).requires_grad_()
+    with torch.enable_grad():
+        scores = score(points)
+        total = scores.sum() + 0 * points.sum()  # so that there is a gradient in any case
+        (gradient,) = torch.autograd.grad(total, points)
+    idle = masked & (gradient == 0).all(0)
+    idle = torch.cat([_whole_events(part, idle) for part in latents.parts.values()])
+    with torch.no_grad():
+        others = score(torch.where(idle, loc + noise[POINTS:], points))
+    same = torch.allclose(scores, others, rtol=1e-5, atol=1e-5)
+    return idle if same else torch.zeros_like(idle)
+
+
+def masked_in_vector(latents: Latents, sites: Mapping[str, Site]) -> Tensor:
+    """Mask of the entries of all sites, in the layout of `latents`, whose elements are masked in these sites."""
+    return torch.cat([_masked(part, sites.get(name, part.site)) for name, part in latents.parts.items()])
+
+
+def _masked(part: Part, site: Site) -> Tensor:
+    masked = None if part.rows else masked_entries(site, part.value)
+    shape = part.plates + part.event
+    if masked is None:
+        return torch.zeros(shape.numel(), dtype=torch.bool, device=part.value.device)
+    if masked.shape == shape:
+        return masked.flatten()
+    # An event of another shape than its unconstrained one, as on a simplex, is masked as a whole.
+    whole = masked.reshape(*part.plates, -1).all(-1)
+    return whole.reshape(part.plates + (1,) * len(part.event)).expand(shape).flatten()
+
+
+def _whole_events(part: Part, idle: Tensor) -> Tensor:
+    """Restrict the idle entries of a site to transform events that are idle as a whole."""
+    shape = part.plates + part.event
+    idle = idle[part.start : part.stop].reshape(shape)
+    transform = part.transform
+    while hasattr(transform, "base_transform"):
+        transform = transform.base_transform
+    event = transform.domain.event_dim
+    whole = idle.reshape(*shape[: len(shape) - event], -1).all(-1)
+    return whole.reshape(whole.shape + (1,) * event).expand(shape).flatten()

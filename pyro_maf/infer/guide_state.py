@@ -1,4 +1,4 @@
-"""A guide's weights in Pyro's param store: registration there, and loading from it.
+"""The state of a guide: its weights in Pyro's param store, and the part of its prototype that is pickled.
 
 The store identifies weights by name, and guides of one class have one name. A guide ignores the entries of another
 guide; weights that were loaded, or restored by `set_state`, are those that the user wants it to have.
@@ -6,21 +6,25 @@ guide; weights that were loaded, or restored by `set_state`, are those that the 
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import pyro
 import torch
+from pyro.distributions import Delta
 from pyro.params.param_store import param_with_module_name
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyro_maf.infer.model import RefusalError
+from pyro_maf.infer.latents import Latents
+from pyro_maf.infer.model import RefusalError, Site, Trace, latent_sites
+from pyro_maf.infer.path_gradient import detached
 
-__all__ = ["Stored", "check_place"]
+__all__ = ["Stored", "bare_latents", "bare_trace", "check_place"]
 
 Modules = Mapping[str, nn.Module]
 """Modules by their names in the store."""
@@ -208,3 +212,30 @@ def _state_locally(name: str, parameter: Tensor) -> None:
     """Register a parameter as Pyro's modules do under `module_local_params`, without the store."""
     parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
     effectful(type="param")(lambda *_, **__: parameter)(name, parameter, constraint=constraints.real, name=name)
+
+
+def bare_latents(latents: Latents) -> Latents:
+    """Strip a layout of the model's tensors, which may be parameters or part of its graph."""
+    twin = copy.copy(latents)
+    twin.parts = {
+        name: part._replace(site=_bare_site(part.site), transform=detached(part.transform, []))
+        for name, part in latents.parts.items()
+    }
+    return twin
+
+
+def bare_trace(trace: Trace) -> Trace:
+    """Reduce a trace to its latent sites."""
+    twin = Trace()
+    for name, site in latent_sites(trace).items():
+        twin.add_node(name, **_bare_site(site))
+    return twin
+
+
+def _bare_site(site: Site) -> Site:
+    """Copy a site with its value and a distribution of its shapes, without the distribution's parameters."""
+    value = site["value"].detach().clone()
+    shapes = Delta(value, event_dim=site["fn"].event_dim)
+    scale, mask = (detached(site[name], []) for name in ("scale", "mask"))
+    twin = {**site, "fn": shapes, "value": value, "args": (), "kwargs": {}, "scale": scale, "mask": mask}
+    return cast("Site", twin)
