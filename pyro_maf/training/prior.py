@@ -78,8 +78,7 @@ def fit_prior(
             of column or site, {"scale": "positive"}; columns that it leaves out are real.
         context: Rows (N, C) that the distribution of the data depends on; by default none.
         seed: As in `pyro_maf.fit`; also the seed of the initial weights of the default flow.
-        validation, batch_size, max_epochs, patience, learning_rate, max_grad_norm, folder, resume, overwrite, devices,
-            progress: As in `pyro_maf.fit`.
+        options: Those of `pyro_maf.fit`, as `max_epochs` or `folder`.
 
     Returns:
         A `FlowPrior`, or with a context a `ConditionalFlowPrior`, in eval mode.
