@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pyro_maf._core.checks import check_above_zero, check_positive, check_shape, check_sizes
 from pyro_maf.flows import IAF, MAF, RealNVP
 from pyro_maf.infer.guide_state import Stored, bare_latents, bare_trace, check_place
-from pyro_maf.infer.head import with_head
+from pyro_maf.infer.head import FlowClass, with_head
 from pyro_maf.infer.latents import Latents, median_or_feasible, names_of_plates
 from pyro_maf.infer.model import Call, RefusalError, Site, check_set_up_call, latent_sites, without_empty_tables
 from pyro_maf.infer.posterior import masked_in_vector, start_of
@@ -37,7 +37,7 @@ Self = TypeVar("Self", bound="AutoFlow")
 class AutoFlow(AutoContinuous):
     """Base class of the three guides; see `AutoIAF`."""
 
-    flow_class: type[MAF] | type[IAF] | type[RealNVP]
+    flow_class: FlowClass
     default_num_layers = 3
 
     def __init__(
