@@ -16,10 +16,10 @@ import os
 import secrets
 import struct
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, BinaryIO, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ __all__ = [
     "try_to_write",
     "unpack",
     "write_whole",
+    "writing_whole",
 ]
 
 FORMAT = 1
@@ -248,7 +249,14 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file atomically: under a temporary name, then renamed, so that `path` is never half-written."""
+    """Write a file atomically, as `writing_whole`."""
+    with writing_whole(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def writing_whole(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing under a temporary name, and rename it at the end: `path` is never half-written."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"save expected an existing folder for {path.name}, got {path.parent}.")
     if path.is_dir():
@@ -257,7 +265,7 @@ def write_whole(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(TOKEN_BYTES)}")
     try:
         with open(temporary, "xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -24,9 +24,8 @@ from typer.testing import CliRunner
 
 import pyro_maf
 import pyro_maf.report
-from pyro_maf.cli import app, request
+from pyro_maf.cli import app, score_and_sample
 from pyro_maf.cli import fit as fit_module
-from pyro_maf.cli import sample as sample_module
 from pyro_maf.experiments import build
 from pyro_maf.experiments.models import FLOWS, STACKS
 
@@ -295,12 +294,12 @@ def test_resume_begins_where_there_is_nothing_yet(here: Path) -> None:
 
 
 def test_options_are_those_of_the_library() -> None:
-    ours, theirs = (inspect.signature(function).parameters for function in (fit_module.run, pyro_maf.fit))
+    ours, theirs = (inspect.signature(function).parameters for function in (fit_module.FitOptions, pyro_maf.fit))
     for name in ("batch_size", "learning_rate", "max_epochs", "patience", "seed", "devices"):
         assert ours[name].default == theirs[name].default
-    assert get_args(fit_module.Flow) == FLOWS
-    assert request.LAYERED == STACKS
-    assert inspect.signature(build).parameters["num_layers"].default == request.DEFAULT_LAYERS
+    assert get_args(fit_module.FlowName) == FLOWS
+    assert fit_module.LAYERED == STACKS
+    assert inspect.signature(build).parameters["num_layers"].default == fit_module.DEFAULT_LAYERS
 
 
 def test_options_by_their_former_names_are_understood_and_said(here: Path) -> None:
@@ -424,7 +423,7 @@ def test_samples_are_those_of_the_density(folder: Path) -> None:
 
 
 def test_many_rows_are_drawn_in_batches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_module, "NUMBERS_IN_A_BATCH", 6)
+    monkeypatch.setattr(score_and_sample, "VALUES_AT_ONCE", 6)
     lines = run("sample", folder / "plain", "-n", 8).stdout.splitlines()
     assert len(lines) == 9
     assert len(set(lines)) == 9

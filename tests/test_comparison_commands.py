@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pyro_maf.cli import app
+from pyro_maf.cli.compare import DataSet
 from pyro_maf.cli.options import Row
-from pyro_maf.cli.paper import Name
 from pyro_maf.experiments import ROWS, SETTINGS, candidates, comparison
 
 QUICK = ["--max-epochs", "2", "--models", "Gaussian,MADE", "--hidden-dims", "8", "--hidden-dims", "16"]
@@ -135,7 +135,7 @@ def test_paper_repeats_an_experiment_next_to_the_published_figures(invoke, tmp_p
 
 
 def test_paper_knows_every_set_of_the_settings(invoke):
-    assert list(Name.__args__) == list(SETTINGS)
+    assert list(DataSet.__args__) == list(SETTINGS)
     result = invoke("paper", "POWER", "--root", "nowhere")
     assert result.exit_code == 2
     assert "power" in result.stderr

@@ -18,7 +18,7 @@ from pyro.infer.autoguide import AutoNormal
 
 import pyro_maf
 from pyro_maf import datasets, experiments, plotting
-from pyro_maf.cli.writers import writing_rows
+from pyro_maf.cli.score_and_sample import writing_rows
 from pyro_maf.report import write_report
 from pyro_maf.training import FitResult
 

@@ -1,4 +1,4 @@
-"""The commands and the handling of their errors."""
+"""The commands."""
 
 from __future__ import annotations
 
@@ -8,22 +8,32 @@ from typing import Annotated
 import typer
 
 import pyro_maf
-from pyro_maf.cli import compare, fit, info, paper, sample, score
-from pyro_maf.cli.errors import INTERRUPTED, Endings
+from pyro_maf.cli.compare import COMPARE_EXAMPLES, PAPER_EXAMPLES, compare, paper
+from pyro_maf.cli.errors import INTERRUPTED, Commands
+from pyro_maf.cli.fit import FIT_EXAMPLES, fit
+from pyro_maf.cli.options import as_command
+from pyro_maf.cli.saved_model import INFO_EXAMPLES, info
+from pyro_maf.cli.score_and_sample import SAMPLE_EXAMPLES, SCORE_EXAMPLES, sample, score
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="pyro-maf",
-    cls=Endings,
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (fit, score, sample, info, compare, paper):
-    name = command.__name__.rpartition(".")[-1]
-    app.command(name, epilog=command.EXAMPLES, no_args_is_help=True)(command.run)
+for name, command, examples in (
+    ("fit", as_command(fit), FIT_EXAMPLES),
+    ("score", score, SCORE_EXAMPLES),
+    ("sample", sample, SAMPLE_EXAMPLES),
+    ("info", info, INFO_EXAMPLES),
+    ("compare", as_command(compare), COMPARE_EXAMPLES),
+    ("paper", paper, PAPER_EXAMPLES),
+):
+    app.command(name, epilog=examples, no_args_is_help=True)(command)
 
 
 def main() -> None:
@@ -36,8 +46,8 @@ def main() -> None:
         sys.exit(INTERRUPTED)
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
         typer.echo(f"pyro-maf {pyro_maf.__version__}")
         raise typer.Exit
 

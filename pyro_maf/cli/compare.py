@@ -1,42 +1,37 @@
-"""`pyro-maf compare`: the paper's models on a table of the user's."""
+"""`pyro-maf compare` and `pyro-maf paper`: the paper's models on a table of the user's, or on the paper's data sets."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
-from pyro_maf.cli.errors import INTERRUPTED, say
-from pyro_maf.cli.folder import COLUMNS, write_json
+from pyro_maf._core.files import COLUMNS
+from pyro_maf.cli.errors import INTERRUPTED, CommandError, input_errors, say
 from pyro_maf.cli.naming import named
 from pyro_maf.cli.options import (
-    BatchSize,
-    Categories,
-    Columns,
-    Context,
-    Decimal,
     Device,
-    DropMissing,
-    Encoding,
     Epochs,
     Models,
-    Patience,
-    Rate,
-    Source,
+    TableOptions,
+    TrainingOptions,
+    flag,
     option,
-    read,
     separated,
-    source_and_array,
 )
+from pyro_maf.cli.saved_model import write_json
 
 if TYPE_CHECKING:
+    from pyro_maf.datasets import Dataset
     from pyro_maf.experiments import Candidate, Comparison, Score
 
-__all__ = ["EXAMPLES", "finish", "run", "tell"]
+__all__ = ["COMPARE_EXAMPLES", "PAPER_EXAMPLES", "CompareOptions", "DataSet", "compare", "paper"]
 
-EXAMPLES = """**Examples**
+COMPARE_EXAMPLES = """**Examples**
 
 ```
 pyro-maf compare wine.csv
@@ -44,74 +39,144 @@ pyro-maf compare wine.csv --models "Gaussian,MADE,MAF (5)" --hidden-dims 64 --hi
 pyro-maf compare wine.parquet --context colour --max-epochs 100 --folder wine-given-colour
 ```
 """
+PAPER_EXAMPLES = """**Examples**
+
+```
+pyro-maf paper POWER --root data --device cuda
+pyro-maf paper MINIBOONE --root data --models "Gaussian,MAF (5)" --learning-rate 1e-3 --max-epochs 50
+```
+"""
+DataSet = Literal["POWER", "GAS", "HEPMASS", "MINIBOONE", "BSDS300", "MNIST", "CIFAR-10"]
+UNCONDITIONAL, CONDITIONAL = "unconditional", "conditional"
 
 
-def run(
-    data: Source,
-    models: Models = None,
+@dataclass(kw_only=True)
+class CompareOptions(TableOptions, TrainingOptions):
+    """Options of `pyro-maf compare`."""
+
+    models: Models = None
     hidden_dims: Annotated[
         list[str] | None,
         option("Widths of the hidden layers, as 128,128; repeat to select the best of several.", "WIDTHS"),
-    ] = None,
-    batch_norm: Annotated[
-        bool, typer.Option("--batch-norm", help="Put batch norm after every layer of the flows.")
-    ] = False,
-    columns: Columns = None,
-    context: Context = None,
-    categories: Categories = None,
-    drop_missing: DropMissing = False,
-    decimal: Decimal = ".",
-    encoding: Encoding = "utf-8",
-    test: Annotated[float, option("Fraction of the rows for testing.", "PART")] = 0.1,
-    validation: Annotated[float, option("Fraction of the other rows for validation.", "PART")] = 0.1,
-    max_epochs: Epochs = 1000,
-    batch_size: BatchSize = 256,
-    learning_rate: Rate = 2e-3,
-    patience: Patience = 30,
-    seed: Annotated[int, option("Seed of the split, of the weights and of the order of batches.")] = 0,
-    device: Device = "cpu",
-    folder: Annotated[Path | None, option("Folder of the results; by default named after DATA.", "DIR")] = None,
-) -> None:
+    ] = None
+    batch_norm: Annotated[bool, flag("batch-norm", "Put batch norm after every layer of the flows.")] = False
+    test: Annotated[float, option("Fraction of the rows for testing.", "PART")] = 0.1
+    validation: Annotated[float, option("Fraction of the other rows for validation.", "PART")] = 0.1
+    folder: Annotated[Path | None, option("Folder of the results; by default named after DATA.", "DIR")] = None
+
+    def candidates(self) -> tuple[Candidate, ...]:
+        """Return the requested candidates.
+
+        Raises:
+            CommandError: For unknown names, or widths that are not numbers.
+        """
+        from pyro_maf.experiments import ROWS, candidates
+
+        try:
+            widths = [[int(width) for width in each.split(",")] for each in self.hidden_dims or ()]
+        except ValueError:
+            texts = " ".join(self.hidden_dims or ())
+            raise CommandError(f"compare expected --hidden-dims as numbers such as 128,128, got {texts}.") from None
+        with input_errors():
+            return candidates(separated(self.models) or tuple(ROWS), hidden_dims=widths, batch_norm=self.batch_norm)
+
+
+def compare(options: CompareOptions) -> None:
     """Fit the paper's models to a table, and compare their test log-likelihoods.
 
     Writes a folder for each model, which score and sample take, and the table as comparison.md, .csv and .json. Models
     in the folder are not fitted again: after Ctrl-C the same command resumes.
     """
-    from pyro_maf.experiments import compare, divide
+    from pyro_maf import experiments
 
-    asked = _candidates(models, hidden_dims, batch_norm)
-    text: dict[str, Any] = {"drop_missing": drop_missing, "decimal": decimal, "encoding": encoding}
-    table = read(data, separated(columns), separated(context), separated(categories), **text)
+    candidates = options.candidates()
+    table = options.read()
     if table.missing is not None:
         say(f"left out of {table.label}: {table.missing}.")
-    name = "table" if data == "-" else Path(source_and_array(data)[0].removesuffix(".gz")).stem
-    folder = folder or Path(f"{name}-comparison")
-    parts = divide(name, table.data, table.context, test=test, validation=validation, seed=seed)
-    with named(table):
-        found = compare(
-            parts,
-            asked,
-            folder=folder,
-            batch_size=batch_size,
-            max_epochs=max_epochs,
-            patience=patience,
-            learning_rate=learning_rate,
-            seed=seed,
-            device=device,
-            tell=tell,
+    folder = options.folder or Path(f"{options.stem}-comparison")
+    with input_errors(), named(table):
+        parts = experiments.divide(
+            options.stem,
+            table.data,
+            table.context,
+            test=options.test,
+            validation=options.validation,
+            seed=options.seed,
         )
-    for score in found.tried:
+        comparison = experiments.compare(
+            parts, candidates, folder=folder, device=options.device, tell=_tell, **options.fitting
+        )
+    for score in comparison.tried:
         write_json(folder / score.candidate.slug / COLUMNS, table.columns)
-    finish(found, folder, "comparison")
+    _finish(comparison, folder, "comparison")
 
 
-def tell(score: Score) -> None:
+def paper(
+    name: Annotated[
+        DataSet,
+        typer.Argument(metavar="NAME", help=f"Data set: {', '.join(get_args(DataSet))}.", case_sensitive=False),
+    ],
+    root: Annotated[Path, option("Folder of the published archive, with a folder for each set.", "DIR")],
+    models: Models = None,
+    max_epochs: Epochs = 1000,
+    learning_rate: Annotated[
+        float | None, option("By default the paper's: 1e-3 for MADE and MADE MoG, 1e-4 for the flows.", "RATE")
+    ] = None,
+    seed: Annotated[int, option("Seed of the weights and of the order of batches.")] = 0,
+    device: Device = "cpu",
+    allow_pickle: Annotated[
+        bool, flag("allow-pickle", "Load a pickle if there is no other file: it can run any code.")
+    ] = False,
+    folder: Annotated[Path | None, option("Folder of the results; by default named after the set.", "DIR")] = None,
+) -> None:
+    """Repeat the paper's experiment on one of its data sets, and compare with the published figures.
+
+    Every width that the paper tried is fitted, with its settings, and the best on the validation rows counts. Images
+    are fitted without and then with their class as context. Models in the folder are not fitted again: after Ctrl-C the
+    same command resumes.
+    """
+    from pyro_maf import experiments
+    from pyro_maf.datasets import load_dataset
+    from pyro_maf.experiments.candidates import BATCH_SIZE, PATIENCE
+
+    settings = experiments.SETTINGS[name]
+    with input_errors():
+        candidates = settings.candidates(separated(models) or tuple(experiments.ROWS))
+        dataset = load_dataset(settings.loader, root, allow_pickle=allow_pickle)
+    if learning_rate is not None:
+        candidates = tuple(dataclasses.replace(one, learning_rate=learning_rate) for one in candidates)
+    folder = folder or Path(f"{name.lower()}-paper")
+    for part, data in _parts(dataset):
+        with input_errors():
+            comparison = experiments.compare(
+                data,
+                candidates,
+                folder=folder / part,
+                batch_size=BATCH_SIZE,
+                max_epochs=max_epochs,
+                patience=PATIENCE,
+                seed=seed,
+                device=device,
+                tell=_tell,
+            )
+        published = settings.published if settings.published and part == UNCONDITIONAL else None
+        _finish(comparison, folder, part, published)
+
+
+def _parts(data: Dataset) -> Iterator[tuple[str, Dataset]]:
+    """Iterate over the data without context and, if there is one, with it."""
+    yield UNCONDITIONAL, dataclasses.replace(data, train_context=None, validation_context=None, test_context=None)
+    if data.context_dim:
+        yield CONDITIONAL, data
+
+
+def _tell(score: Score) -> None:
     """Print the score of a model."""
     name = " ".join(filter(None, (score.candidate.name, score.candidate.widths)))
     say(f"{name}: {score.test} nats, {score.seconds:.1f} s; {score.stop_reason}.")
 
 
-def finish(found: Comparison, folder: Path, name: str, published: Mapping[str, float] | None = None) -> None:
+def _finish(comparison: Comparison, folder: Path, name: str, published: Mapping[str, float] | None = None) -> None:
     """Print the table, and write it to a folder as name.md, .csv and .json.
 
     Raises:
@@ -122,28 +187,12 @@ def finish(found: Comparison, folder: Path, name: str, published: Mapping[str, f
     from pyro_maf.experiments import results
     from pyro_maf.saving import write_whole
 
-    Console().print(results.as_table(found, published))
+    Console().print(results.as_table(comparison, published))
     forms = {"md": results.as_markdown, "csv": results.as_csv, "json": results.as_json}
     for ending, form in forms.items():
-        write_whole(folder / f"{name}.{ending}", form(found, published).encode())
-    for model, reason in found.failed.items():
+        write_whole(folder / f"{name}.{ending}", form(comparison, published).encode())
+    for model, reason in comparison.failed.items():
         say(f"{model} is left out: {reason}")
-    if found.missing:
-        say(f"interrupted before {', '.join(found.missing)}. The same command goes on from there.")
+    if comparison.missing:
+        say(f"interrupted before {', '.join(comparison.missing)}. The same command goes on from there.")
         raise typer.Exit(INTERRUPTED)
-
-
-def _candidates(models: list[str] | None, hidden: list[str] | None, batch_norm: bool) -> tuple[Candidate, ...]:
-    """Return the requested candidates.
-
-    Raises:
-        ValueError: For unknown names, or widths that are not numbers.
-    """
-    from pyro_maf.experiments import ROWS, candidates
-
-    try:
-        widths = [[int(width) for width in each.split(",")] for each in hidden or ()]
-    except ValueError:
-        given = " ".join(hidden or ())
-        raise ValueError(f"compare expected --hidden-dims as numbers such as 128,128, got {given}.") from None
-    return candidates(separated(models) or tuple(ROWS), hidden_dims=widths, batch_norm=batch_norm)

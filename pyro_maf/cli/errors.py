@@ -1,11 +1,12 @@
-"""Exit codes of a command: 0, 2 with one line on bad input, 130 on interruption."""
+"""Ends of a command: 0; 2, with one line, on bad input; 130 on interruption. A defect of ours shows its traceback."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -13,25 +14,31 @@ from typer.core import TyperGroup
 
 from pyro_maf._core.text import shown
 
-__all__ = ["INTERRUPTED", "Endings", "command_line", "say"]
+__all__ = ["BAD_INPUT", "INTERRUPTED", "CommandError", "Commands", "command_line", "input_errors", "say"]
 
-PACKAGE = Path(__file__).parent.parent
 BAD_INPUT = 2
 INTERRUPTED = 130
 LONGEST_ERROR = 1000
 COMMAND = "pyro_maf.command"
+FORMER = {"--epochs": "--max-epochs", "--layers": "--num-layers", "--hidden": "--hidden-dims", "--out": "--folder"}
+"""Former names of options of the commands that train: scripts still work, with a warning."""
 TRAINING = ("fit", "compare", "paper")
-FORMER = {
-    "--epochs": "--max-epochs",
-    "--layers": "--num-layers",
-    "--hidden": "--hidden-dims",
-    "--out": "--folder",
-}
-"""Former names of options of the commands that train, from before they had the names of Python's: scripts still work,
-with a warning."""
 
 
-class Endings(TyperGroup):
+class CommandError(Exception):
+    """Error about the input of a command, whose message is all that the user sees."""
+
+
+@contextmanager
+def input_errors() -> Iterator[None]:
+    """Context of a call of a public function: what it refuses is bad input."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise CommandError(str(error)) from error
+
+
+class Commands(TyperGroup):
     """Command group that turns errors about the input into a line on stderr and an exit code."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -41,7 +48,7 @@ class Endings(TyperGroup):
         ctx.meta[COMMAND] = shlex.join(["pyro-maf", *args])
         return super().parse_args(ctx, args)
 
-    def invoke(self, ctx: Any) -> Any:
+    def invoke(self, ctx: Any) -> object:
         """Run the command."""
         try:
             return super().invoke(ctx)
@@ -52,9 +59,7 @@ class Endings(TyperGroup):
             # The reader closed the pipe; redirect stdout so that Python's final flush does not raise.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return None
-        except (ValueError, TypeError, ModuleNotFoundError, OSError) as error:
-            if not _is_about_input(error):
-                raise
+        except (CommandError, ModuleNotFoundError, OSError) as error:
             say(shown(" ".join(str(error).split()), LONGEST_ERROR))
             raise typer.Exit(BAD_INPUT) from None
 
@@ -76,13 +81,3 @@ def _renamed(argument: str) -> str:
         return argument
     say(f"{name} is now called {FORMER[name]}, as in Python.")
     return f"{FORMER[name]}{equals}{value}"
-
-
-def _is_about_input(error: Exception) -> bool:
-    """True if this package raised it, or the operating system. Anything else is a defect, and shows its traceback."""
-    if isinstance(error, OSError):
-        return True
-    traceback: Any = error.__traceback__
-    while traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return PACKAGE in Path(traceback.tb_frame.f_code.co_filename).parents

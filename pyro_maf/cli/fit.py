@@ -3,48 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, cast, get_args
 
 import typer
 
 import pyro_maf
-from pyro_maf._core.files import held
+from pyro_maf._core.files import CHECKPOINT, COLUMNS, FILES, MODEL, RECORD, REPORT, held, recover
 from pyro_maf._core.text import MOST_LISTED, listed
-from pyro_maf.cli.errors import INTERRUPTED, command_line, say
-from pyro_maf.cli.folder import CHECKPOINT, COLUMNS, RECORD, REPORT, Record, check_folder, write_json
+from pyro_maf.cli.errors import INTERRUPTED, CommandError, command_line, input_errors, say
 from pyro_maf.cli.naming import named, with_names
 from pyro_maf.cli.options import (
-    BatchSize,
-    Categories,
-    Columns,
-    Context,
-    Decimal,
-    Device,
-    DropMissing,
-    Encoding,
-    Epochs,
-    Patience,
-    Rate,
-    Source,
+    TableOptions,
+    TrainingOptions,
+    flag,
     option,
     read,
     separated,
     source_and_array,
 )
-from pyro_maf.cli.request import check_asked, model_of, support_of, validation_of
+from pyro_maf.cli.saved_model import Record, write_json
 
 if TYPE_CHECKING:
     from pyro_maf.datasets import Table
+    from pyro_maf.distributions import ConditionalDensity, Density
     from pyro_maf.training import FitResult
+    from pyro_maf.training.data import Rows
+    from pyro_maf.transforms import ConditionalFlow, Flow
 
-__all__ = ["EXAMPLES", "run"]
+__all__ = ["DEFAULT_LAYERS", "FIT_EXAMPLES", "LAYERED", "FitOptions", "FlowName", "fit"]
 
-EXAMPLES = """**Examples**
+FIT_EXAMPLES = """**Examples**
 
 ```
 pyro-maf fit wine.csv
@@ -52,50 +47,137 @@ pyro-maf fit wine.parquet --columns alcohol,flavanoids --context colour --flow r
 pyro-maf fit rates.csv --support positive,share=unit_interval --folder rates --resume
 ```
 """
-Flow = Literal["maf", "iaf", "realnvp", "made", "made-mog", "maf-mog", "gaussian"]
+FlowName = Literal["maf", "iaf", "realnvp", "made", "made-mog", "maf-mog", "gaussian"]
+LAYERED = ("maf", "iaf", "realnvp", "maf-mog")
+DEFAULT_LAYERS = 5
+Support: TypeAlias = str | list[str] | None
 
 
-def run(
-    ctx: typer.Context,
-    data: Source,
-    flow: Annotated[Flow, option(f"Model to fit: {', '.join(get_args(Flow))}.", "FLOW")] = "maf",
-    num_layers: Annotated[
-        int | None, option("Number of layers of maf, iaf, realnvp and maf-mog; by default 5.")
-    ] = None,
+@dataclass(kw_only=True)
+class FitOptions(TableOptions, TrainingOptions):
+    """Options of `pyro-maf fit`."""
+
+    flow: Annotated[FlowName, option(f"Model to fit: {', '.join(get_args(FlowName))}.", "FLOW")] = "maf"
+    num_layers: Annotated[int | None, option("Number of layers of maf, iaf, realnvp and maf-mog; by default 5.")] = None
     hidden_dims: Annotated[
         list[str] | None, option("Widths of the hidden layers, as 128,128; by default chosen from the data.", "WIDTHS")
-    ] = None,
-    columns: Columns = None,
-    context: Context = None,
-    categories: Categories = None,
-    drop_missing: DropMissing = False,
-    decimal: Decimal = ".",
-    encoding: Encoding = "utf-8",
+    ] = None
     support: Annotated[
         list[str] | None,
         option(
             "Support of the data: positive, unit_interval or simplex; or COLUMN=positive; by default real.", "KINDS"
         ),
-    ] = None,
+    ] = None
     validation: Annotated[
         str, option("Validation rows: the fraction to hold out, between 0 and 1, or another table.", "PART")
-    ] = "0.1",
-    max_epochs: Epochs = 1000,
-    batch_size: BatchSize = 256,
-    learning_rate: Rate = 2e-3,
-    patience: Patience = 30,
-    seed: Annotated[int, option("Seed of the weights, of the held-out rows and of the order of batches.")] = 0,
-    device: Device = "cpu",
+    ] = "0.1"
     precision: Annotated[
         Literal["single", "double"], option("Precision of the model: single or double.", "PRECISION")
-    ] = "single",
-    devices: Annotated[int, option("Number of processes, each on a different GPU with --device cuda.")] = 1,
-    folder: Annotated[
-        Path | None, option("Folder of the results; by default named after DATA and --flow.", "DIR")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume the fit in the folder, if any.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the fit in the folder, if any.")] = False,
-) -> None:
+    ] = "single"
+    devices: Annotated[int, option("Number of processes, each on a different GPU with --device cuda.")] = 1
+    folder: Annotated[Path | None, option("Folder of the results; by default named after DATA and --flow.", "DIR")] = (
+        None
+    )
+    resume: Annotated[bool, flag("resume", "Resume the fit in the folder, if any.")] = False
+    overwrite: Annotated[bool, flag("overwrite", "Replace the fit in the folder, if any.")] = False
+
+    @property
+    def results(self) -> Path:
+        """Folder of the results."""
+        array = source_and_array(self.data)[1]
+        return self.folder or Path("-".join(filter(None, (self.stem, array, self.flow))))
+
+    def check(self) -> None:
+        """Refuse options without effect, and devices that are not available."""
+        import torch
+
+        if self.num_layers is not None and self.flow not in LAYERED:
+            raise CommandError(
+                f"fit got --num-layers for {self.flow}, which has no number of layers to choose: leave it out."
+            )
+        if self.hidden_dims and self.flow == "gaussian":
+            raise CommandError("fit got --hidden-dims for gaussian, which has no hidden layers: leave it out.")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise CommandError("fit got --device cuda, but torch finds no CUDA device: leave it out.")
+        if self.devices > 1 and (self.data == "-" or Path(self.data).is_fifo()):
+            raise CommandError("fit expected a file for several --devices, as each process reads it, got a pipe.")
+
+    def check_folder(self) -> None:
+        """Refuse to overwrite a fit unasked.
+
+        Raises:
+            CommandError: If the folder is a file, or holds a fit that is neither to be resumed nor overwritten or that
+                has no checkpoint to be resumed from, or if another process writes to it.
+        """
+        folder = self.results
+        if self.resume and self.overwrite:
+            raise CommandError("fit got both --resume and --overwrite: choose one.")
+        if folder.exists() and not folder.is_dir():
+            raise CommandError(f"fit expected --folder to be a folder, got the file {folder}.")
+        with input_errors():
+            recover(folder)
+        files = [name for name in FILES if (folder / name).exists()]
+        if not files or self.overwrite:
+            return
+        if not self.resume:
+            raise CommandError(
+                f"fit found a fit in {folder} ({files[0]}): go on with it by --resume, replace it by --overwrite, or "
+                "choose another folder with --folder."
+            )
+        if MODEL in files and CHECKPOINT not in files:
+            raise CommandError(
+                f"fit found {MODEL} in {folder}, but no {CHECKPOINT} to go on from: choose another folder."
+            )
+
+    def validation_rows(self, table: Table) -> float | Table:
+        """Return the fraction of validation rows, or the table of them."""
+        from pyro_maf.tables.cells import number_in
+
+        fraction = number_in(self.validation)
+        if not math.isnan(fraction):
+            return fraction
+        return read(self.validation, self.text, columns=table.columns, dtype=table.data.dtype.name)
+
+    def support_of(self, names: Sequence[str]) -> Support:
+        """Return the support for `pyro_maf.fit`: one for all columns, or one for each."""
+        items = separated(self.support)
+        plain = [item for item in items if "=" not in item]
+        by_name = dict(item.split("=", 1) for item in items if "=" in item)
+        if not by_name:
+            return (plain[0] if len(plain) == 1 else plain) or None
+        unknown = [name for name in by_name if name not in names]
+        if unknown or len(plain) > 1:
+            problem = f"no column {unknown[0]!r}" if unknown else f"{len(plain)} for all other columns"
+            raise CommandError(
+                f"fit got --support {','.join(items)}, with {problem}: the columns are {', '.join(names)}."
+            )
+        return [by_name.get(name, plain[0] if plain else "real") for name in names]
+
+    def model(self, table: Table, support: Support) -> Flow | ConditionalFlow | Density | ConditionalDensity:
+        """Build the model to train.
+
+        Raises:
+            CommandError: For invalid sizes.
+        """
+        from pyro_maf.experiments import build
+
+        hidden = separated(self.hidden_dims)
+        if not all(width.isdecimal() for width in hidden):
+            raise CommandError(f"fit expected --hidden-dims as widths such as 128,128, got {','.join(hidden)}.")
+        with input_errors():
+            model = build(
+                self.flow,
+                # On a simplex the last column follows from the others.
+                len(table.names) - (support == "simplex"),
+                context_dim=len(table.context_names),
+                hidden_dims=[int(width) for width in hidden] or None,
+                seed=self.seed,
+                num_layers=DEFAULT_LAYERS if self.num_layers is None else self.num_layers,
+            ).to(self.device)
+        return model.double() if self.precision == "double" else model
+
+
+def fit(options: FitOptions, ctx: typer.Context) -> None:
     """Fit a density to a table by maximum likelihood.
 
     Writes a folder with the model, its columns, a log of its epochs, a checkpoint to resume from, and a report for a
@@ -103,59 +185,58 @@ def run(
     """
     if sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0":
         say("loading torch, some seconds.")  # before anything about the table can be printed
-    from pyro_maf.training import fit
     from pyro_maf.training.processes import Processes
 
-    folder = folder or Path(f"{_stem(data)}-{flow}")
     # Processes that the first one starts write no files or messages.
-    is_first = Processes(devices).is_first
-    command = command_line(ctx)
+    is_first = Processes(options.devices).is_first
     if is_first:
-        ctx.with_resource(held(folder, make=False))
-        check_folder(folder, resume=resume, overwrite=overwrite)
-    check_asked(flow, num_layers, hidden_dims, device, devices, data)
-    dtype = "float64" if precision == "double" else None
-    text: dict[str, Any] = {"drop_missing": drop_missing, "decimal": decimal, "encoding": encoding}
-    table = read(data, separated(columns), separated(context), separated(categories), dtype, **text)
-    kinds = support_of(separated(support), table.names)
-    model = model_of(flow, table, kinds, num_layers, separated(hidden_dims), seed).to(device)
-    model = model.double() if precision == "double" else model
-    held_out = validation_of(validation, table, **text)
+        with input_errors():
+            ctx.with_resource(held(options.results, make=False))
+        options.check_folder()
+    options.check()
+    table = options.read("float64" if options.precision == "double" else None)
+    support = options.support_of(table.names)
+    model = options.model(table, support)
+    validation = options.validation_rows(table)
     if is_first:
-        for each in (table, *([] if isinstance(held_out, float) else [held_out])):
-            if each.missing is not None:
+        for each in (table, validation):
+            if not isinstance(each, float) and each.missing is not None:
                 say(f"left out of {each.label}: {each.missing}.")
-        say(f"{len(table.data):,} rows of {_described(table)}, to {folder}.")
-    with named(table), _resumable(folder, command, overwrite=overwrite):
-        result = fit(
-            model,
-            table.data,
-            context=table.context,
-            support=kinds,
-            validation=held_out if isinstance(held_out, float) else (held_out.data, held_out.context),
-            batch_size=batch_size,
-            max_epochs=max_epochs,
-            patience=patience,
-            learning_rate=learning_rate,
-            seed=seed,
-            folder=folder,
-            resume=resume,
-            overwrite=overwrite,
-            devices=devices,
-        )
-    result = dataclasses.replace(result, warnings=tuple(with_names(line, table) for line in result.warnings))
+        say(f"{len(table.data):,} rows of {_described(table)}, to {options.results}.")
+    command = command_line(ctx)
+    result = _train(options, model, table, support, validation, command)
     if is_first:
-        _leave(folder, result, table, _held_out(result, table, held_out), command, data)
+        _leave(options, result, table, _held_out(result, table, validation), command)
         if result.stop_reason == "interrupted":
             raise _interrupted(command)
 
 
-def _stem(data: str) -> str:
-    """Name of a fit to `data`: the name of its file without the endings."""
-    if data == "-":
-        return "table"
-    path, array = source_and_array(data)
-    return "-".join(filter(None, (Path(path.removesuffix(".gz")).stem, array)))
+def _train(
+    options: FitOptions,
+    model: Flow | ConditionalFlow | Density | ConditionalDensity,
+    table: Table,
+    support: Support,
+    validation: float | Table,
+    command: str,
+) -> FitResult:
+    """Fit the model; an interruption without time to finish ends the command, with a hint how to resume."""
+    from pyro_maf import training
+
+    folder = options.results
+    with input_errors(), named(table), _resumable(folder, command, overwrite=options.overwrite):
+        result = training.fit(
+            model,
+            table.data,
+            context=table.context,
+            support=support,
+            validation=validation if isinstance(validation, float) else (validation.data, validation.context),
+            folder=folder,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            devices=options.devices,
+            **options.fitting,
+        )
+    return dataclasses.replace(result, warnings=tuple(with_names(line, table) for line in result.warnings))
 
 
 @contextmanager
@@ -174,8 +255,8 @@ def _version(path: Path) -> tuple[int, int] | None:
     """Identity of a file, other than that of files it replaced; None without one."""
     if not path.exists():
         return None
-    found = path.stat()
-    return found.st_ino, found.st_mtime_ns
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
 
 
 def _interrupted(command: str) -> typer.Exit:
@@ -186,9 +267,8 @@ def _interrupted(command: str) -> typer.Exit:
 
 def _held_out(result: FitResult, table: Table, validation: float | Table) -> Table:
     """Return the fit's validation rows, in the form of their table."""
-    rows: Any = result.held_out
     source = table if isinstance(validation, float) else validation
-    places = result.held_out_places
+    rows, places = cast("Rows", result.held_out), result.held_out_places
     return dataclasses.replace(
         source,
         data=rows.data.numpy(),
@@ -197,35 +277,15 @@ def _held_out(result: FitResult, table: Table, validation: float | Table) -> Tab
     )
 
 
-def _leave(folder: Path, result: FitResult, table: Table, held_out: Table, command: str, data: str) -> None:
+def _leave(options: FitOptions, result: FitResult, table: Table, held_out: Table, command: str) -> None:
     """Write columns, record and report of a fit to its folder."""
-    from pyro_maf.report import write_report
+    from pyro_maf import report
 
-    write_json(folder / COLUMNS, table.columns)
-    write_json(folder / RECORD, dataclasses.asdict(_record(result, table, command, data)))
-    result.density.cpu()  # where the rows are
-    write_report(folder / REPORT, result, held_out, command=command)
-    say(
-        f"validation log-likelihood {result.validation_log_likelihood:.3f} nats after epoch {result.best_epoch} of "
-        f"{result.epochs}, {result.seconds:.1f} s; stopped: {result.stop_reason}. See {folder / REPORT}."
-    )
-
-
-def _described(table: Table) -> str:
-    """Describe the columns that were read."""
-    given = f" given {_listed(table.context_names)}" if table.context_names else ""
-    return f"{_listed(table.names)}{given}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return listed(names) + f" ({len(names)} columns)" * (len(names) > MOST_LISTED)
-
-
-def _record(result: FitResult, table: Table, command: str, data: str) -> Record:
-    return Record(
+    folder = options.results
+    record = Record(
         command=command,
         version=pyro_maf.__version__,
-        data="standard input" if data == "-" else data,
+        data="standard input" if options.data == "-" else options.data,
         rows=len(table.data),
         validation_log_likelihood=result.validation_log_likelihood,
         best_epoch=result.best_epoch,
@@ -234,3 +294,21 @@ def _record(result: FitResult, table: Table, command: str, data: str) -> Record:
         stop_reason=result.stop_reason,
         warnings=list(result.warnings),
     )
+    write_json(folder / COLUMNS, table.columns)
+    write_json(folder / RECORD, dataclasses.asdict(record))
+    result.density.cpu()  # where the rows are
+    report.write_report(folder / REPORT, result, held_out, command=command)
+    say(
+        f"validation log-likelihood {result.validation_log_likelihood:.3f} nats after epoch {result.best_epoch} of "
+        f"{result.epochs}, {result.seconds:.1f} s; stopped: {result.stop_reason}. See {folder / REPORT}."
+    )
+
+
+def _described(table: Table) -> str:
+    """Describe the columns that were read."""
+    context = f" given {_listed(table.context_names)}" if table.context_names else ""
+    return f"{_listed(table.names)}{context}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return listed(names) + f" ({len(names)} columns)" * (len(names) > MOST_LISTED)

@@ -1,33 +1,35 @@
-"""Arguments shared by several commands."""
+"""Options that commands share, declared once, and the conversion of a dataclass of options to a command."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypedDict, get_args, get_type_hints
 
 import typer
+
+from pyro_maf.cli.errors import input_errors
 
 if TYPE_CHECKING:
     from pyro_maf.datasets import Table
 
 __all__ = [
-    "BatchSize",
-    "Categories",
-    "Columns",
-    "Context",
     "Decimal",
     "Device",
-    "DropMissing",
     "Encoding",
     "Epochs",
     "Model",
     "Models",
     "Out",
-    "Patience",
-    "Rate",
     "Row",
     "Source",
+    "TableOptions",
+    "TextOptions",
+    "TrainingOptions",
+    "as_command",
+    "flag",
     "option",
     "read",
     "separated",
@@ -38,6 +40,11 @@ __all__ = [
 def option(help: str, metavar: str = "N") -> Any:
     """Declare an option of a command, with `metavar` for its value."""
     return typer.Option(help=help, metavar=metavar)
+
+
+def flag(name: str, help: str) -> Any:
+    """Declare an option without a value, which has no negative form."""
+    return typer.Option(f"--{name}", help=help)
 
 
 Source = Annotated[
@@ -51,28 +58,126 @@ Source = Annotated[
 Model = Annotated[
     Path, typer.Argument(metavar="MODEL", help="The folder of a fit, or a .safetensors file.", show_default=False)
 ]
-Out = Annotated[
-    Path,
-    option('The output: a file ending in .csv or .parquet; "-" is standard output, as csv.', "FILE"),
-]
-Columns = Annotated[list[str] | None, option("Columns to fit; by default all that are not context.", "NAMES")]
-Context = Annotated[list[str] | None, option("Columns to condition on: numbers, or text as categories.", "NAMES")]
-Categories = Annotated[
-    list[str] | None, option("Columns to condition on whose numbers are labels, such as 0 to 9.", "NAMES")
-]
+Out = Annotated[Path, option('The output: a file ending in .csv or .parquet; "-" is standard output, as csv.', "FILE")]
+Names: TypeAlias = list[str] | None
 Row = Literal["Gaussian", "MADE", "MADE MoG", "RealNVP (5)", "RealNVP (10)", "MAF (5)", "MAF (10)", "MAF MoG (5)"]
 Models = Annotated[
-    list[str] | None,
+    Names,
     option(f"Rows of the paper's table: {', '.join(get_args(Row))}, or as made-mog, maf-10; by default all.", "NAMES"),
 ]
 Epochs = Annotated[int, option("Maximum number of epochs.")]
-BatchSize = Annotated[int, option("Approximate number of rows in a batch.")]
-Rate = Annotated[float, option("Initial learning rate; it is halved when the validation loss stalls.")]
-Patience = Annotated[int, option("Epochs without a better validation loss after which to stop.")]
-DropMissing = Annotated[bool, typer.Option("--drop-missing", help="Leave out rows with missing values.")]
 Decimal = Annotated[Literal[".", ","], option('Decimal mark of text: "." or ",".', "MARK")]
 Encoding = Annotated[str, option("Encoding of text that is not in UTF-8, such as latin-1 or cp1252.", "NAME")]
 Device = Annotated[Literal["cpu", "cuda"], option("Device of the fit: cpu or cuda.", "DEVICE")]
+
+
+class FittingOptions(TypedDict):
+    """Options of `pyro_maf.fit`."""
+
+    max_epochs: int
+    batch_size: int
+    learning_rate: float
+    patience: int
+    seed: int
+
+
+class TextOptions(TypedDict):
+    """Options of `read_table` for text."""
+
+    drop_missing: bool
+    decimal: str
+    encoding: str
+
+
+@dataclass(kw_only=True)
+class TableOptions:
+    """The table to fit, and its columns."""
+
+    data: Source
+    columns: Annotated[Names, option("Columns to fit; by default all that are not context.", "NAMES")] = None
+    context: Annotated[Names, option("Columns to condition on: numbers, or text as categories.", "NAMES")] = None
+    categories: Annotated[
+        Names, option("Columns to condition on whose numbers are labels, such as 0 to 9.", "NAMES")
+    ] = None
+    drop_missing: Annotated[bool, flag("drop-missing", "Leave out rows with missing values.")] = False
+    decimal: Decimal = "."
+    encoding: Encoding = "utf-8"
+
+    @property
+    def text(self) -> TextOptions:
+        """The options for text."""
+        return {"drop_missing": self.drop_missing, "decimal": self.decimal, "encoding": self.encoding}
+
+    @property
+    def stem(self) -> str:
+        """The name of the table's file without endings; "table" for standard input."""
+        return "table" if self.data == "-" else Path(source_and_array(self.data)[0].removesuffix(".gz")).stem
+
+    def read(self, dtype: str | None = None) -> Table:
+        """Read the table.
+
+        Raises:
+            InputError, FileNotFoundError: If it is not as expected.
+        """
+        categories = separated(self.categories)
+        context = list(dict.fromkeys([*separated(self.context), *categories]))
+        return read(
+            self.data, self.text, columns=separated(self.columns), context=context, categories=categories, dtype=dtype
+        )
+
+
+@dataclass(kw_only=True)
+class TrainingOptions:
+    """The training of every model."""
+
+    max_epochs: Epochs = 1000
+    batch_size: Annotated[int, option("Approximate number of rows in a batch.")] = 256
+    learning_rate: Annotated[float, option("Initial learning rate; it is halved when the validation loss stalls.")] = (
+        2e-3
+    )
+    patience: Annotated[int, option("Epochs without a better validation loss after which to stop.")] = 30
+    seed: Annotated[int, option("Seed of the weights, of the split of the rows and of the order of batches.")] = 0
+    device: Device = "cpu"
+
+    @property
+    def fitting(self) -> FittingOptions:
+        """The options of `pyro_maf.fit` among them."""
+        return {
+            "max_epochs": self.max_epochs,
+            "batch_size": self.batch_size,
+            "learning_rate": self.learning_rate,
+            "patience": self.patience,
+            "seed": self.seed,
+        }
+
+
+def as_command(run: Callable[..., None]) -> Callable[..., None]:
+    """Command for typer whose options are the fields of a dataclass, the first parameter of `run`.
+
+    Those of the class itself come first in the help, then those of its bases.
+
+    Args:
+        run: A function of the options and, if it likes, of typer's context, `ctx`.
+    """
+    hints = get_type_hints(run)
+    options = hints[next(iter(hints))]
+    annotations = get_type_hints(options, include_extras=True)
+    defaults = {each.name: Parameter.empty if each.default is MISSING else each.default for each in fields(options)}
+    names = dict.fromkeys(name for cls in options.__mro__ for name in vars(cls).get("__annotations__", ()))
+
+    def command(ctx: typer.Context, **values: object) -> None:
+        run(options(**values), *([ctx] if "ctx" in hints else []))
+
+    context = Parameter("ctx", Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    command.__signature__ = Signature(  # type: ignore[attr-defined]
+        [context]
+        + [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotations[name])
+            for name in names
+        ]
+    )
+    command.__doc__ = run.__doc__
+    return command
 
 
 def source_and_array(source: str) -> tuple[str, str | None]:
@@ -86,37 +191,25 @@ def source_and_array(source: str) -> tuple[str, str | None]:
     return (path, array) if colon and path.endswith(".npz") else (source, None)
 
 
-def read(
-    source: str,
-    columns: Any = None,
-    context: Sequence[str] = (),
-    categories: Sequence[str] = (),
-    dtype: str | None = None,
-    **text: Any,
-) -> Table:
+def read(source: str, text: TextOptions, **options: Any) -> Table:
     """Read the table in a file, in an array of a file, or on standard input.
 
     Args:
         source: The user's argument.
-        columns: As in `read_table`; none means all.
-        context: As in `read_table`.
-        categories: As in `read_table`, but they need not be named in `context` too.
-        dtype: As in `read_table`.
-        **text: `drop_missing`, `decimal` and `encoding`, as in `read_table`.
+        text: The user's options for text.
+        **options: `columns`, none of them for all, `context`, `categories` and `dtype`, as in `read_table`.
 
     Raises:
-        ValueError, FileNotFoundError: As `read_table`.
+        InputError, FileNotFoundError: As `read_table`.
     """
     from pyro_maf.datasets import read_table
 
     path, array = source_and_array(source)
-    given = [*context, *(name for name in categories if name not in context)]
-    return read_table(
-        path, columns=columns or None, context=given, categories=categories, array=array, dtype=dtype, **text
-    )
+    with input_errors():
+        return read_table(path, array=array, **{**options, "columns": options.get("columns") or None}, **text)
 
 
-def separated(values: list[str] | None) -> list[str]:
+def separated(values: Sequence[str] | None) -> list[str]:
     """Split the items of an option that is repeated, or has commas.
 
     Example:

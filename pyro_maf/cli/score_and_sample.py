@@ -1,0 +1,252 @@
+"""`pyro-maf score` and `pyro-maf sample`: log-densities of rows, and new rows, streamed to csv or parquet."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, BinaryIO, TypeAlias
+
+import typer
+
+from pyro_maf._core.extras import require
+from pyro_maf.cli.errors import CommandError, input_errors, say
+from pyro_maf.cli.options import Decimal, Encoding, Model, Out, Source, flag, separated
+from pyro_maf.cli.saved_model import SavedModel, read_model
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow
+    from torch import Tensor
+
+    from pyro_maf.datasets import Table
+
+    Write: TypeAlias = Callable[[np.ndarray], None]
+
+__all__ = ["SAMPLE_EXAMPLES", "SCORE_EXAMPLES", "sample", "score", "writing_rows"]
+
+SCORE_EXAMPLES = """**Examples**
+
+```
+pyro-maf score wine-maf new.csv --out scores.csv
+pyro-maf score wine-maf new.parquet | sort -g | head
+xz -dc new.csv.xz | pyro-maf score wine-maf -
+```
+"""
+SAMPLE_EXAMPLES = """**Examples**
+
+```
+pyro-maf sample wine-maf -n 1000 --out more.parquet
+pyro-maf sample wine-maf -n 5 --context colour=red --context age=3
+```
+"""
+STANDARD_OUTPUT = Path("-")
+VALUES_AT_ONCE = 2**18
+
+
+def score(
+    model: Model,
+    data: Source,
+    drop_missing: Annotated[
+        bool, flag("drop-missing", "Score rows with missing values as nan, instead of an error.")
+    ] = False,
+    decimal: Decimal = ".",
+    encoding: Encoding = "utf-8",
+    out: Out = STANDARD_OUTPUT,
+) -> None:
+    """Compute the log-density of every row, in nats.
+
+    One column, log_density, with a row for each of DATA, in its order. The columns of DATA are matched by name; others
+    are ignored.
+    """
+    import torch
+
+    from pyro_maf.training.result import log_prob_of
+
+    saved = read_model(model)
+    table = saved.read(data, {"drop_missing": drop_missing, "decimal": decimal, "encoding": encoding})
+    total = squares = 0.0
+    count = rows = 0
+    first = None
+    with writing_rows(out, ["log_density"], saved.dtype) as write:
+        for scores in _with_gaps(log_prob_of(saved.density, table.data, table.context), table):
+            write(scores[:, None].numpy())
+            outside = (scores == -torch.inf).nonzero()[:1, 0].tolist()
+            first = first or (rows + outside[0] + 1 if outside else None)
+            rows += len(scores)
+            inside = scores[scores > -torch.inf].double()
+            count += len(inside)
+            total, squares = total + inside.sum().item(), squares + inside.square().sum().item()
+    if table.missing is not None:
+        say(f"nan for some rows: {table.missing}.")
+    where = "" if first is None else f" (data row {first}, counted from 1, is the first)"
+    say(_summary(len(table.data), len(table.data) - count, where, total, squares))
+
+
+def _with_gaps(scores: Iterator[Tensor], table: Table) -> Iterator[Tensor]:
+    """Iterate over log-densities of all rows of the file, NaN for those left out of the table."""
+    import numpy as np
+    import torch
+
+    if table.missing is None:
+        yield from scores
+        return
+    place = written = 0
+    for block in scores:
+        numbers = table.numbers(np.arange(place, place + len(block)))
+        place += len(block)
+        rows = torch.full((int(numbers[-1]) - written,), torch.nan, dtype=block.dtype)
+        rows[torch.from_numpy(numbers - written - 1)] = block
+        written = int(numbers[-1])
+        yield rows
+    if table.missing.length > written:
+        yield torch.full((table.missing.length - written,), torch.nan)
+
+
+def _summary(count: int, outside: int, where: str, total: float, squares: float) -> str:
+    rows = f"{count:,} row" + "s" * (count != 1)
+    if outside:
+        return f"{rows}, of which {outside:,} {'has' if outside == 1 else 'have'} density 0{where}."
+    mean = total / count
+    error = math.sqrt(max(0.0, squares / count - mean**2) / count)
+    return f"{rows}, mean log-density {mean:.3f} nats, standard error {error:.3f}."
+
+
+def sample(
+    model: Model,
+    number: Annotated[int, typer.Option("--number", "-n", metavar="N", help="Number of rows.")] = 1000,
+    out: Out = STANDARD_OUTPUT,
+    context: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="Context of the rows: one value for each column of context.", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same rows.")] = 0,
+) -> None:
+    """Draw rows from a model, with the columns that it was fitted to."""
+    import torch
+
+    from pyro_maf._core.checks import check_positive
+
+    with input_errors():
+        check_positive("sample", "--number", number)
+        check_positive("sample", "--seed", seed, least=0)
+    saved = read_model(model)
+    density = saved.at(_context(saved, separated(context)))
+    names = saved.names
+    rows = max(1, VALUES_AT_ONCE // len(names))
+    torch.manual_seed(seed)
+    with writing_rows(out, names, saved.dtype) as write:
+        for start in range(0, number, rows):
+            write(density.sample((min(rows, number - start),)).numpy())
+
+
+def _context(model: SavedModel, pairs: Sequence[str]) -> Tensor | None:
+    """Parse NAME=VALUE pairs to the context, (C,), or None for a model without one.
+
+    Raises:
+        CommandError: For a column that is missing, unknown or repeated, or a value that is invalid for it.
+    """
+    import torch
+
+    columns = dict(model.context)
+    expected = f"the model is given {', '.join(columns)}" if columns else "the model takes no context"
+    values: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or name in values or name not in columns:
+            problem = "twice" if name in values else "which is no column of context" if equals else "without a value"
+            raise CommandError(f"sample got --context {pair}, {problem}: {expected}.")
+        values[name] = value
+    missing = [name for name in columns if name not in values]
+    if missing:
+        raise CommandError(f"sample expected --context {missing[0]}=VALUE: {expected}.")
+    numbers = [number for name, categories in columns.items() for number in _encoded(name, values[name], categories)]
+    return torch.tensor(numbers, dtype=model.density.context_dtype) if columns else None
+
+
+def _encoded(name: str, value: str, categories: list[str] | None) -> list[float]:
+    """Encode a value of context."""
+    if categories is not None:
+        if value not in categories:
+            raise CommandError(f"sample expected --context {name} to be one of {', '.join(categories)}, got {value!r}.")
+        return [float(value == category) for category in categories]
+    from pyro_maf.tables.cells import number_in
+
+    number = number_in(value)
+    if not math.isfinite(number):
+        raise CommandError(f"sample expected --context {name} to be a finite number, got {value!r}.")
+    return [number]
+
+
+@contextmanager
+def writing_rows(path: Path, names: Sequence[str], dtype: str = "float32") -> Iterator[Write]:
+    r"""Context that yields a function to write rows, (n, columns), under the column names `names`.
+
+    A file is replaced atomically once all is written.
+
+    Args:
+        path: "-" for standard output, as csv, or a file that ends in .csv or .parquet.
+        names: Names of the columns.
+        dtype: "float32" or "float64", the dtype of the output and so its number of digits.
+
+    Raises:
+        CommandError: For another ending.
+        FileNotFoundError: If its folder does not exist.
+        ModuleNotFoundError: Without pyarrow.
+
+    Example:
+        >>> import tempfile, numpy as np
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with writing_rows(Path(folder, "rows.csv"), ["a", "b"]) as write:
+        ...         write(np.array([[1, 2.5]]))
+        ...     Path(folder, "rows.csv").read_text()
+        'a,b\n1,2.5\n'
+    """
+    require("pyro-maf", "pyarrow")
+    import pyarrow
+
+    from pyro_maf.saving import writing_whole
+
+    schema = pyarrow.schema([(name, pyarrow.float64() if dtype == "float64" else pyarrow.float32()) for name in names])
+    writers = {".csv": _csv_writer, ".parquet": _parquet_writer}
+    if path == STANDARD_OUTPUT:
+        with _csv_writer(sys.stdout.buffer, schema) as write:
+            yield write
+        sys.stdout.flush()
+        return
+    if path.suffix not in writers:
+        raise CommandError(f'expected --out to end in {" or ".join(writers)}, or to be "-", got {path}.')
+    with writing_whole(path) as file, writers[path.suffix](file, schema) as write:
+        yield write
+
+
+@contextmanager
+def _csv_writer(file: BinaryIO, schema: pyarrow.Schema) -> Iterator[Write]:
+    from pyarrow.csv import CSVWriter, WriteOptions
+
+    header = io.StringIO()
+    csv.writer(header, lineterminator="\n").writerow(schema.names)
+    file.write(header.getvalue().encode())
+    with CSVWriter(file, schema, write_options=WriteOptions(include_header=False)) as writer:
+        yield lambda rows: writer.write(_batch(rows, schema))
+
+
+@contextmanager
+def _parquet_writer(file: BinaryIO, schema: pyarrow.Schema) -> Iterator[Write]:
+    from pyarrow.parquet import ParquetWriter
+
+    with ParquetWriter(file, schema) as writer:
+        yield lambda rows: writer.write(_batch(rows, schema))
+
+
+def _batch(rows: np.ndarray, schema: pyarrow.Schema) -> pyarrow.RecordBatch:
+    import pyarrow
+
+    columns = [pyarrow.array(column, field.type) for column, field in zip(rows.T, schema, strict=True)]
+    return pyarrow.record_batch(columns, schema=schema)
