@@ -8,7 +8,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Generic, TypeVar, cast
 
 import torch
 from pyro import poutine
@@ -32,6 +32,8 @@ from pyro_maf.infer.plates import why_alone
 
 __all__ = ["GuideFit", "fit_guide"]
 
+AnyGuide = TypeVar("AnyGuide", bound=Guide)
+
 OPTIONS = ("steps", "num_particles", "learning_rate", "progress")
 MOST_FAILURES = 50
 FAILURES_TO_RETREAT = 10
@@ -47,7 +49,7 @@ DIAGNOSED_BY_STEP, LEAST_DIAGNOSED = 2, 200
 
 
 @dataclass(frozen=True, repr=False)
-class GuideFit:
+class GuideFit(Generic[AnyGuide]):
     """A fitted guide, with its loss history, the reason for stopping and a diagnosis.
 
     Attributes:
@@ -61,7 +63,7 @@ class GuideFit:
         run_alone: Why the model had to be run for each draw, and the site at which that shows; "" otherwise.
     """
 
-    guide: Any
+    guide: AnyGuide
     elbo: tuple[float, ...]
     diagnosis: Diagnosis
     seconds: float
@@ -72,25 +74,26 @@ class GuideFit:
 
     def __repr__(self) -> str:
         steps = f"{len(self.elbo)} steps in {self.seconds:.1f} s"
-        skipped = (
-            f", {self.skipped_steps} steps without a finite loss and gradient skipped" if self.skipped_steps else ""
-        )
-        times = f"; went back to the best weights {self.retreats} times, with half the learning rate"
-        retreats = times if self.retreats else ""
-        alone = "; the model was run for each draw" if self.run_alone else ""
+        if self.skipped_steps:
+            steps += f", {self.skipped_steps} steps without a finite loss and gradient skipped"
+        end = self.stop_reason
+        if self.retreats:
+            end += f"; went back to the best weights {self.retreats} times, with half the learning rate"
+        if self.run_alone:
+            end += "; the model was run for each draw"
         return (
-            f"GuideFit({type(self.guide).__name__}, {steps}{skipped};\n"
-            f"  stopped: {self.stop_reason}{retreats}{alone};\n"
+            f"GuideFit({type(self.guide).__name__}, {steps};\n"
+            f"  stopped: {end};\n"
             f"  {self._bound()};\n"
             f"  {self._verdict()})"
         )
 
     def _bound(self) -> str:
-        found = self.diagnosis
-        if found.reason:
+        figures = self.diagnosis
+        if figures.reason:
             return f"ELBO about {fmean(self.elbo[-RECENT:]):.3f} nats in the last steps" if self.elbo else "no ELBO"
-        draws = f"effective sample size {found.ess:.0f} of {found.num_samples}"
-        return f"ELBO {found.elbo:.3f} +- {found.elbo_se:.3f} nats, {draws}"
+        draws = f"effective sample size {figures.ess:.0f} of {figures.num_samples}"
+        return f"ELBO {figures.elbo:.3f} +- {figures.elbo_se:.3f} nats, {draws}"
 
     def _verdict(self) -> str:
         """The verdict, shortened to a line; `diagnosis` has all of it."""
@@ -100,14 +103,14 @@ class GuideFit:
 
 def fit_guide(
     model: Model,
-    guide: Guide,
+    guide: AnyGuide,
     *args: object,
     steps: int = 10_000,
     num_particles: int = 32,
     learning_rate: float = 1e-2,
     progress: bool | str = True,
     **kwargs: object,
-) -> GuideFit:
+) -> GuideFit[AnyGuide]:
     r"""Fit a guide, and the parameters of the model if it has any, until the evidence lower bound stops rising.
 
     Adam on the path gradient, for guides of this package, or else on that of `Trace_ELBO`. The learning rate warms up,
@@ -161,13 +164,9 @@ def fit_guide(
         variational inference*, 2020.
     """
     started = time.monotonic()
-    _check(model, guide, steps, num_particles, learning_rate, progress)
     call = Call(model, args, kwargs)
-    check_call("fit_guide", call, OPTIONS)
-    require("fit_guide", "rich")
-    if "arviz" not in sys.modules:
-        say_before_bar("fit_guide loads arviz, once in a program: some seconds.", progress)
-    arviz()  # if it is missing, fail now rather than after the fit
+    _check(call, guide, steps, num_particles, learning_rate, progress)
+    _check_extras(progress)
     with without_empty_tables(), bar(progress, "{task.description} {task.completed}", "{task.fields[elbo]}") as shown:
         with show_runs(shown, "setting up, run", SET_UP_RUNS, elbo=""):
             if isinstance(guide, AutoFlow):
@@ -180,12 +179,7 @@ def fit_guide(
                 UserWarning,
                 stacklevel=2,
             )
-        with Interruption() as interruption:
-            try:
-                reason = run.to_the_end(steps, interruption, shown)
-            finally:
-                interruption.settle()
-                run.settle()
+        reason = run.to_the_end(steps, shown)
         diagnosis = run.diagnosed(shown)
     return GuideFit(
         guide=guide,
@@ -199,17 +193,21 @@ def fit_guide(
     )
 
 
-def _check(model: Any, guide: Any, steps: Any, num_particles: Any, learning_rate: Any, progress: Any) -> None:
-    check_pair("fit_guide", model, guide)
+def _check(call: Call, guide: Guide, steps: int, num_particles: int, learning_rate: float, progress: object) -> None:
+    check_pair("fit_guide", call.program, guide)
     check_positive("fit_guide", "steps", steps)
     check_positive("fit_guide", "num_particles", num_particles)
     check_above_zero("fit_guide", "learning_rate", learning_rate, finite=True)
     check_progress("fit_guide", progress)
+    check_call("fit_guide", call, OPTIONS)
 
 
-def _leaf(value: Any) -> Tensor:
-    """Return the trained leaf of a parameter; with `module_local_params` Pyro states some without a constraint."""
-    return value.unconstrained() if hasattr(value, "unconstrained") else value
+def _check_extras(progress: bool | str) -> None:
+    """Import what the fit needs: if it is missing, fail now rather than after the fit."""
+    require("fit_guide", "rich")
+    if "arviz" not in sys.modules:
+        say_before_bar("fit_guide loads arviz, once in a program: some seconds.", progress)
+    arviz()
 
 
 class _Run:
@@ -218,7 +216,6 @@ class _Run:
     def __init__(self, call: Call, guide: Guide, num_particles: int, schedule: Schedule) -> None:
         self._call, self._guide = call, guide
         self._pair = pair = pairing("fit_guide", call, guide)
-        self._is_alone = not pair.is_vectorised
         self.alone = "" if pair.is_vectorised else why_alone(call, guide)
         objective = TracePath_ELBO if isinstance(guide, AutoFlow) else TraceEnum_ELBO if pair.enumerated else Trace_ELBO
         # Pass max_plate_nesting explicitly; Pyro would otherwise guess it and print a warning.
@@ -242,16 +239,23 @@ class _Run:
     def _find_parameters(self) -> list[Tensor]:
         with poutine.trace(param_only=True) as capture:
             self._objective.loss(self._call.program, self._guide, *self._call.args, **self._call.kwargs)
-        sites: list[Any] = [site for site in capture.trace.nodes.values() if site["type"] == "param"]
-        leaves = {id(leaf): leaf for leaf in (_leaf(site["value"]) for site in sites)}
-        parameters = [leaf for leaf in leaves.values() if leaf.requires_grad]
+        leaves = [_leaf(site["value"]) for site in capture.trace.nodes.values() if site["type"] == "param"]
+        parameters = list({id(leaf): leaf for leaf in leaves if leaf.requires_grad}.values())
         if not parameters:
             raise ValueError("fit_guide expected a guide with parameters to train, got none.")
         return parameters
 
-    def to_the_end(self, steps: int, interruption: Interruption, shown: Bar) -> str:
-        """Take steps until there is a reason to stop; return the reason."""
+    def to_the_end(self, steps: int, shown: Bar) -> str:
+        """Take steps until there is a reason to stop, and set the guide to its averaged weights; return the reason."""
         shown.show("step", 0, steps, elbo="")
+        with Interruption() as interruption:
+            try:
+                return self._steps(steps, interruption, shown)
+            finally:
+                interruption.settle()
+                self._settle()
+
+    def _steps(self, steps: int, interruption: Interruption, shown: Bar) -> str:
         for _ in range(steps):
             try:
                 self.step()
@@ -271,7 +275,7 @@ class _Run:
     def diagnosed(self, shown: Bar) -> Diagnosis:
         """Diagnose the guide; without a verdict if interrupted."""
         draws = max(1_000, min(DIAGNOSED, MOST_DIAGNOSED // (self._pair.runs * self._pair.numbers)))
-        if self._is_alone:
+        if not self._pair.is_vectorised:
             draws = min(draws, max(LEAST_DIAGNOSED, DIAGNOSED_BY_STEP * len(self.elbo) // self._pair.runs))
         try:
             if not self.is_abandoned:
@@ -284,9 +288,9 @@ class _Run:
 
     def step(self) -> None:
         """Take one step, or skip it if it fails."""
+        call = self._call
         self._optimizer.zero_grad(set_to_none=True)
         try:
-            call = self._call
             loss = self._objective.loss_and_grads(call.program, self._guide, *call.args, **call.kwargs)
         except FAILURES:
             self._skip(raises=True)
@@ -337,10 +341,15 @@ class _Run:
         norm = min(norm, limit)
         self._usual_norm = norm if self._usual_norm == math.inf else 0.98 * self._usual_norm + 0.02 * norm
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Set the guide to its averaged weights."""
         if self._best.has_fallen():
             self._retreat()
         if self.schedule.ends_as_good_as_any():
             self.average.record_best()
         self.average.use_best()
+
+
+def _leaf(value: object) -> Tensor:
+    """Return the trained leaf of a parameter; with `module_local_params` Pyro states some without a constraint."""
+    return cast("Tensor", value.unconstrained() if hasattr(value, "unconstrained") else value)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
+from pyro.distributions import Delta, TorchDistribution
 from pyro.infer import Trace_ELBO
 from pyro.infer.util import torch_item
 from pyro.util import warn_if_nan
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
 from pyro_maf.infer.log_joint import is_enumerated, log_densities
-from pyro_maf.infer.model import latent_sites
+from pyro_maf.infer.model import Args, Call, Guide, Kwargs, Model, Site, Trace, latent_sites, layers_of, sample_sites
 
 __all__ = ["TracePath_ELBO", "detached"]
+
+T = TypeVar("T")
 
 
 class TracePath_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's way to name objectives)
@@ -58,33 +60,29 @@ class TracePath_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's way to name objectives)
         Roeder, Wu & Duvenaud, *Sticking the Landing*, 2017; Vaitl et al., *Gradients should stay on path*, 2022.
     """
 
-    _last: Callable[..., Any] | None = None
+    _last_model: Model | None = None
     _enumerates = False
 
-    def _get_traces(
-        self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Iterator[tuple[Any, Any]]:
-        if self._last != model:
-            self._last, self._enumerates = model, _has_enumerated(model, guide, args, kwargs)
+    def _get_traces(self, model: Model, guide: Guide, args: Args, kwargs: Kwargs) -> Iterator[tuple[Trace, Trace]]:
+        if self._last_model != model:
+            self._last_model, self._enumerates = model, _has_enumerated(Call(model, args, kwargs), guide)
         if self._enumerates and self.max_plate_nesting == math.inf:
             self._guess_max_plate_nesting(model, guide, args, kwargs)
         yield from super()._get_traces(model, guide, args, kwargs)
 
-    def _get_trace(
-        self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
-    ) -> tuple[Any, Any]:
+    def _get_trace(self, model: Model, guide: Guide, args: Args, kwargs: Kwargs) -> tuple[Trace, Trace]:
         if self._enumerates:
             model = poutine.enum(model, first_available_dim=-1 - self.max_plate_nesting)
         return super()._get_trace(model, guide, args, kwargs)
 
-    def _log_joints(self, model_trace: Any) -> list[Tensor]:
+    def _log_joints(self, model_trace: Trace) -> list[Tensor]:
         """Return the terms that sum to the log joint density, each a number."""
         if self._enumerates:
             return [log_density.sum() for log_density in log_densities(model_trace)]
         model_trace.compute_log_prob()
-        return [site["log_prob_sum"] for site in model_trace.nodes.values() if site["type"] == "sample"]
+        return [site["log_prob_sum"] for site in sample_sites(model_trace).values()]
 
-    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+    def loss(self, model: Model, guide: Guide, *args: object, **kwargs: object) -> float:
         """Return the negative bound in nats, from `num_particles` draws."""
         loss = 0.0
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
@@ -93,28 +91,27 @@ class TracePath_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's way to name objectives)
         warn_if_nan(torch.as_tensor(loss), "loss")
         return loss
 
-    def _differentiable_loss_particle(self, model_trace: Any, guide_trace: Any) -> tuple[Any, Any]:
-        elbo: Any = 0.0
-        surrogate: Any = 0.0
+    def _differentiable_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[float, Tensor | float]:
+        elbo = 0.0
+        surrogate: Tensor | float = 0.0
         for log_joint in self._log_joints(model_trace):
-            elbo = elbo + torch_item(log_joint)
+            elbo += torch_item(log_joint)
             surrogate = surrogate + log_joint
-        for name, site in guide_trace.nodes.items():
-            if site["type"] == "sample":
-                elbo = elbo - torch_item(site["log_prob_sum"])
-                surrogate = surrogate - _held_log_prob(name, site)
+        for site in sample_sites(guide_trace).values():
+            elbo -= torch_item(site["log_prob_sum"])
+            surrogate = surrogate - _path_log_prob(site)
         return -elbo, -surrogate
 
 
-def _has_enumerated(model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+def _has_enumerated(call: Call, guide: Guide) -> bool:
     """True if a model has discrete sites to sum out that its guide leaves out; the random state is not advanced."""
     with torch.random.fork_rng(), poutine.block():
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-    return any(is_enumerated(site) for name, site in latent_sites(model_trace).items() if name not in guide_trace.nodes)
+        guide_trace = call.of(guide).trace()
+        sites = latent_sites(call.replayed(guide_trace))
+    return any(is_enumerated(site) for name, site in sites.items() if name not in guide_trace)
 
 
-def _held_log_prob(name: str, site: dict[str, Any]) -> Any:
+def _path_log_prob(site: Site) -> Tensor:
     """Return the log-density of a site's value, as a function of the value alone."""
     fn, value = site["fn"], site["value"]
     if not isinstance(value, Tensor) or not (value.requires_grad or _depends(site["log_prob_sum"])):
@@ -123,29 +120,28 @@ def _held_log_prob(name: str, site: dict[str, Any]) -> Any:
         return site["log_prob_sum"]  # its density is that of a change of variables, without parameters
     if not fn.has_rsample:
         raise NotImplementedError(
-            f"TracePath_ELBO expected reparameterised sites, got {name} of {type(fn).__name__}: use Trace_ELBO."
+            f"TracePath_ELBO expected reparameterised sites, got {site['name']} of {type(fn).__name__}: use Trace_ELBO."
         )
-    with _frozen(fn) as held:
+    with _frozen(fn) as frozen:
         # A new tensor of the same values: no cache then links it to the parameters that it was computed from.
-        log_prob = held.log_prob(value.view_as(value))
+        log_prob = frozen.log_prob(value.view_as(value))
     scale, mask = site["scale"], site["mask"]
     if mask is not None:
         log_prob = torch.where(torch.as_tensor(mask, device=log_prob.device), log_prob, 0.0)
     return (log_prob * scale).sum()
 
 
-def _depends(value: Any) -> bool:
+def _depends(value: object) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def _innermost(fn: Any) -> Any:
-    while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
-        fn = fn.base_dist
-    return fn
+def _innermost(fn: Distribution) -> Distribution:
+    """Return the distribution within wrappers that do not transform its values."""
+    return next(layer for layer in layers_of(fn) if hasattr(layer, "transforms") or not hasattr(layer, "base_dist"))
 
 
 @contextmanager
-def _frozen(fn: Any) -> Iterator[Any]:
+def _frozen(fn: TorchDistribution) -> Iterator[TorchDistribution]:
     """Copy of a distribution, detached from its parameters, while entered."""
     modules: list[nn.Module] = []
     twin = detached(fn, modules)
@@ -159,12 +155,16 @@ def _frozen(fn: Any) -> Iterator[Any]:
             parameter.requires_grad_(True)
 
 
-def detached(value: Any, modules: list[nn.Module]) -> Any:
+def detached(value: T, modules: list[nn.Module]) -> T:
     """Copy tensors, distributions and transforms without gradient; collect the modules in them."""
+    return cast("T", _detached(value, modules))
+
+
+def _detached(value: object, modules: list[nn.Module]) -> object:
     if isinstance(value, Tensor):
         return value.detach()
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-        return type(value)(detached(item, modules) for item in value)
+        return type(value)(_detached(item, modules) for item in value)
     if isinstance(value, nn.Module):
         modules.append(value)
         if not any(buffer.requires_grad for buffer in value.buffers()):
@@ -173,8 +173,8 @@ def detached(value: Any, modules: list[nn.Module]) -> Any:
         twin._buffers = {name: detached(buffer, modules) for name, buffer in value._buffers.items()}
         return twin
     if isinstance(value, (Distribution, Transform)):
-        held: Any = copy.copy(value)
-        own = value.__dict__.items()
-        held.__dict__.update({name: detached(item, modules) for name, item in own if name != "_inv"})
-        return held
+        frozen = copy.copy(value)
+        attributes = value.__dict__.items()
+        frozen.__dict__.update({name: _detached(item, modules) for name, item in attributes if name != "_inv"})
+        return frozen
     return value
