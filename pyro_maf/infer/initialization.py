@@ -7,8 +7,8 @@ ascent proposes normals, and the evidence lower bound of each, estimated from a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_maf._core.random import seeded
 from pyro_maf.infer.log_joint import FAILURES
+from pyro_maf.infer.model import Args, Kwargs, leaves_of
 
 __all__ = ["Normal", "best_normal", "best_of", "in_double", "widened"]
 
@@ -63,8 +64,8 @@ def best_normal(log_density: Score, loc: Tensor, *, vectorised: bool = True) -> 
     each other, as in hierarchies, no curvature has a bound as high.
 
     The ascent is a damped Newton iteration on |eigenvalues|, so that saddles repel it; beyond 200 dimensions it is
-    BFGS, whose curvature comes from the gradients met. It ends where it has converged, or has met no better normal for
-    20 iterations, and is computed in float64 where the model can be run so.
+    BFGS, whose curvature comes from the gradients on the way. It ends where it has converged, or after 20 iterations
+    without a better normal, and is computed in float64 where the model can be run so.
 
     Args:
         log_density: Log-density of the posterior, up to a constant.
@@ -77,8 +78,8 @@ def best_normal(log_density: Score, loc: Tensor, *, vectorised: bool = True) -> 
     """
     wide = in_double(log_density, loc)
     if wide is not None:
-        found, bound = _Search(wide, loc.double(), vectorised).best()
-        normal = Normal(found.loc.to(loc), found.scale_tril.to(loc))
+        best, bound = _Search(wide, loc.double(), vectorised).best()
+        normal = Normal(best.loc.to(loc), best.scale_tril.to(loc))
         with torch.no_grad():
             narrow = float(_bounds(log_density, [normal], _noise(loc, vectorised))[0])
         if narrow > bound - max(SLACK, SLACK / 100 * abs(bound)):
@@ -131,14 +132,14 @@ class _Search:
 
     def _backwards(self, path: Iterator[list[Normal]]) -> None:
         """Try the candidates of some points, from the last one back, since a bound takes many more runs than a step."""
-        met = []
+        points = []
         for candidates in path:
-            met.append(candidates)
+            points.append(candidates)
             if self._runs >= ALONE // 2:
                 break
         back = 1
-        while back <= len(met) and self._runs < ALONE:
-            self._try(met[-back])
+        while back <= len(points) and self._runs < ALONE:
+            self._try(points[-back])
             back *= 2
 
     def _score(self, rows: Tensor) -> Tensor:
@@ -227,8 +228,8 @@ def _bfgs(log_density: Score, loc: Tensor, vectorised: bool) -> Iterator[list[No
             covariance = _updated(covariance, moved, bent)
         if done or iteration % 4 == 3:
             factor, failed = torch.linalg.cholesky_ex(covariance)
-            own = [] if failed else [Normal(loc, factor)]
-            yield own + [Normal.isotropic(loc, scale) for scale in ISOTROPIC]
+            normals = [] if failed else [Normal(loc, factor)]
+            yield normals + [Normal.isotropic(loc, scale) for scale in ISOTROPIC]
         if done:
             return
 
@@ -315,35 +316,26 @@ class _Promoting(TorchFunctionMode):
     """Type promotion of mixed products, as of sums: float32 times float64 is float64, matrix products included."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        self, func: Callable[..., object], types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
         kwargs = kwargs or {}
-        dtypes: set[torch.dtype] = set()
-        _collect((*args, *kwargs.values()), dtypes)
+        dtypes = {leaf.dtype for leaf in leaves_of((args, *kwargs.values())) if isinstance(leaf, Tensor)}
         if dtypes >= {torch.float32, torch.float64} and not _writes(func, kwargs):
-            args = _promoted(args)
+            args = tuple(map(_promoted, args))
             kwargs = {name: _promoted(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)
 
 
-def _writes(func: Any, kwargs: Mapping[str, Any]) -> bool:
+def _writes(func: Callable[..., object], kwargs: Kwargs) -> bool:
     """True if a function writes into one of its arguments; written into a float64 copy, that would be lost."""
     name = getattr(func, "__name__", "")
     return "out" in kwargs or (name.endswith("_") and not name.endswith("__")) or name.startswith(("__i", "__set"))
 
 
-def _collect(value: Any, dtypes: set[torch.dtype]) -> None:
-    if isinstance(value, Tensor):
-        dtypes.add(value.dtype)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            _collect(item, dtypes)
-
-
-def _promoted(value: Any) -> Any:
+def _promoted(value: object) -> object:
     if isinstance(value, Tensor):
         return value.double() if value.dtype == torch.float32 else value
-    if type(value) in (tuple, list):
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
         return type(value)(_promoted(item) for item in value)
     return value
 
@@ -375,8 +367,8 @@ def in_double(score: Score, loc: Tensor) -> Score | None:
 
     try:
         with torch.no_grad():
-            found, expected = promoted(wide[None]), score(loc[None])
+            result, expected = promoted(wide[None]), score(loc[None])
     except Exception:  # a model not written for float64 may fail in any way
         return None
-    same = torch.allclose(found.to(expected), expected, rtol=CLOSE, atol=CLOSE * len(loc))
+    same = torch.allclose(result.to(expected), expected, rtol=CLOSE, atol=CLOSE * len(loc))
     return promoted if same else None

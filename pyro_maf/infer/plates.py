@@ -14,7 +14,19 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_maf.infer.model import Args, Call, Frame, Guide, Kwargs, Site, Trace, is_subsample, latent_sites, sample_sites
+from pyro_maf.infer.model import (
+    Args,
+    Call,
+    Frame,
+    Guide,
+    Kwargs,
+    Site,
+    Trace,
+    is_subsample,
+    latent_sites,
+    leaves_of,
+    sample_sites,
+)
 
 __all__ = [
     "Minibatch",
@@ -256,17 +268,9 @@ class _Uses(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") not in NO_LOOK:
-            inputs = {id(value) for value in _leaves((args, tuple(kwargs.values())))}
+            inputs = {id(value) for value in leaves_of((args, *kwargs.values()))}
             self._look.used.update(name for name, rows in self._look.rows.items() if id(rows) in inputs)
         return func(*args, **kwargs)
-
-
-def _leaves(value: object) -> Iterator[object]:
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _leaves(item)
-    else:
-        yield value
 
 
 @torch.no_grad()
