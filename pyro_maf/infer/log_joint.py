@@ -126,15 +126,14 @@ class LogJoint:
             scored = score(values, self._minibatches)
         except FAILURES:
             if count == 1:
-                return next(iter(values.values())).new_full((1,), -torch.inf)
+                return _first_of(values).new_full((1,), -torch.inf)
             halves = (slice(count // 2), slice(count // 2, count))
-            return torch.cat([self({name: value[half] for name, value in values.items()}) for half in halves])
+            return torch.cat([self(_draws(values, half)) for half in halves])
         return torch.where(scored.isnan() | (scored == torch.inf), -torch.inf, scored)
 
     def returned(self, values: Values) -> object:
         """Return value of the model at values of one draw, (1, ...), with the rows of the first minibatch."""
-        one = {name: value[0].reshape(self._shapes[name]) for name, value in values.items()}
-        return self._scored(one, next(iter(self._minibatches))).nodes["_RETURN"]["value"]
+        return self._scored(self._single(values, 0), next(iter(self._minibatches))).nodes["_RETURN"]["value"]
 
     def prior_draws(self, count: int) -> dict[str, Tensor]:
         r"""Draw the latent sites from the prior, (count, \*site), for a model that scores many draws in one run.
@@ -163,36 +162,35 @@ class LogJoint:
         first = list(islice(self._minibatches, 1))
         alone, error = [], None
         for index in range(_count(values)):
-            one = {name: value[index : index + 1] for name, value in values.items()}
             try:
-                alone.append(self._in_turn(one, first))
+                alone.append(self._in_turn(_draws(values, slice(index, index + 1)), first))
             except FAILURES as failure:
-                alone.append(next(iter(one.values())).new_full((1,), torch.nan))
+                alone.append(_first_of(values).new_full((1,), torch.nan))
                 error = failure
         expected = torch.cat(alone)
         usable = expected.isfinite()
         if error is not None and not usable.any():
             raise error
         try:
-            found = self._together({name: value[usable] for name, value in values.items()}, first)
+            together = self._together(_draws(values, usable), first)
         except PartialRowsError:
             raise
         except Exception:  # a model not written for a batch may fail in any way
             self.is_vectorised = False
         else:
-            self.is_vectorised = torch.allclose(found, expected[usable], rtol=1e-3, atol=1e-3)
+            self.is_vectorised = torch.allclose(together, expected[usable], rtol=1e-3, atol=1e-3)
         index = int(usable.int().argmax())
-        self._look_for_draws({name: value[index : index + 1] for name, value in values.items()}, first)
+        self._test_randomness(_draws(values, slice(index, index + 1)), first)
         return self
 
-    def _look_for_draws(self, one: Values, minibatches: Iterable[Minibatch]) -> None:
+    def _test_randomness(self, one: Values, minibatches: Iterable[Minibatch]) -> None:
         """Set `hidden` and `is_random`, the latter if the density of one draw differs between seeds."""
-        draws = DrawRecorder(next(iter(one.values())).device)
+        recorder = DrawRecorder(self._like.device)
         try:
-            with draws:
+            with recorder:
                 first = self._in_turn(one, minibatches)
-            self.hidden = tuple(sorted(draws.sites))
-            seeds = range(1, SEEDS if draws.any else 2)
+            self.hidden = tuple(sorted(recorder.sites))
+            seeds = range(1, SEEDS if recorder.any else 2)
             others = (self._in_turn(one, minibatches, seed) for seed in seeds)
             differs = any(not torch.allclose(first, other, rtol=1e-5, atol=1e-5, equal_nan=True) for other in others)
         except FAILURES:
@@ -214,14 +212,17 @@ class LogJoint:
 
     def _in_turn(self, values: Values, minibatches: Iterable[Minibatch], seed: int = 0) -> Tensor:
         def score(row: int, minibatch: Minibatch) -> Tensor:
-            one = {name: value[row].reshape(self._shapes[name]) for name, value in values.items()}
-            trace = self._scored(one, minibatch, seed)
+            trace = self._scored(self._single(values, row), minibatch, seed)
             self.numbers = max(self.numbers, sum(site["log_prob"].numel() for site in sample_sites(trace).values()))
             report_run()
             return _sum(part.sum() for part in log_densities(trace, minibatch.weight))
 
         minibatches = tuple(minibatches)
         return torch.stack([_sum(score(row, each) for each in minibatches) for row in range(_count(values))])
+
+    def _single(self, values: Values, row: int) -> dict[str, Tensor]:
+        """Return the values of one draw, in the shapes of their sites."""
+        return {name: value[row].reshape(self._shapes[name]) for name, value in values.items()}
 
     def _scored(self, values: Values, minibatch: Minibatch, seed: int = 0) -> Trace:
         inside = {name: minibatch.of_these_rows(value, self._all_rows.get(name, {})) for name, value in values.items()}
@@ -235,7 +236,7 @@ class LogJoint:
         model = poutine.condition(self._call.program, data=dict(values))
         if self.enumerated:  # along dimensions on the left of that of the draws
             model = poutine.enum(model, first_available_dim=-self.nesting - 2)
-        with seeded(seed, next(iter(values.values())).device):
+        with seeded(seed, self._like.device):
             return self._call.of(model).trace()
 
 
@@ -245,8 +246,17 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
     return sum(rest, first)
 
 
+def _draws(values: Values, index: slice | Tensor) -> dict[str, Tensor]:
+    """Select some draws."""
+    return {name: value[index] for name, value in values.items()}
+
+
+def _first_of(values: Values) -> Tensor:
+    return next(iter(values.values()))
+
+
 def _count(values: Values) -> int:
-    return len(next(iter(values.values())))
+    return len(_first_of(values))
 
 
 def _of_all_rows(site: Site, shape: torch.Size) -> dict[str, int]:
@@ -302,16 +312,16 @@ def log_densities(trace: Trace, weigh: Weigh = lambda frames: 1.0) -> list[Tenso
     trace.pack_tensors()
     summed = set(trace.symbol_to_dim) - set(trace.plate_to_symbol.values())
     coupled: dict[frozenset[str], list[Site]] = {}
-    found = []
+    terms = []
     for site in sites:
         if dims := summed.intersection(vars(site["packed"]["log_prob"])["_pyro_dims"]):
             coupled.setdefault(frozenset(dims), []).append(site)
         else:
-            found.append(site["log_prob"] * weigh(site["cond_indep_stack"]))
+            terms.append(site["log_prob"] * weigh(site["cond_indep_stack"]))
     for component in joined(coupled):
         together = [site for dims, group in coupled.items() if dims <= component for site in group]
-        found += _contracted(trace, together, set(component), weigh)
-    return found
+        terms += _contracted(trace, together, set(component), weigh)
+    return terms
 
 
 def _is_summed_out(site: Site) -> bool:
@@ -355,8 +365,8 @@ def _common_scale(sites: list[Site]) -> float:
             raise PartialRowsError(f"site {site['name']} is summed over within a sequential plate that subsamples")
         scales[float(site["scale"])] = site["name"]
     if len(scales) > 1:
-        found = ", ".join(f"{scale:g} at {name}" for scale, name in scales.items())
-        raise ValueError(f"Enumeration expected one scale for all sites that depend on a discrete one, got {found}.")
+        got = ", ".join(f"{scale:g} at {name}" for scale, name in scales.items())
+        raise ValueError(f"Enumeration expected one scale for all sites that depend on a discrete one, got {got}.")
     return next(iter(scales), 1.0)
 
 

@@ -40,7 +40,7 @@ __all__ = [
     "why_alone",
 ]
 
-NO_LOOK = ("__get__", "__len__", "__hash__", "size", "dim", "numel")
+SHAPE_ONLY = ("__get__", "__len__", "__hash__", "size", "dim", "numel")
 """Functions that depend on a tensor's shape and not on its values."""
 
 DRAWS = 7
@@ -142,7 +142,7 @@ class Minibatches:
     def __init__(
         self, plates: Mapping[str, Subsampled], together: Iterable[frozenset[str]], most: float, like: Tensor
     ) -> None:
-        self._plates = {name: _of_plate(plate, most, like) for name, plate in plates.items()}
+        self._plates = {name: _split(plate, most, like) for name, plate in plates.items()}
         self._groups = joined([*together, *(frozenset([name]) for name in plates)])
         self._combinations = [
             list(product(*(range(len(self._plates[name])) for name in sorted(group)))) for group in self._groups
@@ -168,7 +168,7 @@ class Minibatches:
         return 1 / self.count
 
 
-def _of_plate(plate: Subsampled, most: float, like: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _split(plate: Subsampled, most: float, like: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Split a plate into minibatches: rows, in random order, and their weights."""
     # Random, since rows are often sorted, and a part of the minibatches may have to stand for the others.
     order = torch.randperm(plate.size, generator=torch.Generator().manual_seed(0))
@@ -178,12 +178,12 @@ def _of_plate(plate: Subsampled, most: float, like: Tensor) -> list[tuple[Tensor
     for start in starts:
         times[start : start + plate.batch] += 1
     scale = plate.batch / int((times > 0).sum())
-    found = []
+    minibatches = []
     for start in starts:
         part = slice(start, start + plate.batch)
         rows, places = order[part].sort()  # a model may select them by a mask
-        found.append((rows, (scale / times[part])[places].to(like)))
-    return found
+        minibatches.append((rows, (scale / times[part])[places].to(like)))
+    return minibatches
 
 
 def joined(sets: Iterable[frozenset[str]]) -> list[frozenset[str]]:
@@ -210,19 +210,19 @@ def minibatches_of(
     """
     if not any(map(subsampled, sites)):
         return (Minibatch({}),), ""
-    look = _Look()
-    with look, _Uses(look):
+    recorder = _SubsampleRecorder()
+    with recorder, _UseRecorder(recorder):
         trace = run()
     frames = [subsampled(site) for site in sample_sites(trace).values()]
     plates = {frame.name: Subsampled(int(frame.full_size or 0), int(frame.size)) for each in frames for frame in each}
     try:
-        look.check(plates)
+        recorder.check(plates)
     except PartialRowsError as reason:
-        return (Minibatch(look.rows),), str(reason)
+        return (Minibatch(recorder.rows),), str(reason)
     return Minibatches(plates, (frozenset(frame.name for frame in each) for each in frames), most, like), ""
 
 
-class _Look(Messenger):
+class _SubsampleRecorder(Messenger):
     """Handler that records the plates that draw their rows, and which of these indices the model uses."""
 
     def __init__(self) -> None:
@@ -230,11 +230,11 @@ class _Look(Messenger):
         self.rows: dict[str, Tensor] = {}
         self.used: set[str] = set()
         self._partial: set[str] = set()
-        self._handed: set[str] = set()
+        self._passed: set[str] = set()
 
     def _pyro_sample(self, msg: Site) -> None:
         if is_subsample(msg) and msg["value"] is not None:
-            self._handed.add(msg["name"])
+            self._passed.add(msg["name"])
 
     def _pyro_post_sample(self, msg: Site) -> None:
         if is_subsample(msg):
@@ -248,28 +248,28 @@ class _Look(Messenger):
             part = f"{plate.batch} of its {plate.size} rows"
             if name not in self.rows:
                 raise PartialRowsError(f"plate {name} stands outside the model, with {part}")
-            if name in self._handed:
+            if name in self._passed:
                 raise PartialRowsError(f"plate {name} is handed {part} as subsample=")
             if name not in self.used:
                 raise PartialRowsError(f"plate {name} draws {part}, but the model does not look at which")
-        if alone := sorted(self._partial - plates.keys()):
-            raise PartialRowsError(f"plate {alone[0]} subsamples, and no site is in it")
+        if empty := sorted(self._partial - plates.keys()):
+            raise PartialRowsError(f"plate {empty[0]} subsamples, and no site is in it")
 
 
-class _Uses(TorchFunctionMode):
+class _UseRecorder(TorchFunctionMode):
     """Mode that records which plates' indices enter a function of torch, such as that of `data[rows]`."""
 
-    def __init__(self, look: _Look) -> None:
+    def __init__(self, recorder: _SubsampleRecorder) -> None:
         super().__init__()
-        self._look = look
+        self._recorder = recorder
 
     def __torch_function__(
         self, func: Callable[..., object], types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") not in NO_LOOK:
+        if getattr(func, "__name__", "") not in SHAPE_ONLY:
             inputs = {id(value) for value in leaves_of((args, *kwargs.values()))}
-            self._look.used.update(name for name, rows in self._look.rows.items() if id(rows) in inputs)
+            self._recorder.used.update(name for name, rows in self._recorder.rows.items() if id(rows) in inputs)
         return func(*args, **kwargs)
 
 
