@@ -1,7 +1,8 @@
-"""What the site takes from outside docs/: the benchmarks' pictures, and no script from the network."""
+"""What the site takes from outside docs/: the README as its first page, the benchmarks' pictures, no script."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +12,48 @@ from mkdocs.structure.pages import Page
 from mkdocs.utils import get_relative_url
 
 PICTURES = ("benchmarks/results/directions.png", "benchmarks/results/guides.png")
+LINK = re.compile(r"\[([^]]*)\]\(([\w/.-]+)\)")
 FETCHED = "https://unpkg.com/iframe-worker/shim"
-"""What the theme would have every page fetch, for a search without a server."""
+"""Script that the theme has every page fetch, for a search without a server."""
 
-KEPT = "assets/iframe-worker/shim.js"
+LOCAL = "assets/iframe-worker/shim.js"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the benchmarks' pictures under assets/."""
+    """Add the README as the first page, and the benchmarks' pictures under assets/."""
+    root = Path(config.docs_dir).parent
+    config.watch.append(str(root / "README.md"))
+    files.append(File.generated(config, "index.md", content=_first_page((root / "README.md").read_text("utf-8"))))
     for picture in PICTURES:
-        path = Path(config.docs_dir).parent / picture
+        path = root / picture
         files.append(File.generated(config, f"assets/{path.name}", abs_src_path=str(path)))
     return files
 
 
+def _first_page(readme: str) -> str:
+    """The README, with links to pages of the site; other files of the repository are named without a link."""
+
+    def link(match: re.Match[str]) -> str:
+        text, target = match.groups()
+        if target == "tutorials/README.md":
+            return f"[{text}](tutorials/index.md)"
+        return f"[{text}]({target.removeprefix('docs/')})" if target.startswith("docs/") else text
+
+    return LINK.sub(link, readme)
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Have pages, whose links are those of the repository, show the copies."""
+    """Show the copies on pages, whose links are those of the repository."""
     for picture in PICTURES:
         markdown = markdown.replace(f"(../{picture})", f"(assets/{Path(picture).name})")
     return markdown
 
 
 def on_post_page(output: str, page: Page, **_: Any) -> str:
-    """Have a page take the script from the site itself."""
-    return output.replace(FETCHED, get_relative_url(KEPT, page.url))
+    """Take the script from the site itself."""
+    return output.replace(FETCHED, get_relative_url(LOCAL, page.url))
 
 
 def on_post_template(output_content: str, **_: Any) -> str:
-    """Have pages that stand for no file do so too."""
-    return output_content.replace(FETCHED, KEPT)
+    """Do so on pages that stand for no file, too."""
+    return output_content.replace(FETCHED, LOCAL)
