@@ -24,13 +24,13 @@ from pyro_maf.infer.latents import Latents
 from pyro_maf.infer.model import RefusalError, Site, Trace, latent_sites
 from pyro_maf.infer.path_gradient import detached
 
-__all__ = ["Stored", "bare_latents", "bare_trace", "check_place"]
+__all__ = ["StoredWeights", "bare_latents", "bare_trace", "check_is_set_up"]
 
 Modules = Mapping[str, nn.Module]
 """Modules by their names in the store."""
 
 
-def check_place(who: str, state_dict: Mapping[str, object], prefix: str) -> None:
+def check_is_set_up(who: str, state_dict: Mapping[str, object], prefix: str) -> None:
     """Check that no weights are loaded into a guide that is not set up, and so lacks the parameters for them.
 
     Raises:
@@ -43,7 +43,7 @@ def check_place(who: str, state_dict: Mapping[str, object], prefix: str) -> None
         )
 
 
-class _Entries:
+class _Record:
     """Record of the tensors that guides have entered in the store, and of its clearings until then."""
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class _Entries:
         self._entered[tensor] = self.now()
 
 
-_entries = _Entries()
+_record = _Record()
 
 
 class _Weight(NamedTuple):
@@ -82,10 +82,10 @@ class _Weight(NamedTuple):
     name: str
     tensor: Tensor
     is_entered: bool
-    is_stated: bool
+    is_registered: bool
 
 
-class Stored:
+class StoredWeights:
     """Entries of a guide in the store: its parameters, and the floating-point buffers of its `state_dict`.
 
     Buffers hold the initialization: with another one the same parameters are another guide. They are entered as
@@ -97,13 +97,13 @@ class Stored:
         self._views: dict[str, Tensor] = {}
         self._entered_at = 0
 
-    def of_a_copy(self) -> Stored:
-        """Return the same for a copy of the guide, whose weights have yet to be entered."""
-        twin = Stored()
+    def of_a_copy(self) -> StoredWeights:
+        """Return the entries of a copy of the guide, whose weights have yet to be entered."""
+        twin = StoredWeights()
         twin._entered_at = -1 if self._entered_at else 0
         return twin
 
-    def take(self, who: str, modules: Modules) -> None:
+    def load(self, who: str, modules: Modules) -> None:
         """Load the weights in the store that no guide has entered.
 
         Args:
@@ -114,70 +114,72 @@ class Stored:
             ValueError: If they are those of a guide of another architecture.
         """
         if not pyro.settings.get("module_local_params"):
-            self._take(who, modules, {weight.name: weight for weight in self._weights(modules)})
+            self._load(who, modules, {weight.name: weight for weight in self._weights(modules)})
 
-    def _take(self, who: str, modules: Modules, weights: Mapping[str, _Weight]) -> None:
-        known = dict(pyro.get_param_store().named_parameters())
+    def _load(self, who: str, modules: Modules, weights: Mapping[str, _Weight]) -> None:
+        entries = dict(pyro.get_param_store().named_parameters())
         others = {
-            name: known[name] for name in weights if known.get(name, weights[name].tensor) is not weights[name].tensor
+            name: entries[name]
+            for name, weight in weights.items()
+            if entries.get(name, weight.tensor) is not weight.tensor
         }
         if not any(map(self._is_loaded, others.values())):
             return
         prefixes = tuple(param_with_module_name(name, "") for name in modules)
         loaded = {
             name: value
-            for name, value in known.items()
+            for name, value in entries.items()
             if name.startswith(prefixes) and (name in others or name not in weights) and self._is_loaded(value)
         }
-        strange = {
-            name: loaded[name] for name in loaded if not _entries.is_of_a_guide(loaded[name], since_cleared=False)
+        foreign = {
+            name: value for name, value in loaded.items() if not _record.is_of_a_guide(value, since_cleared=False)
         }
-        loaded = strange or loaded
-        missing = [name for name, weight in weights.items() if weight.is_stated and name not in known]
+        loaded = foreign or loaded
+        missing = [name for name, weight in weights.items() if weight.is_registered and name not in entries]
         wrong = [name for name in loaded if name not in weights or weights[name].tensor.shape != loaded[name].shape]
-        odd = [*missing, *wrong]
-        if odd and not strange:
+        mismatches = [*missing, *wrong]
+        if mismatches and not foreign:
             return  # another guide's, restored at the end of a scope
-        if odd:
+        if mismatches:
             raise RefusalError(
                 f"{who} expected the weights of a guide that is built alike in Pyro's param store, got others "
-                f"({odd[0]}): build the guide as the one that was saved, or call pyro.clear_param_store()."
+                f"({mismatches[0]}): build the guide as the one that was saved, or call pyro.clear_param_store()."
             )
         for name, value in loaded.items():
             with torch.no_grad():
                 weights[name].tensor.copy_(value)
             if weights[name].is_entered:
-                _entries.enter(name, weights[name].tensor)
+                _record.enter(name, weights[name].tensor)
 
-    def state(self, who: str, modules: Modules) -> None:
+    def register(self, who: str, modules: Modules) -> None:
         """Load weights from the store, enter all weights, and register the parameters with Pyro.
 
         Raises:
-            ValueError: As `take`.
+            ValueError: As `load`.
         """
         if pyro.settings.get("module_local_params"):
             for weight in self._weights(modules):
-                if weight.is_stated:
-                    _state_locally(weight.name, weight.tensor)
+                if weight.is_registered:
+                    _register_locally(weight.name, weight.tensor)
             return
         weights = {weight.name: weight for weight in self._weights(modules)}
-        self._take(who, modules, weights)
-        store, now = pyro.get_param_store(), _entries.now()
-        known = dict(store.named_parameters())
-        for name, tensor, is_entered, is_stated in weights.values():
-            is_there = known.get(name) is tensor
+        self._load(who, modules, weights)
+        store, now = pyro.get_param_store(), _record.now()
+        entries = dict(store.named_parameters())
+        for name, tensor, is_entered, is_registered in weights.values():
+            is_there = entries.get(name) is tensor
             if is_entered and not (is_there and self._entered_at == now):
-                _entries.enter(name, tensor)
-            elif not is_entered and not is_there and name in known:
+                _record.enter(name, tensor)
+            elif not is_entered and not is_there and name in entries:
                 del store[name]
-            if is_stated:
+            if is_registered:
                 pyro.param(name, tensor)
         self._entered_at = now
 
     def _is_loaded(self, tensor: Tensor) -> bool:
         # Once a guide is in the store, the tensors of another one never are its weights, even if the store was
         # cleared and restored in between.
-        return not _entries.is_of_a_guide(tensor, since_cleared=not self._entered_at)
+        return not _record.is_of_a_guide(tensor, since_cleared=not self._entered_at)
 
     def _weights(self, modules: Modules) -> Iterator[_Weight]:
         for prefix, module in modules.items():
@@ -208,9 +210,9 @@ def _can_be_entered(buffer: Tensor) -> bool:
     return buffer.is_floating_point() and buffer.is_contiguous()
 
 
-def _state_locally(name: str, parameter: Tensor) -> None:
+def _register_locally(name: str, parameter: Tensor) -> None:
     """Register a parameter as Pyro's modules do under `module_local_params`, without the store."""
-    parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+    vars(parameter)["unconstrained"] = weakref.ref(parameter)
     effectful(type="param")(lambda *_, **__: parameter)(name, parameter, constraint=constraints.real, name=name)
 
 

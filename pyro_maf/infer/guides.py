@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pyro_maf._core.checks import check_above_zero, check_positive, check_shape, check_sizes
 from pyro_maf.flows import IAF, MAF, RealNVP
-from pyro_maf.infer.guide_state import Stored, bare_latents, bare_trace, check_place
+from pyro_maf.infer.guide_state import StoredWeights, bare_latents, bare_trace, check_is_set_up
 from pyro_maf.infer.head import FlowClass, with_head
 from pyro_maf.infer.latents import Latents, median_or_feasible, names_of_plates
 from pyro_maf.infer.model import Call, RefusalError, Site, check_set_up_call, latent_sites, without_empty_tables
@@ -67,7 +67,7 @@ class AutoFlow(AutoContinuous):
         self._init_scale = init_scale
         self.encoder = encoder
         self.transform: Any = None
-        self._stored = Stored()
+        self._stored = StoredWeights()
 
     # -- setting up -----------------------------------------------------------------------------------------------
 
@@ -78,7 +78,7 @@ class AutoFlow(AutoContinuous):
         `load_state_dict` a target. Arguments are the model's.
         """
         self._set_up_once(args, kwargs)
-        self._stored.take(type(self).__name__, self._stored_modules())
+        self._stored.load(type(self).__name__, self._stored_modules())
         return self
 
     def _set_up_once(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -150,7 +150,7 @@ class AutoFlow(AutoContinuous):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw every latent site; return the values by name."""
         self._set_up_once(args, kwargs)
-        self._stored.state(type(self).__name__, self._stored_modules())
+        self._stored.register(type(self).__name__, self._stored_modules())
         self._create_plates(*args, **kwargs)
         latent = self.sample_latent(*args, **kwargs)
         sites = {}
@@ -300,7 +300,7 @@ class AutoFlow(AutoContinuous):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         if self.prototype_trace is None:
-            check_place(type(self).__name__, state_dict, f"{prefix}transform.")
+            check_is_set_up(type(self).__name__, state_dict, f"{prefix}transform.")
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     # -- copies ---------------------------------------------------------------------------------------------------
