@@ -6,15 +6,16 @@ Layers run from noise to data: `flow[0]` acts on the noise, `flow[-1]` outputs t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeAlias, Unpack
 
 import torch
 from torch import Tensor
 
 from pyro_maf._core.checks import check_permutation, check_positive
+from pyro_maf.nn import MADEOptions, NetworkOptions, reseeded
 from pyro_maf.transforms import (
     BatchNorm,
-    ConditionalFlow,
+    ConditionalForm,
     Coupling,
     Flow,
     InverseAutoregressive,
@@ -24,30 +25,36 @@ from pyro_maf.transforms import (
 
 __all__ = ["IAF", "MAF", "ConditionalIAF", "ConditionalMAF", "ConditionalRealNVP", "RealNVP"]
 
+Orders: TypeAlias = str | Sequence[int] | Sequence[Sequence[int]] | Tensor
+"""Orders of the variables in the layers of a stack: "reverse", "random", one permutation, or one for each layer."""
 
-def _orders(who: str, input_dim: int, num_layers: int, order: Any, seed: int) -> list[Tensor]:
-    """The order of the variables in each layer, noise to data."""
+
+def _orders(who: str, input_dim: int, num_layers: int, order: Orders, seed: int, *, flips: bool = True) -> list[Tensor]:
+    """The order of the variables in each layer, noise to data; "reverse" is the natural one in all unless `flips`."""
+    check_positive(who, "input_dim", input_dim)
+    check_positive(who, "num_layers", num_layers)
     natural = torch.arange(input_dim)
-    wanted = f'{who} expected order "reverse", "random", or permutations, got {order!r}.'
+    expected = f'{who} expected order "reverse", "random", or permutations, got {order!r}.'
     if isinstance(order, str):
         if order == "reverse":
             # The layer next to the data has the natural order, as in the paper.
-            return [natural if (num_layers - 1 - layer) % 2 == 0 else natural.flip(0) for layer in range(num_layers)]
+            flipped = natural.flip(0) if flips else natural
+            return [flipped if (num_layers - 1 - layer) % 2 else natural for layer in range(num_layers)]
         if order == "random":
             generator = torch.Generator().manual_seed(seed)
             return [torch.randperm(input_dim, generator=generator) for _ in range(num_layers)]
-        raise ValueError(wanted)
+        raise ValueError(expected)
     try:
-        given = torch.as_tensor(order)
+        permutations = torch.as_tensor(order)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(wanted) from None
-    if given.dim() not in (1, 2):
-        raise ValueError(wanted)
-    if given.dim() == 1:
-        return [check_permutation(who, "order", given, input_dim)] * num_layers
-    if len(given) != num_layers:
-        raise ValueError(f"{who} expected one order for each of {num_layers} layers, got {len(given)}.")
-    return [check_permutation(who, "every order", row, input_dim) for row in given]
+        raise ValueError(expected) from None
+    if permutations.dim() not in (1, 2):
+        raise ValueError(expected)
+    if permutations.dim() == 1:
+        return [check_permutation(who, "order", permutations, input_dim)] * num_layers
+    if len(permutations) != num_layers:
+        raise ValueError(f"{who} expected one order for each of {num_layers} layers, got {len(permutations)}.")
+    return [check_permutation(who, "every order", permutation, input_dim) for permutation in permutations]
 
 
 def _with_batch_norm(layers: Sequence[Flow], batch_norm: bool) -> list[Flow]:
@@ -65,28 +72,15 @@ class _AutoregressiveStack(Stack):
         input_dim: int,
         *,
         num_layers: int = 5,
-        hidden_dims: Sequence[int] | None = None,
-        activation: str = "relu",
-        order: str | Sequence[int] | Sequence[Sequence[int]] | Tensor = "reverse",
+        order: Orders = "reverse",
         batch_norm: bool = False,
         context_dim: int = 0,
-        degrees: str = "sequential",
-        seed: int = 0,
+        **layer: Unpack[MADEOptions],
     ) -> None:
-        who = type(self).__name__
-        check_positive(who, "input_dim", input_dim)
-        check_positive(who, "num_layers", num_layers)
+        orders = _orders(type(self).__name__, input_dim, num_layers, order, layer.get("seed", 0))
         layers = [
-            self.layer_class(
-                input_dim,
-                hidden_dims=hidden_dims,
-                context_dim=context_dim,
-                activation=activation,
-                order=layer_order,
-                degrees=degrees,
-                seed=seed + index,
-            )
-            for index, layer_order in enumerate(_orders(who, input_dim, num_layers, order, seed))
+            self.layer_class(input_dim, context_dim=context_dim, order=layer_order, **reseeded(layer, index))
+            for index, layer_order in enumerate(orders)
         ]
         super().__init__(_with_batch_norm(layers, batch_norm))
 
@@ -200,81 +194,34 @@ class RealNVP(Stack):
         Dinh, Sohl-Dickstein & Bengio, *Density Estimation Using Real NVP*, 2017.
     """
 
+    layer_class = Coupling
+
     def __init__(
         self,
         input_dim: int,
         *,
         num_layers: int = 5,
-        hidden_dims: Sequence[int] | None = None,
-        activation: str = "relu",
-        order: str | Sequence[int] | Sequence[Sequence[int]] | Tensor = "reverse",
+        order: Orders = "reverse",
         batch_norm: bool = False,
         context_dim: int = 0,
         networks: str = "joint",
         seed: int = 0,
+        **layer: Unpack[NetworkOptions],
     ) -> None:
-        who = type(self).__name__
-        check_positive(who, "input_dim", input_dim)
-        check_positive(who, "num_layers", num_layers)
-        layers = [
-            Coupling(
-                input_dim,
-                mask=mask,
-                hidden_dims=hidden_dims,
-                context_dim=context_dim,
-                activation=activation,
-                networks=networks,
-            )
-            for mask in _alternating_masks(who, input_dim, num_layers, order, seed)
-        ]
+        masks = _alternating_masks(type(self).__name__, input_dim, num_layers, order, seed)
+        layers = [Coupling(input_dim, mask=mask, context_dim=context_dim, networks=networks, **layer) for mask in masks]
         super().__init__(_with_batch_norm(layers, batch_norm))
 
 
-def _alternating_masks(who: str, input_dim: int, num_layers: int, order: Any, seed: int) -> list[Tensor]:
+def _alternating_masks(who: str, input_dim: int, num_layers: int, order: Orders, seed: int) -> list[Tensor]:
     """Masks, true where a dimension passes through: at the even places of the order, and in turn at the odd ones."""
-    if isinstance(order, str) and order == "reverse":
-        orders = [torch.arange(input_dim)] * num_layers
-    else:
-        orders = _orders(who, input_dim, num_layers, order, seed)
-    masks = []
-    for layer, layer_order in enumerate(orders):
-        parity = (num_layers - 1 - layer) % 2
-        masks.append((layer_order.argsort() % 2 == parity) & (input_dim > 1))
-    return masks
+    return [
+        (layer_order.argsort() % 2 == (num_layers - 1 - layer) % 2) & (input_dim > 1)
+        for layer, layer_order in enumerate(_orders(who, input_dim, num_layers, order, seed, flips=False))
+    ]
 
 
-class _ConditionalAutoregressiveStack(ConditionalFlow):
-    stack_class: type[_AutoregressiveStack]
-
-    def __init__(
-        self,
-        input_dim: int,
-        context_dim: int,
-        *,
-        num_layers: int = 5,
-        hidden_dims: Sequence[int] | None = None,
-        activation: str = "relu",
-        order: str | Sequence[int] | Sequence[Sequence[int]] | Tensor = "reverse",
-        batch_norm: bool = False,
-        degrees: str = "sequential",
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            self.stack_class(
-                input_dim,
-                num_layers=num_layers,
-                hidden_dims=hidden_dims,
-                activation=activation,
-                order=order,
-                batch_norm=batch_norm,
-                context_dim=context_dim,
-                degrees=degrees,
-                seed=seed,
-            )
-        )
-
-
-class ConditionalMAF(_ConditionalAutoregressiveStack):
+class ConditionalMAF(ConditionalForm):
     r"""A `MAF` whose networks see a context: `condition(context)` is a flow.
 
     Args:
@@ -299,10 +246,10 @@ class ConditionalMAF(_ConditionalAutoregressiveStack):
         Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017, section 3.4.
     """
 
-    stack_class = MAF
+    flow_class = MAF
 
 
-class ConditionalIAF(_ConditionalAutoregressiveStack):
+class ConditionalIAF(ConditionalForm):
     r"""An `IAF` whose networks see a context: `condition(context)` is a flow.
 
     Args:
@@ -327,10 +274,10 @@ class ConditionalIAF(_ConditionalAutoregressiveStack):
         Kingma et al., *Improving Variational Inference with Inverse Autoregressive Flow*, 2016.
     """
 
-    stack_class = IAF
+    flow_class = IAF
 
 
-class ConditionalRealNVP(ConditionalFlow):
+class ConditionalRealNVP(ConditionalForm):
     r"""A `RealNVP` whose networks see a context: `condition(context)` is a flow.
 
     Args:
@@ -355,29 +302,4 @@ class ConditionalRealNVP(ConditionalFlow):
         Dinh, Sohl-Dickstein & Bengio, *Density Estimation Using Real NVP*, 2017.
     """
 
-    def __init__(
-        self,
-        input_dim: int,
-        context_dim: int,
-        *,
-        num_layers: int = 5,
-        hidden_dims: Sequence[int] | None = None,
-        activation: str = "relu",
-        order: str | Sequence[int] | Sequence[Sequence[int]] | Tensor = "reverse",
-        batch_norm: bool = False,
-        networks: str = "joint",
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            RealNVP(
-                input_dim,
-                num_layers=num_layers,
-                hidden_dims=hidden_dims,
-                activation=activation,
-                order=order,
-                batch_norm=batch_norm,
-                context_dim=context_dim,
-                networks=networks,
-                seed=seed,
-            )
-        )
+    flow_class = RealNVP

@@ -10,7 +10,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import importlib
-import inspect
 import json
 import os
 import secrets
@@ -19,13 +18,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple, TypeVar
+from typing import Any, BinaryIO, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pyro_maf._core.memory_limit import Allowance
+from pyro_maf._core.options import ClassSignature, named_arguments, show_options
 
 __all__ = [
     "Contents",
@@ -69,7 +69,6 @@ class Kind(NamedTuple):
 
 MODEL = Kind(KEY, "safetensors file", "load", "It is left as it is: put a copy of it back, or save the model again.")
 _known: dict[str, type[Savable]] = {}
-Self = TypeVar("Self", bound="Savable")
 
 
 class Savable:
@@ -82,21 +81,29 @@ class Savable:
     _arguments: dict[str, Any]
     _unsavable: ClassVar[str] = ""
     """Advice for a class that cannot be saved."""
+    __signature__ = ClassSignature()
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
         if not _hides_ours(cls):
             _known[cls.__name__] = cls
+        if "__init__" in vars(cls):
+            show_options(cls)
 
-    def __new__(cls: type[Self], *args: Any, **kwargs: Any) -> Self:
-        """Make one, and take note of its arguments."""
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        """Create an instance that holds its constructor's arguments."""
         self = super().__new__(cls)
-        bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs).arguments
         # Copies: the caller may change a list or an array later.
-        self.__dict__["_arguments"] = {name: _frozen(value) for name, value in list(bound.items())[1:]}
+        arguments = named_arguments(cls, args, kwargs)
+        self.__dict__["_arguments"] = {name: _frozen(value) for name, value in arguments.items()}
         return self
 
-    def __copy__(self: Self) -> Self:
+    @property
+    def architecture(self) -> dict[str, object]:
+        """Arguments that build a module of this architecture: those of the constructor, unless a class overrides it."""
+        return self._arguments
+
+    def __copy__(self) -> Self:
         # The default, without the preparation for pickling: a copy may be taken in the middle of a training step.
         twin = object.__new__(type(self))
         twin.__dict__.update(getattr(self, "__getstate__", lambda: self.__dict__)())
@@ -336,7 +343,7 @@ def describe(module: Savable) -> dict[str, Any]:
         raise TypeError(f"{type(module).__name__} can not be saved: {module._unsavable}.")
     if _hides_ours(type(module)):
         raise TypeError(f"{type(module).__name__} can not be saved: its name is that of a class of {KEY}.")
-    arguments = {name: _encode(type(module).__name__, name, value) for name, value in module._arguments.items()}
+    arguments = {name: _encode(type(module).__name__, name, value) for name, value in module.architecture.items()}
     return {"class": type(module).__name__, "arguments": arguments}
 
 

@@ -321,7 +321,7 @@ def test_cache_keeps_no_tensor_alive(name: str, device: str, a: Architecture) ->
     watched = [weakref.ref(x), weakref.ref(y)]
     del x, y
     assert [ref() for ref in watched] == [None, None]
-    assert flow._pair is None
+    assert flow._cache._pair is None
 
 
 # 6. Trains in the obvious loop

@@ -44,14 +44,14 @@ def close(found: Tensor, wanted: Tensor) -> None:
 
 def test_affine_map_has_a_bounded_scale_and_an_exact_inverse() -> None:
     x, shift, a = torch.randn(3, 1000, dtype=double) * torch.tensor([[50.0], [5.0], [20.0]])
-    y, log_derivative = Affine().forward(x, shift, a)
+    y, log_derivative = Affine().forward(x, torch.stack([shift, a], -1))
     alpha = 3 * torch.tanh(a / 3)
     close(y, x * alpha.exp() + shift * (alpha / 2).exp())
     close(log_derivative, alpha)
-    back, same = Affine().inverse(y, shift, a)
+    back, same = Affine().inverse(y, torch.stack([shift, a], -1))
     close(back, x)
     assert torch.equal(same, log_derivative)
-    assert torch.equal(Affine().forward(x, 0 * shift, 0 * a)[0], x)
+    assert torch.equal(Affine().forward(x, torch.zeros(1000, 2, dtype=double))[0], x)
 
 
 # Permutation and full-rank affine map

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from pyro_maf import MAF, ConditionalMAF, plotting
 from pyro_maf.datasets import FigureOne
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior, MADEMoG, MAFMoG
-from pyro_maf.distributions.noise import noise_of
 from pyro_maf.training import FitResult
 
 WINDOW = ((-4.0, 12.0), (-7.0, 7.0))
@@ -117,8 +116,8 @@ def test_the_noise_of_a_mixture_has_the_density_that_its_jacobian_says(model):
     # log p(y) = log N(u; 0, I) + log |det du/dy| holds for the true noise of y, and for nothing else of this form.
     model = randomised(model)
     y = torch.tensor([0.3, -0.8, 1.1], dtype=torch.float64)
-    u = noise_of(FlowPrior(model), y[None])[0]
-    jacobian = torch.autograd.functional.jacobian(lambda y: noise_of(model, y[None])[0], y)
+    u = FlowPrior(model).noise(y[None])[0]
+    jacobian = torch.autograd.functional.jacobian(lambda y: model.noise(y[None])[0], y)
     log_prob = torch.distributions.Normal(0.0, 1.0).log_prob(u).sum() + torch.linalg.slogdet(jacobian)[1]
     assert log_prob.item() == pytest.approx(model.log_prob(y).item())
 
@@ -126,14 +125,14 @@ def test_the_noise_of_a_mixture_has_the_density_that_its_jacobian_says(model):
 def test_the_noise_of_a_mixtures_samples_is_standard_normal():
     torch.manual_seed(0)
     model = randomised(MADEMoG(2, hidden_dims=[8], num_components=3))
-    u = noise_of(model, model.sample((4000,))).detach()
+    u = model.noise(model.sample((4000,))).detach()
     assert u.mean(0).abs().max() < 4 / math.sqrt(4000)
     assert (torch.cov(u.T) - torch.eye(2)).abs().max() < 0.1
 
 
 def test_the_noise_of_a_mixture_is_finite_far_out():
     model = MADEMoG(2, hidden_dims=[8]).double()
-    u = noise_of(model, torch.tensor([[12.0, -12.0]], dtype=torch.float64))
+    u = model.noise(torch.tensor([[12.0, -12.0]], dtype=torch.float64))
     assert u[0, 0] > 8
     assert u[0, 1] < -8
     assert u.isfinite().all()

@@ -17,6 +17,7 @@ __all__ = [
     "InputError",
     "check_above_zero",
     "check_choice",
+    "check_context",
     "check_event",
     "check_permutation",
     "check_positive",
@@ -127,6 +128,16 @@ def check_event(who: str, name: str, value: Any, size: int, size_name: str, like
             f"{who} {held} {like.device}, got {name} on {value.device}: move one of them with .to(device)."
         )
     return value
+
+
+def check_context(who: str, context: object, context_dim: int, like: Tensor | None = None, *, advice: str = "") -> None:
+    """Raise for a context that is missing, superfluous or invalid; `advice` ends the sentence about a missing one."""
+    if context is None and context_dim:
+        raise ValueError(f"{who} expected a context with last dimension {context_dim} (context_dim), got none{advice}.")
+    if context is not None and not context_dim:
+        raise ValueError(f"{who} was built without context_dim and takes no context.")
+    if context is not None:
+        check_event(who, "context", context, context_dim, "context_dim", like)
 
 
 def check_takes_gradient(who: str, module: nn.Module, like: Tensor | None) -> None:

@@ -67,8 +67,7 @@ class SavedModel:
     @property
     def inner(self) -> Density:
         """The density inside a conditional one, or the density itself."""
-        density: Any = self.density
-        return getattr(density, "density", density)
+        return self.density.unwrapped
 
     @property
     def dtype(self) -> str:
@@ -212,16 +211,15 @@ def _is_description(columns: JSON) -> bool:
 def _as_density(model: object, path: Path) -> Density | ConditionalDensity:
     """Convert a loaded model to a density: a flow is on standard normal noise."""
     from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
-    from pyro_maf.transforms import ConditionalFlow, Flow
+    from pyro_maf.transforms import Flow
 
-    if isinstance(model, ConditionalFlow):
-        return ConditionalFlowPrior(model)
-    if isinstance(model, Flow):
-        return ConditionalFlowPrior(model) if model.context_dim else FlowPrior(model)
-    if isinstance(model, Density):
-        return ConditionalDensity(model) if model.context_dim else model
     if isinstance(model, ConditionalDensity):
         return model
+    inner = getattr(model, "unwrapped", None)
+    if isinstance(inner, Flow):
+        return ConditionalFlowPrior(inner) if inner.context_dim else FlowPrior(inner)
+    if isinstance(inner, Density):
+        return ConditionalDensity(inner) if inner.context_dim else inner
     raise CommandError(f"expected a flow or a density in {path}, found {type(model).__name__}.")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -11,12 +11,13 @@ from pyro.distributions.conditional import ConditionalDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_maf._core.checks import check_event, check_positive, check_shape, check_takes_gradient
+from pyro_maf._core.checks import check_context, check_event, check_positive, check_shape, check_takes_gradient
 from pyro_maf._core.random import seeded
 from pyro_maf._core.torch_state import converted, reference_tensor, without_autocast
 from pyro_maf.saving import Savable
+from pyro_maf.transforms.conditional import AtContext, Conditional
 
-__all__ = ["ConditionalDensity", "ConditionedDensity", "Density"]
+__all__ = ["ConditionalDensity", "ConditionalDensityForm", "ConditionedDensity", "Density"]
 
 DRAWS, ROWS = 10_000, 100_000
 """Number of draws that estimate a moment, and maximum number of rows, over all batches, drawn at a time."""
@@ -24,18 +25,16 @@ DRAWS, ROWS = 10_000, 100_000
 UNLISTED = ("mean", "mode", "stddev", "variance")
 """Left out of `dir`: `torch.jit.trace` and `inspect.getmembers` read all that is listed, and would sample for each."""
 
-Self = TypeVar("Self", bound="Density")
-
 
 class Density(Savable, TorchDistribution, nn.Module):
     r"""A distribution over vectors of D real numbers whose parameters are those of a module.
 
     Both a Pyro distribution, so that calling it draws a value and `pyro.sample` accepts it, and a torch module. A
-    subclass implements `_log_prob` and `_sample`; everything else is implemented here.
+    subclass implements `log_density` and `draw`, and where it can `noise`; everything else is implemented here.
 
     Args:
         input_dim: D.
-        context_dim: Number of context features that `_log_prob` and `_sample` take; 0 for none.
+        context_dim: Number of context features that `log_density` and `draw` take; 0 for none.
         batch_shape: Shape over which the distribution itself varies; () for most.
         event_size: Number of columns of a value, if that is not D.
 
@@ -46,9 +45,9 @@ class Density(Savable, TorchDistribution, nn.Module):
 
     Example:
         >>> class Uniform(Density):
-        ...     def _log_prob(self, value, context=None):
+        ...     def log_density(self, value, context=None):
         ...         return torch.where(((value > 0) & (value < 1)).all(-1), 0.0, -torch.inf)
-        ...     def _sample(self, shape, context=None):
+        ...     def draw(self, shape, context=None):
         ...         return torch.rand(*shape, self.input_dim)
         >>> square = Uniform(2)
         >>> square().shape, square.expand([7]).log_prob(torch.tensor([0.5, 0.5])).shape
@@ -73,13 +72,36 @@ class Density(Savable, TorchDistribution, nn.Module):
 
     # -- what a subclass provides ---------------------------------------------------------------------------------
 
-    def _log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
-        r"""Log-density (\*batch,) of `value` (\*batch, D), with batch the joint batch shape of value and context."""
+    def log_density(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+        r"""Log-density (\*batch,) in nats of `value` (\*batch, D), with batch the joint one of value and context.
+
+        Other densities, and `fit`, call this; it checks nothing, as `log_prob` does.
+        """
         raise NotImplementedError
 
-    def _sample(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
-        r"""Draws (\*shape, D); the batch shape of `context` broadcasts to `shape`."""
+    def draw(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
+        r"""Draws (\*shape, D), unchecked; the batch shape of `context` broadcasts to `shape`."""
         raise NotImplementedError
+
+    def noise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        r"""Noise u, (rows, D), that the density maps to y; standard normal if the density is that of y.
+
+        For a flow u = flow.inv(y). For mixtures of Gaussians u_i = Phi^-1(F_i(y_i | y_<i)), with F_i the distribution
+        function of the conditional.
+
+        Args:
+            y: Rows (rows, D), or (rows, D + 1) on a simplex, inside the support, of the density's dtype and device.
+            context: Rows (rows, C), for a density that takes a context.
+
+        Cost: that of `log_prob`.
+
+        Raises:
+            TypeError: For a density without such a map.
+
+        Reference:
+            Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017, section 3.1.
+        """
+        raise TypeError(f"noise expected a density with a map to noise, got {self.name}, which has none.")
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
         """Set the density's statistics of the data from data `y`, (rows, D); most densities have none."""
@@ -89,11 +111,11 @@ class Density(Savable, TorchDistribution, nn.Module):
     def log_prob(self, value: Tensor) -> Tensor:
         r"""Log-density in nats, (\*batch,), of `value`, (\*batch, D), which broadcasts with `batch_shape`."""
         self._check_has_context()
-        like = self._like()
+        like = self.value_like
         check_takes_gradient(self.name, self, like)
-        value = self._checked_event("value", converted(self._read("value", value, like), like), like)
+        value = self.as_value(value, like)
         if not self.batch_shape:
-            return without_autocast(self._log_prob, value, like=like)
+            return without_autocast(self.log_density, value, like=like)
         try:
             batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         except RuntimeError:
@@ -101,12 +123,12 @@ class Density(Savable, TorchDistribution, nn.Module):
                 f"{self.name} expected value with a batch shape that broadcasts with its own, "
                 f"{tuple(self.batch_shape)}, got {tuple(value.shape[:-1])}."
             ) from None
-        return without_autocast(self._log_prob, value, like=like).expand(batch)
+        return without_autocast(self.log_density, value, like=like).expand(batch)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         r"""Draws without gradient, (\*sample_shape, \*batch_shape, D)."""
         with torch.no_grad():
-            return self._draw(sample_shape)
+            return self._draw_checked(sample_shape)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         r"""Draws with gradient, (\*sample_shape, \*batch_shape, D), where `has_rsample` is true.
@@ -116,7 +138,7 @@ class Density(Savable, TorchDistribution, nn.Module):
         """
         if not self.has_rsample:
             raise NotImplementedError(f"{self.name} has no reparameterised draws: use sample.")
-        return self._draw(sample_shape)
+        return self._draw_checked(sample_shape)
 
     # -- estimates ------------------------------------------------------------------------------------------------
 
@@ -150,39 +172,52 @@ class Density(Savable, TorchDistribution, nn.Module):
         like = reference_tensor(self)
         draws = max(1, ROWS // max(1, self.batch_shape.numel()))
         with seeded(0, None if like is None else like.device):
-            draw = self._draw if self.has_rsample else self.sample
+            draw = self._draw_checked if self.has_rsample else self.sample
             return [draw((min(draws, DRAWS - start),)) for start in range(0, DRAWS, draws)]
 
-    def _checked_event(self, role: str, value: Tensor, like: Tensor | None) -> Tensor:
-        (size,) = self.event_shape
-        size_name = "input_dim" if size == self.input_dim else "event_shape"
-        return check_event(self.name, role, value, size, size_name, like)
+    # -- inputs ---------------------------------------------------------------------------------------------------
 
-    def _read(self, role: str, value: Any, like: Tensor | None) -> Any:
-        """Convert an input of `log_prob` or `condition` to a tensor, in densities that accept other forms."""
-        return value
-
-    def _like(self) -> Tensor | None:
+    @property
+    def value_like(self) -> Tensor | None:
         """Tensor with the dtype and device of values, or None."""
         return reference_tensor(self)
 
-    def _context_like(self) -> Tensor | None:
+    @property
+    def context_like(self) -> Tensor | None:
         """Tensor with the dtype and device of contexts, or None."""
         return reference_tensor(self)
 
-    def _draw(self, sample_shape: Sequence[int]) -> Tensor:
+    def as_value(self, value: Any, like: Tensor | None, role: str = "value") -> Tensor:
+        """A value as a tensor of the right width, dtype and device.
+
+        Args:
+            value: A tensor; for a `FlowPrior` other forms too.
+            like: `value_like`, or None to check the width alone.
+            role: Name of the value, for errors.
+
+        Raises:
+            TypeError: For what is no tensor, or of another dtype.
+            ValueError: For another width or device.
+        """
+        (size,) = self.event_shape
+        size_name = "input_dim" if size == self.input_dim else "event_shape"
+        return check_event(self.name, role, converted(value, like), size, size_name, like)
+
+    def as_context(self, context: Any) -> Tensor:
+        """A context as a tensor of the right width, dtype and device. Raises as `as_value`."""
+        like = self.context_like
+        return check_event(self.name, "context", converted(context, like), self.context_dim, "context_dim", like)
+
+    def _draw_checked(self, sample_shape: Sequence[int]) -> Tensor:
         self._check_has_context()
-        like = self._like()
+        like = self.value_like
         check_takes_gradient(self.name, self, like)
         shape = check_shape(self.name, "sample_shape", sample_shape) + self.batch_shape
-        return without_autocast(self._sample, shape, like=like)
+        return without_autocast(self.draw, shape, like=like)
 
     def _check_has_context(self) -> None:
         if self.context_dim:
-            raise ValueError(
-                f"{self.name} expected a context with last dimension {self.context_dim} (context_dim), got none: "
-                "condition its conditional form on one."
-            )
+            check_context(self.name, None, self.context_dim, advice=": condition its conditional form on one")
 
     # -- conventions of Distribution ------------------------------------------------------------------------------
 
@@ -194,19 +229,24 @@ class Density(Savable, TorchDistribution, nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the values that `log_prob` takes and `sample` returns."""
-        return _dtype_of(self._like())
+        return _dtype_of(self.value_like)
 
     @property
     def context_dtype(self) -> torch.dtype:
         """Dtype of the context that the conditional form takes."""
-        return _dtype_of(self._context_like())
+        return _dtype_of(self.context_like)
 
     @property
     def name(self) -> str:
         """Name of the class, for error messages."""
         return type(self).__name__
 
-    def expand(self: Self, batch_shape: Sequence[int], _instance: Any = None) -> Self:
+    @property
+    def unwrapped(self) -> Self:
+        """The density itself, as that inside a conditional form."""
+        return self
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Self:
         """This density with a larger batch shape; a shallow twin that shares every parameter.
 
         Raises:
@@ -237,7 +277,7 @@ class Density(Savable, TorchDistribution, nn.Module):
         return f"{self.name}(input_dim={self.input_dim}{context}, {parameters:,} parameters)"
 
 
-class ConditionedDensity(Density):
+class ConditionedDensity(AtContext, Density):
     r"""A density at one context: an ordinary density, whose batch shape is that of the context.
 
     Args:
@@ -245,51 +285,50 @@ class ConditionedDensity(Density):
         context: (\*batch or (), context_dim); its batch shape broadcasts with that of values.
     """
 
-    context: Tensor
-    _unsavable = "save the conditional form and condition it anew"
-
     def __init__(self, density: Density, context: Tensor) -> None:
-        like = density._context_like()
-        context = density._read("context", context, like)
-        context = check_event(
-            density.name, "context", converted(context, like), density.context_dim, "context_dim", like
-        )
+        context = density.as_context(context)
         super().__init__(density.input_dim, batch_shape=context.shape[:-1], event_size=density.event_shape[0])
         self.density: Density = density
         self.has_rsample = density.has_rsample
         self.register_buffer("context", context, persistent=False)
 
     @property
-    def name(self) -> str:
-        """Name of the density."""
-        return self.density.name
+    def conditional(self) -> Density:
+        """The density that takes the context as an argument."""
+        return self.density
 
     @property
     def support(self) -> Any:
         """Support of the density."""
         return self.density.support
 
-    def _read(self, role: str, value: Any, like: Tensor | None) -> Any:
-        return self.density._read(role, value, like)
+    @property
+    def value_like(self) -> Tensor | None:
+        """As of the density."""
+        return self.density.value_like
 
-    def _like(self) -> Tensor | None:
-        return self.density._like()
+    def as_value(self, value: Any, like: Tensor | None, role: str = "value") -> Tensor:
+        """As of the density."""
+        return self.density.as_value(value, like, role)
 
-    def _log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.density._log_prob(value, self.context)
+    def log_density(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+        """As of the density, at the context."""
+        return self.density.log_density(value, self.context)
 
-    def _sample(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
-        return self.density._sample(shape, self.context)
+    def draw(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
+        """As of the density, at the context."""
+        return self.density.draw(shape, self.context)
+
+    def noise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """As of the density, at the context; for a context of several rows, the first of them."""
+        return self.density.noise(y, self.context[: len(y)])
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
         """Set the density's statistics from data y, at this context."""
         self.density.fit_statistics(y, self.context)
 
-    def __repr__(self) -> str:
-        return f"{self.density!r} at a context of shape {tuple(self.context.shape)}"
 
-
-class ConditionalDensity(Savable, ConditionalDistribution, nn.Module):
+class ConditionalDensity(Conditional[Density], ConditionalDistribution, nn.Module):
     r"""A density that needs a context: `condition(context)` returns the density at that context.
 
     Args:
@@ -309,9 +348,7 @@ class ConditionalDensity(Savable, ConditionalDistribution, nn.Module):
 
     def __init__(self, density: Density) -> None:
         super().__init__()
-        if not density.context_dim:
-            raise ValueError(f"{type(self).__name__} expected context_dim of at least 1, got {density.context_dim}.")
-        self.density = density
+        self.density = self._checked(density)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("log_prob", "sample", "rsample"):
@@ -321,14 +358,9 @@ class ConditionalDensity(Savable, ConditionalDistribution, nn.Module):
         return super().__getattr__(name)
 
     @property
-    def input_dim(self) -> int:
-        """D."""
-        return self.density.input_dim
-
-    @property
-    def context_dim(self) -> int:
-        """Number of context features."""
-        return self.density.context_dim
+    def unwrapped(self) -> Density:
+        """The density inside, which takes the context as an argument."""
+        return self.density
 
     @property
     def dtype(self) -> torch.dtype:
@@ -340,16 +372,24 @@ class ConditionalDensity(Savable, ConditionalDistribution, nn.Module):
         """Dtype of the context."""
         return self.density.context_dtype
 
-    def fit_statistics(self, y: Tensor, context: Tensor) -> None:
-        r"""Set the density's statistics of the data from data `y`, (rows, D), and its context."""
-        self.density.fit_statistics(y, context)
-
     def condition(self, context: Tensor) -> Density:
         r"""The density at `context`, (\*batch or (), context_dim)."""
         return ConditionedDensity(self.density, context)
 
-    def __repr__(self) -> str:
-        return repr(self.density).replace(self.density.name, type(self).__name__, 1)
+
+class ConditionalDensityForm(ConditionalDensity):
+    """The conditional form of a class of densities, which a subclass names as its `density_class`.
+
+    Args:
+        input_dim: D.
+        context_dim: Number of context features, at least 1.
+        density: The other options of that class.
+    """
+
+    density_class: ClassVar[Callable[..., Density]]
+
+    def __init__(self, input_dim: int, context_dim: int, **density: object) -> None:
+        super().__init__(self.density_class(input_dim, context_dim=context_dim, **density))
 
 
 def _dtype_of(like: Tensor | None) -> torch.dtype:

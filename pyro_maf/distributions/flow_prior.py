@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,8 +15,9 @@ from pyro_maf.distributions.density import ConditionalDensity, Density
 from pyro_maf.distributions.units import NoiseToData, Units, keep_float64, statistics, widen_for
 from pyro_maf.support import Support
 from pyro_maf.tables.layout import Layout, numbers
-from pyro_maf.transforms import ConditionalFlow, Flow, Stack
+from pyro_maf.transforms import ConditionalFlow, Flow
 from pyro_maf.transforms.cache import caching_is_possible
+from pyro_maf.transforms.conditional import Conditional
 
 __all__ = ["ConditionalFlowPrior", "FlowPrior"]
 
@@ -83,7 +84,7 @@ class FlowPrior(Density):
 
     context_loc: Tensor
     context_scale: Tensor
-    _flow: Stack
+    noise_to_data: NoiseToData
 
     def __init__(
         self,
@@ -104,7 +105,6 @@ class FlowPrior(Density):
             support = Layout.named(columns).spread(self.name, "support", support, "real", model.input_dim)
         known = Support(self.name, support, model.input_dim)
         super().__init__(model.input_dim, model.context_dim, _batch_shape(model), known.event_size)
-        _remember_by_name(self, known)
         self.name_columns(Layout.named(columns), Layout.named(context_columns))
         like = reference_tensor(model)
         if like is None:  # a model of permutations alone has a device, but no dtype
@@ -116,13 +116,22 @@ class FlowPrior(Density):
             self.register_buffer(name, value)
         self.has_rsample = isinstance(model, Flow) or model.has_rsample
         if isinstance(model, Flow):
-            # One map from noise to the data, so that its cache holds the last draws. Not registered as a submodule:
-            # its layers are already.
-            self.__dict__["_flow"] = NoiseToData([model, self.units])
+            # One map from noise to the data, so that its cache holds the last draws; past nn.Module, which would
+            # register it as a submodule although its layers are registered already.
+            object.__setattr__(self, "noise_to_data", NoiseToData([model, self.units]))
+
+    @property
+    def architecture(self) -> dict[str, object]:
+        """Arguments of the constructor, with support and columns by name, as JSON needs."""
+        by_name = {
+            "support": self.units.support.name,
+            "columns": _named(self._layouts["value"]),
+            "context_columns": _named(self._layouts["context"]),
+        }
+        return {**{name: value for name, value in self._arguments.items() if name not in by_name}, **by_name}
 
     def name_columns(self, layout: Layout, context_layout: Layout) -> None:
         """Set the names of the columns of values and context, for `log_prob`, `unpack` and saving."""
-        _name_columns(self, layout, context_layout)
         self._layouts = {"value": layout, "context": context_layout}
 
     def unpack(self, value: Tensor) -> dict[str, Tensor]:
@@ -143,7 +152,7 @@ class FlowPrior(Density):
                 f"{self.name} has no names for the columns of a value: fit it to a data frame or a dictionary of "
                 "draws, or build it with columns=."
             )
-        return layout.entries(self._checked_event("value", value, None))
+        return layout.entries(self.as_value(value, None))
 
     @property
     def support(self) -> Any:
@@ -170,32 +179,33 @@ class FlowPrior(Density):
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
         r"""Set the model's statistics of the data from data `y`, (rows, D), in the data's units."""
-        y = self._checked_event("y", y, self._like())
+        y = self.as_value(y, self.value_like, "y")
         with torch.no_grad():
             self.model.fit_statistics(self.standardised(y), self._standardised(context))
 
-    def _log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+    def log_density(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+        r"""Log-density (\*batch,) in nats, unchecked."""
         support = self.units.support
         if support.name == "real":
-            return self._log_prob_inside(value, context)
+            return self._log_density_inside(value, context)
         outside = support.outside(value)
         # The cache recognises the last draws by identity: a copy of them would have to be inverted.
         if not caching_is_possible() or torch._C._is_tracing() or outside.any():
             value = support.inside(value, outside)
-        return torch.where(outside, -torch.inf, self._log_prob_inside(value, context))
+        return torch.where(outside, -torch.inf, self._log_density_inside(value, context))
 
-    def _log_prob_inside(self, value: Tensor, context: Tensor | None) -> Tensor:
+    def _log_density_inside(self, value: Tensor, context: Tensor | None) -> Tensor:
         context = self._standardised(context)
         model, units = self.model, self.units
         if isinstance(model, Density):
             z, log_det = units.inverse_and_log_det(value)
-            return model._log_prob(z, context) - log_det
+            return model.log_density(z, context) - log_det
         if context is None and model.fast == "forward":
-            u = self._flow._inv_call(value)
-            log_det = self._flow.log_abs_det_jacobian(u, value)
+            u = self.noise_to_data.inv(value)
+            log_det = self.noise_to_data.log_abs_det_jacobian(u, value)
         else:
             z, log_units = units.inverse_and_log_det(value)
-            u, log_det = self._flow[0].inverse_and_log_det(z, context)
+            u, log_det = self.noise_to_data[0].inverse_and_log_det(z, context)
             log_det = log_det + log_units
         return torch.rsub(torch.add(log_det, u.square().sum(-1), alpha=0.5), -self._log_normaliser)
 
@@ -203,41 +213,64 @@ class FlowPrior(Density):
     def _log_normaliser(self) -> float:
         return 0.5 * self.model.input_dim * math.log(2 * math.pi)
 
-    def _sample(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
+    def draw(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
+        r"""Draws (\*shape, D), unchecked."""
         context = self._standardised(context)
         if isinstance(self.model, Density):
-            return self.units.forward_and_log_det(self.model._sample(shape, context))[0]
+            return self.units.forward_and_log_det(self.model.draw(shape, context))[0]
         inner = self.units.inner
         u = torch.randn(*shape, self.input_dim, dtype=inner.dtype, device=inner.device)
-        return self._flow(u) if context is None else self._flow.forward_and_log_det(u, context)[0]
+        return self.noise_to_data(u) if context is None else self.noise_to_data.forward_and_log_det(u, context)[0]
+
+    def noise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        r"""Noise u, (rows, D), that the model maps to the standardised y.
+
+        Example:
+            >>> from pyro_maf import MAF
+            >>> prior = FlowPrior(MAF(2), loc=torch.tensor([5.0, 5.0]))
+            >>> prior.noise(torch.tensor([[5.0, 6.0]])).shape
+            torch.Size([1, 2])
+        """
+        return self.model.noise(self.standardised(y), self._standardised(context))
 
     def _standardised(self, context: Tensor | None) -> Tensor | None:
         return None if context is None else self.standardised_context(context)
 
-    def _read(self, role: str, value: Any, like: Tensor | None) -> Any:
-        if like is None or (isinstance(value, Tensor) and value.dtype == like.dtype):
-            return value
+    @property
+    def value_like(self) -> Tensor:
+        """Tensor with the dtype and device of values."""
+        return self.units.loc
+
+    @property
+    def context_like(self) -> Tensor:
+        """Tensor with the dtype and device of contexts."""
+        return self.context_loc
+
+    def as_value(self, value: Any, like: Tensor | None, role: str = "value") -> Tensor:
+        """A value as a tensor; also from the other forms of data that `fit` takes, if the conversion is exact."""
+        if like is not None and not (isinstance(value, Tensor) and value.dtype == like.dtype):
+            value = self._converted("value", value, like, self.event_shape[0])
+        self.units.check_precise(self.name, role, value)
+        return super().as_value(value, like, role)
+
+    def as_context(self, context: Any) -> Tensor:
+        """A context as a tensor, from the same forms as values."""
+        like = self.context_like
+        if not (isinstance(context, Tensor) and context.dtype == like.dtype):
+            context = self._converted("context", context, like, self.context_dim)
+        return super().as_context(context)
+
+    def _converted(self, role: str, value: Any, like: Tensor, width: int) -> Tensor:
         if not isinstance(value, Tensor):
             value = numbers(self.name, role, self._layouts[role].pick(self.name, role, value)).to(like.device)
-            width = self.event_shape[0] if role == "value" else self.context_dim
             if width == 1 and value.dim() < 2 and value.shape != (1,):
                 value = value[..., None]
         return as_far_as_exact(like, value, as_model=like.dtype == self.units.inner.dtype)
 
-    def _like(self) -> Tensor:
-        return self.units.loc
-
-    def _context_like(self) -> Tensor:
-        return self.context_loc
-
-    def _checked_event(self, role: str, value: Tensor, like: Tensor | None) -> Tensor:
-        self.units.check_precise(self.name, role, value)
-        return super()._checked_event(role, value, like)
-
     def _apply(self, fn: Any, recurse: bool = True) -> FlowPrior:
         before = self.context_loc, self.context_scale
-        if "_flow" in self.__dict__:  # not a submodule, so that nothing else reaches it
-            self._flow.clear_cache()
+        if isinstance(self.model, Flow):
+            self.noise_to_data.clear_cache()  # no submodule, so that nothing else reaches it
         super()._apply(fn, recurse)
         keep_float64(self._buffers, CONTEXT_UNITS, before, None)
         return self
@@ -276,65 +309,40 @@ class ConditionalFlowPrior(ConditionalDensity):
         torch.Size([7, 3])
     """
 
-    def __init__(
-        self,
-        model: Flow | Density | ConditionalFlow | ConditionalDensity,
-        *,
-        support: str | Constraint | Sequence[str | Constraint] | Mapping[Any, str | Constraint] = "real",
-        loc: Tensor | None = None,
-        scale: Tensor | None = None,
-        context_loc: Tensor | None = None,
-        context_scale: Tensor | None = None,
-        columns: Entries = (),
-        context_columns: Entries = (),
-    ) -> None:
-        inner = _unwrapped(model)
+    density_class: ClassVar[Callable[..., FlowPrior]] = FlowPrior
+    density: FlowPrior
+
+    def __init__(self, model: Flow | Density | ConditionalFlow | ConditionalDensity, **density: object) -> None:
+        inner = getattr(model, "unwrapped", model)
         _check_model(type(self).__name__, inner)
-        units = {"loc": loc, "scale": scale, "context_loc": context_loc, "context_scale": context_scale}
-        prior = FlowPrior(inner, support=support, columns=columns, context_columns=context_columns, **units)
-        super().__init__(prior)
-        _remember_by_name(self, prior.units.support)
-        _name_columns(self, Layout.named(columns), Layout.named(context_columns))
+        super().__init__(self.density_class(inner, **density))
+
+    @property
+    def unwrapped(self) -> FlowPrior:
+        """The prior inside, which takes the context as an argument."""
+        return self.density
+
+    @property
+    def architecture(self) -> dict[str, object]:
+        """As `FlowPrior.architecture`, with the model that this form was built with."""
+        return {**self.density.architecture, "model": self._arguments["model"]}
 
     def name_columns(self, layout: Layout, context_layout: Layout) -> None:
         """As `FlowPrior.name_columns`."""
-        _name_columns(self, layout, context_layout)
-        self._prior.name_columns(layout, context_layout)
+        self.density.name_columns(layout, context_layout)
 
     def unpack(self, value: Tensor) -> dict[str, Tensor]:
         r"""Split a value, (\*batch, D), by the names of its columns, as `FlowPrior.unpack`."""
-        return self._prior.unpack(value)
-
-    @property
-    def _prior(self) -> FlowPrior:
-        prior: Any = self.density
-        return prior
+        return self.density.unpack(value)
 
 
-def _name_columns(prior: FlowPrior | ConditionalFlowPrior, layout: Layout, context_layout: Layout) -> None:
-    """Store the names among the saved arguments."""
-    for argument, each in (("columns", layout), ("context_columns", context_layout)):
-        prior._arguments.pop(argument, None)
-        if each.names:
-            prior._arguments[argument] = tuple(zip(map(str, each.names), each.shapes, strict=True))
-
-
-def _remember_by_name(prior: FlowPrior | ConditionalFlowPrior, support: Support) -> None:
-    """Store the support by name among the saved arguments, as JSON needs; the default is left out."""
-    prior._arguments.pop("support", None)
-    if support.name != "real":
-        prior._arguments["support"] = support.name
-
-
-def _unwrapped(model: Any) -> Any:
-    """The flow or density inside a conditional form."""
-    if isinstance(model, ConditionalFlow):
-        return model.flow
-    return model.density if isinstance(model, ConditionalDensity) else model
+def _named(layout: Layout) -> tuple[tuple[str, Sequence[int]], ...]:
+    """Names and shapes of a layout's entries, from which `Layout.named` builds it; () if they have no names."""
+    return tuple(zip(map(str, layout.names or ()), layout.shapes, strict=False))
 
 
 def _check_model(who: str, model: Any) -> None:
-    if isinstance(model, (ConditionalFlow, ConditionalDensity)):
+    if isinstance(model, Conditional):
         raise TypeError(
             f"{who} expected a flow or a density, got {type(model).__name__}, which waits for a context: "
             "use ConditionalFlowPrior."

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from pyro_maf._core.checks import check_positive
-from pyro_maf.distributions.density import ConditionalDensity, Density
-from pyro_maf.nn import MADE
+from pyro_maf.distributions.density import ConditionalDensityForm, Density
+from pyro_maf.nn import MADE, MADEOptions
 from pyro_maf.nn.weights import is_called, own_tensors, walk_by_calls
 from pyro_maf.sweep.plan import plan_of
 from pyro_maf.sweep.reference import walk
@@ -65,30 +66,21 @@ class MADEMoG(Density):
         Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017, section 4.1.
     """
 
+    network_class = MADE
+
     def __init__(
         self,
         input_dim: int,
         *,
-        hidden_dims: Sequence[int] | None = None,
         num_components: int = 10,
-        activation: str = "relu",
         order: Sequence[int] | Tensor | None = None,
         context_dim: int = 0,
-        degrees: str = "sequential",
-        seed: int = 0,
+        **network: Unpack[MADEOptions],
     ) -> None:
         super().__init__(input_dim, context_dim)
         self.num_components = check_positive(self.name, "num_components", num_components)
-        self.made = MADE(
-            input_dim,
-            hidden_dims,
-            outputs_per_input=3 * num_components,
-            context_dim=context_dim,
-            activation=activation,
-            order=order,
-            degrees=degrees,
-            seed=seed,
-        )
+        outputs = 3 * self.num_components
+        self.made = MADE(input_dim, outputs_per_input=outputs, context_dim=context_dim, order=order, **network)
         self._start_near_normal()
 
     @property
@@ -101,13 +93,24 @@ class MADEMoG(Density):
         logits, mu, s = self.made(value, context).unflatten(-1, (3, self.num_components)).unbind(-2)
         return logits.log_softmax(-1), mu, _log_sigma(s)
 
-    def _log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+    def log_density(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+        r"""Log-density (\*batch,) in nats, unchecked; one dense pass."""
         log_pi, mu, log_sigma = self.mixtures(value, context)
         standard = (value.unsqueeze(-1) - mu) * torch.exp(-log_sigma)
         log_normal = -0.5 * (standard.square() + math.log(2 * math.pi)) - log_sigma
         return (log_pi + log_normal).logsumexp(-1).sum(-1)
 
-    def _sample(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
+    def noise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """Noise u_i = Phi^-1(F_i(y_i | y_<i)), (rows, D), with F_i the distribution function of the conditional."""
+        log_pi, mu, log_sigma = self.mixtures(y, context)
+        # erfc keeps its relative precision in the tail, where torch.special.ndtr rounds to 0.
+        standard = ((y[..., None] - mu) * (-log_sigma).exp()).double() / math.sqrt(2)
+        below = (log_pi.double().exp() * torch.erfc(-standard)).sum(-1) / 2
+        above = (log_pi.double().exp() * torch.erfc(standard)).sum(-1) / 2
+        return torch.where(below < above, torch.special.ndtri(below), -torch.special.ndtri(above)).to(y.dtype)
+
+    def draw(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
+        r"""Draws (\*shape, D), unchecked and without gradient; one sweep."""
         with torch.no_grad():
             if context is not None and context.dim() > 1:
                 context = context.expand(*shape, -1).reshape(-1, context.shape[-1])
@@ -141,7 +144,7 @@ class MADEMoG(Density):
         return f"{super().__repr__()[:-1]}; {self.num_components} components, {network})"
 
 
-class ConditionalMADEMoG(ConditionalDensity):
+class ConditionalMADEMoG(ConditionalDensityForm):
     r"""A `MADEMoG` whose network sees a context: `condition(context)` is a density.
 
     Args:
@@ -166,30 +169,7 @@ class ConditionalMADEMoG(ConditionalDensity):
         Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017, section 3.4.
     """
 
-    def __init__(
-        self,
-        input_dim: int,
-        context_dim: int,
-        *,
-        hidden_dims: Sequence[int] | None = None,
-        num_components: int = 10,
-        activation: str = "relu",
-        order: Sequence[int] | Tensor | None = None,
-        degrees: str = "sequential",
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            MADEMoG(
-                input_dim,
-                hidden_dims=hidden_dims,
-                num_components=num_components,
-                activation=activation,
-                order=order,
-                context_dim=context_dim,
-                degrees=degrees,
-                seed=seed,
-            )
-        )
+    density_class = MADEMoG
 
 
 def _log_sigma(s: Tensor) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from pyro_maf.distributions.density import ConditionalDensity, Density
+from pyro_maf.distributions.density import ConditionalDensityForm, Density
 from pyro_maf.distributions.made_mog import MADEMoG
-from pyro_maf.flows import MAF
+from pyro_maf.flows import MAF, Orders
+from pyro_maf.nn import MADE, MADEOptions, reseeded
+from pyro_maf.transforms import MaskedAutoregressive
 
 __all__ = ["ConditionalMAFMoG", "MAFMoG"]
 
@@ -56,60 +58,54 @@ class MAFMoG(Density):
         Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017, section 4.1.
     """
 
+    network_class = MADE
+
     def __init__(
         self,
         input_dim: int,
         *,
         num_layers: int = 5,
-        hidden_dims: Sequence[int] | None = None,
         num_components: int = 10,
-        activation: str = "relu",
-        order: str | Sequence[int] | Sequence[Sequence[int]] | Tensor = "reverse",
+        order: Orders = "reverse",
         batch_norm: bool = False,
         context_dim: int = 0,
-        degrees: str = "sequential",
-        seed: int = 0,
+        **network: Unpack[MADEOptions],
     ) -> None:
         super().__init__(input_dim, context_dim)
         self.flow = MAF(
-            input_dim,
-            num_layers=num_layers,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            order=order,
-            batch_norm=batch_norm,
-            context_dim=context_dim,
-            degrees=degrees,
-            seed=seed,
+            input_dim, num_layers=num_layers, order=order, batch_norm=batch_norm, context_dim=context_dim, **network
         )
-        nearest: Tensor = self.flow[1 if batch_norm else 0].order  # type: ignore[assignment]
+        nearest = next(layer.order for layer in self.flow if isinstance(layer, MaskedAutoregressive))
         self.base = MADEMoG(
             input_dim,
-            hidden_dims=hidden_dims,
             num_components=num_components,
-            activation=activation,
             order=nearest.flip(0),
             context_dim=context_dim,
-            degrees=degrees,
-            seed=seed + num_layers,
+            **reseeded(network, num_layers),
         )
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
         r"""Set the statistics of the flow's batch norms from data `y`, (rows, D)."""
         self.flow.fit_statistics(y, context)
 
-    def _log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+    def log_density(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+        r"""Log-density (\*batch,) in nats, unchecked; one dense pass a layer, and one for the base."""
         z, log_det = self.flow.inverse_and_log_det(value, context)
-        return self.base._log_prob(z, context) - log_det
+        return self.base.log_density(z, context) - log_det
 
-    def _sample(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
-        return self.flow.forward_and_log_det(self.base._sample(shape, context), context)[0]
+    def draw(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
+        r"""Draws (\*shape, D), unchecked; one sweep a layer, and one for the base."""
+        return self.flow.forward_and_log_det(self.base.draw(shape, context), context)[0]
+
+    def noise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """Noise of the base, (rows, D), for its value z = flow.inv(y)."""
+        return self.base.noise(self.flow.inverse_and_log_det(y, context)[0], context)
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}\n  base: {self.base!r}\n  flow: " + repr(self.flow).replace("\n", "\n  ")
 
 
-class ConditionalMAFMoG(ConditionalDensity):
+class ConditionalMAFMoG(ConditionalDensityForm):
     r"""A `MAFMoG` whose networks see a context, flow and base alike: `condition(context)` is a density.
 
     Args:
@@ -134,31 +130,4 @@ class ConditionalMAFMoG(ConditionalDensity):
         Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017, section 3.4.
     """
 
-    def __init__(
-        self,
-        input_dim: int,
-        context_dim: int,
-        *,
-        num_layers: int = 5,
-        hidden_dims: Sequence[int] | None = None,
-        num_components: int = 10,
-        activation: str = "relu",
-        order: str | Sequence[int] | Sequence[Sequence[int]] | Tensor = "reverse",
-        batch_norm: bool = False,
-        degrees: str = "sequential",
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            MAFMoG(
-                input_dim,
-                num_layers=num_layers,
-                hidden_dims=hidden_dims,
-                num_components=num_components,
-                activation=activation,
-                order=order,
-                batch_norm=batch_norm,
-                context_dim=context_dim,
-                degrees=degrees,
-                seed=seed,
-            )
-        )
+    density_class = MAFMoG

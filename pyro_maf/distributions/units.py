@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -88,11 +88,17 @@ class Units(Flow):
 class NoiseToData(Stack):
     """A flow followed by the units of its data; y may have one column more than x, and another dtype."""
 
-    def _in_width(self, value: Tensor, role: str, like: Tensor | None) -> Tensor:
-        units: Any = self[-1]
-        if role != "y":
-            return super()._in_width(value, role, units.inner)
-        return check_event(self.name, role, value, units.support.event_size, "event_size of its support", units.loc)
+    @property
+    def units(self) -> Units:
+        """The units, the last layer."""
+        return cast("Units", self[-1])
+
+    def _checked_x(self, x: Tensor, like: Tensor | None) -> Tensor:
+        return super()._checked_x(x, self.units.inner)
+
+    def _checked_y(self, y: Tensor, like: Tensor | None) -> Tensor:
+        size = self.units.support.event_size
+        return check_event(self.name, "y", y, size, "event_size of its support", self.units.loc)
 
 
 def float32_holds(loc: Tensor, scale: Tensor, support: Support | None = None, resolution: float = RESOLUTION) -> Tensor:

@@ -5,21 +5,25 @@ from pyro_maf.nn.made import (
     BULK,
     MADE,
     MLP,
-    MaskedLinear,
+    MADEOptions,
+    NetworkOptions,
     compress_tails,
     default_hidden_dims,
-    degrees,
-    masks,
+    reseeded,
 )
+from pyro_maf.nn.masks import MaskedLinear, degrees, masks
 
 __all__ = [
     "ACTIVATIONS",
     "BULK",
     "MADE",
     "MLP",
+    "MADEOptions",
     "MaskedLinear",
+    "NetworkOptions",
     "compress_tails",
     "default_hidden_dims",
     "degrees",
     "masks",
+    "reseeded",
 ]

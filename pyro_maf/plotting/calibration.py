@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pyro_maf.distributions import Density
-from pyro_maf.distributions.noise import noise_of
 from pyro_maf.plotting.axes import COLOURS, GREY, POINTS, dots, label, named, new_panels, some_rows, styled
 from pyro_maf.transforms import Flow
 
@@ -55,10 +54,13 @@ def noise(
         Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017, figure 1.
     """
     some_rows("noise", "data", data, dims)
+    for density in densities.values():
+        if not isinstance(density, (Flow, Density)):
+            raise TypeError(f"noise expected flows or densities with a map to noise, got {type(density).__name__}.")
     figure, panels = new_panels(len(densities), title)
     for axes, (name, density) in zip(panels, densities.items(), strict=True):
         with torch.no_grad():
-            u = noise_of(density, data[:POINTS])
+            u = density.noise(data[:POINTS])
         dots(axes, some_rows("noise", name, u, dims), COLOURS[0])
         _circles(axes)
         label(axes, name, dims, "u", ((-4.5, 4.5), (-4.5, 4.5)))

@@ -16,7 +16,6 @@ from pyro_maf._core.random import seeded
 from pyro_maf._core.torch_state import reference_tensor, without_autocast
 from pyro_maf.datasets import Table as NamedTable
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
-from pyro_maf.distributions.noise import noise_of
 from pyro_maf.report.table import Given, Table, given_columns
 
 __all__ = ["Examination", "LowRow", "examine"]
@@ -140,7 +139,7 @@ class _Reader:
         self, density: FlowPrior | ConditionalFlowPrior, tables: list[Table], show: Callable[[int], None]
     ) -> None:
         self.density = density
-        self.prior: Any = density.density if isinstance(density, ConditionalFlowPrior) else density
+        self.prior: FlowPrior = density.unwrapped
         self.tables = tables
         self.show = show
         self.done = 0
@@ -181,7 +180,7 @@ class _Reader:
         parts = []
         for data, context in self.blocks(index):
             # As `log_prob` does for itself: a rounded network would be a different density.
-            u = without_autocast(noise_of, self.prior, data, context, like=self.like)
+            u = without_autocast(self.prior.noise, data, context, like=self.like)
             parts.append((data.double().cpu(), u.double().cpu()))
         data, noise = map(torch.cat, zip(*parts, strict=True))
         return data, noise
@@ -212,7 +211,7 @@ class _Reader:
     def low_rows(self, index: np.ndarray[Any, Any], log_prob: Tensor, given: list[Given], numbers: Any) -> list[LowRow]:
         """Return the rows at `index`, with their numbers in their table."""
         data, context = self.read(index)
-        noise = without_autocast(noise_of, self.prior, data, context, like=self.like)
+        noise = without_autocast(self.prior.noise, data, context, like=self.like)
         furthest = noise.abs().argmax(-1)
         return [
             LowRow(

@@ -197,7 +197,7 @@ def fit(
         torch.autocast(weight.device.type, enabled=False),
     ):
         module = lightning.MaximumLikelihood(
-            density.density if isinstance(density, ConditionalDensity) else density,
+            density.unwrapped,
             batches,
             Batches(parts.held_out, VALIDATION_BATCH, None, processes),
             schedule=schedule,

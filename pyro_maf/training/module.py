@@ -149,7 +149,7 @@ class MaximumLikelihood(LightningModule):
         if not isinstance(batch, Rows):
             return
         self._optimizer.zero_grad()
-        log_prob = self.density._log_prob(*batch)
+        log_prob = self.density.log_density(*batch)
         # Each of several processes has a part of the batch, and the gradient is the mean over them.
         rows, log_likelihood = self.processes.total(len(log_prob), log_prob.detach().sum())
         loss = -log_prob.sum() * (self.processes.count / rows)
@@ -214,7 +214,7 @@ class MaximumLikelihood(LightningModule):
         """Accumulate the log-likelihood of a batch."""
         if not isinstance(batch, Rows):
             return
-        self._validation_mean.add(-self.density._log_prob(*batch).sum(), len(batch.data))
+        self._validation_mean.add(-self.density.log_density(*batch).sum(), len(batch.data))
 
     def on_validation_epoch_end(self) -> None:
         """Record the averaged weights if they are the best so far; return to training."""

@@ -125,7 +125,7 @@ class FitResult:
         self._check_context("sample", context)
         if context is None:
             return self.layout.like(self.density.sample((number,)).cpu())
-        width = self._inner.context_dim
+        width = self.density.unwrapped.context_dim
         given = numbers("sample", "context", self.context_layout.pick("sample", "context", context))
         given = given.reshape(-1, width) if given.dim() < 2 and given.numel() % width == 0 else given
         if given.dim() != 2 or given.shape[1] != width or len(given) not in (1, number):
@@ -135,22 +135,16 @@ class FitResult:
         return self.layout.like(self.density.condition(given.expand(number, width)).sample().cpu())
 
     @property
-    def _inner(self) -> FlowPrior:
-        """The prior inside a conditional density, or the density itself."""
-        prior: FlowPrior = getattr(self.density, "density", self.density)
-        return prior
-
-    @property
     def _takes_context(self) -> bool:
-        return bool(self._inner.context_dim)
+        return bool(self.density.unwrapped.context_dim)
 
     def _check_context(self, who: str, context: Any) -> None:
         if self._takes_context and context is None:
             names = self.context_layout.labels
             which = f", with the columns {', '.join(names)}" if names else ""
             raise ValueError(
-                f"{who} expected context with {self._inner.context_dim} columns{which}, got none: the density depends "
-                "on it."
+                f"{who} expected context with {self.density.unwrapped.context_dim} columns{which}, got none: "
+                "the density depends on it."
             )
         if context is not None and not self._takes_context:
             raise ValueError(f"{who} got context for a density that takes none: leave it out.")

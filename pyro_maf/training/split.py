@@ -73,7 +73,7 @@ class Parts(NamedTuple):
         Raises:
             ValueError: For values too far out for the model's dtype.
         """
-        prior = prior_of(density)
+        prior = density.unwrapped
         dtypes = density.dtype, density.context_dtype
         held_out, training = self.held_out.rounded(dtypes), self.training
         if isinstance(training, StoredRows):
@@ -114,7 +114,7 @@ class Parts(NamedTuple):
         Args:
             density, data, context: As in `rounded`, which comes after.
         """
-        support = prior_of(density).units.support
+        support = density.unwrapped.units.support
         return [
             *self._on_repeats(),
             *_on_rounding("", self.units, support, density.dtype, data),
@@ -216,7 +216,7 @@ def in_units_of(parts: Parts, model: Any, support: Support) -> FlowPrior | Condi
         return model
     density = _in_new_units(parts, model, support)
     if parts.stray:
-        prior_of(density).units.widen()
+        density.unwrapped.units.widen()
     return density
 
 
@@ -247,12 +247,6 @@ def _on_rounding(role: str, units: Units | None, support: Support | None, dtype:
         "common while they are in float64, or fit a model in float64, model.double(), to rows in float64."
         for column in coarse
     ]
-
-
-def prior_of(density: FlowPrior | ConditionalFlowPrior) -> FlowPrior:
-    """Return the prior inside a conditional density, or the prior itself."""
-    inner: Any = density.density if isinstance(density, ConditionalFlowPrior) else density
-    return inner
 
 
 def _validation(validation: Any) -> tuple[float, tuple[Any, Any] | None]:

@@ -7,8 +7,9 @@ from pyro_maf.transforms.autoregressive import (
     InverseAutoregressive,
     MaskedAutoregressive,
 )
-from pyro_maf.transforms.base import ConditionalFlow, Conditioned, Flow, Inverse
+from pyro_maf.transforms.base import Flow, Inverse
 from pyro_maf.transforms.batch_norm import BatchNorm
+from pyro_maf.transforms.conditional import ConditionalFlow, ConditionalForm, Conditioned
 from pyro_maf.transforms.coupling import ConditionalCoupling, Coupling
 from pyro_maf.transforms.permute import Permute
 from pyro_maf.transforms.stack import Stack
@@ -19,6 +20,7 @@ __all__ = [
     "BatchNorm",
     "ConditionalCoupling",
     "ConditionalFlow",
+    "ConditionalForm",
     "ConditionalInverseAutoregressive",
     "ConditionalLowerTriangularAffine",
     "ConditionalMaskedAutoregressive",

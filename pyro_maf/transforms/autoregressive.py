@@ -3,12 +3,14 @@ r"""Autoregressive layers: the univariate map of each dimension depends on the d
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 from torch import Tensor
 
-from pyro_maf.nn import MADE
+from pyro_maf.nn import MADE, MADEOptions
 from pyro_maf.sweep import Affine, UnivariateMap, forget, parallel, solve
-from pyro_maf.transforms.base import ConditionalFlow, Flow
+from pyro_maf.transforms.base import Flow
+from pyro_maf.transforms.conditional import ConditionalForm
 
 __all__ = [
     "ConditionalInverseAutoregressive",
@@ -22,30 +24,20 @@ class _Autoregressive(Flow):
     """Base of MAF and IAF layers: a MADE outputs the parameters of each dimension's univariate map."""
 
     is_by_row = True
+    network_class = MADE
 
     def __init__(
         self,
         input_dim: int,
         *,
-        hidden_dims: Sequence[int] | None = None,
         context_dim: int = 0,
-        activation: str = "relu",
         order: Sequence[int] | Tensor | None = None,
-        degrees: str = "sequential",
-        seed: int = 0,
+        **network: Unpack[MADEOptions],
     ) -> None:
         super().__init__(input_dim, context_dim)
         self.univariate: UnivariateMap = Affine()
-        self.made = MADE(
-            input_dim,
-            hidden_dims,
-            outputs_per_input=self.univariate.num_parameters,
-            context_dim=context_dim,
-            activation=activation,
-            order=order,
-            degrees=degrees,
-            seed=seed,
-        )
+        outputs = self.univariate.num_parameters
+        self.made = MADE(input_dim, outputs_per_input=outputs, context_dim=context_dim, order=order, **network)
         self.made.zero_output()
 
     @property
@@ -145,34 +137,7 @@ class InverseAutoregressive(_Autoregressive):
         return solve(self.made, self.univariate, y, context, inverse=True)
 
 
-class _ConditionalAutoregressive(ConditionalFlow):
-    layer_class: type[_Autoregressive]
-
-    def __init__(
-        self,
-        input_dim: int,
-        context_dim: int,
-        *,
-        hidden_dims: Sequence[int] | None = None,
-        activation: str = "relu",
-        order: Sequence[int] | Tensor | None = None,
-        degrees: str = "sequential",
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            self.layer_class(
-                input_dim,
-                hidden_dims=hidden_dims,
-                context_dim=context_dim,
-                activation=activation,
-                order=order,
-                degrees=degrees,
-                seed=seed,
-            )
-        )
-
-
-class ConditionalMaskedAutoregressive(_ConditionalAutoregressive):
+class ConditionalMaskedAutoregressive(ConditionalForm):
     r"""A `MaskedAutoregressive` whose network sees a context: `condition(context)` is a flow.
 
     Args:
@@ -195,10 +160,10 @@ class ConditionalMaskedAutoregressive(_ConditionalAutoregressive):
         torch.Size([5, 3])
     """
 
-    layer_class = MaskedAutoregressive
+    flow_class = MaskedAutoregressive
 
 
-class ConditionalInverseAutoregressive(_ConditionalAutoregressive):
+class ConditionalInverseAutoregressive(ConditionalForm):
     r"""An `InverseAutoregressive` whose network sees a context: `condition(context)` is a flow.
 
     Args:
@@ -221,4 +186,4 @@ class ConditionalInverseAutoregressive(_ConditionalAutoregressive):
         torch.Size([5, 3])
     """
 
-    layer_class = InverseAutoregressive
+    flow_class = InverseAutoregressive

@@ -1,22 +1,25 @@
-"""Base classes of flows: input checks, the cache, the inverse as a module, conditioning on a context."""
+"""Base class of flows, with input checks, the cache and the inverse as a module."""
 
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self, TypeAlias
 
 import torch
-from pyro.distributions.conditional import ConditionalTransformModule
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_maf._core.checks import check_event, check_positive, check_takes_gradient
+from pyro_maf._core.checks import check_context, check_event, check_positive, check_takes_gradient
 from pyro_maf._core.torch_state import converted, count_change, reference_tensor, without_autocast
 from pyro_maf.saving import Savable
-from pyro_maf.transforms.cache import Pair, caching_is_possible, forget
+from pyro_maf.transforms.cache import Cache, caching_is_possible
 
-__all__ = ["ConditionalFlow", "Conditioned", "Flow", "Inverse"]
+__all__ = ["Flow", "Inverse"]
+
+Direction: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+Check: TypeAlias = Callable[[Tensor, "Tensor | None"], Tensor]
 
 
 class Flow(Savable, TransformModule):
@@ -55,8 +58,8 @@ class Flow(Savable, TransformModule):
         super().__init__(cache_size=1)
         self.input_dim = check_positive(type(self).__name__, "input_dim", input_dim)
         self.context_dim = check_positive(type(self).__name__, "context_dim", context_dim, least=0)
-        self._pair: Pair | None = None
-        self._like_inverse: dict[str, Any] | None = None
+        self._cache = Cache()
+        self._inverse_state: dict[str, Any] | None = None
 
     # -- what a subclass provides ---------------------------------------------------------------------------------
 
@@ -71,6 +74,10 @@ class Flow(Savable, TransformModule):
         r"""x for data y (\*batch, D), and log |det dy/dx| (\*batch,) in nats, of the forward direction too."""
         raise NotImplementedError
 
+    def noise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        r"""Noise x, (\*batch, D), that the flow maps to y: `inverse_and_log_det` without the log-determinant."""
+        return self.inverse_and_log_det(y, context)[0]
+
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
         r"""Set the flow's statistics of the data (batch norm, act norm); most flows have none.
 
@@ -84,14 +91,7 @@ class Flow(Savable, TransformModule):
         """
         like = reference_tensor(self)
         check_event(self.name, "y", y, self.input_dim, "input_dim", like)
-        if context is None and self.context_dim:
-            raise ValueError(
-                f"{self.name} expected a context with last dimension {self.context_dim} (context_dim), got none."
-            )
-        if context is not None:
-            if not self.context_dim:
-                raise ValueError(f"{self.name} was built without context_dim and takes no context.")
-            check_event(self.name, "context", context, self.context_dim, "context_dim", like)
+        check_context(self.name, context, self.context_dim, like)
         if (rows := y.shape[:-1].numel()) < 2:
             raise ValueError(f"{self.name} expected at least 2 rows of data, got {rows}.")
         self._fit_statistics(y, context)
@@ -103,10 +103,10 @@ class Flow(Savable, TransformModule):
 
     def __call__(self, x: Tensor) -> Tensor:
         r"""Map noise x (\*batch, D) to data y."""
-        return self._through(x, "x", self.forward_and_log_det)
+        return self._through(x, self._checked_x, self.forward_and_log_det)
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        return self._through(y, "y", self.inverse_and_log_det)
+        return self._through(y, self._checked_y, self.inverse_and_log_det)
 
     def _call(self, x: Tensor) -> Tensor:
         return self.forward_and_log_det(x)[0]
@@ -114,19 +114,16 @@ class Flow(Savable, TransformModule):
     def _inverse(self, y: Tensor) -> Tensor:
         return self.inverse_and_log_det(y)[0]
 
-    def _through(self, given: Tensor, role: str, direction: Any) -> Tensor:
-        given = self._checked(given, role)
+    def _through(self, value: Tensor, checked: Check, direction: Direction) -> Tensor:
+        value = checked(value, self._like())
         if not self._cache_size or not caching_is_possible():
-            return self._exactly(direction, given)[0]
-        pair = self._pair  # read once: another thread may replace it
-        if pair is not None and (known := pair.given_for(self, given)) is not None:
+            return without_autocast(direction, value, like=value)[0]
+        cache = self._cache
+        if (known := cache.input_of(self, value)) is not None:
             return known
-        self._pair = None
-        made, log_det = self._exactly(direction, given)
-        # An output that is its input has no identity of its own, by which the cache could recognise it.
-        if made is not given:
-            self._pair = Pair.of(self, given, made, log_det, _Forget(self))
-        return made
+        output, log_det = without_autocast(direction, value, like=value)
+        cache.store(self, value, output, log_det)
+        return output
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         r"""log |det dy/dx| in nats, (\*batch,), for y = self(x).
@@ -136,35 +133,29 @@ class Flow(Savable, TransformModule):
         statistics.
         """
         like = self._like()
-        x, y = self._in_width(x, "x", like), self._in_width(y, "y", like)
-        pair = self._pair
-        if pair is not None and caching_is_possible():
-            for given, made in ((x, y), (y, x)):
-                if (log_det := pair.log_det_of(self, given, made)) is not None:
-                    return log_det
-        made_of_x = pair is not None and pair.joins(self, x, y)
-        if self.fast == "forward" or (self.fast == "both" and made_of_x):
-            return self._exactly(self.forward_and_log_det, x)[1]
-        return self._exactly(self.inverse_and_log_det, y)[1]
-
-    def _exactly(self, direction: Any, given: Tensor) -> tuple[Tensor, Tensor]:
-        return without_autocast(direction, given, like=given)
-
-    def _checked(self, value: Tensor, role: str) -> Tensor:
-        return self._in_width(value, role, self._like())
+        x, y = self._checked_x(x, like), self._checked_y(y, like)
+        cache = self._cache
+        if caching_is_possible() and (log_det := cache.log_det_of(self, x, y)) is not None:
+            return log_det
+        if self.fast == "forward" or (self.fast == "both" and cache.joins(self, x, y)):
+            return without_autocast(self.forward_and_log_det, x, like=x)[1]
+        return without_autocast(self.inverse_and_log_det, y, like=y)[1]
 
     def _like(self) -> Tensor | None:
         """Tensor of the dtype and device that inputs need, or None; raises for a flow without its context."""
         if self.context_dim:
-            raise ValueError(
-                f"{self.name} expected a context with last dimension {self.context_dim} (context_dim), got none: "
-                "use .condition(context)."
-            )
+            check_context(self.name, None, self.context_dim, advice=": use .condition(context)")
         like = reference_tensor(self)
         check_takes_gradient(self.name, self, like)
         return like
 
-    def _in_width(self, value: Tensor, role: str, like: Tensor | None) -> Tensor:
+    def _checked_x(self, x: Tensor, like: Tensor | None) -> Tensor:
+        return self._checked("x", x, like)
+
+    def _checked_y(self, y: Tensor, like: Tensor | None) -> Tensor:
+        return self._checked("y", y, like)
+
+    def _checked(self, role: str, value: Tensor, like: Tensor | None) -> Tensor:
         held = reference_tensor(self, floating=False) if like is None else like
         return check_event(self.name, role, converted(value, like), self.input_dim, "input_dim", held)
 
@@ -174,6 +165,11 @@ class Flow(Savable, TransformModule):
     def name(self) -> str:
         """Name of the class, for error messages."""
         return type(self).__name__
+
+    @property
+    def unwrapped(self) -> Self:
+        """The flow itself, as that inside a conditional form."""
+        return self
 
     @property
     def inv(self) -> Flow:
@@ -186,12 +182,11 @@ class Flow(Savable, TransformModule):
         return inverse
 
     def _new_inverse(self) -> Inverse:
-        # Rebuilt whenever nobody holds the last one, so it must be fast: all but references to this flow is cached.
-        if self._like_inverse is None:
-            own = ("_modules", "_arguments")
-            self._like_inverse = {name: value for name, value in vars(Inverse(self)).items() if name not in own}
+        # Rebuilt whenever nobody holds the last one, so it must be fast: all but references to this flow is stored.
+        if self._inverse_state is None:
+            self._inverse_state = {**vars(Inverse(self)), "_modules": None, "_arguments": None}
         inverse: Inverse = object.__new__(Inverse)
-        for name, value in self._like_inverse.items():
+        for name, value in self._inverse_state.items():
             inverse.__dict__[name] = value.copy() if isinstance(value, dict) else value
         inverse.__dict__.update(_modules={"flow": self}, _arguments={"flow": self})
         return inverse
@@ -225,8 +220,7 @@ class Flow(Savable, TransformModule):
         count_change()  # a prior, or a stack around this flow, has a cache too
 
     def _forget(self) -> None:
-        self._pair = None
-        forget(self)
+        self._cache.clear()
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         """Shape of y for x of `shape`."""
@@ -248,25 +242,12 @@ class Flow(Savable, TransformModule):
         return f"{self.name}({self.input_dim})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_inv": None, "_pair": None, "_like_inverse": None}
+        return {**self.__dict__, "_inv": None, "_cache": Cache(), "_inverse_state": None}
 
     def __eq__(self, other: object) -> bool:
         return self is other
 
     __hash__ = object.__hash__
-
-
-class _Forget:
-    """Callback that drops a flow's cached pair when its output is freed; keeps neither alive."""
-
-    def __init__(self, flow: Flow) -> None:
-        self._flow = weakref.ref(flow)
-
-    def __call__(self, gone: Any) -> None:
-        flow = self._flow()
-        pair = None if flow is None else flow._pair
-        if flow is not None and pair is not None and pair._made is gone:
-            flow._pair = None
 
 
 class Inverse(Flow):
@@ -340,109 +321,3 @@ class Inverse(Flow):
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
         """Shape of the input for an output of `shape`: that of the flow's output."""
         return self.flow.forward_shape(shape)
-
-
-class Conditioned(Flow):
-    r"""A conditional flow at one context: an ordinary flow.
-
-    Args:
-        flow: A flow with `context_dim` > 0.
-        context: (\*batch or (), context_dim); its batch shape broadcasts with that of x and y.
-    """
-
-    context: Tensor
-    _unsavable = "save the conditional flow and condition it anew"
-
-    def __init__(self, flow: Flow, context: Tensor) -> None:
-        super().__init__(flow.input_dim)
-        self.flow = flow
-        like = reference_tensor(flow)
-        context = check_event(flow.name, "context", converted(context, like), flow.context_dim, "context_dim", like)
-        self.register_buffer("context", context, persistent=False)
-
-    @property
-    def name(self) -> str:
-        """Name of the flow."""
-        return self.flow.name
-
-    @property
-    def fast(self) -> str:  # type: ignore[override]
-        """Fast direction of the flow."""
-        return self.flow.fast
-
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As of the flow, at the context."""
-        return self.flow.forward_and_log_det(x, self.context)
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As of the flow, at the context."""
-        return self.flow.inverse_and_log_det(y, self.context)
-
-    def _fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
-        self.flow.fit_statistics(y, self.context)
-
-    def __repr__(self) -> str:
-        return f"{self.flow!r} at a context of shape {tuple(self.context.shape)}"
-
-    def forward_shape(self, shape: torch.Size) -> torch.Size:
-        """Shape of the output: that of the input, broadcast with the context's batch shape."""
-        super().forward_shape(shape)
-        return self._broadcast(shape) + (self.input_dim,)
-
-    def _in_width(self, value: Tensor, role: str, like: Tensor | None) -> Tensor:
-        value = super()._in_width(value, role, like)
-        self._broadcast(value.shape)
-        return value
-
-    def _broadcast(self, shape: torch.Size) -> torch.Size:
-        try:
-            return torch.broadcast_shapes(shape[:-1], self.context.shape[:-1])
-        except RuntimeError:
-            raise ValueError(
-                f"{self.name} expected x and context with batch shapes that broadcast, "
-                f"got {tuple(shape[:-1])} and {tuple(self.context.shape[:-1])}."
-            ) from None
-
-
-class ConditionalFlow(Savable, ConditionalTransformModule):
-    r"""A flow that needs a context: `condition(context)` returns the flow at that context.
-
-    Args:
-        flow: A flow with `context_dim` > 0, whose parameters this module holds.
-
-    Raises:
-        ValueError: If the flow takes no context.
-
-    Example:
-        >>> from pyro_maf import MAF
-        >>> flow = ConditionalFlow(MAF(3, num_layers=1, context_dim=2))
-        >>> flow.condition(torch.zeros(5, 2)).inv(torch.zeros(5, 3)).shape
-        torch.Size([5, 3])
-    """
-
-    def __init__(self, flow: Flow) -> None:
-        super().__init__()
-        if not flow.context_dim:
-            raise ValueError(f"{type(self).__name__} expected context_dim of at least 1, got {flow.context_dim}.")
-        self.flow = flow
-
-    @property
-    def input_dim(self) -> int:
-        """D."""
-        return self.flow.input_dim
-
-    @property
-    def context_dim(self) -> int:
-        """Number of context features."""
-        return self.flow.context_dim
-
-    def fit_statistics(self, y: Tensor, context: Tensor) -> None:
-        r"""Set the layers' statistics (batch norm, act norm) from data `y`, (rows, D), and its context."""
-        self.flow.fit_statistics(y, context)
-
-    def __repr__(self) -> str:
-        return repr(self.flow).replace(self.flow.name, type(self).__name__, 1)
-
-    def condition(self, context: Tensor) -> Flow:
-        r"""The flow at `context`, (\*batch or (), context_dim)."""
-        return Conditioned(self.flow, context)

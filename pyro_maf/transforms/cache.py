@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pyro_maf._core.torch_state import Snapshot
 
-__all__ = ["Pair", "caching_is_possible", "forget"]
+__all__ = ["Cache", "caching_is_possible"]
 
 
 def caching_is_possible() -> bool:
@@ -23,53 +22,108 @@ def caching_is_possible() -> bool:
     )
 
 
-class Pair:
-    """One input, the module's output for it, and their log-determinant.
+class Cache:
+    """Cache of one input of a module, the output for it, and their log-determinant.
 
     The pair lives as long as the output does. It is valid for the same tensor objects at the same versions, the same
     parameters and buffers at the same versions, the same train/eval and grad modes, and as long as the same ones
     of these tensors require a gradient. A backward through its graph retires it, so that no graph is traversed twice.
+
+    The cache does not refer to the module, which owns it. It is neither copied nor pickled with that: a module's
+    `__getstate__` puts an empty one in its place.
     """
 
-    def __init__(
-        self, state: _State, given: Tensor, made: Tensor, log_det: Tensor, forget: Callable[[Any], None]
-    ) -> None:
+    def __init__(self) -> None:
+        self._pair: Pair | None = None
+        # The last one, since comparing with it is faster than taking another.
+        self._snapshot: Snapshot | None = None
+
+    def store(self, module: nn.Module, x: Tensor, y: Tensor, log_det: Tensor) -> None:
+        """Store a pair, unless something that it depends on can change without a version count."""
+        # An output that is its input has no identity of its own, by which the cache could recognise it.
+        if y is x or y.is_inference() or x.is_inference():
+            return
+        modes, tensors = _parts(module)
+        if self._snapshot is None or not self._snapshot.holds_for(tensors):
+            self._snapshot = Snapshot.of(tensors)
+        if self._snapshot is not None:
+            state = _State(modes, self._snapshot, _graph(tensors))
+            self._pair = Pair(state, x, y, log_det, _Release(self))
+
+    def input_of(self, module: nn.Module, y: Tensor) -> Tensor | None:
+        """The input with output `y`; or None if that is not certain, and the pair is dropped."""
+        pair = self._pair  # read once: another thread may replace it
+        x = None if pair is None else pair.input_of(module, y)
+        if x is None:
+            self._pair = None
+        return x
+
+    def log_det_of(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
+        """The log-determinant of (x, y), whichever of them is the input, or None if that is not certain.
+
+        One with a graph is returned once only, so that two losses can be differentiated one after the other.
+        """
+        pair = self._pair
+        if pair is None:
+            return None
+        log_det = pair.log_det_of(module, x, y)
+        return pair.log_det_of(module, y, x) if log_det is None else log_det
+
+    def joins(self, module: nn.Module, x: Tensor, y: Tensor) -> bool:
+        """Return whether `y` is certain to be the module's output for `x`."""
+        pair = self._pair
+        return pair is not None and pair.joins(module, x, y)
+
+    def release(self, output: object) -> None:
+        """Drop the pair if `output` is the weak reference to its output."""
+        pair = self._pair
+        if pair is not None and pair.output is output:
+            self._pair = None
+
+    def clear(self) -> None:
+        """Drop the pair, and the storages of the module's parameters and buffers, which may have moved."""
+        self._pair = self._snapshot = None
+
+
+class _Release:
+    """Callback that drops a cache's pair when its output is freed; keeps neither alive."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = weakref.ref(cache)
+
+    def __call__(self, output: object) -> None:
+        if (cache := self._cache()) is not None:
+            cache.release(output)
+
+
+class Pair:
+    """Input, weak reference to the output, and log-determinant, with the state in which they belong together."""
+
+    def __init__(self, state: _State, x: Tensor, y: Tensor, log_det: Tensor, release: _Release) -> None:
         self._state = state
-        self._given = given
-        self._made = weakref.ref(made, forget)
-        self._ends = _ends(given, made)
+        self._input = x
+        self.output = weakref.ref(y, release)
+        self._ends = _ends(x, y)
         # Holding the storages ensures that no other tensor gets the same address.
-        self._storages = given.untyped_storage(), made.untyped_storage()
+        self._storages = x.untyped_storage(), y.untyped_storage()
         # In a list, whose `pop` is atomic: only one of several threads gets it.
         self._log_dets = [log_det]
         # The hooks hold this list alone: they must keep neither the pair nor its tensors alive.
         self._retired: list[bool] = []
-        for tensor in (made, log_det):
+        for tensor in (y, log_det):
             if tensor.grad_fn is not None:
                 tensor.grad_fn.register_prehook(_Retire(self._retired))
 
-    @classmethod
-    def of(
-        cls, module: nn.Module, given: Tensor, made: Tensor, log_det: Tensor, forget: Callable[[Any], None]
-    ) -> Pair | None:
-        """The pair, or None if something that it depends on can change without a version count."""
-        if made.is_inference() or given.is_inference() or (state := _state(module)) is None:
+    def input_of(self, module: nn.Module, y: Tensor) -> Tensor | None:
+        """As `Cache.input_of`."""
+        x = self._input
+        if self.output() is not y or (x.requires_grad and not torch.is_grad_enabled()):
             return None
-        return cls(state, given, made, log_det, forget)
+        return x if self._holds(module, y) and not _is_watched(y) else None
 
-    def given_for(self, module: nn.Module, made: Tensor) -> Tensor | None:
-        """The input with output `made`, or None if that is not certain."""
-        given = self._given
-        if self._made() is not made or (given.requires_grad and not torch.is_grad_enabled()):
-            return None
-        return given if self._holds(module, made) and not _is_watched(made) else None
-
-    def log_det_of(self, module: nn.Module, given: Tensor, made: Tensor) -> Tensor | None:
-        """The log-determinant of (given, made), or None if that is not certain.
-
-        One with a graph is returned once only, so that two losses can be differentiated one after the other.
-        """
-        if not self._log_dets or not self.joins(module, given, made) or _is_watched(made):
+    def log_det_of(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
+        """As `Cache.log_det_of`."""
+        if not self._log_dets or not self.joins(module, x, y) or _is_watched(y):
             return None
         try:
             log_det = self._log_dets.pop()
@@ -79,19 +133,21 @@ class Pair:
             self._log_dets.append(log_det)
         return log_det
 
-    def joins(self, module: nn.Module, given: Tensor, made: Tensor) -> bool:
-        """Return whether `made` is certain to be the module's output for `given`."""
-        return self._given is given and self._made() is made and self._holds(module, made)
+    def joins(self, module: nn.Module, x: Tensor, y: Tensor) -> bool:
+        """As `Cache.joins`."""
+        return self._input is x and self.output() is y and self._holds(module, y)
 
-    def _holds(self, module: nn.Module, made: Tensor) -> bool:
-        return not self._retired and self._ends == _ends(self._given, made) and self._state.holds_for(module)
+    def _holds(self, module: nn.Module, y: Tensor) -> bool:
+        return not self._retired and self._ends == _ends(self._input, y) and self._state.holds_for(module)
 
 
 class _Retire:
+    """Hook of a graph's node that retires a pair; keeps neither the pair nor its tensors alive."""
+
     def __init__(self, retired: list[bool]) -> None:
         self._retired = retired
 
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, *_: object) -> None:
         self._retired.append(True)
 
 
@@ -108,26 +164,6 @@ class _State(NamedTuple):
         return self.modes == modes and self.tensors.holds_for(tensors) and self.graph == _graph(tensors)
 
 
-# The last snapshot of each module: comparing with it is faster than taking another.
-_snapshots: weakref.WeakKeyDictionary[nn.Module, Snapshot] = weakref.WeakKeyDictionary()
-
-
-def forget(module: nn.Module) -> None:
-    """Release the storages of a module's parameters and buffers after these have moved."""
-    _snapshots.pop(module, None)
-
-
-def _state(module: nn.Module) -> _State | None:
-    modes, tensors = _parts(module)
-    snapshot = _snapshots.get(module)
-    if snapshot is None or not snapshot.holds_for(tensors):
-        snapshot = Snapshot.of(tensors)
-        if snapshot is None:
-            return None
-        _snapshots[module] = snapshot
-    return _State(modes, snapshot, _graph(tensors))
-
-
 def _parts(module: nn.Module) -> tuple[list[object], list[Tensor]]:
     """The grad mode, the train/eval mode and the hooks of each module in it, and all parameters and buffers."""
     tensors: list[Tensor | None] = []
@@ -136,22 +172,22 @@ def _parts(module: nn.Module) -> tuple[list[object], list[Tensor]]:
     for member in members:  # grows as it is walked
         if member is None:
             continue
-        own = member.__dict__  # the fastest access to a module's members
-        modes.append(own["training"])
-        if parameters := own["_parameters"]:
+        state = member.__dict__  # the fastest access to a module's members
+        modes.append(state["training"])
+        if parameters := state["_parameters"]:
             tensors += parameters.values()
-        if buffers := own["_buffers"]:
+        if buffers := state["_buffers"]:
             tensors += buffers.values()
-        if children := own["_modules"]:
+        if children := state["_modules"]:
             members += children.values()
         elif len(parameters) < 2 and isinstance(member, nn.Linear):
             for name in {"weight", "bias"} - parameters.keys():
                 # A tensor in place of a parameter; or a property that is drawn at each access and never the same again.
-                replaced = own.get(name)
+                replaced = state.get(name)
                 tensors.append(replaced)
                 modes.append(name if isinstance(replaced, Tensor) else object())
-        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-            modes += *own["_forward_hooks"], *own["_forward_pre_hooks"]
+        if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+            modes += *state["_forward_hooks"], *state["_forward_pre_hooks"]
     return modes, [tensor for tensor in tensors if tensor is not None]
 
 
@@ -162,20 +198,20 @@ def _graph(tensors: list[Tensor]) -> list[bool]:
     return [*[tensor.requires_grad for tensor in tensors], *[tensor.is_leaf for tensor in tensors]]
 
 
-def _ends(given: Tensor, made: Tensor) -> tuple[int | bool, ...]:
+def _ends(x: Tensor, y: Tensor) -> tuple[int | bool, ...]:
     """Marks of a pair that change when either end is written to or becomes part of another graph."""
     return (
-        given._version,
-        made._version,
-        given.data_ptr(),
-        made.data_ptr(),
-        given.requires_grad,
-        made.requires_grad,
-        given.is_leaf,
-        made.is_leaf,
+        x._version,
+        y._version,
+        x.data_ptr(),
+        y.data_ptr(),
+        x.requires_grad,
+        y.requires_grad,
+        x.is_leaf,
+        y.is_leaf,
     )
 
 
-def _is_watched(made: Tensor) -> bool:
+def _is_watched(y: Tensor) -> bool:
     """Return whether the gradient at an output is observed, which a cached result would bypass."""
-    return made.retains_grad or bool(made._backward_hooks)
+    return y.retains_grad or bool(y._backward_hooks)

@@ -12,7 +12,8 @@ from pyro_maf._core.checks import check_choice
 from pyro_maf.nn import MLP, default_hidden_dims
 from pyro_maf.nn.weights import outputs_of
 from pyro_maf.sweep import Affine, UnivariateMap
-from pyro_maf.transforms.base import ConditionalFlow, Flow
+from pyro_maf.transforms.base import Flow
+from pyro_maf.transforms.conditional import ConditionalForm
 
 __all__ = ["ConditionalCoupling", "Coupling"]
 
@@ -123,7 +124,7 @@ class Coupling(Flow):
         self._derive()
 
 
-class ConditionalCoupling(ConditionalFlow):
+class ConditionalCoupling(ConditionalForm):
     r"""A `Coupling` whose networks see a context.
 
     Args:
@@ -146,23 +147,4 @@ class ConditionalCoupling(ConditionalFlow):
         torch.Size([5, 3])
     """
 
-    def __init__(
-        self,
-        input_dim: int,
-        context_dim: int,
-        *,
-        mask: Sequence[bool] | Tensor | None = None,
-        hidden_dims: Sequence[int] | None = None,
-        activation: str = "relu",
-        networks: str = "joint",
-    ) -> None:
-        super().__init__(
-            Coupling(
-                input_dim,
-                mask=mask,
-                hidden_dims=hidden_dims,
-                context_dim=context_dim,
-                activation=activation,
-                networks=networks,
-            )
-        )
+    flow_class = Coupling

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from pyro_maf.nn import MLP, default_hidden_dims
 from pyro_maf.nn.tempering import gain_of
 from pyro_maf.nn.weights import current, outputs_of
-from pyro_maf.transforms.base import ConditionalFlow, Flow
+from pyro_maf.transforms.base import Flow
+from pyro_maf.transforms.conditional import ConditionalForm
 
 __all__ = ["ConditionalLowerTriangularAffine", "Head", "LowerTriangularAffine"]
 
@@ -219,7 +220,7 @@ def solve_lower(factor: Tensor, y: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor, columns, upper=False).T.reshape(y.shape)
 
 
-class ConditionalLowerTriangularAffine(ConditionalFlow):
+class ConditionalLowerTriangularAffine(ConditionalForm):
     r"""A `LowerTriangularAffine` whose loc and L depend on a context.
 
     Args:
@@ -242,23 +243,4 @@ class ConditionalLowerTriangularAffine(ConditionalFlow):
         torch.Size([5, 3])
     """
 
-    def __init__(
-        self,
-        input_dim: int,
-        context_dim: int,
-        *,
-        loc: Tensor | None = None,
-        scale_tril: Tensor | None = None,
-        hidden_dims: Sequence[int] | None = None,
-        activation: str = "relu",
-    ) -> None:
-        super().__init__(
-            LowerTriangularAffine(
-                input_dim,
-                loc=loc,
-                scale_tril=scale_tril,
-                context_dim=context_dim,
-                hidden_dims=hidden_dims,
-                activation=activation,
-            )
-        )
+    flow_class = LowerTriangularAffine

@@ -1,0 +1,80 @@
+"""Options that one constructor forwards to another: in signatures, in errors, and by name.
+
+A constructor with `**layer` forwards these to its class attribute `layer_class`; one with `**network`, to
+`network_class`. An option is thus declared, with its default, by the class that uses it, and by no other.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import cache
+from inspect import Parameter, Signature
+from typing import get_args, get_type_hints
+
+__all__ = ["ClassSignature", "named_arguments", "show_options", "signature_of"]
+
+
+class ClassSignature:
+    """`__signature__` of a class with forwarded options, for `help` and completion; its instances have none."""
+
+    def __get__(self, instance: object | None, cls: type) -> Signature:
+        """The signature of the class."""
+        if instance is not None:
+            raise AttributeError(f"{cls.__name__} object has no attribute '__signature__'")
+        return signature_of(cls)
+
+
+def show_options(cls: type) -> None:
+    """Set the signature of a class's constructor, which Pyro shows as that of a distribution."""
+    first = Parameter("self", Parameter.POSITIONAL_ONLY)
+    signature = Signature([first, *signature_of(cls).parameters.values()])
+    vars(cls)["__init__"].__signature__ = signature
+
+
+@cache
+def signature_of(cls: type) -> Signature:
+    """Signature of a class, with the options that its constructor forwards in place of `**layer`.
+
+    Those are keyword arguments of `layer_class`: all that the constructor does not have itself, or those among them
+    that the typed dictionary of its annotation, `Unpack[...]`, has.
+    """
+    constructor = inspect.getattr_static(cls, "__init__")
+    _, *parameters = inspect.signature(constructor).parameters.values()
+    if not parameters or parameters[-1].kind is not Parameter.VAR_KEYWORD:
+        return Signature(parameters)
+    *explicit, rest = parameters
+    target = getattr(cls, f"{rest.name}_class", None)
+    if target is None:
+        return Signature(parameters)
+    taken = {parameter.name for parameter in explicit}
+    typed = get_args(get_type_hints(constructor)[rest.name])
+    return Signature(
+        [
+            *explicit,
+            *(
+                option.replace(kind=Parameter.KEYWORD_ONLY)
+                for name, option in signature_of(target).parameters.items()
+                if name not in taken
+                and (name in typed[0].__annotations__ if typed else option.kind is Parameter.KEYWORD_ONLY)
+            ),
+        ]
+    )
+
+
+def named_arguments(cls: type, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
+    """Arguments of a constructor by name, those that it forwards included.
+
+    Raises:
+        TypeError: For an option that neither the class nor the one it forwards to takes.
+    """
+    signature = signature_of(cls)
+    try:
+        arguments = signature.bind_partial(*args, **kwargs).arguments
+    except TypeError as error:
+        takes = ", ".join(signature.parameters) or "no arguments"
+        raise TypeError(f"{cls.__name__} takes {takes}: {error}.") from None
+    for parameter in signature.parameters.values():
+        if parameter.kind is Parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(parameter.name, {}))
+    return arguments

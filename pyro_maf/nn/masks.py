@@ -1,0 +1,147 @@
+"""Degrees and masks that make a network autoregressive, and the linear layer with a mask.
+
+Hidden units are always sorted by degree, so that every masked weight is block lower triangular up to the order of the
+inputs; the sweep of the sequential direction relies on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyro_maf._core.checks import check_choice, check_permutation, check_positive, check_sizes
+
+__all__ = ["MaskedLinear", "degrees", "masks"]
+
+
+def degrees(
+    input_dim: int, hidden_dims: Sequence[int], *, kind: str = "sequential", lowest: int = 1, seed: int = 0
+) -> list[Tensor]:
+    """Degrees of the hidden units of a MADE, sorted within each layer.
+
+    A unit of degree d sees the first d inputs of the order. Degrees run from `lowest` to D - 1; a unit of degree 0
+    sees the context alone, so `lowest` is 0 for a network with a context.
+
+    Args:
+        input_dim: D, the number of inputs.
+        hidden_dims: Widths of the hidden layers; any positive width, also below D.
+        kind: "sequential" spreads the degrees evenly; "random" draws them uniformly. Either way each layer's last
+            unit has degree D - 1, so that the last output sees every input.
+        lowest: 0 or 1.
+        seed: Seed of the random degrees.
+
+    Returns:
+        One int64 tensor per hidden layer.
+
+    Raises:
+        ValueError: For non-positive sizes, an unknown `kind` or another `lowest`.
+
+    Example:
+        >>> degrees(4, [6, 2])
+        [tensor([1, 1, 2, 2, 3, 3]), tensor([2, 3])]
+
+    Reference:
+        Germain et al., *MADE: Masked Autoencoder for Distribution Estimation*, 2015.
+    """
+    check_positive("degrees", "input_dim", input_dim)
+    check_choice("degrees", "kind", kind, ("sequential", "random"))
+    if lowest not in (0, 1):
+        raise ValueError(f"degrees expected lowest to be 0 or 1, got {lowest!r}.")
+    highest = max(lowest, input_dim - 1)
+    levels = highest - lowest + 1
+    generator = torch.Generator().manual_seed(seed)
+    layers = []
+    for width in check_sizes("degrees", "hidden_dims", hidden_dims):
+        if kind == "random":
+            drawn = torch.randint(lowest, highest + 1, (width,), generator=generator)
+            drawn[-1] = highest
+            layers.append(drawn.sort().values)
+        else:
+            units = torch.arange(1, width + 1)
+            layers.append(torch.div(units * levels + width - 1, width, rounding_mode="floor") - 1 + lowest)
+    return layers
+
+
+def masks(order: Sequence[int] | Tensor, hidden_degrees: Sequence[Tensor], outputs_per_input: int = 1) -> list[Tensor]:
+    """Masks that make a network autoregressive in `order`.
+
+    Entry (k, j) of a hidden layer's mask is true where the degree of unit k is at least that of unit j; of the last
+    one where it is greater, so that output i depends on the inputs before i in `order` alone.
+
+    Args:
+        order: The inputs' indices, first to last.
+        hidden_degrees: Degrees of the hidden units, as from `degrees`.
+        outputs_per_input: Outputs for each input, adjacent to each other.
+
+    Returns:
+        One bool tensor per layer, of shape (units out, units in).
+
+    Raises:
+        ValueError: If `order` is not a permutation.
+
+    Example:
+        >>> hidden, last = masks([0, 1, 2], degrees(3, [2]))
+        >>> (last.int() @ hidden.int()).tolist()  # the number of paths from each input to each output
+        [[0, 0, 0], [1, 0, 0], [2, 1, 0]]
+
+    Reference:
+        Germain et al., *MADE: Masked Autoencoder for Distribution Estimation*, 2015.
+    """
+    position = check_permutation("masks", "order", order).argsort() + 1
+    chain = [position, *hidden_degrees]
+    hidden = [after[:, None] >= before[None, :] for before, after in zip(chain, chain[1:], strict=False)]
+    last = position.repeat_interleave(outputs_per_input)[:, None] > chain[-1][None, :]
+    return [*hidden, last]
+
+
+class MaskedLinear(nn.Linear):
+    r"""A linear layer with a masked weight: y = (M * W) x + b.
+
+    Weights and biases are drawn uniformly within +- 1 / sqrt(n), with n the number of inputs that the unit sees.
+
+    Args:
+        mask: M, of shape (units out, units in); false or 0 where a weight is masked out.
+
+    Shapes:
+        x is (\*batch, units in), y is (\*batch, units out).
+
+    Raises:
+        ValueError: If the mask is not a matrix.
+
+    Example:
+        >>> layer = MaskedLinear(torch.tensor([[1, 0], [1, 1]]))
+        >>> torch.autograd.functional.jacobian(layer, torch.zeros(2))[0, 1].item()
+        0.0
+    """
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        if mask.dim() != 2:
+            raise ValueError(f"MaskedLinear expected mask to be a matrix, got shape {tuple(mask.shape)}.")
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = mask.shape
+        self.weight = nn.Parameter(torch.empty(mask.shape))
+        self.bias = nn.Parameter(torch.empty(self.out_features))
+        # Not in the state_dict: the network stores the degrees from which the mask follows.
+        self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the weights and biases at random."""
+        bound = self.mask.sum(1).clamp(min=1).rsqrt()
+        with torch.no_grad():
+            self.weight.uniform_(-1, 1).mul_(bound[:, None])
+            self.bias.uniform_(-1, 1).mul_(bound)
+
+    @property
+    def masked_weight(self) -> Tensor:
+        """M * W, of shape (units out, units in)."""
+        return self.weight * self.mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer; one dense product."""
+        return F.linear(x, self.weight * self.mask, self.bias)

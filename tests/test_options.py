@@ -1,0 +1,164 @@
+"""Options that a class forwards: in its signature, in errors, and in what is saved."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import pydoc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pyro_maf
+from pyro_maf import (
+    IAF,
+    MADE,
+    MAF,
+    ConditionalFlowPrior,
+    ConditionalIAF,
+    ConditionalMADEMoG,
+    ConditionalMAF,
+    ConditionalMAFMoG,
+    ConditionalRealNVP,
+    FlowPrior,
+    MADEMoG,
+    MAFMoG,
+    RealNVP,
+    transforms,
+)
+from pyro_maf.nn import MADEOptions, NetworkOptions
+
+NETWORK = {"hidden_dims": None, "activation": "relu"}
+MASKED = {**NETWORK, "degrees": "sequential", "seed": 0}
+LAYER = {**MASKED, "order": None}
+STACK = {"num_layers": 5, "order": "reverse", "batch_norm": False}
+COUPLING = {**NETWORK, "mask": None, "networks": "joint"}
+AFFINE = {**NETWORK, "loc": None, "scale_tril": None}
+PRIOR = {
+    "support": "real",
+    "loc": None,
+    "scale": None,
+    "columns": (),
+    "context_loc": None,
+    "context_scale": None,
+    "context_columns": (),
+}
+WITH_CONTEXT_DIM: dict[type, dict[str, Any]] = {
+    MADE: {**LAYER, "outputs_per_input": 1},
+    MAF: {**MASKED, **STACK},
+    IAF: {**MASKED, **STACK},
+    RealNVP: {**NETWORK, **STACK, "networks": "joint", "seed": 0},
+    MADEMoG: {**LAYER, "num_components": 10},
+    MAFMoG: {**MASKED, **STACK, "num_components": 10},
+    transforms.MaskedAutoregressive: LAYER,
+    transforms.InverseAutoregressive: LAYER,
+    transforms.Coupling: COUPLING,
+    transforms.LowerTriangularAffine: AFFINE,
+}
+CONDITIONAL: dict[type, type] = {
+    ConditionalMAF: MAF,
+    ConditionalIAF: IAF,
+    ConditionalRealNVP: RealNVP,
+    ConditionalMADEMoG: MADEMoG,
+    ConditionalMAFMoG: MAFMoG,
+    transforms.ConditionalMaskedAutoregressive: transforms.MaskedAutoregressive,
+    transforms.ConditionalInverseAutoregressive: transforms.InverseAutoregressive,
+    transforms.ConditionalCoupling: transforms.Coupling,
+    transforms.ConditionalLowerTriangularAffine: transforms.LowerTriangularAffine,
+}
+OPTIONS = {
+    **{cls: {**options, "context_dim": 0} for cls, options in WITH_CONTEXT_DIM.items()},
+    **{cls: WITH_CONTEXT_DIM[plain] for cls, plain in CONDITIONAL.items()},
+    FlowPrior: PRIOR,
+    ConditionalFlowPrior: PRIOR,
+}
+each = pytest.mark.parametrize("cls", OPTIONS, ids=lambda cls: cls.__name__)
+
+
+def built(cls: type, **options: Any) -> Any:
+    """An instance of a class, for three dimensions and, if it takes a context, two features."""
+    if cls is FlowPrior:
+        return FlowPrior(MAF(3, num_layers=1), **options)
+    if cls is ConditionalFlowPrior:
+        return ConditionalFlowPrior(ConditionalMAF(3, 2, num_layers=1), **options)
+    return cls(3, *([2] if cls in CONDITIONAL else []), **options)
+
+
+@each
+def test_a_signature_shows_every_option_with_its_default(cls: type) -> None:
+    parameters = inspect.signature(cls).parameters.values()
+    defaults = {
+        parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty
+    }
+    assert defaults == OPTIONS[cls]
+    assert all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters)
+    assert all(parameter.annotation is not parameter.empty for parameter in parameters)
+
+
+@each
+def test_help_and_the_docstring_name_every_option(cls: type) -> None:
+    heading = pydoc.plain(pydoc.render_doc(cls))
+    for option in OPTIONS[cls]:
+        assert f"{option}: " in heading
+        assert option in (cls.__doc__ or "")
+
+
+@each
+def test_an_unknown_option_is_refused_in_one_line(cls: type) -> None:
+    with pytest.raises(TypeError, match=rf"^{cls.__name__}\b.*'hidden_dim'[^\n]*$"):
+        built(cls, hidden_dim=[8])
+
+
+def test_an_option_of_another_network_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"^RealNVP takes .*'degrees'"):
+        RealNVP(3, degrees="random")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"^ConditionalMAF takes .*: too many positional arguments"):
+        ConditionalMAF(3, 2, [8])  # type: ignore[call-arg, misc]
+
+
+def test_instances_have_the_signature_of_their_calls() -> None:
+    assert list(inspect.signature(MAF(3, num_layers=1)).parameters) == ["x"]
+    assert not hasattr(ConditionalMAF(3, 2, num_layers=1), "__signature__")
+
+
+@pytest.mark.parametrize("options", [NetworkOptions, MADEOptions])
+def test_typed_options_are_those_of_the_network(options: Any) -> None:
+    assert {*inspect.get_annotations(MADE.__init__)} >= {*options.__annotations__}
+    assert {*MASKED} == {*MADEOptions.__annotations__}
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda module: pickle.loads(pickle.dumps(module))])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: MAF(3, num_layers=2, hidden_dims=[5], degrees="random", seed=3),
+        lambda: ConditionalRealNVP(3, 2, num_layers=1, activation="elu", networks="separate"),
+        lambda: MAFMoG(3, num_layers=2, hidden_dims=[4, 4], num_components=2, seed=5, order="random"),
+        lambda: transforms.ConditionalMaskedAutoregressive(3, 2, hidden_dims=[7], order=[2, 0, 1]),
+        lambda: ConditionalFlowPrior(ConditionalMAF(3, 2, num_layers=1), support=["real", "positive", "real"]),
+    ],
+)
+def test_forwarded_options_are_part_of_the_architecture(
+    make: Callable[[], Any], copied: Callable[[Any], Any], tmp_path: Path
+) -> None:
+    module = make()
+    copied(module).save(tmp_path / "model.safetensors")
+    again = pyro_maf.load(tmp_path / "model.safetensors")
+    assert repr(again) == repr(module)
+    assert again.architecture == module.architecture or "model" in module.architecture
+    state = again.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+
+
+def test_the_options_of_a_class_from_elsewhere_are_recorded_by_name(tmp_path: Path) -> None:
+    class Deep(MAF):
+        def __init__(self, input_dim: int, **options: Any) -> None:
+            super().__init__(input_dim, num_layers=9, **options)
+
+    Deep(2, hidden_dims=[3]).save(tmp_path / "deep.safetensors")
+    assert list(inspect.signature(Deep).parameters) == ["input_dim", "options"]
+    assert len(pyro_maf.load(tmp_path / "deep.safetensors")) == 9
