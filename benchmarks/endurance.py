@@ -54,7 +54,6 @@ FIT_FILE = r"""
 FIT_KILLED = """
     import sys, torch
     from pyro_maf import MAF, fit
-    from pyro_maf.training import maximum_likelihood
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -68,20 +67,20 @@ FIT_KILLED = """
 FIT_SHARED = """
     import os, sys, time, torch
     from pyro_maf import MAF, fit
-    from pyro_maf.training.module import MaximumLikelihood
+    from pyro_maf.training.objective import MaximumLikelihood
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dim, units, batch, steps = map(int, sys.argv[1:])
     rows = torch.randn(batch * steps, dim, generator=torch.Generator().manual_seed(1))
     moments = []
-    step = MaximumLikelihood.training_step
+    step = MaximumLikelihood.step
 
-    def timed(module, batch, index):
+    def timed(objective, batch):
         moments.append(time.perf_counter())
-        return step(module, batch, index)
+        return step(objective, batch)
 
-    MaximumLikelihood.training_step = timed
+    MaximumLikelihood.step = timed
     fit(MAF(dim, hidden_dims=[units] * 2), rows, validation=rows[:10], batch_size=batch, max_epochs=2, progress=False)
     if os.environ.get("RANK", "0") == "0":
         second = moments[len(moments) // 2 :]

@@ -23,7 +23,7 @@ from pyro_maf.report import write_report
 from pyro_maf.training import FitResult
 
 ROOT = Path(__file__).parent.parent
-EXTRA = ("lightning", "sklearn", "matplotlib", "jinja2", "typer", "rich", "pyarrow", "h5py", "arviz", "pandas")
+EXTRA = ("lightning_fabric", "sklearn", "matplotlib", "jinja2", "typer", "rich", "pyarrow", "h5py", "arviz", "pandas")
 ROWS = np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32)
 
 WITHOUT = f"""
@@ -76,10 +76,14 @@ def gas(folder: Path) -> None:
 
 
 NEEDS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
-    "fit": ("lightning", "fit", lambda _: pyro_maf.fit(pyro_maf.MAF(2), ROWS)),
+    "fit by several processes": (
+        "lightning_fabric",
+        "fit",
+        lambda _: pyro_maf.fit(pyro_maf.MAF(2), ROWS, devices=2),
+    ),
     "the bar of fit": ("rich", "fit", lambda _: pyro_maf.fit(pyro_maf.MAF(2), ROWS)),
     "a guide's bar": ("rich", "fit_guide", lambda _: pyro_maf.infer.fit_guide(model, AutoNormal(model), steps=1)),
-    "a prior": ("lightning", "fit", lambda _: pyro_maf.fit_prior(torch.tensor(ROWS))),
+    "a prior": ("rich", "fit", lambda _: pyro_maf.fit_prior(torch.tensor(ROWS))),
     "the report's page": ("jinja2", "write_report", report),
     "the report's pictures": ("matplotlib", "write_report", report),
     "a picture": ("matplotlib", "scatter", lambda _: plotting.scatter(torch.tensor(ROWS), {})),
@@ -90,7 +94,7 @@ NEEDS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
     "rows as csv": ("pyarrow", "pyro-maf", rows),
     "HDF5": ("h5py", "bsds300", datasets.bsds300),
     "a pickle": ("pandas", "gas", gas),
-    "a comparison": ("lightning", "fit", lambda folder: compared(folder)),
+    "a comparison": ("rich", "fit", lambda folder: compared(folder)),
 }
 
 
@@ -104,7 +108,7 @@ def test_a_part_that_is_missing_is_named_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, who: str, call: Callable[[Path], Any]
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    name = {"sklearn": "scikit-learn"}.get(package, package)
+    name = {"sklearn": "scikit-learn", "lightning_fabric": "lightning-fabric"}.get(package, package)
     message = f"{who} needs {name}, which is not installed: pip install pyro-maf[train]."
     with pytest.raises(ModuleNotFoundError, match=f"^{re.escape(message)}$"):
         call(tmp_path)

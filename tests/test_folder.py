@@ -21,7 +21,7 @@ from pyro_maf import MAF, fit
 from pyro_maf._core import files
 from pyro_maf._core.files import CHECKPOINT, COLUMNS, FILES, held, recover, replaced
 from pyro_maf.cli import app
-from pyro_maf.training.module import MaximumLikelihood
+from pyro_maf.training.loop import Loop
 from tests.fits import gaussian_rows, same, seeded, weights
 
 OPTIONS: dict[str, Any] = {"batch_size": 50, "max_epochs": 1, "progress": False}
@@ -168,11 +168,11 @@ def test_a_fit_is_overwritten_with_all_that_belongs_to_it(old: Path) -> None:
 def test_an_old_fit_stays_until_a_new_one_has_a_checkpoint(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, seen = contents(old), []
 
-    def killed(module: MaximumLikelihood, taken: int) -> None:
+    def killed(loop: Loop, taken: int) -> None:
         seen.append(contents(old))  # as a kill would leave it
         raise MemoryError
 
-    monkeypatch.setattr(MaximumLikelihood, "save", killed)
+    monkeypatch.setattr(Loop, "save", killed)
     with pytest.raises(MemoryError):
         fit(flow(activation="tanh"), gaussian_rows(100), folder=old, overwrite=True, **OPTIONS)
     (at_the_kill,) = seen

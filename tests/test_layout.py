@@ -42,7 +42,7 @@ FLOORS = (
 ROOF = ("__init__", "__main__")
 """Modules of the package itself that import from any floor."""
 
-LATE = ("lightning", "pytorch_lightning", "matplotlib", "numba", "sklearn", "pandas", "pyarrow", "h5py")
+LATE = ("lightning_fabric", "torch._dynamo", "matplotlib", "numba", "sklearn", "pandas", "pyarrow", "h5py")
 """What `import pyro_maf` leaves alone until something needs it."""
 
 PUBLIC = {

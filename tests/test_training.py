@@ -13,7 +13,6 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,7 +40,7 @@ from pyro_maf import (
 )
 from pyro_maf._core import progress as progress_module
 from pyro_maf._core.progress import shows
-from pyro_maf.training import FitResult, fitting
+from pyro_maf.training import FitResult
 from pyro_maf.training.plateau import Schedule
 from pyro_maf.transforms import ActNorm, LowerTriangularAffine, MaskedAutoregressive, Permute, Stack
 from tests.fits import GAUSSIAN, QUICK, SMALL, Hooked, gaussian_rows, mean_log_prob, same, seeded, small_maf, weights
@@ -420,17 +419,6 @@ def test_a_notebook_keeps_the_last_state_of_a_bar_as_one_line(
     assert [set(output) for output in cell.outputs] == [{"text/plain"}]
     assert re.fullmatch(r"step 1000 ━+ loss 1000 \d:\d\d:\d\d at most 00:00", cell.outputs[0]["text/plain"])
     assert capsys.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("progress", ["always", True, False])
-def test_what_the_first_bar_waits_for_is_said(
-    progress: bool | str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(fitting, "sys", SimpleNamespace(modules={}))
-    fit(small_maf(), gaussian_rows(), **{**QUICK, "max_epochs": 1, "progress": progress})
-    said = capsys.readouterr().err
-    assert said.startswith("fit loads Lightning, once in a program: some seconds.\n") == (progress == "always")
-    assert bool(said) == (progress == "always")
 
 
 def test_the_bar_is_for_terminals_and_notebooks_that_have_widgets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 def run(folder: Path, launcher: str) -> list[str]:
     """What each process of two says."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    devices = "2" if launcher == "lightning" else "1"
+    devices = "2" if launcher == "fabric" else "1"
     program = [several_fits.__file__, str(folder), devices]
     command = [sys.executable, *(torchrun if launcher == "torchrun" else []), *program]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -71,7 +71,7 @@ def test_two_processes_of_torchrun_fit_what_one_does(alone: Path, tmp_path: Path
         assert all(any(line.endswith(refusal) for line in refused) for refusal in refusals)
 
 
-def test_two_processes_of_lightning_fit_what_one_does(alone: Path, tmp_path: Path) -> None:
-    said = run(tmp_path, "lightning")
+def test_two_processes_of_fabric_fit_what_one_does(alone: Path, tmp_path: Path) -> None:
+    said = run(tmp_path, "fabric")
     assert [line.split(":")[0] for line in said] == ["rank 0 maf", "rank 1 maf"]
     assert apart(alone / "maf", tmp_path / "maf") < 1e-8

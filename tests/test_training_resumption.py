@@ -21,9 +21,9 @@ from torch import Tensor
 import pyro_maf
 from pyro_maf import IAF, MAF, FlowPrior, MAFMoG, RealNVP, fit
 from pyro_maf.training import checkpoint
-from pyro_maf.training.checkpoint import Checkpoint, Keeper
+from pyro_maf.training.checkpoint import Checkpoint, CheckpointFolder
 from pyro_maf.training.log import Epoch
-from pyro_maf.training.module import MaximumLikelihood
+from pyro_maf.training.loop import Loop, State
 from tests.fits import gaussian_rows, long_fit, same, seeded, weights
 
 ROOT = Path(__file__).parent.parent
@@ -183,18 +183,18 @@ def test_a_fit_that_dies_before_its_next_step_loses_nothing(
 ) -> None:
     """Where there were so many steps: none, some of an epoch, or all, so that its validation was next."""
     whole = fit(flow(Pressed), gaussian_rows(), **OPTIONS)
-    save = MaximumLikelihood.save
+    save = Loop.save
 
-    def dying(module: MaximumLikelihood, taken: int) -> None:
-        save(module, taken)
+    def dying(loop: Loop, taken: int) -> None:
+        save(loop, taken)
         if taken == step:
             raise MemoryError
 
     monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN", 0.0)
     monkeypatch.setattr(checkpoint, "MOST_OF_THE_TIME", math.inf)
-    for method in ("save", "_put_in_place"):
+    for patched_class, method, replacement in ((Loop, "save", dying), (State, "load", _raise_memory_error)):
         with monkeypatch.context() as patched:
-            patched.setattr(MaximumLikelihood, method, dying if method == "save" else _raise_memory_error)
+            patched.setattr(patched_class, method, replacement)
             with pytest.raises(MemoryError):
                 fit(flow(Pressed), gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
     second = fit(flow(Pressed), gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
@@ -203,15 +203,15 @@ def test_a_fit_that_dies_before_its_next_step_loses_nothing(
 
 
 def test_the_log_is_never_behind_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, behind = Keeper.write, []
+    write, behind = CheckpointFolder.write, []
 
-    def noting(keeper: Keeper, written: Checkpoint) -> None:
+    def noting(folder: CheckpointFolder, written: Checkpoint) -> None:
         epochs = len(written.facts["history"])
         logged = (tmp_path / "log.csv").read_text().count("\n") - 1 if epochs else 0
         behind.append(epochs - logged)
-        write(keeper, written)
+        write(folder, written)
 
-    monkeypatch.setattr(Keeper, "write", noting)
+    monkeypatch.setattr(CheckpointFolder, "write", noting)
     fit(flow(), gaussian_rows(), folder=tmp_path, **OPTIONS)
     assert behind
     assert max(behind) == 0
@@ -363,7 +363,6 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 PROGRAM = """
     import sys
     from tests.fits import long_fit
-    from pyro_maf.training import maximum_likelihood
 
     print("started", flush=True)
     long_fit(sys.argv[1])

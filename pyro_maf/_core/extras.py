@@ -6,7 +6,7 @@ from importlib import import_module
 
 __all__ = ["require"]
 
-DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "lightning_fabric": "lightning-fabric"}
 """Names of distributions that differ from the name of their package."""
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C as a request to stop early, with the result so far."""
+"""Ctrl-C, and the signal to terminate, as a request to stop early, with the result so far."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ["Abandoned", "Interruption"]
-
-
-class Abandoned(BaseException):
-    """Raised by a second Ctrl-C. Not a KeyboardInterrupt, on which Lightning exits the program."""
+__all__ = ["Interruption"]
 
 
 class Interruption:
-    """Context manager: the first Ctrl-C sets `requested`, a second raises `Abandoned`, and KeyboardInterrupt on exit.
+    """Context manager: the first Ctrl-C sets `requested`, a second raises KeyboardInterrupt.
 
     It does nothing outside the main thread, which alone gets signals, or if Ctrl-C is ignored.
+
+    Args:
+        defers_termination: Whether SIGTERM, unless the program handles it, sets `requested` too, and ends the program
+            on exit. A second one ends it at once.
 
     Attributes:
         requested: Whether there was a Ctrl-C.
@@ -30,30 +30,39 @@ class Interruption:
         True
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, defers_termination: bool = False) -> None:
         self.requested = False
+        self._defers_termination = defers_termination
+        self._is_terminated = False
         self._settling = False
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
-        before = signal.getsignal(signal.SIGINT)
-        if threading.current_thread() is threading.main_thread() and callable(before):
-            self._before = signal.signal(signal.SIGINT, self._on_signal)
+        if threading.current_thread() is threading.main_thread():
+            if callable(signal.getsignal(signal.SIGINT)):
+                self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_ctrl_c)
+            if self._defers_termination and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+                self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._on_termination)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-        if kind is Abandoned:
-            raise KeyboardInterrupt from None
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._is_terminated:
+            # As a shell reports a program that the signal has ended.
+            raise SystemExit(128 + signal.SIGTERM)
 
     def settle(self) -> None:
         """Raise nothing from now on: the remaining work is short and must be completed."""
         self._settling = True
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _on_ctrl_c(self, number: int, frame: FrameType | None) -> None:
         if self.requested and not self._settling:
-            raise Abandoned
+            raise KeyboardInterrupt
         self.requested = True
+
+    def _on_termination(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.requested = self._is_terminated = True

@@ -207,7 +207,7 @@ def fit(options: FitOptions, ctx: typer.Context) -> None:
     result = _train(options, model, table, support, validation, command)
     if is_first:
         _leave(options, result, table, _held_out(result, table, validation), command)
-        if result.stop_reason == "interrupted":
+        if result.interrupted:
             raise _interrupted(command)
 
 

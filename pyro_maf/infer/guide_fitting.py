@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_maf._core.averaging import WeightAverage
 from pyro_maf._core.checks import check_above_zero, check_positive
 from pyro_maf._core.extras import require
-from pyro_maf._core.interruption import Abandoned, Interruption
+from pyro_maf._core.interruption import Interruption
 from pyro_maf._core.progress import Bar, bar, check_progress, say_before_bar
 from pyro_maf.infer.convergence import Retreat, Schedule
 from pyro_maf.infer.diagnosis import Diagnosis, diagnose
@@ -259,7 +259,7 @@ class _Run:
         for _ in range(steps):
             try:
                 self.step()
-            except Abandoned:
+            except KeyboardInterrupt:
                 if not self.elbo:
                     raise
                 self.is_abandoned = True

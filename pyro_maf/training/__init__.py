@@ -1,6 +1,6 @@
 """Fitting flows, densities and priors to data by maximum likelihood.
 
-Lightning runs the loop. It is imported by the first call of `fit`, never by `import pyro_maf`.
+Lightning Fabric starts the processes of a fit by several; nothing else imports it.
 """
 
 from pyro_maf.training.fitting import fit

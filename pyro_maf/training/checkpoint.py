@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_maf._core.files import CHECKPOINT, FILES, LOG, MODEL, held, recover, replaced
 from pyro_maf.saving import Kind, pack, remove_unfinished, try_to_write, unpack, write_whole
 
-__all__ = ["Checkpoint", "Keeper", "generator_states", "keeping", "set_generator_states"]
+__all__ = ["Checkpoint", "CheckpointFolder", "generator_states", "keeping", "set_generator_states"]
 
 FORMAT = 1
 REMEDY = "It is left as it is: put a copy of it back, or overwrite it, or choose another folder to begin again."
@@ -75,8 +75,7 @@ class Checkpoint(NamedTuple):
 
         Args:
             path: The file that it was read from.
-            like: A checkpoint of this fit, with the expected names, shapes and forms. The optimizer may be absent as a
-                whole.
+            like: A checkpoint of this fit, with the expected names, shapes and forms.
 
         Raises:
             ValueError: For the first entry that is missing, superfluous or of another form.
@@ -85,7 +84,7 @@ class Checkpoint(NamedTuple):
         wrong = [
             name for name, example in like.facts.items() if name not in facts or not _is_like(facts[name], example)
         ]
-        expected = {name: example for name, example in like.tensors.items() if self._has(name)}
+        expected = like.tensors
         # Random states of any device: it may have been written on another.
         there = {name: tensor for name, tensor in self.tensors.items() if name == "global/cpu" or "global/" not in name}
         wrong += sorted(expected.keys() ^ there.keys())
@@ -96,10 +95,6 @@ class Checkpoint(NamedTuple):
                 f"or another model wrote it. {REMEDY}"
             )
 
-    def _has(self, name: str) -> bool:
-        """True if a tensor of that name is expected."""
-        return not name.startswith("optimizer/") or any(there.startswith("optimizer/") for there in self.tensors)
-
     def under(self, prefix: str) -> dict[str, Tensor]:
         """Return the tensors whose names begin with `prefix/`, by the rest of their names."""
         return {
@@ -109,7 +104,7 @@ class Checkpoint(NamedTuple):
         }
 
 
-class Keeper:
+class CheckpointFolder:
     """Checkpoints of a fit in a folder: frequent, but at most 5 % of the time.
 
     Args:
@@ -202,11 +197,11 @@ class Keeper:
 @contextmanager
 def keeping(
     folder: str | os.PathLike[str] | None, settings: dict[str, Any], *, resume: bool, overwrite: bool, is_first: bool
-) -> Iterator[Keeper | None]:
+) -> Iterator[CheckpointFolder | None]:
     """Context in which a fit has checkpoints in `folder`, under a lock; yields None without a folder.
 
     Raises:
-        ValueError: As `Keeper`, and if another process writes there.
+        ValueError: As `CheckpointFolder`, and if another process writes there.
         OSError: If the folder is not writable.
     """
     if folder is None:
@@ -214,7 +209,7 @@ def keeping(
         return
     path = Path(folder).expanduser()
     with held(path) if is_first else nullcontext():
-        yield Keeper(path, settings, resume=resume, overwrite=overwrite, is_first=is_first)
+        yield CheckpointFolder(path, settings, resume=resume, overwrite=overwrite, is_first=is_first)
 
 
 def generator_states(device: torch.device) -> dict[str, Tensor]:

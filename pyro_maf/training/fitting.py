@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,7 @@ from pyro_maf._core.checks import check_above_zero, check_positive
 from pyro_maf._core.extras import require
 from pyro_maf._core.files import MODEL
 from pyro_maf._core.interruption import Interruption
-from pyro_maf._core.progress import check_progress, say_before_bar
+from pyro_maf._core.progress import check_progress
 from pyro_maf._core.random import seeded
 from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
 from pyro_maf.saving import describe, packed, try_to_write
@@ -28,6 +26,7 @@ from pyro_maf.tables.layout import Layout
 from pyro_maf.training.batches import Batches
 from pyro_maf.training.checkpoint import keeping
 from pyro_maf.training.data import number_of_columns
+from pyro_maf.training.loop import Loop
 from pyro_maf.training.plateau import Schedule
 from pyro_maf.training.processes import Processes
 from pyro_maf.training.result import FitResult
@@ -113,8 +112,8 @@ def fit(
         resume: Resume from the checkpoint in `folder`, if any. The model, the data and the options must be
             the same, except `max_epochs` and `patience`, which may be raised, and the options below.
         overwrite: Replace the fit in `folder`, if any. It remains until the first checkpoint of this one.
-        devices: Number of processes on this machine, each on a different GPU if the model is on one. Lightning
-            starts the others by running the program again: it must reach this call by itself.
+        devices: Number of processes on this machine, each on a different GPU if the model is on one. The
+            others are started by running the program again: it must reach this call by itself.
         progress: A bar on stderr: True on a terminal or in a notebook, False never, "always" in any case.
 
     Returns:
@@ -165,7 +164,8 @@ def fit(
     seed = _checked_seed(seed)
     check_progress("fit", progress)
     _check_folder(folder, resume=resume, overwrite=overwrite)
-    lightning = _lightning_parts(progress if Processes(devices).is_first else False)
+    processes = Processes(devices)
+    require("fit", "rich", *(["lightning_fabric"] if processes.are_several else []))
     layout, context_layout = Layout.of(data), Layout.of(context)
     if isinstance(support, Mapping):
         support = layout.spread("fit", "support", support, "real", number_of_columns("data", data))
@@ -173,7 +173,6 @@ def fit(
     validation = _by_name(validation, layout, context_layout)
     parts = read_parts(model, data, context, validation, known, dtype=weight.dtype, seed=seed)
     density = in_units_of(parts, model, known)
-    processes = Processes(devices)
     cautions = [*parts.remarks(density, data, context), *screen_data(data, context, known)]
     parts = parts.rounded(density, data, context)
     cautions += parts.omissions
@@ -191,44 +190,47 @@ def fit(
         # Not among the settings: a resumed fit may have the table without its names.
         density.name_columns(layout, context_layout)
     with (
-        keeping(folder, settings, resume=resume, overwrite=overwrite, is_first=processes.is_first) as keeper,
-        Interruption() as interruption,
+        keeping(folder, settings, resume=resume, overwrite=overwrite, is_first=processes.is_first) as kept,
+        Interruption(defers_termination=folder is not None) as interruption,
         _untouched_random_states(weight.device, seed),
         torch.autocast(weight.device.type, enabled=False),
     ):
-        module = lightning.MaximumLikelihood(
+        loop = Loop(
             density.unwrapped,
             batches,
             Batches(parts.held_out, VALIDATION_BATCH, None, processes),
             schedule=schedule,
+            max_epochs=max_epochs,
             max_grad_norm=max_grad_norm,
             interruption=interruption,
             processes=processes,
-            keeper=keeper,
+            folder=kept,
         )
-        lightning.maximise(module, max_epochs=max_epochs, device=weight.device, progress=progress)
+        loop.run(progress)
         density.eval()
-        if keeper is not None and processes.is_first:
-            try_to_write(keeper.folder / MODEL, packed(density))
+        if kept is not None and processes.is_first:
+            try_to_write(kept.folder / MODEL, packed(density))
     processes.wait()
-    losses = tuple(epoch.validation_loss for epoch in module.history)
-    stopped = module.stop_reason or schedule.reason
-    endings = screen_ending(losses, schedule, has_more=stopped is None, has_skipped=module.skipped_steps > 0)
+    state = loop.state
+    losses = tuple(epoch.validation_loss for epoch in state.history)
+    stopped = state.stop_reason or schedule.reason
+    endings = screen_ending(losses, schedule, has_more=stopped is None, has_skipped=state.skipped > 0)
     if processes.is_first:
         announce(endings)
     return FitResult(
         density=density,
-        train_loss=tuple(epoch.train_loss for epoch in module.history),
+        train_loss=tuple(epoch.train_loss for epoch in state.history),
         validation_loss=losses,
         best_epoch=schedule.best_epoch,
         validation_log_likelihood=-schedule.best,
-        seconds=module.seconds,
+        seconds=state.seconds,
         stop_reason=stopped or f"reached max_epochs ({max_epochs})",
+        interrupted=state.interrupted,
         held_out=parts.held_out,
         held_out_places=parts.places,
         rows=parts.total,
-        skipped_steps=module.skipped_steps,
-        folder=None if keeper is None else keeper.folder,
+        skipped_steps=state.skipped,
+        folder=None if kept is None else kept.folder,
         warnings=(*cautions, *endings),
         repeats=parts.repeats,
         layout=layout,
@@ -314,16 +316,6 @@ def _support(model: Any, given: Any) -> Support:
     if own is not None and own.name != asked.name:
         raise ValueError(f"fit expected support {own.name!r}, that of the {type(model).__name__}, got {asked.name!r}.")
     return asked
-
-
-def _lightning_parts(progress: bool | str) -> ModuleType:
-    require("fit", "rich")
-    if "lightning" not in sys.modules:
-        say_before_bar("fit loads Lightning, once in a program: some seconds.", progress)
-    require("fit", "lightning")
-    from pyro_maf.training import maximum_likelihood
-
-    return maximum_likelihood
 
 
 @contextmanager

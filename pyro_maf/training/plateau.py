@@ -52,10 +52,10 @@ class Schedule:
         self._lowered_at = self._epoch
 
     def state(self) -> dict[str, Any]:
-        """State to resume from, for `go_on`."""
+        """State to resume from, for `load`."""
         return {name: value for name, value in vars(self).items() if name != "patience"}
 
-    def go_on(self, state: dict[str, Any]) -> None:
+    def load(self, state: dict[str, Any]) -> None:
         """Resume from a state, except for its patience."""
         vars(self).update(state)
 

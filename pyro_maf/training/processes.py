@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, distributed
 
 __all__ = ["Processes"]
 
+ACCELERATORS = {"cpu": "cpu", "cuda": "gpu", "mps": "mps"}
+
 
 class Processes:
-    """The processes that torchrun has started, or that Lightning is to start; or this one alone.
+    """The processes that torchrun has started, or that `launch` starts; or this one alone.
 
-    They communicate through `torch.distributed`, once Lightning has set that up.
+    They communicate through `torch.distributed`, once `launch` has set that up.
 
     Args:
         devices: Number of processes on this machine, if torchrun has not set it.
@@ -47,16 +53,37 @@ class Processes:
     @property
     def is_first(self) -> bool:
         """True in the process that writes files and shows progress."""
-        # As torchrun numbers them, or Lightning those that it starts.
+        # As torchrun numbers them, or Fabric those that it starts.
         rank = os.environ.get("RANK") if self.by_torchrun else os.environ.get("LOCAL_RANK")
         return not self.are_several or int(rank or 0) == 0
+
+    def launch(self, device: torch.device) -> torch.device:
+        """Start the other processes, or join them; return the device of this one, with several GPUs its own.
+
+        Lightning Fabric does that; a fit by one process never imports it.
+        """
+        if not self.are_several:
+            return device
+        from lightning_fabric import Fabric
+        from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+
+        with _quiet():
+            fabric = Fabric(
+                accelerator=ACCELERATORS[device.type],
+                devices=self.here,
+                num_nodes=self.machines,
+                strategy="ddp",
+                plugins=[TorchElasticEnvironment() if self.by_torchrun else LightningEnvironment()],
+            )
+            fabric.launch()
+        return fabric.device
 
     def part(self, index: Tensor) -> Tensor:
         """Return this process's part of the rows of a batch."""
         return index.tensor_split(self.count)[distributed.get_rank()] if self.are_several else index
 
     def wait(self) -> None:
-        """Barrier over all processes; no-op before torch.distributed is set up."""
+        """Barrier over all processes; no-op before `launch`."""
         if self.are_several and distributed.is_initialized():
             self.total(0.0)
 
@@ -69,3 +96,39 @@ class Processes:
         together = together.cuda() if distributed.get_backend() == "nccl" else together
         distributed.all_reduce(together)
         return tuple(together)
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over all processes, in one exchange."""
+        together = torch.cat([tensor.flatten() for tensor in tensors])
+        distributed.all_reduce(together)
+        _hand_out(together, tensors)
+
+    def copy_first(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by that of the first process; no-op for a single process."""
+        if self.are_several:
+            together = torch.cat([tensor.flatten() for tensor in tensors])
+            distributed.broadcast(together, 0)
+            _hand_out(together, tensors)
+
+
+def _hand_out(together: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Copy the parts of a flat tensor to tensors of any shapes."""
+    parts = together.split([tensor.numel() for tensor in tensors])
+    with torch.no_grad():
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence Fabric's messages about its internals, while entered."""
+    logger = logging.getLogger("lightning_fabric")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # The device was the caller's choice.
+            warnings.filterwarnings("ignore", message="(GPU|TPU|MPS) available but not used")
+            yield
+    finally:
+        logger.setLevel(level)

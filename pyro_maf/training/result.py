@@ -37,6 +37,7 @@ class FitResult:
         validation_log_likelihood: The mean log-likelihood of the validation rows under the best weights.
         seconds: Duration, without the time between an interruption and its resumption.
         stop_reason: Reason for stopping, in words.
+        interrupted: True if it was stopped by Ctrl-C, not ended.
         skipped_steps: Number of steps left out because their loss or its gradient was not finite.
         held_out: The validation rows, a pair (data, context), on the CPU.
         held_out_places: Indices of these in the data, from 0; None if they were passed as `validation`.
@@ -64,6 +65,7 @@ class FitResult:
     validation_log_likelihood: float
     seconds: float
     stop_reason: str
+    interrupted: bool = False
     skipped_steps: int = 0
     held_out: Rows | None = None
     folder: Path | None = None
@@ -152,7 +154,7 @@ class FitResult:
     def __repr__(self) -> str:
         steps = "1 step" if self.skipped_steps == 1 else f"{self.skipped_steps} steps"
         skipped = f"; {steps} without a finite loss and gradient skipped" if self.skipped_steps else ""
-        resumable = "; resume=True goes on" if self.folder and self.stop_reason == "interrupted" else ""
+        resumable = "; resume=True goes on" if self.folder and self.interrupted else ""
         count = len(self.warnings)
         warned = f"; {count} warning{'s' * (count > 1)}, see .warnings" if count else ""
         return (

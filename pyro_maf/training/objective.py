@@ -1,0 +1,124 @@
+"""Maximum likelihood: the loss of a batch with its gradient, and the validation loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_maf.distributions import Density
+from pyro_maf.training.data import Rows
+from pyro_maf.training.processes import Processes
+from pyro_maf.transforms import ActNorm, BatchNorm
+
+__all__ = ["MaximumLikelihood", "Mean", "Step"]
+
+
+class Step(NamedTuple):
+    """Loss of a batch with its gradient, of all processes together.
+
+    Attributes:
+        loss: Negative log-likelihood of the rows, their sum in nats, without gradient.
+        rows: Number of rows.
+        gradients: Gradient of the mean loss with respect to each weight; None for one that it does not depend on.
+    """
+
+    loss: Tensor | float
+    rows: int
+    gradients: list[Tensor | None]
+
+
+class MaximumLikelihood:
+    """Mean negative log-likelihood of rows under a density.
+
+    Args:
+        density: The density to fit, in the data's units.
+        processes: The processes that each have a part of every batch.
+
+    Attributes:
+        weights: The weights that are trained.
+    """
+
+    def __init__(self, density: Density, processes: Processes) -> None:
+        self.density = density
+        self.weights = [weight for weight in density.parameters() if weight.requires_grad]
+        self._processes = processes
+        self._batch_norms = [member for member in density.modules() if isinstance(member, BatchNorm)]
+        self._has_act_norm = any(isinstance(member, ActNorm) for member in density.modules())
+
+    def step(self, batch: Rows) -> Step:
+        """Loss and gradient of a batch, by one pass through the density and back."""
+        for weight in self.weights:
+            weight.grad = None
+        log_likelihood = self.density.log_density(*batch).sum()
+        rows, loss = self._processes.total(len(batch.data), -log_likelihood.detach())
+        (-log_likelihood * (1 / rows)).backward()
+        gradients = [weight.grad for weight in self.weights]
+        if self._processes.are_several:
+            self._processes.add_up(self._checked(gradients))
+        return Step(loss, int(rows), gradients)
+
+    @torch.no_grad()
+    def validation_loss(self, batches: Iterable[Rows | tuple[()]]) -> float:
+        """Mean loss of rows."""
+        mean = Mean()
+        for batch in batches:
+            if isinstance(batch, Rows):
+                mean.add(-self.density.log_density(*batch).sum(), len(batch.data))
+        return mean.take(self._processes)
+
+    def fit_statistics(self, sample: Callable[[], Rows], *, initial: bool = False) -> None:
+        """Set the statistics that layers take from data, if there are any.
+
+        Args:
+            sample: Called for training rows.
+            initial: Whether to set also those that are set once, before the first step.
+        """
+        if self._batch_norms or (initial and self._has_act_norm):
+            self.density.fit_statistics(*sample())
+
+    def share_statistics(self, together: bool) -> None:
+        """Have batch norm take its statistics over the rows of all processes, or of this one alone."""
+        for layer in self._batch_norms:
+            layer.together = together
+
+    def _checked(self, gradients: list[Tensor | None]) -> list[Tensor]:
+        """Refuse weights without a gradient, which could be some in one process and others in the next."""
+        names = [name for name, weight in self.density.named_parameters() if weight.requires_grad]
+        for name, gradient in zip(names, gradients, strict=True):
+            if gradient is None:
+                raise ValueError(
+                    f"fit with several processes expected log_prob to depend on every weight, but not on {name}: "
+                    "freeze it by requires_grad_(False)."
+                )
+        return [gradient for gradient in gradients if gradient is not None]
+
+
+class Mean:
+    """Mean over rows. Its sum stays on the device until it is taken, since reading synchronises.
+
+    Attributes:
+        total: Sum so far.
+        count: Number of rows so far.
+    """
+
+    def __init__(self) -> None:
+        self.total: Tensor | float = 0.0
+        self.count = 0
+
+    def add(self, total: Tensor | float, count: int) -> None:
+        """Add the sum over `count` rows."""
+        self.total = self.total + total
+        self.count += count
+
+    def take(self, processes: Processes | None = None) -> float:
+        """Return the mean, NaN of no rows, and reset.
+
+        Args:
+            processes: The processes that each have a part of the sum, if any.
+        """
+        total, count = (self.total, self.count) if processes is None else processes.total(self.total, self.count)
+        self.total, self.count = 0.0, 0
+        return float(total) / int(count) if count else float("nan")
