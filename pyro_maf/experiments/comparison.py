@@ -33,13 +33,8 @@ from pyro_maf.training.result import log_prob_of
 __all__ = ["compare", "divide"]
 
 CLOSED_FORM = "closed form"
-<<<<<<< HEAD
-INTERRUPTED = "interrupted"
 LOG_PROB, SCORE = "log_prob.npy", "score.json"
 LEAST_ROWS = 10
-=======
-CHECKPOINT = "checkpoint.safetensors"
->>>>>>> 54a2294 (A loop of our own in place of Lightning's trainer; Lightning Fabric, imported for several processes alone, launches them)
 
 Facts: TypeAlias = dict[str, Any]
 """JSON values by name."""
@@ -164,13 +159,8 @@ class _Contest:
                 return None
             score = self._score(model, density, 0, time.monotonic() - started, CLOSED_FORM)
         else:
-<<<<<<< HEAD
             result = self._train(model, options, folder)
-            if result.stop_reason == INTERRUPTED:
-=======
-            result = self._train(model, options, own)
             if result.interrupted:
->>>>>>> 54a2294 (A loop of our own in place of Lightning's trainer; Lightning Fabric, imported for several processes alone, launches them)
                 self.interrupted = True
                 return None
             density = result.density
