@@ -3,228 +3,264 @@ r"""Flows as guides: `AutoMAF`, `AutoIAF` and `AutoRealNVP`."""
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypedDict, TypeVar, cast
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor, nn
 
-from pyro_maf._core.checks import check_above_zero, check_positive, check_shape, check_sizes
+from pyro_maf._core.checks import check_above_zero, check_choice, check_positive, check_shape, check_sizes
 from pyro_maf.flows import IAF, MAF, RealNVP
 from pyro_maf.infer.guide_state import StoredWeights, bare_latents, bare_trace, check_is_set_up
-from pyro_maf.infer.head import FlowClass, with_head
-from pyro_maf.infer.latents import Latents, median_or_feasible, names_of_plates
-from pyro_maf.infer.model import Call, RefusalError, Site, check_set_up_call, latent_sites, without_empty_tables
-from pyro_maf.infer.posterior import masked_in_vector, start_of
-from pyro_maf.infer.quantiles import QUANTILE_DRAWS, checked_levels, even_noise, quantiles_of
-from pyro_maf.infer.supports import check_supports
-from pyro_maf.infer.values import checked_values, within_supports
+from pyro_maf.infer.initialization import Normal
+from pyro_maf.infer.latents import Latents, Part, Plates, median_or_feasible
+from pyro_maf.infer.model import (
+    Call,
+    Model,
+    RefusalError,
+    Site,
+    Trace,
+    check_set_up_call,
+    latent_sites,
+    without_empty_tables,
+)
+from pyro_maf.infer.path_gradient import zero_bad_gradients
+from pyro_maf.infer.posterior import checked_levels, marginal_quantiles, start_of
+from pyro_maf.nn import ACTIVATIONS
+from pyro_maf.nn.tempering import Tempered
 from pyro_maf.saving import drop_weak_references
-from pyro_maf.transforms import ConditionalFlow, Flow
+from pyro_maf.transforms import ConditionalFlow, Flow, Stack
+from pyro_maf.transforms.triangular import Head
 
 __all__ = ["AutoFlow", "AutoIAF", "AutoMAF", "AutoRealNVP"]
 
 Self = TypeVar("Self", bound="AutoFlow")
+Encoder = Callable[..., Tensor]
+CreatePlates = Callable[..., Plates]
+
+
+class NetworkOptions(TypedDict):
+    hidden_dims: Sequence[int]
+    activation: str
 
 
 class AutoFlow(AutoContinuous):
     """Base class of the three guides; see `AutoIAF`."""
 
-    flow_class: FlowClass
+    flow_class: Callable[..., Stack]
     default_num_layers = 3
+    latents: Latents
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Model,
         *,
         num_layers: int | None = None,
         hidden_dims: Sequence[int] | None = None,
-        init_loc_fn: Callable[..., Any] | None = None,
+        activation: str = "elu",
+        init_loc_fn: Callable[[Site], Tensor] | None = None,
         init_scale: float | None = None,
-        encoder: Callable[..., Tensor] | None = None,
-        create_plates: Callable[..., Any] | None = None,
+        encoder: Encoder | None = None,
+        create_plates: CreatePlates | None = None,
     ) -> None:
-        who = type(self).__name__
+        who = self._who
         if not callable(model):
             raise TypeError(f"{who} expected a model to call, got {type(model).__name__}.")
         if init_scale is not None:
             check_above_zero(who, "init_scale", init_scale, finite=True)
         super().__init__(model, median_or_feasible if init_loc_fn is None else init_loc_fn)
-        self._is_told = init_loc_fn is not None
+        self._start_is_chosen = init_loc_fn is not None
         self.create_plates = create_plates
         self._plain_model = (model,)  # in a tuple, as Pyro does: a model that is a module is no part of its guide
-        self._num_layers = check_positive(
-            who, "num_layers", self.default_num_layers if num_layers is None else num_layers
-        )
+        num_layers = self.default_num_layers if num_layers is None else num_layers
+        self._num_layers = check_positive(who, "num_layers", num_layers)
         self._hidden_dims = None if hidden_dims is None else check_sizes(who, "hidden_dims", hidden_dims)
+        self._activation = check_choice(who, "activation", activation, ACTIVATIONS)
         self._init_scale = init_scale
         self.encoder = encoder
-        self.transform: Any = None
+        self.transform: Stack | ConditionalFlow | None = None
         self._stored = StoredWeights()
+
+    @property
+    def name(self) -> str:
+        """Name in Pyro, with which the names of its parameters and auxiliary sites begin."""
+        return str(self._pyro_name)
+
+    @property
+    def _who(self) -> str:
+        return type(self).__name__
 
     # -- setting up -----------------------------------------------------------------------------------------------
 
-    def setup(self: Self, *args: Any, **kwargs: Any) -> Self:
+    def setup(self: Self, *args: object, **kwargs: object) -> Self:
         """Run the model, create the parameters and initialise them near the posterior; return the guide.
 
         The first call of the guide does the same. Call it before that where an optimizer needs the parameters, or
         `load_state_dict` a target. Arguments are the model's.
         """
-        self._set_up_once(args, kwargs)
-        self._stored.load(type(self).__name__, self._stored_modules())
+        self._set_up_once(*args, **kwargs)
+        self._stored.load(self._who, self._stored_modules())
         return self
 
-    def _set_up_once(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _set_up_once(self, *args: object, **kwargs: object) -> None:
         if self.prototype_trace is None:
             with without_empty_tables():
                 self._setup_prototype(*args, **kwargs)
 
-    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+    def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         if self._plain_model is None:
             raise RefusalError(
-                f"{type(self).__name__} expected a model to set itself up with, got none, since it was pickled before: "
+                f"{self._who} expected a model to set itself up with, got none, since it was pickled before: "
                 "call guide.setup() with the model's arguments, then pickle it."
             )
         call = Call(self._plain_model[0], args, kwargs)
-        check_set_up_call(type(self).__name__, call)
+        check_set_up_call(self._who, call)
         try:
             super(AutoContinuous, self)._setup_prototype(*args, **kwargs)
-            prototype: Any = self.prototype_trace
-            sites = latent_sites(prototype)
-            context = None if self.encoder is None else self._context(args, kwargs)
-            rows = torch.Size() if context is None else context.shape[:-1]
+            context = None if self._encoder is None else self._context(*args, **kwargs)
             with poutine.block():  # trial runs must be invisible to handlers around the guide
-                create_plates = self.create_plates if self.master is None else self.master().create_plates
-                created = names_of_plates(create_plates, args, kwargs)
-                self._latents = Latents(type(self).__name__, sites, rows, created)
-                check_supports(type(self).__name__, call, self._latents)
-                self._create_plates(*args, **kwargs)
-                scale = 1.0 if self._init_scale is None and self.encoder is not None else self._init_scale
-                start = start_of(call, prototype, self._latents, scale, self._is_told)
-            self.latent_dim = self._latents.size
-            context_dim = 0 if context is None else context.shape[-1]
-            stack = with_head(self.flow_class, start, self._num_layers, self._hidden_dims, context_dim)
-            self.transform = ConditionalFlow(stack) if context_dim else stack
+                start = self._start(call, context)
+            self.latent_dim = self.latents.size
+            self.transform = self._map_from(start, 0 if context is None else context.shape[-1])
         except BaseException:
             self.prototype_trace = None  # so that the next call tries again
             raise
 
-    def _context(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        context = self._held("encoder")(*args, **kwargs)
+    def _start(self, call: Call, context: Tensor | None) -> Normal:
+        """Lay out the latent sites as a vector; return the normal that the guide starts as."""
+        prototype = cast("Trace", self.prototype_trace)
+        create_plates: CreatePlates | None = (self if self.master is None else self.master()).create_plates
+        plates = () if create_plates is None else create_plates(*call.args, **call.kwargs)
+        rows = torch.Size() if context is None else context.shape[:-1]
+        self.latents = Latents(self._who, latent_sites(prototype), rows, plates)
+        self._create_plates(*call.args, **call.kwargs)
+        scale = 1.0 if self._init_scale is None and context is not None else self._init_scale
+        return start_of(call, prototype, self.latents, scale, self._start_is_chosen)
+
+    def _map_from(self, start: Normal, context_dim: int) -> Stack | ConditionalFlow:
+        """Compose the flow with a head: a map that starts as a normal, and trains at a guide's learning rate."""
+        size = len(start.loc)
+        widths = 2 * (min(512, max(64, 4 * size)),) if self._hidden_dims is None else self._hidden_dims
+        options: NetworkOptions = {"hidden_dims": widths, "activation": self._activation}
+        flow = self.flow_class(size, num_layers=self._num_layers, context_dim=context_dim, **options)
+        head = Head(size, loc=start.loc, scale_tril=start.scale_tril, context_dim=context_dim, **options)
+        stack = Stack([*flow, head]).to(start.loc)
+        for module in stack.modules():
+            if isinstance(module, Tempered):
+                module.temper()
+        return ConditionalFlow(stack) if context_dim else stack
+
+    def _context(self, *args: object, **kwargs: object) -> Tensor:
+        context = cast("Encoder", self._encoder)(*args, **kwargs)
         if not isinstance(context, Tensor) or context.dim() == 0:
-            raise RefusalError(
-                f"{type(self).__name__} expected encoder to return a tensor (*rows, features), got {context!r}."
-            )
+            raise RefusalError(f"{self._who} expected encoder to return a tensor (*rows, features), got {context!r}.")
         return context
 
     # -- Pyro's interface of a guide ------------------------------------------------------------------------------
 
-    def get_base_dist(self) -> Any:
+    def get_base_dist(self) -> TorchDistribution:
         """Return the standard normal distribution of the noise, of event shape (D,)."""
-        like = next(self._held("transform").parameters())
-        normal = dist.Normal(like.new_zeros(self.latent_dim), like.new_ones(self.latent_dim), validate_args=False)
-        return normal.to_event(1)
+        zeros, ones = self._weight.new_zeros(self.latent_dim), self._weight.new_ones(self.latent_dim)
+        return dist.Normal(zeros, ones, validate_args=False).to_event(1)
 
-    def get_transform(self, *args: Any, **kwargs: Any) -> Flow:
+    def get_transform(self, *args: object, **kwargs: object) -> Flow:
         """Return the map from noise to unconstrained latent variables, conditioned on the encoder's context if any."""
-        self._set_up_once(args, kwargs)
-        transform = self._held("transform")
-        return transform if self._held("encoder") is None else transform.condition(self._context(args, kwargs))
+        self._set_up_once(*args, **kwargs)
+        transform = self._map
+        return transform if isinstance(transform, Flow) else transform.condition(self._context(*args, **kwargs))
 
-    def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
+    def get_posterior(self, *args: object, **kwargs: object) -> TorchDistribution:
         """Return the distribution of the vector of unconstrained latent variables."""
         self.setup(*args, **kwargs)
-        return self._posterior(args, kwargs)
+        return self._posterior(*args, **kwargs)
 
-    def _posterior(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _posterior(self, *args: object, **kwargs: object) -> TorchDistribution:
         transform = self.get_transform(*args, **kwargs)
         return dist.TransformedDistribution(self.get_base_dist(), [transform], validate_args=False)
 
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Draw every latent site; return the values by name."""
-        self._set_up_once(args, kwargs)
-        self._stored.register(type(self).__name__, self._stored_modules())
+        self._set_up_once(*args, **kwargs)
+        self._stored.register(self._who, self._stored_modules())
         self._create_plates(*args, **kwargs)
         latent = self.sample_latent(*args, **kwargs)
-        sites = {}
-        for part, unconstrained in self._latents.split(latent):
-            name, event_dim = part.site["name"], part.site["fn"].event_dim
-            value, log_det = self._latents.mapped(part, unconstrained)
-            with self._in_plates(name):
-                for plate, dim in part.rows.items():
-                    indices = self.plates[plate].indices.to(value.device)
-                    value, log_det = value.index_select(dim, indices), log_det.index_select(dim + event_dim, indices)
-                sites[name] = pyro.sample(name, dist.Delta(value, log_density=-log_det, event_dim=event_dim))
-        return sites
+        return {part.site["name"]: self._sample(part, value) for part, value in self.latents.split(latent)}
 
-    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _sample(self, part: Part, unconstrained: Tensor) -> Tensor:
+        """Draw a site from the distribution that has all its mass at an image of the latent vector."""
+        event_dim = part.site["fn"].event_dim
+        value, log_det = self.latents.mapped(part, unconstrained)
+        with self._in_plates(part):
+            for plate, dim in part.rows.items():
+                indices = self.plates[plate].indices.to(value.device)
+                value, log_det = value.index_select(dim, indices), log_det.index_select(dim + event_dim, indices)
+            return pyro.sample(part.site["name"], dist.Delta(value, log_density=-log_det, event_dim=event_dim))
+
+    def sample_latent(self, *args: object, **kwargs: object) -> Tensor:
         """Draw the unconstrained latent variables, as an auxiliary site of Pyro's."""
-        posterior = self._posterior(args, kwargs)  # the weights are already read, in a call
-        with self._in_plates(next(iter(self._latents.parts))) if self._latents.rows else nullcontext():
-            latent = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
+        posterior = self._posterior(*args, **kwargs)  # the weights are already read, in a call
+        first = next(iter(self.latents.parts.values()))
+        with self._in_plates(first) if self.latents.rows else nullcontext():
+            latent = pyro.sample(f"_{self.name}_latent", posterior, infer={"is_auxiliary": True})
         if latent.grad_fn is not None:
             # On the operation: a hook on the tensor would bypass the cache, and the density would be computed again.
-            latent.grad_fn.register_prehook(partial(_without_bad_draws, latent.output_nr))
+            latent.grad_fn.register_prehook(partial(zero_bad_gradients, latent.output_nr))
         return latent
 
     @contextmanager
-    def _in_plates(self, name: str) -> Iterator[None]:
+    def _in_plates(self, part: Part) -> Iterator[None]:
         """Enter the plates of a site."""
         with ExitStack() as stack:
-            for frame in self._latents.parts[name].site["cond_indep_stack"]:
+            for frame in part.site["cond_indep_stack"]:
                 stack.enter_context(self.plates[frame.name])
             yield
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Site, Tensor]]:
-        for part, unconstrained in self._latents.split(latent):
-            yield part.site, unconstrained
+        return ((part.site, unconstrained) for part, unconstrained in self.latents.split(latent))
+
+    # Modules are read here without registering their parameters with Pyro, as reading an attribute of a guide would.
+
+    @property
+    def _map(self) -> Stack | ConditionalFlow:
+        return cast("Stack | ConditionalFlow", self._modules["transform"])
+
+    @property
+    def _encoder(self) -> Encoder | None:
+        return cast("Encoder | None", self._modules.get("encoder", self.__dict__.get("encoder")))
+
+    @property
+    def _weight(self) -> Tensor:
+        """A weight, for its dtype and device."""
+        return next(self._map.parameters())
 
     def _stored_modules(self) -> dict[str, nn.Module]:
         """The modules that have weights, by their names in Pyro's store."""
-        held = {role: self._held(role) for role in ("transform", "encoder")}
-        return {f"{self._pyro_name}.{role}": module for role, module in held.items() if isinstance(module, nn.Module)}
-
-    def _held(self, role: str) -> Any:
-        """Return an attribute without registering its parameters with Pyro, as reading it would."""
-        return self._modules.get(role, self.__dict__.get(role))
+        modules = {role: self._modules.get(role) for role in ("transform", "encoder")}
+        return {f"{self.name}.{role}": module for role, module in modules.items() if module is not None}
 
     # -- draws and densities --------------------------------------------------------------------------------------
 
-    def rsample(self, sample_shape: Sequence[int] = (), *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def rsample(self, sample_shape: Sequence[int] = (), *args: object, **kwargs: object) -> dict[str, Tensor]:
         r"""Draw every site, (\*sample_shape, \*site), with gradient. Further arguments are the model's."""
-        shape = check_shape(type(self).__name__, "sample_shape", sample_shape)
+        shape = check_shape(self._who, "sample_shape", sample_shape)
         latent = self.get_posterior(*args, **kwargs).rsample(shape)
-        return self._as_sites(latent, shape)
+        return self.latents.sites(latent, shape)
 
-    @property
-    def shapes_of_all_rows(self) -> dict[str, torch.Size]:
-        """Return the shape of every site if one is in a plate that subsamples; empty otherwise."""
-        parts = self._latents.parts
-        return {name: part.value.shape for name, part in parts.items()} if any(p.rows for p in parts.values()) else {}
-
-    def scored_draws(
-        self, count: int, nesting: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def scored_draws(self, count: int, nesting: int, call: Call) -> tuple[dict[str, Tensor], Tensor]:
         """Draw every site for all rows, plates padded to `nesting`; also return the log-density in nats."""
-        posterior = self.get_posterior(*args, **kwargs)
-        latent = posterior.rsample((count, *(1,) * nesting))
-        values, log_det = self._latents.unpack(latent)
-        return values, posterior.log_prob(latent).reshape(count) - log_det
+        posterior = self.get_posterior(*call.args, **call.kwargs)
+        latent = posterior.rsample(torch.Size((count, *(1,) * nesting)))
+        values, log_det = self.latents.unpack(latent)
+        return values, (posterior.log_prob(latent) - log_det).reshape(count)
 
-    def has_masks_of(self, sites: Mapping[str, Any]) -> bool:
-        """True if the sites of a trace have the masks that they had when the guide was set up."""
-        if self._latents.rows:
-            return True  # where masks are refused
-        return torch.equal(masked_in_vector(self._latents, sites), self._latents.masked)
-
-    def log_prob(self, values: Mapping[str, Tensor | float], *args: Any, **kwargs: Any) -> Tensor:
+    def log_prob(self, values: Mapping[str, Tensor | float], *args: object, **kwargs: object) -> Tensor:
         r"""Log-density of the guide in nats, (\*batch,), at values (\*batch, \*site) of every site.
 
         With an encoder whose context has rows, `batch` ends with them. Outside the support it is minus infinity.
@@ -235,20 +271,21 @@ class AutoFlow(AutoContinuous):
             ValueError: If a site is missing or of another shape.
         """
         posterior = self.get_posterior(*args, **kwargs)
-        like = next(self._held("transform").parameters())
-        checked = checked_values(type(self).__name__, self._latents, values, like)
-        latent, log_det = self._latents.pack(checked)
-        inside = within_supports(self._latents, checked) & latent.isfinite().all(-1)
+        tensors = self.latents.checked(values, self._weight)
+        latent, log_det = self.latents.pack(tensors)
+        inside = self.latents.within_supports(tensors) & latent.isfinite().all(-1)
         log_prob = posterior.log_prob(torch.where(inside[..., None], latent, 0.0)) - log_det
         return torch.where(inside, log_prob, -torch.inf)
 
     @torch.no_grad()
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def median(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Marginal median of every latent variable; see `quantiles`."""
         return self.quantiles(0.5, *args, **kwargs)
 
     @torch.no_grad()
-    def quantiles(self, quantiles: float | Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def quantiles(
+        self, quantiles: float | Sequence[float] | Tensor, *args: object, **kwargs: object
+    ) -> dict[str, Tensor]:
         r"""Marginal quantiles of every latent variable, (\*levels, \*site), at levels in [0, 1].
 
         Empirical quantiles of 8,192 draws of each site, on its support: by component for a simplex or an ordered
@@ -259,19 +296,13 @@ class AutoFlow(AutoContinuous):
             TypeError: If a level is not a number.
             ValueError: If a level is outside [0, 1].
         """
-        posterior = self.get_posterior(*args, **kwargs)
-        (transform,) = posterior.transforms
-        like = next(self._held("transform").parameters())
-        levels = checked_levels(type(self).__name__, quantiles, like)
-        noise = even_noise(QUANTILE_DRAWS, self.latent_dim).to(like)
-        latent = transform(noise.reshape(-1, *(1,) * len(self._latents.rows), self.latent_dim))
-        # On the support, not before the map: a map that mixes coordinates does not preserve marginal quantiles.
-        draws = self._as_sites(latent, torch.Size([QUANTILE_DRAWS]))
-        return {name: quantiles_of(value, levels.to(value)) for name, value in draws.items()}
+        (transform,) = self.get_posterior(*args, **kwargs).transforms
+        return marginal_quantiles(self.latents, transform, checked_levels(self._who, quantiles, self._weight))
 
-    def sites_of(self, noise: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def sites_of(self, noise: Tensor, *args: object, **kwargs: object) -> dict[str, Tensor]:
         r"""Map noise u, (\*batch, D), to the value of each site, (\*batch, \*site)."""
-        return self._as_sites(self.get_transform(*args, **kwargs)(noise), noise.shape[: -1 - len(self._latents.rows)])
+        latent = self.get_transform(*args, **kwargs)(noise)
+        return self.latents.sites(latent, noise.shape[: -1 - len(self.latents.rows)])
 
     def sites_and_log_det(self, noise: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         r"""Map noise u to the value of each site, and return log |det dz/du| in nats, (\*batch,), with it.
@@ -280,32 +311,17 @@ class AutoFlow(AutoContinuous):
         """
         transform = self.get_transform()
         latent = transform(noise)
-        total = transform.log_abs_det_jacobian(noise, latent)
-        values = {}
-        for part, unconstrained in self._latents.split(latent):
-            values[part.site["name"]], log_det = self._latents.mapped(part, unconstrained)
-            plates = tuple(range(-len(part.plates), 0))
-            total = total + (log_det.sum(plates, keepdim=noise.dim() > 1) if plates else log_det)
-        return values, total
-
-    def _as_sites(self, latent: Tensor, shape: torch.Size) -> dict[str, Tensor]:
-        rows = self._latents.rows
-        plates = 0 if rows else max(len(part.plates) for part in self._latents.parts.values())
-        batch = latent.reshape(-1, *(1,) * plates, *latent.shape[len(shape) :])
-        sites = {}
-        for part, unconstrained in self._latents.split(batch):
-            value = part.transform(unconstrained)
-            sites[part.site["name"]] = value if rows else value.reshape(shape + part.value.shape)
-        return sites
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        if self.prototype_trace is None:
-            check_is_set_up(type(self).__name__, state_dict, f"{prefix}transform.")
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        values, log_det = self.latents.unpack(latent)
+        return values, transform.log_abs_det_jacobian(noise, latent) + log_det
 
     # -- copies ---------------------------------------------------------------------------------------------------
 
-    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
+        if self.prototype_trace is None:
+            check_is_set_up(self._who, state_dict, f"{prefix}transform.")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def __deepcopy__(self: Self, memo: dict[int, object]) -> Self:
         # Pyro's method would remove the model from the original. What is fixed once set up is shared.
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
@@ -314,21 +330,16 @@ class AutoFlow(AutoContinuous):
         twin.__dict__["_stored"] = self._stored.of_a_copy()
         return twin
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # Without the model, as Pyro's guides are pickled, but leaving this one as it is; its data stay behind too.
         drop_weak_references(self)
-        lacking: dict[str, Any] = {
-            "_model": None,
-            "_plain_model": None,
-            "master": None,
-            "_stored": self._stored.of_a_copy(),
-        }
-        if self.prototype_trace is None:
-            return {**self.__dict__, **lacking}
-        # Not used again once set up, and often functions that cannot be pickled.
-        lacking |= {"init_loc_fn": None, "plates": {}}
-        lacking |= {"prototype_trace": bare_trace(self.prototype_trace), "_latents": bare_latents(self._latents)}
-        return {**self.__dict__, **lacking}
+        state = {**self.__dict__, "_model": None, "_plain_model": None, "master": None}
+        state["_stored"] = self._stored.of_a_copy()
+        if self.prototype_trace is not None:
+            # Not used again once set up, and often functions that cannot be pickled.
+            state |= {"init_loc_fn": None, "plates": {}}
+            state |= {"prototype_trace": bare_trace(self.prototype_trace), "latents": bare_latents(self.latents)}
+        return state
 
 
 class AutoIAF(AutoFlow):
@@ -341,9 +352,10 @@ class AutoIAF(AutoFlow):
 
     Args:
         model: A Pyro model.
-        num_layers: Number of autoregressive layers.
+        num_layers: Number of autoregressive layers, by default 3.
         hidden_dims: Widths of each network's hidden layers, by default two of 64 to 512 units, depending on the number
             of latent variables.
+        activation: A name from `pyro_maf.nn.ACTIVATIONS`.
         init_loc_fn: Starting point of the ascent, site by site, as for other guides of Pyro; by default the prior's
             median, or the middle of the support of an improper prior.
         init_scale: Start with this scale in every direction, at the point of `init_loc_fn`, without an ascent.
@@ -391,7 +403,7 @@ class AutoMAF(AutoFlow):
     r"""Masked autoregressive flow over all latent variables of a model, as a guide.
 
     Args:
-        model, num_layers, hidden_dims, init_loc_fn, init_scale, encoder, create_plates: As in `AutoIAF`.
+        model, num_layers, hidden_dims, activation, init_loc_fn, init_scale, encoder, create_plates: As in `AutoIAF`.
 
     Cost:
         A step is one sweep a layer and its adjoint. `log_prob` of other points is one pass a layer.
@@ -416,7 +428,7 @@ class AutoRealNVP(AutoFlow):
     r"""RealNVP over all latent variables of a model, as a guide. Six layers by default.
 
     Args:
-        model, num_layers, hidden_dims, init_loc_fn, init_scale, encoder, create_plates: As in `AutoIAF`.
+        model, num_layers, hidden_dims, activation, init_loc_fn, init_scale, encoder, create_plates: As in `AutoIAF`.
 
     Cost: one pass a layer, for a step and for `log_prob` of any points.
 
@@ -425,9 +437,9 @@ class AutoRealNVP(AutoFlow):
 
     Example:
         >>> import pyro, pyro.distributions as dist
-        >>> guide = AutoRealNVP(lambda: pyro.sample("z", dist.Gamma(2.0, 1.0)), num_layers=2)
-        >>> guide.setup().rsample((7,))["z"].shape
-        torch.Size([7])
+        >>> guide = AutoRealNVP(lambda: pyro.sample("z", dist.Beta(2.0, 3.0)), hidden_dims=[32, 32])
+        >>> sorted(guide.setup().quantiles([0.1, 0.9]))
+        ['z']
 
     Reference:
         Dinh, Sohl-Dickstein & Bengio, *Density Estimation Using Real NVP*, 2017.
@@ -435,12 +447,3 @@ class AutoRealNVP(AutoFlow):
 
     flow_class = RealNVP
     default_num_layers = 6
-
-
-def _without_bad_draws(output: int, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Zero the gradient of draws where it is not finite, so that they do not reach the parameters."""
-    gradient = gradients[output]
-    if gradient is None or (gradient.device.type == "cpu" and math.isfinite(float(gradient.sum()))):
-        return gradients
-    clean = torch.where(gradient.isfinite().all(-1, keepdim=True), gradient, 0.0)
-    return *gradients[:output], clean, *gradients[output + 1 :]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_maf.infer.guides import AutoFlow
-from pyro_maf.infer.latents import masked_entries
+from pyro_maf.infer.latents import masked_elements
 from pyro_maf.infer.log_joint import FAILURES, LogJoint, is_enumerated, log_densities, total_by_draw
 from pyro_maf.infer.model import (
     Call,
@@ -179,8 +179,8 @@ class _Pair:
         latents = {name: site for name, site in latents.items() if name in guide_trace.nodes}
         self.angles = [name for name, site in latents.items() if _is_angle(site["fn"])]
         self.shapes = {name: site["value"].shape for name, site in latents.items()}
-        self._all_rows = isinstance(guide, AutoFlow) and guide.shapes_of_all_rows
-        self.shapes.update(self._all_rows or {})
+        self._all_rows = guide.latents.shapes_of_all_rows if isinstance(guide, AutoFlow) else {}
+        self.shapes.update(self._all_rows)
         self.joint = LogJoint(call, example, shapes=self.shapes)
         self.nesting = max(self.joint.nesting, nesting_of(guide_trace))
         draws, _ = self._draw(4)
@@ -194,15 +194,15 @@ class _Pair:
 
     def _check_masks(self, who: str, latents: Mapping[str, Site], guide_trace: Trace, draws: dict[str, Tensor]) -> None:
         """Raise if a guide scores entries that a mask excludes from the model: its bound has no upper limit."""
-        masks = {name: masked_entries(site, site["value"]) for name, site in latents.items()}
+        masks = {name: masked_elements(site, site["value"]) for name, site in latents.items()}
         if isinstance(self._guide, AutoFlow):
-            if not self._guide.has_masks_of(latents):
+            if not self._guide.latents.has_masks_of(latents):
                 raise RefusalError(f"{who} expected latent sites masked as in the guide's set-up: use another guide.")
             return
         sites = sample_sites(guide_trace)
         for name, mask in masks.items():
             site = sites[name]
-            own = None if mask is None else masked_entries(site, site["value"])
+            own = None if mask is None else masked_elements(site, site["value"])
             if mask is not None and (own is None or not torch.equal(own, mask)):
                 moved = torch.where(mask, draws[name].roll(1, 0), draws[name])
                 if torch.equal(self.joint({**draws, name: moved}), self.joint(draws)):
@@ -218,7 +218,7 @@ class _Pair:
     def _draw(self, draws: int) -> tuple[dict[str, Tensor], Tensor]:
         """Draw the latent sites, padded to the number of plates; also return their log-density."""
         if isinstance(self._guide, AutoFlow) and self._all_rows:
-            return self._guide.scored_draws(draws, self.nesting, self._call.args, self._call.kwargs)
+            return self._guide.scored_draws(draws, self.nesting, self._call)
         with pyro.plate("_draws", draws, dim=-self.nesting - 1):
             trace = self._call.of(self._guide).trace()
         trace.compute_log_prob()

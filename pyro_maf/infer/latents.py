@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple, cast
 
 import pyro
 import torch
@@ -13,15 +13,19 @@ from pyro.infer.autoguide import init_to_median
 from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to, transform_to
+from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform, SigmoidTransform
 
 from pyro_maf.infer.model import RefusalError, Site, layers_of
 from pyro_maf.infer.plates import subsampled
 
-__all__ = ["Latents", "Part", "masked_entries", "median_or_feasible", "names_of_plates"]
+__all__ = ["Latents", "Part", "Plates", "masked_elements", "median_or_feasible"]
 
 REACH = {torch.float32: 40.0, torch.float64: 300.0}
 """Maximum absolute logarithm of a scale; its exponential can be squared and divided by."""
+
+Plates = pyro.plate | Iterable[pyro.plate]
+"""The result of a function for `create_plates`, as in Pyro's guides."""
 
 
 class Part(NamedTuple):
@@ -46,6 +50,11 @@ class Part(NamedTuple):
     start: int
     stop: int
 
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the unconstrained value."""
+        return self.plates + self.event
+
 
 class Latents:
     r"""The latent sites of a model as one vector v of D real numbers.
@@ -54,7 +63,7 @@ class Latents:
         who: Name of their guide, for errors.
         sites: The latent sites, from a trace.
         rows: Shape of the plates in which each row has its vector, or () for one vector in all.
-        created: The plates that `create_plates` creates: where these subsample, v is of all their rows.
+        created: The plates that a user's function creates: where these subsample, v is of all their rows.
 
     Attributes:
         rows: As in the arguments.
@@ -69,20 +78,16 @@ class Latents:
             in another plate that subsamples.
     """
 
-    def __init__(self, who: str, sites: Mapping[str, Site], rows: torch.Size, created: Collection[str] = ()) -> None:
+    def __init__(self, who: str, sites: Mapping[str, Site], rows: torch.Size, created: Plates = ()) -> None:
         if not rows:
             _check_plates(who, sites, created)
-        self._who = who
+        self.who = who
         self.rows = rows
         self.parts: dict[str, Part] = {}
         self.size = 0
         for name, site in sites.items():
             transform = _transform_of(who, name, site)
-            value = site["value"].detach()
-            event_dim, frames = site["fn"].event_dim, subsampled(site)
-            of_rows = {} if rows else {frame.name: frame.dim - event_dim for frame in frames if frame.dim is not None}
-            for frame in subsampled(site) if of_rows else ():
-                value = periodic_repeat(value, frame.full_size, of_rows[frame.name])
+            value, dims = (site["value"].detach(), {}) if rows else _of_all_rows(site)
             batch = value.shape[: value.dim() - site["fn"].event_dim]
             if rows and batch != rows:
                 raise RefusalError(
@@ -92,7 +97,7 @@ class Latents:
             event = transform.inverse_shape(value.shape)[len(batch) :]
             plates = torch.Size() if rows else batch
             stop = self.size + plates.numel() * event.numel()
-            self.parts[name] = Part(site, value, of_rows, transform, plates, event, self.size, stop)
+            self.parts[name] = Part(site, value, dims, transform, plates, event, self.size, stop)
             self.size = stop
         if not self.size:
             raise RefusalError(f"{who} found no latent variables in the model.")
@@ -105,6 +110,17 @@ class Latents:
         """True if some entries are no part of v."""
         return self.size < len(self.idle)
 
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """Values of the prototype."""
+        return {name: part.value for name, part in self.parts.items()}
+
+    @property
+    def shapes_of_all_rows(self) -> dict[str, torch.Size]:
+        """Shape of the value of every site if one is in a plate that subsamples; empty otherwise."""
+        by_row = any(part.rows for part in self.parts.values())
+        return {name: value.shape for name, value in self.values.items()} if by_row else {}
+
     def leave_out(self, idle: Tensor, masked: Tensor) -> None:
         """Fix entries of v that a mask excludes from the model's density at their initial values.
 
@@ -113,15 +129,14 @@ class Latents:
         Raises:
             ValueError: If no entry of v remains.
         """
-        self._constants = self.pack({name: part.value for name, part in self.parts.items()})[0]
+        self._constants, _ = self.pack(self.values)
         self.idle, self.masked, self.size = idle, masked, int((~idle).sum())
         if not self.size:
-            raise RefusalError(f"{self._who} found no latent variables in the model that are not masked.")
+            raise RefusalError(f"{self.who} found no latent variables in the model that are not masked.")
 
     def initial(self) -> Tensor:
         """Return the values of the prototype as one vector, (D,)."""
-        latent, _ = self.pack({name: part.value for name, part in self.parts.items()})
-        return latent.reshape(-1, self.size).mean(0)
+        return self.pack(self.values)[0].reshape(-1, self.size).mean(0)
 
     def has_masks(self) -> bool:
         """True if there are masked entries.
@@ -130,15 +145,23 @@ class Latents:
             ValueError: If these are in plates whose rows change from call to call.
         """
         masked = [
-            name for name, part in self.parts.items() if masked_entries(part.site, part.site["value"]) is not None
+            name for name, part in self.parts.items() if masked_elements(part.site, part.site["value"]) is not None
         ]
         for name in masked:
             if self.rows or self.parts[name].rows:
                 raise RefusalError(
-                    f"{self._who} expected latent sites without a mask where rows have latent variables of their own, "
+                    f"{self.who} expected latent sites without a mask where rows have latent variables of their own, "
                     f"got {name}: leave masked rows out of the model."
                 )
         return bool(masked)
+
+    def has_masks_of(self, sites: Mapping[str, Site]) -> bool:
+        """True if sites have the masks that they had when the layout was set up; with rows, masks are refused."""
+        return bool(self.rows) or torch.equal(self.masked_in(sites), self.masked)
+
+    def masked_in(self, sites: Mapping[str, Site]) -> Tensor:
+        """Mask of the entries of all sites whose elements are masked in these sites, or else in the prototype's."""
+        return torch.cat([_masked_entries(part, sites.get(name, part.site)) for name, part in self.parts.items()])
 
     def split(self, latent: Tensor) -> Iterator[tuple[Part, Tensor]]:
         r"""Split a latent of shape (\*batch, D) into the unconstrained value of each site.
@@ -155,12 +178,22 @@ class Latents:
             yield part, _within_reach(part.transform, value)
 
     def unpack(self, latent: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        r"""Map a latent (draws, \*ones, D) to the value of each site; also return log |det dz/dv| in nats, (draws,)."""
-        values, total = {}, latent.new_zeros(len(latent))
+        r"""Map a latent (\*batch, D), as in `split`, to the value of each site; also return log |det dz/dv| in nats."""
+        values, total = {}, latent.new_zeros(latent.shape[:-1])
         for part, unconstrained in self.split(latent):
             values[part.site["name"]], log_det = self.mapped(part, unconstrained)
-            total = total + log_det.reshape(len(latent), -1).sum(-1)
+            plates = tuple(range(-len(part.plates), 0))
+            total = total + (log_det.sum(plates, keepdim=latent.dim() > 1) if plates else log_det)
         return values, total
+
+    def sites(self, latent: Tensor, shape: torch.Size) -> dict[str, Tensor]:
+        r"""Map a latent (\*shape, \*rows, D) to the value of each site, (\*shape, \*site)."""
+        plates = 0 if self.rows else max(len(part.plates) for part in self.parts.values())
+        batch = latent.reshape(-1, *(1,) * plates, *latent.shape[len(shape) :])
+        values = {part.site["name"]: part.transform(unconstrained) for part, unconstrained in self.split(batch)}
+        if self.rows:
+            return values
+        return {name: value.reshape(shape + self.parts[name].value.shape) for name, value in values.items()}
 
     def mapped(self, part: Part, unconstrained: Tensor) -> tuple[Tensor, Tensor]:
         r"""Map unconstrained values to a site; also return log |det dz/dv| in nats by event, without idle entries."""
@@ -173,7 +206,7 @@ class Latents:
             transform = transform.base_transform
         log_det = transform.log_abs_det_jacobian(unconstrained, value)
         if self.leaves_out:
-            idle = self.idle[part.start : part.stop].reshape(part.plates + part.event)
+            idle = self.idle[part.start : part.stop].reshape(part.shape)
             events = idle.shape[: idle.dim() - transform.domain.event_dim]
             log_det = torch.where(idle.reshape(*events, -1).all(-1), 0.0, log_det)
         return sum_rightmost(log_det, log_det.dim() - value.dim() + part.site["fn"].event_dim)
@@ -195,12 +228,59 @@ class Latents:
         latent = entries[..., ~self.idle] if self.leaves_out else entries
         return latent, torch.stack([log_det.expand(batch) for log_det in log_dets]).sum(0)
 
+    def checked(self, values: object, like: Tensor) -> dict[str, Tensor]:
+        r"""Convert a user's values of every site, (\*batch, \*site), to tensors of one batch shape.
 
-def _check_plates(who: str, sites: Mapping[str, Site], created: Collection[str]) -> None:
+        Args:
+            values: By name: tensors, or numbers and arrays, which become tensors.
+            like: A weight of the guide; the tensors have its dtype and device.
+
+        Raises:
+            TypeError: If they are not a mapping, not numbers, or floating-point tensors of another dtype.
+            ValueError: If a site is missing, or if a shape is not that of its site or does not broadcast.
+        """
+        who = self.who
+        if not isinstance(values, Mapping):
+            raise TypeError(
+                f"{who} expected values of the sites by name, as a dictionary, got {type(values).__name__}."
+            )
+        if missing := sorted(self.parts.keys() - values.keys()):
+            raise ValueError(f"{who} expected values of every site, got none of {missing}.")
+        checked = {name: _tensor(who, name, values[name], like) for name in self.parts}
+        batches = {}
+        for name, part in self.parts.items():
+            # The rows of an encoder's context differ from batch to batch.
+            shape, site = checked[name].shape, part.value.shape[len(self.rows) :]
+            batches[name], event = shape[: len(shape) - len(site)], shape[max(0, len(shape) - len(site)) :]
+            if event != site:
+                wanted = ", ".join(["*batch", *map(str, site)])
+                raise ValueError(f"{who} expected {name} of shape ({wanted}), got {tuple(shape)}.")
+        try:
+            torch.broadcast_shapes(*batches.values())
+        except RuntimeError:
+            shapes = ", ".join(f"{tuple(batch)} of {name}" for name, batch in batches.items())
+            raise ValueError(f"{who} expected values whose batch shapes broadcast, got {shapes}.") from None
+        return checked
+
+    @torch.no_grad()
+    def within_supports(self, values: Mapping[str, Tensor]) -> Tensor:
+        r"""Test if all sites' values, (\*batch, \*site), are on their supports; (\*batch,), boolean."""
+        inside = []
+        for name, part in self.parts.items():
+            value = values[name]
+            # Some inverses clamp, so compare the round trip.
+            back = part.transform(part.transform.inv(value))
+            batch = value.shape[: value.dim() - len(part.value.shape) + len(self.rows)]
+            inside.append(torch.isclose(back, value, rtol=1e-3, atol=1e-5).reshape(*batch, -1).all(-1))
+        return torch.stack(torch.broadcast_tensors(*inside)).all(0)
+
+
+def _check_plates(who: str, sites: Mapping[str, Site], created: Plates) -> None:
     """Refuse latent variables in plates that resample their rows each time, unless they are those of all rows."""
+    names = {plate.name for plate in ([created] if isinstance(created, pyro.plate) else created)}
     for name, site in sites.items():
         for frame in subsampled(site):
-            if frame.name not in created:
+            if frame.name not in names:
                 raise RefusalError(
                     f"{who} expected latent sites outside of plates that subsample, got {name} in plate {frame.name} "
                     f"with {frame.size} of its {frame.full_size} rows: pass encoder=, for a guide of each row, or "
@@ -208,28 +288,40 @@ def _check_plates(who: str, sites: Mapping[str, Site], created: Collection[str])
                 )
 
 
-def median_or_feasible(site: Any = None) -> Any:
+def _of_all_rows(site: Site) -> tuple[Tensor, dict[str, int]]:
+    """Return the value of a site, repeated to all rows of plates that subsample, and their dimensions by name."""
+    value, dims = site["value"].detach(), {}
+    for frame in subsampled(site):
+        if frame.dim is not None:
+            dims[frame.name] = frame.dim - site["fn"].event_dim
+            value = periodic_repeat(value, frame.full_size, dims[frame.name])
+    return value, dims
+
+
+def _tensor(who: str, name: str, value: object, like: Tensor) -> Tensor:
+    if not isinstance(value, Tensor):
+        try:
+            return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{who} expected numbers for {name}, got {value!r}.") from None
+    if not value.is_floating_point():
+        return value.to(like.dtype)
+    if value.dtype != like.dtype:
+        ours, theirs = (str(dtype).removeprefix("torch.") for dtype in (like.dtype, value.dtype))
+        raise TypeError(f"{who} has {ours} parameters, got {name} of {theirs}: convert it with .to(torch.{ours}).")
+    return value
+
+
+def median_or_feasible(site: Site) -> Tensor:
     """Pyro's `init_to_median`; for improper priors, which cannot be drawn from, the image of 0."""
-    if site is None:
-        return median_or_feasible
     try:
         return init_to_median(site)
     except NotImplementedError:
         transform, shape = transform_to(site["fn"].support), site["fn"].shape()
-        value = transform(torch.zeros(transform.inverse_shape(shape)))
-        value._pyro_custom_init = False
-        return value
+        return transform(torch.zeros(transform.inverse_shape(shape)))
 
 
-def names_of_plates(
-    create_plates: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> set[str]:
-    """Return the names of the plates that a user's function creates."""
-    plates = [] if create_plates is None else create_plates(*args, **kwargs)
-    return {plate.name for plate in ([plates] if isinstance(plates, pyro.plate) else plates)}
-
-
-def masked_entries(site: Site, value: Tensor) -> Tensor | None:
+def masked_elements(site: Site, value: Tensor) -> Tensor | None:
     """Mask of the elements of a site's value without a prior density, (*site); None if all have one.
 
     They are masked by `pyro.poutine.mask` or `fn.mask`, or are the observed part of a site with `obs_mask`.
@@ -248,13 +340,24 @@ def masked_entries(site: Site, value: Tensor) -> Tensor | None:
     return None if seen.all() else ~seen
 
 
+def _masked_entries(part: Part, site: Site) -> Tensor:
+    masked = None if part.rows else masked_elements(site, part.value)
+    if masked is None:
+        return torch.zeros(part.shape.numel(), dtype=torch.bool, device=part.value.device)
+    if masked.shape == part.shape:
+        return masked.flatten()
+    # An event of another shape than its unconstrained one, as on a simplex, is masked as a whole.
+    whole = masked.reshape(*part.plates, -1).all(-1)
+    return whole.reshape(part.plates + (1,) * len(part.event)).expand(part.shape).flatten()
+
+
 def _transform_of(who: str, name: str, site: Site) -> Transform:
     if _is_fixed(site["fn"]):
         raise RefusalError(
             f"{who} expected latent variables with a density, got the site {name} of Delta, which has one value: "
             "write it with pyro.deterministic."
         )
-    support: Any = site["fn"].support
+    support = cast("Constraint", site["fn"].support)
     if support.is_discrete and not site["fn"].has_enumerate_support:
         raise RefusalError(
             f"{who} expected continuous latent variables, got the discrete site {name}, whose values have no end and "

@@ -20,7 +20,7 @@ from torch.distributions import Distribution, Transform
 from pyro_maf.infer.log_joint import is_enumerated, log_densities
 from pyro_maf.infer.model import Args, Call, Guide, Kwargs, Model, Site, Trace, latent_sites, layers_of, sample_sites
 
-__all__ = ["TracePath_ELBO", "detached"]
+__all__ = ["TracePath_ELBO", "detached", "zero_bad_gradients"]
 
 T = TypeVar("T")
 
@@ -178,3 +178,12 @@ def _detached(value: object, modules: list[nn.Module]) -> object:
         frozen.__dict__.update({name: _detached(item, modules) for name, item in attributes if name != "_inv"})
         return frozen
     return value
+
+
+def zero_bad_gradients(output: int, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Zero the gradient of draws where it is not finite, so that they do not reach the parameters."""
+    gradient = gradients[output]
+    if gradient is None or (gradient.device.type == "cpu" and math.isfinite(float(gradient.sum()))):
+        return gradients
+    clean = torch.where(gradient.isfinite().all(-1, keepdim=True), gradient, 0.0)
+    return *gradients[:output], clean, *gradients[output + 1 :]

@@ -1,55 +1,62 @@
-"""Posterior of the latent vector of a guide, up to its normalising constant."""
+"""Posterior of a guide's latent vector: its density, a normal to start the guide with, and quantiles of draws."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Sequence
 
 import torch
+from pyro import poutine
 from torch import Tensor
+from torch.distributions.constraints import Constraint
+from torch.quasirandom import SobolEngine
 
 from pyro_maf._core.random import seeded
 from pyro_maf.infer.initialization import Normal, best_normal, best_of
-from pyro_maf.infer.latents import Latents, Part, masked_entries
+from pyro_maf.infer.latents import Latents, Part
 from pyro_maf.infer.log_joint import FAILURES, LogJoint, is_enumerated, without_blocks
-from pyro_maf.infer.model import Call, Site, Trace, latent_sites
+from pyro_maf.infer.model import Call, RefusalError, Trace, latent_sites, sample_sites
+from pyro_maf.transforms import Flow
 
-__all__ = ["masked_in_vector", "start_of"]
+__all__ = ["checked_levels", "marginal_quantiles", "start_of"]
 
 PRIOR_DRAWS = 64
 POINTS = 4
 """Number of points at which the effect of masked entries is tested."""
 MINIBATCHES = 8
 """Maximum number of minibatches of a plate that subsamples; they stand for the others."""
+STEP = 0.3
+"""Displacement of latent variables, in unconstrained space, for the test if a support moves with them."""
+QUANTILE_DRAWS = 8192
+MOST_COLUMNS = 1024
+"""Maximum number of columns at a time: `torch.quantile` takes no more than 16 million numbers."""
 
 
-def start_of(
-    call: Call,
-    prototype: Trace,
-    latents: Latents,
-    scale: float | None,
-    is_told: bool,
-) -> Normal:
+def start_of(call: Call, prototype: Trace, latents: Latents, scale: float | None, start_is_chosen: bool) -> Normal:
     """Initialise a guide; leave out of `latents` entries that a mask excludes from the model: they have no posterior.
 
     Args:
         call, prototype, latents: As in `Posterior`.
         scale: Scale of an isotropic normal at the initial values, or None for the best normal of an ascent.
-        is_told: True if the user chose the starting point. If not, and a draw of the prior has a higher density than
-            the end of the ascent, and so lies near another mode, there is an ascent from that draw too.
+        start_is_chosen: True if the user chose the starting point. If not, and a draw of the prior has a higher density
+            than the end of the ascent, and so lies near another mode, there is an ascent from that draw too.
+
+    Raises:
+        ValueError: For a support that moves, or if all entries are left out.
     """
-    masked = latents.has_masks()
-    if scale is not None and not masked:
+    _check_supports(call, latents)
+    has_masks = latents.has_masks()
+    if scale is not None and not has_masks:
         return Normal.isotropic(latents.initial(), scale)
     posterior = Posterior(call, prototype, latents)
-    if masked:
+    if has_masks:
         posterior.leave_out_idle()
     loc = latents.initial()
-    if scale is not None or not posterior.is_known:
+    if scale is not None or not posterior.is_complete:
         return Normal.isotropic(loc, 0.1 if scale is None else scale)
-    found = best_normal(posterior, loc, vectorised=posterior.is_vectorised)
-    draw = None if is_told or not posterior.is_vectorised else posterior.better_draw(found.loc)
-    return found if draw is None else best_of(posterior, [found, best_normal(posterior, draw)])
+    normal = best_normal(posterior, loc, vectorised=posterior.is_vectorised)
+    draw = None if start_is_chosen or not posterior.is_vectorised else posterior.better_draw(normal.loc)
+    return normal if draw is None else best_of(posterior, [normal, best_normal(posterior, draw)])
 
 
 class Posterior:
@@ -64,7 +71,7 @@ class Posterior:
         latents: The layout of the latent vector.
 
     Attributes:
-        is_known: True if it is the posterior: no other random draws, and the latent variables of all rows.
+        is_complete: True if it is the posterior: no other random draws, and the latent variables of all rows.
         is_vectorised: True if one run of the model scores many draws.
     """
 
@@ -74,15 +81,15 @@ class Posterior:
             hidden = [site for name, site in latent_sites(example).items() if name not in latents.parts]
             if all(map(is_enumerated, hidden)):
                 break  # and there are latent variables that belong to another guide
-        shapes = {name: part.value.shape for name, part in latents.parts.items()}
-        by_row = any(part.rows for part in latents.parts.values())
+        by_row = bool(latents.shapes_of_all_rows)
+        shapes = {name: value.shape for name, value in latents.values.items()}
         most = math.inf if by_row else MINIBATCHES
         self._latents = latents
         self._joint = LogJoint(candidate, example, shapes=shapes, most_minibatches=most)
         near = latents.initial() + torch.tensor([[0.0], [0.01]]).to(latents.initial())
         self._joint.settle(self._unpacked(near)[0])
         self.is_vectorised = self._joint.is_vectorised
-        self.is_known = not self._joint.is_random and not (by_row and self._joint.partial)
+        self.is_complete = not self._joint.is_random and not (by_row and self._joint.partial)
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Return the log-density of latent vectors, (draws, D), in nats, (draws,)."""
@@ -102,73 +109,128 @@ class Posterior:
         return draws[index - 1] if scores[index] > scores[0] + 1 else None
 
     def leave_out_idle(self) -> None:
-        """Leave out of the latent vector the entries that a mask excludes from the model."""
-        masked = masked_in_vector(self._latents, {})
-        self._latents.leave_out(idle_entries(self._latents, masked, self._joint, self._joint.nesting), masked)
+        """Leave out of the latent vector the entries that a mask excludes from the model.
+
+        Other masked entries, such as those of a flat prior, have a posterior by their likelihood. The test of an idle
+        entry: the gradient of the log joint density with respect to it is zero, and another value of it gives the same
+        density.
+        """
+        latents, loc = self._latents, self._latents.initial()
+        masked = latents.masked_in({})
+        with seeded(0, loc.device):
+            noise = torch.randn(2 * POINTS, len(loc), dtype=loc.dtype, device=loc.device)
+        points = (loc + 0.5 * noise[:POINTS]).requires_grad_()
+        with torch.enable_grad():
+            scores = self._joint(self._unpacked(points)[0])
+            total = scores.sum() + 0 * points.sum()  # so that there is a gradient in any case
+            (gradient,) = torch.autograd.grad(total, points)
+        idle = masked & (gradient == 0).all(0)
+        idle = torch.cat([_whole_events(part, idle) for part in latents.parts.values()])
+        with torch.no_grad():
+            others = self._joint(self._unpacked(torch.where(idle, loc + noise[POINTS:], points))[0])
+        is_idle = torch.allclose(scores, others, rtol=1e-5, atol=1e-5)
+        latents.leave_out(idle if is_idle else torch.zeros_like(idle), masked)
 
     def _unpacked(self, latents: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        return self._latents.unpack(latents.reshape(len(latents), *(1,) * self._joint.nesting, -1))
-
-
-def idle_entries(
-    latents: Latents, masked: Tensor, log_joint: Callable[[Mapping[str, Tensor]], Tensor], nesting: int
-) -> Tensor:
-    """Mask of the entries of a latent vector that are masked and do not affect the log joint density, (D,).
-
-    Other masked entries, such as those of a flat prior, have a posterior by their likelihood. The test of an idle
-    entry: the gradient of the log joint density with respect to it is zero, and another value of it gives the same
-    density.
-
-    Args:
-        latents: The layout of the vector.
-        masked: Mask of the masked entries, (D,).
-        log_joint: log p(x, z) in nats, (draws,), as a function of the values of all sites.
-        nesting: Number of plate dimensions of the values.
-    """
-    loc = latents.initial()
-    with seeded(0, loc.device):
-        noise = torch.randn(2 * POINTS, len(loc), dtype=loc.dtype, device=loc.device)
-
-    def score(points: Tensor) -> Tensor:
-        return log_joint(latents.unpack(points.reshape(len(points), *(1,) * nesting, -1))[0])
-
-    points = (loc + 0.5 * noise[:POINTS]).requires_grad_()
-    with torch.enable_grad():
-        scores = score(points)
-        total = scores.sum() + 0 * points.sum()  # so that there is a gradient in any case
-        (gradient,) = torch.autograd.grad(total, points)
-    idle = masked & (gradient == 0).all(0)
-    idle = torch.cat([_whole_events(part, idle) for part in latents.parts.values()])
-    with torch.no_grad():
-        others = score(torch.where(idle, loc + noise[POINTS:], points))
-    same = torch.allclose(scores, others, rtol=1e-5, atol=1e-5)
-    return idle if same else torch.zeros_like(idle)
-
-
-def masked_in_vector(latents: Latents, sites: Mapping[str, Site]) -> Tensor:
-    """Mask of the entries of all sites, in the layout of `latents`, whose elements are masked in these sites."""
-    return torch.cat([_masked(part, sites.get(name, part.site)) for name, part in latents.parts.items()])
-
-
-def _masked(part: Part, site: Site) -> Tensor:
-    masked = None if part.rows else masked_entries(site, part.value)
-    shape = part.plates + part.event
-    if masked is None:
-        return torch.zeros(shape.numel(), dtype=torch.bool, device=part.value.device)
-    if masked.shape == shape:
-        return masked.flatten()
-    # An event of another shape than its unconstrained one, as on a simplex, is masked as a whole.
-    whole = masked.reshape(*part.plates, -1).all(-1)
-    return whole.reshape(part.plates + (1,) * len(part.event)).expand(shape).flatten()
+        values, log_det = self._latents.unpack(latents.reshape(len(latents), *(1,) * self._joint.nesting, -1))
+        return values, log_det.reshape(len(latents))
 
 
 def _whole_events(part: Part, idle: Tensor) -> Tensor:
     """Restrict the idle entries of a site to transform events that are idle as a whole."""
-    shape = part.plates + part.event
-    idle = idle[part.start : part.stop].reshape(shape)
+    idle = idle[part.start : part.stop].reshape(part.shape)
     transform = part.transform
     while hasattr(transform, "base_transform"):
         transform = transform.base_transform
     event = transform.domain.event_dim
-    whole = idle.reshape(*shape[: len(shape) - event], -1).all(-1)
-    return whole.reshape(whole.shape + (1,) * event).expand(shape).flatten()
+    whole = idle.reshape(*idle.shape[: idle.dim() - event], -1).all(-1)
+    return whole.reshape(whole.shape + (1,) * event).expand(part.shape).flatten()
+
+
+@torch.no_grad()
+def _check_supports(call: Call, latents: Latents) -> None:
+    """Refuse a support with a bound that depends on latent variables, or that is trained.
+
+    A guide maps to each support as it was in the model's first run: if it moves, draws leave it, and the guide's
+    posterior is wrong.
+
+    Cost: one run of the model if a support has a tensor for a bound, and none if all bounds are plain numbers.
+
+    Raises:
+        ValueError: For such a support, with its site.
+    """
+    before = {name: list(_bounds(part.site["fn"].support)) for name, part in latents.parts.items()}
+    for name, bounds in before.items():
+        if any(bound.requires_grad for bound in bounds):
+            raise _moving_support(latents.who, name, "a parameter of the model")
+    if not any(before.values()):
+        return
+    moved = {
+        name: part.transform(part.transform.inv(part.site["value"]) + STEP) for name, part in latents.parts.items()
+    }
+    try:
+        with poutine.block(), seeded(0, next(iter(moved.values())).device):
+            sites = sample_sites(call.conditioned(moved))
+    except FAILURES:
+        return  # which does not concern supports
+    for name, bounds in before.items():
+        now = list(_bounds(sites[name]["fn"].support)) if name in sites else bounds
+        if len(now) != len(bounds) or not all(map(torch.equal, now, bounds)):
+            raise _moving_support(latents.who, name, "other latent variables, or on a draw")
+
+
+def _moving_support(who: str, name: str, cause: str) -> RefusalError:
+    return RefusalError(
+        f"{who} expected supports that stay as they are, got that of site {name}, which depends on {cause}: draw a "
+        "number with a fixed support, such as the unit interval, and scale it."
+    )
+
+
+def _bounds(value: object) -> Iterator[Tensor]:
+    """Iterate over the tensors of a constraint."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Constraint, list, tuple)):
+        for item in vars(value).values() if isinstance(value, Constraint) else value:
+            yield from _bounds(item)
+
+
+def checked_levels(who: str, levels: float | Sequence[float] | Tensor, like: Tensor) -> Tensor:
+    """Convert levels to a tensor of the dtype and device of `like`.
+
+    Raises:
+        TypeError: If they are not numbers.
+        ValueError: If one is outside [0, 1].
+    """
+    try:
+        checked = torch.as_tensor(levels, dtype=like.dtype, device=like.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{who} expected quantiles to be numbers from 0 to 1, got {levels!r}.") from None
+    outside = checked[~((checked >= 0) & (checked <= 1))].flatten()
+    if len(outside):
+        raise ValueError(f"{who} expected quantiles from 0 to 1, got {float(outside[0]):g}.")
+    return checked
+
+
+def marginal_quantiles(latents: Latents, transform: Flow, levels: Tensor) -> dict[str, Tensor]:
+    r"""Marginal quantiles of each site, (\*levels, \*site), from draws that a fixed sequence of noise is mapped to."""
+    noise = _even_noise(transform.input_dim).to(levels)
+    latent = transform(noise.reshape(-1, *(1,) * len(latents.rows), transform.input_dim))
+    # On the support, not before the map: a map that mixes coordinates does not preserve marginal quantiles.
+    draws = latents.sites(latent, torch.Size([QUANTILE_DRAWS]))
+    return {name: _quantiles(value, levels.to(value)) for name, value in draws.items()}
+
+
+def _quantiles(draws: Tensor, levels: Tensor) -> Tensor:
+    r"""Quantiles along the first dimension, (\*levels, \*event), of draws (draws, \*event)."""
+    blocks = draws.reshape(len(draws), -1).split(MOST_COLUMNS, -1)
+    quantiles = torch.cat([block.quantile(levels.flatten(), 0) for block in blocks], -1)
+    return quantiles.reshape(levels.shape + draws.shape[1:])
+
+
+def _even_noise(dim: int) -> Tensor:
+    """Standard normal draws of a fixed Sobol sequence; beyond its dimensions, of a fixed seed."""
+    if dim > SobolEngine.MAXDIM:
+        return torch.randn(QUANTILE_DRAWS, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    uniform = SobolEngine(dim, scramble=True, seed=0).draw(QUANTILE_DRAWS, dtype=torch.float64)
+    return torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
