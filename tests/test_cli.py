@@ -556,7 +556,11 @@ def test_damaged_files_beside_a_model_are_refused(folder: Path, here: Path) -> N
         ("columns.json", '{"data": "ab", "context": {}}', "columns.json damaged: expected names of columns"),
         ("columns.json", '{"a":' * 99999, "columns.json damaged"),
         ("fit.json", "{}", "fit.json damaged"),
-        ("fit.json", (folder / "plain" / "fit.json").read_text().replace("200", '"200"'), "expected rows of type int"),
+        (
+            "fit.json",
+            (folder / "plain" / "fit.json").read_text().replace('"rows": 200', '"rows": "200"'),
+            "expected rows of type int",
+        ),
     ):
         whole = (here / name).read_bytes()
         (here / name).write_text(content)

@@ -20,8 +20,8 @@ from pyro_maf import IAF, MAF, ConditionalMAF, RealNVP, plotting
 from pyro_maf.datasets import Table
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior, MADEMoG, MAFMoG
 from pyro_maf.report import examination, kolmogorov, pictures, table, write_report
+from pyro_maf.tables import Rows
 from pyro_maf.training import FitResult
-from pyro_maf.training.data import Rows
 
 SMALL = {"num_layers": 1, "hidden_dims": [8]}
 

@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 from pyro_maf import MAF, ConditionalMAF, fit, fit_prior
 from pyro_maf.cli import app
 from pyro_maf.support import Support
+from pyro_maf.tables import Reader, rows_of
+from pyro_maf.tables.rows import Labels
 from pyro_maf.training.plateau import Schedule
 from pyro_maf.training.screening import screen_data, screen_ending
 
@@ -41,8 +43,10 @@ HEAVY: dict[str, Callable[[np.random.Generator, int], Array]] = {
 
 
 def screened(data: Any, context: Any = None, support: Any = "real") -> list[str]:
-    width = np.shape(data)[1] if np.ndim(data) > 1 else 1
-    return screen_data(data, context, Support("fit", support, width))
+    widths = [0 if table is None else np.shape(table)[1] if np.ndim(table) > 1 else 1 for table in (data, context)]
+    labels = {"labels": Labels.of(data), "context_labels": Labels.of(context)}
+    reader = Reader("fit", *widths, support=Support("fit", support, widths[0]), **labels)
+    return screen_data(rows_of(data, context, reader), reader)
 
 
 def normal(seed: int, rows: int = 500, columns: int = 3) -> Array:
@@ -187,7 +191,7 @@ def test_warnings_are_in_the_result_and_point_at_the_call() -> None:
 
 def test_a_streamed_table_is_screened_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.save(tmp_path / "rows.npy", normal(0, 20_000, 2).round())
-    monkeypatch.setattr("pyro_maf.training.stored.IN_MEMORY", 0)
+    monkeypatch.setattr("pyro_maf.tables.mapped.IN_MEMORY", 0)
     with pytest.warns(UserWarning, match=r"few distinct values in column 0 \(\d+ in 10,000 rows\)"):
         quick(MAF(2, num_layers=1), np.load(tmp_path / "rows.npy", mmap_mode="r"), batch_size=5000)
 

@@ -27,9 +27,8 @@ from pyarrow import csv as arrow_csv
 
 from pyro_maf import MAF, fit
 from pyro_maf.datasets import read_table
-from pyro_maf.tables import source as bounds
+from pyro_maf.tables import sources
 from pyro_maf.tables import table as table_module
-from pyro_maf.tables import text as csv_source
 from pyro_maf.tables.spool import temporary_file
 
 ROWS = 50
@@ -285,8 +284,8 @@ def test_a_large_table_is_as_precise_as_a_small_one(tmp_path: Path, dtype: str |
 def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little memory, and batches of few rows."""
     monkeypatch.setattr(table_module, "BYTES_IN_MEMORY", 100)
-    monkeypatch.setattr(bounds, "NUMBERS_IN_A_BATCH", 20)
-    monkeypatch.setattr(csv_source, "BYTES_IN_A_BLOCK", 300)
+    monkeypatch.setattr(sources, "NUMBERS_IN_A_BATCH", 20)
+    monkeypatch.setattr(sources, "BYTES_IN_A_BLOCK", 300)
 
 
 @pytest.mark.parametrize("write", [write_csv, write_gzip, write_parquet])
@@ -523,7 +522,7 @@ def test_a_reader_is_closed_before_the_error_arrives(monkeypatch: pytest.MonkeyP
             return self.reader.__exit__(*error)
 
     monkeypatch.setattr(arrow_csv, "open_csv", Watched)
-    monkeypatch.setattr(csv_source, "BYTES_IN_A_BLOCK", 300)
+    monkeypatch.setattr(sources, "BYTES_IN_A_BLOCK", 300)
     content = "a;b\n" + "1,5;2\n" * 500
     for options in ({}, {"columns": ["b"], "context": ["a"], "categories": ["a"]}):
         with pytest.raises(ValueError, match="read_table expected") as caught:
@@ -536,11 +535,13 @@ def test_bad_cells_do_not_abort_the_interpreter(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("a;b;c\n" + "0,5;1,5;2,5\n" * 100_000)
     code = (
         "from pyro_maf.datasets import read_table\n"
-        "from pyro_maf.tables import text\ntext.BYTES_IN_A_BLOCK = 100_000\nread_table('table.csv')"
+        "from pyro_maf.tables import sources\nsources.BYTES_IN_A_BLOCK = 100_000\nread_table('table.csv')"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith("ValueError: read_table expected numbers with a decimal point")
+    assert result.stderr.splitlines()[-1].startswith(
+        "pyro_maf._core.checks.InputError: read_table expected numbers with a decimal point"
+    )
 
 
 def test_reading_is_linear_in_the_number_of_columns() -> None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pyro_maf import MAF, ConditionalFlowPrior, ConditionalMADEMoG, ConditionalMAF, FlowPrior, fit
+from pyro_maf.tables import Rows
 from pyro_maf.training.batches import Batches
-from pyro_maf.training.data import Rows, split
 from pyro_maf.training.processes import Processes
 from pyro_maf.transforms import Permute
 from tests.fits import QUICK, SMALL, gaussian_rows, mean_log_prob, same, seeded, small_maf, weights
@@ -93,9 +93,9 @@ def test_whole_numbers_and_truth_values_are_numbers() -> None:
 
 def test_a_part_of_the_rows_is_set_aside_at_random() -> None:
     numbered = Rows(torch.arange(200.0).unsqueeze(-1), -torch.arange(200.0).unsqueeze(-1))
-    training, held_out = split(numbered, 0.25, torch.Generator().manual_seed(0))
-    again = split(numbered, 0.25, torch.Generator().manual_seed(0))
-    other = split(numbered, 0.25, torch.Generator().manual_seed(1))
+    training, held_out = numbered.split(0.25, torch.Generator().manual_seed(0))[:2]
+    again = numbered.split(0.25, torch.Generator().manual_seed(0))[:2]
+    other = numbered.split(0.25, torch.Generator().manual_seed(1))[:2]
     assert (len(training.data), len(held_out.data)) == (150, 50)
     assert torch.equal(torch.cat([training.data, held_out.data]).sort(0).values, numbered.data)
     assert all(torch.equal(part.context, -part.data) for part in (training, held_out))
@@ -113,7 +113,7 @@ def chain(seed: int) -> Tensor:
 @pytest.mark.parametrize("seed", range(3))
 def test_copies_of_a_row_are_on_one_side_of_the_split(seed: int) -> None:
     rows = chain(seed)
-    training, held_out = split(Rows(rows, None), 0.1, torch.Generator().manual_seed(seed))
+    training, held_out = Rows(rows, None).split(0.1, torch.Generator().manual_seed(seed))[:2]
     assert len(training.data) + len(held_out.data) == len(rows)
     assert 130 <= len(held_out.data) <= 160
     both = torch.cat([training.data.unique(dim=0), held_out.data.unique(dim=0)])
@@ -122,30 +122,30 @@ def test_copies_of_a_row_are_on_one_side_of_the_split(seed: int) -> None:
 
 def test_a_row_is_its_data_and_its_context() -> None:
     data, context = torch.arange(200.0)[:, None] // 2, torch.arange(200.0)[:, None] % 2
-    _, held_out = split(Rows(data, context), 0.25, torch.Generator().manual_seed(0))
+    _, held_out = Rows(data, context).split(0.25, torch.Generator().manual_seed(0))[:2]
     assert held_out.context is not None
     assert len(held_out.data.unique()) > 40
-    _, held_out = split(Rows(data, 0 * context), 0.25, torch.Generator().manual_seed(0))
+    _, held_out = Rows(data, 0 * context).split(0.25, torch.Generator().manual_seed(0))[:2]
     assert len(held_out.data) == 2 * len(held_out.data.unique()) == 50
 
 
 def test_zero_is_its_negative() -> None:
     signs = torch.tensor([-1.0, 1.0]).repeat(50)[:, None]
     rows = torch.cat([0 * signs, (torch.arange(100.0) // 2)[:, None]], 1)
-    _, held_out = split(Rows(rows, None), 0.2, torch.Generator().manual_seed(0))
+    _, held_out = Rows(rows, None).split(0.2, torch.Generator().manual_seed(0))[:2]
     assert len(held_out.data.unique(dim=0)) == 10
 
 
 def test_a_row_of_many_copies_stays_for_training() -> None:
     rows = torch.cat([torch.zeros(500, 1), torch.arange(1.0, 501.0)[:, None]])
     for seed in range(10):
-        training, held_out = split(Rows(rows, None), 0.1, torch.Generator().manual_seed(seed))
+        training, held_out = Rows(rows, None).split(0.1, torch.Generator().manual_seed(seed))[:2]
         assert (len(held_out.data), int((training.data == 0).sum())) == (100, 500)
 
 
 def test_categories_are_divided_row_by_row() -> None:
     rows = torch.arange(100.0)[:, None] % 3
-    _, held_out = split(Rows(rows, None), 0.2, torch.Generator().manual_seed(0))
+    _, held_out = Rows(rows, None).split(0.2, torch.Generator().manual_seed(0))[:2]
     assert (len(held_out.data), len(held_out.data.unique())) == (20, 3)
 
 
@@ -165,7 +165,7 @@ def test_rows_that_repeat_are_validated_with_as_fresh_rows_are(seed: int) -> Non
 @pytest.mark.parametrize(("validation", "rows"), [(None, 20), (0.25, 50), (0.001, 1), (0.999, 198)])
 def test_validation_may_be_a_part(validation: float | None, rows: int) -> None:
     result = fit(small_maf(), ROWS, validation=validation, **QUICK)
-    training, held_out = split(Rows(torch.tensor(ROWS), None), validation or 0.1, torch.Generator().manual_seed(0))
+    training, held_out = Rows(torch.tensor(ROWS), None).split(validation or 0.1, torch.Generator().manual_seed(0))[:2]
     assert len(held_out.data) == rows
     assert mean_log_prob(result.density, held_out.data) == pytest.approx(result.validation_log_likelihood, rel=1e-12)
     # Nothing of the rows that were set aside went into the units.

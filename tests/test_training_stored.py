@@ -14,10 +14,13 @@ from torch import Tensor
 
 from pyro_maf import MAF, ConditionalMAF, fit
 from pyro_maf.support import Support
-from pyro_maf.training import stored
+from pyro_maf.tables import MappedRows, Reader
+from pyro_maf.tables import mapped as mapped_rows
+from pyro_maf.tables.moments import moments_of
+from pyro_maf.tables.rows import Split
+from pyro_maf.training import batches as batches_module
+from pyro_maf.training.batches import Batches
 from pyro_maf.training.processes import Processes
-from pyro_maf.training.stored import StoredBatches, StoredRows
-from pyro_maf.training.units import units_of
 from tests.fits import GAUSSIAN, gaussian_rows, mean_log_prob, same, seeded, weights
 
 ROWS = 3001
@@ -27,9 +30,9 @@ QUICK: dict[str, Any] = {"batch_size": 100, "max_epochs": 3, "learning_rate": 1e
 @pytest.fixture(autouse=True)
 def _small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if memory held a few hundred rows."""
-    monkeypatch.setattr(stored, "IN_MEMORY", 0)
-    monkeypatch.setattr(stored, "BLOCK_BYTES", 64 * 2 * 8)
-    monkeypatch.setattr(stored, "MIXED_BYTES", 6 * 64 * 2 * 8)
+    monkeypatch.setattr(mapped_rows, "IN_MEMORY", 0)
+    monkeypatch.setattr(mapped_rows, "BLOCK_BYTES", 64 * 2 * 8)
+    monkeypatch.setattr(batches_module, "BLOCKS_AT_ONCE", 6)
 
 
 def mapped(path: Path, rows: Any, mode: Any = "r") -> Any:
@@ -42,11 +45,18 @@ def model(context_dim: int = 0) -> Any:
     return seeded(lambda: ConditionalMAF(1, 1, **shape) if context_dim else MAF(2, **shape))
 
 
-def stored_rows(path: Path, rows: int = ROWS, **options: Any) -> tuple[StoredRows, Tensor]:
-    """The rows, each of which has a number of its own in its first column, and the same in memory."""
+def unsplit(table: Any) -> MappedRows:
+    return MappedRows(table, None, Reader("fit", 2, 0, support=Support("fit", "real", 2)))
+
+
+def divided(path: Path, table: Any, seed: int = 0) -> Split:
+    return unsplit(mapped(path / "rows.npy", table)).split(0.1, torch.Generator().manual_seed(seed))
+
+
+def stored_rows(path: Path, rows: int = ROWS) -> tuple[Any, Tensor]:
+    """The rows, each of which has a number of its own in its first column, divided, and the same in memory."""
     table = torch.stack([torch.arange(float(rows)), torch.randn(rows, generator=torch.Generator().manual_seed(0))], 1)
-    known = {"support": Support("fit", "real", 2), "dtype": torch.float64, "fraction": 0.1, "seed": 0, **options}
-    return StoredRows(model(), mapped(path / "rows.npy", table.double()), None, **known), table.double()
+    return divided(path, table.double()), table.double()
 
 
 def numbers(batches: Any) -> list[list[int]]:
@@ -55,8 +65,8 @@ def numbers(batches: Any) -> list[list[int]]:
 
 def test_every_training_row_is_dealt_once_a_pass_and_no_other(tmp_path: Path) -> None:
     rows, _ = stored_rows(tmp_path)
-    batches = StoredBatches(rows, 100, torch.Generator().manual_seed(0), Processes())
-    held_out = set(rows.held_out().data[:, 0].long().tolist())
+    batches = Batches(rows.training, 100, torch.Generator().manual_seed(0), Processes())
+    held_out = set(rows.held_out.data[:, 0].long().tolist())
     first, second = numbers(batches), numbers(batches)
     assert 0.09 * ROWS < len(held_out) < 0.12 * ROWS
     for dealt in (first, second):
@@ -70,7 +80,7 @@ def test_every_training_row_is_dealt_once_a_pass_and_no_other(tmp_path: Path) ->
 @pytest.mark.parametrize("more", [1, 2, 60])
 def test_a_few_rows_over_make_no_batch_of_their_own(more: int, tmp_path: Path) -> None:
     rows, _ = stored_rows(tmp_path, rows=64 * 6 * 2 + more)
-    batches = StoredBatches(rows, 100, torch.Generator().manual_seed(0), Processes())
+    batches = Batches(rows.training, 100, torch.Generator().manual_seed(0), Processes())
     assert batches.smallest > 50
     assert min(map(len, numbers(batches))) >= batches.smallest
 
@@ -81,21 +91,16 @@ def test_rows_may_lie_in_any_way(tmp_path: Path) -> None:
         for mode in ("r", "r+", "c"):
             rows = mapped(tmp_path / f"{number}.npy", laid_out, mode)
             for view in (slice(None), slice(None, None, -1), slice(5, None, 3)):
-                assert stored.is_stored(rows[view])
-                known: dict[str, Any] = {"support": Support("fit", "real", 2), "dtype": torch.float64}
-                read = StoredRows(model(), rows[view], None, **known, fraction=0.1, seed=0)
-                assert np.array_equal(read.read(64).data, table[view][64:128])
+                assert mapped_rows.is_mapped(rows[view])
+                assert np.array_equal(unsplit(rows[view]).take(slice(64, 128)).data, table[view][64:128])
 
 
 @pytest.mark.parametrize("kind", [np.int16, np.bool_, np.float16])
 def test_numbers_of_any_kind_are_streamed(kind: Any, tmp_path: Path) -> None:
     table = (gaussian_rows(ROWS).numpy() > 0).astype(kind)
     rows = mapped(tmp_path / "rows.npy", table)
-    assert stored.is_stored(rows)
-    whole = StoredRows(
-        model(), rows, None, support=Support("fit", "real", 2), dtype=torch.float64, fraction=0.1, seed=0
-    )
-    assert np.array_equal(whole.read(128).data, table[128:192])
+    assert mapped_rows.is_mapped(rows)
+    assert np.array_equal(unsplit(rows).take(slice(128, 192)).data, table[128:192])
 
 
 def test_columns_with_names_are_no_table(tmp_path: Path) -> None:
@@ -107,7 +112,7 @@ def test_columns_with_names_are_no_table(tmp_path: Path) -> None:
 def test_a_file_that_changes_during_a_fit_is_not_trusted(tmp_path: Path) -> None:
     rows, _ = stored_rows(tmp_path)
     other = np.load(tmp_path / "rows.npy", mmap_mode="r+")
-    batches = StoredBatches(rows, 100, torch.Generator().manual_seed(0), Processes())
+    batches = Batches(rows.training, 100, torch.Generator().manual_seed(0), Processes())
     other[2345, 1] = math.nan
     other.flush()
     with pytest.raises(ValueError, match="got nan in row 2345, column 1"):
@@ -116,14 +121,14 @@ def test_a_file_that_changes_during_a_fit_is_not_trusted(tmp_path: Path) -> None
 
 def test_rows_from_far_apart_share_a_batch(tmp_path: Path) -> None:
     rows, _ = stored_rows(tmp_path)
-    batches = numbers(StoredBatches(rows, 100, torch.Generator().manual_seed(0), Processes()))
+    batches = numbers(Batches(rows.training, 100, torch.Generator().manual_seed(0), Processes()))
     spread = [max(batch) - min(batch) for batch in batches]
     assert sum(spread) / len(spread) > ROWS / 2
 
 
 def test_a_pass_is_taken_up_where_it_was(tmp_path: Path) -> None:
     rows, _ = stored_rows(tmp_path)
-    batches = StoredBatches(rows, 100, torch.Generator().manual_seed(0), Processes())
+    batches = Batches(rows.training, 100, torch.Generator().manual_seed(0), Processes())
     order = batches.order(0)
     whole = numbers(batches)
     for taken in (1, 5, len(whole) - 1):
@@ -136,9 +141,9 @@ def test_a_pass_is_taken_up_where_it_was(tmp_path: Path) -> None:
 def test_units_are_those_of_the_training_rows(tmp_path: Path) -> None:
     rows, table = stored_rows(tmp_path)
     kept = torch.ones(ROWS, dtype=torch.bool)
-    kept[rows.held_out().data[:, 0].long()] = False
-    units, context = rows.measured()
-    expected = units_of(table[kept])
+    kept[rows.held_out.data[:, 0].long()] = False
+    units, context = rows.training.moments(Support("fit", "real", 2))
+    expected = moments_of(table[kept])
     torch.testing.assert_close(units.loc, expected.loc, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(units.scale, expected.scale, rtol=1e-12, atol=1e-12)
     assert context is None
@@ -146,12 +151,11 @@ def test_units_are_those_of_the_training_rows(tmp_path: Path) -> None:
 
 def test_copies_of_a_row_are_on_one_side_of_the_split(tmp_path: Path) -> None:
     drawn = gaussian_rows(500)[torch.randint(500, (ROWS,), generator=torch.Generator().manual_seed(0))]
-    known: dict[str, Any] = {"support": Support("fit", "real", 2), "dtype": torch.float64}
-    rows = StoredRows(model(), mapped(tmp_path / "rows.npy", drawn), None, **known, fraction=0.1, seed=0)
-    batches = StoredBatches(rows, 100, torch.Generator().manual_seed(0), Processes())
-    dealt, held_out = torch.cat([batch.data for batch in batches]), rows.held_out().data
+    rows = divided(tmp_path, drawn)
+    batches = Batches(rows.training, 100, torch.Generator().manual_seed(0), Processes())
+    dealt, held_out = torch.cat([batch.data for batch in batches]), rows.held_out.data
     assert 0.09 * ROWS < len(held_out) < 0.11 * ROWS
-    assert len(dealt) == ROWS - len(held_out) == sum(rows.sizes)
+    assert len(dealt) == ROWS - len(held_out) == sum(rows.training.sizes)
     both = torch.cat([dealt.unique(dim=0), held_out.unique(dim=0)])
     assert len(both) == len(both.unique(dim=0)) == len(drawn.unique(dim=0))
     assert rows.repeats == pytest.approx(ROWS - len(drawn.unique(dim=0)), rel=0.02)
@@ -168,10 +172,9 @@ def test_rows_that_repeat_are_counted_while_they_are_streamed(tmp_path: Path) ->
 def test_a_row_of_many_copies_stays_for_training(values: int, tmp_path: Path) -> None:
     table, repeats = gaussian_rows(ROWS), torch.arange(ROWS) % 4 > 0
     table[repeats] = gaussian_rows(values, seed=1)[torch.arange(int(repeats.sum())) % values]
-    known: dict[str, Any] = {"support": Support("fit", "real", 2), "dtype": torch.float64}
     for seed in range(4):
-        rows = StoredRows(model(), mapped(tmp_path / "rows.npy", table), None, **known, fraction=0.1, seed=seed)
-        held_out = rows.held_out().data
+        rows = divided(tmp_path, table, seed)
+        held_out = rows.held_out.data
         assert 0.03 * ROWS < len(held_out) == len(held_out.unique(dim=0)) < 0.11 * ROWS
 
 
@@ -190,21 +193,20 @@ def test_a_fit_says_which_rows_it_held_out(tmp_path: Path) -> None:
 
 def test_categories_are_divided_row_by_row(tmp_path: Path) -> None:
     table = torch.stack([torch.arange(ROWS) % 2, torch.arange(ROWS) % 3], 1).double()
-    known: dict[str, Any] = {"support": Support("fit", "real", 2), "dtype": torch.float64}
-    rows = StoredRows(model(), mapped(tmp_path / "rows.npy", table), None, **known, fraction=0.1, seed=0)
-    assert len(rows.held_out().data.unique(dim=0)) == 6
-    assert sum(rows.sizes) == ROWS - len(rows.held_out().data)
+    rows = divided(tmp_path, table)
+    assert len(rows.held_out.data.unique(dim=0)) == 6
+    assert sum(rows.training.sizes) == ROWS - len(rows.held_out.data)
 
 
 def test_a_sample_is_of_as_many_rows_as_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, _ = stored_rows(tmp_path)
-    assert len(rows.sample().data) == sum(rows.sizes)
-    monkeypatch.setattr(stored, "MOST_HELD", 500)
+    assert len(rows.training.sample().data) == sum(rows.training.sizes)
+    monkeypatch.setattr(mapped_rows, "MOST_HELD", 500)
     rows, _ = stored_rows(tmp_path)
-    sample = rows.sample().data
-    assert 500 <= len(sample) <= 500 + len(rows.starts)
+    sample = rows.training.sample().data
+    assert 500 <= len(sample) <= 500 + len(rows.training.starts)
     assert sample[:, 0].mean() == pytest.approx(ROWS / 2, rel=0.1)
-    assert len(rows.held_out().data) <= 0.12 * ROWS
+    assert len(rows.held_out.data) <= 0.12 * ROWS
 
 
 @pytest.mark.parametrize("support", ["real", "positive"])
@@ -235,9 +237,9 @@ def test_a_fit_to_a_mapped_file_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 def test_the_sample_is_read_from_the_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, _ = stored_rows(tmp_path)
-    batches = StoredBatches(rows, 100, torch.Generator().manual_seed(0), Processes())
+    batches = Batches(rows.training, 100, torch.Generator().manual_seed(0), Processes())
     first = batches.sample()
-    monkeypatch.setattr(StoredRows, "read", lambda *_: pytest.fail("the file was read again"))
+    monkeypatch.setattr(MappedRows, "take", lambda *_: pytest.fail("the file was read again"))
     assert torch.equal(batches.sample().data, first.data)
 
 
@@ -287,5 +289,5 @@ def test_a_context_of_another_length_is_refused(tmp_path: Path) -> None:
 def test_a_small_file_is_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     table = mapped(tmp_path / "rows.npy", gaussian_rows(ROWS))
-    assert not stored.is_stored(table)
+    assert not mapped_rows.is_mapped(table)
     assert same(weights(fit(model(), table, **QUICK).density), weights(fit(model(), np.array(table), **QUICK).density))

@@ -17,8 +17,8 @@ import pyro_maf
 from pyro_maf import IAF, MAF, ConditionalFlowPrior, ConditionalMAF, FlowPrior, MADEMoG, RealNVP, fit, fit_prior
 from pyro_maf.distributions.units import float32_holds
 from pyro_maf.support import Support
-from pyro_maf.training import stored
-from pyro_maf.training.units import context_units_of, units_of
+from pyro_maf.tables import mapped
+from pyro_maf.tables.moments import context_moments_of, moments_of
 from tests.fits import mean_log_prob, same, seeded, weights
 
 OFFSET, SCALE = 5.4e6, 0.1
@@ -46,11 +46,11 @@ def model(family: Any = MAF, dim: int = 2, context_dim: int = 0) -> Any:
 @pytest.mark.parametrize("far", [1e6, -1e30, 40.0])
 def test_ordinary_columns_have_mean_and_deviation_and_an_outlier_hardly_moves_them(far: float) -> None:
     rows = torch.from_numpy(3 + 2 * normal(1000))
-    loc, scale = units_of(rows)
+    loc, scale = moments_of(rows)
     assert torch.allclose(loc, rows.mean(0), rtol=1e-12)
     assert torch.allclose(scale, rows.std(0, correction=0), rtol=1e-12)
     rows[7, 0] = far
-    moved = units_of(rows)
+    moved = moments_of(rows)
     assert torch.allclose(moved.loc, loc, atol=0.05)
     assert torch.allclose(moved.scale, scale, rtol=0.1)
 
@@ -69,16 +69,16 @@ def test_ordinary_columns_have_mean_and_deviation_and_an_outlier_hardly_moves_th
     ids=["two values", "rare value", "many zeros", "nearly all zeros", "narrow and wide", "a code for missing", "one"],
 )
 def test_a_scale_is_that_of_the_bulk_whatever_the_quartiles(column: Any, scale: float) -> None:
-    assert units_of(torch.from_numpy(column)[:, None]).scale.item() == pytest.approx(scale, rel=0.25)
+    assert moments_of(torch.from_numpy(column)[:, None]).scale.item() == pytest.approx(scale, rel=0.25)
 
 
 def test_a_context_has_a_fence_against_outliers_and_none_against_a_tail() -> None:
     rows = torch.from_numpy(normal(1000, 1))
     rows[0] = 1e6
-    assert context_units_of(rows).scale.item() == pytest.approx(1.0, rel=0.1)
+    assert context_moments_of(rows).scale.item() == pytest.approx(1.0, rel=0.1)
     tail = torch.from_numpy(np.exp(3 * normal(1000, 1)))
-    assert context_units_of(tail).scale.item() == pytest.approx(tail.std(correction=0).item())
-    assert units_of(tail).scale.item() < tail.std().item() / 2
+    assert context_moments_of(tail).scale.item() == pytest.approx(tail.std(correction=0).item())
+    assert moments_of(tail).scale.item() < tail.std().item() / 2
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -313,8 +313,8 @@ def test_a_fit_in_two_dtypes_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_a_mapped_table_is_rounded_after_its_units_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stored, "IN_MEMORY", 0)
-    monkeypatch.setattr(stored, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(mapped, "IN_MEMORY", 0)
+    monkeypatch.setattr(mapped, "BLOCK_BYTES", 2000)
     np.save(tmp_path / "rows.npy", northings(2000))
     result = fit(model(), np.load(tmp_path / "rows.npy", mmap_mode="r"), **QUICK)
     assert result.validation_log_likelihood == pytest.approx(TRUTH, abs=0.3)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pyro_maf import datasets
 from pyro_maf.datasets import Dataset, LogitPixels
 from pyro_maf.experiments import SETTINGS
-from pyro_maf.training.units import units_of
+from pyro_maf.tables.moments import moments_of
 
 NARROW, WIDE, WIDEST = 100, 512, 1024
 """Units of a hidden layer in the paper: for up to 8 dimensions, up to 63, and for images."""
@@ -63,7 +63,7 @@ def without_context(data: Dataset) -> Dataset:
 
 def standardised(data: Dataset) -> tuple[Dataset, float]:
     """The rows in units of the training rows' deviations, and the nats that a log-density gains by it."""
-    loc, scale = units_of(data.train)
+    loc, scale = moments_of(data.train)
     parts = {name: (getattr(data, name) - loc) / scale for name in ("train", "validation", "test")}
     return dataclasses.replace(data, **parts), scale.double().log().sum().item()
 

@@ -33,8 +33,8 @@ from pyro_maf.cli.saved_model import Record, write_json
 if TYPE_CHECKING:
     from pyro_maf.datasets import Table
     from pyro_maf.distributions import ConditionalDensity, Density
+    from pyro_maf.tables import Rows
     from pyro_maf.training import FitResult
-    from pyro_maf.training.data import Rows
     from pyro_maf.transforms import ConditionalFlow, Flow
 
 __all__ = ["DEFAULT_LAYERS", "FIT_EXAMPLES", "LAYERED", "FitOptions", "FlowName", "fit"]
@@ -131,7 +131,7 @@ class FitOptions(TableOptions, TrainingOptions):
 
     def validation_rows(self, table: Table) -> float | Table:
         """Return the fraction of validation rows, or the table of them."""
-        from pyro_maf.tables.cells import number_in
+        from pyro_maf.tables.columns import number_in
 
         fraction = number_in(self.validation)
         if not math.isnan(fraction):

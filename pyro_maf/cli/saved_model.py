@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -146,7 +146,7 @@ def read_model(path: Path) -> SavedModel:
     return model
 
 
-def write_json(path: Path, value: JSON) -> None:
+def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Write a JSON file atomically."""
     from pyro_maf.saving import write_whole
 

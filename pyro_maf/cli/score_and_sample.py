@@ -176,7 +176,7 @@ def _encoded(name: str, value: str, categories: list[str] | None) -> list[float]
         if value not in categories:
             raise CommandError(f"sample expected --context {name} to be one of {', '.join(categories)}, got {value!r}.")
         return [float(value == category) for category in categories]
-    from pyro_maf.tables.cells import number_in
+    from pyro_maf.tables.columns import number_in
 
     number = number_in(value)
     if not math.isfinite(number):

@@ -24,10 +24,10 @@ from pyro_maf.experiments.candidates import Candidate, candidates
 from pyro_maf.experiments.gaussian import fit_gaussian
 from pyro_maf.experiments.results import Comparison, Score
 from pyro_maf.saving import write_whole
-from pyro_maf.tables.layout import check_paired, is_frame, numbers
+from pyro_maf.tables import Rows
+from pyro_maf.tables.layout import TableLike, check_paired, numbers
+from pyro_maf.tables.rows import copies_of
 from pyro_maf.training import FitResult, fit
-from pyro_maf.training.data import Rows, split
-from pyro_maf.training.repeats import copies_of
 from pyro_maf.training.result import log_prob_of
 
 __all__ = ["compare", "divide"]
@@ -322,15 +322,16 @@ def divide(
             f"got {total} rows, which make {sizes[0]}, {sizes[1]} and {sizes[2]}."
         )
     rows = Rows(_numbers("data", data), None if context is None else _numbers("context", context))
-    check_paired("divide", "data", data, context)
+    if context is not None:
+        check_paired("divide", "data", data, "context", context)
     generator = torch.Generator().manual_seed(seed)
-    if copies_of(rows).distinct < total:
-        others, for_testing = split(rows, test, generator)
-        parts = [*split(others, validation, generator), for_testing]
+    distinct, _ = copies_of(rows)
+    if distinct < total:
+        others, testing, *_ = rows.split(test, generator)
+        train, validating, *_ = others.split(validation, generator)
     else:
         shuffle = torch.randperm(total, generator=generator)
-        parts = [rows.take(index) for index in shuffle.split(sizes)]
-    train, validating, testing = parts
+        train, validating, testing = (rows.take(index) for index in shuffle.split(sizes))
     return Dataset(
         name,
         *(train.data, validating.data, testing.data),
@@ -338,9 +339,7 @@ def divide(
     )
 
 
-def _numbers(name: str, table: Any) -> Tensor:
-    if hasattr(table, "iloc"):
-        frame = table if is_frame(table) else table.to_frame()
-        return numbers("divide", name, frame).double()
-    table = table if isinstance(table, Tensor) else torch.tensor(table)
-    return table if table.dtype == torch.float32 else table.double()
+def _numbers(name: str, table: TableLike) -> Tensor:
+    rows = numbers("divide", name, table)
+    is_single = str(getattr(table, "dtype", "")).endswith("float32")
+    return (rows if is_single else rows.double()).reshape(len(rows), -1)

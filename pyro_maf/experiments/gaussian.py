@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
-from pyro_maf.training.units import Moments
+from pyro_maf.tables.moments import RunningMoments
 from pyro_maf.transforms import ConditionalFlow, Coupling, Flow, LowerTriangularAffine, Stack
 
 __all__ = ["fit_gaussian", "gaussian"]
@@ -82,9 +82,9 @@ def fit_gaussian(data: Tensor, context: Tensor | None = None) -> FlowPrior | Con
 
 def _standardised(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and standard deviation of the columns, as maximum likelihood requires, and the rows in these units."""
-    moments = Moments()
+    moments = RunningMoments()
     moments.add(table)
-    loc, scale = moments.units()
+    loc, scale = moments.moments()
     return loc, scale, (table.double() - loc) / scale
 
 

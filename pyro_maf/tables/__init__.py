@@ -1,1 +1,27 @@
-"""Tables of numbers: in memory, in files and in text."""
+"""Tables of numbers: rows in memory and on disk for a density, and tables in files."""
+
+from __future__ import annotations
+
+from pyro_maf.tables.layout import TableLike
+from pyro_maf.tables.mapped import MappedRows, is_mapped
+from pyro_maf.tables.rows import Reader, Rows
+
+__all__ = ["MappedRows", "Reader", "Rows", "rows_of"]
+
+
+def rows_of(data: TableLike, context: TableLike | None, reader: Reader) -> Rows | MappedRows:
+    """Return the rows of a table in memory or, if it is mapped from a file that is too large for that, on disk.
+
+    Args:
+        data: Rows (N, D): a tensor, an array, a data frame, nested lists or a dictionary of draws.
+        context: As many rows (N, C), or None.
+        reader: Conversion and checks; rows on disk are checked when they are read.
+
+    Raises:
+        ValueError, TypeError: As `Reader.read`.
+
+    Example:
+        >>> rows_of([[1, 2], [3, 4]], None, Reader("fit", 2, 0))
+        Rows(data=tensor([[1., 2.], [3., 4.]], dtype=torch.float64), context=None)
+    """
+    return MappedRows(data, context, reader) if is_mapped(data) else reader.read(data, context)

@@ -1,29 +1,33 @@
-"""Columns of a table: numeric, or categorical and encoded one-hot."""
+"""Columns of a table in a file: numeric, or categorical and encoded one-hot; and their cells."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pyro_maf._core.text import quoted
-from pyro_maf.tables.cells import (
-    is_date,
-    is_missing,
-    missing_in,
-    number_in,
-    numbers_of,
-    numbers_of_many,
-    places_of,
-    text_at,
-    text_in,
-    texts_of,
+from pyro_maf._core.checks import InputError
+from pyro_maf._core.extras import require
+from pyro_maf._core.text import quoted, shown
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = ["Cells", "Column", "Survey", "encoded", "is_missing", "is_text", "number_in"]
+
+Cells: TypeAlias = "NDArray[np.generic] | pyarrow.Array"
+"""Cells of a column: a one-dimensional array of numpy or pyarrow."""
+
+MISSING = {"", "na", "n/a", "nan", "null", "none", "?"}
+DATE = re.compile(
+    r"(\d{4}([-/.])\d{1,2}\2\d{1,2}|\d{1,2}([-/.])\d{1,2}\3(\d{4}|\d{2})|\d{1,2}[-. ]+[A-Za-z]{3,9}[-. ]+\d{2,4})"
+    r"([T ,]|$)|\d{1,2}:\d{2}(:\d{2}|$)"
 )
-
-__all__ = ["Column", "Survey", "encoded"]
 
 MOST_CATEGORIES = 1000
 MANY_COLUMNS = 100
@@ -38,12 +42,13 @@ class Column:
 
     Attributes:
         name: Its name.
-        place: Its position and table, for errors.
+        place: Its name and table, for errors.
+        index: Its position in the table, from 0.
         categories: Its categories in order, or None for a column of numbers.
         decimal: The decimal mark in its texts, a point or a comma.
 
     Example:
-        >>> column = Column("colour", "column 'colour'", ["blue", "red"])
+        >>> column = Column("colour", "column 'colour'", categories=["blue", "red"])
         >>> column.encoded_names
         ('colour=blue', 'colour=red')
         >>> column.encode(np.array(["red", "blue"]), first_row=1).tolist()
@@ -52,6 +57,7 @@ class Column:
 
     name: str
     place: str
+    index: int = 0
     categories: list[str] | None = None
     decimal: str = "."
 
@@ -62,7 +68,7 @@ class Column:
             return (self.name,)
         return tuple(f"{self.name}={category}" for category in self.categories)
 
-    def encode(self, cells: Any, first_row: int) -> np.ndarray[Any, Any]:
+    def encode(self, cells: Cells, first_row: int) -> NDArray[np.float64]:
         """Encode cells as float64, (rows, 1) or (rows, categories), NaN for missing values.
 
         Args:
@@ -74,9 +80,9 @@ class Column:
         """
         return self._numbers(cells, first_row) if self.categories is None else self._one_hot(cells, first_row)
 
-    def complaint(self, cells: Any, row: int, first_row: int) -> str:
+    def complaint(self, cells: Cells, row: int, first_row: int) -> str:
         """Begin the error message for one of `cells`: who, expected and actual value, and position."""
-        text = text_in(cells, row)
+        text = _text_in(cells, row)
         if self.categories is not None:
             expected = "one of " + ", ".join(map(quoted, self.categories[:10])) + ", ..." * (len(self.categories) > 10)
         elif is_missing(text) or math.isinf(number_in(text, self.decimal)):
@@ -87,18 +93,22 @@ class Column:
             is_other = not math.isnan(number_in(text, OTHER[self.decimal]))
             expected = "numbers" + f" with a decimal {MARKS[self.decimal]}" * is_other
         place = f"data row {first_row + row} (counted from 1) of {self.place}"
-        return f"read_table expected {expected}, got {text_at(cells, row)} in {place}"
+        return f"read_table expected {expected}, got {_text_at(cells, row)} in {place}"
 
-    def _numbers(self, cells: Any, first_row: int) -> np.ndarray[Any, Any]:
-        numbers = numbers_of(cells, self.decimal)
+    def error(self, message: str, row: int) -> InputError:
+        """Error about a row of this column, counted from 1."""
+        return InputError(message, row=row - 1, column=self.index)
+
+    def _numbers(self, cells: Cells, first_row: int) -> NDArray[np.float64]:
+        numbers = _numbers_of(cells, self.decimal)
         with np.errstate(over="ignore", invalid="ignore"):
             wrong = ~np.isfinite(numbers.astype(np.float32))
         if wrong.any():
-            wrong &= ~missing_in(cells)
+            wrong &= ~_missing_in(cells)
         if wrong.any():
             row = int(wrong.argmax())
-            advice = self._advice(text_in(cells, row))
-            raise ValueError(f"{self.complaint(cells, row, first_row)}: {advice}.")
+            advice = self._advice(_text_in(cells, row))
+            raise self.error(f"{self.complaint(cells, row, first_row)}: {advice}.", first_row + row)
         return numbers[:, None]
 
     def _advice(self, text: str) -> str:
@@ -108,7 +118,7 @@ class Column:
             return "fill it in, drop that row or leave the column out"
         if not math.isnan(number):
             return "divide the column by a power of 10 or leave it out"
-        if is_date(text):
+        if _is_date(text):
             return f"{NO_DATES}, or leave the column out"
         other = OTHER[self.decimal]
         if self.decimal in text and not math.isnan(number_in(text.replace(other, ""), self.decimal)):
@@ -117,25 +127,26 @@ class Column:
             return f"replace the {MARKS[other]}. decimal={other!r}, or --decimal {other}, reads such numbers"
         return "leave the column out or make it context"
 
-    def _one_hot(self, cells: Any, first_row: int) -> np.ndarray[Any, Any]:
+    def _one_hot(self, cells: Cells, first_row: int) -> NDArray[np.float64]:
         categories = self.categories or []
-        places = places_of(texts_of(cells), categories)
+        places = _places_of(_texts_of(cells), categories)
         unknown = places < 0
         if not unknown.any():
             return np.eye(len(categories))[places]
-        unknown &= ~missing_in(cells)
+        unknown &= ~_missing_in(cells)
         if unknown.any():
-            raise ValueError(f"{self.complaint(cells, int(unknown.argmax()), first_row)}.")
+            row = int(unknown.argmax())
+            raise self.error(f"{self.complaint(cells, row, first_row)}.", first_row + row)
         return np.where(places[:, None] < 0, np.nan, np.eye(len(categories))[places])
 
 
-def encoded(columns: Sequence[Column], batch: Sequence[Any], first_row: int) -> np.ndarray[Any, Any]:
+def encoded(columns: Sequence[Column], batch: Sequence[Cells], first_row: int) -> NDArray[np.float64]:
     """Encode all columns of a batch of rows, (rows, numbers), each as `Column.encode`.
 
     Thousands of columns of text take a single call if all cells hold numbers.
     """
     if len(columns) > MANY_COLUMNS and all(column.categories is None for column in columns):
-        numbers = numbers_of_many(batch)
+        numbers = _numbers_of_many(batch)
         if numbers is not None:
             return numbers
     parts = [column.encode(cells, first_row) for column, cells in zip(columns, batch, strict=True)]
@@ -146,38 +157,36 @@ class Survey:
     """Type inference for a column of context, batch by batch: numeric, or categorical with its categories.
 
     Args:
-        name, place, decimal: As in `Column`.
+        column: The column as one of numbers.
         holds_text: True for text, or numbers that are labels of categories; otherwise inferred from the cells.
     """
 
-    def __init__(self, name: str, place: str, holds_text: bool, decimal: str = ".") -> None:
-        self._name = name
-        self._place = place
+    def __init__(self, column: Column, holds_text: bool) -> None:
+        self._column = column
         self._holds_text = holds_text
-        self._decimal = decimal
         self._texts: set[str] = set()
         self._number: str | None = None
 
-    def add(self, cells: Any) -> None:
+    def add(self, cells: Cells) -> None:
         """Add cells, an array of numpy or pyarrow.
 
         Raises:
             ValueError: For too many categories.
         """
-        different = texts_of(cells).unique()
-        is_number = (
-            np.zeros(len(different), bool) if self._holds_text else ~np.isnan(numbers_of(different, self._decimal))
-        )
+        different = _texts_of(cells).unique()
+        is_number = np.zeros(len(different), bool)
+        if not self._holds_text:
+            is_number = ~np.isnan(_numbers_of(different, self._column.decimal))
         if is_number.any():
-            self._number = text_at(different, int(is_number.argmax()))
+            self._number = _text_at(different, int(is_number.argmax()))
         self._texts.update(
             different[place].as_py() or "" for place in np.flatnonzero(~is_number)[: MOST_CATEGORIES + 1]
         )
         self._texts.discard("")
         if len(self._texts) > MOST_CATEGORIES:
-            advice = f"{NO_DATES}, or leave it out" if all(map(is_date, self._texts)) else "leave it out"
+            advice = f"{NO_DATES}, or leave it out" if all(map(_is_date, self._texts)) else "leave it out"
             raise ValueError(
-                f"read_table expected at most {MOST_CATEGORIES} categories, got more in {self._place}: {advice}."
+                f"read_table expected at most {MOST_CATEGORIES} categories, got more in {self._column.place}: {advice}."
             )
 
     def column(self) -> Column:
@@ -186,31 +195,204 @@ class Survey:
         Raises:
             ValueError: If it holds both numbers and texts, or the same text in every row.
         """
+        place = self._column.place
         if not self._holds_text and all(map(is_missing, self._texts)):
-            return Column(self._name, self._place, decimal=self._decimal)
+            return self._column
         texts = [text for text in self._texts if not is_missing(text)]
-        if not self._holds_text and all(map(is_date, texts)):
+        if not self._holds_text and all(map(_is_date, texts)):
             raise ValueError(
                 f"read_table expected numbers or categories, got dates or times, as {quoted(min(texts))}, in "
-                f"{self._place}: {NO_DATES}, or name it among the categories."
+                f"{place}: {NO_DATES}, or name it among the categories."
             )
         if not self._texts:
-            raise ValueError(f"read_table expected context with values, got none in {self._place}: leave it out.")
+            raise ValueError(f"read_table expected context with values, got none in {place}: leave it out.")
         if self._number is not None:
             raise ValueError(
-                f"read_table expected numbers or text, got both in {self._place}, as {self._number} and "
-                f"{quoted(min(texts))}."
+                f"read_table expected numbers or text, got both in {place}, as {self._number} and {quoted(min(texts))}."
             )
         if len(self._texts) == 1:
             (text,) = self._texts
             raise ValueError(
-                f"read_table expected context that varies, got {quoted(text)} in every row of {self._place}: leave it "
-                "out."
+                f"read_table expected context that varies, got {quoted(text)} in every row of {place}: leave it out."
             )
-        return Column(self._name, self._place, sorted(self._texts, key=_in_order))
+        return replace(self._column, categories=sorted(self._texts, key=_in_order))
 
 
 def _in_order(category: str) -> tuple[float, str]:
     """Sort key of a category: numbers first, by value."""
     number = number_in(category)
     return (math.inf if math.isnan(number) else number, category)
+
+
+def number_in(text: str, decimal: str = ".") -> float:
+    """Parse the number in a cell; NaN if there is none.
+
+    Args:
+        text: The cell's text.
+        decimal: The decimal mark, a point or a comma. With a comma, a text with a point is not a number: the point may
+        separate thousands.
+
+    Example:
+        >>> number_in("+1.5e3"), number_in("1_5"), number_in("1,5", ","), number_in("1.500", ",")
+        (1500.0, nan, 1.5, nan)
+    """
+    if decimal == ",":
+        text = "" if "." in text else text.replace(",", ".", 1)
+    try:
+        return math.nan if "_" in text else float(text)
+    except ValueError:
+        return math.nan
+
+
+def _is_date(text: str) -> bool:
+    """True if a cell holds a date, a time or both rather than a number.
+
+    Example:
+        >>> list(map(_is_date, ["2024-02-29T08:15:00Z", "29.2.2024 8:15", "2/29/24", "29-Feb-2024", "8:15", "1.5"]))
+        [True, True, True, True, True, False]
+    """
+    return DATE.match(text) is not None
+
+
+def is_missing(text: str) -> bool:
+    """True if a cell marks a missing number."""
+    return text.casefold() in MISSING
+
+
+def _numbers_of(column: Cells, decimal: str = ".") -> NDArray[np.float64]:
+    """Convert a column to float64, NaN for cells without a number; `decimal` as in `number_in`."""
+    if isinstance(column, np.ndarray):
+        with np.errstate(invalid="ignore"):  # a signalling NaN is a NaN too
+            return column.astype(np.float64)
+    import pyarrow
+    import pyarrow.compute as pc
+
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if is_text(column.type):
+        column = _with_points(column) if decimal == "," else column
+        try:
+            column = pc.cast(column, pyarrow.float64())
+        except pyarrow.ArrowInvalid:
+            column = _without_gaps(column)
+    if pyarrow.types.is_float16(column.type):
+        return column.to_numpy(zero_copy_only=False).astype(np.float64)
+    return np.asarray(pc.cast(column, pyarrow.float64(), safe=False).to_numpy(zero_copy_only=False))
+
+
+def _numbers_of_many(columns: Sequence[Cells]) -> NDArray[np.float64] | None:
+    """Parse columns of text to (rows, columns); None unless every cell is a finite number in the range of float32."""
+    arrays = [column for column in columns if not isinstance(column, np.ndarray)]
+    if len(arrays) < len(columns) or not is_text(arrays[0].type):
+        return None
+    if any(column.type != arrays[0].type for column in arrays):
+        return None
+    import pyarrow
+    import pyarrow.compute as pc
+
+    try:
+        numbers = pc.cast(pyarrow.concat_arrays(arrays), pyarrow.float64()).to_numpy(zero_copy_only=False)
+    except pyarrow.ArrowInvalid:
+        return None
+    with np.errstate(over="ignore"):
+        if not np.isfinite(numbers.astype(np.float32)).all():
+            return None
+    return np.ascontiguousarray(numbers.reshape(len(columns), -1).T)
+
+
+def _with_points(column: pyarrow.Array) -> pyarrow.Array:
+    """Replace the first comma of texts by a point; null for texts that have a point."""
+    import pyarrow
+    import pyarrow.compute as pc
+
+    nothing = pyarrow.scalar(None, column.type)
+    return pc.if_else(
+        pc.match_substring(column, "."), nothing, pc.replace_substring(column, ",", ".", max_replacements=1)
+    )
+
+
+def _without_gaps(column: pyarrow.Array) -> pyarrow.Array:
+    """Parse texts, some of which arrow does not parse as numbers."""
+    import pyarrow
+    import pyarrow.compute as pc
+
+    column = pc.if_else(pyarrow.array(_missing_in(column)), pyarrow.scalar(None, column.type), column)
+    try:
+        return pc.cast(column, pyarrow.float64())
+    except pyarrow.ArrowInvalid:  # unlike arrow, Python accepts a plus sign and spaces before a number
+        texts = column.to_pylist()
+        return pyarrow.array([math.nan if text is None else number_in(text) for text in texts], pyarrow.float64())
+
+
+def _missing_in(column: Cells) -> NDArray[np.bool_]:
+    """Mask of the cells of a column that mark a missing value.
+
+    Example:
+        >>> _missing_in(np.array([1.0, math.nan])).tolist()
+        [False, True]
+    """
+    if isinstance(column, np.ndarray):
+        return np.isnan(column) if column.dtype.kind == "f" else np.zeros(len(column), bool)
+    import pyarrow
+    import pyarrow.compute as pc
+
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if not is_text(column.type):
+        return np.asarray(pc.is_null(column, nan_is_null=True).to_numpy(zero_copy_only=False))
+    texts = pc.utf8_lower(pc.utf8_trim_whitespace(pc.cast(column, pyarrow.string())))
+    is_one = pc.is_in(texts, value_set=pyarrow.array(sorted(MISSING)))
+    return np.asarray(pc.or_kleene(is_one, pc.is_null(column)).to_numpy(zero_copy_only=False))
+
+
+def _texts_of(column: Cells) -> pyarrow.Array:
+    """Convert a column to stripped texts of pyarrow; truth values become True and False, as in Python.
+
+    Example:
+        >>> _texts_of(np.array([1, 2])).to_pylist()
+        ['1', '2']
+    """
+    require("read_table", "pyarrow")
+    import pyarrow
+    import pyarrow.compute as pc
+
+    if isinstance(column, np.ndarray):
+        column = pyarrow.array(column)
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pyarrow.types.is_boolean(column.type):
+        return pc.if_else(column, "True", "False")
+    return pc.utf8_trim_whitespace(pc.cast(column, pyarrow.string()))
+
+
+def _places_of(texts: pyarrow.Array, categories: Sequence[str]) -> NDArray[np.int_]:
+    """Index of each text in `categories`, -1 for others."""
+    import pyarrow
+    import pyarrow.compute as pc
+
+    places = pc.index_in(texts, value_set=pyarrow.array(categories, texts.type))
+    return np.asarray(pc.fill_null(places, -1).to_numpy(zero_copy_only=False))
+
+
+def _text_in(column: Cells, row: int) -> str:
+    """Text of a cell, stripped; "" for null."""
+    value = column[row]
+    value = value.as_py() if hasattr(value, "as_py") else value.item()
+    return "" if value is None else str(value).strip()
+
+
+def _text_at(column: Cells, row: int) -> str:
+    """Content of a cell in an error message: text is quoted."""
+    text = _text_in(column, row)
+    if not text:
+        return "an empty cell"
+    return shown(text) if isinstance(column, np.ndarray) or not is_text(column.type) else quoted(text)
+
+
+def is_text(kind: pyarrow.DataType) -> bool:
+    """True if a type of pyarrow is a text type."""
+    from pyarrow import types
+
+    # string_view is newer than the oldest supported pyarrow.
+    names = ("is_string", "is_large_string", "is_string_view")
+    return any(getattr(types, name)(kind) for name in names if hasattr(types, name))

@@ -4,17 +4,95 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeGuard, TypeVar, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Layout", "check_paired", "is_frame", "number_of_rows", "numbers", "part_of"]
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
-NUMERIC_KINDS = "fiub"
+__all__ = [
+    "NUMERIC_KINDS",
+    "REAL_KINDS",
+    "DataFrameLike",
+    "Layout",
+    "TableLike",
+    "check_paired",
+    "is_frame",
+    "number_of_columns",
+    "number_of_rows",
+    "numbers",
+    "part_of",
+]
+
+REAL_KINDS = "fiu"
+NUMERIC_KINDS = f"{REAL_KINDS}b"
 TIME_KINDS = "mM"
+"""Kinds of dtypes of numpy: real numbers, these and truth values, and times."""
+
+
+class ArrayLike(Protocol):
+    """A value that numpy takes as an array, as of numpy, JAX or xarray, or a series of pandas."""
+
+    def __array__(self) -> NDArray[np.generic]: ...
+
+
+class DataFrameLike(Protocol):
+    """A data frame, as of pandas."""
+
+    @property
+    def columns(self) -> Iterable[Hashable]:
+        """Names of the columns."""
+
+    @property
+    def iloc(self) -> object:
+        """Rows by their position."""
+
+    def __len__(self) -> int: ...
+
+
+Entry: TypeAlias = Tensor | ArrayLike | Sequence[object]
+TableLike: TypeAlias = Entry | DataFrameLike | Mapping[Any, Entry]
+"""Rows of numbers: a tensor, an array, nested lists, a data frame, or a dictionary of tensors or arrays (rows, ...)."""
+
+K = TypeVar("K")
+T = TypeVar("T")
+
+
+class _Index(Protocol):
+    def equals(self, other: object) -> bool: ...
+    def isin(self, values: object) -> NDArray[np.bool_]: ...
+    def __iter__(self) -> Iterator[Hashable]: ...
+
+
+class _Column(Protocol):
+    @property
+    def dtype(self) -> np.dtype[np.generic]: ...
+    def to_numpy(self, *, dtype: type, na_value: float) -> NDArray[np.float32] | NDArray[np.float64]: ...
+
+
+class _Indexed(Protocol):
+    """A data frame or a series."""
+
+    @property
+    def index(self) -> _Index: ...
+    @property
+    def iloc(self) -> Mapping[slice | NDArray[np.int_], DataFrameLike]: ...
+    @property
+    def name(self) -> Hashable: ...
+    def to_frame(self) -> DataFrame: ...
+
+
+class _Frame(_Indexed, Protocol):
+    @property
+    def columns(self) -> Sequence[Hashable]: ...
+    def items(self) -> Iterable[tuple[Hashable, _Column]]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, names: list[Hashable]) -> DataFrameLike: ...
 
 
 class Layout(NamedTuple):
@@ -38,13 +116,13 @@ class Layout(NamedTuple):
     shapes: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
-    def of(cls, value: Any) -> Layout:
+    def of(cls, value: TableLike | None) -> Layout:
         """Layout of a table that `numbers` accepts."""
         if isinstance(value, Mapping):
-            return cls("dict", tuple(value), tuple(tuple(np.shape(entry)[1:]) for entry in value.values()))
+            return cls("dict", tuple(value), tuple(_shape(entry)[1:] for entry in value.values()))
         if is_frame(value):
             return cls("frame", tuple(value.columns), ((),) * len(value.columns))
-        if hasattr(value, "iloc") and value.name is not None:
+        if _is_indexed(value) and value.name is not None:
             return cls("frame", (value.name,), ((),))
         return cls()
 
@@ -58,26 +136,26 @@ class Layout(NamedTuple):
         """A name for each number of a row."""
         return [label for name, shape in zip(self.names, self.shapes, strict=True) for label in _labels(name, shape)]
 
-    def pick(self, who: str, role: str, value: Any) -> Any:
+    def pick(self, who: str, role: str, value: TableLike) -> TableLike:
         """Select the columns of this layout, in its order, from a table with names; return others unchanged.
 
         Raises:
             ValueError: If a column is missing, or an entry has another shape.
         """
         value = self._one_row(value)
-        found = Layout.of(value)
-        if not self.names or not found.names or found[1:] == self[1:]:
+        other = Layout.of(value)
+        if not self.names or not other.names or other[1:] == self[1:]:
             return value
-        by_name = {str(name): name for name in found.names}
+        by_name = {str(name): name for name in other.names}
         wanted = self.names if isinstance(value, Mapping) else self.labels
         missing = [name for name in wanted if str(name) not in by_name]
         if missing:
             raise ValueError(
-                f"{who} expected {role} with column {str(missing[0])!r}, as in the fit, got {_listed(found.names)}."
+                f"{who} expected {role} with column {str(missing[0])!r}, as in the fit, got {_listed(other.names)}."
             )
         names = [by_name[str(name)] for name in wanted]
         if not isinstance(value, Mapping):
-            return value[names]
+            return cast(_Frame, value)[names]
         picked = {name: value[name] for name in names}
         for name, shape, expected in zip(wanted, Layout.of(picked).shapes, self.shapes, strict=True):
             if shape != expected:
@@ -86,28 +164,33 @@ class Layout(NamedTuple):
                 )
         return picked
 
-    def has_all(self, value: Any) -> bool:
+    def has_all(self, value: TableLike) -> bool:
         """Return whether a table with names has all columns of this layout."""
         value = self._one_row(value)
-        found = {str(name) for name in Layout.of(value).names}
+        names = {str(name) for name in Layout.of(value).names}
         wanted = self.names if isinstance(value, Mapping) else self.labels
-        return bool(self.names) and found.issuperset(map(str, wanted))
+        return bool(self.names) and names.issuperset(map(str, wanted))
 
-    def _one_row(self, value: Any) -> Any:
+    def _one_row(self, value: TableLike) -> TableLike:
         """A row of a data frame, or a dictionary of single numbers, as a table of one row; others as they are."""
         if isinstance(value, Mapping):
-            if not any(np.ndim(entry) for entry in value.values()):
+            if not any(_shape(entry) for entry in value.values()):
                 return {name: _one_entry(entry) for name, entry in value.items()}
-        elif hasattr(value, "to_frame") and self.names and set(self.labels) <= {str(label) for label in value.index}:
+        elif (
+            _is_indexed(value)
+            and not is_frame(value)
+            and self.names
+            and set(self.labels) <= {str(label) for label in value.index}
+        ):
             return value.to_frame().T.infer_objects()
         return value
 
-    def spread(self, who: str, option: str, given: Mapping[Any, Any], default: Any, width: int) -> Any:
+    def spread(self, who: str, option: str, values: Mapping[K, T], default: T, width: int) -> T | list[T]:
         """Expand an option by name of column or entry, or by number without names, to one value for each column.
 
         Args:
             who, option: Caller and option, for errors.
-            given: The option's values by name or number.
+            values: The option's values by name or number.
             default: Value for columns that are left out.
             width: Number of columns.
 
@@ -118,19 +201,18 @@ class Layout(NamedTuple):
             ValueError: For a name that no column has.
         """
         layout = self if self.names else Layout("rows", tuple(range(width)), ((),) * width)
-        by_name = {str(name): value for name, value in given.items()}
-        known = {*layout.labels, *map(str, layout.names)}
+        by_name = {str(name): value for name, value in values.items()}
         for name in by_name:
-            if name not in known:
+            if name not in (*layout.labels, *map(str, layout.names)):
                 raise ValueError(f"{who} expected {option} of columns {_listed(layout.names)}, got one of {name!r}.")
-        values = [
+        spread = [
             by_name.get(label, by_name.get(str(name), default))
             for name, shape in zip(layout.names, layout.shapes, strict=True)
             for label in _labels(name, shape)
         ]
-        return values[0] if all(value == values[0] for value in values) else values
+        return spread[0] if all(value == spread[0] for value in spread) else spread
 
-    def like(self, rows: Tensor) -> Any:
+    def like(self, rows: Tensor) -> Tensor | DataFrame | dict[str, Tensor]:
         r"""Rows, (\*batch, columns), in the form of this layout: a data frame of (rows, columns), or a dictionary."""
         if self.form == "frame":
             from pandas import DataFrame
@@ -147,43 +229,65 @@ class Layout(NamedTuple):
         }
 
 
-def is_frame(value: Any) -> bool:
+def is_frame(value: object) -> TypeGuard[_Frame]:
     """Return whether a value is a data frame."""
     return all(hasattr(value, attribute) for attribute in ("columns", "items", "dtypes"))
 
 
-def number_of_rows(value: Any) -> int:
+def _is_indexed(value: object) -> TypeGuard[_Indexed]:
+    return hasattr(value, "iloc")
+
+
+def number_of_rows(value: TableLike) -> int:
     """Number of rows of a table."""
-    return len(next(iter(value.values()), ())) if isinstance(value, Mapping) else len(value)
+    return len(cast(Sized, next(iter(value.values()), ()) if isinstance(value, Mapping) else value))
 
 
-def check_paired(who: str, name: str, rows: Any, context: Any) -> None:
-    """Refuse a context of data frames whose index has the same labels as that of the rows in another order.
+def number_of_columns(who: str, name: str, value: TableLike) -> int:
+    """Number of columns of a table; a vector is one.
+
+    Raises:
+        ValueError: For a value that is not a table.
+        TypeError: For a value that is not numeric.
+    """
+    is_shaped = len(getattr(value, "shape", ())) in (1, 2)
+    table = numbers(who, name, part_of(value, slice(1)) if is_shaped else value)
+    if table.dim() not in (1, 2) or not table.numel():
+        raise ValueError(f"{who} expected {name} of shape (rows, columns), got {tuple(table.shape)}.")
+    return 1 if table.dim() == 1 else table.shape[1]
+
+
+def check_paired(who: str, name: str, rows: TableLike, context_name: str, context: TableLike) -> None:
+    """Refuse a context of another length, and one of data frames whose index has the same labels in another order.
 
     Rows are paired by their order, so that one of the two was shuffled or sorted without the other.
     """
-    if not (hasattr(rows, "iloc") and hasattr(context, "iloc")):
+    lengths = number_of_rows(context), number_of_rows(rows)
+    if lengths[0] != lengths[1]:
+        raise ValueError(
+            f"{who} expected as many rows of {context_name} as of {name}, got {lengths[0]} and {lengths[1]}."
+        )
+    if not (_is_indexed(rows) and _is_indexed(context)):
         return
-    index, other = rows.index, context.index
-    if not index.equals(other) and len(index) == len(other) and bool(index.isin(other).all()):
+    if not rows.index.equals(context.index) and bool(rows.index.isin(context.index).all()):
         raise ValueError(
             f"{who} expected context in the order of the {name}, got an index with the same labels in another order: "
             "sort one as the other, as by context.loc[rows.index], or pass arrays where their rows do match."
         )
 
 
-def part_of(value: Any, index: slice | np.ndarray[Any, Any]) -> Any:
+def part_of(value: TableLike, index: slice | NDArray[np.int_]) -> TableLike:
     """Some rows of a table, in its form; of a memory-mapped one no others are read."""
     if isinstance(value, Mapping):
-        return {name: part_of(entry, index) for name, entry in value.items()}
-    if hasattr(value, "iloc"):
+        return {name: cast(Entry, part_of(entry, index)) for name, entry in value.items()}
+    if _is_indexed(value):
         return value.iloc[index]
-    return (
-        value[index] if isinstance(value, Tensor | np.ndarray) or isinstance(index, slice) else np.asarray(value)[index]
-    )
+    if isinstance(value, Sequence) and isinstance(index, slice):
+        return value[index]
+    return value[index] if isinstance(value, Tensor) else np.asanyarray(value)[index]
 
 
-def numbers(who: str, name: str, value: Any) -> Tensor:
+def numbers(who: str, name: str, value: TableLike) -> Tensor:
     """A table as a tensor on the CPU: a tensor keeps its dtype, others become float32 or, if needed, float64.
 
     Args:
@@ -220,7 +324,7 @@ def numbers(who: str, name: str, value: Any) -> Tensor:
     return torch.from_numpy(np.array(array, _dtype_for(array.dtype), order="C"))
 
 
-def _side_by_side(who: str, name: str, value: Mapping[Any, Any]) -> Tensor:
+def _side_by_side(who: str, name: str, value: Mapping[str, Entry]) -> Tensor:
     """The entries of a dictionary as columns side by side."""
     entries = {label: numbers(who, f"{name} {label!r}", entry) for label, entry in value.items()}
     lengths = {label: len(entry) if entry.dim() else None for label, entry in entries.items()}
@@ -235,17 +339,19 @@ def _side_by_side(who: str, name: str, value: Mapping[Any, Any]) -> Tensor:
     return torch.cat(flat, -1)
 
 
-def _column_of_frame(who: str, name: str, label: Any, column: Any) -> np.ndarray[Any, Any]:
+def _column_of_frame(
+    who: str, name: str, label: Hashable, column: _Column
+) -> NDArray[np.float32] | NDArray[np.float64]:
     if getattr(column.dtype, "kind", "O") not in NUMERIC_KINDS:
         raise TypeError(
             f"{who} expected {name} of numeric columns, got column {label!r} of {column.dtype}: {_advice(column)}."
         )
     # A nullable dtype of pandas names the corresponding one of numpy.
     dtype = _dtype_for(getattr(column.dtype, "numpy_dtype", column.dtype))
-    return np.asarray(column.to_numpy(dtype=dtype, na_value=np.nan))
+    return column.to_numpy(dtype=dtype, na_value=np.nan)
 
 
-def _advice(column: Any) -> str:
+def _advice(column: _Column) -> str:
     """Advice for a column of a data frame that is not numeric."""
     if getattr(column.dtype, "kind", "O") in TIME_KINDS:
         return "put seconds or days since the first in its place, or drop it"
@@ -254,13 +360,17 @@ def _advice(column: Any) -> str:
     return "drop it or encode it, or where its entries are numbers convert it by pandas.to_numeric"
 
 
-def _dtype_for(dtype: Any) -> type[np.floating[Any]]:
+def _dtype_for(dtype: np.dtype[np.generic]) -> type[np.float32 | np.float64]:
     """float32 if it holds every value of the dtype, else float64."""
     return np.float32 if np.can_cast(dtype, np.float32) else np.float64
 
 
-def _one_entry(number: Any) -> Any:
-    return number.reshape(1) if isinstance(number, Tensor) else np.reshape(number, 1)
+def _one_entry(number: Entry) -> Entry:
+    return number.reshape(1) if isinstance(number, Tensor) else np.asarray(number).reshape(1)
+
+
+def _shape(value: object) -> tuple[int, ...]:
+    return tuple(value.shape if hasattr(value, "shape") else np.shape(np.asarray(value)))
 
 
 def _labels(name: Hashable, shape: Sequence[int]) -> list[str]:

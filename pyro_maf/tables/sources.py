@@ -1,30 +1,146 @@
-"""Tables in files: location and format."""
+"""Tables in files and streams, of a format that their first bytes tell: csv, parquet, npy or npz."""
 
 from __future__ import annotations
 
+import codecs
+import csv
 import gzip
 import io
+import itertools
+import math
 import os
 import re
+import shutil
 import sys
+import warnings
+import zipfile
 import zlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from tokenize import TokenError
+from typing import BinaryIO, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pyro_maf._core.extras import require
-from pyro_maf._core.text import quoted, shown
-from pyro_maf.tables import source as bounds
-from pyro_maf.tables.arrays import ArraySource, member_of
-from pyro_maf.tables.cells import is_text
-from pyro_maf.tables.source import Source, one_line
-from pyro_maf.tables.spool import copied
-from pyro_maf.tables.text import CsvSource, recoded
+from pyro_maf._core.text import listed, quoted, shown
+from pyro_maf.tables.columns import Cells, Column, is_missing, is_text, number_in
+from pyro_maf.tables.spool import copied, temporary_file
 
-__all__ = ["ParquetSource", "open_source"]
+__all__ = ["ArraySource", "FileOrStream", "Source", "open_source"]
+
+FileOrStream: TypeAlias = str | os.PathLike[str] | BinaryIO
+"""A path, "-" for standard input, or a binary stream."""
+
+NUMBERS_IN_A_BATCH = 2**21
+BYTES_IN_A_BLOCK = 2**23
+"""Size of a batch of rows, in numbers, and of one of text, in bytes."""
 
 INDEX_OF_PANDAS = re.compile(r"__index_level_\d+__")
+
+NO_ARRAY = (
+    ArithmeticError,
+    EOFError,
+    MemoryError,
+    OSError,
+    RecursionError,
+    SyntaxError,
+    TokenError,
+    TypeError,
+    ValueError,
+)
+"""Errors of numpy for a damaged header, which it parses as Python literals, and for a truncated file."""
+NO_NUMBERS = "not of numbers"
+
+NO_ARCHIVE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, RuntimeError, ValueError)
+"""Errors of zipfile for a damaged archive, and for members with encryption or unsupported compression."""
+
+
+class Source:
+    """A table in a file, read in batches of columns. A subclass defines `names`, `holds_text` and `batches`.
+
+    Attributes:
+        label: Its name in errors.
+        names: Names of its columns.
+        is_named: True if the file has names; otherwise they are x1, x2, ...
+        decimal: The decimal mark in its texts, a point or a comma.
+    """
+
+    names: tuple[str, ...]
+    is_named: bool = True
+    decimal: str = "."
+
+    def __init__(self, path: Path, label: str) -> None:
+        self.path = path
+        self.label = label
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Position of each column by name, from 0."""
+        return {name: place for place, name in enumerate(self.names)}
+
+    def holds_text(self, name: str) -> bool | None:
+        """True if a column is of text, truth values or a dictionary; None if its cells have to be read for that.
+
+        Raises:
+            ValueError: If it is neither of these nor numeric.
+        """
+        raise NotImplementedError
+
+    def batches(self, names: Sequence[str]) -> Generator[list[Cells], None, None]:
+        """Iterate over batches of rows of the columns `names`: arrays of numpy, or of pyarrow.
+
+        Close the generator if it may end early: it holds the file open.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        raise NotImplementedError
+
+    def column(self, name: str, categories: list[str] | None = None) -> Column:
+        """Return a column, for `batches`, of numbers or with its categories."""
+        return Column(name, f"column {quoted(name)} of {self.label}", self.index[name], categories, self.decimal)
+
+    def wrong(self, what: str) -> ValueError:
+        """Return an error about the file as a whole."""
+        return ValueError(f"read_table found {self.label} {what}")
+
+
+class ArraySource(Source):
+    """An .npy file, mapped into memory.
+
+    Attributes:
+        array: (rows, columns).
+    """
+
+    is_named = False
+
+    def __init__(self, path: Path, label: str) -> None:
+        super().__init__(path, label)
+        with _reading(label, NO_ARRAY, NO_NUMBERS):
+            array: NDArray[np.generic] = np.load(path, mmap_mode="r", allow_pickle=False)
+        if array.dtype.kind not in "fiu" or array.ndim not in (1, 2):
+            raise ValueError(
+                f"read_table expected an array of real numbers of shape (rows, columns) in {label}, "
+                f"got {shown(str(array.dtype))} of shape {array.shape}."
+            )
+        self.array = array if array.ndim == 2 else array[:, None]
+        self.names = tuple(f"x{i}" for i in range(1, self.array.shape[1] + 1))
+
+    def holds_text(self, name: str) -> bool | None:
+        """Return False: an array has only numbers."""
+        return False
+
+    def batches(self, names: Sequence[str]) -> Generator[list[Cells], None, None]:
+        """Iterate over blocks of the mapped array, column by column."""
+        columns = [self.index[name] for name in names]
+        size = max(1, NUMBERS_IN_A_BATCH // self.array.shape[1])
+        for start in range(0, len(self.array), size):
+            rows = np.asarray(self.array[start : start + size])
+            yield [rows[:, column] for column in columns]
 
 
 class ParquetSource(Source):
@@ -54,11 +170,11 @@ class ParquetSource(Source):
             f"in {self.label}: leave it out or convert it.{advice}"
         )
 
-    def batches(self, names: Sequence[str]) -> Generator[list[Any], None, None]:
+    def batches(self, names: Sequence[str]) -> Generator[list[Cells], None, None]:
         """Iterate over row groups, in parts."""
         from pyarrow.parquet import ParquetFile
 
-        size = max(1, bounds.NUMBERS_IN_A_BATCH // max(1, len(names)))
+        size = max(1, NUMBERS_IN_A_BATCH // max(1, len(names)))
         with self._reading(), ParquetFile(self.path) as file:
             for batch in file.iter_batches(size, columns=list(names)):
                 yield [batch.column(name) for name in names]
@@ -70,10 +186,95 @@ class ParquetSource(Source):
         try:
             yield
         except (ArrowException, OSError) as error:
-            raise self.wrong(f"damaged or truncated: {one_line(error)}") from None
+            raise self.wrong(f"damaged or truncated: {_one_line(error)}") from None
 
 
-def open_source(source: Any, array: str | None, decimal: str, encoding: str) -> Source:
+class CsvSource(Source):
+    """Text in UTF-8, a row a line, with cells separated by tabs, commas, semicolons or single spaces.
+
+    The first line is a header, unless it is a row of numbers like the others.
+    """
+
+    def __init__(self, path: Path, label: str, decimal: str = ".") -> None:
+        super().__init__(path, label)
+        self.decimal = decimal
+        try:
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                first, second = itertools.islice(itertools.chain(filter(str.strip, file), ("", "")), 2)
+                if "\0" in first:
+                    raise csv.Error("it holds bytes that are no text")
+                self._delimiter = _delimiter_between(first, second, "\t;" if decimal == "," else "\t,;")
+                file.seek(0)
+                rows = csv.reader(file, delimiter=self._delimiter)
+                head = list(itertools.islice(((place, row) for place, row in enumerate(rows) if row), 2))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise self._no_text(error) from None
+        if not head:
+            raise self.wrong("empty.")
+        cells = [[cell.strip() for cell in row] for _, row in head]
+        self.is_named = _is_header(cells[0], cells[1] if len(cells) > 1 else [], decimal)
+        cells[0][0] = cells[0][0].lstrip("# ")  # numpy.savetxt writes names as a comment
+        self.names = tuple(cells[0]) if self.is_named else tuple(f"x{i}" for i in range(1, len(cells[0]) + 1))
+        self._rows_above = head[0][0] + 1 if self.is_named else 0
+
+    def holds_text(self, name: str) -> bool | None:
+        """Return None: the cells have to be read for that."""
+        return None
+
+    def batches(self, names: Sequence[str]) -> Generator[list[Cells], None, None]:
+        """Iterate over rows as pyarrow parses them, every column as text."""
+        import pyarrow
+        from pyarrow import csv as arrow_csv
+
+        try:
+            # A reader left to the garbage collector is destroyed while its threads run, which aborts the process.
+            with arrow_csv.open_csv(
+                self.path,
+                arrow_csv.ReadOptions(
+                    use_threads=False,
+                    block_size=BYTES_IN_A_BLOCK,
+                    column_names=self.names,
+                    skip_rows_after_names=self._rows_above,
+                ),
+                # Nothing of Python's, such as a handler of ragged rows: a thread of pyarrow's that let go of it after
+                # the interpreter's end would end the process as well.
+                arrow_csv.ParseOptions(delimiter=self._delimiter, newlines_in_values=True),
+                arrow_csv.ConvertOptions(
+                    column_types=dict.fromkeys(names, pyarrow.string()),
+                    include_columns=list(names),
+                    strings_can_be_null=False,
+                ),
+            ) as reader:
+                for batch in reader:
+                    yield batch.columns
+        except pyarrow.ArrowException as error:
+            raise self._ragged() or self.wrong(f"damaged: {_one_line(error)}") from None
+
+    def _ragged(self) -> ValueError | None:
+        """Error for the first row whose number of cells is not that of the columns; None if there is none."""
+        try:
+            with open(self.path, encoding="utf-8-sig", newline="") as file:
+                for number, row in enumerate(self._rows(file), 1):
+                    if len(row) != len(self.names):
+                        return self.wrong(
+                            f"ragged: data row {number} (counted from 1) has {len(row)} cells where "
+                            f"{len(self.names)} were expected."
+                        )
+        except (UnicodeDecodeError, csv.Error) as error:
+            return self._no_text(error)
+        return None
+
+    def _rows(self, file: Iterable[str]) -> Iterator[list[str]]:
+        """Iterate over the rows of data, without empty lines, as pyarrow does."""
+        rows = csv.reader(file, delimiter=self._delimiter)
+        return filter(None, itertools.islice(rows, self._rows_above, None))
+
+    def _no_text(self, error: Exception) -> ValueError:
+        advice = " encoding= or --encoding reads text of another encoding." if isinstance(error, UnicodeError) else ""
+        return self.wrong(f"to be neither csv in UTF-8 nor parquet, npy or npz: {_one_line(error)}{advice}")
+
+
+def open_source(source: FileOrStream, array: str | None, decimal: str, encoding: str) -> Source:
     """Open the table in a file or stream; its first bytes determine the format.
 
     Args:
@@ -94,7 +295,7 @@ def open_source(source: Any, array: str | None, decimal: str, encoding: str) -> 
     if not start:
         raise ValueError(f"read_table found {label} empty.")
     if start.startswith(b"PK\x03\x04"):
-        return ArraySource(*member_of(path, label, array))
+        return ArraySource(*_member_of(path, label, array))
     if array is not None:
         raise ValueError(f"read_table got array={array!r} for {label}, which is no .npz file: leave it out.")
     if start.startswith(b"\x93NUMPY"):
@@ -102,10 +303,10 @@ def open_source(source: Any, array: str | None, decimal: str, encoding: str) -> 
     require("read_table", "pyarrow")
     if start.startswith(b"PAR1"):
         return ParquetSource(path, label)
-    return CsvSource(recoded(path, label, encoding), label, decimal)
+    return CsvSource(_recoded(path, label, encoding), label, decimal)
 
 
-def _as_file(source: Any) -> tuple[Path, str]:
+def _as_file(source: FileOrStream) -> tuple[Path, str]:
     """Return a file with the content of `source`, and its label for errors."""
     if isinstance(source, str) and source == "-":
         if sys.stdin.isatty():
@@ -133,9 +334,114 @@ def _unzipped(path: Path, label: str) -> Path:
         with gzip.open(path) as file:
             return copied(file)
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"read_table found {label} damaged or truncated: {one_line(error)}") from None
+        raise ValueError(f"read_table found {label} damaged or truncated: {_one_line(error)}") from None
 
 
 def _first_bytes(path: Path) -> bytes:
     with open(path, "rb") as file:
         return file.read(8)
+
+
+def _one_line(error: Exception) -> str:
+    """Convert the message of another package's error to the end of a sentence."""
+    text = shown(" ".join(str(error).split()) or type(error).__name__, 200)
+    return text.removesuffix(".") + "."
+
+
+def _member_of(path: Path, label: str, array: str | None) -> tuple[Path, str]:
+    """Extract an array of an .npz file to an .npy file; also return its label for errors.
+
+    Raises:
+        ValueError: If there is no such array, the choice is ambiguous, or the file is damaged.
+    """
+    with _reading(label, NO_ARCHIVE, "locked"), zipfile.ZipFile(path) as archive:
+        members = {name.removesuffix(".npy"): name for name in archive.namelist() if name.endswith(".npy")}
+        is_workbook = "xl/workbook.xml" in archive.namelist()
+        tables = [
+            name for name in members if array is None and len(members) > 1 and _dimensions(archive, members[name]) == 2
+        ]
+    if is_workbook:
+        raise ValueError(f"read_table found a workbook at {label}: save the sheet with the table as csv.")
+    if not members:
+        raise ValueError(f"read_table found a zip archive without arrays at {label}: it is no .npz file.")
+    chosen = _chosen(list(members), tables, label) if array is None else array
+    if chosen not in members:
+        raise ValueError(f"read_table found no array {chosen!r} in {label}, but {listed(list(members))}.")
+    with _reading(label, NO_ARCHIVE, "locked"), zipfile.ZipFile(path) as archive, archive.open(members[chosen]) as file:
+        return copied(file), f"{shown(chosen)} of {label}"
+
+
+def _chosen(members: list[str], tables: list[str], label: str) -> str:
+    """Return the only array or, of several, the only one with rows and columns."""
+    for candidates in (members, tables):
+        if len(candidates) == 1:
+            return candidates[0]
+    raise ValueError(
+        f"read_table found several arrays in {label}: choose one of {listed(members)} by array=, or on the command "
+        f"line as {label}:{shown(members[0])}."
+    )
+
+
+def _dimensions(archive: zipfile.ZipFile, member: str) -> int:
+    with archive.open(member) as file, _reading(member, NO_ARRAY, NO_NUMBERS):
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return len(read(file)[0])
+
+
+@contextmanager
+def _reading(label: str, errors: tuple[type[Exception], ...], what: str) -> Iterator[None]:
+    """Turn errors of a parser into one about the file, and ignore its warnings about headers that Python 2 wrote."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except errors as error:
+        raise ValueError(f"read_table found {label} damaged, truncated or {what}: {_one_line(error)}") from None
+
+
+def _recoded(path: Path, label: str, encoding: str) -> Path:
+    """Return a file of text in UTF-8: this one, or a temporary one if it has another encoding.
+
+    pyarrow would have Python decode it in another thread, for which the interpreter does not wait at exit.
+
+    Raises:
+        ValueError: For an encoding that Python lacks, and text of another encoding.
+    """
+    try:
+        name = codecs.lookup(encoding).name
+        if name in ("utf-8", "utf-8-sig"):
+            return path
+        target = temporary_file(".table")
+        with open(path, encoding=name, newline="") as file, open(target, "w", encoding="utf-8", newline="") as copy:
+            shutil.copyfileobj(file, copy)
+        return target
+    except LookupError:
+        raise ValueError(
+            f'read_table expected an encoding that Python knows, such as "latin-1" or "cp1252", got {encoding!r}.'
+        ) from None
+    except UnicodeError as error:
+        raise ValueError(f"read_table found {label} not to be text in {encoding}: {_one_line(error)}") from None
+
+
+def _delimiter_between(first: str, second: str, marks: str) -> str:
+    """Detect which of the marks, or a space, separates the cells of two lines; the second line may be empty."""
+    found = [mark for mark in marks if mark in first]
+    if found:
+        return max(found, key=first.count)
+    # Spaces may also be part of a name.
+    in_both = " " in first.strip() and (not second or second.count(" ") == first.count(" "))
+    return " " if in_both else marks[1]
+
+
+def _is_header(first: list[str], second: list[str], decimal: str) -> bool:
+    """True if a row is a header: only text, a text above a number, or the numbers of the columns."""
+    above, below = ([_is_number(cell, decimal) for cell in row] for row in (first, second))
+    if not any(above) or any(number and not name for name, number in zip(above, below, strict=False)):
+        return True
+    counts = [[str(i) for i in range(start, start + len(first))] for start in (0, 1)]
+    return first in counts and not all(cell.isdecimal() for cell in second)
+
+
+def _is_number(cell: str, decimal: str) -> bool:
+    return not math.isnan(number_in(cell, decimal)) or is_missing(cell)

@@ -8,12 +8,19 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from io import BufferedWriter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["Spool", "copied", "temporary_file"]
+if TYPE_CHECKING:
+    from _typeshed import SupportsRead
+
+__all__ = ["FloatArray", "Spool", "copied", "temporary_file"]
+
+FloatArray: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
 
 BLOCK_ROWS = 2**14
 MOST_MEASURED = 2**16
@@ -40,8 +47,8 @@ class Spool:
         self.length = 0
         self._width = width
         self._bound = bound
-        self._held: list[np.ndarray[Any, Any]] = []
-        self._file: Any = None
+        self._held: list[NDArray[np.float64]] = []
+        self._file: BufferedWriter | None = None
 
     def __enter__(self) -> Spool:
         return self
@@ -50,16 +57,18 @@ class Spool:
         if self._file is not None:
             self._file.close()
 
-    def append(self, rows: np.ndarray[Any, Any]) -> None:
+    def append(self, rows: NDArray[np.float64]) -> None:
         """Add rows, (n, width)."""
         self._held.append(np.ascontiguousarray(rows, np.float64))
         self.length += len(rows)
         if self._file is None and 8 * self.length * self._width > self._bound:
             self._file = open(temporary_file(".float64"), "wb")  # noqa: SIM115 (closed by `__exit__`)
         if self._file is not None:
-            self._write_held()
+            for block in self._held:
+                self._file.write(block.data)
+            self._held.clear()
 
-    def rows(self, dtype: str | None = None) -> np.ndarray[Any, Any]:
+    def rows(self, dtype: str | None = None) -> FloatArray:
         """Return all rows, (length, width): an array, or a read-only `np.memmap` of the file. Appending ends there.
 
         Args:
@@ -79,19 +88,14 @@ class Spool:
             os.unlink(self._file.name)
         return np.memmap(file.name, np.float32, "r", shape=(self.length, self._width))
 
-    def _gathered(self) -> np.ndarray[Any, Any]:
+    def _gathered(self) -> NDArray[np.float64]:
         if self._file is None:
             self._held = [np.concatenate(self._held or [np.empty((0, self._width))])]
             return self._held[0]
         return np.memmap(self._file.name, np.float64, "r", shape=(self.length, self._width))
 
-    def _write_held(self) -> None:
-        for rows in self._held:
-            self._file.write(rows)
-        self._held.clear()
 
-
-def float32_suffices(rows: np.ndarray[Any, Any]) -> bool:
+def float32_suffices(rows: NDArray[np.float64]) -> bool:
     """True if float32 is exact for every column, or resolves its interquartile range to 1e-4 of its width.
 
     Not if another value is rounded to 0 or 1: some supports end there.
@@ -112,7 +116,7 @@ def float32_suffices(rows: np.ndarray[Any, Any]) -> bool:
     return bool((exact | (np.finfo(np.float32).eps * magnitude <= RESOLUTION * (high - low))).all())
 
 
-def _blocks(rows: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
+def _blocks(rows: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
     return (rows[start : start + BLOCK_ROWS] for start in range(0, len(rows), BLOCK_ROWS))
 
 
@@ -123,7 +127,7 @@ def temporary_file(suffix: str) -> Path:
     return Path(name)
 
 
-def copied(stream: Any) -> Path:
+def copied(stream: SupportsRead[bytes]) -> Path:
     """Copy a binary stream to a temporary file."""
     path = temporary_file(".table")
     with open(path, "wb") as file:

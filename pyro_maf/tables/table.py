@@ -3,27 +3,117 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import NamedTuple, TypedDict, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
+from pyro_maf._core.checks import InputError
 from pyro_maf._core.text import listed, quoted, shown
-from pyro_maf.tables.arrays import ArraySource
-from pyro_maf.tables.columns import Column, Survey, encoded
-from pyro_maf.tables.gaps import Gaps
-from pyro_maf.tables.source import Source
-from pyro_maf.tables.sources import open_source
-from pyro_maf.tables.spool import Spool
+from pyro_maf.tables.columns import Cells, Column, Survey, encoded
+from pyro_maf.tables.layout import Layout, TableLike
+from pyro_maf.tables.rows import Labels
+from pyro_maf.tables.sources import ArraySource, FileOrStream, Source, open_source
+from pyro_maf.tables.spool import FloatArray, Spool
 
-__all__ = ["Table", "read_table"]
+__all__ = ["ContextColumn", "Description", "Gaps", "NamedRows", "Table", "named_rows", "read_table"]
 
 BYTES_IN_MEMORY = 2**29
 MOST_COMPARED = 2000
 """Maximum number of names that are searched for one similar to an unknown name: each takes time."""
+MOST_ROWS, MOST_COLUMNS = 3, 5
+"""Number of rows, and of columns, with missing values that a message names."""
+
+
+class ContextColumn(TypedDict):
+    """A column of context: its name, and its categories or None for numbers."""
+
+    name: str
+    categories: list[str] | None
+
+
+class Description(TypedDict):
+    """The columns of a table in JSON values: names of those of data, and those of context."""
+
+    data: list[str]
+    context: list[ContextColumn]
+
+
+class Gaps:
+    """Missing values of a table, collected batch by batch.
+
+    Args:
+        columns: The columns that are read.
+
+    Attributes:
+        length: Number of rows.
+        rows: Numbers of the rows with a missing value, counted from 1.
+        first: Column and row, counted from 1, of the first missing value, and its description for an error; or None.
+    """
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        self.length = 0
+        self.rows = np.empty(0, np.int64)
+        self.first: tuple[Column, int, str] | None = None
+        self._columns = columns
+        widths = [len(column.encoded_names) for column in columns]
+        self._starts = np.cumsum([0, *widths[:-1]])
+        self._counts = np.zeros(len(columns), np.int64)
+        self._examples: dict[int, list[int]] = {}
+
+    def add(self, numbers: NDArray[np.float64], cells: Sequence[Cells]) -> NDArray[np.bool_]:
+        """Record a batch; return the mask of its rows without a missing value.
+
+        Args:
+            numbers: The encoded columns, (rows, numbers), NaN for missing values.
+            cells: The cells, by column.
+        """
+        before, self.length = self.length, self.length + len(numbers)
+        missing = np.isnan(numbers)
+        if not missing.any():
+            return np.ones(len(numbers), bool)
+        missing = missing[:, self._starts]
+        gone = np.asarray(missing.any(1))
+        if not self.first:
+            row = int(gone.argmax())
+            place = int(missing[row].argmax())
+            column = self._columns[place]
+            self.first = column, before + 1 + row, column.complaint(cells[place], row, before + 1)
+        self.rows = np.concatenate([self.rows, np.flatnonzero(gone) + before + 1])
+        self._counts += missing.sum(0)
+        for place in np.flatnonzero(missing.any(0)).tolist():
+            examples = self._examples.setdefault(place, [])
+            if len(examples) <= MOST_ROWS:
+                rows = np.flatnonzero(missing[:, place])[: MOST_ROWS + 1] + before + 1
+                examples.extend(rows.tolist())
+        return ~gone
+
+    def error(self) -> InputError | None:
+        """Error about the first missing value, and how many there are; None without one."""
+        if self.first is None:
+            return None
+        column, row, complaint = self.first
+        return column.error(
+            f"{complaint}: fill it in, drop that row or leave the column out. In all, {self}. drop_missing=True, or "
+            "--drop-missing, leaves such rows out.",
+            row,
+        )
+
+    def __str__(self) -> str:
+        most = np.argsort(-self._counts, kind="stable")[:MOST_COLUMNS].tolist()
+        parts = [self._of_column(place) for place in most if self._counts[place]]
+        more = int((self._counts > 0).sum()) - len(parts)
+        listed = ", ".join(parts) + (f" and {more:,} more columns" if more else "")
+        rows = "1 row has" if len(self.rows) == 1 else f"{len(self.rows):,} rows have"
+        return f"of {self.length:,} rows, {rows} a missing value: {listed}"
+
+    def _of_column(self, place: int) -> str:
+        count, examples = int(self._counts[place]), self._examples[place]
+        rows = ", ".join(map(str, examples[:MOST_ROWS])) + ", ..." * (len(examples) > MOST_ROWS)
+        return f"{quoted(self._columns[place].name)} {count:,} (row{'s' * (count > 1)} {rows})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,16 +132,20 @@ class Table:
         missing: Rows left out for missing values: their number, which, and in which columns; None if there are none.
     """
 
-    data: np.ndarray[Any, Any]
-    context: np.ndarray[Any, Any] | None
+    data: FloatArray
+    context: FloatArray | None
     names: tuple[str, ...]
     context_names: tuple[str, ...]
-    columns: dict[str, Any]
+    columns: Description
     label: str = ""
-    rows: np.ndarray[Any, Any] | None = None
+    rows: NDArray[np.int64] | None = None
     missing: Gaps | None = None
 
-    def numbers(self, places: Any) -> Any:
+    @overload
+    def numbers(self, places: int) -> int: ...
+    @overload
+    def numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]: ...
+    def numbers(self, places: int | NDArray[np.int64]) -> int | NDArray[np.int64]:
         """Row numbers in the file, counted from 1, of the rows at `places` in this table, counted from 0."""
         return places + 1 if self.rows is None else self.rows[places]
 
@@ -60,10 +154,45 @@ class Table:
         return f"Table({len(self.data)} rows of {', '.join(self.names)}{given})"
 
 
+class NamedRows(NamedTuple):
+    """Data and context, with the names of their columns and rows.
+
+    Attributes:
+        data: Rows (N, D).
+        context: As many rows (N, C), or None.
+        columns: Names of the columns of data, for options by name.
+        labels, context_labels: Names of columns and rows in messages.
+    """
+
+    data: TableLike
+    context: TableLike | None
+    columns: Layout
+    labels: Labels
+    context_labels: Labels
+
+
+def named_rows(who: str, data: TableLike | Table, context: TableLike | None) -> NamedRows:
+    """Return the rows of a `Table`, which has a context and names, or of other data and context.
+
+    Args:
+        who: The caller, for errors.
+        data, context: The rows.
+
+    Raises:
+        ValueError: For a context beside a `Table`.
+    """
+    if not isinstance(data, Table):
+        return NamedRows(data, context, Layout.of(data), Labels.of(data), Labels.of(context))
+    if context is not None:
+        raise ValueError(f"{who} got a context beside a Table, which has its own: leave it out.")
+    labels = (Labels(tuple(map(quoted, names)), data.numbers) for names in (data.names, data.context_names))
+    return NamedRows(data.data, data.context, Layout.named([(name, ()) for name in data.names]), *labels)
+
+
 def read_table(
-    source: str | os.PathLike[str] | BinaryIO,
+    source: FileOrStream,
     *,
-    columns: Sequence[str] | Mapping[str, Any] | None = None,
+    columns: Sequence[str] | Description | None = None,
     context: Sequence[str] = (),
     categories: Sequence[str] = (),
     array: str | None = None,
@@ -192,35 +321,25 @@ def _numeric(source: Source, names: Sequence[str]) -> list[Column]:
     for name in names:
         if source.holds_text(name):
             raise ValueError(
-                f"read_table expected data of numbers, got text in {_place(source, name)}: "
+                f"read_table expected data of numbers, got text in {source.column(name).place}: "
                 "leave it out or make it context."
             )
-    return _columns(source, names)
-
-
-def _columns(source: Source, names: Sequence[str]) -> list[Column]:
-    """Return columns of numbers."""
-    return [Column(name, _place(source, name), decimal=source.decimal) for name in names]
+    return [source.column(name) for name in names]
 
 
 def _surveyed(source: Source, names: Sequence[str], categories: Sequence[str]) -> list[Column]:
     """Return columns of context, with the categories of those that hold text or labels."""
     kinds = {name: source.holds_text(name) for name in names} | dict.fromkeys(categories, True)
-    surveys = {
-        name: Survey(name, _place(source, name), bool(kind), source.decimal)
-        for name, kind in kinds.items()
-        if kind is not False
-    }
+    surveys = {name: Survey(source.column(name), bool(kind)) for name, kind in kinds.items() if kind is not False}
     if surveys:
         with closing(source.batches(list(surveys))) as batches:
             for batch in batches:
                 for survey, cells in zip(surveys.values(), batch, strict=True):
                     survey.add(cells)
-    plain = {column.name: column for column in _columns(source, names)}
-    return [surveys[name].column() if name in surveys else plain[name] for name in names]
+    return [surveys[name].column() if name in surveys else source.column(name) for name in names]
 
 
-def _described(source: Source, description: Mapping[str, Any]) -> tuple[list[Column], list[Column]]:
+def _described(source: Source, description: Description) -> tuple[list[Column], list[Column]]:
     """Return the columns in the description of another table."""
     try:
         data = list(map(str, description["data"]))
@@ -237,9 +356,7 @@ def _described(source: Source, description: Mapping[str, Any]) -> tuple[list[Col
     _check_known(source, [*data, *(name for name, _ in context)])
     for name, _ in context:
         source.holds_text(name)
-    return _numeric(source, data), [
-        Column(name, _place(source, name), categories, source.decimal) for name, categories in context
-    ]
+    return _numeric(source, data), [source.column(name, categories) for name, categories in context]
 
 
 def _check_known(source: Source, names: Sequence[str]) -> None:
@@ -259,13 +376,7 @@ def _check_known(source: Source, names: Sequence[str]) -> None:
     raise ValueError(f"read_table found no column {quoted(unknown)} in {source.label}{named}: {hint}")
 
 
-def _place(source: Source, name: str) -> str:
-    return f"column {quoted(name)} of {source.label}"
-
-
-def _read(
-    source: Source, columns: Sequence[Column], dtype: str | None, drop_missing: bool
-) -> tuple[np.ndarray[Any, Any], Gaps]:
+def _read(source: Source, columns: Sequence[Column], dtype: str | None, drop_missing: bool) -> tuple[FloatArray, Gaps]:
     """Read and encode the columns, (rows, numbers); also return their missing values.
 
     Raises:
@@ -283,18 +394,15 @@ def _read(
                 spool.append(rows if is_whole.all() else rows[is_whole])
     if not gaps.length:
         raise ValueError(f"read_table expected rows of data, got none in {source.label}.")
-    if gaps.first and not drop_missing:
-        raise ValueError(
-            f"{gaps.first}: fill it in, drop that row or leave the column out. In all, {gaps}. drop_missing=True, or "
-            "--drop-missing, leaves such rows out."
-        )
+    if not drop_missing and (error := gaps.error()) is not None:
+        raise error
     if len(gaps.rows) == gaps.length:
         raise ValueError(f"read_table expected rows without missing values, got none in {source.label}: {gaps}.")
     return spool.rows(dtype) if mapped is None else mapped, gaps
 
 
-def _mapped(source: Source, names: Sequence[str]) -> np.ndarray[Any, Any] | None:
+def _mapped(source: Source, names: Sequence[str]) -> FloatArray | None:
     """Return the array mapped from the file if it is large and has exactly these columns in floating point."""
     if not isinstance(source, ArraySource) or names != list(source.names) or source.array.dtype.kind != "f":
         return None
-    return source.array if source.array.nbytes > BYTES_IN_MEMORY else None
+    return np.asanyarray(source.array) if source.array.nbytes > BYTES_IN_MEMORY else None

@@ -7,25 +7,69 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pyro_maf.training.data import Rows
+from pyro_maf.tables import MappedRows, Rows
 from pyro_maf.training.processes import Processes
 
-__all__ = ["Batches", "Passes"]
+__all__ = ["Batches"]
+
+BLOCKS_AT_ONCE = 64
+"""Number of blocks of rows on disk, of 1 MiB each, whose rows are mixed."""
 
 
-class Passes:
-    """Passes over rows, each in its random order, and the position in them.
+class Batches:
+    """Batches of sizes as equal as possible: no small one at the end, and no rows left out.
+
+    Blocks of rows are read in random order, some 64 at a time, and their rows are mixed; rows in memory are one block.
+    A batch is cut out of the tensors by one index. Collating it row by row, as torch's DataLoader does, would take
+    longer than a training step.
 
     Args:
+        rows: The rows, in memory or on disk.
+        size: Approximate number of rows in a batch.
         generator: Generator of the order of each pass; None for the order of the rows.
         processes: The processes that each take a part of every batch.
+
+    Example:
+        >>> rows = Rows(torch.arange(10.0).unsqueeze(-1), None)
+        >>> [len(batch.data) for batch in Batches(rows, 4, None, Processes())]
+        [5, 5]
     """
 
-    def __init__(self, generator: torch.Generator | None, processes: Processes) -> None:
+    def __init__(
+        self, rows: Rows | MappedRows, size: int, generator: torch.Generator | None, processes: Processes
+    ) -> None:
+        self.rows = rows
+        self._device = torch.device("cpu")
         self._generator = generator
         self._processes = processes
         self._order: Tensor | None = None
         self._passed_over = 0
+        self._sample: Rows | None = None
+        self._sizes = torch.tensor(rows.sizes)
+        groups = self._groups(torch.arange(len(self._sizes)))
+        self._counts = [max(1, round(int(self._sizes[group].sum()) / size)) for group in groups]
+        # For any grouping of the blocks, with the last one last.
+        ascending, last = self._sizes[:-1].sort().values, int(self._sizes[-1])
+        fewest = [int(ascending[: len(group)].sum()) for group in groups[:-1]]
+        fewest.append(int(ascending[: len(groups[-1]) - 1].sum()) + last)
+        self._smallest = min(length // count for length, count in zip(fewest, self._counts, strict=True))
+
+    @property
+    def smallest(self) -> int:
+        """Number of rows in the smallest batch, for any grouping of the blocks."""
+        return self._smallest
+
+    def to(self, device: torch.device) -> None:
+        """Move the rows to `device`; those on disk batch by batch."""
+        self._device = device
+        if isinstance(self.rows, Rows):
+            self.rows = self.rows.to(device)
+
+    def sample(self) -> Rows:
+        """Rows for the statistics of batch norm: up to a limit of memory, always the same, and read once."""
+        if self._sample is None:
+            self._sample = self.rows.sample()
+        return self._sample.to(self._device)
 
     def order(self, taken: int) -> Tensor:
         """Generator state to resume from: of the current pass, or of the next if `taken` is 0."""
@@ -39,55 +83,28 @@ class Passes:
             self._generator.set_state(order)
         self._passed_over = taken
 
-    def _begin(self, count: int) -> tuple[Tensor, int]:
-        """Draw the order of `count` items for a new pass; also return the number of its batches that are done."""
-        passed_over, self._passed_over = self._passed_over, 0
-        if self._generator is None:
-            return torch.arange(count), passed_over
-        self._order = self._generator.get_state()
-        return torch.randperm(count, generator=self._generator), passed_over
-
-
-class Batches(Passes):
-    """Batches of sizes as equal as possible: no small one at the end, and no rows left out.
-
-    A batch is cut out of the tensors by one index. Collating it row by row, as torch's DataLoader does, would take
-    longer than a training step.
-
-    Args:
-        rows: The rows.
-        size: Approximate number of rows in a batch.
-        generator, processes: As in `Passes`.
-
-    Example:
-        >>> rows = Rows(torch.arange(10.0).unsqueeze(-1), None)
-        >>> [len(batch.data) for batch in Batches(rows, 4, None, Processes())]
-        [5, 5]
-    """
-
-    def __init__(self, rows: Rows, size: int, generator: torch.Generator | None, processes: Processes) -> None:
-        super().__init__(generator, processes)
-        self.rows = rows
-        self._count = max(1, round(len(rows.data) / size))
-
-    @property
-    def smallest(self) -> int:
-        """Number of rows in the smallest batch."""
-        return len(self.rows.data) // self._count
-
-    def to(self, device: torch.device) -> None:
-        """Move the rows to `device`."""
-        self.rows = self.rows.to(device)
-
-    def sample(self) -> Rows:
-        """Rows for the statistics of batch norm: all of them."""
-        return self.rows
-
     def __len__(self) -> int:
-        return self._count
+        return sum(self._counts)
 
     def __iter__(self) -> Iterator[Rows | tuple[()]]:
         """Iterate over batches; an empty tuple stands for one that was done before a fit was resumed."""
-        order, passed_over = self._begin(len(self.rows.data))
-        for number, index in enumerate(order.to(self.rows.data.device).tensor_split(self._count)):
-            yield () if number < passed_over else self.rows.take(self._processes.part(index))
+        passed_over, self._passed_over = self._passed_over, 0
+        self._order = None if self._generator is None else self._generator.get_state()
+        # The last block, which may be short, stays last, so that all passes have the same number of batches.
+        blocks = torch.cat([self._shuffled(len(self._sizes) - 1), torch.tensor([len(self._sizes) - 1])])
+        for group, count in zip(self._groups(blocks), self._counts, strict=True):
+            order = self._shuffled(int(self._sizes[group].sum()))
+            if passed_over < count:
+                rows = self.rows.read(group.tolist())
+                order = order.to(rows.data.device)
+            for number, index in enumerate(order.tensor_split(count)):
+                yield () if number < passed_over else rows.take(self._processes.part(index)).to(self._device)
+            passed_over = max(0, passed_over - count)
+
+    def _shuffled(self, count: int) -> Tensor:
+        return torch.arange(count) if self._generator is None else torch.randperm(count, generator=self._generator)
+
+    @staticmethod
+    def _groups(blocks: Tensor) -> tuple[Tensor, ...]:
+        """Group the blocks to be mixed: as equally as possible, so that no group is of a few rows."""
+        return blocks.tensor_split(max(1, round(len(blocks) / BLOCKS_AT_ONCE)))

@@ -22,17 +22,16 @@ from pyro_maf._core.random import seeded
 from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
 from pyro_maf.saving import describe, packed, try_to_write
 from pyro_maf.support import Support
-from pyro_maf.tables.layout import Layout
+from pyro_maf.tables.layout import Layout, TableLike, number_of_columns
+from pyro_maf.tables.table import Table, named_rows
 from pyro_maf.training.batches import Batches
 from pyro_maf.training.checkpoint import keeping
-from pyro_maf.training.data import number_of_columns
 from pyro_maf.training.loop import Loop
 from pyro_maf.training.plateau import Schedule
+from pyro_maf.training.preparation import Model, Validation, prepare
 from pyro_maf.training.processes import Processes
 from pyro_maf.training.result import FitResult
-from pyro_maf.training.screening import announce, screen_data, screen_ending
-from pyro_maf.training.split import in_units_of, read_parts
-from pyro_maf.training.stored import StoredBatches
+from pyro_maf.training.screening import announce, screen_ending
 from pyro_maf.transforms import BatchNorm, ConditionalFlow, Flow
 
 __all__ = ["fit"]
@@ -42,12 +41,12 @@ VALIDATION_BATCH = 2048
 
 @torch.inference_mode(False)
 def fit(
-    model: Flow | ConditionalFlow | Density | ConditionalDensity,
-    data: Any,
+    model: Model,
+    data: TableLike | Table,
     *,
-    context: Any = None,
+    context: TableLike | None = None,
     support: str | Constraint | Sequence[str | Constraint] | Mapping[Any, str | Constraint] | None = None,
-    validation: Any = None,
+    validation: Validation = None,
     batch_size: int = 256,
     max_epochs: int = 1000,
     patience: int = 30,
@@ -84,7 +83,8 @@ def fit(
     Args:
         model: A flow, a density, or a conditional form of either. A `FlowPrior` keeps its units.
         data: Rows (N, D): a tensor, an array, a data frame or nested lists of finite numbers, at least 10 rows; or a
-            dictionary of tensors or arrays (N, ...), laid side by side, as the draws of a posterior. They are rounded
+            dictionary of tensors or arrays (N, ...), laid side by side, as the draws of a posterior; or a `Table` of
+            `pyro_maf.datasets.read_table`, with its context, whose columns and rows messages name. They are rounded
             to the model's dtype in their units, not before: where float32 does not hold the values of a column to a
             thousandth of its scale, the density of a model in float32 takes and draws float64. A `numpy.memmap` of more
             than 512 MiB is not read into memory but streamed; no more than some 262,144 of its rows are held out for
@@ -166,25 +166,23 @@ def fit(
     _check_folder(folder, resume=resume, overwrite=overwrite)
     processes = Processes(devices)
     require("fit", "rich", *(["lightning_fabric"] if processes.are_several else []))
-    layout, context_layout = Layout.of(data), Layout.of(context)
+    source = named_rows("fit", data, context)
+    layout, context_layout = Layout.of(source.data), Layout.of(source.context)
     if isinstance(support, Mapping):
-        support = layout.spread("fit", "support", support, "real", number_of_columns("data", data))
+        columns = number_of_columns("fit", "data", source.data)
+        support = source.columns.spread("fit", "support", support, "real", columns)
     known = _support(model, support)
-    validation = _by_name(validation, layout, context_layout)
-    parts = read_parts(model, data, context, validation, known, dtype=weight.dtype, seed=seed)
-    density = in_units_of(parts, model, known)
-    cautions = [*parts.remarks(density, data, context), *screen_data(data, context, known)]
-    parts = parts.rounded(density, data, context)
-    cautions += parts.omissions
+    prepared = prepare(model, source, validation, known, dtype=weight.dtype, seed=seed)
+    density = prepared.density
     if processes.is_first:
-        announce(cautions)
-    batches = parts.batches(batch_size, processes)
+        announce(prepared.warnings)
+    batches = Batches(prepared.training, batch_size, prepared.generator, processes)
     _check_batches(model, batches, batch_size, processes)
     schedule = Schedule(learning_rate, patience)
     settings = {}
     if folder is not None:
         options = {"batch_size": batch_size, "learning_rate": learning_rate, "max_grad_norm": max_grad_norm}
-        what = {"model": describe(density), "precision": str(weight.dtype), "data": parts.digest(), "seed": seed}
+        what = {"model": describe(density), "precision": str(weight.dtype), "data": prepared.digest(), "seed": seed}
         settings = {**what, **options, **_frozen(density)}
     if layout.names or context_layout.names:
         # Not among the settings: a resumed fit may have the table without its names.
@@ -198,7 +196,7 @@ def fit(
         loop = Loop(
             density.unwrapped,
             batches,
-            Batches(parts.held_out, VALIDATION_BATCH, None, processes),
+            Batches(prepared.held_out, VALIDATION_BATCH, None, processes),
             schedule=schedule,
             max_epochs=max_epochs,
             max_grad_norm=max_grad_norm,
@@ -226,13 +224,13 @@ def fit(
         seconds=state.seconds,
         stop_reason=stopped or f"reached max_epochs ({max_epochs})",
         interrupted=state.interrupted,
-        held_out=parts.held_out,
-        held_out_places=parts.places,
-        rows=parts.total,
+        held_out=prepared.held_out,
+        held_out_places=prepared.places,
+        rows=prepared.rows,
         skipped_steps=state.skipped,
         folder=None if kept is None else kept.folder,
-        warnings=(*cautions, *endings),
-        repeats=parts.repeats,
+        warnings=(*prepared.warnings, *endings),
+        repeats=prepared.repeats,
         layout=layout,
         context_layout=context_layout,
     )
@@ -246,14 +244,6 @@ def _first_weight(model: Any, data: Any) -> Tensor:
         if weight.requires_grad:
             return weight
     raise ValueError(f"fit expected a model with weights to train, got {type(model).__name__} with none.")
-
-
-def _by_name(validation: Any, layout: Layout, context_layout: Layout) -> Any:
-    """Order the columns of validation rows as those of the training rows; return a fraction unchanged."""
-    if isinstance(validation, tuple) and len(validation) == 2:
-        data, context = validation
-        return layout.pick("fit", "validation data", data), context_layout.pick("fit", "validation context", context)
-    return layout.pick("fit", "validation data", validation)
 
 
 def _advice(model: Any, data: Any) -> str:
@@ -288,7 +278,7 @@ def _checked_seed(seed: Any) -> int:
     return checked
 
 
-def _check_batches(model: Any, batches: Batches | StoredBatches, batch_size: int, processes: Processes) -> None:
+def _check_batches(model: Any, batches: Batches, batch_size: int, processes: Processes) -> None:
     if batches.smallest < processes.count:
         raise ValueError(
             f"fit expected a row of each batch for every process, got {batches.smallest} rows for "

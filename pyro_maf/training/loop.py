@@ -17,14 +17,13 @@ from pyro_maf._core.averaging import WeightAverage
 from pyro_maf._core.interruption import Interruption
 from pyro_maf._core.progress import Bar, bar
 from pyro_maf.distributions import Density
+from pyro_maf.tables import Rows
 from pyro_maf.training.batches import Batches
 from pyro_maf.training.checkpoint import Checkpoint, CheckpointFolder, generator_states, set_generator_states
-from pyro_maf.training.data import Rows
 from pyro_maf.training.log import Epoch, Log
 from pyro_maf.training.objective import MaximumLikelihood, Mean
 from pyro_maf.training.plateau import Schedule
 from pyro_maf.training.processes import Processes
-from pyro_maf.training.stored import StoredBatches
 
 __all__ = ["Loop", "State"]
 
@@ -58,7 +57,7 @@ class State:
     """
 
     def __init__(
-        self, density: Density, weights: list[torch.nn.Parameter], batches: Batches | StoredBatches, schedule: Schedule
+        self, density: Density, weights: list[torch.nn.Parameter], batches: Batches, schedule: Schedule
     ) -> None:
         self.density = density
         self.batches = batches
@@ -183,7 +182,7 @@ class Loop:
     def __init__(
         self,
         density: Density,
-        batches: Batches | StoredBatches,
+        batches: Batches,
         held_out: Batches,
         *,
         schedule: Schedule,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf.distributions import Density
-from pyro_maf.training.data import Rows
+from pyro_maf.tables import Rows
 from pyro_maf.training.processes import Processes
 from pyro_maf.transforms import ActNorm, BatchNorm
 

@@ -13,13 +13,13 @@ from torch.distributions.constraints import Constraint
 
 from pyro_maf._core.checks import check_positive
 from pyro_maf._core.random import seeded
-from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
+from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.flows import MAF
 from pyro_maf.support import Support
-from pyro_maf.tables.layout import Layout
-from pyro_maf.training.data import number_of_columns
+from pyro_maf.tables.layout import TableLike, number_of_columns
+from pyro_maf.tables.table import Table, named_rows
 from pyro_maf.training.fitting import fit
-from pyro_maf.transforms import ConditionalFlow, Flow
+from pyro_maf.training.preparation import Model, Validation
 
 __all__ = ["FitOptions", "fit_prior"]
 
@@ -29,7 +29,7 @@ F = TypeVar("F", bound=Callable[..., object])
 class FitOptions(TypedDict, total=False):
     """Options of `pyro_maf.fit` that `fit_prior` forwards to it."""
 
-    validation: Any
+    validation: Validation
     batch_size: int
     max_epochs: int
     patience: int
@@ -53,11 +53,11 @@ def _with_signature_of_options(function: F) -> F:
 
 @_with_signature_of_options
 def fit_prior(
-    data: Any,
-    flow: Flow | Density | ConditionalFlow | ConditionalDensity | None = None,
+    data: TableLike | Table,
+    flow: Model | None = None,
     *,
     support: str | Constraint | Sequence[str | Constraint] | Mapping[Any, str | Constraint] | None = None,
-    context: Any = None,
+    context: TableLike | None = None,
     seed: int = 0,
     **options: Unpack[FitOptions],
 ) -> FlowPrior | ConditionalFlowPrior:
@@ -96,12 +96,13 @@ def fit_prior(
         >>> prior.support.check(prior.sample((5,)))
         tensor([True, True, True, True, True])
     """
-    columns = number_of_columns("data", data)
+    source = named_rows("fit", data, context)
+    columns = number_of_columns("fit", "data", source.data)
     if isinstance(support, Mapping):
-        support = Layout.of(data).spread("fit_prior", "support", support, "real", columns)
+        support = source.columns.spread("fit_prior", "support", support, "real", columns)
     if flow is None:
-        context_dim = 0 if context is None else number_of_columns("context", context)
-        flow = _default_flow(columns, context_dim, support, seed, data)
+        context_dim = 0 if source.context is None else number_of_columns("fit", "context", source.context)
+        flow = _default_flow(columns, context_dim, support, seed, source.data)
     result = fit(flow, data, context=context, support=support, seed=seed, **options)
     return result.density.requires_grad_(False)
 

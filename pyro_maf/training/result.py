@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -13,8 +13,12 @@ from torch import Tensor
 from pyro_maf._core.checks import check_positive
 from pyro_maf._core.torch_state import reference_tensor
 from pyro_maf.distributions import ConditionalDensity, Density, FlowPrior
-from pyro_maf.tables.layout import Layout, check_paired, number_of_rows, numbers, part_of
-from pyro_maf.training.data import Rows
+from pyro_maf.tables import Rows
+from pyro_maf.tables.layout import Layout, TableLike, check_paired, number_of_rows, numbers, part_of
+from pyro_maf.tables.rows import check_context, table_of
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 __all__ = ["FitResult", "log_prob_of"]
 
@@ -81,7 +85,7 @@ class FitResult:
         """Number of epochs."""
         return len(self.validation_loss)
 
-    def score(self, rows: Any, context: Any = None) -> Tensor:
+    def score(self, rows: TableLike, context: TableLike | None = None) -> Tensor:
         """Log-likelihood of each row, (rows,), in nats, in the data's units; without gradient, on the CPU.
 
         Args:
@@ -103,15 +107,11 @@ class FitResult:
         self._check_context("score", context)
         rows = self.layout.pick("score", "rows", rows)
         context = None if context is None else self.context_layout.pick("score", "context", context)
-        if context is not None and number_of_rows(context) != number_of_rows(rows):
-            raise ValueError(
-                "score expected as many rows of context as of rows, "
-                f"got {number_of_rows(context)} and {number_of_rows(rows)}."
-            )
-        check_paired("score", "rows", rows, context)
+        if context is not None:
+            check_paired("score", "rows", rows, "context", context)
         return torch.cat([torch.empty(0), *log_prob_of(self.density, rows, context)])
 
-    def sample(self, number: int, context: Any = None) -> Any:
+    def sample(self, number: int, context: TableLike | None = None) -> Tensor | DataFrame | dict[str, Tensor]:
         """Draw new rows, in the form of the fitted data: a data frame, a dictionary or a tensor.
 
         They are drawn with torch's global random state.
@@ -140,16 +140,10 @@ class FitResult:
     def _takes_context(self) -> bool:
         return bool(self.density.unwrapped.context_dim)
 
-    def _check_context(self, who: str, context: Any) -> None:
-        if self._takes_context and context is None:
-            names = self.context_layout.labels
-            which = f", with the columns {', '.join(names)}" if names else ""
-            raise ValueError(
-                f"{who} expected context with {self.density.unwrapped.context_dim} columns{which}, got none: "
-                "the density depends on it."
-            )
-        if context is not None and not self._takes_context:
-            raise ValueError(f"{who} got context for a density that takes none: leave it out.")
+    def _check_context(self, who: str, context: TableLike | None) -> None:
+        names = self.context_layout.labels
+        which = f", with the columns {', '.join(names)}" if names else ""
+        check_context(who, "context", context, self.density.unwrapped.context_dim, more=which)
 
     def __repr__(self) -> str:
         steps = "1 step" if self.skipped_steps == 1 else f"{self.skipped_steps} steps"
@@ -164,7 +158,9 @@ class FitResult:
         )
 
 
-def log_prob_of(density: Density | ConditionalDensity, rows: Any, context: Any = None) -> Iterator[Tensor]:
+def log_prob_of(
+    density: Density | ConditionalDensity, rows: TableLike, context: TableLike | None = None
+) -> Iterator[Tensor]:
     """Iterate over the log-densities of blocks of rows, (block,) each, in nats; without gradient, on the CPU.
 
     Args:
@@ -187,17 +183,11 @@ def log_prob_of(density: Density | ConditionalDensity, rows: Any, context: Any =
         block = slice(start, start + size)
         with torch.no_grad():
             at = inner
-            if conditional is not None:
+            if conditional is not None and context is not None:
                 features = _table("context", part_of(context, block), inner.context_dim)
                 at = conditional.condition(features.to(device, context_dtype))
             yield at.log_prob(_table("rows", part_of(rows, block), width).to(device, dtype)).cpu()
 
 
-def _table(role: str, value: Any, width: int) -> Tensor:
-    """Convert rows to a table of `width` columns; a vector is one column."""
-    table = numbers("score", role, value)
-    if table.dim() == 1 and width == 1:
-        table = table[:, None]
-    if table.dim() != 2 or table.shape[1] != width:
-        raise ValueError(f"score expected {role} of shape (rows, {width}), as in the fit, got {tuple(table.shape)}.")
-    return table
+def _table(role: str, value: TableLike, width: int) -> Tensor:
+    return table_of("score", role, value, width, "as in the fit")

@@ -9,19 +9,19 @@ import math
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pyro_maf.support import Support
-from pyro_maf.tables.layout import part_of
-from pyro_maf.training.data import column_labels, number_of_columns, some_rows
+from pyro_maf.tables import MappedRows, Reader, Rows
 from pyro_maf.training.plateau import Schedule
 
 __all__ = ["announce", "screen_data", "screen_ending"]
 
-Array = np.ndarray[Any, np.dtype[Any]]
+Array = NDArray[np.float64]
 
 MOST_ROWS = 10_000
 MOST_NUMBERS = 4_000_000
@@ -69,38 +69,60 @@ class _Finding(NamedTuple):
     detail: str
 
 
-def screen_data(data: Any, context: Any, support: Support) -> list[str]:
-    """Warnings about the columns of the arguments of `fit`, a line each.
+def screen_data(rows: Rows | MappedRows, reader: Reader) -> list[str]:
+    """Warnings about the columns of the data and the context of a fit, a line each.
 
     Args:
-        data, context: Arguments of `fit`, checked; context may be None.
-        support: The support of the data. Tails are those of the unconstrained values.
+        rows: The rows.
+        reader: Their reader, for the names of columns and the support. Tails are those of the unconstrained values.
 
     Cost: some sorting of at most 10,000 rows.
 
     Example:
-        >>> rows = np.random.default_rng(0).normal(size=(500, 2))
-        >>> screen_data(rows, None, Support("fit", "real", 2))
+        >>> reader = Reader("fit", 2, 0, support=Support("fit", "real", 2))
+        >>> rows = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+        >>> screen_data(Rows(rows, None), reader)
         []
-        >>> screen_data(rows.round(), None, Support("fit", "real", 2))[0].partition(":")[0]
-        'fit found few distinct values in column 0 (8 in 500 rows) and column 1 (8 in 500 rows)'
+        >>> screen_data(Rows(rows.round(), None), reader)[0].partition(":")[0]
+        'fit found few distinct values in column 0 (7 in 500 rows) and column 1 (8 in 500 rows)'
     """
-    width = 0 if context is None else number_of_columns("context", part_of(context, slice(1)))
-    most = min(MOST_ROWS, max(100, MOST_NUMBERS // (support.event_size + width)))
-    rows = some_rows("data", data, support.event_size, most)
-    labels = column_labels(data, rows.shape[1])
-    given = np.zeros((len(rows), 0)) if context is None else some_rows("context", context, width, most)
-    given_labels = [f"context {label}" for label in column_labels(context, width)]
-    unconstrained = support.unconstrain(torch.from_numpy(rows))[0].numpy()
-    free = rows[:, : unconstrained.shape[1]]  # the last of a simplex follows from the others
-    ordered = np.sort(rows, 0)
+    width, context_width = reader.width, reader.context_width
+    drawn = _some_rows(rows, min(MOST_ROWS, max(100, MOST_NUMBERS // (width + context_width))))
+    data = drawn.data.double().numpy()
+    labels = [reader.labels.column(column) for column in range(width)]
+    context = np.zeros((len(data), 0)) if drawn.context is None else drawn.context.double().numpy()
+    context_labels = [f"context {reader.context_labels.column(column)}" for column in range(context_width)]
+    support = reader.support or Support("fit", "real", width)
+    unconstrained = support.unconstrain(torch.from_numpy(data))[0].numpy()
+    free = data[:, : unconstrained.shape[1]]  # the last of a simplex follows from the others
+    values, tails = _screen_values(data, unconstrained, labels, support)
+    dependent = _dependent(np.concatenate([context, free], 1), [*context_labels, *labels], context_width)
+    found = [*values, dependent, *tails, *(_screen_context(context, context_labels) if context_width else ())]
+    return [line for line in found if line]
+
+
+def _some_rows(rows: Rows | MappedRows, most: int) -> Rows:
+    """Draw rows, always the same for the same number of rows; of those on disk no others are read."""
+    total = len(rows.data)
+    if total <= most:
+        return rows.take(slice(None))
+    return rows.take(torch.from_numpy(np.sort(np.random.default_rng(0).choice(total, most, replace=False))))
+
+
+def _screen_values(
+    data: Array, unconstrained: Array, labels: Sequence[str], support: Support
+) -> tuple[list[str], list[str]]:
+    """Lines on the values of each column of data, and on its tails."""
+    ordered = np.sort(data, 0)
     few = _few_values(ordered)
     atoms = _without(_atoms(ordered), few)
     tails = _without(_heavy_tails(unconstrained), [*few, *atoms])
     takes_logarithm = {
-        column for column in range(free.shape[1]) if support.name_of(column) == "real" and ordered[0, column] > 0
+        column
+        for column in range(unconstrained.shape[1])
+        if support.name_of(column) == "real" and ordered[0, column] > 0
     }
-    found = [
+    return [
         _line(
             "few distinct values",
             few,
@@ -115,7 +137,7 @@ def screen_data(data: Any, context: Any, support: Support) -> list[str]:
             "a density of real numbers rises without bound there. Leave those rows out, or say by a column of context "
             "which they are and add noise to them",
         ),
-        _dependent(np.concatenate([given, free], 1), [*given_labels, *labels], width),
+    ], [
         _line(
             "heavy tails",
             [finding for finding in tails if finding.column in takes_logarithm],
@@ -131,9 +153,6 @@ def screen_data(data: Any, context: Any, support: Support) -> list[str]:
             "errors",
         ),
     ]
-    if width:
-        found += _screen_context(given, given_labels)
-    return [line for line in found if line]
 
 
 def screen_ending(losses: Sequence[float], schedule: Schedule, *, has_more: bool, has_skipped: bool) -> list[str]:

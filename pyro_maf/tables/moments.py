@@ -1,4 +1,4 @@
-"""Units of columns: a location and a scale that are robust to a few outliers."""
+"""Moments of columns: a location and a scale that are robust to a few outliers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Moments", "Units", "context_units_of", "units_of"]
+__all__ = ["Moments", "RunningMoments", "context_moments_of", "moments_of"]
 
 BLOCK_ROWS = 2**16
 NORMAL_QUARTILES = 1.3490
@@ -19,18 +20,18 @@ MOST_BEYOND = 0.1
 OUTLIERS = 0.005
 
 
-class Units(NamedTuple):
-    """Location and scale of each column, in float64."""
+class Moments(NamedTuple):
+    """Location and scale of each column, (D,) each, in float64."""
 
     loc: Tensor
     scale: Tensor
 
-    def float(self) -> Units:
+    def float(self) -> Moments:
         """Round to float32."""
-        return Units(self.loc.float(), self.scale.float())
+        return Moments(self.loc.float(), self.scale.float())
 
 
-class Moments:
+class RunningMoments:
     """Mean, variance and range of columns, accumulated block by block in float64.
 
     Sums are taken in units of a power of two of the first block's size, so that squares neither overflow nor vanish.
@@ -39,10 +40,10 @@ class Moments:
         low, high: The range of each column so far.
 
     Example:
-        >>> moments = Moments()
+        >>> running = RunningMoments()
         >>> for block in (torch.tensor([[1.0], [2.0]]), torch.tensor([[6.0]])):
-        ...     moments.add(block)
-        >>> moments.units().loc, moments.high
+        ...     running.add(block)
+        >>> running.moments().loc, running.high
         (tensor([3.], dtype=torch.float64), tensor([6.], dtype=torch.float64))
     """
 
@@ -66,13 +67,13 @@ class Moments:
         self.low, self.high = self.low.minimum(low), self.high.maximum(high)
         self._rows = total
 
-    def units(self) -> Units:
+    def moments(self) -> Moments:
         """Return mean and standard deviation; a constant column has scale 1."""
         deviation = (self._squares / self._rows).sqrt() * self._size
-        return Units(self._mean * self._size, torch.where(deviation > 0, deviation, torch.ones_like(deviation)))
+        return Moments(self._mean * self._size, torch.where(deviation > 0, deviation, torch.ones_like(deviation)))
 
 
-def units_of(table: Tensor, most_beyond: float = 1.0) -> Units:
+def moments_of(table: Tensor, most_beyond: float = 1.0) -> Moments:
     r"""Return mean and standard deviation of the columns of `table`, its outliers moved to a fence; in float64.
 
     The fence lies 10 standard deviations on either side of the median, those of a normal distribution with the column's
@@ -90,28 +91,29 @@ def units_of(table: Tensor, most_beyond: float = 1.0) -> Units:
 
     Example:
         >>> rows = torch.tensor([[1.0, 7.0], [3.0, 7.0]])
-        >>> units_of(rows).loc.tolist(), units_of(rows).scale.tolist()
+        >>> moments_of(rows).loc.tolist(), moments_of(rows).scale.tolist()
         ([2.0, 7.0], [1.0, 1.0])
         >>> normal = torch.randn(9000, 1, generator=torch.Generator().manual_seed(0))
         >>> normal[0] = 1e6
-        >>> round(units_of(normal).scale.item(), 1)
+        >>> round(moments_of(normal).scale.item(), 1)
         1.0
     """
-    low, high = _fences(table, most_beyond)
-    moments = Moments()
+    # A column at a time: a sorted copy of all of them might not fit.
+    fences = [_fence(column.double().numpy(), most_beyond) for column in table.detach().unbind(1)]
+    low, high = torch.tensor(fences, dtype=torch.float64).reshape(-1, 2).unbind(1)
+    running = RunningMoments()
     for block in table.split(BLOCK_ROWS):
-        moments.add(block.double().clamp(low, high))
-    return moments.units()
+        running.add(block.double().clamp(low, high))
+    return running.moments()
 
 
-def context_units_of(table: Tensor) -> Units:
-    """Units of a context: as `units_of`, but with a fence against a few outliers only, up to one row in 200.
+def context_moments_of(table: Tensor) -> Moments:
+    """Moments of a context: as `moments_of`, but with a fence against a few outliers only, up to one row in 200.
 
     A network takes a context linearly: in units of its bulk, the rows of a heavy tail would be so far out that they
-        would
-    dominate the steps of a fit.
+    would dominate the steps of a fit.
     """
-    return units_of(table, OUTLIERS)
+    return moments_of(table, OUTLIERS)
 
 
 def _power_of_two(value: Tensor) -> Tensor:
@@ -119,15 +121,8 @@ def _power_of_two(value: Tensor) -> Tensor:
     return torch.where(value > 0, torch.ldexp(torch.ones_like(value), value.frexp().exponent - 1), 1.0)
 
 
-def _fences(table: Tensor, most_beyond: float) -> tuple[Tensor, Tensor]:
-    """Lower and upper fence of each column, (D,) each."""
-    # A column at a time: a sorted copy of all of them might not fit.
-    fences = [_fence(column.double().numpy(), most_beyond) for column in table.detach().unbind(1)]
-    low, high = zip(*fences, strict=True)
-    return torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
-
-
-def _fence(column: np.ndarray[tuple[int, ...], np.dtype[np.float64]], most_beyond: float) -> tuple[float, float]:
+def _fence(column: NDArray[np.float64], most_beyond: float) -> tuple[float, float]:
+    """Lower and upper fence of a column."""
     tail, low, median, high, other_tail = np.quantile(column, [0.05, 0.25, 0.5, 0.75, 0.95])
     reach = FENCE * (high - low) / NORMAL_QUARTILES
     apart = np.abs(column - median)

@@ -1,0 +1,272 @@
+"""Rows on disk, too many for memory: checks, split and moments from a few blocks of them at a time."""
+
+from __future__ import annotations
+
+import copy
+import math
+import mmap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeGuard
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pyro_maf.support import Support
+from pyro_maf.tables.layout import NUMERIC_KINDS, TableLike, part_of
+from pyro_maf.tables.moments import Moments, RunningMoments
+from pyro_maf.tables.rows import LEAST_HELD_OUT, Hashes, Reader, Rows, Split, Standard, hash_rows, mixed
+
+__all__ = ["MappedRows", "is_mapped"]
+
+IN_MEMORY = 2**29
+BLOCK_BYTES = 2**20
+MOST_HELD = 2**18
+MOST_MEASURED = 2**16
+COUNTED = 0.1
+"""Fraction of the rows whose copies are counted if none are held out."""
+
+Mapped = np.memmap[tuple[int, ...], np.dtype[np.generic]]
+Counts = NDArray[np.int64]
+"""Number of occurrences of each hash, (hashes,)."""
+
+
+def is_mapped(data: object) -> TypeGuard[Mapped]:
+    """True if `data` is mapped from a file that is too large to be read into memory as a whole."""
+    return isinstance(data, np.memmap) and data.dtype.kind in NUMERIC_KINDS and data.nbytes > IN_MEMORY
+
+
+class MappedRows:
+    """A table that is mapped from a file and, for a conditional model, one of its context, read in blocks of rows.
+
+    `split` holds out a pseudo-random choice of rows, always the same. It depends on the values of a row, so that equal
+    rows stay together. A row with more copies than the number of validation rows is for training; if that leaves fewer
+    than 3 distinct validation rows, the choice depends on the position of a row in its block.
+
+    Args:
+        data: (rows, D), a `numpy.memmap`.
+        context: (rows, C), or None.
+        reader: Conversion and checks of the rows.
+
+    Attributes:
+        block: Number of rows of a block.
+        starts: Index of the first row of each block.
+        sizes: Number of training rows in each block, after `split`.
+        dtypes: Dtypes of data and context as they are read.
+
+    Raises:
+        ValueError: For wrong shapes, and for a context missing, superfluous or of another length.
+    """
+
+    def __init__(self, data: Mapped, context: TableLike | None, reader: Reader) -> None:
+        if context is not None:
+            reader.check_paired(data, context)
+        self.data = data
+        self.context = context
+        self.block = max(64, BLOCK_BYTES // ((reader.width + reader.context_width) * data.dtype.itemsize))
+        self.starts = range(0, len(data), self.block)
+        self.sizes: list[int] = []
+        self._reader = reader
+        self._choice = _Choice()
+        self._sample: Rows | None = None
+        self._leaves = False
+        self._density: Standard | None = None
+        self.dtypes = self.take(slice(0, self.block)).dtypes
+
+    def take(self, index: slice | Tensor) -> Rows:
+        """Read rows, in their stored precision.
+
+        Raises:
+            InputError: For values that are not finite or not inside the support.
+        """
+        places: Sequence[int] = range(len(self.data))[index] if isinstance(index, slice) else index.tolist()
+        at = index if isinstance(index, slice) else index.numpy()
+        context = None if self.context is None else part_of(self.context, at)
+        try:
+            return self._reader.read(part_of(self.data, at), context, places)
+        finally:
+            for table in (self.data, self.context):
+                _release(table)
+
+    def read(self, blocks: Iterable[int]) -> Rows:
+        """Read the training rows of blocks, in the dtypes of the density of `rounded_for`."""
+        return _joined([self._training(self.starts[number]) for number in blocks])
+
+    def sample(self) -> Rows:
+        """Read training rows from all over the file, up to a limit of memory."""
+        share = min(1.0, MOST_HELD / sum(self.sizes))
+        return _joined([self._choice.some(share, start, self._training(start)) for start in self.starts])
+
+    def rounded_for(self, density: Standard) -> MappedRows:
+        """Return the same rows in the dtypes of `density`; those too far out for that of its model are refused."""
+        rounded = copy.copy(self)
+        rounded._density = density
+        return rounded
+
+    def moments(self, support: Support) -> tuple[Moments, Moments | None]:
+        """Return moments as `Rows.moments`, from a sample of the training rows; after `split`."""
+        sample = self.sample() if self._sample is None else self._sample
+        return sample.moments(support)
+
+    def leaves(self, support: Support) -> bool:
+        """Return whether values leave the support, as `Rows.leaves`; after `split`."""
+        return self._leaves
+
+    def split(self, fraction: float, generator: torch.Generator) -> Split[MappedRows]:
+        """Hold out rows as `Rows.split`, by the seed of `generator`, and no more than a limit of memory.
+
+        Cost: two passes over the file, the first one of which checks every row.
+
+        Raises:
+            InputError: As `take`, and for columns that do not vary.
+        """
+        fraction = min(fraction, MOST_HELD / len(self.data))
+        training = copy.copy(self)
+        repeats = training._survey(fraction, generator.initial_seed())
+        held_out, places, sample = [], [], []
+        share = min(1.0, MOST_MEASURED / sum(training.sizes))
+        for start in self.starts:
+            rows = self._whole(start)
+            aside = training._choice.mask(start, rows)
+            held_out.append(rows.take(aside))
+            places.append(start + aside.nonzero()[:, 0])
+            sample.append(training._choice.some(share, start, rows.take(~aside)))
+        training._sample = _joined(sample)
+        return Split(training, _joined(held_out), torch.cat(places), repeats)
+
+    def _survey(self, fraction: float, seed: int) -> int:
+        """Scan every row once: choose the validation rows, count the others, and return the number of repeats."""
+        of_data, of_context = RunningMoments(), RunningMoments()
+        # Somewhat more than are to be held out, as a margin for chance.
+        share = min(1.0, 1.5 * (fraction or min(COUNTED, MOST_HELD / len(self.data))) + 30 / len(self.data))
+        counted = []
+        for start in self.starts:
+            rows = self._whole(start)
+            of_data.add(rows.data)
+            if rows.context is not None:
+                of_context.add(rows.context)
+            self._leaves = self._leaves or (self._reader.support is not None and rows.leaves(self._reader.support))
+            hashes = hash_rows(rows)
+            counted.append(np.unique(hashes[_lot_of(hashes, seed) < share], return_counts=True))
+        self._reader.check_varying(of_data.low, of_data.high)
+        if self.context is not None:
+            self._reader.check_varying(of_context.low, of_context.high, of_context=True)
+        hashes, number = _tallied(counted)
+        self._choice = _Choice.of(hashes, number, fraction, len(self.data), seed)
+        lengths = [min(self.block, len(self.data) - start) for start in self.starts]
+        self.sizes = [
+            length - self._choice.count(length, *block) for length, block in zip(lengths, counted, strict=True)
+        ]
+        # Either all copies of a row are counted or none.
+        return round(len(self.data) * (1 - len(number) / max(1, number.sum())))
+
+    def _whole(self, start: int) -> Rows:
+        return self.take(slice(start, start + self.block))
+
+    def _training(self, start: int) -> Rows:
+        """Read the training rows of the block that begins at row `start`."""
+        rows = self._whole(start)
+        aside = self._choice.mask(start, rows)
+        if self._density is not None:
+            rows = rows.rounded_for(self._density)
+            self._reader.check_rounded(rows, self._density, range(start, start + self.block))
+        return rows.take(~aside)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Choice of validation rows, by default none.
+
+    Attributes:
+        fraction: Fraction of the rows.
+        seed: Seed of the choice.
+        threshold: Those with a lower lot are chosen; None if the choice depends on the position in a block.
+        for_training: Hashes of the rows with too many copies.
+    """
+
+    fraction: float = 0.0
+    seed: int = 0
+    threshold: float | None = None
+    for_training: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
+
+    @classmethod
+    def of(cls, hashes: Hashes, number: Counts, fraction: float, rows: int, seed: int) -> _Choice:
+        """Choose validation rows.
+
+        Args:
+            hashes: Hashes of a random part of the rows, and of all that are to be held out.
+            number: Number of copies of each.
+            fraction, seed: As attributes.
+            rows: Number of all rows.
+        """
+        most = fraction * rows
+        many = number > most
+        lots = _lot_of(hashes[~many], seed)
+        order = lots.argsort()
+        within = int((number[~many][order].cumsum() <= most).sum())
+        threshold = None if within < LEAST_HELD_OUT else float(lots[order[within - 1]])
+        return cls(fraction, seed, threshold, hashes[many])
+
+    def mask(self, start: int, rows: Rows) -> Tensor:
+        """Mask of the validation rows among those of a whole block that begins at row `start`."""
+        if not self.fraction:
+            return torch.zeros(len(rows.data), dtype=torch.bool)
+        if self.threshold is None:
+            return self._shuffled(start, len(rows.data)) < self._at_a_place(len(rows.data))
+        return torch.from_numpy(self._is_drawn(hash_rows(rows), self.threshold))
+
+    def count(self, length: int, hashes: Hashes, number: Counts) -> int:
+        """Count the validation rows of a block of some length, with these hashes of candidates."""
+        if not self.fraction:
+            return 0
+        if self.threshold is None:
+            return self._at_a_place(length)
+        return int(number[self._is_drawn(hashes, self.threshold)].sum())
+
+    def some(self, share: float, start: int, rows: Rows) -> Rows:
+        """Draw a fraction of the rows of a block."""
+        return rows.take(self._shuffled(start, len(rows.data))[: math.ceil(share * len(rows.data))])
+
+    def _is_drawn(self, hashes: Hashes, threshold: float) -> NDArray[np.bool_]:
+        return (_lot_of(hashes, self.seed) <= threshold) & ~np.isin(hashes, self.for_training)
+
+    def _at_a_place(self, length: int) -> int:
+        return min(math.ceil(self.fraction * length), length - 1)
+
+    def _shuffled(self, start: int, length: int) -> Tensor:
+        return torch.randperm(length, generator=torch.Generator().manual_seed(self.seed + start))
+
+
+def _lot_of(hashes: Hashes, seed: int) -> NDArray[np.float64]:
+    """Return a pseudo-random number between 0 and 1 for each hash; it depends on `seed`."""
+    return mixed(hashes ^ np.uint64(seed)) / 2.0**64
+
+
+def _tallied(blocks: Sequence[tuple[Hashes, Counts]]) -> tuple[Hashes, Counts]:
+    """Merge the hashes of several blocks: the distinct ones in ascending order, and their total counts.
+
+    Example:
+        >>> blocks = [(np.array([5, 7], np.uint64), np.array([1, 1])), (np.array([5], np.uint64), np.array([3]))]
+        >>> _tallied(blocks)
+        (array([5, 7], dtype=uint64), array([4, 1]))
+    """
+    hashes, numbers = zip(*blocks, strict=True)
+    distinct, place = np.unique(np.concatenate(hashes), return_inverse=True)
+    total = np.zeros(len(distinct), np.int64)
+    np.add.at(total, place, np.concatenate(numbers))
+    return distinct, total
+
+
+def _release(table: object) -> None:
+    """Release the pages that were read; otherwise the whole file would become resident."""
+    file = getattr(table, "_mmap", None)
+    # Not for a private copy, whose changes would be lost.
+    if isinstance(file, mmap.mmap) and hasattr(file, "madvise") and getattr(table, "mode", None) != "c":
+        file.madvise(mmap.MADV_DONTNEED)
+
+
+def _joined(parts: Sequence[Rows]) -> Rows:
+    context = [rows.context for rows in parts if rows.context is not None]
+    return Rows(torch.cat([rows.data for rows in parts]), torch.cat(context) if context else None)

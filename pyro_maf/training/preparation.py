@@ -1,0 +1,255 @@
+"""Rows for a fit: read and checked, divided, standardised and rounded, each once and in this order."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
+from pyro_maf.distributions.units import float32_holds
+from pyro_maf.support import Support
+from pyro_maf.tables import MappedRows, Reader, Rows, rows_of
+from pyro_maf.tables.layout import Layout, TableLike
+from pyro_maf.tables.moments import Moments
+from pyro_maf.tables.rows import Labels, repeat_as_a_whole
+from pyro_maf.tables.table import NamedRows, Table, named_rows
+from pyro_maf.training.screening import screen_data
+from pyro_maf.transforms import ConditionalFlow, Flow
+
+__all__ = ["Fitted", "Model", "Prepared", "Validation", "prepare"]
+
+Model: TypeAlias = Flow | ConditionalFlow | Density | ConditionalDensity
+Fitted: TypeAlias = FlowPrior | ConditionalFlowPrior
+Validation: TypeAlias = float | TableLike | Table | tuple[TableLike, TableLike | None] | None
+
+VALIDATION_FRACTION = 0.1
+MENTIONED = 0.01
+COARSE = 0.05
+FAR = 1000.0
+
+
+class Prepared(NamedTuple):
+    """A density in the units of its training rows, and the rows of a fit in its dtypes.
+
+    Attributes:
+        density: The density to fit.
+        training: Training rows, in memory or on disk.
+        held_out: Validation rows.
+        places: Indices of these in the data, from 0; None if they were passed separately.
+        rows: Number of rows of the data.
+        repeats: Number of rows that repeat an earlier one; an estimate for rows on disk.
+        moments: Moments of the unconstrained columns of the training data, and of those of its context, if any.
+        generator: Generator of the order of batches.
+        warnings: Possible failures, a line each.
+    """
+
+    density: Fitted
+    training: Rows | MappedRows
+    held_out: Rows
+    places: Tensor | None
+    rows: int
+    repeats: int
+    moments: tuple[Moments, Moments | None]
+    generator: torch.Generator
+    warnings: list[str]
+
+    def digest(self) -> str:
+        """Fingerprint of the moments and the validation rows."""
+        hashed = hashlib.sha256(str(len(self.training.data)).encode())
+        of_data, of_context = self.moments
+        for tensor in (*of_data, *(of_context or ()), *self.held_out):
+            if tensor is not None:
+                hashed.update(tensor.numpy().tobytes())
+        return hashed.hexdigest()
+
+
+def prepare(
+    model: Model, source: NamedRows, validation: Validation, support: Support, *, dtype: torch.dtype, seed: int
+) -> Prepared:
+    """Prepare a model and the rows for `fit`, on the CPU.
+
+    Args:
+        model, validation, seed: As in `fit`.
+        source: Data and context.
+        support: The support of the data.
+        dtype: Dtype of the model.
+
+    Raises:
+        ValueError, TypeError: As in `fit`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    fraction, apart = _validation(model, source, validation, support)
+    reader = _reader(model, source, support)
+    rows = rows_of(source.data, source.context, reader)
+    if isinstance(rows, Rows):
+        reader.check_training(rows)
+    split = rows.split(fraction, generator)
+    moments = _as_precise(split.training.moments(support), rows.dtypes, dtype)
+    leaves = split.training.leaves(support) or split.held_out.leaves(support)
+    density = _in_units(model, support, moments, leaves=leaves)
+    prior = density.unwrapped
+    warnings = [*_on_repeats(rows, split.repeats), *_on_rounding(prior, moments, reader), *screen_data(rows, reader)]
+    if isinstance(rows, Rows):
+        reader.check_rounded(rows.rounded_for(prior), prior)
+    held_out, places = split.held_out.rounded_for(prior), split.places
+    if apart is None:
+        reader.check_rounded(held_out, prior, places.tolist())
+        held_out, places, omissions = _without_far_rows(held_out, places, prior, reader.labels)
+        warnings += omissions
+    else:
+        apart_rows, apart_reader = apart
+        held_out = apart_rows.rounded_for(prior)
+        apart_reader.check_rounded(held_out, prior)
+    return Prepared(
+        density=density,
+        training=split.training.rounded_for(prior),
+        held_out=held_out,
+        places=None if apart else places,
+        rows=len(rows.data),
+        repeats=split.repeats,
+        moments=moments,
+        generator=generator,
+        warnings=warnings,
+    )
+
+
+def _validation(
+    model: Model, source: NamedRows, validation: Validation, support: Support
+) -> tuple[float, tuple[Rows, Reader] | None]:
+    """Return the fraction of rows to hold out, or else the validation rows that were passed, with their reader."""
+    if validation is None or isinstance(validation, (int, float)):
+        fraction = VALIDATION_FRACTION if validation is None else float(validation)
+        if not 0 < fraction < 1:
+            raise ValueError(f"fit expected validation as a part between 0 and 1, or as data, got {validation!r}.")
+        return fraction, None
+    parts = validation if isinstance(validation, tuple) else (validation, None)
+    if len(parts) != 2:
+        raise ValueError(f"fit expected validation as data or a tuple (data, context), got a tuple of {len(parts)}.")
+    data, context = cast("tuple[TableLike | Table, TableLike | None]", parts)
+    if not isinstance(data, Table):
+        data = Layout.of(source.data).pick("fit", "validation data", data)
+    if context is not None:
+        context = Layout.of(source.context).pick("fit", "validation context", context)
+    given = named_rows("fit", data, context)
+    reader = _reader(model, given, support, "validation ")
+    return 0.0, (reader.read(given.data, given.context), reader)
+
+
+def _reader(model: Model, rows: NamedRows, support: Support, role: str = "") -> Reader:
+    """Return the reader of rows for a model; a simplex has one column more than the model."""
+    who = type(model).__name__
+    more = ", and 1 for a simplex" * (support.event_size - model.input_dim)
+    return Reader(
+        who="fit",
+        width=support.event_size,
+        context_width=model.context_dim,
+        taker=f"{who}, which takes none: leave it out or build a conditional model",
+        sizes=(f"input_dim of {who}{more}", f"context_dim of {who}"),
+        labels=rows.labels,
+        context_labels=rows.context_labels,
+        support=support,
+        role=role,
+    )
+
+
+def _as_precise(
+    moments: tuple[Moments, Moments | None], dtypes: tuple[torch.dtype, torch.dtype], dtype: torch.dtype
+) -> tuple[Moments, Moments | None]:
+    """Round moments to float32 where both the model, of `dtype`, and the rows are of float32."""
+    of_data, of_context = moments
+    if torch.float64 not in (dtype, dtypes[0]):
+        of_data = of_data.float()
+    if of_context is not None and torch.float64 not in (dtype, dtypes[1]):
+        of_context = of_context.float()
+    return of_data, of_context
+
+
+def _in_units(model: Model, support: Support, moments: tuple[Moments, Moments | None], *, leaves: bool) -> Fitted:
+    """Return the model on its support, standardised by the training rows; a prior keeps its units.
+
+    Args:
+        model, support: As in `prepare`.
+        moments: Moments of the unconstrained data, and of the context.
+        leaves: True if values leave the support when rounded to float32.
+
+    Raises:
+        ValueError: For a model with a batch shape.
+    """
+    if isinstance(model, FlowPrior) and model.context_dim:
+        units = {name: getattr(model, name) for name in ("loc", "scale", "context_loc", "context_scale")}
+        return ConditionalFlowPrior(model.model, support=support.name, **units)
+    if isinstance(model, (FlowPrior, ConditionalFlowPrior)):
+        return model
+    (loc, scale), of_context = moments
+    if of_context is None and isinstance(model, (Flow, Density)):
+        density: Fitted = FlowPrior(model, support=support.name, loc=loc, scale=scale)
+    else:
+        context_loc, context_scale = of_context or (None, None)
+        density = ConditionalFlowPrior(
+            model, support=support.name, loc=loc, scale=scale, context_loc=context_loc, context_scale=context_scale
+        )
+    prior = density.unwrapped
+    if prior.batch_shape:
+        raise ValueError(
+            f"fit expected a single density, got {prior.model.name} with batch shape {tuple(prior.batch_shape)}: "
+            "where that is of a context, leave the condition out and give it as context=."
+        )
+    if leaves:
+        prior.units.widen()
+    return density
+
+
+def _on_repeats(rows: Rows | MappedRows, repeats: int) -> list[str]:
+    """Return a line on rows that repeat, unless they are few, or repeat because their values are few."""
+    total = len(rows.data)
+    if repeats < MENTIONED * total:
+        return []
+    if not repeat_as_a_whole(rows if isinstance(rows, Rows) else rows.take(slice(rows.block))):
+        return []
+    return [
+        f"fit found {repeats:,} of {total:,} rows to repeat an earlier one: all copies of a row are on one "
+        "side of the divide, for training or for validation. Draws of a chain, or resampled ones, tell as much as "
+        "the distinct rows among them."
+    ]
+
+
+def _on_rounding(prior: FlowPrior, moments: tuple[Moments, Moments | None], reader: Reader) -> list[str]:
+    """Return a line on columns of data, and of context, for which the dtype of the density's values is too coarse."""
+    of_data, of_context = moments
+    lines = _coarse("", of_data, prior.units.support, prior.dtype, reader.labels)
+    if of_context is not None:
+        lines += _coarse("context ", of_context, None, prior.context_dtype, reader.context_labels)
+    return lines
+
+
+def _coarse(role: str, moments: Moments, support: Support | None, dtype: torch.dtype, labels: Labels) -> list[str]:
+    if dtype == torch.float64:
+        return []
+    coarse = (~float32_holds(*moments, support, resolution=COARSE)).nonzero()[:1, 0].tolist()
+    return [
+        f"fit takes {role}{labels.column(column)} in float32, which has few different values there, "
+        f"{moments.loc[column].item():.8g} +- {moments.scale[column].item():.2g}: subtract what the rows have in "
+        "common while they are in float64, or fit a model in float64, model.double(), to rows in float64."
+        for column in coarse
+    ]
+
+
+def _without_far_rows(
+    held_out: Rows, places: Tensor, prior: FlowPrior, labels: Labels
+) -> tuple[Rows, Tensor, list[str]]:
+    """Drop validation rows that lie over a thousand scales from the bulk; also return a line on these, if any.
+
+    The log-likelihood of one would outweigh that of all others, and select the epoch.
+    """
+    far = (prior.standardised(held_out.data).abs() > FAR).any(1)
+    if far.all() or not far.any():
+        return held_out, places, []
+    line = (
+        f"fit left {int(far.sum()):,} of the validation rows out, the first of them "
+        f"{labels.row(int(places[far].min()))}: over 1,000 scales from the bulk, one would outweigh all others in the "
+        "choice of the best epoch. Look at them, and give rows that count as validation=."
+    )
+    return held_out.take(~far), places[~far], [line]
