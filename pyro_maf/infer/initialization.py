@@ -52,7 +52,7 @@ class Normal(NamedTuple):
     @classmethod
     def isotropic(cls, loc: Tensor, scale: float) -> Normal:
         """Return a normal with the same scale in every direction."""
-        return cls(loc, scale * torch.eye(len(loc), dtype=loc.dtype, device=loc.device))
+        return cls(loc, scale * _identity(loc))
 
 
 def best_normal(log_density: Score, loc: Tensor, *, vectorised: bool = True) -> Normal:
@@ -184,7 +184,7 @@ def _bounds(log_density: Score, candidates: list[Normal], noise: Tensor) -> Tens
 
 def _newton(log_density: Score, loc: Tensor, vectorised: bool) -> Iterator[list[Normal]]:
     """Candidates at each point of a damped Newton ascent."""
-    yield [Normal.isotropic(loc, scale) for scale in ISOTROPIC]
+    yield _isotropic(loc)
     value = -math.inf
     for _ in range(ITERATIONS):
         try:
@@ -198,9 +198,7 @@ def _newton(log_density: Score, loc: Tensor, vectorised: bool) -> Iterator[list[
             yield from _bfgs(log_density, loc, vectorised)
             return
         curvature = _Curvature(-hessian)
-        yield [curvature.normal(loc, largest) for largest in LARGEST_SCALES] + [
-            Normal.isotropic(loc, scale) for scale in ISOTROPIC
-        ]
+        yield [curvature.normal(loc, largest) for largest in LARGEST_SCALES] + _isotropic(loc)
         step = curvature.solve(gradient)
         loc, improved = _line_search(log_density, loc, step, vectorised)
         if improved - value < 1e-4:
@@ -210,8 +208,8 @@ def _newton(log_density: Score, loc: Tensor, vectorised: bool) -> Iterator[list[
 
 def _bfgs(log_density: Score, loc: Tensor, vectorised: bool) -> Iterator[list[Normal]]:
     """Candidates at each point of a BFGS ascent with a short history."""
-    yield [Normal.isotropic(loc, scale) for scale in ISOTROPIC]
-    covariance = torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
+    yield _isotropic(loc)
+    covariance = _identity(loc)
     gradient = _gradient(log_density, loc)
     value = -math.inf
     for iteration in range(4 * ITERATIONS):
@@ -224,14 +222,22 @@ def _bfgs(log_density: Score, loc: Tensor, vectorised: bool) -> Iterator[list[No
         moved, bent = loc - before, gradient_before - gradient
         if moved @ bent > 1e-8 * bent @ bent:
             if iteration % HISTORY == 0:  # forget the curvature of points far away
-                covariance = torch.eye(len(loc), dtype=loc.dtype, device=loc.device) * ((moved @ bent) / (bent @ bent))
+                covariance = _identity(loc) * ((moved @ bent) / (bent @ bent))
             covariance = _updated(covariance, moved, bent)
         if done or iteration % 4 == 3:
             factor, failed = torch.linalg.cholesky_ex(covariance)
             normals = [] if failed else [Normal(loc, factor)]
-            yield normals + [Normal.isotropic(loc, scale) for scale in ISOTROPIC]
+            yield normals + _isotropic(loc)
         if done:
             return
+
+
+def _identity(loc: Tensor) -> Tensor:
+    return torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
+
+
+def _isotropic(loc: Tensor) -> list[Normal]:
+    return [Normal.isotropic(loc, scale) for scale in ISOTROPIC]
 
 
 def _updated(covariance: Tensor, moved: Tensor, bent: Tensor) -> Tensor:

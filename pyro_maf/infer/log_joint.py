@@ -333,7 +333,8 @@ def _contracted(trace: Trace, sites: list[Site], summed: set[str], weigh: Weigh)
     """Sum enumerated discrete sites out of the log-densities of all sites that depend on them."""
     factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
     for site in sites:
-        factors.setdefault(_plates_of(trace, site), []).append(_factor(site))
+        plates = frozenset(trace.plate_to_symbol[frame.name] for frame in frames_of(site))
+        factors.setdefault(plates, []).append(_factor(site))
     scale = _common_scale(sites)
     frames = {trace.plate_to_symbol[frame.name]: frame for site in sites for frame in frames_of(site)}
     return [
@@ -341,10 +342,6 @@ def _contracted(trace: Trace, sites: list[Site], summed: set[str], weigh: Weigh)
         for plates, terms in contract_tensor_tree(factors, summed).items()
         for term in terms
     ]
-
-
-def _plates_of(trace: Trace, site: Site) -> frozenset[str]:
-    return frozenset(trace.plate_to_symbol[frame.name] for frame in frames_of(site))
 
 
 def _factor(site: Site) -> Tensor:

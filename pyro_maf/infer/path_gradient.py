@@ -114,7 +114,7 @@ def _has_enumerated(call: Call, guide: Guide) -> bool:
 def _path_log_prob(site: Site) -> Tensor:
     """Return the log-density of a site's value, as a function of the value alone."""
     fn, value = site["fn"], site["value"]
-    if not isinstance(value, Tensor) or not (value.requires_grad or _depends(site["log_prob_sum"])):
+    if not isinstance(value, Tensor) or not (value.requires_grad or site["log_prob_sum"].requires_grad):
         return site["log_prob_sum"]
     if isinstance(_innermost(fn), Delta):
         return site["log_prob_sum"]  # its density is that of a change of variables, without parameters
@@ -129,10 +129,6 @@ def _path_log_prob(site: Site) -> Tensor:
     if mask is not None:
         log_prob = torch.where(torch.as_tensor(mask, device=log_prob.device), log_prob, 0.0)
     return (log_prob * scale).sum()
-
-
-def _depends(value: object) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _innermost(fn: Distribution) -> Distribution:
