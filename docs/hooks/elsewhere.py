@@ -43,7 +43,8 @@ def _first_page(readme: str) -> str:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Show the copies on pages, whose links are those of the repository."""
+    """Lead to the copies from pages, whose links are those of the repository."""
+    markdown = markdown.replace("](../README.md", "](index.md")
     for picture in PICTURES:
         markdown = markdown.replace(f"(../{picture})", f"(assets/{Path(picture).name})")
     return markdown
