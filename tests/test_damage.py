@@ -22,7 +22,8 @@ from torch import Tensor
 import pyro_maf
 from pyro_maf import MAF, FlowPrior, fit
 from pyro_maf._core.memory_limit import Allowance
-from pyro_maf.training.checkpoint import Checkpoint
+from pyro_maf.saving import write_whole
+from pyro_maf.training.records import Checkpoint
 from tests.fits import gaussian_rows, same, seeded, weights
 
 OPTIONS: dict[str, Any] = {"batch_size": 50, "learning_rate": 1e-2, "progress": False}
@@ -215,7 +216,7 @@ def test_a_checkpoint_that_this_fit_would_not_write_is_refused(seed: int, folder
             del tensors[name]
         else:
             tensors[name] = tensors[name].unsqueeze(0)
-        Checkpoint(tensors, facts).write(path)
+        write_whole(path, Checkpoint(tensors, facts).packed())
         assert is_refused(path, path.read_bytes(), lambda: resumed(folder).density)
 
 
@@ -237,7 +238,7 @@ def test_a_checkpoint_that_this_fit_would_not_write_is_refused(seed: int, folder
 def test_facts_of_another_form_are_refused(name: str, value: Any, folder: Path) -> None:
     path = folder / "checkpoint.safetensors"
     found = Checkpoint.read(path)
-    Checkpoint(found.tensors, {**found.facts, name: value}).write(path)
+    write_whole(path, Checkpoint(found.tensors, {**found.facts, name: value}).packed())
     with pytest.raises(ValueError, match=f"^fit .*{name}") as caught:
         resumed(folder)
     assert str(path) in str(caught.value)
@@ -306,7 +307,7 @@ class Removing(MAF):
 
 def test_a_folder_that_disappears_ends_no_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Removing, "at", tmp_path / "fit", raising=False)
-    monkeypatch.setattr("pyro_maf.training.log.find_spec", lambda name: None)  # TensorBoard writes in a thread
+    monkeypatch.setattr("pyro_maf.training.records.find_spec", lambda name: None)  # TensorBoard writes in a thread
     model = seeded(lambda: Removing(2, num_layers=1, hidden_dims=[4]))
     with pytest.warns(UserWarning, match=f"fit could not write {tmp_path}/fit/.*: save expected an existing folder"):
         result = fit(model, gaussian_rows(100), folder=tmp_path / "fit", max_epochs=2, **OPTIONS)

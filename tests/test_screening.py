@@ -20,8 +20,8 @@ from pyro_maf.cli import app
 from pyro_maf.support import Support
 from pyro_maf.tables import Reader, rows_of
 from pyro_maf.tables.rows import Labels
-from pyro_maf.training.plateau import Schedule
 from pyro_maf.training.screening import screen_data, screen_ending
+from pyro_maf.training.state import Schedule
 
 Array = np.ndarray[Any, Any]
 SHAPES: dict[str, Callable[[np.random.Generator, int], Array]] = {

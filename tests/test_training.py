@@ -41,7 +41,7 @@ from pyro_maf import (
 from pyro_maf._core import progress as progress_module
 from pyro_maf._core.progress import shows
 from pyro_maf.training import FitResult
-from pyro_maf.training.plateau import Schedule
+from pyro_maf.training.state import Schedule
 from pyro_maf.transforms import ActNorm, LowerTriangularAffine, MaskedAutoregressive, Permute, Stack
 from tests.fits import GAUSSIAN, QUICK, SMALL, Hooked, gaussian_rows, mean_log_prob, same, seeded, small_maf, weights
 

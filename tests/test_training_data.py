@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from pyro_maf import MAF, ConditionalFlowPrior, ConditionalMADEMoG, ConditionalMAF, FlowPrior, fit
+from pyro_maf._core.processes import Processes
 from pyro_maf.tables import Rows
 from pyro_maf.training.batches import Batches
-from pyro_maf.training.processes import Processes
 from pyro_maf.transforms import Permute
 from tests.fits import QUICK, SMALL, gaussian_rows, mean_log_prob, same, seeded, small_maf, weights
 

@@ -124,3 +124,14 @@ def test_ctrl_c_twice_ends_a_program_as_it_always_does() -> None:
     assert ended.returncode != 0
     assert ended.stdout == "cleaned up\n"
     assert ended.stderr.strip().endswith("KeyboardInterrupt")
+
+
+def test_a_fit_without_a_folder_leaves_the_signal_to_terminate_alone() -> None:
+    handlers = []
+
+    def at_step(step: int, log_det: Tensor) -> Tensor:
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        return log_det
+
+    fit(Hooked(at_step), gaussian_rows(), **{**QUICK, "max_epochs": 1})
+    assert set(handlers) == {signal.SIG_DFL}

@@ -20,10 +20,11 @@ from torch import Tensor
 
 import pyro_maf
 from pyro_maf import IAF, MAF, FlowPrior, MAFMoG, RealNVP, fit
-from pyro_maf.training import checkpoint
-from pyro_maf.training.checkpoint import Checkpoint, CheckpointFolder
-from pyro_maf.training.log import Epoch
-from pyro_maf.training.loop import Loop, State
+from pyro_maf.saving import write_whole
+from pyro_maf.training import records
+from pyro_maf.training.loop import Loop
+from pyro_maf.training.records import Checkpoint, CheckpointFolder, Epoch
+from pyro_maf.training.state import State
 from tests.fits import gaussian_rows, long_fit, same, seeded, weights
 
 ROOT = Path(__file__).parent.parent
@@ -34,13 +35,14 @@ class Pressed(MAF):
     """A flow whose training steps press Ctrl-C at the numbers it is told."""
 
     at: ClassVar[set[int]] = set()
+    signal: ClassVar[int] = signal.SIGINT
     steps: ClassVar[int] = 0
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.training:
             Pressed.steps += 1
             if Pressed.steps in self.at:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(Pressed.signal)
         return super().inverse_and_log_det(y, context)
 
 
@@ -122,6 +124,23 @@ def test_it_may_be_interrupted_again_and_again(tmp_path: Path, monkeypatch: pyte
     assert same(weights(whole.density), weights(result.density))
 
 
+@pytest.mark.parametrize("step", [7, 14])
+def test_the_signal_to_terminate_ends_the_program_with_a_checkpoint(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = fit(flow(Pressed), gaussian_rows(), **OPTIONS)
+    monkeypatch.setattr(records, "SECONDS_BETWEEN", 1e9)
+    monkeypatch.setattr(Pressed, "signal", signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        fit(pressed({step}, monkeypatch), gaussian_rows(), folder=tmp_path, **OPTIONS)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert not (tmp_path / ".lock").exists()
+    second = fit(pressed(set(), monkeypatch), gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
+    assert Pressed.steps == 40 - step
+    assert same(weights(whole.density), weights(second.density))
+
+
 def test_the_starting_weights_of_the_second_call_do_not_matter(tmp_path: Path) -> None:
     whole = fit(flow(), gaussian_rows(), **OPTIONS)
     fit(flow(), gaussian_rows(), folder=tmp_path, **{**OPTIONS, "max_epochs": 1})
@@ -190,8 +209,8 @@ def test_a_fit_that_dies_before_its_next_step_loses_nothing(
         if taken == step:
             raise MemoryError
 
-    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN", 0.0)
-    monkeypatch.setattr(checkpoint, "MOST_OF_THE_TIME", math.inf)
+    monkeypatch.setattr(records, "SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(records, "MOST_OF_THE_TIME", math.inf)
     for patched_class, method, replacement in ((Loop, "save", dying), (State, "load", _raise_memory_error)):
         with monkeypatch.context() as patched:
             patched.setattr(patched_class, method, replacement)
@@ -341,7 +360,7 @@ def test_a_model_is_no_checkpoint_and_a_later_format_is_refused(tmp_path: Path) 
     flow().save(path)
     with pytest.raises(ValueError, match="no checkpoint"):
         fit(flow(), gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
-    Checkpoint({"x": torch.zeros(1)}, {"format": 99}).write(path)
+    write_whole(path, Checkpoint({"x": torch.zeros(1)}, {"format": 99}).packed())
     with pytest.raises(ValueError, match="format 99, this version reads up to 1"):
         fit(flow(), gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
 
@@ -356,6 +375,18 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         fit(flow(), gaussian_rows(), folder=tmp_path / "taken", **OPTIONS)
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_weight_that_plays_no_part_is_no_obstacle(tmp_path: Path) -> None:
+    def idle() -> Any:
+        model = flow()
+        model.idle = torch.nn.Parameter(torch.ones(1))
+        return model
+
+    whole = fit(idle(), gaussian_rows(), **OPTIONS)
+    fit(idle(), gaussian_rows(), folder=tmp_path, **{**OPTIONS, "max_epochs": 2})
+    second = fit(idle(), gaussian_rows(), folder=tmp_path, resume=True, **OPTIONS)
+    assert same(weights(whole.density), weights(second.density))
 
 
 # -- killed -----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf import MAF, ConditionalMAF, fit
+from pyro_maf._core.processes import Processes
 from pyro_maf.support import Support
 from pyro_maf.tables import MappedRows, Reader
 from pyro_maf.tables import mapped as mapped_rows
@@ -20,7 +21,6 @@ from pyro_maf.tables.moments import moments_of
 from pyro_maf.tables.rows import Split
 from pyro_maf.training import batches as batches_module
 from pyro_maf.training.batches import Batches
-from pyro_maf.training.processes import Processes
 from tests.fits import GAUSSIAN, gaussian_rows, mean_log_prob, same, seeded, weights
 
 ROWS = 3001

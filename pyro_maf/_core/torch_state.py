@@ -1,4 +1,4 @@
-"""State of torch that decides how to compute: tracing, autocast, and changes to tensors.
+"""State of torch: tracing, autocast, random states, and changes to tensors.
 
 torch counts in-place changes of each tensor, with exceptions: fused optimizers write without counting, so every step of
 any optimizer counts as a change of all tensors; and writes of another process to shared memory are not counted, so such
@@ -8,7 +8,8 @@ tensors are never taken for unchanged.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -21,10 +22,13 @@ __all__ = [
     "as_far_as_exact",
     "converted",
     "count_change",
+    "generator_states",
     "is_exported",
     "is_intercepted",
     "is_traced",
     "reference_tensor",
+    "seeded",
+    "set_generator_states",
     "without_autocast",
 ]
 
@@ -104,6 +108,42 @@ def as_far_as_exact(like: Tensor, value: Tensor, *, as_model: bool) -> Tensor:
 def _is_cast(kind: str) -> bool:
     """Return whether autocast is active on a device type; a query for one without, such as meta, would raise."""
     return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Context manager that seeds torch on the CPU and on `device`, and restores the random states on exit.
+
+    Example:
+        >>> with seeded(0):
+        ...     first = torch.rand(3)
+        >>> with seeded(0):
+        ...     print(torch.equal(torch.rand(3), first))
+        True
+    """
+    gpus = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
+        # Not `torch.manual_seed`, which seeds every device.
+        torch.default_generator.manual_seed(seed)
+        for gpu in gpus:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def generator_states(device: torch.device) -> dict[str, Tensor]:
+    """Return the global random states that layers draw from."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_generator_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Restore the random states of `generator_states`, as far as there is such a device."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def count_change(*_: object) -> None:

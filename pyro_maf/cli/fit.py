@@ -185,7 +185,7 @@ def fit(options: FitOptions, ctx: typer.Context) -> None:
     """
     if sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0":
         say("loading torch, some seconds.")  # before anything about the table can be printed
-    from pyro_maf.training.processes import Processes
+    from pyro_maf._core.processes import Processes
 
     # Processes that the first one starts write no files or messages.
     is_first = Processes(options.devices).is_first

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_maf._core.checks import check_context, check_event, check_positive, check_shape, check_takes_gradient
-from pyro_maf._core.random import seeded
-from pyro_maf._core.torch_state import converted, reference_tensor, without_autocast
+from pyro_maf._core.torch_state import converted, reference_tensor, seeded, without_autocast
 from pyro_maf.saving import Savable
 from pyro_maf.transforms.conditional import AtContext, Conditional
 

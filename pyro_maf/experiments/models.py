@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pyro_maf._core.checks import check_choice, check_positive
-from pyro_maf._core.random import seeded
+from pyro_maf._core.torch_state import seeded
 from pyro_maf.distributions import (
     ConditionalDensity,
     ConditionalMADEMoG,

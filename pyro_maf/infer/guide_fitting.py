@@ -15,10 +15,10 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor
 
-from pyro_maf._core.averaging import WeightAverage
 from pyro_maf._core.checks import check_above_zero, check_positive
 from pyro_maf._core.extras import require
 from pyro_maf._core.interruption import Interruption
+from pyro_maf._core.optimization import WeightAverage
 from pyro_maf._core.progress import Bar, bar, check_progress, say_before_bar
 from pyro_maf.infer.convergence import Retreat, Schedule
 from pyro_maf.infer.diagnosis import Diagnosis, diagnose

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_maf._core.random import seeded
+from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.log_joint import FAILURES
 from pyro_maf.infer.model import Args, Kwargs, leaves_of
 

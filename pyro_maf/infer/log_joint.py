@@ -17,7 +17,7 @@ from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_maf._core.random import seeded
+from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.model import (
     Call,
     DrawRecorder,

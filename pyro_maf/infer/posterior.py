@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 from torch.quasirandom import SobolEngine
 
-from pyro_maf._core.random import seeded
+from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.initialization import Normal, best_normal, best_of
 from pyro_maf.infer.latents import Latents, Part
 from pyro_maf.infer.log_joint import FAILURES, LogJoint, is_enumerated, without_blocks

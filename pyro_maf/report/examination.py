@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf._core.progress import bar
-from pyro_maf._core.random import seeded
-from pyro_maf._core.torch_state import reference_tensor, without_autocast
+from pyro_maf._core.torch_state import reference_tensor, seeded, without_autocast
 from pyro_maf.datasets import Table as NamedTable
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.report.table import Given, Table, given_columns

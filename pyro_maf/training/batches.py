@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from pyro_maf._core.processes import Processes
 from pyro_maf.tables import MappedRows, Rows
-from pyro_maf.training.processes import Processes
 
 __all__ = ["Batches"]
 

@@ -17,21 +17,21 @@ from pyro_maf._core.checks import check_above_zero, check_positive
 from pyro_maf._core.extras import require
 from pyro_maf._core.files import MODEL
 from pyro_maf._core.interruption import Interruption
+from pyro_maf._core.processes import Processes
 from pyro_maf._core.progress import check_progress
-from pyro_maf._core.random import seeded
+from pyro_maf._core.torch_state import seeded
 from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
 from pyro_maf.saving import describe, packed, try_to_write
 from pyro_maf.support import Support
 from pyro_maf.tables.layout import Layout, TableLike, number_of_columns
 from pyro_maf.tables.table import Table, named_rows
 from pyro_maf.training.batches import Batches
-from pyro_maf.training.checkpoint import keeping
 from pyro_maf.training.loop import Loop
-from pyro_maf.training.plateau import Schedule
 from pyro_maf.training.preparation import Model, Validation, prepare
-from pyro_maf.training.processes import Processes
+from pyro_maf.training.records import keeping
 from pyro_maf.training.result import FitResult
 from pyro_maf.training.screening import announce, screen_ending
+from pyro_maf.training.state import Schedule
 from pyro_maf.transforms import BatchNorm, ConditionalFlow, Flow
 
 __all__ = ["fit"]

@@ -3,166 +3,33 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
-from collections.abc import Mapping
 from contextlib import closing, nullcontext
-from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from pyro_maf._core.adam import Adam, clip
-from pyro_maf._core.averaging import WeightAverage
 from pyro_maf._core.interruption import Interruption
+from pyro_maf._core.optimization import clip
+from pyro_maf._core.processes import Processes
 from pyro_maf._core.progress import Bar, bar
 from pyro_maf.distributions import Density
 from pyro_maf.tables import Rows
 from pyro_maf.training.batches import Batches
-from pyro_maf.training.checkpoint import Checkpoint, CheckpointFolder, generator_states, set_generator_states
-from pyro_maf.training.log import Epoch, Log
-from pyro_maf.training.objective import MaximumLikelihood, Mean
-from pyro_maf.training.plateau import Schedule
-from pyro_maf.training.processes import Processes
+from pyro_maf.training.objective import MaximumLikelihood
+from pyro_maf.training.records import CheckpointFolder, Epoch, Log
+from pyro_maf.training.state import Schedule, State
 
-__all__ = ["Loop", "State"]
+__all__ = ["Loop"]
 
-AVERAGED_EPOCHS = 2
-AVERAGED_STEPS = 50
-AVERAGING_ORDER = 8
-WEIGHT_DECAY = 1e-6
 SKIPPED_IN_A_ROW = 5
 MOST_LOWERINGS = 10
-
-
-class State:
-    """State of a fit, all that a checkpoint holds: weights, optimizer, average, schedule, position and history.
-
-    Args:
-        density: The density to fit.
-        weights: Its weights that are trained.
-        batches: The training rows.
-        schedule: Learning rate and patience.
-
-    Attributes:
-        optimizer: Adam over the weights.
-        average: The average of the weights.
-        best: State of the density with the best validation loss; empty before the first validation.
-        train_loss: The mean loss of the present epoch's steps.
-        history: The epochs so far.
-        skipped: Number of steps left out because their loss or gradient was not finite.
-        skipped_in_a_row, lowerings_in_a_row: Number of these, and of returns to the best weights, since the last step.
-        stop_reason: Reason for ending before the last epoch, other than patience.
-        interrupted: True if that was an interruption.
-    """
-
-    def __init__(
-        self, density: Density, weights: list[torch.nn.Parameter], batches: Batches, schedule: Schedule
-    ) -> None:
-        self.density = density
-        self.batches = batches
-        self.schedule = schedule
-        self._weights = weights
-        self.start()
-        self.best: dict[str, Tensor] = {}
-        self.train_loss = Mean()
-        self.history: list[Epoch] = []
-        self.skipped = self.skipped_in_a_row = self.lowerings_in_a_row = 0
-        self.stop_reason: str | None = None
-        self.interrupted = False
-        self._began = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        """Duration in seconds, including the time before the fit was resumed."""
-        return time.monotonic() - self._began
-
-    def start(self) -> None:
-        """Start optimizer and average from the present weights, on their device."""
-        self.optimizer = Adam(self._weights, WEIGHT_DECAY)
-        steps = max(AVERAGED_STEPS, AVERAGED_EPOCHS * len(self.batches))
-        self.average = WeightAverage(self._weights, steps, order=AVERAGING_ORDER, with_initial=True)
-
-    def record_best(self) -> None:
-        """Record the present weights and statistics as the best."""
-        self.best = {name: tensor.detach().clone() for name, tensor in self.density.state_dict().items()}
-
-    def restore_best(self) -> None:
-        """Set the weights and statistics to the best, if any were recorded."""
-        if self.best:
-            self.density.load_state_dict(self.best)
-
-    def stop(self, reason: str, *, interrupted: bool = False) -> None:
-        """Record the reason for ending, unless there is one."""
-        if self.stop_reason is None:
-            self.stop_reason, self.interrupted = reason, interrupted
-
-    def checkpoint(self, taken: int) -> Checkpoint:
-        """Return a checkpoint.
-
-        Args:
-            taken: Number of batches of the present epoch that are done.
-        """
-        tensors = {
-            **_named("density", self.density.state_dict()),
-            **_named("kept", self.best),
-            **_named("average", dict(enumerate(self.average.values))),
-            **_named("global", generator_states(self._weights[0].device)),
-            "order": self.batches.order(taken),
-            "training_loss": torch.as_tensor(self.train_loss.total),
-        }
-        for number, state in enumerate(self.optimizer.states):
-            tensors.update(_named(f"optimizer/{number}", state))
-        facts = {
-            "taken": taken,
-            "history": self.history,
-            "seconds": self.seconds,
-            "schedule": self.schedule.state(),
-            "averaged": self.average.taken,
-            "training_rows": self.train_loss.count,
-            "skipped": [self.skipped, self.skipped_in_a_row, self.lowerings_in_a_row],
-            # An interruption is over when the fit is resumed, and patience may be raised.
-            "stop_reason": None if self.interrupted else self.stop_reason,
-        }
-        return Checkpoint(tensors, facts)
-
-    def read(self, checkpoint: Checkpoint, path: Path) -> None:
-        """Take over history and position from a checkpoint, after checking that this fit could have written it.
-
-        Raises:
-            ValueError: If it could not.
-        """
-        like = self.checkpoint(0)
-        like.facts["history"] = [Epoch(0.0, 0.0, 0.0, 0.0, 0)]
-        like.tensors.update(_named("kept", self.density.state_dict()))
-        checkpoint.check(path, like)
-        facts = checkpoint.facts
-        self.history = [Epoch(*epoch) for epoch in facts["history"]]
-        self.schedule.load(facts["schedule"])
-        self.skipped, self.skipped_in_a_row, self.lowerings_in_a_row = facts["skipped"]
-        self.batches.go_on(checkpoint.tensors["order"], facts["taken"])
-        self.stop_reason = facts["stop_reason"]
-        self._began -= facts["seconds"]
-        self.best = checkpoint.under("kept")
-
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Load weights, optimizer, average, loss so far and random states from a checkpoint."""
-        device = self._weights[0].device
-        self.density.load_state_dict(checkpoint.under("density"))
-        average = checkpoint.under("average")
-        values = [average[str(number)].to(device) for number in range(len(average))]
-        self.average.load(values, checkpoint.facts["averaged"])
-        self.optimizer.load([checkpoint.under(f"optimizer/{number}") for number in range(len(average))])
-        if rows := checkpoint.facts["training_rows"]:
-            self.train_loss.add(checkpoint.tensors["training_loss"].to(device), rows)
-        set_generator_states(checkpoint.under("global"), device)
 
 
 class Loop:
     """Minimisation of the mean negative log-likelihood with Adam, with the weights of the best validation loss.
 
     An exponential average of the weights is validated: it is better than any of them, and allows a high learning
-    rate.
+    rate. Building it starts or joins the other processes, if any, and resumes from a checkpoint.
 
     Args:
         density: The density to fit, in the data's units.
@@ -202,14 +69,18 @@ class Loop:
         self._processes = processes
         self._folder = folder
         self._objective = MaximumLikelihood(density, processes)
+        self._home = self._objective.weights[0].device
+        device = processes.launch(self._home)
+        for each in (density, batches, held_out):
+            each.to(device)
         self._log = Log(folder.folder) if folder is not None and processes.is_first else None
         self.state = State(density, self._objective.weights, batches, schedule)
         self._found = None if folder is None else folder.found
         if folder is not None and self._found is not None:
-            self.state.read(self._found, folder.path)
+            self.state.load(self._found, folder.path)
 
     def run(self, progress: bool | str) -> None:
-        """Train to the end; leave the density on its device with its best weights, in eval mode.
+        """Train to the end; leave the density with its best weights, in eval mode.
 
         Args:
             progress: As in `fit`.
@@ -217,7 +88,6 @@ class Loop:
         Raises:
             KeyboardInterrupt: At a second Ctrl-C.
         """
-        device = self._objective.weights[0].device
         shown = progress if self._processes.is_first else False
         try:
             self._density.train()
@@ -227,12 +97,12 @@ class Loop:
                     bar(shown, "{task.description} {task.fields[epoch]}", "{task.fields[losses]}") as line,
                 ):
                     self._show(line)
-                    self._begin(device)
+                    self._begin()
                     while self._goes_on:
                         self._epoch(line)
         finally:
             self._interruption.settle()
-            self._density.to(device)
+            self._density.to(self._home)
             self.restore_best()
             self._density.eval()
 
@@ -264,24 +134,18 @@ class Loop:
         """True if any of the processes was interrupted."""
         return bool(self._processes.total(float(self._interruption.requested))[0])
 
-    def _begin(self, device: torch.device) -> None:
-        """Bring the processes together, and resume; or record the initial weights, in case no others are better."""
-        device = self._processes.launch(device)
-        self._density.to(device)
-        for rows in (self._batches, self._held_out):
-            rows.to(device)
-        self._processes.copy_first(self._objective.weights)
-        self._objective.share_statistics(self._processes.are_several)
-        self.state.start()
+    def _begin(self) -> None:
+        """Bring the processes together; record the initial weights, in case no others are better."""
         found = int(self._processes.total(float(self._found is not None))[0])
         if 0 < found < self._processes.count:
             raise ValueError(
                 f"fit expected a folder that all processes share, but only {found} of {self._processes.count} found a "
                 "fit to go on with there."
             )
+        self._objective.share_statistics(self._processes.are_several)
         if self._found is not None:
-            self.state.load(self._found)
             return
+        self._processes.copy_first(self._objective.weights)
         self._objective.fit_statistics(self._batches.sample, initial=True)
         self.state.average.restart()
         self._density.eval()
@@ -379,7 +243,3 @@ class Loop:
             losses = f"train {history[-1].train_loss:.3f}  val {history[-1].validation_loss:.3f}  {best}"
         done = len(history) + fraction
         line.show("epoch", done, self._max_epochs, epoch=max(1, len(history)), losses=losses)
-
-
-def _named(prefix: str, tensors: Mapping[str, Tensor] | Mapping[int, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}

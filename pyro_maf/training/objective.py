@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_maf._core.processes import Processes
 from pyro_maf.distributions import Density
 from pyro_maf.tables import Rows
-from pyro_maf.training.processes import Processes
 from pyro_maf.transforms import ActNorm, BatchNorm
 
 __all__ = ["MaximumLikelihood", "Mean", "Step"]

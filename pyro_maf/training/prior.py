@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyro_maf._core.checks import check_positive
-from pyro_maf._core.random import seeded
+from pyro_maf._core.torch_state import seeded
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.flows import MAF
 from pyro_maf.support import Support

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pyro_maf.support import Support
 from pyro_maf.tables import MappedRows, Reader, Rows
-from pyro_maf.training.plateau import Schedule
+from pyro_maf.training.state import Schedule
 
 __all__ = ["announce", "screen_data", "screen_ending"]
 

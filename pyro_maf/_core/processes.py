@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, distributed
@@ -67,7 +66,10 @@ class Processes:
         from lightning_fabric import Fabric
         from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
-        with _quiet():
+        # Neither its internals nor the device, the caller's choice, are of interest.
+        logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="(GPU|TPU|MPS) available but not used")
             fabric = Fabric(
                 accelerator=ACCELERATORS[device.type],
                 devices=self.here,
@@ -101,34 +103,13 @@ class Processes:
         """Replace each tensor by its sum over all processes, in one exchange."""
         together = torch.cat([tensor.flatten() for tensor in tensors])
         distributed.all_reduce(together)
-        _hand_out(together, tensors)
-
-    def copy_first(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by that of the first process; no-op for a single process."""
-        if self.are_several:
-            together = torch.cat([tensor.flatten() for tensor in tensors])
-            distributed.broadcast(together, 0)
-            _hand_out(together, tensors)
-
-
-def _hand_out(together: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Copy the parts of a flat tensor to tensors of any shapes."""
-    parts = together.split([tensor.numel() for tensor in tensors])
-    with torch.no_grad():
-        for tensor, part in zip(tensors, parts, strict=True):
+        for tensor, part in zip(tensors, together.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence Fabric's messages about its internals, while entered."""
-    logger = logging.getLogger("lightning_fabric")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # The device was the caller's choice.
-            warnings.filterwarnings("ignore", message="(GPU|TPU|MPS) available but not used")
-            yield
-    finally:
-        logger.setLevel(level)
+    @torch.no_grad()
+    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by that of the first process."""
+        for tensor in tensors if self.are_several else ():
+            first = tensor.clone()
+            distributed.broadcast(first, 0)
+            tensor.copy_(first)

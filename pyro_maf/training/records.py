@@ -1,25 +1,31 @@
-"""Checkpoint of a fit in one file: enough to resume and reach bitwise the same weights.
+"""Checkpoints of a fit, enough to resume and reach bitwise the same weights, and its log, a line an epoch.
 
-The file is safetensors with JSON in its header, as for a model: nothing in it can run code.
+A checkpoint is one file of safetensors with JSON in its header, as for a model: nothing in it can run code.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from pyro_maf._core.files import CHECKPOINT, FILES, LOG, MODEL, held, recover, replaced
+from pyro_maf._core.files import BOARD, CHECKPOINT, FILES, LOG, MODEL, held, recover, replaced
 from pyro_maf.saving import Kind, pack, remove_unfinished, try_to_write, unpack, write_whole
 
-__all__ = ["Checkpoint", "CheckpointFolder", "generator_states", "keeping", "set_generator_states"]
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+__all__ = ["Checkpoint", "CheckpointFolder", "Epoch", "Log", "keeping"]
 
 FORMAT = 1
 REMEDY = "It is left as it is: put a copy of it back, or overwrite it, or choose another folder to begin again."
@@ -38,10 +44,6 @@ class Checkpoint(NamedTuple):
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
-
-    def write(self, path: Path) -> None:
-        """Write it to `path` atomically."""
-        write_whole(path, self.packed())
 
     def packed(self) -> bytes:
         """Return the bytes of the file."""
@@ -212,19 +214,66 @@ def keeping(
         yield CheckpointFolder(path, settings, resume=resume, overwrite=overwrite, is_first=is_first)
 
 
-def generator_states(device: torch.device) -> dict[str, Tensor]:
-    """Return the global random states that layers draw from."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
+class Epoch(NamedTuple):
+    """Record of an epoch.
+
+    Attributes:
+        seconds: Time since the fit began, without interruptions.
+        train_loss, validation_loss: Losses in nats.
+        learning_rate: Learning rate of its steps.
+        skipped_steps: Number of steps left out so far.
+    """
+
+    seconds: float
+    train_loss: float
+    validation_loss: float
+    learning_rate: float
+    skipped_steps: int
 
 
-def set_generator_states(states: dict[str, Tensor], device: torch.device) -> None:
-    """Restore the random states of `generator_states`, as far as there is such a device."""
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
+class Log:
+    """Log of a fit in its folder: `log.csv`, and the same for TensorBoard if that is installed.
+
+    The file is rewritten as a whole at each epoch, so that it agrees with the fit, also a resumed one.
+
+    Args:
+        folder: The folder of the fit.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / LOG
+        self._events = folder / BOARD
+        self._has_board = find_spec("tensorboard") is not None
+        self._board: SummaryWriter | None = None
+
+    def write(self, history: Sequence[Epoch]) -> None:
+        """Write the epochs so far, of which the last is new."""
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(["epoch", *Epoch._fields])
+        rows.writerows([number, *epoch] for number, epoch in enumerate(history, 1))
+        try_to_write(self._path, text.getvalue().encode())
+        if self._has_board:
+            self._write_to_board(len(history), history[-1])
+
+    def close(self) -> None:
+        """Close the file of TensorBoard."""
+        if self._board is not None:
+            self._board.close()
+
+    def _write_to_board(self, number: int, epoch: Epoch) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            if self._board is None:
+                # Not before: until its first checkpoint, a fit leaves the folder unchanged. Later entries are purged.
+                self._board = SummaryWriter(str(self._events), purge_step=number)
+            for name, value in epoch._asdict().items():
+                self._board.add_scalar(name, value, number)
+            self._board.flush()
+        except OSError as error:
+            self._has_board, self._board = False, None
+            warnings.warn(f"fit could not write to {self._events}: {error}. It goes on without.", stacklevel=2)
 
 
 def _is_like(value: object, example: object) -> bool:

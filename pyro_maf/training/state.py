@@ -1,0 +1,202 @@
+"""State of a fit: all that a checkpoint holds, and the schedule of the learning rate."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_maf._core.optimization import Adam, WeightAverage
+from pyro_maf._core.torch_state import generator_states, set_generator_states
+from pyro_maf.distributions import Density
+from pyro_maf.training.batches import Batches
+from pyro_maf.training.objective import Mean
+from pyro_maf.training.records import Checkpoint, Epoch
+
+__all__ = ["Schedule", "State"]
+
+AVERAGED_EPOCHS = 2
+AVERAGED_STEPS = 50
+AVERAGING_ORDER = 8
+WEIGHT_DECAY = 1e-6
+
+
+class Schedule:
+    """Halving of the learning rate after a quarter of the patience without a better validation loss; early stopping.
+
+    Args:
+        learning_rate: Initial learning rate.
+        patience: Number of epochs without a better validation loss after which to stop.
+
+    Attributes:
+        learning_rate: Present learning rate.
+        best: The lowest validation loss so far.
+        best_epoch: The epoch of that loss.
+
+    Example:
+        >>> schedule = Schedule(learning_rate=1.0, patience=4)
+        >>> [schedule.improves(epoch, loss) for epoch, loss in enumerate([3.0, 2.0, 2.5])]
+        [True, True, False]
+        >>> schedule.learning_rate, schedule.reason
+        (0.5, None)
+    """
+
+    def __init__(self, learning_rate: float, patience: int) -> None:
+        self.learning_rate = learning_rate
+        self.patience = patience
+        self.best = math.inf
+        self.best_epoch = 0
+        self._epoch = 0
+        self._lowered_at = 0
+
+    def improves(self, epoch: int, validation_loss: float) -> bool:
+        """Record a validation loss; return True if it is the best so far."""
+        self._epoch = epoch
+        if validation_loss < self.best:
+            self.best, self.best_epoch = validation_loss, epoch
+            return True
+        if epoch - max(self.best_epoch, self._lowered_at) >= max(1, self.patience // 4):
+            self.lower()
+        return False
+
+    def lower(self) -> None:
+        """Halve the learning rate."""
+        self.learning_rate /= 2
+        self._lowered_at = self._epoch
+
+    def state(self) -> dict[str, Any]:
+        """State to resume from, for `load`."""
+        return {name: value for name, value in vars(self).items() if name != "patience"}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Resume from a state, except for its patience."""
+        vars(self).update(state)
+
+    @property
+    def reason(self) -> str | None:
+        """Reason for stopping, that the patience is exhausted; or None."""
+        is_over = self._epoch - self.best_epoch >= self.patience
+        return f"no better validation log-likelihood for {self.patience} epochs" if is_over else None
+
+
+class State:
+    """State of a fit, all that a checkpoint holds: weights, optimizer, average, schedule, position and history.
+
+    Args:
+        density: The density to fit.
+        weights: Its weights that are trained.
+        batches: The training rows.
+        schedule: Learning rate and patience.
+
+    Attributes:
+        optimizer: Adam over the weights.
+        average: The average of the weights.
+        best: State of the density with the best validation loss; empty before the first validation.
+        train_loss: The mean loss of the present epoch's steps.
+        history: The epochs so far.
+        skipped: Number of steps left out because their loss or gradient was not finite.
+        skipped_in_a_row, lowerings_in_a_row: Number of these, and of returns to the best weights, since the last step.
+        stop_reason: Reason for ending before the last epoch, other than patience.
+        interrupted: True if that was an interruption.
+    """
+
+    def __init__(
+        self, density: Density, weights: list[torch.nn.Parameter], batches: Batches, schedule: Schedule
+    ) -> None:
+        self.density = density
+        self.batches = batches
+        self.schedule = schedule
+        self._device = weights[0].device
+        self.optimizer = Adam(weights, WEIGHT_DECAY)
+        steps = max(AVERAGED_STEPS, AVERAGED_EPOCHS * len(batches))
+        self.average = WeightAverage(weights, steps, order=AVERAGING_ORDER, with_initial=True)
+        self.best: dict[str, Tensor] = {}
+        self.train_loss = Mean()
+        self.history: list[Epoch] = []
+        self.skipped = self.skipped_in_a_row = self.lowerings_in_a_row = 0
+        self.stop_reason: str | None = None
+        self.interrupted = False
+        self._began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Duration in seconds, including the time before the fit was resumed."""
+        return time.monotonic() - self._began
+
+    def record_best(self) -> None:
+        """Record the present weights and statistics as the best."""
+        self.best = {name: tensor.detach().clone() for name, tensor in self.density.state_dict().items()}
+
+    def restore_best(self) -> None:
+        """Set the weights and statistics to the best, if any were recorded."""
+        if self.best:
+            self.density.load_state_dict(self.best)
+
+    def stop(self, reason: str, *, interrupted: bool = False) -> None:
+        """Record the reason for ending, unless there is one."""
+        if self.stop_reason is None:
+            self.stop_reason, self.interrupted = reason, interrupted
+
+    def checkpoint(self, taken: int) -> Checkpoint:
+        """Return a checkpoint.
+
+        Args:
+            taken: Number of batches of the present epoch that are done.
+        """
+        tensors = {
+            **_named("density", self.density.state_dict()),
+            **_named("kept", self.best),
+            **_named("average", dict(enumerate(self.average.values))),
+            **_named("global", generator_states(self._device)),
+            "order": self.batches.order(taken),
+            "training_loss": torch.as_tensor(self.train_loss.total),
+        }
+        for number, state in enumerate(self.optimizer.states):
+            tensors.update(_named(f"optimizer/{number}", state))
+        facts = {
+            "taken": taken,
+            "history": self.history,
+            "seconds": self.seconds,
+            "schedule": self.schedule.state(),
+            "averaged": self.average.taken,
+            "training_rows": self.train_loss.count,
+            "skipped": [self.skipped, self.skipped_in_a_row, self.lowerings_in_a_row],
+            # An interruption is over when the fit is resumed, and patience may be raised.
+            "stop_reason": None if self.interrupted else self.stop_reason,
+        }
+        return Checkpoint(tensors, facts)
+
+    def load(self, checkpoint: Checkpoint, path: Path) -> None:
+        """Resume from a checkpoint.
+
+        Raises:
+            ValueError: If this fit could not have written it.
+        """
+        like = self.checkpoint(0)
+        like.facts["history"] = [Epoch(0.0, 0.0, 0.0, 0.0, 0)]
+        like.tensors.update(_named("kept", self.density.state_dict()))
+        checkpoint.check(path, like)
+        facts, device = checkpoint.facts, self._device
+        self.history = [Epoch(*epoch) for epoch in facts["history"]]
+        self.schedule.load(facts["schedule"])
+        self.skipped, self.skipped_in_a_row, self.lowerings_in_a_row = facts["skipped"]
+        self.batches.go_on(checkpoint.tensors["order"], facts["taken"])
+        self.stop_reason = facts["stop_reason"]
+        self._began -= facts["seconds"]
+        self.best = checkpoint.under("kept")
+        self.density.load_state_dict(checkpoint.under("density"))
+        average = checkpoint.under("average")
+        self.average.load([average[str(number)].to(device) for number in range(len(average))], facts["averaged"])
+        self.optimizer.load([checkpoint.under(f"optimizer/{number}") for number in range(len(average))])
+        if facts["training_rows"]:
+            self.train_loss.add(checkpoint.tensors["training_loss"].to(device), facts["training_rows"])
+        set_generator_states(checkpoint.under("global"), device)
+
+
+def _named(prefix: str, tensors: Mapping[str, Tensor] | Mapping[int, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
