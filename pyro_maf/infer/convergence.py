@@ -9,11 +9,11 @@ from statistics import fmean, median, stdev
 import torch
 from torch import Tensor
 
-__all__ = ["Retreat", "Schedule"]
+__all__ = ["BestWeights", "Schedule"]
 
 WARM_UP = 50
 WINDOW = 200
-CUTS = 5
+HALVINGS = 5
 LAST_PART = 0.3
 
 BLOCK = 25
@@ -38,7 +38,7 @@ class Schedule:
 
     def __init__(self, learning_rate: float, steps: int) -> None:
         self._highest, self._steps = learning_rate, steps
-        self._taken, self._cuts, self._warm_from = 0, 0, 0
+        self._taken, self._halvings, self._warm_from = 0, 0, 0
         self._best = math.inf
         self._window: list[float] = []
         self.is_as_good_as_any = False
@@ -46,14 +46,14 @@ class Schedule:
     @property
     def converged(self) -> bool:
         """True after the last halving, if the bound has stopped rising."""
-        return self._cuts >= CUTS
+        return self._halvings >= HALVINGS
 
     @property
     def learning_rate(self) -> float:
         """Learning rate of the next step."""
         warm = min(1.0, (self._taken - self._warm_from + 1) / WARM_UP)
-        annealed = 2.0 ** (-CUTS * max(0.0, 1 - (self._steps - self._taken) / (LAST_PART * self._steps)))
-        return self._highest * warm * min(2.0**-self._cuts, annealed)
+        annealed = 2.0 ** (-HALVINGS * max(0.0, 1 - (self._steps - self._taken) / (LAST_PART * self._steps)))
+        return self._highest * warm * min(2.0**-self._halvings, annealed)
 
     def restart(self) -> None:
         """Warm up again, to half the rate, and leave out the present window."""
@@ -69,7 +69,7 @@ class Schedule:
             return False
         mean, error = self._mean()
         if not mean < self._best - error:
-            self._cuts += 1
+            self._halvings += 1
         self.is_as_good_as_any = mean <= self._best + error
         self._best = min(self._best, mean)
         self._window = []
@@ -87,7 +87,7 @@ class Schedule:
         return fmean(self._window), stdev(self._window) / math.sqrt(len(self._window))
 
 
-class Retreat:
+class BestWeights:
     r"""The best weights so far, by the median loss of 25 steps, and a test for far worse present ones.
 
     The weights of a block of steps are those at its beginning, which the losses of the block measure. A block is far
@@ -103,7 +103,7 @@ class Retreat:
         self._loss, self._margin = math.inf, 0.0
         self._block: list[float] = []
 
-    def is_due(self, loss: float) -> bool:
+    def step(self, loss: float) -> bool:
         """Record a step's loss; return True if it ended a block far worse than the best."""
         self._block.append(loss)
         if len(self._block) < BLOCK:
@@ -122,7 +122,7 @@ class Retreat:
         return bool(self._block) and median(self._block) > self._loss + self._margin
 
     @torch.no_grad()
-    def take(self) -> None:
+    def restore(self) -> None:
         """Set the parameters to the best weights."""
         for parameter, value in zip(self._parameters, self._best, strict=True):
             parameter.copy_(value)

@@ -20,7 +20,7 @@ from pyro_maf._core.extras import require
 from pyro_maf._core.interruption import Interruption
 from pyro_maf._core.optimization import WeightAverage
 from pyro_maf._core.progress import Bar, bar, check_progress, say_before_bar
-from pyro_maf.infer.convergence import Retreat, Schedule
+from pyro_maf.infer.convergence import BestWeights, Schedule
 from pyro_maf.infer.diagnosis import Diagnosis, diagnose
 from pyro_maf.infer.guides import AutoFlow
 from pyro_maf.infer.importance import arviz, pairing
@@ -118,12 +118,12 @@ def fit_guide(
     falls in any case over the last 30 % of `steps`. After five halvings the bound has converged. Gradients are clipped
     to four times their usual norm; steps where the model raises, or where loss or gradient are not finite, are skipped.
     After ten of these in a row, and where the bound falls far below its best, the fit goes on from its best weights at
-    half the rate. The result has the weights averaged over the best stretch.
+    half the rate. The result has the weights averaged over the best window.
 
     Args:
         model: A Pyro model.
-        guide: Its guide: one of this package, of Pyro, or one's own.
-        *args, **kwargs: What model and guide are called with.
+        guide: Its guide: one of this package, of Pyro, or your own.
+        *args, **kwargs: Arguments of model and guide.
         steps: Maximum number of steps.
         num_particles: Draws in each step: all in one run if the model allows that, else at most four.
         learning_rate: Maximum learning rate.
@@ -142,7 +142,8 @@ def fit_guide(
 
     Raises:
         ValueError: For options out of range, or a guide without parameters.
-        TypeError: For a guide's class in place of a guide, for the two swapped, or if the model takes other arguments.
+        TypeError: For a guide's class in place of a guide, a model and guide that are swapped, or if the model does not
+            take the arguments.
         Exception: The error of the model, if it raises one fifty times in a row; the guide then has its best weights.
         ArithmeticError: If loss or gradient are not finite fifty times in a row, likewise.
         ModuleNotFoundError: Without the `train` extra.
@@ -228,13 +229,13 @@ class _Run:
         self._optimizer = torch.optim.Adam(self._parameters, lr=schedule.learning_rate)
         self._usual_norm = math.inf
         self._failures = 0
-        self.average = WeightAverage(self._parameters, AVERAGED_STEPS)
-        self._best = Retreat(self._parameters)
-        self.schedule = schedule
+        self._average = WeightAverage(self._parameters, AVERAGED_STEPS)
+        self._best = BestWeights(self._parameters)
+        self._schedule = schedule
         self.elbo: list[float] = []
         self.skipped = 0
         self.retreats = 0
-        self.is_abandoned = False
+        self._is_abandoned = False
 
     def _find_parameters(self) -> list[Tensor]:
         with poutine.trace(param_only=True) as capture:
@@ -246,7 +247,7 @@ class _Run:
         return parameters
 
     def to_the_end(self, steps: int, shown: Bar) -> str:
-        """Take steps until there is a reason to stop, and set the guide to its averaged weights; return the reason."""
+        """Take steps until there is a reason to stop, which is returned; set the guide to its averaged weights."""
         shown.show("step", 0, steps, elbo="")
         with Interruption() as interruption:
             try:
@@ -262,13 +263,13 @@ class _Run:
             except KeyboardInterrupt:
                 if not self.elbo:
                     raise
-                self.is_abandoned = True
+                self._is_abandoned = True
                 return "interrupted"
             if shown.is_due and self.elbo:
                 shown.show("step", len(self.elbo), steps, elbo=f"ELBO {fmean(self.elbo[-RECENT:]):.3f} nats")
             if interruption.requested:
                 return "interrupted"
-            if self.schedule.converged:
+            if self._schedule.converged:
                 return "the evidence lower bound has converged"
         return f"reached steps ({steps})"
 
@@ -278,7 +279,7 @@ class _Run:
         if not self._pair.is_vectorised:
             draws = min(draws, max(LEAST_DIAGNOSED, DIAGNOSED_BY_STEP * len(self.elbo) // self._pair.runs))
         try:
-            if not self.is_abandoned:
+            if not self._is_abandoned:
                 call = self._call
                 with show_runs(shown, "diagnosis, run", draws, elbo=""):
                     return diagnose(call.program, self._guide, *call.args, num_samples=draws, **call.kwargs)
@@ -301,16 +302,16 @@ class _Run:
             return
         self._failures = 0
         self.elbo.append(-loss)
-        if self._best.is_due(loss):
+        if self._best.step(loss):
             self._retreat()
             return
         self._clip(norm)
         for group in self._optimizer.param_groups:
-            group["lr"] = self.schedule.learning_rate
+            group["lr"] = self._schedule.learning_rate
         self._optimizer.step()
-        self.average.add()
-        if self.schedule.step(loss) and self.schedule.is_as_good_as_any:
-            self.average.record_best()
+        self._average.add()
+        if self._schedule.step(loss) and self._schedule.is_as_good_as_any:
+            self._average.record_best()
 
     def _skip(self, raises: bool) -> None:
         self.skipped += 1
@@ -320,15 +321,18 @@ class _Run:
         if self._failures >= MOST_FAILURES:
             if raises:
                 raise
-            raise ArithmeticError(f"fit_guide found no finite loss and gradient in {MOST_FAILURES} steps in a row.")
+            raise ArithmeticError(
+                f"fit_guide got no finite loss and gradient in {MOST_FAILURES} steps in a row: scale the "
+                "data, or choose another starting point by the guide's init_loc_fn."
+            )
 
     def _retreat(self) -> None:
         """Continue from the best weights at half the rate, with the optimizer's moments reset."""
-        self._best.take()
+        self._best.restore()
         self._optimizer.state.clear()
         self._usual_norm = math.inf
-        self.schedule.restart()
-        self.average.restart()
+        self._schedule.restart()
+        self._average.restart()
         self.retreats += 1
 
     def _clip(self, norm: float) -> None:
@@ -345,9 +349,9 @@ class _Run:
         """Set the guide to its averaged weights."""
         if self._best.has_fallen():
             self._retreat()
-        if self.schedule.ends_as_good_as_any():
-            self.average.record_best()
-        self.average.use_best()
+        if self._schedule.ends_as_good_as_any():
+            self._average.record_best()
+        self._average.use_best()
 
 
 def _leaf(value: object) -> Tensor:
