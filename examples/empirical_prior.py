@@ -1,13 +1,13 @@
-"""A prior learnt from past groups, for a new group of which little is known.
+"""A prior learned from past groups, for a new group with few data.
 
 Each group is a regression, y = a + b x + noise, and the coefficients (a, b) of the groups follow a law that is far from
 normal: a banana, b = a^2 - 1 and a little. `fit_prior` learns it from the least-squares estimates of 1,000 past
 groups. Then come 300 new groups with two rows each, and 50 rows more that are held out to be predicted.
 
-What it shows: with the learnt prior the held-out rows are predicted better than with a normal prior of the mean and
+What it shows: with the learned prior the held-out rows are predicted better than with a normal prior of the mean and
 covariance of the same estimates, the usual empirical Bayes, and much better than with a weak prior, which knows nothing
 of past groups. The true law as the prior shows how much more there was to gain. With the flow and with the true law,
-draws of the prior are weighted by importance; with a normal prior the posterior is known exactly, and is used.
+draws of the prior are weighted by importance; with a normal prior the posterior has a closed form, which is used.
 
 Run with `python examples/empirical_prior.py --out demo`. Takes about three quarters of a minute on one core.
 """
@@ -15,7 +15,6 @@ Run with `python examples/empirical_prior.py --out demo`. Takes about three quar
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from rich.table import Table
 from torch import Tensor
 
 from pyro_maf import fit_prior
+from pyro_maf.experiments import estimate
 
 CONSOLE = Console()
 NOISE = 0.5
@@ -41,7 +41,7 @@ WINDOW = ((-4.0, 4.0), (-3.5, 9.0))
 
 @dataclass(frozen=True)
 class Settings:
-    """How many groups there are and how many rows in each; how long the fit may take, and draws of a posterior."""
+    """Number of groups and of rows in each; maximum number of epochs, and number of draws of a posterior."""
 
     past_groups: int = 1000
     past_rows: int = 30
@@ -54,7 +54,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Groups:
-    """Coefficients (groups, 2), which no model sees, and of each row x and y, (groups, rows)."""
+    """Coefficients (groups, 2), hidden from the models, and x and y of each row, (groups, rows)."""
 
     coefficients: Tensor
     x: Tensor
@@ -115,7 +115,7 @@ def model(prior: Any, x: Tensor, y: Tensor) -> None:
 
 
 def by_importance(prior: Any, seen: Groups, held_out: Groups, draws: int) -> Tensor:
-    """Mean log predictive density of each group's held-out rows, with draws of the prior weighted by what was seen.
+    """Mean log predictive density of each group's held-out rows, with draws of the prior weighted by likelihood.
 
     log p(y* | y) is log sum_k w_k p(y* | coefficients_k), with weights w_k in proportion to p(y | coefficients_k).
     """
@@ -135,18 +135,18 @@ def by_importance(prior: Any, seen: Groups, held_out: Groups, draws: int) -> Ten
 
 
 def exactly(prior: dist.MultivariateNormal, seen: Groups, held_out: Groups) -> Tensor:
-    """The same with a normal prior, whose posterior is normal."""
-    known, new = design(seen.x), design(held_out.x)
-    precision = prior.precision_matrix + known.mT @ known / NOISE**2
+    """The same for a normal prior, whose posterior is normal."""
+    observed, new = design(seen.x), design(held_out.x)
+    precision = prior.precision_matrix + observed.mT @ observed / NOISE**2
     covariance = torch.linalg.inv(precision)
-    pull = (prior.precision_matrix @ prior.mean).unsqueeze(-1) + known.mT @ seen.y.unsqueeze(-1) / NOISE**2
+    pull = (prior.precision_matrix @ prior.mean).unsqueeze(-1) + observed.mT @ seen.y.unsqueeze(-1) / NOISE**2
     mean = (new @ covariance @ pull).squeeze(-1)
     variance = NOISE**2 + torch.einsum("gni,gij,gnj->gn", new, covariance, new)
     return dist.Normal(mean, variance.sqrt()).log_prob(held_out.y).mean(-1)
 
 
 def priors(past: Tensor, settings: Settings) -> dict[str, Any]:
-    """What past groups' estimates say of a new group's coefficients, by name."""
+    """Priors of the coefficients of a new group, from the estimates of past ones, by name."""
     return {
         "flow": fit_prior(past, max_epochs=settings.max_epochs),
         "normal": dist.MultivariateNormal(past.mean(0), past.T.cov()),
@@ -156,11 +156,11 @@ def priors(past: Tensor, settings: Settings) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def score(known: dict[str, Any], new: Groups, settings: Settings) -> dict[str, Tensor]:
+def score(by_name: dict[str, Any], new: Groups, settings: Settings) -> dict[str, Tensor]:
     """Mean log predictive density in nats per held-out row, of each new group."""
     seen, held_out = new.rows(slice(settings.new_rows)), new.rows(slice(settings.new_rows, None))
     scores = {}
-    for name, prior in known.items():
+    for name, prior in by_name.items():
         pyro.set_rng_seed(0)
         if isinstance(prior, dist.MultivariateNormal):
             scores[name] = exactly(prior, seen, held_out)
@@ -169,19 +169,14 @@ def score(known: dict[str, Any], new: Groups, settings: Settings) -> dict[str, T
     return scores
 
 
-def with_error(values: Tensor) -> str:
-    """A mean over groups and two standard errors of it."""
-    return f"{values.mean().item():.3f} ± {2 * values.std().item() / math.sqrt(len(values)):.3f}"
-
-
 def table(scores: dict[str, Tensor]) -> Table:
-    """The priors, and group by group what the flow gains on each."""
+    """Scores of the priors, and the paired gain of the flow over each."""
     shown = Table(title="New groups: nats per held-out row, with two standard errors over groups")
     shown.add_column("prior")
     shown.add_column("log predictive density", justify="right")
     shown.add_column("gain of the flow, paired", justify="right")
     for name, its in scores.items():
-        shown.add_row(name, with_error(its), "" if name == "flow" else with_error(scores["flow"] - its))
+        shown.add_row(name, str(estimate(its)), "" if name == "flow" else str(estimate(scores["flow"] - its)))
     return shown
 
 
@@ -193,12 +188,12 @@ def posterior_draws(prior: Any, x: Tensor, y: Tensor, draws: int = 200) -> Tenso
     return mcmc.get_samples()["coefficients"]
 
 
-def draw(known: dict[str, Any], past: Tensor, new: Groups) -> Figure:
-    """Each prior with past estimates, and the posterior of the first new group as NUTS finds it."""
-    figure = Figure(figsize=(3.4 * len(known), 3.8), dpi=150, layout="constrained")
+def draw(by_name: dict[str, Any], past: Tensor, new: Groups) -> Figure:
+    """Each prior with past estimates, and the posterior of the first new group by NUTS."""
+    figure = Figure(figsize=(3.4 * len(by_name), 3.8), dpi=150, layout="constrained")
     grid = torch.cartesian_prod(*(torch.linspace(*ends, 150) for ends in WINDOW))
     a, b = (column.reshape(150, 150) for column in grid.T)
-    for axes, (name, prior) in zip(figure.subplots(1, len(known), sharey=True), known.items(), strict=True):
+    for axes, (name, prior) in zip(figure.subplots(1, len(by_name), sharey=True), by_name.items(), strict=True):
         with torch.no_grad():
             density = prior.log_prob(grid).exp().reshape(150, 150)
         draws = posterior_draws(prior, new.x[0], new.y[0])
@@ -214,11 +209,11 @@ def draw(known: dict[str, Any], past: Tensor, new: Groups) -> Figure:
 
 
 def run(settings: Settings) -> tuple[dict[str, Any], Tensor, Groups, dict[str, Tensor]]:
-    """The priors, the estimates they were made from, the new groups, and how the priors predict these."""
+    """Return the priors, the past estimates, the new groups, and the scores of the priors on these."""
     past = estimates(groups(settings.past_groups, settings.past_rows, seed=0))
     new = groups(settings.new_groups, settings.new_rows + settings.held_out_rows, seed=1)
-    known = priors(past, settings)
-    return known, past, new, score(known, new, settings)
+    by_name = priors(past, settings)
+    return by_name, past, new, score(by_name, new, settings)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -229,9 +224,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     settings = Settings()
-    known, past, new, scores = run(settings)
+    by_name, past, new, scores = run(settings)
     path = out / "empirical-prior.png"
-    draw(known, past, new.rows(slice(settings.new_rows))).savefig(path)
+    draw(by_name, past, new.rows(slice(settings.new_rows))).savefig(path)
     CONSOLE.print(table(scores))
     CONSOLE.print(f"wrote {path}; {time.monotonic() - started:.0f} s in all", soft_wrap=True)
 

@@ -1,13 +1,13 @@
-"""Eight schools, centred: NUTS in the coordinates of a guide's noise against NUTS in the model's own.
+"""Eight schools, centred: NUTS in the coordinates of a guide's noise against NUTS in those of the model.
 
 The effects theta_j ~ Normal(mu, tau) of eight schools and their spread tau make a funnel: where tau is small the
 effects lie close together, and steps that suit the rest of the posterior are too long. NUTS diverges there and visits
-the neck too seldom. An `AutoIAF` fitted to the posterior turns the funnel into something near a standard normal, and
-`neutra` hands the model in those coordinates to NUTS, which is exact with any guide.
+the neck too seldom. An `AutoIAF` fitted to the posterior maps the funnel to something near a standard normal, and
+`neutra` returns the model in those coordinates for NUTS, which is exact with any guide.
 
 What it shows: with the same warm-up and draws, the chains in the guide's coordinates agree, with R-hat under 1.01, and
-give some twenty times as many effective draws a second as those in the model's own, which have not mixed. Some
-divergences remain in either.
+yield some twenty times as many effective draws a second as those in the coordinates of the model, which have not mixed.
+Some divergences remain in both.
 
 Run with `python examples/neutra.py --out demo`. Takes two to three minutes on one core.
 """
@@ -32,7 +32,10 @@ from rich.table import Table
 from torch import Tensor
 
 from pyro_maf.infer import AutoIAF, GuideFit, fit_guide, neutra
-from pyro_maf.infer.importance import arviz
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # an announcement of arviz's next version
+    import arviz
 
 CONSOLE = Console(width=110)
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
@@ -44,7 +47,7 @@ Draws = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Settings:
-    """How long the guide is fitted, and how far chains go."""
+    """Steps of the guide's fit, and number and length of the chains."""
 
     fit_steps: int = 4_000
     chains: int = 4
@@ -54,7 +57,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Chains:
-    """What came of some chains: their draws, how many of these diverged, and the seconds they took."""
+    """Draws of some chains, their number of divergences, and their duration."""
 
     draws: Draws
     divergences: int
@@ -71,8 +74,8 @@ def model(effects: Tensor, errors: Tensor) -> None:
 
 
 def run(target: Callable[..., None], settings: Settings) -> Chains:
-    """NUTS from several seeds, one chain after another."""
-    found, divergences = [], 0
+    """Run NUTS from several seeds, one chain after another."""
+    samples, divergences = [], 0
     started = time.monotonic()
     for chain in range(settings.chains):
         pyro.set_rng_seed(chain)
@@ -82,14 +85,14 @@ def run(target: Callable[..., None], settings: Settings) -> Chains:
             # Pyro compiles by torch.jit, which torch has deprecated.
             warnings.simplefilter("ignore", DeprecationWarning)
             mcmc.run(EFFECTS, ERRORS)
-        found.append(mcmc.get_samples())
+        samples.append(mcmc.get_samples())
         divergences += sum(map(len, mcmc.diagnostics()["divergences"].values()))
-    draws = {name: torch.stack([each[name] for each in found]) for name in found[0]}
+    draws = {name: torch.stack([each[name] for each in samples]) for name in samples[0]}
     return Chains(draws, divergences, time.monotonic() - started)
 
 
-def compare(settings: Settings) -> tuple[GuideFit, dict[str, Chains]]:
-    """Fit the guide, and run the chains in either coordinates."""
+def compare(settings: Settings) -> tuple[GuideFit[AutoIAF], dict[str, Chains]]:
+    """Fit the guide, and run the chains in both coordinates."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     guide = AutoIAF(model)
@@ -103,19 +106,19 @@ def compare(settings: Settings) -> tuple[GuideFit, dict[str, Chains]]:
 
 def summary(chains: Chains) -> tuple[float, float]:
     """The largest R-hat of any latent variable, and the smallest effective sample size, of bulk and tails."""
-    data = arviz().from_dict(posterior={name: value.numpy() for name, value in chains.draws.items()})
-    rhat = arviz().rhat(data)
-    sizes = [arviz().ess(data, method=method) for method in ("bulk", "tail")]
+    data = arviz.from_dict(posterior={name: value.numpy() for name, value in chains.draws.items()})
+    rhat = arviz.rhat(data)
+    sizes = [arviz.ess(data, method=method) for method in ("bulk", "tail")]
     largest = max(float(rhat[name].max()) for name in chains.draws)
     smallest = min(float(each[name].min()) for each in sizes for name in chains.draws)
     return largest, smallest
 
 
-def table(fit: GuideFit, every: dict[str, Chains], settings: Settings) -> Table:
-    """How the chains fared, by the worst latent variable of each: effective sample size (ESS), and that per second."""
+def table(fit: GuideFit[AutoIAF], every: dict[str, Chains], settings: Settings) -> Table:
+    """Effective sample size (ESS), also per second, of the worst latent variable of each set of chains."""
     shown = Table(
         title=f"{settings.chains} chains, {settings.warmup} steps of warm-up, {settings.draws} draws; "
-        f"the guide was fitted in {fit.seconds:.0f} s"
+        f"the fit of the guide took {fit.seconds:.0f} s"
     )
     for column in ("", "R-hat", "ESS", "seconds", "ESS/s", "with the fit", "divergences"):
         shown.add_column(column, justify="right" if column else "left")

@@ -36,6 +36,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from pyro_maf import MAF, ConditionalIAF, FlowPrior, plotting
+from pyro_maf.experiments import estimate
 
 CONSOLE = Console()
 LEVELS = 16  # pixels count 0 .. 16
@@ -59,7 +60,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Digits:
-    """Counts (rows, 64) of images to learn from, to choose settings by, and to be judged by."""
+    """Counts (rows, 64) of the images for training, for the choice of settings, and for the final score."""
 
     train: Tensor
     validation: Tensor
@@ -68,14 +69,14 @@ class Digits:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of each image in nats: the ELBO, and the bound of importance weighting, (rows,)."""
+    """ELBO and importance-weighted bound of each image, (rows,), in nats."""
 
     elbo: Tensor
     bound: Tensor
 
 
 class VAE(nn.Module):
-    """p(z) p(x | z) and q(z | x), each with the flow it is given or else normal."""
+    """p(z) p(x | z) and q(z | x), each with a flow if one is passed, or else normal."""
 
     def __init__(self, settings: Settings, prior: FlowPrior | None = None, flow: ConditionalIAF | None = None) -> None:
         super().__init__()
@@ -129,7 +130,7 @@ class VAE(nn.Module):
 
 
 def digits(train: int = 1197, validation: int = 200, test: int = 400) -> Digits:
-    """The images in an order of chance, cut in three."""
+    """The shuffled images in three parts."""
     counts = torch.from_numpy(load_digits().data).float()
     shuffled = counts[torch.randperm(len(counts), generator=torch.Generator().manual_seed(0))]
     held_out = shuffled[len(counts) - test - validation :]
@@ -147,22 +148,22 @@ def make(name: str, settings: Settings) -> VAE:
 
 
 def train(vae: VAE, data: Digits) -> float:
-    """Maximise the ELBO of the training images and keep the weights best in validation; how many seconds it took."""
+    """Maximise the ELBO of the training images, restore the weights of best validation score; return the seconds."""
     started = time.monotonic()
     settings = vae.settings
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    # The rate falls to a twentieth of what it was, as a power of the step.
+    # The learning rate decays exponentially to a twentieth.
     options = {"lr": settings.learning_rate, "lrd": 0.05 ** (1 / settings.steps)}
     svi = SVI(vae.model, vae.guide, ClippedAdam(options), Trace_ELBO())
-    best, kept = -math.inf, copy.deepcopy(vae.state_dict())
+    best, best_state = -math.inf, copy.deepcopy(vae.state_dict())
     for step in range(1, settings.steps + 1):
         svi.step(data.train, settings.batch_size)
         if step % settings.check_every == 0 or step == settings.steps:
             elbo = score(vae, data.validation, CHECK_PARTICLES).elbo.mean().item()
             if elbo > best:
-                best, kept = elbo, copy.deepcopy(vae.state_dict())
-    vae.load_state_dict(kept)
+                best, best_state = elbo, copy.deepcopy(vae.state_dict())
+    vae.load_state_dict(best_state)
     return time.monotonic() - started
 
 
@@ -182,26 +183,21 @@ def score(vae: VAE, x: Tensor, particles: int) -> Scores:
     return Scores(log_w.mean(0), log_w.logsumexp(0) - math.log(len(log_w)))
 
 
-def with_error(values: Tensor) -> str:
-    """A mean and two standard errors of it."""
-    return f"{values.mean().item():.2f} ± {2 * values.std().item() / math.sqrt(len(values)):.2f}"
-
-
 def table(scores: dict[str, Scores], seconds: dict[str, float]) -> Table:
-    """Both autoencoders, and image by image what the flows gain."""
+    """Scores of both autoencoders, and the paired gain of the flows."""
     shown = Table(title="Held-out images: nats per image, with two standard errors")
     for heading in ("", "ELBO", "importance-weighted", "training, s"):
         shown.add_column(heading, justify="right" if heading else "left")
     for name, its in scores.items():
-        shown.add_row(name, with_error(its.elbo), with_error(its.bound), f"{seconds[name]:.0f}")
+        shown.add_row(name, str(estimate(its.elbo)), str(estimate(its.bound)), f"{seconds[name]:.0f}")
     shown.add_section()
     gain = gains(scores)
-    shown.add_row("gain of the flows, paired", with_error(gain.elbo), with_error(gain.bound), "")
+    shown.add_row("gain of the flows, paired", str(estimate(gain.elbo)), str(estimate(gain.bound)), "")
     return shown
 
 
 def gains(scores: dict[str, Scores]) -> Scores:
-    """How much better each image is described with flows."""
+    """Gain of the flows on each image."""
     flows, normals = scores["flows"], scores["normals"]
     return Scores(flows.elbo - normals.elbo, flows.bound - normals.bound)
 
@@ -212,12 +208,12 @@ def draw(out: Path, vaes: dict[str, VAE], x: Tensor) -> None:
     pyro.set_rng_seed(0)
     reconstructions = {name: vae.likelihood(vae.posterior(x).sample()).mean for name, vae in vaes.items()}
     samples = {name: vae.likelihood(vae.prior().sample((64,))).mean for name, vae in vaes.items()}
-    for stem, made, title in (
-        ("reconstructions", reconstructions, "Held-out images and what each autoencoder makes of them"),
+    for stem, images, title in (
+        ("reconstructions", reconstructions, "Held-out images and their reconstructions"),
         ("samples", samples, "Held-out images and draws from each autoencoder"),
     ):
         path = out / f"vae-{stem}.png"
-        plotting.image_grid({"held-out images": x[:64], **made}, title=title).savefig(path)
+        plotting.image_grid({"held-out images": x[:64], **images}, title=title).savefig(path)
         CONSOLE.print(f"wrote {path}", soft_wrap=True)
 
 

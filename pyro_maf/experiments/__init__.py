@@ -4,7 +4,7 @@ from pyro_maf.experiments.candidates import ROWS, SETTINGS, Candidate, Settings,
 from pyro_maf.experiments.comparison import compare, divide
 from pyro_maf.experiments.gaussian import fit_gaussian
 from pyro_maf.experiments.models import FLOWS, build
-from pyro_maf.experiments.results import Comparison, Estimate, Score
+from pyro_maf.experiments.results import Comparison, Estimate, Score, estimate
 
 __all__ = [
     "FLOWS",
@@ -19,5 +19,6 @@ __all__ = [
     "candidates",
     "compare",
     "divide",
+    "estimate",
     "fit_gaussian",
 ]
