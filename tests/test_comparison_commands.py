@@ -84,7 +84,9 @@ def test_compare_goes_on_after_an_interruption(invoke, wine, monkeypatch):
         patched.setattr(
             comparison,
             "fit",
-            lambda *args, **named: dataclasses.replace(fit(*args, **named), stop_reason="interrupted"),
+            lambda *args, **named: dataclasses.replace(
+                fit(*args, **named), stop_reason="interrupted", interrupted=True
+            ),
         )
         result = invoke("compare", wine, "--columns", "acid,sugar", *QUICK)
     assert result.exit_code == 130

@@ -236,7 +236,7 @@ def test_an_interrupted_comparison_keeps_what_is_done_and_goes_on_later(toy, tmp
     fit = comparison.fit
 
     def interrupted(*args, **options):
-        return dataclasses.replace(fit(*args, **options), stop_reason="interrupted")
+        return dataclasses.replace(fit(*args, **options), stop_reason="interrupted", interrupted=True)
 
     with monkeypatch.context() as patched:
         patched.setattr(comparison, "fit", interrupted)

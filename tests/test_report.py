@@ -19,8 +19,8 @@ from scipy import stats
 from pyro_maf import IAF, MAF, ConditionalMAF, RealNVP, plotting
 from pyro_maf.datasets import Table
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior, MADEMoG, MAFMoG
-from pyro_maf.report import examination, kolmogorov, pictures, table, write_report
-from pyro_maf.tables import Rows
+from pyro_maf.report import examination, kolmogorov, page, write_report
+from pyro_maf.tables import MappedRows, Rows
 from pyro_maf.training import FitResult
 
 SMALL = {"num_layers": 1, "hidden_dims": [8]}
@@ -101,8 +101,8 @@ def drawn(tmp_path):
 def report(drawn, monkeypatch):
     """The same with its pictures left undrawn, for tests of the words: drawing takes seconds."""
     undrawn = {name: lambda *_, **__: None for name in plotting.__all__}
-    monkeypatch.setattr(pictures, "plotting", SimpleNamespace(**undrawn))
-    monkeypatch.setattr(pictures, "_embedded", lambda _, alt, note="": pictures.Picture("data:,", alt, note))
+    monkeypatch.setattr(page, "plotting", SimpleNamespace(**undrawn))
+    monkeypatch.setattr(page, "_embedded", lambda _, alt, note="": page.Picture("data:,", alt, note))
     return drawn
 
 
@@ -341,10 +341,17 @@ def test_a_column_that_does_not_vary_is_drawn(drawn):
 def test_more_rows_than_are_scored_are_drawn_from_at_random_and_read_in_blocks(report, tmp_path, monkeypatch):
     monkeypatch.setattr(examination, "MOST_VALUES", 800)
     monkeypatch.setattr(examination, "PICTURED_ROWS", 150)
-    monkeypatch.setattr(table, "ROWS_AT_ONCE", 64)
+    monkeypatch.setattr(examination, "ROWS_AT_ONCE", 64)
+    monkeypatch.setattr("pyro_maf.tables.mapped.IN_MEMORY", 0)
     taken = []
-    take = table.Table.take
-    monkeypatch.setattr(table.Table, "take", lambda self, index, like: taken.append(index) or take(self, index, like))
+    take = MappedRows.take
+
+    def recorded(self, index):
+        if isinstance(index, torch.Tensor):
+            taken.append(index)
+        return take(self, index)
+
+    monkeypatch.setattr(MappedRows, "take", recorded)
     data = np.lib.format.open_memmap(tmp_path / "data.npy", "w+", np.float32, (5000, 2))
     data[:] = normal(5000)
     page = report(standard(), data)
@@ -379,7 +386,7 @@ def test_columns_of_a_data_frame_keep_their_names(report):
 
 def test_pairs_of_many_rows_leave_room_for_the_rest_under_two_megabytes():
     looked = examination.examine(standard(6), normal(4000, 6), None, None, None)
-    assert len(pictures.pairs(looked).source) < 1_300_000
+    assert len(page._pairs(looked).source) < 1_300_000
 
 
 def test_distances_are_those_of_kolmogorov():
@@ -428,7 +435,7 @@ CONDITIONAL = ConditionalFlowPrior(ConditionalMAF(2, 1, **SMALL))
             ValueError,
             r"finite data, got nan in data row 4 \(counted from 1\), column x2",
         ),
-        (standard(), [["a", "b"]], {}, TypeError, r"data of numbers, got list"),
+        (standard(), [["a", "b"]], {}, TypeError, r"data frame of numbers, got list"),
         (standard(), [[1.0, 2.0], [3.0]], {}, ValueError, r"rows of different lengths"),
         (standard(), normal(5).to(torch.complex64), {}, TypeError, r"real numbers, got torch.complex64"),
         (standard(), normal(5), {"names": ["a"]}, ValueError, r"2 names of data, one for each column, got 1"),

@@ -31,7 +31,7 @@ for name, command, examples in (
     ("sample", sample, SAMPLE_EXAMPLES),
     ("info", info, INFO_EXAMPLES),
     ("compare", as_command(compare), COMPARE_EXAMPLES),
-    ("paper", paper, PAPER_EXAMPLES),
+    ("paper", as_command(paper), PAPER_EXAMPLES),
 ):
     app.command(name, epilog=examples, no_args_is_help=True)(command)
 

@@ -11,18 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 import typer
 
 from pyro_maf._core.files import COLUMNS
-from pyro_maf.cli.errors import INTERRUPTED, CommandError, input_errors, say
-from pyro_maf.cli.naming import named
-from pyro_maf.cli.options import (
-    Device,
-    Epochs,
-    Models,
-    TableOptions,
-    TrainingOptions,
-    flag,
-    option,
-    separated,
-)
+from pyro_maf.cli.errors import INTERRUPTED, CommandError, input_errors, say, warnings_as_lines
+from pyro_maf.cli.options import Device, Epochs, Models, TableOptions, TrainingOptions, flag, option, separated
 from pyro_maf.cli.saved_model import write_json
 
 if TYPE_CHECKING:
@@ -94,14 +84,9 @@ def compare(options: CompareOptions) -> None:
     if table.missing is not None:
         say(f"left out of {table.label}: {table.missing}.")
     folder = options.folder or Path(f"{options.stem}-comparison")
-    with input_errors(), named(table):
+    with input_errors(), warnings_as_lines():
         parts = experiments.divide(
-            options.stem,
-            table.data,
-            table.context,
-            test=options.test,
-            validation=options.validation,
-            seed=options.seed,
+            options.stem, table, test=options.test, validation=options.validation, seed=options.seed
         )
         comparison = experiments.compare(
             parts, candidates, folder=folder, device=options.device, tell=_tell, **options.fitting
@@ -111,24 +96,43 @@ def compare(options: CompareOptions) -> None:
     _finish(comparison, folder, "comparison")
 
 
-def paper(
+@dataclass(kw_only=True)
+class PaperOptions:
+    """Options of `pyro-maf paper`."""
+
     name: Annotated[
         DataSet,
         typer.Argument(metavar="NAME", help=f"Data set: {', '.join(get_args(DataSet))}.", case_sensitive=False),
-    ],
-    root: Annotated[Path, option("Folder of the published archive, with a folder for each set.", "DIR")],
-    models: Models = None,
-    max_epochs: Epochs = 1000,
+    ]
+    root: Annotated[Path, option("Folder of the published archive, with a folder for each set.", "DIR")]
+    models: Models = None
+    max_epochs: Epochs = 1000
     learning_rate: Annotated[
         float | None, option("By default the paper's: 1e-3 for MADE and MADE MoG, 1e-4 for the flows.", "RATE")
-    ] = None,
-    seed: Annotated[int, option("Seed of the weights and of the order of batches.")] = 0,
-    device: Device = "cpu",
+    ] = None
+    seed: Annotated[int, option("Seed of the weights and of the order of batches.")] = 0
+    device: Device = "cpu"
     allow_pickle: Annotated[
         bool, flag("allow-pickle", "Load a pickle if there is no other file: it can run any code.")
-    ] = False,
-    folder: Annotated[Path | None, option("Folder of the results; by default named after the set.", "DIR")] = None,
-) -> None:
+    ] = False
+    folder: Annotated[Path | None, option("Folder of the results; by default named after the set.", "DIR")] = None
+
+    def candidates(self) -> tuple[Candidate, ...]:
+        """Return the requested candidates, with the paper's settings.
+
+        Raises:
+            CommandError: For unknown names.
+        """
+        from pyro_maf.experiments import ROWS, SETTINGS
+
+        with input_errors():
+            candidates = SETTINGS[self.name].candidates(separated(self.models) or tuple(ROWS))
+        if self.learning_rate is None:
+            return candidates
+        return tuple(dataclasses.replace(one, learning_rate=self.learning_rate) for one in candidates)
+
+
+def paper(options: PaperOptions) -> None:
     """Repeat the paper's experiment on one of its data sets, and compare with the published figures.
 
     Every width that the paper tried is fitted, with its settings, and the best on the validation rows counts. Images
@@ -139,13 +143,11 @@ def paper(
     from pyro_maf.datasets import load_dataset
     from pyro_maf.experiments.candidates import BATCH_SIZE, PATIENCE
 
-    settings = experiments.SETTINGS[name]
+    settings = experiments.SETTINGS[options.name]
+    candidates = options.candidates()
     with input_errors():
-        candidates = settings.candidates(separated(models) or tuple(experiments.ROWS))
-        dataset = load_dataset(settings.loader, root, allow_pickle=allow_pickle)
-    if learning_rate is not None:
-        candidates = tuple(dataclasses.replace(one, learning_rate=learning_rate) for one in candidates)
-    folder = folder or Path(f"{name.lower()}-paper")
+        dataset = load_dataset(settings.loader, options.root, allow_pickle=options.allow_pickle)
+    folder = options.folder or Path(f"{options.name.lower()}-paper")
     for part, data in _parts(dataset):
         with input_errors():
             comparison = experiments.compare(
@@ -153,14 +155,13 @@ def paper(
                 candidates,
                 folder=folder / part,
                 batch_size=BATCH_SIZE,
-                max_epochs=max_epochs,
+                max_epochs=options.max_epochs,
                 patience=PATIENCE,
-                seed=seed,
-                device=device,
+                seed=options.seed,
+                device=options.device,
                 tell=_tell,
             )
-        published = settings.published if settings.published and part == UNCONDITIONAL else None
-        _finish(comparison, folder, part, published)
+        _finish(comparison, folder, part, (settings.published or None) if part == UNCONDITIONAL else None)
 
 
 def _parts(data: Dataset) -> Iterator[tuple[str, Dataset]]:

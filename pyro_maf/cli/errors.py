@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,16 @@ from typer.core import TyperGroup
 
 from pyro_maf._core.text import shown
 
-__all__ = ["BAD_INPUT", "INTERRUPTED", "CommandError", "Commands", "command_line", "input_errors", "say"]
+__all__ = [
+    "BAD_INPUT",
+    "INTERRUPTED",
+    "CommandError",
+    "Commands",
+    "command_line",
+    "input_errors",
+    "say",
+    "warnings_as_lines",
+]
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -36,6 +46,23 @@ def input_errors() -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         raise CommandError(str(error)) from error
+
+
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Context in which each different warning of `pyro_maf.fit` is a line on stderr."""
+    said: set[str] = set()
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        if str(message) not in said:
+            say(str(message))
+        said.add(str(message))
+
+    with warnings.catch_warnings():
+        # Filters that turn warnings into errors are for programs; the command line has no program to debug.
+        warnings.filterwarnings("always", "fit ", UserWarning)
+        warnings.showwarning = show
+        yield
 
 
 class Commands(TyperGroup):

@@ -17,17 +17,8 @@ import typer
 import pyro_maf
 from pyro_maf._core.files import CHECKPOINT, COLUMNS, FILES, MODEL, RECORD, REPORT, held, recover
 from pyro_maf._core.text import MOST_LISTED, listed
-from pyro_maf.cli.errors import INTERRUPTED, CommandError, command_line, input_errors, say
-from pyro_maf.cli.naming import named, with_names
-from pyro_maf.cli.options import (
-    TableOptions,
-    TrainingOptions,
-    flag,
-    option,
-    read,
-    separated,
-    source_and_array,
-)
+from pyro_maf.cli.errors import INTERRUPTED, CommandError, command_line, input_errors, say, warnings_as_lines
+from pyro_maf.cli.options import TableOptions, TrainingOptions, flag, option, read, separated, source_and_array
 from pyro_maf.cli.saved_model import Record, write_json
 
 if TYPE_CHECKING:
@@ -223,20 +214,18 @@ def _train(
     from pyro_maf import training
 
     folder = options.results
-    with input_errors(), named(table), _resumable(folder, command, overwrite=options.overwrite):
-        result = training.fit(
+    with input_errors(), warnings_as_lines(), _resumable(folder, command, overwrite=options.overwrite):
+        return training.fit(
             model,
-            table.data,
-            context=table.context,
+            table,
             support=support,
-            validation=validation if isinstance(validation, float) else (validation.data, validation.context),
+            validation=validation,
             folder=folder,
             resume=options.resume,
             overwrite=options.overwrite,
             devices=options.devices,
             **options.fitting,
         )
-    return dataclasses.replace(result, warnings=tuple(with_names(line, table) for line in result.warnings))
 
 
 @contextmanager

@@ -23,6 +23,7 @@ class Dataset:
         train, validation, test: (rows, D) each.
         train_context, validation_context, test_context: (rows, C) each, or None without a context.
         pixels: The map from pixels to rows, or None.
+        names, context_names: Names of the columns; none by default.
     """
 
     name: str
@@ -33,6 +34,8 @@ class Dataset:
     validation_context: Tensor | None = None
     test_context: Tensor | None = None
     pixels: LogitPixels | None = None
+    names: tuple[str, ...] = ()
+    context_names: tuple[str, ...] = ()
 
     @property
     def input_dim(self) -> int:

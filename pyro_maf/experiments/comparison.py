@@ -25,8 +25,9 @@ from pyro_maf.experiments.gaussian import fit_gaussian
 from pyro_maf.experiments.results import Comparison, Score
 from pyro_maf.saving import write_whole
 from pyro_maf.tables import Rows
-from pyro_maf.tables.layout import TableLike, check_paired, numbers
+from pyro_maf.tables.layout import Layout, TableLike, check_paired, number_of_rows, numbers
 from pyro_maf.tables.rows import copies_of
+from pyro_maf.tables.table import Table, named_rows
 from pyro_maf.training import FitResult, fit
 from pyro_maf.training.result import log_prob_of
 
@@ -173,12 +174,16 @@ class _Contest:
 
     def _train(self, model: Candidate, options: Facts, folder: Path | None) -> FitResult:
         data = self.data
-        validation = data.validation if data.validation_context is None else (data.validation, data.validation_context)
+        rows, validation = (_by_name(data.names, part) for part in (data.train, data.validation))
+        context = validation_context = None
+        if data.train_context is not None and data.validation_context is not None:
+            context = _by_name(data.context_names, data.train_context)
+            validation_context = _by_name(data.context_names, data.validation_context)
         return fit(
             model.build(data.input_dim, data.context_dim, options["seed"]).to(self.device),
-            data.train,
-            context=data.train_context,
-            validation=validation,
+            rows,
+            context=context,
+            validation=(validation, validation_context),
             progress=self.progress,
             folder=folder,
             resume=folder is not None,
@@ -208,6 +213,11 @@ class _Contest:
             seconds=seconds,
             stop_reason=stop_reason,
         )
+
+
+def _by_name(names: Sequence[str], rows: Tensor) -> TableLike:
+    """Return rows by the names of their columns, if there are names, for messages of `fit`."""
+    return dict(zip(names, rows.unbind(1), strict=True)) if names else rows
 
 
 def _fingerprint(data: Dataset, candidate: Candidate, options: Facts) -> Facts:
@@ -278,7 +288,13 @@ def _bits_of(data: Dataset, log_prob: Tensor) -> Tensor | None:
 
 
 def divide(
-    name: str, data: Any, context: Any = None, *, test: float = 0.1, validation: float = 0.1, seed: int = 0
+    name: str,
+    data: TableLike | Table,
+    context: TableLike | None = None,
+    *,
+    test: float = 0.1,
+    validation: float = 0.1,
+    seed: int = 0,
 ) -> Dataset:
     r"""Shuffle rows and hold some out: a fraction for testing, and a fraction of the rest for validation.
 
@@ -286,7 +302,7 @@ def divide(
 
     Args:
         name: Name of the data in tables.
-        data: Rows (N, D): an array, a tensor or a data frame of numbers.
+        data: Rows (N, D): an array, a tensor or a data frame of numbers; or a table of `read_table`, with its context.
         context: Rows (N, C), or None.
         test: Fraction of the rows for testing, between 0 and 1.
         validation: Fraction of the others for validation.
@@ -312,18 +328,15 @@ def divide(
         if not 0 < part < 1:
             raise ValueError(f"divide expected {role} as a part between 0 and 1, got {part!r}.")
     check_positive("divide", "seed", seed, least=0)
-    total = len(data)
-    for_test = round(test * total)
-    for_validation = round(validation * (total - for_test))
-    sizes = [total - for_test - for_validation, for_validation, for_test]
-    if sizes[0] < LEAST_ROWS or min(sizes[1:]) < 2:
-        raise ValueError(
-            f"divide expected at least {LEAST_ROWS} rows to train with and 2 each to validate and test with, "
-            f"got {total} rows, which make {sizes[0]}, {sizes[1]} and {sizes[2]}."
-        )
-    rows = Rows(_numbers("data", data), None if context is None else _numbers("context", context))
-    if context is not None:
-        check_paired("divide", "data", data, "context", context)
+    source = named_rows("divide", data, context)
+    names, context_names = source.columns.labels, Layout.of(source.context).labels
+    if isinstance(data, Table):
+        context_names = list(data.context_names)
+    total = number_of_rows(source.data)
+    sizes = _sizes(total, test, validation)
+    rows = Rows(_numbers("data", source.data), None if source.context is None else _numbers("context", source.context))
+    if source.context is not None:
+        check_paired("divide", "data", source.data, "context", source.context)
     generator = torch.Generator().manual_seed(seed)
     distinct, _ = copies_of(rows)
     if distinct < total:
@@ -336,7 +349,22 @@ def divide(
         name,
         *(train.data, validating.data, testing.data),
         *(train.context, validating.context, testing.context),
+        names=tuple(names),
+        context_names=tuple(context_names),
     )
+
+
+def _sizes(total: int, test: float, validation: float) -> list[int]:
+    """Return the number of rows to train with, to validate with and to test with."""
+    for_test = round(test * total)
+    for_validation = round(validation * (total - for_test))
+    sizes = [total - for_test - for_validation, for_validation, for_test]
+    if sizes[0] < LEAST_ROWS or min(sizes[1:]) < 2:
+        raise ValueError(
+            f"divide expected at least {LEAST_ROWS} rows to train with and 2 each to validate and test with, "
+            f"got {total} rows, which make {sizes[0]}, {sizes[1]} and {sizes[2]}."
+        )
+    return sizes
 
 
 def _numbers(name: str, table: TableLike) -> Tensor:

@@ -5,27 +5,61 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_maf._core.checks import InputError
 from pyro_maf._core.progress import bar
 from pyro_maf._core.torch_state import reference_tensor, seeded, without_autocast
-from pyro_maf.datasets import Table as NamedTable
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
-from pyro_maf.report.table import Given, Table, given_columns
+from pyro_maf.report.kolmogorov import Calibration, calibration_of, radius_of
+from pyro_maf.tables import MappedRows, Reader, Rows, rows_of
+from pyro_maf.tables.layout import Layout, TableLike
+from pyro_maf.tables.rows import Labels
+from pyro_maf.tables.table import Table
+from pyro_maf.training.result import log_prob_of
 
-__all__ = ["Examination", "LowRow", "examine"]
+__all__ = ["ContextColumn", "Examination", "LowRow", "examine"]
 
 MOST_VALUES = 10_000_000
 """Maximum number of values that are scored; of more rows, a random part."""
+VALUES_AT_ONCE = 2**18
+ROWS_AT_ONCE = 4096
 PICTURED_ROWS = 10_000
 PICTURED_VALUES = 2_500_000
 LEAST_SAMPLES = 2000
 LOWEST = 10
 SEED = 0
+MANY_DIGITS = 10_000
+"""Values from here on, such as time stamps, may share more than the four digits that others are shown with."""
+
+
+@dataclass(frozen=True)
+class ContextColumn:
+    """A column of context in its table: numeric, or categorical, which the density takes one-hot.
+
+    Attributes:
+        name: Name of the column.
+        first: Index of its first value in a row of the encoded context.
+        categories: Its categories in order, or None for a column of numbers.
+
+    Example:
+        >>> ContextColumn("colour", 1, ["blue", "red"]).text([30.5, 0.0, 1.0])
+        'red'
+    """
+
+    name: str
+    first: int
+    categories: Sequence[str] | None = None
+
+    def text(self, context: Sequence[float]) -> str:
+        """Decode this column from a row of encoded context."""
+        if self.categories is None:
+            number = context[self.first]
+            return f"{number:.4g}" if abs(number) < MANY_DIGITS else f"{number:.10g}"
+        return self.categories[context.index(1.0, self.first) - self.first]
 
 
 @dataclass(frozen=True)
@@ -76,15 +110,38 @@ class Examination:
     samples: Tensor
     samples_log_prob: Tensor
 
+    @property
+    def has_radius(self) -> bool:
+        """True if the noise has several dimensions, and so a radius."""
+        return self.noise.shape[1] > 1
+
+    @property
+    def scores(self) -> Tensor:
+        """The noise and, if it has several dimensions, the normal scores of its radius, (pictured, D or D + 1)."""
+        return torch.cat([self.noise, radius_of(self.noise)[:, None]], -1) if self.has_radius else self.noise
+
+    @property
+    def score_names(self) -> list[str]:
+        """Names of the columns of `scores`."""
+        size = self.noise.shape[1]
+        # A simplex has one column more than its noise has dimensions.
+        names = self.names if len(self.names) == size else [f"u{i + 1}" for i in range(size)]
+        return [*names, *["|u|²"] * self.has_radius]
+
+    @property
+    def calibration(self) -> Calibration:
+        """Calibration of the noise, and of its radius."""
+        return calibration_of(self.scores, self.score_names)
+
 
 def examine(
     density: FlowPrior | ConditionalFlowPrior,
-    data: Any,
-    context: Any,
-    names: Sequence[str] | None,
-    context_names: Sequence[str] | None,
+    data: TableLike | Table,
+    context: TableLike | None = None,
+    names: Sequence[str] | None = None,
+    context_names: Sequence[str] | None = None,
     *,
-    held_out: Any = None,
+    held_out: Rows | None = None,
     progress: bool | str = False,
 ) -> Examination:
     """Examine a density with rows of data; the global random state is left unchanged.
@@ -94,164 +151,231 @@ def examine(
     Args:
         density: A density with a model that `fit` can fit.
         data, context, names, context_names, progress: As in `write_report`.
-        held_out: The fit's validation rows, a pair (data, context), or None if unavailable.
+        held_out: The fit's validation rows, or None if unavailable.
 
     Raises:
         TypeError, ValueError: As `write_report`.
     """
-    tables = _tables(density, data, context, names, context_names)
-    given = given_columns(data, tables)
-    numbers = None if not isinstance(data, NamedTable) else data.rows
-    generator = np.random.default_rng(SEED)
-    width = len(tables[0].names)
-    scored = _some(np.arange(len(tables[0])), MOST_VALUES // width, generator)
+    table = _read(density, data, context, names, context_names)
+    total, width = table.rows.data.shape
+    generator = torch.Generator().manual_seed(SEED)
+    scored = _some(torch.arange(total), MOST_VALUES // width, generator)
     pictured = _some(scored, min(PICTURED_ROWS, PICTURED_VALUES // width), generator)
     # More than one sample for each of a few rows, or the samples' histograms would be mostly noise.
-    sampled = pictured.repeat(math.ceil(LEAST_SAMPLES / len(pictured)))
-    total = len(scored) + len(pictured) + len(sampled)
-    with torch.no_grad(), bar(progress, "{task.description}", "{task.percentage:.0f} %") as shown:
-        looked = _Reader(density, tables, lambda done: shown.show("report", done, total))
-        log_prob = looked.log_prob(scored)
-        data_rows, noise = looked.noise(pictured)
-        samples, samples_log_prob = looked.samples(sampled)
-        order = log_prob.argsort()[:LOWEST].numpy()
-        lowest = looked.low_rows(scored[order], log_prob[order], given, numbers)
-        is_held_out = looked.is_all(held_out)
+    sampled = pictured.repeat_interleave(math.ceil(LEAST_SAMPLES / len(pictured)))
+    with torch.no_grad(), bar(progress, "report", "{task.percentage:.0f} %") as shown:
+        work = len(scored) + len(pictured) + len(sampled)
+        scorer = _Scorer(density, table, lambda done: shown.show("", done, work))
+        log_prob = scorer.log_prob(scored)
+        pictured_rows, noise = scorer.noise(pictured)
+        samples, samples_log_prob = scorer.samples(sampled)
+        order = log_prob.argsort()[:LOWEST]
+        lowest = scorer.low_rows(scored[order], log_prob[order])
+        is_held_out = held_out is not None and scorer.are_all(held_out)
     return Examination(
-        names=tables[0].names,
-        context_names=[column.name for column in given],
-        rows=len(tables[0]),
+        names=table.names,
+        context_names=[column.name for column in table.context_columns],
+        rows=total,
         is_held_out=is_held_out,
         log_prob=log_prob,
         lowest=lowest,
-        data=data_rows,
+        data=pictured_rows,
         noise=noise,
         samples=samples,
         samples_log_prob=samples_log_prob,
     )
 
 
-class _Reader:
-    """Reader of rows of the tables, with their log-densities, noise and samples."""
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _NamedRows:
+    """Rows, with the names of their columns and the number of each.
+
+    Attributes:
+        rows: The rows, in memory or on disk.
+        names: Names of the columns of data.
+        context_columns: The columns of context.
+        number: Number of the row at an index, counted from 1.
+    """
+
+    rows: Rows | MappedRows
+    names: list[str]
+    context_columns: list[ContextColumn]
+    number: Callable[[int], int]
+
+
+def _read(
+    density: FlowPrior | ConditionalFlowPrior,
+    data: TableLike | Table,
+    context: TableLike | None,
+    names: Sequence[str] | None,
+    context_names: Sequence[str] | None,
+) -> _NamedRows:
+    """Read the rows of data and, for a conditional density, of context."""
+    columns: list[ContextColumn] = []
+    number: Callable[[int], int] = _from_one
+    if isinstance(data, Table):
+        if any(value is not None for value in (context, names, context_names)):
+            raise ValueError("write_report got a context or names beside a Table, which has its own: leave them out.")
+        table = data
+        columns, number = _context_columns(table), lambda index: table.numbers(index)
+        names, context_names = table.names, table.context_names
+        data, context = table.data, table.context
+    prior = density.unwrapped
+    (width,), context_width = prior.event_shape, prior.context_dim
+    names = _names("data", names, data, width)
+    if context_width or context_names:
+        context_names = _names("context", context_names, context, context_width)
+    reader = Reader(
+        "write_report",
+        width,
+        context_width,
+        labels=Labels(names, number),
+        context_labels=Labels(context_names or (), number),
+    )
+    columns = columns or [ContextColumn(name, place) for place, name in enumerate(context_names or ())]
+    return _NamedRows(rows_of(data, context, reader), names, columns, number)
+
+
+def _from_one(index: int) -> int:
+    return index + 1
+
+
+def _context_columns(table: Table) -> list[ContextColumn]:
+    """Return the columns of context of a table."""
+    columns, first = [], 0
+    for column in table.columns["context"]:
+        columns.append(ContextColumn(column["name"], first, column["categories"]))
+        first += len(column["categories"] or [0])
+    return columns
+
+
+def _names(role: str, names: Sequence[str] | None, value: TableLike | None, width: int) -> list[str]:
+    """Return the names of the columns: as requested, or those of the table, or x1, x2 and so on."""
+    if names is not None and len(names) != width:
+        raise ValueError(f"write_report expected {width} names of {role}, one for each column, got {len(names)}.")
+    names = Layout.of(value).labels if names is None else names
+    letter = "x" if role == "data" else "c"
+    return list(map(str, names)) if len(names) == width else [f"{letter}{i + 1}" for i in range(width)]
+
+
+def _some(index: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """Draw at most `most` of an index, at least one, in their order."""
+    if len(index) <= most:
+        return index
+    return index[torch.randperm(len(index), generator=generator)[: max(1, most)]].sort().values
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
+
+
+class _Scorer:
+    """Log-densities, noise and samples of rows of a table.
+
+    Args:
+        density: The density.
+        table: The rows.
+        show: Function to call with the number of rows that are done.
+    """
 
     def __init__(
-        self, density: FlowPrior | ConditionalFlowPrior, tables: list[Table], show: Callable[[int], None]
+        self, density: FlowPrior | ConditionalFlowPrior, table: _NamedRows, show: Callable[[int], None]
     ) -> None:
         self.density = density
         self.prior: FlowPrior = density.unwrapped
-        self.tables = tables
+        self.table = table
         self.show = show
         self.done = 0
         like = reference_tensor(density)
         self.like = torch.zeros(()) if like is None else like
-        self.likes = [self.like.to(dtype) for dtype in (density.dtype, density.context_dtype)]
 
-    def read(self, index: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor | None]:
-        """Read data and context at `index`, and check them."""
-        data, *context = (table.take(index, like) for table, like in zip(self.tables, self.likes, strict=False))
+    def read(self, index: Tensor) -> Rows:
+        """Read data and context at `index`, and check that the data are inside the support."""
+        rows = self.table.rows.take(index).rounded_for(self.prior)
         support = self.prior.units.support
-        outside = support.outside(data)
-        if outside.any():
-            row = int(outside.nonzero()[0])
-            raise ValueError(
+        outside = support.outside(rows.data).nonzero()
+        if len(outside):
+            row = int(index[outside[0, 0]])
+            raise InputError(
                 f"write_report expected data inside the support, {support.name}, where the density is not 0, got data "
-                f"row {index[row] + 1} (counted from 1) outside: leave such rows out."
+                f"row {self.table.number(row)} (counted from 1) outside: leave such rows out.",
+                row=row,
             )
-        return data, context[0] if context else None
+        return rows
 
-    def at(self, context: Tensor | None) -> Any:
-        """Condition the density on a context, if any."""
-        return self.density if context is None else self.density.condition(context)  # type: ignore[operator]
-
-    def blocks(self, index: np.ndarray[Any, Any]) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Iterate over blocks of data and context at `index`."""
-        for block in self.tables[0].blocks(index):
+    def blocks(self, index: Tensor) -> Iterator[Rows]:
+        """Iterate over blocks of the rows at `index`."""
+        for block in self._split(index):
             yield self.read(block)
             self.done += len(block)
             self.show(self.done)
 
-    def log_prob(self, index: np.ndarray[Any, Any]) -> Tensor:
-        """Return the log-densities of the rows at `index`."""
-        return torch.cat([self.at(context).log_prob(data).double().cpu() for data, context in self.blocks(index)])
+    def _split(self, index: Tensor) -> tuple[Tensor, ...]:
+        return index.split(max(1, min(ROWS_AT_ONCE, VALUES_AT_ONCE // len(self.table.names))))
 
-    def noise(self, index: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
+    def log_prob(self, index: Tensor) -> Tensor:
+        """Return the log-densities of the rows at `index`."""
+        parts = (part for rows in self.blocks(index) for part in log_prob_of(self.density, rows.data, rows.context))
+        return torch.cat([part.double() for part in parts])
+
+    def noise(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows at `index`, and their noise."""
-        parts = []
-        for data, context in self.blocks(index):
-            # As `log_prob` does for itself: a rounded network would be a different density.
-            u = without_autocast(self.prior.noise, data, context, like=self.like)
-            parts.append((data.double().cpu(), u.double().cpu()))
+        parts = [(rows.data.double(), self._noise(rows)) for rows in self.blocks(index)]
         data, noise = map(torch.cat, zip(*parts, strict=True))
         return data, noise
 
-    def samples(self, index: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
+    def _noise(self, rows: Rows) -> Tensor:
+        data, context = rows.to(self.like.device)
+        # As `log_prob` does for itself: a rounded network would be a different density.
+        return without_autocast(self.prior.noise, data, context, like=self.like).double().cpu()
+
+    def samples(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Draw a sample at the context of each row at `index`; return the finite ones and their log-densities."""
         parts = []
         with seeded(SEED, self.like.device):
-            for data, context in self.blocks(index):
-                density = self.at(context)
-                samples = density.sample((len(data),) if context is None else ())
-                parts.append((samples.double().cpu(), density.log_prob(samples).double().cpu()))
+            for rows in self.blocks(index):
+                data, context = rows.to(self.like.device)
+                if context is None:
+                    samples = self.prior.sample((len(data),))
+                    log_prob = self.prior.log_prob(samples)
+                else:
+                    at = cast("ConditionalFlowPrior", self.density).condition(context)
+                    samples = at.sample()
+                    log_prob = at.log_prob(samples)
+                parts.append((samples.double().cpu(), log_prob.double().cpu()))
         samples, log_prob = map(torch.cat, zip(*parts, strict=True))
         finite = samples.isfinite().all(-1)
         return samples[finite], log_prob[finite]
 
-    def is_all(self, rows: Any) -> bool:
-        """True if the tables hold exactly these rows, a pair (data, context)."""
-        if rows is None or len(rows[0]) != len(self.tables[0]):
-            return False
-        index = np.arange(len(self.tables[0]))
-        return all(
-            torch.equal(table.take(block, self.like), part[torch.from_numpy(block)].to(self.like))
-            for table, part in zip(self.tables, rows, strict=False)
-            for block in table.blocks(index)
+    def are_all(self, rows: Rows) -> bool:
+        """True if the table holds exactly these rows."""
+        table, total = self.table.rows, len(self.table.rows.data)
+        return len(rows.data) == total and all(
+            torch.equal(one, other)
+            for block in self._split(torch.arange(total))
+            for one, other in zip(
+                table.take(block).rounded_for(self.prior), rows.take(block).rounded_for(self.prior), strict=True
+            )
+            if one is not None and other is not None
         )
 
-    def low_rows(self, index: np.ndarray[Any, Any], log_prob: Tensor, given: list[Given], numbers: Any) -> list[LowRow]:
+    def low_rows(self, index: Tensor, log_prob: Tensor) -> list[LowRow]:
         """Return the rows at `index`, with their numbers in their table."""
-        data, context = self.read(index)
-        noise = without_autocast(self.prior.noise, data, context, like=self.like)
+        rows = self.read(index)
+        noise = self._noise(rows)
         furthest = noise.abs().argmax(-1)
+        columns = [] if rows.context is None else self.table.context_columns
+        contexts = [[]] * len(index) if rows.context is None else rows.context.tolist()
         return [
             LowRow(
-                row=int(index[i] + 1 if numbers is None else numbers[index[i]]),
+                row=self.table.number(int(index[i])),
                 log_prob=float(log_prob[i]),
-                values=data[i].tolist(),
-                context=[] if context is None else [column.text(context[i].tolist()) for column in given],
+                values=rows.data[i].tolist(),
+                context=[column.text(contexts[i]) for column in columns],
                 dimension=int(furthest[i]),
                 noise=float(noise[i, furthest[i]]),
             )
             for i in range(len(index))
         ]
-
-
-def _tables(density: Any, data: Any, context: Any, names: Any, context_names: Any) -> list[Table]:
-    """Return the tables of data and, for a conditional density, of context."""
-    if isinstance(data, NamedTable):
-        if any(value is not None for value in (context, names, context_names)):
-            raise ValueError("write_report got a context or names beside a Table, which has its own: leave them out.")
-        names, context = data.names, data.context
-        context_names = None if context is None else data.context_names
-        data = data.data
-    if not isinstance(density, ConditionalFlowPrior):
-        if context is not None or context_names is not None:
-            raise ValueError("write_report got a context for a density that takes none: leave it out.")
-        return [Table("data", data, density.event_shape[0], names)]
-    if context is None:
-        raise ValueError(f"write_report expected a context with {density.context_dim} columns, got none.")
-    tables = [
-        Table("data", data, density.density.event_shape[0], names),
-        Table("context", context, density.context_dim, context_names),
-    ]
-    if len(tables[0]) != len(tables[1]):
-        raise ValueError(
-            f"write_report expected as many rows of context as of data, got {len(tables[1])} and {len(tables[0])}."
-        )
-    return tables
-
-
-def _some(index: np.ndarray[Any, Any], most: int, generator: np.random.Generator) -> np.ndarray[Any, Any]:
-    """Draw at most `most` of an index, at least one, in their order."""
-    if len(index) <= most:
-        return index
-    return np.sort(generator.choice(index, max(1, most), replace=False))

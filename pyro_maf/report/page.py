@@ -1,34 +1,52 @@
-"""Writing of the report's page."""
+"""The page of a report: its figures, its tables and its pictures, each with a text alternative."""
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 import os
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
+from pyro_maf import plotting
 from pyro_maf._core.extras import require
 from pyro_maf._core.progress import check_progress
 from pyro_maf._core.torch_state import reference_tensor
-from pyro_maf.datasets import Table
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
-from pyro_maf.report import pictures
 from pyro_maf.report.examination import Examination, examine
-from pyro_maf.report.kolmogorov import calibration_of, radius_of
+from pyro_maf.report.kolmogorov import distance_between, distance_to_uniform
 from pyro_maf.saving import write_whole
+from pyro_maf.tables.layout import TableLike
+from pyro_maf.tables.table import Table
 from pyro_maf.training import FitResult
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["write_report"]
 
 MOST_VALUES_OF_A_ROW = 12
+MOST_MARGINALS = 24
+MOST_NOISE = 12
+MOST_PAIRS = 6
+CORRELATED_COLUMNS = 1000
+"""Maximum number of columns among which the most correlated are searched: the cost is quadratic."""
+LONGEST_NAME = 24
+ABREAST = 2
+"""Number of panels side by side: legible on a phone."""
+DPI = 96
 
 
-class Figure(NamedTuple):
+class Headline(NamedTuple):
     """A headline figure: its name, its value, and a remark."""
 
     name: str
@@ -39,9 +57,9 @@ class Figure(NamedTuple):
 def write_report(
     path: str | os.PathLike[str],
     result: FitResult,
-    data: Any,
+    data: TableLike | Table,
     *,
-    context: Any = None,
+    context: TableLike | None = None,
     names: Sequence[str] | None = None,
     context_names: Sequence[str] | None = None,
     command: str = "",
@@ -99,8 +117,10 @@ def write_report(
         raise TypeError(f"write_report expected what fit returned, a FitResult, got {type(result).__name__}.")
     check_progress("write_report", progress)
     label = data.label if isinstance(data, Table) else ""
-    data = result.layout.pick("write_report", "data", data)
-    context = result.context_layout.pick("write_report", "context", context)
+    if not isinstance(data, Table):
+        data = result.layout.pick("write_report", "data", data)
+    if context is not None:
+        context = result.context_layout.pick("write_report", "context", context)
     examination = examine(
         result.density, data, context, names, context_names, held_out=result.held_out, progress=progress
     )
@@ -113,101 +133,84 @@ def _page(result: FitResult, examination: Examination, command: str, label: str)
 
     template = files("pyro_maf.report").joinpath("page.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    names = _noise_names(examination)
-    u = examination.noise
-    if len(names) > u.shape[1]:
-        u = torch.cat([u, radius_of(u)[:, None]], -1)
-    pit, qq = pictures.noise(u, names)
+    pit, qq = _noise(examination)
     return environment.from_string(template).render(
         title=_title(result, examination, label),
         figures=_figures(result, examination),
         command=command,
         warnings=result.warnings,
-        calibration=calibration_of(u, names),
-        has_radius=len(names) > examination.noise.shape[1],
+        calibration=examination.calibration,
+        has_radius=examination.has_radius,
         pit=pit,
         qq=qq,
-        marginals=pictures.marginals(examination),
-        pairs=pictures.pairs(examination) if len(examination.names) > 1 else None,
-        log_densities=pictures.log_densities(examination),
-        lowest=_lowest(examination, names),
-        losses=pictures.losses(result),
+        marginals=_marginals(examination),
+        pairs=_pairs(examination) if len(examination.names) > 1 else None,
+        log_densities=_log_densities(examination),
+        lowest=_lowest(examination),
+        losses=_losses(result),
         model=repr(result.density),
         examination=examination,
     )
 
 
-def _noise_names(examination: Examination) -> list[str]:
-    """Return the names of the dimensions of the noise, and of its radius if there are several."""
-    size = examination.noise.shape[1]
-    # A simplex has one column more than its noise has dimensions.
-    names = examination.names if len(examination.names) == size else [f"u{i + 1}" for i in range(size)]
-    return [*names, "|u|²"] if size > 1 else list(names)
-
-
-def _model(result: FitResult) -> Any:
-    """Return the fitted flow or density."""
-    density = result.density
-    return (density.density if isinstance(density, ConditionalFlowPrior) else density).model
-
-
 def _title(result: FitResult, examination: Examination, label: str) -> str:
     given = f" given {_count(len(examination.context_names), 'context column')}" if examination.context_names else ""
-    model = f"{type(_model(result)).__name__} of {_count(len(examination.names), 'column')}{given}"
+    model = f"{type(result.density.unwrapped.model).__name__} of {_count(len(examination.names), 'column')}{given}"
     return f"{label}: {model}, {date.today()}" if label else f"{model}, {date.today()}"
 
 
-def _figures(result: FitResult, examination: Examination) -> list[Figure]:
+def _figures(result: FitResult, examination: Examination) -> list[Headline]:
     """Return the headline figures."""
-    weight = reference_tensor(_model(result))
-    parameters = sum(parameter.numel() for parameter in result.density.parameters())
+    weight = reference_tensor(result.density.unwrapped.model)
+    dtype = "" if weight is None else str(weight.dtype).removeprefix("torch.")
+    parameters = f"{sum(parameter.numel() for parameter in result.density.parameters()):,}"
     columns = f"{len(examination.names):,}"
-    validation = Figure(
+    validation = Headline(
         "Validation in the fit", f"{result.validation_log_likelihood:.3f}", "nats, of the fit's own rows"
     )
     return [
         _log_likelihood(examination),
         *[validation] * (not examination.is_held_out),
         _rows(result, examination),
-        Figure("Columns", columns, _count(len(examination.context_names), "context column", none="no context")),
-        Figure("Epochs", f"{result.epochs:,}", f"best: {result.best_epoch:,}"),
-        Figure("Time", _duration(result.seconds), "for the fit"),
-        Figure("Stopped", result.stop_reason, _count(result.skipped_steps, "step", none="no steps") + " skipped"),
-        Figure("Parameters", f"{parameters:,}", str(weight.dtype).removeprefix("torch.") if weight is not None else ""),
+        Headline("Columns", columns, _count(len(examination.context_names), "context column", none="no context")),
+        Headline("Epochs", f"{result.epochs:,}", f"best: {result.best_epoch:,}"),
+        Headline("Time", _duration(result.seconds), "for the fit"),
+        Headline("Stopped", result.stop_reason, _count(result.skipped_steps, "step", none="no steps") + " skipped"),
+        Headline("Parameters", parameters, dtype),
     ]
 
 
-def _log_likelihood(examination: Examination) -> Figure:
+def _log_likelihood(examination: Examination) -> Headline:
     """Return the mean log-likelihood of the rows, with two standard errors from two rows on."""
     log_prob = examination.log_prob
     value = f"{log_prob.mean():.3f}"
     if len(log_prob) > 1 and log_prob.isfinite().all():
         value += f" ± {2 * float(log_prob.std()) / math.sqrt(len(log_prob)):.3f}"
     which = "held-out rows" if examination.is_held_out else "these rows"
-    return Figure(f"Log-likelihood of {which}", value, "nats a row, ± two standard errors")
+    return Headline(f"Log-likelihood of {which}", value, "nats a row, ± two standard errors")
 
 
-def _rows(result: FitResult, examination: Examination) -> Figure:
+def _rows(result: FitResult, examination: Examination) -> Headline:
     """Return the number of rows, and their role in the fit."""
     scored, rows = len(examination.log_prob), examination.rows
     notes = [] if scored == rows else [f"{scored:,} of them, drawn at random, were scored"]
     if not examination.is_held_out:
-        return Figure("Rows", f"{rows:,}", *notes)
+        return Headline("Rows", f"{rows:,}", *notes)
     if result.held_out is None or result.held_out_places is None:
-        return Figure("Rows", f"{rows:,}", "; ".join(["those to validate with; they also chose the epoch", *notes]))
+        return Headline("Rows", f"{rows:,}", "; ".join(["those to validate with; they also chose the epoch", *notes]))
     value = f"{rows:,} of {result.rows:,}"
-    return Figure("Rows", value, "; ".join(["held out; they also chose the epoch", *notes]))
+    return Headline("Rows", value, "; ".join(["held out; they also chose the epoch", *notes]))
 
 
-def _lowest(examination: Examination, noise_names: Sequence[str]) -> dict[str, Any]:
+def _lowest(examination: Examination) -> dict[str, object]:
     """Return the table of the rows of the lowest density."""
-    columns, contexts = (given[:MOST_VALUES_OF_A_ROW] for given in (examination.names, examination.context_names))
+    columns, contexts = (names[:MOST_VALUES_OF_A_ROW] for names in (examination.names, examination.context_names))
     digits = [_digits(column) for column in examination.data.unbind(1)[: len(columns)]]
     rows = [
         {
             "row": f"{low.row:,}",
             "log_prob": f"{low.log_prob:.2f}",
-            "furthest": noise_names[low.dimension],
+            "furthest": examination.score_names[low.dimension],
             "noise": f"{low.noise:+.1f}",
             "values": [f"{value:.{count}g}" for value, count in zip(low.values, digits, strict=False)],
             "context": list(zip(contexts, low.context, strict=False)),
@@ -237,3 +240,122 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture for an HTML page.
+
+    Attributes:
+        source: The picture as a data: URL.
+        alt: Text alternative.
+        note: What it leaves out; "" for nothing.
+    """
+
+    source: str
+    alt: str
+    note: str = ""
+
+
+def _losses(result: FitResult) -> Picture:
+    """Draw training and validation losses."""
+    figure = plotting.losses({"validation": result})
+    return _embedded(figure, f"Losses in training and validation over {result.epochs} epochs.")
+
+
+def _marginals(examination: Examination) -> Picture:
+    """Draw histograms of columns of data and samples."""
+    data, samples, names = examination.data, examination.samples, examination.names
+    shown, note = _foremost(distance_between(data, samples), MOST_MARGINALS, "whose data and samples differ most")
+    figure = plotting.marginals(data[:, shown], samples[:, shown], names=_drawn(names, shown), columns=ABREAST)
+    return _embedded(figure, f"Histograms of data and samples of {_listed(names, shown)}.", note)
+
+
+def _noise(examination: Examination) -> tuple[Picture, Picture]:
+    """Draw PIT histograms and QQ plots of the columns of noise."""
+    u, names = examination.scores, examination.score_names
+    distances = distance_to_uniform(torch.special.ndtr(u))
+    shown, note = _foremost(distances, MOST_NOISE, "that are furthest from uniform", "panels")
+    listed, drawn = _listed(names, shown), _drawn(names, shown)
+    return (
+        _embedded(
+            plotting.pit(u[:, shown], names=drawn, columns=ABREAST), f"PIT histograms of the noise of {listed}.", note
+        ),
+        _embedded(
+            plotting.qq(u[:, shown], names=drawn, columns=ABREAST), f"Normal QQ plots of the noise of {listed}.", note
+        ),
+    )
+
+
+def _pairs(examination: Examination) -> Picture:
+    """Draw every pair of a few columns of data and samples."""
+    data, samples, names = examination.data, examination.samples, examination.names
+    shown = _most_correlated(data[:, :CORRELATED_COLUMNS])
+    note = ""
+    if len(shown) < len(names):
+        among = f" of the first {CORRELATED_COLUMNS:,}" if len(names) > CORRELATED_COLUMNS else ""
+        note = f"{len(shown)} of {len(names):,} columns, the most correlated{among}: {_listed(names, shown)}."
+    figure = plotting.pairs(data[:, shown], samples[:, shown], names=_drawn(names, shown))
+    return _embedded(figure, f"Data over samples for every pair of {_listed(names, shown)}.", note)
+
+
+def _log_densities(examination: Examination) -> Picture:
+    """Draw histograms of the log-densities of data and samples."""
+    heights = {"data": examination.log_prob, "samples": examination.samples_log_prob}
+    return _embedded(plotting.log_densities(heights), "Histograms of the log-densities of data and of samples.")
+
+
+def _foremost(score: Tensor, most: int, which: str, what: str = "columns") -> tuple[list[int], str]:
+    """Return the indices of the highest scores, ascending, and a note on those left out."""
+    if len(score) <= most:
+        return list(range(len(score))), ""
+    return sorted(score.topk(most).indices.tolist()), f"{most} of {len(score):,} {what}, those {which}."
+
+
+def _most_correlated(data: Tensor) -> list[int]:
+    """Select correlated columns: the most correlated pair, then repeatedly the one most correlated with any of them.
+
+    If there are few columns, all of them in their order.
+    """
+    width = data.shape[1]
+    if width <= MOST_PAIRS:
+        return list(range(width))
+    if len(data) < 2:
+        return list(range(MOST_PAIRS))
+    correlation = torch.corrcoef(data.T).abs().nan_to_num(0.0).fill_diagonal_(-1.0)
+    shown = [int(correlation.amax(0).argmax())]
+    while len(shown) < MOST_PAIRS:
+        nearness = correlation[shown].amax(0)
+        nearness[shown] = -1.0
+        shown.append(int(nearness.argmax()))
+    return sorted(shown)
+
+
+def _drawn(names: Sequence[str], shown: Sequence[int]) -> list[str]:
+    """Escape names for matplotlib, and shorten them to fit a panel."""
+    drawn = []
+    for index in shown:
+        name = "".join(letter if letter.isprintable() else " " for letter in names[index])
+        name = name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+        drawn.append(name.replace("$", r"\$"))
+    return drawn
+
+
+def _listed(names: Sequence[str], shown: Sequence[int]) -> str:
+    return ", ".join(names[index] for index in shown)
+
+
+def _embedded(figure: Figure, alt: str, note: str = "") -> Picture:
+    """Embed a figure as SVG with text elements, byte for byte reproducible."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pyro_maf"}), warnings.catch_warnings():
+        # A warning about glyphs missing from matplotlib's font: the browser's have them.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(buffer, format="svg", dpi=DPI, metadata={"Date": None})
+    encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return Picture(f"data:image/svg+xml;base64,{encoded}", alt, note)
