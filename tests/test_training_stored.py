@@ -15,8 +15,7 @@ from torch import Tensor
 from pyro_maf import MAF, ConditionalMAF, fit
 from pyro_maf._core.processes import Processes
 from pyro_maf.support import Support
-from pyro_maf.tables import MappedRows, Reader
-from pyro_maf.tables import mapped as mapped_rows
+from pyro_maf.tables import MappedRows, Reader, disk
 from pyro_maf.tables.moments import moments_of
 from pyro_maf.tables.rows import Split
 from pyro_maf.training import batches as batches_module
@@ -30,8 +29,8 @@ QUICK: dict[str, Any] = {"batch_size": 100, "max_epochs": 3, "learning_rate": 1e
 @pytest.fixture(autouse=True)
 def _small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if memory held a few hundred rows."""
-    monkeypatch.setattr(mapped_rows, "IN_MEMORY", 0)
-    monkeypatch.setattr(mapped_rows, "BLOCK_BYTES", 64 * 2 * 8)
+    monkeypatch.setattr(disk, "IN_MEMORY", 0)
+    monkeypatch.setattr(disk, "BLOCK_BYTES", 64 * 2 * 8)
     monkeypatch.setattr(batches_module, "BLOCKS_AT_ONCE", 6)
 
 
@@ -91,7 +90,7 @@ def test_rows_may_lie_in_any_way(tmp_path: Path) -> None:
         for mode in ("r", "r+", "c"):
             rows = mapped(tmp_path / f"{number}.npy", laid_out, mode)
             for view in (slice(None), slice(None, None, -1), slice(5, None, 3)):
-                assert mapped_rows.is_mapped(rows[view])
+                assert disk.is_mapped(rows[view])
                 assert np.array_equal(unsplit(rows[view]).take(slice(64, 128)).data, table[view][64:128])
 
 
@@ -99,7 +98,7 @@ def test_rows_may_lie_in_any_way(tmp_path: Path) -> None:
 def test_numbers_of_any_kind_are_streamed(kind: Any, tmp_path: Path) -> None:
     table = (gaussian_rows(ROWS).numpy() > 0).astype(kind)
     rows = mapped(tmp_path / "rows.npy", table)
-    assert mapped_rows.is_mapped(rows)
+    assert disk.is_mapped(rows)
     assert np.array_equal(unsplit(rows).take(slice(128, 192)).data, table[128:192])
 
 
@@ -201,7 +200,7 @@ def test_categories_are_divided_row_by_row(tmp_path: Path) -> None:
 def test_a_sample_is_of_as_many_rows_as_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, _ = stored_rows(tmp_path)
     assert len(rows.training.sample().data) == sum(rows.training.sizes)
-    monkeypatch.setattr(mapped_rows, "MOST_HELD", 500)
+    monkeypatch.setattr(disk, "MOST_HELD", 500)
     rows, _ = stored_rows(tmp_path)
     sample = rows.training.sample().data
     assert 500 <= len(sample) <= 500 + len(rows.training.starts)
@@ -289,5 +288,5 @@ def test_a_context_of_another_length_is_refused(tmp_path: Path) -> None:
 def test_a_small_file_is_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     table = mapped(tmp_path / "rows.npy", gaussian_rows(ROWS))
-    assert not mapped_rows.is_mapped(table)
+    assert not disk.is_mapped(table)
     assert same(weights(fit(model(), table, **QUICK).density), weights(fit(model(), np.array(table), **QUICK).density))

@@ -17,7 +17,7 @@ import pyro_maf
 from pyro_maf import IAF, MAF, ConditionalFlowPrior, ConditionalMAF, FlowPrior, MADEMoG, RealNVP, fit, fit_prior
 from pyro_maf.distributions.units import float32_holds
 from pyro_maf.support import Support
-from pyro_maf.tables import mapped
+from pyro_maf.tables import disk
 from pyro_maf.tables.moments import context_moments_of, moments_of
 from tests.fits import mean_log_prob, same, seeded, weights
 
@@ -313,8 +313,8 @@ def test_a_fit_in_two_dtypes_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_a_mapped_table_is_rounded_after_its_units_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mapped, "IN_MEMORY", 0)
-    monkeypatch.setattr(mapped, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(disk, "IN_MEMORY", 0)
+    monkeypatch.setattr(disk, "BLOCK_BYTES", 2000)
     np.save(tmp_path / "rows.npy", northings(2000))
     result = fit(model(), np.load(tmp_path / "rows.npy", mmap_mode="r"), **QUICK)
     assert result.validation_log_likelihood == pytest.approx(TRUTH, abs=0.3)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from pyro_maf.tables.disk import MappedRows, is_mapped
 from pyro_maf.tables.layout import TableLike
-from pyro_maf.tables.mapped import MappedRows, is_mapped
 from pyro_maf.tables.rows import Reader, Rows
 
 __all__ = ["MappedRows", "Reader", "Rows", "rows_of"]

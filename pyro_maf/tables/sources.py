@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from pyro_maf._core.extras import require
 from pyro_maf._core.text import listed, quoted, shown
 from pyro_maf.tables.columns import Cells, Column, is_missing, is_text, number_in
-from pyro_maf.tables.spool import copied, temporary_file
+from pyro_maf.tables.disk import copied, temporary_file
 
 __all__ = ["ArraySource", "FileOrStream", "Source", "open_source"]
 

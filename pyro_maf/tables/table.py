@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from pyro_maf._core.checks import InputError
 from pyro_maf._core.text import listed, quoted, shown
 from pyro_maf.tables.columns import Cells, Column, Survey, encoded
+from pyro_maf.tables.disk import FloatArray, Spool
 from pyro_maf.tables.layout import Layout, TableLike
 from pyro_maf.tables.rows import Labels
 from pyro_maf.tables.sources import ArraySource, FileOrStream, Source, open_source
-from pyro_maf.tables.spool import FloatArray, Spool
 
 __all__ = ["ContextColumn", "Description", "Gaps", "NamedRows", "Table", "named_rows", "read_table"]
 

@@ -1,13 +1,20 @@
-"""Rows on disk, too many for memory: checks, split and moments from a few blocks of them at a time."""
+"""Rows on disk, too many for memory: collected in temporary files, and read a few blocks at a time."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import mmap
-from collections.abc import Iterable, Sequence
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TypeGuard
+from io import BufferedWriter
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
@@ -19,17 +26,23 @@ from pyro_maf.tables.layout import NUMERIC_KINDS, TableLike, part_of
 from pyro_maf.tables.moments import Moments, RunningMoments
 from pyro_maf.tables.rows import LEAST_HELD_OUT, Hashes, Reader, Rows, Split, Standard, hash_rows, mixed
 
-__all__ = ["MappedRows", "is_mapped"]
+if TYPE_CHECKING:
+    from _typeshed import SupportsRead
+
+__all__ = ["FloatArray", "MappedRows", "Spool", "copied", "is_mapped", "temporary_file"]
 
 IN_MEMORY = 2**29
 BLOCK_BYTES = 2**20
 MOST_HELD = 2**18
 MOST_MEASURED = 2**16
+SPOOLED_ROWS = 2**14
+RESOLUTION = 1e-4
 COUNTED = 0.1
 """Fraction of the rows whose copies are counted if none are held out."""
 
-Mapped = np.memmap[tuple[int, ...], np.dtype[np.generic]]
-Counts = NDArray[np.int64]
+FloatArray: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
+Mapped: TypeAlias = np.memmap[tuple[int, ...], np.dtype[np.generic]]
+Counts: TypeAlias = NDArray[np.int64]
 """Number of occurrences of each hash, (hashes,)."""
 
 
@@ -270,3 +283,117 @@ def _release(table: object) -> None:
 def _joined(parts: Sequence[Rows]) -> Rows:
     context = [rows.context for rows in parts if rows.context is not None]
     return Rows(torch.cat([rows.data for rows in parts]), torch.cat(context) if context else None)
+
+
+class Spool:
+    """Rows of float64 that are collected in memory or, beyond a bound, in a temporary file; a context manager.
+
+    Args:
+        width: Number of values in a row.
+        bound: Maximum number of bytes in memory.
+
+    Example:
+        >>> with Spool(2, bound=16) as spool:
+        ...     for start in range(0, 6, 2):
+        ...         spool.append(np.arange(start, start + 2, dtype=np.float64).reshape(1, 2))
+        >>> rows = spool.rows()
+        >>> type(rows).__name__, rows.dtype.name, rows.tolist()
+        ('memmap', 'float32', [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]])
+    """
+
+    def __init__(self, width: int, bound: int) -> None:
+        self.length = 0
+        self._width = width
+        self._bound = bound
+        self._held: list[NDArray[np.float64]] = []
+        self._file: BufferedWriter | None = None
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def append(self, rows: NDArray[np.float64]) -> None:
+        """Add rows, (n, width)."""
+        self._held.append(np.ascontiguousarray(rows, np.float64))
+        self.length += len(rows)
+        if self._file is None and 8 * self.length * self._width > self._bound:
+            self._file = open(temporary_file(".float64"), "wb")  # noqa: SIM115 (closed by `__exit__`)
+        if self._file is not None:
+            for block in self._held:
+                self._file.write(block.data)
+            self._held.clear()
+
+    def rows(self, dtype: str | None = None) -> FloatArray:
+        """Return all rows, (length, width): an array, or a read-only `np.memmap` of the file. Appending ends there.
+
+        Args:
+            dtype: "float32" or "float64"; by default float32 if `float32_suffices`.
+        """
+        rows = self._gathered()
+        if dtype is None:
+            dtype = "float32" if float32_suffices(rows) else "float64"
+        if dtype == "float64":
+            return rows
+        if self._file is None:
+            return rows.astype(np.float32)
+        with open(temporary_file(".float32"), "wb") as file:
+            for block in _blocks(rows):
+                file.write(block.astype(np.float32).tobytes())
+        with suppress(OSError):  # on a system that does not remove mapped files: it is removed at exit
+            os.unlink(self._file.name)
+        return np.memmap(file.name, np.float32, "r", shape=(self.length, self._width))
+
+    def _gathered(self) -> NDArray[np.float64]:
+        if self._file is None:
+            self._held = [np.concatenate(self._held or [np.empty((0, self._width))])]
+            return self._held[0]
+        return np.memmap(self._file.name, np.float64, "r", shape=(self.length, self._width))
+
+
+def float32_suffices(rows: NDArray[np.float64]) -> bool:
+    """True if float32 is exact for every column, or resolves its interquartile range to 1e-4 of its width.
+
+    Not if another value is rounded to 0 or 1: some supports end there.
+
+    Example:
+        >>> float32_suffices(np.array([[20.1], [21.2], [22.3]])), float32_suffices(np.array([[5e6 + 0.1], [5e6]]))
+        (True, False)
+    """
+    exact = np.ones(rows.shape[1], bool)
+    for block in _blocks(rows):
+        rounded = block.astype(np.float32)
+        same = rounded == block
+        if (~same & ((rounded == 0) | (rounded == 1))).any():
+            return False
+        exact &= same.all(0)
+    low, high = np.quantile(rows[:: 1 + len(rows) // MOST_MEASURED], [0.25, 0.75], axis=0)
+    magnitude = np.maximum(abs(low), abs(high))
+    return bool((exact | (np.finfo(np.float32).eps * magnitude <= RESOLUTION * (high - low))).all())
+
+
+def _blocks(rows: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
+    return (rows[start : start + SPOOLED_ROWS] for start in range(0, len(rows), SPOOLED_ROWS))
+
+
+def temporary_file(suffix: str) -> Path:
+    """Create an empty file that is deleted when the program ends."""
+    descriptor, name = tempfile.mkstemp(suffix, dir=_folder().name)
+    os.close(descriptor)
+    return Path(name)
+
+
+def copied(stream: SupportsRead[bytes]) -> Path:
+    """Copy a binary stream to a temporary file."""
+    path = temporary_file(".table")
+    with open(path, "wb") as file:
+        shutil.copyfileobj(stream, file)
+    return path
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    # Windows cannot delete a file that is still mapped.
+    return tempfile.TemporaryDirectory(prefix="pyro-maf-", ignore_cleanup_errors=True)
