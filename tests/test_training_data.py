@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import sys
@@ -14,8 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_maf import MAF, ConditionalFlowPrior, ConditionalMADEMoG, ConditionalMAF, FlowPrior, fit
+from pyro_maf import MAF, ConditionalFlowPrior, ConditionalMADEMoG, ConditionalMAF, FlowPrior, fit, fit_prior
+from pyro_maf._core.checks import InputError
 from pyro_maf._core.processes import Processes
+from pyro_maf.datasets import read_table
 from pyro_maf.tables import Rows
 from pyro_maf.training.batches import Batches
 from pyro_maf.transforms import Permute
@@ -86,6 +89,28 @@ def test_whole_numbers_and_truth_values_are_numbers() -> None:
             for rows in (frame.to_numpy(np.float64), frame, torch.tensor(frame.to_numpy(np.int64)))
         )
     assert of_frame.validation_loss == of_tensor.validation_loss == expected.validation_loss
+
+
+def test_a_table_of_a_file_is_fitted_and_named() -> None:
+    def table(row: int | None = None) -> Any:
+        cells = [["dose", "height", "weight"], *np.concatenate([CONTEXT, ROWS], 1).tolist()]
+        if row is not None:
+            cells[row][2] = -1.0
+        return read_table(io.BytesIO("\n".join(",".join(map(str, line)) for line in cells).encode()), context=["dose"])
+
+    expected = fit(small_conditional(), ROWS, context=CONTEXT, **QUICK)
+    result = fit(small_conditional(), table(), validation=0.1, **QUICK)
+    assert result.validation_loss == pytest.approx(expected.validation_loss, rel=1e-6)
+    fit(small_conditional(), table(), validation=table(), **QUICK)
+    positive = {"weight": "positive"}
+    with pytest.raises(InputError, match=r"^fit expected data of numbers above 0 in column 'weight'") as caught:
+        fit(small_conditional(), table(), support=positive, **QUICK)
+    assert f"in data row {caught.value.row + 1} (counted from 1)" in str(caught.value)
+    assert caught.value.column == 1
+    with pytest.raises(ValueError, match="fit got a context beside a Table, which has its own: leave it out"):
+        fit(small_conditional(), table(), context=CONTEXT, **QUICK)
+    prior = fit_prior(table(), support={"height": "real"}, **QUICK)
+    assert (prior.input_dim, prior.context_dim) == (2, 1)
 
 
 # -- validation -------------------------------------------------------------------------------------------------------

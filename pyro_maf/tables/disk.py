@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_maf.support import Support
-from pyro_maf.tables.layout import NUMERIC_KINDS, TableLike, part_of
+from pyro_maf.tables.layout import NUMERIC_KINDS, FloatArray, TableLike, part_of
 from pyro_maf.tables.moments import Moments, RunningMoments
-from pyro_maf.tables.rows import LEAST_HELD_OUT, Hashes, Reader, Rows, Split, Standard, hash_rows, mixed
+from pyro_maf.tables.rows import LEAST_HELD_OUT, Hashes, Reader, Rows, Split, Standardiser, hash_rows, mixed
 
 if TYPE_CHECKING:
     from _typeshed import SupportsRead
 
-__all__ = ["FloatArray", "MappedRows", "Spool", "copied", "is_mapped", "temporary_file"]
+__all__ = ["MappedRows", "Spool", "copied", "is_mapped", "temporary_file"]
 
 IN_MEMORY = 2**29
 BLOCK_BYTES = 2**20
@@ -40,7 +40,6 @@ RESOLUTION = 1e-4
 COUNTED = 0.1
 """Fraction of the rows whose copies are counted if none are held out."""
 
-FloatArray: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
 Mapped: TypeAlias = np.memmap[tuple[int, ...], np.dtype[np.generic]]
 Counts: TypeAlias = NDArray[np.int64]
 """Number of occurrences of each hash, (hashes,)."""
@@ -85,7 +84,7 @@ class MappedRows:
         self._choice = _Choice()
         self._sample: Rows | None = None
         self._leaves = False
-        self._density: Standard | None = None
+        self._density: Standardiser | None = None
         self.dtypes = self.take(slice(0, self.block)).dtypes
 
     def take(self, index: slice | Tensor) -> Rows:
@@ -112,7 +111,7 @@ class MappedRows:
         share = min(1.0, MOST_HELD / sum(self.sizes))
         return _joined([self._choice.some(share, start, self._training(start)) for start in self.starts])
 
-    def rounded_for(self, density: Standard) -> MappedRows:
+    def rounded_for(self, density: Standardiser) -> MappedRows:
         """Return the same rows in the dtypes of `density`; those too far out for that of its model are refused."""
         rounded = copy.copy(self)
         rounded._density = density
@@ -123,8 +122,8 @@ class MappedRows:
         sample = self.sample() if self._sample is None else self._sample
         return sample.moments(support)
 
-    def leaves(self, support: Support) -> bool:
-        """Return whether values leave the support, as `Rows.leaves`; after `split`."""
+    def leaves_in_float32(self, support: Support) -> bool:
+        """Return whether values leave the support, as `Rows.leaves_in_float32`; after `split`."""
         return self._leaves
 
     def split(self, fraction: float, generator: torch.Generator) -> Split[MappedRows]:
@@ -160,7 +159,9 @@ class MappedRows:
             of_data.add(rows.data)
             if rows.context is not None:
                 of_context.add(rows.context)
-            self._leaves = self._leaves or (self._reader.support is not None and rows.leaves(self._reader.support))
+            self._leaves = self._leaves or (
+                self._reader.support is not None and rows.leaves_in_float32(self._reader.support)
+            )
             hashes = hash_rows(rows)
             counted.append(np.unique(hashes[_lot_of(hashes, seed) < share], return_counts=True))
         self._reader.check_varying(of_data.low, of_data.high)

@@ -19,6 +19,7 @@ __all__ = [
     "NUMERIC_KINDS",
     "REAL_KINDS",
     "DataFrameLike",
+    "FloatArray",
     "Layout",
     "TableLike",
     "check_paired",
@@ -55,6 +56,7 @@ class DataFrameLike(Protocol):
     def __len__(self) -> int: ...
 
 
+FloatArray: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
 Entry: TypeAlias = Tensor | ArrayLike | Sequence[object]
 TableLike: TypeAlias = Entry | DataFrameLike | Mapping[Any, Entry]
 """Rows of numbers: a tensor, an array, nested lists, a data frame, or a dictionary of tensors or arrays (rows, ...)."""
@@ -72,7 +74,7 @@ class _Index(Protocol):
 class _Column(Protocol):
     @property
     def dtype(self) -> np.dtype[np.generic]: ...
-    def to_numpy(self, *, dtype: type, na_value: float) -> NDArray[np.float32] | NDArray[np.float64]: ...
+    def to_numpy(self, *, dtype: type, na_value: float) -> FloatArray: ...
 
 
 class _Indexed(Protocol):
@@ -339,9 +341,7 @@ def _side_by_side(who: str, name: str, value: Mapping[str, Entry]) -> Tensor:
     return torch.cat(flat, -1)
 
 
-def _column_of_frame(
-    who: str, name: str, label: Hashable, column: _Column
-) -> NDArray[np.float32] | NDArray[np.float64]:
+def _column_of_frame(who: str, name: str, label: Hashable, column: _Column) -> FloatArray:
     if getattr(column.dtype, "kind", "O") not in NUMERIC_KINDS:
         raise TypeError(
             f"{who} expected {name} of numeric columns, got column {label!r} of {column.dtype}: {_advice(column)}."

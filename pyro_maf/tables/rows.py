@@ -21,7 +21,7 @@ __all__ = [
     "Reader",
     "Rows",
     "Split",
-    "Standard",
+    "Standardiser",
     "check_context",
     "copies_of",
     "hash_rows",
@@ -32,7 +32,7 @@ __all__ = [
 
 LEAST_ROWS = 10
 LEAST_HELD_OUT = 3
-TAKES_NONE = "a density that takes none: leave it out"
+REFUSED = "a density that takes none: leave it out"
 IN_FLOAT32 = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int16, torch.bool)
 """Dtypes whose every value float32 represents exactly."""
 
@@ -46,7 +46,7 @@ MIXES = ((np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.uint
 LAST_SHIFT = np.uint64(31)
 
 
-class Standard(Protocol):
+class Standardiser(Protocol):
     """A density that standardises rows, in the dtypes of its values and of its context."""
 
     @property
@@ -96,7 +96,7 @@ class Rows(NamedTuple):
         """Move the rows to `device`."""
         return Rows(self.data.to(device), None if self.context is None else self.context.to(device))
 
-    def rounded_for(self, density: Standard) -> Rows:
+    def rounded_for(self, density: Standardiser) -> Rows:
         """Convert the rows to the dtypes of a density's values and of its context."""
         return Rows(
             self.data.to(density.dtype), None if self.context is None else self.context.to(density.context_dtype)
@@ -107,7 +107,7 @@ class Rows(NamedTuple):
         context = None if self.context is None else context_moments_of(self.context)
         return moments_of(support.unconstrain(self.data)[0]), context
 
-    def leaves(self, support: Support) -> bool:
+    def leaves_in_float32(self, support: Support) -> bool:
         """True if values inside the support leave it when rounded to float32, as 1 - 1e-9 and 1e-40 do.
 
         1e-40 counts, since draws on a support that ends at 0 are at least the smallest normal number.
@@ -197,7 +197,7 @@ class Reader:
     Attributes:
         who: The caller, for errors.
         width, context_width: Expected number of columns of data, and of context, 0 for none.
-        taker: Description of the density if it takes no context, for errors.
+        refused: Density that refuses a context, and advice, for errors; as in `check_context`.
         sizes: Names of the widths, as "input_dim of MAF", for errors; empty without.
         labels, context_labels: Names of columns and rows.
         support: The support of the data; rows may lie anywhere if it is None.
@@ -207,7 +207,7 @@ class Reader:
     who: str
     width: int
     context_width: int
-    taker: str = TAKES_NONE
+    refused: str = REFUSED
     sizes: tuple[str, str] = ("", "")
     labels: Labels = NUMBERED
     context_labels: Labels = NUMBERED
@@ -231,7 +231,7 @@ class Reader:
         self._check_finite("data", table, self.labels, places)
         self._check_inside(table, places)
         more = f" ({context_size})" if context_size else ""
-        check_context(self.who, f"{self.role}context", context, self.context_width, taker=self.taker, more=more)
+        check_context(self.who, f"{self.role}context", context, self.context_width, refused=self.refused, more=more)
         if context is None:
             return Rows(table, None)
         context_table = self._table("context", context, self.context_width, context_size)
@@ -265,7 +265,7 @@ class Reader:
             column=same[0],
         )
 
-    def check_rounded(self, rows: Rows, density: Standard, places: Sequence[int] | None = None) -> None:
+    def check_rounded(self, rows: Rows, density: Standardiser, places: Sequence[int] | None = None) -> None:
         """Refuse outliers so far out that they are infinite in the units of a density and the dtype of its model.
 
         Args:
@@ -324,18 +324,18 @@ class Reader:
         )
 
 
-def check_context(who: str, name: str, context: object, columns: int, taker: str = TAKES_NONE, more: str = "") -> None:
+def check_context(who: str, name: str, context: object, columns: int, refused: str = REFUSED, more: str = "") -> None:
     """Refuse a context that is missing or superfluous.
 
     Args:
         who, name: Caller and argument, for errors.
         context: The context, or None.
         columns: Expected number of its columns, 0 for none.
-        taker: Description of the density, such as "MAF, which takes none: leave it out".
+        refused: Density without a context, and advice, as "MAF, which takes none: leave it out".
         more: Description of the expected columns.
     """
     if context is not None and not columns:
-        raise ValueError(f"{who} got {name} for {taker}.")
+        raise ValueError(f"{who} got {name} for {refused}.")
     if context is None and columns:
         raise ValueError(f"{who} expected {name} with {columns} columns{more}, got none.")
 

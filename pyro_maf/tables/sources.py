@@ -29,6 +29,7 @@ from pyro_maf._core.extras import require
 from pyro_maf._core.text import listed, quoted, shown
 from pyro_maf.tables.columns import Cells, Column, is_missing, is_text, number_in
 from pyro_maf.tables.disk import copied, temporary_file
+from pyro_maf.tables.layout import REAL_KINDS
 
 __all__ = ["ArraySource", "FileOrStream", "Source", "open_source"]
 
@@ -122,7 +123,7 @@ class ArraySource(Source):
         super().__init__(path, label)
         with _reading(label, NO_ARRAY, NO_NUMBERS):
             array: NDArray[np.generic] = np.load(path, mmap_mode="r", allow_pickle=False)
-        if array.dtype.kind not in "fiu" or array.ndim not in (1, 2):
+        if array.dtype.kind not in REAL_KINDS or array.ndim not in (1, 2):
             raise ValueError(
                 f"read_table expected an array of real numbers of shape (rows, columns) in {label}, "
                 f"got {shown(str(array.dtype))} of shape {array.shape}."

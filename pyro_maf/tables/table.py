@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from pyro_maf._core.checks import InputError
 from pyro_maf._core.text import listed, quoted, shown
 from pyro_maf.tables.columns import Cells, Column, Survey, encoded
-from pyro_maf.tables.disk import FloatArray, Spool
-from pyro_maf.tables.layout import Layout, TableLike
+from pyro_maf.tables.disk import Spool
+from pyro_maf.tables.layout import FloatArray, Layout, TableLike
 from pyro_maf.tables.rows import Labels
 from pyro_maf.tables.sources import ArraySource, FileOrStream, Source, open_source
 

@@ -88,7 +88,7 @@ def prepare(
         reader.check_training(rows)
     split = rows.split(fraction, generator)
     moments = _as_precise(split.training.moments(support), rows.dtypes, dtype)
-    leaves = split.training.leaves(support) or split.held_out.leaves(support)
+    leaves = split.training.leaves_in_float32(support) or split.held_out.leaves_in_float32(support)
     density = _in_units(model, support, moments, leaves=leaves)
     prior = density.unwrapped
     warnings = [*_on_repeats(rows, split.repeats), *_on_rounding(prior, moments, reader), *screen_data(rows, reader)]
@@ -146,7 +146,7 @@ def _reader(model: Model, rows: NamedRows, support: Support, role: str = "") -> 
         who="fit",
         width=support.event_size,
         context_width=model.context_dim,
-        taker=f"{who}, which takes none: leave it out or build a conditional model",
+        refused=f"{who}, which takes none: leave it out or build a conditional model",
         sizes=(f"input_dim of {who}{more}", f"context_dim of {who}"),
         labels=rows.labels,
         context_labels=rows.context_labels,

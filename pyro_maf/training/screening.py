@@ -59,6 +59,19 @@ the median: log-normal with sigma 1.5, three decades. Uniform, exponential and n
 STILL_IMPROVING = 0.01
 """Gain in nats over the last epochs, a quarter of the patience or half of all, that counts as still improving."""
 
+UNBOUNDED = "a density of real numbers rises without bound there"
+FEW_ADVICE = (
+    "Dequantise by uniform noise as wide as a step, or make it context (by --categories where numbers are labels)"
+)
+ATOMS_ADVICE = "Leave those rows out, or say by a column of context which they are and add noise to them"
+LOGARITHM_ADVICE = (
+    'the few far values set the fit. Fit the logarithm, by support="positive" for the column, or remove rows that are '
+    "errors"
+)
+TAIL_ADVICE = (
+    "the few far values set the fit. Compress them, as by arcsinh or a logarithm, or remove rows that are errors"
+)
+
 MOST_NAMED = 3
 
 
@@ -95,10 +108,20 @@ def screen_data(rows: Rows | MappedRows, reader: Reader) -> list[str]:
     support = reader.support or Support("fit", "real", width)
     unconstrained = support.unconstrain(torch.from_numpy(data))[0].numpy()
     free = data[:, : unconstrained.shape[1]]  # the last of a simplex follows from the others
-    values, tails = _screen_values(data, unconstrained, labels, support)
-    dependent = _dependent(np.concatenate([context, free], 1), [*context_labels, *labels], context_width)
-    found = [*values, dependent, *tails, *(_screen_context(context, context_labels) if context_width else ())]
-    return [line for line in found if line]
+    ordered = np.sort(data, 0)
+    few = _few_values(ordered)
+    atoms = _without(_atoms(ordered), few)
+    tails = _without(_heavy_tails(unconstrained), [*few, *atoms])
+    lines = [
+        _line("few distinct values", few, labels, f"{UNBOUNDED}. {FEW_ADVICE}"),
+        _line("a value that many rows share", atoms, labels, f"{UNBOUNDED}. {ATOMS_ADVICE}"),
+        _dependent(np.concatenate([context, free], 1), [*context_labels, *labels], context_width),
+        *_tail_lines(
+            tails, labels, [support.name_of(i) == "real" and bool(low > 0) for i, low in enumerate(ordered[0])]
+        ),
+        *(_screen_context(context, context_labels) if context_width else ()),
+    ]
+    return [line for line in lines if line]
 
 
 def _some_rows(rows: Rows | MappedRows, most: int) -> Rows:
@@ -107,52 +130,6 @@ def _some_rows(rows: Rows | MappedRows, most: int) -> Rows:
     if total <= most:
         return rows.take(slice(None))
     return rows.take(torch.from_numpy(np.sort(np.random.default_rng(0).choice(total, most, replace=False))))
-
-
-def _screen_values(
-    data: Array, unconstrained: Array, labels: Sequence[str], support: Support
-) -> tuple[list[str], list[str]]:
-    """Lines on the values of each column of data, and on its tails."""
-    ordered = np.sort(data, 0)
-    few = _few_values(ordered)
-    atoms = _without(_atoms(ordered), few)
-    tails = _without(_heavy_tails(unconstrained), [*few, *atoms])
-    takes_logarithm = {
-        column
-        for column in range(unconstrained.shape[1])
-        if support.name_of(column) == "real" and ordered[0, column] > 0
-    }
-    return [
-        _line(
-            "few distinct values",
-            few,
-            labels,
-            "a density of real numbers rises without bound there. Dequantise by uniform noise as wide as a step, "
-            "or make it context (by --categories where numbers are labels)",
-        ),
-        _line(
-            "a value that many rows share",
-            atoms,
-            labels,
-            "a density of real numbers rises without bound there. Leave those rows out, or say by a column of context "
-            "which they are and add noise to them",
-        ),
-    ], [
-        _line(
-            "heavy tails",
-            [finding for finding in tails if finding.column in takes_logarithm],
-            labels,
-            'the few far values set the fit. Fit the logarithm, by support="positive" for the column, or remove rows '
-            "that are errors",
-        ),
-        _line(
-            "heavy tails",
-            [finding for finding in tails if finding.column not in takes_logarithm],
-            labels,
-            "the few far values set the fit. Compress them, as by arcsinh or a logarithm, or remove rows that are "
-            "errors",
-        ),
-    ]
 
 
 def screen_ending(losses: Sequence[float], schedule: Schedule, *, has_more: bool, has_skipped: bool) -> list[str]:
@@ -198,6 +175,14 @@ def announce(lines: Sequence[str]) -> None:
         level, frame = level + 1, frame.f_back
     for line in lines:
         warnings.warn(line, UserWarning, stacklevel=level)
+
+
+def _tail_lines(tails: Sequence[_Finding], labels: Sequence[str], takes_logarithm: Sequence[bool]) -> list[str]:
+    """Lines on heavy tails, with advice for columns that take a logarithm and for others."""
+    return [
+        _line("heavy tails", [tail for tail in tails if takes_logarithm[tail.column] is takes], labels, advice)
+        for takes, advice in ((True, LOGARITHM_ADVICE), (False, TAIL_ADVICE))
+    ]
 
 
 def _screen_context(rows: Array, labels: Sequence[str]) -> list[str]:
