@@ -577,7 +577,7 @@ def test_starts_as_the_identity(name: str, device: str, a: Architecture) -> None
     tolerance = 1e-4 if any(isinstance(member, BatchNorm) for member in flow.modules()) else 1e-12
     assert relative_error(flow(x), x) < tolerance
     assert relative_error(flow.inv(x), x) < tolerance
-    assert not any(isinstance(member, ActNorm) and member._is_initialized for member in flow.modules())
+    assert not any(isinstance(member, ActNorm) and member.initialized for member in flow.modules())
 
 
 # Bad input

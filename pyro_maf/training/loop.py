@@ -108,7 +108,6 @@ class Loop:
 
     def restore_best(self) -> None:
         """Set the weights and statistics to those with the best validation loss, if any were validated."""
-        self._objective.share_statistics(False)
         self.state.restore_best()
 
     def save(self, taken: int) -> None:
@@ -142,7 +141,6 @@ class Loop:
                 f"fit expected a folder that all processes share, but only {found} of {self._processes.count} found a "
                 "fit to go on with there."
             )
-        self._objective.share_statistics(self._processes.are_several)
         if self._found is not None:
             return
         self._processes.copy_first(self._objective.weights)

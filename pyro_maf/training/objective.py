@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from pyro_maf._core.processes import Processes
 from pyro_maf.distributions import Density
 from pyro_maf.tables import Rows
 from pyro_maf.transforms import ActNorm, BatchNorm
+from pyro_maf.transforms.batch_norm import statistics_over_processes
 
 __all__ = ["MaximumLikelihood", "Mean", "Step"]
 
@@ -52,7 +54,8 @@ class MaximumLikelihood:
         """Loss and gradient of a batch, by one pass through the density and back."""
         for weight in self.weights:
             weight.grad = None
-        log_likelihood = self.density.log_density(*batch).sum()
+        with statistics_over_processes() if self._processes.are_several else nullcontext():
+            log_likelihood = self.density.log_density(*batch).sum()
         rows, loss = self._processes.total(len(batch.data), -log_likelihood.detach())
         (-log_likelihood * (1 / rows)).backward()
         gradients = [weight.grad for weight in self.weights]
@@ -78,11 +81,6 @@ class MaximumLikelihood:
         """
         if self._batch_norms or (initial and self._has_act_norm):
             self.density.fit_statistics(*sample())
-
-    def share_statistics(self, together: bool) -> None:
-        """Have batch norm take its statistics over the rows of all processes, or of this one alone."""
-        for layer in self._batch_norms:
-            layer.together = together
 
     def _checked(self, gradients: list[Tensor | None]) -> list[Tensor]:
         """Refuse weights without a gradient, which could be some in one process and others in the next."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -46,9 +47,9 @@ class ActNorm(Flow):
         self.loc = nn.Parameter(torch.zeros(input_dim))
         self.log_scale = nn.Parameter(torch.zeros(input_dim))
         self.register_buffer("initialized", torch.tensor(False))
-        # A copy of the buffer, since reading that at every call would synchronise with the device; in a list, which
+        # A copy of the buffer, since reading that at every call would synchronise with the device; in an object, which
         # flows with and without a cache share.
-        self._known = [False]
+        self._host = SimpleNamespace(initialized=False)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y = x exp(log_scale) + loc, and log |det dy/dx|."""
@@ -57,13 +58,13 @@ class ActNorm(Flow):
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x = (y - loc) exp(-log_scale), and log |det dy/dx|; sets both from the first batch in training."""
-        if self.training and not self._is_initialized and y.numel() > self.input_dim:
+        if self.training and not self._host.initialized and y.numel() > self.input_dim:
             self._fit_statistics(y)
         own = current(self)
         return (y - own.loc) * (-own.log_scale).exp(), own.log_scale.sum().expand(y.shape[:-1])
 
     def _fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
-        if self._is_initialized:
+        if self._host.initialized:
             return
         with torch.no_grad():
             deviation, mean = torch.std_mean(y.reshape(-1, self.input_dim), 0)
@@ -72,12 +73,8 @@ class ActNorm(Flow):
             self.initialized.fill_(True)
         self._derive()
 
-    @property
-    def _is_initialized(self) -> bool:
-        return self._known[0]
-
     def _derive(self) -> None:
-        self._known[0] = bool(self.initialized)
+        self._host.initialized = bool(self.initialized)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: object) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, distributed, nn
 from pyro_maf.nn.weights import current
 from pyro_maf.transforms.base import Flow
 
-__all__ = ["BatchNorm"]
+__all__ = ["BatchNorm", "statistics_over_processes"]
 
 
 class BatchNorm(Flow):
@@ -48,8 +50,6 @@ class BatchNorm(Flow):
     is_by_row = True
     EPS = 1e-5
     MOMENTUM = 0.1
-    together = False
-    """Switch for statistics over all processes of `torch.distributed`, each with a part of the batch; set by `fit`."""
     mean: Tensor
     variance: Tensor
 
@@ -82,7 +82,7 @@ class BatchNorm(Flow):
 
     def _batch_statistics(self, y: Tensor) -> tuple[Tensor, Tensor]:
         rows = y.reshape(-1, self.input_dim)
-        if self.together:
+        if _over_processes:
             mean, variance = _moments_of_all(rows)
         elif len(rows) < 2:
             raise ValueError(
@@ -94,6 +94,23 @@ class BatchNorm(Flow):
             self.mean.lerp_(mean, self.MOMENTUM)
             self.variance.lerp_(variance, self.MOMENTUM)
         return mean, variance
+
+
+_over_processes = False
+
+
+@contextmanager
+def statistics_over_processes() -> Iterator[None]:
+    """Context in which batch statistics are those of the rows of all processes of `torch.distributed`.
+
+    Each process has a part of the batch, and enters the context for the same layers in the same order.
+    """
+    global _over_processes
+    _over_processes = True
+    try:
+        yield
+    finally:
+        _over_processes = False
 
 
 def _moments_of_all(rows: Tensor) -> tuple[Tensor, Tensor]:
