@@ -15,7 +15,7 @@ import torch
 
 import pyro_maf
 from pyro_maf import IAF, MAF, ConditionalFlowPrior, ConditionalMAF, FlowPrior, MADEMoG, RealNVP, fit, fit_prior
-from pyro_maf.distributions.units import float32_holds
+from pyro_maf.distributions.data_units import float32_holds
 from pyro_maf.support import Support
 from pyro_maf.tables import disk
 from pyro_maf.tables.moments import context_moments_of, moments_of

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint, real_vector
 
 from pyro_maf._core.torch_state import as_far_as_exact, reference_tensor
+from pyro_maf.distributions.data_units import DataUnits, NoiseToData, keep_float64, statistics, widen_for
 from pyro_maf.distributions.density import ConditionalDensity, Density
-from pyro_maf.distributions.units import NoiseToData, Units, keep_float64, statistics, widen_for
 from pyro_maf.support import Support
 from pyro_maf.tables.layout import Layout, numbers
 from pyro_maf.transforms import ConditionalFlow, Flow
@@ -110,7 +110,7 @@ class FlowPrior(Density):
         if like is None:  # a model of permutations alone has a device, but no dtype
             like = torch.zeros((), device=getattr(reference_tensor(model, floating=False), "device", None))
         self.model: Flow | Density = model
-        self.units = Units(*statistics(self.name, "", (loc, scale), model.input_dim, like, known), known, like)
+        self.units = DataUnits(*statistics(self.name, "", (loc, scale), model.input_dim, like, known), known, like)
         of_context = statistics(self.name, "context_", (context_loc, context_scale), model.context_dim, like)
         for name, value in zip(CONTEXT_UNITS, of_context, strict=True):
             self.register_buffer(name, value)

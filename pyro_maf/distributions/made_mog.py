@@ -13,8 +13,7 @@ from pyro_maf._core.checks import check_positive
 from pyro_maf.distributions.density import ConditionalDensityForm, Density
 from pyro_maf.nn import MADE, MADEOptions
 from pyro_maf.nn.weights import is_called, own_tensors, walk_by_calls
-from pyro_maf.sweep.plan import plan_of
-from pyro_maf.sweep.reference import walk
+from pyro_maf.sweep import plan_of, walk
 
 __all__ = ["ConditionalMADEMoG", "MADEMoG"]
 

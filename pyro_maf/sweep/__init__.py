@@ -6,7 +6,9 @@ compiled by numba, for CPUs; `unrolled` runs plain passes, differentiable to any
 """
 
 from pyro_maf.sweep.pack import forget
+from pyro_maf.sweep.plan import plan_of
+from pyro_maf.sweep.reference import walk
 from pyro_maf.sweep.solve import parallel, solve
 from pyro_maf.univariate import Affine, UnivariateMap
 
-__all__ = ["Affine", "UnivariateMap", "forget", "parallel", "solve"]
+__all__ = ["Affine", "UnivariateMap", "forget", "parallel", "plan_of", "solve", "walk"]

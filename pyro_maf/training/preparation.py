@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
-from pyro_maf.distributions.units import float32_holds
+from pyro_maf.distributions.data_units import float32_holds
 from pyro_maf.support import Support
 from pyro_maf.tables import MappedRows, Reader, Rows, rows_of
 from pyro_maf.tables.layout import Layout, TableLike

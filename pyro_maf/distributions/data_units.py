@@ -1,4 +1,4 @@
-"""Units and support of a prior's columns: the map from the model's standardised space to the data."""
+"""The map from the standardised space of a prior's model to the data: the columns' units and support."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pyro_maf._core.checks import check_event
 from pyro_maf.support import Support
 from pyro_maf.transforms import Flow, Stack
 
-__all__ = ["NoiseToData", "Units", "float32_holds", "has_float64", "keep_float64", "statistics", "widen_for"]
+__all__ = ["DataUnits", "NoiseToData", "float32_holds", "has_float64", "keep_float64", "statistics", "widen_for"]
 
 RESOLUTION = 1e-3
 
 
-class Units(Flow):
+class DataUnits(Flow):
     r"""y = T(loc + scale x), where T maps to the support; no trainable parameters.
 
     loc, scale and y have one dtype, and x that of the model. The two differ if the model is in float32 and the columns
@@ -89,9 +89,9 @@ class NoiseToData(Stack):
     """A flow followed by the units of its data; y may have one column more than x, and another dtype."""
 
     @property
-    def units(self) -> Units:
+    def units(self) -> DataUnits:
         """The units, the last layer."""
-        return cast("Units", self[-1])
+        return cast("DataUnits", self[-1])
 
     def _checked_x(self, x: Tensor, like: Tensor | None) -> Tensor:
         return super()._checked_x(x, self.units.inner)
