@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple, Self
+from typing import Any, BinaryIO, ClassVar, NamedTuple, Self, SupportsIndex
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ class Savable:
     modules. Floating-point tensors are starting values of what the state_dict holds, and are left to it.
     """
 
-    _arguments: dict[str, Any]
+    _arguments: dict[str, object]
     _unsavable: ClassVar[str] = ""
     """Advice for a class that cannot be saved."""
     __signature__ = ClassSignature()
@@ -109,8 +109,9 @@ class Savable:
         twin.__dict__.update(getattr(self, "__getstate__", lambda: self.__dict__)())
         return twin
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        drop_weak_references(self)
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[object, ...]:
+        if isinstance(self, nn.Module):
+            drop_weak_references(self)
         return super().__reduce_ex__(protocol)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -126,19 +127,21 @@ class Savable:
         write_whole(Path(path), packed(self))
 
 
-def packed(module: Any) -> bytes:
+def packed(module: Savable) -> bytes:
     """Content of the file that `Savable.save` writes.
 
     Raises:
         TypeError: As `Savable.save`.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"save expected a torch module, got {type(module).__name__}.")
     training = [name for name, member in module.named_modules(remove_duplicate=False) if member.training]
     frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
     header = {"format": FORMAT, "training": training, "frozen": frozen, **describe(module)}
     return pack(module.state_dict(), MODEL, json.dumps(header))
 
 
-def drop_weak_references(module: Any) -> None:
+def drop_weak_references(module: nn.Module) -> None:
     """Remove the weak references that Pyro's parameter store attaches to parameters, which cannot be pickled."""
     for parameter in module.parameters():
         parameter.__dict__.pop("unconstrained", None)
@@ -303,7 +306,7 @@ def remove_unfinished(path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _rebuild(path: Path, contents: Contents) -> Any:
+def _rebuild(path: Path, contents: Contents) -> nn.Module:
     state = contents.tensors
     try:
         header = json.loads(contents.text)
@@ -333,7 +336,7 @@ def _take_dtypes(module: nn.Module, state: dict[str, Tensor]) -> None:
             tensor.data = tensor.data.to(state[name].dtype)
 
 
-def describe(module: Savable) -> dict[str, Any]:
+def describe(module: Savable) -> dict[str, object]:
     """The architecture of a module, as JSON values.
 
     Raises:
@@ -353,7 +356,7 @@ def _hides_ours(cls: type[Savable]) -> bool:
     return ours and not its
 
 
-def _frozen(value: Any) -> Any:
+def _frozen(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return tuple(map(_frozen, value))
     if isinstance(value, Tensor) and not value.is_floating_point():
@@ -361,7 +364,7 @@ def _frozen(value: Any) -> Any:
     return value.copy() if isinstance(value, np.ndarray) else value
 
 
-def _encode(who: str, name: str, value: Any) -> Any:
+def _encode(who: str, name: str, value: object) -> object:
     if isinstance(value, Savable):
         return describe(value)
     if isinstance(value, (np.ndarray, np.generic)):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from pyro.distributions import constraints
@@ -13,7 +13,12 @@ from torch.distributions import biject_to, transform_to
 from torch.distributions.transforms import CatTransform
 from torch.nn import functional as F
 
-__all__ = ["Columns", "Support"]
+__all__ = ["Columns", "Support", "SupportLike"]
+
+SupportLike: TypeAlias = (
+    str | constraints.Constraint | Sequence[str | constraints.Constraint] | Mapping[Any, str | constraints.Constraint]
+)
+"""Forms in which a support is named: for all columns, for each, or for some by their names."""
 
 SIMPLEX = "simplex"
 
@@ -88,7 +93,7 @@ class Support:
 
     Args:
         who: The caller, for errors.
-        given: A name, a constraint that has one, or a sequence with one for each of D columns.
+        support: A name, a constraint that has one, or a sequence with one for each of D columns.
         input_dim: D.
 
     Attributes:
@@ -109,14 +114,14 @@ class Support:
         tensor([0.3333, 0.3333, 0.3333])
     """
 
-    def __init__(self, who: str, given: Any, input_dim: int) -> None:
-        names = _names(who, given, input_dim)
+    def __init__(self, who: str, support: object, input_dim: int) -> None:
+        names = _names(who, support, input_dim)
         self.name: str | tuple[str, ...] = names[0] if len(set(names)) == 1 else names
         self.event_size = input_dim + (self.name == SIMPLEX)
         self._runs = [(name, len(list(run))) for name, run in groupby(names)]
 
     @property
-    def constraint(self) -> Any:
+    def constraint(self) -> constraints.Constraint:
         """The constraint of y, of event_dim 1."""
         if self.name == "real":
             return constraints.real_vector
@@ -195,34 +200,34 @@ for registry in (biject_to, transform_to):
     registry.register(Columns, _columns_transform)
 
 
-def _names(who: str, given: Any, input_dim: int) -> tuple[str, ...]:
+def _names(who: str, support: object, input_dim: int) -> tuple[str, ...]:
     """A name for each of the D columns of z."""
-    if isinstance(given, Columns):
-        given = [part for part, length in zip(given.cseq, given.lengths, strict=True) for _ in range(length)]
-    if isinstance(given, Sequence) and not isinstance(given, str):
-        names = tuple(_name(who, each) for each in given)
+    if isinstance(support, Columns):
+        support = [part for part, length in zip(support.cseq, support.lengths, strict=True) for _ in range(length)]
+    if isinstance(support, Sequence) and not isinstance(support, str):
+        names = tuple(_name(who, each) for each in support)
         if len(names) != input_dim or (SIMPLEX in names and names != (SIMPLEX,)):
             raise ValueError(
                 f"{who} expected support with {', '.join(KINDS)} for each of {input_dim} columns, got {list(names)}."
             )
         return names
-    return (_name(who, given),) * input_dim
+    return (_name(who, support),) * input_dim
 
 
-def _name(who: str, given: Any) -> str:
+def _name(who: str, support: object) -> str:
     choices = (*KINDS, SIMPLEX)
-    if isinstance(given, str) and given in choices:
-        return given
-    constraint = given
-    if isinstance(given, constraints.independent) and given.event_dim <= 1:
-        constraint = given.base_constraint
+    if isinstance(support, str) and support in choices:
+        return support
+    constraint = support
+    if isinstance(support, constraints.independent) and support.event_dim <= 1:
+        constraint = support.base_constraint
     for name, known in ((SIMPLEX, constraints.simplex), *((name, kind.constraint) for name, kind in KINDS.items())):
         # Exactly the same type with the same bounds: `greater_than(0)` is "positive", `greater_than(1)` is not.
         if type(constraint) is type(known) and vars(constraint) == vars(known):
             return name
     raise ValueError(
         f"{who} expected support to be one of {', '.join(choices)}, a constraint that is one of these, or a sequence "
-        f"with one for each column, got {given!r}."
+        f"with one for each column, got {support!r}."
     )
 
 

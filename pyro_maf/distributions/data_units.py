@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Self, cast
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class DataUnits(Flow):
         if has_float64(self.loc.device):
             self.loc, self.scale = self.loc.double(), self.scale.double()
 
-    def check_precise(self, who: str, role: str, value: Any) -> None:
+    def check_precise(self, who: str, role: str, value: object) -> None:
         """Raise for values that were rounded to a dtype that does not resolve them.
 
         Args:
@@ -74,15 +74,15 @@ class DataUnits(Flow):
         w, log_det = self.support.unconstrain(y)
         return ((w - self.loc) / self.scale).to(self.inner.dtype), log_det + self.scale.log().sum()
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Flow:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.loc, self.scale
         super()._apply(fn, recurse)
         keep_float64(self._buffers, ("loc", "scale"), before, self.support)
         return self
 
-    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        widen_for(self._buffers, ("loc", "scale"), state, prefix, self.support)
-        super()._load_from_state_dict(state, prefix, *rest)
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        widen_for(self._buffers, ("loc", "scale"), state_dict, prefix, self.support)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class NoiseToData(Stack):
@@ -153,7 +153,7 @@ def keep_float64(
 def widen_for(
     buffers: dict[str, Tensor | None],
     names: tuple[str, str],
-    state: Mapping[str, Any],
+    state: Mapping[str, Tensor],
     prefix: str,
     support: Support | None,
 ) -> None:

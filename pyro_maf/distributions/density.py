@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -14,6 +14,7 @@ from torch.distributions import constraints
 from pyro_maf._core.checks import check_context, check_event, check_positive, check_shape, check_takes_gradient
 from pyro_maf._core.torch_state import converted, reference_tensor, seeded, without_autocast
 from pyro_maf.saving import Savable
+from pyro_maf.tables.layout import TableLike
 from pyro_maf.transforms.conditional import AtContext, Conditional
 
 __all__ = ["ConditionalDensity", "ConditionalDensityForm", "ConditionedDensity", "Density"]
@@ -53,7 +54,7 @@ class Density(Savable, TorchDistribution, nn.Module):
         (torch.Size([2]), torch.Size([7]))
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 
     def __init__(
         self,
@@ -186,7 +187,7 @@ class Density(Savable, TorchDistribution, nn.Module):
         """Tensor with the dtype and device of contexts, or None."""
         return reference_tensor(self)
 
-    def as_value(self, value: Any, like: Tensor | None, role: str = "value") -> Tensor:
+    def as_value(self, value: TableLike, like: Tensor | None, role: str = "value") -> Tensor:
         """A value as a tensor of the right width, dtype and device.
 
         Args:
@@ -202,7 +203,7 @@ class Density(Savable, TorchDistribution, nn.Module):
         size_name = "input_dim" if size == self.input_dim else "event_shape"
         return check_event(self.name, role, converted(value, like), size, size_name, like)
 
-    def as_context(self, context: Any) -> Tensor:
+    def as_context(self, context: TableLike) -> Tensor:
         """A context as a tensor of the right width, dtype and device. Raises as `as_value`."""
         like = self.context_like
         return check_event(self.name, "context", converted(context, like), self.context_dim, "context_dim", like)
@@ -221,7 +222,7 @@ class Density(Savable, TorchDistribution, nn.Module):
     # -- conventions of Distribution ------------------------------------------------------------------------------
 
     @property
-    def support(self) -> Any:
+    def support(self) -> constraints.Constraint:
         """Constraint that every value satisfies, of event_dim 1."""
         return constraints.real_vector
 
@@ -245,7 +246,7 @@ class Density(Savable, TorchDistribution, nn.Module):
         """The density itself, as that inside a conditional form."""
         return self
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Self:
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> Self:
         """This density with a larger batch shape; a shallow twin that shares every parameter.
 
         Raises:
@@ -297,7 +298,7 @@ class ConditionedDensity(AtContext, Density):
         return self.density
 
     @property
-    def support(self) -> Any:
+    def support(self) -> constraints.Constraint:
         """Support of the density."""
         return self.density.support
 
@@ -306,7 +307,7 @@ class ConditionedDensity(AtContext, Density):
         """As of the density."""
         return self.density.value_like
 
-    def as_value(self, value: Any, like: Tensor | None, role: str = "value") -> Tensor:
+    def as_value(self, value: TableLike, like: Tensor | None, role: str = "value") -> Tensor:
         """As of the density."""
         return self.density.as_value(value, like, role)
 
@@ -349,7 +350,7 @@ class ConditionalDensity(Conditional[Density], ConditionalDistribution, nn.Modul
         super().__init__()
         self.density = self._checked(density)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
         if name in ("log_prob", "sample", "rsample"):
             raise AttributeError(
                 f"{type(self).__name__} has no {name}, as it depends on a context: use condition(context).{name}."

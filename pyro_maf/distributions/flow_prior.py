@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import ClassVar, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from torch.distributions.constraints import Constraint, real_vector
 from pyro_maf._core.torch_state import as_far_as_exact, reference_tensor
 from pyro_maf.distributions.data_units import DataUnits, NoiseToData, keep_float64, statistics, widen_for
 from pyro_maf.distributions.density import ConditionalDensity, Density
-from pyro_maf.support import Support
-from pyro_maf.tables.layout import Layout, numbers
+from pyro_maf.support import Support, SupportLike
+from pyro_maf.tables.layout import Layout, TableLike, numbers
 from pyro_maf.transforms import ConditionalFlow, Flow
 from pyro_maf.transforms.cache import caching_is_possible
 from pyro_maf.transforms.conditional import Conditional
@@ -90,7 +90,7 @@ class FlowPrior(Density):
         self,
         model: Flow | Density,
         *,
-        support: str | Constraint | Sequence[str | Constraint] | Mapping[Any, str | Constraint] = "real",
+        support: SupportLike = "real",
         loc: Tensor | None = None,
         scale: Tensor | None = None,
         context_loc: Tensor | None = None,
@@ -104,7 +104,7 @@ class FlowPrior(Density):
         if isinstance(support, Mapping):
             support = Layout.named(columns).spread(self.name, "support", support, "real", model.input_dim)
         known = Support(self.name, support, model.input_dim)
-        super().__init__(model.input_dim, model.context_dim, _batch_shape(model), known.event_size)
+        super().__init__(model.input_dim, model.context_dim, model.batch_shape, known.event_size)
         self.name_columns(Layout.named(columns), Layout.named(context_columns))
         like = reference_tensor(model)
         if like is None:  # a model of permutations alone has a device, but no dtype
@@ -155,7 +155,7 @@ class FlowPrior(Density):
         return layout.entries(self.as_value(value, None))
 
     @property
-    def support(self) -> Any:
+    def support(self) -> Constraint:
         """Constraint of the values, of event_dim 1: the density is 0 elsewhere."""
         return self.units.support.constraint
 
@@ -246,28 +246,28 @@ class FlowPrior(Density):
         """Tensor with the dtype and device of contexts."""
         return self.context_loc
 
-    def as_value(self, value: Any, like: Tensor | None, role: str = "value") -> Tensor:
+    def as_value(self, value: TableLike, like: Tensor | None, role: str = "value") -> Tensor:
         """A value as a tensor; also from the other forms of data that `fit` takes, if the conversion is exact."""
         if like is not None and not (isinstance(value, Tensor) and value.dtype == like.dtype):
             value = self._converted("value", value, like, self.event_shape[0])
         self.units.check_precise(self.name, role, value)
         return super().as_value(value, like, role)
 
-    def as_context(self, context: Any) -> Tensor:
+    def as_context(self, context: TableLike) -> Tensor:
         """A context as a tensor, from the same forms as values."""
         like = self.context_like
         if not (isinstance(context, Tensor) and context.dtype == like.dtype):
             context = self._converted("context", context, like, self.context_dim)
         return super().as_context(context)
 
-    def _converted(self, role: str, value: Any, like: Tensor, width: int) -> Tensor:
+    def _converted(self, role: str, value: TableLike, like: Tensor, width: int) -> Tensor:
         if not isinstance(value, Tensor):
             value = numbers(self.name, role, self._layouts[role].pick(self.name, role, value)).to(like.device)
             if width == 1 and value.dim() < 2 and value.shape != (1,):
                 value = value[..., None]
         return as_far_as_exact(like, value, as_model=like.dtype == self.units.inner.dtype)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> FlowPrior:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.context_loc, self.context_scale
         if isinstance(self.model, Flow):
             self.noise_to_data.clear_cache()  # no submodule, so that nothing else reaches it
@@ -275,9 +275,9 @@ class FlowPrior(Density):
         keep_float64(self._buffers, CONTEXT_UNITS, before, None)
         return self
 
-    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        widen_for(self._buffers, CONTEXT_UNITS, state, prefix, None)
-        super()._load_from_state_dict(state, prefix, *rest)
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        widen_for(self._buffers, CONTEXT_UNITS, state_dict, prefix, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __repr__(self) -> str:
         name = self.units.support.name
@@ -341,7 +341,7 @@ def _named(layout: Layout) -> tuple[tuple[str, Sequence[int]], ...]:
     return tuple(zip(map(str, layout.names or ()), layout.shapes, strict=False))
 
 
-def _check_model(who: str, model: Any) -> None:
+def _check_model(who: str, model: object) -> None:
     if isinstance(model, Conditional):
         raise TypeError(
             f"{who} expected a flow or a density, got {type(model).__name__}, which waits for a context: "
@@ -354,10 +354,3 @@ def _check_model(who: str, model: Any) -> None:
             f"{who} expected a model of real vectors, got {model.name} with support {model.support}: "
             f"give {who} that support, and the model none."
         )
-
-
-def _batch_shape(model: Any) -> torch.Size:
-    """Batch shape of a density, or of a flow, which has one if it holds a context."""
-    if isinstance(model, Flow):
-        return model.forward_shape(torch.Size([model.input_dim]))[:-1]
-    return model.batch_shape

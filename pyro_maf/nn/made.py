@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict
+from typing import TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -168,15 +168,15 @@ class Network(Tempered):
                 x = activation(x)
         return x
 
-    def check_input(self, x: Any, context: Any, input_dim: int) -> None:
+    def check_input(self, x: object, context: object, input_dim: int) -> None:
         """Raise if an input or a context is invalid."""
         who, like = type(self).__name__, next(self.layers.parameters())
         check_event(who, "x", x, input_dim, "input_dim", like)
         check_context(who, context, self.context_dim, like)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         stored = state_dict.get(prefix + "activation_index")
-        error_messages = args[-1]
+        error_messages = cast("list[str]", args[-1])
         # Not compared with the buffer, which is uninitialised after `to_empty`.
         if stored is not None and int(stored) != list(ACTIVATIONS).index(self.activation):
             name = dict(enumerate(map(repr, ACTIVATIONS))).get(int(stored), "one unknown here")

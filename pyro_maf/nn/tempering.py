@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +70,7 @@ class Tempered(nn.Module):
     def _gains(self) -> list[float]:
         return [1.0] * len(self.layers) if self.gains is None else self.gains.tolist()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         # The gains belong to the stored weights: an untempered network is stored without any.
         self.gains = (
             next(self.layers.parameters()).new_ones(len(self.layers)) if prefix + "gains" in state_dict else None

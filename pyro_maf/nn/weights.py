@@ -8,7 +8,7 @@ layer. With other hooks or a user-defined `forward`, the network is called, once
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
-def _is_called(layer: Any) -> bool:
+def _is_called(layer: nn.Module) -> bool:
     others = [hook for hook in layer._forward_pre_hooks.values() if not isinstance(hook, WEIGHT_HOOKS)]
     return bool(
         others

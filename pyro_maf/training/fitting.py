@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions.constraints import Constraint
 
 from pyro_maf._core.checks import check_above_zero, check_positive
 from pyro_maf._core.extras import require
@@ -22,7 +21,7 @@ from pyro_maf._core.progress import check_progress
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
 from pyro_maf.saving import describe, packed, try_to_write
-from pyro_maf.support import Support
+from pyro_maf.support import Support, SupportLike
 from pyro_maf.tables.layout import Layout, TableLike, number_of_columns
 from pyro_maf.tables.table import Table, named_rows
 from pyro_maf.training.batches import Batches
@@ -45,7 +44,7 @@ def fit(
     data: TableLike | Table,
     *,
     context: TableLike | None = None,
-    support: str | Constraint | Sequence[str | Constraint] | Mapping[Any, str | Constraint] | None = None,
+    support: SupportLike | None = None,
     validation: Validation = None,
     batch_size: int = 256,
     max_epochs: int = 1000,

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor
-from torch.distributions.constraints import Constraint
 
 from pyro_maf._core.checks import check_positive
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.flows import MAF
-from pyro_maf.support import Support
+from pyro_maf.support import Support, SupportLike
 from pyro_maf.tables.layout import TableLike, number_of_columns
 from pyro_maf.tables.table import Table, named_rows
 from pyro_maf.training.fitting import fit
@@ -56,7 +55,7 @@ def fit_prior(
     data: TableLike | Table,
     flow: Model | None = None,
     *,
-    support: str | Constraint | Sequence[str | Constraint] | Mapping[Any, str | Constraint] | None = None,
+    support: SupportLike | None = None,
     context: TableLike | None = None,
     seed: int = 0,
     **options: Unpack[FitOptions],

@@ -172,8 +172,7 @@ def log_prob_of(
         TypeError: For values that are not numeric.
         ValueError: For rows or a context of another width.
     """
-    conditional = cast("ConditionalDensity", density) if isinstance(density, ConditionalDensity) else None
-    inner = density if conditional is None else conditional.density
+    inner = density.unwrapped
     like = reference_tensor(inner)
     (width,), device = inner.event_shape, None if like is None else like.device
     # A prior rounds by itself, and refuses rows that are too coarse for it.
@@ -183,9 +182,9 @@ def log_prob_of(
         block = slice(start, start + size)
         with torch.no_grad():
             at = inner
-            if conditional is not None and context is not None:
+            if isinstance(density, ConditionalDensity) and context is not None:
                 features = _table("context", part_of(context, block), inner.context_dim)
-                at = conditional.condition(features.to(device, context_dtype))
+                at = cast("ConditionalDensity", density).condition(features.to(device, context_dtype))
             yield at.log_prob(_table("rows", part_of(rows, block), width).to(device, dtype)).cpu()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +74,3 @@ class ActNorm(Flow):
 
     def _derive(self) -> None:
         self._host.initialized = bool(self.initialized)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: object) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._derive()

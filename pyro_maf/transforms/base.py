@@ -59,7 +59,7 @@ class Flow(Savable, TransformModule):
         self.input_dim = check_positive(type(self).__name__, "input_dim", input_dim)
         self.context_dim = check_positive(type(self).__name__, "context_dim", context_dim, least=0)
         self._cache = Cache()
-        self._inverse_state: dict[str, Any] | None = None
+        self._inverse_state: dict[str, object] | None = None
 
     # -- what a subclass provides ---------------------------------------------------------------------------------
 
@@ -167,6 +167,11 @@ class Flow(Savable, TransformModule):
         return type(self).__name__
 
     @property
+    def batch_shape(self) -> torch.Size:
+        """Shape over which the flow itself varies: that of the context of a flow at one, () for most."""
+        return self.forward_shape(torch.Size([self.input_dim]))[:-1]
+
+    @property
     def unwrapped(self) -> Self:
         """The flow itself, as that inside a conditional form."""
         return self
@@ -234,14 +239,21 @@ class Flow(Savable, TransformModule):
         """Shape of x for y of `shape`."""
         return self.forward_shape(shape)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Flow:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._forget()
         return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._derive()
+
+    def _derive(self) -> None:
+        """Recompute what follows from a state that was loaded; overridden by subclasses that hold such."""
 
     def __repr__(self) -> str:
         return f"{self.name}({self.input_dim})"
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_inv": None, "_cache": Cache(), "_inverse_state": None}
 
     def __eq__(self, other: object) -> bool:

@@ -2,8 +2,8 @@ r"""Coupling: some dimensions pass through and condition the affine map of the o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from pyro_maf.transforms.base import Flow
 from pyro_maf.transforms.conditional import ConditionalForm
 
 __all__ = ["ConditionalCoupling", "Coupling"]
+
+Map: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Coupling(Flow):
@@ -54,7 +56,7 @@ class Coupling(Flow):
 
     is_by_row = True
     mask: Tensor
-    _kept: Tensor
+    _fixed: Tensor
     _moved: Tensor
     _place: Tensor
 
@@ -81,17 +83,15 @@ class Coupling(Flow):
         self.univariate: UnivariateMap = Affine()
         check_choice(self.name, "networks", networks, ("joint", "separate"))
         hidden_dims = default_hidden_dims(input_dim) if hidden_dims is None else hidden_dims
-        kept, moved = int(mask.sum()), int((~mask).sum())
+        fixed, moved = int(mask.sum()), int((~mask).sum())
         parameters = self.univariate.num_parameters
         widths = [parameters * moved] if networks == "joint" else [moved] * parameters
         activations = [activation] if networks == "joint" else [activation, "tanh"]
-        made = [
-            MLP(kept, hidden_dims, width, context_dim=context_dim, activation=name)
-            for width, name in zip(widths, activations, strict=True)
-        ]
-        for network in made:
+        self.networks = torch.nn.ModuleList()
+        for width, name in zip(widths, activations, strict=True):
+            network = MLP(fixed, hidden_dims, width, context_dim=context_dim, activation=name)
             network.zero_output()
-        self.networks = torch.nn.ModuleList(made)
+            self.networks.append(network)
         self._derive()
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -102,26 +102,22 @@ class Coupling(Flow):
         """x from y, and log |det dy/dx|; one pass of the networks."""
         return self._through_map(self.univariate.inverse, y, context)
 
-    def _through_map(self, univariate_map: Any, given: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _through_map(self, univariate_map: Map, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         # index_select takes half the time of indexing with a tensor.
-        kept, moved = given.index_select(-1, self._kept), given.index_select(-1, self._moved)
-        outputs = [outputs_of(network, kept, context) for network in self.networks]
+        fixed, moved = value.index_select(-1, self._fixed), value.index_select(-1, self._moved)
+        outputs = [outputs_of(network, fixed, context) for network in self.networks]
         parameters = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         phi = parameters.unflatten(-1, (self.univariate.num_parameters, moved.shape[-1])).transpose(-1, -2)
         moved, log_derivative = univariate_map(moved, phi)
-        if moved.shape[:-1] != kept.shape[:-1]:
-            kept = kept.expand(*moved.shape[:-1], -1)
-        return torch.cat([kept, moved], -1).index_select(-1, self._place), log_derivative.sum(-1)
+        if moved.shape[:-1] != fixed.shape[:-1]:
+            fixed = fixed.expand(*moved.shape[:-1], -1)
+        return torch.cat([fixed, moved], -1).index_select(-1, self._place), log_derivative.sum(-1)
 
     def _derive(self) -> None:
         """Recompute the indices that follow from the mask."""
-        kept, moved = self.mask.nonzero()[:, 0], (~self.mask).nonzero()[:, 0]
-        for name, index in (("_kept", kept), ("_moved", moved), ("_place", torch.cat([kept, moved]).argsort())):
+        fixed, moved = self.mask.nonzero()[:, 0], (~self.mask).nonzero()[:, 0]
+        for name, index in (("_fixed", fixed), ("_moved", moved), ("_place", torch.cat([fixed, moved]).argsort())):
             self.register_buffer(name, index, persistent=False)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._derive()
 
 
 class ConditionalCoupling(ConditionalForm):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -54,7 +53,3 @@ class Permute(Flow):
     def _derive(self) -> None:
         check_permutation("Permute", "permutation", self.permutation)
         self.register_buffer("_inverse_permutation", self.permutation.argsort(), persistent=False)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._derive()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,10 +75,6 @@ class TriangularMap(Flow):
         places.diagonal().copy_(diagonal)
         places[tuple(torch.tril_indices(size, size, -1, device=device))] = below
         self.register_buffer("_places", places.flatten(), persistent=False)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._derive()
 
 
 class LowerTriangularAffine(TriangularMap):
@@ -190,7 +185,7 @@ class Head(TriangularMap):
     def _fixed_log_det(self) -> Tensor:
         return self.scale_tril.diagonal().log().sum()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         # The gain belongs to the stored entries: none if the stored head has none.
         self.gain = torch.ones_like(self.free[0].detach()) if prefix + "gain" in state_dict else None
         super()._load_from_state_dict(state_dict, prefix, *args)
