@@ -296,7 +296,7 @@ def test_reweighting_corrects_mean_and_deviation() -> None:
 
 
 def test_reweighting_a_hopeless_guide_warns() -> None:
-    with pytest.warns(UserWarning, match="reweighting can not correct this guide"):
+    with pytest.warns(UserWarning, match="reweighting cannot correct this guide"):
         reweight(standard, normal(6.0, 0.2), num_samples=100)
 
 

@@ -199,9 +199,9 @@ def test_of_data_that_are_a_minibatch_already_there_is_no_verdict(plate: Any, re
     assert repr(found) == f"Diagnosis({found.verdict})"
     assert not found.can_be_reweighted
     for function in (reweight, to_arviz):
-        with pytest.raises(ValueError, match=f"{function.__name__} can not score the model as a whole: {reason}"):
+        with pytest.raises(ValueError, match=f"{function.__name__} cannot score the model as a whole: {reason}"):
             function(model, guide, y)
-    with pytest.raises(ValueError, match=f"neutra can not score the model as a whole: {reason}"):
+    with pytest.raises(ValueError, match=f"neutra cannot score the model as a whole: {reason}"):
         neutra(model, guide)(y)
 
 
@@ -271,8 +271,8 @@ def make_full(guide: Any) -> Any:
 
     def full(y: Tensor) -> None:
         latent = pyro.sample("latent", guide.get_posterior(y), infer={"is_auxiliary": True})
-        for part, unconstrained in guide._latents.split(latent):
-            value, log_det = guide._latents.mapped(part, unconstrained)
+        for part, unconstrained in guide.latents.split(latent):
+            value, log_det = guide.latents.mapped(part, unconstrained)
             name, event_dim = part.site["name"], part.site["fn"].event_dim
             with pyro.plate("groups", 10) if name == "z" else pyro.poutine.messenger.Messenger():
                 pyro.sample(name, dist.Delta(value, log_density=-log_det, event_dim=event_dim))

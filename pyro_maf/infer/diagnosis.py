@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_maf._core.checks import check_positive
 from pyro_maf.infer.guides import AutoFlow
-from pyro_maf.infer.importance import NoVerdictError, Weighted, arviz, smoothed, weigh
+from pyro_maf.infer.importance import NoVerdictError, Pair, arviz, smoothed
 from pyro_maf.infer.model import Call, Guide, Model, check_call, check_pair, without_empty_tables
 
 __all__ = ["Diagnosis", "diagnose", "reweight", "to_arviz"]
@@ -69,7 +69,7 @@ class Diagnosis:
             )
         if self.k_hat < GOOD:
             return f"k-hat {self.k_hat:.2f} is good: draws of this guide may be used as they are, or reweighted."
-        if self._weights_hardly_differ:
+        if self._has_even_weights:
             return (
                 f"The weights hardly differ, so draws may be used as they are; but k-hat {self.k_hat:.2f} says that "
                 "the far tails do: do not rely on extreme quantiles."
@@ -78,7 +78,7 @@ class Diagnosis:
             return f"k-hat {self.k_hat:.2f} is usable: means may be off a little, which `reweight` corrects."
         if self.k_hat < 1:
             return (
-                f"k-hat {self.k_hat:.2f} is poor: the guide misses part of the posterior, and reweighting can not be "
+                f"k-hat {self.k_hat:.2f} is poor: the guide misses part of the posterior, and reweighting cannot be "
                 "relied on; give it more layers or steps, reparameterise the model, or run NUTS on `neutra`."
             )
         return (
@@ -87,13 +87,13 @@ class Diagnosis:
         )
 
     @property
-    def _weights_hardly_differ(self) -> bool:
+    def _has_even_weights(self) -> bool:
         return self.ess > EVEN * self.num_samples
 
     @property
     def can_be_reweighted(self) -> bool:
         """True if `reweight` is reliable: k-hat is below 0.7, or the weights are about equal."""
-        return self.k_hat < USABLE or self._weights_hardly_differ
+        return self.k_hat < USABLE or self._has_even_weights
 
     def __repr__(self) -> str:
         if self.reason:
@@ -143,10 +143,9 @@ def diagnose(model: Model, guide: Guide, *args: object, num_samples: int = 10_00
     """
     check_positive("diagnose", "num_samples", num_samples, least=100)
     try:
-        weighted = _weighed("diagnose", Call(model, args, kwargs), guide, num_samples)
+        return _diagnosed_draws("diagnose", Call(model, args, kwargs), guide, num_samples).diagnosis
     except NoVerdictError as error:
         return Diagnosis.without_verdict(error.reason)
-    return _diagnosis(weighted, *smoothed(weighted.log_weights, weighted.rounding))
 
 
 def reweight(
@@ -174,24 +173,23 @@ def reweight(
     Example:
         >>> import pyro, pyro.distributions as dist
         >>> from pyro.infer.autoguide import AutoNormal
-        >>> def model():
-        ...     pyro.sample("z", dist.Normal(0.0, 1.0))
-        >>> draws = reweight(model, AutoNormal(model, init_scale=0.9))["z"]
-        >>> bool(abs(draws.std() - 1) < 0.05)
+        >>> model = lambda: pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> draws = reweight(model, AutoNormal(model, init_scale=0.9))
+        >>> bool(abs(draws["z"].std() - 1) < 0.05)
         True
 
     Reference:
         Vehtari et al., *Pareto smoothed importance sampling*, 2024.
     """
     check_positive("reweight", "num_samples", num_samples)
-    weighted = _weighed("reweight", Call(model, args, kwargs), guide, max(100, CANDIDATES * num_samples))
-    log_weights, k_hat = smoothed(weighted.log_weights, weighted.rounding)
-    if not log_weights.isfinite().any():
+    draws = _diagnosed_draws("reweight", Call(model, args, kwargs), guide, max(100, CANDIDATES * num_samples))
+    if not draws.log_weights.isfinite().any():
         raise ValueError("reweight found no draw of the guide that the model can score.")
-    if not _diagnosis(weighted, log_weights, k_hat).can_be_reweighted:
-        warnings.warn(f"k-hat is {k_hat:.2f}: reweighting can not correct this guide.", UserWarning, stacklevel=2)
-    index = _systematic(log_weights.exp(), num_samples)
-    return {name: value[index] for name, value in weighted.values.items()}
+    if not draws.diagnosis.can_be_reweighted:
+        k_hat = draws.diagnosis.k_hat
+        warnings.warn(f"k-hat is {k_hat:.2f}: reweighting cannot correct this guide.", UserWarning, stacklevel=2)
+    index = _systematic(draws.log_weights.exp(), num_samples)
+    return {name: value[index] for name, value in draws.values.items()}
 
 
 def to_arviz(model: Model, guide: Guide, *args: object, num_samples: int = 4_000, **kwargs: object) -> Any:
@@ -213,42 +211,40 @@ def to_arviz(model: Model, guide: Guide, *args: object, num_samples: int = 4_000
     Example:
         >>> import pyro, pyro.distributions as dist
         >>> from pyro.infer.autoguide import AutoNormal
-        >>> def model():
-        ...     pyro.sample("z", dist.Normal(0.0, 1.0))
-        >>> to_arviz(model, AutoNormal(model)).posterior["z"].shape
-        (1, 4000)
+        >>> rates = lambda: pyro.sample("rate", dist.Gamma(torch.ones(3), 1.0).to_event(1))
+        >>> to_arviz(rates, AutoNormal(rates)).posterior["rate"].shape
+        (1, 4000, 3)
     """
     check_positive("to_arviz", "num_samples", num_samples, least=100)
-    weighted = _weighed("to_arviz", Call(model, args, kwargs), guide, num_samples)
-    log_weights, k_hat = smoothed(weighted.log_weights, weighted.rounding)
-    diagnosis = _diagnosis(weighted, log_weights, k_hat)
+    draws = _diagnosed_draws("to_arviz", Call(model, args, kwargs), guide, num_samples)
+    diagnosis = draws.diagnosis
     return arviz().from_dict(
-        posterior={name: value[None].cpu().numpy() for name, value in weighted.values.items()},
-        sample_stats={"log_weight": log_weights[None].cpu().numpy()},
+        posterior={name: value[None].cpu().numpy() for name, value in draws.values.items()},
+        sample_stats={"log_weight": draws.log_weights[None].cpu().numpy()},
         posterior_attrs={"k_hat": diagnosis.k_hat, "elbo": diagnosis.elbo, "verdict": diagnosis.verdict},
     )
 
 
-def _weighed(
-    who: str,
-    call: Call,
-    guide: Guide,
-    num_samples: int,
-) -> Weighted:
-    """Check the arguments, then return weighted draws of the guide."""
+class _DiagnosedDraws(NamedTuple):
+    """Draws of a guide, by site, with their smoothed log weights and the diagnosis."""
+
+    values: dict[str, Tensor]
+    log_weights: Tensor
+    diagnosis: Diagnosis
+
+
+def _diagnosed_draws(who: str, call: Call, guide: Guide, num_samples: int) -> _DiagnosedDraws:
+    """Check the arguments, then weight draws of the guide and smooth the weights."""
     check_pair(who, call.program, guide)
     check_call(who, call, ("num_samples",))
     with without_empty_tables():
         if isinstance(guide, AutoFlow):
             guide.setup(*call.args, **call.kwargs)  # not in a trace, which would lengthen its error messages
-        return weigh(who, call, guide, num_samples)
-
-
-def _diagnosis(weighted: Weighted, log_weights: Tensor, k_hat: float) -> Diagnosis:
-    """Return the diagnosis of draws with their smoothed log weights."""
+        weighted = Pair(who, call, guide).weigh(num_samples)
+    log_weights, k_hat = smoothed(weighted.log_weights, weighted.rounding)
     scored = weighted.log_weights[weighted.log_weights.isfinite()].double()
     squares = float((2 * log_weights).exp().sum())
-    return Diagnosis(
+    diagnosis = Diagnosis(
         k_hat=k_hat,
         ess=1 / squares if squares else 0.0,
         elbo=float(scored.mean()) if len(scored) else float("-inf"),
@@ -256,6 +252,7 @@ def _diagnosis(weighted: Weighted, log_weights: Tensor, k_hat: float) -> Diagnos
         num_samples=len(log_weights),
         unscored=len(log_weights) - len(scored),
     )
+    return _DiagnosedDraws(weighted.values, log_weights, diagnosis)
 
 
 def _systematic(weights: Tensor, count: int) -> Tensor:

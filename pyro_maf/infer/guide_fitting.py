@@ -23,7 +23,7 @@ from pyro_maf._core.progress import Bar, bar, check_progress, say_before_bar
 from pyro_maf.infer.convergence import BestWeights, Schedule
 from pyro_maf.infer.diagnosis import Diagnosis, diagnose
 from pyro_maf.infer.guides import AutoFlow
-from pyro_maf.infer.importance import arviz, pairing
+from pyro_maf.infer.importance import Pair, arviz
 from pyro_maf.infer.initialization import ALONE as SET_UP_RUNS
 from pyro_maf.infer.log_joint import FAILURES
 from pyro_maf.infer.model import Call, Guide, Model, check_call, check_pair, show_runs, without_empty_tables
@@ -216,14 +216,17 @@ class _Run:
 
     def __init__(self, call: Call, guide: Guide, num_particles: int, schedule: Schedule) -> None:
         self._call, self._guide = call, guide
-        self._pair = pair = pairing("fit_guide", call, guide)
-        self.alone = "" if pair.is_vectorised else why_alone(call, guide)
-        objective = TracePath_ELBO if isinstance(guide, AutoFlow) else TraceEnum_ELBO if pair.enumerated else Trace_ELBO
+        self._pair = Pair("fit_guide", call, guide)
+        joint = self._pair.joint
+        self.alone = "" if joint.is_vectorised else why_alone(call, guide)
+        objective = (
+            TracePath_ELBO if isinstance(guide, AutoFlow) else TraceEnum_ELBO if joint.enumerated else Trace_ELBO
+        )
         # Pass max_plate_nesting explicitly; Pyro would otherwise guess it and print a warning.
         self._objective = objective(
-            num_particles=num_particles if pair.is_vectorised else min(num_particles, ALONE),
-            vectorize_particles=pair.is_vectorised,
-            max_plate_nesting=pair.nesting,
+            num_particles=num_particles if joint.is_vectorised else min(num_particles, ALONE),
+            vectorize_particles=joint.is_vectorised,
+            max_plate_nesting=self._pair.nesting,
         )
         self._parameters = self._find_parameters()
         self._optimizer = torch.optim.Adam(self._parameters, lr=schedule.learning_rate)
@@ -275,9 +278,9 @@ class _Run:
 
     def diagnosed(self, shown: Bar) -> Diagnosis:
         """Diagnose the guide; without a verdict if interrupted."""
-        draws = max(1_000, min(DIAGNOSED, MOST_DIAGNOSED // (self._pair.runs * self._pair.numbers)))
-        if not self._pair.is_vectorised:
-            draws = min(draws, max(LEAST_DIAGNOSED, DIAGNOSED_BY_STEP * len(self.elbo) // self._pair.runs))
+        draws = max(1_000, min(DIAGNOSED, MOST_DIAGNOSED // (self._pair.joint.runs * self._pair.numbers)))
+        if not self._pair.joint.is_vectorised:
+            draws = min(draws, max(LEAST_DIAGNOSED, DIAGNOSED_BY_STEP * len(self.elbo) // self._pair.joint.runs))
         try:
             if not self._is_abandoned:
                 call = self._call

@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import pyro
@@ -32,7 +33,7 @@ from pyro_maf.infer.model import (
 )
 from pyro_maf.infer.plates import PartialRowsError, nesting_of
 
-__all__ = ["NoVerdictError", "Pairing", "Weighted", "arviz", "joint_of", "pairing", "smoothed", "weigh"]
+__all__ = ["NoVerdictError", "Pair", "Weighted", "arviz", "smoothed"]
 
 ROUNDING = 32
 """Spread by rounding of ten thousand sums, in units in the last place of the log joint density."""
@@ -40,6 +41,10 @@ NEGLIGIBLE = 0.1
 """Spread of log weights, in nats, at which 99.7 % of the draws are effective: larger ones never count as equal."""
 MOST_NUMBERS = 4_000_000
 """Maximum number of log-probabilities of single sites and rows in memory."""
+
+
+CIRCULAR = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
+"""Distributions of angles: their densities repeat every 2 pi, over all real numbers."""
 
 
 class NoVerdictError(RefusalError):
@@ -50,30 +55,8 @@ class NoVerdictError(RefusalError):
     """
 
     def __init__(self, who: str, reason: str) -> None:
-        super().__init__(f"{who} can not score the model as a whole: {reason}.")
+        super().__init__(f"{who} cannot score the model as a whole: {reason}.")
         self.reason = reason
-
-
-class Pairing(NamedTuple):
-    """Layout of the runs of a model with its guide.
-
-    Attributes:
-        nesting: Number of their plate dimensions, counted from the right.
-        is_vectorised: True if one run, inside a plate, scores many draws.
-        enumerated: True if the model has discrete sites to sum out.
-        runs: Number of runs that score all rows.
-        numbers: Number of log-probabilities of a draw in a run.
-    """
-
-    nesting: int
-    is_vectorised: bool
-    enumerated: bool
-    runs: int
-    numbers: int
-
-
-CIRCULAR = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
-"""Distributions of angles: their densities repeat every 2 pi, over all real numbers."""
 
 
 class Weighted(NamedTuple):
@@ -90,128 +73,110 @@ class Weighted(NamedTuple):
     rounding: float
 
 
-@torch.no_grad()
-def weigh(
-    who: str,
-    call: Call,
-    guide: Guide,
-    num_samples: int,
-) -> Weighted:
-    """Draw from the guide of a model and weight the draws.
+class Pair:
+    """A model and its guide, and the layout of their runs, from trial runs.
 
-    Raises:
-        NoVerdictError: If not all rows of the model can be scored, or if draws of an angle take more than one turn.
-        ValueError: If the guide leaves out a latent site of the model, or the model draws what no guide has.
-    """
-    pair = _Pair(who, call, guide)
-    if pair.reason:
-        raise NoVerdictError(who, pair.reason)
-    chunk = max(1, min(num_samples, MOST_NUMBERS // pair.size))
-    try:
-        found = [pair.weigh(min(chunk, num_samples - start)) for start in range(0, num_samples, chunk)]
-    except PartialRowsError as error:
-        raise NoVerdictError(who, f"{error}; call it with all rows") from None
-    values = {name: torch.cat([each.values[name] for each in found]) for name in pair.shapes}
-    if name := next((name for name in pair.angles if _takes_turns(values[name])), ""):
-        raise NoVerdictError(
-            who,
-            f"site {name} is an angle, and the guide's draws take more than one turn of it, which all have the same "
-            "density: draw it from Uniform(-pi, pi) and put its own density into a pyro.factor",
-        )
-    return Weighted(
-        values,
-        torch.cat([each.log_weights for each in found]),
-        max(each.rounding for each in found),
-    )
+    Args:
+        who: The function that needs them, for errors.
+        call: The model with its arguments.
+        guide: Its guide.
 
-
-@torch.no_grad()
-def pairing(who: str, call: Call, guide: Guide) -> Pairing:
-    """Determine the layout of the runs of a model with its guide, by trial runs.
+    Attributes:
+        joint: Log joint density of the model as a function of the guide's sites.
+        nesting: Number of plate dimensions of both, counted from the right.
+        numbers: Number of log-probabilities of a draw in a run.
 
     Raises:
         ValueError: If the guide leaves out a latent site of the model, or the model draws what no guide has.
     """
-    pair = _Pair(who, call, guide)
-    return Pairing(pair.nesting, pair.joint.is_vectorised, pair.joint.enumerated, pair.joint.runs, pair.size)
 
-
-@torch.no_grad()
-def joint_of(who: str, call: Call, guide: Guide) -> LogJoint:
-    """Return the log joint density of a model as a function of its guide's sites.
-
-    Raises:
-        ValueError: As in `weigh`.
-    """
-    pair = _Pair(who, call, guide)
-    if pair.reason:
-        raise NoVerdictError(who, pair.reason)
-    return pair.joint
-
-
-class _Pair:
-    """A model and its guide, with their traces."""
-
+    @torch.no_grad()
     def __init__(self, who: str, call: Call, guide: Guide) -> None:
-        self._call, self._guide = call, guide
+        self._who, self._call, self._guide = who, call, guide
         try:
-            self._try_out(who)
+            self._try_out()
         except RefusalError:
             raise
         except (*FAILURES, IndexError):
             _check_shapes(who, call, guide)
             raise
 
-    def _try_out(self, who: str) -> None:
+    def complete_joint(self) -> LogJoint:
+        """Return the log joint density, of all rows of the model.
+
+        Raises:
+            NoVerdictError: If not all rows can be scored, or if the guide scores entries that are masked in the model.
+        """
+        if self._obstacle:
+            raise NoVerdictError(self._who, self._obstacle)
+        return self.joint
+
+    @torch.no_grad()
+    def weigh(self, num_samples: int) -> Weighted:
+        """Draw from the guide and weight the draws.
+
+        Raises:
+            NoVerdictError: As `complete_joint`, and if draws of an angle take more than one turn.
+        """
+        joint, who = self.complete_joint(), self._who
+        most = max(1, MOST_NUMBERS // self.numbers)
+        try:
+            blocks = [self._weigh(joint, min(most, num_samples - start)) for start in range(0, num_samples, most)]
+        except PartialRowsError as error:
+            raise NoVerdictError(who, f"{error}; call it with all rows") from None
+        values = {name: torch.cat([block.values[name] for block in blocks]) for name in self._shapes}
+        for name in self._angles:
+            if _takes_turns(values[name]):
+                raise NoVerdictError(
+                    who,
+                    f"site {name} is an angle, and the guide's draws take more than one turn of it, which all have the "
+                    "same density: draw it from Uniform(-pi, pi) and put its own density into a pyro.factor",
+                )
+        log_weights = torch.cat([block.log_weights for block in blocks])
+        return Weighted(values, log_weights, max(block.rounding for block in blocks))
+
+    def _try_out(self) -> None:
         """Run both, and lay out their sites."""
-        call, guide = self._call, self._guide
+        who, call, guide = self._who, self._call, self._guide
         guide_trace = call.of(guide).trace()
         example = call.replayed(guide_trace)
         check_observes_nothing(who, guide_trace, example)
-        latents = latent_sites(example)
-        missing = [name for name in latents if name not in guide_trace.nodes and not is_enumerated(latents[name])]
-        if missing:
-            raise RefusalError(
-                f"{who} expected a guide of every latent site, got none of {', '.join(sorted(missing))}: add these to "
-                "the guide, or sum discrete ones of finitely many values out with infer={'enumerate': 'parallel'}."
-            )
-        _check_guide_sites(who, guide_trace, latents)
-        latents = {name: site for name, site in latents.items() if name in guide_trace.nodes}
-        self.angles = [name for name, site in latents.items() if _is_angle(site["fn"])]
-        self.shapes = {name: site["value"].shape for name, site in latents.items()}
+        latents = _shared_sites(who, guide_trace, example)
+        self._angles = [name for name, site in latents.items() if _is_angle(site["fn"])]
         self._all_rows = guide.latents.shapes_of_all_rows if isinstance(guide, AutoFlow) else {}
-        self.shapes.update(self._all_rows)
-        self.joint = LogJoint(call, example, shapes=self.shapes)
+        self._shapes = {name: site["value"].shape for name, site in latents.items()} | self._all_rows
+        self.joint = LogJoint(call, example, shapes=self._shapes)
         self.nesting = max(self.joint.nesting, nesting_of(guide_trace))
         draws, _ = self._draw(4)
         self.joint.settle(draws)
-        check_draws(who, self.joint)
-        self.reason = f"{self.joint.partial}; call it with all rows" if self.joint.partial else ""
-        self._check_masks(who, latents, guide_trace, draws)
+        _check_draws(who, self.joint)
+        self._obstacle = f"{self.joint.partial}; call it with all rows" if self.joint.partial else ""
+        self._check_masks(latents, guide_trace, draws)
         sites = sample_sites(example).values()
         values = sum(site["value"].numel() for site in sites if isinstance(site["value"], Tensor))
-        self.size = max(values, self.joint.numbers)
+        self.numbers = max(values, self.joint.numbers)
 
-    def _check_masks(self, who: str, latents: Mapping[str, Site], guide_trace: Trace, draws: dict[str, Tensor]) -> None:
-        """Raise if a guide scores entries that a mask excludes from the model: its bound has no upper limit."""
-        masks = {name: masked_elements(site, site["value"]) for name, site in latents.items()}
+    def _check_masks(self, latents: Mapping[str, Site], guide_trace: Trace, draws: dict[str, Tensor]) -> None:
+        """Look for entries that a mask excludes from the model, and the guide scores: its bound has no upper limit."""
         if isinstance(self._guide, AutoFlow):
             if not self._guide.latents.has_masks_of(latents):
-                raise RefusalError(f"{who} expected latent sites masked as in the guide's set-up: use another guide.")
+                raise RefusalError(
+                    f"{self._who} expected latent sites masked as in the guide's set-up: use another guide."
+                )
             return
         sites = sample_sites(guide_trace)
-        for name, mask in masks.items():
-            site = sites[name]
-            own = None if mask is None else masked_elements(site, site["value"])
-            if mask is not None and (own is None or not torch.equal(own, mask)):
+        for name, site in latents.items():
+            mask = masked_elements(site, site["value"])
+            of_guide = None if mask is None else masked_elements(sites[name], sites[name]["value"])
+            if mask is not None and (of_guide is None or not torch.equal(of_guide, mask)):
                 moved = torch.where(mask, draws[name].roll(1, 0), draws[name])
                 if torch.equal(self.joint({**draws, name: moved}), self.joint(draws)):
-                    self.reason = f"site {name} is masked in the model, and the guide scores it; mask it there too"
+                    self._obstacle = f"site {name} is masked in the model, and the guide scores it; mask it there too"
 
-    def weigh(self, draws: int) -> Weighted:
+    def _weigh(self, joint: LogJoint, draws: int) -> Weighted:
         values, log_q = self._draw(draws)
-        shaped = {name: value.reshape(draws, *self.shapes[name]) for name, value in values.items()}
-        log_p = self.joint(values)
+        shaped = {name: value.reshape(draws, *self._shapes[name]) for name, value in values.items()}
+        log_p = joint(values)
         size = torch.where(log_p.isfinite(), log_p.abs(), 0.0).max()
         return Weighted(shaped, log_p - log_q, ROUNDING * torch.finfo(log_p.dtype).eps * float(size))
 
@@ -223,11 +188,9 @@ class _Pair:
             trace = self._call.of(self._guide).trace()
         trace.compute_log_prob()
         plates = (draws, *(1,) * self.nesting)
-        values = {}
-        sites = sample_sites(trace)
-        for name in self.shapes:
-            site = sites[name]
-            value, event = site["value"], site["fn"].event_shape
+        values, sites = {}, sample_sites(trace)
+        for name in self._shapes:
+            value, event = sites[name]["value"], sites[name]["fn"].event_shape
             batch = torch.broadcast_shapes(value.shape[: value.dim() - len(event)], plates)
             values[name] = value.expand(batch + event)
         return values, total_by_draw(log_densities(trace), plates)
@@ -248,16 +211,28 @@ def _check_shapes(who: str, call: Call, guide: Guide) -> None:
             )
 
 
-def _check_guide_sites(who: str, guide_trace: Trace, latents: Mapping[str, Site]) -> None:
-    """Raise for a guide that draws a site that the model does not: no density in the model would match it."""
-    sites = latent_sites(guide_trace)
-    extra = [name for name in sites.keys() - latents if not (sites[name]["infer"] or {}).get("is_auxiliary")]
+def _shared_sites(who: str, guide_trace: Trace, model_trace: Trace) -> dict[str, Site]:
+    """Return the latent sites of the model that its guide has.
+
+    Raises:
+        ValueError: If the guide lacks one that is not enumerated, or draws a site that the model does not: no density
+            in the model would match it.
+    """
+    latents, drawn = latent_sites(model_trace), latent_sites(guide_trace)
+    missing = [name for name in latents if name not in guide_trace and not is_enumerated(latents[name])]
+    if missing:
+        raise RefusalError(
+            f"{who} expected a guide of every latent site, got none of {', '.join(sorted(missing))}: add these to "
+            "the guide, or sum discrete ones of finitely many values out with infer={'enumerate': 'parallel'}."
+        )
+    extra = [name for name in drawn.keys() - latents if not (drawn[name]["infer"] or {}).get("is_auxiliary")]
     if extra:
         raise RefusalError(
             f"{who} expected a guide of the model's latent sites alone, got one that draws {', '.join(sorted(extra))}: "
             "make a guide of this model, with the arguments that it is called with here, or mark what only the guide "
             "needs with infer={'is_auxiliary': True}."
         )
+    return {name: site for name, site in latents.items() if name in guide_trace}
 
 
 def _is_angle(fn: Distribution) -> bool:
@@ -270,7 +245,7 @@ def _takes_turns(angles: Tensor) -> bool:
     return bool((angles.amax(0) - angles.amin(0) > 2 * math.pi).any())
 
 
-def check_draws(who: str, joint: LogJoint) -> None:
+def _check_draws(who: str, joint: LogJoint) -> None:
     """Raise for a model that draws random numbers outside of its sites: its density differs from run to run."""
     if joint.hidden:
         raise RefusalError(
@@ -300,13 +275,13 @@ def smoothed(log_weights: Tensor, rounding: float = 0.0) -> tuple[Tensor, float]
     if np.ptp(weights) < max(1e-10, min(rounding, NEGLIGIBLE)):  # the guide is the posterior
         return torch.where(scored, -scored.sum().log(), -torch.inf), float("-inf")
     with np.errstate(over="ignore"):  # for hopeless candidates of the tail's shape, arviz overflows
-        found, k_hat = arviz().psislw(weights)
+        smooth, k_hat = arviz().psislw(weights)
     result = torch.full(log_weights.shape, -torch.inf, dtype=torch.float64)
-    result[scored.cpu()] = torch.as_tensor(np.asarray(found))
+    result[scored.cpu()] = torch.as_tensor(np.asarray(smooth))
     return result.to(log_weights.device), float(k_hat)
 
 
-def arviz() -> Any:
+def arviz() -> ModuleType:
     """Import arviz lazily: it prints a notice, and two processes that import it at once can collide."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

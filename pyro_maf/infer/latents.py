@@ -361,7 +361,7 @@ def _transform_of(who: str, name: str, site: Site) -> Transform:
     if support.is_discrete and not site["fn"].has_enumerate_support:
         raise RefusalError(
             f"{who} expected continuous latent variables, got the discrete site {name}, whose values have no end and "
-            "can not be summed out: put a Categorical over the first of them in its place."
+            "cannot be summed out: put a Categorical over the first of them in its place."
         )
     if support.is_discrete:
         raise RefusalError(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from typing import Any
 
 import pyro
 import torch
@@ -13,9 +11,9 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_maf.infer.guides import AutoFlow
-from pyro_maf.infer.importance import joint_of
+from pyro_maf.infer.importance import Pair
 from pyro_maf.infer.log_joint import LogJoint
-from pyro_maf.infer.model import Call, check_pair
+from pyro_maf.infer.model import Call, Model, check_pair
 
 __all__ = ["NeuTra", "neutra"]
 
@@ -28,28 +26,29 @@ class NeuTra:
         guide: Its guide, set up and fitted.
     """
 
-    def __init__(self, model: Callable[..., Any], guide: AutoFlow) -> None:
+    def __init__(self, model: Model, guide: AutoFlow) -> None:
         self._model, self._guide = model, guide
         self._joint: LogJoint | None = None
-        self._arguments: list[Any] = []
+        self._arguments: list[object] = []
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """Run the model, with its latent variables computed from noise.
 
         Raises:
             ValueError: If the model draws random numbers outside of its sites, or if not all rows of plates that
                 subsample can be scored.
         """
+        call = Call(self._model, args, kwargs)
         with Messenger():  # without a handler, Pyro takes factors for observations outside of inference
-            return self._run(self._joint_at(args, kwargs), args, kwargs)
+            return self._run(call, self._joint_of(call))
 
-    def _run(self, joint: LogJoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = self._guide._pyro_name
+    def _run(self, call: Call, joint: LogJoint) -> object:
+        name = self._guide.name
         noise = pyro.sample(f"{name}_shared_latent", self._guide.get_base_dist().mask(False))
         values, log_det = self._guide.sites_and_log_det(noise)
         pyro.factor(f"{name}_log_det", log_det)
         if joint.runs == 1:
-            return poutine.condition(self._model, data=values)(*args, **kwargs)
+            return call.of(poutine.condition(self._model, data=values))()
         padded, _ = self._guide.sites_and_log_det(noise.reshape(-1, *(1,) * joint.nesting, noise.shape[-1]))
         with poutine.block():
             scores = joint(padded)
@@ -57,13 +56,13 @@ class NeuTra:
         pyro.factor(f"{name}_all_rows", scores.reshape(noise.shape[:-1]))
         return result
 
-    def _joint_at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LogJoint:
+    def _joint_of(self, call: Call) -> LogJoint:
         """Return the log joint density for these arguments; that of the last ones is cached."""
-        arguments = [*args, *kwargs, *kwargs.values()]
+        arguments = [*call.args, *call.kwargs, *call.kwargs.values()]
         same = len(arguments) == len(self._arguments) and all(map(operator.is_, arguments, self._arguments))
         if self._joint is None or not same:
             with poutine.block():
-                self._joint = joint_of("neutra", Call(self._model, args, kwargs), self._guide)
+                self._joint = Pair("neutra", call, self._guide).complete_joint()
             self._arguments = arguments
         return self._joint
 
@@ -74,7 +73,7 @@ class NeuTra:
         return self._guide.sites_of(noise)
 
 
-def neutra(model: Callable[..., Any], guide: AutoFlow) -> NeuTra:
+def neutra(model: Model, guide: AutoFlow) -> NeuTra:
     r"""Reparameterise a model by a guide's noise, for NUTS: z = t(u), and the target is p(x, t(u)) |det dt/du|.
 
     The better the guide, the nearer the density of u is to a standard normal, for a posterior of any shape; as MCMC it
