@@ -620,6 +620,17 @@ def test_rows_with_missing_values_are_dropped_when_asked(
         assert "197 rows, mean log-density" in result.stderr
 
 
+def test_rows_of_another_table_to_validate_with_have_their_numbers_in_its_file(here: Path) -> None:
+    table = frame()
+    table.loc[0, "width"] = np.nan
+    table.loc[5, "width"] = -1.0
+    table.to_csv("other.csv", index=False, float_format="%.9g")
+    options = ("--columns", "length,width", "--support", "positive", "--validation", "other.csv", "--drop-missing")
+    result = run("fit", "table.csv", *options, *QUICK, code=2)
+    assert "fit expected validation data of" in result.stderr
+    assert "in column 'width' (support positive), got -1.0 in data row 6 (counted from 1)" in result.stderr
+
+
 @pytest.mark.usefixtures("quick_report")
 def test_text_may_have_commas_and_another_encoding(folder: Path, here: Path) -> None:
     content = frame()[NAMES].to_csv(index=False, sep=";", decimal=",", float_format="%.9g")

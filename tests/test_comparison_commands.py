@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from pyro_maf.cli import app
 from pyro_maf.cli.compare import DataSet
-from pyro_maf.cli.options import Row
+from pyro_maf.cli.shared_options import Row
 from pyro_maf.experiments import ROWS, SETTINGS, candidates, comparison
 
 QUICK = ["--max-epochs", "2", "--models", "Gaussian,MADE", "--hidden-dims", "8", "--hidden-dims", "16"]

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch.distributions import MultivariateNormal
 
 from pyro_maf import ConditionalMAF, MAFMoG, RealNVP, load
-from pyro_maf.datasets import Dataset, FigureOne, LogitPixels
+from pyro_maf.datasets import Dataset, FigureOne, LogitPixels, read_table
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.experiments import (
     FLOWS,
@@ -272,6 +272,17 @@ def test_a_model_that_has_no_fit_is_left_out_and_said(toy):
         found = compare(twice, SMALL[:2], **QUICK)
     assert [score.candidate.name for score in found.scores] == ["MADE"]
     assert "column 1 follows from those before it" in found.failed["Gaussian"]
+
+
+def test_columns_are_called_by_their_names(toy):
+    frame = pd.DataFrame(toy.train.numpy()[:, [0, 0]], columns=["height", "width"])
+    with pytest.warns(UserWarning, match="fit found that column 'width' repeats column 'height'"):
+        compare(divide("twice", frame), SMALL[1:2], **QUICK)
+    places = ["here", "there"] * (len(frame) // 2)
+    table = read_table(io.BytesIO(frame.assign(place=places).to_csv(index=False).encode()), context=["place"])
+    parts = divide("table", table)
+    assert (parts.names, parts.context_names) == (("height", "width"), ("place=here", "place=there"))
+    assert torch.equal(parts.train, divide("table", table.data, table.context).train)
 
 
 def test_every_form_of_the_table_has_the_same_figures(toy):

@@ -17,6 +17,7 @@ import torch
 from scipy import stats
 
 from pyro_maf import IAF, MAF, ConditionalMAF, RealNVP, plotting
+from pyro_maf._core.checks import InputError
 from pyro_maf.datasets import Table
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior, MADEMoG, MAFMoG
 from pyro_maf.report import examination, kolmogorov, page, write_report
@@ -257,6 +258,10 @@ def test_a_named_table_gives_its_name_its_categories_and_its_rows(report):
         assert row[-2:] == [["blue", "red"][place % 2], f"{rows.context[place, 2]:.4g}"]
     with pytest.raises(ValueError, match="got a context or names beside a Table"):
         report(density, rows, names=["a", "b"])
+    rows.data[3, 1] = math.nan
+    with pytest.raises(InputError, match=r"got nan in data row 7 \(counted from 1\), column width") as refused:
+        report(density, rows)
+    assert (refused.value.row, refused.value.column) == (3, 1)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +347,7 @@ def test_more_rows_than_are_scored_are_drawn_from_at_random_and_read_in_blocks(r
     monkeypatch.setattr(examination, "MOST_VALUES", 800)
     monkeypatch.setattr(examination, "PICTURED_ROWS", 150)
     monkeypatch.setattr(examination, "ROWS_AT_ONCE", 64)
-    monkeypatch.setattr("pyro_maf.tables.mapped.IN_MEMORY", 0)
+    monkeypatch.setattr("pyro_maf.tables.disk.IN_MEMORY", 0)
     taken = []
     take = MappedRows.take
 

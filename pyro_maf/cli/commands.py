@@ -11,9 +11,9 @@ import pyro_maf
 from pyro_maf.cli.compare import COMPARE_EXAMPLES, PAPER_EXAMPLES, compare, paper
 from pyro_maf.cli.errors import INTERRUPTED, Commands
 from pyro_maf.cli.fit import FIT_EXAMPLES, fit
-from pyro_maf.cli.options import as_command
 from pyro_maf.cli.saved_model import INFO_EXAMPLES, info
 from pyro_maf.cli.score_and_sample import SAMPLE_EXAMPLES, SCORE_EXAMPLES, sample, score
+from pyro_maf.cli.shared_options import as_command
 
 __all__ = ["app", "main"]
 

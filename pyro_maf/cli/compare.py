@@ -12,8 +12,8 @@ import typer
 
 from pyro_maf._core.files import COLUMNS
 from pyro_maf.cli.errors import INTERRUPTED, CommandError, input_errors, say, warnings_as_lines
-from pyro_maf.cli.options import Device, Epochs, Models, TableOptions, TrainingOptions, flag, option, separated
 from pyro_maf.cli.saved_model import write_json
+from pyro_maf.cli.shared_options import Device, Epochs, Models, TableOptions, TrainingOptions, flag, option, separated
 
 if TYPE_CHECKING:
     from pyro_maf.datasets import Dataset

@@ -13,7 +13,7 @@ import typer
 from pyro_maf._core.files import COLUMNS, MODEL, RECORD, recover
 from pyro_maf._core.text import shown
 from pyro_maf.cli.errors import CommandError, input_errors
-from pyro_maf.cli.options import Model, TextOptions, read
+from pyro_maf.cli.shared_options import Model, TextOptions, read
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +93,7 @@ class SavedModel:
         return self.inner if context is None else cast("ConditionalDensity", self.density).condition(context)
 
     def read(self, source: str, text: TextOptions) -> Table:
-        """Read the table in `source` for this model; `text` as in `pyro_maf.cli.options.read`.
+        """Read the table in `source` for this model; `text` as in `pyro_maf.cli.shared_options.read`.
 
         Raises:
             CommandError: As `read_table`, and for a table of another width if there are no names.

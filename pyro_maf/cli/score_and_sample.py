@@ -15,8 +15,8 @@ import typer
 
 from pyro_maf._core.extras import require
 from pyro_maf.cli.errors import CommandError, input_errors, say
-from pyro_maf.cli.options import Decimal, Encoding, Model, Out, Source, flag, separated
 from pyro_maf.cli.saved_model import SavedModel, read_model
+from pyro_maf.cli.shared_options import Decimal, Encoding, Model, Out, Source, flag, separated
 
 if TYPE_CHECKING:
     import numpy as np

@@ -228,13 +228,8 @@ def _read(
     names = _names("data", names, data, width)
     if context_width or context_names:
         context_names = _names("context", context_names, context, context_width)
-    reader = Reader(
-        "write_report",
-        width,
-        context_width,
-        labels=Labels(names, number),
-        context_labels=Labels(context_names or (), number),
-    )
+    labels, context_labels = Labels(names, number), Labels(context_names or (), number)
+    reader = Reader("write_report", width, context_width, labels=labels, context_labels=context_labels)
     columns = columns or [ContextColumn(name, place) for place, name in enumerate(context_names or ())]
     return _NamedRows(rows_of(data, context, reader), names, columns, number)
 
