@@ -267,8 +267,6 @@ def _numbers_of(column: Cells, decimal: str = ".") -> NDArray[np.float64]:
     import pyarrow
     import pyarrow.compute as pc
 
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
     if is_text(column.type):
         column = _with_points(column) if decimal == "," else column
         try:
@@ -336,8 +334,6 @@ def _missing_in(column: Cells) -> NDArray[np.bool_]:
     import pyarrow
     import pyarrow.compute as pc
 
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
     if not is_text(column.type):
         return np.asarray(pc.is_null(column, nan_is_null=True).to_numpy(zero_copy_only=False))
     texts = pc.utf8_lower(pc.utf8_trim_whitespace(pc.cast(column, pyarrow.string())))
@@ -358,8 +354,6 @@ def _texts_of(column: Cells) -> pyarrow.Array:
 
     if isinstance(column, np.ndarray):
         column = pyarrow.array(column)
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
     if pyarrow.types.is_boolean(column.type):
         return pc.if_else(column, "True", "False")
     return pc.utf8_trim_whitespace(pc.cast(column, pyarrow.string()))

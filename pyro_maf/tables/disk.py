@@ -65,7 +65,7 @@ class MappedRows:
     Attributes:
         block: Number of rows of a block.
         starts: Index of the first row of each block.
-        sizes: Number of training rows in each block, after `split`.
+        sizes: Number of training rows in each block: all before `split`.
         dtypes: Dtypes of data and context as they are read.
 
     Raises:
@@ -79,7 +79,7 @@ class MappedRows:
         self.context = context
         self.block = max(64, BLOCK_BYTES // ((reader.width + reader.context_width) * data.dtype.itemsize))
         self.starts = range(0, len(data), self.block)
-        self.sizes: list[int] = []
+        self.sizes = [min(self.block, len(data) - start) for start in self.starts]
         self._reader = reader
         self._choice = _Choice()
         self._sample: Rows | None = None
@@ -118,7 +118,7 @@ class MappedRows:
         return rounded
 
     def moments(self, support: Support) -> tuple[Moments, Moments | None]:
-        """Return moments as `Rows.moments`, from a sample of the training rows; after `split`."""
+        """Return moments as `Rows.moments`, from a sample of the training rows."""
         sample = self.sample() if self._sample is None else self._sample
         return sample.moments(support)
 
@@ -169,9 +169,8 @@ class MappedRows:
             self._reader.check_varying(of_context.low, of_context.high, of_context=True)
         hashes, number = _tallied(counted)
         self._choice = _Choice.of(hashes, number, fraction, len(self.data), seed)
-        lengths = [min(self.block, len(self.data) - start) for start in self.starts]
         self.sizes = [
-            length - self._choice.count(length, *block) for length, block in zip(lengths, counted, strict=True)
+            length - self._choice.count(length, *block) for length, block in zip(self.sizes, counted, strict=True)
         ]
         # Either all copies of a row are counted or none.
         return round(len(self.data) * (1 - len(number) / max(1, number.sum())))
@@ -306,7 +305,7 @@ class Spool:
         self.length = 0
         self._width = width
         self._bound = bound
-        self._held: list[NDArray[np.float64]] = []
+        self._parts: list[NDArray[np.float64]] = []
         self._file: BufferedWriter | None = None
 
     def __enter__(self) -> Spool:
@@ -318,14 +317,14 @@ class Spool:
 
     def append(self, rows: NDArray[np.float64]) -> None:
         """Add rows, (n, width)."""
-        self._held.append(np.ascontiguousarray(rows, np.float64))
+        self._parts.append(np.ascontiguousarray(rows, np.float64))
         self.length += len(rows)
         if self._file is None and 8 * self.length * self._width > self._bound:
             self._file = open(temporary_file(".float64"), "wb")  # noqa: SIM115 (closed by `__exit__`)
         if self._file is not None:
-            for block in self._held:
+            for block in self._parts:
                 self._file.write(block.data)
-            self._held.clear()
+            self._parts.clear()
 
     def rows(self, dtype: str | None = None) -> FloatArray:
         """Return all rows, (length, width): an array, or a read-only `np.memmap` of the file. Appending ends there.
@@ -349,8 +348,8 @@ class Spool:
 
     def _gathered(self) -> NDArray[np.float64]:
         if self._file is None:
-            self._held = [np.concatenate(self._held or [np.empty((0, self._width))])]
-            return self._held[0]
+            self._parts = [np.concatenate(self._parts or [np.empty((0, self._width))])]
+            return self._parts[0]
         return np.memmap(self._file.name, np.float64, "r", shape=(self.length, self._width))
 
 

@@ -172,13 +172,15 @@ class ParquetSource(Source):
         )
 
     def batches(self, names: Sequence[str]) -> Generator[list[Cells], None, None]:
-        """Iterate over row groups, in parts."""
+        """Iterate over row groups, in parts, with dictionaries decoded."""
         from pyarrow.parquet import ParquetFile
+        from pyarrow.types import is_dictionary
 
         size = max(1, NUMBERS_IN_A_BATCH // max(1, len(names)))
         with self._reading(), ParquetFile(self.path) as file:
             for batch in file.iter_batches(size, columns=list(names)):
-                yield [batch.column(name) for name in names]
+                columns = [batch.column(name) for name in names]
+                yield [column.dictionary_decode() if is_dictionary(column.type) else column for column in columns]
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -319,8 +321,8 @@ def _as_file(source: FileOrStream) -> tuple[Path, str]:
             with open(path, "rb") as pipe:
                 return copied(pipe), shown(str(path))
         if not path.is_file():
-            found = "a folder" if path.is_dir() else "a device" if path.exists() else "nothing"
-            raise FileNotFoundError(f"read_table expected a file at {shown(str(path), 200)}, found {found}.")
+            actual = "a folder" if path.is_dir() else "a device" if path.exists() else "nothing"
+            raise FileNotFoundError(f"read_table expected a file at {shown(str(path), 200)}, found {actual}.")
         return path, shown(path.name)
     stream = getattr(source, "buffer", source)
     if not hasattr(stream, "read") or isinstance(stream, io.TextIOBase):
@@ -427,9 +429,9 @@ def _recoded(path: Path, label: str, encoding: str) -> Path:
 
 def _delimiter_between(first: str, second: str, marks: str) -> str:
     """Detect which of the marks, or a space, separates the cells of two lines; the second line may be empty."""
-    found = [mark for mark in marks if mark in first]
-    if found:
-        return max(found, key=first.count)
+    present = [mark for mark in marks if mark in first]
+    if present:
+        return max(present, key=first.count)
     # Spaces may also be part of a name.
     in_both = " " in first.strip() and (not second or second.count(" ") == first.count(" "))
     return " " if in_both else marks[1]

@@ -150,8 +150,8 @@ class Table:
         return places + 1 if self.rows is None else self.rows[places]
 
     def __repr__(self) -> str:
-        given = f" given {', '.join(self.context_names)}" if self.context_names else ""
-        return f"Table({len(self.data)} rows of {', '.join(self.names)}{given})"
+        condition = f" given {', '.join(self.context_names)}" if self.context_names else ""
+        return f"Table({len(self.data)} rows of {', '.join(self.names)}{condition})"
 
 
 class NamedRows(NamedTuple):
@@ -300,8 +300,8 @@ def _chosen(
     for name, value in (("columns", columns), ("context", context), ("categories", categories)):
         if isinstance(value, str) or not isinstance(value, (Sequence, type(None))):
             raise TypeError(f"read_table expected {name} to be a sequence of names, got {value!r}.")
-    given = set(context)
-    names = [name for name in source.names if name not in given] if columns is None else list(columns)
+    of_context = set(context)
+    names = [name for name in source.names if name not in of_context] if columns is None else list(columns)
     _check_known(source, [*names, *context])
     twice = _repeated([*names, *context])
     if twice is not None:
@@ -360,8 +360,7 @@ def _described(source: Source, description: Description) -> tuple[list[Column], 
 
 
 def _check_known(source: Source, names: Sequence[str]) -> None:
-    known = set(source.names)
-    unknown = next((name for name in names if name == "" or name not in known), None)
+    unknown = next((name for name in names if name == "" or name not in source.index), None)
     if unknown is None:
         return
     if unknown == "":

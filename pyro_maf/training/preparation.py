@@ -133,9 +133,9 @@ def _validation(
         data = Layout.of(source.data).pick("fit", "validation data", data)
     if context is not None:
         context = Layout.of(source.context).pick("fit", "validation context", context)
-    given = named_rows("fit", data, context)
-    reader = _reader(model, given, support, "validation ")
-    return 0.0, (reader.read(given.data, given.context), reader)
+    rows = named_rows("fit", data, context)
+    reader = _reader(model, rows, support, "validation ")
+    return 0.0, (reader.read(rows.data, rows.context), reader)
 
 
 def _reader(model: Model, rows: NamedRows, support: Support, role: str = "") -> Reader:

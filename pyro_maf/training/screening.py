@@ -149,10 +149,10 @@ def screen_ending(losses: Sequence[float], schedule: Schedule, *, has_more: bool
         >>> screen_ending(losses, schedule, has_more=True, has_skipped=False)
         ['fit reached max_epochs (3) while the validation log-likelihood was still improving: raise max_epochs.']
     """
-    found = []
+    lines = []
     if losses and not schedule.best_epoch:
         remedy = "look for outliers, lower" if has_skipped else "lower"
-        found.append(
+        lines.append(
             "fit has its best epoch at 0, as no later one validated better than the weights it began with (of a new "
             f"flow a normal distribution of independent columns): unless the rows are that, {remedy} learning_rate, "
             "take a smaller model or more rows."
@@ -161,11 +161,11 @@ def screen_ending(losses: Sequence[float], schedule: Schedule, *, has_more: bool
     if has_more and schedule.best_epoch > len(losses) - recent:
         gain = min(losses[:-recent], default=math.inf) - schedule.best
         if gain > STILL_IMPROVING:
-            found.append(
+            lines.append(
                 f"fit reached max_epochs ({len(losses)}) while the validation log-likelihood was still improving: "
                 "raise max_epochs."
             )
-    return found
+    return lines
 
 
 def announce(lines: Sequence[str]) -> None:
@@ -224,13 +224,15 @@ def _atoms(ordered: Array) -> list[_Finding]:
     least = max(ATOM_ROWS, math.ceil(ATOM_SHARE * rows))
     # After sorting, a value in so many rows is the same at both ends of some window of that length.
     candidates = (ordered[least - 1 :] == ordered[: rows - least + 1]).any(0) if least <= rows else np.zeros(0, bool)
-    found = []
+    findings = []
     for column in candidates.nonzero()[0]:
         values, counts = np.unique(ordered[:, column], return_counts=True)
         second = np.sort(counts)[-2] if len(counts) > 1 else rows
         if counts.max() >= ATOM_RATIO * second:
-            found.append(_Finding(int(column), f"{values[counts.argmax()]:.6g} in {counts.max() / rows:.0%} of rows"))
-    return found
+            findings.append(
+                _Finding(int(column), f"{values[counts.argmax()]:.6g} in {counts.max() / rows:.0%} of rows")
+            )
+    return findings
 
 
 def _dependent(rows: Array, labels: Sequence[str], first: int) -> str:
@@ -245,22 +247,22 @@ def _dependent(rows: Array, labels: Sequence[str], first: int) -> str:
     correlation = torch.from_numpy(standard.T @ standard / count)
     # A Cholesky factor, row by row, of the columns that do not follow from others.
     factor = torch.zeros(width, width, dtype=torch.float64)
-    free, found = list[int](), list[str]()
+    free, lines = list[int](), list[str]()
     for column in scale.nonzero()[0].tolist():
-        known = factor[: len(free), : len(free)]
-        solved = torch.linalg.solve_triangular(known, correlation[free, column, None], upper=False)
+        lower = factor[: len(free), : len(free)]
+        solved = torch.linalg.solve_triangular(lower, correlation[free, column, None], upper=False)
         left = float(correlation[column, column] - solved.square().sum())
         if free and left <= UNEXPLAINED:
-            weights = torch.linalg.solve_triangular(known.T, solved, upper=True).numpy()[:, 0]
+            weights = torch.linalg.solve_triangular(lower.T, solved, upper=True).numpy()[:, 0]
             if _explains(standard[:, free] @ weights, standard[:, column]):
-                found += [_combination(rows, column, free, weights, labels)] * (column >= first)
+                lines += [_combination(rows, column, free, weights, labels)] * (column >= first)
                 continue
         factor[len(free), : len(free)] = solved[:, 0]
         factor[len(free), len(free)] = math.sqrt(max(left, torch.finfo(torch.float64).eps))
         free.append(column)
-    if not found:
+    if not lines:
         return ""
-    named = ", ".join(found[:MOST_NAMED]) + _and_more(len(found) - MOST_NAMED)
+    named = ", ".join(lines[:MOST_NAMED]) + _and_more(len(lines) - MOST_NAMED)
     return (
         f"fit found that {named}: the rows lie on a plane, where a density rises without bound. Leave such columns out."
     )
@@ -311,15 +313,15 @@ def _heavy_tails(rows: Array) -> list[_Finding]:
 
 
 def _magnitudes(rows: Array) -> list[_Finding]:
-    found = []
+    findings = []
     for column, values in enumerate(np.abs(rows.T)):
         positive = values[values > 0]
         if len(positive) < CONTEXT_ROWS:
             continue
         low, middle, high = np.quantile(positive, [0.05, 0.5, 0.95])
         if high > MAGNITUDES * low and high - middle > MAGNITUDE_SKEW * (middle - low):
-            found.append(_Finding(column, f"a twentieth below {low:.2g}, a twentieth above {high:.2g}"))
-    return found
+            findings.append(_Finding(column, f"a twentieth below {low:.2g}, a twentieth above {high:.2g}"))
+    return findings
 
 
 def _without(findings: Sequence[_Finding], others: Sequence[_Finding]) -> list[_Finding]:
