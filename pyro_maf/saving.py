@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyro_maf._core import files
 from pyro_maf._core.memory_limit import Allowance
 from pyro_maf._core.options import ClassSignature, named_arguments, show_options
 
@@ -171,7 +172,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     path = Path(path)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "nothing"
-        of_fit = path / "model.safetensors"
+        of_fit = path / files.MODEL
         advice = f": the model in it is {of_fit}" if of_fit.is_file() else ""
         raise FileNotFoundError(f"load expected a file at {path}, found {found}{advice}.")
     contents = unpack(path, MODEL)

@@ -15,7 +15,7 @@ import pytest
 from torch import Tensor
 
 from pyro_maf import fit
-from pyro_maf.training.loop import Loop
+from pyro_maf.training.state import State
 from tests.fits import QUICK, Hooked, gaussian_rows, mean_log_prob, same, small_maf, weights
 
 ROOT = Path(__file__).parent.parent
@@ -88,14 +88,14 @@ def test_a_second_ctrl_c_raises_and_leaves_the_best() -> None:
 
 
 def test_what_ends_a_fit_is_not_left_half_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    restore = Loop.restore_best
+    restore = State.restore_best
 
-    def pressed(loop: Loop) -> None:
+    def pressed(state: State) -> None:
         for _ in range(3):
             signal.raise_signal(signal.SIGINT)
-        restore(loop)
+        restore(state)
 
-    monkeypatch.setattr(Loop, "restore_best", pressed)
+    monkeypatch.setattr(State, "restore_best", pressed)
     result = fit(small_maf(), gaussian_rows(), **QUICK)
     assert result.stop_reason == "reached max_epochs (3)"
 

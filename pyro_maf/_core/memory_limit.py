@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -57,11 +57,11 @@ class Allowance(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        function: Callable[..., Any],
+        function: Callable[..., object],
         types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         """Run the operation if the allowance covers it."""
         kwargs = kwargs or {}
         self._check(_at_most(function, [args, kwargs]))
@@ -75,7 +75,7 @@ class Allowance(TorchFunctionMode):
             raise ValueError(f"its architecture takes far more memory than the {self._stored} numbers in the file")
 
 
-def _at_most(function: Callable[..., Any], arguments: Any) -> int:
+def _at_most(function: Callable[..., object], arguments: object) -> int:
     """Upper bound on the number of elements of a result."""
     shapes = [reversed(tensor.shape) for tensor in _leaves(arguments, Tensor)]
     size = math.prod(map(max, zip_longest(*shapes, fillvalue=1)))
@@ -89,7 +89,7 @@ def _at_most(function: Callable[..., Any], arguments: Any) -> int:
 Leaf = TypeVar("Leaf")
 
 
-def _leaves(value: Any, kind: type[Leaf]) -> Iterator[Leaf]:
+def _leaves(value: object, kind: type[Leaf]) -> Iterator[Leaf]:
     """The values of one kind in nested sequences and dictionaries."""
     if isinstance(value, kind):
         yield value

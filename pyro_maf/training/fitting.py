@@ -6,7 +6,8 @@ import os
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,14 +24,14 @@ from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Den
 from pyro_maf.saving import describe, packed, try_to_write
 from pyro_maf.support import Support, SupportLike
 from pyro_maf.tables.layout import Layout, TableLike, number_of_columns
-from pyro_maf.tables.table import Table, named_rows
+from pyro_maf.tables.table import NamedRows, Table, named_rows
 from pyro_maf.training.batches import Batches
 from pyro_maf.training.loop import Loop
-from pyro_maf.training.preparation import Model, Validation, prepare
-from pyro_maf.training.records import keeping
+from pyro_maf.training.preparation import Fitted, Model, Prepared, Validation, prepare
+from pyro_maf.training.records import checkpoints
 from pyro_maf.training.result import FitResult
 from pyro_maf.training.screening import announce, screen_ending
-from pyro_maf.training.state import Schedule
+from pyro_maf.training.state import Schedule, State
 from pyro_maf.transforms import BatchNorm, ConditionalFlow, Flow
 
 __all__ = ["fit"]
@@ -152,90 +153,149 @@ def fit(
         Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017, section 4.
     """
     weight = _first_weight(model, data)
-    _check_options(
+    options = _Options(
         batch_size=batch_size,
         max_epochs=max_epochs,
         patience=patience,
         learning_rate=learning_rate,
         max_grad_norm=max_grad_norm,
+        seed=seed,
+        folder=folder,
+        resume=resume,
+        overwrite=overwrite,
         devices=devices,
+        progress=progress,
     )
-    seed = _checked_seed(seed)
-    check_progress("fit", progress)
-    _check_folder(folder, resume=resume, overwrite=overwrite)
-    processes = Processes(devices)
-    require("fit", "rich", *(["lightning_fabric"] if processes.are_several else []))
     source = named_rows("fit", data, context)
+    on_support = _support(model, support, source)
+    prepared = prepare(model, source, validation, on_support, dtype=weight.dtype, seed=int(options.seed))
+    return _train(prepared, source, weight, options)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Options of `fit`, checked."""
+
+    batch_size: int
+    max_epochs: int
+    patience: int
+    learning_rate: float
+    max_grad_norm: float
+    seed: int
+    folder: str | os.PathLike[str] | None
+    resume: bool
+    overwrite: bool
+    devices: int
+    progress: bool | str
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_epochs", "patience", "devices"):
+            check_positive("fit", name, getattr(self, name))
+        check_above_zero("fit", "learning_rate", self.learning_rate, finite=True)
+        check_above_zero("fit", "max_grad_norm", self.max_grad_norm)
+        if (seed := check_positive("fit", "seed", self.seed, least=0)) >= 2**63:
+            raise ValueError(f"fit expected seed below 2**63, got {seed}.")
+        check_progress("fit", self.progress)
+        if self.resume and self.overwrite:
+            raise ValueError("fit got both resume and overwrite: choose one.")
+        if self.resume and self.folder is None:
+            raise ValueError("fit expected the folder to resume from, got resume=True without one.")
+        if self.overwrite and self.folder is None:
+            raise ValueError("fit expected the folder to overwrite a fit in, got overwrite=True without one.")
+        require("fit", "rich", *(["lightning_fabric"] if Processes(self.devices).are_several else []))
+
+    def settings(self, prepared: Prepared, dtype: torch.dtype) -> dict[str, object]:
+        """Settings that a resumed fit must share."""
+        density = prepared.density
+        frozen = [name for name, weight in density.named_parameters() if not weight.requires_grad]
+        return {
+            "model": describe(density),
+            "precision": str(dtype),
+            "data": prepared.digest(),
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "learning_rate": self.learning_rate,
+            "max_grad_norm": self.max_grad_norm,
+            "choice of frozen weights": frozen or None,
+        }
+
+
+def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Options) -> FitResult:
+    """Train a density on prepared rows.
+
+    Args:
+        prepared: The density and its rows.
+        source: Data and context before that.
+        weight: A weight in the fit's dtype, on its device.
+        options: The options.
+    """
+    density, processes = prepared.density, Processes(options.devices)
     layout, context_layout = Layout.of(source.data), Layout.of(source.context)
-    if isinstance(support, Mapping):
-        columns = number_of_columns("fit", "data", source.data)
-        support = source.columns.spread("fit", "support", support, "real", columns)
-    known = _support(model, support)
-    prepared = prepare(model, source, validation, known, dtype=weight.dtype, seed=seed)
-    density = prepared.density
     if processes.is_first:
         announce(prepared.warnings)
-    batches = Batches(prepared.training, batch_size, prepared.generator, processes)
-    _check_batches(model, batches, batch_size, processes)
-    schedule = Schedule(learning_rate, patience)
-    settings = {}
-    if folder is not None:
-        options = {"batch_size": batch_size, "learning_rate": learning_rate, "max_grad_norm": max_grad_norm}
-        what = {"model": describe(density), "precision": str(weight.dtype), "data": prepared.digest(), "seed": seed}
-        settings = {**what, **options, **_frozen(density)}
+    batches = Batches(prepared.training, options.batch_size, prepared.generator, processes)
+    _check_batches(density, batches, options.batch_size, processes)
+    settings = {} if options.folder is None else options.settings(prepared, weight.dtype)
     if layout.names or context_layout.names:
         # Not among the settings: a resumed fit may have the table without its names.
         density.name_columns(layout, context_layout)
+    where = {"resume": options.resume, "overwrite": options.overwrite, "is_first": processes.is_first}
     with (
-        keeping(folder, settings, resume=resume, overwrite=overwrite, is_first=processes.is_first) as kept,
+        checkpoints(options.folder, settings, **where) as folder,
         Interruption(defers_termination=folder is not None) as interruption,
-        _untouched_random_states(weight.device, seed),
+        _untouched_random_states(weight.device, int(options.seed)),
         torch.autocast(weight.device.type, enabled=False),
     ):
         loop = Loop(
             density.unwrapped,
             batches,
             Batches(prepared.held_out, VALIDATION_BATCH, None, processes),
-            schedule=schedule,
-            max_epochs=max_epochs,
-            max_grad_norm=max_grad_norm,
+            schedule=Schedule(options.learning_rate, options.patience),
+            max_epochs=options.max_epochs,
+            max_grad_norm=options.max_grad_norm,
             interruption=interruption,
             processes=processes,
-            folder=kept,
+            folder=folder,
         )
-        loop.run(progress)
+        loop.run(options.progress)
         density.eval()
-        if kept is not None and processes.is_first:
-            try_to_write(kept.folder / MODEL, packed(density))
+        if folder is not None and processes.is_first:
+            try_to_write(folder.folder / MODEL, packed(density))
     processes.wait()
-    state = loop.state
+    result = _result(loop.state, prepared, source, options, None if folder is None else folder.folder)
+    if processes.is_first:
+        announce(result.warnings[len(prepared.warnings) :])
+    return result
+
+
+def _result(state: State, prepared: Prepared, source: NamedRows, options: _Options, folder: Path | None) -> FitResult:
+    """Return the result of a fit that has ended in `state`."""
+    schedule = state.schedule
     losses = tuple(epoch.validation_loss for epoch in state.history)
     stopped = state.stop_reason or schedule.reason
     endings = screen_ending(losses, schedule, has_more=stopped is None, has_skipped=state.skipped > 0)
-    if processes.is_first:
-        announce(endings)
     return FitResult(
-        density=density,
+        density=prepared.density,
         train_loss=tuple(epoch.train_loss for epoch in state.history),
         validation_loss=losses,
         best_epoch=schedule.best_epoch,
         validation_log_likelihood=-schedule.best,
         seconds=state.seconds,
-        stop_reason=stopped or f"reached max_epochs ({max_epochs})",
+        stop_reason=stopped or f"reached max_epochs ({options.max_epochs})",
         interrupted=state.interrupted,
         held_out=prepared.held_out,
         held_out_places=prepared.places,
         rows=prepared.rows,
         skipped_steps=state.skipped,
-        folder=None if kept is None else kept.folder,
+        folder=folder,
         warnings=(*prepared.warnings, *endings),
         repeats=prepared.repeats,
-        layout=layout,
-        context_layout=context_layout,
+        layout=Layout.of(source.data),
+        context_layout=Layout.of(source.context),
     )
 
 
-def _first_weight(model: Any, data: Any) -> Tensor:
+def _first_weight(model: object, data: object) -> Tensor:
     """Return the weight whose dtype and device are those of the fit."""
     if not isinstance(model, (Flow, ConditionalFlow, Density, ConditionalDensity)):
         raise TypeError(f"fit expected a flow or a density, got {type(model).__name__}.{_advice(model, data)}")
@@ -245,66 +305,41 @@ def _first_weight(model: Any, data: Any) -> Tensor:
     raise ValueError(f"fit expected a model with weights to train, got {type(model).__name__} with none.")
 
 
-def _advice(model: Any, data: Any) -> str:
+def _advice(model: object, data: object) -> str:
     """Advice for a value that is not a model."""
     if isinstance(model, type):
         return f" {model.__name__} is a class: build one of it, with a size, as fit(MAF(2), data)."
     return " The model comes first: fit(model, data)." if isinstance(data, torch.nn.Module) else ""
 
 
-def _check_options(
-    *, batch_size: Any, max_epochs: Any, patience: Any, learning_rate: Any, max_grad_norm: Any, devices: Any
-) -> None:
-    counts = {"batch_size": batch_size, "max_epochs": max_epochs, "patience": patience, "devices": devices}
-    for name, value in counts.items():
-        check_positive("fit", name, value)
-    check_above_zero("fit", "learning_rate", learning_rate, finite=True)
-    check_above_zero("fit", "max_grad_norm", max_grad_norm)
+def _support(model: Model, requested: SupportLike | None, source: NamedRows) -> Support:
+    """Return the requested support, or else that of the model."""
+    if isinstance(requested, Mapping):
+        columns = number_of_columns("fit", "data", source.data)
+        requested = source.columns.spread("fit", "support", requested, "real", columns)
+    inner = model.density if isinstance(model, ConditionalFlowPrior) else model
+    present = inner.units.support if isinstance(inner, FlowPrior) else None
+    if requested is None:
+        return Support("fit", "real", model.input_dim) if present is None else present
+    support = Support("fit", requested, model.input_dim)
+    if present is not None and present.name != support.name:
+        raise ValueError(
+            f"fit expected support {present.name!r}, that of the {type(model).__name__}, got {support.name!r}."
+        )
+    return support
 
 
-def _check_folder(folder: str | os.PathLike[str] | None, *, resume: bool, overwrite: bool) -> None:
-    if resume and overwrite:
-        raise ValueError("fit got both resume and overwrite: choose one.")
-    if resume and folder is None:
-        raise ValueError("fit expected the folder to resume from, got resume=True without one.")
-    if overwrite and folder is None:
-        raise ValueError("fit expected the folder to overwrite a fit in, got overwrite=True without one.")
-
-
-def _checked_seed(seed: Any) -> int:
-    if (checked := check_positive("fit", "seed", seed, least=0)) >= 2**63:
-        raise ValueError(f"fit expected seed below 2**63, got {checked}.")
-    return checked
-
-
-def _check_batches(model: Any, batches: Batches, batch_size: int, processes: Processes) -> None:
+def _check_batches(density: Fitted, batches: Batches, batch_size: int, processes: Processes) -> None:
     if batches.smallest < processes.count:
         raise ValueError(
             f"fit expected a row of each batch for every process, got {batches.smallest} rows for "
             f"{processes.count} processes."
         )
-    if batches.smallest < 2 and any(isinstance(member, BatchNorm) for member in model.modules()):
+    if batches.smallest < 2 and any(isinstance(member, BatchNorm) for member in density.modules()):
         raise ValueError(
             f"fit expected batches of at least 2 rows for a model with batch norm, "
             f"got {len(batches.rows.data)} training rows and batch_size {batch_size}."
         )
-
-
-def _frozen(density: Any) -> dict[str, list[str] | None]:
-    names = [name for name, weight in density.named_parameters() if not weight.requires_grad]
-    return {"choice of frozen weights": names or None}
-
-
-def _support(model: Any, given: Any) -> Support:
-    """Return the requested support, or else that of the model."""
-    inner = model.density if isinstance(model, ConditionalFlowPrior) else model
-    own = inner.units.support if isinstance(inner, FlowPrior) else None
-    if given is None:
-        return Support("fit", "real", model.input_dim) if own is None else own
-    asked = Support("fit", given, model.input_dim)
-    if own is not None and own.name != asked.name:
-        raise ValueError(f"fit expected support {own.name!r}, that of the {type(model).__name__}, got {asked.name!r}.")
-    return asked
 
 
 @contextmanager

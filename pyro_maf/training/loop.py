@@ -75,9 +75,9 @@ class Loop:
             each.to(device)
         self._log = Log(folder.folder) if folder is not None and processes.is_first else None
         self.state = State(density, self._objective.weights, batches, schedule)
-        self._found = None if folder is None else folder.found
-        if folder is not None and self._found is not None:
-            self.state.load(self._found, folder.path)
+        self._resumed = folder is not None and folder.checkpoint is not None
+        if folder is not None and folder.checkpoint is not None:
+            self.state.load(folder.checkpoint, folder.path)
 
     def run(self, progress: bool | str) -> None:
         """Train to the end; leave the density with its best weights, in eval mode.
@@ -103,12 +103,8 @@ class Loop:
         finally:
             self._interruption.settle()
             self._density.to(self._home)
-            self.restore_best()
+            self.state.restore_best()
             self._density.eval()
-
-    def restore_best(self) -> None:
-        """Set the weights and statistics to those with the best validation loss, if any were validated."""
-        self.state.restore_best()
 
     def save(self, taken: int) -> None:
         """Write a checkpoint.
@@ -135,13 +131,13 @@ class Loop:
 
     def _begin(self) -> None:
         """Bring the processes together; record the initial weights, in case no others are better."""
-        found = int(self._processes.total(float(self._found is not None))[0])
-        if 0 < found < self._processes.count:
+        resumed = int(self._processes.total(float(self._resumed))[0])
+        if 0 < resumed < self._processes.count:
             raise ValueError(
-                f"fit expected a folder that all processes share, but only {found} of {self._processes.count} found a "
-                "fit to go on with there."
+                f"fit expected a folder that all processes share, but only {resumed} of {self._processes.count} found "
+                "a fit to go on with there."
             )
-        if self._found is not None:
+        if self._resumed:
             return
         self._processes.copy_first(self._objective.weights)
         self._objective.fit_statistics(self._batches.sample, initial=True)

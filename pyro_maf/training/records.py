@@ -11,11 +11,11 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -25,9 +25,11 @@ from pyro_maf.saving import Kind, pack, remove_unfinished, try_to_write, unpack,
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["Checkpoint", "CheckpointFolder", "Epoch", "Log", "keeping"]
+__all__ = ["Checkpoint", "CheckpointFolder", "Epoch", "Log", "checkpoints"]
 
 FORMAT = 1
+Facts: TypeAlias = dict[str, Any]
+"""JSON values by name."""
 REMEDY = "It is left as it is: put a copy of it back, or overwrite it, or choose another folder to begin again."
 FILE = Kind("pyro_maf.fit", "checkpoint", "fit", REMEDY)
 SECONDS_BETWEEN = 1.0
@@ -43,7 +45,7 @@ class Checkpoint(NamedTuple):
     """
 
     tensors: dict[str, Tensor]
-    facts: dict[str, Any]
+    facts: Facts
 
     def packed(self) -> bytes:
         """Return the bytes of the file."""
@@ -118,7 +120,7 @@ class CheckpointFolder:
 
     Attributes:
         path: Path of the checkpoint.
-        found: The checkpoint to resume from, or None.
+        checkpoint: The checkpoint to resume from, or None.
 
     Raises:
         ValueError: If there is a fit that is not to be resumed, or one that is damaged, has other settings or lacks
@@ -126,10 +128,10 @@ class CheckpointFolder:
     """
 
     def __init__(
-        self, folder: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool, is_first: bool
+        self, folder: Path, settings: Mapping[str, object], *, resume: bool, overwrite: bool, is_first: bool
     ) -> None:
         self.folder = folder
-        self.found: Checkpoint | None = None
+        self.checkpoint: Checkpoint | None = None
         # Counts may be numpy's.
         self._settings = json.loads(json.dumps(settings, default=int))
         self.path = folder / CHECKPOINT
@@ -139,12 +141,12 @@ class CheckpointFolder:
         if is_first:
             recover(folder)
         if resume and self.path.exists():
-            self.found = Checkpoint.read(self.path)
-            self._check_settings(self.found.facts.get("settings"))
+            self.checkpoint = Checkpoint.read(self.path)
+            self._check_settings(self.checkpoint.facts.get("settings"))
             self._has_written = True
         if not is_first:
             return
-        if self.found is None and not overwrite:
+        if self.checkpoint is None and not overwrite:
             self._check_unused()
         for name in FILES:
             remove_unfinished(folder / name)
@@ -180,7 +182,7 @@ class CheckpointFolder:
                     f"fit found {name} in {self.folder}, but no {CHECKPOINT} to go on from: choose another folder."
                 )
 
-    def _check_settings(self, before: Any) -> None:
+    def _check_settings(self, before: object) -> None:
         if not isinstance(before, dict):
             raise ValueError(f"fit found {self.path} without the settings of its fit. {REMEDY}")
         for name, value in self._settings.items():
@@ -197,8 +199,13 @@ class CheckpointFolder:
 
 
 @contextmanager
-def keeping(
-    folder: str | os.PathLike[str] | None, settings: dict[str, Any], *, resume: bool, overwrite: bool, is_first: bool
+def checkpoints(
+    folder: str | os.PathLike[str] | None,
+    settings: Mapping[str, object],
+    *,
+    resume: bool,
+    overwrite: bool,
+    is_first: bool,
 ) -> Iterator[CheckpointFolder | None]:
     """Context in which a fit has checkpoints in `folder`, under a lock; yields None without a folder.
 
@@ -292,7 +299,7 @@ def _is_like(value: object, example: object) -> bool:
     return type(value) in (int, float) if isinstance(example, float) else type(value) is type(example)
 
 
-def _difference(before: Any, now: Any) -> str:
+def _difference(before: object, now: object) -> str:
     """Describe the first difference of two settings, by the name of the innermost entry."""
     if isinstance(before, dict) and isinstance(now, dict):
         name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
@@ -301,6 +308,6 @@ def _difference(before: Any, now: Any) -> str:
     return f"{_short(before)}, now {_short(now)}"
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

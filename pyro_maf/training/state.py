@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,11 +68,11 @@ class Schedule:
         self.learning_rate /= 2
         self._lowered_at = self._epoch
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, float]:
         """State to resume from, for `load`."""
         return {name: value for name, value in vars(self).items() if name != "patience"}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: Mapping[str, float]) -> None:
         """Resume from a state, except for its patience."""
         vars(self).update(state)
 
