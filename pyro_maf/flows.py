@@ -253,25 +253,15 @@ class ConditionalIAF(ConditionalForm):
     r"""An `IAF` whose networks see a context: `condition(context)` is a flow.
 
     Args:
-        input_dim: D.
-        context_dim: Number of context features, at least 1.
+        input_dim, context_dim: As in `ConditionalMAF`.
         num_layers, hidden_dims, activation, order, batch_norm, degrees, seed: As in `IAF`.
 
-    Shapes:
-        context is (\*batch or (), context_dim) and broadcasts with x and y, (\*batch, D).
-
-    Cost: as `IAF`; the terms of the context are computed once a layer.
-
-    Raises:
-        ValueError: As in `IAF`, and for a context of the wrong width.
+    Shapes and errors are those of `ConditionalMAF`, the cost is that of `IAF`.
 
     Example:
         >>> flow = ConditionalIAF(5, 2, num_layers=2, hidden_dims=[32, 32])
         >>> flow.condition(torch.zeros(7, 2))(torch.zeros(7, 5)).shape
         torch.Size([7, 5])
-
-    Reference:
-        Kingma et al., *Improving Variational Inference with Inverse Autoregressive Flow*, 2016.
     """
 
     flow_class = IAF
@@ -281,25 +271,15 @@ class ConditionalRealNVP(ConditionalForm):
     r"""A `RealNVP` whose networks see a context: `condition(context)` is a flow.
 
     Args:
-        input_dim: D.
-        context_dim: Number of context features, at least 1.
+        input_dim, context_dim: As in `ConditionalMAF`.
         num_layers, hidden_dims, activation, order, batch_norm, networks, seed: As in `RealNVP`.
 
-    Shapes:
-        context is (\*batch or (), context_dim) and broadcasts with x and y, (\*batch, D).
-
-    Cost: as `RealNVP`; the terms of the context are computed once a layer.
-
-    Raises:
-        ValueError: As in `RealNVP`, and for a context of the wrong width.
+    Shapes and errors are those of `ConditionalMAF`, the cost is that of `RealNVP`.
 
     Example:
         >>> flow = ConditionalRealNVP(5, 2, num_layers=2, hidden_dims=[32, 32])
-        >>> flow.condition(torch.zeros(7, 2)).inv(torch.zeros(7, 5)).shape
-        torch.Size([7, 5])
-
-    Reference:
-        Dinh, Sohl-Dickstein & Bengio, *Density Estimation Using Real NVP*, 2017.
+        >>> flow.condition(torch.zeros(2)).inv(torch.zeros(5)).shape
+        torch.Size([5])
     """
 
     flow_class = RealNVP

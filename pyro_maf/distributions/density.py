@@ -378,13 +378,7 @@ class ConditionalDensity(Conditional[Density], ConditionalDistribution, nn.Modul
 
 
 class ConditionalDensityForm(ConditionalDensity):
-    """The conditional form of a class of densities, which a subclass names as its `density_class`.
-
-    Args:
-        input_dim: D.
-        context_dim: Number of context features, at least 1.
-        density: The other options of that class.
-    """
+    """The conditional form of a class of densities, its `density_class`; built as `ConditionalForm` is."""
 
     density_class: ClassVar[Callable[..., Density]]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_maf.distributions.density import ConditionalDensityForm, Density
 from pyro_maf.distributions.made_mog import MADEMoG
 from pyro_maf.flows import MAF, Orders
-from pyro_maf.nn import MADE, MADEOptions, reseeded
+from pyro_maf.nn import MADEOptions, reseeded
 from pyro_maf.transforms import MaskedAutoregressive
 
 __all__ = ["ConditionalMAFMoG", "MAFMoG"]
@@ -58,7 +58,7 @@ class MAFMoG(Density):
         Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017, section 4.1.
     """
 
-    network_class = MADE
+    flow_class = MAF
 
     def __init__(
         self,
@@ -69,11 +69,11 @@ class MAFMoG(Density):
         order: Orders = "reverse",
         batch_norm: bool = False,
         context_dim: int = 0,
-        **network: Unpack[MADEOptions],
+        **flow: Unpack[MADEOptions],
     ) -> None:
         super().__init__(input_dim, context_dim)
         self.flow = MAF(
-            input_dim, num_layers=num_layers, order=order, batch_norm=batch_norm, context_dim=context_dim, **network
+            input_dim, num_layers=num_layers, order=order, batch_norm=batch_norm, context_dim=context_dim, **flow
         )
         nearest = next(layer.order for layer in self.flow if isinstance(layer, MaskedAutoregressive))
         self.base = MADEMoG(
@@ -81,7 +81,7 @@ class MAFMoG(Density):
             num_components=num_components,
             order=nearest.flip(0),
             context_dim=context_dim,
-            **reseeded(network, num_layers),
+            **reseeded(flow, num_layers),
         )
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:

@@ -167,18 +167,10 @@ class ConditionalInverseAutoregressive(ConditionalForm):
     r"""An `InverseAutoregressive` whose network sees a context: `condition(context)` is a flow.
 
     Args:
-        input_dim: D.
-        context_dim: Number of context features, at least 1.
+        input_dim, context_dim: As in `ConditionalMaskedAutoregressive`.
         hidden_dims, activation, order, degrees, seed: As in `InverseAutoregressive`.
 
-    Shapes:
-        context is (\*batch or (), context_dim) and broadcasts with x and y, (\*batch, D).
-
-    Cost: as `InverseAutoregressive`; the terms of the context are one product a hidden layer.
-
-    Raises:
-        ValueError: As in `InverseAutoregressive`, and for a context of the wrong width.
-        TypeError: As in `InverseAutoregressive`.
+    Shapes and errors are those of `ConditionalMaskedAutoregressive`, the cost is that of `InverseAutoregressive`.
 
     Example:
         >>> layer = ConditionalInverseAutoregressive(3, 2, hidden_dims=[16])

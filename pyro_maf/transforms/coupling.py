@@ -125,17 +125,13 @@ class ConditionalCoupling(ConditionalForm):
 
     Args:
         input_dim: D.
-        context_dim: Number of context features, at least 1.
+        context_dim: Number of context features, at least 1; they broadcast as in `ConditionalMaskedAutoregressive`.
         mask, hidden_dims, activation, networks: As in `Coupling`.
-
-    Shapes:
-        context is (\*batch or (), context_dim) and broadcasts with x and y, (\*batch, D).
 
     Cost: one dense pass in either direction.
 
     Raises:
-        ValueError: As in `Coupling`, and for a context of the wrong width.
-        TypeError: As in `Coupling`.
+        ValueError, TypeError: As in `Coupling`, and for a context of the wrong width.
 
     Example:
         >>> layer = ConditionalCoupling(3, 2)

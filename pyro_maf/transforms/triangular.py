@@ -29,7 +29,14 @@ class TriangularMap(Flow):
     _places: Tensor
 
     def __init__(
-        self, input_dim: int, context_dim: int = 0, hidden_dims: Sequence[int] | None = None, activation: str = "relu"
+        self,
+        input_dim: int,
+        *,
+        loc: Tensor | None = None,
+        scale_tril: Tensor | None = None,
+        context_dim: int = 0,
+        hidden_dims: Sequence[int] | None = None,
+        activation: str = "relu",
     ) -> None:
         super().__init__(input_dim, context_dim)
         self.register_buffer("gain", None)
@@ -37,6 +44,13 @@ class TriangularMap(Flow):
             hidden_dims = default_hidden_dims(input_dim) if hidden_dims is None else hidden_dims
             self.network = MLP(context_dim, hidden_dims, sum(self._sizes()), activation=activation)
             self.network.zero_output()
+        loc, scale_tril = _start(self.name, input_dim, loc, scale_tril)
+        self._register(loc.detach(), scale_tril.detach())
+        self._derive()
+
+    def _register(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """Register the parameters and buffers for an initial location and factor."""
+        raise NotImplementedError
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y = L x + loc, and log |det L|."""
@@ -105,22 +119,11 @@ class LowerTriangularAffine(TriangularMap):
         [2.0, 2.0]
     """
 
-    def __init__(
-        self,
-        input_dim: int,
-        *,
-        loc: Tensor | None = None,
-        scale_tril: Tensor | None = None,
-        context_dim: int = 0,
-        hidden_dims: Sequence[int] | None = None,
-        activation: str = "relu",
-    ) -> None:
-        super().__init__(input_dim, context_dim, hidden_dims, activation)
-        loc, scale_tril = _start(self.name, input_dim, loc, scale_tril)
-        self.loc = nn.Parameter(loc.detach().clone())
-        self.log_diagonal = nn.Parameter(scale_tril.detach().diagonal().log())
-        self.below = nn.Parameter(scale_tril.detach()[tuple(torch.tril_indices(input_dim, input_dim, -1))])
-        self._derive()
+    def _register(self, loc: Tensor, scale_tril: Tensor) -> None:
+        size = self.input_dim
+        self.loc = nn.Parameter(loc.clone())
+        self.log_diagonal = nn.Parameter(scale_tril.diagonal().log())
+        self.below = nn.Parameter(scale_tril[tuple(torch.tril_indices(size, size, -1))])
 
     def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
         layer = current(self)
@@ -149,25 +152,13 @@ class Head(TriangularMap):
     loc: Tensor
     scale_tril: Tensor
 
-    def __init__(
-        self,
-        input_dim: int,
-        *,
-        loc: Tensor | None = None,
-        scale_tril: Tensor | None = None,
-        context_dim: int = 0,
-        hidden_dims: Sequence[int] | None = None,
-        activation: str = "relu",
-    ) -> None:
-        super().__init__(input_dim, context_dim, hidden_dims, activation)
-        loc, scale_tril = _start(self.name, input_dim, loc, scale_tril)
-        self.register_buffer("loc", loc.detach().clone())
-        self.register_buffer("scale_tril", scale_tril.detach().clone(memory_format=torch.contiguous_format))
+    def _register(self, loc: Tensor, scale_tril: Tensor) -> None:
+        self.register_buffer("loc", loc.clone())
+        self.register_buffer("scale_tril", scale_tril.clone(memory_format=torch.contiguous_format))
         # b, the logarithm of A's diagonal, and the entries below it, as one tensor: each costs an optimizer time.
         self.free = nn.Parameter(torch.zeros(sum(self._sizes())).to(loc))
-        gain = gain_of(input_dim)
+        gain = gain_of(self.input_dim)
         self.gain = None if gain == 1.0 else torch.tensor(gain).to(loc)
-        self._derive()
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y from the base's x, and log |det LA|."""
@@ -223,14 +214,9 @@ class ConditionalLowerTriangularAffine(ConditionalForm):
         context_dim: Number of context features, at least 1.
         loc, scale_tril, hidden_dims, activation: As in `LowerTriangularAffine`.
 
-    Shapes:
-        context is (\*batch or (), context_dim) and broadcasts with x and y, (\*batch, D).
+    Shapes and errors are those of `ConditionalMaskedAutoregressive`.
 
     Cost: a pass of the network, and for each row a triangular product or solve: D^2 multiplications.
-
-    Raises:
-        ValueError: As in `LowerTriangularAffine`, and for a context of the wrong width.
-        TypeError: As in `LowerTriangularAffine`.
 
     Example:
         >>> layer = ConditionalLowerTriangularAffine(3, 2)
