@@ -101,6 +101,7 @@ def test_a_table_of_a_file_is_fitted_and_named() -> None:
     expected = fit(small_conditional(), ROWS, context=CONTEXT, **QUICK)
     result = fit(small_conditional(), table(), validation=0.1, **QUICK)
     assert result.validation_loss == pytest.approx(expected.validation_loss, rel=1e-6)
+    assert torch.equal(result.score(table()), result.score(table().data, table().context))
     fit(small_conditional(), table(), validation=table(), **QUICK)
     positive = {"weight": "positive"}
     with pytest.raises(InputError, match=r"^fit expected data of numbers above 0 in column 'weight'") as caught:

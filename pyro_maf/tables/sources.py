@@ -25,6 +25,7 @@ from typing import BinaryIO, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from pyro_maf._core.checks import InputError
 from pyro_maf._core.extras import require
 from pyro_maf._core.text import listed, quoted, shown
 from pyro_maf.tables.columns import Cells, Column, is_missing, is_text, number_in
@@ -42,21 +43,12 @@ BYTES_IN_A_BLOCK = 2**23
 
 INDEX_OF_PANDAS = re.compile(r"__index_level_\d+__")
 
-NO_ARRAY = (
-    ArithmeticError,
-    EOFError,
-    MemoryError,
-    OSError,
-    RecursionError,
-    SyntaxError,
-    TokenError,
-    TypeError,
-    ValueError,
-)
+DAMAGED = (EOFError, OSError, ValueError)
+NO_ARRAY = (*DAMAGED, ArithmeticError, MemoryError, RecursionError, SyntaxError, TokenError, TypeError)
 """Errors of numpy for a damaged header, which it parses as Python literals, and for a truncated file."""
 NO_NUMBERS = "not of numbers"
 
-NO_ARCHIVE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, RuntimeError, ValueError)
+NO_ARCHIVE = (*DAMAGED, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
 """Errors of zipfile for a damaged archive, and for members with encryption or unsupported compression."""
 
 
@@ -259,9 +251,10 @@ class CsvSource(Source):
             with open(self.path, encoding="utf-8-sig", newline="") as file:
                 for number, row in enumerate(self._rows(file), 1):
                     if len(row) != len(self.names):
-                        return self.wrong(
-                            f"ragged: data row {number} (counted from 1) has {len(row)} cells where "
-                            f"{len(self.names)} were expected."
+                        return InputError(
+                            f"read_table found {self.label} ragged: data row {number} (counted from 1) has {len(row)} "
+                            f"cells where {len(self.names)} were expected.",
+                            row=number - 1,
                         )
         except (UnicodeDecodeError, csv.Error) as error:
             return self._no_text(error)

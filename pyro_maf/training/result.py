@@ -16,6 +16,7 @@ from pyro_maf.distributions import ConditionalDensity, Density, FlowPrior
 from pyro_maf.tables import Rows
 from pyro_maf.tables.layout import Layout, TableLike, check_paired, number_of_rows, numbers, part_of
 from pyro_maf.tables.rows import check_context, table_of
+from pyro_maf.tables.table import Table, named_rows
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -85,7 +86,7 @@ class FitResult:
         """Number of epochs."""
         return len(self.validation_loss)
 
-    def score(self, rows: TableLike, context: TableLike | None = None) -> Tensor:
+    def score(self, rows: TableLike | Table, context: TableLike | None = None) -> Tensor:
         """Log-likelihood of each row, (rows,), in nats, in the data's units; without gradient, on the CPU.
 
         Args:
@@ -102,6 +103,7 @@ class FitResult:
             ValueError: For columns that are missing, or another number of them; for a context missing, superfluous, of
                 another length, or of data frames whose index has another order than that of the rows.
         """
+        rows, context, *_ = named_rows("score", rows, context)
         if context is None and self._takes_context and self.context_layout.has_all(rows):
             context = rows
         self._check_context("score", context)
@@ -128,13 +130,13 @@ class FitResult:
         if context is None:
             return self.layout.like(self.density.sample((number,)).cpu())
         width = self.density.unwrapped.context_dim
-        given = numbers("sample", "context", self.context_layout.pick("sample", "context", context))
-        given = given.reshape(-1, width) if given.dim() < 2 and given.numel() % width == 0 else given
-        if given.dim() != 2 or given.shape[1] != width or len(given) not in (1, number):
+        table = numbers("sample", "context", self.context_layout.pick("sample", "context", context))
+        table = table.reshape(-1, width) if table.dim() < 2 and table.numel() % width == 0 else table
+        if table.dim() != 2 or table.shape[1] != width or len(table) not in (1, number):
             raise ValueError(
-                f"sample expected context of shape (1, {width}) or ({number}, {width}), got {tuple(given.shape)}."
+                f"sample expected context of shape (1, {width}) or ({number}, {width}), got {tuple(table.shape)}."
             )
-        return self.layout.like(self.density.condition(given.expand(number, width)).sample().cpu())
+        return self.layout.like(self.density.condition(table.expand(number, width)).sample().cpu())
 
     @property
     def _takes_context(self) -> bool:
