@@ -167,23 +167,17 @@ def examine(
         work = len(scored) + len(pictured) + len(sampled)
         scorer = _Scorer(density, table, lambda done: shown.show("", done, work))
         log_prob = scorer.log_prob(scored)
-        pictured_rows, noise = scorer.noise(pictured)
-        samples, samples_log_prob = scorer.samples(sampled)
-        order = log_prob.argsort()[:LOWEST]
-        lowest = scorer.low_rows(scored[order], log_prob[order])
-        is_held_out = held_out is not None and scorer.are_all(held_out)
-    return Examination(
-        names=table.names,
-        context_names=[column.name for column in table.context_columns],
-        rows=total,
-        is_held_out=is_held_out,
-        log_prob=log_prob,
-        lowest=lowest,
-        data=pictured_rows,
-        noise=noise,
-        samples=samples,
-        samples_log_prob=samples_log_prob,
-    )
+        lowest = log_prob.argsort()[:LOWEST]
+        return Examination(
+            table.names,
+            [column.name for column in table.context_columns],
+            total,
+            held_out is not None and scorer.are_all(held_out),
+            log_prob,
+            scorer.low_rows(scored[lowest], log_prob[lowest]),
+            *scorer.noise(pictured),
+            *scorer.samples(sampled),
+        )
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
