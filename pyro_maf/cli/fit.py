@@ -23,10 +23,9 @@ from pyro_maf.cli.shared_options import TableOptions, TrainingOptions, flag, opt
 
 if TYPE_CHECKING:
     from pyro_maf.datasets import Table
-    from pyro_maf.distributions import ConditionalDensity, Density
     from pyro_maf.tables import Rows
     from pyro_maf.training import FitResult
-    from pyro_maf.transforms import ConditionalFlow, Flow
+    from pyro_maf.training.preparation import Model
 
 __all__ = ["DEFAULT_LAYERS", "FIT_EXAMPLES", "LAYERED", "FitOptions", "FlowName", "fit"]
 
@@ -144,7 +143,7 @@ class FitOptions(TableOptions, TrainingOptions):
             )
         return [by_name.get(name, plain[0] if plain else "real") for name in names]
 
-    def model(self, table: Table, support: Support) -> Flow | ConditionalFlow | Density | ConditionalDensity:
+    def model(self, table: Table, support: Support) -> Model:
         """Build the model to train.
 
         Raises:
@@ -204,7 +203,7 @@ def fit(options: FitOptions, ctx: typer.Context) -> None:
 
 def _train(
     options: FitOptions,
-    model: Flow | ConditionalFlow | Density | ConditionalDensity,
+    model: Model,
     table: Table,
     support: Support,
     validation: float | Table,

@@ -13,7 +13,7 @@ import typer
 from pyro_maf._core.files import COLUMNS, MODEL, RECORD, recover
 from pyro_maf._core.text import shown
 from pyro_maf.cli.errors import CommandError, input_errors
-from pyro_maf.cli.shared_options import Model, TextOptions, read
+from pyro_maf.cli.shared_options import ModelPath, TextOptions, read
 
 if TYPE_CHECKING:
     import torch
@@ -238,7 +238,7 @@ def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def info(model: Model) -> None:
+def info(model: ModelPath) -> None:
     """Describe a model: its layers, its columns, its scores, and its fit."""
     facts = [(name, _printable(value)) for name, value in _facts(read_model(model))]
     width = max(len(name) for name, _ in facts) + 2

@@ -16,7 +16,7 @@ import typer
 from pyro_maf._core.extras import require
 from pyro_maf.cli.errors import CommandError, input_errors, say
 from pyro_maf.cli.saved_model import SavedModel, read_model
-from pyro_maf.cli.shared_options import Decimal, Encoding, Model, Out, Source, flag, separated
+from pyro_maf.cli.shared_options import Decimal, Encoding, ModelPath, Out, Source, flag, separated
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +49,7 @@ VALUES_AT_ONCE = 2**18
 
 
 def score(
-    model: Model,
+    model: ModelPath,
     data: Source,
     drop_missing: Annotated[
         bool, flag("drop-missing", "Score rows with missing values as nan, instead of an error.")
@@ -117,7 +117,7 @@ def _summary(count: int, outside: int, where: str, total: float, squares: float)
 
 
 def sample(
-    model: Model,
+    model: ModelPath,
     number: Annotated[int, typer.Option("--number", "-n", metavar="N", help="Number of rows.")] = 1000,
     out: Out = STANDARD_OUTPUT,
     context: Annotated[

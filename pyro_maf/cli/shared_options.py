@@ -20,7 +20,7 @@ __all__ = [
     "Device",
     "Encoding",
     "Epochs",
-    "Model",
+    "ModelPath",
     "Models",
     "Out",
     "Row",
@@ -55,7 +55,7 @@ Source = Annotated[
         show_default=False,
     ),
 ]
-Model = Annotated[
+ModelPath = Annotated[
     Path, typer.Argument(metavar="MODEL", help="The folder of a fit, or a .safetensors file.", show_default=False)
 ]
 Out = Annotated[Path, option('The output: a file ending in .csv or .parquet; "-" is standard output, as csv.', "FILE")]

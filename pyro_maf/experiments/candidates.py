@@ -10,9 +10,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from pyro_maf.distributions import ConditionalDensity, Density
 from pyro_maf.experiments.models import STACKS, build
-from pyro_maf.transforms import ConditionalFlow, Flow
+from pyro_maf.training.preparation import Model
 
 __all__ = ["BATCH_SIZE", "PATIENCE", "PUBLISHED", "ROWS", "SETTINGS", "Candidate", "Settings", "candidates"]
 
@@ -88,9 +87,7 @@ class Candidate:
         """Widths of the hidden layers; "" for the default or for no hidden layers."""
         return "x".join(map(str, self.hidden_dims or ())) if self.flow != "gaussian" else ""
 
-    def build(
-        self, input_dim: int, context_dim: int, seed: int
-    ) -> Flow | ConditionalFlow | Density | ConditionalDensity:
+    def build(self, input_dim: int, context_dim: int, seed: int) -> Model:
         """Build the untrained model."""
         options = asdict(self)
         del options["name"], options["learning_rate"]

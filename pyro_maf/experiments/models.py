@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import cast
 
 from pyro_maf._core.checks import check_choice, check_positive
+from pyro_maf._core.options import signature_of
 from pyro_maf._core.torch_state import seeded
-from pyro_maf.distributions import (
-    ConditionalDensity,
-    ConditionalMADEMoG,
-    ConditionalMAFMoG,
-    Density,
-    MADEMoG,
-    MAFMoG,
-)
+from pyro_maf.distributions import ConditionalMADEMoG, ConditionalMAFMoG, MADEMoG, MAFMoG
 from pyro_maf.experiments.gaussian import gaussian
 from pyro_maf.flows import IAF, MAF, ConditionalIAF, ConditionalMAF, ConditionalRealNVP, RealNVP
-from pyro_maf.transforms import ConditionalFlow, Flow
+from pyro_maf.training.preparation import Model
 
 __all__ = ["FLOWS", "build"]
 
-CLASSES: dict[str, tuple[Any, Any]] = {
+CLASSES: dict[str, tuple[type, type]] = {
     "maf": (MAF, ConditionalMAF),
     "iaf": (IAF, ConditionalIAF),
     "realnvp": (RealNVP, ConditionalRealNVP),
@@ -50,7 +44,7 @@ def build(
     degrees: str = "sequential",
     networks: str = "joint",
     seed: int = 0,
-) -> Flow | ConditionalFlow | Density | ConditionalDensity:
+) -> Model:
     r"""Build one of the paper's models, untrained, for `pyro_maf.fit`.
 
     "made" has Gaussian conditionals in the natural order: a MAF of one layer. "gaussian" is normal with a full
@@ -87,12 +81,20 @@ def build(
     check_positive("build", "seed", seed, least=0)
     if flow == "gaussian":
         return gaussian(input_dim, context_dim)
-    options: dict[str, Any] = {"hidden_dims": hidden_dims, "activation": activation, "seed": seed}
-    options |= {"networks": networks} if flow == "realnvp" else {"degrees": degrees}
-    if flow in STACKS:
-        options |= {"num_layers": num_layers, "batch_norm": batch_norm}
-    elif flow == "made":
-        options |= {"num_layers": 1}
-    plain, conditional = CLASSES[flow]
+    options = {
+        "num_layers": num_layers,
+        "hidden_dims": hidden_dims,
+        "activation": activation,
+        "batch_norm": batch_norm,
+        "degrees": degrees,
+        "networks": networks,
+        "seed": seed,
+    }
+    if flow == "made":
+        options |= {"num_layers": 1, "batch_norm": False}
+    model_class = CLASSES[flow][bool(context_dim)]
+    takes = signature_of(model_class).parameters
     with seeded(seed):
-        return conditional(input_dim, context_dim, **options) if context_dim else plain(input_dim, **options)
+        return cast("Callable[..., Model]", model_class)(
+            input_dim, context_dim=context_dim, **{name: value for name, value in options.items() if name in takes}
+        )
