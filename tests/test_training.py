@@ -159,6 +159,15 @@ def test_parameters_that_are_frozen_stay() -> None:
     assert moved == {"1"}
 
 
+def test_gradients_of_before_are_not_added_and_none_are_left() -> None:
+    model, twin = small_maf(), small_maf()
+    for weight in twin.parameters():
+        weight.grad = torch.ones_like(weight)
+    fitted = [fit(each, gaussian_rows(), **QUICK) for each in (model, twin)]
+    assert fitted[0].train_loss == fitted[1].train_loss
+    assert all(weight.grad is None for weight in (*model.parameters(), *twin.parameters()))
+
+
 def test_a_fit_may_be_taken_up_again() -> None:
     model, validation = small_maf(), gaussian_rows(100, seed=1)
     first = fit(model, gaussian_rows(), validation=validation, **QUICK)

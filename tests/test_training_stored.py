@@ -131,7 +131,7 @@ def test_a_pass_is_taken_up_where_it_was(tmp_path: Path) -> None:
     order = batches.order(0)
     whole = numbers(batches)
     for taken in (1, 5, len(whole) - 1):
-        batches.go_on(order, taken)
+        batches.load(order, taken)
         again = list(batches)
         assert again[:taken] == [()] * taken
         assert numbers(again[taken:]) == whole[taken:]

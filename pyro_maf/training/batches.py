@@ -77,7 +77,7 @@ class Batches:
             return self._order
         return torch.empty(0) if self._generator is None else self._generator.get_state()
 
-    def go_on(self, order: Tensor, taken: int) -> None:
+    def load(self, order: Tensor, taken: int) -> None:
         """Resume from a generator state: the next pass has its order, with the first `taken` batches done."""
         if self._generator is not None:
             self._generator.set_state(order)

@@ -73,9 +73,10 @@ def fit(
     From the same initial weights, the same call has bitwise the same result on a CPU. The global
     random states are left unchanged.
 
-    With a `folder` a fit can be resumed: Ctrl-C, a crash or a killed machine cost the last second or, if a checkpoint
-    takes long to write, twenty times as long; the same call with `resume=True` goes on from there to the weights of an
-    uninterrupted fit (on a CPU, bit for bit).
+    With a `folder` a fit can be resumed: after Ctrl-C, or SIGTERM, which ends the program once a checkpoint is written,
+    nothing is lost; after a crash or a killed machine the last second or, if a checkpoint takes long to write, twenty
+    times as long. The same call with `resume=True` goes on from there to the weights of an uninterrupted fit (on a CPU,
+    bit for bit).
 
     Started by torchrun, its processes, on one machine or several, fit the model together: each takes a part of every
     batch, and `batch_size` is the total. Every process returns the result.

@@ -75,9 +75,10 @@ class Loop:
             each.to(device)
         self._log = Log(folder.folder) if folder is not None and processes.is_first else None
         self.state = State(density, self._objective.weights, batches, schedule)
-        self._resumed = folder is not None and folder.checkpoint is not None
+        self._is_resumed = False
         if folder is not None and folder.checkpoint is not None:
             self.state.load(folder.checkpoint, folder.path)
+            self._is_resumed = True
 
     def run(self, progress: bool | str) -> None:
         """Train to the end; leave the density with its best weights, in eval mode.
@@ -131,13 +132,13 @@ class Loop:
 
     def _begin(self) -> None:
         """Bring the processes together; record the initial weights, in case no others are better."""
-        resumed = int(self._processes.total(float(self._resumed))[0])
+        resumed = int(self._processes.total(float(self._is_resumed))[0])
         if 0 < resumed < self._processes.count:
             raise ValueError(
                 f"fit expected a folder that all processes share, but only {resumed} of {self._processes.count} found "
                 "a fit to go on with there."
             )
-        if self._resumed:
+        if self._is_resumed:
             return
         self._processes.copy_first(self._objective.weights)
         self._objective.fit_statistics(self._batches.sample, initial=True)

@@ -49,16 +49,15 @@ class MaximumLikelihood:
         self._processes = processes
         self._batch_norms = [member for member in density.modules() if isinstance(member, BatchNorm)]
         self._has_act_norm = any(isinstance(member, ActNorm) for member in density.modules())
+        self._taken_gradients()
 
     def step(self, batch: Rows) -> Step:
         """Loss and gradient of a batch, by one pass through the density and back."""
-        for weight in self.weights:
-            weight.grad = None
         with statistics_over_processes() if self._processes.are_several else nullcontext():
             log_likelihood = self.density.log_density(*batch).sum()
         rows, loss = self._processes.total(len(batch.data), -log_likelihood.detach())
         (-log_likelihood * (1 / rows)).backward()
-        gradients = [weight.grad for weight in self.weights]
+        gradients = self._taken_gradients()
         if self._processes.are_several:
             self._processes.add_up(self._checked(gradients))
         return Step(loss, int(rows), gradients)
@@ -81,6 +80,13 @@ class MaximumLikelihood:
         """
         if self._batch_norms or (initial and self._has_act_norm):
             self.density.fit_statistics(*sample())
+
+    def _taken_gradients(self) -> list[Tensor | None]:
+        """Take the gradients from the weights, which are left without, so that none is added to later."""
+        gradients = [weight.grad for weight in self.weights]
+        for weight in self.weights:
+            weight.grad = None
+        return gradients
 
     def _checked(self, gradients: list[Tensor | None]) -> list[Tensor]:
         """Refuse weights without a gradient, which could be some in one process and others in the next."""

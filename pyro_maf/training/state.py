@@ -184,7 +184,7 @@ class State:
         self.history = [Epoch(*epoch) for epoch in facts["history"]]
         self.schedule.load(facts["schedule"])
         self.skipped, self.skipped_in_a_row, self.lowerings_in_a_row = facts["skipped"]
-        self.batches.go_on(checkpoint.tensors["order"], facts["taken"])
+        self.batches.load(checkpoint.tensors["order"], facts["taken"])
         self.stop_reason = facts["stop_reason"]
         self._began -= facts["seconds"]
         self.best = checkpoint.under("kept")
