@@ -25,7 +25,7 @@ class Adam:
     does not import torch's compiler, which `torch.optim.Adam` does when it is first built: a second, and 200 MiB.
 
     Args:
-        weights: The weights to train, on one device.
+        weights: The weights to train.
         weight_decay: Factor of the weights that is added to their gradients.
 
     Attributes:
@@ -44,9 +44,9 @@ class Adam:
     def __init__(self, weights: Sequence[Tensor], weight_decay: float = 0.0) -> None:
         self._weights = [weight.detach() for weight in weights]
         self._weight_decay = weight_decay
-        # torch takes weights of one dtype at once.
-        dtypes = dict.fromkeys(weight.dtype for weight in weights)
-        self._groups = [[i for i, weight in enumerate(weights) if weight.dtype == dtype] for dtype in dtypes]
+        # torch takes weights of one dtype and device at once.
+        kinds = [(weight.dtype, weight.device) for weight in weights]
+        self._groups = [[i for i, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)]
         self.reset()
 
     def reset(self) -> None:
@@ -109,9 +109,12 @@ def clip(gradients: Sequence[Tensor | None], most: float) -> float:
     present = [gradient for gradient in gradients if gradient is not None]
     if not present:
         return 0.0
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(present)))
+    norms = torch._foreach_norm(present)
+    norm = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))
     if (size := float(norm)) > most:
-        torch._foreach_mul_(present, most / (norm + 1e-6))
+        factor = most / (norm + 1e-6)
+        for device in {gradient.device for gradient in present}:
+            torch._foreach_mul_([each for each in present if each.device == device], factor.to(device))
     return size
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Generic, TypeVar, cast
 
-import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from pyro_maf._core.checks import check_above_zero, check_positive
 from pyro_maf._core.extras import require
 from pyro_maf._core.interruption import Interruption
-from pyro_maf._core.optimization import WeightAverage
+from pyro_maf._core.optimization import Adam, WeightAverage, clip
 from pyro_maf._core.progress import Bar, bar, check_progress, say_before_bar
 from pyro_maf.infer.convergence import BestWeights, Schedule
 from pyro_maf.infer.diagnosis import Diagnosis, diagnose
@@ -229,7 +228,7 @@ class _Run:
             max_plate_nesting=self._pair.nesting,
         )
         self._parameters = self._find_parameters()
-        self._optimizer = torch.optim.Adam(self._parameters, lr=schedule.learning_rate)
+        self._optimizer = Adam(self._parameters)
         self._usual_norm = math.inf
         self._failures = 0
         self._average = WeightAverage(self._parameters, AVERAGED_STEPS)
@@ -293,13 +292,16 @@ class _Run:
     def step(self) -> None:
         """Take one step, or skip it if it fails."""
         call = self._call
-        self._optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters:
+            parameter.grad = None
         try:
             loss = self._objective.loss_and_grads(call.program, self._guide, *call.args, **call.kwargs)
         except FAILURES:
             self._skip(raises=True)
             return
-        norm = float(torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
+        gradients = [parameter.grad for parameter in self._parameters]
+        limit = CLIP * self._usual_norm
+        norm = clip(gradients, limit)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._skip(raises=False)
             return
@@ -308,10 +310,9 @@ class _Run:
         if self._best.step(loss):
             self._retreat()
             return
-        self._clip(norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._schedule.learning_rate
-        self._optimizer.step()
+        norm = min(norm, limit)
+        self._usual_norm = norm if self._usual_norm == math.inf else 0.98 * self._usual_norm + 0.02 * norm
+        self._optimizer.step(gradients, self._schedule.learning_rate)
         self._average.add()
         if self._schedule.step(loss) and self._schedule.is_as_good_as_any:
             self._average.record_best()
@@ -332,21 +333,11 @@ class _Run:
     def _retreat(self) -> None:
         """Continue from the best weights at half the rate, with the optimizer's moments reset."""
         self._best.restore()
-        self._optimizer.state.clear()
+        self._optimizer.reset()
         self._usual_norm = math.inf
         self._schedule.restart()
         self._average.restart()
         self.retreats += 1
-
-    def _clip(self, norm: float) -> None:
-        """Clip the gradient to a few times its usual norm."""
-        limit = CLIP * self._usual_norm
-        if norm > limit:
-            for parameter in self._parameters:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(limit / norm)
-        norm = min(norm, limit)
-        self._usual_norm = norm if self._usual_norm == math.inf else 0.98 * self._usual_norm + 0.02 * norm
 
     def _settle(self) -> None:
         """Set the guide to its averaged weights."""
