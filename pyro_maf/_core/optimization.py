@@ -27,6 +27,7 @@ class Adam:
     Args:
         weights: The weights to train.
         weight_decay: Factor of the weights that is added to their gradients.
+        betas: Decay rates of the averages of gradients and of their squares.
 
     Attributes:
         states: `step`, `exp_avg` and `exp_avg_sq` of each weight.
@@ -41,9 +42,11 @@ class Adam:
         Kingma & Ba, *Adam: A Method for Stochastic Optimization*, 2015.
     """
 
-    def __init__(self, weights: Sequence[Tensor], weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, weights: Sequence[Tensor], weight_decay: float = 0.0, betas: tuple[float, float] = BETAS
+    ) -> None:
         self._weights = [weight.detach() for weight in weights]
-        self._weight_decay = weight_decay
+        self._weight_decay, self._betas = weight_decay, betas
         # torch takes weights of one dtype and device at once.
         kinds = [(weight.dtype, weight.device) for weight in weights]
         self._groups = [[i for i, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)]
@@ -87,8 +90,8 @@ class Adam:
                 [],
                 steps,
                 lr=learning_rate,
-                beta1=BETAS[0],
-                beta2=BETAS[1],
+                beta1=self._betas[0],
+                beta2=self._betas[1],
                 weight_decay=self._weight_decay,
                 eps=EPSILON,
                 amsgrad=False,

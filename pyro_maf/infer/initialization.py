@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pyro_maf._core.optimization import Adam
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.log_joint import FAILURES
 from pyro_maf.infer.model import Args, Kwargs, leaves_of
@@ -159,17 +160,16 @@ class _Search:
 def _diagonal(log_density: Score, loc: Tensor, noise: Tensor) -> Normal:
     """Return the diagonal normal that a hundred steps of Adam, on the bound at fixed noise, reach from `loc`."""
     place = torch.stack([loc, torch.full_like(loc, math.log(ISOTROPIC[-1]))]).requires_grad_()
-    optimizer = torch.optim.Adam([place], betas=(0.8, 0.95))
+    optimizer = Adam([place], betas=(0.8, 0.95))
     for step in range(DIAGONAL_STEPS):
-        optimizer.param_groups[0]["lr"] = DIAGONAL_RATE * (1 - step / DIAGONAL_STEPS)
         with torch.enable_grad():
             scores = log_density(place[0] + noise * place[1].exp())
             loss = -scores.mean() - place[1].sum()
         if not loss.isfinite():
             break
-        (place.grad,) = torch.autograd.grad(loss, place)
-        place.grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-        optimizer.step()
+        (gradient,) = torch.autograd.grad(loss, place)
+        gradient.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        optimizer.step([gradient], DIAGONAL_RATE * (1 - step / DIAGONAL_STEPS))
     loc, log_scale = place.detach()
     return Normal(loc, log_scale.exp().diag())
 
