@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import math
 import pickle
@@ -1075,6 +1076,25 @@ def test_wrong_options_are_named(make: Any, options: Any, error: Any, message: s
         make(counting, **options)
     assert str(raised.value).startswith(make.__name__)
     assert "\n" not in str(raised.value)
+
+
+@each_guide
+def test_an_unknown_option_is_refused_and_the_close_one_named(make: Any) -> None:
+    said = (
+        rf"^{make.__name__} takes model, [a-z_, ]*: got an unexpected keyword argument 'hidden_dim': use hidden_dims\.$"
+    )
+    with pytest.raises(TypeError, match=said):
+        make(scalar, hidden_dim=[8])
+    assert {"num_layers", "hidden_dims", "activation", "encoder"} <= set(inspect.signature(make).parameters)
+
+
+@each_guide
+@pytest.mark.parametrize("activation", ["tanh", "softplus"])
+def test_a_guide_has_the_activation_that_it_is_built_with(make: Any, activation: str) -> None:
+    guide = make(scalar, activation=activation, **SMALL).setup()
+    assert {part.activation for part in guide.transform.modules() if hasattr(part, "activation")} == {activation}
+    with pytest.raises(ValueError, match=f"^{make.__name__} expected activation to be one of relu, .*, got 'cosine'"):
+        make(scalar, activation="cosine")
 
 
 @each_guide

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from functools import cache
 from inspect import Parameter, Signature
 from typing import get_args, get_type_hints
@@ -73,7 +74,10 @@ def named_arguments(cls: type, args: Sequence[object], kwargs: Mapping[str, obje
         arguments = signature.bind_partial(*args, **kwargs).arguments
     except TypeError as error:
         takes = ", ".join(signature.parameters) or "no arguments"
-        raise TypeError(f"{cls.__name__} takes {takes}: {error}.") from None
+        unknown = [name for name in kwargs if name not in signature.parameters][:1]
+        close = [match for name in unknown for match in get_close_matches(name, signature.parameters, n=1)]
+        advice = "".join(f": use {name}" for name in close)
+        raise TypeError(f"{cls.__name__} takes {takes}: {error}{advice}.") from None
     for parameter in signature.parameters.values():
         if parameter.kind is Parameter.VAR_KEYWORD:
             arguments.update(arguments.pop(parameter.name, {}))

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import TypedDict, TypeVar, cast
+from typing import Self, cast
 
 import pyro
 import pyro.distributions as dist
@@ -17,6 +17,7 @@ from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor, nn
 
 from pyro_maf._core.checks import check_above_zero, check_choice, check_positive, check_shape, check_sizes
+from pyro_maf._core.options import ClassSignature, named_arguments
 from pyro_maf.flows import IAF, MAF, RealNVP
 from pyro_maf.infer.guide_state import StoredWeights, bare_latents, bare_trace, check_is_set_up
 from pyro_maf.infer.initialization import Normal
@@ -33,7 +34,7 @@ from pyro_maf.infer.model import (
 )
 from pyro_maf.infer.path_gradient import zero_bad_gradients
 from pyro_maf.infer.posterior import checked_levels, marginal_quantiles, start_of
-from pyro_maf.nn import ACTIVATIONS
+from pyro_maf.nn import ACTIVATIONS, NetworkOptions
 from pyro_maf.nn.tempering import Tempered
 from pyro_maf.saving import drop_weak_references
 from pyro_maf.transforms import ConditionalFlow, Flow, Stack
@@ -41,14 +42,8 @@ from pyro_maf.transforms.triangular import Head
 
 __all__ = ["AutoFlow", "AutoIAF", "AutoMAF", "AutoRealNVP"]
 
-Self = TypeVar("Self", bound="AutoFlow")
 Encoder = Callable[..., Tensor]
 CreatePlates = Callable[..., Plates]
-
-
-class NetworkOptions(TypedDict):
-    hidden_dims: Sequence[int]
-    activation: str
 
 
 class AutoFlow(AutoContinuous):
@@ -57,6 +52,12 @@ class AutoFlow(AutoContinuous):
     flow_class: Callable[..., Stack]
     default_num_layers = 3
     latents: Latents
+    __signature__ = ClassSignature()
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        """Create an instance, or refuse an option that the class does not have."""
+        named_arguments(cls, args, kwargs)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -99,7 +100,7 @@ class AutoFlow(AutoContinuous):
 
     # -- setting up -----------------------------------------------------------------------------------------------
 
-    def setup(self: Self, *args: object, **kwargs: object) -> Self:
+    def setup(self, *args: object, **kwargs: object) -> Self:
         """Run the model, create the parameters and initialise them near the posterior; return the guide.
 
         The first call of the guide does the same. Call it before that where an optimizer needs the parameters, or
@@ -321,7 +322,7 @@ class AutoFlow(AutoContinuous):
             check_is_set_up(self._who, state_dict, f"{prefix}transform.")
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def __deepcopy__(self: Self, memo: dict[int, object]) -> Self:
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
         # Pyro's method would remove the model from the original. What is fixed once set up is shared.
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
