@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -40,19 +41,13 @@ class Diagnosis:
         verdict: The conclusion, in one sentence.
     """
 
-    k_hat: float
-    ess: float
-    elbo: float
-    elbo_se: float
-    num_samples: int
-    unscored: int
+    k_hat: float = math.nan
+    ess: float = math.nan
+    elbo: float = math.nan
+    elbo_se: float = math.nan
+    num_samples: int = 0
+    unscored: int = 0
     reason: str = ""
-
-    @classmethod
-    def without_verdict(cls, reason: str) -> Diagnosis:
-        """Return a diagnosis without figures, with the reason for that."""
-        nan = float("nan")
-        return cls(nan, nan, nan, nan, num_samples=0, unscored=0, reason=reason)
 
     @property
     def verdict(self) -> str:
@@ -145,7 +140,7 @@ def diagnose(model: Model, guide: Guide, *args: object, num_samples: int = 10_00
     try:
         return _diagnosed_draws("diagnose", Call(model, args, kwargs), guide, num_samples).diagnosis
     except NoVerdictError as error:
-        return Diagnosis.without_verdict(error.reason)
+        return Diagnosis(reason=error.reason)
 
 
 def reweight(
@@ -247,8 +242,8 @@ def _diagnosed_draws(who: str, call: Call, guide: Guide, num_samples: int) -> _D
     diagnosis = Diagnosis(
         k_hat=k_hat,
         ess=1 / squares if squares else 0.0,
-        elbo=float(scored.mean()) if len(scored) else float("-inf"),
-        elbo_se=float(scored.std() / len(scored) ** 0.5) if len(scored) > 1 else float("inf"),
+        elbo=float(scored.mean()) if len(scored) else -math.inf,
+        elbo_se=float(scored.std() / len(scored) ** 0.5) if len(scored) > 1 else math.inf,
         num_samples=len(log_weights),
         unscored=len(log_weights) - len(scored),
     )

@@ -287,7 +287,7 @@ class _Run:
                     return diagnose(call.program, self._guide, *call.args, num_samples=draws, **call.kwargs)
         except KeyboardInterrupt:
             pass  # the fitted weights must not be lost
-        return Diagnosis.without_verdict("interrupted; call diagnose(model, guide)")
+        return Diagnosis(reason="interrupted; call diagnose(model, guide)")
 
     def step(self) -> None:
         """Take one step, or skip it if it fails."""

@@ -33,7 +33,7 @@ from pyro_maf.infer.model import (
     without_empty_tables,
 )
 from pyro_maf.infer.path_gradient import zero_bad_gradients
-from pyro_maf.infer.posterior import checked_levels, marginal_quantiles, start_of
+from pyro_maf.infer.posterior import Levels, checked_levels, marginal_quantiles, start_of
 from pyro_maf.nn import ACTIVATIONS, NetworkOptions
 from pyro_maf.nn.tempering import Tempered
 from pyro_maf.saving import drop_weak_references
@@ -284,9 +284,7 @@ class AutoFlow(AutoContinuous):
         return self.quantiles(0.5, *args, **kwargs)
 
     @torch.no_grad()
-    def quantiles(
-        self, quantiles: float | Sequence[float] | Tensor, *args: object, **kwargs: object
-    ) -> dict[str, Tensor]:
+    def quantiles(self, quantiles: Levels, *args: object, **kwargs: object) -> dict[str, Tensor]:
         r"""Marginal quantiles of every latent variable, (\*levels, \*site), at levels in [0, 1].
 
         Empirical quantiles of 8,192 draws of each site, on its support: by component for a simplex or an ordered

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_maf._core.extras import require
 from pyro_maf.infer.guides import AutoFlow
 from pyro_maf.infer.latents import masked_elements
 from pyro_maf.infer.log_joint import FAILURES, LogJoint, is_enumerated, log_densities, total_by_draw
@@ -270,10 +271,10 @@ def smoothed(log_weights: Tensor, rounding: float = 0.0) -> tuple[Tensor, float]
     """
     scored = log_weights.isfinite()
     if int(scored.sum()) < 10:
-        return log_weights.new_full(log_weights.shape, -torch.inf), float("inf")
+        return log_weights.new_full(log_weights.shape, -torch.inf), math.inf
     weights = log_weights[scored].double().cpu().numpy()
     if np.ptp(weights) < max(1e-10, min(rounding, NEGLIGIBLE)):  # the guide is the posterior
-        return torch.where(scored, -scored.sum().log(), -torch.inf), float("-inf")
+        return torch.where(scored, -scored.sum().log(), -torch.inf), -math.inf
     with np.errstate(over="ignore"):  # for hopeless candidates of the tail's shape, arviz overflows
         smooth, k_hat = arviz().psislw(weights)
     result = torch.full(log_weights.shape, -torch.inf, dtype=torch.float64)
@@ -285,12 +286,7 @@ def arviz() -> ModuleType:
     """Import arviz lazily: it prints a notice, and two processes that import it at once can collide."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        try:
-            for _ in range(2):
-                with suppress(FileNotFoundError):
-                    return import_module("arviz")
-            return import_module("arviz")
-        except ModuleNotFoundError:
-            raise ModuleNotFoundError(
-                "Diagnosing a guide needs arviz, which is not installed: pip install pyro-maf[train].", name="arviz"
-            ) from None
+        for _ in range(2):
+            with suppress(FileNotFoundError):
+                require("Diagnosing a guide", "arviz")
+        return import_module("arviz")

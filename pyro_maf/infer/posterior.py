@@ -18,7 +18,7 @@ from pyro_maf.infer.log_joint import FAILURES, LogJoint, is_enumerated, without_
 from pyro_maf.infer.model import Call, RefusalError, Trace, latent_sites, sample_sites
 from pyro_maf.transforms import Flow
 
-__all__ = ["checked_levels", "marginal_quantiles", "start_of"]
+__all__ = ["Levels", "checked_levels", "marginal_quantiles", "start_of"]
 
 PRIOR_DRAWS = 64
 POINTS = 4
@@ -30,6 +30,9 @@ STEP = 0.3
 QUANTILE_DRAWS = 8192
 MOST_COLUMNS = 1024
 """Maximum number of columns at a time: `torch.quantile` takes no more than 16 million numbers."""
+
+Levels = float | Sequence[float] | Tensor
+"""Levels of quantiles, in [0, 1]."""
 
 
 def start_of(call: Call, prototype: Trace, latents: Latents, scale: float | None, start_is_chosen: bool) -> Normal:
@@ -195,7 +198,7 @@ def _bounds(value: object) -> Iterator[Tensor]:
             yield from _bounds(item)
 
 
-def checked_levels(who: str, levels: float | Sequence[float] | Tensor, like: Tensor) -> Tensor:
+def checked_levels(who: str, levels: Levels, like: Tensor) -> Tensor:
     """Convert levels to a tensor of the dtype and device of `like`.
 
     Raises:
