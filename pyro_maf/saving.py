@@ -7,24 +7,23 @@ flipped bit is refused.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import importlib
 import json
 import os
-import secrets
 import struct
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple, Self, SupportsIndex
+from typing import Any, ClassVar, NamedTuple, Self, SupportsIndex
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pyro_maf._core import files
+from pyro_maf._core.files import write_whole
 from pyro_maf._core.memory_limit import Allowance
 from pyro_maf._core.options import ClassSignature, named_arguments, show_options
 
@@ -37,11 +36,7 @@ __all__ = [
     "load",
     "pack",
     "packed",
-    "remove_unfinished",
-    "try_to_write",
     "unpack",
-    "write_whole",
-    "writing_whole",
 ]
 
 FORMAT = 1
@@ -49,7 +44,6 @@ KEY = "pyro_maf"
 DIGEST = "digest"
 LENGTH = struct.Struct("<Q")
 """Length of a safetensors header, in bytes; a multiple of the size of this field, so that the tensors are aligned."""
-TOKEN_BYTES = 8
 
 
 class Kind(NamedTuple):
@@ -69,7 +63,7 @@ class Kind(NamedTuple):
 
 
 MODEL = Kind(KEY, "safetensors file", "load", "It is left as it is: put a copy of it back, or save the model again.")
-_known: dict[str, type[Savable]] = {}
+_classes: dict[str, type[Savable]] = {}
 
 
 class Savable:
@@ -87,7 +81,7 @@ class Savable:
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
         if not _hides_ours(cls):
-            _known[cls.__name__] = cls
+            _classes[cls.__name__] = cls
         if "__init__" in vars(cls):
             show_options(cls)
 
@@ -259,54 +253,6 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     return hashed.hexdigest()
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file atomically, as `writing_whole`."""
-    with writing_whole(path) as file:
-        file.write(content)
-
-
-@contextmanager
-def writing_whole(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing under a temporary name, and rename it at the end: `path` is never half-written."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"save expected an existing folder for {path.name}, got {path.parent}.")
-    if path.is_dir():
-        raise IsADirectoryError(f"save expected a file name, got the folder {path}.")
-    # Not a file of `tempfile`, which only its owner can read.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(TOKEN_BYTES)}")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            # The error of a full disk names no file, and others name the temporary one.
-            raise OSError(error.errno, error.strerror or str(error), str(path)) from None
-        raise
-
-
-def try_to_write(path: Path, content: bytes) -> bool:
-    """Write a file atomically, or warn if that fails: a full disk should not end hours of work."""
-    try:
-        write_whole(path, content)
-    except OSError as error:
-        warnings.warn(
-            f"fit could not write {path}: {error.strerror or error}. It goes on without that file.", stacklevel=2
-        )
-        return False
-    return True
-
-
-def remove_unfinished(path: Path) -> None:
-    """Remove temporary files of `path` that a killed process has left behind."""
-    token = "[0-9a-f]" * (2 * TOKEN_BYTES)
-    for temporary in path.parent.glob(f".{glob.escape(path.name)}.{token}"):
-        temporary.unlink(missing_ok=True)
-
-
 def _rebuild(path: Path, contents: Contents) -> nn.Module:
     state = contents.tensors
     try:
@@ -353,7 +299,7 @@ def describe(module: Savable) -> dict[str, object]:
 
 def _hides_ours(cls: type[Savable]) -> bool:
     """Return whether a class from elsewhere has the name of one of this package: a file could not tell them apart."""
-    ours, its = (each.__module__.partition(".")[0] == KEY for each in (_known.get(cls.__name__, cls), cls))
+    ours, its = (each.__module__.partition(".")[0] == KEY for each in (_classes.get(cls.__name__, cls), cls))
     return ours and not its
 
 
@@ -381,12 +327,12 @@ def _encode(who: str, name: str, value: object) -> object:
 
 def _build(description: dict[str, Any]) -> Any:
     name = description["class"]
-    if name not in _known:
+    if name not in _classes:
         # A program that only loads may not have imported this package's classes, all of which the densities import.
         importlib.import_module(f"{KEY}.distributions")
-    if name not in _known:
+    if name not in _classes:
         raise ValueError(f"{name} is no class known here; import the module that defines it first")
-    return _known[name](**{key: _decode(value) for key, value in description["arguments"].items()})
+    return _classes[name](**{key: _decode(value) for key, value in description["arguments"].items()})
 
 
 def _decode(value: Any) -> Any:

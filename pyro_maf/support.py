@@ -171,10 +171,11 @@ class Support:
         if self.name == "real":  # a shortcut: small batches would notice the detour
             return value, value.new_zeros(value.shape[:-1])
         parts = value.split([length for _, length in self._runs], -1)
-        made = [getattr(KINDS[name], direction)(part) for (name, _), part in zip(self._runs, parts, strict=True)]
-        if len(made) == 1:
-            return made[0][0], made[0][1].sum(-1)
-        return torch.cat([part for part, _ in made], -1), torch.cat([log_slope for _, log_slope in made], -1).sum(-1)
+        mapped = [getattr(KINDS[name], direction)(part) for (name, _), part in zip(self._runs, parts, strict=True)]
+        if len(mapped) == 1:
+            return mapped[0][0], mapped[0][1].sum(-1)
+        values, log_slopes = zip(*mapped, strict=True)
+        return torch.cat(values, -1), torch.cat(log_slopes, -1).sum(-1)
 
 
 class Columns(constraints.cat):
@@ -221,9 +222,9 @@ def _name(who: str, support: object) -> str:
     constraint = support
     if isinstance(support, constraints.independent) and support.event_dim <= 1:
         constraint = support.base_constraint
-    for name, known in ((SIMPLEX, constraints.simplex), *((name, kind.constraint) for name, kind in KINDS.items())):
+    for name, named in ((SIMPLEX, constraints.simplex), *((name, kind.constraint) for name, kind in KINDS.items())):
         # Exactly the same type with the same bounds: `greater_than(0)` is "positive", `greater_than(1)` is not.
-        if type(constraint) is type(known) and vars(constraint) == vars(known):
+        if type(constraint) is type(named) and vars(constraint) == vars(named):
             return name
     raise ValueError(
         f"{who} expected support to be one of {', '.join(choices)}, a constraint that is one of these, or a sequence "

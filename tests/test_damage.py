@@ -21,8 +21,8 @@ from torch import Tensor
 
 import pyro_maf
 from pyro_maf import MAF, FlowPrior, fit
+from pyro_maf._core.files import write_whole
 from pyro_maf._core.memory_limit import Allowance
-from pyro_maf.saving import write_whole
 from pyro_maf.training.records import Checkpoint
 from tests.fits import gaussian_rows, same, seeded, weights
 

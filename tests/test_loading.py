@@ -154,4 +154,4 @@ def test_nothing_that_is_loaded_runs(path: Path, saved: Path) -> None:
     rewrite(path, {**header_of(path), "arguments": {"input_dim": 3, "order": [call]}})
     refused(path, "mkdir is no class known here")
     assert not witness.exists()
-    assert all(issubclass(known, Savable) for known in pyro_maf.saving._known.values())
+    assert all(issubclass(known, Savable) for known in pyro_maf.saving._classes.values())

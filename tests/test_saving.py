@@ -172,7 +172,7 @@ def test_loading_knows_classes_that_a_program_derives(path: Path) -> None:
 
 
 def test_a_class_of_the_same_name_takes_no_ones_place(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyro_maf.saving._known", dict(pyro_maf.saving._known))
+    monkeypatch.setattr("pyro_maf.saving._classes", dict(pyro_maf.saving._classes))
     impostor = type("MAF", (MAF,), {"__module__": "elsewhere"})
     assert type(pyro_maf.load(saved)) is MAF
     with pytest.raises(TypeError, match="MAF can not be saved: its name is that of a class of pyro_maf"):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import pyro_maf
 from pyro_maf import IAF, MAF, FlowPrior, MAFMoG, RealNVP, fit
-from pyro_maf.saving import write_whole
+from pyro_maf._core.files import write_whole
 from pyro_maf.training import records
 from pyro_maf.training.loop import Loop
 from pyro_maf.training.records import Checkpoint, CheckpointFolder, Epoch

@@ -20,7 +20,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from nbformat import NotebookNode
 
 from pyro_maf import MAF
-from pyro_maf.saving import write_whole
+from pyro_maf._core.files import write_whole
 
 FOLDER = Path(__file__).parent
 SECONDS_A_CELL = 600

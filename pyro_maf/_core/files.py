@@ -1,9 +1,11 @@
-"""The folder of a fit: its files, its lock, and the replacement of an old fit by a new one."""
+"""Files written whole or not at all, and the folder of a fit: its files, its lock, its replacement by a new one."""
 
 from __future__ import annotations
 
 import errno
+import glob
 import os
+import secrets
 import shutil
 import socket
 import sys
@@ -15,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 if sys.platform == "win32":
     import msvcrt
@@ -33,7 +35,11 @@ __all__ = [
     "REPORT",
     "held",
     "recover",
+    "remove_unfinished",
     "replaced",
+    "try_to_write",
+    "write_whole",
+    "writing_whole",
 ]
 
 CHECKPOINT, LOG, MODEL, BOARD = "checkpoint.safetensors", "log.csv", "model.safetensors", "tensorboard"
@@ -51,6 +57,57 @@ ASIDE = ".replaced-"
 TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 UNLOCKABLE = (errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 """Errors of file systems without locks, mostly network file systems."""
+
+TOKEN_BYTES = 8
+"""Random bytes in the temporary name of a file that is being written."""
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file atomically, as `writing_whole`."""
+    with writing_whole(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def writing_whole(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing under a temporary name, and rename it at the end: `path` is never half-written."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"save expected an existing folder for {path.name}, got {path.parent}.")
+    if path.is_dir():
+        raise IsADirectoryError(f"save expected a file name, got the folder {path}.")
+    # Not a file of `tempfile`, which only its owner can read.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(TOKEN_BYTES)}")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            # The error of a full disk names no file, and others name the temporary one.
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+        raise
+
+
+def try_to_write(path: Path, content: bytes) -> bool:
+    """Write a file atomically, or warn if that fails: a full disk should not end hours of work."""
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        warnings.warn(
+            f"fit could not write {path}: {error.strerror or error}. It goes on without that file.", stacklevel=2
+        )
+        return False
+    return True
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove temporary files of `path` that a killed process has left behind."""
+    token = "[0-9a-f]" * (2 * TOKEN_BYTES)
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.{token}"):
+        temporary.unlink(missing_ok=True)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
-from pyro_maf._core.files import COLUMNS
+from pyro_maf._core.files import COLUMNS, write_whole
 from pyro_maf.cli.errors import INTERRUPTED, CommandError, input_errors, say, warnings_as_lines
 from pyro_maf.cli.saved_model import write_json
 from pyro_maf.cli.shared_options import Device, Epochs, Models, TableOptions, TrainingOptions, flag, option, separated
@@ -186,7 +186,6 @@ def _finish(comparison: Comparison, folder: Path, name: str, published: Mapping[
     from rich.console import Console
 
     from pyro_maf.experiments import results
-    from pyro_maf.saving import write_whole
 
     Console().print(results.as_table(comparison, published))
     forms = {"md": results.as_markdown, "csv": results.as_csv, "json": results.as_json}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import typer
 
-from pyro_maf._core.files import COLUMNS, MODEL, RECORD, recover
+from pyro_maf._core.files import COLUMNS, MODEL, RECORD, recover, write_whole
 from pyro_maf._core.text import shown
 from pyro_maf.cli.errors import CommandError, input_errors
 from pyro_maf.cli.shared_options import ModelPath, TextOptions, read
@@ -148,8 +148,6 @@ def read_model(path: Path) -> SavedModel:
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Write a JSON file atomically."""
-    from pyro_maf.saving import write_whole
-
     write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, TypeAlias
 import typer
 
 from pyro_maf._core.extras import require
+from pyro_maf._core.files import writing_whole
 from pyro_maf.cli.errors import CommandError, input_errors, say
 from pyro_maf.cli.saved_model import SavedModel, read_model
 from pyro_maf.cli.shared_options import Decimal, Encoding, ModelPath, Out, Source, flag, separated
@@ -210,8 +211,6 @@ def writing_rows(path: Path, names: Sequence[str], dtype: str = "float32") -> It
     """
     require("pyro-maf", "pyarrow")
     import pyarrow
-
-    from pyro_maf.saving import writing_whole
 
     schema = pyarrow.schema([(name, pyarrow.float64() if dtype == "float64" else pyarrow.float32()) for name in names])
     writers = {".csv": _csv_writer, ".parquet": _parquet_writer}

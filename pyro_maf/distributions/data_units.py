@@ -172,8 +172,8 @@ def widen_for(
         return
     if loc.shape == scale.shape == now.shape and not float32_holds(loc, scale, support).all():
         for name in names:
-            held = buffers[name]
-            buffers[name] = None if held is None else held.double()
+            buffer = buffers[name]
+            buffers[name] = None if buffer is None else buffer.double()
 
 
 def statistics(

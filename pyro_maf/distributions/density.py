@@ -70,7 +70,7 @@ class Density(Savable, TorchDistribution, nn.Module):
         self.input_dim = input_dim
         self.context_dim = context_dim
 
-    # -- what a subclass provides ---------------------------------------------------------------------------------
+    # -- implemented by subclasses ---------------------------------------------------------------------------------
 
     def log_density(self, value: Tensor, context: Tensor | None = None) -> Tensor:
         r"""Log-density (\*batch,) in nats of `value` (\*batch, D), with batch the joint one of value and context.
@@ -196,7 +196,7 @@ class Density(Savable, TorchDistribution, nn.Module):
             role: Name of the value, for errors.
 
         Raises:
-            TypeError: For what is no tensor, or of another dtype.
+            TypeError: For a value that is no tensor, or of another dtype.
             ValueError: For another width or device.
         """
         (size,) = self.event_shape

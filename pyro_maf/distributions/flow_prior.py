@@ -103,14 +103,14 @@ class FlowPrior(Density):
             raise ValueError(f"{self.name} got context_loc or context_scale for a model that takes no context.")
         if isinstance(support, Mapping):
             support = Layout.named(columns).spread(self.name, "support", support, "real", model.input_dim)
-        known = Support(self.name, support, model.input_dim)
-        super().__init__(model.input_dim, model.context_dim, model.batch_shape, known.event_size)
+        target = Support(self.name, support, model.input_dim)
+        super().__init__(model.input_dim, model.context_dim, model.batch_shape, target.event_size)
         self.name_columns(Layout.named(columns), Layout.named(context_columns))
         like = reference_tensor(model)
         if like is None:  # a model of permutations alone has a device, but no dtype
             like = torch.zeros((), device=getattr(reference_tensor(model, floating=False), "device", None))
         self.model: Flow | Density = model
-        self.units = DataUnits(*statistics(self.name, "", (loc, scale), model.input_dim, like, known), known, like)
+        self.units = DataUnits(*statistics(self.name, "", (loc, scale), model.input_dim, like, target), target, like)
         of_context = statistics(self.name, "context_", (context_loc, context_scale), model.context_dim, like)
         for name, value in zip(CONTEXT_UNITS, of_context, strict=True):
             self.register_buffer(name, value)

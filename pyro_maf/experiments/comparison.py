@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from pyro_maf._core.checks import check_positive
-from pyro_maf._core.files import CHECKPOINT, MODEL
+from pyro_maf._core.files import CHECKPOINT, MODEL, write_whole
 from pyro_maf.datasets import Dataset
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.experiments.candidates import Candidate, candidates
 from pyro_maf.experiments.gaussian import fit_gaussian
 from pyro_maf.experiments.results import Comparison, Score
-from pyro_maf.saving import write_whole
 from pyro_maf.tables import Rows
 from pyro_maf.tables.layout import Layout, TableLike, check_paired, number_of_rows, numbers
 from pyro_maf.tables.rows import copies_of

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from pyro_maf import plotting
 from pyro_maf._core.extras import require
+from pyro_maf._core.files import write_whole
 from pyro_maf._core.progress import check_progress
 from pyro_maf._core.torch_state import reference_tensor
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.report.examination import Examination, examine
 from pyro_maf.report.kolmogorov import distance_between, distance_to_uniform
-from pyro_maf.saving import write_whole
 from pyro_maf.tables.layout import TableLike
 from pyro_maf.tables.table import Table
 from pyro_maf.training import FitResult

@@ -21,7 +21,7 @@ import llvmlite
 import numba
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
-from pyro_maf.saving import write_whole
+from pyro_maf._core.files import write_whole
 
 __all__ = ["stored"]
 

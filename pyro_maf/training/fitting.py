@@ -15,13 +15,13 @@ from torch import Tensor
 
 from pyro_maf._core.checks import check_above_zero, check_positive
 from pyro_maf._core.extras import require
-from pyro_maf._core.files import MODEL
+from pyro_maf._core.files import MODEL, try_to_write
 from pyro_maf._core.interruption import Interruption
 from pyro_maf._core.processes import Processes
 from pyro_maf._core.progress import check_progress
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
-from pyro_maf.saving import describe, packed, try_to_write
+from pyro_maf.saving import describe, packed
 from pyro_maf.support import Support, SupportLike
 from pyro_maf.tables.layout import Layout, TableLike, number_of_columns
 from pyro_maf.tables.table import NamedRows, Table, named_rows

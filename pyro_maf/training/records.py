@@ -19,8 +19,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from pyro_maf._core.files import BOARD, CHECKPOINT, FILES, LOG, MODEL, held, recover, replaced
-from pyro_maf.saving import Kind, pack, remove_unfinished, try_to_write, unpack, write_whole
+from pyro_maf._core.files import (
+    BOARD,
+    CHECKPOINT,
+    FILES,
+    LOG,
+    MODEL,
+    held,
+    recover,
+    remove_unfinished,
+    replaced,
+    try_to_write,
+    write_whole,
+)
+from pyro_maf.saving import Kind, pack, unpack
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -52,15 +52,15 @@ class ActNorm(Flow):
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y = x exp(log_scale) + loc, and log |det dy/dx|."""
-        own = current(self)
-        return x * own.log_scale.exp() + own.loc, own.log_scale.sum().expand(x.shape[:-1])
+        layer = current(self)
+        return x * layer.log_scale.exp() + layer.loc, layer.log_scale.sum().expand(x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x = (y - loc) exp(-log_scale), and log |det dy/dx|; sets both from the first batch in training."""
         if self.training and not self._host.initialized and y.numel() > self.input_dim:
             self._fit_statistics(y)
-        own = current(self)
-        return (y - own.loc) * (-own.log_scale).exp(), own.log_scale.sum().expand(y.shape[:-1])
+        layer = current(self)
+        return (y - layer.loc) * (-layer.log_scale).exp(), layer.log_scale.sum().expand(y.shape[:-1])
 
     def _fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
         if self._host.initialized:

@@ -61,7 +61,7 @@ class Flow(Savable, TransformModule):
         self._cache = Cache()
         self._inverse_state: dict[str, object] | None = None
 
-    # -- what a subclass provides ---------------------------------------------------------------------------------
+    # -- implemented by subclasses ---------------------------------------------------------------------------------
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r"""y for noise x (\*batch, D), and log |det dy/dx| (\*batch,) in nats; implemented by each flow.
@@ -119,8 +119,8 @@ class Flow(Savable, TransformModule):
         if not self._cache_size or not caching_is_possible():
             return without_autocast(direction, value, like=value)[0]
         cache = self._cache
-        if (known := cache.input_of(self, value)) is not None:
-            return known
+        if (cached := cache.input_of(self, value)) is not None:
+            return cached
         output, log_det = without_autocast(direction, value, like=value)
         cache.store(self, value, output, log_det)
         return output
@@ -156,8 +156,9 @@ class Flow(Savable, TransformModule):
         return self._checked("y", y, like)
 
     def _checked(self, role: str, value: Tensor, like: Tensor | None) -> Tensor:
-        held = reference_tensor(self, floating=False) if like is None else like
-        return check_event(self.name, role, converted(value, like), self.input_dim, "input_dim", held)
+        value = converted(value, like)
+        like = reference_tensor(self, floating=False) if like is None else like
+        return check_event(self.name, role, value, self.input_dim, "input_dim", like)
 
     # -- conventions of Transform ---------------------------------------------------------------------------------
 

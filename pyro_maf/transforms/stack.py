@@ -77,9 +77,9 @@ class Stack(Flow):
         try:
             with torch.no_grad():
                 for layer in reversed(list(self)):
-                    own = context if layer.context_dim else None
-                    layer.fit_statistics(y, own)
-                    y = layer.inverse_and_log_det(y, own)[0]
+                    of_layer = context if layer.context_dim else None
+                    layer.fit_statistics(y, of_layer)
+                    y = layer.inverse_and_log_det(y, of_layer)[0]
         finally:
             for member, training in modes:
                 member.training = training
@@ -98,9 +98,9 @@ class Stack(Flow):
         """Apply the layers in turn; flatten a batch of several dimensions once, not in every layer."""
         if value.dim() < 3 or context is not None or not self.is_by_row:
             return self._in_turn(direction, layers, value, context)
-        made, log_det = self._in_turn(direction, layers, value.flatten(0, -2), None)
+        output, log_det = self._in_turn(direction, layers, value.flatten(0, -2), None)
         batch = value.shape[:-1]
-        return made.unflatten(0, batch), log_det.unflatten(0, batch)
+        return output.unflatten(0, batch), log_det.unflatten(0, batch)
 
     @staticmethod
     def _in_turn(direction: str, layers: list[Flow], value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
