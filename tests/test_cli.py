@@ -398,6 +398,15 @@ def test_columns_far_from_zero_are_fitted_scored_and_drawn_as_precisely_as_they_
         assert drawn["northing"].nunique() > 490
 
 
+def test_rows_on_disk_that_are_too_coarse_for_a_model_are_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    far = 5.4e6 + 0.1 * torch.randn(200, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = pyro_maf.fit(build("made", 1), far, max_epochs=1, progress=False).density
+    model.save(here / "far.safetensors")
+    np.save(here / "coarse.npy", far.float().numpy())
+    monkeypatch.setattr("pyro_maf.tables.table.BYTES_IN_MEMORY", 0)
+    assert "Read the values in float64" in run("score", "far.safetensors", "coarse.npy", code=2).stderr
+
+
 # -- sample -----------------------------------------------------------------------------------------------------------
 
 

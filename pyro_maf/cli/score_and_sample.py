@@ -66,15 +66,13 @@ def score(
     """
     import torch
 
-    from pyro_maf.training.result import log_prob_of
-
     saved = read_model(model)
     table = saved.read(data, {"drop_missing": drop_missing, "decimal": decimal, "encoding": encoding})
     total = squares = 0.0
     count = rows = 0
     first = None
     with writing_rows(out, ["log_density"], saved.dtype) as write:
-        for scores in _with_gaps(log_prob_of(saved.density, table.data, table.context), table):
+        for scores in _with_gaps(_log_probs(saved, table), table):
             write(scores[:, None].numpy())
             outside = (scores == -torch.inf).nonzero()[:1, 0].tolist()
             first = first or (rows + outside[0] + 1 if outside else None)
@@ -86,6 +84,14 @@ def score(
         say(f"nan for some rows: {table.missing}.")
     where = "" if first is None else f" (data row {first}, counted from 1, is the first)"
     say(_summary(len(table.data), len(table.data) - count, where, total, squares))
+
+
+def _log_probs(model: SavedModel, table: Table) -> Iterator[Tensor]:
+    """Iterate over log-densities of blocks of rows."""
+    from pyro_maf.training.result import log_prob_of
+
+    with input_errors():
+        yield from log_prob_of(model.density, table.data, table.context)
 
 
 def _with_gaps(scores: Iterator[Tensor], table: Table) -> Iterator[Tensor]:
