@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ def fit_prior(
     return result.density.requires_grad_(False)
 
 
-def _default_flow(columns: int, context_dim: int, support: Any, seed: int, data: Any) -> MAF:
+def _default_flow(columns: int, context_dim: int, support: SupportLike | None, seed: int, data: TableLike) -> MAF:
     """A MAF for a table with this number of columns; the global random state is unchanged."""
     # `columns` may be one too many: a simplex of D + 1 columns has D free dimensions.
     on_simplex = support is not None and Support("fit_prior", support, columns).event_size > columns

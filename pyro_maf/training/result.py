@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from pyro_maf._core.checks import check_positive
 from pyro_maf._core.torch_state import reference_tensor
-from pyro_maf.distributions import ConditionalDensity, Density, FlowPrior
+from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
 from pyro_maf.tables import Rows
 from pyro_maf.tables.layout import Layout, TableLike, check_paired, number_of_rows, numbers, part_of
 from pyro_maf.tables.rows import check_context, table_of
@@ -63,7 +63,7 @@ class FitResult:
         (torch.Size([14]), ['a', 'b'])
     """
 
-    density: Any
+    density: FlowPrior | ConditionalFlowPrior
     train_loss: tuple[float, ...]
     validation_loss: tuple[float, ...]
     best_epoch: int
@@ -128,7 +128,7 @@ class FitResult:
         number = check_positive("sample", "number", number)
         self._check_context("sample", context)
         if context is None:
-            return self.layout.like(self.density.sample((number,)).cpu())
+            return self.layout.like(self.density.unwrapped.sample((number,)).cpu())
         width = self.density.unwrapped.context_dim
         table = numbers("sample", "context", self.context_layout.pick("sample", "context", context))
         table = table.reshape(-1, width) if table.dim() < 2 and table.numel() % width == 0 else table
@@ -136,7 +136,8 @@ class FitResult:
             raise ValueError(
                 f"sample expected context of shape (1, {width}) or ({number}, {width}), got {tuple(table.shape)}."
             )
-        return self.layout.like(self.density.condition(table.expand(number, width)).sample().cpu())
+        at = cast(ConditionalFlowPrior, self.density).condition(table.expand(number, width))
+        return self.layout.like(at.sample().cpu())
 
     @property
     def _takes_context(self) -> bool:

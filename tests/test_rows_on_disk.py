@@ -52,7 +52,7 @@ def divided(path: Path, table: Any, seed: int = 0) -> Split:
     return unsplit(mapped(path / "rows.npy", table)).split(0.1, torch.Generator().manual_seed(seed))
 
 
-def stored_rows(path: Path, rows: int = ROWS) -> tuple[Any, Tensor]:
+def numbered_rows(path: Path, rows: int = ROWS) -> tuple[Any, Tensor]:
     """The rows, each of which has a number of its own in its first column, divided, and the same in memory."""
     table = torch.stack([torch.arange(float(rows)), torch.randn(rows, generator=torch.Generator().manual_seed(0))], 1)
     return divided(path, table.double()), table.double()
@@ -63,7 +63,7 @@ def numbers(batches: Any) -> list[list[int]]:
 
 
 def test_every_training_row_is_dealt_once_a_pass_and_no_other(tmp_path: Path) -> None:
-    rows, _ = stored_rows(tmp_path)
+    rows, _ = numbered_rows(tmp_path)
     batches = Batches(rows.training, 100, torch.Generator().manual_seed(0), Processes())
     held_out = set(rows.held_out.data[:, 0].long().tolist())
     first, second = numbers(batches), numbers(batches)
@@ -78,7 +78,7 @@ def test_every_training_row_is_dealt_once_a_pass_and_no_other(tmp_path: Path) ->
 
 @pytest.mark.parametrize("more", [1, 2, 60])
 def test_a_few_rows_over_make_no_batch_of_their_own(more: int, tmp_path: Path) -> None:
-    rows, _ = stored_rows(tmp_path, rows=64 * 6 * 2 + more)
+    rows, _ = numbered_rows(tmp_path, rows=64 * 6 * 2 + more)
     batches = Batches(rows.training, 100, torch.Generator().manual_seed(0), Processes())
     assert batches.smallest > 50
     assert min(map(len, numbers(batches))) >= batches.smallest
@@ -109,7 +109,7 @@ def test_columns_with_names_are_no_table(tmp_path: Path) -> None:
 
 
 def test_a_file_that_changes_during_a_fit_is_not_trusted(tmp_path: Path) -> None:
-    rows, _ = stored_rows(tmp_path)
+    rows, _ = numbered_rows(tmp_path)
     other = np.load(tmp_path / "rows.npy", mmap_mode="r+")
     batches = Batches(rows.training, 100, torch.Generator().manual_seed(0), Processes())
     other[2345, 1] = math.nan
@@ -119,14 +119,14 @@ def test_a_file_that_changes_during_a_fit_is_not_trusted(tmp_path: Path) -> None
 
 
 def test_rows_from_far_apart_share_a_batch(tmp_path: Path) -> None:
-    rows, _ = stored_rows(tmp_path)
+    rows, _ = numbered_rows(tmp_path)
     batches = numbers(Batches(rows.training, 100, torch.Generator().manual_seed(0), Processes()))
     spread = [max(batch) - min(batch) for batch in batches]
     assert sum(spread) / len(spread) > ROWS / 2
 
 
 def test_a_pass_is_taken_up_where_it_was(tmp_path: Path) -> None:
-    rows, _ = stored_rows(tmp_path)
+    rows, _ = numbered_rows(tmp_path)
     batches = Batches(rows.training, 100, torch.Generator().manual_seed(0), Processes())
     order = batches.order(0)
     whole = numbers(batches)
@@ -138,7 +138,7 @@ def test_a_pass_is_taken_up_where_it_was(tmp_path: Path) -> None:
 
 
 def test_units_are_those_of_the_training_rows(tmp_path: Path) -> None:
-    rows, table = stored_rows(tmp_path)
+    rows, table = numbered_rows(tmp_path)
     kept = torch.ones(ROWS, dtype=torch.bool)
     kept[rows.held_out.data[:, 0].long()] = False
     units, context = rows.training.moments(Support("fit", "real", 2))
@@ -198,10 +198,10 @@ def test_categories_are_divided_row_by_row(tmp_path: Path) -> None:
 
 
 def test_a_sample_is_of_as_many_rows_as_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, _ = stored_rows(tmp_path)
+    rows, _ = numbered_rows(tmp_path)
     assert len(rows.training.sample().data) == sum(rows.training.sizes)
     monkeypatch.setattr(disk, "MOST_HELD", 500)
-    rows, _ = stored_rows(tmp_path)
+    rows, _ = numbered_rows(tmp_path)
     sample = rows.training.sample().data
     assert 500 <= len(sample) <= 500 + len(rows.training.starts)
     assert sample[:, 0].mean() == pytest.approx(ROWS / 2, rel=0.1)
@@ -235,7 +235,7 @@ def test_a_fit_to_a_mapped_file_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_the_sample_is_read_from_the_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, _ = stored_rows(tmp_path)
+    rows, _ = numbered_rows(tmp_path)
     batches = Batches(rows.training, 100, torch.Generator().manual_seed(0), Processes())
     first = batches.sample()
     monkeypatch.setattr(MappedRows, "take", lambda *_: pytest.fail("the file was read again"))
