@@ -24,7 +24,7 @@ check: $(VENV)/.dev  ## Lint, layout of the code, types
 bench: $(VENV)/.bench  ## Run every benchmark, one after another
 	set -e; for file in benchmarks/[a-z]*.py; do $(BIN)/python $$file; done
 
-tutorials: $(VENV)/.dev  ## Run every notebook anew, and write it with what it puts out
+tutorials: $(VENV)/.dev  ## Run every notebook, and write it with its outputs
 	OMP_NUM_THREADS=1 $(BIN)/python tutorials/run.py
 
 docs: $(VENV)/.docs  ## Build the documentation into site/, to be read in a browser without a server
@@ -38,7 +38,7 @@ clean:  ## Remove what was built, the environment included
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
-# A stamp for each extra, so that installing is repeated only when what is asked for has changed. torch comes first: with
+# A stamp for each extra, so that it is installed again only when its requirements have changed. torch comes first: with
 # the pinned version in place nothing else pulls in another build of it.
 INSTALL := $(BIN)/pip install -q -c constraints.txt
 

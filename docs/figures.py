@@ -43,7 +43,7 @@ def schools() -> None:
 
 
 def easier_schools() -> None:
-    """The same, in coordinates that NUTS walks with ease."""
+    """The same, in coordinates in which NUTS mixes well."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("schools", 8):
@@ -52,7 +52,7 @@ def easier_schools() -> None:
 
 
 def reference() -> tuple[torch.Tensor, torch.Tensor]:
-    """The first school's effect and log tau, by NUTS."""
+    """Draw the first school's effect and log tau by NUTS."""
     mcmc = MCMC(NUTS(easier_schools), num_samples=DRAWS, warmup_steps=500, disable_progbar=True)
     mcmc.run()
     draws = mcmc.get_samples()
@@ -60,7 +60,7 @@ def reference() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def by_guide(guide: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same by a guide, fitted."""
+    """Draw the same from a fitted guide."""
     fitted = fit_guide(schools, guide, progress=False).guide
     with torch.no_grad(), pyro.plate("draws", DRAWS, dim=-2):
         draws = fitted()
@@ -68,7 +68,7 @@ def by_guide(guide: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def posterior() -> Figure:
-    """Two guides over reference draws."""
+    """Draw two guides over reference draws."""
     pyro.set_rng_seed(0)
     guides = {"AutoMultivariateNormal": AutoMultivariateNormal(schools), "AutoIAF": AutoIAF(schools)}
     effect, log_tau = reference()
@@ -84,7 +84,7 @@ def posterior() -> Figure:
 
 
 def sweep(dim: int = 6, units: int = 12, step: int = 3) -> Figure:
-    """The weights of a MADE, and which of them the sweep uses before, at and after one step."""
+    """Draw the weights of a MADE, and those that the sweep uses before, at and after one step."""
     made = MADE(dim, [units, units], outputs_per_input=2)
     final = [[0] * dim, *made.ready]
     figure, panels = plt.subplots(1, 3, figsize=(9, 4), width_ratios=(dim, units, units), layout="constrained")
@@ -106,7 +106,7 @@ def sweep(dim: int = 6, units: int = 12, step: int = 3) -> Figure:
 
 
 def cost() -> Figure:
-    """What drawing 1,000 rows costs in six packages, as benchmarks/directions.py has measured it."""
+    """Draw the cost of sampling 1,000 rows in six packages, as measured by benchmarks/directions.py."""
     cells = json.loads((ROOT / "benchmarks" / "results" / "directions.json").read_text(encoding="utf-8"))["cells"]
     wanted = {"task": "sample", "threads": 1, "layers": 1, "batch": 1000}
     cells = sorted((cell for cell in cells if wanted.items() <= cell.items()), key=lambda cell: cell["D"])
@@ -141,7 +141,7 @@ def _draw(axes: Axes, mask: np.ndarray[Any, Any], before: np.ndarray[Any, Any], 
 
 
 def main() -> None:
-    """Draw them all."""
+    """Draw all figures."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for draw in (cost, sweep, posterior):

@@ -1,4 +1,4 @@
-"""Run the notebooks of this folder anew, each in a kernel of its own, and write them with what they put out.
+"""Run the notebooks of this folder, each in a separate kernel, and write them with their outputs.
 
 Run with `make tutorials`, or `python tutorials/run.py 01-flows-in-ten-minutes.ipynb` for some of them. A notebook that
 fails, or that writes to stderr, is left as it was.
@@ -36,7 +36,7 @@ def notebooks() -> list[Path]:
 
 
 def executed(notebook: NotebookNode, folder: Path = FOLDER) -> NotebookNode:
-    """A notebook, run from its first cell to its last in `folder`.
+    """Run a notebook from its first cell to its last in `folder`.
 
     Raises:
         CellExecutionError: For the first cell that raises.
@@ -54,7 +54,7 @@ def executed(notebook: NotebookNode, folder: Path = FOLDER) -> NotebookNode:
 
 
 def tidied(notebook: NotebookNode) -> NotebookNode:
-    """A notebook without what differs from machine to machine and run to run, though nothing that it shows does."""
+    """A notebook without metadata that differ from machine to machine and run to run."""
     tidy = nbformat.from_dict(notebook)
     tidy.metadata = nbformat.from_dict(METADATA)
     for number, cell in enumerate(tidy.cells, start=1):
@@ -65,8 +65,7 @@ def tidied(notebook: NotebookNode) -> NotebookNode:
 
 
 def _joined(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
-    """Outputs that show something, with what one stream wrote in pieces made whole, and pictures without a description
-    of their object."""
+    """Visible outputs, with the pieces of each stream joined, and pictures without a description of their object."""
     joined: list[NotebookNode] = []
     for output in map(nbformat.from_dict, outputs):
         if output.output_type == "stream" and joined and joined[-1].get("name") == output.name:
@@ -80,7 +79,7 @@ def _joined(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
 
 
 def shows_something(output: NotebookNode) -> bool:
-    """Whether anything is to be seen of an output in a stored notebook: not of blanks, empty tags, or a widget."""
+    """Return whether an output is visible in a stored notebook: blanks, empty tags and widgets are not."""
     if output.output_type == "stream":
         return bool(output.text.strip())
     data = output.get("data", {})
@@ -91,12 +90,12 @@ def shows_something(output: NotebookNode) -> bool:
 
 
 def written(notebook: NotebookNode) -> str:
-    """The text of a notebook's file."""
+    """Text of the file of a notebook."""
     return nbformat.writes(tidied(notebook)) + "\n"
 
 
 def complaints(notebook: NotebookNode) -> list[str]:
-    """What was written to stderr, which is for nobody to read."""
+    """Text that a notebook wrote to stderr, which a reader should not see."""
     return [
         output.text
         for cell in notebook.cells
@@ -113,19 +112,19 @@ def run(path: Path) -> None:
         RuntimeError: If it wrote to stderr.
     """
     notebook = executed(nbformat.read(path, as_version=4), path.parent)
-    if found := complaints(notebook):
-        raise RuntimeError("it wrote to stderr: " + "".join(found))
+    if errors := complaints(notebook):
+        raise RuntimeError("it wrote to stderr: " + "".join(errors))
     write_whole(path, written(notebook).encode())
 
 
 def compile_kernels() -> None:
-    """Have the kernels of either precision compiled, so that no notebook announces it."""
+    """Compile the kernels of both precisions, so that no notebook announces it."""
     for dtype in (torch.float32, torch.float64):
         MAF(2, num_layers=1).to(dtype)(torch.zeros(1, 2, dtype=dtype))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run notebooks one after another; 1 if any of them failed."""
+    """Run notebooks one after another; return 1 if any of them failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, help="which to run (default: all of this folder)")
     compile_kernels()

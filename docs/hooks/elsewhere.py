@@ -1,4 +1,4 @@
-"""What the site takes from outside docs/: the README as its first page, the benchmarks' pictures, no script."""
+"""Parts of the site from outside docs/: the README as its first page, and the pictures of the benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers draw by themselves: no script, no fonts to fetch."""
+"""Formulas as MathML, which browsers render without scripts or fonts to fetch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IN_CONTENTS = re.compile(r"\\\((.*?)\\\)")
 
 
 def on_page_content(html: str, page: Page, **_: Any) -> str:
-    """Replace what arithmatex has marked, in the text and in the table of contents."""
+    """Replace formulas marked by arithmatex, in the text and in the table of contents."""
     _in_contents(page.toc)
     html = BLOCK.sub(lambda match: f'<div class="formula">{_mathml(match, display="block")}</div>', html)
     return INLINE.sub(_mathml, html)

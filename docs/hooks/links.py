@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 
 class Page(HTMLParser):
-    """What one page links to, what it has a browser fetch, and the places in it that can be linked to."""
+    """Links of one page, URLs that a browser fetches for it, and anchors in it."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -25,19 +25,19 @@ class Page(HTMLParser):
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Take note of one element."""
-        given = {name: value or "" for name, value in attrs}
-        self.places.update(given[name] for name in ("id", "name") if name in given)
-        if "src" in given:
-            self.fetched.append(given["src"])
-        if tag == "link" and given.get("rel") not in ("canonical", "prev", "next"):
-            self.fetched.append(given["href"])
-        elif "href" in given:
-            self.links.append(given["href"])
+        """Record one element."""
+        attributes = {name: value or "" for name, value in attrs}
+        self.places.update(attributes[name] for name in ("id", "name") if name in attributes)
+        if "src" in attributes:
+            self.fetched.append(attributes["src"])
+        if tag == "link" and attributes.get("rel") not in ("canonical", "prev", "next"):
+            self.fetched.append(attributes["href"])
+        elif "href" in attributes:
+            self.links.append(attributes["href"])
 
 
 def problems(site: Path) -> Iterator[str]:
-    """What is wrong with a site, a line each."""
+    """Problems of a site, a line each."""
     pages = {path.resolve(): Page(path) for path in sorted(site.rglob("*.html")) if path.name != "404.html"}
     for path, page in pages.items():
         where = path.relative_to(site.resolve())
@@ -55,10 +55,10 @@ def problems(site: Path) -> Iterator[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Print every problem of the site in a folder; 1 if there are any."""
-    found = list(problems(Path(arguments[0])))
-    print("\n".join(found) or f"{arguments[0]}: every link leads somewhere, and nothing is fetched from elsewhere.")
-    return int(bool(found))
+    """Print the problems of the site in a folder; return 1 if there are any."""
+    broken = list(problems(Path(arguments[0])))
+    print("\n".join(broken) or f"{arguments[0]}: every link leads somewhere, and nothing is fetched from elsewhere.")
+    return int(bool(broken))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The notebooks of tutorials/ as pages: what they say, what they run, and what that put out when they were last run."""
+"""The notebooks of tutorials/ as pages: text, code, and the outputs of their last run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LINK = re.compile(r"\]\(([\w.-]+)\.ipynb")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put every notebook into the navigation, in reading order, after the section's own page."""
+    """Add every notebook to the navigation, in reading order, after the page of the section."""
     for entry in config.nav or ():
         if isinstance(entry, dict) and "Tutorials" in entry:
             entry["Tutorials"] += [f"{FOLDER}/{path.stem}.md" for path in _notebooks(config)]
@@ -24,7 +24,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add a page for each notebook, its pictures, and the folder's README as the section's own page."""
+    """Add a page for each notebook, its pictures, and the README of the folder as the page of the section."""
     index = (_root(config) / FOLDER / "README.md").read_text(encoding="utf-8")
     files.append(File.generated(config, f"{FOLDER}/index.md", content=_between_pages(index)))
     for path in _notebooks(config):

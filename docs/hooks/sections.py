@@ -1,4 +1,4 @@
-"""The sections of the package's docstrings that griffe does not know by the names they have here."""
+"""Sections of docstrings that griffe does not recognise by their names."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import Any
 import griffe
 
 EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
-OWN = re.compile(r"^(Shapes|Cost|Reference):((?:[ ]+\S.*\n?)?(?:(?!\w+:)\S.*\n?|[ ]+\S.*\n?|\n(?=[ ]))*)", re.MULTILINE)
+PARAGRAPHS = re.compile(
+    r"^(Shapes|Cost|Reference):((?:[ ]+\S.*\n?)?(?:(?!\w+:)\S.*\n?|[ ]+\S.*\n?|\n(?=[ ]))*)", re.MULTILINE
+)
 
 
 class Sections(griffe.Extension):
-    """Makes `Example:` a section of code, and Shapes, Cost and Reference paragraphs with their name in front."""
+    """Turns `Example:` into a section of code, and Shapes, Cost, Reference into paragraphs with their name in front."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Rewrite the docstring of whatever griffe has read."""
+        """Rewrite the docstring of an object that griffe has read."""
         if obj.docstring is not None:
             text = EXAMPLE.sub("Examples:", obj.docstring.value)
-            obj.docstring.value = OWN.sub(_paragraph, text)
+            obj.docstring.value = PARAGRAPHS.sub(_paragraph, text)
 
 
 def _paragraph(match: re.Match[str]) -> str:
