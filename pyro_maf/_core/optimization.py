@@ -54,13 +54,12 @@ class Adam:
 
     def reset(self) -> None:
         """Forget all gradients."""
+        # In one tensor, since counting in 30 takes as long as the step.
+        device = self._weights[0].device if self._weights else None
+        self._steps = torch.zeros(len(self._weights), dtype=torch.float32, device=device)
         self.states = [
-            {
-                "step": torch.zeros((), dtype=torch.float32, device=weight.device),
-                "exp_avg": torch.zeros_like(weight),
-                "exp_avg_sq": torch.zeros_like(weight),
-            }
-            for weight in self._weights
+            {"step": step, "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+            for step, weight in zip(self._steps, self._weights, strict=True)
         ]
 
     def load(self, states: Sequence[Mapping[str, Tensor]]) -> None:
@@ -80,7 +79,9 @@ class Adam:
             states = [self.states[index] for index in taking]
             steps = [state["step"] for state in states]
             is_fused = steps[0].device.type in FUSED
-            if is_fused:  # the other counts for itself
+            if is_fused and len(taking) == len(self._weights):
+                self._steps.add_(1)
+            elif is_fused:  # the other counts for itself
                 torch._foreach_add_(steps, 1)
             (torch._fused_adam_ if is_fused else adam)(
                 [self._weights[index] for index in taking],
