@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from pyro_maf.experiments.models import STACKS, build
 from pyro_maf.training.preparation import Model
@@ -162,11 +162,8 @@ class Settings:
     def candidates(self, names: Sequence[str] = tuple(ROWS)) -> tuple[Candidate, ...]:
         """Return rows of the table with every width that was tried, at the paper's learning rates."""
         return tuple(
-            Candidate(
-                one.name,
-                one.flow,
-                one.num_layers,
-                one.hidden_dims,
+            replace(
+                one,
                 activation="relu" if one.flow == "realnvp" else self.activation,
                 batch_norm=one.flow in STACKS,
                 degrees=self.degrees,

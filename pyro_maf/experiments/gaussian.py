@@ -32,13 +32,14 @@ def gaussian(
 
 
 def _linear_in(context_dim: int, input_dim: int, weight: Tensor | None) -> Flow:
-    """Layer y_i = exp((B c)_i) x_i + (A c)_i, with A = `weight` and B = 0; both biases are left out here, and 0."""
+    """Layer y_i = exp((B c + b)_i) x_i + (A c + a)_i of a context c, with A = `weight`; a, B and b begin at 0."""
     # With no dimension to pass through, the network of a coupling sees the context alone; without hidden layers it is
     # linear. Its outputs are the D shifts, then the D log-scales.
     layer = Coupling(input_dim, mask=[False] * input_dim, hidden_dims=[], context_dim=context_dim)
     if weight is not None:
-        name = "networks.0.context_layers.0.weight"
-        layer.to(weight.dtype).load_state_dict({name: torch.cat([weight, torch.zeros_like(weight)])}, strict=False)
+        coefficients = layer.to(weight.dtype).get_parameter("networks.0.context_layers.0.weight")
+        with torch.no_grad():
+            coefficients[:input_dim] = weight
     return layer
 
 
