@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from functools import cache
 from inspect import Parameter, Signature
 from typing import get_args, get_type_hints
 
@@ -33,13 +32,22 @@ def show_options(cls: type) -> None:
     vars(cls)["__init__"].__signature__ = signature
 
 
-@cache
+# Not functools.cache, which compilers do not trace.
+_signatures: dict[type, Signature] = {}
+
+
 def signature_of(cls: type) -> Signature:
     """Signature of a class, with the options that its constructor forwards in place of `**layer`.
 
     Those are keyword arguments of `layer_class`: all that the constructor does not have itself, or those among them
     that the typed dictionary of its annotation, `Unpack[...]`, has.
     """
+    if cls not in _signatures:
+        _signatures[cls] = _with_options(cls)
+    return _signatures[cls]
+
+
+def _with_options(cls: type) -> Signature:
     constructor = inspect.getattr_static(cls, "__init__")
     _, *parameters = inspect.signature(constructor).parameters.values()
     if not parameters or parameters[-1].kind is not Parameter.VAR_KEYWORD:
