@@ -33,8 +33,10 @@ __all__ = ["MappedRows", "Spool", "copied", "is_mapped", "temporary_file"]
 
 IN_MEMORY = 2**29
 BLOCK_BYTES = 2**20
+"""Size of a table, in bytes, beyond which it is read in blocks, and size of such a block."""
 MOST_HELD = 2**18
 MOST_MEASURED = 2**16
+"""Maximum number of validation rows, or of rows for batch norm, and of rows for moments."""
 SPOOLED_ROWS = 2**14
 RESOLUTION = 1e-4
 COUNTED = 0.1

@@ -19,7 +19,7 @@ from pyro_maf.tables.layout import FloatArray, Layout, TableLike
 from pyro_maf.tables.rows import Labels
 from pyro_maf.tables.sources import ArraySource, FileOrStream, Source, open_source
 
-__all__ = ["ContextColumn", "Description", "Gaps", "NamedRows", "Table", "named_rows", "read_table"]
+__all__ = ["Description", "Gaps", "NamedRows", "Table", "named_rows", "read_table"]
 
 BYTES_IN_MEMORY = 2**29
 MOST_COMPARED = 2000
@@ -28,7 +28,7 @@ MOST_ROWS, MOST_COLUMNS = 3, 5
 """Number of rows, and of columns, with missing values that a message names."""
 
 
-class ContextColumn(TypedDict):
+class DescribedColumn(TypedDict):
     """A column of context: its name, and its categories or None for numbers."""
 
     name: str
@@ -39,7 +39,7 @@ class Description(TypedDict):
     """The columns of a table in JSON values: names of those of data, and those of context."""
 
     data: list[str]
-    context: list[ContextColumn]
+    context: list[DescribedColumn]
 
 
 class Gaps:

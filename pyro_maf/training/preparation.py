@@ -81,7 +81,7 @@ def prepare(
         ValueError, TypeError: As in `fit`.
     """
     generator = torch.Generator().manual_seed(seed)
-    fraction, apart = _validation(model, source, validation, support)
+    fraction, separate = _validation(model, source, validation, support)
     reader = _reader(model, source, support)
     rows = rows_of(source.data, source.context, reader)
     if isinstance(rows, Rows):
@@ -95,19 +95,19 @@ def prepare(
     if isinstance(rows, Rows):
         reader.check_rounded(rows.rounded_for(prior), prior)
     held_out, places = split.held_out.rounded_for(prior), split.places
-    if apart is None:
+    if separate is None:
         reader.check_rounded(held_out, prior, places.tolist())
         held_out, places, omissions = _without_far_rows(held_out, places, prior, reader.labels)
         warnings += omissions
     else:
-        apart_rows, apart_reader = apart
-        held_out = apart_rows.rounded_for(prior)
-        apart_reader.check_rounded(held_out, prior)
+        validation_rows, validation_reader = separate
+        held_out = validation_rows.rounded_for(prior)
+        validation_reader.check_rounded(held_out, prior)
     return Prepared(
         density=density,
         training=split.training.rounded_for(prior),
         held_out=held_out,
-        places=None if apart else places,
+        places=None if separate else places,
         rows=len(rows.data),
         repeats=split.repeats,
         moments=moments,
