@@ -77,7 +77,8 @@ def fit_prior(
             of column or site, {"scale": "positive"}; columns that it leaves out are real.
         context: Rows (N, C) that the distribution of the data depends on; by default none.
         seed: As in `pyro_maf.fit`; also the seed of the initial weights of the default flow.
-        options: Those of `pyro_maf.fit`, as `max_epochs` or `folder`.
+        options: Other options of `pyro_maf.fit`, such as `max_epochs`. With a `folder`, the model stored there is not
+            frozen.
 
     Returns:
         A `FlowPrior`, or with a context a `ConditionalFlowPrior`, in eval mode.
