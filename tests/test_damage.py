@@ -220,6 +220,20 @@ def test_a_checkpoint_that_this_fit_would_not_write_is_refused(seed: int, folder
         assert is_refused(path, path.read_bytes(), lambda: resumed(folder).density)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_checkpoint_of_another_device_is_resumed(device: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_cuda(_: torch.device) -> dict[str, Tensor]:
+        return {"cpu": torch.get_rng_state(), "cuda": torch.zeros(16, dtype=torch.uint8)}
+
+    if device == "cpu":  # the one that resumes; the other wrote it
+        path = folder / "checkpoint.safetensors"
+        found = Checkpoint.read(path)
+        write_whole(path, Checkpoint({**found.tensors, "global/cuda": torch.zeros(16)}, found.facts).packed())
+    else:
+        monkeypatch.setattr("pyro_maf.training.state.generator_states", with_cuda)
+    assert resumed(folder).epochs == 2
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

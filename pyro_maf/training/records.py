@@ -100,11 +100,13 @@ class Checkpoint(NamedTuple):
         wrong = [
             name for name, example in like.facts.items() if name not in facts or not _is_like(facts[name], example)
         ]
-        expected = like.tensors
-        # Random states of any device: it may have been written on another.
-        there = {name: tensor for name, tensor in self.tensors.items() if name == "global/cpu" or "global/" not in name}
-        wrong += sorted(expected.keys() ^ there.keys())
-        wrong += [name for name in expected.keys() & there.keys() if expected[name].shape != there[name].shape]
+        # Not the random states of a GPU: it may have been written on another device.
+        expected, present = (
+            {name: tensor.shape for name, tensor in each.tensors.items() if name != "global/cuda"}
+            for each in (like, self)
+        )
+        wrong += sorted(expected.keys() ^ present.keys())
+        wrong += [name for name in expected.keys() & present.keys() if expected[name] != present[name]]
         if wrong:
             raise ValueError(
                 f"fit can not go on from {path}: its {wrong[0]} is missing, or not that of this fit: another version "
