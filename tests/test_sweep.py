@@ -10,7 +10,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from pyro_maf import MAF
 from pyro_maf.nn import compress_tails
-from pyro_maf.sweep import compiled, dense, loading, threads
+from pyro_maf.sweep import compiled, function, loading, threads
 from pyro_maf.transforms import ConditionalMaskedAutoregressive, Flow
 from tests.registry import Architecture, architectures, at_context, build
 
@@ -39,16 +38,8 @@ needs_kernels = pytest.mark.skipif(loading.kernels() is None, reason="no compile
 def in_torch() -> Iterator[None]:
     """Without the kernels."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "takes", lambda univariate, v: False)
-        yield
-
-
-@contextmanager
-def wide_from_the_start() -> Iterator[None]:
-    """With every layer treated as a wide one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dense, "NARROW", 0)
-        patch.setattr(dense, "LEAST_UNITS", 0)
+        for engine in (compiled, function):
+            patch.setattr(engine, "kernels", lambda: None)
         yield
 
 
@@ -355,23 +346,18 @@ def test_a_sweep_sees_the_network_as_the_parallel_direction_does() -> None:
         assert torch.allclose(layer.flow.univariate.forward(v, parameters)[0], w, rtol=1e-12, atol=1e-12)
 
 
-def test_training_in_the_parallel_direction_loads_no_kernels() -> None:
-    train = "import sys, torch, pyro_maf\npyro_maf.MAF(2, hidden_dims=[4]).inv(torch.zeros(3, 2)).sum().backward()\n"
-    done = run(train + HAS_NUMBA)
-    assert done.stdout.strip() == "False"
-    assert done.stderr == ""
-
-
-def test_compiling_is_announced_only_where_nothing_was_compiled_before(tmp_path: Path) -> None:
-    kernel = SimpleNamespace(forward_rows=SimpleNamespace(stats=SimpleNamespace(cache_path=str(tmp_path))))
-    assert not loading._compiled_before(kernel)
-    (tmp_path / "kernel.forward_columns-36.py311.nbi").touch()  # a density alone never sweeps by rows
-    assert loading._compiled_before(kernel)
+@pytest.mark.parametrize(
+    "name", ["sequential_kernel.forward_columns-36.py311.nbi", "parallel_kernel.backward-202.py311.nbi"]
+)
+def test_compiling_is_announced_only_where_nothing_was_compiled_before(name: str, tmp_path: Path) -> None:
+    assert not loading._compiled_before(str(tmp_path))
+    (tmp_path / name).touch()  # a density alone never sweeps by rows
+    assert loading._compiled_before(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", LAYERS)
 @given(a=architectures(largest=6), frozen=st.sampled_from(["none", "weights", "all but one", "inputs"]))
-def test_wide_layers_agree_with_plain_operations(name: str, a: Architecture, frozen: str) -> None:
+def test_compiled_layers_agree_with_plain_operations(name: str, a: Architecture, frozen: str) -> None:
     flow = build(name, a, torch.float64, "cpu", gain=0.5)
     layer = getattr(flow, "flow", flow)
     parameters = list(layer.parameters())
@@ -393,9 +379,9 @@ def test_wide_layers_agree_with_plain_operations(name: str, a: Architecture, fro
         once = torch.autograd.grad(results()[0].sin().sum(), wanted, materialize_grads=True, allow_unused=True)
         return [w, log_det, *first, *second, *once]
 
-    plain = derivatives()
-    with wide_from_the_start():
-        found = derivatives()
-        assert "_Dense" in str([node for node, _ in results()[1].grad_fn.next_functions] + [results()[1].grad_fn])
+    with in_torch():
+        plain = derivatives()
+    found = derivatives()
+    assert "_Run" in str([node for node, _ in results()[1].grad_fn.next_functions] + [results()[1].grad_fn])
     for one, other in zip(found, plain, strict=True):
         assert torch.allclose(one, other, rtol=1e-8, atol=1e-8 * float(1 + other.detach().norm()))

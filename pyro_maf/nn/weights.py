@@ -17,13 +17,16 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from pyro_maf.nn import MADE, MLP, MaskedLinear
+from pyro_maf.nn.tempering import Linear
 
-__all__ = ["current", "is_called", "is_hooked", "outputs_of", "own_tensors", "walk_by_calls"]
+__all__ = ["current", "is_called", "is_hooked", "is_read", "outputs_of", "own_tensors", "walk_by_calls"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
 WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
 """Hooks that set a weight before a call and do nothing else."""
+PLAIN = (MaskedLinear, Linear, nn.Linear)
+PLAIN_FORWARDS = tuple(layer.forward for layer in PLAIN)
 
 
 def own_tensors(made: MADE) -> list[Tensor] | None:
@@ -56,7 +59,7 @@ def is_called(made: MADE) -> bool:
     return (
         is_hooked(made)
         or any(getattr(type(made), name) is not getattr(MADE, name) for name in ("forward", "parameters_of", "run"))
-        or any(_is_called(layer) for layer in made.layers)
+        or not all(map(is_read, made.layers))
     )
 
 
@@ -111,13 +114,11 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
-def _is_called(layer: nn.Module) -> bool:
+def is_read(layer: nn.Module) -> bool:
+    """Return whether a call of a linear layer does no more than its weight, mask, gain and bias tell."""
+    if not is_hooked(layer):
+        return type(layer) in PLAIN or type(layer).forward in PLAIN_FORWARDS
     others = [hook for hook in layer._forward_pre_hooks.values() if not isinstance(hook, WEIGHT_HOOKS)]
-    return bool(
-        others
-        or layer._forward_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or "forward" in vars(layer)
-        or type(layer).forward is not MaskedLinear.forward
+    return type(layer).forward in PLAIN_FORWARDS and not (
+        others or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks or "forward" in vars(layer)
     )

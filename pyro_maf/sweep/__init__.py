@@ -1,14 +1,25 @@
-"""Both directions of an autoregressive layer, and their gradients.
+"""Both directions of autoregressive and coupling layers, and their gradients.
 
-`solve` is the sequential direction, one sweep over the network; `parallel` is the other. `reference`, the sweep in
-torch, runs on any device, for any dtype and univariate map, and defines correctness; `kernel` has both directions
-compiled by numba, for CPUs; `unrolled` runs plain passes, differentiable to any order.
+`run` is the engine compiled for CPUs: layers in their parallel directions, as many as follow one another, in one
+operation. `solve` is the sequential direction of one autoregressive layer, one sweep over its network: compiled for
+CPUs in `sequential_kernel`, for GPUs in `triton_kernel`, and in torch, for any device, dtype and univariate map, in
+`reference`, which defines correctness. `parallel` is the other direction in torch.
 """
 
-from pyro_maf.sweep.pack import forget
+from torch import nn
+
+from pyro_maf.sweep import pack, program
+from pyro_maf.sweep.function import run
 from pyro_maf.sweep.plan import plan_of
+from pyro_maf.sweep.program import Step
 from pyro_maf.sweep.reference import walk
 from pyro_maf.sweep.solve import parallel, solve
 from pyro_maf.univariate import Affine, UnivariateMap
 
-__all__ = ["Affine", "UnivariateMap", "forget", "parallel", "plan_of", "solve", "walk"]
+__all__ = ["Affine", "Step", "UnivariateMap", "forget", "parallel", "plan_of", "run", "solve", "walk"]
+
+
+def forget(module: nn.Module) -> None:
+    """Drop the packed weights of a flow or a network; they are packed again at the next call."""
+    pack.forget(module)
+    program.forget(module)

@@ -25,7 +25,7 @@ from pyro_maf._core.files import write_whole
 
 __all__ = ["stored"]
 
-SOURCES = ("elementwise", "kernel", "pack", "products")
+SOURCES = ("elementwise", "pack", "parallel_kernel", "products", "program", "sequential_kernel")
 """Modules that the compiled code is built from. numba itself checks only the module of the function."""
 SEAL = hashlib.sha256().digest_size
 

@@ -1,4 +1,4 @@
-"""Both directions by compiled kernels: on the CPU, in float32 or float64, for the affine map."""
+"""The sequential direction by compiled kernels: on the CPU, in float32 or float64, for the affine map."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_maf.sweep.loading import kernels
+from pyro_maf.sweep.loading import kernels, loaded
 from pyro_maf.sweep.pack import LANES, Array, Pack
-from pyro_maf.sweep.panels import FEWEST, MOST, ROWS
 from pyro_maf.sweep.threads import in_parts
 from pyro_maf.univariate import Affine, UnivariateMap
 
 __all__ = ["KernelSweep", "evaluate", "takes"]
+
+ROWS, FEWEST, MOST = 128, 2, 8
+"""Rows of a panel of a weight's gradient, and the minimum and maximum number of panels: more of them skip more of the
+zeros, in slower products."""
 
 FEW_POINTS = 8
 """Smaller batches are computed point by point."""
@@ -32,15 +35,15 @@ def takes(univariate: UnivariateMap, v: Tensor) -> bool:
     )
 
 
-def evaluate(pack: Pack, v: Tensor, *, inverse: bool, sequential: bool) -> tuple[Tensor, Tensor]:
+def evaluate(pack: Pack, v: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
     """w and log-determinant for v (batch, D), without gradient: nothing is saved for the adjoint."""
     v = v.detach().contiguous()
     if len(v) < FEW_POINTS:
         w, log_det = torch.empty_like(v), v.new_empty(len(v))
-        kernels().forward_rows(v.numpy(), *pack, _sign(inverse), Affine.BOUND, sequential, w.numpy(), log_det.numpy())
+        loaded().sequential.forward_rows(v.numpy(), *pack, _sign(inverse), w.numpy(), log_det.numpy())
         return w, log_det
     nothing = v.new_empty(0, 0)
-    return _forward_columns(pack, v, inverse, sequential, nothing, nothing)
+    return _forward_columns(pack, v, inverse, nothing, nothing)
 
 
 class Kept(NamedTuple):
@@ -65,7 +68,7 @@ class KernelSweep:
     def forward(self, v: Tensor) -> tuple[Tensor, Tensor, Kept]:
         """w, log-determinant and the tensors saved for the adjoint, for v (batch, D)."""
         tape, slopes = v.new_empty(2, int(self.pack.levels[-1]), -(-len(v) // LANES) * LANES)
-        w, log_det = _forward_columns(self.pack, v.contiguous(), self.inverse, True, tape, slopes)
+        w, log_det = _forward_columns(self.pack, v.contiguous(), self.inverse, tape, slopes)
         return w, log_det, Kept(tape, slopes)
 
     def adjoint(
@@ -75,13 +78,13 @@ class KernelSweep:
         tape, slopes = kept
         delta, grad_v = torch.empty_like(tape), torch.empty_like(w)
         given = [tensor.contiguous().numpy() for tensor in (v, w)]
-        wanted = [tensor.contiguous().numpy() for tensor in (slopes, grad_w, grad_log_det)]
+        wanted = [tensor.contiguous().numpy() for tensor in (tape, slopes, grad_w, grad_log_det)]
         # Blocks twice as wide: weights are read down their columns here.
-        network, block = self.pack[: Pack._fields.index("kind")], 2 * _block(v.shape[1], True)
+        network, block = self.pack[: Pack._fields.index("biases")], 2 * _block(v.shape[1])
         results = delta.numpy(), grad_v.numpy()
 
         def run(first: int, end: int) -> None:
-            kernels().backward(*given, *network, *wanted, _sign(self.inverse), block, first, end, *results)
+            loaded().sequential.backward(*given, *network, *wanted, _sign(self.inverse), block, first, end, *results)
 
         in_parts(run, len(v), LANES, self.pack.weights.size)
         sizes = np.diff(self.pack.levels).tolist()
@@ -90,16 +93,14 @@ class KernelSweep:
         return grad_v, [_by_weights(*step) for step in steps], [unit[:, : len(v)] for unit in own]
 
 
-def _forward_columns(
-    pack: Pack, v: Tensor, inverse: bool, sequential: bool, tape: Tensor, slopes: Tensor
-) -> tuple[Tensor, Tensor]:
+def _forward_columns(pack: Pack, v: Tensor, inverse: bool, tape: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
     """w and log-determinant of contiguous v (batch, D); fills tape and slopes unless they have no rows."""
     w, log_det = torch.empty_like(v), v.new_empty(len(v))
     given, *results = (tensor.numpy() for tensor in (v, tape, slopes, w, log_det))
-    sign, block = _sign(inverse), _block(v.shape[1], sequential)
+    sign, block = _sign(inverse), _block(v.shape[1])
 
     def run(first: int, end: int) -> None:
-        kernels().forward_columns(given, *pack, sign, Affine.BOUND, sequential, block, first, end, *results)
+        loaded().sequential.forward_columns(given, *pack, sign, block, first, end, *results)
 
     in_parts(run, len(v), LANES, pack.weights.size)
     return w, log_det
@@ -123,8 +124,8 @@ def _sign(inverse: bool) -> int:
     return -1 if inverse else 1
 
 
-def _block(dim: int, sequential: bool) -> int:
+def _block(dim: int) -> int:
     """Number of variables in a block, by measurement."""
     if dim > 100:
         return 16
-    return 8 if sequential and dim > 12 else 4
+    return 8 if dim > 12 else 4

@@ -10,8 +10,9 @@ from numba import njit, types
 from numba.extending import overload
 
 from pyro_maf.nn import BULK
+from pyro_maf.univariate import Affine
 
-__all__ = ["INNER", "activate", "compress", "transform"]
+__all__ = ["INNER", "activate", "apply", "compress", "differentiate", "pull_back"]
 
 # Not the full fastmath: infinities and NaNs must pass through.
 INNER: dict[str, Any] = {
@@ -22,7 +23,9 @@ INNER: dict[str, Any] = {
 }
 """Compiler options of functions that other kernels call."""
 RELU, TANH, ELU, SILU, GELU, LEAKY_RELU, SOFTPLUS, SIGMOID = range(8)
-LEAK = 0.01
+LEAK, LINEAR = 0.01, 20
+"""Slope of a leaky relu below 0, and the value from which on torch's softplus is the identity."""
+BOUND = Affine.BOUND
 
 LOG2_E = np.float32(1.44269504)
 LN2_HIGH = np.float32(0.693359375)
@@ -79,77 +82,140 @@ def _compiled_exp_parts(x: Any) -> Any:
 
 
 @njit(**INNER)
-def activate(kind: Any, z: Any, slope: Any, keep: bool) -> None:
-    """Replace the pre-activation z by its activation and write the derivative to `slope`, needed only if `keep`."""
-    one, half = z.dtype.type(1), z.dtype.type(0.5)
-    if kind == RELU:
-        if keep:
-            for t in range(len(z)):
-                slope[t] = 0 if z[t] <= 0 else 1
-        for t in range(len(z)):
-            z[t] = 0 if z[t] <= 0 else z[t]
-    elif kind == LEAKY_RELU:
-        for t in range(len(z)):
-            slope[t] = one if z[t] > 0 else z.dtype.type(LEAK)
-            z[t] *= slope[t]
-    elif kind == TANH:
-        for t in range(len(z)):
-            z[t] = _tanh(z[t])
-            slope[t] = one - z[t] * z[t]
-    elif kind == SIGMOID:
-        for t in range(len(z)):
-            z[t] = one / (one + _exp(-z[t]))
-            slope[t] = z[t] * (one - z[t])
-    elif kind == ELU:
-        for t in range(len(z)):
-            grown = _expm1(min(z[t], z.dtype.type(0)))
-            slope[t] = one if z[t] > 0 else grown + one
-            z[t] = z[t] if z[t] > 0 else grown
-    elif kind == SILU:
-        for t in range(len(z)):
-            gate = one / (one + _exp(-z[t]))
-            slope[t] = gate * (one + z[t] * (one - gate))
-            z[t] *= gate
-    elif kind == GELU:
-        for t in range(len(z)):
-            below = half * (one + z.dtype.type(math.erf(z[t] * z.dtype.type(math.sqrt(0.5)))))
-            slope[t] = below + z[t] * _exp(-half * z[t] * z[t]) * z.dtype.type(1 / math.sqrt(2 * math.pi))
-            z[t] *= below
-    elif kind == SOFTPLUS:
-        for t in range(len(z)):
-            slope[t] = one / (one + _exp(-z[t]))
-            z[t] = max(z[t], z.dtype.type(0)) + z.dtype.type(math.log1p(_exp(-abs(z[t]))))
+def activate(kind: int, tape: Any, first: int, end: int, slopes: Any, shift: int, t0: int, t1: int) -> None:
+    """Replace pre-activations, rows `first` .. `end` - 1 and columns t0 .. t1 - 1 of a tape, by their activations.
 
-
-@njit(**INNER)
-def transform(x: Any, shift: Any, a: Any, sign: int, bound: float, log_det: Any, scale: Any, alpha_slope: Any) -> None:
-    """Replace x by (x e + sign s) e with e = exp(sign alpha / 2), and add alpha = b tanh(a / b) to log_det.
-
-    Leaves alpha in `a`, its derivative with respect to `a` in `alpha_slope` and e in `scale`. One loop for each, since
-    loops over many arrays are not vectorised.
+    Writes the derivatives of those activations whose value does not determine it, silu and gelu, `shift` rows further
+    in `slopes`, unless that has no rows. Rows are not passed as slices, each of which would be counted as a reference.
     """
-    one, half, signed, limit = x.dtype.type(1), x.dtype.type(0.5 * sign), x.dtype.type(sign), x.dtype.type(bound)
-    for t in range(len(a)):
-        a[t] = _tanh(a[t] / limit)
-    for t in range(len(a)):
-        alpha_slope[t] = one - a[t] * a[t]
-    for t in range(len(a)):
-        a[t] *= limit
-    for t in range(len(a)):
-        log_det[t] += a[t]
-    for t in range(len(a)):
-        scale[t] = _exp(half * a[t])
-    for t in range(len(x)):
-        x[t] = (x[t] * scale[t] + signed * shift[t]) * scale[t]
+    keep = len(slopes) > 0
+    # Unsigned, since a column that may be negative keeps a loop from being vectorised.
+    start, stop = np.uintp(t0), np.uintp(t1)
+    one, half, zero = tape.dtype.type(1), tape.dtype.type(0.5), tape.dtype.type(0)
+    for r in range(first, end):
+        if kind == RELU:
+            for t in range(start, stop):
+                tape[r, t] = zero if tape[r, t] <= 0 else tape[r, t]
+        elif kind == LEAKY_RELU:
+            for t in range(start, stop):
+                tape[r, t] *= one if tape[r, t] > 0 else tape.dtype.type(LEAK)
+        elif kind == TANH:
+            for t in range(start, stop):
+                tape[r, t] = _tanh(tape[r, t])
+        elif kind == SIGMOID:
+            for t in range(start, stop):
+                tape[r, t] = one / (one + _exp(-tape[r, t]))
+        elif kind == ELU:
+            for t in range(start, stop):
+                grown = _expm1(min(tape[r, t], zero))
+                tape[r, t] = tape[r, t] if tape[r, t] > 0 else grown
+        elif kind == SILU:
+            for t in range(start, stop):
+                z, gate = tape[r, t], one / (one + _exp(-tape[r, t]))
+                if keep:
+                    slopes[r + shift, t] = gate * (one + z * (one - gate))
+                tape[r, t] = z * gate
+        elif kind == GELU:
+            for t in range(start, stop):
+                z = tape[r, t]
+                below = half * (one + tape.dtype.type(math.erf(z * tape.dtype.type(math.sqrt(0.5)))))
+                if keep:
+                    slopes[r + shift, t] = below + z * _exp(-half * z * z) * tape.dtype.type(1 / math.sqrt(2 * math.pi))
+                tape[r, t] = z * below
+        elif kind == SOFTPLUS:
+            for t in range(start, stop):
+                z = tape[r, t]
+                soft = max(z, zero) + tape.dtype.type(math.log1p(_exp(-abs(z))))
+                tape[r, t] = z if z > LINEAR else soft
 
 
 @njit(**INNER)
-def compress(x: Any, slope: Any) -> None:
-    """Replace x by its `compress_tails` and write the derivative to `slope`."""
-    one, bulk = x.dtype.type(1), x.dtype.type(BULK)
+def differentiate(
+    kind: int, tape: Any, first: int, end: int, slopes: Any, shift: int, grad: Any, row: int, t0: int, t1: int
+) -> None:
+    """Multiply rows of a gradient, from `row` on, by the derivatives of activations: arguments of `activate`."""
+    start, stop = np.uintp(t0), np.uintp(t1)
+    one, zero = tape.dtype.type(1), tape.dtype.type(0)
+    for r in range(first, end):
+        g = row + r - first
+        if kind == RELU:
+            for t in range(start, stop):
+                grad[g, t] = zero if tape[r, t] <= 0 else grad[g, t]
+        elif kind == LEAKY_RELU:
+            for t in range(start, stop):
+                grad[g, t] *= one if tape[r, t] > 0 else tape.dtype.type(LEAK)
+        elif kind == TANH:
+            for t in range(start, stop):
+                grad[g, t] *= one - tape[r, t] * tape[r, t]
+        elif kind == SIGMOID:
+            for t in range(start, stop):
+                grad[g, t] *= tape[r, t] * (one - tape[r, t])
+        elif kind == ELU:
+            for t in range(start, stop):
+                grad[g, t] *= one if tape[r, t] > 0 else tape[r, t] + one
+        elif kind == SOFTPLUS:
+            for t in range(start, stop):
+                grad[g, t] *= one if tape[r, t] > LINEAR else -_expm1(-tape[r, t])
+        else:
+            for t in range(start, stop):
+                grad[g, t] *= slopes[r + shift, t]
+
+
+@njit(**INNER)
+def apply(x: Any, shift: Any, scale: Any, sign: int, log_sign: int, w: Any, log_det: Any) -> None:
+    """w = (x e + sign s) e with e = exp(sign alpha / 2) and alpha = b tanh(a / b), for the network's outputs s and a.
+
+    Adds log_sign alpha to log_det. Leaves e in `shift` and tanh(a / b) in `scale`, for `pull_back`. One loop for each,
+    since loops over many arrays are not vectorised.
+    """
+    number = x.dtype.type
     for t in range(len(x)):
-        slope[t] = one
-        if abs(x[t]) > bulk:
-            beyond = abs(x[t]) - bulk
-            slope[t] = one / (one + beyond)
-            x[t] = math.copysign(bulk + math.log1p(beyond), x[t])
+        scale[t] = _tanh(scale[t] / number(BOUND))
+    for t in range(len(x)):
+        log_det[t] += number(log_sign * BOUND) * scale[t]
+    for t in range(len(x)):
+        e = _exp(number(0.5 * sign * BOUND) * scale[t])
+        w[t] = (x[t] * e + number(sign) * shift[t]) * e
+        shift[t] = e
+
+
+@njit(**INNER)
+def pull_back(
+    x: Any,
+    w: Any,
+    e: Any,
+    tanh: Any,
+    sign: int,
+    log_sign: int,
+    grad: Any,
+    grad_log_det: Any,
+    grad_shift: Any,
+    grad_scale: Any,
+) -> None:
+    """The adjoint of `apply`: turns the gradient by w into that by x, and writes those by the network's outputs."""
+    number = x.dtype.type
+    one, half, signed, of_log = number(1), number(0.5 * sign), number(sign), number(log_sign)
+    for t in range(len(x)):
+        grad_shift[t] = signed * grad[t] * e[t]
+    for t in range(len(x)):
+        by_alpha = of_log * grad_log_det[t] + grad[t] * half * (w[t] + x[t] * e[t] * e[t])
+        grad_scale[t] = (one - tanh[t] * tanh[t]) * by_alpha
+    for t in range(len(x)):
+        grad[t] *= e[t] * e[t]
+
+
+@njit(**INNER)
+def compress(x: Any, seen: Any, slope: Any) -> None:
+    """Write `compress_tails` of x, and its derivative to `slope`."""
+    one, bulk = x.dtype.type(1), x.dtype.type(BULK)
+    far = False
+    for t in range(len(x)):
+        seen[t] = x[t]
+        far |= abs(x[t]) > bulk
+    slope[: len(x)] = one
+    if far:
+        for t in range(len(x)):
+            if abs(x[t]) > bulk:
+                beyond = abs(x[t]) - bulk
+                slope[t] = one / (one + beyond)
+                seen[t] = math.copysign(bulk + math.log1p(beyond), x[t])

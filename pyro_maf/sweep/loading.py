@@ -7,36 +7,49 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["kernels"]
+__all__ = ["kernels", "loaded"]
 
 SWITCH = "PYRO_MAF_KERNEL"
 
 
+class Kernels(NamedTuple):
+    """The modules of kernels, for runs of layers in their parallel direction and for sweeps."""
+
+    parallel: Any
+    sequential: Any
+
+
 @functools.cache
-def kernels() -> Any:
-    """The module of kernels, or None if they are unavailable and the torch sweep takes over."""
+def kernels() -> Kernels | None:
+    """The kernels, or None if they are unavailable and torch takes over."""
     if os.environ.get(SWITCH) == "torch":
         return None
     try:
-        from pyro_maf.sweep import kernel
+        from pyro_maf.sweep import parallel_kernel, sequential_kernel
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
         # numba raises RuntimeError if it has no folder for compiled code. Sources may be missing, too; and with
         # NUMBA_DISABLE_JIT, or in a later numba, the attributes that the cache relies on.
         reason = " ".join(str(error).split())
         warnings.warn(
-            f"pyro-maf sweeps in torch, which is slower: its kernels can not be compiled here ({reason}). "
+            f"pyro-maf computes in torch, which is slower: its kernels can not be compiled here ({reason}). "
             f"Set {SWITCH}=torch to be spared this warning.",
             RuntimeWarning,
             stacklevel=2,
         )
         return None
-    if not _compiled_before(kernel):
-        print("pyro-maf compiles its sweep for this machine, once: about half a minute.", file=sys.stderr)
-    return kernel
+    if not _compiled_before(sequential_kernel.forward_rows.stats.cache_path):
+        print("pyro-maf compiles its kernels for this machine, once: about half a minute.", file=sys.stderr)
+    return Kernels(parallel_kernel, sequential_kernel)
 
 
-def _compiled_before(kernel: Any) -> bool:
-    folder = Path(kernel.forward_rows.stats.cache_path)
-    return any(folder.glob("kernel.*-*.nbi"))
+def loaded() -> Kernels:
+    """The kernels, for callers that know of them."""
+    if (modules := kernels()) is None:
+        raise RuntimeError("pyro-maf expected its compiled kernels, got none.")
+    return modules
+
+
+def _compiled_before(folder: str) -> bool:
+    return any(Path(folder).glob("*_kernel.*-*.nbi"))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_maf._core.torch_state import Snapshot
 from pyro_maf.nn import ACTIVATIONS, MADE
@@ -69,9 +69,9 @@ def _remembered(made: MADE, own: Sequence[Tensor]) -> Pack:
     return fresh
 
 
-def forget(made: MADE) -> None:
+def forget(made: nn.Module) -> None:
     """Drop a network's pack: needed only after writes that no version counter records, as through `.data` or numpy."""
-    _packs.pop(made, None)
+    _packs.pop(made, None)  # type: ignore[call-overload]
 
 
 def pack(made: MADE, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Pack:

@@ -11,7 +11,17 @@ from torch import Tensor
 from pyro_maf.nn import ACTIVATIONS, MADE, MaskedLinear
 from pyro_maf.nn.weights import current
 
-__all__ = ["Direction", "Plan", "biases_of", "lay_back", "lay_out_biases", "output_rows", "plan_of", "weights_of"]
+__all__ = [
+    "Direction",
+    "Plan",
+    "biases_of",
+    "lay_back",
+    "lay_out_biases",
+    "output_rows",
+    "plan_of",
+    "together",
+    "weights_of",
+]
 
 Direction = Callable[..., tuple[Tensor, Tensor]]
 """One direction of a univariate map: (v, \\*parameters) to (w, log dy/dx), elementwise."""
@@ -113,3 +123,11 @@ def output_rows(made: MADE, order: Tensor) -> Tensor:
     """Rows of the last layer for the variables in an order."""
     rows = torch.arange(made.input_dim * made.outputs_per_input, device=order.device)
     return rows.view(made.input_dim, -1)[order].flatten()
+
+
+def together(v: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    """Broadcast v to the common batch shape, and a batched context to one row for each row of v."""
+    batch = torch.broadcast_shapes(v.shape[:-1], context.shape[:-1])
+    if context.dim() > 1:
+        context = context.expand(*batch, -1).reshape(-1, context.shape[-1])
+    return v.expand(*batch, v.shape[-1]), context

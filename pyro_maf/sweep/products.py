@@ -12,7 +12,7 @@ from numba.extending import intrinsic
 
 from pyro_maf.sweep.elementwise import INNER
 
-__all__ = ["add_product", "dot"]
+__all__ = ["TALLEST", "add_product", "dot", "transpose"]
 
 PANEL = 256
 """Number of terms added to all rows of y before the next ones, so that these rows of x stay in cache."""
@@ -116,6 +116,53 @@ def _generate_tile(context: Any, builder: Any, signature: Any, arguments: Any) -
 
 
 _add_tile: Any = intrinsic(prefer_literal=True)(_tile)
+
+
+def _transpose(typing: Any, x: Any, x_row: Any, t: Any, y: Any, y_row: Any, column: Any) -> Any:
+    """Signature and LLVM code generator of `_transpose_tile`: y[y_row + j, column + i] = x[x_row + i, t + j].
+
+    i and j run over one vector's worth; in registers, as no loop over arrays would do.
+    """
+    index = types.intp
+    return types.void(x, index, index, y, index, index), _generate_transpose
+
+
+def _generate_transpose(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    _, x_row, t, _, y_row, column = arguments
+    x, y = (context.make_array(signature.args[position])(context, builder, arguments[position]) for position in (0, 3))
+    number = context.get_data_type(signature.args[0].dtype)
+    size = context.get_abi_sizeof(number)
+    count = VECTOR // size
+    vector = ir.VectorType(number, count)
+
+    def place(array: Any, first_row: Any, row: int, at: Any) -> Any:
+        width = cgutils.unpack_tuple(builder, array.shape)[1]
+        at_row = builder.mul(builder.add(first_row, context.get_constant(types.intp, row)), width)
+        return builder.bitcast(builder.gep(array.data, [builder.add(at_row, at)]), vector.as_pointer())
+
+    def interleaved(half: int) -> Any:
+        lanes = [lane for j in range(half * count // 2, (half + 1) * count // 2) for lane in (j, count + j)]
+        return ir.Constant(ir.VectorType(ir.IntType(32), count), [ir.Constant(ir.IntType(32), lane) for lane in lanes])
+
+    rows = [builder.load(place(x, x_row, row, t), align=size) for row in range(count)]
+    for _ in range(count.bit_length() - 1):  # interleaving rows half the tile apart, log2 of its size times
+        pairs = zip(rows[: count // 2], rows[count // 2 :], strict=True)
+        rows = [builder.shuffle_vector(*pair, interleaved(half)) for pair in pairs for half in (0, 1)]
+    for row, value in enumerate(rows):
+        builder.store(value, place(y, y_row, row, column), align=size)
+    return context.get_dummy_value()
+
+
+_transpose_tile: Any = intrinsic(_transpose)
+
+
+@njit(**INNER)
+def transpose(x: Any, x_row: int, rows: int, columns: int, y: Any) -> None:
+    """y[j, i] = x[x_row + i, j] for i < rows and j < columns, both rounded up to whole vectors."""
+    step = VECTOR // x.itemsize
+    for i in range(0, rows, step):
+        for j in range(0, columns, step):
+            _transpose_tile(x, x_row + i, j, y, j, i)
 
 
 @njit(**INNER)

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_maf._core.torch_state import is_exported, is_traced
 from pyro_maf.nn import MADE
-from pyro_maf.nn.weights import is_called, own_tensors, walk_by_calls
-from pyro_maf.sweep import compiled, dense, triton_sweep, unrolled
-from pyro_maf.sweep.circumstances import needs_gradient, together
+from pyro_maf.nn.weights import is_called, is_hooked, own_tensors, walk_by_calls
+from pyro_maf.sweep import compiled, triton_sweep, unrolled
 from pyro_maf.sweep.pack import pack, pack_of
-from pyro_maf.sweep.plan import Direction, Plan, biases_of, lay_back, plan_of, weights_of
+from pyro_maf.sweep.plan import Direction, Plan, biases_of, lay_back, plan_of, together, weights_of
 from pyro_maf.sweep.reference import TorchSweep
 from pyro_maf.sweep.triton_sweep import TritonSweep
 from pyro_maf.univariate import UnivariateMap
@@ -56,80 +55,62 @@ def solve(
 
     Cost: one pass through the non-zero half of the network's weights, and as much again for the gradient, whatever D.
     """
-    return _in_rows(made, univariate, v, context, inverse, True)
+    own = own_tensors(made)
+    if own is None and is_called(made):
+        return _by_calls(made, univariate, v, context, inverse)
+    if context is not None:
+        v, context = together(v, context)
+    rows = v if v.dim() == 2 else v.reshape(-1, made.input_dim)
+    differentiated = _needs_gradient(made, own, v, context)
+    if is_traced() or (differentiated and is_exported()):  # an exported program cannot hold the sweep's adjoint
+        w, log_det = unrolled.solve(plan_of(made, context), _direction(univariate, inverse), rows)
+    elif not differentiated and compiled.takes(univariate, v):
+        w, log_det = compiled.evaluate(pack_of(made, own, context), rows, inverse=inverse)
+    else:
+        w, log_det = _Sweep.apply(made, univariate, inverse, rows, *weights_of(made), *biases_of(made, context))
+    return (w, log_det) if rows is v else (w.reshape(v.shape), log_det.reshape(v.shape[:-1]))
 
 
 def parallel(
     made: MADE, univariate: UnivariateMap, v: Tensor, context: Tensor | None = None, *, inverse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    r"""w_i = f(v_i; phi_i(v_<i)), for all i at once. Arguments and results are those of `solve`."""
-    return _in_rows(made, univariate, v, context, inverse, False)
+    r"""w_i = f(v_i; phi_i(v_<i)), for all i at once, in torch. Arguments and results are those of `solve`."""
+    is_plain = own_tensors(made) is not None or not is_called(made)
+    phi = made.parameters_of(v, context) if is_plain else made(v, context)
+    w, log_derivative = _direction(univariate, inverse)(v, phi)
+    return w, log_derivative.sum(-1)
 
 
-def _in_rows(
-    made: MADE, univariate: UnivariateMap, v: Tensor, context: Tensor | None, inverse: bool, sequential: bool
-) -> tuple[Tensor, Tensor]:
-    own = own_tensors(made)
-    if own is None and is_called(made):
-        return _by_calls(made, univariate, v, context, inverse, sequential)
-    way = _way(made, own, univariate, v, context, sequential)
-    if way == "plain":
-        return _plain(made, univariate, v, context, inverse, sequential)
-    if context is not None:
-        v, context = together(v, context)
-    rows = v if v.dim() == 2 else v.reshape(-1, made.input_dim)
-    if way == "kernel":
-        w, log_det = compiled.evaluate(pack_of(made, own, context), rows, inverse=inverse, sequential=sequential)
-    elif way == "dense":
-        w, log_det = dense.differentiable(made, rows, weights_of(made), biases_of(made, context), inverse=inverse)
-    else:
-        direction = univariate.inverse if inverse else univariate.forward
-        tensors = (*weights_of(made), *biases_of(made, context))
-        w, log_det = _Sweep.apply(made, direction, way, inverse, rows, *tensors)
-    return (w, log_det) if rows is v else (w.reshape(v.shape), log_det.reshape(v.shape[:-1]))
+def _direction(univariate: UnivariateMap, inverse: bool) -> Direction:
+    return univariate.inverse if inverse else univariate.forward
 
 
-def _way(
-    made: MADE, own: list[Tensor] | None, univariate: UnivariateMap, v: Tensor, context: Tensor | None, sequential: bool
-) -> str:
-    """Method for computing a direction. The kernels are queried last, since that loads them."""
-    if is_traced():
-        return "plain"
-    differentiated = needs_gradient(made, own, v, context)
-    if differentiated and is_exported():
-        return "plain"  # an exported program cannot hold the sweep's adjoint
-    if differentiated and not sequential:
-        # With a gradient, these are mostly matrix products, at which torch is fastest.
-        return "dense" if dense.takes(made, univariate, v) else "plain"
-    if compiled.takes(univariate, v):
-        return "kernel sweep" if differentiated else "kernel"
-    if sequential and triton_sweep.takes(univariate, v):
-        return "triton"
-    return "sweep" if sequential else "plain"
+def _needs_gradient(made: MADE, own: Sequence[Tensor] | None, v: Tensor, context: Tensor | None) -> bool:
+    """Return whether the outputs of a network at v and a context may require a gradient.
+
+    Args:
+        made: The network.
+        own: Its `own_tensors`; with None it may depend on other tensors, and the answer is yes.
+        v: The variables.
+        context: The context, or None.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    if own is None or v.requires_grad or any(tensor.requires_grad for tensor in own):
+        return True
+    return context is not None and (context.requires_grad or any(map(_may_need_gradient, made.context_layers)))
 
 
-def _plain(
-    made: MADE, univariate: UnivariateMap, v: Tensor, context: Tensor | None, inverse: bool, sequential: bool
-) -> tuple[Tensor, Tensor]:
-    """Compute by ordinary torch operations, as `torch.func`, compilation and tracing require."""
-    direction = univariate.inverse if inverse else univariate.forward
-    if not sequential:
-        w, log_derivative = direction(v, made.parameters_of(v, context))
-        return w, log_derivative.sum(-1)
-    if context is not None:
-        v, context = together(v, context)
-    w, log_det = unrolled.solve(plan_of(made, context), direction, v.reshape(-1, made.input_dim))
-    return w.reshape(v.shape), log_det.reshape(v.shape[:-1])
+def _may_need_gradient(layer: nn.Module) -> bool:
+    weight = layer._parameters.get("weight")
+    return type(layer) is not nn.Linear or is_hooked(layer) or weight is None or weight.requires_grad
 
 
 def _by_calls(
-    made: MADE, univariate: UnivariateMap, v: Tensor, context: Tensor | None, inverse: bool, sequential: bool
+    made: MADE, univariate: UnivariateMap, v: Tensor, context: Tensor | None, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute by calls of the network, which run hooks and user-defined modules. Cost: D calls, or one."""
-    direction = univariate.inverse if inverse else univariate.forward
-    if not sequential:
-        w, log_derivative = direction(v, made(v, context))
-        return w, log_derivative.sum(-1)
+    """Solve by calls of the network, which run hooks and user-defined modules. Cost: D calls."""
+    direction = _direction(univariate, inverse)
     if context is not None:
         v, context = together(v, context)
     rows = v.reshape(-1, made.input_dim)
@@ -152,8 +133,7 @@ class _Sweep(torch.autograd.Function):
     def forward(
         ctx: Any,
         made: MADE,
-        direction: Direction,
-        way: str,
+        univariate: UnivariateMap,
         inverse: bool,
         v: Tensor,
         *tensors: Tensor,
@@ -161,9 +141,9 @@ class _Sweep(torch.autograd.Function):
         layers = len(tensors) // 2
         network = made, tensors[:layers], tensors[layers:]
         # Not the cached pack: gradcheck, for one, writes through `.data`, which no version counter records.
-        engine = _engine(way, network, direction, inverse)
+        engine = _engine(network, univariate, inverse, v)
         w, log_det, kept = engine.forward(v)
-        ctx.made, ctx.direction, ctx.engine = made, direction, engine
+        ctx.made, ctx.direction, ctx.engine = made, _direction(univariate, inverse), engine
         ctx.layers, ctx.kind_of_kept = layers, type(kept)
         ctx.save_for_backward(v, w, *tensors, *kept)
         return w, log_det
@@ -172,7 +152,7 @@ class _Sweep(torch.autograd.Function):
     def backward(ctx: Any, grad_w: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         v, w, *saved = ctx.saved_tensors
         tensors, kept = saved[: 2 * ctx.layers], ctx.kind_of_kept(*saved[2 * ctx.layers :])
-        nothing = (None,) * 4
+        nothing = (None,) * 3
         if torch.is_grad_enabled():
             return *nothing, *_differentiable(ctx, v, tensors, grad_w, grad_log_det)
         grad_v, by_weights, by_units = ctx.engine.adjoint(v, w, kept, grad_w, grad_log_det)
@@ -181,13 +161,15 @@ class _Sweep(torch.autograd.Function):
 
 
 def _engine(
-    way: str, network: tuple[MADE, Sequence[Tensor], Sequence[Tensor]], direction: Direction, inverse: bool
+    network: tuple[MADE, Sequence[Tensor], Sequence[Tensor]], univariate: UnivariateMap, inverse: bool, v: Tensor
 ) -> Engine:
-    """The implementation of a way, for a network with its weights and biases."""
-    if way == "kernel sweep":
+    """The fastest engine for a network with its weights and biases. The kernels are queried first, which loads them."""
+    if compiled.takes(univariate, v):
         return compiled.KernelSweep(pack(*network), inverse)
-    plan = Plan.of(*network)
-    return TritonSweep(plan, direction, network[0], inverse) if way == "triton" else TorchSweep(plan, direction)
+    plan, direction = Plan.of(*network), _direction(univariate, inverse)
+    if triton_sweep.takes(univariate, v):
+        return TritonSweep(plan, direction, network[0], inverse)
+    return TorchSweep(plan, direction)
 
 
 def _differentiable(

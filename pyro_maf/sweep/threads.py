@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
 __all__ = ["in_parts"]
+
+Result = TypeVar("Result")
 
 LEAST_WORK = 4_000_000
 """Minimum number of multiplications for which waking a thread pays."""
@@ -16,8 +19,8 @@ LEAST_WORK = 4_000_000
 _pool: ThreadPoolExecutor | None = None
 
 
-def in_parts(run: Callable[[int, int], None], points: int, together: int, work: int) -> None:
-    """Call run(first, end) for parts that cover 0 .. points, in parallel if the work is worth it.
+def in_parts(run: Callable[[int, int], Result], points: int, together: int, work: int) -> list[Result]:
+    """Results of run(first, end) for parts that cover 0 .. points, in parallel if the work is worth it.
 
     `run` releases the interpreter's lock. At most `torch.get_num_threads()` threads take part.
 
@@ -28,15 +31,13 @@ def in_parts(run: Callable[[int, int], None], points: int, together: int, work: 
         work: Multiplications per point.
     """
     if not points:
-        return
+        return []
     groups = -(-points // together)
     parts = max(1, min(torch.get_num_threads(), points * work // LEAST_WORK, groups))
     edges = [min(points, groups * part // parts * together) for part in range(parts + 1)]
     pieces = list(zip(edges, edges[1:], strict=False))
     waiting = [_threads().submit(run, *piece) for piece in pieces[1:]]
-    run(*pieces[0])
-    for future in waiting:
-        future.result()
+    return [run(*pieces[0]), *[future.result() for future in waiting]]
 
 
 def _threads() -> ThreadPoolExecutor:

@@ -8,7 +8,7 @@ from typing import Unpack
 from torch import Tensor
 
 from pyro_maf.nn import MADE, MADEOptions
-from pyro_maf.sweep import Affine, UnivariateMap, forget, parallel, solve
+from pyro_maf.sweep import Affine, Step, UnivariateMap, forget, parallel, run, solve
 from pyro_maf.transforms.base import Flow
 from pyro_maf.transforms.conditional import ConditionalForm
 
@@ -44,6 +44,20 @@ class _Autoregressive(Flow):
     def order(self) -> Tensor:
         """The dimensions' indices, first to last."""
         return self.made.order
+
+    def step(self, inverse: bool) -> Step | None:
+        """The parallel direction as a compiled program takes it."""
+        return self._step(inverse) if inverse == (self.fast == "inverse") else None
+
+    def _step(self, inverse: bool) -> Step:
+        made: MADE = self._modules["made"]  # type: ignore[assignment]  # the fastest access, at each call
+        order: Tensor = made._buffers["order"]  # type: ignore[assignment]
+        return Step((made,), self.univariate, inverse, order, order)
+
+    def _parallel(self, v: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        step = self._step(inverse)
+        compiled = run(self, inverse, [step], v, context)
+        return parallel(self.made, self.univariate, v, context, inverse=inverse) if compiled is None else compiled
 
     def _forget(self) -> None:
         super()._forget()
@@ -94,7 +108,7 @@ class MaskedAutoregressive(_Autoregressive):
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x from y, and log |det dy/dx|; parallel."""
-        return parallel(self.made, self.univariate, y, context, inverse=True)
+        return self._parallel(y, context, True)
 
 
 class InverseAutoregressive(_Autoregressive):
@@ -130,7 +144,7 @@ class InverseAutoregressive(_Autoregressive):
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y from x, and log |det dy/dx|; parallel."""
-        return parallel(self.made, self.univariate, x, context)
+        return self._parallel(x, context, False)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Solve for x, in the layer's order, and log |det dy/dx|; sequential."""

@@ -14,6 +14,8 @@ from torch.distributions import constraints
 from pyro_maf._core.checks import check_context, check_event, check_positive, check_takes_gradient
 from pyro_maf._core.torch_state import converted, count_change, reference_tensor, without_autocast
 from pyro_maf.saving import Savable
+from pyro_maf.sweep import Step
+from pyro_maf.sweep import forget as forget_weights
 from pyro_maf.transforms.cache import Cache, caching_is_possible
 
 __all__ = ["Flow", "Inverse"]
@@ -77,6 +79,14 @@ class Flow(Savable, TransformModule):
     def noise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         r"""Noise x, (\*batch, D), that the flow maps to y: `inverse_and_log_det` without the log-determinant."""
         return self.inverse_and_log_det(y, context)[0]
+
+    def step(self, inverse: bool) -> Step | None:
+        """One direction as a compiled program takes it, or None if it is computed by the flow's method alone.
+
+        Args:
+            inverse: Whether y to x, rather than x to y.
+        """
+        return None
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
         r"""Set the flow's statistics of the data (batch norm, act norm); most flows have none.
@@ -227,6 +237,7 @@ class Flow(Savable, TransformModule):
 
     def _forget(self) -> None:
         self._cache.clear()
+        forget_weights(self)
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         """Shape of y for x of `shape`."""

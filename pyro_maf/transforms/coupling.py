@@ -2,8 +2,7 @@ r"""Coupling: some dimensions pass through and condition the affine map of the o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,13 +10,11 @@ from torch import Tensor
 from pyro_maf._core.checks import check_choice
 from pyro_maf.nn import MLP, default_hidden_dims
 from pyro_maf.nn.weights import outputs_of
-from pyro_maf.sweep import Affine, UnivariateMap
+from pyro_maf.sweep import Affine, Step, UnivariateMap, run
 from pyro_maf.transforms.base import Flow
 from pyro_maf.transforms.conditional import ConditionalForm
 
 __all__ = ["ConditionalCoupling", "Coupling"]
-
-Map: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Coupling(Flow):
@@ -96,19 +93,29 @@ class Coupling(Flow):
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y from x, and log |det dy/dx|; one pass of the networks."""
-        return self._through_map(self.univariate.forward, x, context)
+        return self._through_map(x, context, False)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x from y, and log |det dy/dx|; one pass of the networks."""
-        return self._through_map(self.univariate.inverse, y, context)
+        return self._through_map(y, context, True)
 
-    def _through_map(self, univariate_map: Map, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def step(self, inverse: bool) -> Step:
+        """Either direction as a compiled program takes it."""
+        # By the fastest access, since this is done at each call.
+        networks = tuple(self._modules["networks"]._modules.values())  # type: ignore[union-attr]
+        seen, moved = self._buffers["_fixed"], self._buffers["_moved"]
+        return Step(networks, self.univariate, inverse, seen, moved)  # type: ignore[arg-type]
+
+    def _through_map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        compiled = run(self, inverse, [self.step(inverse)], value, context)
+        if compiled is not None:
+            return compiled
         # index_select takes half the time of indexing with a tensor.
         fixed, moved = value.index_select(-1, self._fixed), value.index_select(-1, self._moved)
         outputs = [outputs_of(network, fixed, context) for network in self.networks]
         parameters = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         phi = parameters.unflatten(-1, (self.univariate.num_parameters, moved.shape[-1])).transpose(-1, -2)
-        moved, log_derivative = univariate_map(moved, phi)
+        moved, log_derivative = (self.univariate.inverse if inverse else self.univariate.forward)(moved, phi)
         if moved.shape[:-1] != fixed.shape[:-1]:
             fixed = fixed.expand(*moved.shape[:-1], -1)
         return torch.cat([fixed, moved], -1).index_select(-1, self._place), log_derivative.sum(-1)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pyro_maf._core.checks import check_permutation
+from pyro_maf.sweep import Step
 from pyro_maf.transforms.base import Flow
 
 __all__ = ["Permute"]
@@ -49,6 +50,11 @@ class Permute(Flow):
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x from y, and a log-determinant of 0."""
         return y.index_select(-1, self._inverse_permutation), y.new_zeros(y.shape[:-1])
+
+    def step(self, inverse: bool) -> Step:
+        """A program that has layers before and after it only renames their variables."""
+        order = self._inverse_permutation if inverse else self.permutation
+        return Step((), None, inverse, order, order)
 
     def _derive(self) -> None:
         check_permutation("Permute", "permutation", self.permutation)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pyro_maf.transforms.base import Flow
+from pyro_maf._core.torch_state import is_intercepted
+from pyro_maf.sweep import Step, run
+from pyro_maf.transforms.autoregressive import InverseAutoregressive, MaskedAutoregressive
+from pyro_maf.transforms.base import Flow, Inverse
+from pyro_maf.transforms.coupling import Coupling
+from pyro_maf.transforms.permute import Permute
 
 __all__ = ["Stack"]
+
+TAKEN = (Coupling, InverseAutoregressive, MaskedAutoregressive, Permute)
+"""Layers of which a compiled program takes a run at once; it is these classes alone, as a subclass may compute else."""
 
 
 class Stack(Flow):
@@ -86,29 +95,43 @@ class Stack(Flow):
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y after every layer, noise to data, and the sum of their log |det dy/dx|."""
-        return self._through_rows("forward_and_log_det", list(self), x, context)
+        return self._through_rows(False, x, context)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x after the inverse of every layer, data to noise, and the sum of their log |det dy/dx|."""
-        return self._through_rows("inverse_and_log_det", list(self)[::-1], y, context)
+        return self._through_rows(True, y, context)
 
-    def _through_rows(
-        self, direction: str, layers: list[Flow], value: Tensor, context: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _through_rows(self, inverse: bool, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Apply the layers in turn; flatten a batch of several dimensions once, not in every layer."""
         if value.dim() < 3 or context is not None or not self.is_by_row:
-            return self._in_turn(direction, layers, value, context)
-        output, log_det = self._in_turn(direction, layers, value.flatten(0, -2), None)
+            return self._in_turn(inverse, value, context)
+        output, log_det = self._in_turn(inverse, value.flatten(0, -2), None)
         batch = value.shape[:-1]
         return output.unflatten(0, batch), log_det.unflatten(0, batch)
 
-    @staticmethod
-    def _in_turn(direction: str, layers: list[Flow], value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        value, total = getattr(layers[0], direction)(value, context if layers[0].context_dim else None)
-        for layer in layers[1:]:
-            value, log_det = getattr(layer, direction)(value, context if layer.context_dim else None)
-            total = total + log_det
-        return value, total
+    def _in_turn(self, inverse: bool, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        total = None
+        for place, part in enumerate(_runs(_parts(self, inverse))):
+            value, log_det = self._applied(part, (inverse, place), value, context)
+            total = log_det if total is None else total + log_det
+        return value, total  # type: ignore[return-value]
+
+    def _applied(
+        self, layers: list[_Part], place: object, value: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Apply layers in turn, in one compiled program if there is one."""
+        steps = [layer.step for layer in layers if layer.step is not None]
+        if any(step.networks for step in steps):
+            compiled = run(self, place, steps, value, context)
+            if compiled is not None:
+                return compiled
+        total = None
+        for flow, inverse, log_sign, _ in layers:
+            direction = flow.inverse_and_log_det if inverse else flow.forward_and_log_det
+            value, log_det = direction(value, context if flow.context_dim else None)
+            log_det = log_det if log_sign > 0 else -log_det
+            total = log_det if total is None else total + log_det
+        return value, total  # type: ignore[return-value]
 
     def __repr__(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.parameters())
@@ -123,6 +146,52 @@ class Stack(Flow):
         described = (_describe(layer).replace("\n", "\n  ") for layer in self)
         layers = "".join(f"\n  ({index}): {layer}" for index, layer in enumerate(described))
         return f"{self.name}(input_dim={self.input_dim}{context}, {parameters:,} parameters; {fast}){layers}"
+
+
+class _Part(NamedTuple):
+    """One layer, its direction, the sign of its log-determinant, and the same for a compiled program if it takes it."""
+
+    flow: Flow
+    inverse: bool
+    log_sign: int
+    step: Step | None
+
+
+def _parts(stack: Stack, inverse: bool, log_sign: int = 1) -> Iterator[_Part]:
+    """The layers of a stack and of those inside it, in the order of a direction."""
+    is_taken = not is_intercepted()
+    for flow in reversed(list(stack)) if inverse else stack:
+        backward, sign = inverse, log_sign
+        while type(flow) is Inverse:
+            flow, backward, sign = flow.flow, not backward, -sign
+        kind = type(flow)
+        if isinstance(flow, Stack) and _is_unchanged(kind):
+            yield from _parts(flow, backward, sign)
+            continue
+        step = flow.step(backward) if is_taken and kind in TAKEN else None
+        yield _Part(flow, backward, sign, step if step is None or sign > 0 else step._replace(log_sign=sign))
+
+
+def _is_unchanged(kind: type[Flow]) -> bool:
+    """Return whether a subclass computes as `Stack` does."""
+    return (
+        kind.forward_and_log_det is Stack.forward_and_log_det and kind.inverse_and_log_det is Stack.inverse_and_log_det
+    )
+
+
+def _runs(parts: Iterator[_Part]) -> Iterator[list[_Part]]:
+    """Maximal runs of layers that a compiled program takes, and every other layer alone."""
+    taken: list[_Part] = []
+    for part in parts:
+        if part.step is not None:
+            taken.append(part)
+            continue
+        if taken:
+            yield taken
+        taken = []
+        yield [part]
+    if taken:
+        yield taken
 
 
 def _speeds(flow: Flow) -> set[str]:

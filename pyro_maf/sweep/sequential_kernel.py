@@ -1,6 +1,6 @@
-r"""Both directions, and the adjoint of the sequential one, compiled by numba for CPUs.
+r"""The sequential direction of one layer and its adjoint, compiled by numba for CPUs.
 
-Both fill a tape: one row for each unit of the network, level by level, inputs first and outputs last, and one column
+They fill a tape: one row for each unit of the network, level by level, inputs first and outputs last, and one column
 for each point of the batch. Arrays that describe the network:
 
 - `weights`, flat: the matrix of level l, (units, units below), begins at `starts[l]`. Level 0 is the inputs.
@@ -8,10 +8,9 @@ for each point of the batch. Arrays that describe the network:
 - `final[l, i + 1]`: the number of units of level l that are final at step i, when the variables before i are
   determined; `final[l, 0]` is 0. Step i thus completes units final[l, i] .. final[l, i + 1] - 1.
 
-Variables are processed in blocks, which skips the zero half of the weights. In the sequential direction one matrix
-product adds the contributions of all earlier blocks to a block's units; inside the block, small products follow the
-variables one by one. In the parallel direction a block is that one product. A chunk of columns passes through all
-blocks before the next, so that its part of the tape stays in the processor's cache.
+Variables are processed in blocks: one matrix product adds the contributions of all earlier blocks to a block's units;
+inside the block, small products follow the variables one by one. A chunk of columns passes through all blocks before
+the next, so that its part of the tape stays in the processor's cache.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import numpy as np
 from numba import njit
 
 from pyro_maf.sweep.compile_cache import stored
-from pyro_maf.sweep.elementwise import INNER, activate, compress, transform
+from pyro_maf.sweep.elementwise import INNER, activate, apply, compress, differentiate
 from pyro_maf.sweep.pack import LANES
 from pyro_maf.sweep.products import add_product, dot
 
@@ -46,8 +45,6 @@ def forward_columns(
     kind: int,
     biases: Any,
     sign: int,
-    bound: float,
-    sequential: bool,
     block: int,
     first: int,
     end: int,
@@ -56,7 +53,7 @@ def forward_columns(
     w: Any,
     log_det: Any,
 ) -> None:
-    """One direction for points `first` .. `end` - 1: fills w, log_det and, for the adjoint, tape and slopes.
+    """The direction for points `first` .. `end` - 1: fills w, log_det and, for the adjoint, tape and slopes.
 
     Args:
         v: The input, (points, D).
@@ -65,23 +62,17 @@ def forward_columns(
         kind: The activation.
         biases: (units above the inputs, 1 or points).
         sign: 1 for y from x, -1 for x from y.
-        bound: Bound of the log-scale.
-        sequential: Whether the network's input is w, computed on the way, rather than v.
         block: Number of variables in a block.
         w, log_det: (points, D) and (points,).
         first, end: Range of points; `first` is a multiple of `LANES`.
         tape: (units, points padded to a multiple of `LANES`); with no rows if nothing is saved for the adjoint.
-        slopes: Local derivatives, laid out as the tape: of `compress_tails`, of each activation with respect to its
-            pre-activation, and of the log-scale with respect to the network's output. The shift's row holds the square
-            root of dw/dv.
+        slopes: Derivatives, laid out as the tape: of `compress_tails`, and of the activations that need them.
     """
     dim, top = v.shape[1], len(starts) - 1
     keep = tape.shape[0] > 0
     room = _padded(min(CHUNK, end - first))
     work = tape if keep else np.empty((levels[-1], room), v.dtype)
-    # If nothing is saved, all slopes go to one scratch row.
-    slope = slopes if keep else np.empty((1, room), v.dtype)
-    logs, last = np.empty(room, v.dtype), len(slope) - 1
+    logs, nowhere = np.empty(room, v.dtype), np.empty(room, v.dtype)
     found = np.empty((block, room), v.dtype)
     for b0 in range(first, end, CHUNK):
         points = min(CHUNK, end - b0)
@@ -91,45 +82,26 @@ def forward_columns(
         for i0 in range(0, dim, block):
             i1 = min(dim, i0 + block)
             _gather(v, order, i0, i1, b0, points, found)
-            if not sequential:
-                for i in range(i0, i1):
-                    work[i, t0:t1] = found[i - i0, : t1 - t0]
-                    compress(work[i, t0:t1], slope[min(i, last), t0:t1])
-            # First the whole block: all of it in the parallel direction, the contribution of earlier blocks in the
-            # sequential one. Then its variables one by one.
-            for i in range(i0 - 1, i1):
-                whole = i < i0
-                if whole or sequential:
-                    for level in range(1, top + 1):
-                        below, own = levels[level - 1], levels[level]
-                        known = final[level - 1, i0] if sequential else final[level - 1, i1]
-                        if whole:
-                            rows, columns = (final[level, i0], final[level, i1]), (0, known)
-                            _set_biases(biases, own - dim, rows, work, own, b0, points, t0, t1)
-                        else:
-                            rows, columns = (final[level, i], final[level, i + 1]), (known, final[level - 1, i + 1])
-                        add_product(
-                            weights, starts[level], own - below, 1, rows, columns, work, below, work, own, t0, t1
-                        )
-                        if level < top and whole != sequential:
-                            for r in range(own + rows[0], own + rows[1]):
-                                activate(kind, work[r, t0:t1], slope[min(r, last), t0:t1], keep)
-                if whole:
-                    continue
+            known = final[:, i0].copy()
+            for level in range(1, top + 1):
+                own, below = levels[level], levels[level - 1]
+                rows = (final[level, i0], final[level, i1])
+                _set_biases(biases, own - dim, rows, work, own, b0, points, t0, t1)
+                columns = (0, known[level - 1])
+                add_product(weights, starts[level], own - below, 1, rows, columns, work, below, work, own, t0, t1)
+            for i in range(i0, i1):
+                for level in range(1, top + 1):
+                    own, below = levels[level], levels[level - 1]
+                    rows, columns = (final[level, i], final[level, i + 1]), (known[level - 1], final[level - 1, i + 1])
+                    add_product(weights, starts[level], own - below, 1, rows, columns, work, below, work, own, t0, t1)
+                    if level < top:
+                        activate(kind, work, own + rows[0], own + rows[1], slopes, 0, t0, t1)
                 x, shift = found[i - i0, : t1 - t0], levels[top] + 2 * i
-                transform(
-                    x,
-                    work[shift, t0:t1],
-                    work[shift + 1, t0:t1],
-                    sign,
-                    bound,
-                    logs[: t1 - t0],
-                    slope[min(shift, last), t0:t1],
-                    slope[min(shift + 1, last), t0:t1],
-                )
-                if sequential:
-                    work[i, t0:t1] = x
-                    compress(work[i, t0:t1], slope[min(i, last), t0:t1])
+                # Not in place, which would keep the loops of `apply` from being vectorised.
+                apply(x, work[shift, t0:t1], work[shift + 1, t0:t1], sign, 1, work[i, t0:t1], logs[: t1 - t0])
+                for t in range(t0, t1):
+                    found[i - i0, t - t0] = work[i, t]
+                compress(x, work[i, t0:t1], slopes[i, t0:t1] if keep else nowhere[: t1 - t0])
             _scatter(found, order, i0, i1, b0, points, w)
         log_det[b0 : b0 + points] = logs[:points]
         _clear_unseen(levels, final, work, t0, t1)
@@ -189,21 +161,17 @@ def forward_rows(
     kind: int,
     biases: Any,
     sign: int,
-    bound: float,
-    sequential: bool,
     w: Any,
     log_det: Any,
 ) -> None:
-    """Compute one direction point by point, as `forward_columns` does for many at once; faster for a few points."""
+    """Compute the direction point by point, as `forward_columns` does for many at once; faster for a few points."""
     dim, top = v.shape[1], len(starts) - 1
-    units, slopes, x = np.empty(levels[-1], v.dtype), np.empty(levels[-1], v.dtype), np.empty(1, v.dtype)
+    column, nothing = np.empty((levels[-1], 1), v.dtype), np.empty((0, 1), v.dtype)
+    x, nowhere = np.empty(1, v.dtype), np.empty(1, v.dtype)
+    units = column.reshape(-1)
     for b in range(len(v)):
         bias_column = b if biases.shape[1] > 1 else 0
         log_det[b] = 0
-        if not sequential:
-            for i in range(dim):
-                units[i] = v[b, order[i]]
-            compress(units[:dim], slopes[:dim])
         for i in range(dim):
             for level in range(1, top + 1):
                 own, below = levels[level], levels[level - 1]
@@ -213,23 +181,12 @@ def forward_rows(
                     at = starts[level] + r * (own - below)
                     units[own + r] = biases[own - dim + r, bias_column] + dot(weights[at : at + seen], inputs)
                 if level < top:
-                    activate(kind, units[own + low : own + high], slopes[own + low : own + high], False)
+                    activate(kind, column, own + low, own + high, nothing, 0, 0, 1)
             shift = levels[top] + 2 * i
             x[0] = v[b, order[i]]
-            transform(
-                x,
-                units[shift : shift + 1],
-                units[shift + 1 : shift + 2],
-                sign,
-                bound,
-                log_det[b : b + 1],
-                slopes[:1],
-                slopes[:1],
-            )
+            apply(x, units[shift : shift + 1], units[shift + 1 : shift + 2], sign, 1, x, log_det[b : b + 1])
             w[b, order[i]] = x[0]
-            if sequential:
-                units[i] = x[0]
-                compress(units[i : i + 1], slopes[:1])
+            compress(x, units[i : i + 1], nowhere)
 
 
 # -- the adjoint ------------------------------------------------------------------------------------------------------
@@ -245,6 +202,8 @@ def backward(
     starts: Any,
     levels: Any,
     final: Any,
+    kind: int,
+    tape: Any,
     slopes: Any,
     grad_w: Any,
     grad_log_det: Any,
@@ -259,11 +218,11 @@ def backward(
 
     Args:
         v, w: Input and output of the direction, (points, D).
-        slopes: From `forward_columns`.
+        tape, slopes: From `forward_columns`.
         grad_w, grad_log_det: (points, D) and (points,).
         delta: Laid out as the tape.
         grad_v: (points, D).
-        order, weights, starts, levels, final, sign, block, first, end: As in `forward_columns`.
+        order, weights, starts, levels, final, kind, sign, block, first, end: As in `forward_columns`.
     """
     dim, top = v.shape[1], len(starts) - 1
     for b0 in range(first, end, CHUNK):
@@ -295,12 +254,24 @@ def backward(
                     if level == 0:
                         shift = levels[top] + 2 * i
                         _transform_back(
-                            v, w, order[i], slopes, i, shift, grad_w, grad_log_det, sign, b0, points, delta, grad_v
+                            v,
+                            w,
+                            order[i],
+                            tape,
+                            slopes,
+                            i,
+                            shift,
+                            grad_w,
+                            grad_log_det,
+                            sign,
+                            b0,
+                            points,
+                            delta,
+                            grad_v,
                         )
                     else:
-                        for r in range(own + rows[0], own + rows[1]):
-                            for b in range(b0, b1):
-                                delta[r, b] *= slopes[r, b]
+                        first_row, end_row = own + rows[0], own + rows[1]
+                        differentiate(kind, tape, first_row, end_row, slopes, 0, delta, first_row, b0, b1)
         _clear_unseen(levels, final, delta, b0, b1)
 
 
@@ -309,6 +280,7 @@ def _transform_back(
     v: Any,
     w: Any,
     column: int,
+    tape: Any,
     slopes: Any,
     i: int,
     shift: int,
@@ -321,13 +293,13 @@ def _transform_back(
     grad_v: Any,
 ) -> None:
     """Adjoint of the univariate map: propagate the gradient of w to v and to the map's two parameters."""
-    signed, half = v.dtype.type(sign), v.dtype.type(0.5 * sign)
+    one, signed, half = v.dtype.type(1), v.dtype.type(sign), v.dtype.type(0.5 * sign)
     for b in range(b0, b0 + points):
         total = grad_w[b, column] + slopes[i, b] * delta[i, b]
-        e = slopes[shift, b]
+        e, tanh = tape[shift, b], tape[shift + 1, b]
         grad_v[b, column] = total * e * e
         delta[shift, b] = signed * total * e
-        delta[shift + 1, b] = slopes[shift + 1, b] * (
+        delta[shift + 1, b] = (one - tanh * tanh) * (
             grad_log_det[b] + total * half * (w[b, column] + v[b, column] * e * e)
         )
     idle = slice(b0 + points, b0 + _padded(points))

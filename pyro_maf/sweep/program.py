@@ -1,0 +1,446 @@
+r"""A run of layers, each in its parallel direction, as tables of integers that `parallel_kernel` follows.
+
+A layer is some networks and an elementwise map: the networks see some variables and output the parameters of the map of
+others. Sorted degrees make every mask a staircase: row r of a matrix sees columns 0 .. seen[r] - 1, and column k is
+seen by the rows from heard[k] on. The matrix of a coupling is a staircase of one step, and a context is a matrix
+of its own, whose product is added. So layers of all kinds are rows of the same tables.
+
+The tape has a row for each quantity and a column for each point. The rows of a layer: its D variables, what its
+networks see, and the units of each level; the outputs are overwritten as `elementwise.apply` says. After the last layer
+come D rows for the result, and those of the context.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyro_maf._core.torch_state import Snapshot
+from pyro_maf.nn import ACTIVATIONS, MADE, MLP
+from pyro_maf.nn.tempering import Linear
+from pyro_maf.nn.weights import current, is_hooked, is_read
+from pyro_maf.sweep.loading import loaded
+from pyro_maf.univariate import Affine, UnivariateMap
+
+__all__ = ["Array", "Program", "Reading", "Step", "forget", "is_ordinary", "program_of"]
+
+Array = np.ndarray[Any, Any]
+
+LANES = 16
+"""Tape columns and columns of gradients are padded to a multiple of this, so that loops over them are vectorised."""
+NOT_BY_VALUE = ("silu", "gelu")
+"""Activations whose derivative has rows of its own, since the value does not determine it."""
+INPUTS, UNITS, CONTEXT = range(3)
+"""What a matrix is multiplied with."""
+
+LAYER_FIELDS = ["rows", "first", "end", "inputs", "seen_from", "seen", "moved_from", "moved", "rest_from", "rest"] + [
+    "phi_from",
+    "sign",
+    "log_sign",
+]
+LAYER = np.dtype([(name, np.int64) for name in LAYER_FIELDS])
+"""A layer.
+
+Fields: `rows` of the tape; matrices `first` .. `end` - 1; row of its `inputs`; where its lists of variables begin in
+`variables`, and their lengths: those that the networks see, those that are mapped, the rest; where the rows of the
+map's parameters begin there, those of one variable after those of another; the direction, 1 for y from x and -1
+for x from y; and the sign of the log-scale in the log-determinant.
+"""
+MATRIX_FIELDS = [
+    "start",
+    "rows",
+    "columns",
+    "bias",
+    "source",
+    "below",
+    "own",
+    "rows_from",
+    "columns_from",
+    "grad",
+    "stride",
+] + ["kind", "slopes", "below_kind", "below_slopes", "first", "fresh", "natural", "weight", "addend"]
+MATRIX = np.dtype([*((name, np.int64) for name in MATRIX_FIELDS), ("gain", np.float64)])
+"""A matrix.
+
+Fields: its place in the flat weights, and size; the place of its level's biases; the `source` of its inputs, and their
+row and that of its outputs, from the layer's first; where its rows and columns begin in the lists of `Tables`; its
+place in the flat gradient, and the length of a row there; the activation after it, or -1, and the row of its
+derivatives; the same of its inputs; whether it is the first to be added to its level, the first to add to the gradient
+of its inputs, and has its columns in their own order; the numbers of its weight and bias among the tensors; and what
+the weight is multiplied by.
+"""
+
+
+class Step(NamedTuple):
+    """A layer in one direction, as a program takes it.
+
+    Attributes:
+        networks: Networks that output the map's parameters; none for a permutation.
+        univariate: The map of each variable; None for a permutation.
+        inverse: Whether its `inverse` is applied.
+        seen, moved: The variables that the networks see, and those that are mapped, one for each row of outputs; or
+            the permutation in `moved`.
+        log_sign: Sign of the layer's log-determinant: -1 where the layer stands for its inverse.
+    """
+
+    networks: Sequence[nn.Module]
+    univariate: UnivariateMap | None
+    inverse: bool
+    seen: Tensor
+    moved: Tensor
+    log_sign: int = 1
+
+
+class Reading(NamedTuple):
+    """State of a run's modules: what a program is laid out for, and the tensors that it reads.
+
+    Attributes:
+        fixed: Tensors that determine the layout, compared by identity.
+        marks: Numbers and shapes that determine the layout.
+        tensors: Weight and bias of each level, and the weight of its context.
+    """
+
+    fixed: list[Tensor]
+    marks: list[object]
+    tensors: list[Tensor]
+
+    @classmethod
+    def of(cls, steps: Sequence[Step]) -> Reading | None:
+        """The current state, or None if a module does more than its weights tell, or is of another kind."""
+        reading = cls([], [], [])
+        try:
+            taken = all(reading._add(step) for step in steps)
+        except RuntimeError:  # tensors of inference mode have no version
+            return None
+        return reading if taken else None
+
+    def _add(self, step: Step) -> bool:
+        fixed, marks = self.fixed, self.marks
+        fixed += step.seen, step.moved
+        marks += step.seen._version, step.moved._version, step.inverse, step.log_sign, len(step.networks)
+        if step.networks and type(step.univariate) is not Affine:
+            return False
+        for network in step.networks:
+            if type(network) not in (MADE, MLP) or is_hooked(network):
+                return False
+            modules = network._modules
+            context = iter(modules["context_layers"]._modules.values())  # type: ignore[union-attr]
+            layers = modules["layers"]._modules.values()  # type: ignore[union-attr]
+            marks += network.activation, len(layers)
+            for layer in layers:
+                if not self._add_level(layer, next(context, None), masked=type(network) is MADE):
+                    return False
+        return True
+
+    def _add_level(self, layer: Any, context: Any, *, masked: bool) -> bool:
+        mask = layer._buffers.get("mask")
+        if (masked and mask is None) or not is_read(layer) or (context is not None and not is_read(context)):
+            return False
+        parameters = current(layer)._parameters
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        weight = layer.weight if weight is None else weight
+        if bias is None and (bias := layer.bias) is None:
+            bias = weight.new_zeros(layer.out_features)
+        self.tensors.append(weight)
+        self.tensors.append(bias)
+        self.marks.append(weight.shape)
+        self.marks.append(bias.shape)
+        if mask is None:
+            self.marks.append(_gain(layer))
+        else:
+            self.fixed.append(mask)
+            self.marks.append(mask._version)
+        if context is not None:
+            weight = current(context).weight
+            self.tensors.append(weight)
+            self.marks.append(weight.shape)
+        return True
+
+    def is_uniform(self, like: Tensor) -> bool:
+        """Return whether all tensors are ordinary ones on the CPU, of the dtype of `like`."""
+        return all(is_ordinary(tensor, like.dtype) for tensor in self.tensors)
+
+    def holds_for(self, other: Reading) -> bool:
+        """Return whether a program of this state is one of the other."""
+        return (
+            len(self.fixed) == len(other.fixed)
+            and all(map(operator.is_, self.fixed, other.fixed))
+            and self.marks == other.marks
+        )
+
+
+def is_ordinary(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether a tensor has this dtype and its entries in memory of the CPU, which not all subclasses have."""
+    return tensor.dtype is dtype and tensor.is_cpu and type(tensor) in (nn.Parameter, Tensor)
+
+
+class Tables(NamedTuple):
+    """The arrays that the kernels follow.
+
+    Attributes:
+        layers, matrices: Records of `LAYER` and `MATRIX`.
+        variables: Lists of variables and of rows, to which the layers refer.
+        seen: For each row of each matrix, the number of columns that it sees, ascending.
+        heard: For each column, the first row that sees it.
+        row_order, column_order: The row and the column of the weight that stand there.
+        result: The row of each variable after the last layer.
+    """
+
+    layers: Array
+    matrices: Array
+    variables: Array
+    seen: Array
+    heard: Array
+    row_order: Array
+    column_order: Array
+    result: Array
+
+
+class Pack(NamedTuple):
+    """The weights of a run, masked and in the order of its tables, and the biases."""
+
+    weights: Tensor
+    biases: Tensor
+
+
+class Program:
+    """A run of layers, laid out.
+
+    Args:
+        reading: The state that it is laid out for.
+        steps: The layers, the one that is applied first first.
+        dim: D.
+        context_dim: Number of context features; 0 for none.
+
+    Raises:
+        UnfitError: For masks that are no staircases, and for networks whose layers do not fit together.
+    """
+
+    def __init__(self, reading: Reading, steps: Sequence[Step], dim: int, context_dim: int) -> None:
+        layout = _Layout(dim, context_dim, reading.tensors)
+        for step in steps:
+            layout.add(step)
+        self.fixed, self.marks = reading.fixed, reading.marks
+        self.dim, self.context_dim = dim, context_dim
+        self.tables = layout.tables()
+        self.sizes = [tensor.numel() for tensor in reading.tensors]
+        self.offsets = np.cumsum([0, *self.sizes])
+        self.rows = int(self.tables.layers["rows"].sum()) + dim + context_dim + LANES
+        self.num_weights, self.num_biases, self.num_gradients = layout.weights, layout.biases, layout.gradients
+        self.work = int(self.tables.seen.sum())
+        """Multiplications a point."""
+        self.room: list[tuple[Array, Array]] = []
+        """Arrays for packed gradients, for use again: the kernel clears the pages of fresh ones, which takes longer."""
+        self._packed: tuple[Snapshot, Pack] | None = None
+
+    def holds_for(self, reading: Reading) -> bool:
+        """Return whether the program is one of modules in this state."""
+        return Reading(self.fixed, self.marks, []).holds_for(reading)
+
+    def fits(self, v: Tensor, context: Tensor | None) -> bool:
+        """Return whether these are inputs of the right widths and dtype, with a context if the layers see one."""
+        if not v.dim() or v.shape[-1] != self.dim:
+            return False
+        if context is None:
+            return not self.context_dim
+        return is_ordinary(context, v.dtype) and context.shape[-1:] == (self.context_dim,)
+
+    def room_for_gradients(self, like: Tensor) -> tuple[Array, Array]:
+        """Arrays for the gradients by packed weights and biases, with arbitrary entries; to be put back to `room`."""
+        like = like.new_empty(0)
+        try:
+            room = self.room.pop()  # atomic: another thread gets another
+        except IndexError:
+            room = None
+        if room is not None and room[0].dtype == like.numpy().dtype:
+            return room
+        return like.new_empty(self.num_gradients).numpy(), like.new_empty(self.num_biases).numpy()
+
+    def pack(self, tensors: Sequence[Tensor]) -> Pack:
+        """The tensors' current values."""
+        whole = [tensor.contiguous() for tensor in tensors]  # alive while its memory is read
+        addresses = np.array([tensor.data_ptr() for tensor in whole], np.int64)
+        pack = Pack(tensors[0].new_empty(self.num_weights), tensors[0].new_empty(self.num_biases))
+        tables = self.tables
+        orders = tables.seen, tables.row_order, tables.column_order
+        loaded().parallel.pack(addresses, tables.matrices, *orders, pack.weights.numpy(), pack.biases.numpy())
+        return pack
+
+    def remembered(self, tensors: Sequence[Tensor]) -> Pack:
+        """The pack of the tensors, built anew when one of them has changed."""
+        packed = self._packed
+        if packed is not None and packed[0].holds_for(tensors):
+            return packed[1]
+        # Taken before the weights are read, so that the next call detects a change in between.
+        state = Snapshot.of(tensors)
+        pack = self.pack([tensor.detach() for tensor in tensors])
+        self._packed = None if state is None else (state, pack)
+        return pack
+
+
+class UnfitError(Exception):
+    """A mask of which some row sees a column but not all before it, or less than the row above; or wrong sizes."""
+
+
+class _Layout:
+    """The tables of a run under construction."""
+
+    def __init__(self, dim: int, context_dim: int, tensors: Sequence[Tensor]) -> None:
+        self.place = np.arange(dim)
+        """The row of each variable among the D of a layer; permutations change nothing else."""
+        self.context_dim, self.tensors, self.number = context_dim, tensors, 0
+        self.weights = self.biases = self.gradients = 0
+        self.layers: list[dict[str, int]] = []
+        self.matrices: list[dict[str, float]] = []
+        self.variables: list[int] = []
+        self.lists: dict[str, list[Array]] = {"seen": [], "heard": [], "row_order": [], "column_order": []}
+
+    def add(self, step: Step) -> None:
+        """Append a layer."""
+        if not step.networks:
+            self.place = self.place[step.moved.numpy()]
+            return
+        dim, first = len(self.place), len(self.matrices)
+        seen, moved = self.place[step.seen.numpy()], self.place[step.moved.numpy()]
+        rest = np.setdiff1d(np.arange(dim), moved)
+        own, phi = dim + len(seen), []
+        for network in step.networks:
+            is_made = isinstance(network, MADE)
+            order = step.seen.numpy() if is_made else np.arange(len(seen))
+            own, outputs = self._add_network(network, order, dim, own, fresh=network is step.networks[-1])
+            phi.append(outputs)
+        rows = np.concatenate(phi)
+        if len(rows) != Affine.num_parameters * len(moved):
+            raise UnfitError
+        rows = rows.reshape(len(moved), -1) if is_made else rows.reshape(-1, len(moved)).T
+        lists = {"seen_from": seen, "moved_from": moved, "rest_from": rest, "phi_from": rows.ravel()}
+        layer = {"rows": own, "first": first, "end": len(self.matrices), "inputs": dim}
+        layer |= {"seen": len(seen), "moved": len(moved), "rest": len(rest)}
+        layer |= {"sign": -1 if step.inverse else 1, "log_sign": step.log_sign}
+        for name, entries in lists.items():
+            layer[name] = len(self.variables)
+            self.variables += entries.tolist()
+        self.layers.append(layer)
+
+    def _add_network(self, network: Any, order: Array, below: int, own: int, *, fresh: bool) -> tuple[int, Array]:
+        """Append a network whose inputs have rows from `below` on, and units from `own` on.
+
+        Returns the row after its last, and the rows of its outputs.
+        """
+        contexts = iter(network.context_layers)
+        kind, slopes, top, width = -1, 0, len(network.layers) - 1, len(order)
+        for index, layer in enumerate(network.layers):
+            rows, columns = layer.out_features, layer.in_features
+            self._check(self.number, (rows, width), (rows,))
+            row_order, column_order = np.arange(rows), np.arange(columns)
+            if index == 0:
+                column_order = order
+            if index == top and isinstance(network, MADE):
+                row_order = row_order.reshape(len(order), -1)[order].ravel()
+            above = -1 if index == top else list(ACTIVATIONS).index(network.activation)
+            own_slopes = own + rows if index < top and network.activation in NOT_BY_VALUE else own
+            entry = {"rows": rows, "bias": self.biases, "own": own, "slopes": own_slopes, "addend": self.number + 1}
+            if (context := next(contexts, None)) is not None:
+                features = np.arange(self.context_dim)
+                self._check(self.number + 2, (rows, self.context_dim))
+                self._add_matrix(
+                    {**entry, "source": CONTEXT, "kind": -1, "below_kind": -1, "first": 1, "weight": self.number + 2},
+                    np.full(rows, len(features)), row_order, features,
+                )  # fmt: skip
+            source = {"source": UNITS if index else INPUTS, "below": below, "below_kind": kind, "below_slopes": slopes}
+            seen, gain = _staircase(layer, row_order, column_order)
+            state = {"kind": above, "first": context is None, "fresh": bool(index) or fresh, "gain": gain}
+            self._add_matrix({**entry, **source, **state, "weight": self.number}, seen, row_order, column_order)
+            self.biases += rows
+            self.number += 2 + (context is not None)
+            below, own, kind, slopes, width = own, own_slopes + rows, above, own_slopes, rows
+        return own, np.arange(below, below + rows)
+
+    def _check(self, number: int, *shapes: tuple[int, ...]) -> None:
+        """Raise unless the tensors from this number on have these shapes: the kernels read so much of them."""
+        if any(self.tensors[number + index].shape != shape for index, shape in enumerate(shapes)):
+            raise UnfitError
+
+    def _add_matrix(self, entry: dict[str, Any], seen: Array, row_order: Array, column_order: Array) -> None:
+        rows, columns = len(row_order), len(column_order)
+        stride = -(-columns // LANES) * LANES
+        stride += LANES * (
+            stride > 128 and stride // LANES % 2 == 0
+        )  # else rows compete for the same lines of the cache
+        heard = np.searchsorted(seen, np.arange(columns), side="right")
+        place = {"start": self.weights, "columns": columns, "grad": self.gradients, "stride": stride}
+        place |= {"rows_from": sum(map(len, self.lists["seen"])), "columns_from": sum(map(len, self.lists["heard"]))}
+        natural = bool((column_order == np.arange(columns)).all())
+        self.matrices.append(
+            {"below": 0, "below_slopes": 0, "fresh": 0, "gain": 1.0, **entry, **place, "natural": natural}
+        )
+        for name, entries in zip(self.lists, (seen, heard, row_order, column_order), strict=True):
+            self.lists[name].append(entries)
+        self.weights += rows * columns
+        self.gradients += rows * stride
+
+    def tables(self) -> Tables:
+        """The tables."""
+        layers, matrices = _records(self.layers, LAYER), _records(self.matrices, MATRIX)
+        seen, heard, row_order, column_order = (np.concatenate(each).astype(np.int64) for each in self.lists.values())
+        variables = np.array(self.variables, np.int64)
+        return Tables(layers, matrices, variables, seen, heard, row_order, column_order, self.place.astype(np.int64))
+
+
+def _records(entries: Sequence[dict[str, Any]], kind: np.dtype[Any]) -> Array:
+    return np.array([tuple(entry[name] for name in kind.names or ()) for entry in entries], kind)
+
+
+def _gain(layer: Any) -> float:
+    return layer.gain if isinstance(layer, Linear) else 1.0
+
+
+def _staircase(layer: Any, row_order: Array, column_order: Array) -> tuple[Array, float]:
+    """The number of columns that each row of a layer's weight sees, and what the weight is multiplied by."""
+    shape = len(row_order), len(column_order)
+    if (mask := layer._buffers.get("mask")) is None:
+        return np.full(shape[0], shape[1]), _gain(layer)
+    entries = mask.numpy()[row_order][:, column_order]
+    gain = float(entries.max(initial=0.0)) or 1.0
+    seen = (entries != 0).sum(1)
+    if not np.array_equal(entries, gain * (np.arange(shape[1]) < seen[:, None])) or (np.diff(seen) < 0).any():
+        raise UnfitError
+    return seen, gain
+
+
+# Outside the modules, so that copies and pickles leave the programs behind. A program holds none of the modules.
+_programs: weakref.WeakKeyDictionary[nn.Module, dict[object, Program | None]] = weakref.WeakKeyDictionary()
+
+
+def program_of(owner: nn.Module, place: object, steps: Sequence[Step], reading: Reading) -> Program | None:
+    """The program of a run, laid out when its modules are new or have changed; None for masks that are no staircases.
+
+    Args:
+        owner: The flow that the run belongs to.
+        place: Which of its runs this is.
+        steps: The run.
+        reading: The current state of its modules.
+    """
+    programs = _programs.get(owner)
+    if programs is None:
+        programs = _programs[owner] = {}
+    program = programs.get(place)
+    if program is None or not program.holds_for(reading):
+        context_dim = max(network.context_dim for step in steps for network in step.networks)  # type: ignore[type-var]
+        try:
+            program = Program(reading, steps, owner.input_dim, context_dim)  # type: ignore[arg-type]
+        except UnfitError:
+            return None
+        programs[place] = program
+    return program
+
+
+def forget(owner: nn.Module) -> None:
+    """Drop a flow's programs, and with them the weights that they hold."""
+    _programs.pop(owner, None)

@@ -1,0 +1,246 @@
+"""Runs of layers in one compiled program: they give what torch gives, layer by layer, and take what they may."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from pyro_maf import IAF, MAF, RealNVP
+from pyro_maf.sweep import loading, program, threads
+from pyro_maf.transforms import BatchNorm, Coupling, Flow, MaskedAutoregressive, Permute, Stack
+from tests.registry import Architecture, architectures, build
+from tests.test_sweep import TOLERANCE, in_torch, largest_difference
+
+pytestmark = pytest.mark.skipif(loading.kernels() is None, reason="no compiled kernels on this machine")
+
+NAMES = (
+    "Coupling",
+    "Coupling separate",
+    "ConditionalCoupling",
+    "MAF",
+    "MAF batch norm",
+    "IAF",
+    "RealNVP",
+    "Stack",
+    "ConditionalMAF",
+    "ConditionalIAF",
+    "ConditionalRealNVP",
+)
+SMALL = Architecture(4, 2, 3, [9, 17], "tanh", "random", 0)
+double = torch.float64
+BATCHES: list[tuple[int, ...]] = [(), (0,), (1,), (3,), (2, 4), (113,), (300,)]
+
+
+def results(
+    flow: Flow, inverse: bool, v: Tensor, context: Tensor | None, tensors: list[Tensor]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Output and log-determinant, and the gradients of a function of them."""
+    direction = flow.inverse_and_log_det if inverse else flow.forward_and_log_det
+    w, log_det = direction(v, context if flow.context_dim else None)
+    loss = w.sin().sum() + log_det.square().sum()
+    gradients = torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
+    return w.detach(), log_det.detach(), list(gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, double])
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+@given(
+    a=architectures(largest=7),
+    batch=st.sampled_from(BATCHES),
+    shared=st.booleans(),
+    scale=st.sampled_from([1.0, 30.0]),
+)
+def test_a_program_agrees_with_torch(
+    name: str, inverse: bool, dtype: torch.dtype, a: Architecture, batch: tuple[int, ...], shared: bool, scale: float
+) -> None:
+    built: Any = build(name, a, dtype, "cpu", gain=0.3)
+    flow = getattr(built, "flow", built)
+    v = (scale * torch.randn(*batch, a.input_dim, dtype=dtype)).requires_grad_()
+    context = torch.randn(*(() if shared else batch), a.context_dim, dtype=dtype, requires_grad=True)
+    tensors = [v, context, *flow.parameters()]
+    w, log_det, gradients = results(flow, inverse, v, context, tensors)
+    with torch.no_grad():
+        direction = flow.inverse_and_log_det if inverse else flow.forward_and_log_det
+        values = direction(v, context if flow.context_dim else None)
+    with in_torch():
+        wanted_w, wanted_log_det, wanted = results(flow, inverse, v, context, tensors)
+    layers = a.num_layers * a.input_dim
+    for one, log in ((w, log_det), values):
+        assert one.shape == wanted_w.shape
+        assert log.shape == wanted_log_det.shape
+        assert largest_difference(one, wanted_w) < 10 * layers * TOLERANCE[dtype]
+        assert largest_difference(log[..., None], wanted_log_det[..., None]) < 10 * layers * TOLERANCE[dtype]
+    if dtype == double:
+        for gradient, other in zip(gradients, wanted, strict=True):
+            assert gradient.shape == other.shape
+            assert torch.allclose(gradient, other, rtol=1e-9, atol=1e-9 * float(1 + other.norm()))
+
+
+def is_one_program(log_det: Tensor) -> bool:
+    return type(log_det.grad_fn).__name__ == "_RunBackward"
+
+
+@pytest.mark.parametrize("make", [MAF, IAF, RealNVP])
+def test_a_stack_is_one_operation_in_its_parallel_directions(make: Callable[..., Stack]) -> None:
+    flow = make(4, num_layers=3, hidden_dims=[8])
+    x = torch.randn(5, 4)
+    for inverse, direction in ((False, flow.forward_and_log_det), (True, flow.inverse_and_log_det)):
+        parallel = flow.fast == "both" or inverse == (flow.fast == "inverse")
+        assert is_one_program(direction(x)[1]) == parallel
+
+
+def test_a_mixed_stack_is_one_operation() -> None:
+    permute = Permute([2, 0, 1, 3])
+    inner = Stack([permute, IAF(4, num_layers=2, hidden_dims=[8]).inv, Coupling(4, hidden_dims=[5, 6])])
+    flow = Stack([MAF(4, num_layers=2, hidden_dims=[8]), permute, inner, permute])
+    y = torch.randn(5, 4)
+    assert is_one_program(flow.inverse_and_log_det(y)[1])
+    assert not is_one_program(Stack([flow, BatchNorm(4), flow]).inverse_and_log_det(y)[1])
+    assert torch.allclose(flow.inv(flow(y).clone()), y, atol=1e-5)
+
+
+def test_a_weight_changed_before_the_backward_is_noticed() -> None:
+    flow = MAF(4, num_layers=2, hidden_dims=[8])
+    loss = flow.inverse_and_log_det(torch.randn(5, 4))[1].sum()
+    with torch.no_grad():
+        flow[0].made.layers[0].weight.mul_(2)  # type: ignore[union-attr,index,operator]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_graph_is_freed_after_its_backward() -> None:
+    loss = MAF(4, num_layers=2, hidden_dims=[8]).inverse_and_log_det(torch.randn(5, 4))[1].sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("frozen", ["inputs", "weights", "all but the last"])
+@pytest.mark.parametrize("name", ["MAF", "RealNVP", "ConditionalRealNVP"])
+def test_gradients_of_a_part_of_the_tensors(name: str, frozen: str) -> None:
+    built: Any = build(name, SMALL, double, "cpu")
+    flow = getattr(built, "flow", built)
+    parameters = list(flow.parameters())
+    for parameter in parameters[: -1 if frozen == "all but the last" else None]:
+        parameter.requires_grad_(frozen == "inputs")
+    v = torch.randn(30, 4, dtype=double, requires_grad=frozen == "weights")
+    context = torch.randn(30, 2, dtype=double)
+    tensors = [tensor for tensor in (v, *parameters) if tensor.requires_grad]
+    found = results(flow, True, v, context, tensors)
+    with in_torch():
+        wanted = results(flow, True, v, context, tensors)
+    assert all(map(torch.allclose, (*found[:2], *found[2]), (*wanted[:2], *wanted[2])))
+
+
+def test_tensors_of_any_layout_are_read() -> None:
+    layer = MaskedAutoregressive(4, hidden_dims=[6]).double()
+    with torch.no_grad():
+        for linear in layer.made.masked_layers:
+            linear.weight = nn.Parameter(torch.randn(linear.weight.T.shape, dtype=double).T)
+            linear.bias = nn.Parameter(torch.randn(1, dtype=double).expand(linear.bias.shape))
+    v = torch.randn(4, 9, dtype=double).T
+    tensors = list(layer.parameters())
+    found = results(layer, True, v, None, tensors)
+    with in_torch():
+        wanted = results(layer, True, v, None, tensors)
+    assert all(map(torch.allclose, (*found[:2], *found[2]), (*wanted[:2], *wanted[2])))
+
+
+def test_a_mask_of_a_users_own_is_kept_to() -> None:
+    layer = MaskedAutoregressive(4, hidden_dims=[6], activation="tanh").double()
+    v = torch.randn(9, 4, dtype=double)
+    nn.init.normal_(layer.made.last_layer.weight)
+    before = layer.inverse_and_log_det(v)[0]
+    assert is_one_program(layer.inverse_and_log_det(v)[1])
+    with torch.no_grad():
+        layer.made.masked_layers[1].mask[:, 0] = 0
+    assert not is_one_program(layer.inverse_and_log_det(v)[1])
+    found = layer.inverse_and_log_det(v)[0]
+    with in_torch():
+        assert torch.equal(found, layer.inverse_and_log_det(v)[0])
+    assert not torch.allclose(found, before)
+
+
+def test_a_program_follows_a_change_of_its_layers() -> None:
+    flow: Any = build("RealNVP", SMALL, double, "cpu")
+    v = torch.randn(9, 4, dtype=double)
+
+    def assert_fresh() -> None:
+        for _ in range(2):
+            with torch.no_grad():
+                assert torch.equal(flow.inverse_and_log_det(v)[0], copy.deepcopy(flow).inverse_and_log_det(v)[0])
+
+    assert_fresh()
+    flow[0].networks[0].temper()
+    assert_fresh()
+    flow[1].networks[0] = copy.deepcopy(flow[0].networks[0])
+    assert_fresh()
+    flow.layers[2] = Permute([1, 0, 3, 2])
+    assert_fresh()
+    flow[0].networks[0].layers[0].weight.data.mul_(2)
+    flow.clear_cache()
+    assert_fresh()
+
+
+def test_programs_go_with_their_flows() -> None:
+    flow = MAF(3, num_layers=2, hidden_dims=[8])
+    with torch.no_grad():
+        flow.inverse_and_log_det(torch.randn(4, 3))
+    assert flow in program._programs
+    assert copy.deepcopy(flow) not in program._programs
+    before = len(program._programs)
+    del flow
+    assert len(program._programs) == before - 1
+
+
+def test_inputs_of_a_wrong_width_or_dtype_are_refused_as_in_torch() -> None:
+    flow = RealNVP(4, num_layers=2, hidden_dims=[8], context_dim=2)
+    v, context = torch.randn(5, 4), torch.randn(5, 2)
+    for wrong in ((v[:, :3], context), (v.double(), context), (v, context[:, :1]), (v, context.double())):
+        with pytest.raises((RuntimeError, IndexError)):
+            flow.inverse_and_log_det(*wrong)
+
+
+def test_layers_that_do_not_fit_together_are_refused() -> None:
+    flow = RealNVP(4, num_layers=2, hidden_dims=[8, 9])
+    flow[0].networks[0].layers[1] = nn.Linear(7, 9)  # type: ignore[union-attr,index,operator]
+    with pytest.raises(RuntimeError):
+        flow.inverse_and_log_det(torch.randn(5, 4))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("points", [2, 30])
+def test_what_is_not_finite_stays_in_its_row(points: int, bad: float) -> None:
+    flow = build("RealNVP", SMALL, torch.float32, "cpu")
+    v = torch.randn(points, 4)
+    wanted = flow.inverse_and_log_det(v)[0].detach()  # type: ignore[operator]
+    v[1, 2] = bad
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            w = flow.inverse_and_log_det(v)[0].detach()  # type: ignore[operator]
+        assert not torch.isfinite(w[1]).all()
+        rest = [row for row in range(points) if row != 1]
+        assert torch.allclose(w[rest], wanted[rest], atol=1e-6)
+
+
+@given(parts=st.integers(2, 5), points=st.integers(1, 700))
+def test_threads_share_the_points_out(parts: int, points: int) -> None:
+    flow: Any = build("RealNVP", SMALL, double, "cpu")
+    v = torch.randn(points, 4, dtype=double, requires_grad=True)
+    tensors = [v, *flow.parameters()]
+    wanted = results(flow, True, v, None, tensors)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threads, "LEAST_WORK", 1)
+        patch.setattr(torch, "get_num_threads", lambda: parts)
+        found = results(flow, True, v, None, tensors)
+    for one, other in zip((*found[:2], *found[2]), (*wanted[:2], *wanted[2]), strict=True):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-12 * float(1 + other.norm()))
