@@ -226,7 +226,7 @@ def unpack(path: Path, kind: Kind) -> Contents:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except PermissionError as error:
-        raise ValueError(f"{kind.reader} can not read {path}: {error.strerror or error}.") from None
+        raise ValueError(f"{kind.reader} cannot read {path}: {error.strerror or error}.") from None
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -290,9 +290,9 @@ def describe(module: Savable) -> dict[str, object]:
         TypeError: As `Savable.save`.
     """
     if module._unsavable:
-        raise TypeError(f"{type(module).__name__} can not be saved: {module._unsavable}.")
+        raise TypeError(f"{type(module).__name__} cannot be saved: {module._unsavable}.")
     if _hides_ours(type(module)):
-        raise TypeError(f"{type(module).__name__} can not be saved: its name is that of a class of {KEY}.")
+        raise TypeError(f"{type(module).__name__} cannot be saved: its name is that of a class of {KEY}.")
     arguments = {name: _encode(type(module).__name__, name, value) for name, value in module.architecture.items()}
     return {"class": type(module).__name__, "arguments": arguments}
 
@@ -322,7 +322,7 @@ def _encode(who: str, name: str, value: object) -> object:
         return value
     if isinstance(value, (Sequence, nn.ModuleList)):
         return [_encode(who, name, item) for item in value]
-    raise TypeError(f"{who} can not be saved: its argument {name} is {type(value).__name__}, which JSON does not hold.")
+    raise TypeError(f"{who} cannot be saved: its argument {name} is {type(value).__name__}, which JSON does not hold.")
 
 
 def _build(description: dict[str, Any]) -> Any:

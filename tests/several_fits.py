@@ -58,7 +58,7 @@ def fit_all(folder: str, kinds: list[str], devices: int) -> None:
 
 
 def try_what_is_refused(folder: str) -> None:
-    """Fit what several processes can not, and say why not."""
+    """Fit what several processes cannot, and say why not."""
     own = f"{folder}/{'maf' if os.environ['RANK'] == '0' else 'elsewhere'}"
     cases: list[tuple[Any, dict[str, Any]]] = [
         (MODELS["maf"]().double(), {"folder": own, "resume": True, "max_epochs": 4}),

@@ -1,4 +1,4 @@
-"""Why a model can not be run for many draws at once: the site where it shows, its shape, and the expected one."""
+"""Why a model cannot be run for many draws at once: the site where it shows, its shape, and the expected one."""
 
 from __future__ import annotations
 

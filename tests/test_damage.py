@@ -336,7 +336,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr("safetensors.safe_open", refuse)
-    with pytest.raises(ValueError, match=r"can not read .*\.safetensors: Permission denied\.$"):
+    with pytest.raises(ValueError, match=r"cannot read .*\.safetensors: Permission denied\.$"):
         pyro_maf.load(folder / "model.safetensors") if how == "load" else resumed(folder)
 
 

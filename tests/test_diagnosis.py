@@ -95,7 +95,7 @@ def test_weights_that_hardly_differ_need_no_light_tail_to_reweight_by(k_hat: flo
 
 
 def positive(raises: bool) -> Any:
-    """A half of a normal, on all numbers: the other half can not be scored."""
+    """A half of a normal, on all numbers: the other half cannot be scored."""
 
     def model() -> None:
         z = pyro.sample("z", dist.Normal(0.0, 1.0))

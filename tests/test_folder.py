@@ -131,7 +131,7 @@ def test_where_there_are_no_locks_a_warning_says_so(tmp_path: Path, monkeypatch:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(files, "_lock_file", refuse)
-    with pytest.warns(UserWarning, match=f"fit can not lock {tmp_path}: No locks available"):
+    with pytest.warns(UserWarning, match=f"fit cannot lock {tmp_path}: No locks available"):
         fit(flow(), gaussian_rows(100), folder=tmp_path, **OPTIONS)
     assert (tmp_path / CHECKPOINT).exists()
 

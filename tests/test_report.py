@@ -1,4 +1,4 @@
-"""The report of a fit: what the page says, that it stands alone, and that it says so when it can not be written."""
+"""The report of a fit: what the page says, that it stands alone, and that it says so when it cannot be written."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def test_a_class_of_the_same_name_takes_no_ones_place(saved: Path, monkeypatch: 
     monkeypatch.setattr("pyro_maf.saving._classes", dict(pyro_maf.saving._classes))
     impostor = type("MAF", (MAF,), {"__module__": "elsewhere"})
     assert type(pyro_maf.load(saved)) is MAF
-    with pytest.raises(TypeError, match="MAF can not be saved: its name is that of a class of pyro_maf"):
+    with pytest.raises(TypeError, match="MAF cannot be saved: its name is that of a class of pyro_maf"):
         impostor(2, **DEEP).save(saved)
 
 
@@ -219,7 +219,7 @@ def test_what_holds_a_context_is_not_saved(make: Any, around: Callable[[Any], An
     conditioned = make(3, 2, **TINY).condition(torch.zeros(4, 2))
     if make is ConditionalMADEMoG and around is not FlowPrior:
         around = torch.nn.Identity()
-    with pytest.raises(TypeError, match=r"can not be saved: save the conditional .* and condition it anew") as caught:
+    with pytest.raises(TypeError, match=r"cannot be saved: save the conditional .* and condition it anew") as caught:
         around(conditioned).save(path)
     assert "\n" not in str(caught.value)
     assert not path.exists()
@@ -230,6 +230,6 @@ def test_an_argument_that_json_does_not_hold_is_named(path: Path) -> None:
         def __init__(self, wave: Any) -> None:
             super().__init__(2)
 
-    with pytest.raises(TypeError, match="Wavy can not be saved: its argument wave is ufunc, which JSON does not hold"):
+    with pytest.raises(TypeError, match="Wavy cannot be saved: its argument wave is ufunc, which JSON does not hold"):
         Wavy(np.sin).save(path)
     assert not path.exists()

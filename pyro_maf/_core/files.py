@@ -182,7 +182,7 @@ def _lock(folder: Path) -> IO[bytes] | None:
             if error.errno not in UNLOCKABLE:
                 raise
             warnings.warn(
-                f"fit can not lock {folder}: {error.strerror}. Take care that no other fit writes there.", stacklevel=5
+                f"fit cannot lock {folder}: {error.strerror}. Take care that no other fit writes there.", stacklevel=5
             )
             return None
         file.close()

@@ -109,7 +109,7 @@ class Checkpoint(NamedTuple):
         wrong += [name for name in expected.keys() & present.keys() if expected[name] != present[name]]
         if wrong:
             raise ValueError(
-                f"fit can not go on from {path}: its {wrong[0]} is missing, or not that of this fit: another version "
+                f"fit cannot go on from {path}: its {wrong[0]} is missing, or not that of this fit: another version "
                 f"or another model wrote it. {REMEDY}"
             )
 
