@@ -42,8 +42,6 @@ NEGLIGIBLE = 0.1
 """Spread of log weights, in nats, at which 99.7 % of the draws are effective: larger ones never count as equal."""
 MOST_NUMBERS = 4_000_000
 """Maximum number of log-probabilities of single sites and rows in memory."""
-
-
 CIRCULAR = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
 """Distributions of angles: their densities repeat every 2 pi, over all real numbers."""
 
@@ -95,7 +93,7 @@ class Pair:
     def __init__(self, who: str, call: Call, guide: Guide) -> None:
         self._who, self._call, self._guide = who, call, guide
         try:
-            self._try_out()
+            self._lay_out()
         except RefusalError:
             raise
         except (*FAILURES, IndexError):
@@ -136,8 +134,8 @@ class Pair:
         log_weights = torch.cat([block.log_weights for block in blocks])
         return Weighted(values, log_weights, max(block.rounding for block in blocks))
 
-    def _try_out(self) -> None:
-        """Run both, and lay out their sites."""
+    def _lay_out(self) -> None:
+        """Run both, and compare their sites."""
         who, call, guide = self._who, self._call, self._guide
         guide_trace = call.of(guide).trace()
         example = call.replayed(guide_trace)

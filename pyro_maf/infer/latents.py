@@ -12,7 +12,7 @@ from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import init_to_median
 from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor
-from torch.distributions import Distribution, Transform, biject_to, transform_to
+from torch.distributions import Transform, biject_to, transform_to
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform, SigmoidTransform
 
@@ -63,10 +63,10 @@ class Latents:
         who: Name of their guide, for errors.
         sites: The latent sites, from a trace.
         rows: Shape of the plates in which each row has its vector, or () for one vector in all.
-        created: The plates that a user's function creates: where these subsample, v is of all their rows.
+        created: The plates that `create_plates` creates: where these subsample, v is of all their rows.
 
     Attributes:
-        rows: As in the arguments.
+        who, rows: As in the arguments.
         size: D.
         parts: Position of each site, by name.
         idle: Mask over the entries of all sites, (entries,): true for constants, which are no part of v; see
@@ -251,10 +251,10 @@ class Latents:
         for name, part in self.parts.items():
             # The rows of an encoder's context differ from batch to batch.
             shape, site = checked[name].shape, part.value.shape[len(self.rows) :]
-            batches[name], event = shape[: len(shape) - len(site)], shape[max(0, len(shape) - len(site)) :]
-            if event != site:
-                wanted = ", ".join(["*batch", *map(str, site)])
-                raise ValueError(f"{who} expected {name} of shape ({wanted}), got {tuple(shape)}.")
+            batches[name] = shape[: len(shape) - len(site)]
+            if batches[name] + site != shape:
+                expected = ", ".join(["*batch", *map(str, site)])
+                raise ValueError(f"{who} expected {name} of shape ({expected}), got {tuple(shape)}.")
         try:
             torch.broadcast_shapes(*batches.values())
         except RuntimeError:
@@ -352,7 +352,7 @@ def _masked_entries(part: Part, site: Site) -> Tensor:
 
 
 def _transform_of(who: str, name: str, site: Site) -> Transform:
-    if _is_fixed(site["fn"]):
+    if any(isinstance(layer, Delta) for layer in layers_of(site["fn"])):
         raise RefusalError(
             f"{who} expected latent variables with a density, got the site {name} of Delta, which has one value: "
             "write it with pyro.deterministic."
@@ -375,11 +375,6 @@ def _transform_of(who: str, name: str, site: Site) -> Transform:
             f"{who} knows no map from real numbers to the support of site {name}, {support}: "
             "reparameterise it with pyro.poutine.reparam."
         ) from None
-
-
-def _is_fixed(fn: Distribution) -> bool:
-    """True if a distribution is a Delta, perhaps masked, expanded or reinterpreted as an event."""
-    return any(isinstance(layer, Delta) for layer in layers_of(fn))
 
 
 def _within_reach(transform: Transform, unconstrained: Tensor) -> Tensor:
