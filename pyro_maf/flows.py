@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf._core.checks import check_permutation, check_positive
-from pyro_maf.nn import MADEOptions, NetworkOptions, reseeded
+from pyro_maf.nn import reseeded
 from pyro_maf.transforms import (
     BatchNorm,
     ConditionalForm,
@@ -22,6 +22,8 @@ from pyro_maf.transforms import (
     MaskedAutoregressive,
     Stack,
 )
+from pyro_maf.transforms.autoregressive import AutoregressiveOptions
+from pyro_maf.transforms.coupling import CouplingOptions
 
 __all__ = ["IAF", "MAF", "ConditionalIAF", "ConditionalMAF", "ConditionalRealNVP", "RealNVP"]
 
@@ -74,12 +76,12 @@ class _AutoregressiveStack(Stack):
         num_layers: int = 5,
         order: Orders = "reverse",
         batch_norm: bool = False,
-        context_dim: int = 0,
-        **layer: Unpack[MADEOptions],
+        **layer: Unpack[AutoregressiveOptions],
     ) -> None:
-        orders = _orders(type(self).__name__, input_dim, num_layers, order, layer.get("seed", 0))
+        seed = layer.get("seed", 0)
+        orders = _orders(type(self).__name__, input_dim, num_layers, order, seed)
         layers = [
-            self.layer_class(input_dim, context_dim=context_dim, order=layer_order, **reseeded(layer, index))
+            self.layer_class(input_dim, order=layer_order, **reseeded(layer, seed + index))
             for index, layer_order in enumerate(orders)
         ]
         super().__init__(_with_batch_norm(layers, batch_norm))
@@ -203,13 +205,11 @@ class RealNVP(Stack):
         num_layers: int = 5,
         order: Orders = "reverse",
         batch_norm: bool = False,
-        context_dim: int = 0,
-        networks: str = "joint",
         seed: int = 0,
-        **layer: Unpack[NetworkOptions],
+        **layer: Unpack[CouplingOptions],
     ) -> None:
         masks = _alternating_masks(type(self).__name__, input_dim, num_layers, order, seed)
-        layers = [Coupling(input_dim, mask=mask, context_dim=context_dim, networks=networks, **layer) for mask in masks]
+        layers = [Coupling(input_dim, mask=mask, **layer) for mask in masks]
         super().__init__(_with_batch_norm(layers, batch_norm))
 
 

@@ -505,3 +505,16 @@ def test_bad_input_is_refused_with_a_reason(call: Callable[[], Any], error: type
     with pytest.raises(error, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_the_noise_at_a_context_is_that_of_the_conditional_form() -> None:
+    y, context = torch.randn(5, 3), torch.randn(5, 2)
+    for form in (ConditionalMAFMoG(3, 2, num_layers=1), ConditionalFlowPrior(ConditionalMAF(3, 2, num_layers=1))):
+        noise = form.noise(y, context)
+        torch.testing.assert_close(form.condition(context).noise(y), noise)
+        torch.testing.assert_close(form.unwrapped.noise(y, context), noise)
+
+
+def test_a_density_without_a_map_to_noise_says_so() -> None:
+    with pytest.raises(TypeError, match="noise expected a density with a map to noise, got Density"):
+        Density(2).noise(torch.zeros(1, 2))

@@ -113,6 +113,22 @@ def test_an_unknown_option_is_refused_in_one_line(cls: type) -> None:
         built(cls, hidden_dim=[8])
 
 
+def test_an_option_of_layers_is_one_of_stacks_and_conditional_forms() -> None:
+    class Named(transforms.MaskedAutoregressive):
+        def __init__(self, input_dim: int, *, context_dim: int = 0, activation: str = "tanh", **options: Any) -> None:
+            super().__init__(input_dim, context_dim=context_dim, activation=activation, **options)
+
+    class Stacked(MAF):
+        layer_class = Named
+
+    class ConditionalStacked(transforms.ConditionalForm):
+        flow_class = Stacked
+
+    assert inspect.signature(Stacked).parameters["activation"].default == "tanh"
+    assert inspect.signature(ConditionalStacked).parameters["activation"].default == "tanh"
+    assert ConditionalStacked(3, 2, num_layers=1).flow[0].made.activation == "tanh"
+
+
 def test_an_option_of_another_network_is_refused() -> None:
     with pytest.raises(TypeError, match=r"^RealNVP takes .*'degrees'"):
         RealNVP(3, degrees="random")  # type: ignore[call-arg]

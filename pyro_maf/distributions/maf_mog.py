@@ -81,7 +81,7 @@ class MAFMoG(Density):
             num_components=num_components,
             order=nearest.flip(0),
             context_dim=context_dim,
-            **reseeded(flow, num_layers),
+            **reseeded(flow, flow.get("seed", 0) + num_layers),
         )
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:

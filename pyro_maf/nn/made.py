@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypedDict, cast
+from typing import TypedDict, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,9 +70,14 @@ class MADEOptions(NetworkOptions, total=False):
     seed: int
 
 
-def reseeded(options: MADEOptions, shift: int) -> MADEOptions:
-    """The options of another network, with `shift` added to the seed, so that its random degrees differ."""
-    return {**options, "seed": options.get("seed", 0) + shift}
+Options = TypeVar("Options", bound=MADEOptions)
+
+
+def reseeded(options: Options, seed: int) -> Options:
+    """The options with another seed, so that networks of equal options have different random degrees."""
+    options = options.copy()
+    options["seed"] = seed
+    return options
 
 
 BULK = 3.0

@@ -9,15 +9,20 @@ from torch import Tensor
 
 from pyro_maf.nn import MADE, MADEOptions
 from pyro_maf.sweep import Affine, Step, UnivariateMap, forget, parallel, run, solve
-from pyro_maf.transforms.base import Flow
+from pyro_maf.transforms.base import Flow, LayerOptions
 from pyro_maf.transforms.conditional import ConditionalForm
 
 __all__ = [
+    "AutoregressiveOptions",
     "ConditionalInverseAutoregressive",
     "ConditionalMaskedAutoregressive",
     "InverseAutoregressive",
     "MaskedAutoregressive",
 ]
+
+
+class AutoregressiveOptions(LayerOptions, MADEOptions, total=False):
+    """Options of an autoregressive layer, but for its order."""
 
 
 class _Autoregressive(Flow):

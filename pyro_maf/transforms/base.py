@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Self, TypeAlias
+from typing import Any, Self, TypeAlias, TypedDict
 
 import torch
 from pyro.distributions.torch_transform import TransformModule
@@ -18,10 +18,20 @@ from pyro_maf.sweep import Step
 from pyro_maf.sweep import forget as forget_weights
 from pyro_maf.transforms.cache import Cache, caching_is_possible
 
-__all__ = ["Flow", "Inverse"]
+__all__ = ["Flow", "Inverse", "LayerOptions"]
 
 Direction: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 Check: TypeAlias = Callable[[Tensor, "Tensor | None"], Tensor]
+
+
+class LayerOptions(TypedDict, total=False):
+    """Options of every layer with a network, beside those of the network, which a stack forwards to its layers.
+
+    Attributes:
+        context_dim: Number of context features, 0 for none.
+    """
+
+    context_dim: int
 
 
 class Flow(Savable, TransformModule):

@@ -8,13 +8,23 @@ import torch
 from torch import Tensor
 
 from pyro_maf._core.checks import check_choice
-from pyro_maf.nn import MLP, default_hidden_dims
+from pyro_maf.nn import MLP, NetworkOptions, default_hidden_dims
 from pyro_maf.nn.weights import outputs_of
 from pyro_maf.sweep import Affine, Step, UnivariateMap, run
-from pyro_maf.transforms.base import Flow
+from pyro_maf.transforms.base import Flow, LayerOptions
 from pyro_maf.transforms.conditional import ConditionalForm
 
-__all__ = ["ConditionalCoupling", "Coupling"]
+__all__ = ["ConditionalCoupling", "Coupling", "CouplingOptions"]
+
+
+class CouplingOptions(LayerOptions, NetworkOptions, total=False):
+    """Options of a coupling, but for its mask.
+
+    Attributes:
+        networks: "joint" or "separate".
+    """
+
+    networks: str
 
 
 class Coupling(Flow):
