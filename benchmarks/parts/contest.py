@@ -19,8 +19,7 @@ from parts.peers.base import UnsupportedError
 from parts.sets import standardised
 from pyro_maf._core.files import write_whole
 from pyro_maf.datasets import Dataset
-from pyro_maf.experiments import Candidate, Estimate, compare
-from pyro_maf.experiments.results import estimate
+from pyro_maf.experiments import Candidate, Estimate, compare, estimate
 
 OURS = "pyro-maf"
 BATCH, PATIENCE, SEED = 100, 30, 0

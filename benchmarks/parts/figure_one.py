@@ -15,7 +15,7 @@ import torch
 import pyro_maf
 from pyro_maf import MAF, plotting
 from pyro_maf.datasets import FigureOne
-from pyro_maf.experiments.results import estimate
+from pyro_maf.experiments import estimate
 from pyro_maf.training.result import log_prob_of
 
 WIDTHS = [64, 64]

@@ -19,7 +19,7 @@ class Dataset:
     r"""Data in three parts, one row an event: float32, or float64 if float32 is too coarse.
 
     Attributes:
-        name: Its name in tables and pictures.
+        name: Name in tables and figures.
         train, validation, test: (rows, D) each.
         train_context, validation_context, test_context: (rows, C) each, or None without a context.
         pixels: The map from pixels to rows, or None.

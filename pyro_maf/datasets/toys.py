@@ -23,7 +23,7 @@ class Toy:
     r"""A density over the plane with an exact log-density. A subclass defines `_draw` and `_log_density`.
 
     Attributes:
-        name: Its name in tables and pictures.
+        name: Name in tables and figures.
         entropy: Entropy in nats, or None without a closed form.
 
     Example:

@@ -1,4 +1,4 @@
-r"""Pictures of densities: samples, the noise of data, contours, losses, images.
+r"""Figures of densities: samples, the noise of data, contours, losses, images.
 
 Each function returns a matplotlib `Figure` that is not registered with pyplot: save it with `figure.savefig(path)`; at
 the end of a notebook's cell it shows itself. Compared models share their axes, and the colours are those of Okabe and

@@ -1,4 +1,4 @@
-"""Style of the pictures, figures of panels, and the rows for one panel."""
+"""Style of the figures, figures of panels, and the rows for one panel."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ __all__ = [
     "GREY",
     "Window",
     "bins_of",
+    "dimension_names",
     "dots",
     "edges_of",
     "histogram",
     "label",
     "limits_of",
-    "named",
     "new_figure",
     "new_panels",
     "some_rows",
@@ -125,7 +125,7 @@ def some_rows(who: str, name: str, rows: ArrayLike | Tensor, dims: Sequence[int]
     return rows[:most, list(dims)]
 
 
-def named(who: str, names: Sequence[str] | None, size: int, symbol: str = "x") -> list[str]:
+def dimension_names(who: str, names: Sequence[str] | None, size: int, symbol: str = "x") -> list[str]:
     """Return the names of the dimensions, by default the symbol with a number."""
     names = [f"${symbol}_{{{i + 1}}}$" for i in range(size)] if names is None else list(names)
     if len(names) != size:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf.distributions import Density
-from pyro_maf.plotting.axes import COLOURS, GREY, POINTS, dots, label, named, new_panels, some_rows, styled
+from pyro_maf.plotting.axes import COLOURS, GREY, POINTS, dimension_names, dots, label, new_panels, some_rows, styled
 from pyro_maf.transforms import Flow
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def pit(u: Tensor, *, names: Sequence[str] | None = None, columns: int = 3, titl
     """
     size = torch.as_tensor(u).shape[-1]
     uniform = torch.special.ndtr(some_rows("pit", "u", u, range(size), most=None).double())
-    names = named("pit", names, size, "u")
+    names = dimension_names("pit", names, size, "u")
     total = len(uniform)
     bins = max(4, min(MOST_BINS, total // ROWS_IN_A_BIN))
     margin = 2 * math.sqrt((bins - 1) / total)
@@ -134,7 +134,7 @@ def qq(u: Tensor, *, names: Sequence[str] | None = None, columns: int = 3, title
     """
     size = torch.as_tensor(u).shape[-1]
     u = some_rows("qq", "u", u, range(size), most=None).double()
-    names = named("qq", names, size, "u")
+    names = dimension_names("qq", names, size, "u")
     places, normal, error = _normal_order(len(u))
     observed = u.sort(0).values[places]
     edge = max(2.0, float(normal[-1])) + 1

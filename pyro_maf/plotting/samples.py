@@ -16,11 +16,11 @@ from pyro_maf.plotting.axes import (
     GREY,
     Window,
     bins_of,
+    dimension_names,
     dots,
     histogram,
     label,
     limits_of,
-    named,
     new_figure,
     new_panels,
     some_rows,
@@ -89,7 +89,7 @@ def marginals(
         some_rows("marginals", name, rows, range(size), most=None)
         for name, rows in (("data", data), ("samples", samples))
     )
-    names = named("marginals", names, size)
+    names = dimension_names("marginals", names, size)
     figure, panels = new_panels(size, title, height=1.8, of="dimension", columns=columns)
     for i, (axes, name) in enumerate(zip(panels, names, strict=True)):
         edges = bins_of(data[:, i], samples[:, i])
@@ -125,7 +125,7 @@ def pairs(data: Tensor, samples: Tensor, *, names: Sequence[str] | None = None, 
     data, samples = (
         some_rows("pairs", name, rows, range(size)) for name, rows in (("data", data), ("samples", samples))
     )
-    names = named("pairs", names, size)
+    names = dimension_names("pairs", names, size)
     figure = new_figure(1.6 * size + 0.6, 1.6 * size + 0.3, title)
     grid = figure.subplots(size, size, squeeze=False)
     limits = [limits_of(data[:, [i, i]])[0] for i in range(size)]
