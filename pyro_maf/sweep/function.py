@@ -14,7 +14,7 @@ from pyro_maf._core.torch_state import is_intercepted
 from pyro_maf.nn import ACTIVATIONS, MADE, compress_tails
 from pyro_maf.sweep.loading import kernels, loaded
 from pyro_maf.sweep.plan import together
-from pyro_maf.sweep.program import Array, Pack, Program, Reading, Step, is_ordinary, program_of
+from pyro_maf.sweep.program import Array, Pack, Program, Reading, Step, program_of
 from pyro_maf.sweep.threads import in_parts
 
 __all__ = ["run"]
@@ -37,10 +37,13 @@ def run(
     Returns:
         The last layer's output, (\*batch, D), and the sum of the log-determinants, (\*batch,).
     """
-    if is_intercepted() or v.dtype not in DTYPES or not is_ordinary(v, v.dtype) or kernels() is None:
+    if is_intercepted() or v.dtype not in DTYPES or kernels() is None:
         return None
     reading = Reading.of(steps)
-    if reading is None or not reading.is_uniform(v) or (program := program_of(owner, place, steps, reading)) is None:
+    if reading is None or not Reading([], [], [v, *reading.tensors]).is_uniform(v):
+        return None
+    program = program_of(owner, place, steps, reading)
+    if program is None:
         return None
     context = context if program.context_dim else None
     if not program.fits(v, context):
@@ -90,12 +93,21 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """w, (batch, D), and log-determinants of v (batch, D); fills the tape, if there is one."""
     v = v.detach().contiguous()
-    features = v.new_empty(len(v), 0) if context is None else context.detach().contiguous()
-    w, log_det = torch.empty_like(v), v.new_empty(len(v))
-    tables, own_tape = program.tables, v.new_empty(0, 0) if tape is None else tape
-    given = [tensor.numpy() for tensor in (v, features, *pack)]
-    network = *given, tables.layers, tables.matrices, tables.variables, tables.seen, tables.result, program.rows
-    results = own_tape.numpy(), w.numpy(), log_det.numpy()
+    w, log_det, tables, rows = torch.empty_like(v), v.new_empty(len(v)), program.tables, v.numpy()
+    features = np.empty((len(v), 0), rows.dtype) if context is None else context.detach().contiguous().numpy()
+    network = (
+        rows,
+        features,
+        pack.weights.numpy(),
+        pack.biases.numpy(),
+        tables.layers,
+        tables.matrices,
+        tables.variables,
+        tables.seen,
+        tables.result,
+        program.rows,
+    )
+    results = np.empty((0, 0), rows.dtype) if tape is None else tape.numpy(), w.numpy(), log_det.numpy()
 
     def walk(first: int, end: int) -> None:
         loaded().parallel.forward(*network, first, end, *results)

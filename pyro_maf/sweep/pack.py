@@ -23,7 +23,7 @@ LANES = 16
 
 
 class Pack(NamedTuple):
-    """The arrays that `kernel` describes, in the order of its arguments."""
+    """The arrays that `sequential_kernel` describes, in the order of its arguments."""
 
     order: Array
     weights: Array

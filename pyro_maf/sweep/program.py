@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from pyro_maf._core.torch_state import Snapshot
@@ -28,7 +27,7 @@ from pyro_maf.nn.weights import current, is_hooked, is_read
 from pyro_maf.sweep.loading import loaded
 from pyro_maf.univariate import Affine, UnivariateMap
 
-__all__ = ["Array", "Program", "Reading", "Step", "forget", "is_ordinary", "program_of"]
+__all__ = ["Array", "Program", "Reading", "Step", "forget", "program_of"]
 
 Array = np.ndarray[Any, Any]
 
@@ -36,6 +35,8 @@ LANES = 16
 """Tape columns and columns of gradients are padded to a multiple of this, so that loops over them are vectorised."""
 NOT_BY_VALUE = ("silu", "gelu")
 """Activations whose derivative has rows of its own, since the value does not determine it."""
+ORDINARY = (nn.Parameter, Tensor)
+"""Tensors whose entries lie in memory, as not those of every subclass do."""
 INPUTS, UNITS, CONTEXT = range(3)
 """What a matrix is multiplied with."""
 
@@ -164,7 +165,8 @@ class Reading(NamedTuple):
 
     def is_uniform(self, like: Tensor) -> bool:
         """Return whether all tensors are ordinary ones on the CPU, of the dtype of `like`."""
-        return all(is_ordinary(tensor, like.dtype) for tensor in self.tensors)
+        dtype = like.dtype
+        return all(tensor.dtype is dtype and tensor.is_cpu and type(tensor) in ORDINARY for tensor in self.tensors)
 
     def holds_for(self, other: Reading) -> bool:
         """Return whether a program of this state is one of the other."""
@@ -173,11 +175,6 @@ class Reading(NamedTuple):
             and all(map(operator.is_, self.fixed, other.fixed))
             and self.marks == other.marks
         )
-
-
-def is_ordinary(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether a tensor has this dtype and its entries in memory of the CPU, which not all subclasses have."""
-    return tensor.dtype is dtype and tensor.is_cpu and type(tensor) in (nn.Parameter, Tensor)
 
 
 class Tables(NamedTuple):
@@ -249,7 +246,7 @@ class Program:
             return False
         if context is None:
             return not self.context_dim
-        return is_ordinary(context, v.dtype) and context.shape[-1:] == (self.context_dim,)
+        return Reading([], [], [context]).is_uniform(v) and context.shape[-1:] == (self.context_dim,)
 
     def room_for_gradients(self, like: Tensor) -> tuple[Array, Array]:
         """Arrays for the gradients by packed weights and biases, with arbitrary entries; to be put back to `room`."""
