@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from pyro_maf._core.torch_state import is_exported, is_traced
 from pyro_maf.nn import MADE
 from pyro_maf.nn.weights import is_called, is_hooked, own_tensors, walk_by_calls
-from pyro_maf.sweep import compiled, triton_sweep, unrolled
+from pyro_maf.sweep import compiled, triton_sweep
 from pyro_maf.sweep.pack import pack, pack_of
 from pyro_maf.sweep.plan import Direction, Plan, biases_of, lay_back, plan_of, together, weights_of
-from pyro_maf.sweep.reference import TorchSweep
+from pyro_maf.sweep.reference import TorchSweep, solve_by_passes
 from pyro_maf.sweep.triton_sweep import TritonSweep
 from pyro_maf.univariate import UnivariateMap
 
@@ -63,7 +63,7 @@ def solve(
     rows = v if v.dim() == 2 else v.reshape(-1, made.input_dim)
     differentiated = _needs_gradient(made, own, v, context)
     if is_traced() or (differentiated and is_exported()):  # an exported program cannot hold the sweep's adjoint
-        w, log_det = unrolled.solve(plan_of(made, context), _direction(univariate, inverse), rows)
+        w, log_det = solve_by_passes(plan_of(made, context), _direction(univariate, inverse), rows)
     elif not differentiated and compiled.takes(univariate, v):
         w, log_det = compiled.evaluate(pack_of(made, own, context), rows, inverse=inverse)
     else:
@@ -179,6 +179,6 @@ def _differentiable(
     inputs = (v, *tensors)
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
     plan = Plan.of(ctx.made, tensors[: ctx.layers], tensors[ctx.layers :])
-    results = unrolled.solve(plan, ctx.direction, v)
+    results = solve_by_passes(plan, ctx.direction, v)
     found = iter(torch.autograd.grad(results, wanted, (grad_w, grad_log_det), create_graph=True, allow_unused=True))
     return tuple(next(found) if tensor.requires_grad else None for tensor in inputs)
