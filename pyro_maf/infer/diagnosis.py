@@ -103,15 +103,15 @@ class Diagnosis:
 def diagnose(model: Model, guide: Guide, *args: object, num_samples: int = 10_000, **kwargs: object) -> Diagnosis:
     r"""Diagnose a guide by the importance weights p(x, z) / q(z) of its draws.
 
-    Args:
-        model: A Pyro model.
-        guide: Its guide: one of this package, of Pyro, or one's own.
-        num_samples: Number of draws to weight.
-        *args, **kwargs: Arguments of model and guide.
-
     Discrete sites of the model with `infer={"enumerate": "parallel"}` are summed out. Where its plates subsample, all
     rows are scored, in runs over minibatches; where that is not possible, as with data that are a minibatch already,
     there is no verdict, and `Diagnosis.reason` says why.
+
+    Args:
+        model: A Pyro model.
+        guide: Its guide: one of this package, of Pyro, or your own.
+        num_samples: Number of draws to weight.
+        *args, **kwargs: Arguments of model and guide.
 
     Returns:
         A `Diagnosis`.

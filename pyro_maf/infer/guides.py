@@ -168,8 +168,8 @@ class AutoFlow(AutoContinuous):
 
     def get_base_dist(self) -> TorchDistribution:
         """Return the standard normal distribution of the noise, of event shape (D,)."""
-        zeros, ones = self._weight.new_zeros(self.latent_dim), self._weight.new_ones(self.latent_dim)
-        return dist.Normal(zeros, ones, validate_args=False).to_event(1)
+        zeros = self._weight.new_zeros(self.latent_dim)
+        return dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
 
     def get_transform(self, *args: object, **kwargs: object) -> Flow:
         """Return the map from noise to unconstrained latent variables, conditioned on the encoder's context if any."""

@@ -79,6 +79,9 @@ def neutra(model: Model, guide: AutoFlow) -> NeuTra:
     The better the guide, the nearer the density of u is to a standard normal, for a posterior of any shape; as MCMC it
     is exact with any guide.
 
+    Discrete sites with `infer={"enumerate": "parallel"}` are left to the sampler, which sums them out. Where plates of
+    the model subsample, every evaluation scores all rows, minibatch by minibatch.
+
     Args:
         model: A Pyro model.
         guide: Its guide, from this module, fitted and without an encoder. Its weights are frozen:
@@ -86,9 +89,6 @@ def neutra(model: Model, guide: AutoFlow) -> NeuTra:
 
     Returns:
         A `NeuTra`: run NUTS on it; its `draws` maps the samples to the model's sites.
-
-    Discrete sites with `infer={"enumerate": "parallel"}` are left to the sampler, which sums them out. Where plates of
-    the model subsample, every evaluation scores all rows, minibatch by minibatch.
 
     Cost: besides the model's density and gradient, those of the guide's map: one pass a layer for an `AutoIAF`.
 
