@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import warnings
@@ -77,7 +78,10 @@ class Processes:
                 strategy="ddp",
                 plugins=[TorchElasticEnvironment() if self.by_torchrun else LightningEnvironment()],
             )
+            is_new = not distributed.is_initialized()
             fabric.launch()
+        if is_new:
+            atexit.register(_leave)
         return fabric.device
 
     def part(self, index: Tensor) -> Tensor:
@@ -113,3 +117,9 @@ class Processes:
             first = tensor.clone()
             distributed.broadcast(first, 0)
             tensor.copy_(first)
+
+
+def _leave() -> None:
+    """Leave the group of processes: its threads, where they outlive Python, abort the program."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
