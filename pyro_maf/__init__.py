@@ -1,7 +1,7 @@
 r"""Masked autoregressive flows for Pyro.
 
-MAF, its inverse (IAF) and RealNVP as Pyro transforms with exact log-determinants: guides for variational inference,
-learned priors, and density estimators. Every flow maps noise x to data y; densities are in nats.
+MAF, its inverse (IAF), RealNVP and neural spline flows as Pyro transforms with exact log-determinants: guides for
+variational inference, learned priors, and density estimators. Every flow maps noise x to data y; densities are in nats.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ if TYPE_CHECKING:
         MADEMoG,
         MAFMoG,
     )
-    from pyro_maf.flows import IAF, MAF, ConditionalIAF, ConditionalMAF, ConditionalRealNVP, RealNVP
+    from pyro_maf.flows import (
+        IAF,
+        MAF,
+        NSF,
+        ConditionalIAF,
+        ConditionalMAF,
+        ConditionalNSF,
+        ConditionalRealNVP,
+        RealNVP,
+    )
     from pyro_maf.nn import MADE
     from pyro_maf.saving import load
     from pyro_maf.training import fit, fit_prior
@@ -28,11 +37,13 @@ __all__ = [
     "IAF",
     "MADE",
     "MAF",
+    "NSF",
     "ConditionalFlowPrior",
     "ConditionalIAF",
     "ConditionalMADEMoG",
     "ConditionalMAF",
     "ConditionalMAFMoG",
+    "ConditionalNSF",
     "ConditionalRealNVP",
     "FlowPrior",
     "MADEMoG",
@@ -47,7 +58,7 @@ __version__ = "0.1.0"
 
 HOMES = {
     "distributions": "ConditionalFlowPrior ConditionalMADEMoG ConditionalMAFMoG FlowPrior MADEMoG MAFMoG",
-    "flows": "IAF MAF ConditionalIAF ConditionalMAF ConditionalRealNVP RealNVP",
+    "flows": "IAF MAF NSF ConditionalIAF ConditionalMAF ConditionalNSF ConditionalRealNVP RealNVP",
     "nn": "MADE",
     "saving": "load",
     "training": "fit fit_prior",
@@ -66,6 +77,7 @@ PARTS = (
     "report",
     "training",
     "transforms",
+    "univariate",
 )
 """Modules that are imported on first access."""
 

@@ -10,9 +10,20 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pyro_maf import IAF, MAF, ConditionalIAF, ConditionalMAF, ConditionalRealNVP, RealNVP, transforms
+from pyro_maf import (
+    IAF,
+    MAF,
+    NSF,
+    ConditionalIAF,
+    ConditionalMAF,
+    ConditionalNSF,
+    ConditionalRealNVP,
+    RealNVP,
+    transforms,
+)
 from pyro_maf.nn import ACTIVATIONS
 from pyro_maf.transforms import BatchNorm, ConditionalFlow, Flow, LowerTriangularAffine
+from pyro_maf.univariate import Spline
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,13 @@ REGISTRY: dict[str, Builder] = {
     "InverseAutoregressive": lambda a: transforms.InverseAutoregressive(a.input_dim, **a.layer),
     "Coupling": lambda a: transforms.Coupling(a.input_dim, mask=a.mask, **a.network),
     "Coupling separate": lambda a: transforms.Coupling(a.input_dim, networks="separate", **a.network),
+    "MaskedAutoregressive spline": lambda a: transforms.MaskedAutoregressive(
+        a.input_dim, univariate="spline", **a.layer
+    ),
+    "InverseAutoregressive spline": lambda a: transforms.InverseAutoregressive(
+        a.input_dim, univariate=Spline(num_bins=5, bound=3.0), **a.layer
+    ),
+    "Coupling spline": lambda a: transforms.Coupling(a.input_dim, mask=a.mask, univariate="spline", **a.network),
     "BatchNorm": lambda a: transforms.BatchNorm(a.input_dim),
     "ActNorm": lambda a: transforms.ActNorm(a.input_dim),
     "Permute": lambda a: transforms.Permute(a.permutation),
@@ -78,6 +96,9 @@ REGISTRY: dict[str, Builder] = {
     "MAF batch norm": lambda a: MAF(a.input_dim, batch_norm=True, **a.stack),
     "IAF": lambda a: IAF(a.input_dim, **a.stack),
     "RealNVP": lambda a: RealNVP(a.input_dim, **a.stack),
+    "NSF": lambda a: NSF(a.input_dim, **a.stack),
+    "IAF spline": lambda a: IAF(a.input_dim, univariate="spline", **a.stack),
+    "RealNVP spline": lambda a: RealNVP(a.input_dim, univariate="spline", **a.stack),
     "Stack": lambda a: transforms.Stack(
         [MAF(a.input_dim, **a.stack), transforms.Permute(a.permutation), IAF(a.input_dim, **a.stack).inv]
     ),
@@ -94,6 +115,7 @@ REGISTRY: dict[str, Builder] = {
         a.input_dim, a.context_dim, **a.network
     ),
     "ConditionalMAF": lambda a: ConditionalMAF(a.input_dim, a.context_dim, **a.stack),
+    "ConditionalNSF": lambda a: ConditionalNSF(a.input_dim, a.context_dim, **a.stack),
     "ConditionalIAF": lambda a: ConditionalIAF(a.input_dim, a.context_dim, **a.stack),
     "ConditionalRealNVP": lambda a: ConditionalRealNVP(a.input_dim, a.context_dim, networks="separate", **a.stack),
 }

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from pyro_maf.nn import compress_tails
-from pyro_maf.sweep import Affine
 from pyro_maf.transforms import (
     ConditionalCoupling,
     ConditionalInverseAutoregressive,
@@ -22,6 +21,7 @@ from pyro_maf.transforms import (
     MaskedAutoregressive,
     Permute,
 )
+from pyro_maf.univariate import Affine
 
 double = torch.float64
 

@@ -37,8 +37,8 @@ pyro-maf fit wine.parquet --columns alcohol,flavanoids --context colour --flow r
 pyro-maf fit rates.csv --support positive,share=unit_interval --folder rates --resume
 ```
 """
-FlowName = Literal["maf", "iaf", "realnvp", "made", "made-mog", "maf-mog", "gaussian"]
-LAYERED = ("maf", "iaf", "realnvp", "maf-mog")
+FlowName = Literal["maf", "nsf", "iaf", "realnvp", "made", "made-mog", "maf-mog", "gaussian"]
+LAYERED = ("maf", "nsf", "iaf", "realnvp", "maf-mog")
 DEFAULT_LAYERS = 5
 Support: TypeAlias = str | list[str] | None
 
@@ -48,7 +48,7 @@ class FitOptions(TableOptions, TrainingOptions):
     """Options of `pyro-maf fit`."""
 
     flow: Annotated[FlowName, option(f"Model to fit: {', '.join(get_args(FlowName))}.", "FLOW")] = "maf"
-    num_layers: Annotated[int | None, option("Number of layers of maf, iaf, realnvp and maf-mog; by default 5.")] = None
+    num_layers: Annotated[int | None, option("Number of layers of maf, nsf, iaf, realnvp and maf-mog; by default 5.")] = None
     hidden_dims: Annotated[
         list[str] | None, option("Widths of the hidden layers, as 128,128; by default chosen from the data.", "WIDTHS")
     ] = None

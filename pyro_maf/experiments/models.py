@@ -10,13 +10,14 @@ from pyro_maf._core.options import signature_of
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.distributions import ConditionalMADEMoG, ConditionalMAFMoG, MADEMoG, MAFMoG
 from pyro_maf.experiments.gaussian import gaussian
-from pyro_maf.flows import IAF, MAF, ConditionalIAF, ConditionalMAF, ConditionalRealNVP, RealNVP
+from pyro_maf.flows import IAF, MAF, NSF, ConditionalIAF, ConditionalMAF, ConditionalNSF, ConditionalRealNVP, RealNVP
 from pyro_maf.training.preparation import Model
 
 __all__ = ["FLOWS", "build"]
 
 CLASSES: dict[str, tuple[type, type]] = {
     "maf": (MAF, ConditionalMAF),
+    "nsf": (NSF, ConditionalNSF),
     "iaf": (IAF, ConditionalIAF),
     "realnvp": (RealNVP, ConditionalRealNVP),
     "made": (MAF, ConditionalMAF),
@@ -28,7 +29,7 @@ CLASSES: dict[str, tuple[type, type]] = {
 FLOWS = (*CLASSES, "gaussian")
 """The names that `build` accepts."""
 
-STACKS = ("maf", "iaf", "realnvp", "maf-mog")
+STACKS = ("maf", "nsf", "iaf", "realnvp", "maf-mog")
 """The flows with several layers, and optional batch norm between them."""
 
 
@@ -45,17 +46,17 @@ def build(
     networks: str = "joint",
     seed: int = 0,
 ) -> Model:
-    r"""Build one of the paper's models, untrained, for `pyro_maf.fit`.
+    r"""Build one of the paper's models or a neural spline flow, "nsf", untrained, for `pyro_maf.fit`.
 
     "made" has Gaussian conditionals in the natural order: a MAF of one layer. "gaussian" is normal with a full
     covariance; with a context c the mean, and the log of each dimension's scale, are linear in c. Its closed form is
     `fit_gaussian`.
 
     Args:
-        flow: "maf", "iaf", "realnvp", "made", "made-mog", "maf-mog" or "gaussian".
+        flow: "maf", "nsf", "iaf", "realnvp", "made", "made-mog", "maf-mog" or "gaussian".
         input_dim: D.
         context_dim: Number of context features, 0 for none; with one, the model is a conditional form.
-        num_layers: Number of layers of "maf", "iaf", "realnvp" and "maf-mog"; fixed for the others.
+        num_layers: Number of layers of "maf", "nsf", "iaf", "realnvp" and "maf-mog"; fixed for the others.
         hidden_dims: Widths of each network's hidden layers, by default two by `pyro_maf.nn.default_hidden_dims`.
         activation: A name from `pyro_maf.nn.ACTIVATIONS`.
         batch_norm: Put a `BatchNorm` after every layer of the flows with several layers.

@@ -14,9 +14,8 @@ from pyro_maf.sweep.plan import plan_of
 from pyro_maf.sweep.program import Step
 from pyro_maf.sweep.reference import walk
 from pyro_maf.sweep.solve import parallel, solve
-from pyro_maf.univariate import Affine, UnivariateMap
 
-__all__ = ["Affine", "Step", "UnivariateMap", "forget", "parallel", "plan_of", "run", "solve", "walk"]
+__all__ = ["Step", "forget", "parallel", "plan_of", "run", "solve", "walk"]
 
 
 def forget(module: nn.Module) -> None:

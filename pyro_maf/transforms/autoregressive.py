@@ -8,9 +8,10 @@ from typing import Unpack
 from torch import Tensor
 
 from pyro_maf.nn import MADE, MADEOptions
-from pyro_maf.sweep import Affine, Step, UnivariateMap, forget, parallel, run, solve
+from pyro_maf.sweep import Step, forget, parallel, run, solve
 from pyro_maf.transforms.base import Flow, LayerOptions
 from pyro_maf.transforms.conditional import ConditionalForm
+from pyro_maf.univariate import UnivariateMap, univariate_map
 
 __all__ = [
     "AutoregressiveOptions",
@@ -22,7 +23,7 @@ __all__ = [
 
 
 class AutoregressiveOptions(LayerOptions, MADEOptions, total=False):
-    """Options of an autoregressive layer, but for its order."""
+    """Options of an autoregressive layer, but for its order and univariate map."""
 
 
 class _Autoregressive(Flow):
@@ -37,10 +38,11 @@ class _Autoregressive(Flow):
         *,
         context_dim: int = 0,
         order: Sequence[int] | Tensor | None = None,
+        univariate: str | UnivariateMap = "affine",
         **network: Unpack[MADEOptions],
     ) -> None:
         super().__init__(input_dim, context_dim)
-        self.univariate: UnivariateMap = Affine()
+        self.univariate = univariate_map(self.name, univariate)
         outputs = self.univariate.num_parameters
         self.made = MADE(input_dim, outputs_per_input=outputs, context_dim=context_dim, order=order, **network)
         self.made.zero_output()
@@ -70,9 +72,10 @@ class _Autoregressive(Flow):
 
 
 class MaskedAutoregressive(_Autoregressive):
-    r"""A MAF layer: y_i = x_i exp(alpha_i(y_<i)) + mu_i(y_<i), so log |det dy/dx| = sum_i alpha_i.
+    r"""A MAF layer: y_i = f(x_i; phi_i(y_<i)), so log |det dy/dx| = sum_i log f'(x_i).
 
-    "< i" is in the layer's own order. The functions are the outputs of one MADE. Starts as the identity.
+    By default f is affine: y_i = x_i exp(alpha_i(y_<i)) + mu_i(y_<i). "< i" is in the layer's own order. The phi_i are
+    the outputs of one MADE. Starts as the identity.
 
     Args:
         input_dim: D.
@@ -80,6 +83,7 @@ class MaskedAutoregressive(_Autoregressive):
         context_dim: Number of context features, 0 for none; with one, use `ConditionalMaskedAutoregressive`.
         activation: A name from `pyro_maf.nn.ACTIVATIONS`.
         order: The dimensions' indices, first to last; by default 0 .. D - 1.
+        univariate: f, the map of each dimension: "affine", "spline" or a map of `pyro_maf.univariate`.
         degrees: Degrees of the hidden units, "sequential" or "random".
         seed: Seed of random degrees.
 
@@ -117,12 +121,13 @@ class MaskedAutoregressive(_Autoregressive):
 
 
 class InverseAutoregressive(_Autoregressive):
-    r"""An IAF layer: y_i = x_i exp(alpha_i(x_<i)) + mu_i(x_<i), so log |det dy/dx| = sum_i alpha_i.
+    r"""An IAF layer: y_i = f(x_i; phi_i(x_<i)), so log |det dy/dx| = sum_i log f'(x_i).
 
-    "< i" is in the layer's own order. The functions are the outputs of one MADE. Starts as the identity.
+    By default f is affine: y_i = x_i exp(alpha_i(x_<i)) + mu_i(x_<i). "< i" is in the layer's own order. The phi_i are
+    the outputs of one MADE. Starts as the identity.
 
     Args:
-        input_dim, hidden_dims, context_dim, activation, order, degrees, seed: As in `MaskedAutoregressive`.
+        input_dim, hidden_dims, context_dim, activation, order, univariate, degrees, seed: As in `MaskedAutoregressive`.
 
     Shapes:
         x and y are (\*batch, D), log-determinants (\*batch,) in nats.
@@ -162,7 +167,7 @@ class ConditionalMaskedAutoregressive(ConditionalForm):
     Args:
         input_dim: D.
         context_dim: Number of context features, at least 1.
-        hidden_dims, activation, order, degrees, seed: As in `MaskedAutoregressive`.
+        hidden_dims, activation, order, univariate, degrees, seed: As in `MaskedAutoregressive`.
 
     Shapes:
         context is (\*batch or (), context_dim) and broadcasts with x and y, (\*batch, D).
@@ -187,7 +192,7 @@ class ConditionalInverseAutoregressive(ConditionalForm):
 
     Args:
         input_dim, context_dim: As in `ConditionalMaskedAutoregressive`.
-        hidden_dims, activation, order, degrees, seed: As in `InverseAutoregressive`.
+        hidden_dims, activation, order, univariate, degrees, seed: As in `InverseAutoregressive`.
 
     Shapes and errors are those of `ConditionalMaskedAutoregressive`, the cost is that of `InverseAutoregressive`.
 

@@ -1,4 +1,4 @@
-r"""Coupling: some dimensions pass through and condition the affine map of the others."""
+r"""Coupling: some dimensions pass through and condition the univariate maps of the others."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor
 from pyro_maf._core.checks import check_choice
 from pyro_maf.nn import MLP, NetworkOptions, default_hidden_dims
 from pyro_maf.nn.weights import outputs_of
-from pyro_maf.sweep import Affine, Step, UnivariateMap, run
+from pyro_maf.sweep import Step, run
 from pyro_maf.transforms.base import Flow, LayerOptions
 from pyro_maf.transforms.conditional import ConditionalForm
+from pyro_maf.univariate import Affine, UnivariateMap, univariate_map
 
 __all__ = ["ConditionalCoupling", "Coupling", "CouplingOptions"]
 
@@ -21,17 +22,19 @@ class CouplingOptions(LayerOptions, NetworkOptions, total=False):
     """Options of a coupling, but for its mask.
 
     Attributes:
+        univariate: The map of each dimension.
         networks: "joint" or "separate".
     """
 
+    univariate: str | UnivariateMap
     networks: str
 
 
 class Coupling(Flow):
     r"""A RealNVP layer: dimensions where the mask m is true pass through and condition the map of the others.
 
-    y_i = x_i where m_i is true; y_i = x_i exp(alpha_i(x_m)) + mu_i(x_m) for the others, and log |det dy/dx| is the sum
-    of the alpha_i. Starts as the identity.
+    y_i = x_i where m_i is true; y_i = f(x_i; phi_i(x_m)) for the others, and log |det dy/dx| is the sum of their
+    log f'(x_i). By default f is affine: y_i = x_i exp(alpha_i(x_m)) + mu_i(x_m). Starts as the identity.
 
     Args:
         input_dim: D.
@@ -40,8 +43,9 @@ class Coupling(Flow):
         hidden_dims: Widths of the hidden layers, by default two by `pyro_maf.nn.default_hidden_dims`.
         context_dim: Number of context features, 0 for none.
         activation: A name from `pyro_maf.nn.ACTIVATIONS`.
-        networks: "joint", one network for mu and alpha; or "separate", the paper's: one with tanh units for alpha and
-            one with `activation` units for mu.
+        univariate: f, the map of each dimension: "affine", "spline" or a map of `pyro_maf.univariate`.
+        networks: "joint", one network for all of phi; or "separate", the paper's, for the affine map: one with tanh
+            units for alpha and one with `activation` units for mu.
 
     Shapes:
         x and y are (\*batch, D), log-determinants (\*batch,) in nats.
@@ -49,7 +53,8 @@ class Coupling(Flow):
     Cost: one dense pass in either direction.
 
     Raises:
-        ValueError: For a mask of the wrong length or one that is true everywhere, and as in `MLP`.
+        ValueError: For a mask of the wrong length or one that is true everywhere, for separate networks of a map that
+            is not affine, and as in `MLP`.
 
     Example:
         >>> layer = Coupling(3, mask=[True, False, False])
@@ -75,6 +80,7 @@ class Coupling(Flow):
         hidden_dims: Sequence[int] | None = None,
         context_dim: int = 0,
         activation: str = "relu",
+        univariate: str | UnivariateMap = "affine",
         networks: str = "joint",
     ) -> None:
         super().__init__(input_dim, context_dim)
@@ -87,8 +93,12 @@ class Coupling(Flow):
         if bool(mask.all()):
             raise ValueError(f"{self.name} expected a mask with at least one False: this one would move nothing.")
         self.register_buffer("mask", mask.clone())
-        self.univariate: UnivariateMap = Affine()
+        self.univariate = univariate_map(self.name, univariate)
         check_choice(self.name, "networks", networks, ("joint", "separate"))
+        if networks == "separate" and not isinstance(self.univariate, Affine):
+            raise ValueError(
+                f'{self.name} expected networks="joint" for {self.univariate!r}: the others are for mu and alpha.'
+            )
         hidden_dims = default_hidden_dims(input_dim) if hidden_dims is None else hidden_dims
         fixed, moved = int(mask.sum()), int((~mask).sum())
         parameters = self.univariate.num_parameters
@@ -143,7 +153,7 @@ class ConditionalCoupling(ConditionalForm):
     Args:
         input_dim: D.
         context_dim: Number of context features, at least 1; they broadcast as in `ConditionalMaskedAutoregressive`.
-        mask, hidden_dims, activation, networks: As in `Coupling`.
+        mask, hidden_dims, activation, univariate, networks: As in `Coupling`.
 
     Cost: one dense pass in either direction.
 
