@@ -48,7 +48,9 @@ class FitOptions(TableOptions, TrainingOptions):
     """Options of `pyro-maf fit`."""
 
     flow: Annotated[FlowName, option(f"Model to fit: {', '.join(get_args(FlowName))}.", "FLOW")] = "maf"
-    num_layers: Annotated[int | None, option("Number of layers of maf, nsf, iaf, realnvp and maf-mog; by default 5.")] = None
+    num_layers: Annotated[
+        int | None, option("Number of layers of maf, nsf, iaf, realnvp and maf-mog; by default 5.")
+    ] = None
     hidden_dims: Annotated[
         list[str] | None, option("Widths of the hidden layers, as 128,128; by default chosen from the data.", "WIDTHS")
     ] = None
