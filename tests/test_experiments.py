@@ -102,7 +102,7 @@ def test_the_conditional_gaussian_moves_with_the_context():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"flow": "nsf"}, "build expected flow to be one of maf, iaf"),
+        ({"flow": "glow"}, "build expected flow to be one of maf, nsf, iaf"),
         ({"input_dim": 0}, "build expected input_dim of at least 1, got 0"),
         ({"context_dim": -1}, "build expected context_dim of at least 0, got -1"),
         ({"seed": -1}, "build expected seed of at least 0, got -1"),
