@@ -10,6 +10,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from pyro_maf.nn import BULK
+from pyro_maf.sweep.plan import Array
 from pyro_maf.univariate import Affine
 
 __all__ = ["INNER", "activate", "apply", "compress", "differentiate", "pull_back"]
@@ -82,7 +83,7 @@ def _compiled_exp_parts(x: Any) -> Any:
 
 
 @njit(**INNER)
-def activate(kind: int, tape: Any, first: int, end: int, slopes: Any, shift: int, t0: int, t1: int) -> None:
+def activate(kind: int, tape: Array, first: int, end: int, slopes: Array, shift: int, t0: int, t1: int) -> None:
     """Replace pre-activations, rows `first` .. `end` - 1 and columns t0 .. t1 - 1 of a tape, by their activations.
 
     Writes the derivatives of those activations whose value does not determine it, silu and gelu, `shift` rows further
@@ -131,7 +132,7 @@ def activate(kind: int, tape: Any, first: int, end: int, slopes: Any, shift: int
 
 @njit(**INNER)
 def differentiate(
-    kind: int, tape: Any, first: int, end: int, slopes: Any, shift: int, grad: Any, row: int, t0: int, t1: int
+    kind: int, tape: Array, first: int, end: int, slopes: Array, shift: int, grad: Array, row: int, t0: int, t1: int
 ) -> None:
     """Multiply rows of a gradient, from `row` on, by the derivatives of activations: arguments of `activate`."""
     start, stop = np.uintp(t0), np.uintp(t1)
@@ -162,7 +163,7 @@ def differentiate(
 
 
 @njit(**INNER)
-def apply(x: Any, shift: Any, scale: Any, sign: int, log_sign: int, w: Any, log_det: Any) -> None:
+def apply(x: Array, shift: Array, scale: Array, sign: int, log_sign: int, w: Array, log_det: Array) -> None:
     """w = (x e + sign s) e with e = exp(sign alpha / 2) and alpha = b tanh(a / b), for the network's outputs s and a.
 
     Adds log_sign alpha to log_det. Leaves e in `shift` and tanh(a / b) in `scale`, for `pull_back`. One loop for each,
@@ -181,16 +182,16 @@ def apply(x: Any, shift: Any, scale: Any, sign: int, log_sign: int, w: Any, log_
 
 @njit(**INNER)
 def pull_back(
-    x: Any,
-    w: Any,
-    e: Any,
-    tanh: Any,
+    x: Array,
+    w: Array,
+    e: Array,
+    tanh: Array,
     sign: int,
     log_sign: int,
-    grad: Any,
-    grad_log_det: Any,
-    grad_shift: Any,
-    grad_scale: Any,
+    grad: Array,
+    grad_log_det: Array,
+    grad_shift: Array,
+    grad_scale: Array,
 ) -> None:
     """The adjoint of `apply`: turns the gradient by w into that by x, and writes those by the network's outputs."""
     number = x.dtype.type
@@ -205,7 +206,7 @@ def pull_back(
 
 
 @njit(**INNER)
-def compress(x: Any, seen: Any, slope: Any) -> None:
+def compress(x: Array, seen: Array, slope: Array) -> None:
     """Write `compress_tails` of x, and its derivative to `slope`."""
     one, bulk = x.dtype.type(1), x.dtype.type(BULK)
     far = False

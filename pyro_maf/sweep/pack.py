@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 from pyro_maf._core.torch_state import Snapshot
 from pyro_maf.nn import ACTIVATIONS, MADE
-from pyro_maf.sweep.plan import biases_of, lay_out_biases, output_rows, weights_of
+from pyro_maf.sweep.plan import Array, biases_of, lay_out_biases, output_rows, weights_of
 
-__all__ = ["LANES", "Array", "Pack", "flat", "forget", "layout_of", "pack", "pack_of"]
-
-Array = np.ndarray[Any, Any]
+__all__ = ["LANES", "Pack", "flat", "forget", "layout_of", "pack", "pack_of"]
 
 LANES = 16
 """A tape's columns are padded to a multiple of this, so that loops over them are fully vectorised."""

@@ -14,6 +14,7 @@ from numba.extending import intrinsic
 
 from pyro_maf.sweep.compile_cache import stored
 from pyro_maf.sweep.elementwise import INNER, activate, apply, compress, differentiate, pull_back
+from pyro_maf.sweep.plan import Array
 from pyro_maf.sweep.products import TALLEST, add_product, dot, transpose
 from pyro_maf.sweep.program import CONTEXT, INPUTS, LANES
 
@@ -43,7 +44,7 @@ _at: Any = intrinsic(_memory)
 @stored
 @njit(**ENTRY)
 def pack(
-    addresses: Any, matrices: Any, seen: Any, row_order: Any, column_order: Any, weights: Any, biases: Any
+    addresses: Array, matrices: Array, seen: Array, row_order: Array, column_order: Array, weights: Array, biases: Array
 ) -> None:
     """Gather masked weights, and biases, from the memory of the parameters.
 
@@ -85,7 +86,7 @@ def _padded(points: int) -> int:
 
 
 @njit(**INNER)
-def _load(values: Any, b0: int, points: int, width: int, rows: Any) -> None:
+def _load(values: Array, b0: int, points: int, width: int, rows: Any) -> None:
     """Points b0 .. b0 + points - 1 as columns; the padding is 0."""
     for b in range(points):
         for i in range(values.shape[1]):
@@ -94,7 +95,7 @@ def _load(values: Any, b0: int, points: int, width: int, rows: Any) -> None:
 
 
 @njit(**INNER)
-def _most_rows(layers: Any, dim: int) -> int:
+def _most_rows(layers: Array, dim: int) -> int:
     most = dim
     for layer in layers:
         most = max(most, layer.rows)
@@ -104,21 +105,21 @@ def _most_rows(layers: Any, dim: int) -> int:
 @stored
 @njit(**ENTRY)
 def forward(
-    v: Any,
-    context: Any,
-    weights: Any,
-    biases: Any,
-    layers: Any,
-    matrices: Any,
-    variables: Any,
-    seen: Any,
-    result: Any,
+    v: Array,
+    context: Array,
+    weights: Array,
+    biases: Array,
+    layers: Array,
+    matrices: Array,
+    variables: Array,
+    seen: Array,
+    result: Array,
     rows: int,
     first: int,
     end: int,
-    tape: Any,
-    w: Any,
-    log_det: Any,
+    tape: Array,
+    w: Array,
+    log_det: Array,
 ) -> None:
     """Points `first` .. `end` - 1 through all layers: fills w, log_det and, for `backward`, the tape.
 
@@ -182,7 +183,7 @@ def forward(
 
 @njit(**INNER)
 def _multiply(
-    matrix: Any, seen: Any, weights: Any, biases: Any, work: Any, layer: int, at_context: int, width: int
+    matrix: Any, seen: Array, weights: Array, biases: Array, work: Array, layer: int, at_context: int, width: int
 ) -> None:
     """Add a matrix's product to its level and, if it is the last to be added, apply the activation."""
     below = at_context if matrix.source == CONTEXT else layer + matrix.below
@@ -211,24 +212,24 @@ def _multiply(
 @stored
 @njit(**ENTRY)
 def backward(
-    weights: Any,
-    layers: Any,
-    matrices: Any,
-    variables: Any,
-    seen: Any,
-    heard: Any,
-    result: Any,
-    wanted: Any,
+    weights: Array,
+    layers: Array,
+    matrices: Array,
+    variables: Array,
+    seen: Array,
+    heard: Array,
+    result: Array,
+    wanted: Array,
     rows: int,
     first: int,
     end: int,
-    tape: Any,
-    grad_w: Any,
-    grad_log_det: Any,
-    grad_v: Any,
-    grad_context: Any,
-    gradients: Any,
-    by_biases: Any,
+    tape: Array,
+    grad_w: Array,
+    grad_log_det: Array,
+    grad_v: Array,
+    grad_context: Array,
+    gradients: Array,
+    by_biases: Array,
 ) -> None:
     """Gradients of <grad_w, w> + <grad_log_det, log_det> for points `first` .. `end` - 1.
 
@@ -309,7 +310,7 @@ def backward(
 
 @njit(**INNER)
 def _add_gradient(
-    matrix: Any, seen: Any, delta: Any, inputs: Any, width: int, fresh: bool, gradients: Any, by_biases: Any
+    matrix: Any, seen: Array, delta: Array, inputs: Array, width: int, fresh: bool, gradients: Array, by_biases: Array
 ) -> None:
     """Add the gradient with respect to a matrix, from that of its outputs and from its inputs, (points, columns).
 
@@ -337,7 +338,15 @@ def _add_gradient(
 
 @njit(**INNER)
 def _multiply_back(
-    matrix: Any, heard: Any, weights: Any, delta: Any, out: Any, out_row: int, tape: Any, layer: int, width: int
+    matrix: Any,
+    heard: Array,
+    weights: Array,
+    delta: Array,
+    out: Array,
+    out_row: int,
+    tape: Array,
+    layer: int,
+    width: int,
 ) -> None:
     """Add the transposed matrix's product with the gradient of its outputs to that of its inputs."""
     k = 0
@@ -360,14 +369,14 @@ def _multiply_back(
 @stored
 @njit(**ENTRY)
 def unpack(
-    matrices: Any,
-    seen: Any,
-    row_order: Any,
-    column_order: Any,
-    offsets: Any,
-    gradients: Any,
-    by_biases: Any,
-    flat: Any,
+    matrices: Array,
+    seen: Array,
+    row_order: Array,
+    column_order: Array,
+    offsets: Array,
+    gradients: Array,
+    by_biases: Array,
+    flat: Array,
 ) -> None:
     """Gradients with respect to the parameters, one after another.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from pyro_maf.nn import ACTIVATIONS, MADE, MaskedLinear
 from pyro_maf.nn.weights import current
 
 __all__ = [
+    "Array",
     "Direction",
     "Plan",
     "biases_of",
@@ -23,6 +25,7 @@ __all__ = [
     "weights_of",
 ]
 
+Array = np.ndarray[Any, Any]
 Direction = Callable[..., tuple[Tensor, Tensor]]
 """One direction of a univariate map: (v, \\*parameters) to (w, log dy/dx), elementwise."""
 

@@ -11,6 +11,7 @@ from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 from pyro_maf.sweep.elementwise import INNER
+from pyro_maf.sweep.plan import Array
 
 __all__ = ["TALLEST", "add_product", "dot", "transpose"]
 
@@ -24,15 +25,15 @@ TALLEST = 8 if "+avx512f" in get_host_cpu_features() else 6
 
 @njit(**INNER)
 def add_product(
-    weights: Any,
+    weights: Array,
     start: int,
     row_step: int,
     column_step: int,
     rows: Any,
     columns: Any,
-    x: Any,
+    x: Array,
     x_row: int,
-    y: Any,
+    y: Array,
     y_row: int,
     t0: int,
     t1: int,
@@ -157,7 +158,7 @@ _transpose_tile: Any = intrinsic(_transpose)
 
 
 @njit(**INNER)
-def transpose(x: Any, x_row: int, rows: int, columns: int, y: Any) -> None:
+def transpose(x: Array, x_row: int, rows: int, columns: int, y: Array) -> None:
     """y[j, i] = x[x_row + i, j] for i < rows and j < columns, both rounded up to whole vectors."""
     step = VECTOR // x.itemsize
     for i in range(0, rows, step):

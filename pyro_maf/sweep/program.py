@@ -25,11 +25,10 @@ from pyro_maf.nn import ACTIVATIONS, MADE, MLP
 from pyro_maf.nn.tempering import Linear
 from pyro_maf.nn.weights import current, is_hooked, is_read
 from pyro_maf.sweep.loading import loaded
+from pyro_maf.sweep.plan import Array
 from pyro_maf.univariate import Affine, UnivariateMap
 
-__all__ = ["Array", "Program", "Reading", "Step", "forget", "program_of"]
-
-Array = np.ndarray[Any, Any]
+__all__ = ["Program", "Reading", "Step", "forget", "program_of"]
 
 LANES = 16
 """Tape columns and columns of gradients are padded to a multiple of this, so that loops over them are vectorised."""

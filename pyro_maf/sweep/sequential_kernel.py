@@ -23,6 +23,7 @@ from numba import njit
 from pyro_maf.sweep.compile_cache import stored
 from pyro_maf.sweep.elementwise import INNER, activate, apply, compress, differentiate
 from pyro_maf.sweep.pack import LANES
+from pyro_maf.sweep.plan import Array
 from pyro_maf.sweep.products import add_product, dot
 
 __all__ = ["backward", "forward_columns", "forward_rows"]
@@ -36,22 +37,22 @@ CHUNK = 256
 @stored
 @njit(**ENTRY)
 def forward_columns(
-    v: Any,
-    order: Any,
-    weights: Any,
-    starts: Any,
-    levels: Any,
-    final: Any,
+    v: Array,
+    order: Array,
+    weights: Array,
+    starts: Array,
+    levels: Array,
+    final: Array,
     kind: int,
-    biases: Any,
+    biases: Array,
     sign: int,
     block: int,
     first: int,
     end: int,
-    tape: Any,
-    slopes: Any,
-    w: Any,
-    log_det: Any,
+    tape: Array,
+    slopes: Array,
+    w: Array,
+    log_det: Array,
 ) -> None:
     """The direction for points `first` .. `end` - 1: fills w, log_det and, for the adjoint, tape and slopes.
 
@@ -113,7 +114,7 @@ def _padded(points: int) -> int:
 
 
 @njit(**INNER)
-def _gather(v: Any, order: Any, i0: int, i1: int, b0: int, points: int, found: Any) -> None:
+def _gather(v: Array, order: Array, i0: int, i1: int, b0: int, points: int, found: Array) -> None:
     """Gather variables i0 .. i1 - 1 of the points into rows; the padding is 0."""
     for b in range(points):
         for i in range(i0, i1):
@@ -122,7 +123,7 @@ def _gather(v: Any, order: Any, i0: int, i1: int, b0: int, points: int, found: A
 
 
 @njit(**INNER)
-def _scatter(found: Any, order: Any, i0: int, i1: int, b0: int, points: int, w: Any) -> None:
+def _scatter(found: Array, order: Array, i0: int, i1: int, b0: int, points: int, w: Array) -> None:
     """Scatter rows of variables i0 .. i1 - 1 back to the columns of w."""
     for b in range(points):
         for i in range(i0, i1):
@@ -131,7 +132,7 @@ def _scatter(found: Any, order: Any, i0: int, i1: int, b0: int, points: int, w: 
 
 @njit(**INNER)
 def _set_biases(
-    biases: Any, bias_row: int, rows: Any, tape: Any, row: int, b0: int, points: int, t0: int, t1: int
+    biases: Array, bias_row: int, rows: Any, tape: Array, row: int, b0: int, points: int, t0: int, t1: int
 ) -> None:
     for r in range(rows[0], rows[1]):
         if biases.shape[1] == 1:
@@ -142,7 +143,7 @@ def _set_biases(
 
 
 @njit(**INNER)
-def _clear_unseen(levels: Any, final: Any, tape: Any, t0: int, t1: int) -> None:
+def _clear_unseen(levels: Array, final: Array, tape: Array, t0: int, t1: int) -> None:
     """Zero the units that were never computed: of so high a degree that no output sees them."""
     for level in range(1, len(levels) - 1):
         for r in range(levels[level] + final[level, -1], levels[level + 1]):
@@ -152,17 +153,17 @@ def _clear_unseen(levels: Any, final: Any, tape: Any, t0: int, t1: int) -> None:
 @stored
 @njit(**ENTRY)
 def forward_rows(
-    v: Any,
-    order: Any,
-    weights: Any,
-    starts: Any,
-    levels: Any,
-    final: Any,
+    v: Array,
+    order: Array,
+    weights: Array,
+    starts: Array,
+    levels: Array,
+    final: Array,
     kind: int,
-    biases: Any,
+    biases: Array,
     sign: int,
-    w: Any,
-    log_det: Any,
+    w: Array,
+    log_det: Array,
 ) -> None:
     """Compute the direction point by point, as `forward_columns` does for many at once; faster for a few points."""
     dim, top = v.shape[1], len(starts) - 1
@@ -195,24 +196,24 @@ def forward_rows(
 @stored
 @njit(**ENTRY)
 def backward(
-    v: Any,
-    w: Any,
-    order: Any,
-    weights: Any,
-    starts: Any,
-    levels: Any,
-    final: Any,
+    v: Array,
+    w: Array,
+    order: Array,
+    weights: Array,
+    starts: Array,
+    levels: Array,
+    final: Array,
     kind: int,
-    tape: Any,
-    slopes: Any,
-    grad_w: Any,
-    grad_log_det: Any,
+    tape: Array,
+    slopes: Array,
+    grad_w: Array,
+    grad_log_det: Array,
     sign: int,
     block: int,
     first: int,
     end: int,
-    delta: Any,
-    grad_v: Any,
+    delta: Array,
+    grad_v: Array,
 ) -> None:
     """Gradients of <grad_w, w> + <grad_log_det, log_det>: w.r.t. pre-activations in `delta`, w.r.t. v in `grad_v`.
 
@@ -277,20 +278,20 @@ def backward(
 
 @njit(**INNER)
 def _transform_back(
-    v: Any,
-    w: Any,
+    v: Array,
+    w: Array,
     column: int,
-    tape: Any,
-    slopes: Any,
+    tape: Array,
+    slopes: Array,
     i: int,
     shift: int,
-    grad_w: Any,
-    grad_log_det: Any,
+    grad_w: Array,
+    grad_log_det: Array,
     sign: int,
     b0: int,
     points: int,
-    delta: Any,
-    grad_v: Any,
+    delta: Array,
+    grad_v: Array,
 ) -> None:
     """Adjoint of the univariate map: propagate the gradient of w to v and to the map's two parameters."""
     one, signed, half = v.dtype.type(1), v.dtype.type(sign), v.dtype.type(0.5 * sign)
