@@ -73,15 +73,14 @@ class _Run(torch.autograd.Function):
         chunk = loaded().parallel.CHUNK
         tape = v.new_empty(-(-len(v) // chunk) * program.rows, chunk)
         w, log_det = _forward(program, pack, v, context, tape)
-        ctx.program, ctx.steps, ctx.given = program, steps, 1 if context is None else 2
+        ctx.program, ctx.steps, ctx.leading = program, steps, 1 if context is None else 2
         ctx.save_for_backward(pack.weights, tape, *([v] if context is None else [v, context]), *tensors)
         return w, log_det
 
     @staticmethod
     def backward(ctx: Any, grad_w: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         weights, tape, *inputs = ctx.saved_tensors
-        given = ctx.given
-        v, context, tensors = inputs[0], inputs[1] if given == 2 else None, inputs[given:]
+        v, context, tensors = inputs[0], inputs[1] if ctx.leading == 2 else None, inputs[ctx.leading :]
         needed = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled() or is_intercepted():
             return None, None, *_by_plain_operations(ctx.steps, v, context, tensors, needed, (grad_w, grad_log_det))
@@ -182,8 +181,8 @@ def _by_plain_operations(
         results = _plain(steps, v, context, tensors)
     inputs = [v, context, *tensors]
     wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(results, wanted, grads, create_graph=again, allow_unused=True))  # type: ignore[arg-type]
-    return [next(found) if need else None for need in needed]
+    gradients = iter(torch.autograd.grad(results, wanted, grads, create_graph=again, allow_unused=True))  # type: ignore[arg-type]
+    return [next(gradients) if need else None for need in needed]
 
 
 def _plain(
