@@ -303,26 +303,14 @@ class ConditionalMAF(ConditionalForm):
 class ConditionalNSF(ConditionalForm):
     r"""An `NSF` whose networks see a context: `condition(context)` is a flow.
 
-    Args:
-        input_dim: D.
-        context_dim: Number of context features, at least 1.
-        num_layers, hidden_dims, activation, order, batch_norm, univariate, degrees, seed: As in `NSF`.
-
-    Shapes:
-        context is (\*batch or (), context_dim) and broadcasts with x and y, (\*batch, D).
-
-    Cost: as `NSF`; the terms of the context are computed once a layer.
-
-    Raises:
-        ValueError: As in `NSF`, and for a context of the wrong width.
+    It takes input_dim and context_dim as `ConditionalMAF`, and the options of `NSF`: num_layers, hidden_dims,
+    activation, order, batch_norm, univariate, degrees, seed. Shapes and errors are those of the first, the cost is
+    that of the second.
 
     Example:
-        >>> flow = ConditionalNSF(5, 2, num_layers=2, hidden_dims=[32, 32])
-        >>> flow.condition(torch.zeros(7, 2)).inv(torch.zeros(7, 5)).shape
-        torch.Size([7, 5])
-
-    Reference:
-        Durkan et al., *Neural Spline Flows*, 2019.
+        >>> flow = ConditionalNSF(1, 2, num_layers=3)
+        >>> flow.condition(torch.zeros(2))(torch.zeros(4, 1)).shape
+        torch.Size([4, 1])
     """
 
     flow_class = NSF
@@ -331,11 +319,9 @@ class ConditionalNSF(ConditionalForm):
 class ConditionalIAF(ConditionalForm):
     r"""An `IAF` whose networks see a context: `condition(context)` is a flow.
 
-    Args:
-        input_dim, context_dim: As in `ConditionalMAF`.
-        num_layers, hidden_dims, activation, order, batch_norm, univariate, degrees, seed: As in `IAF`.
-
-    Shapes and errors are those of `ConditionalMAF`, the cost is that of `IAF`.
+    It takes input_dim and context_dim as `ConditionalMAF`, and the options of `IAF`: num_layers, hidden_dims,
+    activation, order, batch_norm, univariate, degrees, seed. Shapes and errors are those of the first, the cost is
+    that of the second.
 
     Example:
         >>> flow = ConditionalIAF(5, 2, num_layers=2, hidden_dims=[32, 32])
@@ -349,11 +335,9 @@ class ConditionalIAF(ConditionalForm):
 class ConditionalRealNVP(ConditionalForm):
     r"""A `RealNVP` whose networks see a context: `condition(context)` is a flow.
 
-    Args:
-        input_dim, context_dim: As in `ConditionalMAF`.
-        num_layers, hidden_dims, activation, order, batch_norm, univariate, networks, seed: As in `RealNVP`.
-
-    Shapes and errors are those of `ConditionalMAF`, the cost is that of `RealNVP`.
+    It takes input_dim and context_dim as `ConditionalMAF`, and the options of `RealNVP`: num_layers, hidden_dims,
+    activation, order, batch_norm, univariate, networks, seed. Shapes and errors are those of the first, the cost is
+    that of the second.
 
     Example:
         >>> flow = ConditionalRealNVP(5, 2, num_layers=2, hidden_dims=[32, 32])

@@ -18,11 +18,13 @@ from pyro_maf import (
     IAF,
     MADE,
     MAF,
+    NSF,
     ConditionalFlowPrior,
     ConditionalIAF,
     ConditionalMADEMoG,
     ConditionalMAF,
     ConditionalMAFMoG,
+    ConditionalNSF,
     ConditionalRealNVP,
     FlowPrior,
     MADEMoG,
@@ -34,9 +36,11 @@ from pyro_maf.nn import MADEOptions, NetworkOptions
 
 NETWORK = {"hidden_dims": None, "activation": "relu"}
 MASKED = {**NETWORK, "degrees": "sequential", "seed": 0}
-LAYER = {**MASKED, "order": None}
+NETWORK_OF_LAYER = {**MASKED, "order": None}
+LAYER = {**NETWORK_OF_LAYER, "univariate": "affine"}
 STACK = {"num_layers": 5, "order": "reverse", "batch_norm": False}
-COUPLING = {**NETWORK, "mask": None, "networks": "joint"}
+FLOW = {**MASKED, **STACK, "univariate": "affine"}
+COUPLING = {**NETWORK, "mask": None, "univariate": "affine", "networks": "joint"}
 AFFINE = {**NETWORK, "loc": None, "scale_tril": None}
 PRIOR = {
     "support": "real",
@@ -48,11 +52,12 @@ PRIOR = {
     "context_columns": (),
 }
 WITH_CONTEXT_DIM: dict[type, dict[str, Any]] = {
-    MADE: {**LAYER, "outputs_per_input": 1},
-    MAF: {**MASKED, **STACK},
-    IAF: {**MASKED, **STACK},
-    RealNVP: {**NETWORK, **STACK, "networks": "joint", "seed": 0},
-    MADEMoG: {**LAYER, "num_components": 10},
+    MADE: {**NETWORK_OF_LAYER, "outputs_per_input": 1},
+    MAF: FLOW,
+    NSF: {**FLOW, "univariate": "spline"},
+    IAF: FLOW,
+    RealNVP: {**NETWORK, **STACK, "univariate": "affine", "networks": "joint", "seed": 0},
+    MADEMoG: {**NETWORK_OF_LAYER, "num_components": 10},
     MAFMoG: {**MASKED, **STACK, "num_components": 10},
     transforms.MaskedAutoregressive: LAYER,
     transforms.InverseAutoregressive: LAYER,
@@ -61,6 +66,7 @@ WITH_CONTEXT_DIM: dict[type, dict[str, Any]] = {
 }
 CONDITIONAL: dict[type, type] = {
     ConditionalMAF: MAF,
+    ConditionalNSF: NSF,
     ConditionalIAF: IAF,
     ConditionalRealNVP: RealNVP,
     ConditionalMADEMoG: MADEMoG,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_maf import IAF, MAF, RealNVP
 from pyro_maf.nn import MADE, MLP
-from pyro_maf.nn.tempering import Tempered, gain_of
+from pyro_maf.nn.layers import Tempered, gain_of
 from pyro_maf.transforms.triangular import Head
 
 FLOWS: tuple[Any, ...] = (MAF, IAF, RealNVP)

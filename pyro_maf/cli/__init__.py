@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from pyro_maf._core.extras import require
+from pyro_maf._core.messages import require
 
 if TYPE_CHECKING:
     from pyro_maf.cli.commands import app

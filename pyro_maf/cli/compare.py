@@ -141,7 +141,7 @@ def paper(options: PaperOptions) -> None:
     """
     from pyro_maf import experiments
     from pyro_maf.datasets import load_dataset
-    from pyro_maf.experiments.candidates import BATCH_SIZE, PATIENCE
+    from pyro_maf.experiments.models import BATCH_SIZE, PATIENCE
 
     settings = experiments.SETTINGS[options.name]
     candidates = options.candidates()

@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from pyro_maf._core.text import shown
+from pyro_maf._core.messages import shown
 
 __all__ = [
     "BAD_INPUT",

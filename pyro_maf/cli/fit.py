@@ -16,7 +16,7 @@ import typer
 
 import pyro_maf
 from pyro_maf._core.files import CHECKPOINT, COLUMNS, FILES, MODEL, RECORD, REPORT, held, recover
-from pyro_maf._core.text import MOST_LISTED, listed
+from pyro_maf._core.messages import MOST_LISTED, listed
 from pyro_maf.cli.errors import INTERRUPTED, CommandError, command_line, input_errors, say, warnings_as_lines
 from pyro_maf.cli.saved_model import Record, write_json
 from pyro_maf.cli.shared_options import TableOptions, TrainingOptions, flag, option, read, separated, source_and_array

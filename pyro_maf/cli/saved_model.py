@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import typer
 
 from pyro_maf._core.files import COLUMNS, MODEL, RECORD, recover, write_whole
-from pyro_maf._core.text import shown
+from pyro_maf._core.messages import shown
 from pyro_maf.cli.errors import CommandError, input_errors
 from pyro_maf.cli.shared_options import ModelPath, TextOptions, read
 

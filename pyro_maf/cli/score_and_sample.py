@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, TypeAlias
 
 import typer
 
-from pyro_maf._core.extras import require
 from pyro_maf._core.files import writing_whole
+from pyro_maf._core.messages import require
 from pyro_maf.cli.errors import CommandError, input_errors, say
 from pyro_maf.cli.saved_model import SavedModel, read_model
 from pyro_maf.cli.shared_options import Decimal, Encoding, ModelPath, Out, Source, flag, separated

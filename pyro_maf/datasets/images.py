@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_maf._core.checks import check_event, check_positive
-from pyro_maf._core.extras import require
+from pyro_maf._core.messages import require
 from pyro_maf.datasets.dataset import Dataset, LogitPixels
 
 __all__ = ["complete_patches", "digits", "patches"]

@@ -331,11 +331,7 @@ class ConditionedDensity(AtContext, Density):
 class ConditionalDensity(Conditional[Density], ConditionalDistribution, nn.Module):
     r"""A density that needs a context: `condition(context)` returns the density at that context.
 
-    Args:
-        density: A density with `context_dim` > 0, whose parameters this module holds.
-
-    Raises:
-        ValueError: If the density takes no context.
+    It holds the parameters of a density with `context_dim` > 0, and refuses one without by a ValueError.
 
     Example:
         >>> from pyro_maf import MADEMoG

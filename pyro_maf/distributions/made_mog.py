@@ -147,14 +147,9 @@ class ConditionalMADEMoG(ConditionalDensityForm):
     r"""A `MADEMoG` whose network sees a context: `condition(context)` is a density.
 
     Args:
-        input_dim: D.
-        context_dim: Number of context features, at least 1.
-        hidden_dims, num_components, activation, order, degrees, seed: As in `MADEMoG`.
-
-    Shapes:
-        context is (\*batch or (), context_dim) and broadcasts with values, (\*batch, D).
-
-    Cost: as `MADEMoG`.
+        input_dim, num_components, hidden_dims, activation, order, degrees, seed: As in `MADEMoG`, and so is the cost.
+        context_dim: Number of context features, at least 1; a context, (\*batch or (), context_dim), broadcasts with
+            values, (\*batch, D).
 
     Raises:
         ValueError: As in `MADEMoG`, and for a context of the wrong width.

@@ -1,9 +1,7 @@
 """The paper's experiments: its models by name, its settings, and its comparison on any data."""
 
-from pyro_maf.experiments.candidates import ROWS, SETTINGS, Candidate, Settings, candidates
 from pyro_maf.experiments.comparison import compare, divide
-from pyro_maf.experiments.gaussian import fit_gaussian
-from pyro_maf.experiments.models import FLOWS, build
+from pyro_maf.experiments.models import FLOWS, ROWS, SETTINGS, Candidate, Settings, build, candidates, fit_gaussian
 from pyro_maf.experiments.results import Comparison, Estimate, Score, estimate
 
 __all__ = [

@@ -20,8 +20,7 @@ from pyro_maf._core.checks import check_positive
 from pyro_maf._core.files import CHECKPOINT, MODEL, write_whole
 from pyro_maf.datasets import Dataset
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
-from pyro_maf.experiments.candidates import Candidate, candidates
-from pyro_maf.experiments.gaussian import fit_gaussian
+from pyro_maf.experiments.models import Candidate, candidates, fit_gaussian
 from pyro_maf.experiments.results import Comparison, Score
 from pyro_maf.tables import Rows
 from pyro_maf.tables.layout import Layout, TableLike, check_paired, number_of_rows, numbers

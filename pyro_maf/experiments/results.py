@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
 
-from pyro_maf.experiments.candidates import Candidate
+from pyro_maf.experiments.models import Candidate
 
 if TYPE_CHECKING:
     from rich.table import Table

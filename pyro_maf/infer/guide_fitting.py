@@ -15,8 +15,8 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor
 
 from pyro_maf._core.checks import check_above_zero, check_positive
-from pyro_maf._core.extras import require
 from pyro_maf._core.interruption import Interruption
+from pyro_maf._core.messages import require
 from pyro_maf._core.optimization import Adam, WeightAverage, clip
 from pyro_maf._core.progress import Bar, bar, check_progress, say_before_bar
 from pyro_maf.infer.convergence import BestWeights, Schedule

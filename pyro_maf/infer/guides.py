@@ -35,7 +35,7 @@ from pyro_maf.infer.model import (
 from pyro_maf.infer.path_gradient import zero_bad_gradients
 from pyro_maf.infer.posterior import Levels, checked_levels, marginal_quantiles, start_of
 from pyro_maf.nn import ACTIVATIONS, NetworkOptions
-from pyro_maf.nn.tempering import Tempered
+from pyro_maf.nn.layers import Tempered
 from pyro_maf.saving import drop_weak_references
 from pyro_maf.transforms import ConditionalFlow, Flow, Stack
 from pyro_maf.transforms.triangular import Head

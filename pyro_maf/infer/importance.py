@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_maf._core.extras import require
+from pyro_maf._core.messages import require
 from pyro_maf.infer.guides import AutoFlow
 from pyro_maf.infer.latents import masked_elements
 from pyro_maf.infer.log_joint import FAILURES, LogJoint, is_enumerated, log_densities, total_by_draw

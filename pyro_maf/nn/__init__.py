@@ -1,5 +1,6 @@
 """Masked networks: degrees, masks, MADE and the networks of couplings."""
 
+from pyro_maf.nn.layers import MaskedLinear, degrees, masks
 from pyro_maf.nn.made import (
     ACTIVATIONS,
     BULK,
@@ -11,7 +12,6 @@ from pyro_maf.nn.made import (
     default_hidden_dims,
     reseeded,
 )
-from pyro_maf.nn.masks import MaskedLinear, degrees, masks
 
 __all__ = [
     "ACTIVATIONS",

@@ -18,9 +18,8 @@ from pyro_maf._core.checks import (
     check_sizes,
 )
 from pyro_maf._core.torch_state import is_intercepted
-from pyro_maf.nn.masks import MaskedLinear, masks
-from pyro_maf.nn.masks import degrees as spread_degrees
-from pyro_maf.nn.tempering import Linear, Tempered
+from pyro_maf.nn.layers import Linear, MaskedLinear, Tempered, masks
+from pyro_maf.nn.layers import degrees as spread_degrees
 
 __all__ = [
     "ACTIVATIONS",

@@ -17,7 +17,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from pyro_maf.nn import MADE, MLP, MaskedLinear
-from pyro_maf.nn.tempering import Linear
+from pyro_maf.nn.layers import Linear
 
 __all__ = ["current", "is_called", "is_hooked", "is_read", "outputs_of", "own_tensors", "walk_by_calls"]
 

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from pyro_maf._core.checks import check_positive
-from pyro_maf._core.extras import require
+from pyro_maf._core.messages import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from pyro_maf import plotting
-from pyro_maf._core.extras import require
 from pyro_maf._core.files import write_whole
+from pyro_maf._core.messages import require
 from pyro_maf._core.progress import check_progress
 from pyro_maf._core.torch_state import reference_tensor
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pyro_maf._core.torch_state import Snapshot
 from pyro_maf.nn import ACTIVATIONS, MADE, MLP
-from pyro_maf.nn.tempering import Linear
+from pyro_maf.nn.layers import Linear
 from pyro_maf.nn.weights import current, is_hooked, is_read
 from pyro_maf.sweep.loading import loaded
 from pyro_maf.sweep.plan import Array

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyro_maf._core.checks import InputError
-from pyro_maf._core.extras import require
-from pyro_maf._core.text import quoted, shown
+from pyro_maf._core.messages import quoted, require, shown
 
 if TYPE_CHECKING:
     import pyarrow

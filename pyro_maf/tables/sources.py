@@ -26,8 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyro_maf._core.checks import InputError
-from pyro_maf._core.extras import require
-from pyro_maf._core.text import listed, quoted, shown
+from pyro_maf._core.messages import listed, quoted, require, shown
 from pyro_maf.tables.columns import Cells, Column, is_missing, is_text, number_in
 from pyro_maf.tables.disk import copied, temporary_file
 from pyro_maf.tables.layout import REAL_KINDS

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyro_maf._core.checks import InputError
-from pyro_maf._core.text import listed, quoted, shown
+from pyro_maf._core.messages import listed, quoted, shown
 from pyro_maf.tables.columns import Cells, Column, Survey, encoded
 from pyro_maf.tables.disk import Spool
 from pyro_maf.tables.layout import FloatArray, Layout, TableLike

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from pyro_maf._core.checks import check_above_zero, check_positive
-from pyro_maf._core.extras import require
 from pyro_maf._core.files import MODEL, try_to_write
 from pyro_maf._core.interruption import Interruption
+from pyro_maf._core.messages import require
 from pyro_maf._core.processes import Processes
 from pyro_maf._core.progress import check_progress
 from pyro_maf._core.torch_state import seeded

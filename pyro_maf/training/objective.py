@@ -13,7 +13,7 @@ from pyro_maf._core.processes import Processes
 from pyro_maf.distributions import Density
 from pyro_maf.tables import Rows
 from pyro_maf.transforms import ActNorm, BatchNorm
-from pyro_maf.transforms.batch_norm import statistics_over_processes
+from pyro_maf.transforms.normalization import statistics_over_processes
 
 __all__ = ["MaximumLikelihood", "Mean", "Step"]
 

@@ -1,6 +1,5 @@
 """Invertible layers, one per file, each of which maps noise x to data y."""
 
-from pyro_maf.transforms.act_norm import ActNorm
 from pyro_maf.transforms.autoregressive import (
     ConditionalInverseAutoregressive,
     ConditionalMaskedAutoregressive,
@@ -8,9 +7,9 @@ from pyro_maf.transforms.autoregressive import (
     MaskedAutoregressive,
 )
 from pyro_maf.transforms.base import Flow, Inverse
-from pyro_maf.transforms.batch_norm import BatchNorm
 from pyro_maf.transforms.conditional import ConditionalFlow, ConditionalForm, Conditioned
 from pyro_maf.transforms.coupling import ConditionalCoupling, Coupling
+from pyro_maf.transforms.normalization import ActNorm, BatchNorm
 from pyro_maf.transforms.permute import Permute
 from pyro_maf.transforms.stack import Stack
 from pyro_maf.transforms.triangular import ConditionalLowerTriangularAffine, LowerTriangularAffine

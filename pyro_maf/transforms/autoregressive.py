@@ -190,11 +190,9 @@ class ConditionalMaskedAutoregressive(ConditionalForm):
 class ConditionalInverseAutoregressive(ConditionalForm):
     r"""An `InverseAutoregressive` whose network sees a context: `condition(context)` is a flow.
 
-    Args:
-        input_dim, context_dim: As in `ConditionalMaskedAutoregressive`.
-        hidden_dims, activation, order, univariate, degrees, seed: As in `InverseAutoregressive`.
-
-    Shapes and errors are those of `ConditionalMaskedAutoregressive`, the cost is that of `InverseAutoregressive`.
+    It takes input_dim and context_dim as `ConditionalMaskedAutoregressive`, and the options of `InverseAutoregressive`:
+    hidden_dims, activation, order, univariate, degrees, seed. Shapes and errors are those of the first, the cost is
+    that of the second.
 
     Example:
         >>> layer = ConditionalInverseAutoregressive(3, 2, hidden_dims=[16])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_maf.nn import MLP, default_hidden_dims
-from pyro_maf.nn.tempering import gain_of
+from pyro_maf.nn.layers import gain_of
 from pyro_maf.nn.weights import current, outputs_of
 from pyro_maf.transforms.base import Flow
 from pyro_maf.transforms.conditional import ConditionalForm

@@ -12,7 +12,7 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pyro_maf._core.extras import require
+from pyro_maf._core.messages import require
 
 __all__ = [
     "LEAST_ROWS",

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_maf._core.extras import require
+from pyro_maf._core.messages import require
 from pyro_maf.datasets.archive.formats import (
     LEAST_ROWS,
     ZENODO,
