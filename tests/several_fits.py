@@ -15,7 +15,7 @@ from torch import nn
 
 import pyro_maf
 from pyro_maf import MAF, ConditionalMAF, MAFMoG, RealNVP, fit
-from pyro_maf.transforms import batch_norm
+from pyro_maf.transforms import normalization
 
 SHAPE: dict[str, Any] = {"num_layers": 2, "hidden_dims": [16]}
 OPTIONS: dict[str, Any] = {"batch_size": 33, "max_epochs": 3, "learning_rate": 1e-2, "progress": False}
@@ -54,7 +54,7 @@ def fit_all(folder: str, kinds: list[str], devices: int) -> None:
         result = fit(MODELS[kind]().double(), data, **known, **OPTIONS)
         # Every process finds the model there.
         pyro_maf.load(f"{folder}/{kind}/model.safetensors")
-        say(f"{kind}: {result.validation_loss} {batch_norm._over_processes}")
+        say(f"{kind}: {result.validation_loss} {normalization._over_processes}")
 
 
 def try_what_is_refused(folder: str) -> None:
