@@ -29,6 +29,11 @@ class UnivariateMap(Protocol):
         """P."""
         ...
 
+    @property
+    def settings(self) -> tuple[float, ...]:
+        """Numbers that define the map beside its parameters; a layer stores them in its `state_dict`."""
+        ...
+
     def forward(self, x: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
         """y and log dy/dx, for phi with one more dimension than x, of P."""
         ...
@@ -54,6 +59,7 @@ class Affine(Savable):
 
     BOUND = 3.0
     num_parameters = 2
+    settings: tuple[float, ...] = ()
 
     def forward(self, x: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
         """y and log dy/dx = alpha."""
@@ -117,6 +123,11 @@ class Spline(Savable):
         self.bound = float(bound)
         self.affine = Affine()
         self.num_parameters = self.affine.num_parameters + 3 * num_bins - 1
+
+    @property
+    def settings(self) -> tuple[float, ...]:
+        """Numbers that define the map: K and B."""
+        return self.num_bins, self.bound
 
     def forward(self, x: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
         """y and log dy/dx; solves a quadratic."""

@@ -306,13 +306,13 @@ def test_without_a_folder_for_compiled_code_torch_answers_with_one_warning() -> 
     )
     done = run(unwritable + SAMPLE)
     assert done.stderr.count("RuntimeWarning") == 1
-    assert "can not be compiled" in done.stderr
+    assert "cannot be compiled" in done.stderr
 
 
 def test_without_compilation_torch_answers_with_one_warning() -> None:
     done = run(SAMPLE, NUMBA_DISABLE_JIT="1")
     assert done.stderr.count("RuntimeWarning") == 1
-    assert "can not be compiled" in done.stderr
+    assert "cannot be compiled" in done.stderr
 
 
 def test_memory_does_not_grow_with_the_dimension() -> None:

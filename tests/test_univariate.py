@@ -187,6 +187,29 @@ def test_a_flow_remembers_its_map(univariate: str | Spline, tmp_path: object) ->
     assert torch.equal(again(x), flow(x))
 
 
+@pytest.mark.parametrize("make", [NSF, RealNVP], ids=lambda make: make.__name__)
+def test_a_state_of_another_spline_is_refused(make: type[NSF] | type[RealNVP]) -> None:
+    """Of another bound, too, which no shape of a weight tells."""
+    state = make(2, univariate=Spline(8, 5.0)).state_dict()
+    with pytest.raises(
+        RuntimeError, match=r"univariate map of layers.0: \[8.0, 5.0\] was stored, Spline\(num_bins=8, bound=3\)"
+    ):
+        make(2, univariate="spline").load_state_dict(state)
+    make(2, univariate=Spline(8, 5.0)).double().load_state_dict(state)
+
+
+def test_a_prior_of_one_column_is_no_gaussian_by_default() -> None:
+    torch.manual_seed(0)
+    two = torch.cat([torch.randn(300, 1) - 4, torch.randn(300, 1) + 4])
+    prior = fit_prior(two, learning_rate=3e-2, max_epochs=60, progress=False)
+    assert float((prior.sample([4_000]).abs() < 1).float().mean()) < 0.05  # 0.2 of a normal distribution
+
+
+def test_a_flow_shows_its_spline() -> None:
+    assert "Spline(num_bins=4, bound=3)" in repr(MAF(2, univariate=Spline(num_bins=4)))
+    assert "Affine" not in repr(MAF(2))
+
+
 def test_a_prior_takes_a_spline_flow() -> None:
     torch.manual_seed(0)
     prior = fit_prior(torch.randn(300, 2), NSF(2, num_layers=1, hidden_dims=[8]), max_epochs=2, progress=False)

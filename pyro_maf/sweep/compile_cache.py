@@ -25,7 +25,7 @@ from pyro_maf._core.files import write_whole
 
 __all__ = ["stored"]
 
-SOURCES = ("elementwise", "pack", "parallel_kernel", "products", "program", "sequential_kernel")
+SOURCES = ("elementwise", "parallel_kernel", "plan", "products", "sequential_kernel")
 """Modules that the compiled code is built from. numba itself checks only the module of the function."""
 SEAL = hashlib.sha256().digest_size
 
@@ -98,7 +98,7 @@ def _is_sound(path: Path) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        _warn(f"can not read its compiled code in {path.parent} ({path.name}: {error.strerror})")
+        _warn(f"cannot read its compiled code in {path.parent} ({path.name}: {error.strerror})")
         return False
     # numba unpickles what precedes the seal and reads no further.
     if content[-SEAL:] == _seal(path, content[:-SEAL]):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pyro_maf.sweep.loading import kernels, loaded
-from pyro_maf.sweep.pack import LANES, Pack
-from pyro_maf.sweep.plan import Array
+from pyro_maf.sweep.pack import Pack
+from pyro_maf.sweep.plan import LANES, Array
 from pyro_maf.sweep.threads import in_parts
 from pyro_maf.univariate import Affine, UnivariateMap
 

@@ -20,6 +20,9 @@ from pyro_maf.sweep.threads import in_parts
 __all__ = ["run"]
 
 DTYPES = (torch.float32, torch.float64)
+WEIGHTS_A_POINT = 2**21
+"""Number of weights above which packing them and their gradients takes longer than torch does in all: a step of training
+five layers of 784 variables and 1,024 units takes torch 32 ms at one point, and the program 100."""
 
 
 def run(
@@ -55,6 +58,8 @@ def run(
         context = context.expand(len(rows), -1)
     inputs = [rows, *reading.tensors] if context is None else [rows, context, *reading.tensors]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        if program.num_weights > WEIGHTS_A_POINT * len(rows):
+            return None
         w, log_det = _Run.apply(program, steps, rows, context, *reading.tensors)
     else:
         w, log_det = _forward(program, program.remembered(reading.tensors), rows, context, None)

@@ -33,7 +33,7 @@ def kernels() -> Kernels | None:
         # NUMBA_DISABLE_JIT, or in a later numba, the attributes that the cache relies on.
         reason = " ".join(str(error).split())
         warnings.warn(
-            f"pyro-maf computes in torch, which is slower: its kernels can not be compiled here ({reason}). "
+            f"pyro-maf computes in torch, which is slower: its kernels cannot be compiled here ({reason}). "
             f"Set {SWITCH}=torch to be spared this warning.",
             RuntimeWarning,
             stacklevel=2,

@@ -14,10 +14,7 @@ from pyro_maf._core.torch_state import Snapshot
 from pyro_maf.nn import ACTIVATIONS, MADE
 from pyro_maf.sweep.plan import Array, biases_of, lay_out_biases, output_rows, weights_of
 
-__all__ = ["LANES", "Pack", "flat", "forget", "layout_of", "pack", "pack_of"]
-
-LANES = 16
-"""A tape's columns are padded to a multiple of this, so that loops over them are fully vectorised."""
+__all__ = ["Pack", "flat", "forget", "layout_of", "pack", "pack_of"]
 
 
 class Pack(NamedTuple):

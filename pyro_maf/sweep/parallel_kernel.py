@@ -14,9 +14,8 @@ from numba.extending import intrinsic
 
 from pyro_maf.sweep.compile_cache import stored
 from pyro_maf.sweep.elementwise import INNER, activate, apply, compress, differentiate, pull_back
-from pyro_maf.sweep.plan import Array
+from pyro_maf.sweep.plan import CONTEXT, INPUTS, LANES, Array
 from pyro_maf.sweep.products import TALLEST, add_product, dot, transpose
-from pyro_maf.sweep.program import CONTEXT, INPUTS, LANES
 
 __all__ = ["CHUNK", "backward", "forward", "pack", "unpack"]
 

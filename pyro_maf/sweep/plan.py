@@ -13,6 +13,10 @@ from pyro_maf.nn import ACTIVATIONS, MADE, MaskedLinear
 from pyro_maf.nn.weights import current
 
 __all__ = [
+    "CONTEXT",
+    "INPUTS",
+    "LANES",
+    "UNITS",
     "Array",
     "Direction",
     "Plan",
@@ -25,6 +29,10 @@ __all__ = [
     "weights_of",
 ]
 
+LANES = 16
+"""Tape columns and columns of gradients are padded to a multiple of this, so that loops over them are vectorised."""
+INPUTS, UNITS, CONTEXT = range(3)
+"""What a matrix of a program is multiplied with."""
 Array = np.ndarray[Any, Any]
 Direction = Callable[..., tuple[Tensor, Tensor]]
 """One direction of a univariate map: (v, \\*parameters) to (w, log dy/dx), elementwise."""

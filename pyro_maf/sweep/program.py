@@ -25,20 +25,15 @@ from pyro_maf.nn import ACTIVATIONS, MADE, MLP
 from pyro_maf.nn.layers import Linear
 from pyro_maf.nn.weights import current, is_hooked, is_read
 from pyro_maf.sweep.loading import loaded
-from pyro_maf.sweep.plan import Array
+from pyro_maf.sweep.plan import CONTEXT, INPUTS, LANES, UNITS, Array
 from pyro_maf.univariate import Affine, UnivariateMap
 
 __all__ = ["Program", "Reading", "Step", "forget", "program_of"]
 
-LANES = 16
-"""Tape columns and columns of gradients are padded to a multiple of this, so that loops over them are vectorised."""
 NOT_BY_VALUE = ("silu", "gelu")
 """Activations whose derivative has rows of its own, since the value does not determine it."""
 ORDINARY = (nn.Parameter, Tensor)
 """Tensors whose entries lie in memory, as not those of every subclass do."""
-INPUTS, UNITS, CONTEXT = range(3)
-"""What a matrix is multiplied with."""
-
 LAYER_FIELDS = ["rows", "first", "end", "inputs", "seen_from", "seen", "moved_from", "moved", "rest_from", "rest"] + [
     "phi_from",
     "sign",

@@ -22,8 +22,7 @@ from numba import njit
 
 from pyro_maf.sweep.compile_cache import stored
 from pyro_maf.sweep.elementwise import INNER, activate, apply, compress, differentiate
-from pyro_maf.sweep.pack import LANES
-from pyro_maf.sweep.plan import Array
+from pyro_maf.sweep.plan import LANES, Array
 from pyro_maf.sweep.products import add_product, dot
 
 __all__ = ["backward", "forward_columns", "forward_rows"]

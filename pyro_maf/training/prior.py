@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_maf._core.checks import check_positive
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
-from pyro_maf.flows import MAF
+from pyro_maf.flows import MAF, NSF
 from pyro_maf.support import Support, SupportLike
 from pyro_maf.tables.layout import TableLike, number_of_columns
 from pyro_maf.tables.table import Table, named_rows
@@ -71,8 +71,9 @@ def fit_prior(
             draws of a posterior, `mcmc.get_samples()`: a dictionary of tensors (N, ...), concatenated, which
             `prior.unpack(value)` splits again.
         flow: A flow, a density, a conditional form of either, or a prior to fit further; it is trained and frozen
-            in place. By default a `MAF` for D, in the dtype and on the device of `data` if that is a floating
-            tensor, and in torch's default dtype otherwise.
+            in place. By default a `MAF` for D or, for a single column, of which that is a normal distribution, an
+            `NSF`; in the dtype and on the device of `data` if that is a floating tensor, and in torch's default dtype
+            otherwise.
         support: As in `FlowPrior`; by default "real", or that of `flow` if it is a prior. Or a dictionary by name
             of column or site, {"scale": "positive"}; columns that it leaves out are real.
         context: Rows (N, C) that the distribution of the data depends on; by default none.
@@ -108,13 +109,17 @@ def fit_prior(
 
 
 def _default_flow(columns: int, context_dim: int, support: SupportLike | None, seed: int, data: TableLike) -> MAF:
-    """A MAF for a table with this number of columns; the global random state is unchanged."""
+    """A flow for a table with this number of columns; the global random state is unchanged."""
     # `columns` may be one too many: a simplex of D + 1 columns has D free dimensions.
     on_simplex = support is not None and Support("fit_prior", support, columns).event_size > columns
     if on_simplex and columns < 2:
         raise ValueError("fit_prior expected data with at least 2 columns for a simplex, got 1.")
     check_positive("fit_prior", "seed", seed, least=0)
+    dim = columns - on_simplex
     with seeded(seed):
-        flow = MAF(columns - on_simplex, context_dim=context_dim)
+        if dim > 1:
+            flow = MAF(dim, context_dim=context_dim)
+        else:  # whose networks have nothing to see without a context
+            flow = NSF(dim, context_dim=context_dim, hidden_dims=None if context_dim else ())
     like = next(iter(data.values()), None) if isinstance(data, Mapping) else data
     return flow.to(like) if isinstance(like, Tensor) and like.dtype in (torch.float32, torch.float64) else flow

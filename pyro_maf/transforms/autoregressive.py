@@ -9,9 +9,9 @@ from torch import Tensor
 
 from pyro_maf.nn import MADE, MADEOptions
 from pyro_maf.sweep import Step, forget, parallel, run, solve
-from pyro_maf.transforms.base import Flow, LayerOptions
+from pyro_maf.transforms.base import LayerOptions, UnivariateFlow
 from pyro_maf.transforms.conditional import ConditionalForm
-from pyro_maf.univariate import UnivariateMap, univariate_map
+from pyro_maf.univariate import UnivariateMap
 
 __all__ = [
     "AutoregressiveOptions",
@@ -26,7 +26,7 @@ class AutoregressiveOptions(LayerOptions, MADEOptions, total=False):
     """Options of an autoregressive layer, but for its order and univariate map."""
 
 
-class _Autoregressive(Flow):
+class _Autoregressive(UnivariateFlow):
     """Base of MAF and IAF layers: a MADE outputs the parameters of each dimension's univariate map."""
 
     is_by_row = True
@@ -41,8 +41,7 @@ class _Autoregressive(Flow):
         univariate: str | UnivariateMap = "affine",
         **network: Unpack[MADEOptions],
     ) -> None:
-        super().__init__(input_dim, context_dim)
-        self.univariate = univariate_map(self.name, univariate)
+        super().__init__(input_dim, context_dim, univariate)
         outputs = self.univariate.num_parameters
         self.made = MADE(input_dim, outputs_per_input=outputs, context_dim=context_dim, order=order, **network)
         self.made.zero_output()

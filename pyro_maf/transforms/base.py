@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Self, TypeAlias, TypedDict
+from typing import Any, Self, TypeAlias, TypedDict, cast
 
 import torch
 from pyro.distributions.torch_transform import TransformModule
@@ -17,8 +17,9 @@ from pyro_maf.saving import Savable
 from pyro_maf.sweep import Step
 from pyro_maf.sweep import forget as forget_weights
 from pyro_maf.transforms.cache import Cache, caching_is_possible
+from pyro_maf.univariate import UnivariateMap, univariate_map
 
-__all__ = ["Flow", "Inverse", "LayerOptions"]
+__all__ = ["Flow", "Inverse", "LayerOptions", "UnivariateFlow"]
 
 Direction: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 Check: TypeAlias = Callable[[Tensor, "Tensor | None"], Tensor]
@@ -164,7 +165,12 @@ class Flow(Savable, TransformModule):
     def _like(self) -> Tensor | None:
         """Tensor of the dtype and device that inputs need, or None; raises for a flow without its context."""
         if self.context_dim:
-            check_context(self.name, None, self.context_dim, advice=": use .condition(context)")
+            check_context(
+                self.name,
+                None,
+                self.context_dim,
+                advice=": use ConditionalFlow(flow).condition(context)",
+            )
         like = reference_tensor(self)
         check_takes_gradient(self.name, self, like)
         return like
@@ -282,6 +288,26 @@ class Flow(Savable, TransformModule):
         return self is other
 
     __hash__ = object.__hash__
+
+
+class UnivariateFlow(Flow):
+    """Base of layers whose networks output the parameters of a univariate map."""
+
+    def __init__(self, input_dim: int, context_dim: int, univariate: str | UnivariateMap) -> None:
+        super().__init__(input_dim, context_dim)
+        self.univariate = univariate_map(self.name, univariate)
+        if settings := self.univariate.settings:
+            self.register_buffer("univariate_settings", torch.tensor(settings))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        stored, error_messages = state_dict.get(prefix + "univariate_settings"), cast("list[str]", args[-1])
+        # Not compared with the buffer, which is uninitialised after `to_empty`.
+        if stored is not None and stored.tolist() != torch.tensor(self.univariate.settings).to(stored).tolist():
+            error_messages.append(
+                f"univariate map of {prefix[:-1]}: {stored.tolist()} was stored, {self.univariate!r} is built here."
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class Inverse(Flow):

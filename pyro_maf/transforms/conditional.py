@@ -181,6 +181,10 @@ class ConditionalFlow(Conditional[Flow], ConditionalTransformModule):
         r"""The flow at `context`, (\*batch or (), context_dim)."""
         return Conditioned(self.flow, context)
 
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        """Refuse a call without a context."""
+        raise TypeError(f"{type(self).__name__} depends on a context: call {type(self).__name__}.condition(context).")
+
 
 class ConditionalForm(ConditionalFlow):
     """The conditional form of a class of flows, which a subclass names as its `flow_class`.

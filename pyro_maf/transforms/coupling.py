@@ -11,9 +11,9 @@ from pyro_maf._core.checks import check_choice
 from pyro_maf.nn import MLP, NetworkOptions, default_hidden_dims
 from pyro_maf.nn.weights import outputs_of
 from pyro_maf.sweep import Step, run
-from pyro_maf.transforms.base import Flow, LayerOptions
+from pyro_maf.transforms.base import LayerOptions, UnivariateFlow
 from pyro_maf.transforms.conditional import ConditionalForm
-from pyro_maf.univariate import Affine, UnivariateMap, univariate_map
+from pyro_maf.univariate import Affine, UnivariateMap
 
 __all__ = ["ConditionalCoupling", "Coupling", "CouplingOptions"]
 
@@ -30,7 +30,7 @@ class CouplingOptions(LayerOptions, NetworkOptions, total=False):
     networks: str
 
 
-class Coupling(Flow):
+class Coupling(UnivariateFlow):
     r"""A RealNVP layer: dimensions where the mask m is true pass through and condition the map of the others.
 
     y_i = x_i where m_i is true; y_i = f(x_i; phi_i(x_m)) for the others, and log |det dy/dx| is the sum of their
@@ -83,7 +83,7 @@ class Coupling(Flow):
         univariate: str | UnivariateMap = "affine",
         networks: str = "joint",
     ) -> None:
-        super().__init__(input_dim, context_dim)
+        super().__init__(input_dim, context_dim, univariate)
         mask = (torch.arange(input_dim) % 2 == 0) & (input_dim > 1) if mask is None else torch.as_tensor(mask)
         if mask.shape != (input_dim,):
             raise ValueError(f"{self.name} expected a mask of {input_dim} booleans, got shape {tuple(mask.shape)}.")
@@ -93,7 +93,6 @@ class Coupling(Flow):
         if bool(mask.all()):
             raise ValueError(f"{self.name} expected a mask with at least one False: this one would move nothing.")
         self.register_buffer("mask", mask.clone())
-        self.univariate = univariate_map(self.name, univariate)
         check_choice(self.name, "networks", networks, ("joint", "separate"))
         if networks == "separate" and not isinstance(self.univariate, Affine):
             raise ValueError(

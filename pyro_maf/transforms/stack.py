@@ -14,6 +14,7 @@ from pyro_maf.transforms.autoregressive import InverseAutoregressive, MaskedAuto
 from pyro_maf.transforms.base import Flow, Inverse
 from pyro_maf.transforms.coupling import Coupling
 from pyro_maf.transforms.permute import Permute
+from pyro_maf.univariate import Affine
 
 __all__ = ["Stack"]
 
@@ -204,4 +205,6 @@ def _describe(layer: Flow) -> str:
     if network is None:
         return repr(layer)
     widths = [network.input_dim, *network.hidden_dims, network.layers[-1].out_features]
-    return f"{layer.name}({' -> '.join(map(str, widths))}, {network.activation})"
+    univariate = getattr(layer, "univariate", None)
+    spline = "" if univariate is None or isinstance(univariate, Affine) else f", {univariate!r}"
+    return f"{layer.name}({' -> '.join(map(str, widths))}, {network.activation}{spline})"
