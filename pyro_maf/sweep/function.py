@@ -21,8 +21,8 @@ __all__ = ["run"]
 
 DTYPES = (torch.float32, torch.float64)
 WEIGHTS_A_POINT = 2**21
-"""Number of weights above which packing them and their gradients takes longer than torch does in all: a step of training
-five layers of 784 variables and 1,024 units takes torch 32 ms at one point, and the program 100."""
+"""Number of weights above which packing them and their gradients takes longer than torch does in all: at one point, a
+training step of five layers of 784 variables and 1,024 units takes torch 32 ms, and the program 100."""
 
 
 def run(
