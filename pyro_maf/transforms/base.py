@@ -297,14 +297,16 @@ class UnivariateFlow(Flow):
         super().__init__(input_dim, context_dim)
         self.univariate = univariate_map(self.name, univariate)
         if settings := self.univariate.settings:
-            self.register_buffer("univariate_settings", torch.tensor(settings))
+            # The bits of float32, as integers: a change of the flow's dtype must not round them.
+            self.register_buffer("univariate_settings", torch.tensor(settings, dtype=torch.float32).view(torch.int32))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         stored, error_messages = state_dict.get(prefix + "univariate_settings"), cast("list[str]", args[-1])
         # Not compared with the buffer, which is uninitialised after `to_empty`.
-        if stored is not None and stored.tolist() != torch.tensor(self.univariate.settings).to(stored).tolist():
+        settings = torch.tensor(self.univariate.settings, dtype=torch.float32)
+        if stored is not None and (numbers := stored.cpu().view(torch.float32).tolist()) != settings.tolist():
             error_messages.append(
-                f"univariate map of {prefix[:-1]}: {stored.tolist()} was stored, {self.univariate!r} is built here."
+                f"univariate map of {prefix[:-1]}: {numbers} was stored, {self.univariate!r} is built here."
             )
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
