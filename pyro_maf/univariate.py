@@ -30,8 +30,8 @@ class UnivariateMap(Protocol):
         ...
 
     @property
-    def settings(self) -> tuple[float, ...]:
-        """Numbers that define the map beside its parameters; a layer stores them in its `state_dict`."""
+    def settings(self) -> tuple[int, ...]:
+        """Integers that define the map beside its parameters; a layer stores them in its `state_dict`."""
         ...
 
     def forward(self, x: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ class Affine(Savable):
 
     BOUND = 3.0
     num_parameters = 2
-    settings: tuple[float, ...] = ()
+    settings: tuple[int, ...] = ()
 
     def forward(self, x: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
         """y and log dy/dx = alpha."""
@@ -125,9 +125,9 @@ class Spline(Savable):
         self.num_parameters = self.affine.num_parameters + 3 * num_bins - 1
 
     @property
-    def settings(self) -> tuple[float, ...]:
-        """Numbers that define the map: K and B."""
-        return self.num_bins, self.bound
+    def settings(self) -> tuple[int, ...]:
+        """Numbers that define the map: K, and B in thousandths."""
+        return self.num_bins, round(1_000 * self.bound)
 
     def forward(self, x: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
         """y and log dy/dx; solves a quadratic."""

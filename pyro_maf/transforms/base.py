@@ -297,16 +297,16 @@ class UnivariateFlow(Flow):
         super().__init__(input_dim, context_dim)
         self.univariate = univariate_map(self.name, univariate)
         if settings := self.univariate.settings:
-            # The bits of float32, as integers: a change of the flow's dtype must not round them.
-            self.register_buffer("univariate_settings", torch.tensor(settings, dtype=torch.float32).view(torch.int32))
+            self.register_buffer("univariate_settings", torch.tensor(settings))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         stored, error_messages = state_dict.get(prefix + "univariate_settings"), cast("list[str]", args[-1])
         # Not compared with the buffer, which is uninitialised after `to_empty`.
-        settings = torch.tensor(self.univariate.settings, dtype=torch.float32)
-        if stored is not None and (numbers := stored.cpu().view(torch.float32).tolist()) != settings.tolist():
+        settings = list(self.univariate.settings)
+        if stored is not None and (numbers := [int(number) for number in stored]) != settings:
             error_messages.append(
-                f"univariate map of {prefix[:-1]}: {numbers} was stored, {self.univariate!r} is built here."
+                f"univariate map of {prefix[:-1]}: one with settings {numbers} was stored, {self.univariate!r}, with "
+                f"{settings}, is built here."
             )
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
