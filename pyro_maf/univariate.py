@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_maf._core.checks import check_above_zero, check_choice, check_positive
 from pyro_maf.saving import Savable
 
-__all__ = ["UNIVARIATE", "Affine", "Spline", "UnivariateMap", "univariate_map"]
+__all__ = ["UNIVARIATE", "Affine", "Spline", "UnivariateMap", "soft_bound", "univariate_map"]
 
 
 @runtime_checkable
@@ -177,15 +177,12 @@ class Spline(Savable):
         if solve:
             rise = inside - q_k
             t = _root(h * (s - d_k) + rise * excess, h * d_k - rise * excess, -s * rise)
-            result = z_k + w * t
         else:
             t = (inside - z_k) / w
-            result = q_k + h * (s * t * t + d_k * t * (1 - t)) / (s + excess * t * (1 - t))
-        log_slope = (
-            2 * s.log()
-            + (d_next * t * t + 2 * s * t * (1 - t) + d_k * (1 - t) ** 2).log()
-            - 2 * (s + excess * t * (1 - t)).log()
-        )
+        denominator = s + excess * t * (1 - t)
+        result = z_k + w * t if solve else q_k + h * (s * t * t + d_k * t * (1 - t)) / denominator
+        numerator = d_next * t * t + 2 * s * t * (1 - t) + d_k * (1 - t) ** 2
+        log_slope = 2 * s.log() + numerator.log() - 2 * denominator.log()
         is_outside = ~(value.abs() < self.bound)  # NaN too
         return torch.where(is_outside, value, result), torch.where(is_outside, 0.0, log_slope)
 

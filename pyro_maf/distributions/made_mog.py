@@ -14,6 +14,7 @@ from pyro_maf.distributions.density import ConditionalDensityForm, Density
 from pyro_maf.nn import MADE, MADEOptions
 from pyro_maf.nn.weights import is_called, own_tensors, walk_by_calls
 from pyro_maf.sweep import plan_of, walk
+from pyro_maf.univariate import soft_bound
 
 __all__ = ["ConditionalMADEMoG", "MADEMoG"]
 
@@ -167,7 +168,7 @@ class ConditionalMADEMoG(ConditionalDensityForm):
 
 
 def _log_sigma(s: Tensor) -> Tensor:
-    return BOUND * torch.tanh(s / BOUND)
+    return soft_bound(s, BOUND)
 
 
 def _normal_mixture(num_components: int) -> tuple[Tensor, float]:

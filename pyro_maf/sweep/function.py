@@ -40,10 +40,12 @@ def run(
     Returns:
         The last layer's output, (\*batch, D), and the sum of the log-determinants, (\*batch,).
     """
-    if is_intercepted() or v.dtype not in DTYPES or kernels() is None:
+    if is_intercepted() or v.dtype not in DTYPES:
         return None
     reading = Reading.of(steps)
     if reading is None or not Reading([], [], [v, *reading.tensors]).is_uniform(v):
+        return None
+    if kernels() is None:  # asked last, since it loads or compiles them: a flow of splines never needs them
         return None
     program = program_of(owner, place, steps, reading)
     if program is None:
