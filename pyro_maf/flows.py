@@ -44,6 +44,7 @@ def _orders(who: str, input_dim: int, num_layers: int, order: Orders, seed: int,
     """The order of the variables in each layer, noise to data; "reverse" is the natural one in all unless `flips`."""
     check_positive(who, "input_dim", input_dim)
     check_positive(who, "num_layers", num_layers)
+    check_positive(who, "seed", seed, least=0)
     natural = torch.arange(input_dim)
     expected = f'{who} expected order "reverse", "random", or permutations, got {order!r}.'
     if isinstance(order, str):

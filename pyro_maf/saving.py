@@ -151,6 +151,7 @@ def load(path: str | os.PathLike[str]) -> Any:
         path: The file.
 
     Raises:
+        TypeError: If `path` is no path.
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, truncated, foreign or from a later version; the message says which.
 
@@ -163,6 +164,8 @@ def load(path: str | os.PathLike[str]) -> Any:
         >>> type(again).__name__
         'MAF'
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"load expected the path of a file, got {path!r}.")
     path = Path(path)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "nothing"

@@ -296,3 +296,22 @@ def test_bad_input_is_refused_with_a_reason(call: Callable[[], Any], error: type
     with pytest.raises(error, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+@every_family
+@pytest.mark.parametrize("seed", [None, "a", 0.5])
+def test_seed_that_is_no_int_is_refused(make: Callable[..., Stack], seed: object) -> None:
+    with pytest.raises(TypeError, match=f"{make.__name__} expected seed to be an int, got {seed!r}"):
+        make(3, seed=seed)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_direction_without_log_determinant_is_named(rows: int) -> None:
+    class Shift(Flow):
+        def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Tensor:  # type: ignore[override]
+            return x + 1
+
+    with pytest.raises(TypeError, match="Shift expected forward_and_log_det to return a pair, .*, got Tensor"):
+        Shift(3)(torch.zeros(rows, 3))
+    with pytest.raises(NotImplementedError, match="Shift has no method inverse_and_log_det, from data to noise"):
+        Shift(3).inv(torch.zeros(rows, 3))

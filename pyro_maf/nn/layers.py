@@ -113,6 +113,7 @@ def degrees(
     """
     check_positive("degrees", "input_dim", input_dim)
     check_choice("degrees", "kind", kind, ("sequential", "random"))
+    check_positive("degrees", "seed", seed, least=0)
     if lowest not in (0, 1):
         raise ValueError(f"degrees expected lowest to be 0 or 1, got {lowest!r}.")
     highest = max(lowest, input_dim - 1)

@@ -81,11 +81,11 @@ class Flow(Savable, TransformModule):
 
         Layers and densities call this; it neither checks nor caches, as a call of the flow does.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name} has no method forward_and_log_det, from noise to data.")
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r"""x for data y (\*batch, D), and log |det dy/dx| (\*batch,) in nats, of the forward direction too."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name} has no method inverse_and_log_det, from data to noise.")
 
     def noise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         r"""Noise x, (\*batch, D), that the flow maps to y: `inverse_and_log_det` without the log-determinant."""
@@ -138,13 +138,22 @@ class Flow(Savable, TransformModule):
     def _through(self, value: Tensor, checked: Check, direction: Direction) -> Tensor:
         value = checked(value, self._like())
         if not self._cache_size or not caching_is_possible():
-            return without_autocast(direction, value, like=value)[0]
+            return self._computed(direction, value)[0]
         cache = self._cache
         if (cached := cache.input_of(self, value)) is not None:
             return cached
-        output, log_det = without_autocast(direction, value, like=value)
+        output, log_det = self._computed(direction, value)
         cache.store(self, value, output, log_det)
         return output
+
+    def _computed(self, direction: Direction, value: Tensor) -> tuple[Tensor, Tensor]:
+        result = without_autocast(direction, value, like=value)
+        if type(result) is not tuple:  # a tensor alone would be taken apart, row by row
+            raise TypeError(
+                f"{self.name} expected {getattr(direction, '__name__', 'a direction')} to return a pair, the output "
+                f"and the log-determinant, got {type(result).__name__}."
+            )
+        return result
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         r"""log |det dy/dx| in nats, (\*batch,), for y = self(x).
@@ -159,8 +168,8 @@ class Flow(Savable, TransformModule):
         if caching_is_possible() and (log_det := cache.log_det_of(self, x, y)) is not None:
             return log_det
         if self.fast == "forward" or (self.fast == "both" and cache.joins(self, x, y)):
-            return without_autocast(self.forward_and_log_det, x, like=x)[1]
-        return without_autocast(self.inverse_and_log_det, y, like=y)[1]
+            return self._computed(self.forward_and_log_det, x)[1]
+        return self._computed(self.inverse_and_log_det, y)[1]
 
     def _like(self) -> Tensor | None:
         """Tensor of the dtype and device that inputs need, or None; raises for a flow without its context."""
