@@ -238,4 +238,4 @@ def test_an_argument_that_json_does_not_hold_is_named(path: Path) -> None:
 @pytest.mark.parametrize("path", [3, None, ["flow.safetensors"]])
 def test_load_refuses_what_is_no_path(path: object) -> None:
     with pytest.raises(TypeError, match="load expected the path of a file, got"):
-        load(path)  # type: ignore[arg-type]
+        pyro_maf.load(path)  # type: ignore[arg-type]
