@@ -311,7 +311,7 @@ def test_direction_without_log_determinant_is_named(rows: int) -> None:
         def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> Tensor:  # type: ignore[override]
             return x + 1
 
-    with pytest.raises(TypeError, match="Shift expected forward_and_log_det to return a pair, .*, got Tensor"):
+    with pytest.raises(TypeError, match="Shift expected forward_and_log_det to return a pair"):
         Shift(3)(torch.zeros(rows, 3))
     with pytest.raises(NotImplementedError, match="Shift has no method inverse_and_log_det, from data to noise"):
         Shift(3).inv(torch.zeros(rows, 3))
