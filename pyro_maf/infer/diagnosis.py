@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf._core.checks import check_positive
-from pyro_maf.infer.guides import AutoFlow
+from pyro_maf.infer.auto_flow import AutoFlow
 from pyro_maf.infer.importance import NoVerdictError, Pair, arviz, smoothed
 from pyro_maf.infer.model import Call, Guide, Model, check_call, check_pair, without_empty_tables
 

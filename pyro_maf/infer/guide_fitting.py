@@ -19,9 +19,9 @@ from pyro_maf._core.interruption import Interruption
 from pyro_maf._core.messages import require
 from pyro_maf._core.optimization import Adam, WeightAverage, clip
 from pyro_maf._core.progress import Bar, bar, check_progress, say_before_bar
+from pyro_maf.infer.auto_flow import AutoFlow
 from pyro_maf.infer.convergence import BestWeights, Schedule
 from pyro_maf.infer.diagnosis import Diagnosis, diagnose
-from pyro_maf.infer.guides import AutoFlow
 from pyro_maf.infer.importance import Pair, arviz
 from pyro_maf.infer.initialization import ALONE as SET_UP_RUNS
 from pyro_maf.infer.log_joint import FAILURES

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_maf._core.messages import require
-from pyro_maf.infer.guides import AutoFlow
+from pyro_maf.infer.auto_flow import AutoFlow
 from pyro_maf.infer.latents import masked_elements
 from pyro_maf.infer.log_joint import FAILURES, LogJoint, is_enumerated, log_densities, total_by_draw
 from pyro_maf.infer.model import (

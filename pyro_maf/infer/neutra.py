@@ -10,7 +10,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_maf.infer.guides import AutoFlow
+from pyro_maf.infer.auto_flow import AutoFlow
 from pyro_maf.infer.importance import Pair
 from pyro_maf.infer.log_joint import LogJoint
 from pyro_maf.infer.model import Call, Model, check_pair

@@ -1,0 +1,116 @@
+r"""Base class of the guides: a flow over all latent variables where Pyro expects a guide."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Self
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from pyro_maf.infer.guide_set_up import GuideSetUp
+from pyro_maf.infer.guide_state import bare_latents, bare_trace, check_is_set_up
+from pyro_maf.infer.latents import Part
+from pyro_maf.infer.model import Site
+from pyro_maf.infer.path_gradient import zero_bad_gradients
+from pyro_maf.saving import drop_weak_references
+from pyro_maf.transforms import Flow
+
+__all__ = ["AutoFlow"]
+
+
+class AutoFlow(GuideSetUp):
+    """Base class of the three guides; see `AutoIAF`."""
+
+    def get_base_dist(self) -> TorchDistribution:
+        """Return the standard normal distribution of the noise, of event shape (D,)."""
+        zeros = self._weight.new_zeros(self.latent_dim)
+        return dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
+
+    def get_transform(self, *args: object, **kwargs: object) -> Flow:
+        """Return the map from noise to unconstrained latent variables, conditioned on the encoder's context if any."""
+        self._set_up_once(*args, **kwargs)
+        transform = self._map
+        return transform if isinstance(transform, Flow) else transform.condition(self._context(*args, **kwargs))
+
+    def get_posterior(self, *args: object, **kwargs: object) -> TorchDistribution:
+        """Return the distribution of the vector of unconstrained latent variables."""
+        self.setup(*args, **kwargs)
+        return self._posterior(*args, **kwargs)
+
+    def _posterior(self, *args: object, **kwargs: object) -> TorchDistribution:
+        transform = self.get_transform(*args, **kwargs)
+        return dist.TransformedDistribution(self.get_base_dist(), [transform], validate_args=False)
+
+    def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
+        """Draw every latent site; return the values by name."""
+        self._set_up_once(*args, **kwargs)
+        self._stored.register(self._who, self._stored_modules())
+        self._create_plates(*args, **kwargs)
+        latent = self.sample_latent(*args, **kwargs)
+        return {part.site["name"]: self._sample(part, value) for part, value in self.latents.split(latent)}
+
+    def _sample(self, part: Part, unconstrained: Tensor) -> Tensor:
+        """Draw a site from the distribution that has all its mass at an image of the latent vector."""
+        event_dim = part.site["fn"].event_dim
+        value, log_det = self.latents.mapped(part, unconstrained)
+        with self._in_plates(part):
+            for plate, dim in part.rows.items():
+                indices = self.plates[plate].indices.to(value.device)
+                value, log_det = value.index_select(dim, indices), log_det.index_select(dim + event_dim, indices)
+            return pyro.sample(part.site["name"], dist.Delta(value, log_density=-log_det, event_dim=event_dim))
+
+    def sample_latent(self, *args: object, **kwargs: object) -> Tensor:
+        """Draw the unconstrained latent variables, as an auxiliary site of Pyro's."""
+        posterior = self._posterior(*args, **kwargs)  # the weights are already read, in a call
+        first = next(iter(self.latents.parts.values()))
+        with self._in_plates(first) if self.latents.rows else nullcontext():
+            latent = pyro.sample(f"_{self.name}_latent", posterior, infer={"is_auxiliary": True})
+        if latent.grad_fn is not None:
+            # On the operation: a hook on the tensor would bypass the cache, and the density would be computed again.
+            latent.grad_fn.register_prehook(partial(zero_bad_gradients, latent.output_nr))
+        return latent
+
+    @contextmanager
+    def _in_plates(self, part: Part) -> Iterator[None]:
+        """Enter the plates of a site."""
+        with ExitStack() as stack:
+            for frame in part.site["cond_indep_stack"]:
+                stack.enter_context(self.plates[frame.name])
+            yield
+
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Site, Tensor]]:
+        return ((part.site, unconstrained) for part, unconstrained in self.latents.split(latent))
+
+    # -- copies ---------------------------------------------------------------------------------------------------
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
+        if self.prototype_trace is None:
+            check_is_set_up(self._who, state_dict, f"{prefix}transform.")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        # Pyro's method would remove the model from the original. What is fixed once set up is shared.
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        copied = ("_modules", "_parameters", "_buffers", "training", "_pyro_context")
+        twin.__dict__.update(self.__dict__, **{name: copy.deepcopy(self.__dict__[name], memo) for name in copied})
+        twin.__dict__["_stored"] = self._stored.of_a_copy()
+        return twin
+
+    def __getstate__(self) -> dict[str, object]:
+        # Without the model, as Pyro's guides are pickled, but leaving this one as it is; its data stay behind too.
+        drop_weak_references(self)
+        state = {**self.__dict__, "_model": None, "_plain_model": None, "master": None}
+        state["_stored"] = self._stored.of_a_copy()
+        if self.prototype_trace is not None:
+            # Not used again once set up, and often functions that cannot be pickled.
+            state |= {"init_loc_fn": None, "plates": {}}
+            state |= {"prototype_trace": bare_trace(self.prototype_trace), "latents": bare_latents(self.latents)}
+        return state

@@ -1,0 +1,106 @@
+r"""Draws of a guide of this package, and its density at values of the sites."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.infer.autoguide import AutoContinuous
+from torch import Tensor
+
+from pyro_maf._core.checks import check_shape
+from pyro_maf.infer.latents import Latents
+from pyro_maf.infer.model import Call
+from pyro_maf.infer.posterior import Levels, checked_levels, marginal_quantiles
+from pyro_maf.transforms import Flow
+
+__all__ = ["GuideDensity"]
+
+
+class GuideDensity(AutoContinuous):
+    """Draws and densities of a guide, by the map and the posterior that a subclass defines."""
+
+    latents: Latents
+
+    @property
+    def _who(self) -> str:
+        return type(self).__name__
+
+    @property
+    def _weight(self) -> Tensor:
+        """A weight, for its dtype and device."""
+        raise NotImplementedError
+
+    def get_transform(self, *args: object, **kwargs: object) -> Flow:
+        """Return the map from noise to unconstrained latent variables."""
+        raise NotImplementedError
+
+    def get_posterior(self, *args: object, **kwargs: object) -> TorchDistribution:
+        """Return the distribution of the vector of unconstrained latent variables."""
+        raise NotImplementedError
+
+    def rsample(self, sample_shape: Sequence[int] = (), *args: object, **kwargs: object) -> dict[str, Tensor]:
+        r"""Draw every site, (\*sample_shape, \*site), with gradient. Further arguments are the model's."""
+        shape = check_shape(self._who, "sample_shape", sample_shape)
+        latent = self.get_posterior(*args, **kwargs).rsample(shape)
+        return self.latents.sites(latent, shape)
+
+    def scored_draws(self, count: int, nesting: int, call: Call) -> tuple[dict[str, Tensor], Tensor]:
+        """Draw every site for all rows, plates padded to `nesting`; also return the log-density in nats."""
+        posterior = self.get_posterior(*call.args, **call.kwargs)
+        latent = posterior.rsample(torch.Size((count, *(1,) * nesting)))
+        values, log_det = self.latents.unpack(latent)
+        return values, (posterior.log_prob(latent) - log_det).reshape(count)
+
+    def log_prob(self, values: Mapping[str, Tensor | float], *args: object, **kwargs: object) -> Tensor:
+        r"""Log-density of the guide in nats, (\*batch,), at values (\*batch, \*site) of every site.
+
+        With an encoder whose context has rows, `batch` ends with them. Outside the support it is minus infinity.
+        Further arguments are the model's.
+
+        Raises:
+            TypeError: If values are not numeric, or floating-point tensors of another dtype than the guide's.
+            ValueError: If a site is missing or of another shape.
+        """
+        posterior = self.get_posterior(*args, **kwargs)
+        tensors = self.latents.checked(values, self._weight)
+        latent, log_det = self.latents.pack(tensors)
+        inside = self.latents.within_supports(tensors) & latent.isfinite().all(-1)
+        log_prob = posterior.log_prob(torch.where(inside[..., None], latent, 0.0)) - log_det
+        return torch.where(inside, log_prob, -torch.inf)
+
+    @torch.no_grad()
+    def median(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
+        """Marginal median of every latent variable; see `quantiles`."""
+        return self.quantiles(0.5, *args, **kwargs)
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Levels, *args: object, **kwargs: object) -> dict[str, Tensor]:
+        r"""Marginal quantiles of every latent variable, (\*levels, \*site), at levels in [0, 1].
+
+        Empirical quantiles of 8,192 draws of each site, on its support: by component for a simplex or an ordered
+        vector, so that medians of shares need not sum to 1. The noise is a fixed Sobol sequence, so that repeated calls
+        agree.
+
+        Raises:
+            TypeError: If a level is not a number.
+            ValueError: If a level is outside [0, 1].
+        """
+        (transform,) = self.get_posterior(*args, **kwargs).transforms
+        return marginal_quantiles(self.latents, transform, checked_levels(self._who, quantiles, self._weight))
+
+    def sites_of(self, noise: Tensor, *args: object, **kwargs: object) -> dict[str, Tensor]:
+        r"""Map noise u, (\*batch, D), to the value of each site, (\*batch, \*site)."""
+        latent = self.get_transform(*args, **kwargs)(noise)
+        return self.latents.sites(latent, noise.shape[: -1 - len(self.latents.rows)])
+
+    def sites_and_log_det(self, noise: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        r"""Map noise u to the value of each site, and return log |det dz/du| in nats, (\*batch,), with it.
+
+        `noise` is (D,), or (\*batch, D) with ones in `batch` where the plates of the model are.
+        """
+        transform = self.get_transform()
+        latent = transform(noise)
+        values, log_det = self.latents.unpack(latent)
+        return values, transform.log_abs_det_jacobian(noise, latent) + log_det

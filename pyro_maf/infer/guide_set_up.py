@@ -1,0 +1,170 @@
+r"""Setting up of a guide: its options, the run of the model that lays out its vector, and its initial map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Self, cast
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoContinuous
+from torch import Tensor, nn
+
+from pyro_maf._core.checks import check_above_zero, check_choice, check_positive, check_sizes
+from pyro_maf._core.options import ClassSignature, named_arguments
+from pyro_maf.infer.guide_density import GuideDensity
+from pyro_maf.infer.guide_state import StoredWeights
+from pyro_maf.infer.initialization import Normal
+from pyro_maf.infer.latents import Latents, Plates, median_or_feasible
+from pyro_maf.infer.model import (
+    Call,
+    Model,
+    RefusalError,
+    Site,
+    Trace,
+    check_set_up_call,
+    latent_sites,
+    without_empty_tables,
+)
+from pyro_maf.infer.posterior import start_of
+from pyro_maf.nn import ACTIVATIONS, NetworkOptions
+from pyro_maf.nn.layers import Tempered
+from pyro_maf.transforms import ConditionalFlow, Stack
+from pyro_maf.transforms.triangular import Head
+
+__all__ = ["GuideSetUp"]
+
+Encoder = Callable[..., Tensor]
+CreatePlates = Callable[..., Plates]
+
+
+class GuideSetUp(GuideDensity):
+    """Options and setting up of a guide."""
+
+    flow_class: Callable[..., Stack]
+    default_num_layers = 3
+    __signature__ = ClassSignature()
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        """Create an instance, or refuse an option that the class does not have."""
+        named_arguments(cls, args, kwargs)
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        num_layers: int | None = None,
+        hidden_dims: Sequence[int] | None = None,
+        activation: str = "elu",
+        init_loc_fn: Callable[[Site], Tensor] | None = None,
+        init_scale: float | None = None,
+        encoder: Encoder | None = None,
+        create_plates: CreatePlates | None = None,
+    ) -> None:
+        who = self._who
+        if not callable(model):
+            raise TypeError(f"{who} expected a model to call, got {type(model).__name__}.")
+        if init_scale is not None:
+            check_above_zero(who, "init_scale", init_scale, finite=True)
+        super().__init__(model, median_or_feasible if init_loc_fn is None else init_loc_fn)
+        self._start_is_chosen = init_loc_fn is not None
+        self.create_plates = create_plates
+        self._plain_model = (model,)  # in a tuple, as Pyro does: a model that is a module is no part of its guide
+        num_layers = self.default_num_layers if num_layers is None else num_layers
+        self._num_layers = check_positive(who, "num_layers", num_layers)
+        self._hidden_dims = None if hidden_dims is None else check_sizes(who, "hidden_dims", hidden_dims)
+        self._activation = check_choice(who, "activation", activation, ACTIVATIONS)
+        self._init_scale = init_scale
+        self.encoder = encoder
+        self.transform: Stack | ConditionalFlow | None = None
+        self._stored = StoredWeights()
+
+    @property
+    def name(self) -> str:
+        """Name in Pyro, with which the names of its parameters and auxiliary sites begin."""
+        return str(self._pyro_name)
+
+    def setup(self, *args: object, **kwargs: object) -> Self:
+        """Run the model, create the parameters and initialise them near the posterior; return the guide.
+
+        The first call of the guide does the same. Call it before that where an optimizer needs the parameters, or
+        `load_state_dict` a target. Arguments are the model's.
+        """
+        self._set_up_once(*args, **kwargs)
+        self._stored.load(self._who, self._stored_modules())
+        return self
+
+    def _set_up_once(self, *args: object, **kwargs: object) -> None:
+        if self.prototype_trace is None:
+            with without_empty_tables():
+                self._setup_prototype(*args, **kwargs)
+
+    def _setup_prototype(self, *args: object, **kwargs: object) -> None:
+        if self._plain_model is None:
+            raise RefusalError(
+                f"{self._who} expected a model to set itself up with, got none, since it was pickled before: "
+                "call guide.setup() with the model's arguments, then pickle it."
+            )
+        call = Call(self._plain_model[0], args, kwargs)
+        check_set_up_call(self._who, call)
+        try:
+            super(AutoContinuous, self)._setup_prototype(*args, **kwargs)
+            context = None if self._encoder is None else self._context(*args, **kwargs)
+            with poutine.block():  # trial runs must be invisible to handlers around the guide
+                start = self._start(call, context)
+            self.latent_dim = self.latents.size
+            self.transform = self._map_from(start, 0 if context is None else context.shape[-1])
+        except BaseException:
+            self.prototype_trace = None  # so that the next call tries again
+            raise
+
+    def _start(self, call: Call, context: Tensor | None) -> Normal:
+        """Lay out the latent sites as a vector; return the normal that the guide starts as."""
+        prototype = cast("Trace", self.prototype_trace)
+        create_plates: CreatePlates | None = (self if self.master is None else self.master()).create_plates
+        plates = () if create_plates is None else create_plates(*call.args, **call.kwargs)
+        rows = torch.Size() if context is None else context.shape[:-1]
+        self.latents = Latents(self._who, latent_sites(prototype), rows, plates)
+        self._create_plates(*call.args, **call.kwargs)
+        scale = 1.0 if self._init_scale is None and context is not None else self._init_scale
+        return start_of(call, prototype, self.latents, scale, self._start_is_chosen)
+
+    def _map_from(self, start: Normal, context_dim: int) -> Stack | ConditionalFlow:
+        """Compose the flow with a head: a map that starts as a normal, and trains at a guide's learning rate."""
+        size = len(start.loc)
+        widths = 2 * (min(512, max(64, 4 * size)),) if self._hidden_dims is None else self._hidden_dims
+        options: NetworkOptions = {"hidden_dims": widths, "activation": self._activation}
+        flow = self.flow_class(size, num_layers=self._num_layers, context_dim=context_dim, **options)
+        head = Head(size, loc=start.loc, scale_tril=start.scale_tril, context_dim=context_dim, **options)
+        stack = Stack([*flow, head]).to(start.loc)
+        for module in stack.modules():
+            if isinstance(module, Tempered):
+                module.temper()
+        return ConditionalFlow(stack) if context_dim else stack
+
+    def _context(self, *args: object, **kwargs: object) -> Tensor:
+        context = cast("Encoder", self._encoder)(*args, **kwargs)
+        if not isinstance(context, Tensor) or context.dim() == 0:
+            raise RefusalError(f"{self._who} expected encoder to return a tensor (*rows, features), got {context!r}.")
+        return context
+
+    # Modules are read here without registering their parameters with Pyro, as reading an attribute of a guide would.
+
+    @property
+    def _map(self) -> Stack | ConditionalFlow:
+        return cast("Stack | ConditionalFlow", self._modules["transform"])
+
+    @property
+    def _encoder(self) -> Encoder | None:
+        return cast("Encoder | None", self._modules.get("encoder", self.__dict__.get("encoder")))
+
+    @property
+    def _weight(self) -> Tensor:
+        """A weight, for its dtype and device."""
+        return next(self._map.parameters())
+
+    def _stored_modules(self) -> dict[str, nn.Module]:
+        """The modules that have weights, by their names in Pyro's store."""
+        modules = {role: self._modules.get(role) for role in ("transform", "encoder")}
+        return {f"{self.name}.{role}": module for role, module in modules.items() if module is not None}
