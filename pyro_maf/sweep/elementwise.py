@@ -1,4 +1,4 @@
-"""Elementwise functions of the kernels: activations, the univariate map, the compression of a network's inputs."""
+"""Elementwise functions of the kernels: activations, and the compression of a network's inputs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from numba.extending import overload
 
 from pyro_maf.nn import BULK
 from pyro_maf.sweep.plan import Array
-from pyro_maf.univariate import Affine
 
-__all__ = ["INNER", "activate", "apply", "compress", "differentiate", "pull_back"]
+__all__ = ["INNER", "activate", "compress", "differentiate", "exp", "tanh"]
 
 # Not the full fastmath: infinities and NaNs must pass through.
 INNER: dict[str, Any] = {
@@ -26,7 +25,6 @@ INNER: dict[str, Any] = {
 RELU, TANH, ELU, SILU, GELU, LEAKY_RELU, SOFTPLUS, SIGMOID = range(8)
 LEAK, LINEAR = 0.01, 20
 """Slope of a leaky relu below 0, and the value from which on torch's softplus is the identity."""
-BOUND = Affine.BOUND
 
 LOG2_E = np.float32(1.44269504)
 LN2_HIGH = np.float32(0.693359375)
@@ -34,8 +32,8 @@ LN2_LOW = np.float32(-2.12194440e-4)
 
 
 @njit(**INNER)
-def _exp(x: Any) -> Any:
-    """exp(x), clamped to e^-87 .. e^88 in float32."""
+def exp(x: Any) -> Any:
+    """The exponential of x, clamped to e^-87 .. e^88 in float32."""
     power, rest = _exp_parts(x)
     return power * rest + power
 
@@ -48,8 +46,8 @@ def _expm1(x: Any) -> Any:
 
 
 @njit(**INNER)
-def _tanh(x: Any) -> Any:
-    """tanh(x), which rounds to 1 long before 20."""
+def tanh(x: Any) -> Any:
+    """The hyperbolic tangent of x, which rounds to 1 long before 20."""
     limit = type(x)(20)
     x = limit if x > limit else x
     x = -limit if x < -limit else x
@@ -102,17 +100,17 @@ def activate(kind: int, tape: Array, first: int, end: int, slopes: Array, shift:
                 tape[r, t] *= one if tape[r, t] > 0 else tape.dtype.type(LEAK)
         elif kind == TANH:
             for t in range(start, stop):
-                tape[r, t] = _tanh(tape[r, t])
+                tape[r, t] = tanh(tape[r, t])
         elif kind == SIGMOID:
             for t in range(start, stop):
-                tape[r, t] = one / (one + _exp(-tape[r, t]))
+                tape[r, t] = one / (one + exp(-tape[r, t]))
         elif kind == ELU:
             for t in range(start, stop):
                 grown = _expm1(min(tape[r, t], zero))
                 tape[r, t] = tape[r, t] if tape[r, t] > 0 else grown
         elif kind == SILU:
             for t in range(start, stop):
-                z, gate = tape[r, t], one / (one + _exp(-tape[r, t]))
+                z, gate = tape[r, t], one / (one + exp(-tape[r, t]))
                 if keep:
                     slopes[r + shift, t] = gate * (one + z * (one - gate))
                 tape[r, t] = z * gate
@@ -121,12 +119,12 @@ def activate(kind: int, tape: Array, first: int, end: int, slopes: Array, shift:
                 z = tape[r, t]
                 below = half * (one + tape.dtype.type(math.erf(z * tape.dtype.type(math.sqrt(0.5)))))
                 if keep:
-                    slopes[r + shift, t] = below + z * _exp(-half * z * z) * tape.dtype.type(1 / math.sqrt(2 * math.pi))
+                    slopes[r + shift, t] = below + z * exp(-half * z * z) * tape.dtype.type(1 / math.sqrt(2 * math.pi))
                 tape[r, t] = z * below
         elif kind == SOFTPLUS:
             for t in range(start, stop):
                 z = tape[r, t]
-                soft = max(z, zero) + tape.dtype.type(math.log1p(_exp(-abs(z))))
+                soft = max(z, zero) + tape.dtype.type(math.log1p(exp(-abs(z))))
                 tape[r, t] = z if z > LINEAR else soft
 
 
@@ -160,49 +158,6 @@ def differentiate(
         else:
             for t in range(start, stop):
                 grad[g, t] *= slopes[r + shift, t]
-
-
-@njit(**INNER)
-def apply(x: Array, shift: Array, scale: Array, sign: int, log_sign: int, w: Array, log_det: Array) -> None:
-    """w = (x e + sign s) e with e = exp(sign alpha / 2) and alpha = b tanh(a / b), for the network's outputs s and a.
-
-    Adds log_sign alpha to log_det. Leaves e in `shift` and tanh(a / b) in `scale`, for `pull_back`. One loop for each,
-    since loops over many arrays are not vectorised.
-    """
-    number = x.dtype.type
-    for t in range(len(x)):
-        scale[t] = _tanh(scale[t] / number(BOUND))
-    for t in range(len(x)):
-        log_det[t] += number(log_sign * BOUND) * scale[t]
-    for t in range(len(x)):
-        e = _exp(number(0.5 * sign * BOUND) * scale[t])
-        w[t] = (x[t] * e + number(sign) * shift[t]) * e
-        shift[t] = e
-
-
-@njit(**INNER)
-def pull_back(
-    x: Array,
-    w: Array,
-    e: Array,
-    tanh: Array,
-    sign: int,
-    log_sign: int,
-    grad: Array,
-    grad_log_det: Array,
-    grad_shift: Array,
-    grad_scale: Array,
-) -> None:
-    """The adjoint of `apply`: turns the gradient by w into that by x, and writes those by the network's outputs."""
-    number = x.dtype.type
-    one, half, signed, of_log = number(1), number(0.5 * sign), number(sign), number(log_sign)
-    for t in range(len(x)):
-        grad_shift[t] = signed * grad[t] * e[t]
-    for t in range(len(x)):
-        by_alpha = of_log * grad_log_det[t] + grad[t] * half * (w[t] + x[t] * e[t] * e[t])
-        grad_scale[t] = (one - tanh[t] * tanh[t]) * by_alpha
-    for t in range(len(x)):
-        grad[t] *= e[t] * e[t]
 
 
 @njit(**INNER)

@@ -13,9 +13,10 @@ from numba import carray, njit, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 
 from pyro_maf.sweep.compile_cache import stored
-from pyro_maf.sweep.elementwise import INNER, activate, apply, compress, differentiate, pull_back
+from pyro_maf.sweep.elementwise import INNER, activate, compress, differentiate
 from pyro_maf.sweep.plan import CONTEXT, INPUTS, LANES, Array
 from pyro_maf.sweep.products import TALLEST, add_product, dot, transpose
+from pyro_maf.sweep.univariate_kernel import apply, pull_back
 
 __all__ = ["CHUNK", "backward", "forward", "pack", "unpack"]
 
@@ -159,16 +160,9 @@ def forward(
             for m in range(layer.first, layer.end):
                 _multiply(matrices[m], seen, weights, biases, work, here, at_context, width)
             for j in range(layer.moved):
-                row, phi = variables[layer.moved_from + j], layer.phi_from + 2 * j
-                apply(
-                    work[here + row, :width],
-                    work[here + variables[phi], :width],
-                    work[here + variables[phi + 1], :width],
-                    layer.sign,
-                    layer.log_sign,
-                    work[after + row, :width],
-                    logs[:width],
-                )
+                row = variables[layer.moved_from + j]
+                x, out = work[here + row, :width], work[after + row, :width]
+                apply(layer, j, variables, work, here, 0, x, out, logs[:width])
             for j in range(layer.rest):
                 row = variables[layer.rest_from + j]
                 for t in range(width):
@@ -268,20 +262,9 @@ def backward(
             here -= layer.rows
             to_variables = index > 0 or grad_v.shape[1] > 0
             for j in range(layer.moved):
-                row, phi = variables[layer.moved_from + j], layer.phi_from + 2 * j
-                shift, scale = variables[phi], variables[phi + 1]
-                pull_back(
-                    tape[here + row, :width],
-                    tape[after + row, :width],
-                    tape[here + shift, :width],
-                    tape[here + scale, :width],
-                    layer.sign,
-                    layer.log_sign,
-                    grad[row, :width],
-                    logs[:width],
-                    delta[shift, :width],
-                    delta[scale, :width],
-                )
+                row = variables[layer.moved_from + j]
+                x, out = tape[here + row, :width], tape[after + row, :width]
+                pull_back(layer, j, variables, tape, here, 0, x, out, grad[row, :width], logs[:width], delta, 0)
             for m in range(layer.end - 1, layer.first - 1, -1):
                 matrix = matrices[m]
                 below = at_context if matrix.source == CONTEXT else here + matrix.below

@@ -34,18 +34,22 @@ NOT_BY_VALUE = ("silu", "gelu")
 """Activations whose derivative has rows of its own, since the value does not determine it."""
 ORDINARY = (nn.Parameter, Tensor)
 """Tensors whose entries lie in memory, as not those of every subclass do."""
+MAPS = (Affine,)
+"""Univariate maps that the kernels have."""
 LAYER_FIELDS = ["rows", "first", "end", "inputs", "seen_from", "seen", "moved_from", "moved", "rest_from", "rest"] + [
     "phi_from",
     "sign",
     "log_sign",
 ]
-LAYER = np.dtype([(name, np.int64) for name in LAYER_FIELDS])
+MAP_FIELDS = ["univariate", "outputs", "bins", "bound"]
+LAYER = np.dtype([*((name, np.int64) for name in LAYER_FIELDS + MAP_FIELDS[:-1]), ("bound", np.float64)])
 """A layer.
 
 Fields: `rows` of the tape; matrices `first` .. `end` - 1; row of its `inputs`; where its lists of variables begin in
 `variables`, and their lengths: those that the networks see, those that are mapped, the rest; where the rows of the
-map's parameters begin there, those of one variable after those of another; the direction, 1 for y from x and -1
-for x from y; and the sign of the log-scale in the log-determinant.
+map's parameters begin there, those of one variable after those of another; the direction, 1 for y from x and
+-1 for x from y; the sign of the log-derivatives in the log-determinant; the number of the `univariate` map in `MAPS`;
+that of its `outputs` for a variable, P; and its settings, those of a spline.
 """
 MATRIX_FIELDS = [
     "start",
@@ -119,8 +123,10 @@ class Reading(NamedTuple):
         fixed, marks = self.fixed, self.marks
         fixed += step.seen, step.moved
         marks += step.seen._version, step.moved._version, step.inverse, step.log_sign, len(step.networks)
-        if step.networks and type(step.univariate) is not Affine:
-            return False
+        if step.networks:
+            if type(step.univariate) not in MAPS:
+                return False
+            marks.append(_map_of(step.univariate))
         for network in step.networks:
             if type(network) not in (MADE, MLP) or is_hooked(network):
                 return False
@@ -287,7 +293,7 @@ class _Layout:
         """The row of each variable among the D of a layer; permutations change nothing else."""
         self.context_dim, self.tensors, self.number = context_dim, tensors, 0
         self.weights = self.biases = self.gradients = 0
-        self.layers: list[dict[str, int]] = []
+        self.layers: list[dict[str, float]] = []
         self.matrices: list[dict[str, float]] = []
         self.variables: list[int] = []
         self.lists: dict[str, list[Array]] = {"seen": [], "heard": [], "row_order": [], "column_order": []}
@@ -307,11 +313,12 @@ class _Layout:
             own, outputs = self._add_network(network, order, dim, own, fresh=network is step.networks[-1])
             phi.append(outputs)
         rows = np.concatenate(phi)
-        if len(rows) != Affine.num_parameters * len(moved):
+        univariate = dict(zip(MAP_FIELDS, _map_of(step.univariate), strict=True))
+        if len(rows) != univariate["outputs"] * len(moved):
             raise UnfitError
         rows = rows.reshape(len(moved), -1) if is_made else rows.reshape(-1, len(moved)).T
         lists = {"seen_from": seen, "moved_from": moved, "rest_from": rest, "phi_from": rows.ravel()}
-        layer = {"rows": own, "first": first, "end": len(self.matrices), "inputs": dim}
+        layer = {**univariate, "rows": own, "first": first, "end": len(self.matrices), "inputs": dim}
         layer |= {"seen": len(seen), "moved": len(moved), "rest": len(rest)}
         layer |= {"sign": -1 if step.inverse else 1, "log_sign": step.log_sign}
         for name, entries in lists.items():
@@ -386,6 +393,11 @@ class _Layout:
 
 def _records(entries: Sequence[dict[str, Any]], kind: np.dtype[Any]) -> Array:
     return np.array([tuple(entry[name] for name in kind.names or ()) for entry in entries], kind)
+
+
+def _map_of(univariate: Any) -> tuple[int, int, int, float]:
+    """`MAP_FIELDS` of a univariate map."""
+    return MAPS.index(type(univariate)), univariate.num_parameters, 0, 0.0
 
 
 def _gain(layer: Any) -> float:

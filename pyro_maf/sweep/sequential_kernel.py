@@ -21,9 +21,10 @@ import numpy as np
 from numba import njit
 
 from pyro_maf.sweep.compile_cache import stored
-from pyro_maf.sweep.elementwise import INNER, activate, apply, compress, differentiate
+from pyro_maf.sweep.elementwise import INNER, activate, compress, differentiate
 from pyro_maf.sweep.plan import LANES, Array
 from pyro_maf.sweep.products import add_product, dot
+from pyro_maf.sweep.univariate_kernel import affine
 
 __all__ = ["backward", "forward_columns", "forward_rows"]
 
@@ -97,8 +98,8 @@ def forward_columns(
                     if level < top:
                         activate(kind, work, own + rows[0], own + rows[1], slopes, 0, t0, t1)
                 x, shift = found[i - i0, : t1 - t0], levels[top] + 2 * i
-                # Not in place, which would keep the loops of `apply` from being vectorised.
-                apply(x, work[shift, t0:t1], work[shift + 1, t0:t1], sign, 1, work[i, t0:t1], logs[: t1 - t0])
+                # Not in place, which would keep the loops of `affine` from being vectorised.
+                affine(x, work[shift, t0:t1], work[shift + 1, t0:t1], sign, 1, work[i, t0:t1], logs[: t1 - t0])
                 for t in range(t0, t1):
                     found[i - i0, t - t0] = work[i, t]
                 compress(x, work[i, t0:t1], slopes[i, t0:t1] if keep else nowhere[: t1 - t0])
@@ -184,7 +185,7 @@ def forward_rows(
                     activate(kind, column, own + low, own + high, nothing, 0, 0, 1)
             shift = levels[top] + 2 * i
             x[0] = v[b, order[i]]
-            apply(x, units[shift : shift + 1], units[shift + 1 : shift + 2], sign, 1, x, log_det[b : b + 1])
+            affine(x, units[shift : shift + 1], units[shift + 1 : shift + 2], sign, 1, x, log_det[b : b + 1])
             w[b, order[i]] = x[0]
             compress(x, units[i : i + 1], nowhere)
 
