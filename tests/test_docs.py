@@ -24,7 +24,7 @@ def name(page: Path) -> str:
     return page.relative_to(ROOT / "docs").as_posix()
 
 
-@pytest.mark.filterwarnings("ignore:fit found heavy tails:UserWarning")
+@pytest.mark.filterwarnings("ignore:fit found heavy tails:UserWarning", "ignore:Maximum number of epochs:UserWarning")
 @pytest.mark.parametrize("page", WITH_CODE, ids=name)
 def test_code_prints_what_its_page_says(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -43,12 +43,13 @@ DISTRIBUTIONS = {"sklearn": "scikit-learn", "lightning_fabric": "lightning-fabri
 """Names of distributions that differ from the name of their package."""
 
 
-def require(who: str, *packages: str) -> None:
+def require(who: str, *packages: str, extra: str = "train") -> None:
     """Raise unless these packages can be imported.
 
     Args:
         who: The function that needs them.
         packages: Their import names.
+        extra: The extra of this package that installs them.
 
     Raises:
         ModuleNotFoundError: For the first that is not installed; the message says what to install.
@@ -67,6 +68,6 @@ def require(who: str, *packages: str) -> None:
                 raise
             raise ModuleNotFoundError(
                 f"{who} needs {DISTRIBUTIONS.get(package, package)}, which is not installed: "
-                "pip install pyro-maf[train].",
+                f"pip install pyro-maf[{extra}].",
                 name=package,
             ) from None

@@ -1,0 +1,242 @@
+r"""Conditional flows as the density estimators of the package sbi, for neural posterior and likelihood estimation.
+
+    from sbi.inference import NPE
+    import pyro_maf.sbi
+
+    inference = NPE(prior, density_estimator=pyro_maf.sbi.posterior_nn("nsf"))
+    inference.append_simulations(theta, x).train()
+    posterior = inference.build_posterior()
+
+Needs the extra `sbi`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from pyro_maf import flows
+from pyro_maf._core.checks import check_choice
+from pyro_maf._core.messages import require
+from pyro_maf.distributions import FlowPrior
+from pyro_maf.flows import StackOptions
+from pyro_maf.support import Support, SupportLike
+from pyro_maf.tables.moments import context_moments_of, moments_of
+from pyro_maf.transforms import Stack
+
+require("pyro_maf.sbi", "sbi", extra="sbi")
+
+from sbi.neural_nets.estimators import ConditionalDensityEstimator  # noqa: E402
+
+__all__ = ["FlowEstimator", "likelihood_nn", "posterior_nn"]
+
+FLOWS: dict[str, Callable[..., Stack]] = {
+    "nsf": flows.NSF,
+    "maf": flows.MAF,
+    "iaf": flows.IAF,
+    "realnvp": flows.RealNVP,
+}
+Builder: TypeAlias = Callable[[Tensor, Tensor], "FlowEstimator"]
+
+
+class FlowEstimator(ConditionalDensityEstimator):
+    r"""The density q(y | c) of a flow in the units of y, given features of the condition c.
+
+    With loc, scale the mean and standard deviation of y in the simulations, T the map to its support, and h the
+    embedding of the standardised condition: y = T(loc + scale f(u; h)), u standard normal.
+
+    Args:
+        density: The flow in the units of y, with `context_dim` features h.
+        embedding: From conditions (rows, \*condition_shape), in their own units, to features (rows, context_dim).
+        condition_shape: Shape of one condition.
+
+    Shapes:
+        Inputs are (samples, batch, D) or (batch, D), conditions (batch, \*condition_shape) or (samples, batch,
+        \*condition_shape), where a batch of 1 is broadcast; log-densities are (samples, batch), in nats; draws
+        (\*sample_shape, batch, D).
+
+    Cost:
+        The embedding once for each condition, not for each sample. For a `MAF` or `NSF`, `log_prob` is one parallel
+        pass a layer, and `sample` one sequential sweep.
+
+    Example:
+        >>> theta = torch.randn(50, 2)
+        >>> estimator = posterior_nn("maf", num_layers=1)(theta, theta + 0.1 * torch.randn(50, 2))
+        >>> estimator.sample(torch.Size([7]), theta[:3]).shape, estimator.log_prob(theta[:3], theta[:3]).shape
+        (torch.Size([7, 3, 2]), torch.Size([1, 3]))
+    """
+
+    net: FlowPrior
+
+    def __init__(self, density: FlowPrior, embedding: nn.Module, condition_shape: torch.Size) -> None:
+        super().__init__(density, density.event_shape, condition_shape)
+        self._embedding = embedding
+
+    @property
+    def embedding_net(self) -> nn.Module:
+        """From conditions in their own units to the flow's context."""
+        return self._embedding
+
+    def log_prob(self, input: Tensor, condition: Tensor, **kwargs: object) -> Tensor:
+        """Log-density in nats, (samples, batch)."""
+        rows, features = self._aligned(input, condition)
+        return self.net.log_density(rows, features)
+
+    def loss(self, input: Tensor, condition: Tensor, **kwargs: object) -> Tensor:
+        """Negative log-density of (batch, D), (batch,)."""
+        return -self.log_prob(input, condition)[0]
+
+    def sample(self, sample_shape: torch.Size, condition: Tensor, **kwargs: object) -> Tensor:
+        r"""Draws (\*sample_shape, batch, D), without gradient."""
+        self._check_condition_shape(condition)
+        with torch.no_grad():
+            features = self._features(condition)
+            return self.net.draw(torch.Size([*sample_shape, *features.shape[:-1]]), features)
+
+    def inverse_transform(self, input: Tensor, condition: Tensor) -> Tensor:
+        r"""Noise u of inputs (\*batch, D) at conditions (\*batch, \*condition_shape), which broadcast."""
+        self._check_condition_shape(condition)
+        features = self._features(condition)
+        batch = torch.broadcast_shapes(input.shape[:-1], features.shape[:-1])
+        rows = [each.expand(*batch, -1).flatten(0, -2) for each in (input, features)]
+        return self.net.noise(*rows).reshape(*batch, -1)
+
+    def _aligned(self, input: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and features, (samples, batch, ...), or features (batch, ...) that broadcast with the inputs."""
+        self._check_condition_shape(condition)
+        self._check_input_shape(input)
+        rows = input if input.dim() > 2 else input[None]
+        features = self._features(condition)
+        sizes = rows.shape[1], features.shape[-2]
+        if sizes[0] != sizes[1] and 1 not in sizes:
+            raise ValueError(
+                f"FlowEstimator expected as many inputs as conditions, or one of either, got {sizes[0]} and {sizes[1]}."
+            )
+        return rows.expand(-1, max(sizes), -1), features
+
+    def _features(self, condition: Tensor) -> Tensor:
+        """The embedding of each condition, for any leading shape."""
+        leading = condition.shape[: condition.dim() - len(self.condition_shape)]
+        features = self._embedding(condition.reshape(-1, *self.condition_shape))
+        return features.reshape(*leading, -1)
+
+
+def posterior_nn(
+    flow: str | Callable[..., Stack] = "nsf",
+    *,
+    embedding_net: nn.Module | None = None,
+    support: SupportLike = "real",
+    **options: Unpack[StackOptions],
+) -> Builder:
+    r"""Builder of q(theta | x), for `density_estimator=` of sbi's `NPE` trainers.
+
+    It standardises theta column by column, and x likewise, or all of x together where a simulation is an image or a
+    series of several channels; means and scales are robust to outliers, as those of `pyro_maf.fit`.
+
+    Args:
+        flow: "nsf", "maf", "iaf" or "realnvp"; or a class of stacks, such as `pyro_maf.MAF`.
+        embedding_net: From standardised x, (rows, \*x_shape), to features (rows, C), trained with the flow; by default
+            x itself, flattened.
+        support: Support of theta, as in `FlowPrior`, such as ["positive", "unit_interval"]. Draws are inside.
+        options: Options of the flow: `num_layers`, `hidden_dims`, `activation`, `order`, ...
+
+    Raises:
+        ValueError: For an unknown flow; when built, for simulations outside the support.
+
+    Example:
+        >>> theta = torch.randn(50, 2)
+        >>> posterior_nn(num_layers=2)(theta, theta.exp()).condition_shape
+        torch.Size([2])
+
+    Reference:
+        Greenberg, Nonnenmacher & Macke, *Automatic Posterior Transformation for Likelihood-Free Inference*, 2019.
+    """
+    make = _flow("posterior_nn", flow)
+
+    def build(theta: Tensor, x: Tensor) -> FlowEstimator:
+        return _estimator(make, theta, x, embedding_net, support, options)
+
+    return build
+
+
+def likelihood_nn(
+    flow: str | Callable[..., Stack] = "nsf",
+    *,
+    embedding_net: nn.Module | None = None,
+    support: SupportLike = "real",
+    **options: Unpack[StackOptions],
+) -> Builder:
+    r"""Builder of q(x | theta), for `density_estimator=` of sbi's `NLE` trainers.
+
+    Args:
+        flow, options: As in `posterior_nn`.
+        embedding_net: From standardised theta to features.
+        support: Support of x, as in `FlowPrior`.
+
+    Raises:
+        ValueError: As `posterior_nn`; and when built, for x that is not a vector.
+
+    Example:
+        >>> theta = torch.randn(50, 2)
+        >>> likelihood_nn(num_layers=2)(theta, theta.exp()[:, :1]).input_shape
+        torch.Size([1])
+
+    Reference:
+        Papamakarios, Sterratt & Murray, *Sequential Neural Likelihood*, 2019.
+    """
+    make = _flow("likelihood_nn", flow)
+
+    def build(theta: Tensor, x: Tensor) -> FlowEstimator:
+        return _estimator(make, x, theta, embedding_net, support, options)
+
+    return build
+
+
+def _flow(who: str, flow: str | Callable[..., Stack]) -> Callable[..., Stack]:
+    return FLOWS[check_choice(who, "flow", flow, FLOWS)] if isinstance(flow, str) else flow
+
+
+def _estimator(
+    make: Callable[..., Stack],
+    values: Tensor,
+    conditions: Tensor,
+    embedding_net: nn.Module | None,
+    support: SupportLike,
+    options: StackOptions,
+) -> FlowEstimator:
+    """The estimator of values (rows, D) at conditions, in the units of these simulations."""
+    if values.dim() != 2:
+        raise ValueError(f"pyro_maf.sbi expected vectors, (rows, D), to be modelled, got {tuple(values.shape)}.")
+    space = Support("pyro_maf.sbi", support, values.shape[1])
+    if space.event_size > values.shape[1]:  # a simplex, of one dimension less than its entries
+        space = Support("pyro_maf.sbi", support, values.shape[1] - 1)
+    if (outside := space.outside(values)).any():
+        row = int(outside.int().argmax())
+        raise ValueError(f"pyro_maf.sbi expected values inside the support, {space!r}, got {values[row].tolist()}.")
+    loc, scale = moments_of(space.unconstrain(values)[0].cpu())
+    embedding = nn.Sequential(_Standardise(conditions), embedding_net or nn.Flatten()).to(values.device)
+    with torch.no_grad():
+        width = embedding(conditions[:1]).flatten().numel()
+    flow = make(len(loc), context_dim=width, **options).to(values)
+    density = FlowPrior(flow, support=space.name, loc=loc.to(values), scale=scale.to(values))
+    return FlowEstimator(density, embedding, conditions.shape[1:])
+
+
+class _Standardise(nn.Module):
+    """Conditions in units of the simulations: of each column of vectors, of all entries of anything larger."""
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, conditions: Tensor) -> None:
+        super().__init__()
+        columns = conditions if conditions.dim() == 2 else conditions.reshape(-1, 1)
+        moments = context_moments_of(columns.cpu())
+        for name, value in zip(("loc", "scale"), moments, strict=True):
+            self.register_buffer(name, value.to(conditions))
+
+    def forward(self, condition: Tensor) -> Tensor:
+        return (condition - self.loc) / self.scale
