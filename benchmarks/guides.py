@@ -1,11 +1,13 @@
-"""Guides of posteriors with reference draws: this package's against Pyro's, with the same steps and particles.
+"""Guides and NUTS on posteriors with reference draws or exact ones, with the same evaluations of the model.
 
-    python benchmarks/guides.py FOLDER                  # up to half an hour on one core
-    python benchmarks/guides.py FOLDER --steps 100 --guides AutoIAF AutoNormal --out guides
+    python benchmarks/guides.py FOLDER                     # everything: some hours on one core
+    python benchmarks/guides.py FOLDER --targets arK ring --guides AutoIAF AutoNormal --seeds 0 1 2 --out guides
+    python benchmarks/guides.py --guides "AutoIAF, fit_guide" --out guides       # the toys with exact draws alone
 
 FOLDER holds a file NAME.npz for each posterior, with `names` of its parameters, reference `draws` and the data of the
-model as `data_*`; parts/posteriors.py says which are known. A run with no options but FOLDER, --out apart, is one whose
-results are worth keeping; they are written to benchmarks/results only then. README.md says how to read them.
+model as `data_*`; parts/posteriors.py says which are known. parts/toys.py has those with exact draws. Results are
+merged into what the folder of results has: a run that was ended goes on where it was, and others may add targets,
+guides and seeds. Without --out that folder is benchmarks/results. README.md says how to read them.
 """
 
 from __future__ import annotations
@@ -13,19 +15,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyro
 from directions import RESULTS, about, write
-from parts import accuracy, marginals, steps
-from parts.guides import FITTED, GUIDES, PARTICLES, STEPS, fit
+from parts import accuracy, marginals, standings_of_guides, steps
+from parts.guides import CONTENDERS, FITTED, PARTICLES, STEPS, drawn, fit
 from parts.posteriors import Posterior, stored
-from rich.console import Console
-from rich.table import Table
+from parts.toys import TOYS
 
-COLUMNS = ("err", "C2ST", "k-hat", "ELBO, nats", "quantile error", "start, s", "steps", "ms a step")
 SAME_SIZE = ("AutoIAF", "AutoIAFNormal")
 """Two guides with the same number of layers and the same widths: their steps are compared in turns."""
 
@@ -33,110 +33,110 @@ SAME_SIZE = ("AutoIAF", "AutoIAFNormal")
 def main(arguments: list[str] | None = None) -> None:
     """Fit, measure, show."""
     options = parse(arguments)
-    if options.folder is None:
-        print("Nothing to do: name a folder of posteriors with reference draws.")
-        return
-    whole = options.out is None and options.steps is None and options.guides == list(GUIDES)
-    folder = RESULTS if whole else Path(options.out or tempfile.mkdtemp(prefix="guides-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    pyro.enable_validation(False)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "guides.json"
     results: dict[str, Any] = {"about": about(), "particles": PARTICLES, "posteriors": {}}
-    console = Console(width=140)
-    for posterior in stored(options.folder):
-        if isinstance(posterior, str):
-            print(posterior)
-            continue
-        found = measure(posterior, options.guides, options.steps)
-        results["posteriors"][posterior.name] = found
-        write(folder / "guides.json", json.dumps(results, indent=1))
-        console.print(table(posterior.name, found))
-        for line in costs(found):
-            print(line)
-    marginals.draw(results["posteriors"], folder / "guides.png")
-    print(f"Results and picture are in {folder}.")
+    if path.exists():
+        results["posteriors"] = json.loads(path.read_text(encoding="utf-8"))["posteriors"]
+    with pyro.validation_enabled(False):
+        measure(results, options, path)
+    text = standings_of_guides.tables(results["posteriors"])
+    write(options.out / "guides.md", text)
+    marginals.draw(results["posteriors"], options.out / "guides.png")
+    print(text)
+    print(f"Results, tables and picture are in {options.out}.")
+
+
+def measure(results: dict[str, Any], options: argparse.Namespace, path: Path) -> None:
+    """Fit what there are no results of, and write them after each fit."""
+    for posterior in targets(options):
+        found = results["posteriors"].setdefault(posterior.name, described(posterior))
+        for name in options.guides:
+            for seed in options.seeds:
+                add(found, posterior, name, seed, options)
+                write(path, json.dumps(results, indent=1))
+        if options.costs and "gradients" not in found:
+            found |= costs(posterior, options.steps)
+            write(path, json.dumps(results, indent=1))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="of the posteriors")
+    parser.add_argument("folder", type=Path, nargs="?", help="of posteriors with reference draws")
+    parser.add_argument("--targets", nargs="+", metavar="NAME", help="default: all of FOLDER and all toys")
     parser.add_argument("--steps", type=int, help=f"default: {STEPS:,}, and what fit_guide takes")
     parser.add_argument(
-        "--guides", choices=GUIDES, nargs="+", default=list(GUIDES), metavar="NAME", help="default: all"
+        "--guides", choices=CONTENDERS, nargs="+", default=list(CONTENDERS), metavar="NAME", help="default: all"
     )
-    parser.add_argument("--out", metavar="FOLDER", help="where results go")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
+    parser.add_argument("--again", action="store_true", help="measure again what there are results of")
+    parser.add_argument("--costs", action="store_true", help="also times of steps, and variances of gradients")
+    parser.add_argument("--out", metavar="FOLDER", type=Path, default=RESULTS, help="where results are merged")
     return parser.parse_args(arguments)
 
 
-def measure(posterior: Posterior, names: list[str], count: int | None) -> dict[str, Any]:
-    """All there is to say of one posterior's guides, and how it goes."""
-    results: dict[str, Any] = {
-        "columns": posterior.columns,
+def targets(options: argparse.Namespace) -> Iterator[Posterior]:
+    """The posteriors that are asked for."""
+    chosen = options.targets
+    for posterior in [] if options.folder is None else stored(options.folder):
+        if isinstance(posterior, str):
+            print(posterior)
+        elif chosen is None or posterior.name in chosen:
+            yield posterior
+    for name, make in TOYS.items():
+        if chosen is None or name in chosen:
+            yield make()
+
+
+def described(posterior: Posterior) -> dict[str, Any]:
+    """What there is to say of a posterior before any guide."""
+    shown = posterior.columns[: marginals.MOST]
+    return {
+        "columns": list(shown),
+        "dimensions": len(posterior.columns),
         "c2st_of_references": accuracy.agreement_of_references(posterior),
         "guides": {},
-        "gradients": {},
-        "edges": marginals.edges(posterior).tolist(),
+        "edges": marginals.edges(posterior)[: len(shown)].tolist(),
         "histograms": {marginals.REFERENCE: marginals.histograms(posterior, posterior.draws)},
     }
+
+
+def add(found: dict[str, Any], posterior: Posterior, name: str, seed: int, options: argparse.Namespace) -> None:
+    """Add a fit to the results of a posterior, unless they have it."""
+    fits = found["guides"].setdefault(name, {})
+    if str(seed) in fits and not options.again:
+        return
+    try:
+        fitted = fit(name, posterior, options.steps, seed)
+        draws = drawn(posterior, fitted)
+    except Exception as error:  # whatever ends a fit is its result
+        fits[str(seed)] = {"error": f"{type(error).__name__}: {error}".partition("\n")[0]}
+    else:
+        own = accuracy.measure(posterior, fitted.guide, fitted.diagnosis, draws)
+        fits[str(seed)] = own | {"start": fitted.start, "seconds": fitted.seconds, "steps": fitted.steps}
+        if name in marginals.SHOWN and seed == options.seeds[0]:
+            found["histograms"][name] = marginals.histograms(posterior, draws)
+    print(f"{posterior.name}, {name}, seed {seed}: {brief(fits[str(seed)])}", file=sys.stderr, flush=True)
+
+
+def brief(own: dict[str, Any]) -> str:
+    """A fit in a line."""
+    if "error" in own:
+        return str(own["error"])
+    figures = f"C2ST {own['c2st']:.3f}, err {own['err']:.3f}, k-hat {own['k_hat']:.2f}, ELBO {own['elbo']:.3f}"
+    return f"{figures}, {own['start'] + own['seconds']:.1f} s, {own['steps']} steps. {own['verdict']}"
+
+
+def costs(posterior: Posterior, count: int | None) -> dict[str, Any]:
+    """What steps cost, and how noisy gradients of fitted guides are."""
     repetitions = min(steps.REPETITIONS, count or steps.REPETITIONS)
     seeds = min(steps.SEEDS, count or steps.SEEDS)
-    for name in names:
-        fitted = fit(name, posterior, count)
-        draws = accuracy.drawn(posterior, fitted.guide)
-        own = accuracy.measure(posterior, fitted.guide, draws)
-        own |= {"start": fitted.start, "steps": fitted.steps, "ms": 1e3 * fitted.seconds / fitted.steps}
-        results["guides"][name] = own
-        if name in marginals.SHOWN:
-            results["histograms"][name] = marginals.histograms(posterior, draws)
-        if name in ("AutoIAF", FITTED):
-            results["gradients"][name] = steps.gradients(posterior, fitted.guide, seeds, repetitions)
-        print(f"{posterior.name}, {name}: C2ST {own['c2st']:.3f}", file=sys.stderr, flush=True)
-    if set(SAME_SIZE) <= set(names):
-        results["step_ms"] = steps.step_times(posterior, SAME_SIZE, repetitions)
-    return results
-
-
-def table(name: str, results: dict[str, Any]) -> Table:
-    """The guides of one posterior."""
-    shown = Table(title=f"{name}: two sets of reference draws have C2ST {results['c2st_of_references']:.3f}")
-    shown.add_column("guide")
-    for column in COLUMNS:
-        shown.add_column(column, justify="right")
-    for guide, own in results["guides"].items():
-        shown.add_row(guide, *cells(own))
-    return shown
-
-
-def cells(own: dict[str, float]) -> list[str]:
-    """A guide's figures."""
-    return [
-        f"{own['err']:.3f}",
-        f"{own['c2st']:.3f}",
-        f"{own['k_hat']:.2f}",
-        f"{own['elbo']:.3f} ± {own['elbo_se']:.3f}",
-        f"{own['quantile_error']:.3f}",
-        f"{own['start']:.2f}",
-        f"{own['steps']:.0f}",
-        f"{own['ms']:.2f}",
-    ]
-
-
-def costs(results: dict[str, Any]) -> list[str]:
-    """What steps and gradients cost, a line each."""
-    lines = []
-    for guide, objectives in results["gradients"].items():
-        plain, path = objectives["Trace_ELBO"], objectives["TracePath_ELBO"]
-        lines.append(
-            f"{guide}, fitted: variance of the gradient {plain['variance']:.4g} with Trace_ELBO, "
-            f"{path['variance']:.4g} with TracePath_ELBO ({plain['variance'] / path['variance']:.1f} times less); "
-            f"loss and gradient {plain['ms']:.2f} and {path['ms']:.2f} ms ({path['ms'] / plain['ms']:.2f} times)"
-        )
-    if "step_ms" in results:
-        ours, theirs = (results["step_ms"][name] for name in SAME_SIZE)
-        lines.append(
-            f"A step of SVI: {SAME_SIZE[0]} {ours:.2f} ms, {SAME_SIZE[1]} {theirs:.2f} ms ({ours / theirs:.2f})"
-        )
-    return lines
+    gradients = {
+        name: steps.gradients(posterior, fit(name, posterior, count).guide, seeds, repetitions)
+        for name in ("AutoIAF", FITTED)
+    }
+    return {"gradients": gradients, "step_ms": steps.step_times(posterior, SAME_SIZE, repetitions)}
 
 
 if __name__ == "__main__":

@@ -57,22 +57,57 @@ def test_a_quick_run_measures_every_task_and_writes_results_table_and_picture(tm
 
 def test_guides_are_fitted_measured_and_drawn_where_the_model_is_known(posteriors, tmp_path):
     out = tmp_path / "results"
-    options = ["--steps", "3", "--guides", "AutoIAF", "AutoIAF, fit_guide", "AutoNormal", "AutoIAFNormal", "--out", out]
-    command = [sys.executable, BENCHMARKS / "guides.py", posteriors, *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    names = ["AutoIAF", "AutoIAF, fit_guide", "AutoIAFNormal", "ZukoToPyro NSF", "NUTS"]
+    run = run_guides(posteriors, "--guides", *names, "--costs", "--out", out, "--targets", "eight_schools_centered")
     assert "another.npz is skipped" in run.stdout
     assert "AutoIAFNormal" in run.stdout
     found = json.loads((out / "guides.json").read_text())["posteriors"]["eight_schools_centered"]
-    assert list(found["guides"]) == ["AutoIAF", "AutoIAF, fit_guide", "AutoNormal", "AutoIAFNormal"]
-    for own in found["guides"].values():
-        assert own["steps"] == 3
+    assert list(found["guides"]) == names
+    for name, fits in found["guides"].items():
+        own = fits["0"]
+        assert own["steps"] == (3 * 16 if name == "NUTS" else 3)
         assert 0.4 < own["c2st"] <= 1
-        assert all(math.isfinite(own[name]) for name in ("err", "elbo", "elbo_se", "quantile_error"))
+        if name != "NUTS":
+            assert all(math.isfinite(own[figure]) for figure in ("err", "elbo", "elbo_se", "quantile_error"))
     for objectives in found["gradients"].values():
         assert all(own["variance"] > 0 and own["ms"] > 0 for own in objectives.values())
     assert found["step_ms"].keys() == {"AutoIAF", "AutoIAFNormal"}
     assert (out / "guides.png").stat().st_size > 0
+
+
+def test_results_of_guides_are_merged_and_what_is_there_is_not_fitted_again(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import guides
+    from parts import accuracy
+
+    monkeypatch.setattr(accuracy, "COMPARED", 200)
+    options = ["--guides", "AutoNormal", "--steps", "3", "--out", str(tmp_path)]
+    guides.main(["--targets", "counts", *options])
+    first = json.loads((tmp_path / "guides.json").read_text())["posteriors"]["counts"]
+    guides.main(["--targets", "counts", "uniform", "--seeds", "0", "1", *options])
+    found = json.loads((tmp_path / "guides.json").read_text())["posteriors"]
+    assert found["counts"]["guides"]["AutoNormal"]["0"] == first["guides"]["AutoNormal"]["0"]
+    assert [list(each["guides"]["AutoNormal"]) for each in found.values()] == [["0", "1"], ["0", "1"]]
+
+
+def run_guides(*options):
+    """The command of guides, three steps each."""
+    command = [sys.executable, BENCHMARKS / "guides.py", *options, "--steps", "3"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+
+
+def test_toys_of_a_grid_have_the_draws_of_their_density(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from parts.toys import TOYS
+
+    gamma = TOYS["counts"]()  # counts 0, 2, 1, 0 and a Gamma(2, 1) prior: Gamma(5, 5)
+    assert gamma.draws.mean() == pytest.approx(1, abs=0.02)
+    assert gamma.draws.var() == pytest.approx(0.2, rel=0.05)
+    modes = TOYS["four_modes"]().draws
+    assert (modes > 0).mean(0) == pytest.approx([0.3, 0.4], abs=0.02)
+    groups = TOYS["hierarchy_50"]()
+    assert groups.draws[:, groups.columns.index("tau")].min() > 0
 
 
 @pytest.fixture

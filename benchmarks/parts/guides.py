@@ -1,20 +1,25 @@
-"""The guides that are compared, and the loop that fits them."""
+"""The guides that are compared and the loop that fits them, and NUTS with as many evaluations of the model."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
 import torch
+import zuko
+from pyro.contrib.zuko import ZukoToPyro
 from pyro.distributions.transforms import ComposeTransformModule, affine_coupling, permute
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNormal, AutoNormalizingFlow
+from pyro.infer.autoguide.guides import AutoContinuous
 from pyro.optim import ClippedAdam
 
 from parts.posteriors import Posterior
-from pyro_maf.infer import AutoIAF, AutoMAF, AutoRealNVP, fit_guide
+from pyro_maf.infer import AutoIAF, AutoMAF, AutoRealNVP, Diagnosis, diagnose, fit_guide
 
 WIDTHS = [64, 64]
 LAYERS = 3
@@ -34,7 +39,20 @@ def couplings(dim: int) -> ComposeTransformModule:
     return ComposeTransformModule(layers)
 
 
-FITTED = "AutoIAF, fit_guide"
+class AutoZuko(AutoContinuous):
+    """zuko's neural spline flow as a guide, inverted as in Pyro's tutorial, so that draws take one pass a layer."""
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        self.flow = zuko.flows.NSF(self.latent_dim, transforms=LAYERS, hidden_features=WIDTHS)
+        self.flow.transform = self.flow.transform.inv
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
+        """The flow as a distribution of Pyro."""
+        return ZukoToPyro(self.flow())
+
+
+FITTED, CHAIN = "AutoIAF, fit_guide", "NUTS"
 GUIDES: dict[str, Callable[[Any], Any]] = {
     "AutoIAF": AutoIAF,
     FITTED: AutoIAF,
@@ -44,38 +62,97 @@ GUIDES: dict[str, Callable[[Any], Any]] = {
     "AutoMultivariateNormal": AutoMultivariateNormal,
     "AutoIAFNormal": lambda model: AutoIAFNormal(model, hidden_dim=WIDTHS, num_transforms=LAYERS),
     "AutoNormalizingFlow": lambda model: AutoNormalizingFlow(model, couplings),
+    "ZukoToPyro NSF": AutoZuko,
 }
+CONTENDERS = (*GUIDES, CHAIN)
+DIAGNOSED = 10_000
+WARM_UP = 500
+"""Draws of a chain that are discarded."""
 
 
 class Fit(NamedTuple):
-    """A fitted guide, processor seconds for its start and for its steps, and how many these were."""
+    """A fitted guide or a chain.
+
+    Attributes:
+        guide: The guide; None for a chain.
+        diagnosis: Its diagnosis; of a chain without a verdict.
+        draws: Draws of a chain, by site; empty for a guide.
+        start, seconds: Processor seconds of the start, and of the steps.
+        steps: Number of steps, or of evaluations of a chain.
+    """
 
     guide: Any
+    diagnosis: Diagnosis
+    draws: dict[str, torch.Tensor]
     start: float
     seconds: float
     steps: int
 
 
-def fit(name: str, posterior: Posterior, steps: int | None) -> Fit:
+def fit(name: str, posterior: Posterior, steps: int | None, seed: int = 0) -> Fit:
     """Start a guide and fit it; `steps` are those of the plain loop, or the most of `fit_guide`, if given."""
-    guide, start = started(name, posterior)
+    if name == CHAIN:
+        return chain(posterior, PARTICLES * (steps or STEPS), seed)
+    guide, start = started(name, posterior, seed)
     before = time.process_time()
     if name == FITTED:
         limit = {} if steps is None else {"steps": steps}
         result = fit_guide(posterior.model, guide, *posterior.args, progress=False, **limit)
-        taken = len(result.elbo)
-    else:
-        taken = steps or STEPS
-        svi = stepper(posterior, guide, taken)
-        for _ in range(taken):
-            svi.step(*posterior.args)
-    return Fit(guide, start, time.process_time() - before, taken)
+        return Fit(guide, result.diagnosis, {}, start, time.process_time() - before, len(result.elbo))
+    taken = steps or STEPS
+    svi = stepper(posterior, guide, taken)
+    for _ in range(taken):
+        svi.step(*posterior.args)
+    seconds = time.process_time() - before
+    return Fit(
+        guide, diagnose(posterior.model, guide, *posterior.args, num_samples=DIAGNOSED), {}, start, seconds, taken
+    )
 
 
-def started(name: str, posterior: Posterior) -> tuple[Any, float]:
+class _SpentError(Exception):
+    """Raised when a chain has had its evaluations."""
+
+
+def chain(posterior: Posterior, evaluations: int, seed: int = 0) -> Fit:
+    """A chain of NUTS that ends after as many evaluations of the model as the plain loop has, if not before."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    count, draws = 0, []
+
+    def counted(*args: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > evaluations:
+            raise _SpentError
+        return posterior.model(*args)
+
+    def keep(kernel: NUTS, values: dict[str, torch.Tensor], stage: str, _: int) -> None:
+        if not stage.lower().startswith("warm"):
+            draws.append({name: kernel.transforms[name].inv(value) for name, value in values.items()})
+
+    before = time.process_time()
+    mcmc = MCMC(NUTS(counted), num_samples=DIAGNOSED, warmup_steps=WARM_UP, disable_progbar=True, hook_fn=keep)
+    with suppress(_SpentError):
+        mcmc.run(*posterior.args)
+    sites = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]} if draws else {}
+    return Fit(None, Diagnosis(reason="a chain"), sites, 0.0, time.process_time() - before, min(count, evaluations))
+
+
+@torch.no_grad()
+def drawn(posterior: Posterior, fitted: Fit, count: int = DIAGNOSED) -> np.ndarray:
+    """Draws of a guide, (count, columns), the same every time; or those of a chain."""
+    if fitted.guide is None:
+        return posterior.table(fitted.draws) if fitted.draws else np.full((1, len(posterior.columns)), np.nan)
+    pyro.set_rng_seed(1)
+    with pyro.plate("_draws", count, dim=-2):
+        sites = fitted.guide(*posterior.args)
+    return posterior.table(sites)
+
+
+def started(name: str, posterior: Posterior, seed: int = 0) -> tuple[Any, float]:
     """A guide that has been called once, and the processor seconds that took."""
     pyro.clear_param_store()
-    pyro.set_rng_seed(0)
+    pyro.set_rng_seed(seed)
     guide = GUIDES[name](posterior.model)
     before = time.process_time()
     with torch.no_grad():

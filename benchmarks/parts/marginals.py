@@ -11,7 +11,9 @@ from matplotlib.figure import Figure
 from parts.posteriors import Posterior
 
 BINS = 50
-SHOWN = {"AutoIAF": "C0", "AutoMultivariateNormal": "C1", "AutoIAFNormal": "C2"}
+MOST = 12
+"""Number of columns that are drawn."""
+SHOWN = {"AutoIAF, fit_guide": "C3", "AutoIAF": "C0", "AutoMultivariateNormal": "C1", "AutoIAFNormal": "C2"}
 REFERENCE = "reference"
 
 
@@ -23,9 +25,9 @@ def edges(posterior: Posterior) -> np.ndarray:
 
 
 def histograms(posterior: Posterior, draws: np.ndarray) -> list[list[float]]:
-    """Density of draws in the bars of each column."""
+    """Density of draws in the bars of each of the first columns."""
     found = []
-    for column, ends in zip(draws.T, edges(posterior), strict=True):
+    for column, ends in list(zip(draws.T, edges(posterior), strict=True))[:MOST]:
         counts, _ = np.histogram(column[np.isfinite(column)], ends)
         found.append([float(f"{density:.4g}") for density in counts / (len(column) * (ends[1] - ends[0]))])
     return found

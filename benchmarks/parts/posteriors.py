@@ -1,4 +1,4 @@
-"""Posteriors with reference draws, and the Pyro models that they are of."""
+"""Posteriors with reference draws of long chains, and the Pyro models that they are of."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class Posterior:
         args: Its arguments.
         columns: Names of the parameters, such as "tau" or "theta[3]", counted from one.
         draws: Reference draws, (rows, columns).
+        derived: Adds what the columns name to the model's sites, of which there may be others.
     """
 
     name: str
@@ -33,14 +34,21 @@ class Posterior:
     args: Arguments
     columns: tuple[str, ...]
     draws: np.ndarray
+    derived: Callable[..., Mapping[str, Tensor]] | None = None
 
     @property
     def scales(self) -> np.ndarray:
         """Standard deviation of each column."""
         return self.draws.std(0)
 
+    @property
+    def has_columns_of_sites(self) -> bool:
+        """Whether every column is a number of a site."""
+        return self.derived is None
+
     def table(self, sites: Mapping[str, Tensor]) -> np.ndarray:
         """Values of the model's sites, draws first, as (rows, columns)."""
+        sites = sites if self.derived is None else self.derived(sites, *self.args)
         return np.stack([self._column(sites, name) for name in self.columns], 1)
 
     def _column(self, sites: Mapping[str, Tensor], name: str) -> np.ndarray:
@@ -50,10 +58,10 @@ class Posterior:
 
 
 class Flat(dist.ImproperUniform):
-    """Lebesgue measure. A draw, which Pyro's guides take once to find out shapes and a start, is zero."""
+    """Lebesgue measure. A draw, which Pyro's guides take once to find out shapes and a start, is the image of zero."""
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008 (as in Pyro)
-        return torch.zeros(self.shape(sample_shape))
+        return torch.distributions.transform_to(self.support)(torch.zeros(self.shape(sample_shape)))
 
 
 def eight_schools(y: Tensor, sigma: Tensor) -> None:
@@ -82,6 +90,46 @@ def regression(x: Tensor, y: Tensor) -> None:
         pyro.sample("y", dist.Normal((beta * x).sum(-1), sigma), obs=y)
 
 
+def gaussian_process(x: Tensor, k: Tensor) -> None:
+    """Counts whose log-rates are a Gaussian process at few points."""
+    rho = pyro.sample("rho", dist.Gamma(25.0, 4.0))
+    alpha = pyro.sample("alpha", dist.HalfNormal(2.0))
+    z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0).to_event(1))
+    pyro.sample("k", dist.Poisson(_process(rho, alpha, z, x).exp()).to_event(1), obs=k)
+
+
+def _process(rho: Tensor, alpha: Tensor, z: Tensor, x: Tensor) -> Tensor:
+    squares = (x[:, None] - x) ** 2
+    kernel = (alpha**2)[..., None, None] * torch.exp(-squares / (2 * rho[..., None, None] ** 2))
+    factor, _ = torch.linalg.cholesky_ex(kernel + 1e-5 * torch.eye(len(x)))
+    return (factor @ z[..., None])[..., 0]
+
+
+def _process_columns(sites: Mapping[str, Tensor], x: Tensor, k: Tensor) -> Mapping[str, Tensor]:
+    count = len(sites["z"])
+    rho, alpha = (sites[name].double().reshape(count) for name in ("rho", "alpha"))
+    return {"rho": rho, "alpha": alpha, "f": _process(rho, alpha, sites["z"].double().reshape(count, -1), x)}
+
+
+def volatility(y: Tensor, first: Tensor) -> None:
+    """GARCH(1, 1): the variance of a series depends on the last value and the last variance."""
+    mu = pyro.sample("mu", Flat(dist.constraints.real, (), ()))
+    level = pyro.sample("alpha0", Flat(dist.constraints.positive, (), ()))
+    shock = pyro.sample("alpha1", Flat(dist.constraints.unit_interval, (), ()))
+    share = pyro.sample("share", Flat(dist.constraints.unit_interval, (), ()))  # of what alpha1 leaves to beta1
+    pyro.factor("triangle", torch.log1p(-shock))
+    variance = first**2 + 0 * mu
+    scales = [variance.sqrt()]
+    for past in y[:-1]:
+        variance = level + shock * (past - mu) ** 2 + share * (1 - shock) * variance
+        scales.append(variance.sqrt())
+    pyro.sample("y", dist.Normal(mu[..., None], torch.stack(scales, -1)).to_event(1), obs=y)
+
+
+def _volatility_columns(sites: Mapping[str, Tensor], *args: Tensor) -> Mapping[str, Tensor]:
+    return {**sites, "beta1": sites["share"] * (1 - sites["alpha1"])}
+
+
 def _schools_data(data: Mapping[str, Tensor]) -> Arguments:
     return data["y"], data["sigma"]
 
@@ -96,12 +144,25 @@ def _kidscore_data(data: Mapping[str, Tensor]) -> Arguments:
     return torch.stack([torch.ones_like(iq), school, iq, school * iq], 1), data["kid_score"]
 
 
+def _process_data(data: Mapping[str, Tensor]) -> Arguments:
+    return data["x"], data["k"]
+
+
+def _volatility_data(data: Mapping[str, Tensor]) -> Arguments:
+    return data["y"], data["sigma1"]
+
+
 MODELS: dict[str, tuple[Callable[..., None], Callable[[Mapping[str, Tensor]], Arguments]]] = {
     "eight_schools_centered": (eight_schools, _schools_data),
     "arK": (autoregression, _series_data),
     "kidscore_interaction": (regression, _kidscore_data),
+    "gp_pois_regr": (gaussian_process, _process_data),
+    "garch11": (volatility, _volatility_data),
 }
 """The models that are known by name, and how their arguments are made of the data."""
+
+DERIVED = {"gp_pois_regr": _process_columns, "garch11": _volatility_columns}
+"""Columns that are functions of the sites."""
 
 
 def stored(folder: Path) -> Iterator[Posterior | str]:
@@ -118,4 +179,4 @@ def stored(folder: Path) -> Iterator[Posterior | str]:
                 if name.startswith("data_")
             }
             columns = tuple(str(name) for name in arrays["names"])
-            yield Posterior(path.stem, model, arguments(data), columns, arrays["draws"])
+            yield Posterior(path.stem, model, arguments(data), columns, arrays["draws"], DERIVED.get(path.stem))
