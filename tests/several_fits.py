@@ -20,11 +20,13 @@ from pyro_maf.transforms import normalization
 SHAPE: dict[str, Any] = {"num_layers": 2, "hidden_dims": [16]}
 OPTIONS: dict[str, Any] = {"batch_size": 33, "max_epochs": 3, "learning_rate": 1e-2, "progress": False}
 ROWS = torch.randn(301, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).cumsum(1)
+WEIGHTS = torch.arange(301) % 4
 MODELS: dict[str, Callable[[], Any]] = {
     "maf": lambda: MAF(3, **SHAPE),
     "batch norm": lambda: MAF(3, batch_norm=True, **SHAPE),
     "maf-mog": lambda: MAFMoG(3, **SHAPE),
     "realnvp": lambda: RealNVP(3, **SHAPE),
+    "weighted": lambda: MAF(3, **SHAPE),
     "conditional": lambda: ConditionalMAF(2, 1, **SHAPE),
 }
 
@@ -51,6 +53,7 @@ def fit_all(folder: str, kinds: list[str], devices: int) -> None:
     for kind in kinds:
         context, data = (ROWS[:, :1], ROWS[:, 1:]) if kind == "conditional" else (None, ROWS)
         known: dict[str, Any] = {"context": context, "folder": f"{folder}/{kind}", "resume": True, "devices": devices}
+        known["weights"] = WEIGHTS if kind == "weighted" else None
         result = fit(MODELS[kind]().double(), data, **known, **OPTIONS)
         # Every process finds the model there.
         pyro_maf.load(f"{folder}/{kind}/model.safetensors")

@@ -19,7 +19,7 @@ from pyro_maf import MAF, ConditionalMAF, fit, fit_prior
 from pyro_maf.cli import app
 from pyro_maf.support import Support
 from pyro_maf.tables import Reader, rows_of
-from pyro_maf.tables.rows import Labels
+from pyro_maf.tables.reader import Labels
 from pyro_maf.training.screening import screen_data, screen_ending
 from pyro_maf.training.state import Schedule
 

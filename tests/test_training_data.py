@@ -424,10 +424,10 @@ BAD_VALIDATION: dict[str, tuple[Any, type[Exception], str]] = {
     "nothing": (0.0, ValueError, f"{A_PART} 0.0."),
     "everything": (1, ValueError, f"{A_PART} 1."),
     "NaN": (math.nan, ValueError, f"{A_PART} nan."),
-    "three parts": (
-        (ROWS, CONTEXT, None),
+    "four parts": (
+        (ROWS, CONTEXT, None, None),
         ValueError,
-        "fit expected validation as data or a tuple (data, context), got a tuple of 3.",
+        "fit expected validation as data or a tuple (data, context) or (data, context, weights), got a tuple of 4.",
     ),
     "no context": (
         ROWS,

@@ -60,6 +60,9 @@ class FitOptions(TableOptions, TrainingOptions):
             "Support of the data: positive, unit_interval or simplex; or COLUMN=positive; by default real.", "KINDS"
         ),
     ] = None
+    weights: Annotated[
+        str | None, option("Column of how often each row counts; neither data nor context.", "COLUMN")
+    ] = None
     validation: Annotated[
         str, option("Validation rows: the fraction to hold out, between 0 and 1, or another table.", "PART")
     ] = "0.1"
@@ -128,7 +131,9 @@ class FitOptions(TableOptions, TrainingOptions):
         fraction = number_in(self.validation)
         if not math.isnan(fraction):
             return fraction
-        return read(self.validation, self.text, columns=table.columns, dtype=table.data.dtype.name)
+        return read(
+            self.validation, self.text, columns=table.columns, dtype=table.data.dtype.name, weights=self.weights
+        )
 
     def support_of(self, names: Sequence[str]) -> Support:
         """Return the support for `pyro_maf.fit`: one for all columns, or one for each."""
@@ -186,7 +191,7 @@ def fit(options: FitOptions, ctx: typer.Context) -> None:
             ctx.with_resource(held(options.results, make=False))
         options.check_folder()
     options.check()
-    table = options.read("float64" if options.precision == "double" else None)
+    table = options.read("float64" if options.precision == "double" else None, options.weights)
     support = options.support_of(table.names)
     model = options.model(table, support)
     validation = options.validation_rows(table)
@@ -263,6 +268,7 @@ def _held_out(result: FitResult, table: Table, validation: float | Table) -> Tab
         source,
         data=rows.data.numpy(),
         context=None if rows.context is None else rows.context.numpy(),
+        weights=None if rows.weights is None else rows.weights.numpy(),
         rows=source.rows if places is None else source.numbers(places.numpy()),
     )
 

@@ -113,8 +113,8 @@ class TableOptions:
         """The name of the table's file without endings; "table" for standard input."""
         return "table" if self.data == "-" else Path(source_and_array(self.data)[0].removesuffix(".gz")).stem
 
-    def read(self, dtype: str | None = None) -> Table:
-        """Read the table.
+    def read(self, dtype: str | None = None, weights: str | None = None) -> Table:
+        """Read the table; its precision, and the column of its weights, are by default none in particular.
 
         Raises:
             InputError, FileNotFoundError: If it is not as expected.
@@ -122,7 +122,13 @@ class TableOptions:
         categories = separated(self.categories)
         context = list(dict.fromkeys([*separated(self.context), *categories]))
         return read(
-            self.data, self.text, columns=separated(self.columns), context=context, categories=categories, dtype=dtype
+            self.data,
+            self.text,
+            columns=separated(self.columns),
+            context=context,
+            categories=categories,
+            dtype=dtype,
+            weights=weights,
         )
 
 
@@ -197,7 +203,7 @@ def read(source: str, text: TextOptions, **options: Any) -> Table:
     Args:
         source: The user's argument.
         text: The user's options for text.
-        **options: `columns`, none of them for all, `context`, `categories` and `dtype`, as in `read_table`.
+        **options: `columns`, none of them for all, `context`, `categories`, `weights` and `dtype`, as in `read_table`.
 
     Raises:
         InputError, FileNotFoundError: As `read_table`.

@@ -17,7 +17,8 @@ from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.report.kolmogorov import Calibration, calibration_of, radius_of
 from pyro_maf.tables import MappedRows, Reader, Rows, rows_of
 from pyro_maf.tables.layout import Layout, TableLike
-from pyro_maf.tables.rows import Labels
+from pyro_maf.tables.reader import Labels
+from pyro_maf.tables.rows import in_proportion
 from pyro_maf.tables.table import Table
 from pyro_maf.training.result import log_prob_of
 
@@ -92,8 +93,9 @@ class Examination:
         rows: Number of rows.
         is_held_out: True if they are the fit's validation rows.
         log_prob: Log-densities of the scored rows, (scored,), in nats.
+        weights: Their weights, (scored,), or None.
         lowest: The rows with the lowest of them, in ascending order.
-        data: A random part of them for pictures, (pictured, columns).
+        data: A random part of them for pictures, (pictured, columns), in proportion to the weights.
         noise: The noise of those, (pictured, D).
         samples: The same number of samples, or 2,000 if that is more, at the contexts of those; finite ones.
         samples_log_prob: Log-densities of the samples.
@@ -104,11 +106,24 @@ class Examination:
     rows: int
     is_held_out: bool
     log_prob: Tensor
+    weights: Tensor | None
     lowest: list[LowRow]
     data: Tensor
     noise: Tensor
     samples: Tensor
     samples_log_prob: Tensor
+
+    @property
+    def mean_log_prob(self) -> tuple[float, float]:
+        """Mean log-density of the scored rows, with their weights, and its standard error, NaN of one row."""
+        log_prob = self.log_prob.double()
+        share = torch.ones_like(log_prob) if self.weights is None else self.weights.double()
+        share = share / share.sum()
+        mean = share @ log_prob
+        # For equal weights the standard deviation over the square root of the number of rows.
+        squares = share.square()
+        error = (squares @ (log_prob - mean).square() / (1 - squares.sum())).sqrt()
+        return float(mean), float(error)
 
     @property
     def has_radius(self) -> bool:
@@ -141,6 +156,7 @@ def examine(
     names: Sequence[str] | None = None,
     context_names: Sequence[str] | None = None,
     *,
+    weights: str | TableLike | None = None,
     held_out: Rows | None = None,
     progress: bool | str = False,
 ) -> Examination:
@@ -150,17 +166,22 @@ def examine(
 
     Args:
         density: A density with a model that `fit` can fit.
-        data, context, names, context_names, progress: As in `write_report`.
+        data, context, names, context_names, weights, progress: As in `write_report`.
         held_out: The fit's validation rows, or None if unavailable.
 
     Raises:
         TypeError, ValueError: As `write_report`.
     """
-    table = _read(density, data, context, names, context_names)
+    table = _read(density, data, context, names, context_names, weights)
     total, width = table.rows.data.shape
     generator = torch.Generator().manual_seed(SEED)
     scored = _some(torch.arange(total), MOST_VALUES // width, generator)
-    pictured = _some(scored, min(PICTURED_ROWS, PICTURED_VALUES // width), generator)
+    weights = table.rows.take(scored).weights if table.has_weights else None
+    most = min(PICTURED_ROWS, PICTURED_VALUES // width)
+    if weights is None:
+        pictured = _some(scored, most, generator)
+    else:
+        pictured = scored[in_proportion(weights, max(1, min(most, len(scored))))]
     # More than one sample for each of a few rows, or the samples' histograms would be mostly noise.
     sampled = pictured.repeat_interleave(math.ceil(LEAST_SAMPLES / len(pictured)))
     with torch.no_grad(), bar(progress, "report", "{task.percentage:.0f} %") as shown:
@@ -174,6 +195,7 @@ def examine(
             total,
             held_out is not None and scorer.are_all(held_out),
             log_prob,
+            weights,
             scorer.low_rows(scored[lowest], log_prob[lowest]),
             *scorer.noise(pictured),
             *scorer.samples(sampled),
@@ -192,12 +214,14 @@ class _NamedRows:
         names: Names of the columns of data.
         context_columns: The columns of context.
         number: Number of the row at an index, counted from 1.
+        has_weights: Whether the rows have weights.
     """
 
     rows: Rows | MappedRows
     names: list[str]
     context_columns: list[ContextColumn]
     number: Callable[[int], int]
+    has_weights: bool
 
 
 def _read(
@@ -206,14 +230,17 @@ def _read(
     context: TableLike | None,
     names: Sequence[str] | None,
     context_names: Sequence[str] | None,
+    weights: str | TableLike | None,
 ) -> _NamedRows:
-    """Read the rows of data and, for a conditional density, of context."""
+    """Read the rows of data with their weights and, for a conditional density, of context."""
     columns: list[ContextColumn] = []
     number: Callable[[int], int] = _from_one
     if isinstance(data, Table):
-        if any(value is not None for value in (context, names, context_names)):
-            raise ValueError("write_report got a context or names beside a Table, which has its own: leave them out.")
-        table = data
+        if any(value is not None for value in (context, names, context_names, weights)):
+            raise ValueError(
+                "write_report got a context, names or weights beside a Table, which has its own: leave them out."
+            )
+        table, weights = data, data.weights
         columns, number = _context_columns(table), lambda index: table.numbers(index)
         names, context_names = table.names, table.context_names
         data, context = table.data, table.context
@@ -225,7 +252,8 @@ def _read(
     labels, context_labels = Labels(names, number), Labels(context_names or (), number)
     reader = Reader("write_report", width, context_width, labels=labels, context_labels=context_labels)
     columns = columns or [ContextColumn(name, place) for place, name in enumerate(context_names or ())]
-    return _NamedRows(rows_of(data, context, reader), names, columns, number)
+    rows = rows_of(data, context, reader, weights)
+    return _NamedRows(rows, names, columns, number, weights is not None)
 
 
 def _from_one(index: int) -> int:
@@ -316,7 +344,7 @@ class _Scorer:
         return data, noise
 
     def _noise(self, rows: Rows) -> Tensor:
-        data, context = rows.to(self.like.device)
+        data, context, _ = rows.to(self.like.device)
         # As `log_prob` does for itself: a rounded network would be a different density.
         return without_autocast(self.prior.noise, data, context, like=self.like).double().cpu()
 
@@ -325,7 +353,7 @@ class _Scorer:
         parts = []
         with seeded(SEED, self.like.device):
             for rows in self.blocks(index):
-                data, context = rows.to(self.like.device)
+                data, context, _ = rows.to(self.like.device)
                 if context is None:
                     samples = self.prior.sample((len(data),))
                     log_prob = self.prior.log_prob(samples)
@@ -345,7 +373,7 @@ class _Scorer:
             torch.equal(one, other)
             for block in self._split(torch.arange(total))
             for one, other in zip(
-                table.take(block).rounded_for(self.prior), rows.take(block).rounded_for(self.prior), strict=True
+                table.take(block).rounded_for(self.prior)[:2], rows.take(block).rounded_for(self.prior)[:2], strict=True
             )
             if one is not None and other is not None
         )

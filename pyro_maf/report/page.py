@@ -25,7 +25,7 @@ from pyro_maf._core.torch_state import reference_tensor
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.report.examination import Examination, examine
 from pyro_maf.report.kolmogorov import distance_between, distance_to_uniform
-from pyro_maf.tables.layout import TableLike
+from pyro_maf.tables.layout import TableLike, without_column
 from pyro_maf.tables.table import Table
 from pyro_maf.training import FitResult
 
@@ -62,6 +62,7 @@ def write_report(
     context: TableLike | None = None,
     names: Sequence[str] | None = None,
     context_names: Sequence[str] | None = None,
+    weights: str | TableLike | None = None,
     command: str = "",
     progress: bool | str = True,
 ) -> None:
@@ -84,6 +85,7 @@ def write_report(
         context: Rows (N, C) of the same kinds, if the density takes a context.
         names: Names of the columns, by default those of a data frame, or x1, x2 and so on.
         context_names: Names of the columns of the context, likewise, with c1.
+        weights: How often each row counts, as in `fit`: in the mean log-likelihood, the calibration and the pictures.
         command: The command of the fit, to show.
         progress: A bar on stderr: True on a terminal or in a notebook, False never, "always" in any case.
 
@@ -118,11 +120,20 @@ def write_report(
     check_progress("write_report", progress)
     label = data.label if isinstance(data, Table) else ""
     if not isinstance(data, Table):
+        if isinstance(weights, str):
+            data, weights = without_column("write_report", "weights", data, weights)
         data = result.layout.pick("write_report", "data", data)
     if context is not None:
         context = result.context_layout.pick("write_report", "context", context)
     examination = examine(
-        result.density, data, context, names, context_names, held_out=result.held_out, progress=progress
+        result.density,
+        data,
+        context,
+        names,
+        context_names,
+        weights=weights,
+        held_out=result.held_out,
+        progress=progress,
     )
     write_whole(path, _page(result, examination, command, label).encode())
 
@@ -182,10 +193,10 @@ def _figures(result: FitResult, examination: Examination) -> list[Headline]:
 
 def _log_likelihood(examination: Examination) -> Headline:
     """Return the mean log-likelihood of the rows, with two standard errors from two rows on."""
-    log_prob = examination.log_prob
-    value = f"{log_prob.mean():.3f}"
-    if len(log_prob) > 1 and log_prob.isfinite().all():
-        value += f" ± {2 * float(log_prob.std()) / math.sqrt(len(log_prob)):.3f}"
+    mean, error = examination.mean_log_prob
+    value = f"{mean:.3f}"
+    if math.isfinite(error):
+        value += f" ± {2 * error:.3f}"
     which = "held-out rows" if examination.is_held_out else "these rows"
     return Headline(f"Log-likelihood of {which}", value, "nats a row, ± two standard errors")
 

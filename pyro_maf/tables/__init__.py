@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from pyro_maf.tables.disk import MappedRows, is_mapped
 from pyro_maf.tables.layout import TableLike
-from pyro_maf.tables.rows import Reader, Rows
+from pyro_maf.tables.reader import Reader
+from pyro_maf.tables.rows import Rows
 
 __all__ = ["MappedRows", "Reader", "Rows", "rows_of"]
 
 
-def rows_of(data: TableLike, context: TableLike | None, reader: Reader) -> Rows | MappedRows:
+def rows_of(
+    data: TableLike, context: TableLike | None, reader: Reader, weights: TableLike | None = None
+) -> Rows | MappedRows:
     """Return the rows of a table in memory or, if it is mapped from a file that is too large for that, on disk.
 
     Args:
         data: Rows (N, D): a tensor, an array, a data frame, nested lists or a dictionary of draws.
         context: As many rows (N, C), or None.
         reader: Conversion and checks; rows on disk are checked when they are read.
+        weights: Weights (N,), or None; of rows on disk they may be on disk too.
 
     Raises:
         ValueError, TypeError: As `Reader.read`.
 
     Example:
         >>> rows_of([[1, 2], [3, 4]], None, Reader("fit", 2, 0))
-        Rows(data=tensor([[1., 2.], [3., 4.]], dtype=torch.float64), context=None)
+        Rows(data=tensor([[1., 2.], [3., 4.]], dtype=torch.float64), context=None, weights=None)
     """
-    return MappedRows(data, context, reader) if is_mapped(data) else reader.read(data, context)
+    if is_mapped(data):
+        return MappedRows(data, context, reader, weights)
+    return reader.read(data, context, weights=weights)

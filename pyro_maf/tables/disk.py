@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import math
 import mmap
 import os
@@ -22,9 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_maf.support import Support
-from pyro_maf.tables.layout import NUMERIC_KINDS, FloatArray, TableLike, part_of
+from pyro_maf.tables.layout import NUMERIC_KINDS, FloatArray, TableLike, number_of_rows, part_of
 from pyro_maf.tables.moments import Moments, RunningMoments
-from pyro_maf.tables.rows import LEAST_HELD_OUT, Hashes, Reader, Rows, Split, Standardiser, hash_rows, mixed
+from pyro_maf.tables.reader import Reader
+from pyro_maf.tables.rows import LEAST_HELD_OUT, Hashes, Rows, Split, Standardiser, hash_rows, mixed
 
 if TYPE_CHECKING:
     from _typeshed import SupportsRead
@@ -63,22 +65,32 @@ class MappedRows:
         data: (rows, D), a `numpy.memmap`.
         context: (rows, C), or None.
         reader: Conversion and checks of the rows.
+        weights: (rows,), or None. The fraction that `split` holds out is of rows, whatever their weights, and rows of
+            weight 0 are read like others.
 
     Attributes:
         block: Number of rows of a block.
         starts: Index of the first row of each block.
         sizes: Number of training rows in each block: all before `split`.
         dtypes: Dtypes of data and context as they are read.
+        digest: Fingerprint of the weights, after `split`; empty without weights.
 
     Raises:
         ValueError: For wrong shapes, and for a context missing, superfluous or of another length.
     """
 
-    def __init__(self, data: Mapped, context: TableLike | None, reader: Reader) -> None:
+    def __init__(
+        self, data: Mapped, context: TableLike | None, reader: Reader, weights: TableLike | None = None
+    ) -> None:
         if context is not None:
             reader.check_paired(data, context)
         self.data = data
         self.context = context
+        self.weights = weights
+        if weights is not None and number_of_rows(weights) != len(data):
+            raise ValueError(
+                f"{reader.who} expected as many weights as rows of data, got {number_of_rows(weights)} and {len(data)}."
+            )
         self.block = max(64, BLOCK_BYTES // ((reader.width + reader.context_width) * data.dtype.itemsize))
         self.starts = range(0, len(data), self.block)
         self.sizes = [min(self.block, len(data) - start) for start in self.starts]
@@ -87,6 +99,8 @@ class MappedRows:
         self._sample: Rows | None = None
         self._leaves = False
         self._density: Standardiser | None = None
+        self._total_weight = float(len(data))
+        self.digest = b""
         self.dtypes = self.take(slice(0, self.block)).dtypes
 
     def take(self, index: slice | Tensor) -> Rows:
@@ -97,15 +111,15 @@ class MappedRows:
         """
         places: Sequence[int] = range(len(self.data))[index] if isinstance(index, slice) else index.tolist()
         at = index if isinstance(index, slice) else index.numpy()
-        context = None if self.context is None else part_of(self.context, at)
+        context, weights = (None if part is None else part_of(part, at) for part in (self.context, self.weights))
         try:
-            return self._reader.read(part_of(self.data, at), context, places)
+            return self._reader.read(part_of(self.data, at), context, places, weights)
         finally:
-            for table in (self.data, self.context):
+            for table in (self.data, self.context, self.weights):
                 _release(table)
 
     def read(self, blocks: Iterable[int]) -> Rows:
-        """Read the training rows of blocks, in the dtypes of the density of `rounded_for`."""
+        """Read the training rows of blocks, in the dtypes of the density of `rounded_for`; the mean weight is 1."""
         return _joined([self._training(self.starts[number]) for number in blocks])
 
     def sample(self) -> Rows:
@@ -147,25 +161,35 @@ class MappedRows:
             held_out.append(rows.take(aside))
             places.append(start + aside.nonzero()[:, 0])
             sample.append(training._choice.some(share, start, rows.take(~aside)))
-        training._sample = _joined(sample)
-        return Split(training, _joined(held_out), torch.cat(places), repeats)
+        training._sample, aside_rows = _joined(sample), _joined(held_out)
+        if aside_rows.weights is not None:
+            training._total_weight -= float(aside_rows.weights.sum())
+            self._reader.check_some_weight(training._total_weight)
+        return Split(training, aside_rows, torch.cat(places), repeats)
 
     def _survey(self, fraction: float, seed: int) -> int:
         """Scan every row once: choose the validation rows, count the others, and return the number of repeats."""
-        of_data, of_context = RunningMoments(), RunningMoments()
+        of_data, of_context, weights = RunningMoments(), RunningMoments(), hashlib.sha256()
+        total = 0.0
         # Somewhat more than are to be held out, as a margin for chance.
         share = min(1.0, 1.5 * (fraction or min(COUNTED, MOST_HELD / len(self.data))) + 30 / len(self.data))
         counted = []
         for start in self.starts:
             rows = self._whole(start)
-            of_data.add(rows.data)
+            of_data.add(rows.data, rows.weights)
             if rows.context is not None:
-                of_context.add(rows.context)
+                of_context.add(rows.context, rows.weights)
+            if rows.weights is not None:
+                weights.update(rows.weights.numpy().tobytes())
+                total += float(rows.weights.sum())
             self._leaves = self._leaves or (
                 self._reader.support is not None and rows.leaves_in_float32(self._reader.support)
             )
             hashes = hash_rows(rows)
             counted.append(np.unique(hashes[_lot_of(hashes, seed) < share], return_counts=True))
+        if self.weights is not None:
+            self._reader.check_some_weight(total)
+            self._total_weight, self.digest = total, weights.digest()
         self._reader.check_varying(of_data.low, of_data.high)
         if self.context is not None:
             self._reader.check_varying(of_context.low, of_context.high, of_context=True)
@@ -187,7 +211,12 @@ class MappedRows:
         if self._density is not None:
             rows = rows.rounded_for(self._density)
             self._reader.check_rounded(rows, self._density, range(start, start + self.block))
-        return rows.take(~aside)
+        rows = rows.take(~aside)
+        return (
+            rows
+            if rows.weights is None
+            else rows._replace(weights=rows.weights * (sum(self.sizes) / self._total_weight))
+        )
 
 
 @dataclass(frozen=True)
@@ -283,8 +312,8 @@ def _release(table: object) -> None:
 
 
 def _joined(parts: Sequence[Rows]) -> Rows:
-    context = [rows.context for rows in parts if rows.context is not None]
-    return Rows(torch.cat([rows.data for rows in parts]), torch.cat(context) if context else None)
+    joined = [[part for part in column if part is not None] for column in zip(*parts, strict=True)]
+    return Rows(*(torch.cat(column) if column else None for column in joined))  # type: ignore[arg-type]
 
 
 class Spool:

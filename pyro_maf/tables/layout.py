@@ -28,6 +28,7 @@ __all__ = [
     "number_of_rows",
     "numbers",
     "part_of",
+    "without_column",
 ]
 
 REAL_KINDS = "fiu"
@@ -287,6 +288,32 @@ def part_of(value: TableLike, index: slice | NDArray[np.int_]) -> TableLike:
     if isinstance(value, Sequence) and isinstance(index, slice):
         return value[index]
     return value[index] if isinstance(value, Tensor) else np.asanyarray(value)[index]
+
+
+def without_column(who: str, option: str, value: TableLike, name: str) -> tuple[TableLike, TableLike]:
+    """Split a table with names into the other columns and the one of this name.
+
+    Args:
+        who, option: Caller and option, for errors.
+        value: The table.
+        name: Name of a column, or of an entry of a dictionary.
+
+    Raises:
+        ValueError: If it has no such column.
+
+    Example:
+        >>> without_column("fit", "weights", {"a": [1.0, 2.0], "w": [3.0, 4.0]}, "w")
+        ({'a': [1.0, 2.0]}, [3.0, 4.0])
+    """
+    names = Layout.of(value).names
+    wanted = next((each for each in names if str(each) == name), None)
+    if wanted is None or len(names) < 2:
+        named = f"columns {_listed(names)}" if names else "columns without names"
+        raise ValueError(f"{who} expected {option} as one of several columns or as an array, got {name!r} of {named}.")
+    if isinstance(value, Mapping):
+        return {each: entry for each, entry in value.items() if each != wanted}, value[wanted]
+    frame = cast(_Frame, value)
+    return frame[[each for each in names if each != wanted]], frame[[wanted]]
 
 
 def numbers(who: str, name: str, value: TableLike) -> Tensor:

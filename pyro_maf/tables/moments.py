@@ -48,22 +48,26 @@ class RunningMoments:
     """
 
     def __init__(self) -> None:
-        self._rows = 0
+        self._rows = 0.0
         self._size = self._mean = self._squares = self.low = self.high = torch.zeros(())
 
-    def add(self, table: Tensor) -> None:
-        """Add the rows of a block."""
+    def add(self, table: Tensor, weights: Tensor | None = None) -> None:
+        """Add the rows of a block, each as often as its weight says."""
+        if weights is not None:  # rows of weight 0 do not count in the range either
+            table, weights = table[weights > 0], weights[weights > 0]
+        if not len(table):
+            return
         table = table.double()
         low, high = table.aminmax(dim=0)
         if not self._rows:
             self._size = _power_of_two(low.abs().maximum(high.abs()))
-        variance, mean = torch.var_mean(table / self._size, 0, correction=0)
+        variance, mean, count = _var_mean(table / self._size, weights)
         if not self._rows:
             self._mean, self._squares, self.low, self.high = mean, torch.zeros_like(mean), low, high
-        total = self._rows + len(table)
+        total = self._rows + count
         apart = mean - self._mean
-        self._squares = self._squares + len(table) * (variance + apart**2 * self._rows / total)
-        self._mean = self._mean + apart * len(table) / total
+        self._squares = self._squares + count * (variance + apart**2 * self._rows / total)
+        self._mean = self._mean + apart * count / total
         self.low, self.high = self.low.minimum(low), self.high.maximum(high)
         self._rows = total
 
@@ -73,7 +77,7 @@ class RunningMoments:
         return Moments(self._mean * self._size, torch.where(deviation > 0, deviation, torch.ones_like(deviation)))
 
 
-def moments_of(table: Tensor, most_beyond: float = 1.0) -> Moments:
+def moments_of(table: Tensor, most_beyond: float = 1.0, weights: Tensor | None = None) -> Moments:
     r"""Return mean and standard deviation of the columns of `table`, its outliers moved to a fence; in float64.
 
     The fence lies 10 standard deviations on either side of the median, those of a normal distribution with the column's
@@ -86,6 +90,7 @@ def moments_of(table: Tensor, most_beyond: float = 1.0) -> Moments:
     Args:
         table: Rows, (N, D).
         most_beyond: A column with a larger fraction of its rows beyond the fence has no fence.
+        weights: How often each row counts, (N,), here and in quartiles and fractions; by default once.
 
     Cost: a partial sort of each column.
 
@@ -99,21 +104,23 @@ def moments_of(table: Tensor, most_beyond: float = 1.0) -> Moments:
         1.0
     """
     # A column at a time: a sorted copy of all of them might not fit.
-    fences = [_fence(column.double().numpy(), most_beyond) for column in table.detach().unbind(1)]
+    often = None if weights is None else weights.double().numpy()
+    fences = [_fence(column.double().numpy(), most_beyond, often) for column in table.detach().unbind(1)]
     low, high = torch.tensor(fences, dtype=torch.float64).reshape(-1, 2).unbind(1)
     running = RunningMoments()
-    for block in table.split(BLOCK_ROWS):
-        running.add(block.double().clamp(low, high))
+    for start in range(0, len(table), BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        running.add(table[block].double().clamp(low, high), None if weights is None else weights[block])
     return running.moments()
 
 
-def context_moments_of(table: Tensor) -> Moments:
+def context_moments_of(table: Tensor, weights: Tensor | None = None) -> Moments:
     """Moments of a context: as `moments_of`, but with a fence against a few outliers only, up to one row in 200.
 
     A network takes a context linearly: in units of its bulk, the rows of a heavy tail would be so far out that they
     would dominate the steps of a fit.
     """
-    return moments_of(table, OUTLIERS)
+    return moments_of(table, OUTLIERS, weights)
 
 
 def _power_of_two(value: Tensor) -> Tensor:
@@ -121,15 +128,36 @@ def _power_of_two(value: Tensor) -> Tensor:
     return torch.where(value > 0, torch.ldexp(torch.ones_like(value), value.frexp().exponent - 1), 1.0)
 
 
-def _fence(column: NDArray[np.float64], most_beyond: float) -> tuple[float, float]:
+def _var_mean(table: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, float]:
+    """Variance and mean of the columns of a block, and the number of its rows."""
+    if weights is None:
+        return *torch.var_mean(table, 0, correction=0), len(table)
+    weights = weights.double()
+    count = float(weights.sum())
+    mean = weights @ table / count
+    return weights @ (table - mean).square() / count, mean, count
+
+
+def _quantiles(
+    column: NDArray[np.float64], levels: list[float], weights: NDArray[np.float64] | None
+) -> NDArray[np.float64]:
+    """Quantiles; with weights, the smallest value with a fraction of at least the level at or below it."""
+    if weights is None:
+        return np.quantile(column, levels)
+    order = np.argsort(column)
+    below = weights[order].cumsum()
+    return column[order[np.searchsorted(below, np.multiply(levels, below[-1]))]]
+
+
+def _fence(column: NDArray[np.float64], most_beyond: float, weights: NDArray[np.float64] | None) -> tuple[float, float]:
     """Lower and upper fence of a column."""
-    tail, low, median, high, other_tail = np.quantile(column, [0.05, 0.25, 0.5, 0.75, 0.95])
+    tail, low, median, high, other_tail = _quantiles(column, [0.05, 0.25, 0.5, 0.75, 0.95], weights)
     reach = FENCE * (high - low) / NORMAL_QUARTILES
     apart = np.abs(column - median)
-    if (apart > reach).mean() > MOST_BEYOND:
+    if np.average(apart > reach, weights=weights) > MOST_BEYOND:
         reach = FENCE * (other_tail - tail) / NORMAL_TAILS
     elif not reach and (others := apart[apart > 0]).size:
-        reach = FENCE * np.median(others)
-    if (apart > reach).mean() > most_beyond:
+        reach = FENCE * _quantiles(others, [0.5], None if weights is None else weights[apart > 0])[0]
+    if np.average(apart > reach, weights=weights) > most_beyond:
         reach = np.inf
     return float(median - reach), float(median + reach)

@@ -15,8 +15,8 @@ from pyro_maf._core.checks import InputError
 from pyro_maf._core.messages import listed, quoted, shown
 from pyro_maf.tables.columns import Cells, Column, Survey, encoded
 from pyro_maf.tables.disk import Spool
-from pyro_maf.tables.layout import FloatArray, Layout, TableLike
-from pyro_maf.tables.rows import Labels
+from pyro_maf.tables.layout import FloatArray, Layout, TableLike, without_column
+from pyro_maf.tables.reader import Labels
 from pyro_maf.tables.sources import ArraySource, FileOrStream, Source, open_source
 
 __all__ = ["Description", "Gaps", "NamedRows", "Table", "named_rows", "read_table"]
@@ -130,6 +130,7 @@ class Table:
         label: Name of the file; "" for a table from elsewhere.
         rows: Number of each row in the file, counted from 1; None for all of them in their order.
         missing: Rows left out for missing values: their number, which, and in which columns; None if there are none.
+        weights: How often each row counts, (rows,), or None.
     """
 
     data: FloatArray
@@ -140,6 +141,7 @@ class Table:
     label: str = ""
     rows: NDArray[np.int64] | None = None
     missing: Gaps | None = None
+    weights: FloatArray | None = None
 
     @overload
     def numbers(self, places: int) -> int: ...
@@ -162,6 +164,7 @@ class NamedRows(NamedTuple):
         context: As many rows (N, C), or None.
         columns: Names of the columns of data, for options by name.
         labels, context_labels: Names of columns and rows in messages.
+        weights: Weights (N,), or None.
     """
 
     data: TableLike
@@ -169,24 +172,43 @@ class NamedRows(NamedTuple):
     columns: Layout
     labels: Labels
     context_labels: Labels
+    weights: TableLike | None = None
 
 
-def named_rows(who: str, data: TableLike | Table, context: TableLike | None) -> NamedRows:
+def named_rows(
+    who: str, data: TableLike | Table, context: TableLike | None, weights: str | TableLike | None = None
+) -> NamedRows:
     """Return the rows of a `Table`, which has a context and names, or of other data and context.
 
     Args:
         who: The caller, for errors.
         data, context: The rows.
+        weights: Their weights (N,), or the column of data that holds them, which is then none of the data; or None.
 
     Raises:
-        ValueError: For a context beside a `Table`.
+        ValueError: For a context or weights beside a `Table` that has its own, and for a name that no column has.
     """
     if not isinstance(data, Table):
-        return NamedRows(data, context, Layout.of(data), Labels.of(data), Labels.of(context))
+        if isinstance(weights, str):
+            data, weights = without_column(who, "weights", data, weights)
+        return NamedRows(data, context, Layout.of(data), Labels.of(data), Labels.of(context), weights)
     if context is not None:
         raise ValueError(f"{who} got a context beside a Table, which has its own: leave it out.")
-    labels = (Labels(tuple(map(quoted, names)), data.numbers) for names in (data.names, data.context_names))
-    return NamedRows(data.data, data.context, Layout.named([(name, ()) for name in data.names]), *labels)
+    if isinstance(weights, str):
+        raise ValueError(
+            f"{who} got weights={weights!r} beside a Table: name that column when it is read, as "
+            f"read_table(..., weights={weights!r}), or give an array."
+        )
+    if weights is None:
+        weights = data.weights
+    elif data.weights is not None:
+        raise ValueError(f"{who} got weights beside a Table that has its own: leave them out.")
+    labels, context_labels = (
+        Labels(tuple(map(quoted, names)), data.numbers) for names in (data.names, data.context_names)
+    )
+    return NamedRows(
+        data.data, data.context, Layout.named([(name, ()) for name in data.names]), labels, context_labels, weights
+    )
 
 
 def read_table(
@@ -200,6 +222,7 @@ def read_table(
     drop_missing: bool = False,
     decimal: str = ".",
     encoding: str = "utf-8",
+    weights: str | None = None,
 ) -> Table:
     r"""Read csv, tsv, parquet, npy or npz, which may be larger than memory.
 
@@ -223,6 +246,7 @@ def read_table(
             such as NA; `Table.rows` has the numbers of the others.
         decimal: Decimal mark of text, "." or ",".
         encoding: Encoding of text, by a name of Python's, such as "latin-1".
+        weights: A column of numbers that say how often each row counts; it is neither data nor context.
 
     Returns:
         A `Table`.
@@ -259,12 +283,14 @@ def read_table(
             raise ValueError("read_table got context beside a description of columns, which names it: leave it out.")
         data_columns, context_columns = _described(opened, columns)
     else:
-        data_columns, context_columns = _chosen(opened, columns, context, categories)
-    rows, gaps = _read(opened, [*data_columns, *context_columns], dtype, drop_missing)
-    width = len(data_columns)
+        data_columns, context_columns = _chosen(opened, columns, context, categories, weights)
+    of_weights = [] if weights is None else _weights(opened, weights, [*data_columns, *context_columns])
+    rows, gaps = _read(opened, [*data_columns, *context_columns, *of_weights], dtype, drop_missing)
+    width, end = len(data_columns), rows.shape[1] - len(of_weights)
     return Table(
         data=rows[:, :width],
-        context=rows[:, width:] if context_columns else None,
+        context=rows[:, width:end] if context_columns else None,
+        weights=rows[:, end] if of_weights else None,
         names=tuple(column.name for column in data_columns),
         context_names=tuple(name for column in context_columns for name in column.encoded_names),
         columns={
@@ -294,13 +320,17 @@ def _repeated(names: Iterable[str]) -> str | None:
 
 
 def _chosen(
-    source: Source, columns: Sequence[str] | None, context: Sequence[str], categories: Sequence[str]
+    source: Source,
+    columns: Sequence[str] | None,
+    context: Sequence[str],
+    categories: Sequence[str],
+    weights: str | None,
 ) -> tuple[list[Column], list[Column]]:
     """Return the requested columns of data and of context, or all the rest."""
     for name, value in (("columns", columns), ("context", context), ("categories", categories)):
         if isinstance(value, str) or not isinstance(value, (Sequence, type(None))):
             raise TypeError(f"read_table expected {name} to be a sequence of names, got {value!r}.")
-    of_context = set(context)
+    of_context = {*context, weights}
     names = [name for name in source.names if name not in of_context] if columns is None else list(columns)
     _check_known(source, [*names, *context])
     twice = _repeated([*names, *context])
@@ -316,12 +346,20 @@ def _chosen(
     return _numeric(source, names), _surveyed(source, context, categories)
 
 
-def _numeric(source: Source, names: Sequence[str]) -> list[Column]:
+def _weights(source: Source, name: str, others: Sequence[Column]) -> list[Column]:
+    """Return the column of weights, which must be numeric and no other column."""
+    _check_known(source, [name])
+    if any(column.name == name for column in others):
+        raise ValueError(f"read_table expected weights that are neither data nor context, got {quoted(name)}: choose.")
+    return _numeric(source, [name], "weights")
+
+
+def _numeric(source: Source, names: Sequence[str], role: str = "data") -> list[Column]:
     """Return columns of data, which must be numeric."""
     for name in names:
         if source.holds_text(name):
             raise ValueError(
-                f"read_table expected data of numbers, got text in {source.column(name).place}: "
+                f"read_table expected {role} of numbers, got text in {source.column(name).place}: "
                 "leave it out or make it context."
             )
     return [source.column(name) for name in names]

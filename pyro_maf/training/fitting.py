@@ -45,6 +45,7 @@ def fit(
     data: TableLike | Table,
     *,
     context: TableLike | None = None,
+    weights: str | TableLike | None = None,
     support: SupportLike | None = None,
     validation: Validation = None,
     batch_size: int = 256,
@@ -91,14 +92,18 @@ def fit(
             than 512 MiB is not read into memory but streamed; no more than some 262,144 of its rows are held out for
             validation, and batch norm takes the statistics of as many.
         context: Rows (N, C) of the same kinds, for a model with `context_dim` > 0.
+        weights: How often each row counts, (N,): numbers of at least 0, of which only ratios matter; or the name of the
+            column of data that holds them, which is then none of the data. They count in the losses of training and
+            validation, in early stopping, in the units and in the warnings; only batch norm takes its statistics
+            without. A row of weight 2 is two copies of it, and a row of weight 0 is left out. By default 1.
         support: The support of the data: "real", "positive", "unit_interval", "simplex", or a sequence with one of the
             first three for each column, or constraints, as `FlowPrior` takes it; or a dictionary by name of column or
             entry, {"income": "positive"}, where those that it leaves out are real. By default "real" or that of a
             `FlowPrior`.
         validation: The fraction of the rows to hold out at random for validation, between 0 and 1, by default 0.1;
             or rows like `data`; or a tuple (data, context) of such for a model with a context, whose columns are
-            matched by name if they have names. A fraction is of distinct rows: all copies of a row, with its context,
-            are for training, or all are for validation.
+            matched by name if they have names; or (data, context, weights), with None for what there is not. A fraction
+            is of distinct rows: all copies of a row, with its context, are for training, or all are for validation.
         batch_size: Approximate number of rows in a batch: an epoch is cut into equal ones.
         max_epochs: Maximum number of epochs.
         patience: Number of epochs without a better validation log-likelihood after which to stop. After a quarter of it
@@ -136,7 +141,8 @@ def fit(
     Raises:
         TypeError: For a model that is not a flow or density, or data that is not numeric.
         ValueError: For data that is not finite, does not vary in a column, has too few rows or the wrong width; for a
-            context missing, superfluous or of another length; for data outside the support or on its boundary, with the
+            context missing, superfluous or of another length; for weights that are negative, not finite, all 0 or of
+            another length; for data outside the support or on its boundary, with the
             row and column; for options out of range; for a folder that holds a fit that is not to be resumed, or one of
             other settings.
         ModuleNotFoundError: Without the `train` extra.
@@ -167,9 +173,11 @@ def fit(
         devices=devices,
         progress=progress,
     )
-    source = named_rows("fit", data, context)
+    source = named_rows("fit", data, context, weights)
     on_support = _support(model, support, source)
-    prepared = prepare(model, source, validation, on_support, dtype=weight.dtype, seed=int(options.seed))
+    prepared = prepare(
+        model, source, validation, on_support, weights=weights, dtype=weight.dtype, seed=int(options.seed)
+    )
     return _train(prepared, source, weight, options)
 
 

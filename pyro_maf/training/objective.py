@@ -22,7 +22,7 @@ class Step(NamedTuple):
     """Loss of a batch with its gradient, of all processes together.
 
     Attributes:
-        loss: Negative log-likelihood of the rows, their sum in nats, without gradient.
+        loss: Negative log-likelihood of the rows, their (weighted) sum in nats, without gradient.
         rows: Number of rows.
         gradients: Gradient of the mean loss with respect to each weight; None for one that it does not depend on.
     """
@@ -34,6 +34,9 @@ class Step(NamedTuple):
 
 class MaximumLikelihood:
     """Mean negative log-likelihood of rows under a density.
+
+    Rows may have weights of mean 1 over a pass: sums over a batch are weighted, and divided by its number of rows. That
+    is an unbiased gradient for any weights, which a division by the weights of the batch would not be.
 
     Args:
         density: The density to fit, in the data's units.
@@ -54,7 +57,7 @@ class MaximumLikelihood:
     def step(self, batch: Rows) -> Step:
         """Loss and gradient of a batch, by one pass through the density and back."""
         with statistics_over_processes() if self._processes.are_several else nullcontext():
-            log_likelihood = self.density.log_density(*batch).sum()
+            log_likelihood = batch.weighted(self.density.log_density(batch.data, batch.context)).sum()
         rows, loss = self._processes.total(len(batch.data), -log_likelihood.detach())
         (-log_likelihood * (1 / rows)).backward()
         gradients = self._taken_gradients()
@@ -68,7 +71,8 @@ class MaximumLikelihood:
         mean = Mean()
         for batch in batches:
             if isinstance(batch, Rows):
-                mean.add(-self.density.log_density(*batch).sum(), len(batch.data))
+                log_likelihood = batch.weighted(self.density.log_density(batch.data, batch.context))
+                mean.add(-log_likelihood.sum(), len(batch.data))
         return mean.take(self._processes)
 
     def fit_statistics(self, sample: Callable[[], Rows], *, initial: bool = False) -> None:
@@ -79,7 +83,7 @@ class MaximumLikelihood:
             initial: Whether to set also those that are set once, before the first step.
         """
         if self._batch_norms or (initial and self._has_act_norm):
-            self.density.fit_statistics(*sample())
+            self.density.fit_statistics(*sample()[:2])
 
     def _taken_gradients(self) -> list[Tensor | None]:
         """Take the gradients from the weights, which are left without, so that none is added to later."""

@@ -12,9 +12,10 @@ from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Den
 from pyro_maf.distributions.data_units import float32_holds
 from pyro_maf.support import Support
 from pyro_maf.tables import MappedRows, Reader, Rows, rows_of
-from pyro_maf.tables.layout import Layout, TableLike
+from pyro_maf.tables.layout import Layout, TableLike, without_column
 from pyro_maf.tables.moments import Moments
-from pyro_maf.tables.rows import Labels, repeat_as_a_whole
+from pyro_maf.tables.reader import Labels
+from pyro_maf.tables.rows import repeat_as_a_whole
 from pyro_maf.tables.table import NamedRows, Table, named_rows
 from pyro_maf.training.screening import screen_data
 from pyro_maf.transforms import ConditionalFlow, Flow
@@ -23,7 +24,7 @@ __all__ = ["Fitted", "Model", "Prepared", "Validation", "prepare"]
 
 Model: TypeAlias = Flow | ConditionalFlow | Density | ConditionalDensity
 Fitted: TypeAlias = FlowPrior | ConditionalFlowPrior
-Validation: TypeAlias = float | TableLike | Table | tuple[TableLike, TableLike | None] | None
+Validation: TypeAlias = float | TableLike | Table | tuple[TableLike | None, ...] | None
 
 VALIDATION_FRACTION = 0.1
 MENTIONED = 0.01
@@ -57,23 +58,33 @@ class Prepared(NamedTuple):
     warnings: list[str]
 
     def digest(self) -> str:
-        """Fingerprint of the moments and the validation rows."""
+        """Fingerprint of the moments, the validation rows and the weights."""
         hashed = hashlib.sha256(str(len(self.training.data)).encode())
         of_data, of_context = self.moments
-        for tensor in (*of_data, *(of_context or ()), *self.held_out):
+        training = self.training.weights if isinstance(self.training, Rows) else None
+        for tensor in (*of_data, *(of_context or ()), *self.held_out, training):
             if tensor is not None:
                 hashed.update(tensor.numpy().tobytes())
+        if isinstance(self.training, MappedRows):
+            hashed.update(self.training.digest)
         return hashed.hexdigest()
 
 
 def prepare(
-    model: Model, source: NamedRows, validation: Validation, support: Support, *, dtype: torch.dtype, seed: int
+    model: Model,
+    source: NamedRows,
+    validation: Validation,
+    support: Support,
+    *,
+    weights: str | TableLike | None = None,
+    dtype: torch.dtype,
+    seed: int,
 ) -> Prepared:
     """Prepare a model and the rows for `fit`, on the CPU.
 
     Args:
-        model, validation, seed: As in `fit`.
-        source: Data and context.
+        model, validation, weights, seed: As in `fit`.
+        source: Data, context and weights.
         support: The support of the data.
         dtype: Dtype of the model.
 
@@ -81,9 +92,9 @@ def prepare(
         ValueError, TypeError: As in `fit`.
     """
     generator = torch.Generator().manual_seed(seed)
-    fraction, separate = _validation(model, source, validation, support)
+    fraction, separate = _validation(model, source, validation, support, weights)
     reader = _reader(model, source, support)
-    rows = rows_of(source.data, source.context, reader)
+    rows = rows_of(source.data, source.context, reader, source.weights)
     if isinstance(rows, Rows):
         reader.check_training(rows)
     split = rows.split(fraction, generator)
@@ -105,8 +116,8 @@ def prepare(
         validation_reader.check_rounded(held_out, prior)
     return Prepared(
         density=density,
-        training=split.training.rounded_for(prior),
-        held_out=held_out,
+        training=_normalised(split.training.rounded_for(prior)),
+        held_out=held_out.normalised(),
         places=None if separate else places,
         rows=len(rows.data),
         repeats=split.repeats,
@@ -116,8 +127,13 @@ def prepare(
     )
 
 
+def _normalised(training: Rows | MappedRows) -> Rows | MappedRows:
+    """Training rows with weights of mean 1, which those on disk have when they are read."""
+    return training.normalised() if isinstance(training, Rows) else training
+
+
 def _validation(
-    model: Model, source: NamedRows, validation: Validation, support: Support
+    model: Model, source: NamedRows, validation: Validation, support: Support, weights: str | TableLike | None
 ) -> tuple[float, tuple[Rows, Reader] | None]:
     """Return the fraction of rows to hold out, or else the validation rows that were passed, with their reader."""
     if validation is None or isinstance(validation, (int, float)):
@@ -126,16 +142,25 @@ def _validation(
             raise ValueError(f"fit expected validation as a part between 0 and 1, or as data, got {validation!r}.")
         return fraction, None
     parts = validation if isinstance(validation, tuple) else (validation, None)
-    if len(parts) != 2:
-        raise ValueError(f"fit expected validation as data or a tuple (data, context), got a tuple of {len(parts)}.")
-    data, context = cast("tuple[TableLike | Table, TableLike | None]", parts)
+    if len(parts) not in (2, 3):
+        raise ValueError(
+            f"fit expected validation as data or a tuple (data, context) or (data, context, weights), got a tuple of "
+            f"{len(parts)}."
+        )
+    data, context = cast("tuple[TableLike | Table, TableLike | None]", parts[:2])
+    often = parts[2] if len(parts) == 3 else None
     if not isinstance(data, Table):
+        if isinstance(weights, str) and often is None:
+            data, often = without_column("fit", "validation weights", data, weights)
         data = Layout.of(source.data).pick("fit", "validation data", data)
     if context is not None:
         context = Layout.of(source.context).pick("fit", "validation context", context)
-    rows = named_rows("fit", data, context)
+    rows = named_rows("fit", data, context, often)
     reader = _reader(model, rows, support, "validation ")
-    return 0.0, (reader.read(rows.data, rows.context), reader)
+    read = reader.read(rows.data, rows.context, weights=rows.weights)
+    if read.weights is not None:
+        reader.check_some_weight(float(read.weights.sum()))
+    return 0.0, (read, reader)
 
 
 def _reader(model: Model, rows: NamedRows, support: Support, role: str = "") -> Reader:

@@ -28,6 +28,7 @@ F = TypeVar("F", bound=Callable[..., object])
 class FitOptions(TypedDict, total=False):
     """Options of `pyro_maf.fit` that `fit_prior` forwards to it."""
 
+    weights: str | TableLike | None
     validation: Validation
     batch_size: int
     max_epochs: int
@@ -97,7 +98,7 @@ def fit_prior(
         >>> prior.support.check(prior.sample((5,)))
         tensor([True, True, True, True, True])
     """
-    source = named_rows("fit", data, context)
+    source = named_rows("fit", data, context, options.get("weights"))
     columns = number_of_columns("fit", "data", source.data)
     if isinstance(support, Mapping):
         support = source.columns.spread("fit_prior", "support", support, "real", columns)

@@ -202,8 +202,9 @@ class CheckpointFolder:
         for name, value in self._settings.items():
             if before.get(name) != value and name == "data":
                 raise ValueError(
-                    f"fit found a fit with another data in {self.folder}, of other rows or with others held out for "
-                    "validation: resume with the same table, seed and validation, or choose another folder."
+                    f"fit found a fit with another data in {self.folder}, of other rows or weights, or with others "
+                    "held out for validation: resume with the same table, weights, seed and validation, or choose "
+                    "another folder."
                 )
             if before.get(name) != value:
                 raise ValueError(

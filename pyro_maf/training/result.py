@@ -15,7 +15,7 @@ from pyro_maf._core.torch_state import reference_tensor
 from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
 from pyro_maf.tables import Rows
 from pyro_maf.tables.layout import Layout, TableLike, check_paired, number_of_rows, numbers, part_of
-from pyro_maf.tables.rows import check_context, table_of
+from pyro_maf.tables.reader import check_context, table_of
 from pyro_maf.tables.table import Table, named_rows
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class FitResult:
         stop_reason: Reason for stopping, in words.
         interrupted: True if it was stopped by Ctrl-C, not ended.
         skipped_steps: Number of steps left out because their loss or its gradient was not finite.
-        held_out: The validation rows, a pair (data, context), on the CPU.
+        held_out: The validation rows (data, context, weights), on the CPU; weights have mean 1, or are None.
         held_out_places: Indices of these in the data, from 0; None if they were passed as `validation`.
         rows: Number of rows of data.
         folder: Folder of the fit, if any.

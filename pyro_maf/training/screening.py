@@ -1,6 +1,7 @@
 """Data screening: properties of a table, or of the end of a fit, that let a density fail without an error.
 
-The statistics are of at most 10,000 rows drawn at random. All thresholds are below, with examples of what passes them.
+The statistics are of at most 10,000 rows drawn at random, each repeated as often as its weight says. All thresholds are
+below, with examples of what passes them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from pyro_maf.support import Support
 from pyro_maf.tables import MappedRows, Reader, Rows
+from pyro_maf.tables.rows import in_proportion
 from pyro_maf.training.state import Schedule
 
 __all__ = ["announce", "screen_data", "screen_ending"]
@@ -127,9 +129,12 @@ def screen_data(rows: Rows | MappedRows, reader: Reader) -> list[str]:
 def _some_rows(rows: Rows | MappedRows, most: int) -> Rows:
     """Draw rows, always the same for the same number of rows; of those on disk no others are read."""
     total = len(rows.data)
-    if total <= most:
-        return rows.take(slice(None))
-    return rows.take(torch.from_numpy(np.sort(np.random.default_rng(0).choice(total, most, replace=False))))
+    random = np.random.default_rng(0)
+    index = slice(None) if total <= most else torch.from_numpy(np.sort(random.choice(total, most, replace=False)))
+    drawn = rows.take(index)
+    if drawn.weights is None or not drawn.weights.any():
+        return drawn
+    return drawn.take(in_proportion(drawn.weights, len(drawn.data), random.random()))
 
 
 def screen_ending(losses: Sequence[float], schedule: Schedule, *, has_more: bool, has_skipped: bool) -> list[str]:

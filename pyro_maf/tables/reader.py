@@ -1,0 +1,271 @@
+"""The reader of rows: conversion to tensors, with checks whose errors name rows and columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_maf._core.checks import InputError
+from pyro_maf.support import Support
+from pyro_maf.tables.layout import Layout, TableLike, check_paired, is_frame, numbers
+from pyro_maf.tables.rows import Rows, Standardiser
+
+__all__ = ["Labels", "Reader", "check_context", "table_of"]
+
+LEAST_ROWS = 10
+REFUSED = "a density that takes none: leave it out"
+IN_FLOAT32 = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int16, torch.bool)
+"""Dtypes whose every value float32 represents exactly."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Names of the columns and rows of a table in messages.
+
+    Attributes:
+        names: Names of the columns as they are to be shown; empty for their numbers from 0.
+        count: Number of the row at an index, counted from 1; None for the index itself, from 0.
+
+    Example:
+        >>> labels = Labels.of({"height": torch.zeros(3), "weight": torch.zeros(3)})
+        >>> labels.column(1), labels.row(2)
+        ("column 'weight'", 'row 2')
+    """
+
+    names: Sequence[str] = ()
+    count: Callable[[int], int] | None = None
+
+    @classmethod
+    def of(cls, value: TableLike | None) -> Labels:
+        """Labels of a table that `numbers` accepts."""
+        # The names of a frame may be of any type.
+        names = value.columns if value is not None and is_frame(value) else Layout.of(value).labels
+        return cls(tuple(map(repr, names)))
+
+    def column(self, index: int) -> str:
+        """Name of a column."""
+        return f"column {self.names[index] if self.names else index}"
+
+    def row(self, index: int) -> str:
+        """Name of a row."""
+        return f"row {index}" if self.count is None else f"data row {self.count(index)} (counted from 1)"
+
+
+NUMBERED = Labels()
+"""Labels of a table without names."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Conversion of data, context and weights to tensors, with checks whose errors name rows and columns.
+
+    Attributes:
+        who: The caller, for errors.
+        width, context_width: Expected number of columns of data, and of context, 0 for none.
+        refused: Density that refuses a context, and advice, for errors; as in `check_context`.
+        sizes: Names of the widths, as "input_dim of MAF", for errors; empty without.
+        labels, context_labels: Names of columns and rows.
+        support: The support of the data; rows may lie anywhere if it is None.
+        role: "" or "validation ", the prefix of "data" and "context" in errors.
+    """
+
+    who: str
+    width: int
+    context_width: int
+    refused: str = REFUSED
+    sizes: tuple[str, str] = ("", "")
+    labels: Labels = NUMBERED
+    context_labels: Labels = NUMBERED
+    support: Support | None = None
+    role: str = ""
+
+    def read(
+        self,
+        data: TableLike,
+        context: TableLike | None,
+        places: Sequence[int] | None = None,
+        weights: TableLike | None = None,
+    ) -> Rows:
+        """Convert data and context to tensors on the CPU, of float32 if that is exact and otherwise of float64.
+
+        Args:
+            data, context: The table, or some rows of it.
+            weights: Weights of the rows, which become float64.
+            places: Indices of these rows in the whole table, from 0; None if they are all.
+
+        Raises:
+            InputError: For values that are not finite or not inside the support, and for negative weights.
+            TypeError: For values that are not numeric.
+            ValueError: For wrong shapes, or a context missing, superfluous or of another length.
+        """
+        size, context_size = self.sizes
+        table = self._table("data", data, self.width, size)
+        self._check_finite("data", table, self.labels, places)
+        self._check_inside(table, places)
+        more = f" ({context_size})" if context_size else ""
+        check_context(self.who, f"{self.role}context", context, self.context_width, refused=self.refused, more=more)
+        often = None if weights is None else self._weights(weights, len(table), places)
+        if context is None:
+            return Rows(table, None, often)
+        context_table = self._table("context", context, self.context_width, context_size)
+        self._check_finite("context", context_table, self.context_labels, places)
+        self.check_paired(data, context)
+        return Rows(table, context_table, often)
+
+    def check_paired(self, data: TableLike, context: TableLike) -> None:
+        """Refuse a context of another length or order than the data."""
+        check_paired(self.who, f"{self.role}data", data, f"{self.role}context", context)
+
+    def check_training(self, rows: Rows) -> None:
+        """Refuse too few rows, and constant columns; rows of weight 0 do not count."""
+        if rows.weights is not None:
+            self.check_some_weight(float(rows.weights.sum()))
+            rows = rows.take(rows.weights > 0)
+        if len(rows.data) < LEAST_ROWS:
+            counted = "" if rows.weights is None else " with a weight above 0"
+            raise ValueError(f"{self.who} expected at least {LEAST_ROWS} rows of data{counted}, got {len(rows.data)}.")
+        self.check_varying(*rows.data.aminmax(dim=0))
+        if rows.context is not None:
+            self.check_varying(*rows.context.aminmax(dim=0), of_context=True)
+
+    def check_some_weight(self, total: float) -> None:
+        """Refuse weights that sum to 0."""
+        if not total:
+            raise ValueError(f"{self.who} expected {self.role}weights of which some are above 0, got 0 for every row.")
+
+    def check_varying(self, low: Tensor, high: Tensor, *, of_context: bool = False) -> None:
+        """Refuse constant columns, by the range of each column of data or of context."""
+        same = (low == high).nonzero()[:, 0].tolist()
+        if not same:
+            return
+        labels = self.context_labels if of_context else self.labels
+        others = [labels.column(column) for column in same[1:9]] + [f"{len(same) - 9} more"] * (len(same) > 9)
+        which = f"that column, and likewise {', '.join(others)}" if others else "that column"
+        raise InputError(
+            f"{self.who} expected {'context' if of_context else 'data'} that varies in every column, "
+            f"got {low[same[0]].item():g} in every row of {labels.column(same[0])}: drop {which}.",
+            column=same[0],
+        )
+
+    def check_rounded(self, rows: Rows, density: Standardiser, places: Sequence[int] | None = None) -> None:
+        """Refuse outliers so far out that they are infinite in the units of a density and the dtype of its model.
+
+        Args:
+            rows: The rows, in the dtypes of `density`.
+            density: The density that standardises them.
+            places: As in `read`.
+        """
+        self._check_finite("data", density.standardised(rows.data), self.labels, places)
+        if rows.context is not None:
+            standard = density.standardised_context(rows.context)
+            self._check_finite("context", standard, self.context_labels, places)
+
+    def _table(self, name: str, value: TableLike, width: int, size: str) -> Tensor:
+        name = f"{self.role}{name}"
+        about = f"{width} being the {size}" if size else "1 row or more"
+        table = table_of(self.who, name, value, width, about, least=not size)
+        if not len(table):
+            raise ValueError(f"{self.who} expected {name} with rows in it, got shape {tuple(table.shape)}.")
+        return table.to(torch.float32 if table.dtype in IN_FLOAT32 else torch.float64)
+
+    def _weights(self, weights: TableLike, rows: int, places: Sequence[int] | None) -> Tensor:
+        table = numbers(self.who, f"{self.role}weights", weights).double()
+        table = table[:, 0] if table.dim() == 2 and table.shape[1] == 1 else table
+        if table.shape != (rows,):
+            raise ValueError(
+                f"{self.who} expected {self.role}weights of shape ({rows},), one for each row of data, "
+                f"got {tuple(table.shape)}."
+            )
+        if not (wrong := ~((table >= 0) & table.isfinite())).any():
+            return table
+        row = int(wrong.nonzero()[0])
+        place = row if places is None else int(places[row])
+        raise InputError(
+            f"{self.who} expected finite {self.role}weights of at least 0, got {table[row].item()} in "
+            f"{self.labels.row(place)}{_tally(wrong, places, 'rows have such weights')}: a weight says how often its "
+            "row counts, so fill it in, or drop the row.",
+            row=place,
+        )
+
+    def _check_finite(self, name: str, table: Tensor, labels: Labels, places: Sequence[int] | None) -> None:
+        wrong = ~table.isfinite()
+        if not wrong.any():
+            return
+        row, column = wrong.nonzero()[0].tolist()
+        place = row if places is None else int(places[row])
+        raise InputError(
+            f"{self.who} expected finite {self.role}{name}, got {table[row, column].item()} in {labels.row(place)}, "
+            f"{labels.column(column)}{_tally(wrong.any(1), places, 'rows have such values')}: "
+            "drop those rows or fill them in.",
+            row=place,
+            column=column,
+        )
+
+    def _check_inside(self, table: Tensor, places: Sequence[int] | None) -> None:
+        support = self.support
+        if support is None or not (outside := support.outside(table)).any():
+            return
+        wrong = support.outside_by_column(table)
+        is_sum = not wrong.any()
+        row, column = (int(outside.nonzero()[0]), 0) if is_sum else wrong.nonzero()[0].tolist()
+        place = row if places is None else int(places[row])
+        who = f"{self.who} expected {self.role}data of"
+        if is_sum:
+            raise InputError(
+                f"{who} rows that sum to 1 (support simplex), got {table[row].sum().item():.7g} in "
+                f"{self.labels.row(place)}{_tally(outside, places, 'rows do not')}: divide each row by its sum.",
+                row=place,
+            )
+        raise InputError(
+            f"{who} {support.values_of(column)} in {self.labels.column(column)} (support {support.name_of(column)}), "
+            f"got {table[row, column].item()} in {self.labels.row(place)}"
+            f"{_tally(outside, places, 'rows are not inside')}: move those rows inside or choose another support.",
+            row=place,
+            column=column,
+        )
+
+
+def check_context(who: str, name: str, context: object, columns: int, refused: str = REFUSED, more: str = "") -> None:
+    """Refuse a context that is missing or superfluous.
+
+    Args:
+        who, name: Caller and argument, for errors.
+        context: The context, or None.
+        columns: Expected number of its columns, 0 for none.
+        refused: Density without a context, and advice, as "MAF, which takes none: leave it out".
+        more: Description of the expected columns.
+    """
+    if context is not None and not columns:
+        raise ValueError(f"{who} got {name} for {refused}.")
+    if context is None and columns:
+        raise ValueError(f"{who} expected {name} with {columns} columns{more}, got none.")
+
+
+def table_of(who: str, name: str, value: TableLike, width: int, about: str, least: int = 0) -> Tensor:
+    """A table as a tensor of `width` columns, as by `numbers`; a vector is one column.
+
+    Args:
+        who, name: Caller and argument, for errors.
+        value: The table.
+        width: Number of columns.
+        about: Description of the shape, for errors.
+        least: Least number of rows.
+
+    Raises:
+        ValueError, TypeError: As `numbers`, and for another shape.
+    """
+    table = numbers(who, name, value)
+    shape = tuple(table.shape)
+    if len(shape) == width == 1:
+        table = table[:, None]
+    if table.dim() != 2 or table.shape[1] != width or len(table) < least:
+        raise ValueError(f"{who} expected {name} of shape (rows, {width}), {about}, got {shape}.")
+    return table
+
+
+def _tally(wrong: Tensor, places: Sequence[int] | None, what: str) -> str:
+    """Count the rows in words, if they are all of the table."""
+    return "" if places is not None else f" ({int(wrong.sum())} of {len(wrong)} {what})"
