@@ -55,6 +55,34 @@ def test_a_quick_run_measures_every_task_and_writes_results_table_and_picture(tm
     assert (tmp_path / "directions.png").stat().st_size > 0
 
 
+def test_posteriors_of_simulators_are_estimated_and_compared(tmp_path):
+    options = ["--simulations", "200", "--epochs", "2", "--tasks", "two moons", "--out", tmp_path]
+    command = [sys.executable, BENCHMARKS / "simulators.py", *options, "--estimators", "pyro-maf maf", "sbi nsf"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    figures = json.loads((tmp_path / "simulators.json").read_text())["two moons"]
+    assert figures.keys() == {"pyro-maf maf", "sbi nsf"}
+    assert figures["sbi nsf"]["gain"] == 0
+    assert all(0.4 < own["c2st"] <= 1 and math.isfinite(own["log_prob"]) for own in figures.values())
+
+
+def test_exact_posterior_of_two_moons_is_that_of_its_simulator(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import torch
+    from parts.tasks import TASKS
+
+    torch.manual_seed(0)
+    task = TASKS[0]
+    theta, x = task.simulations(400_000, seed=0)
+    at = torch.tensor([[0.0, 0.0]])
+    near = theta[(x - at).norm(dim=1) < 0.02]
+    exact = task.reference(at, 4_000)
+    assert len(near) > 100
+    error = near.std(0) / len(near) ** 0.5
+    assert ((near.mean(0) - exact.mean(0)).abs() < 4 * error + 0.01).all()
+    torch.testing.assert_close(near.abs().mean(0), exact.abs().mean(0), rtol=0, atol=0.02)
+
+
 def test_guides_are_fitted_measured_and_drawn_where_the_model_is_known(posteriors, tmp_path):
     out = tmp_path / "results"
     names = ["AutoIAF", "AutoIAF, fit_guide", "AutoIAFNormal", "ZukoToPyro NSF", "NUTS"]
