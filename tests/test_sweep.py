@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyro_maf import MAF
 from pyro_maf.nn import compress_tails
-from pyro_maf.sweep import compiled, function, loading, threads
+from pyro_maf.sweep import function, loading, threads
 from pyro_maf.transforms import ConditionalMaskedAutoregressive, Flow
 from tests.registry import Architecture, architectures, at_context, build
 
@@ -38,8 +38,7 @@ needs_kernels = pytest.mark.skipif(loading.kernels() is None, reason="no compile
 def in_torch() -> Iterator[None]:
     """Without the kernels."""
     with pytest.MonkeyPatch.context() as patch:
-        for engine in (compiled, function):
-            patch.setattr(engine, "kernels", lambda: None)
+        patch.setattr(function, "kernels", lambda: None)
         yield
 
 
@@ -208,21 +207,6 @@ def test_a_weight_computed_from_others_is_never_stale() -> None:
                     assert torch.allclose(found, flow.forward_and_log_det(x)[0], rtol=1e-12, atol=1e-12)
         with torch.no_grad():
             flow.made.layers[0].parametrizations.weight.original0.mul_(0.5)
-
-
-@needs_kernels
-def test_packs_go_with_their_networks_and_stay_out_of_copies() -> None:
-    from pyro_maf.sweep import pack
-
-    flow = MAF(3, num_layers=1)
-    with torch.no_grad():
-        flow(torch.randn(4, 3))
-    made = flow[0].made
-    assert made in pack._packs
-    assert copy.deepcopy(made) not in pack._packs
-    before = len(pack._packs)
-    del flow, made
-    assert len(pack._packs) == before - 1
 
 
 @needs_kernels

@@ -1,24 +1,15 @@
 """Both directions of autoregressive and coupling layers, and their gradients.
 
-`run` is the engine compiled for CPUs: layers in their parallel directions, as many as follow one another, in one
-operation. `solve` is the sequential direction of one autoregressive layer, one sweep over its network: compiled for
-CPUs in `sequential_kernel`, for GPUs in `triton_kernel`, and in torch, for any device, dtype and univariate map, in
-`reference`, which defines correctness. `parallel` is the other direction in torch.
+`run` is the engine compiled for CPUs: layers in either direction, as many as follow one another, in one operation.
+The others compute one autoregressive layer in torch, for any device, dtype and univariate map, which defines
+correctness: `solve` its sequential direction, one sweep over the network, by `triton_kernel` on a GPU; and `parallel`
+the other.
 """
 
-from torch import nn
-
-from pyro_maf.sweep import pack, program
 from pyro_maf.sweep.function import run
 from pyro_maf.sweep.plan import plan_of
-from pyro_maf.sweep.program import Step
+from pyro_maf.sweep.program import Step, forget
 from pyro_maf.sweep.reference import walk
 from pyro_maf.sweep.solve import parallel, solve
 
 __all__ = ["Step", "forget", "parallel", "plan_of", "run", "solve", "walk"]
-
-
-def forget(module: nn.Module) -> None:
-    """Drop the packed weights of a flow or a network; they are packed again at the next call."""
-    pack.forget(module)
-    program.forget(module)

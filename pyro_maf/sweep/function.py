@@ -1,4 +1,4 @@
-"""A run of layers, each in its parallel direction, as one differentiable operation compiled for CPUs."""
+"""A run of layers as one differentiable operation compiled for CPUs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def run(
         context = context.expand(len(rows), -1)
     inputs = [rows, *reading.tensors] if context is None else [rows, context, *reading.tensors]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        if program.num_weights > WEIGHTS_A_POINT * len(rows):
+        if program.num_weights > WEIGHTS_A_POINT * len(rows) and not any(step.sequential for step in steps):
             return None
         w, log_det = _Run.apply(program, steps, rows, context, *reading.tensors)
     else:
@@ -77,7 +77,7 @@ class _Run(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         # Not the pack of an earlier call: gradcheck, for one, writes through `.data`, which no version counter records.
         pack = program.pack(tensors)
-        chunk = loaded().parallel.CHUNK
+        chunk = program.chunk_of(len(v))
         tape = v.new_empty(-(-len(v) // chunk) * program.rows, chunk)
         w, log_det = _forward(program, pack, v, context, tape)
         ctx.program, ctx.steps, ctx.leading = program, steps, 1 if context is None else 2
@@ -110,15 +110,17 @@ def _forward(
         tables.matrices,
         tables.variables,
         tables.seen,
+        tables.steps,
         tables.result,
         program.rows,
     )
-    results = np.empty((0, 0), rows.dtype) if tape is None else tape.numpy(), w.numpy(), log_det.numpy()
+    chunk = program.chunk_of(len(v))
+    results = np.empty((0, chunk), rows.dtype) if tape is None else tape.numpy(), w.numpy(), log_det.numpy()
 
     def walk(first: int, end: int) -> None:
-        loaded().parallel.forward(*network, first, end, *results)
+        loaded().parallel.forward(*network, first, end, program.few, *results)
 
-    in_parts(walk, len(v), loaded().parallel.CHUNK, program.work)
+    in_parts(walk, len(v), chunk, program.work)
     return w, log_det
 
 
@@ -144,6 +146,7 @@ def _backward(
         tables.variables,
         tables.seen,
         tables.heard,
+        tables.steps,
         tables.result,
     )
     results = [tensor.contiguous().numpy() for tensor in (tape, grad_w, grad_log_det)]
@@ -154,7 +157,7 @@ def _backward(
         loaded().parallel.backward(*network, wanted, program.rows, first, end, *results, gradients, by_biases)
         return gradients, by_biases
 
-    parts = in_parts(walk, points, loaded().parallel.CHUNK, program.work)
+    parts = in_parts(walk, points, tape.shape[1], program.work)
     by_tensors = _unpacked(program, parts, tensors) if wanted.any() else tensors
     program.room += parts
     every = [grad_v, grad_context, *by_tensors]

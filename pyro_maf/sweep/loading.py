@@ -15,10 +15,9 @@ SWITCH = "PYRO_MAF_KERNEL"
 
 
 class Kernels(NamedTuple):
-    """The modules of kernels, for runs of layers in their parallel direction and for sweeps."""
+    """The modules of kernels, for runs of layers."""
 
     parallel: Any
-    sequential: Any
 
 
 @functools.cache
@@ -27,7 +26,7 @@ def kernels() -> Kernels | None:
     if os.environ.get(SWITCH) == "torch":
         return None
     try:
-        from pyro_maf.sweep import parallel_kernel, sequential_kernel
+        from pyro_maf.sweep import parallel_kernel
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
         # numba raises RuntimeError if it has no folder for compiled code. Sources may be missing, too; and with
         # NUMBA_DISABLE_JIT, or in a later numba, the attributes that the cache relies on.
@@ -39,9 +38,9 @@ def kernels() -> Kernels | None:
             stacklevel=2,
         )
         return None
-    if not _compiled_before(sequential_kernel.forward_rows.stats.cache_path):
+    if not _compiled_before(parallel_kernel.forward.stats.cache_path):
         print("pyro-maf compiles its kernels for this machine, once: about half a minute.", file=sys.stderr)
-    return Kernels(parallel_kernel, sequential_kernel)
+    return Kernels(parallel_kernel)
 
 
 def loaded() -> Kernels:

@@ -16,17 +16,13 @@ from pyro_maf.sweep.compile_cache import stored
 from pyro_maf.sweep.elementwise import INNER, activate, compress, differentiate
 from pyro_maf.sweep.plan import CONTEXT, INPUTS, LANES, Array
 from pyro_maf.sweep.products import TALLEST, add_product, dot, transpose
+from pyro_maf.sweep.sequential_kernel import walk, walk_back, walk_row
 from pyro_maf.sweep.univariate_kernel import apply, pull_back
 
-__all__ = ["CHUNK", "backward", "forward", "pack", "unpack"]
+__all__ = ["backward", "forward", "pack", "unpack"]
 
 ENTRY = {"fastmath": INNER["fastmath"], "error_model": "numpy", "nogil": True}
 """Compiler options of functions that Python calls; they release the interpreter's lock."""
-FEW = 2
-"""Greatest number of points for which products of one row with one column are faster than tiles of many."""
-CHUNK = 112
-"""Number of points that pass through the layers together: an odd number of cache lines in either precision, or nearly
-so, since rows a power of two apart compete for the same lines."""
 
 
 def _memory(typing: Any, address: Any, like: Any) -> Any:
@@ -113,10 +109,12 @@ def forward(
     matrices: Array,
     variables: Array,
     seen: Array,
+    steps: Array,
     result: Array,
     rows: int,
     first: int,
     end: int,
+    few: int,
     tape: Array,
     w: Array,
     log_det: Array,
@@ -127,23 +125,23 @@ def forward(
         v: The input, (points, D).
         context: (points, features), with no features for none.
         weights, biases: From `pack`.
-        layers, matrices, variables, seen, result: As in `Tables`.
+        layers, matrices, variables, seen, steps, result: As in `Tables`.
         rows: Rows of the tape for one chunk.
-        first, end: Range of points; `first` is a multiple of `CHUNK`.
-        tape: (rows of all chunks, CHUNK); with no rows if nothing is saved for `backward`.
+        first, end: Range of points; `first` is a multiple of `chunk`.
+        few: Greatest number of points that pass one by one, if nothing is saved.
+        tape: (rows of all chunks, chunk); with no rows if nothing is saved for `backward`.
         w, log_det: (points, D) and (points,).
     """
     dim, keep = v.shape[1], tape.shape[0] > 0
     most = _most_rows(layers, dim)
-    # A few points pass one by one, as columns of their own.
-    chunk = CHUNK if keep or end - first > FEW else 1
+    chunk = tape.shape[1] if keep or end - first > few else 1
     # If nothing is saved, layers take turns in two areas.
     work = tape if keep else np.empty((2 * most + context.shape[1], chunk), v.dtype)
     logs, nowhere = np.empty(chunk, v.dtype), np.empty(chunk, v.dtype)
     for b0 in range(first, end, chunk):
         points = min(chunk, end - b0)
         width = min(_padded(points), chunk)
-        here = b0 // CHUNK * rows if keep else 0
+        here = b0 // chunk * rows if keep else 0
         at_context = 2 * most
         if keep:
             at_context = here + dim
@@ -154,6 +152,15 @@ def forward(
         logs[:] = 0
         for layer in layers:
             after = here + layer.rows if keep else most - here
+            if layer.levels:
+                for m in range(layer.first, layer.end):
+                    _begin(matrices[m], seen, weights, biases, work, here, at_context, width)
+                if width == 1:
+                    walk_row(layer, matrices, variables, steps, weights, work, here, after, logs, nowhere)
+                else:
+                    walk(layer, matrices, variables, steps, weights, work, here, after, width, logs, nowhere)
+                here = after
+                continue
             for j in range(layer.seen):
                 row = here + variables[layer.seen_from + j]
                 compress(work[row, :width], work[here + layer.inputs + j, :width], nowhere[:width])
@@ -172,6 +179,18 @@ def forward(
         for b in range(points):
             for i in range(dim):
                 w[b0 + b, i] = work[here + result[i], b]
+
+
+@njit(**INNER)
+def _begin(
+    matrix: Any, seen: Array, weights: Array, biases: Array, work: Array, layer: int, at_context: int, width: int
+) -> None:
+    """Set a level's units to what does not depend on the variables: biases, and the product with the context."""
+    if matrix.source == CONTEXT:
+        _multiply(matrix, seen, weights, biases, work, layer, at_context, width)
+    elif matrix.first:
+        for r in range(matrix.rows):
+            work[layer + matrix.own + r, :width] = biases[matrix.bias + r]
 
 
 @njit(**INNER)
@@ -211,6 +230,7 @@ def backward(
     variables: Array,
     seen: Array,
     heard: Array,
+    steps: Array,
     result: Array,
     wanted: Array,
     rows: int,
@@ -227,7 +247,7 @@ def backward(
     """Gradients of <grad_w, w> + <grad_log_det, log_det> for points `first` .. `end` - 1.
 
     Args:
-        weights, layers, matrices, variables, seen, heard, result, rows, first, end, tape: As in `forward`.
+        weights, layers, matrices, variables, seen, heard, steps, result, rows, first, end, tape: As in `forward`.
         wanted: For each matrix, whether the gradient with respect to its weight or bias is.
         grad_w, grad_log_det: (points, D) and (points,).
         grad_v, grad_context: (points, D) and (points, features); with no columns if not wanted.
@@ -239,14 +259,15 @@ def backward(
     for matrix in matrices:
         widest = max(widest, matrix.stride)
     widest += LANES * (widest // LANES % 2 == 0)
-    delta, transposed = np.empty((most, CHUNK), number), np.empty((CHUNK, widest), number)
-    grad, logs = np.empty((dim, CHUNK), number), np.empty(CHUNK, number)
-    slope, nowhere = np.empty(CHUNK, number), np.empty(CHUNK, number)
-    of_context = np.empty((grad_context.shape[1], CHUNK), number)
-    for b0 in range(first, end, CHUNK):
-        points = min(CHUNK, end - b0)
+    chunk = tape.shape[1]
+    delta, transposed = np.empty((most, chunk), number), np.empty((chunk, widest), number)
+    grad, logs = np.empty((dim, chunk), number), np.empty(chunk, number)
+    slope, nowhere = np.empty(chunk, number), np.empty(chunk, number)
+    of_context = np.empty((grad_context.shape[1], chunk), number)
+    for b0 in range(first, end, chunk):
+        points = min(chunk, end - b0)
         width = _padded(points)
-        here = b0 // CHUNK * rows
+        here = b0 // chunk * rows
         for layer in layers:
             here += layer.rows
         at_context = here + dim
@@ -260,8 +281,11 @@ def backward(
         for index in range(len(layers) - 1, -1, -1):
             layer, after = layers[index], here
             here -= layer.rows
-            to_variables = index > 0 or grad_v.shape[1] > 0
-            for j in range(layer.moved):
+            to_variables = (index > 0 or grad_v.shape[1] > 0) and layer.levels == 0
+            if layer.levels:
+                network = layer, matrices, variables, steps, weights
+                walk_back(*network, tape, here, after, width, grad, logs, delta, slope, nowhere)
+            for j in range(0 if layer.levels else layer.moved):
                 row = variables[layer.moved_from + j]
                 x, out = tape[here + row, :width], tape[after + row, :width]
                 pull_back(layer, j, variables, tape, here, 0, x, out, grad[row, :width], logs[:width], delta, 0)
@@ -275,7 +299,7 @@ def backward(
                 if matrix.source == CONTEXT:
                     if len(of_context):
                         _multiply_back(matrix, heard, weights, delta, of_context, 0, tape, here, width)
-                elif matrix.source != INPUTS or to_variables:
+                elif layer.levels == 0 and (matrix.source != INPUTS or to_variables):
                     _multiply_back(matrix, heard, weights, delta, delta, matrix.below, tape, here, width)
             if to_variables:
                 for j in range(layer.seen):
@@ -299,7 +323,7 @@ def _add_gradient(
     With `fresh` nothing was added before.
     """
     own = gradients[matrix.grad : matrix.grad + matrix.rows * matrix.stride].reshape((matrix.rows, matrix.stride))
-    flat, start = delta.reshape(-1), matrix.own * CHUNK
+    flat, start = delta.reshape(-1), matrix.own * delta.shape[1]
     r = 0
     while r < matrix.rows:
         last = r + _height(matrix.rows - r)
@@ -308,7 +332,7 @@ def _add_gradient(
             for q in range(r, last):
                 for k in range(_padded(columns)):
                     own[q, k] = 0
-        add_product(flat, start, CHUNK, 1, (r, last), (0, width), inputs, 0, own, 0, 0, columns)
+        add_product(flat, start, delta.shape[1], 1, (r, last), (0, width), inputs, 0, own, 0, 0, columns)
         r = last
     if matrix.first:
         for r in range(matrix.rows):

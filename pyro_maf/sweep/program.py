@@ -1,4 +1,4 @@
-r"""A run of layers, each in its parallel direction, as tables of integers that `parallel_kernel` follows.
+r"""A run of layers, each in its parallel or its sequential direction, as tables of integers that the kernels follow.
 
 A layer is some networks and an elementwise map: the networks see some variables and output the parameters of the map of
 others. Sorted degrees make every mask a staircase: row r of a matrix sees columns 0 .. seen[r] - 1, and column k is
@@ -36,10 +36,18 @@ ORDINARY = (nn.Parameter, Tensor)
 """Tensors whose entries lie in memory, as not those of every subclass do."""
 MAPS = (Affine,)
 """Univariate maps that the kernels have."""
+CHUNK, SWEPT_CHUNK = 112, 240
+"""Maximum number of points that pass through the layers together, and through those of which some are sequential: an
+odd number of cache lines, since rows a power of two apart compete for the same lines."""
+FEW, SWEPT_FEW = 2, 7
+"""Greatest number of points for which products of one row with one column are faster than tiles of many."""
 LAYER_FIELDS = ["rows", "first", "end", "inputs", "seen_from", "seen", "moved_from", "moved", "rest_from", "rest"] + [
     "phi_from",
     "sign",
     "log_sign",
+    "levels",
+    "steps_from",
+    "block",
 ]
 MAP_FIELDS = ["univariate", "outputs", "bins", "bound"]
 LAYER = np.dtype([*((name, np.int64) for name in LAYER_FIELDS + MAP_FIELDS[:-1]), ("bound", np.float64)])
@@ -48,8 +56,10 @@ LAYER = np.dtype([*((name, np.int64) for name in LAYER_FIELDS + MAP_FIELDS[:-1])
 Fields: `rows` of the tape; matrices `first` .. `end` - 1; row of its `inputs`; where its lists of variables begin in
 `variables`, and their lengths: those that the networks see, those that are mapped, the rest; where the rows of the
 map's parameters begin there, those of one variable after those of another; the direction, 1 for y from x and
--1 for x from y; the sign of the log-derivatives in the log-determinant; the number of the `univariate` map in `MAPS`;
-that of its `outputs` for a variable, P; and its settings, those of a spline.
+-1 for x from y; the sign of the log-derivatives in the log-determinant; in the sequential direction, the number of
+`levels` above the inputs, or else 0; where the numbers of final units begin in `steps`, and the number of variables in
+a `block`; the number of the `univariate` map in `MAPS`; that of its `outputs` for a variable, P; and its settings,
+those of a spline.
 """
 MATRIX_FIELDS = [
     "start",
@@ -86,6 +96,7 @@ class Step(NamedTuple):
         seen, moved: The variables that the networks see, and those that are mapped, one for each row of outputs; or
             the permutation in `moved`.
         log_sign: Sign of the layer's log-determinant: -1 where the layer stands for its inverse.
+        sequential: Whether the networks see the result, not the input: one variable after another is determined.
     """
 
     networks: Sequence[nn.Module]
@@ -94,6 +105,7 @@ class Step(NamedTuple):
     seen: Tensor
     moved: Tensor
     log_sign: int = 1
+    sequential: bool = False
 
 
 class Reading(NamedTuple):
@@ -122,7 +134,8 @@ class Reading(NamedTuple):
     def _add(self, step: Step) -> bool:
         fixed, marks = self.fixed, self.marks
         fixed += step.seen, step.moved
-        marks += step.seen._version, step.moved._version, step.inverse, step.log_sign, len(step.networks)
+        marks += step.seen._version, step.moved._version, len(step.networks)
+        marks += step.inverse, step.log_sign, step.sequential
         if step.networks:
             if type(step.univariate) not in MAPS:
                 return False
@@ -186,6 +199,7 @@ class Tables(NamedTuple):
         seen: For each row of each matrix, the number of columns that it sees, ascending.
         heard: For each column, the first row that sees it.
         row_order, column_order: The row and the column of the weight that stand there.
+        steps: For each sequential layer, the numbers of units that are final, (levels + 1, D + 1).
         result: The row of each variable after the last layer.
     """
 
@@ -196,6 +210,7 @@ class Tables(NamedTuple):
     heard: Array
     row_order: Array
     column_order: Array
+    steps: Array
     result: Array
 
 
@@ -230,11 +245,18 @@ class Program:
         self.offsets = np.cumsum([0, *self.sizes])
         self.rows = int(self.tables.layers["rows"].sum()) + dim + context_dim + LANES
         self.num_weights, self.num_biases, self.num_gradients = layout.weights, layout.biases, layout.gradients
+        sequential = bool(self.tables.layers["levels"].any())
+        self.chunk, self.few = (SWEPT_CHUNK, SWEPT_FEW) if sequential else (CHUNK, FEW)
         self.work = int(self.tables.seen.sum())
         """Multiplications a point."""
         self.room: list[tuple[Array, Array]] = []
         """Arrays for packed gradients, for use again: the kernel clears the pages of fresh ones, which takes longer."""
         self._packed: tuple[Snapshot, Pack] | None = None
+
+    def chunk_of(self, points: int) -> int:
+        """Number of points that pass through the layers together, of so many: chunks of about the same size."""
+        chunks = max(1, -(-points // self.chunk))
+        return LANES * (-(-points // (chunks * LANES)) | 1)
 
     def holds_for(self, reading: Reading) -> bool:
         """Return whether the program is one of modules in this state."""
@@ -296,6 +318,7 @@ class _Layout:
         self.layers: list[dict[str, float]] = []
         self.matrices: list[dict[str, float]] = []
         self.variables: list[int] = []
+        self.steps = [np.zeros(0, np.int64)]
         self.lists: dict[str, list[Array]] = {"seen": [], "heard": [], "row_order": [], "column_order": []}
 
     def add(self, step: Step) -> None:
@@ -321,10 +344,34 @@ class _Layout:
         layer = {**univariate, "rows": own, "first": first, "end": len(self.matrices), "inputs": dim}
         layer |= {"seen": len(seen), "moved": len(moved), "rest": len(rest)}
         layer |= {"sign": -1 if step.inverse else 1, "log_sign": step.log_sign}
+        layer |= {"levels": 0, "steps_from": sum(map(len, self.steps)), "block": _block(dim)}
         for name, entries in lists.items():
             layer[name] = len(self.variables)
             self.variables += entries.tolist()
+        if step.sequential:
+            layer["levels"] = len(network.layers)  # type: ignore[arg-type]
+            self._add_steps(network, range(first, layer["end"]))
         self.layers.append(layer)
+
+    def _add_steps(self, made: Any, matrices: range) -> None:
+        """Append the numbers of final units of a layer with these matrices."""
+        dim, levels = made.input_dim, len(made.layers)
+        if len(made.ready) != levels - 1:
+            raise UnfitError
+        final = np.array(
+            [
+                range(-1, dim),
+                *([0, *ready] for ready in made.ready),
+                range(0, (dim + 1) * made.outputs_per_input, made.outputs_per_input),
+            ]
+        )
+        final[0, 0] = 0
+        matrices = matrices[len(matrices) // levels - 1 :: len(matrices) // levels]
+        for number, below, own in zip(matrices, final, final[1:], strict=False):
+            seen = self.lists["seen"][number][: own[-1]]
+            if not np.array_equal(seen, np.repeat(below[1:], np.diff(own))):
+                raise UnfitError
+        self.steps.append(final.ravel())
 
     def _add_network(self, network: Any, order: Array, below: int, own: int, *, fresh: bool) -> tuple[int, Array]:
         """Append a network whose inputs have rows from `below` on, and units from `own` on.
@@ -388,7 +435,15 @@ class _Layout:
         layers, matrices = _records(self.layers, LAYER), _records(self.matrices, MATRIX)
         seen, heard, row_order, column_order = (np.concatenate(each).astype(np.int64) for each in self.lists.values())
         variables = np.array(self.variables, np.int64)
-        return Tables(layers, matrices, variables, seen, heard, row_order, column_order, self.place.astype(np.int64))
+        steps, result = np.concatenate(self.steps).astype(np.int64), self.place.astype(np.int64)
+        return Tables(layers, matrices, variables, seen, heard, row_order, column_order, steps, result)
+
+
+def _block(dim: int) -> int:
+    """Number of variables in a block of a sequential layer, by measurement."""
+    if dim > 100:
+        return 16
+    return 8 if dim > 12 else 4
 
 
 def _records(entries: Sequence[dict[str, Any]], kind: np.dtype[Any]) -> Array:

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_maf._core.torch_state import is_exported, is_traced
 from pyro_maf.nn import MADE
-from pyro_maf.nn.weights import is_called, is_hooked, own_tensors, walk_by_calls
-from pyro_maf.sweep import compiled, triton_sweep
-from pyro_maf.sweep.pack import pack, pack_of
+from pyro_maf.nn.weights import is_called, own_tensors, walk_by_calls
+from pyro_maf.sweep import triton_sweep
 from pyro_maf.sweep.plan import Direction, Plan, biases_of, lay_back, plan_of, together, weights_of
 from pyro_maf.sweep.reference import TorchSweep, solve_by_passes
 from pyro_maf.sweep.triton_sweep import TritonSweep
@@ -61,11 +60,10 @@ def solve(
     if context is not None:
         v, context = together(v, context)
     rows = v if v.dim() == 2 else v.reshape(-1, made.input_dim)
-    differentiated = _needs_gradient(made, own, v, context)
-    if is_traced() or (differentiated and is_exported()):  # an exported program cannot hold the sweep's adjoint
+    if is_traced() or (
+        torch.is_grad_enabled() and is_exported()
+    ):  # an exported program cannot hold the sweep's adjoint
         w, log_det = solve_by_passes(plan_of(made, context), _direction(univariate, inverse), rows)
-    elif not differentiated and compiled.takes(univariate, v):
-        w, log_det = compiled.evaluate(pack_of(made, own, context), rows, inverse=inverse)
     else:
         w, log_det = _Sweep.apply(made, univariate, inverse, rows, *weights_of(made), *biases_of(made, context))
     return (w, log_det) if rows is v else (w.reshape(v.shape), log_det.reshape(v.shape[:-1]))
@@ -83,27 +81,6 @@ def parallel(
 
 def _direction(univariate: UnivariateMap, inverse: bool) -> Direction:
     return univariate.inverse if inverse else univariate.forward
-
-
-def _needs_gradient(made: MADE, own: Sequence[Tensor] | None, v: Tensor, context: Tensor | None) -> bool:
-    """Return whether the outputs of a network at v and a context may require a gradient.
-
-    Args:
-        made: The network.
-        own: Its `own_tensors`; with None it may depend on other tensors, and the answer is yes.
-        v: The variables.
-        context: The context, or None.
-    """
-    if not torch.is_grad_enabled():
-        return False
-    if own is None or v.requires_grad or any(tensor.requires_grad for tensor in own):
-        return True
-    return context is not None and (context.requires_grad or any(map(_may_need_gradient, made.context_layers)))
-
-
-def _may_need_gradient(layer: nn.Module) -> bool:
-    weight = layer._parameters.get("weight")
-    return type(layer) is not nn.Linear or is_hooked(layer) or weight is None or weight.requires_grad
 
 
 def _by_calls(
@@ -140,7 +117,6 @@ class _Sweep(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         layers = len(tensors) // 2
         network = made, tensors[:layers], tensors[layers:]
-        # Not the cached pack: gradcheck, for one, writes through `.data`, which no version counter records.
         engine = _engine(network, univariate, inverse, v)
         w, log_det, kept = engine.forward(v)
         ctx.made, ctx.direction, ctx.engine = made, _direction(univariate, inverse), engine
@@ -163,9 +139,7 @@ class _Sweep(torch.autograd.Function):
 def _engine(
     network: tuple[MADE, Sequence[Tensor], Sequence[Tensor]], univariate: UnivariateMap, inverse: bool, v: Tensor
 ) -> Engine:
-    """The fastest engine for a network with its weights and biases. The kernels are queried first, which loads them."""
-    if compiled.takes(univariate, v):
-        return compiled.KernelSweep(pack(*network), inverse)
+    """The fastest engine for a network with its weights and biases."""
     plan, direction = Plan.of(*network), _direction(univariate, inverse)
     if triton_sweep.takes(univariate, v):
         return TritonSweep(plan, direction, network[0], inverse)

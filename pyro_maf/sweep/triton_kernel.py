@@ -3,7 +3,7 @@ r"""The two walks of a sweep as Triton kernels: one launch a layer, whatever D.
 A program owns a few points and walks over the variables, so no two programs wait for each other. Each step reads the
 results of the previous one from global memory, where a barrier makes them visible to the whole program.
 
-The tables are those of `pack.Pack`, in int32. `levels[l]` is where the units of level l begin in a tape, (units,
+The tables are in int32. `levels[l]` is where the units of level l begin in a tape, (units,
 points), from the inputs up to the outputs; `starts[l]` is where its weights begin in the flat buffer; `final[l, i + 1]`
 is the number of its units that are final once the first i variables are determined, and `final[l, 0]` is 0.
 

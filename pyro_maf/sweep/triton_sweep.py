@@ -7,11 +7,12 @@ import importlib.util
 import weakref
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_maf.nn import ACTIVATIONS, BULK, MADE
-from pyro_maf.sweep.pack import layout_of
+from pyro_maf.sweep.plan import Array
 from pyro_maf.sweep.reference import Activations, TorchSweep, hidden_widths
 from pyro_maf.univariate import Affine, UnivariateMap
 
@@ -99,7 +100,7 @@ class TritonSweep(TorchSweep):
         """`starts`, `levels` and `final` on the device, copied there once for each layout."""
         entry = _tables.get(self.made)
         if entry is None or entry[0] is not self.made.ready or entry[1] != device:
-            tables = [torch.as_tensor(table.astype("int32"), device=device) for table in layout_of(self.made)]
+            tables = [torch.as_tensor(table.astype("int32"), device=device) for table in _layout(self.made)]
             entry = _tables[self.made] = self.made.ready, device, tables
         return entry[2]
 
@@ -108,3 +109,15 @@ def _tiles(points: int) -> tuple[tuple[int], tuple[int, int, int, int]]:
     """The number of programs, and `tile`, `rows`, `few` and `block` of the kernels."""
     tile, rows, block = next(sizes for most, sizes in TILES if most is None or points <= most)
     return (-(-points // tile),), (tile, rows, FEW, block)
+
+
+def _layout(made: MADE) -> tuple[Array, Array, Array]:
+    """`starts`, `levels` and `final`, as `triton_kernel` describes them."""
+    dim, outputs = made.input_dim, made.outputs_per_input
+    widths = [dim, *made.hidden_dims, dim * outputs]
+    starts = np.cumsum([0, 0, *(below * own for below, own in zip(widths[:-2], widths[1:-1], strict=True))])
+    final = np.zeros((len(widths), dim + 1), np.int64)
+    final[0, 1:] = np.arange(dim)
+    final[1:-1, 1:] = np.reshape(made.ready, (-1, dim))
+    final[-1] = outputs * np.arange(dim + 1)
+    return starts, np.cumsum([0, *widths]), final

@@ -8,7 +8,7 @@ from typing import Unpack
 from torch import Tensor
 
 from pyro_maf.nn import MADE, MADEOptions
-from pyro_maf.sweep import Step, forget, parallel, run, solve
+from pyro_maf.sweep import Step, parallel, run, solve
 from pyro_maf.transforms.base import LayerOptions, UnivariateFlow
 from pyro_maf.transforms.conditional import ConditionalForm
 from pyro_maf.univariate import UnivariateMap
@@ -51,23 +51,26 @@ class _Autoregressive(UnivariateFlow):
         """The dimensions' indices, first to last."""
         return self.made.order
 
-    def step(self, inverse: bool) -> Step | None:
-        """The parallel direction as a compiled program takes it."""
-        return self._step(inverse) if inverse == (self.fast == "inverse") else None
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """y from x, and log |det dy/dx|."""
+        return self._through_map(x, context, False)
 
-    def _step(self, inverse: bool) -> Step:
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x from y, and log |det dy/dx|."""
+        return self._through_map(y, context, True)
+
+    def step(self, inverse: bool) -> Step:
+        """Either direction as a compiled program takes it."""
         made: MADE = self._modules["made"]  # type: ignore[assignment]  # the fastest access, at each call
         order: Tensor = made._buffers["order"]  # type: ignore[assignment]
-        return Step((made,), self.univariate, inverse, order, order)
+        return Step((made,), self.univariate, inverse, order, order, sequential=inverse != (self.fast == "inverse"))
 
-    def _parallel(self, v: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        step = self._step(inverse)
+    def _through_map(self, v: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        step = self.step(inverse)
         compiled = run(self, inverse, [step], v, context)
-        return parallel(self.made, self.univariate, v, context, inverse=inverse) if compiled is None else compiled
-
-    def _forget(self) -> None:
-        super()._forget()
-        forget(self.made)
+        if compiled is not None:
+            return compiled
+        return (solve if step.sequential else parallel)(self.made, self.univariate, v, context, inverse=inverse)
 
 
 class MaskedAutoregressive(_Autoregressive):
@@ -110,14 +113,6 @@ class MaskedAutoregressive(_Autoregressive):
 
     fast = "inverse"
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Solve for y, in the layer's order, and log |det dy/dx|; sequential."""
-        return solve(self.made, self.univariate, x, context)
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x from y, and log |det dy/dx|; parallel."""
-        return self._parallel(y, context, True)
-
 
 class InverseAutoregressive(_Autoregressive):
     r"""An IAF layer: y_i = f(x_i; phi_i(x_<i)), so log |det dy/dx| = sum_i log f'(x_i).
@@ -150,14 +145,6 @@ class InverseAutoregressive(_Autoregressive):
     """
 
     fast = "forward"
-
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y from x, and log |det dy/dx|; parallel."""
-        return self._parallel(x, context, False)
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Solve for x, in the layer's order, and log |det dy/dx|; sequential."""
-        return solve(self.made, self.univariate, y, context, inverse=True)
 
 
 class ConditionalMaskedAutoregressive(ConditionalForm):
