@@ -174,7 +174,7 @@ def test_nothing_in_a_foreign_file_is_run(folder: Path) -> None:
 
 def test_the_sources_of_compiled_code_are_all_known() -> None:
     """Whoever edits one of them runs what it says now."""
-    folder, seen, ahead = Path(compile_cache.__file__).parent, set(), ["parallel_kernel", "sequential_kernel"]
+    folder, seen, ahead = Path(compile_cache.__file__).parent, set(), ["parallel_kernel"]
     while ahead:
         name = ahead.pop()
         seen.add(name)
@@ -191,14 +191,14 @@ def test_a_flow_answers_whatever_became_of_its_kernels(tmp_path: Path) -> None:
 
     loaded = loading.kernels()
     assert loaded is not None
-    kernel = loaded.sequential
+    kernel = loaded.parallel
     program = (
         "import torch, pyro_maf\n"
         "with torch.no_grad(): print(pyro_maf.MAF(2, hidden_dims=[4])(torch.ones(3, 2)).sum().item())"
     )
     place = tmp_path / UserProvidedCacheLocator.get_suitable_cache_subpath(kernel.__file__)
     place.mkdir()
-    (place / Path(kernel.forward_rows._cache._cache_file._index_path).name).write_bytes(b"garbage")
+    (place / Path(kernel.forward._cache._cache_file._index_path).name).write_bytes(b"garbage")
     environment = {**os.environ, "PYRO_MAF_KERNEL": "", "NUMBA_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True

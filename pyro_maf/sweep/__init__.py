@@ -7,8 +7,9 @@ the other.
 """
 
 from pyro_maf.sweep.function import run
+from pyro_maf.sweep.layout import Step
 from pyro_maf.sweep.plan import plan_of
-from pyro_maf.sweep.program import Step, forget
+from pyro_maf.sweep.program import forget
 from pyro_maf.sweep.reference import walk
 from pyro_maf.sweep.solve import parallel, solve
 

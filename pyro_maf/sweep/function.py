@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from pyro_maf._core.torch_state import is_intercepted
 from pyro_maf.nn import ACTIVATIONS, MADE, compress_tails
+from pyro_maf.sweep.layout import Step
 from pyro_maf.sweep.loading import kernels, loaded
 from pyro_maf.sweep.plan import Array, together
-from pyro_maf.sweep.program import Pack, Program, Reading, Step, program_of
+from pyro_maf.sweep.program import Pack, Program, Reading, program_of
 from pyro_maf.sweep.threads import in_parts
 
 __all__ = ["run"]

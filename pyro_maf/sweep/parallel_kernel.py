@@ -1,7 +1,7 @@
 r"""The two walks over a program, compiled by numba for CPUs: forward, and back with the gradients.
 
 A chunk of points passes through all layers before the next, so that its part of the tape stays in the processor's
-cache. See `program` for the tables.
+cache. See `layout` for the tables.
 """
 
 from __future__ import annotations

@@ -1,14 +1,4 @@
-r"""A run of layers, each in its parallel or its sequential direction, as tables of integers that the kernels follow.
-
-A layer is some networks and an elementwise map: the networks see some variables and output the parameters of the map of
-others. Sorted degrees make every mask a staircase: row r of a matrix sees columns 0 .. seen[r] - 1, and column k is
-seen by the rows from heard[k] on. The matrix of a coupling is a staircase of one step, and a context is a matrix
-of its own, whose product is added. So layers of all kinds are rows of the same tables.
-
-The tape has a row for each quantity and a column for each point. The rows of a layer: its D variables, what its
-networks see, and the units of each level; the outputs are overwritten as `elementwise.apply` says. After the last layer
-come D rows for the result, and those of the context.
-"""
+"""A run of layers as a program: the state of its modules, its tables, and its weights as the kernels read them."""
 
 from __future__ import annotations
 
@@ -21,91 +11,21 @@ import numpy as np
 from torch import Tensor, nn
 
 from pyro_maf._core.torch_state import Snapshot
-from pyro_maf.nn import ACTIVATIONS, MADE, MLP
-from pyro_maf.nn.layers import Linear
+from pyro_maf.nn import MADE, MLP
 from pyro_maf.nn.weights import current, is_hooked, is_read
+from pyro_maf.sweep.layout import MAPS, Layout, Step, UnfitError, gain_of, map_of
 from pyro_maf.sweep.loading import loaded
-from pyro_maf.sweep.plan import CONTEXT, INPUTS, LANES, UNITS, Array
-from pyro_maf.univariate import Affine, UnivariateMap
+from pyro_maf.sweep.plan import LANES, Array
 
-__all__ = ["Program", "Reading", "Step", "forget", "program_of"]
+__all__ = ["Program", "Reading", "forget", "program_of"]
 
-NOT_BY_VALUE = ("silu", "gelu")
-"""Activations whose derivative has rows of its own, since the value does not determine it."""
 ORDINARY = (nn.Parameter, Tensor)
 """Tensors whose entries lie in memory, as not those of every subclass do."""
-MAPS = (Affine,)
-"""Univariate maps that the kernels have."""
 CHUNK, SWEPT_CHUNK = 112, 240
 """Maximum number of points that pass through the layers together, and through those of which some are sequential: an
 odd number of cache lines, since rows a power of two apart compete for the same lines."""
 FEW, SWEPT_FEW = 2, 7
 """Greatest number of points for which products of one row with one column are faster than tiles of many."""
-LAYER_FIELDS = ["rows", "first", "end", "inputs", "seen_from", "seen", "moved_from", "moved", "rest_from", "rest"] + [
-    "phi_from",
-    "sign",
-    "log_sign",
-    "levels",
-    "steps_from",
-    "block",
-]
-MAP_FIELDS = ["univariate", "outputs", "bins", "bound"]
-LAYER = np.dtype([*((name, np.int64) for name in LAYER_FIELDS + MAP_FIELDS[:-1]), ("bound", np.float64)])
-"""A layer.
-
-Fields: `rows` of the tape; matrices `first` .. `end` - 1; row of its `inputs`; where its lists of variables begin in
-`variables`, and their lengths: those that the networks see, those that are mapped, the rest; where the rows of the
-map's parameters begin there, those of one variable after those of another; the direction, 1 for y from x and
--1 for x from y; the sign of the log-derivatives in the log-determinant; in the sequential direction, the number of
-`levels` above the inputs, or else 0; where the numbers of final units begin in `steps`, and the number of variables in
-a `block`; the number of the `univariate` map in `MAPS`; that of its `outputs` for a variable, P; and its settings,
-those of a spline.
-"""
-MATRIX_FIELDS = [
-    "start",
-    "rows",
-    "columns",
-    "bias",
-    "source",
-    "below",
-    "own",
-    "rows_from",
-    "columns_from",
-    "grad",
-    "stride",
-] + ["kind", "slopes", "below_kind", "below_slopes", "first", "fresh", "natural", "weight", "addend"]
-MATRIX = np.dtype([*((name, np.int64) for name in MATRIX_FIELDS), ("gain", np.float64)])
-"""A matrix.
-
-Fields: its place in the flat weights, and size; the place of its level's biases; the `source` of its inputs, and their
-row and that of its outputs, from the layer's first; where its rows and columns begin in the lists of `Tables`; its
-place in the flat gradient, and the length of a row there; the activation after it, or -1, and the row of its
-derivatives; the same of its inputs; whether it is the first to be added to its level, the first to add to the gradient
-of its inputs, and has its columns in their own order; the numbers of its weight and bias among the tensors; and what
-the weight is multiplied by.
-"""
-
-
-class Step(NamedTuple):
-    """A layer in one direction, as a program takes it.
-
-    Attributes:
-        networks: Networks that output the map's parameters; none for a permutation.
-        univariate: The map of each variable; None for a permutation.
-        inverse: Whether its `inverse` is applied.
-        seen, moved: The variables that the networks see, and those that are mapped, one for each row of outputs; or
-            the permutation in `moved`.
-        log_sign: Sign of the layer's log-determinant: -1 where the layer stands for its inverse.
-        sequential: Whether the networks see the result, not the input: one variable after another is determined.
-    """
-
-    networks: Sequence[nn.Module]
-    univariate: UnivariateMap | None
-    inverse: bool
-    seen: Tensor
-    moved: Tensor
-    log_sign: int = 1
-    sequential: bool = False
 
 
 class Reading(NamedTuple):
@@ -139,7 +59,7 @@ class Reading(NamedTuple):
         if step.networks:
             if type(step.univariate) not in MAPS:
                 return False
-            marks.append(_map_of(step.univariate))
+            marks.append(map_of(step.univariate))
         for network in step.networks:
             if type(network) not in (MADE, MLP) or is_hooked(network):
                 return False
@@ -166,7 +86,7 @@ class Reading(NamedTuple):
         self.marks.append(weight.shape)
         self.marks.append(bias.shape)
         if mask is None:
-            self.marks.append(_gain(layer))
+            self.marks.append(gain_of(layer))
         else:
             self.fixed.append(mask)
             self.marks.append(mask._version)
@@ -190,30 +110,6 @@ class Reading(NamedTuple):
         )
 
 
-class Tables(NamedTuple):
-    """The arrays that the kernels follow.
-
-    Attributes:
-        layers, matrices: Records of `LAYER` and `MATRIX`.
-        variables: Lists of variables and of rows, to which the layers refer.
-        seen: For each row of each matrix, the number of columns that it sees, ascending.
-        heard: For each column, the first row that sees it.
-        row_order, column_order: The row and the column of the weight that stand there.
-        steps: For each sequential layer, the numbers of units that are final, (levels + 1, D + 1).
-        result: The row of each variable after the last layer.
-    """
-
-    layers: Array
-    matrices: Array
-    variables: Array
-    seen: Array
-    heard: Array
-    row_order: Array
-    column_order: Array
-    steps: Array
-    result: Array
-
-
 class Pack(NamedTuple):
     """The weights of a run, masked and in the order of its tables, and the biases."""
 
@@ -235,7 +131,7 @@ class Program:
     """
 
     def __init__(self, reading: Reading, steps: Sequence[Step], dim: int, context_dim: int) -> None:
-        layout = _Layout(dim, context_dim, reading.tensors)
+        layout = Layout(dim, context_dim, reading.tensors)
         for step in steps:
             layout.add(step)
         self.fixed, self.marks = reading.fixed, reading.marks
@@ -301,175 +197,6 @@ class Program:
         pack = self.pack([tensor.detach() for tensor in tensors])
         self._packed = None if state is None else (state, pack)
         return pack
-
-
-class UnfitError(Exception):
-    """A mask of which some row sees a column but not all before it, or less than the row above; or wrong sizes."""
-
-
-class _Layout:
-    """The tables of a run under construction."""
-
-    def __init__(self, dim: int, context_dim: int, tensors: Sequence[Tensor]) -> None:
-        self.place = np.arange(dim)
-        """The row of each variable among the D of a layer; permutations change nothing else."""
-        self.context_dim, self.tensors, self.number = context_dim, tensors, 0
-        self.weights = self.biases = self.gradients = 0
-        self.layers: list[dict[str, float]] = []
-        self.matrices: list[dict[str, float]] = []
-        self.variables: list[int] = []
-        self.steps = [np.zeros(0, np.int64)]
-        self.lists: dict[str, list[Array]] = {"seen": [], "heard": [], "row_order": [], "column_order": []}
-
-    def add(self, step: Step) -> None:
-        """Append a layer."""
-        if not step.networks:
-            self.place = self.place[step.moved.numpy()]
-            return
-        dim, first = len(self.place), len(self.matrices)
-        seen, moved = self.place[step.seen.numpy()], self.place[step.moved.numpy()]
-        rest = np.setdiff1d(np.arange(dim), moved)
-        own, phi = dim + len(seen), []
-        for network in step.networks:
-            is_made = isinstance(network, MADE)
-            order = step.seen.numpy() if is_made else np.arange(len(seen))
-            own, outputs = self._add_network(network, order, dim, own, fresh=network is step.networks[-1])
-            phi.append(outputs)
-        rows = np.concatenate(phi)
-        univariate = dict(zip(MAP_FIELDS, _map_of(step.univariate), strict=True))
-        if len(rows) != univariate["outputs"] * len(moved):
-            raise UnfitError
-        rows = rows.reshape(len(moved), -1) if is_made else rows.reshape(-1, len(moved)).T
-        lists = {"seen_from": seen, "moved_from": moved, "rest_from": rest, "phi_from": rows.ravel()}
-        layer = {**univariate, "rows": own, "first": first, "end": len(self.matrices), "inputs": dim}
-        layer |= {"seen": len(seen), "moved": len(moved), "rest": len(rest)}
-        layer |= {"sign": -1 if step.inverse else 1, "log_sign": step.log_sign}
-        layer |= {"levels": 0, "steps_from": sum(map(len, self.steps)), "block": _block(dim)}
-        for name, entries in lists.items():
-            layer[name] = len(self.variables)
-            self.variables += entries.tolist()
-        if step.sequential:
-            layer["levels"] = len(network.layers)  # type: ignore[arg-type]
-            self._add_steps(network, range(first, layer["end"]))
-        self.layers.append(layer)
-
-    def _add_steps(self, made: Any, matrices: range) -> None:
-        """Append the numbers of final units of a layer with these matrices."""
-        dim, levels = made.input_dim, len(made.layers)
-        if len(made.ready) != levels - 1:
-            raise UnfitError
-        final = np.array(
-            [
-                range(-1, dim),
-                *([0, *ready] for ready in made.ready),
-                range(0, (dim + 1) * made.outputs_per_input, made.outputs_per_input),
-            ]
-        )
-        final[0, 0] = 0
-        matrices = matrices[len(matrices) // levels - 1 :: len(matrices) // levels]
-        for number, below, own in zip(matrices, final, final[1:], strict=False):
-            seen = self.lists["seen"][number][: own[-1]]
-            if not np.array_equal(seen, np.repeat(below[1:], np.diff(own))):
-                raise UnfitError
-        self.steps.append(final.ravel())
-
-    def _add_network(self, network: Any, order: Array, below: int, own: int, *, fresh: bool) -> tuple[int, Array]:
-        """Append a network whose inputs have rows from `below` on, and units from `own` on.
-
-        Returns the row after its last, and the rows of its outputs.
-        """
-        contexts = iter(network.context_layers)
-        kind, slopes, top, width = -1, 0, len(network.layers) - 1, len(order)
-        for index, layer in enumerate(network.layers):
-            rows, columns = layer.out_features, layer.in_features
-            self._check(self.number, (rows, width), (rows,))
-            row_order, column_order = np.arange(rows), np.arange(columns)
-            if index == 0:
-                column_order = order
-            if index == top and isinstance(network, MADE):
-                row_order = row_order.reshape(len(order), -1)[order].ravel()
-            above = -1 if index == top else list(ACTIVATIONS).index(network.activation)
-            own_slopes = own + rows if index < top and network.activation in NOT_BY_VALUE else own
-            entry = {"rows": rows, "bias": self.biases, "own": own, "slopes": own_slopes, "addend": self.number + 1}
-            if (context := next(contexts, None)) is not None:
-                features = np.arange(self.context_dim)
-                self._check(self.number + 2, (rows, self.context_dim))
-                self._add_matrix(
-                    {**entry, "source": CONTEXT, "kind": -1, "below_kind": -1, "first": 1, "weight": self.number + 2},
-                    np.full(rows, len(features)), row_order, features,
-                )  # fmt: skip
-            source = {"source": UNITS if index else INPUTS, "below": below, "below_kind": kind, "below_slopes": slopes}
-            seen, gain = _staircase(layer, row_order, column_order)
-            state = {"kind": above, "first": context is None, "fresh": bool(index) or fresh, "gain": gain}
-            self._add_matrix({**entry, **source, **state, "weight": self.number}, seen, row_order, column_order)
-            self.biases += rows
-            self.number += 2 + (context is not None)
-            below, own, kind, slopes, width = own, own_slopes + rows, above, own_slopes, rows
-        return own, np.arange(below, below + rows)
-
-    def _check(self, number: int, *shapes: tuple[int, ...]) -> None:
-        """Raise unless the tensors from this number on have these shapes: the kernels read so much of them."""
-        if any(self.tensors[number + index].shape != shape for index, shape in enumerate(shapes)):
-            raise UnfitError
-
-    def _add_matrix(self, entry: dict[str, Any], seen: Array, row_order: Array, column_order: Array) -> None:
-        rows, columns = len(row_order), len(column_order)
-        stride = -(-columns // LANES) * LANES
-        stride += LANES * (
-            stride > 128 and stride // LANES % 2 == 0
-        )  # else rows compete for the same lines of the cache
-        heard = np.searchsorted(seen, np.arange(columns), side="right")
-        place = {"start": self.weights, "columns": columns, "grad": self.gradients, "stride": stride}
-        place |= {"rows_from": sum(map(len, self.lists["seen"])), "columns_from": sum(map(len, self.lists["heard"]))}
-        natural = bool((column_order == np.arange(columns)).all())
-        self.matrices.append(
-            {"below": 0, "below_slopes": 0, "fresh": 0, "gain": 1.0, **entry, **place, "natural": natural}
-        )
-        for name, entries in zip(self.lists, (seen, heard, row_order, column_order), strict=True):
-            self.lists[name].append(entries)
-        self.weights += rows * columns
-        self.gradients += rows * stride
-
-    def tables(self) -> Tables:
-        """The tables."""
-        layers, matrices = _records(self.layers, LAYER), _records(self.matrices, MATRIX)
-        seen, heard, row_order, column_order = (np.concatenate(each).astype(np.int64) for each in self.lists.values())
-        variables = np.array(self.variables, np.int64)
-        steps, result = np.concatenate(self.steps).astype(np.int64), self.place.astype(np.int64)
-        return Tables(layers, matrices, variables, seen, heard, row_order, column_order, steps, result)
-
-
-def _block(dim: int) -> int:
-    """Number of variables in a block of a sequential layer, by measurement."""
-    if dim > 100:
-        return 16
-    return 8 if dim > 12 else 4
-
-
-def _records(entries: Sequence[dict[str, Any]], kind: np.dtype[Any]) -> Array:
-    return np.array([tuple(entry[name] for name in kind.names or ()) for entry in entries], kind)
-
-
-def _map_of(univariate: Any) -> tuple[int, int, int, float]:
-    """`MAP_FIELDS` of a univariate map."""
-    return MAPS.index(type(univariate)), univariate.num_parameters, 0, 0.0
-
-
-def _gain(layer: Any) -> float:
-    return layer.gain if isinstance(layer, Linear) else 1.0
-
-
-def _staircase(layer: Any, row_order: Array, column_order: Array) -> tuple[Array, float]:
-    """The number of columns that each row of a layer's weight sees, and what the weight is multiplied by."""
-    shape = len(row_order), len(column_order)
-    if (mask := layer._buffers.get("mask")) is None:
-        return np.full(shape[0], shape[1]), _gain(layer)
-    entries = mask.numpy()[row_order][:, column_order]
-    gain = float(entries.max(initial=0.0)) or 1.0
-    seen = (entries != 0).sum(1)
-    if not np.array_equal(entries, gain * (np.arange(shape[1]) < seen[:, None])) or (np.diff(seen) < 0).any():
-        raise UnfitError
-    return seen, gain
 
 
 # Outside the modules, so that copies and pickles leave the programs behind. A program holds none of the modules.

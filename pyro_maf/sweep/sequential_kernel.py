@@ -84,7 +84,7 @@ def _add(
     width: int,
     completes: bool,
 ) -> None:
-    """Add to the units of steps own[0] .. own[1] - 1 the products with those below of steps below[0] .. below[1] - 1."""
+    """Add the products of the units below of some steps, `below`, to the units of others, `own`."""
     for level in range(1, layer.levels + 1):
         matrix = matrices[_index(layer, level)]
         row, low, high = here + matrix.own, final[level, own[0]], final[level, own[1]]

@@ -1,6 +1,6 @@
 """The univariate maps of the kernels, and their adjoints: nothing else there depends on the map or its parameters.
 
-The parameters of one variable are rows of a tape, and the points its columns. `layer` is a record of `program.LAYER`,
+The parameters of one variable are rows of a tape, and the points its columns. `layer` is a record of `layout.LAYER`,
 which says where the lists of these rows begin and which map it is, in which direction.
 """
 
