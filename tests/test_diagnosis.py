@@ -66,13 +66,16 @@ def test_a_guide_that_is_far_too_narrow_is_worthless() -> None:
 @pytest.mark.parametrize(
     ("k_hat", "ess", "unscored", "words"),
     [
-        (-math.inf, 900.0, 0, "is good"),
-        (0.49, 100.0, 0, "is good"),
-        (0.5, 900.0, 0, "is usable"),
+        (-math.inf, 1000.0, 0, "is good"),
+        (0.49, 980.0, 0, "is good"),
+        (0.49, 100.0, 0, "is usable: 100 % of the probability is misplaced"),
+        (0.5, 900.0, 0, "is usable: 17 % of the probability is misplaced"),
         (0.49, 99.0, 0, "only 99 of 1000 draws count"),
         (0.65, 10.0, 0, "only 10 of 1000 draws count"),
-        (0.65, 995.0, 0, "weights hardly differ"),
+        (0.65, 995.0, 0, "weights hardly differ, so the guide is good"),
+        (1.97, 980.0, 0, "weights hardly differ, so the guide is good"),
         (0.7, 10.0, 0, "is poor"),
+        (1.1, 800.0, 0, "is poor"),
         (1.0, 10.0, 0, "is worthless"),
         (math.inf, 10.0, 0, "is worthless"),
         (0.1, 10.0, 501, "could not score most draws"),
@@ -87,11 +90,55 @@ def test_verdicts_are_sentences(k_hat: float, ess: float, unscored: int, words: 
 
 
 @pytest.mark.parametrize(
-    ("k_hat", "ess", "expected"), [(0.69, 10.0, True), (0.7, 990.0, False), (0.9, 995.0, True), (math.inf, 1.0, False)]
+    ("k_hat", "ess", "expected"), [(0.69, 10.0, True), (0.7, 940.0, False), (0.9, 975.0, True), (math.inf, 1.0, False)]
 )
 def test_weights_that_hardly_differ_need_no_light_tail_to_reweight_by(k_hat: float, ess: float, expected: bool) -> None:
     found = Diagnosis(k_hat=k_hat, ess=ess, elbo=-1.0, elbo_se=0.1, num_samples=1000, unscored=0)
     assert found.can_be_reweighted is expected
+
+
+def test_log_evidence_and_misplaced_probability_are_those_of_the_model() -> None:
+    """Normals half a deviation apart: their total variation distance is 2 Phi(0.25) - 1."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(1.5))
+
+    pyro.set_rng_seed(0)
+    found = diagnose(model, lambda: pyro.sample("z", dist.Normal(0.75 + 0.5 * 0.5**0.5, 0.5**0.5)))
+    evidence = float(dist.Normal(0.0, 2**0.5).log_prob(torch.tensor(1.5)))
+    assert abs(found.log_evidence - evidence) < 4 * found.log_evidence_se < 0.03
+    assert found.elbo < found.log_evidence
+    assert found.misplaced == pytest.approx(2 * float(dist.Normal(0.0, 1.0).cdf(torch.tensor(0.25))) - 1, abs=0.02)
+    assert found.grade == "usable"
+    assert f"log evidence {found.log_evidence:.3f}" in repr(found)
+
+
+def test_the_evidence_counts_draws_that_cannot_be_scored_as_outside_of_the_support() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("half", torch.where(z > 0, 0.0, -torch.inf))
+
+    pyro.set_rng_seed(0)
+    found = diagnose(model, lambda: pyro.sample("z", dist.Normal(0.0, 1.0)))
+    assert found.log_evidence == pytest.approx(math.log(0.5), abs=0.05)
+    assert found.misplaced == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_error_of_k_hat_is_its_spread_between_sets_of_draws() -> None:
+    """Ten thousand weights u^-0.4 of uniform u have a tail of shape 0.4."""
+    pyro.set_rng_seed(0)
+    shapes = torch.tensor([smoothed(-0.4 * torch.rand(10_000).log())[1] for _ in range(30)])
+    error = Diagnosis(k_hat=0.4, num_samples=10_000).k_hat_se
+    assert float(shapes.mean()) == pytest.approx(0.4, abs=0.05)
+    assert error == pytest.approx(float(shapes.std()), rel=0.4)
+
+
+def test_a_guide_that_is_off_is_not_called_good_for_its_light_tail() -> None:
+    """A normal that is too wide has bounded weights, and draws that are told from the posterior's in three of five."""
+    found = diagnose(standard, normal(scale=1.5))
+    assert found.k_hat < 0.5
+    assert found.grade == "usable"
 
 
 def positive(raises: bool) -> Any:

@@ -30,6 +30,9 @@ def measure(posterior: Posterior, guide: Any, diagnosis: Diagnosis, draws: np.nd
         "ess": diagnosis.ess,
         "elbo": diagnosis.elbo,
         "elbo_se": diagnosis.elbo_se,
+        "log_evidence": diagnosis.log_evidence,
+        "misplaced": diagnosis.misplaced,
+        "grade": diagnosis.grade,
         "verdict": diagnosis.verdict,
         "quantile_error": quantile_error(posterior, guide, draws),
     }

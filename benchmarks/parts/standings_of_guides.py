@@ -33,7 +33,7 @@ def table(name: str, found: dict[str, Any]) -> str:
 
 def cells(fits: list[dict[str, Any]]) -> list[str]:
     """A guide's figures."""
-    middle = {key: median(each[key] for each in fits) for key in fits[0] if key != "verdict"}
+    middle = {key: median(each[key] for each in fits) for key in fits[0] if key not in ("verdict", "grade")}
     worst = max(each["c2st"] for each in fits)
     has_bound = middle["elbo"] == middle["elbo"]
     return [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,16 @@ from pyro_maf.infer.model import Call, Guide, Model, check_call, check_pair, wit
 
 __all__ = ["Diagnosis", "diagnose", "reweight", "to_arviz"]
 
+Grade = Literal["good", "usable", "poor", "worthless", "none"]
+
 GOOD, USABLE = 0.5, 0.7
-EVEN = 0.99
-"""Above this fraction of effective draws, the weights are about equal."""
+"""Values of k-hat under which an estimate by the weights converges fast, and at all."""
+MISPLACED = 0.08
+"""Maximum share of misplaced probability of a good guide: no classifier is right about more than 54 draws in 100."""
+HALF = 0.5
+"""Share of misplaced probability from which on a guide is far from the posterior."""
+EVEN = 0.95
+"""Fraction of effective draws above which the tail of the weights weighs nothing, whatever its shape."""
 FEW = 0.1
 """Below this fraction of effective draws, a light tail only means that hardly any of it was sampled."""
 CANDIDATES = 4
@@ -38,6 +45,13 @@ class Diagnosis:
         num_samples: Number of weighted draws.
         unscored: Number of those that the model could not score; they are left out.
         reason: Why there is no verdict, as a clause; "" if there is one. Without a verdict the figures are NaN.
+        log_evidence: Logarithm of the mean of the smoothed weights in nats, log p(x); to be relied on as `reweight` is.
+        log_evidence_se: Standard error of `log_evidence` in nats.
+        misplaced: Total variation distance from the posterior, as far as draws of the guide reach: the share of
+            probability that is in the wrong place. No classifier tells the guide's draws from the posterior's with
+            an accuracy above (1 + misplaced) / 2.
+        k_hat_se: Standard error of `k_hat`.
+        grade: The conclusion, in one word: "good", "usable", "poor", "worthless", or "none" without a verdict.
         verdict: The conclusion, in one sentence.
     """
 
@@ -48,6 +62,32 @@ class Diagnosis:
     num_samples: int = 0
     unscored: int = 0
     reason: str = ""
+    log_evidence: float = math.nan
+    log_evidence_se: float = math.nan
+    misplaced: float = math.nan
+
+    @property
+    def k_hat_se(self) -> float:
+        """Standard error of k-hat, that of the shape of a generalised Pareto distribution by maximum likelihood."""
+        if not math.isfinite(self.k_hat):
+            return 0.0 if self.k_hat == -math.inf else self.k_hat
+        scored = max(1, self.num_samples - self.unscored)
+        return (1 + max(0.0, self.k_hat)) / min(scored / 5, 3 * scored**0.5) ** 0.5
+
+    @property
+    def grade(self) -> Grade:
+        """The conclusion from the figures, in one word."""
+        if self.reason:
+            return "none"
+        if self.unscored > self.num_samples // 2:
+            return "worthless"
+        if self.k_hat < USABLE and self._covers_little:
+            return "poor"
+        if self._is_close and (self.k_hat < USABLE or self.ess > EVEN * self.num_samples):
+            return "good"
+        if self._is_close or self.can_be_reweighted:
+            return "usable"
+        return "worthless" if self.k_hat >= 1 and self._most_misplaced > HALF else "poor"
 
     @property
     def verdict(self) -> str:
@@ -56,48 +96,79 @@ class Diagnosis:
             return f"No verdict: {self.reason}."
         if self.unscored > self.num_samples // 2:
             return "The model could not score most draws of this guide: it is not near the posterior."
-        if self.k_hat < USABLE and self.ess < FEW * self.num_samples:
+        if self.k_hat < USABLE and self._covers_little:
             return (
                 f"k-hat {self.k_hat:.2f} would do, but only {self.ess:.0f} of {self.num_samples} draws count: the "
                 "guide covers little of the posterior, and may have missed a part of it without a trace; give it more "
                 "layers or steps."
             )
-        if self.k_hat < GOOD:
-            return f"k-hat {self.k_hat:.2f} is good: draws of this guide may be used as they are, or reweighted."
-        if self._has_even_weights:
-            return (
-                f"The weights hardly differ, so draws may be used as they are; but k-hat {self.k_hat:.2f} says that "
-                "the far tails do: do not rely on extreme quantiles."
-            )
-        if self.k_hat < USABLE:
-            return f"k-hat {self.k_hat:.2f} is usable: means may be off a little, which `reweight` corrects."
-        if self.k_hat < 1:
-            return (
-                f"k-hat {self.k_hat:.2f} is poor: the guide misses part of the posterior, and reweighting cannot be "
-                "relied on; give it more layers or steps, reparameterise the model, or run NUTS on `neutra`."
-            )
+        return self._sentence()
+
+    def _sentence(self) -> str:
+        k_hat, share = f"k-hat {self.k_hat:.2f}", f"{_percent(self._most_misplaced)} of the probability is misplaced"
+        match self.grade:
+            case "good" if self.k_hat == -math.inf:
+                return "The weights are equal, so the guide is good: it is the posterior, as far as its draws reach."
+            case "good" if self.k_hat < GOOD:
+                return f"{k_hat} is good, and {share}: draws of this guide may be used as they are, or reweighted."
+            case "good":
+                return (
+                    f"The weights hardly differ, so the guide is good: {share}, and its draws may be used as they are; "
+                    f"but {k_hat} says that the far tails do: do not rely on extreme quantiles."
+                )
+            case "usable" if self.can_be_reweighted:
+                return f"{k_hat} is usable: {share}, which `reweight` corrects."
+            case "usable":
+                return (
+                    f"The guide is usable: {share}, so means and intervals will do; but {k_hat} says that its tails "
+                    "are too light to be corrected by `reweight`."
+                )
+            case "poor":
+                return (
+                    f"{k_hat} is poor: the guide misses part of the posterior, and reweighting cannot be relied on; "
+                    "give it more layers or steps, reparameterise the model, or run NUTS on `neutra`."
+                )
         return (
-            f"k-hat {self.k_hat:.2f} is worthless: the guide is far from the posterior; reparameterise the model or "
-            "sample it with NUTS."
+            f"{k_hat} is worthless: the guide is far from the posterior; reparameterise the model or sample it with "
+            "NUTS."
         )
 
     @property
-    def _has_even_weights(self) -> bool:
-        return self.ess > EVEN * self.num_samples
+    def _most_misplaced(self) -> float:
+        """The share of misplaced probability; if that is not there, its upper bound by the effective sample size."""
+        if not math.isnan(self.misplaced):
+            return self.misplaced
+        return min(1.0, 0.5 * math.sqrt(max(0.0, self.num_samples / self.ess - 1))) if self.ess else 1.0
+
+    @property
+    def _is_close(self) -> bool:
+        return self._most_misplaced <= MISPLACED
+
+    @property
+    def _covers_little(self) -> bool:
+        return self.ess < FEW * self.num_samples
 
     @property
     def can_be_reweighted(self) -> bool:
         """True if `reweight` is reliable: k-hat is below 0.7, or the weights are about equal."""
-        return self.k_hat < USABLE or self._has_even_weights
+        return self.k_hat < USABLE or self.ess > EVEN * self.num_samples
 
     def __repr__(self) -> str:
         if self.reason:
             return f"Diagnosis({self.verdict})"
         unscored = f"; {self.unscored} draws could not be scored" if self.unscored else ""
+        evidence = ""
+        if self.can_be_reweighted and math.isfinite(self.log_evidence):
+            evidence = f", log evidence {self.log_evidence:.3f} +- {self.log_evidence_se:.3f}"
+        k_hat = f", k-hat {self.k_hat:.2f} +- {self.k_hat_se:.2f}" if math.isfinite(self.k_hat) else ""
         return (
-            f"Diagnosis(ELBO {self.elbo:.3f} +- {self.elbo_se:.3f} nats, effective sample size {self.ess:.0f} of "
-            f"{self.num_samples}{unscored}. {self.verdict})"
+            f"Diagnosis(ELBO {self.elbo:.3f} +- {self.elbo_se:.3f} nats{evidence}, effective sample size "
+            f"{self.ess:.0f} of {self.num_samples}{unscored}{k_hat}. {self.verdict})"
         )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"
 
 
 def diagnose(model: Model, guide: Guide, *args: object, num_samples: int = 10_000, **kwargs: object) -> Diagnosis:
@@ -129,8 +200,8 @@ def diagnose(model: Model, guide: Guide, *args: object, num_samples: int = 10_00
         >>> def model():
         ...     pyro.sample("z", dist.Normal(0.0, 1.0))
         >>> diagnosis = diagnose(model, AutoNormal(model, init_scale=0.9))
-        >>> diagnosis.k_hat < 0.5, diagnosis.ess > 5_000
-        (True, True)
+        >>> diagnosis.grade, abs(diagnosis.log_evidence) < 0.02
+        ('good', True)
 
     Reference:
         Yao et al., *Yes, but did it work? Evaluating variational inference*, 2018; Vehtari et al., *Pareto smoothed
@@ -158,7 +229,7 @@ def reweight(
     Cost: as `diagnose` with four times `num_samples`.
 
     Warns:
-        UserWarning: If k-hat is 0.7 or more and the weights differ: they cannot be relied on.
+        UserWarning: If k-hat is 0.7 or more and under 95 % of the draws are effective: weights cannot be relied on.
 
     Raises:
         TypeError: If the two are swapped, or the model does not take the arguments.
@@ -216,7 +287,12 @@ def to_arviz(model: Model, guide: Guide, *args: object, num_samples: int = 4_000
     return arviz().from_dict(
         posterior={name: value[None].cpu().numpy() for name, value in draws.values.items()},
         sample_stats={"log_weight": draws.log_weights[None].cpu().numpy()},
-        posterior_attrs={"k_hat": diagnosis.k_hat, "elbo": diagnosis.elbo, "verdict": diagnosis.verdict},
+        posterior_attrs={
+            "k_hat": diagnosis.k_hat,
+            "elbo": diagnosis.elbo,
+            "log_evidence": diagnosis.log_evidence,
+            "verdict": diagnosis.verdict,
+        },
     )
 
 
@@ -237,17 +313,27 @@ def _diagnosed_draws(who: str, call: Call, guide: Guide, num_samples: int) -> _D
             guide.setup(*call.args, **call.kwargs)  # not in a trace, which would lengthen its error messages
         weighted = Pair(who, call, guide).weigh(num_samples)
     log_weights, k_hat = smoothed(weighted.log_weights, weighted.rounding)
-    scored = weighted.log_weights[weighted.log_weights.isfinite()].double()
-    squares = float((2 * log_weights).exp().sum())
-    diagnosis = Diagnosis(
+    return _DiagnosedDraws(weighted.values, log_weights, _diagnosis(weighted.log_weights.double(), log_weights, k_hat))
+
+
+def _diagnosis(raw: Tensor, smooth: Tensor, k_hat: float) -> Diagnosis:
+    """Summarise log weights, with the normalised smoothed ones and the shape of their tail."""
+    count, scored = len(raw), raw[raw.isfinite()]
+    squares = float((2 * smooth).exp().sum())
+    ess = 1 / squares if squares else 0.0
+    # The smallest weight is no part of the tail: smoothing has changed it by the normalisation alone.
+    lowest = int(torch.where(smooth.isfinite(), raw, torch.inf).argmin())
+    return Diagnosis(
         k_hat=k_hat,
-        ess=1 / squares if squares else 0.0,
+        ess=ess,
         elbo=float(scored.mean()) if len(scored) else -math.inf,
         elbo_se=float(scored.std() / len(scored) ** 0.5) if len(scored) > 1 else math.inf,
-        num_samples=len(log_weights),
-        unscored=len(log_weights) - len(scored),
+        num_samples=count,
+        unscored=count - len(scored),
+        log_evidence=float(raw[lowest] - smooth[lowest]) - math.log(count) if ess else -math.inf,
+        log_evidence_se=max(0.0, 1 / ess - 1 / count) ** 0.5 if ess else math.inf,
+        misplaced=0.5 * float((smooth.double().exp() - 1 / count).abs().sum()) if ess else 1.0,
     )
-    return _DiagnosedDraws(weighted.values, log_weights, diagnosis)
 
 
 def _systematic(weights: Tensor, count: int) -> Tensor:
