@@ -15,7 +15,9 @@ import json
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -51,7 +53,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    path = options.out / "simulators.json"
+    path = options.out.absolute() / "simulators.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     for task in TASKS:
         if task.name in options.tasks:
@@ -78,9 +80,9 @@ def _measured(
 ) -> tuple[dict[str, Any], Tensor]:
     torch.manual_seed(0)
     started = time.process_time()
-    inference = NPE(task.prior, density_estimator=estimator, show_progress_bars=False)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), TemporaryDirectory() as folder, chdir(folder):  # sbi writes a log
         warnings.simplefilter("ignore")
+        inference = NPE(task.prior, density_estimator=estimator, show_progress_bars=False)
         density = inference.append_simulations(*training).train(max_num_epochs=epochs)
     trained = time.process_time() - started
     theta, x = held_out

@@ -59,7 +59,7 @@ def test_posteriors_of_simulators_are_estimated_and_compared(tmp_path):
     options = ["--simulations", "200", "--epochs", "2", "--tasks", "two moons", "--out", tmp_path]
     command = [sys.executable, BENCHMARKS / "simulators.py", *options, "--estimators", "pyro-maf maf", "sbi nsf"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
     figures = json.loads((tmp_path / "simulators.json").read_text())["two moons"]
     assert figures.keys() == {"pyro-maf maf", "sbi nsf"}
     assert figures["sbi nsf"]["gain"] == 0

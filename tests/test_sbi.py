@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,7 +131,8 @@ def test_bad_arguments_are_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Maximum number of epochs")
-def test_posterior_by_sbi_is_the_exact_one() -> None:
+def test_posterior_by_sbi_is_the_exact_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # sbi writes a log
     # theta ~ N(0, I), x ~ N(theta, 0.5^2 I): the posterior is N(0.8 x, 0.2 I).
     from sbi.inference import NPE
 
