@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_maf.infer.guide_set_up import GuideSetUp
 from pyro_maf.infer.guide_state import bare_latents, bare_trace, check_is_set_up
 from pyro_maf.infer.latents import Part
-from pyro_maf.infer.model import Site
+from pyro_maf.infer.model import Call, Site
 from pyro_maf.infer.path_gradient import zero_bad_gradients
 from pyro_maf.saving import drop_weak_references
 from pyro_maf.transforms import Flow
@@ -48,6 +48,16 @@ class AutoFlow(GuideSetUp):
         transform = self.get_transform(*args, **kwargs)
         return dist.TransformedDistribution(self.get_base_dist(), [transform], validate_args=False)
 
+    @property
+    def is_amortised(self) -> bool:
+        """True if it is a function of the model's arguments, by an encoder."""
+        return self._encoder is not None
+
+    def draw(self, count: int, call: Call) -> tuple[Tensor, TorchDistribution]:
+        """Draw vectors, (count, D), with gradient; also return the distribution that they are from."""
+        posterior = self._posterior(*call.args, **call.kwargs)
+        return _without_bad_gradients(posterior.rsample(torch.Size((count,)))), posterior
+
     def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Draw every latent site; return the values by name."""
         self._set_up_once(*args, **kwargs)
@@ -72,10 +82,7 @@ class AutoFlow(GuideSetUp):
         first = next(iter(self.latents.parts.values()))
         with self._in_plates(first) if self.latents.rows else nullcontext():
             latent = pyro.sample(f"_{self.name}_latent", posterior, infer={"is_auxiliary": True})
-        if latent.grad_fn is not None:
-            # On the operation: a hook on the tensor would bypass the cache, and the density would be computed again.
-            latent.grad_fn.register_prehook(partial(zero_bad_gradients, latent.output_nr))
-        return latent
+        return _without_bad_gradients(latent)
 
     @contextmanager
     def _in_plates(self, part: Part) -> Iterator[None]:
@@ -114,3 +121,11 @@ class AutoFlow(GuideSetUp):
             state |= {"init_loc_fn": None, "plates": {}}
             state |= {"prototype_trace": bare_trace(self.prototype_trace), "latents": bare_latents(self.latents)}
         return state
+
+
+def _without_bad_gradients(latent: Tensor) -> Tensor:
+    """Zero the gradient of draws where it is not finite."""
+    if latent.grad_fn is not None:
+        # On the operation: a hook on the tensor would bypass the cache, and the density would be computed again.
+        latent.grad_fn.register_prehook(partial(zero_bad_gradients, latent.output_nr))
+    return latent

@@ -50,7 +50,7 @@ class GuideDensity(AutoContinuous):
         """Draw every site for all rows, plates padded to `nesting`; also return the log-density in nats."""
         posterior = self.get_posterior(*call.args, **call.kwargs)
         latent = posterior.rsample(torch.Size((count, *(1,) * nesting)))
-        values, log_det = self.latents.unpack(latent)
+        values, log_det = self.unpacked(latent, call)
         return values, (posterior.log_prob(latent) - log_det).reshape(count)
 
     def log_prob(self, values: Mapping[str, Tensor | float], *args: object, **kwargs: object) -> Tensor:
@@ -69,6 +69,10 @@ class GuideDensity(AutoContinuous):
         inside = self.latents.within_supports(tensors) & latent.isfinite().all(-1)
         log_prob = posterior.log_prob(torch.where(inside[..., None], latent, 0.0)) - log_det
         return torch.where(inside, log_prob, -torch.inf)
+
+    def unpacked(self, latent: Tensor, call: Call) -> tuple[dict[str, Tensor], Tensor]:
+        """Map vectors, padded with ones where plates are, to the value of each site; also return log |det| in nats."""
+        return self.latents.unpack(latent)
 
     @torch.no_grad()
     def median(self, *args: object, **kwargs: object) -> dict[str, Tensor]:

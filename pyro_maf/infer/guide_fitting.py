@@ -28,6 +28,7 @@ from pyro_maf.infer.log_joint import FAILURES
 from pyro_maf.infer.model import Call, Guide, Model, check_call, check_pair, show_runs, without_empty_tables
 from pyro_maf.infer.path_gradient import TracePath_ELBO
 from pyro_maf.infer.plates import why_alone
+from pyro_maf.infer.walk import Walk, can_walk
 
 __all__ = ["GuideFit", "fit_guide"]
 
@@ -228,6 +229,9 @@ class _Run:
             max_plate_nesting=self._pair.nesting,
         )
         self._parameters = self._find_parameters()
+        self._walk: Walk | None = None
+        if isinstance(guide, AutoFlow) and can_walk(guide, joint):
+            self._walk = Walk(call, guide, joint, num_particles, self._parameters)
         self._optimizer = Adam(self._parameters)
         self._usual_norm = math.inf
         self._failures = 0
@@ -291,11 +295,10 @@ class _Run:
 
     def step(self) -> None:
         """Take one step, or skip it if it fails."""
-        call = self._call
         for parameter in self._parameters:
             parameter.grad = None
         try:
-            loss = self._objective.loss_and_grads(call.program, self._guide, *call.args, **call.kwargs)
+            loss = self._loss_and_gradients()
         except FAILURES:
             self._skip(raises=True)
             return
@@ -316,6 +319,12 @@ class _Run:
         self._average.add()
         if self._schedule.step(loss) and self._schedule.is_as_good_as_any:
             self._average.record_best()
+
+    def _loss_and_gradients(self) -> float:
+        if self._walk is not None:
+            return self._walk.step().loss
+        call = self._call
+        return float(self._objective.loss_and_grads(call.program, self._guide, *call.args, **call.kwargs))
 
     def _skip(self, raises: bool) -> None:
         self.skipped += 1

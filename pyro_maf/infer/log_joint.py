@@ -131,6 +131,10 @@ class LogJoint:
             return torch.cat([self(_draws(values, half)) for half in halves])
         return torch.where(scored.isnan() | (scored == torch.inf), -torch.inf, scored)
 
+    def together(self, values: Values) -> Tensor:
+        """Return log p(x, z) in nats, (draws,), by one run for all draws, as the model returns or raises it."""
+        return self._together(values, self._minibatches)
+
     def returned(self, values: Values) -> object:
         """Return value of the model at values of one draw, (1, ...), with the rows of the first minibatch."""
         return self._scored(self._single(values, 0), next(iter(self._minibatches))).nodes["_RETURN"]["value"]

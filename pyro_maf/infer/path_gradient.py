@@ -122,9 +122,9 @@ def _path_log_prob(site: Site) -> Tensor:
         raise NotImplementedError(
             f"TracePath_ELBO expected reparameterised sites, got {site['name']} of {type(fn).__name__}: use Trace_ELBO."
         )
-    with _frozen(fn) as frozen:
+    with _frozen(fn) as twin:
         # A new tensor of the same values: no cache then links it to the parameters that it was computed from.
-        log_prob = frozen.log_prob(value.view_as(value))
+        log_prob = twin.log_prob(value.view_as(value))
     scale, mask = site["scale"], site["mask"]
     if mask is not None:
         log_prob = torch.where(torch.as_tensor(mask, device=log_prob.device), log_prob, 0.0)
@@ -169,10 +169,10 @@ def _detached(value: object, modules: list[nn.Module]) -> object:
         twin._buffers = {name: detached(buffer, modules) for name, buffer in value._buffers.items()}
         return twin
     if isinstance(value, (Distribution, Transform)):
-        frozen = copy.copy(value)
+        twin = copy.copy(value)
         attributes = value.__dict__.items()
-        frozen.__dict__.update({name: _detached(item, modules) for name, item in attributes if name != "_inv"})
-        return frozen
+        twin.__dict__.update({name: _detached(item, modules) for name, item in attributes if name != "_inv"})
+        return twin
     return value
 
 

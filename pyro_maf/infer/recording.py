@@ -1,0 +1,379 @@
+"""Recording of a function of tensors as a plain sequence of torch's operations, its gradient included."""
+
+from __future__ import annotations
+
+import dis
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from operator import getitem
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import NamedTuple, cast
+
+import pyro
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from pyro_maf._core.torch_state import is_intercepted
+from pyro_maf.infer.model import Args, Kwargs
+
+__all__ = ["Derivatives", "Recording", "record"]
+
+aten = torch.ops.aten
+ALIASES = (aten.detach.default, aten.alias.default)
+"""Operations that return their argument, where no gradient is recorded."""
+READ = aten._local_scalar_dense.default
+"""The operation by which a program reads a number."""
+UNCERTAIN = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+OF_SHAPE = (
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+)
+"""Operations whose result depends on the shape of their argument alone."""
+RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.reshape.default)
+NEUTRAL = {
+    aten.add.Tensor: 0,
+    aten.sub.Tensor: 0,
+    aten.mul.Tensor: 1,
+    aten.mul.Scalar: 1,
+    aten.div.Tensor: 1,
+    aten.pow.Tensor_Scalar: 1,
+}
+"""Operations, and the number with which they return their argument."""
+COMMUTATIVE = (aten.add.Tensor, aten.mul.Tensor)
+GATHER = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
+"""Operations whose output has a shape that depends on values only if an index is a mask."""
+
+STORES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL")
+TAKERS = ("next", "pop", "popleft", "popitem")
+"""Built-in functions that change what they are called on, and return a part of it."""
+
+Program = Callable[..., tuple[Tensor | None, ...]]
+Function = Callable[[Tensor], Tensor]
+"""A function of one tensor, (rows, D), to (rows,)."""
+
+
+class Derivatives(NamedTuple):
+    r"""Values of a function, (rows,), and the gradients of their sum.
+
+    Attributes:
+        values: (rows,).
+        gradient: With respect to the argument, (rows, D).
+        of_weights: With respect to each weight; None for those that the function does not use.
+    """
+
+    values: Tensor
+    gradient: Tensor
+    of_weights: list[Tensor | None]
+
+
+class Recording:
+    """A function and its gradient as a sequence of operations, for arguments of one shape.
+
+    What does not depend on the argument or on the weights is computed once. It is refused where the function draws
+    random numbers, changes a tensor or an object that exists outside of it, or has an output whose shape depends on
+    values. Where it reads whether a condition holds, as the validation of a distribution's arguments does, the
+    recording is for that outcome, and calls with another outcome return None.
+    """
+
+    def __init__(self, entries: Sequence[_Entry], inputs: Sequence[Tensor], outputs: Sequence[Tensor | None]) -> None:
+        self._weights = list(inputs[1:])
+        builder = _Builder(entries, inputs)
+        self._program, self._constants, self._has_conditions = builder.program(outputs)
+        self._used = [each is not None for each in outputs[2:]]
+        self._externals = builder.externals
+        self._versions = [tensor._version for tensor in self._externals]
+
+    @property
+    def is_current(self) -> bool:
+        """False once a tensor outside of the function, which it reads, has been changed."""
+        return self._versions == [tensor._version for tensor in self._externals]
+
+    @torch.no_grad()
+    def __call__(self, argument: Tensor) -> Derivatives | None:
+        """Return values and gradients; None if a condition differs from the recorded one."""
+        holds, values, gradient, *others = self._program(argument, *self._weights, *self._constants)
+        if self._has_conditions and not holds:
+            return None
+        found = iter(others)
+        of_weights = [next(found) if is_used else None for is_used in self._used]
+        return Derivatives(cast("Tensor", values), cast("Tensor", gradient), of_weights)
+
+
+def record(function: Function, argument: Tensor, weights: Sequence[Tensor]) -> Recording | None:
+    """Record a function at an argument; return None if it cannot be recorded.
+
+    Args:
+        function: The function.
+        argument: (rows, D), without gradient.
+        weights: Tensors that change from call to call.
+    """
+    if is_intercepted():
+        return None
+    argument = argument.detach().requires_grad_()
+    recorder = _Recorder()
+    try:
+        with _Watch() as watch, torch.enable_grad(), recorder:
+            values = function(argument)
+            found = torch.autograd.grad(values.sum(), [argument, *weights], allow_unused=True)
+        if watch.has_effects or found[0] is None:
+            return None
+        recording = Recording(recorder.entries, [argument, *weights], [values, *found])
+    except _RefusedError:
+        return None
+    return recording
+
+
+class _RefusedError(Exception):
+    """Raised where a function cannot be recorded."""
+
+
+class _Entry(NamedTuple):
+    """An operation with its arguments and results."""
+
+    operation: OpOverload
+    args: Args
+    kwargs: Kwargs
+    result: object
+
+    @property
+    def inputs(self) -> Iterator[Tensor]:
+        return (leaf for leaf in tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor))
+
+    @property
+    def outputs(self) -> Iterator[Tensor]:
+        return (leaf for leaf in tree_leaves(self.result) if isinstance(leaf, Tensor))
+
+    def takes(self, tensor: Tensor) -> bool:
+        """True if a tensor is one of the arguments, as the result of an operation in place is."""
+        return any(tensor is each for each in self.inputs)
+
+    @property
+    def changed(self) -> Iterator[Tensor]:
+        """The tensors that it changes in place."""
+        values = dict(zip((each.name for each in self.operation._schema.arguments), self.args, strict=False))
+        values |= self.kwargs
+        for argument in self.operation._schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                yield from (leaf for leaf in tree_leaves(values.get(argument.name)) if isinstance(leaf, Tensor))
+
+
+class _Recorder(TorchDispatchMode):
+    """Mode that records every operation below autograd, and so those of a gradient too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries: list[_Entry] = []  # which hold all tensors, so that none has the identity of another
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch's compiler, which takes a second to load, has no part in this
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise _RefusedError
+        result = func(*args, **kwargs)
+        self.entries.append(_Entry(func, args, kwargs, result))
+        return result
+
+
+class _Builder:
+    """Builder of a program from the operations that depend on its inputs; the others are constants.
+
+    Operations that change nothing and those that were recorded before are left out, as a tracer would not: most of a
+    model's small operations are such.
+    """
+
+    def __init__(self, entries: Sequence[_Entry], inputs: Sequence[Tensor]) -> None:
+        self._entries = entries
+        self._graph = fx.Graph()
+        self._nodes = {id(each): self._graph.placeholder(f"x{index}") for index, each in enumerate(inputs)}
+        self._constants: dict[int, tuple[fx.Node, Tensor]] = {}
+        self._equal: dict[str, fx.Node] = {}
+        self._conditions: list[fx.Node] = []
+        self._checks: set[fx.Node] = set()
+        self._changed = {_storage(tensor) for entry in entries for tensor in entry.changed}
+        inside = {id(tensor) for entry in entries for tensor in entry.outputs if not entry.takes(tensor)}
+        outside = {id(each): each for entry in entries for each in entry.inputs if id(each) not in inside}
+        self.externals = [each for key, each in outside.items() if key not in self._nodes]
+        if self._changed & {_storage(each) for each in (*inputs, *self.externals)}:
+            raise _RefusedError
+
+    def program(self, outputs: Sequence[Tensor | None]) -> tuple[Program, list[Tensor], bool]:
+        """The program of these outputs and of the conditions, its constants, and whether it has conditions."""
+        for entry in self._entries:
+            if self._is_live(entry):
+                self._add(entry)
+        holds = self._all_hold()
+        self._graph.output((holds, *(self._node(each) for each in outputs if each is not None)))
+        self._graph.eliminate_dead_code(lambda node: node in self._checks or node.is_impure())
+        program = fx.GraphModule({}, self._graph).forward
+        return program, [tensor for _, tensor in self._constants.values()], holds is not None
+
+    def _is_live(self, entry: _Entry) -> bool:
+        if any(_storage(each) in self._changed for each in (*entry.inputs, *entry.outputs)):
+            return True
+        return entry.operation not in OF_SHAPE and any(id(each) in self._nodes for each in entry.inputs)
+
+    def _add(self, entry: _Entry) -> None:
+        operation, result = entry.operation, entry.result
+        if operation is READ:
+            self._add_condition(entry)
+            return
+        if any(tag in operation.tags for tag in UNCERTAIN) and not (operation in GATHER and self._is_by_number(entry)):
+            raise _RefusedError
+        is_plain = isinstance(result, Tensor) and _storage(result) not in self._changed
+        if operation in ALIASES or (is_plain and (same := self._unchanged(entry)) is not None):
+            source = cast("Tensor", entry.args[0]) if operation in ALIASES else same
+            self._nodes[id(result)] = self._node(source)
+            return
+        args, kwargs = tree_map(self._argument, (tuple(entry.args), dict(entry.kwargs)))
+        key = f"{operation} {args} {kwargs}"
+        if is_plain and key in self._equal:
+            self._nodes[id(result)] = self._equal[key]
+            return
+        node = self._graph.call_function(operation, args, kwargs)
+        if isinstance(result, Tensor):
+            self._nodes.setdefault(id(result), node)
+            self._equal[key] = node
+        elif result is None:
+            self._checks.add(node)
+        else:
+            self._add_parts(node, cast("Sequence[object]", result))
+
+    def _add_parts(self, node: fx.Node, parts: Sequence[object]) -> None:
+        for index, part in enumerate(parts):
+            if isinstance(part, Tensor):
+                self._nodes.setdefault(id(part), self._graph.call_function(getitem, (node, index)))
+
+    def _unchanged(self, entry: _Entry) -> Tensor | None:
+        """The argument that a result is equal to, as of a product with one; None if there is none."""
+        operation, args = entry.operation, entry.args
+        result = cast("Tensor", entry.result)
+        if operation in RESHAPES:
+            candidates = [args[0]]
+        elif operation in NEUTRAL:
+            number = NEUTRAL[operation]
+            candidates = [args[0]] if self._is_number(args[1], number) else []
+            if operation in COMMUTATIVE and self._is_number(args[0], number):
+                candidates.append(args[1])
+        else:
+            return None
+        for each in candidates:
+            if isinstance(each, Tensor) and each.shape == result.shape and each.dtype == result.dtype:
+                return each if each.stride() == result.stride() else None
+        return None
+
+    def _is_number(self, value: object, number: float) -> bool:
+        """True if a value is this number, or a constant tensor of it."""
+        if isinstance(value, Tensor):
+            return id(value) not in self._nodes and _storage(value) not in self._changed and bool((value == number).all())
+        return value == number
+
+    def _is_by_number(self, entry: _Entry) -> bool:
+        """True if no index of a gather is a mask that depends on the inputs."""
+        masks = (each for each in entry.inputs if each.dtype in (torch.bool, torch.uint8))
+        return not any(id(each) in self._nodes for each in masks)
+
+    def _add_condition(self, entry: _Entry) -> None:
+        tensor = cast("Tensor", entry.args[0])
+        if tensor.dtype != torch.bool:
+            raise _RefusedError
+        node = self._node(tensor)
+        self._conditions.append(node if entry.result else self._graph.call_function(aten.logical_not.default, (node,)))
+
+    def _all_hold(self) -> fx.Node | None:
+        if not self._conditions:
+            return None
+        flat = [self._graph.call_function(aten.reshape.default, (node, [1])) for node in dict.fromkeys(self._conditions)]
+        return self._graph.call_function(aten.all.default, (self._graph.call_function(aten.cat.default, (flat,)),))
+
+    def _argument(self, value: object) -> object:
+        return self._node(value) if isinstance(value, Tensor) else value
+
+    def _node(self, tensor: Tensor) -> fx.Node:
+        if id(tensor) in self._nodes:
+            return self._nodes[id(tensor)]
+        if id(tensor) not in self._constants:
+            first = next(iter(self._graph.nodes))
+            with self._graph.inserting_after(self._latest or first):
+                node = self._graph.placeholder(f"c{len(self._constants)}")
+            self._constants[id(tensor)] = node, tensor.detach()
+        return self._constants[id(tensor)][0]
+
+    @property
+    def _latest(self) -> fx.Node | None:
+        """The last placeholder."""
+        return next((node for node in reversed(self._graph.nodes) if node.op == "placeholder"), None)
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):  # as of a sparse tensor
+        raise _RefusedError from None
+
+
+class _Watch:
+    """Watch over the Python code that runs while entered, for effects on objects that outlive it.
+
+    Attributes:
+        has_effects: True if code that is not torch's, Pyro's, Python's or this package's has some.
+    """
+
+    def __init__(self) -> None:
+        self.has_effects = False
+
+    def __enter__(self) -> _Watch:
+        self._before = sys.getprofile()
+        if self._before is None:
+            sys.setprofile(self._see)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._before is None:
+            sys.setprofile(None)
+
+    def _see(self, frame: FrameType, event: str, argument: object) -> None:
+        if event == "call":
+            self.has_effects |= _has_effects(frame.f_code)
+        elif event == "c_call" and getattr(argument, "__name__", "") in TAKERS:
+            self.has_effects |= not _is_library(frame.f_code.co_filename)
+
+
+@cache
+def _has_effects(code: CodeType) -> bool:
+    """True if code assigns to attributes, except to those of a new object, or to names of an outer scope."""
+    if _is_library(code.co_filename):
+        return False
+    instructions = [(each.opname, each.argval) for each in dis.get_instructions(code)]
+    is_new = code.co_name in ("__init__", "__new__", "__post_init__")
+    return any(
+        (name in STORES and not is_new) or (name in ("STORE_DEREF", "DELETE_DEREF") and value in code.co_freevars)
+        for name, value in instructions
+    )
+
+
+@cache
+def _is_library(filename: str) -> bool:
+    return filename.startswith("<frozen") or filename.startswith(_library_folders())
+
+
+@cache
+def _library_folders() -> tuple[str, ...]:
+    packages = [Path(cast("str", module.__file__)).parent for module in (torch, pyro)]
+    folders: Mapping[str, str] = {name: path for name, path in sysconfig.get_paths().items() if "stdlib" in name}
+    own = Path(__file__).parents[1]
+    return tuple(f"{folder}/" for folder in (*packages, own, *folders.values()))

@@ -1,0 +1,134 @@
+"""Loss and gradients of a step of a guide's fit, in one walk over guide and model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from typing import NamedTuple
+
+import torch
+from pyro.poutine.runtime import am_i_wrapped
+from torch import Tensor
+
+from pyro_maf.infer.auto_flow import AutoFlow
+from pyro_maf.infer.log_joint import LogJoint
+from pyro_maf.infer.model import Call, Guide
+from pyro_maf.infer.recording import Derivatives, Recording, record
+
+__all__ = ["Step", "Walk", "can_walk"]
+
+CHECKED = 100
+"""Number of steps between two comparisons of the recorded log joint density with the model's."""
+RECORDINGS = 3
+"""Maximum number of recordings: one more each time that the model's data have changed."""
+
+
+class Step(NamedTuple):
+    """Loss of a step in nats, and the log weights log p(x, z) - log q(z) of its draws, (draws,)."""
+
+    loss: float
+    log_weights: Tensor
+
+
+def can_walk(guide: Guide, joint: LogJoint) -> bool:
+    """True if a step of a guide can be a `Walk`: all draws and all rows are scored by one run of the model."""
+    return (
+        isinstance(guide, AutoFlow)
+        and not guide.is_amortised
+        and not guide.latents.shapes_of_all_rows
+        and joint.is_vectorised
+        and joint.runs == 1
+        and not joint.partial
+        and not am_i_wrapped()
+    )
+
+
+class Walk:
+    r"""The evidence lower bound with its path gradient, without traces of guide and model.
+
+    The guide draws latent vectors v; the log joint density as a function of v, and its gradient, is recorded as a plain
+    sequence of torch's operations where it can be (`record`), which leaves out what Pyro does around them, and is that
+    of a run of the model where not. The recording is compared with runs of the model, at first and every 100 steps.
+    Loss and gradients are those of `TracePath_ELBO`.
+
+    Args:
+        call: The model with its arguments.
+        guide: A guide of this package.
+        joint: Log joint density of its model, of `can_walk`.
+        draws: Number of draws in a step.
+        weights: The weights that are trained, of guide and model.
+    """
+
+    def __init__(self, call: Call, guide: AutoFlow, joint: LogJoint, draws: int, weights: Sequence[Tensor]) -> None:
+        self._call, self._guide, self._joint, self._draws = call, guide, joint, draws
+        self._weights = list(weights)
+        self._recording: Recording | None = None
+        self._recordings = 0
+        self._steps = count()
+
+    def step(self) -> Step:
+        """Set the gradients of the weights to those of a step's loss, and return it."""
+        with torch.enable_grad():
+            latent, posterior = self._guide.draw(self._draws, self._call)
+            with _frozen(self._weights):
+                # A new tensor of the same values: no cache then links it to the weights.
+                log_q = posterior.log_prob(latent.view_as(latent))
+        derivatives = self._derivatives(latent.detach())
+        share = 1 / self._draws
+        with torch.no_grad():
+            log_weights = derivatives.values - log_q.detach()
+            for weight, gradient in zip(self._weights, derivatives.of_weights, strict=True):
+                weight.grad = None if gradient is None else -share * gradient
+        torch.autograd.backward([latent, log_q], [-share * derivatives.gradient, torch.full_like(log_q, share)])
+        return Step(-float(log_weights.mean()), log_weights)
+
+    def _derivatives(self, latent: Tensor) -> Derivatives:
+        """Log joint density, and its gradients."""
+        is_checked = next(self._steps) % CHECKED == 0
+        if self._recording is not None and not self._recording.is_current:
+            self._recording = None
+        if self._recording is None and self._recordings < RECORDINGS:
+            self._recordings += 1
+            self._recording, is_checked = record(self._log_joint, latent, self._weights), True
+            if self._recording is None:
+                self._recordings = RECORDINGS
+        found = None if self._recording is None else self._recording(latent)
+        if found is None or is_checked:
+            expected = self._of_model(latent)
+            if found is not None and not _agree(found, expected):
+                self._recording, self._recordings = None, RECORDINGS
+            return expected
+        return found
+
+    def _of_model(self, latent: Tensor) -> Derivatives:
+        latent = latent.detach().requires_grad_()
+        with torch.enable_grad():
+            values = self._log_joint(latent)
+            total = values.sum() + 0.0 * latent.sum()  # so that there is a gradient in any case
+            gradient, *others = torch.autograd.grad(total, [latent, *self._weights], allow_unused=True)
+        return Derivatives(values.detach(), gradient, list(others))
+
+    def _log_joint(self, latent: Tensor) -> Tensor:
+        padded = latent.reshape(len(latent), *(1,) * self._joint.nesting, -1)
+        values, log_det = self._guide.unpacked(padded, self._call)
+        return self._joint.together(values) + log_det.reshape(len(latent))
+
+
+@contextmanager
+def _frozen(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Context without gradients with respect to weights."""
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
+
+
+def _agree(found: Derivatives, expected: Derivatives) -> bool:
+    """True if two values are equal up to rounding, gradients included."""
+    pairs = [found[:2], expected[:2]]
+    tolerance = {"rtol": 1e-3, "atol": 1e-3, "equal_nan": True}
+    return all(torch.allclose(one, other, **tolerance) for one, other in zip(*pairs, strict=True))
