@@ -3,6 +3,7 @@ r"""Base class of the guides: a flow over all latent variables where Pyro expect
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -23,6 +24,8 @@ from pyro_maf.saving import drop_weak_references
 from pyro_maf.transforms import Flow
 
 __all__ = ["AutoFlow"]
+
+LOG_TWO_PI = math.log(2 * math.pi)
 
 
 class AutoFlow(GuideSetUp):
@@ -53,10 +56,17 @@ class AutoFlow(GuideSetUp):
         """True if it is a function of the model's arguments, by an encoder."""
         return self._encoder is not None
 
-    def draw(self, count: int, call: Call) -> tuple[Tensor, TorchDistribution]:
-        """Draw vectors, (count, D), with gradient; also return the distribution that they are from."""
-        posterior = self._posterior(*call.args, **call.kwargs)
-        return _without_bad_gradients(posterior.rsample(torch.Size((count,)))), posterior
+    def draw(self, count: int, call: Call) -> Tensor:
+        """Draw vectors, (count, D), with gradient, as the posterior does; without checks and caches."""
+        like = self._weight
+        noise = torch.randn(count, self.latent_dim, dtype=like.dtype, device=like.device)
+        latent, _ = self.get_transform(*call.args, **call.kwargs).forward_and_log_det(noise)
+        return _without_bad_gradients(latent)
+
+    def log_density(self, latent: Tensor, call: Call) -> Tensor:
+        """Return the log-density of vectors, (count, D), in nats, (count,), likewise."""
+        noise, log_det = self.get_transform(*call.args, **call.kwargs).inverse_and_log_det(latent)
+        return -0.5 * (noise.square().sum(-1) + self.latent_dim * LOG_TWO_PI) - log_det
 
     def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Draw every latent site; return the values by name."""

@@ -169,10 +169,10 @@ def _detached(value: object, modules: list[nn.Module]) -> object:
         twin._buffers = {name: detached(buffer, modules) for name, buffer in value._buffers.items()}
         return twin
     if isinstance(value, (Distribution, Transform)):
-        twin = copy.copy(value)
+        frozen = copy.copy(value)
         attributes = value.__dict__.items()
-        twin.__dict__.update({name: _detached(item, modules) for name, item in attributes if name != "_inv"})
-        return twin
+        frozen.__dict__.update({name: _detached(item, modules) for name, item in attributes if name != "_inv"})
+        return frozen
     return value
 
 

@@ -223,9 +223,13 @@ class _Builder:
         return program, [tensor for _, tensor in self._constants.values()], holds is not None
 
     def _is_live(self, entry: _Entry) -> bool:
-        if any(_storage(each) in self._changed for each in (*entry.inputs, *entry.outputs)):
+        if self._is_of_changed(entry):
             return True
         return entry.operation not in OF_SHAPE and any(id(each) in self._nodes for each in entry.inputs)
+
+    def _is_of_changed(self, entry: _Entry) -> bool:
+        """True if an operation reads or writes memory that is changed in place."""
+        return any(_storage(each) in self._changed for each in (*entry.inputs, *entry.outputs))
 
     def _add(self, entry: _Entry) -> None:
         operation, result = entry.operation, entry.result
@@ -234,26 +238,27 @@ class _Builder:
             return
         if any(tag in operation.tags for tag in UNCERTAIN) and not (operation in GATHER and self._is_by_number(entry)):
             raise _RefusedError
-        is_plain = isinstance(result, Tensor) and _storage(result) not in self._changed
-        if operation in ALIASES or (is_plain and (same := self._unchanged(entry)) is not None):
-            source = cast("Tensor", entry.args[0]) if operation in ALIASES else same
-            self._nodes[id(result)] = self._node(source)
+        is_pure = isinstance(result, Tensor) and not self._is_of_changed(entry)
+        same = cast("Tensor", entry.args[0]) if operation in ALIASES else self._unchanged(entry) if is_pure else None
+        if same is not None:
+            self._nodes[id(result)] = self._node(same)
             return
         args, kwargs = tree_map(self._argument, (tuple(entry.args), dict(entry.kwargs)))
         key = f"{operation} {args} {kwargs}"
-        if is_plain and key in self._equal:
-            self._nodes[id(result)] = self._equal[key]
-            return
-        node = self._graph.call_function(operation, args, kwargs)
+        node = self._equal.get(key) if is_pure else None
+        if node is None:
+            node = self._graph.call_function(operation, args, kwargs)
         if isinstance(result, Tensor):
             self._nodes.setdefault(id(result), node)
             self._equal[key] = node
         elif result is None:
             self._checks.add(node)
         else:
-            self._add_parts(node, cast("Sequence[object]", result))
+            self._add_parts(node, result)
 
-    def _add_parts(self, node: fx.Node, parts: Sequence[object]) -> None:
+    def _add_parts(self, node: fx.Node, parts: object) -> None:
+        if not isinstance(parts, (list, tuple)):
+            raise _RefusedError
         for index, part in enumerate(parts):
             if isinstance(part, Tensor):
                 self._nodes.setdefault(id(part), self._graph.call_function(getitem, (node, index)))
@@ -279,7 +284,9 @@ class _Builder:
     def _is_number(self, value: object, number: float) -> bool:
         """True if a value is this number, or a constant tensor of it."""
         if isinstance(value, Tensor):
-            return id(value) not in self._nodes and _storage(value) not in self._changed and bool((value == number).all())
+            return (
+                id(value) not in self._nodes and _storage(value) not in self._changed and bool((value == number).all())
+            )
         return value == number
 
     def _is_by_number(self, entry: _Entry) -> bool:
@@ -297,7 +304,9 @@ class _Builder:
     def _all_hold(self) -> fx.Node | None:
         if not self._conditions:
             return None
-        flat = [self._graph.call_function(aten.reshape.default, (node, [1])) for node in dict.fromkeys(self._conditions)]
+        flat = [
+            self._graph.call_function(aten.reshape.default, (node, [1])) for node in dict.fromkeys(self._conditions)
+        ]
         return self._graph.call_function(aten.all.default, (self._graph.call_function(aten.cat.default, (flat,)),))
 
     def _argument(self, value: object) -> object:
@@ -368,7 +377,7 @@ def _has_effects(code: CodeType) -> bool:
 
 @cache
 def _is_library(filename: str) -> bool:
-    return filename.startswith("<frozen") or filename.startswith(_library_folders())
+    return filename.startswith(("<frozen", *_library_folders()))
 
 
 @cache

@@ -20,6 +20,8 @@ __all__ = ["Step", "Walk", "can_walk"]
 
 CHECKED = 100
 """Number of steps between two comparisons of the recorded log joint density with the model's."""
+FIRST = 3
+"""Number of first steps that are compared likewise."""
 RECORDINGS = 3
 """Maximum number of recordings: one more each time that the model's data have changed."""
 
@@ -70,10 +72,9 @@ class Walk:
     def step(self) -> Step:
         """Set the gradients of the weights to those of a step's loss, and return it."""
         with torch.enable_grad():
-            latent, posterior = self._guide.draw(self._draws, self._call)
+            latent = self._guide.draw(self._draws, self._call)
             with _frozen(self._weights):
-                # A new tensor of the same values: no cache then links it to the weights.
-                log_q = posterior.log_prob(latent.view_as(latent))
+                log_q = self._guide.log_density(latent, self._call)
         derivatives = self._derivatives(latent.detach())
         share = 1 / self._draws
         with torch.no_grad():
@@ -85,7 +86,8 @@ class Walk:
 
     def _derivatives(self, latent: Tensor) -> Derivatives:
         """Log joint density, and its gradients."""
-        is_checked = next(self._steps) % CHECKED == 0
+        step = next(self._steps)
+        is_checked = step < FIRST or step % CHECKED == 0
         if self._recording is not None and not self._recording.is_current:
             self._recording = None
         if self._recording is None and self._recordings < RECORDINGS:
@@ -129,6 +131,11 @@ def _frozen(weights: Sequence[Tensor]) -> Iterator[None]:
 
 def _agree(found: Derivatives, expected: Derivatives) -> bool:
     """True if two values are equal up to rounding, gradients included."""
-    pairs = [found[:2], expected[:2]]
-    tolerance = {"rtol": 1e-3, "atol": 1e-3, "equal_nan": True}
-    return all(torch.allclose(one, other, **tolerance) for one, other in zip(*pairs, strict=True))
+    ours, theirs = ((*each[:2], *each.of_weights) for each in (found, expected))
+    return all(map(_is_close, ours, theirs))
+
+
+def _is_close(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-3, equal_nan=True)

@@ -1,0 +1,252 @@
+"""A model's log joint density recorded as torch's operations, and steps of a fit that use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyro_maf.infer import AutoIAF, TracePath_ELBO, fit_guide, recording
+from pyro_maf.infer.importance import Pair
+from pyro_maf.infer.model import Call
+from pyro_maf.infer.recording import Recording, record
+from pyro_maf.infer.walk import Walk, can_walk
+from tests.posteriors import GUIDES, SMALL, counting, regression
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+WEIGHT = torch.tensor([0.5, -1.0])
+DATA = torch.tensor([1.0, 2.0, 4.0])
+
+
+def filled(x: Tensor) -> Tensor:
+    result = torch.zeros(3, len(x))
+    for row in range(3):
+        result[row] = x[:, 0] * row
+    result.mul_(2.0)
+    return (result * DATA[:, None]).sum(0) + result[1] * x[:, 1]
+
+
+def read_between_changes(x: Tensor) -> Tensor:
+    twice = x * 2.0
+    before = twice.exp().sum(-1)
+    twice.mul_(0.5)
+    return before + twice.exp().sum(-1)
+
+
+def factored(x: Tensor) -> Tensor:
+    matrix = torch.eye(2) + 0.1 * x[:, :, None] * x[:, None, :]
+    return torch.linalg.cholesky(matrix).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def weighted(x: Tensor) -> Tensor:
+    return (x * WEIGHT.exp() + 0.0).square().sum(-1) * 1.0
+
+
+def parted(x: Tensor) -> Tensor:
+    first, second = x.split(1, -1)
+    values, places = torch.cat([first, second.sin()], -1).sort(-1)
+    return values[:, 0] + x.gather(-1, places)[:, 1] ** 2
+
+
+def masked_by_data(x: Tensor) -> Tensor:
+    return (x[:, :1] * DATA)[:, DATA > 1.5].sum(-1)
+
+
+def checked(x: Tensor) -> Tensor:
+    return dist.Normal(x[:, 0], x[:, 1].exp(), validate_args=True).log_prob(DATA[:, None]).sum(0)
+
+
+RECORDED = (filled, read_between_changes, factored, weighted, parted, masked_by_data, checked)
+
+
+def exactly(function: Callable[[Tensor], Tensor], x: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Any]]:
+    x = x.clone().requires_grad_()
+    values = function(x)
+    return values, list(torch.autograd.grad(values.sum(), [x, *weights], allow_unused=True))
+
+
+@pytest.mark.parametrize("function", RECORDED)
+def test_recorded_values_and_gradients_are_those_of_the_function(function: Callable[[Tensor], Tensor]) -> None:
+    weights = [WEIGHT.requires_grad_()]
+    try:
+        recorded = record(function, torch.randn(5, 2), weights)
+        assert recorded is not None
+        for change in (0.0, 0.3):
+            with torch.no_grad():
+                WEIGHT.add_(change)  # as a step of an optimizer does
+            x = torch.randn(5, 2)
+            found = recorded(x)
+            assert found is not None
+            values, (gradient, of_weight) = exactly(function, x, weights)
+            torch.testing.assert_close(found.values, values)
+            torch.testing.assert_close(found.gradient, gradient)
+            assert (found.of_weights[0] is None) == (of_weight is None)
+            if of_weight is not None:
+                torch.testing.assert_close(found.of_weights[0], of_weight)
+    finally:
+        WEIGHT.requires_grad_(False)
+
+
+def test_what_changes_nothing_is_left_out() -> None:
+    def function(x: Tensor) -> Tensor:
+        return (x.view(5, 2) * 1.0 + torch.zeros(5, 2)).expand(5, 2).sum(-1) + DATA.exp().sum()
+
+    recorded = record(function, torch.randn(5, 2), [])
+    assert recorded is not None
+    code = recorded._program.__self__.code
+    assert code.count("torch.ops.aten") == 2  # the sum, and that of a constant
+
+
+class Counter:
+    """A function with a state."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x.sum(-1)
+
+
+def from_a_list() -> Callable[[Tensor], Tensor]:
+    numbers = [1.0, 2.0, 3.0]
+    return lambda x: x.sum(-1) * numbers.pop()
+
+
+REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
+    "draws": lambda x: (x + torch.randn(2)).sum(-1),
+    "changes an argument": lambda x: (WEIGHT.add_(1.0) * x).sum(-1),
+    "reads a number": lambda x: x.sum(-1) * float(x[0, 0].detach()),
+    "depends on a number of rows": lambda x: x.sum(-1) * x[x > 0].sum(),
+    "counts": Counter(),
+    "takes from a list": from_a_list(),
+    "is constant": lambda x: DATA.sum().expand(len(x)).clone().requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("function", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_recorded_is_refused(function: Callable[[Tensor], Tensor]) -> None:
+    assert record(function, torch.ones(5, 2), []) is None
+
+
+def test_a_condition_with_another_outcome_is_noticed() -> None:
+    recorded = record(lambda x: x.sum(-1) if x.sum() > 0 else 2 * x.sum(-1), torch.ones(5, 2), [])
+    assert recorded is not None
+    assert recorded(torch.ones(5, 2)) is not None
+    assert recorded(-torch.ones(5, 2)) is None
+
+
+def test_changed_data_are_noticed() -> None:
+    data = torch.ones(2)
+    recorded = record(lambda x: (x * data.exp()).sum(-1), torch.ones(5, 2), [])
+    assert recorded is not None
+    assert recorded.is_current
+    data.add_(1.0)
+    assert not recorded.is_current
+
+
+# -- a step of a fit ---------------------------------------------------------------------------------------------------
+
+
+def with_parameters(y: Tensor) -> None:
+    scale = pyro.param("scale", lambda: torch.tensor(2.0), constraint=dist.constraints.positive)
+    loc = pyro.sample("loc", dist.Normal(0.0, scale))
+    spread = pyro.sample("spread", dist.HalfNormal(1.0))
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Normal(loc, spread))
+        pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+
+MODELS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "counting": (counting, ()),
+    "regression": (regression(dtype=torch.float32).model, ()),
+    "with parameters": (with_parameters, (DATA,)),
+}
+
+
+def walk_of(model: Any, guide: Any, args: tuple[Any, ...], draws: int = 16) -> tuple[Walk, list[Tensor]]:
+    guide.setup(*args)
+    call = Call(model, args, {})
+    pair = Pair("test", call, guide)
+    assert can_walk(guide, pair.joint)
+    of_model = [value.unconstrained() for name, value in pyro.get_param_store().items() if name == "scale"]
+    weights = [*(each for each in guide.parameters() if each.requires_grad), *of_model]
+    return Walk(call, guide, pair.joint, draws, weights), weights
+
+
+@pytest.mark.parametrize("make", GUIDES)
+@pytest.mark.parametrize(("model", "args"), MODELS.values(), ids=MODELS)
+def test_a_walk_has_the_loss_and_the_gradient_of_the_path_objective(make: Any, model: Any, args: Any) -> None:
+    guide = make(model, **SMALL)
+    walk, weights = walk_of(model, guide, args)
+    with torch.no_grad():
+        for weight in weights:
+            weight.add_(0.1 * torch.randn_like(weight))
+    objective = TracePath_ELBO(num_particles=16, vectorize_particles=True, max_plate_nesting=3)
+    for seed in range(5):  # the first steps are those of the model itself
+        pyro.set_rng_seed(seed)
+        step = walk.step()
+        ours = [None if weight.grad is None else weight.grad.clone() for weight in weights]
+        for weight in weights:
+            weight.grad = None
+        pyro.set_rng_seed(seed)
+        loss = objective.loss_and_grads(model, guide, *args)
+        assert step.loss == pytest.approx(loss, rel=1e-5)
+        for one, weight in zip(ours, weights, strict=True):
+            torch.testing.assert_close(one, weight.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_steps_of_a_plain_model_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+
+    def model() -> None:
+        runs.append(torch.is_grad_enabled())
+        counting()
+
+    fit_guide(model, AutoIAF(model, **SMALL), steps=90, num_particles=4, progress=False)
+    assert sum(runs[-95:]) < 20
+
+    monkeypatch.setattr(recording.Recording, "is_current", False)
+    runs.clear()
+    fit_guide(model, AutoIAF(model, **SMALL), steps=90, num_particles=4, progress=False)
+    assert sum(runs) > 85
+
+
+def test_a_model_whose_density_comes_to_change_is_run_at_each_step_from_then_on() -> None:
+    """Where neither its code nor torch's operations show that, a comparison does."""
+    shift, runs = np.zeros(1), []
+
+    def model() -> None:
+        runs.append(0)
+        pyro.sample("z", dist.Normal(float(shift[0]), 1.0))
+
+    guide = AutoIAF(model, **SMALL)
+    walk, _ = walk_of(model, guide, ())
+    for _ in range(50):
+        walk.step()
+    before = len(runs)
+    shift[0] = 1.0
+    for _ in range(100):
+        walk.step()
+    assert before + 40 < len(runs) < before + 60
+
+
+def test_networks_of_the_model_are_trained() -> None:
+    network = nn.Linear(1, 1)
+
+    def model() -> None:
+        pyro.module("network", network)
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(network(z[..., None])[..., 0], 0.1), obs=torch.tensor(2.0))
+
+    before = network.weight.detach().clone()
+    fit_guide(model, AutoIAF(model, **SMALL), steps=30, num_particles=4, progress=False)
+    assert not torch.equal(network.weight, before)
+    assert isinstance(record(lambda x: network(x).sum(-1), torch.randn(5, 1), list(network.parameters())), Recording)
