@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pyro_maf.infer import AutoIAF, initialization
-from pyro_maf.infer.initialization import best_normal, in_double, widened
+from pyro_maf.infer.double_precision import in_double, widened
+from pyro_maf.infer.initialization import best_normal
 from tests.posteriors import SMALL, bound, regression
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -122,6 +123,38 @@ def test_a_hierarchy_starts_where_its_scale_is_neither_lost_nor_left(seed: int) 
         assert -pyro.infer.Trace_ELBO(num_particles=100, vectorize_particles=True).loss(model, guide) > -235
 
 
+def a_tone() -> None:
+    """A sinusoid of unknown frequency: a mode for every frequency of the noise, all of them hundredfold lower."""
+    t = torch.linspace(0, 10, 60)
+    noise = torch.randn(60, generator=torch.Generator().manual_seed(0))
+    y = 1.5 * torch.sin(2 * torch.pi * 0.45 * t + 0.6) + 0.5 * noise
+    size = pyro.sample("size", dist.HalfNormal(2.0))
+    frequency = pyro.sample("frequency", dist.Uniform(0.05, 2.0))
+    phase = pyro.sample("phase", dist.Normal(0.0, 1.0))
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    with pyro.plate("times", 60):
+        pyro.sample("y", dist.Normal(size * torch.sin(2 * torch.pi * frequency * t + phase), scale), obs=y)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_of_several_modes_the_one_that_matters_is_started_from(seed: int) -> None:
+    pyro.set_rng_seed(seed)
+    guide = AutoIAF(a_tone, **SMALL).setup()
+    assert float(guide.median()["frequency"]) == pytest.approx(0.45, abs=0.02)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_funnel_starts_where_its_probability_is(seed: int) -> None:
+    """The ascent passes the best place on its way to a mode where hardly any probability is."""
+
+    def funnel() -> None:
+        v = pyro.sample("v", dist.Normal(0.0, 3.0))
+        pyro.sample("x", dist.Normal(torch.zeros(9), (v / 2).exp()[..., None]).to_event(1))
+
+    pyro.set_rng_seed(seed)
+    assert bound(funnel, AutoIAF(funnel, **SMALL).setup()) > -5
+
+
 # -- float64 -----------------------------------------------------------------------------------------------------------
 
 
@@ -204,3 +237,15 @@ def test_a_normal_that_float32_can_not_hold_is_not_used() -> None:
     assert bool(found.loc.isfinite().all())
     draws = found.loc + found.scale_tril[0] * torch.randn(1000, 1)
     assert bool(score(draws).isfinite().all())
+
+
+def test_a_draw_that_fails_in_float32_alone_is_no_reason_to_do_without_float64() -> None:
+    """As a Cholesky factor does; rounding in float32 also moves the mode."""
+
+    def score(rows: Tensor) -> Tensor:
+        narrow = rows.dtype == torch.float32
+        scores = -0.5 * (rows - (1.004 if narrow else 1.0)).square().sum(-1) / 0.01
+        return torch.where((rows[:, 0] > 1.15) & torch.tensor(narrow), -torch.inf, scores)
+
+    found = best_normal(score, torch.zeros(2))
+    torch.testing.assert_close(found.loc, torch.ones(2), atol=1e-4, rtol=0)

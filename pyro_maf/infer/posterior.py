@@ -12,7 +12,7 @@ from torch.distributions.constraints import Constraint
 from torch.quasirandom import SobolEngine
 
 from pyro_maf._core.torch_state import seeded
-from pyro_maf.infer.initialization import Normal, best_normal, best_of
+from pyro_maf.infer.initialization import Normal, best_start, other_points
 from pyro_maf.infer.latents import Latents, Part
 from pyro_maf.infer.log_joint import FAILURES, LogJoint, is_enumerated, without_blocks
 from pyro_maf.infer.model import Call, RefusalError, Trace, latent_sites, sample_sites
@@ -41,8 +41,8 @@ def start_of(call: Call, prototype: Trace, latents: Latents, scale: float | None
     Args:
         call, prototype, latents: As in `Posterior`.
         scale: Scale of an isotropic normal at the initial values, or None for the best normal of an ascent.
-        start_is_chosen: True if the user chose the starting point. If not, and a draw of the prior has a higher density
-            than the end of the ascent, and so lies near another mode, there is an ascent from that draw too.
+        start_is_chosen: True if the user chose the starting point. If not, there are ascents from other points too,
+            for a model that scores many draws in one run.
 
     Raises:
         ValueError: For a support that moves, or if all entries are left out.
@@ -57,9 +57,10 @@ def start_of(call: Call, prototype: Trace, latents: Latents, scale: float | None
     loc = latents.initial()
     if scale is not None or not posterior.is_complete:
         return Normal.isotropic(loc, 0.1 if scale is None else scale)
-    normal = best_normal(posterior, loc, vectorised=posterior.is_vectorised)
-    draw = None if start_is_chosen or not posterior.is_vectorised else posterior.better_draw(normal.loc)
-    return normal if draw is None else best_of(posterior, [normal, best_normal(posterior, draw)])
+    others = None
+    if posterior.is_vectorised and not start_is_chosen:
+        others = other_points(posterior, loc, posterior.prior_vectors(PRIOR_DRAWS))
+    return best_start(posterior, loc, others, vectorised=posterior.is_vectorised).normals[0]
 
 
 class Posterior:
@@ -99,17 +100,12 @@ class Posterior:
         values, log_det = self._unpacked(latents)
         return self._joint(values) + log_det
 
-    @torch.no_grad()
-    def better_draw(self, loc: Tensor) -> Tensor | None:
-        """Return the draw of the prior of the highest log-density, (D,), or None if `loc` has a higher one."""
+    def prior_vectors(self, count: int) -> Tensor | None:
+        """Draw latent vectors from the prior, (count, D); None if that is not possible, as with an improper one."""
         try:
-            values = self._joint.prior_draws(PRIOR_DRAWS)
-        except (*FAILURES, NotImplementedError):  # such as of an improper prior
+            return self._latents.pack(self._joint.prior_draws(count))[0]
+        except (*FAILURES, NotImplementedError):
             return None
-        draws, _ = self._latents.pack(values)
-        scores = self(torch.cat([loc[None], draws]))
-        index = int(scores.argmax())
-        return draws[index - 1] if scores[index] > scores[0] + 1 else None
 
     def leave_out_idle(self) -> None:
         """Leave out of the latent vector the entries that a mask excludes from the model.

@@ -1,0 +1,81 @@
+"""Evaluation of a model in float64 though its data and parameters are float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from pyro_maf.infer.model import Args, Kwargs, leaves_of
+
+__all__ = ["in_double", "widened"]
+
+Score = Callable[[Tensor], Tensor]
+"""Log-density of latent vectors: (rows, D) to (rows,)."""
+
+CLOSE = 1e-2
+"""Maximum difference between log-densities in float64 and in float32, in nats by dimension and relative."""
+
+
+class _Promoting(TorchFunctionMode):
+    """Type promotion of mixed products, as of sums: float32 times float64 is float64, matrix products included."""
+
+    def __torch_function__(
+        self, func: Callable[..., object], types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        dtypes = {leaf.dtype for leaf in leaves_of((args, *kwargs.values())) if isinstance(leaf, Tensor)}
+        if dtypes >= {torch.float32, torch.float64} and not _writes(func, kwargs):
+            args = tuple(map(_promoted, args))
+            kwargs = {name: _promoted(value) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _writes(func: Callable[..., object], kwargs: Kwargs) -> bool:
+    """True if a function writes into one of its arguments; written into a float64 copy, that would be lost."""
+    name = getattr(func, "__name__", "")
+    return "out" in kwargs or (name.endswith("_") and not name.endswith("__")) or name.startswith(("__i", "__set"))
+
+
+def _promoted(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.double() if value.dtype == torch.float32 else value
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        return type(value)(_promoted(item) for item in value)
+    return value
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Convert a tensor to float64, on its device or, if the device has no float64, on the CPU."""
+    try:
+        return tensor.double()
+    except (TypeError, RuntimeError):
+        return tensor.cpu().double()
+
+
+def in_double(score: Score, loc: Tensor) -> Score | None:
+    """Return the log-density for latent vectors in float64, or None if the model cannot be run so.
+
+    Data and parameters of the model stay float32; everything computed from them and the latents is float64.
+
+    Args:
+        score: Log-density of latent vectors in the dtype of `loc`.
+        loc: The point at which both are compared, (D,).
+    """
+    wide = widened(loc)
+    if loc.dtype == torch.float64 or wide.device != loc.device:
+        return None
+
+    def promoted(latents: Tensor) -> Tensor:
+        with _Promoting():
+            return score(latents).double()
+
+    try:
+        with torch.no_grad():
+            result, expected = promoted(wide[None]), score(loc[None])
+    except Exception:  # a model not written for float64 may fail in any way
+        return None
+    same = torch.allclose(result.to(expected), expected, rtol=CLOSE, atol=CLOSE * len(loc))
+    return promoted if same else None
