@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pyro_maf import IAF, MAF, RealNVP
+from pyro_maf import IAF, MAF, ConditionalFlowPrior, FlowPrior, RealNVP
 from pyro_maf.sweep import loading, program, threads
 from pyro_maf.transforms import BatchNorm, Coupling, Flow, MaskedAutoregressive, Permute, Stack
 from tests.registry import Architecture, architectures, build
@@ -85,7 +85,7 @@ def test_a_program_agrees_with_torch(
 
 
 def is_one_program(log_det: Tensor) -> bool:
-    return type(log_det.grad_fn).__name__ == "_RunBackward"
+    return type(log_det.grad_fn).__name__ == "_LayersBackward"
 
 
 @pytest.mark.parametrize("make", [MAF, IAF, RealNVP])
@@ -244,3 +244,74 @@ def test_threads_share_the_points_out(parts: int, points: int) -> None:
         found = results(flow, True, v, None, tensors)
     for one, other in zip((*found[:2], *found[2]), (*wanted[:2], *wanted[2]), strict=True):
         assert torch.allclose(one, other, rtol=1e-12, atol=1e-12 * float(1 + other.norm()))
+
+
+UNITS: dict[str, Callable[[], dict[str, Any]]] = {
+    "none": dict,
+    "units": lambda: {"loc": torch.full((4,), 3.0, dtype=double), "scale": torch.tensor([2.0, 0.1, 1.0, 5.0]).double()},
+    "positive": lambda: {"support": "positive"},
+}
+
+
+@pytest.mark.parametrize("units", UNITS)
+@pytest.mark.parametrize("name", ["MAF", "RealNVP", "ConditionalMAF", "ConditionalRealNVP"])
+def test_a_log_density_is_that_of_torch(name: str, units: str) -> None:
+    built: Any = build(name, SMALL, double, "cpu", gain=0.3)
+    flow, is_conditional = getattr(built, "flow", built), hasattr(built, "flow")
+    prior: Any = (ConditionalFlowPrior if is_conditional else FlowPrior)(flow, **UNITS[units]())
+    context = torch.randn(6, SMALL.context_dim, dtype=double, requires_grad=True)
+    value = torch.rand(6, 4, dtype=double).add_(0.1).requires_grad_()
+    tensors = [value, *flow.parameters(), *([context] if is_conditional else [])]
+
+    def derivatives() -> list[Tensor]:
+        density = (prior.condition(context) if is_conditional else prior).log_prob(value)
+        loss = density.sin().sum()
+        first = torch.autograd.grad(loss, tensors, create_graph=True)
+        second = torch.autograd.grad(sum(one.square().sum() for one in first), tensors)
+        with torch.no_grad():
+            again = (prior.condition(context) if is_conditional else prior).log_prob(value)
+        return [density, again, *first, *second]
+
+    found = derivatives()
+    with in_torch():
+        wanted = derivatives()
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-9 * float(1 + other.detach().norm()))
+
+
+def test_a_log_density_is_one_operation() -> None:
+    prior = FlowPrior(MAF(4, num_layers=2, hidden_dims=[8]), scale=torch.full((4,), 2.0))
+    assert type(prior.log_prob(torch.randn(5, 4)).grad_fn).__name__ == "_DensityBackward"
+
+
+def test_a_log_density_follows_a_change_of_its_units() -> None:
+    prior = FlowPrior(MAF(4, num_layers=2, hidden_dims=[8]))
+    value = torch.randn(5, 4)
+    before = prior.log_prob(value)
+    with torch.no_grad():
+        prior.units.scale.mul_(2)
+    found = prior.log_prob(value)
+    assert not torch.allclose(found, before)
+    with in_torch():
+        assert torch.allclose(found, prior.log_prob(value))
+
+
+@pytest.mark.parametrize("change", ["hook", "activation", "layer", "weights"])
+def test_a_log_density_follows_a_change_of_its_flow(change: str) -> None:
+    flow: Any = build("MAF", SMALL, double, "cpu", gain=0.3)
+    prior, value, calls = FlowPrior(flow), torch.randn(5, 4, dtype=double), []
+    with torch.no_grad():
+        before = prior.log_prob(value)
+        if change == "hook":
+            flow[0].made.layers[1].register_forward_hook(lambda *_: calls.append(1))
+        elif change == "activation":
+            flow[0].made.activation = "relu"
+        elif change == "layer":
+            flow.layers[1] = copy.deepcopy(flow[0])
+        else:
+            flow[1].made.layers[0].weight.mul_(2)
+        found = prior.log_prob(value)
+        with in_torch():
+            assert torch.allclose(found, prior.log_prob(value))
+    assert bool(calls) == (change == "hook")
+    assert change == "hook" or not torch.allclose(found, before)

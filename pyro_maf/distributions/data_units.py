@@ -42,6 +42,7 @@ class DataUnits(Flow):
         self.register_buffer("scale", scale)
         # An empty tensor that follows the model's dtype and device.
         self.register_buffer("inner", like.new_empty(0), persistent=False)
+        self._volume: tuple[Tensor | None, int, float] = None, 0, 0.0
 
     def widen(self) -> None:
         """Convert y to float64, if the device supports it, for any dtype of x."""
@@ -64,6 +65,20 @@ class DataUnits(Flow):
             "coarsely. Read the values in float64 to begin with."
         )
 
+    @property
+    def log_volume(self) -> float | None:
+        """log |det dy/dx|, if it is a constant: for real y of the dtype of x, on the CPU."""
+        scale = self._buffers["scale"]
+        if self.support.name != "real" or scale is None or scale.dtype is not self.inner.dtype or not scale.is_cpu:
+            return None
+        if scale.requires_grad or scale.is_inference():
+            return None
+        before, version, volume = self._volume
+        if before is not scale or version != scale._version:
+            version, volume = scale._version, scale.log().sum().item()
+            self._volume = scale, version, volume
+        return volume
+
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y = c(loc + scale x), c the map to the support, and log |det dy/dx|."""
         y, log_det = self.support.constrain(self.loc + self.scale * x)
@@ -79,6 +94,10 @@ class DataUnits(Flow):
         super()._apply(fn, recurse)
         keep_float64(self._buffers, ("loc", "scale"), before, self.support)
         return self
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._volume = None, 0, 0.0
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         widen_for(self._buffers, ("loc", "scale"), state_dict, prefix, self.support)

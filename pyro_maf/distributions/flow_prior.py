@@ -18,6 +18,7 @@ from pyro_maf.tables.layout import Layout, TableLike, numbers
 from pyro_maf.transforms import ConditionalFlow, Flow
 from pyro_maf.transforms.cache import caching_is_possible
 from pyro_maf.transforms.conditional import Conditional
+from pyro_maf.transforms.stack import run_of
 
 __all__ = ["ConditionalFlowPrior", "FlowPrior"]
 
@@ -204,10 +205,19 @@ class FlowPrior(Density):
             u = self.noise_to_data.inv(value)
             log_det = self.noise_to_data.log_abs_det_jacobian(u, value)
         else:
+            if (density := self._compiled(value, context)) is not None:
+                return density
             z, log_units = units.inverse_and_log_det(value)
             u, log_det = self.noise_to_data[0].inverse_and_log_det(z, context)
             log_det = log_det + log_units
         return torch.rsub(torch.add(log_det, u.square().sum(-1), alpha=0.5), -self._log_normaliser)
+
+    def _compiled(self, value: Tensor, context: Tensor | None) -> Tensor | None:
+        """The log-density as one operation, if one compiled program is all of the flow."""
+        if (run := run_of(self.model, True)) is None or (log_volume := self.units.log_volume) is None:
+            return None
+        constant = -self._log_normaliser - log_volume
+        return run.log_density((value - self.units.loc) / self.units.scale, context, constant)
 
     @property
     def _log_normaliser(self) -> float:

@@ -6,11 +6,11 @@ correctness: `solve` its sequential direction, one sweep over the network, by `t
 the other.
 """
 
-from pyro_maf.sweep.function import run
+from pyro_maf.sweep.function import Run, run
 from pyro_maf.sweep.layout import Step
 from pyro_maf.sweep.plan import plan_of
 from pyro_maf.sweep.program import forget
 from pyro_maf.sweep.reference import walk
 from pyro_maf.sweep.solve import parallel, solve
 
-__all__ = ["Step", "forget", "parallel", "plan_of", "run", "solve", "walk"]
+__all__ = ["Run", "Step", "forget", "parallel", "plan_of", "run", "solve", "walk"]

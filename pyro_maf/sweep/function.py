@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from pyro_maf.sweep.plan import Array, together
 from pyro_maf.sweep.program import Pack, Program, Reading, program_of
 from pyro_maf.sweep.threads import in_parts
 
-__all__ = ["run"]
+__all__ = ["Run", "run"]
 
 DTYPES = (torch.float32, torch.float64)
 WEIGHTS_A_POINT = 2**21
@@ -26,73 +27,159 @@ WEIGHTS_A_POINT = 2**21
 training step of five layers of 784 variables and 1,024 units takes torch 32 ms, and the program 100."""
 
 
+class Run(NamedTuple):
+    """A run of layers as a program, with the tensors that it reads.
+
+    Attributes:
+        program: The layers, laid out.
+        steps: The layers, the one that is applied first first.
+        tensors: Parameters of their networks, all of one dtype, on the CPU.
+    """
+
+    program: Program
+    steps: Sequence[Step]
+    tensors: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, owner: nn.Module, place: object, steps: Sequence[Step]) -> Run | None:
+        """The layers in their current state, or None where no program has them and torch is to apply them.
+
+        Args:
+            owner: The flow that the layers belong to.
+            place: Which of its runs this is.
+            steps: The layers; at least one with a network.
+        """
+        reading = Reading.of(steps)
+        if reading is None or reading.tensors[0].dtype not in DTYPES or not reading.is_uniform(reading.tensors[0]):
+            return None
+        program = program_of(owner, place, steps, reading)
+        return None if program is None else cls(program, steps, reading.tensors)
+
+    def __call__(self, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        r"""The layers in turn, or None where torch is to apply them.
+
+        Args:
+            v: (\*batch, D).
+            context: (\*batch or (), context_dim), or None.
+
+        Returns:
+            The last layer's output, (\*batch, D), and the sum of the log-determinants, (\*batch,).
+        """
+        inputs = self._inputs(v, context)
+        if inputs is None:
+            return None
+        rows, context, needs_gradient = inputs
+        if needs_gradient:
+            w, log_det = _Layers.apply(self, rows, context, *self.tensors)
+        else:
+            w, log_det = _forward(self.program, self.program.remembered(self.tensors), rows, context, None)
+        return (w, log_det) if rows is v else (w.reshape(v.shape), log_det.reshape(v.shape[:-1]))
+
+    def log_density(self, v: Tensor, context: Tensor | None, constant: float) -> Tensor | None:
+        r"""`constant` - |w|^2 / 2 - log-determinant, (\*batch,), for the output w; or None, as `__call__`.
+
+        It is the log-density of v whose noise w is standard normal, up to the constant. One node of the graph.
+        """
+        inputs = self._inputs(v, context)
+        if inputs is None:
+            return None
+        rows, context, needs_gradient = inputs
+        if needs_gradient:
+            density = _Density.apply(self, constant, rows, context, *self.tensors)
+        else:
+            w, log_det = _forward(self.program, self.program.remembered(self.tensors), rows, context, None)
+            density = _normal(w.square_(), log_det, constant)
+        return density if rows is v else density.reshape(v.shape[:-1])
+
+    def _inputs(self, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None, bool] | None:
+        """v and context as rows, (batch, D) and (batch, context_dim), and whether a gradient is wanted."""
+        program, tensors = self.program, self.tensors
+        if v.dtype is not tensors[0].dtype or not Reading([], [], [v]).is_uniform(v):
+            return None
+        context = context if program.context_dim else None
+        if not program.fits(v, context):
+            return None  # where an error names what is wrong
+        if kernels() is None:  # asked last, since it loads or compiles them
+            return None
+        if context is not None:
+            v, context = together(v, context)
+        rows = v if v.dim() == 2 else v.reshape(-1, program.dim)
+        if context is not None and context.dim() == 1:
+            context = context.expand(len(rows), -1)
+        inputs = (rows, *tensors) if context is None else (rows, context, *tensors)
+        needs_gradient = torch.is_grad_enabled() and any(map(_requires_grad, inputs))
+        is_large = program.num_weights > WEIGHTS_A_POINT * len(rows)
+        if needs_gradient and is_large and not any(step.sequential for step in self.steps):
+            return None
+        return rows, context, needs_gradient
+
+
+_requires_grad = operator.attrgetter("requires_grad")
+
+
 def run(
     owner: nn.Module, place: object, steps: Sequence[Step], v: Tensor, context: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    r"""The layers in turn, or None where the compiled program does not apply and torch does.
-
-    Args:
-        owner: The flow that the layers belong to.
-        place: Which of its runs this is.
-        steps: The layers, the one that is applied first first; at least one with a network.
-        v: (\*batch, D).
-        context: (\*batch or (), context_dim), or None.
-
-    Returns:
-        The last layer's output, (\*batch, D), and the sum of the log-determinants, (\*batch,).
-    """
-    if is_intercepted() or v.dtype not in DTYPES:
+    """The layers in turn, as a `Run` of them, or None where torch is to apply them."""
+    if is_intercepted():
         return None
-    reading = Reading.of(steps)
-    if reading is None or not Reading([], [], [v, *reading.tensors]).is_uniform(v):
-        return None
-    if kernels() is None:  # asked last, since it loads or compiles them: a flow of splines never needs them
-        return None
-    program = program_of(owner, place, steps, reading)
-    if program is None:
-        return None
-    context = context if program.context_dim else None
-    if not program.fits(v, context):
-        return None  # where an error names what is wrong
-    if context is not None:
-        v, context = together(v, context)
-    rows = v if v.dim() == 2 else v.reshape(-1, program.dim)
-    if context is not None and context.dim() == 1:
-        context = context.expand(len(rows), -1)
-    inputs = [rows, *reading.tensors] if context is None else [rows, context, *reading.tensors]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        if program.num_weights > WEIGHTS_A_POINT * len(rows) and not any(step.sequential for step in steps):
-            return None
-        w, log_det = _Run.apply(program, steps, rows, context, *reading.tensors)
-    else:
-        w, log_det = _forward(program, program.remembered(reading.tensors), rows, context, None)
-    return (w, log_det) if rows is v else (w.reshape(v.shape), log_det.reshape(v.shape[:-1]))
+    ready = Run.of(owner, place, steps)
+    return None if ready is None else ready(v, context)
 
 
-class _Run(torch.autograd.Function):
+class _Layers(torch.autograd.Function):
     """The layers, with the walk back as the backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, program: Program, steps: Sequence[Step], v: Tensor, context: Tensor | None, *tensors: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        # Not the pack of an earlier call: gradcheck, for one, writes through `.data`, which no version counter records.
-        pack = program.pack(tensors)
-        chunk = program.chunk_of(len(v))
-        tape = v.new_empty(-(-len(v) // chunk) * program.rows, chunk)
-        w, log_det = _forward(program, pack, v, context, tape)
-        ctx.program, ctx.steps, ctx.leading = program, steps, 1 if context is None else 2
-        ctx.save_for_backward(pack.weights, tape, *([v] if context is None else [v, context]), *tensors)
+    def forward(ctx: Any, run: Run, v: Tensor, context: Tensor | None, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        w, log_det, saved = _recorded(run, v, context, tensors)
+        ctx.run = run
+        ctx.save_for_backward(*saved)
         return w, log_det
 
     @staticmethod
     def backward(ctx: Any, grad_w: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
-        weights, tape, *inputs = ctx.saved_tensors
-        v, context, tensors = inputs[0], inputs[1] if ctx.leading == 2 else None, inputs[ctx.leading :]
-        needed = ctx.needs_input_grad[2:]
+        needed = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled() or is_intercepted():
-            return None, None, *_by_plain_operations(ctx.steps, v, context, tensors, needed, (grad_w, grad_log_det))
-        return None, None, *_backward(ctx.program, weights, tape, tensors, needed, grad_w, grad_log_det)
+            return None, *_by_plain_operations(_plain, ctx.run, ctx.saved_tensors, needed, (grad_w, grad_log_det))
+        return None, *_backward(ctx.run.program, ctx.saved_tensors, needed, grad_w, grad_log_det)
+
+
+class _Density(torch.autograd.Function):
+    """The log-density of what the layers map to standard normal noise."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, constant: float, v: Tensor, context: Tensor | None, *tensors: Tensor) -> Tensor:
+        w, log_det, saved = _recorded(run, v, context, tensors)
+        ctx.run = run
+        ctx.save_for_backward(w, *saved)
+        return _normal(w.square(), log_det, constant)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[2:]
+        w, *saved = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_intercepted():
+            return None, None, *_by_plain_operations(_plain_density, ctx.run, saved, needed, (grad,))
+        grad_log_det = -grad
+        return None, None, *_backward(ctx.run.program, saved, needed, w * grad_log_det.unsqueeze(-1), grad_log_det)
+
+
+def _normal(squares: Tensor, log_det: Tensor, constant: float) -> Tensor:
+    """`constant` - |w|^2 / 2 - log-determinant, from the squares of w."""
+    return torch.add(log_det, squares.sum(-1), alpha=0.5).neg_().add_(constant)
+
+
+def _recorded(
+    run: Run, v: Tensor, context: Tensor | None, tensors: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """w and log-determinants of v, and what `_backward` reads: packed weights, tape, v, context and the tensors."""
+    # Not the pack of an earlier call: gradcheck, for one, writes through `.data`, which no version counter records.
+    pack = run.program.pack(tensors)
+    chunk = run.program.chunk_of(len(v))
+    tape = v.new_empty(-(-len(v) // chunk) * run.program.rows, chunk)
+    w, log_det = _forward(run.program, pack, v, context, tape)
+    return w, log_det, [pack.weights, tape, v, context, *tensors]
 
 
 def _forward(
@@ -126,15 +213,10 @@ def _forward(
 
 
 def _backward(
-    program: Program,
-    weights: Tensor,
-    tape: Tensor,
-    tensors: Sequence[Tensor],
-    needed: Sequence[bool],
-    grad_w: Tensor,
-    grad_log_det: Tensor,
+    program: Program, saved: Sequence[Tensor], needed: Sequence[bool], grad_w: Tensor, grad_log_det: Tensor
 ) -> list[Tensor | None]:
-    """Gradients with respect to v, the context and the tensors; None where not needed."""
+    """Gradients with respect to v, the context and the tensors; None where not needed. For `saved` see `_recorded`."""
+    weights, tape, _, _, *tensors = saved
     tables, points = program.tables, len(grad_w)
     of_tensors = np.array(needed[2:])
     wanted = of_tensors[tables.matrices["weight"]] | of_tensors[tables.matrices["addend"]]
@@ -179,21 +261,29 @@ def _unpacked(program: Program, parts: Sequence[tuple[Array, Array]], tensors: S
 
 
 def _by_plain_operations(
-    steps: Sequence[Step],
-    v: Tensor,
-    context: Tensor | None,
-    tensors: Sequence[Tensor],
+    plain: Callable[..., tuple[Tensor, ...]],
+    run: Run,
+    saved: Sequence[Tensor],
     needed: Sequence[bool],
-    grads: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, ...],
 ) -> list[Tensor | None]:
     """The same gradients by plain operations, which can be differentiated again."""
     again = torch.is_grad_enabled()
+    _, _, v, context, *tensors = saved
     with torch.enable_grad():
-        results = _plain(steps, v, context, tensors)
+        results = plain(run.steps, v, context, tensors)
     inputs = [v, context, *tensors]
     wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
-    gradients = iter(torch.autograd.grad(results, wanted, grads, create_graph=again, allow_unused=True))  # type: ignore[arg-type]
+    gradients = iter(torch.autograd.grad(results, wanted, grads, create_graph=again, allow_unused=True))
     return [next(gradients) if need else None for need in needed]
+
+
+def _plain_density(
+    steps: Sequence[Step], v: Tensor, context: Tensor | None, tensors: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The log-density by plain operations, up to the constant."""
+    w, log_det = _plain(steps, v, context, tensors)
+    return (_normal(w.square(), log_det, 0.0),)
 
 
 def _plain(

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pyro_maf._core.module_state import ModuleState
 from pyro_maf._core.torch_state import is_intercepted
-from pyro_maf.sweep import Step, run
+from pyro_maf.sweep import Run, Step
 from pyro_maf.transforms.autoregressive import InverseAutoregressive, MaskedAutoregressive
 from pyro_maf.transforms.base import Flow, Inverse
 from pyro_maf.transforms.coupling import Coupling
 from pyro_maf.transforms.permute import Permute
 from pyro_maf.univariate import Affine
 
-__all__ = ["Stack"]
+__all__ = ["Stack", "run_of"]
 
 TAKEN = (Coupling, InverseAutoregressive, MaskedAutoregressive, Permute)
 """Layers of which a compiled program takes a run at once; it is these classes alone, as a subclass may compute else."""
@@ -112,27 +114,14 @@ class Stack(Flow):
 
     def _in_turn(self, inverse: bool, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         total = None
-        for place, part in enumerate(_runs(_parts(self, inverse))):
-            value, log_det = self._applied(part, (inverse, place), value, context)
+        for turn in _turns(self, inverse):
+            value, log_det = turn.applied(value, context)
             total = log_det if total is None else total + log_det
         return value, total  # type: ignore[return-value]
 
-    def _applied(
-        self, layers: list[_Part], place: object, value: Tensor, context: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Apply layers in turn, in one compiled program if there is one."""
-        steps = [layer.step for layer in layers if layer.step is not None]
-        if any(step.networks for step in steps):
-            compiled = run(self, place, steps, value, context)
-            if compiled is not None:
-                return compiled
-        total = None
-        for flow, inverse, log_sign, _ in layers:
-            direction = flow.inverse_and_log_det if inverse else flow.forward_and_log_det
-            value, log_det = direction(value, context if flow.context_dim else None)
-            log_det = log_det if log_sign > 0 else -log_det
-            total = log_det if total is None else total + log_det
-        return value, total  # type: ignore[return-value]
+    def _forget(self) -> None:
+        super()._forget()
+        _prepared.pop(self, None)
 
     def __repr__(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.parameters())
@@ -158,9 +147,61 @@ class _Part(NamedTuple):
     step: Step | None
 
 
+class _Turn(NamedTuple):
+    """Layers that a compiled program applies at once, if there is a run of them; or else one after another."""
+
+    layers: list[_Part]
+    run: Run | None
+
+    def applied(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The last layer's output, and the sum of the log-determinants."""
+        if self.run is not None:
+            compiled = self.run(value, context)
+            if compiled is not None:
+                return compiled
+        total = None
+        for flow, inverse, log_sign, _ in self.layers:
+            direction = flow.inverse_and_log_det if inverse else flow.forward_and_log_det
+            value, log_det = direction(value, context if flow.context_dim else None)
+            log_det = log_det if log_sign > 0 else -log_det
+            total = log_det if total is None else total + log_det
+        return value, total  # type: ignore[return-value]
+
+
+# Outside the stacks, so that copies and pickles leave the programs behind. None of it refers to the stack itself.
+_prepared: weakref.WeakKeyDictionary[Stack, dict[bool, tuple[ModuleState, list[_Turn]]]] = weakref.WeakKeyDictionary()
+
+
+def run_of(flow: Flow, inverse: bool) -> Run | None:
+    """The run that is all of a direction of a flow, if it is that of a stack, and one compiled program applies it."""
+    if not isinstance(flow, Stack) or not _is_unchanged(type(flow)) or is_intercepted():
+        return None
+    turns = _turns(flow, inverse)
+    return turns[0].run if len(turns) == 1 else None
+
+
+def _turns(stack: Stack, inverse: bool) -> list[_Turn]:
+    """The layers of a direction of a stack by turns, prepared again when anything but numbers has changed."""
+    if is_intercepted():
+        return [_Turn([part], None) for part in _parts(stack, inverse)]
+    prepared = _prepared.setdefault(stack, {})
+    if (before := prepared.get(inverse)) is not None and before[0].holds_for(stack):
+        return before[1]
+    # Taken first, so that a change in between is seen by the next call.
+    state = ModuleState.of(stack)
+    turns = [_turn(stack, (inverse, place), layers) for place, layers in enumerate(_runs(_parts(stack, inverse)))]
+    if state is not None and all(turn.run is None or state.has(turn.run.tensors) for turn in turns):
+        prepared[inverse] = state, turns
+    return turns
+
+
+def _turn(stack: Stack, place: object, layers: list[_Part]) -> _Turn:
+    steps = [layer.step for layer in layers if layer.step is not None]
+    return _Turn(layers, Run.of(stack, place, steps) if any(step.networks for step in steps) else None)
+
+
 def _parts(stack: Stack, inverse: bool, log_sign: int = 1) -> Iterator[_Part]:
     """The layers of a stack and of those inside it, in the order of a direction."""
-    is_taken = not is_intercepted()
     for flow in reversed(list(stack)) if inverse else stack:
         backward, sign = inverse, log_sign
         while type(flow) is Inverse:
@@ -169,7 +210,7 @@ def _parts(stack: Stack, inverse: bool, log_sign: int = 1) -> Iterator[_Part]:
         if isinstance(flow, Stack) and _is_unchanged(kind):
             yield from _parts(flow, backward, sign)
             continue
-        step = flow.step(backward) if is_taken and kind in TAKEN else None
+        step = flow.step(backward) if kind in TAKEN else None
         yield _Part(flow, backward, sign, step if step is None or sign > 0 else step._replace(log_sign=sign))
 
 

@@ -1,0 +1,75 @@
+"""State of modules: any change that could alter what a call computes, but for the numbers in parameters, is seen."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from pyro_maf import MAF, FlowPrior
+from pyro_maf._core.module_state import ModuleState
+
+
+def _call(module: Any, *_: object) -> None:
+    return None
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "eval mode of a part": lambda flow: flow[0].made.eval(),
+    "hook of a part": lambda flow: flow[0].made.layers[0].register_forward_hook(_call),
+    "hook of the whole": lambda flow: flow.register_forward_pre_hook(_call),
+    "backward hook": lambda flow: flow[1].made.register_full_backward_hook(_call),
+    "parametrization": lambda flow: weight_norm(flow[0].made.layers[0]),
+    "a call of one's own": lambda flow: setattr(flow[0].made.layers[1], "forward", _call),
+    "activation": lambda flow: setattr(flow[0].made, "activation", "tanh"),
+    "another layer": lambda flow: flow.layers.insert(0, flow[0]),
+    "another parameter": lambda flow: setattr(flow[0].made.layers[0], "bias", nn.Parameter(torch.zeros(8))),
+    "no parameter": lambda flow: setattr(flow[0].made.layers[0], "bias", None),
+    "dtype of a part": lambda flow: flow[0].made.double(),
+    "shape": lambda flow: setattr(flow[0].made.layers[0].bias, "data", torch.zeros(9)),
+    "mask, in place": lambda flow: flow[0].made.layers[0].mask.zero_(),
+    "another mask": lambda flow: flow[0].made.layers[0].register_buffer("mask", torch.ones(8, 3)),
+    "a loaded state": lambda flow: flow.load_state_dict(flow.state_dict()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen(change: str) -> None:
+    flow = MAF(3, num_layers=2, hidden_dims=[8])
+    state = ModuleState.of(flow)
+    assert state is not None
+    assert state.holds_for(flow)
+    CHANGES[change](flow)
+    assert not state.holds_for(flow)
+
+
+def test_numbers_of_parameters_and_uses_are_no_change() -> None:
+    flow = MAF(3, num_layers=2, hidden_dims=[8])
+    state = ModuleState.of(flow)
+    assert state is not None
+    (-FlowPrior(flow).log_prob(torch.randn(5, 3)).mean()).backward()
+    torch.optim.Adam(flow.parameters()).step()
+    flow.inv(flow(torch.randn(4, 3)))
+    assert state.holds_for(flow)
+    assert state.has(flow.parameters())
+    assert not state.has([flow[0].made.layers[0].weight * 1])  # type: ignore[union-attr,index,operator]
+
+
+def test_a_state_does_not_keep_its_module_alive() -> None:
+    flow = MAF(3, num_layers=2, hidden_dims=[8])
+    prior = FlowPrior(flow)
+    with torch.no_grad():
+        prior.log_prob(torch.zeros(2, 3))
+    weight = weakref.ref(flow[0].made.layers[0].weight)  # type: ignore[union-attr,index]
+    gc.disable()
+    try:
+        del prior, flow
+        assert weight() is None
+    finally:
+        gc.enable()
