@@ -57,7 +57,14 @@ def best_normal(log_density: Score, loc: Tensor, *, vectorised: bool = True) -> 
     return best_start(log_density, loc, vectorised=vectorised).normals[0]
 
 
-def best_start(log_density: Score, loc: Tensor, others: Tensor | None = None, *, vectorised: bool = True) -> Start:
+def best_start(
+    log_density: Score,
+    loc: Tensor,
+    others: Tensor | None = None,
+    *,
+    proposals: Sequence[Normal] = (),
+    vectorised: bool = True,
+) -> Start:
     r"""Return the normals of the largest evidence lower bounds among those proposed on ascents from several points.
 
     Every point of the ascent from `loc` proposes normals with the curvature there, their scales unbounded, at most 10
@@ -74,6 +81,7 @@ def best_start(log_density: Score, loc: Tensor, others: Tensor | None = None, *,
         log_density: Log-density of the posterior, up to a constant.
         loc: Starting point, (D,).
         others: Further starting points, (points, D).
+        proposals: Normals that compete with those of the first ascent.
         vectorised: True if many rows cost about as much as one. If not, there is one ascent, of some 300 runs.
 
     Reference:
@@ -83,11 +91,12 @@ def best_start(log_density: Score, loc: Tensor, others: Tensor | None = None, *,
     others = loc.new_empty(0, len(loc)) if others is None else others
     wide = in_double(log_density, loc)
     if wide is not None:
-        best = _start(wide, loc.double(), others.double(), vectorised)
+        doubled = [Normal(each.loc.double(), each.scale_tril.double()) for each in proposals]
+        best = _start(wide, loc.double(), others.double(), doubled, vectorised)
         normals = tuple(Normal(each.loc.to(loc), each.scale_tril.to(loc)) for each in best.normals)
         if all(_survives(log_density, wide, normal, vectorised) for normal in normals):
             return best._replace(normals=normals, shares=best.shares.to(loc))
-    return _start(log_density, loc, others, vectorised)
+    return _start(log_density, loc, others, proposals, vectorised)
 
 
 @torch.no_grad()
@@ -133,10 +142,10 @@ def _survives(log_density: Score, wide: Score, normal: Normal, vectorised: bool)
     return bool((losses < (SLACK / 100 * exact.abs()).clamp(min=SLACK)).double().mean() > 0.5)
 
 
-def _start(log_density: Score, loc: Tensor, others: Tensor, vectorised: bool) -> Start:
+def _start(log_density: Score, loc: Tensor, others: Tensor, proposals: Sequence[Normal], vectorised: bool) -> Start:
     """Return the initialization, in the dtype of `loc`."""
     search = _Search(log_density, torch.cat([loc[None], others]), vectorised)
-    normal, bound = search.best()
+    normal, bound = search.best(proposals)
     modes = different(log_density, search.ends()) if len(others) else []
     if len(others):
         other, other_bound = search.best_of_others()
@@ -174,14 +183,16 @@ class _Search:
         newton = points.shape[1] <= (DENSE if vectorised else FEW)
         self._ascents = Ascents(self._score, points, vectorised, newton)
 
-    def best(self) -> tuple[Normal, float]:
-        """Ascend; return the best normal and its bound."""
+    def best(self, proposals: Sequence[Normal]) -> tuple[Normal, float]:
+        """Ascend; return the best normal, the proposed ones included, and its bound."""
         if self._vectorised:
             self._all_along()
         else:
             self._backwards()
         if len(self._loc) > FEW and self._vectorised:
             self._try([_diagonal(self._score, self._loc, even_noise(self._loc, DRAWS, seed=1))])
+        if proposals:
+            self._try(proposals)
         return self._best, self._bound
 
     def ends(self) -> list[End]:
