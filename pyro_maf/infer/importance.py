@@ -19,8 +19,9 @@ from torch.distributions import Distribution
 
 from pyro_maf._core.messages import require
 from pyro_maf.infer.auto_flow import AutoFlow
-from pyro_maf.infer.latents import masked_elements
+from pyro_maf.infer.latents import Latents, masked_elements
 from pyro_maf.infer.log_joint import FAILURES, LogJoint, is_enumerated, log_densities, total_by_draw
+from pyro_maf.infer.missed_modes import STARTS, missed_modes
 from pyro_maf.infer.model import (
     Call,
     Guide,
@@ -34,7 +35,7 @@ from pyro_maf.infer.model import (
 )
 from pyro_maf.infer.plates import PartialRowsError, nesting_of
 
-__all__ = ["NoVerdictError", "Pair", "Weighted", "arviz", "smoothed"]
+__all__ = ["Mode", "NoVerdictError", "Pair", "Weighted", "arviz", "smoothed"]
 
 ROUNDING = 32
 """Spread by rounding of ten thousand sums, in units in the last place of the log joint density."""
@@ -70,6 +71,20 @@ class Weighted(NamedTuple):
     values: dict[str, Tensor]
     log_weights: Tensor
     rounding: float
+
+
+class Mode(NamedTuple):
+    r"""A mode of the posterior that a guide has missed.
+
+    Attributes:
+        values: The value of each latent site there, (\*site).
+        log_joint: Log joint density in unconstrained coordinates there, in nats.
+        share: Share of the posterior near it.
+    """
+
+    values: dict[str, Tensor]
+    log_joint: float
+    share: float
 
 
 class Pair:
@@ -134,6 +149,48 @@ class Pair:
         log_weights = torch.cat([block.log_weights for block in blocks])
         return Weighted(values, log_weights, max(block.rounding for block in blocks))
 
+    def modes(self, weighted: Weighted, log_evidence: float) -> list[Mode]:
+        """Modes outside of the draws of the guide, with a share of the posterior that it lacks.
+
+        Not for models that have to be run for each draw, latent variables of the rows of a plate, and angles.
+        """
+        latents = self._latents()
+        if latents is None or not self.joint.is_vectorised or self._angles:
+            return []
+
+        def score(rows: Tensor) -> Tensor:
+            values, log_det = latents.unpack(rows.reshape(len(rows), *(1,) * self.joint.nesting, -1))
+            return self.joint(values) + log_det.reshape(len(rows))
+
+        try:
+            draws, _ = latents.pack(weighted.values)
+            found = missed_modes(score, draws[draws.isfinite().all(1)], log_evidence, self._prior_starts(latents))
+        except PartialRowsError:
+            return []
+        return [
+            Mode({name: value[0] for name, value in latents.sites(mode.loc[None], torch.Size([1])).items()}, *mode[1:])
+            for mode in found
+        ]
+
+    def _latents(self) -> Latents | None:
+        """The layout of the sites as one vector; None if they cannot be laid out, or are those of rows."""
+        if isinstance(self._guide, AutoFlow):
+            latents = self._guide.latents
+            return None if latents.rows or self._all_rows else latents
+        if any(masked_elements(site, site["value"]) is not None for site in self._sites.values()):
+            return None
+        try:
+            return Latents(self._who, self._sites, torch.Size())
+        except RefusalError:
+            return None
+
+    def _prior_starts(self, latents: Latents) -> Tensor:
+        try:
+            draws, _ = latents.pack(self.joint.prior_draws(STARTS))
+        except (*FAILURES, NotImplementedError):  # such as of an improper prior
+            return latents.initial()[None]
+        return draws[draws.isfinite().all(1)]
+
     def _lay_out(self) -> None:
         """Run both, and compare their sites."""
         who, call, guide = self._who, self._call, self._guide
@@ -141,6 +198,7 @@ class Pair:
         example = call.replayed(guide_trace)
         check_observes_nothing(who, guide_trace, example)
         latents = _shared_sites(who, guide_trace, example)
+        self._sites = latents
         self._angles = [name for name, site in latents.items() if _is_angle(site["fn"])]
         self._all_rows = guide.latents.shapes_of_all_rows if isinstance(guide, AutoFlow) else {}
         self._shapes = {name: site["value"].shape for name, site in latents.items()} | self._all_rows

@@ -1,0 +1,199 @@
+"""Modes of a posterior that a guide has missed: importance weights, taken where the guide has mass, cannot tell.
+
+Ascents from dispersed points end at modes. Around those that lie outside the draws of the guide, the probability of a
+region is estimated from draws of a normal, and compared with the fraction of the guide's draws in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_maf._core.torch_state import seeded
+from pyro_maf.infer.initialization import Normal, best_normal
+
+__all__ = ["STARTS", "Missed", "missed_modes"]
+
+Score = Callable[[Tensor], Tensor]
+"""Log-density of latent vectors: (rows, D) to (rows,)."""
+
+STARTS = 8
+"""Number of starting points of either kind: draws of the prior, and uniform ones in unconstrained space."""
+REACH = 2.0
+"""Bound of the uniform starting points, as in Stan."""
+ITERATIONS = 40
+TAIL = 4
+"""Iterations without a gain of `GAIN` nats, after which an ascent has converged."""
+GAIN = 0.01
+LONGEST, SIZES = 4.0, 10
+"""Longest step of a line search, in quasi-Newton steps, and number of step sizes, each half of the last."""
+MOST_DIMENSIONS = 200
+EXAMINED = 3
+"""Maximum number of ends whose surroundings are examined."""
+DRAWS = 512
+RADII = 3.0
+"""Radius of a region: the squared distance is at most so many standard deviations above that of a normal's draws."""
+LEAST = 0.05
+"""Least share of the posterior that counts as missed."""
+NEIGHBOURS = 10
+"""An end is outside of the draws if its tenth nearest draw is farther away than that of nearly all draws."""
+COMPARED, NEARLY_ALL = 256, 0.99
+
+
+class Missed(NamedTuple):
+    """A mode outside of a guide's draws.
+
+    Attributes:
+        loc: Latent vector of the mode, (D,).
+        log_joint: Log joint density there, in the latent vector's coordinates, in nats.
+        share: Share of the posterior near the mode, without what the guide has there.
+    """
+
+    loc: Tensor
+    log_joint: float
+    share: float
+
+
+def missed_modes(score: Score, draws: Tensor, log_evidence: float, starts: Tensor) -> list[Missed]:
+    """Return modes with a share of the posterior that a guide lacks, the largest first.
+
+    Args:
+        score: Log joint density of latent vectors in nats, differentiable, for many rows at once.
+        draws: Draws of the guide, (rows, D).
+        log_evidence: Log evidence in nats by the weights of these draws.
+        starts: Points to start ascents from, in addition to uniform ones, (starts, D).
+
+    Cost: some dozen gradients and line searches for all starts in one batch; for up to three ends outside of the draws,
+        the search for a normal as of a guide's start. Nothing beyond 200 dimensions.
+    """
+    if not 1 <= draws.shape[1] <= MOST_DIMENSIONS or len(draws) < 2 * draws.shape[1]:
+        return []
+    spread = _Spread(draws)
+    with seeded(2, draws.device):
+        uniform = REACH * (2 * torch.rand(STARTS, draws.shape[1]) - 1).to(draws)
+    ends, values = _ascents(score, torch.cat([starts.to(draws), uniform]), spread.covariance)
+    total = log_evidence if math.isfinite(log_evidence) else -math.inf
+    found: list[tuple[Normal, float]] = []
+    for index in spread.outside(ends, values):
+        normal = best_normal(score, ends[index])
+        if any(_fraction(normal.loc[None], other) for other, _ in found):
+            continue  # an ascent to a mode that has been seen, which had not yet converged
+        log_mass = _log_mass(score, normal)
+        combined = float(torch.logaddexp(torch.tensor(total), torch.tensor(log_mass)))
+        if math.exp(log_mass - combined) - _fraction(draws, normal) > LEAST:
+            found.append((normal, log_mass))
+            total = combined
+    with torch.no_grad():
+        modes = [Missed(each.loc, float(score(each.loc[None])), math.exp(mass - total)) for each, mass in found]
+    return sorted(modes, key=lambda mode: -mode.share)
+
+
+class _Spread:
+    """Where the draws of a guide are, in units in which they have the covariance of a standard normal."""
+
+    def __init__(self, draws: Tensor) -> None:
+        centred = draws.double() - draws.double().mean(0)
+        covariance = centred.T @ centred / len(draws)
+        jitter = 1e-6 * covariance.diagonal().clamp(min=1e-12)
+        factor, failed = torch.linalg.cholesky_ex(covariance + jitter.diag())
+        self._factor = covariance.diagonal().clamp(min=1e-12).sqrt().diag() if failed else factor
+        self.covariance = (self._factor @ self._factor.T).to(draws)
+        self._draws = self._scaled(draws)
+        distances = self._to_draws(self._draws[:COMPARED], 1)
+        self._usual = float(distances.quantile(NEARLY_ALL))
+
+    def outside(self, ends: Tensor, values: Tensor) -> list[int]:
+        """Return the indices of ends outside of the draws and apart from each other, of the highest values."""
+        scaled = self._scaled(ends)
+        far = self._to_draws(scaled, 0) > self._usual
+        chosen: list[int] = []
+        for index in values.argsort(descending=True).tolist():
+            apart = all(float((scaled[index] - scaled[other]).norm()) > self._usual for other in chosen)
+            if far[index] and apart and values[index].isfinite() and len(chosen) < EXAMINED:
+                chosen.append(index)
+        return chosen
+
+    def _scaled(self, points: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(self._factor, points.double().T, upper=False).T
+
+    def _to_draws(self, points: Tensor, itself: int) -> Tensor:
+        """Distance of each point to its tenth nearest draw, without itself."""
+        return torch.cdist(points, self._draws).kthvalue(NEIGHBOURS + itself, 1).values
+
+
+@torch.no_grad()
+def _ascents(score: Score, points: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascend from several points at once by BFGS; return the ends and their log-densities."""
+    inverse = covariance.repeat(len(points), 1, 1)
+    values, gradients = _derivatives(score, points)
+    sizes = 0.5 ** torch.arange(SIZES).to(points)
+    reach = (points.quantile(0.84, 0) - points.quantile(0.16, 0)) / 2
+    idle = torch.zeros(len(points))
+    for _ in range(ITERATIONS):
+        steps = LONGEST * (inverse @ gradients[..., None])[..., 0]
+        # No farther than the starts are apart: a leap would end at the mode that others end at.
+        steps = steps / (steps.abs() / reach).amax(1, keepdim=True).clamp(min=1)
+        tried = points[:, None] + sizes[:, None] * steps[:, None]
+        scores = score(tried.flatten(0, 1)).view(len(points), SIZES).nan_to_num(nan=-torch.inf)
+        best, which = scores.max(1)
+        better = best > values
+        moved = torch.where(better[:, None], sizes[which, None] * steps, 0.0)
+        idle = torch.where((best > values + GAIN).cpu(), 0, idle + 1)
+        points = points + moved
+        before = gradients
+        values, gradients = _derivatives(score, points)
+        inverse = _updated(inverse, moved, before - gradients)
+        if (idle >= TAIL).all():
+            break
+    return points, values
+
+
+def _derivatives(score: Score, points: Tensor) -> tuple[Tensor, Tensor]:
+    points = points.detach().requires_grad_()
+    with torch.enable_grad():
+        values = score(points)
+        (gradients,) = torch.autograd.grad(values.sum(), points)
+    return values.detach(), gradients.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _updated(inverse: Tensor, moved: Tensor, bent: Tensor) -> Tensor:
+    """One BFGS update of each inverse Hessian, (points, D, D), where the curvature is positive."""
+    product = (moved * bent).sum(1)
+    positive = product > 1e-8 * (bent**2).sum(1)
+    weight = torch.where(positive, 1 / product.where(positive, torch.ones_like(product)), 0.0)[:, None, None]
+    projected = (inverse @ bent[..., None])[..., 0]
+    outer = moved[:, :, None] * projected[:, None]
+    quadratic = (bent * projected).sum(1)[:, None, None]
+    return (
+        inverse - weight * (outer + outer.mT) + weight * (weight * quadratic + 1) * moved[:, :, None] * moved[:, None]
+    )
+
+
+@torch.no_grad()
+def _log_mass(score: Score, normal: Normal) -> float:
+    """Logarithm of the integral of the density over the region around a mode, from draws of a normal, in nats."""
+    size = len(normal.loc)
+    with seeded(3, normal.loc.device):
+        noise = torch.randn(DRAWS, size).to(normal.loc)
+    squares = (noise**2).sum(1)
+    log_weights = score(normal.loc + noise @ normal.scale_tril.T).double() + squares.double() / 2
+    log_weights += size / 2 * math.log(2 * math.pi) + float(normal.scale_tril.diagonal().double().log().sum())
+    log_weights = log_weights.where(squares <= _radius(size), -torch.inf)
+    # Truncated, so that no single draw decides.
+    ceiling = log_weights.logsumexp(0) - 0.5 * math.log(DRAWS)
+    return float(log_weights.minimum(ceiling).logsumexp(0)) - math.log(DRAWS)
+
+
+def _fraction(draws: Tensor, normal: Normal) -> float:
+    """Fraction of draws in the region around a mode."""
+    scaled = torch.linalg.solve_triangular(normal.scale_tril, (draws - normal.loc).T, upper=False)
+    return float(((scaled**2).sum(0) <= _radius(len(normal.loc))).double().mean())
+
+
+def _radius(size: int) -> float:
+    """Squared radius of the region, in standard deviations."""
+    return size + RADII * math.sqrt(2 * size)

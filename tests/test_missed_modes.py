@@ -1,0 +1,120 @@
+"""Modes that a guide has missed: they are found, with their share, and none are found where there are none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+
+from pyro_maf.infer import AutoIAF, diagnose, fit_guide
+from tests.posteriors import SMALL, regression
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+WEIGHTS = torch.tensor([0.7, 0.3])
+CENTRES = torch.tensor([[-3.0, 0.0], [3.0, 1.0]])
+
+
+def two_modes() -> None:
+    prior = dist.Normal(torch.zeros(2), 5.0).to_event(1)
+    z = pyro.sample("z", prior)
+    parts = dist.Normal(CENTRES, 0.5).to_event(1).log_prob(z[..., None, :]) + WEIGHTS.log()
+    pyro.factor("density", parts.logsumexp(-1) - prior.log_prob(z))
+
+
+def normal(index: int) -> Any:
+    return lambda: pyro.sample("z", dist.Normal(CENTRES[index], 0.5).to_event(1))
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_other_of_two_modes_is_found_with_its_share(index: int) -> None:
+    """The weights of the guide are equal, so that they say nothing."""
+    found = diagnose(two_modes, normal(index))
+    assert found.ess > 9_999
+    (mode,) = found.missed
+    assert mode.share == pytest.approx(float(WEIGHTS[1 - index]), abs=0.03)
+    torch.testing.assert_close(mode.values["z"], CENTRES[1 - index], atol=0.05, rtol=0)
+    assert found.grade == "poor"
+    assert f"misses a mode with {100 * mode.share:.0f} % of the posterior: near z = (" in found.verdict
+
+
+def test_a_guide_of_both_modes_misses_none() -> None:
+    def guide() -> None:
+        which = pyro.sample("which", dist.Categorical(WEIGHTS), infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Normal(CENTRES[which], 0.5).to_event(1))
+
+    assert diagnose(two_modes, guide).missed == ()
+
+
+def test_label_switching_is_named() -> None:
+    y = torch.cat([torch.linspace(-2.5, -1.5, 10), torch.linspace(1.5, 2.5, 10)])
+
+    def model() -> None:
+        with pyro.plate("components", 2):
+            means = pyro.sample("means", dist.Normal(0.0, 4.0))
+        parts = dist.Normal(means[..., None, :], 0.5)
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts), obs=y)
+
+    found = diagnose(model, AutoNormal(model, init_loc_fn=lambda site: torch.tensor([-2.0, 2.0])))
+    assert len(found.missed) == 1
+    assert found.missed[0].values["means"].shape == (2,)
+    assert found.missed[0].share > 0.4
+
+
+def test_a_site_on_a_bounded_support_is_named_on_it() -> None:
+    def model() -> None:
+        rate = pyro.sample("rate", dist.Gamma(1.0, 0.1))
+        parts = torch.stack([dist.Normal(1.0, 0.1).log_prob(rate), dist.Normal(9.0, 0.1).log_prob(rate)])
+        pyro.factor("density", parts.logsumexp(0))
+
+    (mode,) = diagnose(model, lambda: pyro.sample("rate", dist.Normal(1.0, 0.1))).missed
+    assert float(mode.values["rate"]) == pytest.approx(9, abs=0.1)
+
+
+def funnel() -> None:
+    scale = pyro.sample("scale", dist.Normal(0.0, 2.0))
+    with pyro.plate("numbers", 4):
+        pyro.sample("x", dist.Normal(0.0, scale.exp()))
+
+
+def skewed() -> None:
+    pyro.sample("z", dist.Gamma(torch.tensor([0.7, 2.0]), 1.0).to_event(1))
+
+
+def heavy() -> None:
+    pyro.sample("z", dist.StudentT(2.0, torch.zeros(3), 1.0).to_event(1))
+
+
+@pytest.mark.parametrize("model", [funnel, skewed, heavy], ids=lambda model: model.__name__)
+def test_a_posterior_of_one_mode_has_none_that_its_own_draws_miss(model: Any) -> None:
+    """The prior is the posterior, so that its draws miss nothing, though the density of a funnel is highest far out."""
+    pyro.set_rng_seed(1)
+    assert diagnose(model, model).missed == ()
+
+
+def test_of_a_fitted_regression_nothing_is_missed() -> None:
+    known = regression()
+    assert fit_guide(known.model, AutoIAF(known.model, **SMALL), steps=20, progress=False).diagnosis.missed == ()
+
+
+def test_discrete_sites_and_minibatches_are_summed_over_in_the_search() -> None:
+    """The squares of a number are observed, in minibatches and with outliers: its sign is not."""
+    y = 4.0 + 0.1 * torch.randn(20)
+
+    def model(y: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 3.0))
+        with pyro.plate("rows", len(y), subsample_size=5) as rows:
+            off = pyro.sample("off", dist.Bernoulli(0.1), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(z**2, 0.5 + 5 * off), obs=y[rows])
+
+    guide = AutoIAF(poutine.block(model, hide=["off"]), init_loc_fn=lambda site: torch.tensor(2.0), **SMALL)
+    (mode,) = diagnose(model, guide, y).missed
+    assert float(mode.values["z"]) == pytest.approx(-2, abs=0.05)
+    assert mode.share == pytest.approx(0.5, abs=0.05)
