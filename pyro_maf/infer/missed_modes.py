@@ -93,7 +93,7 @@ def missed_modes(score: Score, draws: Tensor, log_evidence: float, starts: Tenso
 
 
 class _Spread:
-    """Where the draws of a guide are, in units in which they have the covariance of a standard normal."""
+    """Region of the draws of a guide, in units in which they have the covariance of a standard normal."""
 
     def __init__(self, draws: Tensor) -> None:
         centred = draws.double() - draws.double().mean(0)
