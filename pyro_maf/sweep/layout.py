@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from pyro_maf.nn import ACTIVATIONS, MADE
 from pyro_maf.nn.layers import Linear
 from pyro_maf.sweep.plan import CONTEXT, INPUTS, LANES, UNITS, Array
-from pyro_maf.univariate import Affine, UnivariateMap
+from pyro_maf.univariate import Affine, Spline, UnivariateMap
 
 __all__ = ["MAPS", "Layout", "Step", "Tables", "UnfitError", "gain_of", "map_of"]
 
 NOT_BY_VALUE = ("silu", "gelu")
 """Activations whose derivative has rows of its own, since the value does not determine it."""
-MAPS = (Affine,)
+MAPS = (Affine, Spline)
 """Univariate maps that the kernels have."""
 LAYER_FIELDS = (
     ["rows", "first", "end", "inputs", "seen_from", "seen", "moved_from", "moved", "rest_from", "rest", "phi_from"]
@@ -251,7 +251,8 @@ def _records(entries: Sequence[dict[str, Any]], kind: np.dtype[Any]) -> Array:
 
 def map_of(univariate: Any) -> tuple[int, int, int, float]:
     """`MAP_FIELDS` of a univariate map."""
-    return MAPS.index(type(univariate)), univariate.num_parameters, 0, 0.0
+    bins, bound = (univariate.num_bins, univariate.bound) if type(univariate) is Spline else (0, 0.0)
+    return MAPS.index(type(univariate)), univariate.num_parameters, bins, bound
 
 
 def gain_of(layer: Any) -> float:

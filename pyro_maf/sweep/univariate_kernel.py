@@ -1,22 +1,52 @@
-"""The univariate maps of the kernels, and their adjoints: nothing else there depends on the map or its parameters.
+r"""The univariate maps of the kernels, and their adjoints: nothing else there depends on the map or its parameters.
 
 The parameters of one variable are rows of a tape, and the points its columns. `layer` is a record of `layout.LAYER`,
 which says where the lists of these rows begin and which map it is, in which direction.
+
+The spline, see `univariate.Spline`. With A_k and C_k the exponentials of the bounded outputs for widths and heights,
+bin k has the width 2 B A_k / sum A, the height 2 B A_k C_k / sum A C and the chord C_k sum A / sum A C. Positions in
+the box are in units in which the width is A_k, or the height A_k C_k. The adjoint differentiates q at z, for q^-1 too.
+
+Loops run over rows of one flat array, `room`, a constant number of entries apart, so that LLVM can tell that they do
+not overlap; of several arrays it vectorises few loops.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 from numba import njit
 
-from pyro_maf.sweep.elementwise import INNER, exp, tanh
+from pyro_maf.sweep.elementwise import INNER, exp, log, tanh
 from pyro_maf.sweep.plan import Array
-from pyro_maf.univariate import Affine
+from pyro_maf.univariate import Affine, Spline
 
-__all__ = ["affine", "apply", "pull_back"]
+__all__ = ["apply", "pull_back"]
 
+SPLINE = 1
+"""Index of the spline among the maps of `layout.MAPS`."""
 BOUND = Affine.BOUND
+GAIN, STEEPEST, LOG_SLOPE, LOG_CHORD = Spline.GAIN, Spline.STEEPEST, Spline.LOG_SLOPE, Spline.LOG_SLOPE / 2
+STRIP = 128
+"""Number of points that pass through a spline together: the length of a row of `room`."""
+POINT, RESULT, LOG, WIDTHS, HEIGHTS, AT, LEFT, BOTTOM = range(0, 8 * STRIP, STRIP)
+"""Rows: argument, result and log q' of the box; the sums of A and of A C; the argument's position; the sums up to a
+bin."""
+BIN, BIN_LEFT, BIN_BOTTOM, A, C, C_BEFORE, C_AFTER, OUTPUT, OUTPUT_AFTER = range(8 * STRIP, 17 * STRIP, STRIP)
+"""Rows for the argument's bin: its number; the sums before it; its A and C; the C of its neighbours; the outputs for
+the slopes at its knots."""
+SLOPE, SLOPE_AFTER, PLACE, GRAD, GRAD_LOG, SHARED, SHARED_C = range(17 * STRIP, 24 * STRIP, STRIP)
+"""Rows: the slopes at the bin's knots; t, the argument's place between them, 0 to 1; the gradients with respect to the
+result, later the argument, and to log q'; and, of those with respect to A and A C, what is common to all bins."""
+STEP, STEP_C, RISE, BY_C, BY_C_BEFORE, BY_C_AFTER = range(24 * STRIP, 30 * STRIP, STRIP)
+"""Rows: of the same gradients, what is added for the bins before the argument's, of which its own has the part t, or
+that of its height; and the gradients with respect to log C."""
+FIRST, NEXT = 31 * STRIP, 2 * STRIP
+"""Row of the A of the first bin, that of its C after it; and from one bin to the next."""
+BEYOND = -1
+"""The C beside the first and the last bin: at the box's edge the slope is 1."""
 
 
 @njit(**INNER)
@@ -35,9 +65,12 @@ def apply(
         x, w, log_det: Input, output and sum of log-derivatives, (points,); w is not x.
     """
     phi = layer.phi_from + layer.outputs * j
+    if layer.univariate == SPLINE:
+        _spline(layer, phi, variables, tape, first, t0, x, w, log_det)
+        return
     shift, scale = first + variables[phi], first + variables[phi + 1]
     end = t0 + len(x)
-    affine(x, tape[shift, t0:end], tape[scale, t0:end], layer.sign, layer.log_sign, w, log_det)
+    _affine(x, tape[shift, t0:end], tape[scale, t0:end], layer.sign, layer.log_sign, w, log_det)
 
 
 @njit(**INNER)
@@ -65,6 +98,9 @@ def pull_back(
         delta_first: `first` for it.
     """
     phi = layer.phi_from + layer.outputs * j
+    if layer.univariate == SPLINE:
+        _spline_back(layer, phi, variables, tape, first, t0, x, w, grad, grad_log_det, delta, delta_first)
+        return
     shift, scale = variables[phi], variables[phi + 1]
     end = t0 + len(x)
     _affine_back(
@@ -82,7 +118,7 @@ def pull_back(
 
 
 @njit(**INNER)
-def affine(x: Array, shift: Array, scale: Array, sign: int, log_sign: int, w: Array, log_det: Array) -> None:
+def _affine(x: Array, shift: Array, scale: Array, sign: int, log_sign: int, w: Array, log_det: Array) -> None:
     """w = (x e + sign s) e with e = exp(sign alpha / 2) and alpha = b tanh(a / b), for the network's outputs s and a.
 
     Adds log_sign alpha to log_det. Leaves e in `shift` and tanh(a / b) in `scale`, for the adjoint. One loop for each,
@@ -112,7 +148,7 @@ def _affine_back(
     grad_shift: Array,
     grad_scale: Array,
 ) -> None:
-    """The adjoint of `affine`, which leaves e and `bounded`, tanh(a / b)."""
+    """The adjoint of `_affine`, which leaves e and `bounded`, tanh(a / b)."""
     number = x.dtype.type
     one, half, signed, of_log = number(1), number(0.5 * sign), number(sign), number(log_sign)
     for t in range(len(x)):
@@ -122,3 +158,319 @@ def _affine_back(
         grad_scale[t] = (one - bounded[t] * bounded[t]) * by_alpha
     for t in range(len(x)):
         grad[t] *= e[t] * e[t]
+
+
+# -- the spline -------------------------------------------------------------------------------------------------------
+
+
+@njit(**INNER)
+def _spline(
+    layer: Any, phi: int, variables: Array, tape: Array, first: int, t0: int, x: Array, w: Array, log_det: Array
+) -> None:
+    """`apply` of a spline. Leaves z in place of the shift, and bounded outputs for scale, widths and heights."""
+    number, room = x.dtype.type, _room(layer, x)
+    shift, scale = first + variables[phi], first + variables[phi + 1]
+    for start in range(0, len(x), STRIP):
+        end = min(len(x), start + STRIP)
+        points, at = end - start, t0 + start
+        point, result = room[POINT : POINT + points], room[RESULT : RESULT + points]
+        shifts, scales = tape[shift, at : at + points], tape[scale, at : at + points]
+        solve = layer.sign > 0
+        if solve:
+            for t in range(points):
+                point[t] = x[start + t]
+        else:
+            _affine(x[start:end], shifts, scales, -1, layer.log_sign, point, log_det[start:end])
+            for t in range(points):
+                shifts[t] = point[t]
+        _set_bins(layer, phi, variables, tape, first, at, points, room, True)
+        _find_bin(layer, phi, variables, tape, first, at, points, room, solve)
+        _through_box(layer, points, room, solve)
+        if solve:
+            _affine(result, shifts, scales, 1, layer.log_sign, w[start:end], log_det[start:end])
+            for t in range(points):
+                shifts[t] = result[t]
+        else:
+            for t in range(points):
+                w[start + t] = result[t]
+        for t in range(points):
+            log_det[start + t] -= number(layer.log_sign) * room[LOG + t]
+
+
+@njit(**INNER)
+def _room(layer: Any, like: Array) -> Array:
+    last = FIRST + layer.bins * NEXT + STRIP
+    room = np.empty(last + STRIP, like.dtype)
+    room[FIRST - STRIP : FIRST] = BEYOND
+    room[last:] = BEYOND
+    return room
+
+
+@njit(**INNER)
+def _set_bins(
+    layer: Any, phi: int, variables: Array, tape: Array, first: int, t0: int, points: int, room: Array, fresh: bool
+) -> None:
+    """Fill in the A and C of all bins, and their sums; replaces the outputs, if `fresh`, by their tanh."""
+    number = tape.dtype.type
+    for t in range(points):
+        room[WIDTHS + t] = room[HEIGHTS + t] = 0
+    for k in range(2 * layer.bins):  # widths, then heights
+        outputs = tape[first + variables[phi + 2 + k], t0 : t0 + points]
+        at = FIRST + k * NEXT if k < layer.bins else FIRST + STRIP + (k - layer.bins) * NEXT
+        if fresh:
+            for t in range(points):
+                outputs[t] = tanh(number(GAIN / LOG_CHORD) * outputs[t])
+        for t in range(points):
+            room[at + t] = exp(number(LOG_CHORD) * outputs[t])
+    for k in range(layer.bins):
+        a, c = FIRST + k * NEXT, FIRST + STRIP + k * NEXT
+        for t in range(points):
+            room[WIDTHS + t] += room[a + t]
+            room[HEIGHTS + t] += room[a + t] * room[c + t]
+
+
+@njit(**INNER)
+def _find_bin(
+    layer: Any, phi: int, variables: Array, tape: Array, first: int, t0: int, points: int, room: Array, solve: bool
+) -> None:
+    """Fill in the argument's position, clipped to the box, and what belongs to its bin."""
+    number = tape.dtype.type
+    bound, zero = number(layer.bound), number(0)
+    total = HEIGHTS if solve else WIDTHS
+    for t in range(points):
+        inside = min(max(room[POINT + t], -bound), bound)
+        room[AT + t] = (inside + bound) * room[total + t] / (bound + bound)
+        room[LEFT + t] = room[BOTTOM + t] = zero
+        room[OUTPUT + t] = room[OUTPUT_AFTER + t] = zero
+    for k in range(layer.bins):
+        a = FIRST + k * NEXT
+        for t in range(points):
+            reached = k == 0 or (room[BOTTOM + t] if solve else room[LEFT + t]) <= room[AT + t]
+            room[BIN + t] = number(k) if reached else room[BIN + t]
+            room[BIN_LEFT + t] = room[LEFT + t] if reached else room[BIN_LEFT + t]
+            room[BIN_BOTTOM + t] = room[BOTTOM + t] if reached else room[BIN_BOTTOM + t]
+            room[A + t] = room[a + t] if reached else room[A + t]
+            room[C + t] = room[a + STRIP + t] if reached else room[C + t]
+            room[C_BEFORE + t] = room[a - STRIP + t] if reached else room[C_BEFORE + t]
+            room[C_AFTER + t] = room[a + NEXT + STRIP + t] if reached else room[C_AFTER + t]
+            room[LEFT + t] += room[a + t]
+            room[BOTTOM + t] += room[a + t] * room[a + STRIP + t]
+    for k in range(1, layer.bins):
+        outputs = tape[first + variables[phi + 1 + 2 * layer.bins + k], t0 : t0 + points]
+        knot, before = number(k), number(k - 1)
+        for t in range(points):
+            room[OUTPUT + t] = outputs[t] if room[BIN + t] == knot else room[OUTPUT + t]
+            room[OUTPUT_AFTER + t] = outputs[t] if room[BIN + t] == before else room[OUTPUT_AFTER + t]
+
+
+@njit(**INNER)
+def _bounded(output: Any) -> Any:
+    """The logarithm of a knot's slope, over its bound, where the chords do not limit it."""
+    return tanh(type(output)(GAIN / LOG_SLOPE) * output)
+
+
+@njit(**INNER)
+def _slope(bounded: Any, c: Any, beside: Any, ratio: Any) -> tuple[Any, Any]:
+    """The slope at a knot between bins with these C, and whether it is the limit."""
+    free = exp(type(c)(LOG_SLOPE) * bounded)
+    limit = type(c)(STEEPEST) * ratio * min(c, beside)
+    is_limit = (limit < free) & (beside > 0)
+    return limit if is_limit else free, is_limit
+
+
+@njit(**INNER)
+def _through_box(layer: Any, points: int, room: Array, solve: bool) -> None:
+    """Fill in the result, q or with `solve` q^-1 of the argument, log q', and t."""
+    number = room.dtype.type
+    one, two, bound, least = number(1), number(2), number(layer.bound), np.finfo(room.dtype).tiny
+    for t in range(points):
+        ratio, c = room[WIDTHS + t] / room[HEIGHTS + t], room[C + t]
+        room[SLOPE + t] = _slope(_bounded(room[OUTPUT + t]), c, room[C_BEFORE + t], ratio)[0]
+        room[SLOPE_AFTER + t] = _slope(_bounded(room[OUTPUT_AFTER + t]), c, room[C_AFTER + t], ratio)[0]
+    if solve:
+        for t in range(points):
+            s, slope = room[C + t] * room[WIDTHS + t] / room[HEIGHTS + t], room[SLOPE + t]
+            excess = slope + room[SLOPE_AFTER + t] - two * s
+            rise = (room[AT + t] - room[BIN_BOTTOM + t]) / (room[A + t] * room[C + t])
+            b = slope - rise * excess
+            discriminant = b * b + number(4) * (s - slope + rise * excess) * s * rise
+            root = math.sqrt(least if discriminant < least else discriminant)
+            room[PLACE + t] = two * s * rise / (b + root)
+    else:
+        for t in range(points):
+            room[PLACE + t] = (room[AT + t] - room[BIN_LEFT + t]) / room[A + t]
+    for t in range(points):
+        s, slope, place = room[C + t] * room[WIDTHS + t] / room[HEIGHTS + t], room[SLOPE + t], room[PLACE + t]
+        rest = one - place
+        denominator = s + (slope + room[SLOPE_AFTER + t] - two * s) * place * rest
+        rise = place * (s * place + slope * rest) / denominator
+        width = (room[BIN_LEFT + t] + room[A + t] * place) / room[WIDTHS + t]
+        height = (room[BIN_BOTTOM + t] + room[A + t] * room[C + t] * rise) / room[HEIGHTS + t]
+        numerator = room[SLOPE_AFTER + t] * place * place + two * s * place * rest + slope * rest * rest
+        is_inside = abs(room[POINT + t]) < bound  # not for NaN
+        result = two * bound * (width if solve else height) - bound
+        room[RESULT + t] = result if is_inside else room[POINT + t]
+        slope = s * s * numerator / (denominator * denominator)
+        room[LOG + t] = slope if is_inside else one
+    for t in range(points):
+        room[LOG + t] = log(room[LOG + t])
+
+
+# -- its adjoint ------------------------------------------------------------------------------------------------------
+
+
+@njit(**INNER)
+def _spline_back(
+    layer: Any,
+    phi: int,
+    variables: Array,
+    tape: Array,
+    first: int,
+    t0: int,
+    x: Array,
+    w: Array,
+    grad: Array,
+    grad_log_det: Array,
+    delta: Array,
+    delta_first: int,
+) -> None:
+    """`pull_back` of a spline."""
+    number, room = x.dtype.type, _room(layer, x)
+    shift, scale = variables[phi], variables[phi + 1]
+    e = np.empty(STRIP, x.dtype)
+    for start in range(0, len(x), STRIP):
+        end = min(len(x), start + STRIP)
+        points, at = end - start, t0 + start
+        z, scales = tape[first + shift, at : at + points], tape[first + scale, at : at + points]
+        by_shift = delta[delta_first + shift, at : at + points]
+        by_scale = delta[delta_first + scale, at : at + points]
+        solve, inner = layer.sign > 0, room[GRAD : GRAD + points]
+        for t in range(points):
+            e[t] = exp(number(0.5 * layer.sign * BOUND) * scales[t])
+            room[POINT + t] = z[t]
+        for t in range(points):
+            inner[t] = grad[start + t]
+            room[GRAD_LOG + t] = number(-layer.log_sign) * grad_log_det[start + t]
+        logs = grad_log_det[start:end]
+        if solve:
+            _affine_back(z, w[start:end], e[:points], scales, 1, layer.log_sign, inner, logs, by_shift, by_scale)
+        _set_bins(layer, phi, variables, tape, first, at, points, room, False)
+        _find_bin(layer, phi, variables, tape, first, at, points, room, False)
+        for t in range(points):  # the argument of q^-1 decides whether it is in the box
+            room[POINT + t] = x[start + t] if solve else z[t]
+        _box_back(layer, points, room, solve)
+        _bins_back(layer, phi, variables, tape, first, at, points, room, delta, delta_first)
+        if not solve:
+            _affine_back(x[start:end], z, e[:points], scales, -1, layer.log_sign, inner, logs, by_shift, by_scale)
+        for t in range(points):
+            grad[start + t] = inner[t]
+
+
+@njit(**INNER)
+def _box_back(layer: Any, points: int, room: Array, solve: bool) -> None:
+    """Turn the gradient with respect to the result of the box into that with respect to its argument.
+
+    Fills in the rows from which `_bins_back` computes those with respect to the outputs.
+    """
+    number = room.dtype.type
+    zero, one, two, bound = number(0), number(1), number(2), number(layer.bound)
+    for t in range(points):
+        a, c, ratio = room[A + t], room[C + t], room[WIDTHS + t] / room[HEIGHTS + t]
+        bounded, bounded_after = _bounded(room[OUTPUT + t]), _bounded(room[OUTPUT_AFTER + t])
+        slope, is_limit = _slope(bounded, c, room[C_BEFORE + t], ratio)
+        slope_after, is_limit_after = _slope(bounded_after, c, room[C_AFTER + t], ratio)
+        s = c * ratio
+        place = (room[AT + t] - room[BIN_LEFT + t]) / a
+        rest, excess = one - place, slope + slope_after - two * s
+        across, turned = place * rest, one - two * place
+        over = one / (s + excess * across)
+        rise = place * (s * place + slope * rest) * over
+        numerator = slope_after * place * place + two * s * across + slope * rest * rest
+        under = one / numerator
+        # Derivatives of log q' and of the rise, with respect to t, s and the slopes.
+        log_by_place = two * ((slope_after * place + s * turned - slope * rest) * under - excess * turned * over)
+        log_by_s = two * (one / s + across * under - (one - two * across) * over)
+        rise_by_place = s * numerator * over * over
+        rise_by_s = (place * place - rise * (one - two * across)) * over
+        # q' with respect to z, and the units of z in which the bin has the width A.
+        derivative, unit = s * rise_by_place, room[WIDTHS + t] / (two * bound)
+        is_inside = abs(room[POINT + t]) < bound
+        grad, grad_log = room[GRAD + t], room[GRAD_LOG + t] if is_inside else zero
+        by_z = grad_log * log_by_place * unit / a
+        if solve:
+            by_z = (grad + by_z) / derivative
+            grad_q = -by_z
+        else:
+            grad_q = grad
+            by_z += grad * derivative
+        grad_q = grad_q if is_inside else zero
+        room[GRAD + t] = by_z if is_inside else grad
+        # With respect to what determines q and log q' in the bin.
+        height = two * bound / room[HEIGHTS + t]
+        by_rise = grad_q * height * a * c
+        by_place = by_rise * rise_by_place + grad_log * log_by_place
+        by_s = by_rise * rise_by_s + grad_log * log_by_s
+        by_slope = by_rise * across * (one - rise) * over + grad_log * (rest * rest * under - two * across * over)
+        by_slope_after = grad_log * (place * place * under - two * across * over) - by_rise * rise * across * over
+        by_slope *= slope
+        by_slope_after *= slope_after
+        by_limit, by_limit_after = by_slope if is_limit else zero, by_slope_after if is_limit_after else zero
+        room[OUTPUT + t] = number(GAIN) * (one - bounded * bounded) * (by_slope - by_limit)
+        by_output_after = number(GAIN) * (one - bounded_after * bounded_after) * (by_slope_after - by_limit_after)
+        room[OUTPUT_AFTER + t] = by_output_after
+        before, after = _share(room[C_BEFORE + t], c) * by_limit, _share(room[C_AFTER + t], c) * by_limit_after
+        room[BY_C_BEFORE + t], room[BY_C_AFTER + t] = before, after
+        room[BY_C + t] = by_s * s + by_limit - before + by_limit_after - after
+        by_ratio = by_s * s + by_limit + by_limit_after
+        room[PLACE + t], room[RISE + t] = place, rise
+        room[STEP + t], room[STEP_C + t] = -by_place / a, grad_q * height
+        room[SHARED + t] = (by_ratio + by_place / a * room[AT + t]) / room[WIDTHS + t]
+        room[SHARED_C + t] = -(by_ratio + grad_q * height * (room[BIN_BOTTOM + t] + a * c * rise)) / room[HEIGHTS + t]
+
+
+@njit(**INNER)
+def _share(beside: Any, c: Any) -> Any:
+    """The share of the C beside a bin in the gradient with respect to the lesser of it and the bin's."""
+    return type(c)(1) if beside < c else type(c)(0.5) if beside == c else type(c)(0)
+
+
+@njit(**INNER)
+def _bins_back(
+    layer: Any,
+    phi: int,
+    variables: Array,
+    tape: Array,
+    first: int,
+    t0: int,
+    points: int,
+    room: Array,
+    delta: Array,
+    delta_first: int,
+) -> None:
+    """Gradients with respect to the outputs for widths, heights and slopes."""
+    number = room.dtype.type
+    one, zero = number(1), number(0)
+    for k in range(layer.bins):
+        at, this, before, after = FIRST + k * NEXT, number(k), number(k + 1), number(k - 1)
+        for t in range(points):
+            a, ac, found = room[at + t], room[at + t] * room[at + STRIP + t], room[BIN + t]
+            part = one if found > this else room[PLACE + t] if found == this else zero
+            part_c = one if found > this else room[RISE + t] if found == this else zero
+            by_ac = ac * (room[SHARED_C + t] + room[STEP_C + t] * part_c)
+            own = room[BY_C + t] if found == this else zero
+            own += room[BY_C_BEFORE + t] if found == before else zero
+            own += room[BY_C_AFTER + t] if found == after else zero
+            room[at + t] = a * (room[SHARED + t] + room[STEP + t] * part) + by_ac
+            room[at + STRIP + t] = by_ac + own
+    for k in range(2 * layer.bins):
+        row = variables[phi + 2 + k]
+        bounded, out = tape[first + row, t0 : t0 + points], delta[delta_first + row, t0 : t0 + points]
+        at = FIRST + k * NEXT if k < layer.bins else FIRST + STRIP + (k - layer.bins) * NEXT
+        for t in range(points):
+            out[t] = number(GAIN) * (one - bounded[t] * bounded[t]) * room[at + t]
+    for k in range(1, layer.bins):
+        out = delta[delta_first + variables[phi + 1 + 2 * layer.bins + k], t0 : t0 + points]
+        knot, before = number(k), number(k - 1)
+        for t in range(points):
+            by_output = room[OUTPUT + t] if room[BIN + t] == knot else zero
+            out[t] = room[OUTPUT_AFTER + t] if room[BIN + t] == before else by_output
