@@ -32,6 +32,11 @@ NAMES = (
     "ConditionalMAF",
     "ConditionalIAF",
     "ConditionalRealNVP",
+    "MaskedAutoregressive spline",
+    "InverseAutoregressive spline",
+    "Coupling spline",
+    "RealNVP spline",
+    "ConditionalNSF",
 )
 SMALL = Architecture(4, 2, 3, [9, 17], "tanh", "random", 0)
 double = torch.float64

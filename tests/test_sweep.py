@@ -30,6 +30,7 @@ LAYERS = (
     "ConditionalMaskedAutoregressive",
     "ConditionalInverseAutoregressive",
 )
+SPLINES = ("MaskedAutoregressive spline", "InverseAutoregressive spline")
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 needs_kernels = pytest.mark.skipif(loading.kernels() is None, reason="no compiled kernels on this machine")
 
@@ -93,7 +94,7 @@ def test_kernels_agree_with_torch(
         assert largest_difference(log[:, None], wanted_log_det[:, None]) < a.input_dim * TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [*LAYERS, *SPLINES])
 @given(a=architectures(largest=6))
 def test_torch_agrees_with_d_plain_passes(name: str, a: Architecture) -> None:
     flow = at_context(build(name, a, torch.float64, "cpu"), 9)
@@ -104,7 +105,7 @@ def test_torch_agrees_with_d_plain_passes(name: str, a: Architecture) -> None:
 
 @needs_kernels
 @every_direction
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [*LAYERS, *SPLINES])
 @given(a=architectures(largest=6), points=st.sampled_from([1, 150, 300]))
 def test_gradients_agree(name: str, direction: Any, a: Architecture, points: int) -> None:
     flow = build(name, a, torch.float64, "cpu")

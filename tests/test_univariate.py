@@ -12,13 +12,16 @@ from zuko.transforms import MonotonicRQSTransform
 
 import pyro_maf
 from pyro_maf import MAF, NSF, FlowPrior, RealNVP, fit, fit_prior
+from pyro_maf.sweep import loading
 from pyro_maf.transforms import Coupling, MaskedAutoregressive
 from pyro_maf.univariate import Affine, Spline, UnivariateMap, univariate_map
+from tests.test_sweep import in_torch
 
 double = torch.float64
 SPLINES = [Spline(), Spline(num_bins=2), Spline(num_bins=16, bound=2.0)]
 every_spline = pytest.mark.parametrize("spline", SPLINES, ids=repr)
 MAPS: list[UnivariateMap] = [Affine(), *SPLINES]
+needs_kernels = pytest.mark.skipif(loading.kernels() is None, reason="no compiled kernels on this machine")
 every_map = pytest.mark.parametrize("univariate", MAPS, ids=repr)
 
 
@@ -111,6 +114,101 @@ def test_single_precision_inverts_whatever_the_outputs(spline: Spline) -> None:
         w, log_derivative = there(v, phi)
         assert torch.isfinite(log_derivative).all()
         torch.testing.assert_close(back(w, phi)[0], v, rtol=1e-4, atol=1e-4)
+
+
+def as_flow(univariate: UnivariateMap, dtype: torch.dtype) -> Coupling:
+    """The map of one dimension as a flow, whose context is phi: the two engines apply it."""
+    outputs = univariate.num_parameters
+    flow = Coupling(1, mask=[False], context_dim=outputs, hidden_dims=[2 * outputs], univariate=univariate).to(dtype)
+    (network,) = flow.networks
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.zero_()
+        pair = torch.cat([torch.eye(outputs), -torch.eye(outputs)])
+        network.context_layers[0].weight.copy_(pair)  # type: ignore[union-attr,index,operator]
+        network.layers[-1].weight.copy_(pair.T)  # type: ignore[union-attr,index,operator]
+    return flow
+
+
+def through(flow: Coupling, v: Tensor, phi: Tensor, *, inverse: bool) -> list[Tensor]:
+    """Result, log-derivative, and the gradients of a function of them with respect to v and phi."""
+    v, phi = v.clone().requires_grad_(), phi.clone().requires_grad_()
+    w, log_derivative = (flow.inverse_and_log_det if inverse else flow.forward_and_log_det)(v[:, None], phi)
+    total = 0.7 * w.sum() + log_derivative.sum()
+    return [w.detach()[:, 0], log_derivative.detach(), *torch.autograd.grad(total, (v, phi))]
+
+
+@needs_kernels
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("size", [0.0, 2.0, 30.0])
+@every_map
+def test_engines_agree_inside_the_box_at_its_edges_and_beyond(
+    univariate: UnivariateMap, size: float, inverse: bool
+) -> None:
+    phi = outputs(univariate, 400, size)
+    phi[:100, 2:] = phi[:1, 2:]  # of equal bins: slopes beyond a limit that two chords share
+    phi[100:200, 2:-7] = 0
+    phi[100:200, -7:] = 40
+    v = 3 * torch.randn(400, dtype=double)
+    v[:6] = torch.tensor([1e4, -1e4, 50.0, -50.0, 3.1, -3.1])
+    flow = as_flow(univariate, double)
+    found = through(flow, v, phi, inverse=inverse)
+    with in_torch():
+        wanted = through(flow, v, phi, inverse=inverse)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-10)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, double])
+@every_spline
+def test_engines_agree_at_every_knot(spline: Spline, dtype: torch.dtype) -> None:
+    """Gradients too are finite there, though log q' bends, so that rounding decides which they are."""
+    phi = outputs(spline, 50, dtype=dtype)
+    phi[:, :2] = 0
+    data, noise, _ = knots_of(spline, phi)
+    flow = as_flow(spline, dtype)
+    for knots, inverse in ((data, True), (noise, False)):
+        for at in range(spline.num_bins + 1):
+            found = through(flow, knots[:, at], phi, inverse=inverse)
+            with in_torch():
+                wanted = through(flow, knots[:, at], phi, inverse=inverse)
+            assert all(bool(torch.isfinite(each).all()) for each in found)
+            for one, other in zip(found[:2], wanted[:2], strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-11 if dtype == double else 1e-4)
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [1.0, 5.0])
+@every_map
+def test_the_kernels_are_as_accurate_as_torch_in_single_precision(univariate: UnivariateMap, size: float) -> None:
+    phi, v = outputs(univariate, 3_000, size, dtype=torch.float32), 3 * torch.randn(3_000)
+    for inverse in (False, True):
+        flow = as_flow(univariate, torch.float32)
+        found = through(flow, v, phi, inverse=inverse)
+        with in_torch():
+            torchs = through(flow, v, phi, inverse=inverse)
+            exact = through(flow.double(), v.double(), phi.double(), inverse=inverse)
+        for one, other, truth in zip(found, torchs, exact, strict=True):
+            # Not the greatest one: where log q' bends, a gradient jumps.
+            error, usual = ((each - truth).abs().flatten().quantile(0.99) for each in (one, other))
+            assert float(error) < 2 * float(usual) + 1e-6
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, double])
+@every_map
+def test_what_is_not_finite_passes_through_both_engines_alike(univariate: UnivariateMap, dtype: torch.dtype) -> None:
+    v = torch.tensor([math.nan, math.inf, -math.inf, 0.5, 0.5, 0.5, 0.5], dtype=dtype)
+    phi = outputs(univariate, 7, dtype=dtype)
+    phi[3, 0], phi[4], phi[5, -1], phi[6, 1:] = math.inf, math.nan, math.nan, math.inf
+    flow = as_flow(univariate, dtype)
+    for direction in (flow.forward_and_log_det, flow.inverse_and_log_det):
+        found = direction(v[:, None], phi)
+        with in_torch():
+            wanted = direction(v[:, None], phi)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def test_a_spline_makes_no_tensor_of_another_precision() -> None:
