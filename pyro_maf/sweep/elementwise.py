@@ -1,4 +1,4 @@
-"""Elementwise functions of the kernels: activations, and the compression of a network's inputs."""
+"""Elementwise functions of the kernels: activations, the affine map, the compression of a network's inputs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,20 @@ from numba.extending import overload
 
 from pyro_maf.nn import BULK
 from pyro_maf.sweep.plan import Array
+from pyro_maf.univariate import Affine
 
-__all__ = ["INNER", "activate", "compress", "differentiate", "exp", "log", "tanh"]
+__all__ = [
+    "INNER",
+    "LOG_SCALE",
+    "activate",
+    "affine",
+    "affine_back",
+    "compress",
+    "differentiate",
+    "exp",
+    "log",
+    "tanh",
+]
 
 # Not the full fastmath: infinities and NaNs must pass through.
 INNER: dict[str, Any] = {
@@ -26,6 +38,8 @@ RELU, TANH, ELU, SILU, GELU, LEAKY_RELU, SOFTPLUS, SIGMOID = range(8)
 LEAK, LINEAR = 0.01, 20
 """Slope of a leaky relu below 0, and the value from which on torch's softplus is the identity."""
 
+LOG_SCALE = Affine.BOUND
+"""Bound of the affine map's log-scale."""
 LOG2_E = np.float32(1.44269504)
 LN2_HIGH = np.float32(0.693359375)
 LN2_LOW = np.float32(-2.12194440e-4)
@@ -202,6 +216,49 @@ def differentiate(
         else:
             for t in range(start, stop):
                 grad[g, t] *= slopes[r + shift, t]
+
+
+@njit(**INNER)
+def affine(x: Array, shift: Array, scale: Array, sign: int, log_sign: int, w: Array, log_det: Array) -> None:
+    """w = (x e + sign s) e with e = exp(sign alpha / 2) and alpha = b tanh(a / b), for the network's outputs s and a.
+
+    Adds log_sign alpha to log_det. Leaves e in `shift` and tanh(a / b) in `scale`, for the adjoint. One loop for each,
+    since loops over many arrays are not vectorised.
+    """
+    number = x.dtype.type
+    for t in range(len(x)):
+        scale[t] = tanh(scale[t] / number(LOG_SCALE))
+    for t in range(len(x)):
+        log_det[t] += number(log_sign * LOG_SCALE) * scale[t]
+    for t in range(len(x)):
+        e = exp(number(0.5 * sign * LOG_SCALE) * scale[t])
+        w[t] = (x[t] * e + number(sign) * shift[t]) * e
+        shift[t] = e
+
+
+@njit(**INNER)
+def affine_back(
+    x: Array,
+    w: Array,
+    e: Array,
+    bounded: Array,
+    sign: int,
+    log_sign: int,
+    grad: Array,
+    grad_log_det: Array,
+    grad_shift: Array,
+    grad_scale: Array,
+) -> None:
+    """The adjoint of `affine`, which leaves e and `bounded`, tanh(a / b)."""
+    number = x.dtype.type
+    one, half, signed, of_log = number(1), number(0.5 * sign), number(sign), number(log_sign)
+    for t in range(len(x)):
+        grad_shift[t] = signed * grad[t] * e[t]
+    for t in range(len(x)):
+        by_alpha = of_log * grad_log_det[t] + grad[t] * half * (w[t] + x[t] * e[t] * e[t])
+        grad_scale[t] = (one - bounded[t] * bounded[t]) * by_alpha
+    for t in range(len(x)):
+        grad[t] *= e[t] * e[t]
 
 
 @njit(**INNER)

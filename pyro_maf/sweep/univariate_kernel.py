@@ -19,15 +19,14 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from pyro_maf.sweep.elementwise import INNER, exp, log, tanh
+from pyro_maf.sweep.elementwise import INNER, LOG_SCALE, affine, affine_back, exp, log, tanh
 from pyro_maf.sweep.plan import Array
-from pyro_maf.univariate import Affine, Spline
+from pyro_maf.univariate import Spline
 
 __all__ = ["apply", "pull_back"]
 
 SPLINE = 1
 """Index of the spline among the maps of `layout.MAPS`."""
-BOUND = Affine.BOUND
 GAIN, STEEPEST, LOG_SLOPE, LOG_CHORD = Spline.GAIN, Spline.STEEPEST, Spline.LOG_SLOPE, Spline.LOG_SLOPE / 2
 STRIP = 128
 """Number of points that pass through a spline together: the length of a row of `room`."""
@@ -70,7 +69,7 @@ def apply(
         return
     shift, scale = first + variables[phi], first + variables[phi + 1]
     end = t0 + len(x)
-    _affine(x, tape[shift, t0:end], tape[scale, t0:end], layer.sign, layer.log_sign, w, log_det)
+    affine(x, tape[shift, t0:end], tape[scale, t0:end], layer.sign, layer.log_sign, w, log_det)
 
 
 @njit(**INNER)
@@ -103,7 +102,7 @@ def pull_back(
         return
     shift, scale = variables[phi], variables[phi + 1]
     end = t0 + len(x)
-    _affine_back(
+    affine_back(
         x,
         w,
         tape[first + shift, t0:end],
@@ -115,49 +114,6 @@ def pull_back(
         delta[delta_first + shift, t0:end],
         delta[delta_first + scale, t0:end],
     )
-
-
-@njit(**INNER)
-def _affine(x: Array, shift: Array, scale: Array, sign: int, log_sign: int, w: Array, log_det: Array) -> None:
-    """w = (x e + sign s) e with e = exp(sign alpha / 2) and alpha = b tanh(a / b), for the network's outputs s and a.
-
-    Adds log_sign alpha to log_det. Leaves e in `shift` and tanh(a / b) in `scale`, for the adjoint. One loop for each,
-    since loops over many arrays are not vectorised.
-    """
-    number = x.dtype.type
-    for t in range(len(x)):
-        scale[t] = tanh(scale[t] / number(BOUND))
-    for t in range(len(x)):
-        log_det[t] += number(log_sign * BOUND) * scale[t]
-    for t in range(len(x)):
-        e = exp(number(0.5 * sign * BOUND) * scale[t])
-        w[t] = (x[t] * e + number(sign) * shift[t]) * e
-        shift[t] = e
-
-
-@njit(**INNER)
-def _affine_back(
-    x: Array,
-    w: Array,
-    e: Array,
-    bounded: Array,
-    sign: int,
-    log_sign: int,
-    grad: Array,
-    grad_log_det: Array,
-    grad_shift: Array,
-    grad_scale: Array,
-) -> None:
-    """The adjoint of `_affine`, which leaves e and `bounded`, tanh(a / b)."""
-    number = x.dtype.type
-    one, half, signed, of_log = number(1), number(0.5 * sign), number(sign), number(log_sign)
-    for t in range(len(x)):
-        grad_shift[t] = signed * grad[t] * e[t]
-    for t in range(len(x)):
-        by_alpha = of_log * grad_log_det[t] + grad[t] * half * (w[t] + x[t] * e[t] * e[t])
-        grad_scale[t] = (one - bounded[t] * bounded[t]) * by_alpha
-    for t in range(len(x)):
-        grad[t] *= e[t] * e[t]
 
 
 # -- the spline -------------------------------------------------------------------------------------------------------
@@ -180,14 +136,14 @@ def _spline(
             for t in range(points):
                 point[t] = x[start + t]
         else:
-            _affine(x[start:end], shifts, scales, -1, layer.log_sign, point, log_det[start:end])
+            affine(x[start:end], shifts, scales, -1, layer.log_sign, point, log_det[start:end])
             for t in range(points):
                 shifts[t] = point[t]
         _set_bins(layer, phi, variables, tape, first, at, points, room, True)
         _find_bin(layer, phi, variables, tape, first, at, points, room, solve)
         _through_box(layer, points, room, solve)
         if solve:
-            _affine(result, shifts, scales, 1, layer.log_sign, w[start:end], log_det[start:end])
+            affine(result, shifts, scales, 1, layer.log_sign, w[start:end], log_det[start:end])
             for t in range(points):
                 shifts[t] = result[t]
         else:
@@ -346,14 +302,14 @@ def _spline_back(
         by_scale = delta[delta_first + scale, at : at + points]
         solve, inner = layer.sign > 0, room[GRAD : GRAD + points]
         for t in range(points):
-            e[t] = exp(number(0.5 * layer.sign * BOUND) * scales[t])
+            e[t] = exp(number(0.5 * layer.sign * LOG_SCALE) * scales[t])
             room[POINT + t] = z[t]
         for t in range(points):
             inner[t] = grad[start + t]
             room[GRAD_LOG + t] = number(-layer.log_sign) * grad_log_det[start + t]
         logs = grad_log_det[start:end]
         if solve:
-            _affine_back(z, w[start:end], e[:points], scales, 1, layer.log_sign, inner, logs, by_shift, by_scale)
+            affine_back(z, w[start:end], e[:points], scales, 1, layer.log_sign, inner, logs, by_shift, by_scale)
         _set_bins(layer, phi, variables, tape, first, at, points, room, False)
         _find_bin(layer, phi, variables, tape, first, at, points, room, False)
         for t in range(points):  # the argument of q^-1 decides whether it is in the box
@@ -361,7 +317,7 @@ def _spline_back(
         _box_back(layer, points, room, solve)
         _bins_back(layer, phi, variables, tape, first, at, points, room, delta, delta_first)
         if not solve:
-            _affine_back(x[start:end], z, e[:points], scales, -1, layer.log_sign, inner, logs, by_shift, by_scale)
+            affine_back(x[start:end], z, e[:points], scales, -1, layer.log_sign, inner, logs, by_shift, by_scale)
         for t in range(points):
             grad[start + t] = inner[t]
 
