@@ -74,12 +74,12 @@ class AutoFlow(GuideSetUp):
         self._stored.register(self._who, self._stored_modules())
         self._create_plates(*args, **kwargs)
         latent = self.sample_latent(*args, **kwargs)
-        return {part.site["name"]: self._sample(part, value) for part, value in self.latents.split(latent)}
+        images = self._map_to_sites(*args, **kwargs)(latent)
+        return {name: self._sample(self.latents.parts[name], *image) for name, image in images.items()}
 
-    def _sample(self, part: Part, unconstrained: Tensor) -> Tensor:
+    def _sample(self, part: Part, value: Tensor, log_det: Tensor) -> Tensor:
         """Draw a site from the distribution that has all its mass at an image of the latent vector."""
         event_dim = part.site["fn"].event_dim
-        value, log_det = self.latents.mapped(part, unconstrained)
         with self._in_plates(part):
             for plate, dim in part.rows.items():
                 indices = self.plates[plate].indices.to(value.device)
@@ -124,7 +124,7 @@ class AutoFlow(GuideSetUp):
     def __getstate__(self) -> dict[str, object]:
         # Without the model, as Pyro's guides are pickled, but leaving this one as it is; its data stay behind too.
         drop_weak_references(self)
-        state = {**self.__dict__, "_model": None, "_plain_model": None, "master": None}
+        state = {**self.__dict__, "_model": None, "_plain_model": None, "_first_call": None, "master": None}
         state["_stored"] = self._stored.of_a_copy()
         if self.prototype_trace is not None:
             # Not used again once set up, and often functions that cannot be pickled.

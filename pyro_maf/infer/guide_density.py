@@ -2,7 +2,9 @@ r"""Draws of a guide of this package, and its density at values of the sites."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import cast
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -10,8 +12,9 @@ from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
 from pyro_maf._core.checks import check_shape
-from pyro_maf.infer.latents import Latents
-from pyro_maf.infer.model import Call
+from pyro_maf.infer.coordinates import Coordinates
+from pyro_maf.infer.latents import Images, Latents
+from pyro_maf.infer.model import Args, Call, Kwargs, RefusalError
 from pyro_maf.infer.posterior import Levels, checked_levels, marginal_quantiles
 from pyro_maf.transforms import Flow
 
@@ -22,6 +25,7 @@ class GuideDensity(AutoContinuous):
     """Draws and densities of a guide, by the map and the posterior that a subclass defines."""
 
     latents: Latents
+    _first_call: Call | None = None
 
     @property
     def _who(self) -> str:
@@ -40,11 +44,43 @@ class GuideDensity(AutoContinuous):
         """Return the distribution of the vector of unconstrained latent variables."""
         raise NotImplementedError
 
+    @property
+    def _coordinates(self) -> Coordinates | None:
+        return cast("Coordinates | None", self._modules.get("coordinates"))
+
+    def _call(self, args: Args, kwargs: Kwargs) -> Call:
+        """Return the call of the model with these arguments, or without any with those of its setting up."""
+        if self._first_call is None:
+            raise RefusalError(
+                f"{self._who} expected its model, whose prior the coordinates of "
+                f"{', '.join(cast('Coordinates', self._coordinates).names)} are computed with, got none, since it was "
+                "pickled without: draw from it before, or set up a guide of the model and load its state_dict."
+            )
+        return Call(self._first_call.program, args, kwargs) if args or kwargs else self._first_call
+
+    def _map_to_sites(self, *args: object, **kwargs: object) -> Callable[[Tensor], Images]:
+        """Return the map from the guide's vector to the value of each site and its log-determinant."""
+        if (coordinates := self._coordinates) is None:
+            return self.latents.images
+        return partial(coordinates.images, self.latents, call=self._call(args, kwargs))
+
+    def _packed(
+        self, values: Mapping[str, Tensor], inside: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Return the guide's vector at values of the sites, and the log-determinant; any vector outside of supports."""
+        if (coordinates := self._coordinates) is None:
+            return self.latents.pack(values)
+        some = {
+            name: torch.where(inside.reshape(*inside.shape, *(1,) * part.value.dim()), values[name], part.value)
+            for name, part in self.latents.parts.items()
+        }
+        return coordinates.of_values(self.latents, some, self._call(args, kwargs))
+
     def rsample(self, sample_shape: Sequence[int] = (), *args: object, **kwargs: object) -> dict[str, Tensor]:
         r"""Draw every site, (\*sample_shape, \*site), with gradient. Further arguments are the model's."""
         shape = check_shape(self._who, "sample_shape", sample_shape)
         latent = self.get_posterior(*args, **kwargs).rsample(shape)
-        return self.latents.sites(latent, shape)
+        return self.latents.sites(latent, shape, self._map_to_sites(*args, **kwargs))
 
     def scored_draws(self, count: int, nesting: int, call: Call) -> tuple[dict[str, Tensor], Tensor]:
         """Draw every site for all rows, plates padded to `nesting`; also return the log-density in nats."""
@@ -65,14 +101,17 @@ class GuideDensity(AutoContinuous):
         """
         posterior = self.get_posterior(*args, **kwargs)
         tensors = self.latents.checked(values, self._weight)
-        latent, log_det = self.latents.pack(tensors)
-        inside = self.latents.within_supports(tensors) & latent.isfinite().all(-1)
+        inside = self.latents.within_supports(tensors)
+        latent, log_det = self._packed(tensors, inside, *args, **kwargs)
+        inside = inside & latent.isfinite().all(-1)
         log_prob = posterior.log_prob(torch.where(inside[..., None], latent, 0.0)) - log_det
         return torch.where(inside, log_prob, -torch.inf)
 
     def unpacked(self, latent: Tensor, call: Call) -> tuple[dict[str, Tensor], Tensor]:
         """Map vectors, padded with ones where plates are, to the value of each site; also return log |det| in nats."""
-        return self.latents.unpack(latent)
+        if self._coordinates is None:
+            return self.latents.unpack(latent)
+        return self.latents.unpack(latent, self._map_to_sites(*call.args, **call.kwargs)(latent))
 
     @torch.no_grad()
     def median(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
@@ -92,19 +131,21 @@ class GuideDensity(AutoContinuous):
             ValueError: If a level is outside [0, 1].
         """
         (transform,) = self.get_posterior(*args, **kwargs).transforms
-        return marginal_quantiles(self.latents, transform, checked_levels(self._who, quantiles, self._weight))
+        levels = checked_levels(self._who, quantiles, self._weight)
+        return marginal_quantiles(self.latents, transform, levels, self._map_to_sites(*args, **kwargs))
 
     def sites_of(self, noise: Tensor, *args: object, **kwargs: object) -> dict[str, Tensor]:
         r"""Map noise u, (\*batch, D), to the value of each site, (\*batch, \*site)."""
         latent = self.get_transform(*args, **kwargs)(noise)
-        return self.latents.sites(latent, noise.shape[: -1 - len(self.latents.rows)])
+        shape = noise.shape[: -1 - len(self.latents.rows)]
+        return self.latents.sites(latent, shape, self._map_to_sites(*args, **kwargs))
 
-    def sites_and_log_det(self, noise: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def sites_and_log_det(self, noise: Tensor, *args: object, **kwargs: object) -> tuple[dict[str, Tensor], Tensor]:
         r"""Map noise u to the value of each site, and return log |det dz/du| in nats, (\*batch,), with it.
 
         `noise` is (D,), or (\*batch, D) with ones in `batch` where the plates of the model are.
         """
-        transform = self.get_transform()
+        transform = self.get_transform(*args, **kwargs)
         latent = transform(noise)
-        values, log_det = self.latents.unpack(latent)
+        values, log_det = self.unpacked(latent, Call(self._who, args, kwargs))
         return values, transform.log_abs_det_jacobian(noise, latent) + log_det

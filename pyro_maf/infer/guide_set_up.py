@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyro_maf._core.checks import check_above_zero, check_choice, check_positive, check_sizes
 from pyro_maf._core.options import ClassSignature, named_arguments
+from pyro_maf.infer.coordinates import Coordinates
 from pyro_maf.infer.guide_density import GuideDensity
 from pyro_maf.infer.guide_state import StoredWeights
 from pyro_maf.infer.initialization import Normal
@@ -78,6 +79,7 @@ class GuideSetUp(GuideDensity):
         self._init_scale = init_scale
         self.encoder = encoder
         self.transform: Stack | ConditionalFlow | None = None
+        self.coordinates: Coordinates | None = None
         self._stored = StoredWeights()
 
     @property
@@ -128,7 +130,9 @@ class GuideSetUp(GuideDensity):
         self.latents = Latents(self._who, latent_sites(prototype), rows, plates)
         self._create_plates(*call.args, **call.kwargs)
         scale = 1.0 if self._init_scale is None and context is not None else self._init_scale
-        return start_of(call, prototype, self.latents, scale, self._start_is_chosen)
+        start, self.coordinates = start_of(call, prototype, self.latents, scale, self._start_is_chosen)
+        self._first_call = None if self.coordinates is None else call
+        return start
 
     def _map_from(self, start: Normal, context_dim: int) -> Stack | ConditionalFlow:
         """Compose the flow with a head: a map that starts as a normal, and trains at a guide's learning rate."""
@@ -166,5 +170,5 @@ class GuideSetUp(GuideDensity):
 
     def _stored_modules(self) -> dict[str, nn.Module]:
         """The modules that have weights, by their names in Pyro's store."""
-        modules = {role: self._modules.get(role) for role in ("transform", "encoder")}
+        modules = {role: self._modules.get(role) for role in ("transform", "coordinates", "encoder")}
         return {f"{self.name}.{role}": module for role, module in modules.items() if module is not None}

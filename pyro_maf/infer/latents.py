@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, cast
 
 import pyro
@@ -19,13 +19,17 @@ from torch.distributions.transforms import ComposeTransform, ExpTransform, Indep
 from pyro_maf.infer.model import RefusalError, Site, layers_of
 from pyro_maf.infer.plates import subsampled
 
-__all__ = ["Latents", "Part", "Plates", "masked_elements", "median_or_feasible"]
+__all__ = ["Images", "Latents", "Part", "Plates", "masked_elements", "median_or_feasible", "within_reach"]
 
 REACH = {torch.float32: 40.0, torch.float64: 300.0}
 """Maximum absolute logarithm of a scale; its exponential can be squared and divided by."""
 
 Plates = pyro.plate | Iterable[pyro.plate]
 """The result of a function for `create_plates`, as in Pyro's guides."""
+
+
+Images = dict[str, tuple[Tensor, Tensor]]
+"""The value of each site, and by event the logarithm of the absolute determinant of its map, in nats."""
 
 
 class Part(NamedTuple):
@@ -175,22 +179,40 @@ class Latents:
         for part in self.parts.values():
             batch = torch.broadcast_shapes(part.plates, latent.shape[:-1])
             value = latent[..., part.start : part.stop].reshape(batch + part.event)
-            yield part, _within_reach(part.transform, value)
+            yield part, within_reach(part.transform, value)
 
-    def unpack(self, latent: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        r"""Map a latent (\*batch, D), as in `split`, to the value of each site; also return log |det dz/dv| in nats."""
-        values, total = {}, latent.new_zeros(latent.shape[:-1])
-        for part, unconstrained in self.split(latent):
-            values[part.site["name"]], log_det = self.mapped(part, unconstrained)
-            plates = tuple(range(-len(part.plates), 0))
+    def images(self, latent: Tensor) -> Images:
+        r"""Map a latent (\*batch, D), as in `split`, to the value of each site."""
+        return {part.site["name"]: self.mapped(part, unconstrained) for part, unconstrained in self.split(latent)}
+
+    def unpack(self, latent: Tensor, images: Images | None = None) -> tuple[dict[str, Tensor], Tensor]:
+        r"""Map a latent (\*batch, D), as in `split`, to the value of each site; also return log |det dz/dv| in nats.
+
+        With `images`, those of the same latent by another map, the log-determinant is of that map.
+        """
+        images = self.images(latent) if images is None else images
+        total = latent.new_zeros(latent.shape[:-1])
+        for name, (_, log_det) in images.items():
+            plates = tuple(range(-len(self.parts[name].plates), 0))
             total = total + (log_det.sum(plates, keepdim=latent.dim() > 1) if plates else log_det)
-        return values, total
+        return {name: value for name, (value, _) in images.items()}, total
 
-    def sites(self, latent: Tensor, shape: torch.Size) -> dict[str, Tensor]:
-        r"""Map a latent (\*shape, \*rows, D) to the value of each site, (\*shape, \*site)."""
-        plates = 0 if self.rows else max(len(part.plates) for part in self.parts.values())
-        batch = latent.reshape(-1, *(1,) * plates, *latent.shape[len(shape) :])
-        values = {part.site["name"]: part.transform(unconstrained) for part, unconstrained in self.split(batch)}
+    @property
+    def nesting(self) -> int:
+        """Number of dimensions of the plates around sites, without rows that each have their vector."""
+        return max(len(part.plates) for part in self.parts.values())
+
+    def padded(self, name: str, value: Tensor) -> Tensor:
+        r"""View values of a site, (draws, \*site), with ones for the plates that it is not in."""
+        site = self.parts[name].value.shape
+        return value.reshape(len(value), *(1,) * (self.nesting - len(self.parts[name].plates)), *site)
+
+    def sites(
+        self, latent: Tensor, shape: torch.Size, images: Callable[[Tensor], Images] | None = None
+    ) -> dict[str, Tensor]:
+        r"""Map a latent (\*shape, \*rows, D) to the value of each site, (\*shape, \*site), by `images` if there are any."""
+        batch = latent.reshape(-1, *(1,) * self.nesting, *latent.shape[len(shape) :])
+        values = {name: value for name, (value, _) in (images or self.images)(batch).items()}
         if self.rows:
             return values
         return {name: value.reshape(shape + self.parts[name].value.shape) for name, value in values.items()}
@@ -377,7 +399,7 @@ def _transform_of(who: str, name: str, site: Site) -> Transform:
         ) from None
 
 
-def _within_reach(transform: Transform, unconstrained: Tensor) -> Tensor:
+def within_reach(transform: Transform, unconstrained: Tensor) -> Tensor:
     """Clamp scales away from 0 and infinity, at which a model would raise for one draw among many."""
     while isinstance(transform, (IndependentTransform, ComposeTransform)):
         parts = transform.parts if isinstance(transform, ComposeTransform) else [transform.base_transform]

@@ -45,11 +45,12 @@ class NeuTra:
     def _run(self, call: Call, joint: LogJoint) -> object:
         name = self._guide.name
         noise = pyro.sample(f"{name}_shared_latent", self._guide.get_base_dist().mask(False))
-        values, log_det = self._guide.sites_and_log_det(noise)
+        values, log_det = self._guide.sites_and_log_det(noise, *call.args, **call.kwargs)
         pyro.factor(f"{name}_log_det", log_det)
         if joint.runs == 1:
             return call.of(poutine.condition(self._model, data=values))()
-        padded, _ = self._guide.sites_and_log_det(noise.reshape(-1, *(1,) * joint.nesting, noise.shape[-1]))
+        rows = noise.reshape(-1, *(1,) * joint.nesting, noise.shape[-1])
+        padded, _ = self._guide.sites_and_log_det(rows, *call.args, **call.kwargs)
         with poutine.block():
             scores = joint(padded)
             result = joint.returned(padded)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from pyro import poutine
@@ -12,8 +13,10 @@ from torch.distributions.constraints import Constraint
 from torch.quasirandom import SobolEngine
 
 from pyro_maf._core.torch_state import seeded
+from pyro_maf.infer.coordinates import Coordinates, coordinates_of
+from pyro_maf.infer.degrees import fit_degrees
 from pyro_maf.infer.initialization import Normal, best_start, other_points
-from pyro_maf.infer.latents import Latents, Part
+from pyro_maf.infer.latents import Images, Latents, Part
 from pyro_maf.infer.log_joint import FAILURES, LogJoint, is_enumerated, without_blocks
 from pyro_maf.infer.model import Call, RefusalError, Trace, latent_sites, sample_sites
 from pyro_maf.transforms import Flow
@@ -35,8 +38,12 @@ Levels = float | Sequence[float] | Tensor
 """Levels of quantiles, in [0, 1]."""
 
 
-def start_of(call: Call, prototype: Trace, latents: Latents, scale: float | None, start_is_chosen: bool) -> Normal:
-    """Initialise a guide; leave out of `latents` entries that a mask excludes from the model: they have no posterior.
+def start_of(
+    call: Call, prototype: Trace, latents: Latents, scale: float | None, start_is_chosen: bool
+) -> tuple[Normal, Coordinates | None]:
+    """Initialise a guide: return its normal, and the coordinates that it is in, or None.
+
+    Leave out of `latents` entries that a mask excludes from the model: they have no posterior.
 
     Args:
         call, prototype, latents: As in `Posterior`.
@@ -49,18 +56,22 @@ def start_of(call: Call, prototype: Trace, latents: Latents, scale: float | None
     """
     _check_supports(call, latents)
     has_masks = latents.has_masks()
-    if scale is not None and not has_masks:
-        return Normal.isotropic(latents.initial(), scale)
-    posterior = Posterior(call, prototype, latents)
-    if has_masks:
+    posterior = Posterior(call, prototype, latents) if scale is None or has_masks else None
+    if has_masks and posterior is not None:
         posterior.leave_out_idle()
-    loc = latents.initial()
-    if scale is not None or not posterior.is_complete:
-        return Normal.isotropic(loc, 0.1 if scale is None else scale)
-    others = None
-    if posterior.is_vectorised and not start_is_chosen:
-        others = other_points(posterior, loc, posterior.prior_vectors(PRIOR_DRAWS))
-    return best_start(posterior, loc, others, vectorised=posterior.is_vectorised).normals[0]
+    coordinates = coordinates_of(call, latents)
+    loc = latents.initial() if coordinates is None else coordinates.centre(latents, latents.values, call)
+    if scale is not None or posterior is None or not posterior.is_complete:
+        return Normal.isotropic(loc, 0.1 if scale is None else scale), coordinates
+    if not posterior.is_vectorised:
+        return best_start(posterior, latents.initial(), vectorised=False).normals[0], None
+    proposals = []
+    if coordinates is not None:
+        plain, posterior = posterior, posterior.within(coordinates)
+        proposals = [fit_degrees(coordinates, latents, call, posterior, plain)]
+        loc = proposals[0].loc
+    others = None if start_is_chosen else other_points(posterior, loc, posterior.prior_vectors(PRIOR_DRAWS))
+    return best_start(posterior, loc, others, proposals=proposals).normals[0], coordinates
 
 
 class Posterior:
@@ -88,12 +99,19 @@ class Posterior:
         by_row = bool(latents.shapes_of_all_rows)
         shapes = {name: value.shape for name, value in latents.values.items()}
         most = math.inf if by_row else MINIBATCHES
-        self._latents = latents
+        self._latents, self._call = latents, call
+        self._coordinates: Coordinates | None = None
         self._joint = LogJoint(candidate, example, shapes=shapes, most_minibatches=most)
         near = latents.initial() + torch.tensor([[0.0], [0.01]]).to(latents.initial())
         self._joint.settle(self._unpacked(near)[0])
         self.is_vectorised = self._joint.is_vectorised
         self.is_complete = not self._joint.is_random and not (by_row and self._joint.partial)
+
+    def within(self, coordinates: Coordinates) -> Posterior:
+        """Return the same density, as one of coordinates."""
+        twin = copy.copy(self)
+        twin._coordinates = coordinates
+        return twin
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Return the log-density of latent vectors, (draws, D), in nats, (draws,)."""
@@ -103,7 +121,10 @@ class Posterior:
     def prior_vectors(self, count: int) -> Tensor | None:
         """Draw latent vectors from the prior, (count, D); None if that is not possible, as with an improper one."""
         try:
-            return self._latents.pack(self._joint.prior_draws(count))[0]
+            draws = self._joint.prior_draws(count)
+            if self._coordinates is None:
+                return self._latents.pack(draws)[0]
+            return self._coordinates.of_values(self._latents, draws, self._call)[0]
         except (*FAILURES, NotImplementedError):
             return None
 
@@ -131,7 +152,9 @@ class Posterior:
         latents.leave_out(idle if is_idle else torch.zeros_like(idle), masked)
 
     def _unpacked(self, latents: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        values, log_det = self._latents.unpack(latents.reshape(len(latents), *(1,) * self._joint.nesting, -1))
+        padded = latents.reshape(len(latents), *(1,) * self._joint.nesting, -1)
+        images = None if self._coordinates is None else self._coordinates.images(self._latents, padded, self._call)
+        values, log_det = self._latents.unpack(padded, images)
         return values, log_det.reshape(len(latents))
 
 
@@ -211,12 +234,14 @@ def checked_levels(who: str, levels: Levels, like: Tensor) -> Tensor:
     return checked
 
 
-def marginal_quantiles(latents: Latents, transform: Flow, levels: Tensor) -> dict[str, Tensor]:
+def marginal_quantiles(
+    latents: Latents, transform: Flow, levels: Tensor, images: Callable[[Tensor], Images]
+) -> dict[str, Tensor]:
     r"""Marginal quantiles of each site, (\*levels, \*site), from draws that a fixed sequence of noise is mapped to."""
     noise = _even_noise(transform.input_dim).to(levels)
     latent = transform(noise.reshape(-1, *(1,) * len(latents.rows), transform.input_dim))
     # On the support, not before the map: a map that mixes coordinates does not preserve marginal quantiles.
-    draws = latents.sites(latent, torch.Size([QUANTILE_DRAWS]))
+    draws = latents.sites(latent, torch.Size([QUANTILE_DRAWS]), images)
     return {name: _quantiles(value, levels.to(value)) for name, value in draws.items()}
 
 
