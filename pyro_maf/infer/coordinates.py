@@ -5,9 +5,12 @@ about v, and that of (v - loc) / scale is one where they say much. With a degree
 
     c = loc_0 + d (loc - loc_0) + (v - loc) (scale_0 / scale)^(1 - d)
 
-is v for d = 1 and (v - loc) / scale in fixed units for d = 0; loc_0 and scale_0 are location and scale at one point, at
+is v for d = 1 and (v - loc) / scale in fixed units for d = 0. loc_0 and scale_0 are a usual location and scale, at
 which c is v for every d. For normal data the share of the data in the precision of v is the d for which c depends least
 on the rest.
+
+Reference: Gorinova, Moore & Hoffman, *Automatic reparameterisation of probabilistic programs*, 2020; Papaspiliopoulos,
+Roberts & Skold, *A general framework for the parametrization of hierarchical models*, 2007.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import Exponential, Gamma, InverseGamma, constraints
+from torch.distributions.constraints import Constraint
 
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.latents import Images, Latents, Part, within_reach
@@ -56,7 +60,7 @@ class Coordinates(nn.Module):
 
     Attributes:
         degree: The degree of centring of each of their entries, trained with the guide.
-        loc, log_scale: The location and log-scale at which c is v for every degree, fixed.
+        loc, log_scale: loc_0 and log scale_0 of each, fixed by the initialization.
     """
 
     loc: Tensor
@@ -126,8 +130,7 @@ class Coordinates(nn.Module):
 
         _run(call, pieces, value_of)
         packed = [
-            inside.get(name, piece).reshape(len(flat), part.stop - part.start)
-            for name, (part, piece) in pieces.items()
+            inside.get(name, piece).reshape(len(flat), part.stop - part.start) for name, (part, piece) in pieces.items()
         ]
         coordinates = torch.cat(packed, -1)[:, ~latents.idle].reshape(*batch, -1)
         return coordinates, torch.stack(log_slopes).sum(0)
@@ -172,7 +175,9 @@ class Coordinates(nn.Module):
 
         _run(call, latents.parts, value_of)
 
-    def _outward(self, latents: Latents, part: Part, piece: Tensor, fn: TorchDistribution) -> tuple[Tensor, Tensor | None]:
+    def _outward(
+        self, latents: Latents, part: Part, piece: Tensor, fn: TorchDistribution
+    ) -> tuple[Tensor, Tensor | None]:
         """Map c to v; also return log |dv/dc|, in the shape of the site, or None for a site without a degree."""
         if (prior := self._prior(latents, part, fn)) is None:
             return piece, None
@@ -182,7 +187,9 @@ class Coordinates(nn.Module):
         log_slope = log_slope.expand(entries.shape) + _lost_to_rounding(loc, scale, residual, entries)
         return within_reach(part.transform, entries), log_slope
 
-    def _inward(self, latents: Latents, part: Part, entries: Tensor, fn: TorchDistribution) -> tuple[Tensor, Tensor | None]:
+    def _inward(
+        self, latents: Latents, part: Part, entries: Tensor, fn: TorchDistribution
+    ) -> tuple[Tensor, Tensor | None]:
         """Map v to c; also return log |dv/dc|."""
         if (prior := self._prior(latents, part, fn)) is None:
             return entries, None
@@ -197,9 +204,8 @@ class Coordinates(nn.Module):
         if prior is None:
             return None
         loc, scale = prior
-        parameters = dict(self._parameters)
         degree, centre, log_unit = (
-            tensor[place].reshape(part.shape) for tensor in (parameters["degree"], self.loc, self.log_scale)
+            tensor[place].reshape(part.shape) for tensor in (self.degree, self.loc, self.log_scale)
         )
         if latents.leaves_out:  # entries without a posterior stay as they are
             degree = torch.where(latents.idle[part.start : part.stop].reshape(part.shape), 1.0, degree)
@@ -225,24 +231,24 @@ def location_and_scale(fn: TorchDistribution) -> tuple[Tensor, Tensor] | None:
 
     The logarithm of a positive variable with a scale is one with a location.
     """
-    *_, inner = layers_of(fn)
-    family = next((layer for layer in layers_of(fn) if layer.arg_constraints.keys() & {"loc", "scale", "rate"}), inner)
-    names = family.arg_constraints.keys()
-    support = cast("constraints.Constraint", fn.support)
+    family = next((layer for layer in layers_of(fn) if layer.arg_constraints.keys() & {"loc", "scale", "rate"}), fn)
+    loc, scale, rate = (getattr(family, name, None) for name in ("loc", "scale", "rate"))
+    support = cast("Constraint", fn.support)
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    if support is constraints.real and {"loc", "scale"} <= names:
-        return family.loc, family.scale
-    if getattr(support, "lower_bound", None) != 0 or hasattr(support, "upper_bound") or support.is_discrete:
+    bounds = {name: bound for name, bound in vars(support).items() if name.endswith("_bound")}
+    is_positive = (
+        list(bounds) == ["lower_bound"] and not isinstance(bounds["lower_bound"], Tensor) and not any(bounds.values())
+    )
+    if loc is not None and scale is not None:
+        return (loc, scale) if is_positive or support is constraints.real else None  # as of a LogNormal
+    if not is_positive:
         return None
-    if {"loc", "scale"} <= names:
-        return family.loc, family.scale  # a LogNormal
-    if "scale" in names:
-        return family.scale.log(), torch.ones_like(family.scale)
-    if isinstance(family, (Exponential, Gamma)):
-        return -family.rate.log(), torch.ones_like(family.rate)
-    if isinstance(family, InverseGamma):
-        return family.rate.log(), torch.ones_like(family.rate)
+    if scale is not None:
+        return scale.log(), torch.ones_like(scale)
+    if isinstance(family, (Exponential, Gamma, InverseGamma)) and rate is not None:
+        sign = 1 if isinstance(family, InverseGamma) else -1
+        return sign * rate.log(), torch.ones_like(rate)
     return None
 
 
@@ -339,4 +345,3 @@ def _is_sound(coordinates: Coordinates, latents: Latents, call: Call) -> bool:
             alone, _ = latents.unpack(point.flatten(), coordinates.images(latents, point.flatten(), call))
         pairs += [(values[name][index], value) for name, value in alone.items()]
     return all(left.shape == right.shape and torch.allclose(left, right, rtol=1e-3, atol=1e-3) for left, right in pairs)
-

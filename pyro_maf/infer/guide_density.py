@@ -64,18 +64,6 @@ class GuideDensity(AutoContinuous):
             return self.latents.images
         return partial(coordinates.images, self.latents, call=self._call(args, kwargs))
 
-    def _packed(
-        self, values: Mapping[str, Tensor], inside: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Return the guide's vector at values of the sites, and the log-determinant; any vector outside of supports."""
-        if (coordinates := self._coordinates) is None:
-            return self.latents.pack(values)
-        some = {
-            name: torch.where(inside.reshape(*inside.shape, *(1,) * part.value.dim()), values[name], part.value)
-            for name, part in self.latents.parts.items()
-        }
-        return coordinates.of_values(self.latents, some, self._call(args, kwargs))
-
     def rsample(self, sample_shape: Sequence[int] = (), *args: object, **kwargs: object) -> dict[str, Tensor]:
         r"""Draw every site, (\*sample_shape, \*site), with gradient. Further arguments are the model's."""
         shape = check_shape(self._who, "sample_shape", sample_shape)
@@ -101,16 +89,21 @@ class GuideDensity(AutoContinuous):
         """
         posterior = self.get_posterior(*args, **kwargs)
         tensors = self.latents.checked(values, self._weight)
-        inside = self.latents.within_supports(tensors)
-        latent, log_det = self._packed(tensors, inside, *args, **kwargs)
-        inside = inside & latent.isfinite().all(-1)
+        latent, log_det = self.latents.pack(tensors)
+        inside = self.latents.within_supports(tensors) & latent.isfinite().all(-1)
+        if (coordinates := self._coordinates) is not None:
+            parts = self.latents.parts.values()
+            batch = (inside.reshape(inside.shape + (1,) * part.value.dim()) for part in parts)
+            scored = {
+                part.site["name"]: torch.where(mask, tensors[part.site["name"]], part.value)
+                for part, mask in zip(parts, batch, strict=True)
+            }  # a model may raise for others
+            latent, log_det = coordinates.of_values(self.latents, scored, self._call(args, kwargs))
         log_prob = posterior.log_prob(torch.where(inside[..., None], latent, 0.0)) - log_det
         return torch.where(inside, log_prob, -torch.inf)
 
     def unpacked(self, latent: Tensor, call: Call) -> tuple[dict[str, Tensor], Tensor]:
         """Map vectors, padded with ones where plates are, to the value of each site; also return log |det| in nats."""
-        if self._coordinates is None:
-            return self.latents.unpack(latent)
         return self.latents.unpack(latent, self._map_to_sites(*call.args, **call.kwargs)(latent))
 
     @torch.no_grad()
@@ -147,5 +140,5 @@ class GuideDensity(AutoContinuous):
         """
         transform = self.get_transform(*args, **kwargs)
         latent = transform(noise)
-        values, log_det = self.unpacked(latent, Call(self._who, args, kwargs))
+        values, log_det = self.latents.unpack(latent, self._map_to_sites(*args, **kwargs)(latent))
         return values, transform.log_abs_det_jacobian(noise, latent) + log_det

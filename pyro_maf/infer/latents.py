@@ -210,7 +210,7 @@ class Latents:
     def sites(
         self, latent: Tensor, shape: torch.Size, images: Callable[[Tensor], Images] | None = None
     ) -> dict[str, Tensor]:
-        r"""Map a latent (\*shape, \*rows, D) to the value of each site, (\*shape, \*site), by `images` if there are any."""
+        r"""Map a latent (\*shape, \*rows, D) to the value of each site, (\*shape, \*site); with `images` by it."""
         batch = latent.reshape(-1, *(1,) * self.nesting, *latent.shape[len(shape) :])
         values = {name: value for name, (value, _) in (images or self.images)(batch).items()}
         if self.rows:

@@ -1,0 +1,281 @@
+"""Coordinates between centred and not, for sites whose prior depends on other latent sites."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Predictive, Trace_ELBO
+from torch import Tensor
+
+from pyro_maf.infer import AutoIAF, AutoRealNVP, TracePath_ELBO, diagnose, fit_guide, neutra, reweight
+from tests.posteriors import SMALL, drawn
+
+GROUPS = 6
+ERRORS = torch.tensor([0.02, 0.02, 0.02, 20.0, 20.0, 20.0])
+Y = torch.tensor([1.0, -0.5, 0.3, 2.0, -4.0, 1.0])
+
+
+def hierarchy() -> None:
+    """Three groups with exact data, where centred is right, and three that the data say nothing about."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfNormal(torch.tensor(2.0)))
+    with pyro.plate("groups", GROUPS):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, ERRORS), obs=Y)
+
+
+def funnel(size: int = 3) -> None:
+    v = pyro.sample("v", dist.Normal(0.0, 3.0))
+    pyro.sample("x", dist.Normal(torch.zeros(size), (v / 2).exp()[..., None]).to_event(1))
+
+
+def chain() -> None:
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    z: Any = 0.0
+    for step in pyro.markov(range(4)):
+        z = pyro.sample(f"z{step}", dist.StudentT(4.0, z, scale))
+        pyro.sample(f"y{step}", dist.Normal(z, 0.5), obs=torch.tensor(float(step)))
+
+
+def levels() -> None:
+    """Scales of scales, masks, nested plates, positive sites."""
+    top = pyro.sample("top", dist.Gamma(2.0, 2.0))
+    with pyro.plate("outer", 3, dim=-2):
+        scale = pyro.sample("scale", dist.HalfCauchy(top))
+        rate = pyro.sample("rate", dist.Gamma(2.0, top).mask(torch.tensor(True)))
+        size = pyro.sample("size", dist.LogNormal(rate.log(), 0.3))
+        with pyro.plate("inner", 2, dim=-1):
+            z = pyro.sample("z", dist.Laplace(size[..., None].expand(*size.shape, 3), scale[..., None]).to_event(1))
+            pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=torch.zeros(3, 2, 3))
+
+
+MODELS: dict[str, tuple[Callable[[], None], list[str]]] = {
+    "hierarchy": (hierarchy, ["theta"]),
+    "funnel": (funnel, ["x"]),
+    "chain": (chain, ["z0", "z1", "z2", "z3"]),
+    "levels": (levels, ["scale", "rate", "size", "z"]),
+}
+
+
+def guide_of(model: Callable[..., Any], seed: int = 0, **options: Any) -> Any:
+    """A guide set up, its weights and degrees moved at random."""
+    pyro.set_rng_seed(seed)
+    guide = AutoRealNVP(model, **(SMALL | options)).setup()
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return guide
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sites_are_found_by_themselves(name: str) -> None:
+    model, names = MODELS[name]
+    assert guide_of(model, init_scale=0.1).coordinates.names == names
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_density_is_that_of_the_draws(name: str) -> None:
+    model, _ = MODELS[name]
+    guide = guide_of(model, init_scale=0.3)
+    guide.double()
+    values, log_q = drawn(guide)
+    torch.testing.assert_close(guide.log_prob(values), log_q, rtol=1e-5, atol=1e-4)
+
+    # By the Jacobian of the map from noise to the unconstrained vector.
+    noise = torch.randn(guide.latent_dim, dtype=torch.float64)
+
+    def vector(u: Tensor) -> Tensor:
+        return torch.cat([value.flatten() for value in guide.sites_of(u).values()])
+
+    log_det = torch.linalg.slogdet(torch.autograd.functional.jacobian(vector, noise)).logabsdet
+    log_base = guide.get_base_dist().log_prob(noise)
+    torch.testing.assert_close(guide.log_prob(guide.sites_of(noise)), log_base - log_det, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(guide.sites_and_log_det(noise)[1], log_det, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_many_draws_are_those_of_one_run_each(name: str) -> None:
+    model, _ = MODELS[name]
+    guide = guide_of(model, init_scale=0.1)
+    noise = torch.randn(2, 3, guide.latent_dim)
+    together = guide.sites_of(noise)
+    for index in ((0, 0), (1, 2)):
+        for site, value in guide.sites_of(noise[index]).items():
+            torch.testing.assert_close(together[site][index], value, rtol=1e-4, atol=1e-5)
+    assert guide.log_prob(together).shape == (2, 3)
+    with pyro.plate("particles", 5, dim=-4):
+        values, _ = drawn(guide)
+    assert all(values[site].shape[0] == 5 for site in together)
+
+
+def test_degrees_begin_where_data_are() -> None:
+    guide = AutoIAF(hierarchy, **SMALL).setup()
+    degrees = guide.coordinates.degree.detach()
+    assert bool((degrees[:3] > 0.9).all()), degrees
+    assert bool((degrees[3:] < 0.1).all()), degrees
+
+
+def test_models_without_such_sites_have_no_coordinates() -> None:
+    def plain() -> None:
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        pyro.sample("y", dist.Normal(0.0, scale), obs=torch.tensor(1.0))
+
+    guide = AutoIAF(plain, **SMALL).setup()
+    assert guide.coordinates is None
+    assert not any("coordinates" in name for name in guide.state_dict())
+
+
+def test_a_prior_that_draws_by_itself_is_left_as_it_is() -> None:
+    def model() -> None:
+        tau = pyro.sample("tau", dist.HalfNormal(1.0))
+        pyro.sample("z", dist.Normal(torch.randn(()), tau))
+
+    assert AutoIAF(model, init_scale=0.1, **SMALL).setup().coordinates is None
+
+
+def test_a_model_that_takes_one_draw_at_a_time_is_left_as_it_is() -> None:
+    def model() -> None:
+        tau = pyro.sample("tau", dist.HalfNormal(1.0))
+        with pyro.plate("rows", 3):
+            pyro.sample("z", dist.Normal(0.0, tau.item() * torch.ones(3)))
+        pyro.sample("w", dist.Normal(0.0, tau.reshape(())))
+
+    guide = AutoIAF(model, init_scale=0.1, **SMALL).setup()
+    assert guide.coordinates is None
+    assert guide.rsample((4,))["z"].shape == (4, 3)
+
+
+@pytest.mark.parametrize("objective", [Trace_ELBO, TracePath_ELBO])
+@pytest.mark.parametrize("vectorised", [True, False])
+def test_trains_degrees_in_plain_inference(objective: Any, vectorised: bool) -> None:
+    pyro.set_rng_seed(0)
+    guide = AutoIAF(hierarchy, **SMALL).setup()
+    before = guide.coordinates.degree.detach().clone()
+    elbo = objective(num_particles=4, vectorize_particles=vectorised, max_plate_nesting=1)
+    svi = SVI(hierarchy, guide, pyro.optim.ClippedAdam({"lr": 0.01}), elbo)
+    losses = [svi.step() for _ in range(20)]
+    assert all(torch.isfinite(torch.tensor(losses)))
+    assert not torch.equal(before, guide.coordinates.degree)
+    assert any(name.endswith("degree") for name in pyro.get_param_store()), list(pyro.get_param_store())
+
+
+def test_the_bound_has_the_gradient_of_differences() -> None:
+    guide = guide_of(hierarchy)
+    guide.double()
+    degree = guide.coordinates.degree
+
+    def loss() -> Tensor:
+        pyro.set_rng_seed(3)
+        return Trace_ELBO(num_particles=5).differentiable_loss(hierarchy, guide)
+
+    (gradient,) = torch.autograd.grad(loss(), degree)
+    for entry in (0, 4):
+        losses = []
+        for step in (1e-6, -1e-6):
+            with torch.no_grad():
+                degree[entry] += step
+                losses.append(float(loss()))
+                degree[entry] -= step
+        assert (losses[0] - losses[1]) / 2e-6 == pytest.approx(float(gradient[entry]), rel=1e-3, abs=1e-3)
+
+
+def test_a_centred_funnel_is_exact() -> None:
+    pyro.set_rng_seed(0)
+    fit = fit_guide(funnel, AutoIAF(funnel, **SMALL), steps=200, progress=False)
+    assert fit.diagnosis.elbo == pytest.approx(0.0, abs=0.02)
+    assert fit.diagnosis.ess > 9_500
+    draws = reweight(funnel, fit.guide, num_samples=1000)
+    assert float(draws["v"].std()) == pytest.approx(3.0, abs=0.4)
+    assert diagnose(funnel, fit.guide, num_samples=1000).ess > 950
+
+
+def test_collapsed_scales_have_no_bound_without_limit() -> None:
+    guide = guide_of(hierarchy, init_scale=0.1)
+    with torch.no_grad():
+        guide.coordinates.degree.fill_(0.5)
+    vector = guide.latents.initial().clone()
+    vector[0], vector[1] = 1.0, -39.0
+    vector[2:] = 0.7
+    values, log_det = guide.latents.unpack(vector, guide.coordinates.images(guide.latents, vector, guide._first_call))
+    assert bool((values["theta"] == values["mu"]).all())  # by rounding
+    trace = poutine.trace(poutine.condition(hierarchy, data=values)).get_trace()
+    assert bool(trace.log_prob_sum() + log_det < -1e4)
+
+
+def test_neutra_and_predictive_have_the_same_coordinates() -> None:
+    guide = AutoIAF(hierarchy, **SMALL).setup()
+    warped = neutra(hierarchy, guide)
+    noise = torch.randn(guide.latent_dim)
+    trace = poutine.trace(poutine.condition(warped, data={f"{guide.name}_shared_latent": noise})).get_trace()
+    values = guide.sites_of(noise)
+    expected = poutine.trace(poutine.condition(hierarchy, data=values)).get_trace().log_prob_sum()
+    expected = expected + guide.sites_and_log_det(noise)[1]
+    torch.testing.assert_close(trace.log_prob_sum(), expected, rtol=1e-4, atol=1e-3)
+    draws = warped.draws({f"{guide.name}_shared_latent": torch.randn(5, guide.latent_dim)})
+    assert draws["theta"].shape == (5, GROUPS)
+    assert Predictive(hierarchy, guide=guide, num_samples=7)()["theta"].shape[0] == 7
+    assert Predictive(hierarchy, guide=guide, num_samples=7, parallel=True)()["theta"].shape[0] == 7
+
+
+def test_arguments_of_the_model_reach_its_prior() -> None:
+    def model(shift: float = 0.0) -> None:
+        tau = pyro.sample("tau", dist.HalfNormal(1.0))
+        pyro.sample("z", dist.Normal(shift, tau))
+
+    guide = guide_of(model, init_scale=0.1)
+    with torch.no_grad():
+        guide.coordinates.degree.zero_()
+    noise = torch.randn(4, 2)
+    here, there = guide.sites_of(noise), guide.sites_of(noise, 10.0)
+    torch.testing.assert_close(there["z"] - here["z"], torch.full((4,), 10.0))
+    torch.testing.assert_close(guide.log_prob(here), guide.log_prob(there, 10.0), rtol=1e-4, atol=1e-3)
+
+
+def test_copies_and_weights() -> None:
+    guide = guide_of(hierarchy, init_scale=0.1)
+    noise = torch.randn(3, guide.latent_dim)
+    other = AutoRealNVP(hierarchy, init_scale=0.1, **SMALL).setup()
+    other.load_state_dict(guide.state_dict())
+    for twin in (copy.deepcopy(guide), other):
+        torch.testing.assert_close(twin.sites_of(noise), guide.sites_of(noise))
+        assert twin.coordinates is not guide.coordinates
+
+
+def test_a_pickled_guide_says_that_its_model_is_missing() -> None:
+    twin = pickle.loads(pickle.dumps(guide_of(hierarchy, init_scale=0.1)))
+    with pytest.raises(ValueError, match="theta"):
+        twin.rsample((3,))
+
+
+def test_outside_of_the_support_the_density_is_zero() -> None:
+    guide = guide_of(hierarchy, init_scale=0.1)
+    values = {name: value.detach() for name, value in guide.rsample((2,)).items()}
+    values["tau"][1] = -1.0
+    log_prob = guide.log_prob(values)
+    assert bool(log_prob[0].isfinite())
+    assert log_prob[1] == -torch.inf
+
+
+def test_masked_entries_stay_out() -> None:
+    mask = torch.tensor([True, False, True])
+
+    def model() -> None:
+        tau = pyro.sample("tau", dist.HalfNormal(1.0))
+        with pyro.plate("rows", 3), poutine.mask(mask=mask):
+            pyro.sample("z", dist.Normal(0.0, tau))
+
+    guide = guide_of(model, init_scale=0.3)
+    assert guide.latent_dim == 3
+    guide.double()
+    values, log_q = drawn(guide)
+    torch.testing.assert_close(guide.log_prob(values), log_q, rtol=1e-5, atol=1e-4)
+    assert bool(values["z"][1] == guide.latents.values["z"][1])
