@@ -16,6 +16,10 @@ class AutoIAF(AutoFlow):
     ascent to the mode. b, the lower triangular A and the flow are trained, and start as the identity; so a new guide is
     that normal, and the family contains every full-rank normal.
 
+    Where the prior of a site has a location or scale that depends on other latent variables, as in a hierarchy, v are
+    coordinates between centred and non-centred: with a degree of centring for each entry, which is trained, and starts
+    as the share of the data in the precision of the entry. Models are written centred, whatever their data.
+
     Args:
         model: A Pyro model.
         num_layers: Number of autoregressive layers, by default 3.
@@ -35,6 +39,7 @@ class AutoIAF(AutoFlow):
     Attributes:
         latent_dim: D, the number of unconstrained latent variables, or those of one row.
         transform: The map from u to v, once set up.
+        coordinates: The map from v to the sites of a hierarchy, or None for a model without one.
 
     Cost:
         A step, as drawing and scoring its draws, is one pass a layer. `log_prob` of other points is one sweep a
