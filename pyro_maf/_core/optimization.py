@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Adam:
         betas: Decay rates of the averages of gradients and of their squares.
 
     Attributes:
-        states: `step`, `exp_avg` and `exp_avg_sq` of each weight.
+        states: `step`, `exp_avg` and `exp_avg_sq` of each weight; written to in place to resume from those of another.
 
     Example:
         >>> weight = torch.tensor([1.0])
@@ -61,12 +61,6 @@ class Adam:
             {"step": step, "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
             for step, weight in zip(self._steps, self._weights, strict=True)
         ]
-
-    def load(self, states: Sequence[Mapping[str, Tensor]]) -> None:
-        """Resume from the `states` of another, on any device."""
-        for mine, its in zip(self.states, states, strict=True):
-            for name, tensor in mine.items():
-                tensor.copy_(its[name])
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor | None], learning_rate: float) -> None:
@@ -113,8 +107,11 @@ def clip(gradients: Sequence[Tensor | None], most: float) -> float:
     present = [gradient for gradient in gradients if gradient is not None]
     if not present:
         return 0.0
-    norms = torch._foreach_norm(present)
-    norm = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))
+    if len(present) == 1:
+        norm = torch.linalg.vector_norm(present[0])
+    else:
+        norms = torch._foreach_norm(present)
+        norm = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))
     if (size := float(norm)) > most:
         factor = most / (norm + 1e-6)
         for device in {gradient.device for gradient in present}:
@@ -182,6 +179,7 @@ class WeightAverage:
             before = weight.clone()
             weight.copy_(average)
             average.copy_(before)
+        count_change()  # of parameters, too, that are views of these weights
 
     def record_best(self) -> None:
         """Record the present average as the best."""
@@ -192,3 +190,4 @@ class WeightAverage:
         """Set the weights to the best average, or to the present one if none was recorded."""
         for weight, value in zip(self._weights, self._best or self.values, strict=True):
             weight.copy_(value)
+        count_change()

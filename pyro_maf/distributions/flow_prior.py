@@ -14,6 +14,7 @@ from pyro_maf._core.torch_state import as_far_as_exact, reference_tensor
 from pyro_maf.distributions.data_units import DataUnits, NoiseToData, keep_float64, statistics, widen_for
 from pyro_maf.distributions.density import ConditionalDensity, Density
 from pyro_maf.support import Support, SupportLike
+from pyro_maf.sweep import Run
 from pyro_maf.tables.layout import Layout, TableLike, numbers
 from pyro_maf.transforms import ConditionalFlow, Flow
 from pyro_maf.transforms.cache import caching_is_possible
@@ -213,11 +214,39 @@ class FlowPrior(Density):
         return torch.rsub(torch.add(log_det, u.square().sum(-1), alpha=0.5), -self._log_normaliser)
 
     def _compiled(self, value: Tensor, context: Tensor | None) -> Tensor | None:
-        """The log-density as one operation, if one compiled program is all of the flow."""
-        if (run := run_of(self.model, True)) is None or (log_volume := self.units.log_volume) is None:
+        """The log-density as one operation, if there is a `run`."""
+        if (run := self.run()) is None or (log_volume := self.units.log_volume) is None:
             return None
-        constant = -self._log_normaliser - log_volume
-        return run.log_density((value - self.units.loc) / self.units.scale, context, constant)
+        z = (value - self.units.loc) / self.units.scale
+        return run.log_density(z, context, -self._log_normaliser - log_volume)
+
+    def run(self) -> Run | None:
+        """The compiled program from standardised values to noise, if one is all of the flow."""
+        return run_of(self.model, True) if isinstance(self.model, Flow) else None
+
+    @torch.no_grad()
+    def differentiate(
+        self, run: Run, value: Tensor, context: Tensor | None, factors: Tensor, gradient: Tensor
+    ) -> Tensor | None:
+        """Log-densities (rows,) without a graph, and the gradient of their sum with these factors.
+
+        Args:
+            run: That of `run()`.
+            value: Rows (rows, D) inside the support.
+            context: Rows of context, if the model takes one.
+            factors: (rows,).
+            gradient: Flat, filled with the gradients with respect to the tensors of the run, one after another.
+
+        Returns:
+            The log-densities, or None where they are to be computed and differentiated by torch.
+        """
+        units, constant, context = self.units, -self._log_normaliser, self._standardised(context)
+        if (log_volume := units.log_volume) is not None:
+            z = (value - units.loc) / units.scale
+            return run.differentiate(z, context, constant - log_volume, factors, gradient)
+        z, log_units = units.inverse_and_log_det(value)
+        density = run.differentiate(z, context, constant, factors, gradient)
+        return None if density is None else density - log_units
 
     @property
     def _log_normaliser(self) -> float:

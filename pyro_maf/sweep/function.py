@@ -91,6 +91,35 @@ class Run(NamedTuple):
             density = _normal(w.square_(), log_det, constant)
         return density if rows is v else density.reshape(v.shape[:-1])
 
+    def differentiate(
+        self, v: Tensor, context: Tensor | None, constant: float, factors: Tensor, gradient: Tensor
+    ) -> Tensor | None:
+        """Log-densities, as `log_density`, and the gradient of their sum with these factors; without a graph.
+
+        Args:
+            v: (batch, D).
+            context: (batch, context_dim), or None.
+            constant: As in `log_density`.
+            factors: (batch,).
+            gradient: Flat, filled with the gradients with respect to the tensors, one after another.
+        """
+        inputs = self._inputs(v, context)
+        if inputs is None or not self._pays(len(v)):
+            return None
+        rows, context, _ = inputs
+        w, log_det, saved = _recorded(self, rows, context, self.tensors)
+        wanted = np.ones(len(self.program.tables.matrices), bool)
+        grad_w, nothing = w * -factors.unsqueeze(-1), w.new_empty(len(w), 0)
+        parts = _walked_back(self.program, saved, wanted, (grad_w, -factors), (nothing, nothing))
+        _unpack(self.program, parts, gradient)
+        self.program.room += parts
+        return _normal(w.square_(), log_det, constant)
+
+    def _pays(self, points: int) -> bool:
+        """Return whether the gradient with respect to the weights takes less time than torch's, at so many points."""
+        is_small = self.program.num_weights <= WEIGHTS_A_POINT * points
+        return is_small or any(step.sequential for step in self.steps)
+
     def _inputs(self, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None, bool] | None:
         """v and context as rows, (batch, D) and (batch, context_dim), and whether a gradient is wanted."""
         program, tensors = self.program, self.tensors
@@ -108,10 +137,7 @@ class Run(NamedTuple):
             context = context.expand(len(rows), -1)
         inputs = (rows, *tensors) if context is None else (rows, context, *tensors)
         needs_gradient = torch.is_grad_enabled() and any(map(_requires_grad, inputs))
-        is_large = program.num_weights > WEIGHTS_A_POINT * len(rows)
-        if needs_gradient and is_large and not any(step.sequential for step in self.steps):
-            return None
-        return rows, context, needs_gradient
+        return None if needs_gradient and not self._pays(len(rows)) else (rows, context, needs_gradient)
 
 
 _requires_grad = operator.attrgetter("requires_grad")
@@ -172,7 +198,7 @@ def _normal(squares: Tensor, log_det: Tensor, constant: float) -> Tensor:
 
 def _recorded(
     run: Run, v: Tensor, context: Tensor | None, tensors: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+) -> tuple[Tensor, Tensor, list[Any]]:
     """w and log-determinants of v, and what `_backward` reads: packed weights, tape, v, context and the tensors."""
     # Not the pack of an earlier call: gradcheck, for one, writes through `.data`, which no version counter records.
     pack = run.program.pack(tensors)
@@ -216,12 +242,41 @@ def _backward(
     program: Program, saved: Sequence[Tensor], needed: Sequence[bool], grad_w: Tensor, grad_log_det: Tensor
 ) -> list[Tensor | None]:
     """Gradients with respect to v, the context and the tensors; None where not needed. For `saved` see `_recorded`."""
-    weights, tape, _, _, *tensors = saved
-    tables, points = program.tables, len(grad_w)
+    tables, points, tensors = program.tables, len(grad_w), saved[4:]
     of_tensors = np.array(needed[2:])
     wanted = of_tensors[tables.matrices["weight"]] | of_tensors[tables.matrices["addend"]]
     grad_v = grad_w.new_empty(points, program.dim if needed[0] else 0)
     grad_context = grad_w.new_empty(points, program.context_dim if needed[1] else 0)
+    parts = _walked_back(program, saved, wanted, (grad_w, grad_log_det), (grad_v, grad_context))
+    by_tensors = tensors
+    if wanted.any():
+        flat = tensors[0].new_empty(program.offsets[-1])
+        _unpack(program, parts, flat)
+        of_each = flat.split_with_sizes(program.sizes)
+        by_tensors = [own.view_as(tensor) for own, tensor in zip(of_each, tensors, strict=True)]
+    program.room += parts
+    every = [grad_v, grad_context, *by_tensors]
+    return [gradient if need else None for gradient, need in zip(every, needed, strict=True)]
+
+
+def _walked_back(
+    program: Program,
+    saved: Sequence[Tensor],
+    wanted: Array,
+    grads: tuple[Tensor, Tensor],
+    results: tuple[Tensor, Tensor],
+) -> list[tuple[Array, Array]]:
+    """Gradients with respect to packed weights and biases, of each part of the points; to be put back to `room`.
+
+    Args:
+        program: The program.
+        saved: What `_recorded` saved.
+        wanted: For each matrix, whether its gradient is.
+        grads: Gradients with respect to w and the log-determinants.
+        results: Those with respect to v and the context, filled here; with no columns if not wanted.
+    """
+    weights, tape = saved[:2]
+    tables = program.tables
     network = (
         weights.numpy(),
         tables.layers,
@@ -232,24 +287,19 @@ def _backward(
         tables.steps,
         tables.result,
     )
-    results = [tensor.contiguous().numpy() for tensor in (tape, grad_w, grad_log_det)]
-    results += grad_v.numpy(), grad_context.numpy()
+    arrays = [tensor.contiguous().numpy() for tensor in (tape, *grads)] + [tensor.numpy() for tensor in results]
 
     def walk(first: int, end: int) -> tuple[Array, Array]:
-        gradients, by_biases = program.room_for_gradients(grad_w)
-        loaded().parallel.backward(*network, wanted, program.rows, first, end, *results, gradients, by_biases)
+        gradients, by_biases = program.room_for_gradients(tape)
+        loaded().parallel.backward(*network, wanted, program.rows, first, end, *arrays, gradients, by_biases)
         return gradients, by_biases
 
-    parts = in_parts(walk, points, tape.shape[1], program.work)
-    by_tensors = _unpacked(program, parts, tensors) if wanted.any() else tensors
-    program.room += parts
-    every = [grad_v, grad_context, *by_tensors]
-    return [gradient if need else None for gradient, need in zip(every, needed, strict=True)]
+    return in_parts(walk, len(grads[0]), tape.shape[1], program.work)
 
 
-def _unpacked(program: Program, parts: Sequence[tuple[Array, Array]], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients with respect to the tensors, views of one."""
-    tables, flat = program.tables, (tensors[0].new_empty if parts else tensors[0].new_zeros)(program.offsets[-1])
+def _unpack(program: Program, parts: list[tuple[Array, Array]], flat: Tensor) -> None:
+    """Fill `flat` with the sum of the parts' gradients, in the order of the tensors."""
+    tables = program.tables
     with np.errstate(all="ignore"):  # entries that no row sees are arbitrary
         for others in parts[1:]:
             for total, other in zip(parts[0], others, strict=True):
@@ -257,7 +307,8 @@ def _unpacked(program: Program, parts: Sequence[tuple[Array, Array]], tensors: S
     if parts:
         orders = tables.seen, tables.row_order, tables.column_order
         loaded().parallel.unpack(tables.matrices, *orders, program.offsets, *parts[0], flat.numpy())
-    return [own.view_as(tensor) for own, tensor in zip(flat.split_with_sizes(program.sizes), tensors, strict=True)]
+    else:
+        flat.zero_()
 
 
 def _by_plain_operations(

@@ -15,7 +15,7 @@ from pyro_maf._core.progress import Bar, bar
 from pyro_maf.distributions import Density
 from pyro_maf.tables import Rows
 from pyro_maf.training.batches import Batches
-from pyro_maf.training.objective import MaximumLikelihood
+from pyro_maf.training.joined import objective_of
 from pyro_maf.training.records import CheckpointFolder, Epoch, Log
 from pyro_maf.training.state import Schedule, State
 
@@ -68,13 +68,13 @@ class Loop:
         self._interruption = interruption
         self._processes = processes
         self._folder = folder
-        self._objective = MaximumLikelihood(density, processes)
-        self._home = self._objective.weights[0].device
+        self._home = next(weight.device for weight in density.parameters() if weight.requires_grad)
         device = processes.launch(self._home)
         for each in (density, batches, held_out):
             each.to(device)
         self._log = Log(folder.folder) if folder is not None and processes.is_first else None
-        self.state = State(density, self._objective.weights, batches, schedule)
+        self._objective = objective_of(density, processes)
+        self.state = State(density, self._objective, batches, schedule)
         self._is_resumed = False
         if folder is not None and folder.checkpoint is not None:
             self.state.load(folder.checkpoint, folder.path)
@@ -105,6 +105,7 @@ class Loop:
             self._interruption.settle()
             self._density.to(self._home)
             self.state.restore_best()
+            self._objective.close()
             self._density.eval()
 
     def save(self, taken: int) -> None:

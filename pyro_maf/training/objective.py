@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -48,7 +48,7 @@ class MaximumLikelihood:
 
     def __init__(self, density: Density, processes: Processes) -> None:
         self.density = density
-        self.weights = [weight for weight in density.parameters() if weight.requires_grad]
+        self.weights: list[Tensor] = [weight for weight in density.parameters() if weight.requires_grad]
         self._processes = processes
         self._batch_norms = [member for member in density.modules() if isinstance(member, BatchNorm)]
         self._has_act_norm = any(isinstance(member, ActNorm) for member in density.modules())
@@ -56,14 +56,19 @@ class MaximumLikelihood:
 
     def step(self, batch: Rows) -> Step:
         """Loss and gradient of a batch, by one pass through the density and back."""
-        with statistics_over_processes() if self._processes.are_several else nullcontext():
-            log_likelihood = batch.weighted(self.density.log_density(batch.data, batch.context)).sum()
-        rows, loss = self._processes.total(len(batch.data), -log_likelihood.detach())
-        (-log_likelihood * (1 / rows)).backward()
+        rows, loss = self._backward(batch)
         gradients = self._taken_gradients()
         if self._processes.are_several:
             self._processes.add_up(self._checked(gradients))
         return Step(loss, int(rows), gradients)
+
+    def _backward(self, batch: Rows) -> tuple[Tensor | float, Tensor | float]:
+        """Add the gradient to the weights; number of rows and their loss, in all processes."""
+        with statistics_over_processes() if self._processes.are_several else nullcontext():
+            log_likelihood = batch.weighted(self.density.log_density(batch.data, batch.context)).sum()
+        rows, loss = self._processes.total(len(batch.data), -log_likelihood.detach())
+        (-log_likelihood * (1 / rows)).backward()
+        return rows, loss
 
     @torch.no_grad()
     def validation_loss(self, batches: Iterable[Rows | tuple[()]]) -> float:
@@ -84,6 +89,13 @@ class MaximumLikelihood:
         """
         if self._batch_norms or (initial and self._has_act_norm):
             self.density.fit_statistics(*sample()[:2])
+
+    def split(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors for each weight of the density that is trained, from tensors for each of `weights`."""
+        return list(tensors)
+
+    def close(self) -> None:
+        """Leave the density with tensors of its own."""
 
     def _taken_gradients(self) -> list[Tensor | None]:
         """Take the gradients from the weights, which are left without, so that none is added to later."""

@@ -14,7 +14,7 @@ from pyro_maf._core.optimization import Adam, WeightAverage
 from pyro_maf._core.torch_state import generator_states, set_generator_states
 from pyro_maf.distributions import Density
 from pyro_maf.training.batches import Batches
-from pyro_maf.training.objective import Mean
+from pyro_maf.training.objective import MaximumLikelihood, Mean
 from pyro_maf.training.records import Checkpoint, Epoch
 
 __all__ = ["Schedule", "State"]
@@ -88,7 +88,7 @@ class State:
 
     Args:
         density: The density to fit.
-        weights: Its weights that are trained.
+        objective: Its objective, with the weights that are trained.
         batches: The training rows.
         schedule: Learning rate and patience.
 
@@ -104,12 +104,11 @@ class State:
         interrupted: True if that was an interruption.
     """
 
-    def __init__(
-        self, density: Density, weights: list[torch.nn.Parameter], batches: Batches, schedule: Schedule
-    ) -> None:
+    def __init__(self, density: Density, objective: MaximumLikelihood, batches: Batches, schedule: Schedule) -> None:
         self.density = density
         self.batches = batches
         self.schedule = schedule
+        self._split, weights = objective.split, objective.weights
         self._device = weights[0].device
         self.optimizer = Adam(weights, WEIGHT_DECAY)
         steps = max(AVERAGED_STEPS, AVERAGED_EPOCHS * len(batches))
@@ -150,12 +149,12 @@ class State:
         tensors = {
             **_named("density", self.density.state_dict()),
             **_named("kept", self.best),
-            **_named("average", dict(enumerate(self.average.values))),
+            **_named("average", dict(enumerate(self._split(self.average.values)))),
             **_named("global", generator_states(self._device)),
             "order": self.batches.order(taken),
             "training_loss": torch.as_tensor(self.train_loss.total),
         }
-        for number, state in enumerate(self.optimizer.states):
+        for number, state in enumerate(self._states()):
             tensors.update(_named(f"optimizer/{number}", state))
         facts = {
             "taken": taken,
@@ -190,11 +189,24 @@ class State:
         self.best = checkpoint.under("kept")
         self.density.load_state_dict(checkpoint.under("density"))
         average = checkpoint.under("average")
-        self.average.load([average[str(number)].to(device) for number in range(len(average))], facts["averaged"])
-        self.optimizer.load([checkpoint.under(f"optimizer/{number}") for number in range(len(average))])
+        for number, own in enumerate(self._split(self.average.values)):
+            own.copy_(average[str(number)])
+        self.average.load(self.average.values, facts["averaged"])
+        for number, state in enumerate(self._states()):
+            for name, tensor in checkpoint.under(f"optimizer/{number}").items():
+                state[name].copy_(tensor)
         if facts["training_rows"]:
             self.train_loss.add(checkpoint.tensors["training_loss"].to(device), facts["training_rows"])
         set_generator_states(checkpoint.under("global"), device)
+
+    def _states(self) -> list[dict[str, Tensor]]:
+        """State of the optimizer for each weight of the density."""
+        states = self.optimizer.states
+        moments = [self._split([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq")]
+        # A weight that is joined with others has taken as many steps as they.
+        steps = [state["step"] for state in states] * (len(moments[0]) // len(states))
+        each = zip(steps, *moments, strict=True)
+        return [dict(zip(("step", "exp_avg", "exp_avg_sq"), state, strict=True)) for state in each]
 
 
 def _named(prefix: str, tensors: Mapping[str, Tensor] | Mapping[int, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,169 @@
+"""Fits with all weights in one tensor: the numbers are those of fits without, and nobody notices it afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_maf import MAF, MADEMoG, RealNVP, fit
+from pyro_maf._core.processes import Processes
+from pyro_maf.distributions import FlowPrior
+from pyro_maf.sweep import loading
+from pyro_maf.tables import Rows
+from pyro_maf.training import joined, loop
+from pyro_maf.training.joined import JoinedLikelihood, objective_of
+from pyro_maf.training.objective import MaximumLikelihood
+from pyro_maf.training.records import Checkpoint
+
+pytestmark = pytest.mark.skipif(loading.kernels() is None, reason="no compiled kernels on this machine")
+
+double = torch.float64
+OPTIONS = {"max_epochs": 3, "batch_size": 40, "progress": False}
+
+
+def small(family: Callable[..., Any] = MAF, **options: Any) -> Any:
+    torch.manual_seed(0)
+    return family(3, num_layers=2, hidden_dims=[8], **options)
+
+
+FLOWS: dict[str, Callable[[], Any]] = {
+    "MAF": small,
+    "RealNVP": lambda: small(RealNVP, activation="tanh"),
+    "conditional": lambda: small(context_dim=2),
+    "double": lambda: small().double(),
+}
+
+
+def rows(density: FlowPrior, count: int = 30) -> Rows:
+    dtype = density.dtype
+    context = torch.randn(count, density.context_dim, dtype=dtype) if density.context_dim else None
+    return Rows(torch.randn(count, 3, dtype=dtype).exp(), context)
+
+
+@pytest.mark.parametrize("support", ["real", "positive"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("flow", FLOWS)
+def test_a_step_is_that_of_autograd(flow: str, weighted: bool, support: str) -> None:
+    density = FlowPrior(FLOWS[flow](), support=support)
+    batch = rows(density)
+    if weighted:
+        batch = batch._replace(weights=torch.rand(30) + 0.5)
+    for parameter in density.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    wanted = MaximumLikelihood(density, Processes()).step(batch)
+    objective = objective_of(density, Processes())
+    assert type(objective) is JoinedLikelihood
+    found = objective.step(batch)
+    tolerance = 1e-10 if flow == "double" else 1e-5
+    assert float(found.loss) == pytest.approx(float(wanted.loss), rel=tolerance)
+    assert found.rows == wanted.rows == 30
+    assert all(gradient is not None for gradient in found.gradients)
+    parts = objective.split([gradient for gradient in found.gradients if gradient is not None])
+    for part, gradient in zip(parts, wanted.gradients, strict=True):
+        assert gradient is not None
+        assert torch.allclose(part, gradient, rtol=tolerance, atol=tolerance * float(1 + gradient.norm()))
+
+
+def test_a_step_that_torch_is_faster_at_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    density = FlowPrior(small())
+    objective, batch = objective_of(density, Processes()), rows(density)
+    found = [gradient.clone() for gradient in objective.step(batch).gradients if gradient is not None]
+    monkeypatch.setattr("pyro_maf.sweep.function.WEIGHTS_A_POINT", 0)
+    (wanted,) = objective.step(batch).gradients
+    assert wanted is not None
+    assert torch.allclose(found[0], wanted, rtol=1e-4, atol=1e-6)
+    assert all(parameter.grad is None for parameter in density.parameters())
+
+
+@pytest.mark.parametrize("limit", [1e-2, 10.0])
+@pytest.mark.parametrize("flow", FLOWS)
+def test_a_fit_is_that_of_autograd(flow: str, limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    data = torch.randn(300, 3, generator=generator, dtype=double)
+    context = torch.randn(300, 2, generator=generator, dtype=double) if flow == "conditional" else None
+    if flow != "double":
+        data, context = data.float(), None if context is None else context.float()
+    found = fit(FLOWS[flow](), data, context=context, max_grad_norm=limit, **OPTIONS)
+    monkeypatch.setattr(loop, "objective_of", MaximumLikelihood)
+    wanted = fit(FLOWS[flow](), data, context=context, max_grad_norm=limit, **OPTIONS)
+    tolerance = 1e-8 if flow == "double" else 2e-3
+    assert found.validation_loss == pytest.approx(wanted.validation_loss, rel=tolerance)
+    assert found.train_loss == pytest.approx(wanted.train_loss, rel=tolerance)
+    theirs = wanted.density.state_dict()
+    for name, tensor in found.density.state_dict().items():
+        assert torch.allclose(tensor.double(), theirs[name].double(), rtol=tolerance, atol=tolerance), name
+
+
+def test_weights_are_tensors_of_their_own_after_a_fit() -> None:
+    flow = small()
+    parameters = list(flow.parameters())
+    fit(flow, torch.randn(100, 3), **OPTIONS)
+    assert all(map(lambda one, other: one is other, flow.parameters(), parameters))
+    assert len({parameter.untyped_storage().data_ptr() for parameter in parameters}) == len(parameters)
+    assert all(parameter.untyped_storage().nbytes() == 4 * parameter.numel() for parameter in parameters)
+    assert all(parameter.grad is None and parameter.is_leaf for parameter in parameters)
+
+
+def test_a_checkpoint_is_that_of_a_fit_by_autograd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = torch.randn(100, 3)
+    fit(small(), data, folder=tmp_path / "joined", **OPTIONS)
+    monkeypatch.setattr(loop, "objective_of", MaximumLikelihood)
+    fit(small(), data, folder=tmp_path / "plain", **OPTIONS)
+    found, wanted = (Checkpoint.read(next((tmp_path / name).glob("checkpoint*"))) for name in ("joined", "plain"))
+    assert {name: tensor.shape for name, tensor in found.tensors.items()} == {
+        name: tensor.shape for name, tensor in wanted.tensors.items()
+    }
+    assert torch.equal(found.tensors["optimizer/3/step"], wanted.tensors["optimizer/3/step"])
+    monkeypatch.undo()
+    for name in ("joined", "plain"):
+        resumed = fit(small(), data, folder=tmp_path / name, resume=True, **{**OPTIONS, "max_epochs": 5})
+        assert len(resumed.validation_loss) == 5
+
+
+def _hook(density: Any) -> None:
+    next(density.parameters()).register_hook(lambda gradient: gradient)
+
+
+def _freeze(density: Any) -> None:
+    next(density.parameters()).requires_grad_(False)
+
+
+ORDINARY: dict[str, Callable[[], Any]] = {
+    "batch norm": lambda: FlowPrior(small(batch_norm=True)),
+    "mixture": lambda: FlowPrior(MADEMoG(3)),
+    "not a prior": lambda: MADEMoG(3),
+    "hook": lambda: FlowPrior(small()),
+    "frozen": lambda: FlowPrior(small()),
+}
+
+
+@pytest.mark.parametrize("why", ORDINARY)
+def test_other_densities_are_differentiated_by_autograd(why: str) -> None:
+    density = ORDINARY[why]()
+    {"hook": _hook, "frozen": _freeze}.get(why, lambda _: None)(density)
+    assert type(joined.objective_of(density, Processes())) is MaximumLikelihood
+
+
+def test_validation_sees_the_averaged_weights() -> None:
+    density, value = FlowPrior(small()), torch.randn(20, 3)
+    objective = objective_of(density, Processes())
+    (whole,) = objective.weights
+
+    def scores() -> Tensor:
+        with torch.no_grad():
+            return density.log_density(value)
+
+    before = scores()
+    average = loop.State(density, objective, loop.Batches(rows(density), 10, None, Processes()), loop.Schedule(1.0, 4))
+    average.average.values[0].add_(0.1)
+    average.average.swap()
+    assert not torch.allclose(scores(), before)
+    average.average.swap()
+    assert torch.allclose(scores(), before)
+    objective.close()
+    assert torch.equal(whole[:8], density.model.layers[-1].made.layers[0].weight.flatten()[:8])  # type: ignore[union-attr,index,operator]
