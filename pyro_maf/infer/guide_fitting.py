@@ -28,7 +28,7 @@ from pyro_maf.infer.log_joint import FAILURES
 from pyro_maf.infer.model import Call, Guide, Model, check_call, check_pair, show_runs, without_empty_tables
 from pyro_maf.infer.path_gradient import TracePath_ELBO
 from pyro_maf.infer.plates import why_alone
-from pyro_maf.infer.walk import Walk, can_walk
+from pyro_maf.infer.walk import Step, Walk, can_walk
 
 __all__ = ["GuideFit", "fit_guide"]
 
@@ -114,11 +114,13 @@ def fit_guide(
     r"""Fit a guide, and the parameters of the model if it has any, until the evidence lower bound stops rising.
 
     Adam on the path gradient, for guides of this package, or else on that of `Trace_ELBO`. The learning rate warms up,
-    is halved whenever the bound of 200 steps is no better than the best before, by more than its standard error, and
-    falls in any case over the last 30 % of `steps`. After five halvings the bound has converged. Gradients are clipped
-    to four times their usual norm; steps where the model raises, or where loss or gradient are not finite, are skipped.
-    After ten of these in a row, and where the bound falls far below its best, the fit goes on from its best weights at
-    half the rate. The result has the weights averaged over the best window.
+    is halved whenever the bound of a window of steps is no better than the best before, by more than its standard
+    error, and falls in any case over the last 30 % of `steps`. After five halvings the bound has converged. A window is
+    the last eighth of all steps, at least 100; if 99 % of its draws are effective the rate is halved too, and at 99.9 %
+    nothing is left to gain. Gradients are clipped to four times their usual norm; steps where the model raises, or
+    where loss or gradient are not finite, are skipped. After ten of these in a row, and where the bound falls far below
+    its best, the fit goes on from its best weights at half the rate; after fifty it ends with them. The result has the
+    weights averaged over the best window.
 
     Args:
         model: A Pyro model.
@@ -144,8 +146,8 @@ def fit_guide(
         ValueError: For options out of range, or a guide without parameters.
         TypeError: For a guide's class in place of a guide, a model and guide that are swapped, or if the model does not
             take the arguments.
-        Exception: The error of the model, if it raises one fifty times in a row; the guide then has its best weights.
-        ArithmeticError: If loss or gradient are not finite fifty times in a row, likewise.
+        Exception: The error of the model, if it raises one in each of the first fifty steps.
+        ArithmeticError: If loss or gradient are not finite in each of the first fifty.
         ModuleNotFoundError: Without the `train` extra.
 
     Example:
@@ -242,6 +244,7 @@ class _Run:
         self.skipped = 0
         self.retreats = 0
         self._is_abandoned = False
+        self._end = ""
 
     def _find_parameters(self) -> list[Tensor]:
         with poutine.trace(param_only=True) as capture:
@@ -275,8 +278,8 @@ class _Run:
                 shown.show("step", len(self.elbo), steps, elbo=f"ELBO {fmean(self.elbo[-RECENT:]):.3f} nats")
             if interruption.requested:
                 return "interrupted"
-            if self._schedule.converged:
-                return "the evidence lower bound has converged"
+            if reason := self._end or self._schedule.stop_reason:
+                return reason
         return f"reached steps ({steps})"
 
     def diagnosed(self, shown: Bar) -> Diagnosis:
@@ -290,7 +293,9 @@ class _Run:
                 with show_runs(shown, "diagnosis, run", draws, elbo=""):
                     return diagnose(call.program, self._guide, *call.args, num_samples=draws, **call.kwargs)
         except KeyboardInterrupt:
-            pass  # the fitted weights must not be lost
+            pass  # the fitted weights must not be lost, here and below
+        except FAILURES as error:
+            return Diagnosis(reason=f"the model raised {type(error).__name__} for draws of the guide")
         return Diagnosis(reason="interrupted; call diagnose(model, guide)")
 
     def step(self) -> None:
@@ -298,15 +303,15 @@ class _Run:
         for parameter in self._parameters:
             parameter.grad = None
         try:
-            loss = self._loss_and_gradients()
-        except FAILURES:
-            self._skip(raises=True)
+            loss, log_weights = self._loss_and_gradients()
+        except FAILURES as error:
+            self._skip(error)
             return
         gradients = [parameter.grad for parameter in self._parameters]
         limit = CLIP * self._usual_norm
         norm = clip(gradients, limit)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._skip(raises=False)
+            self._skip(None)
             return
         self._failures = 0
         self.elbo.append(-loss)
@@ -317,23 +322,30 @@ class _Run:
         self._usual_norm = norm if self._usual_norm == math.inf else 0.98 * self._usual_norm + 0.02 * norm
         self._optimizer.step(gradients, self._schedule.learning_rate)
         self._average.add()
-        if self._schedule.step(loss) and self._schedule.is_as_good_as_any:
+        if self._schedule.step(loss, log_weights) and self._schedule.is_as_good_as_any:
             self._average.record_best()
 
-    def _loss_and_gradients(self) -> float:
+    def _loss_and_gradients(self) -> Step:
+        """Set the gradients of a step; return its loss, and the log weights of its draws where they are known."""
         if self._walk is not None:
-            return self._walk.step().loss
+            return self._walk.step()
         call = self._call
-        return float(self._objective.loss_and_grads(call.program, self._guide, *call.args, **call.kwargs))
+        return Step(float(self._objective.loss_and_grads(call.program, self._guide, *call.args, **call.kwargs)), None)
 
-    def _skip(self, raises: bool) -> None:
+    def _skip(self, error: Exception | None) -> None:
+        """Skip a step that raised an error, or had no finite loss and gradient."""
         self.skipped += 1
         self._failures += 1
         if self._failures % FAILURES_TO_RETREAT == 0:
             self._retreat()
-        if self._failures >= MOST_FAILURES:
-            if raises:
-                raise
+        if self._failures < MOST_FAILURES:
+            return
+        if self.elbo:
+            what = "no step was finite" if error is None else f"the model raised {type(error).__name__}"
+            self._end = f"{what} {MOST_FAILURES} times in a row"
+        elif error is not None:
+            raise error
+        else:
             raise ArithmeticError(
                 f"fit_guide got no finite loss and gradient in {MOST_FAILURES} steps in a row: scale the "
                 "data, or choose another starting point by the guide's init_loc_fn."

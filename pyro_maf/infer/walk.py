@@ -27,10 +27,10 @@ RECORDINGS = 3
 
 
 class Step(NamedTuple):
-    """Loss of a step in nats, and the log weights log p(x, z) - log q(z) of its draws, (draws,)."""
+    """Loss of a step in nats, and the log weights log p(x, z) - log q(z) of its draws, (draws,), or None."""
 
     loss: float
-    log_weights: Tensor
+    log_weights: Tensor | None
 
 
 def can_walk(guide: Guide, joint: LogJoint) -> bool:
