@@ -88,14 +88,14 @@ def standard() -> None:
 
 
 def test_stops_once_the_bound_has_converged() -> None:
-    """Of a guide that is the posterior from the first: six windows of 200 steps find nothing to gain."""
+    """Of a guide that is the posterior from the first: six windows of 100 steps find nothing to gain."""
 
     def guide() -> None:
         pyro.sample("z", dist.Normal(pyro.param("loc", lambda: torch.tensor(0.0)), 1.0))
 
     fit = fit_guide(standard, guide, num_particles=1, progress=False)
     assert fit.stop_reason == "the evidence lower bound has converged"
-    assert 1_000 < len(fit.elbo) < 3_000
+    assert 500 < len(fit.elbo) < 1_500
     assert abs(float(pyro.param("loc").detach())) < 0.05
 
 
@@ -203,13 +203,55 @@ def test_a_second_ctrl_c_before_the_first_step_is_over_ends_the_fit() -> None:
 def test_the_learning_rate_warms_up_is_halved_and_ends() -> None:
     schedule = Schedule(0.01, steps=100_000)
     rates = []
-    while not schedule.converged:
+    while not schedule.stop_reason:
         rates.append(schedule.learning_rate)
         schedule.step(float(len(rates) % 2))
     assert rates[0] == pytest.approx(0.01 / 50)
     assert max(rates) == 0.01
     assert rates[-1] == pytest.approx(0.01 / 16)
-    assert len(rates) == 6 * 200
+    assert len(rates) == 6 * 100
+
+
+def test_what_gains_slowly_is_looked_at_for_longer() -> None:
+    schedule = Schedule(0.01, steps=100_000)
+    windows, begun = [], 0
+    for step in range(5_000):
+        if schedule.step(-0.001 * step):
+            windows.append(step + 1 - begun)
+            begun = step + 1
+    assert windows[0] == 100
+    assert windows == sorted(windows)
+    assert windows[-1] == pytest.approx(begun / 8, abs=1)
+    assert not schedule.stop_reason
+    assert schedule.learning_rate == 0.01
+
+
+def test_one_draw_far_off_is_no_end_of_the_gains() -> None:
+    schedule = Schedule(0.01, steps=100_000)
+    for step in range(1_000):
+        schedule.step(1e6 if step % 97 == 5 else -0.01 * step)
+    assert schedule.learning_rate == 0.01
+
+
+@pytest.mark.parametrize(
+    ("spread", "steps", "reason"), [(0.02, 100, "of the draws are effective"), (0.07, 500, "bound")]
+)
+def test_the_schedule_ends_when_the_draws_are_effective(spread: float, steps: int, reason: str) -> None:
+    """However much the bound still gains."""
+    schedule, taken = Schedule(0.01, steps=100_000), 0
+    while not schedule.stop_reason:
+        schedule.step(float(-taken), spread * torch.randn(32))
+        taken += 1
+    assert taken == steps
+    assert reason in schedule.stop_reason
+    assert schedule.is_as_good_as_any
+
+
+def test_a_normal_posterior_takes_few_steps() -> None:
+    known = regression(dtype=torch.float32)
+    fit = fit_guide(known.model, AutoIAF(known.model), progress=False)
+    assert len(fit.elbo) <= 400
+    assert fit.diagnosis.ess > 0.999 * fit.diagnosis.num_samples
 
 
 def test_the_learning_rate_stays_while_the_bound_rises_and_falls_at_the_end() -> None:
@@ -220,7 +262,7 @@ def test_the_learning_rate_stays_while_the_bound_rises_and_falls_at_the_end() ->
         schedule.step(float(-step))
     assert rates[50] == rates[2_790] == 0.01
     assert rates[-1] == pytest.approx(0.01 / 32, rel=0.01)
-    assert not schedule.converged
+    assert not schedule.stop_reason
     assert schedule.is_as_good_as_any
 
 
@@ -254,7 +296,7 @@ def test_steps_that_fail_are_skipped_and_counted(how: str) -> None:
     failures = []
 
     def fails(model: Counted) -> None:
-        if model.runs % 10 == 0 and torch.is_grad_enabled():
+        if model.runs % 10 == 0 and model.runs < 40 and torch.is_grad_enabled():  # before the diagnosis
             failures.append(model.runs)
             if how == "raises":
                 raise ValueError("singular")
@@ -294,19 +336,26 @@ def test_a_bound_that_is_never_finite_is_an_error() -> None:
         fit_guide(model, AutoIAF(model, init_scale=1.0, **SMALL), steps=100, **QUICK)
 
 
-def test_a_fit_that_raises_leaves_its_best_weights() -> None:
+@pytest.mark.filterwarnings("ignore:Encountered:UserWarning")
+@pytest.mark.parametrize("how", ["raises", "is never finite"])
+def test_a_fit_that_breaks_off_ends_with_its_best_weights(how: str) -> None:
     def guide() -> None:
         pyro.sample("z", dist.Normal(pyro.param("loc", lambda: torch.tensor(3.0)), 1.0))
 
-    model = Counted(500, lambda model: fails(), standard)
+    def fails(model: Counted) -> None:
+        if model.runs < 540:
+            pyro.param("loc").data.fill_(1e3)  # as after a step that is far too long
+        if how == "raises":
+            raise ValueError("singular from now on")
+        pyro.sample("bad", dist.Normal(math.nan, 1.0, validate_args=False), obs=torch.tensor(0.0))
 
-    def fails() -> None:
-        pyro.param("loc").data.fill_(1e3)  # as after a step that is far too long
-        raise ValueError("singular from now on")
-
-    with pytest.raises(ValueError, match="singular from now on"):
-        fit_guide(model, guide, steps=1_000, learning_rate=0.05, num_particles=1, progress=False)
+    model = Counted(500, fails, standard)
+    fit = fit_guide(model, guide, steps=1_000, learning_rate=0.05, num_particles=1, progress=False)
     assert abs(float(pyro.param("loc").detach())) < 0.2
+    what = "the model raised ValueError" if how == "raises" else "no step was finite"
+    assert fit.stop_reason == f"{what} 50 times in a row"
+    assert 400 < len(fit.elbo) < 500
+    assert "No verdict: the model raised ValueError" in fit.diagnosis.verdict or how != "raises"
 
 
 @pytest.mark.filterwarnings("ignore:Encountered:UserWarning")
@@ -332,7 +381,7 @@ def test_the_learning_rate_is_halved_and_warms_up_again_on_a_retreat() -> None:
         schedule.step(1.0)
     schedule.restart()
     assert schedule.learning_rate == pytest.approx(0.005 / 50)
-    for _ in range(100):
+    for _ in range(60):
         schedule.step(1.0)
     assert schedule.learning_rate == 0.005
 

@@ -37,9 +37,9 @@ class Schedule:
 
     Losses are averaged in windows of an eighth of the steps so far, at least 100. If the mean of a window is not better
     than the best before it by more than its standard error, and by 0.005 nats, the rate is halved; after five halvings
-    the bound has converged. Where the log weights of the draws are known, the rate is also halved after a window of which 99 % of
-    the draws are effective, and at 99.9 % nothing is left to gain. If neither has happened by 70 % of the steps, the
-    rate falls to 1/32 over the rest.
+    the bound has converged. Where the log weights of the draws are known, the rate is also halved after a window of
+    which 99 % of the draws are effective, and at 99.9 % nothing is left to gain. If neither has happened by 70 % of the
+    steps, the rate falls to 1/32 over the rest.
 
     Args:
         learning_rate: Maximum learning rate.

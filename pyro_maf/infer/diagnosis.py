@@ -224,7 +224,6 @@ def diagnose(model: Model, guide: Guide, *args: object, num_samples: int = 10_00
     Raises:
         TypeError: If the two are swapped, or the model does not take the arguments.
         ValueError: If the guide leaves out a latent site of the model, or the model draws what no guide has.
-        ModuleNotFoundError: Without the `train` extra.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -268,7 +267,6 @@ def reweight(
     Raises:
         TypeError: If the two are swapped, or the model does not take the arguments.
         ValueError: If the guide leaves out a latent site, or the model can score none of its draws or not all rows.
-        ModuleNotFoundError: Without the `train` extra.
 
     Example:
         >>> import pyro, pyro.distributions as dist

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -18,11 +17,11 @@ from pyro_maf._core.checks import check_above_zero, check_positive
 from pyro_maf._core.interruption import Interruption
 from pyro_maf._core.messages import require
 from pyro_maf._core.optimization import Adam, WeightAverage, clip
-from pyro_maf._core.progress import Bar, bar, check_progress, say_before_bar
+from pyro_maf._core.progress import Bar, bar, check_progress
 from pyro_maf.infer.auto_flow import AutoFlow
 from pyro_maf.infer.convergence import BestWeights, Schedule
 from pyro_maf.infer.diagnosis import Diagnosis, diagnose
-from pyro_maf.infer.importance import Pair, arviz
+from pyro_maf.infer.importance import Pair
 from pyro_maf.infer.initialization import ALONE as SET_UP_RUNS
 from pyro_maf.infer.log_joint import FAILURES
 from pyro_maf.infer.model import Call, Guide, Model, check_call, check_pair, show_runs, without_empty_tables
@@ -169,7 +168,7 @@ def fit_guide(
     started = time.monotonic()
     call = Call(model, args, kwargs)
     _check(call, guide, steps, num_particles, learning_rate, progress)
-    _check_extras(progress)
+    require("fit_guide", "rich")  # now rather than after the fit
     with without_empty_tables(), bar(progress, "{task.description} {task.completed}", "{task.fields[elbo]}") as shown:
         with show_runs(shown, "setting up, run", SET_UP_RUNS, elbo=""):
             if isinstance(guide, AutoFlow):
@@ -203,14 +202,6 @@ def _check(call: Call, guide: Guide, steps: int, num_particles: int, learning_ra
     check_above_zero("fit_guide", "learning_rate", learning_rate, finite=True)
     check_progress("fit_guide", progress)
     check_call("fit_guide", call, OPTIONS)
-
-
-def _check_extras(progress: bool | str) -> None:
-    """Import what the fit needs: if it is missing, fail now rather than after the fit."""
-    require("fit_guide", "rich")
-    if "arviz" not in sys.modules:
-        say_before_bar("fit_guide loads arviz, once in a program: some seconds.", progress)
-    arviz()
 
 
 class _Run:

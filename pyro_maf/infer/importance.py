@@ -10,7 +10,6 @@ from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -19,6 +18,7 @@ from torch.distributions import Distribution
 
 from pyro_maf._core.messages import require
 from pyro_maf.infer.auto_flow import AutoFlow
+from pyro_maf.infer.double_precision import widened
 from pyro_maf.infer.latents import Latents, masked_elements
 from pyro_maf.infer.log_joint import FAILURES, LogJoint, is_enumerated, log_densities, total_by_draw
 from pyro_maf.infer.missed_modes import STARTS, missed_modes
@@ -33,6 +33,7 @@ from pyro_maf.infer.model import (
     layers_of,
     sample_sites,
 )
+from pyro_maf.infer.pareto import smoothed_log_weights
 from pyro_maf.infer.plates import PartialRowsError, nesting_of
 
 __all__ = ["Mode", "NoVerdictError", "Pair", "Weighted", "arviz", "smoothed"]
@@ -328,14 +329,13 @@ def smoothed(log_weights: Tensor, rounding: float = 0.0) -> tuple[Tensor, float]
     scored = log_weights.isfinite()
     if int(scored.sum()) < 10:
         return log_weights.new_full(log_weights.shape, -torch.inf), math.inf
-    weights = log_weights[scored].double().cpu().numpy()
-    if np.ptp(weights) < max(1e-10, min(rounding, NEGLIGIBLE)):  # the guide is the posterior
+    weights = widened(log_weights[scored])
+    if float(weights.max() - weights.min()) < max(1e-10, min(rounding, NEGLIGIBLE)):  # the guide is the posterior
         return torch.where(scored, -scored.sum().log(), -torch.inf), -math.inf
-    with np.errstate(over="ignore"):  # for hopeless candidates of the tail's shape, arviz overflows
-        smooth, k_hat = arviz().psislw(weights)
-    result = torch.full(log_weights.shape, -torch.inf, dtype=torch.float64)
-    result[scored.cpu()] = torch.as_tensor(np.asarray(smooth))
-    return result.to(log_weights.device), float(k_hat)
+    smooth, k_hat = smoothed_log_weights(weights)
+    result = torch.full(log_weights.shape, -torch.inf, dtype=torch.float64, device=smooth.device)
+    result[scored.to(smooth.device)] = smooth
+    return result.to(log_weights.device), k_hat
 
 
 def arviz() -> ModuleType:
@@ -344,5 +344,5 @@ def arviz() -> ModuleType:
         warnings.simplefilter("ignore", FutureWarning)
         for _ in range(2):
             with suppress(FileNotFoundError):
-                require("Diagnosing a guide", "arviz")
+                require("to_arviz", "arviz")
         return import_module("arviz")

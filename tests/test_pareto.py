@@ -1,0 +1,42 @@
+"""Pareto-smoothed importance sampling, against arviz and by what it is for."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from pyro_maf.infer.pareto import fit_pareto, smoothed_log_weights
+
+
+@pytest.mark.parametrize("size", [100, 777, 4000])
+@pytest.mark.parametrize("spread", [0.01, 0.3, 1.0, 5.0])
+def test_it_agrees_with_arviz(size: int, spread: float) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        import arviz
+    generator = torch.Generator().manual_seed(size)
+    log_weights = spread * torch.randn(size, generator=generator, dtype=torch.float64)
+    smooth, k_hat = smoothed_log_weights(log_weights)
+    with np.errstate(over="ignore"):
+        expected, expected_k_hat = arviz.psislw(log_weights.numpy())
+    assert k_hat == pytest.approx(float(expected_k_hat), abs=1e-9)
+    torch.testing.assert_close(smooth, torch.as_tensor(np.asarray(expected)), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [-0.4, 0.0, 0.3, 0.9])
+def test_the_shape_of_a_tail_is_estimated(shape: float) -> None:
+    quantiles = (torch.arange(5_000, dtype=torch.float64) + 0.5) / 5_000
+    excesses = -torch.log1p(-quantiles) if shape == 0 else ((1 - quantiles) ** -shape - 1) / shape
+    estimate, scale = fit_pareto(3 * excesses)
+    assert estimate == pytest.approx(shape, abs=0.02)
+    assert scale == pytest.approx(3.0, rel=0.05)
+
+
+def test_equal_weights_have_no_tail() -> None:
+    smooth, k_hat = smoothed_log_weights(torch.full((200,), -7.0, dtype=torch.float64))
+    assert k_hat == math.inf
+    torch.testing.assert_close(smooth, torch.full_like(smooth, -math.log(200)))
