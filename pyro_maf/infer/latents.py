@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import NamedTuple, cast
 
 import pyro
@@ -12,15 +13,18 @@ from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import init_to_median
 from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor
-from torch.distributions import Transform, biject_to, transform_to
+from torch.distributions import Transform
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform, SigmoidTransform
 
 from pyro_maf.infer.model import RefusalError, Site, layers_of
 from pyro_maf.infer.plates import subsampled
+from pyro_maf.infer.site_supports import support_map
 
 __all__ = ["Images", "Latents", "Part", "Plates", "masked_elements", "median_or_feasible", "within_reach"]
 
+MEDIAN_DRAWS = 15
+"""Number of draws for a median, as in Pyro."""
 REACH = {torch.float32: 40.0, torch.float64: 300.0}
 """Maximum absolute logarithm of a scale; its exponential can be squared and divided by."""
 
@@ -335,12 +339,18 @@ def _tensor(who: str, name: str, value: object, like: Tensor) -> Tensor:
 
 
 def median_or_feasible(site: Site) -> Tensor:
-    """Pyro's `init_to_median`; for improper priors, which cannot be drawn from, the image of 0."""
-    try:
+    """Pyro's `init_to_median`, or that of unconstrained values for supports that Pyro does not know.
+
+    For improper priors, which cannot be drawn from, it is the image of 0.
+    """
+    with suppress(NotImplementedError):
         return init_to_median(site)
+    fn = site["fn"]
+    transform = support_map(cast("Constraint", fn.support), len(fn.shape()))
+    try:
+        return transform(transform.inv(fn.sample(torch.Size([MEDIAN_DRAWS]))).median(0).values)
     except NotImplementedError:
-        transform, shape = transform_to(site["fn"].support), site["fn"].shape()
-        return transform(torch.zeros(transform.inverse_shape(shape)))
+        return transform(torch.zeros(transform.inverse_shape(fn.shape())))
 
 
 def masked_elements(site: Site, value: Tensor) -> Tensor | None:
@@ -391,7 +401,7 @@ def _transform_of(who: str, name: str, site: Site) -> Transform:
             f"and infer={{'enumerate': 'parallel'}}, and hide it here, {who}(poutine.block(model, hide=['{name}']))."
         )
     try:
-        return biject_to(support)
+        return support_map(support, site["value"].dim())
     except NotImplementedError:
         raise RefusalError(
             f"{who} knows no map from real numbers to the support of site {name}, {support}: "

@@ -1,0 +1,209 @@
+"""Maps from real numbers to the supports of sites, and descriptions of supports as plain values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+from torch.distributions import Transform, biject_to
+from torch.distributions.constraints import Constraint, MixtureSameFamilyConstraint
+from torch.distributions.transforms import CatTransform, IndependentTransform, StackTransform
+
+__all__ = ["described_support", "support_map", "support_of"]
+
+PLAIN = (
+    "real",
+    "positive",
+    "nonnegative",
+    "unit_interval",
+    "simplex",
+    "corr_cholesky",
+    "corr_matrix",
+    "lower_cholesky",
+    "positive_definite",
+    "ordered_vector",
+    "positive_ordered_vector",
+    "softplus_positive",
+    "softplus_lower_cholesky",
+    "unit_lower_cholesky",
+)
+"""Names of constraints without bounds."""
+
+BOUNDED = {
+    "greater_than": ("lower_bound",),
+    "greater_than_eq": ("lower_bound",),
+    "less_than": ("upper_bound",),
+    "interval": ("lower_bound", "upper_bound"),
+    "half_open_interval": ("lower_bound", "upper_bound"),
+}
+"""Constraints with bounds, and the names of these."""
+
+
+class _LowerCholesky(Transform):
+    """Bijection of n (n + 1) / 2 real numbers to the lower triangular n x n matrices with a positive diagonal.
+
+    torch's map is from all n x n numbers, of which it ignores half.
+    """
+
+    domain = constraints.real_vector
+    codomain: Constraint = constraints.lower_cholesky
+    bijective = True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _LowerCholesky)
+
+    def _call(self, x: Tensor) -> Tensor:
+        size = self._size(x.shape[-1])
+        rows, columns = torch.tril_indices(size, size, device=x.device)
+        matrix = x.new_zeros(*x.shape[:-1], size, size)
+        matrix[..., rows, columns] = torch.where(rows == columns, x.exp(), x)
+        return matrix
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        rows, columns = torch.tril_indices(y.shape[-1], y.shape[-1], device=y.device)
+        entries = y[..., rows, columns]
+        return torch.where(rows == columns, entries.where(rows == columns, torch.ones_like(entries)).log(), entries)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Sum of the logarithms of the diagonal."""
+        return y.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        """Shape of the matrices."""
+        size = self._size(shape[-1])
+        return torch.Size([*shape[:-1], size, size])
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        """Shape of the numbers."""
+        return torch.Size([*shape[:-2], shape[-1] * (shape[-1] + 1) // 2])
+
+    @staticmethod
+    def _size(numbers: int) -> int:
+        return (math.isqrt(8 * numbers + 1) - 1) // 2
+
+
+class _PositiveDefinite(_LowerCholesky):
+    """Bijection of n (n + 1) / 2 real numbers to the positive definite n x n matrices, by their Cholesky factor L."""
+
+    codomain = constraints.positive_definite
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _PositiveDefinite)
+
+    def _call(self, x: Tensor) -> Tensor:
+        factor = super()._call(x)
+        return factor @ factor.mT
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        factor, failed = torch.linalg.cholesky_ex(y)
+        return super()._inverse(factor.where((failed == 0)[..., None, None], torch.nan))
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Of L to L L^T: 2^n times the product of the diagonal's powers, n for the first entry to 1 for the last."""
+        size = y.shape[-1]
+        diagonal = torch.arange(size, device=x.device)
+        logs = x[..., (diagonal + 1) * (diagonal + 2) // 2 - 1]
+        # One more for the logarithm of the diagonal.
+        return size * math.log(2) + ((size - diagonal + 1) * logs).sum(-1)
+
+
+def support_map(support: Constraint, dim: int) -> Transform:
+    """Return the bijection from real numbers to a support.
+
+    It is torch's, except for matrices, of which torch has no bijection with a log-determinant, and for mixtures, whose
+    support is that of their components.
+
+    Args:
+        support: The support.
+        dim: Number of dimensions of the site's value: the map works for any number of further ones on the left.
+
+    Raises:
+        NotImplementedError: If there is none.
+    """
+    if isinstance(support, MixtureSameFamilyConstraint):
+        return support_map(support.base_constraint, dim)
+    if isinstance(support, constraints.independent):
+        return IndependentTransform(
+            support_map(support.base_constraint, dim), support.reinterpreted_batch_ndims
+        ).with_cache(0)
+    if isinstance(support, constraints.cat):
+        parts = [support_map(part, dim) for part in support.cseq]
+        return CatTransform(parts, dim=_from_right(support.dim, dim), lengths=support.lengths)
+    if isinstance(support, constraints.stack):
+        return StackTransform([support_map(part, dim - 1) for part in support.cseq], dim=_from_right(support.dim, dim))
+    if type(support) is type(constraints.lower_cholesky):
+        return _LowerCholesky()
+    if type(support) is type(constraints.positive_definite):
+        return _PositiveDefinite()
+    return cast("Transform", biject_to(support))
+
+
+def _from_right(axis: int, dim: int) -> int:
+    return axis if axis < 0 else axis - dim
+
+
+def described_support(support: Constraint) -> Any:
+    """Describe a support as plain values, which JSON holds: a name, or a dictionary.
+
+    Raises:
+        TypeError: If it is none of the known ones.
+    """
+    if isinstance(support, MixtureSameFamilyConstraint):
+        return described_support(support.base_constraint)
+    if isinstance(support, constraints.independent):
+        base = described_support(support.base_constraint)
+        return {"independent": base, "dims": support.reinterpreted_batch_ndims}
+    for kind in ("cat", "stack"):
+        if isinstance(support, getattr(constraints, kind)):
+            parts = [described_support(part) for part in support.cseq]
+            return {kind: parts, "dim": support.dim, "lengths": list(getattr(support, "lengths", ()))}
+    for name, bounds in BOUNDED.items():
+        if type(support) is getattr(constraints, name):
+            return {"name": name, **{bound: _plain(getattr(support, bound)) for bound in bounds}}
+    for name in PLAIN:
+        if type(support) is type(getattr(constraints, name)):
+            return name
+    raise TypeError(f"the support {support} has no description")
+
+
+def support_of(described: Any) -> Constraint:
+    """Return the support that `described_support` described.
+
+    Raises:
+        LookupError, TypeError, ValueError: If it is not such a description.
+    """
+    if isinstance(described, str):
+        if described not in PLAIN:
+            raise ValueError(f"{described} is no support known here")
+        return cast("Constraint", getattr(constraints, described))
+    if not isinstance(described, Mapping):
+        raise ValueError(f"{described!r} is no support")
+    if "independent" in described:
+        return constraints.independent(support_of(described["independent"]), int(described["dims"]))
+    if "cat" in described:
+        lengths = described["lengths"] or None
+        return constraints.cat([support_of(part) for part in described["cat"]], int(described["dim"]), lengths)
+    if "stack" in described:
+        return constraints.stack([support_of(part) for part in described["stack"]], int(described["dim"]))
+    bounds = {bound: _bound(described[bound]) for bound in BOUNDED[described["name"]]}
+    return cast("Constraint", getattr(constraints, described["name"])(**bounds))
+
+
+def _plain(bound: float | Tensor) -> Any:
+    """A bound as JSON: a number, or the dtype and the values of a tensor."""
+    if isinstance(bound, Tensor):
+        return {"dtype": str(bound.dtype).removeprefix("torch."), "values": bound.tolist()}
+    return float(bound)
+
+
+def _bound(plain: Any) -> float | Tensor:
+    if isinstance(plain, Mapping):
+        dtype = getattr(torch, plain["dtype"])
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{plain['dtype']} is no dtype")
+        return torch.tensor(plain["values"], dtype=dtype)
+    return float(plain)
