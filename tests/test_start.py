@@ -249,3 +249,13 @@ def test_a_draw_that_fails_in_float32_alone_is_no_reason_to_do_without_float64()
 
     found = best_normal(score, torch.zeros(2))
     torch.testing.assert_close(found.loc, torch.ones(2), atol=1e-4, rtol=0)
+
+
+def test_a_density_without_curvature_has_a_start() -> None:
+    """The second derivative of a Laplace's density is zero: its eigenvalues cannot be divided by."""
+
+    def model() -> None:
+        pyro.sample("z", dist.Laplace(torch.zeros(4), 1.0).to_event(1))
+
+    guide = AutoIAF(model, **SMALL).setup()
+    assert bound(model, guide) > -2

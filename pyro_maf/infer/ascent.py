@@ -64,7 +64,8 @@ class Curvature:
         scaled = precision * self._units * self._units[:, None]
         values, self._vectors = torch.linalg.eigh((scaled + scaled.T) / 2)
         self.is_maximum = bool(values[0] > 0)
-        self._values = values.abs().clamp(min=floor * float(values.abs().max()))
+        # A density without curvature, as a Laplace's, has none in any units: 1 is that of the diagonal otherwise.
+        self._values = values.abs().clamp(min=floor * max(1.0, float(values.abs().max())))
 
     def solve(self, gradient: Tensor) -> Tensor:
         """The Newton step."""

@@ -346,7 +346,7 @@ def median_or_feasible(site: Site) -> Tensor:
     with suppress(NotImplementedError):
         return init_to_median(site)
     fn = site["fn"]
-    transform = support_map(cast("Constraint", fn.support), len(fn.shape()))
+    transform = support_map(cast("Constraint", fn.support))
     try:
         return transform(transform.inv(fn.sample(torch.Size([MEDIAN_DRAWS]))).median(0).values)
     except NotImplementedError:
@@ -401,7 +401,7 @@ def _transform_of(who: str, name: str, site: Site) -> Transform:
             f"and infer={{'enumerate': 'parallel'}}, and hide it here, {who}(poutine.block(model, hide=['{name}']))."
         )
     try:
-        return support_map(support, site["value"].dim())
+        return support_map(support)
     except NotImplementedError:
         raise RefusalError(
             f"{who} knows no map from real numbers to the support of site {name}, {support}: "

@@ -11,7 +11,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 from torch.distributions.constraints import Constraint, MixtureSameFamilyConstraint
-from torch.distributions.transforms import CatTransform, IndependentTransform, StackTransform
+from torch.distributions.transforms import IndependentTransform
 
 __all__ = ["described_support", "support_map", "support_of"]
 
@@ -111,39 +111,24 @@ class _PositiveDefinite(_LowerCholesky):
         return size * math.log(2) + ((size - diagonal + 1) * logs).sum(-1)
 
 
-def support_map(support: Constraint, dim: int) -> Transform:
+def support_map(support: Constraint) -> Transform:
     """Return the bijection from real numbers to a support.
 
     It is torch's, except for matrices, of which torch has no bijection with a log-determinant, and for mixtures, whose
     support is that of their components.
 
-    Args:
-        support: The support.
-        dim: Number of dimensions of the site's value: the map works for any number of further ones on the left.
-
     Raises:
         NotImplementedError: If there is none.
     """
     if isinstance(support, MixtureSameFamilyConstraint):
-        return support_map(support.base_constraint, dim)
+        return support_map(support.base_constraint)
     if isinstance(support, constraints.independent):
-        return IndependentTransform(
-            support_map(support.base_constraint, dim), support.reinterpreted_batch_ndims
-        ).with_cache(0)
-    if isinstance(support, constraints.cat):
-        parts = [support_map(part, dim) for part in support.cseq]
-        return CatTransform(parts, dim=_from_right(support.dim, dim), lengths=support.lengths)
-    if isinstance(support, constraints.stack):
-        return StackTransform([support_map(part, dim - 1) for part in support.cseq], dim=_from_right(support.dim, dim))
+        return IndependentTransform(support_map(support.base_constraint), support.reinterpreted_batch_ndims)
     if type(support) is type(constraints.lower_cholesky):
         return _LowerCholesky()
     if type(support) is type(constraints.positive_definite):
         return _PositiveDefinite()
     return cast("Transform", biject_to(support))
-
-
-def _from_right(axis: int, dim: int) -> int:
-    return axis if axis < 0 else axis - dim
 
 
 def described_support(support: Constraint) -> Any:
@@ -157,10 +142,6 @@ def described_support(support: Constraint) -> Any:
     if isinstance(support, constraints.independent):
         base = described_support(support.base_constraint)
         return {"independent": base, "dims": support.reinterpreted_batch_ndims}
-    for kind in ("cat", "stack"):
-        if isinstance(support, getattr(constraints, kind)):
-            parts = [described_support(part) for part in support.cseq]
-            return {kind: parts, "dim": support.dim, "lengths": list(getattr(support, "lengths", ()))}
     for name, bounds in BOUNDED.items():
         if type(support) is getattr(constraints, name):
             return {"name": name, **{bound: _plain(getattr(support, bound)) for bound in bounds}}
@@ -184,11 +165,6 @@ def support_of(described: Any) -> Constraint:
         raise ValueError(f"{described!r} is no support")
     if "independent" in described:
         return constraints.independent(support_of(described["independent"]), int(described["dims"]))
-    if "cat" in described:
-        lengths = described["lengths"] or None
-        return constraints.cat([support_of(part) for part in described["cat"]], int(described["dim"]), lengths)
-    if "stack" in described:
-        return constraints.stack([support_of(part) for part in described["stack"]], int(described["dim"]))
     bounds = {bound: _bound(described[bound]) for bound in BOUNDED[described["name"]]}
     return cast("Constraint", getattr(constraints, described["name"])(**bounds))
 
