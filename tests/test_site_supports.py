@@ -45,13 +45,19 @@ def mixture(part: Any, **options: Any) -> Any:
     return lambda: pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.4, 0.6])), part), **options)
 
 
+def matrices() -> None:
+    """A Wishart prior; torch warns whenever it draws one."""
+    z = pyro.sample("z", dist.ImproperUniform(constraints.positive_definite, (), (2, 2)))
+    pyro.factor("density", torch.distributions.Wishart(torch.tensor(6.0), torch.eye(2)).log_prob(z))
+
+
 PRIORS: dict[str, Any] = {
     "normal": mixture(dist.Normal(torch.tensor([-0.5, 0.5]), 1.0)),
     "gamma": mixture(dist.Gamma(torch.tensor([2.0, 4.0]), 1.0)),
     "beta": mixture(dist.Beta(torch.tensor([2.0, 4.0]), 3.0)),
     "simplex": mixture(dist.Dirichlet(torch.tensor([[2.0, 3.0, 4.0], [4.0, 3.0, 2.0]]))),
     "vectors": mixture(dist.Normal(torch.zeros(2, 3), torch.tensor([[1.0], [2.0]])).to_event(1)),
-    "matrices": lambda: pyro.sample("z", dist.torch.Wishart(torch.tensor(6.0).double(), torch.eye(2).double())),
+    "matrices": matrices,
 }
 
 
