@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Self
+from typing import NamedTuple, Self, cast
 
 import pyro
 import pyro.distributions as dist
@@ -18,14 +18,29 @@ from torch import Tensor
 from pyro_maf.infer.guide_set_up import GuideSetUp
 from pyro_maf.infer.guide_state import bare_latents, bare_trace, check_is_set_up
 from pyro_maf.infer.latents import Part
-from pyro_maf.infer.model import Call, Site
+from pyro_maf.infer.mixture import FlowMixture, MixturePosterior
+from pyro_maf.infer.model import Call, Site, Trace
 from pyro_maf.infer.path_gradient import zero_bad_gradients
+from pyro_maf.infer.posterior import Posterior
+from pyro_maf.infer.shares import Shares
 from pyro_maf.saving import drop_weak_references
-from pyro_maf.transforms import Flow
+from pyro_maf.transforms import ConditionalFlow, Flow
 
-__all__ = ["AutoFlow"]
+__all__ = ["AutoFlow", "Modes"]
 
 LOG_TWO_PI = math.log(2 * math.pi)
+
+
+class Modes(NamedTuple):
+    """Modes of a posterior that matter.
+
+    Attributes:
+        seen: Number of modes that the ascents of the set-up ended at, as far as they matter.
+        covered: Number of those that the guide has a component for, with a share above a thousandth.
+    """
+
+    seen: int
+    covered: int
 
 
 class AutoFlow(GuideSetUp):
@@ -37,9 +52,14 @@ class AutoFlow(GuideSetUp):
         return dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
 
     def get_transform(self, *args: object, **kwargs: object) -> Flow:
-        """Return the map from noise to unconstrained latent variables, conditioned on the encoder's context if any."""
+        """Return the map from noise to unconstrained latent variables, conditioned on the encoder's context if any.
+
+        Of a guide with several modes, that of the heaviest: a change of variables for the whole space all the same.
+        """
         self._set_up_once(*args, **kwargs)
         transform = self._map
+        if isinstance(transform, FlowMixture):
+            return transform.heaviest
         return transform if isinstance(transform, Flow) else transform.condition(self._context(*args, **kwargs))
 
     def get_posterior(self, *args: object, **kwargs: object) -> TorchDistribution:
@@ -48,8 +68,35 @@ class AutoFlow(GuideSetUp):
         return self._posterior(*args, **kwargs)
 
     def _posterior(self, *args: object, **kwargs: object) -> TorchDistribution:
+        if (mixture := self._mixture) is not None:
+            return MixturePosterior(mixture)
         transform = self.get_transform(*args, **kwargs)
         return dist.TransformedDistribution(self.get_base_dist(), [transform], validate_args=False)
+
+    def get_noise_dist(self) -> TorchDistribution:
+        """Return the standard normal distribution of all numbers that a draw is computed from."""
+        zeros = self._weight.new_zeros(self.noise_dim)
+        return dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
+
+    @property
+    def modes(self) -> Modes:
+        """How many modes of the posterior were seen when the guide was set up, and how many of them it covers."""
+        if (mixture := self._mixture) is None:
+            return Modes(1 + self._missed_modes, 1)
+        return Modes(len(mixture.components) + self._missed_modes, len(mixture.covered))
+
+    @property
+    def noise_dim(self) -> int:
+        """Number of standard normal numbers for a draw: D, and one more if there are several modes."""
+        return self.latent_dim if (mixture := self._mixture) is None else mixture.noise_dim
+
+    def _of_noise(self, noise: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Callable[[], Tensor]]:
+        if (mixture := self._mixture) is not None:
+            latent = mixture.of_noise(noise)
+            return latent, lambda: -0.5 * (noise.square() + LOG_TWO_PI).sum(-1) - mixture.log_density(latent)
+        transform = self.get_transform(*args, **kwargs)
+        latent = transform(noise)
+        return latent, lambda: transform.log_abs_det_jacobian(noise, latent)
 
     @property
     def is_amortised(self) -> bool:
@@ -58,6 +105,9 @@ class AutoFlow(GuideSetUp):
 
     def draw(self, count: int, call: Call) -> Tensor:
         """Draw vectors, (count, D), with gradient, as the posterior does; without checks and caches."""
+        if (mixture := self._mixture) is not None:
+            self._shares.count(mixture, call, self._density_of)
+            return _without_bad_gradients(mixture.draw(count))
         like = self._weight
         noise = torch.randn(count, self.latent_dim, dtype=like.dtype, device=like.device)
         latent, _ = self.get_transform(*call.args, **call.kwargs).forward_and_log_det(noise)
@@ -65,6 +115,8 @@ class AutoFlow(GuideSetUp):
 
     def log_density(self, latent: Tensor, call: Call) -> Tensor:
         """Return the log-density of vectors, (count, D), in nats, (count,), likewise."""
+        if (mixture := self._mixture) is not None:
+            return mixture.log_density(latent)
         noise, log_det = self.get_transform(*call.args, **call.kwargs).inverse_and_log_det(latent)
         return -0.5 * (noise.square().sum(-1) + self.latent_dim * LOG_TWO_PI) - log_det
 
@@ -88,11 +140,22 @@ class AutoFlow(GuideSetUp):
 
     def sample_latent(self, *args: object, **kwargs: object) -> Tensor:
         """Draw the unconstrained latent variables, as an auxiliary site of Pyro's."""
+        if (mixture := self._mixture) is not None and self._plain_model is not None:
+            self._shares.count(mixture, Call(self._plain_model[0], args, kwargs), self._density_of)
         posterior = self._posterior(*args, **kwargs)  # the weights are already read, in a call
         first = next(iter(self.latents.parts.values()))
         with self._in_plates(first) if self.latents.rows else nullcontext():
             latent = pyro.sample(f"_{self.name}_latent", posterior, infer={"is_auxiliary": True})
         return _without_bad_gradients(latent)
+
+    def weigh_modes(self, call: Call) -> None:
+        """Set the share of each mode by its evidence, once the guide is trained; nothing, for a guide with one."""
+        if (mixture := self._mixture) is not None:
+            self._shares.settle(mixture, call, self._density_of)
+
+    def _density_of(self, call: Call) -> Posterior:
+        posterior = Posterior(call, cast("Trace", self.prototype_trace), self.latents)
+        return posterior if (coordinates := self._coordinates) is None else posterior.within(coordinates)
 
     @contextmanager
     def _in_plates(self, part: Part) -> Iterator[None]:
@@ -110,7 +173,24 @@ class AutoFlow(GuideSetUp):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
         if self.prototype_trace is None:
             check_is_set_up(self._who, state_dict, f"{prefix}transform.")
+        elif any(name.startswith(f"{prefix}transform.") for name in state_dict):
+            shares = state_dict.get(f"{prefix}transform.shares")
+            self._compose_for(0 if shares is None else len(shares))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _compose_for(self, components: int) -> None:
+        """Compose the map anew for a state with another number of modes, 0 for a map that is no mixture."""
+        transform = self._map
+        if isinstance(transform, ConditionalFlow):
+            return
+        present = len(transform.components) if isinstance(transform, FlowMixture) else 0
+        if present == components:
+            return
+        like = transform.heaviest if isinstance(transform, FlowMixture) else transform
+        copies = [copy.deepcopy(like) for _ in range(max(1, components))]
+        shares = self._weight.new_full((len(copies),), 1 / len(copies))
+        self.transform = FlowMixture(copies, shares) if components else copies[0]
+        self._stored = self._stored.of_a_copy()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         # Pyro's method would remove the model from the original. What is fixed once set up is shared.
@@ -118,14 +198,14 @@ class AutoFlow(GuideSetUp):
         memo[id(self)] = twin
         copied = ("_modules", "_parameters", "_buffers", "training", "_pyro_context")
         twin.__dict__.update(self.__dict__, **{name: copy.deepcopy(self.__dict__[name], memo) for name in copied})
-        twin.__dict__["_stored"] = self._stored.of_a_copy()
+        twin.__dict__.update(_stored=self._stored.of_a_copy(), _shares=Shares())
         return twin
 
     def __getstate__(self) -> dict[str, object]:
         # Without the model, as Pyro's guides are pickled, but leaving this one as it is; its data stay behind too.
         drop_weak_references(self)
         state = {**self.__dict__, "_model": None, "_plain_model": None, "_first_call": None, "master": None}
-        state["_stored"] = self._stored.of_a_copy()
+        state |= {"_stored": self._stored.of_a_copy(), "_shares": Shares()}
         if self.prototype_trace is not None:
             # Not used again once set up, and often functions that cannot be pickled.
             state |= {"init_loc_fn": None, "plates": {}}

@@ -15,8 +15,7 @@ from pyro_maf._core.checks import check_shape
 from pyro_maf.infer.coordinates import Coordinates
 from pyro_maf.infer.latents import Images, Latents
 from pyro_maf.infer.model import Args, Call, Kwargs, RefusalError
-from pyro_maf.infer.posterior import Levels, checked_levels, marginal_quantiles
-from pyro_maf.transforms import Flow
+from pyro_maf.infer.posterior import Levels, checked_levels, even_noise, marginal_quantiles
 
 __all__ = ["GuideDensity"]
 
@@ -36,8 +35,17 @@ class GuideDensity(AutoContinuous):
         """A weight, for its dtype and device."""
         raise NotImplementedError
 
-    def get_transform(self, *args: object, **kwargs: object) -> Flow:
-        """Return the map from noise to unconstrained latent variables."""
+    @property
+    def noise_dim(self) -> int:
+        """Number of standard normal numbers for a draw: D, and one more if there are several modes."""
+        raise NotImplementedError
+
+    def _of_noise(self, noise: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Callable[[], Tensor]]:
+        r"""Map noise u to vectors v, (\*batch, D); also return a function for log(p(u) / q(v)), (\*batch,)."""
+        raise NotImplementedError
+
+    def _set_up_once(self, *args: object, **kwargs: object) -> None:
+        """Set the guide up if it is not."""
         raise NotImplementedError
 
     def get_posterior(self, *args: object, **kwargs: object) -> TorchDistribution:
@@ -123,22 +131,26 @@ class GuideDensity(AutoContinuous):
             TypeError: If a level is not a number.
             ValueError: If a level is outside [0, 1].
         """
-        (transform,) = self.get_posterior(*args, **kwargs).transforms
+        self.setup(*args, **kwargs)
         levels = checked_levels(self._who, quantiles, self._weight)
-        return marginal_quantiles(self.latents, transform, levels, self._map_to_sites(*args, **kwargs))
+        noise = even_noise(self.noise_dim).to(levels)
+        latent, _ = self._of_noise(noise.reshape(-1, *(1,) * len(self.latents.rows), self.noise_dim), *args, **kwargs)
+        return marginal_quantiles(self.latents, latent, levels, self._map_to_sites(*args, **kwargs))
 
     def sites_of(self, noise: Tensor, *args: object, **kwargs: object) -> dict[str, Tensor]:
-        r"""Map noise u, (\*batch, D), to the value of each site, (\*batch, \*site)."""
-        latent = self.get_transform(*args, **kwargs)(noise)
+        r"""Map noise u, (\*batch, `noise_dim`), to the value of each site, (\*batch, \*site)."""
+        self._set_up_once(*args, **kwargs)
+        latent, _ = self._of_noise(noise, *args, **kwargs)
         shape = noise.shape[: -1 - len(self.latents.rows)]
         return self.latents.sites(latent, shape, self._map_to_sites(*args, **kwargs))
 
-    def sites_and_log_det(self, noise: Tensor, *args: object, **kwargs: object) -> tuple[dict[str, Tensor], Tensor]:
-        r"""Map noise u to the value of each site, and return log |det dz/du| in nats, (\*batch,), with it.
+    def sites_and_log_ratio(self, noise: Tensor, *args: object, **kwargs: object) -> tuple[dict[str, Tensor], Tensor]:
+        r"""Map noise u to the value of each site, and return log(p(u) / q(z)) in nats, (\*batch,), with it.
 
-        `noise` is (D,), or (\*batch, D) with ones in `batch` where the plates of the model are.
+        That is log |det dz/du| for a guide with one mode. `noise` is (`noise_dim`,), or (\*batch, `noise_dim`) with
+        ones in `batch` where the plates of the model are.
         """
-        transform = self.get_transform(*args, **kwargs)
-        latent = transform(noise)
+        self._set_up_once(*args, **kwargs)
+        latent, log_ratio = self._of_noise(noise, *args, **kwargs)
         values, log_det = self.latents.unpack(latent, self._map_to_sites(*args, **kwargs)(latent))
-        return values, transform.log_abs_det_jacobian(noise, latent) + log_det
+        return values, log_ratio() + log_det

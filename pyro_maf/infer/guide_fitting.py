@@ -358,6 +358,8 @@ class _Run:
         if self._schedule.ends_as_good_as_any():
             self._average.record_best()
         self._average.use_best()
+        if isinstance(self._guide, AutoFlow):
+            self._guide.weigh_modes(self._call)
 
 
 def _leaf(value: object) -> Tensor:

@@ -15,8 +15,9 @@ from pyro_maf._core.options import ClassSignature, named_arguments
 from pyro_maf.infer.coordinates import Coordinates
 from pyro_maf.infer.guide_density import GuideDensity
 from pyro_maf.infer.guide_state import StoredWeights
-from pyro_maf.infer.initialization import Normal
+from pyro_maf.infer.initialization import Normal, Start
 from pyro_maf.infer.latents import Latents, Plates, median_or_feasible
+from pyro_maf.infer.mixture import FlowMixture
 from pyro_maf.infer.model import (
     Call,
     Model,
@@ -28,6 +29,7 @@ from pyro_maf.infer.model import (
     without_empty_tables,
 )
 from pyro_maf.infer.posterior import start_of
+from pyro_maf.infer.shares import Shares
 from pyro_maf.nn import ACTIVATIONS, NetworkOptions
 from pyro_maf.nn.layers import Tempered
 from pyro_maf.transforms import ConditionalFlow, Stack
@@ -78,8 +80,10 @@ class GuideSetUp(GuideDensity):
         self._activation = check_choice(who, "activation", activation, ACTIVATIONS)
         self._init_scale = init_scale
         self.encoder = encoder
-        self.transform: Stack | ConditionalFlow | None = None
+        self.transform: Stack | ConditionalFlow | FlowMixture | None = None
         self.coordinates: Coordinates | None = None
+        self._missed_modes = 0
+        self._shares = Shares()
         self._stored = StoredWeights()
 
     @property
@@ -117,12 +121,13 @@ class GuideSetUp(GuideDensity):
                 start = self._start(call, context)
             self.latent_dim = self.latents.size
             self.transform = self._map_from(start, 0 if context is None else context.shape[-1])
+            self._missed_modes = start.missed
         except BaseException:
             self.prototype_trace = None  # so that the next call tries again
             raise
 
-    def _start(self, call: Call, context: Tensor | None) -> Normal:
-        """Lay out the latent sites as a vector; return the normal that the guide starts as."""
+    def _start(self, call: Call, context: Tensor | None) -> Start:
+        """Lay out the latent sites as a vector; return the normals that the guide starts as."""
         prototype = cast("Trace", self.prototype_trace)
         create_plates: CreatePlates | None = (self if self.master is None else self.master()).create_plates
         plates = () if create_plates is None else create_plates(*call.args, **call.kwargs)
@@ -134,7 +139,14 @@ class GuideSetUp(GuideDensity):
         self._first_call = None if self.coordinates is None else call
         return start
 
-    def _map_from(self, start: Normal, context_dim: int) -> Stack | ConditionalFlow:
+    def _map_from(self, start: Start, context_dim: int) -> Stack | ConditionalFlow | FlowMixture:
+        """Compose a map that starts as a normal, or a mixture of such maps, one for each mode."""
+        if len(start.normals) > 1:
+            return FlowMixture([self._stack_from(normal, 0) for normal in start.normals], start.shares)
+        stack = self._stack_from(start.normals[0], context_dim)
+        return ConditionalFlow(stack) if context_dim else stack
+
+    def _stack_from(self, start: Normal, context_dim: int) -> Stack:
         """Compose the flow with a head: a map that starts as a normal, and trains at a guide's learning rate."""
         size = len(start.loc)
         widths = 2 * (min(512, max(64, 4 * size)),) if self._hidden_dims is None else self._hidden_dims
@@ -145,7 +157,7 @@ class GuideSetUp(GuideDensity):
         for module in stack.modules():
             if isinstance(module, Tempered):
                 module.temper()
-        return ConditionalFlow(stack) if context_dim else stack
+        return stack
 
     def _context(self, *args: object, **kwargs: object) -> Tensor:
         context = cast("Encoder", self._encoder)(*args, **kwargs)
@@ -156,8 +168,13 @@ class GuideSetUp(GuideDensity):
     # Modules are read here without registering their parameters with Pyro, as reading an attribute of a guide would.
 
     @property
-    def _map(self) -> Stack | ConditionalFlow:
-        return cast("Stack | ConditionalFlow", self._modules["transform"])
+    def _map(self) -> Stack | ConditionalFlow | FlowMixture:
+        return cast("Stack | ConditionalFlow | FlowMixture", self._modules["transform"])
+
+    @property
+    def _mixture(self) -> FlowMixture | None:
+        transform = self._map
+        return transform if isinstance(transform, FlowMixture) else None
 
     @property
     def _encoder(self) -> Encoder | None:

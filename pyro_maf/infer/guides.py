@@ -16,6 +16,11 @@ class AutoIAF(AutoFlow):
     ascent to the mode. b, the lower triangular A and the flow are trained, and start as the identity; so a new guide is
     that normal, and the family contains every full-rank normal.
 
+    There are ascents from the prior's median, from draws of the prior and from the cube (-2, 2) in unconstrained space.
+    If they end at several modes that each hold at least a thousandth of the probability, as label switching has them,
+    the guide is a mixture, with a flow for each of at most eight: q(v) = sum_k s_k q_k(v). Draws are stratified over
+    the modes, the density is exact, and the shares s_k are set by evidence, every hundred draws in training.
+
     Where the prior of a site has a location or scale that depends on other latent variables, as in a hierarchy, v are
     coordinates between centred and non-centred: with a degree of centring for each entry, which is trained, and starts
     as the share of the data in the precision of the entry. Models are written centred, whatever their data.
@@ -44,7 +49,8 @@ class AutoIAF(AutoFlow):
     Cost:
         A step, as drawing and scoring its draws, is one pass a layer. `log_prob` of other points is one sweep a
         layer. Setting up takes some tens of Hessians of the model and some thousand evaluations, in batches; of a model
-        that has to be run for each draw, some 300 runs.
+        that has to be run for each draw, some 300 runs, and one ascent. With K modes a draw costs as much as with one,
+        and its density K times as much.
 
     Raises:
         ValueError: For a model without latent variables, with discrete ones, or with some in a plate that subsamples

@@ -44,13 +44,13 @@ class NeuTra:
 
     def _run(self, call: Call, joint: LogJoint) -> object:
         name = self._guide.name
-        noise = pyro.sample(f"{name}_shared_latent", self._guide.get_base_dist().mask(False))
-        values, log_det = self._guide.sites_and_log_det(noise, *call.args, **call.kwargs)
-        pyro.factor(f"{name}_log_det", log_det)
+        noise = pyro.sample(f"{name}_shared_latent", self._guide.get_noise_dist().mask(False))
+        values, log_ratio = self._guide.sites_and_log_ratio(noise, *call.args, **call.kwargs)
+        pyro.factor(f"{name}_log_ratio", log_ratio)
         if joint.runs == 1:
             return call.of(poutine.condition(self._model, data=values))()
         rows = noise.reshape(-1, *(1,) * joint.nesting, noise.shape[-1])
-        padded, _ = self._guide.sites_and_log_det(rows, *call.args, **call.kwargs)
+        padded, _ = self._guide.sites_and_log_ratio(rows, *call.args, **call.kwargs)
         with poutine.block():
             scores = joint(padded)
             result = joint.returned(padded)

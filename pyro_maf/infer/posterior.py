@@ -15,13 +15,12 @@ from torch.quasirandom import SobolEngine
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.coordinates import Coordinates, coordinates_of
 from pyro_maf.infer.degrees import fit_degrees
-from pyro_maf.infer.initialization import Normal, best_start, other_points
+from pyro_maf.infer.initialization import Normal, Start, best_start, other_points
 from pyro_maf.infer.latents import Images, Latents, Part
 from pyro_maf.infer.log_joint import FAILURES, LogJoint, is_enumerated, without_blocks
 from pyro_maf.infer.model import Call, RefusalError, Trace, latent_sites, sample_sites
-from pyro_maf.transforms import Flow
 
-__all__ = ["Levels", "checked_levels", "marginal_quantiles", "start_of"]
+__all__ = ["Levels", "Posterior", "checked_levels", "even_noise", "marginal_quantiles", "start_of"]
 
 PRIOR_DRAWS = 64
 POINTS = 4
@@ -40,8 +39,8 @@ Levels = float | Sequence[float] | Tensor
 
 def start_of(
     call: Call, prototype: Trace, latents: Latents, scale: float | None, start_is_chosen: bool
-) -> tuple[Normal, Coordinates | None]:
-    """Initialise a guide: return its normal, and the coordinates that it is in, or None.
+) -> tuple[Start, Coordinates | None]:
+    """Initialise a guide: return its normals, and the coordinates that it is in, or None.
 
     Leave out of `latents` entries that a mask excludes from the model: they have no posterior.
 
@@ -62,16 +61,16 @@ def start_of(
     coordinates = coordinates_of(call, latents)
     loc = latents.initial() if coordinates is None else coordinates.centre(latents, latents.values, call)
     if scale is not None or posterior is None or not posterior.is_complete:
-        return Normal.isotropic(loc, 0.1 if scale is None else scale), coordinates
+        return Start.single(Normal.isotropic(loc, 0.1 if scale is None else scale)), coordinates
     if not posterior.is_vectorised:
-        return best_start(posterior, latents.initial(), vectorised=False).normals[0], None
+        return best_start(posterior, latents.initial(), vectorised=False), None
     proposals = []
     if coordinates is not None:
         plain, posterior = posterior, posterior.within(coordinates)
         proposals = [fit_degrees(coordinates, latents, call, posterior, plain)]
         loc = proposals[0].loc
     others = None if start_is_chosen else other_points(posterior, loc, posterior.prior_vectors(PRIOR_DRAWS))
-    return best_start(posterior, loc, others, proposals=proposals).normals[0], coordinates
+    return best_start(posterior, loc, others, proposals=proposals), coordinates
 
 
 class Posterior:
@@ -235,11 +234,9 @@ def checked_levels(who: str, levels: Levels, like: Tensor) -> Tensor:
 
 
 def marginal_quantiles(
-    latents: Latents, transform: Flow, levels: Tensor, images: Callable[[Tensor], Images]
+    latents: Latents, latent: Tensor, levels: Tensor, images: Callable[[Tensor], Images]
 ) -> dict[str, Tensor]:
-    r"""Marginal quantiles of each site, (\*levels, \*site), from draws that a fixed sequence of noise is mapped to."""
-    noise = _even_noise(transform.input_dim).to(levels)
-    latent = transform(noise.reshape(-1, *(1,) * len(latents.rows), transform.input_dim))
+    r"""Marginal quantiles of each site, (\*levels, \*site), from the vectors that `even_noise` is mapped to."""
     # On the support, not before the map: a map that mixes coordinates does not preserve marginal quantiles.
     draws = latents.sites(latent, torch.Size([QUANTILE_DRAWS]), images)
     return {name: _quantiles(value, levels.to(value)) for name, value in draws.items()}
@@ -252,7 +249,7 @@ def _quantiles(draws: Tensor, levels: Tensor) -> Tensor:
     return quantiles.reshape(levels.shape + draws.shape[1:])
 
 
-def _even_noise(dim: int) -> Tensor:
+def even_noise(dim: int) -> Tensor:
     """Standard normal draws of a fixed Sobol sequence; beyond its dimensions, of a fixed seed."""
     if dim > SobolEngine.MAXDIM:
         return torch.randn(QUANTILE_DRAWS, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,365 @@
+"""Posteriors with several modes: which are seen, and the mixture of flows that covers them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import JitTrace_ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from torch import Tensor
+
+from pyro_maf.infer import AutoIAF, TracePath_ELBO, diagnose, fit_guide, neutra, reweight
+from pyro_maf.infer.initialization import Start, best_start, other_points
+from pyro_maf.infer.mixture import FlowMixture, MixturePosterior
+from pyro_maf.infer.model import Call
+from tests.posteriors import GUIDES, SMALL, drawn, same, steps, weights
+
+pytestmark = pytest.mark.usefixtures("fresh")
+each_guide = pytest.mark.parametrize("make", GUIDES)
+
+CENTRES = torch.tensor([[-2.5, 0.0], [2.5, 1.0]])
+
+
+def score(z: Tensor, shares: tuple[float, ...] = (0.7, 0.3), scales: tuple[float, ...] = (0.5, 0.8)) -> Tensor:
+    """Log-density of two normals in the plane."""
+    centres, widths = CENTRES.to(z), torch.tensor(scales).to(z)
+    parts = dist.Normal(centres, widths[:, None]).to_event(1).log_prob(z[..., None, :])
+    return (parts + torch.tensor(shares).to(z).log()).logsumexp(-1)
+
+
+def apart() -> None:
+    """Two normals in the plane as a posterior."""
+    prior = dist.Normal(torch.zeros(2), 5.0).to_event(1)
+    z = pyro.sample("z", prior)
+    pyro.factor("score", score(z) - prior.log_prob(z))
+
+
+def start(log_density: Callable[[Tensor], Tensor], dim: int = 2) -> Start:
+    loc = torch.zeros(dim)
+    return best_start(log_density, loc, other_points(log_density, loc, None))
+
+
+def ready(make: Any = AutoIAF, model: Any = apart) -> Any:
+    return make(model, **SMALL).setup()
+
+
+# -- what is seen ------------------------------------------------------------------------------------------------------
+
+
+def test_each_mode_that_matters_has_a_normal_and_its_share() -> None:
+    found = start(score)
+    locs = torch.stack([normal.loc for normal in found.normals])
+    torch.testing.assert_close(locs, CENTRES, atol=1e-3, rtol=0)
+    torch.testing.assert_close(found.shares, torch.tensor([0.66, 0.34]), atol=0.02, rtol=0)
+    assert found.missed == 0
+
+
+def test_a_mode_of_hardly_any_probability_is_left_out() -> None:
+    found = start(lambda z: score(z, shares=(0.9999, 0.0001)))
+    assert len(found.normals) == 1
+    torch.testing.assert_close(found.normals[0].loc, CENTRES[0], atol=1e-2, rtol=0)
+
+
+def bent(z: Tensor) -> Tensor:
+    return -0.5 * ((z[..., 0] / 2) ** 2 + ((z[..., 1] - z[..., 0] ** 2 + 2) / 0.5) ** 2)
+
+
+def neck(z: Tensor) -> Tensor:
+    v, x = z[..., 0], z[..., 1:]
+    return dist.Normal(0.0, 3.0).log_prob(v) + dist.Normal(0.0, (v / 2).exp()[..., None]).log_prob(x).sum(-1)
+
+
+def flat(z: Tensor) -> Tensor:
+    """Log-concave, with a plateau of ends."""
+    return -torch.nn.functional.softplus(4 * (z.square().sum(-1) - 4))
+
+
+@pytest.mark.parametrize("log_density", [bent, neck, flat])
+def test_one_mode_has_one_normal(log_density: Any) -> None:
+    assert len(start(log_density).normals) == 1
+
+
+def test_more_modes_than_a_guide_covers_are_counted() -> None:
+    centres = torch.cartesian_prod(torch.tensor([-3.0, 0.0, 3.0]), torch.tensor([-3.0, 0.0, 3.0]))
+
+    def grid(z: Tensor) -> Tensor:
+        return dist.Normal(centres.to(z), 0.3).to_event(1).log_prob(z[..., None, :]).logsumexp(-1)
+
+    loc = torch.zeros(2)
+    found = best_start(grid, loc, centres + 0.1)
+    assert len(found.normals) == 8
+    assert found.missed == 1
+
+
+# -- the mixture -------------------------------------------------------------------------------------------------------
+
+
+@each_guide
+def test_its_density_is_exact(make: Any) -> None:
+    guide = ready(make)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    assert guide.modes == (2, 2)
+    axis = torch.linspace(-8, 8, 401)
+    grid = torch.cartesian_prod(axis, axis)
+    with torch.no_grad():
+        total = guide.log_prob({"z": grid}).exp().sum() * (axis[1] - axis[0]) ** 2
+        sites, log_q = drawn(guide)
+        draws = guide.rsample((4, 500))["z"]
+    assert float(total) == pytest.approx(1.0, abs=1e-3)
+    torch.testing.assert_close(guide.log_prob(sites), log_q, rtol=1e-4, atol=1e-4)
+    assert draws.shape == (4, 500, 2)
+    left = (draws[..., 0] < 0).double().mean(1)
+    torch.testing.assert_close(left, torch.full((4,), float(guide.transform.shares[0])).double(), atol=0.08, rtol=0)
+
+
+def test_draws_are_stratified() -> None:
+    guide = ready()
+    guide.transform.set_shares(torch.tensor([0.75, 0.25]))
+    with torch.no_grad():
+        counts = [int((guide.transform.draw(16)[:, 0] < 0).sum()) for _ in range(20)]
+        alone = sum(int(guide.transform.draw(1)[0, 0] < 0) for _ in range(400))
+    assert set(counts) == {12}
+    assert 260 < alone < 340
+
+
+def bound_of(guide: Any, seed: int) -> Tensor:
+    """The bound of 64 draws, with the noise of a seed."""
+    torch.manual_seed(seed)
+    latent = guide.transform.draw(64)
+    return (score(latent) - guide.transform.log_density(latent)).mean()
+
+
+@pytest.mark.parametrize("objective", [Trace_ELBO, TracePath_ELBO])
+def test_gradients_are_those_of_the_bound(objective: Any) -> None:
+    """By finite differences along the gradient; those of the path gradient on average over many draws."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        guide = AutoIAF(apart_in_double, **SMALL).setup()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    parameters = list(guide.transform.parameters())
+    draws = 64 if objective is Trace_ELBO else 40_000
+    elbo = objective(num_particles=draws, vectorize_particles=True, max_plate_nesting=1)
+    for parameter in parameters:
+        parameter.grad = None
+    torch.manual_seed(5)
+    elbo.loss_and_grads(apart_in_double, guide)
+    gradient = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+    size = math.sqrt(sum(float(g.square().sum()) for g in gradient))
+    losses = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for parameter, g in zip(parameters, gradient, strict=True):
+                parameter.add_(sign * 1e-4 * g / size)
+        torch.manual_seed(5)
+        losses.append(elbo.loss(apart_in_double, guide))
+        with torch.no_grad():
+            for parameter, g in zip(parameters, gradient, strict=True):
+                parameter.sub_(sign * 1e-4 * g / size)
+    slope = (losses[0] - losses[1]) / 2e-4
+    assert slope == pytest.approx(size, rel=1e-3 if objective is Trace_ELBO else 0.05)
+
+
+def apart_in_double() -> None:
+    prior = dist.Normal(torch.zeros(2, dtype=torch.float64), 5.0).to_event(1)
+    z = pyro.sample("z", prior)
+    pyro.factor("score", score(z) - prior.log_prob(z))
+
+
+def test_shares_are_those_of_the_largest_bound() -> None:
+    """The bound, as a function of the share of one mode, is largest at the share that is set."""
+    guide = ready()
+    guide.transform.set_shares(torch.tensor([0.2, 0.8]))
+    torch.manual_seed(0)
+    guide.weigh_modes(Call(apart, (), {}))
+    share = float(guide.transform.shares[0])
+    assert share == pytest.approx(0.7, abs=0.01)
+    bounds = {}
+    for each in (share - 0.05, share, share + 0.05):
+        guide.transform.set_shares(torch.tensor([each, 1 - each]))
+        with torch.no_grad():
+            bounds[each] = sum(float(bound_of(guide, seed)) for seed in range(100))
+    assert max(bounds, key=lambda each: bounds[each]) == share
+
+
+def test_a_mode_without_a_share_costs_nothing_and_changes_nothing() -> None:
+    guide = ready()
+    guide.transform.set_shares(torch.tensor([0.9999, 0.0001]))
+    calls = []
+    guide.transform.components[1].forward_and_log_det = lambda *_: calls.append("forward")
+    guide.transform.components[1].inverse_and_log_det = lambda *_: calls.append("inverse")
+    with torch.no_grad():
+        draws = guide.rsample((100,))
+        log_q = guide.log_prob(draws)
+        alone = guide.transform.components[0].inverse_and_log_det(draws["z"])
+    assert not calls
+    assert guide.modes == (2, 1)
+    assert bool((draws["z"][:, 0] < 0).all())
+    torch.testing.assert_close(log_q, dist.Normal(0.0, 1.0).log_prob(alone[0]).sum(-1) - alone[1])
+    assert all(loss < 5 for loss in steps(Trace_ELBO(num_particles=4, vectorize_particles=True), apart, guide, 2))
+
+
+# -- in Pyro -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [Trace_ELBO, TracePath_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, RenyiELBO],
+)
+@pytest.mark.parametrize("vectorised", [True, False])
+def test_every_objective_takes_it(objective: Any, vectorised: bool) -> None:
+    guide = ready()
+    before = weights(guide)
+    options: dict[str, Any] = {"num_particles": 4, "vectorize_particles": vectorised, "max_plate_nesting": 1}
+    losses = steps(objective(**options, strict_enumeration_warning=False), apart, guide, 2)
+    assert all(map(math.isfinite, losses))
+    assert not same(before, weights(guide))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+def test_pyros_compiled_objective_takes_it() -> None:
+    guide = ready()
+    before = weights(guide)
+    objective = JitTrace_ELBO(num_particles=4, vectorize_particles=True, ignore_jit_warnings=True)
+    losses = steps(objective, apart, guide, 3)
+    assert all(map(math.isfinite, losses))
+    assert losses[1] != losses[2]
+    assert not same(before, weights(guide))
+
+
+def test_a_plain_loop_finds_the_shares() -> None:
+    guide = ready()
+    guide.transform.set_shares(torch.tensor([0.05, 0.95]))
+    steps(Trace_ELBO(num_particles=8, vectorize_particles=True), apart, guide, 405)
+    assert float(guide.transform.shares[0]) == pytest.approx(0.7, abs=0.05)
+    assert torch.equal(pyro.get_param_store()["AutoIAF.transform$$$shares"], guide.transform.shares)
+
+
+def test_fit_guide_covers_both() -> None:
+    pyro.set_rng_seed(0)
+    fit = fit_guide(apart, AutoIAF(apart, **SMALL), steps=200, progress=False)
+    assert fit.diagnosis.elbo == pytest.approx(0.0, abs=0.02)
+    assert fit.guide.modes == (2, 2)
+    draws = reweight(apart, fit.guide, num_samples=4000)["z"]
+    assert float((draws[:, 0] < 0).double().mean()) == pytest.approx(0.7, abs=0.03)
+    assert diagnose(apart, fit.guide).ess > 9000
+
+
+def test_label_switching_is_covered() -> None:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.cat([torch.randn(20, generator=generator) - 2, torch.randn(20, generator=generator) + 2])
+
+    def model() -> None:
+        loc = pyro.sample("loc", dist.Normal(torch.zeros(2), 5.0).to_event(1))
+        parts = dist.Normal(loc[..., None, :], 1.0).log_prob(y[:, None])
+        pyro.factor("y", (parts.logsumexp(-1) - math.log(2)).sum(-1))
+
+    guide = ready(model=model)
+    assert guide.modes == (2, 2)
+    torch.testing.assert_close(guide.transform.shares, torch.tensor([0.5, 0.5]), atol=0.01, rtol=0)
+
+
+def test_quantiles_are_those_of_all_modes() -> None:
+    guide = ready()
+    guide.weigh_modes(Call(apart, (), {}))
+    quantiles = guide.quantiles([0.1, 0.35, 0.9])["z"][:, 0]
+    left, right = dist.Normal(-2.5, 0.5), dist.Normal(2.5, 0.8)
+    expected = [left.icdf(torch.tensor(level / 0.7)) for level in (0.1, 0.35)]
+    expected.append(right.icdf(torch.tensor((0.9 - 0.7) / 0.3)))
+    torch.testing.assert_close(quantiles, torch.stack(expected), atol=0.05, rtol=0)
+    assert torch.equal(guide.median()["z"], guide.quantiles(0.5)["z"])
+
+
+def test_neutra_moves_between_modes() -> None:
+    guide = ready()
+    guide.transform.set_shares(torch.tensor([0.5, 0.5]))
+    warped = neutra(apart, guide)
+    kernel = pyro.infer.NUTS(warped, step_size=0.8, adapt_step_size=False, adapt_mass_matrix=False, max_tree_depth=2)
+    mcmc = pyro.infer.MCMC(kernel, num_samples=200, warmup_steps=0, disable_progbar=True)
+    mcmc.run()
+    draws = warped.draws(mcmc.get_samples())["z"]
+    assert draws.shape == (200, 2)
+    left = (draws[:, 0] < 0).double()
+    assert float(left.mean()) == pytest.approx(0.7, abs=0.12)
+    assert int(left.diff().abs().sum()) > 20
+
+
+def test_neutras_target_is_exact_at_any_noise() -> None:
+    """Its integral over the noise is that of the posterior's density, here 1, with the wrong shares too."""
+    guide = ready()
+    guide.transform.set_shares(torch.tensor([0.5, 0.5]))
+    torch.manual_seed(0)
+    noise = torch.randn(4000, guide.noise_dim)
+    with torch.no_grad():
+        sites, log_ratio = guide.sites_and_log_ratio(noise)
+        log_target = score(sites["z"]) + log_ratio
+        base = guide.get_noise_dist().log_prob(noise)
+    assert float((log_target - base).exp().mean()) == pytest.approx(1.0, abs=0.05)
+    assert sites["z"].shape == guide.sites_of(noise)["z"].shape == (4000, 2)
+
+
+# -- copies ------------------------------------------------------------------------------------------------------------
+
+
+def test_copies_have_all_modes() -> None:
+    guide = ready()
+    steps(Trace_ELBO(), apart, guide, 1)
+    guide.transform.set_shares(torch.tensor([0.6, 0.4]))
+    value = {"z": CENTRES}
+    expected = guide.log_prob(value)
+    buffer = io.BytesIO()
+    torch.save(guide.state_dict(), buffer)
+    buffer.seek(0)
+    loaded = ready()
+    loaded.load_state_dict(torch.load(buffer))
+    for twin in (copy.deepcopy(guide), pickle.loads(pickle.dumps(guide)), loaded):
+        assert torch.equal(twin.log_prob(value), expected)
+        assert twin.modes == (2, 2)
+        assert twin.rsample((3,))["z"].shape == (3, 2)
+
+
+def test_a_state_of_more_modes_is_loaded_into_a_guide_that_saw_fewer() -> None:
+    many, one = ready(), AutoIAF(apart, **SMALL, init_scale=0.3).setup()
+    alone = copy.deepcopy(one)
+    one.load_state_dict(many.state_dict())
+    assert torch.equal(one.log_prob({"z": CENTRES}), many.log_prob({"z": CENTRES}))
+    assert one.modes == (2, 2)
+    many.load_state_dict(alone.state_dict())
+    assert torch.equal(many.log_prob({"z": CENTRES}), alone.log_prob({"z": CENTRES}))
+
+
+def test_pyros_store_restores_all_modes() -> None:
+    guide = ready()
+    steps(Trace_ELBO(), apart, guide, 1)
+    guide.transform.set_shares(torch.tensor([0.6, 0.4]))
+    expected = guide.log_prob({"z": CENTRES})
+    state = pyro.get_param_store().get_state()
+    pyro.clear_param_store()
+    other = AutoIAF(apart, **SMALL)
+    pyro.get_param_store().set_state(state)
+    other.setup()
+    assert torch.equal(other.log_prob({"z": CENTRES}), expected)
+
+
+def test_the_distribution_expands() -> None:
+    mixture: FlowMixture = ready().transform
+    fn = MixturePosterior(mixture).expand(torch.Size([3, 1]))
+    draws = fn.rsample((2,))
+    assert draws.shape == (2, 3, 1, 2)
+    assert fn.log_prob(draws).shape == (2, 3, 1)
+    assert fn.log_prob(torch.zeros(2)).shape == (3, 1)
