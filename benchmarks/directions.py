@@ -29,7 +29,7 @@ from parts.plan import BATCHES, LAYERS, TASKS, Plan
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "results", HERE / "README.md"
 THREADS = (1, 2)
-# With more than one thread, what matters is whether they help: one layer tells.
+# With more than one thread, what matters is whether they help: one layer tells, and affine maps do.
 LAYERS_OF_MORE_THREADS = (1,)
 
 
@@ -88,6 +88,8 @@ def chosen(options: argparse.Namespace) -> dict[str, Any]:
     """What was asked for of a plan's sizes and contenders; empty for a whole run."""
     names = ("sizes", "batches", "layers", "tasks", "peers")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    # What is asked for holds for splines as well.
+    given |= {f"spline_{name}": given[name] for name in ("sizes", "batches", "layers") if name in given}
     return {name: tuple(values) for name, values in given.items()}
 
 
@@ -105,8 +107,12 @@ def plans(options: argparse.Namespace) -> list[Plan]:
         plan = dataclasses.replace(plan, update=False)
     threads = options.threads or ((1,) if options.quick else THREADS)
     first, *others = (dataclasses.replace(plan, threads=count) for count in threads)
-    layers = plan.layers if options.layers or options.full or options.quick else LAYERS_OF_MORE_THREADS
-    return [first, *(dataclasses.replace(other, layers=layers, memory=None, update=False) for other in others)]
+    for_threads: dict[str, Any] = {"memory": None, "update": False}
+    if not (options.layers or options.full or options.quick):
+        for_threads["layers"] = LAYERS_OF_MORE_THREADS
+    if not options.tasks:
+        for_threads["tasks"] = tuple(task for task in TASKS if TASKS[task][0] != "NSF")
+    return [first, *(dataclasses.replace(other, **for_threads) for other in others)]
 
 
 def measure(plans: list[Plan]) -> dict[str, Any]:

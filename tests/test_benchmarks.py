@@ -44,10 +44,12 @@ def test_a_quick_run_measures_every_task_and_writes_results_table_and_picture(tm
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
     results = json.loads((tmp_path / "directions.json").read_text())
-    tasks = {"log_prob", "train", "sample", "sample_backward", "coupling_log_prob", "coupling_sample"}
-    assert {cell["task"] for cell in results["cells"]} == tasks
+    splines = {"spline_log_prob", "spline_train", "spline_sample"}
+    tasks = {"log_prob", "train", "fit", "sample", "sample_backward", "coupling_log_prob", "coupling_sample"}
+    assert {cell["task"] for cell in results["cells"]} == tasks | splines
     for cell in results["cells"]:
-        assert cell["times"].keys() == {"pyro-maf", "zuko", "dense pass"}
+        affine = {"affine"} if cell["task"] in splines else set()
+        assert cell["times"].keys() == {"pyro-maf", "zuko", "dense pass"} | affine
         assert all(0 < own["minimum"] <= own["median"] < math.inf for own in cell["times"].values())
     assert results["updates"][0]["ratio"] > 0
     assert results["memory"]["bytes"].keys() == {"pyro-maf", "D passes", "zuko"}

@@ -20,14 +20,20 @@ DENSE = "dense pass"
 METHODS = {
     "log_prob": "log_prob",
     "train": "train_step",
+    "fit": "fit_step",
     "sample": "sample",
     "sample_backward": "sample_and_differentiate",
     "coupling_log_prob": "log_prob",
     "coupling_sample": "sample",
+    "spline_log_prob": "log_prob",
+    "spline_train": "train_step",
+    "spline_sample": "sample",
 }
-PARALLEL_TWIN = {"sample": "log_prob", "sample_backward": "train"}
+PARALLEL_TWIN = {"sample": "log_prob", "sample_backward": "train", "spline_sample": "spline_log_prob"}
 """The one-pass task whose time, times D, is what D passes take."""
-TRAINING = ("train", "sample_backward")
+TRAINING = ("train", "fit", "sample_backward", "spline_train")
+AFFINE = "affine"
+"""Our flow with affine maps in place of splines, of the same sizes."""
 SHARE_OF_MEMORY = 0.5
 INPUTS = 3
 UPDATES, UPDATE_BATCH = 30, 100
@@ -48,14 +54,20 @@ def cells(plan: Plan, peers: dict[str, type[Peer]], memory: float) -> Iterator[C
         built: dict[str, Peer] = {}
         notes = {}
         for name, peer in peers.items():
+            if architecture.family not in peer.families:
+                continue
             try:
                 built[name] = peer(architecture, flow, torch.device(plan.device))
             except UnsupportedError as reason:
                 notes[name] = f"has no such flow: {reason}"
                 continue
-            check_same_network(flow, built[name].outputs, name)
+            if architecture.family != "NSF":  # a spline has other parameters everywhere
+                check_same_network(flow, built[name].outputs, name)
+        if architecture.family == "NSF":
+            affine = architecture._replace(family="MAF")
+            built[AFFINE] = Ours(affine, affine.flow(), torch.device(plan.device))
         dense = dense_pass(flow, torch.device(plan.device))
-        for batch in plan.batches:
+        for batch in plan.batches_of(architecture.family):
             known: dict[tuple[str, str], float] = {}
             for task in plan.tasks_of(architecture.family):
                 contenders = [
@@ -113,7 +125,7 @@ def _contender(name: str, peer: Peer, task: str, batch: int, one_pass: float | N
     method = getattr(peer, METHODS[task])
     inputs = itertools.cycle(_inputs(peer, peer.architecture.dim, batch))
     contender = Contender(name, lambda: method(next(inputs)), compiles=peer.compiles)
-    if one_pass is not None and name != OURS:
+    if one_pass is not None and name not in (OURS, AFFINE):
         contender.predicted = peer.architecture.dim * one_pass
         if task == "sample_backward":
             contender.needs = peer.architecture.dim * peer.architecture.layers * peer.bytes_per_pass(batch)

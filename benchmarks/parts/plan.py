@@ -11,10 +11,14 @@ from parts.architecture import Architecture
 TASKS = {
     "log_prob": ("MAF", "log_prob of data, no gradient: the parallel direction"),
     "train": ("MAF", "training step: loss, gradient, Adam"),
+    "fit": ("MAF", "a step of `fit`, with clipping and averaging, against training steps of the others"),
     "sample": ("MAF", "sampling, no gradient: the sequential direction"),
     "sample_backward": ("MAF", "sampling with log-density, and its gradient"),
     "coupling_log_prob": ("RealNVP", "RealNVP, log_prob of data, no gradient"),
     "coupling_sample": ("RealNVP", "RealNVP, sampling, no gradient"),
+    "spline_log_prob": ("NSF", "splines, log_prob of data, no gradient"),
+    "spline_train": ("NSF", "splines, training step"),
+    "spline_sample": ("NSF", "splines, sampling, no gradient"),
 }
 """Each task's family, and what it is. The parallel ones come first: from them follows how long D passes take."""
 
@@ -23,6 +27,9 @@ HIDDEN = (100, 512, 1024)
 SIZES = ((6, 100), (21, 100), (43, 512), (63, 512), (784, 1024))
 BATCHES = (1, 100, 1000)
 LAYERS = (1, 5)
+SPLINE_SIZES = ((8, 100), (63, 512))
+SPLINE_BATCHES = (100, 256)
+SPLINE_LAYERS = (5,)
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class Plan:
         sizes: D and the width of both hidden layers.
         batches: Numbers of rows.
         layers: Numbers of layers.
+        spline_sizes, spline_batches, spline_layers: The same for splines.
         tasks: Names from `TASKS`.
         peers: Names from `peers.PEERS`.
         seconds: Time for a cell, shared between the contenders.
@@ -47,6 +55,9 @@ class Plan:
     sizes: tuple[tuple[int, int], ...] = SIZES
     batches: tuple[int, ...] = BATCHES
     layers: tuple[int, ...] = LAYERS
+    spline_sizes: tuple[tuple[int, int], ...] = SPLINE_SIZES
+    spline_batches: tuple[int, ...] = SPLINE_BATCHES
+    spline_layers: tuple[int, ...] = SPLINE_LAYERS
     tasks: tuple[str, ...] = tuple(TASKS)
     peers: tuple[str, ...] = ()
     seconds: float = 0.6
@@ -58,10 +69,16 @@ class Plan:
     def architectures(self) -> list[Architecture]:
         """Every architecture of every family that a task asks for."""
         families = [family for family in ("MAF", "RealNVP") if self.tasks_of(family)]
+        affine = itertools.product(self.sizes, self.layers, families)
+        splines = itertools.product(self.spline_sizes, self.spline_layers, ["NSF"] if self.tasks_of("NSF") else [])
         return [
             Architecture(family, dim, hidden, layers)
-            for (dim, hidden), layers, family in itertools.product(self.sizes, self.layers, families)
+            for (dim, hidden), layers, family in itertools.chain(affine, splines)
         ]
+
+    def batches_of(self, family: str) -> tuple[int, ...]:
+        """The numbers of rows for members of a family."""
+        return self.spline_batches if family == "NSF" else self.batches
 
     def tasks_of(self, family: str) -> list[str]:
         """The tasks for members of a family, in the order of `TASKS`."""
@@ -70,7 +87,16 @@ class Plan:
     def quick(self) -> Plan:
         """One small size, to see that everything runs."""
         return dataclasses.replace(
-            self, sizes=((6, 32),), batches=(10,), layers=(2,), seconds=0.05, longest_call=1.0, memory=(6, 32, 100)
+            self,
+            sizes=((6, 32),),
+            batches=(10,),
+            layers=(2,),
+            spline_sizes=((6, 32),),
+            spline_batches=(10,),
+            spline_layers=(2,),
+            seconds=0.05,
+            longest_call=1.0,
+            memory=(6, 32, 100),
         )
 
     def full(self) -> Plan:

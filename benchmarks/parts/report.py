@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from parts.cells import DENSE, describe
+from parts.cells import AFFINE, DENSE, describe
 from parts.memory import LOOP
 from parts.peers import OURS
 from parts.plan import TASKS
@@ -43,6 +43,8 @@ def _by_architecture(found: list[Cell]) -> str:
     batches = sorted({cell["batch"] for cell in found})
     heading = ["D, H", "layers"]
     columns = {"ms": _ours, "/ dense": _over_dense, "torch / ours": _torch, f"{COMPILED} / ours": _compiled}
+    if any(AFFINE in cell["times"] for cell in found):
+        columns[f"/ {AFFINE}"] = _over_affine
     heading += [f"{name}, batch {batch:,}" for name in columns for batch in batches]
     by_size: dict[tuple[int, int, int], dict[int, Cell]] = {}
     for cell in found:
@@ -64,9 +66,14 @@ def _over_dense(cell: Cell) -> str:
     return ratio(cell["times"][OURS]["over_dense"])
 
 
+def _over_affine(cell: Cell) -> str:
+    own = cell["times"].get(AFFINE)
+    return ratio(1 / own["over_ours"]) if own else ""
+
+
 def _torch(cell: Cell) -> str:
     """The torch peer that takes the least time, measured or predicted, over ours."""
-    peers = {name: own for name, own in cell["times"].items() if name not in (OURS, DENSE, COMPILED)}
+    peers = {name: own for name, own in cell["times"].items() if name not in (OURS, DENSE, COMPILED, AFFINE)}
     name = min(peers, key=lambda name: peers[name]["over_ours"], default=None)
     return f"{_over_ours(peers[name])} {name}" if name else ""
 
@@ -116,7 +123,7 @@ def _both(own: dict[str, Any]) -> str:
 
 
 def _rank(name: str) -> tuple[int, str]:
-    return {DENSE: 0, OURS: 1}.get(name, 2), name
+    return {DENSE: 0, OURS: 1, AFFINE: 2}.get(name, 3), name
 
 
 # Smaller ones

@@ -155,7 +155,7 @@ class Loop:
         for taken, batch in enumerate(self._batches, 1):
             if not isinstance(batch, Rows):
                 continue
-            self._step(batch)
+            self.step(batch)
             if line.is_due:
                 self._show(line, taken / len(self._batches))
             interrupted = self._is_interrupted
@@ -175,7 +175,7 @@ class Loop:
             self.save(taken=0)
         self._show(line)
 
-    def _step(self, batch: Rows) -> None:
+    def step(self, batch: Rows) -> None:
         """Take one step of Adam, unless the loss or its gradient is not finite."""
         loss, rows, gradients = self._objective.step(batch)
         norm = clip(gradients, self._max_grad_norm)

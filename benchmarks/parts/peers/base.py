@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ class Peer(abc.ABC):
         self.architecture = architecture
         self.device = device
 
+    families: ClassVar[tuple[str, ...]] = ("MAF", "RealNVP")
+    """The families of which the peer has members here."""
     compiles = False
     """Whether the first call of a kind compiles something, and takes much longer for it."""
 
@@ -67,6 +69,10 @@ class Peer(abc.ABC):
     @abc.abstractmethod
     def train_step(self, data: Any) -> Any:
         """One step of Adam on the mean negative log-density of data."""
+
+    def fit_step(self, data: Any) -> Any:
+        """What the peer's user does for a step of `fit`: a training step."""
+        return self.train_step(data)
 
     @abc.abstractmethod
     def outputs(self, index: int, inputs: Tensor) -> Tensor:

@@ -12,20 +12,34 @@ import numpy as np
 import optax
 import paramax
 import torch
-from flowjax.bijections import AbstractBijection, Affine, Chain, Coupling, Flip, Invert, MaskedAutoregressive, Permute
+from flowjax.bijections import (
+    AbstractBijection,
+    Affine,
+    Chain,
+    Coupling,
+    Flip,
+    Invert,
+    MaskedAutoregressive,
+    Permute,
+    RationalQuadraticSpline,
+)
 from flowjax.distributions import AbstractDistribution, Normal, Transformed
 from torch import Tensor
 
-from parts.architecture import HIDDEN_LAYERS, Architecture, Linear, linears, network_of, paired, rearranged
+from parts.architecture import BINS, HIDDEN_LAYERS, Architecture, Linear, linears, network_of, paired, rearranged
 from parts.peers.base import LEARNING_RATE, Peer, UnsupportedError
 from parts.peers.natural import in_natural_order, ours_again
 from pyro_maf import transforms
 from pyro_maf.transforms import Stack
 
+TAIL_BOUND = 5.0
+"""Half the width of a spline's box, as zuko's."""
+
 
 class Flowjax(Peer):
     """`MaskedAutoregressive` and `Coupling` in a `Chain`: no slower than the `Scan` of flowjax's ready-made flows."""
 
+    families = ("MAF", "RealNVP", "NSF")
     compiles = True
 
     def __init__(self, architecture: Architecture, flow: Stack, device: torch.device) -> None:
@@ -34,7 +48,7 @@ class Flowjax(Peer):
             raise UnsupportedError(f"jax was installed for {jax.default_backend()}")
         self.layers = list(flow)
         self.networks: list[eqx.nn.MLP] = []
-        make = self._autoregressive if architecture.family == "MAF" else self._coupling
+        make = self._coupling if architecture.family == "RealNVP" else self._autoregressive
         bijections: list[AbstractBijection] = []
         for layer in self.layers:
             bijections += make(layer)
@@ -43,13 +57,16 @@ class Flowjax(Peer):
 
     def _autoregressive(self, layer: transforms.MaskedAutoregressive) -> list[AbstractBijection]:
         """A reversal, which the layer next to the noise does without, and the layer."""
+        is_spline = self.architecture.family == "NSF"
         bijection = MaskedAutoregressive(
             jax.random.key(0),
-            transformer=Affine(),
+            transformer=RationalQuadraticSpline(knots=BINS, interval=TAIL_BOUND) if is_spline else Affine(),
             dim=self.architecture.dim,
             nn_width=self.architecture.hidden,
             nn_depth=HIDDEN_LAYERS,
         )
+        if is_spline:
+            return [Flip((self.architecture.dim,)), bijection]
         network = _filled(bijection.masked_autoregressive_mlp, in_natural_order(layer, scale_first=False), masked=True)
         self.networks.append(paramax.unwrap(network))
         bijection = eqx.tree_at(lambda it: it.masked_autoregressive_mlp, bijection, network)

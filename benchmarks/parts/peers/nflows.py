@@ -7,17 +7,23 @@ import torch.nn.functional as F
 from nflows.distributions.normal import StandardNormal
 from nflows.flows.base import Flow
 from nflows.nn.nets.mlp import MLP
-from nflows.transforms.autoregressive import MaskedAffineAutoregressiveTransform
+from nflows.transforms.autoregressive import (
+    MaskedAffineAutoregressiveTransform,
+    MaskedPiecewiseRationalQuadraticAutoregressiveTransform,
+)
 from nflows.transforms.base import CompositeTransform, Transform
 from nflows.transforms.coupling import AffineCouplingTransform
 from nflows.transforms.permutations import ReversePermutation
 from torch import Tensor
 
-from parts.architecture import HIDDEN_LAYERS, Architecture, linears, network_of
+from parts.architecture import BINS, HIDDEN_LAYERS, Architecture, linears, network_of
 from parts.peers.base import TorchPeer
 from parts.peers.natural import in_natural_order, ours_again
 from parts.peers.weights import fill
 from pyro_maf.transforms import Coupling, MaskedAutoregressive, Stack
+
+TAIL_BOUND = 5.0
+"""Half the width of a spline's box, as zuko's."""
 
 
 class _Conditioner(MLP):
@@ -28,16 +34,18 @@ class _Conditioner(MLP):
 
 
 class Nflows(TorchPeer):
-    """`MaskedAffineAutoregressiveTransform` and `AffineCouplingTransform`."""
+    """`MaskedAffineAutoregressiveTransform`, the same of rational-quadratic splines, and `AffineCouplingTransform`."""
+
+    families = ("MAF", "RealNVP", "NSF")
 
     def __init__(self, architecture: Architecture, flow: Stack, device: torch.device) -> None:
         super().__init__(architecture, flow, device)
         self.layers = list(flow)
         self.networks = []
-        make = self._autoregressive if architecture.family == "MAF" else self._coupling
+        make = {"MAF": self._autoregressive, "RealNVP": self._coupling, "NSF": self._spline}[architecture.family]
         transforms: list[Transform] = []
         for index, layer in enumerate(reversed(self.layers)):
-            if architecture.family == "MAF" and index:
+            if architecture.family != "RealNVP" and index:
                 transforms.append(ReversePermutation(architecture.dim))
             transforms.append(make(layer))
         self.networks.reverse()
@@ -56,6 +64,13 @@ class Nflows(TorchPeer):
         )
         self.networks.append(network)
         return transform
+
+    def _spline(self, layer: MaskedAutoregressive) -> Transform:
+        blocks = {"num_blocks": HIDDEN_LAYERS - 1, "use_residual_blocks": False}
+        spline = {"num_bins": BINS, "tails": "linear", "tail_bound": TAIL_BOUND}
+        return MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
+            self.architecture.dim, self.architecture.hidden, **blocks, **spline
+        )
 
     def _coupling(self, layer: Coupling) -> Transform:
         widths = [self.architecture.hidden] * HIDDEN_LAYERS

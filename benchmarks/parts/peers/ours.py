@@ -8,18 +8,27 @@ import torch
 from torch import Tensor
 
 from parts.architecture import Architecture, networks
-from parts.peers.base import TorchPeer
+from parts.peers.base import LEARNING_RATE, TorchPeer
 from pyro_maf import FlowPrior
+from pyro_maf._core.interruption import Interruption
+from pyro_maf._core.processes import Processes
+from pyro_maf.tables import Rows
+from pyro_maf.training.batches import Batches
+from pyro_maf.training.loop import Loop
+from pyro_maf.training.state import Schedule
 from pyro_maf.transforms import Stack
 
 
 class Ours(TorchPeer):
-    """`pyro_maf.MAF` and `pyro_maf.RealNVP`."""
+    """`pyro_maf.MAF`, `pyro_maf.RealNVP` and `pyro_maf.NSF`."""
+
+    families = ("MAF", "RealNVP", "NSF")
 
     def __init__(self, architecture: Architecture, flow: Stack, device: torch.device) -> None:
         super().__init__(architecture, flow, device)
         self.module = self.flow = copy.deepcopy(flow).to(device)
         self.distribution = FlowPrior(self.flow)
+        self._loop: Loop | None = None
         self._ready()
 
     def _to_data(self, noise: Tensor) -> Tensor:
@@ -31,6 +40,17 @@ class Ours(TorchPeer):
 
     def _log_prob(self, data: Tensor) -> Tensor:
         return self.distribution.log_prob(data)
+
+    def fit_step(self, data: Tensor) -> None:
+        """A step of `fit`, as its loop takes it."""
+        if self._loop is None:
+            prior, one, processes = FlowPrior(copy.deepcopy(self.flow)), Rows(data[:1], None), Processes()
+            batches, schedule = Batches(one, 1, None, processes), Schedule(LEARNING_RATE, patience=1)
+            limits = {"max_epochs": 1, "max_grad_norm": 100.0}
+            together = {"schedule": schedule, "interruption": Interruption(), "processes": processes}
+            self._loop = Loop(prior, batches, batches, **limits, **together)
+        self._loop.step(Rows(data, None))
+        self._finished(data)
 
     def outputs(self, index: int, inputs: Tensor) -> Tensor:
         return networks(self.flow)[index].run(inputs.to(self.device), None).cpu()

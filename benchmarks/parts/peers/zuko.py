@@ -6,23 +6,25 @@ import torch
 import zuko
 from torch import Tensor
 
-from parts.architecture import HIDDEN_LAYERS, Architecture, linears, network_of, paired, rearranged
+from parts.architecture import BINS, HIDDEN_LAYERS, Architecture, linears, network_of, paired, rearranged
 from parts.peers.base import TorchPeer
 from parts.peers.weights import fill
 from pyro_maf.transforms import Stack
 
 
 class Zuko(TorchPeer):
-    """`zuko.flows.MAF` and `zuko.flows.RealNVP`, whose orders and masks alternate as ours do."""
+    """`zuko.flows.MAF`, `RealNVP` and `NSF`, whose orders and masks alternate as ours do."""
+
+    families = ("MAF", "RealNVP", "NSF")
 
     def __init__(self, architecture: Architecture, flow: Stack, device: torch.device) -> None:
         super().__init__(architecture, flow, device)
-        make = {"MAF": zuko.flows.MAF, "RealNVP": zuko.flows.RealNVP}[architecture.family]
-        self.module = make(
-            architecture.dim, transforms=architecture.layers, hidden_features=[architecture.hidden] * HIDDEN_LAYERS
-        )
+        make = {"MAF": zuko.flows.MAF, "RealNVP": zuko.flows.RealNVP, "NSF": zuko.flows.NSF}[architecture.family]
+        sizes = {"transforms": architecture.layers, "hidden_features": [architecture.hidden] * HIDDEN_LAYERS}
+        bins = {"bins": BINS} if architecture.family == "NSF" else {}
+        self.module = make(architecture.dim, **sizes, **bins)
         self.hyper = [layer.hyper for layer in self.module.transform.transforms][::-1]
-        for layer, hyper in zip(flow, self.hyper, strict=True):
+        for layer, hyper in zip(flow, self.hyper, strict=True) if not bins else ():
             copied = linears(network_of(layer))
             self.width = len(copied[-1].bias)
             fill(hyper, copied if architecture.family == "MAF" else rearranged(copied, outputs=paired(self.width)))
