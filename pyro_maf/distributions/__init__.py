@@ -1,19 +1,25 @@
 """Densities built from flows and masked networks: Pyro distributions that are torch modules too."""
 
+from pyro_maf.distributions.categorical import AutoregressiveCategorical
 from pyro_maf.distributions.density import ConditionalDensity, ConditionalDensityForm, ConditionedDensity, Density
 from pyro_maf.distributions.flow_prior import ConditionalFlowPrior, FlowPrior
 from pyro_maf.distributions.made_mog import ConditionalMADEMoG, MADEMoG
 from pyro_maf.distributions.maf_mog import ConditionalMAFMoG, MAFMoG
+from pyro_maf.distributions.table_density import ConditionalTableDensity, DequantisedDensity, TableDensity
 
 __all__ = [
+    "AutoregressiveCategorical",
     "ConditionalDensity",
     "ConditionalDensityForm",
     "ConditionalFlowPrior",
     "ConditionalMADEMoG",
     "ConditionalMAFMoG",
+    "ConditionalTableDensity",
     "ConditionedDensity",
     "Density",
+    "DequantisedDensity",
     "FlowPrior",
     "MADEMoG",
     "MAFMoG",
+    "TableDensity",
 ]

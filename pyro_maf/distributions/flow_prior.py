@@ -127,8 +127,8 @@ class FlowPrior(Density):
         """Arguments of the constructor, with support and columns by name, as JSON needs."""
         by_name = {
             "support": self.units.support.name,
-            "columns": _named(self._layouts["value"]),
-            "context_columns": _named(self._layouts["context"]),
+            "columns": self._layouts["value"].as_entries(),
+            "context_columns": self._layouts["context"].as_entries(),
         }
         return {**{name: value for name, value in self._arguments.items() if name not in by_name}, **by_name}
 
@@ -373,11 +373,6 @@ class ConditionalFlowPrior(ConditionalDensity):
     def unpack(self, value: Tensor) -> dict[str, Tensor]:
         r"""Split a value, (\*batch, D), by the names of its columns, as `FlowPrior.unpack`."""
         return self.density.unpack(value)
-
-
-def _named(layout: Layout) -> tuple[tuple[str, Sequence[int]], ...]:
-    """Names and shapes of a layout's entries, from which `Layout.named` builds it; () if they have no names."""
-    return tuple(zip(map(str, layout.names or ()), layout.shapes, strict=False))
 
 
 def _check_model(who: str, model: object) -> None:

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pyro_maf.tables.categories import Categories, coded, coded_frame, restored
+
 if TYPE_CHECKING:
     from pandas import DataFrame
 
@@ -105,6 +107,8 @@ class Layout(NamedTuple):
         form: "frame", "dict" or, without names, "rows".
         names: Names of the columns of a frame, or of the entries of a dictionary: the sites of a posterior.
         shapes: Shape of one row of each: () for a column.
+        categories: Categories of each column, or None for a column of numbers; () if there are none.
+        dtypes: Dtypes of the columns of a frame, by name, to which samples are converted.
 
     Example:
         >>> layout = Layout.of({"mu": torch.zeros(9), "b": torch.zeros(9, 2)})
@@ -117,6 +121,8 @@ class Layout(NamedTuple):
     form: str = "rows"
     names: tuple[Hashable, ...] = ()
     shapes: tuple[tuple[int, ...], ...] = ()
+    categories: tuple[Categories, ...] = ()
+    dtypes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, value: TableLike | None) -> Layout:
@@ -134,21 +140,41 @@ class Layout(NamedTuple):
         """Layout of a dictionary with entries of these names and row shapes."""
         return cls("dict", tuple(name for name, _ in entries), tuple(tuple(shape) for _, shape in entries))
 
+    def as_entries(self) -> tuple[tuple[str, Sequence[int]], ...]:
+        """Names and shapes, from which `named` builds it; () if the columns have no names."""
+        return tuple(zip(map(str, self.names), self.shapes, strict=True))
+
     @property
     def labels(self) -> list[str]:
         """A name for each number of a row."""
         return [label for name, shape in zip(self.names, self.shapes, strict=True) for label in _labels(name, shape)]
 
+    @property
+    def in_categories(self) -> list[int]:
+        """Indices of the columns of categories."""
+        return [index for index, categories in enumerate(self.categories) if categories is not None]
+
+    def coded(self, value: TableLike) -> TableLike:
+        """A frame or dictionary with this layout's columns, its categories as numbers; others as they are."""
+        if not self.in_categories or not (isinstance(value, Mapping) or is_frame(value)):
+            return value
+        if isinstance(value, Mapping):
+            pairs = zip(self.names, self.categories, strict=True)
+            return {**value, **{name: coded(value[name], each) for name, each in pairs if each is not None}}
+        return coded_frame(cast("DataFrame", value), self.categories)
+
     def pick(self, who: str, role: str, value: TableLike) -> TableLike:
         """Select the columns of this layout, in its order, from a table with names; return others unchanged.
+
+        Categories become their numbers, -1 for unknown ones.
 
         Raises:
             ValueError: If a column is missing, or an entry has another shape.
         """
         value = self._one_row(value)
         other = Layout.of(value)
-        if not self.names or not other.names or other[1:] == self[1:]:
-            return value
+        if not self.names or not other.names or other[1:3] == self[1:3]:
+            return self.coded(value)
         by_name = {str(name): name for name in other.names}
         wanted = self.names if isinstance(value, Mapping) else self.labels
         missing = [name for name in wanted if str(name) not in by_name]
@@ -158,14 +184,14 @@ class Layout(NamedTuple):
             )
         names = [by_name[str(name)] for name in wanted]
         if not isinstance(value, Mapping):
-            return cast(_Frame, value)[names]
+            return self.coded(cast(_Frame, value)[names])
         picked = {name: value[name] for name in names}
         for name, shape, expected in zip(wanted, Layout.of(picked).shapes, self.shapes, strict=True):
             if shape != expected:
                 raise ValueError(
                     f"{who} expected {role} {str(name)!r} of shape {_with_rows(expected)}, got {_with_rows(shape)}."
                 )
-        return picked
+        return self.coded(picked)
 
     def has_all(self, value: TableLike) -> bool:
         """Return whether a table with names has all columns of this layout."""
@@ -220,7 +246,8 @@ class Layout(NamedTuple):
         if self.form == "frame":
             from pandas import DataFrame
 
-            return DataFrame(rows.detach().cpu().numpy(), columns=list(self.names))
+            frame = DataFrame(rows.detach().cpu().numpy(), columns=list(self.names))
+            return restored(frame, self.categories, self.dtypes) if self.dtypes else frame
         return self.entries(rows) if self.form == "dict" else rows
 
     def entries(self, rows: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,122 @@
+"""Columns of categories: texts and truth values of a data frame, as numbers and back."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyro_maf._core.checks import InputError
+
+if TYPE_CHECKING:
+    from pandas import DataFrame, Series
+
+__all__ = ["Categories", "categories_of", "coded", "coded_frame", "decoded", "restored"]
+
+Categories: TypeAlias = tuple[Hashable, ...] | None
+"""Categories of a column in order, whose numbers are 0, 1, ...; None for a column of numbers."""
+
+MOST_CATEGORIES = 1000
+LEAST_ROWS = 2
+"""Maximum number of categories of a column, and least number of rows to a category on average: of fewer they are names
+of rows."""
+
+
+def categories_of(who: str, frame: DataFrame) -> tuple[Categories, ...]:
+    """Categories of each column of a data frame that holds texts, truth values or a categorical type.
+
+    Args:
+        who: The caller, for errors.
+        frame: The frame. Columns of other objects, as of dates, have None, as numbers have.
+
+    Raises:
+        InputError: For a missing value among categories, with row and column.
+        ValueError: For a column with as many categories as rows, such as names.
+
+    Example:
+        >>> from pandas import DataFrame
+        >>> categories_of("fit", DataFrame({"a": [1.5, 2.5] * 2, "b": ["red", "blue"] * 2, "c": [True, False] * 2}))
+        (None, ('blue', 'red'), (False, True))
+    """
+    return tuple(_categories(who, place, name, frame.iloc[:, place]) for place, name in enumerate(frame.columns))
+
+
+def _categories(who: str, place: int, name: Hashable, column: Series[Any]) -> Categories:
+    kind = getattr(column.dtype, "kind", "O")
+    is_categorical = hasattr(column.dtype, "categories")
+    if not is_categorical and kind not in "ObTU":
+        return None
+    missing = column.isna().to_numpy()
+    values = column[~missing].unique()
+    if not is_categorical and not all(isinstance(value, (str, bool, np.bool_)) for value in values):
+        return None
+    if missing.any():
+        row = int(missing.argmax())
+        raise InputError(
+            f"{who} expected a category, got a missing value in row {row}, column {name!r} ({int(missing.sum())} of "
+            f"{len(column)} rows have one): fill it in, as by fillna('unknown'), or drop those rows.",
+            row=row,
+            column=place,
+        )
+    if len(values) > min(MOST_CATEGORIES, max(2, len(column) // LEAST_ROWS)):
+        raise ValueError(
+            f"{who} expected categories that repeat, got {len(values)} in {len(column)} rows of column {name!r}: "
+            "drop it or merge the rare ones."
+        )
+    order = list(column.dtype.categories) if is_categorical else sorted(values, key=lambda value: (str(value), value))
+    present = set(values.tolist())
+    return tuple(value.item() if isinstance(value, np.generic) else value for value in order if value in present)
+
+
+def coded(values: object, categories: Sequence[Hashable]) -> NDArray[np.float32]:
+    """Numbers of values in their categories, -1 for others, NaN for missing ones.
+
+    Example:
+        >>> coded(["red", "green", None], ("blue", "red")).tolist()
+        [1.0, -1.0, nan]
+    """
+    number = {category: index for index, category in enumerate(categories)}
+    each = np.asarray(values, dtype=object).tolist()
+    codes = [np.nan if value is None or value != value else number.get(value, -1) for value in each]
+    return np.array(codes, np.float32)
+
+
+def decoded(numbers: NDArray[np.floating], categories: Sequence[Hashable]) -> list[Hashable]:
+    """The categories of numbers.
+
+    Example:
+        >>> decoded(np.array([1.0, 0.0]), ("blue", "red"))
+        ['red', 'blue']
+    """
+    return [categories[number] for number in numbers.astype(int).tolist()]
+
+
+def coded_frame(frame: DataFrame, categories: Sequence[Categories]) -> DataFrame:
+    """A frame with its categories as numbers."""
+    frame = frame.copy()
+    for place, among in enumerate(categories):
+        if among is not None:
+            frame.isetitem(place, coded(frame.iloc[:, place], among))
+    return frame
+
+
+def restored(frame: DataFrame, categories: Sequence[Categories], dtypes: Sequence[str]) -> DataFrame:
+    """A frame of numbers with categories by their names, and in other dtypes.
+
+    Args:
+        frame: The frame.
+        categories: Categories of each column, or () if there are none.
+        dtypes: Dtypes of the columns, by name; numbers are rounded for integers.
+    """
+    frame = frame.copy()
+    for place, dtype in enumerate(dtypes):
+        column: Any = frame.iloc[:, place]
+        among = categories[place] if categories else None
+        if among is not None:
+            column = type(column)(decoded(column.to_numpy(), among), index=frame.index, dtype=object)
+        elif dtype.lower().startswith(("int", "uint")):
+            column = column.round()
+        frame.isetitem(place, column.astype(dtype))
+    return frame
