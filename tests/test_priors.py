@@ -327,8 +327,9 @@ def test_fit_prior_returns_a_frozen_prior_on_the_support_and_is_repeatable(suppo
 def test_fit_prior_has_the_options_of_fit() -> None:
     shown, of_fit = (dict(inspect.signature(function).parameters) for function in (fit_prior, pyro_maf.fit))
     assert list(shown)[:2] == ["data", "flow"]
-    assert shown.keys() - {"flow"} == of_fit.keys() - {"model"}
-    assert all(shown[name].default == of_fit[name].default for name in shown.keys() - {"flow"})
+    # A prior is a density of all columns, and its data come first.
+    assert shown.keys() - {"flow"} == of_fit.keys() - {"model", "dequantise"}
+    assert all(shown[name].default == of_fit[name].default for name in shown.keys() - {"flow", "data"})
     types = get_type_hints(pyro_maf.fit)
     assert all(types[name] == its_type for name, its_type in get_type_hints(FitOptions).items())
 

@@ -193,7 +193,7 @@ def test_a_streamed_table_is_screened_too(tmp_path: Path, monkeypatch: pytest.Mo
     np.save(tmp_path / "rows.npy", normal(0, 20_000, 2).round())
     monkeypatch.setattr("pyro_maf.tables.disk.IN_MEMORY", 0)
     with pytest.warns(UserWarning, match=r"few distinct values in column 0 \(\d+ in 10,000 rows\)"):
-        quick(MAF(2, num_layers=1), np.load(tmp_path / "rows.npy", mmap_mode="r"), batch_size=5000)
+        quick(MAF(2, num_layers=1), np.load(tmp_path / "rows.npy", mmap_mode="r"), batch_size=5000, dequantise=False)
 
 
 def test_the_command_says_them_by_name_and_the_report_shows_them(tmp_path: Path) -> None:

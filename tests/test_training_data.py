@@ -83,7 +83,7 @@ def test_one_dimension_needs_no_second_axis(form: Callable[[Any], Any]) -> None:
 
 def test_whole_numbers_and_truth_values_are_numbers() -> None:
     frame = pd.DataFrame({"count": np.arange(100) % 7, "flag": np.arange(100) % 3 == 0})
-    with pytest.warns(UserWarning, match="few distinct values"):
+    with pytest.warns(UserWarning, match="values on a grid"):
         expected, of_frame, of_tensor = (
             fit(small_maf(), rows, **QUICK)
             for rows in (frame.to_numpy(np.float64), frame, torch.tensor(frame.to_numpy(np.int64)))
@@ -356,8 +356,9 @@ BAD_DATA: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "text in a frame": (
         FRAME.assign(weight=pd.Categorical(["light", "heavy"] * 100)),
-        TypeError,
-        "fit expected data of numeric columns, got column 'weight' of category: drop it or encode it.",
+        ValueError,
+        "fit expected a MAF of input_dim 1 and context_dim 2, as 'weight' holds categories, of which the flow is given "
+        "2 one-hot, got input_dim 2 and context_dim 0: build it so, or leave it out, fit(data).",
     ),
 }
 

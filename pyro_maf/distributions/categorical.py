@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -21,8 +22,9 @@ __all__ = ["AutoregressiveCategorical"]
 class AutoregressiveCategorical(Density):
     r"""Probability of categories: p(k) = prod_j softmax(logits_j(k_<j, context))[k_j], a network a column.
 
-    Each network sees the columns before its own one-hot; that of the first column sees the context alone. A new one is
-    uniform; `start_at` sets it to the frequencies in some rows.
+    Each network sees the columns before its own one-hot, to which its output is linear but for a hidden layer; that of
+    the first column sees the context alone. A new one is uniform. `start_at` sets it to frequencies in some rows: of
+    each column given the one before it that tells most about it.
 
     Args:
         num_categories: Number of categories of each column, at least 1.
@@ -66,6 +68,9 @@ class AutoregressiveCategorical(Density):
         )
         for network in self.conditionals:
             cast(MLP, network).zero_output()
+        self.direct = nn.ParameterList(
+            torch.zeros(count, seen) for seen, count in zip(before, self.num_categories, strict=False)
+        )
 
     @property
     def width(self) -> int:
@@ -79,19 +84,37 @@ class AutoregressiveCategorical(Density):
         return constraints.independent(constraints.integer_interval(0, most), 1)
 
     def start_at(self, value: Tensor, weights: Tensor | None = None) -> None:
-        """Set the probabilities to the frequencies of each column in rows, (rows, columns), whatever the others.
+        """Set the probabilities to frequencies in rows, of each column given one before it or none.
+
+        The one before it is that of the largest mutual information, if by Bayes' information criterion it is worth its
+        parameters. Frequencies have half a row more for each category, so that none is impossible, and those given
+        another column a row more of the column's own.
 
         Args:
-            value: The rows.
+            value: The rows, (rows, columns).
             weights: How often each row counts, (rows,); by default once.
+
+        Reference:
+            Chow & Liu, *Approximating Discrete Probability Distributions with Dependence Trees*, 1968.
         """
-        for column, network in zip(value.long().unbind(-1), self.conditionals, strict=True):
-            layer = cast(nn.Linear, cast(MLP, network).layers[-1])
-            counts = torch.bincount(column, weights, minlength=layer.out_features)
-            # Half a row more each, so that none is impossible.
-            share = (counts + 0.5) / (counts + 0.5).sum()
+        columns, before = value.long().unbind(-1), [0, *itertools.accumulate(self.num_categories)]
+        for number, count in enumerate(self.num_categories):
+            counts = torch.bincount(columns[number], weights, minlength=count).double() + 0.5
+            share = counts / counts.sum()
+            best, gain = None, 0.0
+            for other, others in enumerate(self.num_categories[:number]):
+                pairs = torch.bincount(columns[other] * count + columns[number], weights, minlength=others * count)
+                table = pairs.double().view(others, count)
+                given = ((table + share) / (table.sum(1, keepdim=True) + 1)).log() - share.log()
+                worth = float((table * given).sum()) - 0.5 * (others - 1) * (count - 1) * math.log(len(value))
+                if worth > gain:
+                    best, gain = (other, given), worth
             with torch.no_grad():
-                layer.bias.copy_(share.log())
+                cast(nn.Linear, cast(MLP, self.conditionals[number]).layers[-1]).bias.copy_(share.log())
+                self.direct[number].zero_()
+                if best is not None:
+                    first = before[best[0]]
+                    self.direct[number][:, first : first + len(best[1])] = best[1].T.to(self.direct[number])
 
     def one_hot(self, value: Tensor) -> Tensor:
         r"""All categories one-hot, (\*batch, width), in the density's dtype; values that are none are clamped."""
@@ -130,4 +153,4 @@ class AutoregressiveCategorical(Density):
         return torch.stack(drawn, -1)
 
     def _logits(self, number: int, seen: Tensor, context: Tensor | None) -> Tensor:
-        return cast(MLP, self.conditionals[number]).run(seen, context)
+        return cast(MLP, self.conditionals[number]).run(seen, context) + seen @ self.direct[number].T

@@ -99,7 +99,11 @@ class Steps:
         # Where both are above 0, by symmetry, on the side where Phi is small.
         low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)
         log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
-        return (log_high + torch.log1p(-(log_low - log_high).clamp(max=-1e-12).exp())).to(value.dtype)
+        exact = (log_high + torch.log1p(-(log_low - log_high).clamp(max=-1e-12).exp())).to(value.dtype)
+        if exact.isfinite().all():
+            return exact
+        # The noise of a mixture overflows some 40 standard deviations out; its density does not.
+        return torch.where(exact.isfinite(), exact, self.prior.log_density(value, context) + self.log_volume)
 
 
 def dequantised(value: Tensor, spacing: Sequence[float], generator: torch.Generator | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -24,8 +24,9 @@ from pyro_maf.experiments.models import Candidate, candidates, fit_gaussian
 from pyro_maf.experiments.results import Comparison, Score
 from pyro_maf.tables import Rows
 from pyro_maf.tables.layout import Layout, TableLike, check_paired, number_of_rows, numbers
+from pyro_maf.tables.named_rows import named_rows
 from pyro_maf.tables.rows import copies_of
-from pyro_maf.tables.table import Table, named_rows
+from pyro_maf.tables.table import Table
 from pyro_maf.training import FitResult, fit
 from pyro_maf.training.result import log_prob_of
 
@@ -162,7 +163,7 @@ class _Contest:
             if result.interrupted:
                 self.interrupted = True
                 return None
-            density = result.density
+            density = cast("FlowPrior | ConditionalFlowPrior", result.density)
             score = self._score(model, density, result.epochs, result.seconds, result.stop_reason)
         if folder is not None:
             _write_score(folder, score, density, fingerprint)
@@ -182,6 +183,7 @@ class _Contest:
             rows,
             context=context,
             validation=(validation, validation_context),
+            dequantise=False,  # densities, to be compared with the paper's
             progress=self.progress,
             folder=folder,
             resume=folder is not None,

@@ -172,7 +172,7 @@ def _title(result: FitResult, examination: Examination, label: str) -> str:
 
 def _figures(result: FitResult, examination: Examination) -> list[Headline]:
     """Return the headline figures."""
-    weight = reference_tensor(result.density.unwrapped.model)
+    weight = reference_tensor(result.density)
     dtype = "" if weight is None else str(weight.dtype).removeprefix("torch.")
     parameters = f"{sum(parameter.numel() for parameter in result.density.parameters()):,}"
     columns = f"{len(examination.names):,}"

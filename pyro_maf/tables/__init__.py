@@ -7,7 +7,7 @@ from pyro_maf.tables.layout import TableLike
 from pyro_maf.tables.reader import Reader
 from pyro_maf.tables.rows import Rows
 
-__all__ = ["MappedRows", "Reader", "Rows", "rows_of"]
+__all__ = ["MappedRows", "Reader", "Rows", "is_mapped", "rows_of"]
 
 
 def rows_of(

@@ -45,7 +45,8 @@ def categories_of(who: str, frame: DataFrame) -> tuple[Categories, ...]:
 
 def _categories(who: str, place: int, name: Hashable, column: Series[Any]) -> Categories:
     kind = getattr(column.dtype, "kind", "O")
-    is_categorical = hasattr(column.dtype, "categories")
+    dtype: Any = column.dtype
+    is_categorical = hasattr(dtype, "categories")
     if not is_categorical and kind not in "ObTU":
         return None
     missing = column.isna().to_numpy()
@@ -65,7 +66,7 @@ def _categories(who: str, place: int, name: Hashable, column: Series[Any]) -> Ca
             f"{who} expected categories that repeat, got {len(values)} in {len(column)} rows of column {name!r}: "
             "drop it or merge the rare ones."
         )
-    order = list(column.dtype.categories) if is_categorical else sorted(values, key=lambda value: (str(value), value))
+    order = list(dtype.categories) if is_categorical else sorted(values, key=lambda value: (str(value), value))
     present = set(values.tolist())
     return tuple(value.item() if isinstance(value, np.generic) else value for value in order if value in present)
 

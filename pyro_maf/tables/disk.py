@@ -142,7 +142,7 @@ class MappedRows:
         """Return whether values leave the support, as `Rows.leaves_in_float32`; after `split`."""
         return self._leaves
 
-    def split(self, fraction: float, generator: torch.Generator) -> Split[MappedRows]:
+    def split(self, fraction: float, generator: torch.Generator, *, by_chance: bool = False) -> Split[MappedRows]:
         """Hold out rows as `Rows.split`, by the seed of `generator`, and no more than a limit of memory.
 
         Cost: two passes over the file, the first one of which checks every row.
@@ -152,7 +152,7 @@ class MappedRows:
         """
         fraction = min(fraction, MOST_HELD / len(self.data))
         training = copy.copy(self)
-        repeats = training._survey(fraction, generator.initial_seed())
+        repeats = training._survey(fraction, generator.initial_seed(), by_chance)
         held_out, places, sample = [], [], []
         share = min(1.0, MOST_MEASURED / sum(training.sizes))
         for start in self.starts:
@@ -167,7 +167,7 @@ class MappedRows:
             self._reader.check_some_weight(training._total_weight)
         return Split(training, aside_rows, torch.cat(places), repeats)
 
-    def _survey(self, fraction: float, seed: int) -> int:
+    def _survey(self, fraction: float, seed: int, by_chance: bool) -> int:
         """Scan every row once: choose the validation rows, count the others, and return the number of repeats."""
         of_data, of_context, weights = RunningMoments(), RunningMoments(), hashlib.sha256()
         total = 0.0
@@ -194,12 +194,13 @@ class MappedRows:
         if self.context is not None:
             self._reader.check_varying(of_context.low, of_context.high, of_context=True)
         hashes, number = _tallied(counted)
-        self._choice = _Choice.of(hashes, number, fraction, len(self.data), seed)
+        choice = _Choice(fraction, seed) if by_chance else _Choice.of(hashes, number, fraction, len(self.data), seed)
+        self._choice = choice
         self.sizes = [
             length - self._choice.count(length, *block) for length, block in zip(self.sizes, counted, strict=True)
         ]
         # Either all copies of a row are counted or none.
-        return round(len(self.data) * (1 - len(number) / max(1, number.sum())))
+        return 0 if by_chance else round(len(self.data) * (1 - len(number) / max(1, number.sum())))
 
     def _whole(self, start: int) -> Rows:
         return self.take(slice(start, start + self.block))

@@ -123,7 +123,7 @@ class Rows(NamedTuple):
         rounded = torch.where(rounded.abs() < torch.finfo(torch.float32).tiny, 0.0, rounded)
         return bool(support.outside(rounded).any())
 
-    def split(self, fraction: float, generator: torch.Generator) -> Split[Rows]:
+    def split(self, fraction: float, generator: torch.Generator, *, by_chance: bool = False) -> Split[Rows]:
         """Hold out a random fraction of the rows, at least one, for validation; none for a fraction of 0.
 
         Equal rows stay together, or the validation score would be that of rows that were trained on. A row with more
@@ -134,13 +134,16 @@ class Rows(NamedTuple):
         Args:
             fraction: Fraction of validation rows, below 1.
             generator: Generator of the draw.
+            by_chance: True if rows are equal by chance, their values being few, and no copies: they are drawn one by
+                one.
         """
         if self.weights is not None and not self.weights.all():
             counted = self.weights.nonzero()[:, 0]
-            split = self.take(counted).split(fraction, generator)
+            split = self.take(counted).split(fraction, generator, by_chance=by_chance)
             return split._replace(places=counted[split.places])
-        distinct, number = copies_of(self)
-        repeats = len(self.data) - distinct
+        total = len(self.data)
+        distinct, number = (total, torch.arange(total)) if by_chance else copies_of(self)
+        repeats = total - distinct
         if not fraction:
             return Split(self, self.take(slice(0)), torch.empty(0, dtype=torch.int64), repeats)
         training, places = _divide(distinct, number, self.weights, fraction, generator)

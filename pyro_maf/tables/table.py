@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict, overload
+from typing import TypedDict, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +15,10 @@ from pyro_maf._core.checks import InputError
 from pyro_maf._core.messages import listed, quoted, shown
 from pyro_maf.tables.columns import Cells, Column, Survey, encoded
 from pyro_maf.tables.disk import Spool
-from pyro_maf.tables.layout import FloatArray, Layout, TableLike, without_column
-from pyro_maf.tables.reader import Labels
+from pyro_maf.tables.layout import FloatArray
 from pyro_maf.tables.sources import ArraySource, FileOrStream, Source, open_source
 
-__all__ = ["Description", "Gaps", "NamedRows", "Table", "named_rows", "read_table"]
+__all__ = ["Description", "Gaps", "Table", "read_table"]
 
 BYTES_IN_MEMORY = 2**29
 MOST_COMPARED = 2000
@@ -154,61 +153,6 @@ class Table:
     def __repr__(self) -> str:
         condition = f" given {', '.join(self.context_names)}" if self.context_names else ""
         return f"Table({len(self.data)} rows of {', '.join(self.names)}{condition})"
-
-
-class NamedRows(NamedTuple):
-    """Data and context, with the names of their columns and rows.
-
-    Attributes:
-        data: Rows (N, D).
-        context: As many rows (N, C), or None.
-        columns: Names of the columns of data, for options by name.
-        labels, context_labels: Names of columns and rows in messages.
-        weights: Weights (N,), or None.
-    """
-
-    data: TableLike
-    context: TableLike | None
-    columns: Layout
-    labels: Labels
-    context_labels: Labels
-    weights: TableLike | None = None
-
-
-def named_rows(
-    who: str, data: TableLike | Table, context: TableLike | None, weights: str | TableLike | None = None
-) -> NamedRows:
-    """Return the rows of a `Table`, which has a context and names, or of other data and context.
-
-    Args:
-        who: The caller, for errors.
-        data, context: The rows.
-        weights: Their weights (N,), or the column of data that holds them, which is then none of the data; or None.
-
-    Raises:
-        ValueError: For a context or weights beside a `Table` that has its own, and for a name that no column has.
-    """
-    if not isinstance(data, Table):
-        if isinstance(weights, str):
-            data, weights = without_column(who, "weights", data, weights)
-        return NamedRows(data, context, Layout.of(data), Labels.of(data), Labels.of(context), weights)
-    if context is not None:
-        raise ValueError(f"{who} got a context beside a Table, which has its own: leave it out.")
-    if isinstance(weights, str):
-        raise ValueError(
-            f"{who} got weights={weights!r} beside a Table: name that column when it is read, as "
-            f"read_table(..., weights={weights!r}), or give an array."
-        )
-    if weights is None:
-        weights = data.weights
-    elif data.weights is not None:
-        raise ValueError(f"{who} got weights beside a Table that has its own: leave them out.")
-    labels, context_labels = (
-        Labels(tuple(map(quoted, names)), data.numbers) for names in (data.names, data.context_names)
-    )
-    return NamedRows(
-        data.data, data.context, Layout.named([(name, ()) for name in data.names]), labels, context_labels, weights
-    )
 
 
 def read_table(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from pyro_maf._core.processes import Processes
+from pyro_maf.distributions.steps import dequantised
 from pyro_maf.tables import MappedRows, Rows
 
 __all__ = ["Batches"]
@@ -28,6 +29,7 @@ class Batches:
         size: Approximate number of rows in a batch.
         generator: Generator of the order of each pass; None for the order of the rows.
         processes: The processes that each take a part of every batch.
+        spacing: Spacing of each column, in which a pass adds uniform noise of torch's global generator; () for none.
 
     Example:
         >>> rows = Rows(torch.arange(10.0).unsqueeze(-1), None)
@@ -36,12 +38,18 @@ class Batches:
     """
 
     def __init__(
-        self, rows: Rows | MappedRows, size: int, generator: torch.Generator | None, processes: Processes
+        self,
+        rows: Rows | MappedRows,
+        size: int,
+        generator: torch.Generator | None,
+        processes: Processes,
+        spacing: Sequence[float] = (),
     ) -> None:
         self.rows = rows
         self._device = torch.device("cpu")
         self._generator = generator
         self._processes = processes
+        self._spacing = spacing
         self._order: Tensor | None = None
         self._passed_over = 0
         self._sample: Rows | None = None
@@ -68,7 +76,7 @@ class Batches:
     def sample(self) -> Rows:
         """Rows for the statistics of batch norm: up to a limit of memory, always the same, and read once."""
         if self._sample is None:
-            self._sample = self.rows.sample()
+            self._sample = self._spread(self.rows.sample(), torch.Generator().manual_seed(0))
         return self._sample.to(self._device)
 
     def order(self, taken: int) -> Tensor:
@@ -98,8 +106,15 @@ class Batches:
                 rows = self.rows.read(group.tolist())
                 order = order.to(rows.data.device)
             for number, index in enumerate(order.tensor_split(count)):
-                yield () if number < passed_over else rows.take(self._processes.part(index)).to(self._device)
+                if number < passed_over:
+                    yield ()
+                else:
+                    yield self._spread(rows.take(self._processes.part(index)).to(self._device))
             passed_over = max(0, passed_over - count)
+
+    def _spread(self, rows: Rows, generator: torch.Generator | None = None) -> Rows:
+        """Rows with noise within the steps of their grids."""
+        return rows._replace(data=dequantised(rows.data, self._spacing, generator)) if self._spacing else rows
 
     def _shuffled(self, count: int) -> Tensor:
         return torch.arange(count) if self._generator is None else torch.randperm(count, generator=self._generator)

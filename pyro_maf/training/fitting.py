@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,16 +21,18 @@ from pyro_maf._core.messages import require
 from pyro_maf._core.processes import Processes
 from pyro_maf._core.progress import check_progress
 from pyro_maf._core.torch_state import seeded
-from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
+from pyro_maf.distributions import ConditionalDensity, Density, TableDensity
 from pyro_maf.saving import describe, packed
-from pyro_maf.support import Support, SupportLike
-from pyro_maf.tables.layout import Layout, TableLike, number_of_columns
-from pyro_maf.tables.table import NamedRows, Table, named_rows
+from pyro_maf.support import SupportLike
+from pyro_maf.tables.layout import Layout, TableLike
+from pyro_maf.tables.named_rows import NamedRows, named_rows
+from pyro_maf.tables.table import Table
 from pyro_maf.training.batches import Batches
+from pyro_maf.training.choice import choose
 from pyro_maf.training.loop import Loop
 from pyro_maf.training.preparation import Fitted, Model, Prepared, Validation, prepare
 from pyro_maf.training.records import checkpoints
-from pyro_maf.training.result import FitResult
+from pyro_maf.training.result import FitResult, log_prob_of
 from pyro_maf.training.screening import announce, screen_ending
 from pyro_maf.training.state import Schedule, State
 from pyro_maf.transforms import BatchNorm, ConditionalFlow, Flow
@@ -41,13 +44,14 @@ VALIDATION_BATCH = 2048
 
 @torch.inference_mode(False)
 def fit(
-    model: Model,
-    data: TableLike | Table,
+    model: Model | TableLike | Table,
+    data: TableLike | Table | None = None,
     *,
     context: TableLike | None = None,
     weights: str | TableLike | None = None,
     support: SupportLike | None = None,
     validation: Validation = None,
+    dequantise: bool = True,
     batch_size: int = 256,
     max_epochs: int = 1000,
     patience: int = 30,
@@ -60,7 +64,7 @@ def fit(
     devices: int = 1,
     progress: bool | str = True,
 ) -> FitResult:
-    r"""Fit a flow or a density to data by maximum likelihood.
+    r"""Fit a flow or a density to data by maximum likelihood: `fit(model, data)`, or `fit(data)` with a default flow.
 
     Maximises mean_n log p(y_n | c_n) with p the density of T(loc + scale z), z ~ model, where T maps to the support,
     and loc and scale are the mean and standard deviation of the training rows before T, of which outliers are moved
@@ -83,7 +87,10 @@ def fit(
     batch, and `batch_size` is the total. Every process returns the result.
 
     Args:
-        model: A flow, a density, or a conditional form of either. A `FlowPrior` keeps its units.
+        model: A flow, a density, or a conditional form of either. A `FlowPrior` keeps its units, and is a density of
+            all columns. By default a `MAF`, or for a single column an `NSF`. If a data frame has columns of
+            categories, the model is of the other columns, with a context of that of the fit, if any, and then the
+            categories one-hot, one feature each.
         data: Rows (N, D): a tensor, an array, a data frame or nested lists of finite numbers, at least 10 rows; or a
             dictionary of tensors or arrays (N, ...), laid side by side, as the draws of a posterior; or a `Table` of
             `pyro_maf.datasets.read_table`, with its context, whose columns and rows messages name. They are rounded
@@ -104,6 +111,12 @@ def fit(
             or rows like `data`; or a tuple (data, context) of such for a model with a context, whose columns are
             matched by name if they have names; or (data, context, weights), with None for what there is not. A fraction
             is of distinct rows: all copies of a row, with its context, are for training, or all are for validation.
+        dequantise: Whether columns whose values repeat on a grid, counted or rounded, are fitted as such, and columns
+            of text, truth values or categories in a data frame, and without a model those of up to 10 numbers, as
+            categories. The result is a `TableDensity`: its log-likelihoods are log-probabilities in such columns, which
+            a warning names, and its draws lie on the grid. In training, uniform noise, new in each epoch, takes the
+            place of a number within its step, so that the losses bound the negative log-likelihood from above. False
+            for a density of all columns, as numbers.
         batch_size: Approximate number of rows in a batch: an epoch is cut into equal ones.
         max_epochs: Maximum number of epochs.
         patience: Number of epochs without a better validation log-likelihood after which to stop. After a quarter of it
@@ -159,7 +172,12 @@ def fit(
     Reference:
         Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017, section 4.
     """
-    weight = _first_weight(model, data)
+    chosen: Model | None = None
+    if data is not None or isinstance(model, (torch.nn.Module, type)):
+        _first_weight(model, data)
+        chosen, data = cast("Model", model), cast("TableLike | Table", data)
+    else:
+        data = cast("TableLike | Table", model)
     options = _Options(
         batch_size=batch_size,
         max_epochs=max_epochs,
@@ -173,12 +191,14 @@ def fit(
         devices=devices,
         progress=progress,
     )
-    source = named_rows("fit", data, context, weights)
-    on_support = _support(model, support, source)
-    prepared = prepare(
-        model, source, validation, on_support, weights=weights, dtype=weight.dtype, seed=int(options.seed)
+    choice = choose(
+        chosen, named_rows("fit", data, context, weights), support, dequantise=dequantise, seed=int(options.seed)
     )
-    return _train(prepared, source, weight, options)
+    weight = _first_weight(choice.model, data)
+    prepared = prepare(
+        choice, validation, dequantise=dequantise, weights=weights, dtype=weight.dtype, seed=int(options.seed)
+    )
+    return _train(prepared, choice.source, weight, options)
 
 
 @dataclass(frozen=True)
@@ -239,10 +259,10 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
         options: The options.
     """
     density, processes = prepared.density, Processes(options.devices)
-    layout, context_layout = Layout.of(source.data), Layout.of(source.context)
+    layout, context_layout = source.layout, Layout.of(source.context)
     if processes.is_first:
         announce(prepared.warnings)
-    batches = Batches(prepared.training, options.batch_size, prepared.generator, processes)
+    batches = Batches(prepared.training, options.batch_size, prepared.generator, processes, prepared.spacing)
     _check_batches(density, batches, options.batch_size, processes)
     settings = {} if options.folder is None else options.settings(prepared, weight.dtype)
     if layout.names or context_layout.names:
@@ -256,9 +276,9 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
         torch.autocast(weight.device.type, enabled=False),
     ):
         loop = Loop(
-            density.unwrapped,
+            prepared.trained,
             batches,
-            Batches(prepared.held_out, VALIDATION_BATCH, None, processes),
+            Batches(prepared.validation, VALIDATION_BATCH, None, processes),
             schedule=Schedule(options.learning_rate, options.patience),
             max_epochs=options.max_epochs,
             max_grad_norm=options.max_grad_norm,
@@ -288,7 +308,7 @@ def _result(state: State, prepared: Prepared, source: NamedRows, options: _Optio
         train_loss=tuple(epoch.train_loss for epoch in state.history),
         validation_loss=losses,
         best_epoch=schedule.best_epoch,
-        validation_log_likelihood=-schedule.best,
+        validation_log_likelihood=_score(prepared, -schedule.best),
         seconds=state.seconds,
         stop_reason=stopped or f"reached max_epochs ({options.max_epochs})",
         interrupted=state.interrupted,
@@ -299,9 +319,25 @@ def _result(state: State, prepared: Prepared, source: NamedRows, options: _Optio
         folder=folder,
         warnings=(*prepared.warnings, *endings),
         repeats=prepared.repeats,
-        layout=Layout.of(source.data),
+        layout=_layout(prepared.density, source),
         context_layout=Layout.of(source.context),
     )
+
+
+def _score(prepared: Prepared, best: float) -> float:
+    """Mean log-likelihood of the validation rows: the best one of the fit, or for a table that of its steps."""
+    if not prepared.spacing:
+        return best
+    rows = prepared.held_out
+    return rows.mean(torch.cat([*log_prob_of(prepared.density, rows.data, rows.context)]))
+
+
+def _layout(density: Fitted, source: NamedRows) -> Layout:
+    """The form of samples: for a table, in the dtypes of a data frame."""
+    if not isinstance(density.unwrapped, TableDensity) or source.layout.form != "frame":
+        return source.layout
+    dtypes = getattr(source.data if source.original is None else source.original, "dtypes", None)
+    return source.layout if dtypes is None else source.layout._replace(dtypes=tuple(map(str, dtypes)))
 
 
 def _first_weight(model: object, data: object) -> Tensor:
@@ -319,23 +355,6 @@ def _advice(model: object, data: object) -> str:
     if isinstance(model, type):
         return f" {model.__name__} is a class: build one of it, with a size, as fit(MAF(2), data)."
     return " The model comes first: fit(model, data)." if isinstance(data, torch.nn.Module) else ""
-
-
-def _support(model: Model, requested: SupportLike | None, source: NamedRows) -> Support:
-    """Return the requested support, or else that of the model."""
-    if isinstance(requested, Mapping):
-        columns = number_of_columns("fit", "data", source.data)
-        requested = source.columns.spread("fit", "support", requested, "real", columns)
-    inner = model.density if isinstance(model, ConditionalFlowPrior) else model
-    present = inner.units.support if isinstance(inner, FlowPrior) else None
-    if requested is None:
-        return Support("fit", "real", model.input_dim) if present is None else present
-    support = Support("fit", requested, model.input_dim)
-    if present is not None and present.name != support.name:
-        raise ValueError(
-            f"fit expected support {present.name!r}, that of the {type(model).__name__}, got {support.name!r}."
-        )
-    return support
 
 
 def _check_batches(density: Fitted, batches: Batches, batch_size: int, processes: Processes) -> None:

@@ -3,33 +3,64 @@
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple, TypeAlias, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
+from pyro_maf.distributions import (
+    ConditionalDensity,
+    ConditionalFlowPrior,
+    ConditionalTableDensity,
+    Density,
+    FlowPrior,
+    TableDensity,
+)
 from pyro_maf.distributions.data_units import float32_holds
+from pyro_maf.distributions.steps import dequantised
 from pyro_maf.support import Support
 from pyro_maf.tables import MappedRows, Reader, Rows, rows_of
 from pyro_maf.tables.layout import Layout, TableLike, without_column
 from pyro_maf.tables.moments import Moments
+from pyro_maf.tables.named_rows import NamedRows, named_rows
 from pyro_maf.tables.reader import Labels
 from pyro_maf.tables.rows import repeat_as_a_whole
-from pyro_maf.tables.table import NamedRows, Table, named_rows
+from pyro_maf.tables.table import Table
+from pyro_maf.training.kinds import Kinds, grids_of, sampled
 from pyro_maf.training.screening import screen_data
 from pyro_maf.transforms import ConditionalFlow, Flow
 
-__all__ = ["Fitted", "Model", "Prepared", "Validation", "prepare"]
+__all__ = ["Choice", "Fitted", "Model", "Prepared", "Validation", "prepare"]
 
 Model: TypeAlias = Flow | ConditionalFlow | Density | ConditionalDensity
-Fitted: TypeAlias = FlowPrior | ConditionalFlowPrior
+Fitted: TypeAlias = FlowPrior | ConditionalFlowPrior | TableDensity | ConditionalTableDensity
 Validation: TypeAlias = float | TableLike | Table | tuple[TableLike | None, ...] | None
 
 VALIDATION_FRACTION = 0.1
 MENTIONED = 0.01
 COARSE = 0.05
+MOST_COPIES, COPIED_ROWS = 8, 2048
+"""Copies of a validation row, with other noise, up to some number of rows: so few are soon scored."""
 FAR = 1000.0
+
+
+class Choice(NamedTuple):
+    """A model for rows, and the columns that are categories.
+
+    Attributes:
+        model: The model of the other columns, given the context and the categories one-hot.
+        source: The rows, all of them numbers.
+        support: The support of all columns, in which those of categories are real.
+        levels: Categories of each column as numbers, or None.
+        named: Columns of numbers that are taken as categories.
+    """
+
+    model: Model
+    source: NamedRows
+    support: Support
+    levels: Sequence[tuple[float, ...] | None]
+    named: Sequence[int] = ()
 
 
 class Prepared(NamedTuple):
@@ -37,6 +68,7 @@ class Prepared(NamedTuple):
 
     Attributes:
         density: The density to fit.
+        spacing: Spacing of the grid of each column, 0 for one without; () if there are none.
         training: Training rows, in memory or on disk.
         held_out: Validation rows.
         places: Indices of these in the data, from 0; None if they were passed separately.
@@ -48,6 +80,7 @@ class Prepared(NamedTuple):
     """
 
     density: Fitted
+    spacing: tuple[float, ...]
     training: Rows | MappedRows
     held_out: Rows
     places: Tensor | None
@@ -56,6 +89,24 @@ class Prepared(NamedTuple):
     moments: tuple[Moments, Moments | None]
     generator: torch.Generator
     warnings: list[str]
+
+    @property
+    def trained(self) -> Density:
+        """The density whose mean log-density is maximised: of numbers anywhere in their steps, for a table's."""
+        inner = self.density.unwrapped
+        return inner.dequantised if isinstance(inner, TableDensity) else inner
+
+    @property
+    def validation(self) -> Rows:
+        """The validation rows, of numbers anywhere in their steps: several copies of a few rows, always the same."""
+        if not self.spacing:
+            return self.held_out
+        copies = self.held_out.take(torch.arange(len(self.held_out.data)).repeat(self._copies))
+        return copies._replace(data=dequantised(copies.data, self.spacing, torch.Generator().manual_seed(0)))
+
+    @property
+    def _copies(self) -> int:
+        return max(1, min(MOST_COPIES, COPIED_ROWS // max(1, len(self.held_out.data))))
 
     def digest(self) -> str:
         """Fingerprint of the moments, the validation rows and the weights."""
@@ -71,11 +122,10 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    model: Model,
-    source: NamedRows,
+    choice: Choice,
     validation: Validation,
-    support: Support,
     *,
+    dequantise: bool = True,
     weights: str | TableLike | None = None,
     dtype: torch.dtype,
     seed: int,
@@ -83,26 +133,34 @@ def prepare(
     """Prepare a model and the rows for `fit`, on the CPU.
 
     Args:
-        model, validation, weights, seed: As in `fit`.
-        source: Data, context and weights.
-        support: The support of the data.
+        choice: The model, the rows, their support and their categories.
+        validation, weights, dequantise, seed: As in `fit`.
         dtype: Dtype of the model.
 
     Raises:
         ValueError, TypeError: As in `fit`.
     """
     generator = torch.Generator().manual_seed(seed)
-    fraction, separate = _validation(model, source, validation, support, weights)
-    reader = _reader(model, source, support)
+    model, source, support, levels, named = choice
+    fraction, separate = _validation(model, source, validation, support, weights, levels)
+    reader = _reader(model, source, support, levels)
     rows = rows_of(source.data, source.context, reader, source.weights)
     if isinstance(rows, Rows):
         reader.check_training(rows)
-    split = rows.split(fraction, generator)
+    kinds = Kinds(tuple(levels))
+    if dequantise and not isinstance(model, (FlowPrior, ConditionalFlowPrior)):
+        kinds = kinds._replace(grids=grids_of(rows, separate[0] if separate else None, support, levels))
+    split = rows.split(fraction, generator, by_chance=kinds.repeat_by_chance(rows))
     moments = _as_precise(split.training.moments(support), rows.dtypes, dtype)
     leaves = split.training.leaves_in_float32(support) or split.held_out.leaves_in_float32(support)
-    density = _in_units(model, support, moments, leaves=leaves)
+    density = _in_units(model, support, moments, kinds, sampled(split.training), leaves=leaves, seed=seed)
     prior = density.unwrapped
-    warnings = [*_on_repeats(rows, split.repeats), *_on_rounding(prior, moments, reader), *screen_data(rows, reader)]
+    warnings = [
+        *_on_repeats(rows, split.repeats),
+        *_on_rounding(prior, moments, reader),
+        *kinds.lines(reader.labels, named),
+        *screen_data(rows, reader, kinds.categories, [i for i, grid in enumerate(kinds.grids) if grid]),
+    ]
     if isinstance(rows, Rows):
         reader.check_rounded(rows.rounded_for(prior), prior)
     held_out, places = split.held_out.rounded_for(prior), split.places
@@ -116,6 +174,7 @@ def prepare(
         validation_reader.check_rounded(held_out, prior)
     return Prepared(
         density=density,
+        spacing=kinds.spacing,
         training=_normalised(split.training.rounded_for(prior)),
         held_out=held_out.normalised(),
         places=None if separate else places,
@@ -133,7 +192,12 @@ def _normalised(training: Rows | MappedRows) -> Rows | MappedRows:
 
 
 def _validation(
-    model: Model, source: NamedRows, validation: Validation, support: Support, weights: str | TableLike | None
+    model: Model,
+    source: NamedRows,
+    validation: Validation,
+    support: Support,
+    weights: str | TableLike | None,
+    levels: Sequence[tuple[float, ...] | None],
 ) -> tuple[float, tuple[Rows, Reader] | None]:
     """Return the fraction of rows to hold out, or else the validation rows that were passed, with their reader."""
     if validation is None or isinstance(validation, (int, float)):
@@ -152,20 +216,33 @@ def _validation(
     if not isinstance(data, Table):
         if isinstance(weights, str) and often is None:
             data, often = without_column("fit", "validation weights", data, weights)
-        data = Layout.of(source.data).pick("fit", "validation data", data)
+        data = source.layout.pick("fit", "validation data", data)
     if context is not None:
         context = Layout.of(source.context).pick("fit", "validation context", context)
     rows = named_rows("fit", data, context, often)
-    reader = _reader(model, rows, support, "validation ")
+    reader = _reader(model, rows, support, levels, "validation ")
     read = reader.read(rows.data, rows.context, weights=rows.weights)
     if read.weights is not None:
         reader.check_some_weight(float(read.weights.sum()))
     return 0.0, (read, reader)
 
 
-def _reader(model: Model, rows: NamedRows, support: Support, role: str = "") -> Reader:
+def _reader(
+    model: Model, rows: NamedRows, support: Support, levels: Sequence[tuple[float, ...] | None], role: str = ""
+) -> Reader:
     """Return the reader of rows for a model; a simplex has one column more than the model."""
     who = type(model).__name__
+    if any(levels) and not isinstance(model, (TableDensity, ConditionalTableDensity)):
+        context_dim = model.context_dim - sum(len(level) for level in levels if level is not None)
+        return Reader(
+            who="fit",
+            width=support.event_size,
+            context_width=context_dim,
+            labels=rows.labels,
+            context_labels=rows.context_labels,
+            support=support,
+            role=role,
+        )
     more = ", and 1 for a simplex" * (support.event_size - model.input_dim)
     return Reader(
         who="fit",
@@ -192,12 +269,23 @@ def _as_precise(
     return of_data, of_context
 
 
-def _in_units(model: Model, support: Support, moments: tuple[Moments, Moments | None], *, leaves: bool) -> Fitted:
+def _in_units(
+    model: Model,
+    support: Support,
+    moments: tuple[Moments, Moments | None],
+    kinds: Kinds,
+    training: Rows,
+    *,
+    leaves: bool,
+    seed: int,
+) -> Fitted:
     """Return the model on its support, standardised by the training rows; a prior keeps its units.
 
     Args:
-        model, support: As in `prepare`.
+        model, support, seed: As in `prepare`.
         moments: Moments of the unconstrained data, and of the context.
+        kinds: Kinds of the columns.
+        training: Training rows, or some of them.
         leaves: True if values leave the support when rounded to float32.
 
     Raises:
@@ -206,8 +294,10 @@ def _in_units(model: Model, support: Support, moments: tuple[Moments, Moments | 
     if isinstance(model, FlowPrior) and model.context_dim:
         units = {name: getattr(model, name) for name in ("loc", "scale", "context_loc", "context_scale")}
         return ConditionalFlowPrior(model.model, support=support.name, **units)
-    if isinstance(model, (FlowPrior, ConditionalFlowPrior)):
+    if isinstance(model, (FlowPrior, ConditionalFlowPrior, TableDensity, ConditionalTableDensity)):
         return model
+    if not kinds.are_plain:
+        return _table_density(model, support, moments, kinds, training, leaves=leaves, seed=seed)
     (loc, scale), of_context = moments
     if of_context is None and isinstance(model, (Flow, Density)):
         density: Fitted = FlowPrior(model, support=support.name, loc=loc, scale=scale)
@@ -216,7 +306,37 @@ def _in_units(model: Model, support: Support, moments: tuple[Moments, Moments | 
         density = ConditionalFlowPrior(
             model, support=support.name, loc=loc, scale=scale, context_loc=context_loc, context_scale=context_scale
         )
-    prior = density.unwrapped
+    _settle(density.unwrapped, leaves=leaves)
+    return density
+
+
+def _table_density(
+    model: Flow | ConditionalFlow | Density | ConditionalDensity,
+    support: Support,
+    moments: tuple[Moments, Moments | None],
+    kinds: Kinds,
+    training: Rows,
+    *,
+    leaves: bool,
+    seed: int,
+) -> TableDensity | ConditionalTableDensity:
+    """Return the density of a table around the model; the categories are at the end of its context, as they are."""
+    of_data, of_context = moments
+    inner: Flow | Density = model.unwrapped if isinstance(model, (ConditionalFlow, ConditionalDensity)) else model
+    one_hot = sum(kinds.num_categories)
+    context: dict[str, Any] = {}
+    if inner.context_dim:
+        loc, scale = of_context or (torch.zeros(0), torch.ones(0))
+        context["context_loc"] = torch.cat([loc, loc.new_zeros(one_hot)])
+        context["context_scale"] = torch.cat([scale, scale.new_ones(one_hot)])
+    loc, scale = kinds.moments_of_numbers(of_data, support)
+    prior = FlowPrior(inner, support=kinds.support_of_numbers(support).name, loc=loc, scale=scale, **context)
+    _settle(prior, leaves=leaves)
+    return kinds.around(prior, training, seed)
+
+
+def _settle(prior: FlowPrior, *, leaves: bool) -> None:
+    """Refuse a prior with a batch shape, and widen one whose values leave the support in float32."""
     if prior.batch_shape:
         raise ValueError(
             f"fit expected a single density, got {prior.model.name} with batch shape {tuple(prior.batch_shape)}: "
@@ -224,7 +344,6 @@ def _in_units(model: Model, support: Support, moments: tuple[Moments, Moments | 
         )
     if leaves:
         prior.units.widen()
-    return density
 
 
 def _on_repeats(rows: Rows | MappedRows, repeats: int) -> list[str]:
@@ -241,12 +360,14 @@ def _on_repeats(rows: Rows | MappedRows, repeats: int) -> list[str]:
     ]
 
 
-def _on_rounding(prior: FlowPrior, moments: tuple[Moments, Moments | None], reader: Reader) -> list[str]:
+def _on_rounding(
+    density: FlowPrior | TableDensity, moments: tuple[Moments, Moments | None], reader: Reader
+) -> list[str]:
     """Return a line on columns of data, and of context, for which the dtype of the density's values is too coarse."""
     of_data, of_context = moments
-    lines = _coarse("", of_data, prior.units.support, prior.dtype, reader.labels)
+    lines = _coarse("", of_data, reader.support, density.dtype, reader.labels)
     if of_context is not None:
-        lines += _coarse("context ", of_context, None, prior.context_dtype, reader.context_labels)
+        lines += _coarse("context ", of_context, None, density.context_dtype, reader.context_labels)
     return lines
 
 
@@ -263,7 +384,7 @@ def _coarse(role: str, moments: Moments, support: Support | None, dtype: torch.d
 
 
 def _without_far_rows(
-    held_out: Rows, places: Tensor, prior: FlowPrior, labels: Labels
+    held_out: Rows, places: Tensor, prior: FlowPrior | TableDensity, labels: Labels
 ) -> tuple[Rows, Tensor, list[str]]:
     """Drop validation rows that lie over a thousand scales from the bulk; also return a line on these, if any.
 

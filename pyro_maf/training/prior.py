@@ -5,18 +5,14 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from typing import TypedDict, TypeVar, Unpack
+from typing import TypedDict, TypeVar, Unpack, cast
 
-import torch
-from torch import Tensor
-
-from pyro_maf._core.checks import check_positive
-from pyro_maf._core.torch_state import seeded
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
-from pyro_maf.flows import MAF, NSF
-from pyro_maf.support import Support, SupportLike
+from pyro_maf.support import SupportLike
 from pyro_maf.tables.layout import TableLike, number_of_columns
-from pyro_maf.tables.table import Table, named_rows
+from pyro_maf.tables.named_rows import named_rows
+from pyro_maf.tables.table import Table
+from pyro_maf.training.choice import default_flow
 from pyro_maf.training.fitting import fit
 from pyro_maf.training.preparation import Model, Validation
 
@@ -104,23 +100,6 @@ def fit_prior(
         support = source.columns.spread("fit_prior", "support", support, "real", columns)
     if flow is None:
         context_dim = 0 if source.context is None else number_of_columns("fit", "context", source.context)
-        flow = _default_flow(columns, context_dim, support, seed, source.data)
-    result = fit(flow, data, context=context, support=support, seed=seed, **options)
-    return result.density.requires_grad_(False)
-
-
-def _default_flow(columns: int, context_dim: int, support: SupportLike | None, seed: int, data: TableLike) -> MAF:
-    """A flow for a table with this number of columns; the global random state is unchanged."""
-    # `columns` may be one too many: a simplex of D + 1 columns has D free dimensions.
-    on_simplex = support is not None and Support("fit_prior", support, columns).event_size > columns
-    if on_simplex and columns < 2:
-        raise ValueError("fit_prior expected data with at least 2 columns for a simplex, got 1.")
-    check_positive("fit_prior", "seed", seed, least=0)
-    dim = columns - on_simplex
-    with seeded(seed):
-        if dim > 1:
-            flow = MAF(dim, context_dim=context_dim)
-        else:  # whose networks have nothing to see without a context
-            flow = NSF(dim, context_dim=context_dim, hidden_dims=None if context_dim else ())
-    like = next(iter(data.values()), None) if isinstance(data, Mapping) else data
-    return flow.to(like) if isinstance(like, Tensor) and like.dtype in (torch.float32, torch.float64) else flow
+        flow = default_flow("fit_prior", columns, context_dim, support, seed, source.data)
+    result = fit(flow, data, context=context, support=support, seed=seed, dequantise=False, **options)
+    return cast("FlowPrior | ConditionalFlowPrior", result.density.requires_grad_(False))

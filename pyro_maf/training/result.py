@@ -12,11 +12,19 @@ from torch import Tensor
 
 from pyro_maf._core.checks import check_positive
 from pyro_maf._core.torch_state import reference_tensor
-from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
+from pyro_maf.distributions import (
+    ConditionalDensity,
+    ConditionalFlowPrior,
+    ConditionalTableDensity,
+    Density,
+    FlowPrior,
+    TableDensity,
+)
 from pyro_maf.tables import Rows
 from pyro_maf.tables.layout import Layout, TableLike, check_paired, number_of_rows, numbers, part_of
+from pyro_maf.tables.named_rows import named_rows
 from pyro_maf.tables.reader import check_context, table_of
-from pyro_maf.tables.table import Table, named_rows
+from pyro_maf.tables.table import Table
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -35,11 +43,13 @@ class FitResult:
 
     Attributes:
         density: A `FlowPrior`, or a `ConditionalFlowPrior` if there is a context, in eval mode. It holds the fitted
-            model, with its best weights.
+            model, with its best weights. With columns on a grid or of categories, a `TableDensity` around it, or its
+            conditional form.
         train_loss: The mean loss of each epoch's training batches, under the weights at each step.
         validation_loss: The loss on the validation rows after each epoch, with the averaged weights.
         best_epoch: Number of epochs after which the weights were best; 0 if none was better than the initial weights.
-        validation_log_likelihood: The mean log-likelihood of the validation rows under the best weights.
+        validation_log_likelihood: The mean log-likelihood of the validation rows under the best weights. Of a
+            `TableDensity`, the losses are of numbers with noise, and upper bounds of its negative.
         seconds: Duration, without the time between an interruption and its resumption.
         stop_reason: Reason for stopping, in words.
         interrupted: True if it was stopped by Ctrl-C, not ended.
@@ -63,7 +73,7 @@ class FitResult:
         (torch.Size([14]), ['a', 'b'])
     """
 
-    density: FlowPrior | ConditionalFlowPrior
+    density: FlowPrior | ConditionalFlowPrior | TableDensity | ConditionalTableDensity
     train_loss: tuple[float, ...]
     validation_loss: tuple[float, ...]
     best_epoch: int
@@ -136,7 +146,7 @@ class FitResult:
             raise ValueError(
                 f"sample expected context of shape (1, {width}) or ({number}, {width}), got {tuple(table.shape)}."
             )
-        at = cast(ConditionalFlowPrior, self.density).condition(table.expand(number, width))
+        at = cast(ConditionalDensity, self.density).condition(table.expand(number, width))
         return self.layout.like(at.sample().cpu())
 
     @property
@@ -179,7 +189,9 @@ def log_prob_of(
     like = reference_tensor(inner)
     (width,), device = inner.event_shape, None if like is None else like.device
     # A prior rounds by itself, and refuses rows that are too coarse for it.
-    dtype, context_dtype = (None, None) if isinstance(inner, FlowPrior) else (density.dtype, density.context_dtype)
+    dtype, context_dtype = (
+        (None, None) if isinstance(inner, (FlowPrior, TableDensity)) else (density.dtype, density.context_dtype)
+    )
     size = max(1, min(ROWS_AT_ONCE, VALUES_AT_ONCE // width))
     for start in range(0, number_of_rows(rows), size):
         block = slice(start, start + size)

@@ -84,12 +84,16 @@ class _Finding(NamedTuple):
     detail: str
 
 
-def screen_data(rows: Rows | MappedRows, reader: Reader) -> list[str]:
+def screen_data(
+    rows: Rows | MappedRows, reader: Reader, categories: Sequence[int] = (), on_grid: Sequence[int] = ()
+) -> list[str]:
     """Warnings about the columns of the data and the context of a fit, a line each.
 
     Args:
         rows: The rows.
         reader: Their reader, for the names of columns and the support. Tails are those of the unconstrained values.
+        categories: Columns of categories, which nothing is said about.
+        on_grid: Columns whose likelihood is that of a grid, where values may repeat.
 
     Cost: some sorting of at most 10,000 rows.
 
@@ -109,11 +113,13 @@ def screen_data(rows: Rows | MappedRows, reader: Reader) -> list[str]:
     context_labels = [f"context {reader.context_labels.column(column)}" for column in range(context_width)]
     support = reader.support or Support("fit", "real", width)
     unconstrained = support.unconstrain(torch.from_numpy(data))[0].numpy()
-    free = data[:, : unconstrained.shape[1]]  # the last of a simplex follows from the others
+    free = data[:, : unconstrained.shape[1]].copy()  # the last of a simplex follows from the others
+    free[:, list(categories)] = 0.0
     ordered = np.sort(data, 0)
-    few = _few_values(ordered)
-    atoms = _without(_atoms(ordered), few)
-    tails = _without(_heavy_tails(unconstrained), [*few, *atoms])
+    may_repeat = [_Finding(column, "") for column in (*categories, *on_grid)]
+    few = _without(_few_values(ordered), may_repeat)
+    atoms = _without(_atoms(ordered), [*few, *may_repeat])
+    tails = _without(_heavy_tails(unconstrained), [*few, *atoms, *may_repeat[: len(categories)]])
     lines = [
         _line("few distinct values", few, labels, f"{UNBOUNDED}. {FEW_ADVICE}"),
         _line("a value that many rows share", atoms, labels, f"{UNBOUNDED}. {ATOMS_ADVICE}"),

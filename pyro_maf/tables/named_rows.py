@@ -1,0 +1,92 @@
+"""Data, context and weights of any form, with the names of their columns and rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+from pyro_maf._core.messages import quoted
+from pyro_maf.tables.categories import categories_of
+from pyro_maf.tables.layout import Layout, TableLike, is_frame, without_column
+from pyro_maf.tables.reader import Labels
+from pyro_maf.tables.table import Table
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+__all__ = ["NamedRows", "named_rows"]
+
+NAMELESS = Layout()
+
+
+class NamedRows(NamedTuple):
+    """Data and context, with the names of their columns and rows.
+
+    Attributes:
+        data: Rows (N, D).
+        context: As many rows (N, C), or None.
+        columns: Names of the columns of data, for options by name.
+        labels, context_labels: Names of columns and rows in messages.
+        weights: Weights (N,), or None.
+        layout: The form of data, and of samples like them.
+        original: The data before their categories became numbers, if they did.
+    """
+
+    data: TableLike
+    context: TableLike | None
+    columns: Layout
+    labels: Labels
+    context_labels: Labels
+    weights: TableLike | None = None
+    layout: Layout = NAMELESS
+    original: TableLike | None = None
+
+    def coded(self, who: str) -> NamedRows:
+        """The rows with categories as numbers: texts, truth values and categorical columns of a data frame.
+
+        Raises:
+            ValueError: As `categories_of`.
+        """
+        if not is_frame(self.data):
+            return self
+        categories = categories_of(who, cast("DataFrame", self.data))
+        if not any(categories):
+            return self
+        layout = self.layout._replace(categories=categories)
+        return self._replace(data=layout.coded(self.data), layout=layout, columns=layout, original=self.data)
+
+
+def named_rows(
+    who: str, data: TableLike | Table, context: TableLike | None, weights: str | TableLike | None = None
+) -> NamedRows:
+    """Return the rows of a `Table`, which has a context and names, or of other data and context.
+
+    Args:
+        who: The caller, for errors.
+        data, context: The rows.
+        weights: Their weights (N,), or the column of data that holds them, which is then none of the data; or None.
+
+    Raises:
+        ValueError: For a context or weights beside a `Table` that has its own, and for a name that no column has.
+    """
+    if not isinstance(data, Table):
+        if isinstance(weights, str):
+            data, weights = without_column(who, "weights", data, weights)
+        layout = Layout.of(data)
+        return NamedRows(data, context, layout, Labels.of(data), Labels.of(context), weights, layout)
+    if context is not None:
+        raise ValueError(f"{who} got a context beside a Table, which has its own: leave it out.")
+    if isinstance(weights, str):
+        raise ValueError(
+            f"{who} got weights={weights!r} beside a Table: name that column when it is read, as "
+            f"read_table(..., weights={weights!r}), or give an array."
+        )
+    if weights is None:
+        weights = data.weights
+    elif data.weights is not None:
+        raise ValueError(f"{who} got weights beside a Table that has its own: leave them out.")
+    labels, context_labels = (
+        Labels(tuple(map(quoted, names)), data.numbers) for names in (data.names, data.context_names)
+    )
+    return NamedRows(
+        data.data, data.context, Layout.named([(name, ()) for name in data.names]), labels, context_labels, weights
+    )

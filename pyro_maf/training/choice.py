@@ -1,0 +1,159 @@
+"""The flow of a fit without one, and the columns of categories that it takes as context."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_maf._core.checks import check_positive
+from pyro_maf._core.torch_state import seeded
+from pyro_maf.distributions import ConditionalFlowPrior, ConditionalTableDensity, FlowPrior, TableDensity
+from pyro_maf.flows import MAF, NSF
+from pyro_maf.support import Support, SupportLike
+from pyro_maf.tables import is_mapped
+from pyro_maf.tables.layout import TableLike, number_of_columns, numbers
+from pyro_maf.tables.named_rows import NamedRows
+from pyro_maf.training.kinds import few_values
+from pyro_maf.training.preparation import Choice, Model
+
+__all__ = ["choose", "default_flow"]
+
+
+def choose(
+    model: Model | None, source: NamedRows, support: SupportLike | None, *, dequantise: bool, seed: int
+) -> Choice:
+    """Choose what the arguments of `fit` leave open.
+
+    Args:
+        model, support, dequantise, seed: As in `fit`.
+        source: Data and context.
+
+    Raises:
+        ValueError: For a model of other sizes than the columns, and a table of categories alone.
+    """
+    rows = source.coded("fit") if dequantise else source
+    if isinstance(support, Mapping):
+        columns = number_of_columns("fit", "data", rows.data)
+        support = rows.columns.spread("fit", "support", support, "real", columns)
+    if model is None:
+        return _without_model(rows, support, dequantise=dequantise, seed=seed)
+    if isinstance(model, (TableDensity, ConditionalTableDensity)):
+        return _of_table(model, rows, support)
+    categories = [each for each in rows.layout.categories if each is not None]
+    are_numbers = all(isinstance(value, bool) for each in categories for value in each)
+    if are_numbers and model.input_dim == len(rows.layout.categories):
+        rows, categories = source, []  # truth values, which are numbers too
+    if not categories:
+        on_support = _support(model, support, model.input_dim, ())
+        return Choice(model, rows, on_support, [None] * on_support.event_size)
+    levels = _levels(rows)
+    _check_sizes(model, rows)
+    return Choice(model, rows, _support(model, support, len(levels), levels), levels)
+
+
+def _without_model(rows: NamedRows, support: SupportLike | None, *, dequantise: bool, seed: int) -> Choice:
+    """The default flow of the columns that are no categories."""
+    width = number_of_columns("fit", "data", rows.data)
+    levels = _levels(rows) if rows.layout.in_categories else [None] * width
+    named: list[int] = []
+    if dequantise and support is None and not is_mapped(rows.data):
+        found = few_values(numbers("fit", "data", rows.data).reshape(-1, width))
+        both = [level or other for level, other in zip(levels, found, strict=True)]
+        if not all(both):
+            named = [i for i, level in enumerate(levels) if level is None and both[i] is not None]
+            levels = both
+    context = 0 if rows.context is None else number_of_columns("fit", "context", rows.context)
+    one_hot = sum(len(level) for level in levels if level is not None)
+    count = sum(level is None for level in levels)
+    on_numbers = support if count == width else None
+    model = default_flow("fit", count, context + one_hot, on_numbers, seed, rows.data)
+    on_support = _support(model, support, width if any(levels) else model.input_dim, levels)
+    return Choice(model, rows, on_support, levels if any(levels) else [None] * on_support.event_size, named)
+
+
+def _of_table(model: TableDensity | ConditionalTableDensity, rows: NamedRows, support: SupportLike | None) -> Choice:
+    """The density of a table as it is."""
+    table = model.unwrapped
+    own = table.prior.units.support
+    names = iter([own.name_of(number) for number in range(len(table.numeric))])
+    present = Support("fit", ["real" if level else next(names) for level in table.levels], table.input_dim)
+    if support is not None and Support("fit", support, table.input_dim).name != present.name:
+        raise ValueError(f"fit expected support {present.name!r}, that of the {type(model).__name__}, got {support!r}.")
+    return Choice(model, rows, present, table.levels)
+
+
+def _levels(rows: NamedRows) -> list[tuple[float, ...] | None]:
+    """Numbers of the categories of each column."""
+    categories = rows.layout.categories
+    levels = [None if each is None else tuple(map(float, range(len(each)))) for each in categories]
+    if all(levels):
+        raise ValueError("fit expected a column of numbers beside those of categories, got none.")
+    return levels
+
+
+def _check_sizes(model: Model, rows: NamedRows) -> None:
+    """Refuse a model that is not of the numbers given the categories."""
+    texts, width = rows.layout.in_categories, len(rows.layout.categories)
+    one_hot = sum(len(rows.layout.categories[i] or ()) for i in texts)
+    context = 0 if rows.context is None else number_of_columns("fit", "context", rows.context)
+    if (model.input_dim, model.context_dim) == (width - len(texts), context + one_hot):
+        return
+    names = ", ".join(repr(rows.layout.labels[i]) for i in texts[:3]) + ", ..." * (len(texts) > 3)
+    raise ValueError(
+        f"fit expected a {type(model).__name__} of input_dim {width - len(texts)} and context_dim {context + one_hot}, "
+        f"as {names} hold{'s' * (len(texts) == 1)} categories, of which the flow is given {one_hot} one-hot, got "
+        f"input_dim {model.input_dim} and context_dim {model.context_dim}: build it so, or leave it out, fit(data)."
+    )
+
+
+def _support(
+    model: Model, requested: SupportLike | None, dim: int, levels: Sequence[tuple[float, ...] | None]
+) -> Support:
+    """Return the requested support, or else that of the model."""
+    inner = model.density if isinstance(model, ConditionalFlowPrior) else model
+    present = inner.units.support if isinstance(inner, FlowPrior) and not any(levels) else None
+    if requested is None:
+        return Support("fit", "real", dim) if present is None else present
+    support = Support("fit", requested, dim)
+    wrong = [i for i, level in enumerate(levels) if level and support.name_of(i) != "real"]
+    if wrong and not isinstance(support.name, str):
+        raise ValueError(f"fit expected support 'real' of a column of categories, got {support.name_of(wrong[0])!r}.")
+    if wrong:  # one for all columns is that of the numbers
+        support = Support("fit", ["real" if level else support.name_of(i) for i, level in enumerate(levels)], dim)
+    if present is not None and present.name != support.name:
+        raise ValueError(
+            f"fit expected support {present.name!r}, that of the {type(model).__name__}, got {support.name!r}."
+        )
+    return support
+
+
+def default_flow(
+    who: str, columns: int, context_dim: int, support: SupportLike | None, seed: int, data: TableLike
+) -> MAF:
+    """A flow for a table with this number of columns; the global random state is unchanged.
+
+    Args:
+        who: The caller, for errors.
+        columns: Number of columns; on a simplex one more than the flow's.
+        context_dim: Number of context features.
+        support: The support, if any.
+        seed: Seed of the initial weights.
+        data: The rows: the flow has their dtype and device if they are a floating tensor.
+
+    Raises:
+        ValueError: For a simplex of one column.
+    """
+    on_simplex = support is not None and Support(who, support, columns).event_size > columns
+    if on_simplex and columns < 2:
+        raise ValueError(f"{who} expected data with at least 2 columns for a simplex, got 1.")
+    check_positive(who, "seed", seed, least=0)
+    dim = columns - on_simplex
+    with seeded(seed):
+        if dim > 1:
+            flow = MAF(dim, context_dim=context_dim)
+        else:  # whose networks have nothing to see without a context
+            flow = NSF(dim, context_dim=context_dim, hidden_dims=None if context_dim else ())
+    like = next(iter(data.values()), None) if isinstance(data, Mapping) else data
+    return flow.to(like) if isinstance(like, Tensor) and like.dtype in (torch.float32, torch.float64) else flow

@@ -1,0 +1,209 @@
+"""Kinds of columns of a fit, categories, numbers on a grid and numbers anywhere, and the density of a table of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_maf._core.torch_state import seeded
+from pyro_maf.distributions import (
+    AutoregressiveCategorical,
+    ConditionalTableDensity,
+    FlowPrior,
+    TableDensity,
+)
+from pyro_maf.support import Support
+from pyro_maf.tables import MappedRows, Rows
+from pyro_maf.tables.grid import Grid, describe, grid_of
+from pyro_maf.tables.moments import Moments
+from pyro_maf.tables.reader import Labels
+from pyro_maf.tables.rows import repeat_as_a_whole
+
+__all__ = ["Kinds", "few_values", "grids_of", "sampled"]
+
+MOST_LEVELS, ROWS_EACH = 10, 10
+"""Numbers are categories if a column has up to 10 values, which 10 rows each have on average, as truth values and
+grades do: of these a flow would have to model every gap."""
+SAMPLED_ROWS = 2**16
+MOST_NAMED = 3
+
+
+class Kinds(NamedTuple):
+    """Kinds of the columns of a table.
+
+    Attributes:
+        levels: Categories of each column as numbers, or None.
+        grids: Grid of each column, or None.
+    """
+
+    levels: tuple[tuple[float, ...] | None, ...]
+    grids: tuple[Grid | None, ...] = ()
+
+    @property
+    def are_plain(self) -> bool:
+        """True if all columns are of numbers anywhere."""
+        return not any(self.levels) and not any(self.grids)
+
+    @property
+    def numeric(self) -> list[int]:
+        """Indices of the columns that are no categories."""
+        return [index for index, level in enumerate(self.levels) if level is None]
+
+    @property
+    def categories(self) -> list[int]:
+        """Indices of the columns of categories."""
+        return [index for index, level in enumerate(self.levels) if level is not None]
+
+    @property
+    def num_categories(self) -> list[int]:
+        """Number of categories of each of those."""
+        return [len(level) for level in self.levels if level is not None]
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Spacing of each column, 0 for one on no grid; () if none is on one."""
+        return tuple(0.0 if grid is None else grid.spacing for grid in self.grids) if any(self.grids) else ()
+
+    def repeat_by_chance(self, rows: Rows | MappedRows) -> bool:
+        """True if equal rows need not be copies: of one column on a grid, or several in which most values repeat."""
+        if self.are_plain or not all(level or grid for level, grid in zip(self.levels, self.grids, strict=True)):
+            return False
+        return len(self.levels) == 1 or not repeat_as_a_whole(sampled(rows))
+
+    def support_of_numbers(self, support: Support) -> Support:
+        """Support of the columns that are no categories."""
+        if not self.categories:
+            return support
+        return Support("fit", [support.name_of(index) for index in self.numeric], len(self.numeric))
+
+    def moments_of_numbers(self, moments: Moments, support: Support) -> Moments:
+        """Moments of the columns that are no categories, with numbers anywhere in their steps."""
+        scale = moments.scale.clone()
+        for index, spacing in enumerate(self.spacing):
+            if spacing and support.name_of(index) == "real":
+                scale[index] = math.hypot(float(scale[index]), spacing / math.sqrt(12))
+        if not self.categories:  # a simplex has one column more than its moments
+            return Moments(moments.loc, scale)
+        return Moments(moments.loc[self.numeric], scale[self.numeric])
+
+    def around(self, prior: FlowPrior, rows: Rows, seed: int) -> TableDensity | ConditionalTableDensity:
+        """The density of the table around that of its numbers.
+
+        Args:
+            prior: The density of the numbers, given the context and the categories.
+            rows: Rows whose frequencies of categories a new density starts with.
+            seed: Seed of the weights of the categories' networks.
+        """
+        context_dim = prior.context_dim - sum(self.num_categories)
+        categorical = None
+        if self.categories:
+            with seeded(seed):
+                categorical = AutoregressiveCategorical(self.num_categories, context_dim=context_dim)
+            columns = rows.data.numpy().T
+            index = [np.searchsorted(self.levels[column] or (), columns[column]) for column in self.categories]
+            categorical.start_at(torch.from_numpy(np.stack(index, -1)), rows.weights)
+            categorical = categorical.to(prior.units.inner)
+        form = ConditionalTableDensity if context_dim else TableDensity
+        return form(prior, levels=self.levels, grids=self.grids or None, categorical=categorical)
+
+    def lines(self, labels: Labels, named: Sequence[int]) -> list[str]:
+        """Lines on columns whose likelihood is a probability.
+
+        Args:
+            labels: Names of the columns.
+            named: Those of the categories that are numbers.
+        """
+        lines = []
+        on_grid = [f"{labels.column(i)} ({describe(grid)})" for i, grid in enumerate(self.grids) if grid is not None]
+        if on_grid:
+            lines.append(
+                f"fit found values on a grid in {_listed(on_grid)}: log-likelihoods are of the probability of a step "
+                "there, not of a density, noise within a step takes their place in training, and draws lie on the "
+                "grid. dequantise=False fits a density instead."
+            )
+        if named:
+            numbers = [f"{labels.column(i)} ({len(self.levels[i] or ())})" for i in named]
+            lines.append(
+                f"fit found few distinct values in {_listed(numbers)}: it takes them as categories, with a probability "
+                "each and none for other values. dequantise=False fits a density instead."
+            )
+        return lines
+
+
+def few_values(data: Tensor) -> list[tuple[float, ...] | None]:
+    """Levels of columns of rows, (rows, columns), that have few values; None for others, and for all if all have."""
+    levels = [_levels(column) for column in data.unbind(1)]
+    return [None] * len(levels) if all(levels) else levels
+
+
+def _levels(column: Tensor) -> tuple[float, ...] | None:
+    # A few rows decide on most columns, without a sort of all.
+    if len(column[: 20 * MOST_LEVELS].unique()) > MOST_LEVELS:
+        return None
+    values = column.unique()
+    if len(values) > MOST_LEVELS or len(values) * ROWS_EACH > len(column) or not values.isfinite().all():
+        return None
+    return tuple(values.tolist())
+
+
+def sampled(rows: Rows | MappedRows) -> Rows:
+    """All rows in memory, or a sample of those on disk."""
+    total = len(rows.data)
+    if isinstance(rows, Rows) or total <= SAMPLED_ROWS:
+        return rows.take(slice(None))
+    drawn = np.sort(np.random.default_rng(0).choice(total, SAMPLED_ROWS, replace=False))
+    return rows.take(torch.from_numpy(drawn))
+
+
+def grids_of(
+    rows: Rows | MappedRows, validation: Rows | None, support: Support, levels: Sequence[tuple[float, ...] | None]
+) -> tuple[Grid | None, ...]:
+    """Grids of the columns, of which a support contains every step.
+
+    Args:
+        rows: All rows.
+        validation: Rows for validation, if they are others.
+        support: The support of the rows.
+        levels: Levels of columns of categories, which have no grid.
+
+    Cost: a sort of each column; of rows on disk one pass if a sample of them is on a grid.
+    """
+    if support.name == "simplex":
+        return (None,) * len(levels)
+    columns = sampled(rows).data.numpy().T
+    grids = [None if level is not None else grid_of(column) for column, level in zip(columns, levels, strict=True)]
+    parts = [validation] if validation is not None else []
+    if isinstance(rows, MappedRows) and any(grids):
+        for start in rows.starts:
+            grids = _extended(grids, rows.take(slice(start, start + rows.block)))
+    for part in parts:
+        grids = _extended(grids, part)
+    return tuple(
+        grid if grid is not None and _is_inside(grid, support.name_of(i)) else None for i, grid in enumerate(grids)
+    )
+
+
+def _extended(grids: Sequence[Grid | None], rows: Rows) -> list[Grid | None]:
+    """The grids that these rows lie on too."""
+    columns = rows.data.numpy().T
+    return [
+        None if grid is None or grid.misses(column) else grid.joined(column)
+        for grid, column in zip(grids, columns, strict=True)
+    ]
+
+
+def _is_inside(grid: Grid, support: str) -> bool:
+    """True if a support contains all steps."""
+    low, high = grid.low - grid.spacing / 2, grid.high + grid.spacing / 2
+    return support == "real" or (low > 0 and (support == "positive" or high < 1))
+
+
+def _listed(parts: Sequence[str]) -> str:
+    shown = ", ".join(parts[:MOST_NAMED])
+    more = len(parts) - MOST_NAMED
+    return shown + (f" and {more} more column{'s' * (more > 1)}" if more > 0 else "")
