@@ -293,10 +293,9 @@ class TableDensity(Density):
 
 
 class DequantisedDensity(Density):
-    r"""A `TableDensity` with numbers anywhere in their steps: log p(k) + log p(n, x | k) + sum_j log h_j.
+    r"""A `TableDensity` with numbers anywhere in their steps: log p(k) + log p(n, x | k), the categories' probability.
 
-    The mean of it over uniform noise in the steps is below the log-probability, and rises with it: what `fit`
-    maximises.
+    Its mean over uniform noise in the steps, plus sum_j log h_j, is below the log-probability: what `fit` maximises.
 
     Args:
         table: The density of the table.
@@ -319,13 +318,9 @@ class DequantisedDensity(Density):
         return self.table.context_like
 
     def log_density(self, value: Tensor, context: Tensor | None = None) -> Tensor:
-        r"""Log-density (\*batch,) in nats, unchecked, times the volume of a step."""
+        r"""Log-density (\*batch,) in nats, unchecked."""
         log_prob, context = self.table.parts(value, context)
-        return (
-            log_prob
-            + self.table.prior.log_density(value[..., self.table.numeric], context)
-            + self.table.steps.log_volume
-        )
+        return log_prob + self.table.prior.log_density(value[..., self.table.numeric], context)
 
     def draw(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
         r"""Draws (\*shape, D) of the table."""

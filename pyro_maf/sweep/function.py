@@ -68,12 +68,15 @@ class Run(NamedTuple):
         inputs = self._inputs(v, context)
         if inputs is None:
             return None
-        rows, context, needs_gradient = inputs
+        rows, features, needs_gradient = inputs
         if needs_gradient:
-            w, log_det = _Layers.apply(self, rows, context, *self.tensors)
+            w, log_det = _Layers.apply(self, rows, features, *self.tensors)
         else:
-            w, log_det = _forward(self.program, self.program.remembered(self.tensors), rows, context, None)
-        return (w, log_det) if rows is v else (w.reshape(v.shape), log_det.reshape(v.shape[:-1]))
+            w, log_det = _forward(self.program, self.program.remembered(self.tensors), rows, features, None)
+        if rows is v:
+            return w, log_det
+        batch = self._batch(v, context)
+        return w.reshape(*batch, v.shape[-1]), log_det.reshape(batch)
 
     def log_density(self, v: Tensor, context: Tensor | None, constant: float) -> Tensor | None:
         r"""`constant` - |w|^2 / 2 - log-determinant, (\*batch,), for the output w; or None, as `__call__`.
@@ -83,13 +86,13 @@ class Run(NamedTuple):
         inputs = self._inputs(v, context)
         if inputs is None:
             return None
-        rows, context, needs_gradient = inputs
+        rows, features, needs_gradient = inputs
         if needs_gradient:
-            density = _Density.apply(self, constant, rows, context, *self.tensors)
+            density = _Density.apply(self, constant, rows, features, *self.tensors)
         else:
-            w, log_det = _forward(self.program, self.program.remembered(self.tensors), rows, context, None)
+            w, log_det = _forward(self.program, self.program.remembered(self.tensors), rows, features, None)
             density = _normal(w.square_(), log_det, constant)
-        return density if rows is v else density.reshape(v.shape[:-1])
+        return density if rows is v else density.reshape(self._batch(v, context))
 
     def differentiate(
         self, v: Tensor, context: Tensor | None, constant: float, factors: Tensor, gradient: Tensor
@@ -114,6 +117,12 @@ class Run(NamedTuple):
         _unpack(self.program, parts, gradient)
         self.program.room += parts
         return _normal(w.square_(), log_det, constant)
+
+    def _batch(self, v: Tensor, context: Tensor | None) -> torch.Size:
+        """Batch shape of v and context together."""
+        if context is None or not self.program.context_dim:
+            return v.shape[:-1]
+        return torch.broadcast_shapes(v.shape[:-1], context.shape[:-1])
 
     def _pays(self, points: int) -> bool:
         """Return whether the gradient with respect to the weights takes less time than torch's, at so many points."""

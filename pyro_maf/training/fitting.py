@@ -285,6 +285,7 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
             interruption=interruption,
             processes=processes,
             folder=folder,
+            offset=prepared.offset,
         )
         loop.run(options.progress)
         density.eval()

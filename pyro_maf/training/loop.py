@@ -41,6 +41,7 @@ class Loop:
         interruption: Request to stop by the user.
         processes: The processes that take part.
         folder: Folder of checkpoints and log, if any.
+        offset: Number of nats that is subtracted from every loss.
 
     Attributes:
         state: State of the fit.
@@ -58,6 +59,7 @@ class Loop:
         interruption: Interruption,
         processes: Processes,
         folder: CheckpointFolder | None = None,
+        offset: float = 0.0,
     ) -> None:
         self._density = density
         self._batches = batches
@@ -68,6 +70,7 @@ class Loop:
         self._interruption = interruption
         self._processes = processes
         self._folder = folder
+        self._offset = offset
         self._home = next(weight.device for weight in density.parameters() if weight.requires_grad)
         device = processes.launch(self._home)
         for each in (density, batches, held_out):
@@ -145,7 +148,7 @@ class Loop:
         self._objective.fit_statistics(self._batches.sample, initial=True)
         self.state.average.restart()
         self._density.eval()
-        self._schedule.improves(0, self._objective.validation_loss(self._held_out))
+        self._schedule.improves(0, self._objective.validation_loss(self._held_out) - self._offset)
         self._density.train()
         self.state.record_best()
         self.save(taken=0)
@@ -219,7 +222,7 @@ class Loop:
         self._objective.fit_statistics(self._batches.sample)
         all_skipped = not state.train_loss.count
         learning_rate = self._schedule.learning_rate
-        losses = state.train_loss.take(), self._objective.validation_loss(self._held_out)
+        losses = state.train_loss.take() - self._offset, self._objective.validation_loss(self._held_out) - self._offset
         state.history.append(Epoch(state.seconds, *losses, learning_rate, state.skipped))
         epoch = len(state.history)
         if self._schedule.improves(epoch, losses[1]):

@@ -94,7 +94,15 @@ class Prepared(NamedTuple):
     def trained(self) -> Density:
         """The density whose mean log-density is maximised: of numbers anywhere in their steps, for a table's."""
         inner = self.density.unwrapped
-        return inner.dequantised if isinstance(inner, TableDensity) else inner
+        if isinstance(inner, TableDensity):
+            return inner.prior if inner.categorical is None else inner.dequantised
+        return inner
+
+    @property
+    def offset(self) -> float:
+        """The log-volume of a step, by which the log-density of `trained` is a bound of a log-probability."""
+        inner = self.density.unwrapped
+        return inner.steps.log_volume if isinstance(inner, TableDensity) else 0.0
 
     @property
     def validation(self) -> Rows:
