@@ -224,19 +224,7 @@ def _forward(
     v = v.detach().contiguous()
     w, log_det, tables, rows = torch.empty_like(v), v.new_empty(len(v)), program.tables, v.numpy()
     features = np.empty((len(v), 0), rows.dtype) if context is None else context.detach().contiguous().numpy()
-    network = (
-        rows,
-        features,
-        pack.weights.numpy(),
-        pack.biases.numpy(),
-        tables.layers,
-        tables.matrices,
-        tables.variables,
-        tables.seen,
-        tables.steps,
-        tables.result,
-        program.rows,
-    )
+    network = tables, pack.weights.numpy(), pack.biases.numpy(), rows, features, program.rows
     chunk = program.chunk_of(len(v))
     results = np.empty((0, chunk), rows.dtype) if tape is None else tape.numpy(), w.numpy(), log_det.numpy()
 
@@ -285,22 +273,12 @@ def _walked_back(
         results: Those with respect to v and the context, filled here; with no columns if not wanted.
     """
     weights, tape = saved[:2]
-    tables = program.tables
-    network = (
-        weights.numpy(),
-        tables.layers,
-        tables.matrices,
-        tables.variables,
-        tables.seen,
-        tables.heard,
-        tables.steps,
-        tables.result,
-    )
     arrays = [tensor.contiguous().numpy() for tensor in (tape, *grads)] + [tensor.numpy() for tensor in results]
 
     def walk(first: int, end: int) -> tuple[Array, Array]:
         gradients, by_biases = program.room_for_gradients(tape)
-        loaded().parallel.backward(*network, wanted, program.rows, first, end, *arrays, gradients, by_biases)
+        network = program.tables, weights.numpy(), wanted, program.rows
+        loaded().parallel.backward(*network, first, end, *arrays, gradients, by_biases)
         return gradients, by_biases
 
     return in_parts(walk, len(grads[0]), tape.shape[1], program.work)
@@ -308,14 +286,12 @@ def _walked_back(
 
 def _unpack(program: Program, parts: list[tuple[Array, Array]], flat: Tensor) -> None:
     """Fill `flat` with the sum of the parts' gradients, in the order of the tensors."""
-    tables = program.tables
     with np.errstate(all="ignore"):  # entries that no row sees are arbitrary
         for others in parts[1:]:
             for total, other in zip(parts[0], others, strict=True):
                 total += other
     if parts:
-        orders = tables.seen, tables.row_order, tables.column_order
-        loaded().parallel.unpack(tables.matrices, *orders, program.offsets, *parts[0], flat.numpy())
+        loaded().parallel.unpack(program.tables, program.offsets, *parts[0], flat.numpy())
     else:
         flat.zero_()
 

@@ -14,9 +14,9 @@ from numba.extending import intrinsic
 
 from pyro_maf.sweep.compile_cache import stored
 from pyro_maf.sweep.elementwise import INNER, activate, compress, differentiate
-from pyro_maf.sweep.plan import CONTEXT, INPUTS, LANES, Array
+from pyro_maf.sweep.plan import CONTEXT, INPUTS, LANES, Array, Tables
 from pyro_maf.sweep.products import TALLEST, add_product, dot, transpose
-from pyro_maf.sweep.sequential_kernel import walk, walk_back, walk_row
+from pyro_maf.sweep.sequential_kernel import Part, walk, walk_back, walk_row
 from pyro_maf.sweep.univariate_kernel import apply, pull_back
 
 __all__ = ["backward", "forward", "pack", "unpack"]
@@ -39,23 +39,22 @@ _at: Any = intrinsic(_memory)
 
 @stored
 @njit(**ENTRY)
-def pack(
-    addresses: Array, matrices: Array, seen: Array, row_order: Array, column_order: Array, weights: Array, biases: Array
-) -> None:
+def pack(addresses: Array, tables: Tables, weights: Array, biases: Array) -> None:
     """Gather masked weights, and biases, from the memory of the parameters.
 
     Args:
         addresses: Where each tensor begins.
-        matrices, seen, row_order, column_order: As in `Tables`.
+        tables: The layers.
         weights, biases: Flat, filled here.
     """
-    for matrix in matrices:
+    seen = tables.seen
+    for matrix in tables.matrices:
         rows, columns, row_at, gain = matrix.rows, matrix.columns, matrix.rows_from, weights.dtype.type(matrix.gain)
         weight = carray(_at(addresses[matrix.weight], weights), (rows, columns))
         bias = carray(_at(addresses[matrix.addend], weights), (rows,))
-        order = column_order[matrix.columns_from : matrix.columns_from + columns]
+        order = tables.column_order[matrix.columns_from : matrix.columns_from + columns]
         for r in range(rows):
-            place, count = row_order[row_at + r], seen[row_at + r]
+            place, count = tables.row_order[row_at + r], seen[row_at + r]
             if matrix.first:
                 biases[matrix.bias + r] = bias[place]
             given, out = weight[place], weights[matrix.start + r * columns : matrix.start + (r + 1) * columns]
@@ -98,19 +97,22 @@ def _most_rows(layers: Array, dim: int) -> int:
     return most
 
 
+@njit(**INNER)
+def _all_rows(layers: Array) -> int:
+    total = 0
+    for layer in layers:
+        total += layer.rows
+    return total
+
+
 @stored
 @njit(**ENTRY)
 def forward(
-    v: Array,
-    context: Array,
+    tables: Tables,
     weights: Array,
     biases: Array,
-    layers: Array,
-    matrices: Array,
-    variables: Array,
-    seen: Array,
-    steps: Array,
-    result: Array,
+    v: Array,
+    context: Array,
     rows: int,
     first: int,
     end: int,
@@ -122,84 +124,88 @@ def forward(
     """Points `first` .. `end` - 1 through all layers: fills w, log_det and, for `backward`, the tape.
 
     Args:
+        tables: The layers.
+        weights, biases: From `pack`.
         v: The input, (points, D).
         context: (points, features), with no features for none.
-        weights, biases: From `pack`.
-        layers, matrices, variables, seen, steps, result: As in `Tables`.
         rows: Rows of the tape for one chunk.
-        first, end: Range of points; `first` is a multiple of `chunk`.
+        first, end: Range of points; `first` is a multiple of the chunk's length.
         few: Greatest number of points that pass one by one, if nothing is saved.
-        tape: (rows of all chunks, chunk); with no rows if nothing is saved for `backward`.
+        tape: (rows of all chunks, points of a chunk); with no rows if nothing is saved for `backward`.
         w, log_det: (points, D) and (points,).
     """
-    dim, keep = v.shape[1], tape.shape[0] > 0
-    most = _most_rows(layers, dim)
+    dim, keep, most = v.shape[1], len(tape) > 0, _most_rows(tables.layers, v.shape[1])
     chunk = tape.shape[1] if keep or end - first > few else 1
-    # If nothing is saved, layers take turns in two areas.
-    work = tape if keep else np.empty((2 * most + context.shape[1], chunk), v.dtype)
+    # If nothing is saved, every layer has the same rows, and its result is copied back to the first of them.
+    work = tape if keep else np.empty((most + dim + context.shape[1], chunk), v.dtype)
     logs, nowhere = np.empty(chunk, v.dtype), np.empty(chunk, v.dtype)
     for b0 in range(first, end, chunk):
         points = min(chunk, end - b0)
-        width = min(_padded(points), chunk)
-        here = b0 // chunk * rows if keep else 0
-        at_context = 2 * most
-        if keep:
-            at_context = here + dim
-            for layer in layers:
-                at_context += layer.rows
+        width, here = min(_padded(points), chunk), b0 // chunk * rows if keep else 0
+        at_context = dim + (here + _all_rows(tables.layers) if keep else most)
         _load(v, b0, points, width, work[here:])
         _load(context, b0, points, width, work[at_context:])
         logs[:] = 0
-        for layer in layers:
-            after = here + layer.rows if keep else most - here
-            if layer.levels:
-                for m in range(layer.first, layer.end):
-                    _begin(matrices[m], seen, weights, biases, work, here, at_context, width)
+        for layer in tables.layers:
+            part = Part(work, here, here + layer.rows if keep else most, at_context, width)
+            if layer.levels == 0:
+                _pass(layer, tables, weights, biases, part, logs[:width], nowhere[:width])
+            else:
+                _begin(layer, tables, weights, biases, part)
                 if width == 1:
-                    walk_row(layer, matrices, variables, steps, weights, work, here, after, logs, nowhere)
+                    walk_row(layer, tables, weights, part, logs, nowhere)
                 else:
-                    walk(layer, matrices, variables, steps, weights, work, here, after, width, logs, nowhere)
-                here = after
-                continue
-            for j in range(layer.seen):
-                row = here + variables[layer.seen_from + j]
-                compress(work[row, :width], work[here + layer.inputs + j, :width], nowhere[:width])
-            for m in range(layer.first, layer.end):
-                _multiply(matrices[m], seen, weights, biases, work, here, at_context, width)
-            for j in range(layer.moved):
-                row = variables[layer.moved_from + j]
-                x, out = work[here + row, :width], work[after + row, :width]
-                apply(layer, j, variables, work, here, 0, x, out, logs[:width])
-            for j in range(layer.rest):
-                row = variables[layer.rest_from + j]
-                for t in range(width):
-                    work[after + row, t] = work[here + row, t]
-            here = after
+                    walk(layer, tables, weights, part, logs[:width], nowhere[:width])
+            here = _follow(layer, tables.variables, part, keep)
         log_det[b0 : b0 + points] = logs[:points]
         for b in range(points):
             for i in range(dim):
-                w[b0 + b, i] = work[here + result[i], b]
+                w[b0 + b, i] = work[here + tables.result[i], b]
 
 
 @njit(**INNER)
-def _begin(
-    matrix: Any, seen: Array, weights: Array, biases: Array, work: Array, layer: int, at_context: int, width: int
-) -> None:
-    """Set a level's units to what does not depend on the variables: biases, and the product with the context."""
-    if matrix.source == CONTEXT:
-        _multiply(matrix, seen, weights, biases, work, layer, at_context, width)
-    elif matrix.first:
-        for r in range(matrix.rows):
-            work[layer + matrix.own + r, :width] = biases[matrix.bias + r]
+def _pass(layer: Any, tables: Tables, weights: Array, biases: Array, part: Part, logs: Array, nowhere: Array) -> None:
+    """A layer in its parallel direction."""
+    tape, here, width = part.tape, part.here, part.width
+    for j in range(layer.seen):
+        row = here + tables.variables[layer.seen_from + j]
+        compress(tape[row, :width], tape[here + layer.inputs + j, :width], nowhere)
+    for m in range(layer.first, layer.end):
+        _multiply(tables.matrices[m], tables.seen, weights, biases, part)
+    for j in range(layer.moved):
+        row = tables.variables[layer.moved_from + j]
+        x, w = tape[here + row, :width], tape[part.after + row, :width]
+        apply(layer, j, tables.variables, tape, here, 0, x, w, logs)
 
 
 @njit(**INNER)
-def _multiply(
-    matrix: Any, seen: Array, weights: Array, biases: Array, work: Array, layer: int, at_context: int, width: int
-) -> None:
+def _follow(layer: Any, variables: Array, part: Part, keep: bool) -> int:
+    """Put a layer's result where the next one expects it: the first row of that."""
+    first, count = (layer.rest_from, layer.rest) if keep else (layer.moved_from, layer.moved)
+    source, target = (part.here, part.after) if keep else (part.after, part.here)
+    for j in range(first, first + count):
+        for t in range(part.width):
+            part.tape[target + variables[j], t] = part.tape[source + variables[j], t]
+    return part.after if keep else part.here
+
+
+@njit(**INNER)
+def _begin(layer: Any, tables: Tables, weights: Array, biases: Array, part: Part) -> None:
+    """Set all units to what does not depend on the variables: their biases, and the products with the context."""
+    for m in range(layer.first, layer.end):
+        matrix = tables.matrices[m]
+        if matrix.source == CONTEXT:
+            _multiply(matrix, tables.seen, weights, biases, part)
+        elif matrix.first:
+            for r in range(matrix.rows):
+                part.tape[part.here + matrix.own + r, : part.width] = biases[matrix.bias + r]
+
+
+@njit(**INNER)
+def _multiply(matrix: Any, seen: Array, weights: Array, biases: Array, part: Part) -> None:
     """Add a matrix's product to its level and, if it is the last to be added, apply the activation."""
-    below = at_context if matrix.source == CONTEXT else layer + matrix.below
-    own, slopes = layer + matrix.own, layer + matrix.slopes
+    tape, width, own, slopes = part.tape, part.width, part.here + matrix.own, part.here + matrix.slopes
+    below = part.context if matrix.source == CONTEXT else part.here + matrix.below
     r = 0
     while r < matrix.rows:
         last = r + _height(matrix.rows - r)
@@ -207,31 +213,28 @@ def _multiply(
             for q in range(r, last):
                 bias = biases[matrix.bias + q]
                 for t in range(width):
-                    work[own + q, t] = bias
+                    tape[own + q, t] = bias
         if width == 1:
-            column = work.reshape(-1)
+            column = tape.reshape(-1)
             for q in range(r, last):
                 at, count = matrix.start + q * matrix.columns, seen[matrix.rows_from + q]
                 column[own + q] += dot(weights[at : at + count], column[below : below + count])
         else:
             columns = (0, seen[matrix.rows_from + last - 1])
-            add_product(weights, matrix.start, matrix.columns, 1, (r, last), columns, work, below, work, own, 0, width)
+            add_product(weights, matrix.start, matrix.columns, 1, (r, last), columns, tape, below, tape, own, 0, width)
         if matrix.kind >= 0:
-            activate(matrix.kind, work, own + r, own + last, work, slopes - own, 0, width)
+            activate(matrix.kind, tape, own + r, own + last, tape, slopes - own, 0, width)
         r = last
+
+
+# -- the adjoint ------------------------------------------------------------------------------------------------------
 
 
 @stored
 @njit(**ENTRY)
 def backward(
+    tables: Tables,
     weights: Array,
-    layers: Array,
-    matrices: Array,
-    variables: Array,
-    seen: Array,
-    heard: Array,
-    steps: Array,
-    result: Array,
     wanted: Array,
     rows: int,
     first: int,
@@ -247,66 +250,44 @@ def backward(
     """Gradients of <grad_w, w> + <grad_log_det, log_det> for points `first` .. `end` - 1.
 
     Args:
-        weights, layers, matrices, variables, seen, heard, steps, result, rows, first, end, tape: As in `forward`.
+        tables, weights, rows, first, end, tape: As in `forward`.
         wanted: For each matrix, whether the gradient with respect to its weight or bias is.
         grad_w, grad_log_det: (points, D) and (points,).
         grad_v, grad_context: (points, D) and (points, features); with no columns if not wanted.
         gradients, by_biases: Flat, with respect to the packed weights and biases; filled here.
     """
-    dim, number = grad_w.shape[1], grad_w.dtype
-    most = _most_rows(layers, dim)
-    widest = LANES
-    for matrix in matrices:
-        widest = max(widest, matrix.stride)
-    widest += LANES * (widest // LANES % 2 == 0)
-    chunk = tape.shape[1]
-    delta, transposed = np.empty((most, chunk), number), np.empty((chunk, widest), number)
-    grad, logs = np.empty((dim, chunk), number), np.empty(chunk, number)
-    slope, nowhere = np.empty(chunk, number), np.empty(chunk, number)
+    layers, chunk, number = tables.layers, tape.shape[1], grad_w.dtype
+    transposed = np.empty((chunk, _widest(tables.matrices)), number)
+    delta = np.empty((_most_rows(layers, grad_w.shape[1]), chunk), number)
+    grad, logs = np.empty((grad_w.shape[1], chunk), number), np.empty(chunk, number)
+    room = np.empty((2, chunk), number)
     of_context = np.empty((grad_context.shape[1], chunk), number)
     for b0 in range(first, end, chunk):
         points = min(chunk, end - b0)
-        width = _padded(points)
-        here = b0 // chunk * rows
-        for layer in layers:
-            here += layer.rows
-        at_context = here + dim
-        for b in range(points):
-            logs[b] = grad_log_det[b0 + b]
-            for i in range(dim):
-                grad[result[i], b] = grad_w[b0 + b, i]
-        logs[points:width] = 0
-        grad[:, points:width] = 0
+        width, after = _padded(points), b0 // chunk * rows + _all_rows(layers)
+        at_context = after + grad_w.shape[1]
+        _load_gradients(grad_w, grad_log_det, tables.result, b0, points, width, grad, logs)
         of_context[:] = 0
         for index in range(len(layers) - 1, -1, -1):
-            layer, after = layers[index], here
-            here -= layer.rows
-            to_variables = (index > 0 or grad_v.shape[1] > 0) and layer.levels == 0
+            layer = layers[index]
+            part = Part(tape, after - layer.rows, after, at_context, width)
+            to_variables = index > 0 or grad_v.shape[1] > 0
             if layer.levels:
-                network = layer, matrices, variables, steps, weights
-                walk_back(*network, tape, here, after, width, grad, logs, delta, slope, nowhere)
-            for j in range(0 if layer.levels else layer.moved):
-                row = variables[layer.moved_from + j]
-                x, out = tape[here + row, :width], tape[after + row, :width]
-                pull_back(layer, j, variables, tape, here, 0, x, out, grad[row, :width], logs[:width], delta, 0)
+                walk_back(layer, tables, weights, part, grad, logs[:width], delta, room)
+            else:
+                _map_back(layer, tables.variables, part, grad, logs[:width], delta)
             for m in range(layer.end - 1, layer.first - 1, -1):
-                matrix = matrices[m]
-                below = at_context if matrix.source == CONTEXT else here + matrix.below
+                matrix = tables.matrices[m]
                 if wanted[m]:
-                    transpose(tape, below, matrix.columns, width, transposed)
-                    transposed[:width, matrix.columns : matrix.stride] = 0
-                    _add_gradient(matrix, seen, delta, transposed, width, b0 == first, gradients, by_biases)
+                    _add_gradient(matrix, tables.seen, delta, part, transposed, b0 == first, gradients, by_biases)
                 if matrix.source == CONTEXT:
                     if len(of_context):
-                        _multiply_back(matrix, heard, weights, delta, of_context, 0, tape, here, width)
+                        _multiply_back(matrix, tables.heard, weights, delta, of_context, 0, part)
                 elif layer.levels == 0 and (matrix.source != INPUTS or to_variables):
-                    _multiply_back(matrix, heard, weights, delta, delta, matrix.below, tape, here, width)
-            if to_variables:
-                for j in range(layer.seen):
-                    row = variables[layer.seen_from + j]
-                    compress(tape[here + row, :width], nowhere[:width], slope[:width])
-                    for t in range(width):
-                        grad[row, t] += delta[layer.inputs + j, t] * slope[t]
+                    _multiply_back(matrix, tables.heard, weights, delta, delta, matrix.below, part)
+            if layer.levels == 0 and to_variables:
+                _compress_back(layer, tables.variables, part, grad, delta, room)
+            after = part.here
         for b in range(points):
             for i in range(grad_v.shape[1]):
                 grad_v[b0 + b, i] = grad[i, b]
@@ -315,15 +296,68 @@ def backward(
 
 
 @njit(**INNER)
-def _add_gradient(
-    matrix: Any, seen: Array, delta: Array, inputs: Array, width: int, fresh: bool, gradients: Array, by_biases: Array
+def _widest(matrices: Array) -> int:
+    """Length of the rows of transposed inputs: an odd number of vectors."""
+    widest = LANES
+    for matrix in matrices:
+        widest = max(widest, matrix.stride)
+    return widest + LANES * (widest // LANES % 2 == 0)
+
+
+@njit(**INNER)
+def _load_gradients(
+    grad_w: Array, grad_log_det: Array, result: Array, b0: int, points: int, width: int, grad: Array, logs: Array
 ) -> None:
-    """Add the gradient with respect to a matrix, from that of its outputs and from its inputs, (points, columns).
+    """Gradients of points b0 .. b0 + points - 1 as columns; the padding is 0."""
+    for b in range(points):
+        logs[b] = grad_log_det[b0 + b]
+        for i in range(grad_w.shape[1]):
+            grad[result[i], b] = grad_w[b0 + b, i]
+    logs[points:width] = 0
+    grad[:, points:width] = 0
+
+
+@njit(**INNER)
+def _map_back(layer: Any, variables: Array, part: Part, grad: Array, logs: Array, delta: Array) -> None:
+    """The adjoint of a layer's map: gradients with respect to its input and the networks' outputs."""
+    tape, here, width = part.tape, part.here, part.width
+    for j in range(layer.moved):
+        row = variables[layer.moved_from + j]
+        x, w = tape[here + row, :width], tape[part.after + row, :width]
+        pull_back(layer, j, variables, tape, here, 0, x, w, grad[row, :width], logs, delta, 0)
+
+
+@njit(**INNER)
+def _compress_back(layer: Any, variables: Array, part: Part, grad: Array, delta: Array, room: Array) -> None:
+    """Add the gradients with respect to what the networks see to those with respect to the variables."""
+    nowhere, slope = room[0, : part.width], room[1, : part.width]
+    for j in range(layer.seen):
+        row = variables[layer.seen_from + j]
+        compress(part.tape[part.here + row, : part.width], nowhere, slope)
+        for t in range(part.width):
+            grad[row, t] += delta[layer.inputs + j, t] * slope[t]
+
+
+@njit(**INNER)
+def _add_gradient(
+    matrix: Any,
+    seen: Array,
+    delta: Array,
+    part: Part,
+    transposed: Array,
+    fresh: bool,
+    gradients: Array,
+    by_biases: Array,
+) -> None:
+    """Add the gradient with respect to a matrix, from that of its outputs and from its inputs.
 
     With `fresh` nothing was added before.
     """
+    width, below = part.width, part.context if matrix.source == CONTEXT else part.here + matrix.below
+    transpose(part.tape, below, matrix.columns, width, transposed)
+    transposed[:width, matrix.columns : matrix.stride] = 0
     own = gradients[matrix.grad : matrix.grad + matrix.rows * matrix.stride].reshape((matrix.rows, matrix.stride))
-    flat, start = delta.reshape(-1), matrix.own * delta.shape[1]
+    flat, step = delta.reshape(-1), delta.shape[1]
     r = 0
     while r < matrix.rows:
         last = r + _height(matrix.rows - r)
@@ -332,7 +366,7 @@ def _add_gradient(
             for q in range(r, last):
                 for k in range(_padded(columns)):
                     own[q, k] = 0
-        add_product(flat, start, delta.shape[1], 1, (r, last), (0, width), inputs, 0, own, 0, 0, columns)
+        add_product(flat, matrix.own * step, step, 1, (r, last), (0, width), transposed, 0, own, 0, 0, columns)
         r = last
     if matrix.first:
         for r in range(matrix.rows):
@@ -344,17 +378,10 @@ def _add_gradient(
 
 @njit(**INNER)
 def _multiply_back(
-    matrix: Any,
-    heard: Array,
-    weights: Array,
-    delta: Array,
-    out: Array,
-    out_row: int,
-    tape: Array,
-    layer: int,
-    width: int,
+    matrix: Any, heard: Array, weights: Array, delta: Array, out: Array, out_row: int, part: Part
 ) -> None:
     """Add the transposed matrix's product with the gradient of its outputs to that of its inputs."""
+    width, step = part.width, matrix.columns
     k = 0
     while k < matrix.columns:
         last = k + _height(matrix.columns - k)
@@ -363,40 +390,30 @@ def _multiply_back(
                 for t in range(width):
                     out[q, t] = 0
         rows = (heard[matrix.columns_from + k], matrix.rows)
-        add_product(
-            weights, matrix.start, 1, matrix.columns, (k, last), rows, delta, matrix.own, out, out_row, 0, width
-        )
+        add_product(weights, matrix.start, 1, step, (k, last), rows, delta, matrix.own, out, out_row, 0, width)
         if matrix.below_kind >= 0:
-            below, slopes = layer + matrix.below + k, matrix.below_slopes - matrix.below
-            differentiate(matrix.below_kind, tape, below, below + last - k, tape, slopes, out, out_row + k, 0, width)
+            below, slopes = part.here + matrix.below + k, matrix.below_slopes - matrix.below
+            end = below + last - k
+            differentiate(matrix.below_kind, part.tape, below, end, part.tape, slopes, out, out_row + k, 0, width)
         k = last
 
 
 @stored
 @njit(**ENTRY)
-def unpack(
-    matrices: Array,
-    seen: Array,
-    row_order: Array,
-    column_order: Array,
-    offsets: Array,
-    gradients: Array,
-    by_biases: Array,
-    flat: Array,
-) -> None:
+def unpack(tables: Tables, offsets: Array, gradients: Array, by_biases: Array, flat: Array) -> None:
     """Gradients with respect to the parameters, one after another.
 
     Args:
-        matrices, seen, row_order, column_order: As in `Tables`.
+        tables: The layers.
         offsets: Where the gradient of each tensor begins.
         gradients, by_biases: From `backward`.
         flat: Filled here.
     """
-    for matrix in matrices:
+    for matrix in tables.matrices:
         rows, columns, gain = matrix.rows, matrix.columns, flat.dtype.type(matrix.gain)
-        order = column_order[matrix.columns_from : matrix.columns_from + columns]
+        order = tables.column_order[matrix.columns_from : matrix.columns_from + columns]
         for r in range(rows):
-            place, count = row_order[matrix.rows_from + r], seen[matrix.rows_from + r]
+            place, count = tables.row_order[matrix.rows_from + r], tables.seen[matrix.rows_from + r]
             at = offsets[matrix.weight] + place * columns
             start = matrix.grad + r * matrix.stride
             out, own = flat[at : at + columns], gradients[start : start + count]

@@ -20,6 +20,7 @@ __all__ = [
     "Array",
     "Direction",
     "Plan",
+    "Tables",
     "biases_of",
     "lay_back",
     "lay_out_biases",
@@ -36,6 +37,30 @@ INPUTS, UNITS, CONTEXT = range(3)
 Array = np.ndarray[Any, Any]
 Direction = Callable[..., tuple[Tensor, Tensor]]
 """One direction of a univariate map: (v, \\*parameters) to (w, log dy/dx), elementwise."""
+
+
+class Tables(NamedTuple):
+    """The arrays that the kernels follow.
+
+    Attributes:
+        layers, matrices: Records of `layout.LAYER` and `layout.MATRIX`.
+        variables: Lists of variables and of rows, to which the layers refer.
+        seen: For each row of each matrix, the number of columns that it sees, ascending.
+        heard: For each column, the first row that sees it.
+        row_order, column_order: The row and the column of the weight that stand there.
+        steps: For each sequential layer, the numbers of units that are final, (levels + 1, D + 1).
+        result: The row of each variable after the last layer.
+    """
+
+    layers: Array
+    matrices: Array
+    variables: Array
+    seen: Array
+    heard: Array
+    row_order: Array
+    column_order: Array
+    steps: Array
+    result: Array
 
 
 class Plan(NamedTuple):

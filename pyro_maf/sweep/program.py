@@ -182,9 +182,7 @@ class Program:
         whole = [tensor.contiguous() for tensor in tensors]  # alive while its memory is read
         addresses = np.array([tensor.data_ptr() for tensor in whole], np.int64)
         pack = Pack(tensors[0].new_empty(self.num_weights), tensors[0].new_empty(self.num_biases))
-        tables = self.tables
-        orders = tables.seen, tables.row_order, tables.column_order
-        loaded().parallel.pack(addresses, tables.matrices, *orders, pack.weights.numpy(), pack.biases.numpy())
+        loaded().parallel.pack(addresses, self.tables, pack.weights.numpy(), pack.biases.numpy())
         return pack
 
     def remembered(self, tensors: Sequence[Tensor]) -> Pack:
