@@ -31,7 +31,7 @@ MAPS = (Affine, Spline)
 """Univariate maps that the kernels have."""
 LAYER_FIELDS = (
     ["rows", "first", "end", "inputs", "seen_from", "seen", "moved_from", "moved", "rest_from", "rest", "phi_from"]
-    + ["sign", "log_sign", "levels", "steps_from", "block"]
+    + ["sign", "log_sign", "levels", "matrices", "steps_from", "block"]
 )  # fmt: skip
 MAP_FIELDS = ["univariate", "outputs", "bins", "bound"]
 LAYER = np.dtype([*((name, np.int64) for name in LAYER_FIELDS + MAP_FIELDS[:-1]), ("bound", np.float64)])
@@ -41,9 +41,9 @@ Fields: `rows` of the tape; matrices `first` .. `end` - 1; row of its `inputs`; 
 `variables`, and their lengths: those that the networks see, those that are mapped, the rest; where the rows of the
 map's parameters begin there, those of one variable after those of another; the direction, 1 for y from x and
 -1 for x from y; the sign of the log-derivatives in the log-determinant; in the sequential direction, the number of
-`levels` above the inputs, or else 0; where the numbers of final units begin in `steps`, and the number of variables in
-a `block`; the number of the `univariate` map in `MAPS`; that of its `outputs` for a variable, P; and its settings,
-those of a spline.
+`levels` above the inputs, or else 0, and of `matrices` a level; where the numbers of final units begin in `steps`, and
+the number of variables in a `block`; the number of the `univariate` map in `MAPS`; that of its `outputs` for a
+variable, P; and its settings, those of a spline.
 """
 MATRIX_FIELDS = (
     ["start", "rows", "columns", "bias", "source", "below", "own", "rows_from", "columns_from", "grad", "stride"]
@@ -124,24 +124,24 @@ class Layout:
         layer = {**univariate, "rows": own, "first": first, "end": len(self.matrices), "inputs": dim}
         layer |= {"seen": len(seen), "moved": len(moved), "rest": len(rest)}
         layer |= {"sign": -1 if step.inverse else 1, "log_sign": step.log_sign}
-        layer |= {"levels": 0, "steps_from": sum(map(len, self.steps)), "block": _block(dim)}
+        layer |= {"levels": 0, "matrices": 0, "steps_from": sum(map(len, self.steps)), "block": _block(dim)}
         for name, entries in lists.items():
             layer[name] = len(self.variables)
             self.variables += entries.tolist()
         if step.sequential:
-            layer["levels"] = len(network.layers)  # type: ignore[arg-type]
-            self._add_steps(network, range(first, len(self.matrices)))
+            layer["levels"] = levels = len(network.layers)  # type: ignore[arg-type]
+            layer["matrices"] = each = (len(self.matrices) - first) // levels
+            self._add_steps(network, range(first + each - 1, len(self.matrices), each))
         self.layers.append(layer)
 
     def _add_steps(self, made: Any, matrices: range) -> None:
-        """Append the numbers of final units of a layer with these matrices."""
-        dim, levels = made.input_dim, len(made.layers)
-        if len(made.ready) != levels - 1:
+        """Append the numbers of final units of a layer with these matrices, one a level."""
+        dim = made.input_dim
+        if len(made.ready) != len(made.layers) - 1:
             raise UnfitError
         outputs = made.outputs_per_input * np.arange(dim + 1)
         final = np.array([np.arange(-1, dim), *([0, *ready] for ready in made.ready), outputs])
         final[0, 0] = 0
-        matrices = matrices[len(matrices) // levels - 1 :: len(matrices) // levels]
         for number, below, own in zip(matrices, final, final[1:], strict=False):
             seen = self.lists["seen"][number][: own[-1]]
             if not np.array_equal(seen, np.repeat(below[1:], np.diff(own))):

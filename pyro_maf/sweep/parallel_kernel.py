@@ -166,46 +166,51 @@ def forward(
 @njit(**INNER)
 def _pass(layer: Any, tables: Tables, weights: Array, biases: Array, part: Part, logs: Array, nowhere: Array) -> None:
     """A layer in its parallel direction."""
-    tape, here, width = part.tape, part.here, part.width
+    variables, matrices, seen = tables.variables, tables.matrices, tables.seen
+    tape, here, after, context, width = part
     for j in range(layer.seen):
-        row = here + tables.variables[layer.seen_from + j]
+        row = here + variables[layer.seen_from + j]
         compress(tape[row, :width], tape[here + layer.inputs + j, :width], nowhere)
     for m in range(layer.first, layer.end):
-        _multiply(tables.matrices[m], tables.seen, weights, biases, part)
+        _multiply(matrices[m], seen, weights, biases, tape, here, context, width)
     for j in range(layer.moved):
-        row = tables.variables[layer.moved_from + j]
-        x, w = tape[here + row, :width], tape[part.after + row, :width]
-        apply(layer, j, tables.variables, tape, here, 0, x, w, logs)
+        row = variables[layer.moved_from + j]
+        apply(layer, j, variables, tape, here, 0, tape[here + row, :width], tape[after + row, :width], logs)
 
 
 @njit(**INNER)
 def _follow(layer: Any, variables: Array, part: Part, keep: bool) -> int:
     """Put a layer's result where the next one expects it: the first row of that."""
     first, count = (layer.rest_from, layer.rest) if keep else (layer.moved_from, layer.moved)
-    source, target = (part.here, part.after) if keep else (part.after, part.here)
+    tape, here, after, _, width = part
+    source, target = (here, after) if keep else (after, here)
     for j in range(first, first + count):
-        for t in range(part.width):
-            part.tape[target + variables[j], t] = part.tape[source + variables[j], t]
-    return part.after if keep else part.here
+        for t in range(width):
+            tape[target + variables[j], t] = tape[source + variables[j], t]
+    return target
 
 
 @njit(**INNER)
 def _begin(layer: Any, tables: Tables, weights: Array, biases: Array, part: Part) -> None:
     """Set all units to what does not depend on the variables: their biases, and the products with the context."""
+    tape, here, _, context, width = part
     for m in range(layer.first, layer.end):
         matrix = tables.matrices[m]
         if matrix.source == CONTEXT:
-            _multiply(matrix, tables.seen, weights, biases, part)
+            _multiply(matrix, tables.seen, weights, biases, tape, here, context, width)
         elif matrix.first:
             for r in range(matrix.rows):
-                part.tape[part.here + matrix.own + r, : part.width] = biases[matrix.bias + r]
+                for t in range(width):
+                    tape[here + matrix.own + r, t] = biases[matrix.bias + r]
 
 
 @njit(**INNER)
-def _multiply(matrix: Any, seen: Array, weights: Array, biases: Array, part: Part) -> None:
+def _multiply(
+    matrix: Any, seen: Array, weights: Array, biases: Array, tape: Array, here: int, context: int, width: int
+) -> None:
     """Add a matrix's product to its level and, if it is the last to be added, apply the activation."""
-    tape, width, own, slopes = part.tape, part.width, part.here + matrix.own, part.here + matrix.slopes
-    below = part.context if matrix.source == CONTEXT else part.here + matrix.below
+    own, slopes = here + matrix.own, here + matrix.slopes
+    below = context if matrix.source == CONTEXT else here + matrix.below
     r = 0
     while r < matrix.rows:
         last = r + _height(matrix.rows - r)

@@ -48,7 +48,7 @@ def _steps(layer: Any, steps: Array) -> Array:
 @njit(**INNER)
 def _index(layer: Any, level: int) -> int:
     """Number of the matrix between a level and the one below; that of the context, if there is one, precedes it."""
-    return layer.first + (layer.end - layer.first) // layer.levels * level - 1
+    return layer.first + layer.matrices * level - 1
 
 
 @njit(**INNER)
@@ -61,27 +61,36 @@ def walk(layer: Any, tables: Tables, weights: Array, part: Part, logs: Array, no
         nowhere: Room for as many numbers.
     """
     final, dim = _steps(layer, tables.steps), layer.moved
+    matrices, variables = tables.matrices, tables.variables  # each use of a record's array is counted as a reference
+    tape, here, after, _, width = part
     for i0 in range(0, dim, layer.block):
         i1 = min(dim, i0 + layer.block)
-        _add(layer, tables.matrices, final, (i0, i1), (0, i0), weights, part, False)
+        _add(layer, matrices, final, (i0, i1), (0, i0), weights, tape, here, width, False)
         for i in range(i0, i1):
-            _add(layer, tables.matrices, final, (i, i + 1), (i0, i + 1), weights, part, True)
-            _map(layer, tables.variables, i, part, logs, nowhere)
+            _add(layer, matrices, final, (i, i + 1), (i0, i + 1), weights, tape, here, width, True)
+            _map(layer, variables, i, tape, here, after, width, logs, nowhere)
     for level in range(1, layer.levels):  # units of so high a degree that no output sees them
-        matrix = tables.matrices[_index(layer, level)]
-        own = part.here + matrix.own
-        part.tape[own + final[level, dim] : own + matrix.rows, : part.width] = 0
+        matrix = matrices[_index(layer, level)]
+        tape[here + matrix.own + final[level, dim] : here + matrix.own + matrix.rows, :width] = 0
 
 
 @njit(**INNER)
 def _add(
-    layer: Any, matrices: Array, final: Array, own: Any, below: Any, weights: Array, part: Part, completes: bool
+    layer: Any,
+    matrices: Array,
+    final: Array,
+    own: Any,
+    below: Any,
+    weights: Array,
+    tape: Array,
+    here: int,
+    width: int,
+    completes: bool,
 ) -> None:
     """Add the products of the units below of some steps, `below`, to the units of others, `own`."""
-    tape, width = part.tape, part.width
     for level in range(1, layer.levels + 1):
         matrix = matrices[_index(layer, level)]
-        start, step, lower, row = matrix.start, matrix.columns, part.here + matrix.below, part.here + matrix.own
+        start, step, lower, row = matrix.start, matrix.columns, here + matrix.below, here + matrix.own
         low, high = final[level, own[0]], final[level, own[1]]
         columns = (final[level - 1, below[0]], final[level - 1, below[1]])
         add_product(weights, start, step, 1, (low, high), columns, tape, lower, tape, row, 0, width)
@@ -90,29 +99,32 @@ def _add(
 
 
 @njit(**INNER)
-def _map(layer: Any, variables: Array, i: int, part: Part, logs: Array, nowhere: Array) -> None:
+def _map(
+    layer: Any, variables: Array, i: int, tape: Array, here: int, after: int, width: int, logs: Array, nowhere: Array
+) -> None:
     """w of a variable from its v and parameters, and what the network sees of it."""
     row = variables[layer.moved_from + i]
-    x, w = part.tape[part.here + row, : part.width], part.tape[part.after + row, : part.width]
-    apply(layer, i, variables, part.tape, part.here, 0, x, w, logs)
-    compress(w, part.tape[part.here + layer.inputs + i, : part.width], nowhere)
+    x, w = tape[here + row, :width], tape[after + row, :width]
+    apply(layer, i, variables, tape, here, 0, x, w, logs)
+    compress(w, tape[here + layer.inputs + i, :width], nowhere)
 
 
 @njit(**INNER)
 def walk_row(layer: Any, tables: Tables, weights: Array, part: Part, logs: Array, nowhere: Array) -> None:
     """As `walk` for one point; faster than tiles of many for a few."""
-    final, tape, column = _steps(layer, tables.steps), part.tape, part.tape.reshape(-1)
+    matrices, variables, tape, here, after = tables.matrices, tables.variables, part.tape, part.here, part.after
+    final, column = _steps(layer, tables.steps), tape.reshape(-1)
     for i in range(layer.moved):
         for level in range(1, layer.levels + 1):
-            matrix = tables.matrices[_index(layer, level)]
-            own, start, step = part.here + matrix.own, matrix.start, matrix.columns
+            matrix = matrices[_index(layer, level)]
+            own, start, step = here + matrix.own, matrix.start, matrix.columns
             low, high, seen = final[level, i], final[level, i + 1], final[level - 1, i + 1]
-            inputs = column[part.here + matrix.below : part.here + matrix.below + seen]
+            inputs = column[here + matrix.below : here + matrix.below + seen]
             for r in range(low, high):
                 column[own + r] += dot(weights[start + r * step : start + r * step + seen], inputs)
             if level < layer.levels:
                 activate(matrix.kind, tape, own + low, own + high, tape, matrix.slopes - matrix.own, 0, 1)
-        _map(layer, tables.variables, i, part, logs, nowhere)
+        _map(layer, variables, i, tape, here, after, 1, logs, nowhere)
 
 
 @njit(**INNER)
@@ -129,25 +141,29 @@ def walk_back(
         room: (2, points).
     """
     final, dim, block = _steps(layer, tables.steps), layer.moved, 2 * layer.block  # as weights are read down columns
+    matrices, variables = tables.matrices, tables.variables
+    tape, here, after, _, width = part
     for i0 in range((dim - 1) // block * block, -1, -block):
         i1 = min(dim, i0 + block)
         for level in range(layer.levels - 1, -1, -1):
-            upper = tables.matrices[_index(layer, level + 1)]
+            upper = matrices[_index(layer, level + 1)]
             own = (final[level, i0], final[level, i1]) if level else (i0, i1)
-            delta[upper.below + own[0] : upper.below + own[1], : part.width] = 0
-            _add_back(upper, weights, own, (final[level + 1, i1], final[level + 1, dim]), delta, part.width)
+            delta[upper.below + own[0] : upper.below + own[1], :width] = 0
+            _add_back(upper, weights, own, (final[level + 1, i1], final[level + 1, dim]), delta, width)
         for i in range(i1 - 1, i0 - 1, -1):
-            upper = tables.matrices[_index(layer, 1)]
-            _add_back(upper, weights, (i, i + 1), (final[1, i + 1], final[1, i1]), delta, part.width)
-            _map_back(layer, tables.variables, i, part, grad, logs, delta, room)
+            upper = matrices[_index(layer, 1)]
+            _add_back(upper, weights, (i, i + 1), (final[1, i + 1], final[1, i1]), delta, width)
+            _map_back(layer, variables, i, tape, here, after, width, grad, logs, delta, room)
             for level in range(layer.levels - 1, 0, -1):
-                upper = tables.matrices[_index(layer, level + 1)]
+                upper = matrices[_index(layer, level + 1)]
                 own, above = (final[level, i], final[level, i + 1]), (final[level + 1, i], final[level + 1, i1])
-                _add_back(upper, weights, own, above, delta, part.width)
-                _differentiate(upper, own, part, delta)
+                _add_back(upper, weights, own, above, delta, width)
+                row, slopes = upper.below + own[0], upper.below_slopes - upper.below
+                end = here + upper.below + own[1]
+                differentiate(upper.below_kind, tape, here + row, end, tape, slopes, delta, row, 0, width)
     for level in range(1, layer.levels):
-        matrix = tables.matrices[_index(layer, level)]
-        delta[matrix.own + final[level, dim] : matrix.own + matrix.rows, : part.width] = 0
+        matrix = matrices[_index(layer, level)]
+        delta[matrix.own + final[level, dim] : matrix.own + matrix.rows, :width] = 0
 
 
 @njit(**INNER)
@@ -157,21 +173,22 @@ def _add_back(matrix: Any, weights: Array, own: Any, above: Any, delta: Array, w
 
 
 @njit(**INNER)
-def _differentiate(matrix: Any, own: Any, part: Part, delta: Array) -> None:
-    """Multiply the gradients of some of a matrix's inputs by the derivatives of their activations."""
-    row, slopes = matrix.below + own[0], matrix.below_slopes - matrix.below
-    first, end = part.here + row, part.here + matrix.below + own[1]
-    differentiate(matrix.below_kind, part.tape, first, end, part.tape, slopes, delta, row, 0, part.width)
-
-
-@njit(**INNER)
 def _map_back(
-    layer: Any, variables: Array, i: int, part: Part, grad: Array, logs: Array, delta: Array, room: Array
+    layer: Any,
+    variables: Array,
+    i: int,
+    tape: Array,
+    here: int,
+    after: int,
+    width: int,
+    grad: Array,
+    logs: Array,
+    delta: Array,
+    room: Array,
 ) -> None:
     """The adjoint of `_map`."""
-    tape, here, width = part.tape, part.here, part.width
     row = variables[layer.moved_from + i]
-    x, w, slope = tape[here + row, :width], tape[part.after + row, :width], room[1, :width]
+    x, w, slope = tape[here + row, :width], tape[after + row, :width], room[1, :width]
     compress(w, room[0, :width], slope)
     for t in range(width):
         grad[row, t] += delta[layer.inputs + i, t] * slope[t]
