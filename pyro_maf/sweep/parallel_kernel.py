@@ -83,10 +83,20 @@ def _padded(points: int) -> int:
 @njit(**INNER)
 def _load(values: Array, b0: int, points: int, width: int, rows: Any) -> None:
     """Points b0 .. b0 + points - 1 as columns; the padding is 0."""
-    for b in range(points):
-        for i in range(values.shape[1]):
-            rows[i, b] = values[b0 + b, i]
+    for i0 in range(0, values.shape[1], LANES):  # some variables at a time, whose rows stay in the cache
+        for b in range(points):
+            for i in range(i0, min(i0 + LANES, values.shape[1])):
+                rows[i, b] = values[b0 + b, i]
     rows[: values.shape[1], points:width] = 0
+
+
+@njit(**INNER)
+def _store(rows: Array, result: Array, b0: int, points: int, values: Array) -> None:
+    """Columns as points b0 .. b0 + points - 1; variable i is in row result[i]."""
+    for i0 in range(0, values.shape[1], LANES):
+        for b in range(points):
+            for i in range(i0, min(i0 + LANES, values.shape[1])):
+                values[b0 + b, i] = rows[result[i], b]
 
 
 @njit(**INNER)
@@ -136,18 +146,18 @@ def forward(
     """
     dim, keep, most = v.shape[1], len(tape) > 0, _most_rows(tables.layers, v.shape[1])
     chunk = tape.shape[1] if keep or end - first > few else 1
-    # If nothing is saved, every layer has the same rows, and its result is copied back to the first of them.
-    work = tape if keep else np.empty((most + dim + context.shape[1], chunk), v.dtype)
+    # If nothing is saved, every layer has the same rows, and one more for a variable's result.
+    work = tape if keep else np.empty((most + 1 + context.shape[1], chunk), v.dtype)
     logs, nowhere = np.empty(chunk, v.dtype), np.empty(chunk, v.dtype)
     for b0 in range(first, end, chunk):
         points = min(chunk, end - b0)
         width, here = min(_padded(points), chunk), b0 // chunk * rows if keep else 0
-        at_context = dim + (here + _all_rows(tables.layers) if keep else most)
+        at_context = here + _all_rows(tables.layers) + dim if keep else most + 1
         _load(v, b0, points, width, work[here:])
         _load(context, b0, points, width, work[at_context:])
         logs[:] = 0
         for layer in tables.layers:
-            part = Part(work, here, here + layer.rows if keep else most, at_context, width)
+            part = Part(work, here, here + layer.rows if keep else most, at_context, width, keep)
             if layer.levels == 0:
                 _pass(layer, tables, weights, biases, part, logs[:width], nowhere[:width])
             else:
@@ -156,18 +166,16 @@ def forward(
                     walk_row(layer, tables, weights, part, logs, nowhere)
                 else:
                     walk(layer, tables, weights, part, logs[:width], nowhere[:width])
-            here = _follow(layer, tables.variables, part, keep)
+            here += layer.rows if keep else 0
         log_det[b0 : b0 + points] = logs[:points]
-        for b in range(points):
-            for i in range(dim):
-                w[b0 + b, i] = work[here + tables.result[i], b]
+        _store(work[here:], tables.result, b0, points, w)
 
 
 @njit(**INNER)
 def _pass(layer: Any, tables: Tables, weights: Array, biases: Array, part: Part, logs: Array, nowhere: Array) -> None:
     """A layer in its parallel direction."""
     variables, matrices, seen = tables.variables, tables.matrices, tables.seen
-    tape, here, after, context, width = part
+    tape, here, after, context, width, keeps = part
     for j in range(layer.seen):
         row = here + variables[layer.seen_from + j]
         compress(tape[row, :width], tape[here + layer.inputs + j, :width], nowhere)
@@ -175,25 +183,21 @@ def _pass(layer: Any, tables: Tables, weights: Array, biases: Array, part: Part,
         _multiply(matrices[m], seen, weights, biases, tape, here, context, width)
     for j in range(layer.moved):
         row = variables[layer.moved_from + j]
-        apply(layer, j, variables, tape, here, 0, tape[here + row, :width], tape[after + row, :width], logs)
-
-
-@njit(**INNER)
-def _follow(layer: Any, variables: Array, part: Part, keep: bool) -> int:
-    """Put a layer's result where the next one expects it: the first row of that."""
-    first, count = (layer.rest_from, layer.rest) if keep else (layer.moved_from, layer.moved)
-    tape, here, after, _, width = part
-    source, target = (here, after) if keep else (after, here)
-    for j in range(first, first + count):
+        x, w = tape[here + row, :width], tape[after + row if keeps else after, :width]
+        apply(layer, j, variables, tape, here, 0, x, w, logs)
+        if not keeps:
+            for t in range(width):
+                x[t] = w[t]
+    for j in range(layer.rest if keeps else 0):
+        row = variables[layer.rest_from + j]
         for t in range(width):
-            tape[target + variables[j], t] = tape[source + variables[j], t]
-    return target
+            tape[after + row, t] = tape[here + row, t]
 
 
 @njit(**INNER)
 def _begin(layer: Any, tables: Tables, weights: Array, biases: Array, part: Part) -> None:
     """Set all units to what does not depend on the variables: their biases, and the products with the context."""
-    tape, here, _, context, width = part
+    tape, here, _, context, width, _ = part
     for m in range(layer.first, layer.end):
         matrix = tables.matrices[m]
         if matrix.source == CONTEXT:
@@ -223,7 +227,7 @@ def _multiply(
             column = tape.reshape(-1)
             for q in range(r, last):
                 at, count = matrix.start + q * matrix.columns, seen[matrix.rows_from + q]
-                column[own + q] += dot(weights[at : at + count], column[below : below + count])
+                column[own + q] += dot(weights, at, column, below, count)
         else:
             columns = (0, seen[matrix.rows_from + last - 1])
             add_product(weights, matrix.start, matrix.columns, 1, (r, last), columns, tape, below, tape, own, 0, width)
@@ -275,7 +279,7 @@ def backward(
         of_context[:] = 0
         for index in range(len(layers) - 1, -1, -1):
             layer = layers[index]
-            part = Part(tape, after - layer.rows, after, at_context, width)
+            part = Part(tape, after - layer.rows, after, at_context, width, True)
             to_variables = index > 0 or grad_v.shape[1] > 0
             if layer.levels:
                 walk_back(layer, tables, weights, part, grad, logs[:width], delta, room)
@@ -293,11 +297,8 @@ def backward(
             if layer.levels == 0 and to_variables:
                 _compress_back(layer, tables.variables, part, grad, delta, room)
             after = part.here
-        for b in range(points):
-            for i in range(grad_v.shape[1]):
-                grad_v[b0 + b, i] = grad[i, b]
-            for i in range(len(of_context)):
-                grad_context[b0 + b, i] = of_context[i, b]
+        _store(grad, np.arange(grad_v.shape[1]), b0, points, grad_v)
+        _store(of_context, np.arange(len(of_context)), b0, points, grad_context)
 
 
 @njit(**INNER)
@@ -314,10 +315,11 @@ def _load_gradients(
     grad_w: Array, grad_log_det: Array, result: Array, b0: int, points: int, width: int, grad: Array, logs: Array
 ) -> None:
     """Gradients of points b0 .. b0 + points - 1 as columns; the padding is 0."""
-    for b in range(points):
-        logs[b] = grad_log_det[b0 + b]
-        for i in range(grad_w.shape[1]):
-            grad[result[i], b] = grad_w[b0 + b, i]
+    logs[:points] = grad_log_det[b0 : b0 + points]
+    for i0 in range(0, len(grad), LANES):
+        for b in range(points):
+            for i in range(i0, min(i0 + LANES, len(grad))):
+                grad[result[i], b] = grad_w[b0 + b, i]
     logs[points:width] = 0
     grad[:, points:width] = 0
 

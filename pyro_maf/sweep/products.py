@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
@@ -167,9 +168,9 @@ def transpose(x: Array, x_row: int, rows: int, columns: int, y: Array) -> None:
 
 
 @njit(**INNER)
-def dot(a: Any, b: Any) -> Any:
-    """sum_k a_k b_k."""
-    total = a.dtype.type(0)
-    for k in range(len(a)):
-        total += a[k] * b[k]
+def dot(a: Array, a_from: int, b: Array, b_from: int, terms: int) -> Any:
+    """sum_k a[a_from + k] b[b_from + k] over k < terms. Slices would be counted as references."""
+    total, a_first, b_first = a.dtype.type(0), np.uintp(a_from), np.uintp(b_from)
+    for k in range(np.uintp(terms)):
+        total += a[a_first + k] * b[b_first + k]
     return total

@@ -27,8 +27,10 @@ class Part(NamedTuple):
 
     Attributes:
         tape: (rows, points).
-        here, after, context: First rows of the layer, of the next one and of the context.
+        here, after, context: First rows of the layer, of its result and of the context.
         width: Number of points, padded.
+        keeps: Whether the result is that of all variables, the first rows of the next layer; or one row for all, which
+            is copied over the variable's input.
     """
 
     tape: Array
@@ -36,6 +38,7 @@ class Part(NamedTuple):
     after: int
     context: int
     width: int
+    keeps: bool
 
 
 @njit(**INNER)
@@ -62,13 +65,13 @@ def walk(layer: Any, tables: Tables, weights: Array, part: Part, logs: Array, no
     """
     final, dim = _steps(layer, tables.steps), layer.moved
     matrices, variables = tables.matrices, tables.variables  # each use of a record's array is counted as a reference
-    tape, here, after, _, width = part
+    tape, here, width = part.tape, part.here, part.width
     for i0 in range(0, dim, layer.block):
         i1 = min(dim, i0 + layer.block)
         _add(layer, matrices, final, (i0, i1), (0, i0), weights, tape, here, width, False)
         for i in range(i0, i1):
             _add(layer, matrices, final, (i, i + 1), (i0, i + 1), weights, tape, here, width, True)
-            _map(layer, variables, i, tape, here, after, width, logs, nowhere)
+            _map(layer, variables, i, part, logs, nowhere)
     for level in range(1, layer.levels):  # units of so high a degree that no output sees them
         matrix = matrices[_index(layer, level)]
         tape[here + matrix.own + final[level, dim] : here + matrix.own + matrix.rows, :width] = 0
@@ -99,32 +102,33 @@ def _add(
 
 
 @njit(**INNER)
-def _map(
-    layer: Any, variables: Array, i: int, tape: Array, here: int, after: int, width: int, logs: Array, nowhere: Array
-) -> None:
+def _map(layer: Any, variables: Array, i: int, part: Part, logs: Array, nowhere: Array) -> None:
     """w of a variable from its v and parameters, and what the network sees of it."""
+    tape, here, after, _, width, keeps = part
     row = variables[layer.moved_from + i]
-    x, w = tape[here + row, :width], tape[after + row, :width]
+    x, w = tape[here + row, :width], tape[after + row if keeps else after, :width]
     apply(layer, i, variables, tape, here, 0, x, w, logs)
     compress(w, tape[here + layer.inputs + i, :width], nowhere)
+    if not keeps:
+        for t in range(width):
+            x[t] = w[t]
 
 
 @njit(**INNER)
 def walk_row(layer: Any, tables: Tables, weights: Array, part: Part, logs: Array, nowhere: Array) -> None:
     """As `walk` for one point; faster than tiles of many for a few."""
-    matrices, variables, tape, here, after = tables.matrices, tables.variables, part.tape, part.here, part.after
+    matrices, variables, tape, here = tables.matrices, tables.variables, part.tape, part.here
     final, column = _steps(layer, tables.steps), tape.reshape(-1)
     for i in range(layer.moved):
         for level in range(1, layer.levels + 1):
             matrix = matrices[_index(layer, level)]
             own, start, step = here + matrix.own, matrix.start, matrix.columns
             low, high, seen = final[level, i], final[level, i + 1], final[level - 1, i + 1]
-            inputs = column[here + matrix.below : here + matrix.below + seen]
             for r in range(low, high):
-                column[own + r] += dot(weights[start + r * step : start + r * step + seen], inputs)
+                column[own + r] += dot(weights, start + r * step, column, here + matrix.below, seen)
             if level < layer.levels:
                 activate(matrix.kind, tape, own + low, own + high, tape, matrix.slopes - matrix.own, 0, 1)
-        _map(layer, variables, i, tape, here, after, 1, logs, nowhere)
+        _map(layer, variables, i, part, logs, nowhere)
 
 
 @njit(**INNER)
@@ -142,7 +146,7 @@ def walk_back(
     """
     final, dim, block = _steps(layer, tables.steps), layer.moved, 2 * layer.block  # as weights are read down columns
     matrices, variables = tables.matrices, tables.variables
-    tape, here, after, _, width = part
+    tape, here, after, _, width, _ = part
     for i0 in range((dim - 1) // block * block, -1, -block):
         i1 = min(dim, i0 + block)
         for level in range(layer.levels - 1, -1, -1):
