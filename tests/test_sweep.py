@@ -338,9 +338,10 @@ def test_compiling_is_announced_only_where_nothing_was_compiled_before(name: str
     assert loading._compiled_before(str(tmp_path))
 
 
+@every_direction
 @pytest.mark.parametrize("name", LAYERS)
 @given(a=architectures(largest=6), frozen=st.sampled_from(["none", "weights", "all but one", "inputs"]))
-def test_compiled_layers_agree_with_plain_operations(name: str, a: Architecture, frozen: str) -> None:
+def test_compiled_layers_agree_with_plain_operations(name: str, direction: Any, a: Architecture, frozen: str) -> None:
     flow = build(name, a, torch.float64, "cpu", gain=0.5)
     layer = getattr(flow, "flow", flow)
     parameters = list(layer.parameters())
@@ -351,7 +352,7 @@ def test_compiled_layers_agree_with_plain_operations(name: str, a: Architecture,
     wanted = [tensor for tensor in (v, context, *parameters) if tensor.requires_grad]
 
     def results() -> tuple[Tensor, Tensor]:
-        return fast_direction(layer)(v, context if layer.context_dim else None)  # type: ignore[no-any-return]
+        return direction(layer)(v, context if layer.context_dim else None)  # type: ignore[no-any-return]
 
     def derivatives() -> list[Tensor]:
         w, log_det = results()

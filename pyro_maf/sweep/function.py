@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -310,7 +311,10 @@ def _by_plain_operations(
         results = plain(run.steps, v, context, tensors)
     inputs = [v, context, *tensors]
     wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
-    gradients = iter(torch.autograd.grad(results, wanted, grads, create_graph=again, allow_unused=True))
+    # Of one variable, the log-determinant may depend on nothing that is wanted.
+    pairs = [pair for pair in zip(results, grads, strict=True) if pair[0].requires_grad]
+    outputs, grads = zip(*pairs, strict=True)
+    gradients = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=again, allow_unused=True))
     return [next(gradients) if need else None for need in needed]
 
 
@@ -331,16 +335,38 @@ def _plain(
         if step.univariate is None:
             v = v[:, step.moved]
             continue
-        is_made = isinstance(step.networks[0], MADE)
-        seen, moved = (v, v) if is_made else (v[:, step.seen], v[:, step.moved])
-        outputs = torch.cat([_outputs(network, seen, context, every) for network in step.networks], -1)
-        size = moved.shape[1], step.univariate.num_parameters
-        phi = outputs.unflatten(-1, size) if is_made else outputs.unflatten(-1, size[::-1]).mT
-        direction = step.univariate.inverse if step.inverse else step.univariate.forward
-        moved, log_derivative = direction(moved, phi)
-        v = moved if is_made else v.index_copy(-1, step.moved, moved)
+        passes = _one_by_one if step.sequential else _at_once
+        v, log_derivative = passes(step, v, context, every)
         total = total + step.log_sign * log_derivative.sum(-1)
     return v, total
+
+
+def _at_once(step: Step, v: Tensor, context: Tensor | None, tensors: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+    """A layer in its parallel direction: its output and log-derivatives."""
+    is_made = isinstance(step.networks[0], MADE)
+    seen, moved = (v, v) if is_made else (v[:, step.seen], v[:, step.moved])
+    outputs = torch.cat([_outputs(network, seen, context, tensors) for network in step.networks], -1)
+    size = moved.shape[1], step.univariate.num_parameters  # type: ignore[union-attr]
+    phi = outputs.unflatten(-1, size) if is_made else outputs.unflatten(-1, size[::-1]).mT
+    moved, log_derivative = _direction(step)(moved, phi)
+    return moved if is_made else v.index_copy(-1, step.moved, moved), log_derivative
+
+
+def _one_by_one(step: Step, v: Tensor, context: Tensor | None, tensors: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+    """A layer in its sequential direction, by D passes."""
+    network: Any = step.networks[0]
+    used = list(itertools.islice(tensors, (3 if len(network.context_layers) else 2) * len(network.layers)))
+    columns, logs = [torch.zeros_like(v[:, 0])] * v.shape[1], []
+    for i in step.moved.tolist():
+        phi = _outputs(network, torch.stack(columns, -1), context, iter(used)).unflatten(-1, (v.shape[1], -1))
+        columns[i], log_derivative = _direction(step)(v[:, i], phi[:, i])
+        logs.append(log_derivative)
+    return torch.stack(columns, -1), torch.stack(logs, -1)
+
+
+def _direction(step: Step) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    univariate: Any = step.univariate
+    return univariate.inverse if step.inverse else univariate.forward
 
 
 def _outputs(network: Any, x: Tensor, context: Tensor | None, tensors: Any) -> Tensor:

@@ -154,5 +154,8 @@ def _differentiable(
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
     plan = Plan.of(ctx.made, tensors[: ctx.layers], tensors[ctx.layers :])
     results = solve_by_passes(plan, ctx.direction, v)
-    found = iter(torch.autograd.grad(results, wanted, (grad_w, grad_log_det), create_graph=True, allow_unused=True))
+    # Of one variable, the log-determinant may depend on nothing that is wanted.
+    pairs = [pair for pair in zip(results, (grad_w, grad_log_det), strict=True) if pair[0].requires_grad]
+    outputs, grads = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
     return tuple(next(found) if tensor.requires_grad else None for tensor in inputs)
