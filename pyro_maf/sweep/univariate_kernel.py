@@ -42,8 +42,9 @@ result, later the argument, and to log q'; and, of those with respect to A and A
 STEP, STEP_C, RISE, BY_C, BY_C_BEFORE, BY_C_AFTER = range(24 * STRIP, 30 * STRIP, STRIP)
 """Rows: of the same gradients, what is added for the bins before the argument's, of which its own has the part t, or
 that of its height; and the gradients with respect to log C."""
-FIRST, NEXT = 31 * STRIP, 2 * STRIP
-"""Row of the A of the first bin, that of its C after it; and from one bin to the next."""
+FIRST, NEXT = 35 * STRIP, 5 * STRIP
+"""Row of the A of the first bin, after which come its C, the output for the slope at its end, and the derivatives of
+log A and log C with respect to their outputs; and from one bin to the next."""
 BEYOND = -1
 """The C beside the first and the last bin: at the box's edge the slope is 1."""
 
@@ -140,7 +141,7 @@ def _spline(
             for t in range(points):
                 shifts[t] = point[t]
         _set_bins(layer, phi, variables, tape, first, at, points, room, True)
-        _find_bin(layer, phi, variables, tape, first, at, points, room, solve)
+        _find_bin(layer, points, room, solve)
         _through_box(layer, points, room, solve)
         if solve:
             affine(result, shifts, scales, 1, layer.log_sign, w[start:end], log_det[start:end])
@@ -155,10 +156,11 @@ def _spline(
 
 @njit(**INNER)
 def _room(layer: Any, like: Array) -> Array:
-    last = FIRST + layer.bins * NEXT + STRIP
-    room = np.empty(last + STRIP, like.dtype)
-    room[FIRST - STRIP : FIRST] = BEYOND
-    room[last:] = BEYOND
+    last = FIRST + (layer.bins - 1) * NEXT
+    room = np.empty(last + 2 * NEXT, like.dtype)
+    for t in range(STRIP):
+        room[FIRST - NEXT + STRIP + t] = room[last + NEXT + STRIP + t] = BEYOND
+        room[FIRST - NEXT + 2 * STRIP + t] = room[last + 2 * STRIP + t] = 0
     return room
 
 
@@ -166,57 +168,72 @@ def _room(layer: Any, like: Array) -> Array:
 def _set_bins(
     layer: Any, phi: int, variables: Array, tape: Array, first: int, t0: int, points: int, room: Array, fresh: bool
 ) -> None:
-    """Fill in the A and C of all bins, and their sums; replaces the outputs, if `fresh`, by their tanh."""
+    """Fill in the rows of all bins, and their sums; replaces the outputs for A and C, if `fresh`, by their tanh."""
     number = tape.dtype.type
+    one, gain, end = number(1), number(GAIN), t0 + points
     for t in range(points):
         room[WIDTHS + t] = room[HEIGHTS + t] = 0
-    for k in range(2 * layer.bins):  # widths, then heights
-        outputs = tape[first + variables[phi + 2 + k], t0 : t0 + points]
-        at = FIRST + k * NEXT if k < layer.bins else FIRST + STRIP + (k - layer.bins) * NEXT
-        if fresh:
-            for t in range(points):
-                outputs[t] = tanh(number(GAIN / LOG_CHORD) * outputs[t])
-        for t in range(points):
-            room[at + t] = exp(number(LOG_CHORD) * outputs[t])
     for k in range(layer.bins):
-        a, c = FIRST + k * NEXT, FIRST + STRIP + k * NEXT
+        at, phi_k = FIRST + k * NEXT, phi + 2 + k
+        for part in range(2):  # A and C: one array at a time, or no loop is vectorised
+            outputs, row = tape[first + variables[phi_k + part * layer.bins], t0:end], at + part * STRIP
+            if fresh:
+                for t in range(points):
+                    outputs[t] = tanh(number(GAIN / LOG_CHORD) * outputs[t])
+            else:
+                for t in range(points):
+                    room[row + 3 * STRIP + t] = gain * (one - outputs[t] * outputs[t])
+            for t in range(points):
+                room[row + t] = _exp_of_bounded(outputs[t])
+        if k < layer.bins - 1:
+            outputs = tape[first + variables[phi_k + 2 * layer.bins], t0:end]
+            for t in range(points):
+                room[at + 2 * STRIP + t] = outputs[t]
         for t in range(points):
-            room[WIDTHS + t] += room[a + t]
-            room[HEIGHTS + t] += room[a + t] * room[c + t]
+            room[WIDTHS + t] += room[at + t]
+            room[HEIGHTS + t] += room[at + t] * room[at + STRIP + t]
 
 
 @njit(**INNER)
-def _find_bin(
-    layer: Any, phi: int, variables: Array, tape: Array, first: int, t0: int, points: int, room: Array, solve: bool
-) -> None:
+def _exp_of_bounded(x: Any) -> Any:
+    """exp(LOG_CHORD x) for |x| up to 1."""
+    return exp(type(x)(LOG_CHORD) * x)
+
+
+@njit(**INNER)
+def _find_bin(layer: Any, points: int, room: Array, solve: bool) -> None:
     """Fill in the argument's position, clipped to the box, and what belongs to its bin."""
-    number = tape.dtype.type
+    number = room.dtype.type
     bound, zero = number(layer.bound), number(0)
-    total = HEIGHTS if solve else WIDTHS
+    # Both alternatives of a choice are read before it: loops that may leave a row unread are not vectorised.
     for t in range(points):
-        inside = min(max(room[POINT + t], -bound), bound)
-        room[AT + t] = (inside + bound) * room[total + t] / (bound + bound)
+        inside = min(max(room[POINT + t], -bound), bound) + bound
+        width, height = room[WIDTHS + t], room[HEIGHTS + t]
+        room[AT + t] = inside * (height if solve else width) / (bound + bound)
         room[LEFT + t] = room[BOTTOM + t] = zero
-        room[OUTPUT + t] = room[OUTPUT_AFTER + t] = zero
     for k in range(layer.bins):
         a = FIRST + k * NEXT
         for t in range(points):
-            reached = k == 0 or (room[BOTTOM + t] if solve else room[LEFT + t]) <= room[AT + t]
-            room[BIN + t] = number(k) if reached else room[BIN + t]
-            room[BIN_LEFT + t] = room[LEFT + t] if reached else room[BIN_LEFT + t]
-            room[BIN_BOTTOM + t] = room[BOTTOM + t] if reached else room[BIN_BOTTOM + t]
-            room[A + t] = room[a + t] if reached else room[A + t]
-            room[C + t] = room[a + STRIP + t] if reached else room[C + t]
-            room[C_BEFORE + t] = room[a - STRIP + t] if reached else room[C_BEFORE + t]
-            room[C_AFTER + t] = room[a + NEXT + STRIP + t] if reached else room[C_AFTER + t]
-            room[LEFT + t] += room[a + t]
-            room[BOTTOM + t] += room[a + t] * room[a + STRIP + t]
-    for k in range(1, layer.bins):
-        outputs = tape[first + variables[phi + 1 + 2 * layer.bins + k], t0 : t0 + points]
-        knot, before = number(k), number(k - 1)
+            left, bottom, at = room[LEFT + t], room[BOTTOM + t], room[AT + t]
+            is_before = (at < bottom if solve else at < left) & (k > 0)
+            width, c = room[a + t], room[a + STRIP + t]
+            c_before, c_after = room[a + STRIP - NEXT + t], room[a + STRIP + NEXT + t]
+            others = room[BIN + t], room[BIN_LEFT + t], room[BIN_BOTTOM + t]
+            shape = room[A + t], room[C + t], room[C_BEFORE + t], room[C_AFTER + t]
+            room[BIN + t] = others[0] if is_before else number(k)
+            room[BIN_LEFT + t] = others[1] if is_before else left
+            room[BIN_BOTTOM + t] = others[2] if is_before else bottom
+            room[A + t] = shape[0] if is_before else width
+            room[C + t] = shape[1] if is_before else c
+            room[C_BEFORE + t] = shape[2] if is_before else c_before
+            room[C_AFTER + t] = shape[3] if is_before else c_after
+            room[LEFT + t] = left + width
+            room[BOTTOM + t] = bottom + width * c
         for t in range(points):
-            room[OUTPUT + t] = outputs[t] if room[BIN + t] == knot else room[OUTPUT + t]
-            room[OUTPUT_AFTER + t] = outputs[t] if room[BIN + t] == before else room[OUTPUT_AFTER + t]
+            is_it, output, output_after = room[BIN + t] == number(k), room[OUTPUT + t], room[OUTPUT_AFTER + t]
+            here, after = room[a + 2 * STRIP - NEXT + t], room[a + 2 * STRIP + t]
+            room[OUTPUT + t] = here if is_it else output
+            room[OUTPUT_AFTER + t] = after if is_it else output_after
 
 
 @njit(**INNER)
@@ -311,7 +328,7 @@ def _spline_back(
         if solve:
             affine_back(z, w[start:end], e[:points], scales, 1, layer.log_sign, inner, logs, by_shift, by_scale)
         _set_bins(layer, phi, variables, tape, first, at, points, room, False)
-        _find_bin(layer, phi, variables, tape, first, at, points, room, False)
+        _find_bin(layer, points, room, False)
         for t in range(points):  # the argument of q^-1 decides whether it is in the box
             room[POINT + t] = x[start + t] if solve else z[t]
         _box_back(layer, points, room, solve)
@@ -408,25 +425,22 @@ def _bins_back(
     one, zero = number(1), number(0)
     for k in range(layer.bins):
         at, this, before, after = FIRST + k * NEXT, number(k), number(k + 1), number(k - 1)
+        row, row_c = variables[phi + 2 + k], variables[phi + 2 + layer.bins + k]
+        out, out_c = delta[delta_first + row, t0 : t0 + points], delta[delta_first + row_c, t0 : t0 + points]
         for t in range(points):
             a, ac, found = room[at + t], room[at + t] * room[at + STRIP + t], room[BIN + t]
-            part = one if found > this else room[PLACE + t] if found == this else zero
-            part_c = one if found > this else room[RISE + t] if found == this else zero
+            place, rise = room[PLACE + t], room[RISE + t]
+            by_c, by_c_before, by_c_after = room[BY_C + t], room[BY_C_BEFORE + t], room[BY_C_AFTER + t]
+            part = one if found > this else place if found == this else zero
+            part_c = one if found > this else rise if found == this else zero
             by_ac = ac * (room[SHARED_C + t] + room[STEP_C + t] * part_c)
-            own = room[BY_C + t] if found == this else zero
-            own += room[BY_C_BEFORE + t] if found == before else zero
-            own += room[BY_C_AFTER + t] if found == after else zero
-            room[at + t] = a * (room[SHARED + t] + room[STEP + t] * part) + by_ac
-            room[at + STRIP + t] = by_ac + own
-    for k in range(2 * layer.bins):
-        row = variables[phi + 2 + k]
-        bounded, out = tape[first + row, t0 : t0 + points], delta[delta_first + row, t0 : t0 + points]
-        at = FIRST + k * NEXT if k < layer.bins else FIRST + STRIP + (k - layer.bins) * NEXT
-        for t in range(points):
-            out[t] = number(GAIN) * (one - bounded[t] * bounded[t]) * room[at + t]
+            own = by_c if found == this else by_c_before if found == before else by_c_after if found == after else zero
+            by_a = a * (room[SHARED + t] + room[STEP + t] * part)
+            out[t] = room[at + 3 * STRIP + t] * (by_a + by_ac)
+            out_c[t] = room[at + 4 * STRIP + t] * (by_ac + own)
     for k in range(1, layer.bins):
         out = delta[delta_first + variables[phi + 1 + 2 * layer.bins + k], t0 : t0 + points]
         knot, before = number(k), number(k - 1)
         for t in range(points):
-            by_output = room[OUTPUT + t] if room[BIN + t] == knot else zero
-            out[t] = room[OUTPUT_AFTER + t] if room[BIN + t] == before else by_output
+            found, here, after = room[BIN + t], room[OUTPUT + t], room[OUTPUT_AFTER + t]
+            out[t] = here if found == knot else after if found == before else zero
