@@ -639,6 +639,30 @@ def test_keywords_of_the_model_are_passed_on_whatever_their_name() -> None:
     assert float(fit.guide.median()["z"]) == pytest.approx(5.0, abs=0.2)
 
 
+def test_a_keyword_of_the_model_that_an_option_has_is_passed_by_a_partial_function() -> None:
+    def model(y: Tensor, *, steps: float) -> None:
+        pyro.sample("z", dist.Normal(y.sum() + steps, 1.0))
+
+    y = torch.ones(2)
+    with pytest.raises(
+        TypeError, match=r"'steps'; this is an option of .*functools\.partial\(model, steps=\.\.\.\) as"
+    ):
+        fit_guide(model, AutoIAF(model, **SMALL), y, steps=3)
+    of_five = partial(model, steps=5.0)
+    fit = fit_guide(of_five, AutoIAF(of_five, **SMALL), y, steps=3, **QUICK)
+    assert float(fit.guide.median(y)["z"]) == pytest.approx(7.0, abs=0.2)
+
+
+def test_a_misspelt_option_that_the_model_takes_is_named() -> None:
+    def model(**options: float) -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    typo: dict[str, Any] = {"leraning_rate": 0.1}
+    with pytest.warns(UserWarning, match="takes any keyword: was learning_rate meant") as warned:
+        fit_guide(model, AutoIAF(model, **SMALL), steps=1, **QUICK, **typo)
+    assert warned[0].filename == __file__
+
+
 class Module(nn.Module):
     def forward(self, y: Tensor) -> None:
         of_data(y)

@@ -124,7 +124,8 @@ def fit_guide(
     Args:
         model: A Pyro model.
         guide: Its guide: one of this package, of Pyro, or your own.
-        *args, **kwargs: Arguments of model and guide.
+        *args, **kwargs: Arguments of model and guide. For one that has the name of an option below, fit
+            `functools.partial(model, steps=...)` with a guide of that.
         steps: Maximum number of steps.
         num_particles: Draws in each step: all in one run if the model allows that, else at most four.
         learning_rate: Maximum learning rate.

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -352,14 +353,20 @@ def check_call(who: str, call: Call, options: Sequence[str]) -> None:
 
     Raises:
         TypeError: If it does not.
+
+    Warns:
+        UserWarning: If it takes any keyword, and one is spelt much like an option.
     """
     if (mismatch := _mismatch(call)) is None:
+        _warn_of_misspelling(who, call, options)
         return
     names, error = mismatch
     unknown = next((name for name in call.kwargs if name not in names), None)
     if unknown is None:
+        taken = next((f"{name}=..." for name in options if name in names and f"'{name}'" in str(error)), "")
+        advice = f"; this is an option of {who}, so use functools.partial(model, {taken}) as the model" if taken else ""
         raise TypeError(
-            f"{who} expected the arguments of the model, model({', '.join(names)}), after the guide: {error}."
+            f"{who} expected the arguments of the model, model({', '.join(names)}), after the guide: {error}{advice}."
         )
     option = _option_meant(unknown, options)
     advice = f"use {option}" if option else f"the options are {', '.join(options)}"
@@ -367,6 +374,19 @@ def check_call(who: str, call: Call, options: Sequence[str]) -> None:
         f"{who} expected an option of its own or an argument of the model, model({', '.join(names)}), "
         f"got {unknown}: {advice}."
     )
+
+
+def _warn_of_misspelling(who: str, call: Call, options: Sequence[str]) -> None:
+    """Warn of a keyword that a model takes among any others, if it is spelt much like an option."""
+    parameters = _signature(call.program)
+    for name in call.kwargs:
+        close = difflib.get_close_matches(name, options, n=1, cutoff=0.85)
+        if close and parameters is not None and name not in parameters.parameters:
+            warnings.warn(
+                f"{who} passes {name} on to the model, which takes any keyword: was {close[0]} meant?",
+                UserWarning,
+                stacklevel=5,
+            )
 
 
 def check_set_up_call(who: str, call: Call) -> None:
@@ -383,13 +403,18 @@ def check_set_up_call(who: str, call: Call) -> None:
         )
 
 
+def _signature(model: Model) -> inspect.Signature | None:
+    """Return the signature of a model, or None if it has none."""
+    try:
+        return inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+    except (TypeError, ValueError):
+        return None
+
+
 def _mismatch(call: Call) -> tuple[list[str], TypeError] | None:
     """Return the names of a model's arguments and the error, if it does not take those of a call."""
-    model = call.program
-    try:
-        signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
-    except (TypeError, ValueError):
-        return None  # a model without a signature
+    if (signature := _signature(call.program)) is None:
+        return None
     try:
         signature.bind(*call.args, **call.kwargs)
     except TypeError as error:
