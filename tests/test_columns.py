@@ -22,6 +22,7 @@ from pyro_maf.distributions import (
     TableDensity,
 )
 from pyro_maf.distributions.steps import POINTS, Steps
+from pyro_maf.report import write_report
 from pyro_maf.support import Support
 from pyro_maf.tables import Rows, disk
 from pyro_maf.tables.grid import grid_of
@@ -427,3 +428,14 @@ def test_the_number_of_points_bounds_the_cost() -> None:
     assert not Steps(prior, [0.0, 1.0]).is_exact
     assert Steps(prior, [0.5, 2.0]).log_volume == pytest.approx(0.0)
     assert POINTS == 64
+
+
+@ON_GRID
+@ENDS
+def test_a_table_is_reported(tmp_path: Path) -> None:
+    frame = mixed()
+    result = fit(frame, **QUICK)
+    write_report(tmp_path / "report.html", result, mixed(100, seed=1), progress=False)
+    page = (tmp_path / "report.html").read_text()
+    assert all(name in page for name in ("x", "count", "colour", "flag"))
+    assert "values on a grid" in page

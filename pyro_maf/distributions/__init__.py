@@ -5,7 +5,7 @@ from pyro_maf.distributions.density import ConditionalDensity, ConditionalDensit
 from pyro_maf.distributions.flow_prior import ConditionalFlowPrior, FlowPrior
 from pyro_maf.distributions.made_mog import ConditionalMADEMoG, MADEMoG
 from pyro_maf.distributions.maf_mog import ConditionalMAFMoG, MAFMoG
-from pyro_maf.distributions.table_density import ConditionalTableDensity, DequantisedDensity, TableDensity
+from pyro_maf.distributions.table_density import ConditionalTableDensity, TableDensity
 
 __all__ = [
     "AutoregressiveCategorical",
@@ -17,7 +17,6 @@ __all__ = [
     "ConditionalTableDensity",
     "ConditionedDensity",
     "Density",
-    "DequantisedDensity",
     "FlowPrior",
     "MADEMoG",
     "MAFMoG",

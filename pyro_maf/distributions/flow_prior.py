@@ -162,6 +162,15 @@ class FlowPrior(Density):
         return self.units.support.constraint
 
     @property
+    def support_name(self) -> str:
+        """The support in words, for messages."""
+        return str(self.units.support.name)
+
+    def outside(self, value: Tensor) -> Tensor:
+        r"""Return whether each value is outside the support, (\*batch,)."""
+        return self.units.support.outside(value)
+
+    @property
     def loc(self) -> Tensor:
         """Shift of each dimension, (D,)."""
         return self.units.loc

@@ -144,6 +144,11 @@ class TableDensity(Density):
         return _OnTable(self)
 
     @property
+    def support_name(self) -> str:
+        """The support in words, for messages."""
+        return "the grids and categories of the fit"
+
+    @property
     def value_like(self) -> Tensor:
         """Tensor with the dtype and device of values."""
         return self.prior.value_like

@@ -13,13 +13,14 @@ from torch import Tensor
 from pyro_maf._core.checks import InputError
 from pyro_maf._core.progress import bar
 from pyro_maf._core.torch_state import reference_tensor, seeded, without_autocast
-from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
+from pyro_maf.distributions import ConditionalDensity, FlowPrior, TableDensity
 from pyro_maf.report.kolmogorov import Calibration, calibration_of, radius_of
 from pyro_maf.tables import MappedRows, Reader, Rows, rows_of
 from pyro_maf.tables.layout import Layout, TableLike
 from pyro_maf.tables.reader import Labels
 from pyro_maf.tables.rows import in_proportion
 from pyro_maf.tables.table import Table
+from pyro_maf.training.preparation import Fitted
 from pyro_maf.training.result import log_prob_of
 
 __all__ = ["ContextColumn", "Examination", "LowRow", "examine"]
@@ -90,6 +91,7 @@ class Examination:
 
     Attributes:
         names, context_names: Names of the columns.
+        noise_names: Names of the columns that have noise: all that are no categories.
         rows: Number of rows.
         is_held_out: True if they are the fit's validation rows.
         log_prob: Log-densities of the scored rows, (scored,), in nats.
@@ -103,6 +105,7 @@ class Examination:
 
     names: list[str]
     context_names: list[str]
+    noise_names: list[str]
     rows: int
     is_held_out: bool
     log_prob: Tensor
@@ -140,7 +143,7 @@ class Examination:
         """Names of the columns of `scores`."""
         size = self.noise.shape[1]
         # A simplex has one column more than its noise has dimensions.
-        names = self.names if len(self.names) == size else [f"u{i + 1}" for i in range(size)]
+        names = self.noise_names if len(self.noise_names) == size else [f"u{i + 1}" for i in range(size)]
         return [*names, *["|u|²"] * self.has_radius]
 
     @property
@@ -150,7 +153,7 @@ class Examination:
 
 
 def examine(
-    density: FlowPrior | ConditionalFlowPrior,
+    density: Fitted,
     data: TableLike | Table,
     context: TableLike | None = None,
     names: Sequence[str] | None = None,
@@ -192,6 +195,7 @@ def examine(
         return Examination(
             table.names,
             [column.name for column in table.context_columns],
+            _noise_names(density, table.names),
             total,
             held_out is not None and scorer.are_all(held_out),
             log_prob,
@@ -200,6 +204,12 @@ def examine(
             *scorer.noise(pictured),
             *scorer.samples(sampled),
         )
+
+
+def _noise_names(density: Fitted, names: list[str]) -> list[str]:
+    """Names of the columns that have noise."""
+    inner = density.unwrapped
+    return [names[index] for index in inner.numeric] if isinstance(inner, TableDensity) else names
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
@@ -225,7 +235,7 @@ class _NamedRows:
 
 
 def _read(
-    density: FlowPrior | ConditionalFlowPrior,
+    density: Fitted,
     data: TableLike | Table,
     context: TableLike | None,
     names: Sequence[str] | None,
@@ -297,11 +307,9 @@ class _Scorer:
         show: Function to call with the number of rows that are done.
     """
 
-    def __init__(
-        self, density: FlowPrior | ConditionalFlowPrior, table: _NamedRows, show: Callable[[int], None]
-    ) -> None:
+    def __init__(self, density: Fitted, table: _NamedRows, show: Callable[[int], None]) -> None:
         self.density = density
-        self.prior: FlowPrior = density.unwrapped
+        self.prior: FlowPrior | TableDensity = density.unwrapped
         self.table = table
         self.show = show
         self.done = 0
@@ -311,13 +319,12 @@ class _Scorer:
     def read(self, index: Tensor) -> Rows:
         """Read data and context at `index`, and check that the data are inside the support."""
         rows = self.table.rows.take(index).rounded_for(self.prior)
-        support = self.prior.units.support
-        outside = support.outside(rows.data).nonzero()
+        outside = self.prior.outside(rows.data).nonzero()
         if len(outside):
             row = int(index[outside[0, 0]])
             raise InputError(
-                f"write_report expected data inside the support, {support.name}, where the density is not 0, got data "
-                f"row {self.table.number(row)} (counted from 1) outside: leave such rows out.",
+                f"write_report expected data inside the support, {self.prior.support_name}, where the density is not "
+                f"0, got data row {self.table.number(row)} (counted from 1) outside: leave such rows out.",
                 row=row,
             )
         return rows
@@ -358,7 +365,7 @@ class _Scorer:
                     samples = self.prior.sample((len(data),))
                     log_prob = self.prior.log_prob(samples)
                 else:
-                    at = cast("ConditionalFlowPrior", self.density).condition(context)
+                    at = cast("ConditionalDensity", self.density).condition(context)
                     samples = at.sample()
                     log_prob = at.log_prob(samples)
                 parts.append((samples.double().cpu(), log_prob.double().cpu()))

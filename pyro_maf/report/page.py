@@ -22,12 +22,13 @@ from pyro_maf._core.files import write_whole
 from pyro_maf._core.messages import require
 from pyro_maf._core.progress import check_progress
 from pyro_maf._core.torch_state import reference_tensor
-from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
+from pyro_maf.distributions import TableDensity
 from pyro_maf.report.examination import Examination, examine
 from pyro_maf.report.kolmogorov import distance_between, distance_to_uniform
 from pyro_maf.tables.layout import TableLike, without_column
 from pyro_maf.tables.table import Table
 from pyro_maf.training import FitResult
+from pyro_maf.training.preparation import FITTED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -115,7 +116,7 @@ def write_report(
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"write_report expected an existing folder for {path.name}, got {path.parent}.")
-    if not isinstance(result, FitResult) or not isinstance(result.density, (FlowPrior, ConditionalFlowPrior)):
+    if not isinstance(result, FitResult) or not isinstance(result.density, FITTED):
         raise TypeError(f"write_report expected what fit returned, a FitResult, got {type(result).__name__}.")
     check_progress("write_report", progress)
     label = data.label if isinstance(data, Table) else ""
@@ -166,7 +167,9 @@ def _page(result: FitResult, examination: Examination, command: str, label: str)
 
 def _title(result: FitResult, examination: Examination, label: str) -> str:
     given = f" given {_count(len(examination.context_names), 'context column')}" if examination.context_names else ""
-    model = f"{type(result.density.unwrapped.model).__name__} of {_count(len(examination.names), 'column')}{given}"
+    inner = result.density.unwrapped
+    flow = (inner.prior if isinstance(inner, TableDensity) else inner).model
+    model = f"{type(flow).__name__} of {_count(len(examination.names), 'column')}{given}"
     return f"{label}: {model}, {date.today()}" if label else f"{model}, {date.today()}"
 
 

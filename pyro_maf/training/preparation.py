@@ -31,10 +31,11 @@ from pyro_maf.training.kinds import Kinds, grids_of, sampled
 from pyro_maf.training.screening import screen_data
 from pyro_maf.transforms import ConditionalFlow, Flow
 
-__all__ = ["Choice", "Fitted", "Model", "Prepared", "Validation", "prepare"]
+__all__ = ["FITTED", "Choice", "Fitted", "Model", "Prepared", "Validation", "prepare"]
 
 Model: TypeAlias = Flow | ConditionalFlow | Density | ConditionalDensity
 Fitted: TypeAlias = FlowPrior | ConditionalFlowPrior | TableDensity | ConditionalTableDensity
+FITTED = (FlowPrior, ConditionalFlowPrior, TableDensity, ConditionalTableDensity)
 Validation: TypeAlias = float | TableLike | Table | tuple[TableLike | None, ...] | None
 
 VALIDATION_FRACTION = 0.1
