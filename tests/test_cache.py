@@ -182,7 +182,7 @@ def test_the_sources_of_compiled_code_are_all_known() -> None:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pyro_maf.sweep."):
                 ahead += {node.module.rpartition(".")[2]} - seen - {"cache"}
     assert seen >= {*compile_cache.SOURCES}
-    assert {"elementwise", "products", "plan", "parallel_kernel", "sequential_kernel"} <= {*compile_cache.SOURCES}
+    assert {"elementwise", "products", "layout", "parallel_kernel", "sequential_kernel"} <= {*compile_cache.SOURCES}
 
 
 @pytest.mark.skipif(loading.kernels() is None, reason="no compiled kernels on this machine")

@@ -113,7 +113,7 @@ def test_imports_are_found_whatever_their_form(tmp_path: Path, monkeypatch: pyte
     module = tmp_path / "nn" / "made.py"
     module.parent.mkdir()
     module.write_text(
-        "import pyro_maf\nimport pyro_maf.flows\nfrom pyro_maf import load, training\nfrom ..sweep.plan import Plan\n"
+        "import pyro_maf\nimport pyro_maf.flows\nfrom pyro_maf import load, training\nfrom ..sweep.layout import Step\n"
         "def late():\n    from pyro_maf.infer import guide\n    from . import masks\n    from .. import cli\n"
     )
     assert sorted(imported(module)) == ["", "", "cli", "flows", "infer", "nn", "sweep", "training"]

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf.nn import ACTIVATIONS, MADE
-from pyro_maf.sweep.plan import plan_of
-from pyro_maf.sweep.reference import TorchSweep
-from pyro_maf.sweep.triton_sweep import TritonSweep
+from pyro_maf.sweep.torch_sweep import TorchSweep, plan_of
 from pyro_maf.univariate import Affine
 
 pytest.importorskip("triton", reason="Triton has wheels for Linux alone")
@@ -23,13 +21,13 @@ COMPILES = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from pyro_maf.sweep import triton_kernel
+from pyro_maf.sweep import triton_sweep
 from pyro_maf.sweep.triton_sweep import TILES, _tiles
 
 FLOATS = ["v", "weights", "biases", "w", "log_det", "tape", "before", "dw_dphi", "slopes", "delta", "total_w"]
 KINDS = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(["starts", "levels", "final"], "*i32") | {"order": "*i64"}
 CONSTANTS = dict(inverse=True, bound=3.0, bulk=3.0, kind=1, top=3, outputs_per_input=2)
-for kernel in (triton_kernel.walk, triton_kernel.walk_back):
+for kernel in (triton_sweep.walk, triton_sweep.walk_back):
     constants = CONSTANTS | dict(zip(["tile", "rows", "few", "block"], _tiles(1)[1]))
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     kinds = {name: "constexpr" if name in constants else KINDS.get(name, "i32") for name in kernel.arg_names}
@@ -40,6 +38,8 @@ for kernel in (triton_kernel.walk, triton_kernel.walk_back):
 
 def engines(made: MADE, *, inverse: bool, context: Tensor | None = None) -> tuple[TorchSweep, TorchSweep]:
     """The one in torch, in float64, and the kernels."""
+    from pyro_maf.sweep.triton_sweep import TritonSweep
+
     direction = Affine().inverse if inverse else Affine().forward
     with torch.no_grad():
         plan = plan_of(made, context)

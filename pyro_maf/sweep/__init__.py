@@ -2,15 +2,14 @@
 
 `run` is the engine compiled for CPUs: layers in either direction, as many as follow one another, in one operation.
 The others compute one autoregressive layer in torch, for any device, dtype and univariate map, which defines
-correctness: `solve` its sequential direction, one sweep over the network, by `triton_kernel` on a GPU; and `parallel`
+correctness: `solve` its sequential direction, one sweep over the network, by `triton_sweep` on a GPU; and `parallel`
 the other.
 """
 
 from pyro_maf.sweep.function import Run, run
 from pyro_maf.sweep.layout import Step
-from pyro_maf.sweep.plan import plan_of
 from pyro_maf.sweep.program import forget
-from pyro_maf.sweep.reference import walk
-from pyro_maf.sweep.solve import parallel, solve
+from pyro_maf.sweep.torch_layers import parallel, solve
+from pyro_maf.sweep.torch_sweep import plan_of, walk
 
 __all__ = ["Run", "Step", "forget", "parallel", "plan_of", "run", "solve", "walk"]

@@ -25,7 +25,7 @@ from pyro_maf._core.files import write_whole
 
 __all__ = ["stored"]
 
-SOURCES = ("elementwise", "parallel_kernel", "plan", "products", "sequential_kernel", "univariate_kernel")
+SOURCES = ("elementwise", "layout", "parallel_kernel", "products", "sequential_kernel", "univariate_kernel")
 """Modules that the compiled code is built from. numba itself checks only the module of the function."""
 SEAL = hashlib.sha256().digest_size
 

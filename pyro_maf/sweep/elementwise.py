@@ -10,7 +10,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from pyro_maf.nn import BULK
-from pyro_maf.sweep.plan import Array
+from pyro_maf.sweep.layout import Array
 from pyro_maf.univariate import Affine
 
 __all__ = [

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_maf._core.torch_state import is_intercepted
-from pyro_maf.nn import ACTIVATIONS, MADE, compress_tails
-from pyro_maf.sweep.layout import Step
+from pyro_maf.sweep.layout import Array, Step
 from pyro_maf.sweep.loading import kernels, loaded
-from pyro_maf.sweep.plan import Array, together
 from pyro_maf.sweep.program import Pack, Program, Reading, program_of
 from pyro_maf.sweep.threads import in_parts
+from pyro_maf.sweep.torch_layers import at_once, gradients, one_by_one, together
 
 __all__ = ["Run", "run"]
 
@@ -305,17 +302,10 @@ def _by_plain_operations(
     grads: tuple[Tensor, ...],
 ) -> list[Tensor | None]:
     """The same gradients by plain operations, which can be differentiated again."""
-    again = torch.is_grad_enabled()
     _, _, v, context, *tensors = saved
     with torch.enable_grad():
         results = plain(run.steps, v, context, tensors)
-    inputs = [v, context, *tensors]
-    wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
-    # Of one variable, the log-determinant may depend on nothing that is wanted.
-    pairs = [pair for pair in zip(results, grads, strict=True) if pair[0].requires_grad]
-    outputs, grads = zip(*pairs, strict=True)
-    gradients = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=again, allow_unused=True))
-    return [next(gradients) if need else None for need in needed]
+    return gradients(results, [v, context, *tensors], needed, grads)
 
 
 def _plain_density(
@@ -335,47 +325,7 @@ def _plain(
         if step.univariate is None:
             v = v[:, step.moved]
             continue
-        passes = _one_by_one if step.sequential else _at_once
+        passes = one_by_one if step.sequential else at_once
         v, log_derivative = passes(step, v, context, every)
         total = total + step.log_sign * log_derivative.sum(-1)
     return v, total
-
-
-def _at_once(step: Step, v: Tensor, context: Tensor | None, tensors: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
-    """A layer in its parallel direction: its output and log-derivatives."""
-    is_made = isinstance(step.networks[0], MADE)
-    seen, moved = (v, v) if is_made else (v[:, step.seen], v[:, step.moved])
-    outputs = torch.cat([_outputs(network, seen, context, tensors) for network in step.networks], -1)
-    size = moved.shape[1], step.univariate.num_parameters  # type: ignore[union-attr]
-    phi = outputs.unflatten(-1, size) if is_made else outputs.unflatten(-1, size[::-1]).mT
-    moved, log_derivative = _direction(step)(moved, phi)
-    return moved if is_made else v.index_copy(-1, step.moved, moved), log_derivative
-
-
-def _one_by_one(step: Step, v: Tensor, context: Tensor | None, tensors: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
-    """A layer in its sequential direction, by D passes."""
-    network: Any = step.networks[0]
-    used = list(itertools.islice(tensors, (3 if len(network.context_layers) else 2) * len(network.layers)))
-    columns, logs = [torch.zeros_like(v[:, 0])] * v.shape[1], []
-    for i in step.moved.tolist():
-        phi = _outputs(network, torch.stack(columns, -1), context, iter(used)).unflatten(-1, (v.shape[1], -1))
-        columns[i], log_derivative = _direction(step)(v[:, i], phi[:, i])
-        logs.append(log_derivative)
-    return torch.stack(columns, -1), torch.stack(logs, -1)
-
-
-def _direction(step: Step) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    univariate: Any = step.univariate
-    return univariate.inverse if step.inverse else univariate.forward
-
-
-def _outputs(network: Any, x: Tensor, context: Tensor | None, tensors: Any) -> Tensor:
-    x = compress_tails(x)
-    for index, layer in enumerate(network.layers):
-        weight, bias = next(tensors), next(tensors)
-        x = F.linear(x, weight * layer.mask if hasattr(layer, "mask") else getattr(layer, "gain", 1.0) * weight, bias)
-        if len(network.context_layers):
-            x = x + F.linear(context, next(tensors))  # type: ignore[arg-type]
-        if index < len(network.layers) - 1:
-            x = ACTIVATIONS[network.activation](x)
-    return x

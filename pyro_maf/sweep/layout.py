@@ -20,11 +20,18 @@ from torch import Tensor, nn
 
 from pyro_maf.nn import ACTIVATIONS, MADE
 from pyro_maf.nn.layers import Linear
-from pyro_maf.sweep.plan import CONTEXT, INPUTS, LANES, UNITS, Array, Tables
 from pyro_maf.univariate import Affine, Spline, UnivariateMap
 
-__all__ = ["MAPS", "Layout", "Step", "UnfitError", "gain_of", "map_of"]
+__all__ = ["CONTEXT", "INPUTS", "LANES", "MAPS", "UNITS", "Array", "Layout", "Step", "Tables", "UnfitError"] + [
+    "gain_of",
+    "map_of",
+]
 
+LANES = 16
+"""Tape columns and columns of gradients are padded to a multiple of this, so that loops over them are vectorised."""
+INPUTS, UNITS, CONTEXT = range(3)
+"""What a matrix of a program is multiplied with."""
+Array = np.ndarray[Any, Any]
 NOT_BY_VALUE = ("silu", "gelu")
 """Activations whose derivative has rows of its own, since the value does not determine it."""
 MAPS = (Affine, Spline)
@@ -81,6 +88,30 @@ class Step(NamedTuple):
     moved: Tensor
     log_sign: int = 1
     sequential: bool = False
+
+
+class Tables(NamedTuple):
+    """The arrays that the kernels follow.
+
+    Attributes:
+        layers, matrices: Records of `LAYER` and `MATRIX`.
+        variables: Lists of variables and of rows, to which the layers refer.
+        seen: For each row of each matrix, the number of columns that it sees, ascending.
+        heard: For each column, the first row that sees it.
+        row_order, column_order: The row and the column of the weight that stand there.
+        steps: For each sequential layer, the numbers of units that are final, (levels + 1, D + 1).
+        result: The row of each variable after the last layer.
+    """
+
+    layers: Array
+    matrices: Array
+    variables: Array
+    seen: Array
+    heard: Array
+    row_order: Array
+    column_order: Array
+    steps: Array
+    result: Array
 
 
 class UnfitError(Exception):

@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 
 from pyro_maf.sweep.compile_cache import stored
 from pyro_maf.sweep.elementwise import INNER, activate, compress, differentiate
-from pyro_maf.sweep.plan import CONTEXT, INPUTS, LANES, Array, Tables
+from pyro_maf.sweep.layout import CONTEXT, INPUTS, LANES, Array, Tables
 from pyro_maf.sweep.products import TALLEST, add_product, dot, transpose
 from pyro_maf.sweep.sequential_kernel import Part, walk, walk_back, walk_row
 from pyro_maf.sweep.univariate_kernel import apply, pull_back

@@ -12,7 +12,7 @@ from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 from pyro_maf.sweep.elementwise import INNER
-from pyro_maf.sweep.plan import Array
+from pyro_maf.sweep.layout import Array
 
 __all__ = ["TALLEST", "add_product", "dot", "transpose"]
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from pyro_maf._core.torch_state import Snapshot
 from pyro_maf.nn import MADE, MLP
 from pyro_maf.nn.weights import current, is_hooked, is_read
-from pyro_maf.sweep.layout import MAPS, Layout, Step, UnfitError, gain_of, map_of
+from pyro_maf.sweep.layout import LANES, MAPS, Array, Layout, Step, UnfitError, gain_of, map_of
 from pyro_maf.sweep.loading import loaded
-from pyro_maf.sweep.plan import LANES, Array
 
 __all__ = ["Program", "Reading", "forget", "program_of"]
 

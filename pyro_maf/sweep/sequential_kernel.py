@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from numba import njit
 
 from pyro_maf.sweep.elementwise import INNER, activate, compress, differentiate
-from pyro_maf.sweep.plan import Array, Tables
+from pyro_maf.sweep.layout import Array, Tables
 from pyro_maf.sweep.products import add_product, dot
 from pyro_maf.sweep.univariate_kernel import apply, pull_back
 

@@ -20,7 +20,7 @@ import numpy as np
 from numba import njit
 
 from pyro_maf.sweep.elementwise import INNER, LOG_SCALE, affine, affine_back, exp, log, tanh
-from pyro_maf.sweep.plan import Array
+from pyro_maf.sweep.layout import Array
 from pyro_maf.univariate import Spline
 
 __all__ = ["apply", "pull_back"]

@@ -70,7 +70,7 @@ class _Autoregressive(UnivariateFlow):
         compiled = run(self, inverse, [step], v, context)
         if compiled is not None:
             return compiled
-        return (solve if step.sequential else parallel)(self.made, self.univariate, v, context, inverse=inverse)
+        return (solve if step.sequential else parallel)(step, v, context)
 
 
 class MaskedAutoregressive(_Autoregressive):

@@ -11,17 +11,115 @@ layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_maf.nn import compress_tails
-from pyro_maf.sweep.plan import Direction, Plan
+from pyro_maf.nn import ACTIVATIONS, MADE, compress_tails
+from pyro_maf.nn.weights import current
 
-__all__ = ["Activations", "TorchSweep", "solve_by_passes", "walk"]
+__all__ = [
+    "Activations",
+    "Direction",
+    "Plan",
+    "TorchSweep",
+    "hidden_widths",
+    "lay_back",
+    "plan_of",
+    "tensors_of",
+    "walk",
+]
+
+Direction = Callable[..., tuple[Tensor, Tensor]]
+"""One direction of a univariate map: (v, phi) to (w, log dy/dx), elementwise."""
+
+
+class Plan(NamedTuple):
+    """A MADE in the layout of a sweep. Arrays are feature-major: units by batch.
+
+    Attributes:
+        weights: One matrix per layer, (units out, units in); columns of the first and rows of the last follow the
+            order of the variables; the last has P adjacent rows for each variable.
+        biases: One per layer, (units out, 1), or (units out, batch) where the context differs along the batch.
+        order: The variables, first to last.
+        ready: For each hidden layer, the number of units that are final once the first 0, 1, .. D - 1 variables are
+            determined.
+        activation: The elementwise function between layers.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    order: Tensor
+    ready: list[list[int]]
+    activation: Callable[[Tensor], Tensor]
+
+    @property
+    def dim(self) -> int:
+        """D, the number of variables."""
+        return self.weights[0].shape[1]
+
+    @property
+    def num_parameters(self) -> int:
+        """P, the outputs for each variable."""
+        return self.weights[-1].shape[0] // self.dim
+
+    @classmethod
+    def of(cls, made: MADE, tensors: Sequence[Tensor]) -> Plan:
+        """Lay out a MADE with these weights and biases, as `tensors_of` returns them. Differentiable."""
+        masked = [weight * layer.mask for weight, layer in zip(tensors[::2], made.masked_layers, strict=True)]
+        rows = [bias.reshape(-1, bias.shape[-1]).T for bias in tensors[1::2]]
+        if not made.is_natural:
+            outputs = output_rows(made, made.order)
+            masked[0] = masked[0][:, made.order]
+            masked[-1], rows[-1] = masked[-1][outputs], rows[-1][outputs]
+        return cls(tuple(masked), tuple(rows), made.order, made.ready, ACTIVATIONS[made.activation])
+
+
+def plan_of(made: MADE, context: Tensor | None = None) -> Plan:
+    """The plan of a MADE with its current weights, at a context. Differentiable."""
+    return Plan.of(made, tensors_of(made, context))
+
+
+def tensors_of(made: MADE, context: Tensor | None) -> list[Tensor]:
+    """Weight and bias of each layer in turn, as a call would compute them. Differentiable.
+
+    The weight is that before the mask; the bias includes the term of the context, (units,) or (batch, units).
+    """
+    tensors: list[Tensor] = []
+    for layer, term in zip(map(current, made.masked_layers), made.context_terms(context), strict=True):
+        bias: Tensor | None = layer.bias  # a user may have removed it
+        bias = layer.weight.new_zeros(layer.out_features) if bias is None else bias
+        tensors += layer.weight, bias if term is None else bias + term
+    return tensors
+
+
+def lay_back(made: MADE, weights: Sequence[Tensor], units: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Map gradients in the layout of a plan back to the weights and biases that it was built from.
+
+    Args:
+        made: The network.
+        weights: Gradients with respect to the plan's weights.
+        units: Gradients with respect to the pre-activations of each layer above the inputs, (units, batch).
+        tensors: The weights and biases.
+    """
+    weights = list(weights)
+    biases = [unit.sum(1) if bias.dim() == 1 else unit.T for unit, bias in zip(units, tensors[1::2], strict=True)]
+    if not made.is_natural:
+        place = made.order.argsort()
+        outputs = output_rows(made, place)
+        weights[0] = weights[0][:, place]
+        weights[-1], biases[-1] = weights[-1][outputs], biases[-1][..., outputs]
+    masked = [weight.mul_(layer.mask) for weight, layer in zip(weights, made.masked_layers, strict=True)]
+    return [gradient for pair in zip(masked, biases, strict=True) for gradient in pair]
+
+
+def output_rows(made: MADE, order: Tensor) -> Tensor:
+    """Rows of the last layer for the variables in an order."""
+    rows = torch.arange(made.input_dim * made.outputs_per_input, device=order.device)
+    return rows.view(made.input_dim, -1)[order].flatten()
 
 
 class Activations(NamedTuple):
@@ -141,6 +239,7 @@ class TorchSweep:
 
 
 def hidden_widths(plan: Plan) -> list[int]:
+    """Number of units of each hidden layer."""
     return [weight.shape[0] for weight in plan.weights[:-1]]
 
 
@@ -165,29 +264,3 @@ def slope_of(activation: Callable[[Tensor], Tensor], before: Tensor) -> tuple[Te
         after = activation(before)
         (slope,) = torch.autograd.grad(after.sum(), before)
     return slope, after.detach()
-
-
-def solve_by_passes(plan: Plan, direction: Direction, v: Tensor) -> tuple[Tensor, Tensor]:
-    """w_i = f(v_i; phi_i(w_<i)) for v (batch, D); returns w and log-determinants, (batch,). Cost: D dense passes.
-
-    Slow, but of ordinary differentiable operations, it stands in where the sweep cannot run: double backward,
-    `torch.func`, `vmap` and tracing.
-    """
-    given = v[:, plan.order].T
-    w: list[Tensor] = []
-    log_det = torch.zeros_like(given[0])
-    for i in range(plan.dim):
-        known = torch.stack([*map(compress_tails, w), *[torch.zeros_like(given[0])] * (plan.dim - i)])
-        value, log_derivative = direction(given[i], _network(plan, known)[i].T)
-        w.append(value)
-        log_det = log_det + log_derivative
-    return torch.stack(w, 1)[:, plan.order.argsort()], log_det
-
-
-def _network(plan: Plan, x: Tensor) -> Tensor:
-    """phi, (D, P, batch), for compressed inputs, (D, batch)."""
-    identity: Callable[[Tensor], Tensor] = lambda value: value  # noqa: E731
-    activations = [*[plan.activation] * (len(plan.weights) - 1), identity]
-    for weight, bias, activation in zip(plan.weights, plan.biases, activations, strict=True):
-        x = activation(weight @ x + bias)
-    return x.unflatten(0, (plan.dim, plan.num_parameters))
