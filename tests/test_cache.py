@@ -146,6 +146,18 @@ def test_code_of_another_version_is_compiled_again(what: str, folder: Path, monk
     assert answer(folder, "twice", 4) == (8, 1)
 
 
+def test_code_for_classes_that_are_no_longer_there_is_compiled_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unpickle(*_: Any) -> None:
+        raise ModuleNotFoundError("No module named 'pyro_maf.sweep.earlier'")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("numba.core.caching.pickle.loads", unpickle)
+        assert answer(folder, "twice", 4) == (8, 0)
+    assert answer(folder, "twice", 4) == (8, 1)
+
+
 def test_processes_that_compile_at_once_never_run_each_others_code(folder: Path) -> None:
     """Each takes number 1 for its signature, one is last to write the index and the other the code."""
     whole = (folder / "__pycache__").rename(folder / "whole")

@@ -71,7 +71,12 @@ class _SealedFiles(IndexDataCacheFile):
         super().save(key, (key, data))
 
     def _load_index(self) -> dict[Any, str]:
-        return super()._load_index() if _is_sound(Path(self._index_path)) else {}
+        if not _is_sound(Path(self._index_path)):
+            return {}
+        try:
+            return super()._load_index()
+        except (ImportError, AttributeError):  # signatures of other sources, with classes that are no longer there
+            return {}
 
     def _load_data(self, name: str) -> Any:
         path = Path(self._data_path(name))

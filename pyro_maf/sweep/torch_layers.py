@@ -165,12 +165,14 @@ def one_by_one(step: Step, v: Tensor, context: Tensor | None, tensors: Iterator[
     network: Any = step.networks[0]
     each = 2 if context is None or not len(network.context_layers) else 3
     used = list(itertools.islice(tensors, each * len(network.layers)))
-    columns, logs = [torch.zeros_like(v[:, 0])] * v.shape[1], []
-    for i in step.moved.tolist():
-        phi = _outputs(network, torch.stack(columns, -1), context, iter(used)).unflatten(-1, (v.shape[1], -1))
-        columns[i], log_derivative = direction_of(step)(v[:, i], phi[:, i])
+    order, place = step.moved, step.moved.argsort()  # by positions, as an exported program has no constants of tensors
+    given, columns, logs = v[:, order], [torch.zeros_like(v[:, 0])] * v.shape[1], []
+    for i in range(v.shape[1]):
+        outputs = _outputs(network, torch.stack(columns, -1)[:, place], context, iter(used))
+        phi = outputs.unflatten(-1, (v.shape[1], -1))[:, order]
+        columns[i], log_derivative = direction_of(step)(given[:, i], phi[:, i])
         logs.append(log_derivative)
-    return torch.stack(columns, -1), torch.stack(logs, -1)
+    return torch.stack(columns, -1)[:, place], torch.stack(logs, -1)
 
 
 def _outputs(network: Any, x: Tensor, context: Tensor | None, tensors: Iterator[Tensor]) -> Tensor:
