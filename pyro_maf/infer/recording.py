@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from operator import getitem
 from pathlib import Path
@@ -54,6 +54,8 @@ GATHER = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 """Operations whose output has a shape that depends on values only if an index is a mask."""
 
 STORES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL")
+INSTALLED = ("site-packages", "dist-packages")
+"""Folders of other packages, which may be within that of Python's own modules."""
 TAKERS = ("next", "pop", "popleft", "popitem")
 """Built-in functions that change what they are called on, and return a part of it."""
 
@@ -203,7 +205,7 @@ class _Builder:
         self._constants: dict[int, tuple[fx.Node, Tensor]] = {}
         self._equal: dict[str, fx.Node] = {}
         self._conditions: list[fx.Node] = []
-        self._checks: set[fx.Node] = set()
+        self._effects: set[fx.Node] = set()
         self._changed = {_storage(tensor) for entry in entries for tensor in entry.changed}
         inside = {id(tensor) for entry in entries for tensor in entry.outputs if not entry.takes(tensor)}
         outside = {id(each): each for entry in entries for each in entry.inputs if id(each) not in inside}
@@ -218,7 +220,9 @@ class _Builder:
                 self._add(entry)
         holds = self._all_hold()
         self._graph.output((holds, *(self._node(each) for each in outputs if each is not None)))
-        self._graph.eliminate_dead_code(lambda node: node in self._checks or node.is_impure())
+        for node in reversed(self._graph.nodes):
+            if node.op == "call_function" and not node.users and node not in self._effects:
+                self._graph.erase_node(node)
         program = fx.GraphModule({}, self._graph).forward
         return program, [tensor for _, tensor in self._constants.values()], holds is not None
 
@@ -248,12 +252,12 @@ class _Builder:
         node = self._equal.get(key) if is_pure else None
         if node is None:
             node = self._graph.call_function(operation, args, kwargs)
+        if result is None or operation._schema.is_mutable:  # as of a check of errors
+            self._effects.add(node)
         if isinstance(result, Tensor):
             self._nodes.setdefault(id(result), node)
             self._equal[key] = node
-        elif result is None:
-            self._checks.add(node)
-        else:
+        elif result is not None:
             self._add_parts(node, result)
 
     def _add_parts(self, node: fx.Node, parts: object) -> None:
@@ -349,6 +353,8 @@ class _Watch:
         self._before = sys.getprofile()
         if self._before is None:
             sys.setprofile(self._see)
+        else:  # a profiler takes its place
+            self.has_effects = True
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -377,12 +383,16 @@ def _has_effects(code: CodeType) -> bool:
 
 @cache
 def _is_library(filename: str) -> bool:
-    return filename.startswith(("<frozen", *_library_folders()))
+    packages, standard = _library_folders()
+    is_standard = filename.startswith(("<frozen", *standard)) and not any(name in filename for name in INSTALLED)
+    return is_standard or filename.startswith(packages)
 
 
 @cache
-def _library_folders() -> tuple[str, ...]:
+def _library_folders() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The folders of torch, Pyro and this package, and those of Python's own modules."""
     packages = [Path(cast("str", module.__file__)).parent for module in (torch, pyro)]
-    folders: Mapping[str, str] = {name: path for name, path in sysconfig.get_paths().items() if "stdlib" in name}
-    own = Path(__file__).parents[1]
-    return tuple(f"{folder}/" for folder in (*packages, own, *folders.values()))
+    standard = [path for name, path in sysconfig.get_paths().items() if "stdlib" in name]
+    return tuple(f"{folder}/" for folder in (*packages, Path(__file__).parents[1])), tuple(
+        f"{path}/" for path in standard
+    )
