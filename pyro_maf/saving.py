@@ -143,7 +143,7 @@ def drop_weak_references(module: nn.Module) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """Load a saved flow, conditional flow or density, on the CPU, with the dtype and modes it was saved with.
+    """Load a saved flow, conditional flow, density or guide, on the CPU, with the dtype and modes it was saved with.
 
     Parameters that were frozen, `requires_grad_(False)`, are frozen again.
 
@@ -331,8 +331,9 @@ def _encode(who: str, name: str, value: object) -> object:
 def _build(description: dict[str, Any]) -> Any:
     name = description["class"]
     if name not in _classes:
-        # A program that only loads may not have imported this package's classes, all of which the densities import.
-        importlib.import_module(f"{KEY}.distributions")
+        # A program that only loads may not have imported this package's classes, all of which these two import.
+        for room in ("distributions", "infer"):
+            importlib.import_module(f"{KEY}.{room}")
     if name not in _classes:
         raise ValueError(f"{name} is no class known here; import the module that defines it first")
     return _classes[name](**{key: _decode(value) for key, value in description["arguments"].items()})

@@ -5,6 +5,7 @@ from pyro_maf.infer.guide_fitting import GuideFit, fit_guide
 from pyro_maf.infer.guides import AutoIAF, AutoMAF, AutoRealNVP
 from pyro_maf.infer.neutra import NeuTra, neutra
 from pyro_maf.infer.path_gradient import TracePath_ELBO
+from pyro_maf.infer.saved_guide import SavedGuide
 
 __all__ = [
     "AutoIAF",
@@ -13,6 +14,7 @@ __all__ = [
     "Diagnosis",
     "GuideFit",
     "NeuTra",
+    "SavedGuide",
     "TracePath_ELBO",
     "diagnose",
     "fit_guide",

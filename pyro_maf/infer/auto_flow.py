@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -19,9 +20,10 @@ from pyro_maf.infer.guide_set_up import GuideSetUp
 from pyro_maf.infer.guide_state import bare_latents, bare_trace, check_is_set_up
 from pyro_maf.infer.latents import Part
 from pyro_maf.infer.mixture import FlowMixture, MixturePosterior
-from pyro_maf.infer.model import Call, Site, Trace
+from pyro_maf.infer.model import Call, RefusalError, Site, Trace
 from pyro_maf.infer.path_gradient import zero_bad_gradients
 from pyro_maf.infer.posterior import Posterior
+from pyro_maf.infer.saved_guide import saved_guide
 from pyro_maf.infer.shares import Shares
 from pyro_maf.saving import drop_weak_references
 from pyro_maf.transforms import ConditionalFlow, Flow
@@ -167,6 +169,30 @@ class AutoFlow(GuideSetUp):
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Site, Tensor]]:
         return ((part.site, unconstrained) for part, unconstrained in self.latents.split(latent))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the guide to a file from which `pyro_maf.load` restores it, without model or data.
+
+        The file is safetensors and JSON: weights, names, supports and shapes of the sites, and their plates. Loading it
+        runs no code. `torch.save` keeps what cannot be saved so.
+
+        Args:
+            path: A file, by convention with suffix .safetensors; one that exists is replaced once all is written.
+
+        Raises:
+            ValueError: If the guide is not set up.
+            TypeError: If it has an encoder, a site whose support is not one of Pyro's, or coordinates that are computed
+                with the model's prior.
+            FileNotFoundError: If the folder does not exist.
+        """
+        if self.prototype_trace is None:
+            raise RefusalError(f"{self._who} expected to be set up before it is saved: fit it, or call guide.setup().")
+        if self._coordinates is not None:
+            raise TypeError(
+                f"{self._who} cannot be saved: coordinates of {', '.join(self._coordinates.names)} are computed with "
+                "the model's prior, which a file does not hold; pickle it with torch.save, or save draws of it."
+            )
+        saved_guide(self._who, self.latents, self._map).save(path)
 
     # -- copies ---------------------------------------------------------------------------------------------------
 

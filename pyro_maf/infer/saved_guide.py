@@ -1,0 +1,199 @@
+"""A guide without its model: what a file of a guide holds, and what `pyro_maf.load` returns."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, Self, cast
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+
+from pyro_maf.infer.guide_density import GuideDensity
+from pyro_maf.infer.latents import Latents, Part
+from pyro_maf.infer.mixture import FlowMixture, MixturePosterior
+from pyro_maf.infer.model import Frame, Site
+from pyro_maf.infer.site_supports import described_support, support_of
+from pyro_maf.saving import Savable
+from pyro_maf.transforms import Stack
+
+__all__ = ["SavedGuide", "saved_guide"]
+
+LOG_TWO_PI = math.log(2 * math.pi)
+
+Plate = Sequence[Any]
+"""Name, dimension and size of a plate."""
+
+
+class SavedGuide(GuideDensity, Savable):
+    r"""A fitted guide without model and data, as `pyro_maf.load` returns it from a file that `guide.save` wrote.
+
+    It has the guide's `rsample`, `log_prob`, `quantiles` and `median`, and is a guide itself, in `Predictive`,
+    `diagnose` and `reweight`, which take the model. Arguments of the model are accepted and ignored.
+
+    Args:
+        components: The map from noise to the vector of unconstrained latent variables; of several modes, one of each,
+            whose shares are in the state_dict.
+        names: Name of each site.
+        supports: Its support, as JSON.
+        shapes: Shape of its value.
+        event_dims: Number of dimensions of its events.
+        plates: The plates around it, each with name, dimension and size.
+        idle: Indices of entries that a mask left out of the vector, fixed at the values of the state_dict.
+
+    Cost: draws and densities cost what they cost of the guide; loading runs no code from the file.
+
+    Example:
+        >>> import os, tempfile, pyro, pyro.distributions as dist, pyro_maf
+        >>> from pyro_maf.infer import AutoIAF
+        >>> guide = AutoIAF(lambda: pyro.sample("rate", dist.Gamma(2.0, 1.0)), num_layers=1).setup()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     guide.save(os.path.join(folder, "guide.safetensors"))
+        ...     again = pyro_maf.load(os.path.join(folder, "guide.safetensors"))
+        >>> again.rsample((7,))["rate"].shape, sorted(again.quantiles([0.1, 0.9]))
+        (torch.Size([7]), ['rate'])
+    """
+
+    def __init__(
+        self,
+        components: Sequence[Stack],
+        names: Sequence[str],
+        supports: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        event_dims: Sequence[int],
+        plates: Sequence[Sequence[Plate]],
+        idle: Sequence[int] = (),
+    ) -> None:
+        super().__init__(_no_model)
+        shares = next(components[0].parameters()).new_full((len(components),), 1 / len(components))
+        self.transform = components[0] if len(components) == 1 else FlowMixture(components, shares)
+        self._idle = list(idle)
+        self._sites = {each[0]: _site(*each) for each in zip(names, supports, shapes, event_dims, plates, strict=True)}
+        for index, site in enumerate(self._sites.values()):
+            self.register_buffer(f"value_{index}", site["value"])
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Lay out the sites by the values that are now in the buffers."""
+        for index, site in enumerate(self._sites.values()):
+            site["value"] = self.get_buffer(f"value_{index}")
+        self.latents = Latents(self._who, self._sites, torch.Size())
+        if self._idle:
+            mask = torch.zeros(self.latents.size, dtype=torch.bool)
+            mask[self._idle] = True
+            self.latents.leave_out(mask, mask)
+        self.latent_dim = self.latents.size
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._lay_out()
+
+    @property
+    def _map(self) -> Stack | FlowMixture:
+        # Not registered with Pyro, as reading an attribute would.
+        return cast("Stack | FlowMixture", self._modules["transform"])
+
+    @property
+    def _weight(self) -> Tensor:
+        return next(self._map.parameters())
+
+    @property
+    def noise_dim(self) -> int:
+        """Number of standard normal numbers for a draw: D, and one more if there are several modes."""
+        return self._map.noise_dim if isinstance(self._map, FlowMixture) else self.latent_dim
+
+    def setup(self, *args: object, **kwargs: object) -> Self:
+        """Return the guide, which needs no model to be set up with."""
+        return self
+
+    def _set_up_once(self, *args: object, **kwargs: object) -> None:
+        """Do nothing, likewise."""
+
+    def _of_noise(self, noise: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Callable[[], Tensor]]:
+        transform = self._map
+        if isinstance(transform, FlowMixture):
+            latent = transform.of_noise(noise)
+            return latent, lambda: -0.5 * (noise.square() + LOG_TWO_PI).sum(-1) - transform.log_density(latent)
+        latent = transform(noise)
+        return latent, lambda: transform.log_abs_det_jacobian(noise, latent)
+
+    def get_posterior(self, *args: object, **kwargs: object) -> TorchDistribution:
+        """Return the distribution of the vector of unconstrained latent variables."""
+        if isinstance(self._map, FlowMixture):
+            return MixturePosterior(self._map)
+        zeros = self._weight.new_zeros(self.latent_dim)
+        base = dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
+        return dist.TransformedDistribution(base, [self._map], validate_args=False)
+
+    def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
+        """Draw every latent site; return the values by name."""
+        latent = pyro.sample(f"_{self._pyro_name}_latent", self.get_posterior(), infer={"is_auxiliary": True})
+        images = self.latents.images(latent)
+        return {name: _sample(self.latents.parts[name], *image) for name, image in images.items()}
+
+
+def _no_model() -> None:
+    """Stand in for the model of a guide that has none."""
+
+
+def _sample(part: Part, value: Tensor, log_det: Tensor) -> Tensor:
+    """Draw a site, in its plates, from the distribution that has all its mass at a value."""
+    with ExitStack() as stack:
+        for frame in part.site["cond_indep_stack"]:
+            stack.enter_context(pyro.plate(frame.name, frame.size, dim=frame.dim))
+        fn = dist.Delta(value, log_density=-log_det, event_dim=part.site["fn"].event_dim)
+        return pyro.sample(part.site["name"], fn)
+
+
+def _site(name: str, support: str, shape: Sequence[int], event_dim: int, plates: Sequence[Plate]) -> Site:
+    """A latent site of this support and shape, of no density."""
+    shape = torch.Size(shape)
+    batch, event = shape[: len(shape) - event_dim], shape[len(shape) - event_dim :]
+    fn = dist.ImproperUniform(support_of(json.loads(support)), batch, event)
+    site = {"type": "sample", "name": name, "fn": fn, "value": torch.zeros(shape), "infer": {}, "scale": 1.0}
+    frames = tuple(Frame(str(plate), int(dim), int(size), 0, int(size)) for plate, dim, size in plates)
+    return cast("Site", {**site, "is_observed": False, "mask": None, "cond_indep_stack": frames, "done": True})
+
+
+def saved_guide(who: str, latents: Latents, transform: nn.Module) -> SavedGuide:
+    """Return the guide without a model that has this layout and this map.
+
+    Raises:
+        TypeError: If it cannot be saved.
+    """
+    if not isinstance(transform, (Stack, FlowMixture)) or latents.rows:
+        raise TypeError(f"{who} cannot be saved: it is a function of the model's arguments, by its encoder.")
+    parts = latents.parts.values()
+    try:
+        supports = [json.dumps(described_support(cast("Any", part.site["fn"].support))) for part in parts]
+    except TypeError as error:
+        raise TypeError(f"{who} cannot be saved: {error}; pickle it with torch.save.") from None
+    components = list(transform.components) if isinstance(transform, FlowMixture) else [transform]
+    guide = SavedGuide(
+        cast("list[Stack]", components),
+        list(latents.parts),
+        supports,
+        [tuple(part.value.shape) for part in parts],
+        [part.site["fn"].event_dim for part in parts],
+        [_plates(part) for part in parts],
+        torch.nonzero(latents.idle).flatten().tolist(),
+    )
+    if isinstance(transform, FlowMixture):
+        cast("FlowMixture", guide.transform).set_shares(transform.shares)
+    for index, part in enumerate(parts):
+        vars(guide)["_buffers"][f"value_{index}"] = part.value.detach().clone()
+    return guide
+
+
+def _plates(part: Part) -> tuple[tuple[str, int, int], ...]:
+    """The vectorised plates around a site, with all their rows."""
+    return tuple(
+        (frame.name, frame.dim, int(frame.full_size or frame.size))
+        for frame in part.site["cond_indep_stack"]
+        if frame.dim is not None
+    )

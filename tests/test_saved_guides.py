@@ -1,0 +1,224 @@
+"""Guides in files: without model or data they draw, score and have quantiles as before, and loading runs no code."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Predictive
+from torch import Tensor
+
+import pyro_maf
+from pyro_maf.infer import AutoIAF, diagnose, fit_guide, reweight
+from tests.posteriors import GUIDES, SMALL
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+X = torch.linspace(-1, 1, 8)
+Y = 1.0 + 0.5 * X
+
+
+def regression(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """Sites of several supports and shapes."""
+    shares = pyro.sample("shares", dist.Dirichlet(torch.tensor([2.0, 3.0, 4.0])))
+    noise = pyro.sample("noise", dist.Gamma(torch.tensor(3.0), 2.0))
+    slope = pyro.sample("slope", dist.Uniform(torch.tensor(-1.0), 2.0))
+    with pyro.plate("groups", 2, dim=-2):
+        offset = pyro.sample("offset", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("rows", len(x), dim=-1):
+        mean = slope * x + offset[..., 0].sum(-2, keepdim=True) + shares[..., 0]
+        return pyro.sample("y", dist.Normal(mean, noise), obs=y)
+
+
+@pytest.fixture
+def guide() -> Any:
+    return fit_guide(regression, AutoIAF(regression, **SMALL), X, Y, steps=5, progress=False).guide
+
+
+def saved(guide: Any, folder: Path) -> Any:
+    guide.save(folder / "guide.safetensors")
+    return pyro_maf.load(folder / "guide.safetensors")
+
+
+@pytest.mark.parametrize("make", GUIDES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_loaded_guide_is_the_one_that_was_saved(make: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+
+    def model() -> None:
+        pyro.sample("z", dist.Gamma(torch.tensor([2.0, 3.0], dtype=dtype), 1.0).to_event(1))
+
+    guide = make(model, **SMALL).setup()
+    again = saved(guide, tmp_path)
+    torch.manual_seed(1)
+    draws = guide.rsample((5,))
+    torch.manual_seed(1)
+    assert torch.equal(again.rsample((5,))["z"], draws["z"])
+    assert draws["z"].dtype == dtype
+    torch.testing.assert_close(again.log_prob(draws), guide.log_prob(draws))
+    assert torch.equal(again.quantiles([0.1, 0.9])["z"], guide.quantiles([0.1, 0.9])["z"])
+    assert again.log_prob({"z": torch.tensor([-1.0, 1.0], dtype=dtype)}) == -torch.inf
+
+
+def test_a_guide_of_several_modes_is_saved_with_their_shares(tmp_path: Path) -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 3.0))
+        parts = [dist.Normal(loc, 0.3).log_prob(z) for loc in (-2.0, 2.0)]
+        pyro.factor("density", torch.logaddexp(parts[0], parts[1] + 1.0))
+
+    guide = AutoIAF(model, **SMALL).setup()
+    assert guide.modes.covered == 2
+    again = saved(guide, tmp_path)
+    torch.manual_seed(0)
+    draws = guide.rsample((100,))["z"]
+    torch.manual_seed(0)
+    assert torch.equal(again.rsample((100,))["z"], draws)
+    torch.testing.assert_close(again.log_prob({"z": draws}), guide.log_prob({"z": draws}))
+    assert torch.equal(again.quantiles([0.1, 0.9])["z"], guide.quantiles([0.1, 0.9])["z"])
+    assert (again()["z"].abs() > 1).all()
+
+
+def test_sites_have_their_supports_shapes_and_plates(guide: Any, tmp_path: Path) -> None:
+    again = saved(guide, tmp_path)
+    draws = again.rsample((4,))
+    shapes = {"shares": (4, 3), "noise": (4,), "slope": (4,), "offset": (4, 2, 1, 3)}
+    assert {name: tuple(value.shape) for name, value in draws.items()} == shapes
+    torch.testing.assert_close(again.log_prob(draws), guide.log_prob(draws, X, Y))
+    assert again.median()["offset"].shape == (2, 1, 3)
+
+
+def test_predictions_need_the_model_alone(guide: Any, tmp_path: Path) -> None:
+    again = saved(guide, tmp_path)
+    for parallel in (False, True):
+        found = Predictive(regression, guide=again, num_samples=6, parallel=parallel)(torch.zeros(3))
+        assert found["y"].shape[:: found["y"].dim() - 1] == (6, 3) or found["y"].numel() == 18
+
+
+@pytest.mark.filterwarnings("ignore:k-hat is")
+def test_a_loaded_guide_is_diagnosed_and_reweighted_as_before(guide: Any, tmp_path: Path) -> None:
+    again = saved(guide, tmp_path)
+    before, after = (diagnose(regression, each, X, Y, num_samples=2_000) for each in (guide, again))
+    assert after.elbo == pytest.approx(before.elbo, abs=5 * (before.elbo_se + after.elbo_se))
+    assert reweight(regression, again, X, Y, num_samples=50)["offset"].shape == (50, 2, 1, 3)
+
+
+def test_a_loaded_guide_can_be_saved_and_pickled_again(guide: Any, tmp_path: Path) -> None:
+    again = saved(guide, tmp_path)
+    again.rsample((2,))
+    twice = saved(again, tmp_path)
+    pickled = pickle.loads(pickle.dumps(again))
+    for each in (twice, pickled):
+        torch.manual_seed(0)
+        draws = each.rsample((3,))["noise"]
+        torch.manual_seed(0)
+        assert torch.equal(draws, again.rsample((3,))["noise"])
+
+
+def test_masked_entries_stay_where_they_were(tmp_path: Path) -> None:
+    def model() -> None:
+        pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 5), poutine.mask(mask=torch.arange(5) < 2):
+            pyro.sample("z", dist.Gamma(2.0, 1.0))
+
+    guide = AutoIAF(model, init_scale=0.3, **SMALL).setup()
+    again = saved(guide, tmp_path)
+    assert again.latent_dim == guide.latent_dim == 3
+    torch.manual_seed(0)
+    draws = guide.rsample((3,))
+    torch.manual_seed(0)
+    for name, value in again.rsample((3,)).items():
+        torch.testing.assert_close(value, draws[name])
+
+
+def test_a_program_that_only_loads_needs_no_model(guide: Any, tmp_path: Path) -> None:
+    guide.save(tmp_path / "guide.safetensors")
+    code = "import pyro_maf, sys; print(pyro_maf.load(sys.argv[1]).rsample((7,))['shares'].shape)"
+    command = [sys.executable, "-c", code, str(tmp_path / "guide.safetensors")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(pyro_maf.__file__).parent.parent)
+    assert run.stdout.strip() == "torch.Size([7, 3])"
+
+
+# -- what cannot be saved, and files that are none ---------------------------------------------------------------------
+
+
+def test_a_guide_that_is_not_set_up_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"AutoIAF expected to be set up before it is saved: fit it, or call"):
+        AutoIAF(regression).save(tmp_path / "guide.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_amortised_guide_is_refused(tmp_path: Path) -> None:
+    def model(y: Tensor) -> None:
+        pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+    guide = AutoIAF(model, encoder=lambda y: y.reshape(1), **SMALL).setup(torch.tensor(0.5))
+    with pytest.raises(TypeError, match=r"AutoIAF cannot be saved: it is a function of the model's arguments, by its"):
+        guide.save(tmp_path / "guide.safetensors")
+
+
+def test_coordinates_of_a_hierarchy_are_refused(tmp_path: Path) -> None:
+    def model() -> None:
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("groups", 4):
+            theta = pyro.sample("theta", dist.Normal(0.0, scale))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=torch.tensor([1.0, -1.0, 0.5, 2.0]))
+
+    with pytest.raises(
+        TypeError, match=r"AutoIAF cannot be saved: coordinates of theta are computed with .* torch.save"
+    ):
+        AutoIAF(model, **SMALL).setup().save(tmp_path / "guide.safetensors")
+
+
+def edited(path: Path, change: Any) -> Path:
+    """A file with another header, and no digest, as a stranger would write it."""
+    content = path.read_bytes()
+    (size,) = struct.unpack_from("<Q", content)
+    header = json.loads(content[8 : 8 + size])
+    described = json.loads(header["__metadata__"]["pyro_maf"])
+    change(described["arguments"])
+    header["__metadata__"] = {"pyro_maf": json.dumps(described)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    other = path.with_name("other.safetensors")
+    other.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
+    return other
+
+
+@pytest.mark.filterwarnings("ignore:load found no digest")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda arguments: arguments.update(supports=['"print"'] * 4),
+        lambda arguments: arguments.update(supports=["__import__('os')"] * 4),
+        lambda arguments: arguments.update(names=["a"]),
+        lambda arguments: arguments.update(shapes=[[1], [2], [3], [4]]),
+        lambda arguments: arguments.update(plates=[1, 2, 3, 4]),
+        lambda arguments: arguments.update(idle=[10_000]),
+        lambda arguments: arguments.update(event_dims="abcd"),
+    ],
+)
+def test_foreign_descriptions_are_refused_in_one_line(guide: Any, tmp_path: Path, change: Any) -> None:
+    guide.save(tmp_path / "guide.safetensors")
+    path = edited(tmp_path / "guide.safetensors", change)
+    with pytest.raises(ValueError, match=r"^load could not rebuild what .*other\.safetensors describes: [^\n]+$"):
+        pyro_maf.load(path)
+
+
+def test_a_damaged_file_is_refused(guide: Any, tmp_path: Path) -> None:
+    path = tmp_path / "guide.safetensors"
+    guide.save(path)
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        pyro_maf.load(path)
