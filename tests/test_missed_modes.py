@@ -41,7 +41,20 @@ def test_the_other_of_two_modes_is_found_with_its_share(index: int) -> None:
     assert mode.share == pytest.approx(float(WEIGHTS[1 - index]), abs=0.03)
     torch.testing.assert_close(mode.values["z"], CENTRES[1 - index], atol=0.05, rtol=0)
     assert found.grade == "poor"
-    assert f"misses a mode with {100 * mode.share:.0f} % of the posterior: near z = (" in found.verdict
+    assert f"misses {100 * mode.share:.0f} % of the posterior, near z = (" in found.verdict
+
+
+def test_a_guide_of_the_peak_of_something_broad_is_found_out() -> None:
+    """Within reach of its draws a spike hides the slab around it; both have their mode at 0."""
+
+    def model() -> None:
+        prior = dist.Normal(torch.zeros(2), 5.0).to_event(1)
+        z = pyro.sample("z", prior)
+        parts = [dist.Normal(torch.zeros(2), scale).to_event(1).log_prob(z) for scale in (0.1, 3.0)]
+        pyro.factor("density", torch.stack(parts).logsumexp(0) - prior.log_prob(z))
+
+    (around,) = diagnose(model, lambda: pyro.sample("z", dist.Normal(torch.zeros(2), 0.1).to_event(1))).missed
+    assert around.share == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_guide_of_both_modes_misses_none() -> None:

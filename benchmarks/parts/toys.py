@@ -215,7 +215,7 @@ def regression(
     def model() -> None:
         beta = pyro.sample("beta", dist.Normal(torch.zeros(len(units)), prior_scale).to_event(1))
         with pyro.plate("rows", rows):
-            pyro.sample("y", dist.Normal((beta[..., None, :] * design).sum(-1).squeeze(-2), 1.0), obs=data)
+            pyro.sample("y", dist.Normal((beta * design).sum(-1), 1.0), obs=data)
 
     precision = design.double().numpy().T @ design.double().numpy() + np.eye(len(units)) / prior_scale**2
     mean = np.linalg.solve(precision, design.double().numpy().T @ data.double().numpy())

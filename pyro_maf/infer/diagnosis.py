@@ -92,7 +92,7 @@ class Diagnosis:
             return "poor"
         if self._is_close and (self.k_hat < USABLE or self.ess > EVEN * self.num_samples):
             return "good"
-        if self._is_close or self.can_be_reweighted:
+        if (self._is_close and self.k_hat < 1) or self.can_be_reweighted:
             return "usable"
         return "worthless" if self.k_hat >= 1 and self._most_misplaced > HALF else "poor"
 
@@ -179,12 +179,11 @@ class Diagnosis:
 def _missed(modes: tuple[Mode, ...]) -> str:
     first = modes[0]
     where = ", ".join(f"{name} = {_number(value)}" for name, value in list(first.values.items())[:SHOWN_SITES])
-    parts = "a mode" if len(modes) == 1 else f"at least {len(modes)} modes"
-    share = sum(mode.share for mode in modes)
-    near = "near" if len(modes) == 1 else "the largest near"
+    share = _percent(sum(mode.share for mode in modes))
+    near = "near" if len(modes) == 1 else f"at {len(modes)} places or more, the largest near"
     return (
-        f"The guide misses {parts} with {_percent(share)} of the posterior: {near} {where}; its draws and the weights "
-        "know nothing of it, so fit another guide that starts there, by init_loc_fn, or run NUTS from several points."
+        f"The guide misses {share} of the posterior, {near} {where}: its draws and their weights know nothing of it; "
+        "fit another guide that starts there, by init_loc_fn, or run NUTS from several points."
     )
 
 

@@ -1,7 +1,8 @@
 """Modes of a posterior that a guide has missed: importance weights, taken where the guide has mass, cannot tell.
 
 Ascents from dispersed points end at modes. Around those that lie outside the draws of the guide, the probability of a
-region is estimated from draws of a normal, and compared with the fraction of the guide's draws in it.
+region is estimated from draws of a normal, and compared with the fraction of the guide's draws in it. Where there are
+none, draws of wide normals around those of the guide tell if it is the peak of something much broader.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ RADII = 3.0
 """Radius of a region: the squared distance is at most so many standard deviations above that of a normal's draws."""
 LEAST = 0.05
 """Least share of the posterior that counts as missed."""
+SCALES = (3.0, 10.0, 30.0, 100.0)
+"""Scales, in those of the guide's draws, at which there is a search around them."""
+LEAST_EFFECTIVE = 20
+"""Minimum effective number of draws around the guide's."""
 NEIGHBOURS = 10
 """An end is outside of the draws if its tenth nearest draw is farther away than that of nearly all draws."""
 COMPARED, NEARLY_ALL = 256, 0.99
@@ -68,7 +73,8 @@ def missed_modes(score: Score, draws: Tensor, log_evidence: float, starts: Tenso
         starts: Points to start ascents from, in addition to uniform ones, (starts, D).
 
     Cost: some dozen gradients and line searches for all starts in one batch; for up to three ends outside of the draws,
-        the search for a normal as of a guide's start. Nothing beyond 200 dimensions.
+        the search for a normal as of a guide's start, and if there are none 2,048 evaluations around the draws. Nothing
+        beyond 200 dimensions.
     """
     if not 1 <= draws.shape[1] <= MOST_DIMENSIONS or len(draws) < 2 * draws.shape[1]:
         return []
@@ -87,9 +93,29 @@ def missed_modes(score: Score, draws: Tensor, log_evidence: float, starts: Tenso
         if math.exp(log_mass - combined) - _fraction(draws, normal) > LEAST:
             found.append((normal, log_mass))
             total = combined
+    if not found:
+        return _around(score, spread, total)
     with torch.no_grad():
         modes = [Missed(each.loc, float(score(each.loc[None])), math.exp(mass - total)) for each, mass in found]
     return sorted(modes, key=lambda mode: -mode.share)
+
+
+@torch.no_grad()
+def _around(score: Score, spread: _Spread, log_evidence: float) -> list[Missed]:
+    """Return the place of what a guide lacks around its draws, where it is too narrow by far, if there is any."""
+    best: list[Missed] = []
+    for scale in SCALES:
+        normal = Normal(spread.centre, scale * spread.factor)
+        points, log_weights = _weighted(score, normal)
+        log_weights = log_weights.where(spread.is_outside(points), -torch.inf)
+        if float(2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)) < math.log(LEAST_EFFECTIVE):
+            continue
+        log_mass = _log_mean(log_weights)
+        share = math.exp(log_mass - float(torch.logaddexp(torch.tensor(log_evidence), torch.tensor(log_mass))))
+        if share > max([LEAST, *(each.share for each in best)]):
+            loc = points[int(log_weights.argmax())]
+            best = [Missed(loc, float(score(loc[None])), share)]
+    return best
 
 
 class _Spread:
@@ -101,7 +127,8 @@ class _Spread:
         jitter = 1e-6 * covariance.diagonal().clamp(min=1e-12)
         factor, failed = torch.linalg.cholesky_ex(covariance + jitter.diag())
         self._factor = covariance.diagonal().clamp(min=1e-12).sqrt().diag() if failed else factor
-        self.covariance = (self._factor @ self._factor.T).to(draws)
+        self.centre, self.factor = draws.mean(0), self._factor.to(draws)
+        self.covariance = self.factor @ self.factor.T
         self._draws = self._scaled(draws)
         distances = self._to_draws(self._draws[:COMPARED], 1)
         self._usual = float(distances.quantile(NEARLY_ALL))
@@ -109,13 +136,17 @@ class _Spread:
     def outside(self, ends: Tensor, values: Tensor) -> list[int]:
         """Return the indices of ends outside of the draws and apart from each other, of the highest values."""
         scaled = self._scaled(ends)
-        far = self._to_draws(scaled, 0) > self._usual
+        far = self.is_outside(ends)
         chosen: list[int] = []
         for index in values.argsort(descending=True).tolist():
             apart = all(float((scaled[index] - scaled[other]).norm()) > self._usual for other in chosen)
             if far[index] and apart and values[index].isfinite() and len(chosen) < EXAMINED:
                 chosen.append(index)
         return chosen
+
+    def is_outside(self, points: Tensor) -> Tensor:
+        """Test if points, (points, D), are farther from the draws than these are from each other; boolean."""
+        return self._to_draws(self._scaled(points), 0) > self._usual
 
     def _scaled(self, points: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self._factor, points.double().T, upper=False).T
@@ -175,23 +206,38 @@ def _updated(inverse: Tensor, moved: Tensor, bent: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _log_mass(score: Score, normal: Normal) -> float:
-    """Logarithm of the integral of the density over the region around a mode, from draws of a normal, in nats."""
+    """Logarithm of the integral of the density over the region around a mode, in nats."""
+    points, log_weights = _weighted(score, normal)
+    return _log_mean(log_weights.where(_squares(points, normal) <= _radius(len(normal.loc)), -torch.inf))
+
+
+def _weighted(score: Score, normal: Normal) -> tuple[Tensor, Tensor]:
+    """Draws of a normal, and the log-density at these over that of the normal, in nats."""
     size = len(normal.loc)
     with seeded(3, normal.loc.device):
         noise = torch.randn(DRAWS, size).to(normal.loc)
-    squares = (noise**2).sum(1)
-    log_weights = score(normal.loc + noise @ normal.scale_tril.T).double() + squares.double() / 2
-    log_weights += size / 2 * math.log(2 * math.pi) + float(normal.scale_tril.diagonal().double().log().sum())
-    log_weights = log_weights.where(squares <= _radius(size), -torch.inf)
-    # Truncated, so that no single draw decides.
-    ceiling = log_weights.logsumexp(0) - 0.5 * math.log(DRAWS)
-    return float(log_weights.minimum(ceiling).logsumexp(0)) - math.log(DRAWS)
+    points = normal.loc + noise @ normal.scale_tril.T
+    log_det = float(normal.scale_tril.diagonal().double().log().sum())
+    return points, score(points).double() + (noise.double() ** 2).sum(1) / 2 + size / 2 * math.log(
+        2 * math.pi
+    ) + log_det
+
+
+def _log_mean(log_weights: Tensor) -> float:
+    """Logarithm of the mean of weights, truncated so that no single one decides."""
+    ceiling = log_weights.logsumexp(0) - 0.5 * math.log(len(log_weights))
+    return float(log_weights.minimum(ceiling).logsumexp(0)) - math.log(len(log_weights))
 
 
 def _fraction(draws: Tensor, normal: Normal) -> float:
     """Fraction of draws in the region around a mode."""
-    scaled = torch.linalg.solve_triangular(normal.scale_tril, (draws - normal.loc).T, upper=False)
-    return float(((scaled**2).sum(0) <= _radius(len(normal.loc))).double().mean())
+    return float((_squares(draws, normal) <= _radius(len(normal.loc))).double().mean())
+
+
+def _squares(points: Tensor, normal: Normal) -> Tensor:
+    """Squared distance of points from a normal's location, in its units."""
+    scaled = torch.linalg.solve_triangular(normal.scale_tril, (points - normal.loc).T, upper=False)
+    return (scaled**2).sum(0)
 
 
 def _radius(size: int) -> float:
