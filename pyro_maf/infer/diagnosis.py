@@ -92,7 +92,7 @@ class Diagnosis:
             return "poor"
         if self._is_close and (self.k_hat < USABLE or self.ess > EVEN * self.num_samples):
             return "good"
-        if (self._is_close and self.k_hat < 1) or self.can_be_reweighted:
+        if self._is_close or self.can_be_reweighted:
             return "usable"
         return "worthless" if self.k_hat >= 1 and self._most_misplaced > HALF else "poor"
 
