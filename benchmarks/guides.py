@@ -42,7 +42,8 @@ def main(arguments: list[str] | None = None) -> None:
         measure(results, options, path)
     text = standings_of_guides.tables(results["posteriors"])
     write(options.out / "guides.md", text)
-    marginals.draw(results["posteriors"], options.out / "guides.png")
+    pictured = {name: found for name, found in results["posteriors"].items() if "histograms" in found}
+    marginals.draw(pictured, options.out / "guides.png")
     print(text)
     print(f"Results, tables and picture are in {options.out}.")
 
@@ -54,10 +55,10 @@ def measure(results: dict[str, Any], options: argparse.Namespace, path: Path) ->
         for name in options.guides:
             for seed in options.seeds:
                 add(found, posterior, name, seed, options)
-                write(path, json.dumps(results, indent=1))
+                write(path, json.dumps(results))
         if options.costs and "gradients" not in found:
             found |= costs(posterior, options.steps)
-            write(path, json.dumps(results, indent=1))
+            write(path, json.dumps(results))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -91,15 +92,14 @@ def targets(options: argparse.Namespace) -> Iterator[Posterior]:
 
 def described(posterior: Posterior) -> dict[str, Any]:
     """What there is to say of a posterior before any guide."""
-    shown = posterior.columns[: marginals.MOST]
-    return {
-        "columns": list(shown),
+    found: dict[str, Any] = {
         "dimensions": len(posterior.columns),
         "c2st_of_references": accuracy.agreement_of_references(posterior),
         "guides": {},
-        "edges": marginals.edges(posterior)[: len(shown)].tolist(),
-        "histograms": {marginals.REFERENCE: marginals.histograms(posterior, posterior.draws)},
     }
+    if posterior.name not in TOYS:
+        found |= marginals.panels(posterior)
+    return found
 
 
 def add(found: dict[str, Any], posterior: Posterior, name: str, seed: int, options: argparse.Namespace) -> None:
@@ -115,7 +115,7 @@ def add(found: dict[str, Any], posterior: Posterior, name: str, seed: int, optio
     else:
         own = accuracy.measure(posterior, fitted.guide, fitted.diagnosis, draws)
         fits[str(seed)] = own | {"start": fitted.start, "seconds": fitted.seconds, "steps": fitted.steps}
-        if name in marginals.SHOWN and seed == options.seeds[0]:
+        if name in marginals.SHOWN and seed == options.seeds[0] and "histograms" in found:
             found["histograms"][name] = marginals.histograms(posterior, draws)
     print(f"{posterior.name}, {name}, seed {seed}: {brief(fits[str(seed)])}", file=sys.stderr, flush=True)
 

@@ -17,6 +17,15 @@ SHOWN = {"AutoIAF, fit_guide": "C3", "AutoIAF": "C0", "AutoMultivariateNormal": 
 REFERENCE = "reference"
 
 
+def panels(posterior: Posterior) -> dict[str, Any]:
+    """The columns that are drawn, their bars, and the density of the reference draws in these."""
+    return {
+        "columns": list(posterior.columns[:MOST]),
+        "edges": edges(posterior)[:MOST].tolist(),
+        "histograms": {REFERENCE: histograms(posterior, posterior.draws)},
+    }
+
+
 def edges(posterior: Posterior) -> np.ndarray:
     """Where the bars of each column begin and end, (columns, bins + 1): around all but the outermost draws."""
     low, high = np.quantile(posterior.draws, [0.002, 0.998], axis=0)
