@@ -20,6 +20,7 @@ from pyro_maf.infer import AutoIAF, TracePath_ELBO, diagnose, fit_guide, neutra,
 from pyro_maf.infer.initialization import Start, best_start, other_points
 from pyro_maf.infer.mixture import FlowMixture, MixturePosterior
 from pyro_maf.infer.model import Call
+from pyro_maf.infer.symmetry import exchanges
 from tests.posteriors import GUIDES, SMALL, drawn, same, steps, weights
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -244,9 +245,9 @@ def test_pyros_compiled_objective_takes_it() -> None:
 
 def test_a_plain_loop_finds_the_shares() -> None:
     guide = ready()
-    guide.transform.set_shares(torch.tensor([0.05, 0.95]))
-    steps(Trace_ELBO(num_particles=8, vectorize_particles=True), apart, guide, 405)
-    assert float(guide.transform.shares[0]) == pytest.approx(0.7, abs=0.05)
+    guide.transform.set_shares(torch.tensor([0.4, 0.6]))
+    steps(Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=0), apart, guide, 205)
+    assert float(guide.transform.shares[0]) == pytest.approx(0.7, abs=0.1)
     assert torch.equal(pyro.get_param_store()["AutoIAF.transform$$$shares"], guide.transform.shares)
 
 
@@ -260,18 +261,52 @@ def test_fit_guide_covers_both() -> None:
     assert diagnose(apart, fit.guide).ess > 9000
 
 
-def test_label_switching_is_covered() -> None:
+def labels(locs: tuple[float, ...], with_shares: bool) -> Callable[[], None]:
+    """A mixture model with a component at each location; its shares are 1, 2, 3, ... to each other, or known."""
     generator = torch.Generator().manual_seed(0)
-    y = torch.cat([torch.randn(20, generator=generator) - 2, torch.randn(20, generator=generator) + 2])
+    counts = [20 * (1 + index * with_shares) for index in range(len(locs))]
+    y = torch.cat([loc + torch.randn(count, generator=generator) for loc, count in zip(locs, counts, strict=True)])
+    size = len(locs)
 
     def model() -> None:
-        loc = pyro.sample("loc", dist.Normal(torch.zeros(2), 5.0).to_event(1))
+        loc = pyro.sample("loc", dist.Normal(torch.zeros(size), 5.0).to_event(1))
         parts = dist.Normal(loc[..., None, :], 1.0).log_prob(y[:, None])
-        pyro.factor("y", (parts.logsumexp(-1) - math.log(2)).sum(-1))
+        if with_shares:
+            parts = parts + pyro.sample("shares", dist.Dirichlet(torch.ones(size))).log()[..., None, :]
+        pyro.factor("y", parts.logsumexp(-1).sum(-1))
 
-    guide = ready(model=model)
-    assert guide.modes == (2, 2)
-    torch.testing.assert_close(guide.transform.shares, torch.tensor([0.5, 0.5]), atol=0.01, rtol=0)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("locs", "with_shares", "modes"),
+    [((-2.0, 2.0), False, 2), ((-4.0, 0.0, 4.0), False, 6), ((-4.0, 0.0, 4.0), True, 6)],
+)
+def test_every_order_of_labels_is_covered(locs: tuple[float, ...], with_shares: bool, modes: int) -> None:
+    """With shares on a simplex, orders are no permutations in unconstrained space."""
+    pyro.set_rng_seed(0)
+    guide = ready(model=labels(locs, with_shares))
+    assert guide.modes == (modes, modes)
+    expected = torch.full((modes,), 1 / modes)
+    torch.testing.assert_close(guide.transform.shares, expected, atol=0.1 / modes, rtol=0)
+    with torch.no_grad():
+        draws = guide.rsample((600,))["loc"].argsort(-1)
+    orders = {tuple(order) for order in draws.tolist()}
+    assert len(orders) == modes
+
+
+def test_axes_of_one_length_are_no_labels_unless_the_density_says_so() -> None:
+    values = {"a": torch.randn(4, 3), "b": torch.randn(4, 2, 3), "c": torch.randn(4)}
+    events = {name: value.shape[1:] for name, value in values.items()}
+
+    def symmetric(values: Any) -> Tensor:
+        return (values["a"] * values["b"].sum(1)).sum(1) + values["c"]
+
+    def in_order(values: Any) -> Tensor:
+        return symmetric(values) + (values["a"] * torch.arange(3)).sum(1)
+
+    assert len(exchanges(symmetric, values, events)) == 5 + 1
+    assert len(exchanges(in_order, values, events)) == 1
 
 
 def test_quantiles_are_those_of_all_modes() -> None:
@@ -290,13 +325,13 @@ def test_neutra_moves_between_modes() -> None:
     guide.transform.set_shares(torch.tensor([0.5, 0.5]))
     warped = neutra(apart, guide)
     kernel = pyro.infer.NUTS(warped, step_size=0.8, adapt_step_size=False, adapt_mass_matrix=False, max_tree_depth=2)
-    mcmc = pyro.infer.MCMC(kernel, num_samples=200, warmup_steps=0, disable_progbar=True)
+    mcmc = pyro.infer.MCMC(kernel, num_samples=100, warmup_steps=0, disable_progbar=True)
     mcmc.run()
     draws = warped.draws(mcmc.get_samples())["z"]
-    assert draws.shape == (200, 2)
+    assert draws.shape == (100, 2)
     left = (draws[:, 0] < 0).double()
-    assert float(left.mean()) == pytest.approx(0.7, abs=0.12)
-    assert int(left.diff().abs().sum()) > 20
+    assert float(left.mean()) == pytest.approx(0.7, abs=0.15)
+    assert int(left.diff().abs().sum()) > 10
 
 
 def test_neutras_target_is_exact_at_any_noise() -> None:

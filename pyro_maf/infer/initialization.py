@@ -8,7 +8,7 @@ where there are several modes: so there are ascents from other points, and each 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ UNIFORM = 2.0
 """Half the width of the cube, around 0 in unconstrained space, in which Pyro and Stan start NUTS."""
 POOL = 64
 """Number of points of which the starting points in that cube are chosen."""
+MOST_MODES, MOST_IMAGES = 8, 24
+"""Maximum number of modes whose images under symmetries are looked at, and of these."""
 BLOCK = 12
 """Number of places of an ascent whose candidates are tried in one batch."""
 
@@ -63,6 +65,7 @@ def best_start(
     others: Tensor | None = None,
     *,
     proposals: Sequence[Normal] = (),
+    images: Callable[[Tensor], Tensor] | None = None,
     vectorised: bool = True,
 ) -> Start:
     r"""Return the normals of the largest evidence lower bounds among those proposed on ascents from several points.
@@ -82,6 +85,8 @@ def best_start(
         loc: Starting point, (D,).
         others: Further starting points, (points, D).
         proposals: Normals that compete with those of the first ascent.
+        images: Images of points under symmetries of the density, (points, D) to (images, D), which are looked at for
+            further modes.
         vectorised: True if many rows cost about as much as one. If not, there is one ascent, of some 300 runs.
 
     Reference:
@@ -92,11 +97,11 @@ def best_start(
     wide = in_double(log_density, loc)
     if wide is not None:
         doubled = [Normal(each.loc.double(), each.scale_tril.double()) for each in proposals]
-        best = _start(wide, loc.double(), others.double(), doubled, vectorised)
+        best = _start(wide, loc.double(), others.double(), doubled, images, vectorised)
         normals = tuple(Normal(each.loc.to(loc), each.scale_tril.to(loc)) for each in best.normals)
         if all(_survives(log_density, wide, normal, vectorised) for normal in normals):
             return best._replace(normals=normals, shares=best.shares.to(loc))
-    return _start(log_density, loc, others, proposals, vectorised)
+    return _start(log_density, loc, others, proposals, images, vectorised)
 
 
 @torch.no_grad()
@@ -142,18 +147,29 @@ def _survives(log_density: Score, wide: Score, normal: Normal, vectorised: bool)
     return bool((losses < (SLACK / 100 * exact.abs()).clamp(min=SLACK)).double().mean() > 0.5)
 
 
-def _start(log_density: Score, loc: Tensor, others: Tensor, proposals: Sequence[Normal], vectorised: bool) -> Start:
+def _start(
+    log_density: Score,
+    loc: Tensor,
+    others: Tensor,
+    proposals: Sequence[Normal],
+    images: Callable[[Tensor], Tensor] | None,
+    vectorised: bool,
+) -> Start:
     """Return the initialization, in the dtype of `loc`."""
     search = _Search(log_density, torch.cat([loc[None], others]), vectorised)
     normal, bound = search.best(proposals)
-    modes = different(log_density, search.ends()) if len(others) else []
-    if len(others):
-        other, other_bound = search.best_of_others()
-        if other_bound > bound + BETTER:
-            normal, bound = other, other_bound
-    if len(modes) < 2:
+    if not len(others):
         return Start.single(normal)
-    return _of_modes(log_density, modes, normal, bound)
+    other, other_bound = search.best_of_others()
+    if other_bound > bound + BETTER:
+        normal, bound = other, other_bound
+    modes = different(log_density, search.ends())
+    if images is not None and modes:
+        moved = images(torch.stack([mode.loc for mode in modes[:MOST_MODES]]))[:MOST_IMAGES]
+        if len(moved):
+            # Not only moved themselves: in unconstrained space a symmetry may bend, and the mode is near its image.
+            modes = different(log_density, [*modes, *_Search(log_density, moved, vectorised).ascended()])
+    return Start.single(normal) if len(modes) < 2 else _of_modes(log_density, modes, normal, bound)
 
 
 def _of_modes(log_density: Score, modes: list[End], normal: Normal, bound: float) -> Start:
@@ -194,6 +210,14 @@ class _Search:
         if proposals:
             self._try(proposals)
         return self._best, self._bound
+
+    def ascended(self) -> list[End]:
+        """Ascend without bounds; return the ends at modes."""
+        for _ in range(LEAST_ITERATIONS):
+            if self._ascents.active.any():
+                self._ascents.step()
+        self._ascents.stop(slice(None))
+        return self.ends()
 
     def ends(self) -> list[End]:
         """The ends at modes, that of the highest density first."""

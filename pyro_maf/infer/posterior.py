@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from pyro import poutine
@@ -19,6 +19,7 @@ from pyro_maf.infer.initialization import Normal, Start, best_start, other_point
 from pyro_maf.infer.latents import Images, Latents, Part
 from pyro_maf.infer.log_joint import FAILURES, LogJoint, is_enumerated, without_blocks
 from pyro_maf.infer.model import Call, RefusalError, Trace, latent_sites, sample_sites
+from pyro_maf.infer.symmetry import exchanges
 
 __all__ = ["Levels", "Posterior", "checked_levels", "even_noise", "marginal_quantiles", "start_of"]
 
@@ -27,6 +28,8 @@ POINTS = 4
 """Number of points at which the effect of masked entries is tested."""
 MINIBATCHES = 8
 """Maximum number of minibatches of a plate that subsamples; they stand for the others."""
+NEAR = 0.1
+"""Spread of points for the test of a symmetry, and the distance from which on an image is elsewhere."""
 STEP = 0.3
 """Displacement of latent variables, in unconstrained space, for the test if a support moves with them."""
 QUANTILE_DRAWS = 8192
@@ -69,8 +72,10 @@ def start_of(
         plain, posterior = posterior, posterior.within(coordinates)
         proposals = [fit_degrees(coordinates, latents, call, posterior, plain)]
         loc = proposals[0].loc
-    others = None if start_is_chosen else other_points(posterior, loc, posterior.prior_vectors(PRIOR_DRAWS))
-    return best_start(posterior, loc, others, proposals=proposals), coordinates
+    if start_is_chosen:
+        return best_start(posterior, loc, proposals=proposals), coordinates
+    others = other_points(posterior, loc, posterior.prior_vectors(PRIOR_DRAWS))
+    return best_start(posterior, loc, others, proposals=proposals, images=posterior.images), coordinates
 
 
 class Posterior:
@@ -120,12 +125,32 @@ class Posterior:
     def prior_vectors(self, count: int) -> Tensor | None:
         """Draw latent vectors from the prior, (count, D); None if that is not possible, as with an improper one."""
         try:
-            draws = self._joint.prior_draws(count)
-            if self._coordinates is None:
-                return self._latents.pack(draws)[0]
-            return self._coordinates.of_values(self._latents, draws, self._call)[0]
+            return self._packed(self._joint.prior_draws(count))
         except (*FAILURES, NotImplementedError):
             return None
+
+    @torch.no_grad()
+    def images(self, latents: Tensor) -> Tensor:
+        """Return the images, (images, D), of latent vectors under exchanges of labels, as far as they are elsewhere."""
+        with seeded(0, latents.device):
+            noise = torch.randn(POINTS, latents.shape[1]).to(latents)
+        probes, values = self._unpacked(latents[:1] + NEAR * noise)[0], self._unpacked(latents)[0]
+        shapes = {name: value.shape for name, value in self._latents.values.items()}
+        try:
+            exchanged = [exchange(values) for exchange in exchanges(self._joint, probes, shapes)]
+            found = [
+                self._packed({name: each[name].reshape(-1, *shape) for name, shape in shapes.items()})
+                for each in exchanged
+            ]
+        except (*FAILURES, IndexError):
+            return latents[:0]
+        return torch.cat([latents[:0], *(image[(image - latents).abs().amax(1) > NEAR] for image in found)])
+
+    def _packed(self, values: Mapping[str, Tensor]) -> Tensor:
+        r"""Return the latent vectors, (draws, D), of values of the sites, (draws, \*site)."""
+        if self._coordinates is None:
+            return self._latents.pack(values)[0]
+        return self._coordinates.of_values(self._latents, values, self._call)[0]
 
     def leave_out_idle(self) -> None:
         """Leave out of the latent vector the entries that a mask excludes from the model.
