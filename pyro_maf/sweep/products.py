@@ -43,6 +43,27 @@ def add_product(
 
     W[r, k] is weights[start + r row_step + k column_step]. The tape columns are a multiple of `LANES`.
     """
+    # numba compiles a function anew for each combination of arguments that are literals, here the tiny outer one.
+    of_rows, of_columns = (np.intp(rows[0]), np.intp(rows[1])), (np.intp(columns[0]), np.intp(columns[1]))
+    at_x, at_y, first, end = np.intp(x_row), np.intp(y_row), np.intp(t0), np.intp(t1)
+    _add_product(weights, start, row_step, column_step, of_rows, of_columns, x, at_x, y, at_y, first, end)
+
+
+@njit(**INNER)
+def _add_product(
+    weights: Array,
+    start: int,
+    row_step: int,
+    column_step: int,
+    rows: Any,
+    columns: Any,
+    x: Array,
+    x_row: int,
+    y: Array,
+    y_row: int,
+    t0: int,
+    t1: int,
+) -> None:
     for k in range(columns[0], columns[1], PANEL):
         terms = min(PANEL, columns[1] - k)
         r, end = rows

@@ -137,14 +137,14 @@ def _spline(
             for t in range(points):
                 point[t] = x[start + t]
         else:
-            affine(x[start:end], shifts, scales, -1, layer.log_sign, point, log_det[start:end])
+            affine(x[start:end], shifts, scales, layer.sign, layer.log_sign, point, log_det[start:end])
             for t in range(points):
                 shifts[t] = point[t]
         _set_bins(layer, phi, variables, tape, first, at, points, room, True)
         _find_bin(layer, points, room, solve)
         _through_box(layer, points, room, solve)
         if solve:
-            affine(result, shifts, scales, 1, layer.log_sign, w[start:end], log_det[start:end])
+            affine(result, shifts, scales, layer.sign, layer.log_sign, w[start:end], log_det[start:end])
             for t in range(points):
                 shifts[t] = result[t]
         else:
@@ -326,7 +326,9 @@ def _spline_back(
             room[GRAD_LOG + t] = number(-layer.log_sign) * grad_log_det[start + t]
         logs = grad_log_det[start:end]
         if solve:
-            affine_back(z, w[start:end], e[:points], scales, 1, layer.log_sign, inner, logs, by_shift, by_scale)
+            affine_back(
+                z, w[start:end], e[:points], scales, layer.sign, layer.log_sign, inner, logs, by_shift, by_scale
+            )
         _set_bins(layer, phi, variables, tape, first, at, points, room, False)
         _find_bin(layer, points, room, False)
         for t in range(points):  # the argument of q^-1 decides whether it is in the box
@@ -334,7 +336,9 @@ def _spline_back(
         _box_back(layer, points, room, solve)
         _bins_back(layer, phi, variables, tape, first, at, points, room, delta, delta_first)
         if not solve:
-            affine_back(x[start:end], z, e[:points], scales, -1, layer.log_sign, inner, logs, by_shift, by_scale)
+            affine_back(
+                x[start:end], z, e[:points], scales, layer.sign, layer.log_sign, inner, logs, by_shift, by_scale
+            )
         for t in range(points):
             grad[start + t] = inner[t]
 
