@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -120,6 +121,12 @@ def from_a_list() -> Callable[[Tensor], Tensor]:
     return lambda x: x.sum(-1) * numbers.pop()
 
 
+def not_while_recorded(x: Tensor) -> Tensor:
+    if torch._C._len_torch_dispatch_stack():
+        raise TypeError("no modes, please")
+    return x.sum(-1)
+
+
 REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
     "draws": lambda x: (x + torch.randn(2)).sum(-1),
     "changes an argument": lambda x: (WEIGHT.add_(1.0) * x).sum(-1),
@@ -127,6 +134,7 @@ REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
     "depends on a number of rows": lambda x: x.sum(-1) * x[x > 0].sum(),
     "counts": Counter(),
     "takes from a list": from_a_list(),
+    "raises": not_while_recorded,
     "is constant": lambda x: DATA.sum().expand(len(x)).clone().requires_grad_(),
 }
 
@@ -134,6 +142,23 @@ REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("function", REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_recorded_is_refused(function: Callable[[Tensor], Tensor]) -> None:
     assert record(function, torch.ones(5, 2), []) is None
+
+
+def test_a_first_step_that_fails_costs_no_recording() -> None:
+    failing = [False]
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        if failing[0] and z.requires_grad:
+            raise ValueError("singular")
+
+    walk, _ = walk_of(model, AutoIAF(model, **SMALL), ())
+    failing[0] = True
+    with pytest.raises(ValueError, match="singular"):
+        walk.step()
+    failing[0] = False
+    assert math.isfinite(walk.step().loss)
+    assert walk._recording is not None
 
 
 def test_a_condition_with_another_outcome_is_noticed() -> None:

@@ -129,10 +129,9 @@ def record(function: Function, argument: Tensor, weights: Sequence[Tensor]) -> R
             found = torch.autograd.grad(values.sum(), [argument, *weights], allow_unused=True)
         if watch.has_effects or found[0] is None:
             return None
-        recording = Recording(recorder.entries, [argument, *weights], [values, *found])
-    except _RefusedError:
+        return Recording(recorder.entries, [argument, *weights], [values, *found])
+    except Exception:  # what torch cannot record may fail in any way, and what is wrong shows in a plain run
         return None
-    return recording
 
 
 class _RefusedError(Exception):

@@ -23,7 +23,7 @@ CHECKED = 100
 FIRST = 3
 """Number of first steps that are compared likewise."""
 RECORDINGS = 3
-"""Maximum number of recordings: one more each time that the model's data have changed."""
+"""Maximum number of recordings: another if the model raised, and each time that its data have changed."""
 
 
 class Step(NamedTuple):
@@ -93,8 +93,6 @@ class Walk:
         if self._recording is None and self._recordings < RECORDINGS:
             self._recordings += 1
             self._recording, is_checked = record(self._log_joint, latent, self._weights), True
-            if self._recording is None:
-                self._recordings = RECORDINGS
         found = None if self._recording is None else self._recording(latent)
         if found is None or is_checked:
             expected = self._of_model(latent)
