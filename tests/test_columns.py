@@ -12,10 +12,12 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 import pyro_maf
 from pyro_maf import MAF, NSF, ConditionalMAF, FlowPrior, MAFMoG, fit, fit_prior
 from pyro_maf._core.checks import InputError
+from pyro_maf.cli import app
 from pyro_maf.distributions import (
     AutoregressiveCategorical,
     ConditionalTableDensity,
@@ -439,3 +441,24 @@ def test_a_table_is_reported(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert all(name in page for name in ("x", "count", "colour", "flag"))
     assert "values on a grid" in page
+
+
+@ON_GRID
+@ENDS
+def test_the_command_fits_scores_and_draws_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pd.DataFrame(counts(300), columns=["x", "count"]).to_csv("rows.csv", index=False)
+    options = ["--folder", "fit", "--max-epochs", "2", "--num-layers", "1", "--hidden-dims", "8"]
+    fitted = CliRunner().invoke(app, ["fit", "rows.csv", *options])
+    assert fitted.exit_code == 0, fitted.output
+    assert "values on a grid in column 'count' (steps of 1)" in fitted.output
+    for command in (
+        ["score", "fit", "rows.csv", "--out", "scores.csv"],
+        ["sample", "fit", "-n", "50", "--out", "new.csv"],
+    ):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+    assert np.isfinite(pd.read_csv("scores.csv")["log_density"]).all()
+    drawn = pd.read_csv("new.csv")["count"]
+    assert (drawn == drawn.round()).all()
+    assert "TableDensity" in CliRunner().invoke(app, ["info", "fit"]).output
