@@ -320,3 +320,17 @@ def test_a_log_density_follows_a_change_of_its_flow(change: str) -> None:
             assert torch.allclose(found, prior.log_prob(value))
     assert bool(calls) == (change == "hook")
     assert change == "hook" or not torch.allclose(found, before)
+
+
+def test_torch_has_its_threads_back() -> None:
+    prior = FlowPrior(MAF(4, num_layers=2, hidden_dims=[8]))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        (-prior.log_prob(torch.randn(5, 4)).mean()).backward()
+        assert torch.get_num_threads() == 3
+        with pytest.raises(RuntimeError), threads.Alone():
+            torch.zeros(torch.get_num_threads() + 1).view(3)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -14,7 +14,7 @@ from pyro_maf._core.torch_state import as_far_as_exact, reference_tensor
 from pyro_maf.distributions.data_units import DataUnits, NoiseToData, keep_float64, statistics, widen_for
 from pyro_maf.distributions.density import ConditionalDensity, Density
 from pyro_maf.support import Support, SupportLike
-from pyro_maf.sweep import Run
+from pyro_maf.sweep import Alone, Run
 from pyro_maf.tables.layout import Layout, TableLike, numbers
 from pyro_maf.transforms import ConditionalFlow, Flow
 from pyro_maf.transforms.cache import caching_is_possible
@@ -226,7 +226,8 @@ class FlowPrior(Density):
         """The log-density as one operation, if there is a `run`."""
         if (run := self.run()) is None or (log_volume := self.units.log_volume) is None:
             return None
-        z = (value - self.units.loc) / self.units.scale
+        with Alone():
+            z = (value - self.units.loc) / self.units.scale
         return run.log_density(z, context, -self._log_normaliser - log_volume)
 
     def run(self) -> Run | None:
@@ -251,7 +252,8 @@ class FlowPrior(Density):
         """
         units, constant, context = self.units, -self._log_normaliser, self._standardised(context)
         if (log_volume := units.log_volume) is not None:
-            z = (value - units.loc) / units.scale
+            with Alone():
+                z = (value - units.loc) / units.scale
             return run.differentiate(z, context, constant - log_volume, factors, gradient)
         z, log_units = units.inverse_and_log_det(value)
         density = run.differentiate(z, context, constant, factors, gradient)

@@ -10,16 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyro_maf._core.memory_pool import empty
 from pyro_maf._core.torch_state import is_intercepted
-from pyro_maf.sweep.layout import Array, Step
+from pyro_maf.sweep.layout import LANES, Array, Step
 from pyro_maf.sweep.loading import kernels, loaded
 from pyro_maf.sweep.program import Pack, Program, Reading, program_of
-from pyro_maf.sweep.threads import in_parts
+from pyro_maf.sweep.threads import Alone, in_parts
 from pyro_maf.sweep.torch_layers import at_once, gradients, one_by_one, together
 
 __all__ = ["Run", "run"]
 
 DTYPES = (torch.float32, torch.float64)
+ADDITION = 8
+"""Multiplications that take as long as the addition of a number to one in memory."""
 WEIGHTS_A_POINT = 2**21
 """Number of weights above which packing them and their gradients takes longer than torch does in all: at one point, a
 training step of five layers of 784 variables and 1,024 units takes torch 32 ms, and the program 100."""
@@ -89,7 +92,7 @@ class Run(NamedTuple):
             density = _Density.apply(self, constant, rows, features, *self.tensors)
         else:
             w, log_det = _forward(self.program, self.program.remembered(self.tensors), rows, features, None)
-            density = _normal(w.square_(), log_det, constant)
+            density = _normal(w, log_det, constant)
         return density if rows is v else density.reshape(self._batch(v, context))
 
     def differentiate(
@@ -110,11 +113,12 @@ class Run(NamedTuple):
         rows, context, _ = inputs
         w, log_det, saved = _recorded(self, rows, context, self.tensors)
         wanted = np.ones(len(self.program.tables.matrices), bool)
-        grad_w, nothing = w * -factors.unsqueeze(-1), w.new_empty(len(w), 0)
-        parts = _walked_back(self.program, saved, wanted, (grad_w, -factors), (nothing, nothing))
+        with Alone():
+            grads = w * -factors.unsqueeze(-1), -factors
+        nothing = w.new_empty(len(w), 0)
+        parts = _walked_back(self.program, saved, wanted, grads, (nothing, nothing))
         _unpack(self.program, parts, gradient)
-        self.program.room += parts
-        return _normal(w.square_(), log_det, constant)
+        return _normal(w, log_det, constant)
 
     def _batch(self, v: Tensor, context: Tensor | None) -> torch.Size:
         """Batch shape of v and context together."""
@@ -186,7 +190,7 @@ class _Density(torch.autograd.Function):
         w, log_det, saved = _recorded(run, v, context, tensors)
         ctx.run = run
         ctx.save_for_backward(w, *saved)
-        return _normal(w.square(), log_det, constant)
+        return _normal(w, log_det, constant)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -194,13 +198,16 @@ class _Density(torch.autograd.Function):
         w, *saved = ctx.saved_tensors
         if torch.is_grad_enabled() or is_intercepted():
             return None, None, *_by_plain_operations(_plain_density, ctx.run, saved, needed, (grad,))
-        grad_log_det = -grad
-        return None, None, *_backward(ctx.run.program, saved, needed, w * grad_log_det.unsqueeze(-1), grad_log_det)
+        with Alone():
+            grad_log_det = -grad
+            grad_w = w * grad_log_det.unsqueeze(-1)
+        return None, None, *_backward(ctx.run.program, saved, needed, grad_w, grad_log_det)
 
 
-def _normal(squares: Tensor, log_det: Tensor, constant: float) -> Tensor:
-    """`constant` - |w|^2 / 2 - log-determinant, from the squares of w."""
-    return torch.add(log_det, squares.sum(-1), alpha=0.5).neg_().add_(constant)
+def _normal(w: Tensor, log_det: Tensor, constant: float) -> Tensor:
+    """`constant` - |w|^2 / 2 - log-determinant."""
+    with Alone():
+        return torch.add(log_det, w.square().sum(-1), alpha=0.5).neg_().add_(constant)
 
 
 def _recorded(
@@ -210,7 +217,8 @@ def _recorded(
     # Not the pack of an earlier call: gradcheck, for one, writes through `.data`, which no version counter records.
     pack = run.program.pack(tensors)
     chunk = run.program.chunk_of(len(v))
-    tape = v.new_empty(-(-len(v) // chunk) * run.program.rows, chunk)
+    rows = -(-len(v) // chunk) * run.program.rows
+    tape = empty(rows * chunk, v).view(rows, chunk)
     w, log_det = _forward(run.program, pack, v, context, tape)
     return w, log_det, [pack.weights, tape, v, context, *tensors]
 
@@ -245,11 +253,10 @@ def _backward(
     parts = _walked_back(program, saved, wanted, (grad_w, grad_log_det), (grad_v, grad_context))
     by_tensors = tensors
     if wanted.any():
-        flat = tensors[0].new_empty(program.offsets[-1])
+        flat = empty(int(program.offsets[-1]), tensors[0])
         _unpack(program, parts, flat)
         of_each = flat.split_with_sizes(program.sizes)
         by_tensors = [own.view_as(tensor) for own, tensor in zip(of_each, tensors, strict=True)]
-    program.room += parts
     every = [grad_v, grad_context, *by_tensors]
     return [gradient if need else None for gradient, need in zip(every, needed, strict=True)]
 
@@ -261,7 +268,7 @@ def _walked_back(
     grads: tuple[Tensor, Tensor],
     results: tuple[Tensor, Tensor],
 ) -> list[tuple[Array, Array]]:
-    """Gradients with respect to packed weights and biases, of each part of the points; to be put back to `room`.
+    """Gradients with respect to packed weights and biases, of each part of the points.
 
     Args:
         program: The program.
@@ -287,11 +294,18 @@ def _unpack(program: Program, parts: list[tuple[Array, Array]], flat: Tensor) ->
     with np.errstate(all="ignore"):  # entries that no row sees are arbitrary
         for others in parts[1:]:
             for total, other in zip(parts[0], others, strict=True):
-                total += other
+                _add(total, other)
     if parts:
         loaded().parallel.unpack(program.tables, program.offsets, *parts[0], flat.numpy())
     else:
         flat.zero_()
+
+
+def _add(total: Array, other: Array) -> None:
+    def add(first: int, end: int) -> None:
+        total[first:end] += other[first:end]
+
+    in_parts(add, len(total), LANES, ADDITION)
 
 
 def _by_plain_operations(
@@ -313,7 +327,7 @@ def _plain_density(
 ) -> tuple[Tensor, ...]:
     """The log-density by plain operations, up to the constant."""
     w, log_det = _plain(steps, v, context, tensors)
-    return (_normal(w.square(), log_det, 0.0),)
+    return (_normal(w, log_det, 0.0),)
 
 
 def _plain(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
+from pyro_maf._core.memory_pool import empty
 from pyro_maf._core.torch_state import Snapshot
 from pyro_maf.nn import MADE, MLP
 from pyro_maf.nn.weights import current, is_hooked, is_read
@@ -144,8 +145,6 @@ class Program:
         self.chunk, self.few = (SWEPT_CHUNK, SWEPT_FEW) if sequential else (CHUNK, FEW)
         self.work = int(self.tables.seen.sum())
         """Multiplications a point."""
-        self.room: list[tuple[Array, Array]] = []
-        """Arrays for packed gradients, for use again: the kernel clears the pages of fresh ones, which takes longer."""
         self._packed: tuple[Snapshot, Pack] | None = None
 
     def chunk_of(self, points: int) -> int:
@@ -166,21 +165,14 @@ class Program:
         return Reading([], [], [context]).is_uniform(v) and context.shape[-1:] == (self.context_dim,)
 
     def room_for_gradients(self, like: Tensor) -> tuple[Array, Array]:
-        """Arrays for the gradients by packed weights and biases, with arbitrary entries; to be put back to `room`."""
-        like = like.new_empty(0)
-        try:
-            room = self.room.pop()  # atomic: another thread gets another
-        except IndexError:
-            room = None
-        if room is not None and room[0].dtype == like.numpy().dtype:
-            return room
-        return like.new_empty(self.num_gradients).numpy(), like.new_empty(self.num_biases).numpy()
+        """Arrays for the gradients by packed weights and biases, with arbitrary entries."""
+        return empty(self.num_gradients, like).numpy(), empty(self.num_biases, like).numpy()
 
     def pack(self, tensors: Sequence[Tensor]) -> Pack:
         """The tensors' current values."""
         whole = [tensor.contiguous() for tensor in tensors]  # alive while its memory is read
         addresses = np.array([tensor.data_ptr() for tensor in whole], np.int64)
-        pack = Pack(tensors[0].new_empty(self.num_weights), tensors[0].new_empty(self.num_biases))
+        pack = Pack(empty(self.num_weights, tensors[0]), empty(self.num_biases, tensors[0]))
         loaded().parallel.pack(addresses, self.tables, pack.weights.numpy(), pack.biases.numpy())
         return pack
 

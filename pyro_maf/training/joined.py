@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 from pyro_maf._core.processes import Processes
 from pyro_maf.distributions import Density, FlowPrior
-from pyro_maf.sweep import Run
+from pyro_maf.sweep import Alone, Run
 from pyro_maf.tables import Rows
 from pyro_maf.training.objective import MaximumLikelihood, Step
 from pyro_maf.transforms import BatchNorm
@@ -85,6 +86,10 @@ class JoinedLikelihood(MaximumLikelihood):
         (joined,) = tensors
         parts = joined.split(self._sizes)
         return [parts[at].view_as(own) for at, own in zip(self._places, self._parameters, strict=True)]
+
+    def between_steps(self) -> AbstractContextManager[None]:
+        """Context with one thread of torch's."""
+        return Alone()
 
     def close(self) -> None:
         """Let each weight be a tensor of its own again."""

@@ -7,6 +7,7 @@ import warnings
 from contextlib import closing, nullcontext
 
 import torch
+from torch import Tensor
 
 from pyro_maf._core.interruption import Interruption
 from pyro_maf._core.optimization import clip
@@ -181,6 +182,11 @@ class Loop:
     def step(self, batch: Rows) -> None:
         """Take one step of Adam, unless the loss or its gradient is not finite."""
         loss, rows, gradients = self._objective.step(batch)
+        with self._objective.between_steps():
+            self._take(loss, rows, gradients)
+
+    def _take(self, loss: Tensor | float, rows: int, gradients: list[Tensor | None]) -> None:
+        """Take a step along a gradient."""
         norm = clip(gradients, self._max_grad_norm)
         if not math.isfinite(norm + float(loss)):
             self._skip()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -93,6 +93,10 @@ class MaximumLikelihood:
     def split(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Tensors for each weight of the density that is trained, from tensors for each of `weights`."""
         return list(tensors)
+
+    def between_steps(self) -> AbstractContextManager[None]:
+        """Context for what is done with the weights and their gradients between steps."""
+        return nullcontext()
 
     def close(self) -> None:
         """Leave the density with tensors of its own."""

@@ -1,0 +1,57 @@
+"""Memory for large temporary tensors, used again and again instead of returned to the system."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["empty"]
+
+DTYPES = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+SMALLEST = 2**17
+"""Bytes from which on memory is held: less than that an allocator holds itself."""
+MOST, MOST_BYTES = 8, 2**28
+"""Number of pieces of memory that are held at most, and their size in all."""
+FREE = 2
+"""References to an array that nobody else refers to: the local variable, and the argument of `getrefcount`."""
+
+_arrays: list[NDArray[Any]] = []
+
+
+def empty(size: int, like: Tensor) -> Tensor:
+    """A tensor (size,) on the CPU with arbitrary entries, of the dtype of `like`, float32 or float64.
+
+    An allocator gives megabytes back to the system as soon as they are free, and the system clears what it gives out:
+    for the weights of five layers of 512 units and their gradient that takes two of a training step's 13 ms. So some
+    arrays are held here, and given out again when no tensor refers to one any more.
+
+    Example:
+        >>> like = torch.zeros(1)
+        >>> address = empty(100_000, like).data_ptr()
+        >>> tensor = empty(100_000, like)
+        >>> tensor.data_ptr() == address, empty(100_000, like).data_ptr() == address
+        (True, False)
+    """
+    dtype = DTYPES[like.dtype]
+    if size * dtype.itemsize < SMALLEST:
+        return like.new_empty(size)
+    for place in reversed(range(len(_arrays))):
+        try:
+            array = _arrays.pop(place)  # atomic: another thread gets another
+        except IndexError:
+            continue
+        if array.size == size and array.dtype == dtype and sys.getrefcount(array) == FREE:
+            break
+        _arrays.insert(place, array)
+    else:
+        array = np.empty(size, dtype)
+    tensor = torch.from_numpy(array)
+    _arrays.append(array)
+    while len(_arrays) > MOST or sum(each.nbytes for each in _arrays) > MOST_BYTES:
+        del _arrays[:1]
+    return tensor
