@@ -12,7 +12,7 @@ from torch import Tensor
 
 __all__ = ["empty"]
 
-DTYPES = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+DTYPES: dict[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 SMALLEST = 2**17
 """Bytes from which on memory is held: less than that an allocator holds itself."""
 MOST, MOST_BYTES = 8, 2**28

@@ -1,0 +1,64 @@
+"""Memory that is used again: never while somebody refers to it."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from pyro_maf import MAF, FlowPrior
+from pyro_maf._core import memory_pool
+from pyro_maf._core.memory_pool import empty
+
+SIZE = 2**16
+like = torch.zeros(1)
+
+
+def test_what_somebody_refers_to_is_not_given_out() -> None:
+    held = [empty(SIZE, like).fill_(number) for number in range(2 * memory_pool.MOST)]
+    view = empty(SIZE, like).fill_(-1)[5:9].view(2, 2)
+    array = empty(SIZE, like).fill_(-2).numpy()
+    for _ in range(20):
+        empty(SIZE, like).fill_(torch.nan)
+    assert all(bool((tensor == number).all()) for number, tensor in enumerate(held))
+    assert bool((view == -1).all())
+    assert (array == -2).all()
+
+
+def test_dtypes_and_sizes_are_kept_apart() -> None:
+    for dtype in (torch.float32, torch.float64):
+        for size in (1, SIZE, SIZE + 1):
+            for _ in range(3):
+                tensor = empty(size, like.to(dtype))
+                assert (tensor.dtype, tensor.shape) == (dtype, (size,))
+
+
+def test_no_more_is_held_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_pool, "MOST_BYTES", 3 * 4 * SIZE)
+    held = [empty(SIZE, like) for _ in range(5)]
+    assert len(held) == 5
+    assert len(memory_pool._arrays) <= 3
+
+
+def test_threads_get_memory_of_their_own() -> None:
+    def write(number: int) -> bool:
+        return all(bool((empty(SIZE, like).fill_(number) == number).all()) for _ in range(50))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(write, range(8)))
+
+
+def test_gradients_that_are_kept_stay() -> None:
+    prior, value = FlowPrior(MAF(6, num_layers=2, hidden_dims=[128, 128])), torch.randn(50, 6)
+    kept = []
+    for number in range(4):
+        prior.zero_grad()
+        (-prior.log_prob(value + number).mean()).backward()
+        kept.append([(parameter.grad, parameter.grad.clone()) for parameter in prior.parameters()])  # type: ignore[union-attr]
+    assert all(torch.equal(gradient, copy) for pairs in kept for gradient, copy in pairs)  # type: ignore[arg-type]
+    losses = [prior.log_prob(value + number).sum() for number in range(3)]
+    found = [torch.autograd.grad(loss, list(prior.parameters())) for loss in losses]
+    for number, gradients in enumerate(found):
+        wanted = torch.autograd.grad(prior.log_prob(value + number).sum(), list(prior.parameters()))
+        assert all(map(torch.equal, gradients, wanted))
