@@ -378,16 +378,17 @@ def test_a_state_of_more_modes_is_loaded_into_a_guide_that_saw_fewer() -> None:
     assert torch.equal(many.log_prob({"z": CENTRES}), alone.log_prob({"z": CENTRES}))
 
 
-def test_pyros_store_restores_all_modes() -> None:
+@pytest.mark.parametrize("options", [{}, {"init_scale": 0.3}])
+def test_pyros_store_restores_all_modes(options: dict[str, Any]) -> None:
+    """Also into a guide that saw one."""
     guide = ready()
     steps(Trace_ELBO(), apart, guide, 1)
     guide.transform.set_shares(torch.tensor([0.6, 0.4]))
     expected = guide.log_prob({"z": CENTRES})
     state = pyro.get_param_store().get_state()
     pyro.clear_param_store()
-    other = AutoIAF(apart, **SMALL)
     pyro.get_param_store().set_state(state)
-    other.setup()
+    other = AutoIAF(apart, **SMALL, **options).setup()
     assert torch.equal(other.log_prob({"z": CENTRES}), expected)
 
 

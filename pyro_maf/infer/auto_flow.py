@@ -26,7 +26,7 @@ from pyro_maf.infer.posterior import Posterior
 from pyro_maf.infer.saved_guide import saved_guide
 from pyro_maf.infer.shares import Shares
 from pyro_maf.saving import drop_weak_references
-from pyro_maf.transforms import ConditionalFlow, Flow
+from pyro_maf.transforms import Flow
 
 __all__ = ["AutoFlow", "Modes"]
 
@@ -199,24 +199,11 @@ class AutoFlow(GuideSetUp):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
         if self.prototype_trace is None:
             check_is_set_up(self._who, state_dict, f"{prefix}transform.")
-        elif any(name.startswith(f"{prefix}transform.") for name in state_dict):
-            shares = state_dict.get(f"{prefix}transform.shares")
-            self._compose_for(0 if shares is None else len(shares))
+        else:
+            own = f"{prefix}transform."
+            if weights := {name.removeprefix(own): state_dict[name] for name in state_dict if name.startswith(own)}:
+                self._compose_for(weights)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-
-    def _compose_for(self, components: int) -> None:
-        """Compose the map anew for a state with another number of modes, 0 for a map that is no mixture."""
-        transform = self._map
-        if isinstance(transform, ConditionalFlow):
-            return
-        present = len(transform.components) if isinstance(transform, FlowMixture) else 0
-        if present == components:
-            return
-        like = transform.heaviest if isinstance(transform, FlowMixture) else transform
-        copies = [copy.deepcopy(like) for _ in range(max(1, components))]
-        shares = self._weight.new_full((len(copies),), 1 / len(copies))
-        self.transform = FlowMixture(copies, shares) if components else copies[0]
-        self._stored = self._stored.of_a_copy()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         # Pyro's method would remove the model from the original. What is fixed once set up is shared.

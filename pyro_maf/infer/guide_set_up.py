@@ -2,7 +2,8 @@ r"""Setting up of a guide: its options, the run of the model that lays out its v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self, cast
 
 import torch
@@ -105,6 +106,22 @@ class GuideSetUp(GuideDensity):
         if self.prototype_trace is None:
             with without_empty_tables():
                 self._setup_prototype(*args, **kwargs)
+            if weights := self._stored.loaded(f"{self.name}.transform"):
+                self._compose_for(weights)
+
+    def _compose_for(self, weights: Mapping[str, Tensor]) -> None:
+        """Compose the map anew if weights to be loaded, by their names in it, are of another number of modes."""
+        transform = self._map
+        if isinstance(transform, ConditionalFlow):
+            return
+        components = len(weights["shares"]) if "shares" in weights else 0
+        if components == (len(transform.components) if isinstance(transform, FlowMixture) else 0):
+            return
+        like = transform.heaviest if isinstance(transform, FlowMixture) else transform
+        copies = [copy.deepcopy(like) for _ in range(max(1, components))]
+        shares = self._weight.new_full((len(copies),), 1 / len(copies))
+        self.transform = FlowMixture(copies, shares) if components else copies[0]
+        self._stored = self._stored.of_a_copy()
 
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         if self._plain_model is None:

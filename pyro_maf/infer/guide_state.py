@@ -151,6 +151,18 @@ class StoredWeights:
             if weights[name].is_entered:
                 _record.enter(name, weights[name].tensor)
 
+    def loaded(self, module: str) -> dict[str, Tensor]:
+        """Return the weights of a module in the store that no guide has entered, by their names in the module."""
+        if pyro.settings.get("module_local_params"):
+            return {}
+        prefix = param_with_module_name(module, "")
+        entries = dict(pyro.get_param_store().named_parameters())
+        return {
+            name.removeprefix(prefix): value
+            for name, value in entries.items()
+            if name.startswith(prefix) and self._is_loaded(value)
+        }
+
     def register(self, who: str, modules: Modules) -> None:
         """Load weights from the store, enter all weights, and register the parameters with Pyro.
 
