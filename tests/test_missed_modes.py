@@ -57,6 +57,18 @@ def test_a_guide_of_the_peak_of_something_broad_is_found_out() -> None:
     assert around.share == pytest.approx(0.5, abs=0.1)
 
 
+def test_a_sharp_mode_is_found_though_few_ascents_lead_to_it() -> None:
+    def model() -> None:
+        prior = dist.Normal(torch.zeros(2), 5.0).to_event(1)
+        z = pyro.sample("z", prior)
+        sharp = dist.Normal(torch.tensor([-2.0, 0.0]), 0.05).to_event(1).log_prob(z)
+        broad = dist.Normal(torch.tensor([2.0, 0.0]), 1.0).to_event(1).log_prob(z)
+        pyro.factor("density", torch.logaddexp(sharp, broad) - prior.log_prob(z))
+
+    found = diagnose(model, lambda: pyro.sample("z", dist.Normal(torch.tensor([2.0, 0.0]), 1.0).to_event(1)))
+    assert found.missed[0].share == pytest.approx(0.5, abs=0.05)
+
+
 def test_a_guide_of_both_modes_misses_none() -> None:
     def guide() -> None:
         which = pyro.sample("which", dist.Categorical(WEIGHTS), infer={"is_auxiliary": True})

@@ -21,7 +21,7 @@ from pyro_maf.infer.auto_flow import AutoFlow
 from pyro_maf.infer.double_precision import widened
 from pyro_maf.infer.latents import Latents, masked_elements
 from pyro_maf.infer.log_joint import FAILURES, LogJoint, is_enumerated, log_densities, total_by_draw
-from pyro_maf.infer.missed_modes import STARTS, missed_modes
+from pyro_maf.infer.missed_modes import POOL, missed_modes
 from pyro_maf.infer.model import (
     Call,
     Guide,
@@ -187,7 +187,7 @@ class Pair:
 
     def _prior_starts(self, latents: Latents) -> Tensor:
         try:
-            draws, _ = latents.pack(self.joint.prior_draws(STARTS))
+            draws, _ = latents.pack(self.joint.prior_draws(POOL))
         except (*FAILURES, NotImplementedError):  # such as of an improper prior
             return latents.initial()[None]
         return draws[draws.isfinite().all(1)]
