@@ -197,6 +197,12 @@ def test_the_sources_of_compiled_code_are_all_known() -> None:
     assert {"elementwise", "products", "layout", "parallel_kernel", "sequential_kernel"} <= {*compile_cache.SOURCES}
 
 
+def test_compiled_code_goes_with_the_constants_that_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    stamp = compile_cache._stamp()
+    monkeypatch.setattr(compile_cache, "CONSTANTS", (*compile_cache.CONSTANTS[:-1], 3.0))
+    assert compile_cache._stamp.__wrapped__() != stamp
+
+
 @pytest.mark.skipif(loading.kernels() is None, reason="no compiled kernels on this machine")
 def test_a_flow_answers_whatever_became_of_its_kernels(tmp_path: Path) -> None:
     from numba.core.caching import UserProvidedCacheLocator

@@ -22,11 +22,15 @@ import numba
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 from pyro_maf._core.files import write_whole
+from pyro_maf.nn import BULK
+from pyro_maf.univariate import Affine, Spline
 
 __all__ = ["stored"]
 
 SOURCES = ("elementwise", "layout", "parallel_kernel", "products", "sequential_kernel", "univariate_kernel")
 """Modules that the compiled code is built from. numba itself checks only the module of the function."""
+CONSTANTS = BULK, Affine.BOUND, Spline.GAIN, Spline.STEEPEST, Spline.LOG_SLOPE
+"""Numbers of other modules that it holds."""
 SEAL = hashlib.sha256().digest_size
 
 
@@ -116,7 +120,7 @@ def _is_sound(path: Path) -> bool:
 def _stamp() -> str:
     """Fingerprint of the sources and of the compiler's version."""
     folder = resources.files("pyro_maf.sweep")
-    hashed = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
+    hashed = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {CONSTANTS}".encode())
     for name in SOURCES:
         hashed.update(folder.joinpath(f"{name}.py").read_bytes())
     return hashed.hexdigest()

@@ -184,7 +184,7 @@ def _set_bins(
                 for t in range(points):
                     room[row + 3 * STRIP + t] = gain * (one - outputs[t] * outputs[t])
             for t in range(points):
-                room[row + t] = _exp_of_bounded(outputs[t])
+                room[row + t] = exp(number(LOG_CHORD) * outputs[t])
         if k < layer.bins - 1:
             outputs = tape[first + variables[phi_k + 2 * layer.bins], t0:end]
             for t in range(points):
@@ -192,12 +192,6 @@ def _set_bins(
         for t in range(points):
             room[WIDTHS + t] += room[at + t]
             room[HEIGHTS + t] += room[at + t] * room[at + STRIP + t]
-
-
-@njit(**INNER)
-def _exp_of_bounded(x: Any) -> Any:
-    """exp(LOG_CHORD x) for |x| up to 1."""
-    return exp(type(x)(LOG_CHORD) * x)
 
 
 @njit(**INNER)
@@ -358,22 +352,12 @@ def _box_back(layer: Any, points: int, room: Array, solve: bool) -> None:
         slope_after, is_limit_after = _slope(bounded_after, c, room[C_AFTER + t], ratio)
         s = c * ratio
         place = (room[AT + t] - room[BIN_LEFT + t]) / a
-        rest, excess = one - place, slope + slope_after - two * s
-        across, turned = place * rest, one - two * place
-        over = one / (s + excess * across)
-        rise = place * (s * place + slope * rest) * over
-        numerator = slope_after * place * place + two * s * across + slope * rest * rest
-        under = one / numerator
-        # Derivatives of log q' and of the rise, with respect to t, s and the slopes.
-        log_by_place = two * ((slope_after * place + s * turned - slope * rest) * under - excess * turned * over)
-        log_by_s = two * (one / s + across * under - (one - two * across) * over)
-        rise_by_place = s * numerator * over * over
-        rise_by_s = (place * place - rise * (one - two * across)) * over
+        rise, of_rise, of_log = _derivatives(s, slope, slope_after, place)
         # q' with respect to z, and the units of z in which the bin has the width A.
-        derivative, unit = s * rise_by_place, room[WIDTHS + t] / (two * bound)
+        derivative, unit = s * of_rise[0], room[WIDTHS + t] / (two * bound)
         is_inside = abs(room[POINT + t]) < bound
         grad, grad_log = room[GRAD + t], room[GRAD_LOG + t] if is_inside else zero
-        by_z = grad_log * log_by_place * unit / a
+        by_z = grad_log * of_log[0] * unit / a
         if solve:
             by_z = (grad + by_z) / derivative
             grad_q = -by_z
@@ -385,24 +369,40 @@ def _box_back(layer: Any, points: int, room: Array, solve: bool) -> None:
         # With respect to what determines q and log q' in the bin.
         height = two * bound / room[HEIGHTS + t]
         by_rise = grad_q * height * a * c
-        by_place = by_rise * rise_by_place + grad_log * log_by_place
-        by_s = by_rise * rise_by_s + grad_log * log_by_s
-        by_slope = by_rise * across * (one - rise) * over + grad_log * (rest * rest * under - two * across * over)
-        by_slope_after = grad_log * (place * place * under - two * across * over) - by_rise * rise * across * over
-        by_slope *= slope
-        by_slope_after *= slope_after
+        by_place = by_rise * of_rise[0] + grad_log * of_log[0]
+        by_chord = s * (by_rise * of_rise[1] + grad_log * of_log[1])
+        by_slope = slope * (by_rise * of_rise[2] + grad_log * of_log[2])
+        by_slope_after = slope_after * (by_rise * of_rise[3] + grad_log * of_log[3])
         by_limit, by_limit_after = by_slope if is_limit else zero, by_slope_after if is_limit_after else zero
         room[OUTPUT + t] = number(GAIN) * (one - bounded * bounded) * (by_slope - by_limit)
         by_output_after = number(GAIN) * (one - bounded_after * bounded_after) * (by_slope_after - by_limit_after)
         room[OUTPUT_AFTER + t] = by_output_after
         before, after = _share(room[C_BEFORE + t], c) * by_limit, _share(room[C_AFTER + t], c) * by_limit_after
         room[BY_C_BEFORE + t], room[BY_C_AFTER + t] = before, after
-        room[BY_C + t] = by_s * s + by_limit - before + by_limit_after - after
-        by_ratio = by_s * s + by_limit + by_limit_after
+        room[BY_C + t] = by_chord + by_limit - before + by_limit_after - after
+        by_ratio = by_chord + by_limit + by_limit_after
         room[PLACE + t], room[RISE + t] = place, rise
         room[STEP + t], room[STEP_C + t] = -by_place / a, grad_q * height
         room[SHARED + t] = (by_ratio + by_place / a * room[AT + t]) / room[WIDTHS + t]
         room[SHARED_C + t] = -(by_ratio + grad_q * height * (room[BIN_BOTTOM + t] + a * c * rise)) / room[HEIGHTS + t]
+
+
+@njit(**INNER)
+def _derivatives(s: Any, slope: Any, slope_after: Any, place: Any) -> tuple[Any, Any, Any]:
+    """The rise of q in a bin, over its height, and the derivatives of it and of log q' by t, s and the two slopes."""
+    one, two = type(s)(1), type(s)(2)
+    rest, excess = one - place, slope + slope_after - two * s
+    across, turned = place * rest, one - two * place
+    over = one / (s + excess * across)
+    rise = place * (s * place + slope * rest) * over
+    numerator = slope_after * place * place + two * s * across + slope * rest * rest
+    under, far = one / numerator, one - two * across
+    of_place, of_s = s * numerator * over * over, (place * place - rise * far) * over
+    log_of_place = two * ((slope_after * place + s * turned - slope * rest) * under - excess * turned * over)
+    log_of_s = two * (one / s + across * under - far * over)
+    both = two * across * over
+    of_log = log_of_place, log_of_s, rest * rest * under - both, place * place * under - both
+    return rise, (of_place, of_s, across * (one - rise) * over, -across * rise * over), of_log
 
 
 @njit(**INNER)
