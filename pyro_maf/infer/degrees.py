@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from pyro_maf._core.optimization import Adam
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.coordinates import Coordinates
-from pyro_maf.infer.initialization import Normal
 from pyro_maf.infer.latents import Latents
 from pyro_maf.infer.log_joint import FAILURES
+from pyro_maf.infer.mean_field import Score, diagonal_normal, fixed_noise, narrow_place
 from pyro_maf.infer.model import Call
 
 __all__ = ["fit_degrees"]
 
-Score = Callable[[Tensor], Tensor]
-"""Log-density of vectors: (rows, D) to (rows,)."""
-
-DRAWS = 32
-ROUNDS, STEPS, RATE = 3, 60, 0.2
-SCALE = 0.1
-"""Initial scale of the normal in every direction."""
+ROUNDS, STEPS = 3, 60
+FEW = 200
+"""Maximum number of dimensions for which the noise of all steps is the same."""
 
 
-def fit_degrees(coordinates: Coordinates, latents: Latents, call: Call, score: Score, plain: Score) -> Normal:
+def fit_degrees(coordinates: Coordinates, latents: Latents, call: Call, score: Score, plain: Score) -> Tensor:
     """Set degrees of centring to the share of the data in the precision of each entry, at draws of a diagonal normal.
 
     The normal is that of the largest bound at fixed noise, fitted in rounds: first with degrees that are fitted along,
@@ -41,38 +33,18 @@ def fit_degrees(coordinates: Coordinates, latents: Latents, call: Call, score: S
         plain: That of the unconstrained latent vector.
 
     Returns:
-        The normal, in the final coordinates.
+        Location and log-scale of the normal, (2, D), in the final coordinates.
 
     Cost: 180 gradients for 32 rows each, and two products of a Hessian and a vector.
     """
     loc = coordinates.centre(latents, latents.values, call)
-    with seeded(0, loc.device):
-        noise = torch.randn(DRAWS // 2, len(loc)).to(loc)
-    noise = torch.cat([noise, -noise])
-    place = torch.stack([loc, torch.full_like(loc, math.log(SCALE))])
+    noise, place = fixed_noise(loc), narrow_place(loc)
     for number in range(ROUNDS):
-        place = _diagonal(score, place, noise, coordinates.degree if number == 0 else None)
+        degree = coordinates.degree if number == 0 else None
+        place = diagonal_normal(score, place, STEPS, noise=None if len(loc) > FEW else noise, degree=degree)
         if number + 1 < ROUNDS:
             place = _updated(coordinates, latents, call, plain, place[0] + noise * place[1].exp(), place)
-    return Normal(place[0], place[1].exp().diag())
-
-
-def _diagonal(score: Score, place: Tensor, noise: Tensor, degree: Tensor | None) -> Tensor:
-    """Location and log-scale of a diagonal normal, by Adam on the bound; the degrees with them, if there are any."""
-    weights = [place.clone().requires_grad_()] + ([] if degree is None else [degree])
-    optimizer = Adam(weights, betas=(0.8, 0.95))
-    for step in range(STEPS):
-        with torch.enable_grad():
-            loss = -score(weights[0][0] + noise * weights[0][1].exp()).mean() - weights[0][1].sum()
-        if not bool(loss.isfinite()):
-            break
-        gradients = torch.autograd.grad(loss, weights)
-        for gradient in gradients:
-            gradient.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-        optimizer.step(gradients, RATE * (1 - step / STEPS))
-        if degree is not None:
-            degree.detach().clamp_(0.0, 1.0)
-    return weights[0].detach()
+    return place
 
 
 def _updated(

@@ -31,15 +31,21 @@ from pyro_maf.infer.model import (
 )
 from pyro_maf.infer.posterior import start_of
 from pyro_maf.infer.shares import Shares
+from pyro_maf.infer.wide_start import WideNormal
 from pyro_maf.nn import ACTIVATIONS, NetworkOptions
 from pyro_maf.nn.layers import Tempered
-from pyro_maf.transforms import ConditionalFlow, Stack
+from pyro_maf.transforms import ConditionalFlow, Flow, Stack
+from pyro_maf.transforms.low_rank import LowRankHead
 from pyro_maf.transforms.triangular import Head
 
 __all__ = ["GuideSetUp"]
 
 Encoder = Callable[..., Tensor]
 CreatePlates = Callable[..., Plates]
+
+NARROWEST, WIDEST = 64, 512
+WEIGHTS = 200 * WIDEST
+"""Maximum number of weights between the latent vector and a hidden layer of default width, unless that is narrowest."""
 
 
 class GuideSetUp(GuideDensity):
@@ -143,7 +149,7 @@ class GuideSetUp(GuideDensity):
             self.prototype_trace = None  # so that the next call tries again
             raise
 
-    def _start(self, call: Call, context: Tensor | None) -> Start:
+    def _start(self, call: Call, context: Tensor | None) -> Start | WideNormal:
         """Lay out the latent sites as a vector; return the normals that the guide starts as."""
         prototype = cast("Trace", self.prototype_trace)
         create_plates: CreatePlates | None = (self if self.master is None else self.master()).create_plates
@@ -156,21 +162,23 @@ class GuideSetUp(GuideDensity):
         self._first_call = None if self.coordinates is None else call
         return start
 
-    def _map_from(self, start: Start, context_dim: int) -> Stack | ConditionalFlow | FlowMixture:
+    def _map_from(self, start: Start | WideNormal, context_dim: int) -> Stack | ConditionalFlow | FlowMixture:
         """Compose a map that starts as a normal, or a mixture of such maps, one for each mode."""
+        if isinstance(start, WideNormal):
+            stack = self._stack_from(start, context_dim)
+            return ConditionalFlow(stack) if context_dim else stack
         if len(start.normals) > 1:
             return FlowMixture([self._stack_from(normal, 0) for normal in start.normals], start.shares)
         stack = self._stack_from(start.normals[0], context_dim)
         return ConditionalFlow(stack) if context_dim else stack
 
-    def _stack_from(self, start: Normal, context_dim: int) -> Stack:
+    def _stack_from(self, start: Normal | WideNormal, context_dim: int) -> Stack:
         """Compose the flow with a head: a map that starts as a normal, and trains at a guide's learning rate."""
         size = len(start.loc)
-        widths = 2 * (min(512, max(64, 4 * size)),) if self._hidden_dims is None else self._hidden_dims
+        widths = 2 * (_width(size),) if self._hidden_dims is None else self._hidden_dims
         options: NetworkOptions = {"hidden_dims": widths, "activation": self._activation}
         flow = self.flow_class(size, num_layers=self._num_layers, context_dim=context_dim, **options)
-        head = Head(size, loc=start.loc, scale_tril=start.scale_tril, context_dim=context_dim, **options)
-        stack = Stack([*flow, head]).to(start.loc)
+        stack = Stack([*flow, _head(start, context_dim, options)]).to(start.loc)
         for module in stack.modules():
             if isinstance(module, Tempered):
                 module.temper()
@@ -206,3 +214,18 @@ class GuideSetUp(GuideDensity):
         """The modules that have weights, by their names in Pyro's store."""
         modules = {role: self._modules.get(role) for role in ("transform", "coordinates", "encoder")}
         return {f"{self.name}.{role}": module for role, module in modules.items() if module is not None}
+
+
+def _width(size: int) -> int:
+    """Default width of hidden layers: four units for each latent variable, and so few that memory is linear in them."""
+    return max(NARROWEST, min(WIDEST, 4 * size, WEIGHTS // size // 16 * 16))
+
+
+def _head(start: Normal | WideNormal, context_dim: int, options: NetworkOptions) -> Flow:
+    """Last layer of a guide: its initial normal, and the linear maps near it."""
+    size = len(start.loc)
+    if isinstance(start, WideNormal):
+        if not context_dim:
+            return LowRankHead(size, **start._asdict())
+        start = Normal(start.loc, start.scale.diag())  # of an encoder, and so without directions
+    return Head(size, loc=start.loc, scale_tril=start.scale_tril, context_dim=context_dim, **options)

@@ -19,7 +19,7 @@ from pyro_maf.infer.ascent import Ascents, Normal, Place, Score
 from pyro_maf.infer.double_precision import in_double
 from pyro_maf.infer.modes import End, Start, bounds_of, covering, different, distance, even_noise
 
-__all__ = ["Normal", "Start", "best_normal", "best_start", "other_points"]
+__all__ = ["DENSE", "Normal", "Start", "best_normal", "best_start", "other_points"]
 
 DRAWS = 32
 ITERATIONS, OTHERS_ITERATIONS = 300, 100
@@ -32,6 +32,7 @@ BETTER = 1.0
 ISOTROPIC = (1.0, 0.1)
 LARGEST_SCALES = (math.inf, 10.0, 1.0)
 DENSE = 200
+"""Maximum number of dimensions for which there are matrices with a row for each."""
 FEW = 20
 """Maximum number of dimensions at which the curvature alone suffices."""
 DIAGONAL_STEPS, DIAGONAL_RATE = 100, 0.2

@@ -15,11 +15,13 @@ from torch.quasirandom import SobolEngine
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.coordinates import Coordinates, coordinates_of
 from pyro_maf.infer.degrees import fit_degrees
-from pyro_maf.infer.initialization import Normal, Start, best_start, other_points
+from pyro_maf.infer.initialization import DENSE, Normal, Start, best_start, other_points
 from pyro_maf.infer.latents import Images, Latents, Part
 from pyro_maf.infer.log_joint import FAILURES, LogJoint, is_enumerated, without_blocks
+from pyro_maf.infer.mean_field import narrow_place
 from pyro_maf.infer.model import Call, RefusalError, Trace, latent_sites, sample_sites
 from pyro_maf.infer.symmetry import exchanges
+from pyro_maf.infer.wide_start import WideNormal, wide_start
 
 __all__ = ["Levels", "Posterior", "checked_levels", "even_noise", "marginal_quantiles", "start_of"]
 
@@ -42,7 +44,7 @@ Levels = float | Sequence[float] | Tensor
 
 def start_of(
     call: Call, prototype: Trace, latents: Latents, scale: float | None, start_is_chosen: bool
-) -> tuple[Start, Coordinates | None]:
+) -> tuple[Start | WideNormal, Coordinates | None]:
     """Initialise a guide: return its normals, and the coordinates that it is in, or None.
 
     Leave out of `latents` entries that a mask excludes from the model: they have no posterior.
@@ -64,18 +66,28 @@ def start_of(
     coordinates = coordinates_of(call, latents)
     loc = latents.initial() if coordinates is None else coordinates.centre(latents, latents.values, call)
     if scale is not None or posterior is None or not posterior.is_complete:
-        return Start.single(Normal.isotropic(loc, 0.1 if scale is None else scale)), coordinates
+        return _isotropic(loc, 0.1 if scale is None else scale), coordinates
     if not posterior.is_vectorised:
         return best_start(posterior, latents.initial(), vectorised=False), None
-    proposals = []
+    place = narrow_place(loc)
     if coordinates is not None:
         plain, posterior = posterior, posterior.within(coordinates)
-        proposals = [fit_degrees(coordinates, latents, call, posterior, plain)]
-        loc = proposals[0].loc
+        place = fit_degrees(coordinates, latents, call, posterior, plain)
+        loc = place[0]
+    if latents.size > DENSE:
+        return wide_start(posterior, place), coordinates
+    proposals = [] if coordinates is None else [Normal(loc, place[1].exp().diag())]
     if start_is_chosen:
         return best_start(posterior, loc, proposals=proposals), coordinates
     others = other_points(posterior, loc, posterior.prior_vectors(PRIOR_DRAWS))
     return best_start(posterior, loc, others, proposals=proposals, images=posterior.images), coordinates
+
+
+def _isotropic(loc: Tensor, scale: float) -> Start | WideNormal:
+    """Return a normal with the same scale in every direction."""
+    if len(loc) > DENSE:
+        return WideNormal.diagonal(loc, torch.full_like(loc, scale))
+    return Start.single(Normal.isotropic(loc, scale))
 
 
 class Posterior:

@@ -1,0 +1,122 @@
+"""Head of a guide of many dimensions: a diagonal, a few directions and a chain in place of a full matrix."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyro_maf.nn.layers import gain_of
+from pyro_maf.nn.weights import current
+from pyro_maf.transforms.base import Flow
+from pyro_maf.transforms.triangular import solve_lower
+
+__all__ = ["LowRankHead", "along_chain"]
+
+
+class LowRankHead(Flow):
+    r"""y = loc + scale * C^-1 R (b + e^d * A x), the head of a guide of many dimensions: without D x D numbers.
+
+    With fixed orthonormal directions Q, (D, k), and fixed stretches r, R = I + Q (diag(r) - I) Q^T. Trained are b, d,
+    the lower triangular T of A = I + Q (T - I) Q^T, and the chain C, with 1 on the diagonal and -tanh(a_i) below it,
+    whose inverse is a sum along the vector: a dependence between neighbours, as of the steps of a time series. b and A
+    start as 0 and the identity.
+
+    Args:
+        input_dim: D.
+        loc, scale: The fixed location and scales, (D,), by default 0 and 1.
+        directions: Q, (D, k), with orthonormal columns, by default none.
+        stretches: r, (k,), positive, by default 1.
+        log_diagonal, chain: The initial d, (D,), and tanh(a), (D - 1,), by default 0.
+
+    Shapes:
+        x and y are (\*batch, D), log-determinants (\*batch,) in nats.
+
+    Cost: O(D k) multiplications in either direction, and log2(D) sums over the vector forward; memory O(D k).
+
+    Raises:
+        ValueError: For tensors of the wrong shape, or scales or stretches that are not positive.
+
+    Example:
+        >>> head = LowRankHead(3, scale=torch.tensor([1.0, 2.0, 3.0]))
+        >>> head(torch.ones(3)).tolist()
+        [1.0, 2.0, 3.0]
+    """
+
+    is_by_row = True
+    loc: Tensor
+    scale: Tensor
+    directions: Tensor
+    stretches: Tensor
+
+    def __init__(
+        self,
+        input_dim: int,
+        *,
+        loc: Tensor | None = None,
+        scale: Tensor | None = None,
+        directions: Tensor | None = None,
+        stretches: Tensor | None = None,
+        log_diagonal: Tensor | None = None,
+        chain: Tensor | None = None,
+    ) -> None:
+        super().__init__(input_dim)
+        loc = torch.zeros(input_dim) if loc is None else loc
+        scale = torch.ones(input_dim).to(loc) if scale is None else scale
+        directions = loc.new_zeros(input_dim, 0) if directions is None else directions
+        rank = directions.shape[-1]
+        stretches = loc.new_ones(rank) if stretches is None else stretches
+        expected = {"loc": (input_dim,), "scale": (input_dim,), "directions": (input_dim, rank), "stretches": (rank,)}
+        for name, tensor in {"loc": loc, "scale": scale, "directions": directions, "stretches": stretches}.items():
+            if tensor.shape != expected[name]:
+                raise ValueError(f"{self.name} expected {name} of shape {expected[name]}, got {tuple(tensor.shape)}.")
+            if name in ("scale", "stretches") and not bool((tensor > 0).all()):
+                raise ValueError(f"{self.name} expected positive {name}, got a minimum of {float(tensor.min()):g}.")
+            self.register_buffer(name, tensor.detach().clone(memory_format=torch.contiguous_format))
+        self._sizes = [input_dim, input_dim, input_dim - 1, rank, rank * (rank - 1) // 2]
+        # One tensor, since each costs an optimizer time.
+        self.free = nn.Parameter(torch.zeros(sum(self._sizes)).to(loc))
+        if log_diagonal is not None:
+            self.free.data[input_dim : 2 * input_dim] = log_diagonal
+        if chain is not None:
+            self.free.data[2 * input_dim : 3 * input_dim - 1] = chain.atanh()
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """y from the base's x, and log |det dy/dx|."""
+        shift, log_diagonal, chain, inner, log_det = self._parts()
+        along = x @ self.directions
+        z = shift + log_diagonal.exp() * (x + (F.linear(along, inner) - along) @ self.directions.T)
+        z = z + (z @ self.directions * (self.stretches - 1)) @ self.directions.T
+        return self.loc + self.scale * along_chain(chain, z), log_det.expand(x.shape[:-1])
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x from y, and log |det dy/dx|."""
+        shift, log_diagonal, chain, inner, log_det = self._parts()
+        z = (y - self.loc) / self.scale
+        z = z - F.pad(chain * z[..., :-1], (1, 0))
+        z = z + (z @ self.directions * (1 / self.stretches - 1)) @ self.directions.T
+        x = (z - shift) * (-log_diagonal).exp()
+        along = x @ self.directions
+        return x + (solve_lower(inner, along) - along) @ self.directions.T, log_det.expand(y.shape[:-1])
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return b, d, the chain's entries, T and the log-determinant."""
+        shift, log_diagonal, chain, log_inner, below = current(self).free.split(self._sizes)
+        rank = len(log_inner)
+        inner = log_inner.exp().diag()
+        if rank > 1:
+            rows, columns = torch.tril_indices(rank, rank, -1, device=below.device)
+            inner = inner.index_put((rows, columns), gain_of(rank) * below)
+        log_det = log_diagonal.sum() + log_inner.sum() + self.scale.log().sum() + self.stretches.log().sum()
+        return shift, log_diagonal, chain.tanh(), inner, log_det
+
+
+def along_chain(chain: Tensor, x: Tensor) -> Tensor:
+    r"""The z of z_i = chain_(i-1) z_(i-1) + x_i, for a chain (D - 1,) and x (\*batch, D), by log2(D) sums."""
+    size, step = x.shape[-1], 1
+    factor = F.pad(chain, (1, 0))
+    while step < size:
+        x = x + factor * F.pad(x, (step, 0))[..., :size]
+        factor = factor * F.pad(factor, (step, 0))[..., :size]
+        step *= 2
+    return x
