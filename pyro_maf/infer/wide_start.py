@@ -78,7 +78,8 @@ def wide_start(score: Score, place: Tensor) -> WideNormal:
         score: Log-density, up to a constant.
         place: Location and log-scale at first, (2, D).
 
-    Cost: 200 gradients for 32 rows and 100 products with the Hessian for 16, for each normal that is tried; memory for 100 vectors.
+    Cost: for each normal that is tried, 200 gradients for 32 rows and up to 100 products with the Hessian for 16;
+        memory for 100 vectors.
 
     Reference:
         Lanczos, *An iteration method for the solution of the eigenvalue problem*, 1950.

@@ -57,6 +57,8 @@ class Tempered(nn.Module):
         """Set the gains by the widths of the layers, at most 1; the network's function stays the same."""
         layers: list[nn.Linear] = list(self.layers)  # type: ignore[arg-type]
         gains = [gain_of(layer.in_features, UNITS if index else INPUTS) for index, layer in enumerate(layers)]
+        # The divergence by errors of the outputs adds up over the variables, of which there are as many as inputs.
+        gains[-1] *= gain_of(layers[0].in_features, UNITS)
         if min(gains) == 1.0:
             return
         for layer, gain in zip(layers, gains, strict=True):

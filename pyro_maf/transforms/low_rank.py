@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,9 @@ from pyro_maf.transforms.base import Flow
 from pyro_maf.transforms.triangular import solve_lower
 
 __all__ = ["LowRankHead", "along_chain"]
+
+FEW = 4
+"""Square root of the number of dimensions up to which the trained numbers have a gain of 1."""
 
 
 class LowRankHead(Flow):
@@ -48,6 +53,7 @@ class LowRankHead(Flow):
     scale: Tensor
     directions: Tensor
     stretches: Tensor
+    first: Tensor
 
     def __init__(
         self,
@@ -76,17 +82,24 @@ class LowRankHead(Flow):
         self._sizes = [input_dim, input_dim, input_dim - 1, rank, rank * (rank - 1) // 2]
         # One tensor, since each costs an optimizer time.
         self.free = nn.Parameter(torch.zeros(sum(self._sizes)).to(loc))
+        first = torch.zeros_like(self.free.detach())
         if log_diagonal is not None:
-            self.free.data[input_dim : 2 * input_dim] = log_diagonal
+            first[input_dim : 2 * input_dim] = log_diagonal
         if chain is not None:
-            self.free.data[2 * input_dim : 3 * input_dim - 1] = chain.atanh()
+            first[2 * input_dim : 3 * input_dim - 1] = chain.atanh()
+        self.register_buffer("first", first)
+        # Errors of D shifts and D scales add up: a step of Adam moves the normal as far as in few dimensions.
+        self._gain = gain_of(math.isqrt(input_dim), FEW)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y from the base's x, and log |det dy/dx|."""
         shift, log_diagonal, chain, inner, log_det = self._parts()
-        along = x @ self.directions
-        z = shift + log_diagonal.exp() * (x + (F.linear(along, inner) - along) @ self.directions.T)
-        z = z + (z @ self.directions * (self.stretches - 1)) @ self.directions.T
+        if len(inner):
+            along = x @ self.directions
+            x = x + (F.linear(along, inner) - along) @ self.directions.T
+        z = shift + log_diagonal.exp() * x
+        if len(inner):
+            z = z + (z @ self.directions * (self.stretches - 1)) @ self.directions.T
         return self.loc + self.scale * along_chain(chain, z), log_det.expand(x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -94,14 +107,17 @@ class LowRankHead(Flow):
         shift, log_diagonal, chain, inner, log_det = self._parts()
         z = (y - self.loc) / self.scale
         z = z - F.pad(chain * z[..., :-1], (1, 0))
-        z = z + (z @ self.directions * (1 / self.stretches - 1)) @ self.directions.T
+        if len(inner):
+            z = z + (z @ self.directions * (1 / self.stretches - 1)) @ self.directions.T
         x = (z - shift) * (-log_diagonal).exp()
-        along = x @ self.directions
-        return x + (solve_lower(inner, along) - along) @ self.directions.T, log_det.expand(y.shape[:-1])
+        if len(inner):
+            along = x @ self.directions
+            x = x + (solve_lower(inner, along) - along) @ self.directions.T
+        return x, log_det.expand(y.shape[:-1])
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return b, d, the chain's entries, T and the log-determinant."""
-        shift, log_diagonal, chain, log_inner, below = current(self).free.split(self._sizes)
+        shift, log_diagonal, chain, log_inner, below = (self._gain * current(self).free + self.first).split(self._sizes)
         rank = len(log_inner)
         inner = log_inner.exp().diag()
         if rank > 1:
