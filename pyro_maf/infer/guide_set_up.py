@@ -144,7 +144,7 @@ class GuideSetUp(GuideDensity):
                 start = self._start(call, context)
             self.latent_dim = self.latents.size
             self.transform = self._map_from(start, 0 if context is None else context.shape[-1])
-            self._missed_modes = start.missed
+            self._missed_modes = 0 if isinstance(start, WideNormal) else start.missed
         except BaseException:
             self.prototype_trace = None  # so that the next call tries again
             raise
