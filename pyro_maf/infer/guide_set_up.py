@@ -182,6 +182,9 @@ class GuideSetUp(GuideDensity):
         for module in stack.modules():
             if isinstance(module, Tempered):
                 module.temper()
+                if isinstance(start, WideNormal):
+                    # Shifts and scales of the head do the same, and errors of thousands of such numbers add up.
+                    cast("nn.Linear", module.layers[-1]).bias.requires_grad_(False)
         return stack
 
     def _context(self, *args: object, **kwargs: object) -> Tensor:
@@ -226,6 +229,6 @@ def _head(start: Normal | WideNormal, context_dim: int, options: NetworkOptions)
     size = len(start.loc)
     if isinstance(start, WideNormal):
         if not context_dim:
-            return LowRankHead(size, **start._asdict())
+            return LowRankHead(size, start.directions.shape[-1], **start._asdict())
         start = Normal(start.loc, start.scale.diag())  # of an encoder, and so without directions
     return Head(size, loc=start.loc, scale_tril=start.scale_tril, context_dim=context_dim, **options)

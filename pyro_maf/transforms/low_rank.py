@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +31,9 @@ class LowRankHead(Flow):
 
     Args:
         input_dim: D.
+        rank: k, at most D.
         loc, scale: The fixed location and scales, (D,), by default 0 and 1.
-        directions: Q, (D, k), with orthonormal columns, by default none.
+        directions: Q, (D, k), with orthonormal columns, by default the first axes.
         stretches: r, (k,), positive, by default 1.
         log_diagonal, chain: The initial d, (D,), and tanh(a), (D - 1,), by default 0.
 
@@ -58,6 +61,7 @@ class LowRankHead(Flow):
     def __init__(
         self,
         input_dim: int,
+        rank: int = 0,
         *,
         loc: Tensor | None = None,
         scale: Tensor | None = None,
@@ -69,8 +73,7 @@ class LowRankHead(Flow):
         super().__init__(input_dim)
         loc = torch.zeros(input_dim) if loc is None else loc
         scale = torch.ones(input_dim).to(loc) if scale is None else scale
-        directions = loc.new_zeros(input_dim, 0) if directions is None else directions
-        rank = directions.shape[-1]
+        directions = torch.eye(input_dim).to(loc)[:, :rank] if directions is None else directions
         stretches = loc.new_ones(rank) if stretches is None else stretches
         expected = {"loc": (input_dim,), "scale": (input_dim,), "directions": (input_dim, rank), "stretches": (rank,)}
         for name, tensor in {"loc": loc, "scale": scale, "directions": directions, "stretches": stretches}.items():
@@ -90,6 +93,15 @@ class LowRankHead(Flow):
         self.register_buffer("first", first)
         # Errors of D shifts and D scales add up: a step of Adam moves the normal as far as in few dimensions.
         self._gain = gain_of(math.isqrt(input_dim), FEW)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Convert parameters and buffers; in a wider dtype, directions are orthonormal to its precision."""
+        before = self.directions.dtype
+        super()._apply(fn, recurse)
+        if torch.finfo(self.directions.dtype).eps < torch.finfo(before).eps and self.directions.numel():
+            turned, signs = torch.linalg.qr(self.directions)
+            self.directions = turned * signs.diagonal().sign()
+        return self
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y from the base's x, and log |det dy/dx|."""
