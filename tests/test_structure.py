@@ -98,7 +98,7 @@ def test_the_density_is_that_of_the_draws(name: str) -> None:
     log_det = torch.linalg.slogdet(torch.autograd.functional.jacobian(vector, noise)).logabsdet
     log_base = guide.get_base_dist().log_prob(noise)
     torch.testing.assert_close(guide.log_prob(guide.sites_of(noise)), log_base - log_det, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(guide.sites_and_log_det(noise)[1], log_det, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(guide.sites_and_log_ratio(noise)[1], log_det, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -218,7 +218,7 @@ def test_neutra_and_predictive_have_the_same_coordinates() -> None:
     trace = poutine.trace(poutine.condition(warped, data={f"{guide.name}_shared_latent": noise})).get_trace()
     values = guide.sites_of(noise)
     expected = poutine.trace(poutine.condition(hierarchy, data=values)).get_trace().log_prob_sum()
-    expected = expected + guide.sites_and_log_det(noise)[1]
+    expected = expected + guide.sites_and_log_ratio(noise)[1]
     torch.testing.assert_close(trace.log_prob_sum(), expected, rtol=1e-4, atol=1e-3)
     draws = warped.draws({f"{guide.name}_shared_latent": torch.randn(5, guide.latent_dim)})
     assert draws["theta"].shape == (5, GROUPS)
