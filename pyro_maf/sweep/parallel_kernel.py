@@ -204,8 +204,9 @@ def _begin(layer: Any, tables: Tables, weights: Array, biases: Array, part: Part
             _multiply(matrix, tables.seen, weights, biases, tape, here, context, width)
         elif matrix.first:
             for r in range(matrix.rows):
+                own, bias = here + matrix.own + r, biases[matrix.bias + r]  # read once, or the loop is not vectorised
                 for t in range(width):
-                    tape[here + matrix.own + r, t] = biases[matrix.bias + r]
+                    tape[own, t] = bias
 
 
 @njit(**INNER)
