@@ -91,6 +91,10 @@ REGISTRY: dict[str, Builder] = {
     "Coupling spline": lambda a: transforms.Coupling(a.input_dim, mask=a.mask, univariate="spline", **a.network),
     "BatchNorm": lambda a: transforms.BatchNorm(a.input_dim),
     "ActNorm": lambda a: transforms.ActNorm(a.input_dim),
+    "Tails": lambda a: transforms.Tails(a.input_dim),
+    "Tails of units": lambda a: transforms.Tails(
+        a.input_dim, loc=torch.linspace(-0.5, 0.5, a.input_dim), scale=torch.linspace(1, 2, a.input_dim)
+    ),
     "Permute": lambda a: transforms.Permute(a.permutation),
     "LowRankHead": lambda a: LowRankHead(a.input_dim, min(a.input_dim, 3)),
     "LowerTriangularAffine": lambda a: transforms.LowerTriangularAffine(a.input_dim),

@@ -51,7 +51,7 @@ PUBLIC = {
         fit fit_prior load""",
     "pyro_maf.nn": "MaskedLinear MADE degrees masks",
     "pyro_maf.transforms": """MaskedAutoregressive InverseAutoregressive Coupling BatchNorm ActNorm Permute
-        LowerTriangularAffine ConditionalMaskedAutoregressive ConditionalInverseAutoregressive
+        LowerTriangularAffine Tails ConditionalMaskedAutoregressive ConditionalInverseAutoregressive
         ConditionalCoupling ConditionalLowerTriangularAffine""",
     "pyro_maf.distributions": "MADEMoG MAFMoG FlowPrior ConditionalMADEMoG ConditionalMAFMoG ConditionalFlowPrior",
     "pyro_maf.infer": "AutoMAF AutoIAF AutoRealNVP fit_guide diagnose reweight to_arviz neutra TracePath_ELBO",

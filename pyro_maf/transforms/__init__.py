@@ -12,6 +12,7 @@ from pyro_maf.transforms.coupling import ConditionalCoupling, Coupling
 from pyro_maf.transforms.normalization import ActNorm, BatchNorm
 from pyro_maf.transforms.permute import Permute
 from pyro_maf.transforms.stack import Stack
+from pyro_maf.transforms.tails import Tails
 from pyro_maf.transforms.triangular import ConditionalLowerTriangularAffine, LowerTriangularAffine
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "MaskedAutoregressive",
     "Permute",
     "Stack",
+    "Tails",
 ]
