@@ -247,6 +247,19 @@ def test_the_schedule_ends_when_the_draws_are_effective(spread: float, steps: in
     assert schedule.is_as_good_as_any
 
 
+@pytest.mark.parametrize(("nats", "share", "ends"), [(30.0, 0.03, True), (30.0, 0.1, False), (2.0, 0.03, False)])
+def test_far_from_the_posterior_a_gain_has_to_be_worth_its_window(nats: float, share: float, ends: bool) -> None:
+    """Log weights with a standard deviation of s are s^2 / 2 nats away; a few far off change nothing."""
+    generator = torch.Generator().manual_seed(0)
+    schedule = Schedule(0.01, steps=100_000)
+    for step in range(600):
+        weights = (2 * nats) ** 0.5 * torch.randn(32, generator=generator)
+        weights[0] -= 1e4 * (step % 5 == 0)
+        schedule.step(-share * nats * step / 100, weights)
+    assert bool(schedule.stop_reason) == ends
+    assert (schedule.learning_rate == 0.01) != ends
+
+
 def test_a_normal_posterior_takes_few_steps() -> None:
     known = regression(dtype=torch.float32)
     fit = fit_guide(known.model, AutoIAF(known.model), progress=False)

@@ -50,6 +50,12 @@ def test_a_few_directions_are_found() -> None:
     assert gap(precision)[0] < 1.0
 
 
+def test_as_many_directions_as_data_have_are_found() -> None:
+    """Those of a regression: their precisions are spread over a range, without a few that stand out."""
+    rows = torch.randn(2 * SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    assert gap(torch.eye(SIZE) + rows.T @ rows / 4)[0] < 1.0
+
+
 def test_a_chain_is_found() -> None:
     beside = torch.full((SIZE - 1,), -1.0)
     precision = 2.1 * torch.eye(SIZE) + torch.diag(beside, 1) + torch.diag(beside, -1)

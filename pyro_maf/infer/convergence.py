@@ -16,6 +16,12 @@ LEAST_WINDOW, WINDOW_SHARE = 100, 8
 """A window is the last eighth of the steps so far, at least 100: what gains slowly is looked at for longer."""
 GAIN = 0.005
 """Least gain in nats that is worth a window: a smaller one moves no mean by more than a tenth of its deviation."""
+FAR, WORTH = 5.0, 0.05
+"""Nats to the posterior beyond which draws cannot be reweighted, and the least share of them that is worth a window.
+
+The weights of a guide that is farther away than that have some draw in ten thousand effective, so that a further gain
+does not make them useful. At less than this share a window, half of the way would take six times the steps so far.
+"""
 TRIM = 20
 """Share of the losses that is left out at either end of a window: a single draw far off moves the mean of hundreds."""
 HALVINGS = 5
@@ -26,6 +32,9 @@ ALL, MOST = 0.999, 0.99
 
 By the divergence that they stand for, half of 1 / share - 1 nats, means are within 0.03 and 0.1 standard deviations.
 """
+
+QUARTILES = 1.349
+"""Distance of the quartiles of a standard normal distribution."""
 
 BLOCK = 25
 FALL, SPREADS = 5.0, 10.0
@@ -38,8 +47,9 @@ class Schedule:
     Losses are averaged in windows of an eighth of the steps so far, at least 100. If the mean of a window is not better
     than the best before it by more than its standard error, and by 0.005 nats, the rate is halved; after five halvings
     the bound has converged. Where the log weights of the draws are known, the rate is also halved after a window of
-    which 99 % of the draws are effective, and at 99.9 % nothing is left to gain. If neither has happened by 70 % of the
-    steps, the rate falls to 1/32 over the rest.
+    which 99 % of the draws are effective, and at 99.9 % nothing is left to gain; and after one that gains less than a
+    twentieth of what is left, if that is more than 5 nats, by the spread of the log weights. If none of this has
+    happened by 70 % of the steps, the rate falls to 1/32 over the rest.
 
     Args:
         learning_rate: Maximum learning rate.
@@ -89,7 +99,8 @@ class Schedule:
             return False
         mean, error = self._mean()
         self.effective = _effective(self._weights)
-        if self.effective >= MOST or not mean < self._best - max(error, GAIN):
+        far = _nats_left(self._weights)
+        if self.effective >= MOST or not mean < self._best - max(error, GAIN, WORTH * far if far > FAR else 0.0):
             self._halvings += 1
         self.is_as_good_as_any = mean <= self._best + error
         self._best = min(self._best, mean)
@@ -116,6 +127,19 @@ def _effective(log_weights: Sequence[Tensor]) -> float:
         return 0.0
     weights = torch.softmax(torch.cat(list(log_weights)).double(), 0)
     return float(1 / weights.square().sum()) / len(weights)
+
+
+def _nats_left(log_weights: Sequence[Tensor]) -> float:
+    """Divergence of a guide from the posterior in nats, by the spread of the log weights of several steps.
+
+    Weights of a log-normal distribution have half the variance of their logarithms. It is taken from their quartiles,
+    which few draws far off do not move. 0 without any.
+    """
+    if not log_weights:
+        return 0.0
+    # By step: a guide that improves, or rows that change, shift the weights of a step together.
+    spreads = [weights.quantile(0.75) - weights.quantile(0.25) for weights in log_weights]
+    return float(torch.stack(spreads).mean() / QUARTILES) ** 2 / 2
 
 
 class BestWeights:

@@ -116,10 +116,11 @@ def fit_guide(
     is halved whenever the bound of a window of steps is no better than the best before, by more than its standard
     error, and falls in any case over the last 30 % of `steps`. After five halvings the bound has converged. A window is
     the last eighth of all steps, at least 100; if 99 % of its draws are effective the rate is halved too, and at 99.9 %
-    nothing is left to gain. Gradients are clipped to four times their usual norm; steps where the model raises, or
-    where loss or gradient are not finite, are skipped. After ten of these in a row, and where the bound falls far below
-    its best, the fit goes on from its best weights at half the rate; after fifty it ends with them. The result has the
-    weights averaged over the best window.
+    nothing is left to gain. Farther than 5 nats from the posterior, by the spread of the log weights, it is halved
+    where a window gains less than a twentieth of what is left. Gradients are clipped to four times their usual norm;
+    steps where the model raises, or where loss or gradient are not finite, are skipped. After ten of these in a row,
+    and where the bound falls far below its best, the fit goes on from its best weights at half the rate; after fifty it
+    ends with them. The result has the weights averaged over the best window.
 
     Args:
         model: A Pyro model.

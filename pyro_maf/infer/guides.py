@@ -15,7 +15,7 @@ class AutoIAF(AutoFlow):
     loc and L are fixed by the initialization: the normal of the largest evidence lower bound among many along an
     ascent to the mode. b, the lower triangular A and the flow are trained, and start as the identity; so a new guide is
     that normal, and the family contains every full-rank normal. Beyond 200 latent variables, L and A are a diagonal, up
-    to a hundred directions and a chain along the vector, and memory is linear in their number.
+    to 300 directions and a chain along the vector, and memory is linear in their number.
 
     There are ascents from the prior's median, from draws of the prior and from the cube (-2, 2) in unconstrained space.
     If they end at several modes that each hold at least a thousandth of the probability, as label switching has them,

@@ -18,8 +18,8 @@ __all__ = ["WideNormal", "wide_start"]
 
 STEPS, MOST_ROUNDS, GAIN = 200, 10, 1.0
 """Steps of a diagonal normal, number of these one after another, and the nats that each has to gain."""
-RANK = 100
-"""Maximum number of directions."""
+RANK = 300
+"""Maximum number of directions: a step multiplies each variable as often for these as for a layer of the flow."""
 PROBES = 8
 """Number of products with the Hessian for each third of the entries next to its diagonal."""
 FLOOR, STEEPEST = 1e-4, 0.995
@@ -72,14 +72,14 @@ def wide_start(score: Score, place: Tensor) -> WideNormal:
     """Return the normal of the largest bound among a diagonal one and some with directions, each fitted from the last.
 
     The directions are those in which the Hessian, averaged over draws, differs most from a diagonal: of a Krylov space
-    of at most 100 of its products with a vector. A chain is that of neighbours in the vector.
+    of at most 300 of its products with a vector. A chain is that of neighbours in the vector.
 
     Args:
         score: Log-density, up to a constant.
         place: Location and log-scale at first, (2, D).
 
-    Cost: for each normal that is tried, 200 gradients for 32 rows and up to 100 products with the Hessian for 16;
-        memory for 100 vectors.
+    Cost: for each normal that is tried, 200 gradients for 32 rows and up to 300 products with the Hessian for 16;
+        memory for 300 vectors.
 
     Reference:
         Lanczos, *An iteration method for the solution of the eigenvalue problem*, 1950.
