@@ -334,3 +334,19 @@ def test_torch_has_its_threads_back() -> None:
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["MAF", "IAF", "MaskedAutoregressive", "Coupling", "NSF", "Tails"])
+def test_second_derivatives_through_both_directions_count_each_once(name: str) -> None:
+    flow: Any = build(name, SMALL, double, "cpu")
+    x = torch.randn(5, flow.input_dim, dtype=double)
+    weights = list(flow.parameters())
+
+    def gradients(again: bool) -> list[Tensor]:
+        y, _ = flow.forward_and_log_det(x)
+        found, log_det = flow.inverse_and_log_det(9 * y)
+        loss = found.square().sum() + log_det.sum()
+        return list(torch.autograd.grad(loss, weights, create_graph=again, materialize_grads=True, allow_unused=True))
+
+    for found, wanted in zip(gradients(True), gradients(False), strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-8, atol=1e-9 * float(1 + wanted.norm()))

@@ -316,10 +316,7 @@ def _by_plain_operations(
     grads: tuple[Tensor, ...],
 ) -> list[Tensor | None]:
     """The same gradients by plain operations, which can be differentiated again."""
-    _, _, v, context, *tensors = saved
-    with torch.enable_grad():
-        results = plain(run.steps, v, context, tensors)
-    return gradients(results, [v, context, *tensors], needed, grads)
+    return gradients(lambda v, context, *tensors: plain(run.steps, v, context, tensors), saved[2:], needed, grads)
 
 
 def _plain_density(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -108,9 +108,12 @@ class _Sweep(torch.autograd.Function):
         v, w, *saved = ctx.saved_tensors
         tensors, activations = saved[: ctx.count], Activations(*saved[ctx.count :])
         if torch.is_grad_enabled():  # by passes, so that they can be differentiated again
-            w, log_derivatives = one_by_one(ctx.step, v, None, iter(tensors))
-            results = w, log_derivatives.sum(-1)
-            return None, *gradients(results, [v, *tensors], ctx.needs_input_grad[1:], (grad_w, grad_log_det))
+
+            def passes(v: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+                w, log_derivatives = one_by_one(ctx.step, v, None, iter(tensors))
+                return w, log_derivatives.sum(-1)
+
+            return None, *gradients(passes, [v, *tensors], ctx.needs_input_grad[1:], (grad_w, grad_log_det))
         grad_v, by_weights, by_units = ctx.engine.adjoint(v, w, activations, grad_w, grad_log_det)
         return None, grad_v, *lay_back(ctx.step.networks[0], by_weights, by_units, tensors)
 
@@ -137,9 +140,20 @@ def _has_triton() -> bool:
 
 
 def gradients(
-    results: Sequence[Tensor], inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor]
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Gradients with respect to the inputs that need one; in grad mode they can be differentiated again."""
+    """Gradients with respect to the inputs that need one; in grad mode they can be differentiated again.
+
+    Args:
+        function: Function of the inputs, by operations that can be differentiated.
+        inputs: Tensors, or None.
+        needed: Whether the gradient with respect to each is.
+        grads: Gradients with respect to the results.
+    """
+    with torch.enable_grad():
+        # As views: one input may depend on another, and the gradient through that is not the function's.
+        inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+        results = function(*inputs)
     wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
     # Of one variable, the log-determinant may depend on nothing that is wanted.
     pairs = [pair for pair in zip(results, grads, strict=True) if pair[0].requires_grad]

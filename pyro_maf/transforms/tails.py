@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -164,11 +165,9 @@ class _Mapped(torch.autograd.Function):
         x, free, loc, scale, *arrays = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
         if not ctx.is_inside or torch.is_grad_enabled() or is_intercepted():
-            with torch.enable_grad():
-                # As views: x may itself depend on theta, and that gradient is not of this node.
-                inputs = x.view_as(x), free.view_as(free)
-                results = _plain(*inputs, loc, scale, ctx.sign)
-            return *gradients(results, inputs, needed, (grad_y, grad_log_det)), None, None, None
+            inputs, plain = (x, free, loc, scale), partial(_plain, sign=ctx.sign)
+            found = gradients(plain, inputs, (*needed, False, False), (grad_y, grad_log_det))
+            return *found, None
         return *_closed(needed, scale, ctx.sign, arrays, grad_y, grad_log_det), None, None, None
 
 
