@@ -21,10 +21,12 @@ from pyro_maf.distributions import (
     ConditionalFlowPrior,
     ConditionalMADEMoG,
     ConditionalMAFMoG,
+    ConditionalMixtureFlow,
     Density,
     FlowPrior,
     MADEMoG,
     MAFMoG,
+    MixtureFlow,
     density,
 )
 from pyro_maf.flows import IAF, MAF, ConditionalIAF, ConditionalMAF, RealNVP
@@ -36,12 +38,21 @@ def _units(input_dim: int) -> dict[str, Tensor]:
     return {"loc": torch.linspace(-1, 1, input_dim), "scale": torch.linspace(0.5, 2, input_dim)}
 
 
+def _started(density: MixtureFlow) -> MixtureFlow:
+    """The density on a base of three components."""
+    generator = torch.Generator().manual_seed(0)
+    clusters = torch.arange(3.0).repeat_interleave(200)[:, None] - 1
+    density.start_at(clusters + 0.3 * torch.randn(600, density.input_dim, generator=generator))
+    return density
+
+
 DENSITIES: dict[str, Callable[[int], Density]] = {
     "MADEMoG": lambda d: MADEMoG(d, num_components=4, **SMALL),
     "MADEMoG, one component": lambda d: MADEMoG(d, num_components=1, **SMALL),
     "MADEMoG, reversed": lambda d: MADEMoG(d, order=list(range(d))[::-1], degrees="random", **SMALL),
     "MAFMoG": lambda d: MAFMoG(d, num_layers=2, num_components=3, **SMALL),
     "MAFMoG, batch norm": lambda d: MAFMoG(d, num_layers=2, batch_norm=True, order="random", **SMALL),
+    "MixtureFlow": lambda d: _started(MixtureFlow(d, num_layers=2, **SMALL)),
     "FlowPrior of MAF": lambda d: FlowPrior(MAF(d, num_layers=2, **SMALL), **_units(d)),
     "FlowPrior of IAF": lambda d: FlowPrior(IAF(d, num_layers=2, **SMALL), **_units(d)),
     "FlowPrior of RealNVP": lambda d: FlowPrior(RealNVP(d, num_layers=2, **SMALL), **_units(d)),
@@ -51,6 +62,7 @@ DENSITIES: dict[str, Callable[[int], Density]] = {
 CONDITIONAL: dict[str, Callable[[int, int], ConditionalDensity]] = {
     "ConditionalMADEMoG": lambda d, c: ConditionalMADEMoG(d, c, num_components=3, **SMALL),
     "ConditionalMAFMoG": lambda d, c: ConditionalMAFMoG(d, c, num_layers=2, num_components=3, **SMALL),
+    "ConditionalMixtureFlow": lambda d, c: ConditionalMixtureFlow(d, c, num_components=2, num_layers=2, **SMALL),
     "ConditionalFlowPrior of MAF": lambda d, c: ConditionalFlowPrior(
         ConditionalMAF(d, c, num_layers=2, **SMALL), **_units(d), context_loc=torch.ones(c)
     ),

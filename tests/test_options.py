@@ -32,6 +32,7 @@ from pyro_maf import (
     RealNVP,
     transforms,
 )
+from pyro_maf.distributions import ConditionalMixtureFlow, MixtureFlow
 from pyro_maf.nn import MADEOptions, NetworkOptions
 
 NETWORK = {"hidden_dims": None, "activation": "relu"}
@@ -59,6 +60,7 @@ WITH_CONTEXT_DIM: dict[type, dict[str, Any]] = {
     RealNVP: {**NETWORK, **STACK, "univariate": "affine", "networks": "joint", "seed": 0},
     MADEMoG: {**NETWORK_OF_LAYER, "num_components": 10},
     MAFMoG: {**MASKED, **STACK, "num_components": 10},
+    MixtureFlow: {**FLOW, "univariate": "spline", "num_components": 1},
     transforms.MaskedAutoregressive: LAYER,
     transforms.InverseAutoregressive: LAYER,
     transforms.Coupling: COUPLING,
@@ -71,6 +73,7 @@ CONDITIONAL: dict[type, type] = {
     ConditionalRealNVP: RealNVP,
     ConditionalMADEMoG: MADEMoG,
     ConditionalMAFMoG: MAFMoG,
+    ConditionalMixtureFlow: MixtureFlow,
     transforms.ConditionalMaskedAutoregressive: transforms.MaskedAutoregressive,
     transforms.ConditionalInverseAutoregressive: transforms.InverseAutoregressive,
     transforms.ConditionalCoupling: transforms.Coupling,

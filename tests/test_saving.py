@@ -29,7 +29,7 @@ from pyro_maf import (
     RealNVP,
     transforms,
 )
-from pyro_maf.distributions import ConditionalFlowPrior
+from pyro_maf.distributions import ConditionalFlowPrior, MixtureFlow
 from pyro_maf.transforms import ActNorm, BatchNorm, ConditionalFlow, Permute, Stack
 
 TINY: dict[str, Any] = {"hidden_dims": [6], "seed": 3}
@@ -55,6 +55,7 @@ SAVABLE: dict[str, Callable[[], Any]] = {
     "ConditionalRealNVP": lambda: ConditionalRealNVP(3, 2, order="random", **DEEP),
     "MADEMoG": lambda: MADEMoG(3, num_components=2, **TINY),
     "MAFMoG": lambda: MAFMoG(3, num_components=2, batch_norm=True, **DEEP),
+    "MixtureFlow": lambda: MixtureFlow(3, num_components=2, batch_norm=True, **DEEP),
     "FlowPrior of a stack": lambda: FlowPrior(Stack([IAF(3, **DEEP).inv, Permute([2, 1, 0])]), **UNITS),
     "FlowPrior of a density": lambda: FlowPrior(MAFMoG(3, **DEEP), **UNITS),
     "ConditionalMADEMoG": lambda: ConditionalMADEMoG(3, 2, order=(1, 0, 2), **TINY),

@@ -5,6 +5,7 @@ from pyro_maf.distributions.density import ConditionalDensity, ConditionalDensit
 from pyro_maf.distributions.flow_prior import ConditionalFlowPrior, FlowPrior
 from pyro_maf.distributions.made_mog import ConditionalMADEMoG, MADEMoG
 from pyro_maf.distributions.maf_mog import ConditionalMAFMoG, MAFMoG
+from pyro_maf.distributions.mixture_flow import ConditionalMixtureFlow, MixtureFlow
 from pyro_maf.distributions.table_density import ConditionalTableDensity, TableDensity
 
 __all__ = [
@@ -14,11 +15,13 @@ __all__ = [
     "ConditionalFlowPrior",
     "ConditionalMADEMoG",
     "ConditionalMAFMoG",
+    "ConditionalMixtureFlow",
     "ConditionalTableDensity",
     "ConditionedDensity",
     "Density",
     "FlowPrior",
     "MADEMoG",
     "MAFMoG",
+    "MixtureFlow",
     "TableDensity",
 ]

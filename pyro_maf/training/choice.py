@@ -10,15 +10,30 @@ from torch import Tensor
 from pyro_maf._core.checks import check_positive
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.distributions import ConditionalFlowPrior, ConditionalTableDensity, FlowPrior, TableDensity
+from pyro_maf.distributions.mixture_flow import MixtureFlow
 from pyro_maf.flows import MAF, NSF
 from pyro_maf.support import Support, SupportLike
 from pyro_maf.tables import is_mapped
-from pyro_maf.tables.layout import TableLike, number_of_columns, numbers
+from pyro_maf.tables.layout import TableLike, number_of_columns, number_of_rows, numbers
 from pyro_maf.tables.named_rows import NamedRows
 from pyro_maf.training.kinds import few_values
-from pyro_maf.training.preparation import Choice, Model
+from pyro_maf.training.preparation import Choice, Model, Recipe
+from pyro_maf.univariate import Spline
 
-__all__ = ["choose", "default_flow"]
+__all__ = ["choose", "default_model"]
+
+MIXTURE_ROWS = 300
+"""Up to so many rows the flow has a mixture of Gaussians as base; of more it learns as much by itself, in a third of
+the time."""
+LAYERS, MANY_ROWS = (2, 3, 5), 5_000
+"""Layers with a mixture as base, with fewer rows than these, and with as many."""
+BINS, FEW_BINS, WIDE = 8, 4, 40
+"""From so many columns on, layers have half the bins, and no more than three: their last product, of 3 K + 1 outputs a
+column, takes most of the time."""
+LEAST_BATCH, MOST_BATCH, BATCHES = 32, 256, 32
+"""Batches are of 32 to 256 rows, about 32 of them in an epoch: else the epochs of a small table were too few steps."""
+PRECISION, MOST_DECAY = 3.0, 0.1
+"""Weight decay is that of a normal prior of this precision on the weights, beside the likelihood of all rows."""
 
 
 def choose(
@@ -54,7 +69,7 @@ def choose(
 
 
 def _without_model(rows: NamedRows, support: SupportLike | None, *, dequantise: bool, seed: int) -> Choice:
-    """The default flow of the columns that are no categories."""
+    """The default model of the columns that are no categories."""
     width = number_of_columns("fit", "data", rows.data)
     levels = _levels(rows) if rows.layout.in_categories else [None] * width
     named: list[int] = []
@@ -67,10 +82,13 @@ def _without_model(rows: NamedRows, support: SupportLike | None, *, dequantise: 
     context = 0 if rows.context is None else number_of_columns("fit", "context", rows.context)
     one_hot = sum(len(level) for level in levels if level is not None)
     count = sum(level is None for level in levels)
-    on_numbers = support if count == width else None
-    model = default_flow("fit", count, context + one_hot, on_numbers, seed, rows.data)
+    dim = count - _is_simplex(count, support if count == width else None)
+    model, recipe = default_model(
+        dim, number_of_rows(rows.data), context + one_hot, seed=seed, has_rsample=not dequantise, data=rows.data
+    )
     on_support = _support(model, support, width if any(levels) else model.input_dim, levels)
-    return Choice(model, rows, on_support, levels if any(levels) else [None] * on_support.event_size, named)
+    each = levels if any(levels) else [None] * on_support.event_size
+    return Choice(model, rows, on_support, each, named, recipe)
 
 
 def _of_table(model: TableDensity | ConditionalTableDensity, rows: NamedRows, support: SupportLike | None) -> Choice:
@@ -129,31 +147,62 @@ def _support(
     return support
 
 
-def default_flow(
-    who: str, columns: int, context_dim: int, support: SupportLike | None, seed: int, data: TableLike
-) -> MAF:
-    """A flow for a table with this number of columns; the global random state is unchanged.
+def default_model(
+    columns: int,
+    rows: int,
+    context_dim: int = 0,
+    *,
+    seed: int,
+    has_rsample: bool = False,
+    data: TableLike | None = None,
+) -> tuple[MAF | MixtureFlow, Recipe]:
+    """Model of a table and how to train it, from its numbers of rows and columns; the global random state is unchanged.
 
     Args:
-        who: The caller, for errors.
-        columns: Number of columns; on a simplex one more than the flow's.
+        columns: Number of columns; on a simplex one less.
+        rows: Number of rows.
         context_dim: Number of context features.
-        support: The support, if any.
         seed: Seed of the initial weights.
-        data: The rows: the flow has their dtype and device if they are a floating tensor.
+        has_rsample: Whether draws must have a gradient, which those of a mixture have not.
+        data: The rows: the model has their dtype and device if they are a floating tensor.
+
+    Example:
+        >>> default_model(3, 100, seed=0)[0].name, default_model(3, 100_000, seed=0)[0].name
+        ('MixtureFlow', 'NSF')
+    """
+    check_positive("fit", "seed", seed, least=0)
+    starts = columns > 1 and rows <= MIXTURE_ROWS and not has_rsample
+    num_layers = LAYERS[0 if starts else 1 if rows < MANY_ROWS or columns >= WIDE else 2]
+    univariate = Spline(num_bins=FEW_BINS if columns >= WIDE else BINS)
+    with seeded(seed):
+        if starts:
+            model: MAF | MixtureFlow = MixtureFlow(
+                columns, num_layers=num_layers, context_dim=context_dim, univariate=univariate
+            )
+        else:  # the networks of a single column have nothing to see without a context
+            hidden_dims = () if columns == 1 and not context_dim else None
+            model = NSF(
+                columns,
+                num_layers=num_layers,
+                context_dim=context_dim,
+                univariate=univariate,
+                hidden_dims=hidden_dims,
+            )
+    like = next(iter(data.values()), None) if isinstance(data, Mapping) else data
+    if isinstance(like, Tensor) and like.dtype in (torch.float32, torch.float64):
+        model = model.to(like)
+    batch_size = max(LEAST_BATCH, min(MOST_BATCH, rows // BATCHES))
+    recipe = Recipe(batch_size, min(MOST_DECAY, PRECISION / max(1, rows)), starts=starts)
+    return model, recipe
+
+
+def _is_simplex(columns: int, support: SupportLike | None) -> bool:
+    """Return whether the columns are on a simplex.
 
     Raises:
         ValueError: For a simplex of one column.
     """
-    on_simplex = support is not None and Support(who, support, columns).event_size > columns
-    if on_simplex and columns < 2:
-        raise ValueError(f"{who} expected data with at least 2 columns for a simplex, got 1.")
-    check_positive(who, "seed", seed, least=0)
-    dim = columns - on_simplex
-    with seeded(seed):
-        if dim > 1:
-            flow = MAF(dim, context_dim=context_dim)
-        else:  # whose networks have nothing to see without a context
-            flow = NSF(dim, context_dim=context_dim, hidden_dims=None if context_dim else ())
-    like = next(iter(data.values()), None) if isinstance(data, Mapping) else data
-    return flow.to(like) if isinstance(like, Tensor) and like.dtype in (torch.float32, torch.float64) else flow
+    is_simplex = support is not None and Support("fit", support, columns).event_size > columns
+    if is_simplex and columns < 2:
+        raise ValueError(f"fit expected data with at least 2 columns for a simplex, got {columns}.")
+    return is_simplex

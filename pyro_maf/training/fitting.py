@@ -52,7 +52,7 @@ def fit(
     support: SupportLike | None = None,
     validation: Validation = None,
     dequantise: bool = True,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     max_epochs: int = 1000,
     patience: int = 30,
     learning_rate: float = 2e-3,
@@ -88,8 +88,9 @@ def fit(
 
     Args:
         model: A flow, a density, or a conditional form of either. A `FlowPrior` keeps its units, and is a density of
-            all columns. By default a `MAF`, or for a single column an `NSF`. If a data frame has columns of
-            categories, the model is of the other columns, with a context of that of the fit, if any, and then the
+            all columns. By default, chosen by the numbers of rows and columns, an `NSF`, or of a few
+            hundred rows a `MixtureFlow`, with weight decay and batches that heed them too. If a data frame has columns
+            of categories, the model is of the other columns, with a context of that of the fit, if any, and then the
             categories one-hot, one feature each.
         data: Rows (N, D): a tensor, an array, a data frame or nested lists of finite numbers, at least 10 rows; or a
             dictionary of tensors or arrays (N, ...), laid side by side, as the draws of a posterior; or a `Table` of
@@ -117,7 +118,8 @@ def fit(
             a warning names, and its draws lie on the grid. In training, uniform noise, new in each epoch, takes the
             place of a number within its step, so that the losses bound the negative log-likelihood from above. False
             for a density of all columns, as numbers.
-        batch_size: Approximate number of rows in a batch: an epoch is cut into equal ones.
+        batch_size: Approximate number of rows in a batch: an epoch is cut into equal ones. By default 256, and
+            without a model a 32nd of the rows, from 32 to 256.
         max_epochs: Maximum number of epochs.
         patience: Number of epochs without a better validation log-likelihood after which to stop. After a quarter of it
             the learning rate is halved.
@@ -178,8 +180,12 @@ def fit(
         chosen, data = cast("Model", model), cast("TableLike | Table", data)
     else:
         data = cast("TableLike | Table", model)
+    if batch_size is not None:
+        check_positive("fit", "batch_size", batch_size)
+    choice = choose(chosen, named_rows("fit", data, context, weights), support, dequantise=dequantise, seed=seed)
     options = _Options(
-        batch_size=batch_size,
+        batch_size=choice.recipe.batch_size if batch_size is None else batch_size,
+        weight_decay=choice.recipe.weight_decay,
         max_epochs=max_epochs,
         patience=patience,
         learning_rate=learning_rate,
@@ -190,9 +196,6 @@ def fit(
         overwrite=overwrite,
         devices=devices,
         progress=progress,
-    )
-    choice = choose(
-        chosen, named_rows("fit", data, context, weights), support, dequantise=dequantise, seed=int(options.seed)
     )
     weight = _first_weight(choice.model, data)
     prepared = prepare(
@@ -206,6 +209,7 @@ class _Options:
     """Options of `fit`, checked."""
 
     batch_size: int
+    weight_decay: float
     max_epochs: int
     patience: int
     learning_rate: float
@@ -243,6 +247,7 @@ class _Options:
             "data": prepared.digest(),
             "seed": self.seed,
             "batch_size": self.batch_size,
+            "weight_decay": self.weight_decay,
             "learning_rate": self.learning_rate,
             "max_grad_norm": self.max_grad_norm,
             "choice of frozen weights": frozen or None,
@@ -282,6 +287,7 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
             schedule=Schedule(options.learning_rate, options.patience),
             max_epochs=options.max_epochs,
             max_grad_norm=options.max_grad_norm,
+            weight_decay=options.weight_decay,
             interruption=interruption,
             processes=processes,
             folder=folder,

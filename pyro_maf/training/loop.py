@@ -39,6 +39,7 @@ class Loop:
         schedule: Learning rate and patience.
         max_epochs: Maximum number of epochs, those before a checkpoint included.
         max_grad_norm: Norm to which a step's gradient is clipped.
+        weight_decay: As in `State`.
         interruption: Request to stop by the user.
         processes: The processes that take part.
         folder: Folder of checkpoints and log, if any.
@@ -57,6 +58,7 @@ class Loop:
         schedule: Schedule,
         max_epochs: int,
         max_grad_norm: float,
+        weight_decay: float,
         interruption: Interruption,
         processes: Processes,
         folder: CheckpointFolder | None = None,
@@ -78,7 +80,7 @@ class Loop:
             each.to(device)
         self._log = Log(folder.folder) if folder is not None and processes.is_first else None
         self._objective = objective_of(density, processes)
-        self.state = State(density, self._objective, batches, schedule)
+        self.state = State(density, self._objective, batches, schedule, weight_decay)
         self._is_resumed = False
         if folder is not None and folder.checkpoint is not None:
             self.state.load(folder.checkpoint, folder.path)

@@ -18,6 +18,7 @@ from pyro_maf.distributions import (
     TableDensity,
 )
 from pyro_maf.distributions.data_units import float32_holds
+from pyro_maf.distributions.mixture_flow import MixtureFlow
 from pyro_maf.distributions.steps import dequantised
 from pyro_maf.support import Support
 from pyro_maf.tables import MappedRows, Reader, Rows, rows_of
@@ -29,9 +30,10 @@ from pyro_maf.tables.rows import repeat_as_a_whole
 from pyro_maf.tables.table import Table
 from pyro_maf.training.kinds import Kinds, grids_of, sampled
 from pyro_maf.training.screening import screen_data
+from pyro_maf.training.state import WEIGHT_DECAY
 from pyro_maf.transforms import ConditionalFlow, Flow
 
-__all__ = ["FITTED", "Choice", "Fitted", "Model", "Prepared", "Validation", "prepare"]
+__all__ = ["FITTED", "Choice", "Fitted", "Model", "Prepared", "Recipe", "Validation", "prepare"]
 
 Model: TypeAlias = Flow | ConditionalFlow | Density | ConditionalDensity
 Fitted: TypeAlias = FlowPrior | ConditionalFlowPrior | TableDensity | ConditionalTableDensity
@@ -46,6 +48,20 @@ MOST_COPIES, COPIED_ROWS = 8, 2048
 FAR = 1000.0
 
 
+class Recipe(NamedTuple):
+    """Options of a fit that come with a default model.
+
+    Attributes:
+        batch_size: As in `fit`.
+        weight_decay: Factor of the weights that is added to their gradients.
+        starts: Whether the base of the model is a mixture that is to be fitted to the training rows.
+    """
+
+    batch_size: int = 256
+    weight_decay: float = WEIGHT_DECAY
+    starts: bool = False
+
+
 class Choice(NamedTuple):
     """A model for rows, and the columns that are categories.
 
@@ -55,6 +71,7 @@ class Choice(NamedTuple):
         support: The support of all columns, in which those of categories are real.
         levels: Categories of each column as numbers, or None.
         named: Columns of numbers that are taken as categories.
+        recipe: How to train the model.
     """
 
     model: Model
@@ -62,6 +79,7 @@ class Choice(NamedTuple):
     support: Support
     levels: Sequence[tuple[float, ...] | None]
     named: Sequence[int] = ()
+    recipe: Recipe = Recipe()
 
 
 class Prepared(NamedTuple):
@@ -150,7 +168,7 @@ def prepare(
         ValueError, TypeError: As in `fit`.
     """
     generator = torch.Generator().manual_seed(seed)
-    model, source, support, levels, named = choice
+    model, source, support, levels, named, recipe = choice
     fraction, separate = _validation(model, source, validation, support, weights, levels)
     reader = _reader(model, source, support, levels)
     rows = rows_of(source.data, source.context, reader, source.weights)
@@ -163,6 +181,8 @@ def prepare(
     moments = _as_precise(split.training.moments(support), rows.dtypes, dtype)
     leaves = split.training.leaves_in_float32(support) or split.held_out.leaves_in_float32(support)
     density = _in_units(model, support, moments, kinds, sampled(split.training), leaves=leaves, seed=seed)
+    if recipe.starts:
+        _start(density, sampled(split.training), seed)
     prior = density.unwrapped
     warnings = [
         *_on_repeats(rows, split.repeats),
@@ -342,6 +362,18 @@ def _table_density(
     prior = FlowPrior(inner, support=kinds.support_of_numbers(support).name, loc=loc, scale=scale, **context)
     _settle(prior, leaves=leaves)
     return kinds.around(prior, training, seed)
+
+
+def _start(density: Fitted, training: Rows, seed: int) -> None:
+    """Start a model on a mixture at training rows, or some of them, with numbers anywhere in their steps."""
+    inner = density.unwrapped
+    rows = training.rounded_for(inner)
+    prior, values = inner, rows.data
+    if isinstance(inner, TableDensity):
+        prior, values = inner.prior, rows.data[:, inner.numeric]
+        values = dequantised(values, inner.steps.spacing, torch.Generator().manual_seed(seed))
+    if isinstance(prior.model, MixtureFlow):
+        prior.model.start_at(prior.standardised(values), rows.weights)
 
 
 def _settle(prior: FlowPrior, *, leaves: bool) -> None:

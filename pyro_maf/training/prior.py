@@ -12,7 +12,6 @@ from pyro_maf.support import SupportLike
 from pyro_maf.tables.layout import TableLike, number_of_columns
 from pyro_maf.tables.named_rows import named_rows
 from pyro_maf.tables.table import Table
-from pyro_maf.training.choice import default_flow
 from pyro_maf.training.fitting import fit
 from pyro_maf.training.preparation import Model, Validation
 
@@ -26,7 +25,7 @@ class FitOptions(TypedDict, total=False):
 
     weights: str | TableLike | None
     validation: Validation
-    batch_size: int
+    batch_size: int | None
     max_epochs: int
     patience: int
     learning_rate: float
@@ -68,9 +67,8 @@ def fit_prior(
             draws of a posterior, `mcmc.get_samples()`: a dictionary of tensors (N, ...), concatenated, which
             `prior.unpack(value)` splits again.
         flow: A flow, a density, a conditional form of either, or a prior to fit further; it is trained and frozen
-            in place. By default a `MAF` for D or, for a single column, of which that is a normal distribution, an
-            `NSF`; in the dtype and on the device of `data` if that is a floating tensor, and in torch's default dtype
-            otherwise.
+            in place. By default an `NSF` whose size is chosen by the numbers of rows and columns; in the dtype and on
+            the device of `data` if that is a floating tensor, and in torch's default dtype otherwise.
         support: As in `FlowPrior`; by default "real", or that of `flow` if it is a prior. Or a dictionary by name
             of column or site, {"scale": "positive"}; columns that it leaves out are real.
         context: Rows (N, C) that the distribution of the data depends on; by default none.
@@ -94,12 +92,10 @@ def fit_prior(
         >>> prior.support.check(prior.sample((5,)))
         tensor([True, True, True, True, True])
     """
-    source = named_rows("fit", data, context, options.get("weights"))
-    columns = number_of_columns("fit", "data", source.data)
     if isinstance(support, Mapping):
+        source = named_rows("fit", data, context, options.get("weights"))
+        columns = number_of_columns("fit", "data", source.data)
         support = source.columns.spread("fit_prior", "support", support, "real", columns)
-    if flow is None:
-        context_dim = 0 if source.context is None else number_of_columns("fit", "context", source.context)
-        flow = default_flow("fit_prior", columns, context_dim, support, seed, source.data)
-    result = fit(flow, data, context=context, support=support, seed=seed, dequantise=False, **options)
+    arguments = (data,) if flow is None else (flow, data)
+    result = fit(*arguments, context=context, support=support, seed=seed, dequantise=False, **options)
     return cast("FlowPrior | ConditionalFlowPrior", result.density.requires_grad_(False))

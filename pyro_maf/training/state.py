@@ -17,7 +17,7 @@ from pyro_maf.training.batches import Batches
 from pyro_maf.training.objective import MaximumLikelihood, Mean
 from pyro_maf.training.records import Checkpoint, Epoch
 
-__all__ = ["Schedule", "State"]
+__all__ = ["WEIGHT_DECAY", "Schedule", "State"]
 
 AVERAGED_EPOCHS = 2
 AVERAGED_STEPS = 50
@@ -91,6 +91,7 @@ class State:
         objective: Its objective, with the weights that are trained.
         batches: The training rows.
         schedule: Learning rate and patience.
+        weight_decay: Factor of the weights that is added to their gradients; by default the paper's.
 
     Attributes:
         optimizer: Adam over the weights.
@@ -104,13 +105,20 @@ class State:
         interrupted: True if that was an interruption.
     """
 
-    def __init__(self, density: Density, objective: MaximumLikelihood, batches: Batches, schedule: Schedule) -> None:
+    def __init__(
+        self,
+        density: Density,
+        objective: MaximumLikelihood,
+        batches: Batches,
+        schedule: Schedule,
+        weight_decay: float = WEIGHT_DECAY,
+    ) -> None:
         self.density = density
         self.batches = batches
         self.schedule = schedule
         self._split, weights = objective.split, objective.weights
         self._device = weights[0].device
-        self.optimizer = Adam(weights, WEIGHT_DECAY)
+        self.optimizer = Adam(weights, weight_decay)
         steps = max(AVERAGED_STEPS, AVERAGED_EPOCHS * len(batches))
         self.average = WeightAverage(weights, steps, order=AVERAGING_ORDER, with_initial=True)
         self.best: dict[str, Tensor] = {}
