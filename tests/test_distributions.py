@@ -52,7 +52,7 @@ DENSITIES: dict[str, Callable[[int], Density]] = {
     "MADEMoG, reversed": lambda d: MADEMoG(d, order=list(range(d))[::-1], degrees="random", **SMALL),
     "MAFMoG": lambda d: MAFMoG(d, num_layers=2, num_components=3, **SMALL),
     "MAFMoG, batch norm": lambda d: MAFMoG(d, num_layers=2, batch_norm=True, order="random", **SMALL),
-    "MixtureFlow": lambda d: _started(MixtureFlow(d, num_layers=2, **SMALL)),
+    "MixtureFlow": lambda d: _started(MixtureFlow(d, num_layers=2, univariate="affine", **SMALL)),
     "FlowPrior of MAF": lambda d: FlowPrior(MAF(d, num_layers=2, **SMALL), **_units(d)),
     "FlowPrior of IAF": lambda d: FlowPrior(IAF(d, num_layers=2, **SMALL), **_units(d)),
     "FlowPrior of RealNVP": lambda d: FlowPrior(RealNVP(d, num_layers=2, **SMALL), **_units(d)),
