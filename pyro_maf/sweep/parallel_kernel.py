@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 from pyro_maf.sweep.compile_cache import stored
 from pyro_maf.sweep.elementwise import INNER, activate, compress, differentiate
 from pyro_maf.sweep.layout import CONTEXT, INPUTS, LANES, Array, Tables
-from pyro_maf.sweep.products import TALLEST, add_product, dot, transpose
+from pyro_maf.sweep.products import TALLEST, VECTOR, add_product, dot, transpose
 from pyro_maf.sweep.sequential_kernel import Part, walk, walk_back, walk_row
 from pyro_maf.sweep.univariate_kernel import apply, pull_back
 
@@ -78,6 +78,15 @@ def _height(left: int) -> int:
 @njit(**INNER)
 def _padded(points: int) -> int:
     return (points + LANES - 1) // LANES * LANES
+
+
+@njit(**INNER)
+def _room(rows: int, columns: int, like: Array) -> Array:
+    """Rows with arbitrary entries that begin where a line of the processor's cache does, if `columns` are lines."""
+    line = VECTOR // like.itemsize
+    flat = np.empty(rows * columns + line, like.dtype)
+    first = -flat.ctypes.data // like.itemsize % line
+    return flat[first : first + rows * columns].reshape((rows, columns))
 
 
 @njit(**INNER)
@@ -147,8 +156,9 @@ def forward(
     dim, keep, most = v.shape[1], len(tape) > 0, _most_rows(tables.layers, v.shape[1])
     chunk = tape.shape[1] if keep or end - first > few else 1
     # If nothing is saved, every layer has the same rows, and one more for a variable's result.
-    work = tape if keep else np.empty((most + 1 + context.shape[1], chunk), v.dtype)
-    logs, nowhere = np.empty(chunk, v.dtype), np.empty(chunk, v.dtype)
+    work = tape if keep else _room(most + 1 + context.shape[1], chunk, v)
+    both = _room(2, chunk, v)
+    logs, nowhere = both[0], both[1]
     for b0 in range(first, end, chunk):
         points = min(chunk, end - b0)
         width, here = min(_padded(points), chunk), b0 // chunk * rows if keep else 0
@@ -266,12 +276,11 @@ def backward(
         grad_v, grad_context: (points, D) and (points, features); with no columns if not wanted.
         gradients, by_biases: Flat, with respect to the packed weights and biases; filled here.
     """
-    layers, chunk, number = tables.layers, tape.shape[1], grad_w.dtype
-    transposed = np.empty((chunk, _widest(tables.matrices)), number)
-    delta = np.empty((_most_rows(layers, grad_w.shape[1]), chunk), number)
-    grad, logs = np.empty((grad_w.shape[1], chunk), number), np.empty(chunk, number)
-    room = np.empty((2, chunk), number)
-    of_context = np.empty((grad_context.shape[1], chunk), number)
+    layers, chunk = tables.layers, tape.shape[1]
+    transposed = _room(chunk, _widest(tables.matrices), tape)
+    delta = _room(_most_rows(layers, grad_w.shape[1]), chunk, tape)
+    grad, logs, room = _room(grad_w.shape[1], chunk, tape), _room(1, chunk, tape)[0], _room(2, chunk, tape)
+    of_context = _room(grad_context.shape[1], chunk, tape)
     for b0 in range(first, end, chunk):
         points = min(chunk, end - b0)
         width, after = _padded(points), b0 // chunk * rows + _all_rows(layers)

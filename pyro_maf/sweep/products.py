@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 from pyro_maf.sweep.elementwise import INNER
 from pyro_maf.sweep.layout import Array
 
-__all__ = ["TALLEST", "add_product", "dot", "transpose"]
+__all__ = ["TALLEST", "VECTOR", "add_product", "dot", "transpose"]
 
 PANEL = 256
 """Number of terms added to all rows of y before the next ones, so that these rows of x stay in cache."""
