@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 from pyro_maf.sweep.compile_cache import stored
 from pyro_maf.sweep.elementwise import INNER, activate, compress, differentiate
 from pyro_maf.sweep.layout import CONTEXT, INPUTS, LANES, Array, Tables
-from pyro_maf.sweep.products import TALLEST, VECTOR, add_product, dot, transpose
+from pyro_maf.sweep.products import ADDED, TALLEST, VECTOR, add_product, dot, transpose
 from pyro_maf.sweep.sequential_kernel import Part, walk, walk_back, walk_row
 from pyro_maf.sweep.univariate_kernel import apply, pull_back
 
@@ -47,26 +47,29 @@ def pack(addresses: Array, tables: Tables, weights: Array, biases: Array) -> Non
         tables: The layers.
         weights, biases: Flat, filled here.
     """
-    seen = tables.seen
+    seen, row_order, column_order = tables.seen, tables.row_order, tables.column_order
     for matrix in tables.matrices:
         rows, columns, row_at, gain = matrix.rows, matrix.columns, matrix.rows_from, weights.dtype.type(matrix.gain)
-        weight = carray(_at(addresses[matrix.weight], weights), (rows, columns))
+        weight = carray(_at(addresses[matrix.weight], weights), (rows * columns,))
         bias = carray(_at(addresses[matrix.addend], weights), (rows,))
-        order = tables.column_order[matrix.columns_from : matrix.columns_from + columns]
+        order = np.uintp(matrix.columns_from)
         for r in range(rows):
-            place, count = tables.row_order[row_at + r], seen[row_at + r]
+            place, count = row_order[row_at + r], seen[row_at + r]
             if matrix.first:
                 biases[matrix.bias + r] = bias[place]
-            given, out = weight[place], weights[matrix.start + r * columns : matrix.start + (r + 1) * columns]
+            # Unsigned indices into whole arrays: slices would be counted as references, and keep loops from being
+            # vectorised.
+            at, own = np.uintp(place * columns), np.uintp(matrix.start + r * columns)
             if matrix.natural:
-                for k in range(count):
-                    out[k] = gain * given[k]
+                for k in range(np.uintp(count)):
+                    weights[own + k] = gain * weight[at + k]
             else:
-                for k in range(count):
-                    out[k] = gain * given[order[k]]
+                for k in range(np.uintp(count)):
+                    weights[own + k] = gain * weight[at + np.uintp(column_order[order + k])]
             # Tiles read no further, see `_height`.
-            for k in range(count, min(columns, max(seen[row_at + min(r + TALLEST, rows) - 1], count + TALLEST))):
-                out[k] = 0
+            most = min(columns, max(seen[row_at + min(r + TALLEST, rows) - 1], count + TALLEST))
+            for k in range(np.uintp(count), np.uintp(most)):
+                weights[own + k] = 0
 
 
 @njit(**INNER)
@@ -167,7 +170,7 @@ def forward(
         _load(context, b0, points, width, work[at_context:])
         logs[:] = 0
         for layer in tables.layers:
-            part = Part(work, here, here + layer.rows if keep else most, at_context, width, keep)
+            part = Part(work, here, here + layer.rows if keep else most, at_context, points, width, keep)
             if layer.levels == 0:
                 _pass(layer, tables, weights, biases, part, logs[:width], nowhere[:width])
             else:
@@ -185,7 +188,7 @@ def forward(
 def _pass(layer: Any, tables: Tables, weights: Array, biases: Array, part: Part, logs: Array, nowhere: Array) -> None:
     """A layer in its parallel direction."""
     variables, matrices, seen = tables.variables, tables.matrices, tables.seen
-    tape, here, after, context, width, keeps = part
+    tape, here, after, context, _, width, keeps = part
     for j in range(layer.seen):
         row = here + variables[layer.seen_from + j]
         compress(tape[row, :width], tape[here + layer.inputs + j, :width], nowhere)
@@ -207,7 +210,7 @@ def _pass(layer: Any, tables: Tables, weights: Array, biases: Array, part: Part,
 @njit(**INNER)
 def _begin(layer: Any, tables: Tables, weights: Array, biases: Array, part: Part) -> None:
     """Set all units to what does not depend on the variables: their biases, and the products with the context."""
-    tape, here, _, context, width, _ = part
+    tape, here, _, context, _, width, _ = part
     for m in range(layer.first, layer.end):
         matrix = tables.matrices[m]
         if matrix.source == CONTEXT:
@@ -226,22 +229,19 @@ def _multiply(
     """Add a matrix's product to its level and, if it is the last to be added, apply the activation."""
     own, slopes = here + matrix.own, here + matrix.slopes
     below = context if matrix.source == CONTEXT else here + matrix.below
+    start, step, first = matrix.start, matrix.columns, matrix.bias if matrix.first else ADDED
     r = 0
     while r < matrix.rows:
         last = r + _height(matrix.rows - r)
-        if matrix.first:
-            for q in range(r, last):
-                bias = biases[matrix.bias + q]
-                for t in range(width):
-                    tape[own + q, t] = bias
         if width == 1:
             column = tape.reshape(-1)
             for q in range(r, last):
-                at, count = matrix.start + q * matrix.columns, seen[matrix.rows_from + q]
-                column[own + q] += dot(weights, at, column, below, count)
+                at, count = matrix.start + q * step, seen[matrix.rows_from + q]
+                before = biases[matrix.bias + q] if matrix.first else column[own + q]
+                column[own + q] = before + dot(weights, at, column, below, count)
         else:
             columns = (0, seen[matrix.rows_from + last - 1])
-            add_product(weights, matrix.start, matrix.columns, 1, (r, last), columns, tape, below, tape, own, 0, width)
+            add_product(weights, start, step, 1, (r, last), columns, tape, below, tape, own, 0, width, biases, first)
         if matrix.kind >= 0:
             activate(matrix.kind, tape, own + r, own + last, tape, slopes - own, 0, width)
         r = last
@@ -279,6 +279,7 @@ def backward(
     layers, chunk = tables.layers, tape.shape[1]
     transposed = _room(chunk, _widest(tables.matrices), tape)
     delta = _room(_most_rows(layers, grad_w.shape[1]), chunk, tape)
+    zeros = np.zeros(len(delta), tape.dtype)
     grad, logs, room = _room(grad_w.shape[1], chunk, tape), _room(1, chunk, tape)[0], _room(2, chunk, tape)
     of_context = _room(grad_context.shape[1], chunk, tape)
     for b0 in range(first, end, chunk):
@@ -289,7 +290,7 @@ def backward(
         of_context[:] = 0
         for index in range(len(layers) - 1, -1, -1):
             layer = layers[index]
-            part = Part(tape, after - layer.rows, after, at_context, width, True)
+            part = Part(tape, after - layer.rows, after, at_context, points, width, True)
             to_variables = index > 0 or grad_v.shape[1] > 0
             if layer.levels:
                 walk_back(layer, tables, weights, part, grad, logs[:width], delta, room)
@@ -298,12 +299,13 @@ def backward(
             for m in range(layer.end - 1, layer.first - 1, -1):
                 matrix = tables.matrices[m]
                 if wanted[m]:
-                    _add_gradient(matrix, tables.seen, delta, part, transposed, b0 == first, gradients, by_biases)
+                    fresh = b0 == first
+                    _add_gradient(matrix, tables.seen, delta, part, transposed, zeros, fresh, gradients, by_biases)
                 if matrix.source == CONTEXT:
                     if len(of_context):
-                        _multiply_back(matrix, tables.heard, weights, delta, of_context, 0, part)
+                        _multiply_back(matrix, tables.heard, weights, zeros, delta, of_context, 0, part)
                 elif layer.levels == 0 and (matrix.source != INPUTS or to_variables):
-                    _multiply_back(matrix, tables.heard, weights, delta, delta, matrix.below, part)
+                    _multiply_back(matrix, tables.heard, weights, zeros, delta, delta, matrix.below, part)
             if layer.levels == 0 and to_variables:
                 _compress_back(layer, tables.variables, part, grad, delta, room)
             after = part.here
@@ -362,6 +364,7 @@ def _add_gradient(
     delta: Array,
     part: Part,
     transposed: Array,
+    zeros: Array,
     fresh: bool,
     gradients: Array,
     by_biases: Array,
@@ -374,40 +377,33 @@ def _add_gradient(
     transpose(part.tape, below, matrix.columns, width, transposed)
     transposed[:width, matrix.columns : matrix.stride] = 0
     own = gradients[matrix.grad : matrix.grad + matrix.rows * matrix.stride].reshape((matrix.rows, matrix.stride))
-    flat, step = delta.reshape(-1), delta.shape[1]
+    flat, start, step = delta.reshape(-1), matrix.own * delta.shape[1], delta.shape[1]
     r = 0
     while r < matrix.rows:
         last = r + _height(matrix.rows - r)
         columns = seen[matrix.rows_from + last - 1]
-        if fresh:
-            for q in range(r, last):
-                for k in range(_padded(columns)):
-                    own[q, k] = 0
-        add_product(flat, matrix.own * step, step, 1, (r, last), (0, width), transposed, 0, own, 0, 0, columns)
+        terms, first = (0, part.points), 0 if fresh else ADDED
+        add_product(flat, start, step, 1, (r, last), terms, transposed, 0, own, 0, 0, columns, zeros, first)
         r = last
     if matrix.first:
         for r in range(matrix.rows):
             total = delta.dtype.type(0)
-            for t in range(width):
+            for t in range(part.points):
                 total += delta[matrix.own + r, t]
             by_biases[matrix.bias + r] = total if fresh else total + by_biases[matrix.bias + r]
 
 
 @njit(**INNER)
 def _multiply_back(
-    matrix: Any, heard: Array, weights: Array, delta: Array, out: Array, out_row: int, part: Part
+    matrix: Any, heard: Array, weights: Array, zeros: Array, delta: Array, out: Array, out_row: int, part: Part
 ) -> None:
     """Add the transposed matrix's product with the gradient of its outputs to that of its inputs."""
-    width, step = part.width, matrix.columns
+    width, start, step, own, first = part.width, matrix.start, matrix.columns, matrix.own, 0 if matrix.fresh else ADDED
     k = 0
     while k < matrix.columns:
         last = k + _height(matrix.columns - k)
-        if matrix.fresh:
-            for q in range(out_row + k, out_row + last):
-                for t in range(width):
-                    out[q, t] = 0
         rows = (heard[matrix.columns_from + k], matrix.rows)
-        add_product(weights, matrix.start, 1, step, (k, last), rows, delta, matrix.own, out, out_row, 0, width)
+        add_product(weights, start, 1, step, (k, last), rows, delta, own, out, out_row, 0, width, zeros, first)
         if matrix.below_kind >= 0:
             below, slopes = part.here + matrix.below + k, matrix.below_slopes - matrix.below
             end = below + last - k
@@ -426,23 +422,21 @@ def unpack(tables: Tables, offsets: Array, gradients: Array, by_biases: Array, f
         gradients, by_biases: From `backward`.
         flat: Filled here.
     """
+    seen, row_order, column_order = tables.seen, tables.row_order, tables.column_order
     for matrix in tables.matrices:
-        rows, columns, gain = matrix.rows, matrix.columns, flat.dtype.type(matrix.gain)
-        order = tables.column_order[matrix.columns_from : matrix.columns_from + columns]
+        rows, columns, gain, order = matrix.rows, matrix.columns, flat.dtype.type(matrix.gain), matrix.columns_from
         for r in range(rows):
-            place, count = tables.row_order[matrix.rows_from + r], tables.seen[matrix.rows_from + r]
-            at = offsets[matrix.weight] + place * columns
-            start = matrix.grad + r * matrix.stride
-            out, own = flat[at : at + columns], gradients[start : start + count]
+            place, count = row_order[matrix.rows_from + r], np.uintp(seen[matrix.rows_from + r])
+            at, own = np.uintp(offsets[matrix.weight] + place * columns), np.uintp(matrix.grad + r * matrix.stride)
             if matrix.natural:
                 for k in range(count):
-                    out[k] = gain * own[k]
-                for k in range(count, columns):
-                    out[k] = 0
+                    flat[at + k] = gain * gradients[own + k]
+                for k in range(count, np.uintp(columns)):
+                    flat[at + k] = 0
             else:
                 for k in range(count):
-                    out[order[k]] = gain * own[k]
-                for k in range(count, columns):
-                    out[order[k]] = 0
+                    flat[at + np.uintp(column_order[np.uintp(order) + k])] = gain * gradients[own + k]
+                for k in range(count, np.uintp(columns)):
+                    flat[at + np.uintp(column_order[np.uintp(order) + k])] = 0
             if matrix.first:
                 flat[offsets[matrix.addend] + place] = by_biases[matrix.bias + r]

@@ -14,12 +14,14 @@ from numba.extending import intrinsic
 from pyro_maf.sweep.elementwise import INNER
 from pyro_maf.sweep.layout import Array
 
-__all__ = ["TALLEST", "VECTOR", "add_product", "dot", "transpose"]
+__all__ = ["ADDED", "TALLEST", "VECTOR", "add_product", "dot", "transpose"]
 
 PANEL = 256
 """Number of terms added to all rows of y before the next ones, so that these rows of x stay in cache."""
 VECTOR = 64
 """Bytes of a row that are processed together."""
+ADDED = -1
+"""For sums that are added to what is there."""
 TALLEST = 8 if "+avx512f" in get_host_cpu_features() else 6
 """Maximum number of rows whose sums fit the processor's registers along with the operands."""
 
@@ -38,23 +40,27 @@ def add_product(
     y_row: int,
     t0: int,
     t1: int,
+    initial: Array,
+    initial_at: int,
 ) -> None:
     """y[y_row + r] += sum_k W[r, k] x[x_row + k] for r in `rows`, k in `columns` and tape columns t0 .. t1 - 1.
 
-    W[r, k] is weights[start + r row_step + k column_step]. The tape columns are a multiple of `LANES`.
+    W[r, k] is weights[start + r row_step + k column_step]. The tape columns are a multiple of `LANES`. Unless
+    `initial_at` is `ADDED`, y[y_row + r] is replaced: the sum is added to initial[initial_at + r].
     """
     # numba compiles a function anew for each combination of arguments that are literals, here the tiny outer one.
     of_rows, of_columns = (np.intp(rows[0]), np.intp(rows[1])), (np.intp(columns[0]), np.intp(columns[1]))
-    at_x, at_y, first, end = np.intp(x_row), np.intp(y_row), np.intp(t0), np.intp(t1)
-    _add_product(weights, start, row_step, column_step, of_rows, of_columns, x, at_x, y, at_y, first, end)
+    at_x, at_y, first, end, of_initial = np.intp(x_row), np.intp(y_row), np.intp(t0), np.intp(t1), np.intp(initial_at)
+    if of_columns[0] < of_columns[1] or of_initial >= 0:
+        steps = row_step, column_step
+        _add_product(weights, start, steps, of_rows, of_columns, x, at_x, y, at_y, first, end, initial, of_initial)
 
 
 @njit(**INNER)
 def _add_product(
     weights: Array,
     start: int,
-    row_step: int,
-    column_step: int,
+    steps: Any,
     rows: Any,
     columns: Any,
     x: Array,
@@ -63,78 +69,125 @@ def _add_product(
     y_row: int,
     t0: int,
     t1: int,
+    initial: Array,
+    initial_at: int,
 ) -> None:
-    for k in range(columns[0], columns[1], PANEL):
+    row_step, column_step = steps
+    vector, k = VECTOR // y.itemsize, columns[0]
+    while True:
         terms = min(PANEL, columns[1] - k)
         r, end = rows
         while r < end:
-            left, at = end - r, start + r * row_step + k * column_step
-            for t in range(t0, t1, VECTOR // y.itemsize):
-                if left >= TALLEST:
-                    _add_tile(TALLEST, weights, at, row_step, column_step, x, x_row + k, y, y_row + r, t, terms)
-                elif left >= 4:
-                    _add_tile(4, weights, at, row_step, column_step, x, x_row + k, y, y_row + r, t, terms)
-                elif left >= 2:
-                    _add_tile(2, weights, at, row_step, column_step, x, x_row + k, y, y_row + r, t, terms)
-                else:
-                    _add_tile(1, weights, at, row_step, column_step, x, x_row + k, y, y_row + r, t, terms)
-            r += TALLEST if left >= TALLEST else 4 if left >= 4 else 2 if left >= 2 else 1
+            left, at, own = end - r, (start + r * row_step + k * column_step, row_step, column_step), y_row + r
+            begin, t = initial_at + r if initial_at >= 0 else ADDED, t0
+            if left >= TALLEST:
+                while t + vector < t1:
+                    _add_tile(TALLEST, 2, weights, at, x, x_row + k, y, own, t, terms, initial, begin)
+                    t += 2 * vector
+                if t < t1:
+                    _add_tile(TALLEST, 1, weights, at, x, x_row + k, y, own, t, terms, initial, begin)
+                r += TALLEST
+            elif left >= 4:
+                while t < t1:
+                    _add_tile(4, 1, weights, at, x, x_row + k, y, own, t, terms, initial, begin)
+                    t += vector
+                r += 4
+            elif left >= 2:
+                while t < t1:
+                    _add_tile(2, 1, weights, at, x, x_row + k, y, own, t, terms, initial, begin)
+                    t += vector
+                r += 2
+            else:
+                while t < t1:
+                    _add_tile(1, 1, weights, at, x, x_row + k, y, own, t, terms, initial, begin)
+                    t += vector
+                r += 1
+        k += PANEL
+        initial_at = ADDED
+        if k >= columns[1]:
+            break
 
 
 def _tile(
     typing: Any,
     height: Any,
+    vectors: Any,
     weights: Any,
     at: Any,
-    row_step: Any,
-    column_step: Any,
     x: Any,
     x_row: Any,
     y: Any,
     y_row: Any,
     t: Any,
     terms: Any,
+    initial: Any,
+    initial_at: Any,
 ) -> Any:
     """Signature and LLVM code generator of `_add_tile`.
 
-    `_add_tile` is `add_product` for `height` rows of y, one vector of tape columns from t on, and `terms` terms with
-    the weights from `at` on. The sums stay in registers until all terms are added, which a loop over arrays does not
+    `_add_tile` is `add_product` for `height` rows of y, `vectors` vectors of tape columns from t on, and `terms` terms
+    with the weights from `at` on, which has their steps, too. The sums stay in registers until all terms are added, which a loop over arrays does not
     achieve.
     """
     index = types.intp
-    return types.void(height, weights, index, index, index, x, index, y, index, index, index), _generate_tile
+    three = types.UniTuple(index, 3)
+    return types.void(height, vectors, weights, three, x, index, y, index, index, index, initial, index), _generate_tile
 
 
 def _generate_tile(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    _, _, at, row_step, column_step, _, x_row, _, y_row, t, terms = arguments
-    weights, x, y = (
-        context.make_array(signature.args[position])(context, builder, arguments[position]) for position in (1, 5, 7)
-    )
-    number = context.get_data_type(signature.args[1].dtype)
+    _, _, _, of_weights, _, x_row, _, y_row, t, terms, _, initial_at = arguments
+    arrays = [(signature.args[place], arguments[place]) for place in (2, 4, 6, 10)]
+    weights, x, y, initial = (context.make_array(kind)(context, builder, array) for kind, array in arrays)
+    at, row_step, column_step = cgutils.unpack_tuple(builder, of_weights)
+    number = context.get_data_type(signature.args[2].dtype)
     size = context.get_abi_sizeof(number)
     vector = ir.VectorType(number, VECTOR // size)
     undefined, zeros = ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), vector.count), None)
 
-    def place(array: Any, row: Any) -> Any:
-        """Pointer to the vector of a row."""
-        width = cgutils.unpack_tuple(builder, array.shape)[1]
-        first = builder.gep(array.data, [builder.add(builder.mul(row, width), t)])
-        return builder.bitcast(first, vector.as_pointer())
+    def constant(value: int) -> Any:
+        return context.get_constant(types.intp, value)
 
-    rows = range(signature.args[0].literal_value)
-    places = [place(y, builder.add(y_row, context.get_constant(types.intp, row))) for row in rows]
-    sums = [cgutils.alloca_once_value(builder, builder.load(at_row, align=size)) for at_row in places]
+    def places(array: Any, row: Any) -> list[Any]:
+        """Pointers to the vectors of a row."""
+        width = cgutils.unpack_tuple(builder, array.shape)[1]
+        first = builder.add(builder.mul(row, width), t)
+        ends = [
+            builder.add(first, constant(number * vector.count)) for number in range(signature.args[1].literal_value)
+        ]
+        return [builder.bitcast(builder.gep(array.data, [end]), vector.as_pointer()) for end in ends]
+
+    def repeated(array: Any, index: Any) -> Any:
+        """A vector of an entry."""
+        entry = builder.load(builder.gep(array.data, [index]))
+        return builder.shuffle_vector(
+            builder.insert_element(undefined, entry, ir.Constant(ir.IntType(32), 0)), undefined, zeros
+        )
+
+    rows = [places(y, builder.add(y_row, constant(row))) for row in range(signature.args[0].literal_value)]
+    sums = [[cgutils.alloca_once(builder, vector) for _ in row] for row in rows]
+    is_added = builder.icmp_signed("<", initial_at, constant(0))
+    with builder.if_else(is_added) as (then, otherwise):
+        with then:
+            for totals, row in zip(sums, rows, strict=True):
+                for total, place in zip(totals, row, strict=True):
+                    builder.store(builder.load(place, align=size), total)
+        with otherwise:
+            for index, totals in enumerate(sums):
+                first = repeated(initial, builder.add(initial_at, constant(index)))
+                for total in totals:
+                    builder.store(first, total)
     with cgutils.for_range(builder, terms) as loop:
-        seen = builder.load(place(x, builder.add(x_row, loop.index)), align=size)
+        seen = [builder.load(place, align=size) for place in places(x, builder.add(x_row, loop.index))]
         weight_at = builder.add(at, builder.mul(loop.index, column_step))
-        for total in sums:
-            weight = builder.load(builder.gep(weights.data, [weight_at]))
+        for totals in sums:
+            weight = repeated(weights, weight_at)
             weight_at = builder.add(weight_at, row_step)
-            first = builder.insert_element(undefined, weight, ir.Constant(ir.IntType(32), 0))
-            term = builder.fmul(builder.shuffle_vector(first, undefined, zeros), seen, flags=("contract",))
-            builder.store(builder.fadd(builder.load(total), term, flags=("contract",)), total)
-    for total, at_row in zip(sums, places, strict=True):
-        builder.store(builder.load(total), at_row, align=size)
+            for total, factor in zip(totals, seen, strict=True):
+                term = builder.fmul(weight, factor, flags=("contract",))
+                builder.store(builder.fadd(builder.load(total), term, flags=("contract",)), total)
+    for totals, row in zip(sums, rows, strict=True):
+        for total, place in zip(totals, row, strict=True):
+            builder.store(builder.load(total), place, align=size)
     return context.get_dummy_value()
 
 

@@ -16,7 +16,7 @@ from numba import njit
 
 from pyro_maf.sweep.elementwise import INNER, activate, compress, differentiate
 from pyro_maf.sweep.layout import Array, Tables
-from pyro_maf.sweep.products import add_product, dot
+from pyro_maf.sweep.products import ADDED, add_product, dot
 from pyro_maf.sweep.univariate_kernel import apply, pull_back
 
 __all__ = ["Part", "walk", "walk_back", "walk_row"]
@@ -28,7 +28,8 @@ class Part(NamedTuple):
     Attributes:
         tape: (rows, points).
         here, after, context: First rows of the layer, of its result and of the context.
-        width: Number of points, padded.
+        points: Number of points.
+        width: The same, padded.
         keeps: Whether the result is that of all variables, the first rows of the next layer; or one row for all, which
             is copied over the variable's input.
     """
@@ -37,6 +38,7 @@ class Part(NamedTuple):
     here: int
     after: int
     context: int
+    points: int
     width: int
     keeps: bool
 
@@ -96,7 +98,7 @@ def _add(
         start, step, lower, row = matrix.start, matrix.columns, here + matrix.below, here + matrix.own
         low, high = final[level, own[0]], final[level, own[1]]
         columns = (final[level - 1, below[0]], final[level - 1, below[1]])
-        add_product(weights, start, step, 1, (low, high), columns, tape, lower, tape, row, 0, width)
+        add_product(weights, start, step, 1, (low, high), columns, tape, lower, tape, row, 0, width, weights, ADDED)
         if completes and level < layer.levels:
             activate(matrix.kind, tape, row + low, row + high, tape, matrix.slopes - matrix.own, 0, width)
 
@@ -104,7 +106,7 @@ def _add(
 @njit(**INNER)
 def _map(layer: Any, variables: Array, i: int, part: Part, logs: Array, nowhere: Array) -> None:
     """w of a variable from its v and parameters, and what the network sees of it."""
-    tape, here, after, _, width, keeps = part
+    tape, here, after, _, _, width, keeps = part
     row = variables[layer.moved_from + i]
     x, w = tape[here + row, :width], tape[after + row if keeps else after, :width]
     apply(layer, i, variables, tape, here, 0, x, w, logs)
@@ -146,7 +148,7 @@ def walk_back(
     """
     final, dim, block = _steps(layer, tables.steps), layer.moved, 2 * layer.block  # as weights are read down columns
     matrices, variables = tables.matrices, tables.variables
-    tape, here, after, _, width, _ = part
+    tape, here, after, _, _, width, _ = part
     for i0 in range((dim - 1) // block * block, -1, -block):
         i1 = min(dim, i0 + block)
         for level in range(layer.levels - 1, -1, -1):
@@ -173,7 +175,9 @@ def walk_back(
 @njit(**INNER)
 def _add_back(matrix: Any, weights: Array, own: Any, above: Any, delta: Array, width: int) -> None:
     """Add to the gradients of some of a matrix's inputs the products with those of some of its outputs."""
-    add_product(weights, matrix.start, 1, matrix.columns, own, above, delta, matrix.own, delta, matrix.below, 0, width)
+    row, lower = matrix.own, matrix.below
+    step = matrix.columns
+    add_product(weights, matrix.start, 1, step, own, above, delta, row, delta, lower, 0, width, weights, ADDED)
 
 
 @njit(**INNER)
