@@ -126,8 +126,8 @@ def _tile(
     """Signature and LLVM code generator of `_add_tile`.
 
     `_add_tile` is `add_product` for `height` rows of y, `vectors` vectors of tape columns from t on, and `terms` terms
-    with the weights from `at` on, which has their steps, too. The sums stay in registers until all terms are added, which a loop over arrays does not
-    achieve.
+    with the weights from `at` on; `at` has their steps, too. The sums stay in registers until all terms are added,
+    which a loop over arrays does not achieve.
     """
     index = types.intp
     three = types.UniTuple(index, 3)
