@@ -1116,6 +1116,6 @@ def test_an_encoder_that_returns_no_features_is_refused(context: Any) -> None:
 
 
 def test_a_support_without_a_bijection_is_named() -> None:
-    factors = dist.ImproperUniform(constraints.lower_cholesky, (), (2, 2))
-    with pytest.raises(ValueError, match=r"AutoIAF knows no map .* site factor, LowerCholesky.*poutine\.reparam"):
-        AutoIAF(lambda: pyro.sample("factor", factors)).setup()
+    directions = dist.ImproperUniform(dist.constraints.sphere, (), (3,))
+    with pytest.raises(ValueError, match=r"AutoIAF knows no map .* site direction, .*poutine\.reparam"):
+        AutoIAF(lambda: pyro.sample("direction", directions)).setup()
