@@ -32,6 +32,7 @@ def test_dtypes_and_sizes_are_kept_apart() -> None:
             for _ in range(3):
                 tensor = empty(size, like.to(dtype))
                 assert (tensor.dtype, tensor.shape) == (dtype, (size,))
+                assert tensor.data_ptr() % memory_pool.LINE == 0
 
 
 def test_no_more_is_held_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
