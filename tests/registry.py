@@ -24,6 +24,7 @@ from pyro_maf import (
 from pyro_maf.nn import ACTIVATIONS
 from pyro_maf.transforms import BatchNorm, ConditionalFlow, Flow, LowerTriangularAffine
 from pyro_maf.transforms.low_rank import LowRankHead
+from pyro_maf.transforms.triangular import Head
 from pyro_maf.univariate import Spline
 
 
@@ -55,6 +56,13 @@ class Architecture:
     def stack(self) -> dict[str, Any]:
         order = self.permutation.tolist() if self.order == "given" else self.order
         return {**self.network, "num_layers": self.num_layers, "order": order, "seed": self.seed}
+
+    @property
+    def normal(self) -> dict[str, Tensor]:
+        """A location and a lower triangular factor."""
+        generator = torch.Generator().manual_seed(self.seed)
+        loc, factor = torch.randn(2, self.input_dim, self.input_dim, generator=generator) / self.input_dim**0.5
+        return {"loc": loc[0], "scale_tril": factor.tril(-1) + loc.diagonal().exp().diag()}
 
     @property
     def mask(self) -> Tensor:
@@ -108,6 +116,16 @@ REGISTRY: dict[str, Builder] = {
     "Stack": lambda a: transforms.Stack(
         [MAF(a.input_dim, **a.stack), transforms.Permute(a.permutation), IAF(a.input_dim, **a.stack).inv]
     ),
+    "Stack with affine layers": lambda a: transforms.Stack(
+        [
+            transforms.ActNorm(a.input_dim),
+            transforms.Permute(a.permutation),
+            transforms.LowerTriangularAffine(a.input_dim),
+            transforms.MaskedAutoregressive(a.input_dim, **a.layer),
+            transforms.BatchNorm(a.input_dim).inv,
+            Head(a.input_dim, **a.normal),
+        ]
+    ),
     "ConditionalMaskedAutoregressive": lambda a: transforms.ConditionalMaskedAutoregressive(
         a.input_dim, a.context_dim, **a.layer
     ),
@@ -139,6 +157,8 @@ def build(name: str, a: Architecture, dtype: torch.dtype, device: str, gain: flo
             if isinstance(member, BatchNorm):
                 member.mean.copy_(torch.randn(member.input_dim))
                 member.variance.copy_(torch.rand(member.input_dim) + 0.1)
+            if isinstance(member, Head):
+                member.free.div_(a.input_dim**0.5)
             if isinstance(member, LowerTriangularAffine):
                 # A triangular matrix with entries of size 1 is singular but for rounding from ten rows on.
                 last = member.network.layers[-1] if member.context_dim else torch.nn.Module()

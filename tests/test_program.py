@@ -11,10 +11,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 from pyro_maf import IAF, MAF, ConditionalFlowPrior, FlowPrior, RealNVP
 from pyro_maf.sweep import loading, program, threads
-from pyro_maf.transforms import BatchNorm, Coupling, Flow, MaskedAutoregressive, Permute, Stack
+from pyro_maf.transforms import (
+    ActNorm,
+    BatchNorm,
+    Coupling,
+    Flow,
+    LowerTriangularAffine,
+    MaskedAutoregressive,
+    Permute,
+    Stack,
+)
+from pyro_maf.transforms.low_rank import LowRankHead
+from pyro_maf.transforms.triangular import Head
 from tests.registry import Architecture, architectures, build
 from tests.test_sweep import TOLERANCE, in_torch, largest_difference
 
@@ -29,6 +41,7 @@ NAMES = (
     "IAF",
     "RealNVP",
     "Stack",
+    "Stack with affine layers",
     "ConditionalMAF",
     "ConditionalIAF",
     "ConditionalRealNVP",
@@ -108,8 +121,68 @@ def test_a_mixed_stack_is_one_operation() -> None:
     y = torch.randn(5, 4)
     assert is_one_program(flow.inverse_and_log_det(y)[1])
     assert is_one_program(flow.forward_and_log_det(y)[1])
-    assert not is_one_program(Stack([flow, BatchNorm(4), flow]).inverse_and_log_det(y)[1])
+    assert not is_one_program(Stack([flow, flow, LowRankHead(4, 2)]).inverse_and_log_det(y)[1])
     assert torch.allclose(flow.inv(flow(y).clone()), y, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [BatchNorm, ActNorm, LowerTriangularAffine, Head])
+def test_affine_layers_do_not_cut_a_run(layer: type[Flow]) -> None:
+    maf = MAF(4, num_layers=2, hidden_dims=[8])
+    flow, y = Stack([maf, layer(4), maf]), torch.randn(5, 4)
+    sets_itself = layer in (BatchNorm, ActNorm)
+    assert is_one_program(flow.forward_and_log_det(y)[1])
+    assert is_one_program(flow.inverse_and_log_det(y)[1]) != sets_itself
+    assert is_one_program(flow.inverse_and_log_det(y)[1]) == (layer is not BatchNorm)  # set by the first batch
+    assert is_one_program(flow.eval().inverse_and_log_det(y)[1])
+    assert is_one_program(flow.train().inverse_and_log_det(y)[1]) == (layer is not BatchNorm)
+    assert torch.allclose(flow.eval().inv(flow(y).clone()), y, atol=1e-5)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_affine_layers_are_never_stale(inverse: bool) -> None:
+    flow: Any = build("Stack with affine layers", SMALL, double, "cpu")
+    v = torch.randn(9, 4, dtype=double)
+
+    def result(of: Flow) -> Tensor:
+        with torch.no_grad():
+            return (of.inverse_and_log_det if inverse else of.forward_and_log_det)(v)[0]
+
+    with torch.inference_mode():  # what is computed here serves no graph, but does not hinder one
+        before = result(flow).clone()
+    flow.forward_and_log_det(v)[0].sum().backward()
+    for name, tensor in [*flow.named_parameters(), *flow.named_buffers()]:
+        if tensor.is_floating_point() and "mask" not in name:
+            with torch.no_grad():
+                tensor.mul_(1.1)
+            after = result(flow)
+            assert torch.equal(after, result(copy.deepcopy(flow)))
+            assert not torch.allclose(after, before)
+            with in_torch():
+                assert torch.allclose(after, result(flow))
+            before = after
+
+
+@pytest.mark.parametrize("way", ["hook", "parametrization", "frozen", "gradient of a buffer"])
+def test_affine_layers_of_a_users_own_are_kept_to(way: str) -> None:
+    flow: Any = Stack([MAF(4, num_layers=2, hidden_dims=[8]), ActNorm(4), BatchNorm(4)]).eval()
+    if way == "hook":
+        prune.l1_unstructured(flow[1], "log_scale", 2)
+    elif way == "parametrization":
+        parametrize.register_parametrization(flow[1], "log_scale", nn.Softplus())
+    elif way == "frozen":
+        flow[1].loc.requires_grad_(False)
+    else:
+        flow[2].variance.requires_grad_()
+    v = torch.randn(9, 4)
+    tensors = [tensor for tensor in (*flow.parameters(), *flow.buffers()) if tensor.requires_grad]
+    for _ in range(2):
+        found = results(flow, True, v, None, tensors)
+        with in_torch():
+            wanted = results(flow, True, v, None, tensors)
+        for one, other in zip((*found[:2], *found[2]), (*wanted[:2], *wanted[2]), strict=True):
+            assert torch.allclose(one, other, atol=1e-4)
+        with torch.no_grad():
+            (flow[1].parametrizations.log_scale.original if way == "parametrization" else flow[1].loc).add_(0.5)
 
 
 def test_a_weight_changed_before_the_backward_is_noticed() -> None:

@@ -19,6 +19,7 @@ from pyro_maf.training import joined, loop
 from pyro_maf.training.joined import JoinedLikelihood, objective_of
 from pyro_maf.training.objective import MaximumLikelihood
 from pyro_maf.training.records import Checkpoint
+from pyro_maf.transforms import ActNorm, LowerTriangularAffine, Stack
 
 pytestmark = pytest.mark.skipif(loading.kernels() is None, reason="no compiled kernels on this machine")
 
@@ -36,6 +37,7 @@ FLOWS: dict[str, Callable[[], Any]] = {
     "RealNVP": lambda: small(RealNVP, activation="tanh"),
     "conditional": lambda: small(context_dim=2),
     "double": lambda: small().double(),
+    "act norm": lambda: Stack([ActNorm(3), small(), ActNorm(3), LowerTriangularAffine(3)]),
 }
 
 

@@ -7,10 +7,10 @@ the other.
 """
 
 from pyro_maf.sweep.function import Run, run
-from pyro_maf.sweep.layout import Step
+from pyro_maf.sweep.layout import Step, Triangular
 from pyro_maf.sweep.program import forget
 from pyro_maf.sweep.threads import Alone
 from pyro_maf.sweep.torch_layers import parallel, solve
 from pyro_maf.sweep.torch_sweep import plan_of, walk
 
-__all__ = ["Alone", "Run", "Step", "forget", "parallel", "plan_of", "run", "solve", "walk"]
+__all__ = ["Alone", "Run", "Step", "Triangular", "forget", "parallel", "plan_of", "run", "solve", "walk"]

@@ -22,14 +22,13 @@ import numba
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 from pyro_maf._core.files import write_whole
-from pyro_maf.nn import BULK
 from pyro_maf.univariate import Affine, Spline
 
 __all__ = ["stored"]
 
 SOURCES = ("elementwise", "layout", "parallel_kernel", "products", "sequential_kernel", "univariate_kernel")
 """Modules that the compiled code is built from. numba itself checks only the module of the function."""
-CONSTANTS = BULK, Affine.BOUND, Spline.GAIN, Spline.STEEPEST, Spline.LOG_SLOPE
+CONSTANTS = Affine.BOUND, Spline.GAIN, Spline.STEEPEST, Spline.LOG_SLOPE
 """Numbers of other modules that it holds."""
 SEAL = hashlib.sha256().digest_size
 

@@ -1,4 +1,4 @@
-"""Elementwise functions of the kernels: activations, the affine map, the compression of a network's inputs."""
+"""Elementwise functions of the kernels: activations, the affine maps, the compression of a network's inputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from pyro_maf.nn import BULK
 from pyro_maf.sweep.layout import Array
 from pyro_maf.univariate import Affine
 
@@ -22,6 +21,8 @@ __all__ = [
     "compress",
     "differentiate",
     "exp",
+    "linear",
+    "linear_back",
     "log",
     "tanh",
 ]
@@ -262,9 +263,55 @@ def affine_back(
 
 
 @njit(**INNER)
-def compress(x: Array, seen: Array, slope: Array) -> None:
-    """Write `compress_tails` of x, and its derivative to `slope`."""
-    one, bulk = x.dtype.type(1), x.dtype.type(BULK)
+def linear(x: Array, shift: Array, scale: Array, sign: int, log_sign: int, w: Array, log_det: Array) -> None:
+    """w = x e + s, or (x - s) e for sign -1, with e = exp(sign a), for the shift s and an a that all points share.
+
+    Adds log_sign a to log_det.
+    """
+    number = x.dtype.type
+    a = scale[0]
+    e = exp(number(sign) * a)
+    if sign > 0:
+        for t in range(len(x)):
+            w[t] = x[t] * e + shift[t]
+    else:
+        for t in range(len(x)):
+            w[t] = (x[t] - shift[t]) * e
+    for t in range(len(x)):
+        log_det[t] += number(log_sign) * a
+
+
+@njit(**INNER)
+def linear_back(
+    x: Array,
+    w: Array,
+    scale: Array,
+    sign: int,
+    log_sign: int,
+    grad: Array,
+    grad_log_det: Array,
+    grad_shift: Array,
+    grad_scale: Array,
+) -> None:
+    """The adjoint of `linear`."""
+    number = x.dtype.type
+    e, of_log = exp(number(sign) * scale[0]), number(log_sign)
+    if sign > 0:
+        for t in range(len(x)):
+            grad_shift[t] = grad[t]
+            grad_scale[t] = of_log * grad_log_det[t] + grad[t] * x[t] * e
+    else:
+        for t in range(len(x)):
+            grad_shift[t] = -grad[t] * e
+            grad_scale[t] = of_log * grad_log_det[t] - grad[t] * w[t]
+    for t in range(len(x)):
+        grad[t] *= e
+
+
+@njit(**INNER)
+def compress(x: Array, seen: Array, slope: Array, end_of_bulk: float) -> None:
+    """Write `compress_tails` of x, and its derivative to `slope`; with an infinite bulk, x itself."""
+    one, bulk = x.dtype.type(1), x.dtype.type(end_of_bulk)
     far = False
     for t in range(len(x)):
         seen[t] = x[t]

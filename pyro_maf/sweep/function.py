@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from pyro_maf._core.memory_pool import empty
 from pyro_maf._core.torch_state import is_intercepted
-from pyro_maf.sweep.layout import LANES, Array, Step
+from pyro_maf.sweep.layout import LANES, Array, Step, Triangular
 from pyro_maf.sweep.loading import kernels, loaded
 from pyro_maf.sweep.program import Pack, Program, Reading, program_of
 from pyro_maf.sweep.threads import Alone, in_parts
-from pyro_maf.sweep.torch_layers import at_once, gradients, one_by_one, together
+from pyro_maf.sweep.torch_layers import at_once, gradients, one_by_one, together, triangular
 
 __all__ = ["Run", "run"]
 
@@ -38,11 +38,11 @@ class Run(NamedTuple):
     """
 
     program: Program
-    steps: Sequence[Step]
+    steps: Sequence[Step | Triangular]
     tensors: Sequence[Tensor]
 
     @classmethod
-    def of(cls, owner: nn.Module, place: object, steps: Sequence[Step]) -> Run | None:
+    def of(cls, owner: nn.Module, place: object, steps: Sequence[Step | Triangular]) -> Run | None:
         """The layers in their current state, or None where no program has them and torch is to apply them.
 
         Args:
@@ -55,6 +55,11 @@ class Run(NamedTuple):
             return None
         program = program_of(owner, place, steps, reading)
         return None if program is None else cls(program, steps, reading.tensors)
+
+    def of_networks(self) -> list[Tensor]:
+        """Those of the tensors that are weights and biases of networks."""
+        others = {id(tensor) for step in self.steps if isinstance(step, Triangular) for tensor in step.tensors}
+        return [tensor for tensor in self.tensors if id(tensor) not in others]
 
     def __call__(self, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor] | None:
         r"""The layers in turn, or None where torch is to apply them.
@@ -155,7 +160,7 @@ _requires_grad = operator.attrgetter("requires_grad")
 
 
 def run(
-    owner: nn.Module, place: object, steps: Sequence[Step], v: Tensor, context: Tensor | None
+    owner: nn.Module, place: object, steps: Sequence[Step | Triangular], v: Tensor, context: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """The layers in turn, as a `Run` of them, or None where torch is to apply them."""
     if is_intercepted():
@@ -320,7 +325,7 @@ def _by_plain_operations(
 
 
 def _plain_density(
-    steps: Sequence[Step], v: Tensor, context: Tensor | None, tensors: Sequence[Tensor]
+    steps: Sequence[Step | Triangular], v: Tensor, context: Tensor | None, tensors: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """The log-density by plain operations, up to the constant."""
     w, log_det = _plain(steps, v, context, tensors)
@@ -328,11 +333,15 @@ def _plain_density(
 
 
 def _plain(
-    steps: Sequence[Step], v: Tensor, context: Tensor | None, tensors: Sequence[Tensor]
+    steps: Sequence[Step | Triangular], v: Tensor, context: Tensor | None, tensors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The layers in turn by plain operations, with these tensors as the networks' own."""
     every, total = iter(tensors), v.new_zeros(len(v))
     for step in steps:
+        if isinstance(step, Triangular):
+            v, log_det = triangular(step, v, every)
+            total = total + step.log_sign * log_det
+            continue
         if step.univariate is None:
             v = v[:, step.moved]
             continue

@@ -2,8 +2,10 @@ r"""Tables of integers that describe a run of layers, each in its parallel or it
 
 A layer is some networks and an elementwise map: the networks see some variables and output the parameters of the map of
 others. Sorted degrees make every mask a staircase: row r of a matrix sees columns 0 .. seen[r] - 1, and column k is
-seen by the rows from heard[k] on. The matrix of a coupling is a staircase of one step, and a context is a matrix
-of its own, whose product is added. So layers of all kinds are rows of the same tables.
+seen by the rows from heard[k] on. The matrix of a coupling is a staircase of one step, a context is a matrix of its
+own, whose product is added, and a triangular map has a network of one level: its matrix is L below the diagonal, its
+biases are the location, and a matrix without columns has the log-scales as biases. So layers of all kinds are rows of
+the same tables.
 
 The tape has a row for each quantity and a column for each point. The rows of a layer: its D variables, what its
 networks see, and the units of each level; the outputs are overwritten as `univariate_kernel.apply` says. After the last
@@ -12,17 +14,24 @@ layer come D rows for the result, and those of the context.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
 
-from pyro_maf.nn import ACTIVATIONS, MADE
+from pyro_maf.nn import ACTIVATIONS, BULK, MADE
 from pyro_maf.nn.layers import Linear
 from pyro_maf.univariate import Affine, Spline, UnivariateMap
 
-__all__ = ["CONTEXT", "INPUTS", "LANES", "MAPS", "UNITS", "Array", "Layout", "Step", "Tables", "UnfitError"] + [
+__all__ = ["CONTEXT", "INPUTS", "LANES", "LINEAR", "MAPS", "UNITS"] + [
+    "Array",
+    "Layout",
+    "Step",
+    "Tables",
+    "Triangular",
+    "UnfitError",
     "gain_of",
     "map_of",
 ]
@@ -36,12 +45,15 @@ NOT_BY_VALUE = ("silu", "gelu")
 """Activations whose derivative has rows of its own, since the value does not determine it."""
 MAPS = (Affine, Spline)
 """Univariate maps that the kernels have."""
+LINEAR = len(MAPS)
+"""Number of the map of a triangular layer: y = x exp(a) + s, with P = 2 parameters s and a; all points have one a."""
 LAYER_FIELDS = (
     ["rows", "first", "end", "inputs", "seen_from", "seen", "moved_from", "moved", "rest_from", "rest", "phi_from"]
     + ["sign", "log_sign", "levels", "matrices", "steps_from", "block"]
 )  # fmt: skip
 MAP_FIELDS = ["univariate", "outputs", "bins", "bound"]
-LAYER = np.dtype([*((name, np.int64) for name in LAYER_FIELDS + MAP_FIELDS[:-1]), ("bound", np.float64)])
+NUMBERS = [("bound", np.float64), ("bulk", np.float64)]
+LAYER = np.dtype([*((name, np.int64) for name in LAYER_FIELDS + MAP_FIELDS[:-1]), *NUMBERS])
 """A layer.
 
 Fields: `rows` of the tape; matrices `first` .. `end` - 1; row of its `inputs`; where its lists of variables begin in
@@ -50,11 +62,12 @@ map's parameters begin there, those of one variable after those of another; the 
 -1 for x from y; the sign of the log-derivatives in the log-determinant; in the sequential direction, the number of
 `levels` above the inputs, or else 0, and of `matrices` a level; where the numbers of final units begin in `steps`, and
 the number of variables in a `block`; the number of the `univariate` map in `MAPS`; that of its `outputs` for a
-variable, P; and its settings, those of a spline.
+variable, P; its settings, those of a spline; and from where on the inputs of its networks are compressed.
 """
 MATRIX_FIELDS = (
     ["start", "rows", "columns", "bias", "source", "below", "own", "rows_from", "columns_from", "grad", "stride"]
     + ["kind", "slopes", "below_kind", "below_slopes", "first", "fresh", "natural", "weight", "addend"]
+    + ["weight_from", "addend_from", "packed"]
 )  # fmt: skip
 MATRIX = np.dtype([*((name, np.int64) for name in MATRIX_FIELDS), ("gain", np.float64)])
 """A matrix.
@@ -63,9 +76,11 @@ Fields: its place in the flat weights, and size; the place of its level's biases
 row and that of its outputs, from the layer's first; where its rows and columns begin in the lists of `Tables`; its
 place in the flat gradient, and the length of a row there; the activation after it, or -1, and the row of its
 derivatives; the same of its inputs; whether it is the first to be added to its level, the first to add to the gradient
-of its inputs, and has its columns in their own order; the numbers of its weight and bias among the tensors; and what
-the weight is multiplied by.
+of its inputs, and has its columns in their own order; the numbers of its weight and bias among the tensors, and where
+they begin there; whether the weight has the entries that its rows see alone, those of a triangle, one row after
+another; and what the weight is multiplied by.
 """
+DEFAULTS = {"below": 0, "below_slopes": 0, "fresh": 0, "weight_from": 0, "addend_from": 0, "packed": 0, "gain": 1.0}
 
 
 class Step(NamedTuple):
@@ -88,6 +103,37 @@ class Step(NamedTuple):
     moved: Tensor
     log_sign: int = 1
     sequential: bool = False
+
+
+class Triangular(NamedTuple):
+    """A map y = loc + (diag(exp(log_scale)) + gain below) x in one direction, as a program takes it.
+
+    Attributes:
+        tensors: loc and log_scale, (D,), and, unless it is elementwise, below: (D, D), or its entries row by row,
+            (D (D - 1) / 2,). Or one tensor, in which all three follow one another.
+        inverse: Whether the inverse is applied.
+        gain: Factor of `below`.
+        log_sign: As in `Step`.
+    """
+
+    tensors: tuple[Tensor, ...]
+    inverse: bool
+    gain: float = 1.0
+    log_sign: int = 1
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """None."""
+        return ()
+
+    @property
+    def sequential(self) -> bool:
+        """Whether one variable after another is determined."""
+        return self.inverse and len(self.tensors) != 2
+
+    def parts(self, tensors: Sequence[Tensor], dim: int) -> Sequence[Tensor]:
+        """loc, log_scale and, unless it is elementwise, `below`, of tensors in the place of its own."""
+        return tensors if len(tensors) > 1 else tensors[0].split([dim, dim, dim * (dim - 1) // 2])
 
 
 class Tables(NamedTuple):
@@ -132,52 +178,95 @@ class Layout:
         self.steps = [np.zeros(0, np.int64)]
         self.lists: dict[str, list[Array]] = {"seen": [], "heard": [], "row_order": [], "column_order": []}
 
-    def add(self, step: Step) -> None:
+    def add(self, step: Step | Triangular) -> None:
         """Append a layer."""
+        if isinstance(step, Triangular):
+            self._add_triangular(step)
+            return
         if not step.networks:
             self.place = self.place[step.moved.numpy()]
             return
-        dim, first = len(self.place), len(self.matrices)
+        first = len(self.matrices)
         seen, moved = self.place[step.seen.numpy()], self.place[step.moved.numpy()]
-        rest = np.setdiff1d(np.arange(dim), moved)
-        own, phi = dim + len(seen), []
+        own, phi = len(self.place) + len(seen), []
         for network in step.networks:
             is_made = isinstance(network, MADE)
             order = step.seen.numpy() if is_made else np.arange(len(seen))
-            own, outputs = self._add_network(network, order, dim, own, fresh=network is step.networks[-1])
+            fresh = network is step.networks[-1]
+            own, outputs = self._add_network(network, order, len(self.place), own, fresh=fresh)
             phi.append(outputs)
         rows = np.concatenate(phi)
-        univariate = dict(zip(MAP_FIELDS, map_of(step.univariate), strict=True))
-        if len(rows) != univariate["outputs"] * len(moved):
+        univariate = map_of(step.univariate)
+        if len(rows) != univariate[1] * len(moved):
             raise UnfitError
         rows = rows.reshape(len(moved), -1) if is_made else rows.reshape(-1, len(moved)).T
-        lists = {"seen_from": seen, "moved_from": moved, "rest_from": rest, "phi_from": rows.ravel()}
-        layer = {**univariate, "rows": own, "first": first, "end": len(self.matrices), "inputs": dim}
+        levels = len(network.layers) if step.sequential else 0  # type: ignore[arg-type]
+        self._add_layer(step, first, own, (seen, moved, rows.ravel()), univariate, BULK, levels)
+        if step.sequential:
+            self._add_steps(_final(network), levels, first)
+
+    def _add_layer(
+        self,
+        step: Step | Triangular,
+        first: int,
+        own: int,
+        lists: tuple[Array, Array, Array],
+        univariate: tuple[int, int, int, float],
+        bulk: float,
+        levels: int,
+    ) -> None:
+        """Append a layer whose matrices are the last ones, from `first` on, and which has `own` rows.
+
+        `lists` are the variables that its networks see, those that are mapped, and the rows of the map's parameters.
+        """
+        dim, (seen, moved, phi) = len(self.place), lists
+        rest = np.setdiff1d(np.arange(dim), moved)
+        layer = {**dict(zip(MAP_FIELDS, univariate, strict=True)), "bulk": bulk}
+        layer |= {"rows": own, "first": first, "end": len(self.matrices), "inputs": dim}
         layer |= {"seen": len(seen), "moved": len(moved), "rest": len(rest)}
         layer |= {"sign": -1 if step.inverse else 1, "log_sign": step.log_sign}
-        layer |= {"levels": 0, "matrices": 0, "steps_from": sum(map(len, self.steps)), "block": _block(dim)}
-        for name, entries in lists.items():
-            layer[name] = len(self.variables)
+        layer |= {"levels": levels, "matrices": (len(self.matrices) - first) // levels if levels else 0}
+        layer |= {"steps_from": sum(map(len, self.steps)), "block": _block(dim)}
+        for name, entries in zip(("seen", "moved", "rest", "phi"), (seen, moved, rest, phi), strict=True):
+            layer[f"{name}_from"] = len(self.variables)
             self.variables += entries.tolist()
-        if step.sequential:
-            layer["levels"] = levels = len(network.layers)  # type: ignore[arg-type]
-            layer["matrices"] = each = (len(self.matrices) - first) // levels
-            self._add_steps(network, range(first + each - 1, len(self.matrices), each))
         self.layers.append(layer)
 
-    def _add_steps(self, made: Any, matrices: range) -> None:
-        """Append the numbers of final units of a layer with these matrices, one a level."""
-        dim = made.input_dim
-        if len(made.ready) != len(made.layers) - 1:
-            raise UnfitError
-        outputs = made.outputs_per_input * np.arange(dim + 1)
-        final = np.array([np.arange(-1, dim), *([0, *ready] for ready in made.ready), outputs])
-        final[0, 0] = 0
+    def _add_steps(self, final: Array, levels: int, first: int) -> None:
+        """Append the numbers of final units of a layer, whose matrices are the last ones, from `first` on."""
+        each = (len(self.matrices) - first) // levels
+        matrices = range(first + each - 1, len(self.matrices), each)
         for number, below, own in zip(matrices, final, final[1:], strict=False):
             seen = self.lists["seen"][number][: own[-1]]
             if not np.array_equal(seen, np.repeat(below[1:], np.diff(own))):
                 raise UnfitError
         self.steps.append(final.ravel())
+
+    def _add_triangular(self, step: Triangular) -> None:
+        """Append a triangular layer: a network of one level with outputs in two parts."""
+        dim, first, count = len(self.place), len(self.matrices), len(step.tensors)
+        every, triangle = np.arange(dim), dim * (dim - 1) // 2
+        seen = every if count != 2 else every[:0]
+        packed = count == 1 or (count == 3 and step.tensors[2].dim() == 1)
+        shapes = [(dim,), (dim,), (triangle,) if packed else (dim, dim)]
+        self._check(self.number, *([(2 * dim + triangle,)] if count == 1 else shapes[:count]))
+        places = [(self.number, dim * part) if count == 1 else (self.number + part, 0) for part in range(3)]
+        inputs = {"source": INPUTS, "below": dim, "kind": -1, "below_kind": -1, "first": 1, "fresh": 1, "rows": dim}
+        outputs = dim + len(seen) + np.arange(2 * dim)
+        # The matrix of a level is its last one.
+        for (addend, start), own, sees in ((places[1], outputs[dim], False), (places[0], outputs[0], count != 2)):
+            weight, weight_from = places[2] if sees else (addend, start)
+            entry = {**inputs, "bias": self.biases, "own": own, "slopes": own, "addend": addend, "addend_from": start}
+            entry |= {"weight": weight, "weight_from": weight_from, "packed": packed and sees}
+            entry |= {"gain": step.gain if sees else 1.0}
+            self._add_matrix(entry, every if sees else 0 * every, every, seen if sees else every[:0])
+            self.biases += dim
+        self.number += count
+        lists = self.place[seen], self.place, outputs.reshape(2, dim).T.ravel()
+        levels = int(step.sequential)
+        self._add_layer(step, first, dim + len(seen) + 2 * dim, lists, (LINEAR, 2, 0, 0.0), math.inf, levels)
+        if levels:
+            self._add_steps(np.array([[0, *every], np.arange(dim + 1)]), levels, first)
 
     def _add_network(self, network: Any, order: Array, below: int, own: int, *, fresh: bool) -> tuple[int, Array]:
         """Append a network whose inputs have rows from `below` on, and units from `own` on.
@@ -220,7 +309,7 @@ class Layout:
 
     def _add_matrix(self, entry: dict[str, Any], seen: Array, row_order: Array, column_order: Array) -> None:
         rows, columns = len(row_order), len(column_order)
-        stride = -(-columns // LANES) * LANES
+        stride = max(1, -(-columns // LANES)) * LANES
         stride += LANES * (
             stride > 128 and stride // LANES % 2 == 0
         )  # else rows compete for the same lines of the cache
@@ -228,9 +317,7 @@ class Layout:
         place = {"start": self.weights, "columns": columns, "grad": self.gradients, "stride": stride}
         place |= {"rows_from": sum(map(len, self.lists["seen"])), "columns_from": sum(map(len, self.lists["heard"]))}
         natural = bool((column_order == np.arange(columns)).all())
-        self.matrices.append(
-            {"below": 0, "below_slopes": 0, "fresh": 0, "gain": 1.0, **entry, **place, "natural": natural}
-        )
+        self.matrices.append({**DEFAULTS, **entry, **place, "natural": natural})
         for name, entries in zip(self.lists, (seen, heard, row_order, column_order), strict=True):
             self.lists[name].append(entries)
         self.weights += rows * columns
@@ -243,6 +330,17 @@ class Layout:
         variables = np.array(self.variables, np.int64)
         steps, result = np.concatenate(self.steps).astype(np.int64), self.place.astype(np.int64)
         return Tables(layers, matrices, variables, seen, heard, row_order, column_order, steps, result)
+
+
+def _final(made: Any) -> Array:
+    """The numbers of units of each level of a network that are final at each step."""
+    dim = made.input_dim
+    if len(made.ready) != len(made.layers) - 1:
+        raise UnfitError
+    outputs = made.outputs_per_input * np.arange(dim + 1)
+    final = np.array([np.arange(-1, dim), *([0, *ready] for ready in made.ready), outputs])
+    final[0, 0] = 0
+    return final
 
 
 def _block(dim: int) -> int:

@@ -50,16 +50,16 @@ def pack(addresses: Array, tables: Tables, weights: Array, biases: Array) -> Non
     seen, row_order, column_order = tables.seen, tables.row_order, tables.column_order
     for matrix in tables.matrices:
         rows, columns, row_at, gain = matrix.rows, matrix.columns, matrix.rows_from, weights.dtype.type(matrix.gain)
-        weight = carray(_at(addresses[matrix.weight], weights), (rows * columns,))
-        bias = carray(_at(addresses[matrix.addend], weights), (rows,))
+        weight = carray(_at(addresses[matrix.weight], weights), (_begins(matrix, rows) + columns,))
+        bias = carray(_at(addresses[matrix.addend], weights), (matrix.addend_from + rows,))
         order = np.uintp(matrix.columns_from)
         for r in range(rows):
             place, count = row_order[row_at + r], seen[row_at + r]
             if matrix.first:
-                biases[matrix.bias + r] = bias[place]
+                biases[matrix.bias + r] = bias[matrix.addend_from + place]
             # Unsigned indices into whole arrays: slices would be counted as references, and keep loops from being
             # vectorised.
-            at, own = np.uintp(place * columns), np.uintp(matrix.start + r * columns)
+            at, own = np.uintp(_begins(matrix, place)), np.uintp(matrix.start + r * columns)
             if matrix.natural:
                 for k in range(np.uintp(count)):
                     weights[own + k] = gain * weight[at + k]
@@ -70,6 +70,12 @@ def pack(addresses: Array, tables: Tables, weights: Array, biases: Array) -> Non
             most = min(columns, max(seen[row_at + min(r + TALLEST, rows) - 1], count + TALLEST))
             for k in range(np.uintp(count), np.uintp(most)):
                 weights[own + k] = 0
+
+
+@njit(**INNER)
+def _begins(matrix: Any, row: int) -> int:
+    """Where a row of a matrix begins in the tensor of its weight."""
+    return matrix.weight_from + (row * (row - 1) // 2 if matrix.packed else row * matrix.columns)
 
 
 @njit(**INNER)
@@ -191,7 +197,7 @@ def _pass(layer: Any, tables: Tables, weights: Array, biases: Array, part: Part,
     tape, here, after, context, _, width, keeps = part
     for j in range(layer.seen):
         row = here + variables[layer.seen_from + j]
-        compress(tape[row, :width], tape[here + layer.inputs + j, :width], nowhere)
+        compress(tape[row, :width], tape[here + layer.inputs + j, :width], nowhere, layer.bulk)
     for m in range(layer.first, layer.end):
         _multiply(matrices[m], seen, weights, biases, tape, here, context, width)
     for j in range(layer.moved):
@@ -352,7 +358,7 @@ def _compress_back(layer: Any, variables: Array, part: Part, grad: Array, delta:
     nowhere, slope = room[0, : part.width], room[1, : part.width]
     for j in range(layer.seen):
         row = variables[layer.seen_from + j]
-        compress(part.tape[part.here + row, : part.width], nowhere, slope)
+        compress(part.tape[part.here + row, : part.width], nowhere, slope, layer.bulk)
         for t in range(part.width):
             grad[row, t] += delta[layer.inputs + j, t] * slope[t]
 
@@ -427,11 +433,12 @@ def unpack(tables: Tables, offsets: Array, gradients: Array, by_biases: Array, f
         rows, columns, gain, order = matrix.rows, matrix.columns, flat.dtype.type(matrix.gain), matrix.columns_from
         for r in range(rows):
             place, count = row_order[matrix.rows_from + r], np.uintp(seen[matrix.rows_from + r])
-            at, own = np.uintp(offsets[matrix.weight] + place * columns), np.uintp(matrix.grad + r * matrix.stride)
+            at, own = np.uintp(offsets[matrix.weight] + _begins(matrix, place)), np.uintp(matrix.grad + r * matrix.stride)
+            end = count if matrix.packed else np.uintp(columns)
             if matrix.natural:
                 for k in range(count):
                     flat[at + k] = gain * gradients[own + k]
-                for k in range(count, np.uintp(columns)):
+                for k in range(count, end):
                     flat[at + k] = 0
             else:
                 for k in range(count):
@@ -439,4 +446,4 @@ def unpack(tables: Tables, offsets: Array, gradients: Array, by_biases: Array, f
                 for k in range(count, np.uintp(columns)):
                     flat[at + np.uintp(column_order[np.uintp(order) + k])] = 0
             if matrix.first:
-                flat[offsets[matrix.addend] + place] = by_biases[matrix.bias + r]
+                flat[offsets[matrix.addend] + matrix.addend_from + place] = by_biases[matrix.bias + r]

@@ -14,7 +14,7 @@ from pyro_maf._core.memory_pool import empty
 from pyro_maf._core.torch_state import Snapshot
 from pyro_maf.nn import MADE, MLP
 from pyro_maf.nn.weights import current, is_hooked, is_read
-from pyro_maf.sweep.layout import LANES, MAPS, Array, Layout, Step, UnfitError, gain_of, map_of
+from pyro_maf.sweep.layout import LANES, MAPS, Array, Layout, Step, Triangular, UnfitError, gain_of, map_of
 from pyro_maf.sweep.loading import loaded
 
 __all__ = ["Program", "Reading", "forget", "program_of"]
@@ -34,7 +34,7 @@ class Reading(NamedTuple):
     Attributes:
         fixed: Tensors that determine the layout, compared by identity.
         marks: Numbers and shapes that determine the layout.
-        tensors: Weight and bias of each level, and the weight of its context.
+        tensors: Weight and bias of each level, and the weight of its context; those of triangular layers.
     """
 
     fixed: list[Tensor]
@@ -42,7 +42,7 @@ class Reading(NamedTuple):
     tensors: list[Tensor]
 
     @classmethod
-    def of(cls, steps: Sequence[Step]) -> Reading | None:
+    def of(cls, steps: Sequence[Step | Triangular]) -> Reading | None:
         """The current state, or None if a module does more than its weights tell, or is of another kind."""
         reading = cls([], [], [])
         try:
@@ -51,8 +51,12 @@ class Reading(NamedTuple):
             return None
         return reading if taken else None
 
-    def _add(self, step: Step) -> bool:
+    def _add(self, step: Step | Triangular) -> bool:
         fixed, marks = self.fixed, self.marks
+        if isinstance(step, Triangular):
+            marks += step.inverse, step.log_sign, step.gain, tuple(tensor.shape for tensor in step.tensors)
+            self.tensors.extend(step.tensors)
+            return True
         fixed += step.seen, step.moved
         marks += step.seen._version, step.moved._version, len(step.networks)
         marks += step.inverse, step.log_sign, step.sequential
@@ -130,7 +134,7 @@ class Program:
         UnfitError: For masks that are no staircases, and for networks whose layers do not fit together.
     """
 
-    def __init__(self, reading: Reading, steps: Sequence[Step], dim: int, context_dim: int) -> None:
+    def __init__(self, reading: Reading, steps: Sequence[Step | Triangular], dim: int, context_dim: int) -> None:
         layout = Layout(dim, context_dim, reading.tensors)
         for step in steps:
             layout.add(step)
@@ -192,7 +196,7 @@ class Program:
 _programs: weakref.WeakKeyDictionary[nn.Module, dict[object, Program | None]] = weakref.WeakKeyDictionary()
 
 
-def program_of(owner: nn.Module, place: object, steps: Sequence[Step], reading: Reading) -> Program | None:
+def program_of(owner: nn.Module, place: object, steps: Sequence[Step | Triangular], reading: Reading) -> Program | None:
     """The program of a run, laid out when its modules are new or have changed; None for masks that are no staircases.
 
     Args:

@@ -110,7 +110,7 @@ def _map(layer: Any, variables: Array, i: int, part: Part, logs: Array, nowhere:
     row = variables[layer.moved_from + i]
     x, w = tape[here + row, :width], tape[after + row if keeps else after, :width]
     apply(layer, i, variables, tape, here, 0, x, w, logs)
-    compress(w, tape[here + layer.inputs + i, :width], nowhere)
+    compress(w, tape[here + layer.inputs + i, :width], nowhere, layer.bulk)
     if not keeps:
         for t in range(width):
             x[t] = w[t]
@@ -197,7 +197,7 @@ def _map_back(
     """The adjoint of `_map`."""
     row = variables[layer.moved_from + i]
     x, w, slope = tape[here + row, :width], tape[after + row, :width], room[1, :width]
-    compress(w, room[0, :width], slope)
+    compress(w, room[0, :width], slope, layer.bulk)
     for t in range(width):
         grad[row, t] += delta[layer.inputs + i, t] * slope[t]
     pull_back(layer, i, variables, tape, here, 0, x, w, grad[row, :width], logs, delta, 0)

@@ -15,11 +15,11 @@ from torch import Tensor
 from pyro_maf._core.torch_state import is_exported, is_traced
 from pyro_maf.nn import ACTIVATIONS, MADE, compress_tails
 from pyro_maf.nn.weights import is_called, own_tensors, walk_by_calls
-from pyro_maf.sweep.layout import Step
+from pyro_maf.sweep.layout import Step, Triangular
 from pyro_maf.sweep.torch_sweep import Activations, Direction, Plan, TorchSweep, lay_back, tensors_of
 from pyro_maf.univariate import Affine
 
-__all__ = ["at_once", "gradients", "one_by_one", "parallel", "solve", "takes_triton", "together"]
+__all__ = ["at_once", "gradients", "one_by_one", "parallel", "solve", "takes_triton", "together", "triangular"]
 
 
 def solve(step: Step, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -187,6 +187,21 @@ def one_by_one(step: Step, v: Tensor, context: Tensor | None, tensors: Iterator[
         columns[i], log_derivative = direction_of(step)(given[:, i], phi[:, i])
         logs.append(log_derivative)
     return torch.stack(columns, -1)[:, place], torch.stack(logs, -1)
+
+
+def triangular(step: Triangular, v: Tensor, tensors: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+    """A triangular layer: its output, and its log-determinant, for all points the same."""
+    dim = v.shape[1]
+    loc, log_scale, *matrix = step.parts(list(itertools.islice(tensors, len(step.tensors))), dim)
+    factor = log_scale.exp().diag()
+    for below in matrix:
+        if below.dim() == 1:
+            rows, columns = torch.tril_indices(dim, dim, -1)
+            below = torch.zeros_like(factor).index_put((rows, columns), below)
+        factor = factor + step.gain * below.tril(-1)
+    if step.inverse:
+        return torch.linalg.solve_triangular(factor, (v - loc).T, upper=False).T, log_scale.sum()
+    return v @ factor.T + loc, log_scale.sum()
 
 
 def _outputs(network: Any, x: Tensor, context: Tensor | None, tensors: Iterator[Tensor]) -> Tensor:

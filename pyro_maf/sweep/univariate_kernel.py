@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from pyro_maf.sweep.elementwise import INNER, LOG_SCALE, affine, affine_back, exp, log, tanh
-from pyro_maf.sweep.layout import Array
+from pyro_maf.sweep.elementwise import INNER, LOG_SCALE, affine, affine_back, exp, linear, linear_back, log, tanh
+from pyro_maf.sweep.layout import LINEAR, Array
 from pyro_maf.univariate import Spline
 
 __all__ = ["apply", "pull_back"]
@@ -69,8 +69,11 @@ def apply(
         _spline(layer, phi, variables, tape, first, t0, x, w, log_det)
         return
     shift, scale = first + variables[phi], first + variables[phi + 1]
-    end = t0 + len(x)
-    affine(x, tape[shift, t0:end], tape[scale, t0:end], layer.sign, layer.log_sign, w, log_det)
+    shifts, scales = tape[shift, t0 : t0 + len(x)], tape[scale, t0 : t0 + len(x)]
+    if layer.univariate == LINEAR:
+        linear(x, shifts, scales, layer.sign, layer.log_sign, w, log_det)
+        return
+    affine(x, shifts, scales, layer.sign, layer.log_sign, w, log_det)
 
 
 @njit(**INNER)
@@ -101,20 +104,13 @@ def pull_back(
     if layer.univariate == SPLINE:
         _spline_back(layer, phi, variables, tape, first, t0, x, w, grad, grad_log_det, delta, delta_first)
         return
-    shift, scale = variables[phi], variables[phi + 1]
-    end = t0 + len(x)
-    affine_back(
-        x,
-        w,
-        tape[first + shift, t0:end],
-        tape[first + scale, t0:end],
-        layer.sign,
-        layer.log_sign,
-        grad,
-        grad_log_det,
-        delta[delta_first + shift, t0:end],
-        delta[delta_first + scale, t0:end],
-    )
+    shift, scale, end = variables[phi], variables[phi + 1], t0 + len(x)
+    shifts, scales = tape[first + shift, t0:end], tape[first + scale, t0:end]
+    by_shift, by_scale = delta[delta_first + shift, t0:end], delta[delta_first + scale, t0:end]
+    if layer.univariate == LINEAR:
+        linear_back(x, w, scales, layer.sign, layer.log_sign, grad, grad_log_det, by_shift, by_scale)
+        return
+    affine_back(x, w, shifts, scales, layer.sign, layer.log_sign, grad, grad_log_det, by_shift, by_scale)
 
 
 # -- the spline -------------------------------------------------------------------------------------------------------

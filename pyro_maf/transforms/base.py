@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self, TypeAlias, TypedDict, cast
 
 import torch
@@ -14,7 +14,7 @@ from torch.distributions import constraints
 from pyro_maf._core.checks import check_context, check_event, check_positive, check_takes_gradient
 from pyro_maf._core.torch_state import converted, count_change, reference_tensor, without_autocast
 from pyro_maf.saving import Savable
-from pyro_maf.sweep import Step
+from pyro_maf.sweep import Step, Triangular
 from pyro_maf.sweep import forget as forget_weights
 from pyro_maf.transforms.cache import Cache, caching_is_possible
 from pyro_maf.univariate import UnivariateMap, univariate_map
@@ -91,8 +91,10 @@ class Flow(Savable, TransformModule):
         r"""Noise x, (\*batch, D), that the flow maps to y: `inverse_and_log_det` without the log-determinant."""
         return self.inverse_and_log_det(y, context)[0]
 
-    def step(self, inverse: bool) -> Step | None:
+    def steps(self, inverse: bool) -> Sequence[Step | Triangular] | None:
         """One direction as a compiled program takes it, or None if it is computed by the flow's method alone.
+
+        The tensors of triangular steps are parameters or buffers, or computed from buffers alone.
 
         Args:
             inverse: Whether y to x, rather than x to y.

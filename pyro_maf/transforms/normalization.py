@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.function import FunctionCtx
 
-from pyro_maf.nn.weights import current
+from pyro_maf.nn.weights import current, is_hooked
+from pyro_maf.sweep import Triangular
 from pyro_maf.transforms.base import Flow
 
 __all__ = ["ActNorm", "BatchNorm", "statistics_over_processes"]
@@ -71,6 +72,16 @@ class BatchNorm(Flow):
         mean, variance = self._batch_statistics(y) if self.training and y.numel() else (self.mean, self.variance)
         log_scale = self._log_scale(variance)
         return (y - mean) * (-log_scale).exp() + self.beta, log_scale.sum().expand(y.shape[:-1])
+
+    def steps(self, inverse: bool) -> tuple[Triangular, ...] | None:
+        """Two maps, by the stored statistics and by the parameters; None where those of the batch are used."""
+        if (inverse and self.training) or is_hooked(self) or self.variance.requires_grad:
+            return None
+        # No tensor of inference mode, which no later graph could save.
+        with torch.inference_mode(False), torch.no_grad():
+            stored = Triangular((self.mean, 0.5 * (self.variance + self.EPS).log()), inverse)
+        trained = Triangular((self.beta, self.log_gamma), not inverse, log_sign=-1)
+        return (stored, trained) if inverse else (trained, stored)
 
     def _fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
         with torch.no_grad():
@@ -185,6 +196,12 @@ class ActNorm(Flow):
             self._fit_statistics(y)
         layer = current(self)
         return (y - layer.loc) * (-layer.log_scale).exp(), layer.log_scale.sum().expand(y.shape[:-1])
+
+    def steps(self, inverse: bool) -> tuple[Triangular] | None:
+        """A map, except where a batch is to set the parameters first."""
+        if (inverse and self.training and not self._host.initialized) or is_hooked(self):
+            return None
+        return (Triangular((self.loc, self.log_scale), inverse),)
 
     def _fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
         if self._host.initialized:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -11,16 +12,23 @@ from torch import Tensor, nn
 
 from pyro_maf._core.module_state import ModuleState
 from pyro_maf._core.torch_state import is_intercepted
-from pyro_maf.sweep import Run, Step
+from pyro_maf.sweep import Run, Step, Triangular
 from pyro_maf.transforms.autoregressive import InverseAutoregressive, MaskedAutoregressive
 from pyro_maf.transforms.base import Flow, Inverse
 from pyro_maf.transforms.coupling import Coupling
+from pyro_maf.transforms.normalization import ActNorm, BatchNorm
 from pyro_maf.transforms.permute import Permute
+from pyro_maf.transforms.triangular import Head, LowerTriangularAffine
 from pyro_maf.univariate import Affine
 
 __all__ = ["Stack", "run_of"]
 
-TAKEN = (Coupling, InverseAutoregressive, MaskedAutoregressive, Permute)
+TAKEN = (Coupling, InverseAutoregressive, MaskedAutoregressive, Permute) + (
+    ActNorm,
+    BatchNorm,
+    Head,
+    LowerTriangularAffine,
+)
 """Layers of which a compiled program takes a run at once; it is these classes alone, as a subclass may compute else."""
 
 
@@ -139,12 +147,18 @@ class Stack(Flow):
 
 
 class _Part(NamedTuple):
-    """One layer, its direction, the sign of its log-determinant, and the same for a compiled program if it takes it."""
+    """One layer, its direction, and the sign of its log-determinant."""
 
     flow: Flow
     inverse: bool
     log_sign: int
-    step: Step | None
+
+    def steps(self) -> list[Step | Triangular] | None:
+        """The same for a compiled program, or None if it does not take the layer."""
+        steps = self.flow.steps(self.inverse) if type(self.flow) in TAKEN else None
+        if steps is None or self.log_sign > 0:
+            return None if steps is None else list(steps)
+        return [step._replace(log_sign=-step.log_sign) for step in steps]
 
 
 class _Turn(NamedTuple):
@@ -160,7 +174,7 @@ class _Turn(NamedTuple):
             if compiled is not None:
                 return compiled
         total = None
-        for flow, inverse, log_sign, _ in self.layers:
+        for flow, inverse, log_sign in self.layers:
             direction = flow.inverse_and_log_det if inverse else flow.forward_and_log_det
             value, log_det = direction(value, context if flow.context_dim else None)
             log_det = log_det if log_sign > 0 else -log_det
@@ -189,15 +203,15 @@ def _turns(stack: Stack, inverse: bool) -> list[_Turn]:
         return before[1]
     # Taken first, so that a change in between is seen by the next call.
     state = ModuleState.of(stack)
-    turns = [_turn(stack, (inverse, place), layers) for place, layers in enumerate(_runs(_parts(stack, inverse)))]
-    if state is not None and all(turn.run is None or state.has(turn.run.tensors) for turn in turns):
+    runs = enumerate(_runs(_parts(stack, inverse)))
+    turns = [_Turn(layers, _run(stack, (inverse, place), steps)) for place, (layers, steps) in runs]
+    if state is not None and all(turn.run is None or state.has(turn.run.of_networks()) for turn in turns):
         prepared[inverse] = state, turns
     return turns
 
 
-def _turn(stack: Stack, place: object, layers: list[_Part]) -> _Turn:
-    steps = [layer.step for layer in layers if layer.step is not None]
-    return _Turn(layers, Run.of(stack, place, steps) if any(step.networks for step in steps) else None)
+def _run(stack: Stack, place: object, steps: Sequence[Step | Triangular]) -> Run | None:
+    return Run.of(stack, place, steps) if any(step.networks for step in steps) else None
 
 
 def _parts(stack: Stack, inverse: bool, log_sign: int = 1) -> Iterator[_Part]:
@@ -210,8 +224,7 @@ def _parts(stack: Stack, inverse: bool, log_sign: int = 1) -> Iterator[_Part]:
         if isinstance(flow, Stack) and _is_unchanged(kind):
             yield from _parts(flow, backward, sign)
             continue
-        step = flow.step(backward) if kind in TAKEN else None
-        yield _Part(flow, backward, sign, step if step is None or sign > 0 else step._replace(log_sign=sign))
+        yield _Part(flow, backward, sign)
 
 
 def _is_unchanged(kind: type[Flow]) -> bool:
@@ -221,19 +234,16 @@ def _is_unchanged(kind: type[Flow]) -> bool:
     )
 
 
-def _runs(parts: Iterator[_Part]) -> Iterator[list[_Part]]:
-    """Maximal runs of layers that a compiled program takes, and every other layer alone."""
-    taken: list[_Part] = []
-    for part in parts:
-        if part.step is not None:
-            taken.append(part)
-            continue
-        if taken:
-            yield taken
-        taken = []
-        yield [part]
-    if taken:
-        yield taken
+def _runs(parts: Iterator[_Part]) -> Iterator[tuple[list[_Part], list[Step | Triangular]]]:
+    """Maximal runs of layers that a compiled program takes, with their steps, and every other layer alone."""
+    for is_taken, group in itertools.groupby(
+        ((part, part.steps()) for part in parts), lambda pair: pair[1] is not None
+    ):
+        pairs = list(group)
+        if is_taken:
+            yield [part for part, _ in pairs], [step for _, steps in pairs for step in steps or ()]
+        else:
+            yield from (([part], []) for part, _ in pairs)
 
 
 def _speeds(flow: Flow) -> set[str]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from pyro_maf.nn import MLP, default_hidden_dims
 from pyro_maf.nn.layers import gain_of
-from pyro_maf.nn.weights import current, outputs_of
+from pyro_maf.nn.weights import current, is_hooked, outputs_of
+from pyro_maf.sweep import Triangular
 from pyro_maf.transforms.base import Flow
 from pyro_maf.transforms.conditional import ConditionalForm
 
@@ -63,6 +64,17 @@ class TriangularMap(Flow):
         loc, factor, log_det = self._factor(context)
         x = solve_lower(factor, y - loc)
         return x, log_det.expand(x.shape[:-1])
+
+    def steps(self, inverse: bool) -> tuple[Triangular, ...] | None:
+        """A map, except with a context."""
+        if self.context_dim or is_hooked(self):
+            return None
+        gain = 1.0 if self.gain is None else float(self.gain)
+        return (Triangular(self._stored(), inverse, gain),)
+
+    def _stored(self) -> tuple[Tensor, ...]:
+        """The tensors of `_entries`: each for itself, or one in which they follow one another."""
+        raise NotImplementedError
 
     def _entries(self) -> Sequence[Tensor]:
         raise NotImplementedError
@@ -125,9 +137,11 @@ class LowerTriangularAffine(TriangularMap):
         self.log_diagonal = nn.Parameter(scale_tril.diagonal().log())
         self.below = nn.Parameter(scale_tril[tuple(torch.tril_indices(size, size, -1))])
 
+    def _stored(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.loc, self.log_diagonal, self.below
+
     def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
-        layer = current(self)
-        return layer.loc, layer.log_diagonal, layer.below
+        return current(self)._stored()
 
 
 class Head(TriangularMap):
@@ -169,6 +183,19 @@ class Head(TriangularMap):
         """x from y, and log |det LA|."""
         x, log_det = super().inverse_and_log_det(solve_lower(self.scale_tril, y - self.loc), context)
         return x, log_det + self._fixed_log_det()
+
+    def steps(self, inverse: bool) -> tuple[Triangular, ...] | None:
+        """Two maps, except with a context: A and b, and the fixed one."""
+        trained, fixed = super().steps(inverse), self.scale_tril
+        if trained is None or fixed.requires_grad:
+            return None
+        # No tensor of inference mode, which no later graph could save.
+        with torch.inference_mode(False), torch.no_grad():
+            start = Triangular((self.loc, fixed.diagonal().log(), fixed), inverse)
+        return (start, *trained) if inverse else (*trained, start)
+
+    def _stored(self) -> tuple[Tensor]:
+        return (self.free,)
 
     def _entries(self) -> tuple[Tensor, ...]:
         return current(self).free.split(self._sizes())
