@@ -57,7 +57,7 @@ class Run(NamedTuple):
         return None if program is None else cls(program, steps, reading.tensors)
 
     def of_networks(self) -> list[Tensor]:
-        """Those of the tensors that are weights and biases of networks."""
+        """Weights and biases of the networks, of all tensors."""
         others = {id(tensor) for step in self.steps if isinstance(step, Triangular) for tensor in step.tensors}
         return [tensor for tensor in self.tensors if id(tensor) not in others]
 

@@ -123,12 +123,12 @@ class Triangular(NamedTuple):
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:
-        """None."""
+        """Networks that output the parameters of the map: none."""
         return ()
 
     @property
     def sequential(self) -> bool:
-        """Whether one variable after another is determined."""
+        """True if one variable after another is determined."""
         return self.inverse and len(self.tensors) != 2
 
     def parts(self, tensors: Sequence[Tensor], dim: int) -> Sequence[Tensor]:

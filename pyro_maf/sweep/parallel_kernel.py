@@ -74,7 +74,7 @@ def pack(addresses: Array, tables: Tables, weights: Array, biases: Array) -> Non
 
 @njit(**INNER)
 def _begins(matrix: Any, row: int) -> int:
-    """Where a row of a matrix begins in the tensor of its weight."""
+    """The place where a row of a matrix begins, in the tensor of its weight."""
     return matrix.weight_from + (row * (row - 1) // 2 if matrix.packed else row * matrix.columns)
 
 
@@ -433,7 +433,8 @@ def unpack(tables: Tables, offsets: Array, gradients: Array, by_biases: Array, f
         rows, columns, gain, order = matrix.rows, matrix.columns, flat.dtype.type(matrix.gain), matrix.columns_from
         for r in range(rows):
             place, count = row_order[matrix.rows_from + r], np.uintp(seen[matrix.rows_from + r])
-            at, own = np.uintp(offsets[matrix.weight] + _begins(matrix, place)), np.uintp(matrix.grad + r * matrix.stride)
+            at = np.uintp(offsets[matrix.weight] + _begins(matrix, place))
+            own = np.uintp(matrix.grad + r * matrix.stride)
             end = count if matrix.packed else np.uintp(columns)
             if matrix.natural:
                 for k in range(count):
