@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import cast
 
+import pytest
 import torch
 
 from pyro_maf import NSF, FlowPrior, fit
@@ -65,3 +66,12 @@ def test_noise_of_a_mixture_flow_is_standard_normal() -> None:
     assert len(flow.shares) == 3
     assert (u.mean(0).abs() < 0.06).all()
     assert (torch.cov(u.T) - torch.eye(2)).abs().max() < 0.08
+
+
+@pytest.mark.filterwarnings("ignore:fit")
+def test_one_row_far_out_does_not_widen_the_mixture() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, new = torch.randn(200, 2, generator=generator), torch.randn(2000, 2, generator=generator)
+    far = torch.cat([rows, torch.tensor([[1e6, 0.0]])])
+    without, beside = (fit(each, max_epochs=1, learning_rate=1e-9, progress=False) for each in (rows, far))
+    assert float((without.score(new) - beside.score(new)).mean()) < 0.2

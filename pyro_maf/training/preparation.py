@@ -46,6 +46,8 @@ COARSE = 0.05
 MOST_COPIES, COPIED_ROWS = 8, 2048
 """Copies of a validation row, with other noise, up to some number of rows: so few are soon scored."""
 FAR = 1000.0
+FENCE = 10.0
+"""Standard deviations beyond which a value counts as this for the start, as it does for the units."""
 
 
 class Recipe(NamedTuple):
@@ -373,7 +375,7 @@ def _start(density: Fitted, training: Rows, seed: int) -> None:
         prior, values = inner.prior, rows.data[:, inner.numeric]
         values = dequantised(values, inner.steps.spacing, torch.Generator().manual_seed(seed))
     if isinstance(prior.model, MixtureFlow):
-        prior.model.start_at(prior.standardised(values), rows.weights)
+        prior.model.start_at(prior.standardised(values).clamp(-FENCE, FENCE), rows.weights)
 
 
 def _settle(prior: FlowPrior, *, leaves: bool) -> None:
