@@ -56,7 +56,7 @@ class Schedule:
         steps: Maximum number of steps.
 
     Attributes:
-        is_as_good_as_any: True if the last window was no worse than the best, up to its standard error.
+        is_as_good_as_any: True if the last window was no worse than the best, up to its standard error, or 0.005 nats.
         effective: Share of effective draws in the last window; 0 if it is not known.
     """
 
@@ -102,17 +102,18 @@ class Schedule:
         far = _nats_left(self._weights)
         if self.effective >= MOST or not mean < self._best - max(error, GAIN, WORTH * far if far > FAR else 0.0):
             self._halvings += 1
-        self.is_as_good_as_any = mean <= self._best + error
+        # Where steps have hardly any noise, rounding decides otherwise: it would return an average over early steps.
+        self.is_as_good_as_any = mean <= self._best + max(error, GAIN)
         self._best = min(self._best, mean)
         self._window, self._weights = [], []
         return True
 
     def ends_as_good_as_any(self) -> bool:
-        """Return True if the losses since the last window, if any, are no worse than the best."""
+        """Return True if the losses since the last window, if any, are as good as any."""
         if len(self._window) < 2:
             return False
         mean, error = self._mean()
-        return mean <= self._best + error
+        return mean <= self._best + max(error, GAIN)
 
     def _mean(self) -> tuple[float, float]:
         """Return the trimmed mean loss of the present window, and its standard error."""

@@ -117,7 +117,8 @@ def fit_guide(
     error, and falls in any case over the last 30 % of `steps`. After five halvings the bound has converged. A window is
     the last eighth of all steps, at least 100; if 99 % of its draws are effective the rate is halved too, and at 99.9 %
     nothing is left to gain. Farther than 5 nats from the posterior, by the spread of the log weights, it is halved
-    where a window gains less than a twentieth of what is left. Gradients are clipped to four times their usual norm;
+    where a window gains less than a twentieth of what is left. Where parameters of the model are fitted too, with which
+    the posterior moves, the bound alone decides. Gradients are clipped to four times their usual norm;
     steps where the model raises, or where loss or gradient are not finite, are skipped. After ten of these in a row,
     and where the bound falls far below its best, the fit goes on from its best weights at half the rate; after fifty it
     ends with them. The result has the weights averaged over the best window.
@@ -227,6 +228,8 @@ class _Run:
         self._walk: Walk | None = None
         if isinstance(guide, AutoFlow) and can_walk(guide, joint):
             self._walk = Walk(call, guide, joint, num_particles, self._parameters)
+        # While the model's parameters move, so does the posterior: its draws may be effective far from the maximum.
+        self._weights_tell = not self._trains_model()
         self._optimizer = Adam(self._parameters)
         self._usual_norm = math.inf
         self._failures = 0
@@ -247,6 +250,11 @@ class _Run:
         if not parameters:
             raise ValueError("fit_guide expected a guide with parameters to train, got none.")
         return parameters
+
+    def _trains_model(self) -> bool:
+        """True if there are parameters that are not of a guide of this package: those of the model."""
+        of_guide = {id(each) for each in self._guide.parameters()} if isinstance(self._guide, AutoFlow) else set()
+        return any(id(parameter) not in of_guide for parameter in self._parameters)
 
     def to_the_end(self, steps: int, shown: Bar) -> str:
         """Take steps until there is a reason to stop, which is returned; set the guide to its averaged weights."""
@@ -315,7 +323,7 @@ class _Run:
         self._usual_norm = norm if self._usual_norm == math.inf else 0.98 * self._usual_norm + 0.02 * norm
         self._optimizer.step(gradients, self._schedule.learning_rate)
         self._average.add()
-        if self._schedule.step(loss, log_weights) and self._schedule.is_as_good_as_any:
+        if self._schedule.step(loss, log_weights if self._weights_tell else None) and self._schedule.is_as_good_as_any:
             self._average.record_best()
 
     def _loss_and_gradients(self) -> Step:
