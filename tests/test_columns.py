@@ -462,3 +462,45 @@ def test_the_command_fits_scores_and_draws_counts(tmp_path: Path, monkeypatch: p
     drawn = pd.read_csv("new.csv")["count"]
     assert (drawn == drawn.round()).all()
     assert "TableDensity" in CliRunner().invoke(app, ["info", "fit"]).output
+
+
+@ON_GRID
+@ENDS
+def test_a_saved_table_takes_frames_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    frame = mixed(300).assign(few=np.arange(300) % 5 / 2, band=pd.cut(mixed(300)["x"], [-9, 0, 9]), c=[1, 2] * 150)
+    frame["c"] = frame["c"].astype("category")
+    result = fit(frame, folder="fit", **QUICK)
+    result.density.save("table.safetensors")
+    for path in ("table.safetensors", "fit/model.safetensors"):
+        again = pyro_maf.load(path)
+        shuffled = frame[list(frame.columns[::-1])]
+        assert torch.equal(again.log_prob(shuffled), result.score(frame))
+        assert again.log_prob(frame.assign(colour="green"))[0].item() == -math.inf
+        with pytest.raises(ValueError, match="with column 'colour', as in the fit"):
+            again.log_prob(frame.drop(columns="colour"))
+    again.save("twice.safetensors")
+    assert torch.equal(pyro_maf.load("twice.safetensors").log_prob(frame), result.score(frame))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([["a"], None], "labels of column 'k' that differ"),
+        ([["a", "a"], None], "labels of column 'k' that differ"),
+        ([["a", None], None], "labels of column 'k' that differ"),
+        ([["a", "b"]], "expected labels of 2 named columns"),
+        ([["a", "b"], ["a", "b"]], "labels of column 'x' that differ"),
+        ("ab", "expected labels of 2 named columns"),
+        ([3, None], "expected labels of 2 named columns"),
+    ],
+)
+def test_labels_of_another_table_are_refused(labels: Any, message: str) -> None:
+    prior = FlowPrior(MAF(1, context_dim=2, **SMALL))
+    options: Any = {"levels": [(0.0, 1.0), None], "categorical": AutoregressiveCategorical([2])}
+    names = (("k", ()), ("x", ()))
+    TableDensity(prior, columns=names, labels=[["a", "b"], None], **options)
+    with pytest.raises(ValueError, match=message):
+        TableDensity(prior, columns=names, labels=labels, **options)
+    with pytest.raises(ValueError, match="expected labels of 2 named columns"):
+        TableDensity(prior, labels=[["a", "b"], None], **options)

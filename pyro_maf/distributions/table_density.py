@@ -9,11 +9,13 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
+from pyro_maf._core.messages import shown
 from pyro_maf._core.torch_state import as_far_as_exact
 from pyro_maf.distributions.categorical import AutoregressiveCategorical
 from pyro_maf.distributions.density import ConditionalDensity, Density
 from pyro_maf.distributions.flow_prior import Entries, FlowPrior
 from pyro_maf.distributions.steps import Steps, dequantised
+from pyro_maf.tables.categories import Label
 from pyro_maf.tables.layout import Layout, TableLike, numbers
 
 __all__ = ["ConditionalTableDensity", "DequantisedDensity", "TableDensity"]
@@ -23,6 +25,7 @@ NEAR = 1e-3
 
 Grids: TypeAlias = Sequence[Sequence[float] | None]
 Levels: TypeAlias = Sequence[Sequence[float] | None]
+Labels: TypeAlias = Sequence[Sequence[Label] | None]
 
 
 class TableDensity(Density):
@@ -46,6 +49,8 @@ class TableDensity(Density):
             draws from beyond are moved to the nearer one.
         categorical: The distribution of the categories, if there are any.
         columns, context_columns: Names, as in `FlowPrior`.
+        labels: For each named column the categories of a data frame, whose numbers are 0, 1, ..., or None for numbers.
+        dtypes: Dtypes of the columns of a data frame, by name, for drawn rows in files.
 
     Shapes:
         Values are (\*batch, D), log-probabilities (\*batch,) in nats. Forms of data are taken as by `FlowPrior`.
@@ -78,6 +83,8 @@ class TableDensity(Density):
         categorical: AutoregressiveCategorical | None = None,
         columns: Entries = (),
         context_columns: Entries = (),
+        labels: Labels = (),
+        dtypes: Sequence[str] = (),
     ) -> None:
         width = prior.event_shape[0] + (0 if categorical is None else categorical.input_dim)
         self.levels = [None if each is None else tuple(each) for each in levels or [None] * width]
@@ -87,7 +94,10 @@ class TableDensity(Density):
         super().__init__(width, prior.context_dim - one_hot)
         self.prior = prior
         self.categorical = categorical
-        self.name_columns(Layout.named(columns), Layout.named(context_columns))
+        layout = Layout.named(columns)
+        _check_names(layout, self.levels, labels, dtypes)
+        categories = tuple(None if each is None else tuple(each) for each in labels)
+        self.name_columns(layout._replace(categories=categories, dtypes=tuple(dtypes)), Layout.named(context_columns))
 
     def _check(self, prior: FlowPrior, categorical: AutoregressiveCategorical | None, width: int, one_hot: int) -> None:
         sizes = [len(each) for each in self.levels if each is not None]
@@ -108,15 +118,24 @@ class TableDensity(Density):
     @property
     def architecture(self) -> dict[str, object]:
         """Arguments of the constructor, with names as JSON needs."""
-        names = {
-            "columns": self._layouts["value"].as_entries(),
-            "context_columns": self._layouts["context"].as_entries(),
-        }
-        return {**self._arguments, **names}
+        names = {"columns": self.layout.as_entries(), "context_columns": self.context_layout.as_entries()}
+        kinds = {"labels": self.layout.as_labels(), "dtypes": self.layout.dtypes}
+        # Only those there are: a fit of an earlier version without them can be resumed.
+        return {**self._arguments, **names, **{name: value for name, value in kinds.items() if value}}
 
     def name_columns(self, layout: Layout, context_layout: Layout) -> None:
         """Set the names of the columns of values and context, for `log_prob` and saving."""
         self._layouts = {"value": layout, "context": context_layout}
+
+    @property
+    def layout(self) -> Layout:
+        """Names, categories and dtypes of the columns, if there are any."""
+        return self._layouts["value"]
+
+    @property
+    def context_layout(self) -> Layout:
+        """Names of the columns of context, if there are any."""
+        return self._layouts["context"]
 
     @property
     def numeric(self) -> list[int]:
@@ -386,6 +405,27 @@ class _OnTable(constraints.Constraint):
     def check(self, value: Tensor) -> Tensor:
         """Return whether each row is inside."""
         return ~self._density.outside(value) & ~value.isnan().any(-1)
+
+
+def _check_names(layout: Layout, levels: Levels, labels: Labels, dtypes: Sequence[str]) -> None:
+    """Refuse labels and dtypes that do not fit the columns."""
+    width = len(levels)
+    for name, each, kind in (("labels", labels, (list, tuple, type(None))), ("dtypes", dtypes, (str,))):
+        is_sequence = isinstance(each, (list, tuple)) and all(isinstance(entry, kind) for entry in each)
+        if not is_sequence or (each and not width == len(each) == len(layout.labels) == len(layout.names)):
+            raise ValueError(
+                f"TableDensity expected {name} of {width} named columns, got {shown(repr(each))} of "
+                f"{len(layout.labels)}."
+            )
+    for label, level, among in zip(layout.labels if labels else (), levels if labels else (), labels, strict=True):
+        if among is None:
+            continue
+        are_labels = all(isinstance(each, (str, bool, int, float)) for each in among)
+        if not are_labels or len({*among}) != len(among) or tuple(level or ()) != tuple(range(len(among))):
+            raise ValueError(
+                f"TableDensity expected labels of column {label!r} that differ, texts, truth values or numbers, one "
+                f"for each level 0, 1, ... of {level}, got {shown(repr(among))}."
+            )
 
 
 def _index(column: Tensor, levels: Sequence[float]) -> Tensor:

@@ -13,10 +13,12 @@ from pyro_maf._core.checks import InputError
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-__all__ = ["Categories", "categories_of", "coded", "coded_frame", "decoded", "restored"]
+__all__ = ["Categories", "Label", "as_labels", "categories_of", "coded", "coded_frame", "decoded", "restored"]
 
 Categories: TypeAlias = tuple[Hashable, ...] | None
 """Categories of a column in order, whose numbers are 0, 1, ...; None for a column of numbers."""
+Label: TypeAlias = str | bool | int | float
+"""A category as JSON holds it."""
 
 MOST_CATEGORIES = 1000
 LEAST_ROWS = 2
@@ -80,8 +82,25 @@ def coded(values: object, categories: Sequence[Hashable]) -> NDArray[np.float32]
     """
     number = {category: index for index, category in enumerate(categories)}
     each = np.asarray(values, dtype=object).tolist()
-    codes = [np.nan if value is None or value != value else number.get(value, -1) for value in each]
+    codes = [
+        np.nan if value is None or value != value else number.get(value, number.get(_label(value), -1))
+        for value in each
+    ]
     return np.array(codes, np.float32)
+
+
+def as_labels(categories: Sequence[Hashable]) -> list[Label]:
+    """Categories as JSON holds them: those of other types, such as intervals, by their texts.
+
+    Example:
+        >>> as_labels((False, "red", (1, 2)))
+        [False, 'red', '(1, 2)']
+    """
+    return list(map(_label, categories))
+
+
+def _label(category: Hashable) -> Label:
+    return category if isinstance(category, (str, bool, int, float)) else str(category)
 
 
 def decoded(numbers: NDArray[np.floating], categories: Sequence[Hashable]) -> list[Hashable]:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_maf.tables.categories import Categories, coded, coded_frame, restored
+from pyro_maf.tables.categories import Categories, Label, as_labels, coded, coded_frame, restored
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -143,6 +143,12 @@ class Layout(NamedTuple):
     def as_entries(self) -> tuple[tuple[str, Sequence[int]], ...]:
         """Names and shapes, from which `named` builds it; () if the columns have no names."""
         return tuple(zip(map(str, self.names), self.shapes, strict=True))
+
+    def as_labels(self) -> list[list[Label] | None]:
+        """Categories of each column as JSON holds them; [] if there are none."""
+        if not self.in_categories:
+            return []
+        return [None if each is None else as_labels(each) for each in self.categories]
 
     @property
     def labels(self) -> list[str]:

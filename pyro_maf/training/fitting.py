@@ -272,7 +272,7 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
     settings = {} if options.folder is None else options.settings(prepared, weight.dtype)
     if layout.names or context_layout.names:
         # Not among the settings: a resumed fit may have the table without its names.
-        density.name_columns(layout, context_layout)
+        density.name_columns(_layout(density, source), context_layout)
     where = {"resume": options.resume, "overwrite": options.overwrite, "is_first": processes.is_first}
     with (
         checkpoints(options.folder, settings, **where) as folder,
