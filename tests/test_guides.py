@@ -1116,12 +1116,12 @@ def test_an_encoder_that_returns_no_features_is_refused(context: Any) -> None:
 
 
 def test_a_support_without_a_bijection_is_named() -> None:
-    class Ring(constraints.Constraint):
+    class _Ring(constraints.Constraint):
         event_dim = 1
 
         def check(self, value: Tensor) -> Tensor:
             return (value.norm(dim=-1) - 1).abs() < 0.1
 
-    points = dist.ImproperUniform(Ring(), (), (2,))
+    points = dist.ImproperUniform(_Ring(), (), (2,))
     with pytest.raises(ValueError, match=r"AutoIAF knows no map .* site point, Ring.*poutine\.reparam"):
         AutoIAF(lambda: pyro.sample("point", points)).setup()

@@ -346,7 +346,10 @@ def median_or_feasible(site: Site) -> Tensor:
     with suppress(NotImplementedError):
         return init_to_median(site)
     fn = site["fn"]
-    transform = support_map(cast("Constraint", fn.support))
+    try:
+        transform = support_map(cast("Constraint", fn.support))
+    except NotImplementedError:  # the layout of the sites, which follows, refuses it by name
+        return torch.zeros(fn.shape())
     try:
         return transform(transform.inv(fn.sample(torch.Size([MEDIAN_DRAWS]))).median(0).values)
     except NotImplementedError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +52,13 @@ class _Cache(FunctionCache):
         super().__init__(py_func)
         stamp = (_stamp(), self._impl.locator.get_source_stamp())
         self._cache_file = _SealedFiles(self.cache_path, self._impl.filename_base, stamp)
+
+    def load_overload(self, signature: Any, target_context: Any) -> Any:
+        """The compiled code for a signature, or None, after saying that it is about to be compiled."""
+        code = super().load_overload(signature, target_context)
+        if code is None:
+            _say("single" if "float32" in str(signature) else "double")  # both have tables of float64
+        return code
 
     def save_overload(self, signature: Any, data: Any) -> None:
         """Write compiled code to disk; warn if that fails."""
@@ -123,6 +131,15 @@ def _stamp() -> str:
     for name in SOURCES:
         hashed.update(folder.joinpath(f"{name}.py").read_bytes())
     return hashed.hexdigest()
+
+
+@functools.cache
+def _say(precision: str) -> None:
+    """Say once for each precision that the kernels are compiled."""
+    print(
+        f"pyro-maf compiles its kernels for this machine and {precision} precision, once: about half a minute.",
+        file=sys.stderr,
+    )
 
 
 _said: list[str] = []

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 import warnings
-from pathlib import Path
 from typing import Any, NamedTuple
 
 __all__ = ["kernels", "loaded"]
@@ -38,8 +36,6 @@ def kernels() -> Kernels | None:
             stacklevel=2,
         )
         return None
-    if not _compiled_before(parallel_kernel.forward.stats.cache_path):
-        print("pyro-maf compiles its kernels for this machine, once: about half a minute.", file=sys.stderr)
     return Kernels(parallel_kernel)
 
 
@@ -48,7 +44,3 @@ def loaded() -> Kernels:
     if (modules := kernels()) is None:
         raise RuntimeError("pyro-maf expected its compiled kernels, got none.")
     return modules
-
-
-def _compiled_before(folder: str) -> bool:
-    return any(Path(folder).glob("*_kernel.*-*.nbi"))
