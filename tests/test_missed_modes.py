@@ -143,3 +143,33 @@ def test_discrete_sites_and_minibatches_are_summed_over_in_the_search() -> None:
     (mode,) = diagnose(model, guide, y).missed
     assert float(mode.values["z"]) == pytest.approx(-2, abs=0.05)
     assert mode.share == pytest.approx(0.5, abs=0.05)
+
+
+# -- where there is no search ------------------------------------------------------------------------------------------
+
+
+def in_turn() -> None:
+    """Two modes, of a model that has to be run for each draw."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+    square = z[0] ** 2 if z[1] > -50 else -z[0]
+    pyro.sample("y", dist.Normal(square, 0.5), obs=torch.tensor(4.0))
+
+
+@pytest.mark.filterwarnings("ignore:fit_guide runs the model for each draw")
+def test_of_a_model_that_is_run_draw_by_draw_a_verdict_says_that_there_was_no_search() -> None:
+    fit = fit_guide(in_turn, AutoIAF(in_turn, **SMALL), steps=100, progress=False)
+    clause = "other modes were not looked for, since the model is run draw by draw"
+    assert fit.run_alone
+    assert fit.diagnosis.grade in ("good", "usable")
+    assert fit.diagnosis.verdict.endswith(f"; {clause}.")
+    assert f"; {clause})" in repr(fit).splitlines()[3]
+
+
+def test_beyond_200_latent_variables_a_verdict_says_that_there_was_no_search() -> None:
+    def many() -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(201), 1.0).to_event(1))
+
+    found = diagnose(many, many)
+    assert found.grade == "good"
+    assert "other modes were not looked for, since there are more than 200 latent variables" in found.verdict
+    assert "looked for" not in diagnose(two_modes, normal(0)).verdict

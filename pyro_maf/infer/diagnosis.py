@@ -54,6 +54,7 @@ class Diagnosis:
             an accuracy above (1 + misplaced) / 2.
         missed: Modes outside of the guide's draws, the largest first, each with `values` of the sites, `log_joint` and
             its `share` of the posterior.
+        unsearched: Why such modes were not looked for, as a clause; "" if they were.
         k_hat_se: Standard error of `k_hat`.
         grade: The conclusion, in one word: "good", "usable", "poor", "worthless", or "none" without a verdict.
         verdict: The conclusion, in one sentence.
@@ -70,6 +71,7 @@ class Diagnosis:
     log_evidence_se: float = math.nan
     misplaced: float = math.nan
     missed: tuple[Mode, ...] = field(default=(), compare=False)
+    unsearched: str = ""
 
     @property
     def k_hat_se(self) -> float:
@@ -111,7 +113,15 @@ class Diagnosis:
                 "guide covers little of the posterior, and may have missed a part of it without a trace; give it more "
                 "layers or steps."
             )
-        return self._sentence()
+        clause = f"; {self.caveat}" if self.caveat else ""
+        return f"{self._sentence().rstrip('.')}{clause}."
+
+    @property
+    def caveat(self) -> str:
+        """A reservation about a guide that may be used, as a clause; "" if there is none."""
+        if self.grade not in ("good", "usable") or not self.unsearched:
+            return ""
+        return f"other modes were not looked for, since {self.unsearched}"
 
     def _sentence(self) -> str:
         k_hat, share = f"k-hat {self.k_hat:.2f}", f"{_percent(self._most_misplaced)} of the probability is misplaced"
@@ -205,7 +215,8 @@ def diagnose(model: Model, guide: Guide, *args: object, num_samples: int = 10_00
     rows are scored, in runs over minibatches; where that is not possible, as with data that are a minibatch already,
     there is no verdict, and `Diagnosis.reason` says why. Since weights are computed where the guide has mass, ascents
     from dispersed points look for modes elsewhere, and the share of the posterior near these is estimated:
-    `Diagnosis.missed`.
+    `Diagnosis.missed`. Not where the model is run draw by draw, or has more than 200 latent variables: a verdict says
+    so, and `Diagnosis.unsearched` why.
 
     Args:
         model: A Pyro model.
@@ -241,7 +252,8 @@ def diagnose(model: Model, guide: Guide, *args: object, num_samples: int = 10_00
     try:
         pair = _pair("diagnose", Call(model, args, kwargs), guide)
         weighted, _, diagnosis = _diagnosed_draws(pair, num_samples)
-        return replace(diagnosis, missed=tuple(pair.modes(weighted, diagnosis.log_evidence)))
+        search = pair.modes(weighted, diagnosis.log_evidence)
+        return replace(diagnosis, missed=search.modes, unsearched=search.obstacle)
     except NoVerdictError as error:
         return Diagnosis(reason=error.reason)
 
@@ -367,6 +379,7 @@ def _diagnosis(raw: Tensor, smooth: Tensor, k_hat: float) -> Diagnosis:
         elbo_se=float(scored.std() / len(scored) ** 0.5) if len(scored) > 1 else math.inf,
         num_samples=count,
         unscored=count - len(scored),
+        unsearched="`diagnose` does that",
         log_evidence=float(raw[lowest] - smooth[lowest]) - math.log(count) if ess else -math.inf,
         log_evidence_se=max(0.0, 1 / ess - 1 / count) ** 0.5 if ess else math.inf,
         misplaced=0.5 * float((smooth.double().exp() - 1 / count).abs().sum()) if ess else 1.0,

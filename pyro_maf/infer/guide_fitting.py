@@ -97,7 +97,10 @@ class GuideFit(Generic[AnyGuide]):
     def _verdict(self) -> str:
         """The verdict, shortened to a line; `diagnosis` has all of it."""
         verdict = self.diagnosis.verdict.rstrip(".")
-        return verdict if self.diagnosis.reason else verdict.partition(": ")[0]
+        if self.diagnosis.reason:
+            return verdict
+        caveat = f"; {self.diagnosis.caveat}" if self.diagnosis.caveat else ""
+        return verdict.removesuffix(caveat).partition(": ")[0] + caveat
 
 
 def fit_guide(

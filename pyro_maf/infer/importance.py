@@ -21,7 +21,7 @@ from pyro_maf.infer.auto_flow import AutoFlow
 from pyro_maf.infer.double_precision import widened
 from pyro_maf.infer.latents import Latents, masked_elements
 from pyro_maf.infer.log_joint import FAILURES, LogJoint, is_enumerated, log_densities, total_by_draw
-from pyro_maf.infer.missed_modes import POOL, missed_modes
+from pyro_maf.infer.missed_modes import POOL, Missed, missed_modes, why_no_search
 from pyro_maf.infer.model import (
     Call,
     Guide,
@@ -36,7 +36,7 @@ from pyro_maf.infer.model import (
 from pyro_maf.infer.pareto import smoothed_log_weights
 from pyro_maf.infer.plates import PartialRowsError, nesting_of
 
-__all__ = ["Mode", "NoVerdictError", "Pair", "Weighted", "arviz", "smoothed"]
+__all__ = ["Mode", "NoVerdictError", "Pair", "Search", "Weighted", "arviz", "smoothed"]
 
 ROUNDING = 32
 """Spread by rounding of ten thousand sums, in units in the last place of the log joint density."""
@@ -86,6 +86,13 @@ class Mode(NamedTuple):
     values: dict[str, Tensor]
     log_joint: float
     share: float
+
+
+class Search(NamedTuple):
+    """Modes that a guide has missed, or why these were not looked for, as a clause; "" if they were."""
+
+    modes: tuple[Mode, ...]
+    obstacle: str
 
 
 class Pair:
@@ -150,14 +157,18 @@ class Pair:
         log_weights = torch.cat([block.log_weights for block in blocks])
         return Weighted(values, log_weights, max(block.rounding for block in blocks))
 
-    def modes(self, weighted: Weighted, log_evidence: float) -> list[Mode]:
-        """Modes outside of the draws of the guide, with a share of the posterior that it lacks.
+    def modes(self, weighted: Weighted, log_evidence: float) -> Search:
+        """Look for modes outside of the draws of the guide, with a share of the posterior that it lacks.
 
         Not for models that have to be run for each draw, latent variables of the rows of a plate, and angles.
         """
         latents = self._latents()
-        if latents is None or not self.joint.is_vectorised or self._angles:
-            return []
+        if not self.joint.is_vectorised:
+            return Search((), "the model is run draw by draw")
+        if latents is None:
+            return Search((), "there are latent variables of rows, or under a mask, or that form no vector")
+        if self._angles:
+            return Search((), f"site {self._angles[0]} is an angle")
 
         def score(rows: Tensor) -> Tensor:
             values, log_det = latents.unpack(rows.reshape(len(rows), *(1,) * self.joint.nesting, -1))
@@ -165,13 +176,11 @@ class Pair:
 
         try:
             draws, _ = latents.pack(weighted.values)
-            found = missed_modes(score, draws[draws.isfinite().all(1)], log_evidence, self._prior_starts(latents))
+            draws = draws[draws.isfinite().all(1)]
+            found = missed_modes(score, draws, log_evidence, self._prior_starts(latents))
         except PartialRowsError:
-            return []
-        return [
-            Mode({name: value[0] for name, value in latents.sites(mode.loc[None], torch.Size([1])).items()}, *mode[1:])
-            for mode in found
-        ]
+            return Search((), "the model does not score all rows at once")
+        return Search(tuple(_mode_of(latents, mode) for mode in found), why_no_search(draws))
 
     def _latents(self) -> Latents | None:
         """The layout of the sites as one vector; None if they cannot be laid out, or are those of rows."""
@@ -252,6 +261,12 @@ class Pair:
             batch = torch.broadcast_shapes(value.shape[: value.dim() - len(event)], plates)
             values[name] = value.expand(batch + event)
         return values, total_by_draw(log_densities(trace), plates)
+
+
+def _mode_of(latents: Latents, mode: Missed) -> Mode:
+    """State a mode by the values of its sites."""
+    sites = latents.sites(mode.loc[None], torch.Size([1]))
+    return Mode({name: value[0] for name, value in sites.items()}, mode.log_joint, mode.share)
 
 
 def _check_shapes(who: str, call: Call, guide: Guide) -> None:

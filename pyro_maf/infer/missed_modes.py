@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.initialization import Normal, best_normal
 
-__all__ = ["POOL", "Missed", "missed_modes"]
+__all__ = ["POOL", "Missed", "missed_modes", "why_no_search"]
 
 Score = Callable[[Tensor], Tensor]
 """Log-density of latent vectors: (rows, D) to (rows,)."""
@@ -76,9 +76,9 @@ def missed_modes(score: Score, draws: Tensor, log_evidence: float, starts: Tenso
 
     Cost: 512 evaluations; some dozen gradients and line searches for 16 starts in one batch; for up to three ends
         outside of the draws, the search for a normal as of a guide's start, and if there are none 2,048 evaluations
-        around the draws. Nothing beyond 200 dimensions.
+        around the draws. Nothing where `why_no_search` says so.
     """
-    if not 1 <= draws.shape[1] <= MOST_DIMENSIONS or len(draws) < 2 * draws.shape[1]:
+    if not draws.shape[1] or why_no_search(draws):
         return []
     spread = _Spread(draws)
     ends, values = _ascents(score, _starting_points(score, spread, starts.to(draws)), spread.covariance)
@@ -98,6 +98,14 @@ def missed_modes(score: Score, draws: Tensor, log_evidence: float, starts: Tenso
     with torch.no_grad():
         modes = [Missed(each.loc, float(score(each.loc[None])), math.exp(mass - total)) for each, mass in found]
     return sorted(modes, key=lambda mode: -mode.share)
+
+
+def why_no_search(draws: Tensor) -> str:
+    """Say why no modes are looked for around draws of a guide, (rows, D), as a clause; "" where they are."""
+    size = draws.shape[1]
+    if size > MOST_DIMENSIONS:
+        return f"there are more than {MOST_DIMENSIONS} latent variables"
+    return f"{size} latent variables need {2 * size} draws" if len(draws) < 2 * size else ""
 
 
 @torch.no_grad()
