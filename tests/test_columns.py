@@ -481,6 +481,23 @@ def test_a_saved_table_takes_frames_by_name(tmp_path: Path, monkeypatch: pytest.
             again.log_prob(frame.drop(columns="colour"))
     again.save("twice.safetensors")
     assert torch.equal(pyro_maf.load("twice.safetensors").log_prob(frame), result.score(frame))
+    frame.to_csv("rows.csv", index=False)
+    for out, source in (("new.csv", "rows.csv"), ("new.parquet", "new.csv")):
+        drawn = CliRunner().invoke(app, ["sample", "fit", "-n", "300", "--out", out])
+        assert drawn.exit_code == 0, drawn.output
+        scored = CliRunner().invoke(app, ["score", "table.safetensors", source, "--out", "scores.csv"])
+        assert scored.exit_code == 0, scored.output
+        rows = frame if source == "rows.csv" else pd.read_csv(source)
+        assert np.allclose(pd.read_csv("scores.csv")["log_density"], again.log_prob(rows).detach(), atol=1e-4)
+    assert CliRunner().invoke(app, ["score", "fit", "new.parquet", "--out", "scores.csv"]).exit_code == 0
+    new = pd.read_parquet("new.parquet")
+    assert list(new.columns) == list(frame.columns)
+    assert set(new["colour"]) == {"red", "blue"}
+    assert [new[name].dtype.kind for name in ("x", "count", "flag", "few", "c")] == list("fibfi")
+    frame.assign(colour="green").to_csv("rows.csv", index=False)
+    refused = CliRunner().invoke(app, ["score", "fit", "rows.csv"])
+    assert refused.exit_code != 0
+    assert "expected one of 'blue', 'red', got 'green' in data row 1" in refused.output.replace("\n", " ")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import typer
 from pyro_maf._core.files import COLUMNS, MODEL, RECORD, recover, write_whole
 from pyro_maf._core.messages import shown
 from pyro_maf.cli.errors import CommandError, input_errors
+from pyro_maf.cli.frames import arranged, description
 from pyro_maf.cli.shared_options import ModelPath, TextOptions, read
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from pyro_maf.datasets import Table
     from pyro_maf.distributions import ConditionalDensity, Density
+    from pyro_maf.tables.layout import Layout
 
 __all__ = ["INFO_EXAMPLES", "Record", "SavedModel", "info", "read_model", "write_json"]
 
@@ -75,8 +77,18 @@ class SavedModel:
         return _name_of(self.density.dtype)
 
     @property
+    def layout(self) -> Layout | None:
+        """Names and categories of the columns of a data frame that the density holds; None with a file of columns."""
+        from pyro_maf.distributions import TableDensity
+
+        inner = self.inner
+        return inner.layout if self.columns is None and isinstance(inner, TableDensity) and inner.layout.names else None
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names of the columns of data."""
+        if self.layout is not None:
+            return tuple(self.layout.labels)
         if self.columns is None:
             return tuple(f"x{i}" for i in range(1, self.inner.event_shape[0] + 1))
         return tuple(self.columns["data"])
@@ -85,8 +97,16 @@ class SavedModel:
     def context(self) -> tuple[tuple[str, list[str] | None], ...]:
         """Names and categories of the columns of context."""
         if self.columns is None:
-            return tuple((f"c{i}", None) for i in range(1, self.inner.context_dim + 1))
+            names = self._context_names or [f"c{i}" for i in range(1, self.inner.context_dim + 1)]
+            return tuple((name, None) for name in names)
         return tuple((column["name"], column["categories"]) for column in self.columns["context"])
+
+    @property
+    def _context_names(self) -> list[str]:
+        """Names of the columns of context that the density holds."""
+        from pyro_maf.distributions import TableDensity
+
+        return self.inner.context_layout.labels if isinstance(self.inner, TableDensity) else []
 
     def at(self, context: Tensor | None) -> Density:
         """The density at a context, if it takes one."""
@@ -100,6 +120,10 @@ class SavedModel:
         """
         # Of data and context, the more precise.
         dtype = max(self.dtype, _name_of(self.density.context_dtype))
+        layout = self.layout
+        if layout is not None:
+            columns = description(layout, [name for name, _ in self.context])
+            return arranged(read(source, text, columns=columns, dtype=dtype), layout)
         table = read(source, text, columns=self.columns, dtype=dtype)
         if self.columns is not None:
             return table
@@ -261,7 +285,7 @@ def _facts(model: SavedModel) -> Iterator[tuple[str, str]]:
     if model.context:
         yield "context", f"{inner.context_dim} numbers"
     yield "parameters", f"{sum(parameter.numel() for parameter in inner.parameters()):,}"
-    if model.columns is not None:
+    if model.columns is not None or model.layout is not None:
         yield "columns", _joined(model.names)
         for name, categories in model.context:
             yield "given", name if categories is None else f"{name}: {_joined(categories)}"

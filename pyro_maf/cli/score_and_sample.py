@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pyro_maf.datasets import Table
+    from pyro_maf.tables.layout import Layout
 
     Write: TypeAlias = Callable[[np.ndarray], None]
+    WriteBatch: TypeAlias = Callable[[pyarrow.RecordBatch], None]
 
 __all__ = ["SAMPLE_EXAMPLES", "SCORE_EXAMPLES", "sample", "score", "writing_rows"]
 
@@ -148,7 +150,7 @@ def sample(
     names = saved.names
     rows = max(1, VALUES_AT_ONCE // len(names))
     torch.manual_seed(seed)
-    with writing_rows(out, names, saved.dtype) as write:
+    with writing_rows(out, names, saved.dtype, saved.layout) as write:
         for start in range(0, number, rows):
             write(density.sample((min(rows, number - start),)).numpy())
 
@@ -192,7 +194,9 @@ def _encoded(name: str, value: str, categories: list[str] | None) -> list[float]
 
 
 @contextmanager
-def writing_rows(path: Path, names: Sequence[str], dtype: str = "float32") -> Iterator[Write]:
+def writing_rows(
+    path: Path, names: Sequence[str], dtype: str = "float32", layout: Layout | None = None
+) -> Iterator[Write]:
     r"""Context that yields a function to write rows, (n, columns), under the column names `names`.
 
     A file is replaced atomically once all is written.
@@ -201,6 +205,7 @@ def writing_rows(path: Path, names: Sequence[str], dtype: str = "float32") -> It
         path: "-" for standard output, as csv, or a file that ends in .csv or .parquet.
         names: Names of the columns.
         dtype: "float32" or "float64", the dtype of the output and so its number of digits.
+        layout: Categories and dtypes of the columns, if they are not all such numbers.
 
     Raises:
         CommandError: For another ending.
@@ -218,40 +223,44 @@ def writing_rows(path: Path, names: Sequence[str], dtype: str = "float32") -> It
     require("pyro-maf", "pyarrow")
     import pyarrow
 
-    schema = pyarrow.schema([(name, pyarrow.float64() if dtype == "float64" else pyarrow.float32()) for name in names])
+    from pyro_maf.cli.frames import arrow_column, arrow_type
+
+    number = pyarrow.float64() if dtype == "float64" else pyarrow.float32()
+    among = (layout.categories if layout else ()) or (None,) * len(names)
+    dtypes = (layout.dtypes if layout else ()) or (dtype,) * len(names)
+    kinds = [arrow_type(*each, number) for each in zip(among, dtypes, strict=True)]
+    schema = pyarrow.schema(list(zip(names, kinds, strict=True)))
+
+    def batch(rows: np.ndarray) -> pyarrow.RecordBatch:
+        columns = [arrow_column(*each) for each in zip(rows.T, among, kinds, strict=True)]
+        return pyarrow.record_batch(columns, schema=schema)
+
     writers = {".csv": _csv_writer, ".parquet": _parquet_writer}
     if path == STANDARD_OUTPUT:
         with _csv_writer(sys.stdout.buffer, schema) as write:
-            yield write
+            yield lambda rows: write(batch(rows))
         sys.stdout.flush()
         return
     if path.suffix not in writers:
         raise CommandError(f'expected --out to end in {" or ".join(writers)}, or to be "-", got {path}.')
     with writing_whole(path) as file, writers[path.suffix](file, schema) as write:
-        yield write
+        yield lambda rows: write(batch(rows))
 
 
 @contextmanager
-def _csv_writer(file: BinaryIO, schema: pyarrow.Schema) -> Iterator[Write]:
+def _csv_writer(file: BinaryIO, schema: pyarrow.Schema) -> Iterator[WriteBatch]:
     from pyarrow.csv import CSVWriter, WriteOptions
 
     header = io.StringIO()
     csv.writer(header, lineterminator="\n").writerow(schema.names)
     file.write(header.getvalue().encode())
     with CSVWriter(file, schema, write_options=WriteOptions(include_header=False)) as writer:
-        yield lambda rows: writer.write(_batch(rows, schema))
+        yield writer.write
 
 
 @contextmanager
-def _parquet_writer(file: BinaryIO, schema: pyarrow.Schema) -> Iterator[Write]:
+def _parquet_writer(file: BinaryIO, schema: pyarrow.Schema) -> Iterator[WriteBatch]:
     from pyarrow.parquet import ParquetWriter
 
     with ParquetWriter(file, schema) as writer:
-        yield lambda rows: writer.write(_batch(rows, schema))
-
-
-def _batch(rows: np.ndarray, schema: pyarrow.Schema) -> pyarrow.RecordBatch:
-    import pyarrow
-
-    columns = [pyarrow.array(column, field.type) for column, field in zip(rows.T, schema, strict=True)]
-    return pyarrow.record_batch(columns, schema=schema)
+        yield writer.write
