@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from pyro_maf.tables.categories import Categories, Label
     from pyro_maf.tables.layout import Layout
-    from pyro_maf.tables.table import Description, Table
+    from pyro_maf.tables.table import DescribedColumn, Description, Table
 
 __all__ = ["arranged", "arrow_column", "arrow_type", "description"]
 
@@ -26,15 +26,13 @@ def description(layout: Layout, context: Sequence[str]) -> Description:
         layout: Names and categories of the columns of data.
         context: Names of the columns of context.
     """
-    among = [list(_codes(labels)) for labels in layout.as_labels() if labels is not None]
-    names = [layout.labels[index] for index in layout.in_categories]
-    return {
-        "data": [name for name in layout.labels if name not in names],
-        "context": [
-            *({"name": name, "categories": texts} for name, texts in zip(names, among, strict=True)),
-            *({"name": name, "categories": None} for name in context),
-        ],
-    }
+    labels = layout.as_labels() or [None] * len(layout.labels)
+    columns = list(zip(layout.labels, labels, strict=True))
+    one_hot: list[DescribedColumn] = [
+        {"name": name, "categories": list(_codes(among))} for name, among in columns if among is not None
+    ]
+    given: list[DescribedColumn] = [{"name": name, "categories": None} for name in context]
+    return {"data": [name for name, among in columns if among is None], "context": one_hot + given}
 
 
 def arranged(table: Table, layout: Layout) -> Table:
