@@ -355,6 +355,23 @@ def test_what_is_no_category_is_refused() -> None:
         fit(frame[["colour", "flag"]])
     with pytest.raises(TypeError, match="column 'day' of datetime64"):
         fit(frame.assign(day=pd.Timestamp("2020-01-01")))
+    with pytest.raises(InputError, match="got 'q' in every row of column 'u': drop that column") as error:
+        fit(frame.assign(u="q"))
+    assert error.value.column == 4
+    with pytest.raises(ValueError, match="expected at least 10 rows of data, got 0"):
+        fit(frame.iloc[:0])
+
+
+def test_columns_of_the_same_name_are_refused() -> None:
+    frame = mixed(60)[["x", "count"]]
+    twice = pd.concat([frame, frame[["x"]] + 1], axis=1)
+    for data in (twice, frame.set_axis([1, "1"], axis=1), {"b": np.zeros((20, 1)), "b[0]": np.zeros(20)}):
+        with pytest.raises(ValueError, match="fit expected data whose columns have names that differ, got 2 columns"):
+            fit(data)
+    with pytest.raises(ValueError, match="fit expected context whose columns have names that differ"):
+        fit(ConditionalMAF(2, 3), frame, context=twice)
+    with pytest.raises(ValueError, match="got 2 columns 'x'"):
+        fit(twice, weights="x")
 
 
 def test_few_values_are_categories_where_fit_chooses_the_flow() -> None:

@@ -34,7 +34,7 @@ def categories_of(who: str, frame: DataFrame) -> tuple[Categories, ...]:
         frame: The frame. Columns of other objects, as of dates, have None, as numbers have.
 
     Raises:
-        InputError: For a missing value among categories, with row and column.
+        InputError: For a missing value among categories, with row and column, and for a column of a single one.
         ValueError: For a column with as many categories as rows, such as names.
 
     Example:
@@ -61,6 +61,12 @@ def _categories(who: str, place: int, name: Hashable, column: Series[Any]) -> Ca
             f"{who} expected a category, got a missing value in row {row}, column {name!r} ({int(missing.sum())} of "
             f"{len(column)} rows have one): fill it in, as by fillna('unknown'), or drop those rows.",
             row=row,
+            column=place,
+        )
+    if len(values) == 1:
+        raise InputError(
+            f"{who} expected data that varies in every column, got {values.tolist()[0]!r} in every row of column "
+            f"{name!r}: drop that column.",
             column=place,
         )
     if len(values) > min(MOST_CATEGORIES, max(2, len(column) // LEAST_ROWS)):

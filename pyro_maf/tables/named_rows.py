@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from pyro_maf._core.messages import quoted
 from pyro_maf.tables.categories import categories_of
 from pyro_maf.tables.layout import Layout, TableLike, is_frame, without_column
-from pyro_maf.tables.reader import Labels
+from pyro_maf.tables.reader import LEAST_ROWS, Labels
 from pyro_maf.tables.table import Table
 
 if TYPE_CHECKING:
@@ -44,10 +45,12 @@ class NamedRows(NamedTuple):
         """The rows with categories as numbers: texts, truth values and categorical columns of a data frame.
 
         Raises:
-            ValueError: As `categories_of`.
+            ValueError: As `categories_of`, and for a frame without rows.
         """
         if not is_frame(self.data):
             return self
+        if not len(self.data):
+            raise ValueError(f"{who} expected at least {LEAST_ROWS} rows of data, got 0.")
         categories = categories_of(who, cast("DataFrame", self.data))
         if not any(categories):
             return self
@@ -66,9 +69,12 @@ def named_rows(
         weights: Their weights (N,), or the column of data that holds them, which is then none of the data; or None.
 
     Raises:
-        ValueError: For a context or weights beside a `Table` that has its own, and for a name that no column has.
+        ValueError: For a context or weights beside a `Table` that has its own, for a name that no column has, and for
+            columns of the same name.
     """
     if not isinstance(data, Table):
+        _check_differ(who, "data", data)
+        _check_differ(who, "context", context)
         if isinstance(weights, str):
             data, weights = without_column(who, "weights", data, weights)
         layout = Layout.of(data)
@@ -90,3 +96,14 @@ def named_rows(
     return NamedRows(
         data.data, data.context, Layout.named([(name, ()) for name in data.names]), labels, context_labels, weights
     )
+
+
+def _check_differ(who: str, role: str, value: TableLike | None) -> None:
+    """Refuse columns of the same name: by names they could not be told apart."""
+    names = Counter(() if value is None else Layout.of(value).labels)
+    if names and names.total() > len(names):
+        name, count = names.most_common(1)[0]
+        raise ValueError(
+            f"{who} expected {role} whose columns have names that differ, got {count} columns {name!r}: rename or drop "
+            "all but one."
+        )
