@@ -538,3 +538,22 @@ def test_labels_of_another_table_are_refused(labels: Any, message: str) -> None:
         TableDensity(prior, columns=names, labels=labels, **options)
     with pytest.raises(ValueError, match="expected labels of 2 named columns"):
         TableDensity(prior, labels=[["a", "b"], None], **options)
+
+
+@ON_GRID
+@ENDS
+@pytest.mark.filterwarnings("ignore:fit found that")
+def test_a_table_that_is_fitted_again_keeps_its_categories() -> None:
+    frame = mixed(300)
+    frame["colour"] = np.where(np.arange(300) % 3 == 0, "green", frame["colour"])
+    density = fit(frame, **QUICK).density
+    fewer = frame[frame["colour"] != "blue"]
+    again = fit(density, fewer[["flag", "colour", "count", "x"]], **QUICK)
+    assert again.layout.categories == density.unwrapped.layout.categories
+    assert list(again.layout.names) == list(frame.columns)
+    assert again.score(frame).isfinite().all()
+    drawn: Any = again.sample(500)
+    assert set(drawn["colour"]) <= {"blue", "green", "red"}
+    assert drawn.dtypes.astype(str).tolist() == frame.dtypes.astype(str).tolist()
+    with pytest.raises(InputError, match="got 'pink' in row 0, column 'colour'"):
+        fit(density, frame.assign(colour="pink"), **QUICK)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from pyro_maf._core.messages import quoted
+from pyro_maf._core.checks import InputError
+from pyro_maf._core.messages import quoted, shown
 from pyro_maf.tables.categories import categories_of
 from pyro_maf.tables.layout import Layout, TableLike, is_frame, without_column
 from pyro_maf.tables.reader import LEAST_ROWS, Labels
@@ -56,6 +57,30 @@ class NamedRows(NamedTuple):
             return self
         layout = self.layout._replace(categories=categories)
         return self._replace(data=layout.coded(self.data), layout=layout, columns=layout, original=self.data)
+
+    def coded_as(self, who: str, layout: Layout) -> NamedRows:
+        """The columns of a layout, by name, with its categories as numbers; as `coded` if it has none.
+
+        Raises:
+            InputError: For a value that is none of its categories.
+            ValueError: For a column that is missing.
+        """
+        if not layout.in_categories or not is_frame(self.data):
+            return self.coded(who)
+        frame = cast("DataFrame", layout.pick(who, "data", self.data))
+        original = cast("DataFrame", self.data)[list(frame.columns)]
+        for place in layout.in_categories:
+            unknown = (frame.iloc[:, place] == -1).to_numpy()
+            if unknown.any():
+                row = int(unknown.argmax())
+                raise InputError(
+                    f"{who} expected one of the categories {shown(repr(layout.categories[place]))} of the density, got "
+                    f"{original.iloc[row, place]!r} in row {row}, column {frame.columns[place]!r}: fit a new density.",
+                    row=row,
+                    column=place,
+                )
+        form = Layout("frame", tuple(frame.columns), layout.shapes, layout.categories)
+        return self._replace(data=frame, layout=form, columns=form, labels=Labels.of(frame), original=original)
 
 
 def named_rows(

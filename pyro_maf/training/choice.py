@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -48,7 +49,10 @@ def choose(
     Raises:
         ValueError: For a model of other sizes than the columns, and a table of categories alone.
     """
-    rows = source.coded("fit") if dequantise else source
+    if isinstance(model, (TableDensity, ConditionalTableDensity)) and dequantise:
+        rows = source.coded_as("fit", cast(TableDensity, model.unwrapped).layout)
+    else:
+        rows = source.coded("fit") if dequantise else source
     if isinstance(support, Mapping):
         columns = number_of_columns("fit", "data", rows.data)
         support = rows.columns.spread("fit", "support", support, "real", columns)
