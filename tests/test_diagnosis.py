@@ -125,6 +125,33 @@ def test_the_evidence_counts_draws_that_cannot_be_scored_as_outside_of_the_suppo
     assert found.misplaced == pytest.approx(0.5, abs=0.02)
 
 
+def test_an_improper_posterior_is_said_to_be_one(recwarn: pytest.WarningsRecorder) -> None:
+    """All of its draws far away were once effective, with an ELBO of 8e36 nats."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.factor("f", 0.6 * z[..., 0] ** 2)
+
+    fit = fit_guide(model, AutoIAF(model, **SMALL), steps=200, progress=False)
+    assert fit.diagnosis.grade == "none"
+    assert fit.diagnosis.verdict.startswith("No verdict: the posterior seems to be improper")
+    assert "effective" not in repr(fit)
+    assert not [each for each in recwarn if "Encountered" in str(each.message)]
+
+
+@pytest.mark.parametrize("where", [0.0, 1e5])
+@pytest.mark.parametrize("heavy", [False, True])
+def test_heavy_tails_and_data_far_away_are_not_improper(where: float, heavy: bool) -> None:
+    prior = dist.Cauchy(0.0, 1.0) if heavy else dist.ImproperUniform(dist.constraints.real, (), ())
+
+    def model() -> None:
+        z = pyro.sample("z", prior)
+        pyro.sample("y", dist.Normal(z, 3.0), obs=torch.tensor(where))
+
+    found = diagnose(model, lambda: pyro.sample("z", dist.Normal(where, 3.0)))
+    assert found.grade in ("good", "usable")
+
+
 def test_the_error_of_k_hat_is_its_spread_between_sets_of_draws() -> None:
     """Ten thousand weights u^-0.4 of uniform u have a tail of shape 0.4."""
     pyro.set_rng_seed(0)

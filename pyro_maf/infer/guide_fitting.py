@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Generic, TypeVar, cast
@@ -27,6 +29,7 @@ from pyro_maf.infer.log_joint import FAILURES
 from pyro_maf.infer.model import Call, Guide, Model, check_call, check_pair, show_runs, without_empty_tables
 from pyro_maf.infer.path_gradient import TracePath_ELBO
 from pyro_maf.infer.plates import why_alone
+from pyro_maf.infer.propriety import IMPROPER
 from pyro_maf.infer.walk import Step, Walk, can_walk
 
 __all__ = ["GuideFit", "fit_guide"]
@@ -175,7 +178,7 @@ def fit_guide(
     call = Call(model, args, kwargs)
     _check(call, guide, steps, num_particles, learning_rate, progress)
     require("fit_guide", "rich")  # now rather than after the fit
-    with without_empty_tables(), bar(progress, "{task.description} {task.completed}", "{task.fields[elbo]}") as shown:
+    with _without_idle_words(), bar(progress, "{task.description} {task.completed}", "{task.fields[elbo]}") as shown:
         with show_runs(shown, "setting up, run", SET_UP_RUNS, elbo=""):
             if isinstance(guide, AutoFlow):
                 guide.setup(*args, **kwargs)  # not in a trace, which would lengthen its error messages
@@ -194,7 +197,7 @@ def fit_guide(
         elbo=tuple(run.elbo),
         diagnosis=diagnosis,
         seconds=time.monotonic() - started,
-        stop_reason=reason,
+        stop_reason="nothing to converge to" if diagnosis.reason == IMPROPER else reason,
         skipped_steps=run.skipped,
         retreats=run.retreats,
         run_alone=run.alone,
@@ -373,6 +376,14 @@ class _Run:
         self._average.use_best()
         if isinstance(self._guide, AutoFlow):
             self._guide.weigh_modes(self._call)
+
+
+@contextmanager
+def _without_idle_words() -> Iterator[None]:
+    """Context without empty tables of sites, and Pyro's warnings of infinite densities: those steps are counted."""
+    with without_empty_tables(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Encountered (NaN|[+-]?inf)", UserWarning)
+        yield
 
 
 def _leaf(value: object) -> Tensor:

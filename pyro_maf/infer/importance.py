@@ -35,6 +35,7 @@ from pyro_maf.infer.model import (
 )
 from pyro_maf.infer.pareto import smoothed_log_weights
 from pyro_maf.infer.plates import PartialRowsError, nesting_of
+from pyro_maf.infer.propriety import IMPROPER, seems_improper
 
 __all__ = ["Mode", "NoVerdictError", "Pair", "Search", "Weighted", "arviz", "smoothed"]
 
@@ -161,6 +162,9 @@ class Pair:
         """Look for modes outside of the draws of the guide, with a share of the posterior that it lacks.
 
         Not for models that have to be run for each draw, latent variables of the rows of a plate, and angles.
+
+        Raises:
+            NoVerdictError: If the posterior seems to be improper.
         """
         latents = self._latents()
         if not self.joint.is_vectorised:
@@ -176,8 +180,10 @@ class Pair:
 
         try:
             draws, _ = latents.pack(weighted.values)
-            draws = draws[draws.isfinite().all(1)]
-            found = missed_modes(score, draws, log_evidence, self._prior_starts(latents))
+            draws, starts = draws[draws.isfinite().all(1)], self._prior_starts(latents).to(draws)
+            if draws.numel() and not why_no_search(draws) and seems_improper(score, starts, draws):
+                raise NoVerdictError(self._who, IMPROPER)
+            found = missed_modes(score, draws, log_evidence, starts)
         except PartialRowsError:
             return Search((), "the model does not score all rows at once")
         return Search(tuple(_mode_of(latents, mode) for mode in found), why_no_search(draws))
