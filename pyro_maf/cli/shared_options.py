@@ -75,7 +75,7 @@ class FittingOptions(TypedDict):
     """Options of `pyro_maf.fit`."""
 
     max_epochs: int
-    batch_size: int
+    batch_size: int | None
     learning_rate: float
     patience: int
     seed: int
@@ -137,7 +137,7 @@ class TrainingOptions:
     """The training of every model."""
 
     max_epochs: Epochs = 1000
-    batch_size: Annotated[int, option("Approximate number of rows in a batch.")] = 256
+    batch_size: Annotated[int | None, option("Approximate number of rows in a batch, by default 256.")] = None
     learning_rate: Annotated[float, option("Initial learning rate; it is halved when the validation loss stalls.")] = (
         2e-3
     )

@@ -45,7 +45,7 @@ def compare(
     models: Sequence[Candidate] | None = None,
     *,
     folder: str | Path | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     max_epochs: int = 1000,
     patience: int = 30,
     learning_rate: float = 2e-3,

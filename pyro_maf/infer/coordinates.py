@@ -28,7 +28,7 @@ from torch.distributions import Exponential, Gamma, InverseGamma, constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_maf._core.torch_state import seeded
-from pyro_maf.infer.latents import Images, Latents, Part, within_reach
+from pyro_maf.infer.latents import Images, Latents, Part, masked_elements, within_reach
 from pyro_maf.infer.log_joint import FAILURES
 from pyro_maf.infer.model import Call, Site, layers_of
 
@@ -304,7 +304,9 @@ def _dependent(call: Call, latents: Latents) -> list[str]:
 
     def value_of(name: str, fn: TorchDistribution) -> Tensor:
         part, piece = pieces[name]
-        if any(_reaches(tensor, leaves) for tensor in location_and_scale(fn) or ()):
+        # Masked entries are constants, which coordinates would move by rounding.
+        is_whole = masked_elements(part.site, part.value) is None
+        if is_whole and any(_reaches(tensor, leaves) for tensor in location_and_scale(fn) or ()):
             names.append(name)
         leaf = piece.detach().clone().requires_grad_()
         leaves[id(leaf)] = leaf
