@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pyro_maf.sweep import compile_cache, loading
@@ -85,6 +86,20 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
     "of another function": lambda path: shutil.copy(path.with_name(path.name.replace("twice-1", "thrice-5")), path),
 }
+
+
+def test_compiling_is_announced_once_for_each_precision(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compile_cache._say.cache_clear()
+    single, double = np.float32(1), np.float64(1)
+    said = []
+    for x in (single, single, double):  # each as by a process that starts now
+        answer(folder, "twice", x)
+        said.append(capsys.readouterr().err)
+    compile_cache._say.cache_clear()
+    answer(folder, "twice", double)
+    said.append(capsys.readouterr().err)
+    assert ["single precision" in said[0], "double precision" in said[2]] == [True, True]
+    assert [said[1], said[3]] == ["", ""]
 
 
 @pytest.mark.parametrize("kind", ["nbi", "nbc"])

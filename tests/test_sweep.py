@@ -331,13 +331,6 @@ def test_a_sweep_sees_the_network_as_the_parallel_direction_does() -> None:
         assert torch.allclose(layer.flow.univariate.forward(v, parameters)[0], w, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["parallel_kernel.forward-36.py311.nbi", "parallel_kernel.backward-202.py311.nbi"])
-def test_compiling_is_announced_only_where_nothing_was_compiled_before(name: str, tmp_path: Path) -> None:
-    assert not loading._compiled_before(str(tmp_path))
-    (tmp_path / name).touch()  # scoring alone never walks back
-    assert loading._compiled_before(str(tmp_path))
-
-
 @every_direction
 @pytest.mark.parametrize("name", LAYERS)
 @given(a=architectures(largest=6), frozen=st.sampled_from(["none", "weights", "all but one", "inputs"]))

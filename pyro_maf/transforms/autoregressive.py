@@ -59,14 +59,14 @@ class _Autoregressive(UnivariateFlow):
         """x from y, and log |det dy/dx|."""
         return self._through_map(y, context, True)
 
-    def steps(self, inverse: bool) -> tuple[Step]:
+    def program_steps(self, inverse: bool) -> tuple[Step]:
         """Either direction as a compiled program takes it."""
         made: MADE = self._modules["made"]  # type: ignore[assignment]  # the fastest access, at each call
         order: Tensor = made._buffers["order"]  # type: ignore[assignment]
         return (Step((made,), self.univariate, inverse, order, order, sequential=inverse != (self.fast == "inverse")),)
 
     def _through_map(self, v: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        (step,) = steps = self.steps(inverse)
+        (step,) = steps = self.program_steps(inverse)
         compiled = run(self, inverse, steps, v, context)
         if compiled is not None:
             return compiled

@@ -91,7 +91,7 @@ class Flow(Savable, TransformModule):
         r"""Noise x, (\*batch, D), that the flow maps to y: `inverse_and_log_det` without the log-determinant."""
         return self.inverse_and_log_det(y, context)[0]
 
-    def steps(self, inverse: bool) -> Sequence[Step | Triangular] | None:
+    def program_steps(self, inverse: bool) -> Sequence[Step | Triangular] | None:
         """One direction as a compiled program takes it, or None if it is computed by the flow's method alone.
 
         The tensors of triangular steps are parameters or buffers, or computed from buffers alone.

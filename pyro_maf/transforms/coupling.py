@@ -118,7 +118,7 @@ class Coupling(UnivariateFlow):
         """x from y, and log |det dy/dx|; one pass of the networks."""
         return self._through_map(y, context, True)
 
-    def steps(self, inverse: bool) -> tuple[Step]:
+    def program_steps(self, inverse: bool) -> tuple[Step]:
         """Either direction as a compiled program takes it."""
         # By the fastest access, since this is done at each call.
         networks = tuple(self._modules["networks"]._modules.values())  # type: ignore[union-attr]
@@ -126,7 +126,7 @@ class Coupling(UnivariateFlow):
         return (Step(networks, self.univariate, inverse, seen, moved),)  # type: ignore[arg-type]
 
     def _through_map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        compiled = run(self, inverse, self.steps(inverse), value, context)
+        compiled = run(self, inverse, self.program_steps(inverse), value, context)
         if compiled is not None:
             return compiled
         # index_select takes half the time of indexing with a tensor.

@@ -73,7 +73,7 @@ class BatchNorm(Flow):
         log_scale = self._log_scale(variance)
         return (y - mean) * (-log_scale).exp() + self.beta, log_scale.sum().expand(y.shape[:-1])
 
-    def steps(self, inverse: bool) -> tuple[Triangular, ...] | None:
+    def program_steps(self, inverse: bool) -> tuple[Triangular, ...] | None:
         """Two maps, by the stored statistics and by the parameters; None where those of the batch are used."""
         if (inverse and self.training) or is_hooked(self) or self.variance.requires_grad:
             return None
@@ -197,7 +197,7 @@ class ActNorm(Flow):
         layer = current(self)
         return (y - layer.loc) * (-layer.log_scale).exp(), layer.log_scale.sum().expand(y.shape[:-1])
 
-    def steps(self, inverse: bool) -> tuple[Triangular] | None:
+    def program_steps(self, inverse: bool) -> tuple[Triangular] | None:
         """A map, except where a batch is to set the parameters first."""
         if (inverse and self.training and not self._host.initialized) or is_hooked(self):
             return None

@@ -51,7 +51,7 @@ class Permute(Flow):
         """x from y, and a log-determinant of 0."""
         return y.index_select(-1, self._inverse_permutation), y.new_zeros(y.shape[:-1])
 
-    def steps(self, inverse: bool) -> tuple[Step]:
+    def program_steps(self, inverse: bool) -> tuple[Step]:
         """A program that has layers before and after it only renames their variables."""
         order = self._inverse_permutation if inverse else self.permutation
         return (Step((), None, inverse, order, order),)

@@ -155,7 +155,7 @@ class _Part(NamedTuple):
 
     def steps(self) -> list[Step | Triangular] | None:
         """The same for a compiled program, or None if it does not take the layer."""
-        steps = self.flow.steps(self.inverse) if type(self.flow) in TAKEN else None
+        steps = self.flow.program_steps(self.inverse) if type(self.flow) in TAKEN else None
         if steps is None or self.log_sign > 0:
             return None if steps is None else list(steps)
         return [step._replace(log_sign=-step.log_sign) for step in steps]

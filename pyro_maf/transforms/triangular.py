@@ -65,7 +65,7 @@ class TriangularMap(Flow):
         x = solve_lower(factor, y - loc)
         return x, log_det.expand(x.shape[:-1])
 
-    def steps(self, inverse: bool) -> tuple[Triangular, ...] | None:
+    def program_steps(self, inverse: bool) -> tuple[Triangular, ...] | None:
         """A map, except with a context."""
         if self.context_dim or is_hooked(self):
             return None
@@ -184,9 +184,9 @@ class Head(TriangularMap):
         x, log_det = super().inverse_and_log_det(solve_lower(self.scale_tril, y - self.loc), context)
         return x, log_det + self._fixed_log_det()
 
-    def steps(self, inverse: bool) -> tuple[Triangular, ...] | None:
+    def program_steps(self, inverse: bool) -> tuple[Triangular, ...] | None:
         """Two maps, except with a context: A and b, and the fixed one."""
-        trained, fixed = super().steps(inverse), self.scale_tril
+        trained, fixed = super().program_steps(inverse), self.scale_tril
         if trained is None or fixed.requires_grad:
             return None
         # No tensor of inference mode, which no later graph could save.
