@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import struct
@@ -40,9 +41,14 @@ def regression(x: Tensor, y: Tensor | None = None) -> Tensor:
         return pyro.sample("y", dist.Normal(mean, noise), obs=y)
 
 
-@pytest.fixture
-def guide() -> Any:
+@pytest.fixture(scope="module")
+def fitted() -> Any:
     return fit_guide(regression, AutoIAF(regression, **SMALL), X, Y, steps=5, progress=False).guide
+
+
+@pytest.fixture
+def guide(fitted: Any) -> Any:
+    return copy.deepcopy(fitted)
 
 
 def saved(guide: Any, folder: Path) -> Any:
