@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import gc
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
@@ -349,6 +350,9 @@ class _Watch:
         self.has_effects = False
 
     def __enter__(self) -> _Watch:
+        # Finalizers of garbage are no part of what is watched.
+        self._collects = gc.isenabled()
+        gc.disable()
         self._before = sys.getprofile()
         if self._before is None:
             sys.setprofile(self._see)
@@ -359,6 +363,8 @@ class _Watch:
     def __exit__(self, *error: object) -> None:
         if self._before is None:
             sys.setprofile(None)
+        if self._collects:
+            gc.enable()
 
     def _see(self, frame: FrameType, event: str, argument: object) -> None:
         if event == "call":
