@@ -240,7 +240,7 @@ def _forward(
     results = np.empty((0, chunk), rows.dtype) if tape is None else tape.numpy(), w.numpy(), log_det.numpy()
 
     def walk(first: int, end: int) -> None:
-        loaded().parallel.forward(*network, first, end, program.few, *results)
+        loaded().forward(*network, first, end, program.few, *results)
 
     in_parts(walk, len(v), chunk, program.work)
     return w, log_det
@@ -288,7 +288,7 @@ def _walked_back(
     def walk(first: int, end: int) -> tuple[Array, Array]:
         gradients, by_biases = program.room_for_gradients(tape)
         network = program.tables, weights.numpy(), wanted, program.rows
-        loaded().parallel.backward(*network, first, end, *arrays, gradients, by_biases)
+        loaded().backward(*network, first, end, *arrays, gradients, by_biases)
         return gradients, by_biases
 
     return in_parts(walk, len(grads[0]), tape.shape[1], program.work)
@@ -301,7 +301,7 @@ def _unpack(program: Program, parts: list[tuple[Array, Array]], flat: Tensor) ->
             for total, other in zip(parts[0], others, strict=True):
                 _add(total, other)
     if parts:
-        loaded().parallel.unpack(program.tables, program.offsets, *parts[0], flat.numpy())
+        loaded().unpack(program.tables, program.offsets, *parts[0], flat.numpy())
     else:
         flat.zero_()
 

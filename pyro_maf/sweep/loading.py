@@ -5,22 +5,16 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from typing import Any, NamedTuple
+from types import ModuleType
 
 __all__ = ["kernels", "loaded"]
 
 SWITCH = "PYRO_MAF_KERNEL"
 
 
-class Kernels(NamedTuple):
-    """The modules of kernels, for runs of layers."""
-
-    parallel: Any
-
-
 @functools.cache
-def kernels() -> Kernels | None:
-    """The kernels, or None if they are unavailable and torch takes over."""
+def kernels() -> ModuleType | None:
+    """The module of the kernels, or None if they are unavailable and torch takes over."""
     if os.environ.get(SWITCH) == "torch":
         return None
     try:
@@ -36,11 +30,11 @@ def kernels() -> Kernels | None:
             stacklevel=2,
         )
         return None
-    return Kernels(parallel_kernel)
+    return parallel_kernel
 
 
-def loaded() -> Kernels:
-    """The kernels, for callers that know of them."""
-    if (modules := kernels()) is None:
+def loaded() -> ModuleType:
+    """The module of the kernels, for callers that know of it."""
+    if (module := kernels()) is None:
         raise RuntimeError("pyro-maf expected its compiled kernels, got none.")
-    return modules
+    return module

@@ -177,7 +177,7 @@ class Program:
         whole = [tensor.contiguous() for tensor in tensors]  # alive while its memory is read
         addresses = np.array([tensor.data_ptr() for tensor in whole], np.int64)
         pack = Pack(empty(self.num_weights, tensors[0]), empty(self.num_biases, tensors[0]))
-        loaded().parallel.pack(addresses, self.tables, pack.weights.numpy(), pack.biases.numpy())
+        loaded().pack(addresses, self.tables, pack.weights.numpy(), pack.biases.numpy())
         return pack
 
     def remembered(self, tensors: Sequence[Tensor]) -> Pack:

@@ -182,7 +182,7 @@ class Reader:
         if not (wrong := ~((table >= 0) & table.isfinite())).any():
             return table
         row = int(wrong.nonzero()[0])
-        place = row if places is None else int(places[row])
+        place = _place(row, places)
         raise InputError(
             f"{self.who} expected finite {self.role}weights of at least 0, got {table[row].item()} in "
             f"{self.labels.row(place)}{_tally(wrong, places, 'rows have such weights')}: a weight says how often its "
@@ -195,7 +195,7 @@ class Reader:
         if not wrong.any():
             return
         row, column = wrong.nonzero()[0].tolist()
-        place = row if places is None else int(places[row])
+        place = _place(row, places)
         raise InputError(
             f"{self.who} expected finite {self.role}{name}, got {table[row, column].item()} in {labels.row(place)}, "
             f"{labels.column(column)}{_tally(wrong.any(1), places, 'rows have such values')}: "
@@ -211,7 +211,7 @@ class Reader:
         wrong = support.outside_by_column(table)
         is_sum = not wrong.any()
         row, column = (int(outside.nonzero()[0]), 0) if is_sum else wrong.nonzero()[0].tolist()
-        place = row if places is None else int(places[row])
+        place = _place(row, places)
         who = f"{self.who} expected {self.role}data of"
         if is_sum:
             raise InputError(
@@ -264,6 +264,11 @@ def table_of(who: str, name: str, value: TableLike, width: int, about: str, leas
     if table.dim() != 2 or table.shape[1] != width or len(table) < least:
         raise ValueError(f"{who} expected {name} of shape (rows, {width}), {about}, got {shape}.")
     return table
+
+
+def _place(row: int, places: Sequence[int] | None) -> int:
+    """Number of a row in the table, for one of some of its rows."""
+    return row if places is None else int(places[row])
 
 
 def _tally(wrong: Tensor, places: Sequence[int] | None, what: str) -> str:
