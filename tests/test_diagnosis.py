@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from pyro_maf.infer import AutoIAF, Diagnosis, diagnose, fit_guide, neutra, reweight, to_arviz
-from pyro_maf.infer.importance import smoothed
+from pyro_maf.infer.diagnosis.importance import smoothed
 from tests.posteriors import GUIDES, SMALL, counting, regression
 
 pytestmark = pytest.mark.usefixtures("fresh")

@@ -18,8 +18,9 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_val
 from torch import Tensor, nn
 
 from pyro_maf._core import progress as progress_module
-from pyro_maf.infer import Diagnosis, GuideFit, diagnose, fit_guide, guide_fitting, neutra, reweight, to_arviz
-from pyro_maf.infer.convergence import Schedule
+from pyro_maf.infer import Diagnosis, GuideFit, diagnose, fit_guide, neutra, reweight, to_arviz
+from pyro_maf.infer.fitting import fit_guide as guide_fitting
+from pyro_maf.infer.fitting.convergence import Schedule
 from tests.posteriors import GAMMA, GUIDES, SMALL, counting, regression, same, steps, weights
 
 pytestmark = pytest.mark.usefixtures("fresh")

@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,11 @@ FLOORS = (
     "flows",
     "tables",
     "distributions",
+    "infer.models",
+    "infer.start",
+    "infer.guides",
+    "infer.diagnosis",
+    "infer.fitting",
     "infer",
     "training",
     "sbi",
@@ -64,8 +69,15 @@ PUBLIC = {
 
 
 def floor_of(path: Path) -> str:
-    """The floor that a module stands on: its name, or that of the folder directly under the package."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    """The floor that a module stands on: the folder that holds it, or its own name directly under the package."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return floor_in(parts) or parts[0]
+
+
+def floor_in(parts: Sequence[str]) -> str:
+    """The narrowest floor that holds a dotted name, in its parts; "" where none does."""
+    names = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    return next((name for name in names if name in FLOORS), "")
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -82,7 +94,7 @@ def imported(path: Path) -> Iterator[str]:
         for name in names:
             head, *rest = name.split(".")
             if head == "pyro_maf":
-                yield rest[0] if rest and rest[0] in FLOORS else ""
+                yield floor_in(rest)
 
 
 def run(code: str) -> str:
@@ -115,8 +127,9 @@ def test_imports_are_found_whatever_their_form(tmp_path: Path, monkeypatch: pyte
     module.write_text(
         "import pyro_maf\nimport pyro_maf.flows\nfrom pyro_maf import load, training\nfrom ..sweep.layout import Step\n"
         "def late():\n    from pyro_maf.infer import guide\n    from . import masks\n    from .. import cli\n"
+        "import pyro_maf.infer.start.modes\n"
     )
-    assert sorted(imported(module)) == ["", "", "cli", "flows", "infer", "nn", "sweep", "training"]
+    assert sorted(imported(module)) == ["", "", "cli", "flows", "infer", "infer.start", "nn", "sweep", "training"]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -13,9 +13,9 @@ from pyro import poutine
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyro_maf.infer.initialization import best_normal
-from pyro_maf.infer.log_joint import LogJoint
-from pyro_maf.infer.model import Call
+from pyro_maf.infer.models.log_joint import LogJoint
+from pyro_maf.infer.models.model import Call
+from pyro_maf.infer.start.initialization import best_normal
 from tests.posteriors import regression
 
 pytestmark = pytest.mark.usefixtures("fresh")

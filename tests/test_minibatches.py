@@ -15,9 +15,10 @@ from pyro.infer import MCMC, NUTS, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
-from pyro_maf.infer import AutoIAF, diagnose, fit_guide, guide_fitting, neutra, reweight, to_arviz
-from pyro_maf.infer.log_joint import LogJoint
-from pyro_maf.infer.model import Call
+from pyro_maf.infer import AutoIAF, diagnose, fit_guide, neutra, reweight, to_arviz
+from pyro_maf.infer.fitting import fit_guide as guide_fitting
+from pyro_maf.infer.models.log_joint import LogJoint
+from pyro_maf.infer.models.model import Call
 from tests.posteriors import GUIDES, SMALL, steps
 
 pytestmark = pytest.mark.usefixtures("fresh")

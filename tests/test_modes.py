@@ -17,10 +17,10 @@ from pyro.infer import JitTrace_ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, Tra
 from torch import Tensor
 
 from pyro_maf.infer import AutoIAF, TracePath_ELBO, diagnose, fit_guide, neutra, reweight
-from pyro_maf.infer.initialization import Start, best_start, other_points
-from pyro_maf.infer.mixture import FlowMixture, MixturePosterior
-from pyro_maf.infer.model import Call
-from pyro_maf.infer.symmetry import exchanges
+from pyro_maf.infer.guides.mixture import FlowMixture, MixturePosterior
+from pyro_maf.infer.models.model import Call
+from pyro_maf.infer.start.initialization import Start, best_start, other_points
+from pyro_maf.infer.start.symmetry import exchanges
 from tests.posteriors import GUIDES, SMALL, drawn, same, steps, weights
 
 pytestmark = pytest.mark.usefixtures("fresh")

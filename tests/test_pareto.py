@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_maf.infer.pareto import fit_pareto, smoothed_log_weights
+from pyro_maf.infer.diagnosis.pareto import fit_pareto, smoothed_log_weights
 
 
 @pytest.mark.parametrize("size", [100, 777, 4000])

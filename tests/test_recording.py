@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from pyro_maf.infer import AutoIAF, TracePath_ELBO, fit_guide
-from pyro_maf.infer.importance import Pair
-from pyro_maf.infer.model import Call
-from pyro_maf.infer.recording import Recording, record
-from pyro_maf.infer.walk import Walk, can_walk
+from pyro_maf.infer.diagnosis.importance import Pair
+from pyro_maf.infer.fitting.walk import Walk, can_walk
+from pyro_maf.infer.models.model import Call
+from pyro_maf.infer.models.recording import Recording, record
 from tests.posteriors import GUIDES, SMALL, counting, regression
 
 pytestmark = pytest.mark.usefixtures("fresh")

@@ -13,7 +13,7 @@ from pyro.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_maf.infer import AutoIAF, fit_guide
-from pyro_maf.infer.site_supports import described_support, support_map, support_of
+from pyro_maf.infer.models.supports import described_support, support_map, support_of
 from tests.posteriors import SMALL
 
 pytestmark = pytest.mark.usefixtures("fresh")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pyro_maf.infer import AutoIAF, initialization
-from pyro_maf.infer.double_precision import in_double, widened
-from pyro_maf.infer.initialization import best_normal
+from pyro_maf.infer.models.double_precision import in_double, widened
+from pyro_maf.infer.start.initialization import best_normal
 from tests.posteriors import SMALL, bound, regression
 
 pytestmark = pytest.mark.usefixtures("fresh")

@@ -10,10 +10,10 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_maf.infer.auto_flow import AutoFlow
-from pyro_maf.infer.importance import Pair
-from pyro_maf.infer.log_joint import LogJoint
-from pyro_maf.infer.model import Call, Model, check_pair
+from pyro_maf.infer.diagnosis.importance import Pair
+from pyro_maf.infer.guides.auto_flow import AutoFlow
+from pyro_maf.infer.models.log_joint import LogJoint
+from pyro_maf.infer.models.model import Call, Model, check_pair
 
 __all__ = ["NeuTra", "neutra"]
 

@@ -14,7 +14,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_maf.infer.model import (
+from pyro_maf.infer.models.model import (
     Args,
     Call,
     Frame,

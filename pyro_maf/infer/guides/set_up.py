@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from pyro_maf._core.checks import check_above_zero, check_choice, check_positive, check_sizes
 from pyro_maf._core.options import ClassSignature, named_arguments
-from pyro_maf.infer.coordinates import Coordinates
-from pyro_maf.infer.guide_density import GuideDensity
-from pyro_maf.infer.guide_state import StoredWeights
-from pyro_maf.infer.initialization import Normal, Start
-from pyro_maf.infer.latents import Latents, Plates, median_or_feasible
-from pyro_maf.infer.mixture import FlowMixture
-from pyro_maf.infer.model import (
+from pyro_maf.infer.guides.density import GuideDensity
+from pyro_maf.infer.guides.mixture import FlowMixture
+from pyro_maf.infer.guides.posterior import start_of
+from pyro_maf.infer.guides.shares import Shares
+from pyro_maf.infer.guides.state import StoredWeights
+from pyro_maf.infer.models.coordinates import Coordinates
+from pyro_maf.infer.models.latents import Latents, Plates, median_or_feasible
+from pyro_maf.infer.models.model import (
     Call,
     Model,
     RefusalError,
@@ -29,9 +30,8 @@ from pyro_maf.infer.model import (
     latent_sites,
     without_empty_tables,
 )
-from pyro_maf.infer.posterior import start_of
-from pyro_maf.infer.shares import Shares
-from pyro_maf.infer.wide_start import WideNormal
+from pyro_maf.infer.start.initialization import Normal, Start
+from pyro_maf.infer.start.wide_normal import WideNormal
 from pyro_maf.nn import ACTIVATIONS, NetworkOptions
 from pyro_maf.nn.layers import Tempered
 from pyro_maf.transforms import ConditionalFlow, Flow, Stack

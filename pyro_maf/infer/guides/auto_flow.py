@@ -16,15 +16,15 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyro_maf.infer.guide_set_up import GuideSetUp
-from pyro_maf.infer.guide_state import bare_latents, bare_trace, check_is_set_up
-from pyro_maf.infer.latents import Part
-from pyro_maf.infer.mixture import FlowMixture, MixturePosterior
-from pyro_maf.infer.model import Call, RefusalError, Site, Trace
-from pyro_maf.infer.path_gradient import zero_bad_gradients
-from pyro_maf.infer.posterior import Posterior
-from pyro_maf.infer.saved_guide import saved_guide
-from pyro_maf.infer.shares import Shares
+from pyro_maf.infer.guides.mixture import FlowMixture, MixturePosterior
+from pyro_maf.infer.guides.path_gradient import zero_bad_gradients
+from pyro_maf.infer.guides.posterior import Posterior
+from pyro_maf.infer.guides.saved import saved_guide
+from pyro_maf.infer.guides.set_up import GuideSetUp
+from pyro_maf.infer.guides.shares import Shares
+from pyro_maf.infer.guides.state import bare_latents, bare_trace, check_is_set_up
+from pyro_maf.infer.models.latents import Part
+from pyro_maf.infer.models.model import Call, RefusalError, Site, Trace
 from pyro_maf.saving import drop_weak_references
 from pyro_maf.transforms import Flow
 

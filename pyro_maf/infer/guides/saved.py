@@ -14,11 +14,11 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from pyro_maf.infer.guide_density import GuideDensity
-from pyro_maf.infer.latents import Latents, Part
-from pyro_maf.infer.mixture import FlowMixture, MixturePosterior
-from pyro_maf.infer.model import Frame, Site
-from pyro_maf.infer.site_supports import described_support, support_of
+from pyro_maf.infer.guides.density import GuideDensity
+from pyro_maf.infer.guides.mixture import FlowMixture, MixturePosterior
+from pyro_maf.infer.models.latents import Latents, Part
+from pyro_maf.infer.models.model import Frame, Site
+from pyro_maf.infer.models.supports import described_support, support_of
 from pyro_maf.saving import Savable
 from pyro_maf.transforms import Stack
 

@@ -3,7 +3,7 @@ r"""Flows as guides: `AutoMAF`, `AutoIAF` and `AutoRealNVP`."""
 from __future__ import annotations
 
 from pyro_maf.flows import IAF, MAF, RealNVP
-from pyro_maf.infer.auto_flow import AutoFlow
+from pyro_maf.infer.guides.auto_flow import AutoFlow
 
 __all__ = ["AutoIAF", "AutoMAF", "AutoRealNVP"]
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from pyro_maf._core.torch_state import seeded
-from pyro_maf.infer.coordinates import Coordinates
-from pyro_maf.infer.latents import Latents
-from pyro_maf.infer.log_joint import FAILURES
-from pyro_maf.infer.mean_field import Score, diagonal_normal, fixed_noise, narrow_place
-from pyro_maf.infer.model import Call
+from pyro_maf.infer.models.coordinates import Coordinates
+from pyro_maf.infer.models.latents import Latents
+from pyro_maf.infer.models.log_joint import FAILURES
+from pyro_maf.infer.models.model import Call
+from pyro_maf.infer.start.mean_field import Score, diagonal_normal, fixed_noise, narrow_place
 
 __all__ = ["fit_degrees"]
 

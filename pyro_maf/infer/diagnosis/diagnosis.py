@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pyro_maf._core.checks import check_positive
-from pyro_maf.infer.auto_flow import AutoFlow
-from pyro_maf.infer.importance import Mode, NoVerdictError, Pair, Weighted, arviz, smoothed
-from pyro_maf.infer.model import Call, Guide, Model, check_call, check_pair, without_empty_tables
+from pyro_maf.infer.diagnosis.importance import Mode, NoVerdictError, Pair, Weighted, arviz, smoothed
+from pyro_maf.infer.guides.auto_flow import AutoFlow
+from pyro_maf.infer.models.model import Call, Guide, Model, check_call, check_pair, without_empty_tables
 
 __all__ = ["Diagnosis", "diagnose", "reweight", "to_arviz"]
 

@@ -28,9 +28,9 @@ from torch.distributions import Exponential, Gamma, InverseGamma, constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_maf._core.torch_state import seeded
-from pyro_maf.infer.latents import Images, Latents, Part, masked_elements, within_reach
-from pyro_maf.infer.log_joint import FAILURES
-from pyro_maf.infer.model import Call, Site, layers_of
+from pyro_maf.infer.models.latents import Images, Latents, Part, masked_elements, within_reach
+from pyro_maf.infer.models.log_joint import FAILURES
+from pyro_maf.infer.models.model import Call, Site, layers_of
 
 __all__ = ["Coordinates", "coordinates_of"]
 

@@ -11,10 +11,10 @@ import torch
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 
-from pyro_maf.infer.auto_flow import AutoFlow
-from pyro_maf.infer.log_joint import LogJoint
-from pyro_maf.infer.model import Call, Guide
-from pyro_maf.infer.recording import Derivatives, Recording, record
+from pyro_maf.infer.guides.auto_flow import AutoFlow
+from pyro_maf.infer.models.log_joint import LogJoint
+from pyro_maf.infer.models.model import Call, Guide
+from pyro_maf.infer.models.recording import Derivatives, Recording, record
 
 __all__ = ["Step", "Walk", "can_walk"]
 

@@ -17,9 +17,9 @@ from torch.distributions import Transform
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform, SigmoidTransform
 
-from pyro_maf.infer.model import RefusalError, Site, layers_of
-from pyro_maf.infer.plates import subsampled
-from pyro_maf.infer.site_supports import support_map
+from pyro_maf.infer.models.model import RefusalError, Site, layers_of
+from pyro_maf.infer.models.plates import subsampled
+from pyro_maf.infer.models.supports import support_map
 
 __all__ = ["Images", "Latents", "Part", "Plates", "masked_elements", "median_or_feasible", "within_reach"]
 

@@ -12,10 +12,10 @@ from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
 from pyro_maf._core.checks import check_shape
-from pyro_maf.infer.coordinates import Coordinates
-from pyro_maf.infer.latents import Images, Latents
-from pyro_maf.infer.model import Args, Call, Kwargs, RefusalError
-from pyro_maf.infer.posterior import Levels, checked_levels, even_noise, marginal_quantiles
+from pyro_maf.infer.guides.posterior import Levels, checked_levels, even_noise, marginal_quantiles
+from pyro_maf.infer.models.coordinates import Coordinates
+from pyro_maf.infer.models.latents import Images, Latents
+from pyro_maf.infer.models.model import Args, Call, Kwargs, RefusalError
 
 __all__ = ["GuideDensity"]
 

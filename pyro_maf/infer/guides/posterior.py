@@ -13,15 +13,15 @@ from torch.distributions.constraints import Constraint
 from torch.quasirandom import SobolEngine
 
 from pyro_maf._core.torch_state import seeded
-from pyro_maf.infer.coordinates import Coordinates, coordinates_of
-from pyro_maf.infer.degrees import fit_degrees
-from pyro_maf.infer.initialization import DENSE, Normal, Start, best_start, other_points
-from pyro_maf.infer.latents import Images, Latents, Part
-from pyro_maf.infer.log_joint import FAILURES, LogJoint, is_enumerated, without_blocks
-from pyro_maf.infer.mean_field import narrow_place
-from pyro_maf.infer.model import Call, RefusalError, Trace, latent_sites, sample_sites
-from pyro_maf.infer.symmetry import exchanges
-from pyro_maf.infer.wide_start import WideNormal, wide_start
+from pyro_maf.infer.models.coordinates import Coordinates, coordinates_of
+from pyro_maf.infer.models.latents import Images, Latents, Part
+from pyro_maf.infer.models.log_joint import FAILURES, LogJoint, is_enumerated, without_blocks
+from pyro_maf.infer.models.model import Call, RefusalError, Trace, latent_sites, sample_sites
+from pyro_maf.infer.start.degrees import fit_degrees
+from pyro_maf.infer.start.initialization import DENSE, Normal, Start, best_start, other_points
+from pyro_maf.infer.start.mean_field import narrow_place
+from pyro_maf.infer.start.symmetry import exchanges
+from pyro_maf.infer.start.wide_normal import WideNormal, wide_start
 
 __all__ = ["Levels", "Posterior", "checked_levels", "even_noise", "marginal_quantiles", "start_of"]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf._core.torch_state import seeded
-from pyro_maf.infer.initialization import Normal, best_normal
+from pyro_maf.infer.start.initialization import Normal, best_normal
 
 __all__ = ["POOL", "Missed", "missed_modes", "why_no_search"]
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_maf._core.torch_state import is_intercepted
-from pyro_maf.infer.model import Args, Kwargs
+from pyro_maf.infer.models.model import Args, Kwargs
 
 __all__ = ["Derivatives", "Recording", "record"]
 

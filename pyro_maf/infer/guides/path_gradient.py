@@ -17,8 +17,19 @@ from pyro.util import warn_if_nan
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
-from pyro_maf.infer.log_joint import is_enumerated, log_densities
-from pyro_maf.infer.model import Args, Call, Guide, Kwargs, Model, Site, Trace, latent_sites, layers_of, sample_sites
+from pyro_maf.infer.models.log_joint import is_enumerated, log_densities
+from pyro_maf.infer.models.model import (
+    Args,
+    Call,
+    Guide,
+    Kwargs,
+    Model,
+    Site,
+    Trace,
+    latent_sites,
+    layers_of,
+    sample_sites,
+)
 
 __all__ = ["TracePath_ELBO", "detached", "zero_bad_gradients"]
 

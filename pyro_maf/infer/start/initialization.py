@@ -15,9 +15,9 @@ from torch import Tensor
 
 from pyro_maf._core.optimization import Adam
 from pyro_maf._core.torch_state import seeded
-from pyro_maf.infer.ascent import Ascents, Normal, Place, Score
-from pyro_maf.infer.double_precision import in_double
-from pyro_maf.infer.modes import End, Start, bounds_of, covering, different, distance, even_noise
+from pyro_maf.infer.models.double_precision import in_double
+from pyro_maf.infer.start.ascent import Ascents, Normal, Place, Score
+from pyro_maf.infer.start.modes import End, Start, bounds_of, covering, different, distance, even_noise
 
 __all__ = ["DENSE", "Normal", "Start", "best_normal", "best_start", "other_points"]
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyro_maf.infer.latents import Latents
-from pyro_maf.infer.model import RefusalError, Site, Trace, latent_sites
-from pyro_maf.infer.path_gradient import detached
+from pyro_maf.infer.guides.path_gradient import detached
+from pyro_maf.infer.models.latents import Latents
+from pyro_maf.infer.models.model import RefusalError, Site, Trace, latent_sites
 
 __all__ = ["StoredWeights", "bare_latents", "bare_trace", "check_is_set_up"]
 

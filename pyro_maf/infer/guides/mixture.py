@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyro_maf._core.torch_state import is_traced
-from pyro_maf.infer.modes import NEGLIGIBLE
+from pyro_maf.infer.start.modes import NEGLIGIBLE
 from pyro_maf.transforms import Stack
 
 __all__ = ["FlowMixture", "MixturePosterior"]

@@ -9,10 +9,10 @@ import torch
 from pyro import poutine
 
 from pyro_maf._core.torch_state import is_traced
-from pyro_maf.infer.log_joint import FAILURES
-from pyro_maf.infer.mixture import FlowMixture
-from pyro_maf.infer.model import Call
-from pyro_maf.infer.posterior import Posterior
+from pyro_maf.infer.guides.mixture import FlowMixture
+from pyro_maf.infer.guides.posterior import Posterior
+from pyro_maf.infer.models.log_joint import FAILURES
+from pyro_maf.infer.models.model import Call
 
 __all__ = ["Shares"]
 

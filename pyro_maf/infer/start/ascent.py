@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_maf.infer.double_precision import widened
-from pyro_maf.infer.log_joint import FAILURES
+from pyro_maf.infer.models.double_precision import widened
+from pyro_maf.infer.models.log_joint import FAILURES
 
 __all__ = ["Ascents", "Normal", "Place", "Score"]
 

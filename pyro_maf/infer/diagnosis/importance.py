@@ -17,12 +17,14 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_maf._core.messages import require
-from pyro_maf.infer.auto_flow import AutoFlow
-from pyro_maf.infer.double_precision import widened
-from pyro_maf.infer.latents import Latents, masked_elements
-from pyro_maf.infer.log_joint import FAILURES, LogJoint, is_enumerated, log_densities, total_by_draw
-from pyro_maf.infer.missed_modes import POOL, Missed, missed_modes, why_no_search
-from pyro_maf.infer.model import (
+from pyro_maf.infer.diagnosis.missed_modes import POOL, Missed, missed_modes, why_no_search
+from pyro_maf.infer.diagnosis.pareto import smoothed_log_weights
+from pyro_maf.infer.diagnosis.propriety import IMPROPER, seems_improper
+from pyro_maf.infer.guides.auto_flow import AutoFlow
+from pyro_maf.infer.models.double_precision import widened
+from pyro_maf.infer.models.latents import Latents, masked_elements
+from pyro_maf.infer.models.log_joint import FAILURES, LogJoint, is_enumerated, log_densities, total_by_draw
+from pyro_maf.infer.models.model import (
     Call,
     Guide,
     RefusalError,
@@ -33,9 +35,7 @@ from pyro_maf.infer.model import (
     layers_of,
     sample_sites,
 )
-from pyro_maf.infer.pareto import smoothed_log_weights
-from pyro_maf.infer.plates import PartialRowsError, nesting_of
-from pyro_maf.infer.propriety import IMPROPER, seems_improper
+from pyro_maf.infer.models.plates import PartialRowsError, nesting_of
 
 __all__ = ["Mode", "NoVerdictError", "Pair", "Search", "Weighted", "arviz", "smoothed"]
 

@@ -18,7 +18,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_maf._core.torch_state import seeded
-from pyro_maf.infer.model import (
+from pyro_maf.infer.models.model import (
     Call,
     DrawRecorder,
     Frame,
@@ -30,7 +30,7 @@ from pyro_maf.infer.model import (
     report_run,
     sample_sites,
 )
-from pyro_maf.infer.plates import (
+from pyro_maf.infer.models.plates import (
     Minibatch,
     Minibatches,
     PartialRowsError,

@@ -20,17 +20,17 @@ from pyro_maf._core.interruption import Interruption
 from pyro_maf._core.messages import require
 from pyro_maf._core.optimization import Adam, WeightAverage, clip
 from pyro_maf._core.progress import Bar, bar, check_progress
-from pyro_maf.infer.auto_flow import AutoFlow
-from pyro_maf.infer.convergence import BestWeights, Schedule
-from pyro_maf.infer.diagnosis import Diagnosis, diagnose
-from pyro_maf.infer.importance import Pair
-from pyro_maf.infer.initialization import ALONE as SET_UP_RUNS
-from pyro_maf.infer.log_joint import FAILURES
-from pyro_maf.infer.model import Call, Guide, Model, check_call, check_pair, show_runs, without_empty_tables
-from pyro_maf.infer.path_gradient import TracePath_ELBO
-from pyro_maf.infer.plates import why_alone
-from pyro_maf.infer.propriety import IMPROPER
-from pyro_maf.infer.walk import Step, Walk, can_walk
+from pyro_maf.infer.diagnosis.diagnosis import Diagnosis, diagnose
+from pyro_maf.infer.diagnosis.importance import Pair
+from pyro_maf.infer.diagnosis.propriety import IMPROPER
+from pyro_maf.infer.fitting.convergence import BestWeights, Schedule
+from pyro_maf.infer.fitting.walk import Step, Walk, can_walk
+from pyro_maf.infer.guides.auto_flow import AutoFlow
+from pyro_maf.infer.guides.path_gradient import TracePath_ELBO
+from pyro_maf.infer.models.log_joint import FAILURES
+from pyro_maf.infer.models.model import Call, Guide, Model, check_call, check_pair, show_runs, without_empty_tables
+from pyro_maf.infer.models.plates import why_alone
+from pyro_maf.infer.start.initialization import ALONE as SET_UP_RUNS
 
 __all__ = ["GuideFit", "fit_guide"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_maf.infer.model import Args, Kwargs, leaves_of
+from pyro_maf.infer.models.model import Args, Kwargs, leaves_of
 
 __all__ = ["in_double", "widened"]
 

@@ -1,0 +1,1 @@
+"""Fit of a guide: its steps, learning rate and end."""

@@ -1,0 +1,1 @@
+"""Start of a guide: ascents to the modes of a posterior, and normals around them."""
