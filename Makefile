@@ -10,7 +10,7 @@ JOBS ?= 2
 help:  ## Say what there is to make
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
-demo: $(VENV)/.train  ## Fit the flows to two data sets; a table and pictures in demo/
+demo: $(VENV)/.all  ## Fit the flows to two data sets; a table and pictures in demo/
 	$(BIN)/python examples/demo.py --out demo
 
 test: check  ## Check, then run every test and every example of the documentation
@@ -42,20 +42,20 @@ $(BIN)/pip:
 # the pinned version in place nothing else pulls in another build of it.
 INSTALL := $(BIN)/pip install -q -c constraints.txt
 
-$(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/pip
+$(VENV)/.all: pyproject.toml constraints.txt | $(BIN)/pip
 	$(INSTALL) torch
-	$(INSTALL) -e '.[train]'
+	$(INSTALL) -e '.[all]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/pip
 	$(INSTALL) torch
 	$(INSTALL) -e '.[dev]'
-	@touch $(VENV)/.train $@  # dev holds all of train
+	@touch $(VENV)/.all $@  # dev holds all
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(INSTALL) -e '.[bench]'
 	@touch $@
 
-$(VENV)/.docs: $(VENV)/.train
+$(VENV)/.docs: $(VENV)/.all
 	$(INSTALL) -e '.[docs]'
 	@touch $@

@@ -106,7 +106,7 @@ def compare(settings: Settings) -> tuple[GuideFit[AutoIAF], dict[str, Chains]]:
 
 def summary(chains: Chains) -> tuple[float, float]:
     """The largest R-hat of any latent variable, and the smallest effective sample size, of bulk and tails."""
-    data = arviz.from_dict(posterior={name: value.numpy() for name, value in chains.draws.items()})
+    data = arviz.convert_to_dataset({name: value.numpy() for name, value in chains.draws.items()})
     rhat = arviz.rhat(data)
     sizes = [arviz.ess(data, method=method) for method in ("bulk", "tail")]
     largest = max(float(rhat[name].max()) for name in chains.draws)

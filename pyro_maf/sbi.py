@@ -27,7 +27,7 @@ from pyro_maf.support import Support, SupportLike
 from pyro_maf.tables.moments import context_moments_of, moments_of
 from pyro_maf.transforms import Stack
 
-require("pyro_maf.sbi", "sbi", extra="sbi")
+require("pyro_maf.sbi", "sbi")
 
 from sbi.neural_nets.estimators import ConditionalDensityEstimator  # noqa: E402
 

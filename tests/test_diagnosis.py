@@ -408,7 +408,7 @@ def test_draws_become_inference_data(make: Any) -> None:
     y = torch.tensor([0.5, -0.5, 1.0])
     guide = make(rows, **SMALL) if make in GUIDES else make(rows)
     data = to_arviz(rows, guide, y, num_samples=300)
-    assert type(data).__name__ == "InferenceData"
+    assert type(data).__name__ in ("InferenceData", "DataTree")
     assert {name: value.shape for name, value in data.posterior.items()} == {"loc": (1, 300), "z": (1, 300, 2, 3)}
     assert data.sample_stats["log_weight"].shape == (1, 300)
     assert float((2.718281828 ** data.sample_stats["log_weight"]).sum()) == pytest.approx(1.0, rel=1e-4)

@@ -529,7 +529,7 @@ def test_models_that_can_not_be_fitted_are_refused(
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
-    message = "fit needs lightning-fabric, which is not installed: pip install pyro-maf[train]."
+    message = "fit needs lightning-fabric, which is not installed: pip install pyro-maf[all]."
     with pytest.raises(ModuleNotFoundError, match=re.escape(message)):
         fit(small_maf(), ROWS, devices=2, **QUICK)
     assert fit(small_maf(), ROWS, **QUICK).epochs  # by one process it needs none

@@ -1,4 +1,4 @@
-"""Texts of messages: names quoted and shortened, lists, and packages of the `train` extra that are missing."""
+"""Texts of messages: names quoted and shortened, lists, and packages that are missing."""
 
 from __future__ import annotations
 
@@ -43,13 +43,16 @@ DISTRIBUTIONS = {"sklearn": "scikit-learn", "lightning_fabric": "lightning-fabri
 """Names of distributions that differ from the name of their package."""
 
 
-def require(who: str, *packages: str, extra: str = "train") -> None:
+EXTRAS = {"matplotlib": "plot", "typer": "cli", "pyarrow": "cli", "jinja2": "cli", "sbi": "sbi"}
+"""The extra of this package that installs a package; `all` has the others."""
+
+
+def require(who: str, *packages: str) -> None:
     """Raise unless these packages can be imported.
 
     Args:
         who: The function that needs them.
         packages: Their import names.
-        extra: The extra of this package that installs them.
 
     Raises:
         ModuleNotFoundError: For the first that is not installed; the message says what to install.
@@ -58,7 +61,7 @@ def require(who: str, *packages: str, extra: str = "train") -> None:
         >>> require("fit", "numpy", "no_such_package")
         Traceback (most recent call last):
             ...
-        ModuleNotFoundError: fit needs no_such_package, which is not installed: pip install pyro-maf[train].
+        ModuleNotFoundError: fit needs no_such_package, which is not installed: pip install pyro-maf[all].
     """
     for package in packages:
         try:
@@ -68,6 +71,6 @@ def require(who: str, *packages: str, extra: str = "train") -> None:
                 raise
             raise ModuleNotFoundError(
                 f"{who} needs {DISTRIBUTIONS.get(package, package)}, which is not installed: "
-                f"pip install pyro-maf[{extra}].",
+                f"pip install pyro-maf[{EXTRAS.get(package, 'all')}].",
                 name=package,
             ) from None

@@ -19,9 +19,9 @@ BAD_INPUT = 2
 
 
 def main() -> None:
-    """Run the command in the program's arguments; without the `train` extra, print what to install."""
+    """Run the command in the program's arguments; without the `cli` extra, print what to install."""
     try:
-        require("pyro-maf", "typer", "rich")
+        require("pyro-maf", "typer")
     except ModuleNotFoundError as error:
         print(f"pyro-maf: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)

@@ -31,7 +31,7 @@ def digits(*, margin: float = 1e-6, seed: int = 0) -> Dataset:
         seed: Seed of the shuffle and of the noise.
 
     Raises:
-        ModuleNotFoundError: Without the `train` extra.
+        ModuleNotFoundError: Without the `all` extra.
 
     Example:
         >>> data = digits()
@@ -79,7 +79,7 @@ def patches(*, train: int = 30_000, validation: int = 5_000, test: int = 5_000, 
 
     Raises:
         ValueError: If there are fewer patches than requested.
-        ModuleNotFoundError: Without the `train` extra.
+        ModuleNotFoundError: Without the `all` extra.
 
     Example:
         >>> data = patches(train=100, validation=10, test=10)

@@ -42,7 +42,7 @@ def noise(
     Raises:
         TypeError: For a density without a map to noise.
         ValueError: For data that are not (rows, D), or lack these dimensions.
-        ModuleNotFoundError: Without the `train` extra.
+        ModuleNotFoundError: Without the `plot` extra.
 
     Example:
         >>> from pyro_maf import MAF
@@ -84,7 +84,7 @@ def pit(u: Tensor, *, names: Sequence[str] | None = None, columns: int = 3, titl
 
     Raises:
         ValueError: For noise of another shape, or if there are not D names.
-        ModuleNotFoundError: Without the `train` extra.
+        ModuleNotFoundError: Without the `plot` extra.
 
     Example:
         >>> figure = pit(torch.randn(500, 3))
@@ -125,7 +125,7 @@ def qq(u: Tensor, *, names: Sequence[str] | None = None, columns: int = 3, title
 
     Raises:
         ValueError: As in `pit`.
-        ModuleNotFoundError: Without the `train` extra.
+        ModuleNotFoundError: Without the `plot` extra.
 
     Example:
         >>> figure = qq(torch.randn(500, 2), names=["height", "weight"])

@@ -44,7 +44,7 @@ def contours(
 
     Raises:
         ValueError: If there are no densities, or a window is empty.
-        ModuleNotFoundError: Without the `train` extra.
+        ModuleNotFoundError: Without the `plot` extra.
 
     Example:
         >>> from pyro_maf.datasets import FigureOne
@@ -83,7 +83,7 @@ def log_densities(heights: Mapping[str, Tensor], *, title: str = "") -> Figure:
 
     Raises:
         ValueError: If there are none.
-        ModuleNotFoundError: Without the `train` extra.
+        ModuleNotFoundError: Without the `plot` extra.
 
     Example:
         >>> figure = log_densities({"data": torch.randn(50), "samples": torch.randn(80)})
@@ -118,7 +118,7 @@ def losses(results: Mapping[str, FitResult], *, marks: Mapping[str, float] | Non
 
     Raises:
         ValueError: If there are no results.
-        ModuleNotFoundError: Without the `train` extra.
+        ModuleNotFoundError: Without the `plot` extra.
 
     Example:
         >>> from pyro_maf.training import FitResult

@@ -46,7 +46,7 @@ def scatter(data: Tensor, samples: Mapping[str, Tensor], *, dims: tuple[int, int
 
     Raises:
         ValueError: For rows that are not (rows, D), or lack these dimensions.
-        ModuleNotFoundError: Without the `train` extra.
+        ModuleNotFoundError: Without the `plot` extra.
 
     Example:
         >>> figure = scatter(torch.randn(50, 2), {"MAF": torch.randn(50, 2)})
@@ -77,7 +77,7 @@ def marginals(
 
     Raises:
         ValueError: For rows of another shape, or if there are not D names.
-        ModuleNotFoundError: Without the `train` extra.
+        ModuleNotFoundError: Without the `plot` extra.
 
     Example:
         >>> figure = marginals(torch.randn(50, 2), torch.randn(80, 2), names=["height", "weight"])
@@ -114,7 +114,7 @@ def pairs(data: Tensor, samples: Tensor, *, names: Sequence[str] | None = None, 
 
     Raises:
         ValueError: For rows of another shape, or if there are not D names.
-        ModuleNotFoundError: Without the `train` extra.
+        ModuleNotFoundError: Without the `plot` extra.
 
     Example:
         >>> figure = pairs(torch.randn(50, 3), torch.randn(50, 3))
@@ -153,7 +153,7 @@ def image_grid(images: Mapping[str, Tensor], *, columns: int = 8, title: str = "
 
     Raises:
         ValueError: For rows that are not square images.
-        ModuleNotFoundError: Without the `train` extra.
+        ModuleNotFoundError: Without the `plot` extra.
 
     Example:
         >>> figure = image_grid({"Data": torch.rand(70, 64), "MAF": torch.rand(70, 64)})

@@ -100,7 +100,7 @@ def write_report(
             context missing, superfluous or of another length; for another number of names than of columns. Rows are
             counted from 1.
         FileNotFoundError: If the folder of `path` does not exist.
-        ModuleNotFoundError: Without the `train` extra.
+        ModuleNotFoundError: Without the `cli` extra.
 
     Example:
         >>> import tempfile, pyro_maf
@@ -112,7 +112,7 @@ def write_report(
         ...     "Kolmogorov" in page.read_text(encoding="utf-8")
         True
     """
-    require("write_report", "jinja2", "matplotlib", "rich")
+    require("write_report", "jinja2", "matplotlib")
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"write_report expected an existing folder for {path.name}, got {path.parent}.")

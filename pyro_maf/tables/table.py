@@ -205,7 +205,7 @@ def read_table(
             name; for text among the data, missing values and those that are not finite, with the row, counted from 1,
             and the column, and how many are missing where; for categories that the other table did not have, or too
             many.
-        ModuleNotFoundError: For csv and parquet without the `train` extra.
+        ModuleNotFoundError: For csv and parquet without the `cli` extra.
 
     Example:
         >>> import io

@@ -160,7 +160,7 @@ def fit(
             another length; for data outside the support or on its boundary, with the
             row and column; for options out of range; for a folder that holds a fit that is not to be resumed, or one of
             other settings.
-        ModuleNotFoundError: Without the `train` extra.
+        ModuleNotFoundError: For several processes without the `all` extra.
 
     Example:
         >>> from pyro_maf import MAF
@@ -235,7 +235,8 @@ class _Options:
             raise ValueError("fit expected the folder to resume from, got resume=True without one.")
         if self.overwrite and self.folder is None:
             raise ValueError("fit expected the folder to overwrite a fit in, got overwrite=True without one.")
-        require("fit", "rich", *(["lightning_fabric"] if Processes(self.devices).are_several else []))
+        if Processes(self.devices).are_several:
+            require("fit", "lightning_fabric")
 
     def settings(self, prepared: Prepared, dtype: torch.dtype) -> dict[str, object]:
         """Settings that a resumed fit must share."""

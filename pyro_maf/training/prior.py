@@ -84,7 +84,6 @@ def fit_prior(
     Raises:
         TypeError: As `pyro_maf.fit`.
         ValueError: As `pyro_maf.fit`, as for data outside the support or on its boundary.
-        ModuleNotFoundError: Without the `train` extra.
 
     Example:
         >>> waits = torch.distributions.Exponential(torch.tensor([1.0, 0.1])).sample((200,))

@@ -110,7 +110,7 @@ def gas(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Dataset:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, of another format or shape, or has values that are not finite; if not 8 sensors
             remain; if there is only the pickle and it is not allowed.
-        ModuleNotFoundError: Without the `train` extra, or pandas for the pickle.
+        ModuleNotFoundError: For the pickle without pandas.
 
     Example:
         >>> import pathlib, tempfile, numpy
@@ -155,7 +155,7 @@ def hepmass(root: str | os.PathLike[str]) -> Dataset:
         FileNotFoundError: If there is no such file.
         ValueError: If one is damaged, of another format or shape, or has values that are not finite, or if not 21
             features remain.
-        ModuleNotFoundError: Without the `train` extra.
+        ModuleNotFoundError: Without the `cli` extra.
 
     Example:
         >>> import pathlib, tempfile, numpy
@@ -233,7 +233,7 @@ def bsds300(root: str | os.PathLike[str]) -> Dataset:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, of another format, without one of its parts or of another shape, or has values
             that are not finite.
-        ModuleNotFoundError: Without the `train` extra.
+        ModuleNotFoundError: Without the `all` extra.
 
     Example:
         >>> import pathlib, tempfile, h5py, numpy

@@ -309,13 +309,13 @@ def to_arviz(model: Model, guide: Guide, *args: object, num_samples: int = 4_000
         num_samples: Number of draws, as one chain.
 
     Returns:
-        An `arviz.InferenceData`: `posterior` holds the draws as they are; `sample_stats` the smoothed log weights, as
-        `log_weight`; attributes of `posterior` the diagnosis.
+        An `xarray.DataTree`, or an `arviz.InferenceData` before arviz 1: `posterior` holds the draws as they are;
+        `sample_stats` the smoothed log weights, as `log_weight`; attributes of `posterior` the diagnosis.
 
     Raises:
         TypeError: If the two are swapped, or the model does not take the arguments.
         ValueError: If the guide leaves out a latent site, or the model cannot score all rows.
-        ModuleNotFoundError: Without the `train` extra.
+        ModuleNotFoundError: Without the `all` extra.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -327,16 +327,15 @@ def to_arviz(model: Model, guide: Guide, *args: object, num_samples: int = 4_000
     check_positive("to_arviz", "num_samples", num_samples, least=100)
     draws = _diagnosed_draws(_pair("to_arviz", Call(model, args, kwargs), guide), num_samples)
     diagnosis = draws.diagnosis
-    return arviz().from_dict(
-        posterior={name: value[None].cpu().numpy() for name, value in draws.weighted.values.items()},
-        sample_stats={"log_weight": draws.log_weights[None].cpu().numpy()},
-        posterior_attrs={
-            "k_hat": diagnosis.k_hat,
-            "elbo": diagnosis.elbo,
-            "log_evidence": diagnosis.log_evidence,
-            "verdict": diagnosis.verdict,
-        },
-    )
+    groups = {
+        "posterior": {name: value[None].cpu().numpy() for name, value in draws.weighted.values.items()},
+        "sample_stats": {"log_weight": draws.log_weights[None].cpu().numpy()},
+    }
+    attributes = {name: getattr(diagnosis, name) for name in ("k_hat", "elbo", "log_evidence", "verdict")}
+    library = arviz()
+    if hasattr(library, "InferenceData"):  # before arviz 1
+        return library.from_dict(**groups, posterior_attrs=attributes)
+    return library.from_dict(groups, attrs={"posterior": attributes})
 
 
 class _DiagnosedDraws(NamedTuple):

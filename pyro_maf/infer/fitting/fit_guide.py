@@ -17,7 +17,6 @@ from torch import Tensor
 
 from pyro_maf._core.checks import check_above_zero, check_positive
 from pyro_maf._core.interruption import Interruption
-from pyro_maf._core.messages import require
 from pyro_maf._core.optimization import Adam, WeightAverage, clip
 from pyro_maf._core.progress import Bar, bar, check_progress
 from pyro_maf.infer.diagnosis.diagnosis import Diagnosis, diagnose
@@ -156,7 +155,6 @@ def fit_guide(
             take the arguments.
         Exception: The error of the model, if it raises one in each of the first fifty steps.
         ArithmeticError: If loss or gradient are not finite in each of the first fifty.
-        ModuleNotFoundError: Without the `train` extra.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -177,7 +175,6 @@ def fit_guide(
     started = time.monotonic()
     call = Call(model, args, kwargs)
     _check(call, guide, steps, num_particles, learning_rate, progress)
-    require("fit_guide", "rich")  # now rather than after the fit
     with _without_idle_words(), bar(progress, "{task.description} {task.completed}", "{task.fields[elbo]}") as shown:
         with show_runs(shown, "setting up, run", SET_UP_RUNS, elbo=""):
             if isinstance(guide, AutoFlow):
