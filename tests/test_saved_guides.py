@@ -22,6 +22,7 @@ from torch import Tensor
 import pyro_maf
 from pyro_maf.infer import AutoIAF, diagnose, fit_guide, reweight
 from tests.posteriors import GUIDES, SMALL
+from tests.test_structure import MODELS
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -146,6 +147,62 @@ def test_masked_entries_stay_where_they_were(tmp_path: Path) -> None:
         torch.testing.assert_close(value, draws[name])
 
 
+# -- coordinates -------------------------------------------------------------------------------------------------------
+
+GROUP = torch.tensor([0, 2, 1, 2])
+
+
+def regressions() -> None:
+    """Sites whose priors are computed by products, indices and sums of those before them."""
+    beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    scale = pyro.sample("scale", dist.LogNormal(0.0, torch.tensor(1.0)))
+    with pyro.plate("groups", 3):
+        mean = pyro.sample("mean", dist.StudentT(4.0, beta.cumsum(-1)[..., 1], scale.sqrt()))
+    with pyro.plate("rows", 4):
+        loc = mean[..., GROUP] + (torch.arange(8.0).reshape(4, 2) * beta).sum(-1)
+        z = pyro.sample("z", dist.Normal(loc, torch.nn.functional.softplus(scale)))
+        size = pyro.sample("size", dist.LogNormal(z, 0.3))
+        pyro.sample("y", dist.Normal(size, 1.0), obs=torch.ones(4))
+
+
+STRUCTURED = {**{name: model for name, (model, _) in MODELS.items()}, "regressions": regressions}
+
+
+def structured(model: Any) -> Any:
+    guide = AutoIAF(model, init_scale=0.3, **SMALL).setup()
+    with torch.no_grad():
+        guide.coordinates.degree.uniform_()
+    return guide
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_coordinates_are_saved_with_the_prior(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    pyro.set_rng_seed(0)
+    guide = structured(STRUCTURED[name]).to(dtype)
+    again = saved(guide, tmp_path)
+    noise = torch.randn(3, 2, guide.latent_dim, dtype=dtype)
+    values = again.sites_of(noise)
+    close = {"rtol": 100 * torch.finfo(dtype).eps, "atol": 100 * torch.finfo(dtype).eps}
+    for site, value in guide.sites_of(noise).items():
+        torch.testing.assert_close(values[site], value, **close)
+    torch.testing.assert_close(again.log_prob(values), guide.log_prob(values), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again.sites_and_log_ratio(noise[0, 0])[1], guide.sites_and_log_ratio(noise[0, 0])[1])
+    for site, value in guide.quantiles([0.1, 0.9]).items():
+        torch.testing.assert_close(again.quantiles([0.1, 0.9])[site], value, **close)
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_predictions_of_a_hierarchy_need_the_model_alone(parallel: bool, tmp_path: Path) -> None:
+    again = pickle.loads(pickle.dumps(saved(structured(MODELS["levels"][0]), tmp_path)))
+    draws = Predictive(MODELS["levels"][0], guide=again, num_samples=5, parallel=parallel)()
+    assert draws["z"].shape == (5, 3, 2, 3)
+    with pyro.plate("particles", 4, dim=-4):
+        assert again()["z"].shape == (4, 1, 3, 2, 3)
+    gradient = torch.autograd.grad(again.rsample((2,))["z"].sum(), again.coordinates.degree)[0]
+    assert bool(gradient.isfinite().all())
+
+
 def test_a_program_that_only_loads_needs_no_model(guide: Any, tmp_path: Path) -> None:
     guide.save(tmp_path / "guide.safetensors")
     code = "import pyro_maf, sys; print(pyro_maf.load(sys.argv[1]).rsample((7,))['shares'].shape)"
@@ -172,17 +229,28 @@ def test_an_amortised_guide_is_refused(tmp_path: Path) -> None:
         guide.save(tmp_path / "guide.safetensors")
 
 
-def test_coordinates_of_a_hierarchy_are_refused(tmp_path: Path) -> None:
+def test_a_prior_that_branches_on_values_is_refused(tmp_path: Path) -> None:
     def model() -> None:
         scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
-        with pyro.plate("groups", 4):
-            theta = pyro.sample("theta", dist.Normal(0.0, scale))
-            pyro.sample("y", dist.Normal(theta, 1.0), obs=torch.tensor([1.0, -1.0, 0.5, 2.0]))
+        pyro.sample("z", dist.Normal(0.0, scale if scale.sum().item() < 1e9 else 1.0))
 
-    with pytest.raises(
-        TypeError, match=r"AutoIAF cannot be saved: coordinates of theta are computed with .* torch.save"
-    ):
-        AutoIAF(model, **SMALL).setup().save(tmp_path / "guide.safetensors")
+    guide = AutoIAF(model, init_scale=0.1, **SMALL).setup()
+    with pytest.raises(TypeError, match=r"AutoIAF cannot be saved: coordinates of z are computed with .* torch.save"):
+        guide.save(tmp_path / "guide.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prior_of_other_operations_is_refused(tmp_path: Path) -> None:
+    def model() -> None:
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        scales = scale.new_zeros((*scale.shape, 2))
+        scales[..., 0] = scale
+        scales[..., 1] = 1.0
+        pyro.sample("z", dist.Normal(0.0, scales).to_event(1))
+
+    guide = AutoIAF(model, init_scale=0.1, **SMALL).setup()
+    with pytest.raises(TypeError, match=r"coordinates of z are computed with .* \(the operation [a-z_]+\): pickle"):
+        guide.save(tmp_path / "guide.safetensors")
 
 
 def edited(path: Path, change: Any) -> Path:
@@ -228,3 +296,27 @@ def test_a_damaged_file_is_refused(guide: Any, tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match="damaged"):
         pyro_maf.load(path)
+
+
+@pytest.mark.filterwarnings("ignore:load found no digest")
+def test_foreign_operations_are_refused_in_one_line(tmp_path: Path) -> None:
+    structured(MODELS["funnel"][0]).save(tmp_path / "guide.safetensors")
+
+    def refused(change: Any, why: str) -> None:
+        path = edited(tmp_path / "guide.safetensors", lambda described: change(described["prior"]["arguments"]))
+        with pytest.raises(ValueError, match=why) as caught:
+            pyro_maf.load(path)
+        assert "\n" not in str(caught.value)
+
+    def steps(*steps: Any) -> Any:
+        return lambda prior: prior.update(steps=json.dumps(steps))
+
+    first = {"tensor": 0}
+    for name in ("bernoulli", "add_.Tensor", "nothing", "__class__", "add.__class__", "empty.memory_format", "save"):
+        refused(steps([name, [first, first], {}]), "no operation on numbers alone")
+    refused(lambda prior: prior.update(priors=[["x", 90, 91]]), "could not rebuild")
+    refused(lambda prior: prior.update(priors=[["v", 0, 0]]), "could not rebuild")
+    loop = [["exp", [{"tensor": number}], {}] for number in range(9, 1, -1)]
+    refused(steps(*loop), "could not rebuild")
+    wide = [["unsqueeze", [first, 0], {}], ["expand", [{"tensor": 3}, [10**9]], {}], ["exp", [{"tensor": 4}], {}]]
+    refused(lambda prior: prior.update(steps=json.dumps(wide), priors=[["x", 5, 5]]), "memory")

@@ -20,7 +20,7 @@ SLACK = 2**21
 """Elements that any file may allocate: some megabytes."""
 SIZED = (
     *("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "zeros"),
-    *("expand", "repeat", "repeat_interleave", "tile", "tril_indices", "triu_indices"),
+    *("constant_pad_nd", "expand", "repeat", "repeat_interleave", "tile", "tril_indices", "triu_indices"),
 )
 """Operations whose integers are sizes of the result, by name; those of a tensor may begin with `new_`."""
 
@@ -79,7 +79,9 @@ def _at_most(function: Callable[..., object], arguments: object) -> int:
     """Upper bound on the number of elements of a result."""
     shapes = [reversed(tensor.shape) for tensor in _leaves(arguments, Tensor)]
     size = math.prod(map(max, zip_longest(*shapes, fillvalue=1)))
-    name = getattr(function, "__name__", "").removeprefix("new_")
+    name = getattr(function, "__name__", "").partition(".")[0].removeprefix("new_")
+    if name == "diag_embed":
+        return size**2
     if name not in SIZED:
         return size
     asked = size * math.prod(max(1, number) for number in _leaves(arguments, int))

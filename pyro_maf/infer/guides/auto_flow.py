@@ -173,26 +173,24 @@ class AutoFlow(GuideSetUp):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the guide to a file from which `pyro_maf.load` restores it, without model or data.
 
-        The file is safetensors and JSON: weights, names, supports and shapes of the sites, and their plates. Loading it
-        runs no code. `torch.save` keeps what cannot be saved so.
+        The file is safetensors and JSON: weights, names, supports and shapes of the sites, and their plates. Where the
+        guide is in coordinates by the model's prior, the file holds that as a list of torch's operations, with the
+        arguments of the set-up. Loading it runs no code. `torch.save` keeps what cannot be saved so.
 
         Args:
             path: A file, by convention with suffix .safetensors; one that exists is replaced once all is written.
 
         Raises:
             ValueError: If the guide is not set up.
-            TypeError: If it has an encoder, a site whose support is not one of Pyro's, or coordinates that are computed
-                with the model's prior.
+            TypeError: If it has an encoder, a site whose support is not one of Pyro's, or coordinates by a prior that
+                is no plain function of values, as one that branches on them.
             FileNotFoundError: If the folder does not exist.
         """
         if self.prototype_trace is None:
             raise RefusalError(f"{self._who} expected to be set up before it is saved: fit it, or call guide.setup().")
-        if self._coordinates is not None:
-            raise TypeError(
-                f"{self._who} cannot be saved: coordinates of {', '.join(self._coordinates.names)} are computed with "
-                "the model's prior, which a file does not hold; pickle it with torch.save, or save draws of it."
-            )
-        saved_guide(self._who, self.latents, self._map).save(path)
+        coordinates = self._coordinates
+        call = None if coordinates is None else self._call((), {})
+        saved_guide(self.latents, self._map, coordinates, call).save(path)
 
     # -- copies ---------------------------------------------------------------------------------------------------
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Self, cast
 
@@ -14,10 +15,15 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.guides.density import GuideDensity
 from pyro_maf.infer.guides.mixture import FlowMixture, MixturePosterior
+from pyro_maf.infer.models.coordinates import Coordinates
 from pyro_maf.infer.models.latents import Latents, Part
-from pyro_maf.infer.models.model import Frame, Site
+from pyro_maf.infer.models.log_joint import FAILURES
+from pyro_maf.infer.models.model import Args, Call, Frame, Kwargs, Site
+from pyro_maf.infer.models.recorded_prior import RecordedPrior, recorded_prior
+from pyro_maf.infer.models.recording import UnrecordedError
 from pyro_maf.infer.models.supports import described_support, support_of
 from pyro_maf.saving import Savable
 from pyro_maf.transforms import Stack
@@ -25,6 +31,11 @@ from pyro_maf.transforms import Stack
 __all__ = ["SavedGuide", "saved_guide"]
 
 LOG_TWO_PI = math.log(2 * math.pi)
+
+CHECKED, WIDEST = 64, 3.0
+"""Number of draws at which a recorded prior is compared with the model's, and the largest factor of their noise."""
+TOLERANCE = 1e3
+"""Maximum difference between the two, relative and absolute, in units of the last digit."""
 
 Plate = Sequence[Any]
 """Name, dimension and size of a plate."""
@@ -45,6 +56,7 @@ class SavedGuide(GuideDensity, Savable):
         event_dims: Number of dimensions of its events.
         plates: The plates around it, each with name, dimension and size.
         idle: Indices of entries that a mask left out of the vector, fixed at the values of the state_dict.
+        prior: Of a guide with coordinates, the prior's locations and scales that they are computed with.
 
     Cost: draws and densities cost what they cost of the guide; loading runs no code from the file.
 
@@ -68,6 +80,7 @@ class SavedGuide(GuideDensity, Savable):
         event_dims: Sequence[int],
         plates: Sequence[Sequence[Plate]],
         idle: Sequence[int] = (),
+        prior: RecordedPrior | None = None,
     ) -> None:
         super().__init__(_no_model)
         shares = next(components[0].parameters()).new_full((len(components),), 1 / len(components))
@@ -77,6 +90,9 @@ class SavedGuide(GuideDensity, Savable):
         for index, site in enumerate(self._sites.values()):
             self.register_buffer(f"value_{index}", site["value"])
         self._lay_out()
+        self.prior = prior
+        self.coordinates = None if prior is None else Coordinates(self.latents, prior.names)
+        self._map_to_sites()(self._weight.new_zeros(self.latent_dim))  # which fails now rather than at the first draw
 
     def _lay_out(self) -> None:
         """Lay out the sites by the values that are now in the buffers."""
@@ -101,6 +117,9 @@ class SavedGuide(GuideDensity, Savable):
     @property
     def _weight(self) -> Tensor:
         return next(self._map.parameters())
+
+    def _call(self, args: Args, kwargs: Kwargs) -> Call:
+        return Call(cast("RecordedPrior", self._modules["prior"]))
 
     @property
     def noise_dim(self) -> int:
@@ -133,19 +152,21 @@ class SavedGuide(GuideDensity, Savable):
     def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Draw every latent site; return the values by name."""
         latent = pyro.sample(f"_{self._pyro_name}_latent", self.get_posterior(), infer={"is_auxiliary": True})
-        images = self.latents.images(latent)
-        return {name: _sample(self.latents.parts[name], *image) for name, image in images.items()}
+        frames = {frame for part in self.latents.parts.values() for frame in part.site["cond_indep_stack"]}
+        plates = {frame.name: pyro.plate(frame.name, frame.size, dim=frame.dim) for frame in sorted(frames)}
+        images = self._map_to_sites()(latent)
+        return {name: _sample(self.latents.parts[name], plates, *image) for name, image in images.items()}
 
 
 def _no_model() -> None:
     """Stand in for the model of a guide that has none."""
 
 
-def _sample(part: Part, value: Tensor, log_det: Tensor) -> Tensor:
+def _sample(part: Part, plates: Mapping[str, pyro.plate], value: Tensor, log_det: Tensor) -> Tensor:
     """Draw a site, in its plates, from the distribution that has all its mass at a value."""
     with ExitStack() as stack:
         for frame in part.site["cond_indep_stack"]:
-            stack.enter_context(pyro.plate(frame.name, frame.size, dim=frame.dim))
+            stack.enter_context(plates[frame.name])
         fn = dist.Delta(value, log_density=-log_det, event_dim=part.site["fn"].event_dim)
         return pyro.sample(part.site["name"], fn)
 
@@ -160,20 +181,31 @@ def _site(name: str, support: str, shape: Sequence[int], event_dim: int, plates:
     return cast("Site", {**site, "is_observed": False, "mask": None, "cond_indep_stack": frames, "done": True})
 
 
-def saved_guide(who: str, latents: Latents, transform: nn.Module) -> SavedGuide:
-    """Return the guide without a model that has this layout and this map.
+def saved_guide(
+    latents: Latents, transform: nn.Module, coordinates: Coordinates | None, call: Call | None
+) -> SavedGuide:
+    """Return the guide without a model that has this layout, this map and these coordinates.
+
+    Args:
+        latents: The layout of the sites.
+        transform: The map from noise to the guide's vector.
+        coordinates: The coordinates that the vector is in, or None.
+        call: The model with its arguments, for the prior that coordinates are computed with.
 
     Raises:
         TypeError: If it cannot be saved.
     """
+    who, parts = latents.who, latents.parts.values()
     if not isinstance(transform, (Stack, FlowMixture)) or latents.rows:
         raise TypeError(f"{who} cannot be saved: it is a function of the model's arguments, by its encoder.")
-    parts = latents.parts.values()
     try:
         supports = [json.dumps(described_support(cast("Any", part.site["fn"].support))) for part in parts]
     except TypeError as error:
         raise TypeError(f"{who} cannot be saved: {error}; pickle it with torch.save.") from None
     components = list(transform.components) if isinstance(transform, FlowMixture) else [transform]
+    prior = None
+    if coordinates is not None and call is not None:
+        prior = _checked_prior(latents, cast("Stack", components[0]), coordinates, call)
     guide = SavedGuide(
         cast("list[Stack]", components),
         list(latents.parts),
@@ -182,12 +214,43 @@ def saved_guide(who: str, latents: Latents, transform: nn.Module) -> SavedGuide:
         [part.site["fn"].event_dim for part in parts],
         [_plates(part) for part in parts],
         torch.nonzero(latents.idle).flatten().tolist(),
+        prior,
     )
+    guide.coordinates = copy.deepcopy(coordinates)
     if isinstance(transform, FlowMixture):
         cast("FlowMixture", guide.transform).set_shares(transform.shares)
     for index, part in enumerate(parts):
         vars(guide)["_buffers"][f"value_{index}"] = part.value.detach().clone()
     return guide
+
+
+@torch.no_grad()
+def _checked_prior(latents: Latents, transform: Stack, coordinates: Coordinates, call: Call) -> RecordedPrior:
+    """Record the prior that coordinates are computed with; compare both on draws of a guide, and on wider ones.
+
+    Raises:
+        TypeError: If it cannot be recorded, or is another function than that of the model.
+    """
+    weight = next(transform.parameters())
+    with seeded(0, weight.device):
+        noise = torch.randn(CHECKED, latents.size, dtype=weight.dtype, device=weight.device)
+    points = transform(noise * torch.linspace(0.0, WIDEST, CHECKED).to(noise)[:, None])
+    points = points.reshape(CHECKED, *(1,) * latents.nesting, -1)
+    try:
+        prior = recorded_prior(latents, coordinates.names, call, weight.dtype)
+        ours, theirs = (coordinates.images(latents, points, each) for each in (Call(prior), call))
+    except (UnrecordedError, *FAILURES, NotImplementedError) as error:
+        reason = " ".join(str(error).split()) or "as it draws random numbers, or branches on values"
+    else:
+        tolerance = TOLERANCE * torch.finfo(weight.dtype).eps
+        pairs = ((ours[name][index], theirs[name][index]) for name in theirs for index in (0, 1))
+        if all(torch.allclose(*pair, rtol=tolerance, atol=tolerance, equal_nan=True) for pair in pairs):
+            return prior
+        reason = "the operations of one run are not those of another"
+    raise TypeError(
+        f"{latents.who} cannot be saved: coordinates of {', '.join(coordinates.names)} are computed with the model's "
+        f"prior, which is no plain function of values ({reason}): pickle it with torch.save, or save draws of it."
+    )
 
 
 def _plates(part: Part) -> tuple[tuple[str, int, int], ...]:

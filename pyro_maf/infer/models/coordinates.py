@@ -32,7 +32,7 @@ from pyro_maf.infer.models.latents import Images, Latents, Part, masked_elements
 from pyro_maf.infer.models.log_joint import FAILURES
 from pyro_maf.infer.models.model import Call, Site, layers_of
 
-__all__ = ["Coordinates", "coordinates_of"]
+__all__ = ["Coordinates", "coordinates_of", "location_and_scale", "run_with"]
 
 Rule = Callable[[str, TorchDistribution], Tensor]
 """The value of a latent site, by its name and its distribution in this run."""
@@ -106,7 +106,7 @@ class Coordinates(nn.Module):
             images[name] = value, log_det
             return value
 
-        _run(call, pieces, value_of)
+        run_with(call, pieces, value_of)
         for name, (part, piece) in pieces.items():
             if name not in images:  # a branch of the model without it
                 images[name] = latents.mapped(part, piece)
@@ -128,7 +128,7 @@ class Coordinates(nn.Module):
                 log_slopes.append(log_slope.reshape(len(flat), -1).sum(-1).reshape(batch))
             return latents.mapped(part, piece)[0]
 
-        _run(call, pieces, value_of)
+        run_with(call, pieces, value_of)
         packed = [
             inside.get(name, piece).reshape(len(flat), part.stop - part.start) for name, (part, piece) in pieces.items()
         ]
@@ -146,7 +146,7 @@ class Coordinates(nn.Module):
                 self.log_scale[place] = prior[1].log().expand(shape).flatten()
             return values[name]
 
-        _run(call, latents.parts, value_of)
+        run_with(call, latents.parts, value_of)
         return latents.pack(values)[0].reshape(latents.size)
 
     @torch.no_grad()
@@ -173,7 +173,7 @@ class Coordinates(nn.Module):
                 self.loc[place], self.log_scale[place] = loc.mean(0), scale.log().mean(0)
             return latents.padded(name, values[name])
 
-        _run(call, latents.parts, value_of)
+        run_with(call, latents.parts, value_of)
 
     def _outward(
         self, latents: Latents, part: Part, piece: Tensor, fn: TorchDistribution
@@ -271,7 +271,7 @@ class _Walk(Messenger):
                 raise _AllValuedError
 
 
-def _run(call: Call, names: Collection[str], rule: Rule) -> None:
+def run_with(call: Call, names: Collection[str], rule: Rule) -> None:
     """Run a model up to its last latent site, unseen by handlers around, each latent site with a value by a rule."""
     with poutine.block(), suppress(_AllValuedError), _Walk(names, rule):
         call()
@@ -313,7 +313,7 @@ def _dependent(call: Call, latents: Latents) -> list[str]:
         return latents.mapped(part, leaf)[0]
 
     with torch.enable_grad():
-        _run(call, pieces, value_of)
+        run_with(call, pieces, value_of)
     return names
 
 

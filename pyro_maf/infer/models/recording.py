@@ -1,4 +1,4 @@
-"""Recording of a function of tensors as a plain sequence of torch's operations, its gradient included."""
+"""Recording of functions of tensors as plain sequences of torch's operations, with the gradient or without."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pyro_maf._core.torch_state import is_intercepted
 from pyro_maf.infer.models.model import Args, Kwargs
 
-__all__ = ["Derivatives", "Recording", "record"]
+__all__ = ["Derivatives", "Recording", "UnrecordedError", "operations_of", "record"]
 
 aten = torch.ops.aten
 ALIASES = (aten.detach.default, aten.alias.default)
@@ -91,7 +91,9 @@ class Recording:
     def __init__(self, entries: Sequence[_Entry], inputs: Sequence[Tensor], outputs: Sequence[Tensor | None]) -> None:
         self._weights = list(inputs[1:])
         builder = _Builder(entries, inputs)
-        self._program, self._constants, self._has_conditions = builder.program(outputs)
+        self._has_conditions = builder.build([each for each in outputs if each is not None])
+        self._program: Program = fx.GraphModule({}, builder.graph).forward
+        self._constants = builder.constants
         self._used = [each is not None for each in outputs[2:]]
         self._externals = builder.externals
         self._versions = [tensor._version for tensor in self._externals]
@@ -135,8 +137,26 @@ def record(function: Function, argument: Tensor, weights: Sequence[Tensor]) -> R
         return None
 
 
-class _RefusedError(Exception):
+class UnrecordedError(Exception):
     """Raised where a function cannot be recorded."""
+
+
+def operations_of(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> tuple[fx.Graph, list[Tensor]]:
+    """Record a function of some tensors, for their shapes and without its gradient.
+
+    Returns:
+        Its graph, with a placeholder for each input and then for each constant, and the constants.
+
+    Raises:
+        UnrecordedError: If it draws random numbers, changes a tensor outside of it, reads a number from a tensor, or
+            has a shape that depends on values.
+    """
+    recorder = _Recorder()
+    with torch.no_grad(), recorder:
+        outputs = function()
+    builder = _Builder(recorder.entries, inputs)
+    builder.build(outputs)
+    return builder.graph, builder.constants
 
 
 class _Entry(NamedTuple):
@@ -185,7 +205,7 @@ class _Recorder(TorchDispatchMode):
     ) -> object:
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in func.tags:
-            raise _RefusedError
+            raise UnrecordedError
         result = func(*args, **kwargs)
         self.entries.append(_Entry(func, args, kwargs, result))
         return result
@@ -200,8 +220,8 @@ class _Builder:
 
     def __init__(self, entries: Sequence[_Entry], inputs: Sequence[Tensor]) -> None:
         self._entries = entries
-        self._graph = fx.Graph()
-        self._nodes = {id(each): self._graph.placeholder(f"x{index}") for index, each in enumerate(inputs)}
+        self.graph = fx.Graph()
+        self._nodes = {id(each): self.graph.placeholder(f"x{index}") for index, each in enumerate(inputs)}
         self._constants: dict[int, tuple[fx.Node, Tensor]] = {}
         self._equal: dict[str, fx.Node] = {}
         self._conditions: list[fx.Node] = []
@@ -211,20 +231,24 @@ class _Builder:
         outside = {id(each): each for entry in entries for each in entry.inputs if id(each) not in inside}
         self.externals = [each for key, each in outside.items() if key not in self._nodes]
         if self._changed & {_storage(each) for each in (*inputs, *self.externals)}:
-            raise _RefusedError
+            raise UnrecordedError
 
-    def program(self, outputs: Sequence[Tensor | None]) -> tuple[Program, list[Tensor], bool]:
-        """The program of these outputs and of the conditions, its constants, and whether it has conditions."""
+    @property
+    def constants(self) -> list[Tensor]:
+        """Values of the graph's constants, in the order of their placeholders."""
+        return [tensor for _, tensor in self._constants.values()]
+
+    def build(self, outputs: Sequence[Tensor]) -> bool:
+        """Build the graph of the conditions and these outputs; return True if there are conditions."""
         for entry in self._entries:
             if self._is_live(entry):
                 self._add(entry)
         holds = self._all_hold()
-        self._graph.output((holds, *(self._node(each) for each in outputs if each is not None)))
-        for node in reversed(self._graph.nodes):
+        self.graph.output((holds, *map(self._node, outputs)))
+        for node in reversed(self.graph.nodes):
             if node.op == "call_function" and not node.users and node not in self._effects:
-                self._graph.erase_node(node)
-        program = fx.GraphModule({}, self._graph).forward
-        return program, [tensor for _, tensor in self._constants.values()], holds is not None
+                self.graph.erase_node(node)
+        return holds is not None
 
     def _is_live(self, entry: _Entry) -> bool:
         if self._is_of_changed(entry):
@@ -241,7 +265,7 @@ class _Builder:
             self._add_condition(entry)
             return
         if any(tag in operation.tags for tag in UNCERTAIN) and not (operation in GATHER and self._is_by_number(entry)):
-            raise _RefusedError
+            raise UnrecordedError
         is_pure = isinstance(result, Tensor) and not self._is_of_changed(entry)
         same = cast("Tensor", entry.args[0]) if operation in ALIASES else self._unchanged(entry) if is_pure else None
         if same is not None:
@@ -251,7 +275,7 @@ class _Builder:
         key = f"{operation} {args} {kwargs}"
         node = self._equal.get(key) if is_pure else None
         if node is None:
-            node = self._graph.call_function(operation, args, kwargs)
+            node = self.graph.call_function(operation, args, kwargs)
         if result is None or operation._schema.is_mutable:  # as of a check of errors
             self._effects.add(node)
         if isinstance(result, Tensor):
@@ -262,10 +286,10 @@ class _Builder:
 
     def _add_parts(self, node: fx.Node, parts: object) -> None:
         if not isinstance(parts, (list, tuple)):
-            raise _RefusedError
+            raise UnrecordedError
         for index, part in enumerate(parts):
             if isinstance(part, Tensor):
-                self._nodes.setdefault(id(part), self._graph.call_function(getitem, (node, index)))
+                self._nodes.setdefault(id(part), self.graph.call_function(getitem, (node, index)))
 
     def _unchanged(self, entry: _Entry) -> Tensor | None:
         """The argument that a result is equal to, as of a product with one; None if there is none."""
@@ -301,17 +325,15 @@ class _Builder:
     def _add_condition(self, entry: _Entry) -> None:
         tensor = cast("Tensor", entry.args[0])
         if tensor.dtype != torch.bool:
-            raise _RefusedError
+            raise UnrecordedError
         node = self._node(tensor)
-        self._conditions.append(node if entry.result else self._graph.call_function(aten.logical_not.default, (node,)))
+        self._conditions.append(node if entry.result else self.graph.call_function(aten.logical_not.default, (node,)))
 
     def _all_hold(self) -> fx.Node | None:
         if not self._conditions:
             return None
-        flat = [
-            self._graph.call_function(aten.reshape.default, (node, [1])) for node in dict.fromkeys(self._conditions)
-        ]
-        return self._graph.call_function(aten.all.default, (self._graph.call_function(aten.cat.default, (flat,)),))
+        flat = [self.graph.call_function(aten.reshape.default, (node, [1])) for node in dict.fromkeys(self._conditions)]
+        return self.graph.call_function(aten.all.default, (self.graph.call_function(aten.cat.default, (flat,)),))
 
     def _argument(self, value: object) -> object:
         return self._node(value) if isinstance(value, Tensor) else value
@@ -320,23 +342,23 @@ class _Builder:
         if id(tensor) in self._nodes:
             return self._nodes[id(tensor)]
         if id(tensor) not in self._constants:
-            first = next(iter(self._graph.nodes))
-            with self._graph.inserting_after(self._latest or first):
-                node = self._graph.placeholder(f"c{len(self._constants)}")
+            first = next(iter(self.graph.nodes))
+            with self.graph.inserting_after(self._latest or first):
+                node = self.graph.placeholder(f"c{len(self._constants)}")
             self._constants[id(tensor)] = node, tensor.detach()
         return self._constants[id(tensor)][0]
 
     @property
     def _latest(self) -> fx.Node | None:
         """The last placeholder."""
-        return next((node for node in reversed(self._graph.nodes) if node.op == "placeholder"), None)
+        return next((node for node in reversed(self.graph.nodes) if node.op == "placeholder"), None)
 
 
 def _storage(tensor: Tensor) -> int:
     try:
         return int(tensor.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):  # as of a sparse tensor
-        raise _RefusedError from None
+        raise UnrecordedError from None
 
 
 class _Watch:

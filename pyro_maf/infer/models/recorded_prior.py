@@ -1,0 +1,301 @@
+"""The prior of a model as plain operations on the values of its sites, for a file that holds no model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from operator import getitem
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from pyro_maf._core.torch_state import seeded
+from pyro_maf.infer.models.coordinates import location_and_scale, run_with
+from pyro_maf.infer.models.latents import Latents
+from pyro_maf.infer.models.model import Call
+from pyro_maf.infer.models.recording import UnrecordedError, operations_of
+from pyro_maf.saving import Savable
+
+__all__ = ["RecordedPrior", "recorded_prior"]
+
+SHAPES = (
+    *("alias", "cat", "constant_pad_nd", "detach", "diag_embed", "diagonal", "expand", "flip", "permute", "reshape"),
+    *("roll", "select.int", "slice.Tensor", "split.Tensor", "split_with_sizes", "squeeze", "squeeze.dim"),
+    *("squeeze.dims", "stack", "t", "transpose.int", "tril", "triu", "unbind.int", "unfold", "unsqueeze"),
+)
+SELECTIONS = ("embedding", "gather", "index.Tensor", "index_select", "_to_copy")
+SUMS = (
+    *("_log_softmax", "_softmax", "amax", "amin", "cumprod", "cumsum", "linalg_vector_norm", "logcumsumexp"),
+    *("logsumexp", "mean", "mean.dim", "prod", "prod.dim_int", "sum", "sum.dim_IntList", "var.correction"),
+)
+PRODUCTS = (
+    *("_linalg_solve_ex", "addmm", "addmv", "baddbmm", "bmm", "cholesky_inverse", "cholesky_solve", "dot"),
+    *("linalg_cholesky_ex", "linalg_inv_ex", "linalg_solve_triangular", "mm", "mv", "triangular_solve"),
+)
+KNOWN = frozenset((*SHAPES, *SELECTIONS, *SUMS, *PRODUCTS))
+"""torch's operations that a recorded prior may consist of, besides those by element."""
+VIEWS = ("view", "_unsafe_view")
+"""Operations on contiguous memory; `reshape` does the same on any."""
+PART = "part"
+"""The operation that takes one of several results."""
+OF_PLACE = ("device", "layout", "memory_format", "non_blocking", "pin_memory")
+"""Arguments that say where in memory a result is."""
+
+
+@dataclass(frozen=True)
+class _Number:
+    """The number of a tensor."""
+
+    number: int
+
+
+class RecordedPrior(nn.Module, Savable):
+    r"""The prior's location and scale of some sites, as functions of the values of the sites before them.
+
+    It is a Pyro model of latent sites in their order, to be run with their values and for any number of draws: the
+    operations are those of one draw, and `torch.vmap` runs them for many. Tensors are numbered: first come the sites'
+    values, then constants, then the results of the operations.
+
+    Args:
+        names: Names of all latent sites.
+        shapes: Shapes of their values.
+        nestings: Number of plates around each.
+        priors: Name of each site with a location and scale, and the numbers of these two tensors.
+        constants: Shape and dtype of each constant, whose values are in the state_dict.
+        steps: The operations as JSON, each a list of its name, its arguments and those by name, in which
+            `{"tensor": 3}` stands for a tensor and `{"dtype": "float64"}` for a dtype.
+
+    Raises:
+        ValueError: For an operation that is none of those on numbers alone.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        nestings: Sequence[int],
+        priors: Sequence[Sequence[Any]],
+        constants: Sequence[Sequence[Any]],
+        steps: str,
+    ) -> None:
+        super().__init__()
+        self._sites = {name: (tuple(shape), nests) for name, shape, nests in zip(names, shapes, nestings, strict=True)}
+        self._priors: dict[str, Sequence[int]] = {name: numbers for name, *numbers in priors}
+        self._values = len(names)
+        self._constants = len(constants)
+        for index, (shape, dtype) in enumerate(constants):
+            self.register_buffer(f"constant_{index}", torch.zeros(shape, dtype=_dtype(dtype)))
+        self._steps = [(_checked(name), *_decoded([args, kwargs])) for name, args, kwargs in json.loads(steps)]
+        self._segments = self._by_site()
+
+    @property
+    def names(self) -> list[str]:
+        """The sites with a location and scale."""
+        return list(self._priors)
+
+    def _by_site(self) -> dict[str, list[int]]:
+        """Numbers of the results that each site is the first to need."""
+        done: set[int] = set()
+        segments = {}
+        for name, targets in self._priors.items():
+            needed: set[int] = set()
+            pending = list(targets)
+            while pending:
+                number = pending.pop()
+                if number >= self._values + self._constants and number not in done | needed:
+                    needed.add(number)
+                    pending += self._inputs_of(number)
+            segments[name] = sorted(needed)
+            done |= needed
+        return segments
+
+    def _step(self, number: int) -> tuple[str, Any, Any]:
+        """Name and arguments of the operation with this result."""
+        return self._steps[number - self._values - self._constants]
+
+    def _inputs_of(self, number: int) -> list[int]:
+        """Numbers of the tensors that a result is computed from."""
+        leaves = tree_leaves(self._step(number)[1:])
+        return [leaf.number for leaf in leaves if isinstance(leaf, _Number)]
+
+    def forward(self, *args: object, **kwargs: object) -> None:
+        """Run as a Pyro model in which every site has a value. Arguments are ignored."""
+        found: dict[int, Tensor] = {}
+        most = max(nests for _, nests in self._sites.values())
+        draws = torch.Size()
+        for index, (name, (shape, nests)) in enumerate(self._sites.items()):
+            fn: TorchDistribution = dist.Normal(0.0, 1.0)
+            if name in self._priors:
+                found |= self._results(name, found)
+                lead = (*draws, *(1,) * (most - nests)) if draws else ()
+                loc, scale = (self._aligned(number, found, lead, len(shape)) for number in self._priors[name])
+                fn = dist.Normal(loc, scale, validate_args=False)
+            value = pyro.sample(name, fn)
+            draws = value.shape[: max(0, value.dim() - len(shape) - most + nests)]
+            found[index] = value.reshape(-1, *shape)
+
+    def _results(self, name: str, found: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Compute what a site is the first to need, for all draws at once."""
+        segment = self._segments[name]
+        if not segment:
+            return {}
+
+        def of_one_draw(tensors: dict[int, Tensor]) -> dict[int, Any]:
+            results: dict[int, Any] = {}
+            for number in segment:
+                name, args, kwargs = self._step(number)
+                look_up = partial(self._tensor, tensors | results)
+                args, kwargs = tree_map_only(_Number, look_up, (args, kwargs))
+                results[number] = args[0][args[1]] if name == PART else _operation(name)(*args, **kwargs)
+            return results
+
+        used = {number for result in segment for number in self._inputs_of(result)}
+        return torch.vmap(of_one_draw)({number: found[number] for number in used if number in found})
+
+    def _tensor(self, found: Mapping[int, Tensor], place: _Number) -> Tensor:
+        constant = place.number - self._values
+        return self.get_buffer(f"constant_{constant}") if 0 <= constant < self._constants else found[place.number]
+
+    def _aligned(self, number: int, found: Mapping[int, Tensor], lead: Sequence[int], dims: int) -> Tensor:
+        """A tensor by its number, in dimensions of the draws and then of the site's."""
+        tensor = self._tensor(found, _Number(number))
+        if number not in found:
+            return tensor
+        shape = tensor.shape[1:]
+        return tensor.reshape((*lead, *(1,) * (dims - len(shape) if lead else 0), *shape))
+
+
+def recorded_prior(latents: Latents, names: Sequence[str], call: Call, dtype: torch.dtype) -> RecordedPrior:
+    """Record the prior's location and scale of some sites.
+
+    Args:
+        latents: The layout of the latent vector.
+        names: The sites.
+        call: The model with its arguments.
+        dtype: The dtype of the values.
+
+    Raises:
+        UnrecordedError: If it draws random numbers, branches on values or takes operations besides the known ones.
+    """
+    values = {name: value.detach().to(dtype, copy=True) for name, value in latents.values.items()}
+    sites: list[str] = []
+
+    def priors() -> list[Tensor]:
+        found: list[Tensor] = []
+
+        def value_of(name: str, fn: TorchDistribution) -> Tensor:
+            if name in names and (prior := location_and_scale(fn)) is not None:
+                sites.append(name)
+                found.extend(prior)
+            return values[name]
+
+        run_with(call, values, value_of)
+        return found
+
+    with seeded(0, latents.idle.device):
+        graph, constants = operations_of(priors, list(values.values()))
+    steps, outputs = _described(graph, len(values) + len(constants))
+    parts = latents.parts.values()
+    prior = RecordedPrior(
+        list(values),
+        [tuple(part.value.shape) for part in parts],
+        [len(part.plates) for part in parts],
+        [(name, *outputs[2 * index : 2 * index + 2]) for index, name in enumerate(sites)],
+        [(tuple(constant.shape), _name(constant.dtype)) for constant in constants],
+        json.dumps(steps),
+    )
+    prior.load_state_dict({f"constant_{index}": constant for index, constant in enumerate(constants)})
+    return prior
+
+
+def _described(graph: fx.Graph, first: int) -> tuple[list[object], list[int]]:
+    """Describe the operations of a graph, and the numbers of its outputs, as JSON values."""
+    nodes = list(graph.nodes)
+    _, *outputs = nodes[-1].args[0]  # without the conditions
+    needed = set(outputs)
+    for node in reversed(nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    numbers: dict[fx.Node, int] = {}
+    steps: list[object] = []
+    for node in nodes[:-1]:
+        if node.op == "placeholder":
+            numbers[node] = len(numbers)
+        elif node in needed:
+            numbers[node] = first + len(steps)
+            steps.append(_described_step(node, numbers))
+    return steps, [numbers[each] for each in outputs]
+
+
+def _described_step(node: fx.Node, numbers: Mapping[fx.Node, int]) -> object:
+    def plain(value: object) -> object:
+        if isinstance(value, fx.Node):
+            return {"tensor": numbers[value]}
+        if isinstance(value, torch.dtype):
+            return {"dtype": _name(value)}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise UnrecordedError(f"an argument of {type(value).__name__}")
+
+    if node.target is getitem:
+        return [PART, plain(node.args), {}]
+    namespace, _, name = str(node.target).removesuffix(".default").partition(".")
+    name = "reshape" if name in VIEWS else name
+    if namespace != "aten" or not _is_known(name):
+        raise UnrecordedError(f"the operation {name}")
+    kwargs = {key: plain(value) for key, value in node.kwargs.items() if key not in OF_PLACE}
+    return [name, plain(node.args), kwargs]
+
+
+def _decoded(value: Any) -> Any:
+    """A description of arguments with tensors by their numbers."""
+    if isinstance(value, dict) and value.keys() == {"tensor"}:
+        return _Number(int(value["tensor"]))
+    if isinstance(value, dict) and value.keys() == {"dtype"}:
+        return _dtype(value["dtype"])
+    if isinstance(value, dict):
+        return {str(key): _decoded(item) for key, item in value.items()}
+    return [_decoded(item) for item in value] if isinstance(value, list) else value
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name} is no dtype")
+    return dtype
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _checked(name: str) -> str:
+    if name != PART and not _is_known(name):
+        raise ValueError(f"{name} is no operation on numbers alone that is known here")
+    return name
+
+
+def _is_known(name: str) -> bool:
+    """True if an operation is in the list, or by element, without random numbers and without changing its arguments."""
+    operation = _operation(name)
+    if not isinstance(operation, OpOverload):
+        return False
+    by_element = torch.Tag.pointwise in operation.tags and torch.Tag.nondeterministic_seeded not in operation.tags
+    return (name in KNOWN or by_element) and not operation._schema.is_mutable
+
+
+@cache
+def _operation(name: str) -> Any:
+    """torch's operation of a name such as `exp` or `add.Tensor`; anything else if there is none of a name."""
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
