@@ -31,7 +31,7 @@ from pyro_maf.experiments.models import FLOWS, STACKS
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["length", "width"]
-QUICK = ("--max-epochs", "2", "--hidden-dims", "16", "--num-layers", "2", "--batch-size", "50")
+QUICK = ("--flow", "maf", "--max-epochs", "2", "--hidden-dims", "16", "--num-layers", "2", "--batch-size", "50")
 FILES = {"model.safetensors", "columns.json", "fit.json", "log.csv", "checkpoint.safetensors", "report.html"}
 
 
@@ -114,7 +114,9 @@ def test_fit_leaves_a_folder_with_all_there_is_to_know(here: Path) -> None:
     report = Path("table-maf/report.html").read_text()
     assert record["command"] in report
     assert "<h1>table.csv: MAF of 2 columns given 1 context column, 20" in report
-    assert "<b>20 of 200</b><small>held out; they also chose the epoch</small>" in report
+    assert "<b>20 of 200</b><small>held out for validation</small>" in report
+    assert "Log-likelihood of validation rows" in report
+    assert "two standard errors; these rows also chose the epoch" in report
     lowest = [int(number) for number in re.findall(r"<tr><td>(\d+)</td>", report)]
     density = model.condition(given_rows()[:, :2])
     log_prob = density.log_prob(rows_of(NAMES)).detach()
@@ -138,6 +140,25 @@ def test_fit_trains_as_the_library_does(folder: Path) -> None:
         pyro_maf.load(folder / "plain" / "model.safetensors").log_prob(rows_of(NAMES)),
         result.density.log_prob(rows_of(NAMES)),
     )
+
+
+@pytest.mark.usefixtures("quick_report")
+def test_without_a_flow_fit_chooses_as_the_library_does(here: Path) -> None:
+    run("fit", "table.csv", "--columns", "length,width", "--max-epochs", 2)
+    result = pyro_maf.fit(frame()[NAMES], max_epochs=2, progress=False)
+    saved = pyro_maf.load("table-fit/model.safetensors")
+    assert repr(saved) == repr(result.density)
+    assert torch.equal(saved.log_prob(rows_of(NAMES)), result.density.log_prob(rows_of(NAMES)))
+    log = pd.read_csv("table-fit/log.csv")
+    assert log["validation_loss"].tolist() == list(result.validation_loss)
+
+
+@pytest.mark.usefixtures("quick_report")
+def test_layers_widths_and_precision_override_the_choice_and_nothing_else(here: Path) -> None:
+    run("fit", "table.csv", "--columns", "length,width", *QUICK[2:], "--precision", "double")
+    model = pyro_maf.load("table-fit/model.safetensors").model
+    assert (model.name, len(model.flow), model.dtype) == ("MixtureFlow", 2, torch.float64)
+    assert "MaskedAutoregressive(2 -> 16 -> " in repr(model)
 
 
 @pytest.mark.usefixtures("quick_report")
@@ -247,7 +268,7 @@ def test_a_fit_is_not_overwritten_unasked(here: Path) -> None:
 
 @pytest.mark.usefixtures("quick_report")
 def test_an_interrupted_fit_goes_on_to_the_same_model(here: Path) -> None:
-    command = ["fit", "table.csv", "--columns", "length,width", *QUICK[2:], "--patience", "1000"]
+    command = ["fit", "table.csv", "--columns", "length,width", *QUICK[:2], *QUICK[4:], "--patience", "1000"]
 
     def interrupt() -> None:
         deadline = time.monotonic() + 60

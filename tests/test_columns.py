@@ -259,8 +259,8 @@ def test_a_count_is_fitted_as_one() -> None:
     assert isinstance(draws, Tensor)
     assert torch.equal(draws[:, 1], draws[:, 1].round())
     assert draws[:, 1].min() >= 0
-    assert result.held_out is not None
-    assert mean_log_prob(result.density, result.held_out.data) == pytest.approx(
+    assert result.validation_rows is not None
+    assert mean_log_prob(result.density, result.validation_rows.data) == pytest.approx(
         result.validation_log_likelihood, rel=1e-9
     )
     # What was maximised is a bound of that.

@@ -266,16 +266,16 @@ def test_a_named_table_gives_its_name_its_categories_and_its_rows(report):
 
 @pytest.mark.parametrize(
     ("places", "value", "note"),
-    [(torch.arange(80), "80 of 800", "held out; they also chose the epoch"), (None, "80", "they also chose the epoch")],
+    [(torch.arange(80), "80 of 800", "also chose the epoch"), (None, "80", "also chose the epoch")],
 )
 def test_the_rows_that_were_held_out_are_called_so_and_scored_once(tmp_path, places, value, note):
     held_out = normal(80)
-    result = result_of(standard(), held_out=Rows(held_out, None), held_out_places=places, rows=800)
+    result = result_of(standard(), validation_rows=Rows(held_out, None), validation_places=places, rows=800)
     write_report(tmp_path / "report.html", result, held_out)
     page = Page(tmp_path / "report.html")
     assert page.figure("Rows") == value
     assert note in page.text
-    assert page.figure("Log-likelihood of held-out rows")
+    assert page.figure("Log-likelihood of validation rows")
     assert "Validation in the fit" not in page.text
     write_report(tmp_path / "report.html", result, held_out + 1)
     assert "Validation in the fit" in Page(tmp_path / "report.html").text

@@ -182,12 +182,14 @@ def test_a_fit_says_which_rows_it_held_out(tmp_path: Path) -> None:
     for data in (mapped(tmp_path / "rows.npy", rows), rows):
         result = fit(model(), data, max_epochs=1, validation=0.2, progress=False)
         assert result.rows == len(rows)
-        assert result.held_out_places is not None
-        assert 0 < len(result.held_out_places) < len(rows) / 2
-        assert result.held_out is not None
-        assert torch.equal(result.held_out.data, torch.as_tensor(rows)[result.held_out_places].to(torch.float32))
+        assert result.validation_places is not None
+        assert 0 < len(result.validation_places) < len(rows) / 2
+        assert result.validation_rows is not None
+        assert torch.equal(
+            result.validation_rows.data, torch.as_tensor(rows)[result.validation_places].to(torch.float32)
+        )
     result = fit(model(), rows, max_epochs=1, validation=rows[:50], progress=False)
-    assert (result.rows, result.held_out_places) == (len(rows), None)
+    assert (result.rows, result.validation_places) == (len(rows), None)
 
 
 def test_categories_are_divided_row_by_row(tmp_path: Path) -> None:

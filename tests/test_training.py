@@ -456,6 +456,7 @@ def test_the_result_says_in_one_line_how_it_went() -> None:
         **parts, best_epoch=2, validation_log_likelihood=-2.25, seconds=1.25, stop_reason="reached max_epochs (2)"
     )
     assert repr(result) == (
-        "FitResult(validation log-likelihood -2.250 nats after epoch 2 of 2, 1.2 s; stopped: reached max_epochs (2))"
+        "FitResult(validation log-likelihood -2.250 nats, of rows that chose the epoch; best epoch 2 of 2, 1.2 s; "
+        "stopped: reached max_epochs (2))"
     )
     assert result.epochs == 2

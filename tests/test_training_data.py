@@ -216,9 +216,9 @@ def test_validation_may_be_rows_with_their_context() -> None:
 
 def test_the_result_holds_the_rows_that_were_validated_with() -> None:
     result = fit(small_maf(), gaussian_rows(), **QUICK)
-    assert result.held_out is not None
-    assert result.held_out.context is None
-    best = mean_log_prob(result.density, result.held_out.data)
+    assert result.validation_rows is not None
+    assert result.validation_rows.context is None
+    best = mean_log_prob(result.density, result.validation_rows.data)
     assert best == pytest.approx(result.validation_log_likelihood, rel=1e-12)
 
 

@@ -97,12 +97,12 @@ def test_an_outlier_among_the_validation_rows_does_not_choose_the_epoch() -> Non
     options = {**QUICK, "max_epochs": 15, "learning_rate": 2e-2}
     plain = fit(model(), rows, **options)
     moved = rows.copy()
-    outlier = np.abs(rows - plain.held_out.data[0].numpy()).sum(1).argmin()
+    outlier = np.abs(rows - plain.validation_rows.data[0].numpy()).sum(1).argmin()
     moved[outlier, 0] = 1e6
     with pytest.warns(UserWarning, match="heavy tails in column 0|left 1 of the validation rows out"):
         result = fit(model(), moved, **options)
     assert f"the first of them row {outlier}:" in " ".join(result.warnings)
-    assert len(result.held_out.data) == len(plain.held_out.data) - 1
+    assert len(result.validation_rows.data) == len(plain.validation_rows.data) - 1
     assert result.best_epoch > 5
     assert result.validation_log_likelihood == pytest.approx(plain.validation_log_likelihood, abs=0.2)
 
@@ -309,7 +309,7 @@ def test_a_fit_in_two_dtypes_goes_on_bit_for_bit(tmp_path: Path) -> None:
     again = fit(model(), northings(), folder=tmp_path / "fit", resume=True, **QUICK)
     assert same(weights(whole.density), weights(again.density))
     loaded = pyro_maf.load(tmp_path / "fit" / "model.safetensors")
-    assert torch.equal(loaded.log_prob(again.held_out.data), again.density.log_prob(again.held_out.data))
+    assert torch.equal(loaded.log_prob(again.validation_rows.data), again.density.log_prob(again.validation_rows.data))
 
 
 def test_a_mapped_table_is_rounded_after_its_units_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

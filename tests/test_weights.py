@@ -86,12 +86,14 @@ def test_moments_are_those_of_copies(moments: Any) -> None:
 
 def test_the_score_of_validation_is_weighted() -> None:
     result = fit(small_maf(), DATA, weights=1 + OFTEN, **WHOLE)
-    assert result.held_out is not None
-    assert result.held_out_places is not None
-    assert result.held_out.weights is not None
-    assert torch.allclose(result.held_out.weights * 2.5, (1.0 + OFTEN)[result.held_out_places].double(), rtol=0.3)
-    scores = result.score(result.held_out.data)
-    assert result.held_out.mean(scores) == pytest.approx(result.validation_log_likelihood, rel=1e-12)
+    assert result.validation_rows is not None
+    assert result.validation_places is not None
+    assert result.validation_rows.weights is not None
+    assert torch.allclose(
+        result.validation_rows.weights * 2.5, (1.0 + OFTEN)[result.validation_places].double(), rtol=0.3
+    )
+    scores = result.score(result.validation_rows.data)
+    assert result.validation_rows.mean(scores) == pytest.approx(result.validation_log_likelihood, rel=1e-12)
     assert scores.mean().item() != pytest.approx(result.validation_log_likelihood, rel=1e-3)
 
 
@@ -100,8 +102,8 @@ def test_rows_without_weight_are_on_neither_side() -> None:
     often = torch.cat([torch.ones(120), torch.zeros(30)])
     result = fit(small_maf(), far, weights=often, **WHOLE)
     assert not any("repeat" in line or "tails" in line for line in result.warnings)
-    assert result.held_out is not None
-    assert result.held_out.data.max() < 100
+    assert result.validation_rows is not None
+    assert result.validation_rows.data.max() < 100
     assert result.density.scale.max() < 5
 
 
@@ -192,13 +194,13 @@ def test_streamed_rows_have_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert held_out.weights is not None
     assert torch.equal(held_out.weights, often[places])
     model = small_maf()
-    result = fit(model, mapped, weights=on_disk, **WHOLE)
+    result = fit(model, mapped, weights=on_disk, test=0, **WHOLE)
     read = training.rounded_for(result.density).read(range(len(training.sizes)))
     assert read.weights is not None
     assert read.weights.sum().item() == pytest.approx(sum(training.sizes))
     assert read.mean(read.data[:, 0]) == pytest.approx(result.density.loc[0].item(), abs=1e-9)
     again = small_maf()
-    fit(again, mapped, weights=often, **WHOLE)
+    fit(again, mapped, weights=often, test=0, **WHOLE)
     assert same(weights(model), weights(again))
     with pytest.raises(ValueError, match=r"as many weights as rows of data, got 999 and 1000."):
         fit(small_maf(), mapped, weights=often[1:], **WHOLE)

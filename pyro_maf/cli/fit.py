@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pyro_maf.datasets import Table
     from pyro_maf.tables import Rows
     from pyro_maf.training import FitResult
+    from pyro_maf.training.choice import DefaultFlow
     from pyro_maf.training.preparation import Model
 
 __all__ = ["DEFAULT_LAYERS", "FIT_EXAMPLES", "LAYERED", "FitOptions", "FlowName", "fit"]
@@ -47,9 +48,13 @@ Support: TypeAlias = str | list[str] | None
 class FitOptions(TableOptions, TrainingOptions):
     """Options of `pyro-maf fit`."""
 
-    flow: Annotated[FlowName, option(f"Model to fit: {', '.join(get_args(FlowName))}.", "FLOW")] = "maf"
+    flow: Annotated[
+        FlowName | None,
+        option(f"Model to fit, {', '.join(get_args(FlowName))}; by default chosen from the data.", "FLOW"),
+    ] = None
     num_layers: Annotated[
-        int | None, option("Number of layers of maf, nsf, iaf, realnvp and maf-mog; by default 5.")
+        int | None,
+        option("Number of layers; by default chosen from the data, 5 of maf, nsf, iaf, realnvp and maf-mog."),
     ] = None
     hidden_dims: Annotated[
         list[str] | None, option("Widths of the hidden layers, as 128,128; by default chosen from the data.", "WIDTHS")
@@ -66,11 +71,15 @@ class FitOptions(TableOptions, TrainingOptions):
     validation: Annotated[
         str, option("Validation rows: the fraction to hold out, between 0 and 1, or another table.", "PART")
     ] = "0.1"
+    test: Annotated[
+        float | None,
+        option("Fraction to hold out for the test score; by default that of --validation, from 1,000 rows on.", "PART"),
+    ] = None
     precision: Annotated[
         Literal["single", "double"], option("Precision of the model: single or double.", "PRECISION")
     ] = "single"
     devices: Annotated[int, option("Number of processes, each on a different GPU with --device cuda.")] = 1
-    folder: Annotated[Path | None, option("Folder of the results; by default named after DATA and --flow.", "DIR")] = (
+    folder: Annotated[Path | None, option("Folder of the results; by default DATA-fit, or DATA and --flow.", "DIR")] = (
         None
     )
     resume: Annotated[bool, flag("resume", "Resume the fit in the folder, if any.")] = False
@@ -80,13 +89,13 @@ class FitOptions(TableOptions, TrainingOptions):
     def results(self) -> Path:
         """Folder of the results."""
         array = source_and_array(self.data)[1]
-        return self.folder or Path("-".join(filter(None, (self.stem, array, self.flow))))
+        return self.folder or Path("-".join(filter(None, (self.stem, array, self.flow or "fit"))))
 
     def check(self) -> None:
         """Refuse options without effect, and devices that are not available."""
         import torch
 
-        if self.num_layers is not None and self.flow not in LAYERED:
+        if self.num_layers is not None and self.flow not in (None, *LAYERED):
             raise CommandError(
                 f"fit got --num-layers for {self.flow}, which has no number of layers to choose: leave it out."
             )
@@ -150,28 +159,34 @@ class FitOptions(TableOptions, TrainingOptions):
             )
         return [by_name.get(name, plain[0] if plain else "real") for name in names]
 
-    def model(self, table: Table, support: Support) -> Model:
-        """Build the model to train.
+    def model(self, table: Table, support: Support) -> Model | DefaultFlow:
+        """Build the model to train; without a name, `fit` does.
 
         Raises:
             CommandError: For invalid sizes.
         """
+        import torch
+
         from pyro_maf.experiments import build
+        from pyro_maf.training.choice import DefaultFlow
 
         hidden = separated(self.hidden_dims)
         if not all(width.isdecimal() for width in hidden):
             raise CommandError(f"fit expected --hidden-dims as widths such as 128,128, got {','.join(hidden)}.")
+        hidden_dims = [int(width) for width in hidden] or None
+        dtype = torch.float64 if self.precision == "double" else torch.float32
+        if self.flow is None:
+            return DefaultFlow(self.num_layers, hidden_dims, dtype, self.device)
         with input_errors():
-            model = build(
+            return build(
                 self.flow,
                 # On a simplex the last column follows from the others.
                 len(table.names) - (support == "simplex"),
                 context_dim=len(table.context_names),
-                hidden_dims=[int(width) for width in hidden] or None,
+                hidden_dims=hidden_dims,
                 seed=self.seed,
                 num_layers=DEFAULT_LAYERS if self.num_layers is None else self.num_layers,
-            ).to(self.device)
-        return model.double() if self.precision == "double" else model
+            ).to(device=self.device, dtype=dtype)
 
 
 def fit(options: FitOptions, ctx: typer.Context) -> None:
@@ -210,7 +225,7 @@ def fit(options: FitOptions, ctx: typer.Context) -> None:
 
 def _train(
     options: FitOptions,
-    model: Model,
+    model: Model | DefaultFlow,
     table: Table,
     support: Support,
     validation: float | Table,
@@ -226,6 +241,7 @@ def _train(
             table,
             support=support,
             validation=validation,
+            test=options.test,
             folder=folder,
             resume=options.resume,
             overwrite=options.overwrite,
@@ -261,14 +277,18 @@ def _interrupted(command: str) -> typer.Exit:
 
 
 def _held_out(result: FitResult, table: Table, validation: float | Table) -> Table:
-    """Return the fit's validation rows, in the form of their table."""
-    source = table if isinstance(validation, float) else validation
-    rows, places = cast("Rows", result.held_out), result.held_out_places
+    """Return the fit's test rows or, without such, its validation rows, in the form of their table."""
+    is_tested = result.test_rows is not None
+    rows, places = (
+        (result.test_rows, result.test_places) if is_tested else (result.validation_rows, result.validation_places)
+    )
+    source = table if is_tested or isinstance(validation, float) else validation
+    data, context, weights = cast("Rows", rows)
     return dataclasses.replace(
         source,
-        data=rows.data.numpy(),
-        context=None if rows.context is None else rows.context.numpy(),
-        weights=None if rows.weights is None else rows.weights.numpy(),
+        data=data.numpy(),
+        context=None if context is None else context.numpy(),
+        weights=None if weights is None else weights.numpy(),
         rows=source.rows if places is None else source.numbers(places.numpy()),
     )
 
@@ -277,7 +297,7 @@ def _leave(options: FitOptions, result: FitResult, table: Table, held_out: Table
     """Write columns, record and report of a fit to its folder."""
     from pyro_maf import report
 
-    folder = options.results
+    folder, test = options.results, result.test
     record = Record(
         command=command,
         version=pyro_maf.__version__,
@@ -289,14 +309,16 @@ def _leave(options: FitOptions, result: FitResult, table: Table, held_out: Table
         seconds=result.seconds,
         stop_reason=result.stop_reason,
         warnings=list(result.warnings),
+        test_log_likelihood=None if test is None else test.mean,
+        test_standard_error=None if test is None else test.standard_error,
     )
     write_json(folder / COLUMNS, table.columns)
     write_json(folder / RECORD, dataclasses.asdict(record))
     result.density.cpu()  # where the rows are
     report.write_report(folder / REPORT, result, held_out, command=command)
     say(
-        f"validation log-likelihood {result.validation_log_likelihood:.3f} nats after epoch {result.best_epoch} of "
-        f"{result.epochs}, {result.seconds:.1f} s; stopped: {result.stop_reason}. See {folder / REPORT}."
+        f"{result.headline}; best epoch {result.best_epoch} of {result.epochs}, {result.seconds:.1f} s; "
+        f"stopped: {result.stop_reason}. See {folder / REPORT}."
     )
 
 

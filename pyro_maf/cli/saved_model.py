@@ -50,6 +50,8 @@ class Record:
     seconds: float
     stop_reason: str
     warnings: list[str] = field(default_factory=list)
+    test_log_likelihood: float | None = None
+    test_standard_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,8 @@ def _is_of(kind: str, value: object) -> bool:
     """True if a JSON value is of the type of a field of `Record`."""
     if kind == "list[str]":
         return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    if kind == "float | None":
+        return value is None or _is_of("float", value)
     kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
     return isinstance(value, kinds[kind]) and not isinstance(value, bool)
 
@@ -290,6 +294,9 @@ def _facts(model: SavedModel) -> Iterator[tuple[str, str]]:
         for name, categories in model.context:
             yield "given", name if categories is None else f"{name}: {_joined(categories)}"
     if record is not None:
+        if record.test_log_likelihood is not None:
+            score = f"log-likelihood {record.test_log_likelihood:.4f} nats"
+            yield "test", f"{score}, standard error {record.test_standard_error:.4f}"
         yield (
             "validation",
             f"log-likelihood {record.validation_log_likelihood:.4f} nats after epoch {record.best_epoch} of "

@@ -137,7 +137,9 @@ class TrainingOptions:
     """The training of every model."""
 
     max_epochs: Epochs = 1000
-    batch_size: Annotated[int | None, option("Approximate number of rows in a batch, by default 256.")] = None
+    batch_size: Annotated[int | None, option("Approximate number of rows in a batch; 256 by default, or chosen.")] = (
+        None
+    )
     learning_rate: Annotated[float, option("Initial learning rate; it is halved when the validation loss stalls.")] = (
         2e-3
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,7 +18,7 @@ from pyro_maf.report.kolmogorov import Calibration, calibration_of, radius_of
 from pyro_maf.tables import MappedRows, Reader, Rows, rows_of
 from pyro_maf.tables.layout import Layout, TableLike
 from pyro_maf.tables.reader import Labels
-from pyro_maf.tables.rows import in_proportion
+from pyro_maf.tables.rows import in_proportion, mean_and_error
 from pyro_maf.tables.table import Table
 from pyro_maf.training.preparation import Fitted
 from pyro_maf.training.result import log_prob_of
@@ -33,6 +33,7 @@ PICTURED_ROWS = 10_000
 PICTURED_VALUES = 2_500_000
 LEAST_SAMPLES = 2000
 LOWEST = 10
+NOTHING: Mapping[str, Rows | None] = {}
 SEED = 0
 MANY_DIGITS = 10_000
 """Values from here on, such as time stamps, may share more than the four digits that others are shown with."""
@@ -93,7 +94,7 @@ class Examination:
         names, context_names: Names of the columns.
         noise_names: Names of the columns that have noise: all that are no categories.
         rows: Number of rows.
-        is_held_out: True if they are the fit's validation rows.
+        role: "test" or "validation" if they are the rows that the fit held out for this, else "".
         log_prob: Log-densities of the scored rows, (scored,), in nats.
         weights: Their weights, (scored,), or None.
         lowest: The rows with the lowest of them, in ascending order.
@@ -107,7 +108,7 @@ class Examination:
     context_names: list[str]
     noise_names: list[str]
     rows: int
-    is_held_out: bool
+    role: str
     log_prob: Tensor
     weights: Tensor | None
     lowest: list[LowRow]
@@ -119,14 +120,7 @@ class Examination:
     @property
     def mean_log_prob(self) -> tuple[float, float]:
         """Mean log-density of the scored rows, with their weights, and its standard error, NaN of one row."""
-        log_prob = self.log_prob.double()
-        share = torch.ones_like(log_prob) if self.weights is None else self.weights.double()
-        share = share / share.sum()
-        mean = share @ log_prob
-        # For equal weights the standard deviation over the square root of the number of rows.
-        squares = share.square()
-        error = (squares @ (log_prob - mean).square() / (1 - squares.sum())).sqrt()
-        return float(mean), float(error)
+        return mean_and_error(self.log_prob, self.weights)
 
     @property
     def has_radius(self) -> bool:
@@ -160,7 +154,7 @@ def examine(
     context_names: Sequence[str] | None = None,
     *,
     weights: str | TableLike | None = None,
-    held_out: Rows | None = None,
+    held_out: Mapping[str, Rows | None] = NOTHING,
     progress: bool | str = False,
 ) -> Examination:
     """Examine a density with rows of data; the global random state is left unchanged.
@@ -170,7 +164,7 @@ def examine(
     Args:
         density: A density with a model that `fit` can fit.
         data, context, names, context_names, weights, progress: As in `write_report`.
-        held_out: The fit's validation rows, or None if unavailable.
+        held_out: The rows that the fit held out by their role, None if unavailable.
 
     Raises:
         TypeError, ValueError: As `write_report`.
@@ -197,7 +191,7 @@ def examine(
             [column.name for column in table.context_columns],
             _noise_names(density, table.names),
             total,
-            held_out is not None and scorer.are_all(held_out),
+            next((role for role, rows in held_out.items() if rows is not None and scorer.are_all(rows)), ""),
             log_prob,
             weights,
             scorer.low_rows(scored[lowest], log_prob[lowest]),

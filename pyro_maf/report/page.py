@@ -25,6 +25,7 @@ from pyro_maf._core.torch_state import reference_tensor
 from pyro_maf.distributions import TableDensity
 from pyro_maf.report.examination import Examination, examine
 from pyro_maf.report.kolmogorov import distance_between, distance_to_uniform
+from pyro_maf.tables import Rows
 from pyro_maf.tables.layout import TableLike, without_column
 from pyro_maf.tables.table import Table
 from pyro_maf.training import FitResult
@@ -45,6 +46,12 @@ LONGEST_NAME = 24
 ABREAST = 2
 """Number of panels side by side: legible on a phone."""
 DPI = 96
+ROLES = {
+    "test": ("test rows", "; these rows chose nothing"),
+    "validation": ("validation rows", "; these rows also chose the epoch"),
+    "": ("these rows", ""),
+}
+"""The rows by their role in the fit, and what the headline says of them."""
 
 
 class Headline(NamedTuple):
@@ -58,7 +65,7 @@ class Headline(NamedTuple):
 def write_report(
     path: str | os.PathLike[str],
     result: FitResult,
-    data: TableLike | Table,
+    data: TableLike | Table | None = None,
     *,
     context: TableLike | None = None,
     names: Sequence[str] | None = None,
@@ -74,15 +81,16 @@ def write_report(
     the largest Kolmogorov distance; histograms and pairs of columns of data and samples; log-densities of both; the
     rows of the lowest density; losses over the epochs; and the command.
 
-    Pass rows that the fit has not seen: those that it was fitted to look better than new ones.
+    By default it is about the rows that the fit held out for test, which chose nothing, or else for validation. Others
+    are to be rows that the fit has not seen: those that it was fitted to look better than new ones.
 
     Args:
         path: The file; by custom it ends in .html. An existing file is replaced once all is written.
         result: The result of `pyro_maf.fit`.
-        data: Rows (N, D), or (N, D + 1) on a simplex, as `fit` takes them; columns with names are matched by name. A
-            `np.memmap` is read in blocks. Or a table of `read_table`, with its names and context: then
-            the page has the name of the table in its title, categories by their names, and rows by their numbers in the
-            file.
+        data: By default those that the fit held out. Rows (N, D), or (N, D + 1) on a simplex, as `fit` takes them;
+            columns with names are matched by name. A `np.memmap` is read in blocks. Or a table of `read_table`, with
+            its names and context: then the page has the name of the table in its title, categories by their names, and
+            rows by their numbers in the file.
         context: Rows (N, C) of the same kinds, if the density takes a context.
         names: Names of the columns, by default those of a data frame, or x1, x2 and so on.
         context_names: Names of the columns of the context, likewise, with c1.
@@ -120,7 +128,11 @@ def write_report(
         raise TypeError(f"write_report expected what fit returned, a FitResult, got {type(result).__name__}.")
     check_progress("write_report", progress)
     label = data.label if isinstance(data, Table) else ""
-    if not isinstance(data, Table):
+    if data is None:
+        data, context, weights = _held_out(result)
+        names = names or result.layout.labels or None
+        context_names = context_names or result.context_layout.labels or None
+    elif not isinstance(data, Table):
         if isinstance(weights, str):
             data, weights = without_column("write_report", "weights", data, weights)
         data = result.layout.pick("write_report", "data", data)
@@ -133,10 +145,18 @@ def write_report(
         names,
         context_names,
         weights=weights,
-        held_out=result.held_out,
+        held_out={"test": result.test_rows, "validation": result.validation_rows},
         progress=progress,
     )
     write_whole(path, _page(result, examination, command, label).encode())
+
+
+def _held_out(result: FitResult) -> Rows:
+    """Return the test rows of a fit, or else the validation rows."""
+    rows = result.validation_rows if result.test_rows is None else result.test_rows
+    if rows is None:
+        raise ValueError("write_report expected rows, as this result holds none: give them as data.")
+    return rows
 
 
 def _page(result: FitResult, examination: Examination, command: str, label: str) -> str:
@@ -180,11 +200,11 @@ def _figures(result: FitResult, examination: Examination) -> list[Headline]:
     parameters = f"{sum(parameter.numel() for parameter in result.density.parameters()):,}"
     columns = f"{len(examination.names):,}"
     validation = Headline(
-        "Validation in the fit", f"{result.validation_log_likelihood:.3f}", "nats, of the fit's own rows"
+        "Validation in the fit", f"{result.validation_log_likelihood:.3f}", "nats, of rows that chose the epoch"
     )
     return [
         _log_likelihood(examination),
-        *[validation] * (not examination.is_held_out),
+        *[validation] * (examination.role != "validation"),
         _rows(result, examination),
         Headline("Columns", columns, _count(len(examination.context_names), "context column", none="no context")),
         Headline("Epochs", f"{result.epochs:,}", f"best: {result.best_epoch:,}"),
@@ -200,20 +220,17 @@ def _log_likelihood(examination: Examination) -> Headline:
     value = f"{mean:.3f}"
     if math.isfinite(error):
         value += f" ± {2 * error:.3f}"
-    which = "held-out rows" if examination.is_held_out else "these rows"
-    return Headline(f"Log-likelihood of {which}", value, "nats a row, ± two standard errors")
+    role, note = ROLES[examination.role]
+    return Headline(f"Log-likelihood of {role}", value, f"nats a row, ± two standard errors{note}")
 
 
 def _rows(result: FitResult, examination: Examination) -> Headline:
     """Return the number of rows, and their role in the fit."""
     scored, rows = len(examination.log_prob), examination.rows
-    notes = [] if scored == rows else [f"{scored:,} of them, drawn at random, were scored"]
-    if not examination.is_held_out:
-        return Headline("Rows", f"{rows:,}", *notes)
-    if result.held_out is None or result.held_out_places is None:
-        return Headline("Rows", f"{rows:,}", "; ".join(["those to validate with; they also chose the epoch", *notes]))
-    value = f"{rows:,} of {result.rows:,}"
-    return Headline("Rows", value, "; ".join(["held out; they also chose the epoch", *notes]))
+    notes = [f"held out for {examination.role}"] * bool(examination.role)
+    notes += [f"{scored:,} of them, drawn at random, were scored"] * (scored < rows)
+    is_part = examination.role == "test" or (examination.role and result.validation_places is not None)
+    return Headline("Rows", f"{rows:,} of {result.rows:,}" if is_part else f"{rows:,}", "; ".join(notes))
 
 
 def _lowest(examination: Examination) -> dict[str, object]:

@@ -20,6 +20,7 @@ __all__ = [
     "copies_of",
     "hash_rows",
     "in_proportion",
+    "mean_and_error",
     "mixed",
     "repeat_as_a_whole",
 ]
@@ -100,8 +101,7 @@ class Rows(NamedTuple):
 
     def mean(self, values: Tensor) -> float:
         """Mean of values, one a row, in which a row counts as often as its weight says."""
-        weights = torch.ones(len(values)) if self.weights is None else self.weights
-        return float(values.double() @ weights.double() / weights.double().sum())
+        return mean_and_error(values, self.weights)[0]
 
     def normalised(self) -> Rows:
         """Divide the weights by their mean, so that sums over the rows divided by their number are weighted means."""
@@ -193,6 +193,26 @@ def repeat_as_a_whole(rows: Rows) -> bool:
     """
     values = (len(np.unique(column)) for table in rows[:2] if table is not None for column in table.numpy().T)
     return 2 * max(values) > copies_of(rows)[0]
+
+
+def mean_and_error(values: Tensor, weights: Tensor | None = None) -> tuple[float, float]:
+    """Mean of values, (rows,), and its standard error, NaN of one row.
+
+    Args:
+        values: One for each row.
+        weights: How often each row counts, (rows,); by default once.
+
+    Example:
+        >>> mean_and_error(torch.tensor([1.0, 3.0]))
+        (2.0, 1.0)
+    """
+    values = values.double()
+    share = torch.ones_like(values) if weights is None else weights.double()
+    share = share / share.sum()
+    mean = share @ values
+    # For equal weights the standard deviation over the square root of the number of rows.
+    squares = share.square()
+    return float(mean), float((squares @ (values - mean).square() / (1 - squares.sum())).sqrt())
 
 
 def in_proportion(weights: Tensor, number: int, start: float = 0.5) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -21,7 +22,7 @@ from pyro_maf.training.kinds import few_values
 from pyro_maf.training.preparation import Choice, Model, Recipe
 from pyro_maf.univariate import Spline
 
-__all__ = ["choose", "default_model"]
+__all__ = ["CHOSEN", "DefaultFlow", "choose", "default_model"]
 
 MIXTURE_ROWS = 300
 """Up to so many rows the flow has a mixture of Gaussians as base; of more it learns as much by itself, in a third of
@@ -37,8 +38,27 @@ PRECISION, MOST_DECAY = 3.0, 0.1
 """Weight decay is that of a normal prior of this precision on the weights, beside the likelihood of all rows."""
 
 
+@dataclass(frozen=True)
+class DefaultFlow:
+    """The flow that `fit` chooses by the data, but for what is set here.
+
+    Attributes:
+        num_layers: Number of layers.
+        hidden_dims: Widths of the hidden layers of each network.
+        dtype, device: By default those of the data if they are a floating tensor, else torch's.
+    """
+
+    num_layers: int | None = None
+    hidden_dims: Sequence[int] | None = None
+    dtype: torch.dtype | None = None
+    device: str | None = None
+
+
+CHOSEN = DefaultFlow()
+
+
 def choose(
-    model: Model | None, source: NamedRows, support: SupportLike | None, *, dequantise: bool, seed: int
+    model: Model | DefaultFlow, source: NamedRows, support: SupportLike | None, *, dequantise: bool, seed: int
 ) -> Choice:
     """Choose what the arguments of `fit` leave open.
 
@@ -56,8 +76,8 @@ def choose(
     if isinstance(support, Mapping):
         columns = number_of_columns("fit", "data", rows.data)
         support = rows.columns.spread("fit", "support", support, "real", columns)
-    if model is None:
-        return _without_model(rows, support, dequantise=dequantise, seed=seed)
+    if isinstance(model, DefaultFlow):
+        return _without_model(model, rows, support, dequantise=dequantise, seed=seed)
     if isinstance(model, (TableDensity, ConditionalTableDensity)):
         return _of_table(model, rows, support)
     categories = [each for each in rows.layout.categories if each is not None]
@@ -72,7 +92,9 @@ def choose(
     return Choice(model, rows, _support(model, support, len(levels), levels), levels)
 
 
-def _without_model(rows: NamedRows, support: SupportLike | None, *, dequantise: bool, seed: int) -> Choice:
+def _without_model(
+    default: DefaultFlow, rows: NamedRows, support: SupportLike | None, *, dequantise: bool, seed: int
+) -> Choice:
     """The default model of the columns that are no categories."""
     width = number_of_columns("fit", "data", rows.data)
     levels = _levels(rows) if rows.layout.in_categories else [None] * width
@@ -88,7 +110,13 @@ def _without_model(rows: NamedRows, support: SupportLike | None, *, dequantise: 
     count = sum(level is None for level in levels)
     dim = count - _is_simplex(count, support if count == width else None)
     model, recipe = default_model(
-        dim, number_of_rows(rows.data), context + one_hot, seed=seed, has_rsample=not dequantise, data=rows.data
+        dim,
+        number_of_rows(rows.data),
+        context + one_hot,
+        default=default,
+        seed=seed,
+        has_rsample=not dequantise,
+        data=rows.data,
     )
     on_support = _support(model, support, width if any(levels) else model.input_dim, levels)
     each = levels if any(levels) else [None] * on_support.event_size
@@ -156,6 +184,7 @@ def default_model(
     rows: int,
     context_dim: int = 0,
     *,
+    default: DefaultFlow = CHOSEN,
     seed: int,
     has_rsample: bool = False,
     data: TableLike | None = None,
@@ -166,6 +195,7 @@ def default_model(
         columns: Number of columns; on a simplex one less.
         rows: Number of rows.
         context_dim: Number of context features.
+        default: What is not to be chosen.
         seed: Seed of the initial weights.
         has_rsample: Whether draws must have a gradient, which those of a mixture have not.
         data: The rows: the model has their dtype and device if they are a floating tensor.
@@ -176,15 +206,21 @@ def default_model(
     """
     check_positive("fit", "seed", seed, least=0)
     starts = columns > 1 and rows <= MIXTURE_ROWS and not has_rsample
-    num_layers = LAYERS[0 if starts else 1 if rows < MANY_ROWS or columns >= WIDE else 2]
+    num_layers = default.num_layers
+    if num_layers is None:
+        num_layers = LAYERS[0 if starts else 1 if rows < MANY_ROWS or columns >= WIDE else 2]
     univariate = Spline(num_bins=FEW_BINS if columns >= WIDE else BINS)
     with seeded(seed):
         if starts:
             model: MAF | MixtureFlow = MixtureFlow(
-                columns, num_layers=num_layers, context_dim=context_dim, univariate=univariate
+                columns,
+                num_layers=num_layers,
+                context_dim=context_dim,
+                univariate=univariate,
+                hidden_dims=default.hidden_dims,
             )
         else:  # the networks of a single column have nothing to see without a context
-            hidden_dims = () if columns == 1 and not context_dim else None
+            hidden_dims = () if columns == 1 and not context_dim else default.hidden_dims
             model = NSF(
                 columns,
                 num_layers=num_layers,
@@ -195,6 +231,7 @@ def default_model(
     like = next(iter(data.values()), None) if isinstance(data, Mapping) else data
     if isinstance(like, Tensor) and like.dtype in (torch.float32, torch.float64):
         model = model.to(like)
+    model = model.to(device=default.device, dtype=default.dtype)
     batch_size = max(LEAST_BATCH, min(MOST_BATCH, rows // BATCHES))
     recipe = Recipe(batch_size, min(MOST_DECAY, PRECISION / max(1, rows)), starts=starts)
     return model, recipe

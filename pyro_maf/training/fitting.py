@@ -28,11 +28,11 @@ from pyro_maf.tables.layout import Layout, TableLike
 from pyro_maf.tables.named_rows import NamedRows, named_rows
 from pyro_maf.tables.table import Table
 from pyro_maf.training.batches import Batches
-from pyro_maf.training.choice import choose
+from pyro_maf.training.choice import CHOSEN, DefaultFlow, choose
 from pyro_maf.training.loop import Loop
 from pyro_maf.training.preparation import Fitted, Model, Prepared, Validation, prepare
 from pyro_maf.training.records import checkpoints
-from pyro_maf.training.result import FitResult, log_prob_of
+from pyro_maf.training.result import FitResult, log_likelihood_of
 from pyro_maf.training.screening import announce, screen_ending
 from pyro_maf.training.state import Schedule, State
 from pyro_maf.transforms import BatchNorm, ConditionalFlow, Flow
@@ -44,13 +44,14 @@ VALIDATION_BATCH = 2048
 
 @torch.inference_mode(False)
 def fit(
-    model: Model | TableLike | Table,
+    model: Model | DefaultFlow | TableLike | Table,
     data: TableLike | Table | None = None,
     *,
     context: TableLike | None = None,
     weights: str | TableLike | None = None,
     support: SupportLike | None = None,
     validation: Validation = None,
+    test: float | None = None,
     dequantise: bool = True,
     batch_size: int | None = None,
     max_epochs: int = 1000,
@@ -72,7 +73,8 @@ def fit(
     but with a fence against single outliers only. Adam, with the paper's weight decay of 1e-6, steps on batches; after
     each epoch an average of the weights over the last two epochs or so is scored on the validation rows. The learning
     rate is halved when that score stalls, the fit ends after `patience` epochs without a better one, and the best
-    average is the result.
+    average is the result. From 1,000 rows on, as many rows again are held out for test, for a score of rows that chose
+    nothing.
 
     The model is trained in place, in its own dtype and on its own device, and left in eval mode with its best weights.
     From the same initial weights, the same call has bitwise the same result on a CPU. The global
@@ -97,8 +99,8 @@ def fit(
             `pyro_maf.datasets.read_table`, with its context, whose columns and rows messages name. They are rounded
             to the model's dtype in their units, not before: where float32 does not hold the values of a column to a
             thousandth of its scale, the density of a model in float32 takes and draws float64. A `numpy.memmap` of more
-            than 512 MiB is not read into memory but streamed; no more than some 262,144 of its rows are held out for
-            validation, and batch norm takes the statistics of as many.
+            than 512 MiB is not read into memory but streamed; no more than some 262,144 of its rows are held out, and
+            batch norm takes the statistics of as many.
         context: Rows (N, C) of the same kinds, for a model with `context_dim` > 0.
         weights: How often each row counts, (N,): numbers of at least 0, of which only ratios matter; or the name of the
             column of data that holds them, which is then none of the data. They count in the losses of training and
@@ -112,6 +114,10 @@ def fit(
             or rows like `data`; or a tuple (data, context) of such for a model with a context, whose columns are
             matched by name if they have names; or (data, context, weights), with None for what there is not. A fraction
             is of distinct rows: all copies of a row, with its context, are for training, or all are for validation.
+        test: The fraction of the rows to hold out for the test log-likelihood, `FitResult.test`: they choose nothing,
+            neither weights nor epoch nor units. By default, from 1,000 rows of data on, as many as for validation, and
+            at most half of the rest; none of fewer rows, and none if `validation` is rows, as whoever divides the data
+            has test rows too, for `FitResult.score`. 0 for none.
         dequantise: Whether columns whose values repeat on a grid, counted or rounded, are fitted as such, and columns
             of text, truth values or categories in a data frame, and without a model those of up to 10 numbers, as
             categories. The result is a `TableDensity`: its log-likelihoods are log-probabilities in such columns, which
@@ -174,12 +180,13 @@ def fit(
     Reference:
         Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017, section 4.
     """
-    chosen: Model | None = None
-    if data is not None or isinstance(model, (torch.nn.Module, type)):
-        _first_weight(model, data)
-        chosen, data = cast("Model", model), cast("TableLike | Table", data)
-    else:
+    chosen: Model | DefaultFlow = CHOSEN
+    if data is None and not isinstance(model, (DefaultFlow, torch.nn.Module, type)):
         data = cast("TableLike | Table", model)
+    else:
+        if not isinstance(model, DefaultFlow):
+            _first_weight(model, data)
+        chosen, data = cast("Model | DefaultFlow", model), cast("TableLike | Table", data)
     if batch_size is not None:
         check_positive("fit", "batch_size", batch_size)
     choice = choose(chosen, named_rows("fit", data, context, weights), support, dequantise=dequantise, seed=seed)
@@ -199,7 +206,7 @@ def fit(
     )
     weight = _first_weight(choice.model, data)
     prepared = prepare(
-        choice, validation, dequantise=dequantise, weights=weights, dtype=weight.dtype, seed=int(options.seed)
+        choice, validation, test, dequantise=dequantise, weights=weights, dtype=weight.dtype, seed=int(options.seed)
     )
     return _train(prepared, choice.source, weight, options)
 
@@ -310,6 +317,7 @@ def _result(state: State, prepared: Prepared, source: NamedRows, options: _Optio
     schedule = state.schedule
     losses = tuple(epoch.validation_loss for epoch in state.history)
     stopped = state.stop_reason or schedule.reason
+    test = prepared.test
     endings = screen_ending(losses, schedule, has_more=stopped is None, has_skipped=state.skipped > 0)
     return FitResult(
         density=prepared.density,
@@ -320,8 +328,11 @@ def _result(state: State, prepared: Prepared, source: NamedRows, options: _Optio
         seconds=state.seconds,
         stop_reason=stopped or f"reached max_epochs ({options.max_epochs})",
         interrupted=state.interrupted,
-        held_out=prepared.held_out,
-        held_out_places=prepared.places,
+        validation_rows=prepared.held_out,
+        validation_places=prepared.places,
+        test=None if test is None else log_likelihood_of(prepared.density, test.rows),
+        test_rows=None if test is None else test.rows,
+        test_places=None if test is None else test.places,
         rows=prepared.rows,
         skipped_steps=state.skipped,
         folder=folder,
@@ -336,8 +347,7 @@ def _score(prepared: Prepared, best: float) -> float:
     """Mean log-likelihood of the validation rows: the best one of the fit, or for a table that of its steps."""
     if not prepared.spacing:
         return best
-    rows = prepared.held_out
-    return rows.mean(torch.cat([*log_prob_of(prepared.density, rows.data, rows.context)]))
+    return log_likelihood_of(prepared.density, prepared.held_out).mean
 
 
 def _layout(density: Fitted, source: NamedRows) -> Layout:

@@ -29,6 +29,7 @@ from pyro_maf.tables.reader import Labels
 from pyro_maf.tables.rows import repeat_as_a_whole
 from pyro_maf.tables.table import Table
 from pyro_maf.training.kinds import Kinds, grids_of, sampled
+from pyro_maf.training.parts import Aside, divide, fractions_of, without_far_rows
 from pyro_maf.training.screening import screen_data
 from pyro_maf.training.state import WEIGHT_DECAY
 from pyro_maf.transforms import ConditionalFlow, Flow
@@ -40,12 +41,10 @@ Fitted: TypeAlias = FlowPrior | ConditionalFlowPrior | TableDensity | Conditiona
 FITTED = (FlowPrior, ConditionalFlowPrior, TableDensity, ConditionalTableDensity)
 Validation: TypeAlias = float | TableLike | Table | tuple[TableLike | None, ...] | None
 
-VALIDATION_FRACTION = 0.1
 MENTIONED = 0.01
 COARSE = 0.05
 MOST_COPIES, COPIED_ROWS = 8, 2048
 """Copies of a validation row, with other noise, up to some number of rows: so few are soon scored."""
-FAR = 1000.0
 FENCE = 10.0
 """Standard deviations beyond which a value counts as this for the start, as it does for the units."""
 
@@ -93,6 +92,7 @@ class Prepared(NamedTuple):
         training: Training rows, in memory or on disk.
         held_out: Validation rows.
         places: Indices of these in the data, from 0; None if they were passed separately.
+        test: Test rows, or None.
         rows: Number of rows of the data.
         repeats: Number of rows that repeat an earlier one; an estimate for rows on disk.
         moments: Moments of the unconstrained columns of the training data, and of those of its context, if any.
@@ -105,6 +105,7 @@ class Prepared(NamedTuple):
     training: Rows | MappedRows
     held_out: Rows
     places: Tensor | None
+    test: Aside | None
     rows: int
     repeats: int
     moments: tuple[Moments, Moments | None]
@@ -138,11 +139,12 @@ class Prepared(NamedTuple):
         return max(1, min(MOST_COPIES, COPIED_ROWS // max(1, len(self.held_out.data))))
 
     def digest(self) -> str:
-        """Fingerprint of the moments, the validation rows and the weights."""
+        """Fingerprint of the moments, the rows that are held out and the weights."""
         hashed = hashlib.sha256(str(len(self.training.data)).encode())
         of_data, of_context = self.moments
         training = self.training.weights if isinstance(self.training, Rows) else None
-        for tensor in (*of_data, *(of_context or ()), *self.held_out, training):
+        test = () if self.test is None else self.test.rows
+        for tensor in (*of_data, *(of_context or ()), *self.held_out, *test, training):
             if tensor is not None:
                 hashed.update(tensor.numpy().tobytes())
         if isinstance(self.training, MappedRows):
@@ -153,6 +155,7 @@ class Prepared(NamedTuple):
 def prepare(
     choice: Choice,
     validation: Validation,
+    test: float | None = None,
     *,
     dequantise: bool = True,
     weights: str | TableLike | None = None,
@@ -163,7 +166,7 @@ def prepare(
 
     Args:
         choice: The model, the rows, their support and their categories.
-        validation, weights, dequantise, seed: As in `fit`.
+        validation, test, weights, dequantise, seed: As in `fit`.
         dtype: Dtype of the model.
 
     Raises:
@@ -174,43 +177,47 @@ def prepare(
     fraction, separate = _validation(model, source, validation, support, weights, levels)
     reader = _reader(model, source, support, levels)
     rows = rows_of(source.data, source.context, reader, source.weights)
+    fractions = fractions_of(fraction, 0.0 if separate and test is None else test, len(rows.data))
     if isinstance(rows, Rows):
         reader.check_training(rows)
     kinds = Kinds(tuple(levels))
     if dequantise and not isinstance(model, (FlowPrior, ConditionalFlowPrior)):
         kinds = kinds._replace(grids=grids_of(rows, separate[0] if separate else None, support, levels))
-    split = rows.split(fraction, generator, by_chance=kinds.repeat_by_chance(rows))
-    moments = _as_precise(split.training.moments(support), rows.dtypes, dtype)
-    leaves = split.training.leaves_in_float32(support) or split.held_out.leaves_in_float32(support)
-    density = _in_units(model, support, moments, kinds, sampled(split.training), leaves=leaves, seed=seed)
+    parts = divide(rows, fractions, generator, by_chance=kinds.repeat_by_chance(rows))
+    moments = _as_precise(parts.training.moments(support), rows.dtypes, dtype)
+    every = (parts.training, parts.validation.rows, parts.test.rows)
+    leaves = any(part.leaves_in_float32(support) for part in every)
+    density = _in_units(model, support, moments, kinds, sampled(parts.training), leaves=leaves, seed=seed)
     if recipe.starts:
-        _start(density, sampled(split.training), seed)
+        _start(density, sampled(parts.training), seed)
     prior = density.unwrapped
     warnings = [
-        *_on_repeats(rows, split.repeats),
+        *_on_repeats(rows, parts.repeats),
         *_on_rounding(prior, moments, reader),
         *kinds.lines(reader.labels, named),
         *screen_data(rows, reader, kinds.categories, [i for i, grid in enumerate(kinds.grids) if grid]),
     ]
     if isinstance(rows, Rows):
         reader.check_rounded(rows.rounded_for(prior), prior)
-    held_out, places = split.held_out.rounded_for(prior), split.places
-    if separate is None:
-        reader.check_rounded(held_out, prior, places.tolist())
-        held_out, places, omissions = _without_far_rows(held_out, places, prior, reader.labels)
+    asides = {}
+    for role, part in (("validation", parts.validation), ("test", parts.test)):
+        asides[role], omissions = without_far_rows(part.rounded_for(prior, reader), prior, reader.labels, role)
         warnings += omissions
-    else:
+    held_out, places = asides["validation"]
+    if separate is not None:
         validation_rows, validation_reader = separate
         held_out = validation_rows.rounded_for(prior)
         validation_reader.check_rounded(held_out, prior)
+    test_rows = asides["test"].rows.normalised()
     return Prepared(
         density=density,
         spacing=kinds.spacing,
-        training=_normalised(split.training.rounded_for(prior)),
+        training=_normalised(parts.training.rounded_for(prior)),
         held_out=held_out.normalised(),
         places=None if separate else places,
+        test=asides["test"]._replace(rows=test_rows) if len(test_rows.data) else None,
         rows=len(rows.data),
-        repeats=split.repeats,
+        repeats=parts.repeats,
         moments=moments,
         generator=generator,
         warnings=warnings,
@@ -229,13 +236,12 @@ def _validation(
     support: Support,
     weights: str | TableLike | None,
     levels: Sequence[tuple[float, ...] | None],
-) -> tuple[float, tuple[Rows, Reader] | None]:
+) -> tuple[float | None, tuple[Rows, Reader] | None]:
     """Return the fraction of rows to hold out, or else the validation rows that were passed, with their reader."""
     if validation is None or isinstance(validation, (int, float)):
-        fraction = VALIDATION_FRACTION if validation is None else float(validation)
-        if not 0 < fraction < 1:
+        if validation is not None and not 0 < validation < 1:
             raise ValueError(f"fit expected validation as a part between 0 and 1, or as data, got {validation!r}.")
-        return fraction, None
+        return validation, None
     parts = validation if isinstance(validation, tuple) else (validation, None)
     if len(parts) not in (2, 3):
         raise ValueError(
@@ -424,21 +430,3 @@ def _coarse(role: str, moments: Moments, support: Support | None, dtype: torch.d
         "common while they are in float64, or fit a model in float64, model.double(), to rows in float64."
         for column in coarse
     ]
-
-
-def _without_far_rows(
-    held_out: Rows, places: Tensor, prior: FlowPrior | TableDensity, labels: Labels
-) -> tuple[Rows, Tensor, list[str]]:
-    """Drop validation rows that lie over a thousand scales from the bulk; also return a line on these, if any.
-
-    The log-likelihood of one would outweigh that of all others, and select the epoch.
-    """
-    far = (prior.standardised(held_out.data).abs() > FAR).any(1)
-    if far.all() or not far.any():
-        return held_out, places, []
-    line = (
-        f"fit left {int(far.sum()):,} of the validation rows out, the first of them "
-        f"{labels.row(int(places[far].min()))}: over 1,000 scales from the bulk, one would outweigh all others in the "
-        "choice of the best epoch. Look at them, and give rows that count as validation=."
-    )
-    return held_out.take(~far), places[~far], [line]

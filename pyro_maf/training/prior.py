@@ -60,7 +60,7 @@ def fit_prior(
 
     The prior is frozen: inference neither trains it nor computes gradients with respect to its weights. To train it
     further with a model, unfreeze it, `prior.requires_grad_(True)`, and register it there,
-    `pyro.module("prior", prior)`.
+    `pyro.module("prior", prior)`. No rows are held out for test, as the score would be lost.
 
     Args:
         data: Rows (N, D), or (N, D + 1) for a simplex: a tensor, an array, a data frame or nested lists. Or the
@@ -96,5 +96,5 @@ def fit_prior(
         columns = number_of_columns("fit", "data", source.data)
         support = source.columns.spread("fit_prior", "support", support, "real", columns)
     arguments = (data,) if flow is None else (flow, data)
-    result = fit(*arguments, context=context, support=support, seed=seed, dequantise=False, **options)
+    result = fit(*arguments, context=context, support=support, seed=seed, dequantise=False, test=0.0, **options)
     return cast("FlowPrior | ConditionalFlowPrior", result.density.requires_grad_(False))

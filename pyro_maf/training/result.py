@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -24,15 +24,27 @@ from pyro_maf.tables import Rows
 from pyro_maf.tables.layout import Layout, TableLike, check_paired, number_of_rows, numbers, part_of
 from pyro_maf.tables.named_rows import named_rows
 from pyro_maf.tables.reader import check_context, table_of
+from pyro_maf.tables.rows import mean_and_error
 from pyro_maf.tables.table import Table
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["FitResult", "log_prob_of"]
+__all__ = ["FitResult", "LogLikelihood", "log_likelihood_of", "log_prob_of"]
 
 ROWS_AT_ONCE, VALUES_AT_ONCE = 2**14, 2**18
 NAMELESS = Layout()
+
+
+class LogLikelihood(NamedTuple):
+    """Mean log-likelihood of rows in nats, its standard error, NaN of one row, and the number of rows."""
+
+    mean: float
+    standard_error: float
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} nats, standard error {self.standard_error:.3f}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,14 +60,17 @@ class FitResult:
         train_loss: The mean loss of each epoch's training batches, under the weights at each step.
         validation_loss: The loss on the validation rows after each epoch, with the averaged weights.
         best_epoch: Number of epochs after which the weights were best; 0 if none was better than the initial weights.
-        validation_log_likelihood: The mean log-likelihood of the validation rows under the best weights. Of a
-            `TableDensity`, the losses are of numbers with noise, and upper bounds of its negative.
+        validation_log_likelihood: The mean log-likelihood of the validation rows under the best weights, which they
+            chose. Of a `TableDensity`, the losses are of numbers with noise, and upper bounds of its negative.
+        test: The mean log-likelihood of the test rows, which chose nothing, a `LogLikelihood` (mean, standard error,
+            rows); None without such rows, as of fewer than 1,000 rows of data.
         seconds: Duration, without the time between an interruption and its resumption.
         stop_reason: Reason for stopping, in words.
         interrupted: True if it was stopped by Ctrl-C, not ended.
         skipped_steps: Number of steps left out because their loss or its gradient was not finite.
-        held_out: The validation rows (data, context, weights), on the CPU; weights have mean 1, or are None.
-        held_out_places: Indices of these in the data, from 0; None if they were passed as `validation`.
+        validation_rows: The validation rows (data, context, weights), on the CPU; weights have mean 1, or are None.
+        validation_places: Indices of these in the data, from 0; None if they were passed as `validation`.
+        test_rows, test_places: Likewise, of the test rows; None without.
         rows: Number of rows of data.
         folder: Folder of the fit, if any.
         repeats: Number of rows that repeat an earlier one; an estimate for rows that are streamed.
@@ -82,11 +97,14 @@ class FitResult:
     stop_reason: str
     interrupted: bool = False
     skipped_steps: int = 0
-    held_out: Rows | None = None
+    validation_rows: Rows | None = None
     folder: Path | None = None
     warnings: tuple[str, ...] = ()
     repeats: int = 0
-    held_out_places: Tensor | None = None
+    validation_places: Tensor | None = None
+    test: LogLikelihood | None = None
+    test_rows: Rows | None = None
+    test_places: Tensor | None = None
     rows: int = 0
     layout: Layout = NAMELESS
     context_layout: Layout = NAMELESS
@@ -95,6 +113,13 @@ class FitResult:
     def epochs(self) -> int:
         """Number of epochs."""
         return len(self.validation_loss)
+
+    @property
+    def headline(self) -> str:
+        """The log-likelihood of the test rows or, without such, of the validation rows, in words."""
+        if self.test is not None:
+            return f"test log-likelihood {self.test}"
+        return f"validation log-likelihood {self.validation_log_likelihood:.3f} nats, of rows that chose the epoch"
 
     def score(self, rows: TableLike | Table, context: TableLike | None = None) -> Tensor:
         """Log-likelihood of each row, (rows,), in nats, in the data's units; without gradient, on the CPU.
@@ -165,10 +190,15 @@ class FitResult:
         count = len(self.warnings)
         warned = f"; {count} warning{'s' * (count > 1)}, see .warnings" if count else ""
         return (
-            f"FitResult(validation log-likelihood {self.validation_log_likelihood:.3f} nats "
-            f"after epoch {self.best_epoch} of {self.epochs}, {self.seconds:.1f} s; "
+            f"FitResult({self.headline}; best epoch {self.best_epoch} of {self.epochs}, {self.seconds:.1f} s; "
             f"stopped: {self.stop_reason}{resumable}{skipped}{warned})"
         )
+
+
+def log_likelihood_of(density: Density | ConditionalDensity, rows: Rows) -> LogLikelihood:
+    """Mean log-likelihood of rows, with their weights."""
+    log_prob = torch.cat([*log_prob_of(density, rows.data, rows.context)])
+    return LogLikelihood(*mean_and_error(log_prob, rows.weights), len(rows.data))
 
 
 def log_prob_of(

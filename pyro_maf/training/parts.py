@@ -1,0 +1,123 @@
+"""Parts of the rows of a fit: those to train with, to validate with and to test with."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_maf.distributions import FlowPrior, TableDensity
+from pyro_maf.tables import MappedRows, Rows
+from pyro_maf.tables.reader import Labels, Reader
+
+__all__ = ["Aside", "Parts", "divide", "fractions_of", "without_far_rows"]
+
+VALIDATION_FRACTION = 0.1
+LEAST_TESTED = 1000
+"""Number of rows from which some are held out for test: a tenth of fewer says little, and training misses them."""
+FAR = 1000.0
+
+
+class Aside(NamedTuple):
+    """Rows that are held out, and their indices in the data, from 0."""
+
+    rows: Rows
+    places: Tensor
+
+    def take(self, index: Tensor) -> Aside:
+        """Select the rows at `index`."""
+        return Aside(self.rows.take(index), self.places[index])
+
+    def rounded_for(self, prior: FlowPrior | TableDensity, reader: Reader) -> Aside:
+        """The rows in the dtypes of a density, and checked for them."""
+        rows = self.rows.rounded_for(prior)
+        reader.check_rounded(rows, prior, self.places.tolist())
+        return self._replace(rows=rows)
+
+
+class Parts(NamedTuple):
+    """The parts of the rows.
+
+    Attributes:
+        training: In memory or on disk.
+        validation, test: Perhaps without rows.
+        repeats: Number of rows that repeat an earlier one.
+    """
+
+    training: Rows | MappedRows
+    validation: Aside
+    test: Aside
+    repeats: int
+
+
+def fractions_of(validation: float | None, test: float | None, rows: int) -> tuple[float, float]:
+    """Fractions of the rows for validation and for test.
+
+    Args:
+        validation: As in `fit`, 0 if the validation rows are others.
+        test: As in `fit`: by default as many as for validation, but at most half of the rest, from 1,000 rows on.
+        rows: Number of rows.
+
+    Raises:
+        ValueError: For fractions that leave no rows to train with.
+
+    Example:
+        >>> fractions_of(None, None, 999), fractions_of(None, None, 1000), fractions_of(0.5, None, 1000)
+        ((0.1, 0.0), (0.1, 0.1), (0.5, 0.25))
+    """
+    fraction = VALIDATION_FRACTION if validation is None else float(validation)
+    if test is None:
+        return fraction, min(fraction, (1 - fraction) / 2) if rows >= LEAST_TESTED else 0.0
+    if not (test >= 0 and fraction + test < 1):
+        raise ValueError(
+            f"fit expected test as a part of at least 0 that leaves rows to train with, got {test!r} beside "
+            f"{fraction:g} for validation."
+        )
+    return fraction, float(test)
+
+
+def divide(
+    rows: Rows | MappedRows, fractions: tuple[float, float], generator: torch.Generator, *, by_chance: bool
+) -> Parts:
+    """Divide rows at random, with equal rows in the same part.
+
+    Args:
+        rows: The rows.
+        fractions: Those for validation and for test.
+        generator, by_chance: As in `Rows.split`.
+    """
+    validation, test = fractions
+    split = rows.split(validation + test, generator, by_chance=by_chance)
+    aside = Aside(split.held_out, split.places)
+    is_tested = torch.zeros(len(split.places), dtype=torch.bool)
+    if test and not validation:
+        is_tested[:] = True
+    elif test:
+        is_tested[split.held_out.split(test / (validation + test), generator, by_chance=by_chance).places] = True
+    return Parts(split.training, aside.take(~is_tested), aside.take(is_tested), split.repeats)
+
+
+def without_far_rows(
+    aside: Aside, prior: FlowPrior | TableDensity, labels: Labels, role: str
+) -> tuple[Aside, list[str]]:
+    """Drop held-out rows that lie over a thousand scales from the bulk; also return a line on these, if any.
+
+    The log-likelihood of one would outweigh that of all others, and select the epoch, or be the score.
+
+    Args:
+        aside: The rows.
+        prior: The density whose units count.
+        labels: Names of the rows.
+        role: "validation" or "test".
+    """
+    far = (prior.standardised(aside.rows.data).abs() > FAR).any(1)
+    if far.all() or not far.any():
+        return aside, []
+    line = (
+        f"fit left {int(far.sum()):,} of the {role} rows out, the first of them "
+        f"{labels.row(int(aside.places[far].min()))}: over 1,000 scales from the bulk, one would outweigh all others "
+        f"in the {'choice of the best epoch' if role == 'validation' else 'mean'}. Look at them, and give rows that "
+        "count as validation=."
+    )
+    return aside.take(~far), [line]
