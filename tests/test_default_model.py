@@ -34,7 +34,7 @@ def test_a_table_of_few_rows_starts_as_a_mixture_of_its_training_rows() -> None:
     density = result.density
     assert isinstance(density, FlowPrior)
     assert isinstance(density.model, MixtureFlow)
-    assert len(density.model.shares) == 2
+    assert len(density.model.base.shares) == 2
     new = torch.randn(1000, 2, generator=torch.Generator().manual_seed(1)) / 4
     new += torch.tensor([[-3.0, 1.0], [3.0, 2.0]]).repeat(500, 1)
     truth = -math.log(2) - 2 * math.log(0.25) - math.log(2 * math.pi) - 1
@@ -61,9 +61,9 @@ def test_noise_of_a_mixture_flow_is_standard_normal() -> None:
     with torch.no_grad():
         for weight in flow.parameters():
             weight.add_(0.2 * torch.randn(weight.shape))
-    flow.start_at(torch.randn(600, 2) / 4 + torch.tensor([[-1.0, 1.0], [1.0, 1.0], [0.0, -1.0]]).repeat(200, 1))
+    flow.base.start_at(torch.randn(600, 2) / 4 + torch.tensor([[-1.0, 1.0], [1.0, 1.0], [0.0, -1.0]]).repeat(200, 1))
     u = flow.noise(flow.sample([5000]))
-    assert len(flow.shares) == 3
+    assert len(flow.base.shares) == 3
     assert (u.mean(0).abs() < 0.06).all()
     assert (torch.cov(u.T) - torch.eye(2)).abs().max() < 0.08
 

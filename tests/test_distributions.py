@@ -42,7 +42,7 @@ def _started(density: MixtureFlow) -> MixtureFlow:
     """The density on a base of three components."""
     generator = torch.Generator().manual_seed(0)
     clusters = torch.arange(3.0).repeat_interleave(200)[:, None] - 1
-    density.start_at(clusters + 0.3 * torch.randn(600, density.input_dim, generator=generator))
+    density.base.start_at(clusters + 0.3 * torch.randn(600, density.input_dim, generator=generator))
     return density
 
 

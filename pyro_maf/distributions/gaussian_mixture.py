@@ -1,4 +1,4 @@
-"""Mixtures of Gaussians with full covariances, fitted to rows by expectation maximisation."""
+"""Mixtures of Gaussians with full covariances: a density, and expectation maximisation that fits one to rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Mixture", "fit_mixture"]
+from pyro_maf._core.checks import check_positive
+from pyro_maf.distributions.density import Density
+
+__all__ = ["GaussianMixture", "Mixture", "fit_mixture"]
 
 MOST_COMPONENTS = 12
 ROWS_EACH = 3
@@ -34,17 +37,87 @@ class Mixture(NamedTuple):
     means: Tensor
     factors: Tensor
 
+    def standardised(self, rows: Tensor) -> Tensor:
+        r"""L_k^-1 (y - m_k), (\*batch, K, D), of rows y, (\*batch, D)."""
+        components, dim = self.means.shape
+        whitening = torch.linalg.solve_triangular(self.factors, torch.eye(dim).to(rows), upper=False)
+        shift = (whitening @ self.means[..., None]).reshape(-1)
+        return (rows @ whitening.reshape(components * dim, dim).T - shift).unflatten(-1, (components, dim))
+
     def log_joint(self, rows: Tensor) -> Tensor:
-        """Log-density of each row and component together, (rows, K)."""
-        centred = rows[None] - self.means[:, None]
-        standard = torch.linalg.solve_triangular(self.factors, centred.mT, upper=False)
+        r"""Log-density of each row and component together, (\*batch, K)."""
         log_det = self.factors.diagonal(dim1=1, dim2=2).log().sum(1)
-        constant = 0.5 * rows.shape[1] * math.log(2 * math.pi)
-        return self.shares.log() - log_det - constant - 0.5 * standard.square().sum(1).T
+        constant = 0.5 * rows.shape[-1] * math.log(2 * math.pi)
+        return self.shares.log() - log_det - constant - 0.5 * self.standardised(rows).square().sum(-1)
 
     def log_prob(self, rows: Tensor) -> Tensor:
-        """Log-density of each row, (rows,)."""
-        return self.log_joint(rows).logsumexp(1)
+        r"""Log-density of each row, (\*batch,)."""
+        return self.log_joint(rows).logsumexp(-1)
+
+
+class GaussianMixture(Density):
+    r"""Mixture of K Gaussians: p(y) = sum_k s_k N(y; m_k, L_k L_k^T). A new one is standard normal; it is not trained.
+
+    Args:
+        input_dim: D.
+        num_components: K.
+
+    Attributes:
+        shares, means, factors: Shares s, means m and Cholesky factors L of the components, (K,), (K, D), (K, D, D).
+    """
+
+    shares: Tensor
+    means: Tensor
+    factors: Tensor
+
+    def __init__(self, input_dim: int, *, num_components: int = 1) -> None:
+        super().__init__(input_dim)
+        check_positive(self.name, "num_components", num_components)
+        self._set(
+            torch.full((num_components,), 1 / num_components),
+            torch.zeros(num_components, input_dim),
+            torch.eye(input_dim).repeat(num_components, 1, 1),
+        )
+
+    def _set(self, shares: Tensor, means: Tensor, factors: Tensor) -> None:
+        self.register_buffer("shares", shares)
+        self.register_buffer("means", means)
+        self.register_buffer("factors", factors)
+
+    @torch.no_grad()
+    def start_at(self, rows: Tensor, weights: Tensor | None = None) -> None:
+        """Become the mixture of rows, (rows, D), with weights (rows,): as many components as BIC says."""
+        mixture = fit_mixture(rows.cpu(), None if weights is None else weights.cpu())
+        self._set(*(each.to(self.shares) for each in mixture))
+
+    @property
+    def mixture(self) -> Mixture:
+        """The components."""
+        return Mixture(self.shares, self.means, self.factors)
+
+    def log_density(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+        r"""Log-density (\*batch,) in nats, unchecked; O(K D^2)."""
+        return self.mixture.log_prob(value)
+
+    @torch.no_grad()
+    def draw(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
+        r"""Draws (\*shape, D), unchecked and without gradient."""
+        component = torch.multinomial(self.shares, max(1, shape.numel()), replacement=True)[: shape.numel()]
+        normal = torch.randn(len(component), self.input_dim, 1, dtype=self.means.dtype, device=self.means.device)
+        return (self.means[component] + (self.factors[component] @ normal)[..., 0]).reshape(*shape, self.input_dim)
+
+    def noise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """Noise u_i = Phi^-1(F_i(y_i | y_<i)), (rows, D)."""
+        standard = self.mixture.standardised(y).double()
+        diagonal = self.factors.diagonal(dim1=1, dim2=2).double()
+        # Share of each component at dimension i, after those before it: N(y_<i; k) is a product of normals.
+        each = -0.5 * standard.square() - diagonal.log()
+        before = self.shares.double().log()[:, None] + each.cumsum(-1) - each
+        log_share = before.log_softmax(-2)
+        # erfc keeps its relative precision in the tail.
+        below = (log_share.exp() * torch.erfc(-standard / math.sqrt(2))).sum(-2) / 2
+        above = (log_share.exp() * torch.erfc(standard / math.sqrt(2))).sum(-2) / 2
+        return torch.where(below < above, torch.special.ndtri(below), -torch.special.ndtri(above)).to(y.dtype)
 
 
 def fit_mixture(rows: Tensor, weights: Tensor | None = None, *, most: int = MOST_COMPONENTS) -> Mixture:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Unpack
 
-import torch
-from torch import Tensor
-
-from pyro_maf.distributions.density import ConditionalDensityForm, Density
+from pyro_maf.distributions.density import ConditionalDensityForm
+from pyro_maf.distributions.flow_on_base import FlowOnBase
 from pyro_maf.distributions.made_mog import MADEMoG
 from pyro_maf.flows import MAF, Orders
 from pyro_maf.nn import MADEOptions, reseeded
@@ -16,7 +14,7 @@ from pyro_maf.transforms import MaskedAutoregressive
 __all__ = ["ConditionalMAFMoG", "MAFMoG"]
 
 
-class MAFMoG(Density):
+class MAFMoG(FlowOnBase):
     r"""MAF on a MADE MoG base: log p(y) = log p_base(z) - log |det dy/dz|, z = flow.inv(y).
 
     The base's order is the reverse of that of the layer next to it. Starts near the standard normal.
@@ -83,26 +81,6 @@ class MAFMoG(Density):
             context_dim=context_dim,
             **reseeded(flow, flow.get("seed", 0) + num_layers),
         )
-
-    def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
-        r"""Set the statistics of the flow's batch norms from data `y`, (rows, D)."""
-        self.flow.fit_statistics(y, context)
-
-    def log_density(self, value: Tensor, context: Tensor | None = None) -> Tensor:
-        r"""Log-density (\*batch,) in nats, unchecked; one dense pass a layer, and one for the base."""
-        z, log_det = self.flow.inverse_and_log_det(value, context)
-        return self.base.log_density(z, context) - log_det
-
-    def draw(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
-        r"""Draws (\*shape, D), unchecked; one sweep a layer, and one for the base."""
-        return self.flow.forward_and_log_det(self.base.draw(shape, context), context)[0]
-
-    def noise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        """Noise of the base, (rows, D), for its value z = flow.inv(y)."""
-        return self.base.noise(self.flow.inverse_and_log_det(y, context)[0], context)
-
-    def __repr__(self) -> str:
-        return f"{super().__repr__()}\n  base: {self.base!r}\n  flow: " + repr(self.flow).replace("\n", "\n  ")
 
 
 class ConditionalMAFMoG(ConditionalDensityForm):

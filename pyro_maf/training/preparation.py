@@ -381,7 +381,7 @@ def _start(density: Fitted, training: Rows, seed: int) -> None:
         prior, values = inner.prior, rows.data[:, inner.numeric]
         values = dequantised(values, inner.steps.spacing, torch.Generator().manual_seed(seed))
     if isinstance(prior.model, MixtureFlow):
-        prior.model.start_at(prior.standardised(values).clamp(-FENCE, FENCE), rows.weights)
+        prior.model.base.start_at(prior.standardised(values).clamp(-FENCE, FENCE), rows.weights)
 
 
 def _settle(prior: FlowPrior, *, leaves: bool) -> None:
