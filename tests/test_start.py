@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_maf.infer import AutoIAF, initialization
+from pyro_maf.infer import AutoIAF
 from pyro_maf.infer.models.double_precision import in_double, widened
+from pyro_maf.infer.start import initialization
 from pyro_maf.infer.start.initialization import best_normal
 from tests.posteriors import SMALL, bound, regression
 
