@@ -5,7 +5,8 @@ Layers run from noise to data: `flow[0]` acts on the noise, `flow[-1]` outputs t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import TypeAlias, Unpack
 
 import torch
@@ -40,8 +41,13 @@ class StackOptions(AutoregressiveOptions, total=False):
     batch_norm: bool
 
 
-def _orders(who: str, input_dim: int, num_layers: int, order: Orders, seed: int, *, flips: bool = True) -> list[Tensor]:
-    """The order of the variables in each layer, noise to data; "reverse" is the natural one in all unless `flips`."""
+def _orders(
+    who: str, input_dim: int, num_layers: int, order: Orders, seed: int, *, flips: bool = True
+) -> Iterator[Tensor]:
+    """The order of the variables in each layer, noise to data; "reverse" is the natural one in all unless `flips`.
+
+    One at a time, so that a file's claim of a thousand million layers is refused at the first ones.
+    """
     check_positive(who, "input_dim", input_dim)
     check_positive(who, "num_layers", num_layers)
     check_positive(who, "seed", seed, least=0)
@@ -51,10 +57,10 @@ def _orders(who: str, input_dim: int, num_layers: int, order: Orders, seed: int,
         if order == "reverse":
             # The layer next to the data has the natural order, as in the paper.
             flipped = natural.flip(0) if flips else natural
-            return [flipped if (num_layers - 1 - layer) % 2 else natural for layer in range(num_layers)]
+            return (flipped if (num_layers - 1 - layer) % 2 else natural for layer in range(num_layers))
         if order == "random":
             generator = torch.Generator().manual_seed(seed)
-            return [torch.randperm(input_dim, generator=generator) for _ in range(num_layers)]
+            return (torch.randperm(input_dim, generator=generator) for _ in range(num_layers))
         raise ValueError(expected)
     try:
         permutations = torch.as_tensor(order)
@@ -63,10 +69,10 @@ def _orders(who: str, input_dim: int, num_layers: int, order: Orders, seed: int,
     if permutations.dim() not in (1, 2):
         raise ValueError(expected)
     if permutations.dim() == 1:
-        return [check_permutation(who, "order", permutations, input_dim)] * num_layers
+        return repeat(check_permutation(who, "order", permutations, input_dim), num_layers)
     if len(permutations) != num_layers:
         raise ValueError(f"{who} expected one order for each of {num_layers} layers, got {len(permutations)}.")
-    return [check_permutation(who, "every order", permutation, input_dim) for permutation in permutations]
+    return (check_permutation(who, "every order", permutation, input_dim) for permutation in permutations)
 
 
 def _with_batch_norm(layers: Sequence[Flow], batch_norm: bool) -> list[Flow]:
@@ -265,12 +271,12 @@ class RealNVP(Stack):
         super().__init__(_with_batch_norm(layers, batch_norm))
 
 
-def _alternating_masks(who: str, input_dim: int, num_layers: int, order: Orders, seed: int) -> list[Tensor]:
+def _alternating_masks(who: str, input_dim: int, num_layers: int, order: Orders, seed: int) -> Iterator[Tensor]:
     """Masks, true where a dimension passes through: at the even places of the order, and in turn at the odd ones."""
-    return [
+    return (
         (layer_order.argsort() % 2 == (num_layers - 1 - layer) % 2) & (input_dim > 1)
         for layer, layer_order in enumerate(_orders(who, input_dim, num_layers, order, seed, flips=False))
-    ]
+    )
 
 
 class ConditionalMAF(ConditionalForm):

@@ -377,11 +377,14 @@ HUGE: dict[str, dict[str, Any]] = {
     "LowerTriangularAffine": {"input_dim": 50_000},
     "FlowPrior": {"model": {"class": "MAF", "arguments": {"input_dim": 6000}}},
     "Stack": {"layers": [{"class": "MAF", "arguments": {"input_dim": 1, "num_layers": 10**9}}]},
+    "many couplings": {"input_dim": 2, "num_layers": 10**9},
+    "one order of many layers": {"input_dim": 2, "order": [1, 0], "num_layers": 10**9},
 }
 
 
 def describe_huge(name: str, path: Path) -> None:
-    header = {"format": 1, "training": [], "frozen": [], "class": name, "arguments": HUGE[name]}
+    classes = {"many couplings": "RealNVP", "one order of many layers": "IAF"}
+    header = {"format": 1, "training": [], "frozen": [], "class": classes.get(name, name), "arguments": HUGE[name]}
     save_file({"a": torch.zeros(1)}, path, {"pyro_maf": json.dumps(header)})
 
 
