@@ -16,7 +16,7 @@ import pyro_maf
 from pyro_maf import MAF, plotting
 from pyro_maf.datasets import FigureOne
 from pyro_maf.experiments import estimate
-from pyro_maf.training.result import log_prob_of
+from pyro_maf.training.scores import log_prob_of
 
 WIDTHS = [64, 64]
 WINDOW = ((-3.5, 8.0), (-6.0, 6.0))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
-__all__ = ["Bar", "bar", "check_progress", "say_before_bar", "shows"]
+__all__ = ["Bar", "bar", "check_progress", "say_before_bar", "shows", "will_show"]
 
 SECONDS_BETWEEN_UPDATES = 0.2
 NOTEBOOK_WIDTH = 100
@@ -41,11 +41,16 @@ def shows(progress: bool | str, console: Console) -> bool:
     return progress == "always" or (bool(progress) and is_read)
 
 
-def say_before_bar(text: str, progress: bool | str) -> None:
-    """Print to stderr what a progress bar is waiting for, if one will be shown."""
+def will_show(progress: bool | str) -> bool:
+    """Return whether a bar on stderr is to be shown, as `shows`."""
     from rich.console import Console
 
-    if shows(progress, Console(stderr=True)):
+    return shows(progress, Console(stderr=True))
+
+
+def say_before_bar(text: str, progress: bool | str) -> None:
+    """Print to stderr what a progress bar is waiting for, if one will be shown."""
+    if will_show(progress):
         print(text, file=sys.stderr, flush=True)
 
 

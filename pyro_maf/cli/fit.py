@@ -296,8 +296,11 @@ def _held_out(result: FitResult, table: Table, validation: float | Table) -> Tab
 def _leave(options: FitOptions, result: FitResult, table: Table, held_out: Table, command: str) -> None:
     """Write columns, record and report of a fit to its folder."""
     from pyro_maf import report
+    from pyro_maf._core.progress import will_show
 
     folder, test = options.results, result.test
+    result.density.cpu()  # where the rows are
+    comparison = result.comparison
     record = Record(
         command=command,
         version=pyro_maf.__version__,
@@ -308,14 +311,16 @@ def _leave(options: FitOptions, result: FitResult, table: Table, held_out: Table
         epochs=result.epochs,
         seconds=result.seconds,
         stop_reason=result.stop_reason,
-        warnings=list(result.warnings),
+        warnings=[*result.warnings, *([] if comparison is None else comparison.warnings)],
         test_log_likelihood=None if test is None else test.mean,
         test_standard_error=None if test is None else test.standard_error,
     )
     write_json(folder / COLUMNS, table.columns)
     write_json(folder / RECORD, dataclasses.asdict(record))
-    result.density.cpu()  # where the rows are
     report.write_report(folder / REPORT, result, held_out, command=command)
+    if comparison is not None and not will_show(True):  # else `fit` has shown them
+        for line in (comparison.line, *comparison.warnings):
+            say(line)
     say(
         f"{result.headline}; best epoch {result.best_epoch} of {result.epochs}, {result.seconds:.1f} s; "
         f"stopped: {result.stop_reason}. See {folder / REPORT}."

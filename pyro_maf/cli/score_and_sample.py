@@ -90,7 +90,7 @@ def score(
 
 def _log_probs(model: SavedModel, table: Table) -> Iterator[Tensor]:
     """Iterate over log-densities of blocks of rows."""
-    from pyro_maf.training.result import log_prob_of
+    from pyro_maf.training.scores import log_prob_of
 
     with input_errors():
         yield from log_prob_of(model.density, table.data, table.context)

@@ -28,7 +28,7 @@ from pyro_maf.tables.named_rows import named_rows
 from pyro_maf.tables.rows import copies_of
 from pyro_maf.tables.table import Table
 from pyro_maf.training import FitResult, fit
-from pyro_maf.training.result import log_prob_of
+from pyro_maf.training.scores import log_prob_of
 
 __all__ = ["compare", "divide"]
 

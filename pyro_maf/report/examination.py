@@ -21,7 +21,7 @@ from pyro_maf.tables.reader import Labels
 from pyro_maf.tables.rows import in_proportion, mean_and_error
 from pyro_maf.tables.table import Table
 from pyro_maf.training.preparation import Fitted
-from pyro_maf.training.result import log_prob_of
+from pyro_maf.training.scores import log_prob_of
 
 __all__ = ["ContextColumn", "Examination", "LowRow", "examine"]
 

@@ -166,11 +166,13 @@ def _page(result: FitResult, examination: Examination, command: str, label: str)
     template = files("pyro_maf.report").joinpath("page.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     pit, qq = _noise(examination)
+    comparison = result.comparison
     return environment.from_string(template).render(
         title=_title(result, examination, label),
         figures=_figures(result, examination),
         command=command,
-        warnings=result.warnings,
+        warnings=[*result.warnings, *(comparison.warnings if comparison else ())],
+        comparison=comparison.line if comparison else "",
         calibration=examination.calibration,
         has_radius=examination.has_radius,
         pit=pit,

@@ -135,8 +135,11 @@ class MappedRows:
 
     def moments(self, support: Support) -> tuple[Moments, Moments | None]:
         """Return moments as `Rows.moments`, from a sample of the training rows."""
-        sample = self.sample() if self._sample is None else self._sample
-        return sample.moments(support)
+        return self.spread().moments(support)
+
+    def spread(self) -> Rows:
+        """Training rows from all over the file, in their stored precision; after `split` none are read for that."""
+        return self.sample() if self._sample is None else self._sample
 
     def leaves_in_float32(self, support: Support) -> bool:
         """Return whether values leave the support, as `Rows.leaves_in_float32`; after `split`."""

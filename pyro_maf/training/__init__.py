@@ -5,6 +5,7 @@ Lightning Fabric starts the processes of a fit by several; nothing else imports 
 
 from pyro_maf.training.fitting import fit
 from pyro_maf.training.prior import fit_prior
-from pyro_maf.training.result import FitResult, LogLikelihood
+from pyro_maf.training.result import FitResult
+from pyro_maf.training.scores import LogLikelihood
 
 __all__ = ["FitResult", "LogLikelihood", "fit", "fit_prior"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pyro_maf._core.files import MODEL, try_to_write
 from pyro_maf._core.interruption import Interruption
 from pyro_maf._core.messages import require
 from pyro_maf._core.processes import Processes
-from pyro_maf._core.progress import check_progress
+from pyro_maf._core.progress import check_progress, will_show
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.distributions import ConditionalDensity, Density, TableDensity
 from pyro_maf.saving import describe, packed
@@ -27,12 +28,14 @@ from pyro_maf.support import SupportLike
 from pyro_maf.tables.layout import Layout, TableLike
 from pyro_maf.tables.named_rows import NamedRows, named_rows
 from pyro_maf.tables.table import Table
+from pyro_maf.training.baselines import fitted_rows
 from pyro_maf.training.batches import Batches
 from pyro_maf.training.choice import CHOSEN, DefaultFlow, choose
 from pyro_maf.training.loop import Loop
 from pyro_maf.training.preparation import Fitted, Model, Prepared, Validation, prepare
 from pyro_maf.training.records import checkpoints
-from pyro_maf.training.result import FitResult, log_likelihood_of
+from pyro_maf.training.result import FitResult
+from pyro_maf.training.scores import log_likelihood_of
 from pyro_maf.training.screening import announce, screen_ending
 from pyro_maf.training.state import Schedule, State
 from pyro_maf.transforms import BatchNorm, ConditionalFlow, Flow
@@ -309,6 +312,9 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
     result = _result(loop.state, prepared, source, options, None if folder is None else folder.folder)
     if processes.is_first:
         announce(result.warnings[len(prepared.warnings) :])
+        if will_show(options.progress) and result.comparison is not None:
+            print(result.comparison.line, file=sys.stderr)
+            announce(result.comparison.warnings)
     return result
 
 
@@ -333,6 +339,7 @@ def _result(state: State, prepared: Prepared, source: NamedRows, options: _Optio
         test=None if test is None else log_likelihood_of(prepared.density, test.rows),
         test_rows=None if test is None else test.rows,
         test_places=None if test is None else test.places,
+        training_rows=fitted_rows(prepared.training, prepared.density),
         rows=prepared.rows,
         skipped_steps=state.skipped,
         folder=folder,

@@ -2,49 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from pyro_maf._core.checks import check_positive
-from pyro_maf._core.torch_state import reference_tensor
 from pyro_maf.distributions import (
     ConditionalDensity,
     ConditionalFlowPrior,
     ConditionalTableDensity,
-    Density,
     FlowPrior,
     TableDensity,
 )
 from pyro_maf.tables import Rows
-from pyro_maf.tables.layout import Layout, TableLike, check_paired, number_of_rows, numbers, part_of
+from pyro_maf.tables.layout import Layout, TableLike, check_paired, numbers
 from pyro_maf.tables.named_rows import named_rows
-from pyro_maf.tables.reader import check_context, table_of
-from pyro_maf.tables.rows import mean_and_error
+from pyro_maf.tables.reader import check_context
 from pyro_maf.tables.table import Table
+from pyro_maf.training.baselines import Comparison, compare
+from pyro_maf.training.scores import LogLikelihood, log_prob_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["FitResult", "LogLikelihood", "log_likelihood_of", "log_prob_of"]
+__all__ = ["FitResult"]
 
-ROWS_AT_ONCE, VALUES_AT_ONCE = 2**14, 2**18
 NAMELESS = Layout()
-
-
-class LogLikelihood(NamedTuple):
-    """Mean log-likelihood of rows in nats, its standard error, NaN of one row, and the number of rows."""
-
-    mean: float
-    standard_error: float
-    rows: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} nats, standard error {self.standard_error:.3f}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -71,6 +58,7 @@ class FitResult:
         validation_rows: The validation rows (data, context, weights), on the CPU; weights have mean 1, or are None.
         validation_places: Indices of these in the data, from 0; None if they were passed as `validation`.
         test_rows, test_places: Likewise, of the test rows; None without.
+        training_rows: The training rows, or the first of many, which `comparison` fits simple densities to.
         rows: Number of rows of data.
         folder: Folder of the fit, if any.
         repeats: Number of rows that repeat an earlier one; an estimate for rows that are streamed.
@@ -105,9 +93,25 @@ class FitResult:
     test: LogLikelihood | None = None
     test_rows: Rows | None = None
     test_places: Tensor | None = None
+    training_rows: Rows | None = None
     rows: int = 0
     layout: Layout = NAMELESS
     context_layout: Layout = NAMELESS
+
+    @cached_property
+    def comparison(self) -> Comparison | None:
+        """The flow and simpler densities on the test rows or, without such, on the validation rows.
+
+        A Gaussian, a mixture of Gaussians by BIC and, of not too many rows, a kernel density, in the same units: their
+        log-likelihoods, and by how much they are behind. A progress bar ends with its `line`, and its `warnings` say
+        if one is ahead; None for a result without training rows.
+
+        Cost: some two seconds at most, at the first use.
+        """
+        role, rows = ("validation", self.validation_rows) if self.test_rows is None else ("test", self.test_rows)
+        if rows is None or self.training_rows is None:
+            return None
+        return compare(self.density, self.training_rows, rows, role)
 
     @property
     def epochs(self) -> int:
@@ -193,45 +197,3 @@ class FitResult:
             f"FitResult({self.headline}; best epoch {self.best_epoch} of {self.epochs}, {self.seconds:.1f} s; "
             f"stopped: {self.stop_reason}{resumable}{skipped}{warned})"
         )
-
-
-def log_likelihood_of(density: Density | ConditionalDensity, rows: Rows) -> LogLikelihood:
-    """Mean log-likelihood of rows, with their weights."""
-    log_prob = torch.cat([*log_prob_of(density, rows.data, rows.context)])
-    return LogLikelihood(*mean_and_error(log_prob, rows.weights), len(rows.data))
-
-
-def log_prob_of(
-    density: Density | ConditionalDensity, rows: TableLike, context: TableLike | None = None
-) -> Iterator[Tensor]:
-    """Iterate over the log-densities of blocks of rows, (block,) each, in nats; without gradient, on the CPU.
-
-    Args:
-        density: The density; on another device the rows are moved there.
-        rows: Rows (N, D) in any form that `numbers` reads; of a memory-mapped array a block is read at a time.
-        context: Rows (N, C), for a density that takes a context.
-
-    Raises:
-        TypeError: For values that are not numeric.
-        ValueError: For rows or a context of another width.
-    """
-    inner = density.unwrapped
-    like = reference_tensor(inner)
-    (width,), device = inner.event_shape, None if like is None else like.device
-    # A prior rounds by itself, and refuses rows that are too coarse for it.
-    dtype, context_dtype = (
-        (None, None) if isinstance(inner, (FlowPrior, TableDensity)) else (density.dtype, density.context_dtype)
-    )
-    size = max(1, min(ROWS_AT_ONCE, VALUES_AT_ONCE // width))
-    for start in range(0, number_of_rows(rows), size):
-        block = slice(start, start + size)
-        with torch.no_grad():
-            at = inner
-            if isinstance(density, ConditionalDensity) and context is not None:
-                features = _table("context", part_of(context, block), inner.context_dim)
-                at = cast("ConditionalDensity", density).condition(features.to(device, context_dtype))
-            yield at.log_prob(_table("rows", part_of(rows, block), width).to(device, dtype)).cpu()
-
-
-def _table(role: str, value: TableLike, width: int) -> Tensor:
-    return table_of("score", role, value, width, "as in the fit")
