@@ -209,7 +209,8 @@ def test_the_sources_of_compiled_code_are_all_known() -> None:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pyro_maf.sweep."):
                 ahead += {node.module.rpartition(".")[2]} - seen - {"cache"}
     assert seen >= {*compile_cache.SOURCES}
-    assert {"elementwise", "products", "layout", "parallel_kernel", "sequential_kernel"} <= {*compile_cache.SOURCES}
+    kernels = {"parallel_kernel", "sequential_kernel", "step_kernel"}
+    assert {"elementwise", "products", "layout", *kernels} <= {*compile_cache.SOURCES}
 
 
 def test_compiled_code_goes_with_the_constants_that_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:

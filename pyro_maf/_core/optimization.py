@@ -30,6 +30,7 @@ class Adam:
         betas: Decay rates of the averages of gradients and of their squares.
 
     Attributes:
+        steps: Number of steps of each weight.
         states: `step`, `exp_avg` and `exp_avg_sq` of each weight; written to in place to resume from those of another.
 
     Example:
@@ -56,11 +57,15 @@ class Adam:
         """Forget all gradients."""
         # In one tensor, since counting in 30 takes as long as the step.
         device = self._weights[0].device if self._weights else None
-        self._steps = torch.zeros(len(self._weights), dtype=torch.float32, device=device)
+        self.steps = torch.zeros(len(self._weights), dtype=torch.float32, device=device)
         self.states = [
             {"step": step, "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
-            for step, weight in zip(self._steps, self._weights, strict=True)
+            for step, weight in zip(self.steps, self._weights, strict=True)
         ]
+
+    def settings(self, learning_rate: float) -> tuple[float, float, float, float, float]:
+        """Numbers of a step that is taken elsewhere: learning rate, weight decay, both betas and epsilon."""
+        return learning_rate, self._weight_decay, *self._betas, EPSILON
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor | None], learning_rate: float) -> None:
@@ -74,7 +79,7 @@ class Adam:
             steps = [state["step"] for state in states]
             is_fused = steps[0].device.type in FUSED
             if is_fused and len(taking) == len(self._weights):
-                self._steps.add_(1)
+                self.steps.add_(1)
             elif is_fused:  # the other counts for itself
                 torch._foreach_add_(steps, 1)
             (torch._fused_adam_ if is_fused else adam)(
@@ -165,12 +170,16 @@ class WeightAverage:
         self.values = values
         self.taken = taken
 
+    @property
+    def share(self) -> float:
+        """Share of the weights after the next step in the average with them."""
+        return max(1 / self._steps, (1 + self._order) / (self.taken + 1 + self._initial + self._order))
+
     @torch.no_grad()
     def add(self) -> None:
         """Add the weights after a step."""
+        torch._foreach_lerp_(self.values, self._weights, self.share)
         self.taken += 1
-        fraction = max(1 / self._steps, (1 + self._order) / (self.taken + self._initial + self._order))
-        torch._foreach_lerp_(self.values, self._weights, fraction)
 
     @torch.no_grad()
     def swap(self) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "reference_tensor",
     "seeded",
     "set_generator_states",
+    "uncounted_changes",
     "without_autocast",
 ]
 
@@ -150,6 +151,11 @@ def count_change(*_: object) -> None:
     """Record a change that torch does not count, of any tensors."""
     global _steps
     _steps += 1
+
+
+def uncounted_changes() -> int:
+    """Number of changes so far that torch does not count."""
+    return _steps
 
 
 register_optimizer_step_post_hook(count_change)

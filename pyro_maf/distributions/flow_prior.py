@@ -14,7 +14,7 @@ from pyro_maf._core.torch_state import as_far_as_exact, reference_tensor
 from pyro_maf.distributions.data_units import DataUnits, NoiseToData, keep_float64, statistics, widen_for
 from pyro_maf.distributions.density import ConditionalDensity, Density
 from pyro_maf.support import Support, SupportLike
-from pyro_maf.sweep import Alone, Run
+from pyro_maf.sweep import Alone, Descent, Run
 from pyro_maf.tables.layout import Layout, TableLike, numbers
 from pyro_maf.transforms import ConditionalFlow, Flow
 from pyro_maf.transforms.cache import caching_is_possible
@@ -235,29 +235,28 @@ class FlowPrior(Density):
         return run_of(self.model, True) if isinstance(self.model, Flow) else None
 
     @torch.no_grad()
-    def differentiate(
-        self, run: Run, value: Tensor, context: Tensor | None, factors: Tensor, gradient: Tensor
-    ) -> Tensor | None:
-        """Log-densities (rows,) without a graph, and the gradient of their sum with these factors.
+    def differentiate(self, descent: Descent, value: Tensor, context: Tensor | None, factors: Tensor) -> float | None:
+        """The sum of log-densities with these factors, without a graph; its gradient stays in `descent`.
 
         Args:
-            run: That of `run()`.
+            descent: That of `run()`.
             value: Rows (rows, D) inside the support.
             context: Rows of context, if the model takes one.
             factors: (rows,).
-            gradient: Flat, filled with the gradients with respect to the tensors of the run, one after another.
 
         Returns:
-            The log-densities, or None where they are to be computed and differentiated by torch.
+            The sum, or None where torch is to compute and differentiate it.
         """
         units, constant, context = self.units, -self._log_normaliser, self._standardised(context)
-        if (log_volume := units.log_volume) is not None:
-            with Alone():
-                z = (value - units.loc) / units.scale
-            return run.differentiate(z, context, constant - log_volume, factors, gradient)
-        z, log_units = units.inverse_and_log_det(value)
-        density = run.differentiate(z, context, constant, factors, gradient)
-        return None if density is None else density - log_units
+        with Alone():
+            if (log_volume := units.log_volume) is not None:
+                z, of_units = (value - units.loc) / units.scale, 0.0
+                constant -= log_volume
+            else:
+                z, log_units = units.inverse_and_log_det(value)
+                of_units = float((factors * log_units).sum())
+        total = descent.differentiate(z, context, constant, factors)
+        return None if total is None else total - of_units
 
     @property
     def _log_normaliser(self) -> float:

@@ -13,6 +13,7 @@ from pyro_maf.sweep.layout import Array
 from pyro_maf.univariate import Affine
 
 __all__ = [
+    "ENTRY",
     "INNER",
     "LOG_SCALE",
     "activate",
@@ -35,6 +36,8 @@ INNER: dict[str, Any] = {
     "no_cfunc_wrapper": True,
 }
 """Compiler options of functions that other kernels call."""
+ENTRY = {"fastmath": INNER["fastmath"], "error_model": "numpy", "nogil": True}
+"""Those of functions that Python calls; they release the interpreter's lock."""
 RELU, TANH, ELU, SILU, GELU, LEAKY_RELU, SOFTPLUS, SIGMOID = range(8)
 LEAK, LINEAR = 0.01, 20
 """Slope of a leaky relu below 0, and the value from which on torch's softplus is the identity."""

@@ -18,7 +18,7 @@ from pyro_maf.sweep.program import Pack, Program, Reading, program_of
 from pyro_maf.sweep.threads import Alone, in_parts
 from pyro_maf.sweep.torch_layers import at_once, gradients, one_by_one, together, triangular
 
-__all__ = ["Run", "run"]
+__all__ = ["Run", "add_up", "run", "unpack"]
 
 DTYPES = (torch.float32, torch.float64)
 ADDITION = 8
@@ -71,7 +71,7 @@ class Run(NamedTuple):
         Returns:
             The last layer's output, (\*batch, D), and the sum of the log-determinants, (\*batch,).
         """
-        inputs = self._inputs(v, context)
+        inputs = self.inputs(v, context)
         if inputs is None:
             return None
         rows, features, needs_gradient = inputs
@@ -89,7 +89,7 @@ class Run(NamedTuple):
 
         It is the log-density of v whose noise w is standard normal, up to the constant. One node of the graph.
         """
-        inputs = self._inputs(v, context)
+        inputs = self.inputs(v, context)
         if inputs is None:
             return None
         rows, features, needs_gradient = inputs
@@ -100,44 +100,11 @@ class Run(NamedTuple):
             density = _normal(w, log_det, constant)
         return density if rows is v else density.reshape(self._batch(v, context))
 
-    def differentiate(
-        self, v: Tensor, context: Tensor | None, constant: float, factors: Tensor, gradient: Tensor
-    ) -> Tensor | None:
-        """Log-densities, as `log_density`, and the gradient of their sum with these factors; without a graph.
+    def inputs(self, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None, bool] | None:
+        """v and context as rows, (batch, D) and (batch, context_dim), and whether a gradient is wanted.
 
-        Args:
-            v: (batch, D).
-            context: (batch, context_dim), or None.
-            constant: As in `log_density`.
-            factors: (batch,).
-            gradient: Flat, filled with the gradients with respect to the tensors, one after another.
+        None where torch is to apply the layers.
         """
-        inputs = self._inputs(v, context)
-        if inputs is None or not self._pays(len(v)):
-            return None
-        rows, context, _ = inputs
-        w, log_det, saved = _recorded(self, rows, context, self.tensors)
-        wanted = np.ones(len(self.program.tables.matrices), bool)
-        with Alone():
-            grads = w * -factors.unsqueeze(-1), -factors
-        nothing = w.new_empty(len(w), 0)
-        parts = _walked_back(self.program, saved, wanted, grads, (nothing, nothing))
-        _unpack(self.program, parts, gradient)
-        return _normal(w, log_det, constant)
-
-    def _batch(self, v: Tensor, context: Tensor | None) -> torch.Size:
-        """Batch shape of v and context together."""
-        if context is None or not self.program.context_dim:
-            return v.shape[:-1]
-        return torch.broadcast_shapes(v.shape[:-1], context.shape[:-1])
-
-    def _pays(self, points: int) -> bool:
-        """Return whether the gradient with respect to the weights takes less time than torch's, at so many points."""
-        is_small = self.program.num_weights <= WEIGHTS_A_POINT * points
-        return is_small or any(step.sequential for step in self.steps)
-
-    def _inputs(self, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None, bool] | None:
-        """v and context as rows, (batch, D) and (batch, context_dim), and whether a gradient is wanted."""
         program, tensors = self.program, self.tensors
         if v.dtype is not tensors[0].dtype or not Reading([], [], [v]).is_uniform(v):
             return None
@@ -154,6 +121,17 @@ class Run(NamedTuple):
         inputs = (rows, *tensors) if context is None else (rows, context, *tensors)
         needs_gradient = torch.is_grad_enabled() and any(map(_requires_grad, inputs))
         return None if needs_gradient and not self._pays(len(rows)) else (rows, context, needs_gradient)
+
+    def _batch(self, v: Tensor, context: Tensor | None) -> torch.Size:
+        """Batch shape of v and context together."""
+        if context is None or not self.program.context_dim:
+            return v.shape[:-1]
+        return torch.broadcast_shapes(v.shape[:-1], context.shape[:-1])
+
+    def _pays(self, points: int) -> bool:
+        """Return whether the gradient with respect to the weights takes less time than torch's, at so many points."""
+        is_small = self.program.num_weights <= WEIGHTS_A_POINT * points
+        return is_small or any(step.sequential for step in self.steps)
 
 
 _requires_grad = operator.attrgetter("requires_grad")
@@ -259,7 +237,7 @@ def _backward(
     by_tensors = tensors
     if wanted.any():
         flat = empty(int(program.offsets[-1]), tensors[0])
-        _unpack(program, parts, flat)
+        unpack(program, parts, flat)
         of_each = flat.split_with_sizes(program.sizes)
         by_tensors = [own.view_as(tensor) for own, tensor in zip(of_each, tensors, strict=True)]
     every = [grad_v, grad_context, *by_tensors]
@@ -288,22 +266,28 @@ def _walked_back(
     def walk(first: int, end: int) -> tuple[Array, Array]:
         gradients, by_biases = program.room_for_gradients(tape)
         network = program.tables, weights.numpy(), wanted, program.rows
-        loaded().backward(*network, first, end, *arrays, gradients, by_biases)
+        loaded().backward(*network, first, end, *arrays, gradients, by_biases, False)
         return gradients, by_biases
 
     return in_parts(walk, len(grads[0]), tape.shape[1], program.work)
 
 
-def _unpack(program: Program, parts: list[tuple[Array, Array]], flat: Tensor) -> None:
+def unpack(program: Program, parts: list[tuple[Array, Array]], flat: Tensor) -> None:
     """Fill `flat` with the sum of the parts' gradients, in the order of the tensors."""
-    with np.errstate(all="ignore"):  # entries that no row sees are arbitrary
-        for others in parts[1:]:
-            for total, other in zip(parts[0], others, strict=True):
-                _add(total, other)
+    add_up(parts)
     if parts:
         loaded().unpack(program.tables, program.offsets, *parts[0], flat.numpy())
     else:
         flat.zero_()
+
+
+def add_up(parts: list[tuple[Array, Array]]) -> None:
+    """Leave the sum of the parts' gradients in the first of them, the only one then."""
+    with np.errstate(all="ignore"):  # entries that no row sees are arbitrary
+        for others in parts[1:]:
+            for total, other in zip(parts[0], others, strict=True):
+                _add(total, other)
+    del parts[1:]
 
 
 def _add(total: Array, other: Array) -> None:

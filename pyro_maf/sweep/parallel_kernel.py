@@ -9,73 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import carray, njit, types  # type: ignore[attr-defined]
-from numba.extending import intrinsic
+from numba import njit
 
 from pyro_maf.sweep.compile_cache import stored
-from pyro_maf.sweep.elementwise import INNER, activate, compress, differentiate
+from pyro_maf.sweep.elementwise import ENTRY, INNER, activate, compress, differentiate
 from pyro_maf.sweep.layout import CONTEXT, INPUTS, LANES, Array, Tables
 from pyro_maf.sweep.products import ADDED, TALLEST, VECTOR, add_product, dot, transpose
 from pyro_maf.sweep.sequential_kernel import Part, walk, walk_back, walk_row
+from pyro_maf.sweep.step_kernel import descend, differentiate_normal, pack, unpack
 from pyro_maf.sweep.univariate_kernel import apply, pull_back
 
-__all__ = ["backward", "forward", "pack", "unpack"]
-
-ENTRY = {"fastmath": INNER["fastmath"], "error_model": "numpy", "nogil": True}
-"""Compiler options of functions that Python calls; they release the interpreter's lock."""
-
-
-def _memory(typing: Any, address: Any, like: Any) -> Any:
-    """Signature and LLVM code generator of `_at`: a pointer to an address, of the type of an array's entries."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(like.dtype)(types.intp, like), generate
-
-
-_at: Any = intrinsic(_memory)
-
-
-@stored
-@njit(**ENTRY)
-def pack(addresses: Array, tables: Tables, weights: Array, biases: Array) -> None:
-    """Gather masked weights, and biases, from the memory of the parameters.
-
-    Args:
-        addresses: Where each tensor begins.
-        tables: The layers.
-        weights, biases: Flat, filled here.
-    """
-    seen, row_order, column_order = tables.seen, tables.row_order, tables.column_order
-    for matrix in tables.matrices:
-        rows, columns, row_at, gain = matrix.rows, matrix.columns, matrix.rows_from, weights.dtype.type(matrix.gain)
-        weight = carray(_at(addresses[matrix.weight], weights), (_begins(matrix, rows) + columns,))
-        bias = carray(_at(addresses[matrix.addend], weights), (matrix.addend_from + rows,))
-        order = np.uintp(matrix.columns_from)
-        for r in range(rows):
-            place, count = row_order[row_at + r], seen[row_at + r]
-            if matrix.first:
-                biases[matrix.bias + r] = bias[matrix.addend_from + place]
-            # Unsigned indices into whole arrays: slices would be counted as references, and keep loops from being
-            # vectorised.
-            at, own = np.uintp(_begins(matrix, place)), np.uintp(matrix.start + r * columns)
-            if matrix.natural:
-                for k in range(np.uintp(count)):
-                    weights[own + k] = gain * weight[at + k]
-            else:
-                for k in range(np.uintp(count)):
-                    weights[own + k] = gain * weight[at + np.uintp(column_order[order + k])]
-            # Tiles read no further, see `_height`.
-            most = min(columns, max(seen[row_at + min(r + TALLEST, rows) - 1], count + TALLEST))
-            for k in range(np.uintp(count), np.uintp(most)):
-                weights[own + k] = 0
-
-
-@njit(**INNER)
-def _begins(matrix: Any, row: int) -> int:
-    """The place where a row of a matrix begins, in the tensor of its weight."""
-    return matrix.weight_from + (row * (row - 1) // 2 if matrix.packed else row * matrix.columns)
+__all__ = ["backward", "descend", "differentiate_normal", "forward", "pack", "unpack"]
 
 
 @njit(**INNER)
@@ -272,6 +216,7 @@ def backward(
     grad_context: Array,
     gradients: Array,
     by_biases: Array,
+    added: bool,
 ) -> None:
     """Gradients of <grad_w, w> + <grad_log_det, log_det> for points `first` .. `end` - 1.
 
@@ -281,6 +226,7 @@ def backward(
         grad_w, grad_log_det: (points, D) and (points,).
         grad_v, grad_context: (points, D) and (points, features); with no columns if not wanted.
         gradients, by_biases: Flat, with respect to the packed weights and biases; filled here.
+        added: Whether these gradients are added to what is there.
     """
     layers, chunk = tables.layers, tape.shape[1]
     transposed = _room(chunk, _widest(tables.matrices), tape)
@@ -305,7 +251,7 @@ def backward(
             for m in range(layer.end - 1, layer.first - 1, -1):
                 matrix = tables.matrices[m]
                 if wanted[m]:
-                    fresh = b0 == first
+                    fresh = b0 == first and not added
                     _add_gradient(matrix, tables.seen, delta, part, transposed, zeros, fresh, gradients, by_biases)
                 if matrix.source == CONTEXT:
                     if len(of_context):
@@ -415,36 +361,3 @@ def _multiply_back(
             end = below + last - k
             differentiate(matrix.below_kind, part.tape, below, end, part.tape, slopes, out, out_row + k, 0, width)
         k = last
-
-
-@stored
-@njit(**ENTRY)
-def unpack(tables: Tables, offsets: Array, gradients: Array, by_biases: Array, flat: Array) -> None:
-    """Gradients with respect to the parameters, one after another.
-
-    Args:
-        tables: The layers.
-        offsets: Where the gradient of each tensor begins.
-        gradients, by_biases: From `backward`.
-        flat: Filled here.
-    """
-    seen, row_order, column_order = tables.seen, tables.row_order, tables.column_order
-    for matrix in tables.matrices:
-        rows, columns, gain, order = matrix.rows, matrix.columns, flat.dtype.type(matrix.gain), matrix.columns_from
-        for r in range(rows):
-            place, count = row_order[matrix.rows_from + r], np.uintp(seen[matrix.rows_from + r])
-            at = np.uintp(offsets[matrix.weight] + _begins(matrix, place))
-            own = np.uintp(matrix.grad + r * matrix.stride)
-            end = count if matrix.packed else np.uintp(columns)
-            if matrix.natural:
-                for k in range(count):
-                    flat[at + k] = gain * gradients[own + k]
-                for k in range(count, end):
-                    flat[at + k] = 0
-            else:
-                for k in range(count):
-                    flat[at + np.uintp(column_order[np.uintp(order) + k])] = gain * gradients[own + k]
-                for k in range(count, np.uintp(columns)):
-                    flat[at + np.uintp(column_order[np.uintp(order) + k])] = 0
-            if matrix.first:
-                flat[offsets[matrix.addend] + matrix.addend_from + place] = by_biases[matrix.bias + r]

@@ -170,13 +170,14 @@ class Program:
 
     def room_for_gradients(self, like: Tensor) -> tuple[Array, Array]:
         """Arrays for the gradients by packed weights and biases, with arbitrary entries."""
-        return empty(self.num_gradients, like).numpy(), empty(self.num_biases, like).numpy()
+        return empty(self.num_gradients, like).numpy(), empty(self.num_biases + LANES, like).numpy()
 
     def pack(self, tensors: Sequence[Tensor]) -> Pack:
         """The tensors' current values."""
         whole = [tensor.contiguous() for tensor in tensors]  # alive while its memory is read
         addresses = np.array([tensor.data_ptr() for tensor in whole], np.int64)
-        pack = Pack(empty(self.num_weights, tensors[0]), empty(self.num_biases, tensors[0]))
+        sizes = self.num_weights + LANES, self.num_biases + LANES  # steps of Adam take whole vectors
+        pack = Pack(*(empty(size, tensors[0]) for size in sizes))
         loaded().pack(addresses, self.tables, pack.weights.numpy(), pack.biases.numpy())
         return pack
 

@@ -34,6 +34,8 @@ def in_parts(run: Callable[[int, int], Result], points: int, together: int, work
         return []
     groups = -(-points // together)
     parts = max(1, min(torch.get_num_threads(), points * work // LEAST_WORK, groups))
+    if parts == 1:
+        return [run(0, points)]
     edges = [min(points, groups * part // parts * together) for part in range(parts + 1)]
     pieces = list(zip(edges, edges[1:], strict=False))
     waiting = [_threads().submit(run, *piece) for piece in pieces[1:]]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
+from pyro_maf._core.optimization import Adam, WeightAverage
 from pyro_maf._core.processes import Processes
 from pyro_maf.distributions import Density, FlowPrior
-from pyro_maf.sweep import Alone, Run
+from pyro_maf.sweep import Alone, Descent, Run
 from pyro_maf.tables import Rows
 from pyro_maf.training.objective import MaximumLikelihood, Step
 from pyro_maf.transforms import BatchNorm
@@ -50,46 +51,65 @@ class JoinedLikelihood(MaximumLikelihood):
 
     def __init__(self, density: FlowPrior, processes: Processes, run: Run) -> None:
         super().__init__(density, processes)
-        self._run = run
         self._parameters: Sequence[Tensor] = self.weights
         self._sizes = [tensor.numel() for tensor in run.tensors]
         numbers = {id(tensor): number for number, tensor in enumerate(run.tensors)}
         self._places = [numbers[id(parameter)] for parameter in self._parameters]
         with torch.no_grad():
-            joined = torch.cat([tensor.flatten() for tensor in run.tensors])
-        self.weights = [joined]
-        self._gradient = torch.zeros_like(joined)
+            spare = run.tensors[0].new_zeros(Descent.SPARE)
+            self.weights = [torch.cat([*(tensor.flatten() for tensor in run.tensors), spare])]
         for parameter, view in zip(self._parameters, self.split(self.weights), strict=True):
             parameter.data = view
+        self._descent = Descent(run, *self.weights)
+        self._share = spare[:0]
+        """-1 / rows for each row of a batch."""
 
     def step(self, batch: Rows) -> Step:
         """Loss and gradient of a batch, by one pass through the program and back."""
         count = len(batch.data)
-        factors = batch.weighted(batch.data.new_full((count,), -1 / count, dtype=self._gradient.dtype))
-        density = self.density.differentiate(self._run, batch.data, batch.context, factors, self._gradient)
-        if density is None:
+        if (mean := self._differentiate(batch)) is None:
             rows, loss = self._backward(batch)
-            parts = self.split([self._gradient])
-            for parameter, part in zip(self._parameters, parts, strict=True):
-                part.copy_(parameter.grad) if parameter.grad is not None else part.zero_()
+            gradient = torch.zeros_like(*self.weights)
+            for parameter, part in zip(self._parameters, self.split([gradient]), strict=True):
+                if parameter.grad is not None:
+                    part.copy_(parameter.grad)
                 parameter.grad = None
         else:
-            rows, loss = self._processes.total(count, -batch.weighted(density).sum())
+            rows, loss = self._processes.total(count, count * mean)
+            gradient = self._descent.gradient()
         if self._processes.are_several:
-            if density is not None:
-                self._gradient.mul_(count / float(rows))
-            self._processes.add_up([self._gradient])
-        return Step(loss, int(rows), [self._gradient])
+            if mean is not None:
+                gradient.mul_(count / float(rows))
+            self._processes.add_up([gradient])
+        return Step(loss, int(rows), [gradient])
+
+    def descend(
+        self, batch: Rows, adam: Adam, average: WeightAverage, learning_rate: float, max_norm: float
+    ) -> tuple[Tensor | float, int] | None:
+        """As of `MaximumLikelihood`; in one process by the program alone."""
+        if self._processes.are_several or (mean := self._differentiate(batch)) is None:
+            return super().descend(batch, adam, average, learning_rate, max_norm)
+        if not math.isfinite(mean) or not self._descent.take(adam, average, learning_rate, max_norm):
+            return None
+        return len(batch.data) * mean, len(batch.data)
+
+    def _take(self, step: Step, adam: Adam, average: WeightAverage, learning_rate: float, max_norm: float) -> bool:
+        with Alone():
+            return super()._take(step, adam, average, learning_rate, max_norm)
+
+    def _differentiate(self, batch: Rows) -> float | None:
+        """The mean loss, with its gradient in the descent; or None, for torch to do it."""
+        count = len(batch.data)
+        if len(self._share) != count:
+            self._share = self.weights[0].new_full((count,), -1 / count)
+        factors = batch.weighted(self._share)
+        return self.density.differentiate(self._descent, batch.data, batch.context, factors)
 
     def split(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Views of the parts of a tensor that belong to each weight."""
         (joined,) = tensors
-        parts = joined.split(self._sizes)
+        parts = joined.split([*self._sizes, Descent.SPARE])
         return [parts[at].view_as(own) for at, own in zip(self._places, self._parameters, strict=True)]
-
-    def between_steps(self) -> AbstractContextManager[None]:
-        """Context with one thread of torch's."""
-        return Alone()
 
     def close(self) -> None:
         """Let each weight be a tensor of its own again."""

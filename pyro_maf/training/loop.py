@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from contextlib import closing, nullcontext
 
 import torch
-from torch import Tensor
 
 from pyro_maf._core.interruption import Interruption
-from pyro_maf._core.optimization import clip
 from pyro_maf._core.processes import Processes
 from pyro_maf._core.progress import Bar, bar
 from pyro_maf.distributions import Density
@@ -183,21 +180,13 @@ class Loop:
 
     def step(self, batch: Rows) -> None:
         """Take one step of Adam, unless the loss or its gradient is not finite."""
-        loss, rows, gradients = self._objective.step(batch)
-        with self._objective.between_steps():
-            self._take(loss, rows, gradients)
-
-    def _take(self, loss: Tensor | float, rows: int, gradients: list[Tensor | None]) -> None:
-        """Take a step along a gradient."""
-        norm = clip(gradients, self._max_grad_norm)
-        if not math.isfinite(norm + float(loss)):
+        state, learning_rate = self.state, self._schedule.learning_rate
+        taken = self._objective.descend(batch, state.optimizer, state.average, learning_rate, self._max_grad_norm)
+        if taken is None:
             self._skip()
             return
-        state = self.state
         state.skipped_in_a_row = state.lowerings_in_a_row = 0
-        state.optimizer.step(gradients, self._schedule.learning_rate)
-        state.average.add()
-        state.train_loss.add(loss, rows)
+        state.train_loss.add(*taken)
 
     def _skip(self) -> None:
         """Skip a step; after several in a row, return to the best weights with half the learning rate."""

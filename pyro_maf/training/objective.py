@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_maf._core.optimization import Adam, WeightAverage, clip
 from pyro_maf._core.processes import Processes
 from pyro_maf.distributions import Density
 from pyro_maf.tables import Rows
@@ -62,6 +64,32 @@ class MaximumLikelihood:
             self._processes.add_up(self._checked(gradients))
         return Step(loss, int(rows), gradients)
 
+    def descend(
+        self, batch: Rows, adam: Adam, average: WeightAverage, learning_rate: float, max_norm: float
+    ) -> tuple[Tensor | float, int] | None:
+        """Take a step of Adam, and add the weights to their average, unless the loss or its gradient is not finite.
+
+        Args:
+            batch: The rows.
+            adam, average: Of the weights.
+            learning_rate: Learning rate.
+            max_norm: Norm to which the gradient is clipped.
+
+        Returns:
+            `loss` and `rows` of `Step`, or None if no step was taken.
+        """
+        step = self.step(batch)
+        return step[:2] if self._take(step, adam, average, learning_rate, max_norm) else None
+
+    def _take(self, step: Step, adam: Adam, average: WeightAverage, learning_rate: float, max_norm: float) -> bool:
+        """Take a step along its gradient, if it is finite; return whether it was taken."""
+        norm = clip(step.gradients, max_norm)
+        if not math.isfinite(norm + float(step.loss)):
+            return False
+        adam.step(step.gradients, learning_rate)
+        average.add()
+        return True
+
     def _backward(self, batch: Rows) -> tuple[Tensor | float, Tensor | float]:
         """Add the gradient to the weights; number of rows and their loss, in all processes."""
         with statistics_over_processes() if self._processes.are_several else nullcontext():
@@ -93,10 +121,6 @@ class MaximumLikelihood:
     def split(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Tensors for each weight of the density that is trained, from tensors for each of `weights`."""
         return list(tensors)
-
-    def between_steps(self) -> AbstractContextManager[None]:
-        """Context for what is done with the weights and their gradients between steps."""
-        return nullcontext()
 
     def close(self) -> None:
         """Leave the density with tensors of its own."""

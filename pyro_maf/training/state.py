@@ -160,7 +160,7 @@ class State:
             **_named("average", dict(enumerate(self._split(self.average.values)))),
             **_named("global", generator_states(self._device)),
             "order": self.batches.order(taken),
-            "training_loss": torch.as_tensor(self.train_loss.total),
+            "training_loss": _exactly(self.train_loss.total),
         }
         for number, state in enumerate(self._states()):
             tensors.update(_named(f"optimizer/{number}", state))
@@ -215,6 +215,10 @@ class State:
         steps = [state["step"] for state in states] * (len(moments[0]) // len(states))
         each = zip(steps, *moments, strict=True)
         return [dict(zip(("step", "exp_avg", "exp_avg_sq"), state, strict=True)) for state in each]
+
+
+def _exactly(number: Tensor | float) -> Tensor:
+    return number if isinstance(number, Tensor) else torch.tensor(number, dtype=torch.float64)
 
 
 def _named(prefix: str, tensors: Mapping[str, Tensor] | Mapping[int, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,170 @@
+"""Maximum likelihood of a run of layers by its kernels alone."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_maf._core.optimization import Adam, WeightAverage
+from pyro_maf._core.torch_state import count_change, uncounted_changes
+from pyro_maf.sweep.function import Run, add_up, unpack
+from pyro_maf.sweep.layout import LANES, Array
+from pyro_maf.sweep.loading import loaded
+from pyro_maf.sweep.threads import in_parts
+
+__all__ = ["Descent"]
+
+TAPE = 2**20
+"""Bytes of a tape that stay in the processor's cache between the walk forward and the walk back."""
+PASSES = 3
+"""Products with each weight: forward, back to its inputs, and for its gradient."""
+MOST_ROOMS = 16
+"""Number of sizes of batches, or of parts of them, for which memory is held."""
+
+
+class Descent:
+    """Gradients of a run's log-density with respect to its weights, and steps of Adam along them.
+
+    The points go forward and back some chunks at a time, and the weights stay packed from one step to the next: nothing
+    but what masks let through is touched.
+
+    Args:
+        run: The layers, from standardised values to noise.
+        weights: Flat. The run's tensors are its views, one after another; `SPARE` entries more follow.
+    """
+
+    SPARE = LANES
+
+    def __init__(self, run: Run, weights: Tensor) -> None:
+        self._run, self._weights = run, weights
+        self._wanted = np.ones(len(run.program.tables.matrices), bool)
+        self._flat = weights.numpy()
+        self._packed: tuple[list[int], tuple[Array, Array]] | None = None
+        self._rooms: dict[tuple[int, int, int], _Room] = {}
+        self._parts: list[tuple[Array, Array]] = []
+
+    @torch.no_grad()
+    def differentiate(self, v: Tensor, context: Tensor | None, constant: float, factors: Tensor) -> float | None:
+        """The sum of log-densities, those of `Run.log_density`, with these factors; its gradient stays here.
+
+        Args:
+            v: (batch, D).
+            context: (batch, context_dim), or None.
+            constant: As in `Run.log_density`.
+            factors: (batch,).
+
+        Returns:
+            The sum, or None, as `Run.__call__`.
+        """
+        if (inputs := self._run.inputs(v, context)) is None:
+            return None
+        program, kernels, (weights, biases) = self._run.program, loaded(), self._pack()
+        values, of_each, chunk = inputs[0].contiguous().numpy(), factors.numpy(), program.chunk_of(len(v))
+        contexts = values[:, :0] if inputs[1] is None else inputs[1].contiguous().numpy()
+
+        def walk(first: int, end: int) -> tuple[float, tuple[Array, Array]]:
+            room, total = self._room(first, end, chunk, v), 0.0
+            for start in range(first, end, room.points):
+                here = slice(start, min(start + room.points, end))
+                count, x = here.stop - start, values[here]
+                w, log_det, grad_w, grad_log_det = (array[:count] for array in room.results)
+                points = program.rows, 0, count
+                kernels.forward(
+                    program.tables, weights, biases, x, contexts[here], *points, program.few, room.tape, w, log_det
+                )
+                total += kernels.differentiate_normal(constant, of_each[here], w, log_det, grad_w, grad_log_det)
+                grads = grad_w, grad_log_det, x[:, :0], x[:, :0]
+                network = program.tables, weights, self._wanted
+                kernels.backward(*network, *points, room.tape, *grads, *room.gradients, start > first)
+            return total, room.gradients
+
+        parts = in_parts(walk, len(v), chunk, PASSES * program.work)
+        self._parts = [gradients for _, gradients in parts]
+        return sum(total for total, _ in parts)
+
+    def gradient(self) -> Tensor:
+        """The last gradient, in the order of the weights."""
+        flat = torch.zeros_like(self._weights)
+        unpack(self._run.program, self._parts, flat[: -self.SPARE])
+        return flat
+
+    def take(self, adam: Adam, average: WeightAverage, learning_rate: float, max_norm: float) -> bool:
+        """Take a step along the last gradient, clipped to a norm, unless the gradient is not finite.
+
+        Args:
+            adam, average: Of the weights.
+            learning_rate: Learning rate.
+            max_norm: The norm.
+
+        Returns:
+            Whether it was taken.
+        """
+        if self._packed is None:
+            raise RuntimeError("Descent expected a gradient before a step.")
+        if len(self._parts) > 1:
+            add_up(self._parts)
+        program, (marks, pack) = self._run.program, self._packed
+        (state,), values = adam.states, average.values[0]
+        arrays = state["exp_avg"].numpy(), state["exp_avg_sq"].numpy(), values.numpy()
+        network = program.tables, program.offsets, *self._parts[0]
+        settings, steps = (*adam.settings(learning_rate), average.share), adam.steps.numpy()
+        norm = loaded().descend(*network, max_norm, settings, self._flat, arrays, steps, *pack)
+        if not math.isfinite(norm):
+            return False
+        average.taken += 1
+        count_change()
+        self._packed = [uncounted_changes(), *marks[1:]], pack
+        return True
+
+    def _pack(self) -> tuple[Array, Array]:
+        """The weights and biases as they are, packed again only if somebody else has changed them."""
+        marks = [uncounted_changes(), self._weights._version, *map(_version, self._run.tensors)]
+        if self._packed is None or self._packed[0] != marks:
+            pack = self._run.program.pack(self._run.tensors)
+            self._packed = marks, (pack.weights.numpy(), pack.biases.numpy())
+        return self._packed[1]
+
+    def _room(self, first: int, end: int, chunk: int, like: Tensor) -> _Room:
+        """Memory for points `first` .. `end` - 1."""
+        if (room := self._rooms.get((first, end, chunk))) is None:
+            if len(self._rooms) == MOST_ROOMS:
+                self._rooms.clear()
+            room = self._rooms[first, end, chunk] = _Room.of(self._run, end - first, chunk, like)
+        return room
+
+
+class _Room(NamedTuple):
+    """Memory for points that a thread takes.
+
+    Attributes:
+        points: Number of points that go forward and back together.
+        tape: Their tape.
+        results: Noise, log-determinants, and the gradients with respect to both.
+        gradients: Those with respect to packed weights and biases.
+    """
+
+    points: int
+    tape: Array
+    results: tuple[Array, Array, Array, Array]
+    gradients: tuple[Array, Array]
+
+    @classmethod
+    def of(cls, run: Run, points: int, chunk: int, like: Tensor) -> _Room:
+        """Memory with arbitrary entries for so many points, in chunks of this length."""
+        program = run.program
+        chunks = min(-(-points // chunk), max(1, TAPE // (program.rows * chunk * like.element_size())))
+        noise, log_det = (
+            like.new_empty(2, chunks * chunk, program.dim).numpy(),
+            like.new_empty(2, chunks * chunk).numpy(),
+        )
+        tape = like.new_empty(chunks * program.rows, chunk).numpy()
+        results = noise[0], log_det[0], noise[1], log_det[1]
+        return cls(chunks * chunk, tape, results, program.room_for_gradients(like))
+
+
+_version = operator.attrgetter("_version")
