@@ -75,6 +75,7 @@ PARTS = (
     "nn",
     "plotting",
     "report",
+    "testing",
     "training",
     "transforms",
     "univariate",

@@ -22,7 +22,8 @@ from pyro_maf import (
     transforms,
 )
 from pyro_maf.nn import ACTIVATIONS
-from pyro_maf.transforms import BatchNorm, ConditionalFlow, Flow, LowerTriangularAffine
+from pyro_maf.testing.subjects import shaken
+from pyro_maf.transforms import ConditionalFlow, Flow
 from pyro_maf.transforms.low_rank import LowRankHead
 from pyro_maf.transforms.triangular import Head
 from pyro_maf.univariate import Spline
@@ -113,8 +114,12 @@ REGISTRY: dict[str, Builder] = {
     "NSF": lambda a: NSF(a.input_dim, **a.stack),
     "IAF spline": lambda a: IAF(a.input_dim, univariate="spline", **a.stack),
     "RealNVP spline": lambda a: RealNVP(a.input_dim, univariate="spline", **a.stack),
-    "Stack": lambda a: transforms.Stack(
-        [MAF(a.input_dim, **a.stack), transforms.Permute(a.permutation), IAF(a.input_dim, **a.stack).inv]
+    "Stack": lambda a: transforms.Stack(  # of at most four layers, as all others: float32 inverts no more to 1e-4
+        [
+            MAF(a.input_dim, **{**a.stack, "num_layers": (a.num_layers + 1) // 2}),
+            transforms.Permute(a.permutation),
+            IAF(a.input_dim, **{**a.stack, "num_layers": (a.num_layers + 1) // 2}).inv,
+        ]
     ),
     "Stack with affine layers": lambda a: transforms.Stack(
         [
@@ -148,28 +153,9 @@ REGISTRY: dict[str, Builder] = {
 def build(name: str, a: Architecture, dtype: torch.dtype, device: str, gain: float = 1.0) -> Flow | ConditionalFlow:
     """The transform in eval mode, its parameters and statistics drawn at random: a stand-in for a trained one."""
     torch.manual_seed(a.seed)
-    flow = REGISTRY[name](a).to(device=device, dtype=dtype).eval()
+    flow = shaken(REGISTRY[name](a).to(device=device, dtype=dtype).eval(), gain)
     with torch.no_grad():
-        for parameter in flow.parameters():
-            fan_in = parameter.shape[1] if parameter.dim() == 2 else 4
-            parameter.copy_(gain * torch.randn(parameter.shape, dtype=dtype) / max(1, fan_in) ** 0.5)
         for member in flow.modules():
-            if isinstance(member, BatchNorm):
-                member.mean.copy_(torch.randn(member.input_dim))
-                member.variance.copy_(torch.rand(member.input_dim) + 0.1)
             if isinstance(member, Head):
                 member.free.div_(a.input_dim**0.5)
-            if isinstance(member, LowerTriangularAffine):
-                # A triangular matrix with entries of size 1 is singular but for rounding from ten rows on.
-                last = member.network.layers[-1] if member.context_dim else torch.nn.Module()
-                for parameter in (member.below, *last.parameters()):
-                    parameter.div_(a.input_dim**0.5)
     return flow
-
-
-def at_context(flow: Flow | ConditionalFlow, *batch: int) -> Flow:
-    """The flow itself, or a conditional one at a random context of that batch shape."""
-    if isinstance(flow, Flow):
-        return flow
-    like = next(flow.parameters())
-    return flow.condition(torch.randn(*batch, flow.context_dim, dtype=torch.float64).to(like))

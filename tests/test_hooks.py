@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm
 
 from pyro_maf import IAF, MAF, ConditionalMAF, MADEMoG, RealNVP
 from pyro_maf.nn import MaskedLinear
+from pyro_maf.testing.subjects import at_context
 from pyro_maf.transforms import (
     ActNorm,
     BatchNorm,
@@ -21,7 +22,7 @@ from pyro_maf.transforms import (
     LowerTriangularAffine,
     Stack,
 )
-from tests.registry import Architecture, at_context, build
+from tests.registry import Architecture, build
 
 double = torch.float64
 

@@ -37,6 +37,7 @@ FLOORS = (
     "infer",
     "training",
     "sbi",
+    "testing",
     "datasets",
     "plotting",
     "report",
@@ -65,6 +66,7 @@ PUBLIC = {
     "pyro_maf.datasets": "ARCHIVE load_dataset power gas hepmass miniboone bsds300 mnist cifar10",
     "pyro_maf.plotting": "contours image_grid log_densities losses marginals noise pairs pit qq scatter",
     "pyro_maf.report": "write_report",
+    "pyro_maf.testing": "check_transform check_density check_guide BrokenLawError",
 }
 
 

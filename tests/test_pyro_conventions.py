@@ -32,8 +32,9 @@ from torch.distributions import constraints
 from torch.func import jacrev, vmap
 
 from pyro_maf import IAF, MAF, ConditionalIAF, RealNVP
+from pyro_maf.testing.subjects import at_context
 from pyro_maf.transforms import ConditionalFlow, Flow
-from tests.registry import REGISTRY, Architecture, at_context, build
+from tests.registry import REGISTRY, Architecture, build
 
 CONDITIONAL = [name for name in REGISTRY if name.startswith("Conditional")]
 every_transform = pytest.mark.parametrize("name", REGISTRY)

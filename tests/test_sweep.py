@@ -21,8 +21,9 @@ from torch import Tensor
 from pyro_maf import MAF
 from pyro_maf.nn import compress_tails
 from pyro_maf.sweep import function, loading, threads
+from pyro_maf.testing.subjects import at_context
 from pyro_maf.transforms import ConditionalMaskedAutoregressive, Flow
-from tests.registry import Architecture, architectures, at_context, build
+from tests.registry import Architecture, architectures, build
 
 LAYERS = (
     "MaskedAutoregressive",

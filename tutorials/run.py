@@ -48,6 +48,7 @@ def executed(notebook: NotebookNode, folder: Path = FOLDER) -> NotebookNode:
         timeout=SECONDS_A_CELL,
         kernel_name="python3",
         record_timing=False,
+        extra_arguments=["--InlineBackend.print_figure_kwargs={'dpi': 80}"],
         resources={"metadata": {"path": str(folder)}},
     )
     return client.execute()

@@ -1,0 +1,406 @@
+"""Laws of transforms: each a function of a flow in eval mode that raises where it is broken.
+
+Laws may change the weights of what they are called with, and leave gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
+
+from pyro_maf._core.torch_state import seeded
+from pyro_maf.saving import load
+from pyro_maf.testing.comparison import BrokenLawError, close, close_by_row, name_of, within
+from pyro_maf.testing.subjects import Transform, at_context, fresh, layers_of, points, shaken
+from pyro_maf.transforms import BatchNorm, Conditioned, Flow, InverseAutoregressive, MaskedAutoregressive
+
+__all__ = ["check_transform"]
+
+AUTOREGRESSIVE = (MaskedAutoregressive, InverseAutoregressive)
+
+
+def check_transform(
+    make: Callable[[int], Transform], *, dimensions: Sequence[int] = (1, 2, 5), seed: int = 0, identity: bool = True
+) -> None:
+    r"""Hold a transform of your own to the laws that every transform of this package keeps.
+
+    In float64, and in float32 where it says so: it inverts, also 50 standard deviations out; its log-determinant is
+    that of the Jacobian; densities integrate to 1; gradients and second derivatives are those of differences; nothing
+    is stale after a change; it trains in any loop, takes any batch, runs in every mode, can be copied, pickled, saved.
+
+    Args:
+        make: Function of D that builds the transform or conditional form. Its class must be importable, for copies.
+        dimensions: The D to test; one of them at most 2 for the integral.
+        seed: Of parameters and inputs, which are drawn at random; the global generator is left alone.
+        identity: Whether the transform is the identity with its initial parameters, as layers should be.
+
+    Raises:
+        BrokenLawError: For the first law that is broken: by how much, and at which input.
+
+    Cost: seconds.
+
+    Example:
+        >>> from pyro_maf.transforms import ActNorm, Flow
+        >>> check_transform(ActNorm, dimensions=[2])
+
+        A log-determinant that is forgotten:
+
+        >>> class Twice(Flow):
+        ...     def forward_and_log_det(self, x, context=None):
+        ...         return 2 * x, x.new_zeros(x.shape[:-1])
+        ...     def inverse_and_log_det(self, y, context=None):
+        ...         return y / 2, y.new_zeros(y.shape[:-1])
+        >>> check_transform(Twice, identity=False)
+        Traceback (most recent call last):
+            ...
+        pyro_maf.testing.comparison.BrokenLawError: Twice(1) breaks the law "has the log-determinant of its Jacobian":
+        got 0, expected 0.6931, off by 0.409, allowed are 1e-09, at the input -0.7699.
+    """
+    for input_dim in dimensions:
+
+        def built(gain: float = 1.0, *, input_dim: int = input_dim) -> Transform:
+            transform = make(input_dim).double().eval()
+            return shaken(transform, gain) if gain else transform
+
+        with seeded(seed):
+            _check(built, identity)
+
+
+def _check(built: Callable[..., Transform], identity: bool) -> None:
+    if identity:
+        starts_as_the_identity(at_context(built(0.0)))
+    for scale in (1.0, 50.0):
+        inverts(at_context(built(), 20), scale)
+        inverts(at_context(built(0.5).float(), 20), scale)
+    for batch in ((), (0,), (2, 3)):
+        takes_any_batch(at_context(built()), *batch)
+    is_triangular(at_context(built()))
+    for flow in (at_context(built()), at_context(built()).inv):
+        has_the_log_det_of_its_jacobian(flow)
+    if (flow := at_context(built(0.3))).input_dim <= 2:
+        integrates_to_one(flow)
+    for inverted in (False, True):
+        has_derivatives(at_context(built(0.5), 2), inverted)
+    for step in STEPS:
+        is_never_stale(at_context(built(), 5), step)
+    keeps_no_tensor_alive(at_context(built(), 5))
+    for law in (trains_on_one_batch, scores_its_own_draws, gives_two_losses_of_one_draw):
+        law(at_context(built(), 8))
+    runs_in_every_mode(at_context(built(0.5).float(), 8))
+    can_be_copied(built(), built())
+    broadcasts_its_context(built())
+    can_be_vectorised(at_context(built()))
+
+
+def _jacobian(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    return torch.autograd.functional.jacobian(function, at)
+
+
+# -- laws ------------------------------------------------------------------------------------------------------------
+
+
+def inverts(flow: Flow, scale: float = 1.0) -> None:
+    """Either direction undoes the other: to 1e-9 in float64, to 1e-4 in float32, for inputs of any scale."""
+    flow = fresh(flow)
+    x = points(flow, 20, scale=scale)
+    tolerance = 1e-9 if x.dtype == torch.float64 else 1e-4
+    close_by_row("inverts, x to y and back", flow, flow.inv(flow(x)), x, tolerance, x)
+    close_by_row("inverts, y to x and back", flow, flow(flow.inv(x)), x, tolerance, x)
+
+
+def is_triangular(flow: Flow) -> None:
+    """The Jacobian of an autoregressive layer is triangular in its order; that of a stack is the product of layers'."""
+    x = points(flow)
+    total = _jacobian(fresh(flow), x)
+    product = torch.eye(flow.input_dim, dtype=x.dtype, device=x.device)
+    for layer in layers_of(flow):
+        each, inner = _jacobian(layer, x), getattr(layer, "flow", layer)
+        if isinstance(inner, AUTOREGRESSIVE):
+            ordered = each[inner.order][:, inner.order]
+            close("is triangular in its order", layer, ordered.triu(1), torch.zeros_like(ordered), 0.0, x)
+            if not bool((ordered.diagonal() > 0).all()):
+                raise BrokenLawError(name_of(layer), "increases in each variable", f"not at x = {x.tolist()}")
+        product, x = each @ product, layer(x).detach()
+    largest = total.abs().max()
+    close("is the composition of its layers", flow, product / largest, total / largest, 1e-9)
+
+
+def has_the_log_det_of_its_jacobian(flow: Flow) -> None:
+    """log |det dy/dx| is that of the Jacobian by autograd, cached or not, for any pair (x, y); in float64."""
+    law = "has the log-determinant of its Jacobian"
+    x, wanted = points(flow), torch.zeros(1, dtype=torch.float64)
+    at = x
+    for layer in layers_of(flow):  # their determinants are far better conditioned than that of the product
+        wanted = wanted.to(x) + torch.linalg.slogdet(_jacobian(layer, at))[1]
+        at = layer(at).detach()
+    x, other = x[None], points(flow, 1)
+    y, other_y = flow(x), fresh(flow)(other)
+    close(law, flow, flow.log_abs_det_jacobian(x, y), wanted, 1e-9, x)
+    close(law, flow, flow.log_abs_det_jacobian(x.clone(), y.clone()), wanted, 1e-7, x)
+    found = flow.log_abs_det_jacobian(other, other_y)
+    close(law, flow, found, fresh(flow).log_abs_det_jacobian(other, other_y), 1e-9, other)
+
+
+def integrates_to_one(flow: Flow) -> None:
+    """The density of the images of standard normal noise integrates to 1, to 2e-3 on a grid; in one or two dimensions.
+
+    The grid covers the image of nearly all noise, so the mass expected on it is 1 up to what it cuts off.
+    """
+    flow = fresh(flow)
+    side = {1: 10_001, 2: 401}[flow.input_dim]
+    with torch.no_grad():
+        reach = flow(points(flow, 20_000)).abs().amax(0) * 1.5
+        axes = [torch.linspace(-float(r), float(r), side, dtype=reach.dtype, device=reach.device) for r in reach]
+        grid = torch.cartesian_prod(*axes).reshape(-1, flow.input_dim)
+        x = flow.inv(grid)
+        log_prob = -0.5 * (x**2).sum(-1) - 0.5 * flow.input_dim * math.log(2 * math.pi)
+        log_prob = log_prob - flow.log_abs_det_jacobian(x, grid)
+        total = log_prob.exp().sum() * math.prod(float(2 * r) / (side - 1) for r in reach)
+    within("gives densities that integrate to 1", flow, (total - 1).abs(), 2e-3)
+
+
+STEPS = ("optimizer", "fused", "state_dict", "x", "y", "replaced", "data")
+"""Changes after which nothing may be stale."""
+
+
+def is_never_stale(flow: Flow, step: str) -> None:
+    """After any change of weights, x or y, results are those of a fresh copy; in float64."""
+    x = points(flow, 5)
+    y = flow(x)
+    flow.log_abs_det_jacobian(x, y)
+    y = flow(x)
+    _change(flow, x, y, step)
+    law, wanted = f"is never stale, after a change of {step}", fresh(flow)
+    # In the grad mode that y was computed in, where something is cached.
+    close(law, flow, flow.log_abs_det_jacobian(x, y), wanted.log_abs_det_jacobian(x, y), 1e-9)
+    close(law, flow, flow.inv(y), wanted.inv(y), 1e-9)
+    close(law, flow, flow(x), wanted(x), 1e-9)
+
+
+def _change(flow: Flow, x: Tensor, y: Tensor, step: str) -> None:
+    parameters = list(flow.parameters())
+    if step == "state_dict":
+        flow.load_state_dict({key: value + value.is_floating_point() * 0.1 for key, value in flow.state_dict().items()})
+    elif step == "x":
+        x += 0.5
+    elif step == "y":
+        with torch.no_grad():
+            y += 0.5
+    elif not parameters:
+        return
+    elif step == "fused":
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        torch.optim.SGD(parameters, lr=0.1, fused=True).step()
+    elif step == "optimizer":
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        (y.sum() + flow.log_abs_det_jacobian(x, y).sum()).backward()
+        optimizer.step()
+    elif step == "replaced":
+        owner, key = next((module, key) for module in flow.modules() for key in module._parameters)
+        setattr(owner, key, nn.Parameter(getattr(owner, key).detach() + 0.1))
+    else:
+        for parameter in parameters:
+            parameter.data += 0.1
+        flow.clear_cache()
+
+
+def keeps_no_tensor_alive(flow: Flow) -> None:
+    """What was mapped is freed once it is deleted; a log-determinant computed from the output would keep that."""
+    x = points(flow, 5)
+    y = flow(x)
+    flow.inv(y)
+    watched = [weakref.ref(x), weakref.ref(y)]
+    del x, y
+    if any(reference() is not None for reference in watched):
+        raise BrokenLawError(name_of(flow), "keeps no tensor alive", "x or y stays in memory")
+
+
+def trains_on_one_batch(flow: Flow) -> None:
+    """The same tensor can be trained on at every step, and its gradients accumulate over several backward passes."""
+    law, flow = "trains on the same batch at every step", flow.train()
+    data, parameters = points(flow, 8), list(flow.parameters())
+    if not parameters:
+        return
+
+    def loss() -> Tensor:
+        x = flow.inv(data)
+        return (x**2).sum() + flow.log_abs_det_jacobian(x, data).sum()
+
+    optimizer = torch.optim.Adam(parameters, 1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        optimizer.step()
+    if not bool(torch.isfinite(value)):
+        raise BrokenLawError(name_of(flow), law, f"the loss is {float(value)} after three steps")
+    flow.eval()
+    optimizer.zero_grad()
+    loss().backward()
+    once = [torch.zeros_like(each) if each.grad is None else each.grad.clone() for each in parameters]
+    first, second = loss(), loss()
+    first.backward()
+    second.backward(retain_graph=True)
+    second.backward()
+    for parameter, gradient in zip(parameters, once, strict=True):
+        if parameter.grad is not None:
+            close("accumulates gradients", flow, parameter.grad, 4 * gradient, 1e-9)
+
+
+def scores_its_own_draws(flow: Flow) -> None:
+    """The gradient of a loss of a draw and its score, of which the cache has the inverse, is that without a cache."""
+    parameters, noise = list(flow.parameters()), points(flow, 8)
+    if not parameters:
+        return
+
+    def gradients(cache_size: int) -> list[Tensor]:
+        member = flow.with_cache(cache_size)
+        y = member(noise)
+        x = member.inv(y)
+        loss = (x**2).sum() + member.log_abs_det_jacobian(x, y).sum() + (y**3).sum()
+        return list(torch.autograd.grad(loss, parameters, materialize_grads=True, allow_unused=True))
+
+    for found, wanted in zip(gradients(1), gradients(0), strict=True):
+        law, scale = "scores its draws with the right gradient", float(1 + wanted.norm())
+        close(law, flow, found / scale, wanted / scale, 1e-6)
+
+
+def gives_two_losses_of_one_draw(flow: Flow) -> None:
+    """Two losses of one draw have a backward pass each; that of a scored draw too, with `retain_graph`."""
+    if not list(flow.parameters()):
+        return
+    with torch.no_grad():
+        y = flow(points(flow, 8))
+    first, second = flow.inv(y).sum(), flow.inv(y).pow(2).sum()
+    first.backward()
+    second.backward()
+    y = flow(points(flow, 8))
+    x = flow.inv(y)
+    (y.sum() + flow.log_abs_det_jacobian(x, y).sum()).backward(retain_graph=True)
+    (y.sum() + flow.log_abs_det_jacobian(x, y).sum()).backward()
+
+
+def runs_in_every_mode(flow: Flow) -> None:
+    """Without gradients, in inference mode and under autocast, values and dtypes are the same; in float32."""
+    law, x = "runs without gradients and under autocast", points(flow, 8)
+    wanted = flow(x).detach()
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast(x.device.type, dtype=torch.bfloat16)):
+        with mode:
+            y = flow(x)
+            back = flow.inv(y.clone())
+            log_det = flow.log_abs_det_jacobian(x, y)
+        close_by_row(law, flow, y, wanted, 1e-5, x)  # kernels and torch round differently; bfloat16 is off by 1e-2
+        close_by_row(law, flow, back, x, 1e-4, x)
+        if {y.dtype, back.dtype, log_det.dtype} != {x.dtype}:
+            raise BrokenLawError(name_of(flow), law, f"dtypes are {y.dtype}, {back.dtype} and {log_det.dtype}")
+
+
+def has_derivatives(flow: Flow, inverted: bool = False) -> None:
+    """First derivatives to input, context and parameters, and second ones to the input, are those of differences."""
+    names = [key for key, _ in flow.named_parameters()] + (["context"] if isinstance(flow, Conditioned) else [])
+    tensors = dict([*flow.named_parameters(), *flow.named_buffers()])
+    values = [tensors[key].detach().clone().requires_grad_() for key in names]
+    x = points(flow, 2, scale=0.7).requires_grad_()
+    module = _Direction(flow, inverted)
+
+    def function(x: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
+        swapped = {f"flow.{key}": value for key, value in zip(names, values, strict=True)}
+        y, log_det = functional_call(module, swapped, (x,))
+        return y, log_det + 0 * x.sum()  # gradcheck passes over what takes no gradient
+
+    try:
+        torch.autograd.gradcheck(function, (x, *values))
+        torch.autograd.gradgradcheck(lambda x: function(x, *values), (x,))
+    except RuntimeError as error:
+        direction = "from y to x" if inverted else "from x to y"
+        how = " ".join(str(error).split()).rstrip(".")
+        raise BrokenLawError(name_of(flow), f"has the derivatives of differences, {direction}", how) from None
+
+
+class _Direction(nn.Module):
+    """Output and log-determinant of one direction of a flow, as a module."""
+
+    def __init__(self, flow: Flow, inverted: bool) -> None:
+        super().__init__()
+        self.flow, self.inverted = flow, inverted
+
+    def forward(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        return self.flow.inverse_and_log_det(value) if self.inverted else self.flow.forward_and_log_det(value)
+
+
+def can_be_copied(transform: Transform, other: Transform | None = None) -> None:
+    """Copies, pickles and saved files, made after use, are the same map; so is `other`, once it has the state."""
+    flow = at_context(transform, 5)
+    x = points(flow, 5)
+    y = flow(x)
+    with tempfile.TemporaryDirectory() as folder:
+        transform.save(path := Path(folder) / "flow.safetensors")
+        saved = load(path).to(x.device)
+    twins = {"deepcopy": copy.deepcopy(transform), "pickle": pickle.loads(pickle.dumps(transform)), "save": saved}
+    if other is not None:
+        file = io.BytesIO()
+        torch.save(transform.state_dict(), file)
+        file.seek(0)
+        other.load_state_dict(torch.load(file, weights_only=True))
+        twins["state_dict"] = other
+    for way, twin in twins.items():
+        at = twin.condition(flow.context) if isinstance(flow, Conditioned) else twin
+        close(f"can be copied, by {way}", flow, at(x), y, 0.0, x)
+
+
+def takes_any_batch(flow: Flow, *batch: int) -> None:
+    """Leading dimensions are batch dimensions, also none and empty ones; rows are as they are one by one."""
+    law, flow = f"takes batches of any shape, such as {batch}", fresh(flow)
+    for member in (flow, flow.inv):
+        x = points(flow, *batch)
+        y, log_det = member.forward_and_log_det(x)
+        if y.shape != x.shape or log_det.shape != x.shape[:-1]:
+            raise BrokenLawError(
+                name_of(flow), law, f"shapes are {tuple(y.shape)} and {tuple(log_det.shape)} for x of {tuple(x.shape)}"
+            )
+        rows = x.reshape(-1, flow.input_dim)
+        if len(rows):
+            close(law, flow, y.reshape(rows.shape), torch.stack([member(row) for row in rows]), 1e-9, rows)
+
+
+def broadcasts_its_context(transform: Transform) -> None:
+    """The batch shape of a context broadcasts with that of the input."""
+    if isinstance(transform, Flow):
+        return
+    like = next(transform.parameters())
+    context = torch.randn(4, 1, transform.context_dim, dtype=like.dtype, device=like.device)
+    law, bound = "broadcasts its context", transform.condition(context)
+    x = points(bound, 3)
+    for there in (lambda flow: flow, lambda flow: flow.inv):
+        y = there(bound)(x)
+        if y.shape != (4, 3, x.shape[-1]) or there(bound).log_abs_det_jacobian(x, y).shape != (4, 3):
+            raise BrokenLawError(name_of(bound), law, f"the shape is {tuple(y.shape)} for 4 contexts and 3 rows")
+        for row in range(4):
+            close(law, bound, there(transform.condition(context[row, 0]))(x), y[row], 1e-9, x)
+
+
+def can_be_vectorised(flow: Flow) -> None:
+    """`torch.func.vmap` and `jacrev` agree with a batch and with autograd, in both directions."""
+    x = points(flow, 3)
+    for member in (flow, flow.inv):
+        close("can be vectorised by vmap", flow, vmap(member)(x), member(x), 1e-9, x)
+        close("can be differentiated by jacrev", flow, jacrev(member)(x[0]), _jacobian(member, x[0]), 1e-9, x[0])
+
+
+def starts_as_the_identity(flow: Flow) -> None:
+    """With its initial parameters a flow is the identity: to 1e-12, to 1e-4 with batch norms, which add 1e-5."""
+    x = points(flow, 5)
+    tolerance = 1e-4 if any(isinstance(member, BatchNorm) for member in flow.modules()) else 1e-12
+    close_by_row("starts as the identity", flow, flow(x), x, tolerance, x)
+    close_by_row("starts as the identity", flow, flow.inv(x), x, tolerance, x)
