@@ -119,6 +119,18 @@ def test_a_loaded_guide_is_diagnosed_and_reweighted_as_before(guide: Any, tmp_pa
     assert reweight(regression, again, X, Y, num_samples=50)["offset"].shape == (50, 2, 1, 3)
 
 
+def test_a_loaded_guide_lends_a_new_one_its_weights_to_be_trained_further(guide: Any, tmp_path: Path) -> None:
+    loaded = saved(guide, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"got none of a loaded guide: set up a new one, and load its weights by guide\."
+    ):
+        fit_guide(regression, loaded, X, Y, progress=False)
+    again = AutoIAF(regression, **SMALL).setup(X, Y)
+    again.transform.load_state_dict(loaded.transform.state_dict())
+    noise = torch.randn(5, again.latent_dim)
+    assert torch.equal(again.transform(noise), guide.transform(noise))
+
+
 def test_a_loaded_guide_can_be_saved_and_pickled_again(guide: Any, tmp_path: Path) -> None:
     again = saved(guide, tmp_path)
     again.rsample((2,))

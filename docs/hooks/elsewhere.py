@@ -1,4 +1,4 @@
-"""Parts of the site from outside docs/: the README as its first page, and the pictures of the benchmarks."""
+"""Parts of the site from outside docs/: README and changelog as pages, and the pictures of the benchmarks."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ LOCAL = "assets/iframe-worker/shim.js"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the README as the first page, and the benchmarks' pictures under assets/."""
+    """Add the README as the first page, the changelog, and the benchmarks' pictures under assets/."""
     root = Path(config.docs_dir).parent
-    config.watch.append(str(root / "README.md"))
-    files.append(File.generated(config, "index.md", content=_first_page((root / "README.md").read_text("utf-8"))))
+    for page, source in (("index.md", "README.md"), ("changelog.md", "CHANGELOG.md")):
+        config.watch.append(str(root / source))
+        files.append(File.generated(config, page, content=_linked((root / source).read_text("utf-8"))))
     for picture in PICTURES:
         path = root / picture
         files.append(File.generated(config, f"assets/{path.name}", abs_src_path=str(path)))
     return files
 
 
-def _first_page(readme: str) -> str:
-    """The README, with links to pages of the site; other files of the repository are named without a link."""
+def _linked(text: str) -> str:
+    """A page of the repository with links to pages of the site; its other files are named without a link."""
 
     def link(match: re.Match[str]) -> str:
         text, target = match.groups()
@@ -39,7 +40,7 @@ def _first_page(readme: str) -> str:
             return f"[{text}](tutorials/index.md)"
         return f"[{text}]({target.removeprefix('docs/')})" if target.startswith("docs/") else text
 
-    return LINK.sub(link, readme)
+    return LINK.sub(link, text)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -1,17 +1,25 @@
-"""The notebooks of tutorials/ as pages: text, code, and the outputs of their last run."""
+"""The notebooks of tutorials/ as pages: text, code, and the outputs of their last run; their pictures on the first."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import nbformat
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 from nbconvert import MarkdownExporter
 
 FOLDER = "tutorials"
 LINK = re.compile(r"\]\(([\w.-]+)\.ipynb")
+TITLE = re.compile(r"^# (.*)$", re.MULTILINE)
+BEFORE_GALLERY = "## Install"
+"""Heading of the first page that the pictures stand above."""
+
+GALLERY: list[str] = []
+"""For each notebook its last picture, as a link to its page."""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -25,6 +33,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add a page for each notebook, its pictures, and the README of the folder as the page of the section."""
+    GALLERY.clear()
     index = (_root(config) / FOLDER / "README.md").read_text(encoding="utf-8")
     files.append(File.generated(config, f"{FOLDER}/index.md", content=_between_pages(index)))
     for path in _notebooks(config):
@@ -32,10 +41,24 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text, resources = MarkdownExporter().from_notebook_node(
             notebook, resources={"output_files_dir": path.stem, "unique_key": path.stem}
         )
-        files.append(File.generated(config, f"{FOLDER}/{path.stem}.md", content=_between_pages(text)))
+        title, page = TITLE.findall(text)[0], f"{FOLDER}/{path.stem}.md"
+        heading = f"# {title}\n\n[Download this notebook]({path.name}){{ .download }}"
+        files.append(File.generated(config, page, content=_between_pages(text).replace(f"# {title}", heading, 1)))
+        files.append(File.generated(config, f"{FOLDER}/{path.name}", abs_src_path=str(path)))
+        if pictures := [name for name in resources["outputs"] if name.endswith(".png")]:
+            GALLERY.append(f"[![]({FOLDER}/{pictures[-1]}) {title}]({page})")
         for name, content in resources["outputs"].items():
             files.append(File.generated(config, str(PurePosixPath(FOLDER, name)), content=content))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Show the pictures on the first page."""
+    if page.file.src_uri != "index.md":
+        return markdown
+    pictures = "\n\n".join(GALLERY)
+    gallery = f'<div class="gallery" markdown>\n\n{pictures}\n\n</div>\n\n{BEFORE_GALLERY}'
+    return markdown.replace(BEFORE_GALLERY, gallery, 1)
 
 
 def _root(config: MkDocsConfig) -> Path:

@@ -26,6 +26,7 @@ from pyro_maf.infer.fitting.convergence import BestWeights, Schedule
 from pyro_maf.infer.fitting.walk import Step, Walk, can_walk
 from pyro_maf.infer.guides.auto_flow import AutoFlow
 from pyro_maf.infer.guides.path_gradient import TracePath_ELBO
+from pyro_maf.infer.guides.saved import SavedGuide
 from pyro_maf.infer.models.log_joint import FAILURES
 from pyro_maf.infer.models.model import Call, Guide, Model, check_call, check_pair, show_runs, without_empty_tables
 from pyro_maf.infer.models.plates import why_alone
@@ -251,7 +252,11 @@ class _Run:
         leaves = [_leaf(site["value"]) for site in capture.trace.nodes.values() if site["type"] == "param"]
         parameters = list({id(leaf): leaf for leaf in leaves if leaf.requires_grad}.values())
         if not parameters:
-            raise ValueError("fit_guide expected a guide with parameters to train, got none.")
+            advice = ""
+            if isinstance(self._guide, SavedGuide):
+                advice = " of a loaded guide: set up a new one, and load its weights by "
+                advice += "guide.transform.load_state_dict(loaded.transform.state_dict())"
+            raise ValueError(f"fit_guide expected a guide with parameters to train, got none{advice}.")
         return parameters
 
     def _trains_model(self) -> bool:
