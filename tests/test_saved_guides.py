@@ -127,8 +127,7 @@ def test_a_loaded_guide_lends_a_new_one_its_weights_to_be_trained_further(guide:
         fit_guide(regression, loaded, X, Y, progress=False)
     again = AutoIAF(regression, **SMALL).setup(X, Y)
     again.transform.load_state_dict(loaded.transform.state_dict())
-    noise = torch.randn(5, again.latent_dim)
-    assert torch.equal(again.transform(noise), guide.transform(noise))
+    assert all(torch.equal(value, loaded.median()[name]) for name, value in again.median().items())
 
 
 def test_a_loaded_guide_can_be_saved_and_pickled_again(guide: Any, tmp_path: Path) -> None:
