@@ -161,6 +161,29 @@ def test_layers_widths_and_precision_override_the_choice_and_nothing_else(here: 
     assert "MaskedAutoregressive(2 -> 16 -> " in repr(model)
 
 
+def test_text_among_the_data_is_categories_and_is_drawn_as_text(here: Path) -> None:
+    for name, ending in (("table.csv", "csv"), ("table.parquet", "parquet")):
+        frame().assign(is_old=frame()["age"] > 50).to_parquet("table.parquet")
+        for flow in ([], ["--flow", "maf"]):
+            result = run("fit", name, "--columns", "length,colour,width", "--overwrite", "--max-epochs", 2, *flow)
+            assert "200 rows of length, colour (2 categories), width, to table-" in result.stderr
+            fitted = "table-maf" if flow else "table-fit"
+            drawn = pd.read_csv(io.StringIO(run("sample", fitted, "-n", 50).stdout))
+            assert drawn.columns.tolist() == ["length", "colour", "width"]
+            assert set(drawn["colour"]) == {"blue", "red"}
+            out = f"scores.{ending}"
+            run("score", fitted, name, "--out", out)
+            scores = (pd.read_csv if ending == "csv" else pd.read_parquet)(out)["log_density"]
+            density = pyro_maf.load(f"{fitted}/model.safetensors")
+            expected = density.log_prob(frame()).detach().numpy()
+            assert scores.to_numpy() == pytest.approx(expected, abs=1e-4)
+            assert "colour: blue, red" in run("info", fitted).stdout
+    report = Path("table-fit/report.html").read_text()
+    assert "<td>blue</td>" in report or "<td>red</td>" in report
+    frame().assign(colour="green").to_csv("green.csv", index=False)
+    assert "expected one of 'blue', 'red', got 'green'" in run("score", "table-fit", "green.csv", code=2).stderr
+
+
 @pytest.mark.usefixtures("quick_report")
 def test_labels_may_be_numbers_and_a_model_of_double_precision(here: Path) -> None:
     table = frame().assign(label=lambda rows: (rows["age"] > 40) * 10 + 2)
@@ -368,7 +391,7 @@ def test_large_tables_are_scored_in_batches(folder: Path, monkeypatch: pytest.Mo
     for model in ("plain", "given"):
         whole = run("score", folder / model, folder / "table.csv").stdout.split()[1:]
         with monkeypatch.context() as patched:
-            patched.setattr("pyro_maf.training.result.VALUES_AT_ONCE", 14)
+            patched.setattr("pyro_maf.training.scores.VALUES_AT_ONCE", 14)
             parts = run("score", folder / model, folder / "table.csv").stdout.split()[1:]
         # Kernels round differently for batches of other sizes.
         assert np.array(parts, np.float32) == pytest.approx(np.array(whole, np.float32), rel=1e-5)
@@ -495,10 +518,11 @@ def test_a_flow_that_was_saved_alone_is_a_density_too(tmp_path: Path) -> None:
 FIT = ("fit", "{}/table.csv", "--columns", "length,width", "--folder", "new")
 WRONG = {
     "no data": (("fit", "{}/none.csv"), "read_table expected a file at .*none.csv, found nothing"),
-    "text among the data": (
-        ("fit", "{}/table.csv"),
-        r"got 'blue' in data row 1 \(counted from 1\) of column 'colour' of table.csv",
+    "names among the data": (
+        ("fit", "{}/names.csv"),
+        r"got 'row 0' in data row 1 \(counted from 1\) of column 'name' of names.csv",
     ),
+    "text to compare by": (("compare", "{}/table.csv"), "divide expected data of numbers, got text in column 'colour'"),
     "an unknown column": ((*FIT, "--context", "colours"), "no column 'colours' in table.csv: did you mean 'colour'?"),
     "a constant column": (
         ("fit", "{}/constant.csv", "--folder", "new"),
@@ -559,6 +583,7 @@ def test_bad_input_is_one_line_and_exit_code_two(
     folder: Path, here: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     frame()[NAMES].assign(a=frame()["age"], b=7).drop(columns=NAMES).to_csv(folder / "constant.csv", index=False)
+    frame().assign(name=[f"row {i}" for i in range(200)]).to_csv(folder / "names.csv", index=False)
     result = run(*(argument.format(folder) for argument in arguments), code=2)
     lines = [line for line in result.stderr.splitlines() if " rows of " not in line or "expected" in line]
     assert len(lines) == 1
@@ -639,7 +664,7 @@ def test_rows_with_missing_values_are_dropped_when_asked(
     assert found in run("score", folder / "plain", "gaps.csv", code=2).stderr
     whole = run("score", folder / "plain", "table.csv").stdout.split()
     for size in (2**18, 14):
-        monkeypatch.setattr("pyro_maf.training.result.VALUES_AT_ONCE", size)
+        monkeypatch.setattr("pyro_maf.training.scores.VALUES_AT_ONCE", size)
         result = run("score", folder / "plain", "gaps.csv", "--drop-missing")
         scores = result.stdout.split()
         assert [place for place, score in enumerate(scores) if score == "nan"] == [1, 18, 200]

@@ -70,7 +70,7 @@ def test_score_is_in_the_units_of_the_table_and_in_blocks(monkeypatch: pytest.Mo
     result = fit(flow(), frame, validation=frame, **QUICK)
     whole = result.score(frame)
     assert whole.mean().item() == pytest.approx(result.validation_log_likelihood, abs=1e-4)
-    monkeypatch.setattr("pyro_maf.training.result.VALUES_AT_ONCE", 100)
+    monkeypatch.setattr("pyro_maf.training.scores.VALUES_AT_ONCE", 100)
     assert torch.allclose(result.score(frame), whole, atol=1e-5)
     assert result.score(frame[:0]).shape == (0,)
 

@@ -175,14 +175,15 @@ class FitOptions(TableOptions, TrainingOptions):
             raise CommandError(f"fit expected --hidden-dims as widths such as 128,128, got {','.join(hidden)}.")
         hidden_dims = [int(width) for width in hidden] or None
         dtype = torch.float64 if self.precision == "double" else torch.float32
+        sizes = [len(each) for each in table.categories if each is not None]
         if self.flow is None:
             return DefaultFlow(self.num_layers, hidden_dims, dtype, self.device)
         with input_errors():
             return build(
                 self.flow,
-                # On a simplex the last column follows from the others.
-                len(table.names) - (support == "simplex"),
-                context_dim=len(table.context_names),
+                # On a simplex the last column follows from the others. A flow is given categories one-hot.
+                len(table.names) - len(sizes) - (support == "simplex"),
+                context_dim=len(table.context_names) + sum(sizes),
                 hidden_dims=hidden_dims,
                 seed=self.seed,
                 num_layers=DEFAULT_LAYERS if self.num_layers is None else self.num_layers,
@@ -330,7 +331,8 @@ def _leave(options: FitOptions, result: FitResult, table: Table, held_out: Table
 def _described(table: Table) -> str:
     """Describe the columns that were read."""
     context = f" given {_listed(table.context_names)}" if table.context_names else ""
-    return f"{_listed(table.names)}{context}"
+    counts = ("" if among is None else f" ({len(among)} categories)" for among in table.categories)
+    return f"{_listed([name + count for name, count in zip(table.names, counts, strict=True)])}{context}"
 
 
 def _listed(names: Sequence[str]) -> str:

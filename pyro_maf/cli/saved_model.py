@@ -80,11 +80,11 @@ class SavedModel:
 
     @property
     def layout(self) -> Layout | None:
-        """Names and categories of the columns of a data frame that the density holds; None with a file of columns."""
+        """Names and categories of the columns of data that the density holds; None if it holds none."""
         from pyro_maf.distributions import TableDensity
 
         inner = self.inner
-        return inner.layout if self.columns is None and isinstance(inner, TableDensity) and inner.layout.names else None
+        return inner.layout if isinstance(inner, TableDensity) and inner.layout.names else None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -93,7 +93,7 @@ class SavedModel:
             return tuple(self.layout.labels)
         if self.columns is None:
             return tuple(f"x{i}" for i in range(1, self.inner.event_shape[0] + 1))
-        return tuple(self.columns["data"])
+        return tuple(name for name, _ in map(_named, self.columns["data"]))
 
     @property
     def context(self) -> tuple[tuple[str, list[str] | None], ...]:
@@ -123,7 +123,7 @@ class SavedModel:
         # Of data and context, the more precise.
         dtype = max(self.dtype, _name_of(self.density.context_dtype))
         layout = self.layout
-        if layout is not None:
+        if layout is not None and self.columns is None:
             columns = description(layout, [name for name, _ in self.context])
             return arranged(read(source, text, columns=columns, dtype=dtype), layout)
         table = read(source, text, columns=self.columns, dtype=dtype)
@@ -219,15 +219,21 @@ def _is_of(kind: str, value: object) -> bool:
     return isinstance(value, kinds[kind]) and not isinstance(value, bool)
 
 
+def _named(column: str | JSON) -> tuple[str, list[str] | None]:
+    """Name and categories of a column in a description, which may be its name alone."""
+    return (column, None) if isinstance(column, str) else (column["name"], column["categories"])
+
+
 def _is_description(columns: JSON) -> bool:
     """True if a JSON value is a description of columns, as `Table.columns`."""
     data, context = columns.get("data"), columns.get("context")
     if not isinstance(data, list) or not isinstance(context, list):
         return False
-    if not all(isinstance(column, dict) and {"name", "categories"} <= column.keys() for column in context):
+    described = [column for column in data if not isinstance(column, str)] + context
+    if not all(isinstance(column, dict) and {"name", "categories"} <= column.keys() for column in described):
         return False
-    categories = [column["categories"] for column in context if column["categories"] is not None]
-    lists = [[*data, *(column["name"] for column in context)], *categories]
+    each = list(map(_named, [*data, *context]))
+    lists = [[name for name, _ in each], *(categories for _, categories in each if categories is not None)]
     return all(
         isinstance(texts, list) and all(isinstance(text, str) for text in texts) and len({*texts}) == len(texts)
         for texts in lists
@@ -291,6 +297,9 @@ def _facts(model: SavedModel) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{sum(parameter.numel() for parameter in inner.parameters()):,}"
     if model.columns is not None or model.layout is not None:
         yield "columns", _joined(model.names)
+        for name, categories in map(_named, (model.columns or {"data": ()})["data"]):
+            if categories is not None:
+                yield "among", f"{name}: {_joined(categories)}"
         for name, categories in model.context:
             yield "given", name if categories is None else f"{name}: {_joined(categories)}"
     if record is not None:

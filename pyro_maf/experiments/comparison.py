@@ -329,6 +329,9 @@ def divide(
             raise ValueError(f"divide expected {role} as a part between 0 and 1, got {part!r}.")
     check_positive("divide", "seed", seed, least=0)
     source = named_rows("divide", data, context)
+    if source.layout.in_categories:
+        column = source.labels.column(source.layout.in_categories[0])
+        raise ValueError(f"divide expected data of numbers, got text in {column}: leave it out or make it context.")
     names, context_names = source.columns.labels, Layout.of(source.context).labels
     if isinstance(data, Table):
         context_names = list(data.context_names)

@@ -27,6 +27,7 @@ from pyro_maf.report.examination import Examination, examine
 from pyro_maf.report.kolmogorov import distance_between, distance_to_uniform
 from pyro_maf.tables import Rows
 from pyro_maf.tables.layout import TableLike, without_column
+from pyro_maf.tables.named_rows import check_categories
 from pyro_maf.tables.table import Table
 from pyro_maf.training import FitResult
 from pyro_maf.training.preparation import FITTED
@@ -132,7 +133,9 @@ def write_report(
         data, context, weights = _held_out(result)
         names = names or result.layout.labels or None
         context_names = context_names or result.context_layout.labels or None
-    elif not isinstance(data, Table):
+    elif isinstance(data, Table):
+        check_categories("write_report", "data", data, result.layout)
+    else:
         if isinstance(weights, str):
             data, weights = without_column("write_report", "weights", data, weights)
         data = result.layout.pick("write_report", "data", data)
@@ -180,7 +183,7 @@ def _page(result: FitResult, examination: Examination, command: str, label: str)
         marginals=_marginals(examination),
         pairs=_pairs(examination) if len(examination.names) > 1 else None,
         log_densities=_log_densities(examination),
-        lowest=_lowest(examination),
+        lowest=_lowest(result, examination),
         losses=_losses(result),
         model=repr(result.density),
         examination=examination,
@@ -235,8 +238,10 @@ def _rows(result: FitResult, examination: Examination) -> Headline:
     return Headline("Rows", f"{rows:,} of {result.rows:,}" if is_part else f"{rows:,}", "; ".join(notes))
 
 
-def _lowest(examination: Examination) -> dict[str, object]:
+def _lowest(result: FitResult, examination: Examination) -> dict[str, object]:
     """Return the table of the rows of the lowest density."""
+    inner = result.density.unwrapped
+    labels = (inner.layout.as_labels() if isinstance(inner, TableDensity) else []) or [None] * len(examination.names)
     columns, contexts = (names[:MOST_VALUES_OF_A_ROW] for names in (examination.names, examination.context_names))
     digits = [_digits(column) for column in examination.data.unbind(1)[: len(columns)]]
     rows = [
@@ -245,7 +250,10 @@ def _lowest(examination: Examination) -> dict[str, object]:
             "log_prob": f"{low.log_prob:.2f}",
             "furthest": examination.score_names[low.dimension],
             "noise": f"{low.noise:+.1f}",
-            "values": [f"{value:.{count}g}" for value, count in zip(low.values, digits, strict=False)],
+            "values": [
+                f"{value:.{count}g}" if among is None else str(among[int(value)])
+                for value, count, among in zip(low.values, digits, labels, strict=False)
+            ],
             "context": list(zip(contexts, low.context, strict=False)),
         }
         for low in examination.lowest

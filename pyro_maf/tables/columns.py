@@ -29,6 +29,8 @@ DATE = re.compile(
 )
 
 MOST_CATEGORIES = 1000
+LEAST_REPEATS = 2
+"""Maximum number of categories, and least number of rows to one on average: of fewer they are names of rows."""
 MANY_COLUMNS = 100
 MARKS = {".": "point", ",": "comma"}
 OTHER = {".": ",", ",": "."}
@@ -45,6 +47,7 @@ class Column:
         index: Its position in the table, from 0.
         categories: Its categories in order, or None for a column of numbers.
         decimal: The decimal mark in its texts, a point or a comma.
+        is_label: True if categories are encoded by their numbers, as a column of data, not one-hot.
 
     Example:
         >>> column = Column("colour", "column 'colour'", categories=["blue", "red"])
@@ -59,16 +62,17 @@ class Column:
     index: int = 0
     categories: list[str] | None = None
     decimal: str = "."
+    is_label: bool = False
 
     @property
     def encoded_names(self) -> tuple[str, ...]:
         """Names of the encoded columns."""
-        if self.categories is None:
+        if self.categories is None or self.is_label:
             return (self.name,)
         return tuple(f"{self.name}={category}" for category in self.categories)
 
     def encode(self, cells: Cells, first_row: int) -> NDArray[np.float64]:
-        """Encode cells as float64, (rows, 1) or (rows, categories), NaN for missing values.
+        """Encode cells as float64, (rows, 1) or one-hot (rows, categories), NaN for missing values.
 
         Args:
             cells: An array of numpy or pyarrow.
@@ -77,7 +81,11 @@ class Column:
         Raises:
             ValueError: For cells that are not finite numbers, or not among the categories.
         """
-        return self._numbers(cells, first_row) if self.categories is None else self._one_hot(cells, first_row)
+        if self.categories is None:
+            return self._numbers(cells, first_row)
+        places = self._places(cells, first_row)
+        codes = np.where(places < 0, np.nan, places)[:, None]
+        return codes if self.is_label else np.where(np.isnan(codes), np.nan, np.eye(len(self.categories))[places])
 
     def complaint(self, cells: Cells, row: int, first_row: int) -> str:
         """Begin the error message for one of `cells`: who, expected and actual value, and position."""
@@ -126,17 +134,16 @@ class Column:
             return f"replace the {MARKS[other]}. decimal={other!r}, or --decimal {other}, reads such numbers"
         return "leave the column out or make it context"
 
-    def _one_hot(self, cells: Cells, first_row: int) -> NDArray[np.float64]:
-        categories = self.categories or []
-        places = _places_of(_texts_of(cells), categories)
+    def _places(self, cells: Cells, first_row: int) -> NDArray[np.int_]:
+        """Indices of cells in the categories, -1 for missing values."""
+        places = _places_of(_texts_of(cells), self.categories or [])
         unknown = places < 0
-        if not unknown.any():
-            return np.eye(len(categories))[places]
-        unknown &= ~_missing_in(cells)
+        if unknown.any():
+            unknown &= ~_missing_in(cells)
         if unknown.any():
             row = int(unknown.argmax())
             raise self.error(f"{self.complaint(cells, row, first_row)}.", first_row + row)
-        return np.where(places[:, None] < 0, np.nan, np.eye(len(categories))[places])
+        return places
 
 
 def encoded(columns: Sequence[Column], batch: Sequence[Cells], first_row: int) -> NDArray[np.float64]:
@@ -153,7 +160,7 @@ def encoded(columns: Sequence[Column], batch: Sequence[Cells], first_row: int) -
 
 
 class Survey:
-    """Type inference for a column of context, batch by batch: numeric, or categorical with its categories.
+    """Type inference for a column, batch by batch: numeric, or categorical with its categories.
 
     Args:
         column: The column as one of numbers.
@@ -165,14 +172,12 @@ class Survey:
         self._holds_text = holds_text
         self._texts: set[str] = set()
         self._number: str | None = None
+        self._rows = 0
 
     def add(self, cells: Cells) -> None:
-        """Add cells, an array of numpy or pyarrow.
-
-        Raises:
-            ValueError: For too many categories.
-        """
+        """Add cells, an array of numpy or pyarrow."""
         different = _texts_of(cells).unique()
+        self._rows += len(cells)
         is_number = np.zeros(len(different), bool)
         if not self._holds_text:
             is_number = ~np.isnan(_numbers_of(different, self._column.decimal))
@@ -182,6 +187,21 @@ class Survey:
             different[place].as_py() or "" for place in np.flatnonzero(~is_number)[: MOST_CATEGORIES + 1]
         )
         self._texts.discard("")
+
+    @property
+    def may_be_labels(self) -> bool:
+        """True if no cell so far is a number, and not too many differ."""
+        return self._number is None and len(self._texts) <= MOST_CATEGORIES
+
+    def labels(self) -> Column | None:
+        """The column as one of labels, for data: of texts that differ and repeat, and are no dates; None for others."""
+        texts = self._texts
+        if not self.may_be_labels or not 1 < len(texts) <= self._rows // LEAST_REPEATS or all(map(_is_date, texts)):
+            return None
+        return replace(self._column, categories=sorted(texts, key=_in_order), is_label=True)
+
+    def check_number(self) -> None:
+        """Refuse too many categories."""
         if len(self._texts) > MOST_CATEGORIES:
             advice = f"{NO_DATES}, or leave it out" if all(map(_is_date, self._texts)) else "leave it out"
             raise ValueError(
@@ -189,7 +209,7 @@ class Survey:
             )
 
     def column(self) -> Column:
-        """The inferred column.
+        """The inferred column, for context.
 
         Raises:
             ValueError: If it holds both numbers and texts, or the same text in every row.

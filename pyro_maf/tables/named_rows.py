@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -15,9 +16,10 @@ from pyro_maf.tables.table import Table
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["NamedRows", "named_rows"]
+__all__ = ["NamedRows", "check_categories", "named_rows"]
 
 NAMELESS = Layout()
+NOTHING = itertools.repeat(None)
 
 
 class NamedRows(NamedTuple):
@@ -118,9 +120,31 @@ def named_rows(
     labels, context_labels = (
         Labels(tuple(map(quoted, names)), data.numbers) for names in (data.names, data.context_names)
     )
+    columns = layout = Layout.named([(name, ()) for name in data.names])
+    if any(data.categories):  # rows are drawn with their texts, as a data frame
+        dtypes = tuple("object" if among else data.data.dtype.name for among in data.categories)
+        layout = columns._replace(form="frame", categories=data.categories, dtypes=dtypes)
     return NamedRows(
-        data.data, data.context, Layout.named([(name, ()) for name in data.names]), labels, context_labels, weights
+        data.data,
+        data.context,
+        columns,
+        labels,
+        context_labels,
+        weights,
+        layout if any(data.categories) else NAMELESS,
     )
+
+
+def check_categories(who: str, role: str, rows: TableLike | Table, layout: Layout) -> None:
+    """Refuse a `Table` whose categories, of which it holds the numbers, are not those of a layout."""
+    if not isinstance(rows, Table):
+        return
+    for name, among, expected in zip(rows.names, rows.categories, layout.categories or NOTHING, strict=False):
+        if among is not None and among != expected:
+            raise ValueError(
+                f"{who} expected {role} with the categories {shown(repr(expected))} of column {name!r}, got "
+                f"{shown(repr(among))}: read it with columns=, those of the table of the fit."
+            )
 
 
 def _check_differ(who: str, role: str, value: TableLike | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict, overload
 
 import numpy as np
@@ -28,16 +28,16 @@ MOST_ROWS, MOST_COLUMNS = 3, 5
 
 
 class DescribedColumn(TypedDict):
-    """A column of context: its name, and its categories or None for numbers."""
+    """A column by its name, with its categories or None for numbers."""
 
     name: str
     categories: list[str] | None
 
 
 class Description(TypedDict):
-    """The columns of a table in JSON values: names of those of data, and those of context."""
+    """The columns of a table in JSON values: those of data, of which numbers are names alone, and those of context."""
 
-    data: list[str]
+    data: Sequence[str | DescribedColumn]
     context: list[DescribedColumn]
 
 
@@ -125,7 +125,8 @@ class Table:
         names: Names of the D columns of data.
         context_names: Names of the C columns of context; that of a category is column=category.
         columns: Description of the columns in JSON values, which `read_table` takes to read another table in the same
-            way: {"data": [name, ...], "context": [{"name": name, "categories": [category, ...] or None}, ...]}.
+            way: {"data": [name, ...], "context": [{"name": name, "categories": [category, ...] or None}, ...]}. A
+            column of data with categories is like one of context.
         label: Name of the file; "" for a table from elsewhere.
         rows: Number of each row in the file, counted from 1; None for all of them in their order.
         missing: Rows left out for missing values: their number, which, and in which columns; None if there are none.
@@ -141,6 +142,13 @@ class Table:
     rows: NDArray[np.int64] | None = None
     missing: Gaps | None = None
     weights: FloatArray | None = None
+
+    @property
+    def categories(self) -> tuple[tuple[str, ...] | None, ...]:
+        """Categories of each column of data, whose numbers 0, 1, ... `data` holds, or None for a column of numbers."""
+        return tuple(
+            None if isinstance(each, str) else tuple(each["categories"] or ()) for each in self.columns["data"]
+        )
 
     @overload
     def numbers(self, places: int) -> int: ...
@@ -177,9 +185,10 @@ def read_table(
 
     Args:
         source: A path; "-" for standard input; or a binary stream.
-        columns: The columns of data, in this order; by default all that are not context. Or the `columns` of another
-            table: its columns are matched by name, with its categories, and further ones are ignored. Without a
-            context, a table without names may also have the same number of columns.
+        columns: The columns of data, in this order; by default all that are not context. One of text or truth values
+            that repeat has the number of its category, in alphabetical order: see `Table.categories`. Or the `columns`
+            of another table: its columns are matched by name, with its categories, and further ones are ignored.
+            Without a context, a table without names may also have the same number of columns.
         context: Columns that the distribution of the data depends on. One of text, of truth values or of a dictionary
             becomes a column of 0 and 1 for each of its categories, in alphabetical order.
         categories: Columns of context whose numbers are labels, such as 0 to 9, and so categories too.
@@ -196,15 +205,16 @@ def read_table(
         A `Table`.
 
     Cost:
-        One pass over the file, after one over columns of context that may be text.
+        One pass over the file, after one over columns that may be text, which ends with the first part of the rows if
+        none is.
 
     Raises:
         FileNotFoundError: If there is no such file.
         TypeError: For a source or a choice of columns of another type.
         ValueError: For a file that is empty, damaged or ragged; for columns that are unknown, repeated or without a
-            name; for text among the data, missing values and those that are not finite, with the row, counted from 1,
-            and the column, and how many are missing where; for categories that the other table did not have, or too
-            many.
+            name; for text among numbers or that does not repeat, missing values and those that are not finite, with the
+            row, counted from 1, and the column, and how many are missing where; for categories that the other table did
+            not have, or too many.
         ModuleNotFoundError: For csv and parquet without the `cli` extra.
 
     Example:
@@ -238,7 +248,10 @@ def read_table(
         names=tuple(column.name for column in data_columns),
         context_names=tuple(name for column in context_columns for name in column.encoded_names),
         columns={
-            "data": [column.name for column in data_columns],
+            "data": [
+                {"name": column.name, "categories": column.categories} if column.is_label else column.name
+                for column in data_columns
+            ],
             "context": [{"name": column.name, "categories": column.categories} for column in context_columns],
         },
         label=opened.label,
@@ -287,7 +300,7 @@ def _chosen(
             )
     if not names:
         raise ValueError(f"read_table expected columns of data beside the context, got none in {source.label}.")
-    return _numeric(source, names), _surveyed(source, context, categories)
+    return _labelled(source, names), _surveyed(source, context, categories)
 
 
 def _weights(source: Source, name: str, others: Sequence[Column]) -> list[Column]:
@@ -309,6 +322,27 @@ def _numeric(source: Source, names: Sequence[str], role: str = "data") -> list[C
     return [source.column(name) for name in names]
 
 
+def _labelled(source: Source, names: Sequence[str]) -> list[Column]:
+    """Return columns of data, numeric or of labels."""
+    surveys = {
+        name: Survey(source.column(name), bool(kind))
+        for name in names
+        if (kind := source.holds_text(name)) is not False
+    }
+    places = {name: place for place, name in enumerate(surveys)}
+    if surveys:
+        with closing(source.batches(list(surveys))) as batches:
+            for batch in batches:
+                for name, survey in surveys.items():
+                    survey.add(batch[places[name]])
+                surveys = {name: survey for name, survey in surveys.items() if survey.may_be_labels}
+                if not surveys:
+                    break
+    labels = {name: column for name, survey in surveys.items() if (column := survey.labels()) is not None}
+    numeric = iter(_numeric(source, [name for name in names if name not in labels]))
+    return [labels[name] if name in labels else next(numeric) for name in names]
+
+
 def _surveyed(source: Source, names: Sequence[str], categories: Sequence[str]) -> list[Column]:
     """Return columns of context, with the categories of those that hold text or labels."""
     kinds = {name: source.holds_text(name) for name in names} | dict.fromkeys(categories, True)
@@ -318,15 +352,16 @@ def _surveyed(source: Source, names: Sequence[str], categories: Sequence[str]) -
             for batch in batches:
                 for survey, cells in zip(surveys.values(), batch, strict=True):
                     survey.add(cells)
+                    survey.check_number()
     return [surveys[name].column() if name in surveys else source.column(name) for name in names]
 
 
 def _described(source: Source, description: Description) -> tuple[list[Column], list[Column]]:
     """Return the columns in the description of another table."""
     try:
-        data = list(map(str, description["data"]))
-        context = [(str(each["name"]), each["categories"]) for each in description["context"]]
-        if any(categories is not None and not categories for _, categories in context):
+        data = [(str(each), None) if isinstance(each, str) else _column(each) for each in description["data"]]
+        context = list(map(_column, description["context"]))
+        if any(categories is not None and not categories for _, categories in (*data, *context)):
             raise LookupError("a column of no categories")
     except (LookupError, TypeError):
         raise ValueError(
@@ -334,11 +369,19 @@ def _described(source: Source, description: Description) -> tuple[list[Column], 
             f"{shown(str(description), 200)}."
         ) from None
     if not source.is_named and not context and len(data) == len(source.names):
-        source.names = tuple(data)
-    _check_known(source, [*data, *(name for name, _ in context)])
+        source.names = tuple(name for name, _ in data)
+    _check_known(source, [name for name, _ in (*data, *context)])
     for name, _ in context:
         source.holds_text(name)
-    return _numeric(source, data), [source.column(name, categories) for name, categories in context]
+    numeric = iter(_numeric(source, [name for name, categories in data if categories is None]))
+    return [
+        next(numeric) if categories is None else replace(source.column(name, categories), is_label=True)
+        for name, categories in data
+    ], [source.column(name, categories) for name, categories in context]
+
+
+def _column(described: DescribedColumn) -> tuple[str, list[str] | None]:
+    return str(described["name"]), described["categories"]
 
 
 def _check_known(source: Source, names: Sequence[str]) -> None:

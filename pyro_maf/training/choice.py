@@ -73,6 +73,9 @@ def choose(
         rows = source.coded_as("fit", cast(TableDensity, model.unwrapped).layout)
     else:
         rows = source.coded("fit") if dequantise else source
+    if rows.layout.in_categories and not dequantise:
+        name = rows.layout.labels[rows.layout.in_categories[0]]
+        raise ValueError(f"fit expected data of numbers, got categories in column {name!r}: drop it or encode it.")
     if isinstance(support, Mapping):
         columns = number_of_columns("fit", "data", rows.data)
         support = rows.columns.spread("fit", "support", support, "real", columns)

@@ -24,7 +24,7 @@ from pyro_maf.support import Support
 from pyro_maf.tables import MappedRows, Reader, Rows, rows_of
 from pyro_maf.tables.layout import Layout, TableLike, without_column
 from pyro_maf.tables.moments import Moments
-from pyro_maf.tables.named_rows import NamedRows, named_rows
+from pyro_maf.tables.named_rows import NamedRows, check_categories, named_rows
 from pyro_maf.tables.reader import Labels
 from pyro_maf.tables.rows import repeat_as_a_whole
 from pyro_maf.tables.table import Table
@@ -250,6 +250,7 @@ def _validation(
         )
     data, context = cast("tuple[TableLike | Table, TableLike | None]", parts[:2])
     often = parts[2] if len(parts) == 3 else None
+    check_categories("fit", "validation data", data, source.layout)
     if not isinstance(data, Table):
         if isinstance(weights, str) and often is None:
             data, often = without_column("fit", "validation weights", data, weights)

@@ -20,7 +20,7 @@ from pyro_maf.distributions import (
 )
 from pyro_maf.tables import Rows
 from pyro_maf.tables.layout import Layout, TableLike, check_paired, numbers
-from pyro_maf.tables.named_rows import named_rows
+from pyro_maf.tables.named_rows import check_categories, named_rows
 from pyro_maf.tables.reader import check_context
 from pyro_maf.tables.table import Table
 from pyro_maf.training.baselines import Comparison, compare
@@ -142,6 +142,7 @@ class FitResult:
             ValueError: For columns that are missing, or another number of them; for a context missing, superfluous, of
                 another length, or of data frames whose index has another order than that of the rows.
         """
+        check_categories("score", "rows", rows, self.layout)
         rows, context, *_ = named_rows("score", rows, context)
         if context is None and self._takes_context and self.context_layout.has_all(rows):
             context = rows
