@@ -216,7 +216,7 @@ def _change(flow: Flow, x: Tensor, y: Tensor, step: str) -> None:
 
 
 def keeps_no_tensor_alive(flow: Flow) -> None:
-    """What was mapped is freed once it is deleted; a log-determinant computed from the output would keep that."""
+    """The input of a map is freed once it is deleted; a log-determinant computed from the output would keep that."""
     x = points(flow, 5)
     y = flow(x)
     flow.inv(y)
