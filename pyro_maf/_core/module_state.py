@@ -39,6 +39,7 @@ class ModuleState:
     def __init__(self, module: nn.Module) -> None:
         self._inner = list(module.modules())[1:]
         own, inner = vars(module), list(map(vars, self._inner))
+        self._contents = inner
         self._sizes = list(map(len, [own, *inner]))
         # A list of modules has no attributes of its own.
         telling = [each for each in self._inner if type(each) is not nn.ModuleList]
@@ -69,7 +70,7 @@ class ModuleState:
         return (
             not self._is_hooked(own)
             and list(map(type, [module, *self._inner])) == self._classes
-            and list(map(len, [own, *map(vars, self._inner)])) == self._sizes
+            and list(map(len, [own, *self._contents])) == self._sizes
             and _are_same(self._read(own), self._objects)
             and list(map(_kind, self._parameters)) == self._kinds
             and [buffer._version for buffer in self._buffers] == self._versions

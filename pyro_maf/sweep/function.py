@@ -15,7 +15,7 @@ from pyro_maf._core.torch_state import is_intercepted
 from pyro_maf.sweep.layout import LANES, Array, Step, Triangular
 from pyro_maf.sweep.loading import kernels, loaded
 from pyro_maf.sweep.program import Pack, Program, Reading, program_of
-from pyro_maf.sweep.threads import Alone, in_parts
+from pyro_maf.sweep.threads import in_parts
 from pyro_maf.sweep.torch_layers import at_once, gradients, one_by_one, together, triangular
 
 __all__ = ["Run", "add_up", "run", "unpack"]
@@ -181,16 +181,16 @@ class _Density(torch.autograd.Function):
         w, *saved = ctx.saved_tensors
         if torch.is_grad_enabled() or is_intercepted():
             return None, None, *_by_plain_operations(_plain_density, ctx.run, saved, needed, (grad,))
-        with Alone():
-            grad_log_det = -grad
-            grad_w = w * grad_log_det.unsqueeze(-1)
-        return None, None, *_backward(ctx.run.program, saved, needed, grad_w, grad_log_det)
+        grads, factors = (torch.empty_like(w), torch.empty_like(grad)), grad.contiguous().numpy()
+        arrays = [each.numpy() for each in (w, *grads)]
+        loaded().differentiate_normal(0.0, factors, arrays[0], factors, *arrays[1:])
+        return None, None, *_backward(ctx.run.program, saved, needed, *grads)
 
 
 def _normal(w: Tensor, log_det: Tensor, constant: float) -> Tensor:
-    """`constant` - |w|^2 / 2 - log-determinant."""
-    with Alone():
-        return torch.add(log_det, w.square().sum(-1), alpha=0.5).neg_().add_(constant)
+    """`constant` - |w|^2 / 2 - log-determinant, in the place of the latter."""
+    loaded().normal(constant, w.numpy(), log_det.numpy())
+    return log_det
 
 
 def _recorded(
@@ -238,8 +238,8 @@ def _backward(
     if wanted.any():
         flat = empty(int(program.offsets[-1]), tensors[0])
         unpack(program, parts, flat)
-        of_each = flat.split_with_sizes(program.sizes)
-        by_tensors = [own.view_as(tensor) for own, tensor in zip(of_each, tensors, strict=True)]
+        parts_of_flat = zip(flat.split_with_sizes(program.sizes), tensors, strict=True)
+        by_tensors = [part if tensor.dim() == 1 else part.view_as(tensor) for part, tensor in parts_of_flat]
     every = [grad_v, grad_context, *by_tensors]
     return [gradient if need else None for gradient, need in zip(every, needed, strict=True)]
 
@@ -269,7 +269,7 @@ def _walked_back(
         loaded().backward(*network, first, end, *arrays, gradients, by_biases, False)
         return gradients, by_biases
 
-    return in_parts(walk, len(grads[0]), tape.shape[1], program.work)
+    return in_parts(walk, len(grads[0]), tape.shape[1], 2 * program.work)
 
 
 def unpack(program: Program, parts: list[tuple[Array, Array]], flat: Tensor) -> None:
@@ -313,7 +313,7 @@ def _plain_density(
 ) -> tuple[Tensor, ...]:
     """The log-density by plain operations, up to the constant."""
     w, log_det = _plain(steps, v, context, tensors)
-    return (_normal(w, log_det, 0.0),)
+    return (-log_det - 0.5 * w.square().sum(-1),)
 
 
 def _plain(

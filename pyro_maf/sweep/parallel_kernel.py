@@ -16,10 +16,10 @@ from pyro_maf.sweep.elementwise import ENTRY, INNER, activate, compress, differe
 from pyro_maf.sweep.layout import CONTEXT, INPUTS, LANES, Array, Tables
 from pyro_maf.sweep.products import ADDED, TALLEST, VECTOR, add_product, dot, transpose
 from pyro_maf.sweep.sequential_kernel import Part, walk, walk_back, walk_row
-from pyro_maf.sweep.step_kernel import descend, differentiate_normal, pack, unpack
+from pyro_maf.sweep.step_kernel import descend, differentiate_normal, normal, pack, unpack
 from pyro_maf.sweep.univariate_kernel import apply, pull_back
 
-__all__ = ["backward", "descend", "differentiate_normal", "forward", "pack", "unpack"]
+__all__ = ["backward", "descend", "differentiate_normal", "forward", "normal", "pack", "unpack"]
 
 
 @njit(**INNER)

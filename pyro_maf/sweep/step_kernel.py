@@ -20,7 +20,7 @@ from pyro_maf.sweep.elementwise import ENTRY, INNER
 from pyro_maf.sweep.layout import LANES, Array, Tables
 from pyro_maf.sweep.products import TALLEST, VECTOR
 
-__all__ = ["descend", "differentiate_normal", "pack", "unpack"]
+__all__ = ["descend", "differentiate_normal", "normal", "pack", "unpack"]
 
 
 def _memory(typing: Any, address: Any, like: Any) -> Any:
@@ -110,6 +110,17 @@ def unpack(tables: Tables, offsets: Array, gradients: Array, by_biases: Array, f
 
 
 # -- a step of Adam ---------------------------------------------------------------------------------------------------
+
+
+@stored
+@njit(**ENTRY)
+def normal(constant: float, w: Array, log_det: Array) -> None:
+    """Replace each log_det by the log-density `constant` - |w|^2 / 2 - log_det."""
+    for b in range(len(w)):
+        squares = w.dtype.type(0)
+        for i in range(w.shape[1]):
+            squares += w[b, i] * w[b, i]
+        log_det[b] = w.dtype.type(constant) - w.dtype.type(0.5) * squares - log_det[b]
 
 
 @stored
