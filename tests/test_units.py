@@ -19,6 +19,7 @@ from pyro_maf.distributions.data_units import float32_holds
 from pyro_maf.support import Support
 from pyro_maf.tables import disk
 from pyro_maf.tables.moments import context_moments_of, moments_of
+from pyro_maf.tables.tails import units_of
 from tests.fits import mean_log_prob, same, seeded, weights
 
 OFFSET, SCALE = 5.4e6, 0.1
@@ -118,6 +119,78 @@ def test_an_outlier_of_a_context_leaves_the_others_their_say() -> None:
     fresh = torch.from_numpy(normal(1000, 1, seed=2)).float()
     at = result.density.condition(fresh)
     assert mean_log_prob(at, fresh) > -1.0  # without a context it is -1.5
+
+
+# -- tails ------------------------------------------------------------------------------------------------------------
+
+
+def test_columns_have_weights_of_tails_where_they_are_heavy() -> None:
+    random = np.random.default_rng(0)
+    columns = [
+        random.standard_normal(1000),
+        random.random(1000),
+        random.choice([-2.0, 2.0], 1000) + random.standard_normal(1000) / 2,
+        random.standard_t(2, 1000),
+        random.lognormal(0, 1, 1000),
+    ]
+    rows = 7 + 3 * torch.from_numpy(np.stack(columns, 1))
+    units = units_of(moments_of(rows), rows)
+    assert units.tails is not None
+    assert not units.tails[:, :3].any()
+    torch.testing.assert_close(units.loc[:3], moments_of(rows).loc[:3])
+    assert ((units.tails[:, 3] - 0.5).abs() < 0.15).all()
+    assert units.tails[0, 4] > 0.3
+    assert units.tails[1, 4] < 0.1
+    assert units_of(moments_of(rows[:, :3]), rows[:, :3]).tails is None
+
+
+def test_a_weight_is_that_of_copies_and_one_row_has_no_say() -> None:
+    random = np.random.default_rng(1)
+    rows, often = torch.from_numpy(random.standard_t(2, (2000, 1))), torch.from_numpy(random.integers(0, 4, 2000))
+    copies = rows.repeat_interleave(often, 0)
+    weighted = units_of(moments_of(rows, weights=often.double()), rows, often.double()).tails
+    torch.testing.assert_close(weighted, units_of(moments_of(copies), copies).tails, atol=0.05, rtol=0)
+    ordinary = torch.from_numpy(normal(2000, 1))
+    ordinary[3] = 1e6
+    assert units_of(moments_of(ordinary), ordinary).tails is None
+
+
+@pytest.mark.parametrize("rows", [300, 4000])
+def test_a_heavy_tailed_column_is_fitted_as_well_as_any(rows: int) -> None:
+    random = np.random.default_rng(0)
+    result = fit(random.standard_t(2, (rows, 1)), progress=False)
+    assert not result.warnings
+    fresh = torch.from_numpy(random.standard_t(2, (20_000, 1))).float()
+    truth = torch.distributions.StudentT(2.0).log_prob(fresh[:, 0]).mean().item()
+    assert truth - mean_log_prob(result.density, fresh) < 0.05
+
+
+@pytest.mark.parametrize("loc", [0.0, OFFSET])
+@pytest.mark.parametrize("support", ["real", ["positive", "real"]])
+def test_a_prior_with_tails_is_exact_saved_and_differentiable(loc: float, support: Any, tmp_path: Path) -> None:
+    tails = torch.tensor([[0.5, 1.0], [0.0, 0.3]])
+    where, scale = torch.tensor([0.5, loc], dtype=torch.float64), torch.tensor([2.0, SCALE], dtype=torch.float64)
+    prior = FlowPrior(model(), support=support, loc=where, scale=scale, tails=tails)
+    u = torch.tensor([[-3.0, -5.0], [0.0, 0.1], [2.5, 5.0]])
+    y = prior.noise_to_data(u)
+    z, log_det = prior.units.inverse_and_log_det(y)
+    torch.testing.assert_close(z, prior.noise_to_data[0](u), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(log_det, prior.units.forward_and_log_det(z)[1], atol=1e-2, rtol=1e-3)
+    prior.save(tmp_path / "prior.safetensors")
+    for other in (pyro_maf.load(tmp_path / "prior.safetensors"), pickle.loads(pickle.dumps(prior))):
+        assert torch.equal(other.tails, tails)
+        assert torch.equal(other.log_prob(y), prior.log_prob(y))
+    slope = torch.autograd.grad(prior.log_prob(y.detach().requires_grad_()).sum(), list(prior.model.parameters()))
+    assert all(each.isfinite().all() for each in slope)
+    plain = FlowPrior(model(), support=support, loc=where, scale=scale)
+    plain.load_state_dict(prior.state_dict())
+    assert torch.equal(plain.log_prob(y), prior.log_prob(y))
+
+
+@pytest.mark.parametrize("tails", [torch.zeros(2), torch.zeros(3, 2), torch.full((2, 2), torch.nan)])
+def test_weights_of_tails_are_two_for_each_column(tails: Any) -> None:
+    with pytest.raises(ValueError, match=r"FlowPrior expected tails to be finite numbers \(2, 2\)"):
+        FlowPrior(model(), tails=tails)
 
 
 # -- columns that float32 does not hold -------------------------------------------------------------------------------

@@ -11,14 +11,24 @@ from torch import Tensor
 from pyro_maf._core.checks import check_event
 from pyro_maf.support import Support
 from pyro_maf.transforms import Flow, Stack
+from pyro_maf.transforms.tails import with_tails
 
-__all__ = ["DataUnits", "NoiseToData", "float32_holds", "has_float64", "keep_float64", "statistics", "widen_for"]
+__all__ = [
+    "DataUnits",
+    "NoiseToData",
+    "float32_holds",
+    "has_float64",
+    "keep_float64",
+    "statistics",
+    "tail_weights",
+    "widen_for",
+]
 
 RESOLUTION = 1e-3
 
 
 class DataUnits(Flow):
-    r"""y = T(loc + scale x), where T maps to the support; no trainable parameters.
+    r"""y = T(loc + scale t(x)), where T maps to the support and t is that of `Tails`; no trainable parameters.
 
     loc, scale and y have one dtype, and x that of the model. The two differ if the model is in float32 and the columns
     need float64: 5.4e6 +- 0.1, for example, where float32 resolves three values. Then y is standardised in float64, and
@@ -28,18 +38,21 @@ class DataUnits(Flow):
         loc, scale: (D,) each.
         support: The image of T.
         like: A tensor of the dtype and on the device of x.
+        tails: Weights of the right and left tails, (2, D), or None for t(x) = x.
     """
 
     is_by_row = True
     loc: Tensor
     scale: Tensor
     inner: Tensor
+    tails: Tensor | None
 
-    def __init__(self, loc: Tensor, scale: Tensor, support: Support, like: Tensor) -> None:
+    def __init__(self, loc: Tensor, scale: Tensor, support: Support, like: Tensor, tails: Tensor | None = None) -> None:
         super().__init__(len(loc))
         self.support = support
         self.register_buffer("loc", loc)
         self.register_buffer("scale", scale)
+        self.register_buffer("tails", None if tails is None else tails.to(loc))
         # An empty tensor that follows the model's dtype and device.
         self.register_buffer("inner", like.new_empty(0), persistent=False)
         self._volume: tuple[Tensor | None, int, float] = None, 0, 0.0
@@ -71,6 +84,8 @@ class DataUnits(Flow):
         scale = self._buffers["scale"]
         if self.support.name != "real" or scale is None or scale.dtype is not self.inner.dtype or not scale.is_cpu:
             return None
+        if self.tails is not None:
+            return None
         if scale.requires_grad or scale.is_inference():
             return None
         before, version, volume = self._volume
@@ -80,14 +95,27 @@ class DataUnits(Flow):
         return volume
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y = c(loc + scale x), c the map to the support, and log |det dy/dx|."""
-        y, log_det = self.support.constrain(self.loc + self.scale * x)
+        """y = c(loc + scale t(x)), c the map to the support, and log |det dy/dx|."""
+        if self.tails is None:
+            y, log_det = self.support.constrain(self.loc + self.scale * x)
+        else:
+            x, log_tails = self._with_tails(x.to(self.loc.dtype), self.tails, 1)
+            y, log_det = self.support.constrain(self.loc + self.scale * x)
+            log_det = log_det + log_tails
         return y, log_det + self.scale.log().sum()
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x = (c^-1(y) - loc) / scale, and log |det dy/dx|."""
+        """x = t^-1((c^-1(y) - loc) / scale), and log |det dy/dx|."""
         w, log_det = self.support.unconstrain(y)
-        return ((w - self.loc) / self.scale).to(self.inner.dtype), log_det + self.scale.log().sum()
+        x = (w - self.loc) / self.scale
+        if self.tails is not None:
+            x, log_tails = self._with_tails(x, self.tails, -1)
+            log_det = log_det - log_tails
+        return x.to(self.inner.dtype), log_det + self.scale.log().sum()
+
+    def _with_tails(self, x: Tensor, tails: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+        zeros = torch.zeros_like(self.loc)
+        return with_tails(x, tails.to(zeros), zeros, zeros + 1, sign)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.loc, self.scale
@@ -101,6 +129,8 @@ class DataUnits(Flow):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         widen_for(self._buffers, ("loc", "scale"), state_dict, prefix, self.support)
+        tails = state_dict.get(prefix + "tails")
+        self.tails = None if tails is None else torch.zeros_like(tails, device=self.loc.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -226,6 +256,26 @@ def statistics(
     if may_need_more and loc.shape == scale.shape and not float32_holds(loc, scale, support).all():
         dtype = torch.float64
     return _statistic(who, f"{prefix}loc", loc, like, dtype), _statistic(who, f"{prefix}scale", scale, like, dtype)
+
+
+def tail_weights(who: str, tails: Tensor | None, size: int) -> Tensor | None:
+    """Weights of right and left tails as they are.
+
+    Args:
+        who: The caller, for errors.
+        tails: (2, size), or None.
+        size: Number of columns.
+
+    Raises:
+        TypeError: For weights that are not a tensor.
+        ValueError: For another shape, and infinite weights.
+    """
+    if tails is None:
+        return None
+    check_event(who, "tails", tails, size, "input_dim")
+    if tails.shape != (2, size) or not tails.isfinite().all():
+        raise ValueError(f"{who} expected tails to be finite numbers (2, {size}), got {tails.tolist()}.")
+    return tails.detach().clone()
 
 
 def _statistic(who: str, name: str, value: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint, real_vector
 
 from pyro_maf._core.torch_state import as_far_as_exact, reference_tensor
-from pyro_maf.distributions.data_units import DataUnits, NoiseToData, keep_float64, statistics, widen_for
+from pyro_maf.distributions.data_units import (
+    DataUnits,
+    NoiseToData,
+    keep_float64,
+    statistics,
+    tail_weights,
+    widen_for,
+)
 from pyro_maf.distributions.density import ConditionalDensity, Density
 from pyro_maf.support import Support, SupportLike
 from pyro_maf.sweep import Alone, Descent, Run
@@ -28,11 +35,12 @@ Entries: TypeAlias = Sequence[tuple[str, Sequence[int]]]
 
 
 class FlowPrior(Density):
-    r"""Density of y = T(loc + scale z), where z follows the model and T maps to the support.
+    r"""Density of y = T(loc + scale t(z)), where z follows the model, t sets its tails and T maps to the support.
 
-    For a flow, z = flow(u) with u standard normal. With w = loc + scale z,
-    log p(y) = log N(u; 0, I) - log |det dz/du| - sum_i log scale_i - log |det dT/dw|. For a density, z ~ model. T is
-    the identity, or in each column exp or the logistic function, or stick-breaking for the simplex.
+    For a flow, z = flow(u) with u standard normal. With w = loc + scale t(z),
+    log p(y) = log N(u; 0, I) - log |det dz/du| - log |det dt/dz| - sum_i log scale_i - log |det dT/dw|. For a density,
+    z ~ model. T is the identity, or in each column exp or the logistic function, or stick-breaking for the simplex; t
+    is the identity, or the map of `Tails` with fixed weights.
     `pyro_maf.fit_prior` fits one to draws or data.
 
     Args:
@@ -41,10 +49,12 @@ class FlowPrior(Density):
             column; or the corresponding constraints of torch. The density is 0, the log-density -inf, outside and on
             the boundary. A simplex is that of D + 1 numbers, and its density that of the first D. Or a dictionary by
             name of column, if `columns` has names, or else by number; columns that it leaves out are real.
-        loc: Shift of each dimension, (D,), in units of w; by default 0. A buffer, as are the next three: not trained.
+        loc: Shift of each dimension, (D,), in units of w; by default 0. A buffer, as are the next four: not trained.
         scale: Positive scale of each dimension, (D,); by default 1. Both are converted to the model's dtype, unless
             they are of float64 and float32 does not resolve a thousandth of the scale, as for 5.4e6 +- 0.1: then values
             y are of float64, and z is rounded to the model's dtype. `dtype` is that of y.
+        tails: Weights of the right and left tails, (2, D), as of `pyro_maf.transforms.Tails`: inverse degrees of
+            freedom of Student's t, 0 for z as it is. By default all are.
         context_loc: Shift, (context_dim,), subtracted from the context before the model; by default 0.
         context_scale: Positive scale, (context_dim,), by which the context is then divided; by default 1. The dtype of
             a context, `context_dtype`, follows the same rule.
@@ -95,6 +105,7 @@ class FlowPrior(Density):
         support: SupportLike = "real",
         loc: Tensor | None = None,
         scale: Tensor | None = None,
+        tails: Tensor | None = None,
         context_loc: Tensor | None = None,
         context_scale: Tensor | None = None,
         columns: Entries = (),
@@ -112,7 +123,8 @@ class FlowPrior(Density):
         if like is None:  # a model of permutations alone has a device, but no dtype
             like = torch.zeros((), device=getattr(reference_tensor(model, floating=False), "device", None))
         self.model: Flow | Density = model
-        self.units = DataUnits(*statistics(self.name, "", (loc, scale), model.input_dim, like, target), target, like)
+        of_data = statistics(self.name, "", (loc, scale), model.input_dim, like, target)
+        self.units = DataUnits(*of_data, target, like, tail_weights(self.name, tails, model.input_dim))
         of_context = statistics(self.name, "context_", (context_loc, context_scale), model.context_dim, like)
         for name, value in zip(CONTEXT_UNITS, of_context, strict=True):
             self.register_buffer(name, value)
@@ -179,6 +191,11 @@ class FlowPrior(Density):
     def scale(self) -> Tensor:
         """Scale of each dimension, (D,)."""
         return self.units.scale
+
+    @property
+    def tails(self) -> Tensor | None:
+        """Weights of the right and left tails, (2, D), if any."""
+        return self.units.tails
 
     def standardised(self, y: Tensor) -> Tensor:
         r"""Standardised values z, (\*batch, D), in the model's dtype, for values y inside the support."""
@@ -339,7 +356,7 @@ class ConditionalFlowPrior(ConditionalDensity):
 
     Args:
         model: A flow or density with `context_dim` > 0, or a `ConditionalFlow` or `ConditionalDensity`.
-        support, loc, scale, context_loc, context_scale, columns, context_columns: As in `FlowPrior`.
+        support, loc, scale, tails, context_loc, context_scale, columns, context_columns: As in `FlowPrior`.
 
     Shapes:
         context is (\*batch or (), context_dim), in its own units, and broadcasts with values, (\*batch, D), or

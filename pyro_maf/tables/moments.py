@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Moments", "RunningMoments", "context_moments_of", "moments_of"]
+__all__ = ["NORMAL_QUARTILES", "Moments", "RunningMoments", "context_moments_of", "moments_of", "quantiles"]
 
 BLOCK_ROWS = 2**16
 NORMAL_QUARTILES = 1.3490
@@ -138,7 +138,7 @@ def _var_mean(table: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, fl
     return weights @ (table - mean).square() / count, mean, count
 
 
-def _quantiles(
+def quantiles(
     column: NDArray[np.float64], levels: list[float], weights: NDArray[np.float64] | None
 ) -> NDArray[np.float64]:
     """Quantiles; with weights, the smallest value with a fraction of at least the level at or below it."""
@@ -151,13 +151,13 @@ def _quantiles(
 
 def _fence(column: NDArray[np.float64], most_beyond: float, weights: NDArray[np.float64] | None) -> tuple[float, float]:
     """Lower and upper fence of a column."""
-    tail, low, median, high, other_tail = _quantiles(column, [0.05, 0.25, 0.5, 0.75, 0.95], weights)
+    tail, low, median, high, other_tail = quantiles(column, [0.05, 0.25, 0.5, 0.75, 0.95], weights)
     reach = FENCE * (high - low) / NORMAL_QUARTILES
     apart = np.abs(column - median)
     if np.average(apart > reach, weights=weights) > MOST_BEYOND:
         reach = FENCE * (other_tail - tail) / NORMAL_TAILS
     elif not reach and (others := apart[apart > 0]).size:
-        reach = FENCE * _quantiles(others, [0.5], None if weights is None else weights[apart > 0])[0]
+        reach = FENCE * quantiles(others, [0.5], None if weights is None else weights[apart > 0])[0]
     if np.average(apart > reach, weights=weights) > most_beyond:
         reach = np.inf
     return float(median - reach), float(median + reach)

@@ -20,9 +20,9 @@ from pyro_maf.distributions import (
 from pyro_maf.support import Support
 from pyro_maf.tables import MappedRows, Rows
 from pyro_maf.tables.grid import Grid, describe, grid_of
-from pyro_maf.tables.moments import Moments
 from pyro_maf.tables.reader import Labels
 from pyro_maf.tables.rows import repeat_as_a_whole
+from pyro_maf.tables.tails import Units
 
 __all__ = ["Kinds", "few_values", "grids_of", "sampled"]
 
@@ -81,15 +81,15 @@ class Kinds(NamedTuple):
             return support
         return Support("fit", [support.name_of(index) for index in self.numeric], len(self.numeric))
 
-    def moments_of_numbers(self, moments: Moments, support: Support) -> Moments:
-        """Moments of the columns that are no categories, with numbers anywhere in their steps."""
-        scale = moments.scale.clone()
+    def units_of_numbers(self, units: Units, support: Support) -> Units:
+        """Units of the columns that are no categories, with numbers anywhere in their steps."""
+        scale = units.scale.clone()
         for index, spacing in enumerate(self.spacing):
             if spacing and support.name_of(index) == "real":
                 scale[index] = math.hypot(float(scale[index]), spacing / math.sqrt(12))
-        if not self.categories:  # a simplex has one column more than its moments
-            return Moments(moments.loc, scale)
-        return Moments(moments.loc[self.numeric], scale[self.numeric])
+        units = units._replace(scale=scale)
+        # A simplex has one column more than its units.
+        return units.take(self.numeric) if self.categories else units
 
     def around(self, prior: FlowPrior, rows: Rows, seed: int) -> TableDensity | ConditionalTableDensity:
         """The density of the table around that of its numbers.

@@ -16,7 +16,6 @@ __all__ = ["Aside", "Parts", "divide", "fractions_of", "without_far_rows"]
 VALIDATION_FRACTION = 0.1
 LEAST_TESTED = 1000
 """Number of rows from which some are held out for test: a tenth of fewer says little, and training misses them."""
-FAR = 1000.0
 
 
 class Aside(NamedTuple):
@@ -99,24 +98,25 @@ def divide(
 
 
 def without_far_rows(
-    aside: Aside, prior: FlowPrior | TableDensity, labels: Labels, role: str
+    aside: Aside, prior: FlowPrior | TableDensity, reach: Tensor, labels: Labels, role: str
 ) -> tuple[Aside, list[str]]:
-    """Drop held-out rows that lie over a thousand scales from the bulk; also return a line on these, if any.
+    """Drop held-out rows that lie out of reach of the bulk and its tails; also return a line on these, if any.
 
     The log-likelihood of one would outweigh that of all others, and select the epoch, or be the score.
 
     Args:
         aside: The rows.
         prior: The density whose units count.
+        reach: Standardised distance of each column beyond which its values are out of reach.
         labels: Names of the rows.
         role: "validation" or "test".
     """
-    far = (prior.standardised(aside.rows.data).abs() > FAR).any(1)
+    far = (prior.standardised(aside.rows.data).abs() > reach).any(1)
     if far.all() or not far.any():
         return aside, []
     line = (
         f"fit left {int(far.sum()):,} of the {role} rows out, the first of them "
-        f"{labels.row(int(aside.places[far].min()))}: over 1,000 scales from the bulk, one would outweigh all others "
+        f"{labels.row(int(aside.places[far].min()))}: so far from the bulk, one would outweigh all others "
         f"in the {'choice of the best epoch' if role == 'validation' else 'mean'}. Look at them, and give rows that "
         "count as validation=."
     )

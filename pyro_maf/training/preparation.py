@@ -28,6 +28,7 @@ from pyro_maf.tables.named_rows import NamedRows, check_categories, named_rows
 from pyro_maf.tables.reader import Labels
 from pyro_maf.tables.rows import repeat_as_a_whole
 from pyro_maf.tables.table import Table
+from pyro_maf.tables.tails import Units, units_of
 from pyro_maf.training.kinds import Kinds, grids_of, sampled
 from pyro_maf.training.parts import Aside, divide, fractions_of, without_far_rows
 from pyro_maf.training.screening import screen_data
@@ -95,7 +96,7 @@ class Prepared(NamedTuple):
         test: Test rows, or None.
         rows: Number of rows of the data.
         repeats: Number of rows that repeat an earlier one; an estimate for rows on disk.
-        moments: Moments of the unconstrained columns of the training data, and of those of its context, if any.
+        units: Units of the unconstrained columns of the training data, and moments of those of its context, if any.
         generator: Generator of the order of batches.
         warnings: Possible failures, a line each.
     """
@@ -108,7 +109,7 @@ class Prepared(NamedTuple):
     test: Aside | None
     rows: int
     repeats: int
-    moments: tuple[Moments, Moments | None]
+    units: tuple[Units, Moments | None]
     generator: torch.Generator
     warnings: list[str]
 
@@ -139,9 +140,9 @@ class Prepared(NamedTuple):
         return max(1, min(MOST_COPIES, COPIED_ROWS // max(1, len(self.held_out.data))))
 
     def digest(self) -> str:
-        """Fingerprint of the moments, the rows that are held out and the weights."""
+        """Fingerprint of the units, the rows that are held out and the weights."""
         hashed = hashlib.sha256(str(len(self.training.data)).encode())
-        of_data, of_context = self.moments
+        of_data, of_context = self.units
         training = self.training.weights if isinstance(self.training, Rows) else None
         test = () if self.test is None else self.test.rows
         for tensor in (*of_data, *(of_context or ()), *self.held_out, *test, training):
@@ -184,24 +185,32 @@ def prepare(
     if dequantise and not isinstance(model, (FlowPrior, ConditionalFlowPrior)):
         kinds = kinds._replace(grids=grids_of(rows, separate[0] if separate else None, support, levels))
     parts = divide(rows, fractions, generator, by_chance=kinds.repeat_by_chance(rows))
-    moments = _as_precise(parts.training.moments(support), rows.dtypes, dtype)
+    sample = sampled(parts.training)
+    of_data, of_context = parts.training.moments(support)
+    unconstrained = support.unconstrain(sample.data)[0]
+    of_units = units_of(of_data, unconstrained, sample.weights)
+    units = _as_precise((of_units, of_context), rows.dtypes, dtype)
     every = (parts.training, parts.validation.rows, parts.test.rows)
     leaves = any(part.leaves_in_float32(support) for part in every)
-    density = _in_units(model, support, moments, kinds, sampled(parts.training), leaves=leaves, seed=seed)
+    density = _in_units(model, support, units, kinds, sample, leaves=leaves, seed=seed)
     if recipe.starts:
-        _start(density, sampled(parts.training), seed)
+        _start(density, sample, seed)
     prior = density.unwrapped
+    is_new = not isinstance(model, FITTED)
+    in_tails = of_units.reaching(unconstrained) if is_new else []
+    reach = (of_units if is_new else Units(*of_data)).reach
     warnings = [
         *_on_repeats(rows, parts.repeats),
-        *_on_rounding(prior, moments, reader),
+        *_on_rounding(prior, units, reader),
         *kinds.lines(reader.labels, named),
-        *screen_data(rows, reader, kinds.categories, [i for i, grid in enumerate(kinds.grids) if grid]),
+        *screen_data(rows, reader, kinds.categories, [i for i, grid in enumerate(kinds.grids) if grid], in_tails),
     ]
     if isinstance(rows, Rows):
         reader.check_rounded(rows.rounded_for(prior), prior)
     asides = {}
     for role, part in (("validation", parts.validation), ("test", parts.test)):
-        asides[role], omissions = without_far_rows(part.rounded_for(prior, reader), prior, reader.labels, role)
+        aside = part.rounded_for(prior, reader)
+        asides[role], omissions = without_far_rows(aside, prior, reach, reader.labels, role)
         warnings += omissions
     held_out, places = asides["validation"]
     if separate is not None:
@@ -218,7 +227,7 @@ def prepare(
         test=asides["test"]._replace(rows=test_rows) if len(test_rows.data) else None,
         rows=len(rows.data),
         repeats=parts.repeats,
-        moments=moments,
+        units=units,
         generator=generator,
         warnings=warnings,
     )
@@ -296,10 +305,10 @@ def _reader(
 
 
 def _as_precise(
-    moments: tuple[Moments, Moments | None], dtypes: tuple[torch.dtype, torch.dtype], dtype: torch.dtype
-) -> tuple[Moments, Moments | None]:
-    """Round moments to float32 where both the model, of `dtype`, and the rows are of float32."""
-    of_data, of_context = moments
+    units: tuple[Units, Moments | None], dtypes: tuple[torch.dtype, torch.dtype], dtype: torch.dtype
+) -> tuple[Units, Moments | None]:
+    """Round units to float32 where both the model, of `dtype`, and the rows are of float32."""
+    of_data, of_context = units
     if torch.float64 not in (dtype, dtypes[0]):
         of_data = of_data.float()
     if of_context is not None and torch.float64 not in (dtype, dtypes[1]):
@@ -310,7 +319,7 @@ def _as_precise(
 def _in_units(
     model: Model,
     support: Support,
-    moments: tuple[Moments, Moments | None],
+    units: tuple[Units, Moments | None],
     kinds: Kinds,
     training: Rows,
     *,
@@ -321,7 +330,7 @@ def _in_units(
 
     Args:
         model, support, seed: As in `prepare`.
-        moments: Moments of the unconstrained data, and of the context.
+        units: Units of the unconstrained data, and moments of the context.
         kinds: Kinds of the columns.
         training: Training rows, or some of them.
         leaves: True if values leave the support when rounded to float32.
@@ -330,20 +339,19 @@ def _in_units(
         ValueError: For a model with a batch shape.
     """
     if isinstance(model, FlowPrior) and model.context_dim:
-        units = {name: getattr(model, name) for name in ("loc", "scale", "context_loc", "context_scale")}
-        return ConditionalFlowPrior(model.model, support=support.name, **units)
+        names = ("loc", "scale", "tails", "context_loc", "context_scale")
+        return ConditionalFlowPrior(model.model, support=support.name, **{name: getattr(model, name) for name in names})
     if isinstance(model, (FlowPrior, ConditionalFlowPrior, TableDensity, ConditionalTableDensity)):
         return model
     if not kinds.are_plain:
-        return _table_density(model, support, moments, kinds, training, leaves=leaves, seed=seed)
-    (loc, scale), of_context = moments
+        return _table_density(model, support, units, kinds, training, leaves=leaves, seed=seed)
+    of_data, of_context = units
     if of_context is None and isinstance(model, (Flow, Density)):
-        density: Fitted = FlowPrior(model, support=support.name, loc=loc, scale=scale)
+        density: Fitted = FlowPrior(model, support=support.name, **of_data._asdict())
     else:
         context_loc, context_scale = of_context or (None, None)
-        density = ConditionalFlowPrior(
-            model, support=support.name, loc=loc, scale=scale, context_loc=context_loc, context_scale=context_scale
-        )
+        context = {"context_loc": context_loc, "context_scale": context_scale}
+        density = ConditionalFlowPrior(model, support=support.name, **of_data._asdict(), **context)
     _settle(density.unwrapped, leaves=leaves)
     return density
 
@@ -351,7 +359,7 @@ def _in_units(
 def _table_density(
     model: Flow | ConditionalFlow | Density | ConditionalDensity,
     support: Support,
-    moments: tuple[Moments, Moments | None],
+    units: tuple[Units, Moments | None],
     kinds: Kinds,
     training: Rows,
     *,
@@ -359,7 +367,7 @@ def _table_density(
     seed: int,
 ) -> TableDensity | ConditionalTableDensity:
     """Return the density of a table around the model; the categories are at the end of its context, as they are."""
-    of_data, of_context = moments
+    of_data, of_context = units
     inner: Flow | Density = model.unwrapped if isinstance(model, (ConditionalFlow, ConditionalDensity)) else model
     one_hot = sum(kinds.num_categories)
     context: dict[str, Any] = {}
@@ -367,8 +375,8 @@ def _table_density(
         loc, scale = of_context or (torch.zeros(0), torch.ones(0))
         context["context_loc"] = torch.cat([loc, loc.new_zeros(one_hot)])
         context["context_scale"] = torch.cat([scale, scale.new_ones(one_hot)])
-    loc, scale = kinds.moments_of_numbers(of_data, support)
-    prior = FlowPrior(inner, support=kinds.support_of_numbers(support).name, loc=loc, scale=scale, **context)
+    of_numbers = kinds.units_of_numbers(of_data, support)._asdict()
+    prior = FlowPrior(inner, support=kinds.support_of_numbers(support).name, **of_numbers, **context)
     _settle(prior, leaves=leaves)
     return kinds.around(prior, training, seed)
 
@@ -410,12 +418,10 @@ def _on_repeats(rows: Rows | MappedRows, repeats: int) -> list[str]:
     ]
 
 
-def _on_rounding(
-    density: FlowPrior | TableDensity, moments: tuple[Moments, Moments | None], reader: Reader
-) -> list[str]:
+def _on_rounding(density: FlowPrior | TableDensity, units: tuple[Units, Moments | None], reader: Reader) -> list[str]:
     """Return a line on columns of data, and of context, for which the dtype of the density's values is too coarse."""
-    of_data, of_context = moments
-    lines = _coarse("", of_data, reader.support, density.dtype, reader.labels)
+    of_data, of_context = units
+    lines = _coarse("", Moments(of_data.loc, of_data.scale), reader.support, density.dtype, reader.labels)
     if of_context is not None:
         lines += _coarse("context ", of_context, None, density.context_dtype, reader.context_labels)
     return lines

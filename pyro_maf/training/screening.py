@@ -85,7 +85,11 @@ class _Finding(NamedTuple):
 
 
 def screen_data(
-    rows: Rows | MappedRows, reader: Reader, categories: Sequence[int] = (), on_grid: Sequence[int] = ()
+    rows: Rows | MappedRows,
+    reader: Reader,
+    categories: Sequence[int] = (),
+    on_grid: Sequence[int] = (),
+    in_tails: Sequence[int] = (),
 ) -> list[str]:
     """Warnings about the columns of the data and the context of a fit, a line each.
 
@@ -94,6 +98,7 @@ def screen_data(
         reader: Their reader, for the names of columns and the support. Tails are those of the unconstrained values.
         categories: Columns of categories, which nothing is said about.
         on_grid: Columns whose likelihood is that of a grid, where values may repeat.
+        in_tails: Columns of heavy tails in units that heed them, which needs no warning.
 
     Cost: some sorting of at most 10,000 rows.
 
@@ -119,7 +124,8 @@ def screen_data(
     may_repeat = [_Finding(column, "") for column in (*categories, *on_grid)]
     few = _without(_few_values(ordered), may_repeat)
     atoms = _without(_atoms(ordered), [*few, *may_repeat])
-    tails = _without(_heavy_tails(unconstrained), [*few, *atoms, *may_repeat[: len(categories)]])
+    heeded = [_Finding(column, "") for column in (*categories, *in_tails)]
+    tails = _without(_heavy_tails(unconstrained), [*few, *atoms, *heeded])
     lines = [
         _line("few distinct values", few, labels, f"{UNBOUNDED}. {FEW_ADVICE}"),
         _line("a value that many rows share", atoms, labels, f"{UNBOUNDED}. {ATOMS_ADVICE}"),

@@ -14,7 +14,7 @@ from pyro_maf.nn.weights import current
 from pyro_maf.sweep.torch_layers import gradients
 from pyro_maf.transforms.base import Flow
 
-__all__ = ["Tails"]
+__all__ = ["Tails", "with_tails"]
 
 BOUND = 2.0
 """Bound of the weights: a Cauchy distribution has 1."""
@@ -92,17 +92,24 @@ class Tails(Flow):
         return x, -log_det
 
     def _mapped(self, x: Tensor, sign: int) -> tuple[Tensor, Tensor]:
-        free = current(self).free
-        mapped = _plain if is_intercepted() or self.loc.requires_grad or self.scale.requires_grad else _Mapped.apply
-        y, log_det = mapped(x, free, self.loc, self.scale, sign)
-        return y, log_det
+        return with_tails(x, BOUND * torch.tanh(current(self).free / BOUND), self.loc, self.scale, sign)
 
 
-def _plain(x: Tensor, free: Tensor, loc: Tensor, scale: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+def with_tails(x: Tensor, weights: Tensor, loc: Tensor, scale: Tensor, sign: int = 1) -> tuple[Tensor, Tensor]:
+    r"""Map x as `Tails` does with these weights of the right and left tails, (2, D); inversely if sign is -1.
+
+    Returns:
+        y (\*batch, D) and log |det dy/dx|, (\*batch,).
+    """
+    mapped = _plain if is_intercepted() or loc.requires_grad or scale.requires_grad else _Mapped.apply
+    y, log_det = mapped(x, weights, loc, scale, sign)
+    return y, log_det
+
+
+def _plain(x: Tensor, weights: Tensor, loc: Tensor, scale: Tensor, sign: int) -> tuple[Tensor, Tensor]:
     """The map, or its inverse for sign -1, by operations that can be differentiated any number of times."""
     z = (x - loc) / scale
-    weights = (BOUND * sign) * torch.tanh(free / BOUND)
-    weight = torch.where(z > 0, weights[0], weights[1])
+    weight = sign * torch.where(z > 0, weights[0], weights[1])
     is_heavy = weight >= 0
     # Not `abs`, whose gradient at 0 is 0.
     size = torch.where(is_heavy, weight, -weight)
@@ -139,33 +146,31 @@ class _Mapped(torch.autograd.Function):
     """`_plain` in fewer operations, with its gradients in closed form."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, free: Tensor, loc: Tensor, scale: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weights: Tensor, loc: Tensor, scale: Tensor, sign: int) -> tuple[Tensor, Tensor]:
         z = (x - loc) / scale
-        slopes = torch.tanh(free / BOUND)
-        weights = slopes * (BOUND * sign)
         is_right = z > 0
-        weight = torch.where(is_right, weights[0], weights[1])
+        weight = sign * torch.where(is_right, weights[0], weights[1])
         squares = z.square()
         raw = weight.abs() * squares
-        ctx.sign, ctx.is_inside = sign, not raw.numel() or float(raw.amax()) <= LARGEST  # not, if one is NaN
-        if not ctx.is_inside:
-            ctx.save_for_backward(x, free, loc, scale)
-            return _plain(x, free, loc, scale, sign)
         exponent = torch.where(weight < 0, raw.log1p(), raw)
+        ctx.sign, ctx.is_inside = sign, not raw.numel() or float(exponent.amax()) <= LARGEST  # not, if one is NaN
+        if not ctx.is_inside:
+            ctx.save_for_backward(x, weights, loc, scale)
+            return _plain(x, weights, loc, scale, sign)
         positive = exponent.clamp(min=TINY)
         half = (positive.expm1() / positive).log().mul_(0.5)
         log_derivative = torch.copysign(exponent - half, weight)
         moved = z * torch.copysign(half, weight).exp_()
-        arrays = z, is_right, squares, weight, exponent, moved, log_derivative, slopes
-        ctx.save_for_backward(x, free, loc, scale, *arrays)
+        arrays = z, is_right, squares, weight, exponent, moved, log_derivative
+        ctx.save_for_backward(x, weights, loc, scale, *arrays)
         return torch.addcmul(loc, scale, moved), log_derivative.sum(-1)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
-        x, free, loc, scale, *arrays = ctx.saved_tensors
+        x, weights, loc, scale, *arrays = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
         if not ctx.is_inside or torch.is_grad_enabled() or is_intercepted():
-            inputs, plain = (x, free, loc, scale), partial(_plain, sign=ctx.sign)
+            inputs, plain = (x, weights, loc, scale), partial(_plain, sign=ctx.sign)
             found = gradients(plain, inputs, (*needed, False, False), (grad_y, grad_log_det))
             return *found, None
         return *_closed(needed, scale, ctx.sign, arrays, grad_y, grad_log_det), None, None, None
@@ -174,19 +179,19 @@ class _Mapped(torch.autograd.Function):
 def _closed(
     needed: tuple[bool, bool], scale: Tensor, sign: int, arrays: list[Tensor], grad_y: Tensor, grad_log_det: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients with respect to x and theta."""
-    z, is_right, squares, weight, exponent, moved, log_derivative, slopes = arrays
+    """Gradients with respect to x and the weights."""
+    z, is_right, squares, weight, exponent, moved, log_derivative = arrays
     half = _slope(exponent).mul_(0.5)
     by_log_det = grad_log_det.unsqueeze(-1)
     # Derivative of the exponent by w x^2: of lighter tails the exponent is log(1 + |w| x^2).
     share = torch.where(weight < 0, exponent.neg().exp_(), 1.0)
     rest = (1 - half) * share * by_log_det
-    grad_x = grad_free = None
+    grad_x = grad_weights = None
     if needed[0]:
         grad_x = grad_y * log_derivative.exp() + 2 * weight * z * rest / scale
     if needed[1]:
         by_weight = squares * (grad_y * scale * moved * half * share + rest)
         right = torch.where(is_right, by_weight, 0.0)
         sides = [side.reshape(-1, side.shape[-1]).sum(0) for side in (right, by_weight - right)]
-        grad_free = torch.stack(sides) * (1 - slopes.square()) * sign
-    return grad_x, grad_free
+        grad_weights = torch.stack(sides) * sign
+    return grad_x, grad_weights
