@@ -166,6 +166,7 @@ def _in_units(model: Density, prior: FlowPrior, inner: FlowPrior | TableDensity)
         support=prior.units.support.name,
         loc=prior.loc,
         scale=prior.scale,
+        tails=prior.tails,
         context_loc=of_context[0],
         context_scale=of_context[1],
     )
