@@ -14,6 +14,7 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from torch import Tensor
+from torch.distributions import AffineTransform, ExpTransform, SigmoidTransform
 
 from pyro_maf.infer import AutoIAF, AutoRealNVP, TracePath_ELBO, diagnose, fit_guide, neutra, reweight
 from tests.posteriors import SMALL, drawn
@@ -57,11 +58,38 @@ def levels() -> None:
             pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=torch.zeros(3, 2, 3))
 
 
+def processes() -> None:
+    """Gaussian processes with a latent kernel, on real and on positive numbers, two of them in a plate."""
+    size = pyro.sample("size", dist.LogNormal(0.0, torch.tensor(0.5)))[..., None, None]
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))[..., None]
+    apart = (torch.arange(3.0)[:, None] - torch.arange(3.0)).square()
+    kernel = size * (-apart / (1 + size)).exp() + 0.01 * torch.eye(3)
+    f = pyro.sample("f", dist.MultivariateNormal(loc + torch.zeros(3), kernel).mask(True))
+    with pyro.plate("outputs", 2):
+        pyro.sample("g", dist.MultivariateStudentT(5.0, torch.zeros(3), torch.linalg.cholesky(kernel)))
+    process = dist.MultivariateNormal(f, precision_matrix=torch.linalg.inv(kernel))
+    pyro.sample("h", dist.TransformedDistribution(process, [AffineTransform(0.0, -2.0), ExpTransform()]))
+
+
+def transformed() -> None:
+    """Sites of a location and a scale by the maps after their distribution."""
+    scale = pyro.sample("scale", dist.LogNormal(0.0, torch.tensor(0.5)))
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    unit = dist.Normal(torch.zeros_like(loc), 1.0)
+    pyro.sample("affine", dist.TransformedDistribution(unit, [AffineTransform(loc, -scale)]))
+    pyro.sample("share", dist.TransformedDistribution(dist.Normal(loc, scale), [SigmoidTransform()]))
+    steps = pyro.sample("steps", dist.Normal(0.0, scale[..., None]).expand([*scale.shape, 4]).to_event(1))
+    with pyro.plate("rows", 2):
+        pyro.sample("walk", dist.Laplace(steps.cumsum(-1)[..., 3], 1.0))
+
+
 MODELS: dict[str, tuple[Callable[[], None], list[str]]] = {
     "hierarchy": (hierarchy, ["theta"]),
     "funnel": (funnel, ["x"]),
     "chain": (chain, ["z0", "z1", "z2", "z3"]),
     "levels": (levels, ["scale", "rate", "size", "z"]),
+    "processes": (processes, ["f", "g", "h"]),
+    "transformed": (transformed, ["affine", "share", "steps", "walk"]),
 }
 
 
@@ -121,6 +149,38 @@ def test_degrees_begin_where_data_are() -> None:
     degrees = guide.coordinates.degree.detach()
     assert bool((degrees[:3] > 0.9).all()), degrees
     assert bool((degrees[3:] < 0.1).all()), degrees
+
+
+def test_degrees_of_a_process_begin_where_data_are() -> None:
+    """Data say much about the sum of a process's values, and nothing about their differences."""
+
+    def model() -> None:
+        size = pyro.sample("size", dist.LogNormal(0.0, 0.1))[..., None, None]
+        f = pyro.sample("f", dist.MultivariateNormal(torch.zeros(3), size * (torch.ones(3, 3) + 1e-3 * torch.eye(3))))
+        pyro.sample("y", dist.Normal(f.mean(-1), 0.05), obs=torch.tensor(0.5))
+
+    degrees = AutoIAF(model, **SMALL).setup().coordinates.degree.detach()
+    assert degrees[0] > 0.9, degrees
+    assert bool((degrees[1:] < 0.3).all()), degrees
+
+
+def test_draws_at_which_the_model_raises_have_the_usual_scale() -> None:
+    def model() -> None:
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        if bool((scale > 2.0).any()):
+            raise ValueError("too large")
+        z = pyro.sample("z", dist.Normal(0.0, scale))
+        pyro.sample("w", dist.Normal(z, scale))
+
+    guide = guide_of(model, init_scale=1.0).double()
+    noise = torch.randn(40, 3, dtype=torch.float64)
+    values, log_ratio = guide.sites_of(noise), guide.sites_and_log_ratio(noise)[1]
+    assert 0 < int((values["scale"] > 2.0).sum()) < 40
+    torch.testing.assert_close(guide.log_prob(values), guide.get_base_dist().log_prob(noise) - log_ratio)
+    for index in range(40):
+        alone = guide.sites_of(noise[index])
+        assert all(torch.allclose(value[index], alone[name]) for name, value in values.items())
+    assert diagnose(model, guide.float(), num_samples=1000).ess > 0
 
 
 def test_models_without_such_sites_have_no_coordinates() -> None:

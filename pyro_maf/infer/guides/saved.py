@@ -91,8 +91,7 @@ class SavedGuide(GuideDensity, Savable):
             self.register_buffer(f"value_{index}", site["value"])
         self._lay_out()
         self.prior = prior
-        self.coordinates = None if prior is None else Coordinates(self.latents, prior.names)
-        self._map_to_sites()(self._weight.new_zeros(self.latent_dim))  # which fails now rather than at the first draw
+        self.coordinates = None if prior is None else Coordinates(self.latents, prior.names, prior.correlated)
 
     def _lay_out(self) -> None:
         """Lay out the sites by the values that are now in the buffers."""
@@ -108,6 +107,8 @@ class SavedGuide(GuideDensity, Savable):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._lay_out()
+        if (coordinates := self._coordinates) is not None:  # whose prior fails now rather than at the first draw
+            coordinates.images(self.latents, self._weight.new_zeros(self.latent_dim), self._call((), {}), strict=True)
 
     @property
     def _map(self) -> Stack | FlowMixture:
@@ -238,7 +239,7 @@ def _checked_prior(latents: Latents, transform: Stack, coordinates: Coordinates,
     points = points.reshape(CHECKED, *(1,) * latents.nesting, -1)
     try:
         prior = recorded_prior(latents, coordinates.names, call, weight.dtype)
-        ours, theirs = (coordinates.images(latents, points, each) for each in (Call(prior), call))
+        ours, theirs = (coordinates.images(latents, points, each, strict=True) for each in (Call(prior), call))
     except (UnrecordedError, *FAILURES, NotImplementedError) as error:
         reason = " ".join(str(error).split()) or "as it draws random numbers, or branches on values"
     else:

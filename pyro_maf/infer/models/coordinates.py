@@ -9,30 +9,34 @@ is v for d = 1 and (v - loc) / scale in fixed units for d = 0. loc_0 and scale_0
 which c is v for every d. For normal data the share of the data in the precision of v is the d for which c depends least
 on the rest.
 
+Where the scale is a triangular matrix L, as of a Gaussian process whose kernel has latent parameters, the degrees are
+those of the entries of L^-1 (v - loc): data determine some of these and leave others as in the prior. With D = diag(d)
+
+    v = loc + (L (1 - D) + L_0 D) (c - D L_0^-1 (loc - loc_0)).
+
 Reference: Gorinova, Moore & Hoffman, *Automatic reparameterisation of probabilistic programs*, 2020; Papaspiliopoulos,
 Roberts & Skold, *A general framework for the parametrization of hierarchical models*, 2007.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import cast
+from typing import NamedTuple
 
 import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.distributions import Exponential, Gamma, InverseGamma, constraints
-from torch.distributions.constraints import Constraint
 
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.models.latents import Images, Latents, Part, masked_elements, within_reach
+from pyro_maf.infer.models.location_scale import LocationScale, Scale, location_and_scale
 from pyro_maf.infer.models.log_joint import FAILURES
-from pyro_maf.infer.models.model import Call, Site, layers_of
+from pyro_maf.infer.models.model import Call, Site
 
-__all__ = ["Coordinates", "coordinates_of", "location_and_scale", "run_with"]
+__all__ = ["Coordinates", "coordinates_of", "run_with"]
 
 Rule = Callable[[str, TorchDistribution], Tensor]
 """The value of a latent site, by its name and its distribution in this run."""
@@ -45,6 +49,21 @@ FARTHEST = 1e9
 """Maximum correction, in nats."""
 SPREAD, POINTS = 0.1, 3
 """Spread of latent variables in the trial of a map, and the number of their vectors."""
+PROBES = 8
+"""Number of random vectors for the diagonal of a precision, if scales are matrices."""
+
+
+class _Map(NamedTuple):
+    """The map v = loc + slope (c - origin) of a site."""
+
+    loc: Tensor
+    slope: Scale
+    origin: Tensor
+    scale: Scale
+
+    def log_slope(self, like: Tensor) -> Tensor:
+        """log |dv/dc| by entry, in the shape of a tensor."""
+        return self.slope.diagonal.log().expand(like.shape)
 
 
 class Coordinates(nn.Module):
@@ -57,48 +76,51 @@ class Coordinates(nn.Module):
     Args:
         latents: The layout of the latent vector.
         names: The sites with a degree of centring.
+        correlated: Those of them whose scale is a matrix.
 
     Attributes:
         degree: The degree of centring of each of their entries, trained with the guide.
-        loc, log_scale: loc_0 and log scale_0 of each, fixed by the initialization.
+        loc, log_scale: loc_0 and log scale_0 of each, fixed by the initialization; of matrices L_0 the diagonals.
+        below: The matrices L_0, one after another, of which the entries below the diagonal are heeded.
     """
 
     loc: Tensor
     log_scale: Tensor
+    below: Tensor
 
-    def __init__(self, latents: Latents, names: list[str]) -> None:
+    def __init__(self, latents: Latents, names: Sequence[str], correlated: Collection[str] = ()) -> None:
         super().__init__()
         self._slices: dict[str, slice] = {}
-        size = 0
+        self._squares: dict[str, slice] = {}
+        size = square = 0
         for name in names:
-            part = latents.parts[name]
-            self._slices[name] = slice(size, size + part.stop - part.start)
-            size += part.stop - part.start
+            shape = latents.parts[name].shape
+            self._slices[name] = slice(size, size := size + shape.numel())
+            if name in correlated:
+                self._squares[name] = slice(square, square := square + shape.numel() * shape[-1])
         like = latents.initial()
         self.degree = nn.Parameter(torch.full((size,), DEGREE).to(like))
         self.register_buffer("loc", torch.zeros(size).to(like))
         self.register_buffer("log_scale", torch.zeros(size).to(like))
+        self.register_buffer("below", torch.zeros(square).to(like))
 
     @property
     def names(self) -> list[str]:
         """The sites with a degree of centring."""
         return list(self._slices)
 
-    def entries(self, latents: Latents) -> Tensor:
-        """Mask over the latent vector, (D,): true for entries of sites with a degree."""
-        mask = torch.zeros_like(latents.idle)
-        for name in self._slices:
-            mask[latents.parts[name].start : latents.parts[name].stop] = True
-        return mask[~latents.idle]
+    def images(self, latents: Latents, coordinates: Tensor, call: Call, *, strict: bool = False) -> Images:
+        r"""Map coordinates, in the shape that `Latents.split` takes, to the values of all sites.
 
-    def images(self, latents: Latents, coordinates: Tensor, call: Call) -> Images:
-        r"""Map coordinates, in the shape that `Latents.split` takes, to the values of all sites."""
+        For a draw at which the model raises, as of a covariance that is singular by rounding, sites from there on have
+        their usual location and scale; with `strict`, its error is raised.
+        """
         pieces = {part.site["name"]: (part, piece) for part, piece in latents.split(coordinates)}
         images: Images = {}
 
-        def value_of(name: str, fn: TorchDistribution) -> Tensor:
+        def value_of(name: str, fn: TorchDistribution | None) -> Tensor:
             part, piece = pieces[name]
-            entries, log_slope = self._outward(latents, part, piece, fn)
+            entries, log_slope = self._outward(part, piece, fn)
             value, log_det = latents.mapped(part, entries)
             if log_slope is not None:
                 events = part.site["fn"].event_dim
@@ -106,113 +128,159 @@ class Coordinates(nn.Module):
             images[name] = value, log_det
             return value
 
-        run_with(call, pieces, value_of)
-        for name, (part, piece) in pieces.items():
-            if name not in images:  # a branch of the model without it
-                images[name] = latents.mapped(part, piece)
+        try:
+            run_with(call, pieces, value_of)
+        except FAILURES:
+            if strict:
+                raise
+            if coordinates.dim() > 1 + latents.nesting and len(coordinates) > 1:
+                first, second = (self.images(latents, half, call) for half in coordinates.tensor_split(2))
+                return {
+                    name: (torch.cat([value, second[name][0]]), torch.cat([log_det, second[name][1]]))
+                    for name, (value, log_det) in first.items()
+                }
+        for name in pieces.keys() - images.keys():  # also in a branch of the model without a site
+            value_of(name, None)
         return images
 
-    def of_values(self, latents: Latents, values: Mapping[str, Tensor], call: Call) -> tuple[Tensor, Tensor]:
+    def of_values(
+        self, latents: Latents, values: Mapping[str, Tensor], call: Call, *, strict: bool = False
+    ) -> tuple[Tensor, Tensor]:
         r"""Map values of all sites, (\*batch, \*site), to coordinates (\*batch, D), and log |det dz/dc|, (\*batch,)."""
         entries, log_det = latents.pack(values)
         batch = entries.shape[:-1]
         flat = entries.reshape(-1, *(1,) * latents.nesting, entries.shape[-1])
-        pieces = {part.site["name"]: (part, piece) for part, piece in latents.split(flat)}
-        inside = {}
-        log_slopes = [log_det]
+        coordinates, log_slope = self._of_entries(latents, flat, call, strict)
+        return coordinates.reshape(*batch, -1), log_det + log_slope.reshape(batch)
 
-        def value_of(name: str, fn: TorchDistribution) -> Tensor:
+    def _of_entries(self, latents: Latents, entries: Tensor, call: Call, strict: bool) -> tuple[Tensor, Tensor]:
+        """Map vectors v, (draws, ..., D), to coordinates (draws, D), and log |det dv/dc|, (draws,), as `images`."""
+        pieces = {part.site["name"]: (part, piece) for part, piece in latents.split(entries)}
+        count, inside, log_slopes = len(entries), {}, [entries.new_zeros(len(entries))]
+
+        def value_of(name: str, fn: TorchDistribution | None) -> Tensor:
             part, piece = pieces[name]
-            inside[name], log_slope = self._inward(latents, part, piece, fn)
+            inside[name], log_slope = self._inward(part, piece, fn)
             if log_slope is not None:
-                log_slopes.append(log_slope.reshape(len(flat), -1).sum(-1).reshape(batch))
+                log_slopes.append(log_slope.reshape(count, -1).sum(-1))
             return latents.mapped(part, piece)[0]
 
-        run_with(call, pieces, value_of)
-        packed = [
-            inside.get(name, piece).reshape(len(flat), part.stop - part.start) for name, (part, piece) in pieces.items()
-        ]
-        coordinates = torch.cat(packed, -1)[:, ~latents.idle].reshape(*batch, -1)
-        return coordinates, torch.stack(log_slopes).sum(0)
+        try:
+            run_with(call, pieces, value_of)
+        except FAILURES:
+            if strict:
+                raise
+            if count > 1:
+                halves = [self._of_entries(latents, half, call, strict) for half in entries.tensor_split(2)]
+                return torch.cat([half[0] for half in halves]), torch.cat([half[1] for half in halves])
+        for name in pieces.keys() - inside.keys():
+            value_of(name, None)
+        packed = torch.cat([inside[name].reshape(count, -1) for name in pieces], -1)
+        return packed[:, ~latents.idle], torch.stack(log_slopes).sum(0)
 
     @torch.no_grad()
     def centre(self, latents: Latents, values: Mapping[str, Tensor], call: Call) -> Tensor:
-        """Let c be v for every degree at these values of all sites; return it, (D,)."""
-
-        def value_of(name: str, fn: TorchDistribution) -> Tensor:
-            if (place := self._slices.get(name)) is not None and (prior := location_and_scale(fn)) is not None:
-                shape = latents.parts[name].shape
-                self.loc[place] = prior[0].expand(shape).flatten()
-                self.log_scale[place] = prior[1].log().expand(shape).flatten()
-            return values[name]
-
-        run_with(call, latents.parts, value_of)
-        return latents.pack(values)[0].reshape(latents.size)
+        """Take location and scale at these values of all sites as the usual ones; return the coordinates, (D,)."""
+        self._settle(self._priors(latents, {name: value[None] for name, value in values.items()}, call), latents)
+        return self.of_values(latents, values, call)[0].reshape(latents.size)
 
     @torch.no_grad()
-    def set_by_precision(self, latents: Latents, precision: Tensor, values: Mapping[str, Tensor], call: Call) -> None:
-        r"""Set each degree to the share of the data in the precision of v given the rest, and c to v at mean values.
+    def set_by_precision(
+        self, latents: Latents, product: Callable[[Tensor], Tensor], values: Mapping[str, Tensor], call: Call
+    ) -> None:
+        r"""Set each degree to the share of the data in the precision given the rest, by Hutchinson's estimate.
+
+        Location and scale at the mean of the values are the usual ones from then on.
 
         Args:
             latents: The layout of the latent vector.
-            precision: Minus the second derivative of the log-density with respect to each entry of v, (draws, D).
+            product: Minus the Hessian of the log-density with respect to v times vectors, (draws, D).
             values: The draws, (draws, \*site), of every site.
             call: The model with its arguments.
         """
-        count = len(precision)
-        entries = precision.new_zeros(count, len(latents.idle))
-        entries[:, ~latents.idle] = precision
+        priors = self._priors(latents, values, call)
+        count = len(next(iter(values.values())))
+        total = dict.fromkeys(priors, self.degree.new_zeros(()))
+        probes = PROBES if self._squares else 1
+        for seed in range(probes):
+            with seeded(seed, self.degree.device):
+                signs = {
+                    name: 2.0 * torch.randint(0, 2, prior.loc.shape).to(prior.loc) - 1 for name, prior in priors.items()
+                }
+            probe = self.degree.new_zeros(count, len(latents.idle))
+            for name, prior in priors.items():
+                part = latents.parts[name]
+                probe[:, part.start : part.stop] = prior.scale.times(signs[name]).reshape(count, -1)
+            image = torch.zeros_like(probe)
+            image[:, ~latents.idle] = product(probe[:, ~latents.idle])
+            for name, prior in priors.items():
+                part = latents.parts[name]
+                along = image[:, part.start : part.stop].reshape(prior.loc.shape)
+                total[name] = total[name] + (signs[name] * prior.scale.transposed_times(along)).mean(0) / probes
+        for name, precision in total.items():
+            self.degree[self._slices[name]] = (1 - 1 / precision).clamp(0.0, 1.0).nan_to_num(nan=DEGREE).flatten()
+        self._settle(priors, latents)
+
+    def _priors(self, latents: Latents, values: Mapping[str, Tensor], call: Call) -> dict[str, LocationScale]:
+        r"""Location and scale at draws of all sites, (draws, \*site), of the sites with a degree."""
+        priors = {}
 
         def value_of(name: str, fn: TorchDistribution) -> Tensor:
-            part = latents.parts[name]
-            if (place := self._slices.get(name)) is not None and (prior := location_and_scale(fn)) is not None:
-                shape = (count, *(1,) * (latents.nesting - len(part.plates)), *part.shape)
-                loc, scale = (tensor.expand(shape).reshape(count, -1) for tensor in prior)
-                share = 1 - 1 / (entries[:, part.start : part.stop] * scale.square()).mean(0)
-                self.degree[place] = share.clamp(0.0, 1.0).nan_to_num(nan=DEGREE)
-                self.loc[place], self.log_scale[place] = loc.mean(0), scale.log().mean(0)
+            if name in self._slices and (prior := location_and_scale(fn)) is not None:
+                shape = latents.parts[name].shape
+                lead = (len(values[name]), *(1,) * (latents.nesting - len(latents.parts[name].plates)))
+                loc = prior.loc.expand(lead + shape).reshape(-1, *shape)
+                shape = shape + shape[-1:] if prior.scale.is_matrix else shape
+                scale = prior.scale.tensor.expand(lead + shape).reshape(-1, *shape)
+                priors[name] = LocationScale(loc, Scale(scale, prior.scale.is_matrix))
             return latents.padded(name, values[name])
 
         run_with(call, latents.parts, value_of)
+        return priors
 
-    def _outward(
-        self, latents: Latents, part: Part, piece: Tensor, fn: TorchDistribution
-    ) -> tuple[Tensor, Tensor | None]:
+    def _settle(self, priors: Mapping[str, LocationScale], latents: Latents) -> None:
+        """Take the mean location and scale of draws as the usual ones."""
+        for name, (loc, scale) in priors.items():
+            self.loc[self._slices[name]] = loc.mean(0).flatten()
+            self.log_scale[self._slices[name]] = scale.diagonal.log().mean(0).flatten()
+            if scale.is_matrix:
+                self.below[self._squares[name]] = scale.tensor.mean(0).flatten()
+
+    def _outward(self, part: Part, piece: Tensor, fn: TorchDistribution | None) -> tuple[Tensor, Tensor | None]:
         """Map c to v; also return log |dv/dc|, in the shape of the site, or None for a site without a degree."""
-        if (prior := self._prior(latents, part, fn)) is None:
+        if (site := self._map(part, fn)) is None:
             return piece, None
-        degree, loc, scale, centre, log_slope = prior
-        residual = log_slope.exp() * (piece - centre - degree * (loc - centre))
-        entries = loc + residual
-        log_slope = log_slope.expand(entries.shape) + _lost_to_rounding(loc, scale, residual, entries)
+        residual = site.slope.times(piece - site.origin)
+        entries = site.loc + residual
+        log_slope = site.log_slope(entries) + _lost_to_rounding(site.loc, site.scale, residual, entries)
         return within_reach(part.transform, entries), log_slope
 
-    def _inward(
-        self, latents: Latents, part: Part, entries: Tensor, fn: TorchDistribution
-    ) -> tuple[Tensor, Tensor | None]:
+    def _inward(self, part: Part, entries: Tensor, fn: TorchDistribution | None) -> tuple[Tensor, Tensor | None]:
         """Map v to c; also return log |dv/dc|."""
-        if (prior := self._prior(latents, part, fn)) is None:
+        if (site := self._map(part, fn)) is None:
             return entries, None
-        degree, loc, _, centre, log_slope = prior
-        piece = centre + degree * (loc - centre) + (entries - loc) * (-log_slope).exp()
-        return piece, log_slope.expand(entries.shape)
+        return site.origin + site.slope.solve(entries - site.loc), site.log_slope(entries)
 
-    def _prior(self, latents: Latents, part: Part, fn: TorchDistribution) -> tuple[Tensor, ...] | None:
-        """Return degree, location, scale, loc_0 and (1 - degree) log(scale / scale_0)."""
-        place = self._slices.get(part.site["name"])
-        prior = None if place is None else location_and_scale(fn)
-        if prior is None:
+    def _map(self, part: Part, fn: TorchDistribution | None) -> _Map | None:
+        """The map of a site with this distribution, or with its usual location and scale for None or another family."""
+        name = part.site["name"]
+        if (place := self._slices.get(name)) is None:
             return None
-        loc, scale = prior
-        degree, centre, log_unit = (
-            tensor[place].reshape(part.shape) for tensor in (self.degree, self.loc, self.log_scale)
-        )
-        if latents.leaves_out:  # entries without a posterior stay as they are
-            degree = torch.where(latents.idle[part.start : part.stop].reshape(part.shape), 1.0, degree)
-        return degree, loc, scale, centre, (1 - degree) * (scale.log() - log_unit)
+        degree, usual, log_unit = (each[place].reshape(part.shape) for each in (self.degree, self.loc, self.log_scale))
+        unit = Scale(log_unit.exp())
+        if name in self._squares:
+            below = self.below[self._squares[name]].reshape(part.shape + part.shape[-1:]).tril(-1)
+            unit = Scale(below + unit.tensor.diag_embed(), True)
+        prior = None if fn is None else location_and_scale(fn)
+        loc, scale = LocationScale(usual, unit) if prior is None else prior
+        if unit.is_matrix:
+            slope = Scale(scale.tensor * (1 - degree[..., None, :]) + unit.tensor * degree[..., None, :], True)
+            return _Map(loc, slope, degree * unit.solve(loc - usual), scale)
+        slope = Scale(((1 - degree) * (scale.tensor.log() - log_unit)).exp())
+        return _Map(loc, slope, usual + degree * (loc - usual), scale)
 
 
-def _lost_to_rounding(loc: Tensor, scale: Tensor, residual: Tensor, entries: Tensor) -> Tensor | float:
+def _lost_to_rounding(loc: Tensor, scale: Scale, residual: Tensor, entries: Tensor) -> Tensor | float:
     """Log-density that a prior does not lose where rounding removes the residual from loc + residual, as a normal's.
 
     Without it, scales far below the location's last digit had a bound without limit: the prior is 1 / scale there,
@@ -222,34 +290,9 @@ def _lost_to_rounding(loc: Tensor, scale: Tensor, residual: Tensor, entries: Ten
     lost = (rounded - residual).abs() > LOST * residual.abs()
     if not bool(lost.any()):
         return 0.0
-    missing = ((rounded / scale).square() - (residual / scale).square()) / 2
+    missing = (scale.solve(rounded).square() - scale.solve(residual).square()) / 2
+    lost = lost.any(-1, keepdim=True) if scale.is_matrix else lost
     return torch.where(lost, missing.clamp(min=-FARTHEST, max=0.0), 0.0)
-
-
-def location_and_scale(fn: TorchDistribution) -> tuple[Tensor, Tensor] | None:
-    """Return location and scale of a site's unconstrained values, by entry; None for another family of distributions.
-
-    The logarithm of a positive variable with a scale is one with a location.
-    """
-    family = next((layer for layer in layers_of(fn) if layer.arg_constraints.keys() & {"loc", "scale", "rate"}), fn)
-    loc, scale, rate = (getattr(family, name, None) for name in ("loc", "scale", "rate"))
-    support = cast("Constraint", fn.support)
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    bounds = {name: bound for name, bound in vars(support).items() if name.endswith("_bound")}
-    is_positive = (
-        list(bounds) == ["lower_bound"] and not isinstance(bounds["lower_bound"], Tensor) and not any(bounds.values())
-    )
-    if loc is not None and scale is not None:
-        return (loc, scale) if is_positive or support is constraints.real else None  # as of a LogNormal
-    if not is_positive:
-        return None
-    if scale is not None:
-        return scale.log(), torch.ones_like(scale)
-    if isinstance(family, (Exponential, Gamma, InverseGamma)) and rate is not None:
-        sign = 1 if isinstance(family, InverseGamma) else -1
-        return sign * rate.log(), torch.ones_like(rate)
-    return None
 
 
 class _AllValuedError(Exception):
@@ -289,32 +332,34 @@ def coordinates_of(call: Call, latents: Latents) -> Coordinates | None:
         return None
     try:
         with seeded(0, latents.idle.device):
-            names = _dependent(call, latents)
-        coordinates = Coordinates(latents, names) if names else None
+            found = _dependent(call, latents)
+        correlated = [name for name, is_matrix in found.items() if is_matrix]
+        coordinates = Coordinates(latents, list(found), correlated) if found else None
         return coordinates if coordinates is not None and _is_sound(coordinates, latents, call) else None
     except (*FAILURES, NotImplementedError):
         return None
 
 
-def _dependent(call: Call, latents: Latents) -> list[str]:
-    """Return the sites whose prior has a location or scale that depends on other latent sites."""
+def _dependent(call: Call, latents: Latents) -> dict[str, bool]:
+    """Return the sites whose prior has a location or scale that depends on other latent sites; True for matrices."""
     pieces = {part.site["name"]: (part, piece) for part, piece in latents.split(latents.initial())}
     leaves: dict[int, Tensor] = {}
-    names = []
+    found: dict[str, bool] = {}
 
     def value_of(name: str, fn: TorchDistribution) -> Tensor:
         part, piece = pieces[name]
+        prior = location_and_scale(fn)
         # Masked entries are constants, which coordinates would move by rounding.
         is_whole = masked_elements(part.site, part.value) is None
-        if is_whole and any(_reaches(tensor, leaves) for tensor in location_and_scale(fn) or ()):
-            names.append(name)
+        if is_whole and prior is not None and any(_reaches(each, leaves) for each in (prior.loc, prior.scale.tensor)):
+            found[name] = prior.scale.is_matrix
         leaf = piece.detach().clone().requires_grad_()
         leaves[id(leaf)] = leaf
         return latents.mapped(part, leaf)[0]
 
     with torch.enable_grad():
         run_with(call, pieces, value_of)
-    return names
+    return found
 
 
 def _reaches(tensor: Tensor, leaves: Collection[int]) -> bool:
@@ -338,12 +383,12 @@ def _is_sound(coordinates: Coordinates, latents: Latents, call: Call) -> bool:
     with seeded(0, like.device):
         points = like + SPREAD * torch.randn(POINTS, *(1,) * latents.nesting, len(like)).to(like)
     with seeded(1, like.device):
-        values, log_det = latents.unpack(points, coordinates.images(latents, points, call))
+        values, log_det = latents.unpack(points, coordinates.images(latents, points, call, strict=True))
     values = {name: value.reshape(POINTS, *latents.parts[name].value.shape) for name, value in values.items()}
-    back, log_det_back = coordinates.of_values(latents, values, call)
+    back, log_det_back = coordinates.of_values(latents, values, call, strict=True)
     pairs = [(log_det_back, log_det.reshape(POINTS)), (back, points.reshape(POINTS, -1))]
     for index, point in enumerate(points):
         with seeded(2 + index, like.device):
-            alone, _ = latents.unpack(point.flatten(), coordinates.images(latents, point.flatten(), call))
+            alone, _ = latents.unpack(point.flatten(), coordinates.images(latents, point.flatten(), call, strict=True))
         pairs += [(values[name][index], value) for name, value in alone.items()]
     return all(left.shape == right.shape and torch.allclose(left, right, rtol=1e-3, atol=1e-3) for left, right in pairs)

@@ -18,8 +18,9 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pyro_maf._core.torch_state import seeded
-from pyro_maf.infer.models.coordinates import location_and_scale, run_with
+from pyro_maf.infer.models.coordinates import run_with
 from pyro_maf.infer.models.latents import Latents
+from pyro_maf.infer.models.location_scale import location_and_scale
 from pyro_maf.infer.models.model import Call
 from pyro_maf.infer.models.recording import UnrecordedError, operations_of
 from pyro_maf.saving import Savable
@@ -69,6 +70,7 @@ class RecordedPrior(nn.Module, Savable):
         shapes: Shapes of their values.
         nestings: Number of plates around each.
         priors: Name of each site with a location and scale, and the numbers of these two tensors.
+        correlated: Names of those whose scale is a matrix.
         constants: Shape and dtype of each constant, whose values are in the state_dict.
         steps: The operations as JSON, each a list of its name, its arguments and those by name, in which
             `{"tensor": 3}` stands for a tensor and `{"dtype": "float64"}` for a dtype.
@@ -83,17 +85,22 @@ class RecordedPrior(nn.Module, Savable):
         shapes: Sequence[Sequence[int]],
         nestings: Sequence[int],
         priors: Sequence[Sequence[Any]],
+        correlated: Sequence[str],
         constants: Sequence[Sequence[Any]],
         steps: str,
     ) -> None:
         super().__init__()
         self._sites = {name: (tuple(shape), nests) for name, shape, nests in zip(names, shapes, nestings, strict=True)}
         self._priors: dict[str, Sequence[int]] = {name: numbers for name, *numbers in priors}
+        self.correlated = list(correlated)
         self._values = len(names)
         self._constants = len(constants)
         for index, (shape, dtype) in enumerate(constants):
             self.register_buffer(f"constant_{index}", torch.zeros(shape, dtype=_dtype(dtype)))
-        self._steps = [(_checked(name), *_decoded([args, kwargs])) for name, args, kwargs in json.loads(steps)]
+        self._steps = [
+            (_checked(name), _decoded(args), {key: _decoded(value) for key, value in kwargs.items()})
+            for name, args, kwargs in json.loads(steps)
+        ]
         self._segments = self._by_site()
 
     @property
@@ -136,8 +143,7 @@ class RecordedPrior(nn.Module, Savable):
             if name in self._priors:
                 found |= self._results(name, found)
                 lead = (*draws, *(1,) * (most - nests)) if draws else ()
-                loc, scale = (self._aligned(number, found, lead, len(shape)) for number in self._priors[name])
-                fn = dist.Normal(loc, scale, validate_args=False)
+                fn = self._distribution(name, found, lead)
             value = pyro.sample(name, fn)
             draws = value.shape[: max(0, value.dim() - len(shape) - most + nests)]
             found[index] = value.reshape(-1, *shape)
@@ -164,13 +170,20 @@ class RecordedPrior(nn.Module, Savable):
         constant = place.number - self._values
         return self.get_buffer(f"constant_{constant}") if 0 <= constant < self._constants else found[place.number]
 
-    def _aligned(self, number: int, found: Mapping[int, Tensor], lead: Sequence[int], dims: int) -> Tensor:
-        """A tensor by its number, in dimensions of the draws and then of the site's."""
-        tensor = self._tensor(found, _Number(number))
-        if number not in found:
-            return tensor
-        shape = tensor.shape[1:]
-        return tensor.reshape((*lead, *(1,) * (dims - len(shape) if lead else 0), *shape))
+    def _distribution(self, name: str, found: Mapping[int, Tensor], lead: Sequence[int]) -> TorchDistribution:
+        """A distribution with a site's location and scale, in dimensions of the draws and then of the site's."""
+        dims, is_matrix = len(self._sites[name][0]), name in self.correlated
+        tensors = []
+        for number, width in zip(self._priors[name], (dims, dims + is_matrix), strict=True):
+            tensor = self._tensor(found, _Number(number))
+            if number in found:
+                shape = tensor.shape[1:]
+                tensor = tensor.reshape((*lead, *(1,) * (width - len(shape) if lead else 0), *shape))
+            tensors.append(tensor)
+        loc, scale = tensors
+        if is_matrix:
+            return dist.MultivariateNormal(loc, scale_tril=scale, validate_args=False)
+        return dist.Normal(loc, scale, validate_args=False)
 
 
 def recorded_prior(latents: Latents, names: Sequence[str], call: Call, dtype: torch.dtype) -> RecordedPrior:
@@ -186,15 +199,15 @@ def recorded_prior(latents: Latents, names: Sequence[str], call: Call, dtype: to
         UnrecordedError: If it draws random numbers, branches on values or takes operations besides the known ones.
     """
     values = {name: value.detach().to(dtype, copy=True) for name, value in latents.values.items()}
-    sites: list[str] = []
+    sites: dict[str, bool] = {}
 
     def priors() -> list[Tensor]:
         found: list[Tensor] = []
 
         def value_of(name: str, fn: TorchDistribution) -> Tensor:
             if name in names and (prior := location_and_scale(fn)) is not None:
-                sites.append(name)
-                found.extend(prior)
+                sites[name] = prior.scale.is_matrix
+                found.extend((prior.loc, prior.scale.tensor))
             return values[name]
 
         run_with(call, values, value_of)
@@ -209,6 +222,7 @@ def recorded_prior(latents: Latents, names: Sequence[str], call: Call, dtype: to
         [tuple(part.value.shape) for part in parts],
         [len(part.plates) for part in parts],
         [(name, *outputs[2 * index : 2 * index + 2]) for index, name in enumerate(sites)],
+        [name for name, is_matrix in sites.items() if is_matrix],
         [(tuple(constant.shape), _name(constant.dtype)) for constant in constants],
         json.dumps(steps),
     )
@@ -258,13 +272,9 @@ def _described_step(node: fx.Node, numbers: Mapping[fx.Node, int]) -> object:
 
 
 def _decoded(value: Any) -> Any:
-    """A description of arguments with tensors by their numbers."""
-    if isinstance(value, dict) and value.keys() == {"tensor"}:
-        return _Number(int(value["tensor"]))
-    if isinstance(value, dict) and value.keys() == {"dtype"}:
-        return _dtype(value["dtype"])
+    """An argument by its description, with a tensor by its number."""
     if isinstance(value, dict):
-        return {str(key): _decoded(item) for key, item in value.items()}
+        return _Number(int(value["tensor"])) if "tensor" in value else _dtype(value["dtype"])
     return [_decoded(item) for item in value] if isinstance(value, list) else value
 
 

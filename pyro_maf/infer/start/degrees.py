@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.models.coordinates import Coordinates
 from pyro_maf.infer.models.latents import Latents
 from pyro_maf.infer.models.log_joint import FAILURES
@@ -35,7 +36,7 @@ def fit_degrees(coordinates: Coordinates, latents: Latents, call: Call, score: S
     Returns:
         Location and log-scale of the normal, (2, D), in the final coordinates.
 
-    Cost: 180 gradients for 32 rows each, and two products of a Hessian and a vector.
+    Cost: 180 gradients for 32 rows each, and two products of a Hessian and a vector, or 16 if scales are matrices.
     """
     loc = coordinates.centre(latents, latents.values, call)
     noise, place = fixed_noise(loc), narrow_place(loc)
@@ -59,10 +60,9 @@ def _updated(
         }
         entries, _ = latents.pack(values)
     try:
-        precision = _precision(plain, entries, coordinates.entries(latents))
+        coordinates.set_by_precision(latents, _precision(plain, entries), values, call)
     except FAILURES:  # such as an operation without a second derivative
         return place
-    coordinates.set_by_precision(latents, precision, values, call)
     with torch.no_grad():
         moved, _ = coordinates.of_values(latents, values, call)
     if not bool(moved.isfinite().all()):
@@ -70,13 +70,13 @@ def _updated(
     return torch.stack([moved.mean(0), moved.std(0).clamp(min=1e-6).log()])
 
 
-def _precision(score: Score, points: Tensor, entries: Tensor) -> Tensor:
-    """Minus the second derivative with respect to some entries, by Hutchinson's estimate; (rows, D)."""
+def _precision(score: Score, points: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the product of minus the Hessian at points, (rows, D), with vectors, (rows, D)."""
     points = points.detach().requires_grad_()
-    with seeded(0, points.device):
-        signs = 2 * torch.randint(0, 2, points.shape).to(points) - 1
-    signs = torch.where(entries, signs, 0.0)
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(score(points).sum(), points, create_graph=True)
-        (product,) = torch.autograd.grad((gradient * signs).sum(), points)
-    return -product * signs
+
+    def product(vectors: Tensor) -> Tensor:
+        return -torch.autograd.grad(gradient, points, vectors, retain_graph=True)[0]
+
+    return product

@@ -1,0 +1,145 @@
+"""Location and scale of a site's distribution, as far as its family has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, cast
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import (
+    AffineTransform,
+    Distribution,
+    Exponential,
+    ExpTransform,
+    Gamma,
+    InverseGamma,
+    SigmoidTransform,
+    Transform,
+    TransformedDistribution,
+    constraints,
+)
+from torch.distributions.constraints import Constraint
+from torch.distributions.transforms import ComposeTransform, IndependentTransform
+
+from pyro_maf.infer.models.model import layers_of
+
+__all__ = ["LocationScale", "Scale", "location_and_scale"]
+
+PARAMETERS = {"loc", "scale", "rate"}
+REAL, POSITIVE, UNIT = "real", "positive", "unit_interval"
+IMAGES = {ExpTransform: POSITIVE, SigmoidTransform: UNIT}
+"""Maps from real numbers that are also those from unconstrained values to a support."""
+
+
+class Scale(NamedTuple):
+    r"""Scales by entry, (\*batch), or lower triangular matrices L of vectors with covariances L L^T, (\*batch, n, n).
+
+    Vectors are (\*batch, n), and likewise by entry.
+    """
+
+    tensor: Tensor
+    is_matrix: bool = False
+
+    @property
+    def diagonal(self) -> Tensor:
+        """The scales by entry, or the diagonal of the matrices."""
+        return self.tensor.diagonal(dim1=-2, dim2=-1) if self.is_matrix else self.tensor
+
+    def times(self, vector: Tensor) -> Tensor:
+        """L times a vector."""
+        return (self.tensor @ vector[..., None])[..., 0] if self.is_matrix else self.tensor * vector
+
+    def transposed_times(self, vector: Tensor) -> Tensor:
+        """L^T times a vector."""
+        return (self.tensor.mT @ vector[..., None])[..., 0] if self.is_matrix else self.tensor * vector
+
+    def solve(self, vector: Tensor) -> Tensor:
+        """L^-1 times a vector."""
+        if not self.is_matrix:
+            return vector / self.tensor
+        return torch.linalg.solve_triangular(self.tensor, vector[..., None], upper=False)[..., 0]
+
+    def scaled(self, factor: Tensor) -> Scale:
+        """The scale of vectors that are multiplied with a factor by entry."""
+        if not self.is_matrix:
+            return Scale(factor.abs() * self.tensor)
+        return Scale(factor[..., :, None] * self.tensor * factor.sign()[..., None, :], True)
+
+
+class LocationScale(NamedTuple):
+    """Location and scale of a site's unconstrained values."""
+
+    loc: Tensor
+    scale: Scale
+
+
+def location_and_scale(fn: TorchDistribution) -> LocationScale | None:
+    """Return location and scale of a site's unconstrained values; None for another family of distributions.
+
+    The logarithm of a positive variable with a scale is one with a location. Affine maps of a variable are followed,
+    and the maps by `exp` and the logistic function to supports that a guide reaches by them too.
+    """
+    layers = list(layers_of(fn))
+    index = next((index for index, each in enumerate(layers) if each.arg_constraints.keys() & PARAMETERS), None)
+    if index is None:
+        return None
+    prior, where = _of_family(layers[index])
+    for transform in _transforms(layers[:index]):
+        if isinstance(transform, AffineTransform) and where == REAL and prior is not None:
+            factor, loc = torch.broadcast_tensors(torch.as_tensor(transform.scale).to(prior.loc), prior.loc)
+            prior = LocationScale(transform.loc + factor * loc, prior.scale.scaled(factor))
+        elif type(transform) in IMAGES and where == REAL:
+            where = IMAGES[type(transform)]
+        else:
+            return None
+    return prior if where and where == _region(cast("Constraint", fn.support)) else None
+
+
+def _of_family(family: Distribution) -> tuple[LocationScale | None, str]:
+    """Location and scale of a distribution, or of the logarithm of a positive one, and its region."""
+    region = _region(cast("Constraint", family.support))
+    loc, scale, rate, matrix = (getattr(family, name, None) for name in ("loc", "scale", "rate", "scale_tril"))
+    if loc is not None and "scale_tril" in family.arg_constraints:
+        return LocationScale(loc, Scale(cast("Tensor", matrix), True)), region
+    if loc is not None:
+        return (None if scale is None else LocationScale(loc, Scale(scale))), region
+    if region == POSITIVE and scale is not None:
+        return LocationScale(scale.log(), Scale(torch.ones_like(scale))), region
+    if isinstance(family, (Exponential, Gamma, InverseGamma)) and rate is not None:
+        sign = 1 if isinstance(family, InverseGamma) else -1
+        return LocationScale(sign * rate.log(), Scale(torch.ones_like(rate))), region
+    return None, region
+
+
+def _transforms(layers: Sequence[Distribution]) -> Iterator[Transform]:
+    """Iterate over the maps of transformed distributions, from the innermost."""
+    for layer in reversed(layers):
+        if isinstance(layer, TransformedDistribution):
+            for transform in layer.transforms:
+                yield from _parts(transform)
+
+
+def _parts(transform: Transform) -> Iterator[Transform]:
+    if isinstance(transform, IndependentTransform):
+        yield from _parts(transform.base_transform)
+    elif isinstance(transform, ComposeTransform):
+        for part in transform.parts:
+            yield from _parts(part)
+    else:
+        yield transform
+
+
+def _region(support: Constraint) -> str:
+    """Name of a support among those of families with a location or scale; "" for another one."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if support is constraints.real:
+        return REAL
+    bounds = {name: bound for name, bound in vars(support).items() if name.endswith("_bound")}
+    if any(isinstance(bound, Tensor) for bound in bounds.values()):
+        return ""
+    if list(bounds) == ["lower_bound"] and bounds["lower_bound"] == 0:
+        return POSITIVE
+    return UNIT if bounds == {"lower_bound": 0, "upper_bound": 1} else ""
