@@ -37,7 +37,7 @@ __all__ = ["CONTEXT", "INPUTS", "LANES", "LINEAR", "MAPS", "UNITS"] + [
 ]
 
 LANES = 16
-"""Tape columns and columns of gradients are padded to a multiple of this, so that loops over them are vectorised."""
+"""Tape columns and columns of weights are padded to a multiple of this, so that loops over them are vectorised."""
 INPUTS, UNITS, CONTEXT = range(3)
 """What a matrix of a program is multiplied with."""
 Array = np.ndarray[Any, Any]
@@ -65,20 +65,20 @@ the number of variables in a `block`; the number of the `univariate` map in `MAP
 variable, P; its settings, those of a spline; and from where on the inputs of its networks are compressed.
 """
 MATRIX_FIELDS = (
-    ["start", "rows", "columns", "bias", "source", "below", "own", "rows_from", "columns_from", "grad", "stride"]
+    ["start", "rows", "columns", "bias", "source", "below", "own", "rows_from", "columns_from", "stride"]
     + ["kind", "slopes", "below_kind", "below_slopes", "first", "fresh", "natural", "weight", "addend"]
     + ["weight_from", "addend_from", "packed"]
 )  # fmt: skip
 MATRIX = np.dtype([*((name, np.int64) for name in MATRIX_FIELDS), ("gain", np.float64)])
 """A matrix.
 
-Fields: its place in the flat weights, and size; the place of its level's biases; the `source` of its inputs, and their
-row and that of its outputs, from the layer's first; where its rows and columns begin in the lists of `Tables`; its
-place in the flat gradient, and the length of a row there; the activation after it, or -1, and the row of its
-derivatives; the same of its inputs; whether it is the first to be added to its level, the first to add to the gradient
-of its inputs, and has its columns in their own order; the numbers of its weight and bias among the tensors, and where
-they begin there; whether the weight has the entries that its rows see alone, those of a triangle, one row after
-another; and what the weight is multiplied by.
+Fields: its place in the flat weights and in their gradient, and size; the place of its level's biases; the `source` of
+its inputs, and their row and that of its outputs, from the layer's first; where its rows and columns begin in the lists
+of `Tables`; the length of a row in the flat weights; the activation after it, or -1, and the row of its derivatives;
+the same of its inputs; whether it is the first to be added to its level, the first to add to the gradient of its
+inputs, and has its columns in their own order; the numbers of its weight and bias among the tensors, and where they
+begin there; whether the weight has the entries that its rows see alone, those of a triangle, one row after another; and
+what the weight is multiplied by.
 """
 DEFAULTS = {"below": 0, "below_slopes": 0, "fresh": 0, "weight_from": 0, "addend_from": 0, "packed": 0, "gain": 1.0}
 
@@ -171,7 +171,7 @@ class Layout:
         self.place = np.arange(dim)
         """The row of each variable among the D of a layer; permutations change nothing else."""
         self.context_dim, self.tensors, self.number = context_dim, tensors, 0
-        self.weights = self.biases = self.gradients = 0
+        self.weights = self.biases = 0
         self.layers: list[dict[str, float]] = []
         self.matrices: list[dict[str, float]] = []
         self.variables: list[int] = []
@@ -314,14 +314,13 @@ class Layout:
             stride > 128 and stride // LANES % 2 == 0
         )  # else rows compete for the same lines of the cache
         heard = np.searchsorted(seen, np.arange(columns), side="right")
-        place = {"start": self.weights, "columns": columns, "grad": self.gradients, "stride": stride}
+        place = {"start": self.weights, "columns": columns, "stride": stride}
         place |= {"rows_from": sum(map(len, self.lists["seen"])), "columns_from": sum(map(len, self.lists["heard"]))}
         natural = bool((column_order == np.arange(columns)).all())
         self.matrices.append({**DEFAULTS, **entry, **place, "natural": natural})
         for name, entries in zip(self.lists, (seen, heard, row_order, column_order), strict=True):
             self.lists[name].append(entries)
-        self.weights += rows * columns
-        self.gradients += rows * stride
+        self.weights += rows * stride
 
     def tables(self) -> Tables:
         """The tables."""

@@ -130,7 +130,8 @@ def forward(
                 else:
                     walk(layer, tables, weights, part, logs[:width], nowhere[:width])
             here += layer.rows if keep else 0
-        log_det[b0 : b0 + points] = logs[:points]
+        for b in range(points):  # between arrays, an assignment of slices takes a second to compile
+            log_det[b0 + b] = logs[b]
         _store(work[here:], tables.result, b0, points, w)
 
 
@@ -179,7 +180,7 @@ def _multiply(
     """Add a matrix's product to its level and, if it is the last to be added, apply the activation."""
     own, slopes = here + matrix.own, here + matrix.slopes
     below = context if matrix.source == CONTEXT else here + matrix.below
-    start, step, first = matrix.start, matrix.columns, matrix.bias if matrix.first else ADDED
+    start, step, first = matrix.start, matrix.stride, matrix.bias if matrix.first else ADDED
     r = 0
     while r < matrix.rows:
         last = r + _height(matrix.rows - r)
@@ -191,7 +192,7 @@ def _multiply(
                 column[own + q] = before + dot(weights, at, column, below, count)
         else:
             columns = (0, seen[matrix.rows_from + last - 1])
-            add_product(weights, start, step, 1, (r, last), columns, tape, below, tape, own, 0, width, biases, first)
+            add_product(weights, start, step, 1, (r, last), columns, tape, below, tape, own, width, biases, first)
         if matrix.kind >= 0:
             activate(matrix.kind, tape, own + r, own + last, tape, slopes - own, 0, width)
         r = last
@@ -253,11 +254,11 @@ def backward(
                 if wanted[m]:
                     fresh = b0 == first and not added
                     _add_gradient(matrix, tables.seen, delta, part, transposed, zeros, fresh, gradients, by_biases)
-                if matrix.source == CONTEXT:
-                    if len(of_context):
-                        _multiply_back(matrix, tables.heard, weights, zeros, delta, of_context, 0, part)
-                elif layer.levels == 0 and (matrix.source != INPUTS or to_variables):
-                    _multiply_back(matrix, tables.heard, weights, zeros, delta, delta, matrix.below, part)
+                is_context = matrix.source == CONTEXT
+                is_parallel = layer.levels == 0 and (matrix.source != INPUTS or to_variables)
+                if len(of_context) > 0 if is_context else is_parallel:
+                    out, row = (of_context, 0) if is_context else (delta, matrix.below)
+                    _multiply_back(matrix, tables.heard, weights, zeros, delta, out, row, part)
             if layer.levels == 0 and to_variables:
                 _compress_back(layer, tables.variables, part, grad, delta, room)
             after = part.here
@@ -279,7 +280,8 @@ def _load_gradients(
     grad_w: Array, grad_log_det: Array, result: Array, b0: int, points: int, width: int, grad: Array, logs: Array
 ) -> None:
     """Gradients of points b0 .. b0 + points - 1 as columns; the padding is 0."""
-    logs[:points] = grad_log_det[b0 : b0 + points]
+    for b in range(points):
+        logs[b] = grad_log_det[b0 + b]
     for i0 in range(0, len(grad), LANES):
         for b in range(points):
             for i in range(i0, min(i0 + LANES, len(grad))):
@@ -328,14 +330,14 @@ def _add_gradient(
     width, below = part.width, part.context if matrix.source == CONTEXT else part.here + matrix.below
     transpose(part.tape, below, matrix.columns, width, transposed)
     transposed[:width, matrix.columns : matrix.stride] = 0
-    own = gradients[matrix.grad : matrix.grad + matrix.rows * matrix.stride].reshape((matrix.rows, matrix.stride))
+    own = gradients[matrix.start : matrix.start + matrix.rows * matrix.stride].reshape((matrix.rows, matrix.stride))
     flat, start, step = delta.reshape(-1), matrix.own * delta.shape[1], delta.shape[1]
     r = 0
     while r < matrix.rows:
         last = r + _height(matrix.rows - r)
         columns = seen[matrix.rows_from + last - 1]
         terms, first = (0, part.points), 0 if fresh else ADDED
-        add_product(flat, start, step, 1, (r, last), terms, transposed, 0, own, 0, 0, columns, zeros, first)
+        add_product(flat, start, step, 1, (r, last), terms, transposed, 0, own, 0, columns, zeros, first)
         r = last
     if matrix.first:
         for r in range(matrix.rows):
@@ -350,12 +352,12 @@ def _multiply_back(
     matrix: Any, heard: Array, weights: Array, zeros: Array, delta: Array, out: Array, out_row: int, part: Part
 ) -> None:
     """Add the transposed matrix's product with the gradient of its outputs to that of its inputs."""
-    width, start, step, own, first = part.width, matrix.start, matrix.columns, matrix.own, 0 if matrix.fresh else ADDED
+    width, start, step, own, first = part.width, matrix.start, matrix.stride, matrix.own, 0 if matrix.fresh else ADDED
     k = 0
     while k < matrix.columns:
         last = k + _height(matrix.columns - k)
         rows = (heard[matrix.columns_from + k], matrix.rows)
-        add_product(weights, start, 1, step, (k, last), rows, delta, own, out, out_row, 0, width, zeros, first)
+        add_product(weights, start, 1, step, (k, last), rows, delta, own, out, out_row, width, zeros, first)
         if matrix.below_kind >= 0:
             below, slopes = part.here + matrix.below + k, matrix.below_slopes - matrix.below
             end = below + last - k

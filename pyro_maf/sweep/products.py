@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from pyro_maf.sweep.elementwise import INNER
 from pyro_maf.sweep.layout import Array
@@ -26,7 +26,6 @@ TALLEST = 8 if "+avx512f" in get_host_cpu_features() else 6
 """Maximum number of rows whose sums fit the processor's registers along with the operands."""
 
 
-@njit(**INNER)
 def add_product(
     weights: Array,
     start: int,
@@ -38,67 +37,43 @@ def add_product(
     x_row: int,
     y: Array,
     y_row: int,
-    t0: int,
-    t1: int,
+    width: int,
     initial: Array,
     initial_at: int,
 ) -> None:
-    """y[y_row + r] += sum_k W[r, k] x[x_row + k] for r in `rows`, k in `columns` and tape columns t0 .. t1 - 1.
+    """y[y_row + r] += sum_k W[r, k] x[x_row + k] for r in `rows`, k in `columns` and the first `width` tape columns.
 
-    W[r, k] is weights[start + r row_step + k column_step]. The tape columns are a multiple of `LANES`. Unless
-    `initial_at` is `ADDED`, y[y_row + r] is replaced: the sum is added to initial[initial_at + r].
+    W[r, k] is weights[start + r row_step + k column_step]. `width` is a multiple of `LANES`. Unless `initial_at` is
+    `ADDED`, y[y_row + r] is replaced: the sum is added to initial[initial_at + r].
     """
-    # numba compiles a function anew for each combination of arguments that are literals, here the tiny outer one.
-    of_rows, of_columns = (np.intp(rows[0]), np.intp(rows[1])), (np.intp(columns[0]), np.intp(columns[1]))
-    at_x, at_y, first, end, of_initial = np.intp(x_row), np.intp(y_row), np.intp(t0), np.intp(t1), np.intp(initial_at)
-    if of_columns[0] < of_columns[1] or of_initial >= 0:
-        steps = row_step, column_step
-        _add_product(weights, start, steps, of_rows, of_columns, x, at_x, y, at_y, first, end, initial, of_initial)
-
-
-@njit(**INNER)
-def _add_product(
-    weights: Array,
-    start: int,
-    steps: Any,
-    rows: Any,
-    columns: Any,
-    x: Array,
-    x_row: int,
-    y: Array,
-    y_row: int,
-    t0: int,
-    t1: int,
-    initial: Array,
-    initial_at: int,
-) -> None:
-    row_step, column_step = steps
+    if columns[0] >= columns[1] and initial_at < 0:
+        return
     vector, k = VECTOR // y.itemsize, columns[0]
     while True:
         terms = min(PANEL, columns[1] - k)
         r, end = rows
         while r < end:
             left, at, own = end - r, (start + r * row_step + k * column_step, row_step, column_step), y_row + r
-            begin, t = initial_at + r if initial_at >= 0 else ADDED, t0
+            begin, t = initial_at + r if initial_at >= 0 else ADDED, 0
             if left >= TALLEST:
-                while t + vector < t1:
+                while t + vector < width:
                     _add_tile(TALLEST, 2, weights, at, x, x_row + k, y, own, t, terms, initial, begin)
                     t += 2 * vector
-                if t < t1:
+                if t < width:
                     _add_tile(TALLEST, 1, weights, at, x, x_row + k, y, own, t, terms, initial, begin)
                 r += TALLEST
             elif left >= 4:
-                while t < t1:
+                while t < width:
                     _add_tile(4, 1, weights, at, x, x_row + k, y, own, t, terms, initial, begin)
                     t += vector
                 r += 4
             elif left >= 2:
-                while t < t1:
+                while t < width:
                     _add_tile(2, 1, weights, at, x, x_row + k, y, own, t, terms, initial, begin)
                     t += vector
                 r += 2
             else:
-                while t < t1:
+                while t < width:
                     _add_tile(1, 1, weights, at, x, x_row + k, y, own, t, terms, initial, begin)
                     t += vector
                 r += 1
@@ -106,6 +81,10 @@ def _add_product(
         initial_at = ADDED
         if k >= columns[1]:
             break
+
+
+# As an overload it is compiled once: `njit` compiles anew for each combination of arguments that are literals.
+overload(add_product, jit_options=INNER, strict=False)(lambda *_: add_product)  # type: ignore[arg-type]
 
 
 def _tile(

@@ -144,7 +144,7 @@ class Program:
         self.sizes = [tensor.numel() for tensor in reading.tensors]
         self.offsets = np.cumsum([0, *self.sizes])
         self.rows = int(self.tables.layers["rows"].sum()) + dim + context_dim + LANES
-        self.num_weights, self.num_biases, self.num_gradients = layout.weights, layout.biases, layout.gradients
+        self.num_weights, self.num_biases = layout.weights, layout.biases
         sequential = bool(self.tables.layers["levels"].any())
         self.chunk, self.few = (SWEPT_CHUNK, SWEPT_FEW) if sequential else (CHUNK, FEW)
         self.work = int(self.tables.seen.sum())
@@ -170,7 +170,7 @@ class Program:
 
     def room_for_gradients(self, like: Tensor) -> tuple[Array, Array]:
         """Arrays for the gradients by packed weights and biases, with arbitrary entries."""
-        return empty(self.num_gradients, like).numpy(), empty(self.num_biases + LANES, like).numpy()
+        return empty(self.num_weights, like).numpy(), empty(self.num_biases + LANES, like).numpy()
 
     def pack(self, tensors: Sequence[Tensor]) -> Pack:
         """The tensors' current values."""

@@ -95,10 +95,10 @@ def _add(
     """Add the products of the units below of some steps, `below`, to the units of others, `own`."""
     for level in range(1, layer.levels + 1):
         matrix = matrices[_index(layer, level)]
-        start, step, lower, row = matrix.start, matrix.columns, here + matrix.below, here + matrix.own
+        start, step, lower, row = matrix.start, matrix.stride, here + matrix.below, here + matrix.own
         low, high = final[level, own[0]], final[level, own[1]]
         columns = (final[level - 1, below[0]], final[level - 1, below[1]])
-        add_product(weights, start, step, 1, (low, high), columns, tape, lower, tape, row, 0, width, weights, ADDED)
+        add_product(weights, start, step, 1, (low, high), columns, tape, lower, tape, row, width, weights, ADDED)
         if completes and level < layer.levels:
             activate(matrix.kind, tape, row + low, row + high, tape, matrix.slopes - matrix.own, 0, width)
 
@@ -124,12 +124,12 @@ def walk_row(layer: Any, tables: Tables, weights: Array, part: Part, logs: Array
     for i in range(layer.moved):
         for level in range(1, layer.levels + 1):
             matrix = matrices[_index(layer, level)]
-            own, start, step = here + matrix.own, matrix.start, matrix.columns
+            own, start, step = here + matrix.own, matrix.start, matrix.stride
             low, high, seen = final[level, i], final[level, i + 1], final[level - 1, i + 1]
             for r in range(low, high):
                 column[own + r] += dot(weights, start + r * step, column, here + matrix.below, seen)
             if level < layer.levels:
-                activate(matrix.kind, tape, own + low, own + high, tape, matrix.slopes - matrix.own, 0, 1)
+                activate(matrix.kind, tape, own + low, own + high, tape, matrix.slopes - matrix.own, 0, part.width)
         _map(layer, variables, i, part, logs, nowhere)
 
 
@@ -176,8 +176,8 @@ def walk_back(
 def _add_back(matrix: Any, weights: Array, own: Any, above: Any, delta: Array, width: int) -> None:
     """Add to the gradients of some of a matrix's inputs the products with those of some of its outputs."""
     row, lower = matrix.own, matrix.below
-    step = matrix.columns
-    add_product(weights, matrix.start, 1, step, own, above, delta, row, delta, lower, 0, width, weights, ADDED)
+    step = matrix.stride
+    add_product(weights, matrix.start, 1, step, own, above, delta, row, delta, lower, width, weights, ADDED)
 
 
 @njit(**INNER)

@@ -57,7 +57,7 @@ def pack(addresses: Array, tables: Tables, weights: Array, biases: Array) -> Non
                 biases[matrix.bias + r] = bias[matrix.addend_from + place]
             # Unsigned indices into whole arrays: slices would be counted as references, and keep loops from being
             # vectorised.
-            at, own = np.uintp(_begins(matrix, place)), np.uintp(matrix.start + r * columns)
+            at, own = np.uintp(_begins(matrix, place)), np.uintp(matrix.start + r * matrix.stride)
             if matrix.natural:
                 for k in range(np.uintp(count)):
                     weights[own + k] = gain * weight[at + k]
@@ -93,7 +93,7 @@ def unpack(tables: Tables, offsets: Array, gradients: Array, by_biases: Array, f
         for r in range(rows):
             place, count = row_order[matrix.rows_from + r], np.uintp(seen[matrix.rows_from + r])
             at = np.uintp(offsets[matrix.weight] + _begins(matrix, place))
-            own = np.uintp(matrix.grad + r * matrix.stride)
+            own = np.uintp(matrix.start + r * matrix.stride)
             end = count if matrix.packed else np.uintp(columns)
             if matrix.natural:
                 for k in range(count):
@@ -219,7 +219,7 @@ def _squares(tables: Tables, gradients: Array, by_biases: Array) -> float:
     for matrix in tables.matrices:
         of_matrix = 0.0
         for r in range(matrix.rows):
-            of_row, first = gradients.dtype.type(0), np.uintp(matrix.grad + r * matrix.stride)
+            of_row, first = gradients.dtype.type(0), np.uintp(matrix.start + r * matrix.stride)
             for k in range(np.uintp(tables.seen[matrix.rows_from + r])):
                 of_row += gradients[first + k] * gradients[first + k]
             of_matrix += of_row
@@ -263,16 +263,15 @@ def _descend(
     lanes, is_sorted = VECTOR // flat.itemsize, _rank(order, rank)
     for r in range(1 if is_bias else matrix.rows):
         if is_bias:
-            count, start, own, of_gradient = matrix.rows, offset, matrix.bias, matrix.bias
+            count, start, own = matrix.rows, offset, matrix.bias
         else:
-            count, start, own = seen[r], offset + _begins(matrix, row_order[r]), matrix.start + r * matrix.columns
-            of_gradient = matrix.grad + r * matrix.stride
+            count, start, own = seen[r], offset + _begins(matrix, row_order[r]), matrix.start + r * matrix.stride
         if is_sorted:
             for k in range(0, count, lanes):
                 at, left = start + k, count - k
                 _take(
                     gradients,
-                    of_gradient + k,
+                    own + k,
                     flat,
                     first,
                     second,
@@ -288,7 +287,7 @@ def _descend(
             continue
         in_order[: len(order)] = 0
         for k in range(count):
-            in_order[order[k]] = gradients[of_gradient + k]
+            in_order[order[k]] = gradients[own + k]
         for k in range(0, len(order), lanes):
             _take(in_order, k, flat, first, second, average, start + k, result, k, rank, k, count, factors)
         for k in range(count):

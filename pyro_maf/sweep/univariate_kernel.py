@@ -128,26 +128,27 @@ def _spline(
         points, at = end - start, t0 + start
         point, result = room[POINT : POINT + points], room[RESULT : RESULT + points]
         shifts, scales = tape[shift, at : at + points], tape[scale, at : at + points]
+        inputs, outputs, logs = x[start:end], w[start:end], log_det[start:end]
         solve = layer.sign > 0
         if solve:
             for t in range(points):
-                point[t] = x[start + t]
+                point[t] = inputs[t]
         else:
-            affine(x[start:end], shifts, scales, layer.sign, layer.log_sign, point, log_det[start:end])
+            affine(inputs, shifts, scales, layer.sign, layer.log_sign, point, logs)
             for t in range(points):
                 shifts[t] = point[t]
         _set_bins(layer, phi, variables, tape, first, at, points, room, True)
         _find_bin(layer, points, room, solve)
         _through_box(layer, points, room, solve)
         if solve:
-            affine(result, shifts, scales, layer.sign, layer.log_sign, w[start:end], log_det[start:end])
+            affine(result, shifts, scales, layer.sign, layer.log_sign, outputs, logs)
             for t in range(points):
                 shifts[t] = result[t]
         else:
             for t in range(points):
-                w[start + t] = result[t]
+                outputs[t] = result[t]
         for t in range(points):
-            log_det[start + t] -= number(layer.log_sign) * room[LOG + t]
+            logs[t] -= number(layer.log_sign) * room[LOG + t]
 
 
 @njit(**INNER)
@@ -195,35 +196,36 @@ def _find_bin(layer: Any, points: int, room: Array, solve: bool) -> None:
     """Fill in the argument's position, clipped to the box, and what belongs to its bin."""
     number = room.dtype.type
     bound, zero = number(layer.bound), number(0)
-    # Both alternatives of a choice are read before it: loops that may leave a row unread are not vectorised.
     for t in range(points):
         inside = min(max(room[POINT + t], -bound), bound) + bound
         width, height = room[WIDTHS + t], room[HEIGHTS + t]
         room[AT + t] = inside * (height if solve else width) / (bound + bound)
         room[LEFT + t] = room[BOTTOM + t] = zero
+        room[BIN + t], room[BIN_LEFT + t], room[BIN_BOTTOM + t] = number(-1), zero, zero
+        room[A + t] = room[C + t] = room[C_BEFORE + t] = room[C_AFTER + t] = zero
+        room[OUTPUT + t] = room[OUTPUT_AFTER + t] = zero
     for k in range(layer.bins):
-        a = FIRST + k * NEXT
+        a, is_first, is_last = FIRST + k * NEXT, k == 0, k == layer.bins - 1
+        # Sums with zeros, since a choice between two entries is compiled to one between their addresses, which is slow.
+        # All are read before: loops that may leave an entry unread are not vectorised.
         for t in range(points):
-            left, bottom, at = room[LEFT + t], room[BOTTOM + t], room[AT + t]
-            is_before = (at < bottom if solve else at < left) & (k > 0)
-            width, c = room[a + t], room[a + STRIP + t]
-            c_before, c_after = room[a + STRIP - NEXT + t], room[a + STRIP + NEXT + t]
-            others = room[BIN + t], room[BIN_LEFT + t], room[BIN_BOTTOM + t]
-            shape = room[A + t], room[C + t], room[C_BEFORE + t], room[C_AFTER + t]
-            room[BIN + t] = others[0] if is_before else number(k)
-            room[BIN_LEFT + t] = others[1] if is_before else left
-            room[BIN_BOTTOM + t] = others[2] if is_before else bottom
-            room[A + t] = shape[0] if is_before else width
-            room[C + t] = shape[1] if is_before else c
-            room[C_BEFORE + t] = shape[2] if is_before else c_before
-            room[C_AFTER + t] = shape[3] if is_before else c_after
-            room[LEFT + t] = left + width
-            room[BOTTOM + t] = bottom + width * c
+            at, left, bottom, width = room[AT + t], room[LEFT + t], room[BOTTOM + t], room[a + t]
+            c_before, c, c_after = room[a + STRIP - NEXT + t], room[a + STRIP + t], room[a + STRIP + NEXT + t]
+            next_left, next_bottom = left + width, bottom + width * c
+            is_behind = (at >= (bottom if solve else left)) | is_first
+            is_it = is_behind & ((at < (next_bottom if solve else next_left)) | is_last)
+            room[BIN + t] += number(k + 1) if is_it else zero
+            room[BIN_LEFT + t] += left if is_it else zero
+            room[BIN_BOTTOM + t] += bottom if is_it else zero
+            room[A + t] += width if is_it else zero
+            room[C + t] += c if is_it else zero
+            room[C_BEFORE + t] += c_before if is_it else zero
+            room[C_AFTER + t] += c_after if is_it else zero
+            room[LEFT + t], room[BOTTOM + t] = next_left, next_bottom
         for t in range(points):
-            is_it, output, output_after = room[BIN + t] == number(k), room[OUTPUT + t], room[OUTPUT_AFTER + t]
-            here, after = room[a + 2 * STRIP - NEXT + t], room[a + 2 * STRIP + t]
-            room[OUTPUT + t] = here if is_it else output
-            room[OUTPUT_AFTER + t] = after if is_it else output_after
+            is_it, here, after = room[BIN + t] == number(k), room[a + 2 * STRIP - NEXT + t], room[a + 2 * STRIP + t]
+            room[OUTPUT + t] += here if is_it else zero
+            room[OUTPUT_AFTER + t] += after if is_it else zero
 
 
 @njit(**INNER)
@@ -308,29 +310,25 @@ def _spline_back(
         by_shift = delta[delta_first + shift, at : at + points]
         by_scale = delta[delta_first + scale, at : at + points]
         solve, inner = layer.sign > 0, room[GRAD : GRAD + points]
+        inputs, outputs, outer, logs = x[start:end], w[start:end], grad[start:end], grad_log_det[start:end]
         for t in range(points):
             e[t] = exp(number(0.5 * layer.sign * LOG_SCALE) * scales[t])
             room[POINT + t] = z[t]
         for t in range(points):
-            inner[t] = grad[start + t]
-            room[GRAD_LOG + t] = number(-layer.log_sign) * grad_log_det[start + t]
-        logs = grad_log_det[start:end]
+            inner[t] = outer[t]
+            room[GRAD_LOG + t] = number(-layer.log_sign) * logs[t]
         if solve:
-            affine_back(
-                z, w[start:end], e[:points], scales, layer.sign, layer.log_sign, inner, logs, by_shift, by_scale
-            )
+            affine_back(z, outputs, e[:points], scales, layer.sign, layer.log_sign, inner, logs, by_shift, by_scale)
         _set_bins(layer, phi, variables, tape, first, at, points, room, False)
         _find_bin(layer, points, room, False)
         for t in range(points):  # the argument of q^-1 decides whether it is in the box
-            room[POINT + t] = x[start + t] if solve else z[t]
+            room[POINT + t] = inputs[t] if solve else z[t]
         _box_back(layer, points, room, solve)
         _bins_back(layer, phi, variables, tape, first, at, points, room, delta, delta_first)
         if not solve:
-            affine_back(
-                x[start:end], z, e[:points], scales, layer.sign, layer.log_sign, inner, logs, by_shift, by_scale
-            )
+            affine_back(inputs, z, e[:points], scales, layer.sign, layer.log_sign, inner, logs, by_shift, by_scale)
         for t in range(points):
-            grad[start + t] = inner[t]
+            outer[t] = inner[t]
 
 
 @njit(**INNER)
