@@ -1,16 +1,15 @@
-"""Simulation-based calibration of `fit_guide`: ranks of true parameters among draws of the guide are uniform.
+"""Simulation-based calibration of `fit_guide`, and of `FlowPrior` under NUTS: ranks of the truth are uniform.
 
 Of data simulated from the model, the rank of the parameter that they came from, among draws of the posterior, is
 uniform. Ranks are mapped to standard normal numbers; their mean and their sum of squares are tested for each parameter,
-two-sided. With exact guides all tests of one model together fail in one of a thousand seeds, the seeds here being
-fixed. SBC_DATA_SETS=100 in the environment runs as many data sets, with more power, for minutes.
+two-sided. With exact draws all tests of one model together fail in one of a thousand seeds, the seeds here being
+fixed. `pytest -m slow` runs a hundred data sets, with more power, for minutes.
 
 Reference: Talts et al., *Validating Bayesian inference algorithms with simulation-based calibration*, 2018.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,15 +18,17 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer import MCMC, NUTS
 from scipy import stats
 from torch import Tensor
 
+from pyro_maf import MAF, FlowPrior
 from pyro_maf.infer import AutoIAF, fit_guide
 from tests.posteriors import SMALL
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
-DATA_SETS = int(os.environ.get("SBC_DATA_SETS", "8"))
+each_number = pytest.mark.parametrize("data_sets", [8, pytest.param(100, marks=pytest.mark.slow)])
 DRAWS, STEPS = 400, 60
 FALSE_FAILS = 1e-3
 
@@ -58,7 +59,12 @@ def scores(model: Callable[..., None], names: list[str], count: int) -> Tensor:
         guide: Any = fit_guide(model, AutoIAF(model, **SMALL), y, steps=STEPS, progress=False).guide
         draws = guide.rsample((DRAWS,))
         rows.append(torch.stack([(draws[name] < nodes[name]["value"]).sum() for name in names]))
-    return torch.special.ndtri((torch.stack(rows) + 0.5) / (DRAWS + 1))
+    return as_normal(torch.stack(rows), DRAWS)
+
+
+def as_normal(ranks: Tensor, draws: int) -> Tensor:
+    """Ranks among a number of draws, uniform if these are exact, as standard normal numbers."""
+    return torch.special.ndtri((ranks + 0.5) / (draws + 1))
 
 
 def least_probability(z: Tensor) -> float:
@@ -70,13 +76,37 @@ def least_probability(z: Tensor) -> float:
     return float(min(of_mean, of_spread))
 
 
+@each_number
 @pytest.mark.parametrize(
     ("model", "names"), [(normal, ["loc", "scale"]), (logistic, ["intercept", "slope"])], ids=["normal", "logistic"]
 )
-def test_ranks_of_the_truth_are_uniform(model: Callable[..., None], names: list[str]) -> None:
-    z = scores(model, names, DATA_SETS)
+def test_ranks_among_draws_of_a_guide_are_uniform(model: Callable[..., None], names: list[str], data_sets: int) -> None:
+    z = scores(model, names, data_sets)
     found = {name: least_probability(column) for name, column in zip(names, z.T, strict=True)}
     assert min(found.values()) > FALSE_FAILS / (2 * len(names)), found
+
+
+@pytest.mark.parametrize("data_sets", [12, pytest.param(500, marks=pytest.mark.slow)])
+def test_ranks_among_draws_of_nuts_with_a_flow_as_prior_are_uniform(data_sets: int) -> None:
+    """All data sets in one chain, whose posterior is the product of theirs; of four draws one, about independent."""
+    flow = MAF(2, **SMALL)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    prior = FlowPrior(flow, support=["real", "positive"]).requires_grad_(False)
+
+    def groups(y: Tensor) -> None:
+        with pyro.plate("groups", data_sets):
+            z = pyro.sample("z", prior)
+            pyro.sample("y", dist.Normal(z, 0.5).to_event(1), obs=y)
+
+    truth = prior.sample((data_sets,))
+    mcmc = MCMC(NUTS(groups), num_samples=100, warmup_steps=50, disable_progbar=True)
+    mcmc.run(truth + 0.5 * torch.randn_like(truth))
+    draws = mcmc.get_samples()["z"][::4]
+    z = as_normal((draws < truth).sum(0), len(draws))
+    found = [least_probability(column) for column in z.T]
+    assert min(found) > FALSE_FAILS / (2 * len(found)), found
 
 
 def test_guides_of_half_the_spread_or_a_deviation_off_would_be_found_out() -> None:
