@@ -30,6 +30,7 @@ from pyro_maf.distributions import (
     density,
 )
 from pyro_maf.flows import IAF, MAF, ConditionalIAF, ConditionalMAF, RealNVP
+from pyro_maf.testing import check_density
 
 SMALL: dict[str, Any] = {"hidden_dims": [16, 16]}
 
@@ -94,6 +95,11 @@ def grid(input_dim: int, reach: float, points: int) -> tuple[Tensor, float]:
 
 
 # -- a density ---------------------------------------------------------------------------------------------------------
+
+
+@every_density
+def test_keeps_the_laws_of_densities(make: Callable[[int], Density]) -> None:
+    check_density(lambda d: shaken(make(d), 0.1), dimensions=(1, 2, 4))
 
 
 @every_density
