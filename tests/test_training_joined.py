@@ -15,7 +15,7 @@ from pyro_maf import MAF, MADEMoG, RealNVP, fit
 from pyro_maf._core.optimization import Adam, WeightAverage
 from pyro_maf._core.processes import Processes
 from pyro_maf.distributions import FlowPrior
-from pyro_maf.sweep import loading
+from pyro_maf.sweep import loading, threads
 from pyro_maf.tables import Rows
 from pyro_maf.training import joined, loop
 from pyro_maf.training.joined import JoinedLikelihood, objective_of
@@ -203,6 +203,21 @@ def test_a_step_of_adam_is_torchs(flow: str) -> None:
     for number, (one, other) in enumerate(zip(*states, strict=True)):
         where = touched[number % len(touched)]
         assert torch.allclose(one[where], other[where], rtol=tolerance, atol=tolerance)
+
+
+def test_steps_of_several_sizes_by_several_threads_are_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    density = FlowPrior(small().double())
+    batches = [rows(density, count) for count in (700, 1, 230, 700, 699)]
+    weights = []
+    for parts in (1, 3):
+        monkeypatch.setattr(threads, "LEAST_WORK", 1 if parts > 1 else 10**12)
+        monkeypatch.setattr(torch, "get_num_threads", lambda parts=parts: parts)
+        objective = objective_of(copy.deepcopy(density), Processes())
+        adam, average = Adam(objective.weights), WeightAverage(objective.weights, 4)
+        for batch in batches:
+            assert objective.descend(batch, adam, average, 0.01, 1.0) is not None
+        weights.append(objective.weights[0])
+    assert torch.allclose(*weights, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])

@@ -23,8 +23,8 @@ TAPE = 2**20
 """Bytes of a tape that stay in the processor's cache between the walk forward and the walk back."""
 PASSES = 3
 """Products with each weight: forward, back to its inputs, and for its gradient."""
-MOST_ROOMS = 16
-"""Number of sizes of batches, or of parts of them, for which memory is held."""
+MOST_SIZES = 4
+"""Number of sizes of batches for which memory is held."""
 
 
 class Descent:
@@ -47,8 +47,10 @@ class Descent:
         self._packed: tuple[list[int], tuple[Array, Array]] | None = None
         self._rooms: dict[tuple[int, int, int], _Room] = {}
         self._parts: list[tuple[Array, Array]] = []
+        # Memory for gradients: what the last call took, and what it left.
+        self._used: list[tuple[Array, Array]] = []
+        self._idle: list[tuple[Array, Array]] = []
 
-    @torch.no_grad()
     def differentiate(self, v: Tensor, context: Tensor | None, constant: float, factors: Tensor) -> float | None:
         """The sum of log-densities, those of `Run.log_density`, with these factors; its gradient stays here.
 
@@ -64,27 +66,32 @@ class Descent:
         if (inputs := self._run.inputs(v, context)) is None:
             return None
         program, kernels, (weights, biases) = self._run.program, loaded(), self._pack()
-        values, of_each, chunk = inputs[0].contiguous().numpy(), factors.numpy(), program.chunk_of(len(v))
+        values, of_each, count = inputs[0].contiguous().numpy(), factors.numpy(), v.shape[0]
         contexts = values[:, :0] if inputs[1] is None else inputs[1].contiguous().numpy()
+        chunk, nothing = program.chunk_of(count), values[:, :0]
 
         def walk(first: int, end: int) -> tuple[float, tuple[Array, Array]]:
             room, total = self._room(first, end, chunk, v), 0.0
+            try:
+                gradients = self._idle.pop()  # atomic: another thread gets another
+            except IndexError:
+                gradients = program.room_for_gradients(v)
             for start in range(first, end, room.points):
                 here = slice(start, min(start + room.points, end))
-                count, x = here.stop - start, values[here]
-                w, log_det, grad_w, grad_log_det = (array[:count] for array in room.results)
-                points = program.rows, 0, count
-                kernels.forward(
-                    program.tables, weights, biases, x, contexts[here], *points, program.few, room.tape, w, log_det
-                )
+                x, size = values[here], (program.rows, 0, here.stop - start)
+                w, log_det, grad_w, grad_log_det = (array[: size[2]] for array in room.results)
+                layers = program.tables, weights, biases, x, contexts[here]
+                kernels.forward(*layers, *size, program.few, room.tape, w, log_det)
                 total += kernels.differentiate_normal(constant, of_each[here], w, log_det, grad_w, grad_log_det)
-                grads = grad_w, grad_log_det, x[:, :0], x[:, :0]
-                network = program.tables, weights, self._wanted
-                kernels.backward(*network, *points, room.tape, *grads, *room.gradients, start > first)
-            return total, room.gradients
+                grads = grad_w, grad_log_det, nothing, nothing
+                layers = program.tables, weights, self._wanted
+                kernels.backward(*layers, *size, room.tape, *grads, *gradients, start > first)
+            return total, gradients
 
-        parts = in_parts(walk, len(v), chunk, PASSES * program.work)
-        self._parts = [gradients for _, gradients in parts]
+        self._idle += self._used
+        parts = in_parts(walk, count, chunk, PASSES * program.work)
+        self._used = [gradients for _, gradients in parts]
+        self._parts = list(self._used)
         return sum(total for total, _ in parts)
 
     def gradient(self) -> Tensor:
@@ -132,7 +139,7 @@ class Descent:
     def _room(self, first: int, end: int, chunk: int, like: Tensor) -> _Room:
         """Memory for points `first` .. `end` - 1."""
         if (room := self._rooms.get((first, end, chunk))) is None:
-            if len(self._rooms) == MOST_ROOMS:
+            if len(self._rooms) >= MOST_SIZES * torch.get_num_threads():
                 self._rooms.clear()
             room = self._rooms[first, end, chunk] = _Room.of(self._run, end - first, chunk, like)
         return room
@@ -145,13 +152,11 @@ class _Room(NamedTuple):
         points: Number of points that go forward and back together.
         tape: Their tape.
         results: Noise, log-determinants, and the gradients with respect to both.
-        gradients: Those with respect to packed weights and biases.
     """
 
     points: int
     tape: Array
     results: tuple[Array, Array, Array, Array]
-    gradients: tuple[Array, Array]
 
     @classmethod
     def of(cls, run: Run, points: int, chunk: int, like: Tensor) -> _Room:
@@ -164,7 +169,7 @@ class _Room(NamedTuple):
         )
         tape = like.new_empty(chunks * program.rows, chunk).numpy()
         results = noise[0], log_det[0], noise[1], log_det[1]
-        return cls(chunks * chunk, tape, results, program.room_for_gradients(like))
+        return cls(chunks * chunk, tape, results)
 
 
 _version = operator.attrgetter("_version")

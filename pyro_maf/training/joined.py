@@ -99,8 +99,8 @@ class JoinedLikelihood(MaximumLikelihood):
 
     def _differentiate(self, batch: Rows) -> float | None:
         """The mean loss, with its gradient in the descent; or None, for torch to do it."""
-        count = len(batch.data)
-        if len(self._share) != count:
+        count = batch.data.shape[0]
+        if self._share.shape[0] != count:
             self._share = self.weights[0].new_full((count,), -1 / count)
         factors = batch.weighted(self._share)
         return self.density.differentiate(self._descent, batch.data, batch.context, factors)
