@@ -100,6 +100,11 @@ class Descent:
         unpack(self._run.program, self._parts, flat[: -self.SPARE])
         return flat
 
+    def packed_gradient(self) -> list[Tensor]:
+        """The last gradient as `take` reads it, to be changed in place."""
+        add_up(self._parts)
+        return list(map(torch.from_numpy, self._parts[0]))
+
     def take(self, adam: Adam, average: WeightAverage, learning_rate: float, max_norm: float) -> bool:
         """Take a step along the last gradient, clipped to a norm, unless the gradient is not finite.
 

@@ -86,12 +86,18 @@ class JoinedLikelihood(MaximumLikelihood):
     def descend(
         self, batch: Rows, adam: Adam, average: WeightAverage, learning_rate: float, max_norm: float
     ) -> tuple[Tensor | float, int] | None:
-        """As of `MaximumLikelihood`; in one process by the program alone."""
-        if self._processes.are_several or (mean := self._differentiate(batch)) is None:
+        """As of `MaximumLikelihood`, by the program alone."""
+        if (mean := self._differentiate(batch)) is None:
             return super().descend(batch, adam, average, learning_rate, max_norm)
-        if not math.isfinite(mean) or not self._descent.take(adam, average, learning_rate, max_norm):
+        count = batch.data.shape[0]
+        rows, loss = self._processes.total(count, count * mean)
+        if self._processes.are_several:
+            packed = self._descent.packed_gradient()
+            torch._foreach_mul_(packed, count / float(rows))
+            self._processes.add_up(packed)
+        if not math.isfinite(loss) or not self._descent.take(adam, average, learning_rate, max_norm):
             return None
-        return len(batch.data) * mean, len(batch.data)
+        return loss, int(rows)
 
     def _take(self, step: Step, adam: Adam, average: WeightAverage, learning_rate: float, max_norm: float) -> bool:
         with Alone():
