@@ -84,8 +84,8 @@ class Descent:
                 kernels.forward(*layers, *size, program.few, room.tape, w, log_det)
                 total += kernels.differentiate_normal(constant, of_each[here], w, log_det, grad_w, grad_log_det)
                 grads = grad_w, grad_log_det, nothing, nothing
-                layers = program.tables, weights, self._wanted
-                kernels.backward(*layers, *size, room.tape, *grads, *gradients, start > first)
+                network = program.tables, weights, self._wanted
+                kernels.backward(*network, *size, room.tape, *grads, *gradients, start > first)
             return total, gradients
 
         self._idle += self._used
