@@ -124,7 +124,7 @@ def test_sums_over_discrete_sites_are_exact(model: Any, by_hand: Any, rows: int 
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_a_model_whose_discrete_sites_take_no_batch_of_draws_is_summed_draw_by_draw() -> None:
+def test_a_model_whose_discrete_sites_take_no_batch_of_draws_is_summed_by_a_map_over_draws() -> None:
     def model() -> None:
         mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         with pyro.plate("rows", len(Y)):
@@ -136,7 +136,7 @@ def test_a_model_whose_discrete_sites_take_no_batch_of_draws_is_summed_draw_by_d
     found = joint.settle({"mu": values.reshape(3, 1, 1, 1, 2)})({"mu": values.reshape(3, 1, 1, 1, 2)})
     each = dist.Normal(values[:, :, None], 1.0).log_prob(Y) + torch.tensor(0.5).log()
     expected = each.logsumexp(1).sum(-1) + dist.Normal(0.0, 1.0).log_prob(values).sum(-1)
-    assert not joint.is_vectorised
+    assert (joint.broadcasts, joint.is_vectorised) == (False, True)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 

@@ -337,6 +337,12 @@ def mixture() -> None:
         pyro.sample("y", dist.Normal(loc[..., which], 0.5), obs=torch.tensor([-2.5, -1.5, 1.5, 2.5]))
 
 
+def mixture_to_be_drawn() -> None:
+    loc = pyro.sample("loc", dist.Normal(torch.tensor([-2.0, 2.0]), 1.0).to_event(1))
+    which = pyro.sample("which", dist.Categorical(torch.ones(2) / 2))
+    pyro.sample("y", dist.Normal(loc[..., which], 0.5), obs=torch.tensor(1.5))
+
+
 def test_a_refusal_in_a_step_of_pyros_stays_one_line() -> None:
     with pytest.raises(ValueError, match="AutoIAF found no latent variables") as raised:
         steps(Trace_ELBO(), lambda: None, AutoIAF(lambda: None), 1)
@@ -348,7 +354,7 @@ def test_a_discrete_site_is_named_with_what_to_do(make: Any) -> None:
     with pytest.raises(
         ValueError, match=rf"{make.__name__} .*discrete site which.*poutine.block\(model, hide=\['which'\]"
     ):
-        make(mixture).setup()
+        make(mixture_to_be_drawn).setup()
 
 
 @each_guide
@@ -371,8 +377,9 @@ def test_a_site_that_no_guide_can_have_is_refused_with_advice_that_works(make: A
 
 
 @each_guide
-def test_a_discrete_site_can_be_hidden_and_summed_out(make: Any) -> None:
-    guide = make(poutine.block(mixture, hide=["which"]), **SMALL)
+@pytest.mark.parametrize("hides", [True, False])
+def test_a_discrete_site_that_is_summed_out_can_be_hidden_or_not(make: Any, hides: bool) -> None:
+    guide = make(poutine.block(mixture, hide=["which"]) if hides else mixture, **SMALL)
     losses = steps(TraceEnum_ELBO(max_plate_nesting=1), mixture, guide, 40)
     assert sum(losses[-10:]) < sum(losses[:10])
     assert sorted(guide.median()) == ["loc"]

@@ -66,13 +66,42 @@ def picking() -> None:
     pyro.sample("y", dist.Normal(z[0], 0.1), obs=torch.tensor(0.3))
 
 
-@pytest.mark.parametrize(("model", "event"), [(branching, ()), (picking, (3,))])
-def test_a_model_that_takes_no_batch_is_run_for_each_draw(model: Any, event: tuple[int, ...]) -> None:
-    """One that raises on a batch, and one that takes it and scores something else."""
+def filling() -> None:
+    """Writes into a tensor of its own."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    loc = torch.zeros(4)
+    loc[1:] += z
+    pyro.sample("y", dist.Normal(loc, 0.1).to_event(1), obs=torch.ones(4))
+
+
+def correlating() -> None:
+    """Of a matrix that is checked to be positive definite, which it is not where z is outside of (-1, 1)."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(3), 0.1).to_event(1))
+    covariance = torch.eye(2)
+    covariance[0, 1] = covariance[1, 0] = z[0]
+    pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), covariance), obs=torch.tensor([0.3, 0.2]))
+
+
+@pytest.mark.parametrize(
+    ("model", "event", "is_vectorised"), [(branching, (), False), (picking, (3,), True), (filling, (3,), True)]
+)
+def test_a_model_that_does_not_broadcast_is_mapped_over_draws_or_run_for_each(
+    model: Any, event: tuple[int, ...], is_vectorised: bool
+) -> None:
+    """One that raises on a batch, one that takes it and scores something else, and one that writes into a tensor."""
     values = {"z": torch.randn(5, 1, 1, *event)}
     joint = joint_of(model, values)
-    assert not joint.is_vectorised
+    assert (joint.broadcasts, joint.is_vectorised) == (False, is_vectorised)
     torch.testing.assert_close(joint(values), one_by_one(model, values))
+
+
+def test_draws_that_a_distribution_refuses_are_minus_infinity_in_a_run_for_all() -> None:
+    z = torch.tensor([[0.5, 0.0, 0.0], [-0.3, 1.0, 2.0], [1.5, 0.0, 0.0]]).reshape(3, 1, 1, 3)
+    joint = joint_of(correlating, {"z": z})
+    assert (joint.broadcasts, joint.is_vectorised) == (False, True)
+    found = joint.together({"z": z})
+    torch.testing.assert_close(found[:2], one_by_one(correlating, {"z": z[:2]}))
+    assert found[2] == -math.inf
 
 
 def fussy() -> None:

@@ -44,7 +44,9 @@ class NeuTra:
 
     def _run(self, call: Call, joint: LogJoint) -> object:
         name = self._guide.name
-        noise = pyro.sample(f"{name}_shared_latent", self._guide.get_noise_dist().mask(False))
+        of_noise = self._guide.get_noise_dist()
+        # NUTS moves in the dtype of the potential energy, which is that of the model's data.
+        noise = pyro.sample(f"{name}_shared_latent", of_noise.mask(False)).to(of_noise.mean.dtype)
         values, log_ratio = self._guide.sites_and_log_ratio(noise, *call.args, **call.kwargs)
         pyro.factor(f"{name}_log_ratio", log_ratio)
         if joint.runs == 1:

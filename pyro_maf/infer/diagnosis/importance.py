@@ -56,8 +56,9 @@ class NoVerdictError(RefusalError):
         reason: Why, as a clause.
     """
 
-    def __init__(self, who: str, reason: str) -> None:
-        super().__init__(f"{who} cannot score the model as a whole: {reason}.")
+    def __init__(self, who: str, reason: str = "") -> None:
+        # Pyro adds a table to an error raised within a trace by another of its class, with the whole text.
+        super().__init__(f"{who} cannot score the model as a whole: {reason}." if reason else who)
         self.reason = reason
 
 

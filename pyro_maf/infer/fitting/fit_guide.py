@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Generic, TypeVar, cast
@@ -218,14 +218,15 @@ class _Run:
         self._call, self._guide = call, guide
         self._pair = Pair("fit_guide", call, guide)
         joint = self._pair.joint
-        self.alone = "" if joint.is_vectorised else why_alone(call, guide)
+        walks = isinstance(guide, AutoFlow) and can_walk(guide, joint)
+        self.alone = "" if walks or joint.broadcasts else why_alone(call, guide)
         objective = (
             TracePath_ELBO if isinstance(guide, AutoFlow) else TraceEnum_ELBO if joint.enumerated else Trace_ELBO
         )
         # Pass max_plate_nesting explicitly; Pyro would otherwise guess it and print a warning.
         self._objective = objective(
-            num_particles=num_particles if joint.is_vectorised else min(num_particles, ALONE),
-            vectorize_particles=joint.is_vectorised,
+            num_particles=num_particles if joint.broadcasts else min(num_particles, ALONE),
+            vectorize_particles=joint.broadcasts,
             max_plate_nesting=self._pair.nesting,
         )
         self._parameters = self._find_parameters()
@@ -248,7 +249,10 @@ class _Run:
 
     def _find_parameters(self) -> list[Tensor]:
         with poutine.trace(param_only=True) as capture:
-            self._objective.loss(self._call.program, self._guide, *self._call.args, **self._call.kwargs)
+            for _ in range(FAILURES_TO_RETREAT):  # a model may raise for some draws
+                with suppress(*FAILURES):
+                    self._objective.loss(self._call.program, self._guide, *self._call.args, **self._call.kwargs)
+                    break
         leaves = [_leaf(site["value"]) for site in capture.trace.nodes.values() if site["type"] == "param"]
         parameters = list({id(leaf): leaf for leaf in leaves if leaf.requires_grad}.values())
         if not parameters:

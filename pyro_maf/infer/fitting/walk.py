@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -12,7 +13,7 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 
 from pyro_maf.infer.guides.auto_flow import AutoFlow
-from pyro_maf.infer.models.log_joint import LogJoint
+from pyro_maf.infer.models.log_joint import FAILURES, LogJoint
 from pyro_maf.infer.models.model import Call, Guide
 from pyro_maf.infer.models.recording import Derivatives, Recording, record
 
@@ -54,6 +55,11 @@ class Walk:
     of a run of the model where not. The recording is compared with runs of the model, at first and every 100 steps.
     Loss and gradients are those of `TracePath_ELBO`.
 
+    Where the model cannot score some draws, because it raises or its density is not a number or zero there, the others
+    are draws of the guide's part where it can. The loss is then the divergence of that part from the posterior, plus
+    the nats of its share. The path of a draw does not see the edge, so that the gradient is that of a score function:
+    the mean of (l - E[l] - 1) d log q over the part, with l = log q - log p, plus that of d log q over all draws.
+
     Args:
         call: The model with its arguments.
         guide: A guide of this package.
@@ -75,7 +81,15 @@ class Walk:
             latent = self._guide.draw(self._draws, self._call)
             with _frozen(self._weights):
                 log_q = self._guide.log_density(latent, self._call)
-        derivatives = self._derivatives(latent.detach())
+        try:
+            derivatives = self._derivatives(latent.detach())
+        except FAILURES:
+            values = self._scores(latent.detach())
+            if not _in_part(values):
+                raise
+            return self._partial_step(latent.detach(), values)
+        if _in_part(derivatives.values):
+            return self._partial_step(latent.detach(), derivatives.values)
         share = 1 / self._draws
         with torch.no_grad():
             log_weights = derivatives.values - log_q.detach()
@@ -83,6 +97,28 @@ class Walk:
                 weight.grad = None if gradient is None else -share * gradient
         torch.autograd.backward([latent, log_q], [-share * derivatives.gradient, torch.full_like(log_q, share)])
         return Step(-float(log_weights.mean()), log_weights)
+
+    def _partial_step(self, latent: Tensor, values: Tensor) -> Step:
+        """Likewise by the draws that the model can score; the log weights of others are minus infinity."""
+        is_scored = values.isfinite()
+        with torch.enable_grad():
+            log_q = self._guide.log_density(latent, self._call)
+            inside = log_q[is_scored]
+            gaps = (inside - values[is_scored]).detach()
+            # The density moves with weights of the model, and of the guide's coordinates.
+            total = ((gaps - gaps.mean() - 1) * inside - self._log_joint(latent[is_scored])).mean() + log_q.mean()
+            gradients = torch.autograd.grad(total, self._weights, allow_unused=True)
+        for weight, gradient in zip(self._weights, gradients, strict=True):
+            weight.grad = gradient
+        log_weights = torch.full_like(values, -torch.inf)
+        log_weights[is_scored] = -gaps
+        return Step(float(gaps.mean()) - 2 * math.log(float(is_scored.double().mean())), log_weights)
+
+    @torch.no_grad()
+    def _scores(self, latent: Tensor) -> Tensor:
+        """Log joint density, minus infinity where the model raises."""
+        values, log_det = self._unpacked(latent)
+        return self._joint(values) + log_det
 
     def _derivatives(self, latent: Tensor) -> Derivatives:
         """Log joint density, and its gradients."""
@@ -110,9 +146,18 @@ class Walk:
         return Derivatives(values.detach(), gradient, list(others))
 
     def _log_joint(self, latent: Tensor) -> Tensor:
+        values, log_det = self._unpacked(latent)
+        return self._joint.together(values) + log_det
+
+    def _unpacked(self, latent: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         padded = latent.reshape(len(latent), *(1,) * self._joint.nesting, -1)
         values, log_det = self._guide.unpacked(padded, self._call)
-        return self._joint.together(values) + log_det.reshape(len(latent))
+        return values, log_det.reshape(len(latent))
+
+
+def _in_part(values: Tensor) -> bool:
+    """True if some draws have a finite density, at least two, and some have not."""
+    return 2 <= int(values.isfinite().sum()) < len(values)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from pyro_maf.infer.models.latents import Images, Latents, Part
 from pyro_maf.infer.models.log_joint import FAILURES, LogJoint, is_enumerated, without_blocks
 from pyro_maf.infer.models.model import Call, RefusalError, Trace, latent_sites, sample_sites
 from pyro_maf.infer.start.degrees import fit_degrees
-from pyro_maf.infer.start.initialization import DENSE, Normal, Start, best_start, other_points
+from pyro_maf.infer.start.initialization import DENSE, UNIFORM, Normal, Start, best_start, other_points
 from pyro_maf.infer.start.mean_field import narrow_place
 from pyro_maf.infer.start.symmetry import exchanges
 from pyro_maf.infer.start.wide_normal import WideNormal, wide_start
@@ -26,6 +26,8 @@ from pyro_maf.infer.start.wide_normal import WideNormal, wide_start
 __all__ = ["Levels", "Posterior", "checked_levels", "even_noise", "marginal_quantiles", "start_of"]
 
 PRIOR_DRAWS = 64
+TRIES = 100
+"""Maximum number of points at which a model is tried, as in NUTS, that raises or is improbable at initial values."""
 POINTS = 4
 """Number of points at which the effect of masked entries is tested."""
 MINIBATCHES = 8
@@ -64,11 +66,14 @@ def start_of(
     if has_masks and posterior is not None:
         posterior.leave_out_idle()
     coordinates = coordinates_of(call, latents)
-    loc = latents.initial() if coordinates is None else coordinates.centre(latents, latents.values, call)
+    loc = latents.initial() if posterior is None else posterior.centre
+    if coordinates is not None:
+        values = {name: value[0] for name, value in latents.sites(loc[None], torch.Size([1])).items()}
+        loc = coordinates.centre(latents, values, call)
     if scale is not None or posterior is None or not posterior.is_complete:
         return _isotropic(loc, 0.1 if scale is None else scale), coordinates
     if not posterior.is_vectorised:
-        return best_start(posterior, latents.initial(), vectorised=False), None
+        return best_start(posterior, posterior.centre, vectorised=False), None
     place = narrow_place(loc)
     if coordinates is not None:
         plain, posterior = posterior, posterior.within(coordinates)
@@ -102,6 +107,7 @@ class Posterior:
         latents: The layout of the latent vector.
 
     Attributes:
+        centre: A latent vector that the model can score, (D,): that of the initial values if it is one.
         is_complete: True if it is the posterior: no other random draws, and the latent variables of all rows.
         is_vectorised: True if one run of the model scores many draws.
     """
@@ -118,10 +124,19 @@ class Posterior:
         self._latents, self._call = latents, call
         self._coordinates: Coordinates | None = None
         self._joint = LogJoint(candidate, example, shapes=shapes, most_minibatches=most)
-        near = latents.initial() + torch.tensor([[0.0], [0.01]]).to(latents.initial())
+        self.centre = self._centre()
+        near = self.centre + torch.tensor([[0.0], [0.01]]).to(self.centre)
         self._joint.settle(self._unpacked(near)[0])
         self.is_vectorised = self._joint.is_vectorised
         self.is_complete = not self._joint.is_random and not (by_row and self._joint.partial)
+
+    def _centre(self) -> Tensor:
+        """The initial values, or else the first point of the cube that the model can score, as one vector."""
+        initial = self._latents.initial()
+        with seeded(0, initial.device):
+            cube = UNIFORM * (2 * torch.rand(TRIES, len(initial), device=initial.device) - 1).to(initial)
+        points = torch.cat([initial[None], cube])
+        return next((point for point in points if self._joint.can_score(self._unpacked(point[None])[0])), initial)
 
     def within(self, coordinates: Coordinates) -> Posterior:
         """Return the same density, as one of coordinates."""
@@ -281,6 +296,8 @@ def marginal_quantiles(
 
 def _quantiles(draws: Tensor, levels: Tensor) -> Tensor:
     r"""Quantiles along the first dimension, (\*levels, \*event), of draws (draws, \*event)."""
+    if not draws.numel():
+        return draws.new_empty(levels.shape + draws.shape[1:])
     blocks = draws.reshape(len(draws), -1).split(MOST_COLUMNS, -1)
     quantiles = torch.cat([block.quantile(levels.flatten(), 0) for block in blocks], -1)
     return quantiles.reshape(levels.shape + draws.shape[1:])

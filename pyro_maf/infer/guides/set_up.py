@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Self, cast
 
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide import AutoContinuous, init_to_uniform
+from pyro.infer.autoguide.guides import prototype_hide_fn
+from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor, nn
 
 from pyro_maf._core.checks import check_above_zero, check_choice, check_positive, check_sizes
 from pyro_maf._core.options import ClassSignature, named_arguments
+from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.guides.density import GuideDensity
 from pyro_maf.infer.guides.mixture import FlowMixture
-from pyro_maf.infer.guides.posterior import start_of
+from pyro_maf.infer.guides.posterior import TRIES, start_of
 from pyro_maf.infer.guides.shares import Shares
 from pyro_maf.infer.guides.state import StoredWeights
 from pyro_maf.infer.models.coordinates import Coordinates
 from pyro_maf.infer.models.latents import Latents, Plates, median_or_feasible
+from pyro_maf.infer.models.log_joint import FAILURES, is_enumerated
 from pyro_maf.infer.models.model import (
     Call,
     Model,
@@ -138,7 +143,7 @@ class GuideSetUp(GuideDensity):
         call = Call(self._plain_model[0], args, kwargs)
         check_set_up_call(self._who, call)
         try:
-            super(AutoContinuous, self)._setup_prototype(*args, **kwargs)
+            self._run_prototype(call)
             context = None if self._encoder is None else self._context(*args, **kwargs)
             with poutine.block():  # trial runs must be invisible to handlers around the guide
                 start = self._start(call, context)
@@ -148,6 +153,26 @@ class GuideSetUp(GuideDensity):
         except BaseException:
             self.prototype_trace = None  # so that the next call tries again
             raise
+
+    @staticmethod
+    def _prototype_hide_fn(msg: Site) -> bool:
+        # Discrete sites that are summed out have no part in the guide, as in NUTS.
+        return bool(prototype_hide_fn(msg)) or is_enumerated(msg)
+
+    def _run_prototype(self, call: Call) -> None:
+        """Run the model at initial values; where it raises there, at points of the cube in which NUTS is started."""
+        run = partial(super(AutoContinuous, self)._setup_prototype, *call.args, **call.kwargs)
+        try:
+            run()
+        except (ValueError, ArithmeticError, torch.linalg.LinAlgError):
+            if self._start_is_chosen:
+                raise
+            initial, self._model = self._model, (InitMessenger(init_to_uniform)(call.program),)
+            try:
+                if not any(_succeeds(run, seed) for seed in range(TRIES)):
+                    raise
+            finally:
+                self._model = initial
 
     def _start(self, call: Call, context: Tensor | None) -> Start | WideNormal:
         """Lay out the latent sites as a vector; return the normals that the guide starts as."""
@@ -217,6 +242,16 @@ class GuideSetUp(GuideDensity):
         """The modules that have weights, by their names in Pyro's store."""
         modules = {role: self._modules.get(role) for role in ("transform", "coordinates", "encoder")}
         return {f"{self.name}.{role}": module for role, module in modules.items() if module is not None}
+
+
+def _succeeds(run: Callable[[], object], seed: int) -> bool:
+    """Run a program with this seed; return False if it raises."""
+    try:
+        with seeded(seed):
+            run()
+    except FAILURES:
+        return False
+    return True
 
 
 def _width(size: int) -> int:

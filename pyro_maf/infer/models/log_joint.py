@@ -18,6 +18,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_maf._core.torch_state import seeded
+from pyro_maf.infer.models.mapped import mapped
 from pyro_maf.infer.models.model import (
     Call,
     DrawRecorder,
@@ -49,11 +50,23 @@ FAILURES = (ValueError, ArithmeticError, RuntimeError)
 SEEDS = 8
 """Number of seeds under which a model that draws random numbers is run, to test if its density depends on them."""
 
+LARGEST = 50_000
+"""Numbers in the largest tensor of a run from which on `vmap` saves nothing, and takes memory for every draw."""
+
+MOST_NUMBERS = 2**24
+"""Maximum numbers in a tensor of a run for many draws, without gradients."""
+
+MOST_ALONE = 64
+"""Maximum number of draws of the prior by a run for each."""
+
 SPARE = 2
 """Dimensions left free between a model's plates and that of the draws, for plates that are open around a call."""
 
 Values = Mapping[str, Tensor]
 """The value of each latent site, draws along the first dimension."""
+
+Scorer = Callable[[Values, Iterable[Minibatch]], Tensor]
+"""Log joint density of several draws, (draws,), from runs over minibatches."""
 
 Weigh = Callable[[Iterable[Frame]], Tensor | float]
 """The weight of a site in plates."""
@@ -62,8 +75,9 @@ Weigh = Callable[[Iterable[Frame]], Tensor | float]
 class LogJoint:
     r"""log p(x, z) in nats, for the data x that a model is called with and draws z of its latent sites.
 
-    All draws are scored by one run of the model inside a plate if a trial shows that the model allows that, and one
-    after another if not. Discrete sites that are enumerated in parallel are summed out. Where plates subsample, runs
+    All draws are scored by one run of the model: inside a plate if a trial shows that the model allows that, or else
+    under torch's `vmap`, in which the model sees a single draw. If neither works, as where Python reads the value of a
+    latent variable, it is run for one draw after another. Discrete sites that are enumerated in parallel are summed out. Where plates subsample, runs
     over minibatches add up to all rows. Random numbers that the model draws itself are the same in every call.
 
     Args:
@@ -76,6 +90,7 @@ class LogJoint:
     Attributes:
         nesting: Number of dimensions, from the right, of the model's plates.
         is_vectorised: True if one run scores many draws; set by `settle`.
+        broadcasts: True if that run is one in a plate, as in Pyro's objectives with vectorised particles; set likewise.
         is_random: True if the density depends on random numbers outside of visible sites; set by `settle`.
         hidden: Names of the sites that it draws but hides from handlers around it; set by `settle`.
         enumerated: True if there are sites to sum out.
@@ -104,7 +119,9 @@ class LogJoint:
         self._shapes = shapes
         self.enumerated = any(is_enumerated(site) for name, site in latents.items() if name not in shapes)
         self.nesting = nesting_of(example) + SPARE
-        self.is_vectorised = True
+        self.is_vectorised = self.broadcasts = True
+        self._score: Scorer = self._together
+        self._largest = 1
         self.is_random = False
         self.hidden: tuple[str, ...] = ()
         self.numbers = 1
@@ -121,9 +138,11 @@ class LogJoint:
     def __call__(self, values: Values) -> Tensor:
         """Return log p(x, z) in nats, (draws,), at values of the latent sites."""
         count = _count(values)
+        most = max(1, MOST_NUMBERS // self._largest)
+        if count > most and not torch.is_grad_enabled():
+            return torch.cat([self(_draws(values, slice(at, at + most))) for at in range(0, count, most)])
         try:
-            score = self._together if self.is_vectorised else self._in_turn
-            scored = score(values, self._minibatches)
+            scored = self._score(values, self._minibatches)
         except FAILURES:
             if count == 1:
                 return _first_of(values).new_full((1,), -torch.inf)
@@ -133,21 +152,32 @@ class LogJoint:
 
     def together(self, values: Values) -> Tensor:
         """Return log p(x, z) in nats, (draws,), by one run for all draws, as the model returns or raises it."""
-        return self._together(values, self._minibatches)
+        return self._score(values, self._minibatches)
+
+    @torch.no_grad()
+    def can_score(self, values: Values) -> bool:
+        """True if the density at values of one draw, (1, ...), is finite, by a run for that draw."""
+        try:
+            return bool(self._in_turn(values, islice(self._minibatches, 1)).isfinite())
+        except FAILURES:
+            return False
 
     def returned(self, values: Values) -> object:
         """Return value of the model at values of one draw, (1, ...), with the rows of the first minibatch."""
-        return self._scored(self._single(values, 0), next(iter(self._minibatches))).nodes["_RETURN"]["value"]
+        return self._scored(self._single(_draws(values, 0)), next(iter(self._minibatches))).nodes["_RETURN"]["value"]
 
     def prior_draws(self, count: int) -> dict[str, Tensor]:
-        r"""Draw the latent sites from the prior, (count, \*site), for a model that scores many draws in one run.
+        r"""Draw the latent sites from the prior, (count, \*site); at most 64, by a run for each, without broadcasting.
 
         Raises:
             RuntimeError: If a value has fewer rows than expected, such as those of a minibatch.
         """
-        plate = pyro.plate("_draws", count, dim=-self.nesting - 1)
-        with seeded(0, self._like.device), poutine.block(), plate:
-            sites = sample_sites(self._call.trace())
+        with seeded(0, self._like.device), poutine.block():
+            if not self.broadcasts:
+                draws = [sample_sites(self._call.trace()) for _ in range(min(count, MOST_ALONE))]
+                return {name: torch.stack([sites[name]["value"] for sites in draws]) for name in self._shapes}
+            with pyro.plate("_draws", count, dim=-self.nesting - 1):
+                sites = sample_sites(self._call.trace())
         return {name: sites[name]["value"].reshape(count, *shape) for name, shape in self._shapes.items()}
 
     def settle(self, values: Values) -> LogJoint:
@@ -175,17 +205,25 @@ class LogJoint:
         usable = expected.isfinite()
         if error is not None and not usable.any():
             raise error
+        index = int(usable.int().argmax())
+        self._test_randomness(_draws(values, slice(index, index + 1)), first)
+        if usable.any():
+            values, expected = _draws(values, usable), expected[usable]
+        batched: tuple[Scorer, ...] = (self._together,)
+        if self._largest <= LARGEST:
+            batched += (self._mapped, partial(self._mapped, writes=True))
+        self._score = next((each for each in batched if self._agrees(each, values, expected, first)), self._in_turn)
+        self.broadcasts, self.is_vectorised = self._score == self._together, self._score != self._in_turn
+        return self
+
+    def _agrees(self, score: Scorer, values: Values, expected: Tensor, minibatches: Iterable[Minibatch]) -> bool:
+        """True if scores of all draws together are as expected."""
         try:
-            together = self._together(_draws(values, usable), first)
+            return torch.allclose(score(values, minibatches), expected, rtol=1e-3, atol=1e-3, equal_nan=True)
         except PartialRowsError:
             raise
         except Exception:  # a model not written for a batch may fail in any way
-            self.is_vectorised = False
-        else:
-            self.is_vectorised = torch.allclose(together, expected[usable], rtol=1e-3, atol=1e-3)
-        index = int(usable.int().argmax())
-        self._test_randomness(_draws(values, slice(index, index + 1)), first)
-        return self
+            return False
 
     def _test_randomness(self, one: Values, minibatches: Iterable[Minibatch]) -> None:
         """Set `hidden` and `is_random`, the latter if the density of one draw differs between seeds."""
@@ -194,6 +232,7 @@ class LogJoint:
             with recorder:
                 first = self._in_turn(one, minibatches)
             self.hidden = tuple(sorted(recorder.sites))
+            self._largest = recorder.largest
             seeds = range(1, SEEDS if recorder.any else 2)
             others = (self._in_turn(one, minibatches, seed) for seed in seeds)
             differs = any(not torch.allclose(first, other, rtol=1e-5, atol=1e-5, equal_nan=True) for other in others)
@@ -214,19 +253,32 @@ class LogJoint:
 
         return _sum(map(score, minibatches))
 
+    def _mapped(self, values: Values, minibatches: Iterable[Minibatch], writes: bool = False) -> Tensor:
+        def score(minibatch: Minibatch) -> Tensor:
+            scored = mapped(lambda one: self._score_of_one(one, minibatch), values, writes=writes)
+            if self.runs > 1:
+                report_run()
+            return scored
+
+        return _sum(map(score, minibatches))
+
     def _in_turn(self, values: Values, minibatches: Iterable[Minibatch], seed: int = 0) -> Tensor:
         def score(row: int, minibatch: Minibatch) -> Tensor:
-            trace = self._scored(self._single(values, row), minibatch, seed)
-            self.numbers = max(self.numbers, sum(site["log_prob"].numel() for site in sample_sites(trace).values()))
+            total = self._score_of_one({name: value[row] for name, value in values.items()}, minibatch, seed)
             report_run()
-            return _sum(part.sum() for part in log_densities(trace, minibatch.weight))
+            return total
 
         minibatches = tuple(minibatches)
         return torch.stack([_sum(score(row, each) for each in minibatches) for row in range(_count(values))])
 
-    def _single(self, values: Values, row: int) -> dict[str, Tensor]:
-        """Return the values of one draw, in the shapes of their sites."""
-        return {name: value[row].reshape(self._shapes[name]) for name, value in values.items()}
+    def _score_of_one(self, values: Values, minibatch: Minibatch, seed: int = 0) -> Tensor:
+        trace = self._scored(self._single(values), minibatch, seed)
+        self.numbers = max(self.numbers, sum(site["log_prob"].numel() for site in sample_sites(trace).values()))
+        return _sum(part.sum() for part in log_densities(trace, minibatch.weight))
+
+    def _single(self, values: Values) -> dict[str, Tensor]:
+        """Return the values of one draw in the shapes of their sites."""
+        return {name: value.reshape(self._shapes[name]) for name, value in values.items()}
 
     def _scored(self, values: Values, minibatch: Minibatch, seed: int = 0) -> Trace:
         inside = {name: minibatch.of_these_rows(value, self._all_rows.get(name, {})) for name, value in values.items()}
@@ -250,7 +302,7 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
     return sum(rest, first)
 
 
-def _draws(values: Values, index: slice | Tensor) -> dict[str, Tensor]:
+def _draws(values: Values, index: slice | Tensor | int) -> dict[str, Tensor]:
     """Select some draws."""
     return {name: value[index] for name, value in values.items()}
 

@@ -223,6 +223,7 @@ class DrawRecorder(TorchFunctionMode):
     Attributes:
         sites: Their names.
         any: True if any random numbers were drawn; set on exit.
+        largest: Numbers in the largest tensor that was computed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -230,6 +231,7 @@ class DrawRecorder(TorchFunctionMode):
         self._device = device
         self.sites: set[str] = set()
         self.any = False
+        self.largest = 1
 
     def __enter__(self) -> DrawRecorder:
         self._before = self._all_states()
@@ -258,6 +260,8 @@ class DrawRecorder(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if self._states() != before and (name := _site_above()):
             self.sites.add(name)
+        if isinstance(result, Tensor):
+            self.largest = max(self.largest, result.numel())
         return result
 
 

@@ -216,8 +216,12 @@ class Ascents:
         if not rows:
             return {}
         points = self.locs[rows].requires_grad_()
-        with torch.enable_grad():
-            (gradients,) = torch.autograd.grad(self._log_density(points).sum(), points)
+        try:
+            with torch.enable_grad():
+                total = self._log_density(points).sum() + 0 * points.sum()  # so that there is a gradient in any case
+                (gradients,) = torch.autograd.grad(total, points)
+        except FAILURES:  # such as of an operation without a derivative
+            gradients = torch.full_like(points, torch.nan)
         finite = {}
         for row, gradient in zip(rows, gradients, strict=True):
             if gradient.isfinite().all():

@@ -62,9 +62,18 @@ def even_noise(loc: Tensor, draws: int, seed: int = 0) -> Tensor:
 
 
 def bounds_of(log_density: Score, candidates: Sequence[Normal], noise: Tensor) -> Tensor:
-    """Evidence lower bound of each candidate, up to a common constant."""
+    """Evidence lower bound of each candidate, up to a common constant.
+
+    If all have draws that cannot be scored, it is that of the others, less twice the nats of their share.
+    """
     draws = torch.cat([each.loc + noise @ each.scale_tril.T for each in candidates])
-    scores = log_density(draws).view(len(candidates), -1).mean(1)
+    scores = log_density(draws).view(len(candidates), -1)
+    scored = scores.isfinite()
+    if not scored.all(1).any():
+        scores = scores.where(scored, 0.0).mean(1) / scored.double().mean(1) + 2 * scored.double().mean(1).log()
+        scores = scores.to(draws)
+    else:
+        scores = scores.mean(1)
     entropies = torch.stack([each.scale_tril.diagonal().log().sum() for each in candidates])
     return (scores + entropies).nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
 

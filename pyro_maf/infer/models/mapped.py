@@ -1,0 +1,105 @@
+"""Runs of a model for many draws at once under torch's `vmap`, in which it sees one draw."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import cast
+from unittest.mock import patch
+
+import torch
+from pyro.ops import special
+from torch import Tensor
+from torch.distributions import constraints
+from torch.overrides import TorchFunctionMode
+
+from pyro_maf.infer.models.model import Args, Kwargs
+
+__all__ = ["mapped"]
+
+COPIES = (torch.clone, Tensor.clone)
+CREATED = (
+    *(torch.zeros, torch.ones, torch.empty, torch.full, torch.eye),
+    *(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like),
+    *(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor),
+)
+"""Functions that create a tensor, into which a model may write."""
+
+
+def mapped(
+    score: Callable[[Mapping[str, Tensor]], Tensor], values: Mapping[str, Tensor], *, writes: bool = False
+) -> Tensor:
+    """Return the log-density of each of several draws, (draws,), by one call of a function of a single one.
+
+    Minus infinity where the validation of a distribution would raise.
+
+    Args:
+        score: Log-density of one draw, ().
+        values: The value of each site, draws along the first dimension.
+        writes: True if the function writes into tensors that it creates; each draw then has its own.
+    """
+
+    def of_one(one: Mapping[str, Tensor], zero: Tensor) -> Tensor:
+        with _OneDraw(zero if writes else None) as run:
+            total = score(one)
+        return torch.where(run.is_valid, total, -torch.inf)
+
+    first = next(iter(values.values()))
+    zeros = torch.zeros(len(first), dtype=torch.uint8, device=first.device)
+    with patch.object(special, "_SafeLog", _Log):
+        return torch.func.vmap(of_one, randomness="same")(dict(values), zeros)
+
+
+class _OneDraw(TorchFunctionMode):
+    """Mode for what differs between one draw and many under `vmap`.
+
+    The validation of distributions raises nothing, but is recorded as a tensor: a check may raise for one draw alone.
+
+    Args:
+        zero: Zero, (), one for each draw: tensors that are created while entered are added to it, so that what is
+            written into them may be another number for each draw. None if that is not needed.
+
+    Attributes:
+        is_valid: True if all checks have been passed, ().
+    """
+
+    def __init__(self, zero: Tensor | None) -> None:
+        super().__init__()
+        self._zero = zero
+        self.is_valid = torch.ones((), dtype=torch.bool)
+
+    def __torch_function__(
+        self, func: Callable[..., object], types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        # The check of a matrix, which is square and symmetric first, reads the outcome by itself.
+        if func is torch._is_all_true or (func is Tensor.__bool__ and _is_within(constraints.__file__)):
+            self._record(args[0])
+            return True
+        if getattr(func, "__self__", None) is Tensor.data:
+            return cast("Tensor", args[0]).detach()
+        result = func(*args, **kwargs)
+        if self._zero is not None and func in (*CREATED, *COPIES) and isinstance(result, Tensor):
+            return result ^ self._zero.bool() if result.dtype == torch.bool else result + self._zero.to(result.dtype)
+        return result
+
+    def _record(self, outcome: object) -> None:
+        if isinstance(outcome, Tensor):
+            self.is_valid = self.is_valid.to(outcome.device) & outcome.all()
+
+
+class _Log:
+    """Logarithm with a bounded gradient, for that of Pyro's sums over discrete sites, which `vmap` does not take."""
+
+    @staticmethod
+    def apply(x: Tensor) -> Tensor:
+        """Return log(x), with the gradient 1 / max(x, eps)."""
+        least = torch.finfo(x.dtype).eps
+        is_plain = x > least
+        bounded = x.detach().log() + (x - x.detach()) / least
+        return torch.where(is_plain, x.where(is_plain, torch.ones_like(x)).log(), bounded)
+
+
+def _is_within(filename: str) -> bool:
+    """True if the code that calls a function of torch is in this file."""
+    return sys._getframe(2).f_code.co_filename == filename
