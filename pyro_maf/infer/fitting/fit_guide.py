@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Generic, TypeVar, cast
@@ -37,6 +37,11 @@ __all__ = ["GuideFit", "fit_guide"]
 AnyGuide = TypeVar("AnyGuide", bound=Guide)
 
 OPTIONS = ("steps", "num_particles", "learning_rate", "progress")
+ADVICE = (
+    "Draws come first: index and reduce from the right, such as (X * w).sum(-1) or w[..., 0].",
+    "Compute with tensors, as by torch.where, rather than read values of latent variables by if, float or .item().",
+)
+"""What to do about a model that is run for each draw of another guide, and of one of this package."""
 MOST_FAILURES = 50
 FAILURES_TO_RETREAT = 10
 CLIP = 4.0
@@ -124,10 +129,10 @@ def fit_guide(
     the last eighth of all steps, at least 100; if 99 % of its draws are effective the rate is halved too, and at 99.9 %
     nothing is left to gain. Farther than 5 nats from the posterior, by the spread of the log weights, it is halved
     where a window gains less than a twentieth of what is left. Where parameters of the model are fitted too, with which
-    the posterior moves, the bound alone decides. Gradients are clipped to four times their usual norm;
-    steps where the model raises, or where loss or gradient are not finite, are skipped. After ten of these in a row,
-    and where the bound falls far below its best, the fit goes on from its best weights at half the rate; after fifty it
-    ends with them. The result has the weights averaged over the best window.
+    the posterior moves, the bound alone decides. Gradients are clipped to four times their usual norm; draws that the
+    model cannot score are left out of a step, and steps where loss or gradient are not finite are skipped. After ten of
+    these in a row, and where the bound falls far below its best, the fit goes on from its best weights at half the
+    rate; after fifty it ends with them. The result has the weights averaged over the best window.
 
     Args:
         model: A Pyro model.
@@ -182,12 +187,9 @@ def fit_guide(
                 guide.setup(*args, **kwargs)  # not in a trace, which would lengthen its error messages
             run = _Run(call, guide, num_particles, Schedule(learning_rate, steps))
         if run.alone:
-            warnings.warn(
-                f"fit_guide runs the model for each draw, which is slow: {run.alone}. Draws come first: index and "
-                "reduce from the right, such as (X * w).sum(-1) or w[..., 0].",
-                UserWarning,
-                stacklevel=2,
-            )
+            advice = ADVICE[isinstance(guide, AutoFlow)]
+            what = f"fit_guide runs the model for each draw, which is slow: {run.alone}. {advice}"
+            warnings.warn(what, UserWarning, stacklevel=2)
         reason = run.to_the_end(steps, shown)
         diagnosis = run.diagnosed(shown)
     return GuideFit(
@@ -248,19 +250,24 @@ class _Run:
         self._end = ""
 
     def _find_parameters(self) -> list[Tensor]:
+        call, failure = self._call, None
         with poutine.trace(param_only=True) as capture:
             for _ in range(FAILURES_TO_RETREAT):  # a model may raise for some draws
-                with suppress(*FAILURES):
-                    self._objective.loss(self._call.program, self._guide, *self._call.args, **self._call.kwargs)
+                try:
+                    self._objective.loss(call.program, self._guide, *call.args, **call.kwargs)
                     break
+                except FAILURES as error:
+                    failure = error
         leaves = [_leaf(site["value"]) for site in capture.trace.nodes.values() if site["type"] == "param"]
+        if isinstance(self._guide, AutoFlow):
+            leaves += self._guide.parameters()
         parameters = list({id(leaf): leaf for leaf in leaves if leaf.requires_grad}.values())
         if not parameters:
             advice = ""
             if isinstance(self._guide, SavedGuide):
                 advice = " of a loaded guide: set up a new one, and load its weights by "
                 advice += "guide.transform.load_state_dict(loaded.transform.state_dict())"
-            raise ValueError(f"fit_guide expected a guide with parameters to train, got none{advice}.")
+            raise failure or ValueError(f"fit_guide expected a guide with parameters to train, got none{advice}.")
         return parameters
 
     def _trains_model(self) -> bool:

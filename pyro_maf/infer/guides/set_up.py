@@ -164,7 +164,7 @@ class GuideSetUp(GuideDensity):
         run = partial(super(AutoContinuous, self)._setup_prototype, *call.args, **call.kwargs)
         try:
             run()
-        except (ValueError, ArithmeticError, torch.linalg.LinAlgError):
+        except (ValueError, ArithmeticError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
             if self._start_is_chosen:
                 raise
             initial, self._model = self._model, (InitMessenger(init_to_uniform)(call.program),)

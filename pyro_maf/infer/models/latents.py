@@ -400,8 +400,8 @@ def _transform_of(who: str, name: str, site: Site) -> Transform:
         )
     if support.is_discrete:
         raise RefusalError(
-            f"{who} expected continuous latent variables, got the discrete site {name}: sum it out with TraceEnum_ELBO "
-            f"and infer={{'enumerate': 'parallel'}}, and hide it here, {who}(poutine.block(model, hide=['{name}']))."
+            f"{who} expected continuous latent variables, got the discrete site {name}: sum it out with "
+            "infer={'enumerate': 'parallel'}, in fit_guide or by TraceEnum_ELBO."
         )
     try:
         return support_map(support)

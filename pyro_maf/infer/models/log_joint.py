@@ -77,8 +77,9 @@ class LogJoint:
 
     All draws are scored by one run of the model: inside a plate if a trial shows that the model allows that, or else
     under torch's `vmap`, in which the model sees a single draw. If neither works, as where Python reads the value of a
-    latent variable, it is run for one draw after another. Discrete sites that are enumerated in parallel are summed out. Where plates subsample, runs
-    over minibatches add up to all rows. Random numbers that the model draws itself are the same in every call.
+    latent variable, it is run for one draw after another. Discrete sites that are enumerated in parallel are summed
+    out. Where plates subsample, runs over minibatches add up to all rows. Random numbers that the model draws itself
+    are the same in every call.
 
     Args:
         call: The model with its arguments.

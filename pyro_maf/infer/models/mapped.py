@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import cast
 from unittest.mock import patch
@@ -46,14 +47,16 @@ def mapped(
 
     first = next(iter(values.values()))
     zeros = torch.zeros(len(first), dtype=torch.uint8, device=first.device)
-    with patch.object(special, "_SafeLog", _Log):
+    with patch.object(special, "_SafeLog", _Log), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")  # for an operation that runs row by row
         return torch.func.vmap(of_one, randomness="same")(dict(values), zeros)
 
 
 class _OneDraw(TorchFunctionMode):
     """Mode for what differs between one draw and many under `vmap`.
 
-    The validation of distributions raises nothing, but is recorded as a tensor: a check may raise for one draw alone.
+    The validation of distributions raises nothing, nor does a Cholesky factorization: as either may fail for one draw
+    alone, its outcome is recorded as a tensor.
 
     Args:
         zero: Zero, (), one for each draw: tensors that are created while entered are added to it, so that what is
@@ -78,6 +81,10 @@ class _OneDraw(TorchFunctionMode):
             return True
         if getattr(func, "__self__", None) is Tensor.data:
             return cast("Tensor", args[0]).detach()
+        if func is torch.linalg.cholesky:
+            factor, failed = torch.linalg.cholesky_ex(*cast("tuple[Tensor]", args), **cast("dict[str, bool]", kwargs))
+            self._record(failed == 0)
+            return factor
         result = func(*args, **kwargs)
         if self._zero is not None and func in (*CREATED, *COPIES) and isinstance(result, Tensor):
             return result ^ self._zero.bool() if result.dtype == torch.bool else result + self._zero.to(result.dtype)

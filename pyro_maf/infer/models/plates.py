@@ -326,25 +326,34 @@ class _Trial(Messenger):
             self._values[msg["name"]] = msg["value"].shape
 
     def wrong_shape(self) -> str:
-        """Name the first site whose batch shape does not broadcast to the expected one; "" if there is none."""
-        for name, batch in self._batches.items():
-            if name in self._single and not _broadcasts(batch, expected := self._expected(name)):
-                return f"site {name} has batch shape {tuple(batch)}, expected {tuple(expected)}"
-        return ""
+        """Name the sites whose batch shape does not broadcast to the expected one; "" if there are none."""
+        return " and ".join(
+            f"site {name} has batch shape {tuple(batch)}, expected {tuple(expected)}"
+            for name, batch in self._batches.items()
+            if name in self._single and not _broadcasts(batch, expected := self._expected(name))
+        )
 
     def wrong_density(self, call: Call, many: Trace) -> str:
-        """Name the first site whose log-density differs between all draws together and the first of them alone."""
+        """Name the sites whose log-density differs between all draws together and the first of them alone."""
         sites = sample_sites(many)
         shapes = {name: site["value"].shape for name, site in self._latents.items()}
         alone = call.conditioned({name: _first(sites[name]["value"]).reshape(shapes[name]) for name in shapes})
         for trace in (alone, many):
             trace.compute_log_prob()
-        for name, site in sample_sites(alone).items():
-            if name in sites and not torch.allclose(
+        wrong = [
+            name
+            for name, site in sample_sites(alone).items()
+            if name in sites
+            and not torch.allclose(
                 _first(sites[name]["log_prob"]).sum(), site["log_prob_sum"], rtol=1e-3, atol=1e-3, equal_nan=True
-            ):
-                return f"site {name} has another density than for each draw alone{self._shapes()}"
-        return ""
+            )
+        ]
+        number = "site {} has" if len(wrong) == 1 else "sites {} have"
+        return (
+            f"{number.format(', '.join(wrong))} another density than for each draw alone{self._shapes()}"
+            if wrong
+            else ""
+        )
 
     def raised(self, error: Exception) -> str:
         """Say which error the model raised, and before which site."""
