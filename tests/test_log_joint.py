@@ -253,3 +253,22 @@ def test_where_nothing_can_be_scored_the_start_is_narrow_and_where_it_was(score:
     found = best_normal(lambda v: v.sum(-1) * 0 + score, loc)
     torch.testing.assert_close(found.loc, loc)
     torch.testing.assert_close(found.scale_tril, 0.1 * torch.eye(2))
+
+
+def test_draws_for_which_a_model_raises_take_one_more_run() -> None:
+    """Where a run for all draws raises, a map over them tells which; halves of halves would take a run for each."""
+    runs = 0
+
+    def model() -> None:
+        nonlocal runs
+        runs += 1
+        z = pyro.sample("z", dist.Normal(torch.tensor(1.0), 0.1))
+        pyro.sample("y", dist.Normal(0.0, z), obs=torch.tensor(0.3))
+
+    joint = joint_of(model, {"z": torch.tensor([0.5, 1.0]).reshape(2, 1, 1)})
+    values = {"z": torch.linspace(-1.0, 1.0, 64).reshape(64, 1, 1)}
+    joint(values)
+    runs = 0
+    found = joint(values)
+    assert runs == 2
+    assert found.isfinite().tolist() == (values["z"] > 0).flatten().tolist()

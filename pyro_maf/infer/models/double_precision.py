@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_maf.infer.models.model import Args, Kwargs, leaves_of
+from pyro_maf.infer.models.model import Args, Kwargs
 
 __all__ = ["in_double", "widened"]
 
@@ -26,11 +26,22 @@ class _Promoting(TorchFunctionMode):
         self, func: Callable[..., object], types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         kwargs = kwargs or {}
-        dtypes = {leaf.dtype for leaf in leaves_of((args, *kwargs.values())) if isinstance(leaf, Tensor)}
+        dtypes = set(_dtypes((*args, *kwargs.values())))
         if dtypes >= {torch.float32, torch.float64} and not _writes(func, kwargs):
             args = tuple(map(_promoted, args))
             kwargs = {name: _promoted(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)
+
+
+def _dtypes(values: Iterable[object]) -> list[torch.dtype]:
+    """Dtypes of tensors among values, nested ones included."""
+    found: list[torch.dtype] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value.dtype)
+        elif isinstance(value, (tuple, list)):
+            found += _dtypes(value)
+    return found
 
 
 def _writes(func: Callable[..., object], kwargs: Kwargs) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 
@@ -122,6 +123,7 @@ class LogJoint:
         self.nesting = nesting_of(example) + SPARE
         self.is_vectorised = self.broadcasts = True
         self._score: Scorer = self._together
+        self._maps_failures: bool | None = None
         self._largest = 1
         self.is_random = False
         self.hidden: tuple[str, ...] = ()
@@ -146,10 +148,22 @@ class LogJoint:
             scored = self._score(values, self._minibatches)
         except FAILURES:
             if count == 1:
-                return _first_of(values).new_full((1,), -torch.inf)
-            halves = (slice(count // 2), slice(count // 2, count))
-            return torch.cat([self(_draws(values, half)) for half in halves])
+                return next(iter(values.values())).new_full((1,), -torch.inf)
+            scored = self._of_failures(values)
         return torch.where(scored.isnan() | (scored == torch.inf), -torch.inf, scored)
+
+    def _of_failures(self, values: Values) -> Tensor:
+        """Log joint density of draws, (draws,), for some of which the model raises."""
+        if self._maps_failures:
+            with suppress(*FAILURES):
+                return self._mapped(values, self._minibatches)
+        half = _count(values) // 2
+        scored = torch.cat([self(_draws(values, part)) for part in (slice(half), slice(half, None))])
+        if self._maps_failures is None and self._score == self._together:
+            self._maps_failures = self._largest <= LARGEST and self._agrees(
+                self._mapped, values, scored.detach(), self._minibatches
+            )
+        return scored
 
     def together(self, values: Values) -> Tensor:
         """Return log p(x, z) in nats, (draws,), by one run for all draws, as the model returns or raises it."""
@@ -200,7 +214,7 @@ class LogJoint:
             try:
                 alone.append(self._in_turn(_draws(values, slice(index, index + 1)), first))
             except FAILURES as failure:
-                alone.append(_first_of(values).new_full((1,), torch.nan))
+                alone.append(self._like.new_full((1,), torch.nan))
                 error = failure
         expected = torch.cat(alone)
         usable = expected.isfinite()
@@ -308,12 +322,8 @@ def _draws(values: Values, index: slice | Tensor | int) -> dict[str, Tensor]:
     return {name: value[index] for name, value in values.items()}
 
 
-def _first_of(values: Values) -> Tensor:
-    return next(iter(values.values()))
-
-
 def _count(values: Values) -> int:
-    return len(_first_of(values))
+    return len(next(iter(values.values())))
 
 
 def _of_all_rows(site: Site, shape: torch.Size) -> dict[str, int]:
