@@ -539,6 +539,24 @@ def test_a_model_that_takes_no_batch_is_fitted_all_the_same() -> None:
     torch.testing.assert_close(guide.median()["z"], torch.tensor([0.8, 0.0]), atol=0.1, rtol=0)
 
 
+def test_a_guide_that_was_set_up_with_other_data_is_set_up_anew() -> None:
+    def model(y: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(loc, 0.1), obs=y)
+
+    guide = AutoIAF(model, **SMALL)
+    y = torch.tensor([0.1, -0.1, 0.0])
+    fit_guide(model, guide, y, steps=5, **QUICK)
+    weights = [parameter.clone() for parameter in guide.parameters()]
+    fit_guide(model, guide, y.clone(), steps=1, **QUICK)
+    assert all(torch.allclose(one, other, atol=0.05) for one, other in zip(weights, guide.parameters(), strict=True))
+    with pytest.warns(UserWarning, match=r"^fit_guide sets AutoIAF up anew, since it was set up with other data\.$"):
+        fit = fit_guide(model, guide, y[:2] + 30, steps=5, **QUICK)
+    torch.testing.assert_close(guide.median(y[:2] + 30)["loc"], torch.tensor(30.0), atol=0.1, rtol=0)
+    assert fit.diagnosis.grade == "good"
+
+
 def test_a_model_that_broadcasts_is_said_nothing_of() -> None:
     fit = fit_guide(counting, AutoIAF(counting, **SMALL), steps=5, **QUICK)
     assert fit.run_alone == ""

@@ -153,7 +153,8 @@ def fit_guide(
         two for each step, at least 200.
 
     Warns:
-        UserWarning: If the model has to be run for each draw: why, and the site at which that shows.
+        UserWarning: If the model has to be run for each draw: why, and the sites at which that shows. If the guide is
+            one of this package that was set up with other data: it is then set up anew.
 
     Raises:
         ValueError: For options out of range, or a guide without parameters.
@@ -184,6 +185,9 @@ def fit_guide(
     with _without_idle_words(), bar(progress, "{task.description} {task.completed}", "{task.fields[elbo]}") as shown:
         with show_runs(shown, "setting up, run", SET_UP_RUNS, elbo=""):
             if isinstance(guide, AutoFlow):
+                if guide.renew(*args, **kwargs):
+                    what = f"fit_guide sets {type(guide).__name__} up anew, since it was set up with other data."
+                    warnings.warn(what, UserWarning, stacklevel=2)
                 guide.setup(*args, **kwargs)  # not in a trace, which would lengthen its error messages
             run = _Run(call, guide, num_particles, Schedule(learning_rate, steps))
         if run.alone:

@@ -100,11 +100,6 @@ class AutoFlow(GuideSetUp):
         latent = transform(noise)
         return latent, lambda: transform.log_abs_det_jacobian(noise, latent)
 
-    @property
-    def is_amortised(self) -> bool:
-        """True if it is a function of the model's arguments, by an encoder."""
-        return self._encoder is not None
-
     def draw(self, count: int, call: Call) -> Tensor:
         """Draw vectors, (count, D), with gradient, as the posterior does; without checks and caches."""
         if (mixture := self._mixture) is not None:

@@ -21,7 +21,7 @@ from pyro_maf.infer.guides.density import GuideDensity
 from pyro_maf.infer.guides.mixture import FlowMixture
 from pyro_maf.infer.guides.posterior import TRIES, start_of
 from pyro_maf.infer.guides.shares import Shares
-from pyro_maf.infer.guides.state import StoredWeights
+from pyro_maf.infer.guides.state import StoredWeights, digest_of
 from pyro_maf.infer.models.coordinates import Coordinates
 from pyro_maf.infer.models.latents import Latents, Plates, median_or_feasible
 from pyro_maf.infer.models.log_joint import FAILURES, is_enumerated
@@ -97,6 +97,7 @@ class GuideSetUp(GuideDensity):
         self._missed_modes = 0
         self._shares = Shares()
         self._stored = StoredWeights()
+        self._data = ""
 
     @property
     def name(self) -> str:
@@ -112,6 +113,25 @@ class GuideSetUp(GuideDensity):
         self._set_up_once(*args, **kwargs)
         self._stored.load(self._who, self._stored_modules())
         return self
+
+    def renew(self, *args: object, **kwargs: object) -> bool:
+        """Set the guide up anew if it was set up with other data; return whether it was.
+
+        A start, modes and degrees of centring are those of the data. Not with an encoder, which is for any data, and
+        not of a guide that was pickled, which has no model.
+        """
+        is_other = self._data not in ("", digest_of(args, kwargs))
+        if self.prototype_trace is None or not is_other or self.is_amortised or self._plain_model is None:
+            return False
+        self.prototype_trace = None
+        self._stored = self._stored.of_a_copy()
+        self.setup(*args, **kwargs)
+        return True
+
+    @property
+    def is_amortised(self) -> bool:
+        """True if it is a function of the model's arguments, by an encoder."""
+        return self._encoder is not None
 
     def _set_up_once(self, *args: object, **kwargs: object) -> None:
         if self.prototype_trace is None:
@@ -149,6 +169,7 @@ class GuideSetUp(GuideDensity):
                 start = self._start(call, context)
             self.latent_dim = self.latents.size
             self.transform = self._map_from(start, 0 if context is None else context.shape[-1])
+            self._data = digest_of(args, kwargs)
             self._missed_modes = 0 if isinstance(start, WideNormal) else start.missed
         except BaseException:
             self.prototype_trace = None  # so that the next call tries again

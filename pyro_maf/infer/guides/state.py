@@ -7,10 +7,12 @@ guide; weights that were loaded, or restored by `set_state`, are those that the 
 from __future__ import annotations
 
 import copy
+import hashlib
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, cast
 
+import numpy as np
 import pyro
 import torch
 from pyro.distributions import Delta
@@ -18,16 +20,31 @@ from pyro.params.param_store import param_with_module_name
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_maf.infer.guides.path_gradient import detached
 from pyro_maf.infer.models.latents import Latents
-from pyro_maf.infer.models.model import RefusalError, Site, Trace, latent_sites
+from pyro_maf.infer.models.model import Args, Kwargs, RefusalError, Site, Trace, latent_sites
 
-__all__ = ["StoredWeights", "bare_latents", "bare_trace", "check_is_set_up"]
+__all__ = ["StoredWeights", "bare_latents", "bare_trace", "check_is_set_up", "digest_of"]
 
 Modules = Mapping[str, nn.Module]
 """Modules by their names in the store."""
+
+
+def digest_of(args: Args, kwargs: Kwargs) -> str:
+    """Digest of the numbers among a model's arguments: tensors and arrays, also in tuples, lists and dictionaries."""
+    digest = hashlib.blake2b(digest_size=16)
+    for leaf in tree_leaves((args, dict(kwargs))):
+        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+            numbers = leaf.detach().cpu().reshape(-1).view(torch.uint8)
+            digest.update(f"{leaf.dtype} {leaf.shape}".encode() + numbers.numpy().tobytes())
+        elif isinstance(leaf, np.ndarray):
+            digest.update(f"{leaf.dtype} {leaf.shape}".encode() + leaf.tobytes())
+        elif isinstance(leaf, (bool, int, float, str)):
+            digest.update(repr(leaf).encode())
+    return digest.hexdigest()
 
 
 def check_is_set_up(who: str, state_dict: Mapping[str, object], prefix: str) -> None:
