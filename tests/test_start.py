@@ -105,6 +105,23 @@ def test_a_model_that_is_run_alone_is_run_some_hundreds_of_times() -> None:
     assert len(runs) < 450
 
 
+def test_of_several_modes_a_model_that_is_run_alone_starts_from_the_one_that_matters() -> None:
+    """The prior's median leads to a minor mode."""
+    runs = []
+
+    def model() -> None:
+        runs.append(1)
+        z = pyro.sample("z", dist.Normal(0.0, 5.0))
+        value = 0.0 if z.item() > 100 else z
+        minor, major = dist.Normal(-1.0, 0.3).log_prob(value) - 4, dist.Normal(6.0, 0.5).log_prob(value)
+        pyro.factor("y", torch.logaddexp(minor, major))
+
+    pyro.set_rng_seed(0)
+    guide = AutoIAF(model, **SMALL).setup()
+    assert float(guide.median()["z"]) == pytest.approx(5.94, abs=0.1)
+    assert len(runs) < 450
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_hierarchy_starts_where_its_scale_is_neither_lost_nor_left(seed: int) -> None:
     """Curvature along the ascent, which ends in the neck of the posterior, is some hundred nats worse."""

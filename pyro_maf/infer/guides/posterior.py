@@ -18,7 +18,7 @@ from pyro_maf.infer.models.latents import Images, Latents, Part
 from pyro_maf.infer.models.log_joint import FAILURES, LogJoint, is_enumerated, without_blocks
 from pyro_maf.infer.models.model import Call, RefusalError, Trace, latent_sites, sample_sites
 from pyro_maf.infer.start.degrees import fit_degrees
-from pyro_maf.infer.start.initialization import DENSE, UNIFORM, Normal, Start, best_start, other_points
+from pyro_maf.infer.start.initialization import ALONE_POOL, DENSE, UNIFORM, Normal, Start, best_start, other_points
 from pyro_maf.infer.start.mean_field import narrow_place
 from pyro_maf.infer.start.symmetry import exchanges
 from pyro_maf.infer.start.wide_normal import WideNormal, wide_start
@@ -73,7 +73,10 @@ def start_of(
     if scale is not None or posterior is None or not posterior.is_complete:
         return _isotropic(loc, 0.1 if scale is None else scale), coordinates
     if not posterior.is_vectorised:
-        return best_start(posterior, posterior.centre, vectorised=False), None
+        others = posterior.centre[None, :][:0]
+        if not start_is_chosen:
+            others = other_points(posterior, posterior.centre, posterior.prior_vectors(ALONE_POOL), vectorised=False)
+        return best_start(posterior, posterior.centre, others, vectorised=False), None
     place = narrow_place(loc)
     if coordinates is not None:
         plain, posterior = posterior, posterior.within(coordinates)

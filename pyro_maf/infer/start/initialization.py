@@ -38,6 +38,8 @@ FEW = 20
 DIAGONAL_STEPS, DIAGONAL_RATE = 100, 0.2
 ALONE, ALONE_DRAWS = 300, 4
 """For a model that has to be run for each row: approximate maximum number of runs, and draws for each bound."""
+ALONE_BY_OTHER, ALONE_POOL = 40, 16
+"""For such a model: runs of an ascent from another point, and points of either kind of which the best is one."""
 SLACK = 10.0
 """Maximum loss of a typical draw by rounding to float32, in nats and per cent."""
 OTHERS, LEAST_OTHERS, ROWS = 11, 3, 600
@@ -88,7 +90,8 @@ def best_start(
         proposals: Normals that compete with those of the first ascent.
         images: Images of points under symmetries of the density, (points, D) to (images, D), which are looked at for
             further modes.
-        vectorised: True if many rows cost about as much as one. If not, there is one ascent, of some 300 runs.
+        vectorised: True if many rows cost about as much as one. If not, an ascent takes some 300 runs, and one from
+            another point 40.
 
     Reference:
         Dauphin et al., *Identifying and attacking the saddle point problem*, 2014; Zhang et al., *Pathfinder: Parallel
@@ -106,31 +109,36 @@ def best_start(
 
 
 @torch.no_grad()
-def other_points(log_density: Score, loc: Tensor, prior: Tensor | None) -> Tensor:
+def other_points(log_density: Score, loc: Tensor, prior: Tensor | None, *, vectorised: bool = True) -> Tensor:
     """Return further starting points, (points, D): draws of the prior, and of the cube in which NUTS is started.
 
     Half of them are those of the highest density, of 64 of either kind, and half are chosen without a look at it. In
-    many dimensions there are fewer, since a Hessian of each is computed at every step.
+    many dimensions there are fewer, since a Hessian of each is computed at every step; and of a density that has to be
+    evaluated row by row only the best of sixteen of either kind.
 
     Args:
         log_density: Log-density of latent vectors, (rows, D) to (rows,).
         loc: The first starting point, (D,).
         prior: Draws of the prior, (draws, D), or None if it has none.
+        vectorised: As in `best_start`.
     """
     if len(loc) > DENSE:
         return loc.new_empty(0, len(loc))
-    count = min(OTHERS, max(LEAST_OTHERS, ROWS // len(loc) - 1))
+    count = min(OTHERS, max(LEAST_OTHERS, ROWS // len(loc) - 1)) if vectorised else 0
     with seeded(0, loc.device):
         cube = (UNIFORM * (2 * torch.rand(POOL, len(loc), device=loc.device) - 1)).to(loc)
     pools = [cube] if prior is None else [cube, prior]
     chosen = []
     for index, pool in enumerate(pools):
-        part = (count + index) // len(pools)
+        part = (count + index) // len(pools) if vectorised else 2
+        pool = pool if vectorised else pool[:ALONE_POOL]
         scores = log_density(pool)
         pool, scores = pool[scores.isfinite()], scores[scores.isfinite()]
         order = scores.argsort(descending=True)
         best = order[: part // 2]
-        rest = [each for each in range(len(pool)) if each not in best.tolist()][: part - len(best)]
+        rest = (
+            [each for each in range(len(pool)) if each not in best.tolist()][: part - len(best)] if vectorised else []
+        )
         chosen += [pool[best], pool[rest]]
     return torch.cat(chosen)
 
@@ -157,9 +165,14 @@ def _start(
     vectorised: bool,
 ) -> Start:
     """Return the initialization, in the dtype of `loc`."""
-    search = _Search(log_density, torch.cat([loc[None], others]), vectorised)
+    search = _Search(log_density, torch.cat([loc[None], others]) if vectorised else loc[None], vectorised)
     normal, bound = search.best(proposals)
-    if not len(others):
+    if not vectorised:
+        for point in others:
+            other, other_bound = _Search(log_density, point[None], False, ALONE_BY_OTHER).best(())
+            if other_bound > bound + BETTER:
+                normal, bound = other, other_bound
+    if not (vectorised and len(others)):
         return Start.single(normal)
     other, other_bound = search.best_of_others()
     if other_bound > bound + BETTER:
@@ -192,8 +205,8 @@ def _of_modes(log_density: Score, modes: list[End], normal: Normal, bound: float
 class _Search:
     """The search for normals, in the dtype of the points, of which the first is that of the ascent with bounds."""
 
-    def __init__(self, log_density: Score, points: Tensor, vectorised: bool) -> None:
-        self._log_density, self._loc, self._vectorised = log_density, points[0], vectorised
+    def __init__(self, log_density: Score, points: Tensor, vectorised: bool, alone: int = ALONE) -> None:
+        self._log_density, self._loc, self._vectorised, self._alone = log_density, points[0], vectorised, alone
         self._noise = even_noise(points[0], _draws(vectorised))
         self._runs = 0
         self._best, self._bound = Normal.isotropic(points[0], ISOTROPIC[-1]), -math.inf
@@ -259,10 +272,10 @@ class _Search:
     def _backwards(self) -> None:
         """Try the candidates of some points, from the last one back, since a bound takes many more runs than a step."""
         path = self._ascents.paths[0]
-        while self._ascents.active.any() and self._runs < ALONE // 2:
+        while self._ascents.active.any() and self._runs < self._alone // 2:
             self._ascents.step()
         back = 1
-        while back <= len(path) and self._runs < ALONE:
+        while back <= len(path) and self._runs < self._alone:
             self._try(_candidates(path[-back]))
             back *= 2
 
