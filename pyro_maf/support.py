@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from pyro.distributions import constraints
@@ -13,14 +15,16 @@ from torch.distributions import biject_to, transform_to
 from torch.distributions.transforms import CatTransform
 from torch.nn import functional as F
 
-__all__ = ["Columns", "Support", "SupportLike"]
+__all__ = ["Columns", "Support", "SupportLike", "kind_of"]
 
-SupportLike: TypeAlias = (
-    str | constraints.Constraint | Sequence[str | constraints.Constraint] | Mapping[Any, str | constraints.Constraint]
-)
+SupportOfColumn: TypeAlias = str | constraints.Constraint | Sequence[float | None]
+"""A name, a constraint, or a pair of bounds (low, high), None where there is none."""
+SupportLike: TypeAlias = SupportOfColumn | Sequence[SupportOfColumn] | Mapping[Any, SupportOfColumn]
 """Forms in which a support is named: for all columns, for each, or for some by their names."""
 
 SIMPLEX = "simplex"
+BOUNDED = re.compile(r"(interval|greater_than|less_than)\(([^,()]+)(?:,([^,()]+))?\)")
+"""Names of supports with bounds."""
 
 
 class Kind(NamedTuple):
@@ -29,6 +33,7 @@ class Kind(NamedTuple):
     Attributes:
         constraint: Constraint of one number.
         values: Description of the values, for messages.
+        middle: One of the values.
         constrain: Maps z to y, strictly inside, and log dy/dz.
         unconstrain: Maps y to z, and log dy/dz.
         outside: Maps y to true where the density is 0. NaN is not outside: it stays NaN.
@@ -36,6 +41,7 @@ class Kind(NamedTuple):
 
     constraint: constraints.Constraint
     values: str
+    middle: float
     constrain: Callable[[Tensor], tuple[Tensor, Tensor]]
     unconstrain: Callable[[Tensor], tuple[Tensor, Tensor]]
     outside: Callable[[Tensor], Tensor]
@@ -65,11 +71,16 @@ def _logit(y: Tensor) -> tuple[Tensor, Tensor]:
     return log_y - log_rest, log_y + log_rest
 
 
+BOUNDED_CONSTRAINTS = tuple(
+    map(type, (constraints.interval(0, 1), constraints.greater_than(0), constraints.less_than(0)))
+)
+
 KINDS = {
-    "real": Kind(constraints.real, "real numbers", _same, _same, lambda y: torch.zeros_like(y, dtype=torch.bool)),
+    "real": Kind(constraints.real, "real numbers", 0.5, _same, _same, lambda y: torch.zeros_like(y, dtype=torch.bool)),
     "positive": Kind(
         constraints.positive,
         "numbers above 0",
+        0.5,
         _exp,
         _log,
         lambda y: (y <= 0) | (y == torch.inf),
@@ -77,23 +88,89 @@ KINDS = {
     "unit_interval": Kind(
         constraints.unit_interval,
         "numbers between 0 and 1, both excluded",
+        0.5,
         _sigmoid,
         _logit,
         lambda y: (y <= 0) | (y >= 1),
     ),
 }
+NAMES = tuple(KINDS)
+"""The kinds without bounds; `kind_of` adds those with bounds to `KINDS`."""
+
+
+def interval_kind(low: float, high: float) -> Kind:
+    """Numbers between two bounds, y = low + (high - low) / (1 + exp(-z))."""
+    width, between = high - low, _strictly_between(low, high)
+
+    def constrain(z: Tensor) -> tuple[Tensor, Tensor]:
+        return between(low + width * z.sigmoid()), F.logsigmoid(z) + F.logsigmoid(-z) + math.log(width)
+
+    def unconstrain(y: Tensor) -> tuple[Tensor, Tensor]:
+        below, above = (y - low).log(), (high - y).log()
+        return below - above, below + above - math.log(width)
+
+    values = f"numbers between {low:g} and {high:g}, both excluded"
+    middle = low + width / 2
+    return Kind(
+        constraints.interval(low, high), values, middle, constrain, unconstrain, lambda y: (y <= low) | (y >= high)
+    )
+
+
+def half_line_kind(bound: float, sign: int) -> Kind:
+    """Numbers above a bound (sign 1) or below it (-1), y = bound + sign exp z."""
+    between = _strictly_between(bound, math.inf) if sign > 0 else _strictly_between(-math.inf, bound)
+
+    def constrain(z: Tensor) -> tuple[Tensor, Tensor]:
+        return between(bound + sign * z.exp()), z
+
+    def unconstrain(y: Tensor) -> tuple[Tensor, Tensor]:
+        z = (sign * (y - bound)).log()
+        return z, z
+
+    constraint = constraints.greater_than(bound) if sign > 0 else constraints.less_than(bound)
+    values = f"numbers {'above' if sign > 0 else 'below'} {bound:g}"
+    return Kind(
+        constraint, values, bound + sign, constrain, unconstrain, lambda y: (sign * (y - bound) <= 0) | y.isinf()
+    )
+
+
+def _strictly_between(low: float, high: float) -> Callable[[Tensor], Tensor]:
+    """Move values strictly between bounds, which rounding may reach."""
+    ends = {}
+    for dtype in (torch.float32, torch.float64):
+        bounds = torch.tensor([low, high], dtype=dtype)
+        ends[dtype] = torch.nextafter(bounds, bounds.flip(0)).tolist()
+    return lambda y: y.clamp(*ends.get(y.dtype, ends[torch.float32]))
+
+
+def kind_of(name: str) -> Kind:
+    """Kind of a column by the name of its support.
+
+    Example:
+        >>> kind_of("interval(0, 120)").values
+        'numbers between 0 and 120, both excluded'
+    """
+    if name not in KINDS:
+        form, first, second = _parsed(name)
+        sign = 1 if form == "greater_than" else -1
+        KINDS[name] = (
+            interval_kind(float(first), float(second)) if form == "interval" else half_line_kind(float(first), sign)
+        )
+    return KINDS[name]
 
 
 class Support:
     r"""Support of a prior over vectors y, and the map to it from vectors z of D real numbers.
 
-    For each column: y = z ("real"), exp z ("positive") or 1 / (1 + exp(-z)) ("unit_interval"). "simplex" has D + 1
-    columns, by breaking a stick: y_k = s_k (1 - y_1 - ... - y_{k-1}) with s_k = sigmoid(z_k - log(D + 1 - k)), and the
-    rest is y_{D+1}. These are the maps of `biject_to(constraint)`, so NUTS walks where the flow lives.
+    For each column: y = z ("real"), exp z ("positive") or 1 / (1 + exp(-z)) ("unit_interval"); with bounds a and b,
+    a + (b - a) / (1 + exp(-z)), and with one of them a + exp z or b - exp z. "simplex" has D + 1 columns, by breaking a
+    stick: y_k = s_k (1 - y_1 - ... - y_{k-1}) with s_k = sigmoid(z_k - log(D + 1 - k)), and the rest is y_{D+1}. These
+    are the maps of `biject_to(constraint)`, so NUTS walks where the flow lives.
 
     Args:
         who: The caller, for errors.
-        support: A name, a constraint that has one, or a sequence with one for each of D columns.
+        support: A name, a pair of bounds (low, high), None or infinite where there is none, a constraint that is one of
+            these, or a sequence with one for each of D columns.
         input_dim: D.
 
     Attributes:
@@ -114,11 +191,19 @@ class Support:
         tensor([0.3333, 0.3333, 0.3333])
     """
 
+    _runs: list[tuple[str, int]]
+
     def __init__(self, who: str, support: object, input_dim: int) -> None:
         names = _names(who, support, input_dim)
         self.name: str | tuple[str, ...] = names[0] if len(set(names)) == 1 else names
         self.event_size = input_dim + (self.name == SIMPLEX)
-        self._runs = [(name, len(list(run))) for name, run in groupby(names)]
+        self.__setstate__({"_runs": [(name, len(list(run))) for name, run in groupby(names)]})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for name, _ in self._runs:  # those with bounds are built here, not in a trace of torch
+            if name != SIMPLEX:
+                kind_of(name)
 
     @property
     def constraint(self) -> constraints.Constraint:
@@ -156,12 +241,21 @@ class Support:
 
     def inside(self, y: Tensor, outside: Tensor) -> Tensor:
         """Replace points y that are outside by one at which the density and its gradient are finite."""
-        return torch.where(outside.unsqueeze(-1), torch.full_like(y, 1 / max(2, self.event_size)), y)
+        if self.name == SIMPLEX:
+            return torch.where(outside.unsqueeze(-1), torch.full_like(y, 1 / self.event_size), y)
+        parts = y.split([length for _, length in self._runs], -1)
+        middle = [torch.full_like(part, KINDS[name].middle) for (name, _), part in zip(self._runs, parts, strict=True)]
+        return torch.where(outside.unsqueeze(-1), torch.cat(middle, -1), y)
 
     def values_of(self, column: int) -> str:
         """Description of a column's values, for messages."""
         name = self.name_of(column)
-        return KINDS["positive" if name == SIMPLEX else name].values
+        return kind_of("positive" if name == SIMPLEX else name).values
+
+    def middle_of(self, column: int) -> float:
+        """One of a column's values."""
+        name = self.name_of(column)
+        return 1 / self.event_size if name == SIMPLEX else KINDS[name].middle
 
     def name_of(self, column: int) -> str:
         """The name of one column's support."""
@@ -205,31 +299,83 @@ def _names(who: str, support: object, input_dim: int) -> tuple[str, ...]:
     """A name for each of the D columns of z."""
     if isinstance(support, Columns):
         support = [part for part, length in zip(support.cseq, support.lengths, strict=True) for _ in range(length)]
-    if isinstance(support, Sequence) and not isinstance(support, str):
+    if isinstance(support, Sequence) and not isinstance(support, str) and not _is_pair(support):
         names = tuple(_name(who, each) for each in support)
         if len(names) != input_dim or (SIMPLEX in names and names != (SIMPLEX,)):
             raise ValueError(
-                f"{who} expected support with {', '.join(KINDS)} for each of {input_dim} columns, got {list(names)}."
+                f"{who} expected support with {', '.join(NAMES)} for each of {input_dim} columns, got {list(names)}."
             )
         return names
     return (_name(who, support),) * input_dim
 
 
 def _name(who: str, support: object) -> str:
-    choices = (*KINDS, SIMPLEX)
+    choices = (*NAMES, SIMPLEX)
     if isinstance(support, str) and support in choices:
         return support
     constraint = support
     if isinstance(support, constraints.independent) and support.event_dim <= 1:
         constraint = support.base_constraint
-    for name, named in ((SIMPLEX, constraints.simplex), *((name, kind.constraint) for name, kind in KINDS.items())):
+    for name, named in ((SIMPLEX, constraints.simplex), *((name, KINDS[name].constraint) for name in NAMES)):
         # Exactly the same type with the same bounds: `greater_than(0)` is "positive", `greater_than(1)` is not.
-        if type(constraint) is type(named) and vars(constraint) == vars(named):
+        if type(constraint) is type(named) and _are_numbers(constraint) and vars(constraint) == vars(named):
             return name
+    bounds = _bounds(constraint)
+    if bounds is not None and bounds[0] < bounds[1]:
+        return _named(*bounds)
     raise ValueError(
-        f"{who} expected support to be one of {', '.join(choices)}, a constraint that is one of these, or a sequence "
-        f"with one for each column, got {support!r}."
+        f"{who} expected support to be one of {', '.join(choices)}, a pair of bounds (low, high), a constraint that is "
+        f"one of these, or a sequence with one for each column, got {support!r}."
     )
+
+
+def _are_numbers(constraint: object) -> bool:
+    """True if no bound of a constraint is a tensor, which may differ by entry."""
+    return not any(isinstance(value, Tensor) for value in vars(constraint).values())
+
+
+def _named(low: float, high: float) -> str:
+    """Name of the support between two bounds, of which one may be infinite."""
+    if (low, high) == (-math.inf, math.inf):
+        return "real"
+    if (low, high) in ((0.0, math.inf), (0.0, 1.0)):
+        return "positive" if high == math.inf else "unit_interval"
+    if math.isinf(high):
+        return f"greater_than({low!r})"
+    return f"less_than({high!r})" if math.isinf(low) else f"interval({low!r}, {high!r})"
+
+
+def _bounds(support: object) -> tuple[float, float] | None:
+    """Bounds of a pair, of the name of a support or of a constraint; None for others."""
+    if _is_pair(support):
+        low, high = support
+        return -math.inf if low is None else float(low), math.inf if high is None else float(high)
+    if isinstance(support, str):
+        form, first, second = _parsed(support)
+        ends = {"greater_than": (first, "inf"), "less_than": ("-inf", first), "interval": (first, second)}
+        try:
+            low, high = map(float, ends.get(form, ("nan", "nan")))
+        except ValueError:
+            return None
+        return low, high
+    of_constraint = tuple(getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
+    return _bounds(of_constraint) if type(support) in BOUNDED_CONSTRAINTS and _is_pair(of_constraint) else None
+
+
+def _is_pair(support: object) -> TypeGuard[Sequence[float | None]]:
+    """True for two bounds, of which None or an infinity is none."""
+    return (
+        isinstance(support, Sequence)
+        and not isinstance(support, str)
+        and len(support) == 2
+        and all(each is None or (isinstance(each, (int, float)) and not isinstance(each, bool)) for each in support)
+    )
+
+
+def _parsed(name: str) -> tuple[str, ...]:
+    """Form and bounds in the name of a support with bounds."""
+    match = BOUNDED.fullmatch(name.strip())
+    return ("", "nan", "nan") if match is None else (match[1], match[2], match[3] or "")
 
 
 def _break_stick(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -247,6 +247,7 @@ def test_rows_to_validate_with_may_be_another_table(here: Path) -> None:
         (["real,positive"], ("real", "positive")),
         (["width=positive"], ("real", "positive")),
         (["positive", "width=real"], ("positive", "real")),
+        (["length=interval(-5, 50),width=greater_than(-1)"], ("interval(-5.0, 50.0)", "greater_than(-1.0)")),
     ],
     ids=str,
 )

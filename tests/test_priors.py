@@ -8,7 +8,7 @@ import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,7 @@ from torch.distributions import biject_to
 import pyro_maf
 from pyro_maf import IAF, MAF, ConditionalMAF, FlowPrior, MADEMoG, MAFMoG, fit_prior
 from pyro_maf.distributions import ConditionalFlowPrior
-from pyro_maf.support import Columns
+from pyro_maf.support import Columns, Support
 from pyro_maf.training.prior import FitOptions
 from pyro_maf.transforms import Permute, Stack
 from tests.fits import same, weights
@@ -33,7 +33,9 @@ from tests.test_distributions import SMALL, shaken
 
 QUICK: dict[str, Any] = {"max_epochs": 2, "progress": False}
 MIXED = ["real", "positive", "unit_interval"]
-SUPPORTS: dict[str, Any] = {name: name for name in ("real", "positive", "unit_interval", "simplex")} | {"mixed": MIXED}
+BOUNDS = [(5.0, 7.0), (-3.0, None), (None, -0.5)]
+SUPPORTS: dict[str, Any] = {name: name for name in ("real", "positive", "unit_interval", "simplex")}
+SUPPORTS |= {"mixed": MIXED, "bounds": BOUNDS}
 every_support = pytest.mark.parametrize("support", SUPPORTS.values(), ids=SUPPORTS.keys())
 
 
@@ -142,6 +144,7 @@ def test_draws_are_strictly_inside_however_far_out(support: Any, dtype: torch.dt
         ("unit_interval", [0.5, 0.1, 0.9], [[0.0, 0.5, 0.5], [0.5, 1.0, 0.5], [0.5, 0.5, 1.5]]),
         ("simplex", [0.1, 0.2, 0.3, 0.4], [[0.0, 0.5, 0.25, 0.25], [0.5, 0.5, 0.5, 0.5], [-0.5, 0.5, 0.5, 0.5]]),
         (MIXED, [-3.0, 2.0, 0.3], [[0.0, 0.0, 0.5], [0.0, 1.0, 1.0], [0.0, -1.0, 2.0]]),
+        (BOUNDS, [6.5, 2.0, -7.0], [[5.0, 2.0, -7.0], [6.5, -3.5, -7.0], [6.5, 2.0, -0.5]]),
     ],
 )
 @pytest.mark.parametrize("make", [MAF, IAF, lambda d, **_: MADEMoG(d, **SMALL)])
@@ -161,7 +164,7 @@ def test_outside_the_density_is_zero_and_no_gradient_is_nan(support: Any, inside
     assert prior.log_prob(torch.full_like(alone, math.nan)).isnan()
 
 
-@pytest.mark.parametrize("support", ["positive", "simplex", MIXED])
+@pytest.mark.parametrize("support", ["positive", "simplex", MIXED, BOUNDS])
 def test_gradients_are_those_of_finite_differences(support: Any) -> None:
     prior = prior_on(support)
     z = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
@@ -210,6 +213,14 @@ def test_compiles_whole_and_under_vmap(support: Any) -> None:
         (constraints.greater_than(0.0), "positive"),
         (constraints.unit_interval, "unit_interval"),
         (constraints.interval(0.0, 1.0), "unit_interval"),
+        (constraints.greater_than(1.0), "greater_than(1.0)"),
+        (constraints.less_than(-2.0), "less_than(-2.0)"),
+        (constraints.interval(-90.0, 90.0), "interval(-90.0, 90.0)"),
+        ("interval(0,120)", "interval(0.0, 120.0)"),
+        ((0, 120), "interval(0.0, 120.0)"),
+        ((0, None), "positive"),
+        ((0, 1), "unit_interval"),
+        ([(None, 5), (18, math.inf)], ("less_than(5.0)", "greater_than(18.0)")),
         (constraints.simplex, "simplex"),
         (["positive", "positive"], "positive"),
         ([constraints.real, "unit_interval"], ("real", "unit_interval")),
@@ -225,6 +236,34 @@ def test_constraints_are_known_by_name(given: Any, name: Any, tmp_path: Path) ->
     y = prior.sample((5,))
     assert torch.equal(again.log_prob(y.clone()), prior.log_prob(y.clone()))
     assert again.support.check(y).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_far_out_stay_strictly_between_bounds(dtype: torch.dtype) -> None:
+    support = Support("FlowPrior", [(1000.0, 1001.0), (0.1, 0.3), (1e6, None), (None, 1e-3)], 4)
+    for z in (-1e4, -40.0, 0.0, 40.0, 1e4):
+        y, log_det = support.constrain(torch.full((4,), z, dtype=dtype))
+        assert not support.outside(y), (z, y)
+        assert not log_det.isnan()
+    y, log_det = support.constrain(torch.linspace(-2, 2, 4, dtype=torch.float64))
+    z, back = support.unconstrain(y)
+    torch.testing.assert_close((z, back), (torch.linspace(-2, 2, 4, dtype=torch.float64), log_det))
+
+
+@pytest.mark.filterwarnings("ignore:fit found values on a grid")
+def test_a_fit_keeps_to_the_bounds_of_its_columns() -> None:
+    generator = torch.Generator().manual_seed(0)
+    latitude = 180 * torch.rand(600, generator=generator) - 90
+    age = (18 + 10 * torch.rand(600, generator=generator).neg().log1p().neg()).round() + 1
+    rows = {"latitude": latitude, "age": age, "x": torch.randn(600, generator=generator)}
+    support = {"latitude": (-90, 90), "age": (18, None)}
+    result = pyro_maf.fit(rows, support=support, max_epochs=2, progress=False)
+    drawn = cast("dict[str, Tensor]", result.sample(1000))
+    assert float(drawn["latitude"].abs().max()) < 90
+    assert float(drawn["age"].min()) > 18
+    assert result.score({**rows, "latitude": latitude + 200}).isinf().any()
+    with pytest.raises(ValueError, match=r"numbers between -10 and 10, both excluded in column 'latitude'"):
+        pyro_maf.fit(rows, support={"latitude": (-10, 10)}, max_epochs=1, progress=False)
 
 
 def test_the_constraint_of_mixed_columns() -> None:
@@ -247,7 +286,9 @@ def test_the_constraint_of_mixed_columns() -> None:
             "negative",
             "FlowPrior expected support to be one of real, positive, unit_interval, simplex, .* got 'negative'",
         ),
-        (constraints.greater_than(1.0), r"got GreaterThan\(lower_bound=1.0\)"),
+        (constraints.greater_than(torch.tensor([1.0, 2.0])), r"got GreaterThan\(lower_bound="),
+        ((5, 5), r"a pair of bounds \(low, high\), .* got \(5, 5\)"),
+        ("interval(2, one)", r"got 'interval\(2, one\)'"),
         (constraints.nonnegative, "expected support to be one of"),
         (constraints.independent(constraints.positive, 2), "expected support to be one of"),
         (None, "got None"),
@@ -327,8 +368,8 @@ def test_fit_prior_returns_a_frozen_prior_on_the_support_and_is_repeatable(suppo
 def test_fit_prior_has_the_options_of_fit() -> None:
     shown, of_fit = (dict(inspect.signature(function).parameters) for function in (fit_prior, pyro_maf.fit))
     assert list(shown)[:2] == ["data", "flow"]
-    # A prior is a density of all columns, and its data come first.
-    assert shown.keys() - {"flow"} == of_fit.keys() - {"model", "dequantise"}
+    # A prior is a density of all columns, its data come first, and a score of test rows would be lost.
+    assert shown.keys() - {"flow"} == of_fit.keys() - {"model", "dequantise", "test"}
     assert all(shown[name].default == of_fit[name].default for name in shown.keys() - {"flow", "data"})
     types = get_type_hints(pyro_maf.fit)
     assert all(types[name] == its_type for name, its_type in get_type_hints(FitOptions).items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -62,7 +63,9 @@ class FitOptions(TableOptions, TrainingOptions):
     support: Annotated[
         list[str] | None,
         option(
-            "Support of the data: positive, unit_interval or simplex; or COLUMN=positive; by default real.", "KINDS"
+            "Support of the data: positive, unit_interval, interval(A,B), greater_than(A), less_than(B) or simplex; or "
+            "COLUMN=positive; by default real.",
+            "KINDS",
         ),
     ] = None
     weights: Annotated[
@@ -146,7 +149,8 @@ class FitOptions(TableOptions, TrainingOptions):
 
     def support_of(self, names: Sequence[str]) -> Support:
         """Return the support for `pyro_maf.fit`: one for all columns, or one for each."""
-        items = separated(self.support)
+        # Commas also separate the bounds of an interval.
+        items = [item for value in self.support or () for item in re.split(r",\s*(?![^()]*\))", value) if item]
         plain = [item for item in items if "=" not in item]
         by_name = dict(item.split("=", 1) for item in items if "=" in item)
         if not by_name:

@@ -45,10 +45,11 @@ class FlowPrior(Density):
 
     Args:
         model: A `Flow` or a `Density`. For one with `context_dim` > 0 use `ConditionalFlowPrior`.
-        support: "real", "positive", "unit_interval" or "simplex"; a sequence with one of the first three for each
-            column; or the corresponding constraints of torch. The density is 0, the log-density -inf, outside and on
-            the boundary. A simplex is that of D + 1 numbers, and its density that of the first D. Or a dictionary by
-            name of column, if `columns` has names, or else by number; columns that it leaves out are real.
+        support: "real", "positive", "unit_interval" or "simplex"; a pair of bounds such as (18, None) or (-90, 90); a
+            sequence with one of these, but no simplex, for each column; or the corresponding constraints of torch. The
+            density is 0, the log-density -inf, outside and on the boundary. A simplex is that of D + 1 numbers, and its
+            density that of the first D. Or a dictionary by name of column, if `columns` has names, or else by number;
+            columns that it leaves out are real.
         loc: Shift of each dimension, (D,), in units of w; by default 0. A buffer, as are the next four: not trained.
         scale: Positive scale of each dimension, (D,); by default 1. Both are converted to the model's dtype, unless
             they are of float64 and float32 does not resolve a thousandth of the scale, as for 5.4e6 +- 0.1: then values

@@ -266,8 +266,11 @@ class TableDensity(Density):
 
     def _anywhere(self, value: Tensor) -> Tensor:
         """A row inside the support, (D,)."""
+        support, places = self.prior.units.support, iter(range(len(self.levels)))
+        numbers = [0.0 if level else support.middle_of(next(places)) for level in self.levels]
         row = [
-            level[0] if level else grid[1] if grid else 0.5 for level, grid in zip(self.levels, self.grids, strict=True)
+            level[0] if level else grid[1] if grid else number
+            for level, grid, number in zip(self.levels, self.grids, numbers, strict=True)
         ]
         return torch.tensor(row, dtype=value.dtype, device=value.device)
 

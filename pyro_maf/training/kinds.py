@@ -17,7 +17,7 @@ from pyro_maf.distributions import (
     FlowPrior,
     TableDensity,
 )
-from pyro_maf.support import Support
+from pyro_maf.support import Support, kind_of
 from pyro_maf.tables import MappedRows, Rows
 from pyro_maf.tables.grid import Grid, describe, grid_of
 from pyro_maf.tables.reader import Labels
@@ -200,7 +200,7 @@ def _extended(grids: Sequence[Grid | None], rows: Rows) -> list[Grid | None]:
 def _is_inside(grid: Grid, support: str) -> bool:
     """True if a support contains all steps."""
     low, high = grid.low - grid.spacing / 2, grid.high + grid.spacing / 2
-    return support == "real" or (low > 0 and (support == "positive" or high < 1))
+    return not kind_of(support).outside(torch.tensor([low, high], dtype=torch.float64)).any()
 
 
 def _listed(parts: Sequence[str]) -> str:
