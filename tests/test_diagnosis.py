@@ -425,3 +425,32 @@ def test_weights_that_differ_by_hundreds_of_nats_are_judged_without_a_warning() 
     log_weights, k_hat = smoothed(100 * torch.randn(100_000, generator=torch.Generator().manual_seed(0)))
     assert k_hat > 1
     assert float(log_weights.exp().sum()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_of_a_guide_that_lacks_far_tails_a_few_weights_do_not_decide(seed: int) -> None:
+    """Its weights are even, but for a dozen of them that a tail of shape 5 was fitted to: 0.2 to 0.5, up to there."""
+    prior, wide = dist.StudentT(1.5, 0.0, 1.0), dist.Normal(0.0, 1.5)
+    pyro.set_rng_seed(seed)
+    found = diagnose(lambda: pyro.sample("z", prior), lambda: pyro.sample("z", wide))
+    grid = torch.linspace(-400.0, 400.0, 800_001, dtype=torch.float64)
+    apart = (prior.log_prob(grid).exp() - wide.log_prob(grid).exp()).abs()
+    assert found.k_hat > 1
+    assert found.misplaced == pytest.approx(0.5 * float(torch.trapezoid(apart, grid)), abs=0.03)
+    assert found.log_evidence == pytest.approx(0.0, abs=0.1)
+
+
+def test_more_draws_decide_where_k_hat_is_within_its_error_of_the_cut() -> None:
+    """Weights exp(0.7 z) of an exponential z have a tail of shape 0.7, and exp(0.2 z) of a wider one of 0.4."""
+
+    def model() -> None:
+        pyro.sample("z", dist.Exponential(0.3))
+
+    def rival() -> None:
+        pyro.sample("z", dist.Exponential(1.0))
+
+    pyro.set_rng_seed(0)
+    found = diagnose(model, rival)
+    assert found.num_samples == 40_000
+    assert found.k_hat == pytest.approx(0.7, abs=0.15)
+    assert diagnose(model, lambda: pyro.sample("z", dist.Exponential(0.5))).num_samples == 10_000

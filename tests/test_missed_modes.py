@@ -38,6 +38,7 @@ def test_the_other_of_two_modes_is_found_with_its_share(index: int) -> None:
     found = diagnose(two_modes, normal(index))
     assert found.ess > 9_999
     (mode,) = found.missed
+    assert mode.is_mode
     assert mode.share == pytest.approx(float(WEIGHTS[1 - index]), abs=0.03)
     torch.testing.assert_close(mode.values["z"], CENTRES[1 - index], atol=0.05, rtol=0)
     assert found.grade == "poor"
@@ -55,6 +56,17 @@ def test_a_guide_of_the_peak_of_something_broad_is_found_out() -> None:
 
     (around,) = diagnose(model, lambda: pyro.sample("z", dist.Normal(torch.zeros(2), 0.1).to_event(1))).missed
     assert around.share == pytest.approx(0.5, abs=0.1)
+    assert not around.is_mode
+
+
+def test_tails_that_a_guide_lacks_are_not_said_to_be_a_mode() -> None:
+    def model() -> None:
+        pyro.sample("z", dist.MultivariateStudentT(3.0, torch.zeros(2), torch.eye(2)))
+
+    pyro.set_rng_seed(0)
+    found = diagnose(model, lambda: pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1)))
+    assert not found.missed[0].is_mode
+    assert found.verdict.startswith("The guide is too narrow: ")
 
 
 def test_a_sharp_mode_is_found_though_few_ascents_lead_to_it() -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from importlib import import_module
+from types import ModuleType
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pyro_maf._core.torch_state import is_intercepted
 from pyro_maf.nn.weights import current
+from pyro_maf.sweep.loading import kernels
 from pyro_maf.sweep.torch_layers import gradients
 from pyro_maf.transforms.base import Flow
 
@@ -23,6 +29,9 @@ LARGEST = 64.0
 SMALL = 0.25
 """Exponent up to which functions are summed as series, exact to rounding: they are quotients of small numbers."""
 TINY = 1e-30
+MOST_COMPILED = 4096
+"""Number of entries up to which the compiled map takes less time than torch's operations, which are vectorised."""
+DTYPES = (torch.float32, torch.float64)
 
 
 class Tails(Flow):
@@ -101,7 +110,9 @@ def with_tails(x: Tensor, weights: Tensor, loc: Tensor, scale: Tensor, sign: int
     Returns:
         y (\*batch, D) and log |det dy/dx|, (\*batch,).
     """
-    mapped = _plain if is_intercepted() or loc.requires_grad or scale.requires_grad else _Mapped.apply
+    mapped: Any = _plain
+    if not (is_intercepted() or loc.requires_grad or scale.requires_grad):
+        mapped = _Compiled.apply if _pays(x, weights, loc, scale) else _Mapped.apply
     y, log_det = mapped(x, weights, loc, scale, sign)
     return y, log_det
 
@@ -142,6 +153,59 @@ def _slope(u: Tensor) -> Tensor:
     return slope.add_(u - bounded, alpha=1 / 12)
 
 
+@functools.cache
+def _kernel() -> ModuleType | None:
+    """The compiled map and its adjoint, or None if they are unavailable."""
+    return None if kernels() is None else import_module("pyro_maf.sweep.tails_kernel")
+
+
+def _pays(x: Tensor, *others: Tensor) -> bool:
+    """True if the compiled map takes these tensors, x in rows, and less time than torch."""
+    ordinary = x.dim() == 2 and all(each.is_cpu and each.dtype is x.dtype for each in (x, *others))
+    return ordinary and x.numel() <= MOST_COMPILED and x.dtype in DTYPES and _kernel() is not None
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().contiguous().numpy()
+
+
+class _Compiled(torch.autograd.Function):
+    """`_plain`, compiled, of rows, (rows, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, loc: Tensor, scale: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+        rows = _array(x)
+        y, log_det = np.empty_like(rows), np.empty(len(rows), rows.dtype)
+        partials = np.empty((4, len(rows) if any(ctx.needs_input_grad) else 0, rows.shape[1]), rows.dtype)
+        arguments = _array(weights), _array(loc), _array(scale), sign, LARGEST
+        cast("ModuleType", _kernel()).bend(rows, *arguments, y, log_det, partials)
+        ctx.sign, ctx.arrays = sign, (rows, arguments[1], partials)
+        ctx.save_for_backward(x, weights, loc, scale)
+        return torch.from_numpy(y), torch.from_numpy(log_det)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
+        needed, inputs = ctx.needs_input_grad[:2], ctx.saved_tensors  # which raises for a graph that is freed
+        if torch.is_grad_enabled() or is_intercepted():
+            return *_by_plain(ctx.sign, needed, inputs, (grad_y, grad_log_det)), None
+        rows = ctx.arrays[0]
+        grad_x, by_weights = np.empty_like(rows), np.zeros((2, rows.shape[1]), rows.dtype)
+        cast("ModuleType", _kernel()).bend_back(
+            *ctx.arrays, *map(_array, (grad_y, grad_log_det)), ctx.sign, grad_x, by_weights
+        )
+        grads = (
+            torch.from_numpy(grad) if need else None for grad, need in zip((grad_x, by_weights), needed, strict=True)
+        )
+        return *grads, None, None, None
+
+
+def _by_plain(
+    sign: int, needed: Sequence[bool], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]
+) -> list[Tensor | None]:
+    """The gradients by operations that can be differentiated again."""
+    return gradients(partial(_plain, sign=sign), inputs, (*needed, False, False), grads)
+
+
 class _Mapped(torch.autograd.Function):
     """`_plain` in fewer operations, with its gradients in closed form."""
 
@@ -170,9 +234,7 @@ class _Mapped(torch.autograd.Function):
         x, weights, loc, scale, *arrays = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
         if not ctx.is_inside or torch.is_grad_enabled() or is_intercepted():
-            inputs, plain = (x, weights, loc, scale), partial(_plain, sign=ctx.sign)
-            found = gradients(plain, inputs, (*needed, False, False), (grad_y, grad_log_det))
-            return *found, None
+            return *_by_plain(ctx.sign, needed, (x, weights, loc, scale), (grad_y, grad_log_det)), None
         return *_closed(needed, scale, ctx.sign, arrays, grad_y, grad_log_det), None, None, None
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf._core.checks import check_positive
-from pyro_maf.infer.diagnosis.importance import Mode, NoVerdictError, Pair, Weighted, arviz, smoothed
+from pyro_maf.infer.diagnosis.importance import NoVerdictError, Pair, Region, Weighted, arviz, smoothed
 from pyro_maf.infer.guides.auto_flow import AutoFlow
 from pyro_maf.infer.models.model import Call, Guide, Model, check_call, check_pair, without_empty_tables
 
@@ -31,6 +31,8 @@ FEW = 0.1
 """Below this fraction of effective draws, a light tail only means that hardly any of it was sampled."""
 SHOWN_SITES, SHOWN_NUMBERS = 3, 3
 """Maximum number of sites of a missed mode in a verdict, and of numbers of each."""
+MORE = 4
+"""Factor of the number of draws where k-hat cannot tell on which side of `USABLE` it is: its error is a third less."""
 CANDIDATES = 4
 """Number of weighted draws for each draw that `reweight` returns."""
 
@@ -53,7 +55,7 @@ class Diagnosis:
             probability that is in the wrong place. No classifier tells the guide's draws from the posterior's with
             an accuracy above (1 + misplaced) / 2.
         missed: Modes outside of the guide's draws, the largest first, each with `values` of the sites, `log_joint` and
-            its `share` of the posterior.
+            its `share` of the posterior; where there are none, what lies around the draws, with `is_mode` false.
         unsearched: Why such modes were not looked for, as a clause; "" if they were.
         k_hat_se: Standard error of `k_hat`.
         grade: The conclusion, in one word: "good", "usable", "poor", "worthless", or "none" without a verdict.
@@ -70,7 +72,7 @@ class Diagnosis:
     log_evidence: float = math.nan
     log_evidence_se: float = math.nan
     misplaced: float = math.nan
-    missed: tuple[Mode, ...] = field(default=(), compare=False)
+    missed: tuple[Region, ...] = field(default=(), compare=False)
     unsearched: str = ""
 
     @property
@@ -186,10 +188,17 @@ class Diagnosis:
         )
 
 
-def _missed(modes: tuple[Mode, ...]) -> str:
-    first = modes[0]
+def _missed(regions: tuple[Region, ...]) -> str:
+    modes = [region for region in regions if region.is_mode]
+    first = (modes or regions)[0]
     where = ", ".join(f"{name} = {_number(value)}" for name, value in list(first.values.items())[:SHOWN_SITES])
-    share = _percent(sum(mode.share for mode in modes))
+    share = _percent(sum(region.share for region in modes or regions))
+    if not modes:
+        return (
+            f"The guide is too narrow: {share} of the posterior lies around its draws, such as near {where}, where "
+            "their weights do not reach; give it more layers or steps, reparameterise the model, or run NUTS on "
+            "`neutra`."
+        )
     near = "near" if len(modes) == 1 else f"at {len(modes)} places or more, the largest near"
     return (
         f"The guide misses {share} of the posterior, {near} {where}: its draws and their weights know nothing of it; "
@@ -221,7 +230,8 @@ def diagnose(model: Model, guide: Guide, *args: object, num_samples: int = 10_00
     Args:
         model: A Pyro model.
         guide: Its guide: one of this package, of Pyro, or your own.
-        num_samples: Number of draws to weight.
+        num_samples: Number of draws to weight; four times as many if k-hat is within its error of 0.7, and one run of
+            the model scores them.
         *args, **kwargs: Arguments of model and guide.
 
     Returns:
@@ -252,8 +262,10 @@ def diagnose(model: Model, guide: Guide, *args: object, num_samples: int = 10_00
     try:
         pair = _pair("diagnose", Call(model, args, kwargs), guide)
         weighted, _, diagnosis = _diagnosed_draws(pair, num_samples)
+        if abs(diagnosis.k_hat - USABLE) < diagnosis.k_hat_se and pair.weighs_at_once(MORE * num_samples):
+            weighted, _, diagnosis = _diagnosed_draws(pair, MORE * num_samples)
         search = pair.modes(weighted, diagnosis.log_evidence)
-        return replace(diagnosis, missed=search.modes, unsearched=search.obstacle)
+        return replace(diagnosis, missed=search.regions, unsearched=search.obstacle)
     except NoVerdictError as error:
         return Diagnosis(reason=error.reason)
 

@@ -37,7 +37,7 @@ from pyro_maf.infer.models.model import (
 )
 from pyro_maf.infer.models.plates import PartialRowsError, nesting_of
 
-__all__ = ["Mode", "NoVerdictError", "Pair", "Search", "Weighted", "arviz", "smoothed"]
+__all__ = ["NoVerdictError", "Pair", "Region", "Search", "Weighted", "arviz", "smoothed"]
 
 ROUNDING = 32
 """Spread by rounding of ten thousand sums, in units in the last place of the log joint density."""
@@ -76,24 +76,26 @@ class Weighted(NamedTuple):
     rounding: float
 
 
-class Mode(NamedTuple):
-    r"""A mode of the posterior that a guide has missed.
+class Region(NamedTuple):
+    r"""A region of the posterior that a guide has missed: around a mode, or beyond the guide's draws.
 
     Attributes:
-        values: The value of each latent site there, (\*site).
+        values: The value of each latent site at the mode, or at the most probable of some points there, (\*site).
         log_joint: Log joint density in unconstrained coordinates there, in nats.
-        share: Share of the posterior near it.
+        share: Its share of the posterior.
+        is_mode: Whether there is a mode; if not, the guide is too narrow.
     """
 
     values: dict[str, Tensor]
     log_joint: float
     share: float
+    is_mode: bool
 
 
 class Search(NamedTuple):
-    """Modes that a guide has missed, or why these were not looked for, as a clause; "" if they were."""
+    """Regions that a guide has missed, or why these were not looked for, as a clause; "" if they were."""
 
-    modes: tuple[Mode, ...]
+    regions: tuple[Region, ...]
     obstacle: str
 
 
@@ -159,6 +161,10 @@ class Pair:
         log_weights = torch.cat([block.log_weights for block in blocks])
         return Weighted(values, log_weights, max(block.rounding for block in blocks))
 
+    def weighs_at_once(self, num_samples: int) -> bool:
+        """True if one run of the model weights so many draws."""
+        return self.joint.is_vectorised and self.joint.runs == 1 and num_samples * self.numbers <= MOST_NUMBERS
+
     def modes(self, weighted: Weighted, log_evidence: float) -> Search:
         """Look for modes outside of the draws of the guide, with a share of the posterior that it lacks.
 
@@ -187,7 +193,7 @@ class Pair:
             found = missed_modes(score, draws, log_evidence, starts)
         except PartialRowsError:
             return Search((), "the model does not score all rows at once")
-        return Search(tuple(_mode_of(latents, mode) for mode in found), why_no_search(draws))
+        return Search(tuple(_region_of(latents, part) for part in found), why_no_search(draws))
 
     def _latents(self) -> Latents | None:
         """The layout of the sites as one vector; None if they cannot be laid out, or are those of rows."""
@@ -270,10 +276,10 @@ class Pair:
         return values, total_by_draw(log_densities(trace), plates)
 
 
-def _mode_of(latents: Latents, mode: Missed) -> Mode:
-    """State a mode by the values of its sites."""
-    sites = latents.sites(mode.loc[None], torch.Size([1]))
-    return Mode({name: value[0] for name, value in sites.items()}, mode.log_joint, mode.share)
+def _region_of(latents: Latents, part: Missed) -> Region:
+    """State where a part of the posterior is by the values of the sites."""
+    sites = latents.sites(part.loc[None], torch.Size([1]))
+    return Region({name: value[0] for name, value in sites.items()}, *part[1:])
 
 
 def _check_shapes(who: str, call: Call, guide: Guide) -> None:

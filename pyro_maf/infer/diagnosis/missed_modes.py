@@ -52,21 +52,23 @@ COMPARED, NEARLY_ALL = 256, 0.99
 
 
 class Missed(NamedTuple):
-    """A mode outside of a guide's draws.
+    """A part of a posterior outside of a guide's draws.
 
     Attributes:
-        loc: Latent vector of the mode, (D,).
+        loc: Latent vector of a mode, or of a point beyond the draws, (D,).
         log_joint: Log joint density there, in the latent vector's coordinates, in nats.
-        share: Share of the posterior near the mode, without what the guide has there.
+        share: Share of the posterior in that part, without what the guide has there.
+        is_mode: Whether it has a mode of its own; if not, it is what lies around the draws, such as tails.
     """
 
     loc: Tensor
     log_joint: float
     share: float
+    is_mode: bool
 
 
 def missed_modes(score: Score, draws: Tensor, log_evidence: float, starts: Tensor) -> list[Missed]:
-    """Return modes with a share of the posterior that a guide lacks, the largest first.
+    """Return modes with a share of the posterior that a guide lacks, the largest first; or what it lacks around them.
 
     Args:
         score: Log joint density of latent vectors in nats, differentiable, for many rows at once.
@@ -96,7 +98,10 @@ def missed_modes(score: Score, draws: Tensor, log_evidence: float, starts: Tenso
     if not found:
         return _around(score, spread, total)
     with torch.no_grad():
-        modes = [Missed(each.loc, float(score(each.loc[None])), math.exp(mass - total)) for each, mass in found]
+        modes = [
+            Missed(loc, float(score(loc[None])), math.exp(mass - total), bool(spread.is_outside(loc[None])))
+            for (loc, _), mass in found
+        ]
     return sorted(modes, key=lambda mode: -mode.share)
 
 
@@ -122,7 +127,7 @@ def _around(score: Score, spread: _Spread, log_evidence: float) -> list[Missed]:
         share = math.exp(log_mass - float(torch.logaddexp(torch.tensor(log_evidence), torch.tensor(log_mass))))
         if share > max([LEAST, *(each.share for each in best)]):
             loc = points[int(log_weights.argmax())]
-            best = [Missed(loc, float(score(loc[None])), share)]
+            best = [Missed(loc, float(score(loc[None])), share, is_mode=False)]
     return best
 
 

@@ -52,7 +52,9 @@ def fit_pareto(excesses: Tensor) -> tuple[float, float]:
 def smoothed_log_weights(log_weights: Tensor) -> tuple[Tensor, float]:
     r"""Replace the largest of n log weights by quantiles of a Pareto distribution; normalise.
 
-    The tail is the largest 3 \sqrt n of them, at most a fifth.
+    The tail is the largest 3 \sqrt n of them, at most a fifth. Importance weights have a mean, the evidence, as a tail
+    of shape 1 and more has not: of that shape it is no tail that goes on, but a step at the end of even weights, as of
+    a guide wider than the posterior that lacks its far tails. Those weights are bounded by \sqrt n times their mean.
 
     Args:
         log_weights: (n,), finite, in float64.
@@ -66,7 +68,7 @@ def smoothed_log_weights(log_weights: Tensor) -> tuple[Tensor, float]:
         (1.0, inf)
 
     Reference:
-        Vehtari et al., *Pareto smoothed importance sampling*, 2024.
+        Vehtari et al., *Pareto smoothed importance sampling*, 2024; Ionides, *Truncated importance sampling*, 2008.
     """
     shifted = log_weights - log_weights.max()
     ordered, order = shifted.sort()
@@ -79,12 +81,16 @@ def smoothed_log_weights(log_weights: Tensor) -> tuple[Tensor, float]:
     if count >= LEAST_TAIL:
         base = math.exp(threshold)
         shape, scale = fit_pareto(ordered[tail].exp() - base)
-        quantiles = (torch.arange(count, dtype=ordered.dtype, device=ordered.device) + 0.5) / count
-        excesses = (
-            -scale * torch.log1p(-quantiles)
-            if shape == 0
-            else scale * torch.expm1(-shape * torch.log1p(-quantiles)) / shape
-        )
-        ordered[tail] = (excesses + base).log().clamp(max=0.0)
+        if shape < 1:
+            ordered[tail] = (_quantiles(shape, scale, count, ordered) + base).log().clamp(max=0.0)
+        else:
+            ordered.clamp_(max=float(ordered.logsumexp(0)) - 0.5 * math.log(size))
     smooth = torch.empty_like(ordered).scatter_(0, order, ordered)
     return smooth - smooth.logsumexp(0), shape
+
+
+def _quantiles(shape: float, scale: float, count: int, like: Tensor) -> Tensor:
+    """Quantiles of a generalised Pareto distribution at `count` even levels, ascending."""
+    levels = (torch.arange(count, dtype=like.dtype, device=like.device) + 0.5) / count
+    logs = torch.log1p(-levels)
+    return -scale * logs if shape == 0 else scale * torch.expm1(-shape * logs) / shape

@@ -95,7 +95,7 @@ def _isotropic(loc: Tensor, scale: float) -> Start | WideNormal:
     """Return a normal with the same scale in every direction."""
     if len(loc) > DENSE:
         return WideNormal.diagonal(loc, torch.full_like(loc, scale))
-    return Start.single(Normal.isotropic(loc, scale))
+    return Start.single(Normal.isotropic(loc, scale))._replace(is_fitted=False)
 
 
 class Posterior:

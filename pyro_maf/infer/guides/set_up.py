@@ -41,6 +41,7 @@ from pyro_maf.nn import ACTIVATIONS, NetworkOptions
 from pyro_maf.nn.layers import Tempered
 from pyro_maf.transforms import ConditionalFlow, Flow, Stack
 from pyro_maf.transforms.low_rank import LowRankHead
+from pyro_maf.transforms.tails import Tails
 from pyro_maf.transforms.triangular import Head
 
 __all__ = ["GuideSetUp"]
@@ -213,18 +214,22 @@ class GuideSetUp(GuideDensity):
         if isinstance(start, WideNormal):
             stack = self._stack_from(start, context_dim)
             return ConditionalFlow(stack) if context_dim else stack
-        if len(start.normals) > 1:
-            return FlowMixture([self._stack_from(normal, 0) for normal in start.normals], start.shares)
-        stack = self._stack_from(start.normals[0], context_dim)
-        return ConditionalFlow(stack) if context_dim else stack
+        stacks = [self._stack_from(normal, context_dim, is_fitted=start.is_fitted) for normal in start.normals]
+        if len(stacks) > 1:
+            return FlowMixture(stacks, start.shares)
+        return ConditionalFlow(stacks[0]) if context_dim else stacks[0]
 
-    def _stack_from(self, start: Normal | WideNormal, context_dim: int) -> Stack:
-        """Compose the flow with a head: a map that starts as a normal, and trains at a guide's learning rate."""
+    def _stack_from(self, start: Normal | WideNormal, context_dim: int, *, is_fitted: bool = False) -> Stack:
+        """Compose flow, head and tails: a map that starts as a normal, and trains at a guide's learning rate."""
         size = len(start.loc)
         widths = 2 * (_width(size),) if self._hidden_dims is None else self._hidden_dims
         options: NetworkOptions = {"hidden_dims": widths, "activation": self._activation}
         flow = self.flow_class(size, num_layers=self._num_layers, context_dim=context_dim, **options)
-        stack = Stack([*flow, _head(start, context_dim, options)]).to(start.loc)
+        layers = [*flow, _head(start, context_dim, options)]
+        if is_fitted and isinstance(start, Normal):
+            # Behind the head, so that the tail of one variable is not that of others; in units of the marginals.
+            layers.append(Tails(size, loc=start.loc, scale=start.scale_tril.norm(dim=-1)))
+        stack = Stack(layers).to(start.loc)
         for module in stack.modules():
             if isinstance(module, Tempered):
                 module.temper()

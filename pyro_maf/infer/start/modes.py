@@ -42,11 +42,13 @@ class Start(NamedTuple):
         normals: One for each mode, that of the largest share first.
         shares: Estimate of each mode's share of the probability, (modes,).
         missed: Number of further modes that were seen and would matter.
+        is_fitted: Whether the normals are near the posterior: false if their scale is a default, or the user's.
     """
 
     normals: tuple[Normal, ...]
     shares: Tensor
     missed: int = 0
+    is_fitted: bool = True
 
     @classmethod
     def single(cls, normal: Normal) -> Start:
