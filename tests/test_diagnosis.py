@@ -449,7 +449,7 @@ def test_more_draws_decide_where_k_hat_is_within_its_error_of_the_cut() -> None:
     def rival() -> None:
         pyro.sample("z", dist.Exponential(1.0))
 
-    pyro.set_rng_seed(0)
+    pyro.set_rng_seed(1)
     found = diagnose(model, rival)
     assert found.num_samples == 40_000
     assert found.k_hat == pytest.approx(0.7, abs=0.15)

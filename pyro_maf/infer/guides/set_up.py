@@ -226,9 +226,12 @@ class GuideSetUp(GuideDensity):
         options: NetworkOptions = {"hidden_dims": widths, "activation": self._activation}
         flow = self.flow_class(size, num_layers=self._num_layers, context_dim=context_dim, **options)
         layers = [*flow, _head(start, context_dim, options)]
-        if is_fitted and isinstance(start, Normal):
-            # Behind the head, so that the tail of one variable is not that of others; in units of the marginals.
-            layers.append(Tails(size, loc=start.loc, scale=start.scale_tril.norm(dim=-1)))
+        if isinstance(start, Normal) and not context_dim:
+            # Behind the head, so that the tail of one variable is not that of others; in units of the marginals, and
+            # as they are where these are not known: out of their range a tail overflows.
+            tails = Tails(size, loc=start.loc, scale=start.scale_tril.norm(dim=-1))
+            tails.free.requires_grad_(is_fitted)
+            layers.append(tails)
         stack = Stack(layers).to(start.loc)
         for module in stack.modules():
             if isinstance(module, Tempered):
