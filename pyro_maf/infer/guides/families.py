@@ -11,11 +11,13 @@ __all__ = ["AutoIAF", "AutoMAF", "AutoRealNVP"]
 class AutoIAF(AutoFlow):
     r"""Inverse autoregressive flow over all latent variables of a model, as a guide.
 
-    With v the latent variables in unconstrained space as one vector, v = loc + L (b + A flow(u)), u standard normal.
-    loc and L are fixed by the initialization: the normal of the largest evidence lower bound among many along an
-    ascent to the mode. b, the lower triangular A and the flow are trained, and start as the identity; so a new guide is
-    that normal, and the family contains every full-rank normal. Beyond 200 latent variables, L and A are a diagonal, up
-    to 300 directions and a chain along the vector, and memory is linear in their number.
+    With v the latent variables in unconstrained space as one vector, v = tails(loc + L (b + A flow(u))), u standard
+    normal. loc and L are fixed by the initialization: the normal of the largest evidence lower bound among many along
+    an ascent to the mode. b, the lower triangular A, the flow and the weights of the tails, as of
+    `pyro_maf.transforms.Tails` in units of that normal, are trained, and start as the identity; so a new guide is
+    that normal, and the family contains every full-rank normal, and Student's t of independent variables nearly. Beyond
+    200 latent variables, L and A are a diagonal, up to 300 directions and a chain along the vector, memory is linear in
+    their number, and tails stay as they are; so they do with `init_scale` or an encoder.
 
     There are ascents from the prior's median, from draws of the prior and from the cube (-2, 2) in unconstrained space.
     If they end at several modes that each hold at least a thousandth of the probability, as label switching has them,

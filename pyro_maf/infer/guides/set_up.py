@@ -50,6 +50,9 @@ Encoder = Callable[..., Tensor]
 CreatePlates = Callable[..., Plates]
 
 NARROWEST, WIDEST = 64, 512
+BOUNDLESS = 1e18
+"""Units of tails where those of the posterior are not known: within them nothing is a tail. Far out of small ones, a
+tail overflows."""
 WEIGHTS = 200 * WIDEST
 """Maximum number of weights between the latent vector and a hidden layer of default width, unless that is narrowest."""
 
@@ -227,11 +230,9 @@ class GuideSetUp(GuideDensity):
         flow = self.flow_class(size, num_layers=self._num_layers, context_dim=context_dim, **options)
         layers = [*flow, _head(start, context_dim, options)]
         if isinstance(start, Normal) and not context_dim:
-            # Behind the head, so that the tail of one variable is not that of others; in units of the marginals, and
-            # as they are where these are not known: out of their range a tail overflows.
-            tails = Tails(size, loc=start.loc, scale=start.scale_tril.norm(dim=-1))
-            tails.free.requires_grad_(is_fitted)
-            layers.append(tails)
+            # Behind the head, so that the tail of one variable is not that of others; in units of the marginals.
+            scale = start.scale_tril.norm(dim=-1) if is_fitted else torch.full_like(start.loc, BOUNDLESS)
+            layers.append(Tails(size, loc=start.loc, scale=scale))
         stack = Stack(layers).to(start.loc)
         for module in stack.modules():
             if isinstance(module, Tempered):
