@@ -204,6 +204,7 @@ class Posterior:
             others = self._joint(self._unpacked(torch.where(idle, loc + noise[POINTS:], points))[0])
         is_idle = torch.allclose(scores, others, rtol=1e-5, atol=1e-5)
         latents.leave_out(idle if is_idle else torch.zeros_like(idle), masked)
+        self.centre = self.centre[~latents.idle]
 
     def _unpacked(self, latents: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         padded = latents.reshape(len(latents), *(1,) * self._joint.nesting, -1)
