@@ -156,7 +156,7 @@ class Posterior:
         """Draw latent vectors from the prior, (count, D); None if that is not possible, as with an improper one."""
         try:
             return self._packed(self._joint.prior_draws(count))
-        except (*FAILURES, NotImplementedError):
+        except (*FAILURES, NotImplementedError, KeyError):  # the last of a site that not every run has
             return None
 
     @torch.no_grad()
