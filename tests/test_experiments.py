@@ -157,8 +157,8 @@ def test_the_papers_settings_are_its_tables_and_appendix():
 
 
 def test_names_that_the_table_does_not_have_are_refused():
-    with pytest.raises(ValueError, match=r"among Gaussian, MADE, .*, got MAF \(7\), NSF"):
-        candidates(["MADE", "MAF (7)", "NSF"])
+    with pytest.raises(ValueError, match=r"among Gaussian, MADE, .*, got MAF \(7\), NAF"):
+        candidates(["MADE", "MAF (7)", "NAF"])
     with pytest.raises(ValueError, match="got none"):
         candidates([])
 

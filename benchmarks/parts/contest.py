@@ -23,10 +23,11 @@ from pyro_maf.experiments import Candidate, Estimate, compare, estimate
 
 OURS = "pyro-maf"
 BATCH, PATIENCE, SEED = 100, 30, 0
-SHARED = ("MADE MoG", "RealNVP (5)", "MAF (5)", "MAF MoG (5)")
+SHARED = ("MADE MoG", "RealNVP (5)", "MAF (5)", "MAF MoG (5)", "NSF (5)")
 """What peers fit, where they have it, with the most hidden layers that we try."""
 
 PAIRS = (
+    ("NSF (5)", "MAF (5)"),
     ("MAF MoG (5)", "RealNVP (5)"),
     ("MAF (5)", "RealNVP (5)"),
     ("MAF (10)", "RealNVP (10)"),

@@ -16,16 +16,18 @@ from pyro_maf.experiments import Candidate
 
 MAX_GRAD_NORM = 5.0
 COMPONENTS = 10
+BINS, BOUND = 8, 5.0
+"""Of nflows' splines, as zuko's have by default."""
 
 
 class Zuko(nn.Module):
-    """`zuko.flows.MAF` and `zuko.flows.RealNVP`."""
+    """`zuko.flows.MAF`, `zuko.flows.NSF` and `zuko.flows.RealNVP`."""
 
     def __init__(self, candidate: Candidate, dim: int, context_dim: int) -> None:
         super().__init__()
         import zuko
 
-        makers = {"made": zuko.flows.MAF, "maf": zuko.flows.MAF, "realnvp": zuko.flows.RealNVP}
+        makers = {"made": zuko.flows.MAF, "maf": zuko.flows.MAF, "nsf": zuko.flows.NSF, "realnvp": zuko.flows.RealNVP}
         if candidate.flow not in makers:
             raise UnsupportedError(f"zuko has no {candidate.name}.")
         self.flow = makers[candidate.flow](
@@ -37,7 +39,7 @@ class Zuko(nn.Module):
 
 
 class Nflows(nn.Module):
-    """Masked autoregressive layers with reversals between them, on a normal or a `MADEMoG`; affine couplings."""
+    """Masked autoregressive layers, affine or spline, with reversals between, on a normal or a `MADEMoG`; couplings."""
 
     def __init__(self, candidate: Candidate, dim: int, context_dim: int) -> None:
         super().__init__()
@@ -71,12 +73,26 @@ class Nflows(nn.Module):
     @staticmethod
     def _layer(candidate: Candidate, dim: int, context_dim: int, index: int) -> Any:
         from nflows.nn.nets.mlp import MLP
-        from nflows.transforms.autoregressive import MaskedAffineAutoregressiveTransform
+        from nflows.transforms.autoregressive import (
+            MaskedAffineAutoregressiveTransform,
+            MaskedPiecewiseRationalQuadraticAutoregressiveTransform,
+        )
         from nflows.transforms.base import CompositeTransform
         from nflows.transforms.coupling import AffineCouplingTransform
         from nflows.transforms.normalization import ActNorm
 
         width, *others = candidate.hidden_dims
+        if candidate.flow == "nsf":
+            return MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
+                dim,
+                width,
+                context_dim or None,
+                num_bins=BINS,
+                tails="linear",
+                tail_bound=BOUND,
+                num_blocks=len(others),
+                use_residual_blocks=False,
+            )
         if candidate.flow != "realnvp":
             return MaskedAffineAutoregressiveTransform(
                 dim, width, context_dim or None, num_blocks=len(others), use_residual_blocks=False

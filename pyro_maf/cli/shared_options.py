@@ -60,7 +60,9 @@ ModelPath = Annotated[
 ]
 Out = Annotated[Path, option('The output: a file ending in .csv or .parquet; "-" is standard output, as csv.', "FILE")]
 Names: TypeAlias = list[str] | None
-Row = Literal["Gaussian", "MADE", "MADE MoG", "RealNVP (5)", "RealNVP (10)", "MAF (5)", "MAF (10)", "MAF MoG (5)"]
+Row = Literal[
+    "Gaussian", "MADE", "MADE MoG", "RealNVP (5)", "RealNVP (10)", "MAF (5)", "MAF (10)", "MAF MoG (5)", "NSF (5)"
+]
 Models = Annotated[
     Names,
     option(f"Rows of the paper's table: {', '.join(get_args(Row))}, or as made-mog, maf-10; by default all.", "NAMES"),
