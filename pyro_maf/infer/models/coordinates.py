@@ -1,13 +1,14 @@
 r"""Coordinates of latent sites whose prior has a location or scale that depends on other latent sites.
 
 In a hierarchy v ~ Normal(loc, scale), with loc and scale latent, the posterior of v is a funnel where data say little
-about v, and that of (v - loc) / scale is one where they say much. With a degree of centring d for each entry,
+about v, and that of (v - loc) / scale is one where they say much. Data that are normal given v, of a share d in the
+precision of v at a usual scale_0, leave v with a normal posterior given loc and scale: with r = (scale / scale_0)^2,
 
-    c = loc_0 + d (loc - loc_0) + (v - loc) (scale_0 / scale)^(1 - d)
+    variance (relative) V = r / (1 - d + d r),   mean M = loc_0 + (1 - d) / (1 - d + d r) (loc - loc_0) + V b,
 
-is v for d = 1 and (v - loc) / scale in fixed units for d = 0. loc_0 and scale_0 are a usual location and scale, at
-which c is v for every d. For normal data the share of the data in the precision of v is the d for which c depends least
-on the rest.
+where b is what the data add to loc_0 at loc_0 and scale_0. Coordinates are c = loc_0 + b + (v - M) / V^(1/2): v for
+d = 1, (v - loc) / scale in fixed units for d = 0 and b = 0, and v for every d at loc = loc_0 and scale = scale_0. Of a
+hierarchy with normal data they do not depend on loc and scale at all.
 
 Where the scale is a triangular matrix L, as of a Gaussian process whose kernel has latent parameters, the degrees are
 those of the entries of L^-1 (v - loc): data determine some of these and leave others as in the prior. With D = diag(d)
@@ -54,9 +55,10 @@ PROBES = 8
 
 
 class _Map(NamedTuple):
-    """The map v = loc + slope (c - origin) of a site."""
+    """The map v = loc + away + slope (c - origin) of a site, and its prior's scale."""
 
     loc: Tensor
+    away: Tensor | float
     slope: Scale
     origin: Tensor
     scale: Scale
@@ -81,11 +83,13 @@ class Coordinates(nn.Module):
     Attributes:
         degree: The degree of centring of each of their entries, trained with the guide.
         loc, log_scale: loc_0 and log scale_0 of each, fixed by the initialization; of matrices L_0 the diagonals.
+        shift: b of each, likewise; none of matrices.
         below: The matrices L_0, one after another, of which the entries below the diagonal are heeded.
     """
 
     loc: Tensor
     log_scale: Tensor
+    shift: Tensor
     below: Tensor
 
     def __init__(self, latents: Latents, names: Sequence[str], correlated: Collection[str] = ()) -> None:
@@ -102,6 +106,7 @@ class Coordinates(nn.Module):
         self.degree = nn.Parameter(torch.full((size,), DEGREE).to(like))
         self.register_buffer("loc", torch.zeros(size).to(like))
         self.register_buffer("log_scale", torch.zeros(size).to(like))
+        self.register_buffer("shift", torch.zeros(size).to(like))
         self.register_buffer("below", torch.zeros(square).to(like))
 
     @property
@@ -186,14 +191,21 @@ class Coordinates(nn.Module):
 
     @torch.no_grad()
     def set_by_precision(
-        self, latents: Latents, product: Callable[[Tensor], Tensor], values: Mapping[str, Tensor], call: Call
+        self,
+        latents: Latents,
+        gradient: Tensor,
+        product: Callable[[Tensor], Tensor],
+        values: Mapping[str, Tensor],
+        call: Call,
     ) -> None:
         r"""Set each degree to the share of the data in the precision given the rest, by Hutchinson's estimate.
 
-        Location and scale at the mean of the values are the usual ones from then on.
+        Location and scale at the mean of the values are the usual ones from then on, and what data add to that
+        location is computed by the gradient without the prior's share.
 
         Args:
             latents: The layout of the latent vector.
+            gradient: Gradient of the log-density with respect to v at the draws, (draws, D).
             product: Minus the Hessian of the log-density with respect to v times vectors, (draws, D).
             values: The draws, (draws, \*site), of every site.
             call: The model with its arguments.
@@ -211,15 +223,35 @@ class Coordinates(nn.Module):
             for name, prior in priors.items():
                 part = latents.parts[name]
                 probe[:, part.start : part.stop] = prior.scale.times(signs[name]).reshape(count, -1)
-            image = torch.zeros_like(probe)
-            image[:, ~latents.idle] = product(probe[:, ~latents.idle])
+            image = self._by_entry(latents, product(probe[:, ~latents.idle]))
             for name, prior in priors.items():
                 part = latents.parts[name]
                 along = image[:, part.start : part.stop].reshape(prior.loc.shape)
                 total[name] = total[name] + (signs[name] * prior.scale.transposed_times(along)).mean(0) / probes
-        for name, precision in total.items():
-            self.degree[self._slices[name]] = (1 - 1 / precision).clamp(0.0, 1.0).nan_to_num(nan=DEGREE).flatten()
         self._settle(priors, latents)
+        for name, precision in total.items():
+            scale, place = priors[name].scale, self._slices[name]
+            odds = (precision - 1).flatten().clamp(min=0.0)  # of data to prior; with those at the usual scale for d
+            if not scale.is_matrix:
+                odds = odds * (2 * self.log_scale[place]).exp() / scale.tensor.square().mean(0).flatten()
+            self.degree[place] = (1 - 1 / (1 + odds)).nan_to_num(nan=DEGREE)
+        entries = self._by_entry(latents, latents.pack(values)[0])
+        slopes = self._by_entry(latents, gradient)
+        for name in priors.keys() - self._squares.keys():
+            (loc, scale), place, part = priors[name], self._slices[name], latents.parts[name]
+            away = entries[:, part.start : part.stop] - loc.reshape(count, -1)
+            pull = slopes[:, part.start : part.stop] + away / scale.tensor.reshape(count, -1).square()
+            degree, unit = self.degree[place], self.log_scale[place].exp()
+            away = entries[:, part.start : part.stop] - self.loc[place]
+            shift = (1 - degree) * unit.square() * pull.mean(0) + degree * away.mean(0)
+            self.shift[place] = shift.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+    @staticmethod
+    def _by_entry(latents: Latents, vectors: Tensor) -> Tensor:
+        """Spread vectors, (draws, D), over the entries of all sites, with zeros for those that are left out."""
+        entries = vectors.new_zeros(len(vectors), len(latents.idle))
+        entries[:, ~latents.idle] = vectors
+        return entries
 
     def _priors(self, latents: Latents, values: Mapping[str, Tensor], call: Call) -> dict[str, LocationScale]:
         r"""Location and scale at draws of all sites, (draws, \*site), of the sites with a degree."""
@@ -250,7 +282,7 @@ class Coordinates(nn.Module):
         """Map c to v; also return log |dv/dc|, in the shape of the site, or None for a site without a degree."""
         if (site := self._map(part, fn)) is None:
             return piece, None
-        residual = site.slope.times(piece - site.origin)
+        residual = site.away + site.slope.times(piece - site.origin)
         entries = site.loc + residual
         log_slope = site.log_slope(entries) + _lost_to_rounding(site.loc, site.scale, residual, entries)
         return within_reach(part.transform, entries), log_slope
@@ -259,7 +291,7 @@ class Coordinates(nn.Module):
         """Map v to c; also return log |dv/dc|."""
         if (site := self._map(part, fn)) is None:
             return entries, None
-        return site.origin + site.slope.solve(entries - site.loc), site.log_slope(entries)
+        return site.origin + site.slope.solve(entries - site.loc - site.away), site.log_slope(entries)
 
     def _map(self, part: Part, fn: TorchDistribution | None) -> _Map | None:
         """The map of a site with this distribution, or with its usual location and scale for None or another family."""
@@ -275,9 +307,13 @@ class Coordinates(nn.Module):
         loc, scale = LocationScale(usual, unit) if prior is None else prior
         if unit.is_matrix:
             slope = Scale(scale.tensor * (1 - degree[..., None, :]) + unit.tensor * degree[..., None, :], True)
-            return _Map(loc, slope, degree * unit.solve(loc - usual), scale)
-        slope = Scale(((1 - degree) * (scale.tensor.log() - log_unit)).exp())
-        return _Map(loc, slope, usual + degree * (loc - usual), scale)
+            return _Map(loc, 0.0, slope, degree * unit.solve(loc - usual), scale)
+        shift, degree = self.shift[place].reshape(part.shape), degree.clamp(0.0, 1.0)
+        ratio = (scale.tensor / unit.tensor).square()
+        total = 1 - degree + degree * ratio
+        variance = ratio / total
+        away = variance * (shift - degree * (loc - usual))
+        return _Map(loc, away, Scale(variance.sqrt()), usual + shift, scale)
 
 
 def _lost_to_rounding(loc: Tensor, scale: Scale, residual: Tensor, entries: Tensor) -> Tensor | float:

@@ -60,7 +60,7 @@ def _updated(
         }
         entries, _ = latents.pack(values)
     try:
-        coordinates.set_by_precision(latents, _precision(plain, entries), values, call)
+        coordinates.set_by_precision(latents, *_derivatives(plain, entries), values, call)
     except FAILURES:  # such as an operation without a second derivative
         return place
     with torch.no_grad():
@@ -70,8 +70,8 @@ def _updated(
     return torch.stack([moved.mean(0), moved.std(0).clamp(min=1e-6).log()])
 
 
-def _precision(score: Score, points: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the product of minus the Hessian at points, (rows, D), with vectors, (rows, D)."""
+def _derivatives(score: Score, points: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return the gradient at points, (rows, D), and the product of minus the Hessian there with vectors, (rows, D)."""
     points = points.detach().requires_grad_()
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(score(points).sum(), points, create_graph=True)
@@ -79,4 +79,4 @@ def _precision(score: Score, points: Tensor) -> Callable[[Tensor], Tensor]:
     def product(vectors: Tensor) -> Tensor:
         return -torch.autograd.grad(gradient, points, vectors, retain_graph=True)[0]
 
-    return product
+    return gradient.detach(), product
