@@ -125,6 +125,20 @@ class _Direction(torch.nn.Module):
         return self.layer.inverse_and_log_det(x) if self.inverse else self.layer.forward_and_log_det(x)
 
 
+@pytest.mark.parametrize("direction", ["forward_and_log_det", "inverse_and_log_det"])
+def test_tails_that_may_not_be_lighter_stay_normal_and_find_back(direction: str) -> None:
+    x = torch.tensor([[-2.0], [3.0]], dtype=torch.float64)
+    layer = Tails(1, lighter=False).double()
+    torch.nn.init.constant_(layer.free, -0.3)
+    y, log_det = getattr(layer, direction)(x)
+    assert torch.equal(y, x)
+    (found,) = torch.autograd.grad(y.square().sum() + log_det.sum(), layer.free)
+    other = Tails(1).double()
+    y, log_det = getattr(other, direction)(x)
+    torch.testing.assert_close(found, torch.autograd.grad(y.square().sum() + log_det.sum(), other.free)[0])
+    assert float(found.abs().min()) > 0
+
+
 def test_refuses_units_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"Tails expected scale of shape \(2,\), got \(3,\)"):
         Tails(2, scale=torch.ones(3))

@@ -53,6 +53,8 @@ class Tails(Flow):
         input_dim: D.
         loc: Fixed location of the bulk, (D,), by default 0.
         scale: Its fixed scale, (D,), by default 1.
+        lighter: Whether tails may become lighter than normal. If not, the weight is 0 for a negative theta, whose
+            gradient is that of 0, so that it finds back.
 
     Shapes:
         x and y are (\*batch, D), log-determinants (\*batch,) in nats.
@@ -78,8 +80,11 @@ class Tails(Flow):
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, input_dim: int, *, loc: Tensor | None = None, scale: Tensor | None = None) -> None:
+    def __init__(
+        self, input_dim: int, *, loc: Tensor | None = None, scale: Tensor | None = None, lighter: bool = True
+    ) -> None:
         super().__init__(input_dim)
+        self.lighter = lighter
         loc = torch.zeros(input_dim).to(torch.zeros(()) if scale is None else scale) if loc is None else loc
         scale = torch.ones(input_dim).to(loc) if scale is None else scale
         for name, tensor in {"loc": loc, "scale": scale}.items():
@@ -101,7 +106,10 @@ class Tails(Flow):
         return x, -log_det
 
     def _mapped(self, x: Tensor, sign: int) -> tuple[Tensor, Tensor]:
-        return with_tails(x, BOUND * torch.tanh(current(self).free / BOUND), self.loc, self.scale, sign)
+        free = current(self).free
+        if not self.lighter:
+            free = free + (free.clamp(min=0) - free).detach()
+        return with_tails(x, BOUND * torch.tanh(free / BOUND), self.loc, self.scale, sign)
 
 
 def with_tails(x: Tensor, weights: Tensor, loc: Tensor, scale: Tensor, sign: int = 1) -> tuple[Tensor, Tensor]:

@@ -230,9 +230,10 @@ class GuideSetUp(GuideDensity):
         flow = self.flow_class(size, num_layers=self._num_layers, context_dim=context_dim, **options)
         layers = [*flow, _head(start, context_dim, options)]
         if isinstance(start, Normal) and not context_dim:
-            # Behind the head, so that the tail of one variable is not that of others; in units of the marginals.
+            # Behind the head, so that the tail of one variable is not that of others; in units of the marginals. Tails
+            # that are too heavy bound importance weights, and lighter ones would bend the bulk, as the flow can.
             scale = start.scale_tril.norm(dim=-1) if is_fitted else torch.full_like(start.loc, BOUNDLESS)
-            layers.append(Tails(size, loc=start.loc, scale=scale))
+            layers.append(Tails(size, loc=start.loc, scale=scale, lighter=False))
         stack = Stack(layers).to(start.loc)
         for module in stack.modules():
             if isinstance(module, Tempered):
