@@ -106,7 +106,7 @@ class Tails(Flow):
         return x, -log_det
 
     def _mapped(self, x: Tensor, sign: int) -> tuple[Tensor, Tensor]:
-        free = current(self).free
+        free: Tensor = current(self).free
         if not self.lighter:
             free = free + (free.clamp(min=0) - free).detach()
         return with_tails(x, BOUND * torch.tanh(free / BOUND), self.loc, self.scale, sign)
