@@ -21,7 +21,7 @@ from parts.architecture import Architecture
 from torch import Tensor
 
 from pyro_maf import FlowPrior
-from pyro_maf.sweep import torch_layers
+from pyro_maf.sweep.torch_engine import layers as layers
 
 LAYERS = 5
 REPETITIONS = 40
@@ -97,7 +97,7 @@ def row(call: Call, what: str) -> str:
 @contextmanager
 def in_torch() -> Iterator[None]:
     """Without the Triton kernels."""
-    with mock.patch.object(torch_layers, "takes_triton", return_value=False):
+    with mock.patch.object(layers, "takes_triton", return_value=False):
         yield
 
 

@@ -24,6 +24,9 @@ FLOORS = (
     "support",
     "univariate",
     "nn",
+    "sweep.layout",
+    "sweep.kernels",
+    "sweep.torch_engine",
     "sweep",
     "transforms",
     "flows",
@@ -131,7 +134,17 @@ def test_imports_are_found_whatever_their_form(tmp_path: Path, monkeypatch: pyte
         "def late():\n    from pyro_maf.infer import guide\n    from . import masks\n    from .. import cli\n"
         "import pyro_maf.infer.start.modes\n"
     )
-    assert sorted(imported(module)) == ["", "", "cli", "flows", "infer", "infer.start", "nn", "sweep", "training"]
+    assert sorted(imported(module)) == [
+        "",
+        "",
+        "cli",
+        "flows",
+        "infer",
+        "infer.start",
+        "nn",
+        "sweep.layout",
+        "training",
+    ]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

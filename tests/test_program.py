@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from pyro_maf import IAF, MAF, ConditionalFlowPrior, FlowPrior, RealNVP
-from pyro_maf.sweep import loading, program, threads
+from pyro_maf.sweep import program, threads
+from pyro_maf.sweep.kernels import loading
 from pyro_maf.transforms import (
     ActNorm,
     BatchNorm,

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from pyro_maf import MAF
 from pyro_maf.nn import compress_tails
-from pyro_maf.sweep import function, loading, threads
+from pyro_maf.sweep import function, threads
+from pyro_maf.sweep.kernels import loading
 from pyro_maf.testing.subjects import at_context
 from pyro_maf.transforms import ConditionalMaskedAutoregressive, Flow
 from tests.registry import Architecture, architectures, build

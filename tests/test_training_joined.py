@@ -15,7 +15,8 @@ from pyro_maf import MAF, MADEMoG, RealNVP, fit
 from pyro_maf._core.optimization import Adam, WeightAverage
 from pyro_maf._core.processes import Processes
 from pyro_maf.distributions import FlowPrior
-from pyro_maf.sweep import loading, threads
+from pyro_maf.sweep import threads
+from pyro_maf.sweep.kernels import loading
 from pyro_maf.tables import Rows
 from pyro_maf.training import joined, loop
 from pyro_maf.training.joined import JoinedLikelihood, objective_of

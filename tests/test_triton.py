@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf.nn import ACTIVATIONS, MADE
-from pyro_maf.sweep.torch_sweep import TorchSweep, plan_of
+from pyro_maf.sweep.torch_engine.sweep import TorchSweep, plan_of
 from pyro_maf.univariate import Affine
 
 pytest.importorskip("triton", reason="Triton has wheels for Linux alone")
@@ -21,8 +21,8 @@ COMPILES = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from pyro_maf.sweep import triton_sweep
-from pyro_maf.sweep.triton_sweep import TILES, _tiles
+from pyro_maf.sweep.torch_engine import triton as triton_sweep
+from pyro_maf.sweep.torch_engine.triton import TILES, _tiles
 
 FLOATS = ["v", "weights", "biases", "w", "log_det", "tape", "before", "dw_dphi", "slopes", "delta", "total_w"]
 KINDS = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(["starts", "levels", "final"], "*i32") | {"order": "*i64"}
@@ -38,7 +38,7 @@ for kernel in (triton_sweep.walk, triton_sweep.walk_back):
 
 def engines(made: MADE, *, inverse: bool, context: Tensor | None = None) -> tuple[TorchSweep, TorchSweep]:
     """The one in torch, in float64, and the kernels."""
-    from pyro_maf.sweep.triton_sweep import TritonSweep
+    from pyro_maf.sweep.torch_engine.triton import TritonSweep
 
     direction = Affine().inverse if inverse else Affine().forward
     with torch.no_grad():

@@ -12,7 +12,7 @@ from zuko.transforms import MonotonicRQSTransform
 
 import pyro_maf
 from pyro_maf import MAF, NSF, FlowPrior, RealNVP, fit, fit_prior
-from pyro_maf.sweep import loading
+from pyro_maf.sweep.kernels import loading
 from pyro_maf.transforms import Coupling, MaskedAutoregressive
 from pyro_maf.univariate import Affine, Spline, UnivariateMap, univariate_map
 from tests.test_sweep import in_torch

@@ -82,7 +82,7 @@ def outputs_of(network: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
 def walk_by_calls(
     made: MADE, step: Callable[[int, Tensor], Tensor], context: Tensor | None, like: Tensor, batch: int
 ) -> Tensor:
-    """Walk over the variables, as `torch_sweep.walk` of the sweep; w, (batch, D).
+    """Walk over the variables, as `walk` of `sweep.torch_engine`; w, (batch, D).
 
     Args:
         made: The network.

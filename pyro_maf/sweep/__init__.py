@@ -3,7 +3,7 @@
 `run` is the engine compiled for CPUs: layers in either direction, as many as follow one another, in one operation. A
 `Descent` fits them without torch.
 The others compute one autoregressive layer in torch, for any device, dtype and univariate map, which defines
-correctness: `solve` its sequential direction, one sweep over the network, by `triton_sweep` on a GPU; and `parallel`
+correctness: `solve` its sequential direction, one sweep over the network, by Triton on a GPU; and `parallel`
 the other.
 """
 
@@ -12,7 +12,7 @@ from pyro_maf.sweep.function import Run, run
 from pyro_maf.sweep.layout import Step, Triangular
 from pyro_maf.sweep.program import forget
 from pyro_maf.sweep.threads import Alone
-from pyro_maf.sweep.torch_layers import parallel, solve
-from pyro_maf.sweep.torch_sweep import plan_of, walk
+from pyro_maf.sweep.torch_engine.layers import parallel, solve
+from pyro_maf.sweep.torch_engine.sweep import plan_of, walk
 
 __all__ = ["Alone", "Descent", "Run", "Step", "Triangular", "forget", "parallel", "plan_of", "run", "solve", "walk"]

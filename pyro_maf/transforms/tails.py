@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from functools import partial
-from importlib import import_module
-from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +13,8 @@ from torch import Tensor, nn
 
 from pyro_maf._core.torch_state import is_intercepted
 from pyro_maf.nn.weights import current
-from pyro_maf.sweep.loading import kernels
-from pyro_maf.sweep.torch_layers import gradients
+from pyro_maf.sweep.kernels.loading import kernels, loaded
+from pyro_maf.sweep.torch_engine.layers import gradients
 from pyro_maf.transforms.base import Flow
 
 __all__ = ["Tails", "with_tails"]
@@ -161,16 +158,10 @@ def _slope(u: Tensor) -> Tensor:
     return slope.add_(u - bounded, alpha=1 / 12)
 
 
-@functools.cache
-def _kernel() -> ModuleType | None:
-    """The compiled map and its adjoint, or None if they are unavailable."""
-    return None if kernels() is None else import_module("pyro_maf.sweep.tails_kernel")
-
-
 def _pays(x: Tensor, *others: Tensor) -> bool:
     """True if the compiled map takes these tensors, x in rows, and less time than torch."""
     ordinary = x.dim() == 2 and all(each.is_cpu and each.dtype is x.dtype for each in (x, *others))
-    return ordinary and x.numel() <= MOST_COMPILED and x.dtype in DTYPES and _kernel() is not None
+    return ordinary and x.numel() <= MOST_COMPILED and x.dtype in DTYPES and kernels() is not None
 
 
 def _array(tensor: Tensor) -> Any:
@@ -186,7 +177,7 @@ class _Compiled(torch.autograd.Function):
         y, log_det = np.empty_like(rows), np.empty(len(rows), rows.dtype)
         partials = np.empty((4, len(rows) if any(ctx.needs_input_grad) else 0, rows.shape[1]), rows.dtype)
         arguments = _array(weights), _array(loc), _array(scale), sign, LARGEST
-        cast("ModuleType", _kernel()).bend(rows, *arguments, y, log_det, partials)
+        loaded().bend(rows, *arguments, y, log_det, partials)
         ctx.sign, ctx.arrays = sign, (rows, arguments[1], partials)
         ctx.save_for_backward(x, weights, loc, scale)
         return torch.from_numpy(y), torch.from_numpy(log_det)
@@ -198,9 +189,7 @@ class _Compiled(torch.autograd.Function):
             return *_by_plain(ctx.sign, needed, inputs, (grad_y, grad_log_det)), None
         rows = ctx.arrays[0]
         grad_x, by_weights = np.empty_like(rows), np.zeros((2, rows.shape[1]), rows.dtype)
-        cast("ModuleType", _kernel()).bend_back(
-            *ctx.arrays, *map(_array, (grad_y, grad_log_det)), ctx.sign, grad_x, by_weights
-        )
+        loaded().bend_back(*ctx.arrays, *map(_array, (grad_y, grad_log_det)), ctx.sign, grad_x, by_weights)
         grads = (
             torch.from_numpy(grad) if need else None for grad, need in zip((grad_x, by_weights), needed, strict=True)
         )

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 from numba import njit
 
-from pyro_maf.sweep.elementwise import INNER, activate, compress, differentiate
+from pyro_maf.sweep.kernels.elementwise import INNER, activate, compress, differentiate
+from pyro_maf.sweep.kernels.products import ADDED, add_product, dot
+from pyro_maf.sweep.kernels.univariate import apply, pull_back
 from pyro_maf.sweep.layout import Array, Tables
-from pyro_maf.sweep.products import ADDED, add_product, dot
-from pyro_maf.sweep.univariate_kernel import apply, pull_back
 
 __all__ = ["Part", "walk", "walk_back", "walk_row"]
 

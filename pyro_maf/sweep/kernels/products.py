@@ -11,7 +11,7 @@ from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic, overload
 
-from pyro_maf.sweep.elementwise import INNER
+from pyro_maf.sweep.kernels.elementwise import INNER
 from pyro_maf.sweep.layout import Array
 
 __all__ = ["ADDED", "TALLEST", "VECTOR", "add_product", "dot", "transpose"]

@@ -1,9 +1,6 @@
-r"""The univariate maps of the kernels, and their adjoints: nothing else there depends on the map or its parameters.
+r"""The spline of the kernels, and its adjoint, of one variable, whose parameters are rows of a tape.
 
-The parameters of one variable are rows of a tape, and the points its columns. `layer` is a record of `layout.LAYER`,
-which says where the lists of these rows begin and which map it is, in which direction.
-
-The spline, see `univariate.Spline`. With A_k and C_k the exponentials of the bounded outputs for widths and heights,
+As in `pyro_maf.univariate.Spline`. With A_k and C_k the exponentials of the bounded outputs for widths and heights,
 bin k has the width 2 B A_k / sum A, the height 2 B A_k C_k / sum A C and the chord C_k sum A / sum A C. Positions in
 the box are in units in which the width is A_k, or the height A_k C_k. The adjoint differentiates q at z, for q^-1 too.
 
@@ -19,14 +16,13 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from pyro_maf.sweep.elementwise import INNER, LOG_SCALE, affine, affine_back, exp, linear, linear_back, log, tanh
-from pyro_maf.sweep.layout import LINEAR, Array
+from pyro_maf.sweep.kernels.affine import LOG_SCALE, affine, affine_back
+from pyro_maf.sweep.kernels.elementwise import INNER, exp, log, tanh
+from pyro_maf.sweep.layout import Array
 from pyro_maf.univariate import Spline
 
-__all__ = ["apply", "pull_back"]
+__all__ = ["spline", "spline_back"]
 
-SPLINE = 1
-"""Index of the spline among the maps of `layout.MAPS`."""
 GAIN, STEEPEST, LOG_SLOPE, LOG_CHORD = Spline.GAIN, Spline.STEEPEST, Spline.LOG_SLOPE, Spline.LOG_SLOPE / 2
 STRIP = 128
 """Number of points that pass through a spline together: the length of a row of `room`."""
@@ -50,74 +46,7 @@ BEYOND = -1
 
 
 @njit(**INNER)
-def apply(
-    layer: Any, j: int, variables: Array, tape: Array, first: int, t0: int, x: Array, w: Array, log_det: Array
-) -> None:
-    """The map of one variable in the layer's direction; adds its log-derivative to log_det.
-
-    Leaves in the rows of the parameters what `pull_back` needs.
-
-    Args:
-        layer, variables: The layer, and the lists that it refers to.
-        j: Which of the variables that it maps.
-        tape: Where the parameters are: the rows of the list, counted from `first`, and the columns from `t0` on.
-        first, t0: As above.
-        x, w, log_det: Input, output and sum of log-derivatives, (points,); w is not x.
-    """
-    phi = layer.phi_from + layer.outputs * j
-    if layer.univariate == SPLINE:
-        _spline(layer, phi, variables, tape, first, t0, x, w, log_det)
-        return
-    shift, scale = first + variables[phi], first + variables[phi + 1]
-    shifts, scales = tape[shift, t0 : t0 + len(x)], tape[scale, t0 : t0 + len(x)]
-    if layer.univariate == LINEAR:
-        linear(x, shifts, scales, layer.sign, layer.log_sign, w, log_det)
-        return
-    affine(x, shifts, scales, layer.sign, layer.log_sign, w, log_det)
-
-
-@njit(**INNER)
-def pull_back(
-    layer: Any,
-    j: int,
-    variables: Array,
-    tape: Array,
-    first: int,
-    t0: int,
-    x: Array,
-    w: Array,
-    grad: Array,
-    grad_log_det: Array,
-    delta: Array,
-    delta_first: int,
-) -> None:
-    """The adjoint of `apply`: turns the gradient with respect to w into that with respect to x.
-
-    Args:
-        layer, j, variables, tape, first, t0, x, w: As in `apply`, after it.
-        grad: Gradient with respect to w, then x, (points,).
-        grad_log_det: Gradient with respect to log_det, (points,).
-        delta: Gradients with respect to the parameters are written there, in rows and columns like the tape's.
-        delta_first: `first` for it.
-    """
-    phi = layer.phi_from + layer.outputs * j
-    if layer.univariate == SPLINE:
-        _spline_back(layer, phi, variables, tape, first, t0, x, w, grad, grad_log_det, delta, delta_first)
-        return
-    shift, scale, end = variables[phi], variables[phi + 1], t0 + len(x)
-    shifts, scales = tape[first + shift, t0:end], tape[first + scale, t0:end]
-    by_shift, by_scale = delta[delta_first + shift, t0:end], delta[delta_first + scale, t0:end]
-    if layer.univariate == LINEAR:
-        linear_back(x, w, scales, layer.sign, layer.log_sign, grad, grad_log_det, by_shift, by_scale)
-        return
-    affine_back(x, w, shifts, scales, layer.sign, layer.log_sign, grad, grad_log_det, by_shift, by_scale)
-
-
-# -- the spline -------------------------------------------------------------------------------------------------------
-
-
-@njit(**INNER)
-def _spline(
+def spline(
     layer: Any, phi: int, variables: Array, tape: Array, first: int, t0: int, x: Array, w: Array, log_det: Array
 ) -> None:
     """`apply` of a spline. Leaves z in place of the shift, and bounded outputs for scale, widths and heights."""
@@ -285,7 +214,7 @@ def _through_box(layer: Any, points: int, room: Array, solve: bool) -> None:
 
 
 @njit(**INNER)
-def _spline_back(
+def spline_back(
     layer: Any,
     phi: int,
     variables: Array,

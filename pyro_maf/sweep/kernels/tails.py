@@ -6,15 +6,14 @@ import math
 
 from numba import njit
 
-from pyro_maf.sweep.compile_cache import stored
-from pyro_maf.sweep.elementwise import INNER
+from pyro_maf.sweep.kernels.cache import stored
+from pyro_maf.sweep.kernels.elementwise import ENTRY
 from pyro_maf.sweep.layout import Array
 
 __all__ = ["bend", "bend_back"]
 
 SERIES = 0.01
 """Exponent up to which functions are summed as series, exact to rounding."""
-ENTRY = {"fastmath": INNER["fastmath"], "error_model": "numpy", "nogil": True}
 
 
 @stored

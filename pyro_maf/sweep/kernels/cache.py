@@ -27,9 +27,8 @@ from pyro_maf.univariate import Affine, Spline
 
 __all__ = ["stored"]
 
-SOURCES = ("elementwise", "layout", "parallel_kernel", "products", "sequential_kernel", "step_kernel") + (
-    "univariate_kernel",
-)
+KERNELS = ("affine", "elementwise", "parallel", "products", "sequential", "spline", "step", "tails", "univariate")
+SOURCES = ("layout", *(f"kernels/{name}" for name in KERNELS))
 """Modules that the compiled code is built from. numba itself checks only the module of the function."""
 CONSTANTS = Affine.BOUND, Spline.GAIN, Spline.STEEPEST, Spline.LOG_SLOPE
 """Numbers of other modules that it holds."""

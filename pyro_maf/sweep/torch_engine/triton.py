@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pyro_maf.nn import ACTIVATIONS, BULK, MADE
 from pyro_maf.sweep.layout import Array
-from pyro_maf.sweep.torch_sweep import Activations, TorchSweep, hidden_widths
+from pyro_maf.sweep.torch_engine.sweep import Activations, TorchSweep, hidden_widths
 from pyro_maf.univariate import Affine
 
 __all__ = ["TritonSweep", "walk", "walk_back"]

@@ -16,7 +16,7 @@ from pyro_maf._core.torch_state import is_exported, is_traced
 from pyro_maf.nn import ACTIVATIONS, MADE, compress_tails
 from pyro_maf.nn.weights import is_called, own_tensors, walk_by_calls
 from pyro_maf.sweep.layout import Step, Triangular
-from pyro_maf.sweep.torch_sweep import Activations, Direction, Plan, TorchSweep, lay_back, tensors_of
+from pyro_maf.sweep.torch_engine.sweep import Activations, Direction, Plan, TorchSweep, lay_back, tensors_of
 from pyro_maf.univariate import Affine
 
 __all__ = ["at_once", "gradients", "one_by_one", "parallel", "solve", "takes_triton", "together", "triangular"]
@@ -124,7 +124,7 @@ def _engine(step: Step, tensors: Sequence[Tensor], v: Tensor) -> TorchSweep:
     plan, direction = Plan.of(made, tensors), direction_of(step)
     if not takes_triton(step, v):
         return TorchSweep(plan, direction)
-    from pyro_maf.sweep.triton_sweep import TritonSweep
+    from pyro_maf.sweep.torch_engine.triton import TritonSweep
 
     return TritonSweep(plan, direction, made, step.inverse)
 

@@ -18,7 +18,7 @@ def kernels() -> ModuleType | None:
     if os.environ.get(SWITCH) == "torch":
         return None
     try:
-        from pyro_maf.sweep import parallel_kernel
+        from pyro_maf.sweep.kernels import entries
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
         # numba raises RuntimeError if it has no folder for compiled code. Sources may be missing, too; and with
         # NUMBA_DISABLE_JIT, or in a later numba, the attributes that the cache relies on.
@@ -30,7 +30,7 @@ def kernels() -> ModuleType | None:
             stacklevel=2,
         )
         return None
-    return parallel_kernel
+    return entries
 
 
 def loaded() -> ModuleType:

@@ -15,10 +15,10 @@ from numba import carray, njit, types  # type: ignore[attr-defined]
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pyro_maf.sweep.compile_cache import stored
-from pyro_maf.sweep.elementwise import ENTRY, INNER
+from pyro_maf.sweep.kernels.cache import stored
+from pyro_maf.sweep.kernels.elementwise import ENTRY, INNER
+from pyro_maf.sweep.kernels.products import TALLEST, VECTOR
 from pyro_maf.sweep.layout import LANES, Array, Tables
-from pyro_maf.sweep.products import TALLEST, VECTOR
 
 __all__ = ["descend", "differentiate_normal", "normal", "pack", "unpack"]
 

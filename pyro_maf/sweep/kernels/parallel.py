@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from pyro_maf.sweep.compile_cache import stored
-from pyro_maf.sweep.elementwise import ENTRY, INNER, activate, compress, differentiate
+from pyro_maf.sweep.kernels.cache import stored
+from pyro_maf.sweep.kernels.elementwise import ENTRY, INNER, activate, compress, differentiate
+from pyro_maf.sweep.kernels.products import ADDED, TALLEST, VECTOR, add_product, dot, transpose
+from pyro_maf.sweep.kernels.sequential import Part, walk, walk_back, walk_row
+from pyro_maf.sweep.kernels.univariate import apply, pull_back
 from pyro_maf.sweep.layout import CONTEXT, INPUTS, LANES, Array, Tables
-from pyro_maf.sweep.products import ADDED, TALLEST, VECTOR, add_product, dot, transpose
-from pyro_maf.sweep.sequential_kernel import Part, walk, walk_back, walk_row
-from pyro_maf.sweep.step_kernel import descend, differentiate_normal, normal, pack, unpack
-from pyro_maf.sweep.univariate_kernel import apply, pull_back
 
-__all__ = ["backward", "descend", "differentiate_normal", "forward", "normal", "pack", "unpack"]
+__all__ = ["backward", "forward"]
 
 
 @njit(**INNER)
