@@ -75,7 +75,9 @@ class Forgetful(Scale):
 
 
 @pytest.mark.parametrize(
-    "make", [Scale, ActNorm, lambda d: MAF(d, **SIZE), lambda d: ConditionalMAF(d, 2, **SIZE)], ids=str
+    "make",
+    [Scale, ActNorm, lambda d: MAF(d, **SIZE), lambda d: ConditionalMAF(d, 2, **SIZE)],
+    ids=["Scale", "ActNorm", "MAF", "ConditionalMAF"],
 )
 def test_transforms_that_are_right_pass(make: Callable[[int], Any]) -> None:
     check_transform(make, dimensions=(2,))
