@@ -112,7 +112,7 @@ def test_the_end_of_a_bar_and_the_report_show_the_comparison(
 ) -> None:
     with pytest.warns(UserWarning, match="fit is behind a simpler density"):
         result = fit(maf(), clusters(), **{**NOTHING, "progress": "always"})
-    line = compared(result)[0].line
+    line = str(compared(result)[0])
     assert line in capsys.readouterr().err
     write_report(tmp_path / "report.html", result, progress=False)
     page = (tmp_path / "report.html").read_text()

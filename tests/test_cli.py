@@ -347,20 +347,6 @@ def test_options_are_those_of_the_library() -> None:
     assert inspect.signature(build).parameters["num_layers"].default == fit_module.DEFAULT_LAYERS
 
 
-def test_options_by_their_former_names_are_understood_and_said(here: Path) -> None:
-    result = run(
-        "fit", "table.csv", "--columns", "length,width", "--epochs=1", "--layers", 1, "--hidden", 8, "--out", "fit"
-    )
-    renamed = {"epochs": "max-epochs", "layers": "num-layers", "hidden": "hidden-dims", "out": "folder"}
-    for former, present in renamed.items():
-        assert f"pyro-maf: --{former} is now called --{present}, as in Python.\n" in result.stderr
-    command = json.loads(Path("fit/fit.json").read_text(encoding="utf-8"))["command"]
-    assert command == (
-        "pyro-maf fit table.csv --columns length,width --max-epochs=1 --num-layers 1 --hidden-dims 8 --folder fit"
-    )
-    assert "is now called" not in run("sample", "fit", "-n", 2, "--out", "drawn.csv").stderr
-
-
 # -- score ------------------------------------------------------------------------------------------------------------
 
 

@@ -30,9 +30,6 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 LONGEST_ERROR = 1000
 COMMAND = "pyro_maf.command"
-FORMER = {"--epochs": "--max-epochs", "--layers": "--num-layers", "--hidden": "--hidden-dims", "--out": "--folder"}
-"""Former names of options of the commands that train: scripts still work, with a warning."""
-TRAINING = ("fit", "compare", "paper")
 
 
 class CommandError(Exception):
@@ -69,9 +66,7 @@ class Commands(TyperGroup):
     """Command group that turns errors about the input into a line on stderr and an exit code."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Record the arguments, for `command_line`; translate former names of options."""
-        if args and args[0] in TRAINING:
-            args = [_renamed(argument) for argument in args]
+        """Record the arguments, for `command_line`."""
         ctx.meta[COMMAND] = shlex.join(["pyro-maf", *args])
         return super().parse_args(ctx, args)
 
@@ -92,19 +87,10 @@ class Commands(TyperGroup):
 
 
 def command_line(ctx: typer.Context) -> str:
-    """Return the command line, with the present names of options."""
+    """Return the command line."""
     return str(ctx.meta[COMMAND])
 
 
 def say(message: str) -> None:
     """Print a line on stderr: standard output is for data."""
     typer.echo(f"pyro-maf: {shown(message, len(message))}", err=True)
-
-
-def _renamed(argument: str) -> str:
-    """Return an option by its present name, or any other argument unchanged."""
-    name, equals, value = argument.partition("=")
-    if name not in FORMER:
-        return argument
-    say(f"{name} is now called {FORMER[name]}, as in Python.")
-    return f"{FORMER[name]}{equals}{value}"

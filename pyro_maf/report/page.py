@@ -175,7 +175,7 @@ def _page(result: FitResult, examination: Examination, command: str, label: str)
         figures=_figures(result, examination),
         command=command,
         warnings=[*result.warnings, *(comparison.warnings if comparison else ())],
-        comparison=comparison.line if comparison else "",
+        comparison=str(comparison) if comparison else "",
         calibration=examination.calibration,
         has_radius=examination.has_radius,
         pit=pit,

@@ -67,9 +67,7 @@ class Comparison(NamedTuple):
     mean: float
     baselines: tuple[Baseline, ...]
 
-    @property
-    def line(self) -> str:
-        """The comparison in one line."""
+    def __str__(self) -> str:
         others = ", ".join(map(str, self.baselines))
         return f"{self.rows:,} {self.role} rows, in nats ± standard errors: flow {self.mean:.3f}; {others}."
 

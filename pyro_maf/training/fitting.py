@@ -313,7 +313,7 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
     if processes.is_first:
         announce(result.warnings[len(prepared.warnings) :])
         if will_show(options.progress) and result.comparison is not None:
-            print(result.comparison.line, file=sys.stderr)
+            print(result.comparison, file=sys.stderr)
             announce(result.comparison.warnings)
     return result
 
