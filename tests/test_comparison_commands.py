@@ -100,7 +100,7 @@ def test_compare_goes_on_after_an_interruption(invoke, wine, monkeypatch):
     ("options", "message"),
     [
         (["--hidden-dims", "wide"], "compare expected --hidden-dims as numbers such as 128,128, got wide."),
-        (["--models", "NSF"], "candidates expected names among Gaussian, MADE"),
+        (["--models", "NAF"], "candidates expected names among Gaussian, MADE"),
         (["--test", "2", "--context", "colour"], "divide expected test as a part between 0 and 1, got 2.0"),
         (["--columns", "salt"], "read_table found no column 'salt'"),
     ],

@@ -47,6 +47,7 @@ PRIOR = {
     "support": "real",
     "loc": None,
     "scale": None,
+    "tails": None,
     "columns": (),
     "context_loc": None,
     "context_scale": None,
