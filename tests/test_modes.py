@@ -309,6 +309,35 @@ def test_axes_of_one_length_are_no_labels_unless_the_density_says_so() -> None:
     assert len(exchanges(in_order, values, events)) == 1
 
 
+def test_sites_are_labels_with_those_of_the_same_number() -> None:
+    values = {name: torch.randn(4) for name in ("m0", "s0", "m1", "s1", "m2", "s2", "other")}
+    events = {name: value.shape[1:] for name, value in values.items()}
+
+    def pairs(values: Any) -> Tensor:
+        return sum((values[f"m{k}"] * values[f"s{k}"] for k in range(3)), values["other"])
+
+    def without_the_last(values: Any) -> Tensor:
+        return pairs(values) + values["m2"]
+
+    assert len(exchanges(pairs, values, events)) == 5
+    assert len(exchanges(without_the_last, values, events)) == 1
+    moved = exchanges(without_the_last, values, events)[0](values)
+    assert [name for name in values if not torch.equal(moved[name], values[name])] == ["m0", "s0", "m1", "s1"]
+
+
+def test_modes_of_exchangeable_sites_are_all_covered() -> None:
+    data = torch.cat([centre + 0.3 * torch.linspace(-1, 1, 9) for centre in (-3.0, 0.0, 3.0)])
+
+    def model() -> None:
+        means = [pyro.sample(name, dist.Normal(0.0, 4.0)) for name in ("left", "middle", "right")]
+        parts = dist.Normal(torch.stack(means, -1)[..., None, :], 0.3)
+        with pyro.plate("rows", len(data)):
+            pyro.sample("y", dist.MixtureSameFamily(dist.Categorical(torch.ones(3)), parts), obs=data)
+
+    pyro.set_rng_seed(0)
+    assert ready(model=model).modes == (6, 6)
+
+
 def test_quantiles_are_those_of_all_modes() -> None:
     guide = ready()
     guide.weigh_modes(Call(apart, (), {}))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import permutations
 
 import torch
@@ -11,13 +13,15 @@ from torch import Tensor
 __all__ = ["exchanges"]
 
 MOST_LABELS = 8
-"""Maximum length of an axis that is taken for one of labels."""
+"""Maximum length of an axis, and number of sites, that are taken for labels."""
 ALL_ORDERS = 4
 """Maximum number of labels of which all orders are returned; of more, those that exchange two."""
 
 Values = Mapping[str, Tensor]
 """The value of each latent site, draws along the first dimension."""
 Exchange = Callable[[Values], dict[str, Tensor]]
+Names = tuple[str, ...]
+"""Names of the sites of one label."""
 
 
 def exchanges(
@@ -27,7 +31,8 @@ def exchanges(
 
     An axis of up to eight entries may be one of labels, together with the axes of that length of other sites, the first
     of each or the last. If the density is the same at some points with the first two exchanged, and with all of them
-    turned round, it is under every order.
+    turned round, it is under every order. Up to eight sites of one shape may be labels too, each alone, or with those
+    of the same number in their names, as m0 with s0: those which may change places with the first, in any order.
 
     Args:
         log_joint: Log joint density as a function of the values, (draws,).
@@ -42,6 +47,12 @@ def exchanges(
         same = (_is_same(log_joint, _Exchange(axes, order), values, expected) for order in (swapped, turned))
         if all(same):
             found += [_Exchange(axes, list(order)) for order in _orders(labels)]
+    seen: set[str] = set()
+    for group in _groups_of_sites(events):
+        if not seen.intersection(name for names in group for name in names):
+            for alike in _alike(group, log_joint, values, expected):
+                seen.update(name for names in alike for name in names)
+                found += [_Renaming(alike, order) for order in _orders(len(alike))]
     return found
 
 
@@ -58,6 +69,53 @@ class _Exchange:
             name: value.index_select(axes[name], torch.tensor(order, device=value.device)) if name in axes else value
             for name, value in values.items()
         }
+
+
+class _Renaming:
+    """An order of sites that are labels."""
+
+    def __init__(self, labels: Sequence[Names], order: Sequence[int]) -> None:
+        self._source = {
+            name: source
+            for names, place in zip(labels, order, strict=True)
+            for name, source in zip(names, labels[place], strict=True)
+        }
+
+    def __call__(self, values: Values) -> dict[str, Tensor]:
+        """Return the values in this order of labels."""
+        return {name: values[self._source.get(name, name)] for name in values}
+
+
+def _groups_of_sites(events: Mapping[str, torch.Size]) -> Iterator[list[Names]]:
+    """Sites that may be labels, with those that go with them."""
+    stems: dict[str, dict[str, str]] = defaultdict(dict)
+    for name in events:
+        if numbered := re.fullmatch(r"(.*?)(\d+)", name):
+            stems[numbered[1]][numbered[2]] = name
+    together: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
+    for names in stems.values():
+        if len({events[name] for name in names.values()}) == 1:
+            together[tuple(sorted(names))].append(names)
+    groups = [[tuple(each[label] for each in several) for label in labels] for labels, several in together.items()]
+    shapes: dict[torch.Size, list[Names]] = defaultdict(list)
+    for name, shape in events.items():
+        shapes[shape].append((name,))
+    yield from (group for group in (*groups, *shapes.values()) if 2 <= len(group) <= MOST_LABELS)
+
+
+def _alike(
+    group: Sequence[Names], log_joint: Callable[[Values], Tensor], values: Values, expected: Tensor
+) -> Iterator[list[Names]]:
+    """Labels of a group that may change places with one another, two of them and more."""
+    while group:
+        first, *others = group
+        alike = [first]
+        for other in others:
+            if _is_same(log_joint, _Renaming((first, other), (1, 0)), values, expected):
+                alike.append(other)
+        if len(alike) > 1:
+            yield alike
+        group = [label for label in others if label not in alike]
 
 
 def _groups(events: Mapping[str, torch.Size]) -> Iterator[tuple[dict[str, int], int]]:
