@@ -155,6 +155,22 @@ def test_a_weight_is_that_of_copies_and_one_row_has_no_say() -> None:
     assert units_of(moments_of(ordinary), ordinary).tails is None
 
 
+def test_columns_that_are_linear_and_long_tailed_together_keep_their_units() -> None:
+    """As neighbours in an image: in units of the tail of each they would be linear no more."""
+    generator = torch.Generator().manual_seed(0)
+    smooth = torch.linspace(0, 6, 48)
+    mixing = (-(smooth[:, None] - smooth).abs()).exp()
+    contrast = (1.5 * torch.randn(3_000, 1, generator=generator)).exp()
+    rows = (contrast * (torch.randn(3_000, 48, generator=generator) @ torch.linalg.cholesky(mixing).T)).double()
+    assert units_of(moments_of(rows[:, ::47]), rows[:, ::47]).tails is not None
+    assert units_of(moments_of(rows), rows).tails is None
+    ratio = torch.randn(3_000, 1, generator=generator) / torch.randn(3_000, 1, generator=generator)
+    mixed = torch.cat([rows, ratio.double()], 1)
+    tails = units_of(moments_of(mixed), mixed).tails
+    assert tails is not None
+    assert tails.any(0).nonzero()[:, 0].tolist() == [48]
+
+
 @pytest.mark.parametrize("rows", [300, 4000])
 def test_a_heavy_tailed_column_is_fitted_as_well_as_any(rows: int) -> None:
     random = np.random.default_rng(0)
