@@ -58,6 +58,17 @@ class Units(NamedTuple):
         """Round to float32."""
         return Units(self.loc.float(), self.scale.float(), None if self.tails is None else self.tails.float())
 
+    def standardised(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows in these units, and the logarithms of the slopes of each column there, (N, D) both."""
+        z = (table - self.loc) / self.scale
+        log_slope = -self.scale.log().expand(z.shape)
+        if self.tails is None:
+            return z, log_slope
+        zero = torch.zeros_like(self.loc[:1])
+        # Columns are points of one dimension, so that each has a log-determinant of its own.
+        mapped, log_bent = with_tails(z.T[..., None], self.tails[..., None, None], zero, zero + 1, -1)
+        return mapped[..., 0].T, log_slope + log_bent.T
+
     @property
     def reach(self) -> Tensor:
         """Standardised distance beyond which a value of a column is no part of its bulk or tails, (D,)."""
@@ -68,8 +79,7 @@ class Units(NamedTuple):
         """Columns of heavy tails from which no value of the rows, (N, D), is out of reach."""
         if self.tails is None:
             return []
-        zeros = torch.zeros_like(self.loc)
-        z, _ = with_tails((table - self.loc) / self.scale, self.tails, zeros, zeros + 1, -1)
+        z, _ = self.standardised(table)
         return (self.tails.any(0) & (z.abs() <= NORMAL_REACH).all(0)).nonzero()[:, 0].tolist()
 
     def take(self, columns: list[int]) -> Units:
@@ -118,47 +128,37 @@ def units_of(moments: Moments, table: Tensor, weights: Tensor | None = None) -> 
             scale[column] = (high - low) / NORMAL_QUARTILES or scale[column]
     if not tails.any():
         return Units(*moments)
-    heeded = _heeded(table.detach().double(), often, Units(*moments), Units(loc, scale, tails))
+    both = Units(*moments), Units(loc, scale, tails)
+    heeded = _heeded(table.detach().double(), often, *both, tails.amax(0))
     if not heeded.any():
         return Units(*moments)
     loc, scale = (torch.where(heeded, *each) for each in ((loc, moments.loc), (scale, moments.scale)))
     return Units(loc, scale, torch.where(heeded, tails, 0.0))
 
 
-def _heeded(table: Tensor, often: Tensor, plain: Units, heavy: Units) -> Tensor:
-    """Columns in units of their tails, (D,)."""
+def _heeded(table: Tensor, often: Tensor, plain: Units, heavy: Units, weight: Tensor) -> Tensor:
+    """Columns in units of their tails, (D,), of those whose tails have a weight, (D,), above 0."""
     if len(table) > JUDGED:
         rows = torch.linspace(0, len(table) - 1, JUDGED).long()
         table, often = table[rows], often[rows]
-    of_plain, of_heavy = _standardised(table, plain), _standardised(table, heavy)
-    weight = torch.zeros_like(heavy.loc) if heavy.tails is None else heavy.tails.amax(0)
+    of_plain, of_heavy = plain.standardised(table), heavy.standardised(table)
+    is_heavy = weight > 0
 
     def score(heeded: Tensor) -> float:
         z, log_slope = (torch.where(heeded, of_heavy[i], of_plain[i]) for i in range(2))
         return (_score(z, often) + float(often @ log_slope.sum(1))) / float(often.sum())
 
-    heeded = torch.zeros(len(weight), dtype=torch.bool)
+    heeded = torch.zeros_like(is_heavy)
     best = score(heeded)
-    if score(weight > 0) > best - MOST_LOST:
-        return weight > 0
-    ordered = weight.argsort(descending=True)
-    for column in ordered[: int((weight > 0).sum())] if len(weight) < WIDE else ():
+    if score(is_heavy) > best - MOST_LOST:
+        return is_heavy
+    heaviest_first = weight.argsort(descending=True)[: int(is_heavy.sum())]
+    for column in heaviest_first if len(weight) < WIDE else ():
         trial = heeded.clone()
         trial[column] = True
         if (found := score(trial)) > best - NO_LOSS:
             heeded, best = trial, found
     return heeded
-
-
-def _standardised(table: Tensor, units: Units) -> tuple[Tensor, Tensor]:
-    """Rows in units, and the logarithms of the slopes there, (N, D) each."""
-    z = (table - units.loc) / units.scale
-    log_slope = -units.scale.log().expand(z.shape)
-    if units.tails is None:
-        return z, log_slope
-    zero, one = z.new_zeros(1), z.new_ones(1)
-    mapped = [with_tails(z[:, [i]], units.tails[:, [i]].to(z), zero, one, -1) for i in range(z.shape[1])]
-    return torch.cat([each for each, _ in mapped], 1), log_slope + torch.stack([slope for _, slope in mapped], 1)
 
 
 def _score(z: Tensor, often: Tensor) -> float:

@@ -213,24 +213,17 @@ def default_model(
     if num_layers is None:
         num_layers = LAYERS[0 if starts else 1 if rows < MANY_ROWS or columns >= WIDE else 2]
     univariate = Spline(num_bins=FEW_BINS if columns >= WIDE else BINS)
+    # The networks of a single column have nothing to see without a context.
+    hidden_dims = () if columns == 1 and not context_dim else default.hidden_dims
+    build: type[MAF | MixtureFlow] = MixtureFlow if starts else NSF
     with seeded(seed):
-        if starts:
-            model: MAF | MixtureFlow = MixtureFlow(
-                columns,
-                num_layers=num_layers,
-                context_dim=context_dim,
-                univariate=univariate,
-                hidden_dims=default.hidden_dims,
-            )
-        else:  # the networks of a single column have nothing to see without a context
-            hidden_dims = () if columns == 1 and not context_dim else default.hidden_dims
-            model = NSF(
-                columns,
-                num_layers=num_layers,
-                context_dim=context_dim,
-                univariate=univariate,
-                hidden_dims=hidden_dims,
-            )
+        model = build(
+            columns,
+            num_layers=num_layers,
+            context_dim=context_dim,
+            univariate=univariate,
+            hidden_dims=hidden_dims,
+        )
     like = next(iter(data.values()), None) if isinstance(data, Mapping) else data
     if isinstance(like, Tensor) and like.dtype in (torch.float32, torch.float64):
         model = model.to(like)

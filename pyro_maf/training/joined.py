@@ -66,20 +66,24 @@ class JoinedLikelihood(MaximumLikelihood):
 
     def step(self, batch: Rows) -> Step:
         """Loss and gradient of a batch, by one pass through the program and back."""
-        count = len(batch.data)
         if (mean := self._differentiate(batch)) is None:
-            rows, loss = self._backward(batch)
-            gradient = torch.zeros_like(*self.weights)
-            for parameter, part in zip(self._parameters, self.split([gradient]), strict=True):
-                if parameter.grad is not None:
-                    part.copy_(parameter.grad)
-                parameter.grad = None
-        else:
-            rows, loss = self._processes.total(count, count * mean)
-            gradient = self._descent.gradient()
+            return self._step_in_torch(batch)
+        count = len(batch.data)
+        rows, loss = self._processes.total(count, count * mean)
+        gradient = self._descent.gradient()
         if self._processes.are_several:
-            if mean is not None:
-                gradient.mul_(count / float(rows))
+            self._processes.add_up([gradient.mul_(count / float(rows))])
+        return Step(loss, int(rows), [gradient])
+
+    def _step_in_torch(self, batch: Rows) -> Step:
+        """Loss and gradient of a batch that the program does not take."""
+        rows, loss = self._backward(batch)
+        gradient = torch.zeros_like(*self.weights)
+        for parameter, part in zip(self._parameters, self.split([gradient]), strict=True):
+            if parameter.grad is not None:
+                part.copy_(parameter.grad)
+            parameter.grad = None
+        if self._processes.are_several:
             self._processes.add_up([gradient])
         return Step(loss, int(rows), [gradient])
 
@@ -88,7 +92,7 @@ class JoinedLikelihood(MaximumLikelihood):
     ) -> tuple[Tensor | float, int] | None:
         """As of `MaximumLikelihood`, by the program alone."""
         if (mean := self._differentiate(batch)) is None:
-            return super().descend(batch, adam, average, learning_rate, max_norm)
+            return self._along(self._step_in_torch(batch), adam, average, learning_rate, max_norm)
         count = batch.data.shape[0]
         rows, loss = self._processes.total(count, count * mean)
         if self._processes.are_several:
@@ -99,9 +103,11 @@ class JoinedLikelihood(MaximumLikelihood):
             return None
         return loss, int(rows)
 
-    def _take(self, step: Step, adam: Adam, average: WeightAverage, learning_rate: float, max_norm: float) -> bool:
+    def _along(
+        self, step: Step, adam: Adam, average: WeightAverage, learning_rate: float, max_norm: float
+    ) -> tuple[Tensor | float, int] | None:
         with Alone():
-            return super()._take(step, adam, average, learning_rate, max_norm)
+            return super()._along(step, adam, average, learning_rate, max_norm)
 
     def _differentiate(self, batch: Rows) -> float | None:
         """The mean loss, with its gradient in the descent; or None, for torch to do it."""

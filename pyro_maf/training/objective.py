@@ -78,17 +78,18 @@ class MaximumLikelihood:
         Returns:
             `loss` and `rows` of `Step`, or None if no step was taken.
         """
-        step = self.step(batch)
-        return step[:2] if self._take(step, adam, average, learning_rate, max_norm) else None
+        return self._along(self.step(batch), adam, average, learning_rate, max_norm)
 
-    def _take(self, step: Step, adam: Adam, average: WeightAverage, learning_rate: float, max_norm: float) -> bool:
-        """Take a step along its gradient, if it is finite; return whether it was taken."""
+    def _along(
+        self, step: Step, adam: Adam, average: WeightAverage, learning_rate: float, max_norm: float
+    ) -> tuple[Tensor | float, int] | None:
+        """Take a step along a gradient, as `descend`."""
         norm = clip(step.gradients, max_norm)
         if not math.isfinite(norm + float(step.loss)):
-            return False
+            return None
         adam.step(step.gradients, learning_rate)
         average.add()
-        return True
+        return step.loss, step.rows
 
     def _backward(self, batch: Rows) -> tuple[Tensor | float, Tensor | float]:
         """Add the gradient to the weights; number of rows and their loss, in all processes."""
