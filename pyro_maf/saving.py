@@ -42,6 +42,7 @@ __all__ = [
 FORMAT = 1
 KEY = "pyro_maf"
 DIGEST = "digest"
+SUPPLIED = "supplied"
 LENGTH = struct.Struct("<Q")
 """Length of a safetensors header, in bytes; a multiple of the size of this field, so that the tensors are aligned."""
 
@@ -76,6 +77,8 @@ class Savable:
     _arguments: dict[str, object]
     _unsavable: ClassVar[str] = ""
     """Advice for a class that cannot be saved."""
+    _supplied: ClassVar[tuple[str, ...]] = ()
+    """Arguments that may be modules of a user's, of which a file holds the weights alone."""
     __signature__ = ClassSignature()
 
     def __init_subclass__(cls, **options: object) -> None:
@@ -142,18 +145,22 @@ def drop_weak_references(module: nn.Module) -> None:
         parameter.__dict__.pop("unconstrained", None)
 
 
-def load(path: str | os.PathLike[str]) -> Any:
+def load(path: str | os.PathLike[str], *, context_net: nn.Module | None = None) -> Any:
     """Load a saved flow, conditional flow, density or guide, on the CPU, with the dtype and modes it was saved with.
 
     Parameters that were frozen, `requires_grad_(False)`, are frozen again.
 
     Args:
         path: The file.
+        context_net: The embedding network of a density that was fitted with one, as it was built for the fit: a file
+            holds its weights, which it takes, but no code. One of a class derived from `pyro_maf.saving.Savable` is
+            rebuilt without.
 
     Raises:
         TypeError: If `path` is no path.
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, truncated, foreign or from a later version; the message says which.
+        ValueError: If it is damaged, truncated, foreign or from a later version; the message says which. For a
+            `context_net` that is missing, superfluous or another than that of the fit.
 
     Example:
         >>> import os, tempfile, pyro_maf
@@ -175,7 +182,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     contents = unpack(path, MODEL)
     # With a digest, architecture and weights are certain to be those of a module that has been built before.
     with nullcontext() if contents.has_digest else Allowance(contents.tensors.values()):
-        module = _rebuild(path, contents)
+        module = _rebuild(path, contents, {} if context_net is None else {"context_net": context_net})
     if not contents.has_digest:
         warnings.warn(
             f"load found no digest in {path}, as an earlier version or another program wrote it: damage to its weights "
@@ -256,13 +263,16 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     return hashed.hexdigest()
 
 
-def _rebuild(path: Path, contents: Contents) -> nn.Module:
+def _rebuild(path: Path, contents: Contents, supplied: Mapping[str, nn.Module]) -> nn.Module:
     state = contents.tensors
     try:
         header = json.loads(contents.text)
         if header["format"] > FORMAT:
             raise ValueError(f"it has format {header['format']}, this version reads up to {FORMAT}")
-        module = _build(header)
+        left = dict(supplied)
+        module = _build(header, left)
+        if left:
+            raise ValueError(f"it was saved without the {next(iter(left))} that load got: leave it out")
         _take_dtypes(module, state)
         module.load_state_dict(state)
         for name, member in module.named_modules():
@@ -296,7 +306,12 @@ def describe(module: Savable) -> dict[str, object]:
         raise TypeError(f"{type(module).__name__} cannot be saved: {module._unsavable}.")
     if _hides_ours(type(module)):
         raise TypeError(f"{type(module).__name__} cannot be saved: its name is that of a class of {KEY}.")
-    arguments = {name: _encode(type(module).__name__, name, value) for name, value in module.architecture.items()}
+    arguments = {
+        name: {SUPPLIED: name, "class": type(value).__name__}
+        if name in module._supplied and isinstance(value, nn.Module) and not isinstance(value, Savable)
+        else _encode(type(module).__name__, name, value)
+        for name, value in module.architecture.items()
+    }
     return {"class": type(module).__name__, "arguments": arguments}
 
 
@@ -328,20 +343,28 @@ def _encode(who: str, name: str, value: object) -> object:
     raise TypeError(f"{who} cannot be saved: its argument {name} is {type(value).__name__}, which JSON does not hold.")
 
 
-def _build(description: dict[str, Any]) -> Any:
+def _build(description: dict[str, Any], supplied: dict[str, nn.Module]) -> Any:
+    """Build what a file describes; what it does not hold is taken from `supplied`."""
     name = description["class"]
+    if (argument := description.get(SUPPLIED)) is not None:
+        if argument not in supplied:
+            raise ValueError(
+                f"it was saved with {argument} of class {name}, of which a file holds the weights alone: build it as "
+                f"for the fit and pass it, load(path, {argument}=...)"
+            )
+        return supplied.pop(argument)
     if name not in _classes:
         # A program that only loads may not have imported this package's classes, all of which these two import.
         for room in ("distributions", "infer"):
             importlib.import_module(f"{KEY}.{room}")
     if name not in _classes:
         raise ValueError(f"{name} is no class known here; import the module that defines it first")
-    return _classes[name](**{key: _decode(value) for key, value in description["arguments"].items()})
+    return _classes[name](**{key: _decode(value, supplied) for key, value in description["arguments"].items()})
 
 
-def _decode(value: Any) -> Any:
+def _decode(value: Any, supplied: dict[str, nn.Module]) -> Any:
     if isinstance(value, dict):
-        return _build(value)
+        return _build(value, supplied)
     if isinstance(value, list):
-        return [_decode(item) for item in value]
+        return [_decode(item, supplied) for item in value]
     return value

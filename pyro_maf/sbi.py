@@ -22,6 +22,7 @@ from pyro_maf import flows
 from pyro_maf._core.checks import check_choice
 from pyro_maf._core.messages import require
 from pyro_maf.distributions import FlowPrior
+from pyro_maf.distributions.context_net import ContextNet
 from pyro_maf.flows import StackOptions
 from pyro_maf.support import Support, SupportLike
 from pyro_maf.tables.moments import context_moments_of, moments_of
@@ -49,9 +50,7 @@ class FlowEstimator(ConditionalDensityEstimator):
     embedding of the standardised condition: y = T(loc + scale f(u; h)), u standard normal.
 
     Args:
-        density: The flow in the units of y, with `context_dim` features h.
-        embedding: From conditions (rows, \*condition_shape), in their own units, to features (rows, context_dim).
-        condition_shape: Shape of one condition.
+        density: The flow in the units of y, of a context, with `context_net`, that is the condition.
 
     Shapes:
         Inputs are (samples, batch, D) or (batch, D), conditions (batch, \*condition_shape) or (samples, batch,
@@ -71,19 +70,18 @@ class FlowEstimator(ConditionalDensityEstimator):
 
     net: FlowPrior
 
-    def __init__(self, density: FlowPrior, embedding: nn.Module, condition_shape: torch.Size) -> None:
-        super().__init__(density, density.event_shape, condition_shape)
-        self._embedding = embedding
+    def __init__(self, density: FlowPrior) -> None:
+        super().__init__(density, density.event_shape, density.context_shape)
 
     @property
     def embedding_net(self) -> nn.Module:
-        """From conditions in their own units to the flow's context."""
-        return self._embedding
+        """From standardised conditions to the flow's context."""
+        return nn.Identity() if self.net.context_net is None else self.net.context_net.net
 
     def log_prob(self, input: Tensor, condition: Tensor, **kwargs: object) -> Tensor:
         """Log-density in nats, (samples, batch)."""
-        rows, features = self._aligned(input, condition)
-        return self.net.log_density(rows, features)
+        rows, conditions = self._aligned(input, condition)
+        return self.net.log_density(rows, conditions)
 
     def loss(self, input: Tensor, condition: Tensor, **kwargs: object) -> Tensor:
         """Negative log-density of (batch, D), (batch,)."""
@@ -93,35 +91,33 @@ class FlowEstimator(ConditionalDensityEstimator):
         r"""Draws (\*sample_shape, batch, D), without gradient."""
         self._check_condition_shape(condition)
         with torch.no_grad():
-            features = self._features(condition)
-            return self.net.draw(torch.Size([*sample_shape, *features.shape[:-1]]), features)
+            flat = self._flat(condition)
+            return self.net.draw(torch.Size([*sample_shape, *flat.shape[:-1]]), flat)
 
     def inverse_transform(self, input: Tensor, condition: Tensor) -> Tensor:
         r"""Noise u of inputs (\*batch, D) at conditions (\*batch, \*condition_shape), which broadcast."""
         self._check_condition_shape(condition)
-        features = self._features(condition)
-        batch = torch.broadcast_shapes(input.shape[:-1], features.shape[:-1])
-        rows = [each.expand(*batch, -1).flatten(0, -2) for each in (input, features)]
+        flat = self._flat(condition)
+        batch = torch.broadcast_shapes(input.shape[:-1], flat.shape[:-1])
+        rows = [each.expand(*batch, -1).flatten(0, -2) for each in (input, flat)]
         return self.net.noise(*rows).reshape(*batch, -1)
 
     def _aligned(self, input: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and features, (samples, batch, ...), or features (batch, ...) that broadcast with the inputs."""
+        """Inputs, (samples, batch, D), and flat conditions that broadcast with them."""
         self._check_condition_shape(condition)
         self._check_input_shape(input)
         rows = input if input.dim() > 2 else input[None]
-        features = self._features(condition)
-        sizes = rows.shape[1], features.shape[-2]
+        flat = self._flat(condition)
+        sizes = rows.shape[1], flat.shape[-2]
         if sizes[0] != sizes[1] and 1 not in sizes:
             raise ValueError(
                 f"FlowEstimator expected as many inputs as conditions, or one of either, got {sizes[0]} and {sizes[1]}."
             )
-        return rows.expand(-1, max(sizes), -1), features
+        return rows.expand(-1, max(sizes), -1), flat
 
-    def _features(self, condition: Tensor) -> Tensor:
-        """The embedding of each condition, for any leading shape."""
-        leading = condition.shape[: condition.dim() - len(self.condition_shape)]
-        features = self._embedding(condition.reshape(-1, *self.condition_shape))
-        return features.reshape(*leading, -1)
+    def _flat(self, condition: Tensor) -> Tensor:
+        r"""Conditions as contexts of the density, (\*leading, entries)."""
+        return condition.flatten(condition.dim() - len(self.condition_shape))
 
 
 def posterior_nn(
@@ -217,26 +213,18 @@ def _estimator(
         row = int(outside.int().argmax())
         raise ValueError(f"pyro_maf.sbi expected values inside the support, {space!r}, got {values[row].tolist()}.")
     loc, scale = moments_of(space.unconstrain(values)[0].cpu())
-    embedding = nn.Sequential(_Standardise(conditions), embedding_net or nn.Flatten()).to(values.device)
-    with torch.no_grad():
-        width = embedding(conditions[:1]).flatten().numel()
-    flow = make(len(loc), context_dim=width, **options).to(values)
-    density = FlowPrior(flow, support=space.name, loc=loc.to(values), scale=scale.to(values))
-    return FlowEstimator(density, embedding, conditions.shape[1:])
-
-
-class _Standardise(nn.Module):
-    """Conditions in units of the simulations: of each column of vectors, of all entries of anything larger."""
-
-    loc: Tensor
-    scale: Tensor
-
-    def __init__(self, conditions: Tensor) -> None:
-        super().__init__()
-        columns = conditions if conditions.dim() == 2 else conditions.reshape(-1, 1)
-        moments = context_moments_of(columns.cpu())
-        for name, value in zip(("loc", "scale"), moments, strict=True):
-            self.register_buffer(name, value.to(conditions))
-
-    def forward(self, condition: Tensor) -> Tensor:
-        return (condition - self.loc) / self.scale
+    shape = conditions.shape[1:]
+    net = embedding_net or (None if len(shape) == 1 else nn.Flatten())
+    context = context_moments_of(conditions.cpu().flatten(1), together=len(shape) > 1)
+    embedding = None if net is None else ContextNet("pyro_maf.sbi", net, shape)
+    flow = make(len(loc), context_dim=shape.numel() if embedding is None else embedding.features, **options).to(values)
+    density = FlowPrior(
+        flow,
+        support=space.name,
+        loc=loc.to(values),
+        scale=scale.to(values),
+        context_loc=context.loc.to(conditions),
+        context_scale=context.scale.to(conditions),
+        **({} if embedding is None else embedding.arguments),
+    )
+    return FlowEstimator(density)

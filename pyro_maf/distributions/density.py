@@ -203,10 +203,23 @@ class Density(Savable, TorchDistribution, nn.Module):
         size_name = "input_dim" if size == self.input_dim else "event_shape"
         return check_event(self.name, role, converted(value, like), size, size_name, like)
 
+    @property
+    def context_shape(self) -> torch.Size:
+        """Shape of one context: (context_dim,), but for a density with a `context_net`."""
+        return torch.Size([self.context_dim])
+
     def as_context(self, context: TableLike) -> Tensor:
-        """A context as a tensor of the right width, dtype and device. Raises as `as_value`."""
-        like = self.context_like
-        return check_event(self.name, "context", converted(context, like), self.context_dim, "context_dim", like)
+        r"""A context, (\*batch, \*context_shape) or flat, as a flat tensor of the right dtype and device.
+
+        Raises as `as_value`.
+        """
+        like, shape, size_name = self.context_like, self.context_shape, "context_dim"
+        context = converted(context, like)
+        if len(shape) > 1:
+            size_name = f"the entries of a context of shape {tuple(shape)}"
+            if isinstance(context, Tensor) and context.shape[-len(shape) :] == shape:
+                context = context.flatten(-len(shape))
+        return check_event(self.name, "context", context, self.context_dim, size_name, like)
 
     def _draw_checked(self, sample_shape: Sequence[int]) -> Tensor:
         self._check_has_context()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions.constraints import Constraint, real_vector
 
 from pyro_maf._core.torch_state import as_far_as_exact, reference_tensor
+from pyro_maf.distributions.context_net import ContextNet
 from pyro_maf.distributions.data_units import (
     DataUnits,
     NoiseToData,
@@ -59,6 +60,11 @@ class FlowPrior(Density):
         context_loc: Shift, (context_dim,), subtracted from the context before the model; by default 0.
         context_scale: Positive scale, (context_dim,), by which the context is then divided; by default 1. The dtype of
             a context, `context_dtype`, follows the same rule.
+        context_net: A network from contexts in these units, (rows, \*context_shape), to the model's context, (rows,
+            model.context_dim), with weights of its own to train; it takes the model's dtype and device. If the model
+            takes more features, `context_dim` has as many more entries, behind those of the context, which it takes as
+            they are. A saved file holds its weights alone: `load(path, context_net=...)`. By default none.
+        context_shape: Shape of one context of `context_net`, such as (1, 28, 28).
         columns: Names of a value's columns or sites, in order, each with its shape, () for a number; set by `fit` to
             the columns of a data frame or the sites of a posterior. By default none.
         context_columns: Those of the context.
@@ -98,6 +104,7 @@ class FlowPrior(Density):
     context_loc: Tensor
     context_scale: Tensor
     noise_to_data: NoiseToData
+    _supplied = ("context_net",)
 
     def __init__(
         self,
@@ -109,6 +116,8 @@ class FlowPrior(Density):
         tails: Tensor | None = None,
         context_loc: Tensor | None = None,
         context_scale: Tensor | None = None,
+        context_net: nn.Module | None = None,
+        context_shape: Sequence[int] = (),
         columns: Entries = (),
         context_columns: Entries = (),
     ) -> None:
@@ -118,7 +127,9 @@ class FlowPrior(Density):
         if isinstance(support, Mapping):
             support = Layout.named(columns).spread(self.name, "support", support, "real", model.input_dim)
         target = Support(self.name, support, model.input_dim)
-        super().__init__(model.input_dim, model.context_dim, model.batch_shape, target.event_size)
+        net = None if context_net is None else ContextNet(self.name, context_net, context_shape)
+        context_dim = model.context_dim if net is None else net.context_dim_of(self.name, model)
+        super().__init__(model.input_dim, context_dim, model.batch_shape, target.event_size)
         self.name_columns(Layout.named(columns), Layout.named(context_columns))
         like = reference_tensor(model)
         if like is None:  # a model of permutations alone has a device, but no dtype
@@ -126,9 +137,10 @@ class FlowPrior(Density):
         self.model: Flow | Density = model
         of_data = statistics(self.name, "", (loc, scale), model.input_dim, like, target)
         self.units = DataUnits(*of_data, target, like, tail_weights(self.name, tails, model.input_dim))
-        of_context = statistics(self.name, "context_", (context_loc, context_scale), model.context_dim, like)
+        of_context = statistics(self.name, "context_", (context_loc, context_scale), context_dim, like)
         for name, value in zip(CONTEXT_UNITS, of_context, strict=True):
             self.register_buffer(name, value)
+        self.context_net: ContextNet | None = None if net is None else net.to(like)
         self.has_rsample = isinstance(model, Flow) or model.has_rsample
         if isinstance(model, Flow):
             # One map from noise to the data, so that its cache holds the last draws; past nn.Module, which would
@@ -206,11 +218,29 @@ class FlowPrior(Density):
         r"""Standardised context, (\*batch, context_dim), in the model's dtype."""
         return ((context - self.context_loc) / self.context_scale).to(self.units.inner.dtype)
 
+    def features(self, context: Tensor) -> Tensor:
+        r"""Features of the context that the model takes, (\*batch, model.context_dim)."""
+        standard = self.standardised_context(context)
+        return standard if self.context_net is None else self.context_net(standard)
+
+    @property
+    def context_shape(self) -> torch.Size:
+        """Shape of one context."""
+        net = self.context_net
+        return super().context_shape if net is None or net.size < self.context_dim else net.shape
+
+    @property
+    def embedding(self) -> dict[str, Any]:
+        """Arguments of a prior that shares the `context_net`, {} without one."""
+        return {} if self.context_net is None else self.context_net.arguments
+
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
-        r"""Set the model's statistics of the data from data `y`, (rows, D), in the data's units."""
+        r"""Set the statistics of the data of model and `context_net` from data `y`, (rows, D), in the data's units."""
         y = self.as_value(y, self.value_like, "y")
         with torch.no_grad():
-            self.model.fit_statistics(self.standardised(y), self._standardised(context))
+            if self.context_net is not None and context is not None:
+                self.context_net.fit_statistics(self.standardised_context(context))
+            self.model.fit_statistics(self.standardised(y), self._features(context))
 
     def log_density(self, value: Tensor, context: Tensor | None = None) -> Tensor:
         r"""Log-density (\*batch,) in nats, unchecked."""
@@ -224,7 +254,7 @@ class FlowPrior(Density):
         return torch.where(outside, -torch.inf, self._log_density_inside(value, context))
 
     def _log_density_inside(self, value: Tensor, context: Tensor | None) -> Tensor:
-        context = self._standardised(context)
+        context = self._features(context)
         model, units = self.model, self.units
         if isinstance(model, Density):
             z, log_det = units.inverse_and_log_det(value)
@@ -265,7 +295,7 @@ class FlowPrior(Density):
         Returns:
             The sum, or None where torch is to compute and differentiate it.
         """
-        units, constant, context = self.units, -self._log_normaliser, self._standardised(context)
+        units, constant, context = self.units, -self._log_normaliser, self._features(context)
         with Alone():
             if (log_volume := units.log_volume) is not None:
                 z, of_units = (value - units.loc) / units.scale, 0.0
@@ -282,7 +312,7 @@ class FlowPrior(Density):
 
     def draw(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
         r"""Draws (\*shape, D), unchecked."""
-        context = self._standardised(context)
+        context = self._features(context)
         if isinstance(self.model, Density):
             return self.units.forward_and_log_det(self.model.draw(shape, context))[0]
         inner = self.units.inner
@@ -298,10 +328,10 @@ class FlowPrior(Density):
             >>> prior.noise(torch.tensor([[5.0, 6.0]])).shape
             torch.Size([1, 2])
         """
-        return self.model.noise(self.standardised(y), self._standardised(context))
+        return self.model.noise(self.standardised(y), self._features(context))
 
-    def _standardised(self, context: Tensor | None) -> Tensor | None:
-        return None if context is None else self.standardised_context(context)
+    def _features(self, context: Tensor | None) -> Tensor | None:
+        return None if context is None else self.features(context)
 
     @property
     def value_like(self) -> Tensor:
@@ -357,11 +387,12 @@ class ConditionalFlowPrior(ConditionalDensity):
 
     Args:
         model: A flow or density with `context_dim` > 0, or a `ConditionalFlow` or `ConditionalDensity`.
-        support, loc, scale, tails, context_loc, context_scale, columns, context_columns: As in `FlowPrior`.
+        support, loc, scale, tails, context_loc, context_scale, context_net, context_shape, columns, context_columns: As
+            in `FlowPrior`.
 
     Shapes:
-        context is (\*batch or (), context_dim), in its own units, and broadcasts with values, (\*batch, D), or
-        (\*batch, D + 1) for a simplex.
+        context is (\*batch or (), context_dim), or with a `context_net` (\*batch or (), \*context_shape), in its own
+        units, and broadcasts with values, (\*batch, D), or (\*batch, D + 1) for a simplex.
 
     Cost: as `FlowPrior`, but `log_prob` of an IAF takes a sweep a layer for its own draws too.
 
@@ -378,6 +409,7 @@ class ConditionalFlowPrior(ConditionalDensity):
 
     density_class: ClassVar[Callable[..., FlowPrior]] = FlowPrior
     density: FlowPrior
+    _supplied = FlowPrior._supplied
 
     def __init__(self, model: Flow | Density | ConditionalFlow | ConditionalDensity, **density: object) -> None:
         inner = getattr(model, "unwrapped", model)

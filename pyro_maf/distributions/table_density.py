@@ -177,6 +177,11 @@ class TableDensity(Density):
         """Tensor with the dtype and device of contexts."""
         return self.prior.context_like
 
+    @property
+    def context_shape(self) -> torch.Size:
+        """Shape of one context."""
+        return super().context_shape if self.prior.context_net is None else self.prior.context_net.shape
+
     def as_value(self, value: TableLike, like: Tensor | None, role: str = "value") -> Tensor:
         """A value as a tensor; also from the other forms of data that `fit` takes."""
         if like is not None and not (isinstance(value, Tensor) and value.dtype == like.dtype):
@@ -204,8 +209,16 @@ class TableDensity(Density):
 
     def standardised_context(self, context: Tensor) -> Tensor:
         r"""Standardised context, (\*batch, context_dim)."""
-        filled = torch.nn.functional.pad(context, (0, self.prior.context_dim - self.context_dim))
-        return self.prior.standardised_context(filled)[..., : self.context_dim]
+        return self.prior.standardised_context(self._filled(context))[..., : self.context_dim]
+
+    def features(self, context: Tensor) -> Tensor:
+        r"""Features of the context that the prior's model takes beside the categories, (\*batch, features)."""
+        features = self.prior.features(self._filled(context))
+        return features[..., : features.shape[-1] - (self.prior.context_dim - self.context_dim)]
+
+    def _filled(self, context: Tensor) -> Tensor:
+        """The context with zeros for the categories."""
+        return torch.nn.functional.pad(context, (0, self.prior.context_dim - self.context_dim))
 
     def outside(self, value: Tensor) -> Tensor:
         r"""Return whether each value has probability 0, as off its grid, (\*batch,); not for NaN."""
@@ -237,7 +250,7 @@ class TableDensity(Density):
         columns = zip(value.unbind(-1), self.levels, strict=True)
         index = torch.stack([_index(column, level) for column, level in columns if level is not None], -1)
         index = index.to(cast(Tensor, self.categorical.value_like))
-        of_categories = None if context is None else self.standardised_context(context)
+        of_categories = None if context is None else self.features(context)
         log_prob = self.categorical.log_density(index, of_categories)
         return log_prob, self._joined(context, self.categorical.one_hot(index))
 
@@ -279,7 +292,7 @@ class TableDensity(Density):
         with torch.no_grad():
             rows = self.value_like.new_zeros(*shape, self.input_dim)
             if self.categorical is not None:
-                of_categories = None if context is None else self.standardised_context(context)
+                of_categories = None if context is None else self.features(context)
                 index = self.categorical.draw(shape, of_categories)
                 chosen = [(column, level) for column, level in enumerate(self.levels) if level is not None]
                 for (column, level), drawn in zip(chosen, index.unbind(-1), strict=True):

@@ -251,10 +251,13 @@ def _read(
     prior = density.unwrapped
     (width,), context_width = prior.event_shape, prior.context_dim
     names = _names("data", names, data, width)
-    if context_width or context_names:
+    shape = prior.context_shape
+    if len(shape) == 1 and (context_width or context_names):  # an image has no columns to name
         context_names = _names("context", context_names, context, context_width)
     labels, context_labels = Labels(names, number), Labels(context_names or (), number)
-    reader = Reader("write_report", width, context_width, labels=labels, context_labels=context_labels)
+    reader = Reader(
+        "write_report", width, context_width, labels=labels, context_labels=context_labels, context_shape=shape
+    )
     columns = columns or [ContextColumn(name, place) for place, name in enumerate(context_names or ())]
     rows = rows_of(data, context, reader, weights)
     return _NamedRows(rows, names, columns, number, weights is not None)

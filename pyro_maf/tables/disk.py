@@ -133,9 +133,9 @@ class MappedRows:
         rounded._density = density
         return rounded
 
-    def moments(self, support: Support) -> tuple[Moments, Moments | None]:
+    def moments(self, support: Support, *, together: bool = False) -> tuple[Moments, Moments | None]:
         """Return moments as `Rows.moments`, from a sample of the training rows."""
-        return self.spread().moments(support)
+        return self.spread().moments(support, together=together)
 
     def spread(self) -> Rows:
         """Training rows from all over the file, in their stored precision; after `split` none are read for that."""
@@ -194,7 +194,7 @@ class MappedRows:
             self._reader.check_some_weight(total)
             self._total_weight, self.digest = total, weights.digest()
         self._reader.check_varying(of_data.low, of_data.high)
-        if self.context is not None:
+        if self.context is not None and self._reader.context_columns:
             self._reader.check_varying(of_context.low, of_context.high, of_context=True)
         hashes, number = _tallied(counted)
         choice = _Choice(fraction, seed) if by_chance else _Choice.of(hashes, number, fraction, len(self.data), seed)

@@ -18,6 +18,8 @@ NORMAL_TAILS = 3.2897
 FENCE = 10.0
 MOST_BEYOND = 0.1
 OUTLIERS = 0.005
+MOST_ENTRIES = 2**22
+"""Number of entries of contexts that are measured, if they are so together."""
 
 
 class Moments(NamedTuple):
@@ -114,13 +116,24 @@ def moments_of(table: Tensor, most_beyond: float = 1.0, weights: Tensor | None =
     return running.moments()
 
 
-def context_moments_of(table: Tensor, weights: Tensor | None = None) -> Moments:
+def context_moments_of(table: Tensor, weights: Tensor | None = None, *, together: bool = False) -> Moments:
     """Moments of a context: as `moments_of`, but with a fence against a few outliers only, up to one row in 200.
 
     A network takes a context linearly: in units of its bulk, the rows of a heavy tail would be so far out that they
     would dominate the steps of a fit.
+
+    Args:
+        table, weights: As in `moments_of`.
+        together: Whether all columns, the entries of an image, a series or a set, have the same units, those of all of
+            them: units of each would blow up a margin that hardly varies, and take an image's shades from its network.
     """
-    return moments_of(table, OUTLIERS, weights)
+    if not together:
+        return moments_of(table, OUTLIERS, weights)
+    some = slice(None, None, -(-table.numel() // MOST_ENTRIES))
+    table, width = table[some], table.shape[1]
+    often = None if weights is None else weights[some].repeat_interleave(width)
+    loc, scale = moments_of(table.reshape(-1, 1), OUTLIERS, often)
+    return Moments(loc.expand(width), scale.expand(width))
 
 
 def _power_of_two(value: Tensor) -> Tensor:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_maf._core.checks import InputError
 from pyro_maf.support import Support
-from pyro_maf.tables.layout import Layout, TableLike, check_paired, is_frame, numbers
+from pyro_maf.tables.layout import Layout, TableLike, check_paired, is_frame, number_of_columns, numbers
 from pyro_maf.tables.rows import Rows, Standardiser
 
-__all__ = ["Labels", "Reader", "check_context", "table_of"]
+__all__ = ["Labels", "Reader", "check_context", "row_shape", "table_of"]
 
 LEAST_ROWS = 10
 REFUSED = "a density that takes none: leave it out"
@@ -69,6 +71,8 @@ class Reader:
         sizes: Names of the widths, as "input_dim of MAF", for errors; empty without.
         labels, context_labels: Names of columns and rows.
         support: The support of the data; rows may lie anywhere if it is None.
+        context_shape: Shape of one row of context, if that is no table: its entries are no columns, of which each has
+            to vary and units of its own, but one array, such as an image.
         role: "" or "validation ", the prefix of "data" and "context" in errors.
     """
 
@@ -81,6 +85,12 @@ class Reader:
     context_labels: Labels = NUMBERED
     support: Support | None = None
     role: str = ""
+    context_shape: tuple[int, ...] = ()
+
+    @property
+    def context_columns(self) -> int:
+        """Number of columns of a context that is a table; 0 for another."""
+        return 0 if len(self.context_shape) > 1 else self.context_width
 
     def read(
         self,
@@ -110,7 +120,7 @@ class Reader:
         often = None if weights is None else self._weights(weights, len(table), places)
         if context is None:
             return Rows(table, None, often)
-        context_table = self._table("context", context, self.context_width, context_size)
+        context_table = self._table("context", context, self.context_width, context_size, self.context_shape)
         self._check_finite("context", context_table, self.context_labels, places)
         self.check_paired(data, context)
         return Rows(table, context_table, often)
@@ -128,7 +138,7 @@ class Reader:
             counted = "" if rows.weights is None else " with a weight above 0"
             raise ValueError(f"{self.who} expected at least {LEAST_ROWS} rows of data{counted}, got {len(rows.data)}.")
         self.check_varying(*rows.data.aminmax(dim=0))
-        if rows.context is not None:
+        if rows.context is not None and self.context_columns:
             self.check_varying(*rows.context.aminmax(dim=0), of_context=True)
 
     def check_some_weight(self, total: float) -> None:
@@ -163,10 +173,10 @@ class Reader:
             standard = density.standardised_context(rows.context)
             self._check_finite("context", standard, self.context_labels, places)
 
-    def _table(self, name: str, value: TableLike, width: int, size: str) -> Tensor:
+    def _table(self, name: str, value: TableLike, width: int, size: str, shape: tuple[int, ...] = ()) -> Tensor:
         name = f"{self.role}{name}"
         about = f"{width} being the {size}" if size else "1 row or more"
-        table = table_of(self.who, name, value, width, about, least=not size)
+        table = table_of(self.who, name, value, width, about, least=not size, shape=shape)
         if not len(table):
             raise ValueError(f"{self.who} expected {name} with rows in it, got shape {tuple(table.shape)}.")
         return table.to(torch.float32 if table.dtype in IN_FLOAT32 else torch.float64)
@@ -244,7 +254,21 @@ def check_context(who: str, name: str, context: object, columns: int, refused: s
         raise ValueError(f"{who} expected {name} with {columns} columns{more}, got none.")
 
 
-def table_of(who: str, name: str, value: TableLike, width: int, about: str, least: int = 0) -> Tensor:
+def row_shape(who: str, name: str, value: TableLike) -> tuple[int, ...]:
+    """Shape of one row: that of an image of (rows, height, width), (columns,) of a table. Raises as `numbers`.
+
+    Example:
+        >>> row_shape("fit", "context", torch.zeros(9, 28, 28)), row_shape("fit", "context", torch.zeros(9))
+        ((28, 28), (1,))
+    """
+    if isinstance(value, Mapping) or is_frame(value):
+        return (number_of_columns(who, name, value),)
+    return tuple(np.shape(cast(Any, value))[1:]) or (1,)
+
+
+def table_of(
+    who: str, name: str, value: TableLike, width: int, about: str, *, least: int = 0, shape: tuple[int, ...] = ()
+) -> Tensor:
     """A table as a tensor of `width` columns, as by `numbers`; a vector is one column.
 
     Args:
@@ -253,16 +277,20 @@ def table_of(who: str, name: str, value: TableLike, width: int, about: str, leas
         width: Number of columns.
         about: Description of the shape, for errors.
         least: Least number of rows.
+        shape: Shape of a row, of `width` numbers, which may come flat.
 
     Raises:
         ValueError, TypeError: As `numbers`, and for another shape.
     """
     table = numbers(who, name, value)
-    shape = tuple(table.shape)
-    if len(shape) == width == 1:
+    got = tuple(table.shape)
+    if len(got) == width == 1:
         table = table[:, None]
+    if len(shape) > 1 and got[1:] == tuple(shape):
+        table = table.flatten(1)
     if table.dim() != 2 or table.shape[1] != width or len(table) < least:
-        raise ValueError(f"{who} expected {name} of shape (rows, {width}), {about}, got {shape}.")
+        expected = ", ".join(map(str, ("rows", *(shape or [width]))))
+        raise ValueError(f"{who} expected {name} of shape ({expected}), {about}, got {got}.")
     return table
 
 

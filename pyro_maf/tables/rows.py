@@ -107,9 +107,9 @@ class Rows(NamedTuple):
         """Divide the weights by their mean, so that sums over the rows divided by their number are weighted means."""
         return self if self.weights is None else self._replace(weights=self.weights / self.weights.mean())
 
-    def moments(self, support: Support) -> tuple[Moments, Moments | None]:
-        """Return the moments of the columns of the unconstrained data, and of those of the context."""
-        context = None if self.context is None else context_moments_of(self.context, self.weights)
+    def moments(self, support: Support, *, together: bool = False) -> tuple[Moments, Moments | None]:
+        """Return the moments of the columns of the unconstrained data, and of those of the context, or all together."""
+        context = None if self.context is None else context_moments_of(self.context, self.weights, together=together)
         return moments_of(support.unconstrain(self.data)[0], weights=self.weights), context
 
     def leaves_in_float32(self, support: Support) -> bool:

@@ -141,7 +141,7 @@ def _baselines(inner: FlowPrior | TableDensity, training: Rows, queries: int) ->
         data, context = data[:, inner.numeric], inner.parts(data, context)[1]
         data = dequantised(data, inner.steps.spacing, torch.Generator().manual_seed(0))
     z = prior.standardised(data).double()
-    features = z.new_zeros(len(z), 0) if context is None else prior.standardised_context(context).double()
+    features = z.new_zeros(len(z), 0) if context is None else prior.features(context).double()
     coefficients, residuals = _regressed(z, features, training.weights)
     scale = residuals.std(0, correction=0).clamp(min=1e-12)
     rows = Rows(residuals / scale, None, training.weights)
@@ -158,15 +158,12 @@ def _baselines(inner: FlowPrior | TableDensity, training: Rows, queries: int) ->
 
 def _in_units(model: Density, prior: FlowPrior, inner: FlowPrior | TableDensity) -> Density:
     """A density of standardised numbers, in the units of a fitted one and with its categories and grids."""
-    of_context = (prior.context_loc, prior.context_scale) if prior.context_dim else (None, None)
+    units = ("loc", "scale", "tails", *(("context_loc", "context_scale") if prior.context_dim else ()))
     baseline = FlowPrior(
         model,
         support=prior.units.support.name,
-        loc=prior.loc,
-        scale=prior.scale,
-        tails=prior.tails,
-        context_loc=of_context[0],
-        context_scale=of_context[1],
+        **{name: getattr(prior, name) for name in units},
+        **prior.embedding,
     )
     if not isinstance(inner, TableDensity):
         return baseline

@@ -7,19 +7,22 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_maf._core.checks import check_positive
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.distributions import ConditionalFlowPrior, ConditionalTableDensity, FlowPrior, TableDensity
+from pyro_maf.distributions.context_net import ContextNet
 from pyro_maf.distributions.mixture_flow import MixtureFlow
 from pyro_maf.flows import MAF, NSF
 from pyro_maf.support import Support, SupportLike
 from pyro_maf.tables import is_mapped
 from pyro_maf.tables.layout import TableLike, number_of_columns, number_of_rows, numbers
 from pyro_maf.tables.named_rows import NamedRows
+from pyro_maf.tables.reader import row_shape
 from pyro_maf.training.kinds import few_values
-from pyro_maf.training.preparation import Choice, Model, Recipe
+from pyro_maf.training.preparation import FITTED, Choice, Model, Recipe
+from pyro_maf.transforms.conditional import Conditional
 from pyro_maf.univariate import Spline
 
 __all__ = ["CHOSEN", "DefaultFlow", "choose", "default_model"]
@@ -58,12 +61,18 @@ CHOSEN = DefaultFlow()
 
 
 def choose(
-    model: Model | DefaultFlow, source: NamedRows, support: SupportLike | None, *, dequantise: bool, seed: int
+    model: Model | DefaultFlow,
+    source: NamedRows,
+    support: SupportLike | None,
+    *,
+    context_net: nn.Module | None = None,
+    dequantise: bool,
+    seed: int,
 ) -> Choice:
     """Choose what the arguments of `fit` leave open.
 
     Args:
-        model, support, dequantise, seed: As in `fit`.
+        model, support, context_net, dequantise, seed: As in `fit`.
         source: Data and context.
 
     Raises:
@@ -79,24 +88,67 @@ def choose(
     if isinstance(support, Mapping):
         columns = number_of_columns("fit", "data", rows.data)
         support = rows.columns.spread("fit", "support", support, "real", columns)
+    net = _embedding(model, rows, context_net)
     if isinstance(model, DefaultFlow):
-        return _without_model(model, rows, support, dequantise=dequantise, seed=seed)
+        return _without_model(model, rows, support, net, dequantise=dequantise, seed=seed)
     if isinstance(model, (TableDensity, ConditionalTableDensity)):
-        return _of_table(model, rows, support)
+        return _of_table(model, rows, support)._replace(net=net)
     categories = [each for each in rows.layout.categories if each is not None]
     are_numbers = all(isinstance(value, bool) for each in categories for value in each)
     if are_numbers and model.input_dim == len(rows.layout.categories):
         rows, categories = source, []  # truth values, which are numbers too
     if not categories:
+        if net is not None and not isinstance(model, FITTED) and model.context_dim != net.features:
+            raise ValueError(
+                f"fit expected a {type(model).__name__} of context_dim {net.features}, the number of features of "
+                f"context_net, got context_dim {model.context_dim}."
+            )
         on_support = _support(model, support, model.input_dim, ())
-        return Choice(model, rows, on_support, [None] * on_support.event_size)
+        return Choice(model, rows, on_support, [None] * on_support.event_size, net=net)
     levels = _levels(rows)
-    _check_sizes(model, rows)
-    return Choice(model, rows, _support(model, support, len(levels), levels), levels)
+    _check_sizes(model, rows, net)
+    return Choice(model, rows, _support(model, support, len(levels), levels), levels, net=net)
+
+
+def _embedding(model: Model | DefaultFlow, rows: NamedRows, context_net: nn.Module | None) -> ContextNet | None:
+    """The embedding network of a fit, for contexts of the shape of these, or that of a prior that has one."""
+    inner = None if isinstance(model, DefaultFlow) else model.unwrapped if isinstance(model, Conditional) else model
+    inner = inner.prior if isinstance(inner, TableDensity) else inner
+    shape = () if rows.context is None else row_shape("fit", "context", rows.context)
+    if context_net is None and isinstance(inner, FlowPrior):
+        return inner.context_net
+    if context_net is None:
+        if len(shape) > 1:
+            raise ValueError(
+                f"fit expected context of shape (rows, columns), got {('rows', *shape)}: flatten its rows, or pass "
+                "context_net, a network that maps them to features."
+            )
+        return None
+    if isinstance(inner, FlowPrior):
+        raise ValueError(
+            f"fit got context_net beside a {type(model).__name__}, whose context is what it was built for: leave it "
+            "out, or give the model in it, model.unwrapped.model."
+        )
+    if rows.context is None:
+        raise ValueError("fit expected a context for context_net, got none.")
+    return ContextNet("fit", context_net, shape)
+
+
+def _number_of_features(rows: NamedRows, net: ContextNet | None) -> int:
+    """Number of features that a model sees of the context."""
+    if net is not None:
+        return net.features
+    return 0 if rows.context is None else number_of_columns("fit", "context", rows.context)
 
 
 def _without_model(
-    default: DefaultFlow, rows: NamedRows, support: SupportLike | None, *, dequantise: bool, seed: int
+    default: DefaultFlow,
+    rows: NamedRows,
+    support: SupportLike | None,
+    net: ContextNet | None,
+    *,
+    dequantise: bool,
+    seed: int,
 ) -> Choice:
     """The default model of the columns that are no categories."""
     width = number_of_columns("fit", "data", rows.data)
@@ -108,7 +160,7 @@ def _without_model(
         if not all(both):
             named = [i for i, level in enumerate(levels) if level is None and both[i] is not None]
             levels = both
-    context = 0 if rows.context is None else number_of_columns("fit", "context", rows.context)
+    context = _number_of_features(rows, net)
     one_hot = sum(len(level) for level in levels if level is not None)
     count = sum(level is None for level in levels)
     dim = count - _is_simplex(count, support if count == width else None)
@@ -123,7 +175,7 @@ def _without_model(
     )
     on_support = _support(model, support, width if any(levels) else model.input_dim, levels)
     each = levels if any(levels) else [None] * on_support.event_size
-    return Choice(model, rows, on_support, each, named, recipe)
+    return Choice(model, rows, on_support, each, named, recipe, net)
 
 
 def _of_table(model: TableDensity | ConditionalTableDensity, rows: NamedRows, support: SupportLike | None) -> Choice:
@@ -146,11 +198,11 @@ def _levels(rows: NamedRows) -> list[tuple[float, ...] | None]:
     return levels
 
 
-def _check_sizes(model: Model, rows: NamedRows) -> None:
+def _check_sizes(model: Model, rows: NamedRows, net: ContextNet | None) -> None:
     """Refuse a model that is not of the numbers given the categories."""
     texts, width = rows.layout.in_categories, len(rows.layout.categories)
     one_hot = sum(len(rows.layout.categories[i] or ()) for i in texts)
-    context = 0 if rows.context is None else number_of_columns("fit", "context", rows.context)
+    context = _number_of_features(rows, net)
     if (model.input_dim, model.context_dim) == (width - len(texts), context + one_hot):
         return
     names = ", ".join(repr(rows.layout.labels[i]) for i in texts[:3]) + ", ..." * (len(texts) > 3)

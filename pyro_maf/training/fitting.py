@@ -13,7 +13,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_maf._core.checks import check_above_zero, check_positive
 from pyro_maf._core.files import MODEL, try_to_write
@@ -23,6 +23,7 @@ from pyro_maf._core.processes import Processes
 from pyro_maf._core.progress import check_progress, will_show
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.distributions import ConditionalDensity, Density, TableDensity
+from pyro_maf.distributions.context_net import BATCH_NORMS
 from pyro_maf.saving import describe, packed
 from pyro_maf.support import SupportLike
 from pyro_maf.tables.layout import Layout, TableLike
@@ -51,6 +52,7 @@ def fit(
     data: TableLike | Table | None = None,
     *,
     context: TableLike | None = None,
+    context_net: nn.Module | None = None,
     weights: str | TableLike | None = None,
     support: SupportLike | None = None,
     validation: Validation = None,
@@ -104,7 +106,11 @@ def fit(
             thousandth of its scale, the density of a model in float32 takes and draws float64. A `numpy.memmap` of more
             than 512 MiB is not read into memory but streamed; no more than some 262,144 of its rows are held out, and
             batch norm takes the statistics of as many.
-        context: Rows (N, C) of the same kinds, for a model with `context_dim` > 0.
+        context: Rows (N, C) of the same kinds, for a model with `context_dim` > 0. With a `context_net` also images,
+            series or sets, an array (N, *shape).
+        context_net: An embedding network from standardised contexts (rows, *shape) to features (rows, F), a torch
+            module, which is trained with the model; `context_dim` of a model is then F. All entries of an image or a
+            set, a shape of several axes, have the same units. `load(path, context_net=...)` takes it again.
         weights: How often each row counts, (N,): numbers of at least 0, of which only ratios matter; or the name of the
             column of data that holds them, which is then none of the data. They count in the losses of training and
             validation, in early stopping, in the units and in the warnings; only batch norm takes its statistics
@@ -184,7 +190,7 @@ def fit(
         Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017, section 4.
     """
     chosen: Model | DefaultFlow = CHOSEN
-    if data is None and not isinstance(model, (DefaultFlow, torch.nn.Module, type)):
+    if data is None and not isinstance(model, (DefaultFlow, nn.Module, type)):
         data = cast("TableLike | Table", model)
     else:
         if not isinstance(model, DefaultFlow):
@@ -192,7 +198,8 @@ def fit(
         chosen, data = cast("Model | DefaultFlow", model), cast("TableLike | Table", data)
     if batch_size is not None:
         check_positive("fit", "batch_size", batch_size)
-    choice = choose(chosen, named_rows("fit", data, context, weights), support, dequantise=dequantise, seed=seed)
+    source = named_rows("fit", data, context, weights)
+    choice = choose(chosen, source, support, context_net=context_net, dequantise=dequantise, seed=seed)
     options = _Options(
         batch_size=choice.recipe.batch_size if batch_size is None else batch_size,
         weight_decay=choice.recipe.weight_decay,
@@ -379,7 +386,7 @@ def _advice(model: object, data: object) -> str:
     """Advice for a value that is not a model."""
     if isinstance(model, type):
         return f" {model.__name__} is a class: build one of it, with a size, as fit(MAF(2), data)."
-    return " The model comes first: fit(model, data)." if isinstance(data, torch.nn.Module) else ""
+    return " The model comes first: fit(model, data)." if isinstance(data, nn.Module) else ""
 
 
 def _check_batches(density: Fitted, batches: Batches, batch_size: int, processes: Processes) -> None:
@@ -388,7 +395,7 @@ def _check_batches(density: Fitted, batches: Batches, batch_size: int, processes
             f"fit expected a row of each batch for every process, got {batches.smallest} rows for "
             f"{processes.count} processes."
         )
-    if batches.smallest < 2 and any(isinstance(member, BatchNorm) for member in density.modules()):
+    if batches.smallest < 2 and any(isinstance(member, (BatchNorm, BATCH_NORMS)) for member in density.modules()):
         raise ValueError(
             f"fit expected batches of at least 2 rows for a model with batch norm, "
             f"got {len(batches.rows.data)} training rows and batch_size {batch_size}."

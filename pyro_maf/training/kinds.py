@@ -99,7 +99,7 @@ class Kinds(NamedTuple):
             rows: Rows whose frequencies of categories a new density starts with.
             seed: Seed of the weights of the categories' networks.
         """
-        context_dim = prior.context_dim - sum(self.num_categories)
+        context_dim = prior.model.context_dim - sum(self.num_categories)
         categorical = None
         if self.categories:
             with seeded(seed):

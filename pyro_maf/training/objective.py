@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_maf._core.optimization import Adam, WeightAverage, clip
 from pyro_maf._core.processes import Processes
 from pyro_maf.distributions import Density
+from pyro_maf.distributions.context_net import BATCH_NORMS
 from pyro_maf.tables import Rows
 from pyro_maf.transforms import ActNorm, BatchNorm
 from pyro_maf.transforms.normalization import statistics_over_processes
@@ -52,7 +53,7 @@ class MaximumLikelihood:
         self.density = density
         self.weights: list[Tensor] = [weight for weight in density.parameters() if weight.requires_grad]
         self._processes = processes
-        self._batch_norms = [member for member in density.modules() if isinstance(member, BatchNorm)]
+        self._batch_norms = [member for member in density.modules() if isinstance(member, (BatchNorm, BATCH_NORMS))]
         self._has_act_norm = any(isinstance(member, ActNorm) for member in density.modules())
         self._taken_gradients()
 

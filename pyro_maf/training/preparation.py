@@ -17,6 +17,7 @@ from pyro_maf.distributions import (
     FlowPrior,
     TableDensity,
 )
+from pyro_maf.distributions.context_net import ContextNet
 from pyro_maf.distributions.data_units import float32_holds
 from pyro_maf.distributions.mixture_flow import MixtureFlow
 from pyro_maf.distributions.steps import dequantised
@@ -74,6 +75,7 @@ class Choice(NamedTuple):
         levels: Categories of each column as numbers, or None.
         named: Columns of numbers that are taken as categories.
         recipe: How to train the model.
+        net: The embedding network between the context and the model, if any.
     """
 
     model: Model
@@ -82,6 +84,17 @@ class Choice(NamedTuple):
     levels: Sequence[tuple[float, ...] | None]
     named: Sequence[int] = ()
     recipe: Recipe = Recipe()
+    net: ContextNet | None = None
+
+    @property
+    def context_shape(self) -> tuple[int, ...]:
+        """Shape of one row of context for the network; () without one."""
+        return () if self.net is None else tuple(self.net.shape)
+
+    @property
+    def embedding(self) -> dict[str, Any]:
+        """Arguments `context_net` and `context_shape` of a density; {} without a network."""
+        return {} if self.net is None else self.net.arguments
 
 
 class Prepared(NamedTuple):
@@ -174,9 +187,9 @@ def prepare(
         ValueError, TypeError: As in `fit`.
     """
     generator = torch.Generator().manual_seed(seed)
-    model, source, support, levels, named, recipe = choice
-    fraction, separate = _validation(model, source, validation, support, weights, levels)
-    reader = _reader(model, source, support, levels)
+    model, source, support, levels, named, recipe, _ = choice
+    fraction, separate = _validation(choice, validation, weights)
+    reader = _reader(choice, source)
     rows = rows_of(source.data, source.context, reader, source.weights)
     fractions = fractions_of(fraction, 0.0 if separate and test is None else test, len(rows.data))
     if isinstance(rows, Rows):
@@ -186,13 +199,13 @@ def prepare(
         kinds = kinds._replace(grids=grids_of(rows, separate[0] if separate else None, support, levels))
     parts = divide(rows, fractions, generator, by_chance=kinds.repeat_by_chance(rows))
     sample = sampled(parts.training)
-    of_data, of_context = parts.training.moments(support)
+    of_data, of_context = parts.training.moments(support, together=len(choice.context_shape) > 1)
     unconstrained = support.unconstrain(sample.data)[0]
     of_units = units_of(of_data, unconstrained, sample.weights)
     units = _as_precise((of_units, of_context), rows.dtypes, dtype)
     every = (parts.training, parts.validation.rows, parts.test.rows)
     leaves = any(part.leaves_in_float32(support) for part in every)
-    density = _in_units(model, support, units, kinds, sample, leaves=leaves, seed=seed)
+    density = _in_units(choice, units, kinds, sample, leaves=leaves, seed=seed)
     if recipe.starts:
         _start(density, sample, seed)
     prior = density.unwrapped
@@ -239,14 +252,10 @@ def _normalised(training: Rows | MappedRows) -> Rows | MappedRows:
 
 
 def _validation(
-    model: Model,
-    source: NamedRows,
-    validation: Validation,
-    support: Support,
-    weights: str | TableLike | None,
-    levels: Sequence[tuple[float, ...] | None],
+    choice: Choice, validation: Validation, weights: str | TableLike | None
 ) -> tuple[float | None, tuple[Rows, Reader] | None]:
     """Return the fraction of rows to hold out, or else the validation rows that were passed, with their reader."""
+    source = choice.source
     if validation is None or isinstance(validation, (int, float)):
         if validation is not None and not 0 < validation < 1:
             raise ValueError(f"fit expected validation as a part between 0 and 1, or as data, got {validation!r}.")
@@ -267,40 +276,37 @@ def _validation(
     if context is not None:
         context = Layout.of(source.context).pick("fit", "validation context", context)
     rows = named_rows("fit", data, context, often)
-    reader = _reader(model, rows, support, levels, "validation ")
+    reader = _reader(choice, rows, "validation ")
     read = reader.read(rows.data, rows.context, weights=rows.weights)
     if read.weights is not None:
         reader.check_some_weight(float(read.weights.sum()))
     return 0.0, (read, reader)
 
 
-def _reader(
-    model: Model, rows: NamedRows, support: Support, levels: Sequence[tuple[float, ...] | None], role: str = ""
-) -> Reader:
+def _reader(choice: Choice, rows: NamedRows, role: str = "") -> Reader:
     """Return the reader of rows for a model; a simplex has one column more than the model."""
-    who = type(model).__name__
-    if any(levels) and not isinstance(model, (TableDensity, ConditionalTableDensity)):
-        context_dim = model.context_dim - sum(len(level) for level in levels if level is not None)
-        return Reader(
-            who="fit",
-            width=support.event_size,
-            context_width=context_dim,
-            labels=rows.labels,
-            context_labels=rows.context_labels,
-            support=support,
-            role=role,
-        )
-    more = ", and 1 for a simplex" * (support.event_size - model.input_dim)
+    model, support = choice.model, choice.support
+    one_hot = 0
+    if not isinstance(model, (TableDensity, ConditionalTableDensity)):
+        one_hot = sum(len(level) for level in choice.levels if level is not None)
+    of_model: dict[str, Any] = {}
+    if not one_hot:
+        who, more = type(model).__name__, ", and 1 for a simplex" * (support.event_size - model.input_dim)
+        of_model["refused"] = f"{who}, which takes none: leave it out or build a conditional model"
+        if choice.net is None:
+            of_model["sizes"] = f"input_dim of {who}{more}", f"context_dim of {who}"
+        else:
+            of_model["sizes"] = f"input_dim of {who}{more}", "shape of a context"
     return Reader(
         who="fit",
         width=support.event_size,
-        context_width=model.context_dim,
-        refused=f"{who}, which takes none: leave it out or build a conditional model",
-        sizes=(f"input_dim of {who}{more}", f"context_dim of {who}"),
+        context_width=model.context_dim - one_hot if choice.net is None else choice.net.size,
         labels=rows.labels,
         context_labels=rows.context_labels,
         support=support,
         role=role,
+        context_shape=choice.context_shape,
+        **of_model,
     )
 
 
@@ -317,19 +323,12 @@ def _as_precise(
 
 
 def _in_units(
-    model: Model,
-    support: Support,
-    units: tuple[Units, Moments | None],
-    kinds: Kinds,
-    training: Rows,
-    *,
-    leaves: bool,
-    seed: int,
+    choice: Choice, units: tuple[Units, Moments | None], kinds: Kinds, training: Rows, *, leaves: bool, seed: int
 ) -> Fitted:
     """Return the model on its support, standardised by the training rows; a prior keeps its units.
 
     Args:
-        model, support, seed: As in `prepare`.
+        choice, seed: As in `prepare`.
         units: Units of the unconstrained data, and moments of the context.
         kinds: Kinds of the columns.
         training: Training rows, or some of them.
@@ -338,39 +337,35 @@ def _in_units(
     Raises:
         ValueError: For a model with a batch shape.
     """
+    model, support = choice.model, choice.support
     if isinstance(model, FlowPrior) and model.context_dim:
         names = ("loc", "scale", "tails", "context_loc", "context_scale")
-        return ConditionalFlowPrior(model.model, support=support.name, **{name: getattr(model, name) for name in names})
+        of_prior = {**{name: getattr(model, name) for name in names}, **model.embedding}
+        return ConditionalFlowPrior(model.model, support=support.name, **of_prior)
     if isinstance(model, (FlowPrior, ConditionalFlowPrior, TableDensity, ConditionalTableDensity)):
         return model
     if not kinds.are_plain:
-        return _table_density(model, support, units, kinds, training, leaves=leaves, seed=seed)
+        return _table_density(choice, units, kinds, training, leaves=leaves, seed=seed)
     of_data, of_context = units
     if of_context is None and isinstance(model, (Flow, Density)):
         density: Fitted = FlowPrior(model, support=support.name, **of_data._asdict())
     else:
         context_loc, context_scale = of_context or (None, None)
-        context = {"context_loc": context_loc, "context_scale": context_scale}
+        context = {"context_loc": context_loc, "context_scale": context_scale, **choice.embedding}
         density = ConditionalFlowPrior(model, support=support.name, **of_data._asdict(), **context)
     _settle(density.unwrapped, leaves=leaves)
     return density
 
 
 def _table_density(
-    model: Flow | ConditionalFlow | Density | ConditionalDensity,
-    support: Support,
-    units: tuple[Units, Moments | None],
-    kinds: Kinds,
-    training: Rows,
-    *,
-    leaves: bool,
-    seed: int,
+    choice: Choice, units: tuple[Units, Moments | None], kinds: Kinds, training: Rows, *, leaves: bool, seed: int
 ) -> TableDensity | ConditionalTableDensity:
     """Return the density of a table around the model; the categories are at the end of its context, as they are."""
     of_data, of_context = units
+    model, support = choice.model, choice.support
     inner: Flow | Density = model.unwrapped if isinstance(model, (ConditionalFlow, ConditionalDensity)) else model
     one_hot = sum(kinds.num_categories)
-    context: dict[str, Any] = {}
+    context: dict[str, Any] = choice.embedding
     if inner.context_dim:
         loc, scale = of_context or (torch.zeros(0), torch.ones(0))
         context["context_loc"] = torch.cat([loc, loc.new_zeros(one_hot)])

@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TypedDict, TypeVar, Unpack, cast
 
+from torch import nn
+
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.support import SupportLike
 from pyro_maf.tables.layout import TableLike, number_of_columns
@@ -23,6 +25,7 @@ F = TypeVar("F", bound=Callable[..., object])
 class FitOptions(TypedDict, total=False):
     """Options of `pyro_maf.fit` that `fit_prior` forwards to it."""
 
+    context_net: nn.Module | None
     weights: str | TableLike | None
     validation: Validation
     batch_size: int | None
@@ -71,7 +74,8 @@ def fit_prior(
             the device of `data` if that is a floating tensor, and in torch's default dtype otherwise.
         support: As in `FlowPrior`; by default "real", or that of `flow` if it is a prior. Or a dictionary by name
             of column or site, {"scale": "positive"}; columns that it leaves out are real.
-        context: Rows (N, C) that the distribution of the data depends on; by default none.
+        context: Rows (N, C) that the distribution of the data depends on, or with a `context_net` (N, *shape); by
+            default none.
         seed: As in `pyro_maf.fit`; also the seed of the initial weights of the default flow.
         options: Other options of `pyro_maf.fit`, such as `max_epochs`. With a `folder`, the model stored there is not
             frozen.

@@ -169,15 +169,18 @@ class FitResult:
         self._check_context("sample", context)
         if context is None:
             return self.layout.like(self.density.unwrapped.sample((number,)).cpu())
-        width = self.density.unwrapped.context_dim
+        shape = self.density.unwrapped.context_shape
         table = numbers("sample", "context", self.context_layout.pick("sample", "context", context))
-        table = table.reshape(-1, width) if table.dim() < 2 and table.numel() % width == 0 else table
-        if table.dim() != 2 or table.shape[1] != width or len(table) not in (1, number):
+        if table.shape == shape or (table.dim() < 2 and table.numel() % shape.numel() == 0):
+            table = table.reshape(-1, *shape)
+        if table.shape[1:] != shape or len(table) not in (1, number):
             raise ValueError(
-                f"sample expected context of shape (1, {width}) or ({number}, {width}), got {tuple(table.shape)}."
+                f"sample expected context of shape {(1, *shape)} or {(number, *shape)}, got {tuple(table.shape)}."
             )
-        at = cast(ConditionalDensity, self.density).condition(table.expand(number, width))
-        return self.layout.like(at.sample().cpu())
+        density = cast(ConditionalDensity, self.density)
+        if len(table) == 1:
+            return self.layout.like(density.condition(table[0]).sample((number,)).cpu())
+        return self.layout.like(density.condition(table).sample().cpu())
 
     @property
     def _takes_context(self) -> bool:

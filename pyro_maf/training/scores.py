@@ -64,10 +64,10 @@ def log_prob_of(
         with torch.no_grad():
             at = inner
             if isinstance(density, ConditionalDensity) and context is not None:
-                features = _table("context", part_of(context, block), inner.context_dim)
+                features = _table("context", part_of(context, block), inner.context_dim, inner.context_shape)
                 at = cast("ConditionalDensity", density).condition(features.to(device, context_dtype))
             yield at.log_prob(_table("rows", part_of(rows, block), width).to(device, dtype)).cpu()
 
 
-def _table(role: str, value: TableLike, width: int) -> Tensor:
-    return table_of("score", role, value, width, "as in the fit")
+def _table(role: str, value: TableLike, width: int, shape: tuple[int, ...] = ()) -> Tensor:
+    return table_of("score", role, value, width, "as in the fit", shape=shape)

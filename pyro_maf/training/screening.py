@@ -110,11 +110,13 @@ def screen_data(
         >>> screen_data(Rows(rows.round(), None), reader)[0].partition(":")[0]
         'fit found few distinct values in column 0 (7 in 500 rows) and column 1 (8 in 500 rows)'
     """
-    width, context_width = reader.width, reader.context_width
+    width, context_width = reader.width, reader.context_columns
     drawn = _some_rows(rows, min(MOST_ROWS, max(100, MOST_NUMBERS // (width + context_width))))
     data = drawn.data.double().numpy()
     labels = [reader.labels.column(column) for column in range(width)]
-    context = np.zeros((len(data), 0)) if drawn.context is None else drawn.context.double().numpy()
+    context = np.zeros((len(data), 0))
+    if drawn.context is not None and context_width:
+        context = drawn.context.double().numpy()
     context_labels = [f"context {reader.context_labels.column(column)}" for column in range(context_width)]
     support = reader.support or Support("fit", "real", width)
     unconstrained = support.unconstrain(torch.from_numpy(data))[0].numpy()

@@ -14,7 +14,7 @@ from pyro_maf._core.torch_state import converted, reference_tensor
 from pyro_maf.saving import Savable
 from pyro_maf.transforms.base import Flow
 
-__all__ = ["AtContext", "Conditional", "ConditionalFlow", "ConditionalForm", "Conditioned"]
+__all__ = ["AtContext", "Conditional", "ConditionalFlow", "ConditionalForm", "Conditioned", "TakesContext"]
 
 
 class TakesContext(Protocol):
