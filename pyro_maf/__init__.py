@@ -1,4 +1,4 @@
-r"""Masked autoregressive flows for Pyro.
+r"""Normalizing flows for Pyro.
 
 MAF, its inverse (IAF), RealNVP and neural spline flows as Pyro transforms with exact log-determinants: guides for
 variational inference, learned priors, and density estimators. Every flow maps noise x to data y; densities are in nats.
@@ -15,9 +15,11 @@ if TYPE_CHECKING:
         ConditionalFlowPrior,
         ConditionalMADEMoG,
         ConditionalMAFMoG,
+        ConditionalMixtureFlow,
         FlowPrior,
         MADEMoG,
         MAFMoG,
+        MixtureFlow,
     )
     from pyro_maf.flows import (
         IAF,
@@ -43,11 +45,13 @@ __all__ = [
     "ConditionalMADEMoG",
     "ConditionalMAF",
     "ConditionalMAFMoG",
+    "ConditionalMixtureFlow",
     "ConditionalNSF",
     "ConditionalRealNVP",
     "FlowPrior",
     "MADEMoG",
     "MAFMoG",
+    "MixtureFlow",
     "RealNVP",
     "fit",
     "fit_prior",
@@ -57,7 +61,8 @@ __all__ = [
 __version__ = "0.1.0"
 
 HOMES = {
-    "distributions": "ConditionalFlowPrior ConditionalMADEMoG ConditionalMAFMoG FlowPrior MADEMoG MAFMoG",
+    "distributions": "ConditionalFlowPrior ConditionalMADEMoG ConditionalMAFMoG ConditionalMixtureFlow FlowPrior "
+    "MADEMoG MAFMoG MixtureFlow",
     "flows": "IAF MAF NSF ConditionalIAF ConditionalMAF ConditionalNSF ConditionalRealNVP RealNVP",
     "nn": "MADE",
     "saving": "load",
