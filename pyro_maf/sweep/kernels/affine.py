@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from numba import njit
-
-from pyro_maf.sweep.kernels.elementwise import INNER, exp, tanh
+from pyro_maf.sweep.kernels.compiler import inner
+from pyro_maf.sweep.kernels.elementwise import exp, tanh
 from pyro_maf.sweep.layout import Array
 from pyro_maf.univariate import Affine
 
@@ -14,7 +13,7 @@ LOG_SCALE = Affine.BOUND
 """Bound of the log-scale."""
 
 
-@njit(**INNER)
+@inner
 def affine(x: Array, shift: Array, scale: Array, sign: int, log_sign: int, w: Array, log_det: Array) -> None:
     """w = (x e + sign s) e with e = exp(sign alpha / 2) and alpha = b tanh(a / b), for the network's outputs s and a.
 
@@ -32,7 +31,7 @@ def affine(x: Array, shift: Array, scale: Array, sign: int, log_sign: int, w: Ar
         shift[t] = e
 
 
-@njit(**INNER)
+@inner
 def affine_back(
     x: Array,
     w: Array,
@@ -57,7 +56,7 @@ def affine_back(
         grad[t] *= e[t] * e[t]
 
 
-@njit(**INNER)
+@inner
 def linear(x: Array, shift: Array, scale: Array, sign: int, log_sign: int, w: Array, log_det: Array) -> None:
     """w = x e + s, or (x - s) e for sign -1, with e = exp(sign a), for the shift s and an a that all points share.
 
@@ -76,7 +75,7 @@ def linear(x: Array, shift: Array, scale: Array, sign: int, log_sign: int, w: Ar
         log_det[t] += number(log_sign) * a
 
 
-@njit(**INNER)
+@inner
 def linear_back(
     x: Array,
     w: Array,

@@ -27,7 +27,8 @@ from pyro_maf.univariate import Affine, Spline
 
 __all__ = ["stored"]
 
-KERNELS = ("affine", "elementwise", "parallel", "products", "sequential", "spline", "step", "tails", "univariate")
+KERNELS = ["affine", "compiler", "elementwise", "parallel", "products", "sequential", "spline", "step", "tails"]
+KERNELS += ["univariate"]
 SOURCES = ("layout", *(f"kernels/{name}" for name in KERNELS))
 """Modules that the compiled code is built from. numba itself checks only the module of the function."""
 CONSTANTS = Affine.BOUND, Spline.GAIN, Spline.STEEPEST, Spline.LOG_SLOPE
@@ -138,7 +139,7 @@ def _stamp() -> str:
 def _say(precision: str) -> None:
     """Say once for each precision that the kernels are compiled."""
     print(
-        f"pyro-maf compiles its kernels for this machine and {precision} precision, once: about half a minute.",
+        f"pyro-maf compiles its kernels for this machine and {precision} precision, once: about 15 seconds.",
         file=sys.stderr,
     )
 
@@ -151,7 +152,7 @@ def _warn(what: str) -> None:
     if not _said:
         _said.append(what)
         warnings.warn(
-            f"pyro-maf {what}: it compiles again, in about half a minute. Should this come again, remove that folder, "
+            f"pyro-maf {what}: it compiles again, in about 15 seconds. Should this come again, remove that folder, "
             "or set PYRO_MAF_KERNEL=torch to do without.",
             RuntimeWarning,
             stacklevel=2,

@@ -6,14 +6,13 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
+from pyro_maf.sweep.kernels.compiler import INNER, inner
 from pyro_maf.sweep.layout import Array
 
 __all__ = [
-    "ENTRY",
-    "INNER",
     "activate",
     "compress",
     "differentiate",
@@ -22,16 +21,6 @@ __all__ = [
     "tanh",
 ]
 
-# Not the full fastmath: infinities and NaNs must pass through.
-INNER: dict[str, Any] = {
-    "fastmath": {"reassoc", "contract", "nsz"},
-    "error_model": "numpy",
-    "no_cpython_wrapper": True,
-    "no_cfunc_wrapper": True,
-}
-"""Compiler options of functions that other kernels call."""
-ENTRY = {"fastmath": INNER["fastmath"], "error_model": "numpy", "nogil": True}
-"""Those of functions that Python calls; they release the interpreter's lock."""
 RELU, TANH, ELU, SILU, GELU, LEAKY_RELU, SOFTPLUS, SIGMOID = range(8)
 LEAK, LINEAR = 0.01, 20
 """Slope of a leaky relu below 0, and the value from which on torch's softplus is the identity."""
@@ -43,21 +32,21 @@ LN2_HIGH_DOUBLE = math.ldexp(math.floor(math.ldexp(math.log(2), 32)), -32)
 LN2_LOW_DOUBLE = 1.90821492927058770002e-10
 
 
-@njit(**INNER)
+@inner
 def exp(x: Any) -> Any:
     """The exponential of x, clamped to e^-87 .. e^88 in float32."""
     power, rest = _exp_parts(x)
     return power * rest + power
 
 
-@njit(**INNER)
+@inner
 def _expm1(x: Any) -> Any:
     """exp(x) - 1, to full precision around 0."""
     power, rest = _exp_parts(x)
     return power * rest + (power - type(x)(1))
 
 
-@njit(**INNER)
+@inner
 def tanh(x: Any) -> Any:
     """The hyperbolic tangent of x, which rounds to 1 long before 20."""
     limit = type(x)(20)
@@ -72,7 +61,7 @@ def _exp_parts(x: Any) -> tuple[Any, Any]:
     return 1.0, math.expm1(x)
 
 
-@overload(_exp_parts)
+@overload(_exp_parts, jit_options=INNER)  # type: ignore[arg-type]
 def _compiled_exp_parts(x: Any) -> Any:
     def double(x: Any) -> Any:
         return 1.0, math.expm1(x)
@@ -97,7 +86,7 @@ def log(x: Any) -> Any:
     return math.log(x)
 
 
-@overload(log)
+@overload(log, jit_options=INNER)  # type: ignore[arg-type]
 def _compiled_log(x: Any) -> Any:
     # x = 2^n m with m within sqrt(2) of 1, and log m = 2 artanh((m - 1) / (m + 1)), an odd series.
     def double(x: Any) -> Any:
@@ -134,7 +123,7 @@ def _compiled_log(x: Any) -> Any:
     return single if x == types.float32 else double
 
 
-@njit(**INNER)
+@inner
 def activate(kind: int, tape: Array, first: int, end: int, slopes: Array, shift: int, t0: int, t1: int) -> None:
     """Replace pre-activations, rows `first` .. `end` - 1 and columns t0 .. t1 - 1 of a tape, by their activations.
 
@@ -182,7 +171,7 @@ def activate(kind: int, tape: Array, first: int, end: int, slopes: Array, shift:
                 tape[r, t] = z if z > LINEAR else soft
 
 
-@njit(**INNER)
+@inner
 def differentiate(
     kind: int, tape: Array, first: int, end: int, slopes: Array, shift: int, grad: Array, row: int, t0: int, t1: int
 ) -> None:
@@ -214,7 +203,7 @@ def differentiate(
                 grad[g, t] *= slopes[r + shift, t]
 
 
-@njit(**INNER)
+@inner
 def compress(x: Array, seen: Array, slope: Array, end_of_bulk: float) -> None:
     """Write `compress_tails` of x, and its derivative to `slope`; with an infinite bulk, x itself."""
     one, bulk = x.dtype.type(1), x.dtype.type(end_of_bulk)

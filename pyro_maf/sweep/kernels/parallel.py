@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from pyro_maf.sweep.kernels.cache import stored
-from pyro_maf.sweep.kernels.elementwise import ENTRY, INNER, activate, compress, differentiate
+from pyro_maf.sweep.kernels.compiler import entry, inner
+from pyro_maf.sweep.kernels.elementwise import activate, compress, differentiate
 from pyro_maf.sweep.kernels.products import ADDED, TALLEST, VECTOR, add_product, dot, transpose
 from pyro_maf.sweep.kernels.sequential import Part, walk, walk_back, walk_row
 from pyro_maf.sweep.kernels.univariate import apply, pull_back
@@ -21,18 +20,18 @@ from pyro_maf.sweep.layout import CONTEXT, INPUTS, LANES, Array, Tables
 __all__ = ["backward", "forward"]
 
 
-@njit(**INNER)
+@inner
 def _height(left: int) -> int:
     """Rows of the next tile, with so many left: those of a tile share the columns that the last one sees."""
     return TALLEST if left >= TALLEST else 4 if left >= 4 else 2 if left >= 2 else 1
 
 
-@njit(**INNER)
+@inner
 def _padded(points: int) -> int:
     return (points + LANES - 1) // LANES * LANES
 
 
-@njit(**INNER)
+@inner
 def _room(rows: int, columns: int, like: Array) -> Array:
     """Rows with arbitrary entries that begin where a line of the processor's cache does, if `columns` are lines."""
     line = VECTOR // like.itemsize
@@ -41,7 +40,7 @@ def _room(rows: int, columns: int, like: Array) -> Array:
     return flat[first : first + rows * columns].reshape((rows, columns))
 
 
-@njit(**INNER)
+@inner
 def _load(values: Array, b0: int, points: int, width: int, rows: Any) -> None:
     """Points b0 .. b0 + points - 1 as columns; the padding is 0."""
     for i0 in range(0, values.shape[1], LANES):  # some variables at a time, whose rows stay in the cache
@@ -51,7 +50,7 @@ def _load(values: Array, b0: int, points: int, width: int, rows: Any) -> None:
     rows[: values.shape[1], points:width] = 0
 
 
-@njit(**INNER)
+@inner
 def _store(rows: Array, result: Array, b0: int, points: int, values: Array) -> None:
     """Columns as points b0 .. b0 + points - 1; variable i is in row result[i]."""
     for i0 in range(0, values.shape[1], LANES):
@@ -60,7 +59,7 @@ def _store(rows: Array, result: Array, b0: int, points: int, values: Array) -> N
                 values[b0 + b, i] = rows[result[i], b]
 
 
-@njit(**INNER)
+@inner
 def _most_rows(layers: Array, dim: int) -> int:
     most = dim
     for layer in layers:
@@ -68,7 +67,7 @@ def _most_rows(layers: Array, dim: int) -> int:
     return most
 
 
-@njit(**INNER)
+@inner
 def _all_rows(layers: Array) -> int:
     total = 0
     for layer in layers:
@@ -76,8 +75,7 @@ def _all_rows(layers: Array) -> int:
     return total
 
 
-@stored
-@njit(**ENTRY)
+@entry
 def forward(
     tables: Tables,
     weights: Array,
@@ -134,7 +132,7 @@ def forward(
         _store(work[here:], tables.result, b0, points, w)
 
 
-@njit(**INNER)
+@inner
 def _pass(layer: Any, tables: Tables, weights: Array, biases: Array, part: Part, logs: Array, nowhere: Array) -> None:
     """A layer in its parallel direction."""
     variables, matrices, seen = tables.variables, tables.matrices, tables.seen
@@ -157,7 +155,7 @@ def _pass(layer: Any, tables: Tables, weights: Array, biases: Array, part: Part,
             tape[after + row, t] = tape[here + row, t]
 
 
-@njit(**INNER)
+@inner
 def _begin(layer: Any, tables: Tables, weights: Array, biases: Array, part: Part) -> None:
     """Set all units to what does not depend on the variables: their biases, and the products with the context."""
     tape, here, _, context, _, width, _ = part
@@ -172,7 +170,7 @@ def _begin(layer: Any, tables: Tables, weights: Array, biases: Array, part: Part
                     tape[own, t] = bias
 
 
-@njit(**INNER)
+@inner
 def _multiply(
     matrix: Any, seen: Array, weights: Array, biases: Array, tape: Array, here: int, context: int, width: int
 ) -> None:
@@ -200,8 +198,7 @@ def _multiply(
 # -- the adjoint ------------------------------------------------------------------------------------------------------
 
 
-@stored
-@njit(**ENTRY)
+@entry
 def backward(
     tables: Tables,
     weights: Array,
@@ -265,7 +262,7 @@ def backward(
         _store(of_context, np.arange(len(of_context)), b0, points, grad_context)
 
 
-@njit(**INNER)
+@inner
 def _widest(matrices: Array) -> int:
     """Length of the rows of transposed inputs: an odd number of vectors."""
     widest = LANES
@@ -274,7 +271,7 @@ def _widest(matrices: Array) -> int:
     return widest + LANES * (widest // LANES % 2 == 0)
 
 
-@njit(**INNER)
+@inner
 def _load_gradients(
     grad_w: Array, grad_log_det: Array, result: Array, b0: int, points: int, width: int, grad: Array, logs: Array
 ) -> None:
@@ -289,7 +286,7 @@ def _load_gradients(
     grad[:, points:width] = 0
 
 
-@njit(**INNER)
+@inner
 def _map_back(layer: Any, variables: Array, part: Part, grad: Array, logs: Array, delta: Array) -> None:
     """The adjoint of a layer's map: gradients with respect to its input and the networks' outputs."""
     tape, here, width = part.tape, part.here, part.width
@@ -299,7 +296,7 @@ def _map_back(layer: Any, variables: Array, part: Part, grad: Array, logs: Array
         pull_back(layer, j, variables, tape, here, 0, x, w, grad[row, :width], logs, delta, 0)
 
 
-@njit(**INNER)
+@inner
 def _compress_back(layer: Any, variables: Array, part: Part, grad: Array, delta: Array, room: Array) -> None:
     """Add the gradients with respect to what the networks see to those with respect to the variables."""
     nowhere, slope = room[0, : part.width], room[1, : part.width]
@@ -310,7 +307,7 @@ def _compress_back(layer: Any, variables: Array, part: Part, grad: Array, delta:
             grad[row, t] += delta[layer.inputs + j, t] * slope[t]
 
 
-@njit(**INNER)
+@inner
 def _add_gradient(
     matrix: Any,
     seen: Array,
@@ -346,7 +343,7 @@ def _add_gradient(
             by_biases[matrix.bias + r] = total if fresh else total + by_biases[matrix.bias + r]
 
 
-@njit(**INNER)
+@inner
 def _multiply_back(
     matrix: Any, heard: Array, weights: Array, zeros: Array, delta: Array, out: Array, out_row: int, part: Part
 ) -> None:

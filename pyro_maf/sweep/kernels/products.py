@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic, overload
 
-from pyro_maf.sweep.kernels.elementwise import INNER
+from pyro_maf.sweep.kernels.compiler import INNER, inner
 from pyro_maf.sweep.layout import Array
 
 __all__ = ["ADDED", "TALLEST", "VECTOR", "add_product", "dot", "transpose"]
@@ -211,7 +211,7 @@ def _generate_transpose(context: Any, builder: Any, signature: Any, arguments: A
 _transpose_tile: Any = intrinsic(_transpose)
 
 
-@njit(**INNER)
+@inner
 def transpose(x: Array, x_row: int, rows: int, columns: int, y: Array) -> None:
     """y[j, i] = x[x_row + i, j] for i < rows and j < columns, both rounded up to whole vectors."""
     step = VECTOR // x.itemsize
@@ -220,7 +220,7 @@ def transpose(x: Array, x_row: int, rows: int, columns: int, y: Array) -> None:
             _transpose_tile(x, x_row + i, j, y, j, i)
 
 
-@njit(**INNER)
+@inner
 def dot(a: Array, a_from: int, b: Array, b_from: int, terms: int) -> Any:
     """sum_k a[a_from + k] b[b_from + k] over k < terms. Slices would be counted as references."""
     total, a_first, b_first = a.dtype.type(0), np.uintp(a_from), np.uintp(b_from)

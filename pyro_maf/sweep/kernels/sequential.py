@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from numba import njit
-
-from pyro_maf.sweep.kernels.elementwise import INNER, activate, compress, differentiate
+from pyro_maf.sweep.kernels.compiler import inner
+from pyro_maf.sweep.kernels.elementwise import activate, compress, differentiate
 from pyro_maf.sweep.kernels.products import ADDED, add_product, dot
 from pyro_maf.sweep.kernels.univariate import apply, pull_back
 from pyro_maf.sweep.layout import Array, Tables
@@ -43,20 +42,20 @@ class Part(NamedTuple):
     keeps: bool
 
 
-@njit(**INNER)
+@inner
 def _steps(layer: Any, steps: Array) -> Array:
     """The table `final` of a layer."""
     levels, columns = layer.levels + 1, layer.moved + 1
     return steps[layer.steps_from : layer.steps_from + levels * columns].reshape((levels, columns))
 
 
-@njit(**INNER)
+@inner
 def _index(layer: Any, level: int) -> int:
     """Number of the matrix between a level and the one below; that of the context, if there is one, precedes it."""
     return layer.first + layer.matrices * level - 1
 
 
-@njit(**INNER)
+@inner
 def walk(layer: Any, tables: Tables, weights: Array, part: Part, logs: Array, nowhere: Array) -> None:
     """w from v and phi(w), one variable after another, where units hold their biases and the products of the context.
 
@@ -79,7 +78,7 @@ def walk(layer: Any, tables: Tables, weights: Array, part: Part, logs: Array, no
         tape[here + matrix.own + final[level, dim] : here + matrix.own + matrix.rows, :width] = 0
 
 
-@njit(**INNER)
+@inner
 def _add(
     layer: Any,
     matrices: Array,
@@ -103,7 +102,7 @@ def _add(
             activate(matrix.kind, tape, row + low, row + high, tape, matrix.slopes - matrix.own, 0, width)
 
 
-@njit(**INNER)
+@inner
 def _map(layer: Any, variables: Array, i: int, part: Part, logs: Array, nowhere: Array) -> None:
     """w of a variable from its v and parameters, and what the network sees of it."""
     tape, here, after, _, _, width, keeps = part
@@ -116,7 +115,7 @@ def _map(layer: Any, variables: Array, i: int, part: Part, logs: Array, nowhere:
             x[t] = w[t]
 
 
-@njit(**INNER)
+@inner
 def walk_row(layer: Any, tables: Tables, weights: Array, part: Part, logs: Array, nowhere: Array) -> None:
     """As `walk` for one point; faster than tiles of many for a few."""
     matrices, variables, tape, here = tables.matrices, tables.variables, part.tape, part.here
@@ -133,7 +132,7 @@ def walk_row(layer: Any, tables: Tables, weights: Array, part: Part, logs: Array
         _map(layer, variables, i, part, logs, nowhere)
 
 
-@njit(**INNER)
+@inner
 def walk_back(
     layer: Any, tables: Tables, weights: Array, part: Part, grad: Array, logs: Array, delta: Array, room: Array
 ) -> None:
@@ -172,7 +171,7 @@ def walk_back(
         delta[matrix.own + final[level, dim] : matrix.own + matrix.rows, :width] = 0
 
 
-@njit(**INNER)
+@inner
 def _add_back(matrix: Any, weights: Array, own: Any, above: Any, delta: Array, width: int) -> None:
     """Add to the gradients of some of a matrix's inputs the products with those of some of its outputs."""
     row, lower = matrix.own, matrix.below
@@ -180,7 +179,7 @@ def _add_back(matrix: Any, weights: Array, own: Any, above: Any, delta: Array, w
     add_product(weights, matrix.start, 1, step, own, above, delta, row, delta, lower, width, weights, ADDED)
 
 
-@njit(**INNER)
+@inner
 def _map_back(
     layer: Any,
     variables: Array,

@@ -14,10 +14,10 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from pyro_maf.sweep.kernels.affine import LOG_SCALE, affine, affine_back
-from pyro_maf.sweep.kernels.elementwise import INNER, exp, log, tanh
+from pyro_maf.sweep.kernels.compiler import inner
+from pyro_maf.sweep.kernels.elementwise import exp, log, tanh
 from pyro_maf.sweep.layout import Array
 from pyro_maf.univariate import Spline
 
@@ -45,7 +45,7 @@ BEYOND = -1
 """The C beside the first and the last bin: at the box's edge the slope is 1."""
 
 
-@njit(**INNER)
+@inner
 def spline(
     layer: Any, phi: int, variables: Array, tape: Array, first: int, t0: int, x: Array, w: Array, log_det: Array
 ) -> None:
@@ -80,7 +80,7 @@ def spline(
             logs[t] -= number(layer.log_sign) * room[LOG + t]
 
 
-@njit(**INNER)
+@inner
 def _room(layer: Any, like: Array) -> Array:
     last = FIRST + (layer.bins - 1) * NEXT
     room = np.empty(last + 2 * NEXT, like.dtype)
@@ -90,7 +90,7 @@ def _room(layer: Any, like: Array) -> Array:
     return room
 
 
-@njit(**INNER)
+@inner
 def _set_bins(
     layer: Any, phi: int, variables: Array, tape: Array, first: int, t0: int, points: int, room: Array, fresh: bool
 ) -> None:
@@ -120,7 +120,7 @@ def _set_bins(
             room[HEIGHTS + t] += room[at + t] * room[at + STRIP + t]
 
 
-@njit(**INNER)
+@inner
 def _find_bin(layer: Any, points: int, room: Array, solve: bool) -> None:
     """Fill in the argument's position, clipped to the box, and what belongs to its bin."""
     number = room.dtype.type
@@ -157,13 +157,13 @@ def _find_bin(layer: Any, points: int, room: Array, solve: bool) -> None:
             room[OUTPUT_AFTER + t] += after if is_it else zero
 
 
-@njit(**INNER)
+@inner
 def _bounded(output: Any) -> Any:
     """The logarithm of a knot's slope, over its bound, where the chords do not limit it."""
     return tanh(type(output)(GAIN / LOG_SLOPE) * output)
 
 
-@njit(**INNER)
+@inner
 def _slope(bounded: Any, c: Any, beside: Any, ratio: Any) -> tuple[Any, Any]:
     """The slope at a knot between bins with these C, and whether it is the limit."""
     free = exp(type(c)(LOG_SLOPE) * bounded)
@@ -172,7 +172,7 @@ def _slope(bounded: Any, c: Any, beside: Any, ratio: Any) -> tuple[Any, Any]:
     return limit if is_limit else free, is_limit
 
 
-@njit(**INNER)
+@inner
 def _through_box(layer: Any, points: int, room: Array, solve: bool) -> None:
     """Fill in the result, q or with `solve` q^-1 of the argument, log q', and t."""
     number = room.dtype.type
@@ -213,7 +213,7 @@ def _through_box(layer: Any, points: int, room: Array, solve: bool) -> None:
 # -- its adjoint ------------------------------------------------------------------------------------------------------
 
 
-@njit(**INNER)
+@inner
 def spline_back(
     layer: Any,
     phi: int,
@@ -260,7 +260,7 @@ def spline_back(
             outer[t] = inner[t]
 
 
-@njit(**INNER)
+@inner
 def _box_back(layer: Any, points: int, room: Array, solve: bool) -> None:
     """Turn the gradient with respect to the result of the box into that with respect to its argument.
 
@@ -310,7 +310,7 @@ def _box_back(layer: Any, points: int, room: Array, solve: bool) -> None:
         room[SHARED_C + t] = -(by_ratio + grad_q * height * (room[BIN_BOTTOM + t] + a * c * rise)) / room[HEIGHTS + t]
 
 
-@njit(**INNER)
+@inner
 def _derivatives(s: Any, slope: Any, slope_after: Any, place: Any) -> tuple[Any, Any, Any]:
     """The rise of q in a bin, over its height, and the derivatives of it and of log q' by t, s and the two slopes."""
     one, two = type(s)(1), type(s)(2)
@@ -328,13 +328,13 @@ def _derivatives(s: Any, slope: Any, slope_after: Any, place: Any) -> tuple[Any,
     return rise, (of_place, of_s, across * (one - rise) * over, -across * rise * over), of_log
 
 
-@njit(**INNER)
+@inner
 def _share(beside: Any, c: Any) -> Any:
     """The share of the C beside a bin in the gradient with respect to the lesser of it and the bin's."""
     return type(c)(1) if beside < c else type(c)(0.5) if beside == c else type(c)(0)
 
 
-@njit(**INNER)
+@inner
 def _bins_back(
     layer: Any,
     phi: int,

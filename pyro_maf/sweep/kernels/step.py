@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types  # type: ignore[attr-defined]
+from numba import carray, types  # type: ignore[attr-defined]
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pyro_maf.sweep.kernels.cache import stored
-from pyro_maf.sweep.kernels.elementwise import ENTRY, INNER
+from pyro_maf.sweep.kernels.compiler import entry, inner
 from pyro_maf.sweep.kernels.products import TALLEST, VECTOR
 from pyro_maf.sweep.layout import LANES, Array, Tables
 
@@ -35,8 +34,7 @@ def _memory(typing: Any, address: Any, like: Any) -> Any:
 _at: Any = intrinsic(_memory)
 
 
-@stored
-@njit(**ENTRY)
+@entry
 def pack(addresses: Array, tables: Tables, weights: Array, biases: Array) -> None:
     """Gather masked weights, and biases, from the memory of the parameters.
 
@@ -70,14 +68,13 @@ def pack(addresses: Array, tables: Tables, weights: Array, biases: Array) -> Non
                 weights[own + k] = 0
 
 
-@njit(**INNER)
+@inner
 def _begins(matrix: Any, row: int) -> int:
     """The place where a row of a matrix begins, in the tensor of its weight."""
     return matrix.weight_from + (row * (row - 1) // 2 if matrix.packed else row * matrix.columns)
 
 
-@stored
-@njit(**ENTRY)
+@entry
 def unpack(tables: Tables, offsets: Array, gradients: Array, by_biases: Array, flat: Array) -> None:
     """Gradients with respect to the parameters, one after another.
 
@@ -112,8 +109,7 @@ def unpack(tables: Tables, offsets: Array, gradients: Array, by_biases: Array, f
 # -- a step of Adam ---------------------------------------------------------------------------------------------------
 
 
-@stored
-@njit(**ENTRY)
+@entry
 def normal(constant: float, w: Array, log_det: Array) -> None:
     """Replace each log_det by the log-density `constant` - |w|^2 / 2 - log_det."""
     for b in range(len(w)):
@@ -123,8 +119,7 @@ def normal(constant: float, w: Array, log_det: Array) -> None:
         log_det[b] = w.dtype.type(constant) - w.dtype.type(0.5) * squares - log_det[b]
 
 
-@stored
-@njit(**ENTRY)
+@entry
 def differentiate_normal(
     constant: float, factors: Array, w: Array, log_det: Array, grad_w: Array, grad_log_det: Array
 ) -> float:
@@ -147,8 +142,7 @@ def differentiate_normal(
     return total
 
 
-@stored
-@njit(**ENTRY)
+@entry
 def descend(
     tables: Tables,
     offsets: Array,
@@ -212,7 +206,7 @@ def descend(
     return norm
 
 
-@njit(**INNER)
+@inner
 def _squares(tables: Tables, gradients: Array, by_biases: Array) -> float:
     """Sum of the squares of a gradient."""
     total = 0.0
@@ -230,7 +224,7 @@ def _squares(tables: Tables, gradients: Array, by_biases: Array) -> float:
     return total
 
 
-@njit(**INNER)
+@inner
 def _rank(order: Array, rank: Array) -> bool:
     """Fill in the place of each entry in an order, beyond all of them no place; return whether they are sorted."""
     is_sorted = True
@@ -241,7 +235,7 @@ def _rank(order: Array, rank: Array) -> bool:
     return is_sorted
 
 
-@njit(**INNER)
+@inner
 def _descend(
     matrix: Any,
     is_bias: bool,

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 
-from numba import njit
-
-from pyro_maf.sweep.kernels.cache import stored
-from pyro_maf.sweep.kernels.elementwise import ENTRY
+from pyro_maf.sweep.kernels.compiler import entry
 from pyro_maf.sweep.layout import Array
 
 __all__ = ["bend", "bend_back"]
@@ -16,8 +13,7 @@ SERIES = 0.01
 """Exponent up to which functions are summed as series, exact to rounding."""
 
 
-@stored
-@njit(**ENTRY)
+@entry
 def bend(
     x: Array,
     weights: Array,
@@ -76,8 +72,7 @@ def bend(
         log_det[b] = total
 
 
-@stored
-@njit(**ENTRY)
+@entry
 def bend_back(
     x: Array,
     loc: Array,

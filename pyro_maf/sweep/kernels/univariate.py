@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
-
 from pyro_maf.sweep.kernels.affine import affine, affine_back, linear, linear_back
-from pyro_maf.sweep.kernels.elementwise import INNER
+from pyro_maf.sweep.kernels.compiler import inner
 from pyro_maf.sweep.kernels.spline import spline, spline_back
 from pyro_maf.sweep.layout import LINEAR, Array
 
@@ -21,7 +19,7 @@ SPLINE = 1
 """Index of the spline among the maps of `layout.MAPS`."""
 
 
-@njit(**INNER)
+@inner
 def apply(
     layer: Any, j: int, variables: Array, tape: Array, first: int, t0: int, x: Array, w: Array, log_det: Array
 ) -> None:
@@ -48,7 +46,7 @@ def apply(
     affine(x, shifts, scales, layer.sign, layer.log_sign, w, log_det)
 
 
-@njit(**INNER)
+@inner
 def pull_back(
     layer: Any,
     j: int,
