@@ -557,3 +557,55 @@ def test_a_table_that_is_fitted_again_keeps_its_categories() -> None:
     assert drawn.dtypes.astype(str).tolist() == frame.dtypes.astype(str).tolist()
     with pytest.raises(InputError, match="got 'pink' in row 0, column 'colour'"):
         fit(density, frame.assign(colour="pink"), **QUICK)
+
+
+def frames_with_context(rows: int = 300) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Heights by species and age, and a context of these, of which one is text and one truth values."""
+    generator = np.random.default_rng(0)
+    species = generator.choice(["oak", "elm", "ash"], rows)
+    age = generator.uniform(1, 9, rows)
+    height = age + pd.Series(species).map({"oak": 0, "elm": 20, "ash": 40}) + generator.normal(0, 2.5, rows)
+    data = pd.DataFrame({"height": height.to_numpy(), "width": generator.normal(0, 1, rows)})
+    return data, pd.DataFrame({"species": species, "age": age, "sick": generator.random(rows) > 0.5})
+
+
+@ON_GRID
+@ENDS
+def test_text_in_the_context_of_a_frame_is_one_hot(tmp_path: Path) -> None:
+    data, context = frames_with_context()
+    result = fit(data, context=context, max_epochs=8, progress=False)
+    assert result.density.unwrapped.context_dim == 5
+    elm = {"species": "elm", "age": 5.0, "sick": False}
+    assert abs(result.sample(300, elm)["height"].mean() - 25) < 5  # type: ignore[call-overload, index]
+    scores = result.score(data, context)
+    assert torch.equal(scores, result.score(data.join(context)))
+    assert torch.equal(scores, result.density.condition(context).log_prob(data).detach())  # type: ignore[union-attr]
+    result.density.save(tmp_path / "trees.safetensors")
+    again = pyro_maf.load(tmp_path / "trees.safetensors")
+    assert torch.equal(scores, again.condition(context[["sick", "age", "species"]]).log_prob(data).detach())
+    assert torch.equal(again.condition(elm).log_prob(torch.zeros(2)), again.condition(elm).log_prob(torch.zeros(1, 2)))
+    with pytest.raises(ValueError, match=r"categories \('ash', 'elm', 'oak'\) in column 'species', got 'yew' in row 0"):
+        again.condition({**elm, "species": "yew"})
+    with pytest.raises(ValueError, match="in another order"):
+        result.score(data, context.iloc[::-1])
+
+
+@ENDS
+def test_text_in_the_context_of_a_fit_goes_with_every_form_of_it(tmp_path: Path) -> None:
+    data, context = frames_with_context()
+    with pytest.raises(ValueError, match="in another order"):
+        fit(data, context=context.iloc[::-1], max_epochs=1, progress=False)
+    prior = fit_prior(data, context=context, max_epochs=1, progress=False)
+    assert prior.unwrapped.context_layout.encoded_labels[:3] == ["species=ash", "species=elm", "species=oak"]
+    few = context[context["species"] != "oak"]
+    again = fit(prior.requires_grad_(True), data.loc[few.index], context=few, max_epochs=1, progress=False)
+    assert again.density.unwrapped.context_dim == 5  # the categories are those of the prior, not those of its new rows
+    validation = data.iloc[:30], context.iloc[:30]
+    flow = ConditionalMAF(2, 5, num_layers=1, hidden_dims=[8])
+    result = fit(flow, data, context=context, validation=validation, dequantise=False, **QUICK)
+    assert result.score(*validation).shape == (30,)
+    with pytest.warns(UserWarning, match="grid"):
+        table = fit(data.round(1), context=context, max_epochs=1, progress=False)
+    assert table.sample(5, context.iloc[:5]).shape == (5, 2)  # type: ignore[union-attr]
+    write_report(tmp_path / "report.html", table, data.round(1), context=context, progress=False)
+    assert "species=oak" in (tmp_path / "report.html").read_text()

@@ -51,7 +51,10 @@ PRIOR = {
     "columns": (),
     "context_loc": None,
     "context_scale": None,
+    "context_net": None,
+    "context_shape": (),
     "context_columns": (),
+    "context_labels": (),
 }
 WITH_CONTEXT_DIM: dict[type, dict[str, Any]] = {
     MADE: {**NETWORK_OF_LAYER, "outputs_per_input": 1},

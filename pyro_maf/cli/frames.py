@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 __all__ = ["arranged", "arrow_column", "arrow_type", "description"]
 
 
-def description(layout: Layout, context: Sequence[str]) -> Description:
+def description(layout: Layout, context: Sequence[tuple[str, list[str] | None]]) -> Description:
     """Description of the columns of a file, for `read_table`: those of categories are read as context, one-hot.
 
     Args:
         layout: Names and categories of the columns of data.
-        context: Names of the columns of context.
+        context: Names and categories of the columns of context.
     """
     labels = layout.as_labels() or [None] * len(layout.labels)
     columns = list(zip(layout.labels, labels, strict=True))
     one_hot: list[DescribedColumn] = [
         {"name": name, "categories": list(_codes(among))} for name, among in columns if among is not None
     ]
-    given: list[DescribedColumn] = [{"name": name, "categories": None} for name in context]
+    given: list[DescribedColumn] = [{"name": name, "categories": among} for name, among in context]
     return {"data": [name for name, among in columns if among is None], "context": one_hot + given}
 
 

@@ -98,17 +98,16 @@ class SavedModel:
     @property
     def context(self) -> tuple[tuple[str, list[str] | None], ...]:
         """Names and categories of the columns of context."""
+        from pyro_maf.distributions import FlowPrior, TableDensity
+
         if self.columns is None:
-            names = self._context_names or [f"c{i}" for i in range(1, self.inner.context_dim + 1)]
-            return tuple((name, None) for name in names)
+            layout = self.inner.context_layout if isinstance(self.inner, (FlowPrior, TableDensity)) else None
+            if layout is None or not layout.names:
+                return tuple((f"c{i}", None) for i in range(1, self.inner.context_dim + 1))
+            labels = layout.as_labels() or [None] * len(layout.labels)
+            each = (None if among is None else list(map(str, among)) for among in labels)
+            return tuple(zip(layout.labels, each, strict=True))
         return tuple((column["name"], column["categories"]) for column in self.columns["context"])
-
-    @property
-    def _context_names(self) -> list[str]:
-        """Names of the columns of context that the density holds."""
-        from pyro_maf.distributions import TableDensity
-
-        return self.inner.context_layout.labels if isinstance(self.inner, TableDensity) else []
 
     def at(self, context: Tensor | None) -> Density:
         """The density at a context, if it takes one."""
@@ -124,7 +123,7 @@ class SavedModel:
         dtype = max(self.dtype, _name_of(self.density.context_dtype))
         layout = self.layout
         if layout is not None and self.columns is None:
-            columns = description(layout, [name for name, _ in self.context])
+            columns = description(layout, self.context)
             return arranged(read(source, text, columns=columns, dtype=dtype), layout)
         table = read(source, text, columns=self.columns, dtype=dtype)
         if self.columns is not None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.distributions.constraints import Constraint, real_vector
 
-from pyro_maf._core.torch_state import as_far_as_exact, reference_tensor
+from pyro_maf._core.torch_state import reference_tensor
 from pyro_maf.distributions.context_net import ContextNet
 from pyro_maf.distributions.data_units import (
     DataUnits,
@@ -21,9 +21,10 @@ from pyro_maf.distributions.data_units import (
     widen_for,
 )
 from pyro_maf.distributions.density import ConditionalDensity, Density
+from pyro_maf.distributions.named_density import Entries, Labels, NamedDensity
 from pyro_maf.support import Support, SupportLike
 from pyro_maf.sweep import Alone, Descent, Run
-from pyro_maf.tables.layout import Layout, TableLike, numbers
+from pyro_maf.tables.layout import Layout
 from pyro_maf.transforms import ConditionalFlow, Flow
 from pyro_maf.transforms.cache import caching_is_possible
 from pyro_maf.transforms.conditional import Conditional
@@ -32,10 +33,9 @@ from pyro_maf.transforms.stack import run_of
 __all__ = ["ConditionalFlowPrior", "FlowPrior"]
 
 CONTEXT_UNITS = ("context_loc", "context_scale")
-Entries: TypeAlias = Sequence[tuple[str, Sequence[int]]]
 
 
-class FlowPrior(Density):
+class FlowPrior(NamedDensity):
     r"""Density of y = T(loc + scale t(z)), where z follows the model, t sets its tails and T maps to the support.
 
     For a flow, z = flow(u) with u standard normal. With w = loc + scale t(z),
@@ -68,6 +68,8 @@ class FlowPrior(Density):
         columns: Names of a value's columns or sites, in order, each with its shape, () for a number; set by `fit` to
             the columns of a data frame or the sites of a posterior. By default none.
         context_columns: Those of the context.
+        context_labels: For each of these the categories of a data frame's column, which is one-hot in the context, or
+            None for numbers.
 
     Shapes:
         Values are (\*batch, D), or (\*batch, D + 1) for a simplex; log-densities are (\*batch,), in nats.
@@ -120,6 +122,7 @@ class FlowPrior(Density):
         context_shape: Sequence[int] = (),
         columns: Entries = (),
         context_columns: Entries = (),
+        context_labels: Labels = (),
     ) -> None:
         _check_model(self.name, model)
         if not model.context_dim and (context_loc is not None or context_scale is not None):
@@ -130,7 +133,7 @@ class FlowPrior(Density):
         net = None if context_net is None else ContextNet(self.name, context_net, context_shape)
         context_dim = model.context_dim if net is None else net.context_dim_of(self.name, model)
         super().__init__(model.input_dim, context_dim, model.batch_shape, target.event_size)
-        self.name_columns(Layout.named(columns), Layout.named(context_columns))
+        self.name_columns(Layout.named(columns), Layout.named(context_columns, context_labels)._replace(one_hot=True))
         like = reference_tensor(model)
         if like is None:  # a model of permutations alone has a device, but no dtype
             like = torch.zeros((), device=getattr(reference_tensor(model, floating=False), "device", None))
@@ -150,16 +153,8 @@ class FlowPrior(Density):
     @property
     def architecture(self) -> dict[str, object]:
         """Arguments of the constructor, with support and columns by name, as JSON needs."""
-        by_name = {
-            "support": self.units.support.name,
-            "columns": self._layouts["value"].as_entries(),
-            "context_columns": self._layouts["context"].as_entries(),
-        }
+        by_name = {"support": self.units.support.name, **self.names_of_columns}
         return {**{name: value for name, value in self._arguments.items() if name not in by_name}, **by_name}
-
-    def name_columns(self, layout: Layout, context_layout: Layout) -> None:
-        """Set the names of the columns of values and context, for `log_prob`, `unpack` and saving."""
-        self._layouts = {"value": layout, "context": context_layout}
 
     def unpack(self, value: Tensor) -> dict[str, Tensor]:
         r"""Split a value, (\*batch, D), by the names of its columns; for a prior from draws, by site, (\*batch, ...).
@@ -173,13 +168,12 @@ class FlowPrior(Density):
             >>> {site: tuple(value.shape) for site, value in prior.unpack(prior.sample((7,))).items()}
             {'mu': (7,), 'b': (7, 2)}
         """
-        layout = self._layouts["value"]
-        if not layout.names:
+        if not self.layout.names:
             raise ValueError(
                 f"{self.name} has no names for the columns of a value: fit it to a data frame or a dictionary of "
                 "draws, or build it with columns=."
             )
-        return layout.entries(self.as_value(value, None))
+        return self.layout.entries(self.as_value(value, None))
 
     @property
     def support(self) -> Constraint:
@@ -343,26 +337,13 @@ class FlowPrior(Density):
         """Tensor with the dtype and device of contexts."""
         return self.context_loc
 
-    def as_value(self, value: TableLike, like: Tensor | None, role: str = "value") -> Tensor:
-        """A value as a tensor; also from the other forms of data that `fit` takes, if the conversion is exact."""
-        if like is not None and not (isinstance(value, Tensor) and value.dtype == like.dtype):
-            value = self._converted("value", value, like, self.event_shape[0])
+    def is_rounded(self, like: Tensor) -> bool:
+        """True if the dtype of `like` is the model's, not a finer one."""
+        return like.dtype == self.units.inner.dtype
+
+    def check_precise(self, role: str, value: object) -> None:
+        """Raise for a value that was rounded to a dtype that does not resolve the columns."""
         self.units.check_precise(self.name, role, value)
-        return super().as_value(value, like, role)
-
-    def as_context(self, context: TableLike) -> Tensor:
-        """A context as a tensor, from the same forms as values."""
-        like = self.context_like
-        if not (isinstance(context, Tensor) and context.dtype == like.dtype):
-            context = self._converted("context", context, like, self.context_dim)
-        return super().as_context(context)
-
-    def _converted(self, role: str, value: TableLike, like: Tensor, width: int) -> Tensor:
-        if not isinstance(value, Tensor):
-            value = numbers(self.name, role, self._layouts[role].pick(self.name, role, value)).to(like.device)
-            if width == 1 and value.dim() < 2 and value.shape != (1,):
-                value = value[..., None]
-        return as_far_as_exact(like, value, as_model=like.dtype == self.units.inner.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.context_loc, self.context_scale
@@ -387,8 +368,8 @@ class ConditionalFlowPrior(ConditionalDensity):
 
     Args:
         model: A flow or density with `context_dim` > 0, or a `ConditionalFlow` or `ConditionalDensity`.
-        support, loc, scale, tails, context_loc, context_scale, context_net, context_shape, columns, context_columns: As
-            in `FlowPrior`.
+        support, loc, scale, tails, context_loc, context_scale, context_net, context_shape, columns, context_columns,
+            context_labels: As in `FlowPrior`.
 
     Shapes:
         context is (\*batch or (), context_dim), or with a `context_net` (\*batch or (), \*context_shape), in its own

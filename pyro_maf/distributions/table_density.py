@@ -10,13 +10,12 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 from pyro_maf._core.messages import shown
-from pyro_maf._core.torch_state import as_far_as_exact
 from pyro_maf.distributions.categorical import AutoregressiveCategorical
 from pyro_maf.distributions.density import ConditionalDensity, Density
-from pyro_maf.distributions.flow_prior import Entries, FlowPrior
+from pyro_maf.distributions.flow_prior import FlowPrior
+from pyro_maf.distributions.named_density import Entries, Labels, NamedDensity
 from pyro_maf.distributions.steps import Steps, dequantised
-from pyro_maf.tables.categories import Label
-from pyro_maf.tables.layout import Layout, TableLike, numbers
+from pyro_maf.tables.layout import Layout, TableLike
 
 __all__ = ["ConditionalTableDensity", "DequantisedDensity", "TableDensity"]
 
@@ -25,10 +24,9 @@ NEAR = 1e-3
 
 Grids: TypeAlias = Sequence[Sequence[float] | None]
 Levels: TypeAlias = Sequence[Sequence[float] | None]
-Labels: TypeAlias = Sequence[Sequence[Label] | None]
 
 
-class TableDensity(Density):
+class TableDensity(NamedDensity):
     r"""Distribution of rows with categories k, numbers n on a grid of spacing h, and other numbers x, around a flow.
 
     p(k, n, x) = p(k) \int p(n + h (v - 1/2), x | k) dv prod_j h_j, over v in the unit cube: categories are
@@ -48,7 +46,7 @@ class TableDensity(Density):
         grids: For each column (spacing, lowest, highest) of its grid, or None. The grid goes on beyond both ends;
             draws from beyond are moved to the nearer one.
         categorical: The distribution of the categories, if there are any.
-        columns, context_columns: Names, as in `FlowPrior`.
+        columns, context_columns, context_labels: Names, as in `FlowPrior`.
         labels: For each named column the categories of a data frame, whose numbers are 0, 1, ..., or None for numbers.
         dtypes: Dtypes of the columns of a data frame, by name, for drawn rows in files.
 
@@ -83,6 +81,7 @@ class TableDensity(Density):
         categorical: AutoregressiveCategorical | None = None,
         columns: Entries = (),
         context_columns: Entries = (),
+        context_labels: Labels = (),
         labels: Labels = (),
         dtypes: Sequence[str] = (),
     ) -> None:
@@ -94,10 +93,9 @@ class TableDensity(Density):
         super().__init__(width, prior.context_dim - one_hot)
         self.prior = prior
         self.categorical = categorical
-        layout = Layout.named(columns)
-        _check_names(layout, self.levels, labels, dtypes)
-        categories = tuple(None if each is None else tuple(each) for each in labels)
-        self.name_columns(layout._replace(categories=categories, dtypes=tuple(dtypes)), Layout.named(context_columns))
+        _check_names(Layout.named(columns), self.levels, labels, dtypes)
+        layout = Layout.named(columns, labels)._replace(dtypes=tuple(dtypes))
+        self.name_columns(layout, Layout.named(context_columns, context_labels)._replace(one_hot=True))
 
     def _check(self, prior: FlowPrior, categorical: AutoregressiveCategorical | None, width: int, one_hot: int) -> None:
         sizes = [len(each) for each in self.levels if each is not None]
@@ -118,24 +116,10 @@ class TableDensity(Density):
     @property
     def architecture(self) -> dict[str, object]:
         """Arguments of the constructor, with names as JSON needs."""
-        names = {"columns": self.layout.as_entries(), "context_columns": self.context_layout.as_entries()}
         kinds = {"labels": self.layout.as_labels(), "dtypes": self.layout.dtypes}
         # Only those there are: a fit of an earlier version without them can be resumed.
-        return {**self._arguments, **names, **{name: value for name, value in kinds.items() if value}}
-
-    def name_columns(self, layout: Layout, context_layout: Layout) -> None:
-        """Set the names of the columns of values and context, for `log_prob` and saving."""
-        self._layouts = {"value": layout, "context": context_layout}
-
-    @property
-    def layout(self) -> Layout:
-        """Names, categories and dtypes of the columns, if there are any."""
-        return self._layouts["value"]
-
-    @property
-    def context_layout(self) -> Layout:
-        """Names of the columns of context, if there are any."""
-        return self._layouts["context"]
+        present = {name: value for name, value in kinds.items() if value}
+        return {**self._arguments, **self.names_of_columns, **present}
 
     @property
     def numeric(self) -> list[int]:
@@ -181,24 +165,6 @@ class TableDensity(Density):
     def context_shape(self) -> torch.Size:
         """Shape of one context."""
         return super().context_shape if self.prior.context_net is None else self.prior.context_net.shape
-
-    def as_value(self, value: TableLike, like: Tensor | None, role: str = "value") -> Tensor:
-        """A value as a tensor; also from the other forms of data that `fit` takes."""
-        if like is not None and not (isinstance(value, Tensor) and value.dtype == like.dtype):
-            value = self._converted("value", value, like)
-        return super().as_value(value, like, role)
-
-    def as_context(self, context: TableLike) -> Tensor:
-        """A context as a tensor, from the same forms as values."""
-        like = self.context_like
-        if not (isinstance(context, Tensor) and context.dtype == like.dtype):
-            context = self._converted("context", context, like)
-        return super().as_context(context)
-
-    def _converted(self, role: str, value: TableLike, like: Tensor) -> Tensor:
-        if not isinstance(value, Tensor):
-            value = numbers(self.name, role, self._layouts[role].pick(self.name, role, value)).to(like.device)
-        return as_far_as_exact(like, value, as_model=True)
 
     def standardised(self, y: Tensor) -> Tensor:
         r"""Standardised numbers, (\*batch, D), as `FlowPrior.standardised`; 0 for categories."""

@@ -23,8 +23,9 @@ from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.experiments.models import Candidate, candidates, fit_gaussian
 from pyro_maf.experiments.results import Comparison, Score
 from pyro_maf.tables import Rows
-from pyro_maf.tables.layout import Layout, TableLike, check_paired, number_of_rows, numbers
+from pyro_maf.tables.layout import Layout, TableLike, number_of_rows, numbers
 from pyro_maf.tables.named_rows import named_rows
+from pyro_maf.tables.reader import check_paired
 from pyro_maf.tables.rows import copies_of
 from pyro_maf.tables.table import Table
 from pyro_maf.training import FitResult, fit

@@ -26,8 +26,8 @@ from pyro_maf.distributions import TableDensity
 from pyro_maf.report.examination import Examination, examine
 from pyro_maf.report.kolmogorov import distance_between, distance_to_uniform
 from pyro_maf.tables import Rows
-from pyro_maf.tables.layout import TableLike, without_column
-from pyro_maf.tables.named_rows import check_categories
+from pyro_maf.tables.layout import TableLike
+from pyro_maf.tables.named_rows import check_categories, without_column
 from pyro_maf.tables.table import Table
 from pyro_maf.training import FitResult
 from pyro_maf.training.preparation import FITTED
@@ -132,7 +132,7 @@ def write_report(
     if data is None:
         data, context, weights = _held_out(result)
         names = names or result.layout.labels or None
-        context_names = context_names or result.context_layout.labels or None
+        context_names = context_names or result.context_layout.encoded_labels or None
     elif isinstance(data, Table):
         check_categories("write_report", "data", data, result.layout)
     else:

@@ -9,11 +9,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyro_maf._core.checks import InputError
+from pyro_maf._core.messages import shown
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-__all__ = ["Categories", "Label", "as_labels", "categories_of", "coded", "coded_frame", "decoded", "restored"]
+__all__ = [
+    "Categories",
+    "Label",
+    "as_labels",
+    "categories_of",
+    "coded",
+    "coded_frame",
+    "decoded",
+    "labels_of",
+    "one_hot",
+    "restored",
+]
 
 Categories: TypeAlias = tuple[Hashable, ...] | None
 """Categories of a column in order, whose numbers are 0, 1, ...; None for a column of numbers."""
@@ -93,6 +105,47 @@ def coded(values: object, categories: Sequence[Hashable]) -> NDArray[np.float32]
         for value in each
     ]
     return np.array(codes, np.float32)
+
+
+def labels_of(name: Hashable, categories: Sequence[Hashable]) -> list[str]:
+    """Names of the columns of a column of categories one-hot.
+
+    Example:
+        >>> labels_of("colour", ("blue", "red"))
+        ['colour=blue', 'colour=red']
+    """
+    return [f"{name}={category}" for category in categories]
+
+
+def one_hot(
+    who: str, role: str, name: Hashable, values: object, categories: Sequence[Hashable]
+) -> dict[str, NDArray[np.float32]]:
+    """A column of categories one-hot, by the names of its columns.
+
+    Args:
+        who, role: Caller and argument, for errors.
+        name: Name of the column.
+        values: Its values.
+        categories: Its categories.
+
+    Raises:
+        InputError: For a value that is none of them.
+
+    Example:
+        >>> one_hot("fit", "context", "colour", ["red", "blue", "red"], ("blue", "red"))["colour=red"].tolist()
+        [1.0, 0.0, 1.0]
+    """
+    codes = np.atleast_1d(coded(values, categories))
+    if (unknown := ~(codes >= 0)).any():
+        row = int(unknown.argmax())
+        got = np.atleast_1d(np.asarray(values, dtype=object))[row]
+        raise InputError(
+            f"{who} expected {role} with one of the categories {shown(repr(tuple(categories)))} in column {name!r}, "
+            f"got {got!r} in row {row}.",
+            row=row,
+        )
+    columns = np.eye(len(categories), dtype=np.float32)[codes.astype(int)].T
+    return dict(zip(labels_of(name, categories), columns, strict=True))
 
 
 def as_labels(categories: Sequence[Hashable]) -> list[Label]:

@@ -12,7 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_maf.tables.categories import Categories, Label, as_labels, coded, coded_frame, restored
+from pyro_maf.tables.categories import (
+    Categories,
+    Label,
+    as_labels,
+    coded,
+    coded_frame,
+    labels_of,
+    one_hot,
+    restored,
+)
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -24,13 +33,13 @@ __all__ = [
     "FloatArray",
     "Layout",
     "TableLike",
-    "check_paired",
     "is_frame",
+    "is_indexed",
+    "listed_names",
     "number_of_columns",
     "number_of_rows",
     "numbers",
     "part_of",
-    "without_column",
 ]
 
 REAL_KINDS = "fiu"
@@ -109,6 +118,7 @@ class Layout(NamedTuple):
         shapes: Shape of one row of each: () for a column.
         categories: Categories of each column, or None for a column of numbers; () if there are none.
         dtypes: Dtypes of the columns of a frame, by name, to which samples are converted.
+        one_hot: Whether a column of categories is one of numbers for each of them, as in a context.
 
     Example:
         >>> layout = Layout.of({"mu": torch.zeros(9), "b": torch.zeros(9, 2)})
@@ -123,6 +133,7 @@ class Layout(NamedTuple):
     shapes: tuple[tuple[int, ...], ...] = ()
     categories: tuple[Categories, ...] = ()
     dtypes: tuple[str, ...] = ()
+    one_hot: bool = False
 
     @classmethod
     def of(cls, value: TableLike | None) -> Layout:
@@ -131,14 +142,17 @@ class Layout(NamedTuple):
             return cls("dict", tuple(value), tuple(_shape(entry)[1:] for entry in value.values()))
         if is_frame(value):
             return cls("frame", tuple(value.columns), ((),) * len(value.columns))
-        if _is_indexed(value) and value.name is not None:
+        if is_indexed(value) and value.name is not None:
             return cls("frame", (value.name,), ((),))
         return cls()
 
     @classmethod
-    def named(cls, entries: Sequence[tuple[Hashable, Sequence[int]]]) -> Layout:
-        """Layout of a dictionary with entries of these names and row shapes."""
-        return cls("dict", tuple(name for name, _ in entries), tuple(tuple(shape) for _, shape in entries))
+    def named(
+        cls, entries: Sequence[tuple[Hashable, Sequence[int]]], labels: Sequence[Sequence[Label] | None] = ()
+    ) -> Layout:
+        """Layout of a dictionary with entries of these names and row shapes, and categories as of `as_labels`."""
+        categories = tuple(None if each is None else tuple(each) for each in labels)
+        return cls("dict", tuple(name for name, _ in entries), tuple(tuple(shape) for _, shape in entries), categories)
 
     def as_entries(self) -> tuple[tuple[str, Sequence[int]], ...]:
         """Names and shapes, from which `named` builds it; () if the columns have no names."""
@@ -156,14 +170,35 @@ class Layout(NamedTuple):
         return [label for name, shape in zip(self.names, self.shapes, strict=True) for label in _labels(name, shape)]
 
     @property
+    def encoded_labels(self) -> list[str]:
+        """A name for each number of a row that `coded` encodes."""
+        if not self.one_hot:
+            return self.labels
+        pairs = zip(self.labels, self.categories, strict=True)
+        return [label for name, among in pairs for label in ([name] if among is None else labels_of(name, among))]
+
+    @property
     def in_categories(self) -> list[int]:
         """Indices of the columns of categories."""
         return [index for index, categories in enumerate(self.categories) if categories is not None]
 
-    def coded(self, value: TableLike) -> TableLike:
-        """A frame or dictionary with this layout's columns, its categories as numbers; others as they are."""
+    def coded(self, who: str, role: str, value: TableLike) -> TableLike:
+        """A frame or dictionary with this layout's columns, its categories as numbers; others as they are.
+
+        Raises:
+            InputError: For a value that is no category, if they are one-hot.
+        """
         if not self.in_categories or not (isinstance(value, Mapping) or is_frame(value)):
             return value
+        if self.one_hot:
+            columns: dict[str, Entry] = {}
+            for name, among in zip(self.names, self.categories, strict=True):
+                if among is not None:
+                    columns.update(one_hot(who, role, name, cast("Mapping[Hashable, Entry]", value)[name], among))
+                else:
+                    column: TableLike = value[name] if isinstance(value, Mapping) else value[[name]]
+                    columns[str(name)] = numbers(who, role, column).flatten()
+            return columns
         if isinstance(value, Mapping):
             pairs = zip(self.names, self.categories, strict=True)
             return {**value, **{name: coded(value[name], each) for name, each in pairs if each is not None}}
@@ -172,7 +207,7 @@ class Layout(NamedTuple):
     def pick(self, who: str, role: str, value: TableLike) -> TableLike:
         """Select the columns of this layout, in its order, from a table with names; return others unchanged.
 
-        Categories become their numbers, -1 for unknown ones.
+        Categories become their numbers, -1 for unknown ones, or one-hot.
 
         Raises:
             ValueError: If a column is missing, or an entry has another shape.
@@ -180,24 +215,25 @@ class Layout(NamedTuple):
         value = self._one_row(value)
         other = Layout.of(value)
         if not self.names or not other.names or other[1:3] == self[1:3]:
-            return self.coded(value)
+            return self.coded(who, role, value)
         by_name = {str(name): name for name in other.names}
         wanted = self.names if isinstance(value, Mapping) else self.labels
         missing = [name for name in wanted if str(name) not in by_name]
         if missing:
             raise ValueError(
-                f"{who} expected {role} with column {str(missing[0])!r}, as in the fit, got {_listed(other.names)}."
+                f"{who} expected {role} with column {str(missing[0])!r}, as in the fit, got "
+                f"{listed_names(other.names)}."
             )
         names = [by_name[str(name)] for name in wanted]
         if not isinstance(value, Mapping):
-            return self.coded(cast(_Frame, value)[names])
+            return self.coded(who, role, cast(_Frame, value)[names])
         picked = {name: value[name] for name in names}
         for name, shape, expected in zip(wanted, Layout.of(picked).shapes, self.shapes, strict=True):
             if shape != expected:
                 raise ValueError(
                     f"{who} expected {role} {str(name)!r} of shape {_with_rows(expected)}, got {_with_rows(shape)}."
                 )
-        return self.coded(picked)
+        return self.coded(who, role, picked)
 
     def has_all(self, value: TableLike) -> bool:
         """Return whether a table with names has all columns of this layout."""
@@ -212,7 +248,7 @@ class Layout(NamedTuple):
             if not any(_shape(entry) for entry in value.values()):
                 return {name: _one_entry(entry) for name, entry in value.items()}
         elif (
-            _is_indexed(value)
+            is_indexed(value)
             and not is_frame(value)
             and self.names
             and set(self.labels) <= {str(label) for label in value.index}
@@ -239,7 +275,9 @@ class Layout(NamedTuple):
         by_name = {str(name): value for name, value in values.items()}
         for name in by_name:
             if name not in (*layout.labels, *map(str, layout.names)):
-                raise ValueError(f"{who} expected {option} of columns {_listed(layout.names)}, got one of {name!r}.")
+                raise ValueError(
+                    f"{who} expected {option} of columns {listed_names(layout.names)}, got one of {name!r}."
+                )
         spread = [
             by_name.get(label, by_name.get(str(name), default))
             for name, shape in zip(layout.names, layout.shapes, strict=True)
@@ -270,7 +308,8 @@ def is_frame(value: object) -> TypeGuard[_Frame]:
     return all(hasattr(value, attribute) for attribute in ("columns", "items", "dtypes"))
 
 
-def _is_indexed(value: object) -> TypeGuard[_Indexed]:
+def is_indexed(value: object) -> TypeGuard[_Indexed]:
+    """Return whether a value is a data frame or a series, whose rows have labels."""
     return hasattr(value, "iloc")
 
 
@@ -293,60 +332,15 @@ def number_of_columns(who: str, name: str, value: TableLike) -> int:
     return 1 if table.dim() == 1 else table.shape[1]
 
 
-def check_paired(who: str, name: str, rows: TableLike, context_name: str, context: TableLike) -> None:
-    """Refuse a context of another length, and one of data frames whose index has the same labels in another order.
-
-    Rows are paired by their order, so that one of the two was shuffled or sorted without the other.
-    """
-    lengths = number_of_rows(context), number_of_rows(rows)
-    if lengths[0] != lengths[1]:
-        raise ValueError(
-            f"{who} expected as many rows of {context_name} as of {name}, got {lengths[0]} and {lengths[1]}."
-        )
-    if not (_is_indexed(rows) and _is_indexed(context)):
-        return
-    if not rows.index.equals(context.index) and bool(rows.index.isin(context.index).all()):
-        raise ValueError(
-            f"{who} expected context in the order of the {name}, got an index with the same labels in another order: "
-            "sort one as the other, as by context.loc[rows.index], or pass arrays where their rows do match."
-        )
-
-
 def part_of(value: TableLike, index: slice | NDArray[np.int_]) -> TableLike:
     """Some rows of a table, in its form; of a memory-mapped one no others are read."""
     if isinstance(value, Mapping):
         return {name: cast(Entry, part_of(entry, index)) for name, entry in value.items()}
-    if _is_indexed(value):
+    if is_indexed(value):
         return value.iloc[index]
     if isinstance(value, Sequence) and isinstance(index, slice):
         return value[index]
     return value[index] if isinstance(value, Tensor) else np.asanyarray(value)[index]
-
-
-def without_column(who: str, option: str, value: TableLike, name: str) -> tuple[TableLike, TableLike]:
-    """Split a table with names into the other columns and the one of this name.
-
-    Args:
-        who, option: Caller and option, for errors.
-        value: The table.
-        name: Name of a column, or of an entry of a dictionary.
-
-    Raises:
-        ValueError: If it has no such column.
-
-    Example:
-        >>> without_column("fit", "weights", {"a": [1.0, 2.0], "w": [3.0, 4.0]}, "w")
-        ({'a': [1.0, 2.0]}, [3.0, 4.0])
-    """
-    names = Layout.of(value).names
-    wanted = next((each for each in names if str(each) == name), None)
-    if wanted is None or len(names) < 2:
-        named = f"columns {_listed(names)}" if names else "columns without names"
-        raise ValueError(f"{who} expected {option} as one of several columns or as an array, got {name!r} of {named}.")
-    if isinstance(value, Mapping):
-        return {each: entry for each, entry in value.items() if each != wanted}, value[wanted]
-    frame = cast(_Frame, value)
-    return frame[[each for each in names if each != wanted]], frame[[wanted]]
 
 
 def numbers(who: str, name: str, value: TableLike) -> Tensor:
@@ -442,6 +436,7 @@ def _with_rows(shape: Sequence[int]) -> str:
     return f"({', '.join(map(str, ('rows', *shape)))}{',' * (not shape)})"
 
 
-def _listed(names: Sequence[Hashable]) -> str:
+def listed_names(names: Sequence[Hashable]) -> str:
+    """Names of columns in quotes: all, or the first of many and how many more there are."""
     shown = ", ".join(repr(str(name)) for name in names[:8])
     return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from pyro_maf._core.checks import InputError
 from pyro_maf._core.messages import quoted, shown
 from pyro_maf.tables.categories import categories_of
-from pyro_maf.tables.layout import Layout, TableLike, is_frame, without_column
-from pyro_maf.tables.reader import LEAST_ROWS, Labels
+from pyro_maf.tables.layout import Layout, TableLike, is_frame, listed_names
+from pyro_maf.tables.reader import LEAST_ROWS, Labels, check_paired
 from pyro_maf.tables.table import Table
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["NamedRows", "check_categories", "named_rows"]
+__all__ = ["NAMELESS", "NamedRows", "check_categories", "named_rows", "without_column"]
 
 NAMELESS = Layout()
 NOTHING = itertools.repeat(None)
@@ -31,7 +32,7 @@ class NamedRows(NamedTuple):
         columns: Names of the columns of data, for options by name.
         labels, context_labels: Names of columns and rows in messages.
         weights: Weights (N,), or None.
-        layout: The form of data, and of samples like them.
+        layout, context_layout: The form of data, and of samples like them, and that of context.
         original: The data before their categories became numbers, if they did.
     """
 
@@ -43,6 +44,7 @@ class NamedRows(NamedTuple):
     weights: TableLike | None = None
     layout: Layout = NAMELESS
     original: TableLike | None = None
+    context_layout: Layout = NAMELESS
 
     def coded(self, who: str) -> NamedRows:
         """The rows with categories as numbers: texts, truth values and categorical columns of a data frame.
@@ -58,7 +60,32 @@ class NamedRows(NamedTuple):
         if not any(categories):
             return self
         layout = self.layout._replace(categories=categories)
-        return self._replace(data=layout.coded(self.data), layout=layout, columns=layout, original=self.data)
+        data = layout.coded(who, "data", self.data)
+        return self._replace(data=data, layout=layout, columns=layout, original=self.data)
+
+    def with_context_coded(self, who: str, layout: Layout) -> NamedRows:
+        """The rows with categories of a context one-hot: texts and categorical columns of a data frame.
+
+        Args:
+            who: The caller, for errors.
+            layout: The layout of a context whose categories are to be taken; one without categories takes those of the
+                rows.
+
+        Raises:
+            InputError, ValueError: As `coded`, and for a value that is none of the categories of a layout.
+        """
+        if not is_frame(self.context):
+            return self
+        check_paired(who, "data", self.data, "context", self.context)
+        if not layout.in_categories:
+            each = categories_of(who, cast("DataFrame", self.context))
+            # Truth values are numbers here.
+            categories = tuple(None if among is None or set(among) <= {False, True} else among for among in each)
+            layout = self.context_layout._replace(categories=categories, one_hot=True)
+        context = layout.pick(who, "context", self.context)
+        if not layout.in_categories:
+            return self
+        return self._replace(context=context, context_layout=layout, context_labels=Labels.of(context))
 
     def coded_as(self, who: str, layout: Layout) -> NamedRows:
         """The columns of a layout, by name, with its categories as numbers; as `coded` if it has none.
@@ -105,7 +132,8 @@ def named_rows(
         if isinstance(weights, str):
             data, weights = without_column(who, "weights", data, weights)
         layout = Layout.of(data)
-        return NamedRows(data, context, layout, Labels.of(data), Labels.of(context), weights, layout)
+        names = Labels.of(data), Labels.of(context)
+        return NamedRows(data, context, layout, *names, weights, layout, context_layout=Layout.of(context))
     if context is not None:
         raise ValueError(f"{who} got a context beside a Table, which has its own: leave it out.")
     if isinstance(weights, str):
@@ -133,6 +161,32 @@ def named_rows(
         weights,
         layout if any(data.categories) else NAMELESS,
     )
+
+
+def without_column(who: str, option: str, value: TableLike, name: str) -> tuple[TableLike, TableLike]:
+    """Split a table with names into the other columns and the one of this name.
+
+    Args:
+        who, option: Caller and option, for errors.
+        value: The table.
+        name: Name of a column, or of an entry of a dictionary.
+
+    Raises:
+        ValueError: If it has no such column.
+
+    Example:
+        >>> without_column("fit", "weights", {"a": [1.0, 2.0], "w": [3.0, 4.0]}, "w")
+        ({'a': [1.0, 2.0]}, [3.0, 4.0])
+    """
+    names = Layout.of(value).names
+    wanted = next((each for each in names if str(each) == name), None)
+    if wanted is None or len(names) < 2:
+        named = f"columns {listed_names(names)}" if names else "columns without names"
+        raise ValueError(f"{who} expected {option} as one of several columns or as an array, got {name!r} of {named}.")
+    if isinstance(value, Mapping):
+        return {each: entry for each, entry in value.items() if each != wanted}, value[wanted]
+    frame = cast("DataFrame", value)
+    return frame[[each for each in names if each != wanted]], frame[[wanted]]
 
 
 def check_categories(who: str, role: str, rows: TableLike | Table, layout: Layout) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from pyro_maf._core.checks import InputError
 from pyro_maf.support import Support
-from pyro_maf.tables.layout import Layout, TableLike, check_paired, is_frame, number_of_columns, numbers
+from pyro_maf.tables.layout import Layout, TableLike, is_frame, is_indexed, number_of_columns, number_of_rows, numbers
 from pyro_maf.tables.rows import Rows, Standardiser
 
-__all__ = ["Labels", "Reader", "check_context", "row_shape", "table_of"]
+__all__ = ["Labels", "Reader", "check_context", "check_paired", "row_shape", "table_of"]
 
 LEAST_ROWS = 10
 REFUSED = "a density that takes none: leave it out"
@@ -129,8 +129,8 @@ class Reader:
         """Refuse a context of another length or order than the data."""
         check_paired(self.who, f"{self.role}data", data, f"{self.role}context", context)
 
-    def check_training(self, rows: Rows) -> None:
-        """Refuse too few rows, and constant columns; rows of weight 0 do not count."""
+    def check_training(self, rows: Rows, *, of_context: bool = True) -> None:
+        """Refuse too few rows, and constant columns, also those of context; rows of weight 0 do not count."""
         if rows.weights is not None:
             self.check_some_weight(float(rows.weights.sum()))
             rows = rows.take(rows.weights > 0)
@@ -138,7 +138,7 @@ class Reader:
             counted = "" if rows.weights is None else " with a weight above 0"
             raise ValueError(f"{self.who} expected at least {LEAST_ROWS} rows of data{counted}, got {len(rows.data)}.")
         self.check_varying(*rows.data.aminmax(dim=0))
-        if rows.context is not None and self.context_columns:
+        if of_context and rows.context is not None and self.context_columns:
             self.check_varying(*rows.context.aminmax(dim=0), of_context=True)
 
     def check_some_weight(self, total: float) -> None:
@@ -235,6 +235,25 @@ class Reader:
             f"{_tally(outside, places, 'rows are not inside')}: move those rows inside or choose another support.",
             row=place,
             column=column,
+        )
+
+
+def check_paired(who: str, name: str, rows: TableLike, context_name: str, context: TableLike) -> None:
+    """Refuse a context of another length, and one of data frames whose index has the same labels in another order.
+
+    Rows are paired by their order, so that one of the two was shuffled or sorted without the other.
+    """
+    lengths = number_of_rows(context), number_of_rows(rows)
+    if lengths[0] != lengths[1]:
+        raise ValueError(
+            f"{who} expected as many rows of {context_name} as of {name}, got {lengths[0]} and {lengths[1]}."
+        )
+    if not (is_indexed(rows) and is_indexed(context)):
+        return
+    if not rows.index.equals(context.index) and bool(rows.index.isin(context.index).all()):
+        raise ValueError(
+            f"{who} expected context in the order of the {name}, got an index with the same labels in another order: "
+            "sort one as the other, as by context.loc[rows.index], or pass arrays where their rows do match."
         )
 
 

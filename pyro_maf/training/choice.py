@@ -14,15 +14,15 @@ from pyro_maf._core.torch_state import seeded
 from pyro_maf.distributions import ConditionalFlowPrior, ConditionalTableDensity, FlowPrior, TableDensity
 from pyro_maf.distributions.context_net import ContextNet
 from pyro_maf.distributions.mixture_flow import MixtureFlow
+from pyro_maf.distributions.named_density import NamedDensity
 from pyro_maf.flows import MAF, NSF
 from pyro_maf.support import Support, SupportLike
 from pyro_maf.tables import is_mapped
 from pyro_maf.tables.layout import TableLike, number_of_columns, number_of_rows, numbers
-from pyro_maf.tables.named_rows import NamedRows
+from pyro_maf.tables.named_rows import NAMELESS, NamedRows
 from pyro_maf.tables.reader import row_shape
 from pyro_maf.training.kinds import few_values
 from pyro_maf.training.preparation import FITTED, Choice, Model, Recipe
-from pyro_maf.transforms.conditional import Conditional
 from pyro_maf.univariate import Spline
 
 __all__ = ["CHOSEN", "DefaultFlow", "choose", "default_model"]
@@ -78,6 +78,8 @@ def choose(
     Raises:
         ValueError: For a model of other sizes than the columns, and a table of categories alone.
     """
+    inner = getattr(model, "unwrapped", model)
+    source = source.with_context_coded("fit", inner.context_layout if isinstance(inner, NamedDensity) else NAMELESS)
     if isinstance(model, (TableDensity, ConditionalTableDensity)) and dequantise:
         rows = source.coded_as("fit", cast(TableDensity, model.unwrapped).layout)
     else:
@@ -112,7 +114,7 @@ def choose(
 
 def _embedding(model: Model | DefaultFlow, rows: NamedRows, context_net: nn.Module | None) -> ContextNet | None:
     """The embedding network of a fit, for contexts of the shape of these, or that of a prior that has one."""
-    inner = None if isinstance(model, DefaultFlow) else model.unwrapped if isinstance(model, Conditional) else model
+    inner = getattr(model, "unwrapped", model)
     inner = inner.prior if isinstance(inner, TableDensity) else inner
     shape = () if rows.context is None else row_shape("fit", "context", rows.context)
     if context_net is None and isinstance(inner, FlowPrior):

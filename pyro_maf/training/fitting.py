@@ -106,8 +106,9 @@ def fit(
             thousandth of its scale, the density of a model in float32 takes and draws float64. A `numpy.memmap` of more
             than 512 MiB is not read into memory but streamed; no more than some 262,144 of its rows are held out, and
             batch norm takes the statistics of as many.
-        context: Rows (N, C) of the same kinds, for a model with `context_dim` > 0. With a `context_net` also images,
-            series or sets, an array (N, *shape).
+        context: Rows (N, C) of the same kinds, for a model with `context_dim` > 0. Columns of text or categories in a
+            data frame are one-hot, one feature each. With a `context_net` also images, series or sets, an array (N,
+            *shape).
         context_net: An embedding network from standardised contexts (rows, *shape) to features (rows, F), a torch
             module, which is trained with the model; `context_dim` of a model is then F. All entries of an image or a
             set, a shape of several axes, have the same units. `load(path, context_net=...)` takes it again.
@@ -282,7 +283,7 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
         options: The options.
     """
     density, processes = prepared.density, Processes(options.devices)
-    layout, context_layout = source.layout, Layout.of(source.context)
+    layout, context_layout = source.layout, source.context_layout
     if processes.is_first:
         announce(prepared.warnings)
     batches = Batches(prepared.training, options.batch_size, prepared.generator, processes, prepared.spacing)
@@ -353,7 +354,7 @@ def _result(state: State, prepared: Prepared, source: NamedRows, options: _Optio
         warnings=(*prepared.warnings, *endings),
         repeats=prepared.repeats,
         layout=_layout(prepared.density, source),
-        context_layout=Layout.of(source.context),
+        context_layout=source.context_layout,
     )
 
 

@@ -23,9 +23,9 @@ from pyro_maf.distributions.mixture_flow import MixtureFlow
 from pyro_maf.distributions.steps import dequantised
 from pyro_maf.support import Support
 from pyro_maf.tables import MappedRows, Reader, Rows, rows_of
-from pyro_maf.tables.layout import Layout, TableLike, without_column
+from pyro_maf.tables.layout import TableLike
 from pyro_maf.tables.moments import Moments
-from pyro_maf.tables.named_rows import NamedRows, check_categories, named_rows
+from pyro_maf.tables.named_rows import NamedRows, check_categories, named_rows, without_column
 from pyro_maf.tables.reader import Labels
 from pyro_maf.tables.rows import repeat_as_a_whole
 from pyro_maf.tables.table import Table
@@ -193,7 +193,8 @@ def prepare(
     rows = rows_of(source.data, source.context, reader, source.weights)
     fractions = fractions_of(fraction, 0.0 if separate and test is None else test, len(rows.data))
     if isinstance(rows, Rows):
-        reader.check_training(rows)
+        # A density with units of its own may lack a category of its context here.
+        reader.check_training(rows, of_context=not isinstance(model, FITTED))
     kinds = Kinds(tuple(levels))
     if dequantise and not isinstance(model, (FlowPrior, ConditionalFlowPrior)):
         kinds = kinds._replace(grids=grids_of(rows, separate[0] if separate else None, support, levels))
@@ -274,7 +275,7 @@ def _validation(
             data, often = without_column("fit", "validation weights", data, weights)
         data = source.layout.pick("fit", "validation data", data)
     if context is not None:
-        context = Layout.of(source.context).pick("fit", "validation context", context)
+        context = source.context_layout.pick("fit", "validation context", context)
     rows = named_rows("fit", data, context, often)
     reader = _reader(choice, rows, "validation ")
     read = reader.read(rows.data, rows.context, weights=rows.weights)

@@ -19,9 +19,9 @@ from pyro_maf.distributions import (
     TableDensity,
 )
 from pyro_maf.tables import Rows
-from pyro_maf.tables.layout import Layout, TableLike, check_paired, numbers
-from pyro_maf.tables.named_rows import check_categories, named_rows
-from pyro_maf.tables.reader import check_context
+from pyro_maf.tables.layout import Layout, TableLike, is_frame, numbers
+from pyro_maf.tables.named_rows import NAMELESS, check_categories, named_rows
+from pyro_maf.tables.reader import check_context, check_paired
 from pyro_maf.tables.table import Table
 from pyro_maf.training.baselines import Comparison, compare
 from pyro_maf.training.scores import LogLikelihood, log_prob_of
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 __all__ = ["FitResult"]
-
-NAMELESS = Layout()
 
 
 @dataclass(frozen=True, repr=False)
@@ -148,9 +146,10 @@ class FitResult:
             context = rows
         self._check_context("score", context)
         rows = self.layout.pick("score", "rows", rows)
-        context = None if context is None else self.context_layout.pick("score", "context", context)
         if context is not None:
-            check_paired("score", "rows", rows, "context", context)
+            picked = self.context_layout.pick("score", "context", context)
+            check_paired("score", "rows", rows, "context", context if is_frame(context) else picked)
+            context = picked
         return torch.cat([torch.empty(0), *log_prob_of(self.density, rows, context)])
 
     def sample(self, number: int, context: TableLike | None = None) -> Tensor | DataFrame | dict[str, Tensor]:
