@@ -10,7 +10,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import Transform, biject_to
-from torch.distributions.constraints import Constraint, MixtureSameFamilyConstraint
+from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import IndependentTransform
 
 __all__ = ["described_support", "support_map", "support_of"]
@@ -41,6 +41,9 @@ BOUNDED = {
     "half_open_interval": ("lower_bound", "upper_bound"),
 }
 """Constraints with bounds, and the names of these."""
+
+MIXTURE = getattr(constraints, "MixtureSameFamilyConstraint", ())
+"""Class of the supports of mixtures; none before torch 2.8, where a mixture has the support of its components."""
 
 
 class _LowerCholesky(Transform):
@@ -120,7 +123,7 @@ def support_map(support: Constraint) -> Transform:
     Raises:
         NotImplementedError: If there is none.
     """
-    if isinstance(support, MixtureSameFamilyConstraint):
+    if isinstance(support, MIXTURE):
         return support_map(support.base_constraint)
     if isinstance(support, constraints.independent):
         return IndependentTransform(support_map(support.base_constraint), support.reinterpreted_batch_ndims)
@@ -137,7 +140,7 @@ def described_support(support: Constraint) -> Any:
     Raises:
         TypeError: If it is none of the known ones.
     """
-    if isinstance(support, MixtureSameFamilyConstraint):
+    if isinstance(support, MIXTURE):
         return described_support(support.base_constraint)
     if isinstance(support, constraints.independent):
         base = described_support(support.base_constraint)
