@@ -13,9 +13,10 @@ import torch
 from pyro_maf.infer.diagnosis.pareto import fit_pareto, smoothed_log_weights
 
 
-@pytest.mark.parametrize("size", [100, 777, 4000])
+@pytest.mark.parametrize("size", [100, 784, 4096])
 @pytest.mark.parametrize("spread", [0.01, 0.3, 1.0, 5.0])
 def test_it_agrees_with_arviz(size: int, spread: float) -> None:
+    """Of sizes whose tails have no fraction: arviz rounds it up, as the paper does, and from version 1 on down."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         import arviz
@@ -34,6 +35,13 @@ def test_it_agrees_with_arviz(size: int, spread: float) -> None:
     else:  # no mean, and so no quantiles to take weights from: bounded by the square root of n times the mean
         bounded = log_weights.clamp(max=float(log_weights.logsumexp(0)) - 0.5 * math.log(size))
         torch.testing.assert_close(smooth, bounded.log_softmax(0), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("size", "tail"), [(102, 21), (777, 84), (4000, 190)])
+def test_the_length_of_the_tail_is_rounded_up(size: int, tail: int) -> None:
+    log_weights = torch.linspace(0.5, 1.0, size, dtype=torch.float64).log()
+    shifts = smoothed_log_weights(log_weights)[0] - log_weights
+    assert int(((shifts - shifts[0]).abs() > 1e-9).sum()) == tail - 1  # the largest weight bounds its quantile
 
 
 @pytest.mark.parametrize("shape", [-0.4, 0.0, 0.3, 0.9])

@@ -15,7 +15,7 @@ from pyro_maf.nn import ACTIVATIONS, MADE
 from pyro_maf.sweep.torch_engine.sweep import TorchSweep, plan_of
 from pyro_maf.univariate import Affine
 
-pytest.importorskip("triton", reason="Triton has wheels for Linux alone")
+pytest.importorskip("triton", minversion="3.2", reason="Triton has wheels for Linux alone, and comes with torch")
 
 COMPILES = """
 import triton
