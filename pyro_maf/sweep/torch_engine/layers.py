@@ -137,7 +137,7 @@ def takes_triton(step: Step, v: Tensor) -> bool:
 
 @functools.cache
 def _has_triton() -> bool:
-    """Whether Triton is there, of a version that the tests compile the kernels with: torch 2.6 brings the first."""
+    """Return whether there is a Triton that the tests compile the kernels with; torch 2.6 brings the first."""
     if importlib.util.find_spec("triton") is None:
         return False
     import triton
