@@ -17,7 +17,8 @@ from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from torch import Tensor, nn
 
 from pyro_maf.infer import AutoIAF, TracePath_ELBO, diagnose, fit_guide, neutra, reweight, to_arviz
-from pyro_maf.infer.models.log_joint import LogJoint, without_blocks
+from pyro_maf.infer.guides.posterior import without_blocks
+from pyro_maf.infer.models.log_joint import LogJoint
 from pyro_maf.infer.models.model import Call
 from tests.posteriors import GUIDES, SMALL
 

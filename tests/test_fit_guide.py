@@ -803,3 +803,14 @@ def test_a_guide_that_leaves_out_a_site_is_refused() -> None:
 
     with pytest.raises(ValueError, match="fit_guide expected a guide of every latent site, got none of b"):
         fit_guide(model, lambda: pyro.sample("a", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0)), **QUICK)
+
+
+@pytest.mark.parametrize("guide_class", GUIDES)
+@pytest.mark.parametrize("fn", [dist.Gamma(0.5, 1.0), dist.StudentT(2.0), dist.Beta(0.5, 0.5)])
+def test_a_single_latent_variable_has_any_shape(guide_class: Any, fn: Any) -> None:
+    """Affine layers of one variable are one affine map: 12 % of the probability was misplaced."""
+    pyro.set_rng_seed(0)
+    model = lambda: pyro.sample("z", fn)  # noqa: E731
+    diagnosis = fit_guide(model, guide_class(model), steps=600, progress=False).diagnosis
+    assert diagnosis.grade == "good"
+    assert diagnosis.misplaced < 0.02

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import MCMC, NUTS, Predictive
+from pyro.infer.autoguide import AutoNormal, init_to_value
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 
-from pyro_maf.infer import AutoIAF, fit_guide, neutra
+from pyro_maf.infer import AutoIAF, diagnose, fit_guide, neutra
 from tests.posteriors import SMALL
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -87,6 +89,13 @@ def branching() -> None:
     observed(z, 1.0 if z > 0 else 2.0)
 
 
+def with_sequential_plates() -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    for row in pyro.plate("rows", 3):
+        x = pyro.sample(f"x_{row}", dist.Normal(z, 1.0))
+        pyro.sample(f"y_{row}", dist.Normal(x, 1.0), obs=Y[row])
+
+
 class Network(PyroModule[nn.Module]):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
@@ -110,6 +119,7 @@ MODELS: dict[str, Callable[[], None]] = {
         of_ordered_levels,
         with_a_discrete_site,
         branching,
+        with_sequential_plates,
     )
 }
 
@@ -129,3 +139,33 @@ def test_nothing_is_raised(model: Any) -> None:
     if model is not raising_in_half_of_the_space:  # where Pyro scores no draw for which a model raises
         Predictive(model, guide=guide, num_samples=2)()
         MCMC(NUTS(neutra(model, guide), max_tree_depth=2), 2, 2, disable_progbar=True).run()
+
+
+def with_a_site_in_some_runs() -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    if z > 0:
+        observed(pyro.sample("w", dist.Normal(z, 1.0)))
+
+
+def test_a_site_that_only_some_runs_have_is_refused_in_one_line() -> None:
+    """NUTS takes its density to be 1 in the others, or draws it there anew from run to run."""
+    guide = AutoIAF(with_a_site_in_some_runs, **SMALL)
+    with pytest.raises(ValueError, match=r"^AutoIAF expected a model with the same sites in every run, got .* w .*\.$"):
+        guide.setup()
+
+
+def raising_for_most_draws() -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    if float(z) < 0.5:
+        raise ValueError("z is low")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_draw_at_which_the_model_raises_counts_as_impossible(seed: int) -> None:
+    start = init_to_value(values={"z": torch.tensor(0.6)})
+    guide = AutoNormal(raising_for_most_draws, init_loc_fn=start, init_scale=1.0)
+    guide()
+    pyro.set_rng_seed(seed)
+    diagnosis = diagnose(raising_for_most_draws, guide, num_samples=400)
+    assert diagnosis.unscored > 100
+    assert abs(diagnosis.log_evidence - math.log(0.3085)) < 0.2

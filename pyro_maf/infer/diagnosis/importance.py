@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import pyro
 import pyro.distributions as dist
@@ -41,6 +41,8 @@ __all__ = ["NoVerdictError", "Pair", "Region", "Search", "Weighted", "arviz", "s
 
 ROUNDING = 32
 """Spread by rounding of ten thousand sums, in units in the last place of the log joint density."""
+TRIES = 10
+"""Number of draws of a guide that a model is tried with."""
 NEGLIGIBLE = 0.1
 """Spread of log weights, in nats, at which 99.7 % of the draws are effective: larger ones never count as equal."""
 MOST_NUMBERS = 4_000_000
@@ -109,6 +111,7 @@ class Pair:
 
     Attributes:
         joint: Log joint density of the model as a function of the guide's sites.
+        traces: A trace of the guide, and one of the model with its values.
         nesting: Number of plate dimensions of both, counted from the right.
         numbers: Number of log-probabilities of a draw in a run.
 
@@ -119,13 +122,18 @@ class Pair:
     @torch.no_grad()
     def __init__(self, who: str, call: Call, guide: Guide) -> None:
         self._who, self._call, self._guide = who, call, guide
-        try:
-            self._lay_out()
-        except RefusalError:
-            raise
-        except (*FAILURES, IndexError):
-            _check_shapes(who, call, guide)
-            raise
+        failure: Exception | None = None
+        for _ in range(TRIES):  # as the model may raise for some draws, of which the first may be one
+            try:
+                self._lay_out()
+            except RefusalError:
+                raise
+            except (*FAILURES, IndexError) as error:
+                _check_shapes(who, call, guide)
+                failure = error
+            else:
+                return
+        raise cast("Exception", failure)
 
     def complete_joint(self) -> LogJoint:
         """Return the log joint density, of all rows of the model.
@@ -219,6 +227,7 @@ class Pair:
         who, call, guide = self._who, self._call, self._guide
         guide_trace = call.of(guide).trace()
         example = call.replayed(guide_trace)
+        self.traces = guide_trace, example
         check_observes_nothing(who, guide_trace, example)
         latents = _shared_sites(who, guide_trace, example)
         self._sites = latents
@@ -229,6 +238,7 @@ class Pair:
         self.nesting = max(self.joint.nesting, nesting_of(guide_trace))
         draws, _ = self._draw(4)
         self.joint.settle(draws)
+        self.joint.check_sites(who)
         _check_draws(who, self.joint)
         self._obstacle = f"{self.joint.partial}; call it with all rows" if self.joint.partial else ""
         self._check_masks(latents, guide_trace, draws)

@@ -225,7 +225,7 @@ class _Run:
         self._pair = Pair("fit_guide", call, guide)
         joint = self._pair.joint
         walks = isinstance(guide, AutoFlow) and can_walk(guide, joint)
-        self.alone = "" if walks or joint.broadcasts else why_alone(call, guide)
+        self.alone = "" if walks or joint.broadcasts else why_alone(call, guide, *self._pair.traces)
         objective = (
             TracePath_ELBO if isinstance(guide, AutoFlow) else TraceEnum_ELBO if joint.enumerated else Trace_ELBO
         )

@@ -25,6 +25,7 @@ from pyro_maf.infer.guides.shares import Shares
 from pyro_maf.infer.guides.state import bare_latents, bare_trace, check_is_set_up
 from pyro_maf.infer.models.latents import Part
 from pyro_maf.infer.models.model import Call, RefusalError, Site, Trace
+from pyro_maf.infer.models.plates import frames_of
 from pyro_maf.saving import drop_weak_references
 from pyro_maf.transforms import Flow
 
@@ -158,7 +159,7 @@ class AutoFlow(GuideSetUp):
     def _in_plates(self, part: Part) -> Iterator[None]:
         """Enter the plates of a site."""
         with ExitStack() as stack:
-            for frame in part.site["cond_indep_stack"]:
+            for frame in frames_of(part.site):
                 stack.enter_context(self.plates[frame.name])
             yield
 

@@ -107,6 +107,7 @@ class GuideDensity(AutoContinuous):
                 for part, mask in zip(parts, batch, strict=True)
             }  # a model may raise for others
             latent, log_det = coordinates.of_values(self.latents, scored, self._call(args, kwargs))
+            inside = inside & latent.isfinite().all(-1)  # a support may move
         log_prob = posterior.log_prob(torch.where(inside[..., None], latent, 0.0)) - log_det
         return torch.where(inside, log_prob, -torch.inf)
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from pyro import poutine
+from pyro.poutine.block_messenger import BlockMessenger
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 from torch.quasirandom import SobolEngine
@@ -15,15 +18,15 @@ from torch.quasirandom import SobolEngine
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.models.coordinates import Coordinates, coordinates_of
 from pyro_maf.infer.models.latents import Images, Latents, Part
-from pyro_maf.infer.models.log_joint import FAILURES, LogJoint, is_enumerated, without_blocks
-from pyro_maf.infer.models.model import Call, RefusalError, Trace, latent_sites, sample_sites
+from pyro_maf.infer.models.log_joint import FAILURES, LogJoint, is_enumerated
+from pyro_maf.infer.models.model import Call, Model, RefusalError, Trace, latent_sites, sample_sites
 from pyro_maf.infer.start.degrees import fit_degrees
 from pyro_maf.infer.start.initialization import ALONE_POOL, DENSE, UNIFORM, Normal, Start, best_start, other_points
 from pyro_maf.infer.start.mean_field import narrow_place
 from pyro_maf.infer.start.symmetry import exchanges
 from pyro_maf.infer.start.wide_normal import WideNormal, wide_start
 
-__all__ = ["Levels", "Posterior", "checked_levels", "even_noise", "marginal_quantiles", "start_of"]
+__all__ = ["Levels", "Posterior", "checked_levels", "even_noise", "marginal_quantiles", "start_of", "without_blocks"]
 
 PRIOR_DRAWS = 64
 TRIES = 100
@@ -58,14 +61,22 @@ def start_of(
             for a model that scores many draws in one run.
 
     Raises:
-        ValueError: For a support that moves, or if all entries are left out.
+        ValueError: For a support that moves in a model that cannot be run for many draws, or if all entries are left
+            out.
     """
-    _check_supports(call, latents)
+    moving = _moving_supports(call, latents)
+    latents.release(moving)
     has_masks = latents.has_masks()
     posterior = Posterior(call, prototype, latents) if scale is None or has_masks else None
     if has_masks and posterior is not None:
         posterior.leave_out_idle()
-    coordinates = coordinates_of(call, latents)
+    coordinates = coordinates_of(call, latents, moving)
+    if moving and coordinates is None:
+        raise RefusalError(
+            f"{latents.who} expected a model that can be run for many draws at once up to its last latent site, since "
+            f"the support of {moving[0]} depends on other sites: draw a number with a fixed support, such as the unit "
+            "interval, and scale it."
+        )
     loc = latents.initial() if posterior is None else posterior.centre
     if coordinates is not None:
         values = {name: value[0] for name, value in latents.sites(loc[None], torch.Size([1])).items()}
@@ -76,12 +87,18 @@ def start_of(
         others = posterior.centre[None, :][:0]
         if not start_is_chosen:
             others = other_points(posterior, posterior.centre, posterior.prior_vectors(ALONE_POOL), vectorised=False)
-        return best_start(posterior, posterior.centre, others, vectorised=False), None
+        if moving and coordinates is not None:
+            start = best_start(posterior.within(coordinates), loc, vectorised=False)
+        else:
+            start, coordinates = best_start(posterior, posterior.centre, others, vectorised=False), None
+        posterior.check_sites()
+        return start, coordinates
     place = narrow_place(loc)
     if coordinates is not None:
         plain, posterior = posterior, posterior.within(coordinates)
-        place = fit_degrees(coordinates, latents, call, posterior, plain)
-        loc = place[0]
+        if coordinates.degree.numel():
+            place = fit_degrees(coordinates, latents, call, posterior, plain)
+            loc = place[0]
     if latents.size > DENSE:
         return wide_start(posterior, place), coordinates
     proposals = [] if coordinates is None else [Normal(loc, place[1].exp().diag())]
@@ -152,6 +169,10 @@ class Posterior:
         values, log_det = self._unpacked(latents)
         return self._joint(values) + log_det
 
+    def check_sites(self) -> None:
+        """Check that all runs so far had the same sites, as `LogJoint`."""
+        self._joint.check_sites(self._latents.who)
+
     def prior_vectors(self, count: int) -> Tensor | None:
         """Draw latent vectors from the prior, (count, D); None if that is not possible, as with an improper one."""
         try:
@@ -213,6 +234,21 @@ class Posterior:
         return values, log_det.reshape(len(latents))
 
 
+def without_blocks(model: Model) -> Model:
+    """Unwrap handlers that hide sites: for `poutine.block(model, hide=["z"])` return `model`."""
+    layers = []
+    while isinstance(model, partial):
+        inner = model.func if isinstance(model.func, partial) else model
+        if len(inner.args) < 2 or not isinstance(inner.args[0], Messenger):
+            break
+        layers.append(inner.args[0])
+        model = inner.args[1]
+    for layer in reversed(layers):
+        if not isinstance(layer, BlockMessenger):
+            model = layer(model)
+    return model
+
+
 def _whole_events(part: Part, idle: Tensor) -> Tensor:
     """Restrict the idle entries of a site to transform events that are idle as a whole."""
     idle = idle[part.start : part.stop].reshape(part.shape)
@@ -225,23 +261,14 @@ def _whole_events(part: Part, idle: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _check_supports(call: Call, latents: Latents) -> None:
-    """Refuse a support with a bound that depends on latent variables, or that is trained.
-
-    A guide maps to each support as it was in the model's first run: if it moves, draws leave it, and the guide's
-    posterior is wrong.
+def _moving_supports(call: Call, latents: Latents) -> list[str]:
+    """Return the sites whose supports have a bound that depends on latent variables, or that is trained.
 
     Cost: one run of the model if a support has a tensor for a bound, and none if all bounds are plain numbers.
-
-    Raises:
-        ValueError: For such a support, with its site.
     """
     before = {name: list(_bounds(part.site["fn"].support)) for name, part in latents.parts.items()}
-    for name, bounds in before.items():
-        if any(bound.requires_grad for bound in bounds):
-            raise _moving_support(latents.who, name, "a parameter of the model")
     if not any(before.values()):
-        return
+        return []
     moved = {
         name: part.transform(part.transform.inv(part.site["value"]) + STEP) for name, part in latents.parts.items()
     }
@@ -249,18 +276,14 @@ def _check_supports(call: Call, latents: Latents) -> None:
         with poutine.block(), seeded(0, next(iter(moved.values())).device):
             sites = sample_sites(call.conditioned(moved))
     except FAILURES:
-        return  # which does not concern supports
+        sites = {}
+    moving = []
     for name, bounds in before.items():
         now = list(_bounds(sites[name]["fn"].support)) if name in sites else bounds
-        if len(now) != len(bounds) or not all(map(torch.equal, now, bounds)):
-            raise _moving_support(latents.who, name, "other latent variables, or on a draw")
-
-
-def _moving_support(who: str, name: str, cause: str) -> RefusalError:
-    return RefusalError(
-        f"{who} expected supports that stay as they are, got that of site {name}, which depends on {cause}: draw a "
-        "number with a fixed support, such as the unit interval, and scale it."
-    )
+        is_same = len(now) == len(bounds) and all(map(torch.equal, now, bounds))
+        if not is_same or any(bound.requires_grad for bound in bounds):
+            moving.append(name)
+    return moving
 
 
 def _bounds(value: object) -> Iterator[Tensor]:

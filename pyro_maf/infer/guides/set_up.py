@@ -9,7 +9,7 @@ from typing import Self, cast
 
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoContinuous, init_to_uniform
+from pyro.infer.autoguide import init_to_uniform
 from pyro.infer.autoguide.guides import prototype_hide_fn
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from pyro_maf.infer.models.model import (
     latent_sites,
     without_empty_tables,
 )
+from pyro_maf.infer.models.plates import frames_of
 from pyro_maf.infer.start.initialization import Normal, Start
 from pyro_maf.infer.start.wide_normal import WideNormal
 from pyro_maf.nn import ACTIVATIONS, NetworkOptions
@@ -186,7 +187,7 @@ class GuideSetUp(GuideDensity):
 
     def _run_prototype(self, call: Call) -> None:
         """Run the model at initial values; where it raises there, at points of the cube in which NUTS is started."""
-        run = partial(super(AutoContinuous, self)._setup_prototype, *call.args, **call.kwargs)
+        run = partial(self._trace_prototype, call)
         try:
             run()
         except (ValueError, ArithmeticError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
@@ -198,6 +199,16 @@ class GuideSetUp(GuideDensity):
                     raise
             finally:
                 self._model = initial
+
+    def _trace_prototype(self, call: Call) -> None:
+        """Set the prototype by a run of the model: as Pyro does, which refuses sites in sequential plates."""
+        model = poutine.block(self.model, cast("Callable[[object], bool]", self._prototype_hide_fn))
+        with poutine.block():
+            self.prototype_trace = call.of(model).trace()
+        if self.master is not None:
+            self.master()._check_prototype(self.prototype_trace)
+        sites = latent_sites(self.prototype_trace).values()
+        self._prototype_frames = {frame.name: frame for site in sites for frame in frames_of(site)}
 
     def _start(self, call: Call, context: Tensor | None) -> Start | WideNormal:
         """Lay out the latent sites as a vector; return the normals that the guide starts as."""
@@ -227,7 +238,11 @@ class GuideSetUp(GuideDensity):
         size = len(start.loc)
         widths = 2 * (_width(size),) if self._hidden_dims is None else self._hidden_dims
         options: NetworkOptions = {"hidden_dims": widths, "activation": self._activation}
-        flow = self.flow_class(size, num_layers=self._num_layers, context_dim=context_dim, **options)
+        # Without another variable to depend on, affine layers would be one affine map.
+        univariate = "spline" if size == 1 else "affine"
+        flow = self.flow_class(
+            size, num_layers=self._num_layers, context_dim=context_dim, univariate=univariate, **options
+        )
         layers = [*flow, _head(start, context_dim, options)]
         if isinstance(start, Normal) and not context_dim:
             # Behind the head, so that the tail of one variable is not that of others; in units of the marginals. Tails

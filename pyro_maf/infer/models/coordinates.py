@@ -36,6 +36,7 @@ from pyro_maf.infer.models.latents import Images, Latents, Part, masked_elements
 from pyro_maf.infer.models.location_scale import LocationScale, Scale, location_and_scale
 from pyro_maf.infer.models.log_joint import FAILURES
 from pyro_maf.infer.models.model import Call, Site
+from pyro_maf.infer.models.supports import entry_map
 
 __all__ = ["Coordinates", "coordinates_of", "run_with"]
 
@@ -79,6 +80,7 @@ class Coordinates(nn.Module):
         latents: The layout of the latent vector.
         names: The sites with a degree of centring.
         correlated: Those of them whose scale is a matrix.
+        moving: The sites whose supports depend on other sites; each is mapped to its support in the run.
 
     Attributes:
         degree: The degree of centring of each of their entries, trained with the guide.
@@ -92,8 +94,11 @@ class Coordinates(nn.Module):
     shift: Tensor
     below: Tensor
 
-    def __init__(self, latents: Latents, names: Sequence[str], correlated: Collection[str] = ()) -> None:
+    def __init__(
+        self, latents: Latents, names: Sequence[str], correlated: Collection[str] = (), moving: Collection[str] = ()
+    ) -> None:
         super().__init__()
+        self._moving = frozenset(moving)
         self._slices: dict[str, slice] = {}
         self._squares: dict[str, slice] = {}
         size = square = 0
@@ -111,8 +116,8 @@ class Coordinates(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        """The sites with a degree of centring."""
-        return list(self._slices)
+        """The sites with a degree of centring, or a support that moves."""
+        return [*self._slices, *self._moving]
 
     def images(self, latents: Latents, coordinates: Tensor, call: Call, *, strict: bool = False) -> Images:
         r"""Map coordinates, in the shape that `Latents.split` takes, to the values of all sites.
@@ -279,7 +284,12 @@ class Coordinates(nn.Module):
                 self.below[self._squares[name]] = scale.tensor.mean(0).flatten()
 
     def _outward(self, part: Part, piece: Tensor, fn: TorchDistribution | None) -> tuple[Tensor, Tensor | None]:
-        """Map c to v; also return log |dv/dc|, in the shape of the site, or None for a site without a degree."""
+        """Map c to v; also return log |dv/dc|, in the shape of the site, or None for a site that is as it is."""
+        if part.site["name"] in self._moving:
+            transform = entry_map(part.site["fn"] if fn is None else fn)
+            piece = within_reach(transform, piece)
+            entries = transform(piece)
+            return entries, transform.log_abs_det_jacobian(piece, entries)
         if (site := self._map(part, fn)) is None:
             return piece, None
         residual = site.away + site.slope.times(piece - site.origin)
@@ -288,7 +298,12 @@ class Coordinates(nn.Module):
         return within_reach(part.transform, entries), log_slope
 
     def _inward(self, part: Part, entries: Tensor, fn: TorchDistribution | None) -> tuple[Tensor, Tensor | None]:
-        """Map v to c; also return log |dv/dc|."""
+        """Map v to c, NaN where a value is outside of its support; also return log |dv/dc|."""
+        if part.site["name"] in self._moving:
+            transform = entry_map(part.site["fn"] if fn is None else fn)
+            piece = transform.inv(entries)
+            is_inside = torch.isclose(transform(piece), entries, rtol=1e-3, atol=1e-5)  # some inverses clamp
+            return torch.where(is_inside, piece, torch.nan), transform.log_abs_det_jacobian(piece, entries)
         if (site := self._map(part, fn)) is None:
             return entries, None
         return site.origin + site.slope.solve(entries - site.loc - site.away), site.log_slope(entries)
@@ -356,8 +371,10 @@ def run_with(call: Call, names: Collection[str], rule: Rule) -> None:
         call()
 
 
-def coordinates_of(call: Call, latents: Latents) -> Coordinates | None:
+def coordinates_of(call: Call, latents: Latents, moving: Collection[str]) -> Coordinates | None:
     """Return the coordinates for sites whose prior's location or scale depends on other latent sites, if there are any.
+
+    Also for those whose supports do, which are `moving`.
 
     They are left as they are where rows have vectors of their own, and in a model that has to be run for each draw, or
     whose prior depends on random numbers that are no part of the vector.
@@ -370,7 +387,7 @@ def coordinates_of(call: Call, latents: Latents) -> Coordinates | None:
         with seeded(0, latents.idle.device):
             found = _dependent(call, latents)
         correlated = [name for name, is_matrix in found.items() if is_matrix]
-        coordinates = Coordinates(latents, list(found), correlated) if found else None
+        coordinates = Coordinates(latents, list(found), correlated, moving) if found or moving else None
         return coordinates if coordinates is not None and _is_sound(coordinates, latents, call) else None
     except (*FAILURES, NotImplementedError):
         return None

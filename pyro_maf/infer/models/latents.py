@@ -14,7 +14,7 @@ from pyro.infer.autoguide import init_to_median
 from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor
 from torch.distributions import Transform
-from torch.distributions.constraints import Constraint
+from torch.distributions.constraints import Constraint, real
 from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform, SigmoidTransform
 
 from pyro_maf.infer.models.model import RefusalError, Site, layers_of
@@ -141,6 +141,11 @@ class Latents:
         self.idle, self.masked, self.size = idle, masked, int((~idle).sum())
         if not self.size:
             raise RefusalError(f"{self.who} found no latent variables in the model that are not masked.")
+
+    def release(self, names: Iterable[str]) -> None:
+        """Take the values of sites as they are, since their supports move: coordinates keep them within these."""
+        for name in names:
+            self.parts[name] = self.parts[name]._replace(transform=support_map(real))
 
     def initial(self) -> Tensor:
         """Return the values of the prototype as one vector, (D,)."""

@@ -14,8 +14,6 @@ import torch
 from pyro import poutine
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
-from pyro.poutine.block_messenger import BlockMessenger
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_maf._core.torch_state import seeded
@@ -24,7 +22,7 @@ from pyro_maf.infer.models.model import (
     Call,
     DrawRecorder,
     Frame,
-    Model,
+    RefusalError,
     Site,
     Trace,
     is_subsample,
@@ -43,7 +41,7 @@ from pyro_maf.infer.models.plates import (
     subsampled,
 )
 
-__all__ = ["FAILURES", "LogJoint", "is_enumerated", "log_densities", "total_by_draw", "without_blocks"]
+__all__ = ["FAILURES", "LogJoint", "is_enumerated", "log_densities", "total_by_draw"]
 
 FAILURES = (ValueError, ArithmeticError, RuntimeError)
 """Errors of models and distributions for a value that cannot be scored, linear algebra included."""
@@ -115,7 +113,7 @@ class LogJoint:
         most_minibatches: float = math.inf,
     ) -> None:
         self._call = call
-        latents = latent_sites(example)
+        latents = self._latents = latent_sites(example)
         if shapes is None:
             shapes = {name: site["value"].shape for name, site in latents.items() if not is_enumerated(site)}
         self._shapes = shapes
@@ -124,6 +122,7 @@ class LogJoint:
         self.is_vectorised = self.broadcasts = True
         self._score: Scorer = self._together
         self._maps_failures: bool | None = None
+        self._changing: set[str] = set()
         self._largest = 1
         self.is_random = False
         self.hidden: tuple[str, ...] = ()
@@ -176,6 +175,18 @@ class LogJoint:
             return bool(self._in_turn(values, islice(self._minibatches, 1)).isfinite())
         except FAILURES:
             return False
+
+    def check_sites(self, who: str) -> None:
+        """Check that all runs for one draw so far had the same sites.
+
+        Raises:
+            ValueError: If one was in some of them alone: its density is missing in the others.
+        """
+        for name in sorted(self._changing):
+            raise RefusalError(
+                f"{who} expected a model with the same sites in every run, got one with {name} in some alone: draw it "
+                "in every run, and use it where it counts."
+            )
 
     def returned(self, values: Values) -> object:
         """Return value of the model at values of one draw, (1, ...), with the rows of the first minibatch."""
@@ -288,6 +299,7 @@ class LogJoint:
 
     def _score_of_one(self, values: Values, minibatch: Minibatch, seed: int = 0) -> Tensor:
         trace = self._scored(self._single(values), minibatch, seed)
+        self._changing.update(self._shapes.keys() - trace.nodes, latent_sites(trace).keys() - self._latents)
         self.numbers = max(self.numbers, sum(site["log_prob"].numel() for site in sample_sites(trace).values()))
         return _sum(part.sum() for part in log_densities(trace, minibatch.weight))
 
@@ -432,18 +444,3 @@ def _common_scale(sites: list[Site]) -> float:
         got = ", ".join(f"{scale:g} at {name}" for scale, name in scales.items())
         raise ValueError(f"Enumeration expected one scale for all sites that depend on a discrete one, got {got}.")
     return next(iter(scales), 1.0)
-
-
-def without_blocks(model: Model) -> Model:
-    """Unwrap handlers that hide sites: for `poutine.block(model, hide=["z"])` return `model`."""
-    layers = []
-    while isinstance(model, partial):
-        inner = model.func if isinstance(model.func, partial) else model
-        if len(inner.args) < 2 or not isinstance(inner.args[0], Messenger):
-            break
-        layers.append(inner.args[0])
-        model = inner.args[1]
-    for layer in reversed(layers):
-        if not isinstance(layer, BlockMessenger):
-            model = layer(model)
-    return model

@@ -274,19 +274,18 @@ class _UseRecorder(TorchFunctionMode):
 
 
 @torch.no_grad()
-def why_alone(call: Call, guide: Guide) -> str:
+def why_alone(call: Call, guide: Guide, drawn: Trace, single: Trace) -> str:
     """Describe the failure of a model that is run for several draws of its guide at once, and name the site.
 
     Args:
-        call: A model that can be run for one draw of the guide, with its arguments.
+        call: The model with its arguments.
         guide: Its guide.
+        drawn, single: Traces of the guide for one draw, and of the model with its values.
 
     Returns:
         A clause such as "with 7 draws at once site y has batch shape (7, 1, 20), expected (7, 20)"; "" if nothing
         fails, as for a density that is NaN in any case.
     """
-    drawn = call.of(guide).trace()
-    single = call.replayed(drawn)
     trial = _Trial(single, max(nesting_of(single), nesting_of(drawn)))
     try:
         with trial.plate():

@@ -9,11 +9,11 @@ from typing import Any, cast
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
-from torch.distributions import Transform, biject_to
+from torch.distributions import Distribution, Transform, biject_to
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import IndependentTransform
 
-__all__ = ["described_support", "support_map", "support_of"]
+__all__ = ["described_support", "entry_map", "support_map", "support_of"]
 
 PLAIN = (
     "real",
@@ -132,6 +132,14 @@ def support_map(support: Constraint) -> Transform:
     if type(support) is type(constraints.positive_definite):
         return _PositiveDefinite()
     return cast("Transform", biject_to(support))
+
+
+def entry_map(fn: Distribution) -> Transform:
+    """Return the bijection from a real number to each entry of a support that is one of entries, as an interval."""
+    support = cast("Constraint", fn.support)
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support_map(support)
 
 
 def described_support(support: Constraint) -> Any:
