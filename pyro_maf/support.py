@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple, TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from pyro.distributions import constraints
@@ -15,7 +14,9 @@ from torch.distributions import biject_to, transform_to
 from torch.distributions.transforms import CatTransform
 from torch.nn import functional as F
 
-__all__ = ["Columns", "Support", "SupportLike", "kind_of"]
+from pyro_maf.constrained import GROUP, KINDS, NAMES, ORDERED, Kind, kind_of, parsed
+
+__all__ = ["Columns", "Support", "SupportLike"]
 
 SupportOfColumn: TypeAlias = str | constraints.Constraint | Sequence[float | None]
 """A name, a constraint, or a pair of bounds (low, high), None where there is none."""
@@ -23,140 +24,10 @@ SupportLike: TypeAlias = SupportOfColumn | Sequence[SupportOfColumn] | Mapping[A
 """Forms in which a support is named: for all columns, for each, or for some by their names."""
 
 SIMPLEX = "simplex"
-BOUNDED = re.compile(r"(interval|greater_than|less_than)\(([^,()]+)(?:,([^,()]+))?\)")
-"""Names of supports with bounds."""
-
-
-class Kind(NamedTuple):
-    """Kind of a column: its constraint, and the elementwise map z -> y to it.
-
-    Attributes:
-        constraint: Constraint of one number.
-        values: Description of the values, for messages.
-        middle: One of the values.
-        constrain: Maps z to y, strictly inside, and log dy/dz.
-        unconstrain: Maps y to z, and log dy/dz.
-        outside: Maps y to true where the density is 0. NaN is not outside: it stays NaN.
-    """
-
-    constraint: constraints.Constraint
-    values: str
-    middle: float
-    constrain: Callable[[Tensor], tuple[Tensor, Tensor]]
-    unconstrain: Callable[[Tensor], tuple[Tensor, Tensor]]
-    outside: Callable[[Tensor], Tensor]
-
-
-def _same(z: Tensor) -> tuple[Tensor, Tensor]:
-    return z, torch.zeros_like(z)
-
-
-def _exp(z: Tensor) -> tuple[Tensor, Tensor]:
-    ends = torch.finfo(z.dtype)
-    return z.exp().clamp(ends.tiny, ends.max), z
-
-
-def _log(y: Tensor) -> tuple[Tensor, Tensor]:
-    z = y.log()
-    return z, z
-
-
-def _sigmoid(z: Tensor) -> tuple[Tensor, Tensor]:
-    ends = torch.finfo(z.dtype)
-    return z.sigmoid().clamp(ends.tiny, 1 - ends.eps), F.logsigmoid(z) + F.logsigmoid(-z)
-
-
-def _logit(y: Tensor) -> tuple[Tensor, Tensor]:
-    log_y, log_rest = y.log(), torch.log1p(-y)
-    return log_y - log_rest, log_y + log_rest
-
 
 BOUNDED_CONSTRAINTS = tuple(
     map(type, (constraints.interval(0, 1), constraints.greater_than(0), constraints.less_than(0)))
 )
-
-KINDS = {
-    "real": Kind(constraints.real, "real numbers", 0.5, _same, _same, lambda y: torch.zeros_like(y, dtype=torch.bool)),
-    "positive": Kind(
-        constraints.positive,
-        "numbers above 0",
-        0.5,
-        _exp,
-        _log,
-        lambda y: (y <= 0) | (y == torch.inf),
-    ),
-    "unit_interval": Kind(
-        constraints.unit_interval,
-        "numbers between 0 and 1, both excluded",
-        0.5,
-        _sigmoid,
-        _logit,
-        lambda y: (y <= 0) | (y >= 1),
-    ),
-}
-NAMES = tuple(KINDS)
-"""The kinds without bounds; `kind_of` adds those with bounds to `KINDS`."""
-
-
-def interval_kind(low: float, high: float) -> Kind:
-    """Numbers between two bounds, y = low + (high - low) / (1 + exp(-z))."""
-    width, between = high - low, _strictly_between(low, high)
-
-    def constrain(z: Tensor) -> tuple[Tensor, Tensor]:
-        return between(low + width * z.sigmoid()), F.logsigmoid(z) + F.logsigmoid(-z) + math.log(width)
-
-    def unconstrain(y: Tensor) -> tuple[Tensor, Tensor]:
-        below, above = (y - low).log(), (high - y).log()
-        return below - above, below + above - math.log(width)
-
-    values = f"numbers between {low:g} and {high:g}, both excluded"
-    middle = low + width / 2
-    return Kind(
-        constraints.interval(low, high), values, middle, constrain, unconstrain, lambda y: (y <= low) | (y >= high)
-    )
-
-
-def half_line_kind(bound: float, sign: int) -> Kind:
-    """Numbers above a bound (sign 1) or below it (-1), y = bound + sign exp z."""
-    between = _strictly_between(bound, math.inf) if sign > 0 else _strictly_between(-math.inf, bound)
-
-    def constrain(z: Tensor) -> tuple[Tensor, Tensor]:
-        return between(bound + sign * z.exp()), z
-
-    def unconstrain(y: Tensor) -> tuple[Tensor, Tensor]:
-        z = (sign * (y - bound)).log()
-        return z, z
-
-    constraint = constraints.greater_than(bound) if sign > 0 else constraints.less_than(bound)
-    values = f"numbers {'above' if sign > 0 else 'below'} {bound:g}"
-    return Kind(
-        constraint, values, bound + sign, constrain, unconstrain, lambda y: (sign * (y - bound) <= 0) | y.isinf()
-    )
-
-
-def _strictly_between(low: float, high: float) -> Callable[[Tensor], Tensor]:
-    """Move values strictly between bounds, which rounding may reach."""
-    ends = {}
-    for dtype in (torch.float32, torch.float64):
-        bounds = torch.tensor([low, high], dtype=dtype)
-        ends[dtype] = torch.nextafter(bounds, bounds.flip(0)).tolist()
-    return lambda y: y.clamp(*ends.get(y.dtype, ends[torch.float32]))
-
-
-def kind_of(name: str) -> Kind:
-    """Kind of a column by the name of its support.
-
-    Example:
-        >>> kind_of("interval(0, 120)").values
-        'numbers between 0 and 120, both excluded'
-    """
-    if name not in KINDS:
-        form, first, second = _parsed(name)
-        sign = 1 if form == "greater_than" else -1
-        KINDS[name] = (
-            interval_kind(float(first), float(second)) if form == "interval" else half_line_kind(float(first), sign)
-        )
-    return KINDS[name]
 
 
 class Support:
@@ -164,8 +35,10 @@ class Support:
 
     For each column: y = z ("real"), exp z ("positive") or 1 / (1 + exp(-z)) ("unit_interval"); with bounds a and b,
     a + (b - a) / (1 + exp(-z)), and with one of them a + exp z or b - exp z. "simplex" has D + 1 columns, by breaking a
-    stick: y_k = s_k (1 - y_1 - ... - y_{k-1}) with s_k = sigmoid(z_k - log(D + 1 - k)), and the rest is y_{D+1}. These
-    are the maps of `biject_to(constraint)`, so NUTS walks where the flow lives.
+    stick: y_k = s_k (1 - y_1 - ... - y_{k-1}) with s_k = sigmoid(z_k - log(D + 1 - k)), and the rest is y_{D+1}.
+    "ordered" columns, two or more side by side, increase: y_1 = z_1, y_k = y_{k-1} + exp z_k; "ordered(NAME)" tells
+    groups of them apart that are neighbours. These are the maps of `biject_to(constraint)`, so NUTS walks where the
+    flow lives.
 
     Args:
         who: The caller, for errors.
@@ -194,7 +67,7 @@ class Support:
     _runs: list[tuple[str, int]]
 
     def __init__(self, who: str, support: object, input_dim: int) -> None:
-        names = _names(who, support, input_dim)
+        names = _grouped(who, _names(who, support, input_dim))
         self.name: str | tuple[str, ...] = names[0] if len(set(names)) == 1 else names
         self.event_size = input_dim + (self.name == SIMPLEX)
         self.__setstate__({"_runs": [(name, len(list(run))) for name, run in groupby(names)]})
@@ -206,13 +79,18 @@ class Support:
                 kind_of(name)
 
     @property
+    def _kinds(self) -> list[Kind]:
+        return [KINDS[name] for name, _ in self._runs]
+
+    @property
     def constraint(self) -> constraints.Constraint:
         """The constraint of y, of event_dim 1."""
         if self.name == "real":
             return constraints.real_vector
         if self.name == SIMPLEX:
             return constraints.simplex
-        parts = [constraints.independent(KINDS[name].constraint, 1) for name, _ in self._runs]
+        each = [kind.constraint for kind in self._kinds]
+        parts = [constraint if constraint.event_dim else constraints.independent(constraint, 1) for constraint in each]
         return parts[0] if len(parts) == 1 else Columns(parts, -1, [length for _, length in self._runs])
 
     def constrain(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,15 +115,14 @@ class Support:
         if self.name == SIMPLEX:
             return y <= 0
         parts = y.split([length for _, length in self._runs], -1)
-        return torch.cat([KINDS[name].outside(part) for (name, _), part in zip(self._runs, parts, strict=True)], -1)
+        return torch.cat([kind.outside(part) for kind, part in zip(self._kinds, parts, strict=True)], -1)
 
     def inside(self, y: Tensor, outside: Tensor) -> Tensor:
         """Replace points y that are outside by one at which the density and its gradient are finite."""
         if self.name == SIMPLEX:
             return torch.where(outside.unsqueeze(-1), torch.full_like(y, 1 / self.event_size), y)
-        parts = y.split([length for _, length in self._runs], -1)
-        middle = [torch.full_like(part, KINDS[name].middle) for (name, _), part in zip(self._runs, parts, strict=True)]
-        return torch.where(outside.unsqueeze(-1), torch.cat(middle, -1), y)
+        middle = torch.tensor(list(map(self.middle_of, range(self.event_size))), dtype=y.dtype, device=y.device)
+        return torch.where(outside.unsqueeze(-1), middle, y)
 
     def values_of(self, column: int) -> str:
         """Description of a column's values, for messages."""
@@ -255,7 +132,9 @@ class Support:
     def middle_of(self, column: int) -> float:
         """One of a column's values."""
         name = self.name_of(column)
-        return 1 / self.event_size if name == SIMPLEX else KINDS[name].middle
+        if name == SIMPLEX:
+            return 1 / self.event_size
+        return kind_of(name).middle + (column if GROUP.fullmatch(name) else 0)
 
     def name_of(self, column: int) -> str:
         """The name of one column's support."""
@@ -265,7 +144,7 @@ class Support:
         if self.name == "real":  # a shortcut: small batches would notice the detour
             return value, value.new_zeros(value.shape[:-1])
         parts = value.split([length for _, length in self._runs], -1)
-        mapped = [getattr(KINDS[name], direction)(part) for (name, _), part in zip(self._runs, parts, strict=True)]
+        mapped = [getattr(kind, direction)(part) for kind, part in zip(self._kinds, parts, strict=True)]
         if len(mapped) == 1:
             return mapped[0][0], mapped[0][1].sum(-1)
         values, log_slopes = zip(*mapped, strict=True)
@@ -298,7 +177,9 @@ for registry in (biject_to, transform_to):
 def _names(who: str, support: object, input_dim: int) -> tuple[str, ...]:
     """A name for each of the D columns of z."""
     if isinstance(support, Columns):
-        support = [part for part, length in zip(support.cseq, support.lengths, strict=True) for _ in range(length)]
+        ordered = type(constraints.ordered_vector)
+        parts = [f"{ORDERED}({place})" if type(part) is ordered else part for place, part in enumerate(support.cseq)]
+        support = [part for part, length in zip(parts, support.lengths, strict=True) for _ in range(length)]
     if isinstance(support, Sequence) and not isinstance(support, str) and not _is_pair(support):
         names = tuple(_name(who, each) for each in support)
         if len(names) != input_dim or (SIMPLEX in names and names != (SIMPLEX,)):
@@ -311,7 +192,7 @@ def _names(who: str, support: object, input_dim: int) -> tuple[str, ...]:
 
 def _name(who: str, support: object) -> str:
     choices = (*NAMES, SIMPLEX)
-    if isinstance(support, str) and support in choices:
+    if isinstance(support, str) and (support in choices or GROUP.fullmatch(support)):
         return support
     constraint = support
     if isinstance(support, constraints.independent) and support.event_dim <= 1:
@@ -327,6 +208,20 @@ def _name(who: str, support: object) -> str:
         f"{who} expected support to be one of {', '.join(choices)}, a pair of bounds (low, high), a constraint that is "
         f"one of these, or a sequence with one for each column, got {support!r}."
     )
+
+
+def _grouped(who: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names with groups of ordered columns by their number, without it the first one."""
+    runs = [(name, len(list(run))) for name, run in groupby(names)]
+    groups = [name for name, _ in runs if GROUP.fullmatch(name)]
+    for name, length in runs:
+        if name in groups and (length == 1 or groups.count(name) > 1):
+            raise ValueError(
+                f"{who} expected columns of support {name} side by side, two or more, from the least to the largest, "
+                f"got {list(names)}: reorder the columns, or name groups apart, as {ORDERED}(a) and {ORDERED}(b)."
+            )
+    number = {name: f"{ORDERED}({place})" if place > 1 else ORDERED for place, name in enumerate(groups, 1)}
+    return tuple(number.get(name, name) for name in names)
 
 
 def _are_numbers(constraint: object) -> bool:
@@ -351,7 +246,7 @@ def _bounds(support: object) -> tuple[float, float] | None:
         low, high = support
         return -math.inf if low is None else float(low), math.inf if high is None else float(high)
     if isinstance(support, str):
-        form, first, second = _parsed(support)
+        form, first, second = parsed(support)
         ends = {"greater_than": (first, "inf"), "less_than": ("-inf", first), "interval": (first, second)}
         try:
             low, high = map(float, ends.get(form, ("nan", "nan")))
@@ -370,12 +265,6 @@ def _is_pair(support: object) -> TypeGuard[Sequence[float | None]]:
         and len(support) == 2
         and all(each is None or (isinstance(each, (int, float)) and not isinstance(each, bool)) for each in support)
     )
-
-
-def _parsed(name: str) -> tuple[str, ...]:
-    """Form and bounds in the name of a support with bounds."""
-    match = BOUNDED.fullmatch(name.strip())
-    return ("", "nan", "nan") if match is None else (match[1], match[2], match[3] or "")
 
 
 def _break_stick(z: Tensor) -> tuple[Tensor, Tensor]:

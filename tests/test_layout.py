@@ -21,6 +21,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
     "_core",
     "saving",
+    "constrained",
     "support",
     "univariate",
     "nn",

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 import pyro_maf
-from pyro_maf import IAF, MAF, ConditionalMAF, FlowPrior, MADEMoG, MAFMoG, fit_prior
+from pyro_maf import IAF, MAF, ConditionalMAF, FlowPrior, MADEMoG, MAFMoG, fit, fit_prior
 from pyro_maf.distributions import ConditionalFlowPrior
 from pyro_maf.support import Columns, Support
 from pyro_maf.training.prior import FitOptions
@@ -35,7 +35,7 @@ QUICK: dict[str, Any] = {"max_epochs": 2, "progress": False}
 MIXED = ["real", "positive", "unit_interval"]
 BOUNDS = [(5.0, 7.0), (-3.0, None), (None, -0.5)]
 SUPPORTS: dict[str, Any] = {name: name for name in ("real", "positive", "unit_interval", "simplex")}
-SUPPORTS |= {"mixed": MIXED, "bounds": BOUNDS}
+SUPPORTS |= {"mixed": MIXED, "bounds": BOUNDS, "ordered": ["positive", "ordered", "ordered"]}
 every_support = pytest.mark.parametrize("support", SUPPORTS.values(), ids=SUPPORTS.keys())
 
 
@@ -69,6 +69,9 @@ def grid_of(support: Any) -> tuple[Tensor, Tensor]:
         (a, volume) = line["unit_interval"]
         y = torch.stack([a[:, None].expand(-1, 241), (1 - a)[:, None] * a, (1 - a)[:, None] * (1 - a)], -1)
         return y.flatten(0, 1), (volume[:, None] * (1 - a)[:, None] * volume).flatten()
+    if support == ["ordered"] * 2:
+        y = torch.stack([z[:, None].expand(-1, 241), z[:, None] + z.exp()], -1)
+        return y.flatten(0, 1), (step * z.exp() * step).repeat(241)
     points, volumes = zip(*(line[name] for name in support), strict=True)
     return (
         torch.cartesian_prod(*points).reshape(-1, len(support)),
@@ -78,7 +81,8 @@ def grid_of(support: Any) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("make", [MAF, IAF, lambda d, **_: MADEMoG(d, **SMALL)])
 @pytest.mark.parametrize(
-    "support", [["positive"], ["unit_interval"], ["real", "positive"], ["unit_interval", "positive"], "simplex"]
+    "support",
+    [["positive"], ["unit_interval"], ["real", "positive"], ["unit_interval", "positive"], "simplex", ["ordered"] * 2],
 )
 def test_integrates_to_one_on_its_support(support: Any, make: Any) -> None:
     input_dim = 2 if support == "simplex" else len(support)
@@ -144,6 +148,7 @@ def test_draws_are_strictly_inside_however_far_out(support: Any, dtype: torch.dt
         ("unit_interval", [0.5, 0.1, 0.9], [[0.0, 0.5, 0.5], [0.5, 1.0, 0.5], [0.5, 0.5, 1.5]]),
         ("simplex", [0.1, 0.2, 0.3, 0.4], [[0.0, 0.5, 0.25, 0.25], [0.5, 0.5, 0.5, 0.5], [-0.5, 0.5, 0.5, 0.5]]),
         (MIXED, [-3.0, 2.0, 0.3], [[0.0, 0.0, 0.5], [0.0, 1.0, 1.0], [0.0, -1.0, 2.0]]),
+        ("ordered", [-1.0, 2.0, 2.1], [[2.0, 2.0, 3.0], [1.0, 0.0, 3.0], [1.0, 2.0, math.inf]]),
         (BOUNDS, [6.5, 2.0, -7.0], [[5.0, 2.0, -7.0], [6.5, -3.5, -7.0], [6.5, 2.0, -0.5]]),
     ],
 )
@@ -223,6 +228,8 @@ def test_compiles_whole_and_under_vmap(support: Any) -> None:
         ([(None, 5), (18, math.inf)], ("less_than(5.0)", "greater_than(18.0)")),
         (constraints.simplex, "simplex"),
         (["positive", "positive"], "positive"),
+        (constraints.ordered_vector, "ordered"),
+        (["ordered(a)", "ordered(a)"], "ordered"),
         ([constraints.real, "unit_interval"], ("real", "unit_interval")),
         (FlowPrior(MAF(2), support=["real", "positive"]).support, ("real", "positive")),
     ],
@@ -279,12 +286,27 @@ def test_the_constraint_of_mixed_columns() -> None:
     assert "lengths=[2, 1]" in repr(support)
 
 
+def test_groups_of_ordered_columns_are_told_apart(tmp_path: Path) -> None:
+    names = ["ordered(low)", "ordered(low)", "ordered(high)", "ordered(high)", "real", "ordered", "ordered", "ordered"]
+    support = Support("FlowPrior", names, 8)
+    assert support.name == (*["ordered"] * 2, *["ordered(2)"] * 2, "real", *["ordered(3)"] * 3)
+    assert Support("FlowPrior", support.constraint, 8).name == support.name
+    y = prior_on(names, 8).sample((300,))
+    steps = y.diff(dim=-1)
+    assert (steps[:, [0, 2, 5, 6]] > 0).all()
+    assert all((steps[:, place] < 0).any() for place in (1, 3, 4))
+    frame = pd.DataFrame(y[:, [5, 0, 6]].sort(-1).values.numpy(), columns=["q10", "q50", "q90"])
+    by_name = {"q10": "ordered", "q50": "ordered", "q90": "ordered"}
+    result = fit(frame, support=by_name, max_epochs=2, progress=False)
+    assert (result.sample(200).diff(axis=1).iloc[:, 1:] > 0).all(axis=None)  # type: ignore[union-attr, call-arg]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         (
             "negative",
-            "FlowPrior expected support to be one of real, positive, unit_interval, simplex, .* got 'negative'",
+            "expected support to be one of real, positive, unit_interval, ordered, simplex, .* got 'negative'",
         ),
         (constraints.greater_than(torch.tensor([1.0, 2.0])), r"got GreaterThan\(lower_bound="),
         ((5, 5), r"a pair of bounds \(low, high\), .* got \(5, 5\)"),
@@ -292,8 +314,12 @@ def test_the_constraint_of_mixed_columns() -> None:
         (constraints.nonnegative, "expected support to be one of"),
         (constraints.independent(constraints.positive, 2), "expected support to be one of"),
         (None, "got None"),
-        (["real"], r"expected support with real, positive, unit_interval for each of 2 columns, got \['real'\]"),
+        (
+            ["real"],
+            r"expected support with real, positive, unit_interval, ordered for each of 2 columns, got \['real'\]",
+        ),
         (["real", "simplex"], r"for each of 2 columns, got \['real', 'simplex'\]"),
+        (["real", "ordered"], "columns of support ordered side by side, two or more"),
     ],
 )
 def test_other_supports_are_refused(given: Any, message: str) -> None:
@@ -442,6 +468,11 @@ def _spoilt(support: Any, row: int, column: int, value: float) -> Tensor:
             r"between 0 and 1, both excluded in column 2 .*got 1.0 in row 3",
         ),
         (MIXED, (MIXED, 4, 2, 0.0), r"in column 2 \(support unit_interval\), got 0.0 in row 4"),
+        (
+            SUPPORTS["ordered"],
+            (SUPPORTS["ordered"], 5, 2, -1e9),
+            r"numbers that increase from column to column in column 2 \(support ordered\), got -1000000000.0 in row 5",
+        ),
         ("simplex", ("simplex", 5, 0, 0.0), r"numbers above 0 in column 0 \(support simplex\), got 0.0 in row 5"),
         ("simplex", ("simplex", 5, 0, 1.5), r"rows that sum to 1 \(support simplex\), got .* in row 5 \(1 of 100"),
     ],

@@ -63,8 +63,8 @@ class FitOptions(TableOptions, TrainingOptions):
     support: Annotated[
         list[str] | None,
         option(
-            "Support of the data: positive, unit_interval, interval(A,B), greater_than(A), less_than(B) or simplex; or "
-            "COLUMN=positive; by default real.",
+            "Support of the data: positive, unit_interval, interval(A,B), greater_than(A), less_than(B), ordered or "
+            "simplex; or COLUMN=positive; by default real.",
             "KINDS",
         ),
     ] = None

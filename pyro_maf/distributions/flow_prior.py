@@ -46,7 +46,7 @@ class FlowPrior(NamedDensity):
 
     Args:
         model: A `Flow` or a `Density`. For one with `context_dim` > 0 use `ConditionalFlowPrior`.
-        support: "real", "positive", "unit_interval" or "simplex"; a pair of bounds such as (18, None) or (-90, 90); a
+        support: "real", "positive", "unit_interval", "ordered" or "simplex"; a pair of bounds such as (18, None); a
             sequence with one of these, but no simplex, for each column; or the corresponding constraints of torch. The
             density is 0, the log-density -inf, outside and on the boundary. A simplex is that of D + 1 numbers, and its
             density that of the first D. Or a dictionary by name of column, if `columns` has names, or else by number;

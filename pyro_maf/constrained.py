@@ -1,0 +1,188 @@
+"""Kinds of columns with constraints, and the maps to them from real numbers."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["GROUP", "KINDS", "NAMES", "ORDERED", "Kind", "kind_of", "parsed"]
+
+ORDERED = "ordered"
+GROUP = re.compile(rf"{ORDERED}(\(([^()]+)\))?")
+"""Names of the supports of columns that increase; one in parentheses tells neighbouring groups apart."""
+BOUNDED = re.compile(r"(interval|greater_than|less_than)\(([^,()]+)(?:,([^,()]+))?\)")
+"""Names of supports with bounds."""
+
+
+class Kind(NamedTuple):
+    """Kind of neighbouring columns: the constraint, and the map z -> y to it, elementwise but for ordered columns.
+
+    Attributes:
+        constraint: Constraint of one number, or of a vector.
+        values: Description of the values, for messages.
+        middle: One of the values; of ordered columns the first one's, and later ones have more by 1 each.
+        constrain: Maps z to y, strictly inside, and log dy/dz.
+        unconstrain: Maps y to z, and log dy/dz.
+        outside: Maps y to true where the density is 0. NaN is not outside: it stays NaN.
+    """
+
+    constraint: constraints.Constraint
+    values: str
+    middle: float
+    constrain: Callable[[Tensor], tuple[Tensor, Tensor]]
+    unconstrain: Callable[[Tensor], tuple[Tensor, Tensor]]
+    outside: Callable[[Tensor], Tensor]
+
+
+def _same(z: Tensor) -> tuple[Tensor, Tensor]:
+    return z, torch.zeros_like(z)
+
+
+def _exp(z: Tensor) -> tuple[Tensor, Tensor]:
+    ends = torch.finfo(z.dtype)
+    return z.exp().clamp(ends.tiny, ends.max), z
+
+
+def _log(y: Tensor) -> tuple[Tensor, Tensor]:
+    z = y.log()
+    return z, z
+
+
+def _sigmoid(z: Tensor) -> tuple[Tensor, Tensor]:
+    ends = torch.finfo(z.dtype)
+    return z.sigmoid().clamp(ends.tiny, 1 - ends.eps), F.logsigmoid(z) + F.logsigmoid(-z)
+
+
+def _logit(y: Tensor) -> tuple[Tensor, Tensor]:
+    log_y, log_rest = y.log(), torch.log1p(-y)
+    return log_y - log_rest, log_y + log_rest
+
+
+def _increase(z: Tensor) -> tuple[Tensor, Tensor]:
+    most = torch.finfo(z.dtype).max / (2 * z.shape[-1])
+    columns = [z[..., 0].clamp(-most, most)]
+    for step in z[..., 1:].exp().clamp(max=most).unbind(-1):
+        least = torch.nextafter(columns[-1].detach(), columns[-1].new_tensor(math.inf))
+        columns.append(torch.maximum(columns[-1] + step, least))  # a step may be lost in rounding
+    return torch.stack(columns, -1), _but_for_first(z)
+
+
+def _steps(y: Tensor) -> tuple[Tensor, Tensor]:
+    z = torch.cat([y[..., :1], y.diff(dim=-1).log()], -1)
+    return z, _but_for_first(z)
+
+
+def _but_for_first(z: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(z[..., :1]), z[..., 1:]], -1)
+
+
+def _not_above_last(y: Tensor) -> Tensor:
+    last = torch.cat([torch.full_like(y[..., :1], -math.inf), y[..., :-1]], -1)
+    return (y <= last) | y.isinf()
+
+
+KINDS = {
+    "real": Kind(constraints.real, "real numbers", 0.5, _same, _same, lambda y: torch.zeros_like(y, dtype=torch.bool)),
+    "positive": Kind(
+        constraints.positive,
+        "numbers above 0",
+        0.5,
+        _exp,
+        _log,
+        lambda y: (y <= 0) | (y == torch.inf),
+    ),
+    "unit_interval": Kind(
+        constraints.unit_interval,
+        "numbers between 0 and 1, both excluded",
+        0.5,
+        _sigmoid,
+        _logit,
+        lambda y: (y <= 0) | (y >= 1),
+    ),
+    ORDERED: Kind(
+        constraints.ordered_vector,
+        "numbers that increase from column to column",
+        0.0,
+        _increase,
+        _steps,
+        _not_above_last,
+    ),
+}
+NAMES = tuple(KINDS)
+"""The kinds without bounds; `kind_of` adds those with bounds to `KINDS`."""
+
+
+def interval_kind(low: float, high: float) -> Kind:
+    """Numbers between two bounds, y = low + (high - low) / (1 + exp(-z))."""
+    width, between = high - low, _strictly_between(low, high)
+
+    def constrain(z: Tensor) -> tuple[Tensor, Tensor]:
+        return between(low + width * z.sigmoid()), F.logsigmoid(z) + F.logsigmoid(-z) + math.log(width)
+
+    def unconstrain(y: Tensor) -> tuple[Tensor, Tensor]:
+        below, above = (y - low).log(), (high - y).log()
+        return below - above, below + above - math.log(width)
+
+    values = f"numbers between {low:g} and {high:g}, both excluded"
+    middle = low + width / 2
+    return Kind(
+        constraints.interval(low, high), values, middle, constrain, unconstrain, lambda y: (y <= low) | (y >= high)
+    )
+
+
+def half_line_kind(bound: float, sign: int) -> Kind:
+    """Numbers above a bound (sign 1) or below it (-1), y = bound + sign exp z."""
+    between = _strictly_between(bound, math.inf) if sign > 0 else _strictly_between(-math.inf, bound)
+
+    def constrain(z: Tensor) -> tuple[Tensor, Tensor]:
+        return between(bound + sign * z.exp()), z
+
+    def unconstrain(y: Tensor) -> tuple[Tensor, Tensor]:
+        z = (sign * (y - bound)).log()
+        return z, z
+
+    constraint = constraints.greater_than(bound) if sign > 0 else constraints.less_than(bound)
+    values = f"numbers {'above' if sign > 0 else 'below'} {bound:g}"
+    return Kind(
+        constraint, values, bound + sign, constrain, unconstrain, lambda y: (sign * (y - bound) <= 0) | y.isinf()
+    )
+
+
+def _strictly_between(low: float, high: float) -> Callable[[Tensor], Tensor]:
+    """Move values strictly between bounds, which rounding may reach."""
+    ends = {}
+    for dtype in (torch.float32, torch.float64):
+        bounds = torch.tensor([low, high], dtype=dtype)
+        ends[dtype] = torch.nextafter(bounds, bounds.flip(0)).tolist()
+    return lambda y: y.clamp(*ends.get(y.dtype, ends[torch.float32]))
+
+
+def kind_of(name: str) -> Kind:
+    """Kind of a column by the name of its support.
+
+    Example:
+        >>> kind_of("interval(0, 120)").values
+        'numbers between 0 and 120, both excluded'
+    """
+    if GROUP.fullmatch(name):
+        return KINDS.setdefault(name, KINDS[ORDERED])
+    if name not in KINDS:
+        form, first, second = parsed(name)
+        sign = 1 if form == "greater_than" else -1
+        KINDS[name] = (
+            interval_kind(float(first), float(second)) if form == "interval" else half_line_kind(float(first), sign)
+        )
+    return KINDS[name]
+
+
+def parsed(name: str) -> tuple[str, ...]:
+    """Form and bounds in the name of a support with bounds."""
+    match = BOUNDED.fullmatch(name.strip())
+    return ("", "nan", "nan") if match is None else (match[1], match[2], match[3] or "")
