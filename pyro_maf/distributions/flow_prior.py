@@ -266,15 +266,14 @@ class FlowPrior(NamedDensity):
 
     def _compiled(self, value: Tensor, context: Tensor | None) -> Tensor | None:
         """The log-density as one operation, if there is a `run`."""
-        if (run := self.run()) is None or (log_volume := self.units.log_volume) is None:
+        if (run := self.run()) is None or (scaled := self.units.scaled(value)) is None:
             return None
-        with Alone():
-            z = (value - self.units.loc) / self.units.scale
+        z, log_volume = scaled
         return run.log_density(z, context, -self._log_normaliser - log_volume)
 
     def run(self) -> Run | None:
         """The compiled program from standardised values to noise, if one is all of the flow."""
-        return run_of(self.model, True) if isinstance(self.model, Flow) else None
+        return run_of(self.model, True)
 
     @torch.no_grad()
     def differentiate(self, descent: Descent, value: Tensor, context: Tensor | None, factors: Tensor) -> float | None:
@@ -290,11 +289,11 @@ class FlowPrior(NamedDensity):
             The sum, or None where torch is to compute and differentiate it.
         """
         units, constant, context = self.units, -self._log_normaliser, self._features(context)
-        with Alone():
-            if (log_volume := units.log_volume) is not None:
-                z, of_units = (value - units.loc) / units.scale, 0.0
-                constant -= log_volume
-            else:
+        if (scaled := units.scaled(value)) is not None:
+            (z, log_volume), of_units = scaled, 0.0
+            constant -= log_volume
+        else:
+            with Alone():
                 z, log_units = units.inverse_and_log_det(value)
                 of_units = float((factors * log_units).sum())
         total = descent.differentiate(z, context, constant, factors)
@@ -302,7 +301,7 @@ class FlowPrior(NamedDensity):
 
     @property
     def _log_normaliser(self) -> float:
-        return 0.5 * self.model.input_dim * math.log(2 * math.pi)
+        return 0.5 * self.input_dim * math.log(2 * math.pi)
 
     def draw(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
         r"""Draws (\*shape, D), unchecked."""

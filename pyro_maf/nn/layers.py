@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_maf._core.checks import check_choice, check_permutation, check_positive, check_sizes
+from pyro_maf._core.module_state import Observed
 
 __all__ = ["Linear", "MaskedLinear", "Tempered", "degrees", "gain_of", "masks"]
 
@@ -22,7 +23,7 @@ def gain_of(inputs: int, usual: int = INPUTS) -> float:
     return 0.5 ** max(0, round(math.log2(max(1, inputs) / usual)))
 
 
-class Linear(nn.Linear):
+class Linear(Observed, nn.Linear):
     """y = gain W x + b, with a gain of 1 until a network sets another."""
 
     gain = 1.0
@@ -32,7 +33,7 @@ class Linear(nn.Linear):
         return F.linear(x if self.gain == 1.0 else self.gain * x, self.weight, self.bias)
 
 
-class Tempered(nn.Module):
+class Tempered(Observed):
     """A network whose weights may be parametrised as gain * W, layer by layer.
 
     Adam moves each entry of W by about the learning rate, whatever the size of the gradient, and a sum over n inputs by
@@ -165,7 +166,7 @@ def masks(order: Sequence[int] | Tensor, hidden_degrees: Sequence[Tensor], outpu
     return [*hidden, last]
 
 
-class MaskedLinear(nn.Linear):
+class MaskedLinear(Observed, nn.Linear):
     r"""A linear layer with a masked weight: y = (M * W) x + b.
 
     Weights and biases are drawn uniformly within +- 1 / sqrt(n), with n the number of inputs that the unit sees.

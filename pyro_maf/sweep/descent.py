@@ -6,7 +6,6 @@ import math
 import operator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,7 +41,6 @@ class Descent:
 
     def __init__(self, run: Run, weights: Tensor) -> None:
         self._run, self._weights = run, weights
-        self._wanted = np.ones(len(run.program.tables.matrices), bool)
         self._flat = weights.numpy()
         self._packed: tuple[list[int], tuple[Array, Array]] | None = None
         self._rooms: dict[tuple[int, int, int], _Room] = {}
@@ -84,7 +82,7 @@ class Descent:
                 kernels.forward(*layers, *size, program.few, room.tape, w, log_det)
                 total += kernels.differentiate_normal(constant, of_each[here], w, log_det, grad_w, grad_log_det)
                 grads = grad_w, grad_log_det, nothing, nothing
-                network = program.tables, weights, self._wanted
+                network = program.tables, weights, program.every_matrix
                 kernels.backward(*network, *size, room.tape, *grads, *gradients, start > first)
             return total, gradients
 
@@ -118,8 +116,7 @@ class Descent:
         """
         if self._packed is None:
             raise RuntimeError("Descent expected a gradient before a step.")
-        if len(self._parts) > 1:
-            add_up(self._parts)
+        add_up(self._parts)
         program, (marks, pack) = self._run.program, self._packed
         (state,), values = adam.states, average.values[0]
         arrays = state["exp_avg"].numpy(), state["exp_avg_sq"].numpy(), values.numpy()
@@ -138,7 +135,7 @@ class Descent:
         marks = [uncounted_changes(), self._weights._version, *map(_version, self._run.tensors)]
         if self._packed is None or self._packed[0] != marks:
             pack = self._run.program.pack(self._run.tensors)
-            self._packed = marks, (pack.weights.numpy(), pack.biases.numpy())
+            self._packed = marks, (pack.weights, pack.biases)
         return self._packed[1]
 
     def _room(self, first: int, end: int, chunk: int, like: Tensor) -> _Room:

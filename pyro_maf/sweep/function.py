@@ -120,7 +120,7 @@ class Run(NamedTuple):
             context = context.expand(len(rows), -1)
         inputs = (rows, *tensors) if context is None else (rows, context, *tensors)
         needs_gradient = torch.is_grad_enabled() and any(map(_requires_grad, inputs))
-        return None if needs_gradient and not self._pays(len(rows)) else (rows, context, needs_gradient)
+        return None if needs_gradient and not self._pays(rows.shape[0]) else (rows, context, needs_gradient)
 
     def _batch(self, v: Tensor, context: Tensor | None) -> torch.Size:
         """Batch shape of v and context together."""
@@ -198,29 +198,28 @@ def _recorded(
 ) -> tuple[Tensor, Tensor, list[Any]]:
     """w and log-determinants of v, and what `_backward` reads: packed weights, tape, v, context and the tensors."""
     # Not the pack of an earlier call: gradcheck, for one, writes through `.data`, which no version counter records.
-    pack = run.program.pack(tensors)
-    chunk = run.program.chunk_of(len(v))
-    rows = -(-len(v) // chunk) * run.program.rows
+    program, points = run.program, v.shape[0]
+    pack, chunk = program.pack(tensors), program.chunk_of(points)
+    rows = -(-points // chunk) * program.rows
     tape = empty(rows * chunk, v).view(rows, chunk)
-    w, log_det = _forward(run.program, pack, v, context, tape)
-    return w, log_det, [pack.weights, tape, v, context, *tensors]
+    w, log_det = _forward(program, pack, v, context, tape)
+    return w, log_det, [pack.memory, tape, v, context, *tensors]
 
 
 def _forward(
     program: Program, pack: Pack, v: Tensor, context: Tensor | None, tape: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """w, (batch, D), and log-determinants of v (batch, D); fills the tape, if there is one."""
-    v = v.detach().contiguous()
-    w, log_det, tables, rows = torch.empty_like(v), v.new_empty(len(v)), program.tables, v.numpy()
-    features = np.empty((len(v), 0), rows.dtype) if context is None else context.detach().contiguous().numpy()
-    network = tables, pack.weights.numpy(), pack.biases.numpy(), rows, features, program.rows
-    chunk = program.chunk_of(len(v))
+    v, points = v.detach().contiguous(), v.shape[0]
+    w, log_det, rows, chunk = torch.empty_like(v), v.new_empty(points), v.numpy(), program.chunk_of(points)
+    features = rows[:, :0] if context is None else context.detach().contiguous().numpy()
+    network = program.tables, pack.weights, pack.biases, rows, features, program.rows
     results = np.empty((0, chunk), rows.dtype) if tape is None else tape.numpy(), w.numpy(), log_det.numpy()
 
     def walk(first: int, end: int) -> None:
         loaded().forward(*network, first, end, program.few, *results)
 
-    in_parts(walk, len(v), chunk, program.work)
+    in_parts(walk, points, chunk, program.work)
     return w, log_det
 
 
@@ -228,14 +227,15 @@ def _backward(
     program: Program, saved: Sequence[Tensor], needed: Sequence[bool], grad_w: Tensor, grad_log_det: Tensor
 ) -> list[Tensor | None]:
     """Gradients with respect to v, the context and the tensors; None where not needed. For `saved` see `_recorded`."""
-    tables, points, tensors = program.tables, len(grad_w), saved[4:]
-    of_tensors = np.array(needed[2:])
-    wanted = of_tensors[tables.matrices["weight"]] | of_tensors[tables.matrices["addend"]]
+    points, tensors, wanted = grad_w.shape[0], saved[4:], program.every_matrix
+    if not all(needed[2:]):
+        of_tensors, matrices = np.array(needed[2:]), program.tables.matrices
+        wanted = of_tensors[matrices["weight"]] | of_tensors[matrices["addend"]]
     grad_v = grad_w.new_empty(points, program.dim if needed[0] else 0)
     grad_context = grad_w.new_empty(points, program.context_dim if needed[1] else 0)
     parts = _walked_back(program, saved, wanted, (grad_w, grad_log_det), (grad_v, grad_context))
     by_tensors = tensors
-    if wanted.any():
+    if any(needed[2:]):
         flat = empty(int(program.offsets[-1]), tensors[0])
         unpack(program, parts, flat)
         parts_of_flat = zip(flat.split_with_sizes(program.sizes), tensors, strict=True)
@@ -260,16 +260,16 @@ def _walked_back(
         grads: Gradients with respect to w and the log-determinants.
         results: Those with respect to v and the context, filled here; with no columns if not wanted.
     """
-    weights, tape = saved[:2]
+    tape = saved[1]
     arrays = [tensor.contiguous().numpy() for tensor in (tape, *grads)] + [tensor.numpy() for tensor in results]
+    network = program.tables, saved[0].numpy(), wanted, program.rows
 
     def walk(first: int, end: int) -> tuple[Array, Array]:
-        gradients, by_biases = program.room_for_gradients(tape)
-        network = program.tables, weights.numpy(), wanted, program.rows
-        loaded().backward(*network, first, end, *arrays, gradients, by_biases, False)
-        return gradients, by_biases
+        gradients = program.room_for_gradients(tape)
+        loaded().backward(*network, first, end, *arrays, *gradients, False)
+        return gradients
 
-    return in_parts(walk, len(grads[0]), tape.shape[1], 2 * program.work)
+    return in_parts(walk, arrays[1].shape[0], tape.shape[1], 2 * program.work)
 
 
 def unpack(program: Program, parts: list[tuple[Array, Array]], flat: Tensor) -> None:
@@ -283,6 +283,8 @@ def unpack(program: Program, parts: list[tuple[Array, Array]], flat: Tensor) -> 
 
 def add_up(parts: list[tuple[Array, Array]]) -> None:
     """Leave the sum of the parts' gradients in the first of them, the only one then."""
+    if len(parts) < 2:
+        return
     with np.errstate(all="ignore"):  # entries that no row sees are arbitrary
         for others in parts[1:]:
             for total, other in zip(parts[0], others, strict=True):

@@ -115,10 +115,16 @@ class Reading(NamedTuple):
 
 
 class Pack(NamedTuple):
-    """The weights of a run, masked and in the order of its tables, and the biases."""
+    """The weights of a run, masked and in the order of its tables, and the biases.
 
-    weights: Tensor
-    biases: Tensor
+    Attributes:
+        memory: The tensor whose memory the weights are in.
+        weights, biases: Flat.
+    """
+
+    memory: Tensor
+    weights: Array
+    biases: Array
 
 
 class Program:
@@ -149,6 +155,7 @@ class Program:
         self.chunk, self.few = (SWEPT_CHUNK, SWEPT_FEW) if sequential else (CHUNK, FEW)
         self.work = int(self.tables.seen.sum())
         """Multiplications a point."""
+        self.every_matrix = np.ones(len(self.tables.matrices), bool)
         self._packed: tuple[Snapshot, Pack] | None = None
 
     def chunk_of(self, points: int) -> int:
@@ -170,16 +177,18 @@ class Program:
 
     def room_for_gradients(self, like: Tensor) -> tuple[Array, Array]:
         """Arrays for the gradients by packed weights and biases, with arbitrary entries."""
-        return empty(self.num_weights, like).numpy(), empty(self.num_biases + LANES, like).numpy()
+        weights = empty(self.num_weights, like).numpy()
+        return weights, np.empty(self.num_biases + LANES, weights.dtype)
 
     def pack(self, tensors: Sequence[Tensor]) -> Pack:
         """The tensors' current values."""
-        whole = [tensor.contiguous() for tensor in tensors]  # alive while its memory is read
-        addresses = np.array([tensor.data_ptr() for tensor in whole], np.int64)
-        sizes = self.num_weights + LANES, self.num_biases + LANES  # steps of Adam take whole vectors
-        pack = Pack(*(empty(size, tensors[0]) for size in sizes))
-        loaded().pack(addresses, self.tables, pack.weights.numpy(), pack.biases.numpy())
-        return pack
+        whole = list(map(Tensor.contiguous, tensors))  # alive while its memory is read
+        addresses = np.array(list(map(Tensor.data_ptr, whole)), np.int64)
+        memory = empty(self.num_weights + LANES, tensors[0])  # steps of Adam take whole vectors
+        weights = memory.numpy()
+        biases = np.empty(self.num_biases + LANES, weights.dtype)
+        loaded().pack(addresses, self.tables, weights, biases)
+        return Pack(memory, weights, biases)
 
     def remembered(self, tensors: Sequence[Tensor]) -> Pack:
         """The pack of the tensors, built anew when one of them has changed."""

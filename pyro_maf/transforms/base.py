@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_maf._core.checks import check_context, check_event, check_positive, check_takes_gradient
+from pyro_maf._core.module_state import Observed
 from pyro_maf._core.torch_state import converted, count_change, reference_tensor, without_autocast
 from pyro_maf.saving import Savable
 from pyro_maf.sweep import Step, Triangular
@@ -35,7 +36,7 @@ class LayerOptions(TypedDict, total=False):
     context_dim: int
 
 
-class Flow(Savable, TransformModule):
+class Flow(Savable, Observed, TransformModule):
     r"""An invertible map from noise x to data y, both of D dimensions, with its log-determinant.
 
     A subclass implements `forward_and_log_det` and `inverse_and_log_det`; both return their output and log |det dy/dx|.

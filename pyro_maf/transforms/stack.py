@@ -186,11 +186,11 @@ class _Turn(NamedTuple):
 _prepared: weakref.WeakKeyDictionary[Stack, dict[bool, tuple[ModuleState, list[_Turn]]]] = weakref.WeakKeyDictionary()
 
 
-def run_of(flow: Flow, inverse: bool) -> Run | None:
-    """The run that is all of a direction of a flow, if it is that of a stack, and one compiled program applies it."""
-    if not isinstance(flow, Stack) or not _is_unchanged(type(flow)) or is_intercepted():
+def run_of(model: nn.Module, inverse: bool) -> Run | None:
+    """The run that is all of a direction of a model, if it is a stack, and one compiled program applies it."""
+    if not isinstance(model, Stack) or not _is_unchanged(type(model)) or is_intercepted():
         return None
-    turns = _turns(flow, inverse)
+    turns = _turns(model, inverse)
     return turns[0].run if len(turns) == 1 else None
 
 
