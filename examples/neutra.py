@@ -83,7 +83,7 @@ def run(target: Callable[..., None], settings: Settings) -> Chains:
         mcmc = MCMC(kernel, num_samples=settings.draws, warmup_steps=settings.warmup, disable_progbar=True)
         with warnings.catch_warnings():
             # Pyro compiles by torch.jit, which torch has deprecated.
-            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.filterwarnings("ignore", message=".*torch.jit")
             mcmc.run(EFFECTS, ERRORS)
         samples.append(mcmc.get_samples())
         divergences += sum(map(len, mcmc.diagnostics()["divergences"].values()))

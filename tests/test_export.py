@@ -69,7 +69,7 @@ def trained(name: str) -> tuple[Scored, Callable[[int], tuple[Tensor, ...]]]:
     return Scored(density.eval()), rows
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit")
 @pytest.mark.parametrize(
     ("name", "frozen"), [*((name, True) for name in DENSITIES), *((name, False) for name in TRAINABLE)]
 )

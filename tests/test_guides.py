@@ -293,7 +293,7 @@ def test_trains_with_pyros_objectives(make: Any, objective: Any) -> None:
     assert bound(plates, guide) > before + 0.2
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit")
 @each_guide
 def test_trains_with_a_compiled_objective(make: Any) -> None:
     guide = make(plates, **SMALL, init_scale=0.05)

@@ -232,7 +232,7 @@ def test_every_objective_takes_it(objective: Any, vectorised: bool) -> None:
     assert not same(before, weights(guide))
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit")
 def test_pyros_compiled_objective_takes_it() -> None:
     guide = ready()
     before = weights(guide)

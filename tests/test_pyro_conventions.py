@@ -410,7 +410,7 @@ def test_every_objective_takes_it_as_prior_and_guide(elbo: Any, inverted: bool) 
 
 
 @either_way
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:DeprecationWarning")  # Pyro's own
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")  # Pyro's own
 def test_the_jit_objective_trains_a_guide(inverted: bool) -> None:
     """Traced by torch.jit once, with the sequential direction in it or without."""
     target = dist.MultivariateNormal(torch.tensor([1.0, -1.0], dtype=double), CORRELATED)

@@ -58,7 +58,7 @@ def test_compiles_in_one_graph_with_its_gradient(which: int, backend: str) -> No
 
 
 @every_flow
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own forward mode
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own forward mode
 def test_derivatives_by_torch_func(which: int) -> None:
     """The score of each row and its Jacobian; the gradient of each row's density in the parameters."""
     score = Score(parallel_flows()[which])
