@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -88,8 +89,9 @@ def chosen(options: argparse.Namespace) -> dict[str, Any]:
     """What was asked for of a plan's sizes and contenders; empty for a whole run."""
     names = ("sizes", "batches", "layers", "tasks", "peers")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    # What is asked for holds for splines as well.
-    given |= {f"spline_{name}": given[name] for name in ("sizes", "batches", "layers") if name in given}
+    # What is asked for holds for splines and guides as well.
+    shared = itertools.product(("spline", "guide"), ("sizes", "batches", "layers"))
+    given |= {f"{family}_{name}": given[name] for family, name in shared if name in given}
     return {name: tuple(values) for name, values in given.items()}
 
 
@@ -111,7 +113,7 @@ def plans(options: argparse.Namespace) -> list[Plan]:
     if not (options.layers or options.full or options.quick):
         for_threads["layers"] = LAYERS_OF_MORE_THREADS
     if not options.tasks:
-        for_threads["tasks"] = tuple(task for task in TASKS if TASKS[task][0] != "NSF")
+        for_threads["tasks"] = tuple(task for task in TASKS if TASKS[task][0] in ("MAF", "RealNVP"))
     return [first, *(dataclasses.replace(other, **for_threads) for other in others)]
 
 

@@ -46,10 +46,11 @@ def test_a_quick_run_measures_every_task_and_writes_results_table_and_picture(tm
     results = json.loads((tmp_path / "directions.json").read_text())
     splines = {"spline_log_prob", "spline_train", "spline_sample"}
     tasks = {"log_prob", "train", "fit", "sample", "sample_backward", "coupling_log_prob", "coupling_sample"}
-    assert {cell["task"] for cell in results["cells"]} == tasks | splines
+    assert {cell["task"] for cell in results["cells"]} == tasks | splines | {"guide"}
     for cell in results["cells"]:
         affine = {"affine"} if cell["task"] in splines else set()
-        assert cell["times"].keys() == {"pyro-maf", "zuko", "dense pass"} | affine
+        peers = set() if cell["task"] == "guide" else {"zuko"}  # which has no IAF
+        assert cell["times"].keys() == {"pyro-maf", "dense pass"} | peers | affine
         assert all(0 < own["minimum"] <= own["median"] < math.inf for own in cell["times"].values())
     assert results["updates"][0]["ratio"] > 0
     assert results["memory"]["bytes"].keys() == {"pyro-maf", "D passes", "zuko"}

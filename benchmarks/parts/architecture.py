@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_maf import MAF, NSF, RealNVP
+from pyro_maf import IAF, MAF, NSF, RealNVP
 from pyro_maf.nn import MADE, MLP
 from pyro_maf.transforms import Flow, Stack
 
@@ -19,7 +19,7 @@ BINS = 8
 
 
 class Architecture(NamedTuple):
-    """A family, "MAF", "RealNVP" or "NSF", and the sizes of its members."""
+    """A family, "MAF", "IAF", "RealNVP" or "NSF", and the sizes of its members."""
 
     family: str
     dim: int
@@ -29,7 +29,7 @@ class Architecture(NamedTuple):
     def flow(self) -> Stack:
         """Our flow, with the same weights every time; the peers are given copies of them."""
         torch.manual_seed(0)
-        make = {"MAF": MAF, "RealNVP": RealNVP, "NSF": NSF}[self.family]
+        make = {"MAF": MAF, "IAF": IAF, "RealNVP": RealNVP, "NSF": NSF}[self.family]
         flow = make(self.dim, num_layers=self.layers, hidden_dims=[self.hidden] * HIDDEN_LAYERS)
         # Flows start as the identity; weights as large as a short training makes them keep samples finite everywhere.
         with torch.no_grad():

@@ -25,13 +25,14 @@ METHODS = {
     "sample_backward": "sample_and_differentiate",
     "coupling_log_prob": "log_prob",
     "coupling_sample": "sample",
+    "guide": "guide_step",
     "spline_log_prob": "log_prob",
     "spline_train": "train_step",
     "spline_sample": "sample",
 }
 PARALLEL_TWIN = {"sample": "log_prob", "sample_backward": "train", "spline_sample": "spline_log_prob"}
 """The one-pass task whose time, times D, is what D passes take."""
-TRAINING = ("train", "fit", "sample_backward", "spline_train")
+TRAINING = ("train", "fit", "sample_backward", "guide", "spline_train")
 AFFINE = "affine"
 """Our flow with affine maps in place of splines, of the same sizes."""
 SHARE_OF_MEMORY = 0.5

@@ -16,6 +16,7 @@ TASKS = {
     "sample_backward": ("MAF", "sampling with log-density, and its gradient"),
     "coupling_log_prob": ("RealNVP", "RealNVP, log_prob of data, no gradient"),
     "coupling_sample": ("RealNVP", "RealNVP, sampling, no gradient"),
+    "guide": ("IAF", "IAF, a guide's training step: sampling with log-density, its gradient, Adam"),
     "spline_log_prob": ("NSF", "splines, log_prob of data, no gradient"),
     "spline_train": ("NSF", "splines, training step"),
     "spline_sample": ("NSF", "splines, sampling, no gradient"),
@@ -30,6 +31,7 @@ LAYERS = (1, 5)
 SPLINE_SIZES = ((8, 100), (63, 512))
 SPLINE_BATCHES = (100, 256)
 SPLINE_LAYERS = (5,)
+GUIDE_SIZES, GUIDE_BATCHES, GUIDE_LAYERS = ((6, 64),), (16,), (3,)
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Plan:
         batches: Numbers of rows.
         layers: Numbers of layers.
         spline_sizes, spline_batches, spline_layers: The same for splines.
+        guide_sizes, guide_batches, guide_layers: The same for the flow of a guide.
         tasks: Names from `TASKS`.
         peers: Names from `peers.PEERS`.
         seconds: Time for a cell, shared between the contenders.
@@ -58,6 +61,9 @@ class Plan:
     spline_sizes: tuple[tuple[int, int], ...] = SPLINE_SIZES
     spline_batches: tuple[int, ...] = SPLINE_BATCHES
     spline_layers: tuple[int, ...] = SPLINE_LAYERS
+    guide_sizes: tuple[tuple[int, int], ...] = GUIDE_SIZES
+    guide_batches: tuple[int, ...] = GUIDE_BATCHES
+    guide_layers: tuple[int, ...] = GUIDE_LAYERS
     tasks: tuple[str, ...] = tuple(TASKS)
     peers: tuple[str, ...] = ()
     seconds: float = 0.6
@@ -68,17 +74,20 @@ class Plan:
 
     def architectures(self) -> list[Architecture]:
         """Every architecture of every family that a task asks for."""
-        families = [family for family in ("MAF", "RealNVP") if self.tasks_of(family)]
-        affine = itertools.product(self.sizes, self.layers, families)
-        splines = itertools.product(self.spline_sizes, self.spline_layers, ["NSF"] if self.tasks_of("NSF") else [])
+        every = itertools.chain(
+            itertools.product(self.sizes, self.layers, ("MAF", "RealNVP")),
+            itertools.product(self.guide_sizes, self.guide_layers, ("IAF",)),
+            itertools.product(self.spline_sizes, self.spline_layers, ("NSF",)),
+        )
         return [
             Architecture(family, dim, hidden, layers)
-            for (dim, hidden), layers, family in itertools.chain(affine, splines)
+            for (dim, hidden), layers, family in every
+            if self.tasks_of(family)
         ]
 
     def batches_of(self, family: str) -> tuple[int, ...]:
         """The numbers of rows for members of a family."""
-        return self.spline_batches if family == "NSF" else self.batches
+        return {"NSF": self.spline_batches, "IAF": self.guide_batches}.get(family, self.batches)
 
     def tasks_of(self, family: str) -> list[str]:
         """The tasks for members of a family, in the order of `TASKS`."""
@@ -94,6 +103,9 @@ class Plan:
             spline_sizes=((6, 32),),
             spline_batches=(10,),
             spline_layers=(2,),
+            guide_sizes=((6, 32),),
+            guide_batches=(10,),
+            guide_layers=(2,),
             seconds=0.05,
             longest_call=1.0,
             memory=(6, 32, 100),

@@ -200,7 +200,8 @@ class Snapshot(NamedTuple):
         """Return whether these are the same tensors, unchanged since."""
         # In this order: tensors of inference mode, which have no version, are never those of a snapshot.
         return (
-            len(self.tensors) == len(tensors)
+            self.marks[0] == _steps
+            and len(self.tensors) == len(tensors)
             and all(map(operator.is_, self.tensors, tensors))
             and self.marks == _marks(tensors)
         )

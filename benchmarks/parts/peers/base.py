@@ -70,6 +70,10 @@ class Peer(abc.ABC):
     def train_step(self, data: Any) -> Any:
         """One step of Adam on the mean negative log-density of data."""
 
+    @abc.abstractmethod
+    def guide_step(self, noise: Any) -> Any:
+        """One step of Adam on the loss of `sample_and_differentiate`."""
+
     def fit_step(self, data: Any) -> Any:
         """What the peer's user does for a step of `fit`: a training step."""
         return self.train_step(data)
@@ -120,6 +124,11 @@ class TorchPeer(Peer):
         data, log_det = self._to_data_and_log_det(noise)
         loss = (0.5 * data.square().sum(-1) - log_det).mean()
         loss.backward()
+        return self._finished(loss)
+
+    def guide_step(self, noise: Tensor) -> Tensor:
+        loss = self.sample_and_differentiate(noise)
+        self.optimizer.step()
         return self._finished(loss)
 
     def log_prob(self, data: Tensor) -> Tensor:

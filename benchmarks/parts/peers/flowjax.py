@@ -39,7 +39,7 @@ TAIL_BOUND = 5.0
 class Flowjax(Peer):
     """`MaskedAutoregressive` and `Coupling` in a `Chain`: no slower than the `Scan` of flowjax's ready-made flows."""
 
-    families = ("MAF", "RealNVP", "NSF")
+    families = ("MAF", "IAF", "RealNVP", "NSF")
     compiles = True
 
     def __init__(self, architecture: Architecture, flow: Stack, device: torch.device) -> None:
@@ -53,7 +53,8 @@ class Flowjax(Peer):
         for layer in self.layers:
             bijections += make(layer)
         base = Normal(jnp.zeros(architecture.dim))
-        self._compile(Transformed(base, Invert(Chain(bijections[:0:-1]))))
+        is_parallel = architecture.family == "IAF"  # from noise to data
+        self._compile(Transformed(base, Chain(bijections[1:]) if is_parallel else Invert(Chain(bijections[:0:-1]))))
 
     def _autoregressive(self, layer: transforms.MaskedAutoregressive) -> list[AbstractBijection]:
         """A reversal, which the layer next to the noise does without, and the layer."""
@@ -105,15 +106,18 @@ class Flowjax(Peer):
 
         optimizer = optax.adam(LEARNING_RATE)
 
-        def step(free: list[Any], state: Any, data: Any) -> tuple[list[Any], Any, Any]:
-            loss, gradient = jax.value_and_grad(negative_log_prob)(free, data)
-            updates, state = optimizer.update(gradient, state)
-            return optax.apply_updates(free, updates), state, loss
+        def step_on(objective: Callable[[list[Any], Any], Any]) -> Any:
+            def step(free: list[Any], state: Any, values: Any) -> tuple[list[Any], Any, Any]:
+                loss, gradient = jax.value_and_grad(objective)(free, values)
+                updates, state = optimizer.update(gradient, state)
+                return optax.apply_updates(free, updates), state, loss
+
+            return jax.jit(step, donate_argnums=(0, 1))
 
         self._sample = jax.jit(lambda fixed, noise: jax.vmap(rebuilt(fixed).bijection.transform)(noise))
         self._log_prob = jax.jit(lambda fixed, data: rebuilt(fixed).log_prob(data))
         self._differentiate = jax.jit(jax.value_and_grad(reverse_divergence))
-        self._step = jax.jit(step, donate_argnums=(0, 1))
+        self._train_step, self._guide_step = step_on(negative_log_prob), step_on(reverse_divergence)
         # Steps overwrite what they are given, so they have copies.
         self.state = [jnp.array(value) for value in self.free], jax.tree.map(jnp.array, optimizer.init(self.free))
 
@@ -133,7 +137,13 @@ class Flowjax(Peer):
         return self._log_prob(self.fixed, data).block_until_ready()
 
     def train_step(self, data: Any) -> Any:
-        *state, loss = self._step(*self.state, data)
+        return self._stepped(self._train_step, data)
+
+    def guide_step(self, noise: Any) -> Any:
+        return self._stepped(self._guide_step, noise)
+
+    def _stepped(self, step: Any, values: Any) -> Any:
+        *state, loss = step(*self.state, values)
         self.state = tuple(state)
         return loss.block_until_ready()
 
@@ -142,7 +152,7 @@ class Flowjax(Peer):
             return torch.from_numpy(np.array(jax.vmap(self.networks[index])(jnp.array(values.numpy()))))
 
         found = ours_again(self.layers[index], network, inputs, scale_first=False)
-        return found if self.architecture.family == "MAF" else found.unflatten(-1, (-1, 2)).mT.flatten(1)
+        return found if self.architecture.family in ("MAF", "IAF") else found.unflatten(-1, (-1, 2)).mT.flatten(1)
 
 
 def _filled(network: eqx.nn.MLP, copied: list[Linear], *, masked: bool) -> eqx.nn.MLP:

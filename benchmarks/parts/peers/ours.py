@@ -20,9 +20,9 @@ from pyro_maf.transforms import Stack
 
 
 class Ours(TorchPeer):
-    """`pyro_maf.MAF`, `pyro_maf.RealNVP` and `pyro_maf.NSF`."""
+    """`pyro_maf.MAF`, `pyro_maf.IAF`, `pyro_maf.RealNVP` and `pyro_maf.NSF`."""
 
-    families = ("MAF", "RealNVP", "NSF")
+    families = ("MAF", "IAF", "RealNVP", "NSF")
 
     def __init__(self, architecture: Architecture, flow: Stack, device: torch.device) -> None:
         super().__init__(architecture, flow, device)
