@@ -12,12 +12,13 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["GROUP", "KINDS", "NAMES", "ORDERED", "Kind", "kind_of", "parsed"]
+__all__ = ["ANGLE", "GROUP", "KINDS", "NAMES", "ORDERED", "Kind", "kind_of", "parsed"]
 
 ORDERED = "ordered"
 GROUP = re.compile(rf"{ORDERED}(\(([^()]+)\))?")
 """Names of the supports of columns that increase; one in parentheses tells neighbouring groups apart."""
-BOUNDED = re.compile(r"(interval|greater_than|less_than)\(([^,()]+)(?:,([^,()]+))?\)")
+ANGLE = "angle"
+BOUNDED = re.compile(r"(angle|interval|greater_than|less_than)\(([^,()]+)(?:,([^,()]+))?\)")
 """Names of supports with bounds."""
 
 
@@ -137,6 +138,22 @@ def interval_kind(low: float, high: float) -> Kind:
     )
 
 
+def angle_kind(low: float, high: float) -> Kind:
+    """Angles, of which a turn is high - low: y = low + (z + pi) (high - low) / (2 pi), in [low, high)."""
+    rate = (high - low) / (2 * math.pi)
+
+    def constrain(z: Tensor) -> tuple[Tensor, Tensor]:
+        y = low + torch.remainder(z + math.pi, 2 * math.pi) * rate
+        end = torch.nextafter(y.new_tensor(high), y.new_tensor(low))
+        return y.minimum(end), torch.full_like(z, math.log(rate))  # rounding may reach the end
+
+    def unconstrain(y: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.remainder((y - low) / rate, 2 * math.pi) - math.pi, torch.full_like(y, math.log(rate))
+
+    values = f"finite angles, a turn of which is {high - low:g}"
+    return Kind(constraints.interval(low, high), values, (low + high) / 2, constrain, unconstrain, torch.isinf)
+
+
 def half_line_kind(bound: float, sign: int) -> Kind:
     """Numbers above a bound (sign 1) or below it (-1), y = bound + sign exp z."""
     between = _strictly_between(bound, math.inf) if sign > 0 else _strictly_between(-math.inf, bound)
@@ -174,11 +191,11 @@ def kind_of(name: str) -> Kind:
     if GROUP.fullmatch(name):
         return KINDS.setdefault(name, KINDS[ORDERED])
     if name not in KINDS:
-        form, first, second = parsed(name)
-        sign = 1 if form == "greater_than" else -1
-        KINDS[name] = (
-            interval_kind(float(first), float(second)) if form == "interval" else half_line_kind(float(first), sign)
-        )
+        form, first, second = ("angle", -math.pi, math.pi) if name == ANGLE else parsed(name)
+        if form in (ANGLE, "interval"):
+            KINDS[name] = (angle_kind if form == ANGLE else interval_kind)(float(first), float(second))
+        else:
+            KINDS[name] = half_line_kind(float(first), 1 if form == "greater_than" else -1)
     return KINDS[name]
 
 

@@ -14,7 +14,7 @@ from torch.distributions import biject_to, transform_to
 from torch.distributions.transforms import CatTransform
 from torch.nn import functional as F
 
-from pyro_maf.constrained import GROUP, KINDS, NAMES, ORDERED, Kind, kind_of, parsed
+from pyro_maf.constrained import ANGLE, GROUP, KINDS, NAMES, ORDERED, Kind, kind_of, parsed
 
 __all__ = ["Columns", "Support", "SupportLike"]
 
@@ -38,7 +38,8 @@ class Support:
     stick: y_k = s_k (1 - y_1 - ... - y_{k-1}) with s_k = sigmoid(z_k - log(D + 1 - k)), and the rest is y_{D+1}.
     "ordered" columns, two or more side by side, increase: y_1 = z_1, y_k = y_{k-1} + exp z_k; "ordered(NAME)" tells
     groups of them apart that are neighbours. These are the maps of `biject_to(constraint)`, so NUTS walks where the
-    flow lives.
+    flow lives. "angle" is in radians, [-pi, pi), "angle(0, 360)" in degrees, and z the same angle in radians; that a
+    density is periodic there takes an `AngleFlow`.
 
     Args:
         who: The caller, for errors.
@@ -92,6 +93,12 @@ class Support:
         each = [kind.constraint for kind in self._kinds]
         parts = [constraint if constraint.event_dim else constraints.independent(constraint, 1) for constraint in each]
         return parts[0] if len(parts) == 1 else Columns(parts, -1, [length for _, length in self._runs])
+
+    @property
+    def angles(self) -> tuple[int, ...]:
+        """Indices of the columns of angles."""
+        is_angle = [name.startswith(ANGLE) for name, length in self._runs for _ in range(length)]
+        return tuple(index for index, is_one in enumerate(is_angle) if is_one)
 
     def constrain(self, z: Tensor) -> tuple[Tensor, Tensor]:
         r"""Map z, (\*batch, D), to y, strictly inside; returns y and log |det dy/dz|, (\*batch,)."""
@@ -191,9 +198,11 @@ def _names(who: str, support: object, input_dim: int) -> tuple[str, ...]:
 
 
 def _name(who: str, support: object) -> str:
-    choices = (*NAMES, SIMPLEX)
+    choices = (*NAMES, ANGLE, SIMPLEX)
     if isinstance(support, str) and (support in choices or GROUP.fullmatch(support)):
         return support
+    if isinstance(support, str) and (turn := _turn(support)) is not None:
+        return turn
     constraint = support
     if isinstance(support, constraints.independent) and support.event_dim <= 1:
         constraint = support.base_constraint
@@ -255,6 +264,16 @@ def _bounds(support: object) -> tuple[float, float] | None:
         return low, high
     of_constraint = tuple(getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
     return _bounds(of_constraint) if type(support) in BOUNDED_CONSTRAINTS and _is_pair(of_constraint) else None
+
+
+def _turn(support: str) -> str | None:
+    """Name of a support of angles with bounds; None for others."""
+    form, *ends = parsed(support)
+    try:
+        low, high = map(float, ends)
+    except ValueError:
+        return None
+    return f"{ANGLE}({low!r}, {high!r})" if form == ANGLE and -math.inf < low < high < math.inf else None
 
 
 def _is_pair(support: object) -> TypeGuard[Sequence[float | None]]:

@@ -306,7 +306,7 @@ def test_groups_of_ordered_columns_are_told_apart(tmp_path: Path) -> None:
     [
         (
             "negative",
-            "expected support to be one of real, positive, unit_interval, ordered, simplex, .* got 'negative'",
+            "expected support to be one of real, positive, unit_interval, ordered, angle, simplex, .* got 'negative'",
         ),
         (constraints.greater_than(torch.tensor([1.0, 2.0])), r"got GreaterThan\(lower_bound="),
         ((5, 5), r"a pair of bounds \(low, high\), .* got \(5, 5\)"),

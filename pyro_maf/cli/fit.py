@@ -63,8 +63,8 @@ class FitOptions(TableOptions, TrainingOptions):
     support: Annotated[
         list[str] | None,
         option(
-            "Support of the data: positive, unit_interval, interval(A,B), greater_than(A), less_than(B), ordered or "
-            "simplex; or COLUMN=positive; by default real.",
+            "Support of the data: positive, unit_interval, interval(A,B), greater_than(A), less_than(B), angle, "
+            "angle(A,B), ordered or simplex; or COLUMN=positive; by default real.",
             "KINDS",
         ),
     ] = None
@@ -182,12 +182,15 @@ class FitOptions(TableOptions, TrainingOptions):
         sizes = [len(each) for each in table.categories if each is not None]
         if self.flow is None:
             return DefaultFlow(self.num_layers, hidden_dims, dtype, self.device)
+        each = [support] if isinstance(support, str) else support or []
+        angles = sum(name.startswith("angle") for name in each) * (len(table.names) if isinstance(support, str) else 1)
         with input_errors():
             return build(
                 self.flow,
-                # On a simplex the last column follows from the others. A flow is given categories one-hot.
-                len(table.names) - len(sizes) - (support == "simplex"),
-                context_dim=len(table.context_names) + sum(sizes),
+                # On a simplex the last column follows from the others. A flow is given categories one-hot, and angles
+                # by cosine and sine.
+                len(table.names) - len(sizes) - angles - (support == "simplex"),
+                context_dim=len(table.context_names) + sum(sizes) + 2 * angles,
                 hidden_dims=hidden_dims,
                 seed=self.seed,
                 num_layers=DEFAULT_LAYERS if self.num_layers is None else self.num_layers,

@@ -1,5 +1,6 @@
 """Densities built from flows and masked networks: Pyro distributions that are torch modules too."""
 
+from pyro_maf.distributions.angle_flow import AngleFlow
 from pyro_maf.distributions.categorical import AutoregressiveCategorical
 from pyro_maf.distributions.density import ConditionalDensity, ConditionalDensityForm, ConditionedDensity, Density
 from pyro_maf.distributions.flow_prior import ConditionalFlowPrior, FlowPrior
@@ -9,6 +10,7 @@ from pyro_maf.distributions.mixture_flow import ConditionalMixtureFlow, MixtureF
 from pyro_maf.distributions.table_density import ConditionalTableDensity, TableDensity
 
 __all__ = [
+    "AngleFlow",
     "AutoregressiveCategorical",
     "ConditionalDensity",
     "ConditionalDensityForm",

@@ -106,6 +106,11 @@ class Density(Savable, TorchDistribution, nn.Module):
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
         """Set the density's statistics of the data from data `y`, (rows, D); most densities have none."""
 
+    @property
+    def angles(self) -> tuple[int, ...]:
+        """Indices of the columns in which the density has a period of 2 pi; most densities have none."""
+        return ()
+
     # -- drawing and scoring --------------------------------------------------------------------------------------
 
     def log_prob(self, value: Tensor) -> Tensor:

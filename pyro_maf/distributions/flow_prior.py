@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributions.constraints import Constraint, real_vector
 
 from pyro_maf._core.torch_state import reference_tensor
+from pyro_maf.constrained import ANGLE
 from pyro_maf.distributions.context_net import ContextNet
 from pyro_maf.distributions.data_units import (
     DataUnits,
@@ -130,6 +131,7 @@ class FlowPrior(NamedDensity):
         if isinstance(support, Mapping):
             support = Layout.named(columns).spread(self.name, "support", support, "real", model.input_dim)
         target = Support(self.name, support, model.input_dim)
+        _check_angles(self.name, target, model)
         net = None if context_net is None else ContextNet(self.name, context_net, context_shape)
         context_dim = model.context_dim if net is None else net.context_dim_of(self.name, model)
         super().__init__(model.input_dim, context_dim, model.batch_shape, target.event_size)
@@ -413,6 +415,15 @@ class ConditionalFlowPrior(ConditionalDensity):
     def unpack(self, value: Tensor) -> dict[str, Tensor]:
         r"""Split a value, (\*batch, D), by the names of its columns, as `FlowPrior.unpack`."""
         return self.density.unpack(value)
+
+
+def _check_angles(who: str, support: Support, model: Flow | Density) -> None:
+    """Refuse columns of angles whose density would not be periodic."""
+    if set(support.angles) - set(model.angles if isinstance(model, Density) else ()):
+        raise ValueError(
+            f"{who} expected an AngleFlow, whose density is periodic, of columns {list(support.angles)} on {ANGLE}, "
+            f"got {type(model).__name__}: build one around the flow of the other columns, or leave it to pyro_maf.fit."
+        )
 
 
 def _check_model(who: str, model: object) -> None:

@@ -82,6 +82,14 @@ class Units(NamedTuple):
         z, _ = self.standardised(table)
         return (self.tails.any(0) & (z.abs() <= NORMAL_REACH).all(0)).nonzero()[:, 0].tolist()
 
+    def with_angles(self, columns: tuple[int, ...]) -> Units:
+        """Units in which angles are radians."""
+        if not columns:
+            return self
+        at = torch.isin(torch.arange(len(self.loc)), torch.tensor(columns))
+        tails = None if self.tails is None else self.tails.masked_fill(at, 0.0)
+        return Units(self.loc.masked_fill(at, 0.0), self.scale.masked_fill(at, 1.0), tails)
+
     def take(self, columns: list[int]) -> Units:
         """Units of some columns."""
         tails = None if self.tails is None else self.tails[:, columns]

@@ -152,7 +152,8 @@ def _baselines(inner: FlowPrior | TableDensity, training: Rows, queries: int) ->
     }
     if len(z) < _most(inner.event_shape[0]) and len(z) * queries <= MOST_PAIRS:
         each["KDE"] = _KernelDensity(rows.data.float(), rows.weights).log_prob
-    models = ((name, _Regression(coefficients, scale, log_prob)) for name, log_prob in each.items())
+    angles = prior.model.angles if isinstance(prior.model, Density) else ()
+    models = ((name, _Regression(coefficients, scale, log_prob, angles)) for name, log_prob in each.items())
     return [(name, _in_units(model.to(_like(prior)), prior, inner)) for name, model in models]
 
 
@@ -190,17 +191,26 @@ class _Regression(Density):
         coefficients: (1 + C, D).
         scale: Scale of the residuals, (D,).
         log_prob: Log-density of residuals in units of the scale.
+        angles: Columns of angles, of which the density is on one turn.
     """
 
     coefficients: Tensor
     residual_scale: Tensor
     _unsavable = "it is one of the baselines of a comparison"
 
-    def __init__(self, coefficients: Tensor, scale: Tensor, log_prob: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, coefficients: Tensor, scale: Tensor, log_prob: Callable[[Tensor], Tensor], angles: tuple[int, ...] = ()
+    ) -> None:
         super().__init__(len(scale), len(coefficients) - 1)
         self.register_buffer("coefficients", coefficients)
         self.register_buffer("residual_scale", scale)
         self._log_prob: Callable[[Tensor], Tensor] = log_prob
+        self._angles = angles
+
+    @property
+    def angles(self) -> tuple[int, ...]:
+        """Columns of angles."""
+        return self._angles
 
     def log_density(self, value: Tensor, context: Tensor | None = None) -> Tensor:
         r"""Log-density (\*batch,) in nats."""

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from pyro_maf._core.checks import check_positive
 from pyro_maf._core.torch_state import seeded
-from pyro_maf.distributions import ConditionalFlowPrior, ConditionalTableDensity, FlowPrior, TableDensity
+from pyro_maf.distributions import (
+    AngleFlow,
+    ConditionalFlowPrior,
+    ConditionalTableDensity,
+    Density,
+    FlowPrior,
+    TableDensity,
+)
 from pyro_maf.distributions.context_net import ContextNet
 from pyro_maf.distributions.mixture_flow import MixtureFlow
 from pyro_maf.distributions.named_density import NamedDensity
@@ -23,6 +30,7 @@ from pyro_maf.tables.named_rows import NAMELESS, NamedRows
 from pyro_maf.tables.reader import row_shape
 from pyro_maf.training.kinds import few_values
 from pyro_maf.training.preparation import FITTED, Choice, Model, Recipe
+from pyro_maf.transforms import Flow
 from pyro_maf.univariate import Spline
 
 __all__ = ["CHOSEN", "DefaultFlow", "choose", "default_model"]
@@ -95,6 +103,7 @@ def choose(
         return _without_model(model, rows, support, net, dequantise=dequantise, seed=seed)
     if isinstance(model, (TableDensity, ConditionalTableDensity)):
         return _of_table(model, rows, support)._replace(net=net)
+    model = _around_flow(model, rows, support, seed)
     categories = [each for each in rows.layout.categories if each is not None]
     are_numbers = all(isinstance(value, bool) for each in categories for value in each)
     if are_numbers and model.input_dim == len(rows.layout.categories):
@@ -110,6 +119,34 @@ def choose(
     levels = _levels(rows)
     _check_sizes(model, rows, net)
     return Choice(model, rows, _support(model, support, len(levels), levels), levels, net=net)
+
+
+def _angles(rows: NamedRows, support: SupportLike | None, levels: Sequence[object]) -> list[int]:
+    """Places of the columns of angles among those that are no categories."""
+    if support is None:
+        return []
+    width = number_of_columns("fit", "data", rows.data)
+    angles = Support("fit", support, width).angles
+    numeric = [column for column in range(width) if not (levels and levels[column])]
+    return [place for place, column in enumerate(numeric) if column in angles]
+
+
+def _around_flow(model: Model, rows: NamedRows, support: SupportLike | None, seed: int) -> Model:
+    """The density of angles around a flow of the other columns, or the model if there are none."""
+    inner = cast("Flow | Density", getattr(model, "unwrapped", model))
+    angles = [] if isinstance(inner, Density) and inner.angles else _angles(rows, support, rows.layout.categories)
+    if not angles or isinstance(model, FITTED):
+        return model
+    expected = number_of_columns("fit", "data", rows.data) - len(rows.layout.in_categories) - len(angles)
+    context_dim = inner.context_dim - 2 * len(angles)
+    if inner.input_dim != expected or context_dim < 0:
+        raise ValueError(
+            f"fit expected a {type(model).__name__} of input_dim {expected}, as {len(angles)} columns are angles, "
+            f"whose cosines and sines are the last {2 * len(angles)} features of its context, got input_dim "
+            f"{inner.input_dim} and context_dim {inner.context_dim}: build it so, or leave it out, fit(data)."
+        )
+    with seeded(seed):
+        return AngleFlow(inner, angles, context_dim=context_dim)
 
 
 def _embedding(model: Model | DefaultFlow, rows: NamedRows, context_net: nn.Module | None) -> ContextNet | None:
@@ -166,15 +203,21 @@ def _without_model(
     one_hot = sum(len(level) for level in levels if level is not None)
     count = sum(level is None for level in levels)
     dim = count - _is_simplex(count, support if count == width else None)
-    model, recipe = default_model(
-        dim,
+    angles = _angles(rows, support, levels)
+    flow, recipe = default_model(
+        max(1, dim - len(angles)),
         number_of_rows(rows.data),
-        context + one_hot,
+        context + one_hot + 2 * len(angles),
         default=default,
         seed=seed,
         has_rsample=not dequantise,
         data=rows.data,
     )
+    model: MAF | MixtureFlow | AngleFlow = flow
+    if angles:
+        with seeded(seed):
+            of_others = flow if dim > len(angles) else None
+            model = AngleFlow(of_others, angles, context_dim=context + one_hot).to(next(flow.parameters()))
     on_support = _support(model, support, width if any(levels) else model.input_dim, levels)
     each = levels if any(levels) else [None] * on_support.event_size
     return Choice(model, rows, on_support, each, named, recipe, net)

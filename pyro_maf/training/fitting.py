@@ -117,9 +117,11 @@ def fit(
             validation, in early stopping, in the units and in the warnings; only batch norm takes its statistics
             without. A row of weight 2 is two copies of it, and a row of weight 0 is left out. By default 1.
         support: The support of the data: "real", "positive", "unit_interval", a pair of bounds such as (18, None) or
-            (-90, 90), "ordered", "simplex", or a sequence with one of these but the last for each column, or
-            constraints, as `FlowPrior` takes it; or a dictionary by name of column or entry, {"income": "positive",
-            "age": (0, 120)}, where those that it leaves out are real. By default "real" or that of a `FlowPrior`.
+            (-90, 90), "angle" (radians) or "angle(0, 360)", "ordered", "simplex", or a sequence with one of these but
+            the last for each column, or constraints, as `FlowPrior` takes it; angles come before the other columns, in
+            an `AngleFlow`, and a flow sees them by cosine and sine, the last features of its context; or a dictionary
+            by name of column or entry, {"income": "positive", "age": (0, 120)}, where others are real. By
+            default "real" or that of a `FlowPrior`.
         validation: The fraction of the rows to hold out at random for validation, between 0 and 1, by default 0.1;
             or rows like `data`; or a tuple (data, context) of such for a model with a context, whose columns are
             matched by name if they have names; or (data, context, weights), with None for what there is not. A fraction

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf._core.torch_state import seeded
-from pyro_maf.constrained import ORDERED, kind_of
+from pyro_maf.constrained import ANGLE, ORDERED, kind_of
 from pyro_maf.distributions import (
     AutoregressiveCategorical,
     ConditionalTableDensity,
@@ -199,8 +199,9 @@ def _extended(grids: Sequence[Grid | None], rows: Rows) -> list[Grid | None]:
 
 
 def _is_inside(grid: Grid, support: str) -> bool:
-    """True if a support contains all steps; one of ordered columns does not, whose steps may overlap."""
-    if support.startswith(ORDERED):
+    """True if a support contains all steps."""
+    # Steps of ordered columns may overlap, and those of angles may not fit a turn.
+    if support.startswith((ANGLE, ORDERED)):
         return False
     low, high = grid.low - grid.spacing / 2, grid.high + grid.spacing / 2
     return not kind_of(support).outside(torch.tensor([low, high], dtype=torch.float64)).any()

@@ -17,6 +17,7 @@ from pyro_maf.distributions import (
     FlowPrior,
     TableDensity,
 )
+from pyro_maf.distributions.angle_flow import AngleFlow
 from pyro_maf.distributions.context_net import ContextNet
 from pyro_maf.distributions.data_units import float32_holds
 from pyro_maf.distributions.mixture_flow import MixtureFlow
@@ -202,7 +203,7 @@ def prepare(
     sample = sampled(parts.training)
     of_data, of_context = parts.training.moments(support, together=len(choice.context_shape) > 1)
     unconstrained = support.unconstrain(sample.data)[0]
-    of_units = units_of(of_data, unconstrained, sample.weights)
+    of_units = units_of(of_data, unconstrained, sample.weights).with_angles(support.angles)
     units = _as_precise((of_units, of_context), rows.dtypes, dtype)
     every = (parts.training, parts.validation.rows, parts.test.rows)
     leaves = any(part.leaves_in_float32(support) for part in every)
@@ -385,8 +386,11 @@ def _start(density: Fitted, training: Rows, seed: int) -> None:
     if isinstance(inner, TableDensity):
         prior, values = inner.prior, rows.data[:, inner.numeric]
         values = dequantised(values, inner.steps.spacing, torch.Generator().manual_seed(seed))
-    if isinstance(prior.model, MixtureFlow):
-        prior.model.base.start_at(prior.standardised(values).clamp(-FENCE, FENCE), rows.weights)
+    model, z = prior.model, prior.standardised(values)
+    if isinstance(model, AngleFlow) and model.flow is not None:
+        z, model = z[:, model.others], model.flow
+    if isinstance(model, MixtureFlow):
+        model.base.start_at(z.clamp(-FENCE, FENCE), rows.weights)
 
 
 def _settle(prior: FlowPrior, *, leaves: bool) -> None:
