@@ -17,14 +17,16 @@ from pyro_maf.training.preparation import Recipe
 def test_the_default_heeds_rows_and_columns() -> None:
     few, recipe = default_model(4, 100, seed=0)
     assert isinstance(few, MixtureFlow)
-    assert recipe == Recipe(32, 0.03, starts=True)
+    assert recipe == Recipe(32, 0.03, relaxations=2, starts=True)
     flow, recipe = default_model(4, 100, seed=0, has_rsample=True)
     assert isinstance(flow, NSF)
     assert not recipe.starts
     assert [len(cast("NSF", default_model(4, rows, seed=0)[0])) for rows in (1000, 10_000)] == [3, 5]
     wide = cast("NSF", default_model(80, 10_000, seed=0)[0])
     assert (len(wide), wide[0].univariate.num_bins) == (3, 4)
-    assert default_model(4, 10_000, seed=0)[1] == Recipe(256, 3e-4)
+    assert default_model(4, 10_000, seed=0)[1] == Recipe(256, 3e-4, relaxations=2)
+    widths = [default_model(dim, 1000, seed=0)[0].architecture["hidden_dims"] for dim in (4, 20)]
+    assert widths == [(128, 128), (160, 160)]
 
 
 def test_a_table_of_few_rows_starts_as_a_mixture_of_its_training_rows() -> None:
@@ -53,6 +55,17 @@ def test_thirty_rows_of_a_normal_distribution_are_not_overfitted() -> None:
         rows = torch.randn(30, 3, generator=generator) @ factor.T
         behind.append(float((truth.log_prob(new) - fit(rows, seed=seed, progress=False).score(new)).mean()))
     assert sum(behind) / len(behind) < 0.5
+
+
+def test_weight_decay_that_falls_is_ahead_of_one_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    angle = 20 * torch.rand(900, 1, generator=generator)
+    rows = torch.cat([angle * angle.sin(), angle * angle.cos()], 1)  # a thin spiral
+    rows += 0.1 * torch.randn(900, 2, generator=generator)
+    falls = fit(rows[:600], validation=rows[600:750], max_epochs=150, progress=False).score(rows[750:])
+    monkeypatch.setattr("pyro_maf.training.choice.RELAXATIONS", 0)
+    stays = fit(rows[:600], validation=rows[600:750], max_epochs=150, progress=False).score(rows[750:])
+    assert float((falls - stays).mean()) > 0.1
 
 
 def test_noise_of_a_mixture_flow_is_standard_normal() -> None:

@@ -318,6 +318,15 @@ def test_the_learning_rate_is_halved_after_a_quarter_of_the_patience() -> None:
     assert schedule.reason == "no better validation log-likelihood for 8 epochs"
 
 
+def test_the_weight_decay_falls_before_the_learning_rate() -> None:
+    schedule = Schedule(learning_rate=1.0, patience=4, weight_decay=0.1, relaxations=2)
+    rates = []
+    for epoch, loss in enumerate([2.0, 1.0, 1.5, 1.5, 1.5]):
+        schedule.improves(epoch, loss)
+        rates.append((schedule.learning_rate, round(schedule.weight_decay, 9)))
+    assert rates == [(1, 0.1), (1, 0.1), (1, 0.01), (1, 0.001), (0.5, 0.001)]
+
+
 def test_weights_that_are_the_best_already_are_given_back() -> None:
     model = small_maf()
     given = weights(model)

@@ -30,6 +30,7 @@ class Adam:
         betas: Decay rates of the averages of gradients and of their squares.
 
     Attributes:
+        weight_decay: That of the next step.
         steps: Number of steps of each weight.
         states: `step`, `exp_avg` and `exp_avg_sq` of each weight; written to in place to resume from those of another.
 
@@ -47,7 +48,7 @@ class Adam:
         self, weights: Sequence[Tensor], weight_decay: float = 0.0, betas: tuple[float, float] = BETAS
     ) -> None:
         self._weights = [weight.detach() for weight in weights]
-        self._weight_decay, self._betas = weight_decay, betas
+        self.weight_decay, self._betas = weight_decay, betas
         # torch takes weights of one dtype and device at once.
         kinds = [(weight.dtype, weight.device) for weight in weights]
         self._groups = [[i for i, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)]
@@ -65,7 +66,7 @@ class Adam:
 
     def settings(self, learning_rate: float) -> tuple[float, float, float, float, float]:
         """Numbers of a step that is taken elsewhere: learning rate, weight decay, both betas and epsilon."""
-        return learning_rate, self._weight_decay, *self._betas, EPSILON
+        return learning_rate, self.weight_decay, *self._betas, EPSILON
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor | None], learning_rate: float) -> None:
@@ -92,7 +93,7 @@ class Adam:
                 lr=learning_rate,
                 beta1=self._betas[0],
                 beta2=self._betas[1],
-                weight_decay=self._weight_decay,
+                weight_decay=self.weight_decay,
                 eps=EPSILON,
                 amsgrad=False,
                 maximize=False,

@@ -206,6 +206,7 @@ def fit(
     options = _Options(
         batch_size=choice.recipe.batch_size if batch_size is None else batch_size,
         weight_decay=choice.recipe.weight_decay,
+        relaxations=choice.recipe.relaxations,
         max_epochs=max_epochs,
         patience=patience,
         learning_rate=learning_rate,
@@ -230,6 +231,7 @@ class _Options:
 
     batch_size: int
     weight_decay: float
+    relaxations: int
     max_epochs: int
     patience: int
     learning_rate: float
@@ -269,6 +271,7 @@ class _Options:
             "seed": self.seed,
             "batch_size": self.batch_size,
             "weight_decay": self.weight_decay,
+            "relaxations": self.relaxations,
             "learning_rate": self.learning_rate,
             "max_grad_norm": self.max_grad_norm,
             "choice of frozen weights": frozen or None,
@@ -305,10 +308,9 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
             prepared.trained,
             batches,
             Batches(prepared.validation, VALIDATION_BATCH, None, processes),
-            schedule=Schedule(options.learning_rate, options.patience),
+            schedule=Schedule(options.learning_rate, options.patience, options.weight_decay, options.relaxations),
             max_epochs=options.max_epochs,
             max_grad_norm=options.max_grad_norm,
-            weight_decay=options.weight_decay,
             interruption=interruption,
             processes=processes,
             folder=folder,

@@ -33,10 +33,9 @@ class Loop:
         density: The density to fit, in the data's units.
         batches: The training rows.
         held_out: The validation rows.
-        schedule: Learning rate and patience.
+        schedule: Learning rate, weight decay and patience.
         max_epochs: Maximum number of epochs, those before a checkpoint included.
         max_grad_norm: Norm to which a step's gradient is clipped.
-        weight_decay: As in `State`.
         interruption: Request to stop by the user.
         processes: The processes that take part.
         folder: Folder of checkpoints and log, if any.
@@ -55,7 +54,6 @@ class Loop:
         schedule: Schedule,
         max_epochs: int,
         max_grad_norm: float,
-        weight_decay: float,
         interruption: Interruption,
         processes: Processes,
         folder: CheckpointFolder | None = None,
@@ -77,7 +75,7 @@ class Loop:
             each.to(device)
         self._log = Log(folder.folder) if folder is not None and processes.is_first else None
         self._objective = objective_of(density, processes)
-        self.state = State(density, self._objective, batches, schedule, weight_decay)
+        self.state = State(density, self._objective, batches, schedule)
         self._is_resumed = False
         if folder is not None and folder.checkpoint is not None:
             self.state.load(folder.checkpoint, folder.path)
@@ -224,6 +222,7 @@ class Loop:
         epoch = len(state.history)
         if self._schedule.improves(epoch, losses[1]):
             state.record_best()
+        state.optimizer.weight_decay = self._schedule.weight_decay
         state.average.swap()
         self._density.train()
         if all_skipped:

@@ -57,12 +57,13 @@ class Recipe(NamedTuple):
 
     Attributes:
         batch_size: As in `fit`.
-        weight_decay: Factor of the weights that is added to their gradients.
+        weight_decay, relaxations: As in `Schedule`.
         starts: Whether the base of the model is a mixture that is to be fitted to the training rows.
     """
 
     batch_size: int = 256
     weight_decay: float = WEIGHT_DECAY
+    relaxations: int = 0
     starts: bool = False
 
 

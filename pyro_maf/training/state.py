@@ -22,18 +22,22 @@ __all__ = ["WEIGHT_DECAY", "Schedule", "State"]
 AVERAGED_EPOCHS = 2
 AVERAGED_STEPS = 50
 AVERAGING_ORDER = 8
-WEIGHT_DECAY = 1e-6
+WEIGHT_DECAY, RELAXED = 1e-6, 10.0
 
 
 class Schedule:
-    """Halving of the learning rate after a quarter of the patience without a better validation loss; early stopping.
+    """Early stopping; and after a quarter of the patience without a better validation loss a lower decay or rate.
+
+    The weight decay falls to a tenth, as often as it may; then the learning rate is halved.
 
     Args:
         learning_rate: Initial learning rate.
         patience: Number of epochs without a better validation loss after which to stop.
+        weight_decay: Initial factor of the weights that is added to their gradients; by default the paper's.
+        relaxations: How often it may fall.
 
     Attributes:
-        learning_rate: Present learning rate.
+        learning_rate, weight_decay, relaxations: Present ones.
         best: The lowest validation loss so far.
         best_epoch: The epoch of that loss.
 
@@ -45,9 +49,13 @@ class Schedule:
         (0.5, None)
     """
 
-    def __init__(self, learning_rate: float, patience: int) -> None:
+    def __init__(
+        self, learning_rate: float, patience: int, weight_decay: float = WEIGHT_DECAY, relaxations: int = 0
+    ) -> None:
         self.learning_rate = learning_rate
         self.patience = patience
+        self.weight_decay = weight_decay
+        self.relaxations = relaxations
         self.best = math.inf
         self.best_epoch = 0
         self._epoch = 0
@@ -60,8 +68,13 @@ class Schedule:
             self.best, self.best_epoch = validation_loss, epoch
             return True
         if epoch - max(self.best_epoch, self._lowered_at) >= max(1, self.patience // 4):
-            self.lower()
+            self._relax() if self.relaxations else self.lower()
         return False
+
+    def _relax(self) -> None:
+        self.weight_decay /= RELAXED
+        self.relaxations -= 1
+        self._lowered_at = self._epoch
 
     def lower(self) -> None:
         """Halve the learning rate."""
@@ -90,8 +103,7 @@ class State:
         density: The density to fit.
         objective: Its objective, with the weights that are trained.
         batches: The training rows.
-        schedule: Learning rate and patience.
-        weight_decay: Factor of the weights that is added to their gradients; by default the paper's.
+        schedule: Learning rate, weight decay and patience.
 
     Attributes:
         optimizer: Adam over the weights.
@@ -111,14 +123,13 @@ class State:
         objective: MaximumLikelihood,
         batches: Batches,
         schedule: Schedule,
-        weight_decay: float = WEIGHT_DECAY,
     ) -> None:
         self.density = density
         self.batches = batches
         self.schedule = schedule
         self._split, weights = objective.split, objective.weights
         self._device = weights[0].device
-        self.optimizer = Adam(weights, weight_decay)
+        self.optimizer = Adam(weights, schedule.weight_decay)
         steps = max(AVERAGED_STEPS, AVERAGED_EPOCHS * len(batches))
         self.average = WeightAverage(weights, steps, order=AVERAGING_ORDER, with_initial=True)
         self.best: dict[str, Tensor] = {}
@@ -190,6 +201,7 @@ class State:
         facts, device = checkpoint.facts, self._device
         self.history = [Epoch(*epoch) for epoch in facts["history"]]
         self.schedule.load(facts["schedule"])
+        self.optimizer.weight_decay = self.schedule.weight_decay
         self.skipped, self.skipped_in_a_row, self.lowerings_in_a_row = facts["skipped"]
         self.batches.load(checkpoint.tensors["order"], facts["taken"])
         self.stop_reason = facts["stop_reason"]
