@@ -10,6 +10,7 @@ import torch
 from pyro_maf import MAF, FlowPrior
 from pyro_maf._core import memory_pool
 from pyro_maf._core.memory_pool import empty
+from pyro_maf.sweep import function, program
 
 SIZE = 2**16
 like = torch.zeros(1)
@@ -63,3 +64,18 @@ def test_gradients_that_are_kept_stay() -> None:
     for number, gradients in enumerate(found):
         wanted = torch.autograd.grad(prior.log_prob(value + number).sum(), list(prior.parameters()))
         assert all(map(torch.equal, gradients, wanted))
+
+
+def test_a_step_takes_memory_for_packed_weights_tape_and_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def recorded(size: int, like: torch.Tensor) -> torch.Tensor:
+        sizes.append(size)
+        return empty(size, like)
+
+    for module in (function, program):
+        monkeypatch.setattr(module, "empty", recorded)
+    prior = FlowPrior(MAF(6, num_layers=5, hidden_dims=[128, 128]))
+    (-prior.log_prob(torch.randn(50, 6)).mean()).backward()
+    packed, _, gradients = sizes
+    assert gradients < 1.3 * packed  # those of the parameters and the packed ones share it

@@ -233,10 +233,11 @@ def _backward(
         wanted = of_tensors[matrices["weight"]] | of_tensors[matrices["addend"]]
     grad_v = grad_w.new_empty(points, program.dim if needed[0] else 0)
     grad_context = grad_w.new_empty(points, program.context_dim if needed[1] else 0)
-    parts = _walked_back(program, saved, wanted, (grad_w, grad_log_det), (grad_v, grad_context))
+    memory = empty(program.shift + program.num_weights, grad_w)
+    parts = _walked_back(program, saved, wanted, memory, (grad_w, grad_log_det), (grad_v, grad_context))
     by_tensors = tensors
     if any(needed[2:]):
-        flat = empty(int(program.offsets[-1]), tensors[0])
+        flat = memory[: program.offsets[-1]]
         unpack(program, parts, flat)
         parts_of_flat = zip(flat.split_with_sizes(program.sizes), tensors, strict=True)
         by_tensors = [part if tensor.dim() == 1 else part.view_as(tensor) for part, tensor in parts_of_flat]
@@ -248,6 +249,7 @@ def _walked_back(
     program: Program,
     saved: Sequence[Tensor],
     wanted: Array,
+    memory: Tensor,
     grads: tuple[Tensor, Tensor],
     results: tuple[Tensor, Tensor],
 ) -> list[tuple[Array, Array]]:
@@ -257,6 +259,7 @@ def _walked_back(
         program: The program.
         saved: What `_recorded` saved.
         wanted: For each matrix, whether its gradient is.
+        memory: Room for the first part's gradients with respect to the weights, behind that of the unpacked ones.
         grads: Gradients with respect to w and the log-determinants.
         results: Those with respect to v and the context, filled here; with no columns if not wanted.
     """
@@ -265,7 +268,7 @@ def _walked_back(
     network = program.tables, saved[0].numpy(), wanted, program.rows
 
     def walk(first: int, end: int) -> tuple[Array, Array]:
-        gradients = program.room_for_gradients(tape)
+        gradients = program.room_for_gradients(tape, None if first else memory[program.shift :])
         loaded().backward(*network, first, end, *arrays, *gradients, False)
         return gradients
 

@@ -156,7 +156,18 @@ class Program:
         self.work = int(self.tables.seen.sum())
         """Multiplications a point."""
         self.every_matrix = np.ones(len(self.tables.matrices), bool)
+        self.shift = self._shift()
         self._packed: tuple[Snapshot, Pack] | None = None
+
+    def _shift(self) -> int:
+        """Number of entries that packed gradients lie behind those of the tensors, if both are in one memory.
+
+        So that `unpack`, matrix by matrix, overwrites none that it has yet to read.
+        """
+        matrices, ends = self.tables.matrices, self.offsets[1:]
+        written = np.maximum(ends[matrices["weight"]], ends[matrices["addend"]])
+        unread = np.minimum.accumulate(matrices["start"][::-1])[::-1]
+        return LANES * -(-max(0, int((written - unread).max())) // LANES)
 
     def chunk_of(self, points: int) -> int:
         """Number of points that pass through the layers together, of so many: chunks of about the same size."""
@@ -175,9 +186,9 @@ class Program:
             return not self.context_dim
         return Reading([], [], [context]).is_uniform(v) and context.shape[-1:] == (self.context_dim,)
 
-    def room_for_gradients(self, like: Tensor) -> tuple[Array, Array]:
-        """Arrays for the gradients by packed weights and biases, with arbitrary entries."""
-        weights = empty(self.num_weights, like).numpy()
+    def room_for_gradients(self, like: Tensor, memory: Tensor | None = None) -> tuple[Array, Array]:
+        """Arrays for the gradients by packed weights and biases, with arbitrary entries; the former in this memory."""
+        weights = (empty(self.num_weights, like) if memory is None else memory).numpy()
         return weights, np.empty(self.num_biases + LANES, weights.dtype)
 
     def pack(self, tensors: Sequence[Tensor]) -> Pack:
