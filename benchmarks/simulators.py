@@ -1,11 +1,13 @@
 """Neural posterior estimation by sbi, with the flows of this package and with sbi's own.
 
-    python benchmarks/simulators.py [--simulations N] [--tasks NAME ...] [--out FOLDER]
+    python benchmarks/simulators.py                                    # everything: half an hour of one core
+    python benchmarks/simulators.py --tasks SLCP --simulations 1000 --seeds 0 1 --out FOLDER
 
-All estimators learn from the same simulations, by sbi's `NPE.train` with its defaults. Measured: the mean of
-log q(theta | x) over 1,000 held-out pairs, in nats, paired with that of sbi's `nsf`; where the posterior is known, the
-accuracy of a classifier between its draws and the estimator's, over five observations (0.5 is perfect); CPU seconds of
-training, and of 10,000 draws at one observation.
+Within a cell, of a task, a number of simulations and a seed, all estimators learn from the same simulations, by sbi's
+`NPE.train` with its defaults. Measured: the mean of log q(theta | x) over 1,000 held-out pairs, in nats, paired with
+that of sbi's `nsf`; the accuracy of a classifier between draws of `posterior.sample` and of the exact posterior, at five
+observations (0.5 is perfect); CPU seconds of training, and of 10,000 draws at one observation. Cells are merged into
+what the folder of results has, so that a run can be ended and taken up.
 """
 
 from __future__ import annotations
@@ -14,17 +16,17 @@ import argparse
 import json
 import time
 import warnings
-from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import sbi
 import torch
+from directions import RESULTS, about, write
+from parts import standings_of_simulators
 from parts.tasks import TASKS, Task
-from rich.console import Console
-from rich.table import Table
 from sbi.inference import NPE
 from sklearn.model_selection import cross_val_score
 from sklearn.neural_network import MLPClassifier
@@ -39,80 +41,112 @@ ESTIMATORS: dict[str, Any] = {
     "sbi maf": lambda: "maf",
     "sbi zuko_nsf": lambda: "zuko_nsf",
 }
-BASELINE = "sbi nsf"
-HELD_OUT, OBSERVATIONS, DRAWS, COMPARED = 1_000, 5, 10_000, 2_000
+HELD_OUT, OBSERVATIONS, DRAWS, COMPARED, REPETITIONS = 1_000, 5, 10_000, 2_000, 3
 
 
 def main() -> None:
-    """Measure, print and store."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--simulations", type=int, default=10_000)
-    parser.add_argument("--epochs", type=int, default=2**31 - 1, help="the maximum of each training")
-    parser.add_argument("--tasks", nargs="+", default=[task.name for task in TASKS])
-    parser.add_argument("--estimators", nargs="+", default=list(ESTIMATORS))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    options = parser.parse_args()
+    """Measure what there are no results of, store, show."""
+    options = parse()
     torch.set_num_threads(1)
-    path = options.out.absolute() / "simulators.json"
-    results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    for task in TASKS:
-        if task.name in options.tasks:
-            results[task.name] = measured(task, options.estimators, options.simulations, options.epochs)
-            show(task.name, results[task.name])
-            options.out.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(results, indent=1))
+    options.out = options.out.absolute()
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "simulators.json"
+    results: dict[str, Any] = {"cells": []} if not path.exists() else json.loads(path.read_text(encoding="utf-8"))
+    results["about"] = about()
+    results["about"]["versions"]["sbi"] = sbi.__version__
+    for task in (task for task in TASKS if task.name in options.tasks):
+        for simulations in options.simulations:
+            for seed in options.seeds:
+                where = {"task": task.name, "dimensions": task.prior.event_shape[0]}
+                where |= {"simulations": simulations, "seed": seed}
+                others = [cell for cell in results["cells"] if not where.items() <= cell.items()]
+                if len(others) < len(results["cells"]) and not options.again:
+                    continue
+                figures = measured(task, options.estimators, simulations, seed, options.epochs)
+                results["cells"] = [*others, where | {"estimators": figures}]
+                write(path, json.dumps(results, indent=1))
+    text = standings_of_simulators.table(results)
+    write(options.out / "simulators.md", text)
+    standings_of_simulators.draw(results["cells"], options.out / "simulators.png")
+    print(text)
 
 
-def measured(task: Task, names: list[str], simulations: int, epochs: int) -> dict[str, Any]:
-    """Figures of every estimator on a task."""
-    training, held_out = task.simulations(simulations, seed=0), task.simulations(HELD_OUT, seed=1)
-    scores, figures = {}, {}
-    for name in names:
-        figures[name], scores[name] = _measured(task, ESTIMATORS[name](), training, held_out, epochs)
-    for name, own in figures.items():
-        gain = (scores[name] - scores.get(BASELINE, scores[name])).double()
-        own["gain"], own["gain_se"] = gain.mean().item(), gain.std().item() / HELD_OUT**0.5
-    return figures
+def parse() -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", default=[task.name for task in TASKS])
+    parser.add_argument("--simulations", type=int, nargs="+", default=[1_000, 10_000], metavar="N")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
+    parser.add_argument("--estimators", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS), metavar="NAME")
+    parser.add_argument("--epochs", type=int, default=2**31 - 1, help="the maximum of each training")
+    parser.add_argument("--again", action="store_true", help="measure again what there are results of")
+    parser.add_argument("--out", metavar="FOLDER", type=Path, default=RESULTS, help="where results are merged")
+    return parser.parse_args()
+
+
+def measured(task: Task, names: list[str], simulations: int, seed: int, epochs: int) -> dict[str, Any]:
+    """Figures of every estimator in a cell."""
+    training, held_out = task.simulations(simulations, seed=2 * seed), task.simulations(HELD_OUT, seed=2 * seed + 1)
+    torch.manual_seed(seed)
+    references = [task.reference(x, COMPARED) for x in held_out[1][:OBSERVATIONS].split(1)]
+    fits = {name: _measured(task, name, training, held_out, references, seed, epochs) for name in names}
+    baseline = fits.get(standings_of_simulators.BASELINE)
+    for figures, scores in fits.values():
+        gain = scores - (scores if baseline is None else baseline[1])
+        figures |= {"gain": gain.mean().item(), "gain_se": gain.std().item() / HELD_OUT**0.5}
+    return {name: figures for name, (figures, _) in fits.items()}
 
 
 def _measured(
-    task: Task, estimator: Any, training: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], epochs: int
+    task: Task,
+    name: str,
+    training: tuple[Tensor, Tensor],
+    held_out: tuple[Tensor, Tensor],
+    references: list[Tensor],
+    seed: int,
+    epochs: int,
 ) -> tuple[dict[str, Any], Tensor]:
-    torch.manual_seed(0)
+    """Figures of an estimator, and its log-density of each held-out pair."""
+    _trained(task, name, training, seed, epochs=1)  # the first call may compile
     started = time.process_time()
+    inference = _trained(task, name, training, seed, epochs)
+    seconds = time.process_time() - started
+    theta, x = held_out
+    posterior = inference.build_posterior()
+    with torch.no_grad():
+        scores = posterior.posterior_estimator.log_prob(theta[None], x)[0].double()
+
+    def draw(number: int, at: Tensor) -> Tensor:
+        return posterior.sample((number,), x=at, show_progress_bars=False)
+
+    accuracies = [c2st(theta, draw(COMPARED, at)) for theta, at in zip(references, x.split(1), strict=False)]
+    figures = {
+        "log_prob": scores.mean().item(),
+        "c2st": accuracies,
+        "training_seconds": seconds,
+        "epochs": inference.summary["epochs_trained"][-1],
+        "sampling_seconds": min(_seconds(draw, DRAWS, x[:1]) for _ in range(REPETITIONS)),
+    }
+    print(f"{task.name}, {len(training[0]):,} simulations, seed {seed}, {name}: {figures}", flush=True)
+    return figures, scores
+
+
+def _trained(task: Task, name: str, training: tuple[Tensor, Tensor], seed: int, epochs: int) -> Any:
+    torch.manual_seed(seed)
     with warnings.catch_warnings(), TemporaryDirectory() as folder, chdir(folder):  # sbi writes a log
         warnings.simplefilter("ignore")
-        inference = NPE(task.prior, density_estimator=estimator, show_progress_bars=False)
-        density = inference.append_simulations(*training).train(max_num_epochs=epochs)
-    trained = time.process_time() - started
-    theta, x = held_out
-    with torch.no_grad():
-        score = density.log_prob(theta[None], x)[0]
-    draw = _sampler(density)
-    draw(x[:1], DRAWS)  # the first call may compile
+        inference = NPE(task.prior, density_estimator=ESTIMATORS[name](), show_progress_bars=False)
+        inference.append_simulations(*training).train(max_num_epochs=epochs)
+    return inference
+
+
+def _seconds(call: Any, *arguments: Any) -> float:
     started = time.process_time()
-    draw(x[:1], DRAWS)
-    figures = {
-        "log_prob": score.double().mean().item(),
-        "training_seconds": trained,
-        "epochs": inference.summary["epochs_trained"][-1],
-        "sampling_seconds": time.process_time() - started,
-    }
-    if task.reference is not None:
-        accuracies = [_c2st(task.reference(at, COMPARED), draw(at, COMPARED)) for at in x[:OBSERVATIONS].split(1)]
-        figures["c2st"] = float(np.mean(accuracies))
-    return figures, score
+    call(*arguments)
+    return time.process_time() - started
 
 
-def _sampler(density: Any) -> Callable[[Tensor, int], Tensor]:
-    def draw(x: Tensor, number: int) -> Tensor:
-        with torch.no_grad():
-            return density.sample(torch.Size([number]), x).reshape(number, -1)
-
-    return draw
-
-
-def _c2st(reference: Tensor, draws: Tensor) -> float:
+def c2st(reference: Tensor, draws: Tensor) -> float:
     """Cross-validated accuracy of a classifier between two sets of draws."""
     loc, scale = reference.mean(0), reference.std(0)
     rows = ((torch.cat([reference, draws]) - loc) / scale).clamp(-20, 20).numpy()
@@ -120,24 +154,6 @@ def _c2st(reference: Tensor, draws: Tensor) -> float:
     width = 10 * rows.shape[1]
     classifier = MLPClassifier((width, width), max_iter=200, early_stopping=True, random_state=0)
     return float(cross_val_score(classifier, rows, labels, cv=3, scoring="accuracy").mean())
-
-
-def show(task: str, figures: dict[str, Any]) -> None:
-    """Print a table of a task."""
-    table = Table(title=task)
-    for heading in ("estimator", "log q, nats", f"over {BASELINE}", "C2ST", "training, s", "epochs", "10,000 draws, s"):
-        table.add_column(heading, justify="left" if heading == "estimator" else "right")
-    for name, own in figures.items():
-        table.add_row(
-            name,
-            f"{own['log_prob']:.3f}",
-            f"{own['gain']:+.3f} +- {own['gain_se']:.3f}",
-            f"{own['c2st']:.3f}" if "c2st" in own else "",
-            f"{own['training_seconds']:.0f}",
-            str(own["epochs"]),
-            f"{own['sampling_seconds']:.3f}",
-        )
-    Console().print(table)
 
 
 if __name__ == "__main__":

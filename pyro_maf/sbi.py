@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pyro_maf import flows
 from pyro_maf._core.checks import check_choice
 from pyro_maf._core.messages import require
-from pyro_maf.distributions import FlowPrior
+from pyro_maf.distributions import ConditionedDensity, Density, FlowPrior
 from pyro_maf.distributions.context_net import ContextNet
 from pyro_maf.flows import StackOptions
 from pyro_maf.support import Support, SupportLike
@@ -93,6 +93,18 @@ class FlowEstimator(ConditionalDensityEstimator):
         with torch.no_grad():
             flat = self._flat(condition)
             return self.net.draw(torch.Size([*sample_shape, *flat.shape[:-1]]), flat)
+
+    def condition(self, condition: Tensor) -> Density:
+        r"""The density at conditions (\*batch, \*condition_shape), as one of Pyro, for `pyro.sample` in a model.
+
+        Example:
+            >>> theta = torch.randn(50, 2)
+            >>> likelihood = likelihood_nn("maf", num_layers=1)(theta, theta.exp())
+            >>> likelihood.condition(theta[:7]).log_prob(theta[:7].exp()).shape
+            torch.Size([7])
+        """
+        self._check_condition_shape(condition)
+        return ConditionedDensity(self.net, condition)
 
     def inverse_transform(self, input: Tensor, condition: Tensor) -> Tensor:
         r"""Noise u of inputs (\*batch, D) at conditions (\*batch, \*condition_shape), which broadcast."""

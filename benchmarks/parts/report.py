@@ -28,7 +28,7 @@ Cell = dict[str, Any]
 
 def summary(results: Results) -> str:
     """A row for each architecture, with our time, what it is of a dense pass and what the fastest peer's is of ours."""
-    parts = [_about(results)]
+    parts = [about_line(results)]
     for threads in sorted({cell["threads"] for cell in results["cells"]}):
         for task in TASKS:
             found = [cell for cell in results["cells"] if (cell["threads"], cell["task"]) == (threads, task)]
@@ -110,7 +110,7 @@ def details(results: Results) -> str:
     }
     listed = "".join(f"- {note}\n" for note in sorted(notes))
     return (
-        f"{_about(results)}\n\nMilliseconds, minimum / median; ~ predicted; in brackets the number of calls where it "
+        f"{about_line(results)}\n\nMilliseconds, minimum / median; ~ predicted; in brackets the number of calls where it "
         f"is below 10.\n\n{table(heading, rows)}\n\n{listed}"
     )
 
@@ -129,12 +129,13 @@ def _rank(name: str) -> tuple[int, str]:
 # Smaller ones
 
 
-def _about(results: Results) -> str:
+def about_line(results: Results) -> str:
+    """Date, machine and versions of a run, and what was missing."""
     about = results["about"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     load = f", load {about['load']:.1f} at the start" if about["load"] is not None else ""
     machine = f"{about['processor']}, {about['cores']} cores{load}"
-    lines = [f"{about['date']}; {machine}; Python {about['python']}, {versions}.", *results["missing"]]
+    lines = [f"{about['date']}; {machine}; Python {about['python']}, {versions}.", *results.get("missing", [])]
     return "\n".join(lines)
 
 

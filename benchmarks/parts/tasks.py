@@ -1,4 +1,4 @@
-"""Tasks of simulation-based inference: a prior, a simulator and, where it is known, the posterior.
+"""Tasks of simulation-based inference: a prior, a simulator, and draws of the exact posterior.
 
 The first three and their constants are those of Lueckmann et al., *Benchmarking Simulation-Based Inference*, 2021;
 the last is their predator-prey model with the same prior and noise, integrated by fourth-order Runge-Kutta.
@@ -11,19 +11,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from pyro.distributions import MultivariateStudentT
 from sbi.utils import BoxUniform
 from torch import Tensor
 from torch.distributions import Distribution, Independent, LogNormal, MultivariateNormal
 
 
+PROPOSALS = 2**18
+LOTKA_VOLTERRA_PRIOR = LogNormal(torch.tensor([-0.125, -3.0, -0.125, -3.0]), torch.full((4,), 0.5))
+
+
 @dataclass(frozen=True)
 class Task:
-    """A prior over theta, a simulator of x, and draws of the posterior where they can be had."""
+    """A prior over theta, a simulator of x, and independent draws of the posterior at one x, (1, number of x)."""
 
     name: str
     prior: Distribution
     simulate: Callable[[Tensor], Tensor]
-    reference: Callable[[Tensor, int], Tensor] | None = None
+    reference: Callable[[Tensor, int], Tensor]
 
     def simulations(self, rows: int, seed: int) -> tuple[Tensor, Tensor]:
         """Parameters and simulations."""
@@ -31,6 +36,15 @@ class Task:
             torch.manual_seed(seed)
             theta = self.prior.sample((rows,))
             return theta, self.simulate(theta)
+
+
+def _by_rejection(propose: Callable[[int], tuple[Tensor, Tensor]], number: int) -> Tensor:
+    """Accept proposals in proportion to their weights, which are logs, until there are enough."""
+    draws, weights = propose(PROPOSALS)
+    while (weights - weights.max()).exp().sum() < 1.2 * number:
+        more = propose(PROPOSALS)
+        draws, weights = torch.cat([draws, more[0]]), torch.cat([weights, more[1]])
+    return draws[torch.rand(len(draws)) < (weights - weights.max()).exp()][:number].float()
 
 
 def _two_moons(theta: Tensor) -> Tensor:
@@ -73,9 +87,63 @@ def _slcp(theta: Tensor) -> Tensor:
     return points.flatten(1)
 
 
+def _slcp_reference(x: Tensor, number: int) -> Tensor:
+    """By rejection: scales and correlation from the prior; given those, the mean of the points is normal."""
+    points = x.double().reshape(4, 2)
+    centre = points.mean(0)
+    scatter = (points - centre).T @ (points - centre)
+
+    def propose(rows: int) -> tuple[Tensor, Tensor]:
+        shape = 6 * torch.rand(rows, 3, dtype=torch.float64) - 3
+        scale, correlation = shape[:, :2].square(), shape[:, 2].tanh()
+        one, two = scale.unbind(1)
+        root = (1 - correlation.square()).sqrt()
+        noise = torch.randn(rows, 2, dtype=torch.float64) / 2
+        second = correlation * noise[:, 0] + root * noise[:, 1]
+        mean = centre + scale * torch.stack([noise[:, 0], second], 1)
+        cross = 2 * correlation * scatter[0, 1] / (one * two)
+        distance = (scatter[0, 0] / one.square() - cross + scatter[1, 1] / two.square()) / root.square()
+        weights = -3 * (one * two * root).log() - distance / 2
+        inside = (mean.abs() <= 3).all(1)
+        return torch.cat([mean, shape], 1)[inside], weights[inside]
+
+    return _by_rejection(propose, number)
+
+
 def _lotka_volterra(theta: Tensor) -> Tensor:
     """Ten observations of either population over 20 units of time, with log-normal noise."""
-    step, state = 0.1, torch.tensor([30.0, 1.0]).expand(len(theta), 2)
+    populations = _log_populations(theta)
+    return populations + 0.1 * torch.randn_like(populations)
+
+
+def _lotka_volterra_reference(x: Tensor, number: int) -> Tensor:
+    """By rejection from a t distribution about the mode, which Gauss-Newton steps find from the best prior draw."""
+    x, prior = x.double(), LOTKA_VOLTERRA_PRIOR.base_dist
+    loc, scale = prior.loc.double(), prior.scale.double()
+
+    def residuals(log_theta: Tensor) -> Tensor:
+        return torch.cat([(_log_populations(log_theta.exp()) - x) / 0.1, (log_theta - loc) / scale], 1)
+
+    starts = loc + scale * torch.randn(4_000, 4, dtype=torch.float64)
+    mode = starts[residuals(starts).square().sum(1).argmin()]
+    moves = 1e-5 * torch.eye(4, dtype=torch.float64)
+    for _ in range(20):
+        at = residuals(torch.cat([mode + moves, mode - moves, mode[None]]))
+        jacobian = (at[:4] - at[4:8]) / 2e-5
+        information = jacobian @ jacobian.T
+        mode = mode - torch.linalg.solve(information, jacobian @ at[8])
+    proposal = MultivariateStudentT(5.0, mode, torch.linalg.cholesky(information.inverse()))
+
+    def propose(rows: int) -> tuple[Tensor, Tensor]:
+        log_theta = proposal.sample((rows // 16,))
+        return log_theta.exp(), -residuals(log_theta).square().sum(1) / 2 - proposal.log_prob(log_theta)
+
+    return _by_rejection(propose, number)
+
+
+def _log_populations(theta: Tensor) -> Tensor:
+    """Logs of both populations at ten times, each time side by side."""
+    step, state = 0.1, theta.new_tensor([30.0, 1.0]).expand(len(theta), 2)
     seen = []
     for index in range(200):
         if index % 20 == 0:
@@ -85,8 +153,7 @@ def _lotka_volterra(theta: Tensor) -> Tensor:
         third = _growth(theta, state + step / 2 * second)
         fourth = _growth(theta, state + step * third)
         state = (state + step / 6 * (first + 2 * second + 2 * third + fourth)).clamp(1e-6, 1e6)
-    populations = torch.stack(seen, 1).flatten(1)
-    return populations.log() + 0.1 * torch.randn_like(populations)
+    return torch.stack(seen, 1).flatten(1).log()
 
 
 def _growth(theta: Tensor, state: Tensor) -> Tensor:
@@ -103,10 +170,6 @@ TASKS = (
         lambda theta: theta + math.sqrt(0.1) * torch.randn_like(theta),
         _gaussian_linear_reference,
     ),
-    Task("SLCP", BoxUniform(-3 * torch.ones(5), 3 * torch.ones(5)), _slcp),
-    Task(
-        "Lotka-Volterra",
-        Independent(LogNormal(torch.tensor([-0.125, -3.0, -0.125, -3.0]), torch.full((4,), 0.5)), 1),
-        _lotka_volterra,
-    ),
+    Task("SLCP", BoxUniform(-3 * torch.ones(5), 3 * torch.ones(5)), _slcp, _slcp_reference),
+    Task("Lotka-Volterra", Independent(LOTKA_VOLTERRA_PRIOR, 1), _lotka_volterra, _lotka_volterra_reference),
 )

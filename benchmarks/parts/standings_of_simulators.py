@@ -1,0 +1,79 @@
+"""Table and picture of the results of estimators of posteriors of simulators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from parts import report
+
+BASELINE = "sbi nsf"
+HEADS = ("estimator", "C2ST", "log q, nats", f"over {BASELINE}", "training, CPU s", "epochs", "10,000 draws, CPU s")
+COLOURS = {
+    "pyro-maf nsf": "#0072b2",
+    "pyro-maf maf": "#56b4e9",
+    "sbi nsf": "#d55e00",
+    "sbi maf": "#e69f00",
+    "sbi zuko_nsf": "0.55",
+}
+
+Cell = dict[str, Any]
+
+
+def table(results: dict[str, Any]) -> str:
+    """A table for each cell, in Markdown."""
+    parts = [report.about_line(results)]
+    for cell in ordered(results["cells"]):
+        size = f"{cell['dimensions']} parameters, {cell['simulations']:,} simulations, seed {cell['seed']}"
+        parts.append(f"**{cell['task']}** ({size})")
+        parts.append(report.table(HEADS, _rows(cell)))
+    return "\n\n".join(parts) + "\n"
+
+
+def ordered(cells: list[Cell]) -> list[Cell]:
+    """Cells by task in the order of their first results, then by size and seed."""
+    tasks = list(dict.fromkeys(cell["task"] for cell in cells))
+    return sorted(cells, key=lambda cell: (tasks.index(cell["task"]), cell["simulations"], cell["seed"]))
+
+
+def _rows(cell: Cell) -> Iterator[list[str]]:
+    for name, own in cell["estimators"].items():
+        yield [
+            name,
+            f"{np.mean(own['c2st']):.3f}",
+            f"{own['log_prob']:.3f}",
+            "" if name == BASELINE else f"{own['gain']:+.3f} ± {own['gain_se']:.3f}",
+            f"{own['training_seconds']:.1f}",
+            str(own["epochs"]),
+            f"{own['sampling_seconds']:.4f}",
+        ]
+
+
+def draw(cells: list[Cell], path: Path) -> None:
+    """C2ST, training and sampling time of each task, a dot for each cell's estimator; small dots are few simulations."""
+    rows = ordered(cells)
+    tasks = list(dict.fromkeys(cell["task"] for cell in rows))
+    figure = Figure(figsize=(8, 0.7 * len(tasks) + 1.6), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    titles = ("C2ST (0.5 is the posterior)", "training, CPU s", "10,000 draws, CPU s")
+    for panel, key, title in zip(panels, ("c2st", "training_seconds", "sampling_seconds"), titles, strict=True):
+        for cell in rows:
+            for place, (name, own) in enumerate(cell["estimators"].items()):
+                height = tasks.index(cell["task"]) + 0.13 * (place - 2)
+                size = 3 if cell["simulations"] < 5_000 else 7
+                panel.plot(np.mean(own[key]), height, "o", markersize=size, color=COLOURS[name], alpha=0.8)
+        panel.set_title(title, fontsize=10)
+        panel.set_yticks(range(len(tasks)), tasks)
+        panel.spines[["top", "right"]].set_visible(False)
+        if key == "c2st":
+            panel.set_xlim(0.48, 1.01)
+        else:
+            panel.set_xscale("log")
+    panels[0].invert_yaxis()
+    handles = [panels[0].plot([], [], "o", color=colour, label=name)[0] for name, colour in COLOURS.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(COLOURS), frameon=False, fontsize=9)
+    figure.savefig(path, dpi=110)
