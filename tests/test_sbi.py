@@ -6,6 +6,8 @@ import copy
 import pickle
 from pathlib import Path
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
@@ -65,6 +67,25 @@ def test_each_condition_has_its_density_and_its_draws(flow: str) -> None:
     means = torch.stack([estimator.sample(torch.Size([4000]), x[i : i + 1]).mean((0, 1)) for i in range(4)])
     error = draws.std(0) / 4000**0.5
     assert ((draws.mean(0) - means).abs() < 6 * error).all()
+
+
+@every_flow
+def test_conditioned_estimators_are_distributions_of_pyro(flow: str) -> None:
+    theta, x = simulations()
+    estimator = shaken(likelihood_nn(flow, **TINY)(theta, x))
+
+    def model(rows: Tensor) -> None:
+        at = pyro.sample("theta", dist.Normal(theta.mean(0), 0.1).to_event(1))
+        with pyro.plate("rows", len(rows)):
+            pyro.sample("x", estimator.condition(at), obs=rows)
+
+    trace = pyro.poutine.trace(pyro.poutine.condition(model, {"theta": theta[0]})).get_trace(x[:4])
+    trace.compute_log_prob()
+    expected = estimator.log_prob(x[:4, None], theta[:1])[:, 0]
+    torch.testing.assert_close(trace.nodes["x"]["log_prob"], expected, rtol=1e-4, atol=1e-4)
+    assert estimator.condition(theta[:5]).sample().shape == (5, 3)
+    with pytest.raises(ValueError, match="condition"):
+        estimator.condition(theta[:, :1])
 
 
 @every_flow

@@ -110,8 +110,8 @@ def details(results: Results) -> str:
     }
     listed = "".join(f"- {note}\n" for note in sorted(notes))
     return (
-        f"{about_line(results)}\n\nMilliseconds, minimum / median; ~ predicted; in brackets the number of calls where it "
-        f"is below 10.\n\n{table(heading, rows)}\n\n{listed}"
+        f"{about_line(results)}\n\nMilliseconds, minimum / median; ~ predicted; in brackets the number of calls where "
+        f"it is below 10.\n\n{table(heading, rows)}\n\n{listed}"
     )
 
 

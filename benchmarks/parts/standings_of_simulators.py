@@ -54,7 +54,7 @@ def _rows(cell: Cell) -> Iterator[list[str]]:
 
 
 def draw(cells: list[Cell], path: Path) -> None:
-    """C2ST, training and sampling time of each task, a dot for each cell's estimator; small dots are few simulations."""
+    """C2ST, training and sampling time of each task, a dot for each cell and estimator, small for few simulations."""
     rows = ordered(cells)
     tasks = list(dict.fromkeys(cell["task"] for cell in rows))
     figure = Figure(figsize=(8, 0.7 * len(tasks) + 1.6), layout="constrained")

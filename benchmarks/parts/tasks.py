@@ -16,7 +16,6 @@ from sbi.utils import BoxUniform
 from torch import Tensor
 from torch.distributions import Distribution, Independent, LogNormal, MultivariateNormal
 
-
 PROPOSALS = 2**18
 LOTKA_VOLTERRA_PRIOR = LogNormal(torch.tensor([-0.125, -3.0, -0.125, -3.0]), torch.full((4,), 0.5))
 
@@ -124,7 +123,7 @@ def _lotka_volterra_reference(x: Tensor, number: int) -> Tensor:
     def residuals(log_theta: Tensor) -> Tensor:
         return torch.cat([(_log_populations(log_theta.exp()) - x) / 0.1, (log_theta - loc) / scale], 1)
 
-    starts = loc + scale * torch.randn(4_000, 4, dtype=torch.float64)
+    starts = loc + scale * torch.randn(1_000, 4, dtype=torch.float64)
     mode = starts[residuals(starts).square().sum(1).argmin()]
     moves = 1e-5 * torch.eye(4, dtype=torch.float64)
     for _ in range(20):

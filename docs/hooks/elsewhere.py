@@ -11,7 +11,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from mkdocs.utils import get_relative_url
 
-PICTURES = ("benchmarks/results/directions.png", "benchmarks/results/guides.png")
+PICTURES = tuple(f"benchmarks/results/{name}.png" for name in ("directions", "guides", "simulators"))
 LINK = re.compile(r"\[([^]]*)\]\(([\w/.-]+)\)")
 FETCHED = "https://unpkg.com/iframe-worker/shim"
 """Script that the theme has every page fetch, for a search without a server."""
@@ -43,8 +43,10 @@ def _linked(text: str) -> str:
     return LINK.sub(link, text)
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Lead to the copies from pages, whose links are those of the repository."""
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Lead to the copies from pages, whose links are those of the repository; the search shows the API's pages last."""
+    if page.file.src_uri.startswith("api/"):
+        page.meta["search"] = {"boost": 0.1}
     markdown = markdown.replace("](../README.md", "](index.md")
     for picture in PICTURES:
         markdown = markdown.replace(f"(../{picture})", f"(assets/{Path(picture).name})")
