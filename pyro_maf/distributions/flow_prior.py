@@ -369,8 +369,8 @@ class ConditionalFlowPrior(ConditionalDensity):
 
     Args:
         model: A flow or density with `context_dim` > 0, or a `ConditionalFlow` or `ConditionalDensity`.
-        support, loc, scale, tails, context_loc, context_scale, context_net, context_shape, columns, context_columns,
-            context_labels: As in `FlowPrior`.
+        support, loc, scale, tails, columns: As in `FlowPrior`.
+        context_loc, context_scale, context_net, context_shape, context_columns, context_labels: As there.
 
     Shapes:
         context is (\*batch or (), context_dim), or with a `context_net` (\*batch or (), \*context_shape), in its own
