@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_maf._core.optimization import Adam, WeightAverage
 from pyro_maf._core.torch_state import count_change, uncounted_changes
-from pyro_maf.sweep.function import Run, add_up, unpack
+from pyro_maf.sweep.function import Run, add_up
 from pyro_maf.sweep.kernels.loading import loaded
 from pyro_maf.sweep.layout import LANES, Array
 from pyro_maf.sweep.threads import in_parts
@@ -91,12 +91,6 @@ class Descent:
         self._used = [gradients for _, gradients in parts]
         self._parts = list(self._used)
         return sum(total for total, _ in parts)
-
-    def gradient(self) -> Tensor:
-        """The last gradient, in the order of the weights."""
-        flat = torch.zeros_like(self._weights)
-        unpack(self._run.program, self._parts, flat[: -self.SPARE])
-        return flat
 
     def packed_gradient(self) -> list[Tensor]:
         """The last gradient as `take` reads it, to be changed in place."""

@@ -27,7 +27,9 @@ from pyro_maf.univariate import Affine, Spline, UnivariateMap
 
 __all__ = ["CONTEXT", "INPUTS", "LANES", "LINEAR", "MAPS", "UNITS"] + [
     "Array",
+    "Layer",
     "Layout",
+    "Matrix",
     "Step",
     "Tables",
     "Triangular",
@@ -47,39 +49,70 @@ MAPS = (Affine, Spline)
 """Univariate maps that the kernels have."""
 LINEAR = len(MAPS)
 """Number of the map of a triangular layer: y = x exp(a) + s, with P = 2 parameters s and a; all points have one a."""
-LAYER_FIELDS = (
-    ["rows", "first", "end", "inputs", "seen_from", "seen", "moved_from", "moved", "rest_from", "rest", "phi_from"]
-    + ["sign", "log_sign", "levels", "matrices", "steps_from", "block"]
-)  # fmt: skip
-MAP_FIELDS = ["univariate", "outputs", "bins", "bound"]
-NUMBERS = [("bound", np.float64), ("bulk", np.float64)]
-LAYER = np.dtype([*((name, np.int64) for name in LAYER_FIELDS + MAP_FIELDS[:-1]), *NUMBERS])
-"""A layer.
 
-Fields: `rows` of the tape; matrices `first` .. `end` - 1; row of its `inputs`; where its lists of variables begin in
-`variables`, and their lengths: those that the networks see, those that are mapped, the rest; where the rows of the
-map's parameters begin there, those of one variable after those of another; the direction, 1 for y from x and
--1 for x from y; the sign of the log-derivatives in the log-determinant; in the sequential direction, the number of
-`levels` above the inputs, or else 0, and of `matrices` a level; where the numbers of final units begin in `steps`, and
-the number of variables in a `block`; the number of the `univariate` map in `MAPS`; that of its `outputs` for a
-variable, P; its settings, those of a spline; and from where on the inputs of its networks are compressed.
-"""
-MATRIX_FIELDS = (
-    ["start", "rows", "columns", "bias", "source", "below", "own", "rows_from", "columns_from", "stride"]
-    + ["kind", "slopes", "below_kind", "below_slopes", "first", "fresh", "natural", "weight", "addend"]
-    + ["weight_from", "addend_from", "packed"]
-)  # fmt: skip
-MATRIX = np.dtype([*((name, np.int64) for name in MATRIX_FIELDS), ("gain", np.float64)])
-"""A matrix.
 
-Fields: its place in the flat weights and in their gradient, and size; the place of its level's biases; the `source` of
-its inputs, and their row and that of its outputs, from the layer's first; where its rows and columns begin in the lists
-of `Tables`; the length of a row in the flat weights; the activation after it, or -1, and the row of its derivatives;
-the same of its inputs; whether it is the first to be added to its level, the first to add to the gradient of its
-inputs, and has its columns in their own order; the numbers of its weight and bias among the tensors, and where they
-begin there; whether the weight has the entries that its rows see alone, those of a triangle, one row after another; and
-what the weight is multiplied by.
-"""
+class Layer:
+    """A layer: fields of a record."""
+
+    rows: int  # of the tape
+    first: int  # of its matrices
+    end: int  # of its matrices
+    inputs: int  # row of the first
+    seen_from: int  # where the variables that its networks see begin in `variables`
+    seen: int  # number of these
+    moved_from: int  # where those that are mapped begin there
+    moved: int
+    rest_from: int  # where the others begin there
+    rest: int
+    phi_from: int  # where the rows of the map's parameters begin there, those of one variable after those of another
+    sign: int  # of the direction: 1 for y from x and -1 for x from y
+    log_sign: int  # of the log-derivatives in the log-determinant
+    levels: int  # above the inputs in the sequential direction, or else 0
+    matrices: int  # of a level
+    steps_from: int  # where the numbers of final units begin in `steps`
+    block: int  # number of variables
+    univariate: int  # number of the map in `MAPS`
+    outputs: int  # for one variable: P
+    bins: int  # of a spline
+    bound: float  # of its box
+    bulk: float  # from where on the inputs of its networks are compressed
+
+
+class Matrix:
+    """A matrix: fields of a record."""
+
+    start: int  # in the flat weights and in their gradient
+    rows: int
+    columns: int
+    bias: int  # place of its level's biases
+    source: int  # of its inputs: `INPUTS`, `UNITS` or `CONTEXT`
+    below: int  # row of its inputs, from the layer's first
+    own: int  # row of its outputs
+    rows_from: int  # where its rows begin in the lists of `Tables`
+    columns_from: int  # where its columns begin there
+    stride: int  # length of a row in the flat weights
+    kind: int  # of the activation after it, or -1
+    slopes: int  # row of the derivatives of that
+    below_kind: int  # of the activation before it
+    below_slopes: int
+    first: int  # whether it is the first to be added to its level
+    fresh: int  # whether it is the first to add to the gradient of its inputs
+    natural: int  # whether its columns are in their own order
+    weight: int  # number of its weight among the tensors
+    addend: int  # number of its bias
+    weight_from: int  # where its weight begins in the tensor
+    addend_from: int
+    packed: int  # whether the weight has the entries that its rows see alone, those of a triangle, row by row
+    gain: float  # what the weight is multiplied by
+
+
+def _kind_of(record: type) -> np.dtype[Any]:
+    """The type of a record with these fields."""
+    kinds = {"int": np.int64, "float": np.float64}
+    return np.dtype([(name, kinds[kind]) for name, kind in record.__annotations__.items()])
+
+
+LAYER, MATRIX, MAP_FIELDS = _kind_of(Layer), _kind_of(Matrix), ["univariate", "outputs", "bins", "bound"]
 DEFAULTS = {"below": 0, "below_slopes": 0, "fresh": 0, "weight_from": 0, "addend_from": 0, "packed": 0, "gain": 1.0}
 
 
@@ -140,7 +173,7 @@ class Tables(NamedTuple):
     """The arrays that the kernels follow.
 
     Attributes:
-        layers, matrices: Records of `LAYER` and `MATRIX`.
+        layers, matrices: Records, of `Layer` and `Matrix`.
         variables: Lists of variables and of rows, to which the layers refer.
         seen: For each row of each matrix, the number of columns that it sees, ascending.
         heard: For each column, the first row that sees it.

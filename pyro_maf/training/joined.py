@@ -65,18 +65,7 @@ class JoinedLikelihood(MaximumLikelihood):
         """-1 / rows for each row of a batch."""
 
     def step(self, batch: Rows) -> Step:
-        """Loss and gradient of a batch, by one pass through the program and back."""
-        if (mean := self._differentiate(batch)) is None:
-            return self._step_in_torch(batch)
-        count = len(batch.data)
-        rows, loss = self._processes.total(count, count * mean)
-        gradient = self._descent.gradient()
-        if self._processes.are_several:
-            self._processes.add_up([gradient.mul_(count / float(rows))])
-        return Step(loss, int(rows), [gradient])
-
-    def _step_in_torch(self, batch: Rows) -> Step:
-        """Loss and gradient of a batch that the program does not take."""
+        """Loss and gradient of a batch by torch, where the program does not take it."""
         rows, loss = self._backward(batch)
         gradient = torch.zeros_like(*self.weights)
         for parameter, part in zip(self._parameters, self.split([gradient]), strict=True):
@@ -92,7 +81,7 @@ class JoinedLikelihood(MaximumLikelihood):
     ) -> tuple[Tensor | float, int] | None:
         """As of `MaximumLikelihood`, by the program alone."""
         if (mean := self._differentiate(batch)) is None:
-            return self._along(self._step_in_torch(batch), adam, average, learning_rate, max_norm)
+            return self._along(self.step(batch), adam, average, learning_rate, max_norm)
         count = batch.data.shape[0]
         rows, loss = self._processes.total(count, count * mean)
         if self._processes.are_several:

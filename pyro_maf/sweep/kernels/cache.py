@@ -27,8 +27,8 @@ from pyro_maf.univariate import Affine, Spline
 
 __all__ = ["stored"]
 
-KERNELS = ["affine", "compiler", "elementwise", "parallel", "products", "sequential", "spline", "step", "tails"]
-KERNELS += ["univariate"]
+KERNELS = ["compiler", "elementwise", "parallel", "products", "sequential", "spline", "step", "tails", "univariate"]
+KERNELS += ["vectors"]
 SOURCES = ("layout", *(f"kernels/{name}" for name in KERNELS))
 """Modules that the compiled code is built from. numba itself checks only the module of the function."""
 CONSTANTS = Affine.BOUND, Spline.GAIN, Spline.STEEPEST, Spline.LOG_SLOPE

@@ -1,4 +1,4 @@
-"""Elementwise functions of the kernels: exponentials, activations, the compression of a network's inputs."""
+"""Elementwise functions of the kernels: exponentials, activations, compression of a network's inputs, affine maps."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ from numba.extending import overload
 
 from pyro_maf.sweep.kernels.compiler import INNER, inner
 from pyro_maf.sweep.layout import Array
+from pyro_maf.univariate import Affine
 
-__all__ = [
-    "activate",
-    "compress",
-    "differentiate",
-    "exp",
-    "log",
-    "tanh",
-]
+__all__ = ["LOG_SCALE", "activate", "affine", "affine_back", "compress", "differentiate", "exp"]
+__all__ += ["linear", "linear_back", "log", "tanh"]
 
 RELU, TANH, ELU, SILU, GELU, LEAKY_RELU, SOFTPLUS, SIGMOID = range(8)
+LOG_SCALE = Affine.BOUND
+"""Bound of the log-scale of the affine map."""
 LEAK, LINEAR = 0.01, 20
 """Slope of a leaky relu below 0, and the value from which on torch's softplus is the identity."""
 
@@ -124,83 +121,77 @@ def _compiled_log(x: Any) -> Any:
 
 
 @inner
-def activate(kind: int, tape: Array, first: int, end: int, slopes: Array, shift: int, t0: int, t1: int) -> None:
-    """Replace pre-activations, rows `first` .. `end` - 1 and columns t0 .. t1 - 1 of a tape, by their activations.
+def activate(kind: int, tape: Array, first: int, end: int, shift: int, width: int) -> None:
+    """Replace pre-activations, rows `first` .. `end` - 1 and the first `width` columns of a tape, by their activations.
 
-    Writes the derivatives of those activations whose value does not determine it, silu and gelu, `shift` rows further
-    in `slopes`, unless that has no rows. Rows are not passed as slices, each of which would be counted as a reference.
+    Writes the derivatives of those activations whose value does not determine it, silu and gelu, `shift` rows further.
+    Rows are not passed as slices, each of which would be counted as a reference.
     """
-    keep = len(slopes) > 0
-    # Unsigned, since a column that may be negative keeps a loop from being vectorised.
-    start, stop = np.uintp(t0), np.uintp(t1)
+    columns = np.uintp(width)  # since a column that may be negative keeps a loop from being vectorised
     one, half, zero = tape.dtype.type(1), tape.dtype.type(0.5), tape.dtype.type(0)
     for r in range(first, end):
         if kind == RELU:
-            for t in range(start, stop):
+            for t in range(columns):
                 tape[r, t] = zero if tape[r, t] <= 0 else tape[r, t]
         elif kind == LEAKY_RELU:
-            for t in range(start, stop):
+            for t in range(columns):
                 tape[r, t] *= one if tape[r, t] > 0 else tape.dtype.type(LEAK)
         elif kind == TANH:
-            for t in range(start, stop):
+            for t in range(columns):
                 tape[r, t] = tanh(tape[r, t])
         elif kind == SIGMOID:
-            for t in range(start, stop):
+            for t in range(columns):
                 tape[r, t] = one / (one + exp(-tape[r, t]))
         elif kind == ELU:
-            for t in range(start, stop):
+            for t in range(columns):
                 grown = _expm1(min(tape[r, t], zero))
                 tape[r, t] = tape[r, t] if tape[r, t] > 0 else grown
         elif kind == SILU:
-            for t in range(start, stop):
+            for t in range(columns):
                 z, gate = tape[r, t], one / (one + exp(-tape[r, t]))
-                if keep:
-                    slopes[r + shift, t] = gate * (one + z * (one - gate))
+                tape[r + shift, t] = gate * (one + z * (one - gate))
                 tape[r, t] = z * gate
         elif kind == GELU:
-            for t in range(start, stop):
+            for t in range(columns):
                 z = tape[r, t]
                 below = half * (one + tape.dtype.type(math.erf(z * tape.dtype.type(math.sqrt(0.5)))))
-                if keep:
-                    slopes[r + shift, t] = below + z * exp(-half * z * z) * tape.dtype.type(1 / math.sqrt(2 * math.pi))
+                tape[r + shift, t] = below + z * exp(-half * z * z) * tape.dtype.type(1 / math.sqrt(2 * math.pi))
                 tape[r, t] = z * below
         elif kind == SOFTPLUS:
-            for t in range(start, stop):
+            for t in range(columns):
                 z = tape[r, t]
                 soft = max(z, zero) + tape.dtype.type(math.log1p(exp(-abs(z))))
                 tape[r, t] = z if z > LINEAR else soft
 
 
 @inner
-def differentiate(
-    kind: int, tape: Array, first: int, end: int, slopes: Array, shift: int, grad: Array, row: int, t0: int, t1: int
-) -> None:
+def differentiate(kind: int, tape: Array, first: int, end: int, shift: int, grad: Array, row: int, width: int) -> None:
     """Multiply rows of a gradient, from `row` on, by the derivatives of activations: arguments of `activate`."""
-    start, stop = np.uintp(t0), np.uintp(t1)
+    columns = np.uintp(width)
     one, zero = tape.dtype.type(1), tape.dtype.type(0)
     for r in range(first, end):
         g = row + r - first
         if kind == RELU:
-            for t in range(start, stop):
+            for t in range(columns):
                 grad[g, t] = zero if tape[r, t] <= 0 else grad[g, t]
         elif kind == LEAKY_RELU:
-            for t in range(start, stop):
+            for t in range(columns):
                 grad[g, t] *= one if tape[r, t] > 0 else tape.dtype.type(LEAK)
         elif kind == TANH:
-            for t in range(start, stop):
+            for t in range(columns):
                 grad[g, t] *= one - tape[r, t] * tape[r, t]
         elif kind == SIGMOID:
-            for t in range(start, stop):
+            for t in range(columns):
                 grad[g, t] *= tape[r, t] * (one - tape[r, t])
         elif kind == ELU:
-            for t in range(start, stop):
+            for t in range(columns):
                 grad[g, t] *= one if tape[r, t] > 0 else tape[r, t] + one
         elif kind == SOFTPLUS:
-            for t in range(start, stop):
+            for t in range(columns):
                 grad[g, t] *= one if tape[r, t] > LINEAR else -_expm1(-tape[r, t])
         else:
-            for t in range(start, stop):
-                grad[g, t] *= slopes[r + shift, t]
+            for t in range(columns):
+                grad[g, t] *= tape[r + shift, t]
 
 
 @inner
@@ -218,3 +209,95 @@ def compress(x: Array, seen: Array, slope: Array, end_of_bulk: float) -> None:
                 beyond = abs(x[t]) - bulk
                 slope[t] = one / (one + beyond)
                 seen[t] = math.copysign(bulk + math.log1p(beyond), x[t])
+
+
+# -- affine maps of one variable, bounded or linear with one scale for all, and their adjoints ------------------------
+
+
+@inner
+def affine(x: Array, shift: Array, scale: Array, sign: int, log_sign: int, w: Array, log_det: Array) -> None:
+    """w = (x e + sign s) e with e = exp(sign alpha / 2) and alpha = b tanh(a / b), for the network's outputs s and a.
+
+    Adds log_sign alpha to log_det. Leaves e in `shift` and tanh(a / b) in `scale`, for the adjoint. One loop for each,
+    since loops over many arrays are not vectorised.
+    """
+    number = x.dtype.type
+    for t in range(len(x)):
+        scale[t] = tanh(scale[t] / number(LOG_SCALE))
+    for t in range(len(x)):
+        log_det[t] += number(log_sign * LOG_SCALE) * scale[t]
+    for t in range(len(x)):
+        e = exp(number(0.5 * sign * LOG_SCALE) * scale[t])
+        w[t] = (x[t] * e + number(sign) * shift[t]) * e
+        shift[t] = e
+
+
+@inner
+def affine_back(
+    x: Array,
+    w: Array,
+    e: Array,
+    bounded: Array,
+    sign: int,
+    log_sign: int,
+    grad: Array,
+    grad_log_det: Array,
+    grad_shift: Array,
+    grad_scale: Array,
+) -> None:
+    """The adjoint of `affine`, which leaves e and `bounded`, tanh(a / b)."""
+    number = x.dtype.type
+    one, half, signed, of_log = number(1), number(0.5 * sign), number(sign), number(log_sign)
+    for t in range(len(x)):
+        grad_shift[t] = signed * grad[t] * e[t]
+    for t in range(len(x)):
+        by_alpha = of_log * grad_log_det[t] + grad[t] * half * (w[t] + x[t] * e[t] * e[t])
+        grad_scale[t] = (one - bounded[t] * bounded[t]) * by_alpha
+    for t in range(len(x)):
+        grad[t] *= e[t] * e[t]
+
+
+@inner
+def linear(x: Array, shift: Array, scale: Array, sign: int, log_sign: int, w: Array, log_det: Array) -> None:
+    """w = x e + s, or (x - s) e for sign -1, with e = exp(sign a), for the shift s and an a that all points share.
+
+    Adds log_sign a to log_det.
+    """
+    number = x.dtype.type
+    a = scale[0]
+    e = exp(number(sign) * a)
+    if sign > 0:
+        for t in range(len(x)):
+            w[t] = x[t] * e + shift[t]
+    else:
+        for t in range(len(x)):
+            w[t] = (x[t] - shift[t]) * e
+    for t in range(len(x)):
+        log_det[t] += number(log_sign) * a
+
+
+@inner
+def linear_back(
+    x: Array,
+    w: Array,
+    scale: Array,
+    sign: int,
+    log_sign: int,
+    grad: Array,
+    grad_log_det: Array,
+    grad_shift: Array,
+    grad_scale: Array,
+) -> None:
+    """The adjoint of `linear`."""
+    number = x.dtype.type
+    e, of_log = exp(number(sign) * scale[0]), number(log_sign)
+    if sign > 0:
+        for t in range(len(x)):
+            grad_shift[t] = grad[t]
+            grad_scale[t] = of_log * grad_log_det[t] + grad[t] * x[t] * e
+    else:
+        for t in range(len(x)):
+            grad_shift[t] = -grad[t] * e
+            grad_scale[t] = of_log * grad_log_det[t] - grad[t] * w[t]
+    for t in range(len(x)):
+        grad[t] *= e

@@ -6,24 +6,17 @@ cache. See `layout` for the tables.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from pyro_maf.sweep.kernels.compiler import entry, inner
 from pyro_maf.sweep.kernels.elementwise import activate, compress, differentiate
-from pyro_maf.sweep.kernels.products import ADDED, TALLEST, VECTOR, add_product, dot, transpose
-from pyro_maf.sweep.kernels.sequential import Part, walk, walk_back, walk_row
+from pyro_maf.sweep.kernels.products import ADDED, add_product, dot, height_of, transpose
+from pyro_maf.sweep.kernels.sequential import Adjoint, Part, walk, walk_back
 from pyro_maf.sweep.kernels.univariate import apply, pull_back
-from pyro_maf.sweep.layout import CONTEXT, INPUTS, LANES, Array, Tables
+from pyro_maf.sweep.kernels.vectors import VECTOR
+from pyro_maf.sweep.layout import CONTEXT, INPUTS, LANES, Array, Layer, Matrix, Tables
 
 __all__ = ["backward", "forward"]
-
-
-@inner
-def _height(left: int) -> int:
-    """Rows of the next tile, with so many left: those of a tile share the columns that the last one sees."""
-    return TALLEST if left >= TALLEST else 4 if left >= 4 else 2 if left >= 2 else 1
 
 
 @inner
@@ -41,22 +34,22 @@ def _room(rows: int, columns: int, like: Array) -> Array:
 
 
 @inner
-def _load(values: Array, b0: int, points: int, width: int, rows: Any) -> None:
-    """Points b0 .. b0 + points - 1 as columns; the padding is 0."""
+def _load(values: Array, place: Array, b0: int, points: int, width: int, rows: Array) -> None:
+    """Points b0 .. b0 + points - 1 as columns, variable i in row place[i]; the padding is 0."""
     for i0 in range(0, values.shape[1], LANES):  # some variables at a time, whose rows stay in the cache
         for b in range(points):
             for i in range(i0, min(i0 + LANES, values.shape[1])):
-                rows[i, b] = values[b0 + b, i]
+                rows[place[i], b] = values[b0 + b, i]
     rows[: values.shape[1], points:width] = 0
 
 
 @inner
-def _store(rows: Array, result: Array, b0: int, points: int, values: Array) -> None:
-    """Columns as points b0 .. b0 + points - 1; variable i is in row result[i]."""
+def _store(rows: Array, place: Array, b0: int, points: int, values: Array) -> None:
+    """Columns as points b0 .. b0 + points - 1; variable i is in row place[i]."""
     for i0 in range(0, values.shape[1], LANES):
         for b in range(points):
             for i in range(i0, min(i0 + LANES, values.shape[1])):
-                values[b0 + b, i] = rows[result[i], b]
+                values[b0 + b, i] = rows[place[i], b]
 
 
 @inner
@@ -107,14 +100,14 @@ def forward(
     chunk = tape.shape[1] if keep or end - first > few else 1
     # If nothing is saved, every layer has the same rows, and one more for a variable's result.
     work = tape if keep else _room(most + 1 + context.shape[1], chunk, v)
-    both = _room(2, chunk, v)
+    both, natural = _room(2, chunk, v), np.arange(max(dim, context.shape[1]))
     logs, nowhere = both[0], both[1]
     for b0 in range(first, end, chunk):
         points = min(chunk, end - b0)
         width, here = min(_padded(points), chunk), b0 // chunk * rows if keep else 0
         at_context = here + _all_rows(tables.layers) + dim if keep else most + 1
-        _load(v, b0, points, width, work[here:])
-        _load(context, b0, points, width, work[at_context:])
+        _load(v, natural, b0, points, width, work[here:])
+        _load(context, natural, b0, points, width, work[at_context:])
         logs[:] = 0
         for layer in tables.layers:
             part = Part(work, here, here + layer.rows if keep else most, at_context, points, width, keep)
@@ -122,10 +115,7 @@ def forward(
                 _pass(layer, tables, weights, biases, part, logs[:width], nowhere[:width])
             else:
                 _begin(layer, tables, weights, biases, part)
-                if width == 1:
-                    walk_row(layer, tables, weights, part, logs, nowhere)
-                else:
-                    walk(layer, tables, weights, part, logs[:width], nowhere[:width])
+                walk(layer, tables, weights, part, logs[:width], nowhere[:width])
             here += layer.rows if keep else 0
         for b in range(points):  # between arrays, an assignment of slices takes a second to compile
             log_det[b0 + b] = logs[b]
@@ -133,7 +123,7 @@ def forward(
 
 
 @inner
-def _pass(layer: Any, tables: Tables, weights: Array, biases: Array, part: Part, logs: Array, nowhere: Array) -> None:
+def _pass(layer: Layer, tables: Tables, weights: Array, biases: Array, part: Part, logs: Array, nowhere: Array) -> None:
     """A layer in its parallel direction."""
     variables, matrices, seen = tables.variables, tables.matrices, tables.seen
     tape, here, after, context, _, width, keeps = part
@@ -145,7 +135,7 @@ def _pass(layer: Any, tables: Tables, weights: Array, biases: Array, part: Part,
     for j in range(layer.moved):
         row = variables[layer.moved_from + j]
         x, w = tape[here + row, :width], tape[after + row if keeps else after, :width]
-        apply(layer, j, variables, tape, here, 0, x, w, logs)
+        apply(layer, j, variables, tape, here, x, w, logs)
         if not keeps:
             for t in range(width):
                 x[t] = w[t]
@@ -156,7 +146,7 @@ def _pass(layer: Any, tables: Tables, weights: Array, biases: Array, part: Part,
 
 
 @inner
-def _begin(layer: Any, tables: Tables, weights: Array, biases: Array, part: Part) -> None:
+def _begin(layer: Layer, tables: Tables, weights: Array, biases: Array, part: Part) -> None:
     """Set all units to what does not depend on the variables: their biases, and the products with the context."""
     tape, here, _, context, _, width, _ = part
     for m in range(layer.first, layer.end):
@@ -172,7 +162,7 @@ def _begin(layer: Any, tables: Tables, weights: Array, biases: Array, part: Part
 
 @inner
 def _multiply(
-    matrix: Any, seen: Array, weights: Array, biases: Array, tape: Array, here: int, context: int, width: int
+    matrix: Matrix, seen: Array, weights: Array, biases: Array, tape: Array, here: int, context: int, width: int
 ) -> None:
     """Add a matrix's product to its level and, if it is the last to be added, apply the activation."""
     own, slopes = here + matrix.own, here + matrix.slopes
@@ -180,7 +170,7 @@ def _multiply(
     start, step, first = matrix.start, matrix.stride, matrix.bias if matrix.first else ADDED
     r = 0
     while r < matrix.rows:
-        last = r + _height(matrix.rows - r)
+        last = r + height_of(matrix.rows - r)
         if width == 1:
             column = tape.reshape(-1)
             for q in range(r, last):
@@ -191,7 +181,7 @@ def _multiply(
             columns = (0, seen[matrix.rows_from + last - 1])
             add_product(weights, start, step, 1, (r, last), columns, tape, below, tape, own, width, biases, first)
         if matrix.kind >= 0:
-            activate(matrix.kind, tape, own + r, own + last, tape, slopes - own, 0, width)
+            activate(matrix.kind, tape, own + r, own + last, slopes - own, width)
         r = last
 
 
@@ -225,41 +215,59 @@ def backward(
         gradients, by_biases: Flat, with respect to the packed weights and biases; filled here.
         added: Whether these gradients are added to what is there.
     """
-    layers, chunk = tables.layers, tape.shape[1]
-    transposed = _room(chunk, _widest(tables.matrices), tape)
-    delta = _room(_most_rows(layers, grad_w.shape[1]), chunk, tape)
-    zeros = np.zeros(len(delta), tape.dtype)
-    grad, logs, room = _room(grad_w.shape[1], chunk, tape), _room(1, chunk, tape)[0], _room(2, chunk, tape)
-    of_context = _room(grad_context.shape[1], chunk, tape)
+    layers, chunk, dim = tables.layers, tape.shape[1], grad_w.shape[1]
+    delta, natural = _room(_most_rows(layers, dim), chunk, tape), np.arange(max(dim, grad_context.shape[1]))
+    both, of_context = _room(2, chunk, tape), _room(grad_context.shape[1], chunk, tape)
+    transposed, zeros = _room(chunk, _widest(tables.matrices), tape), np.zeros(len(delta), tape.dtype)
+    grad, logs = _room(dim, chunk, tape), _room(1, chunk, tape)[0]
+    adjoint = Adjoint(grad, logs, delta, of_context, both, transposed, zeros)
     for b0 in range(first, end, chunk):
         points = min(chunk, end - b0)
         width, after = _padded(points), b0 // chunk * rows + _all_rows(layers)
-        at_context = after + grad_w.shape[1]
-        _load_gradients(grad_w, grad_log_det, tables.result, b0, points, width, grad, logs)
+        at_context, fresh = after + dim, b0 == first and not added
+        _load(grad_w, tables.result, b0, points, width, grad)
+        for b in range(width):
+            logs[b] = grad_log_det[b0 + b] if b < points else 0
         of_context[:] = 0
         for index in range(len(layers) - 1, -1, -1):
-            layer = layers[index]
-            part = Part(tape, after - layer.rows, after, at_context, points, width, True)
+            part = Part(tape, after - layers[index].rows, after, at_context, points, width, True)
             to_variables = index > 0 or grad_v.shape[1] > 0
-            if layer.levels:
-                walk_back(layer, tables, weights, part, grad, logs[:width], delta, room)
-            else:
-                _map_back(layer, tables.variables, part, grad, logs[:width], delta)
-            for m in range(layer.end - 1, layer.first - 1, -1):
-                matrix = tables.matrices[m]
-                if wanted[m]:
-                    fresh = b0 == first and not added
-                    _add_gradient(matrix, tables.seen, delta, part, transposed, zeros, fresh, gradients, by_biases)
-                is_context = matrix.source == CONTEXT
-                is_parallel = layer.levels == 0 and (matrix.source != INPUTS or to_variables)
-                if len(of_context) > 0 if is_context else is_parallel:
-                    out, row = (of_context, 0) if is_context else (delta, matrix.below)
-                    _multiply_back(matrix, tables.heard, weights, zeros, delta, out, row, part)
-            if layer.levels == 0 and to_variables:
-                _compress_back(layer, tables.variables, part, grad, delta, room)
+            _back(layers[index], tables, weights, part, adjoint, to_variables, wanted, fresh, gradients, by_biases)
             after = part.here
-        _store(grad, np.arange(grad_v.shape[1]), b0, points, grad_v)
-        _store(of_context, np.arange(len(of_context)), b0, points, grad_context)
+        _store(grad, natural, b0, points, grad_v)
+        _store(of_context, natural, b0, points, grad_context)
+
+
+@inner
+def _back(
+    layer: Layer,
+    tables: Tables,
+    weights: Array,
+    part: Part,
+    adjoint: Adjoint,
+    to_variables: bool,
+    wanted: Array,
+    fresh: bool,
+    gradients: Array,
+    by_biases: Array,
+) -> None:
+    """The adjoint of one layer; the gradient with respect to its variables if `to_variables`."""
+    variables, is_parallel = tables.variables, layer.levels == 0
+    if is_parallel:
+        _map_back(layer, variables, part, adjoint)
+    else:
+        walk_back(layer, tables, weights, part, adjoint)
+    for m in range(layer.end - 1, layer.first - 1, -1):
+        matrix = tables.matrices[m]
+        if wanted[m]:
+            _add_gradient(matrix, tables.seen, part, adjoint, fresh, gradients, by_biases)
+        if matrix.source == CONTEXT:
+            if len(adjoint.context) > 0:
+                _multiply_back(matrix, tables.heard, weights, part, adjoint, adjoint.context, 0)
+        elif is_parallel and (matrix.source != INPUTS or to_variables):
+            _multiply_back(matrix, tables.heard, weights, part, adjoint, adjoint.delta, matrix.below)
+    if is_parallel and to_variables:
+        _compress_back(layer, variables, part, adjoint)
 
 
 @inner
@@ -272,34 +280,19 @@ def _widest(matrices: Array) -> int:
 
 
 @inner
-def _load_gradients(
-    grad_w: Array, grad_log_det: Array, result: Array, b0: int, points: int, width: int, grad: Array, logs: Array
-) -> None:
-    """Gradients of points b0 .. b0 + points - 1 as columns; the padding is 0."""
-    for b in range(points):
-        logs[b] = grad_log_det[b0 + b]
-    for i0 in range(0, len(grad), LANES):
-        for b in range(points):
-            for i in range(i0, min(i0 + LANES, len(grad))):
-                grad[result[i], b] = grad_w[b0 + b, i]
-    logs[points:width] = 0
-    grad[:, points:width] = 0
-
-
-@inner
-def _map_back(layer: Any, variables: Array, part: Part, grad: Array, logs: Array, delta: Array) -> None:
+def _map_back(layer: Layer, variables: Array, part: Part, adjoint: Adjoint) -> None:
     """The adjoint of a layer's map: gradients with respect to its input and the networks' outputs."""
-    tape, here, width = part.tape, part.here, part.width
+    tape, here, width, logs = part.tape, part.here, part.width, adjoint.logs[: part.width]
     for j in range(layer.moved):
         row = variables[layer.moved_from + j]
-        x, w = tape[here + row, :width], tape[part.after + row, :width]
-        pull_back(layer, j, variables, tape, here, 0, x, w, grad[row, :width], logs, delta, 0)
+        x, w, grad = tape[here + row, :width], tape[part.after + row, :width], adjoint.grad[row, :width]
+        pull_back(layer, j, variables, tape, here, x, w, grad, logs, adjoint.delta)
 
 
 @inner
-def _compress_back(layer: Any, variables: Array, part: Part, grad: Array, delta: Array, room: Array) -> None:
+def _compress_back(layer: Layer, variables: Array, part: Part, adjoint: Adjoint) -> None:
     """Add the gradients with respect to what the networks see to those with respect to the variables."""
-    nowhere, slope = room[0, : part.width], room[1, : part.width]
+    nowhere, slope, grad, delta = adjoint.room[0, : part.width], adjoint.room[1], adjoint.grad, adjoint.delta
     for j in range(layer.seen):
         row = variables[layer.seen_from + j]
         compress(part.tape[part.here + row, : part.width], nowhere, slope, layer.bulk)
@@ -309,20 +302,13 @@ def _compress_back(layer: Any, variables: Array, part: Part, grad: Array, delta:
 
 @inner
 def _add_gradient(
-    matrix: Any,
-    seen: Array,
-    delta: Array,
-    part: Part,
-    transposed: Array,
-    zeros: Array,
-    fresh: bool,
-    gradients: Array,
-    by_biases: Array,
+    matrix: Matrix, seen: Array, part: Part, adjoint: Adjoint, fresh: bool, gradients: Array, by_biases: Array
 ) -> None:
     """Add the gradient with respect to a matrix, from that of its outputs and from its inputs.
 
     With `fresh` nothing was added before.
     """
+    delta, transposed = adjoint.delta, adjoint.transposed
     width, below = part.width, part.context if matrix.source == CONTEXT else part.here + matrix.below
     transpose(part.tape, below, matrix.columns, width, transposed)
     transposed[:width, matrix.columns : matrix.stride] = 0
@@ -330,10 +316,10 @@ def _add_gradient(
     flat, start, step = delta.reshape(-1), matrix.own * delta.shape[1], delta.shape[1]
     r = 0
     while r < matrix.rows:
-        last = r + _height(matrix.rows - r)
+        last = r + height_of(matrix.rows - r)
         columns = seen[matrix.rows_from + last - 1]
         terms, first = (0, part.points), 0 if fresh else ADDED
-        add_product(flat, start, step, 1, (r, last), terms, transposed, 0, own, 0, columns, zeros, first)
+        add_product(flat, start, step, 1, (r, last), terms, transposed, 0, own, 0, columns, adjoint.zeros, first)
         r = last
     if matrix.first:
         for r in range(matrix.rows):
@@ -345,17 +331,18 @@ def _add_gradient(
 
 @inner
 def _multiply_back(
-    matrix: Any, heard: Array, weights: Array, zeros: Array, delta: Array, out: Array, out_row: int, part: Part
+    matrix: Matrix, heard: Array, weights: Array, part: Part, adjoint: Adjoint, out: Array, out_row: int
 ) -> None:
     """Add the transposed matrix's product with the gradient of its outputs to that of its inputs."""
+    delta, zeros = adjoint.delta, adjoint.zeros
     width, start, step, own, first = part.width, matrix.start, matrix.stride, matrix.own, 0 if matrix.fresh else ADDED
     k = 0
     while k < matrix.columns:
-        last = k + _height(matrix.columns - k)
+        last = k + height_of(matrix.columns - k)
         rows = (heard[matrix.columns_from + k], matrix.rows)
         add_product(weights, start, 1, step, (k, last), rows, delta, own, out, out_row, width, zeros, first)
         if matrix.below_kind >= 0:
             below, slopes = part.here + matrix.below + k, matrix.below_slopes - matrix.below
             end = below + last - k
-            differentiate(matrix.below_kind, part.tape, below, end, part.tape, slopes, out, out_row + k, 0, width)
+            differentiate(matrix.below_kind, part.tape, below, end, slopes, out, out_row + k, width)
         k = last

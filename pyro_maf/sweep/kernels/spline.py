@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from pyro_maf.sweep.kernels.affine import LOG_SCALE, affine, affine_back
 from pyro_maf.sweep.kernels.compiler import inner
-from pyro_maf.sweep.kernels.elementwise import exp, log, tanh
-from pyro_maf.sweep.layout import Array
+from pyro_maf.sweep.kernels.elementwise import LOG_SCALE, affine, affine_back, exp, log, tanh
+from pyro_maf.sweep.layout import Array, Layer
 from pyro_maf.univariate import Spline
 
 __all__ = ["spline", "spline_back"]
@@ -47,41 +46,41 @@ BEYOND = -1
 
 @inner
 def spline(
-    layer: Any, phi: int, variables: Array, tape: Array, first: int, t0: int, x: Array, w: Array, log_det: Array
+    layer: Layer, phi: int, variables: Array, tape: Array, here: int, x: Array, w: Array, log_det: Array
 ) -> None:
     """`apply` of a spline. Leaves z in place of the shift, and bounded outputs for scale, widths and heights."""
-    number, room = x.dtype.type, _room(layer, x)
-    shift, scale = first + variables[phi], first + variables[phi + 1]
+    number, room, solve = x.dtype.type, _room(layer, x), layer.sign > 0
+    shift, scale = here + variables[phi], here + variables[phi + 1]
     for start in range(0, len(x), STRIP):
         end = min(len(x), start + STRIP)
-        points, at = end - start, t0 + start
+        points = end - start
         point, result = room[POINT : POINT + points], room[RESULT : RESULT + points]
-        shifts, scales = tape[shift, at : at + points], tape[scale, at : at + points]
-        inputs, outputs, logs = x[start:end], w[start:end], log_det[start:end]
-        solve = layer.sign > 0
+        shifts, scales, logs = tape[shift, start:end], tape[scale, start:end], log_det[start:end]
         if solve:
-            for t in range(points):
-                point[t] = inputs[t]
+            _copy(x[start:end], point)
         else:
-            affine(inputs, shifts, scales, layer.sign, layer.log_sign, point, logs)
-            for t in range(points):
-                shifts[t] = point[t]
-        _set_bins(layer, phi, variables, tape, first, at, points, room, True)
+            affine(x[start:end], shifts, scales, layer.sign, layer.log_sign, point, logs)
+            _copy(point, shifts)
+        _set_bins(layer, phi, variables, tape, here, start, points, room, True)
         _find_bin(layer, points, room, solve)
         _through_box(layer, points, room, solve)
         if solve:
-            affine(result, shifts, scales, layer.sign, layer.log_sign, outputs, logs)
-            for t in range(points):
-                shifts[t] = result[t]
+            affine(result, shifts, scales, layer.sign, layer.log_sign, w[start:end], logs)
+            _copy(result, shifts)
         else:
-            for t in range(points):
-                outputs[t] = result[t]
+            _copy(result, w[start:end])
         for t in range(points):
             logs[t] -= number(layer.log_sign) * room[LOG + t]
 
 
 @inner
-def _room(layer: Any, like: Array) -> Array:
+def _copy(values: Array, place: Array) -> None:
+    for t in range(len(values)):  # an assignment of slices takes a second to compile
+        place[t] = values[t]
+
+
+@inner
+def _room(layer: Layer, like: Array) -> Array:
     last = FIRST + (layer.bins - 1) * NEXT
     room = np.empty(last + 2 * NEXT, like.dtype)
     for t in range(STRIP):
@@ -92,7 +91,7 @@ def _room(layer: Any, like: Array) -> Array:
 
 @inner
 def _set_bins(
-    layer: Any, phi: int, variables: Array, tape: Array, first: int, t0: int, points: int, room: Array, fresh: bool
+    layer: Layer, phi: int, variables: Array, tape: Array, here: int, t0: int, points: int, room: Array, fresh: bool
 ) -> None:
     """Fill in the rows of all bins, and their sums; replaces the outputs for A and C, if `fresh`, by their tanh."""
     number = tape.dtype.type
@@ -102,7 +101,7 @@ def _set_bins(
     for k in range(layer.bins):
         at, phi_k = FIRST + k * NEXT, phi + 2 + k
         for part in range(2):  # A and C: one array at a time, or no loop is vectorised
-            outputs, row = tape[first + variables[phi_k + part * layer.bins], t0:end], at + part * STRIP
+            outputs, row = tape[here + variables[phi_k + part * layer.bins], t0:end], at + part * STRIP
             if fresh:
                 for t in range(points):
                     outputs[t] = tanh(number(GAIN / LOG_CHORD) * outputs[t])
@@ -112,7 +111,7 @@ def _set_bins(
             for t in range(points):
                 room[row + t] = exp(number(LOG_CHORD) * outputs[t])
         if k < layer.bins - 1:
-            outputs = tape[first + variables[phi_k + 2 * layer.bins], t0:end]
+            outputs = tape[here + variables[phi_k + 2 * layer.bins], t0:end]
             for t in range(points):
                 room[at + 2 * STRIP + t] = outputs[t]
         for t in range(points):
@@ -121,7 +120,7 @@ def _set_bins(
 
 
 @inner
-def _find_bin(layer: Any, points: int, room: Array, solve: bool) -> None:
+def _find_bin(layer: Layer, points: int, room: Array, solve: bool) -> None:
     """Fill in the argument's position, clipped to the box, and what belongs to its bin."""
     number = room.dtype.type
     bound, zero = number(layer.bound), number(0)
@@ -173,7 +172,7 @@ def _slope(bounded: Any, c: Any, beside: Any, ratio: Any) -> tuple[Any, Any]:
 
 
 @inner
-def _through_box(layer: Any, points: int, room: Array, solve: bool) -> None:
+def _through_box(layer: Layer, points: int, room: Array, solve: bool) -> None:
     """Fill in the result, q or with `solve` q^-1 of the argument, log q', and t."""
     number = room.dtype.type
     one, two, bound, least = number(1), number(2), number(layer.bound), np.finfo(room.dtype).tiny
@@ -215,53 +214,49 @@ def _through_box(layer: Any, points: int, room: Array, solve: bool) -> None:
 
 @inner
 def spline_back(
-    layer: Any,
+    layer: Layer,
     phi: int,
     variables: Array,
     tape: Array,
-    first: int,
-    t0: int,
+    here: int,
     x: Array,
     w: Array,
     grad: Array,
     grad_log_det: Array,
     delta: Array,
-    delta_first: int,
 ) -> None:
     """`pull_back` of a spline."""
-    number, room = x.dtype.type, _room(layer, x)
+    number, room, e, solve = x.dtype.type, _room(layer, x), np.empty(STRIP, x.dtype), layer.sign > 0
     shift, scale = variables[phi], variables[phi + 1]
-    e = np.empty(STRIP, x.dtype)
     for start in range(0, len(x), STRIP):
         end = min(len(x), start + STRIP)
-        points, at = end - start, t0 + start
-        z, scales = tape[first + shift, at : at + points], tape[first + scale, at : at + points]
-        by_shift = delta[delta_first + shift, at : at + points]
-        by_scale = delta[delta_first + scale, at : at + points]
-        solve, inner = layer.sign > 0, room[GRAD : GRAD + points]
-        inputs, outputs, outer, logs = x[start:end], w[start:end], grad[start:end], grad_log_det[start:end]
+        points = end - start
+        z, scales = tape[here + shift, start:end], tape[here + scale, start:end]
+        by_shift, by_scale = delta[shift, start:end], delta[scale, start:end]
+        inner_grad, logs = room[GRAD : GRAD + points], grad_log_det[start:end]
+        point, inputs = room[POINT : POINT + points], x[start:end]
         for t in range(points):
             e[t] = exp(number(0.5 * layer.sign * LOG_SCALE) * scales[t])
-            room[POINT + t] = z[t]
+            point[t] = z[t]
         for t in range(points):
-            inner[t] = outer[t]
             room[GRAD_LOG + t] = number(-layer.log_sign) * logs[t]
+        _copy(grad[start:end], inner_grad)
+        out = by_shift, by_scale
         if solve:
-            affine_back(z, outputs, e[:points], scales, layer.sign, layer.log_sign, inner, logs, by_shift, by_scale)
-        _set_bins(layer, phi, variables, tape, first, at, points, room, False)
+            affine_back(z, w[start:end], e[:points], scales, layer.sign, layer.log_sign, inner_grad, logs, *out)
+        _set_bins(layer, phi, variables, tape, here, start, points, room, False)
         _find_bin(layer, points, room, False)
-        for t in range(points):  # the argument of q^-1 decides whether it is in the box
-            room[POINT + t] = inputs[t] if solve else z[t]
+        if solve:
+            _copy(inputs, point)  # the argument of q^-1 decides whether it is in the box
         _box_back(layer, points, room, solve)
-        _bins_back(layer, phi, variables, tape, first, at, points, room, delta, delta_first)
+        _bins_back(layer, phi, variables, start, points, room, delta)
         if not solve:
-            affine_back(inputs, z, e[:points], scales, layer.sign, layer.log_sign, inner, logs, by_shift, by_scale)
-        for t in range(points):
-            outer[t] = inner[t]
+            affine_back(inputs, z, e[:points], scales, layer.sign, layer.log_sign, inner_grad, logs, *out)
+        _copy(inner_grad, grad[start:end])
 
 
 @inner
-def _box_back(layer: Any, points: int, room: Array, solve: bool) -> None:
+def _box_back(layer: Layer, points: int, room: Array, solve: bool) -> None:
     """Turn the gradient with respect to the result of the box into that with respect to its argument.
 
     Fills in the rows from which `_bins_back` computes those with respect to the outputs.
@@ -335,25 +330,14 @@ def _share(beside: Any, c: Any) -> Any:
 
 
 @inner
-def _bins_back(
-    layer: Any,
-    phi: int,
-    variables: Array,
-    tape: Array,
-    first: int,
-    t0: int,
-    points: int,
-    room: Array,
-    delta: Array,
-    delta_first: int,
-) -> None:
+def _bins_back(layer: Layer, phi: int, variables: Array, t0: int, points: int, room: Array, delta: Array) -> None:
     """Gradients with respect to the outputs for widths, heights and slopes."""
     number = room.dtype.type
     one, zero = number(1), number(0)
     for k in range(layer.bins):
         at, this, before, after = FIRST + k * NEXT, number(k), number(k + 1), number(k - 1)
         row, row_c = variables[phi + 2 + k], variables[phi + 2 + layer.bins + k]
-        out, out_c = delta[delta_first + row, t0 : t0 + points], delta[delta_first + row_c, t0 : t0 + points]
+        out, out_c = delta[row, t0 : t0 + points], delta[row_c, t0 : t0 + points]
         for t in range(points):
             a, ac, found = room[at + t], room[at + t] * room[at + STRIP + t], room[BIN + t]
             place, rise = room[PLACE + t], room[RISE + t]
@@ -366,7 +350,7 @@ def _bins_back(
             out[t] = room[at + 3 * STRIP + t] * (by_a + by_ac)
             out_c[t] = room[at + 4 * STRIP + t] * (by_ac + own)
     for k in range(1, layer.bins):
-        out = delta[delta_first + variables[phi + 1 + 2 * layer.bins + k], t0 : t0 + points]
+        out = delta[variables[phi + 1 + 2 * layer.bins + k], t0 : t0 + points]
         knot, before = number(k), number(k - 1)
         for t in range(points):
             found, here, after = room[BIN + t], room[OUTPUT + t], room[OUTPUT_AFTER + t]

@@ -10,28 +10,15 @@ import math
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, types  # type: ignore[attr-defined]
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import carray  # type: ignore[attr-defined]
 
 from pyro_maf.sweep.kernels.compiler import entry, inner
-from pyro_maf.sweep.kernels.products import TALLEST, VECTOR
-from pyro_maf.sweep.layout import LANES, Array, Tables
+from pyro_maf.sweep.kernels.vectors import TALLEST, VECTOR, pointer_to, take
+from pyro_maf.sweep.layout import LANES, Array, Matrix, Tables
 
 __all__ = ["descend", "differentiate_normal", "normal", "pack", "unpack"]
 
-
-def _memory(typing: Any, address: Any, like: Any) -> Any:
-    """Signature and LLVM code generator of `_at`: a pointer to an address, of the type of an array's entries."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(like.dtype)(types.intp, like), generate
-
-
-_at: Any = intrinsic(_memory)
+Settings = tuple[float, float, float, float, float, float]
 
 
 @entry
@@ -46,8 +33,8 @@ def pack(addresses: Array, tables: Tables, weights: Array, biases: Array) -> Non
     seen, row_order, column_order = tables.seen, tables.row_order, tables.column_order
     for matrix in tables.matrices:
         rows, columns, row_at, gain = matrix.rows, matrix.columns, matrix.rows_from, weights.dtype.type(matrix.gain)
-        weight = carray(_at(addresses[matrix.weight], weights), (_begins(matrix, rows) + columns,))
-        bias = carray(_at(addresses[matrix.addend], weights), (matrix.addend_from + rows,))
+        weight = carray(pointer_to(addresses[matrix.weight], weights), (_begins(matrix, rows) + columns,))
+        bias = carray(pointer_to(addresses[matrix.addend], weights), (matrix.addend_from + rows,))
         order = np.uintp(matrix.columns_from)
         for r in range(rows):
             place, count = row_order[row_at + r], seen[row_at + r]
@@ -62,14 +49,14 @@ def pack(addresses: Array, tables: Tables, weights: Array, biases: Array) -> Non
             else:
                 for k in range(np.uintp(count)):
                     weights[own + k] = gain * weight[at + np.uintp(column_order[order + k])]
-            # Tiles read no further, see `_height`.
+            # Tiles read no further, see `height_of`.
             most = min(columns, max(seen[row_at + min(r + TALLEST, rows) - 1], count + TALLEST))
             for k in range(np.uintp(count), np.uintp(most)):
                 weights[own + k] = 0
 
 
 @inner
-def _begins(matrix: Any, row: int) -> int:
+def _begins(matrix: Matrix, row: int) -> int:
     """The place where a row of a matrix begins, in the tensor of its weight."""
     return matrix.weight_from + (row * (row - 1) // 2 if matrix.packed else row * matrix.columns)
 
@@ -149,9 +136,9 @@ def descend(
     gradients: Array,
     by_biases: Array,
     most: float,
-    settings: Any,
+    settings: Settings,
     flat: Array,
-    state: Any,
+    state: tuple[Array, Array, Array],
     steps: Array,
     weights: Array,
     biases: Array,
@@ -180,30 +167,29 @@ def descend(
     widest = 0
     for matrix in tables.matrices:
         widest = max(widest, matrix.columns + LANES, matrix.rows + LANES)
-    rank, rows = np.empty(widest, np.int32), np.empty((2, widest), flat.dtype)
-    number, clipped = flat.dtype.type, most / (norm + 1e-6) if norm > most else 1.0
-    rate, decay, beta1, beta2, epsilon, share = settings
+    rank, room = np.empty(widest, np.int32), np.empty((2, widest), flat.dtype)
     steps[0] += 1
-    rate, root = rate / (1 - beta1 ** steps[0]), (1 - beta2 ** steps[0]) ** -0.5
-    others = (
-        number(decay),
-        number(1 - beta1),
-        number(1 - beta2),
-        number(rate),
-        number(root),
-        number(epsilon),
-        number(share),
-    )
+    number, clipped = flat.dtype.type, most / (norm + 1e-6) if norm > most else 1.0
+    others = _numbers(number, settings, steps[0])
     for matrix in tables.matrices:
         factors = (number(clipped * matrix.gain), number(matrix.gain)) + others
         order, offset = tables.column_order[matrix.columns_from :][: matrix.columns], offsets[matrix.weight]
         of_rows = tables.row_order[matrix.rows_from :], tables.seen[matrix.rows_from :]
-        _descend(matrix, False, of_rows, order, offset, gradients, factors, flat, state, weights, rank, rows)
+        _descend(matrix, False, of_rows, order, offset, gradients, factors, flat, state, weights, rank, room)
         if matrix.first:
             factors = (number(clipped), number(1)) + others
             order, offset = of_rows[0][: matrix.rows], offsets[matrix.addend] + matrix.addend_from
-            _descend(matrix, True, of_rows, order, offset, by_biases, factors, flat, state, biases, rank, rows)
+            _descend(matrix, True, of_rows, order, offset, by_biases, factors, flat, state, biases, rank, room)
     return norm
+
+
+@inner
+def _numbers(number: Any, settings: Settings, steps: int) -> tuple[Any, ...]:
+    """Numbers of a step as `take` reads them, after those of a matrix."""
+    rate, decay, beta1, beta2, epsilon, share = settings
+    rate, root = rate / (1 - beta1**steps), (1 - beta2**steps) ** -0.5
+    averages = number(decay), number(1 - beta1), number(1 - beta2)
+    return averages + (number(rate), number(root), number(epsilon), number(share))
 
 
 @inner
@@ -237,121 +223,39 @@ def _rank(order: Array, rank: Array) -> bool:
 
 @inner
 def _descend(
-    matrix: Any,
+    matrix: Matrix,
     is_bias: bool,
-    of_rows: Any,
+    of_rows: tuple[Array, Array],
     order: Array,
     offset: int,
     gradients: Array,
-    factors: Any,
+    factors: tuple[Any, ...],
     flat: Array,
-    state: Any,
+    state: tuple[Array, Array, Array],
     weights: Array,
     rank: Array,
     room: Array,
 ) -> None:
-    """The step for all rows of a matrix, or for its biases, which are one row, from `offset` on in `flat`."""
-    first, second, average = state
-    row_order, seen = of_rows
-    in_order, result = room[0], room[1]
+    """The step for all rows of a matrix, or for its biases, which are one row, from `offset` on in `flat`.
+
+    All in one function: a call for each row would count references to the arrays of the state each time.
+    """
+    (first, second, average), (row_order, seen), in_order, result = state, of_rows, room[0], room[1]
     lanes, is_sorted = VECTOR // flat.itemsize, _rank(order, rank)
     for r in range(1 if is_bias else matrix.rows):
         if is_bias:
-            count, start, own = matrix.rows, offset, matrix.bias
+            count, at, own = matrix.rows, offset, matrix.bias
         else:
-            count, start, own = seen[r], offset + _begins(matrix, row_order[r]), matrix.start + r * matrix.stride
+            count, at, own = seen[r], offset + _begins(matrix, row_order[r]), matrix.start + r * matrix.stride
         if is_sorted:
             for k in range(0, count, lanes):
-                at, left = start + k, count - k
-                _take(
-                    gradients,
-                    own + k,
-                    flat,
-                    first,
-                    second,
-                    average,
-                    at,
-                    weights,
-                    own + k,
-                    rank,
-                    0,
-                    left,
-                    factors,
-                )
+                here, left = own + k, count - k
+                take(gradients, here, flat, first, second, average, at + k, weights, here, rank, 0, left, factors)
             continue
         in_order[: len(order)] = 0
         for k in range(count):
             in_order[order[k]] = gradients[own + k]
         for k in range(0, len(order), lanes):
-            _take(in_order, k, flat, first, second, average, start + k, result, k, rank, k, count, factors)
+            take(in_order, k, flat, first, second, average, at + k, result, k, rank, k, count, factors)
         for k in range(count):
             weights[own + k] = result[order[k]]
-
-
-def _vector(
-    typing: Any,
-    gradients: Any,
-    of_gradient: Any,
-    flat: Any,
-    first: Any,
-    second: Any,
-    average: Any,
-    at: Any,
-    weights: Any,
-    own: Any,
-    rank: Any,
-    of_rank: Any,
-    count: Any,
-    factors: Any,
-) -> Any:
-    """Signature and LLVM code generator of `_take`: the step for a vector of entries, those of a rank below `count`.
-
-    It holds six arrays, more than a compiler takes for disjoint in a loop: rows of numba's loops took four times as
-    long, 120 us instead of 30 for five layers of 6 variables and 100 units.
-    """
-    at_types = gradients, types.intp, flat, first, second, average, types.intp, weights, types.intp
-    return types.void(*at_types, rank, types.intp, types.intp, factors), _generate_vector
-
-
-def _generate_vector(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    number = context.get_data_type(signature.args[0].dtype)
-    size = context.get_abi_sizeof(number)
-    count = VECTOR // size
-    vector, places = ir.VectorType(number, count), ir.VectorType(ir.IntType(32), count)
-
-    def pointer(index: int, at: int, kind: Any) -> Any:
-        array = context.make_array(signature.args[index])(context, builder, arguments[index])
-        return builder.bitcast(builder.gep(array.data, [arguments[at]]), kind.as_pointer())
-
-    def repeated(value: Any, kind: Any) -> Any:
-        zero = ir.Constant(ir.IntType(32), 0)
-        one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, zero)
-        return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(places, None))
-
-    pointers = [pointer(index, at, vector) for index, at in ((0, 1), (2, 6), (3, 6), (4, 6), (5, 6), (7, 8))]
-    gradient, weight, first, second, average, packed = (builder.load(each, align=size) for each in pointers)
-    rank = builder.load(pointer(9, 10, places), align=4)
-    most = repeated(builder.trunc(arguments[11], ir.IntType(32)), places)
-    is_seen = builder.icmp_signed("<", rank, most)
-    scale, gain, decay, of_first, of_second, rate, root, epsilon, share = (
-        repeated(value, vector) for value in cgutils.unpack_tuple(builder, arguments[12])
-    )
-
-    def towards(start: Any, end: Any, factor: Any) -> Any:
-        return builder.fadd(start, builder.fmul(factor, builder.fsub(end, start)))
-
-    sqrt = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(vector, [vector]), f"llvm.sqrt.v{count}f{8 * size}"
-    )
-    gradient = builder.fadd(builder.fmul(gradient, scale), builder.fmul(weight, decay))
-    new_first = towards(first, gradient, of_first)
-    new_second = towards(second, builder.fmul(gradient, gradient), of_second)
-    spread = builder.fadd(builder.fmul(builder.call(sqrt, [new_second]), root), epsilon)
-    new_weight = builder.fsub(weight, builder.fdiv(builder.fmul(rate, new_first), spread))
-    results = new_weight, new_first, new_second, towards(average, new_weight, share), builder.fmul(gain, new_weight)
-    for place, new, old in zip(pointers[1:], results, (weight, first, second, average, packed), strict=True):
-        builder.store(builder.select(is_seen, new, old), place, align=size)
-    return context.get_dummy_value()
-
-
-_take: Any = intrinsic(_vector)

@@ -6,12 +6,10 @@ which says where the lists of these rows begin and which map it is, in which dir
 
 from __future__ import annotations
 
-from typing import Any
-
-from pyro_maf.sweep.kernels.affine import affine, affine_back, linear, linear_back
 from pyro_maf.sweep.kernels.compiler import inner
+from pyro_maf.sweep.kernels.elementwise import affine, affine_back, linear, linear_back
 from pyro_maf.sweep.kernels.spline import spline, spline_back
-from pyro_maf.sweep.layout import LINEAR, Array
+from pyro_maf.sweep.layout import LINEAR, Array, Layer
 
 __all__ = ["apply", "pull_back"]
 
@@ -20,9 +18,7 @@ SPLINE = 1
 
 
 @inner
-def apply(
-    layer: Any, j: int, variables: Array, tape: Array, first: int, t0: int, x: Array, w: Array, log_det: Array
-) -> None:
+def apply(layer: Layer, j: int, variables: Array, tape: Array, here: int, x: Array, w: Array, log_det: Array) -> None:
     """The map of one variable in the layer's direction; adds its log-derivative to log_det.
 
     Leaves in the rows of the parameters what `pull_back` needs.
@@ -30,16 +26,14 @@ def apply(
     Args:
         layer, variables: The layer, and the lists that it refers to.
         j: Which of the variables that it maps.
-        tape: Where the parameters are: the rows of the list, counted from `first`, and the columns from `t0` on.
-        first, t0: As above.
+        tape, here: Where the parameters are: the rows of the list, counted from `here`.
         x, w, log_det: Input, output and sum of log-derivatives, (points,); w is not x.
     """
     phi = layer.phi_from + layer.outputs * j
     if layer.univariate == SPLINE:
-        spline(layer, phi, variables, tape, first, t0, x, w, log_det)
+        spline(layer, phi, variables, tape, here, x, w, log_det)
         return
-    shift, scale = first + variables[phi], first + variables[phi + 1]
-    shifts, scales = tape[shift, t0 : t0 + len(x)], tape[scale, t0 : t0 + len(x)]
+    shifts, scales = tape[here + variables[phi], : len(x)], tape[here + variables[phi + 1], : len(x)]
     if layer.univariate == LINEAR:
         linear(x, shifts, scales, layer.sign, layer.log_sign, w, log_det)
         return
@@ -48,35 +42,32 @@ def apply(
 
 @inner
 def pull_back(
-    layer: Any,
+    layer: Layer,
     j: int,
     variables: Array,
     tape: Array,
-    first: int,
-    t0: int,
+    here: int,
     x: Array,
     w: Array,
     grad: Array,
     grad_log_det: Array,
     delta: Array,
-    delta_first: int,
 ) -> None:
     """The adjoint of `apply`: turns the gradient with respect to w into that with respect to x.
 
     Args:
-        layer, j, variables, tape, first, t0, x, w: As in `apply`, after it.
+        layer, j, variables, tape, here, x, w: As in `apply`, after it.
         grad: Gradient with respect to w, then x, (points,).
         grad_log_det: Gradient with respect to log_det, (points,).
-        delta: Gradients with respect to the parameters are written there, in rows and columns like the tape's.
-        delta_first: `first` for it.
+        delta: Gradients with respect to the parameters are written there, in rows from the layer's first on.
     """
     phi = layer.phi_from + layer.outputs * j
     if layer.univariate == SPLINE:
-        spline_back(layer, phi, variables, tape, first, t0, x, w, grad, grad_log_det, delta, delta_first)
+        spline_back(layer, phi, variables, tape, here, x, w, grad, grad_log_det, delta)
         return
-    shift, scale, end = variables[phi], variables[phi + 1], t0 + len(x)
-    shifts, scales = tape[first + shift, t0:end], tape[first + scale, t0:end]
-    by_shift, by_scale = delta[delta_first + shift, t0:end], delta[delta_first + scale, t0:end]
+    shift, scale, points = variables[phi], variables[phi + 1], len(x)
+    shifts, scales = tape[here + shift, :points], tape[here + scale, :points]
+    by_shift, by_scale = delta[shift, :points], delta[scale, :points]
     if layer.univariate == LINEAR:
         linear_back(x, w, scales, layer.sign, layer.log_sign, grad, grad_log_det, by_shift, by_scale)
         return
