@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import cast
 
+import pandas as pd
 import pytest
 import torch
 
 from pyro_maf import NSF, FlowPrior, fit
 from pyro_maf.distributions import MixtureFlow
+from pyro_maf.distributions.gaussian_mixture import GaussianMixture
 from pyro_maf.training.choice import default_model
 from pyro_maf.training.preparation import Recipe
 
@@ -88,3 +90,49 @@ def test_one_row_far_out_does_not_widen_the_mixture() -> None:
     far = torch.cat([rows, torch.tensor([[1e6, 0.0]])])
     without, beside = (fit(each, max_epochs=1, learning_rate=1e-9, progress=False) for each in (rows, far))
     assert float((without.score(new) - beside.score(new)).mean()) < 0.2
+
+
+def test_the_mixture_of_few_rows_sees_their_context() -> None:
+    """Its components regress on the context, so that a density of few rows starts as more than their scatter."""
+    generator = torch.Generator().manual_seed(0)
+    context = torch.randn(200, 2, generator=generator)
+    slopes = torch.tensor([[1.0, -0.5], [0.3, 2.0]])
+    rows = context @ slopes + 0.3 * torch.randn(200, 2, generator=generator)
+    result = fit(rows, context=context, max_epochs=40, progress=False)
+    new = torch.randn(2000, 2, generator=generator)
+    truth = -2 * (math.log(0.3) + 0.5 * math.log(2 * math.pi * math.e))
+    at_new = new @ slopes + 0.3 * torch.randn(2000, 2, generator=generator)
+    assert result.score(at_new, new).mean() > truth - 0.2  # a mixture that does not see it is 0.26 behind
+    with_text = pd.DataFrame({"x": rows[:, 0].numpy(), "y": rows[:, 1].numpy(), "kind": ["a", "b"] * 100})
+    kind = (torch.arange(200) % 2)[:, None] * 5.0
+    with_text["x"] += kind[:, 0].numpy()
+    table = fit(with_text, max_epochs=2, progress=False)
+    model = table.density.unwrapped.prior.model  # type: ignore[union-attr]
+    assert isinstance(model, MixtureFlow)
+    assert model.base.means.shape[1] == 4
+
+
+def test_a_mixture_given_a_context_is_a_density_of_its_draws() -> None:
+    generator = torch.Generator().manual_seed(0)
+    context = torch.randn(600, 1, generator=generator)
+    side = torch.where(torch.rand(600, 1, generator=generator) < 0.3, -2.0, 1.0)
+    rows = torch.cat([side * context, context + 0.4 * torch.randn(600, 1, generator=generator)], 1)
+    mixture = GaussianMixture(2, context_dim=1).double()
+    mixture.start_at(rows + 0.2 * torch.randn(600, 2, generator=generator), None, context)
+    assert len(mixture.shares) > 1
+    at = torch.tensor([1.5], dtype=torch.float64)
+    line = torch.linspace(-8, 8, 161, dtype=torch.float64)
+    grid = torch.cartesian_prod(line, line)
+    assert float(mixture.log_density(grid, at).exp().sum()) * 0.01 == pytest.approx(1, abs=1e-3)
+    torch.manual_seed(0)
+    draws = mixture.draw(torch.Size([4000]), at)
+    density = mixture.log_density(grid, at).exp()
+    assert torch.allclose(draws.mean(0), (density[:, None] * grid).sum(0) * 0.01, atol=0.1)
+    noise = mixture.noise(draws, at.expand(4000, 1))
+    assert noise.mean(0).abs().max() < 0.06
+    assert (noise.std(0) - 1).abs().max() < 0.05
+    far = mixture.float().log_density(torch.zeros(1, 2), torch.tensor([[1e4]]))
+    assert far.isfinite().all()
+    without = GaussianMixture(2, context_dim=3)
+    without.start_at(rows)
+    torch.testing.assert_close(without.log_density(rows, torch.zeros(3)), without.log_density(rows, torch.ones(600, 3)))

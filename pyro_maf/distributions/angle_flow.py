@@ -103,11 +103,14 @@ class AngleFlow(Density):
         """Indices of the columns of angles."""
         return self._angles
 
+    def for_flow(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        r"""The other columns, (\*batch, others), and the context of their flow."""
+        return value[..., self.others], self._joined(self._seen(value[..., self.angles]), context)
+
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
         r"""Set the flow's statistics of the data from data `y`, (rows, D)."""
         if self.flow is not None:
-            seen = self._seen(y[..., self.angles])
-            self.flow.fit_statistics(y[..., self.others], self._joined(seen, context))
+            self.flow.fit_statistics(*self.for_flow(y, context))
 
     def log_density(self, value: Tensor, context: Tensor | None = None) -> Tensor:
         r"""Log-density (\*batch,) in nats, unchecked."""
@@ -115,7 +118,7 @@ class AngleFlow(Density):
         total = torch.stack([self._log_prob(j, seen, context) for j in range(len(self.angles))]).sum(0)
         if self.flow is None:
             return total
-        features, x = self._joined(seen, context), value[..., self.others]
+        x, features = self.for_flow(value, context)
         if isinstance(self.flow, Density):
             return total + self.flow.log_density(x, features)
         u, log_det = cast(Flow, self.flow).inverse_and_log_det(x, features)
@@ -156,7 +159,7 @@ class AngleFlow(Density):
             below = turned * _log_mixture(log_share, direction, nodes).exp().mean(1)
             noise[:, column] = torch.special.ndtri(below.double().clamp(1e-12, 1 - 1e-12)).to(y)
         if self.flow is not None:
-            noise[:, self.others] = self.flow.noise(y[..., self.others], self._joined(seen, context))
+            noise[:, self.others] = self.flow.noise(*self.for_flow(y, context))
         return noise
 
     def _seen(self, angles: Tensor) -> Tensor:

@@ -56,27 +56,33 @@ class Mixture(NamedTuple):
 
 
 class GaussianMixture(Density):
-    r"""Mixture of K Gaussians: p(y) = sum_k s_k N(y; m_k, L_k L_k^T). A new one is standard normal; it is not trained.
+    r"""Mixture of K Gaussians, p(y) = sum_k s_k N(y; m_k, L_k L_k^T), or of y given a context c, p(c, y) / p(c).
+
+    Given a context it is a mixture of linear regressions: shares s_k N(c; k), means that are linear in c, and
+    covariances that do not depend on it. A new one is standard normal for any context; it is not trained.
 
     Args:
         input_dim: D.
         num_components: K.
+        context_dim: C, the number of context features, 0 for none.
 
     Attributes:
-        shares, means, factors: Shares s, means m and Cholesky factors L of the components, (K,), (K, D), (K, D, D).
+        shares, means, factors: Shares s, means m and Cholesky factors L of the components, of c and y together, (K,),
+            (K, C + D), (K, C + D, C + D).
     """
 
     shares: Tensor
     means: Tensor
     factors: Tensor
 
-    def __init__(self, input_dim: int, *, num_components: int = 1) -> None:
-        super().__init__(input_dim)
+    def __init__(self, input_dim: int, *, num_components: int = 1, context_dim: int = 0) -> None:
+        super().__init__(input_dim, context_dim)
         check_positive(self.name, "num_components", num_components)
+        size = context_dim + input_dim
         self._set(
             torch.full((num_components,), 1 / num_components),
-            torch.zeros(num_components, input_dim),
-            torch.eye(input_dim).repeat(num_components, 1, 1),
+            torch.zeros(num_components, size),
+            torch.eye(size).repeat(num_components, 1, 1),
         )
 
     def _set(self, shares: Tensor, means: Tensor, factors: Tensor) -> None:
@@ -85,39 +91,79 @@ class GaussianMixture(Density):
         self.register_buffer("factors", factors)
 
     @torch.no_grad()
-    def start_at(self, rows: Tensor, weights: Tensor | None = None) -> None:
-        """Become the mixture of rows, (rows, D), with weights (rows,): as many components as BIC says."""
-        mixture = fit_mixture(rows.cpu(), None if weights is None else weights.cpu())
-        self._set(*(each.to(self.shares) for each in mixture))
+    def start_at(self, rows: Tensor, weights: Tensor | None = None, context: Tensor | None = None) -> None:
+        """Become the mixture of rows, (rows, D), with weights (rows,): as many components as BIC says.
+
+        Args:
+            rows, weights: The rows.
+            context: Their context, (rows, C). Without, and with fewer rows than a component has parameters, it
+                is the same mixture for any context.
+        """
+        joined = rows if context is None else torch.cat([context, rows], 1)
+        if len(rows) < _parameters_of(joined.shape[1]):
+            joined = rows
+        shares, means, factors = fit_mixture(joined.cpu(), None if weights is None else weights.cpu())
+        spare = self.context_dim + self.input_dim - joined.shape[1]
+        whole = torch.eye(spare + joined.shape[1], dtype=factors.dtype).repeat(len(shares), 1, 1)
+        whole[:, spare:, spare:] = factors
+        means = torch.nn.functional.pad(means, (spare, 0))
+        self._set(*(each.to(self.shares) for each in (shares, means, whole)))
 
     @property
     def mixture(self) -> Mixture:
-        """The components."""
+        """The components, of context and value together."""
         return Mixture(self.shares, self.means, self.factors)
 
     def log_density(self, value: Tensor, context: Tensor | None = None) -> Tensor:
-        r"""Log-density (\*batch,) in nats, unchecked; O(K D^2)."""
-        return self.mixture.log_prob(value)
+        r"""Log-density (\*batch,) in nats, unchecked; O(K (C + D)^2)."""
+        each = self._log_factors(value, context)
+        # One by one rather than as a difference of log-densities, which is inexact for a context far out.
+        log_share = (self.shares.log() + each[..., : self.context_dim].sum(-1)).log_softmax(-1)
+        return (log_share + each[..., self.context_dim :].sum(-1)).logsumexp(-1)
 
     @torch.no_grad()
     def draw(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
         r"""Draws (\*shape, D), unchecked and without gradient."""
-        component = torch.multinomial(self.shares, max(1, shape.numel()), replacement=True)[: shape.numel()]
-        normal = torch.randn(len(component), self.input_dim, 1, dtype=self.means.dtype, device=self.means.device)
-        return (self.means[component] + (self.factors[component] @ normal)[..., 0]).reshape(*shape, self.input_dim)
+        count, seen = shape.numel(), self.context_dim
+        means, factors = self.means[:, seen:], self.factors[:, seen:, seen:]
+        if context is None:
+            component = torch.multinomial(self.shares, max(1, count), replacement=True)[:count]
+            mean = means[component]
+        else:
+            rows = context.expand(*shape, seen).reshape(count, seen)
+            of_context = Mixture(self.shares, self.means[:, :seen], self.factors[:, :seen, :seen])
+            log_share = of_context.log_joint(rows)
+            component = (log_share - torch.empty_like(log_share).exponential_().log()).argmax(-1)
+            standard = of_context.standardised(rows)[torch.arange(count), component]
+            mean = means[component] + (self.factors[component, seen:, :seen] @ standard[..., None])[..., 0]
+        normal = torch.randn(count, self.input_dim, 1, dtype=means.dtype, device=means.device)
+        return (mean + (factors[component] @ normal)[..., 0]).reshape(*shape, self.input_dim)
 
     def noise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """Noise u_i = Phi^-1(F_i(y_i | y_<i)), (rows, D)."""
-        standard = self.mixture.standardised(y).double()
-        diagonal = self.factors.diagonal(dim1=1, dim2=2).double()
+        standard = self.mixture.standardised(self._joined(y, context)).double()
+        each = self._log_factors(y, context).double()
         # Share of each component at dimension i, after those before it: N(y_<i; k) is a product of normals.
-        each = -0.5 * standard.square() - diagonal.log()
         before = self.shares.double().log()[:, None] + each.cumsum(-1) - each
         log_share = before.log_softmax(-2)
         # erfc keeps its relative precision in the tail.
         below = (log_share.exp() * torch.erfc(-standard / math.sqrt(2))).sum(-2) / 2
         above = (log_share.exp() * torch.erfc(standard / math.sqrt(2))).sum(-2) / 2
-        return torch.where(below < above, torch.special.ndtri(below), -torch.special.ndtri(above)).to(y.dtype)
+        noise = torch.where(below < above, torch.special.ndtri(below), -torch.special.ndtri(above))
+        return noise[..., self.context_dim :].to(y.dtype)
+
+    def _joined(self, value: Tensor, context: Tensor | None) -> Tensor:
+        """Context and value together."""
+        if context is None:
+            return value
+        shape = torch.broadcast_shapes(context.shape[:-1], value.shape[:-1])
+        return torch.cat([context.expand(*shape, -1), value.expand(*shape, -1)], -1)
+
+    def _log_factors(self, value: Tensor, context: Tensor | None) -> Tensor:
+        r"""Log-densities of each entry of context and value given those before it, (\*batch, K, C + D)."""
+        standard = self.mixture.standardised(self._joined(value, context))
+        log_scale = self.factors.diagonal(dim1=1, dim2=2).log()
+        return -0.5 * standard.square() - log_scale - 0.5 * math.log(2 * math.pi)
 
 
 def fit_mixture(rows: Tensor, weights: Tensor | None = None, *, most: int = MOST_COMPONENTS) -> Mixture:
@@ -146,7 +192,7 @@ def fit_mixture(rows: Tensor, weights: Tensor | None = None, *, most: int = MOST
     rows = rows.double()
     weights = torch.ones(len(rows), dtype=torch.float64) if weights is None else weights.double() / weights.mean()
     dim = rows.shape[1]
-    each = 1 + dim + dim * (dim + 1) // 2
+    each = _parameters_of(dim)
     best, score, shares = None, math.inf, weights[:, None]
     for components in range(1, most + 1):
         if components > 1 and ROWS_EACH * each * components > len(rows):
@@ -159,6 +205,11 @@ def fit_mixture(rows: Tensor, weights: Tensor | None = None, *, most: int = MOST
         elif best is not None and components > len(best.shares) + 1:
             break
     return _shrunk(rows, shares)
+
+
+def _parameters_of(dim: int) -> int:
+    """Number of parameters of a component."""
+    return 1 + dim + dim * (dim + 1) // 2
 
 
 def _climb(rows: Tensor, weights: Tensor, components: int) -> tuple[Mixture, Tensor]:

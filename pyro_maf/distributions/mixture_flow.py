@@ -25,12 +25,11 @@ class MixtureFlow(FlowOnBase):
         input_dim: D.
         num_components: K, the number of components of the base; `base.start_at` chooses another.
         num_layers, order, batch_norm, univariate, hidden_dims, activation, degrees, seed: As in `NSF`.
-        context_dim: Number of context features that the flow, not the base, depends on; 0 for none.
+        context_dim: Number of context features, 0 for none. Given them the base is a mixture of linear regressions.
 
     Attributes:
         flow: The `NSF`.
-        base: The `GaussianMixture`, with shares s, means m and Cholesky factors L of the components, (K,), (K, D),
-            (K, D, D).
+        base: The `GaussianMixture`, with shares s, means m and Cholesky factors L of the components.
 
     Shapes:
         Values are (\*batch, D), log-densities (\*batch,) in nats.
@@ -78,7 +77,7 @@ class MixtureFlow(FlowOnBase):
             univariate=univariate,
             **flow,
         )
-        self.base = GaussianMixture(input_dim, num_components=num_components)
+        self.base = GaussianMixture(input_dim, num_components=num_components, context_dim=context_dim)
 
     @property
     def architecture(self) -> dict[str, object]:
@@ -87,7 +86,7 @@ class MixtureFlow(FlowOnBase):
 
 
 class ConditionalMixtureFlow(ConditionalDensityForm):
-    r"""A `MixtureFlow` whose flow sees a context: `condition(context)` is a density.
+    r"""A `MixtureFlow` whose flow and base see a context: `condition(context)` is a density.
 
     Args:
         input_dim: D.

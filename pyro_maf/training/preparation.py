@@ -383,15 +383,19 @@ def _start(density: Fitted, training: Rows, seed: int) -> None:
     """Start a model on a mixture at training rows, or some of them, with numbers anywhere in their steps."""
     inner = density.unwrapped
     rows = training.rounded_for(inner)
-    prior, values = inner, rows.data
+    prior, values, context = inner, rows.data, rows.context
     if isinstance(inner, TableDensity):
-        prior, values = inner.prior, rows.data[:, inner.numeric]
+        prior, values, context = inner.prior, rows.data[:, inner.numeric], inner.parts(rows.data, context)[1]
         values = dequantised(values, inner.steps.spacing, torch.Generator().manual_seed(seed))
+    # What a network says of a context, it does not yet say before it is trained.
+    seen = None if context is None or prior.context_net is not None else prior.features(context)
     model, z = prior.model, prior.standardised(values)
     if isinstance(model, AngleFlow) and model.flow is not None:
-        z, model = z[:, model.others], model.flow
+        z, seen = model.for_flow(z, seen)
+        model = model.flow
     if isinstance(model, MixtureFlow):
-        model.base.start_at(z.clamp(-FENCE, FENCE), rows.weights)
+        seen = seen if seen is None or seen.shape[1] == model.context_dim else None
+        model.base.start_at(z.clamp(-FENCE, FENCE), rows.weights, None if seen is None else seen.clamp(-FENCE, FENCE))
 
 
 def _settle(prior: FlowPrior, *, leaves: bool) -> None:
