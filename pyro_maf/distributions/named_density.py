@@ -54,6 +54,8 @@ class NamedDensity(Density):
 
     def as_value(self, value: TableLike, like: Tensor | None, role: str = "value") -> Tensor:
         """A value as a tensor; also from the other forms of data that `fit` takes, if the conversion is exact."""
+        if like is not None and isinstance(value, Tensor) and value.dtype is like.dtype:  # the usual one, at each call
+            return super().as_value(value, like, role)
         if like is not None:
             value = self._converted("value", value, like, self.event_shape[0])
         self.check_precise(role, value)

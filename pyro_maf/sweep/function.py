@@ -23,9 +23,6 @@ __all__ = ["Run", "add_up", "run", "unpack"]
 DTYPES = (torch.float32, torch.float64)
 ADDITION = 8
 """Multiplications that take as long as the addition of a number to one in memory."""
-WEIGHTS_A_POINT = 2**21
-"""Number of weights above which packing them and their gradients takes longer than torch does in all: at one point, a
-training step of five layers of 784 variables and 1,024 units takes torch 32 ms, and the program 100."""
 
 
 class Run(NamedTuple):
@@ -119,19 +116,13 @@ class Run(NamedTuple):
         if context is not None and context.dim() == 1:
             context = context.expand(len(rows), -1)
         inputs = (rows, *tensors) if context is None else (rows, context, *tensors)
-        needs_gradient = torch.is_grad_enabled() and any(map(_requires_grad, inputs))
-        return None if needs_gradient and not self._pays(rows.shape[0]) else (rows, context, needs_gradient)
+        return rows, context, torch.is_grad_enabled() and any(map(_requires_grad, inputs))
 
     def _batch(self, v: Tensor, context: Tensor | None) -> torch.Size:
         """Batch shape of v and context together."""
         if context is None or not self.program.context_dim:
             return v.shape[:-1]
         return torch.broadcast_shapes(v.shape[:-1], context.shape[:-1])
-
-    def _pays(self, points: int) -> bool:
-        """Return whether the gradient with respect to the weights takes less time than torch's, at so many points."""
-        is_small = self.program.num_weights <= WEIGHTS_A_POINT * points
-        return is_small or any(step.sequential for step in self.steps)
 
 
 _requires_grad = operator.attrgetter("requires_grad")
