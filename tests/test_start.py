@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_maf.infer import AutoIAF
-from pyro_maf.infer.models.double_precision import in_double, widened
+from pyro_maf.infer import AutoIAF, fit_guide
+from pyro_maf.infer.models.double_precision import in_double, scored, widened
 from pyro_maf.infer.start import initialization
 from pyro_maf.infer.start.initialization import best_normal
 from tests.posteriors import SMALL, bound, regression
@@ -277,3 +277,43 @@ def test_a_density_without_curvature_has_a_start() -> None:
 
     guide = AutoIAF(model, **SMALL).setup()
     assert bound(model, guide) > -2
+
+
+def rounding_far_out(points: Tensor) -> Tensor:
+    """A normal density, with numbers of any size and sign far out, as of a covariance that is singular there."""
+    noise = 1e9 * torch.sin(1e18 * points[:, 0])
+    return -points.square().sum(1) / 2 + torch.where(points[:, 0] < -4.0, noise, 0.0)
+
+
+@pytest.mark.parametrize("start", [-3.5, 3.5])
+def test_an_ascent_does_not_climb_rounding(start: float) -> None:
+    normal = best_normal(rounding_far_out, torch.tensor([start, 1.0], dtype=torch.float64))
+    assert float(normal.loc.abs().max()) < 0.1
+    assert float((normal.scale_tril - torch.eye(2)).abs().max()) < 0.1
+
+
+def test_weights_that_are_rounding_are_none() -> None:
+    points = torch.tensor([[0.0, 0.0], [1.0, -1.0], [-5.0, 0.0], [2.0, 0.5], [-8.0, 1.0]], dtype=torch.float64)
+    far = points[:, 0] < -4.0
+    log_densities = scored(lambda points: rounding_far_out(points).abs(), points, -points.square().sum(1) / 2)
+    assert torch.equal(log_densities.isinf(), far)
+
+
+def test_a_factor_model_whose_density_is_rounding_at_small_scales_is_fitted() -> None:
+    """Its draws of a scale reach where the capacitance matrix has lost the identity, and densities were e^1e28."""
+    generator = torch.Generator().manual_seed(24)
+    factors, noise = torch.randn(30, 1, generator=generator), torch.randn(30, 4, generator=generator)
+    data = factors * torch.tensor([1.0, -0.8, 0.6, 0.5]) + 0.4 * noise
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        scale = pyro.sample("scale", dist.HalfNormal(torch.ones(4)).to_event(1))
+        with pyro.plate("rows", 30):
+            fn = dist.LowRankMultivariateNormal(torch.zeros(4), w[..., None, :, None], scale.square().unsqueeze(-2))
+            pyro.sample("y", fn, obs=data)
+
+    pyro.set_rng_seed(0)
+    guide = AutoIAF(model)
+    fit = fit_guide(model, guide, steps=400, progress=False)
+    assert guide.modes == (2, 2)  # w and -w
+    assert fit.diagnosis.grade in ("good", "usable")

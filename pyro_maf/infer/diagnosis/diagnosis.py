@@ -225,7 +225,8 @@ def diagnose(model: Model, guide: Guide, *args: object, num_samples: int = 10_00
     there is no verdict, and `Diagnosis.reason` says why. Since weights are computed where the guide has mass, ascents
     from dispersed points look for modes elsewhere, and the share of the posterior near these is estimated:
     `Diagnosis.missed`. Not where the model is run draw by draw, or has more than 200 latent variables: a verdict says
-    so, and `Diagnosis.unsearched` why.
+    so, and `Diagnosis.unsearched` why. Where float32 does not resolve the density at the draws, weights are computed
+    in float64.
 
     Args:
         model: A Pyro model.

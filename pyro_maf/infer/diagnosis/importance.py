@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
@@ -21,7 +21,7 @@ from pyro_maf.infer.diagnosis.missed_modes import POOL, Missed, missed_modes, wh
 from pyro_maf.infer.diagnosis.pareto import smoothed_log_weights
 from pyro_maf.infer.diagnosis.propriety import IMPROPER, seems_improper
 from pyro_maf.infer.guides.auto_flow import AutoFlow
-from pyro_maf.infer.models.double_precision import widened
+from pyro_maf.infer.models.double_precision import promoted, scored, widened
 from pyro_maf.infer.models.latents import Latents, masked_elements
 from pyro_maf.infer.models.log_joint import FAILURES, LogJoint, is_enumerated, log_densities, total_by_draw
 from pyro_maf.infer.models.model import (
@@ -41,6 +41,11 @@ __all__ = ["NoVerdictError", "Pair", "Region", "Search", "Weighted", "arviz", "s
 
 ROUNDING = 32
 """Spread by rounding of ten thousand sums, in units in the last place of the log joint density."""
+ROUNDED, LOOKED_AT = 0.1, 512
+"""Rounding error of a log joint density, in nats, from which on weights are computed in float64, and the number of
+draws at which it is looked for."""
+Score = Callable[[dict[str, Tensor]], Tensor]
+"""Log joint density of draws by site, (draws,)."""
 TRIES = 10
 """Number of draws of a guide that a model is tried with."""
 NEGLIGIBLE = 0.1
@@ -266,7 +271,7 @@ class Pair:
     def _weigh(self, joint: LogJoint, draws: int) -> Weighted:
         values, log_q = self._draw(draws)
         shaped = {name: value.reshape(draws, *self._shapes[name]) for name, value in values.items()}
-        log_p = joint(values)
+        log_p = scored(*_resolving(joint, values), log_q)
         size = torch.where(log_p.isfinite(), log_p.abs(), 0.0).max()
         return Weighted(shaped, log_p - log_q, ROUNDING * torch.finfo(log_p.dtype).eps * float(size))
 
@@ -284,6 +289,20 @@ class Pair:
             batch = torch.broadcast_shapes(value.shape[: value.dim() - len(event)], plates)
             values[name] = value.expand(batch + event)
         return values, total_by_draw(log_densities(trace), plates)
+
+
+def _resolving(joint: LogJoint, values: dict[str, Tensor]) -> tuple[Score, dict[str, Tensor]]:
+    """Return a log joint density and numbers for it, in float64 where float32 does not resolve it at some draws."""
+    if next(iter(values.values())).dtype == torch.float64 or not joint.is_vectorised or joint.runs > 1:
+        return joint, values
+    double = promoted(joint)
+    wide = {name: widened(value) for name, value in values.items()}
+    first = joint({name: value[:LOOKED_AT] for name, value in values.items()})
+    try:
+        errors = (double({name: value[:LOOKED_AT] for name, value in wide.items()}) - first).abs().nan_to_num(nan=0.0)
+    except Exception:  # a model not written for float64 may fail in any way
+        return joint, values
+    return (double, wide) if bool(errors.median() < ROUNDED < errors.max()) else (joint, values)
 
 
 def _region_of(latents: Latents, part: Missed) -> Region:

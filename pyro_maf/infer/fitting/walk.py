@@ -13,6 +13,15 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 
 from pyro_maf.infer.guides.auto_flow import AutoFlow
+from pyro_maf.infer.models.double_precision import (
+    Score,
+    in_double,
+    is_resolved,
+    nudged,
+    promoted,
+    stand_out,
+    widened,
+)
 from pyro_maf.infer.models.log_joint import FAILURES, LogJoint
 from pyro_maf.infer.models.model import Call, Guide
 from pyro_maf.infer.models.recording import Derivatives, Recording, record
@@ -72,6 +81,7 @@ class Walk:
         self._call, self._guide, self._joint, self._draws = call, guide, joint, draws
         self._weights = list(weights)
         self._recording: Recording | None = None
+        self._wide: Score | None = None
         self._recordings = 0
         self._steps = count()
 
@@ -88,6 +98,7 @@ class Walk:
             if not _in_part(values):
                 raise
             return self._partial_step(latent.detach(), values)
+        derivatives = self._resolved(latent.detach(), derivatives, log_q.detach())
         if _in_part(derivatives.values):
             return self._partial_step(latent.detach(), derivatives.values)
         share = 1 / self._draws
@@ -97,6 +108,19 @@ class Walk:
                 weight.grad = None if gradient is None else -share * gradient
         torch.autograd.backward([latent, log_q], [-share * derivatives.gradient, torch.full_like(log_q, share)])
         return Step(-float(log_weights.mean()), log_weights)
+
+    def _resolved(self, latent: Tensor, derivatives: Derivatives, log_q: Tensor) -> Derivatives:
+        """Go on in float64 if rounding makes the weight of a draw far larger than others; if it still does, drop it."""
+        log_weights = derivatives.values - log_q
+        if not stand_out(log_weights):
+            return derivatives
+        resolved = is_resolved(derivatives.values, self._scores(nudged(latent)))
+        if not bool(resolved.all()) and self._wide is None:
+            self._wide = in_double(self._in_dtype, latent[log_weights.median(0).indices])
+            if self._wide is not None:
+                self._recording, self._recordings = None, 0
+                return self._resolved(latent, self._of_model(latent), log_q)
+        return derivatives._replace(values=derivatives.values.where(resolved, -torch.inf))
 
     def _partial_step(self, latent: Tensor, values: Tensor) -> Step:
         """Likewise by the draws that the model can score; the log weights of others are minus infinity."""
@@ -117,8 +141,12 @@ class Walk:
     @torch.no_grad()
     def _scores(self, latent: Tensor) -> Tensor:
         """Log joint density, minus infinity where the model raises."""
-        values, log_det = self._unpacked(latent)
-        return self._joint(values) + log_det
+
+        def score(latent: Tensor) -> Tensor:
+            values, log_det = self._unpacked(latent)
+            return self._joint(values) + log_det
+
+        return score(latent) if self._wide is None else promoted(score)(widened(latent)).to(latent.dtype)
 
     def _derivatives(self, latent: Tensor) -> Derivatives:
         """Log joint density, and its gradients."""
@@ -146,6 +174,9 @@ class Walk:
         return Derivatives(values.detach(), gradient, list(others))
 
     def _log_joint(self, latent: Tensor) -> Tensor:
+        return self._in_dtype(latent) if self._wide is None else self._wide(widened(latent)).to(latent.dtype)
+
+    def _in_dtype(self, latent: Tensor) -> Tensor:
         values, log_det = self._unpacked(latent)
         return self._joint.together(values) + log_det
 

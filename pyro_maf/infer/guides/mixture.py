@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyro_maf._core.torch_state import is_traced
+from pyro_maf.infer.models.double_precision import scored
 from pyro_maf.infer.start.modes import NEGLIGIBLE
 from pyro_maf.transforms import Stack
 
@@ -116,7 +117,8 @@ class FlowMixture(nn.Module):
         noise = torch.randn(count * draws, self.input_dim, dtype=self.shares.dtype, device=self.shares.device)
         latent = self._mapped(noise, torch.arange(count, device=noise.device).repeat_interleave(draws))
         logs = torch.stack([self._log_density_of(index, latent) for index in range(count)], 1).double()
-        log_weights = log_density(latent).double() - logs.logsumexp(1)
+        log_q = logs.logsumexp(1)
+        log_weights = scored(log_density, latent, log_q).double() - log_q
         usable = log_weights.isfinite()
         if not usable.any():
             return None

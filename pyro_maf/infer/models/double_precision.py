@@ -3,20 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from pyro_maf.infer.models.model import Args, Kwargs
 
-__all__ = ["in_double", "widened"]
+__all__ = ["Score", "in_double", "is_resolved", "nudged", "promoted", "scored", "stand_out", "widened"]
 
 Score = Callable[[Tensor], Tensor]
 """Log-density of latent vectors: (rows, D) to (rows,)."""
 
+Numbers = TypeVar("Numbers")
+
 CLOSE = 1e-2
 """Maximum difference between log-densities in float64 and in float32, in nats by dimension and relative."""
+
+
+LAST_DIGITS, RESOLVED = 8, 1e-3
+"""A change of numbers, in rounding errors, and the relative change of a log-density, of a nat at least, that it may
+cause."""
+FAR = 10.0
+"""Nats above the median from which on the weight of a draw stands out."""
+
+
+def nudged(numbers: Tensor) -> Tensor:
+    """Change the last digits of numbers."""
+    return numbers * (1 + LAST_DIGITS * torch.finfo(numbers.dtype).eps)
+
+
+def is_resolved(values: Tensor, again: Tensor) -> Tensor:
+    """Test if log-densities, (rows,), are close to those of nudged numbers; boolean.
+
+    Where a covariance is singular but for rounding, they may be anything, such as a million nats.
+    """
+    return (again - values).abs() <= (RESOLVED * values.abs()).clamp(min=1.0)
+
+
+def stand_out(log_weights: Tensor) -> bool:
+    """True if some log weights are so far above the others that they are looked at again: they may be rounding."""
+    return bool((log_weights > log_weights.nan_to_num(nan=-torch.inf).median() + FAR).any())
+
+
+def scored(score: Callable[[Numbers], Tensor], numbers: Numbers, log_q: Tensor) -> Tensor:
+    """Return log-densities of draws, (rows,), in nats: minus infinity where rounding alone makes weights stand out.
+
+    Args:
+        score: Log-density of draws, of which all numbers are tensors.
+        numbers: The draws.
+        log_q: Their log-density in the guide, (rows,).
+    """
+    values = score(numbers)
+    if stand_out(values - log_q):
+        for _ in range(2):  # as rounding may repeat itself once
+            numbers = cast("Numbers", tree_map(nudged, numbers))
+            values = values.where(is_resolved(values, score(numbers)), -torch.inf)
+    return values
 
 
 class _Promoting(TorchFunctionMode):
@@ -66,6 +111,16 @@ def widened(tensor: Tensor) -> Tensor:
         return tensor.cpu().double()
 
 
+def promoted(score: Callable[[Numbers], Tensor]) -> Callable[[Numbers], Tensor]:
+    """Return a function that computes in float64 all that float64 numbers enter."""
+
+    def double(numbers: Numbers) -> Tensor:
+        with _Promoting():
+            return score(numbers).double()
+
+    return double
+
+
 def in_double(score: Score, loc: Tensor) -> Score | None:
     """Return the log-density for latent vectors in float64, or None if the model cannot be run so.
 
@@ -79,14 +134,11 @@ def in_double(score: Score, loc: Tensor) -> Score | None:
     if loc.dtype == torch.float64 or wide.device != loc.device:
         return None
 
-    def promoted(latents: Tensor) -> Tensor:
-        with _Promoting():
-            return score(latents).double()
-
+    double = promoted(score)
     try:
         with torch.no_grad():
-            result, expected = promoted(wide[None]), score(loc[None])
+            result, expected = double(wide[None]), score(loc[None])
     except Exception:  # a model not written for float64 may fail in any way
         return None
     same = torch.allclose(result.to(expected), expected, rtol=CLOSE, atol=CLOSE * len(loc))
-    return promoted if same else None
+    return double if same else None

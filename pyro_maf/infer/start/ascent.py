@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_maf.infer.models.double_precision import widened
+from pyro_maf.infer.models.double_precision import is_resolved, nudged, widened
 from pyro_maf.infer.models.log_joint import FAILURES
 
 __all__ = ["Ascents", "Normal", "Place", "Score"]
@@ -233,9 +233,12 @@ class Ascents:
     def _move(self, rows: list[int], steps: Tensor) -> None:
         """Move rows by the best of full steps and ever smaller ones; end those without a gain."""
         locs, values = _line_search(self._log_density, self.locs[rows], steps, self._vectorised)
-        gains = values - self.values[rows]
-        self.locs[rows], self.values[rows] = locs, values
-        for row, gain in zip(rows, gains.tolist(), strict=True):
+        with torch.no_grad():
+            resolved = is_resolved(values, self._log_density(nudged(locs)))
+        gains = (values - self.values[rows]).where(resolved, -math.inf)
+        for row, loc, value, gain in zip(rows, locs, values, gains.tolist(), strict=True):
+            if gain > -math.inf:
+                self.locs[row], self.values[row] = loc, value
             if not gain >= CONVERGED:
                 self.active[row] = False
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_maf._core.optimization import Adam
 from pyro_maf._core.torch_state import seeded
-from pyro_maf.infer.models.double_precision import in_double
+from pyro_maf.infer.models.double_precision import in_double, is_resolved, nudged
 from pyro_maf.infer.start.ascent import Ascents, Normal, Place, Score
 from pyro_maf.infer.start.modes import End, Start, bounds_of, covering, different, distance, even_noise
 
@@ -292,10 +292,16 @@ class _Search:
         return better
 
     def _best_of(self, candidates: Sequence[Normal]) -> tuple[Normal, float]:
-        """The candidate of the largest bound, and that."""
+        """The candidate of the largest bound, and that; of a bound without meaning, minus infinity."""
         with torch.no_grad():
-            bound, index = bounds_of(self._score, candidates, self._noise).max(0)
-        return candidates[int(index)], float(bound)
+            bounds = bounds_of(self._score, candidates, self._noise)
+            while float(bounds.max()) > self._bound:
+                best = candidates[int(bounds.argmax())]
+                draws = best.loc + self._noise @ best.scale_tril.T
+                if is_resolved(self._score(draws), self._score(nudged(draws))).all():
+                    break
+                bounds[bounds.argmax()] = -torch.inf
+        return candidates[int(bounds.argmax())], float(bounds.max())
 
 
 def _candidates(place: Place) -> list[Normal]:
