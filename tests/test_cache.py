@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from pyro_maf.sweep.kernels import cache as compile_cache
-from pyro_maf.sweep.kernels import loading
+from pyro_maf.sweep.kernels import kernels
 
 pytest.importorskip("numba")
 ROOT = Path(__file__).parent.parent
@@ -91,7 +91,9 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 def test_compiling_is_announced_once_for_each_precision(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compile_cache._say.cache_clear()
-    single, double = np.float32(1), np.float64(1)
+    # Steps are counted in single precision in either, so that arrays of both kinds come.
+    numbers, steps = np.ones(2), np.ones(1, np.float32)
+    single, double = (steps, steps), (numbers, numbers, steps)
     said = []
     for x in (single, single, double):  # each as by a process that starts now
         answer(folder, "twice", x)
@@ -233,10 +235,10 @@ print((results[-1] - x).abs().max() > 0.1, *[hashlib.sha256(each.detach().numpy(
 """
 
 
-@pytest.mark.skipif(loading.kernels() is None, reason="no compiled kernels on this machine")
+@pytest.mark.skipif(kernels() is None, reason="no compiled kernels on this machine")
 def test_the_process_that_compiles_answers_as_later_ones_do_whatever_became_of_its_kernels(tmp_path: Path) -> None:
     """Bit by bit, though it may run code that was never on disk: log-densities, their gradients, noise and samples."""
-    kernel = loading.kernels()
+    kernel = kernels()
     assert kernel is not None
     cache = kernel.forward._cache
     place = tmp_path / cache._impl.locator.get_suitable_cache_subpath(kernel.__file__)

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize, prune
 
 from pyro_maf import IAF, MAF, ConditionalFlowPrior, FlowPrior, RealNVP
 from pyro_maf.sweep import program, threads
-from pyro_maf.sweep.kernels import loading
+from pyro_maf.sweep.kernels import kernels
 from pyro_maf.transforms import (
     ActNorm,
     BatchNorm,
@@ -31,7 +31,7 @@ from pyro_maf.transforms.triangular import Head
 from tests.registry import Architecture, architectures, build
 from tests.test_sweep import TOLERANCE, in_torch, largest_difference
 
-pytestmark = pytest.mark.skipif(loading.kernels() is None, reason="no compiled kernels on this machine")
+pytestmark = pytest.mark.skipif(kernels() is None, reason="no compiled kernels on this machine")
 
 NAMES = (
     "Coupling",

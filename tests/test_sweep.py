@@ -21,7 +21,7 @@ from torch import Tensor
 from pyro_maf import MAF
 from pyro_maf.nn import compress_tails
 from pyro_maf.sweep import function, threads
-from pyro_maf.sweep.kernels import loading
+from pyro_maf.sweep.kernels import kernels
 from pyro_maf.testing.subjects import at_context
 from pyro_maf.transforms import ConditionalMaskedAutoregressive, Flow
 from tests.registry import Architecture, architectures, build
@@ -34,7 +34,7 @@ LAYERS = (
 )
 SPLINES = ("MaskedAutoregressive spline", "InverseAutoregressive spline")
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
-needs_kernels = pytest.mark.skipif(loading.kernels() is None, reason="no compiled kernels on this machine")
+needs_kernels = pytest.mark.skipif(kernels() is None, reason="no compiled kernels on this machine")
 
 
 @contextmanager

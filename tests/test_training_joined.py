@@ -17,7 +17,7 @@ from pyro_maf._core.optimization import Adam, WeightAverage
 from pyro_maf._core.processes import Processes
 from pyro_maf.distributions import FlowPrior
 from pyro_maf.sweep import threads
-from pyro_maf.sweep.kernels import loading
+from pyro_maf.sweep.kernels import kernels
 from pyro_maf.tables import Rows
 from pyro_maf.training import joined, loop
 from pyro_maf.training.joined import JoinedLikelihood, objective_of
@@ -25,7 +25,7 @@ from pyro_maf.training.objective import MaximumLikelihood
 from pyro_maf.training.records import Checkpoint
 from pyro_maf.transforms import ActNorm, LowerTriangularAffine, Stack
 
-pytestmark = pytest.mark.skipif(loading.kernels() is None, reason="no compiled kernels on this machine")
+pytestmark = pytest.mark.skipif(kernels() is None, reason="no compiled kernels on this machine")
 
 double = torch.float64
 OPTIONS = {"max_epochs": 3, "batch_size": 40, "progress": False}

@@ -12,7 +12,7 @@ from zuko.transforms import MonotonicRQSTransform
 
 import pyro_maf
 from pyro_maf import MAF, NSF, FlowPrior, RealNVP, fit, fit_prior
-from pyro_maf.sweep.kernels import loading
+from pyro_maf.sweep.kernels import kernels
 from pyro_maf.transforms import Coupling, MaskedAutoregressive
 from pyro_maf.univariate import Affine, Spline, UnivariateMap, univariate_map
 from tests.test_sweep import in_torch
@@ -21,7 +21,7 @@ double = torch.float64
 SPLINES = [Spline(), Spline(num_bins=2), Spline(num_bins=16, bound=2.0)]
 every_spline = pytest.mark.parametrize("spline", SPLINES, ids=repr)
 MAPS: list[UnivariateMap] = [Affine(), *SPLINES]
-needs_kernels = pytest.mark.skipif(loading.kernels() is None, reason="no compiled kernels on this machine")
+needs_kernels = pytest.mark.skipif(kernels() is None, reason="no compiled kernels on this machine")
 every_map = pytest.mark.parametrize("univariate", MAPS, ids=repr)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_maf._core.optimization import Adam, WeightAverage
 from pyro_maf._core.torch_state import count_change, uncounted_changes
 from pyro_maf.sweep.function import Run, add_up
-from pyro_maf.sweep.kernels.loading import loaded
+from pyro_maf.sweep.kernels import loaded
 from pyro_maf.sweep.layout import LANES, Array
 from pyro_maf.sweep.threads import in_parts
 

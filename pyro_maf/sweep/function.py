@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyro_maf._core.memory_pool import empty
 from pyro_maf._core.torch_state import is_intercepted
-from pyro_maf.sweep.kernels.loading import kernels, loaded
+from pyro_maf.sweep.kernels import kernels, loaded
 from pyro_maf.sweep.layout import LANES, Array, Step, Triangular
 from pyro_maf.sweep.program import Pack, Program, Reading, program_of
 from pyro_maf.sweep.threads import in_parts

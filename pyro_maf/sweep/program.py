@@ -14,7 +14,7 @@ from pyro_maf._core.memory_pool import empty
 from pyro_maf._core.torch_state import Snapshot
 from pyro_maf.nn import MADE, MLP
 from pyro_maf.nn.weights import current, is_hooked, is_read
-from pyro_maf.sweep.kernels.loading import loaded
+from pyro_maf.sweep.kernels import loaded
 from pyro_maf.sweep.layout import LANES, MAPS, Array, Layout, Step, Triangular, UnfitError, gain_of, map_of
 
 __all__ = ["Program", "Reading", "forget", "program_of"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyro_maf._core.torch_state import is_intercepted
 from pyro_maf.nn.weights import current
-from pyro_maf.sweep.kernels.loading import kernels, loaded
+from pyro_maf.sweep.kernels import kernels, loaded
 from pyro_maf.sweep.torch_engine.layers import gradients
 from pyro_maf.transforms.base import Flow
 
