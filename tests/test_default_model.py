@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import cast
 
 import pandas as pd
@@ -56,7 +57,7 @@ def test_thirty_rows_of_a_normal_distribution_are_not_overfitted() -> None:
     for seed in range(4):
         rows = torch.randn(30, 3, generator=generator) @ factor.T
         behind.append(float((truth.log_prob(new) - fit(rows, seed=seed, progress=False).score(new)).mean()))
-    assert sum(behind) / len(behind) < 0.5
+    assert max(behind) < 0.4
 
 
 def test_weight_decay_that_falls_is_ahead_of_one_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,6 +69,19 @@ def test_weight_decay_that_falls_is_ahead_of_one_that_stays(monkeypatch: pytest.
     monkeypatch.setattr("pyro_maf.training.choice.RELAXATIONS", 0)
     stays = fit(rows[:600], validation=rows[600:750], max_epochs=150, progress=False).score(rows[750:])
     assert float((falls - stays).mean()) > 0.1
+
+
+def test_few_rows_count_by_what_they_gain_over_the_mixture_beyond_chance(tmp_path: Path) -> None:
+    rows = torch.randn(80, 2, generator=torch.Generator().manual_seed(0)).exp()
+    whole = fit(rows, max_epochs=40, progress=False)
+    fit(rows, max_epochs=20, folder=tmp_path, progress=False)
+    resumed = fit(rows, max_epochs=40, folder=tmp_path, resume=True, progress=False)
+    assert torch.equal(resumed.score(rows), whole.score(rows))
+    assert whole.best_epoch
+    assert whole.validation_log_likelihood == pytest.approx(-whole.validation_loss[whole.best_epoch - 1], abs=1e-5)
+    few = fit(rows[:30], max_epochs=40, progress=False)  # three rows for validation, which say nothing
+    assert (few.best_epoch, len(few.validation_rows.data)) == (0, 3)
+    assert not few.warnings
 
 
 def test_noise_of_a_mixture_flow_is_standard_normal() -> None:

@@ -33,7 +33,7 @@ from pyro_maf.training.baselines import fitted_rows
 from pyro_maf.training.batches import Batches
 from pyro_maf.training.choice import CHOSEN, DefaultFlow, choose
 from pyro_maf.training.loop import Loop
-from pyro_maf.training.preparation import Fitted, Model, Prepared, Validation, prepare
+from pyro_maf.training.preparation import Fitted, Model, Prepared, Recipe, Validation, prepare
 from pyro_maf.training.records import checkpoints
 from pyro_maf.training.result import FitResult
 from pyro_maf.training.scores import log_likelihood_of
@@ -205,8 +205,7 @@ def fit(
     choice = choose(chosen, source, support, context_net=context_net, dequantise=dequantise, seed=seed)
     options = _Options(
         batch_size=choice.recipe.batch_size if batch_size is None else batch_size,
-        weight_decay=choice.recipe.weight_decay,
-        relaxations=choice.recipe.relaxations,
+        recipe=choice.recipe,
         max_epochs=max_epochs,
         patience=patience,
         learning_rate=learning_rate,
@@ -230,8 +229,7 @@ class _Options:
     """Options of `fit`, checked."""
 
     batch_size: int
-    weight_decay: float
-    relaxations: int
+    recipe: Recipe
     max_epochs: int
     patience: int
     learning_rate: float
@@ -270,8 +268,8 @@ class _Options:
             "data": prepared.digest(),
             "seed": self.seed,
             "batch_size": self.batch_size,
-            "weight_decay": self.weight_decay,
-            "relaxations": self.relaxations,
+            "weight_decay": self.recipe.weight_decay,
+            "relaxations": self.recipe.relaxations,
             "learning_rate": self.learning_rate,
             "max_grad_norm": self.max_grad_norm,
             "choice of frozen weights": frozen or None,
@@ -308,13 +306,16 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
             prepared.trained,
             batches,
             Batches(prepared.validation, VALIDATION_BATCH, None, processes),
-            schedule=Schedule(options.learning_rate, options.patience, options.weight_decay, options.relaxations),
+            schedule=Schedule(
+                options.learning_rate, options.patience, options.recipe.weight_decay, options.recipe.relaxations
+            ),
             max_epochs=options.max_epochs,
             max_grad_norm=options.max_grad_norm,
             interruption=interruption,
             processes=processes,
             folder=folder,
             offset=prepared.offset,
+            doubts=options.recipe.starts,
         )
         loop.run(options.progress)
         density.eval()
@@ -336,13 +337,19 @@ def _result(state: State, prepared: Prepared, source: NamedRows, options: _Optio
     losses = tuple(epoch.validation_loss for epoch in state.history)
     stopped = state.stop_reason or schedule.reason
     test = prepared.test
-    endings = screen_ending(losses, schedule, has_more=stopped is None, has_skipped=state.skipped > 0)
+    # A mixture that no epoch is better than is no failure.
+    ends_as_it_began = options.recipe.starts and not schedule.best_epoch
+    endings = (
+        []
+        if ends_as_it_began
+        else screen_ending(losses, schedule, has_more=stopped is None, has_skipped=state.skipped > 0)
+    )
     return FitResult(
         density=prepared.density,
         train_loss=tuple(epoch.train_loss for epoch in state.history),
         validation_loss=losses,
         best_epoch=schedule.best_epoch,
-        validation_log_likelihood=_score(prepared, -schedule.best),
+        validation_log_likelihood=_score(prepared, -schedule.best, doubts=options.recipe.starts),
         seconds=state.seconds,
         stop_reason=stopped or f"reached max_epochs ({options.max_epochs})",
         interrupted=state.interrupted,
@@ -362,9 +369,9 @@ def _result(state: State, prepared: Prepared, source: NamedRows, options: _Optio
     )
 
 
-def _score(prepared: Prepared, best: float) -> float:
-    """Mean log-likelihood of the validation rows: the best one of the fit, or for a table that of its steps."""
-    if not prepared.spacing:
+def _score(prepared: Prepared, best: float, *, doubts: bool) -> float:
+    """Mean log-likelihood of the validation rows: the best one of the fit, unless that is of other numbers."""
+    if not (prepared.spacing or doubts):
         return best
     return log_likelihood_of(prepared.density, prepared.held_out).mean
 

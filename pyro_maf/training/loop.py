@@ -40,6 +40,7 @@ class Loop:
         processes: The processes that take part.
         folder: Folder of checkpoints and log, if any.
         offset: Number of nats that is subtracted from every loss.
+        doubts: Whether an epoch counts by what it gains over the initial weights less what that may be by chance.
 
     Attributes:
         state: State of the fit.
@@ -58,6 +59,7 @@ class Loop:
         processes: Processes,
         folder: CheckpointFolder | None = None,
         offset: float = 0.0,
+        doubts: bool = False,
     ) -> None:
         self._density = density
         self._batches = batches
@@ -76,6 +78,7 @@ class Loop:
         self._log = Log(folder.folder) if folder is not None and processes.is_first else None
         self._objective = objective_of(density, processes)
         self.state = State(density, self._objective, batches, schedule)
+        self._initial = self._objective.losses(held_out) if doubts else None
         self._is_resumed = False
         if folder is not None and folder.checkpoint is not None:
             self.state.load(folder.checkpoint, folder.path)
@@ -220,7 +223,10 @@ class Loop:
         losses = state.train_loss.take() - self._offset, self._objective.validation_loss(self._held_out) - self._offset
         state.history.append(Epoch(state.seconds, *losses, learning_rate, state.skipped))
         epoch = len(state.history)
-        if self._schedule.improves(epoch, losses[1]):
+        doubt = 0.0
+        if self._initial is not None:
+            doubt = self._objective.doubt(self._initial - self._objective.losses(self._held_out))
+        if self._schedule.improves(epoch, losses[1] + doubt):
             state.record_best()
         state.optimizer.weight_decay = self._schedule.weight_decay
         state.average.swap()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -104,11 +104,29 @@ class MaximumLikelihood:
     def validation_loss(self, batches: Iterable[Rows | tuple[()]]) -> float:
         """Mean loss of rows."""
         mean = Mean()
+        for losses in self._losses(batches):
+            mean.add(losses.sum(), len(losses))
+        return mean.take(self._processes)
+
+    @torch.no_grad()
+    def losses(self, batches: Iterable[Rows | tuple[()]]) -> Tensor:
+        """Loss of each row of this process, (rows,)."""
+        return torch.cat([torch.empty(0), *(each.cpu() for each in self._losses(batches))])
+
+    def doubt(self, gain: Tensor) -> float:
+        """Two standard deviations of a mean gain given those of the rows, by Student's t: infinite of up to three rows.
+
+        Args:
+            gain: Gain of each row of this process, (rows,).
+        """
+        rows, total, squares = map(float, self._processes.total(len(gain), gain.sum(), gain.square().sum()))
+        variance = max(0.0, squares / rows - (total / rows) ** 2)
+        return 2 * math.sqrt(variance / (rows - 3)) if rows > 3 else math.inf
+
+    def _losses(self, batches: Iterable[Rows | tuple[()]]) -> Iterator[Tensor]:
         for batch in batches:
             if isinstance(batch, Rows):
-                log_likelihood = batch.weighted(self.density.log_density(batch.data, batch.context))
-                mean.add(-log_likelihood.sum(), len(batch.data))
-        return mean.take(self._processes)
+                yield -batch.weighted(self.density.log_density(batch.data, batch.context))
 
     def fit_statistics(self, sample: Callable[[], Rows], *, initial: bool = False) -> None:
         """Set the statistics that layers take from data, if there are any.
