@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Unpack, cast, get_type_hints
 
 from pyro_maf.distributions.density import ConditionalDensityForm
 from pyro_maf.distributions.flow_on_base import FlowOnBase
 from pyro_maf.distributions.made_mog import MADEMoG
-from pyro_maf.flows import MAF, Orders
+from pyro_maf.flows import MAF, StackOptions
 from pyro_maf.nn import MADEOptions, reseeded
 from pyro_maf.transforms import MaskedAutoregressive
 
@@ -58,28 +58,18 @@ class MAFMoG(FlowOnBase):
 
     flow_class = MAF
 
-    def __init__(
-        self,
-        input_dim: int,
-        *,
-        num_layers: int = 5,
-        num_components: int = 10,
-        order: Orders = "reverse",
-        batch_norm: bool = False,
-        context_dim: int = 0,
-        **flow: Unpack[MADEOptions],
-    ) -> None:
-        super().__init__(input_dim, context_dim)
-        self.flow = MAF(
-            input_dim, num_layers=num_layers, order=order, batch_norm=batch_norm, context_dim=context_dim, **flow
-        )
-        nearest = next(layer.order for layer in self.flow if isinstance(layer, MaskedAutoregressive))
+    def __init__(self, input_dim: int, *, num_components: int = 10, **flow: Unpack[StackOptions]) -> None:
+        stack = MAF(input_dim, **flow)
+        super().__init__(input_dim, stack.context_dim)
+        self.flow = stack
+        orders = [layer.order for layer in stack if isinstance(layer, MaskedAutoregressive)]
+        network = {name: value for name, value in flow.items() if name in get_type_hints(MADEOptions)}
         self.base = MADEMoG(
             input_dim,
             num_components=num_components,
-            order=nearest.flip(0),
-            context_dim=context_dim,
-            **reseeded(flow, flow.get("seed", 0) + num_layers),
+            order=orders[0].flip(0),
+            context_dim=stack.context_dim,
+            **reseeded(cast(MADEOptions, network), flow.get("seed", 0) + len(orders)),
         )
 
 

@@ -7,8 +7,7 @@ from typing import Unpack
 from pyro_maf.distributions.density import ConditionalDensityForm
 from pyro_maf.distributions.flow_on_base import FlowOnBase
 from pyro_maf.distributions.gaussian_mixture import GaussianMixture
-from pyro_maf.flows import NSF, Orders
-from pyro_maf.nn import MADEOptions
+from pyro_maf.flows import NSF, StackOptions
 from pyro_maf.univariate import UnivariateMap
 
 __all__ = ["ConditionalMixtureFlow", "MixtureFlow"]
@@ -60,24 +59,13 @@ class MixtureFlow(FlowOnBase):
         input_dim: int,
         *,
         num_components: int = 1,
-        num_layers: int = 5,
-        order: Orders = "reverse",
-        batch_norm: bool = False,
-        context_dim: int = 0,
         univariate: str | UnivariateMap = "spline",
-        **flow: Unpack[MADEOptions],
+        **flow: Unpack[StackOptions],
     ) -> None:
-        super().__init__(input_dim, context_dim)
-        self.flow = NSF(
-            input_dim,
-            num_layers=num_layers,
-            order=order,
-            batch_norm=batch_norm,
-            context_dim=context_dim,
-            univariate=univariate,
-            **flow,
-        )
-        self.base = GaussianMixture(input_dim, num_components=num_components, context_dim=context_dim)
+        stack = NSF(input_dim, univariate=univariate, **flow)
+        super().__init__(input_dim, stack.context_dim)
+        self.flow = stack
+        self.base = GaussianMixture(input_dim, num_components=num_components, context_dim=stack.context_dim)
 
     @property
     def architecture(self) -> dict[str, object]:
