@@ -8,7 +8,7 @@ import pickle
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import pyro
 import torch
@@ -19,12 +19,12 @@ from torch.distributions import Distribution, biject_to
 
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer import fit_guide
+from pyro_maf.infer.models.model import Model
 from pyro_maf.saving import Savable, load
 from pyro_maf.testing.comparison import BrokenLawError, close, name_of, within
 
 __all__ = ["check_density", "check_guide"]
 
-Model: TypeAlias = Callable[..., Any]
 DRAWS = 100_000
 FALSE_FAILS = 1e-6
 """Share of the seeds for which a law of draws may fail a correct density."""
@@ -132,10 +132,10 @@ def _free_dim(density: Distribution) -> int:
 def check_guide(
     model: Model,
     make: Callable[[Model], Any],
-    *args: Any,
+    *args: object,
     log_evidence: float | None = None,
     seed: int = 0,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> None:
     """Hold a guide to the laws of guides, for one model.
 
@@ -170,7 +170,7 @@ def check_guide(
             estimates_the_evidence(model, guide, log_evidence, *args, **kwargs)
 
 
-def draws_every_site(model: Model, guide: Any, *args: Any, **kwargs: Any) -> None:
+def draws_every_site(model: Model, guide: Any, *args: object, **kwargs: object) -> None:
     """A draw has every latent site, in its support, and its density is that of the trace."""
     law, who = "draws every latent variable", type(guide).__name__
     trace: Any = poutine.trace(guide).get_trace(*args, **kwargs)
@@ -192,7 +192,7 @@ def draws_every_site(model: Model, guide: Any, *args: Any, **kwargs: Any) -> Non
         close("scores the draws of its traces", guide, found, torch.as_tensor(trace.log_prob_sum()).detach(), 2e-3)
 
 
-def takes_steps(model: Model, guide: Any, *args: Any, **kwargs: Any) -> None:
+def takes_steps(model: Model, guide: Any, *args: object, **kwargs: object) -> None:
     """Steps of SVI, one by one and with particles side by side, change parameters and leave them finite."""
     law, who = "takes steps of SVI", type(guide).__name__
     for particles in (1, 3):
@@ -206,7 +206,7 @@ def takes_steps(model: Model, guide: Any, *args: Any, **kwargs: Any) -> None:
             raise BrokenLawError(who, law, f"no parameter changes in a step with {particles} particles")
 
 
-def estimates_the_evidence(model: Model, guide: Any, log_evidence: float, *args: Any, **kwargs: Any) -> None:
+def estimates_the_evidence(model: Model, guide: Any, log_evidence: float, *args: object, **kwargs: Any) -> None:
     """The estimate by a fitted guide's weights is within five standard errors of the evidence, and 1e-3 nats."""
     diagnosis = fit_guide(model, guide, *args, steps=300, progress=False, **kwargs).diagnosis
     if not diagnosis.can_be_reweighted:
