@@ -106,8 +106,9 @@ SLOW: dict[str, tuple[Callable[[], None], str]] = {
 @pytest.mark.parametrize(("model", "expected"), SLOW.values(), ids=SLOW)
 def test_the_site_is_named_with_its_shape(make: Any, model: Any, expected: str) -> None:
     guide = make(model, **(SMALL if make is AutoIAF else {}))
-    guide()
-    found = why_alone(Call(model), guide)
+    call = Call(model)
+    drawn = call.of(guide).trace()
+    found = why_alone(call, guide, drawn, call.replayed(drawn))
     assert found.startswith("with 7 draws at once ")
     assert "\n" not in found
     assert re.search(expected, found), found
