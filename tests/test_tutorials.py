@@ -163,6 +163,12 @@ def test_one_that_fails_or_warns_is_left_as_it_was(
     assert list(notebook.parent.iterdir()) == [notebook]
 
 
+def test_of_a_line_that_was_overwritten_the_last_state_is_shown(runner: ModuleType) -> None:
+    counted = new_output("stream", name="stdout", text="\r epoch 1\r epoch 2\r done\nend\n")
+    cell = new_code_cell("a", execution_count=1, outputs=[counted])
+    assert shown(runner.tidied(new_notebook(cells=[cell])).cells[0]) == " done\nend\n"
+
+
 def test_outputs_that_show_nothing_are_left_out(runner: ModuleType) -> None:
     """Such as the widget of a bar, of which a stored notebook has the name alone, and the empty one after it."""
     blank = [

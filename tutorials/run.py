@@ -76,6 +76,9 @@ def _joined(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
             output.data.pop("text/plain", None)
         output.pop("transient", None)
         joined.append(output)
+    for output in joined:
+        if output.output_type == "stream":  # a line ends up as what was written over it
+            output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)
     return [output for output in joined if shows_something(output)]
 
 
