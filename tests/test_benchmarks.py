@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -140,6 +141,22 @@ def test_results_of_guides_are_merged_and_what_is_there_is_not_fitted_again(monk
     found = json.loads((tmp_path / "guides.json").read_text())["posteriors"]
     assert found["counts"]["guides"]["AutoNormal"]["0"] == first["guides"]["AutoNormal"]["0"]
     assert [list(each["guides"]["AutoNormal"]) for each in found.values()] == [["0", "1"], ["0", "1"]]
+
+
+def test_a_population_of_chains_has_the_draws_of_two_modes(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from parts import dynamics
+
+    monkeypatch.setattr(dynamics, "CHAINS", 2000)
+    ends = torch.tensor([-2.0, 2.0], dtype=torch.float64)
+
+    def log_likelihood(logs):
+        return (-((logs[:, :1] - ends) ** 2) / 0.02 + torch.tensor([0.25, 0.75]).log()).logsumexp(1)
+
+    logs = np.log(dynamics.sampled(torch.zeros(2).double(), torch.ones(2).double(), log_likelihood))
+    assert abs((logs[:, 0] > 0).mean() - 0.75) < 0.06
+    assert abs(logs[:, 1].mean()) < 0.1
+    assert abs(logs[:, 1].std() - 1) < 0.1
 
 
 def run_guides(*options):

@@ -15,6 +15,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from parts.dynamics import predator_prey
 from parts.posteriors import Posterior
 
 DRAWS = 10_000
@@ -387,6 +388,7 @@ _MAKERS: dict[str, Callable[[], Posterior]] = {
         {"rate": dist.Gamma(2.0, 1.0)},
         Likelihood([0.0, 2, 1, 0], lambda rate: dist.Poisson(rate)),
     ),
+    "predator_prey": predator_prey,
 }
 TOYS = {name: functools.cache(make) for name, make in _MAKERS.items()}
 """Functions of no argument that return a posterior with exact draws, by name."""
