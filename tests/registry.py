@@ -25,6 +25,7 @@ from pyro_maf.nn import ACTIVATIONS
 from pyro_maf.testing.subjects import shaken
 from pyro_maf.transforms import ConditionalFlow, Flow
 from pyro_maf.transforms.low_rank import LowRankHead
+from pyro_maf.transforms.partial import Partial
 from pyro_maf.transforms.triangular import Head
 from pyro_maf.univariate import Spline
 
@@ -105,6 +106,11 @@ REGISTRY: dict[str, Builder] = {
         a.input_dim, loc=torch.linspace(-0.5, 0.5, a.input_dim), scale=torch.linspace(1, 2, a.input_dim)
     ),
     "Permute": lambda a: transforms.Permute(a.permutation),
+    "Partial": lambda a: Partial(
+        a.input_dim,
+        transforms.MaskedAutoregressive((a.input_dim + 1) // 2, **a.network),
+        a.permutation[: (a.input_dim + 1) // 2].tolist(),
+    ),
     "LowRankHead": lambda a: LowRankHead(a.input_dim, min(a.input_dim, 3)),
     "LowerTriangularAffine": lambda a: transforms.LowerTriangularAffine(a.input_dim),
     "MAF": lambda a: MAF(a.input_dim, **a.stack),

@@ -21,6 +21,7 @@ from pyro_maf.transforms import (
     MaskedAutoregressive,
     Permute,
 )
+from pyro_maf.transforms.partial import Partial
 from pyro_maf.univariate import Affine
 
 double = torch.float64
@@ -191,3 +192,12 @@ def test_bad_input_is_refused_with_a_reason(call: Callable[[], Any], error: type
     with pytest.raises(error, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_a_partial_flow_refuses_other_variables() -> None:
+    flow = Permute([1, 0])
+    for variables in ([0], [0, 3], [-1, 0]):
+        with pytest.raises(ValueError, match="Partial expected 2 variables of 0 to 2"):
+            Partial(3, flow, variables)
+    with pytest.raises(ValueError, match="Partial expected distinct variables"):
+        Partial(3, flow, [1, 1])

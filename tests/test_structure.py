@@ -241,7 +241,7 @@ def test_a_model_that_takes_one_draw_at_a_time_is_left_as_it_is() -> None:
 @pytest.mark.parametrize("vectorised", [True, False])
 def test_trains_degrees_in_plain_inference(objective: Any, vectorised: bool) -> None:
     pyro.set_rng_seed(0)
-    guide = AutoIAF(hierarchy, **SMALL).setup()
+    guide = AutoIAF(hierarchy, init_scale=0.1, **SMALL).setup()
     before = guide.coordinates.degree.detach().clone()
     elbo = objective(num_particles=4, vectorize_particles=vectorised, max_plate_nesting=1)
     svi = SVI(hierarchy, guide, pyro.optim.ClippedAdam({"lr": 0.01}), elbo)
@@ -252,7 +252,7 @@ def test_trains_degrees_in_plain_inference(objective: Any, vectorised: bool) -> 
 
 
 def test_the_bound_has_the_gradient_of_differences() -> None:
-    guide = guide_of(hierarchy)
+    guide = guide_of(hierarchy, init_scale=0.1)
     guide.double()
     degree = guide.coordinates.degree
 
@@ -362,3 +362,26 @@ def test_masked_entries_stay_out() -> None:
     values, log_q = drawn(guide)
     torch.testing.assert_close(guide.log_prob(values), log_q, rtol=1e-5, atol=1e-4)
     assert bool(values["z"][1] == guide.latents.values["z"][1])
+
+
+def test_what_is_normal_given_the_rest_stays_out_of_the_flow() -> None:
+    """Each rate of a hierarchy with normal data is; of one with counts none is, nor one under a Laplace prior."""
+
+    def model(family: Callable[..., Any], likelihood: Callable[[Tensor], Any]) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfNormal(torch.tensor(2.0)))
+        with pyro.plate("groups", 8):
+            theta = pyro.sample("theta", family(mu, tau))
+            pyro.sample("y", likelihood(theta), obs=torch.arange(8.0))
+
+    pyro.set_rng_seed(0)
+    normal, counts = (lambda theta: dist.Normal(theta, 2.0)), (lambda theta: dist.Poisson(theta.exp()))
+    guide = AutoIAF(model).setup(dist.Normal, normal)
+    assert guide.coordinates.normal == ["theta"]
+    assert guide.transform[0].variables.tolist() == [0, 1, 2, 3, 4]
+    before = guide.coordinates.degree.clone()
+    fit = fit_guide(model, guide, dist.Normal, normal, progress=False)
+    assert fit.diagnosis.ess > 0.97 * fit.diagnosis.num_samples
+    assert torch.equal(before, guide.coordinates.degree)
+    for arguments in ((dist.Normal, counts), (dist.Laplace, normal)):
+        assert AutoIAF(model, **SMALL).setup(*arguments).coordinates.normal == []

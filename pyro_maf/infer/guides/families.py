@@ -25,8 +25,9 @@ class AutoIAF(AutoFlow):
     the modes, the density is exact, and the shares s_k are set by evidence, every hundred draws in training.
 
     Where the prior of a site has a location or scale that depends on other latent variables, as in a hierarchy, v are
-    coordinates between centred and non-centred: with a degree of centring for each entry, which is trained, and starts
-    as the share of the data in the precision of the entry. Models are written centred, whatever their data.
+    coordinates between centred and non-centred: with a degree of centring for each entry, the share of the data in its
+    precision. Sites that are normal given all others in these stay out of the flow, but for three entries. Models are
+    written centred, whatever their data.
 
     Args:
         model: A Pyro model.

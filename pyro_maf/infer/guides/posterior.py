@@ -20,7 +20,7 @@ from pyro_maf.infer.models.coordinates import Coordinates, coordinates_of
 from pyro_maf.infer.models.latents import Images, Latents, Part
 from pyro_maf.infer.models.log_joint import FAILURES, LogJoint, is_enumerated
 from pyro_maf.infer.models.model import Call, Model, RefusalError, Trace, latent_sites, sample_sites
-from pyro_maf.infer.start.degrees import fit_degrees
+from pyro_maf.infer.start.degrees import fit_degrees, normal_sites
 from pyro_maf.infer.start.initialization import ALONE_POOL, DENSE, UNIFORM, Normal, Start, best_start, other_points
 from pyro_maf.infer.start.mean_field import narrow_place
 from pyro_maf.infer.start.symmetry import exchanges
@@ -93,19 +93,26 @@ def start_of(
             start, coordinates = best_start(posterior, posterior.centre, others, vectorised=False), None
         posterior.check_sites()
         return start, coordinates
-    place = narrow_place(loc)
-    if coordinates is not None:
-        plain, posterior = posterior, posterior.within(coordinates)
-        if coordinates.degree.numel():
-            place = fit_degrees(coordinates, latents, call, posterior, plain)
-            loc = place[0]
-    if latents.size > DENSE:
-        return wide_start(posterior, place), coordinates
-    proposals = [] if coordinates is None else [Normal(loc, place[1].exp().diag())]
-    if start_is_chosen:
-        return best_start(posterior, loc, proposals=proposals), coordinates
-    others = other_points(posterior, loc, posterior.prior_vectors(PRIOR_DRAWS))
-    return best_start(posterior, loc, others, proposals=proposals, images=posterior.images), coordinates
+    if coordinates is None:
+        return _start_near(posterior, narrow_place(loc), [], start_is_chosen), None
+    place, plain, posterior = narrow_place(loc), posterior, posterior.within(coordinates)
+    if coordinates.degree.numel():
+        place = fit_degrees(coordinates, latents, call, posterior, plain)
+    near = _start_near(posterior, place, [Normal(place[0], place[1].exp().diag())], start_is_chosen)
+    normals = (near,) if isinstance(near, WideNormal) else near.normals
+    if len(normals) == 1:
+        coordinates.normal = normal_sites(coordinates, latents, posterior, normals[0].of_noise)
+    return near, coordinates
+
+
+def _start_near(posterior: Posterior, place: Tensor, proposals: list[Normal], is_chosen: bool) -> Start | WideNormal:
+    """Initialise a guide of a model that scores many draws in one run, from a diagonal normal, (2, D)."""
+    if place.shape[1] > DENSE:
+        return wide_start(posterior, place)
+    if is_chosen:
+        return best_start(posterior, place[0], proposals=proposals)
+    others = other_points(posterior, place[0], posterior.prior_vectors(PRIOR_DRAWS))
+    return best_start(posterior, place[0], others, proposals=proposals, images=posterior.images)
 
 
 def _isotropic(loc: Tensor, scale: float) -> Start | WideNormal:

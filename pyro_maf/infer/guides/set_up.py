@@ -42,6 +42,7 @@ from pyro_maf.nn import ACTIVATIONS, NetworkOptions
 from pyro_maf.nn.layers import Tempered
 from pyro_maf.transforms import ConditionalFlow, Flow, Stack
 from pyro_maf.transforms.low_rank import LowRankHead
+from pyro_maf.transforms.partial import Partial
 from pyro_maf.transforms.tails import Tails
 from pyro_maf.transforms.triangular import Head
 
@@ -54,6 +55,8 @@ NARROWEST, WIDEST = 64, 512
 BOUNDLESS = 1e18
 """Units of tails where those of the posterior are not known: within them nothing is a tail. Far out of small ones, a
 tail overflows."""
+HELPERS = 3
+"""Number of variables in the flow that are normal given the others, if there are so many."""
 WEIGHTS = 200 * WIDEST
 """Maximum number of weights between the latent vector and a hidden layer of default width, unless that is narrowest."""
 
@@ -236,14 +239,17 @@ class GuideSetUp(GuideDensity):
     def _stack_from(self, start: Normal | WideNormal, context_dim: int, *, is_fitted: bool = False) -> Stack:
         """Compose flow, head and tails: a map that starts as a normal, and trains at a guide's learning rate."""
         size = len(start.loc)
-        widths = 2 * (_width(size),) if self._hidden_dims is None else self._hidden_dims
+        variables = self._variables()
+        count = len(variables)
+        widths = 2 * (_width(count),) if self._hidden_dims is None else self._hidden_dims
         options: NetworkOptions = {"hidden_dims": widths, "activation": self._activation}
         # Without another variable to depend on, affine layers would be one affine map.
-        univariate = "spline" if size == 1 else "affine"
+        univariate = "spline" if count == 1 else "affine"
         flow = self.flow_class(
-            size, num_layers=self._num_layers, context_dim=context_dim, univariate=univariate, **options
+            count, num_layers=self._num_layers, context_dim=context_dim, univariate=univariate, **options
         )
-        layers = [*flow, _head(start, context_dim, options)]
+        bends = [*flow] if count == size else [Partial(size, flow, variables)]
+        layers = [*bends, _head(start, context_dim, options)]
         if isinstance(start, Normal) and not context_dim:
             # Behind the head, so that the tail of one variable is not that of others; in units of the marginals. Tails
             # that are too heavy bound importance weights, and lighter ones would bend the bulk, as the flow can.
@@ -253,10 +259,22 @@ class GuideSetUp(GuideDensity):
         for module in stack.modules():
             if isinstance(module, Tempered):
                 module.temper()
-                if isinstance(start, WideNormal):
+                if isinstance(start, WideNormal) and count == size:
                     # Shifts and scales of the head do the same, and errors of thousands of such numbers add up.
                     cast("nn.Linear", module.layers[-1]).bias.requires_grad_(False)
         return stack
+
+    def _variables(self) -> list[int]:
+        """Variables that the flow acts on: those that are not normal given the others, and some of the rest."""
+        parts, idle = self.latents.parts.values(), self.latents.idle
+        is_normal = torch.zeros_like(idle)
+        for part in parts:
+            if self.coordinates is not None and part.site["name"] in self.coordinates.normal:
+                is_normal[part.start : part.stop] = True
+        is_normal = is_normal[~idle]
+        helpers = is_normal.nonzero()[:HELPERS, 0]  # an affine flow bends a variable by way of others
+        is_normal[helpers] = False
+        return [int(index) for index in (~is_normal).nonzero()]
 
     def _context(self, *args: object, **kwargs: object) -> Tensor:
         context = cast("Encoder", self._encoder)(*args, **kwargs)

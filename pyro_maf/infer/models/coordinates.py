@@ -52,7 +52,7 @@ FARTHEST = 1e9
 SPREAD, POINTS = 0.1, 3
 """Spread of latent variables in the trial of a map, and the number of their vectors."""
 PROBES = 8
-"""Number of random vectors for the diagonal of a precision, if scales are matrices."""
+"""Number of random vectors for the diagonal of a precision, at each draw."""
 
 
 class _Map(NamedTuple):
@@ -83,12 +83,15 @@ class Coordinates(nn.Module):
         moving: The sites whose supports depend on other sites; each is mapped to its support in the run.
 
     Attributes:
-        degree: The degree of centring of each of their entries, trained with the guide.
+        degree: The degree of centring of each of their entries: trained with the guide, unless it is set by the data's
+            precision, from which the noise of training would take it away.
         loc, log_scale: loc_0 and log scale_0 of each, fixed by the initialization; of matrices L_0 the diagonals.
         shift: b of each, likewise; none of matrices.
         below: The matrices L_0, one after another, of which the entries below the diagonal are heeded.
+        normal: Names of sites whose coordinates are normal given all others.
     """
 
+    degree: Tensor
     loc: Tensor
     log_scale: Tensor
     shift: Tensor
@@ -99,6 +102,7 @@ class Coordinates(nn.Module):
     ) -> None:
         super().__init__()
         self._moving = frozenset(moving)
+        self.normal: list[str] = []
         self._slices: dict[str, slice] = {}
         self._squares: dict[str, slice] = {}
         size = square = 0
@@ -109,10 +113,8 @@ class Coordinates(nn.Module):
                 self._squares[name] = slice(square, square := square + shape.numel() * shape[-1])
         like = latents.initial()
         self.degree = nn.Parameter(torch.full((size,), DEGREE).to(like))
-        self.register_buffer("loc", torch.zeros(size).to(like))
-        self.register_buffer("log_scale", torch.zeros(size).to(like))
-        self.register_buffer("shift", torch.zeros(size).to(like))
-        self.register_buffer("below", torch.zeros(square).to(like))
+        for buffer, length in {"loc": size, "log_scale": size, "shift": size, "below": square}.items():
+            self.register_buffer(buffer, torch.zeros(length).to(like))
 
     @property
     def names(self) -> list[str]:
@@ -203,7 +205,7 @@ class Coordinates(nn.Module):
         values: Mapping[str, Tensor],
         call: Call,
     ) -> None:
-        r"""Set each degree to the share of the data in the precision given the rest, by Hutchinson's estimate.
+        r"""Set each degree, for good, to the share of the data in the precision given the rest: Hutchinson's estimate.
 
         Location and scale at the mean of the values are the usual ones from then on, and what data add to that
         location is computed by the gradient without the prior's share.
@@ -218,8 +220,7 @@ class Coordinates(nn.Module):
         priors = self._priors(latents, values, call)
         count = len(next(iter(values.values())))
         total = dict.fromkeys(priors, self.degree.new_zeros(()))
-        probes = PROBES if self._squares else 1
-        for seed in range(probes):
+        for seed in range(PROBES):
             with seeded(seed, self.degree.device):
                 signs = {
                     name: 2.0 * torch.randint(0, 2, prior.loc.shape).to(prior.loc) - 1 for name, prior in priors.items()
@@ -232,8 +233,10 @@ class Coordinates(nn.Module):
             for name, prior in priors.items():
                 part = latents.parts[name]
                 along = image[:, part.start : part.stop].reshape(prior.loc.shape)
-                total[name] = total[name] + (signs[name] * prior.scale.transposed_times(along)).mean(0) / probes
+                total[name] = total[name] + (signs[name] * prior.scale.transposed_times(along)).mean(0) / PROBES
         self._settle(priors, latents)
+        if isinstance(self.degree, nn.Parameter) and not self._squares:  # of matrices the estimate is rough
+            self.register_buffer("degree", self._parameters.pop("degree").detach())  # type: ignore[union-attr]
         for name, precision in total.items():
             scale, place = priors[name].scale, self._slices[name]
             odds = (precision - 1).flatten().clamp(min=0.0)  # of data to prior; with those at the usual scale for d

@@ -42,6 +42,10 @@ class Normal(NamedTuple):
         """Return a normal with the same scale in every direction."""
         return cls(loc, scale * torch.eye(len(loc), dtype=loc.dtype, device=loc.device))
 
+    def of_noise(self, noise: Tensor) -> Tensor:
+        """Return the points, (rows, D), of standard normal noise."""
+        return self.loc + noise @ self.scale_tril.T
+
 
 class Curvature:
     """A precision matrix |-H|, by its eigendecomposition in units in which its diagonal is one.

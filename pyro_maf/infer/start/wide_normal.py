@@ -61,9 +61,13 @@ class WideNormal(NamedTuple):
         along = (x @ self.directions) * (self.stretches - 1)
         return self.linked(x + along @ self.directions.T)
 
+    def of_noise(self, noise: Tensor) -> Tensor:
+        """Return the points, (rows, D), of standard normal noise."""
+        return self.stretched(self.log_diagonal.exp() * noise)
+
     def bound(self, score: Score, noise: Tensor) -> float:
         """Evidence lower bound at some noise, up to a constant; minus infinity if it is not finite."""
-        scores = score(self.stretched(self.log_diagonal.exp() * noise))
+        scores = score(self.of_noise(noise))
         bound = scores.mean() + self.scale.log().sum() + self.stretches.log().sum() + self.log_diagonal.sum()
         return float(bound) if bool(bound.isfinite()) else -torch.inf
 
