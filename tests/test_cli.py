@@ -99,7 +99,8 @@ def test_fit_leaves_a_folder_with_all_there_is_to_know(here: Path) -> None:
     assert result.stdout == ""
     assert "200 rows of length, width given colour=blue, colour=red, to table-maf." in result.stderr
     assert {path.name for path in (here / "table-maf").iterdir() if path.is_file()} == FILES
-    log = pd.read_csv("table-maf/log.csv", float_precision="round_trip")
+    # As text first: versions of pandas differ in how they parse the last digit of a number.
+    log = pd.read_csv("table-maf/log.csv", dtype=str, usecols=["epoch", "validation_loss"]).astype(float)
     assert log["epoch"].tolist() == [1, 2]
     record = json.loads(Path("table-maf/fit.json").read_text())
     assert record["command"] == f"pyro-maf {' '.join(command)}"

@@ -587,7 +587,8 @@ def test_arguments_are_the_models_and_amortised_guides_are_fitted() -> None:
     y = torch.tensor([1.0, 2.0])
     fit = fit_guide(model, guide, y, scale=1.0, steps=150, learning_rate=0.05, **QUICK)
     assert float(guide.median(y, scale=1.0)["z"]) == pytest.approx(1.0, abs=0.1)
-    assert fit.diagnosis.k_hat < 0.7
+    # Not k-hat, which says nothing of weights that hardly differ.
+    assert fit.diagnosis.ess > 0.97 * fit.diagnosis.num_samples
 
 
 def test_the_same_seed_is_the_same_fit() -> None:

@@ -141,7 +141,7 @@ BAD = {
     ),
     "support of nothing": (
         lambda r, g: fit(flow(), FRAME[["a", "b"]], support={"a": "round"}),
-        "fit expected support to be one of real, positive, unit_interval, simplex",
+        "fit expected support to be one of real, positive, unit_interval, ordered, angle, simplex",
     ),
     "validation": (
         lambda r, g: fit(flow(), FRAME[["a", "b"]], validation=FRAME[["a", "c"]]),

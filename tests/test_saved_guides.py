@@ -27,7 +27,7 @@ from tests.test_structure import MODELS
 pytestmark = pytest.mark.usefixtures("fresh")
 
 X = torch.linspace(-1, 1, 8)
-Y = 1.0 + 0.5 * X
+Y = 1.0 + 0.5 * X + 0.3 * torch.tensor([1.0, -1.0]).repeat(4)  # on a line, their noise would have no posterior
 
 
 def regression(x: Tensor, y: Tensor | None = None) -> Tensor:

@@ -317,3 +317,12 @@ def test_a_factor_model_whose_density_is_rounding_at_small_scales_is_fitted() ->
     fit = fit_guide(model, guide, steps=400, progress=False)
     assert guide.modes == (2, 2)  # w and -w
     assert fit.diagnosis.grade in ("good", "usable")
+
+
+def test_draws_that_leave_their_support_when_their_digits_change_are_weighed() -> None:
+    shares = dist.Dirichlet(torch.ones(3)).sample(torch.Size([100]))
+
+    def score(shares: Tensor) -> Tensor:
+        return (50 * shares[:, 0]).where((shares.sum(-1) - 1).abs() < 1e-6, -torch.inf)
+
+    assert torch.equal(scored(score, shares, torch.zeros(100)), score(shares))

@@ -45,8 +45,8 @@ class Ours(TorchPeer):
         """A step of `fit`, as its loop takes it."""
         if self._loop is None:
             prior, one, processes = FlowPrior(copy.deepcopy(self.flow)), Rows(data[:1], None), Processes()
-            batches, schedule = Batches(one, 1, None, processes), Schedule(LEARNING_RATE, patience=1)
-            limits = {"max_epochs": 1, "max_grad_norm": 100.0, "weight_decay": 1e-6}
+            batches, schedule = Batches(one, 1, None, processes), Schedule(LEARNING_RATE, patience=1, weight_decay=1e-6)
+            limits = {"max_epochs": 1, "max_grad_norm": 100.0}
             together = {"schedule": schedule, "interruption": Interruption(), "processes": processes}
             self._loop = Loop(prior, batches, batches, **limits, **together)
         self._loop.step(Rows(data, None))

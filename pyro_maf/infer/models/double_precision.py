@@ -60,7 +60,9 @@ def scored(score: Callable[[Numbers], Tensor], numbers: Numbers, log_q: Tensor) 
     if stand_out(values - log_q):
         for _ in range(2):  # as rounding may repeat itself once
             numbers = cast("Numbers", tree_map(nudged, numbers))
-            values = values.where(is_resolved(values, score(numbers)), -torch.inf)
+            again = score(numbers)
+            # Nudged off its support, as a simplex whose sum is no longer 1, a draw tells nothing.
+            values = values.where(is_resolved(values, again) | ~again.isfinite(), -torch.inf)
     return values
 
 
