@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_maf._core.checks import check_positive, check_sizes
 from pyro_maf._core.torch_state import reference_tensor
-from pyro_maf.distributions.density import Density
+from pyro_maf.distributions.density import Density, drawn_index
 from pyro_maf.nn import MLP
 from pyro_maf.transforms import Flow
 from pyro_maf.univariate import soft_bound
@@ -135,7 +135,7 @@ class AngleFlow(Density):
             seen = self._seen(rows[..., self.angles[:j]])
             parameters = self._mixture(j, seen, context)
             log_share, direction = (part.expand(*shape, *part.shape[-2:]) for part in parameters)
-            drawn = (log_share[..., 0] - torch.empty_like(log_share[..., 0]).exponential_().log()).argmax(-1)
+            drawn = drawn_index(log_share[..., 0])
             x, y = direction.gather(-2, drawn[..., None, None].expand(*shape, 1, 2))[..., 0, :].unbind(-1)
             rows[..., column] = torch.distributions.VonMises(torch.atan2(y, x), torch.hypot(x, y)).sample()
         if self.flow is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_maf._core.checks import check_positive, check_sizes
-from pyro_maf.distributions.density import Density
+from pyro_maf.distributions.density import Density, drawn_index
 from pyro_maf.nn.made import MLP
 
 __all__ = ["AutoregressiveCategorical"]
@@ -146,8 +146,7 @@ class AutoregressiveCategorical(Density):
         with torch.no_grad():
             for number, count in enumerate(self.num_categories):
                 logits = self._logits(number, seen, context).expand(*shape, count)
-                gumbel = -torch.empty_like(logits).exponential_().log()
-                index = (logits + gumbel).argmax(-1)
+                index = drawn_index(logits)
                 seen = torch.cat([seen, F.one_hot(index, count).to(like)], -1)
                 drawn.append(index.to(like))
         return torch.stack(drawn, -1)

@@ -17,7 +17,7 @@ from pyro_maf.saving import Savable
 from pyro_maf.tables.layout import TableLike
 from pyro_maf.transforms.conditional import AtContext, Conditional
 
-__all__ = ["ConditionalDensity", "ConditionalDensityForm", "ConditionedDensity", "Density"]
+__all__ = ["ConditionalDensity", "ConditionalDensityForm", "ConditionedDensity", "Density", "drawn_index"]
 
 DRAWS, ROWS = 10_000, 100_000
 """Number of draws that estimate a moment, and maximum number of rows, over all batches, drawn at a time."""
@@ -398,6 +398,12 @@ class ConditionalDensityForm(ConditionalDensity):
 
     def __init__(self, input_dim: int, context_dim: int, **density: object) -> None:
         super().__init__(self.density_class(input_dim, context_dim=context_dim, **density))
+
+
+def drawn_index(logits: Tensor) -> Tensor:
+    r"""Draw an index of the last dimension with probabilities softmax(logits), (\*batch, K) to (\*batch,)."""
+    # The maximum of logits plus Gumbel noise is at each index with its probability.
+    return (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
 
 
 def _dtype_of(like: Tensor | None) -> torch.dtype:

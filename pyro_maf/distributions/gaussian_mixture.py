@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf._core.checks import check_positive
-from pyro_maf.distributions.density import Density
+from pyro_maf.distributions.density import Density, drawn_index
 
 __all__ = ["GaussianMixture", "Mixture", "fit_mixture"]
 
@@ -132,8 +132,7 @@ class GaussianMixture(Density):
         else:
             rows = context.expand(*shape, seen).reshape(count, seen)
             of_context = Mixture(self.shares, self.means[:, :seen], self.factors[:, :seen, :seen])
-            log_share = of_context.log_joint(rows)
-            component = (log_share - torch.empty_like(log_share).exponential_().log()).argmax(-1)
+            component = drawn_index(of_context.log_joint(rows))
             standard = of_context.standardised(rows)[torch.arange(count), component]
             mean = means[component] + (self.factors[component, seen:, :seen] @ standard[..., None])[..., 0]
         normal = torch.randn(count, self.input_dim, 1, dtype=means.dtype, device=means.device)
