@@ -43,6 +43,15 @@ def test_every_public_name_has_its_place_among_the_api(module: str) -> None:
     assert set(public) - listed == set()
 
 
+@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    """A name with folders by its path in the repository or the package, one alone as a file of any folder."""
+    named = set(re.findall(r"`([a-z_/]+\.py)`", page.read_text(encoding="utf-8")))
+    folders = ("pyro_maf", "tests", "docs", "benchmarks", "examples")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    assert [name for name in sorted(named) if not any(str(path).endswith(f"/{name}") for path in sources)] == []
+
+
 def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(
         '<h1 id="here"></h1><a href="page.html#here"></a><a href="https://else.where"></a>'
