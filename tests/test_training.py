@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import math
@@ -40,6 +41,8 @@ from pyro_maf import (
 )
 from pyro_maf._core import progress as progress_module
 from pyro_maf._core.progress import shows
+from pyro_maf.sweep import threads
+from pyro_maf.sweep.threads import most_threads
 from pyro_maf.training import FitResult
 from pyro_maf.training.state import Schedule
 from pyro_maf.transforms import ActNorm, LowerTriangularAffine, MaskedAutoregressive, Permute, Stack
@@ -470,3 +473,44 @@ def test_the_result_says_in_one_line_how_it_went() -> None:
         "stopped: reached max_epochs (2))"
     )
     assert result.epochs == 2
+
+
+@pytest.mark.parametrize("end", ["", "error", "Ctrl-C"])
+def test_torch_has_one_thread_in_a_fit_of_small_operations(end: str) -> None:
+    numbers = []
+
+    def at_step(step: int, log_det: Tensor) -> Tensor:
+        numbers.append((torch.get_num_threads(), most_threads()))
+        if step == 2 and end == "error":
+            raise RuntimeError("of the model")
+        if step == 2 and end == "Ctrl-C":
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return log_det
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises((RuntimeError, KeyboardInterrupt)) if end else contextlib.nullcontext():
+            fit(Hooked(at_step), gaussian_rows(), batch_size=50, max_epochs=1, progress=False)
+        assert set(numbers) == {(1, 3)}  # the compiled engine may have them
+        assert torch.get_num_threads() == most_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_torch_has_its_threads_in_a_fit_of_large_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = []
+
+    def at_step(step: int, log_det: Tensor) -> Tensor:
+        numbers.append(torch.get_num_threads())
+        return log_det
+
+    monkeypatch.setattr(threads, "SHARED_WORK", 50 * 8 * 2)  # batches of 50 rows and 8 units of 2 inputs
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        fit(Hooked(at_step), gaussian_rows(), batch_size=50, max_epochs=1, progress=False)
+        assert set(numbers) == {3}
+    finally:
+        torch.set_num_threads(before)

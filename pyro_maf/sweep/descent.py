@@ -14,7 +14,7 @@ from pyro_maf._core.torch_state import count_change, uncounted_changes
 from pyro_maf.sweep.function import Run, add_up
 from pyro_maf.sweep.kernels import loaded
 from pyro_maf.sweep.layout import LANES, Array
-from pyro_maf.sweep.threads import in_parts
+from pyro_maf.sweep.threads import in_parts, most_threads
 
 __all__ = ["Descent"]
 
@@ -135,7 +135,7 @@ class Descent:
     def _room(self, first: int, end: int, chunk: int, like: Tensor) -> _Room:
         """Memory for points `first` .. `end` - 1."""
         if (room := self._rooms.get((first, end, chunk))) is None:
-            if len(self._rooms) >= MOST_SIZES * torch.get_num_threads():
+            if len(self._rooms) >= MOST_SIZES * most_threads():
                 self._rooms.clear()
             room = self._rooms[first, end, chunk] = _Room.of(self._run, end - first, chunk, like)
         return room

@@ -1,28 +1,46 @@
-"""Points of a batch divided among threads."""
+"""Threads: points of a batch divided among some, and torch with one of its own."""
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 
-__all__ = ["Alone", "in_parts"]
+__all__ = ["Alone", "in_parts", "most_threads"]
 
 Result = TypeVar("Result")
 
 LEAST_WORK = 16_000_000
 """Minimum number of multiplications for each thread: another begins some 160 us late, as long as 9 million take."""
 
+SHARED_WORK = 2**30
+"""Number of multiplications in the largest product of a step from which on torch's threads are worth their waits."""
+
 _pool: ThreadPoolExecutor | None = None
+
+
+class _Local(threading.local):
+    """Torch's number of threads before the outermost `Alone` of this thread; 0 outside."""
+
+    outside = 0
+
+
+_local = _Local()
+
+
+def most_threads() -> int:
+    """Number of threads that may take part: torch's, in `Alone` those that it had before."""
+    return _local.outside or torch.get_num_threads()
 
 
 def in_parts(run: Callable[[int, int], Result], points: int, together: int, work: int) -> list[Result]:
     """Results of run(first, end) for parts that cover 0 .. points, in parallel if the work is worth it.
 
-    `run` releases the interpreter's lock. At most `torch.get_num_threads()` threads take part.
+    `run` releases the interpreter's lock. At most `most_threads()` threads take part.
 
     Args:
         run: Processes points first .. end - 1.
@@ -33,7 +51,7 @@ def in_parts(run: Callable[[int, int], Result], points: int, together: int, work
     if not points:
         return []
     groups = -(-points // together)
-    parts = max(1, min(torch.get_num_threads(), points * work // LEAST_WORK, groups))
+    parts = max(1, min(most_threads(), points * work // LEAST_WORK, groups))
     if parts == 1:
         return [run(0, points)]
     edges = [min(points, groups * part // parts * together) for part in range(parts + 1)]
@@ -43,20 +61,30 @@ def in_parts(run: Callable[[int, int], Result], points: int, together: int, work
 
 
 class Alone:
-    """Context in which torch computes with one thread.
+    """Context in which torch computes with one thread; the compiled engine may have as many as before.
 
-    For small operations between the walks: OpenMP's threads, once woken for one, spin for milliseconds on the
-    processors that the next walk's threads are to have. At (63, 512), five layers and 1,000 points a training step with
-    two threads took 80 ms of processor time instead of 45, and longer than with one.
+    OpenMP's threads wait for one another at the end of each operation: beside another busy process, that is until the
+    system gives each its turn, some milliseconds. On two cores, one of them busy, a step of a MADE at (63, 128) and 256
+    points took 20 times as long with two threads as with one; only products of 4 10^9 multiplications were level. And
+    once woken for a small operation, they spin for milliseconds on the processors that the next walk's threads are to
+    have.
+
+    Args:
+        work: Number of multiplications in the largest product: nothing changes from 2^30 on.
     """
 
+    def __init__(self, work: int = 0) -> None:
+        self._is_worth_it = work < SHARED_WORK
+
     def __enter__(self) -> None:
-        self._threads = torch.get_num_threads()
-        if self._threads > 1:
+        self._threads, self._outside = torch.get_num_threads(), _local.outside
+        if self._is_worth_it and self._threads > 1:
+            _local.outside = self._threads
             torch.set_num_threads(1)
 
     def __exit__(self, *_: object) -> None:
-        if self._threads > 1:
+        if self._is_worth_it and self._threads > 1:
+            _local.outside = self._outside
             torch.set_num_threads(self._threads)
 
 

@@ -13,6 +13,7 @@ from pyro_maf._core.torch_state import reference_tensor
 from pyro_maf.distributions import Density, FlowPrior, TableDensity
 from pyro_maf.distributions.gaussian_mixture import fit_mixture
 from pyro_maf.distributions.steps import POINTS, dequantised
+from pyro_maf.sweep import Alone
 from pyro_maf.tables import MappedRows, Rows
 from pyro_maf.tables.rows import mean_and_error
 from pyro_maf.training.preparation import Fitted
@@ -125,7 +126,7 @@ def compare(density: Fitted, training: Rows, rows: Rows, role: str) -> Compariso
         rows = rows.take(torch.randperm(len(rows.data), generator=torch.Generator().manual_seed(0))[:most])
     flow = torch.cat([*log_prob_of(density, rows.data, rows.context)]).double()
     baselines = []
-    with torch.no_grad():
+    with torch.no_grad(), Alone():
         for name, baseline in _baselines(inner, training, points * len(rows.data)):
             scores = baseline.log_density(rows.data, rows.context).double()
             gain = mean_and_error(flow - scores, rows.weights)

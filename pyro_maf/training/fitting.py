@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import sys
@@ -26,6 +27,7 @@ from pyro_maf.distributions import ConditionalDensity, Density, TableDensity
 from pyro_maf.distributions.context_net import BATCH_NORMS
 from pyro_maf.saving import describe, packed
 from pyro_maf.support import SupportLike
+from pyro_maf.sweep import Alone
 from pyro_maf.tables.layout import Layout, TableLike
 from pyro_maf.tables.named_rows import NamedRows, named_rows
 from pyro_maf.tables.table import Table
@@ -33,7 +35,7 @@ from pyro_maf.training.baselines import fitted_rows
 from pyro_maf.training.batches import Batches
 from pyro_maf.training.choice import CHOSEN, DefaultFlow, choose
 from pyro_maf.training.loop import Loop
-from pyro_maf.training.preparation import Fitted, Model, Prepared, Recipe, Validation, prepare
+from pyro_maf.training.preparation import Choice, Fitted, Model, Prepared, Recipe, Validation, prepare
 from pyro_maf.training.records import checkpoints
 from pyro_maf.training.result import FitResult
 from pyro_maf.training.scores import log_likelihood_of
@@ -218,10 +220,11 @@ def fit(
         progress=progress,
     )
     weight = _first_weight(choice.model, data)
-    prepared = prepare(
-        choice, validation, test, dequantise=dequantise, weights=weights, dtype=weight.dtype, seed=int(options.seed)
-    )
-    return _train(prepared, choice.source, weight, options)
+    with Alone(_largest_product(choice, options.batch_size)):
+        prepared = prepare(
+            choice, validation, test, dequantise=dequantise, weights=weights, dtype=weight.dtype, seed=int(options.seed)
+        )
+        return _train(prepared, choice.source, weight, options)
 
 
 @dataclass(frozen=True)
@@ -392,6 +395,15 @@ def _first_weight(model: object, data: object) -> Tensor:
         if weight.requires_grad:
             return weight
     raise ValueError(f"fit expected a model with weights to train, got {type(model).__name__} with none.")
+
+
+def _largest_product(choice: Choice, rows: int) -> int:
+    """Number of multiplications of a batch of rows with the largest weight, at each place of an image or a set."""
+    sizes = [weight.numel() for weight in choice.model.parameters()]
+    if choice.net is not None:
+        places = math.prod(choice.context_shape[1:])
+        sizes += [places * weight.numel() for weight in choice.net.parameters()]
+    return rows * max(sizes)
 
 
 def _advice(model: object, data: object) -> str:
