@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 HEADING_OR_BLOCK = re.compile(r"^#+ (?P<heading>[^\n]*)$|^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -40,11 +41,11 @@ def _on_its_line(before: str, match: re.Match[str], text: str) -> str:
     return before + "\n" * (line - before.count("\n")) + match["code"]
 
 
-def run(code: str, page: Path) -> list[str]:
-    """The lines that code from a page prints."""
+def run(code: str, page: Path, names: dict[str, Any] | None = None) -> list[str]:
+    """The lines that code from a page prints; it begins with `names`, and its own are added to them."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        exec(compile(code, str(page), "exec"), {"__name__": page.stem})
+        exec(compile(code, str(page), "exec"), {"__name__": page.stem} if names is None else names)
     return output.getvalue().splitlines()
 
 

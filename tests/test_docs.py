@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from docs.hooks.links import problems
 from pyro_maf.cli import app
-from tests.pages import ROOT, promised, run, whole
+from tests.pages import ROOT, promised, run, sections, whole
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-WITH_CODE = [page for page in PAGES if whole(page)]
+RECIPES = [page for page in PAGES if page.parent.name == "how-to" and whole(page)]
+WITH_CODE = [page for page in PAGES if whole(page) and page not in RECIPES]
 CONSOLE = re.compile(r"^```console\n(?P<lines>.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"-?\d[\d,]*(\.\d+)?(e[-+]?\d+)?")
 COMPILING = "pyro-maf compiles"
@@ -31,6 +34,27 @@ def test_code_prints_what_its_page_says(page: Path, tmp_path: Path, monkeypatch:
     code = whole(page)
     assert promised(code)
     assert run(code, page) == promised(code)
+
+
+@pytest.mark.filterwarnings(
+    "error:fit reached max_epochs:UserWarning",
+    "error:fit has its best epoch at 0:UserWarning",
+    "ignore:fit found 1 of 100 rows to repeat:UserWarning",
+)
+@pytest.mark.parametrize("page", RECIPES, ids=name)
+def test_each_recipe_runs_by_itself_after_the_first_code_of_its_page(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As pasted into a new session, without a warning that the page does not speak of."""
+    monkeypatch.chdir(tmp_path)
+    start, *recipes = sections(page).values()
+    common: dict[str, Any] = {"__name__": page.stem}
+    assert run(start, page, common) == promised(start)
+    random_state = torch.get_rng_state()
+    for recipe in recipes:
+        torch.set_rng_state(random_state)
+        assert promised(recipe)
+        assert run(recipe, page, dict(common)) == promised(recipe)
 
 
 @pytest.mark.parametrize(

@@ -294,6 +294,8 @@ def test_every_form_of_the_table_has_the_same_figures(toy):
     assert [float(row["test"]) for row in rows] == [score.test.mean for score in found.scores]
     markdown = results.as_markdown(found, published).splitlines()
     assert len(markdown) == 2 + 3
+    assert str(found).splitlines() == results.as_markdown(found).splitlines()
+    assert "tensor" not in repr(found)
     assert f"**{found.best.candidate.name}**" in "".join(markdown)
     console = Console(width=200, file=io.StringIO())
     console.print(results.as_table(found, published))

@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
@@ -54,8 +54,8 @@ class Score:
     """
 
     candidate: Candidate
-    log_prob: Tensor
-    bits_per_pixel: Tensor | None
+    log_prob: Tensor = field(repr=False)
+    bits_per_pixel: Tensor | None = field(repr=False)
     validation: float
     parameters: int
     epochs: int
@@ -123,6 +123,9 @@ class Comparison:
     def best(self) -> Score | None:
         """The score of the highest test log-likelihood, if any."""
         return max(self.scores, key=lambda score: score.test.mean, default=None)
+
+    def __str__(self) -> str:
+        return as_markdown(self)
 
 
 def lines(comparison: Comparison, published: Published = None) -> list[Line]:
