@@ -163,6 +163,13 @@ def test_one_that_fails_or_warns_is_left_as_it_was(
     assert list(notebook.parent.iterdir()) == [notebook]
 
 
+def test_that_kernels_are_compiled_is_no_warning_and_is_not_stored(notebook: Path, runner: ModuleType) -> None:
+    said = "pyro-maf compiles its kernels for this machine and single precision, once: about 15 seconds."
+    change_last_cell(notebook, f"import sys; print({said!r}, file=sys.stderr)")
+    assert runner.main([str(notebook)]) == 0
+    assert code_of(read(notebook))[-1].outputs == []
+
+
 def test_of_a_line_that_was_overwritten_the_last_state_is_shown(runner: ModuleType) -> None:
     counted = new_output("stream", name="stdout", text="\r epoch 1\r epoch 2\r done\nend\n")
     cell = new_code_cell("a", execution_count=1, outputs=[counted])

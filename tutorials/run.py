@@ -14,16 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
-import torch
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from nbformat import NotebookNode
 
-from pyro_maf import MAF
 from pyro_maf._core.files import write_whole
 
 FOLDER = Path(__file__).parent
 SECONDS_A_CELL = 600
+COMPILING = re.compile(r"^pyro-maf compiles its kernels[^\n]*\n", re.MULTILINE)
+"""What the first program on a machine says, which is no warning."""
+
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -78,7 +79,7 @@ def _joined(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
         joined.append(output)
     for output in joined:
         if output.output_type == "stream":  # a line ends up as what was written over it
-            output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)
+            output.text = re.sub(r"[^\n]*\r(?!\n)", "", COMPILING.sub("", output.text))
     return [output for output in joined if shows_something(output)]
 
 
@@ -115,23 +116,16 @@ def run(path: Path) -> None:
         CellExecutionError, CellTimeoutError: As `executed`.
         RuntimeError: If it wrote to stderr.
     """
-    notebook = executed(nbformat.read(path, as_version=4), path.parent)
+    notebook = tidied(executed(nbformat.read(path, as_version=4), path.parent))
     if errors := complaints(notebook):
         raise RuntimeError("it wrote to stderr: " + "".join(errors))
     write_whole(path, written(notebook).encode())
-
-
-def compile_kernels() -> None:
-    """Compile the kernels of both precisions, so that no notebook announces it."""
-    for dtype in (torch.float32, torch.float64):
-        MAF(2, num_layers=1).to(dtype)(torch.zeros(1, 2, dtype=dtype))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run notebooks one after another; return 1 if any of them failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, help="which to run (default: all of this folder)")
-    compile_kernels()
     failed = 0
     for path in parser.parse_args(arguments).notebooks or notebooks():
         started = time.monotonic()
