@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyro_maf.sweep.kernels import cache as compile_cache
-from pyro_maf.sweep.kernels import kernels
+from pyro_maf.sweep.kernels import compiler, kernels
 
 pytest.importorskip("numba")
 ROOT = Path(__file__).parent.parent
@@ -26,7 +25,7 @@ SOURCE = "def twice(x):\n    return x + x\n\n\ndef thrice(x):\n    return x + x 
 
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_cache, "_said", [])
+    monkeypatch.setattr(compiler, "_said", [])
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def answer(folder: Path, name: str, x: Any) -> tuple[Any, int]:
     assert spec.loader is not None
     module = sys.modules["tiny"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    function = compile_cache.stored(numba.njit(getattr(module, name)))
+    function = compiler.stored(numba.njit(getattr(module, name)))
     return function(x), sum(function.stats.cache_hits.values())
 
 
@@ -90,7 +89,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 
 def test_compiling_is_announced_once_for_each_precision(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    compile_cache._say.cache_clear()
+    compiler._say.cache_clear()
     # Steps are counted in single precision in either, so that arrays of both kinds come.
     numbers, steps = np.ones(2), np.ones(1, np.float32)
     single, double = (steps, steps), (numbers, numbers, steps)
@@ -98,7 +97,7 @@ def test_compiling_is_announced_once_for_each_precision(folder: Path, capsys: py
     for x in (single, single, double):  # each as by a process that starts now
         answer(folder, "twice", x)
         said.append(capsys.readouterr().err)
-    compile_cache._say.cache_clear()
+    compiler._say.cache_clear()
     answer(folder, "twice", double)
     said.append(capsys.readouterr().err)
     assert ["single precision" in said[0], "double precision" in said[2]] == [True, True]
@@ -131,7 +130,7 @@ def test_what_can_not_be_read_or_replaced_costs_a_warning_each_time(kind: str, f
     path = only(folder, f"tiny.twice*.{kind}")
     replace_by_folder(path)
     for _ in range(2):
-        compile_cache._said.clear()
+        compiler._said.clear()
         with pytest.warns(RuntimeWarning, match=f"cannot read its compiled code in {path.parent} ") as caught:
             assert answer(folder, "twice", 4) == (8, 0)
         assert len(caught) == 1
@@ -159,7 +158,7 @@ def test_code_of_another_version_is_compiled_again(what: str, folder: Path, monk
     if what == "numba":
         monkeypatch.setattr("numba.__version__", "0.0")
     else:
-        monkeypatch.setattr(compile_cache, "_stamp", lambda: "of other sources")
+        monkeypatch.setattr(compiler, "_stamp", lambda: "of other sources")
     assert answer(folder, "twice", 4) == (8, 0)
     assert answer(folder, "twice", 4) == (8, 1)
 
@@ -204,20 +203,20 @@ def test_nothing_in_a_foreign_file_is_run(folder: Path) -> None:
 
 def test_the_sources_of_compiled_code_are_all_known() -> None:
     """Whoever edits one of them runs what it says now."""
-    folder, seen, ahead = Path(compile_cache.__file__).parent.parent, set(), ["kernels/entries"]
+    folder, seen, ahead = Path(compiler.__file__).parent.parent, set(), ["kernels/entries"]
     while ahead:
         name = ahead.pop()
         seen.add(name)
         for node in ast.walk(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pyro_maf.sweep."):
-                ahead += {node.module.removeprefix("pyro_maf.sweep.").replace(".", "/")} - seen - {"kernels/cache"}
-    assert seen == {"kernels/entries", *compile_cache.SOURCES}
+                ahead += {node.module.removeprefix("pyro_maf.sweep.").replace(".", "/")} - seen
+    assert seen == {"kernels/entries", *compiler.SOURCES}
 
 
 def test_compiled_code_goes_with_the_constants_that_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    stamp = compile_cache._stamp()
-    monkeypatch.setattr(compile_cache, "CONSTANTS", (*compile_cache.CONSTANTS[:-1], 3.0))
-    assert compile_cache._stamp.__wrapped__() != stamp
+    stamp = compiler._stamp()
+    monkeypatch.setattr(compiler, "CONSTANTS", (*compiler.CONSTANTS[:-1], 3.0))
+    assert compiler._stamp.__wrapped__() != stamp
 
 
 PROGRAM = """

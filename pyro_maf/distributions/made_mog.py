@@ -126,7 +126,8 @@ class MADEMoG(Density):
                 return mu + _log_sigma(s).exp() * normal[i]
 
             if own_tensors(self.made) is None and is_called(self.made):
-                return walk_by_calls(self.made, draw, context, like, rows).reshape(*shape, self.input_dim)
+                y = walk_by_calls(self.order, lambda known: self.made(known, context), draw, normal[0])
+                return y.reshape(*shape, self.input_dim)
             y = walk(plan_of(self.made, context), draw, rows).w
             return y.T[:, self.order.argsort()].reshape(*shape, self.input_dim)
 

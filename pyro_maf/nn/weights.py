@@ -80,26 +80,24 @@ def outputs_of(network: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
 
 
 def walk_by_calls(
-    made: MADE, step: Callable[[int, Tensor], Tensor], context: Tensor | None, like: Tensor, batch: int
+    order: Tensor, network: Callable[[Tensor], Tensor], step: Callable[[int, Tensor], Tensor], like: Tensor
 ) -> Tensor:
     """Walk over the variables, as `walk` of `sweep.torch_engine`; w, (batch, D).
 
     Args:
-        made: The network.
+        order: The variables, first to last.
+        network: Maps what is known of w, (batch, D), to parameters, (batch, D, P).
         step: Maps the position of a variable in the order, and its parameters (P, batch), to its w, (batch,).
-        context: (context_dim,) or (batch, context_dim), or None.
-        like: A tensor of the dtype and device of w.
-        batch: Number of points.
+        like: A tensor of this shape.
 
     Cost: D calls of the network.
     """
-    order, place = made.order, made.order.argsort()
-    zeros = like.new_zeros(batch)
-    w: list[Tensor] = []
-    for i in range(made.input_dim):
-        known = torch.stack([*w, *[zeros] * (made.input_dim - i)], 1)[:, place]
-        w.append(step(i, made(known, context)[:, order][:, i].T))
-    return torch.stack(w, 1)[:, place]
+    # By positions, as an exported program has no constants of tensors.
+    place, zeros, w = order.argsort(), torch.zeros_like(like), list[Tensor]()
+    for i in range(len(order)):
+        known = torch.stack([*w, *[zeros] * (len(order) - i)], -1)[:, place]
+        w.append(step(i, network(known)[:, order][:, i].T))
+    return torch.stack(w, -1)[:, place]
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -12,7 +12,6 @@ from pyro_maf.sweep.function import Run, run
 from pyro_maf.sweep.layout import Step, Triangular
 from pyro_maf.sweep.program import forget
 from pyro_maf.sweep.threads import Alone
-from pyro_maf.sweep.torch_engine.layers import parallel, solve
-from pyro_maf.sweep.torch_engine.sweep import plan_of, walk
+from pyro_maf.sweep.torch_engine.layers import parallel, plan_of, solve, walk
 
 __all__ = ["Alone", "Descent", "Run", "Step", "Triangular", "forget", "parallel", "plan_of", "run", "solve", "walk"]

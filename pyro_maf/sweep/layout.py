@@ -8,8 +8,8 @@ biases are the location, and a matrix without columns has the log-scales as bias
 the same tables.
 
 The tape has a row for each quantity and a column for each point. The rows of a layer: its D variables, what its
-networks see, and the units of each level; the outputs are overwritten as `kernels.univariate` says. After the last
-layer come D rows for the result, and those of the context.
+networks see, and the units of each level; the outputs are overwritten as `kernels.univariate` says. Before the first
+layer are the rows of the context, and after the last the D of the result.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ from numba import types
 from numba.extending import overload
 
 from pyro_maf.sweep.kernels.compiler import INNER, inner
-from pyro_maf.sweep.layout import Array
+from pyro_maf.sweep.layout import Array, Layer
 from pyro_maf.univariate import Affine
 
-__all__ = ["LOG_SCALE", "activate", "affine", "affine_back", "compress", "differentiate", "exp"]
+__all__ = ["LOG_SCALE", "activate", "affine", "affine_back", "compress", "copy", "differentiate", "exp"]
 __all__ += ["linear", "linear_back", "log", "tanh"]
 
 RELU, TANH, ELU, SILU, GELU, LEAKY_RELU, SOFTPLUS, SIGMOID = range(8)
@@ -25,8 +25,6 @@ LEAK, LINEAR = 0.01, 20
 LOG2_E = np.float32(1.44269504)
 LN2_HIGH = np.float32(0.693359375)
 LN2_LOW = np.float32(-2.12194440e-4)
-LN2_HIGH_DOUBLE = math.ldexp(math.floor(math.ldexp(math.log(2), 32)), -32)
-LN2_LOW_DOUBLE = 1.90821492927058770002e-10
 
 
 @inner
@@ -87,22 +85,7 @@ def log(x: Any) -> Any:
 def _compiled_log(x: Any) -> Any:
     # x = 2^n m with m within sqrt(2) of 1, and log m = 2 artanh((m - 1) / (m + 1)), an odd series.
     def double(x: Any) -> Any:
-        bits = np.float64(x).view(np.int64)
-        n = (bits - np.int64(0x3FE6A09E667F3BCD)) >> 52
-        m = np.int64(bits - (n << 52)).view(np.float64)
-        s = (m - 1.0) / (m + 1.0)
-        q = s * s
-        p = q / 21 + 1 / 19
-        p = p * q + 1 / 17
-        p = p * q + 1 / 15
-        p = p * q + 1 / 13
-        p = p * q + 1 / 11
-        p = p * q + 1 / 9
-        p = p * q + 1 / 7
-        p = p * q + 1 / 5
-        p = p * q + 1 / 3
-        r = n * LN2_HIGH_DOUBLE + (2 * s + (2 * s * (q * p) + n * LN2_LOW_DOUBLE))
-        return r if x == x else x
+        return math.log(x)
 
     def single(x: Any) -> Any:
         bits = np.float32(x).view(np.int32)
@@ -211,93 +194,78 @@ def compress(x: Array, seen: Array, slope: Array, end_of_bulk: float) -> None:
                 seen[t] = math.copysign(bulk + math.log1p(beyond), x[t])
 
 
-# -- affine maps of one variable, bounded or linear with one scale for all, and their adjoints ------------------------
+@inner
+def copy(values: Array, place: Array) -> None:
+    """Copy entries to another array; an assignment of slices takes a second to compile."""
+    for t in range(len(values)):
+        place[t] = values[t]
+
+
+# -- affine maps, bounded or linear with one scale for all points -----------------------------------------------------
 
 
 @inner
-def affine(x: Array, shift: Array, scale: Array, sign: int, log_sign: int, w: Array, log_det: Array) -> None:
+def affine(layer: Layer, x: Array, shift: Array, scale: Array, w: Array, logs: Array) -> None:
     """w = (x e + sign s) e with e = exp(sign alpha / 2) and alpha = b tanh(a / b), for the network's outputs s and a.
 
-    Adds log_sign alpha to log_det. Leaves e in `shift` and tanh(a / b) in `scale`, for the adjoint. One loop for each,
-    since loops over many arrays are not vectorised.
+    Leaves e in `shift` and tanh(a / b) in `scale`. One loop for each, since loops over many arrays are not vectorised.
     """
     number = x.dtype.type
     for t in range(len(x)):
         scale[t] = tanh(scale[t] / number(LOG_SCALE))
     for t in range(len(x)):
-        log_det[t] += number(log_sign * LOG_SCALE) * scale[t]
+        logs[t] += number(layer.log_sign * LOG_SCALE) * scale[t]
     for t in range(len(x)):
-        e = exp(number(0.5 * sign * LOG_SCALE) * scale[t])
-        w[t] = (x[t] * e + number(sign) * shift[t]) * e
+        e = exp(number(0.5 * layer.sign * LOG_SCALE) * scale[t])
+        w[t] = (x[t] * e + number(layer.sign) * shift[t]) * e
         shift[t] = e
 
 
 @inner
 def affine_back(
-    x: Array,
-    w: Array,
-    e: Array,
-    bounded: Array,
-    sign: int,
-    log_sign: int,
-    grad: Array,
-    grad_log_det: Array,
-    grad_shift: Array,
-    grad_scale: Array,
+    layer: Layer, x: Array, w: Array, e: Array, bounded: Array, grad: Array, logs: Array, by_shift: Array, by_a: Array
 ) -> None:
     """The adjoint of `affine`, which leaves e and `bounded`, tanh(a / b)."""
     number = x.dtype.type
-    one, half, signed, of_log = number(1), number(0.5 * sign), number(sign), number(log_sign)
+    one, half, signed, of_log = number(1), number(0.5 * layer.sign), number(layer.sign), number(layer.log_sign)
     for t in range(len(x)):
-        grad_shift[t] = signed * grad[t] * e[t]
+        by_shift[t] = signed * grad[t] * e[t]
     for t in range(len(x)):
-        by_alpha = of_log * grad_log_det[t] + grad[t] * half * (w[t] + x[t] * e[t] * e[t])
-        grad_scale[t] = (one - bounded[t] * bounded[t]) * by_alpha
+        by_alpha = of_log * logs[t] + grad[t] * half * (w[t] + x[t] * e[t] * e[t])
+        by_a[t] = (one - bounded[t] * bounded[t]) * by_alpha
     for t in range(len(x)):
         grad[t] *= e[t] * e[t]
 
 
 @inner
-def linear(x: Array, shift: Array, scale: Array, sign: int, log_sign: int, w: Array, log_det: Array) -> None:
-    """w = x e + s, or (x - s) e for sign -1, with e = exp(sign a), for the shift s and an a that all points share.
-
-    Adds log_sign a to log_det.
-    """
+def linear(layer: Layer, x: Array, shift: Array, scale: Array, w: Array, logs: Array) -> None:
+    """w = x e + s, or (x - s) e for sign -1, with e = exp(sign a), for the shift s and an a that all points share."""
     number = x.dtype.type
-    a = scale[0]
-    e = exp(number(sign) * a)
-    if sign > 0:
+    e, log_derivative = exp(number(layer.sign) * scale[0]), number(layer.log_sign) * scale[0]
+    if layer.sign > 0:
         for t in range(len(x)):
             w[t] = x[t] * e + shift[t]
     else:
         for t in range(len(x)):
             w[t] = (x[t] - shift[t]) * e
     for t in range(len(x)):
-        log_det[t] += number(log_sign) * a
+        logs[t] += log_derivative
 
 
 @inner
 def linear_back(
-    x: Array,
-    w: Array,
-    scale: Array,
-    sign: int,
-    log_sign: int,
-    grad: Array,
-    grad_log_det: Array,
-    grad_shift: Array,
-    grad_scale: Array,
+    layer: Layer, x: Array, w: Array, scale: Array, grad: Array, logs: Array, by_shift: Array, by_a: Array
 ) -> None:
     """The adjoint of `linear`."""
     number = x.dtype.type
-    e, of_log = exp(number(sign) * scale[0]), number(log_sign)
-    if sign > 0:
+    e, of_log = exp(number(layer.sign) * scale[0]), number(layer.log_sign)
+    if layer.sign > 0:
         for t in range(len(x)):
-            grad_shift[t] = grad[t]
-            grad_scale[t] = of_log * grad_log_det[t] + grad[t] * x[t] * e
+            by_shift[t] = grad[t]
+            by_a[t] = of_log * logs[t] + grad[t] * x[t] * e
     else:
         for t in range(len(x)):
-            grad_shift[t] = -grad[t] * e
-            grad_scale[t] = of_log * grad_log_det[t] - grad[t] * w[t]
+            by_shift[t] = -grad[t] * e
+            by_a[t] = of_log * logs[t] - grad[t] * w[t]
     for t in range(len(x)):
         grad[t] *= e

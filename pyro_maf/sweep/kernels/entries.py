@@ -1,7 +1,343 @@
-"""The kernels that Python calls."""
+"""The kernels that Python calls: the two walks, and what a training step does besides them.
 
-from pyro_maf.sweep.kernels.parallel import backward, forward
-from pyro_maf.sweep.kernels.step import descend, differentiate_normal, normal, pack, unpack
-from pyro_maf.sweep.kernels.tails import bend, bend_back
+Weights come into the order of a program and gradients out of it, the standard normal density of the result is
+differentiated, and Adam takes a step with the entries that masks let through alone. `Tails`, too, are compiled: for few
+draws torch takes longer to start operations than to run them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import carray  # type: ignore[attr-defined]
+
+from pyro_maf.sweep.kernels.compiler import entry, inner
+from pyro_maf.sweep.kernels.products import TALLEST, VECTOR, pointer_to, take
+from pyro_maf.sweep.kernels.walks import backward, forward
+from pyro_maf.sweep.layout import LANES, Array, Matrix, Tables
 
 __all__ = ["backward", "bend", "bend_back", "descend", "differentiate_normal", "forward", "normal", "pack", "unpack"]
+
+Settings = tuple[float, float, float, float, float, float]
+SERIES = 0.01
+"""Exponent up to which functions are summed as series, exact to rounding."""
+
+
+@entry
+def pack(addresses: Array, tables: Tables, weights: Array, biases: Array) -> None:
+    """Gather masked weights, and biases, from the memory of the parameters.
+
+    Args:
+        addresses: Where each tensor begins.
+        tables: The layers.
+        weights, biases: Flat, filled here.
+    """
+    seen, row_order, column_order = tables.seen, tables.row_order, tables.column_order
+    for matrix in tables.matrices:
+        rows, columns, row_at, gain = matrix.rows, matrix.columns, matrix.rows_from, weights.dtype.type(matrix.gain)
+        weight = carray(pointer_to(addresses[matrix.weight], weights), (_begins(matrix, rows) + columns,))
+        bias = carray(pointer_to(addresses[matrix.addend], weights), (matrix.addend_from + rows,))
+        order = np.uintp(matrix.columns_from)
+        for r in range(rows):
+            place, count = row_order[row_at + r], seen[row_at + r]
+            if matrix.first:
+                biases[matrix.bias + r] = bias[matrix.addend_from + place]
+            # Unsigned indices into whole arrays: slices would be counted as references, and keep loops from being
+            # vectorised.
+            at, own = np.uintp(_begins(matrix, place)), np.uintp(matrix.start + r * matrix.stride)
+            if matrix.natural:
+                for k in range(np.uintp(count)):
+                    weights[own + k] = gain * weight[at + k]
+            else:
+                for k in range(np.uintp(count)):
+                    weights[own + k] = gain * weight[at + np.uintp(column_order[order + k])]
+            # Tiles read no further, see `height_of`.
+            most = min(columns, max(seen[row_at + min(r + TALLEST, rows) - 1], count + TALLEST))
+            for k in range(np.uintp(count), np.uintp(most)):
+                weights[own + k] = 0
+
+
+@inner
+def _begins(matrix: Matrix, row: int) -> int:
+    """The place where a row of a matrix begins, in the tensor of its weight."""
+    return matrix.weight_from + (row * (row - 1) // 2 if matrix.packed else row * matrix.columns)
+
+
+@entry
+def unpack(tables: Tables, offsets: Array, gradients: Array, by_biases: Array, flat: Array) -> None:
+    """Gradients with respect to the parameters, one after another.
+
+    Args:
+        tables: The layers.
+        offsets: Where the gradient of each tensor begins.
+        gradients, by_biases: From `backward`.
+        flat: Filled here.
+    """
+    seen, row_order, column_order = tables.seen, tables.row_order, tables.column_order
+    for matrix in tables.matrices:
+        rows, columns, gain, order = matrix.rows, matrix.columns, flat.dtype.type(matrix.gain), matrix.columns_from
+        for r in range(rows):
+            place, count = row_order[matrix.rows_from + r], np.uintp(seen[matrix.rows_from + r])
+            at = np.uintp(offsets[matrix.weight] + _begins(matrix, place))
+            own = np.uintp(matrix.start + r * matrix.stride)
+            for k in range(count if matrix.packed else np.uintp(columns)):
+                flat[at + k] = 0
+            if matrix.natural:
+                for k in range(count):
+                    flat[at + k] = gain * gradients[own + k]
+            else:
+                for k in range(count):
+                    flat[at + np.uintp(column_order[np.uintp(order) + k])] = gain * gradients[own + k]
+            if matrix.first:
+                flat[offsets[matrix.addend] + matrix.addend_from + place] = by_biases[matrix.bias + r]
+
+
+# -- a step of Adam ---------------------------------------------------------------------------------------------------
+
+
+@entry
+def normal(constant: float, w: Array, log_det: Array) -> None:
+    """Replace each log_det by the log-density `constant` - |w|^2 / 2 - log_det."""
+    for b in range(len(w)):
+        squares = w.dtype.type(0)
+        for i in range(w.shape[1]):
+            squares += w[b, i] * w[b, i]
+        log_det[b] = w.dtype.type(constant) - w.dtype.type(0.5) * squares - log_det[b]
+
+
+@entry
+def differentiate_normal(
+    constant: float, factors: Array, w: Array, log_det: Array, grad_w: Array, grad_log_det: Array
+) -> float:
+    """The sum of log-densities `constant` - |w|^2 / 2 - log_det with these factors, and its gradients.
+
+    Args:
+        constant: The constant.
+        factors: (points,).
+        w, log_det: From `forward`.
+        grad_w, grad_log_det: As `backward` takes them, filled here.
+    """
+    total = 0.0
+    for b in range(len(w)):
+        squares, factor = w.dtype.type(0), factors[b]
+        for i in range(w.shape[1]):
+            squares += w[b, i] * w[b, i]
+            grad_w[b, i] = -factor * w[b, i]
+        grad_log_det[b] = -factor
+        total += factor * (constant - 0.5 * squares - log_det[b])
+    return total
+
+
+@entry
+def descend(
+    tables: Tables,
+    offsets: Array,
+    gradients: Array,
+    by_biases: Array,
+    most: float,
+    settings: Settings,
+    flat: Array,
+    state: tuple[Array, Array, Array],
+    steps: Array,
+    weights: Array,
+    biases: Array,
+) -> float:
+    """Take a step of Adam, and add the result to an average of the weights; do neither if the gradient is not finite.
+
+    Entries that no row sees stay as they are. What it reads and writes in vectors has `LANES` more entries at its end.
+
+    Args:
+        tables: The layers.
+        offsets: Where each tensor begins in `flat`.
+        gradients, by_biases: From `backward`.
+        most: Norm to which the gradient is clipped.
+        settings: Learning rate, weight decay, beta1, beta2, epsilon, and the share of the result in its average.
+        flat: The tensors, one after another.
+        state: Their averages of gradients and of their squares, and of themselves, in the same order.
+        steps: The number of steps so far, counted here.
+        weights, biases: As from `pack`, before the step and after it.
+
+    Returns:
+        The gradient's norm before it is clipped.
+    """
+    norm = math.sqrt(_squares(tables, gradients, by_biases))
+    if not norm < np.inf:
+        return norm
+    widest = 0
+    for matrix in tables.matrices:
+        widest = max(widest, matrix.columns + LANES, matrix.rows + LANES)
+    rank, room = np.empty(widest, np.int32), np.empty((2, widest), flat.dtype)
+    steps[0] += 1
+    number, clipped = flat.dtype.type, most / (norm + 1e-6) if norm > most else 1.0
+    others = _numbers(number, settings, steps[0])
+    for matrix in tables.matrices:
+        factors = (number(clipped * matrix.gain), number(matrix.gain)) + others
+        order, offset = tables.column_order[matrix.columns_from :][: matrix.columns], offsets[matrix.weight]
+        of_rows = tables.row_order[matrix.rows_from :], tables.seen[matrix.rows_from :]
+        _descend(matrix, False, of_rows, order, offset, gradients, factors, flat, state, weights, rank, room)
+        if matrix.first:
+            factors = (number(clipped), number(1)) + others
+            order, offset = of_rows[0][: matrix.rows], offsets[matrix.addend] + matrix.addend_from
+            _descend(matrix, True, of_rows, order, offset, by_biases, factors, flat, state, biases, rank, room)
+    return norm
+
+
+@inner
+def _numbers(number: Any, settings: Settings, steps: int) -> tuple[Any, ...]:
+    """Numbers of a step as `take` reads them, after those of a matrix."""
+    rate, decay, beta1, beta2, epsilon, share = settings
+    rate, root = rate / (1 - beta1**steps), (1 - beta2**steps) ** -0.5
+    averages = number(decay), number(1 - beta1), number(1 - beta2)
+    return averages + (number(rate), number(root), number(epsilon), number(share))
+
+
+@inner
+def _squares(tables: Tables, gradients: Array, by_biases: Array) -> float:
+    """Sum of the squares of a gradient."""
+    total = 0.0
+    for matrix in tables.matrices:
+        of_matrix = 0.0
+        for r in range(matrix.rows):
+            of_row, first = gradients.dtype.type(0), np.uintp(matrix.start + r * matrix.stride)
+            for k in range(np.uintp(tables.seen[matrix.rows_from + r])):
+                of_row += gradients[first + k] * gradients[first + k]
+            of_matrix += of_row
+        total += of_matrix * matrix.gain * matrix.gain
+        if matrix.first:
+            for r in range(matrix.rows):
+                total += by_biases[matrix.bias + r] * by_biases[matrix.bias + r]
+    return total
+
+
+@inner
+def _rank(order: Array, rank: Array) -> bool:
+    """Fill in the place of each entry in an order, beyond all of them no place; return whether they are sorted."""
+    is_sorted = True
+    for k in range(len(order)):
+        rank[order[k]] = k
+        is_sorted &= order[k] == k
+    rank[len(order) : len(order) + LANES] = len(order)
+    return is_sorted
+
+
+@inner
+def _descend(
+    matrix: Matrix,
+    is_bias: bool,
+    of_rows: tuple[Array, Array],
+    order: Array,
+    offset: int,
+    gradients: Array,
+    factors: tuple[Any, ...],
+    flat: Array,
+    state: tuple[Array, Array, Array],
+    weights: Array,
+    rank: Array,
+    room: Array,
+) -> None:
+    """The step for all rows of a matrix, or for its biases, which are one row, from `offset` on in `flat`.
+
+    All in one function: a call for each row would count references to the arrays of the state each time.
+    """
+    (first, second, average), (row_order, seen), in_order, result = state, of_rows, room[0], room[1]
+    lanes, is_sorted = VECTOR // flat.itemsize, _rank(order, rank)
+    for r in range(1 if is_bias else matrix.rows):
+        if is_bias:
+            count, at, own = matrix.rows, offset, matrix.bias
+        else:
+            count, at, own = seen[r], offset + _begins(matrix, row_order[r]), matrix.start + r * matrix.stride
+        if is_sorted:
+            for k in range(0, count, lanes):
+                here, left = own + k, count - k
+                take(gradients, here, flat, first, second, average, at + k, weights, here, rank, 0, left, factors)
+            continue
+        in_order[: len(order)] = 0
+        for k in range(count):
+            in_order[order[k]] = gradients[own + k]
+        for k in range(0, len(order), lanes):
+            take(in_order, k, flat, first, second, average, at + k, result, k, rank, k, count, factors)
+        for k in range(count):
+            weights[own + k] = result[order[k]]
+
+
+# -- tails of learned weight ------------------------------------------------------------------------------------------
+
+
+@entry
+def bend(
+    x: Array,
+    weights: Array,
+    loc: Array,
+    scale: Array,
+    sign: int,
+    largest: float,
+    y: Array,
+    log_det: Array,
+    partials: Array,
+) -> None:
+    """The map of `Tails`, or its inverse for sign -1, in double precision, with its derivatives.
+
+    Args:
+        x: (points, D).
+        weights: Of the right and of the left tails, (2, D).
+        loc, scale: (D,).
+        sign: Of the weights.
+        largest: Exponent from which on the map is its tangent.
+        y, log_det: Filled here, (points, D) and (points,).
+        partials: Derivatives of y and of the log-determinant by x, and of both by the weight, filled here,
+            (4, points, D); or with no points if not wanted.
+    """
+    for b in range(len(x)):
+        total = 0.0
+        for i in range(x.shape[1]):
+            unit = float(scale[i])
+            z = (float(x[b, i]) - float(loc[i])) / unit
+            weight = sign * float(weights[0 if z > 0 else 1, i])
+            side, size = (1.0, weight) if weight >= 0 else (-1.0, -weight)
+            raw = size * z * z
+            limit = largest if weight >= 0 else math.expm1(largest)
+            outside = raw > limit
+            raw = limit if outside else raw
+            exponent = raw if weight >= 0 else math.log1p(raw)
+            if exponent < SERIES:
+                half = exponent / 4 + exponent * exponent / 48
+                slope = 0.25 + exponent / 24 - exponent * exponent * exponent / 1440
+            else:
+                half = 0.5 * math.log(math.expm1(exponent) / exponent)
+                slope = -0.5 / math.expm1(-exponent) - 0.5 / exponent
+            log_derivative = side * (exponent - half)
+            growth, derivative = math.exp(side * half), math.exp(log_derivative)
+            edge = math.copysign(math.sqrt(limit / size), z) if outside else z
+            moved = edge * growth + (z - edge) * derivative
+            y[b, i] = loc[i] + unit * moved
+            total += log_derivative
+            if partials.shape[1] > 0:
+                share = 0.0 if outside else 1.0 if weight >= 0 else math.exp(-exponent)
+                by_log = (1 - slope) * share
+                by_size = (growth - derivative) * edge / (2 * size) if outside else 0.0
+                partials[0, b, i] = derivative
+                partials[1, b, i] = 2 * weight * z * by_log / unit
+                partials[2, b, i] = unit * (moved * slope * share * z * z - side * by_size)
+                partials[3, b, i] = z * z * by_log
+        log_det[b] = total
+
+
+@entry
+def bend_back(
+    x: Array,
+    loc: Array,
+    partials: Array,
+    grad_y: Array,
+    grad_log_det: Array,
+    sign: int,
+    grad_x: Array,
+    by_weights: Array,
+) -> None:
+    """The adjoint of `bend`: fills `grad_x`, and adds the gradient with respect to the weights to `by_weights`."""
+    for b in range(len(x)):
+        for i in range(x.shape[1]):
+            grad_x[b, i] = grad_y[b, i] * partials[0, b, i] + grad_log_det[b] * partials[1, b, i]
+            by_weight = grad_y[b, i] * partials[2, b, i] + grad_log_det[b] * partials[3, b, i]
+            by_weights[0 if x[b, i] > loc[i] else 1, i] += sign * by_weight

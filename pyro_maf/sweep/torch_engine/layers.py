@@ -1,4 +1,13 @@
-"""Layers by plain operations of torch, for any device, dtype and univariate map: they define correctness."""
+r"""Layers by operations of torch, for any device, dtype and univariate map: they define what is right.
+
+The parallel direction is a call of the network. The sequential one solves w_i = f(v_i; phi_i(w_<i)), i = 1 .. D, where
+phi is a MADE, by a sweep that touches each weight once forward and once in reverse: when w_1 .. w_i are solved, the
+hidden units of degree up to i are final. So the sweep walks over i, completing at each step the newly determined units
+of every layer and one set of parameters phi_i. The work is that of one pass through the non-zero part of the masked
+weights. The adjoint walks back from D to 1 in the same manner, and is the transposed triangular solve: from the saved
+activations it computes the gradient with respect to every pre-activation; that of the weights is then one product a
+layer.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +15,8 @@ import functools
 import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +25,15 @@ from torch.torch_version import TorchVersion
 
 from pyro_maf._core.torch_state import is_exported, is_traced
 from pyro_maf.nn import ACTIVATIONS, MADE, compress_tails
-from pyro_maf.nn.weights import is_called, own_tensors, walk_by_calls
+from pyro_maf.nn.weights import current, is_called, own_tensors, walk_by_calls
 from pyro_maf.sweep.layout import Step, Triangular
-from pyro_maf.sweep.torch_engine.sweep import Activations, Direction, Plan, TorchSweep, lay_back, tensors_of
 from pyro_maf.univariate import Affine
 
-__all__ = ["at_once", "gradients", "one_by_one", "parallel", "solve", "takes_triton", "together", "triangular"]
+__all__ = ["Activations", "Plan", "TorchSweep", "at_once", "gradients", "one_by_one", "parallel", "plan_of", "solve"]
+__all__ += ["takes_triton", "together", "triangular", "walk"]
+
+Direction = Callable[..., tuple[Tensor, Tensor]]
+"""One direction of a univariate map: (v, phi) to (w, log dy/dx), elementwise."""
 
 
 def solve(step: Step, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -37,12 +50,13 @@ def solve(step: Step, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor
     Cost: one pass through the non-zero half of the network's weights, and as much again for the gradient, whatever D.
     """
     made: Any = step.networks[0]
-    if own_tensors(made) is None and is_called(made):
-        return _by_calls(step, v, context)
     if context is not None:
         v, context = together(v, context)
     rows = v if v.dim() == 2 else v.reshape(-1, made.input_dim)
-    tensors = tensors_of(made, context)
+    if own_tensors(made) is None and is_called(made):
+        w, log_derivatives = _one_by_one(step, rows, lambda known: made(known, context))
+        return w.reshape(v.shape), log_derivatives.sum(-1).reshape(v.shape[:-1])
+    tensors = _tensors_of(made, context)
     if is_traced() or (torch.is_grad_enabled() and is_exported()):  # what is exported cannot hold the sweep's adjoint
         w, log_derivatives = one_by_one(step, rows, None, iter(tensors))
         log_det = log_derivatives.sum(-1)
@@ -56,11 +70,11 @@ def parallel(step: Step, v: Tensor, context: Tensor | None) -> tuple[Tensor, Ten
     made: Any = step.networks[0]
     is_plain = own_tensors(made) is not None or not is_called(made)
     phi = made.parameters_of(v, context) if is_plain else made(v, context)
-    w, log_derivative = direction_of(step)(v, phi)
+    w, log_derivative = _direction_of(step)(v, phi)
     return w, log_derivative.sum(-1)
 
 
-def direction_of(step: Step) -> Direction:
+def _direction_of(step: Step) -> Direction:
     """The direction of its univariate map in which a layer is applied."""
     univariate: Any = step.univariate
     return univariate.inverse if step.inverse else univariate.forward
@@ -72,25 +86,6 @@ def together(v: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
     if context.dim() > 1:
         context = context.expand(*batch, -1).reshape(-1, context.shape[-1])
     return v.expand(*batch, v.shape[-1]), context
-
-
-def _by_calls(step: Step, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Solve by calls of the network, which run hooks and user-defined modules. Cost: D calls."""
-    made: Any = step.networks[0]
-    direction = direction_of(step)
-    if context is not None:
-        v, context = together(v, context)
-    rows = v.reshape(-1, made.input_dim)
-    given = rows[:, made.order].T
-    log_derivatives: list[Tensor] = []
-
-    def mapped(i: int, parameters: Tensor) -> Tensor:
-        value, log_derivative = direction(given[i], parameters.T)
-        log_derivatives.append(log_derivative)
-        return value
-
-    w = walk_by_calls(made, mapped, context, rows, len(rows))
-    return w.reshape(v.shape), torch.stack(log_derivatives).sum(0).reshape(v.shape[:-1])
 
 
 class _Sweep(torch.autograd.Function):
@@ -116,13 +111,13 @@ class _Sweep(torch.autograd.Function):
 
             return None, *gradients(passes, [v, *tensors], ctx.needs_input_grad[1:], (grad_w, grad_log_det))
         grad_v, by_weights, by_units = ctx.engine.adjoint(v, w, activations, grad_w, grad_log_det)
-        return None, grad_v, *lay_back(ctx.step.networks[0], by_weights, by_units, tensors)
+        return None, grad_v, *_lay_back(ctx.step.networks[0], by_weights, by_units, tensors)
 
 
 def _engine(step: Step, tensors: Sequence[Tensor], v: Tensor) -> TorchSweep:
     """The fastest sweep of a layer with these weights and biases."""
     made: Any = step.networks[0]
-    plan, direction = Plan.of(made, tensors), direction_of(step)
+    plan, direction = Plan.of(made, tensors), _direction_of(step)
     if not takes_triton(step, v):
         return TorchSweep(plan, direction)
     from pyro_maf.sweep.torch_engine.triton import TritonSweep
@@ -176,23 +171,34 @@ def at_once(step: Step, v: Tensor, context: Tensor | None, tensors: Iterator[Ten
     outputs = torch.cat([_outputs(network, seen, context, tensors) for network in step.networks], -1)
     size = moved.shape[1], step.univariate.num_parameters  # type: ignore[union-attr]
     phi = outputs.unflatten(-1, size) if is_made else outputs.unflatten(-1, size[::-1]).mT
-    moved, log_derivative = direction_of(step)(moved, phi)
+    moved, log_derivative = _direction_of(step)(moved, phi)
     return moved if is_made else v.index_copy(-1, step.moved, moved), log_derivative
 
 
 def one_by_one(step: Step, v: Tensor, context: Tensor | None, tensors: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
-    """A layer in its sequential direction, by D passes."""
+    """A layer in its sequential direction, by D passes: its output and log-derivatives."""
     network: Any = step.networks[0]
     each = 2 if context is None or not len(network.context_layers) else 3
     used = list(itertools.islice(tensors, each * len(network.layers)))
-    order, place = step.moved, step.moved.argsort()  # by positions, as an exported program has no constants of tensors
-    given, columns, logs = v[:, order], [torch.zeros_like(v[:, 0])] * v.shape[1], []
-    for i in range(v.shape[1]):
-        outputs = _outputs(network, torch.stack(columns, -1)[:, place], context, iter(used))
-        phi = outputs.unflatten(-1, (v.shape[1], -1))[:, order]
-        columns[i], log_derivative = direction_of(step)(given[:, i], phi[:, i])
+
+    def outputs(known: Tensor) -> Tensor:
+        return _outputs(network, known, context, iter(used)).unflatten(-1, (v.shape[1], -1))
+
+    return _one_by_one(step, v, outputs)
+
+
+def _one_by_one(step: Step, v: Tensor, outputs: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """w of v, (batch, D), and log-derivatives, by D calls of a network with what is known of w."""
+    direction, order = _direction_of(step), step.moved
+    given, logs = v[:, order], []
+
+    def mapped(i: int, parameters: Tensor) -> Tensor:
+        value, log_derivative = direction(given[:, i], parameters.T)
         logs.append(log_derivative)
-    return torch.stack(columns, -1)[:, place], torch.stack(logs, -1)
+        return value
+
+    w = walk_by_calls(order, outputs, mapped, v[:, 0])
+    return w, torch.stack(logs, -1)
 
 
 def triangular(step: Triangular, v: Tensor, tensors: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
@@ -221,3 +227,223 @@ def _outputs(network: Any, x: Tensor, context: Tensor | None, tensors: Iterator[
         if index < len(network.layers) - 1:
             x = ACTIVATIONS[network.activation](x)
     return x
+
+
+# -- the sweep --------------------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """A MADE in the layout of a sweep. Arrays are feature-major: units by batch.
+
+    Attributes:
+        weights: One matrix per layer, (units out, units in); columns of the first and rows of the last follow the
+            order of the variables; the last has P adjacent rows for each variable.
+        biases: One per layer, (units out, 1), or (units out, batch) where the context differs along the batch.
+        order: The variables, first to last.
+        ready: For each hidden layer, the number of units that are final once the first 0, 1, .. D - 1 variables are
+            determined.
+        activation: The elementwise function between layers.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    order: Tensor
+    ready: list[list[int]]
+    activation: Callable[[Tensor], Tensor]
+
+    @property
+    def dim(self) -> int:
+        """D, the number of variables."""
+        return self.weights[0].shape[1]
+
+    @property
+    def num_parameters(self) -> int:
+        """P, the outputs for each variable."""
+        return self.weights[-1].shape[0] // self.dim
+
+    @property
+    def hidden_widths(self) -> list[int]:
+        """Number of units of each hidden layer."""
+        return [weight.shape[0] for weight in self.weights[:-1]]
+
+    @classmethod
+    def of(cls, made: MADE, tensors: Sequence[Tensor]) -> Plan:
+        """Lay out a MADE with these weights and biases, as `tensors_of` returns them. Differentiable."""
+        masked = [weight * layer.mask for weight, layer in zip(tensors[::2], made.masked_layers, strict=True)]
+        rows = [bias.reshape(-1, bias.shape[-1]).T for bias in tensors[1::2]]
+        if not made.is_natural:
+            outputs = _output_rows(made, made.order)
+            masked[0] = masked[0][:, made.order]
+            masked[-1], rows[-1] = masked[-1][outputs], rows[-1][outputs]
+        return cls(tuple(masked), tuple(rows), made.order, made.ready, ACTIVATIONS[made.activation])
+
+
+def plan_of(made: MADE, context: Tensor | None = None) -> Plan:
+    """The plan of a MADE with its current weights, at a context. Differentiable."""
+    return Plan.of(made, _tensors_of(made, context))
+
+
+def _tensors_of(made: MADE, context: Tensor | None) -> list[Tensor]:
+    """Weight and bias of each layer in turn, as a call would compute them. Differentiable.
+
+    The weight is that before the mask; the bias includes the term of the context, (units,) or (batch, units).
+    """
+    tensors: list[Tensor] = []
+    for layer, term in zip(map(current, made.masked_layers), made.context_terms(context), strict=True):
+        bias: Tensor | None = layer.bias  # a user may have removed it
+        bias = layer.weight.new_zeros(layer.out_features) if bias is None else bias
+        tensors += layer.weight, bias if term is None else bias + term
+    return tensors
+
+
+def _lay_back(made: MADE, weights: list[Tensor], units: list[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Map gradients with respect to a plan's weights and to pre-activations back to what `_tensors_of` returned."""
+    biases = [unit.sum(1) if bias.dim() == 1 else unit.T for unit, bias in zip(units, tensors[1::2], strict=True)]
+    if not made.is_natural:
+        place = made.order.argsort()
+        outputs = _output_rows(made, place)
+        weights[0] = weights[0][:, place]
+        weights[-1], biases[-1] = weights[-1][outputs], biases[-1][..., outputs]
+    masked = [weight.mul_(layer.mask) for weight, layer in zip(weights, made.masked_layers, strict=True)]
+    return [gradient for pair in zip(masked, biases, strict=True) for gradient in pair]
+
+
+def _output_rows(made: MADE, order: Tensor) -> Tensor:
+    """Rows of the last layer for the variables in an order."""
+    rows = torch.arange(made.input_dim * made.outputs_per_input, device=order.device)
+    return rows.view(made.input_dim, -1)[order].flatten()
+
+
+class Activations(NamedTuple):
+    """Intermediate results of a sweep: one set of activations.
+
+    Attributes:
+        w: The solution, (D, batch), in the order of the variables.
+        parameters: phi, (D, P, batch).
+        before: Pre-activations of the hidden units, layer by layer, (units, batch); 0 for those that no output sees.
+    """
+
+    w: Tensor
+    parameters: Tensor
+    before: Tensor
+
+
+def walk(plan: Plan, step: Callable[[int, Tensor], Tensor], batch: int) -> Activations:
+    """Walk over the variables; `step(i, phi_i)` maps phi_i (P, batch) to w_i (batch,).
+
+    Cost: one pass through the non-zero half of the weights; D (layers + 1) small products.
+    """
+    like = plan.weights[0]
+    w = like.new_empty(plan.dim, batch)
+    seen = torch.empty_like(w)
+    parameters = like.new_empty(plan.dim, plan.num_parameters, batch)
+    hidden = like.new_zeros(sum(plan.hidden_widths), batch)
+    before = hidden.split(plan.hidden_widths)
+    after = [torch.empty_like(layer) for layer in before]
+    done = [0] * len(before)
+    rows = plan.num_parameters
+    for i in range(plan.dim):
+        known, count = seen, i
+        for layer, ready in enumerate(plan.ready):
+            new = slice(done[layer], ready[i])
+            if new.stop > new.start:
+                weight, bias = plan.weights[layer][new, :count], plan.biases[layer][new]
+                torch.addmm(bias, weight, known[:count], out=before[layer][new])
+                after[layer][new] = plan.activation(before[layer][new])
+            done[layer] = new.stop
+            known, count = after[layer], new.stop
+        own = slice(i * rows, (i + 1) * rows)
+        torch.addmm(plan.biases[-1][own], plan.weights[-1][own, :count], known[:count], out=parameters[i])
+        w[i] = step(i, parameters[i])
+        seen[i] = compress_tails(w[i])
+    return Activations(w, parameters, hidden)
+
+
+@dataclass(frozen=True)
+class TorchSweep:
+    """The sweep of a univariate map, and its adjoint, on any device and in any dtype.
+
+    Args:
+        plan: The network.
+        direction: One direction of the univariate map.
+    """
+
+    plan: Plan
+    direction: Direction
+
+    def forward(self, v: Tensor) -> tuple[Tensor, Tensor, Activations]:
+        """w, log-determinant and the tensors saved for the adjoint, for v (batch, D)."""
+        plan = self.plan
+        given = v[:, plan.order].T.contiguous()
+        solved = walk(plan, lambda i, parameters: self.direction(given[i], parameters.T)[0], v.shape[0])
+        log_det = self.direction(given, solved.parameters.transpose(1, 2))[1].sum(0)
+        return solved.w.T[:, plan.order.argsort()], log_det, solved
+
+    def adjoint(
+        self, v: Tensor, w: Tensor, kept: Activations, grad_w: Tensor, grad_log_det: Tensor
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Gradients of <grad_w, w> + <grad_log_det, log_det> w.r.t. v, the weights and the pre-activations.
+
+        Cost: one pass through the non-zero half of the weights, then one product a layer for the weights' gradients.
+        """
+        plan = self.plan
+        given, total_w = (tensor[:, plan.order].T.contiguous() for tensor in (v, grad_w))
+        dw_dv, dw_dphi, dlog_dv, dlog_dphi = _partials(self.direction, given, kept.parameters)
+        seen_slope, seen = _slope_of(compress_tails, kept.w)
+        slope, active = _slope_of(plan.activation, kept.before)
+        units = self.walk_back(total_w, dlog_dphi * grad_log_det, dw_dphi, seen_slope, slope)
+        grad_v = torch.addcmul(dlog_dv * grad_log_det, dw_dv, total_w).T[:, plan.order.argsort()]
+        after = active.split(plan.hidden_widths)
+        grad_weights = [total @ below.T for total, below in zip(units, [seen, *after], strict=True)]
+        return grad_v, grad_weights, units
+
+    def walk_back(
+        self, total_w: Tensor, total_phi: Tensor, dw_dphi: Tensor, seen_slope: Tensor, slope: Tensor
+    ) -> list[Tensor]:
+        """Gradient with respect to the pre-activations, layer by layer, (units, batch).
+
+        Args:
+            total_w: Gradient w.r.t. w, (D, batch), without the contributions of later variables; completed in place.
+            total_phi: Gradient of the log-determinants w.r.t. phi, (D, P, batch).
+            dw_dphi: (D, P, batch).
+            seen_slope: The derivative of `compress_tails` at w, (D, batch).
+            slope: The derivative of the activation of each hidden unit, (units, batch).
+        """
+        plan = self.plan
+        outputs, rows = plan.weights[-1].shape[0], plan.num_parameters
+        flat_phi = total_phi.view(outputs, total_w.shape[1])
+        slopes = slope.split(plan.hidden_widths)
+        totals = [torch.zeros_like(layer) for layer in slopes]
+        # Units that no output sees have index plan.ready[.][-1] and up: their gradient is zero.
+        for i in reversed(range(plan.dim)):
+            total_phi[i].addcmul_(dw_dphi[i], total_w[i])
+            above, weight, first, last = flat_phi, plan.weights[-1], i * rows, outputs
+            for layer in reversed(range(len(totals))):
+                ready = plan.ready[layer]
+                new = slice(ready[i - 1] if i else 0, ready[i])
+                if new.stop > new.start:
+                    total = weight[first:last, new].T @ above[first:last]
+                    totals[layer][new] = total.mul_(slopes[layer][new])
+                above, weight, first, last = totals[layer], plan.weights[layer], new.start, ready[-1]
+            if i:
+                total_w[i - 1].addcmul_(weight[first:last, i - 1] @ above[first:last], seen_slope[i - 1])
+        return [*totals, flat_phi]
+
+
+def _partials(direction: Direction, v: Tensor, parameters: Tensor) -> list[Tensor]:
+    """dw/dv, dw/dphi, dlog/dv, dlog/dphi of the univariate map, elementwise."""
+    with torch.enable_grad():
+        inputs = v.detach().requires_grad_(), parameters.detach().requires_grad_()
+        results = direction(inputs[0], inputs[1].transpose(1, 2))
+        options: Any = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        pairs = [torch.autograd.grad(result.sum(), inputs, **options) for result in results]
+    return [partial.contiguous() for pair in pairs for partial in pair]
+
+
+def _slope_of(activation: Callable[[Tensor], Tensor], before: Tensor) -> tuple[Tensor, Tensor]:
+    """Derivative and value of an elementwise function at `before`."""
+    with torch.enable_grad():
+        before = before.detach().requires_grad_()
+        after = activation(before)
+        (slope,) = torch.autograd.grad(after.sum(), before)
+    return slope, after.detach()

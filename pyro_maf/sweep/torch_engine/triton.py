@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pyro_maf.nn import ACTIVATIONS, BULK, MADE
 from pyro_maf.sweep.layout import Array
-from pyro_maf.sweep.torch_engine.sweep import Activations, TorchSweep, hidden_widths
+from pyro_maf.sweep.torch_engine.layers import Activations, TorchSweep
 from pyro_maf.univariate import Affine
 
 __all__ = ["TritonSweep", "walk", "walk_back"]
@@ -91,7 +91,7 @@ class TritonSweep(TorchSweep):
 
     @property
     def _widths(self) -> list[int]:
-        return [self.plan.dim, *hidden_widths(self.plan), self.plan.dim * self.plan.num_parameters]
+        return [self.plan.dim, *self.plan.hidden_widths, self.plan.dim * self.plan.num_parameters]
 
     def _tables(self, device: torch.device) -> list[Tensor]:
         """`starts`, `levels` and `final` on the device, copied there once for each layout."""

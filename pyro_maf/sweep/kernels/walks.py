@@ -2,6 +2,12 @@ r"""The two walks over a program, compiled by numba for CPUs: forward, and back 
 
 A chunk of points passes through all layers before the next, so that its part of the tape stays in the processor's
 cache. See `layout` for the tables.
+
+In its sequential direction, level 0 of a layer is its inputs, the last its outputs. `final[l, i + 1]` is the number of
+units of level l that are final at step i, when the variables before i are determined; `final[l, 0]` is 0. Step i thus
+completes units final[l, i] .. final[l, i + 1] - 1, and each of them sees exactly the first final[l - 1, i + 1] units
+below. Variables are processed in blocks: one matrix product adds the contributions of all earlier blocks to a block's
+units; inside the block, small products follow the variables one by one.
 """
 
 from __future__ import annotations
@@ -10,18 +16,11 @@ import numpy as np
 
 from pyro_maf.sweep.kernels.compiler import entry, inner
 from pyro_maf.sweep.kernels.elementwise import activate, compress, differentiate
-from pyro_maf.sweep.kernels.products import ADDED, add_product, dot, height_of, transpose
-from pyro_maf.sweep.kernels.sequential import Adjoint, Part, walk, walk_back
-from pyro_maf.sweep.kernels.univariate import apply, pull_back
-from pyro_maf.sweep.kernels.vectors import VECTOR
+from pyro_maf.sweep.kernels.products import ADDED, VECTOR, add_product, dot, height_of, transpose
+from pyro_maf.sweep.kernels.univariate import Adjoint, Part, apply, pull_back
 from pyro_maf.sweep.layout import CONTEXT, INPUTS, LANES, Array, Layer, Matrix, Tables
 
 __all__ = ["backward", "forward"]
-
-
-@inner
-def _padded(points: int) -> int:
-    return (points + LANES - 1) // LANES * LANES
 
 
 @inner
@@ -60,14 +59,6 @@ def _most_rows(layers: Array, dim: int) -> int:
     return most
 
 
-@inner
-def _all_rows(layers: Array) -> int:
-    total = 0
-    for layer in layers:
-        total += layer.rows
-    return total
-
-
 @entry
 def forward(
     tables: Tables,
@@ -90,7 +81,7 @@ def forward(
         weights, biases: From `pack`.
         v: The input, (points, D).
         context: (points, features), with no features for none.
-        rows: Rows of the tape for one chunk.
+        rows: Rows of the tape for one chunk, of which the last `LANES` are padding.
         first, end: Range of points; `first` is a multiple of the chunk's length.
         few: Greatest number of points that pass one by one, if nothing is saved.
         tape: (rows of all chunks, points of a chunk); with no rows if nothing is saved for `backward`.
@@ -104,8 +95,8 @@ def forward(
     logs, nowhere = both[0], both[1]
     for b0 in range(first, end, chunk):
         points = min(chunk, end - b0)
-        width, here = min(_padded(points), chunk), b0 // chunk * rows if keep else 0
-        at_context = here + _all_rows(tables.layers) + dim if keep else most + 1
+        width, at_context = min(-(-points // LANES) * LANES, chunk), b0 // chunk * rows if keep else most + 1
+        here = at_context + context.shape[1] if keep else 0
         _load(v, natural, b0, points, width, work[here:])
         _load(context, natural, b0, points, width, work[at_context:])
         logs[:] = 0
@@ -115,7 +106,7 @@ def forward(
                 _pass(layer, tables, weights, biases, part, logs[:width], nowhere[:width])
             else:
                 _begin(layer, tables, weights, biases, part)
-                walk(layer, tables, weights, part, logs[:width], nowhere[:width])
+                _walk(layer, tables, weights, part, logs[:width], nowhere[:width])
             here += layer.rows if keep else 0
         for b in range(points):  # between arrays, an assignment of slices takes a second to compile
             log_det[b0 + b] = logs[b]
@@ -133,12 +124,7 @@ def _pass(layer: Layer, tables: Tables, weights: Array, biases: Array, part: Par
     for m in range(layer.first, layer.end):
         _multiply(matrices[m], seen, weights, biases, tape, here, context, width)
     for j in range(layer.moved):
-        row = variables[layer.moved_from + j]
-        x, w = tape[here + row, :width], tape[after + row if keeps else after, :width]
-        apply(layer, j, variables, tape, here, x, w, logs)
-        if not keeps:
-            for t in range(width):
-                x[t] = w[t]
+        apply(layer, j, variables, part, logs)
     for j in range(layer.rest if keeps else 0):
         row = variables[layer.rest_from + j]
         for t in range(width):
@@ -185,6 +171,75 @@ def _multiply(
         r = last
 
 
+@inner
+def _steps(layer: Layer, steps: Array) -> Array:
+    """The table `final` of a layer."""
+    levels, columns = layer.levels + 1, layer.moved + 1
+    return steps[layer.steps_from : layer.steps_from + levels * columns].reshape((levels, columns))
+
+
+@inner
+def _index(layer: Layer, level: int) -> int:
+    """Number of the matrix between a level and the one below; that of the context, if there is one, precedes it."""
+    return layer.first + layer.matrices * level - 1
+
+
+@inner
+def _walk(layer: Layer, tables: Tables, weights: Array, part: Part, logs: Array, nowhere: Array) -> None:
+    """w from v and phi(w), one variable after another, where units hold their biases and the products of the context.
+
+    Args:
+        layer, tables, weights, part: The layer, and what it refers to.
+        logs: Log-determinants, (points,), to which the layer's are added.
+        nowhere: Room for as many numbers.
+    """
+    final, dim, column = _steps(layer, tables.steps), layer.moved, part.tape.reshape(-1)
+    # Each use of a record's array is counted as a reference.
+    matrices, variables, tape, here, width = tables.matrices, tables.variables, part.tape, part.here, part.width
+    for i0 in range(0, dim, layer.block):
+        i1 = min(dim, i0 + layer.block)
+        if width > 1:
+            _add(layer, matrices, final, (i0, i1), (0, i0), weights, tape, column, here, width, False)
+        for i in range(i0, i1):
+            below = (i0 if width > 1 else 0, i + 1)  # one row with one column is as fast whatever its length
+            _add(layer, matrices, final, (i, i + 1), below, weights, tape, column, here, width, True)
+            w = apply(layer, i, variables, part, logs)
+            compress(w, tape[here + layer.inputs + i, :width], nowhere, layer.bulk)
+    for level in range(1, layer.levels):  # units of so high a degree that no output sees them
+        matrix = matrices[_index(layer, level)]
+        tape[here + matrix.own + final[level, dim] : here + matrix.own + matrix.rows, :width] = 0
+
+
+@inner
+def _add(
+    layer: Layer,
+    matrices: Array,
+    final: Array,
+    own: tuple[int, int],
+    below: tuple[int, int],
+    weights: Array,
+    tape: Array,
+    column: Array,
+    here: int,
+    width: int,
+    completes: bool,
+) -> None:
+    """Add the products of the units below of some steps, `below`, to the units of others, `own`."""
+    for level in range(1, layer.levels + 1):
+        matrix = matrices[_index(layer, level)]
+        start, step, lower, row = matrix.start, matrix.stride, here + matrix.below, here + matrix.own
+        low, high = final[level, own[0]], final[level, own[1]]
+        first, end = final[level - 1, below[0]], final[level - 1, below[1]]
+        if width > 1:
+            columns = first, end
+            add_product(weights, start, step, 1, (low, high), columns, tape, lower, tape, row, width, weights, ADDED)
+        else:
+            for r in range(low, high):
+                column[row + r] += dot(weights, start + r * step, column, lower, end)
+        if completes and level < layer.levels:
+            activate(matrix.kind, tape, row + low, row + high, matrix.slopes - matrix.own, width)
+
+
 # -- the adjoint ------------------------------------------------------------------------------------------------------
 
 
@@ -223,8 +278,8 @@ def backward(
     adjoint = Adjoint(grad, logs, delta, of_context, both, transposed, zeros)
     for b0 in range(first, end, chunk):
         points = min(chunk, end - b0)
-        width, after = _padded(points), b0 // chunk * rows + _all_rows(layers)
-        at_context, fresh = after + dim, b0 == first and not added
+        width, at_context, fresh = -(-points // LANES) * LANES, b0 // chunk * rows, b0 == first and not added
+        after = at_context + rows - LANES - dim
         _load(grad_w, tables.result, b0, points, width, grad)
         for b in range(width):
             logs[b] = grad_log_det[b0 + b] if b < points else 0
@@ -254,9 +309,10 @@ def _back(
     """The adjoint of one layer; the gradient with respect to its variables if `to_variables`."""
     variables, is_parallel = tables.variables, layer.levels == 0
     if is_parallel:
-        _map_back(layer, variables, part, adjoint)
+        for j in range(layer.moved):
+            pull_back(layer, j, variables, part, adjoint)
     else:
-        walk_back(layer, tables, weights, part, adjoint)
+        _walk_back(layer, tables, weights, part, adjoint)
     for m in range(layer.end - 1, layer.first - 1, -1):
         matrix = tables.matrices[m]
         if wanted[m]:
@@ -266,8 +322,8 @@ def _back(
                 _multiply_back(matrix, tables.heard, weights, part, adjoint, adjoint.context, 0)
         elif is_parallel and (matrix.source != INPUTS or to_variables):
             _multiply_back(matrix, tables.heard, weights, part, adjoint, adjoint.delta, matrix.below)
-    if is_parallel and to_variables:
-        _compress_back(layer, variables, part, adjoint)
+    for j in range(layer.seen if is_parallel and to_variables else 0):
+        _compress_back(layer, j, variables[layer.seen_from + j], part.here, part, adjoint)
 
 
 @inner
@@ -280,24 +336,16 @@ def _widest(matrices: Array) -> int:
 
 
 @inner
-def _map_back(layer: Layer, variables: Array, part: Part, adjoint: Adjoint) -> None:
-    """The adjoint of a layer's map: gradients with respect to its input and the networks' outputs."""
-    tape, here, width, logs = part.tape, part.here, part.width, adjoint.logs[: part.width]
-    for j in range(layer.moved):
-        row = variables[layer.moved_from + j]
-        x, w, grad = tape[here + row, :width], tape[part.after + row, :width], adjoint.grad[row, :width]
-        pull_back(layer, j, variables, tape, here, x, w, grad, logs, adjoint.delta)
+def _compress_back(layer: Layer, i: int, row: int, first: int, part: Part, adjoint: Adjoint) -> None:
+    """Add the gradient with respect to what the networks see as number i to that with respect to the variable, a row.
 
-
-@inner
-def _compress_back(layer: Layer, variables: Array, part: Part, adjoint: Adjoint) -> None:
-    """Add the gradients with respect to what the networks see to those with respect to the variables."""
-    nowhere, slope, grad, delta = adjoint.room[0, : part.width], adjoint.room[1], adjoint.grad, adjoint.delta
-    for j in range(layer.seen):
-        row = variables[layer.seen_from + j]
-        compress(part.tape[part.here + row, : part.width], nowhere, slope, layer.bulk)
-        for t in range(part.width):
-            grad[row, t] += delta[layer.inputs + j, t] * slope[t]
+    `first` is the tape's row of the first variable.
+    """
+    width, grad, delta = part.width, adjoint.grad, adjoint.delta
+    nowhere, slope = adjoint.room[0, :width], adjoint.room[1, :width]
+    compress(part.tape[first + row, :width], nowhere, slope, layer.bulk)
+    for t in range(width):
+        grad[row, t] += delta[layer.inputs + i, t] * slope[t]
 
 
 @inner
@@ -346,3 +394,45 @@ def _multiply_back(
             end = below + last - k
             differentiate(matrix.below_kind, part.tape, below, end, slopes, out, out_row + k, width)
         k = last
+
+
+@inner
+def _walk_back(layer: Layer, tables: Tables, weights: Array, part: Part, adjoint: Adjoint) -> None:
+    """The adjoint of `_walk`: turns gradients by w into those by v, and writes those by pre-activations to `delta`.
+
+    Args:
+        layer, tables, weights, part: As in `_walk`, after it.
+        adjoint: The gradients.
+    """
+    final, dim, block = _steps(layer, tables.steps), layer.moved, 2 * layer.block  # as weights are read down columns
+    matrices, variables, delta, width = tables.matrices, tables.variables, adjoint.delta, part.width
+    for i0 in range((dim - 1) // block * block, -1, -block):
+        i1 = min(dim, i0 + block)
+        for level in range(layer.levels - 1, -1, -1):
+            upper = matrices[_index(layer, level + 1)]
+            own = (final[level, i0], final[level, i1]) if level else (i0, i1)
+            delta[upper.below + own[0] : upper.below + own[1], :width] = 0
+            _add_back(upper, weights, own, (final[level + 1, i1], final[level + 1, dim]), delta, width)
+        for i in range(i1 - 1, i0 - 1, -1):
+            _add_back(matrices[_index(layer, 1)], weights, (i, i + 1), (final[1, i + 1], final[1, i1]), delta, width)
+            _compress_back(layer, i, variables[layer.moved_from + i], part.after, part, adjoint)
+            pull_back(layer, i, variables, part, adjoint)
+            for level in range(layer.levels - 1, 0, -1):
+                upper = matrices[_index(layer, level + 1)]
+                own, above = (final[level, i], final[level, i + 1]), (final[level + 1, i], final[level + 1, i1])
+                _add_back(upper, weights, own, above, delta, width)
+                row, slopes = upper.below + own[0], upper.below_slopes - upper.below
+                first, end = part.here + row, part.here + upper.below + own[1]
+                differentiate(upper.below_kind, part.tape, first, end, slopes, delta, row, width)
+    for level in range(1, layer.levels):
+        matrix = matrices[_index(layer, level)]
+        delta[matrix.own + final[level, dim] : matrix.own + matrix.rows, :width] = 0
+
+
+@inner
+def _add_back(
+    matrix: Matrix, weights: Array, own: tuple[int, int], above: tuple[int, int], delta: Array, width: int
+) -> None:
+    """Add to the gradients of some of a matrix's inputs the products with those of some of its outputs."""
+    start, step, row, lower = matrix.start, matrix.stride, matrix.own, matrix.below
+    add_product(weights, start, 1, step, own, above, delta, row, delta, lower, width, weights, ADDED)
