@@ -44,7 +44,8 @@ from pyro_maf._core.progress import shows
 from pyro_maf.sweep import threads
 from pyro_maf.sweep.threads import most_threads
 from pyro_maf.training import FitResult
-from pyro_maf.training.state import Schedule
+from pyro_maf.training.records import Epoch
+from pyro_maf.training.state import Schedule, overfitting
 from pyro_maf.transforms import ActNorm, LowerTriangularAffine, MaskedAutoregressive, Permute, Stack
 from tests.fits import GAUSSIAN, QUICK, SMALL, Hooked, gaussian_rows, mean_log_prob, same, seeded, small_maf, weights
 
@@ -514,3 +515,22 @@ def test_torch_has_its_threads_in_a_fit_of_large_products(monkeypatch: pytest.Mo
         assert set(numbers) == {3}
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "ends"),
+    [
+        ([-0.1 * epoch for epoch in range(25)], [3.0, 2.0, 1.0, *(1.0 + 0.01 * epoch for epoch in range(1, 23))], 13),
+        ([-0.1 * epoch for epoch in range(25)], [1.0, *(2.0 + 0.1 * (-1) ** epoch for epoch in range(24))], None),
+        ([0.0] * 3 + [0.5] * 22, [3.0, 2.0, 1.0, *(1.0 + 0.01 * epoch for epoch in range(1, 23))], None),
+        ([-0.1 * epoch for epoch in range(25)], [-0.1 * epoch for epoch in range(25)], None),
+        ([-0.1 * epoch for epoch in range(25)], [math.nan] * 25, None),
+    ],
+    ids=["overfitting", "noise", "disturbance", "gains", "not a number"],
+)
+def test_a_fit_ends_where_only_training_rows_gain(
+    train: list[float], validation: list[float], ends: int | None
+) -> None:
+    history = [Epoch(0.0, *losses, 0.1, 0) for losses in zip(train, validation, strict=True)]
+    reasons = [overfitting(history[:count], patience=30) for count in range(1, 26)]
+    assert reasons == [None] * 25 if ends is None else [bool(each) for each in reasons].index(True) + 1 == ends

@@ -75,13 +75,13 @@ def fit(
     r"""Fit a flow or a density to data by maximum likelihood: `fit(model, data)`, or `fit(data)` with a default flow.
 
     Maximises mean_n log p(y_n | c_n) with p the density of T(loc + scale z), z ~ model, where T maps to the support,
-    and loc and scale are the mean and standard deviation of the training rows before T, of which outliers are moved
-    to a fence: 10 standard deviations, by the quartiles, from the median. A context is standardised likewise,
-    but with a fence against single outliers only. Adam, with the paper's weight decay of 1e-6, steps on batches; after
-    each epoch an average of the weights over the last two epochs or so is scored on the validation rows. The learning
-    rate is halved when that score stalls, the fit ends after `patience` epochs without a better one, and the best
-    average is the result. From 1,000 rows on, as many rows again are held out for test, for a score of rows that chose
-    nothing.
+    and loc and scale are the mean and standard deviation of the training rows before T, of which outliers are moved to
+    a fence: 10 standard deviations, by the quartiles, from the median. A context is standardised likewise, but with a
+    fence against single outliers only. Adam, with the paper's weight decay of 1e-6, steps on batches; after each epoch
+    an average of the weights over the last two epochs or so is scored on the validation rows. The learning rate is
+    halved when that score stalls, the fit ends after `patience` epochs without a better one, or sooner where only the
+    training rows are fitted better than ever, and the best average is the result. From 1,000 rows on, as many rows
+    again are held out for test, for a score of rows that chose nothing.
 
     The model is trained in place, in its own dtype and on its own device, and left in eval mode with its best weights.
     From the same initial weights, the same call has bitwise the same result on a CPU. The global
@@ -338,7 +338,7 @@ def _result(state: State, prepared: Prepared, source: NamedRows, options: _Optio
     """Return the result of a fit that has ended in `state`."""
     schedule = state.schedule
     losses = tuple(epoch.validation_loss for epoch in state.history)
-    stopped = state.stop_reason or schedule.reason
+    stopped = state.reason
     test = prepared.test
     # A mixture that no epoch is better than is no failure.
     ends_as_it_began = options.recipe.starts and not schedule.best_epoch

@@ -123,8 +123,7 @@ class Loop:
 
     @property
     def _goes_on(self) -> bool:
-        is_over = self.state.stop_reason or self._schedule.reason
-        return len(self.state.history) < self._max_epochs and not is_over
+        return len(self.state.history) < self._max_epochs and not self.state.reason
 
     @property
     def _is_due(self) -> bool:
@@ -149,7 +148,7 @@ class Loop:
         self._objective.fit_statistics(self._batches.sample, initial=True)
         self.state.average.restart()
         self._density.eval()
-        self._schedule.improves(0, self._objective.validation_loss(self._held_out) - self._offset)
+        self._schedule.improves(0, self._objective.mean(self._objective.losses(self._held_out)) - self._offset)
         self._density.train()
         self.state.record_best()
         self.save(taken=0)
@@ -220,13 +219,12 @@ class Loop:
         self._objective.fit_statistics(self._batches.sample)
         all_skipped = not state.train_loss.count
         learning_rate = self._schedule.learning_rate
-        losses = state.train_loss.take() - self._offset, self._objective.validation_loss(self._held_out) - self._offset
-        state.history.append(Epoch(state.seconds, *losses, learning_rate, state.skipped))
+        losses = self._objective.losses(self._held_out)
+        means = state.train_loss.take() - self._offset, self._objective.mean(losses) - self._offset
+        state.history.append(Epoch(state.seconds, *means, learning_rate, state.skipped))
         epoch = len(state.history)
-        doubt = 0.0
-        if self._initial is not None:
-            doubt = self._objective.doubt(self._initial - self._objective.losses(self._held_out))
-        if self._schedule.improves(epoch, losses[1] + doubt):
+        doubt = 0.0 if self._initial is None else self._objective.doubt(self._initial - losses)
+        if self._schedule.improves(epoch, means[1] + doubt):
             state.record_best()
         state.optimizer.weight_decay = self._schedule.weight_decay
         state.average.swap()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -101,17 +101,23 @@ class MaximumLikelihood:
         return rows, loss
 
     @torch.no_grad()
-    def validation_loss(self, batches: Iterable[Rows | tuple[()]]) -> float:
-        """Mean loss of rows."""
-        mean = Mean()
-        for losses in self._losses(batches):
-            mean.add(losses.sum(), len(losses))
-        return mean.take(self._processes)
-
-    @torch.no_grad()
     def losses(self, batches: Iterable[Rows | tuple[()]]) -> Tensor:
-        """Loss of each row of this process, (rows,)."""
-        return torch.cat([torch.empty(0), *(each.cpu() for each in self._losses(batches))])
+        """Loss of each row of this process, (rows,), on the CPU."""
+        losses = [
+            -batch.weighted(self.density.log_density(batch.data, batch.context))
+            for batch in batches
+            if isinstance(batch, Rows)
+        ]
+        return torch.cat(losses).cpu() if losses else torch.empty(0)
+
+    def mean(self, losses: Tensor) -> float:
+        """Mean over the rows of all processes.
+
+        Args:
+            losses: Loss of each row of this process, (rows,).
+        """
+        total, rows = map(float, self._processes.total(losses.sum(dtype=torch.float64), len(losses)))
+        return total / rows
 
     def doubt(self, gain: Tensor) -> float:
         """Two standard deviations of a mean gain given those of the rows, by Student's t: infinite of up to three rows.
@@ -122,11 +128,6 @@ class MaximumLikelihood:
         rows, total, squares = map(float, self._processes.total(len(gain), gain.sum(), gain.square().sum()))
         variance = max(0.0, squares / rows - (total / rows) ** 2)
         return 2 * math.sqrt(variance / (rows - 3)) if rows > 3 else math.inf
-
-    def _losses(self, batches: Iterable[Rows | tuple[()]]) -> Iterator[Tensor]:
-        for batch in batches:
-            if isinstance(batch, Rows):
-                yield -batch.weighted(self.density.log_density(batch.data, batch.context))
 
     def fit_statistics(self, sample: Callable[[], Rows], *, initial: bool = False) -> None:
         """Set the statistics that layers take from data, if there are any.
@@ -181,12 +182,8 @@ class Mean:
         self.total = self.total + total
         self.count += count
 
-    def take(self, processes: Processes | None = None) -> float:
-        """Return the mean, NaN of no rows, and reset.
-
-        Args:
-            processes: The processes that each have a part of the sum, if any.
-        """
-        total, count = (self.total, self.count) if processes is None else processes.total(self.total, self.count)
+    def take(self) -> float:
+        """Return the mean, NaN of no rows, and reset."""
+        total, count = self.total, self.count
         self.total, self.count = 0.0, 0
-        return float(total) / int(count) if count else float("nan")
+        return float(total) / count if count else float("nan")

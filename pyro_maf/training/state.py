@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,12 +17,14 @@ from pyro_maf.training.batches import Batches
 from pyro_maf.training.objective import MaximumLikelihood, Mean
 from pyro_maf.training.records import Checkpoint, Epoch
 
-__all__ = ["WEIGHT_DECAY", "Schedule", "State"]
+__all__ = ["WEIGHT_DECAY", "Schedule", "State", "overfitting"]
 
 AVERAGED_EPOCHS = 2
 AVERAGED_STEPS = 50
 AVERAGING_ORDER = 8
 WEIGHT_DECAY, RELAXED = 1e-6, 10.0
+LEAST_TREND = 3
+"""Minimum number of epochs in a row that tell a trend, else a sixth of the patience."""
 
 
 class Schedule:
@@ -96,6 +98,25 @@ class Schedule:
         return f"no better validation log-likelihood for {self.patience} epochs" if is_over else None
 
 
+def overfitting(history: Sequence[Epoch], patience: int) -> str | None:
+    """Reason for stopping, that the last epochs gain on the training rows only, which no lower rate amends; or None.
+
+    Their training losses are all lower than any up to the best epoch, so that nothing disturbs the optimisation, and
+    their validation losses all higher than those of as many epochs before.
+    """
+    length = max(LEAST_TREND, patience // 6)
+    if len(history) <= 2 * length:
+        return None
+    train = [epoch.train_loss for epoch in history]
+    validation = [epoch.validation_loss for epoch in history]
+    best = validation.index(min(validation)) + 1
+    before, last = validation[-2 * length : -length], validation[-length:]
+    learns = best <= len(history) - 2 * length and max(train[-length:]) < min(train[:best])
+    if learns and min(last) > max(before):
+        return f"validation log-likelihood fell for {length} epochs, that of the training rows was never higher"
+    return None
+
+
 class State:
     """State of a fit, all that a checkpoint holds: weights, optimizer, average, schedule, position and history.
 
@@ -153,6 +174,11 @@ class State:
         """Set the weights and statistics to the best, if any were recorded."""
         if self.best:
             self.density.load_state_dict(self.best)
+
+    @property
+    def reason(self) -> str | None:
+        """Reason for stopping, or None: a recorded one, an exhausted patience, or weights that fit by heart."""
+        return self.stop_reason or self.schedule.reason or overfitting(self.history, self.schedule.patience)
 
     def stop(self, reason: str, *, interrupted: bool = False) -> None:
         """Record the reason for ending, unless there is one."""
