@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +253,57 @@ def test_several_callers_at_once() -> None:
         caller.join()
     for one, other in zip(found, wanted, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_parts_are_taken_by_the_threads_there_are(alone: bool, parallel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "LEAST_WORK", 1)
+    if not parallel:
+        monkeypatch.setattr(threads, "_parallel", lambda: None)
+    before = torch.get_num_threads()
+    takers: set[int] = set()
+    both = threading.Barrier(2, timeout=20)
+
+    def part(first: int, end: int) -> tuple[int, int]:
+        both.wait()
+        takers.add(threading.get_ident())
+        return first, end
+
+    def interrupted(first: int, end: int) -> None:
+        if end == 10:
+            raise KeyboardInterrupt
+
+    torch.set_num_threads(2)
+    try:
+        with threads.Alone() if alone else nullcontext():
+            assert threads.in_parts(part, 10, 1, 1) == [(0, 5), (5, 10)]
+            with pytest.raises(KeyboardInterrupt):
+                threads.in_parts(interrupted, 10, 1, 1)
+    finally:
+        torch.set_num_threads(before)
+    assert len(takers) == 2
+
+
+FORKS = """
+import os, torch
+from pyro_maf import MAF
+from pyro_maf.sweep import threads
+
+threads.LEAST_WORK = 1
+torch.set_num_threads(2)
+flow, x = MAF(3), torch.randn(500, 3)
+with torch.no_grad():
+    flow(x)
+    if not (child := os.fork()):
+        flow(x)
+        os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    assert run(FORKS).stdout == "7\n"
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
