@@ -1,4 +1,4 @@
-"""The paper's comparison: its models on sets of data, next to its own figures and to those of three peers.
+"""The paper's comparison: its models and the default on sets of data, next to its own figures and to those of peers.
 
     python benchmarks/paper.py FOLDER                        # .npz files with train, val and test, or images and labels
     python benchmarks/paper.py --root ARCHIVE POWER GAS      # the paper's own sets
@@ -22,7 +22,7 @@ from typing import Any
 import pyro
 import torch
 from directions import README, RESULTS, about, write
-from parts import contest, digits, figure_one, report, rivals, sets, speed, standings
+from parts import contest, digits, figure_one, recipes, report, rivals, sets, speed, standings
 
 from pyro_maf import datasets
 from pyro_maf.datasets import Dataset
@@ -59,13 +59,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", help="a folder of .npz files, or with --root names of the paper's sets")
     parser.add_argument("--root", type=Path, help="of the paper's archive")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the folder's sets, or patches; default: all")
-    parser.add_argument("--models", nargs="+", choices=ROWS, default=list(ROWS), metavar="MODEL", help="default: all")
+    models = [contest.DEFAULT.name, *ROWS]
+    parser.add_argument("--models", nargs="+", choices=models, default=models, metavar="MODEL", help="default: all")
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 2], help="numbers of hidden layers; default: 1 2")
     parser.add_argument("--units", type=int, help="the most units of a hidden layer; default: the paper's")
     parser.add_argument("--rows", type=int, help="the most training rows; default: all")
     parser.add_argument("--steps", type=int, help=f"the most steps of a fit; default: {PAPER_EPOCHS:,} epochs")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate of everybody; default: %(default)g")
     parser.add_argument("--peers", nargs="*", choices=rivals.RIVALS, default=list(rivals.RIVALS), help="default: all")
+    parser.add_argument(
+        "--recipes", nargs="*", choices=recipes.RECIPES, default=list(recipes.RECIPES), help="default: all"
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="of the default and the recipes; default: %(default)s")
+    parser.add_argument("--weight-decay", type=float, help="of everybody, to begin with; default: that of fit")
+    parser.add_argument("--blind", action="store_true", help="leave out the context of sets that have one")
     parser.add_argument("--speed", action="store_true", help="measure rows per second of training")
     parser.add_argument("--figure-one", action="store_true", help="draw Figure 1")
     parser.add_argument("--render", action="store_true", help="make tables of the results that --out holds")
@@ -103,7 +110,7 @@ def chosen(options: argparse.Namespace) -> Iterator[Dataset]:
         if options.only is None or data.name in options.only:
             data = sets.shortened(data, options.rows)
             yield sets.without_context(data)
-            if data.context_dim:
+            if data.context_dim and not options.blind:
                 yield data
 
 
@@ -118,15 +125,20 @@ def fitted(data: Dataset, options: argparse.Namespace) -> Iterator[dict[str, Any
     units = 8 if options.quick else sets.units(data, options.units)
     steps = math.ceil(len(data.train) / contest.BATCH)
     epochs = max(1, round(options.steps / steps)) if options.steps else PAPER_EPOCHS
-    settings = f"{len(data.train)}-{epochs}-{options.rate:g}"
+    settings = f"{len(data.train)}-{epochs}-{options.rate:g}" + f"-{options.weight_decay}" * bool(options.weight_decay)
+    models = [model for model in options.models if model != contest.DEFAULT.name]
     blind = options.fits / f"{data.name}-{settings}".replace(" ", "-")
+    own = candidates(models, hidden_dims=[(units,) * depth for depth in options.depths]) if models else ()
     plan = contest.Plan(
-        candidates(options.models, hidden_dims=[(units,) * depth for depth in options.depths]),
+        (*[contest.DEFAULT] * (len(models) < len(options.models)), *own),
         tuple(options.peers),
         epochs=epochs,
         rate=options.rate,
         folder=options.fits / f"{name}-{settings}".replace(", ", "-").replace(" ", "-"),
         blind=blind if data.context_dim else None,
+        recipes=tuple(options.recipes),
+        seeds=options.seeds,
+        weight_decay=options.weight_decay,
     )
     for section in contest.run(data, plan):
         last = section["tried"][-1]

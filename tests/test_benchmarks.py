@@ -247,6 +247,27 @@ def test_fits_of_the_papers_models_are_kept_and_read_back(monkeypatch, tmp_path)
     assert again == first
 
 
+def test_the_default_is_compared_with_recipes_for_as_long_and_with_simple_densities(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from parts import contest, standings
+
+    from pyro_maf.datasets import FigureOne
+
+    data = FigureOne().dataset(train=200, validation=50, test=50)
+    recipes = ("zuko", "nflows", "normflows")
+    plan = contest.Plan((contest.DEFAULT,), (), epochs=1, rate=1e-3, folder=tmp_path, recipes=recipes, seeds=2)
+    *_, found = contest.run(data, plan)
+    (line,) = found["against_peers"]
+    assert list(line["ahead"]) == ["mixture of Gaussians", "kernel density", *recipes]
+    assert all(line["seconds"][who] >= line["seconds"]["pyro-maf"] for who in recipes)
+    tried = [each for each in found["tried"] if each["who"] == "zuko"]
+    assert [each["seed"] for each in tried] == [0, 1]
+    assert line["test"]["zuko"]["mean"] == pytest.approx(sum(each["mean"] for each in tried) / 2, abs=1e-6)
+    assert line["ahead"]["zuko"]["difference"] > 0
+    table = standings.everything({"about": None, "sets": {"any": found}, "speed": [], "figure_one": None})
+    assert "over kernel density" in table
+
+
 def test_peers_are_found_as_often_as_they_are_asked_for(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from parts import peers

@@ -341,7 +341,7 @@ def test_resume_begins_where_there_is_nothing_yet(here: Path) -> None:
 
 def test_options_are_those_of_the_library() -> None:
     ours, theirs = (inspect.signature(function).parameters for function in (fit_module.FitOptions, pyro_maf.fit))
-    for name in ("batch_size", "learning_rate", "max_epochs", "patience", "seed", "devices"):
+    for name in ("batch_size", "learning_rate", "weight_decay", "max_epochs", "patience", "seed", "devices"):
         assert ours[name].default == theirs[name].default
     assert get_args(fit_module.FlowName) == FLOWS
     assert fit_module.LAYERED == STACKS

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from pyro_maf import NSF, FlowPrior, fit
+from pyro_maf.datasets import Dataset
 from pyro_maf.distributions import MixtureFlow
 from pyro_maf.distributions.gaussian_mixture import GaussianMixture
+from pyro_maf.experiments import candidates, compare
 from pyro_maf.training.choice import default_model
 from pyro_maf.training.preparation import Recipe
 
@@ -57,7 +59,7 @@ def test_thirty_rows_of_a_normal_distribution_are_not_overfitted() -> None:
     for seed in range(4):
         rows = torch.randn(30, 3, generator=generator) @ factor.T
         behind.append(float((truth.log_prob(new) - fit(rows, seed=seed, progress=False).score(new)).mean()))
-    assert max(behind) < 0.4
+    assert max(behind) < 0.35
 
 
 def test_weight_decay_that_falls_is_ahead_of_one_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +71,19 @@ def test_weight_decay_that_falls_is_ahead_of_one_that_stays(monkeypatch: pytest.
     monkeypatch.setattr("pyro_maf.training.choice.RELAXATIONS", 0)
     stays = fit(rows[:600], validation=rows[600:750], max_epochs=150, progress=False).score(rows[750:])
     assert float((falls - stays).mean()) > 0.1
+
+
+def test_weight_decay_keeps_a_flow_of_many_columns_ahead_of_a_gaussian() -> None:
+    """Of more columns than a flow can learn from as many rows: without, it is behind what it contains."""
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.randn(40, 40, generator=generator) / 5 + torch.eye(40)
+    rows = torch.randn(700, 40, generator=generator) @ factor.T
+    data = Dataset("any", rows[:400], rows[400:500], rows[500:])
+    with_decay, without = (
+        compare(data, candidates(["MADE"]), weight_decay=decay, max_epochs=60, batch_size=50, progress=False)
+        for decay in (0.05, None)
+    )
+    assert float((with_decay.scores[0].log_prob - without.scores[0].log_prob).mean()) > 0.5
 
 
 def test_few_rows_count_by_what_they_gain_over_the_mixture_beyond_chance(tmp_path: Path) -> None:

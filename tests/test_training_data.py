@@ -473,6 +473,8 @@ BAD_OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
     ("learning_rate", "1e-3", TypeError, "fit expected learning_rate to be a number, got '1e-3'."),
     ("max_grad_norm", -1.0, ValueError, "fit expected max_grad_norm above 0, got -1.0."),
     ("max_grad_norm", math.nan, ValueError, "fit expected max_grad_norm above 0, got nan."),
+    ("weight_decay", -0.1, ValueError, "fit expected weight_decay above 0 and finite, got -0.1."),
+    ("weight_decay", math.nan, ValueError, "fit expected weight_decay above 0 and finite, got nan."),
     ("progress", "yes", ValueError, "fit expected progress to be True, False or \"always\", got 'yes'."),
 ]
 

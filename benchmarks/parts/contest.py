@@ -1,4 +1,4 @@
-"""One set of data: our models and the peers', each fitted once and kept, and what they come to."""
+"""One set of data: our models and others', each fitted once and kept, and what they come to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import io
 import json
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parts import rivals
+import pyro_maf
+from parts import recipes, rivals, simple
 from parts.peers.base import UnsupportedError
 from parts.sets import standardised
 from pyro_maf._core.files import write_whole
@@ -23,6 +25,9 @@ from pyro_maf.experiments import Candidate, Estimate, compare, estimate
 
 OURS = "pyro-maf"
 BATCH, PATIENCE, SEED = 100, 30, 0
+DEFAULT = Candidate("default", "default")
+"""What everyone fits by a recipe of their own: we without a flow, `fit(rows)`; simple densities are next to it too."""
+
 SHARED = ("MADE MoG", "RealNVP (5)", "MAF (5)", "MAF MoG (5)", "NSF (5)")
 """What peers fit, where they have it, with the most hidden layers that we try."""
 
@@ -44,6 +49,9 @@ class Plan:
     Attributes:
         candidates: Our models, with every width.
         peers: Who else fits the shared ones.
+        recipes: Who else has a recipe of their own, for as many seconds as the default takes.
+        seeds: How often the default is fitted, and the recipes of others.
+        weight_decay: Of everybody but the default and the recipes; ours falls where nothing is gained.
         epochs: The most passes over the training rows.
         rate: Adam's learning rate, to begin with.
         folder: Where fits are kept.
@@ -56,6 +64,9 @@ class Plan:
     rate: float
     folder: Path
     blind: Path | None = None
+    recipes: tuple[str, ...] = ()
+    seeds: int = 1
+    weight_decay: float | None = None
 
 
 @dataclass(frozen=True)
@@ -69,26 +80,48 @@ class Fit:
     epochs: int
     seconds: float
     parameters: int
+    seed: int = SEED
 
 
 def run(data: Dataset, plan: Plan) -> Iterator[dict[str, Any]]:
     """Fit one after another; what all of those so far come to, after each."""
     fits: list[Fit] = []
-    deepest = max(len(candidate.hidden_dims or ()) for candidate in plan.candidates)
-    for candidate in plan.candidates:
+    for who, candidate, seed in _entrants(data, plan):
+        own = plan.folder / (f"{who}-{candidate.slug}" + f"-{seed}" * (seed > 0))
+        try:
+            fit = _stored(own, who, candidate, seed) or _fitted(data, plan, (who, candidate, seed), own, fits)
+        except UnsupportedError:
+            continue
+        fits.append(fit)
+        yield summary(data, plan, fits)
+
+
+def _entrants(data: Dataset, plan: Plan) -> Iterator[tuple[str, Candidate, int]]:
+    """Who fits what, with which seed."""
+    if DEFAULT in plan.candidates:
+        for seed in range(plan.seeds):
+            yield OURS, DEFAULT, seed
+            for who in simple.DENSITIES if seed == SEED and not data.context_dim else ():
+                yield who, DEFAULT, seed
+            for who in plan.recipes:
+                yield who, DEFAULT, seed
+    models = [candidate for candidate in plan.candidates if candidate != DEFAULT]
+    deepest = max((len(candidate.hidden_dims or ()) for candidate in models), default=0)
+    for candidate in models:
         is_shared = candidate.name in SHARED and len(candidate.hidden_dims or ()) == deepest
         for who in (OURS, *plan.peers) if is_shared else (OURS,):
-            own = plan.folder / f"{who}-{candidate.slug}"
-            try:
-                fits.append(_stored(own, who, candidate) or _fitted(data, plan, who, candidate, own))
-            except UnsupportedError:
-                continue
-            yield summary(data, plan, fits)
+            yield who, candidate, SEED
 
 
-def _fitted(data: Dataset, plan: Plan, who: str, candidate: Candidate, own: Path) -> Fit:
-    started = time.process_time()
-    fit = _ours(data, plan, candidate, started) if who == OURS else _theirs(data, plan, who, candidate, started)
+def _fitted(data: Dataset, plan: Plan, entrant: tuple[str, Candidate, int], own: Path, fits: list[Fit]) -> Fit:
+    who, candidate, seed = entrant
+    if who == OURS:
+        fit = _default(data, seed) if candidate == DEFAULT else _ours(data, plan, candidate)
+    elif candidate == DEFAULT:
+        (ours,) = (fit for fit in fits if (fit.who, fit.candidate, fit.seed) == (OURS, DEFAULT, seed))
+        fit = _by_recipe(data, who, seed, ours.seconds)
+    else:
+        fit = _theirs(data, plan, who, candidate)
     array = io.BytesIO()
     np.save(array, fit.log_prob.numpy(), allow_pickle=False)
     own.mkdir(parents=True, exist_ok=True)
@@ -98,14 +131,48 @@ def _fitted(data: Dataset, plan: Plan, who: str, candidate: Candidate, own: Path
     return fit
 
 
-def _stored(own: Path, who: str, candidate: Candidate) -> Fit | None:
+def _stored(own: Path, who: str, candidate: Candidate, seed: int = SEED) -> Fit | None:
     if not (own / "fit.json").is_file():
         return None
     figures = json.loads((own / "fit.json").read_text(encoding="utf-8"))
-    return Fit(who, candidate, torch.from_numpy(np.load(own / "log_prob.npy", allow_pickle=False)), **figures)
+    log_prob = torch.from_numpy(np.load(own / "log_prob.npy", allow_pickle=False))
+    return Fit(who, candidate, log_prob, **figures, seed=seed)
 
 
-def _ours(data: Dataset, plan: Plan, candidate: Candidate, started: float) -> Fit:
+def _default(data: Dataset, seed: int) -> Fit:
+    started = time.process_time()
+    result = pyro_maf.fit(
+        data.train,
+        context=data.train_context,
+        validation=(data.validation, data.validation_context),
+        dequantise=False,
+        seed=seed,
+        progress=False,
+    )
+    log_prob = result.score(data.test, data.test_context).double()
+    seconds = time.process_time() - started
+    parameters = sum(weight.numel() for weight in result.density.parameters())
+    validation = result.validation_log_likelihood
+    return Fit(OURS, DEFAULT, log_prob, validation, result.epochs, seconds, parameters, seed)
+
+
+def _by_recipe(data: Dataset, who: str, seed: int, budget: float) -> Fit:
+    standard, gain = standardised(data)
+    started = time.process_time()
+    if who in simple.DENSITIES:
+        scores = simple.fit(who, standard)
+    else:
+        try:
+            scores = recipes.fit(who, standard, budget, seed)
+        except ImportError as error:
+            raise UnsupportedError(str(error)) from None
+    seconds = time.process_time() - started
+    validation = scores.validation.mean().item() - gain
+    return Fit(who, DEFAULT, scores.test - gain, validation, scores.epochs, seconds, scores.parameters, seed)
+
+
+def _ours(data: Dataset, plan: Plan, candidate: Candidate) -> Fit:
+    started = time.process_time()
     found = compare(
         data,
         [candidate],
@@ -114,6 +181,7 @@ def _ours(data: Dataset, plan: Plan, candidate: Candidate, started: float) -> Fi
         max_epochs=plan.epochs,
         patience=PATIENCE,
         learning_rate=plan.rate,
+        weight_decay=plan.weight_decay,
         seed=SEED,
     )
     if found.missing:
@@ -125,12 +193,20 @@ def _ours(data: Dataset, plan: Plan, candidate: Candidate, started: float) -> Fi
     return Fit(OURS, candidate, score.log_prob, score.validation, score.epochs, seconds, score.parameters)
 
 
-def _theirs(data: Dataset, plan: Plan, who: str, candidate: Candidate, started: float) -> Fit:
+def _theirs(data: Dataset, plan: Plan, who: str, candidate: Candidate) -> Fit:
+    started = time.process_time()
     standard, gain = standardised(data)
     torch.manual_seed(SEED)
     module = rivals.RIVALS[who](candidate, data.input_dim, data.context_dim)
     epochs = rivals.train(
-        module, standard, epochs=plan.epochs, patience=PATIENCE, batch=BATCH, rate=plan.rate, seed=SEED
+        module,
+        standard,
+        epochs=plan.epochs,
+        patience=PATIENCE,
+        batch=BATCH,
+        rate=plan.rate,
+        seed=SEED,
+        weight_decay=plan.weight_decay or 0.0,
     )
     log_prob = rivals.scores(module, standard.test, standard.test_context) - gain
     validation = rivals.scores(module, standard.validation, standard.validation_context).mean().item() - gain
@@ -141,19 +217,22 @@ def _theirs(data: Dataset, plan: Plan, who: str, candidate: Candidate, started: 
 def summary(data: Dataset, plan: Plan, fits: list[Fit]) -> dict[str, Any]:
     """Everything worth keeping, as JSON has it."""
     best: dict[str, Fit] = {}
-    for fit in fits:
+    together = list(_over_seeds(fits))
+    for fit in together:
         name = fit.candidate.name
         if fit.who == OURS and (name not in best or fit.validation > best[name].validation):
             best[name] = fit
     found = {
+        "date": date.today().isoformat(),
         "input_dim": data.input_dim,
         "context_dim": data.context_dim,
         "rows": [len(data.train), len(data.validation), len(data.test)],
         "epochs": plan.epochs,
         "learning_rate": plan.rate,
+        "weight_decay": plan.weight_decay,
         "models": [_line(data, fit) for fit in best.values()],
         "tried": [_line(data, fit) for fit in fits],
-        "against_peers": list(_against(fits)),
+        "against_peers": list(_against(together)),
         "order": [
             {"first": one, "second": other, **_difference(best[one], best[other])}
             for one, other in PAIRS
@@ -171,12 +250,20 @@ def _line(data: Dataset, fit: Fit) -> dict[str, Any]:
     if data.pixels is not None:
         bits: Estimate = estimate(data.pixels.bits_per_pixel(fit.log_prob, data.test.double()))
         line |= {"bits": bits.mean, "bits_error": bits.error}
-    rest = ("validation", "epochs", "seconds", "parameters")
+    rest = ("validation", "epochs", "seconds", "parameters", "seed")
     return line | {name: getattr(fit, name) for name in rest}
 
 
+def _over_seeds(fits: list[Fit]) -> Iterator[Fit]:
+    """The fits of each, of a row's mean log-likelihood over seeds."""
+    for who, candidate in dict.fromkeys((fit.who, fit.candidate) for fit in fits):
+        own = [fit for fit in fits if (fit.who, fit.candidate) == (who, candidate)]
+        means = {name: float(np.mean([getattr(fit, name) for fit in own])) for name in ("validation", "seconds")}
+        yield replace(own[0], log_prob=torch.stack([fit.log_prob for fit in own]).mean(0), **means)
+
+
 def _against(fits: list[Fit]) -> Iterator[dict[str, Any]]:
-    """Each of our fits against the peers' of the same model and widths."""
+    """Each of our fits against others' of the same model and widths."""
     for ours in fits:
         others = {fit.who: fit for fit in fits if fit.candidate == ours.candidate and fit.who != OURS}
         if ours.who != OURS or not others:
@@ -188,6 +275,7 @@ def _against(fits: list[Fit]) -> Iterator[dict[str, Any]]:
             "hidden": ours.candidate.widths,
             "test": {fit.who: asdict(estimate(fit.log_prob)) for fit in (ours, *others.values())},
             "seconds": {fit.who: fit.seconds for fit in (ours, *others.values())},
+            "ahead": {who: _difference(ours, fit) for who, fit in others.items()},
             "best_peer": best.who,
             **_difference(ours, best),
         }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import time
 from typing import Any
 
 import pyro.distributions as dist
@@ -151,18 +153,39 @@ class Pyro(nn.Module):
 RIVALS: dict[str, type[nn.Module]] = {"zuko": Zuko, "nflows": Nflows, "pyro": Pyro}
 
 
-def train(module: Any, data: Dataset, *, epochs: int, patience: int, batch: int, rate: float, seed: int) -> int:
+def train(
+    module: Any,
+    data: Dataset,
+    *,
+    batch: int,
+    rate: float,
+    seed: int,
+    epochs: float = math.inf,
+    patience: float = math.inf,
+    seconds: float = math.inf,
+    weight_decay: float = 0.0,
+    anneals: bool = False,
+) -> int:
     """Adam on batches with clipped gradients; the weights that validate best are kept.
+
+    It ends with the epoch in which one of `epochs`, `patience` and processor `seconds` is reached.
+
+    Args:
+        anneals: Whether the rate falls to zero over the seconds as a cosine does.
 
     Returns:
         For how many epochs.
     """
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(module.parameters(), rate, fused=True)
-    best, kept, best_epoch = float("inf"), copy.deepcopy(module.state_dict()), 0
-    for epoch in range(1, epochs + 1):
+    generator, started = torch.Generator().manual_seed(seed), time.process_time()
+    optimizer = torch.optim.Adam(module.parameters(), rate, weight_decay=weight_decay, fused=True)
+    best, kept, best_epoch, epoch = float("inf"), copy.deepcopy(module.state_dict()), 0, 0
+    while epoch < epochs and epoch - best_epoch < patience and time.process_time() - started < seconds:
+        epoch += 1
         module.train()
         for index in torch.randperm(len(data.train), generator=generator).split(batch):
+            if anneals:
+                spent = min(seconds, time.process_time() - started)
+                optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * spent / seconds)) / 2
             optimizer.zero_grad()
             loss = -_log_prob(module, data.train[index], data.train_context, index).mean()
             loss.backward()
@@ -172,8 +195,6 @@ def train(module: Any, data: Dataset, *, epochs: int, patience: int, batch: int,
         held_out = -scores(module, data.validation, data.validation_context).mean().item()
         if held_out < best:
             best, kept, best_epoch = held_out, copy.deepcopy(module.state_dict()), epoch
-        elif epoch - best_epoch >= patience:
-            break
     module.load_state_dict(kept)
     module.eval()
     return epoch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from parts.contest import OURS
+from parts.contest import DEFAULT, OURS
 from parts.report import ratio, table
 from parts.scaling import costs
 from pyro_maf.experiments import ROWS, SETTINGS, Estimate
@@ -18,7 +18,7 @@ def everything(results: dict[str, Any]) -> str:
     sets = results["sets"]
     parts = [_about(results["about"])] if results["about"] else []
     if sets:
-        parts += [_scores(sets), _bits(sets), _settings(sets), _order(sets), _given(sets), _peers(sets)]
+        parts += [_scores(sets), _bits(sets), _settings(sets), _order(sets), _given(sets), _default(sets), _peers(sets)]
     parts += [_speed(results["speed"]), costs(results["speed"]), _figure_one(results["figure_one"])]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -32,7 +32,7 @@ def _scores(sets: dict[str, Section]) -> str:
     heading, columns = ["", *map(_column, sets.items())], [_by_model(section) for section in sets.values()]
     published = [SETTINGS[name].published if name in SETTINGS else {} for name in sets]
     rows = []
-    for model in ROWS:
+    for model in (*ROWS, DEFAULT.name):
         cells = [model]
         for column, paper in zip(columns, published, strict=True):
             cells.append(_estimate(column.get(model)) + (f" (paper {paper[model]:.2f})" if model in paper else ""))
@@ -112,21 +112,43 @@ def _given(sets: dict[str, Section]) -> str:
 
 
 def _peers(sets: dict[str, Section]) -> str:
-    names = sorted({who for each in sets.values() for line in each["against_peers"] for who in line["test"]} - {OURS})
+    lines = [(name, line) for name, each in sets.items() for line in each["against_peers"]]
+    lines = [(name, line) for name, line in lines if line["model"] != DEFAULT.name]
+    names = sorted({who for _, line in lines for who in line["test"]} - {OURS})
     if not names:
         return ""
     heading = ["", "model", "hidden", "ours", *names, "ours - best peer", "s, ours", *(f"s, {name}" for name in names)]
     rows = []
-    for name, section in sets.items():
-        for line in section["against_peers"]:
-            cells = [name, line["model"], line["hidden"], _estimate(line["test"][OURS])]
-            cells += [_estimate(line["test"].get(peer)) for peer in names]
-            cells += [_not_behind(line), f"{line['seconds'][OURS]:.0f}"]
-            cells += [f"{line['seconds'][peer]:.0f}" if peer in line["seconds"] else "" for peer in names]
-            rows.append(cells)
+    for name, line in lines:
+        cells = [name, line["model"], line["hidden"], _estimate(line["test"][OURS])]
+        cells += [_estimate(line["test"].get(peer)) for peer in names]
+        cells += [_not_behind(line), f"{line['seconds'][OURS]:.0f}"]
+        cells += [f"{line['seconds'][peer]:.0f}" if peer in line["seconds"] else "" for peer in names]
+        rows.append(cells)
     title = (
         "**Against the peers**: the same widths, learning rate, batches and most epochs; nats, paired by row, with two "
         "standard errors; processor seconds; bold where ours is behind by more than two standard errors"
+    )
+    return f"{title}\n\n{table(heading, rows)}"
+
+
+def _default(sets: dict[str, Section]) -> str:
+    """The default against each peer's recipe and simple densities, of those sets that have it."""
+    found = {name: line for name, each in sets.items() for line in each["against_peers"] if line["model"] == "default"}
+    others = list(dict.fromkeys(who for line in found.values() for who in line["ahead"]))
+    if not others:
+        return ""
+    heading = ["", "seeds", "default", "s", *(f"over {who}" for who in others), *(f"s, {who}" for who in others)]
+    rows = []
+    for name, line in found.items():
+        seeds = {each["seed"] for each in sets[name]["tried"] if each["model"] == "default"}
+        cells = [name, str(len(seeds)), _estimate(line["test"][OURS]), f"{line['seconds'][OURS]:.0f}"]
+        cells += [_not_behind(line["ahead"][who]) if who in line["ahead"] else "" for who in others]
+        cells += [f"{line['seconds'][who]:.0f}" if who in line["seconds"] else "" for who in others]
+        rows.append(cells)
+    title = (
+        "**The default, `fit(rows)`, over others by recipes of their own**: nats a test row, paired by row, with two "
+        "standard errors, means over seeds; processor seconds; bold where it is behind by more than two standard errors"
     )
     return f"{title}\n\n{table(heading, rows)}"
 

@@ -79,6 +79,7 @@ class FittingOptions(TypedDict):
     max_epochs: int
     batch_size: int | None
     learning_rate: float
+    weight_decay: float | None
     patience: int
     seed: int
 
@@ -145,6 +146,9 @@ class TrainingOptions:
     learning_rate: Annotated[float, option("Initial learning rate; it is halved when the validation loss stalls.")] = (
         2e-3
     )
+    weight_decay: Annotated[
+        float | None, option("Initial weight decay, which falls where nothing is gained; 1e-6 by default, or chosen.")
+    ] = None
     patience: Annotated[int, option("Epochs without a better validation loss after which to stop.")] = 30
     seed: Annotated[int, option("Seed of the weights, of the split of the rows and of the order of batches.")] = 0
     device: Device = "cpu"
@@ -156,6 +160,7 @@ class TrainingOptions:
             "max_epochs": self.max_epochs,
             "batch_size": self.batch_size,
             "learning_rate": self.learning_rate,
+            "weight_decay": self.weight_decay,
             "patience": self.patience,
             "seed": self.seed,
         }

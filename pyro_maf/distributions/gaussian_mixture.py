@@ -19,7 +19,7 @@ ROWS_EACH = 3
 ITERATIONS, SETTLED = 100, 1e-4
 FLOOR = 1e-3
 """Least variance of a component along any direction, in units of the rows' variances."""
-SHRINKAGES = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3)
+SHRINKAGES = (0.0, 0.003, 0.01, 0.03, 0.06, 0.1, 0.2, 0.3, 0.5)
 FOLDS = 5
 LLOYD = 10
 
@@ -168,9 +168,10 @@ class GaussianMixture(Density):
 def fit_mixture(rows: Tensor, weights: Tensor | None = None, *, most: int = MOST_COMPONENTS) -> Mixture:
     r"""Fit a mixture of Gaussians, with the number of components that BIC is lowest for.
 
-    No more components are tried than there are three rows for each of the K (1 + D + D (D + 1) / 2) parameters. Then
-    the correlations within components are multiplied by 1 - s, with the s of 0 .. 0.3 of the highest likelihood in
-    five-fold cross-validation: with few rows a Gaussian of correlations as they are would be too narrow.
+    No more components are tried than there are three rows for each of the K (1 + D + D (D + 1) / 2) parameters. Of the
+    highest likelihood, Gaussians of few rows are too narrow. So the correlations within components are multiplied by
+    1 - s, with the s of 0 .. 0.5 of the highest likelihood in five-fold cross-validation; and a component of n rows is
+    (n + 1) / (n - 1) times as wide, as new rows are farther from the mean of n than these.
 
     Args:
         rows: Rows (N, D), in units in which their variances are about 1.
@@ -215,12 +216,12 @@ def _climb(rows: Tensor, weights: Tensor, components: int) -> tuple[Mixture, Ten
     """Expectation maximisation from clusters; also the (weighted) responsibilities, (rows, K)."""
     responsibilities = torch.nn.functional.one_hot(_clusters(rows, components), components).double() * weights[:, None]
     last = -math.inf
-    mixture = _maximised(rows, responsibilities, FLOOR)
+    mixture = _maximised(rows, responsibilities)
     for _ in range(ITERATIONS if components > 1 else 0):
         log_joint = mixture.log_joint(rows)
         log_prob = log_joint.logsumexp(1)
         responsibilities = (log_joint - log_prob[:, None]).exp() * weights[:, None]
-        mixture = _maximised(rows, responsibilities, FLOOR)
+        mixture = _maximised(rows, responsibilities)
         mean = float(weights @ log_prob) / len(rows)
         if mean - last < SETTLED:
             break
@@ -246,15 +247,17 @@ def _clusters(rows: Tensor, components: int) -> Tensor:
     return numbers
 
 
-def _maximised(rows: Tensor, responsibilities: Tensor, floor: float, shrinkage: float = 0.0) -> Mixture:
-    """The mixture of the highest likelihood under responsibilities, (rows, K), but for the floor and shrinkage."""
+def _maximised(rows: Tensor, responsibilities: Tensor, shrinkage: float | None = None) -> Mixture:
+    """The likeliest mixture of responsibilities, (rows, K), but for the floor; with a shrinkage, that of new rows."""
     count = responsibilities.sum(0).clamp(min=1e-10)
     means = responsibilities.T @ rows / count[:, None]
     centred = rows[None] - means[:, None]
     covariance = torch.einsum("nk,kni,knj->kij", responsibilities, centred, centred) / count[:, None, None]
-    diagonal = covariance.diagonal(dim1=1, dim2=2).diag_embed()
-    covariance = (1 - shrinkage) * covariance + shrinkage * diagonal
-    covariance = covariance + floor * torch.eye(rows.shape[1], dtype=rows.dtype)
+    if shrinkage is not None:
+        diagonal = covariance.diagonal(dim1=1, dim2=2).diag_embed()
+        covariance = (1 - shrinkage) * covariance + shrinkage * diagonal
+        covariance = covariance * ((count + 1) / (count - 1).clamp(min=1))[:, None, None]
+    covariance = covariance + FLOOR * torch.eye(rows.shape[1], dtype=rows.dtype)
     return Mixture(count / count.sum(), means, torch.linalg.cholesky(covariance))
 
 
@@ -265,6 +268,6 @@ def _shrunk(rows: Tensor, responsibilities: Tensor) -> Mixture:
     for number in range(FOLDS if len(rows) > FOLDS else 0):
         inside, outside = fold != number, fold == number
         for index, shrinkage in enumerate(SHRINKAGES):
-            mixture = _maximised(rows[inside], responsibilities[inside], FLOOR, shrinkage)
+            mixture = _maximised(rows[inside], responsibilities[inside], shrinkage)
             scores[index] += (responsibilities[outside] * mixture.log_joint(rows[outside])).sum()
-    return _maximised(rows, responsibilities, FLOOR, SHRINKAGES[int(scores.argmax())])
+    return _maximised(rows, responsibilities, SHRINKAGES[int(scores.argmax())])

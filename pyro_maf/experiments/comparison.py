@@ -50,6 +50,7 @@ def compare(
     max_epochs: int = 1000,
     patience: int = 30,
     learning_rate: float = 2e-3,
+    weight_decay: float | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: bool | str = True,
@@ -65,8 +66,8 @@ def compare(
         models: The models to fit, by default every row of the paper's table.
         folder: Folder with a subfolder for each model, with its density, its score and the log of its fit. Results
             in it are read back and not fitted again, and an interrupted fit is resumed.
-        batch_size, max_epochs, patience, learning_rate, progress: As in `fit`; a candidate's learning rate has
-            priority.
+        batch_size, max_epochs, patience, learning_rate, weight_decay, progress: As in `fit`; a candidate's learning
+            rate has priority.
         seed: Seed of the initial weights, and of the batches.
         device: Device of the fits.
         tell: Callback with each score.
@@ -98,6 +99,7 @@ def compare(
         "max_epochs": max_epochs,
         "patience": patience,
         "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
         "seed": seed,
     }
     contest = _Contest(data, options, None if folder is None else Path(folder), torch.device(device), progress)

@@ -33,7 +33,7 @@ from pyro_maf.tables.named_rows import NamedRows, named_rows
 from pyro_maf.tables.table import Table
 from pyro_maf.training.baselines import fitted_rows
 from pyro_maf.training.batches import Batches
-from pyro_maf.training.choice import CHOSEN, DefaultFlow, choose
+from pyro_maf.training.choice import CHOSEN, RELAXATIONS, DefaultFlow, choose
 from pyro_maf.training.loop import Loop
 from pyro_maf.training.preparation import Choice, Fitted, Model, Prepared, Recipe, Validation, prepare
 from pyro_maf.training.records import checkpoints
@@ -65,6 +65,7 @@ def fit(
     patience: int = 30,
     learning_rate: float = 2e-3,
     max_grad_norm: float = 5.0,
+    weight_decay: float | None = None,
     seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -77,7 +78,7 @@ def fit(
     Maximises mean_n log p(y_n | c_n) with p the density of T(loc + scale z), z ~ model, where T maps to the support,
     and loc and scale are the mean and standard deviation of the training rows before T, of which outliers are moved to
     a fence: 10 standard deviations, by the quartiles, from the median. A context is standardised likewise, but with a
-    fence against single outliers only. Adam, with the paper's weight decay of 1e-6, steps on batches; after each epoch
+    fence against single outliers only. Adam steps on batches; after each epoch
     an average of the weights over the last two epochs or so is scored on the validation rows. The learning rate is
     halved when that score stalls, the fit ends after `patience` epochs without a better one, or sooner where only the
     training rows are fitted better than ever, and the best average is the result. From 1,000 rows on, as many rows
@@ -145,6 +146,9 @@ def fit(
             the learning rate is halved.
         learning_rate: Initial learning rate of Adam.
         max_grad_norm: Norm to which the gradient of a step is clipped.
+        weight_decay: Initial factor of the weights that is added to their gradients; it falls twice to a tenth before
+            the learning rate is halved. The more columns and the fewer rows, the more helps: 0.01 of 8,000 images. By
+            default 1e-6, which stays, and without a model by rows.
         seed: Seed of the split and of the order of the batches.
         folder: Folder of the fit: `checkpoint.safetensors`, to resume from; `log.csv`, a line an epoch,
             and the same for TensorBoard if that is installed; at the end `model.safetensors`, for `pyro_maf.load`.
@@ -205,9 +209,12 @@ def fit(
         check_positive("fit", "batch_size", batch_size)
     source = named_rows("fit", data, context, weights)
     choice = choose(chosen, source, support, context_net=context_net, dequantise=dequantise, seed=seed)
+    recipe = choice.recipe
+    if weight_decay is not None:
+        recipe = recipe._replace(weight_decay=weight_decay, relaxations=RELAXATIONS)
     options = _Options(
-        batch_size=choice.recipe.batch_size if batch_size is None else batch_size,
-        recipe=choice.recipe,
+        batch_size=recipe.batch_size if batch_size is None else batch_size,
+        recipe=recipe,
         max_epochs=max_epochs,
         patience=patience,
         learning_rate=learning_rate,
@@ -249,6 +256,8 @@ class _Options:
             check_positive("fit", name, getattr(self, name))
         check_above_zero("fit", "learning_rate", self.learning_rate, finite=True)
         check_above_zero("fit", "max_grad_norm", self.max_grad_norm)
+        if self.recipe.weight_decay:
+            check_above_zero("fit", "weight_decay", self.recipe.weight_decay, finite=True)
         if (seed := check_positive("fit", "seed", self.seed, least=0)) >= 2**63:
             raise ValueError(f"fit expected seed below 2**63, got {seed}.")
         check_progress("fit", self.progress)
