@@ -82,7 +82,7 @@ def unpack(tables: Tables, offsets: Array, gradients: Array, by_biases: Array, f
             place, count = row_order[matrix.rows_from + r], np.uintp(seen[matrix.rows_from + r])
             at = np.uintp(offsets[matrix.weight] + _begins(matrix, place))
             own = np.uintp(matrix.start + r * matrix.stride)
-            for k in range(count if matrix.packed else np.uintp(columns)):
+            for k in range(count if matrix.natural else 0, count if matrix.packed else np.uintp(columns)):
                 flat[at + k] = 0
             if matrix.natural:
                 for k in range(count):

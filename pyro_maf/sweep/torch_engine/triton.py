@@ -195,6 +195,35 @@ def _product(
 
 
 @triton.jit
+def _complete(
+    weights, own, row, inside, tape, below, seen, biases, before, point, points, bias_stride, dim,
+    rows: tl.constexpr, tile: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    # Pre-activations of rows of the level from `own` on, (rows, tile), which are stored in `before`.
+    stride = tl.zeros((tile,), dtype=tl.int64) + points
+    here = point < points
+    value = _product(
+        weights, own - below, row, inside, tape, below, 0, seen, point, stride, points, rows, tile, block
+    )  # fmt: skip
+    bias_point = tl.where(here, point, 0) % bias_stride
+    bias_place = (own - dim + row)[:, None] * bias_stride + bias_point[None, :]
+    value += tl.load(biases + bias_place, mask=inside[:, None], other=0.0)
+    place = (own + row)[:, None] * stride[None, :] + point[None, :]
+    tl.store(before + place, value, mask=inside[:, None] & here[None, :])
+    return value
+
+
+@triton.jit
+def _affine(x, shift, alpha, inverse: tl.constexpr):
+    # y from x, or x from y, for the bounded log-scale alpha.
+    if inverse:
+        half = tl.exp(-0.5 * alpha)
+        return (x * half - shift) * half
+    half = tl.exp(0.5 * alpha)
+    return (x * half + shift) * half
+
+
+@triton.jit
 def walk(
     v, order, weights, biases, starts, levels, final, w, log_det, tape, before, points, bias_stride, dim,
     inverse: tl.constexpr, bound: tl.constexpr, bulk: tl.constexpr, kind: tl.constexpr, top: tl.constexpr,
@@ -209,7 +238,6 @@ def walk(
     point = (tl.program_id(0) * tile + tl.arange(0, tile)).to(tl.int64)
     stride = tl.zeros((tile,), dtype=tl.int64) + points
     here = point < points
-    bias_point = tl.where(here, point, 0) % bias_stride
     total_alpha = tl.zeros((tile,), dtype=tl.float32)
     for i in range(dim):
         for level in tl.static_range(1, top):
@@ -221,46 +249,57 @@ def walk(
             start = tl.load(starts + level)
             for row_start in range(first, last, rows):
                 row = row_start + tl.arange(0, rows)
-                inside = row < last
-                value = _product(
-                    weights + start, own - below, row, inside, tape, below, 0, seen, point, stride, points,
-                    rows, tile, block,
+                value = _complete(
+                    weights + start, own, row, row < last, tape, below, seen, biases, before, point, points,
+                    bias_stride, dim, rows, tile, block,
                 )  # fmt: skip
-                bias_place = (own - dim + row)[:, None] * bias_stride + bias_point[None, :]
-                value += tl.load(biases + bias_place, mask=inside[:, None], other=0.0)
                 place = (own + row)[:, None] * stride[None, :] + point[None, :]
-                tl.store(tape + place, _activate(value, kind), mask=inside[:, None] & here[None, :])
-                tl.store(before + place, value, mask=inside[:, None] & here[None, :])
+                tl.store(tape + place, _activate(value, kind), mask=(row < last)[:, None] & here[None, :])
             tl.debug_barrier()
-        last_below = tl.load(levels + top - 1)
-        outputs = tl.load(levels + top)
         output = 2 * i + tl.arange(0, few)
-        of_variable = output < 2 * i + 2
-        seen_by_output = tl.load(final + (top - 1) * (dim + 1) + i + 1)
-        phi = _product(
-            weights + tl.load(starts + top), outputs - last_below, output, of_variable, tape, last_below, 0,
-            seen_by_output, point, stride, points, few, tile, block,
+        phi = _complete(
+            weights + tl.load(starts + top), tl.load(levels + top), output, output < 2 * i + 2, tape,
+            tl.load(levels + top - 1), tl.load(final + (top - 1) * (dim + 1) + i + 1), biases, before, point, points,
+            bias_stride, dim, few, tile, block,
         )  # fmt: skip
-        phi_bias = (outputs - dim + output)[:, None] * bias_stride + bias_point[None, :]
-        phi += tl.load(biases + phi_bias, mask=of_variable[:, None], other=0.0)
-        phi_place = (outputs + output)[:, None] * stride[None, :] + point[None, :]
-        tl.store(before + phi_place, phi, mask=of_variable[:, None] & here[None, :])
         shift = tl.sum(tl.where((output == 2 * i)[:, None], phi, 0.0), 0)
         scale = tl.sum(tl.where((output == 2 * i + 1)[:, None], phi, 0.0), 0)
         variable = tl.load(order + i)
         entry = tl.load(v + point * dim + variable, mask=here, other=0.0)
         alpha = bound * _tanh(scale / bound)
-        if inverse:
-            half = tl.exp(-0.5 * alpha)
-            entry = (entry * half - shift) * half
-        else:
-            half = tl.exp(0.5 * alpha)
-            entry = (entry * half + shift) * half
+        entry = _affine(entry, shift, alpha, inverse)
         total_alpha += alpha
         tl.store(w + point * dim + variable, entry, mask=here)
         tl.store(tape + i * stride + point, _compress(entry, bulk), mask=here)
         tl.debug_barrier()
     tl.store(log_det + point, total_alpha, mask=here)
+
+
+@triton.jit
+def _complete_back(
+    level, i, weights, starts, levels, final, slopes, delta, point, stride, points, dim,
+    rows: tl.constexpr, tile: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    # The adjoint of `_complete` for the units of a level that step i completes.
+    here = point < points
+    own = tl.load(levels + level)
+    above = tl.load(levels + level + 1)
+    width = tl.load(levels + level + 2) - above
+    first = tl.load(final + level * (dim + 1) + i)
+    last = tl.load(final + level * (dim + 1) + i + 1)
+    seen_from = tl.load(final + (level + 1) * (dim + 1) + i)
+    seen_to = tl.load(final + (level + 1) * (dim + 1) + dim)
+    start = tl.load(starts + level + 1)
+    for row_start in range(first, last, rows):
+        row = row_start + tl.arange(0, rows)
+        inside = row < last
+        value = _product(
+            weights + start, width, row, inside, delta, above, seen_from, seen_to, point, stride, points,
+            rows, tile, block,
+        )  # fmt: skip
+        place = (own + row)[:, None] * stride[None, :] + point[None, :]
+        slope = tl.load(slopes + place, mask=inside[:, None] & here[None, :], other=0.0)
+        tl.store(delta + place, value * slope, mask=inside[:, None] & here[None, :])
 
 
 @triton.jit
@@ -288,25 +327,10 @@ def walk_back(
             tl.store(of_output, tl.load(of_output, mask=here, other=0.0) + gain * total, mask=here)
         tl.debug_barrier()
         for down in tl.static_range(1, top):
-            level = top - down
-            own = tl.load(levels + level)
-            above = tl.load(levels + level + 1)
-            width = tl.load(levels + level + 2) - above
-            first = tl.load(final + level * (dim + 1) + i)
-            last = tl.load(final + level * (dim + 1) + i + 1)
-            seen_from = tl.load(final + (level + 1) * (dim + 1) + i)
-            seen_to = tl.load(final + (level + 1) * (dim + 1) + dim)
-            start = tl.load(starts + level + 1)
-            for row_start in range(first, last, rows):
-                row = row_start + tl.arange(0, rows)
-                inside = row < last
-                value = _product(
-                    weights + start, width, row, inside, delta, above, seen_from, seen_to, point, stride, points,
-                    rows, tile, block,
-                )  # fmt: skip
-                place = (own + row)[:, None] * stride[None, :] + point[None, :]
-                slope = tl.load(slopes + place, mask=inside[:, None] & here[None, :], other=0.0)
-                tl.store(delta + place, value * slope, mask=inside[:, None] & here[None, :])
+            _complete_back(
+                top - down, i, weights, starts, levels, final, slopes, delta, point, stride, points, dim,
+                rows, tile, block,
+            )  # fmt: skip
             tl.debug_barrier()
         if i > 0:
             first_hidden = tl.load(levels + 1)
