@@ -58,9 +58,6 @@ def _exp_parts(x: Any) -> tuple[Any, Any]:
 
 @overload(_exp_parts, jit_options=INNER)  # type: ignore[arg-type]
 def _compiled_exp_parts(x: Any) -> Any:
-    def double(x: Any) -> Any:
-        return 1.0, math.expm1(x)
-
     def single(x: Any) -> Any:
         x = np.float32(88.0) if x > np.float32(88.0) else x
         x = np.float32(-87.0) if x < np.float32(-87.0) else x
@@ -73,20 +70,17 @@ def _compiled_exp_parts(x: Any) -> Any:
         p = p * r + np.float32(0.5)
         return np.int32((np.int32(n) + 127) << 23).view(np.float32), p * r * r + r
 
-    return single if x == types.float32 else double
+    return single if x == types.float32 else _exp_parts
 
 
 def log(x: Any) -> Any:
-    """The logarithm of a normal number above 0; NaN for NaN. Loops of it are vectorised."""
+    """The logarithm of a normal number above 0; NaN for NaN. Loops of it in float32 are vectorised."""
     return math.log(x)
 
 
 @overload(log, jit_options=INNER)  # type: ignore[arg-type]
 def _compiled_log(x: Any) -> Any:
     # x = 2^n m with m within sqrt(2) of 1, and log m = 2 artanh((m - 1) / (m + 1)), an odd series.
-    def double(x: Any) -> Any:
-        return math.log(x)
-
     def single(x: Any) -> Any:
         bits = np.float32(x).view(np.int32)
         n = (bits - np.int32(0x3F3504F3)) >> np.int32(23)
@@ -100,7 +94,7 @@ def _compiled_log(x: Any) -> Any:
         r = e * LN2_HIGH + (np.float32(2) * s + (np.float32(2) * s * (q * p) + e * LN2_LOW))
         return r if x == x else x
 
-    return single if x == types.float32 else double
+    return single if x == types.float32 else log
 
 
 @inner

@@ -186,7 +186,7 @@ take: Any = intrinsic(
         _take,
     )
 )
-"""A step of Adam for a vector of entries, those of a rank below `count`; arguments are those of `step.descend`.
+"""A step of Adam for a vector of entries, those of a rank below `count`; arguments are those of `entries.descend`.
 
 It holds six arrays, more than a compiler takes for disjoint in a loop: rows of numba's loops took four times as long,
 120 us instead of 30 for five layers of 6 variables and 100 units.
