@@ -94,9 +94,9 @@ class DataUnits(Flow):
             or constants.scale is not scale
             or constants.loc is not loc
         ):
-            is_identity = not (loc.requires_grad or loc.any() or (scale != 1).any())
+            is_identity = not (loc.any() or (scale != 1).any())
             self._constants = constants = _Constants(loc, scale, versions, scale.log().sum().item(), is_identity)
-        if constants.is_identity:
+        if constants.is_identity and not loc.requires_grad:
             return y, constants.volume
         with Alone():
             return (y - loc) / scale, constants.volume

@@ -265,7 +265,7 @@ class FlowPrior(NamedDensity):
                 if density is not None:
                     return density
             z, log_units = units.inverse_and_log_det(value)
-            u, log_det = model.inverse_and_log_det(z, context)
+            u, log_det = self.noise_to_data[0].inverse_and_log_det(z, context)
             log_det = log_det + log_units
         return torch.rsub(torch.add(log_det, u.square().sum(-1), alpha=0.5), -self._log_normaliser)
 
