@@ -142,7 +142,7 @@ class DataUnits(Flow):
 
 
 class _Constants(NamedTuple):
-    """What follows from location and scale, at these versions of theirs."""
+    """Numbers that follow from location and scale, at these versions of theirs."""
 
     loc: Tensor
     scale: Tensor
