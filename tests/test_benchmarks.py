@@ -74,6 +74,22 @@ def test_posteriors_of_simulators_are_estimated_and_compared(tmp_path):
     assert (tmp_path / "simulators.png").stat().st_size > 0
 
 
+def test_the_default_of_fit_is_compared_on_small_tables(tmp_path):
+    options = ["--tables", "normal", "--splits", "2", "--least-seconds", "0.1", "--out", tmp_path]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, BENCHMARKS / "fitting.py", *options]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
+    cell = json.loads((tmp_path / "fitting.json").read_text())["cells"]["normal"]
+    assert cell.keys() == {"Gaussian", "mixture of Gaussians", "KDE", "MAF", "zuko", "nats", "seconds"}
+    assert all(len(values) == 2 and np.isfinite(values).all() for values in cell.values())
+    assert "| normal, 30 x 3 |" in (tmp_path / "fitting.md").read_text()
+
+
+def test_the_page_on_fits_has_the_table_of_the_stored_run():
+    *_, table = (BENCHMARKS / "results" / "fitting.md").read_text().strip().split("\n\n")
+    assert table in (ROOT / "docs" / "fitting.md").read_text()
+
+
 def test_exact_posterior_of_two_moons_is_that_of_its_simulator(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import torch
@@ -126,19 +142,6 @@ def test_guides_are_fitted_measured_and_drawn_where_the_model_is_known(posterior
         assert all(own["variance"] > 0 and own["ms"] > 0 for own in objectives.values())
     assert found["step_ms"].keys() == {"AutoIAF", "AutoIAFNormal"}
     assert (out / "guides.png").stat().st_size > 0
-
-
-def test_tables_of_guides_say_when_a_chain_is_as_accurate_as_a_fit():
-    from parts.standings_of_guides import CHAIN, FITTED, as_accurate
-
-    fits = {str(seed): {"err": err, "start": 1.0, "seconds": 2.0} for seed, err in enumerate((0.05, 0.01))}
-    chain = {"seconds": 9.0, "errors_in_time": [[1.0, 0.5], [4.0, 0.04], [9.0, 0.02]]}
-    lines = as_accurate({FITTED: fits, CHAIN: {"0": chain, "1": chain, "2": chain}})
-    assert lines[1:] == [
-        "NUTS, seed 0: err 0.050 first after 4.0 CPU s; fit_guide takes 3.0.",
-        "NUTS, seed 1: err 0.010 not within 9.0 CPU s; fit_guide takes 3.0.",
-    ]
-    assert as_accurate({FITTED: fits}) == []
 
 
 def test_results_of_guides_are_merged_and_what_is_there_is_not_fitted_again(monkeypatch, tmp_path):

@@ -13,6 +13,10 @@ from mkdocs.utils import get_relative_url
 
 PICTURES = tuple(f"benchmarks/results/{name}.png" for name in ("directions", "guides", "simulators"))
 LINK = re.compile(r"\[([^]]*)\]\(([\w/.-]+)\)")
+TABLE, NAME = re.compile(r"<table>.*?</table>", re.DOTALL), re.compile(r"(?<=<code>)[^<]{14,}(?=</code>)")
+JOINT = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[_(=.])(?=[A-Za-z])")
+"""Places where a long name in a table may go on in the next line."""
+
 FETCHED = "https://unpkg.com/iframe-worker/shim"
 """Script that the theme has every page fetch, for a search without a server."""
 
@@ -51,6 +55,11 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     for picture in PICTURES:
         markdown = markdown.replace(f"(../{picture})", f"(assets/{Path(picture).name})")
     return markdown
+
+
+def on_page_content(html: str, page: Page, **_: Any) -> str:
+    """Let long names in tables break between their words."""
+    return TABLE.sub(lambda table: NAME.sub(lambda name: JOINT.sub("<wbr>", name[0]), table[0]), html)
 
 
 def on_post_page(output: str, page: Page, **_: Any) -> str:
