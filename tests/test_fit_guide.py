@@ -815,3 +815,24 @@ def test_a_single_latent_variable_has_any_shape(guide_class: Any, fn: Any) -> No
     diagnosis = fit_guide(model, guide_class(model), steps=600, progress=False).diagnosis
     assert diagnosis.grade == "good"
     assert diagnosis.misplaced < 0.02
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(10, 1), (20_000, 3)])
+def test_torch_has_one_thread_for_a_model_of_small_operations(rows: int, expected: int) -> None:
+    numbers = []
+
+    def model() -> None:
+        numbers.append(torch.get_num_threads())
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", rows):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.zeros(rows))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        guide = AutoIAF(model, num_layers=1, hidden_dims=[8])
+        fit_guide(model, guide, steps=2, progress=False)
+        assert (numbers[0], set(numbers[1:])) == (3, {expected})
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -102,7 +102,7 @@ class Alone:
         work: Number of multiplications in the largest product: nothing changes from 2^30 on.
     """
 
-    def __init__(self, work: int = 0) -> None:
+    def __init__(self, work: float = 0) -> None:
         self._is_worth_it = work < SHARED_WORK
 
     def __enter__(self) -> None:

@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Generic, TypeVar, cast
@@ -182,13 +182,18 @@ def fit_guide(
     started = time.monotonic()
     call = Call(model, args, kwargs)
     _check(call, guide, steps, num_particles, learning_rate, progress)
-    with _without_idle_words(), bar(progress, "{task.description} {task.completed}", "{task.fields[elbo]}") as shown:
+    with (
+        ExitStack() as threads,
+        _without_idle_words(),
+        bar(progress, "{task.description} {task.completed}", "{task.fields[elbo]}") as shown,
+    ):
         with show_runs(shown, "setting up, run", SET_UP_RUNS, elbo=""):
             if isinstance(guide, AutoFlow):
                 if guide.renew(*args, **kwargs):
                     what = f"fit_guide sets {type(guide).__name__} up anew, since it was set up with other data."
                     warnings.warn(what, UserWarning, stacklevel=2)
                 guide.setup(*args, **kwargs)  # not in a trace, which would lengthen its error messages
+                threads.enter_context(guide.threads(num_particles))
             run = _Run(call, guide, num_particles, Schedule(learning_rate, steps))
         if run.alone:
             advice = ADVICE[isinstance(guide, AutoFlow)]

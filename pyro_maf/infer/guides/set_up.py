@@ -3,6 +3,7 @@ r"""Setting up of a guide: its options, the run of the model that lays out its v
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Self, cast
@@ -13,6 +14,7 @@ from pyro.infer.autoguide import init_to_uniform
 from pyro.infer.autoguide.guides import prototype_hide_fn
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pyro_maf._core.checks import check_above_zero, check_choice, check_positive, check_sizes
 from pyro_maf._core.options import ClassSignature, named_arguments
@@ -26,7 +28,9 @@ from pyro_maf.infer.models.coordinates import Coordinates
 from pyro_maf.infer.models.latents import Latents, Plates, median_or_feasible
 from pyro_maf.infer.models.log_joint import FAILURES, is_enumerated
 from pyro_maf.infer.models.model import (
+    Args,
     Call,
+    Kwargs,
     Model,
     RefusalError,
     Site,
@@ -40,6 +44,7 @@ from pyro_maf.infer.start.initialization import Normal, Start
 from pyro_maf.infer.start.wide_normal import WideNormal
 from pyro_maf.nn import ACTIVATIONS, NetworkOptions
 from pyro_maf.nn.layers import Tempered
+from pyro_maf.sweep import Alone
 from pyro_maf.transforms import ConditionalFlow, Flow, Stack
 from pyro_maf.transforms.low_rank import LowRankHead
 from pyro_maf.transforms.partial import Partial
@@ -55,10 +60,35 @@ NARROWEST, WIDEST = 64, 512
 BOUNDLESS = 1e18
 """Units of tails where those of the posterior are not known: within them nothing is a tail. Far out of small ones, a
 tail overflows."""
+SEARCHED = 32
+"""Number of draws that a start is searched with at once, or so."""
+CAUTION = 16
+"""Factor of the size of a model's operations, for those that its first run does not show."""
 HELPERS = 3
 """Number of variables in the flow that are normal given the others, if there are so many."""
 WEIGHTS = 200 * WIDEST
 """Maximum number of weights between the latent vector and a hidden layer of default width, unless that is narrowest."""
+
+
+class _OperationSizes(TorchFunctionMode):
+    """Mode that records the size of the largest operation.
+
+    It is the geometric mean of the numbers of entries of its tensors to the power 1.5: m n k for a product of matrices.
+
+    Attributes:
+        largest: That size; 0 without operations.
+    """
+
+    largest = 0.0
+
+    def __torch_function__(
+        self, func: Callable[..., object], types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not result._is_view():
+            counts = [each.numel() for each in (*args, result) if isinstance(each, Tensor)]
+            self.largest = max(self.largest, math.prod(counts) ** (1.5 / len(counts)))
+        return result
 
 
 class GuideSetUp(GuideDensity):
@@ -103,6 +133,7 @@ class GuideSetUp(GuideDensity):
         self.transform: Stack | ConditionalFlow | FlowMixture | None = None
         self.coordinates: Coordinates | None = None
         self._missed_modes = 0
+        self._largest_operation = math.inf
         self._shares = Shares()
         self._stored = StoredWeights()
         self._data = ""
@@ -141,6 +172,10 @@ class GuideSetUp(GuideDensity):
         """True if it is a function of the model's arguments, by an encoder."""
         return self._encoder is not None
 
+    def threads(self, draws: int) -> Alone:
+        """Context with one thread of torch, if the model's operations are small for so many draws."""
+        return Alone(CAUTION * self._largest_operation * draws**1.5)
+
     def _set_up_once(self, *args: object, **kwargs: object) -> None:
         if self.prototype_trace is None:
             with without_empty_tables():
@@ -173,7 +208,7 @@ class GuideSetUp(GuideDensity):
         try:
             self._run_prototype(call)
             context = None if self._encoder is None else self._context(*args, **kwargs)
-            with poutine.block():  # trial runs must be invisible to handlers around the guide
+            with poutine.block(), self.threads(SEARCHED):  # trial runs must be invisible to handlers around the guide
                 start = self._start(call, context)
             self.latent_dim = self.latents.size
             self.transform = self._map_from(start, 0 if context is None else context.shape[-1])
@@ -206,8 +241,9 @@ class GuideSetUp(GuideDensity):
     def _trace_prototype(self, call: Call) -> None:
         """Set the prototype by a run of the model: as Pyro does, which refuses sites in sequential plates."""
         model = poutine.block(self.model, cast("Callable[[object], bool]", self._prototype_hide_fn))
-        with poutine.block():
+        with poutine.block(), _OperationSizes() as sizes:
             self.prototype_trace = call.of(model).trace()
+        self._largest_operation = sizes.largest
         if self.master is not None:
             self.master()._check_prototype(self.prototype_trace)
         sites = latent_sites(self.prototype_trace).values()
