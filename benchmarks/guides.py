@@ -115,6 +115,8 @@ def add(found: dict[str, Any], posterior: Posterior, name: str, seed: int, optio
     else:
         own = accuracy.measure(posterior, fitted.guide, fitted.diagnosis, draws)
         fits[str(seed)] = own | {"start": fitted.start, "seconds": fitted.seconds, "steps": fitted.steps}
+        if fitted.clock:
+            fits[str(seed)]["errors_in_time"] = accuracy.errors_in_time(posterior, draws, fitted.clock)
         if name in marginals.SHOWN and seed == options.seeds[0] and "histograms" in found:
             found["histograms"][name] = marginals.histograms(posterior, draws)
     print(f"{posterior.name}, {name}, seed {seed}: {brief(fits[str(seed)])}", file=sys.stderr, flush=True)

@@ -144,6 +144,19 @@ def test_guides_are_fitted_measured_and_drawn_where_the_model_is_known(posterior
     assert (out / "guides.png").stat().st_size > 0
 
 
+def test_tables_of_guides_say_when_a_chain_is_as_accurate_as_a_fit():
+    from parts.standings_of_guides import CHAIN, FITTED, as_accurate
+
+    fits = {str(seed): {"err": err, "start": 1.0, "seconds": 2.0} for seed, err in enumerate((0.05, 0.01))}
+    chain = {"seconds": 9.0, "errors_in_time": [[1.0, 0.5], [4.0, 0.04], [9.0, 0.02]]}
+    lines = as_accurate({FITTED: fits, CHAIN: {"0": chain, "1": chain, "2": chain}})
+    assert lines[1:] == [
+        "NUTS, seed 0: err 0.050 first after 4.0 CPU s; fit_guide takes 3.0.",
+        "NUTS, seed 1: err 0.010 not within 9.0 CPU s; fit_guide takes 3.0.",
+    ]
+    assert as_accurate({FITTED: fits}) == []
+
+
 def test_results_of_guides_are_merged_and_what_is_there_is_not_fitted_again(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import guides

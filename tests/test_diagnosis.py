@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -87,6 +88,15 @@ def test_verdicts_are_sentences(k_hat: float, ess: float, unscored: int, words: 
     assert found.verdict.endswith(".")
     assert found.verdict in repr(found)
     assert (f"{unscored} draws could not be scored" in repr(found)) == (unscored > 0)
+
+
+def test_k_hat_of_weights_that_hardly_differ_is_explained_rather_than_shown() -> None:
+    found = Diagnosis(k_hat=1.08, ess=9978.0, elbo=-1.0, elbo_se=0.1, num_samples=10_000, misplaced=0.014)
+    assert found.grade == "good"
+    assert "99.8 % of the draws are effective and 1.4 % of the probability is misplaced" in found.verdict
+    assert "k-hat 1.08 is the shape of the tail of these weights, not its size" in found.verdict
+    assert repr(found).count("k-hat") == 1  # in the verdict, and not among the figures
+    assert repr(replace(found, k_hat=0.3)).count("k-hat 0.30") == 2
 
 
 @pytest.mark.parametrize(

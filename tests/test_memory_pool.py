@@ -38,6 +38,7 @@ def test_dtypes_and_sizes_are_kept_apart() -> None:
 
 def test_no_more_is_held_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_pool, "MOST_BYTES", 3 * 4 * SIZE)
+    memory_pool._arrays.clear()
     held = [empty(SIZE, like) for _ in range(5)]
     assert len(held) == 5
     assert len(memory_pool._arrays) <= 3

@@ -24,6 +24,14 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "eval mode of a part": lambda flow: flow[0].made.eval(),
     "hook of a part": lambda flow: flow[0].made.layers[0].register_forward_hook(_call),
     "hook of the whole": lambda flow: flow.register_forward_pre_hook(_call),
+    "hook before the call of a part": lambda flow: flow[0].made.register_forward_pre_hook(_call),
+    "hook before the backward of a part": lambda flow: flow[0].register_full_backward_pre_hook(_call),
+    "a buffer where there was none": lambda flow: flow[0].register_buffer("late", torch.zeros(1)),
+    "a parameter where there was none": lambda flow: flow[0].register_parameter("late", nn.Parameter(torch.zeros(1))),
+    "a module in an empty list": lambda flow: flow[0].made.context_layers.append(nn.Linear(2, 8)),
+    "a parameter swapped in its table": lambda flow: (
+        flow[0].made.layers[0]._parameters.update(bias=nn.Parameter(torch.zeros(8)))
+    ),
     "backward hook": lambda flow: flow[1].made.register_full_backward_hook(_call),
     "parametrization": lambda flow: weight_norm(flow[0].made.layers[0]),
     "a call of one's own": lambda flow: setattr(flow[0].made.layers[1], "forward", _call),

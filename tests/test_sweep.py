@@ -285,25 +285,45 @@ def test_parts_are_taken_by_the_threads_there_are(alone: bool, parallel: bool, m
     assert len(takers) == 2
 
 
-FORKS = """
+FORKED = """
 import os, torch
 from pyro_maf import MAF
 from pyro_maf.sweep import threads
 
+def walk():
+    with torch.no_grad():
+        MAF(3)(torch.randn(500, 3))
+
 threads.LEAST_WORK = 1
 torch.set_num_threads(2)
-flow, x = MAF(3), torch.randn(500, 3)
-with torch.no_grad():
-    flow(x)
-    if not (child := os.fork()):
-        flow(x)
-        os._exit(7)
+walk()
+if not (child := os.fork()):
+    walk()
+    os._exit(7)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+FORKED_BEFORE = """
+import multiprocessing, torch
+
+def walk():
+    from pyro_maf import MAF
+    from pyro_maf.sweep import threads
+    threads.LEAST_WORK = 1
+    with torch.no_grad():
+        MAF(3)(torch.randn(500, 3))
+
+torch.set_num_threads(2)
+torch.randn(1_000_000).exp()
+child = multiprocessing.get_context("fork").Process(target=walk)
+child.start()
+child.join()
+print(child.exitcode)
 """
 
 
-def test_a_forked_process_has_threads_of_its_own() -> None:
-    assert run(FORKS).stdout == "7\n"
+@pytest.mark.parametrize(("code", "said"), [(FORKED, "7"), (FORKED_BEFORE, "0")])
+def test_a_forked_process_has_threads_of_its_own(code: str, said: str) -> None:
+    assert run(code).stdout == f"{said}\n"
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -312,6 +312,27 @@ def wide(family: Any = MAF) -> FlowPrior:
     return FlowPrior(model(family), **units)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda units: None,
+        lambda units: units.loc.add_(0.5),
+        lambda units: units.scale.mul_(2.0),
+        lambda units: units.register_buffer("loc", torch.tensor([1.0, 0.0])),
+        lambda units: units.register_buffer("scale", torch.tensor([1.0, 3.0])),
+    ],
+)
+def test_units_that_change_nothing_are_left_out_until_they_are_changed(change: Any) -> None:
+    prior, y = FlowPrior(MAF(2, num_layers=1, hidden_dims=[8])), torch.randn(5, 2)
+    assert torch.equal(prior.log_prob(y), FlowPrior(prior.model).log_prob(y))
+    change(prior.units)
+    expected = FlowPrior(prior.model, loc=prior.loc, scale=prior.scale).log_prob(y)
+    torch.testing.assert_close(prior.log_prob(y), expected)
+    prior.loc.requires_grad_()
+    (gradient,) = torch.autograd.grad(prior.log_prob(y).sum(), prior.loc)
+    assert gradient.abs().sum() > 0
+
+
 def test_a_density_of_float64_values_keeps_them_wherever_it_goes(tmp_path: Path) -> None:
     prior, rows = wide(), torch.from_numpy(northings(7))
     expected = prior.log_prob(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ COMPARED = 4_000
 """Draws of either kind that the classifiers are shown."""
 FARTHEST = 20.0
 """Reference standard deviations at which draws are cut off for the classifiers: infinities would stop them."""
+CHECKED = 40
+"""Number of lengths of a chain at which the error of its means is taken."""
 QUANTILES = (0.05, 0.5, 0.95)
 
 
@@ -42,6 +45,12 @@ def mean_error(posterior: Posterior, draws: np.ndarray) -> float:
     """Root mean square, over columns, of the error of the mean in reference standard deviations."""
     errors = (draws.mean(0) - posterior.draws.mean(0)) / posterior.scales
     return float(np.sqrt(np.mean(errors**2)))
+
+
+def errors_in_time(posterior: Posterior, draws: np.ndarray, clock: Sequence[float]) -> list[list[float]]:
+    """Processor seconds of a chain, and the error of its means until then, at 40 numbers of draws or fewer."""
+    counts = np.unique(np.geomspace(1, len(clock), CHECKED).astype(int)) if clock else []
+    return [[clock[count - 1], mean_error(posterior, draws[:count])] for count in counts]
 
 
 def quantile_error(posterior: Posterior, guide: Any, draws: np.ndarray) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from pyro.infer.autoguide.guides import AutoContinuous
 from pyro.optim import ClippedAdam
 
 from parts.posteriors import Posterior
+from parts.standings_of_guides import CHAIN, FITTED
 from pyro_maf.infer import AutoIAF, AutoMAF, AutoRealNVP, Diagnosis, diagnose, fit_guide
 
 WIDTHS = [64, 64]
@@ -52,7 +53,6 @@ class AutoZuko(AutoContinuous):
         return ZukoToPyro(self.flow())
 
 
-FITTED, CHAIN = "AutoIAF, fit_guide", "NUTS"
 GUIDES: dict[str, Callable[[Any], Any]] = {
     "AutoIAF": AutoIAF,
     FITTED: AutoIAF,
@@ -79,6 +79,7 @@ class Fit(NamedTuple):
         draws: Draws of a chain, by site; empty for a guide.
         start, seconds: Processor seconds of the start, and of the steps.
         steps: Number of steps, or of evaluations of a chain.
+        clock: Processor seconds until each draw of a chain, its warm-up included; empty for a guide.
     """
 
     guide: Any
@@ -87,6 +88,7 @@ class Fit(NamedTuple):
     start: float
     seconds: float
     steps: int
+    clock: Sequence[float] = ()
 
 
 def fit(name: str, posterior: Posterior, steps: int | None, seed: int = 0) -> Fit:
@@ -117,7 +119,7 @@ def chain(posterior: Posterior, evaluations: int, seed: int = 0) -> Fit:
     """A chain of NUTS that ends after as many evaluations of the model as the plain loop has, if not before."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
-    count, draws = 0, []
+    count, draws, clock = 0, [], []
 
     def counted(*args: Any) -> Any:
         nonlocal count
@@ -129,13 +131,15 @@ def chain(posterior: Posterior, evaluations: int, seed: int = 0) -> Fit:
     def keep(kernel: NUTS, values: dict[str, torch.Tensor], stage: str, _: int) -> None:
         if not stage.lower().startswith("warm"):
             draws.append({name: kernel.transforms[name].inv(value) for name, value in values.items()})
+            clock.append(time.process_time() - before)
 
     before = time.process_time()
     mcmc = MCMC(NUTS(counted), num_samples=DIAGNOSED, warmup_steps=WARM_UP, disable_progbar=True, hook_fn=keep)
     with suppress(_SpentError):
         mcmc.run(*posterior.args)
     sites = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]} if draws else {}
-    return Fit(None, Diagnosis(reason="a chain"), sites, 0.0, time.process_time() - before, min(count, evaluations))
+    seconds = time.process_time() - before
+    return Fit(None, Diagnosis(reason="a chain"), sites, 0.0, seconds, min(count, evaluations), clock)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from collections import Counter
 from statistics import median
 from typing import Any
 
+FITTED, CHAIN = "AutoIAF, fit_guide", "NUTS"
 HEADS = ("guide", "C2ST", "worst", "err", "k-hat", "ELBO, nats", "quantile error", "CPU s", "steps")
 WRONG = 0.55
 """C2ST from which on a guide is not the posterior."""
@@ -28,12 +29,25 @@ def table(name: str, found: dict[str, Any]) -> str:
     for guide, fits in found["guides"].items():
         own = [each for each in fits.values() if "error" not in each]
         lines.append(f"| {guide} | {' | '.join(cells(own) if own else ['raises', *[''] * (len(HEADS) - 2)])} |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *as_accurate(found["guides"]), ""])
+
+
+def as_accurate(guides: dict[str, Any]) -> list[str]:
+    """A line on when the means of chains have the error of the fit with the same seed; none without such a pair."""
+    lines = []
+    for seed, chain in guides.get(CHAIN, {}).items():
+        fit = guides.get(FITTED, {}).get(seed, {"error": ""})
+        if "errors_in_time" in chain and "error" not in fit:
+            then = [seconds for seconds, error in chain["errors_in_time"] if error <= fit["err"]]
+            when = f"first after {then[0]:.1f} CPU s" if then else f"not within {chain['seconds']:.1f} CPU s"
+            taken = fit["start"] + fit["seconds"]
+            lines.append(f"NUTS, seed {seed}: err {fit['err']:.3f} {when}; fit_guide takes {taken:.1f}.")
+    return ["", *lines] if lines else []
 
 
 def cells(fits: list[dict[str, Any]]) -> list[str]:
     """A guide's figures."""
-    middle = {key: median(each[key] for each in fits) for key in fits[0] if key not in ("verdict", "grade")}
+    middle = {key: median(each[key] for each in fits) for key in fits[0] if isinstance(fits[0][key], float | int)}
     worst = max(each["c2st"] for each in fits)
     has_bound = middle["elbo"] == middle["elbo"]
     return [

@@ -43,20 +43,20 @@ def empty(size: int, like: Tensor) -> Tensor:
     dtype = DTYPES[like.dtype]
     if size * dtype.itemsize < SMALLEST:
         return like.new_empty(size)
-    length = size + LINE // dtype.itemsize
-    for place in reversed(range(len(_arrays))):
+    # The one that was used longest ago is first: that is whose turn it is, where some sizes follow each other.
+    for place in range(len(_arrays)):
         try:
             array = _arrays.pop(place)  # atomic: another thread gets another
         except IndexError:
-            continue
-        if array.size == length and array.dtype == dtype and sys.getrefcount(array) == FREE:
             break
+        if array.size == size and array.dtype == dtype and sys.getrefcount(array) == FREE:
+            _arrays.append(array)
+            return torch.from_numpy(array)
         _arrays.insert(place, array)
-    else:
-        array = np.empty(length, dtype)
-    first = -array.ctypes.data % LINE // dtype.itemsize
-    tensor = torch.from_numpy(array[first : first + size])
+    spacious = np.empty(size + LINE // dtype.itemsize, dtype)
+    first = -spacious.ctypes.data % LINE // dtype.itemsize
+    array = spacious[first : first + size]
     _arrays.append(array)
     while len(_arrays) > MOST or sum(each.nbytes for each in _arrays) > MOST_BYTES:
         del _arrays[:1]
-    return tensor
+    return torch.from_numpy(array)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
@@ -13,13 +14,21 @@ __all__ = ["ModuleState", "Observed"]
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 TABLES = ("_parameters", "_buffers", "_modules")
+REGISTRATIONS = (
+    *("register_parameter", "register_buffer", "register_module", "add_module"),
+    *("register_forward_hook", "register_forward_pre_hook", "register_backward_hook"),
+    *("register_full_backward_hook", "register_full_backward_pre_hook"),
+)
 
 _dtype, _is_cpu, _version = attrgetter("dtype"), attrgetter("is_cpu"), attrgetter("_version")
 _changes = 0
 
 
 class Observed(nn.Module):
-    """A module of which it is counted when a public attribute, or the class, is set: else none has to be read again."""
+    """A module of which it is counted when a public attribute or the class is set, or a hook or an entry registered.
+
+    So that none of them has to be read again while nothing is counted.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -35,6 +44,19 @@ def _count(name: str) -> None:
     if name[0] != "_" or name == "__class__":
         global _changes
         _changes += 1
+
+
+def _counted(register: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(register)
+    def count(self: Observed, *arguments: Any, **options: Any) -> Any:
+        _count("__class__")
+        return register(self, *arguments, **options)
+
+    return count
+
+
+for _name in REGISTRATIONS:
+    setattr(Observed, _name, _counted(getattr(nn.Module, _name)))
 
 
 OBSERVED = (Observed, nn.ModuleList)
@@ -60,16 +82,16 @@ class ModuleState:
 
     def __init__(self, module: nn.Module) -> None:
         self._changes = _changes
-        inner = list(module.modules())[1:]
+        members = list(module.modules())
+        inner = members[1:]
         self._settings = _Settings(inner)
         self._unobserved = _Settings([each for each in inner if not isinstance(each, OBSERVED)])
         self._is_observed = isinstance(module, Observed)
         self._own_settings = _settings(module)
-        contents = list(map(vars, inner))
-        tables = [each[name] for each in contents for name in TABLES]
-        self._filled = [table for table in tables if table]
+        self._filled = [table for each in inner for name in TABLES if (table := vars(each)[name])]
         # That the rest is empty is seen faster than that entries are the same.
-        self._empty = [table for table in tables if not table] + [each[name] for each in contents for name in HOOKS]
+        self._empty = _empty(members)
+        self._unobserved_empty = _empty([each for each in members if not isinstance(each, Observed)])
         self._parameters, self._buffers = list(module.parameters()), list(module.buffers())
         self._members = self._read(vars(module))
         self._first_marks = self._marks()
@@ -81,14 +103,13 @@ class ModuleState:
             state = cls(module)
         except RuntimeError:  # tensors of inference mode have no version
             return None
-        return None if state._is_hooked(vars(module)) else state
+        return None if any(state._empty) else state
 
     def holds_for(self, module: nn.Module) -> bool:
         """Return whether the module is still in this state; it must be the one that the state is of."""
-        own = vars(module)
         return (
-            not self._is_hooked(own)
-            and _are_same(self._read(own), self._members)
+            not any(self._unobserved_empty)
+            and _are_same(self._read(vars(module)), self._members)
             and self._marks() == self._first_marks
             and self._unobserved.hold()
             and self._has_settings(module)
@@ -104,7 +125,7 @@ class ModuleState:
         changes = _changes
         if self._is_observed and changes == self._changes:
             return True
-        if not (_are_same(_settings(module), self._own_settings) and self._settings.hold()):
+        if any(self._empty) or not (_are_same(_settings(module), self._own_settings) and self._settings.hold()):
             return False
         self._changes = changes
         return True
@@ -117,9 +138,6 @@ class ModuleState:
         """The kinds of parameters, and the versions of buffers."""
         of_parameters = (map(mark, self._parameters) for mark in (_dtype, _is_cpu, Tensor.size))
         return [*chain.from_iterable(of_parameters), *map(_version, self._buffers)]
-
-    def _is_hooked(self, own: dict[str, Any]) -> bool:
-        return any(self._empty) or any(own[name] for name in HOOKS)
 
 
 class _Settings:
@@ -135,6 +153,11 @@ class _Settings:
 
     def _read(self) -> list[object]:
         return list(chain(*map(_settings, self._modules)))
+
+
+def _empty(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
+    """Hooks, and empty tables, of modules."""
+    return [table for each in modules for name in (*TABLES, *HOOKS) if not (table := vars(each)[name]) or name in HOOKS]
 
 
 def _settings(module: nn.Module) -> list[object]:

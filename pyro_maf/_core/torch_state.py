@@ -196,6 +196,17 @@ class Snapshot(NamedTuple):
             return None
         return cls(tensors, marks, storages)
 
+    def later(self, tensors: Sequence[Tensor]) -> Snapshot | None:
+        """As `of`, which takes longer: storages at the same addresses are the same, and none of them is shared."""
+        try:
+            marks = _marks(tensors)
+        except (RuntimeError, NotImplementedError):
+            return None
+        count = len(self.tensors)
+        if len(tensors) != count or self.marks[1 + count :] != marks[1 + count :]:
+            return Snapshot.of(tensors)
+        return Snapshot(tensors, marks, self.storages)
+
     def holds_for(self, tensors: Sequence[Tensor]) -> bool:
         """Return whether these are the same tensors, unchanged since."""
         # In this order: tensors of inference mode, which have no version, are never those of a snapshot.
@@ -208,7 +219,10 @@ class Snapshot(NamedTuple):
 
 
 def _marks(tensors: Sequence[Tensor]) -> list[int]:
-    return [_steps, *[tensor._version for tensor in tensors], *map(torch.Tensor.data_ptr, tensors)]
+    return [_steps, *map(_version, tensors), *map(torch.Tensor.data_ptr, tensors)]
+
+
+_version = operator.attrgetter("_version")
 
 
 def _is_shared_on_cpu(storage: torch.UntypedStorage) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Self, cast
+from typing import NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class DataUnits(Flow):
         self.register_buffer("tails", None if tails is None else tails.to(loc))
         # An empty tensor that follows the model's dtype and device.
         self.register_buffer("inner", like.new_empty(0), persistent=False)
-        self._volume: tuple[Tensor | None, int, float] = None, 0, 0.0
+        self._constants: _Constants | None = None
 
     def widen(self) -> None:
         """Convert y to float64, if the device supports it, for any dtype of x."""
@@ -85,14 +85,21 @@ class DataUnits(Flow):
         loc, scale = buffers["loc"], buffers["scale"]
         if self.support.name != "real" or scale.dtype is not buffers["inner"].dtype or not scale.is_cpu:
             return None
-        if buffers["tails"] is not None or scale.requires_grad or scale.is_inference():
+        if buffers["tails"] is not None or scale.requires_grad or scale.is_inference() or loc.is_inference():
             return None
-        before, version, volume = self._volume
-        if before is not scale or version != scale._version:
-            version, volume = scale._version, scale.log().sum().item()
-            self._volume = scale, version, volume
+        constants, versions = self._constants, (loc._version, scale._version)
+        if (
+            constants is None
+            or constants.versions != versions
+            or constants.scale is not scale
+            or constants.loc is not loc
+        ):
+            is_identity = not (loc.any() or (scale != 1).any())
+            self._constants = constants = _Constants(loc, scale, versions, scale.log().sum().item(), is_identity)
+        if constants.is_identity and not loc.requires_grad:
+            return y, constants.volume
         with Alone():
-            return (y - loc) / scale, volume
+            return (y - loc) / scale, constants.volume
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y = c(loc + scale t(x)), c the map to the support, and log |det dy/dx|."""
@@ -125,13 +132,23 @@ class DataUnits(Flow):
 
     def _forget(self) -> None:
         super()._forget()
-        self._volume = None, 0, 0.0
+        self._constants = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         widen_for(self._buffers, ("loc", "scale"), state_dict, prefix, self.support)
         tails = state_dict.get(prefix + "tails")
         self.tails = None if tails is None else torch.zeros_like(tails, device=self.loc.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _Constants(NamedTuple):
+    """Numbers that follow from location and scale, at these versions of theirs."""
+
+    loc: Tensor
+    scale: Tensor
+    versions: tuple[int, int]
+    volume: float
+    is_identity: bool
 
 
 class NoiseToData(Stack):

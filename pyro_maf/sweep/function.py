@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from pyro_maf._core.memory_pool import empty
 from pyro_maf._core.torch_state import is_intercepted
 from pyro_maf.sweep.kernels import kernels, loaded
 from pyro_maf.sweep.layout import LANES, Array, Step, Triangular
-from pyro_maf.sweep.program import Pack, Program, Reading, program_of
+from pyro_maf.sweep.program import Pack, Program, Reading, is_ordinary, program_of
 from pyro_maf.sweep.threads import in_parts
 from pyro_maf.sweep.torch_engine.layers import at_once, gradients, one_by_one, together, triangular
 
@@ -48,7 +49,7 @@ class Run(NamedTuple):
             steps: The layers; at least one with a network.
         """
         reading = Reading.of(steps)
-        if reading is None or reading.tensors[0].dtype not in DTYPES or not reading.is_uniform(reading.tensors[0]):
+        if reading is None or reading.tensors[0].dtype not in DTYPES or not reading.is_uniform():
             return None
         program = program_of(owner, place, steps, reading)
         return None if program is None else cls(program, steps, reading.tensors)
@@ -73,7 +74,7 @@ class Run(NamedTuple):
             return None
         rows, features, needs_gradient = inputs
         if needs_gradient:
-            w, log_det = _Layers.apply(self, rows, features, *self.tensors)
+            w, log_det = _applied(_Layers, (self,), (rows, features), self.tensors)
         else:
             w, log_det = _forward(self.program, self.program.remembered(self.tensors), rows, features, None)
         if rows is v:
@@ -91,7 +92,7 @@ class Run(NamedTuple):
             return None
         rows, features, needs_gradient = inputs
         if needs_gradient:
-            density = _Density.apply(self, constant, rows, features, *self.tensors)
+            density = _applied(_Density, (self, constant), (rows, features), self.tensors)
         else:
             w, log_det = _forward(self.program, self.program.remembered(self.tensors), rows, features, None)
             density = _normal(w, log_det, constant)
@@ -103,7 +104,7 @@ class Run(NamedTuple):
         None where torch is to apply the layers.
         """
         program, tensors = self.program, self.tensors
-        if v.dtype is not tensors[0].dtype or not Reading([], [], [v]).is_uniform(v):
+        if not is_ordinary(v, tensors[0].dtype):
             return None
         context = context if program.context_dim else None
         if not program.fits(v, context):
@@ -138,6 +139,17 @@ def run(
     return None if ready is None else ready(v, context)
 
 
+def _applied(
+    function: type[torch.autograd.Function],
+    settings: tuple[object, ...],
+    inputs: tuple[Tensor | None, ...],
+    tensors: Sequence[Tensor],
+) -> Any:
+    """The result of `function.apply`, which would look at each parameter for wrappers that torch.func left behind."""
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply(*settings, *unwrap_dead_wrappers(inputs), *tensors)
+
+
 class _Layers(torch.autograd.Function):
     """The layers, with the walk back as the backward."""
 
@@ -153,7 +165,8 @@ class _Layers(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled() or is_intercepted():
             return None, *_by_plain_operations(_plain, ctx.run, ctx.saved_tensors, needed, (grad_w, grad_log_det))
-        return None, *_backward(ctx.run.program, ctx.saved_tensors, needed, grad_w, grad_log_det)
+        arrays = grad_w.contiguous().numpy(), grad_log_det.contiguous().numpy()
+        return None, *_backward(ctx.run.program, ctx.saved_tensors, needed, *arrays)
 
 
 class _Density(torch.autograd.Function):
@@ -172,10 +185,10 @@ class _Density(torch.autograd.Function):
         w, *saved = ctx.saved_tensors
         if torch.is_grad_enabled() or is_intercepted():
             return None, None, *_by_plain_operations(_plain_density, ctx.run, saved, needed, (grad,))
-        grads, factors = (torch.empty_like(w), torch.empty_like(grad)), grad.contiguous().numpy()
-        arrays = [each.numpy() for each in (w, *grads)]
-        loaded().differentiate_normal(0.0, factors, arrays[0], factors, *arrays[1:])
-        return None, None, *_backward(ctx.run.program, saved, needed, *grads)
+        noise, factors = w.numpy(), grad.contiguous().numpy()
+        arrays = np.empty_like(noise), np.empty_like(factors)
+        loaded().differentiate_normal(0.0, factors, noise, factors, *arrays)
+        return None, None, *_backward(ctx.run.program, saved, needed, *arrays)
 
 
 def _normal(w: Tensor, log_det: Tensor, constant: float) -> Tensor:
@@ -215,64 +228,48 @@ def _forward(
 
 
 def _backward(
-    program: Program, saved: Sequence[Tensor], needed: Sequence[bool], grad_w: Tensor, grad_log_det: Tensor
+    program: Program, saved: Sequence[Tensor], needed: Sequence[bool], grad_w: Array, grad_log_det: Array
 ) -> list[Tensor | None]:
     """Gradients with respect to v, the context and the tensors; None where not needed. For `saved` see `_recorded`."""
-    points, tensors, wanted = grad_w.shape[0], saved[4:], program.every_matrix
-    if not all(needed[2:]):
-        of_tensors, matrices = np.array(needed[2:]), program.tables.matrices
-        wanted = of_tensors[matrices["weight"]] | of_tensors[matrices["addend"]]
-    grad_v = grad_w.new_empty(points, program.dim if needed[0] else 0)
-    grad_context = grad_w.new_empty(points, program.context_dim if needed[1] else 0)
-    memory = empty(program.shift + program.num_weights, grad_w)
-    parts = _walked_back(program, saved, wanted, memory, (grad_w, grad_log_det), (grad_v, grad_context))
-    by_tensors = tensors
-    if any(needed[2:]):
-        flat = memory[: program.offsets[-1]]
-        unpack(program, parts, flat)
-        parts_of_flat = zip(flat.split_with_sizes(program.sizes), tensors, strict=True)
-        by_tensors = [part if tensor.dim() == 1 else part.view_as(tensor) for part, tensor in parts_of_flat]
-    every = [grad_v, grad_context, *by_tensors]
-    return [gradient if need else None for gradient, need in zip(every, needed, strict=True)]
-
-
-def _walked_back(
-    program: Program,
-    saved: Sequence[Tensor],
-    wanted: Array,
-    memory: Tensor,
-    grads: tuple[Tensor, Tensor],
-    results: tuple[Tensor, Tensor],
-) -> list[tuple[Array, Array]]:
-    """Gradients with respect to packed weights and biases, of each part of the points.
-
-    Args:
-        program: The program.
-        saved: What `_recorded` saved.
-        wanted: For each matrix, whether its gradient is.
-        memory: Room for the first part's gradients with respect to the weights, behind that of the unpacked ones.
-        grads: Gradients with respect to w and the log-determinants.
-        results: Those with respect to v and the context, filled here; with no columns if not wanted.
-    """
-    tape = saved[1]
-    arrays = [tensor.contiguous().numpy() for tensor in (tape, *grads)] + [tensor.numpy() for tensor in results]
-    network = program.tables, saved[0].numpy(), wanted, program.rows
+    of_v, of_context, *of_tensors = needed
+    pack, tape, v, context, *tensors = saved
+    wanted, has_all = program.every_matrix, all(of_tensors)
+    if not has_all:
+        is_needed, matrices = np.array(of_tensors), program.tables.matrices
+        wanted = is_needed[matrices["weight"]] | is_needed[matrices["addend"]]
+    grad_v = v.new_empty(v.shape) if of_v else None
+    grad_context = context.new_empty(context.shape) if of_context else None
+    nothing = grad_w[:, :0]
+    memory = empty(program.shift + program.num_weights, pack)
+    flat, network = memory.numpy(), (program.tables, pack.numpy(), wanted, program.rows)
+    arrays = tape.numpy(), grad_w, grad_log_det, *[nothing if g is None else g.numpy() for g in (grad_v, grad_context)]
 
     def walk(first: int, end: int) -> tuple[Array, Array]:
-        gradients = program.room_for_gradients(tape, None if first else memory[program.shift :])
+        # The first part's gradients lie behind those of the tensors.
+        gradients = program.room_for_gradients(pack, None if first else flat[program.shift :])
         loaded().backward(*network, first, end, *arrays, *gradients, False)
         return gradients
 
-    return in_parts(walk, arrays[1].shape[0], tape.shape[1], 2 * program.work)
+    parts = in_parts(walk, len(grad_w), tape.shape[1], 2 * program.work)
+    if not any(of_tensors):
+        return [grad_v, grad_context, *[None] * len(tensors)]
+    unpack(program, parts, flat[: program.size])
+    by_tensors = list(memory.narrow(0, 0, program.size).split_with_sizes(program.sizes))
+    for place in program.of_weights:
+        by_tensors[place] = by_tensors[place].view_as(tensors[place])
+    if has_all:
+        return [grad_v, grad_context, *by_tensors]
+    needed_ones = (gradient if need else None for gradient, need in zip(by_tensors, of_tensors, strict=True))
+    return [grad_v, grad_context, *needed_ones]
 
 
-def unpack(program: Program, parts: list[tuple[Array, Array]], flat: Tensor) -> None:
+def unpack(program: Program, parts: list[tuple[Array, Array]], flat: Array) -> None:
     """Fill `flat` with the sum of the parts' gradients, in the order of the tensors."""
     add_up(parts)
     if parts:
-        loaded().unpack(program.tables, program.offsets, *parts[0], flat.numpy())
+        loaded().unpack(program.tables, program.offsets, *parts[0], flat)
     else:
-        flat.zero_()
+        flat[:] = 0
 
 
 def add_up(parts: list[tuple[Array, Array]]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from pyro_maf._core.memory_pool import empty
@@ -17,7 +18,7 @@ from pyro_maf.nn.weights import current, is_hooked, is_read
 from pyro_maf.sweep.kernels import loaded
 from pyro_maf.sweep.layout import LANES, MAPS, Array, Layout, Step, Triangular, UnfitError, gain_of, map_of
 
-__all__ = ["Program", "Reading", "forget", "program_of"]
+__all__ = ["Program", "Reading", "forget", "is_ordinary", "program_of"]
 
 ORDINARY = (nn.Parameter, Tensor)
 """Tensors whose entries lie in memory, as not those of every subclass do."""
@@ -100,10 +101,10 @@ class Reading(NamedTuple):
             self.marks.append(weight.shape)
         return True
 
-    def is_uniform(self, like: Tensor) -> bool:
-        """Return whether all tensors are ordinary ones on the CPU, of the dtype of `like`."""
-        dtype = like.dtype
-        return all(tensor.dtype is dtype and tensor.is_cpu and type(tensor) in ORDINARY for tensor in self.tensors)
+    def is_uniform(self) -> bool:
+        """Return whether all tensors are ordinary ones of one dtype."""
+        dtype = self.tensors[0].dtype
+        return all(is_ordinary(tensor, dtype) for tensor in self.tensors)
 
     def holds_for(self, other: Reading) -> bool:
         """Return whether a program of this state is one of the other."""
@@ -112,6 +113,11 @@ class Reading(NamedTuple):
             and all(map(operator.is_, self.fixed, other.fixed))
             and self.marks == other.marks
         )
+
+
+def is_ordinary(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether a tensor is an ordinary one on the CPU, of this dtype."""
+    return tensor.dtype is dtype and tensor.is_cpu and type(tensor) in ORDINARY
 
 
 class Pack(NamedTuple):
@@ -148,7 +154,8 @@ class Program:
         self.dim, self.context_dim = dim, context_dim
         self.tables = layout.tables()
         self.sizes = [tensor.numel() for tensor in reading.tensors]
-        self.offsets = np.cumsum([0, *self.sizes])
+        self.of_weights = [place for place, tensor in enumerate(reading.tensors) if tensor.dim() > 1]
+        self.size, self.offsets = sum(self.sizes), np.cumsum([0, *self.sizes])
         self.rows = int(self.tables.layers["rows"].sum()) + dim + context_dim + LANES
         self.num_weights, self.num_biases = layout.weights, layout.biases
         sequential = bool(self.tables.layers["levels"].any())
@@ -184,11 +191,11 @@ class Program:
             return False
         if context is None:
             return not self.context_dim
-        return Reading([], [], [context]).is_uniform(v) and context.shape[-1:] == (self.context_dim,)
+        return is_ordinary(context, v.dtype) and context.shape[-1:] == (self.context_dim,)
 
-    def room_for_gradients(self, like: Tensor, memory: Tensor | None = None) -> tuple[Array, Array]:
+    def room_for_gradients(self, like: Tensor, memory: Array | None = None) -> tuple[Array, Array]:
         """Arrays for the gradients by packed weights and biases, with arbitrary entries; the former in this memory."""
-        weights = (empty(self.num_weights, like) if memory is None else memory).numpy()
+        weights = empty(self.num_weights, like).numpy() if memory is None else memory
         return weights, np.empty(self.num_biases + LANES, weights.dtype)
 
     def pack(self, tensors: Sequence[Tensor]) -> Pack:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import multiprocessing
 import os
 import threading
 from collections.abc import Callable
@@ -123,8 +124,11 @@ def _parallel() -> Callable[..., None] | None:
 
     After an operation they spin for milliseconds in wait of the next. Threads of ours, beside them on the same
     processors, would begin when these have given up: with two, a step with the gradient through samples at (63, 512)
-    and 1,000 points took as long as with one, and takes 0.64 of that in theirs.
+    and 1,000 points took as long as with one, and takes 0.64 of that in theirs. Not in a process of `multiprocessing`:
+    it may have been forked before this module was there to notice.
     """
+    if multiprocessing.parent_process() is not None:
+        return None
     try:
         return ctypes.CDLL(torch._C.__file__).GOMP_parallel  # of the libraries that torch itself is linked to
     except (OSError, AttributeError):

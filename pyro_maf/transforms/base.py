@@ -140,13 +140,11 @@ class Flow(Savable, Observed, TransformModule):
 
     def _through(self, value: Tensor, checked: Check, direction: Direction) -> Tensor:
         value = checked(value, self._like())
-        if not self._cache_size or not caching_is_possible():
-            return self._computed(direction, value)[0]
-        cache = self._cache
-        if (cached := cache.input_of(self, value)) is not None:
+        if (cached := self.cached_input(value)) is not None:
             return cached
         output, log_det = self._computed(direction, value)
-        cache.store(self, value, output, log_det)
+        if self._cache_size and caching_is_possible():
+            self._cache.store(self, value, output, log_det)
         return output
 
     def _computed(self, direction: Direction, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,14 +163,18 @@ class Flow(Savable, Observed, TransformModule):
         "both", from y, unless the cache has y as the output for x: a batch norm in training then uses the stored
         statistics.
         """
-        like = self._like()
-        x, y = self._checked_x(x, like), self._checked_y(y, like)
         cache = self._cache
         if caching_is_possible() and (log_det := cache.log_det_of(self, x, y)) is not None:
             return log_det
+        like = self._like()
+        x, y = self._checked_x(x, like), self._checked_y(y, like)
         if self.fast == "forward" or (self.fast == "both" and cache.joins(self, x, y)):
             return self._computed(self.forward_and_log_det, x)[1]
         return self._computed(self.inverse_and_log_det, y)[1]
+
+    def cached_input(self, y: Tensor) -> Tensor | None:
+        """x for which the flow computed y last, if nothing has changed since."""
+        return self._cache.input_of(self, y) if self._cache_size and caching_is_possible() else None
 
     def _like(self) -> Tensor | None:
         """Tensor of the dtype and device that inputs need, or None; raises for a flow without its context."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ class Cache:
 
     def __init__(self) -> None:
         self._pair: Pair | None = None
-        # The last one, since comparing with it is faster than taking another.
+        # The last one, since another is taken faster after it.
         self._snapshot: Snapshot | None = None
 
     def store(self, module: nn.Module, x: Tensor, y: Tensor, log_det: Tensor) -> None:
@@ -44,8 +45,7 @@ class Cache:
         if y is x or y.is_inference() or x.is_inference():
             return
         modes, tensors = _parts(module)
-        if self._snapshot is None or not self._snapshot.holds_for(tensors):
-            self._snapshot = Snapshot.of(tensors)
+        self._snapshot = Snapshot.of(tensors) if self._snapshot is None else self._snapshot.later(tensors)
         if self._snapshot is not None:
             state = _State(modes, self._snapshot, _graph(tensors))
             self._pair = Pair(state, x, y, log_det, _Release(self))
@@ -110,9 +110,8 @@ class Pair:
         self._log_dets = [log_det]
         # The hooks hold this list alone: they must keep neither the pair nor its tensors alive.
         self._retired: list[bool] = []
-        for tensor in (y, log_det):
-            if tensor.grad_fn is not None:
-                tensor.grad_fn.register_prehook(_Retire(self._retired))
+        for node in {y.grad_fn, log_det.grad_fn} - {None}:
+            node.register_prehook(_Retire(self._retired))  # type: ignore[union-attr]
 
     def input_of(self, module: nn.Module, y: Tensor) -> Tensor | None:
         """As `Cache.input_of`."""
@@ -195,7 +194,10 @@ def _graph(tensors: list[Tensor]) -> list[bool]:
     """`requires_grad` and `is_leaf` of each tensor; nothing in no-grad mode, where they do not matter."""
     if not torch.is_grad_enabled():
         return []
-    return [*[tensor.requires_grad for tensor in tensors], *[tensor.is_leaf for tensor in tensors]]
+    return [*map(_requires_grad, tensors), *map(_is_leaf, tensors)]
+
+
+_requires_grad, _is_leaf = attrgetter("requires_grad"), attrgetter("is_leaf")
 
 
 def _ends(x: Tensor, y: Tensor) -> tuple[int | bool, ...]:

@@ -188,7 +188,7 @@ _prepared: weakref.WeakKeyDictionary[Stack, dict[bool, tuple[ModuleState, list[_
 
 def run_of(model: nn.Module, inverse: bool) -> Run | None:
     """The run that is all of a direction of a model, if it is a stack, and one compiled program applies it."""
-    if not isinstance(model, Stack) or not _is_unchanged(type(model)) or is_intercepted():
+    if not isinstance(model, Stack) or not _is_unchanged(type(model)):
         return None
     turns = _turns(model, inverse)
     return turns[0].run if len(turns) == 1 else None
@@ -198,7 +198,8 @@ def _turns(stack: Stack, inverse: bool) -> list[_Turn]:
     """The layers of a direction of a stack by turns, prepared again when anything but numbers has changed."""
     if is_intercepted():
         return [_Turn([part], None) for part in _parts(stack, inverse)]
-    prepared = _prepared.setdefault(stack, {})
+    if (prepared := _prepared.get(stack)) is None:
+        prepared = _prepared[stack] = {}
     if (before := prepared.get(inverse)) is not None and before[0].holds_for(stack):
         return before[1]
     # Taken first, so that a change in between is seen by the next call.

@@ -26,7 +26,7 @@ LARGEST = 64.0
 SMALL = 0.25
 """Exponent up to which functions are summed as series, exact to rounding: they are quotients of small numbers."""
 TINY = 1e-30
-MOST_COMPILED = 4096
+MOST_COMPILED = 1024
 """Number of entries up to which the compiled map takes less time than torch's operations, which are vectorised."""
 DTYPES = (torch.float32, torch.float64)
 

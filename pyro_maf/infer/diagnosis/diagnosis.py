@@ -42,7 +42,8 @@ class Diagnosis:
     """Quality of a guide as an approximation of the posterior.
 
     Attributes:
-        k_hat: Pareto shape of the tail of the importance weights p(x, z) / q(z): under 0.5 good, under 0.7 usable.
+        k_hat: Pareto shape of the tail of the importance weights p(x, z) / q(z): under 0.5 good, under 0.7 usable. Of
+            weights that hardly differ, 95 % of the draws being effective, it concerns extreme quantiles alone.
         ess: Effective sample size of the smoothed weights, out of `num_samples`.
         elbo: Evidence lower bound in nats.
         elbo_se: Standard error of `elbo` in nats.
@@ -94,7 +95,7 @@ class Diagnosis:
             return "poor"
         if self.missed and not self._covers_little:
             return "poor"
-        if self._is_close and (self.k_hat < USABLE or self.ess > EVEN * self.num_samples):
+        if self._is_close and self.can_be_reweighted:
             return "good"
         if self._is_close or self.can_be_reweighted:
             return "usable"
@@ -134,8 +135,10 @@ class Diagnosis:
                 return f"{k_hat} is good, and {share}: draws of this guide may be used as they are, or reweighted."
             case "good":
                 return (
-                    f"The weights hardly differ, so the guide is good: {share}, and its draws may be used as they are; "
-                    f"but {k_hat} says that the far tails do: do not rely on extreme quantiles."
+                    "The weights hardly differ, so the guide is good: "
+                    f"{100 * self.ess / self.num_samples:.1f} % of the draws are effective and {share}, so that they "
+                    f"may be used as they are; {k_hat} is the shape of the tail of these weights, not its size, and "
+                    "concerns extreme quantiles alone."
                 )
             case "usable" if self.can_be_reweighted:
                 return f"{k_hat} is usable: {share}, which `reweight` corrects."
@@ -166,13 +169,18 @@ class Diagnosis:
         return self._most_misplaced <= MISPLACED
 
     @property
+    def _are_even(self) -> bool:
+        """True if the weights hardly differ, so that the shape of their tail weighs nothing."""
+        return self.ess > EVEN * self.num_samples
+
+    @property
     def _covers_little(self) -> bool:
         return self.ess < FEW * self.num_samples
 
     @property
     def can_be_reweighted(self) -> bool:
         """True if `reweight` is reliable: k-hat is below 0.7, or the weights are about equal."""
-        return self.k_hat < USABLE or self.ess > EVEN * self.num_samples
+        return self.k_hat < USABLE or self._are_even
 
     def __repr__(self) -> str:
         if self.reason:
@@ -181,7 +189,8 @@ class Diagnosis:
         evidence = ""
         if self.can_be_reweighted and math.isfinite(self.log_evidence):
             evidence = f", log evidence {self.log_evidence:.3f} +- {self.log_evidence_se:.3f}"
-        k_hat = f", k-hat {self.k_hat:.2f} +- {self.k_hat_se:.2f}" if math.isfinite(self.k_hat) else ""
+        is_read = math.isfinite(self.k_hat) and not (self._are_even and self.k_hat >= USABLE)
+        k_hat = f", k-hat {self.k_hat:.2f} +- {self.k_hat_se:.2f}" if is_read else ""
         return (
             f"Diagnosis(ELBO {self.elbo:.3f} +- {self.elbo_se:.3f} nats{evidence}, effective sample size "
             f"{self.ess:.0f} of {self.num_samples}{unscored}{k_hat}. {self.verdict})"

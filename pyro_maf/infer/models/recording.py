@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_maf._core.torch_state import is_intercepted
+from pyro_maf.infer.models.fused import compiled, note_shape
 from pyro_maf.infer.models.model import Args, Kwargs
 
 __all__ = ["Derivatives", "Recording", "UnrecordedError", "operations_of", "record"]
@@ -92,7 +93,7 @@ class Recording:
         self._weights = list(inputs[1:])
         builder = _Builder(entries, inputs)
         self._has_conditions = builder.build([each for each in outputs if each is not None])
-        self._program: Program = fx.GraphModule({}, builder.graph).forward
+        self._program = builder.program(inputs[0])
         self._constants = builder.constants
         self._used = [each is not None for each in outputs[2:]]
         self._externals = builder.externals
@@ -221,7 +222,7 @@ class _Builder:
     def __init__(self, entries: Sequence[_Entry], inputs: Sequence[Tensor]) -> None:
         self._entries = entries
         self.graph = fx.Graph()
-        self._nodes = {id(each): self.graph.placeholder(f"x{index}") for index, each in enumerate(inputs)}
+        self._nodes = {id(each): self._noted(f"x{index}", each) for index, each in enumerate(inputs)}
         self._constants: dict[int, tuple[fx.Node, Tensor]] = {}
         self._equal: dict[str, fx.Node] = {}
         self._conditions: list[fx.Node] = []
@@ -249,6 +250,10 @@ class _Builder:
             if node.op == "call_function" and not node.users and node not in self._effects:
                 self.graph.erase_node(node)
         return holds is not None
+
+    def program(self, argument: Tensor) -> Program:
+        """Compile the graph for arguments of this shape."""
+        return cast("Program", compiled(self.graph, argument, dict(self._constants.values())).forward)
 
     def _is_live(self, entry: _Entry) -> bool:
         if self._is_of_changed(entry):
@@ -278,7 +283,9 @@ class _Builder:
             node = self.graph.call_function(operation, args, kwargs)
         if result is None or operation._schema.is_mutable:  # as of a check of errors
             self._effects.add(node)
+        node.meta["is_ordered"] = node in self._effects or self._is_of_changed(entry)
         if isinstance(result, Tensor):
+            note_shape(node, result)
             self._nodes.setdefault(id(result), node)
             self._equal[key] = node
         elif result is not None:
@@ -289,7 +296,9 @@ class _Builder:
             raise UnrecordedError
         for index, part in enumerate(parts):
             if isinstance(part, Tensor):
-                self._nodes.setdefault(id(part), self.graph.call_function(getitem, (node, index)))
+                taken = self.graph.call_function(getitem, (node, index))
+                note_shape(taken, part)
+                self._nodes.setdefault(id(part), taken)
 
     def _unchanged(self, entry: _Entry) -> Tensor | None:
         """The argument that a result is equal to, as of a product with one; None if there is none."""
@@ -344,9 +353,15 @@ class _Builder:
         if id(tensor) not in self._constants:
             first = next(iter(self.graph.nodes))
             with self.graph.inserting_after(self._latest or first):
-                node = self.graph.placeholder(f"c{len(self._constants)}")
+                node = self._noted(f"c{len(self._constants)}", tensor)
             self._constants[id(tensor)] = node, tensor.detach()
         return self._constants[id(tensor)][0]
+
+    def _noted(self, name: str, tensor: Tensor) -> fx.Node:
+        """Create a placeholder."""
+        node = self.graph.placeholder(name)
+        note_shape(node, tensor)
+        return node
 
     @property
     def _latest(self) -> fx.Node | None:
