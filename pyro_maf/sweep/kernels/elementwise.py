@@ -25,6 +25,8 @@ LEAK, LINEAR = 0.01, 20
 LOG2_E = np.float32(1.44269504)
 LN2_HIGH = np.float32(0.693359375)
 LN2_LOW = np.float32(-2.12194440e-4)
+LN2_HIGH_DOUBLE = math.ldexp(math.floor(math.ldexp(math.log(2), 32)), -32)
+LN2_LOW_DOUBLE = 1.90821492927058770002e-10
 
 
 @inner
@@ -74,13 +76,31 @@ def _compiled_exp_parts(x: Any) -> Any:
 
 
 def log(x: Any) -> Any:
-    """The logarithm of a normal number above 0; NaN for NaN. Loops of it in float32 are vectorised."""
+    """The logarithm of a normal number above 0; NaN for NaN. Loops of it are vectorised."""
     return math.log(x)
 
 
 @overload(log, jit_options=INNER)  # type: ignore[arg-type]
 def _compiled_log(x: Any) -> Any:
     # x = 2^n m with m within sqrt(2) of 1, and log m = 2 artanh((m - 1) / (m + 1)), an odd series.
+    def double(x: Any) -> Any:
+        bits = np.float64(x).view(np.int64)
+        n = (bits - np.int64(0x3FE6A09E667F3BCD)) >> 52
+        m = np.int64(bits - (n << 52)).view(np.float64)
+        s = (m - 1.0) / (m + 1.0)
+        q = s * s
+        p = q / 21 + 1 / 19
+        p = p * q + 1 / 17
+        p = p * q + 1 / 15
+        p = p * q + 1 / 13
+        p = p * q + 1 / 11
+        p = p * q + 1 / 9
+        p = p * q + 1 / 7
+        p = p * q + 1 / 5
+        p = p * q + 1 / 3
+        r = n * LN2_HIGH_DOUBLE + (2 * s + (2 * s * (q * p) + n * LN2_LOW_DOUBLE))
+        return r if x == x else x
+
     def single(x: Any) -> Any:
         bits = np.float32(x).view(np.int32)
         n = (bits - np.int32(0x3F3504F3)) >> np.int32(23)
@@ -94,7 +114,7 @@ def _compiled_log(x: Any) -> Any:
         r = e * LN2_HIGH + (np.float32(2) * s + (np.float32(2) * s * (q * p) + e * LN2_LOW))
         return r if x == x else x
 
-    return single if x == types.float32 else log
+    return single if x == types.float32 else double
 
 
 @inner
