@@ -15,6 +15,7 @@ import pytest
 from torch import Tensor
 
 from pyro_maf import fit
+from pyro_maf.training import result as result_module
 from pyro_maf.training.state import State
 from tests.fits import QUICK, Hooked, gaussian_rows, mean_log_prob, same, small_maf, weights
 
@@ -50,6 +51,21 @@ def test_ctrl_c_ends_a_fit_with_the_best_so_far() -> None:
     assert result.validation_log_likelihood == -min(result.validation_loss)
     assert mean_log_prob(result.density, validation) == pytest.approx(result.validation_log_likelihood, rel=1e-12)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("is_at_end", [True, False])
+def test_ctrl_c_at_the_comparison_or_before_leaves_the_result(
+    is_at_end: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compared(*_: object) -> str:
+        signal.raise_signal(signal.SIGINT)
+        return "compared"
+
+    monkeypatch.setattr(result_module, "compare", compared)
+    model = Hooked(pressing(at=0 if is_at_end else 3))
+    result = fit(model, gaussian_rows(), batch_size=27, max_epochs=2, progress="always")
+    assert result.interrupted != is_at_end
+    assert "compared" not in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_an_epoch_halfway() -> None:

@@ -326,7 +326,7 @@ def _leave(options: FitOptions, result: FitResult, table: Table, held_out: Table
     write_json(folder / COLUMNS, table.columns)
     write_json(folder / RECORD, dataclasses.asdict(record))
     report.write_report(folder / REPORT, result, held_out, command=command)
-    if comparison is not None and not will_show(True):  # else `fit` has shown them
+    if comparison is not None and (result.interrupted or not will_show(True)):  # else `fit` has shown them
         for line in (str(comparison), *comparison.warnings):
             say(line)
     say(

@@ -7,7 +7,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -337,10 +337,16 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
     result = _result(loop.state, prepared, source, options, None if folder is None else folder.folder)
     if processes.is_first:
         announce(result.warnings[len(prepared.warnings) :])
-        if will_show(options.progress) and result.comparison is not None:
-            print(result.comparison, file=sys.stderr)
-            announce(result.comparison.warnings)
+        if will_show(options.progress) and not result.interrupted:
+            with suppress(KeyboardInterrupt):  # in the seconds that this takes: the fit must not be lost
+                _show_comparison(result)
     return result
+
+
+def _show_comparison(result: FitResult) -> None:
+    if result.comparison is not None:
+        print(result.comparison, file=sys.stderr)
+        announce(result.comparison.warnings)
 
 
 def _result(state: State, prepared: Prepared, source: NamedRows, options: _Options, folder: Path | None) -> FitResult:
