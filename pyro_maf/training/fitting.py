@@ -339,14 +339,10 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
         announce(result.warnings[len(prepared.warnings) :])
         if will_show(options.progress) and not result.interrupted:
             with suppress(KeyboardInterrupt):  # in the seconds that this takes: the fit must not be lost
-                _show_comparison(result)
+                if result.comparison is not None:
+                    print(result.comparison, file=sys.stderr)
+                    announce(result.comparison.warnings)
     return result
-
-
-def _show_comparison(result: FitResult) -> None:
-    if result.comparison is not None:
-        print(result.comparison, file=sys.stderr)
-        announce(result.comparison.warnings)
 
 
 def _result(state: State, prepared: Prepared, source: NamedRows, options: _Options, folder: Path | None) -> FitResult:
