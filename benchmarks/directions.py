@@ -32,6 +32,8 @@ RESULTS, README = HERE / "results", HERE / "README.md"
 THREADS = (1, 2)
 # With more than one thread, what matters is whether they help: one layer tells, and affine maps do.
 LAYERS_OF_MORE_THREADS = (1,)
+# And one deep stack, large enough for threads to share.
+DEEP: dict[str, Any] = {"sizes": ((63, 512),), "batches": (1000,), "layers": (5,), "tasks": ("train", "fit")}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -110,11 +112,13 @@ def plans(options: argparse.Namespace) -> list[Plan]:
     threads = options.threads or ((1,) if options.quick else THREADS)
     first, *others = (dataclasses.replace(plan, threads=count) for count in threads)
     for_threads: dict[str, Any] = {"memory": None, "update": False}
+    is_deep_too = not (chosen(options) or options.full or options.quick)
     if not (options.layers or options.full or options.quick):
         for_threads["layers"] = LAYERS_OF_MORE_THREADS
     if not options.tasks:
         for_threads["tasks"] = tuple(task for task in TASKS if TASKS[task][0] in ("MAF", "RealNVP"))
-    return [first, *(dataclasses.replace(other, **for_threads) for other in others)]
+    others = [dataclasses.replace(other, **for_threads) for other in others]
+    return [first, *others, *(dataclasses.replace(other, **DEEP) for other in others if is_deep_too)]
 
 
 def measure(plans: list[Plan]) -> dict[str, Any]:

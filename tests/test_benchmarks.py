@@ -59,6 +59,16 @@ def test_a_quick_run_measures_every_task_and_writes_results_table_and_picture(tm
     assert (tmp_path / "directions.png").stat().st_size > 0
 
 
+def test_a_whole_run_has_one_deep_stack_for_more_threads(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import directions
+
+    of_two = [plan for plan in directions.plans(directions.parse([])) if plan.threads == 2]
+    assert [(plan.sizes, plan.layers, plan.batches) for plan in of_two[1:]] == [(((63, 512),), (5,), (1000,))]
+    assert of_two[0].layers == (1,)
+    assert [plan.sizes for plan in directions.plans(directions.parse(["--sizes", "6,32"]))] == [((6, 32),)] * 2
+
+
 def test_posteriors_of_simulators_are_estimated_and_compared(tmp_path):
     options = ["--simulations", "200", "--epochs", "2", "--tasks", "two moons", "--out", tmp_path]
     command = [sys.executable, BENCHMARKS / "simulators.py", *options, "--estimators", "pyro-maf maf", "sbi nsf"]
