@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-
 import pyro
 import torch
 from pyro import poutine
@@ -29,7 +27,7 @@ class NeuTra:
     def __init__(self, model: Model, guide: AutoFlow) -> None:
         self._model, self._guide = model, guide
         self._joint: LogJoint | None = None
-        self._arguments: list[object] = []
+        self._last: Call | None = None
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Run the model, with its latent variables computed from noise.
@@ -61,12 +59,10 @@ class NeuTra:
 
     def _joint_of(self, call: Call) -> LogJoint:
         """Return the log joint density for these arguments; that of the last ones is cached."""
-        arguments = [*call.args, *call.kwargs, *call.kwargs.values()]
-        same = len(arguments) == len(self._arguments) and all(map(operator.is_, arguments, self._arguments))
-        if self._joint is None or not same:
+        if self._joint is None or not call.has_arguments_of(self._last):
             with poutine.block():
                 self._joint = Pair("neutra", call, self._guide).complete_joint()
-            self._arguments = arguments
+            self._last = call
         return self._joint
 
     @torch.no_grad()

@@ -8,19 +8,16 @@ none, draws of wide normals around those of the guide tell if it is the peak of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_maf._core.torch_state import seeded
+from pyro_maf.infer.models.double_precision import Score
 from pyro_maf.infer.start.initialization import Normal, best_normal
 
 __all__ = ["POOL", "Missed", "missed_modes", "why_no_search"]
-
-Score = Callable[[Tensor], Tensor]
-"""Log-density of latent vectors: (rows, D) to (rows,)."""
 
 POOL = 256
 """Number of points of either kind that starting points are of: draws of the prior, uniform ones in real numbers."""

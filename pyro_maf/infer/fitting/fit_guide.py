@@ -229,7 +229,7 @@ class _Run:
         self._call, self._guide = call, guide
         self._pair = Pair("fit_guide", call, guide)
         joint = self._pair.joint
-        walks = isinstance(guide, AutoFlow) and can_walk(guide, joint)
+        walks = can_walk(guide, joint)
         self.alone = "" if walks or joint.broadcasts else why_alone(call, guide, *self._pair.traces)
         objective = (
             TracePath_ELBO if isinstance(guide, AutoFlow) else TraceEnum_ELBO if joint.enumerated else Trace_ELBO
@@ -242,8 +242,8 @@ class _Run:
         )
         self._parameters = self._find_parameters()
         self._walk: Walk | None = None
-        if isinstance(guide, AutoFlow) and can_walk(guide, joint):
-            self._walk = Walk(call, guide, joint, num_particles, self._parameters)
+        if walks:
+            self._walk = Walk(call, cast("AutoFlow", guide), joint, num_particles, self._parameters)
         # While the model's parameters move, so does the posterior: its draws may be effective far from the maximum.
         self._weights_tell = not self._trains_model()
         self._optimizer = Adam(self._parameters)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import count
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 
 from pyro_maf.infer.guides.auto_flow import AutoFlow
+from pyro_maf.infer.guides.path_gradient import frozen
 from pyro_maf.infer.models.double_precision import (
     Score,
     in_double,
@@ -89,7 +89,7 @@ class Walk:
         """Set the gradients of the weights to those of a step's loss, and return it."""
         with torch.enable_grad():
             latent = self._guide.draw(self._draws, self._call)
-            with _frozen(self._weights):
+            with frozen(self._weights):
                 log_q = self._guide.log_density(latent, self._call)
         try:
             derivatives = self._derivatives(latent.detach())
@@ -189,18 +189,6 @@ class Walk:
 def _in_part(values: Tensor) -> bool:
     """True if some draws have a finite density, at least two, and some have not."""
     return 2 <= int(values.isfinite().sum()) < len(values)
-
-
-@contextmanager
-def _frozen(weights: Sequence[Tensor]) -> Iterator[None]:
-    """Context without gradients with respect to weights."""
-    for weight in weights:
-        weight.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for weight in weights:
-            weight.requires_grad_(True)
 
 
 def _agree(found: Derivatives, expected: Derivatives) -> bool:

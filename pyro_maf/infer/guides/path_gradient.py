@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, TorchDistribution
+from pyro.distributions import Delta
 from pyro.infer import Trace_ELBO
 from pyro.infer.util import torch_item
 from pyro.util import warn_if_nan
@@ -31,7 +31,7 @@ from pyro_maf.infer.models.model import (
     sample_sites,
 )
 
-__all__ = ["TracePath_ELBO", "detached", "zero_bad_gradients"]
+__all__ = ["TracePath_ELBO", "detached", "frozen", "zero_bad_gradients"]
 
 T = TypeVar("T")
 
@@ -133,7 +133,9 @@ def _path_log_prob(site: Site) -> Tensor:
         raise NotImplementedError(
             f"TracePath_ELBO expected reparameterised sites, got {site['name']} of {type(fn).__name__}: use Trace_ELBO."
         )
-    with _frozen(fn) as twin:
+    modules: list[nn.Module] = []
+    twin = detached(fn, modules)
+    with frozen([parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]):
         # A new tensor of the same values: no cache then links it to the parameters that it was computed from.
         log_prob = twin.log_prob(value.view_as(value))
     scale, mask = site["scale"], site["mask"]
@@ -148,18 +150,15 @@ def _innermost(fn: Distribution) -> Distribution:
 
 
 @contextmanager
-def _frozen(fn: TorchDistribution) -> Iterator[TorchDistribution]:
-    """Copy of a distribution, detached from its parameters, while entered."""
-    modules: list[nn.Module] = []
-    twin = detached(fn, modules)
-    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
+def frozen(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Context without gradients with respect to weights."""
+    for weight in weights:
+        weight.requires_grad_(False)
     try:
-        yield twin
+        yield
     finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+        for weight in weights:
+            weight.requires_grad_(True)
 
 
 def detached(value: T, modules: list[nn.Module]) -> T:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 
 import torch
@@ -31,7 +30,7 @@ class Shares:
 
     def __init__(self) -> None:
         self._draws = 0
-        self._arguments: list[object] = []
+        self._last: Call | None = None
         self._posterior: Posterior | None = None
 
     def count(self, mixture: FlowMixture, call: Call, posterior_of: Callable[[Call], Posterior]) -> None:
@@ -48,15 +47,13 @@ class Shares:
 
     def _of(self, call: Call, posterior_of: Callable[[Call], Posterior]) -> Posterior | None:
         """Return the posterior for these arguments; that of the last ones is cached. None if it cannot be scored."""
-        arguments = [*call.args, *call.kwargs, *call.kwargs.values()]
-        same = len(arguments) == len(self._arguments) and all(map(operator.is_, arguments, self._arguments))
-        if self._posterior is None or not same:
+        if self._posterior is None or not call.has_arguments_of(self._last):
             try:
                 with poutine.block():  # an update must be invisible to handlers around the guide
                     self._posterior = posterior_of(call)
             except FAILURES:
                 return None
-            self._arguments = arguments
+            self._last = call
         return self._posterior if self._posterior.is_complete else None
 
     def _update(self, mixture: FlowMixture, posterior: Posterior | None, draws: int, rate: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import operator
 import random
 import sys
 import warnings
@@ -161,6 +162,13 @@ class Call:
     def of(self, program: Model) -> Call:
         """Return the call of another program with the same arguments, such as that of a model's guide."""
         return Call(program, self.args, self.kwargs)
+
+    def has_arguments_of(self, other: Call | None) -> bool:
+        """True if the arguments of another call are the same objects."""
+        if other is None:
+            return False
+        ours, theirs = ([*call.args, *call.kwargs, *call.kwargs.values()] for call in (self, other))
+        return len(ours) == len(theirs) and all(map(operator.is_, ours, theirs))
 
     def trace(self) -> Trace:
         """Trace of a run."""
