@@ -37,8 +37,8 @@ def as_accurate(guides: dict[str, Any]) -> list[str]:
     lines = []
     for seed, chain in guides.get(CHAIN, {}).items():
         fit = guides.get(FITTED, {}).get(seed, {"error": ""})
-        if "errors_in_time" in chain and "error" not in fit:
-            then = [seconds for seconds, error in chain["errors_in_time"] if error <= fit["err"]]
+        if "error" not in {**chain, **fit}:
+            then = [seconds for seconds, error in chain.get("errors_in_time", []) if error <= fit["err"]]
             when = f"first after {then[0]:.1f} CPU s" if then else f"not within {chain['seconds']:.1f} CPU s"
             taken = fit["start"] + fit["seconds"]
             lines.append(f"NUTS, seed {seed}: err {fit['err']:.3f} {when}; fit_guide takes {taken:.1f}.")
