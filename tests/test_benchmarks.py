@@ -154,7 +154,8 @@ def test_guides_are_fitted_measured_and_drawn_where_the_model_is_known(posterior
     assert (out / "guides.png").stat().st_size > 0
 
 
-def test_tables_of_guides_say_when_a_chain_is_as_accurate_as_a_fit():
+def test_tables_of_guides_say_when_a_chain_is_as_accurate_as_a_fit(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     from parts.standings_of_guides import CHAIN, FITTED, as_accurate
 
     fits = {str(seed): {"err": err, "start": 1.0, "seconds": 2.0} for seed, err in enumerate((0.05, 0.01))}
