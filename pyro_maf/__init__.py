@@ -58,7 +58,7 @@ __all__ = [
     "infer",
     "load",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 HOMES = {
     "distributions": "ConditionalFlowPrior ConditionalMADEMoG ConditionalMAFMoG ConditionalMixtureFlow FlowPrior "

@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import pyro_maf
 from docs.hooks.links import problems
 from pyro_maf.cli import app
 from tests.pages import ROOT, promised, run, sections, whole
@@ -74,6 +75,17 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     folders = ("pyro_maf", "tests", "docs", "benchmarks", "examples")
     sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     assert [name for name in sorted(named) if not any(str(path).endswith(f"/{name}") for path in sources)] == []
+
+
+def test_version_is_the_same_everywhere() -> None:
+    released = re.search(
+        r"^## \[(\d[^]]*)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert released is not None
+    assert released[1] == pyro_maf.__version__
+    assert f'version: {released[1]}\ndate-released: "{released[2]}"\n' in citation
+    assert f"version = {{{released[1]}}}" in (ROOT / "docs" / "citation.md").read_text(encoding="utf-8")
 
 
 def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
