@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 import torch
 
-from pyro_maf import NSF, FlowPrior, fit
+from pyro_maf import NSF, FlowPrior, fit, load
 from pyro_maf.datasets import Dataset
 from pyro_maf.distributions import MixtureFlow
-from pyro_maf.distributions.gaussian_mixture import GaussianMixture
+from pyro_maf.distributions.gaussian_mixture import GaussianMixture, Mixture
 from pyro_maf.experiments import candidates, compare
 from pyro_maf.training.choice import default_model
 from pyro_maf.training.preparation import Recipe
@@ -22,14 +22,14 @@ from pyro_maf.training.preparation import Recipe
 def test_the_default_heeds_rows_and_columns() -> None:
     few, recipe = default_model(4, 100, seed=0)
     assert isinstance(few, MixtureFlow)
-    assert recipe == Recipe(32, 0.03, relaxations=2, starts=True)
+    assert recipe == Recipe(32, 0.03, relaxations=2, starts=True, joins=True)
     flow, recipe = default_model(4, 100, seed=0, has_rsample=True)
     assert isinstance(flow, NSF)
     assert not recipe.starts
     assert [len(cast("NSF", default_model(4, rows, seed=0)[0])) for rows in (1000, 10_000)] == [3, 5]
     wide = cast("NSF", default_model(80, 10_000, seed=0)[0])
     assert (len(wide), wide[0].univariate.num_bins) == (3, 4)
-    assert default_model(4, 10_000, seed=0)[1] == Recipe(256, 3e-4, relaxations=2)
+    assert default_model(4, 10_000, seed=0)[1] == Recipe(256, 3e-4, relaxations=2, joins=True)
     widths = [default_model(dim, 1000, seed=0)[0].architecture["hidden_dims"] for dim in (4, 20)]
     assert widths == [(128, 128), (160, 160)]
 
@@ -97,6 +97,55 @@ def test_few_rows_count_by_what_they_gain_over_the_mixture_beyond_chance(tmp_pat
     few = fit(rows[:30], max_epochs=40, progress=False)  # three rows for validation, which say nothing
     assert (few.best_epoch, len(few.validation_rows.data)) == (0, 3)
     assert not few.warnings
+
+
+@pytest.mark.filterwarnings("ignore:fit")
+def test_a_table_of_near_copies_has_kernels_at_its_rows_beside_the_flow(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    places = 3 * torch.randn(150, 3, generator=generator).repeat(4, 1)
+    rows = places + 0.02 * torch.randn(600, 3, generator=generator)
+    order = torch.randperm(600, generator=generator)
+    frame = pd.DataFrame(rows[order[:500]].numpy(), columns=["x", "y", "z"])
+    new = pd.DataFrame(rows[order[500:]].numpy(), columns=["x", "y", "z"])
+    whole = fit(frame, max_epochs=10, progress=False)
+    alone = fit(frame, max_epochs=10, dequantise=False, progress=False)
+    assert "a mixture beside the flow" in whole.warnings[-1]
+    assert float((whole.score(new) - alone.score(new)).mean()) > 3
+    assert whole.validation_log_likelihood == pytest.approx(float(whole.score(whole.validation_rows.data).mean()), abs=1e-5)
+    assert list(whole.sample(5).columns) == ["x", "y", "z"]
+    whole.density.save(tmp_path / "copies.safetensors")
+    again = load(tmp_path / "copies.safetensors")
+    assert torch.equal(again.log_prob(new), whole.density.log_prob(new))
+
+
+def test_an_ordinary_table_has_none() -> None:
+    rows = torch.randn(600, 3, generator=torch.Generator().manual_seed(0))
+    result = fit(rows, max_epochs=10, progress=False)
+    assert isinstance(cast(FlowPrior, result.density).model, NSF)
+
+
+def test_a_mixture_beside_a_flow_is_a_density_of_its_draws() -> None:
+    torch.manual_seed(0)
+    flow = MixtureFlow(2, num_layers=1, hidden_dims=[16])
+    with torch.no_grad():
+        for weight in flow.parameters():
+            weight.add_(0.2 * torch.randn(weight.shape))
+    means = torch.tensor([[3.0, 0.0], [0.0, -3.0]])
+    beside = Mixture(torch.tensor([0.3, 0.7]), means, 0.5 * torch.eye(2).expand(2, 2, 2))
+    density = flow.put_beside(beside, 0.4)
+    line = torch.linspace(-9, 9, 241)
+    grid = torch.cartesian_prod(line, line)
+    probability = density.log_density(grid).exp()
+    assert float(probability.sum().detach()) * 0.075**2 == pytest.approx(1, abs=5e-3)
+    draws = density.sample([20_000])
+    mean = (probability[:, None] * grid).sum(0).detach() * 0.075**2
+    assert torch.allclose(draws.mean(0), mean, atol=0.05)
+    noise = density.noise(draws)
+    assert noise.mean(0).abs().max() < 0.04
+    assert (torch.cov(noise.T) - torch.eye(2)).abs().max() < 0.05
+    assert torch.equal(noise, density.noise(draws))
+    with pytest.raises(ValueError, match="MixtureFlow expected no context"):
+        MixtureFlow(2, context_dim=1, num_beside=3)
 
 
 def test_noise_of_a_mixture_flow_is_standard_normal() -> None:

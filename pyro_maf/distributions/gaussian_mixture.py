@@ -106,8 +106,11 @@ class GaussianMixture(Density):
         spare = self.context_dim + self.input_dim - joined.shape[1]
         whole = torch.eye(spare + joined.shape[1], dtype=factors.dtype).repeat(len(shares), 1, 1)
         whole[:, spare:, spare:] = factors
-        means = torch.nn.functional.pad(means, (spare, 0))
-        self._set(*(each.to(self.shares) for each in (shares, means, whole)))
+        self.become(Mixture(shares, torch.nn.functional.pad(means, (spare, 0)), whole))
+
+    def become(self, mixture: Mixture) -> None:
+        """Have these components, of context and value together."""
+        self._set(*(each.to(self.shares) for each in mixture))
 
     @property
     def mixture(self) -> Mixture:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from collections.abc import Callable
+from typing import Unpack, cast
 
+import torch
+from torch import Tensor
+
+from pyro_maf._core.checks import check_positive
 from pyro_maf.distributions.density import ConditionalDensityForm
 from pyro_maf.distributions.flow_on_base import FlowOnBase
-from pyro_maf.distributions.gaussian_mixture import GaussianMixture
+from pyro_maf.distributions.gaussian_mixture import GaussianMixture, Mixture
 from pyro_maf.flows import NSF, StackOptions
 from pyro_maf.univariate import UnivariateMap
 
 __all__ = ["ConditionalMixtureFlow", "MixtureFlow"]
+
+MOST_VALUES = 2**22
+"""Maximum number of rows, times components and dimensions of the mixture beside, that are worked on together."""
 
 
 class MixtureFlow(FlowOnBase):
@@ -20,15 +28,20 @@ class MixtureFlow(FlowOnBase):
     few of them, that is most of what can be learnt. The mixture is not trained with the flow; a new one is standard
     normal.
 
+    Beside the flow there may be another mixture, q: then the density is (1 - w) p(y) + w q(y). With a component at each
+    row of a table that is a kernel density, which is what a table of near copies asks for.
+
     Args:
         input_dim: D.
         num_components: K, the number of components of the base; `base.start_at` chooses another.
+        num_beside: Number of components of the mixture beside the flow, 0 for none; `put_beside` sets it.
         num_layers, order, batch_norm, univariate, hidden_dims, activation, degrees, seed: As in `NSF`.
         context_dim: Number of context features, 0 for none. Given them the base is a mixture of linear regressions.
 
     Attributes:
         flow: The `NSF`.
         base: The `GaussianMixture`, with shares s, means m and Cholesky factors L of the components.
+        beside, share: The mixture q and its share w, 0 to begin with; None and no share without one.
 
     Shapes:
         Values are (\*batch, D), log-densities (\*batch,) in nats.
@@ -38,7 +51,7 @@ class MixtureFlow(FlowOnBase):
         component, so there is no `rsample`.
 
     Raises:
-        ValueError: As in `NSF`, and for a number of components below 1.
+        ValueError: As in `NSF`, for a number of components below 1, and for a mixture beside a flow with a context.
         TypeError: As in `NSF`.
 
     Example:
@@ -53,12 +66,15 @@ class MixtureFlow(FlowOnBase):
 
     flow_class = NSF
     base: GaussianMixture
+    beside: GaussianMixture | None
+    share: Tensor
 
     def __init__(
         self,
         input_dim: int,
         *,
         num_components: int = 1,
+        num_beside: int = 0,
         univariate: str | UnivariateMap = "spline",
         **flow: Unpack[StackOptions],
     ) -> None:
@@ -66,6 +82,56 @@ class MixtureFlow(FlowOnBase):
         super().__init__(input_dim, stack.context_dim)
         self.flow = stack
         self.base = GaussianMixture(input_dim, num_components=num_components, context_dim=stack.context_dim)
+        self.beside = None
+        if check_positive(self.name, "num_beside", num_beside, least=0):
+            if stack.context_dim:
+                raise ValueError(f"{self.name} expected no context for a mixture beside the flow, got {num_beside=}.")
+            self.beside = GaussianMixture(input_dim, num_components=num_beside)
+            self.register_buffer("share", torch.zeros(()))
+
+    def put_beside(self, mixture: Mixture, share: float) -> MixtureFlow:
+        """This flow and base with a mixture beside them, of a share between 0 and 1."""
+        arguments = {**self.architecture, "num_beside": len(mixture.shares)}
+        whole = MixtureFlow(**arguments)  # type: ignore[arg-type]
+        whole.flow, whole.base = self.flow, self.base
+        whole.beside = GaussianMixture(self.input_dim, num_components=len(mixture.shares))
+        whole.beside.become(mixture)
+        whole.share.fill_(share)
+        return whole.to(self.base.shares)
+
+    def log_density(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+        r"""Log-density (\*batch,) in nats, unchecked; one dense pass a layer, and the mixtures'."""
+        inside = super().log_density(value, context)
+        if self.beside is None:
+            return inside
+        return torch.logaddexp((-self.share).log1p() + inside, self.share.log() + self._beside(value))
+
+    @torch.no_grad()
+    def draw(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
+        r"""Draws (\*shape, D), unchecked and without gradient; one sweep a layer, after the base's draws."""
+        drawn = super().draw(shape, context)
+        if self.beside is None:
+            return drawn
+        is_beside = torch.rand(shape, dtype=drawn.dtype, device=drawn.device) < self.share
+        return torch.where(is_beside[..., None], self.beside.draw(shape), drawn)
+
+    def noise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """Noise of the base, (rows, D), or of the mixture beside for rows that, by chance, are taken for its own."""
+        noise = super().noise(y, context)
+        if self.beside is None:
+            return noise
+        odds = self.share.logit() + self._beside(y) - super().log_density(y, context)
+        chance = torch.rand(len(y), generator=torch.Generator().manual_seed(0)).to(odds)
+        return torch.where((chance < odds.sigmoid())[:, None], self._in_parts(self.beside.noise, y), noise)
+
+    def _beside(self, value: Tensor) -> Tensor:
+        rows = value.reshape(-1, self.input_dim)
+        return self._in_parts(cast(GaussianMixture, self.beside).log_density, rows).reshape(value.shape[:-1])
+
+    def _in_parts(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        """The value of a function of rows, of few at a time."""
+        components = cast(GaussianMixture, self.beside).means
+        return torch.cat([function(part) for part in rows.split(max(1, MOST_VALUES // components.numel()))])
 
     @property
     def architecture(self) -> dict[str, object]:

@@ -11,15 +11,18 @@ from torch import Tensor
 
 from pyro_maf._core.torch_state import reference_tensor
 from pyro_maf.distributions import Density, FlowPrior, TableDensity
-from pyro_maf.distributions.gaussian_mixture import fit_mixture
+from pyro_maf.distributions.gaussian_mixture import Mixture, fit_mixture
+from pyro_maf.distributions.mixture_flow import MixtureFlow
 from pyro_maf.distributions.steps import POINTS, dequantised
+from pyro_maf.flows import NSF
 from pyro_maf.sweep import Alone
 from pyro_maf.tables import MappedRows, Rows
 from pyro_maf.tables.rows import mean_and_error
-from pyro_maf.training.preparation import Fitted
+from pyro_maf.training.preparation import FENCE, Fitted, Prepared
 from pyro_maf.training.scores import log_prob_of
+from pyro_maf.transforms import Flow
 
-__all__ = ["Baseline", "Comparison", "compare", "fitted_rows"]
+__all__ = ["Baseline", "Comparison", "compare", "fitted_rows", "with_mixture"]
 
 MOST_ROWS, MOST_VALUES = 2**15, 2**21
 """Maximum number of training rows, and of values in them, that baselines are fitted to."""
@@ -29,6 +32,10 @@ MOST_PAIRS = 2**26
 """Maximum number of pairs of rows for a kernel density, some seconds of work beyond it."""
 BANDWIDTHS, QUERIES = (0.1, 0.2, 0.3, 0.45, 0.65, 0.9, 1.2), 256
 """Bandwidths that are tried, in units of N^(-1 / (D + 4)), and number of rows that choose among them."""
+WIDTHS, MOST_KERNELS = (0.02, 0.06, 0.2, 0.6), 2**18
+"""Widths of kernels beside a flow, in the same units, and the maximum number of values in the factors of one width."""
+SHARE_ITERATIONS, LEAST_SHARE = 100, 0.01
+"""Iterations for the shares of a mixture, and the least share of what is in it."""
 BEHIND = 2.0
 """Standard errors from which on a flow is said to be behind."""
 
@@ -102,6 +109,88 @@ def _spread(rows: Rows, most: int) -> Rows:
     return rows if total <= most else rows.take(torch.linspace(0, total - 1, most).long())
 
 
+def with_mixture(prepared: Prepared) -> tuple[Prepared, list[str]]:
+    """Put a mixture beside a fitted flow, of Gaussians and of a kernel at each row, if validation rows say so.
+
+    That is where a flow has to learn what they begin with: with few rows clusters, and with near copies, as points of
+    trajectories are, where the rows are. The shares of the three have the highest likelihood of the validation rows,
+    and are taken if that is higher than the flow's by more than chance.
+
+    Args:
+        prepared: The fitted density and its rows.
+
+    Returns:
+        The same with the density as it is or another, and a line about it.
+
+    Cost: a part of that of `compare`.
+    """
+    inner, training = prepared.density.unwrapped, prepared.training
+    held_out = _spread(prepared.held_out, SCORED_ROWS)
+    prior: FlowPrior = inner.prior if isinstance(inner, TableDensity) else inner
+    flow = _as_mixture_flow(prior.model)
+    if flow is None or isinstance(training, MappedRows) or prior.context_dim:
+        return prepared, []
+    z, new = (_standardised(rows, prior, prepared.spacing) for rows in (training, held_out))
+    each = _mixtures(z, training.weights)
+    with torch.no_grad():
+        of_flow = flow.log_density(new.to(_like(prior))).cpu().double()
+        log_prob = torch.stack([of_flow, *(mixture.log_prob(new) for mixture in each)], 1)
+    shares = torch.full((len(each) + 1,), 1 / (len(each) + 1), dtype=torch.float64)
+    for _ in range(SHARE_ITERATIONS):
+        shares = held_out.weighted((shares.log() + log_prob).softmax(1).T).mean(1)
+        shares = torch.where(shares > LEAST_SHARE, shares, 0)
+        shares = shares / shares.sum()
+    gain, error = mean_and_error((shares.log() + log_prob).logsumexp(1) - of_flow, held_out.weights)
+    beside = 1 - float(shares[0])
+    if not gain > BEHIND * error:
+        return prepared, []
+    parts = [
+        Mixture(mixture.shares * share / beside, mixture.means, mixture.factors)
+        for mixture, share in zip(each, shares[1:], strict=True)
+        if share
+    ]
+    whole = flow.put_beside(Mixture(*map(torch.cat, zip(*parts, strict=True))), beside).eval()
+    joined = _in_units(whole, prior, inner)
+    joined.name_columns(inner.layout, inner.context_layout)
+    line = (
+        f"fit put a mixture beside the flow, with shares of {shares[1]:.2f} for Gaussians and {shares[2:].sum():.2f} "
+        f"for kernels at the training rows, by which the validation rows gain {gain:.3f} nats: rows lie close "
+        "together, as in clusters or along trajectories."
+    )
+    return prepared._replace(density=joined), [line]
+
+
+def _as_mixture_flow(model: Flow | Density) -> MixtureFlow | None:
+    """A default model in the form that can have a mixture beside it, or None."""
+    if isinstance(model, MixtureFlow):
+        return model
+    if not isinstance(model, NSF) or model.input_dim == 1 or model.context_dim:
+        return None
+    around = MixtureFlow(**model.architecture)  # type: ignore[arg-type]
+    around.base.to(reference_tensor(model))
+    around.flow = model
+    return around.eval()
+
+
+def _standardised(rows: Rows, prior: FlowPrior, spacing: tuple[float, ...]) -> Tensor:
+    """Rows in the units of a fit, anywhere in their steps, in float64 on the CPU."""
+    data = dequantised(rows.data, spacing, torch.Generator().manual_seed(0)) if spacing else rows.data
+    return prior.standardised(data.to(_like(prior).device)).cpu().double().clamp(-FENCE, FENCE)
+
+
+def _mixtures(z: Tensor, weights: Tensor | None) -> list[Mixture]:
+    """Mixtures of as many Gaussians as BIC says, and of kernels of several widths at the rows if they are few."""
+    rows, dim = z.shape
+    some = _spread(Rows(z, None, weights), MIXTURE_ROWS)
+    mixtures = [fit_mixture(some.data, some.weights)]
+    if rows * dim**2 <= MOST_KERNELS:
+        shares = torch.ones(rows, dtype=torch.float64) if weights is None else weights.double()
+        scale = rows ** (-1 / (dim + 4)) * z.std(0, correction=0).clamp(min=1e-12)
+        widths = ((width * scale).diag().expand(rows, dim, dim) for width in WIDTHS)
+        mixtures += [Mixture(shares / shares.sum(), z, factors) for factors in widths]
+    return mixtures
+
+
 def compare(density: Fitted, training: Rows, rows: Rows, role: str) -> Comparison:
     """Compare a fitted density with baselines on held-out rows.
 
@@ -158,7 +247,7 @@ def _baselines(inner: FlowPrior | TableDensity, training: Rows, queries: int) ->
     return [(name, _in_units(model.to(_like(prior)), prior, inner)) for name, model in models]
 
 
-def _in_units(model: Density, prior: FlowPrior, inner: FlowPrior | TableDensity) -> Density:
+def _in_units(model: Density, prior: FlowPrior, inner: FlowPrior | TableDensity) -> FlowPrior | TableDensity:
     """A density of standardised numbers, in the units of a fitted one and with its categories and grids."""
     units = ("loc", "scale", "tails", *(("context_loc", "context_scale") if prior.context_dim else ()))
     baseline = FlowPrior(
@@ -227,6 +316,9 @@ class _KernelDensity:
     Args:
         rows: The rows, in float32.
         weights: (rows,), or None.
+
+    Attributes:
+        bandwidth: Standard deviation of the kernels.
     """
 
     def __init__(self, rows: Tensor, weights: Tensor | None) -> None:
@@ -239,12 +331,12 @@ class _KernelDensity:
         distances = self._squared_distances(rows[queries])
         distances[torch.arange(len(queries)), queries] = torch.inf
         likelihoods = [self._log_prob(distances, bandwidth).mean() for bandwidth in bandwidths]
-        self._bandwidth = bandwidths[int(torch.stack(likelihoods).argmax())]
+        self.bandwidth = bandwidths[int(torch.stack(likelihoods).argmax())]
 
     def log_prob(self, rows: Tensor) -> Tensor:
         """Log-density of rows, (rows,)."""
         parts = rows.float().split(max(1, 2**23 // len(self._rows)))
-        return torch.cat([self._log_prob(self._squared_distances(part), self._bandwidth) for part in parts]).double()
+        return torch.cat([self._log_prob(self._squared_distances(part), self.bandwidth) for part in parts]).double()
 
     def _squared_distances(self, rows: Tensor) -> Tensor:
         return torch.cdist(rows, self._rows).square_()

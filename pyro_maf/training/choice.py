@@ -336,7 +336,7 @@ def default_model(
         model = model.to(like)
     model = model.to(device=default.device, dtype=default.dtype)
     batch_size = max(LEAST_BATCH, min(MOST_BATCH, rows // BATCHES))
-    recipe = Recipe(batch_size, min(MOST_DECAY, PRECISION / max(1, rows)), RELAXATIONS, starts)
+    recipe = Recipe(batch_size, min(MOST_DECAY, PRECISION / max(1, rows)), RELAXATIONS, starts, not has_rsample)
     return model, recipe
 
 

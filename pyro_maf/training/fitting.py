@@ -31,7 +31,7 @@ from pyro_maf.sweep import Alone
 from pyro_maf.tables.layout import Layout, TableLike
 from pyro_maf.tables.named_rows import NamedRows, named_rows
 from pyro_maf.tables.table import Table
-from pyro_maf.training.baselines import fitted_rows
+from pyro_maf.training.baselines import fitted_rows, with_mixture
 from pyro_maf.training.batches import Batches
 from pyro_maf.training.choice import CHOSEN, RELAXATIONS, DefaultFlow, choose
 from pyro_maf.training.loop import Loop
@@ -146,9 +146,8 @@ def fit(
             the learning rate is halved.
         learning_rate: Initial learning rate of Adam.
         max_grad_norm: Norm to which the gradient of a step is clipped.
-        weight_decay: Initial factor of the weights that is added to their gradients; it falls twice to a tenth before
-            the learning rate is halved. The more columns and the fewer rows, the more helps: 0.01 of 8,000 images. By
-            default 1e-6, which stays, and without a model by rows.
+        weight_decay: Initial factor of the weights that is added to their gradients, which falls twice to a tenth
+            before the learning rate is halved. By default 1e-6, which stays, and without a model by rows.
         seed: Seed of the split and of the order of the batches.
         folder: Folder of the fit: `checkpoint.safetensors`, to resume from; `log.csv`, a line an epoch,
             and the same for TensorBoard if that is installed; at the end `model.safetensors`, for `pyro_maf.load`.
@@ -331,10 +330,11 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
         )
         loop.run(options.progress)
         density.eval()
+        prepared, lines = with_mixture(prepared) if options.recipe.joins else (prepared, [])
         if folder is not None and processes.is_first:
-            try_to_write(folder.folder / MODEL, packed(density))
+            try_to_write(folder.folder / MODEL, packed(prepared.density))
     processes.wait()
-    result = _result(loop.state, prepared, source, options, None if folder is None else folder.folder)
+    result = _result(loop.state, prepared, source, options, lines, None if folder is None else folder.folder)
     if processes.is_first:
         announce(result.warnings[len(prepared.warnings) :])
         if will_show(options.progress) and not result.interrupted:
@@ -345,7 +345,9 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
     return result
 
 
-def _result(state: State, prepared: Prepared, source: NamedRows, options: _Options, folder: Path | None) -> FitResult:
+def _result(
+    state: State, prepared: Prepared, source: NamedRows, options: _Options, lines: list[str], folder: Path | None
+) -> FitResult:
     """Return the result of a fit that has ended in `state`."""
     schedule = state.schedule
     losses = tuple(epoch.validation_loss for epoch in state.history)
@@ -363,7 +365,7 @@ def _result(state: State, prepared: Prepared, source: NamedRows, options: _Optio
         train_loss=tuple(epoch.train_loss for epoch in state.history),
         validation_loss=losses,
         best_epoch=schedule.best_epoch,
-        validation_log_likelihood=_score(prepared, -schedule.best, doubts=options.recipe.starts),
+        validation_log_likelihood=_score(prepared, -schedule.best, doubts=options.recipe.starts or bool(lines)),
         seconds=state.seconds,
         stop_reason=stopped or f"reached max_epochs ({options.max_epochs})",
         interrupted=state.interrupted,
@@ -376,7 +378,7 @@ def _result(state: State, prepared: Prepared, source: NamedRows, options: _Optio
         rows=prepared.rows,
         skipped_steps=state.skipped,
         folder=folder,
-        warnings=(*prepared.warnings, *endings),
+        warnings=(*prepared.warnings, *endings, *lines),
         repeats=prepared.repeats,
         layout=_layout(prepared.density, source),
         context_layout=source.context_layout,

@@ -59,12 +59,14 @@ class Recipe(NamedTuple):
         batch_size: As in `fit`.
         weight_decay, relaxations: As in `Schedule`.
         starts: Whether the base of the model is a mixture that is to be fitted to the training rows.
+        joins: Whether a mixture may come beside the model at the end.
     """
 
     batch_size: int = 256
     weight_decay: float = WEIGHT_DECAY
     relaxations: int = 0
     starts: bool = False
+    joins: bool = False
 
 
 class Choice(NamedTuple):
