@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pandas as pd
 import pytest
@@ -67,9 +67,10 @@ def test_weight_decay_that_falls_is_ahead_of_one_that_stays(monkeypatch: pytest.
     angle = 20 * torch.rand(900, 1, generator=generator)
     rows = torch.cat([angle * angle.sin(), angle * angle.cos()], 1)  # a thin spiral
     rows += 0.1 * torch.randn(900, 2, generator=generator)
-    falls = fit(rows[:600], validation=rows[600:750], max_epochs=150, progress=False).score(rows[750:])
+    options: dict[str, Any] = {"validation": rows[600:750], "max_epochs": 150, "dequantise": False, "progress": False}
+    falls = fit(rows[:600], **options).score(rows[750:])
     monkeypatch.setattr("pyro_maf.training.choice.RELAXATIONS", 0)
-    stays = fit(rows[:600], validation=rows[600:750], max_epochs=150, progress=False).score(rows[750:])
+    stays = fit(rows[:600], **options).score(rows[750:])
     assert float((falls - stays).mean()) > 0.1
 
 
@@ -111,7 +112,9 @@ def test_a_table_of_near_copies_has_kernels_at_its_rows_beside_the_flow(tmp_path
     alone = fit(frame, max_epochs=10, dequantise=False, progress=False)
     assert "a mixture beside the flow" in whole.warnings[-1]
     assert float((whole.score(new) - alone.score(new)).mean()) > 3
-    assert whole.validation_log_likelihood == pytest.approx(float(whole.score(whole.validation_rows.data).mean()), abs=1e-5)
+    assert whole.validation_log_likelihood == pytest.approx(
+        float(whole.score(whole.validation_rows.data).mean()), abs=1e-5
+    )
     assert list(whole.sample(5).columns) == ["x", "y", "z"]
     whole.density.save(tmp_path / "copies.safetensors")
     again = load(tmp_path / "copies.safetensors")

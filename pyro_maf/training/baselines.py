@@ -114,7 +114,7 @@ def with_mixture(prepared: Prepared) -> tuple[Prepared, list[str]]:
 
     That is where a flow has to learn what they begin with: with few rows clusters, and with near copies, as points of
     trajectories are, where the rows are. The shares of the three have the highest likelihood of the validation rows,
-    and are taken if that is higher than the flow's by more than chance.
+    and are taken if that is higher than the flow's by two standard errors and what shares gain by chance.
 
     Args:
         prepared: The fitted density and its rows.
@@ -139,10 +139,14 @@ def with_mixture(prepared: Prepared) -> tuple[Prepared, list[str]]:
     for _ in range(SHARE_ITERATIONS):
         shares = held_out.weighted((shares.log() + log_prob).softmax(1).T).mean(1)
         shares = torch.where(shares > LEAST_SHARE, shares, 0)
+        shares[0] = max(LEAST_SHARE, float(shares[0]))  # for rows far from all others
         shares = shares / shares.sum()
     gain, error = mean_and_error((shares.log() + log_prob).logsumexp(1) - of_flow, held_out.weights)
     beside = 1 - float(shares[0])
-    if not gain > BEHIND * error:
+    count, taken = len(new), int((shares[1:] > 0).sum())
+    # By Student's t, of three rows infinite; and what the shares themselves gain by chance.
+    doubt = BEHIND * error * math.sqrt((count - 1) / (count - 3)) + taken / count if count > 3 else math.inf
+    if not gain > doubt:
         return prepared, []
     parts = [
         Mixture(mixture.shares * share / beside, mixture.means, mixture.factors)
