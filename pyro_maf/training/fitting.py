@@ -146,8 +146,7 @@ def fit(
             the learning rate is halved.
         learning_rate: Initial learning rate of Adam.
         max_grad_norm: Norm to which the gradient of a step is clipped.
-        weight_decay: Initial factor of the weights that is added to their gradients, which falls twice to a tenth
-            before the learning rate is halved. By default 1e-6, which stays, and without a model by rows.
+        weight_decay: Initial weight decay, which falls twice to a tenth; by default 1e-6, and without a model by rows.
         seed: Seed of the split and of the order of the batches.
         folder: Folder of the fit: `checkpoint.safetensors`, to resume from; `log.csv`, a line an epoch,
             and the same for TensorBoard if that is installed; at the end `model.safetensors`, for `pyro_maf.load`.
