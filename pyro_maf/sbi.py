@@ -24,6 +24,7 @@ from pyro_maf._core.messages import require
 from pyro_maf.distributions import ConditionedDensity, Density, FlowPrior
 from pyro_maf.distributions.context_net import ContextNet
 from pyro_maf.flows import StackOptions
+from pyro_maf.nn import default_hidden_dims
 from pyro_maf.support import Support, SupportLike
 from pyro_maf.tables.moments import context_moments_of, moments_of
 from pyro_maf.transforms import Stack
@@ -34,8 +35,16 @@ from sbi.neural_nets.estimators import ConditionalDensityEstimator  # noqa: E402
 
 __all__ = ["FlowEstimator", "likelihood_nn", "posterior_nn"]
 
+
+def _nsf(input_dim: int, **options: Unpack[StackOptions]) -> Stack:
+    """Few layers, which draws cost, of deep networks: a posterior depends on x by statistics that are not linear."""
+    width, _ = default_hidden_dims(input_dim)
+    sizes: StackOptions = {"num_layers": 3, "hidden_dims": [width] * 3, **options}
+    return flows.NSF(input_dim, **sizes)
+
+
 FLOWS: dict[str, Callable[..., Stack]] = {
-    "nsf": flows.NSF,
+    "nsf": _nsf,
     "maf": flows.MAF,
     "iaf": flows.IAF,
     "realnvp": flows.RealNVP,
@@ -145,7 +154,8 @@ def posterior_nn(
     series of several channels; means and scales are robust to outliers, as those of `pyro_maf.fit`.
 
     Args:
-        flow: "nsf", "maf", "iaf" or "realnvp"; or a class of stacks, such as `pyro_maf.MAF`.
+        flow: "nsf", by default of three layers whose networks have three hidden layers, "maf", "iaf" or "realnvp"; or a
+            class of stacks, such as `pyro_maf.MAF`.
         embedding_net: From standardised x, (rows, \*x_shape), to features (rows, C), trained with the flow; by default
             x itself, flattened.
         support: Support of theta, as in `FlowPrior`, such as ["positive", "unit_interval"]. Draws are inside.

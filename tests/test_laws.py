@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyro_maf import MAF, ConditionalMAF, FlowPrior, MADEMoG
 from pyro_maf.infer import AutoIAF
-from pyro_maf.testing import BrokenLawError, check_density, check_guide, check_transform
+from pyro_maf.testing import BrokenLawError, check_density, check_guide, check_transform, transforms
 from pyro_maf.transforms import ActNorm, Flow
 from tests.posteriors import GUIDES, SMALL
 
@@ -81,6 +81,23 @@ class Forgetful(Scale):
 )
 def test_transforms_that_are_right_pass(make: Callable[[int], Any]) -> None:
     check_transform(make, dimensions=(2,))
+
+
+class Heavy(Flow):
+    """y = sinh(1.5 x): its rarest draws are five hundred times as far out as most."""
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return (1.5 * x).sinh(), (1.5 * (1.5 * x).cosh()).log().sum(-1)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = y.asinh() / 1.5
+        return x, (1.5 * (1.5 * x).cosh()).log().sum(-1)
+
+
+@pytest.mark.parametrize("input_dim", [1, 2])
+def test_integrals_refine_where_the_density_is(input_dim: int) -> None:
+    torch.manual_seed(0)
+    transforms.integrates_to_one(Heavy(input_dim))
 
 
 BROKEN = {

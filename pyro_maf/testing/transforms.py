@@ -27,6 +27,8 @@ from pyro_maf.transforms import BatchNorm, Conditioned, Flow, InverseAutoregress
 __all__ = ["check_transform"]
 
 AUTOREGRESSIVE = (MaskedAutoregressive, InverseAutoregressive)
+HALVINGS = 10
+"""Maximum number of times that a cell of an integral is halved."""
 
 
 def check_transform(
@@ -152,21 +154,38 @@ def has_the_log_det_of_its_jacobian(flow: Flow) -> None:
 
 
 def integrates_to_one(flow: Flow) -> None:
-    """The density of the images of standard normal noise integrates to 1, to 2e-3 on a grid; in one or two dimensions.
+    """The density of the images of standard normal noise integrates to 1, to 2e-3; in one or two dimensions.
 
-    The grid covers the image of nearly all noise, so the mass expected on it is 1 up to what it cuts off.
+    The box covers the image of nearly all noise, so the mass expected in it is 1 up to what it cuts off.
     """
-    flow = fresh(flow)
-    side = {1: 10_001, 2: 401}[flow.input_dim]
+    flow, tolerance = fresh(flow), 2e-3
+
+    def density(y: Tensor) -> Tensor:
+        x = flow.inv(y)
+        log_normal = -0.5 * (x**2).sum(-1) - 0.5 * flow.input_dim * math.log(2 * math.pi)
+        return (log_normal - flow.log_abs_det_jacobian(x, y)).exp()
+
     with torch.no_grad():
         reach = flow(points(flow, 20_000)).abs().amax(0) * 1.5
-        axes = [torch.linspace(-float(r), float(r), side, dtype=reach.dtype, device=reach.device) for r in reach]
-        grid = torch.cartesian_prod(*axes).reshape(-1, flow.input_dim)
-        x = flow.inv(grid)
-        log_prob = -0.5 * (x**2).sum(-1) - 0.5 * flow.input_dim * math.log(2 * math.pi)
-        log_prob = log_prob - flow.log_abs_det_jacobian(x, grid)
-        total = log_prob.exp().sum() * math.prod(float(2 * r) / (side - 1) for r in reach)
-    within("gives densities that integrate to 1", flow, (total - 1).abs(), 2e-3)
+        total = _integral(density, reach, {1: 5_000, 2: 100}[flow.input_dim], tolerance)
+    within("gives densities that integrate to 1", flow, (total - 1).abs(), tolerance)
+
+
+def _integral(function: Callable[[Tensor], Tensor], reach: Tensor, side: int, tolerance: float) -> Tensor:
+    """The integral over the box |y| <= reach, from side^D cells, halved where that moves their part of it."""
+    width, share = 2 * reach / side, tolerance / side ** len(reach)
+    axis = 2 * (torch.arange(side).to(reach) + 0.5) / side - 1
+    cells = torch.cartesian_prod(*axis.expand(len(reach), side)).reshape(-1, len(reach)) * reach
+    halves = torch.cartesian_prod(*reach.new_tensor([[-0.5, 0.5]]).expand(len(reach), 2)).reshape(-1, len(reach))
+    coarse, total = function(cells) * width.prod(), reach.new_zeros(())
+    for _ in range(HALVINGS):
+        width, share = width / 2, share / len(halves)
+        parts = cells[:, None] + halves * width
+        fine = function(parts.flatten(0, 1)).reshape(parts.shape[:2]) * width.prod()
+        rough = (fine.sum(1) - coarse).abs() > share * len(halves)  # cells at rest are off by less than they moved
+        total = total + fine[~rough].sum()
+        cells, coarse = parts[rough].flatten(0, 1), fine[rough].flatten()
+    return total + coarse.sum()
 
 
 STEPS = ("optimizer", "fused", "state_dict", "x", "y", "replaced", "data")
