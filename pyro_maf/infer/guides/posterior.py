@@ -79,6 +79,8 @@ def start_of(
         )
     loc = latents.initial() if posterior is None else posterior.centre
     if coordinates is not None:
+        if posterior is not None and not start_is_chosen:
+            loc = _moderate(posterior, loc)
         values = {name: value[0] for name, value in latents.sites(loc[None], torch.Size([1])).items()}
         loc = coordinates.centre(latents, values, call)
     if scale is not None or posterior is None or not posterior.is_complete:
@@ -95,14 +97,21 @@ def start_of(
         return start, coordinates
     if coordinates is None:
         return _start_near(posterior, narrow_place(loc), [], start_is_chosen), None
-    place, plain, posterior = narrow_place(loc), posterior, posterior.within(coordinates)
+    place, posterior = narrow_place(loc), posterior.within(coordinates)
     if coordinates.degree.numel():
-        place = fit_degrees(coordinates, latents, call, posterior, plain)
+        place = fit_degrees(coordinates, latents, call, posterior, loc)
     near = _start_near(posterior, place, [Normal(place[0], place[1].exp().diag())], start_is_chosen)
     normals = (near,) if isinstance(near, WideNormal) else near.normals
     if len(normals) == 1:
         coordinates.normal = normal_sites(coordinates, latents, posterior, normals[0].of_noise)
     return near, coordinates
+
+
+@torch.no_grad()
+def _moderate(posterior: Posterior, loc: Tensor) -> Tensor:
+    """Return a point, or the nearest one of the cube in which NUTS is started if that is more probable."""
+    points = torch.stack([loc, loc.clamp(-UNIFORM, UNIFORM)])
+    return points[int(posterior(points).argmax())]
 
 
 def _start_near(posterior: Posterior, place: Tensor, proposals: list[Normal], is_chosen: bool) -> Start | WideNormal:

@@ -45,7 +45,7 @@ from pyro_maf.infer.start.wide_normal import WideNormal
 from pyro_maf.nn import ACTIVATIONS, NetworkOptions
 from pyro_maf.nn.layers import Tempered
 from pyro_maf.sweep import Alone
-from pyro_maf.transforms import ConditionalFlow, Flow, Stack
+from pyro_maf.transforms import ConditionalFlow, Coupling, Flow, Stack
 from pyro_maf.transforms.low_rank import LowRankHead
 from pyro_maf.transforms.partial import Partial
 from pyro_maf.transforms.tails import Tails
@@ -284,6 +284,11 @@ class GuideSetUp(GuideDensity):
         flow = self.flow_class(
             count, num_layers=self._num_layers, context_dim=context_dim, univariate=univariate, **options
         )
+        if isinstance(start, Normal) and not context_dim and count > 1:
+            # A spline of each variable alone: the shape of many skewed ones, which affine layers reach by one another.
+            with seeded(0):  # its weights are all 0, and take no random numbers from others
+                spline = Coupling(count, mask=torch.zeros(count, dtype=torch.bool), hidden_dims=(), univariate="spline")
+            flow = Stack([*flow, spline])
         bends = [*flow] if count == size else [Partial(size, flow, variables)]
         layers = [*bends, _head(start, context_dim, options)]
         if isinstance(start, Normal) and not context_dim:

@@ -21,6 +21,7 @@ Roberts & Skold, *A general framework for the parametrization of hierarchical mo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -49,8 +50,8 @@ LOST = 0.1
 """Relative error of a residual by rounding at which the prior's density is corrected."""
 FARTHEST = 1e9
 """Maximum correction, in nats."""
-SPREAD, POINTS = 0.1, 3
-"""Spread of latent variables in the trial of a map, and the number of their vectors."""
+SPREAD, POINTS, MODERATE = 0.1, 3, 2.0
+"""Spread of latent variables in the trial of a map, the number of their vectors, and the largest size of a centre."""
 PROBES = 8
 """Number of random vectors for the diagonal of a precision, at each draw."""
 
@@ -207,52 +208,69 @@ class Coordinates(nn.Module):
     ) -> None:
         r"""Set each degree, for good, to the share of the data in the precision given the rest: Hutchinson's estimate.
 
-        Location and scale at the mean of the values are the usual ones from then on, and what data add to that
-        location is computed by the gradient without the prior's share.
+        The rest are coordinates: of a site that is the location of others, what these have to say of it is then that
+        of their data, as they would move along with it. Location and scale at the mean of the values are the usual
+        ones from then on, and what data add to that location is computed by the gradient without the prior's share.
 
         Args:
             latents: The layout of the latent vector.
-            gradient: Gradient of the log-density with respect to v at the draws, (draws, D).
-            product: Minus the Hessian of the log-density with respect to v times vectors, (draws, D).
+            gradient: Gradient of the log-density with respect to c at the draws, (draws, D).
+            product: Minus the Hessian of the log-density with respect to c times vectors, (draws, D).
             values: The draws, (draws, \*site), of every site.
             call: The model with its arguments.
         """
         priors = self._priors(latents, values, call)
-        count = len(next(iter(values.values())))
-        total = dict.fromkeys(priors, self.degree.new_zeros(()))
-        for seed in range(PROBES):
-            with seeded(seed, self.degree.device):
-                signs = {
-                    name: 2.0 * torch.randint(0, 2, prior.loc.shape).to(prior.loc) - 1 for name, prior in priors.items()
-                }
-            probe = self.degree.new_zeros(count, len(latents.idle))
-            for name, prior in priors.items():
-                part = latents.parts[name]
-                probe[:, part.start : part.stop] = prior.scale.times(signs[name]).reshape(count, -1)
-            image = self._by_entry(latents, product(probe[:, ~latents.idle]))
-            for name, prior in priors.items():
-                part = latents.parts[name]
-                along = image[:, part.start : part.stop].reshape(prior.loc.shape)
-                total[name] = total[name] + (signs[name] * prior.scale.transposed_times(along)).mean(0) / PROBES
+        slopes = {name: self._map(latents.parts[name], prior).slope for name, prior in priors.items()}
+        total = self._precisions(latents, product, priors, slopes, len(gradient))
         self._settle(priors, latents)
         if isinstance(self.degree, nn.Parameter) and not self._squares:  # of matrices the estimate is rough
             self.register_buffer("degree", self._parameters.pop("degree").detach())  # type: ignore[union-attr]
-        for name, precision in total.items():
-            scale, place = priors[name].scale, self._slices[name]
-            odds = (precision - 1).flatten().clamp(min=0.0)  # of data to prior; with those at the usual scale for d
+        entries, pulls = self._by_entry(latents, latents.pack(values)[0]), self._by_entry(latents, gradient)
+        for name, (loc, scale) in priors.items():
+            place, part = self._slices[name], latents.parts[name]
+            odds = (total[name] - 1).flatten().clamp(min=0.0)  # of data to prior; with those at the usual scale for d
             if not scale.is_matrix:
                 odds = odds * (2 * self.log_scale[place]).exp() / scale.tensor.square().mean(0).flatten()
-            self.degree[place] = (1 - 1 / (1 + odds)).nan_to_num(nan=DEGREE)
-        entries = self._by_entry(latents, latents.pack(values)[0])
-        slopes = self._by_entry(latents, gradient)
-        for name in priors.keys() - self._squares.keys():
-            (loc, scale), place, part = priors[name], self._slices[name], latents.parts[name]
-            away = entries[:, part.start : part.stop] - loc.reshape(count, -1)
-            pull = slopes[:, part.start : part.stop] + away / scale.tensor.reshape(count, -1).square()
-            degree, unit = self.degree[place], self.log_scale[place].exp()
-            away = entries[:, part.start : part.stop] - self.loc[place]
-            shift = (1 - degree) * unit.square() * pull.mean(0) + degree * away.mean(0)
+            self.degree[place] = degree = (1 - 1 / (1 + odds)).nan_to_num(nan=DEGREE)
+            if scale.is_matrix:
+                continue
+            value, pull = (each[:, part.start : part.stop].reshape(loc.shape) for each in (entries, pulls))
+            pull = pull / slopes[name].tensor + (value - loc) / scale.tensor.square()
+            away = value.mean(0).flatten() - self.loc[place]
+            shift = (1 - degree) * (2 * self.log_scale[place]).exp() * pull.mean(0).flatten() + degree * away
             self.shift[place] = shift.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+    def _precisions(
+        self,
+        latents: Latents,
+        product: Callable[[Tensor], Tensor],
+        priors: Mapping[str, LocationScale],
+        slopes: Mapping[str, Scale],
+        count: int,
+    ) -> dict[str, Tensor]:
+        """Diagonal of the precision of each site given all other coordinates, relative to its prior's.
+
+        Sites are probed in turns: what neighbours in the model have to do with each other is no noise of the estimate.
+        """
+        total = dict.fromkeys(priors, self.degree.new_zeros(()))
+        turns = min(PROBES, max(1, len(priors)))
+        for probe in range(PROBES):
+            names = list(priors)[probe % turns :: turns]
+            with seeded(probe, self.degree.device):
+                signs = {name: 2.0 * torch.randint(0, 2, priors[name].loc.shape).to(self.degree) - 1 for name in names}
+            vectors = self.degree.new_zeros(count, len(latents.idle))
+            for name, sign in signs.items():
+                part = latents.parts[name]
+                along = slopes[name].solve(priors[name].scale.times(sign))
+                vectors[:, part.start : part.stop] = along.reshape(count, -1)
+            image = self._by_entry(latents, product(vectors[:, ~latents.idle]))
+            times = len(range(probe % turns, PROBES, turns))
+            for name, sign in signs.items():
+                part = latents.parts[name]
+                pull = image[:, part.start : part.stop].reshape(sign.shape)
+                pull = priors[name].scale.transposed_times(slopes[name].transposed_solve(pull))
+                total[name] = total[name] + (sign * pull).mean(0) / times
+        return total
 
     @staticmethod
     def _by_entry(latents: Latents, vectors: Tensor) -> Tensor:
@@ -293,8 +311,9 @@ class Coordinates(nn.Module):
             piece = within_reach(transform, piece)
             entries = transform(piece)
             return entries, transform.log_abs_det_jacobian(piece, entries)
-        if (site := self._map(part, fn)) is None:
+        if part.site["name"] not in self._slices:
             return piece, None
+        site = self._map(part, None if fn is None else location_and_scale(fn))
         residual = site.away + site.slope.times(piece - site.origin)
         entries = site.loc + residual
         log_slope = site.log_slope(entries) + _lost_to_rounding(site.loc, site.scale, residual, entries)
@@ -307,21 +326,20 @@ class Coordinates(nn.Module):
             piece = transform.inv(entries)
             is_inside = torch.isclose(transform(piece), entries, rtol=1e-3, atol=1e-5)  # some inverses clamp
             return torch.where(is_inside, piece, torch.nan), transform.log_abs_det_jacobian(piece, entries)
-        if (site := self._map(part, fn)) is None:
+        if part.site["name"] not in self._slices:
             return entries, None
+        site = self._map(part, None if fn is None else location_and_scale(fn))
         return site.origin + site.slope.solve(entries - site.loc - site.away), site.log_slope(entries)
 
-    def _map(self, part: Part, fn: TorchDistribution | None) -> _Map | None:
-        """The map of a site with this distribution, or with its usual location and scale for None or another family."""
+    def _map(self, part: Part, prior: LocationScale | None) -> _Map:
+        """The map of a site with a degree at this location and scale; at the usual ones for None, as of no family."""
         name = part.site["name"]
-        if (place := self._slices.get(name)) is None:
-            return None
+        place = self._slices[name]
         degree, usual, log_unit = (each[place].reshape(part.shape) for each in (self.degree, self.loc, self.log_scale))
         unit = Scale(log_unit.exp())
         if name in self._squares:
             below = self.below[self._squares[name]].reshape(part.shape + part.shape[-1:]).tril(-1)
             unit = Scale(below + unit.tensor.diag_embed(), True)
-        prior = None if fn is None else location_and_scale(fn)
         loc, scale = LocationScale(usual, unit) if prior is None else prior
         if unit.is_matrix:
             slope = Scale(scale.tensor * (1 - degree[..., None, :]) + unit.tensor * degree[..., None, :], True)
@@ -391,7 +409,10 @@ def coordinates_of(call: Call, latents: Latents, moving: Collection[str]) -> Coo
             found = _dependent(call, latents)
         correlated = [name for name, is_matrix in found.items() if is_matrix]
         coordinates = Coordinates(latents, list(found), correlated, moving) if found or moving else None
-        return coordinates if coordinates is not None and _is_sound(coordinates, latents, call) else None
+        # Where a prior says nothing, as a gamma distribution of shape 0.001, its median overflows.
+        centres = (latents.initial(), latents.initial().clamp(-MODERATE, MODERATE))
+        is_sound = coordinates is not None and any(_is_sound(coordinates, latents, call, each) for each in centres)
+        return coordinates if is_sound else None
     except (*FAILURES, NotImplementedError):
         return None
 
@@ -413,7 +434,8 @@ def _dependent(call: Call, latents: Latents) -> dict[str, bool]:
         leaves[id(leaf)] = leaf
         return latents.mapped(part, leaf)[0]
 
-    with torch.enable_grad():
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Converting a tensor with requires_grad=True")  # as by `if float(z) > 0`
         run_with(call, pieces, value_of)
     return found
 
@@ -433,9 +455,8 @@ def _reaches(tensor: Tensor, leaves: Collection[int]) -> bool:
 
 
 @torch.no_grad()
-def _is_sound(coordinates: Coordinates, latents: Latents, call: Call) -> bool:
+def _is_sound(coordinates: Coordinates, latents: Latents, call: Call, like: Tensor) -> bool:
     """Test that a run for several vectors is that for each of them, whatever the random numbers, and has an inverse."""
-    like = latents.initial()
     with seeded(0, like.device):
         points = like + SPREAD * torch.randn(POINTS, *(1,) * latents.nesting, len(like)).to(like)
     with seeded(1, like.device):

@@ -61,6 +61,12 @@ class Scale(NamedTuple):
             return vector / self.tensor
         return torch.linalg.solve_triangular(self.tensor, vector[..., None], upper=False)[..., 0]
 
+    def transposed_solve(self, vector: Tensor) -> Tensor:
+        """L^-T times a vector."""
+        if not self.is_matrix:
+            return vector / self.tensor
+        return torch.linalg.solve_triangular(self.tensor.mT, vector[..., None], upper=True)[..., 0]
+
     def scaled(self, factor: Tensor) -> Scale:
         """The scale of vectors that are multiplied with a factor by entry."""
         if not self.is_matrix:

@@ -23,7 +23,7 @@ FEW = 200
 """Maximum number of dimensions for which the noise of all steps is the same."""
 
 
-def fit_degrees(coordinates: Coordinates, latents: Latents, call: Call, score: Score, plain: Score) -> Tensor:
+def fit_degrees(coordinates: Coordinates, latents: Latents, call: Call, score: Score, loc: Tensor) -> Tensor:
     """Set degrees of centring to the share of the data in the precision of each entry, at draws of a diagonal normal.
 
     The normal is that of the largest bound at fixed noise, fitted in rounds: first with degrees that are fitted along,
@@ -34,25 +34,24 @@ def fit_degrees(coordinates: Coordinates, latents: Latents, call: Call, score: S
         latents: The layout of the latent vector.
         call: The model with its arguments.
         score: Log-density of coordinates, (rows, D), up to a constant.
-        plain: That of the unconstrained latent vector.
+        loc: The point at which they are centred, (D,).
 
     Returns:
         Location and log-scale of the normal, (2, D), in the final coordinates.
 
     Cost: 180 gradients for 32 rows each, and 16 products of a Hessian and a vector.
     """
-    loc = coordinates.centre(latents, latents.values, call)
     noise, place = fixed_noise(loc), narrow_place(loc)
     for number in range(ROUNDS):
         degree = coordinates.degree if number == 0 else None
         place = diagonal_normal(score, place, STEPS, noise=None if len(loc) > FEW else noise, degree=degree)
         if number + 1 < ROUNDS:
-            place = _updated(coordinates, latents, call, plain, place[0] + noise * place[1].exp(), place)
+            place = _updated(coordinates, latents, call, score, place[0] + noise * place[1].exp(), place)
     return place
 
 
 def _updated(
-    coordinates: Coordinates, latents: Latents, call: Call, plain: Score, draws: Tensor, place: Tensor
+    coordinates: Coordinates, latents: Latents, call: Call, score: Score, draws: Tensor, place: Tensor
 ) -> Tensor:
     """Update the degrees by draws; return location and log-scale of the draws in the new coordinates."""
     with torch.no_grad():
@@ -61,9 +60,8 @@ def _updated(
         values = {
             name: value.reshape(len(draws), *latents.parts[name].value.shape) for name, (value, _) in images.items()
         }
-        entries, _ = latents.pack(values)
     try:
-        coordinates.set_by_precision(latents, *_derivatives(plain, entries), values, call)
+        coordinates.set_by_precision(latents, *_derivatives(score, draws), values, call)
     except FAILURES:  # such as an operation without a second derivative
         return place
     with torch.no_grad():
