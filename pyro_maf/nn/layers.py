@@ -214,5 +214,5 @@ class MaskedLinear(Observed, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer; one dense product."""
         if not self.in_features:  # a product over nothing has no gradient under torch.jit
-            return self.bias.expand(*x.shape[:-1], -1)
+            return (self.bias + self.weight.sum(-1)).expand(*x.shape[:-1], -1)
         return F.linear(x, self.weight * self.mask, self.bias)
