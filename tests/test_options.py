@@ -64,7 +64,7 @@ WITH_CONTEXT_DIM: dict[type, dict[str, Any]] = {
     RealNVP: {**NETWORK, **STACK, "univariate": "affine", "networks": "joint", "seed": 0},
     MADEMoG: {**NETWORK_OF_LAYER, "num_components": 10},
     MAFMoG: {**MASKED, **STACK, "num_components": 10},
-    MixtureFlow: {**FLOW, "univariate": "spline", "num_components": 1},
+    MixtureFlow: {**FLOW, "univariate": "spline", "num_components": 1, "num_beside": 0},
     transforms.MaskedAutoregressive: LAYER,
     transforms.InverseAutoregressive: LAYER,
     transforms.Coupling: COUPLING,

@@ -147,6 +147,7 @@ class ConditionalMixtureFlow(ConditionalDensityForm):
         context_dim: Number of context features, at least 1.
         num_components, num_layers, hidden_dims, activation, order, batch_norm, degrees, univariate, seed: As in
             `MixtureFlow`.
+        num_beside: 0, as no mixture stands beside a flow with a context.
 
     Shapes:
         context is (\*batch or (), context_dim) and broadcasts with values, (\*batch, D).

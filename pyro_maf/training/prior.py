@@ -33,6 +33,7 @@ class FitOptions(TypedDict, total=False):
     patience: int
     learning_rate: float
     max_grad_norm: float
+    weight_decay: float | None
     folder: str | os.PathLike[str] | None
     resume: bool
     overwrite: bool
