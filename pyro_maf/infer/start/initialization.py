@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyro_maf._core.optimization import Adam
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.models.double_precision import in_double, is_resolved, nudged
 from pyro_maf.infer.start.ascent import Ascents, Normal, Place, Score
+from pyro_maf.infer.start.mean_field import diagonal_normal, narrow_place
 from pyro_maf.infer.start.modes import End, Start, bounds_of, covering, different, distance, even_noise
 
 __all__ = ["DENSE", "Normal", "Start", "best_normal", "best_start", "other_points"]
@@ -35,7 +35,7 @@ DENSE = 200
 """Maximum number of dimensions for which there are matrices with a row for each."""
 FEW = 20
 """Maximum number of dimensions at which the curvature alone suffices."""
-DIAGONAL_STEPS, DIAGONAL_RATE = 100, 0.2
+DIAGONAL_STEPS = 100
 ALONE, ALONE_DRAWS = 300, 4
 """For a model that has to be run for each row: approximate maximum number of runs, and draws for each bound."""
 ALONE_BY_OTHER, ALONE_POOL = 40, 16
@@ -220,7 +220,9 @@ class _Search:
         else:
             self._backwards()
         if len(self._loc) > FEW and self._vectorised:
-            self._try([_diagonal(self._score, self._loc, even_noise(self._loc, DRAWS, seed=1))])
+            place, noise = narrow_place(self._loc), even_noise(self._loc, DRAWS, seed=1)
+            loc, log_scale = diagonal_normal(self._score, place, DIAGONAL_STEPS, noise=noise)
+            self._try([Normal(loc, log_scale.exp().diag())])
         if proposals:
             self._try(proposals)
         return self._best, self._bound
@@ -307,20 +309,3 @@ class _Search:
 def _candidates(place: Place) -> list[Normal]:
     """The normals that a place of an ascent proposes."""
     return place.normals(LARGEST_SCALES) + [Normal.isotropic(place.loc, scale) for scale in ISOTROPIC]
-
-
-def _diagonal(log_density: Score, loc: Tensor, noise: Tensor) -> Normal:
-    """Return the diagonal normal that a hundred steps of Adam, on the bound at fixed noise, reach from `loc`."""
-    place = torch.stack([loc, torch.full_like(loc, math.log(ISOTROPIC[-1]))]).requires_grad_()
-    optimizer = Adam([place], betas=(0.8, 0.95))
-    for step in range(DIAGONAL_STEPS):
-        with torch.enable_grad():
-            scores = log_density(place[0] + noise * place[1].exp())
-            loss = -scores.mean() - place[1].sum()
-        if not loss.isfinite():
-            break
-        (gradient,) = torch.autograd.grad(loss, place)
-        gradient.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-        optimizer.step([gradient], DIAGONAL_RATE * (1 - step / DIAGONAL_STEPS))
-    loc, log_scale = place.detach()
-    return Normal(loc, log_scale.exp().diag())
