@@ -294,7 +294,7 @@ def test_the_default_is_compared_with_recipes_for_as_long_and_with_simple_densit
     from pyro_maf.datasets import FigureOne
 
     data = FigureOne().dataset(train=200, validation=50, test=50)
-    recipes = ("zuko", "nflows", "normflows")
+    recipes = ("zuko", "nflows")
     plan = contest.Plan((contest.DEFAULT,), (), epochs=1, rate=1e-3, folder=tmp_path, recipes=recipes, seeds=2)
     *_, found = contest.run(data, plan)
     (line,) = found["against_peers"]
