@@ -200,4 +200,7 @@ def _agree(found: Derivatives, expected: Derivatives) -> bool:
 def _is_close(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
+    if other.dim() > 1:  # rounding is relative to the largest entry of a draw's gradient
+        size = 1 + other.abs().amax(-1, keepdim=True).nan_to_num(nan=0.0, posinf=0.0)
+        one, other = one / size, other / size
     return torch.allclose(one, other, rtol=1e-3, atol=1e-3, equal_nan=True)
