@@ -127,12 +127,18 @@ def test_an_ordinary_table_has_none() -> None:
     assert isinstance(cast(FlowPrior, result.density).model, NSF)
 
 
-def test_a_mixture_beside_a_flow_is_a_density_of_its_draws() -> None:
+def bent_flow() -> MixtureFlow:
+    """A flow that is not the identity, its weights drawn from the global generator after seeding that."""
     torch.manual_seed(0)
     flow = MixtureFlow(2, num_layers=1, hidden_dims=[16])
     with torch.no_grad():
         for weight in flow.parameters():
             weight.add_(0.2 * torch.randn(weight.shape))
+    return flow
+
+
+def test_a_mixture_beside_a_flow_is_a_density_of_its_draws() -> None:
+    flow = bent_flow()
     means = torch.tensor([[3.0, 0.0], [0.0, -3.0]])
     beside = Mixture(torch.tensor([0.3, 0.7]), means, 0.5 * torch.eye(2).expand(2, 2, 2))
     density = flow.put_beside(beside, 0.4)
@@ -152,11 +158,7 @@ def test_a_mixture_beside_a_flow_is_a_density_of_its_draws() -> None:
 
 
 def test_noise_of_a_mixture_flow_is_standard_normal() -> None:
-    torch.manual_seed(0)
-    flow = MixtureFlow(2, num_layers=1, hidden_dims=[16])
-    with torch.no_grad():
-        for weight in flow.parameters():
-            weight.add_(0.2 * torch.randn(weight.shape))
+    flow = bent_flow()
     flow.base.start_at(torch.randn(600, 2) / 4 + torch.tensor([[-1.0, 1.0], [1.0, 1.0], [0.0, -1.0]]).repeat(200, 1))
     u = flow.noise(flow.sample([5000]))
     assert len(flow.base.shares) == 3

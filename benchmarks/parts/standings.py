@@ -122,8 +122,7 @@ def _peers(sets: dict[str, Section]) -> str:
     for name, line in lines:
         cells = [name, line["model"], line["hidden"], _estimate(line["test"][OURS])]
         cells += [_estimate(line["test"].get(peer)) for peer in names]
-        cells += [_not_behind(line), f"{line['seconds'][OURS]:.0f}"]
-        cells += [f"{line['seconds'][peer]:.0f}" if peer in line["seconds"] else "" for peer in names]
+        cells += [_not_behind(line), *_seconds(line, [OURS, *names])]
         rows.append(cells)
     title = (
         "**Against the peers**: the same widths, learning rate, batches and most epochs; nats, paired by row, with two "
@@ -142,15 +141,19 @@ def _default(sets: dict[str, Section]) -> str:
     rows = []
     for name, line in found.items():
         seeds = {each["seed"] for each in sets[name]["tried"] if each["model"] == "default"}
-        cells = [name, str(len(seeds)), _estimate(line["test"][OURS]), f"{line['seconds'][OURS]:.0f}"]
+        cells = [name, str(len(seeds)), _estimate(line["test"][OURS]), *_seconds(line, [OURS])]
         cells += [_not_behind(line["ahead"][who]) if who in line["ahead"] else "" for who in others]
-        cells += [f"{line['seconds'][who]:.0f}" if who in line["seconds"] else "" for who in others]
+        cells += _seconds(line, others)
         rows.append(cells)
     title = (
         "**The default, `fit(rows)`, over others by recipes of their own**: nats a test row, paired by row, with two "
         "standard errors, means over seeds; processor seconds; bold where it is behind by more than two standard errors"
     )
     return f"{title}\n\n{table(heading, rows)}"
+
+
+def _seconds(line: dict[str, dict[str, float]], names: list[str]) -> list[str]:
+    return [f"{line['seconds'][who]:.0f}" if who in line["seconds"] else "" for who in names]
 
 
 def _not_behind(line: dict[str, float]) -> str:

@@ -78,11 +78,11 @@ def fit(
     Maximises mean_n log p(y_n | c_n) with p the density of T(loc + scale z), z ~ model, where T maps to the support,
     and loc and scale are the mean and standard deviation of the training rows before T, of which outliers are moved to
     a fence: 10 standard deviations, by the quartiles, from the median. A context is standardised likewise, but with a
-    fence against single outliers only. Adam steps on batches; after each epoch
-    an average of the weights over the last two epochs or so is scored on the validation rows. The learning rate is
-    halved when that score stalls, the fit ends after `patience` epochs without a better one, or sooner where only the
-    training rows are fitted better than ever, and the best average is the result. From 1,000 rows on, as many rows
-    again are held out for test, for a score of rows that chose nothing.
+    fence against single outliers only. Adam steps on batches; after each epoch an average of the weights over the last
+    two epochs or so is scored on the validation rows. The learning rate is halved when that score stalls, the fit ends
+    after `patience` epochs without a better one, or sooner where only the training rows are fitted better than ever,
+    and the best average is the result. From 1,000 rows on, as many rows again are held out for test, for a score of
+    rows that chose nothing.
 
     The model is trained in place, in its own dtype and on its own device, and left in eval mode with its best weights.
     From the same initial weights, the same call has bitwise the same result on a CPU. The global

@@ -140,10 +140,11 @@ class Flow(Savable, Observed, TransformModule):
 
     def _through(self, value: Tensor, checked: Check, direction: Direction) -> Tensor:
         value = checked(value, self._like())
-        if (cached := self.cached_input(value)) is not None:
+        caches = self._caches()
+        if caches and (cached := self._cache.input_of(self, value)) is not None:
             return cached
         output, log_det = self._computed(direction, value)
-        if self._cache_size and caching_is_possible():
+        if caches:
             self._cache.store(self, value, output, log_det)
         return output
 
@@ -174,7 +175,10 @@ class Flow(Savable, Observed, TransformModule):
 
     def cached_input(self, y: Tensor) -> Tensor | None:
         """x for which the flow computed y last, if nothing has changed since."""
-        return self._cache.input_of(self, y) if self._cache_size and caching_is_possible() else None
+        return self._cache.input_of(self, y) if self._caches() else None
+
+    def _caches(self) -> bool:
+        return self._cache_size > 0 and caching_is_possible()
 
     def _like(self) -> Tensor | None:
         """Tensor of the dtype and device that inputs need, or None; raises for a flow without its context."""

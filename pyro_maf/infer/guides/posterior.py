@@ -18,11 +18,11 @@ from torch.quasirandom import SobolEngine
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.models.coordinates import Coordinates
 from pyro_maf.infer.models.hierarchy import coordinates_of
-from pyro_maf.infer.models.latents import Images, Latents, Part
+from pyro_maf.infer.models.latents import UNIFORM, Images, Latents, Part
 from pyro_maf.infer.models.log_joint import FAILURES, LogJoint, is_enumerated
 from pyro_maf.infer.models.model import Call, Model, RefusalError, Trace, latent_sites, sample_sites
 from pyro_maf.infer.start.degrees import fit_degrees, normal_sites
-from pyro_maf.infer.start.initialization import ALONE_POOL, DENSE, UNIFORM, Normal, Start, best_start, other_points
+from pyro_maf.infer.start.initialization import ALONE_POOL, DENSE, Normal, Start, best_start, other_points
 from pyro_maf.infer.start.mean_field import narrow_place
 from pyro_maf.infer.start.symmetry import exchanges
 from pyro_maf.infer.start.wide_normal import WideNormal, wide_start

@@ -86,8 +86,7 @@ def _name(node: fx.Node) -> str:
 
 def _whole(node: fx.Node) -> fx.Node:
     """The tensor that a part is taken from."""
-    first = cast("fx.Node", node.args[0])
-    return _of_getitem(first) if node.target is getitem else first
+    return _first(_first(node)) if node.target is getitem else _first(node)
 
 
 def _draws_from_right(shape: Sequence[int], draws: int) -> int:
@@ -140,7 +139,7 @@ class _Fusible:
         return self._place(value) == place or len(shape) < place or shape[len(shape) - place] == 1
 
     def _is_take(self, node: fx.Node) -> bool:
-        if _name(node) not in TAKES or (node.target is getitem and _of_getitem(node).target is not aten.unbind.int):
+        if _name(node) not in TAKES or (node.target is getitem and _first(node).target is not aten.unbind.int):
             return False
         whole = _whole(node)
         shape, place = whole.meta.get("shape", torch.Size()), self._place(whole)
@@ -159,13 +158,13 @@ class _Fusible:
         return before[: -self._place(parts[0])].numel() == shape[: -self._place(node)].numel()
 
 
-def _of_getitem(node: fx.Node) -> fx.Node:
+def _first(node: fx.Node) -> fx.Node:
     return cast("fx.Node", node.args[0])
 
 
 def _axis(node: fx.Node) -> int:
     """The dimension along which tensors are put together or taken apart."""
-    args = _of_getitem(node).args if node.target is getitem else node.args
+    args = _first(node).args if node.target is getitem else node.args
     index = 2 if _name(node) in PADS else 1
     axis = cast("int", args[index]) if len(args) > index else 0
     return axis % len((node if _name(node) in ALONG else _whole(node)).meta["shape"])

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.models.coordinates import Coordinates, run_with
-from pyro_maf.infer.models.latents import Latents, masked_elements
+from pyro_maf.infer.models.latents import UNIFORM, Latents, masked_elements
 from pyro_maf.infer.models.location_scale import location_and_scale
 from pyro_maf.infer.models.log_joint import FAILURES
 from pyro_maf.infer.models.model import Call
 
 __all__ = ["coordinates_of"]
 
-SPREAD, POINTS, MODERATE = 0.1, 3, 2.0
-"""Spread of latent variables in the trial of a map, the number of their vectors, and the largest size of a centre."""
+SPREAD, POINTS = 0.1, 3
+"""Spread of latent variables in the trial of a map, and the number of their vectors."""
 
 
 def coordinates_of(call: Call, latents: Latents, moving: Collection[str]) -> Coordinates | None:
@@ -40,7 +40,8 @@ def coordinates_of(call: Call, latents: Latents, moving: Collection[str]) -> Coo
         correlated = [name for name, is_matrix in found.items() if is_matrix]
         coordinates = Coordinates(latents, list(found), correlated, moving) if found or moving else None
         # Where a prior says nothing, as a gamma distribution of shape 0.001, its median overflows.
-        centres = (latents.initial(), latents.initial().clamp(-MODERATE, MODERATE))
+        centre = latents.initial()
+        centres = (centre, centre.clamp(-UNIFORM, UNIFORM))
         is_sound = coordinates is not None and any(_is_sound(coordinates, latents, call, each) for each in centres)
         return coordinates if is_sound else None
     except (*FAILURES, NotImplementedError):

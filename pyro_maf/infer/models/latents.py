@@ -21,12 +21,15 @@ from pyro_maf.infer.models.model import RefusalError, Site, layers_of
 from pyro_maf.infer.models.plates import subsampled
 from pyro_maf.infer.models.supports import support_map
 
-__all__ = ["Images", "Latents", "Part", "Plates", "masked_elements", "median_or_feasible", "within_reach"]
+__all__ = ["UNIFORM", "Images", "Latents", "Part", "Plates", "masked_elements", "median_or_feasible", "within_reach"]
 
 MEDIAN_DRAWS = 15
 """Number of draws for a median, as in Pyro."""
 REACH = {torch.float32: 40.0, torch.float64: 300.0}
 """Maximum absolute logarithm of a scale; its exponential can be squared and divided by."""
+
+UNIFORM = 2.0
+"""Half the width of the cube, around 0 in unconstrained space, in which Pyro and Stan start NUTS."""
 
 Plates = pyro.plate | Iterable[pyro.plate]
 """The result of a function for `create_plates`, as in Pyro's guides."""

@@ -7,19 +7,15 @@ there is no Hessian, and in many dimensions, the inverse Hessian is estimated fr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_maf.infer.models.double_precision import is_resolved, nudged, widened
+from pyro_maf.infer.models.double_precision import Score, is_resolved, nudged, widened
 from pyro_maf.infer.models.log_joint import FAILURES
 
-__all__ = ["Ascents", "Normal", "Place", "Score"]
-
-Score = Callable[[Tensor], Tensor]
-"""Log-density of latent vectors: (rows, D) to (rows,)."""
+__all__ = ["Ascents", "Normal", "Place"]
 
 CONVERGED = 1e-4
 """Gain of a step, in nats, below which an ascent ends."""

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from pyro_maf.infer.models.coordinates import Coordinates
+from pyro_maf.infer.models.double_precision import Score
 from pyro_maf.infer.models.latents import Latents
 from pyro_maf.infer.models.log_joint import FAILURES
 from pyro_maf.infer.models.model import Call
-from pyro_maf.infer.start.mean_field import Score, diagonal_normal, fixed_noise, narrow_place
+from pyro_maf.infer.start.mean_field import diagonal_normal, fixed_noise, narrow_place
 
 __all__ = ["fit_degrees", "normal_sites"]
 
@@ -83,7 +84,9 @@ def _derivatives(score: Score, points: Tensor) -> tuple[Tensor, Callable[[Tensor
     return gradient.detach(), product
 
 
-def normal_sites(coordinates: Coordinates, latents: Latents, score: Score, place: Score) -> list[str]:
+def normal_sites(
+    coordinates: Coordinates, latents: Latents, score: Score, place: Callable[[Tensor], Tensor]
+) -> list[str]:
     """Return the sites with a degree of which every entry is normal given all others, with linear mean and fixed scale.
 
     Of such an entry the gradient between two points differs by the product of the Hessian, at either of them, with

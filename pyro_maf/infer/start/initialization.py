@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from pyro_maf._core.torch_state import seeded
-from pyro_maf.infer.models.double_precision import in_double, is_resolved, nudged
-from pyro_maf.infer.start.ascent import Ascents, Normal, Place, Score
+from pyro_maf.infer.models.double_precision import Score, in_double, is_resolved, nudged
+from pyro_maf.infer.models.latents import UNIFORM
+from pyro_maf.infer.start.ascent import Ascents, Normal, Place
 from pyro_maf.infer.start.mean_field import diagonal_normal, narrow_place
 from pyro_maf.infer.start.modes import End, Start, bounds_of, covering, different, distance, even_noise
 
@@ -44,8 +45,6 @@ SLACK = 10.0
 """Maximum loss of a typical draw by rounding to float32, in nats and per cent."""
 OTHERS, LEAST_OTHERS, ROWS = 11, 3, 600
 """Number of other ascents, in few dimensions and at least, and of the rows in which all their Hessians are computed."""
-UNIFORM = 2.0
-"""Half the width of the cube, around 0 in unconstrained space, in which Pyro and Stan start NUTS."""
 POOL = 64
 """Number of points of which the starting points in that cube are chosen."""
 MOST_MODES, MOST_IMAGES = 8, 24

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from pyro_maf._core.optimization import Adam
 from pyro_maf._core.torch_state import seeded
+from pyro_maf.infer.models.double_precision import Score
 
-__all__ = ["RATE", "Score", "diagonal_normal", "fixed_noise", "narrow_place"]
-
-Score = Callable[[Tensor], Tensor]
-"""Log-density of vectors: (rows, D) to (rows,)."""
+__all__ = ["RATE", "diagonal_normal", "fixed_noise", "narrow_place"]
 
 DRAWS = 32
 RATE, BETAS = 0.2, (0.8, 0.95)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pyro_maf._core.torch_state import seeded
-from pyro_maf.infer.start.ascent import Normal, Score
+from pyro_maf.infer.models.double_precision import Score
+from pyro_maf.infer.start.ascent import Normal
 
 __all__ = ["End", "Start", "bounds_of", "covering", "different", "distance", "even_noise"]
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pyro_maf._core.torch_state import seeded
+from pyro_maf.infer.models.double_precision import Score
 from pyro_maf.infer.models.log_joint import FAILURES
-from pyro_maf.infer.start.mean_field import Score, diagonal_normal, fixed_noise
+from pyro_maf.infer.start.mean_field import diagonal_normal, fixed_noise
 from pyro_maf.transforms.low_rank import along_chain
 
 __all__ = ["WideNormal", "wide_start"]
