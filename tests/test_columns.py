@@ -399,6 +399,13 @@ def test_a_fit_of_a_table_is_resumed_to_the_same_weights(tmp_path: Path) -> None
 
 @ON_GRID
 @ENDS
+def test_a_series_with_a_name_is_drawn_in_its_dtype() -> None:
+    series = pd.Series(np.random.default_rng(0).poisson(20, 300), name="count")
+    assert fit(series, **{**QUICK, "max_epochs": 1}).sample(4)["count"].dtype == series.dtype
+
+
+@ON_GRID
+@ENDS
 def test_weights_count_in_tables() -> None:
     frame = mixed()
     often = (frame["colour"] == "red").to_numpy() * 3 + 1
@@ -421,7 +428,7 @@ def test_streamed_counts_are_found_and_fitted(tmp_path: Path, monkeypatch: pytes
     assert result.density.grids == [None, (1.0, 0.0, rows[:, 1].max())]
     rows[1400, 1] = 2.3456789
     np.save(tmp_path / "other.npy", rows)
-    monkeypatch.setattr("pyro_maf.training.kinds.SAMPLED_ROWS", 300)
+    monkeypatch.setattr("pyro_maf.tables.disk.MOST_SAMPLED", 300)
     plain = fit(MAF(2, **SMALL), np.load(tmp_path / "other.npy", mmap_mode="r"), **QUICK)
     assert isinstance(plain.density, FlowPrior)
 

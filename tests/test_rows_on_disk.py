@@ -18,6 +18,7 @@ from pyro_maf.support import Support
 from pyro_maf.tables import MappedRows, Reader, disk
 from pyro_maf.tables.moments import moments_of
 from pyro_maf.tables.rows import Split
+from pyro_maf.tables.tails import units_of
 from pyro_maf.training import batches as batches_module
 from pyro_maf.training.batches import Batches
 from tests.fits import GAUSSIAN, gaussian_rows, mean_log_prob, same, seeded, weights
@@ -148,6 +149,16 @@ def test_units_are_those_of_the_training_rows(tmp_path: Path) -> None:
     assert context is None
 
 
+def test_tails_are_those_of_the_training_rows(tmp_path: Path) -> None:
+    rows = gaussian_rows(800)
+    rows[:, 0] /= gaussian_rows(800, seed=1)[:, 0]
+    result = fit(model().double(), mapped(tmp_path / "rows.npy", rows), validation=0.4, **QUICK)
+    training = rows.clone()[~torch.isin(torch.arange(800), torch.as_tensor(result.validation_places))]
+    expected = units_of(moments_of(training), training).tails
+    assert expected is not None
+    assert torch.allclose(result.density.tails, expected, rtol=1e-6)
+
+
 def test_copies_of_a_row_are_on_one_side_of_the_split(tmp_path: Path) -> None:
     drawn = gaussian_rows(500)[torch.randint(500, (ROWS,), generator=torch.Generator().manual_seed(0))]
     rows = divided(tmp_path, drawn)
@@ -202,7 +213,8 @@ def test_categories_are_divided_row_by_row(tmp_path: Path) -> None:
 def test_a_sample_is_of_as_many_rows_as_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, _ = numbered_rows(tmp_path)
     assert len(rows.training.sample().data) == sum(rows.training.sizes)
-    monkeypatch.setattr(disk, "MOST_HELD", 500)
+    for limit in ("MOST_HELD", "MOST_SAMPLED"):
+        monkeypatch.setattr(disk, limit, 500)
     rows, _ = numbered_rows(tmp_path)
     sample = rows.training.sample().data
     assert 500 <= len(sample) <= 500 + len(rows.training.starts)

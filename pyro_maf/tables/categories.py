@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 __all__ = [
+    "LEAST_REPEATS",
+    "MOST_CATEGORIES",
     "Categories",
     "Label",
-    "as_labels",
     "categories_of",
     "coded",
-    "coded_frame",
     "decoded",
-    "labels_of",
+    "label_of",
     "one_hot",
     "restored",
 ]
@@ -33,17 +33,14 @@ Label: TypeAlias = str | bool | int | float
 """A category as JSON holds it."""
 
 MOST_CATEGORIES = 1000
-LEAST_ROWS = 2
-"""Maximum number of categories of a column, and least number of rows to a category on average: of fewer they are names
-of rows."""
+LEAST_REPEATS = 2
+"""Maximum number of categories, and least number of rows to one on average: of fewer they are names of rows."""
 
 
 def categories_of(who: str, frame: DataFrame) -> tuple[Categories, ...]:
     """Categories of each column of a data frame that holds texts, truth values or a categorical type.
 
-    Args:
-        who: The caller, for errors.
-        frame: The frame. Columns of other objects, as of dates, have None, as numbers have.
+    Columns of other objects, as of dates, have None, as numbers have.
 
     Raises:
         InputError: For a missing value among categories, with row and column, and for a column of a single one.
@@ -81,7 +78,7 @@ def _categories(who: str, place: int, name: Hashable, column: Series[Any]) -> Ca
             f"{name!r}: drop that column.",
             column=place,
         )
-    if len(values) > min(MOST_CATEGORIES, max(2, len(column) // LEAST_ROWS)):
+    if len(values) > min(MOST_CATEGORIES, max(2, len(column) // LEAST_REPEATS)):
         raise ValueError(
             f"{who} expected categories that repeat, got {len(values)} in {len(column)} rows of column {name!r}: "
             "drop it or merge the rare ones."
@@ -89,6 +86,11 @@ def _categories(who: str, place: int, name: Hashable, column: Series[Any]) -> Ca
     order = list(dtype.categories) if is_categorical else sorted(values, key=lambda value: (str(value), value))
     present = set(values.tolist())
     return tuple(value.item() if isinstance(value, np.generic) else value for value in order if value in present)
+
+
+def label_of(category: Hashable) -> Label:
+    """A category as JSON holds it: one of another type, such as an interval, by its text."""
+    return category if isinstance(category, (str, bool, int, float)) else str(category)
 
 
 def coded(values: object, categories: Sequence[Hashable]) -> NDArray[np.float32]:
@@ -99,22 +101,11 @@ def coded(values: object, categories: Sequence[Hashable]) -> NDArray[np.float32]
         [1.0, -1.0, nan]
     """
     number = {category: index for index, category in enumerate(categories)}
-    each = np.asarray(values, dtype=object).tolist()
     codes = [
-        np.nan if value is None or value != value else number.get(value, number.get(_label(value), -1))
-        for value in each
+        np.nan if value is None or value != value else number.get(value, number.get(label_of(value), -1))
+        for value in np.asarray(values, dtype=object).tolist()
     ]
     return np.array(codes, np.float32)
-
-
-def labels_of(name: Hashable, categories: Sequence[Hashable]) -> list[str]:
-    """Names of the columns of a column of categories one-hot.
-
-    Example:
-        >>> labels_of("colour", ("blue", "red"))
-        ['colour=blue', 'colour=red']
-    """
-    return [f"{name}={category}" for category in categories]
 
 
 def one_hot(
@@ -122,14 +113,8 @@ def one_hot(
 ) -> dict[str, NDArray[np.float32]]:
     """A column of categories one-hot, by the names of its columns.
 
-    Args:
-        who, role: Caller and argument, for errors.
-        name: Name of the column.
-        values: Its values.
-        categories: Its categories.
-
     Raises:
-        InputError: For a value that is none of them.
+        InputError: For a value that is no category.
 
     Example:
         >>> one_hot("fit", "context", "colour", ["red", "blue", "red"], ("blue", "red"))["colour=red"].tolist()
@@ -145,50 +130,16 @@ def one_hot(
             row=row,
         )
     columns = np.eye(len(categories), dtype=np.float32)[codes.astype(int)].T
-    return dict(zip(labels_of(name, categories), columns, strict=True))
-
-
-def as_labels(categories: Sequence[Hashable]) -> list[Label]:
-    """Categories as JSON holds them: those of other types, such as intervals, by their texts.
-
-    Example:
-        >>> as_labels((False, "red", (1, 2)))
-        [False, 'red', '(1, 2)']
-    """
-    return list(map(_label, categories))
-
-
-def _label(category: Hashable) -> Label:
-    return category if isinstance(category, (str, bool, int, float)) else str(category)
+    return {f"{name}={category}": column for category, column in zip(categories, columns, strict=True)}
 
 
 def decoded(numbers: NDArray[np.floating], categories: Sequence[Hashable]) -> list[Hashable]:
-    """The categories of numbers.
-
-    Example:
-        >>> decoded(np.array([1.0, 0.0]), ("blue", "red"))
-        ['red', 'blue']
-    """
+    """The categories of numbers."""
     return [categories[number] for number in numbers.astype(int).tolist()]
 
 
-def coded_frame(frame: DataFrame, categories: Sequence[Categories]) -> DataFrame:
-    """A frame with its categories as numbers."""
-    frame = frame.copy()
-    for place, among in enumerate(categories):
-        if among is not None:
-            frame.isetitem(place, coded(frame.iloc[:, place], among))
-    return frame
-
-
 def restored(frame: DataFrame, categories: Sequence[Categories], dtypes: Sequence[str]) -> DataFrame:
-    """A frame of numbers with categories by their names, and in other dtypes.
-
-    Args:
-        frame: The frame.
-        categories: Categories of each column, or () if there are none.
-        dtypes: Dtypes of the columns, by name; numbers are rounded for integers.
-    """
+    """A frame of numbers with categories by their names, if there are any, and in these dtypes by name."""
     frame = frame.copy()
     for place, dtype in enumerate(dtypes):
         column: Any = frame.iloc[:, place]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -13,11 +12,12 @@ from numpy.typing import NDArray
 
 from pyro_maf._core.checks import InputError
 from pyro_maf._core.messages import quoted, require, shown
+from pyro_maf.tables.categories import LEAST_REPEATS, MOST_CATEGORIES
 
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["Cells", "Column", "Survey", "encoded", "is_missing", "is_text", "number_in"]
+__all__ = ["Cells", "Column", "Survey", "is_missing", "is_text", "number_in"]
 
 Cells: TypeAlias = "NDArray[np.generic] | pyarrow.Array"
 """Cells of a column: a one-dimensional array of numpy or pyarrow."""
@@ -28,10 +28,6 @@ DATE = re.compile(
     r"([T ,]|$)|\d{1,2}:\d{2}(:\d{2}|$)"
 )
 
-MOST_CATEGORIES = 1000
-LEAST_REPEATS = 2
-"""Maximum number of categories, and least number of rows to one on average: of fewer they are names of rows."""
-MANY_COLUMNS = 100
 MARKS = {".": "point", ",": "comma"}
 OTHER = {".": ",", ",": "."}
 NO_DATES = "put numbers in their place, such as days or seconds since the first of them"
@@ -136,7 +132,12 @@ class Column:
 
     def _places(self, cells: Cells, first_row: int) -> NDArray[np.int_]:
         """Indices of cells in the categories, -1 for missing values."""
-        places = _places_of(_texts_of(cells), self.categories or [])
+        import pyarrow
+        import pyarrow.compute as pc
+
+        texts = _texts_of(cells)
+        found = pc.index_in(texts, value_set=pyarrow.array(self.categories or [], texts.type))
+        places = np.asarray(pc.fill_null(found, -1).to_numpy(zero_copy_only=False))
         unknown = places < 0
         if unknown.any():
             unknown &= ~_missing_in(cells)
@@ -144,19 +145,6 @@ class Column:
             row = int(unknown.argmax())
             raise self.error(f"{self.complaint(cells, row, first_row)}.", first_row + row)
         return places
-
-
-def encoded(columns: Sequence[Column], batch: Sequence[Cells], first_row: int) -> NDArray[np.float64]:
-    """Encode all columns of a batch of rows, (rows, numbers), each as `Column.encode`.
-
-    Thousands of columns of text take a single call if all cells hold numbers.
-    """
-    if len(columns) > MANY_COLUMNS and all(column.categories is None for column in columns):
-        numbers = _numbers_of_many(batch)
-        if numbers is not None:
-            return numbers
-    parts = [column.encode(cells, first_row) for column, cells in zip(columns, batch, strict=True)]
-    return np.concatenate(parts, 1)
 
 
 class Survey:
@@ -297,26 +285,6 @@ def _numbers_of(column: Cells, decimal: str = ".") -> NDArray[np.float64]:
     return np.asarray(pc.cast(column, pyarrow.float64(), safe=False).to_numpy(zero_copy_only=False))
 
 
-def _numbers_of_many(columns: Sequence[Cells]) -> NDArray[np.float64] | None:
-    """Parse columns of text to (rows, columns); None unless every cell is a finite number in the range of float32."""
-    arrays = [column for column in columns if not isinstance(column, np.ndarray)]
-    if len(arrays) < len(columns) or not is_text(arrays[0].type):
-        return None
-    if any(column.type != arrays[0].type for column in arrays):
-        return None
-    import pyarrow
-    import pyarrow.compute as pc
-
-    try:
-        numbers = pc.cast(pyarrow.concat_arrays(arrays), pyarrow.float64()).to_numpy(zero_copy_only=False)
-    except pyarrow.ArrowInvalid:
-        return None
-    with np.errstate(over="ignore"):
-        if not np.isfinite(numbers.astype(np.float32)).all():
-            return None
-    return np.ascontiguousarray(numbers.reshape(len(columns), -1).T)
-
-
 def _with_points(column: pyarrow.Array) -> pyarrow.Array:
     """Replace the first comma of texts by a point; null for texts that have a point."""
     import pyarrow
@@ -376,15 +344,6 @@ def _texts_of(column: Cells) -> pyarrow.Array:
     if pyarrow.types.is_boolean(column.type):
         return pc.if_else(column, "True", "False")
     return pc.utf8_trim_whitespace(pc.cast(column, pyarrow.string()))
-
-
-def _places_of(texts: pyarrow.Array, categories: Sequence[str]) -> NDArray[np.int_]:
-    """Index of each text in `categories`, -1 for others."""
-    import pyarrow
-    import pyarrow.compute as pc
-
-    places = pc.index_in(texts, value_set=pyarrow.array(categories, texts.type))
-    return np.asarray(pc.fill_null(places, -1).to_numpy(zero_copy_only=False))
 
 
 def _text_in(column: Cells, row: int) -> str:

@@ -36,17 +36,14 @@ __all__ = ["MappedRows", "Spool", "copied", "is_mapped", "temporary_file"]
 IN_MEMORY = 2**29
 BLOCK_BYTES = 2**20
 """Size of a table, in bytes, beyond which it is read in blocks, and size of such a block."""
-MOST_HELD = 2**18
-MOST_MEASURED = 2**16
-"""Maximum number of validation rows, or of rows for batch norm, and of rows for moments."""
+MOST_HELD, MOST_SAMPLED = 2**18, 2**16
+"""Maximum number of validation rows, and of rows for units and for batch norm."""
 SPOOLED_ROWS = 2**14
 RESOLUTION = 1e-4
 COUNTED = 0.1
 """Fraction of the rows whose copies are counted if none are held out."""
 
 Mapped: TypeAlias = np.memmap[tuple[int, ...], np.dtype[np.generic]]
-Counts: TypeAlias = NDArray[np.int64]
-"""Number of occurrences of each hash, (hashes,)."""
 
 
 def is_mapped(data: object) -> TypeGuard[Mapped]:
@@ -123,9 +120,12 @@ class MappedRows:
         return _joined([self._training(self.starts[number]) for number in blocks])
 
     def sample(self) -> Rows:
-        """Read training rows from all over the file, up to a limit of memory."""
-        share = min(1.0, MOST_HELD / sum(self.sizes))
-        return _joined([self._choice.some(share, start, self._training(start)) for start in self.starts])
+        """Rows from all over the file, up to a limit of memory: after `split` training rows, of which none are read."""
+        if self._sample is None:
+            total = len(self.data)
+            drawn = np.random.default_rng(0).choice(total, min(total, MOST_SAMPLED), replace=False)
+            self._sample = self.take(torch.from_numpy(np.sort(drawn)))
+        return self._sample if self._density is None else self._sample.rounded_for(self._density)
 
     def rounded_for(self, density: Standardiser) -> MappedRows:
         """Return the same rows in the dtypes of `density`; those too far out for that of its model are refused."""
@@ -135,11 +135,7 @@ class MappedRows:
 
     def moments(self, support: Support, *, together: bool = False) -> tuple[Moments, Moments | None]:
         """Return moments as `Rows.moments`, from a sample of the training rows."""
-        return self.spread().moments(support, together=together)
-
-    def spread(self) -> Rows:
-        """Training rows from all over the file, in their stored precision; after `split` none are read for that."""
-        return self.sample() if self._sample is None else self._sample
+        return self.sample().moments(support, together=together)
 
     def leaves_in_float32(self, support: Support) -> bool:
         """Return whether values leave the support, as `Rows.leaves_in_float32`; after `split`."""
@@ -156,14 +152,16 @@ class MappedRows:
         fraction = min(fraction, MOST_HELD / len(self.data))
         training = copy.copy(self)
         repeats = training._survey(fraction, generator.initial_seed(), by_chance)
-        held_out, places, sample = [], [], []
-        share = min(1.0, MOST_MEASURED / sum(training.sizes))
+        held_out, places, sample, training.sizes = [], [], [], []
+        share = min(1.0, MOST_SAMPLED / ((1 - fraction) * len(self.data)))
         for start in self.starts:
             rows = self._whole(start)
             aside = training._choice.mask(start, rows)
             held_out.append(rows.take(aside))
             places.append(start + aside.nonzero()[:, 0])
-            sample.append(training._choice.some(share, start, rows.take(~aside)))
+            rest = rows.take(~aside)
+            training.sizes.append(len(rest.data))
+            sample.append(rest.take(training._choice.shuffled(start, rest)[: math.ceil(share * len(rest.data))]))
         training._sample, aside_rows = _joined(sample), _joined(held_out)
         if aside_rows.weights is not None:
             training._total_weight -= float(aside_rows.weights.sum())
@@ -171,7 +169,7 @@ class MappedRows:
         return Split(training, aside_rows, torch.cat(places), repeats)
 
     def _survey(self, fraction: float, seed: int, by_chance: bool) -> int:
-        """Scan every row once: choose the validation rows, count the others, and return the number of repeats."""
+        """Scan every row once: choose the validation rows, and return the number of repeats."""
         of_data, of_context, weights = RunningMoments(), RunningMoments(), hashlib.sha256()
         total = 0.0
         # Somewhat more than are to be held out, as a margin for chance.
@@ -196,14 +194,15 @@ class MappedRows:
         self._reader.check_varying(of_data.low, of_data.high)
         if self.context is not None and self._reader.context_columns:
             self._reader.check_varying(of_context.low, of_context.high, of_context=True)
-        hashes, number = _tallied(counted)
-        choice = _Choice(fraction, seed) if by_chance else _Choice.of(hashes, number, fraction, len(self.data), seed)
-        self._choice = choice
-        self.sizes = [
-            length - self._choice.count(length, *block) for length, block in zip(self.sizes, counted, strict=True)
-        ]
+        if by_chance:
+            self._choice = _Choice(fraction, seed)
+            return 0
+        each, copies = map(np.concatenate, zip(*counted, strict=True))
+        hashes, place = np.unique(each, return_inverse=True)
+        number = np.bincount(place, copies).astype(np.int64)
+        self._choice = _Choice.of(hashes, number, fraction, len(self.data), seed)
         # Either all copies of a row are counted or none.
-        return 0 if by_chance else round(len(self.data) * (1 - len(number) / max(1, number.sum())))
+        return round(len(self.data) * (1 - len(number) / max(1, number.sum())))
 
     def _whole(self, start: int) -> Rows:
         return self.take(slice(start, start + self.block))
@@ -216,11 +215,9 @@ class MappedRows:
             rows = rows.rounded_for(self._density)
             self._reader.check_rounded(rows, self._density, range(start, start + self.block))
         rows = rows.take(~aside)
-        return (
-            rows
-            if rows.weights is None
-            else rows._replace(weights=rows.weights * (sum(self.sizes) / self._total_weight))
-        )
+        if rows.weights is None:
+            return rows
+        return rows._replace(weights=rows.weights * (sum(self.sizes) / self._total_weight))
 
 
 @dataclass(frozen=True)
@@ -228,8 +225,7 @@ class _Choice:
     """Choice of validation rows, by default none.
 
     Attributes:
-        fraction: Fraction of the rows.
-        seed: Seed of the choice.
+        fraction, seed: Fraction of the rows, and seed of the choice.
         threshold: Those with a lower lot are chosen; None if the choice depends on the position in a block.
         for_training: Hashes of the rows with too many copies.
     """
@@ -240,15 +236,8 @@ class _Choice:
     for_training: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
 
     @classmethod
-    def of(cls, hashes: Hashes, number: Counts, fraction: float, rows: int, seed: int) -> _Choice:
-        """Choose validation rows.
-
-        Args:
-            hashes: Hashes of a random part of the rows, and of all that are to be held out.
-            number: Number of copies of each.
-            fraction, seed: As attributes.
-            rows: Number of all rows.
-        """
+    def of(cls, hashes: Hashes, number: NDArray[np.int64], fraction: float, rows: int, seed: int) -> _Choice:
+        """Choose among so many rows by the hashes of a random part of them, of which each has a number of copies."""
         most = fraction * rows
         many = number > most
         lots = _lot_of(hashes[~many], seed)
@@ -259,52 +248,23 @@ class _Choice:
 
     def mask(self, start: int, rows: Rows) -> Tensor:
         """Mask of the validation rows among those of a whole block that begins at row `start`."""
+        length = len(rows.data)
         if not self.fraction:
-            return torch.zeros(len(rows.data), dtype=torch.bool)
+            return torch.zeros(length, dtype=torch.bool)
         if self.threshold is None:
-            return self._shuffled(start, len(rows.data)) < self._at_a_place(len(rows.data))
-        return torch.from_numpy(self._is_drawn(hash_rows(rows), self.threshold))
+            return self.shuffled(start, rows) < min(math.ceil(self.fraction * length), length - 1)
+        hashes = hash_rows(rows)
+        is_drawn = (_lot_of(hashes, self.seed) <= self.threshold) & ~np.isin(hashes, self.for_training)
+        return torch.from_numpy(is_drawn)
 
-    def count(self, length: int, hashes: Hashes, number: Counts) -> int:
-        """Count the validation rows of a block of some length, with these hashes of candidates."""
-        if not self.fraction:
-            return 0
-        if self.threshold is None:
-            return self._at_a_place(length)
-        return int(number[self._is_drawn(hashes, self.threshold)].sum())
-
-    def some(self, share: float, start: int, rows: Rows) -> Rows:
-        """Draw a fraction of the rows of a block."""
-        return rows.take(self._shuffled(start, len(rows.data))[: math.ceil(share * len(rows.data))])
-
-    def _is_drawn(self, hashes: Hashes, threshold: float) -> NDArray[np.bool_]:
-        return (_lot_of(hashes, self.seed) <= threshold) & ~np.isin(hashes, self.for_training)
-
-    def _at_a_place(self, length: int) -> int:
-        return min(math.ceil(self.fraction * length), length - 1)
-
-    def _shuffled(self, start: int, length: int) -> Tensor:
-        return torch.randperm(length, generator=torch.Generator().manual_seed(self.seed + start))
+    def shuffled(self, start: int, rows: Rows) -> Tensor:
+        """Indices of rows in a random order that depends on that of the first one."""
+        return torch.randperm(len(rows.data), generator=torch.Generator().manual_seed(self.seed + start))
 
 
 def _lot_of(hashes: Hashes, seed: int) -> NDArray[np.float64]:
     """Return a pseudo-random number between 0 and 1 for each hash; it depends on `seed`."""
     return mixed(hashes ^ np.uint64(seed)) / 2.0**64
-
-
-def _tallied(blocks: Sequence[tuple[Hashes, Counts]]) -> tuple[Hashes, Counts]:
-    """Merge the hashes of several blocks: the distinct ones in ascending order, and their total counts.
-
-    Example:
-        >>> blocks = [(np.array([5, 7], np.uint64), np.array([1, 1])), (np.array([5], np.uint64), np.array([3]))]
-        >>> _tallied(blocks)
-        (array([5, 7], dtype=uint64), array([4, 1]))
-    """
-    hashes, numbers = zip(*blocks, strict=True)
-    distinct, place = np.unique(np.concatenate(hashes), return_inverse=True)
-    total = np.zeros(len(distinct), np.int64)
-    np.add.at(total, place, np.concatenate(numbers))
-    return distinct, total
 
 
 def _release(table: object) -> None:
@@ -404,7 +364,7 @@ def float32_suffices(rows: NDArray[np.float64]) -> bool:
         if (~same & ((rounded == 0) | (rounded == 1))).any():
             return False
         exact &= same.all(0)
-    low, high = np.quantile(rows[:: 1 + len(rows) // MOST_MEASURED], [0.25, 0.75], axis=0)
+    low, high = np.quantile(rows[:: 1 + len(rows) // MOST_SAMPLED], [0.25, 0.75], axis=0)
     magnitude = np.maximum(abs(low), abs(high))
     return bool((exact | (np.finfo(np.float32).eps * magnitude <= RESOLUTION * (high - low))).all())
 

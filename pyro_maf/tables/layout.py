@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeGuard, TypeVar, cast
 
 import numpy as np
@@ -12,24 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_maf.tables.categories import (
-    Categories,
-    Label,
-    as_labels,
-    coded,
-    coded_frame,
-    labels_of,
-    one_hot,
-    restored,
-)
+from pyro_maf.tables.categories import Categories, Label, coded, label_of, one_hot, restored
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
 __all__ = [
     "NUMERIC_KINDS",
     "REAL_KINDS",
-    "DataFrameLike",
     "FloatArray",
     "Layout",
     "TableLike",
@@ -75,38 +65,6 @@ TableLike: TypeAlias = Entry | DataFrameLike | Mapping[Any, Entry]
 
 K = TypeVar("K")
 T = TypeVar("T")
-
-
-class _Index(Protocol):
-    def equals(self, other: object) -> bool: ...
-    def isin(self, values: object) -> NDArray[np.bool_]: ...
-    def __iter__(self) -> Iterator[Hashable]: ...
-
-
-class _Column(Protocol):
-    @property
-    def dtype(self) -> np.dtype[np.generic]: ...
-    def to_numpy(self, *, dtype: type, na_value: float) -> FloatArray: ...
-
-
-class _Indexed(Protocol):
-    """A data frame or a series."""
-
-    @property
-    def index(self) -> _Index: ...
-    @property
-    def iloc(self) -> Mapping[slice | NDArray[np.int_], DataFrameLike]: ...
-    @property
-    def name(self) -> Hashable: ...
-    def to_frame(self) -> DataFrame: ...
-
-
-class _Frame(_Indexed, Protocol):
-    @property
-    def columns(self) -> Sequence[Hashable]: ...
-    def items(self) -> Iterable[tuple[Hashable, _Column]]: ...
-    def __len__(self) -> int: ...
-    def __getitem__(self, names: list[Hashable]) -> DataFrameLike: ...
 
 
 class Layout(NamedTuple):
@@ -162,7 +120,7 @@ class Layout(NamedTuple):
         """Categories of each column as JSON holds them; [] if there are none."""
         if not self.in_categories:
             return []
-        return [None if each is None else as_labels(each) for each in self.categories]
+        return [None if each is None else list(map(label_of, each)) for each in self.categories]
 
     @property
     def labels(self) -> list[str]:
@@ -175,7 +133,11 @@ class Layout(NamedTuple):
         if not self.one_hot:
             return self.labels
         pairs = zip(self.labels, self.categories, strict=True)
-        return [label for name, among in pairs for label in ([name] if among is None else labels_of(name, among))]
+        return [
+            label
+            for name, among in pairs
+            for label in ([name] if among is None else [f"{name}={each}" for each in among])
+        ]
 
     @property
     def in_categories(self) -> list[int]:
@@ -190,19 +152,23 @@ class Layout(NamedTuple):
         """
         if not self.in_categories or not (isinstance(value, Mapping) or is_frame(value)):
             return value
-        if self.one_hot:
-            columns: dict[str, Entry] = {}
-            for name, among in zip(self.names, self.categories, strict=True):
-                if among is not None:
-                    columns.update(one_hot(who, role, name, cast("Mapping[Hashable, Entry]", value)[name], among))
-                else:
-                    column: TableLike = value[name] if isinstance(value, Mapping) else value[[name]]
-                    columns[str(name)] = numbers(who, role, column).flatten()
-            return columns
-        if isinstance(value, Mapping):
-            pairs = zip(self.names, self.categories, strict=True)
-            return {**value, **{name: coded(value[name], each) for name, each in pairs if each is not None}}
-        return coded_frame(cast("DataFrame", value), self.categories)
+        pairs = list(zip(self.names, self.categories, strict=True))
+        if not self.one_hot:
+            codes = {name: coded(value[name], among) for name, among in pairs if among is not None}
+            if isinstance(value, Mapping):
+                return {**value, **codes}
+            frame = value.copy()
+            for name, column in codes.items():
+                frame[name] = column
+            return frame
+        columns: dict[str, Entry] = {}
+        for name, among in pairs:
+            if among is not None:
+                columns.update(one_hot(who, role, name, value[name], among))
+            else:
+                one: TableLike = value[name] if isinstance(value, Mapping) else value[[name]]
+                columns[str(name)] = numbers(who, role, one).flatten()
+        return columns
 
     def pick(self, who: str, role: str, value: TableLike) -> TableLike:
         """Select the columns of this layout, in its order, from a table with names; return others unchanged.
@@ -226,7 +192,7 @@ class Layout(NamedTuple):
             )
         names = [by_name[str(name)] for name in wanted]
         if not isinstance(value, Mapping):
-            return self.coded(who, role, cast(_Frame, value)[names])
+            return self.coded(who, role, cast("DataFrame", value)[names])
         picked = {name: value[name] for name in names}
         for name, shape, expected in zip(wanted, Layout.of(picked).shapes, self.shapes, strict=True):
             if shape != expected:
@@ -303,13 +269,13 @@ class Layout(NamedTuple):
         }
 
 
-def is_frame(value: object) -> TypeGuard[_Frame]:
+def is_frame(value: object) -> TypeGuard[DataFrame]:
     """Return whether a value is a data frame."""
     return all(hasattr(value, attribute) for attribute in ("columns", "items", "dtypes"))
 
 
-def is_indexed(value: object) -> TypeGuard[_Indexed]:
-    """Return whether a value is a data frame or a series, whose rows have labels."""
+def is_indexed(value: object) -> TypeGuard[Series[Any]]:
+    """Return whether a value is a series, or likewise a data frame, whose rows have labels."""
     return hasattr(value, "iloc")
 
 
@@ -395,17 +361,17 @@ def _side_by_side(who: str, name: str, value: Mapping[str, Entry]) -> Tensor:
     return torch.cat(flat, -1)
 
 
-def _column_of_frame(who: str, name: str, label: Hashable, column: _Column) -> FloatArray:
+def _column_of_frame(who: str, name: str, label: Hashable, column: Series[Any]) -> FloatArray:
     if getattr(column.dtype, "kind", "O") not in NUMERIC_KINDS:
         raise TypeError(
             f"{who} expected {name} of numeric columns, got column {label!r} of {column.dtype}: {_advice(column)}."
         )
     # A nullable dtype of pandas names the corresponding one of numpy.
-    dtype = _dtype_for(getattr(column.dtype, "numpy_dtype", column.dtype))
+    dtype = _dtype_for(cast("np.dtype[np.generic]", getattr(column.dtype, "numpy_dtype", column.dtype)))
     return column.to_numpy(dtype=dtype, na_value=np.nan)
 
 
-def _advice(column: _Column) -> str:
+def _advice(column: Series[Any]) -> str:
     """Advice for a column of a data frame that is not numeric."""
     if getattr(column.dtype, "kind", "O") in TIME_KINDS:
         return "put seconds or days since the first in its place, or drop it"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from pyro_maf._core.checks import InputError
 from pyro_maf._core.messages import quoted, shown
@@ -15,7 +15,7 @@ from pyro_maf.tables.reader import LEAST_ROWS, Labels, check_paired
 from pyro_maf.tables.table import Table
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
 __all__ = ["NAMELESS", "NamedRows", "check_categories", "named_rows", "without_column"]
 
@@ -33,7 +33,6 @@ class NamedRows(NamedTuple):
         labels, context_labels: Names of columns and rows in messages.
         weights: Weights (N,), or None.
         layout, context_layout: The form of data, and of samples like them, and that of context.
-        original: The data before their categories became numbers, if they did.
     """
 
     data: TableLike
@@ -43,7 +42,6 @@ class NamedRows(NamedTuple):
     context_labels: Labels
     weights: TableLike | None = None
     layout: Layout = NAMELESS
-    original: TableLike | None = None
     context_layout: Layout = NAMELESS
 
     def coded(self, who: str) -> NamedRows:
@@ -56,12 +54,12 @@ class NamedRows(NamedTuple):
             return self
         if not len(self.data):
             raise ValueError(f"{who} expected at least {LEAST_ROWS} rows of data, got 0.")
-        categories = categories_of(who, cast("DataFrame", self.data))
+        categories = categories_of(who, self.data)
         if not any(categories):
             return self
         layout = self.layout._replace(categories=categories)
         data = layout.coded(who, "data", self.data)
-        return self._replace(data=data, layout=layout, columns=layout, original=self.data)
+        return self._replace(data=data, layout=layout, columns=layout)
 
     def with_context_coded(self, who: str, layout: Layout) -> NamedRows:
         """The rows with categories of a context one-hot: texts and categorical columns of a data frame.
@@ -78,7 +76,7 @@ class NamedRows(NamedTuple):
             return self
         check_paired(who, "data", self.data, "context", self.context)
         if not layout.in_categories:
-            each = categories_of(who, cast("DataFrame", self.context))
+            each = categories_of(who, self.context)
             # Truth values are numbers here.
             categories = tuple(None if among is None or set(among) <= {False, True} else among for among in each)
             layout = self.context_layout._replace(categories=categories, one_hot=True)
@@ -97,7 +95,8 @@ class NamedRows(NamedTuple):
         if not layout.in_categories or not is_frame(self.data):
             return self.coded(who)
         frame = cast("DataFrame", layout.pick(who, "data", self.data))
-        original = cast("DataFrame", self.data)[list(frame.columns)]
+        original = self.data[list(frame.columns)]
+        dtypes = tuple(map(str, original.dtypes))
         for place in layout.in_categories:
             unknown = (frame.iloc[:, place] == -1).to_numpy()
             if unknown.any():
@@ -108,8 +107,8 @@ class NamedRows(NamedTuple):
                     row=row,
                     column=place,
                 )
-        form = Layout("frame", tuple(frame.columns), layout.shapes, layout.categories)
-        return self._replace(data=frame, layout=form, columns=form, labels=Labels.of(frame), original=original)
+        form = Layout("frame", tuple(frame.columns), layout.shapes, layout.categories, dtypes)
+        return self._replace(data=frame, layout=form, columns=form, labels=Labels.of(frame))
 
 
 def named_rows(
@@ -132,8 +131,11 @@ def named_rows(
         if isinstance(weights, str):
             data, weights = without_column(who, "weights", data, weights)
         layout = Layout.of(data)
+        if layout.form == "frame":
+            kinds = data.dtypes if is_frame(data) else [cast("Series[Any]", data).dtype]
+            layout = layout._replace(dtypes=tuple(map(str, kinds)))
         names = Labels.of(data), Labels.of(context)
-        return NamedRows(data, context, layout, *names, weights, layout, context_layout=Layout.of(context))
+        return NamedRows(data, context, layout, *names, weights, layout, Layout.of(context))
     if context is not None:
         raise ValueError(f"{who} got a context beside a Table, which has its own: leave it out.")
     if isinstance(weights, str):
@@ -148,19 +150,13 @@ def named_rows(
     labels, context_labels = (
         Labels(tuple(map(quoted, names)), data.numbers) for names in (data.names, data.context_names)
     )
-    columns = layout = Layout.named([(name, ()) for name in data.names])
+    columns = Layout.named([(name, ()) for name in data.names])
     if any(data.categories):  # rows are drawn with their texts, as a data frame
         dtypes = tuple("object" if among else data.data.dtype.name for among in data.categories)
         layout = columns._replace(form="frame", categories=data.categories, dtypes=dtypes)
-    return NamedRows(
-        data.data,
-        data.context,
-        columns,
-        labels,
-        context_labels,
-        weights,
-        layout if any(data.categories) else NAMELESS,
-    )
+    else:
+        layout = NAMELESS
+    return NamedRows(data.data, data.context, columns, labels, context_labels, weights, layout)
 
 
 def without_column(who: str, option: str, value: TableLike, name: str) -> tuple[TableLike, TableLike]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from pyro_maf._core.checks import InputError
 from pyro_maf._core.messages import listed, quoted, shown
-from pyro_maf.tables.columns import Cells, Column, Survey, encoded
+from pyro_maf.tables.columns import Cells, Column, Survey
 from pyro_maf.tables.disk import Spool
 from pyro_maf.tables.layout import FloatArray
 from pyro_maf.tables.sources import ArraySource, FileOrStream, Source, open_source
@@ -267,13 +268,8 @@ def _check_names(source: Source) -> None:
 
 
 def _repeated(names: Iterable[str]) -> str | None:
-    """Return the first repeated name, if any."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
+    """Return a name that is repeated, if any."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _chosen(
@@ -300,7 +296,7 @@ def _chosen(
             )
     if not names:
         raise ValueError(f"read_table expected columns of data beside the context, got none in {source.label}.")
-    return _labelled(source, names), _surveyed(source, context, categories)
+    return _labelled(source, names), _inferred(source, context, categories)
 
 
 def _weights(source: Source, name: str, others: Sequence[Column]) -> list[Column]:
@@ -308,52 +304,47 @@ def _weights(source: Source, name: str, others: Sequence[Column]) -> list[Column
     _check_known(source, [name])
     if any(column.name == name for column in others):
         raise ValueError(f"read_table expected weights that are neither data nor context, got {quoted(name)}: choose.")
-    return _numeric(source, [name], "weights")
+    return [_number(source, name, "weights")]
 
 
-def _numeric(source: Source, names: Sequence[str], role: str = "data") -> list[Column]:
-    """Return columns of data, which must be numeric."""
-    for name in names:
-        if source.holds_text(name):
-            raise ValueError(
-                f"read_table expected {role} of numbers, got text in {source.column(name).place}: "
-                "leave it out or make it context."
-            )
-    return [source.column(name) for name in names]
+def _number(source: Source, name: str, role: str = "data") -> Column:
+    """Return a column of numbers."""
+    column = source.column(name)
+    if source.holds_text(name):
+        raise ValueError(
+            f"read_table expected {role} of numbers, got text in {column.place}: leave it out or make it context."
+        )
+    return column
 
 
 def _labelled(source: Source, names: Sequence[str]) -> list[Column]:
     """Return columns of data, numeric or of labels."""
-    surveys = {
-        name: Survey(source.column(name), bool(kind))
-        for name in names
-        if (kind := source.holds_text(name)) is not False
-    }
-    places = {name: place for place, name in enumerate(surveys)}
-    if surveys:
-        with closing(source.batches(list(surveys))) as batches:
-            for batch in batches:
-                for name, survey in surveys.items():
-                    survey.add(batch[places[name]])
-                surveys = {name: survey for name, survey in surveys.items() if survey.may_be_labels}
-                if not surveys:
-                    break
-    labels = {name: column for name, survey in surveys.items() if (column := survey.labels()) is not None}
-    numeric = iter(_numeric(source, [name for name in names if name not in labels]))
-    return [labels[name] if name in labels else next(numeric) for name in names]
+    surveys = _surveyed(source, {name: source.holds_text(name) for name in names}, of_context=False)
+    labels = {name: survey.labels() for name, survey in surveys.items()}
+    return [labels.get(name) or _number(source, name) for name in names]
 
 
-def _surveyed(source: Source, names: Sequence[str], categories: Sequence[str]) -> list[Column]:
+def _inferred(source: Source, names: Sequence[str], categories: Sequence[str]) -> list[Column]:
     """Return columns of context, with the categories of those that hold text or labels."""
     kinds = {name: source.holds_text(name) for name in names} | dict.fromkeys(categories, True)
+    surveys = _surveyed(source, kinds, of_context=True)
+    return [surveys[name].column() if name in surveys else source.column(name) for name in names]
+
+
+def _surveyed(source: Source, kinds: Mapping[str, bool | None], *, of_context: bool) -> dict[str, Survey]:
+    """Read the columns that may hold text; those of data as far as they may be labels."""
     surveys = {name: Survey(source.column(name), bool(kind)) for name, kind in kinds.items() if kind is not False}
     if surveys:
         with closing(source.batches(list(surveys))) as batches:
             for batch in batches:
                 for survey, cells in zip(surveys.values(), batch, strict=True):
-                    survey.add(cells)
-                    survey.check_number()
-    return [surveys[name].column() if name in surveys else source.column(name) for name in names]
+                    if of_context or survey.may_be_labels:
+                        survey.add(cells)
+                    if of_context:
+                        survey.check_number()
+                if not of_context and not any(survey.may_be_labels for survey in surveys.values()):
+                    break
+    return surveys
 
 
 def _described(source: Source, description: Description) -> tuple[list[Column], list[Column]]:
@@ -373,9 +364,8 @@ def _described(source: Source, description: Description) -> tuple[list[Column], 
     _check_known(source, [name for name, _ in (*data, *context)])
     for name, _ in context:
         source.holds_text(name)
-    numeric = iter(_numeric(source, [name for name, categories in data if categories is None]))
     return [
-        next(numeric) if categories is None else replace(source.column(name, categories), is_label=True)
+        _number(source, name) if categories is None else replace(source.column(name, categories), is_label=True)
         for name, categories in data
     ], [source.column(name, categories) for name, categories in context]
 
@@ -412,7 +402,8 @@ def _read(source: Source, columns: Sequence[Column], dtype: str | None, drop_mis
     width = sum(len(column.encoded_names) for column in columns)
     with Spool(width, BYTES_IN_MEMORY) as spool, closing(source.batches(names)) as batches:
         for batch in batches:
-            rows = encoded(columns, batch, gaps.length + 1)
+            parts = [column.encode(cells, gaps.length + 1) for column, cells in zip(columns, batch, strict=True)]
+            rows = np.concatenate(parts, 1)
             is_whole = gaps.add(rows, batch)
             if mapped is None and (drop_missing or not gaps.first):
                 spool.append(rows if is_whole.all() else rows[is_whole])

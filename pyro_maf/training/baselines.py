@@ -95,8 +95,7 @@ class Comparison(NamedTuple):
 
 def fitted_rows(training: Rows | MappedRows, density: Fitted) -> Rows:
     """Training rows for baselines: all, or of a table of many some from all over it."""
-    rows = training if isinstance(training, Rows) else training.spread().rounded_for(density.unwrapped)
-    return _spread(rows, _most(training.data.shape[1]))
+    return _spread(training.sample().rounded_for(density.unwrapped), _most(training.data.shape[1]))
 
 
 def _most(width: int) -> int:

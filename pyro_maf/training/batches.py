@@ -52,7 +52,6 @@ class Batches:
         self._spacing = spacing
         self._order: Tensor | None = None
         self._passed_over = 0
-        self._sample: Rows | None = None
         self._sizes = torch.tensor(rows.sizes)
         groups = self._groups(torch.arange(len(self._sizes)))
         self._counts = [max(1, round(int(self._sizes[group].sum()) / size)) for group in groups]
@@ -74,10 +73,8 @@ class Batches:
             self.rows = self.rows.to(device)
 
     def sample(self) -> Rows:
-        """Rows for the statistics of batch norm: up to a limit of memory, always the same, and read once."""
-        if self._sample is None:
-            self._sample = self._spread(self.rows.sample(), torch.Generator().manual_seed(0))
-        return self._sample.to(self._device)
+        """Rows for the statistics of batch norm: up to a limit of memory, and always the same."""
+        return self._spread(self.rows.sample().to(self._device), torch.Generator().manual_seed(0))
 
     def order(self, taken: int) -> Tensor:
         """Generator state to resume from: of the current pass, or of the next if `taken` is 0."""

@@ -108,7 +108,7 @@ def fit(
             to the model's dtype in their units, not before: where float32 does not hold the values of a column to a
             thousandth of its scale, the density of a model in float32 takes and draws float64. A `numpy.memmap` of more
             than 512 MiB is not read into memory but streamed; no more than some 262,144 of its rows are held out, and
-            batch norm takes the statistics of as many.
+            units and the statistics of batch norm are of some 65,536.
         context: Rows (N, C) of the same kinds, for a model with `context_dim` > 0. Columns of text or categories in a
             data frame are one-hot, one feature each. With a `context_net` also images, series or sets, an array (N,
             *shape).
@@ -392,11 +392,9 @@ def _score(prepared: Prepared, best: float, *, doubts: bool) -> float:
 
 
 def _layout(density: Fitted, source: NamedRows) -> Layout:
-    """The form of samples: for a table, in the dtypes of a data frame."""
-    if not isinstance(density.unwrapped, TableDensity) or source.layout.form != "frame":
-        return source.layout
-    dtypes = getattr(source.data if source.original is None else source.original, "dtypes", None)
-    return source.layout if dtypes is None else source.layout._replace(dtypes=tuple(map(str, dtypes)))
+    """The form of samples: of numbers on a grid and categories in the dtypes of a data frame."""
+    is_table = isinstance(density.unwrapped, TableDensity)
+    return source.layout if is_table else source.layout._replace(dtypes=())
 
 
 def _first_weight(model: object, data: object) -> Tensor:

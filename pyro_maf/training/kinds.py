@@ -25,12 +25,11 @@ from pyro_maf.tables.reader import Labels
 from pyro_maf.tables.rows import repeat_as_a_whole
 from pyro_maf.tables.tails import Units
 
-__all__ = ["Kinds", "few_values", "grids_of", "sampled"]
+__all__ = ["Kinds", "few_values", "grids_of"]
 
 MOST_LEVELS, ROWS_EACH = 10, 10
 """Numbers are categories if a column has up to 10 values, which 10 rows each have on average, as truth values and
 grades do: of these a flow would have to model every gap."""
-SAMPLED_ROWS = 2**16
 MOST_NAMED = 3
 
 
@@ -74,7 +73,7 @@ class Kinds(NamedTuple):
         """True if equal rows need not be copies: of one column on a grid, or several in which most values repeat."""
         if self.are_plain or not all(level or grid for level, grid in zip(self.levels, self.grids, strict=True)):
             return False
-        return len(self.levels) == 1 or not repeat_as_a_whole(sampled(rows))
+        return len(self.levels) == 1 or not repeat_as_a_whole(rows.sample())
 
     def support_of_numbers(self, support: Support) -> Support:
         """Support of the columns that are no categories."""
@@ -152,15 +151,6 @@ def _levels(column: Tensor) -> tuple[float, ...] | None:
     return tuple(values.tolist())
 
 
-def sampled(rows: Rows | MappedRows) -> Rows:
-    """All rows in memory, or a sample of those on disk."""
-    total = len(rows.data)
-    if isinstance(rows, Rows) or total <= SAMPLED_ROWS:
-        return rows.take(slice(None))
-    drawn = np.sort(np.random.default_rng(0).choice(total, SAMPLED_ROWS, replace=False))
-    return rows.take(torch.from_numpy(drawn))
-
-
 def grids_of(
     rows: Rows | MappedRows, validation: Rows | None, support: Support, levels: Sequence[tuple[float, ...] | None]
 ) -> tuple[Grid | None, ...]:
@@ -176,14 +166,13 @@ def grids_of(
     """
     if support.name == "simplex":
         return (None,) * len(levels)
-    columns = sampled(rows).data.numpy().T
+    columns = rows.sample().data.numpy().T
     grids = [None if level is not None else grid_of(column) for column, level in zip(columns, levels, strict=True)]
-    parts = [validation] if validation is not None else []
     if isinstance(rows, MappedRows) and any(grids):
         for start in rows.starts:
             grids = _extended(grids, rows.take(slice(start, start + rows.block)))
-    for part in parts:
-        grids = _extended(grids, part)
+    if validation is not None:
+        grids = _extended(grids, validation)
     return tuple(
         grid if grid is not None and _is_inside(grid, support.name_of(i)) else None for i, grid in enumerate(grids)
     )

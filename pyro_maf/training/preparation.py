@@ -31,7 +31,7 @@ from pyro_maf.tables.reader import Labels
 from pyro_maf.tables.rows import repeat_as_a_whole
 from pyro_maf.tables.table import Table
 from pyro_maf.tables.tails import Units, units_of
-from pyro_maf.training.kinds import Kinds, grids_of, sampled
+from pyro_maf.training.kinds import Kinds, grids_of
 from pyro_maf.training.parts import Aside, divide, fractions_of, without_far_rows
 from pyro_maf.training.screening import screen_data
 from pyro_maf.training.state import WEIGHT_DECAY
@@ -203,7 +203,7 @@ def prepare(
     if dequantise and not isinstance(model, (FlowPrior, ConditionalFlowPrior)):
         kinds = kinds._replace(grids=grids_of(rows, separate[0] if separate else None, support, levels))
     parts = divide(rows, fractions, generator, by_chance=kinds.repeat_by_chance(rows))
-    sample = sampled(parts.training)
+    sample = parts.training.sample()
     of_data, of_context = parts.training.moments(support, together=len(choice.context_shape) > 1)
     unconstrained = support.unconstrain(sample.data)[0]
     of_units = units_of(of_data, unconstrained, sample.weights).with_angles(support.angles)
