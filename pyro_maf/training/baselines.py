@@ -108,7 +108,21 @@ def _spread(rows: Rows, most: int) -> Rows:
     return rows if total <= most else rows.take(torch.linspace(0, total - 1, most).long())
 
 
-def with_mixture(prepared: Prepared) -> tuple[Prepared, list[str]]:
+class Joined(NamedTuple):
+    """A fitted flow, or a mixture with it.
+
+    Attributes:
+        density: The density.
+        lines: A line about the mixture beside the flow, if there is one.
+        gaussians: The mixture of Gaussians of the training rows in their units, if it was fitted.
+    """
+
+    density: Fitted
+    lines: tuple[str, ...] = ()
+    gaussians: Mixture | None = None
+
+
+def with_mixture(prepared: Prepared) -> Joined:
     """Put a mixture beside a fitted flow, of Gaussians and of a kernel at each row, if validation rows say so.
 
     That is where a flow has to learn what they begin with: with few rows clusters, and with near copies, as points of
@@ -118,19 +132,18 @@ def with_mixture(prepared: Prepared) -> tuple[Prepared, list[str]]:
     Args:
         prepared: The fitted density and its rows.
 
-    Returns:
-        The same with the density as it is or another, and a line about it.
-
-    Cost: a part of that of `compare`.
+    Cost: that of a mixture of Gaussians, unless the flow began with one, and of kernels.
     """
     inner, training = prepared.density.unwrapped, prepared.training
     held_out = _spread(prepared.held_out, SCORED_ROWS)
     prior: FlowPrior = inner.prior if isinstance(inner, TableDensity) else inner
     flow = _as_mixture_flow(prior.model)
     if flow is None or isinstance(training, MappedRows) or prior.context_dim:
-        return prepared, []
+        return Joined(prepared.density)
     z, new = (_standardised(rows, prior, prepared.spacing) for rows in (training, held_out))
-    each = _mixtures(z, training.weights)
+    begun = flow is prior.model  # at a mixture
+    gaussians = Mixture(*map(Tensor.double, flow.base.mixture)) if begun else _gaussians(training._replace(data=z))
+    each = [gaussians, *_kernels(z, training.weights)]
     with torch.no_grad():
         of_flow = flow.log_density(new.to(_like(prior))).cpu().double()
         log_prob = torch.stack([of_flow, *(mixture.log_prob(new) for mixture in each)], 1)
@@ -146,7 +159,7 @@ def with_mixture(prepared: Prepared) -> tuple[Prepared, list[str]]:
     # By Student's t, of three rows infinite; and what the shares themselves gain by chance.
     doubt = BEHIND * error * math.sqrt((count - 1) / (count - 3)) + taken / count if count > 3 else math.inf
     if not gain > doubt:
-        return prepared, []
+        return Joined(prepared.density, gaussians=gaussians)
     parts = [
         Mixture(mixture.shares * share / beside, mixture.means, mixture.factors)
         for mixture, share in zip(each, shares[1:], strict=True)
@@ -160,7 +173,7 @@ def with_mixture(prepared: Prepared) -> tuple[Prepared, list[str]]:
         f"for kernels at the training rows, by which the validation rows gain {gain:.3f} nats: rows lie close "
         "together, as in clusters or along trajectories."
     )
-    return prepared._replace(density=joined), [line]
+    return Joined(joined, (line,), gaussians)
 
 
 def _as_mixture_flow(model: Flow | Density) -> MixtureFlow | None:
@@ -181,20 +194,23 @@ def _standardised(rows: Rows, prior: FlowPrior, spacing: tuple[float, ...]) -> T
     return prior.standardised(data.to(_like(prior).device)).cpu().double().clamp(-FENCE, FENCE)
 
 
-def _mixtures(z: Tensor, weights: Tensor | None) -> list[Mixture]:
-    """Mixtures of as many Gaussians as BIC says, and of kernels of several widths at the rows if they are few."""
+def _gaussians(rows: Rows) -> Mixture:
+    """The mixture of as many Gaussians as BIC says."""
+    some = _spread(rows, MIXTURE_ROWS)
+    return fit_mixture(some.data, some.weights)
+
+
+def _kernels(z: Tensor, weights: Tensor | None) -> list[Mixture]:
+    """Mixtures of kernels of several widths at the rows, if these are few."""
     rows, dim = z.shape
-    some = _spread(Rows(z, None, weights), MIXTURE_ROWS)
-    mixtures = [fit_mixture(some.data, some.weights)]
-    if rows * dim**2 <= MOST_KERNELS:
-        shares = torch.ones(rows, dtype=torch.float64) if weights is None else weights.double()
-        scale = rows ** (-1 / (dim + 4)) * z.std(0, correction=0).clamp(min=1e-12)
-        widths = ((width * scale).diag().expand(rows, dim, dim) for width in WIDTHS)
-        mixtures += [Mixture(shares / shares.sum(), z, factors) for factors in widths]
-    return mixtures
+    if rows * dim**2 > MOST_KERNELS:
+        return []
+    shares = torch.ones(rows, dtype=torch.float64) if weights is None else weights.double()
+    scale = rows ** (-1 / (dim + 4)) * z.std(0, correction=0).clamp(min=1e-12)
+    return [Mixture(shares / shares.sum(), z, (width * scale).diag().expand(rows, dim, dim)) for width in WIDTHS]
 
 
-def compare(density: Fitted, training: Rows, rows: Rows, role: str) -> Comparison:
+def compare(density: Fitted, training: Rows, rows: Rows, role: str, *, gaussians: Mixture | None = None) -> Comparison:
     """Compare a fitted density with baselines on held-out rows.
 
     They are a Gaussian, a mixture of Gaussians with as many components as BIC says, of up to 4,096 rows, and, where the
@@ -208,6 +224,7 @@ def compare(density: Fitted, training: Rows, rows: Rows, role: str) -> Compariso
         training: Training rows, those of `fitted_rows`.
         rows: The held-out rows.
         role: "test" or "validation".
+        gaussians: The mixture of the training rows in their units, if it is at hand.
 
     Cost: some two seconds at most.
     """
@@ -219,14 +236,16 @@ def compare(density: Fitted, training: Rows, rows: Rows, role: str) -> Compariso
     flow = torch.cat([*log_prob_of(density, rows.data, rows.context)]).double()
     baselines = []
     with torch.no_grad(), Alone():
-        for name, baseline in _baselines(inner, training, points * len(rows.data)):
+        for name, baseline in _baselines(inner, training, points * len(rows.data), gaussians):
             scores = baseline.log_density(rows.data, rows.context).double()
             gain = mean_and_error(flow - scores, rows.weights)
             baselines.append(Baseline(name, rows.mean(scores), *gain))
     return Comparison(role, len(rows.data), rows.mean(flow), tuple(baselines))
 
 
-def _baselines(inner: FlowPrior | TableDensity, training: Rows, queries: int) -> list[tuple[str, Density]]:
+def _baselines(
+    inner: FlowPrior | TableDensity, training: Rows, queries: int, gaussians: Mixture | None
+) -> list[tuple[str, Density]]:
     """The baselines by name, in the units of a fitted density."""
     prior: FlowPrior = inner.prior if isinstance(inner, TableDensity) else inner
     data, context = training.data, training.context
@@ -238,10 +257,15 @@ def _baselines(inner: FlowPrior | TableDensity, training: Rows, queries: int) ->
     coefficients, residuals = _regressed(z, features, training.weights)
     scale = residuals.std(0, correction=0).clamp(min=1e-12)
     rows = Rows(residuals / scale, None, training.weights)
-    some = _spread(rows, MIXTURE_ROWS)
+    if gaussians is None:
+        gaussians = _gaussians(rows)
+    else:
+        gaussians = Mixture(
+            gaussians.shares, (gaussians.means - coefficients[0]) / scale, gaussians.factors / scale[:, None]
+        )
     each = {
         "Gaussian": fit_mixture(rows.data, rows.weights, most=1).log_prob,
-        "mixture of Gaussians": fit_mixture(some.data, some.weights).log_prob,
+        "mixture of Gaussians": gaussians.log_prob,
     }
     if len(z) < _most(inner.event_shape[0]) and len(z) * queries <= MOST_PAIRS:
         each["KDE"] = _KernelDensity(rows.data.float(), rows.weights).log_prob

@@ -31,7 +31,7 @@ from pyro_maf.sweep import Alone
 from pyro_maf.tables.layout import Layout, TableLike
 from pyro_maf.tables.named_rows import NamedRows, named_rows
 from pyro_maf.tables.table import Table
-from pyro_maf.training.baselines import fitted_rows, with_mixture
+from pyro_maf.training.baselines import Joined, fitted_rows, with_mixture
 from pyro_maf.training.batches import Batches
 from pyro_maf.training.choice import CHOSEN, RELAXATIONS, DefaultFlow, choose
 from pyro_maf.training.loop import Loop
@@ -329,11 +329,12 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
         )
         loop.run(options.progress)
         density.eval()
-        prepared, lines = with_mixture(prepared) if options.recipe.joins else (prepared, [])
+        joined = with_mixture(prepared) if options.recipe.joins else Joined(density)
+        prepared = prepared._replace(density=joined.density)
         if folder is not None and processes.is_first:
             try_to_write(folder.folder / MODEL, packed(prepared.density))
     processes.wait()
-    result = _result(loop.state, prepared, source, options, lines, None if folder is None else folder.folder)
+    result = _result(loop.state, prepared, source, options, joined, None if folder is None else folder.folder)
     if processes.is_first:
         announce(result.warnings[len(prepared.warnings) :])
         if will_show(options.progress) and not result.interrupted:
@@ -345,7 +346,7 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
 
 
 def _result(
-    state: State, prepared: Prepared, source: NamedRows, options: _Options, lines: list[str], folder: Path | None
+    state: State, prepared: Prepared, source: NamedRows, options: _Options, joined: Joined, folder: Path | None
 ) -> FitResult:
     """Return the result of a fit that has ended in `state`."""
     schedule = state.schedule
@@ -364,7 +365,7 @@ def _result(
         train_loss=tuple(epoch.train_loss for epoch in state.history),
         validation_loss=losses,
         best_epoch=schedule.best_epoch,
-        validation_log_likelihood=_score(prepared, -schedule.best, doubts=options.recipe.starts or bool(lines)),
+        validation_log_likelihood=_score(prepared, -schedule.best, doubts=options.recipe.starts or bool(joined.lines)),
         seconds=state.seconds,
         stop_reason=stopped or f"reached max_epochs ({options.max_epochs})",
         interrupted=state.interrupted,
@@ -374,10 +375,11 @@ def _result(
         test_rows=None if test is None else test.rows,
         test_places=None if test is None else test.places,
         training_rows=fitted_rows(prepared.training, prepared.density),
+        gaussians=joined.gaussians,
         rows=prepared.rows,
         skipped_steps=state.skipped,
         folder=folder,
-        warnings=(*prepared.warnings, *endings, *lines),
+        warnings=(*prepared.warnings, *endings, *joined.lines),
         repeats=prepared.repeats,
         layout=_layout(prepared.density, source),
         context_layout=source.context_layout,

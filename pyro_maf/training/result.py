@@ -18,6 +18,7 @@ from pyro_maf.distributions import (
     FlowPrior,
     TableDensity,
 )
+from pyro_maf.distributions.gaussian_mixture import Mixture
 from pyro_maf.tables import Rows
 from pyro_maf.tables.layout import Layout, TableLike, is_frame, numbers
 from pyro_maf.tables.named_rows import NAMELESS, check_categories, named_rows
@@ -56,7 +57,8 @@ class FitResult:
         validation_rows: The validation rows (data, context, weights), on the CPU; weights have mean 1, or are None.
         validation_places: Indices of these in the data, from 0; None if they were passed as `validation`.
         test_rows, test_places: Likewise, of the test rows; None without.
-        training_rows: The training rows, or the first of many, which `comparison` fits simple densities to.
+        training_rows: The training rows, or some of many, which `comparison` fits simple densities to.
+        gaussians: A mixture of Gaussians of these in the units of the fit, if the fit took one.
         rows: Number of rows of data.
         folder: Folder of the fit, if any.
         repeats: Number of rows that repeat an earlier one; an estimate for rows that are streamed.
@@ -92,6 +94,7 @@ class FitResult:
     test_rows: Rows | None = None
     test_places: Tensor | None = None
     training_rows: Rows | None = None
+    gaussians: Mixture | None = None
     rows: int = 0
     layout: Layout = NAMELESS
     context_layout: Layout = NAMELESS
@@ -109,7 +112,7 @@ class FitResult:
         role, rows = ("validation", self.validation_rows) if self.test_rows is None else ("test", self.test_rows)
         if rows is None or self.training_rows is None:
             return None
-        return compare(self.density, self.training_rows, rows, role)
+        return compare(self.density, self.training_rows, rows, role, gaussians=self.gaussians)
 
     @property
     def epochs(self) -> int:
