@@ -349,10 +349,8 @@ def _result(
     state: State, prepared: Prepared, source: NamedRows, options: _Options, joined: Joined, folder: Path | None
 ) -> FitResult:
     """Return the result of a fit that has ended in `state`."""
-    schedule = state.schedule
+    schedule, stopped, test = state.schedule, state.reason, prepared.test
     losses = tuple(epoch.validation_loss for epoch in state.history)
-    stopped = state.reason
-    test = prepared.test
     # A mixture that no epoch is better than is no failure.
     ends_as_it_began = options.recipe.starts and not schedule.best_epoch
     endings = (
