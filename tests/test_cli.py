@@ -32,7 +32,7 @@ from pyro_maf.experiments.models import FLOWS, STACKS
 ROOT = Path(__file__).parent.parent
 NAMES = ["length", "width"]
 QUICK = ("--flow", "maf", "--max-epochs", "2", "--hidden-dims", "16", "--num-layers", "2", "--batch-size", "50")
-FILES = {"model.safetensors", "columns.json", "fit.json", "log.csv", "checkpoint.safetensors", "report.html"}
+FILES = {"model.safetensors", "fit.json", "log.csv", "checkpoint.safetensors", "report.html"}
 
 
 def frame() -> pd.DataFrame:
@@ -106,12 +106,10 @@ def test_fit_leaves_a_folder_with_all_there_is_to_know(here: Path) -> None:
     assert record["command"] == f"pyro-maf {' '.join(command)}"
     assert (record["rows"], record["data"], record["epochs"]) == (200, "table.csv", 2)
     assert record["validation_log_likelihood"] == -log["validation_loss"].min()
-    assert json.loads(Path("table-maf/columns.json").read_text()) == {
-        "data": NAMES,
-        "context": [{"name": "colour", "categories": ["blue", "red"]}],
-    }
     model = pyro_maf.load("table-maf/model.safetensors")
     assert (type(model).__name__, model.input_dim, model.context_dim) == ("ConditionalFlowPrior", 2, 2)
+    assert model.density.layout.columns == [("length", None), ("width", None)]
+    assert model.density.context_layout.columns == [("colour", ["blue", "red"])]
     report = Path("table-maf/report.html").read_text()
     assert record["command"] in report
     assert "<h1>table.csv: MAF of 2 columns given 1 context column, 20" in report
@@ -393,19 +391,27 @@ def test_rows_outside_the_support_have_density_zero(here: Path) -> None:
     assert re.search(r"2 rows, of which 1 has density 0 \(data row 2, counted from 1, is the first\)", result.stderr)
 
 
-def test_a_model_without_its_folder_takes_columns_by_their_order(folder: Path, tmp_path: Path) -> None:
-    table = frame()
-    columns = np.stack(
-        [table["length"], table["width"], table["colour"] == "blue", table["colour"] == "red", table["age"]]
-    )
-    np.save(tmp_path / "rows.npy", columns.T)
+def test_a_model_without_its_folder_is_as_good(folder: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone.safetensors"
     alone.write_bytes((folder / "given" / "model.safetensors").read_bytes())
-    ours = run("score", alone, tmp_path / "rows.npy").stdout
-    assert ours == run("score", folder / "given", folder / "table.csv").stdout
-    np.save(tmp_path / "rows.npy", columns[:, :4])
+    whole = run("score", folder / "given", folder / "table.csv")
+    assert run("score", alone, folder / "table.csv").stdout == whole.stdout
+    by_name = pyro_maf.load(alone).condition({"colour": "red", "age": 30.0})
+    assert by_name.log_prob(torch.zeros(2)).isfinite()
+
+
+def test_a_model_without_names_takes_columns_by_their_order(tmp_path: Path) -> None:
+    rows = np.concatenate([rows_of(NAMES).numpy(), given_rows().numpy()], 1)
+    np.save(tmp_path / "rows.npy", rows)
+    density = pyro_maf.ConditionalFlowPrior(pyro_maf.ConditionalMAF(2, 3))
+    density.save(tmp_path / "model.safetensors")
+    scores = np.array(run("score", tmp_path, tmp_path / "rows.npy").stdout.split()[1:], float)
+    with torch.no_grad():
+        expected = density.eval().condition(given_rows()).log_prob(rows_of(NAMES)).numpy()
+    assert scores == pytest.approx(expected, rel=1e-5)
+    np.save(tmp_path / "rows.npy", rows[:, :4])
     message = "score expected 5 columns, 2 of data and then 3 of context, got 4"
-    assert message in run("score", alone, tmp_path / "rows.npy", code=2).stderr
+    assert message in run("score", tmp_path, tmp_path / "rows.npy", code=2).stderr
 
 
 @pytest.mark.usefixtures("quick_report")
@@ -590,14 +596,6 @@ def test_damaged_files_beside_a_model_are_refused(folder: Path, here: Path) -> N
     for name in FILES:
         (here / name).write_bytes((folder / "plain" / name).read_bytes())
     for name, content, message in (
-        ("columns.json", "{", "columns.json damaged"),
-        ("columns.json", "[]", "columns.json damaged"),
-        ("columns.json", '{"data": ["a"], "context": []}', "with 2 columns of data and 0 of context, as the model has"),
-        ("columns.json", '{"data": [1, 2], "context": []}', "columns.json damaged: expected names of columns"),
-        ("columns.json", '{"data": ["a", "a"], "context": []}', "columns.json damaged: expected names of columns"),
-        ("columns.json", '{"data": ["a", "b"], "context": [{"name": 3}]}', "columns.json damaged: expected names"),
-        ("columns.json", '{"data": "ab", "context": {}}', "columns.json damaged: expected names of columns"),
-        ("columns.json", '{"a":' * 99999, "columns.json damaged"),
         ("fit.json", "{}", "fit.json damaged"),
         (
             "fit.json",
@@ -618,9 +616,8 @@ def test_a_defect_is_not_taken_for_bad_input(folder: Path, monkeypatch: pytest.M
 
 
 def test_names_from_elsewhere_can_not_move_a_terminals_cursor(folder: Path, here: Path) -> None:
-    for name in FILES:
-        (here / name).write_bytes((folder / "plain" / name).read_bytes())
-    (here / "columns.json").write_text(json.dumps({"data": ["length\x1b[2J", "wid\nth"], "context": []}))
+    names = [("length\x1b[2J", ()), ("wid\nth", ())]
+    pyro_maf.FlowPrior(pyro_maf.MAF(2), columns=names).save(here / "model.safetensors")
     facts = run("info", here).stdout
     assert "columns     length\\x1b[2J, wid\\nth\n" in facts
     assert facts.replace("\n", "").isprintable()

@@ -281,7 +281,8 @@ def test_columns_are_called_by_their_names(toy):
     places = ["here", "there"] * (len(frame) // 2)
     table = read_table(io.BytesIO(frame.assign(place=places).to_csv(index=False).encode()), context=["place"])
     parts = divide("table", table)
-    assert (parts.names, parts.context_names) == (("height", "width"), ("place=here", "place=there"))
+    assert (parts.layout, parts.context_layout) == (table.layout, table.context_layout)
+    assert parts.context_layout.encoded_labels == ["place=here", "place=there"]
     assert torch.equal(parts.train, divide("table", table.data, table.context).train)
 
 

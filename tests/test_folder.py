@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import pyro_maf
 from pyro_maf import MAF, fit
 from pyro_maf._core import files
-from pyro_maf._core.files import CHECKPOINT, COLUMNS, FILES, held, recover, replaced
+from pyro_maf._core.files import CHECKPOINT, FILES, RECORD, held, recover, replaced
 from pyro_maf.cli import app
 from pyro_maf.training.loop import Loop
 from tests.fits import gaussian_rows, same, seeded, weights
@@ -152,7 +152,7 @@ def test_a_folder_that_can_not_be_written_to_is_named(tmp_path: Path, monkeypatc
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
     fit(flow(), gaussian_rows(100), folder=tmp_path / "fit", **OPTIONS)
-    for name in (COLUMNS, "notes.txt"):
+    for name in (RECORD, "notes.txt"):
         (tmp_path / "fit" / name).write_text("old")
     return tmp_path / "fit"
 
@@ -236,7 +236,7 @@ def test_what_was_set_aside_for_a_fit_that_has_begun_is_removed(old: Path) -> No
 
 
 def test_a_command_puts_an_old_fit_back(old: Path) -> None:
-    (old / COLUMNS).unlink()
+    (old / RECORD).unlink()
     aside = old / ".replaced-abc"
     aside.mkdir()
     for name in FILES[:3]:

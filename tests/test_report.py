@@ -22,6 +22,7 @@ from pyro_maf.datasets import Table
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior, MADEMoG, MAFMoG
 from pyro_maf.report import examination, kolmogorov, page, write_report
 from pyro_maf.tables import MappedRows, Rows
+from pyro_maf.tables.layout import Layout
 from pyro_maf.training import FitResult
 
 SMALL = {"num_layers": 1, "hidden_dims": [8]}
@@ -227,12 +228,8 @@ def named_table(rows=200):
     return Table(
         data=normal(rows).exp().numpy(),
         context=context.numpy(),
-        names=("length", "width"),
-        context_names=("colour=blue", "colour=red", "age"),
-        columns={
-            "data": ["length", "width"],
-            "context": [{"name": "colour", "categories": colours}, {"name": "age", "categories": None}],
-        },
+        layout=Layout.named([("length", ()), ("width", ())]),
+        context_layout=Layout.named([("colour", ()), ("age", ())], [colours, None])._replace(one_hot=True),
         label="wine.csv",
         rows=np.arange(rows) * 2 + 1,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import os
 import random
 import re
@@ -30,6 +29,7 @@ from pyro_maf.datasets import read_table
 from pyro_maf.tables import sources
 from pyro_maf.tables import table as table_module
 from pyro_maf.tables.disk import temporary_file
+from pyro_maf.tables.layout import Layout
 
 ROWS = 50
 NAMES = ("length", "width", "height")
@@ -156,7 +156,7 @@ def test_numbers_become_categories_where_they_are_said_to_be_labels(tmp_path: Pa
     assert table.context_names == ("label=1", "label=2", "label=10")
     assert table.context is not None
     assert table.context.argmax(1).tolist() == [2, 1, 1, 0, 2, 0]
-    again = read_table(write(tmp_path / "other", given[::-1]), columns=table.columns)
+    again = read_table(write(tmp_path / "other", given[::-1]), columns=table.layout, context=table.context_layout)
     assert again.context is not None
     assert np.array_equal(again.context, table.context[::-1])
 
@@ -169,11 +169,11 @@ def test_text_that_repeats_among_the_data_is_categories(tmp_path: Path, write: A
     assert table.categories == (None, colours, ("False", "True"), None)
     assert table.data[:, 1].tolist() == [colours.index(colour) for colour in given["colour"]]
     assert table.data[:, 2].tolist() == given["is_new"].tolist()
-    again = read_table(write(tmp_path / "again", given.iloc[::-1, ::-1]), columns=table.columns)
+    again = read_table(write(tmp_path / "again", given.iloc[::-1, ::-1]), columns=table.layout)
     assert np.array_equal(again.data, table.data[::-1])
-    assert again.columns == table.columns
+    assert again.layout == table.layout
     with pytest.raises(ValueError, match=r"got 'pink' in data row 1 \(counted from 1\) of column 'colour'"):
-        read_table(text("length,colour,is_new,width\n1,pink,True,2\n"), columns=table.columns)
+        read_table(text("length,colour,is_new,width\n1,pink,True,2\n"), columns=table.layout)
 
 
 def test_text_that_is_no_category_is_refused_where_it_is() -> None:
@@ -345,10 +345,7 @@ def test_a_large_table_is_read_in_batches_to_the_same_numbers(
             assert isinstance(large.context, np.memmap)
             assert np.array_equal(large.data, plain.data)
             assert np.array_equal(large.context, plain.context)
-            assert (large.names, large.context_names, large.columns) == (
-                *(plain.names, plain.context_names),
-                plain.columns,
-            )
+            assert (large.layout, large.context_layout) == (plain.layout, plain.context_layout)
 
 
 @pytest.mark.usefixtures("small_memory")
@@ -393,10 +390,9 @@ def test_temporary_files_are_gone_when_the_program_ends() -> None:
 @with_names
 def test_another_table_is_read_in_the_same_way(tmp_path: Path, write: Any) -> None:
     first = read_table(write(tmp_path / "first", frame()), columns=["width", "length"], context=["colour", "is_new"])
-    description = json.loads(json.dumps(first.columns))
     other = frame()[frame()["colour"] == "red"].iloc[:, ::-1].assign(extra="text")
-    second = read_table(write(tmp_path / "second", other), columns=description)
-    assert (second.names, second.context_names, second.columns) == (first.names, first.context_names, first.columns)
+    second = read_table(write(tmp_path / "second", other), columns=first.layout, context=first.context_layout)
+    assert (second.layout, second.context_layout) == (first.layout, first.context_layout)
     chosen = np.arange(ROWS) % 3 == 2
     assert np.array_equal(second.data, first.data[chosen])
     assert first.context is not None
@@ -404,7 +400,7 @@ def test_another_table_is_read_in_the_same_way(tmp_path: Path, write: Any) -> No
 
 
 def test_a_category_that_is_not_known_is_refused_by_name() -> None:
-    columns = read_table(text("y,colour\n1,red\n2,blue\n"), context=["colour"]).columns
+    table = read_table(text("y,colour\n1,red\n2,blue\n"), context=["colour"])
     with pytest.raises(
         ValueError,
         match=re.escape(
@@ -412,11 +408,11 @@ def test_a_category_that_is_not_known_is_refused_by_name() -> None:
             "of column 'colour' of the stream."
         ),
     ):
-        read_table(text("y,colour\n1,red\n2,green\n"), columns=columns)
+        read_table(text("y,colour\n1,red\n2,green\n"), columns=table.layout, context=table.context_layout)
 
 
-def test_a_table_without_names_fits_a_description_of_as_many_columns(tmp_path: Path) -> None:
-    columns = read_table(write_csv(tmp_path / "table.csv", frame()[list(NAMES)])).columns
+def test_a_table_without_names_fits_a_layout_of_as_many_columns(tmp_path: Path) -> None:
+    columns = read_table(write_csv(tmp_path / "table.csv", frame()[list(NAMES)])).layout
     table = read_table(save_npy(tmp_path / "table.npy", numbers()), columns=columns)
     assert table.names == NAMES
     assert np.array_equal(table.data, numbers())
@@ -510,11 +506,6 @@ WRONG_TEXT = {
         {"context": ["colour"], "categories": ["colour"]},
         "read_table expected context with values, got none in column 'colour' of the stream: leave it out.",
     ),
-    "no categories": (
-        "y,colour\n1,red\n",
-        {"columns": {"data": ["y"], "context": [{"name": "colour", "categories": []}]}},
-        "read_table expected columns as names or as the columns of another table",
-    ),
     "one category": (
         "y,colour\n1,red\n2,red\n",
         {"context": ["colour"]},
@@ -526,15 +517,15 @@ WRONG_TEXT = {
         {"array": "train"},
         "read_table got array='train' for the stream, which is no .npz file: leave it out.",
     ),
-    "a description that is none": (
-        "a\n1\n",
-        {"columns": {"names": ["a"]}},
-        "read_table expected columns as names or as the columns of another table, got {'names': ['a']}.",
-    ),
-    "context beside a description": (
+    "names of context beside a layout": (
         "a,b\n1,2\n",
-        {"columns": {"data": ["a"], "context": []}, "context": ["b"]},
-        "read_table got context beside a description of columns, which names it: leave it out.",
+        {"columns": Layout.named([("a", ())]), "context": ["b"]},
+        "read_table expected columns and context as the two layouts of a table, got names with one.",
+    ),
+    "a layout of context beside names": (
+        "a,b\n1,2\n",
+        {"columns": ["a"], "context": Layout.named([("b", ())])},
+        "read_table expected columns and context as the two layouts of a table, got names with one.",
     ),
 }
 
@@ -814,11 +805,11 @@ def wholes(folder: Path) -> list[bytes]:
 
 def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path: Path) -> None:
     chance = random.Random(0)
-    description = {"data": ["length"], "context": [{"name": "colour", "categories": ["blue", "red"]}]}
+    layouts = {"columns": Layout.named([("length", ())]), "context": Layout.named([("colour", ())], [["blue", "red"]])}
     contents = wholes(tmp_path)
     refusals = []
     for _ in range(400):
-        options = chance.choice([{}, {"columns": description}, {"context": ["colour"]}])
+        options = chance.choice([{}, layouts, {"context": ["colour"]}])
         refusals.append(refusal(io.BytesIO(damaged(chance, chance.choice(contents))), **options))
     lines = [line for line in refusals if line]
     assert len(lines) > 200
@@ -853,9 +844,9 @@ OF_ALL_TYPES = [
 def test_parquet_of_every_type_is_read_or_refused_in_one_line_whatever_is_asked(tmp_path: Path, cells: Any) -> None:
     pq.write_table(pa.table({"x": [1.0, 2.0], "c": cells}), tmp_path / "table.parquet")
     asked: list[dict[str, Any]] = [{}, {"context": ["c"]}, {"context": ["c"], "categories": ["c"]}]
-    asked += [{"columns": {"data": ["x", "c"], "context": []}}]
+    asked += [{"columns": Layout.named([("x", ()), ("c", ())])}]
     asked += [
-        {"columns": {"data": ["x"], "context": [{"name": "c", "categories": categories}]}}
+        {"columns": Layout.named([("x", ())]), "context": Layout.named([("c", ())], [categories])}
         for categories in (None, ["1", "2"], ["blue", "red"])
     ]
     for options in asked:

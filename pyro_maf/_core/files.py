@@ -27,7 +27,6 @@ else:
 __all__ = [
     "BOARD",
     "CHECKPOINT",
-    "COLUMNS",
     "FILES",
     "LOG",
     "MODEL",
@@ -45,10 +44,10 @@ __all__ = [
 CHECKPOINT, LOG, MODEL, BOARD = "checkpoint.safetensors", "log.csv", "model.safetensors", "tensorboard"
 """Files that `pyro_maf.fit` writes."""
 
-COLUMNS, RECORD, REPORT = "columns.json", "fit.json", "report.html"
+RECORD, REPORT = "fit.json", "report.html"
 """Files that the command adds: columns of a table for the model, settings of the fit, and report of its quality."""
 
-FILES = (MODEL, CHECKPOINT, LOG, COLUMNS, RECORD, REPORT)
+FILES = (MODEL, CHECKPOINT, LOG, RECORD, REPORT)
 
 LOCK = ".lock"
 LOCKED_BYTE = 2**20

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
-from pyro_maf._core.files import COLUMNS, write_whole
+from pyro_maf._core.files import write_whole
 from pyro_maf.cli.errors import INTERRUPTED, CommandError, input_errors, say, warnings_as_lines
-from pyro_maf.cli.saved_model import write_json
 from pyro_maf.cli.shared_options import Device, Epochs, Models, TableOptions, TrainingOptions, flag, option, separated
 
 if TYPE_CHECKING:
@@ -91,8 +90,6 @@ def compare(options: CompareOptions) -> None:
         comparison = experiments.compare(
             parts, candidates, folder=folder, device=options.device, tell=_tell, **options.fitting
         )
-    for score in comparison.tried:
-        write_json(folder / score.candidate.slug / COLUMNS, table.columns)
     _finish(comparison, folder, "comparison")
 
 

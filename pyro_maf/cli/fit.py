@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, cast, get_args
 import typer
 
 import pyro_maf
-from pyro_maf._core.files import CHECKPOINT, COLUMNS, FILES, MODEL, RECORD, REPORT, held, recover
+from pyro_maf._core.files import CHECKPOINT, FILES, MODEL, RECORD, REPORT, held, recover
 from pyro_maf._core.messages import MOST_LISTED, listed
 from pyro_maf.cli.errors import INTERRUPTED, CommandError, command_line, input_errors, say, warnings_as_lines
 from pyro_maf.cli.saved_model import Record, write_json
@@ -144,7 +144,12 @@ class FitOptions(TableOptions, TrainingOptions):
         if not math.isnan(fraction):
             return fraction
         return read(
-            self.validation, self.text, columns=table.columns, dtype=table.data.dtype.name, weights=self.weights
+            self.validation,
+            self.text,
+            columns=table.layout,
+            context=table.context_layout,
+            dtype=table.data.dtype.name,
+            weights=self.weights,
         )
 
     def support_of(self, names: Sequence[str]) -> Support:
@@ -302,7 +307,7 @@ def _held_out(result: FitResult, table: Table, validation: float | Table) -> Tab
 
 
 def _leave(options: FitOptions, result: FitResult, table: Table, held_out: Table, command: str) -> None:
-    """Write columns, record and report of a fit to its folder."""
+    """Write record and report of a fit to its folder."""
     from pyro_maf import report
     from pyro_maf._core.progress import will_show
 
@@ -323,7 +328,6 @@ def _leave(options: FitOptions, result: FitResult, table: Table, held_out: Table
         test_log_likelihood=None if test is None else test.mean,
         test_standard_error=None if test is None else test.standard_error,
     )
-    write_json(folder / COLUMNS, table.columns)
     write_json(folder / RECORD, dataclasses.asdict(record))
     report.write_report(folder / REPORT, result, held_out, command=command)
     if comparison is not None and (result.interrupted or not will_show(True)):  # else `fit` has shown them

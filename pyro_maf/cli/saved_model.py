@@ -1,4 +1,4 @@
-"""A saved model with the columns and the record of its fit, and `pyro-maf info`, which shows them."""
+"""A saved model with the record of its fit, and `pyro-maf info`, which shows them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import typer
 
-from pyro_maf._core.files import COLUMNS, MODEL, RECORD, recover, write_whole
+from pyro_maf._core.files import MODEL, RECORD, recover, write_whole
 from pyro_maf._core.messages import shown
 from pyro_maf.cli.errors import CommandError, input_errors
-from pyro_maf.cli.frames import arranged, description
 from pyro_maf.cli.shared_options import ModelPath, TextOptions, read
 
 if TYPE_CHECKING:
@@ -56,16 +55,14 @@ class Record:
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A saved density, its columns and the record of its fit.
+    """A saved density and the record of its fit.
 
     Attributes:
         density: The density, on the CPU, in eval mode.
-        columns: Description of the columns of a table for it, as `Table.columns`; None for a model without its folder.
         record: Record of the fit; None for a model without its folder.
     """
 
     density: ConditionalDensity | Density
-    columns: JSON | None
     record: Record | None
 
     @property
@@ -79,35 +76,27 @@ class SavedModel:
         return _name_of(self.density.dtype)
 
     @property
-    def layout(self) -> Layout | None:
-        """Names and categories of the columns of data that the density holds; None if it holds none."""
-        from pyro_maf.distributions import TableDensity
-
-        inner = self.inner
-        return inner.layout if isinstance(inner, TableDensity) and inner.layout.names else None
+    def layout(self) -> Layout:
+        """Names and categories of the columns of data: those of the density, or x1, x2, ..."""
+        return self._layout("layout", "x", self.inner.event_shape[0])
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the columns of data."""
-        if self.layout is not None:
-            return tuple(self.layout.labels)
-        if self.columns is None:
-            return tuple(f"x{i}" for i in range(1, self.inner.event_shape[0] + 1))
-        return tuple(name for name, _ in map(_named, self.columns["data"]))
+    def context_layout(self) -> Layout:
+        """Names and categories of the columns of context: those of the density, or c1, c2, ..."""
+        return self._layout("context_layout", "c", self.inner.context_dim)
+
+    def _layout(self, attribute: str, letter: str, width: int) -> Layout:
+        from pyro_maf.tables.layout import NAMELESS, Layout
+
+        layout: Layout = getattr(self.inner, attribute, NAMELESS)
+        return layout if layout.names else Layout.named([(f"{letter}{i}", ()) for i in range(1, width + 1)])
 
     @property
-    def context(self) -> tuple[tuple[str, list[str] | None], ...]:
-        """Names and categories of the columns of context."""
-        from pyro_maf.distributions import FlowPrior, TableDensity
+    def has_names(self) -> bool:
+        """True if the density has the names of its columns of data."""
+        from pyro_maf.distributions.named_density import NamedDensity
 
-        if self.columns is None:
-            layout = self.inner.context_layout if isinstance(self.inner, (FlowPrior, TableDensity)) else None
-            if layout is None or not layout.names:
-                return tuple((f"c{i}", None) for i in range(1, self.inner.context_dim + 1))
-            labels = layout.as_labels() or [None] * len(layout.labels)
-            each = (None if among is None else list(map(str, among)) for among in labels)
-            return tuple(zip(layout.labels, each, strict=True))
-        return tuple((column["name"], column["categories"]) for column in self.columns["context"])
+        return isinstance(self.inner, NamedDensity) and bool(self.inner.layout.names)
 
     def at(self, context: Tensor | None) -> Density:
         """The density at a context, if it takes one."""
@@ -117,24 +106,27 @@ class SavedModel:
         """Read the table in `source` for this model; `text` as in `pyro_maf.cli.shared_options.read`.
 
         Raises:
-            CommandError: As `read_table`, and for a table of another width if there are no names.
+            CommandError: As `read_table`, and for a table of another width if the density has no names.
         """
         # Of data and context, the more precise.
         dtype = max(self.dtype, _name_of(self.density.context_dtype))
-        layout = self.layout
-        if layout is not None and self.columns is None:
-            columns = description(layout, self.context)
-            return arranged(read(source, text, columns=columns, dtype=dtype), layout)
-        table = read(source, text, columns=self.columns, dtype=dtype)
-        if self.columns is not None:
-            return table
-        data, context = len(self.names), len(self.context)
+        layouts = self.layout, self.context_layout
+        if self.has_names:
+            return read(source, text, columns=layouts[0], context=layouts[1], dtype=dtype)
+        table = read(source, text, dtype=dtype)
+        data, context = (len(layout.labels) for layout in layouts)
         if len(table.names) != data + context:
             raise CommandError(
                 f"score expected {data + context} columns, {data} of data and then {context} of context, "
-                f"got {len(table.names)}: the model has no {COLUMNS} beside it to choose by."
+                f"got {len(table.names)}: the model has no names to choose by."
             )
-        return replace(table, data=table.data[:, :data], context=table.data[:, data:] if context else None)
+        return replace(
+            table,
+            data=table.data[:, :data],
+            context=table.data[:, data:] if context else None,
+            layout=layouts[0],
+            context_layout=layouts[1],
+        )
 
 
 def read_model(path: Path) -> SavedModel:
@@ -159,16 +151,8 @@ def read_model(path: Path) -> SavedModel:
     with input_errors():
         density = _as_density(load(file), file).eval()
     is_in_folder = file.name == MODEL
-    columns = _read_json(file.with_name(COLUMNS)) if is_in_folder else None
     facts = _read_json(file.with_name(RECORD)) if is_in_folder else None
-    if columns is not None and not _is_description(columns):
-        raise CommandError(
-            f"found {file.with_name(COLUMNS)} damaged: expected names of columns, each a text and each once, and "
-            "categories or null for each of context."
-        )
-    model = SavedModel(density, columns, None if facts is None else _record(facts, file.with_name(RECORD)))
-    _check_columns(model, path)
-    return model
+    return SavedModel(density, None if facts is None else _record(facts, file.with_name(RECORD)))
 
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
@@ -218,27 +202,6 @@ def _is_of(kind: str, value: object) -> bool:
     return isinstance(value, kinds[kind]) and not isinstance(value, bool)
 
 
-def _named(column: str | JSON) -> tuple[str, list[str] | None]:
-    """Name and categories of a column in a description, which may be its name alone."""
-    return (column, None) if isinstance(column, str) else (column["name"], column["categories"])
-
-
-def _is_description(columns: JSON) -> bool:
-    """True if a JSON value is a description of columns, as `Table.columns`."""
-    data, context = columns.get("data"), columns.get("context")
-    if not isinstance(data, list) or not isinstance(context, list):
-        return False
-    described = [column for column in data if not isinstance(column, str)] + context
-    if not all(isinstance(column, dict) and {"name", "categories"} <= column.keys() for column in described):
-        return False
-    each = list(map(_named, [*data, *context]))
-    lists = [[name for name, _ in each], *(categories for _, categories in each if categories is not None)]
-    return all(
-        isinstance(texts, list) and all(isinstance(text, str) for text in texts) and len({*texts}) == len(texts)
-        for texts in lists
-    )
-
-
 def _as_density(model: object, path: Path) -> Density | ConditionalDensity:
     """Convert a loaded model to a density: a flow is on standard normal noise."""
     from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
@@ -252,17 +215,6 @@ def _as_density(model: object, path: Path) -> Density | ConditionalDensity:
     if isinstance(inner, Density):
         return ConditionalDensity(inner) if inner.context_dim else inner
     raise CommandError(f"expected a flow or a density in {path}, found {type(model).__name__}.")
-
-
-def _check_columns(model: SavedModel, path: Path) -> None:
-    """Refuse the columns of another model."""
-    widths = len(model.names), sum(1 if categories is None else len(categories) for _, categories in model.context)
-    expected = model.inner.event_shape[0], model.inner.context_dim
-    if widths != expected:
-        raise CommandError(
-            f"expected {COLUMNS} in {path} with {expected[0]} columns of data and {expected[1]} of context, as the "
-            f"model has, found {widths[0]} and {widths[1]}."
-        )
 
 
 def _name_of(dtype: torch.dtype) -> str:
@@ -282,8 +234,8 @@ def _printable(value: str) -> str:
     return "\n".join(shown(line, len(line)) for line in value.split("\n"))
 
 
-def _joined(names: Sequence[str]) -> str:
-    return ", ".join(name.replace("\n", "\\n") for name in names)
+def _joined(names: Sequence[object]) -> str:
+    return ", ".join(str(name).replace("\n", "\\n") for name in names)
 
 
 def _facts(model: SavedModel) -> Iterator[tuple[str, str]]:
@@ -291,16 +243,16 @@ def _facts(model: SavedModel) -> Iterator[tuple[str, str]]:
     inner, record = model.inner, model.record
     yield "model", repr(model.density)
     yield "dimensions", str(inner.event_shape[0])
-    if model.context:
+    if inner.context_dim:
         yield "context", f"{inner.context_dim} numbers"
     yield "parameters", f"{sum(parameter.numel() for parameter in inner.parameters()):,}"
-    if model.columns is not None or model.layout is not None:
-        yield "columns", _joined(model.names)
-        for name, categories in map(_named, (model.columns or {"data": ()})["data"]):
+    if model.has_names:
+        yield "columns", _joined(model.layout.labels)
+        for name, categories in model.layout.columns:
             if categories is not None:
                 yield "among", f"{name}: {_joined(categories)}"
-        for name, categories in model.context:
-            yield "given", name if categories is None else f"{name}: {_joined(categories)}"
+        for name, categories in model.context_layout.columns:
+            yield "given", _joined([name]) if categories is None else f"{_joined([name])}: {_joined(categories)}"
     if record is not None:
         if record.test_log_likelihood is not None:
             score = f"log-likelihood {record.test_log_likelihood:.4f} nats"

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO, TypeAlias
 
+import numpy as np
 import typer
 
 from pyro_maf._core.files import writing_whole
@@ -20,14 +21,15 @@ from pyro_maf.cli.saved_model import SavedModel, read_model
 from pyro_maf.cli.shared_options import Decimal, Encoding, ModelPath, Out, Source, flag, separated
 
 if TYPE_CHECKING:
-    import numpy as np
     import pyarrow
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from pyro_maf.datasets import Table
+    from pyro_maf.tables.categories import Categories, Label
     from pyro_maf.tables.layout import Layout
 
-    Write: TypeAlias = Callable[[np.ndarray], None]
+    Write: TypeAlias = Callable[[NDArray[np.floating]], None]
     WriteBatch: TypeAlias = Callable[[pyarrow.RecordBatch], None]
 
 __all__ = ["SAMPLE_EXAMPLES", "SCORE_EXAMPLES", "sample", "score", "writing_rows"]
@@ -147,10 +149,10 @@ def sample(
         check_positive("sample", "--seed", seed, least=0)
     saved = read_model(model)
     density = saved.at(_context(saved, separated(context)))
-    names = saved.names
-    rows = max(1, VALUES_AT_ONCE // len(names))
+    layout = saved.layout
+    rows = max(1, VALUES_AT_ONCE // len(layout.labels))
     torch.manual_seed(seed)
-    with writing_rows(out, names, saved.dtype, saved.layout) as write:
+    with writing_rows(out, layout.labels, saved.dtype, layout) as write:
         for start in range(0, number, rows):
             write(density.sample((min(rows, number - start),)).numpy())
 
@@ -163,7 +165,7 @@ def _context(model: SavedModel, pairs: Sequence[str]) -> Tensor | None:
     """
     import torch
 
-    columns = dict(model.context)
+    columns = dict(model.context_layout.columns) if model.inner.context_dim else {}
     expected = f"the model is given {', '.join(columns)}" if columns else "the model takes no context"
     values: dict[str, str] = {}
     for pair in pairs:
@@ -179,14 +181,16 @@ def _context(model: SavedModel, pairs: Sequence[str]) -> Tensor | None:
     return torch.tensor(numbers, dtype=model.density.context_dtype) if columns else None
 
 
-def _encoded(name: str, value: str, categories: list[str] | None) -> list[float]:
+def _encoded(name: str, value: str, categories: Sequence[Label] | None) -> list[float]:
     """Encode a value of context."""
-    if categories is not None:
-        if value not in categories:
-            raise CommandError(f"sample expected --context {name} to be one of {', '.join(categories)}, got {value!r}.")
-        return [float(value == category) for category in categories]
-    from pyro_maf.tables.columns import number_in
+    from pyro_maf.tables.columns import codes_of, number_in
 
+    if categories is not None:
+        code = codes_of(categories).get(value)
+        if code is None:
+            among = ", ".join(map(str, categories))
+            raise CommandError(f"sample expected --context {name} to be one of {among}, got {value!r}.")
+        return [float(code == number) for number in range(len(categories))]
     number = number_in(value)
     if not math.isfinite(number):
         raise CommandError(f"sample expected --context {name} to be a finite number, got {value!r}.")
@@ -223,16 +227,14 @@ def writing_rows(
     require("pyro-maf", "pyarrow")
     import pyarrow
 
-    from pyro_maf.cli.frames import arrow_column, arrow_type
-
     number = pyarrow.float64() if dtype == "float64" else pyarrow.float32()
     among = (layout.categories if layout else ()) or (None,) * len(names)
     dtypes = (layout.dtypes if layout else ()) or (dtype,) * len(names)
-    kinds = [arrow_type(*each, number) for each in zip(among, dtypes, strict=True)]
+    kinds = [_arrow_type(*each, number) for each in zip(among, dtypes, strict=True)]
     schema = pyarrow.schema(list(zip(names, kinds, strict=True)))
 
-    def batch(rows: np.ndarray) -> pyarrow.RecordBatch:
-        columns = [arrow_column(*each) for each in zip(rows.T, among, kinds, strict=True)]
+    def batch(rows: NDArray[np.floating]) -> pyarrow.RecordBatch:
+        columns = [_arrow_column(*each) for each in zip(rows.T, among, kinds, strict=True)]
         return pyarrow.record_batch(columns, schema=schema)
 
     writers = {".csv": _csv_writer, ".parquet": _parquet_writer}
@@ -264,3 +266,30 @@ def _parquet_writer(file: BinaryIO, schema: pyarrow.Schema) -> Iterator[WriteBat
 
     with ParquetWriter(file, schema) as writer:
         yield writer.write
+
+
+def _arrow_type(categories: Categories, dtype: str, number: pyarrow.DataType) -> pyarrow.DataType:
+    """Type of a column in files: that of its categories, whole numbers for a dtype of these, or else `number`."""
+    import pyarrow
+
+    if categories is None:
+        return pyarrow.int64() if dtype.lower().startswith(("int", "uint")) else number
+    kinds: tuple[tuple[type, pyarrow.DataType], ...] = (
+        (bool, pyarrow.bool_()),
+        (int, pyarrow.int64()),
+        (float, pyarrow.float64()),
+    )
+    fitting = (kind for form, kind in kinds if all(type(each) is form for each in categories))
+    return next(fitting, pyarrow.string())
+
+
+def _arrow_column(column: NDArray[np.floating], categories: Categories, kind: pyarrow.DataType) -> pyarrow.Array:
+    """A column of numbers, (rows,), as written in files."""
+    import pyarrow
+
+    from pyro_maf.tables.categories import decoded
+
+    if categories is None:
+        return pyarrow.array(column.round().astype(np.int64) if kind == pyarrow.int64() else column, kind)
+    values = decoded(column, categories)
+    return pyarrow.array(list(map(str, values)) if kind == pyarrow.string() else values, kind)

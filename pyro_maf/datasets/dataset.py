@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_maf._core.checks import check_positive
+from pyro_maf.tables.layout import NAMELESS, Layout
 
 __all__ = ["Dataset", "LogitPixels"]
 
@@ -23,7 +24,7 @@ class Dataset:
         train, validation, test: (rows, D) each.
         train_context, validation_context, test_context: (rows, C) each, or None without a context.
         pixels: The map from pixels to rows, or None.
-        names, context_names: Names of the columns; none by default.
+        layout, context_layout: Names of the columns, and categories of those that are one-hot; none by default.
     """
 
     name: str
@@ -34,8 +35,8 @@ class Dataset:
     validation_context: Tensor | None = None
     test_context: Tensor | None = None
     pixels: LogitPixels | None = None
-    names: tuple[str, ...] = ()
-    context_names: tuple[str, ...] = ()
+    layout: Layout = NAMELESS
+    context_layout: Layout = NAMELESS
 
     @property
     def input_dim(self) -> int:

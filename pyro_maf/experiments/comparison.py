@@ -23,7 +23,7 @@ from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.experiments.models import Candidate, candidates, fit_gaussian
 from pyro_maf.experiments.results import Comparison, Score
 from pyro_maf.tables import Rows
-from pyro_maf.tables.layout import Layout, TableLike, number_of_rows, numbers
+from pyro_maf.tables.layout import TableLike, number_of_rows, numbers
 from pyro_maf.tables.named_rows import named_rows
 from pyro_maf.tables.reader import check_paired
 from pyro_maf.tables.rows import copies_of
@@ -169,6 +169,7 @@ class _Contest:
             density = cast("FlowPrior | ConditionalFlowPrior", result.density)
             score = self._score(model, density, result.epochs, result.seconds, result.stop_reason)
         if folder is not None:
+            density.name_columns(self.data.layout, self.data.context_layout)
             _write_score(folder, score, density, fingerprint)
             # Four times the size of the model, and of no further use.
             (folder / CHECKPOINT).unlink(missing_ok=True)
@@ -176,11 +177,12 @@ class _Contest:
 
     def _train(self, model: Candidate, options: Facts, folder: Path | None) -> FitResult:
         data = self.data
-        rows, validation = (_by_name(data.names, part) for part in (data.train, data.validation))
+        names, context_names = data.layout.labels, data.context_layout.encoded_labels
+        rows, validation = (_by_name(names, part) for part in (data.train, data.validation))
         context = validation_context = None
         if data.train_context is not None and data.validation_context is not None:
-            context = _by_name(data.context_names, data.train_context)
-            validation_context = _by_name(data.context_names, data.validation_context)
+            context = _by_name(context_names, data.train_context)
+            validation_context = _by_name(context_names, data.validation_context)
         return fit(
             model.build(data.input_dim, data.context_dim, options["seed"]).to(self.device),
             rows,
@@ -335,9 +337,6 @@ def divide(
     if source.layout.in_categories:
         column = source.labels.column(source.layout.in_categories[0])
         raise ValueError(f"divide expected data of numbers, got text in {column}: leave it out or make it context.")
-    names, context_names = source.columns.labels, Layout.of(source.context).labels
-    if isinstance(data, Table):
-        context_names = list(data.context_names)
     total = number_of_rows(source.data)
     sizes = _sizes(total, test, validation)
     rows = Rows(_numbers("data", source.data), None if source.context is None else _numbers("context", source.context))
@@ -355,8 +354,8 @@ def divide(
         name,
         *(train.data, validating.data, testing.data),
         *(train.context, validating.context, testing.context),
-        names=tuple(names),
-        context_names=tuple(context_names),
+        layout=source.layout,
+        context_layout=source.context_layout,
     )
 
 

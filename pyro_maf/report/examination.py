@@ -16,6 +16,7 @@ from pyro_maf._core.torch_state import reference_tensor, seeded, without_autocas
 from pyro_maf.distributions import ConditionalDensity, FlowPrior, TableDensity
 from pyro_maf.report.kolmogorov import Calibration, calibration_of, radius_of
 from pyro_maf.tables import MappedRows, Reader, Rows, rows_of
+from pyro_maf.tables.categories import Label
 from pyro_maf.tables.layout import Layout, TableLike
 from pyro_maf.tables.reader import Labels
 from pyro_maf.tables.rows import in_proportion, mean_and_error
@@ -55,14 +56,14 @@ class ContextColumn:
 
     name: str
     first: int
-    categories: Sequence[str] | None = None
+    categories: Sequence[Label] | None = None
 
     def text(self, context: Sequence[float]) -> str:
         """Decode this column from a row of encoded context."""
         if self.categories is None:
             number = context[self.first]
             return f"{number:.4g}" if abs(number) < MANY_DIGITS else f"{number:.10g}"
-        return self.categories[context.index(1.0, self.first) - self.first]
+        return str(self.categories[context.index(1.0, self.first) - self.first])
 
 
 @dataclass(frozen=True)
@@ -270,9 +271,9 @@ def _from_one(index: int) -> int:
 def _context_columns(table: Table) -> list[ContextColumn]:
     """Return the columns of context of a table."""
     columns, first = [], 0
-    for column in table.columns["context"]:
-        columns.append(ContextColumn(column["name"], first, column["categories"]))
-        first += len(column["categories"] or [0])
+    for name, among in table.context_layout.columns:
+        columns.append(ContextColumn(name, first, among))
+        first += len(among or [0])
     return columns
 
 

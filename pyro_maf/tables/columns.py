@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -12,12 +13,12 @@ from numpy.typing import NDArray
 
 from pyro_maf._core.checks import InputError
 from pyro_maf._core.messages import quoted, require, shown
-from pyro_maf.tables.categories import LEAST_REPEATS, MOST_CATEGORIES
+from pyro_maf.tables.categories import LEAST_REPEATS, MOST_CATEGORIES, Label
 
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["Cells", "Column", "Survey", "is_missing", "is_text", "number_in"]
+__all__ = ["Cells", "Column", "Survey", "codes_of", "is_missing", "is_text", "number_in"]
 
 Cells: TypeAlias = "NDArray[np.generic] | pyarrow.Array"
 """Cells of a column: a one-dimensional array of numpy or pyarrow."""
@@ -56,7 +57,7 @@ class Column:
     name: str
     place: str
     index: int = 0
-    categories: list[str] | None = None
+    categories: Sequence[Label] | None = None
     decimal: str = "."
     is_label: bool = False
 
@@ -87,7 +88,8 @@ class Column:
         """Begin the error message for one of `cells`: who, expected and actual value, and position."""
         text = _text_in(cells, row)
         if self.categories is not None:
-            expected = "one of " + ", ".join(map(quoted, self.categories[:10])) + ", ..." * (len(self.categories) > 10)
+            among = [quoted(str(category)) for category in self.categories[:10]]
+            expected = f"one of {', '.join(among)}{', ...' * (len(self.categories) > 10)}"
         elif is_missing(text) or math.isinf(number_in(text, self.decimal)):
             expected = "finite numbers"
         elif not math.isnan(number_in(text, self.decimal)):
@@ -135,9 +137,10 @@ class Column:
         import pyarrow
         import pyarrow.compute as pc
 
-        texts = _texts_of(cells)
-        found = pc.index_in(texts, value_set=pyarrow.array(self.categories or [], texts.type))
-        places = np.asarray(pc.fill_null(found, -1).to_numpy(zero_copy_only=False))
+        texts, codes = _texts_of(cells), codes_of(self.categories or ())
+        found = pc.index_in(texts, value_set=pyarrow.array(list(codes), texts.type))
+        # A text that is no category is at -1, the last.
+        places = np.array([*codes.values(), -1])[pc.fill_null(found, -1).to_numpy(zero_copy_only=False)]
         unknown = places < 0
         if unknown.any():
             unknown &= ~_missing_in(cells)
@@ -145,6 +148,29 @@ class Column:
             row = int(unknown.argmax())
             raise self.error(f"{self.complaint(cells, row, first_row)}.", first_row + row)
         return places
+
+
+def codes_of(categories: Sequence[Label]) -> dict[str, int]:
+    """Numbers of the categories by their texts in files, which several programs write in different ways.
+
+    Example:
+        >>> codes_of([False, True])
+        {'False': 0, 'false': 0, 'FALSE': 0, 'True': 1, 'true': 1, 'TRUE': 1}
+    """
+    codes: dict[str, int] = {}
+    for number, category in enumerate(categories):
+        for text in _texts_for(category):
+            codes.setdefault(text, number)
+    return codes
+
+
+def _texts_for(category: Label) -> tuple[str, ...]:
+    text = str(category)
+    if isinstance(category, bool):
+        return text, text.lower(), text.upper()
+    if isinstance(category, int):
+        return text, f"{text}.0"
+    return text, text.removesuffix(".0") if isinstance(category, float) else text.strip()
 
 
 class Survey:
@@ -186,7 +212,7 @@ class Survey:
         texts = self._texts
         if not self.may_be_labels or not 1 < len(texts) <= self._rows // LEAST_REPEATS or all(map(_is_date, texts)):
             return None
-        return replace(self._column, categories=sorted(texts, key=_in_order), is_label=True)
+        return self._among(texts, is_label=True)
 
     def check_number(self) -> None:
         """Refuse too many categories."""
@@ -222,7 +248,11 @@ class Survey:
             raise ValueError(
                 f"read_table expected context that varies, got {quoted(text)} in every row of {place}: leave it out."
             )
-        return replace(self._column, categories=sorted(self._texts, key=_in_order))
+        return self._among(self._texts)
+
+    def _among(self, texts: set[str], *, is_label: bool = False) -> Column:
+        in_order = sorted(texts, key=_in_order)
+        return replace(self._column, categories=in_order, is_label=is_label)
 
 
 def _in_order(category: str) -> tuple[float, str]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 __all__ = [
+    "NAMELESS",
     "NUMERIC_KINDS",
     "REAL_KINDS",
     "FloatArray",
@@ -32,9 +33,7 @@ __all__ = [
     "part_of",
 ]
 
-REAL_KINDS = "fiu"
-NUMERIC_KINDS = f"{REAL_KINDS}b"
-TIME_KINDS = "mM"
+REAL_KINDS, NUMERIC_KINDS, TIME_KINDS = "fiu", "fiub", "mM"
 """Kinds of dtypes of numpy: real numbers, these and truth values, and times."""
 
 
@@ -128,9 +127,14 @@ class Layout(NamedTuple):
         return [label for name, shape in zip(self.names, self.shapes, strict=True) for label in _labels(name, shape)]
 
     @property
+    def columns(self) -> list[tuple[str, list[Label] | None]]:
+        """Name of each number of a row, and its categories as JSON holds them, or None."""
+        return list(zip(self.labels, self.as_labels() or itertools.repeat(None), strict=False))
+
+    @property
     def encoded_labels(self) -> list[str]:
         """A name for each number of a row that `coded` encodes."""
-        if not self.one_hot:
+        if not (self.one_hot and self.in_categories):
             return self.labels
         pairs = zip(self.labels, self.categories, strict=True)
         return [
@@ -267,6 +271,9 @@ class Layout(NamedTuple):
             str(name): part.reshape((*rows.shape[:-1], *shape))
             for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
         }
+
+
+NAMELESS = Layout()
 
 
 def is_frame(value: object) -> TypeGuard[DataFrame]:

@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from pyro_maf._core.checks import InputError
 from pyro_maf._core.messages import quoted, shown
 from pyro_maf.tables.categories import categories_of
-from pyro_maf.tables.layout import Layout, TableLike, is_frame, listed_names
+from pyro_maf.tables.layout import NAMELESS, Layout, TableLike, is_frame, listed_names
 from pyro_maf.tables.reader import LEAST_ROWS, Labels, check_paired
 from pyro_maf.tables.table import Table
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-__all__ = ["NAMELESS", "NamedRows", "check_categories", "named_rows", "without_column"]
+__all__ = ["NamedRows", "check_categories", "named_rows", "without_column"]
 
-NAMELESS = Layout()
 NOTHING = itertools.repeat(None)
 
 
@@ -29,15 +28,13 @@ class NamedRows(NamedTuple):
     Attributes:
         data: Rows (N, D).
         context: As many rows (N, C), or None.
-        columns: Names of the columns of data, for options by name.
         labels, context_labels: Names of columns and rows in messages.
         weights: Weights (N,), or None.
-        layout, context_layout: The form of data, and of samples like them, and that of context.
+        layout, context_layout: Form of data, and of samples like them, and of context; and the names of their columns.
     """
 
     data: TableLike
     context: TableLike | None
-    columns: Layout
     labels: Labels
     context_labels: Labels
     weights: TableLike | None = None
@@ -59,7 +56,7 @@ class NamedRows(NamedTuple):
             return self
         layout = self.layout._replace(categories=categories)
         data = layout.coded(who, "data", self.data)
-        return self._replace(data=data, layout=layout, columns=layout)
+        return self._replace(data=data, layout=layout)
 
     def with_context_coded(self, who: str, layout: Layout) -> NamedRows:
         """The rows with categories of a context one-hot: texts and categorical columns of a data frame.
@@ -108,7 +105,7 @@ class NamedRows(NamedTuple):
                     column=place,
                 )
         form = Layout("frame", tuple(frame.columns), layout.shapes, layout.categories, dtypes)
-        return self._replace(data=frame, layout=form, columns=form, labels=Labels.of(frame))
+        return self._replace(data=frame, layout=form, labels=Labels.of(frame))
 
 
 def named_rows(
@@ -135,7 +132,7 @@ def named_rows(
             kinds = data.dtypes if is_frame(data) else [cast("Series[Any]", data).dtype]
             layout = layout._replace(dtypes=tuple(map(str, kinds)))
         names = Labels.of(data), Labels.of(context)
-        return NamedRows(data, context, layout, *names, weights, layout, Layout.of(context))
+        return NamedRows(data, context, *names, weights, layout, Layout.of(context))
     if context is not None:
         raise ValueError(f"{who} got a context beside a Table, which has its own: leave it out.")
     if isinstance(weights, str):
@@ -150,13 +147,7 @@ def named_rows(
     labels, context_labels = (
         Labels(tuple(map(quoted, names)), data.numbers) for names in (data.names, data.context_names)
     )
-    columns = Layout.named([(name, ()) for name in data.names])
-    if any(data.categories):  # rows are drawn with their texts, as a data frame
-        dtypes = tuple("object" if among else data.data.dtype.name for among in data.categories)
-        layout = columns._replace(form="frame", categories=data.categories, dtypes=dtypes)
-    else:
-        layout = NAMELESS
-    return NamedRows(data.data, data.context, columns, labels, context_labels, weights, layout)
+    return NamedRows(data.data, data.context, labels, context_labels, weights, data.layout, data.context_layout)
 
 
 def without_column(who: str, option: str, value: TableLike, name: str) -> tuple[TableLike, TableLike]:
@@ -193,7 +184,7 @@ def check_categories(who: str, role: str, rows: TableLike | Table, layout: Layou
         if among is not None and among != expected:
             raise ValueError(
                 f"{who} expected {role} with the categories {shown(repr(expected))} of column {name!r}, got "
-                f"{shown(repr(among))}: read it with columns=, those of the table of the fit."
+                f"{shown(repr(among))}: read it with columns= and context=, the layouts of the fit."
             )
 
 

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from pyro_maf._core.checks import InputError
 from pyro_maf._core.messages import listed, quoted, require, shown
+from pyro_maf.tables.categories import Label
 from pyro_maf.tables.columns import Cells, Column, is_missing, is_text, number_in
 from pyro_maf.tables.disk import copied, temporary_file
 from pyro_maf.tables.layout import REAL_KINDS
@@ -92,7 +93,7 @@ class Source:
         """
         raise NotImplementedError
 
-    def column(self, name: str, categories: list[str] | None = None) -> Column:
+    def column(self, name: str, categories: Sequence[Label] | None = None) -> Column:
         """Return a column, for `batches`, of numbers or with its categories."""
         return Column(name, f"column {quoted(name)} of {self.label}", self.index[name], categories, self.decimal)
 

@@ -7,39 +7,26 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import TypedDict, overload
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pyro_maf._core.checks import InputError
-from pyro_maf._core.messages import listed, quoted, shown
+from pyro_maf._core.messages import listed, quoted
+from pyro_maf.tables.categories import Categories
 from pyro_maf.tables.columns import Cells, Column, Survey
 from pyro_maf.tables.disk import Spool
-from pyro_maf.tables.layout import FloatArray
+from pyro_maf.tables.layout import NAMELESS, FloatArray, Layout
 from pyro_maf.tables.sources import ArraySource, FileOrStream, Source, open_source
 
-__all__ = ["Description", "Gaps", "Table", "read_table"]
+__all__ = ["Gaps", "Table", "read_table"]
 
 BYTES_IN_MEMORY = 2**29
 MOST_COMPARED = 2000
 """Maximum number of names that are searched for one similar to an unknown name: each takes time."""
 MOST_ROWS, MOST_COLUMNS = 3, 5
 """Number of rows, and of columns, with missing values that a message names."""
-
-
-class DescribedColumn(TypedDict):
-    """A column by its name, with its categories or None for numbers."""
-
-    name: str
-    categories: list[str] | None
-
-
-class Description(TypedDict):
-    """The columns of a table in JSON values: those of data, of which numbers are names alone, and those of context."""
-
-    data: Sequence[str | DescribedColumn]
-    context: list[DescribedColumn]
 
 
 class Gaps:
@@ -123,11 +110,9 @@ class Table:
     Attributes:
         data: (rows, D): an array or, for a table larger than half a gibibyte, a read-only `np.memmap`.
         context: (rows, C), or None without a context.
-        names: Names of the D columns of data.
-        context_names: Names of the C columns of context; that of a category is column=category.
-        columns: Description of the columns in JSON values, which `read_table` takes to read another table in the same
-            way: {"data": [name, ...], "context": [{"name": name, "categories": [category, ...] or None}, ...]}. A
-            column of data with categories is like one of context.
+        layout: Names of the columns of data, and the categories of those whose numbers 0, 1, ... `data` holds.
+        context_layout: Names of the columns of context, and the categories of those that are one-hot. `read_table`
+            takes both layouts to read another table in the same way.
         label: Name of the file; "" for a table from elsewhere.
         rows: Number of each row in the file, counted from 1; None for all of them in their order.
         missing: Rows left out for missing values: their number, which, and in which columns; None if there are none.
@@ -136,20 +121,27 @@ class Table:
 
     data: FloatArray
     context: FloatArray | None
-    names: tuple[str, ...]
-    context_names: tuple[str, ...]
-    columns: Description
+    layout: Layout
+    context_layout: Layout
     label: str = ""
     rows: NDArray[np.int64] | None = None
     missing: Gaps | None = None
     weights: FloatArray | None = None
 
     @property
-    def categories(self) -> tuple[tuple[str, ...] | None, ...]:
-        """Categories of each column of data, whose numbers 0, 1, ... `data` holds, or None for a column of numbers."""
-        return tuple(
-            None if isinstance(each, str) else tuple(each["categories"] or ()) for each in self.columns["data"]
-        )
+    def names(self) -> tuple[str, ...]:
+        """Names of the D columns of data."""
+        return tuple(self.layout.labels)
+
+    @property
+    def context_names(self) -> tuple[str, ...]:
+        """Names of the C columns of context; that of a category is column=category."""
+        return tuple(self.context_layout.encoded_labels)
+
+    @property
+    def categories(self) -> tuple[Categories, ...]:
+        """Categories of each column of data, or None for a column of numbers."""
+        return self.layout.categories or (None,) * len(self.layout.names)
 
     @overload
     def numbers(self, places: int) -> int: ...
@@ -167,8 +159,8 @@ class Table:
 def read_table(
     source: FileOrStream,
     *,
-    columns: Sequence[str] | Description | None = None,
-    context: Sequence[str] = (),
+    columns: Sequence[str] | Layout | None = None,
+    context: Sequence[str] | Layout = (),
     categories: Sequence[str] = (),
     array: str | None = None,
     dtype: str | None = None,
@@ -187,11 +179,12 @@ def read_table(
     Args:
         source: A path; "-" for standard input; or a binary stream.
         columns: The columns of data, in this order; by default all that are not context. One of text or truth values
-            that repeat has the number of its category, in alphabetical order: see `Table.categories`. Or the `columns`
-            of another table: its columns are matched by name, with its categories, and further ones are ignored.
-            Without a context, a table without names may also have the same number of columns.
+            that repeat has the number of its category, in alphabetical order: see `Table.categories`. Or the `layout`
+            of another table or of a density: its columns are matched by name, with its categories, and further ones are
+            ignored. A table without names may also have the same number of columns, in the same order.
         context: Columns that the distribution of the data depends on. One of text, of truth values or of a dictionary
-            becomes a column of 0 and 1 for each of its categories, in alphabetical order.
+            becomes a column of 0 and 1 for each of its categories, in alphabetical order. Or the `context_layout`
+            beside a `layout`.
         categories: Columns of context whose numbers are labels, such as 0 to 9, and so categories too.
         array: Name of the array in an .npz file; optional if only one has rows and columns.
         dtype: "float32" or "float64", for a table that must match another one; an array that is mapped from its file
@@ -226,17 +219,16 @@ def read_table(
         Table(2 rows of length, width given colour=blue, colour=red)
         >>> table.context.tolist()
         [[0.0, 1.0], [1.0, 0.0]]
-        >>> read_table(io.BytesIO(b"width,length,colour\n9,8,red\n"), columns=table.columns).data.tolist()
+        >>> other = io.BytesIO(b"width,length,colour\n9,8,red\n")
+        >>> read_table(other, columns=table.layout, context=table.context_layout).data.tolist()
         [[8.0, 9.0]]
     """
     if decimal not in (".", ","):
         raise ValueError(f'read_table expected decimal "." or ",", got {decimal!r}.')
     opened = open_source(source, array, decimal, encoding)
     _check_names(opened)
-    if isinstance(columns, Mapping):
-        if context or categories:
-            raise ValueError("read_table got context beside a description of columns, which names it: leave it out.")
-        data_columns, context_columns = _described(opened, columns)
+    if isinstance(columns, Layout) or isinstance(context, Layout):
+        data_columns, context_columns = _described(opened, columns, context or NAMELESS, categories)
     else:
         data_columns, context_columns = _chosen(opened, columns, context, categories, weights)
     of_weights = [] if weights is None else _weights(opened, weights, [*data_columns, *context_columns])
@@ -246,19 +238,25 @@ def read_table(
         data=rows[:, :width],
         context=rows[:, width:end] if context_columns else None,
         weights=rows[:, end] if of_weights else None,
-        names=tuple(column.name for column in data_columns),
-        context_names=tuple(name for column in context_columns for name in column.encoded_names),
-        columns={
-            "data": [
-                {"name": column.name, "categories": column.categories} if column.is_label else column.name
-                for column in data_columns
-            ],
-            "context": [{"name": column.name, "categories": column.categories} for column in context_columns],
-        },
+        layout=_layout(data_columns, str(rows.dtype)),
+        context_layout=_layout(context_columns),
         label=opened.label,
         rows=np.delete(np.arange(1, gaps.length + 1), gaps.rows - 1) if len(gaps.rows) else None,
         missing=gaps if len(gaps.rows) else None,
     )
+
+
+def _layout(columns: Sequence[Column], dtype: str | None = None) -> Layout:
+    """The layout of columns of data, whose rows are drawn with their texts in a data frame, or of context."""
+    names = tuple(column.name for column in columns)
+    layout = Layout("rows", names, ((),) * len(names))
+    if all(column.categories is None for column in columns):
+        return layout
+    categories = tuple(None if column.categories is None else tuple(column.categories) for column in columns)
+    if dtype is None:
+        return layout._replace(categories=categories, one_hot=True)
+    dtypes = tuple("object" if among else dtype for among in categories)
+    return layout._replace(form="frame", categories=categories, dtypes=dtypes)
 
 
 def _check_names(source: Source) -> None:
@@ -347,31 +345,22 @@ def _surveyed(source: Source, kinds: Mapping[str, bool | None], *, of_context: b
     return surveys
 
 
-def _described(source: Source, description: Description) -> tuple[list[Column], list[Column]]:
-    """Return the columns in the description of another table."""
-    try:
-        data = [(str(each), None) if isinstance(each, str) else _column(each) for each in description["data"]]
-        context = list(map(_column, description["context"]))
-        if any(categories is not None and not categories for _, categories in (*data, *context)):
-            raise LookupError("a column of no categories")
-    except (LookupError, TypeError):
-        raise ValueError(
-            "read_table expected columns as names or as the columns of another table, got "
-            f"{shown(str(description), 200)}."
-        ) from None
-    if not source.is_named and not context and len(data) == len(source.names):
-        source.names = tuple(name for name, _ in data)
-    _check_known(source, [name for name, _ in (*data, *context)])
-    for name, _ in context:
+def _described(
+    source: Source, layout: object, context: object, categories: Sequence[str]
+) -> tuple[list[Column], list[Column]]:
+    """Return the columns of data and of context of two layouts."""
+    if categories or not (isinstance(layout, Layout) and isinstance(context, Layout)):
+        raise ValueError("read_table expected columns and context as the two layouts of a table, got names with one.")
+    data, given = layout.columns, context.columns
+    if not source.is_named and len(data) + len(given) == len(source.names):
+        source.names = tuple(name for name, _ in (*data, *given))
+    _check_known(source, [name for name, _ in (*data, *given)])
+    for name, _ in given:
         source.holds_text(name)
     return [
-        _number(source, name) if categories is None else replace(source.column(name, categories), is_label=True)
-        for name, categories in data
-    ], [source.column(name, categories) for name, categories in context]
-
-
-def _column(described: DescribedColumn) -> tuple[str, list[str] | None]:
-    return str(described["name"]), described["categories"]
+        _number(source, name) if among is None else replace(source.column(name, among), is_label=True)
+        for name, among in data
+    ], [source.column(name, among) for name, among in given]
 
 
 def _check_known(source: Source, names: Sequence[str]) -> None:

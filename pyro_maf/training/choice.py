@@ -26,8 +26,8 @@ from pyro_maf.flows import MAF, NSF
 from pyro_maf.nn import default_hidden_dims
 from pyro_maf.support import Support, SupportLike
 from pyro_maf.tables import is_mapped
-from pyro_maf.tables.layout import TableLike, number_of_columns, number_of_rows, numbers
-from pyro_maf.tables.named_rows import NAMELESS, NamedRows
+from pyro_maf.tables.layout import NAMELESS, TableLike, number_of_columns, number_of_rows, numbers
+from pyro_maf.tables.named_rows import NamedRows
 from pyro_maf.tables.reader import row_shape
 from pyro_maf.training.kinds import few_values
 from pyro_maf.training.preparation import FITTED, Choice, Model, Recipe
@@ -102,7 +102,7 @@ def choose(
         raise ValueError(f"fit expected data of numbers, got categories in column {name!r}: drop it or encode it.")
     if isinstance(support, Mapping):
         columns = number_of_columns("fit", "data", rows.data)
-        support = rows.columns.spread("fit", "support", support, "real", columns)
+        support = rows.layout.spread("fit", "support", support, "real", columns)
     net = _embedding(model, rows, context_net)
     if isinstance(model, DefaultFlow):
         return _without_model(model, rows, support, net, dequantise=dequantise, seed=seed)

@@ -99,7 +99,7 @@ def fit_prior(
     if isinstance(support, Mapping):
         source = named_rows("fit", data, context, options.get("weights"))
         columns = number_of_columns("fit", "data", source.data)
-        support = source.columns.spread("fit_prior", "support", support, "real", columns)
+        support = source.layout.spread("fit_prior", "support", support, "real", columns)
     arguments = (data,) if flow is None else (flow, data)
     result = fit(*arguments, context=context, support=support, seed=seed, dequantise=False, test=0.0, **options)
     return cast("FlowPrior | ConditionalFlowPrior", result.density.requires_grad_(False))

@@ -20,8 +20,8 @@ from pyro_maf.distributions import (
 )
 from pyro_maf.distributions.gaussian_mixture import Mixture
 from pyro_maf.tables import Rows
-from pyro_maf.tables.layout import Layout, TableLike, is_frame, numbers
-from pyro_maf.tables.named_rows import NAMELESS, check_categories, named_rows
+from pyro_maf.tables.layout import NAMELESS, Layout, TableLike, is_frame, numbers
+from pyro_maf.tables.named_rows import check_categories, named_rows
 from pyro_maf.tables.reader import check_context, check_paired
 from pyro_maf.tables.table import Table
 from pyro_maf.training.baselines import Comparison, compare
