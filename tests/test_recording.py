@@ -229,12 +229,20 @@ def test_a_walk_has_the_loss_and_the_gradient_of_the_path_objective(make: Any, m
             torch.testing.assert_close(one, weight.grad, rtol=1e-3, atol=1e-4)
 
 
-def test_steps_of_a_plain_model_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def switching() -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(DATA)):
+        is_far = pyro.sample("is_far", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        pyro.sample("y", dist.Normal(loc, 1.0 + 3.0 * is_far), obs=DATA)
+
+
+@pytest.mark.parametrize("plain", [counting, switching])
+def test_steps_of_a_plain_model_are_recorded(monkeypatch: pytest.MonkeyPatch, plain: Callable[[], None]) -> None:
     runs = []
 
     def model() -> None:
         runs.append(0)
-        counting()
+        plain()
 
     def runs_of_steps() -> int:
         walk, _ = walk_of(model, AutoIAF(model, **SMALL), ())
@@ -305,6 +313,14 @@ def system(x: Tensor) -> Tensor:
     return torch.stack(path).log().sum((0, 1)) - torch.cat(path, -1).mean()
 
 
+def clamped(x: Tensor) -> Tensor:
+    """A recursion within bounds on either side, whose gradient joins two conditions in place."""
+    level = x[:, 0].exp()
+    for _ in range(60):
+        level = (0.9 * level + 0.1 * x[:, 1] ** 2).clamp(0.1, 2.0)
+    return level.log()
+
+
 def with_changes_between(x: Tensor) -> Tensor:
     """Numbers of a draw between changes in place, which have to stay in their order."""
     table, number = torch.zeros(len(x), 50), x[:, 0]
@@ -316,7 +332,7 @@ def with_changes_between(x: Tensor) -> Tensor:
     return table.sum(-1)
 
 
-@pytest.mark.parametrize("function", [recursion, system, with_changes_between])
+@pytest.mark.parametrize("function", [recursion, system, clamped, with_changes_between])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_operations_on_numbers_of_a_draw_are_fused(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)

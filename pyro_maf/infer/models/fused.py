@@ -2,15 +2,14 @@
 
 A model that steps through time, as a recursion of variances or a differential equation, computes with one number of
 each draw at a time, and so does its gradient. Such an operation takes torch some microseconds, of which the arithmetic
-is a hundredth. Here they are rows of a table that a kernel walks through, with a register of all draws for each number;
-stacking numbers and taking them apart is done in advance, on the places of registers.
+is a hundredth. Here they are rows of a table that a kernel walks through, with a register of all draws for each number.
+Stacking numbers and taking them apart is done in advance, by the same operations on the addresses of numbers.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from operator import getitem
 from typing import NamedTuple, cast
 
@@ -27,21 +26,15 @@ LEAST, LEAST_OF_RUN = 200, 16
 """Minimum number of operations worth fusing, and of those in one call of the kernel."""
 MOST, MOST_LOADED = 16, 4_096
 """Maximum number of numbers of a draw that an operation is fused for, and of those that are loaded together."""
-OVERLOADS = ("default", "self", "Tensor", "Scalar", "Tensor_Scalar", "Tensor_Tensor")
-RENAMED = {"rsub": "sub", "clamp": "maximum", "clamp_min": "maximum", "clamp_max": "minimum"}
-"""Operations that are written as others."""
-CONDITIONS = ("le", "lt", "ge", "gt")
+OVERLOADS = ("default", "self", "Tensor", "Scalar", "Tensor_Scalar", "Tensor_Tensor", "int", "dim", "dim_IntList")
+RENAMED = {"rsub": "sub", "clamp_min": "maximum", "clamp_max": "minimum", "logical_and": "mul", "logical_or": "maximum"}
+"""Operations that are written as others; conditions are 0 and 1."""
+CONDITIONS = ("le", "lt", "ge", "gt", "logical_and", "logical_or")
 TAKES = ("select", "slice", "getitem")
 """Operations that return a part of a tensor."""
-PADS = ("select_backward", "slice_backward")
-"""Operations that return a tensor of zeros but for a part."""
-JOINS = ("stack", "cat", *PADS, "view", "_unsafe_view", "reshape", "expand", "squeeze", "unsqueeze")
-
-ALONG = ("stack", "cat", *PADS)
-"""Those along a dimension of their result."""
-
-Places = np.ndarray
-"""Registers of the numbers of a draw, in the shape of a tensor without its dimension of draws."""
+VIEWS = ("view", "_unsafe_view", "reshape")
+MOVES = (*TAKES, *VIEWS, "stack", "cat", "select_backward", "slice_backward", "expand", "squeeze", "unsqueeze")
+"""Operations that return numbers of their arguments, or zeros."""
 
 
 def note_shape(node: fx.Node, tensor: Tensor) -> None:
@@ -61,113 +54,33 @@ def compiled(graph: fx.Graph, argument: Tensor, constants: Mapping[fx.Node, Tens
     strided = any(node.target is aten.as_strided.default for node in graph.nodes)  # by the strides of the recorded run
     if strided or len(graph.nodes) < LEAST or argument.device.type != "cpu" or len(argument) == 1 or kernels() is None:
         return fx.GraphModule({}, graph)
-    alone: set[fx.Node] = set()
+    draws = _Draws(len(argument), argument.dtype)
+    candidates = [node for node in graph.nodes if not node.meta.get("is_ordered") and draws.place(node)]
+    arithmetic = {node for node in candidates if draws.compute(node)}
+    moves = [node for node in candidates if draws.move(node)]
     while True:
-        fusible = _Fusible(graph, argument, alone)
-        runs = _runs(graph, fusible.nodes)
-        sizes = Counter(runs[node] for node in fusible.arithmetic)
-        small = {node for node in fusible.nodes if sizes[runs[node]] < LEAST_OF_RUN}
+        fused = _fused(arithmetic, moves)
+        runs = _runs(graph, fused)
+        sizes = Counter(runs[node] for node in arithmetic)
+        small = {node for node in fused if sizes[runs[node]] < LEAST_OF_RUN}
         if not small:
             break
-        alone |= small
-    if len(fusible.arithmetic) < LEAST:
+        arithmetic, moves = arithmetic - small, [node for node in moves if node not in small]
+    if len(arithmetic) < LEAST:
         return fx.GraphModule({}, graph)
-    return _Fusion(graph, runs, fusible.nodes, argument, constants).module()
+    return _Fusion(graph, draws, runs, fused, constants).module(argument)
 
 
-def _name(node: fx.Node) -> str:
-    """The operation's name in torch; "" for others."""
-    if node.target is getitem:
-        return "getitem"
-    name, _, overload = str(node.target).removeprefix("aten.").partition(".")
-    is_known = overload in (*OVERLOADS, "int", "dim", "dim_IntList") and node.op == "call_function"
-    return name if is_known and not node.kwargs else ""
-
-
-def _whole(node: fx.Node) -> fx.Node:
-    """The tensor that a part is taken from."""
-    return _first(_first(node)) if node.target is getitem else _first(node)
-
-
-def _draws_from_right(shape: Sequence[int], draws: int) -> int:
-    """Place of the dimension of draws, the last being 1; 0 if there is none, or another one of that size."""
-    return len(shape) - list(shape).index(draws) if list(shape).count(draws) == 1 else 0
-
-
-class _Fusible:
-    """The operations of a graph that can be fused.
-
-    Attributes:
-        arithmetic: Those on at most 16 numbers of a draw.
-        nodes: These, and those that stack such numbers or take them apart.
-    """
-
-    def __init__(self, graph: fx.Graph, argument: Tensor, alone: Set[fx.Node]) -> None:
-        self._draws, self._dtype = len(argument), argument.dtype
-        candidates = [
-            node for node in graph.nodes if node not in alone and not node.meta.get("is_ordered") and self._place(node)
-        ]
-        self.arithmetic = {node for node in candidates if self._is_arithmetic(node)}
-        self.nodes = set(self.arithmetic)
-        for node in reversed(candidates):
-            if self._is_take(node) and any(user in self.nodes for user in node.users):
-                self.nodes.add(node)
-        for node in candidates:
-            if self._is_join(node) or (self._is_take(node) and _whole(node) in self.nodes):
-                self.nodes.add(node)
-
-    def _place(self, node: fx.Node) -> int:
-        is_known = node.meta.get("dtype") in (self._dtype, torch.bool)
-        return _draws_from_right(node.meta["shape"], self._draws) if is_known else 0
-
-    def _is_arithmetic(self, node: fx.Node) -> bool:
-        from pyro_maf.sweep.kernels.scalars import OPERATIONS
-
-        name, shape = _name(node), node.meta["shape"]
-        is_condition = node.meta["dtype"] == torch.bool
-        if RENAMED.get(name, name) not in OPERATIONS or shape.numel() > MOST * self._draws:
-            return False
-        if is_condition != (name in CONDITIONS) or (len(node.args) > 2 and name not in ("where", "clamp")):
-            return False
-        return all(self._is_argument(each, self._place(node)) for each in node.all_input_nodes)
-
-    def _is_argument(self, value: fx.Node, place: int) -> bool:
-        """True if a tensor has numbers of each draw in this dimension, or of all draws."""
-        shape = value.meta.get("shape")
-        if shape is None or (len(shape) and value.meta["dtype"] not in (self._dtype, torch.bool)):
-            return False
-        return self._place(value) == place or len(shape) < place or shape[len(shape) - place] == 1
-
-    def _is_take(self, node: fx.Node) -> bool:
-        if _name(node) not in TAKES or (node.target is getitem and _first(node).target is not aten.unbind.int):
-            return False
-        whole = _whole(node)
-        shape, place = whole.meta.get("shape", torch.Size()), self._place(whole)
-        is_small = bool(place) and shape.numel() <= MOST_LOADED * self._draws
-        return is_small and not whole.meta.get("is_ordered") and _axis(node) != len(shape) - place
-
-    def _is_join(self, node: fx.Node) -> bool:
-        parts, name, shape = node.all_input_nodes, _name(node), node.meta["shape"]
-        if name not in JOINS or not all(each in self.nodes for each in parts):
-            return False
-        if name in ALONG:
-            return _axis(node) != len(shape) - self._place(node)
-        before = parts[0].meta["shape"]
-        if name == "expand":
-            return self._place(parts[0]) == self._place(node)
-        return before[: -self._place(parts[0])].numel() == shape[: -self._place(node)].numel()
-
-
-def _first(node: fx.Node) -> fx.Node:
-    return cast("fx.Node", node.args[0])
-
-
-def _axis(node: fx.Node) -> int:
-    """The dimension along which tensors are put together or taken apart."""
-    args = _first(node).args if node.target is getitem else node.args
-    index = 2 if _name(node) in PADS else 1
-    axis = cast("int", args[index]) if len(args) > index else 0
-    return axis % len((node if _name(node) in ALONG else _whole(node)).meta["shape"])
+def _fused(arithmetic: Set[fx.Node], moves: Sequence[fx.Node]) -> set[fx.Node]:
+    """Arithmetic, the parts of tensors that it takes, and the tensors that its results are put together to."""
+    fused = set(arithmetic)
+    for node in reversed(moves):
+        if _name(node) in TAKES and any(user in fused for user in node.users):
+            fused.add(node)
+    for node in moves:
+        if all(each in fused for each in _inputs(node)):
+            fused.add(node)
+    return fused
 
 
 def _runs(graph: fx.Graph, fused: Set[fx.Node]) -> dict[fx.Node, int]:
@@ -175,7 +88,7 @@ def _runs(graph: fx.Graph, fused: Set[fx.Node]) -> dict[fx.Node, int]:
     runs: dict[fx.Node, int] = {}
     last = -1  # of those that stay in their order
     for node in graph.nodes:
-        inputs = [_whole(node)] if node.target is getitem and node in fused else node.all_input_nodes
+        inputs = _inputs(node) if node in fused else node.all_input_nodes
         needs = [runs[each] + (node in fused and each not in fused) for each in inputs]
         is_ordered = node.meta.get("is_ordered", False) or node.op == "output"
         runs[node] = max(0 if node in fused else last if is_ordered else -1, *needs, -1)
@@ -183,12 +96,101 @@ def _runs(graph: fx.Graph, fused: Set[fx.Node]) -> dict[fx.Node, int]:
     return runs
 
 
-class _Layout(NamedTuple):
-    """Registers of a tensor, its shape, and the place of the dimension of draws from the right; 0 for none."""
+def _name(node: fx.Node) -> str:
+    """The operation's name in torch; "" for others."""
+    if node.target is getitem:
+        return "getitem" if _first(node).target is aten.unbind.int else ""
+    name, _, overload = str(node.target).removeprefix("aten.").partition(".")
+    return name if overload in OVERLOADS and node.op == "call_function" and not node.kwargs else ""
 
-    registers: Places
-    shape: torch.Size
+
+def _first(node: fx.Node) -> fx.Node:
+    return cast("fx.Node", node.args[0])
+
+
+def _inputs(node: fx.Node) -> list[fx.Node]:
+    """The tensors that an operation depends on; of a part of an unbound tensor, that."""
+    return _first(node).all_input_nodes if _name(node) == "getitem" else node.all_input_nodes
+
+
+def _moved(node: fx.Node, numbers: Mapping[fx.Node, Tensor]) -> Tensor:
+    """The result of an operation that moves numbers, for these numbers in place of its inputs."""
+    if _name(node) == "getitem":
+        dim = cast("tuple[int, ...]", _first(node).args[1:])
+        return numbers[_first(_first(node))].unbind(*dim)[cast("int", node.args[1])]
+    operation = aten.reshape.default if _name(node) in VIEWS else cast("Callable[..., Tensor]", node.target)
+    return cast("Tensor", operation(*fx.node.map_arg(node.args, numbers.get)))
+
+
+class _Block(NamedTuple):
+    """Consecutive registers of a tensor with draws in one dimension, which is counted from the right."""
+
+    first: int
+    shape: tuple[int, ...]
     place: int
+
+    @property
+    def registers(self) -> range:
+        """Their numbers."""
+        return range(self.first, self.first + torch.Size(self.shape).numel() // self.shape[-self.place])
+
+    def of(self, numbers: Tensor) -> Tensor:
+        """View all registers' numbers, (registers, draws), as those of this tensor."""
+        axis = len(self.shape) - self.place
+        last = (*self.shape[:axis], *self.shape[axis + 1 :], self.shape[axis])
+        return numbers[self.first : self.registers.stop].view(last).movedim(-1, axis)
+
+
+class _Draws(NamedTuple):
+    """Number of draws, and dtype of their numbers: what can be fused."""
+
+    number: int
+    dtype: torch.dtype
+
+    def place(self, node: fx.Node) -> int:
+        """Place of a tensor's dimension of draws, the last being 1; 0 if there is none, or another one of that size."""
+        if node.meta.get("dtype") not in (self.dtype, torch.bool):
+            return 0
+        shape = list(node.meta["shape"])
+        return len(shape) - shape.index(self.number) if shape.count(self.number) == 1 else 0
+
+    def addresses(self, block: _Block) -> Tensor:
+        """Address of each of a tensor's numbers: its place among all registers' numbers."""
+        numbers = torch.arange(block.registers.stop * self.number)
+        return block.of(numbers.view(-1, self.number))
+
+    def compute(self, node: fx.Node) -> bool:
+        """True if an operation is arithmetic on at most 16 numbers of a draw."""
+        from pyro_maf.sweep.kernels.scalars import OPERATIONS
+
+        name, shape = _name(node), node.meta["shape"]
+        is_condition = node.meta["dtype"] == torch.bool
+        if (name != "clamp" and RENAMED.get(name, name) not in OPERATIONS) or shape.numel() > MOST * self.number:
+            return False
+        if is_condition != (name in CONDITIONS) or (len(node.args) > 2 and name not in ("where", "clamp")):
+            return False
+        return all(self._is_operand(each, self.place(node)) for each in node.all_input_nodes)
+
+    def _is_operand(self, node: fx.Node, place: int) -> bool:
+        """True if a tensor has numbers of each draw in this dimension, or of all draws."""
+        shape = node.meta.get("shape")
+        if shape is None or (len(shape) and node.meta["dtype"] not in (self.dtype, torch.bool)):
+            return False
+        return self.place(node) == place or len(shape) < place or shape[len(shape) - place] == 1
+
+    def move(self, node: fx.Node) -> bool:
+        """True if an operation moves numbers of each draw to those of the same draw in its result."""
+        name, inputs = _name(node), _inputs(node)
+        if name not in MOVES or not all(map(self.place, inputs)):
+            return False
+        sizes = [each.meta["shape"].numel() for each in inputs]
+        if name in TAKES and (sizes[0] > MOST_LOADED * self.number or inputs[0].meta.get("is_ordered")):
+            return False
+        blocks = [_Block(1, each.meta["shape"], self.place(each)) for each in inputs]  # behind that of zeros
+        moved = _moved(node, dict(zip(inputs, map(self.addresses, blocks), strict=True)))
+        moved = moved.movedim(-self.place(node), -1)
+        is_in_order = (moved - moved[..., :1] == torch.arange(self.number)) & (moved[..., :1] % self.number == 0)
+        return bool((is_in_order | (moved == 0)).all())
 
 
 class _Fusion:
@@ -197,37 +199,41 @@ class _Fusion:
     def __init__(
         self,
         graph: fx.Graph,
+        draws: _Draws,
         runs: Mapping[fx.Node, int],
         fused: Set[fx.Node],
-        argument: Tensor,
         constants: Mapping[fx.Node, Tensor],
     ) -> None:
-        self._graph, self._runs, self._fused, self._constants = graph, runs, fused, constants
-        self._argument = argument
-        self._places: dict[object, Places] = {}
-        self._count = 0
-        count = 1 + max(runs.values())
-        self._steps: list[list[tuple[int, ...]]] = [[] for _ in range(count)]
-        self._loads: list[list[tuple[fx.Node, _Layout]]] = [[] for _ in range(count)]
-        self._fixed: list[tuple[Tensor, _Layout]] = []
+        self._graph, self._draws, self._runs, self._fused, self._constants = graph, draws, runs, fused, constants
+        self._count = 1  # the first register is that of zeros
+        self._addresses: dict[fx.Node, Tensor] = {}
+        self._operands: dict[object, Tensor] = {}
+        self._rows: list[list[Tensor]] = [[] for _ in range(1 + max(runs.values()))]
+        self._loads: list[list[tuple[fx.Node, _Block]]] = [[] for _ in self._rows]
+        self._fixed: list[tuple[Tensor, _Block]] = []
         for node in graph.nodes:
             if node in fused:
-                self._places[node] = self._put(node)
+                place = draws.place(node)
+                if _name(node) in MOVES:
+                    inputs = {each: self._operand(each, node, draws.place(each)) for each in _inputs(node)}
+                    self._addresses[node] = _moved(node, inputs)
+                else:
+                    self._addresses[node] = self._computed(node, place)
 
-    def module(self) -> fx.GraphModule:
+    def module(self, argument: Tensor) -> fx.GraphModule:
         """Compose the graph: runs, and after each the operations that need it and no later one."""
-        registers = self._argument.new_empty(self._count, len(self._argument))
-        for value, layout in self._fixed:
-            registers[layout.registers.ravel()] = _by_number(value, layout.place).to(registers)
+        registers = argument.new_zeros(self._count, self._draws.number)
+        for value, block in self._fixed:
+            block.of(registers).copy_(value)
         graph, modules = fx.Graph(), {}
         at: dict[fx.Node, fx.Node] = {}
-        for run in range(-1, len(self._steps)):
+        for run in range(-1, len(self._rows)):
             here = [node for node in self._graph.nodes if self._runs[node] == run]
             if run >= 0:
-                read = [n for n in here if n in self._fused and not all(map(self._is_fused, n.users))]
-                stores = [(_Layout(self._places[n], n.meta["shape"], self._place(n)), n.meta["dtype"]) for n in read]
-                loads = [layout for _, layout in self._loads[run]]
-                modules[f"run{run}"] = _Run(registers, self._steps[run], loads, stores)
+                read = [node for node in here if node in self._fused and not all(map(self._is_fused, node.users))]
+                stores = [(self._addresses[node], node.meta["dtype"]) for node in read]
+                loads = [block.of(registers) for _, block in self._loads[run]]
+                modules[f"run{run}"] = _Run(registers, self._rows[run], loads, stores)
                 results = graph.call_module(f"run{run}", tuple(at[node] for node, _ in self._loads[run]))
                 at |= {node: graph.call_function(getitem, (results, index)) for index, node in enumerate(read)}
             for node in here:
@@ -235,124 +241,89 @@ class _Fusion:
                     at[node] = graph.node_copy(node, at.__getitem__)
         return fx.GraphModule(modules, graph)
 
-    def _place(self, node: fx.Node) -> int:
-        return _draws_from_right(node.meta["shape"], len(self._argument))
-
     def _is_fused(self, node: fx.Node) -> bool:
-        parts = node.users if node.target is aten.unbind.int else (node,)
+        parts: Collection[fx.Node] = node.users if node.target is aten.unbind.int else (node,)
         return all(each in self._fused for each in parts)
 
-    def _put(self, node: fx.Node) -> Places:
-        """Add what computes a fused operation, and return the registers of its result."""
-        name, run, shape = _name(node), self._runs[node], node.meta["shape"]
-        own = _without(shape, self._place(node))
-        if name not in (*TAKES, *JOINS):
-            return self._compute(node, name, run, own)
-        whole = node if name in ALONG else _whole(node)
-        axis = _axis(node) if name in (*TAKES, *ALONG) else 0
-        axis -= axis > len(whole.meta["shape"]) - self._place(whole)  # in the shape without the dimension of draws
-        if name in ("stack", "cat"):
-            parts = [self._places[each] for each in cast("Sequence[fx.Node]", node.args[0])]
-            return (np.stack if name == "stack" else np.concatenate)(parts, axis)
-        if name in PADS:
-            places = np.full(own, self._read(0.0, run, self._place(node)))
-            start, *end = cast("Sequence[int]", node.args[3:])
-            index: int | slice = start if name == "select_backward" else slice(start, *end)
-            places[(slice(None),) * axis + (index,)] = self._places[node.args[0]]
-            return places
-        places = self._read(whole, run, self._place(whole))
-        if name == "slice":
-            return places[(slice(None),) * axis + (slice(*cast("Sequence[int]", node.args[2:] or (None,))),)]
-        if name in TAKES:
-            return places.take(cast("int", node.args[-1]), axis)
-        return np.broadcast_to(places, own) if name == "expand" else places.reshape(own)
-
-    def _compute(self, node: fx.Node, name: str, run: int, shape: tuple[int, ...]) -> Places:
-        from pyro_maf.sweep.kernels.scalars import OPERATIONS
-
-        args = [self._read(each, run, self._place(node)) for each in node.args if each is not None]
+    def _computed(self, node: fx.Node, place: int) -> Tensor:
+        """Add the rows that compute an operation, and return the addresses of its result."""
+        name = _name(node)
+        args = [None if each is None else self._operand(each, node, place) for each in node.args]
+        if name == "clamp":
+            result = args[0]
+            for operation, end in zip(("maximum", "minimum"), args[1:], strict=False):
+                result = result if end is None else self._row(operation, node, place, result, end)
+            return cast("Tensor", result)
         if name == "pow" and node.args[1] == 2:
             name, args = "mul", [args[0], args[0]]
-        if name == "rsub":
-            args.reverse()
-        steps = [(RENAMED.get(name, name), args)]
-        if name == "clamp":
-            ends = zip(("maximum", "minimum"), node.args[1:], strict=False)
-            place = self._place(node)
-            steps = [(each, [args[0], self._read(end, run, place)]) for each, end in ends if end is not None]
-        result: Places | None = None
-        for operation, values in steps:
-            taken = values if result is None else [result, *values[1:]]
-            result = self._new(math.prod(shape)).reshape(shape)
-            columns = [np.broadcast_to(each, shape).ravel() for each in (*taken, taken[0], taken[0])[:3]]
-            code = OPERATIONS.index(operation)
-            self._steps[run] += [(code, *map(int, row)) for row in zip(result.ravel(), *columns, strict=True)]
-        return args[0] if result is None else result
+        return self._row(RENAMED.get(name, name), node, place, *(reversed(args) if name == "rsub" else args))
 
-    def _read(self, value: object, run: int, place: int) -> Places:
-        """The registers of an argument of an operation; a run loads what is not fused."""
+    def _row(self, operation: str, node: fx.Node, place: int, *operands: Tensor | None) -> Tensor:
+        """Add a row for each number of an operation's result."""
+        from pyro_maf.sweep.kernels.scalars import OPERATIONS
+
+        block = self._block(node.meta["shape"], place)
+        result = torch.tensor(block.registers)
+        columns = [
+            cast("Tensor", each).broadcast_to(block.shape).select(-place, 0).flatten() // self._draws.number
+            for each in (*operands, *2 * operands[:1])[:3]
+        ]
+        code = torch.full_like(result, OPERATIONS.index(operation))
+        self._rows[self._runs[node]].append(torch.stack([code, result, *columns], -1))
+        return self._draws.addresses(block)
+
+    def _operand(self, value: object, user: fx.Node, place: int) -> Tensor:
+        """Addresses of an argument of a fused operation, with draws at this place; a run loads what is not fused."""
         if value in self._fused:
-            return self._places[value]
-        is_node = isinstance(value, fx.Node)
-        shape = cast("fx.Node", value).meta["shape"] if is_node else torch.Size()
-        of_draws = place if is_node and self._place(cast("fx.Node", value)) == place else 0
-        if (value, of_draws, place) in self._places:
-            return self._places[value, of_draws, place]
-        own = _without(shape, place)
-        places = self._places[value, of_draws, place] = self._new(math.prod(own)).reshape(own)
-        layout = _Layout(places, shape, of_draws)
-        if not is_node:
-            self._fixed.append((torch.tensor(value, dtype=torch.float64), layout))
+            return self._addresses[cast("fx.Node", value)]
+        if (value, place) in self._operands:
+            return self._operands[value, place]
+        shape = tuple(value.meta["shape"]) if isinstance(value, fx.Node) else ()
+        shape = (*(1,) * (place - len(shape)), *shape)
+        axis = len(shape) - place
+        block = self._block((*shape[:axis], self._draws.number, *shape[axis + 1 :]), place)
+        if not isinstance(value, fx.Node):
+            self._fixed.append((torch.tensor(value, dtype=torch.float64), block))
         elif value in self._constants:
-            self._fixed.append((self._constants[cast("fx.Node", value)], layout))
+            self._fixed.append((self._constants[value], block))
         else:
-            self._loads[run].append((cast("fx.Node", value), layout))
-        return places
+            self._loads[self._runs[user]].append((value, block))
+        self._operands[value, place] = self._draws.addresses(block)
+        return self._operands[value, place]
 
-    def _new(self, number: int) -> Places:
-        self._count += number
-        return np.arange(self._count - number, self._count)
-
-
-def _without(shape: Sequence[int], place: int) -> tuple[int, ...]:
-    """A shape without the dimension at this place from the right, if there is one."""
-    first = len(shape) - place
-    return (*shape[:first], *shape[first + 1 :]) if place and first >= 0 else tuple(shape)
-
-
-def _by_number(value: Tensor, place: int) -> Tensor:
-    """Numbers of draws, (numbers, draws), or of all draws, (numbers, 1)."""
-    return value.movedim(-place, -1).reshape(-1, value.shape[-place]) if place else value.reshape(-1, 1)
+    def _block(self, shape: Sequence[int], place: int) -> _Block:
+        block = _Block(self._count, tuple(shape), place)
+        self._count = block.registers.stop
+        return block
 
 
 class _Run(nn.Module):
-    """A run of fused operations, as a function of the tensors that it loads, to a list of results."""
+    """A run of fused operations, as a function of the tensors that it loads, to a list of results.
+
+    Args:
+        registers: Numbers of all runs, (registers, draws).
+        rows: The operations.
+        loads: Views of the registers for each tensor.
+        stores: Addresses of each result, and its dtype.
+    """
 
     def __init__(
         self,
         registers: Tensor,
-        steps: Sequence[tuple[int, ...]],
-        loads: Sequence[_Layout],
-        stores: Sequence[tuple[_Layout, torch.dtype]],
+        rows: Sequence[Tensor],
+        loads: Sequence[Tensor],
+        stores: Sequence[tuple[Tensor, torch.dtype]],
     ) -> None:
         super().__init__()
         self._registers, self._numbers = registers, registers.numpy()
-        self._code = np.array(steps, dtype=np.int32).reshape(-1, 5)
-        # Registers that are loaded are consecutive: a view of them.
-        self._loads = [(registers[places.min() : places.max() + 1], place) for places, _, place in loads]
-        self._stores = [(torch.tensor(places.ravel()), shape, place, dtype) for (places, shape, place), dtype in stores]
+        self._code = torch.cat([torch.empty(0, 5, dtype=torch.int64), *rows]).numpy().astype(np.int32)
+        self._loads, self._stores = loads, stores
 
     def forward(self, *values: Tensor) -> list[Tensor]:
         """Load the values, run the operations, and return copies of the results."""
         from pyro_maf.sweep.kernels.scalars import run
 
-        for value, (block, place) in zip(values, self._loads, strict=True):
-            block.copy_(_by_number(value, place))
+        for block, value in zip(self._loads, values, strict=True):
+            block.copy_(value)
         run(self._code, self._numbers)
-        return [self._laid_out(*store) for store in self._stores]
-
-    def _laid_out(self, places: Tensor, shape: torch.Size, place: int, dtype: torch.dtype) -> Tensor:
-        draws = self._registers.shape[1]
-        before = shape[:-place].numel()
-        numbers = self._registers[places].view(before, len(places) // before, draws)
-        return numbers.transpose(1, 2).reshape(shape).to(dtype)
+        return [self._registers.take(addresses).to(dtype) for addresses, dtype in self._stores]

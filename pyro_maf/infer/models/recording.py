@@ -6,14 +6,15 @@ import dis
 import gc
 import sys
 import sysconfig
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from importlib import import_module
 from operator import getitem
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import NamedTuple, cast
 
-import pyro
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
@@ -52,6 +53,8 @@ NEUTRAL = {
 }
 """Operations, and the number with which they return their argument."""
 COMMUTATIVE = (aten.add.Tensor, aten.mul.Tensor)
+OUT_OF_PLACE = {aten.logical_and_.default: aten.logical_and.default}
+"""Operations in place on conditions, as in the gradient of a clamp, and those that return the same."""
 GATHER = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 """Operations whose output has a shape that depends on values only if an index is a mask."""
 
@@ -220,7 +223,7 @@ class _Builder:
     """
 
     def __init__(self, entries: Sequence[_Entry], inputs: Sequence[Tensor]) -> None:
-        self._entries = entries
+        entries = self._entries = _without_changes(entries)
         self.graph = fx.Graph()
         self._nodes = {id(each): self._noted(f"x{index}", each) for index, each in enumerate(inputs)}
         self._constants: dict[int, tuple[fx.Node, Tensor]] = {}
@@ -286,7 +289,7 @@ class _Builder:
         node.meta["is_ordered"] = node in self._effects or self._is_of_changed(entry)
         if isinstance(result, Tensor):
             note_shape(node, result)
-            self._nodes.setdefault(id(result), node)
+            self._nodes[id(result)] = node
             self._equal[key] = node
         elif result is not None:
             self._add_parts(node, result)
@@ -351,9 +354,7 @@ class _Builder:
         if id(tensor) in self._nodes:
             return self._nodes[id(tensor)]
         if id(tensor) not in self._constants:
-            first = next(iter(self.graph.nodes))
-            with self.graph.inserting_after(self._latest or first):
-                node = self._noted(f"c{len(self._constants)}", tensor)
+            node = self._noted(f"c{len(self._constants)}", tensor)
             self._constants[id(tensor)] = node, tensor.detach()
         return self._constants[id(tensor)][0]
 
@@ -363,10 +364,19 @@ class _Builder:
         note_shape(node, tensor)
         return node
 
-    @property
-    def _latest(self) -> fx.Node | None:
-        """The last placeholder."""
-        return next((node for node in reversed(self.graph.nodes) if node.op == "placeholder"), None)
+
+def _without_changes(entries: Sequence[_Entry]) -> list[_Entry]:
+    """Write operations in place on conditions of which there are no views as others: these can be fused."""
+    tensors: dict[int, set[int]] = defaultdict(set)
+    for entry in entries:
+        for each in (*entry.inputs, *entry.outputs):
+            tensors[_storage(each)].add(id(each))
+    return [
+        entry._replace(operation=OUT_OF_PLACE[entry.operation])
+        if entry.operation in OUT_OF_PLACE and all(len(tensors[_storage(each)]) == 1 for each in entry.changed)
+        else entry
+        for entry in entries
+    ]
 
 
 def _storage(tensor: Tensor) -> int:
@@ -432,8 +442,8 @@ def _is_library(filename: str) -> bool:
 
 @cache
 def _library_folders() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The folders of torch, Pyro and this package, and those of Python's own modules."""
-    packages = [Path(cast("str", module.__file__)).parent for module in (torch, pyro)]
+    """The folders of torch, Pyro, what it sums discrete sites out by and this package, and Python's own modules."""
+    packages = [Path(str(import_module(name).__file__)).parent for name in ("torch", "pyro", "opt_einsum")]
     standard = [path for name, path in sysconfig.get_paths().items() if "stdlib" in name]
     return tuple(f"{folder}/" for folder in (*packages, Path(__file__).parents[1])), tuple(
         f"{path}/" for path in standard
