@@ -113,7 +113,7 @@ def overfitting(history: Sequence[Epoch], patience: int) -> str | None:
     before, last = validation[-2 * length : -length], validation[-length:]
     learns = best <= len(history) - 2 * length and max(train[-length:]) < min(train[:best])
     if learns and min(last) > max(before):
-        return f"validation log-likelihood fell for {length} epochs, that of the training rows was never higher"
+        return f"validation log-likelihood fell for {length} epochs while that of the training rows rose"
     return None
 
 
