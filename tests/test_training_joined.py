@@ -19,9 +19,8 @@ from pyro_maf.distributions import FlowPrior
 from pyro_maf.sweep import threads
 from pyro_maf.sweep.kernels import kernels
 from pyro_maf.tables import Rows
-from pyro_maf.training import joined, loop
-from pyro_maf.training.joined import JoinedLikelihood, objective_of
-from pyro_maf.training.objective import MaximumLikelihood
+from pyro_maf.training import loop
+from pyro_maf.training.objective import JoinedLikelihood, MaximumLikelihood, objective_of
 from pyro_maf.training.records import Checkpoint
 from pyro_maf.transforms import ActNorm, LowerTriangularAffine, Stack
 
@@ -165,7 +164,7 @@ ORDINARY: dict[str, Callable[[], Any]] = {
 def test_other_densities_are_differentiated_by_autograd(why: str) -> None:
     density = ORDINARY[why]()
     {"hook": _hook, "frozen": _freeze}.get(why, lambda _: None)(density)
-    assert type(joined.objective_of(density, Processes())) is MaximumLikelihood
+    assert type(objective_of(density, Processes())) is MaximumLikelihood
 
 
 def test_validation_sees_the_averaged_weights() -> None:

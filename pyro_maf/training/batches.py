@@ -31,6 +31,9 @@ class Batches:
         processes: The processes that each take a part of every batch.
         spacing: Spacing of each column, in which a pass adds uniform noise of torch's global generator; () for none.
 
+    Attributes:
+        smallest: Number of rows in the smallest batch, for any grouping of the blocks.
+
     Example:
         >>> rows = Rows(torch.arange(10.0).unsqueeze(-1), None)
         >>> [len(batch.data) for batch in Batches(rows, 4, None, Processes())]
@@ -59,12 +62,7 @@ class Batches:
         ascending, last = self._sizes[:-1].sort().values, int(self._sizes[-1])
         fewest = [int(ascending[: len(group)].sum()) for group in groups[:-1]]
         fewest.append(int(ascending[: len(groups[-1]) - 1].sum()) + last)
-        self._smallest = min(length // count for length, count in zip(fewest, self._counts, strict=True))
-
-    @property
-    def smallest(self) -> int:
-        """Number of rows in the smallest batch, for any grouping of the blocks."""
-        return self._smallest
+        self.smallest = min(length // count for length, count in zip(fewest, self._counts, strict=True))
 
     def to(self, device: torch.device) -> None:
         """Move the rows to `device`; those on disk batch by batch."""

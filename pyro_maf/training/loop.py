@@ -13,7 +13,7 @@ from pyro_maf._core.progress import Bar, bar
 from pyro_maf.distributions import Density
 from pyro_maf.tables import Rows
 from pyro_maf.training.batches import Batches
-from pyro_maf.training.joined import objective_of
+from pyro_maf.training.objective import objective_of
 from pyro_maf.training.records import CheckpointFolder, Epoch, Log
 from pyro_maf.training.state import Schedule, State
 
@@ -31,8 +31,7 @@ class Loop:
 
     Args:
         density: The density to fit, in the data's units.
-        batches: The training rows.
-        held_out: The validation rows.
+        batches, held_out: The training rows and the validation rows.
         schedule: Learning rate, weight decay and patience.
         max_epochs: Maximum number of epochs, those before a checkpoint included.
         max_grad_norm: Norm to which a step's gradient is clipped.
@@ -79,20 +78,12 @@ class Loop:
         self._objective = objective_of(density, processes)
         self.state = State(density, self._objective, batches, schedule)
         self._initial = self._objective.losses(held_out) if doubts else None
-        self._is_resumed = False
+        self._is_resumed = folder is not None and folder.checkpoint is not None
         if folder is not None and folder.checkpoint is not None:
             self.state.load(folder.checkpoint, folder.path)
-            self._is_resumed = True
 
     def run(self, progress: bool | str) -> None:
-        """Train to the end; leave the density with its best weights, in eval mode.
-
-        Args:
-            progress: As in `fit`.
-
-        Raises:
-            KeyboardInterrupt: At a second Ctrl-C.
-        """
+        """Train to the end, or until a second Ctrl-C; leave the density with its best weights, in eval mode."""
         shown = progress if self._processes.is_first else False
         try:
             self._density.train()
@@ -113,11 +104,7 @@ class Loop:
             self._density.eval()
 
     def save(self, taken: int) -> None:
-        """Write a checkpoint.
-
-        Args:
-            taken: Number of batches of the present epoch that are done.
-        """
+        """Write a checkpoint, with so many batches of the present epoch done."""
         if self._folder is not None and self._processes.is_first:
             self._folder.write(self.state.checkpoint(taken))
 
@@ -186,7 +173,8 @@ class Loop:
             self._skip()
             return
         state.skipped_in_a_row = state.lowerings_in_a_row = 0
-        state.train_loss.add(*taken)
+        state.train_loss = state.train_loss + taken[0]
+        state.train_rows += taken[1]
 
     def _skip(self) -> None:
         """Skip a step; after several in a row, return to the best weights with half the learning rate."""
@@ -217,10 +205,9 @@ class Loop:
         self._density.eval()
         state.average.swap()
         self._objective.fit_statistics(self._batches.sample)
-        all_skipped = not state.train_loss.count
-        learning_rate = self._schedule.learning_rate
+        all_skipped, learning_rate = not state.train_rows, self._schedule.learning_rate
         losses = self._objective.losses(self._held_out)
-        means = state.train_loss.take() - self._offset, self._objective.mean(losses) - self._offset
+        means = state.taken_loss() - self._offset, self._objective.mean(losses) - self._offset
         state.history.append(Epoch(state.seconds, *means, learning_rate, state.skipped))
         epoch = len(state.history)
         doubt = 0.0 if self._initial is None else self._objective.doubt(self._initial - losses)

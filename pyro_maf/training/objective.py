@@ -1,4 +1,4 @@
-"""Maximum likelihood: the loss of a batch with its gradient, and the validation loss."""
+"""Maximum likelihood: the loss of a batch with its gradient, a step along it, and the validation loss."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_maf._core.optimization import Adam, WeightAverage, clip
 from pyro_maf._core.processes import Processes
-from pyro_maf.distributions import Density
+from pyro_maf.distributions import Density, FlowPrior
 from pyro_maf.distributions.context_net import BATCH_NORMS
+from pyro_maf.sweep import Descent, Run
 from pyro_maf.tables import Rows
 from pyro_maf.transforms import ActNorm, BatchNorm
 from pyro_maf.transforms.normalization import statistics_over_processes
 
-__all__ = ["MaximumLikelihood", "Mean", "Step"]
+__all__ = ["JoinedLikelihood", "MaximumLikelihood", "Step", "objective_of"]
 
 
 class Step(NamedTuple):
@@ -33,6 +34,17 @@ class Step(NamedTuple):
     loss: Tensor | float
     rows: int
     gradients: list[Tensor | None]
+
+
+def objective_of(density: Density, processes: Processes) -> MaximumLikelihood:
+    """The objective of a fit, with joined weights if a compiled program is all of the density and reads all of them."""
+    run = density.run() if type(density) is FlowPrior else None
+    # In training a batch norm is not that of the program, which may have been laid out in eval mode.
+    if run is not None and not any(isinstance(member, BatchNorm) for member in density.modules()):
+        weights = [id(weight) for weight in density.parameters() if weight.requires_grad]
+        if sorted(map(id, run.tensors)) == sorted(weights) and all(map(_may_be_a_view, run.tensors)):
+            return JoinedLikelihood(density, processes, run)
+    return MaximumLikelihood(density, processes)
 
 
 class MaximumLikelihood:
@@ -68,29 +80,17 @@ class MaximumLikelihood:
     def descend(
         self, batch: Rows, adam: Adam, average: WeightAverage, learning_rate: float, max_norm: float
     ) -> tuple[Tensor | float, int] | None:
-        """Take a step of Adam, and add the weights to their average, unless the loss or its gradient is not finite.
-
-        Args:
-            batch: The rows.
-            adam, average: Of the weights.
-            learning_rate: Learning rate.
-            max_norm: Norm to which the gradient is clipped.
+        """Take a step of Adam, its gradient clipped to a norm, and add the weights to their average.
 
         Returns:
-            `loss` and `rows` of `Step`, or None if no step was taken.
+            `loss` and `rows` of `Step`, or None if no step was taken, as loss or gradient are not finite.
         """
-        return self._along(self.step(batch), adam, average, learning_rate, max_norm)
-
-    def _along(
-        self, step: Step, adam: Adam, average: WeightAverage, learning_rate: float, max_norm: float
-    ) -> tuple[Tensor | float, int] | None:
-        """Take a step along a gradient, as `descend`."""
-        norm = clip(step.gradients, max_norm)
-        if not math.isfinite(norm + float(step.loss)):
+        loss, rows, gradients = self.step(batch)
+        if not math.isfinite(clip(gradients, max_norm) + float(loss)):
             return None
-        adam.step(step.gradients, learning_rate)
+        adam.step(gradients, learning_rate)
         average.add()
-        return step.loss, step.rows
+        return loss, rows
 
     def _backward(self, batch: Rows) -> tuple[Tensor | float, Tensor | float]:
         """Add the gradient to the weights; number of rows and their loss, in all processes."""
@@ -111,31 +111,18 @@ class MaximumLikelihood:
         return torch.cat(losses).cpu() if losses else torch.empty(0)
 
     def mean(self, losses: Tensor) -> float:
-        """Mean over the rows of all processes.
-
-        Args:
-            losses: Loss of each row of this process, (rows,).
-        """
+        """Mean over the rows of all processes of the loss of each row of this one, (rows,)."""
         total, rows = map(float, self._processes.total(losses.sum(dtype=torch.float64), len(losses)))
         return total / rows
 
     def doubt(self, gain: Tensor) -> float:
-        """Two standard deviations of a mean gain given those of the rows, by Student's t: infinite of up to three rows.
-
-        Args:
-            gain: Gain of each row of this process, (rows,).
-        """
+        """Two standard deviations of the mean of gains, (rows,), by Student's t: infinite of up to three rows."""
         rows, total, squares = map(float, self._processes.total(len(gain), gain.sum(), gain.square().sum()))
         variance = max(0.0, squares / rows - (total / rows) ** 2)
         return 2 * math.sqrt(variance / (rows - 3)) if rows > 3 else math.inf
 
     def fit_statistics(self, sample: Callable[[], Rows], *, initial: bool = False) -> None:
-        """Set the statistics that layers take from data, if there are any.
-
-        Args:
-            sample: Called for training rows.
-            initial: Whether to set also those that are set once, before the first step.
-        """
+        """Set the statistics that layers take from a sample of training rows, if any: `initial` ones only once."""
         if self._batch_norms or (initial and self._has_act_norm):
             self.density.fit_statistics(*sample()[:2])
 
@@ -165,25 +152,80 @@ class MaximumLikelihood:
         return [gradient for gradient in gradients if gradient is not None]
 
 
-class Mean:
-    """Mean over rows. Its sum stays on the device until it is taken, since reading synchronises.
+class JoinedLikelihood(MaximumLikelihood):
+    """`MaximumLikelihood` whose gradient the compiled program computes, without a graph.
 
-    Attributes:
-        total: Sum so far.
-        count: Number of rows so far.
+    Until it is closed, the density's weights are views of one tensor, and so are its average and Adam's: what a fit
+    does with them takes one operation, however many layers there are. The numbers are those of `MaximumLikelihood`, up
+    to rounding.
+
+    Args:
+        density, processes: As in `MaximumLikelihood`.
+        run: The program that is all of the density's flow.
     """
 
-    def __init__(self) -> None:
-        self.total: Tensor | float = 0.0
-        self.count = 0
+    density: FlowPrior
 
-    def add(self, total: Tensor | float, count: int) -> None:
-        """Add the sum over `count` rows."""
-        self.total = self.total + total
-        self.count += count
+    def __init__(self, density: FlowPrior, processes: Processes, run: Run) -> None:
+        super().__init__(density, processes)
+        self._parameters: Sequence[Tensor] = self.weights
+        self._sizes = [tensor.numel() for tensor in run.tensors]
+        numbers = {id(tensor): number for number, tensor in enumerate(run.tensors)}
+        self._places = [numbers[id(parameter)] for parameter in self._parameters]
+        with torch.no_grad():
+            spare = run.tensors[0].new_zeros(Descent.SPARE)
+            self.weights = [torch.cat([*(tensor.flatten() for tensor in run.tensors), spare])]
+        for parameter, view in zip(self._parameters, self.split(self.weights), strict=True):
+            parameter.data = view
+        self._descent = Descent(run, *self.weights)
+        self._share = spare[:0]
+        """-1 / rows for each row of a batch."""
 
-    def take(self) -> float:
-        """Return the mean, NaN of no rows, and reset."""
-        total, count = self.total, self.count
-        self.total, self.count = 0.0, 0
-        return float(total) / count if count else float("nan")
+    def step(self, batch: Rows) -> Step:
+        """Loss and gradient of a batch by torch, where the program does not take it."""
+        rows, loss = self._backward(batch)
+        gradient = torch.zeros_like(*self.weights)
+        for parameter, part in zip(self._parameters, self.split([gradient]), strict=True):
+            if parameter.grad is not None:
+                part.copy_(parameter.grad)
+            parameter.grad = None
+        if self._processes.are_several:
+            self._processes.add_up([gradient])
+        return Step(loss, int(rows), [gradient])
+
+    def descend(
+        self, batch: Rows, adam: Adam, average: WeightAverage, learning_rate: float, max_norm: float
+    ) -> tuple[Tensor | float, int] | None:
+        """As of `MaximumLikelihood`, by the program alone if it takes the batch."""
+        count = batch.data.shape[0]
+        if self._share.shape[0] != count:
+            self._share = self.weights[0].new_full((count,), -1 / count)
+        factors = batch.weighted(self._share)
+        mean = self.density.differentiate(self._descent, batch.data, batch.context, factors)
+        if mean is None:
+            return super().descend(batch, adam, average, learning_rate, max_norm)
+        rows, loss = self._processes.total(count, count * mean)
+        if self._processes.are_several:
+            packed = self._descent.packed_gradient()
+            torch._foreach_mul_(packed, count / float(rows))
+            self._processes.add_up(packed)
+        if not math.isfinite(loss) or not self._descent.take(adam, average, learning_rate, max_norm):
+            return None
+        return loss, int(rows)
+
+    def split(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Views of the parts of a tensor that belong to each weight."""
+        (joined,) = tensors
+        parts = joined.split([*self._sizes, Descent.SPARE])
+        return [parts[at].view_as(own) for at, own in zip(self._places, self._parameters, strict=True)]
+
+    def close(self) -> None:
+        """Let each weight be a tensor of its own again."""
+        for parameter in self._parameters:
+            parameter.data = parameter.data.clone()
+
+
+def _may_be_a_view(weight: Tensor) -> bool:
+    """Return whether nobody notices that a weight is a view for a while: no hook waits for its gradient."""
+    hooks = weight._backward_hooks, getattr(weight, "_post_accumulate_grad_hooks", None)
+    return isinstance(weight, nn.Parameter) and weight.is_contiguous() and not any(hooks)

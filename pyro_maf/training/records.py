@@ -65,11 +65,7 @@ class Checkpoint(NamedTuple):
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
-        """Read the checkpoint at `path`.
-
-        Raises:
-            ValueError: If it is damaged, not a checkpoint, or from a later version.
-        """
+        """Read a file; refuse one that is damaged, not a checkpoint, or from a later version."""
         contents = unpack(path, FILE)
         try:
             facts = json.loads(contents.text)
@@ -87,11 +83,7 @@ class Checkpoint(NamedTuple):
         return cls(contents.tensors, facts)
 
     def check(self, path: Path, like: Checkpoint) -> None:
-        """Refuse the checkpoint of another fit or another version.
-
-        Args:
-            path: The file that it was read from.
-            like: A checkpoint of this fit, with the expected names, shapes and forms.
+        """Refuse the checkpoint of another fit or another version, unlike one of this fit.
 
         Raises:
             ValueError: For the first entry that is missing, superfluous or of another form.

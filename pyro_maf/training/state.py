@@ -14,7 +14,7 @@ from pyro_maf._core.optimization import Adam, WeightAverage
 from pyro_maf._core.torch_state import generator_states, set_generator_states
 from pyro_maf.distributions import Density
 from pyro_maf.training.batches import Batches
-from pyro_maf.training.objective import MaximumLikelihood, Mean
+from pyro_maf.training.objective import MaximumLikelihood
 from pyro_maf.training.records import Checkpoint, Epoch
 
 __all__ = ["WEIGHT_DECAY", "Schedule", "State", "overfitting"]
@@ -70,13 +70,13 @@ class Schedule:
             self.best, self.best_epoch = validation_loss, epoch
             return True
         if epoch - max(self.best_epoch, self._lowered_at) >= max(1, self.patience // 4):
-            self._relax() if self.relaxations else self.lower()
+            self._lowered_at = epoch
+            if self.relaxations:
+                self.weight_decay /= RELAXED
+                self.relaxations -= 1
+            else:
+                self.lower()
         return False
-
-    def _relax(self) -> None:
-        self.weight_decay /= RELAXED
-        self.relaxations -= 1
-        self._lowered_at = self._epoch
 
     def lower(self) -> None:
         """Halve the learning rate."""
@@ -120,17 +120,11 @@ def overfitting(history: Sequence[Epoch], patience: int) -> str | None:
 class State:
     """State of a fit, all that a checkpoint holds: weights, optimizer, average, schedule, position and history.
 
-    Args:
-        density: The density to fit.
-        objective: Its objective, with the weights that are trained.
-        batches: The training rows.
-        schedule: Learning rate, weight decay and patience.
-
     Attributes:
-        optimizer: Adam over the weights.
-        average: The average of the weights.
+        optimizer, average: Adam over the weights, and their average.
         best: State of the density with the best validation loss; empty before the first validation.
-        train_loss: The mean loss of the present epoch's steps.
+        train_loss, train_rows: Sum of the losses of the present epoch's steps, and number of their rows. The sum stays
+            on its device, since reading it synchronises.
         history: The epochs so far.
         skipped: Number of steps left out because their loss or gradient was not finite.
         skipped_in_a_row, lowerings_in_a_row: Number of these, and of returns to the best weights, since the last step.
@@ -138,13 +132,7 @@ class State:
         interrupted: True if that was an interruption.
     """
 
-    def __init__(
-        self,
-        density: Density,
-        objective: MaximumLikelihood,
-        batches: Batches,
-        schedule: Schedule,
-    ) -> None:
+    def __init__(self, density: Density, objective: MaximumLikelihood, batches: Batches, schedule: Schedule) -> None:
         self.density = density
         self.batches = batches
         self.schedule = schedule
@@ -154,7 +142,8 @@ class State:
         steps = max(AVERAGED_STEPS, AVERAGED_EPOCHS * len(batches))
         self.average = WeightAverage(weights, steps, order=AVERAGING_ORDER, with_initial=True)
         self.best: dict[str, Tensor] = {}
-        self.train_loss = Mean()
+        self.train_loss: Tensor | float = 0.0
+        self.train_rows = 0
         self.history: list[Epoch] = []
         self.skipped = self.skipped_in_a_row = self.lowerings_in_a_row = 0
         self.stop_reason: str | None = None
@@ -165,6 +154,12 @@ class State:
     def seconds(self) -> float:
         """Duration in seconds, including the time before the fit was resumed."""
         return time.monotonic() - self._began
+
+    def taken_loss(self) -> float:
+        """Return the mean loss of the steps so far, NaN of none, and begin another mean."""
+        total, rows = self.train_loss, self.train_rows
+        self.train_loss, self.train_rows = 0.0, 0
+        return float(total) / rows if rows else math.nan
 
     def record_best(self) -> None:
         """Record the present weights and statistics as the best."""
@@ -186,18 +181,15 @@ class State:
             self.stop_reason, self.interrupted = reason, interrupted
 
     def checkpoint(self, taken: int) -> Checkpoint:
-        """Return a checkpoint.
-
-        Args:
-            taken: Number of batches of the present epoch that are done.
-        """
+        """Return a checkpoint, with so many batches of the present epoch done."""
+        loss = self.train_loss
         tensors = {
             **_named("density", self.density.state_dict()),
             **_named("kept", self.best),
             **_named("average", dict(enumerate(self._split(self.average.values)))),
             **_named("global", generator_states(self._device)),
             "order": self.batches.order(taken),
-            "training_loss": _exactly(self.train_loss.total),
+            "training_loss": loss if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64),
         }
         for number, state in enumerate(self._states()):
             tensors.update(_named(f"optimizer/{number}", state))
@@ -207,7 +199,7 @@ class State:
             "seconds": self.seconds,
             "schedule": self.schedule.state(),
             "averaged": self.average.taken,
-            "training_rows": self.train_loss.count,
+            "training_rows": self.train_rows,
             "skipped": [self.skipped, self.skipped_in_a_row, self.lowerings_in_a_row],
             # An interruption is over when the fit is resumed, and patience may be raised.
             "stop_reason": None if self.interrupted else self.stop_reason,
@@ -242,7 +234,8 @@ class State:
             for name, tensor in checkpoint.under(f"optimizer/{number}").items():
                 state[name].copy_(tensor)
         if facts["training_rows"]:
-            self.train_loss.add(checkpoint.tensors["training_loss"].to(device), facts["training_rows"])
+            self.train_loss = checkpoint.tensors["training_loss"].to(device)
+            self.train_rows = facts["training_rows"]
         set_generator_states(checkpoint.under("global"), device)
 
     def _states(self) -> list[dict[str, Tensor]]:
@@ -253,10 +246,6 @@ class State:
         steps = [state["step"] for state in states] * (len(moments[0]) // len(states))
         each = zip(steps, *moments, strict=True)
         return [dict(zip(("step", "exp_avg", "exp_avg_sq"), state, strict=True)) for state in each]
-
-
-def _exactly(number: Tensor | float) -> Tensor:
-    return number if isinstance(number, Tensor) else torch.tensor(number, dtype=torch.float64)
 
 
 def _named(prefix: str, tensors: Mapping[str, Tensor] | Mapping[int, Tensor]) -> dict[str, Tensor]:
