@@ -299,7 +299,8 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
     layout, context_layout = source.layout, source.context_layout
     if processes.is_first:
         announce(prepared.warnings)
-    batches = Batches(prepared.training, options.batch_size, prepared.generator, processes, prepared.spacing)
+    trained = prepared.trained
+    batches = Batches(trained.training, options.batch_size, prepared.generator, processes, prepared.spacing)
     _check_batches(density, batches, options.batch_size, processes)
     settings = {} if options.folder is None else options.settings(prepared, weight.dtype)
     if layout.names or context_layout.names:
@@ -313,9 +314,9 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
         torch.autocast(weight.device.type, enabled=False),
     ):
         loop = Loop(
-            prepared.trained,
+            trained.density,
             batches,
-            Batches(prepared.validation, VALIDATION_BATCH, None, processes),
+            Batches(trained.validation, VALIDATION_BATCH, None, processes),
             schedule=Schedule(
                 options.learning_rate, options.patience, options.recipe.weight_decay, options.recipe.relaxations
             ),
@@ -324,7 +325,7 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
             interruption=interruption,
             processes=processes,
             folder=folder,
-            offset=prepared.offset,
+            offsets=trained.offsets,
             doubts=options.recipe.starts,
         )
         loop.run(options.progress)

@@ -38,7 +38,7 @@ class Loop:
         interruption: Request to stop by the user.
         processes: The processes that take part.
         folder: Folder of checkpoints and log, if any.
-        offset: Number of nats that is subtracted from every loss.
+        offsets: Numbers of nats that are subtracted from every training loss, and from every validation loss.
         doubts: Whether an epoch counts by what it gains over the initial weights less what that may be by chance.
 
     Attributes:
@@ -57,7 +57,7 @@ class Loop:
         interruption: Interruption,
         processes: Processes,
         folder: CheckpointFolder | None = None,
-        offset: float = 0.0,
+        offsets: tuple[float, float] = (0.0, 0.0),
         doubts: bool = False,
     ) -> None:
         self._density = density
@@ -69,7 +69,7 @@ class Loop:
         self._interruption = interruption
         self._processes = processes
         self._folder = folder
-        self._offset = offset
+        self._offsets = offsets
         self._home = next(weight.device for weight in density.parameters() if weight.requires_grad)
         device = processes.launch(self._home)
         for each in (density, batches, held_out):
@@ -135,7 +135,7 @@ class Loop:
         self._objective.fit_statistics(self._batches.sample, initial=True)
         self.state.average.restart()
         self._density.eval()
-        self._schedule.improves(0, self._objective.mean(self._objective.losses(self._held_out)) - self._offset)
+        self._schedule.improves(0, self._objective.mean(self._objective.losses(self._held_out)) - self._offsets[1])
         self._density.train()
         self.state.record_best()
         self.save(taken=0)
@@ -207,7 +207,8 @@ class Loop:
         self._objective.fit_statistics(self._batches.sample)
         all_skipped, learning_rate = not state.train_rows, self._schedule.learning_rate
         losses = self._objective.losses(self._held_out)
-        means = state.taken_loss() - self._offset, self._objective.mean(losses) - self._offset
+        of_training, of_validation = self._offsets
+        means = state.taken_loss() - of_training, self._objective.mean(losses) - of_validation
         state.history.append(Epoch(state.seconds, *means, learning_rate, state.skipped))
         epoch = len(state.history)
         doubt = 0.0 if self._initial is None else self._objective.doubt(self._initial - losses)

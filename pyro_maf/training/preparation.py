@@ -101,6 +101,21 @@ class Choice(NamedTuple):
         return {} if self.net is None else self.net.arguments
 
 
+class Trained(NamedTuple):
+    """A density that is trained, its rows, and their units.
+
+    Attributes:
+        density: The density whose mean log-density is maximised.
+        training, validation: The rows.
+        offsets: Nats by which mean losses of the training and of the validation rows are above those that are reported.
+    """
+
+    density: Density
+    training: Rows | MappedRows
+    validation: Rows
+    offsets: tuple[float, float]
+
+
 class Prepared(NamedTuple):
     """A density in the units of its training rows, and the rows of a fit in its dtypes.
 
@@ -131,18 +146,19 @@ class Prepared(NamedTuple):
     warnings: list[str]
 
     @property
-    def trained(self) -> Density:
-        """The density whose mean log-density is maximised: of numbers anywhere in their steps, for a table's."""
+    def trained(self) -> Trained:
+        """What the loop trains: numbers anywhere in their steps, in the model's units where these take time."""
         inner = self.density.unwrapped
         if isinstance(inner, TableDensity):
-            return inner.prior if inner.categorical is None else inner.dequantised
-        return inner
-
-    @property
-    def offset(self) -> float:
-        """The log-volume of a step, by which the log-density of `trained` is a bound of a log-probability."""
-        inner = self.density.unwrapped
-        return inner.steps.log_volume if isinstance(inner, TableDensity) else 0.0
+            of_numbers = inner.prior if inner.categorical is None else inner.dequantised
+            return Trained(of_numbers, self.training, self.validation, (inner.steps.log_volume,) * 2)
+        support = inner.units.support
+        is_affine = inner.tails is None and support.name == "real"
+        if is_affine or support.angles or isinstance(self.training, MappedRows):
+            return Trained(inner, self.training, self.held_out, (0.0, 0.0))
+        training, of_training = _standardised(self.training, inner)
+        validation, of_validation = _standardised(self.held_out, inner)
+        return Trained(FlowPrior(inner.model, **inner.embedding), training, validation, (of_training, of_validation))
 
     @property
     def validation(self) -> Rows:
@@ -254,6 +270,16 @@ def prepare(
 def _normalised(training: Rows | MappedRows) -> Rows | MappedRows:
     """Training rows with weights of mean 1, which those on disk have when they are read."""
     return training.normalised() if isinstance(training, Rows) else training
+
+
+@torch.no_grad()
+def _standardised(rows: Rows, prior: FlowPrior) -> tuple[Rows, float]:
+    """Rows in the units of a prior's model, once for all epochs, and minus the mean log-volume of these units."""
+    device = prior.loc.device
+    z, log_volume = (each.cpu() for each in prior.units.inverse_and_log_det(rows.data.to(device)))
+    context = rows.context
+    context = None if context is None else prior.standardised_context(context.to(device)).cpu()
+    return Rows(z, context, rows.weights), -rows.mean(log_volume)
 
 
 def _validation(
