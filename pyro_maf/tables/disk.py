@@ -133,6 +133,10 @@ class MappedRows:
         rounded._density = density
         return rounded
 
+    def normalised(self) -> MappedRows:
+        """Return the rows, whose weights have mean 1 when they are read."""
+        return self
+
     def moments(self, support: Support, *, together: bool = False) -> tuple[Moments, Moments | None]:
         """Return moments as `Rows.moments`, from a sample of the training rows."""
         return self.sample().moments(support, together=together)

@@ -135,7 +135,7 @@ def with_mixture(prepared: Prepared) -> Joined:
     Cost: that of a mixture of Gaussians, unless the flow began with one, and of kernels.
     """
     inner, training = prepared.density.unwrapped, prepared.training
-    held_out = _spread(prepared.held_out, SCORED_ROWS)
+    held_out = _spread(prepared.validation.rows, SCORED_ROWS)
     prior: FlowPrior = inner.prior if isinstance(inner, TableDensity) else inner
     flow = _as_mixture_flow(prior.model)
     if flow is None or isinstance(training, MappedRows) or prior.context_dim:

@@ -368,8 +368,8 @@ def _result(
         seconds=state.seconds,
         stop_reason=stopped or f"reached max_epochs ({options.max_epochs})",
         interrupted=state.interrupted,
-        validation_rows=prepared.held_out,
-        validation_places=prepared.places,
+        validation_rows=prepared.validation.rows,
+        validation_places=prepared.validation.places,
         test=None if test is None else log_likelihood_of(prepared.density, test.rows),
         test_rows=None if test is None else test.rows,
         test_places=None if test is None else test.places,
@@ -389,7 +389,7 @@ def _score(prepared: Prepared, best: float, *, doubts: bool) -> float:
     """Mean log-likelihood of the validation rows: the best one of the fit, unless that is of other numbers."""
     if not (prepared.spacing or doubts):
         return best
-    return log_likelihood_of(prepared.density, prepared.held_out).mean
+    return log_likelihood_of(prepared.density, prepared.validation.rows).mean
 
 
 def _layout(density: Fitted, source: NamedRows) -> Layout:

@@ -11,7 +11,7 @@ from pyro_maf.distributions import FlowPrior, TableDensity
 from pyro_maf.tables import MappedRows, Rows
 from pyro_maf.tables.reader import Labels, Reader
 
-__all__ = ["Aside", "Parts", "divide", "fractions_of", "without_far_rows"]
+__all__ = ["Aside", "divide", "fractions_of", "without_far_rows"]
 
 VALIDATION_FRACTION = 0.1
 LEAST_TESTED = 1000
@@ -19,35 +19,24 @@ LEAST_TESTED = 1000
 
 
 class Aside(NamedTuple):
-    """Rows that are held out, and their indices in the data, from 0."""
+    """Rows that are held out, and their indices in the data, from 0; None if they are others."""
 
     rows: Rows
-    places: Tensor
+    places: Tensor | None
 
     def take(self, index: Tensor) -> Aside:
         """Select the rows at `index`."""
-        return Aside(self.rows.take(index), self.places[index])
+        return Aside(self.rows.take(index), None if self.places is None else self.places[index])
 
     def rounded_for(self, prior: FlowPrior | TableDensity, reader: Reader) -> Aside:
         """The rows in the dtypes of a density, and checked for them."""
         rows = self.rows.rounded_for(prior)
-        reader.check_rounded(rows, prior, self.places.tolist())
+        reader.check_rounded(rows, prior, None if self.places is None else self.places.tolist())
         return self._replace(rows=rows)
 
-
-class Parts(NamedTuple):
-    """The parts of the rows.
-
-    Attributes:
-        training: In memory or on disk.
-        validation, test: Perhaps without rows.
-        repeats: Number of rows that repeat an earlier one.
-    """
-
-    training: Rows | MappedRows
-    validation: Aside
-    test: Aside
-    repeats: int
+    def normalised(self) -> Aside:
+        """The rows with weights of mean 1."""
+        return self._replace(rows=self.rows.normalised())
 
 
 def fractions_of(validation: float | None, test: float | None, rows: int) -> tuple[float, float]:
@@ -78,13 +67,11 @@ def fractions_of(validation: float | None, test: float | None, rows: int) -> tup
 
 def divide(
     rows: Rows | MappedRows, fractions: tuple[float, float], generator: torch.Generator, *, by_chance: bool
-) -> Parts:
-    """Divide rows at random, with equal rows in the same part.
+) -> tuple[Rows | MappedRows, Aside, Aside, int]:
+    """Divide rows at random, with equal rows in the same part, as `Rows.split`.
 
-    Args:
-        rows: The rows.
-        fractions: Those for validation and for test.
-        generator, by_chance: As in `Rows.split`.
+    Returns:
+        Rows for training, for validation and for test, perhaps none, and the number of rows that repeat an earlier one.
     """
     validation, test = fractions
     split = rows.split(validation + test, generator, by_chance=by_chance)
@@ -94,25 +81,18 @@ def divide(
         is_tested[:] = True
     elif test:
         is_tested[split.held_out.split(test / (validation + test), generator, by_chance=by_chance).places] = True
-    return Parts(split.training, aside.take(~is_tested), aside.take(is_tested), split.repeats)
+    return split.training, aside.take(~is_tested), aside.take(is_tested), split.repeats
 
 
 def without_far_rows(
     aside: Aside, prior: FlowPrior | TableDensity, reach: Tensor, labels: Labels, role: str
 ) -> tuple[Aside, list[str]]:
-    """Drop held-out rows that lie out of reach of the bulk and its tails; also return a line on these, if any.
+    """Drop held-out rows that lie beyond a standardised distance of each column; also return a line on these, if any.
 
     The log-likelihood of one would outweigh that of all others, and select the epoch, or be the score.
-
-    Args:
-        aside: The rows.
-        prior: The density whose units count.
-        reach: Standardised distance of each column beyond which its values are out of reach.
-        labels: Names of the rows.
-        role: "validation" or "test".
     """
     far = (prior.standardised(aside.rows.data).abs() > reach).any(1)
-    if far.all() or not far.any():
+    if aside.places is None or far.all() or not far.any():
         return aside, []
     line = (
         f"fit left {int(far.sum()):,} of the {role} rows out, the first of them "

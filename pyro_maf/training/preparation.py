@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
-from torch import Tensor
 
 from pyro_maf.distributions import (
     ConditionalDensity,
@@ -123,8 +122,7 @@ class Prepared(NamedTuple):
         density: The density to fit.
         spacing: Spacing of the grid of each column, 0 for one without; () if there are none.
         training: Training rows, in memory or on disk.
-        held_out: Validation rows.
-        places: Indices of these in the data, from 0; None if they were passed separately.
+        validation: Validation rows.
         test: Test rows, or None.
         rows: Number of rows of the data.
         repeats: Number of rows that repeat an earlier one; an estimate for rows on disk.
@@ -136,8 +134,7 @@ class Prepared(NamedTuple):
     density: Fitted
     spacing: tuple[float, ...]
     training: Rows | MappedRows
-    held_out: Rows
-    places: Tensor | None
+    validation: Aside
     test: Aside | None
     rows: int
     repeats: int
@@ -148,29 +145,22 @@ class Prepared(NamedTuple):
     @property
     def trained(self) -> Trained:
         """What the loop trains: numbers anywhere in their steps, in the model's units where these take time."""
-        inner = self.density.unwrapped
+        inner, validation = self.density.unwrapped, self.validation.rows
         if isinstance(inner, TableDensity):
             of_numbers = inner.prior if inner.categorical is None else inner.dequantised
-            return Trained(of_numbers, self.training, self.validation, (inner.steps.log_volume,) * 2)
+            if self.spacing:  # always the same
+                copies = max(1, min(MOST_COPIES, COPIED_ROWS // max(1, len(validation.data))))
+                validation = validation.take(torch.arange(len(validation.data)).repeat(copies))
+                noisy = dequantised(validation.data, self.spacing, torch.Generator().manual_seed(0))
+                validation = validation._replace(data=noisy)
+            return Trained(of_numbers, self.training, validation, (inner.steps.log_volume,) * 2)
         support = inner.units.support
         is_affine = inner.tails is None and support.name == "real"
         if is_affine or support.angles or isinstance(self.training, MappedRows):
-            return Trained(inner, self.training, self.held_out, (0.0, 0.0))
+            return Trained(inner, self.training, validation, (0.0, 0.0))
         training, of_training = _standardised(self.training, inner)
-        validation, of_validation = _standardised(self.held_out, inner)
+        validation, of_validation = _standardised(validation, inner)
         return Trained(FlowPrior(inner.model, **inner.embedding), training, validation, (of_training, of_validation))
-
-    @property
-    def validation(self) -> Rows:
-        """The validation rows, of numbers anywhere in their steps: several copies of a few rows, always the same."""
-        if not self.spacing:
-            return self.held_out
-        copies = self.held_out.take(torch.arange(len(self.held_out.data)).repeat(self._copies))
-        return copies._replace(data=dequantised(copies.data, self.spacing, torch.Generator().manual_seed(0)))
-
-    @property
-    def _copies(self) -> int:
-        return max(1, min(MOST_COPIES, COPIED_ROWS // max(1, len(self.held_out.data))))
 
     def digest(self) -> str:
         """Fingerprint of the units, the rows that are held out and the weights."""
@@ -178,7 +168,7 @@ class Prepared(NamedTuple):
         of_data, of_context = self.units
         training = self.training.weights if isinstance(self.training, Rows) else None
         test = () if self.test is None else self.test.rows
-        for tensor in (*of_data, *(of_context or ()), *self.held_out, *test, training):
+        for tensor in (*of_data, *(of_context or ()), *self.validation.rows, *test, training):
             if tensor is not None:
                 hashed.update(tensor.numpy().tobytes())
         if isinstance(self.training, MappedRows):
@@ -188,8 +178,8 @@ class Prepared(NamedTuple):
 
 def prepare(
     choice: Choice,
-    validation: Validation,
-    test: float | None = None,
+    validated: Validation,
+    tested: float | None = None,
     *,
     dequantise: bool = True,
     weights: str | TableLike | None = None,
@@ -200,7 +190,8 @@ def prepare(
 
     Args:
         choice: The model, the rows, their support and their categories.
-        validation, test, weights, dequantise, seed: As in `fit`.
+        validated, tested: `validation` and `test` of `fit`.
+        weights, dequantise, seed: As in `fit`.
         dtype: Dtype of the model.
 
     Raises:
@@ -208,24 +199,23 @@ def prepare(
     """
     generator = torch.Generator().manual_seed(seed)
     model, source, support, levels, named, recipe, _ = choice
-    fraction, separate = _validation(choice, validation, weights)
+    fraction, separate = _validation(choice, validated, weights)
     reader = _reader(choice, source)
     rows = rows_of(source.data, source.context, reader, source.weights)
-    fractions = fractions_of(fraction, 0.0 if separate and test is None else test, len(rows.data))
+    fractions = fractions_of(fraction, 0.0 if separate and tested is None else tested, len(rows.data))
     if isinstance(rows, Rows):
         # A density with units of its own may lack a category of its context here.
         reader.check_training(rows, of_context=not isinstance(model, FITTED))
     kinds = Kinds(tuple(levels))
     if dequantise and not isinstance(model, (FlowPrior, ConditionalFlowPrior)):
         kinds = kinds._replace(grids=grids_of(rows, separate[0] if separate else None, support, levels))
-    parts = divide(rows, fractions, generator, by_chance=kinds.repeat_by_chance(rows))
-    sample = parts.training.sample()
-    of_data, of_context = parts.training.moments(support, together=len(choice.context_shape) > 1)
+    training, validation, test, repeats = divide(rows, fractions, generator, by_chance=kinds.repeat_by_chance(rows))
+    sample = training.sample()
+    of_data, of_context = training.moments(support, together=len(choice.context_shape) > 1)
     unconstrained = support.unconstrain(sample.data)[0]
     of_units = units_of(of_data, unconstrained, sample.weights).with_angles(support.angles)
     units = _as_precise((of_units, of_context), rows.dtypes, dtype)
-    every = (parts.training, parts.validation.rows, parts.test.rows)
-    leaves = any(part.leaves_in_float32(support) for part in every)
+    leaves = any(part.leaves_in_float32(support) for part in (training, validation.rows, test.rows))
     density = _in_units(choice, units, kinds, sample, leaves=leaves, seed=seed)
     if recipe.starts:
         _start(density, sample, seed)
@@ -234,42 +224,33 @@ def prepare(
     in_tails = of_units.reaching(unconstrained) if is_new else []
     reach = (of_units if is_new else Units(*of_data)).reach
     warnings = [
-        *_on_repeats(rows, parts.repeats),
+        *_on_repeats(rows, repeats),
         *_on_rounding(prior, units, reader),
         *kinds.lines(reader.labels, named),
         *screen_data(rows, reader, kinds.categories, [i for i, grid in enumerate(kinds.grids) if grid], in_tails),
     ]
     if isinstance(rows, Rows):
         reader.check_rounded(rows.rounded_for(prior), prior)
-    asides = {}
-    for role, part in (("validation", parts.validation), ("test", parts.test)):
-        aside = part.rounded_for(prior, reader)
-        asides[role], omissions = without_far_rows(aside, prior, reach, reader.labels, role)
+    asides = []
+    for role, part in (("validation", validation), ("test", test)):
+        aside, omissions = without_far_rows(part.rounded_for(prior, reader), prior, reach, reader.labels, role)
+        asides.append(aside)
         warnings += omissions
-    held_out, places = asides["validation"]
+    validation, test = asides
     if separate is not None:
-        validation_rows, validation_reader = separate
-        held_out = validation_rows.rounded_for(prior)
-        validation_reader.check_rounded(held_out, prior)
-    test_rows = asides["test"].rows.normalised()
+        validation = Aside(separate[0], None).rounded_for(prior, separate[1])
     return Prepared(
         density=density,
         spacing=kinds.spacing,
-        training=_normalised(parts.training.rounded_for(prior)),
-        held_out=held_out.normalised(),
-        places=None if separate else places,
-        test=asides["test"]._replace(rows=test_rows) if len(test_rows.data) else None,
+        training=training.rounded_for(prior).normalised(),
+        validation=validation.normalised(),
+        test=test.normalised() if len(test.rows.data) else None,
         rows=len(rows.data),
-        repeats=parts.repeats,
+        repeats=repeats,
         units=units,
         generator=generator,
         warnings=warnings,
     )
-
-
-def _normalised(training: Rows | MappedRows) -> Rows | MappedRows:
-    """Training rows with weights of mean 1, which those on disk have when they are read."""
-    return training.normalised() if isinstance(training, Rows) else training
 
 
 @torch.no_grad()
