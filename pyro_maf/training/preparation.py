@@ -297,22 +297,20 @@ def _validation(
 
 def _reader(choice: Choice, rows: NamedRows, role: str = "") -> Reader:
     """Return the reader of rows for a model; a simplex has one column more than the model."""
-    model, support = choice.model, choice.support
+    model, support, net = choice.model, choice.support, choice.net
     one_hot = 0
     if not isinstance(model, (TableDensity, ConditionalTableDensity)):
         one_hot = sum(len(level) for level in choice.levels if level is not None)
     of_model: dict[str, Any] = {}
     if not one_hot:
         who, more = type(model).__name__, ", and 1 for a simplex" * (support.event_size - model.input_dim)
+        of_context = f"context_dim of {who}" if net is None else "shape of a context"
         of_model["refused"] = f"{who}, which takes none: leave it out or build a conditional model"
-        if choice.net is None:
-            of_model["sizes"] = f"input_dim of {who}{more}", f"context_dim of {who}"
-        else:
-            of_model["sizes"] = f"input_dim of {who}{more}", "shape of a context"
+        of_model["sizes"] = f"input_dim of {who}{more}", of_context
     return Reader(
         who="fit",
         width=support.event_size,
-        context_width=model.context_dim - one_hot if choice.net is None else choice.net.size,
+        context_width=model.context_dim - one_hot if net is None else net.size,
         labels=rows.labels,
         context_labels=rows.context_labels,
         support=support,
@@ -342,7 +340,7 @@ def _in_units(
     Args:
         choice, seed: As in `prepare`.
         units: Units of the unconstrained data, and moments of the context.
-        kinds: Kinds of the columns.
+        kinds: Kinds of the columns; those of categories are at the end of the context, as they are.
         training: Training rows, or some of them.
         leaves: True if values leave the support when rounded to float32.
 
@@ -356,36 +354,25 @@ def _in_units(
         return ConditionalFlowPrior(model.model, support=support.name, **of_prior)
     if isinstance(model, (FlowPrior, ConditionalFlowPrior, TableDensity, ConditionalTableDensity)):
         return model
-    if not kinds.are_plain:
-        return _table_density(choice, units, kinds, training, leaves=leaves, seed=seed)
-    of_data, of_context = units
-    if of_context is None and isinstance(model, (Flow, Density)):
-        density: Fitted = FlowPrior(model, support=support.name, **of_data._asdict())
-    else:
-        context_loc, context_scale = of_context or (None, None)
-        context = {"context_loc": context_loc, "context_scale": context_scale, **choice.embedding}
-        density = ConditionalFlowPrior(model, support=support.name, **of_data._asdict(), **context)
-    _settle(density.unwrapped, leaves=leaves)
-    return density
-
-
-def _table_density(
-    choice: Choice, units: tuple[Units, Moments | None], kinds: Kinds, training: Rows, *, leaves: bool, seed: int
-) -> TableDensity | ConditionalTableDensity:
-    """Return the density of a table around the model; the categories are at the end of its context, as they are."""
-    of_data, of_context = units
-    model, support = choice.model, choice.support
     inner: Flow | Density = model.unwrapped if isinstance(model, (ConditionalFlow, ConditionalDensity)) else model
-    one_hot = sum(kinds.num_categories)
-    context: dict[str, Any] = choice.embedding
+    of_data, of_context = units
+    arguments: dict[str, Any] = {**kinds.units_of_numbers(of_data, support)._asdict(), **choice.embedding}
     if inner.context_dim:
-        loc, scale = of_context or (torch.zeros(0), torch.ones(0))
-        context["context_loc"] = torch.cat([loc, loc.new_zeros(one_hot)])
-        context["context_scale"] = torch.cat([scale, scale.new_ones(one_hot)])
-    of_numbers = kinds.units_of_numbers(of_data, support)._asdict()
-    prior = FlowPrior(inner, support=kinds.support_of_numbers(support).name, **of_numbers, **context)
-    _settle(prior, leaves=leaves)
-    return kinds.around(prior, training, seed)
+        (loc, scale), one_hot = of_context or (torch.zeros(0), torch.ones(0)), sum(kinds.num_categories)
+        arguments["context_loc"] = torch.cat([loc, loc.new_zeros(one_hot)])
+        arguments["context_scale"] = torch.cat([scale, scale.new_ones(one_hot)])
+    arguments["support"] = kinds.support_of_numbers(support).name
+    is_conditional = kinds.are_plain and inner.context_dim
+    density = ConditionalFlowPrior(model, **arguments) if is_conditional else FlowPrior(inner, **arguments)
+    prior = density.unwrapped
+    if prior.batch_shape:
+        raise ValueError(
+            f"fit expected a single density, got {prior.model.name} with batch shape {tuple(prior.batch_shape)}: "
+            "where that is of a context, leave the condition out and give it as context=."
+        )
+    if leaves:
+        prior.units.widen()
+    return density if kinds.are_plain else kinds.around(prior, training, seed)
 
 
 def _start(density: Fitted, training: Rows, seed: int) -> None:
@@ -407,23 +394,12 @@ def _start(density: Fitted, training: Rows, seed: int) -> None:
         model.base.start_at(z.clamp(-FENCE, FENCE), rows.weights, None if seen is None else seen.clamp(-FENCE, FENCE))
 
 
-def _settle(prior: FlowPrior, *, leaves: bool) -> None:
-    """Refuse a prior with a batch shape, and widen one whose values leave the support in float32."""
-    if prior.batch_shape:
-        raise ValueError(
-            f"fit expected a single density, got {prior.model.name} with batch shape {tuple(prior.batch_shape)}: "
-            "where that is of a context, leave the condition out and give it as context=."
-        )
-    if leaves:
-        prior.units.widen()
-
-
 def _on_repeats(rows: Rows | MappedRows, repeats: int) -> list[str]:
     """Return a line on rows that repeat, unless they are few, or repeat because their values are few."""
     total = len(rows.data)
     if repeats < MENTIONED * total:
         return []
-    if not repeat_as_a_whole(rows if isinstance(rows, Rows) else rows.take(slice(rows.block))):
+    if not repeat_as_a_whole(rows.sample()):
         return []
     return [
         f"fit found {repeats:,} of {total:,} rows to repeat an earlier one: all copies of a row are on one "
@@ -433,21 +409,21 @@ def _on_repeats(rows: Rows | MappedRows, repeats: int) -> list[str]:
 
 
 def _on_rounding(density: FlowPrior | TableDensity, units: tuple[Units, Moments | None], reader: Reader) -> list[str]:
-    """Return a line on columns of data, and of context, for which the dtype of the density's values is too coarse."""
+    """Return a line on a column of data, and of context, for which the dtype of the density's values is too coarse."""
     of_data, of_context = units
-    lines = _coarse("", Moments(of_data.loc, of_data.scale), reader.support, density.dtype, reader.labels)
-    if of_context is not None:
-        lines += _coarse("context ", of_context, None, density.context_dtype, reader.context_labels)
-    return lines
-
-
-def _coarse(role: str, moments: Moments, support: Support | None, dtype: torch.dtype, labels: Labels) -> list[str]:
-    if dtype == torch.float64:
-        return []
-    coarse = (~float32_holds(*moments, support, resolution=COARSE)).nonzero()[:1, 0].tolist()
-    return [
-        f"fit takes {role}{labels.column(column)} in float32, which has few different values there, "
-        f"{moments.loc[column].item():.8g} +- {moments.scale[column].item():.2g}: subtract what the rows have in "
-        "common while they are in float64, or fit a model in float64, model.double(), to rows in float64."
-        for column in coarse
+    each: list[tuple[str, Moments, Support | None, torch.dtype, Labels]] = [
+        ("", Moments(of_data.loc, of_data.scale), reader.support, density.dtype, reader.labels)
     ]
+    if of_context is not None:
+        each.append(("context ", of_context, None, density.context_dtype, reader.context_labels))
+    lines = []
+    for role, (loc, scale), support, dtype, labels in each:
+        coarse = ~float32_holds(loc, scale, support, resolution=COARSE)
+        if dtype != torch.float64 and coarse.any():
+            column = int(coarse.int().argmax())
+            lines.append(
+                f"fit takes {role}{labels.column(column)} in float32, which has few different values there, "
+                f"{loc[column].item():.8g} +- {scale[column].item():.2g}: subtract what the rows have in common while "
+                "they are in float64, or fit a model in float64, model.double(), to rows in float64."
+            )
+    return lines
