@@ -71,12 +71,8 @@ class Column:
     def encode(self, cells: Cells, first_row: int) -> NDArray[np.float64]:
         """Encode cells as float64, (rows, 1) or one-hot (rows, categories), NaN for missing values.
 
-        Args:
-            cells: An array of numpy or pyarrow.
-            first_row: Row of the table, counted from 1, of the first of `cells`.
-
         Raises:
-            ValueError: For cells that are not finite numbers, or not among the categories.
+            ValueError: For cells that are not finite numbers, or not among the categories; rows count from `first_row`.
         """
         if self.categories is None:
             return self._numbers(cells, first_row)
@@ -212,7 +208,7 @@ class Survey:
         texts = self._texts
         if not self.may_be_labels or not 1 < len(texts) <= self._rows // LEAST_REPEATS or all(map(_is_date, texts)):
             return None
-        return self._among(texts, is_label=True)
+        return replace(self._column, categories=sorted(texts, key=_in_order), is_label=True)
 
     def check_number(self) -> None:
         """Refuse too many categories."""
@@ -248,26 +244,17 @@ class Survey:
             raise ValueError(
                 f"read_table expected context that varies, got {quoted(text)} in every row of {place}: leave it out."
             )
-        return self._among(self._texts)
-
-    def _among(self, texts: set[str], *, is_label: bool = False) -> Column:
-        in_order = sorted(texts, key=_in_order)
-        return replace(self._column, categories=in_order, is_label=is_label)
+        return replace(self._column, categories=sorted(self._texts, key=_in_order))
 
 
-def _in_order(category: str) -> tuple[float, str]:
+def _in_order(category: Label) -> tuple[float, str]:
     """Sort key of a category: numbers first, by value."""
-    number = number_in(category)
-    return (math.inf if math.isnan(number) else number, category)
+    number = number_in(str(category))
+    return (math.inf if math.isnan(number) else number, str(category))
 
 
 def number_in(text: str, decimal: str = ".") -> float:
-    """Parse the number in a cell; NaN if there is none.
-
-    Args:
-        text: The cell's text.
-        decimal: The decimal mark, a point or a comma. With a comma, a text with a point is not a number: the point may
-        separate thousands.
+    """Parse the number in a cell; NaN if there is none. With a decimal comma, a point may separate thousands.
 
     Example:
         >>> number_in("+1.5e3"), number_in("1_5"), number_in("1,5", ","), number_in("1.500", ",")
@@ -282,12 +269,7 @@ def number_in(text: str, decimal: str = ".") -> float:
 
 
 def _is_date(text: str) -> bool:
-    """True if a cell holds a date, a time or both rather than a number.
-
-    Example:
-        >>> list(map(_is_date, ["2024-02-29T08:15:00Z", "29.2.2024 8:15", "2/29/24", "29-Feb-2024", "8:15", "1.5"]))
-        [True, True, True, True, True, False]
-    """
+    """True if a cell holds a date, a time or both rather than a number."""
     return DATE.match(text) is not None
 
 
@@ -340,12 +322,7 @@ def _without_gaps(column: pyarrow.Array) -> pyarrow.Array:
 
 
 def _missing_in(column: Cells) -> NDArray[np.bool_]:
-    """Mask of the cells of a column that mark a missing value.
-
-    Example:
-        >>> _missing_in(np.array([1.0, math.nan])).tolist()
-        [False, True]
-    """
+    """Mask of the cells of a column that mark a missing value."""
     if isinstance(column, np.ndarray):
         return np.isnan(column) if column.dtype.kind == "f" else np.zeros(len(column), bool)
     import pyarrow
@@ -359,12 +336,7 @@ def _missing_in(column: Cells) -> NDArray[np.bool_]:
 
 
 def _texts_of(column: Cells) -> pyarrow.Array:
-    """Convert a column to stripped texts of pyarrow; truth values become True and False, as in Python.
-
-    Example:
-        >>> _texts_of(np.array([1, 2])).to_pylist()
-        ['1', '2']
-    """
+    """Convert a column to stripped texts of pyarrow; truth values become True and False, as in Python."""
     require("read_table", "pyarrow")
     import pyarrow
     import pyarrow.compute as pc

@@ -287,10 +287,6 @@ def _joined(parts: Sequence[Rows]) -> Rows:
 class Spool:
     """Rows of float64 that are collected in memory or, beyond a bound, in a temporary file; a context manager.
 
-    Args:
-        width: Number of values in a row.
-        bound: Maximum number of bytes in memory.
-
     Example:
         >>> with Spool(2, bound=16) as spool:
         ...     for start in range(0, 6, 2):
@@ -328,10 +324,12 @@ class Spool:
     def rows(self, dtype: str | None = None) -> FloatArray:
         """Return all rows, (length, width): an array, or a read-only `np.memmap` of the file. Appending ends there.
 
-        Args:
-            dtype: "float32" or "float64"; by default float32 if `float32_suffices`.
+        They are of a dtype, by its name, or by default of float32 if `float32_suffices`.
         """
-        rows = self._gathered()
+        if self._file is None:
+            rows = np.concatenate(self._parts or [np.empty((0, self._width))])
+        else:
+            rows = np.memmap(self._file.name, np.float64, "r", shape=(self.length, self._width))
         if dtype is None:
             dtype = "float32" if float32_suffices(rows) else "float64"
         if dtype == "float64":
@@ -344,12 +342,6 @@ class Spool:
         with suppress(OSError):  # on a system that does not remove mapped files: it is removed at exit
             os.unlink(self._file.name)
         return np.memmap(file.name, np.float32, "r", shape=(self.length, self._width))
-
-    def _gathered(self) -> NDArray[np.float64]:
-        if self._file is None:
-            self._parts = [np.concatenate(self._parts or [np.empty((0, self._width))])]
-            return self._parts[0]
-        return np.memmap(self._file.name, np.float64, "r", shape=(self.length, self._width))
 
 
 def float32_suffices(rows: NDArray[np.float64]) -> bool:

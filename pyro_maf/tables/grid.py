@@ -22,12 +22,7 @@ too coarse to tell multiples from other values."""
 
 
 class Grid(NamedTuple):
-    """Multiples of a spacing, counted from the lowest value.
-
-    Attributes:
-        spacing: Distance of neighbours.
-        low, high: The lowest and the highest value.
-    """
+    """Multiples of a spacing, counted from the lowest value, to the highest."""
 
     spacing: float
     low: float
@@ -44,15 +39,10 @@ class Grid(NamedTuple):
 
 
 def grid_of(column: NDArray[np.floating]) -> Grid | None:
-    """Return the grid of a column with repeated values, or None.
+    """Return the grid of a column of finite values, (rows,), some of which repeat, or None.
 
     The spacing is the largest by which all values differ, a multiple of a power of 10: 1 of counts, 0.5 of half steps,
     2.54 of inches in centimetres.
-
-    Args:
-        column: Values, (rows,), finite.
-
-    Cost: a sort.
 
     Example:
         >>> grid_of(np.array([1.5, 0.5, 0.5, 2.0] * 5))
@@ -86,11 +76,6 @@ def _tolerance(values: NDArray[np.floating], spacing: float) -> NDArray[np.float
 
 
 def describe(grid: Grid) -> str:
-    """Describe the spacing for a message.
-
-    Example:
-        >>> describe(Grid(0.1, 0.0, 3.0)), describe(Grid(1.0, 0.0, 3.0))
-        ('steps of 0.1', 'steps of 1')
-    """
+    """Describe the spacing for a message, as "steps of 0.1"."""
     digits = max(0, -math.floor(math.log10(grid.spacing))) + 3
     return f"steps of {round(grid.spacing, digits):g}"

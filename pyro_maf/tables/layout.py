@@ -229,14 +229,8 @@ class Layout(NamedTuple):
     def spread(self, who: str, option: str, values: Mapping[K, T], default: T, width: int) -> T | list[T]:
         """Expand an option by name of column or entry, or by number without names, to one value for each column.
 
-        Args:
-            who, option: Caller and option, for errors.
-            values: The option's values by name or number.
-            default: Value for columns that are left out.
-            width: Number of columns.
-
         Returns:
-            The value that all columns share, or a list with one for each.
+            The value that all columns share, or a list with one for each, the default for those without a value.
 
         Raises:
             ValueError: For a name that no column has.
@@ -319,10 +313,7 @@ def part_of(value: TableLike, index: slice | NDArray[np.int_]) -> TableLike:
 def numbers(who: str, name: str, value: TableLike) -> Tensor:
     """A table as a tensor on the CPU: a tensor keeps its dtype, others become float32 or, if needed, float64.
 
-    Args:
-        who, name: Caller and argument, for errors.
-        value: A tensor, an array, a data frame, nested lists, or a dictionary of tensors or arrays (rows, ...), each of
-            which gives one column for each number of its rows.
+    An entry (rows, ...) of a dictionary gives one column for each number of its rows.
 
     Raises:
         TypeError: For values that are not numeric.

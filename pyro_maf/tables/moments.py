@@ -23,7 +23,7 @@ MOST_ENTRIES = 2**22
 
 
 class Moments(NamedTuple):
-    """Location and scale of each column, (D,) each, in float64."""
+    """Location and scale of each column, (D,) each."""
 
     loc: Tensor
     scale: Tensor
@@ -120,12 +120,8 @@ def context_moments_of(table: Tensor, weights: Tensor | None = None, *, together
     """Moments of a context: as `moments_of`, but with a fence against a few outliers only, up to one row in 200.
 
     A network takes a context linearly: in units of its bulk, the rows of a heavy tail would be so far out that they
-    would dominate the steps of a fit.
-
-    Args:
-        table, weights: As in `moments_of`.
-        together: Whether all columns, the entries of an image, a series or a set, have the same units, those of all of
-            them: units of each would blow up a margin that hardly varies, and take an image's shades from its network.
+    would dominate the steps of a fit. `together`, all columns, the entries of an image, a series or a set, have the
+    units of all of them: units of each would blow up a margin that hardly varies, and take an image's shades.
     """
     if not together:
         return moments_of(table, OUTLIERS, weights)

@@ -61,13 +61,7 @@ class NamedRows(NamedTuple):
     def with_context_coded(self, who: str, layout: Layout) -> NamedRows:
         """The rows with categories of a context one-hot: texts and categorical columns of a data frame.
 
-        Args:
-            who: The caller, for errors.
-            layout: The layout of a context whose categories are to be taken; one without categories takes those of the
-                rows.
-
-        Raises:
-            InputError, ValueError: As `coded`, and for a value that is none of the categories of a layout.
+        They are those of a layout, of which a value is refused that is none of them, or else those of the rows.
         """
         if not is_frame(self.context):
             return self
@@ -113,10 +107,7 @@ def named_rows(
 ) -> NamedRows:
     """Return the rows of a `Table`, which has a context and names, or of other data and context.
 
-    Args:
-        who: The caller, for errors.
-        data, context: The rows.
-        weights: Their weights (N,), or the column of data that holds them, which is then none of the data; or None.
+    Weights may be the name of the column of data that holds them, which is then none of the data.
 
     Raises:
         ValueError: For a context or weights beside a `Table` that has its own, for a name that no column has, and for
@@ -151,12 +142,7 @@ def named_rows(
 
 
 def without_column(who: str, option: str, value: TableLike, name: str) -> tuple[TableLike, TableLike]:
-    """Split a table with names into the other columns and the one of this name.
-
-    Args:
-        who, option: Caller and option, for errors.
-        value: The table.
-        name: Name of a column, or of an entry of a dictionary.
+    """Split a table with names into the other columns or entries and the one of this name, for an option.
 
     Raises:
         ValueError: If it has no such column.

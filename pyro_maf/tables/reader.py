@@ -99,12 +99,9 @@ class Reader:
         places: Sequence[int] | None = None,
         weights: TableLike | None = None,
     ) -> Rows:
-        """Convert data and context to tensors on the CPU, of float32 if that is exact and otherwise of float64.
+        """Convert rows to tensors on the CPU, of float32 if that is exact and otherwise of float64, as weights are.
 
-        Args:
-            data, context: The table, or some rows of it.
-            weights: Weights of the rows, which become float64.
-            places: Indices of these rows in the whole table, from 0; None if they are all.
+        Some rows of a table are named by their `places` in it, from 0; without, rows are all.
 
         Raises:
             InputError: For values that are not finite or not inside the support, and for negative weights.
@@ -161,13 +158,7 @@ class Reader:
         )
 
     def check_rounded(self, rows: Rows, density: Standardiser, places: Sequence[int] | None = None) -> None:
-        """Refuse outliers so far out that they are infinite in the units of a density and the dtype of its model.
-
-        Args:
-            rows: The rows, in the dtypes of `density`.
-            density: The density that standardises them.
-            places: As in `read`.
-        """
+        """Refuse outliers so far out that they are infinite in the units of a density and the dtype of its model."""
         self._check_finite("data", density.standardised(rows.data), self.labels, places)
         if rows.context is not None:
             standard = density.standardised_context(rows.context)
@@ -258,15 +249,7 @@ def check_paired(who: str, name: str, rows: TableLike, context_name: str, contex
 
 
 def check_context(who: str, name: str, context: object, columns: int, refused: str = REFUSED, more: str = "") -> None:
-    """Refuse a context that is missing or superfluous.
-
-    Args:
-        who, name: Caller and argument, for errors.
-        context: The context, or None.
-        columns: Expected number of its columns, 0 for none.
-        refused: Density without a context, and advice, as "MAF, which takes none: leave it out".
-        more: Description of the expected columns.
-    """
+    """Refuse a context that is missing, with `more` on its columns, or superfluous, for a `refused` density."""
     if context is not None and not columns:
         raise ValueError(f"{who} got {name} for {refused}.")
     if context is None and columns:
@@ -290,16 +273,8 @@ def table_of(
 ) -> Tensor:
     """A table as a tensor of `width` columns, as by `numbers`; a vector is one column.
 
-    Args:
-        who, name: Caller and argument, for errors.
-        value: The table.
-        width: Number of columns.
-        about: Description of the shape, for errors.
-        least: Least number of rows.
-        shape: Shape of a row, of `width` numbers, which may come flat.
-
-    Raises:
-        ValueError, TypeError: As `numbers`, and for another shape.
+    Rows of another shape, of `width` numbers, may come flat. Fewer rows than `least`, or of another shape, are refused
+    with a description of it.
     """
     table = numbers(who, name, value)
     got = tuple(table.shape)

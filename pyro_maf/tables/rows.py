@@ -72,10 +72,6 @@ class Rows(NamedTuple):
         """Number of rows in each block that is read at once: here there is one block."""
         return [len(self.data)]
 
-    def take(self, index: Tensor | slice) -> Rows:
-        """Select the rows at `index`."""
-        return Rows(*(None if part is None else part[index] for part in self))  # type: ignore[arg-type]
-
     def read(self, blocks: Iterable[int]) -> Rows:
         """Return the rows of blocks: here all."""
         return self
@@ -83,6 +79,10 @@ class Rows(NamedTuple):
     def sample(self) -> Rows:
         """Return as many rows as memory holds: here all."""
         return self
+
+    def take(self, index: Tensor | slice) -> Rows:
+        """Select the rows at `index`."""
+        return Rows(*(None if part is None else part[index] for part in self))  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> Rows:
         """Move the rows to `device`."""
@@ -131,11 +131,7 @@ class Rows(NamedTuple):
         validation, there are so few values that they are categories, and rows are drawn one by one. A row of weight 2
         is two copies of a row, and one of weight 0 none: it is on neither side.
 
-        Args:
-            fraction: Fraction of validation rows, below 1.
-            generator: Generator of the draw.
-            by_chance: True if rows are equal by chance, their values being few, and no copies: they are drawn one by
-                one.
+        With `by_chance`, rows are equal by chance, their values being few, and no copies: they are drawn one by one.
         """
         if self.weights is not None and not self.weights.all():
             counted = self.weights.nonzero()[:, 0]
@@ -151,14 +147,7 @@ class Rows(NamedTuple):
 
 
 class Split(NamedTuple, Generic[R]):
-    """Training and validation rows.
-
-    Attributes:
-        training: The training rows, in memory or on disk.
-        held_out: The validation rows, perhaps none.
-        places: Their indices in the table, from 0.
-        repeats: Number of rows of the table that repeat an earlier one.
-    """
+    """Training rows, held-out rows with their indices in the table, and how many rows repeat an earlier one."""
 
     training: R
     held_out: Rows
@@ -168,8 +157,6 @@ class Split(NamedTuple, Generic[R]):
 
 def copies_of(rows: Rows) -> tuple[int, Tensor]:
     """Group equal rows: the number of distinct ones, and the number of the group of each row, (rows,).
-
-    Cost: that of `hash_rows`, and a sort.
 
     Example:
         >>> copies_of(Rows(torch.tensor([[7.0], [9.0], [7.0]]), None))
@@ -196,11 +183,7 @@ def repeat_as_a_whole(rows: Rows) -> bool:
 
 
 def mean_and_error(values: Tensor, weights: Tensor | None = None) -> tuple[float, float]:
-    """Mean of values, (rows,), and its standard error, NaN of one row.
-
-    Args:
-        values: One for each row.
-        weights: How often each row counts, (rows,); by default once.
+    """Mean of values, (rows,), with these weights, and its standard error, NaN of one row.
 
     Example:
         >>> mean_and_error(torch.tensor([1.0, 3.0]))
@@ -216,12 +199,7 @@ def mean_and_error(values: Tensor, weights: Tensor | None = None) -> tuple[float
 
 
 def in_proportion(weights: Tensor, number: int, start: float = 0.5) -> Tensor:
-    """Indices of rows in proportion to their weights, (number,): each row as often as its share, give or take one.
-
-    Args:
-        weights: (rows,), not all 0.
-        number: How many indices.
-        start: Offset of the systematic sample, in [0, 1).
+    """Indices of rows in proportion to their weights, (number,): a systematic sample from an offset in [0, 1).
 
     Example:
         >>> in_proportion(torch.tensor([1.0, 0.0, 2.0, 1.0]), 8)
@@ -233,12 +211,9 @@ def in_proportion(weights: Tensor, number: int, start: float = 0.5) -> Tensor:
 
 
 def hash_rows(rows: Rows) -> Hashes:
-    """Hash each row, with its context, to 64 bits.
+    """Hash each row, with its context, to 64 bits; 0 equals -0.
 
-    Equal rows have the same hash, with 0 equal to -0; among a million distinct rows, two share a hash with a
-    probability of 3e-8.
-
-    Cost: some ten elementwise operations on a column.
+    Among a million distinct rows, two share a hash with a probability of 3e-8.
 
     Example:
         >>> hashes = hash_rows(Rows(torch.tensor([[0.0, 1.0], [1.0, 0.0], [-0.0, 1.0]]), None))

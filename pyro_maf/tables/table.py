@@ -30,10 +30,7 @@ MOST_ROWS, MOST_COLUMNS = 3, 5
 
 
 class Gaps:
-    """Missing values of a table, collected batch by batch.
-
-    Args:
-        columns: The columns that are read.
+    """Missing values of the columns of a table, collected batch by batch.
 
     Attributes:
         length: Number of rows.
@@ -52,12 +49,7 @@ class Gaps:
         self._examples: dict[int, list[int]] = {}
 
     def add(self, numbers: NDArray[np.float64], cells: Sequence[Cells]) -> NDArray[np.bool_]:
-        """Record a batch; return the mask of its rows without a missing value.
-
-        Args:
-            numbers: The encoded columns, (rows, numbers), NaN for missing values.
-            cells: The cells, by column.
-        """
+        """Record a batch of cells, encoded as numbers, NaN for missing values; return the mask of its whole rows."""
         before, self.length = self.length, self.length + len(numbers)
         missing = np.isnan(numbers)
         if not missing.any():
@@ -226,7 +218,8 @@ def read_table(
     if decimal not in (".", ","):
         raise ValueError(f'read_table expected decimal "." or ",", got {decimal!r}.')
     opened = open_source(source, array, decimal, encoding)
-    _check_names(opened)
+    if (twice := _repeated(filter(None, opened.names))) is not None:
+        raise ValueError(f"read_table expected names that differ, got two columns {quoted(twice)} in {opened.label}.")
     if isinstance(columns, Layout) or isinstance(context, Layout):
         data_columns, context_columns = _described(opened, columns, context or NAMELESS, categories)
     else:
@@ -257,12 +250,6 @@ def _layout(columns: Sequence[Column], dtype: str | None = None) -> Layout:
         return layout._replace(categories=categories, one_hot=True)
     dtypes = tuple("object" if among else dtype for among in categories)
     return layout._replace(form="frame", categories=categories, dtypes=dtypes)
-
-
-def _check_names(source: Source) -> None:
-    name = _repeated(filter(None, source.names))
-    if name is not None:
-        raise ValueError(f"read_table expected names that differ, got two columns {quoted(name)} in {source.label}.")
 
 
 def _repeated(names: Iterable[str]) -> str | None:
@@ -380,13 +367,14 @@ def _check_known(source: Source, names: Sequence[str]) -> None:
 
 
 def _read(source: Source, columns: Sequence[Column], dtype: str | None, drop_missing: bool) -> tuple[FloatArray, Gaps]:
-    """Read and encode the columns, (rows, numbers); also return their missing values.
+    """Read and encode the columns, (rows, numbers); refuse missing values, or return those that are left out.
 
-    Raises:
-        ValueError: For missing values, unless they are to be dropped, and if no rows remain.
+    A large array that has exactly these columns in floating point stays mapped from its file.
     """
-    names = [column.name for column in columns]
-    mapped = None if drop_missing else _mapped(source, names)
+    names, mapped = [column.name for column in columns], None
+    if isinstance(source, ArraySource) and not drop_missing and names == list(source.names):
+        is_large = source.array.nbytes > BYTES_IN_MEMORY and source.array.dtype.kind == "f"
+        mapped = np.asanyarray(source.array) if is_large else None
     gaps = Gaps(columns)
     width = sum(len(column.encoded_names) for column in columns)
     with Spool(width, BYTES_IN_MEMORY) as spool, closing(source.batches(names)) as batches:
@@ -403,10 +391,3 @@ def _read(source: Source, columns: Sequence[Column], dtype: str | None, drop_mis
     if len(gaps.rows) == gaps.length:
         raise ValueError(f"read_table expected rows without missing values, got none in {source.label}: {gaps}.")
     return spool.rows(dtype) if mapped is None else mapped, gaps
-
-
-def _mapped(source: Source, names: Sequence[str]) -> FloatArray | None:
-    """Return the array mapped from the file if it is large and has exactly these columns in floating point."""
-    if not isinstance(source, ArraySource) or names != list(source.names) or source.array.dtype.kind != "f":
-        return None
-    return np.asanyarray(source.array) if source.array.nbytes > BYTES_IN_MEMORY else None

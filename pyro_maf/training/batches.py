@@ -75,7 +75,7 @@ class Batches:
         return self._spread(self.rows.sample().to(self._device), torch.Generator().manual_seed(0))
 
     def order(self, taken: int) -> Tensor:
-        """Generator state to resume from: of the current pass, or of the next if `taken` is 0."""
+        """Generator state to resume from: of the current pass, or of the next if no batches are `taken`."""
         if taken and self._order is not None:
             return self._order
         return torch.empty(0) if self._generator is None else self._generator.get_state()

@@ -287,14 +287,7 @@ class _Options:
 
 
 def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Options) -> FitResult:
-    """Train a density on prepared rows.
-
-    Args:
-        prepared: The density and its rows.
-        source: Data and context before that.
-        weight: A weight in the fit's dtype, on its device.
-        options: The options.
-    """
+    """Train a density on prepared rows, in the dtype and on the device of a weight."""
     density, processes = prepared.density, Processes(options.devices)
     layout, context_layout = source.layout, source.context_layout
     if processes.is_first:

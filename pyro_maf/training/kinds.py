@@ -34,12 +34,7 @@ MOST_NAMED = 3
 
 
 class Kinds(NamedTuple):
-    """Kinds of the columns of a table.
-
-    Attributes:
-        levels: Categories of each column as numbers, or None.
-        grids: Grid of each column, or None.
-    """
+    """Kinds of the columns of a table: categories of each as numbers, or None, and the grid of each, or None."""
 
     levels: tuple[tuple[float, ...] | None, ...]
     grids: tuple[Grid | None, ...] = ()
@@ -92,13 +87,7 @@ class Kinds(NamedTuple):
         return units.take(self.numeric) if self.categories else units
 
     def around(self, prior: FlowPrior, rows: Rows, seed: int) -> TableDensity | ConditionalTableDensity:
-        """The density of the table around that of its numbers.
-
-        Args:
-            prior: The density of the numbers, given the context and the categories.
-            rows: Rows whose frequencies of categories a new density starts with.
-            seed: Seed of the weights of the categories' networks.
-        """
+        """The density of the table around that of its numbers, with the categories as frequent as in the rows."""
         context_dim = prior.model.context_dim - sum(self.num_categories)
         categorical = None
         if self.categories:
@@ -112,12 +101,7 @@ class Kinds(NamedTuple):
         return form(prior, levels=self.levels, grids=self.grids or None, categorical=categorical)
 
     def lines(self, labels: Labels, named: Sequence[int]) -> list[str]:
-        """Lines on columns whose likelihood is a probability.
-
-        Args:
-            labels: Names of the columns.
-            named: Those of the categories that are numbers.
-        """
+        """Lines on columns whose likelihood is a probability, among them the `named` ones, of categories by numbers."""
         lines = []
         on_grid = [f"{labels.column(i)} ({describe(grid)})" for i, grid in enumerate(self.grids) if grid is not None]
         if on_grid:
@@ -156,11 +140,7 @@ def grids_of(
 ) -> tuple[Grid | None, ...]:
     """Grids of the columns, of which a support contains every step.
 
-    Args:
-        rows: All rows.
-        validation: Rows for validation, if they are others.
-        support: The support of the rows.
-        levels: Levels of columns of categories, which have no grid.
+    Rows for validation, if they are others, are on them too; columns of categories, with levels, have none.
 
     Cost: a sort of each column; of rows on disk one pass if a sample of them is on a grid.
     """

@@ -144,7 +144,7 @@ class Prepared(NamedTuple):
 
     @property
     def trained(self) -> Trained:
-        """What the loop trains: numbers anywhere in their steps, in the model's units where these take time."""
+        """Density and rows of the loop: numbers anywhere in their steps, in the model's units where these take time."""
         inner, validation = self.density.unwrapped, self.validation.rows
         if isinstance(inner, TableDensity):
             of_numbers = inner.prior if inner.categorical is None else inner.dequantised
@@ -186,13 +186,7 @@ def prepare(
     dtype: torch.dtype,
     seed: int,
 ) -> Prepared:
-    """Prepare a model and the rows for `fit`, on the CPU.
-
-    Args:
-        choice: The model, the rows, their support and their categories.
-        validated, tested: `validation` and `test` of `fit`.
-        weights, dequantise, seed: As in `fit`.
-        dtype: Dtype of the model.
+    """Prepare a model and the rows for `fit`, whose `validation` and `test` are `validated` and `tested`, on the CPU.
 
     Raises:
         ValueError, TypeError: As in `fit`.
@@ -337,12 +331,7 @@ def _in_units(
 ) -> Fitted:
     """Return the model on its support, standardised by the training rows; a prior keeps its units.
 
-    Args:
-        choice, seed: As in `prepare`.
-        units: Units of the unconstrained data, and moments of the context.
-        kinds: Kinds of the columns; those of categories are at the end of the context, as they are.
-        training: Training rows, or some of them.
-        leaves: True if values leave the support when rounded to float32.
+    Categories are at the end of its context, as they are. Values that leave the support in float32 are in float64.
 
     Raises:
         ValueError: For a model with a batch shape.

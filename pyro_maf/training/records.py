@@ -49,12 +49,7 @@ MOST_OF_THE_TIME = 1 / 20
 
 
 class Checkpoint(NamedTuple):
-    """State of a fit at one moment.
-
-    Attributes:
-        tensors: Weights, optimizer, average and random states, by name.
-        facts: JSON values: the settings, the position, the losses.
-    """
+    """State of a fit at one moment: tensors, and JSON values, the settings, the position and the losses, by name."""
 
     tensors: dict[str, Tensor]
     facts: Facts
@@ -118,10 +113,9 @@ class CheckpointFolder:
     """Checkpoints of a fit in a folder: frequent, but at most 5 % of the time.
 
     Args:
-        folder: The folder; this process has its lock.
+        folder: The folder, of which the process that writes has the lock.
         settings: The settings that a resumed fit must share.
-        resume: True to resume a fit in the folder.
-        overwrite: True to replace a fit in the folder by the first checkpoint of this one.
+        resume, overwrite: As in `fit`.
         is_first: True in the process that writes.
 
     Attributes:

@@ -42,10 +42,7 @@ def log_prob_of(
 ) -> Iterator[Tensor]:
     """Iterate over the log-densities of blocks of rows, (block,) each, in nats; without gradient, on the CPU.
 
-    Args:
-        density: The density; on another device the rows are moved there.
-        rows: Rows (N, D) in any form that `numbers` reads; of a memory-mapped array a block is read at a time.
-        context: Rows (N, C), for a density that takes a context.
+    Rows and context are of any form that `numbers` reads; of a memory-mapped array a block is read at a time.
 
     Raises:
         TypeError: For values that are not numeric.
