@@ -189,7 +189,12 @@ def _names(who: str, support: object, input_dim: int) -> tuple[str, ...]:
         support = [part for part, length in zip(parts, support.lengths, strict=True) for _ in range(length)]
     if isinstance(support, Sequence) and not isinstance(support, str) and not _is_pair(support):
         names = tuple(_name(who, each) for each in support)
-        if len(names) != input_dim or (SIMPLEX in names and names != (SIMPLEX,)):
+        if SIMPLEX in names and names != (SIMPLEX,):
+            raise ValueError(
+                f"{who} expected support simplex for all columns or none, got it for {names.count(SIMPLEX)} of "
+                f"{len(names)}: leave these shares out, or fit them alone."
+            )
+        if len(names) != input_dim:
             raise ValueError(
                 f"{who} expected support with {', '.join(NAMES)} for each of {input_dim} columns, got {list(names)}."
             )

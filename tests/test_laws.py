@@ -115,6 +115,11 @@ def test_a_broken_law_is_named_with_its_error_and_where(make: type[Flow], messag
         check_transform(make, dimensions=(2,), identity=make is not Forgetful)
 
 
+def test_a_transform_in_place_of_its_class_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"builds a transform .* got MAF\(2\): pass the class MAF, or lambda d: MAF"):
+        check_transform(MAF(2, **SIZE))  # type: ignore[arg-type]
+
+
 def test_the_global_generator_is_left_alone() -> None:
     before = torch.get_rng_state()
     check_transform(Scale, dimensions=(1,))

@@ -48,6 +48,7 @@ def check_transform(
 
     Raises:
         BrokenLawError: For the first law that is broken: by how much, and at which input.
+        TypeError: For a transform in place of a function that builds one.
 
     Cost: seconds.
 
@@ -68,6 +69,12 @@ def check_transform(
         pyro_maf.testing.comparison.BrokenLawError: Twice(1) breaks the law "has the log-determinant of its Jacobian":
         got 0, expected 0.6931, off by 0.409, allowed are 1e-09, at the input -0.7699.
     """
+    if isinstance(make, nn.Module):
+        kind = type(make).__name__
+        raise TypeError(
+            f"check_transform expected a function that builds a transform of D dimensions, got {name_of(make)}: "
+            f"pass the class {kind}, or lambda d: {kind}(d, ...)."
+        )
     for input_dim in dimensions:
 
         def built(gain: float = 1.0, *, input_dim: int = input_dim) -> Transform:

@@ -105,7 +105,7 @@ class GuideFit(Generic[AnyGuide]):
     def _verdict(self) -> str:
         """The verdict, shortened to a line; `diagnosis` has all of it."""
         verdict = self.diagnosis.verdict.rstrip(".")
-        if self.diagnosis.reason:
+        if self.diagnosis.reason or self.diagnosis.grade == "usable":  # how far, and what to do
             return verdict
         caveat = f"; {self.diagnosis.caveat}" if self.diagnosis.caveat else ""
         return verdict.removesuffix(caveat).partition(": ")[0] + caveat
