@@ -17,7 +17,7 @@ from pyro.util import warn_if_nan
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
-from pyro_maf.infer.models.log_joint import is_enumerated, log_densities
+from pyro_maf.infer.models.enumeration import is_enumerated, log_densities
 from pyro_maf.infer.models.model import (
     Args,
     Call,

@@ -25,8 +25,9 @@ from pyro_maf.infer.guides.posterior import TRIES, start_of
 from pyro_maf.infer.guides.shares import Shares
 from pyro_maf.infer.guides.state import StoredWeights, digest_of
 from pyro_maf.infer.models.coordinates import Coordinates
+from pyro_maf.infer.models.enumeration import is_enumerated
 from pyro_maf.infer.models.latents import Latents, Plates, median_or_feasible
-from pyro_maf.infer.models.log_joint import FAILURES, is_enumerated
+from pyro_maf.infer.models.log_joint import FAILURES
 from pyro_maf.infer.models.model import (
     Args,
     Call,

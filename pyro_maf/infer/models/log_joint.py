@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
-from itertools import islice
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.ops import packed
-from pyro.ops.contract import contract_tensor_tree
 from torch import Tensor
 
 from pyro_maf._core.torch_state import seeded
+from pyro_maf.infer.models.enumeration import is_enumerated, log_densities, total_by_draw
 from pyro_maf.infer.models.mapped import mapped
 from pyro_maf.infer.models.model import (
     Call,
     DrawRecorder,
-    Frame,
     RefusalError,
     Site,
     Trace,
-    is_subsample,
     latent_sites,
     report_run,
     sample_sites,
@@ -34,14 +29,12 @@ from pyro_maf.infer.models.plates import (
     Minibatch,
     Minibatches,
     PartialRowsError,
-    frames_of,
-    joined,
     minibatches_of,
     nesting_of,
     subsampled,
 )
 
-__all__ = ["FAILURES", "LogJoint", "is_enumerated", "log_densities", "total_by_draw"]
+__all__ = ["FAILURES", "LogJoint"]
 
 FAILURES = (ValueError, ArithmeticError, RuntimeError)
 """Errors of models and distributions for a value that cannot be scored, linear algebra included."""
@@ -64,11 +57,8 @@ SPARE = 2
 Values = Mapping[str, Tensor]
 """The value of each latent site, draws along the first dimension."""
 
-Scorer = Callable[[Values, Iterable[Minibatch]], Tensor]
-"""Log joint density of several draws, (draws,), from runs over minibatches."""
-
-Weigh = Callable[[Iterable[Frame]], Tensor | float]
-"""The weight of a site in plates."""
+Scorer = Callable[[Values, Minibatch], Tensor]
+"""Log joint density of several draws, (draws,), with the rows of a minibatch."""
 
 
 class LogJoint:
@@ -144,7 +134,7 @@ class LogJoint:
         if count > most and not torch.is_grad_enabled():
             return torch.cat([self(_draws(values, slice(at, at + most))) for at in range(0, count, most)])
         try:
-            scored = self._score(values, self._minibatches)
+            scored = self.together(values)
         except FAILURES:
             if count == 1:
                 return next(iter(values.values())).new_full((1,), -torch.inf)
@@ -155,24 +145,24 @@ class LogJoint:
         """Log joint density of draws, (draws,), for some of which the model raises."""
         if self._maps_failures:
             with suppress(*FAILURES):
-                return self._mapped(values, self._minibatches)
+                return self._total(self._mapped, values)
         half = _count(values) // 2
         scored = torch.cat([self(_draws(values, part)) for part in (slice(half), slice(half, None))])
         if self._maps_failures is None and self._score == self._together:
-            self._maps_failures = self._largest <= LARGEST and self._agrees(
-                self._mapped, values, scored.detach(), self._minibatches
+            self._maps_failures = self._largest <= LARGEST and _agrees(
+                partial(self._total, self._mapped, values), scored.detach()
             )
         return scored
 
     def together(self, values: Values) -> Tensor:
         """Return log p(x, z) in nats, (draws,), by one run for all draws, as the model returns or raises it."""
-        return self._score(values, self._minibatches)
+        return self._total(self._score, values)
 
     @torch.no_grad()
     def can_score(self, values: Values) -> bool:
         """True if the density at values of one draw, (1, ...), is finite, by a run for that draw."""
         try:
-            return bool(self._in_turn(values, islice(self._minibatches, 1)).isfinite())
+            return bool(self._in_turn(values, self._first).isfinite())
         except FAILURES:
             return False
 
@@ -190,7 +180,7 @@ class LogJoint:
 
     def returned(self, values: Values) -> object:
         """Return value of the model at values of one draw, (1, ...), with the rows of the first minibatch."""
-        return self._scored(self._single(_draws(values, 0)), next(iter(self._minibatches))).nodes["_RETURN"]["value"]
+        return self._scored(self._single(_draws(values, 0)), self._first).nodes["_RETURN"]["value"]
 
     def prior_draws(self, count: int) -> dict[str, Tensor]:
         r"""Draw the latent sites from the prior, (count, \*site); at most 64, by a run for each, without broadcasting.
@@ -219,11 +209,10 @@ class LogJoint:
             return self._settled(values)
 
     def _settled(self, values: Values) -> LogJoint:
-        first = list(islice(self._minibatches, 1))
         alone, error = [], None
         for index in range(_count(values)):
             try:
-                alone.append(self._in_turn(_draws(values, slice(index, index + 1)), first))
+                alone.append(self._in_turn(_draws(values, slice(index, index + 1)), self._first))
             except FAILURES as failure:
                 alone.append(self._like.new_full((1,), torch.nan))
                 error = failure
@@ -232,70 +221,60 @@ class LogJoint:
         if error is not None and not usable.any():
             raise error
         index = int(usable.int().argmax())
-        self._test_randomness(_draws(values, slice(index, index + 1)), first)
+        self._test_randomness(_draws(values, slice(index, index + 1)))
         if usable.any():
             values, expected = _draws(values, usable), expected[usable]
         batched: tuple[Scorer, ...] = (self._together,)
         if self._largest <= LARGEST:
             batched += (self._mapped, partial(self._mapped, writes=True))
-        self._score = next((each for each in batched if self._agrees(each, values, expected, first)), self._in_turn)
+        agreeing = (each for each in batched if _agrees(partial(each, values, self._first), expected))
+        self._score = next(agreeing, self._in_turn)
         self.broadcasts, self.is_vectorised = self._score == self._together, self._score != self._in_turn
         return self
 
-    def _agrees(self, score: Scorer, values: Values, expected: Tensor, minibatches: Iterable[Minibatch]) -> bool:
-        """True if scores of all draws together are as expected."""
-        try:
-            return torch.allclose(score(values, minibatches), expected, rtol=1e-3, atol=1e-3, equal_nan=True)
-        except PartialRowsError:
-            raise
-        except Exception:  # a model not written for a batch may fail in any way
-            return False
-
-    def _test_randomness(self, one: Values, minibatches: Iterable[Minibatch]) -> None:
+    def _test_randomness(self, one: Values) -> None:
         """Set `hidden` and `is_random`, the latter if the density of one draw differs between seeds."""
         recorder = DrawRecorder(self._like.device)
         try:
             with recorder:
-                first = self._in_turn(one, minibatches)
+                first = self._in_turn(one, self._first)
             self.hidden = tuple(sorted(recorder.sites))
             self._largest = recorder.largest
             seeds = range(1, SEEDS if recorder.any else 2)
-            others = (self._in_turn(one, minibatches, seed) for seed in seeds)
+            others = (self._in_turn(one, self._first, seed) for seed in seeds)
             differs = any(not torch.allclose(first, other, rtol=1e-5, atol=1e-5, equal_nan=True) for other in others)
         except FAILURES:
             differs = False
         self.is_random = differs or bool(self.hidden)
 
-    def _together(self, values: Values, minibatches: Iterable[Minibatch]) -> Tensor:
+    @property
+    def _first(self) -> Minibatch:
+        return next(iter(self._minibatches))
+
+    def _total(self, score: Scorer, values: Values) -> Tensor:
+        """Sum over the runs that score all rows."""
+        terms = []
+        for minibatch in self._minibatches:
+            terms.append(score(values, minibatch))
+            if self.runs > 1 and score != self._in_turn:
+                report_run()
+        return _sum(terms)
+
+    def _together(self, values: Values, minibatch: Minibatch) -> Tensor:
         draws = _count(values)
-        plates = (draws, *(1,) * self.nesting)
+        with pyro.plate("_draws", draws, dim=-self.nesting - 1):
+            trace = self._scored(values, minibatch)
+        return total_by_draw(log_densities(trace, minibatch.weight), (draws, *(1,) * self.nesting))
 
-        def score(minibatch: Minibatch) -> Tensor:
-            with pyro.plate("_draws", draws, dim=-self.nesting - 1):
-                trace = self._scored(values, minibatch)
-            if self.runs > 1:
-                report_run()
-            return total_by_draw(log_densities(trace, minibatch.weight), plates)
+    def _mapped(self, values: Values, minibatch: Minibatch, writes: bool = False) -> Tensor:
+        return mapped(lambda one: self._score_of_one(one, minibatch), values, writes=writes)
 
-        return _sum(map(score, minibatches))
-
-    def _mapped(self, values: Values, minibatches: Iterable[Minibatch], writes: bool = False) -> Tensor:
-        def score(minibatch: Minibatch) -> Tensor:
-            scored = mapped(lambda one: self._score_of_one(one, minibatch), values, writes=writes)
-            if self.runs > 1:
-                report_run()
-            return scored
-
-        return _sum(map(score, minibatches))
-
-    def _in_turn(self, values: Values, minibatches: Iterable[Minibatch], seed: int = 0) -> Tensor:
-        def score(row: int, minibatch: Minibatch) -> Tensor:
-            total = self._score_of_one({name: value[row] for name, value in values.items()}, minibatch, seed)
+    def _in_turn(self, values: Values, minibatch: Minibatch, seed: int = 0) -> Tensor:
+        scores = []
+        for row in range(_count(values)):
+            scores.append(self._score_of_one(_draws(values, row), minibatch, seed))
             report_run()
-            return total
-
-        minibatches = tuple(minibatches)
-        return torch.stack([_sum(score(row, each) for each in minibatches) for row in range(_count(values))])
+        return torch.stack(scores)
 
     def _score_of_one(self, values: Values, minibatch: Minibatch, seed: int = 0) -> Tensor:
         trace = self._scored(self._single(values), minibatch, seed)
@@ -329,6 +308,16 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
     return sum(rest, first)
 
 
+def _agrees(score: Callable[[], Tensor], expected: Tensor) -> bool:
+    """True if scores of all draws together are as expected."""
+    try:
+        return torch.allclose(score(), expected, rtol=1e-3, atol=1e-3, equal_nan=True)
+    except PartialRowsError:
+        raise
+    except Exception:  # a model not written for a batch may fail in any way
+        return False
+
+
 def _draws(values: Values, index: slice | Tensor | int) -> dict[str, Tensor]:
     """Select some draws."""
     return {name: value[index] for name, value in values.items()}
@@ -353,94 +342,3 @@ def _within_subsamples(latents: Mapping[str, Site], all_rows: Mapping[str, Mappi
                     f"latent site {name} is drawn for {frame.size} of the {frame.full_size} rows of plate {frame.name}"
                 )
     return ""
-
-
-def total_by_draw(parts: Sequence[Tensor], plates: tuple[int, ...]) -> Tensor:
-    """Sum log-densities over all plates but the first, to (plates[0],)."""
-    parts = [part.reshape(part.shape[max(0, part.dim() - len(plates)) :]) for part in parts]
-    parts = [part.expand(torch.broadcast_shapes(part.shape, plates)) for part in parts]
-    return torch.stack([part.reshape(plates[0], -1).sum(1) for part in parts]).sum(0)
-
-
-def is_enumerated(site: Site) -> bool:
-    """True if a latent site is to be enumerated in parallel, as by `TraceEnum_ELBO`."""
-    infer = site["infer"] or {}
-    return infer.get("enumerate") == "parallel" and not infer.get("num_samples") and site["fn"].has_enumerate_support
-
-
-def log_densities(trace: Trace, weigh: Weigh = lambda frames: 1.0) -> list[Tensor]:
-    r"""Return log-densities in nats that sum to that of a trace, in the shapes of plates, discrete sites summed out.
-
-    There is one for each site, and one for each set of sites that depend on the same enumerated ones: the logarithm of
-    the sum, over all their values, of the product of densities, by tensor variable elimination.
-
-    Args:
-        trace: A trace whose log-probabilities are computed, of a run under `pyro.poutine.enum` or without it.
-        weigh: Weights by the plates around a site, in addition to Pyro's scales.
-
-    Raises:
-        ValueError: If sites that depend on the same discrete ones are scaled differently.
-        NotImplementedError: If a discrete site depends on two independent plates.
-
-    Reference:
-        Obermeyer et al., *Tensor variable elimination for plated factor graphs*, 2019.
-    """
-    sites = [site for site in sample_sites(trace).values() if not is_subsample(site)]
-    if not any(map(_is_summed_out, sites)):
-        return [site["log_prob"] * weigh(site["cond_indep_stack"]) for site in sites]
-    trace.pack_tensors()
-    summed = set(trace.symbol_to_dim) - set(trace.plate_to_symbol.values())
-    coupled: dict[frozenset[str], list[Site]] = {}
-    terms = []
-    for site in sites:
-        if dims := summed.intersection(vars(site["packed"]["log_prob"])["_pyro_dims"]):
-            coupled.setdefault(frozenset(dims), []).append(site)
-        else:
-            terms.append(site["log_prob"] * weigh(site["cond_indep_stack"]))
-    for component in joined(coupled):
-        together = [site for dims, group in coupled.items() if dims <= component for site in group]
-        terms += _contracted(trace, together, set(component), weigh)
-    return terms
-
-
-def _is_summed_out(site: Site) -> bool:
-    """True if a site of a trace is enumerated in it."""
-    return "_enumerate_dim" in (site["infer"] or {})
-
-
-def _contracted(trace: Trace, sites: list[Site], summed: set[str], weigh: Weigh) -> list[Tensor]:
-    """Sum enumerated discrete sites out of the log-densities of all sites that depend on them."""
-    factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-    for site in sites:
-        plates = frozenset(trace.plate_to_symbol[frame.name] for frame in frames_of(site))
-        factors.setdefault(plates, []).append(_factor(site))
-    scale = _common_scale(sites)
-    frames = {trace.plate_to_symbol[frame.name]: frame for site in sites for frame in frames_of(site)}
-    return [
-        packed.unpack(term, trace.symbol_to_dim) * scale * weigh(frames[symbol] for symbol in plates)
-        for plates, terms in contract_tensor_tree(factors, summed).items()
-        for term in terms
-    ]
-
-
-def _factor(site: Site) -> Tensor:
-    """Return a site's log-factor. A mask removes elements, but a masked discrete site still sums to one."""
-    log_prob = site["packed"]["unscaled_log_prob"]
-    if _is_summed_out(site):
-        return log_prob
-    return packed.scale_and_mask(log_prob, mask=site["packed"]["mask"])
-
-
-def _common_scale(sites: list[Site]) -> float:
-    """Return the common scale of sites that are summed out together; it multiplies the logarithm of the sum."""
-    scales = {}
-    for site in sites:
-        if isinstance(site["scale"], Tensor) and site["scale"].numel() != 1:
-            raise ValueError(f"Enumeration expected a number as scale of site {site['name']}, got a tensor.")
-        if any(not frame.vectorized for frame in subsampled(site)):
-            raise PartialRowsError(f"site {site['name']} is summed over within a sequential plate that subsamples")
-        scales[float(site["scale"])] = site["name"]
-    if len(scales) > 1:
-        got = ", ".join(f"{scale:g} at {name}" for scale, name in scales.items())
-        raise ValueError(f"Enumeration expected one scale for all sites that depend on a discrete one, got {got}.")
-    return next(iter(scales), 1.0)
