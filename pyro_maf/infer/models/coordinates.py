@@ -43,6 +43,9 @@ __all__ = ["Coordinates", "run_with"]
 Rule = Callable[[str, TorchDistribution], Tensor]
 """The value of a latent site, by its name and its distribution in this run."""
 
+Step = Callable[[Part, Tensor, TorchDistribution | None], tuple[Tensor, tuple[Tensor, Tensor]]]
+"""The value of a site, and the results of its map, by its part of a vector and its distribution, if it has one."""
+
 DEGREE = 0.5
 """Degree of centring before anything is known of the posterior."""
 LOST = 0.1
@@ -125,33 +128,16 @@ class Coordinates(nn.Module):
         For a draw at which the model raises, as of a covariance that is singular by rounding, sites from there on have
         their usual location and scale; with `strict`, its error is raised.
         """
-        pieces = {part.site["name"]: (part, piece) for part, piece in latents.split(coordinates)}
-        images: Images = {}
 
-        def value_of(name: str, fn: TorchDistribution | None) -> Tensor:
-            part, piece = pieces[name]
+        def outward(part: Part, piece: Tensor, fn: TorchDistribution | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
             entries, log_slope = self._outward(part, piece, fn)
             value, log_det = latents.mapped(part, entries)
             if log_slope is not None:
                 events = part.site["fn"].event_dim
                 log_det = log_det + (log_slope.flatten(-events).sum(-1) if events else log_slope)
-            images[name] = value, log_det
-            return value
+            return value, (value, log_det)
 
-        try:
-            run_with(call, pieces, value_of)
-        except FAILURES:
-            if strict:
-                raise
-            if coordinates.dim() > 1 + latents.nesting and len(coordinates) > 1:
-                first, second = (self.images(latents, half, call) for half in coordinates.tensor_split(2))
-                return {
-                    name: (torch.cat([value, second[name][0]]), torch.cat([log_det, second[name][1]]))
-                    for name, (value, log_det) in first.items()
-                }
-        for name in pieces.keys() - images.keys():  # also in a branch of the model without a site
-            value_of(name, None)
-        return images
+        return _along(latents, coordinates, call, strict, outward)
 
     def of_values(
         self, latents: Latents, values: Mapping[str, Tensor], call: Call, *, strict: bool = False
@@ -160,33 +146,16 @@ class Coordinates(nn.Module):
         entries, log_det = latents.pack(values)
         batch = entries.shape[:-1]
         flat = entries.reshape(-1, *(1,) * latents.nesting, entries.shape[-1])
-        coordinates, log_slope = self._of_entries(latents, flat, call, strict)
-        return coordinates.reshape(*batch, -1), log_det + log_slope.reshape(batch)
 
-    def _of_entries(self, latents: Latents, entries: Tensor, call: Call, strict: bool) -> tuple[Tensor, Tensor]:
-        """Map vectors v, (draws, ..., D), to coordinates (draws, D), and log |det dv/dc|, (draws,), as `images`."""
-        pieces = {part.site["name"]: (part, piece) for part, piece in latents.split(entries)}
-        count, inside, log_slopes = len(entries), {}, [entries.new_zeros(len(entries))]
+        def inward(part: Part, piece: Tensor, fn: TorchDistribution | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            inside, log_slope = self._inward(part, piece, fn)
+            total = piece.new_zeros(len(piece)) if log_slope is None else log_slope.reshape(len(piece), -1).sum(-1)
+            return latents.mapped(part, piece)[0], (inside.reshape(len(inside), -1), total)
 
-        def value_of(name: str, fn: TorchDistribution | None) -> Tensor:
-            part, piece = pieces[name]
-            inside[name], log_slope = self._inward(part, piece, fn)
-            if log_slope is not None:
-                log_slopes.append(log_slope.reshape(count, -1).sum(-1))
-            return latents.mapped(part, piece)[0]
-
-        try:
-            run_with(call, pieces, value_of)
-        except FAILURES:
-            if strict:
-                raise
-            if count > 1:
-                halves = [self._of_entries(latents, half, call, strict) for half in entries.tensor_split(2)]
-                return torch.cat([half[0] for half in halves]), torch.cat([half[1] for half in halves])
-        for name in pieces.keys() - inside.keys():
-            value_of(name, None)
-        packed = torch.cat([inside[name].reshape(count, -1) for name in pieces], -1)
-        return packed[:, ~latents.idle], torch.stack(log_slopes).sum(0)
+        sites = _along(latents, flat, call, strict, inward)
+        packed = torch.cat([sites[name][0] for name in latents.parts], -1)[:, ~latents.idle]
+        log_slope = torch.stack([total for _, total in sites.values()]).sum(0)
+        return packed.reshape(*batch, -1), log_det + log_slope.reshape(batch)
 
     @torch.no_grad()
     def centre(self, latents: Latents, values: Mapping[str, Tensor], call: Call) -> Tensor:
@@ -347,6 +316,31 @@ class Coordinates(nn.Module):
         variance = ratio / total
         away = variance * (shift - degree * (loc - usual))
         return _Map(loc, away, Scale(variance.sqrt()), usual + shift, scale)
+
+
+def _along(latents: Latents, vectors: Tensor, call: Call, strict: bool, step: Step) -> dict[str, tuple[Tensor, Tensor]]:
+    """Map the sites of vectors, as `Latents.split` takes them, in the order of the model; errors are as in `images`."""
+    pieces = {part.site["name"]: (part, piece) for part, piece in latents.split(vectors)}
+    results: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def value_of(name: str, fn: TorchDistribution | None) -> Tensor:
+        value, results[name] = step(*pieces[name], fn)
+        return value
+
+    try:
+        run_with(call, pieces, value_of)
+    except FAILURES:
+        if strict:
+            raise
+        if vectors.dim() > 1 + latents.nesting and len(vectors) > 1:
+            first, second = (_along(latents, half, call, strict, step) for half in vectors.tensor_split(2))
+            return {
+                name: (torch.cat([one, second[name][0]]), torch.cat([other, second[name][1]]))
+                for name, (one, other) in first.items()
+            }
+    for name in pieces.keys() - results.keys():  # also in a branch of the model without a site
+        value_of(name, None)
+    return results
 
 
 def _lost_to_rounding(loc: Tensor, scale: Scale, residual: Tensor, entries: Tensor) -> Tensor | float:

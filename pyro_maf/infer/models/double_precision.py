@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from pyro_maf.infer.models.model import Args, Kwargs
 
@@ -73,36 +73,20 @@ class _Promoting(TorchFunctionMode):
         self, func: Callable[..., object], types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         kwargs = kwargs or {}
-        dtypes = set(_dtypes((*args, *kwargs.values())))
+        dtypes = {leaf.dtype for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         if dtypes >= {torch.float32, torch.float64} and not _writes(func, kwargs):
-            args = tuple(map(_promoted, args))
-            kwargs = {name: _promoted(value) for name, value in kwargs.items()}
+            args, kwargs = tree_map_only(Tensor, _promoted, (args, kwargs))
         return func(*args, **kwargs)
 
 
-def _dtypes(values: Iterable[object]) -> list[torch.dtype]:
-    """Dtypes of tensors among values, nested ones included."""
-    found: list[torch.dtype] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value.dtype)
-        elif isinstance(value, (tuple, list)):
-            found += _dtypes(value)
-    return found
+def _promoted(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.dtype == torch.float32 else tensor
 
 
 def _writes(func: Callable[..., object], kwargs: Kwargs) -> bool:
     """True if a function writes into one of its arguments; written into a float64 copy, that would be lost."""
     name = getattr(func, "__name__", "")
     return "out" in kwargs or (name.endswith("_") and not name.endswith("__")) or name.startswith(("__i", "__set"))
-
-
-def _promoted(value: object) -> object:
-    if isinstance(value, Tensor):
-        return value.double() if value.dtype == torch.float32 else value
-    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
-        return type(value)(_promoted(item) for item in value)
-    return value
 
 
 def widened(tensor: Tensor) -> Tensor:

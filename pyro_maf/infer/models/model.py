@@ -49,7 +49,6 @@ __all__ = [
     "is_subsample",
     "latent_sites",
     "layers_of",
-    "leaves_of",
     "report_run",
     "sample_sites",
     "show_runs",
@@ -125,15 +124,6 @@ def layers_of(fn: Distribution) -> Iterator[Distribution]:
     while layer is not None:
         yield layer
         layer = getattr(layer, "base_dist", None)
-
-
-def leaves_of(value: object) -> Iterator[object]:
-    """Iterate over the items of nested tuples and lists."""
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            yield from leaves_of(item)
-    else:
-        yield value
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from pyro_maf.infer.models.model import (
     Args,
@@ -24,7 +25,6 @@ from pyro_maf.infer.models.model import (
     Trace,
     is_subsample,
     latent_sites,
-    leaves_of,
     sample_sites,
 )
 
@@ -268,7 +268,7 @@ class _UseRecorder(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") not in SHAPE_ONLY:
-            inputs = {id(value) for value in leaves_of((args, *kwargs.values()))}
+            inputs = {id(value) for value in tree_leaves((args, kwargs))}
             self._recorder.used.update(name for name, rows in self._recorder.rows.items() if id(rows) in inputs)
         return func(*args, **kwargs)
 

@@ -108,20 +108,13 @@ class RecordedPrior(nn.Module, Savable):
         """The sites with a location and scale."""
         return list(self._priors)
 
-    def _by_site(self) -> dict[str, list[int]]:
-        """Numbers of the results that each site is the first to need."""
-        done: set[int] = set()
-        segments = {}
-        for name, targets in self._priors.items():
-            needed: set[int] = set()
-            pending = list(targets)
-            while pending:
-                number = pending.pop()
-                if number >= self._values + self._constants and number not in done | needed:
-                    needed.add(number)
-                    pending += self._inputs_of(number)
-            segments[name] = sorted(needed)
-            done |= needed
+    def _by_site(self) -> list[list[int]]:
+        """Numbers of the results that can be computed once a site has its value, which is the last that they need."""
+        segments: list[list[int]] = [[] for _ in self._sites]
+        last = [*range(self._values), *[0] * self._constants]
+        for number in range(len(last), len(last) + len(self._steps)):
+            last.append(max((last[each] for each in self._inputs_of(number)), default=0))
+            segments[last[number]].append(number)
         return segments
 
     def _step(self, number: int) -> tuple[str, Any, Any]:
@@ -141,16 +134,14 @@ class RecordedPrior(nn.Module, Savable):
         for index, (name, (shape, nests)) in enumerate(self._sites.items()):
             fn: TorchDistribution = dist.Normal(0.0, 1.0)
             if name in self._priors:
-                found |= self._results(name, found)
-                lead = (*draws, *(1,) * (most - nests)) if draws else ()
-                fn = self._distribution(name, found, lead)
+                fn = self._distribution(name, found, (*draws, *(1,) * (most - nests)) if draws else ())
             value = pyro.sample(name, fn)
             draws = value.shape[: max(0, value.dim() - len(shape) - most + nests)]
             found[index] = value.reshape(-1, *shape)
+            found |= self._results(self._segments[index], found)
 
-    def _results(self, name: str, found: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Compute what a site is the first to need, for all draws at once."""
-        segment = self._segments[name]
+    def _results(self, segment: Sequence[int], found: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Compute results for all draws at once."""
         if not segment:
             return {}
 
@@ -238,12 +229,10 @@ def _described(graph: fx.Graph, first: int) -> tuple[list[object], list[int]]:
     for node in reversed(nodes):
         if node in needed:
             needed.update(node.all_input_nodes)
-    numbers: dict[fx.Node, int] = {}
+    numbers = {node: index for index, node in enumerate(graph.find_nodes(op="placeholder"))}
     steps: list[object] = []
     for node in nodes[:-1]:
-        if node.op == "placeholder":
-            numbers[node] = len(numbers)
-        elif node in needed:
+        if node in needed and node not in numbers:
             numbers[node] = first + len(steps)
             steps.append(_described_step(node, numbers))
     return steps, [numbers[each] for each in outputs]

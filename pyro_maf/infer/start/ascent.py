@@ -38,6 +38,10 @@ class Normal(NamedTuple):
         """Return a normal with the same scale in every direction."""
         return cls(loc, scale * torch.eye(len(loc), dtype=loc.dtype, device=loc.device))
 
+    def to(self, like: Tensor) -> Normal:
+        """Convert both to the dtype and device of a tensor."""
+        return Normal(self.loc.to(like), self.scale_tril.to(like))
+
     def of_noise(self, noise: Tensor) -> Tensor:
         """Return the points, (rows, D), of standard normal noise."""
         return self.loc + noise @ self.scale_tril.T

@@ -12,7 +12,7 @@ from pyro_maf.infer.models.double_precision import Score
 from pyro_maf.infer.models.latents import Latents
 from pyro_maf.infer.models.log_joint import FAILURES
 from pyro_maf.infer.models.model import Call
-from pyro_maf.infer.start.mean_field import diagonal_normal, fixed_noise, narrow_place
+from pyro_maf.infer.start.mean_field import diagonal_normal, fixed_noise, narrow_place, second_derivatives
 
 __all__ = ["fit_degrees", "normal_sites"]
 
@@ -62,7 +62,7 @@ def _updated(
             name: value.reshape(len(draws), *latents.parts[name].value.shape) for name, (value, _) in images.items()
         }
     try:
-        coordinates.set_by_precision(latents, *_derivatives(score, draws), values, call)
+        coordinates.set_by_precision(latents, *second_derivatives(score, draws), values, call)
     except FAILURES:  # such as an operation without a second derivative
         return place
     with torch.no_grad():
@@ -70,18 +70,6 @@ def _updated(
     if not bool(moved.isfinite().all()):
         return place
     return torch.stack([moved.mean(0), moved.std(0).clamp(min=1e-6).log()])
-
-
-def _derivatives(score: Score, points: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Return the gradient at points, (rows, D), and the product of minus the Hessian there with vectors, (rows, D)."""
-    points = points.detach().requires_grad_()
-    with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(score(points).sum(), points, create_graph=True)
-
-    def product(vectors: Tensor) -> Tensor:
-        return -torch.autograd.grad(gradient, points, vectors, retain_graph=True)[0]
-
-    return gradient.detach(), product
 
 
 def normal_sites(
@@ -93,16 +81,14 @@ def normal_sites(
     their distance. The points are pairs in draws of a normal, twice as far out.
 
     Args:
-        coordinates: The coordinates.
-        latents: The layout of the latent vector.
-        score: Log-density of coordinates, (rows, D), up to a constant.
+        coordinates, latents, score: As in `fit_degrees`.
         place: The normal, as a function of standard normal noise, (rows, D).
 
     Cost: one gradient and one product of a Hessian and a vector.
     """
     noise = REACH * fixed_noise(latents.initial(), seed=1)
     try:
-        gradient, product = _derivatives(lambda rows: score(place(rows)), noise)
+        gradient, product = second_derivatives(lambda rows: score(place(rows)), noise)
         apart, predicted = gradient - gradient.roll(len(noise) // 2, 0), 2 * product(noise)
     except FAILURES:
         return []

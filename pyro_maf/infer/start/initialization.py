@@ -17,12 +17,11 @@ from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.models.double_precision import Score, in_double, is_resolved, nudged
 from pyro_maf.infer.models.latents import UNIFORM
 from pyro_maf.infer.start.ascent import Ascents, Normal, Place
-from pyro_maf.infer.start.mean_field import diagonal_normal, narrow_place
-from pyro_maf.infer.start.modes import End, Start, bounds_of, covering, different, distance, even_noise
+from pyro_maf.infer.start.mean_field import DRAWS, diagonal_normal, fixed_noise, narrow_place
+from pyro_maf.infer.start.modes import End, Start, bounds_of, covering, different, distance
 
 __all__ = ["DENSE", "Normal", "Start", "best_normal", "best_start", "other_points"]
 
-DRAWS = 32
 ITERATIONS, OTHERS_ITERATIONS = 300, 100
 PATIENCE, GAIN = 20, 1e-3
 """Iterations, and nats: an ascent without such a gain in so many iterations ends, as for a density without a mode."""
@@ -99,9 +98,9 @@ def best_start(
     others = loc.new_empty(0, len(loc)) if others is None else others
     wide = in_double(log_density, loc)
     if wide is not None:
-        doubled = [Normal(each.loc.double(), each.scale_tril.double()) for each in proposals]
-        best = _start(wide, loc.double(), others.double(), doubled, images, vectorised)
-        normals = tuple(Normal(each.loc.to(loc), each.scale_tril.to(loc)) for each in best.normals)
+        exact = loc.double()
+        best = _start(wide, exact, others.to(exact), [each.to(exact) for each in proposals], images, vectorised)
+        normals = tuple(each.to(loc) for each in best.normals)
         if all(_survives(log_density, wide, normal, vectorised) for normal in normals):
             return best._replace(normals=normals, shares=best.shares.to(loc))
     return _start(log_density, loc, others, proposals, images, vectorised)
@@ -133,12 +132,9 @@ def other_points(log_density: Score, loc: Tensor, prior: Tensor | None, *, vecto
         pool = pool if vectorised else pool[:ALONE_POOL]
         scores = log_density(pool)
         pool, scores = pool[scores.isfinite()], scores[scores.isfinite()]
-        order = scores.argsort(descending=True)
-        best = order[: part // 2]
-        rest = (
-            [each for each in range(len(pool)) if each not in best.tolist()][: part - len(best)] if vectorised else []
-        )
-        chosen += [pool[best], pool[rest]]
+        best = scores.argsort(descending=True)[: part // 2].tolist()
+        rest = [row for row in range(len(pool)) if row not in best][: part - len(best) if vectorised else 0]
+        chosen.append(pool[[*best, *rest]])
     return torch.cat(chosen)
 
 
@@ -149,7 +145,7 @@ def _draws(vectorised: bool) -> int:
 @torch.no_grad()
 def _survives(log_density: Score, wide: Score, normal: Normal, vectorised: bool) -> bool:
     """True if rounding to the model's dtype costs a typical draw of a normal little."""
-    draws = normal.loc + even_noise(normal.loc, _draws(vectorised)) @ normal.scale_tril.T
+    draws = normal.of_noise(fixed_noise(normal.loc, draws=_draws(vectorised)))
     exact = wide(draws.double())
     losses = exact - log_density(draws)
     return bool((losses < (SLACK / 100 * exact.abs()).clamp(min=SLACK)).double().mean() > 0.5)
@@ -187,17 +183,15 @@ def _start(
 
 def _of_modes(log_density: Score, modes: list[End], normal: Normal, bound: float) -> Start:
     """Return the initialization by the modes that matter, of which the best normal has one."""
-    noise = even_noise(normal.loc, DRAWS)
+    noise = fixed_noise(normal.loc)
     nearest = min(range(len(modes)), key=lambda index: distance(normal, modes[index].loc))
     normals, bounds = [], []
     for index, mode in enumerate(modes):
         with torch.no_grad():
-            best, place = bounds_of(log_density, mode.normals, noise).max(0)
-        own = (mode.normals[int(place)], float(best))
-        if index == nearest:
-            own = max(own, (normal, bound), key=lambda found: found[1])
-        normals.append(own[0])
-        bounds.append(own[1])
+            largest, place = bounds_of(log_density, mode.normals, noise).max(0)
+        is_best = index == nearest and bound > float(largest)
+        normals.append(normal if is_best else mode.normals[int(place)])
+        bounds.append(bound if is_best else float(largest))
     return covering(log_density, normals, bounds)
 
 
@@ -206,7 +200,7 @@ class _Search:
 
     def __init__(self, log_density: Score, points: Tensor, vectorised: bool, alone: int = ALONE) -> None:
         self._log_density, self._loc, self._vectorised, self._alone = log_density, points[0], vectorised, alone
-        self._noise = even_noise(points[0], _draws(vectorised))
+        self._noise = fixed_noise(points[0], draws=_draws(vectorised))
         self._runs = 0
         self._best, self._bound = Normal.isotropic(points[0], ISOTROPIC[-1]), -math.inf
         newton = points.shape[1] <= (DENSE if vectorised else FEW)
@@ -219,7 +213,7 @@ class _Search:
         else:
             self._backwards()
         if len(self._loc) > FEW and self._vectorised:
-            place, noise = narrow_place(self._loc), even_noise(self._loc, DRAWS, seed=1)
+            place, noise = narrow_place(self._loc), fixed_noise(self._loc, seed=1)
             loc, log_scale = diagonal_normal(self._score, place, DIAGONAL_STEPS, noise=noise)
             self._try([Normal(loc, log_scale.exp().diag())])
         if proposals:
@@ -298,7 +292,7 @@ class _Search:
             bounds = bounds_of(self._score, candidates, self._noise)
             while float(bounds.max()) > self._bound:
                 best = candidates[int(bounds.argmax())]
-                draws = best.loc + self._noise @ best.scale_tril.T
+                draws = best.of_noise(self._noise)
                 if is_resolved(self._score(draws), self._score(nudged(draws))).all():
                     break
                 bounds[bounds.argmax()] = -torch.inf

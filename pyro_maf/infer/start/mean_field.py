@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from pyro_maf._core.optimization import Adam
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.models.double_precision import Score
 
-__all__ = ["RATE", "diagonal_normal", "fixed_noise", "narrow_place"]
+__all__ = ["DRAWS", "diagonal_normal", "fixed_noise", "narrow_place", "second_derivatives"]
 
 DRAWS = 32
 RATE, BETAS = 0.2, (0.8, 0.95)
@@ -19,10 +20,10 @@ SCALE = 0.1
 """Initial scale in every direction."""
 
 
-def fixed_noise(like: Tensor, seed: int = 0) -> Tensor:
-    """Draw standard normals in antithetic pairs, (32, D), for vectors like this one."""
+def fixed_noise(like: Tensor, seed: int = 0, draws: int = DRAWS) -> Tensor:
+    """Draw standard normals in antithetic pairs, (draws, D), for vectors like this one."""
     with seeded(seed, like.device):
-        noise = torch.randn(DRAWS // 2, len(like)).to(like)
+        noise = torch.randn(draws // 2, len(like)).to(like)
     return torch.cat([noise, -noise])
 
 
@@ -59,3 +60,15 @@ def diagonal_normal(
         if degree is not None:
             degree.detach().clamp_(0.0, 1.0)
     return weights[0].detach()
+
+
+def second_derivatives(score: Score, points: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return the gradient at points, (rows, D), and the product of minus the Hessian there with vectors, (rows, D)."""
+    points = points.detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(score(points).sum(), points, create_graph=True)
+
+    def product(vectors: Tensor) -> Tensor:
+        return -torch.autograd.grad(gradient, points, vectors, retain_graph=True)[0]
+
+    return gradient.detach(), product

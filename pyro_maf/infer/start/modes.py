@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.models.double_precision import Score
 from pyro_maf.infer.start.ascent import Normal
+from pyro_maf.infer.start.mean_field import fixed_noise
 
-__all__ = ["End", "Start", "bounds_of", "covering", "different", "distance", "even_noise"]
+__all__ = ["End", "Start", "bounds_of", "covering", "different", "distance"]
 
 APART = 1.0
 """Distance, in standard deviations of either's normal, within which two ends are one mode."""
@@ -57,28 +57,20 @@ class Start(NamedTuple):
         return cls((normal,), normal.loc.new_ones(1))
 
 
-def even_noise(loc: Tensor, draws: int, seed: int = 0) -> Tensor:
-    """Draw standard normals in antithetic pairs, (draws, D)."""
-    with seeded(seed, loc.device):
-        noise = torch.randn(draws // 2, len(loc)).to(loc)
-    return torch.cat([noise, -noise])
-
-
 def bounds_of(log_density: Score, candidates: Sequence[Normal], noise: Tensor) -> Tensor:
     """Evidence lower bound of each candidate, up to a common constant.
 
     If all have draws that cannot be scored, it is that of the others, less twice the nats of their share.
     """
-    draws = torch.cat([each.loc + noise @ each.scale_tril.T for each in candidates])
+    draws = torch.cat([each.of_noise(noise) for each in candidates])
     scores = log_density(draws).view(len(candidates), -1)
     scored = scores.isfinite()
+    means = scores.mean(1)
     if not scored.all(1).any():
-        scores = scores.where(scored, 0.0).mean(1) / scored.double().mean(1) + 2 * scored.double().mean(1).log()
-        scores = scores.to(draws)
-    else:
-        scores = scores.mean(1)
+        shares = scored.double().mean(1)
+        means = (scores.where(scored, 0.0).mean(1) / shares + 2 * shares.log()).to(draws)
     entropies = torch.stack([each.scale_tril.diagonal().log().sum() for each in candidates])
-    return (scores + entropies).nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+    return (means + entropies).nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
 
 
 def _evidence(log_density: Score, normal: Normal) -> float:
@@ -86,8 +78,8 @@ def _evidence(log_density: Score, normal: Normal) -> float:
 
     Weights are truncated at the root of their number times their mean, so that none of them decides alone.
     """
-    noise = even_noise(normal.loc, EVIDENCE_DRAWS)
-    scores = log_density(normal.loc + noise @ normal.scale_tril.T).nan_to_num(nan=-torch.inf)
+    noise = fixed_noise(normal.loc, draws=EVIDENCE_DRAWS)
+    scores = log_density(normal.of_noise(noise)).nan_to_num(nan=-torch.inf)
     log_weights = scores + (noise.square().sum(1) - len(normal.loc)) / 2 + normal.scale_tril.diagonal().log().sum()
     mean = log_weights.logsumexp(0) - math.log(len(noise))
     truncated = log_weights.minimum(mean + math.log(len(noise)) / 2)
@@ -125,11 +117,6 @@ def covering(log_density: Score, normals: Sequence[Normal], bounds: Sequence[flo
 
     A mode matters if its evidence is at least a thousandth of that of all, of which the largest bound is a lower
     estimate.
-
-    Args:
-        log_density: Log-density of latent vectors, up to a constant.
-        normals: The best normal of each mode.
-        bounds: The evidence lower bound of each.
     """
     evidence = [max(bound, _evidence(log_density, normal)) for normal, bound in zip(normals, bounds, strict=True)]
     within = [index for index, each in enumerate(evidence) if each > max(bounds) + math.log(NEGLIGIBLE)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.models.double_precision import Score
 from pyro_maf.infer.models.log_joint import FAILURES
-from pyro_maf.infer.start.mean_field import diagonal_normal, fixed_noise
+from pyro_maf.infer.start.mean_field import diagonal_normal, fixed_noise, second_derivatives
 from pyro_maf.transforms.low_rank import along_chain
 
 __all__ = ["WideNormal", "wide_start"]
@@ -173,15 +173,9 @@ def _fitted(score: Score, normal: WideNormal) -> WideNormal:
 
 def _precision(score: Score, loc: Tensor) -> Callable[[Tensor], Tensor]:
     """Return the product of a vector with minus the Hessian, averaged over standard normal draws around a point."""
-    points = (loc + fixed_noise(loc, seed=STEPS + 1)[::2]).requires_grad_()
-    with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(score(points).sum(), points, create_graph=True)
-
-    def product(vector: Tensor) -> Tensor:
-        (curved,) = torch.autograd.grad(gradient, points, vector.expand_as(gradient), retain_graph=True)
-        return -curved.mean(0)
-
-    return product
+    points = loc + fixed_noise(loc, seed=STEPS + 1)[::2]
+    _, product = second_derivatives(score, points)
+    return lambda vector: product(vector.expand_as(points)).mean(0)
 
 
 def _spectrum(product: Callable[[Tensor], Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
