@@ -23,6 +23,7 @@ from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior, MADEMoG, MAF
 from pyro_maf.report import examination, kolmogorov, page, write_report
 from pyro_maf.tables import MappedRows, Rows
 from pyro_maf.tables.layout import Layout
+from pyro_maf.tables.named_rows import named_rows
 from pyro_maf.training import FitResult
 
 SMALL = {"num_layers": 1, "hidden_dims": [8]}
@@ -79,6 +80,11 @@ def result_of(density, **changes):
         "skipped_steps": 4,
     }
     return FitResult(**{**given, **changes})
+
+
+def by_name(rows, names):
+    """The columns of rows by their names."""
+    return dict(zip(names, rows.unbind(1), strict=True))
 
 
 def standard(columns=2, **options):
@@ -149,7 +155,7 @@ def test_a_density_that_is_right_has_nothing_said_against_it(report):
 )
 def test_a_density_that_is_wrong_is_told_in_which_way(report, scale, shift, words):
     density = standard(1, scale=torch.tensor([scale]), loc=torch.tensor([shift]))
-    page = report(density, normal(2000, 1), names=["height"])
+    page = report(density, by_name(normal(2000, 1), ["height"]))
     assert "Chance does not account" in page.text
     assert re.search(rf"that of height, where .*{words}", page.text)
 
@@ -165,7 +171,7 @@ def test_the_rows_of_least_density_come_first_with_their_numbers(report):
     data[123] = torch.tensor([0.5, -9.0])
     data[7] = torch.tensor([7.0, 0.25])
     density = standard()
-    header, *rows = report(density, data, names=["height", "weight"]).rows
+    header, *rows = report(density, by_name(data, ["height", "weight"])).rows
     assert header == ["row", "log-density", "furthest", "noise", "height", "weight"]
     log_prob = density.log_prob(data).detach()
     assert [int(row[0]) for row in rows] == (log_prob.argsort()[:10] + 1).tolist()
@@ -177,7 +183,7 @@ def test_numbers_are_shown_with_as_many_digits_as_tell_them_apart(report):
     units = {"loc": torch.tensor([5.4e6, 1.7e9]).double(), "scale": torch.tensor([0.1, 10.0]).double()}
     data = normal(400).double() * units["scale"] + units["loc"]
     data[123] = units["loc"] + torch.tensor([0.9, 3.0])
-    _, *rows = report(FlowPrior(RealNVP(2, **SMALL), **units), data, names=["northing", "time"]).rows
+    _, *rows = report(FlowPrior(RealNVP(2, **SMALL), **units), by_name(data, ["northing", "time"])).rows
     assert rows[0][4:] == ["5400000.9", "1700000003"]
 
 
@@ -211,7 +217,7 @@ def test_samples_of_a_conditional_density_are_drawn_at_the_contexts_of_the_data(
             parameter.fill_(0.5)
     context = torch.linspace(-3, 3, 3000)[:, None]
     data = density.condition(context).sample()
-    looked = examination.examine(density, data, context, None, None)
+    looked = examination.examine(density, named_rows("write_report", data, context))
     of_data, of_samples = (
         torch.corrcoef(torch.cat([rows.double(), context.double()], 1).T)[:2, 2] for rows in (data, looked.samples)
     )
@@ -253,8 +259,8 @@ def test_a_named_table_gives_its_name_its_categories_and_its_rows(report):
     for row, place in zip(lowest, log_prob.argsort().tolist(), strict=False):
         assert int(row[0]) == 2 * place + 1
         assert row[-2:] == [["blue", "red"][place % 2], f"{rows.context[place, 2]:.4g}"]
-    with pytest.raises(ValueError, match="got a context, names or weights beside a Table"):
-        report(density, rows, names=["a", "b"])
+    with pytest.raises(ValueError, match="got a context beside a Table"):
+        report(density, rows, context=normal(200, 3))
     rows.data[3, 1] = math.nan
     with pytest.raises(InputError, match=r"got nan in data row 7 \(counted from 1\), column width") as refused:
         report(density, rows)
@@ -290,7 +296,7 @@ def test_no_more_panels_lie_side_by_side_than_fit_on_a_telephone(drawn):
 def test_a_conditional_report_has_the_context_of_the_lowest_rows(report):
     torch.manual_seed(0)
     density = ConditionalFlowPrior(ConditionalMAF(2, 2, **SMALL))
-    page = report(density, normal(50), context=normal(50, 2, 1), context_names=["dose", "age"])
+    page = report(density, normal(50), context=by_name(normal(50, 2, 1), ["dose", "age"]))
     assert page.rows[0][-4:] == ["x1", "x2", "dose", "age"]
     assert "given 2 context columns" in page.text
     row = page.rows[1]
@@ -299,7 +305,7 @@ def test_a_conditional_report_has_the_context_of_the_lowest_rows(report):
 
 def test_what_users_name_can_not_become_part_of_the_page(drawn):
     bad = ["<script>alert(1)</script>", '"><img onerror=x> $a^{$ \x00']
-    page = drawn(standard(), normal(60), names=bad, command="fit </code><script>x</script> && echo $HOME")
+    page = drawn(standard(), by_name(normal(60), bad), command="fit </code><script>x</script> && echo $HOME")
     assert {tag for tag, _ in page.tags}.isdisjoint({"script"})
     assert all("onerror" not in attributes for _, attributes in page.tags)
     assert "fit </code><script>x</script> && echo $HOME" in page.text
@@ -308,7 +314,7 @@ def test_what_users_name_can_not_become_part_of_the_page(drawn):
 
 
 def test_names_that_the_font_of_the_pictures_has_not_are_left_to_the_browser(drawn):
-    page = drawn(standard(), normal(60), names=["身長", "体重 $kg$"])
+    page = drawn(standard(), by_name(normal(60), ["身長", "体重 $kg$"]))
     assert sum("身長" in picture and "体重 $kg$" in picture for picture in page.pictures()) == 4
 
 
@@ -387,7 +393,7 @@ def test_columns_of_a_data_frame_keep_their_names(report):
 
 
 def test_pairs_of_many_rows_leave_room_for_the_rest_under_two_megabytes():
-    looked = examination.examine(standard(6), normal(4000, 6), None, None, None)
+    looked = examination.examine(standard(6), named_rows("write_report", normal(4000, 6), None))
     assert len(page._pairs(looked).source) < 1_300_000
 
 
@@ -440,7 +446,6 @@ CONDITIONAL = ConditionalFlowPrior(ConditionalMAF(2, 1, **SMALL))
         (standard(), [["a", "b"]], {}, TypeError, r"data frame of numbers, got list"),
         (standard(), [[1.0, 2.0], [3.0]], {}, ValueError, r"rows of different lengths"),
         (standard(), normal(5).to(torch.complex64), {}, TypeError, r"real numbers, got torch.complex64"),
-        (standard(), normal(5), {"names": ["a"]}, ValueError, r"2 names of data, one for each column, got 1"),
         (standard(), normal(5), {"context": normal(5)}, ValueError, r"takes none: leave it out"),
         (standard(support="positive"), normal(5), {}, ValueError, r"inside the support, positive.*got data row 1 "),
         (CONDITIONAL, normal(5), {}, ValueError, r"context with 1 columns, got none"),
@@ -469,8 +474,8 @@ def test_a_bar_is_shown_where_it_is_asked_for(report, capfd):
 def test_autocast_does_not_round_the_noise():
     density, data = standard(), normal(40)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = examination.examine(density, data, None, None, None)
-    exact = examination.examine(density, data, None, None, None)
+        rounded = examination.examine(density, named_rows("write_report", data, None))
+    exact = examination.examine(density, named_rows("write_report", data, None))
     assert torch.equal(rounded.noise, exact.noise)
     assert rounded.lowest == exact.lowest
 

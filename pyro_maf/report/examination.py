@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,10 +17,10 @@ from pyro_maf.distributions import ConditionalDensity, FlowPrior, TableDensity
 from pyro_maf.report.kolmogorov import Calibration, calibration_of, radius_of
 from pyro_maf.tables import MappedRows, Reader, Rows, rows_of
 from pyro_maf.tables.categories import Label
-from pyro_maf.tables.layout import Layout, TableLike
+from pyro_maf.tables.layout import Layout
+from pyro_maf.tables.named_rows import NamedRows
 from pyro_maf.tables.reader import Labels
 from pyro_maf.tables.rows import in_proportion, mean_and_error
-from pyro_maf.tables.table import Table
 from pyro_maf.training.preparation import Fitted
 from pyro_maf.training.scores import log_prob_of
 
@@ -149,12 +149,8 @@ class Examination:
 
 def examine(
     density: Fitted,
-    data: TableLike | Table,
-    context: TableLike | None = None,
-    names: Sequence[str] | None = None,
-    context_names: Sequence[str] | None = None,
+    source: NamedRows,
     *,
-    weights: str | TableLike | None = None,
     held_out: Mapping[str, Rows | None] = NOTHING,
     progress: bool | str = False,
 ) -> Examination:
@@ -164,17 +160,18 @@ def examine(
 
     Args:
         density: A density with a model that `fit` can fit.
-        data, context, names, context_names, weights, progress: As in `write_report`.
+        source: The rows, with the columns of the density.
         held_out: The rows that the fit held out by their role, None if unavailable.
+        progress: As in `write_report`.
 
     Raises:
         TypeError, ValueError: As `write_report`.
     """
-    table = _read(density, data, context, names, context_names, weights)
+    table = _read(density, source)
     total, width = table.rows.data.shape
     generator = torch.Generator().manual_seed(SEED)
     scored = _some(torch.arange(total), MOST_VALUES // width, generator)
-    weights = table.rows.take(scored).weights if table.has_weights else None
+    weights = None if source.weights is None else table.rows.take(scored).weights
     most = min(PICTURED_ROWS, PICTURED_VALUES // width)
     if weights is None:
         pictured = _some(scored, most, generator)
@@ -210,8 +207,7 @@ def _noise_names(density: Fitted, names: list[str]) -> list[str]:
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _NamedRows:
+class _Table(NamedTuple):
     """Rows, with the names of their columns and the number of each.
 
     Attributes:
@@ -219,71 +215,42 @@ class _NamedRows:
         names: Names of the columns of data.
         context_columns: The columns of context.
         number: Number of the row at an index, counted from 1.
-        has_weights: Whether the rows have weights.
     """
 
     rows: Rows | MappedRows
     names: list[str]
     context_columns: list[ContextColumn]
     number: Callable[[int], int]
-    has_weights: bool
 
 
-def _read(
-    density: Fitted,
-    data: TableLike | Table,
-    context: TableLike | None,
-    names: Sequence[str] | None,
-    context_names: Sequence[str] | None,
-    weights: str | TableLike | None,
-) -> _NamedRows:
-    """Read the rows of data with their weights and, for a conditional density, of context."""
-    columns: list[ContextColumn] = []
-    number: Callable[[int], int] = _from_one
-    if isinstance(data, Table):
-        if any(value is not None for value in (context, names, context_names, weights)):
-            raise ValueError(
-                "write_report got a context, names or weights beside a Table, which has its own: leave them out."
-            )
-        table, weights = data, data.weights
-        columns, number = _context_columns(table), lambda index: table.numbers(index)
-        names, context_names = table.names, table.context_names
-        data, context = table.data, table.context
+def _read(density: Fitted, source: NamedRows) -> _Table:
+    """Read the rows with their weights and, for a conditional density, their context."""
     prior = density.unwrapped
-    (width,), context_width = prior.event_shape, prior.context_dim
-    names = _names("data", names, data, width)
-    shape = prior.context_shape
-    if len(shape) == 1 and (context_width or context_names):  # an image has no columns to name
-        context_names = _names("context", context_names, context, context_width)
-    labels, context_labels = Labels(names, number), Labels(context_names or (), number)
+    (width,), context_width, shape = prior.event_shape, prior.context_dim, prior.context_shape
+    names = _labels(source.layout.labels, "x", width)
+    columns = [] if len(shape) > 1 else _context_columns(source.context_layout, context_width)  # an image has none
+    number = source.labels.count or (lambda index: index + 1)
+    labels = Labels(names, number), Labels([column.name for column in columns], number)
     reader = Reader(
-        "write_report", width, context_width, labels=labels, context_labels=context_labels, context_shape=shape
+        "write_report", width, context_width, labels=labels[0], context_labels=labels[1], context_shape=shape
     )
-    columns = columns or [ContextColumn(name, place) for place, name in enumerate(context_names or ())]
-    rows = rows_of(data, context, reader, weights)
-    return _NamedRows(rows, names, columns, number, weights is not None)
+    return _Table(rows_of(source.data, source.context, reader, source.weights), names, columns, number)
 
 
-def _from_one(index: int) -> int:
-    return index + 1
-
-
-def _context_columns(table: Table) -> list[ContextColumn]:
-    """Return the columns of context of a table."""
+def _context_columns(layout: Layout, width: int) -> list[ContextColumn]:
+    """Return the columns of context, each with its place in an encoded row of this width."""
+    if len(layout.encoded_labels) != width:
+        return [ContextColumn(name, place) for place, name in enumerate(_labels([], "c", width))]
     columns, first = [], 0
-    for name, among in table.context_layout.columns:
+    for name, among in layout.columns:
         columns.append(ContextColumn(name, first, among))
         first += len(among or [0])
     return columns
 
 
-def _names(role: str, names: Sequence[str] | None, value: TableLike | None, width: int) -> list[str]:
-    """Return the names of the columns: as requested, or those of the table, or x1, x2 and so on."""
-    if names is not None and len(names) != width:
-        raise ValueError(f"write_report expected {width} names of {role}, one for each column, got {len(names)}.")
-    names = Layout.of(value).labels if names is None else names
-    letter = "x" if role == "data" else "c"
-    return list(map(str, names)) if len(names) == width else [f"{letter}{i + 1}" for i in range(width)]
+def _labels(labels: list[str], letter: str, width: int) -> list[str]:
+    """Return the names of so many columns, or x1, x2 and so on if there are none."""
+    return labels if len(labels) == width else [f"{letter}{i + 1}" for i in range(width)]
 
 
 def _some(index: Tensor, most: int, generator: torch.Generator) -> Tensor:
@@ -305,7 +272,7 @@ class _Scorer:
         show: Function to call with the number of rows that are done.
     """
 
-    def __init__(self, density: Fitted, table: _NamedRows, show: Callable[[int], None]) -> None:
+    def __init__(self, density: Fitted, table: _Table, show: Callable[[int], None]) -> None:
         self.density = density
         self.prior: FlowPrior | TableDensity = density.unwrapped
         self.table = table

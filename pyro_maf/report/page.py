@@ -27,7 +27,7 @@ from pyro_maf.report.examination import Examination, examine
 from pyro_maf.report.kolmogorov import distance_between, distance_to_uniform
 from pyro_maf.tables import Rows
 from pyro_maf.tables.layout import TableLike
-from pyro_maf.tables.named_rows import check_categories, without_column
+from pyro_maf.tables.named_rows import NamedRows, check_categories, named_rows
 from pyro_maf.tables.table import Table
 from pyro_maf.training import FitResult
 from pyro_maf.training.preparation import FITTED
@@ -69,8 +69,6 @@ def write_report(
     data: TableLike | Table | None = None,
     *,
     context: TableLike | None = None,
-    names: Sequence[str] | None = None,
-    context_names: Sequence[str] | None = None,
     weights: str | TableLike | None = None,
     command: str = "",
     progress: bool | str = True,
@@ -89,12 +87,10 @@ def write_report(
         path: The file; by custom it ends in .html. An existing file is replaced once all is written.
         result: The result of `pyro_maf.fit`.
         data: By default those that the fit held out. Rows (N, D), or (N, D + 1) on a simplex, as `fit` takes them;
-            columns with names are matched by name. A `np.memmap` is read in blocks. Or a table of `read_table`, with
-            its names and context: then the page has the name of the table in its title, categories by their names, and
-            rows by their numbers in the file.
+            columns with names are matched by name, and those without are x1, x2 and so on. A `np.memmap` is read in
+            blocks. Or a table of `read_table` with its context: then the page has the name of the table in its title,
+            and rows by their numbers in the file.
         context: Rows (N, C) of the same kinds, if the density takes a context.
-        names: Names of the columns, by default those of a data frame, or x1, x2 and so on.
-        context_names: Names of the columns of the context, likewise, with c1.
         weights: How often each row counts, as in `fit`: in the mean log-likelihood, the calibration and the pictures.
         command: The command of the fit, to show.
         progress: A bar on stderr: True on a terminal or in a notebook, False never, "always" in any case.
@@ -106,8 +102,7 @@ def write_report(
     Raises:
         TypeError: For a result that is not from `fit`, or data that are not numeric.
         ValueError: For data of the wrong width, without rows, not finite or outside the support, with the row; for a
-            context missing, superfluous or of another length; for another number of names than of columns. Rows are
-            counted from 1.
+            context missing, superfluous or of another length. Rows are counted from 1.
         FileNotFoundError: If the folder of `path` does not exist.
         ModuleNotFoundError: Without the `cli` extra.
 
@@ -117,7 +112,7 @@ def write_report(
         >>> result = pyro_maf.fit(pyro_maf.MAF(2, num_layers=1), data[:200], max_epochs=2, progress=False)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     page = Path(folder) / "report.html"
-        ...     write_report(page, result, data[200:], names=["height", "weight"])
+        ...     write_report(page, result, data[200:])
         ...     "Kolmogorov" in page.read_text(encoding="utf-8")
         True
     """
@@ -131,27 +126,26 @@ def write_report(
     label = data.label if isinstance(data, Table) else ""
     if data is None:
         data, context, weights = _held_out(result)
-        names = names or result.layout.labels or None
-        context_names = context_names or result.context_layout.encoded_labels or None
-    elif isinstance(data, Table):
-        check_categories("write_report", "data", data, result.layout)
-    else:
-        if isinstance(weights, str):
-            data, weights = without_column("write_report", "weights", data, weights)
-        data = result.layout.pick("write_report", "data", data)
-    if context is not None:
-        context = result.context_layout.pick("write_report", "context", context)
+    check_categories("write_report", "data", data, result.layout)
     examination = examine(
         result.density,
-        data,
-        context,
-        names,
-        context_names,
-        weights=weights,
+        _as_in_fit(result, named_rows("write_report", data, context, weights)),
         held_out={"test": result.test_rows, "validation": result.validation_rows},
         progress=progress,
     )
     write_whole(path, _page(result, examination, command, label).encode())
+
+
+def _as_in_fit(result: FitResult, source: NamedRows) -> NamedRows:
+    """Select the columns of a fit, in its order, if it has their names."""
+    layout, context_layout = result.layout, result.context_layout
+    context = source.context
+    return source._replace(
+        data=layout.pick("write_report", "data", source.data),
+        context=None if context is None else context_layout.pick("write_report", "context", context),
+        layout=layout if layout.names else source.layout,
+        context_layout=context_layout if context_layout.names else source.context_layout,
+    )
 
 
 def _held_out(result: FitResult) -> Rows:
