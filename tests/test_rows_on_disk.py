@@ -142,7 +142,7 @@ def test_units_are_those_of_the_training_rows(tmp_path: Path) -> None:
     rows, table = numbered_rows(tmp_path)
     kept = torch.ones(ROWS, dtype=torch.bool)
     kept[rows.held_out.data[:, 0].long()] = False
-    units, context = rows.training.moments(Support("fit", "real", 2))
+    units, context = rows.training.sample().moments(Support("fit", "real", 2))
     expected = moments_of(table[kept])
     torch.testing.assert_close(units.loc, expected.loc, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(units.scale, expected.scale, rtol=1e-12, atol=1e-12)

@@ -255,7 +255,7 @@ def _maximised(rows: Tensor, responsibilities: Tensor, shrinkage: float | None =
     count = responsibilities.sum(0).clamp(min=1e-10)
     means = responsibilities.T @ rows / count[:, None]
     centred = rows[None] - means[:, None]
-    covariance = torch.einsum("nk,kni,knj->kij", responsibilities, centred, centred) / count[:, None, None]
+    covariance = (centred * responsibilities.T[..., None]).mT @ centred / count[:, None, None]
     if shrinkage is not None:
         diagonal = covariance.diagonal(dim1=1, dim2=2).diag_embed()
         covariance = (1 - shrinkage) * covariance + shrinkage * diagonal

@@ -15,14 +15,8 @@ def rows_of(
 ) -> Rows | MappedRows:
     """Return the rows of a table in memory or, if it is mapped from a file that is too large for that, on disk.
 
-    Args:
-        data: Rows (N, D): a tensor, an array, a data frame, nested lists or a dictionary of draws.
-        context: As many rows (N, C), or None.
-        reader: Conversion and checks; rows on disk are checked when they are read.
-        weights: Weights (N,), or None; of rows on disk they may be on disk too.
-
     Raises:
-        ValueError, TypeError: As `Reader.read`.
+        ValueError, TypeError: As `Reader.read`; of rows on disk when they are read.
 
     Example:
         >>> rows_of([[1, 2], [3, 4]], None, Reader("fit", 2, 0))

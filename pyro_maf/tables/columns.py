@@ -155,18 +155,16 @@ def codes_of(categories: Sequence[Label]) -> dict[str, int]:
     """
     codes: dict[str, int] = {}
     for number, category in enumerate(categories):
-        for text in _texts_for(category):
-            codes.setdefault(text, number)
+        text = str(category)
+        if isinstance(category, bool):
+            texts = [text, text.lower(), text.upper()]
+        elif isinstance(category, int):
+            texts = [text, f"{text}.0"]
+        else:
+            texts = [text, text.removesuffix(".0") if isinstance(category, float) else text.strip()]
+        for each in texts:
+            codes.setdefault(each, number)
     return codes
-
-
-def _texts_for(category: Label) -> tuple[str, ...]:
-    text = str(category)
-    if isinstance(category, bool):
-        return text, text.lower(), text.upper()
-    if isinstance(category, int):
-        return text, f"{text}.0"
-    return text, text.removesuffix(".0") if isinstance(category, float) else text.strip()
 
 
 class Survey:

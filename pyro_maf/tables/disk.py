@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pyro_maf.support import Support
 from pyro_maf.tables.layout import NUMERIC_KINDS, FloatArray, TableLike, number_of_rows, part_of
-from pyro_maf.tables.moments import Moments, RunningMoments
+from pyro_maf.tables.moments import RunningMoments
 from pyro_maf.tables.reader import Reader
 from pyro_maf.tables.rows import LEAST_HELD_OUT, Hashes, Rows, Split, Standardiser, hash_rows, mixed
 
@@ -136,10 +136,6 @@ class MappedRows:
     def normalised(self) -> MappedRows:
         """Return the rows, whose weights have mean 1 when they are read."""
         return self
-
-    def moments(self, support: Support, *, together: bool = False) -> tuple[Moments, Moments | None]:
-        """Return moments as `Rows.moments`, from a sample of the training rows."""
-        return self.sample().moments(support, together=together)
 
     def leaves_in_float32(self, support: Support) -> bool:
         """Return whether values leave the support, as `Rows.leaves_in_float32`; after `split`."""

@@ -62,7 +62,9 @@ class RunningMoments:
         table = table.double()
         low, high = table.aminmax(dim=0)
         if not self._rows:
-            self._size = _power_of_two(low.abs().maximum(high.abs()))
+            largest = low.abs().maximum(high.abs())
+            power = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent - 1)
+            self._size = torch.where(largest > 0, power, 1.0)
         variance, mean, count = _var_mean(table / self._size, weights)
         if not self._rows:
             self._mean, self._squares, self.low, self.high = mean, torch.zeros_like(mean), low, high
@@ -130,11 +132,6 @@ def context_moments_of(table: Tensor, weights: Tensor | None = None, *, together
     often = None if weights is None else weights[some].repeat_interleave(width)
     loc, scale = moments_of(table.reshape(-1, 1), OUTLIERS, often)
     return Moments(loc.expand(width), scale.expand(width))
-
-
-def _power_of_two(value: Tensor) -> Tensor:
-    """The power of two of the size of each value, by which a division is exact; 1 for 0."""
-    return torch.where(value > 0, torch.ldexp(torch.ones_like(value), value.frexp().exponent - 1), 1.0)
 
 
 def _var_mean(table: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, float]:

@@ -56,10 +56,6 @@ class Labels:
         return f"row {index}" if self.count is None else f"data row {self.count(index)} (counted from 1)"
 
 
-NUMBERED = Labels()
-"""Labels of a table without names."""
-
-
 @dataclass(frozen=True)
 class Reader:
     """Conversion of data, context and weights to tensors, with checks whose errors name rows and columns.
@@ -67,7 +63,7 @@ class Reader:
     Attributes:
         who: The caller, for errors.
         width, context_width: Expected number of columns of data, and of context, 0 for none.
-        refused: Density that refuses a context, and advice, for errors; as in `check_context`.
+        refused: Density that refuses a context, and advice, as "MAF, which takes none: leave it out".
         sizes: Names of the widths, as "input_dim of MAF", for errors; empty without.
         labels, context_labels: Names of columns and rows.
         support: The support of the data; rows may lie anywhere if it is None.
@@ -81,8 +77,8 @@ class Reader:
     context_width: int
     refused: str = REFUSED
     sizes: tuple[str, str] = ("", "")
-    labels: Labels = NUMBERED
-    context_labels: Labels = NUMBERED
+    labels: Labels = Labels()
+    context_labels: Labels = Labels()
     support: Support | None = None
     role: str = ""
     context_shape: tuple[int, ...] = ()
@@ -257,12 +253,7 @@ def check_context(who: str, name: str, context: object, columns: int, refused: s
 
 
 def row_shape(who: str, name: str, value: TableLike) -> tuple[int, ...]:
-    """Shape of one row: that of an image of (rows, height, width), (columns,) of a table. Raises as `numbers`.
-
-    Example:
-        >>> row_shape("fit", "context", torch.zeros(9, 28, 28)), row_shape("fit", "context", torch.zeros(9))
-        ((28, 28), (1,))
-    """
+    """Shape of one row: that of an image of (rows, height, width), (columns,) of a table. Raises as `numbers`."""
     if isinstance(value, Mapping) or is_frame(value):
         return (number_of_columns(who, name, value),)
     return tuple(np.shape(cast(Any, value))[1:]) or (1,)

@@ -167,16 +167,9 @@ def copies_of(rows: Rows) -> tuple[int, Tensor]:
 
 
 def repeat_as_a_whole(rows: Rows) -> bool:
-    """True if rows repeat as copies, rather than by chance since their columns have few values.
+    """True if rows repeat as copies, so that some column has about as many distinct values as there are distinct rows.
 
-    Then some column has about as many distinct values as there are distinct rows.
-
-    Example:
-        >>> draws = torch.arange(60.0)[:, None]
-        >>> repeat_as_a_whole(Rows(draws.repeat(2, 3), None))
-        True
-        >>> repeat_as_a_whole(Rows(torch.cat([draws % 4, draws % 5], 1), None))
-        False
+    Otherwise rows are equal by chance, as their columns have few values.
     """
     values = (len(np.unique(column)) for table in rows[:2] if table is not None for column in table.numpy().T)
     return 2 * max(values) > copies_of(rows)[0]

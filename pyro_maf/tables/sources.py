@@ -78,8 +78,7 @@ class Source:
     def holds_text(self, name: str) -> bool | None:
         """True if a column is of text, truth values or a dictionary; None if its cells have to be read for that.
 
-        Raises:
-            ValueError: If it is neither of these nor numeric.
+        One that is neither of these nor numeric is refused.
         """
         raise NotImplementedError
 
@@ -87,9 +86,6 @@ class Source:
         """Iterate over batches of rows of the columns `names`: arrays of numpy, or of pyarrow.
 
         Close the generator if it may end early: it holds the file open.
-
-        Raises:
-            ValueError: If the file is damaged.
         """
         raise NotImplementedError
 
@@ -271,16 +267,11 @@ class CsvSource(Source):
 
 
 def open_source(source: FileOrStream, array: str | None, decimal: str, encoding: str) -> Source:
-    """Open the table in a file or stream; its first bytes determine the format.
-
-    Args:
-        source: A path; "-" for standard input; or a binary stream. A stream is copied to a temporary file.
-        array: Name of the array in an .npz file; optional if only one has rows and columns.
-        decimal, encoding: As in `read_table`.
+    """Open the table in a file or stream, as `read_table`; its first bytes determine the format.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        TypeError: If `source` is none of these.
+        TypeError: If `source` is neither a path nor a binary stream.
         ValueError: If it is empty or damaged, or there is no such array.
     """
     path, label = _as_file(source)
@@ -345,11 +336,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _member_of(path: Path, label: str, array: str | None) -> tuple[Path, str]:
-    """Extract an array of an .npz file to an .npy file; also return its label for errors.
-
-    Raises:
-        ValueError: If there is no such array, the choice is ambiguous, or the file is damaged.
-    """
+    """Extract an array of an .npz file to an .npy file; also return its label for errors."""
     with _reading(label, NO_ARCHIVE, "locked"), zipfile.ZipFile(path) as archive:
         members = {name.removesuffix(".npy"): name for name in archive.namelist() if name.endswith(".npy")}
         is_workbook = "xl/workbook.xml" in archive.namelist()
@@ -400,9 +387,6 @@ def _recoded(path: Path, label: str, encoding: str) -> Path:
     """Return a file of text in UTF-8: this one, or a temporary one if it has another encoding.
 
     pyarrow would have Python decode it in another thread, for which the interpreter does not wait at exit.
-
-    Raises:
-        ValueError: For an encoding that Python lacks, and text of another encoding.
     """
     try:
         name = codecs.lookup(encoding).name

@@ -205,7 +205,7 @@ def prepare(
         kinds = kinds._replace(grids=grids_of(rows, separate[0] if separate else None, support, levels))
     training, validation, test, repeats = divide(rows, fractions, generator, by_chance=kinds.repeat_by_chance(rows))
     sample = training.sample()
-    of_data, of_context = training.moments(support, together=len(choice.context_shape) > 1)
+    of_data, of_context = sample.moments(support, together=len(choice.context_shape) > 1)
     unconstrained = support.unconstrain(sample.data)[0]
     of_units = units_of(of_data, unconstrained, sample.weights).with_angles(support.angles)
     units = _as_precise((of_units, of_context), rows.dtypes, dtype)

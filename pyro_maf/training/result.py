@@ -145,7 +145,7 @@ class FitResult:
         """
         check_categories("score", "rows", rows, self.layout)
         rows, context, *_ = named_rows("score", rows, context)
-        if context is None and self._takes_context and self.context_layout.has_all(rows):
+        if context is None and self.density.unwrapped.context_dim and self.context_layout.has_all(rows):
             context = rows
         self._check_context("score", context)
         rows = self.layout.pick("score", "rows", rows)
@@ -183,10 +183,6 @@ class FitResult:
         if len(table) == 1:
             return self.layout.like(density.condition(table[0]).sample((number,)).cpu())
         return self.layout.like(density.condition(table).sample().cpu())
-
-    @property
-    def _takes_context(self) -> bool:
-        return bool(self.density.unwrapped.context_dim)
 
     def _check_context(self, who: str, context: TableLike | None) -> None:
         names = self.context_layout.labels
