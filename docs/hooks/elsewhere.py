@@ -58,8 +58,14 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def on_page_content(html: str, page: Page, **_: Any) -> str:
-    """Let long names in tables break between their words."""
-    return TABLE.sub(lambda table: NAME.sub(lambda name: JOINT.sub("<wbr>", name[0]), table[0]), html)
+    """Let long names in tables break between their words, and no figure before its error."""
+
+    def broken(table: re.Match[str]) -> str:
+        return NAME.sub(lambda name: JOINT.sub("<wbr>", name[0]), table[0]).replace(
+            " ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
+        )
+
+    return TABLE.sub(broken, html)
 
 
 def on_post_page(output: str, page: Page, **_: Any) -> str:

@@ -93,12 +93,11 @@ def marginals(
     figure, panels = new_panels(size, title, height=1.8, of="dimension", columns=columns)
     for i, (axes, name) in enumerate(zip(panels, names, strict=True)):
         edges = bins_of(data[:, i], samples[:, i])
-        histogram(axes, data[:, i], edges, GREY, filled=True)
-        histogram(axes, samples[:, i], edges, COLOURS[0], filled=False)
+        histogram(axes, data[:, i], edges, GREY, filled=True, name="" if i else "data")
+        histogram(axes, samples[:, i], edges, COLOURS[0], filled=False, name="" if i else "samples")
         axes.set_title(name)
         axes.set_yticks([])
-    handles = [panels[0].plot([], [], color=colour)[0] for colour in (GREY, COLOURS[0])]
-    figure.legend(handles, ["data", "samples"], loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
