@@ -13,14 +13,17 @@ from pyro_maf.distributions.density import Density, drawn_index
 
 __all__ = ["GaussianMixture", "Mixture", "fit_mixture"]
 
-MOST_COMPONENTS = 12
-ROWS_EACH = 3
+COMPONENTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+ROWS_EACH = 2
 """Number of rows for each parameter below which no further component is tried: BIC counts parameters for many rows."""
 ITERATIONS, SETTLED = 100, 1e-4
-FLOOR = 1e-3
-"""Least variance of a component along any direction, in units of the rows' variances."""
+SCATTER = 0.01
+"""Scatter of a component before any rows, in units of the rows' variances: its few rows cannot collapse, and many may
+lie as close to a plane as they do."""
 SHRINKAGES = (0.0, 0.003, 0.01, 0.03, 0.06, 0.1, 0.2, 0.3, 0.5)
 FOLDS = 5
+MOST_WIDENED = 4.0
+"""Maximum factor by which the covariance of a component of few rows is widened."""
 LLOYD = 10
 
 
@@ -168,13 +171,13 @@ class GaussianMixture(Density):
         return -0.5 * standard.square() - log_scale - 0.5 * math.log(2 * math.pi)
 
 
-def fit_mixture(rows: Tensor, weights: Tensor | None = None, *, most: int = MOST_COMPONENTS) -> Mixture:
+def fit_mixture(rows: Tensor, weights: Tensor | None = None, *, most: int = COMPONENTS[-1]) -> Mixture:
     r"""Fit a mixture of Gaussians, with the number of components that BIC is lowest for.
 
-    No more components are tried than there are three rows for each of the K (1 + D + D (D + 1) / 2) parameters. Of the
+    No more components are tried than there are two rows for each of the K (1 + D + D (D + 1) / 2) parameters. Of the
     highest likelihood, Gaussians of few rows are too narrow. So the correlations within components are multiplied by
-    1 - s, with the s of 0 .. 0.5 of the highest likelihood in five-fold cross-validation; and a component of n rows is
-    (n + 1) / (n - 1) times as wide, as new rows are farther from the mean of n than these.
+    1 - s, with the s of 0 .. 0.5 of the highest likelihood in five-fold cross-validation; and the covariance
+    of a component of n rows is multiplied by (n + 1) / (n - D - 2), as the squared distance of new rows is by these.
 
     Args:
         rows: Rows (N, D), in units in which their variances are about 1.
@@ -196,17 +199,16 @@ def fit_mixture(rows: Tensor, weights: Tensor | None = None, *, most: int = MOST
     weights = torch.ones(len(rows), dtype=torch.float64) if weights is None else weights.double() / weights.mean()
     dim = rows.shape[1]
     each = _parameters_of(dim)
-    best, score, shares = None, math.inf, weights[:, None]
-    for components in range(1, most + 1):
-        if components > 1 and ROWS_EACH * each * components > len(rows):
+    score, shares, worse = math.inf, weights[:, None], 0
+    for components in COMPONENTS:
+        if components > most or (components > 1 and ROWS_EACH * each * components > len(rows)) or worse > 1:
             break
         mixture, responsibilities = _climb(rows, weights, components)
         log_likelihood = float(weights @ mixture.log_prob(rows))
         bic = (each * components - 1) * math.log(len(rows)) - 2 * log_likelihood
+        worse += 1
         if bic < score:
-            best, score, shares = mixture, bic, responsibilities
-        elif best is not None and components > len(best.shares) + 1:
-            break
+            score, shares, worse = bic, responsibilities, 0
     return _shrunk(rows, shares)
 
 
@@ -251,7 +253,7 @@ def _clusters(rows: Tensor, components: int) -> Tensor:
 
 
 def _maximised(rows: Tensor, responsibilities: Tensor, shrinkage: float | None = None) -> Mixture:
-    """The likeliest mixture of responsibilities, (rows, K), but for the floor; with a shrinkage, that of new rows."""
+    """The likeliest mixture of responsibilities, (rows, K), and scatter; with a shrinkage, that of new rows."""
     count = responsibilities.sum(0).clamp(min=1e-10)
     means = responsibilities.T @ rows / count[:, None]
     centred = rows[None] - means[:, None]
@@ -259,8 +261,9 @@ def _maximised(rows: Tensor, responsibilities: Tensor, shrinkage: float | None =
     if shrinkage is not None:
         diagonal = covariance.diagonal(dim1=1, dim2=2).diag_embed()
         covariance = (1 - shrinkage) * covariance + shrinkage * diagonal
-        covariance = covariance * ((count + 1) / (count - 1).clamp(min=1))[:, None, None]
-    covariance = covariance + FLOOR * torch.eye(rows.shape[1], dtype=rows.dtype)
+        inside = torch.maximum(count - rows.shape[1] - 2, (count + 1) / MOST_WIDENED)
+        covariance = covariance * ((count + 1) / inside)[:, None, None]
+    covariance = covariance + SCATTER / count[:, None, None] * torch.eye(rows.shape[1], dtype=rows.dtype)
     return Mixture(count / count.sum(), means, torch.linalg.cholesky(covariance))
 
 

@@ -36,8 +36,9 @@ WIDTHS, MOST_KERNELS = (0.02, 0.06, 0.2, 0.6), 2**18
 """Widths of kernels beside a flow, in the same units, and the maximum number of values in the factors of one width."""
 SHARE_ITERATIONS, LEAST_SHARE = 100, 0.01
 """Iterations for the shares of a mixture, and the least share of what is in it."""
-BEHIND = 2.0
-"""Standard errors from which on a flow is said to be behind."""
+BEHIND, BESIDE = 2.0, 1.0
+"""Standard errors from which on a flow is said to be behind, and from which on a mixture is put beside it: a gain in a
+single row is one, and two densities together are behind the better one by no more than the logarithm of its share."""
 
 
 class Baseline(NamedTuple):
@@ -127,7 +128,7 @@ def with_mixture(prepared: Prepared) -> Joined:
 
     That is where a flow has to learn what they begin with: with few rows clusters, and with near copies, as points of
     trajectories are, where the rows are. The shares of the three have the highest likelihood of the validation rows,
-    and are taken if that is higher than the flow's by two standard errors and what shares gain by chance.
+    and are taken if that is higher than the flow's by a standard error and what shares gain by chance.
 
     Args:
         prepared: The fitted density and its rows.
@@ -157,7 +158,7 @@ def with_mixture(prepared: Prepared) -> Joined:
     beside = 1 - float(shares[0])
     count, taken = len(new), int((shares[1:] > 0).sum())
     # By Student's t, of three rows infinite; and what the shares themselves gain by chance.
-    doubt = BEHIND * error * math.sqrt((count - 1) / (count - 3)) + taken / count if count > 3 else math.inf
+    doubt = BESIDE * error * math.sqrt((count - 1) / (count - 3)) + taken / count if count > 3 else math.inf
     if not gain > doubt:
         return Joined(prepared.density, gaussians=gaussians)
     parts = [
