@@ -210,8 +210,8 @@ def hash_rows(rows: Rows) -> Hashes:
 
     Example:
         >>> hashes = hash_rows(Rows(torch.tensor([[0.0, 1.0], [1.0, 0.0], [-0.0, 1.0]]), None))
-        >>> hashes[0] == hashes[2], hashes[0] == hashes[1]
-        (np.True_, np.False_)
+        >>> (hashes[:2] == hashes[2]).tolist()
+        [True, False]
     """
     hashes: Hashes = np.zeros(1, np.uint64)
     for table in rows[:2]:
