@@ -172,12 +172,7 @@ def posterior_nn(
     Reference:
         Greenberg, Nonnenmacher & Macke, *Automatic Posterior Transformation for Likelihood-Free Inference*, 2019.
     """
-    make = _flow("posterior_nn", flow)
-
-    def build(theta: Tensor, x: Tensor) -> FlowEstimator:
-        return _estimator(make, theta, x, embedding_net, support, options)
-
-    return build
+    return _builder("posterior_nn", flow, embedding_net, support, options)
 
 
 def likelihood_nn(
@@ -205,48 +200,50 @@ def likelihood_nn(
     Reference:
         Papamakarios, Sterratt & Murray, *Sequential Neural Likelihood*, 2019.
     """
-    make = _flow("likelihood_nn", flow)
+    build = _builder("likelihood_nn", flow, embedding_net, support, options)
+    return lambda theta, x: build(x, theta)
 
-    def build(theta: Tensor, x: Tensor) -> FlowEstimator:
-        return _estimator(make, x, theta, embedding_net, support, options)
+
+def _builder(
+    who: str,
+    flow: str | Callable[..., Stack],
+    embedding_net: nn.Module | None,
+    support: SupportLike,
+    options: StackOptions,
+) -> Builder:
+    """Builder of the density of its first argument, (rows, D), at the second, in the units of these simulations."""
+    make = FLOWS[check_choice(who, "flow", flow, FLOWS)] if isinstance(flow, str) else flow
+
+    def build(values: Tensor, conditions: Tensor) -> FlowEstimator:
+        space = _space(who, support, values)
+        loc, scale = moments_of(space.unconstrain(values)[0].cpu())
+        shape = conditions.shape[1:]
+        net = embedding_net or (None if len(shape) == 1 else nn.Flatten())
+        context = context_moments_of(conditions.cpu().flatten(1), together=len(shape) > 1)
+        embedding = None if net is None else ContextNet(who, net, shape)
+        features = shape.numel() if embedding is None else embedding.features
+        density = FlowPrior(
+            make(len(loc), context_dim=features, **options).to(values),
+            support=space.name,
+            loc=loc.to(values),
+            scale=scale.to(values),
+            context_loc=context.loc.to(conditions),
+            context_scale=context.scale.to(conditions),
+            **({} if embedding is None else embedding.arguments),
+        )
+        return FlowEstimator(density)
 
     return build
 
 
-def _flow(who: str, flow: str | Callable[..., Stack]) -> Callable[..., Stack]:
-    return FLOWS[check_choice(who, "flow", flow, FLOWS)] if isinstance(flow, str) else flow
-
-
-def _estimator(
-    make: Callable[..., Stack],
-    values: Tensor,
-    conditions: Tensor,
-    embedding_net: nn.Module | None,
-    support: SupportLike,
-    options: StackOptions,
-) -> FlowEstimator:
-    """The estimator of values (rows, D) at conditions, in the units of these simulations."""
+def _space(who: str, support: SupportLike, values: Tensor) -> Support:
+    """The support, which all values are in."""
     if values.dim() != 2:
-        raise ValueError(f"pyro_maf.sbi expected vectors, (rows, D), to be modelled, got {tuple(values.shape)}.")
-    space = Support("pyro_maf.sbi", support, values.shape[1])
+        raise ValueError(f"{who} expected vectors, (rows, D), to be modelled, got {tuple(values.shape)}.")
+    space = Support(who, support, values.shape[1])
     if space.event_size > values.shape[1]:  # a simplex, of one dimension less than its entries
-        space = Support("pyro_maf.sbi", support, values.shape[1] - 1)
+        space = Support(who, support, values.shape[1] - 1)
     if (outside := space.outside(values)).any():
         row = int(outside.int().argmax())
-        raise ValueError(f"pyro_maf.sbi expected values inside the support, {space!r}, got {values[row].tolist()}.")
-    loc, scale = moments_of(space.unconstrain(values)[0].cpu())
-    shape = conditions.shape[1:]
-    net = embedding_net or (None if len(shape) == 1 else nn.Flatten())
-    context = context_moments_of(conditions.cpu().flatten(1), together=len(shape) > 1)
-    embedding = None if net is None else ContextNet("pyro_maf.sbi", net, shape)
-    flow = make(len(loc), context_dim=shape.numel() if embedding is None else embedding.features, **options).to(values)
-    density = FlowPrior(
-        flow,
-        support=space.name,
-        loc=loc.to(values),
-        scale=scale.to(values),
-        context_loc=context.loc.to(conditions),
-        context_scale=context.scale.to(conditions),
-        **({} if embedding is None else embedding.arguments),
-    )
-    return FlowEstimator(density)
+        raise ValueError(f"{who} expected values inside the support, {space!r}, got {values[row].tolist()}.")
+    return space
