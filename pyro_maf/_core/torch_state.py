@@ -62,15 +62,13 @@ def is_intercepted() -> bool:
 def reference_tensor(module: nn.Module, *, floating: bool = True) -> Tensor | None:
     """A floating-point tensor of the module, or None; without `floating`, one of any dtype."""
     # Traversed by hand: `parameters()` is slower and cannot be compiled.
-    waiting: list[nn.Module | None] = [module]
-    while waiting:
-        if (member := waiting.pop()) is None:
-            continue
-        for own in (member._parameters, member._buffers):
-            for tensor in own.values():
-                if tensor is not None and (not floating or tensor.is_floating_point()):
-                    return tensor
-        waiting += member._modules.values()
+    for own in (module._parameters, module._buffers):
+        for tensor in own.values():
+            if tensor is not None and (not floating or tensor.is_floating_point()):
+                return tensor
+    for member in module._modules.values():
+        if member is not None and (found := reference_tensor(member, floating=floating)) is not None:
+            return found
     return None
 
 

@@ -26,10 +26,9 @@ from pyro_maf.distributions.named_density import Entries, Labels, NamedDensity
 from pyro_maf.support import Support, SupportLike
 from pyro_maf.sweep import Alone, Descent, Run
 from pyro_maf.tables.layout import Layout
-from pyro_maf.transforms import ConditionalFlow, Flow
+from pyro_maf.transforms import ConditionalFlow, Flow, Stack
 from pyro_maf.transforms.cache import caching_is_possible
 from pyro_maf.transforms.conditional import Conditional
-from pyro_maf.transforms.stack import run_of
 
 __all__ = ["ConditionalFlowPrior", "FlowPrior"]
 
@@ -259,7 +258,7 @@ class FlowPrior(NamedDensity):
         if u is not None and model.fast == "forward":
             log_det = self.noise_to_data.log_abs_det_jacobian(u, value)
         else:
-            if (run := run_of(model, True)) is not None and (scaled := units.scaled(value)) is not None:
+            if (run := self.run()) is not None and (scaled := units.scaled(value)) is not None:
                 z, log_volume = scaled
                 density = run.log_density(z, context, -self._log_normaliser - log_volume)
                 if density is not None:
@@ -271,7 +270,7 @@ class FlowPrior(NamedDensity):
 
     def run(self) -> Run | None:
         """The compiled program from standardised values to noise, if one is all of the flow."""
-        return run_of(self.model, True)
+        return self.model.run(True) if isinstance(self.model, Stack) else None
 
     @torch.no_grad()
     def differentiate(self, descent: Descent, value: Tensor, context: Tensor | None, factors: Tensor) -> float | None:

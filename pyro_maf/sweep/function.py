@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
 from pyro_maf._core.memory_pool import empty
 from pyro_maf._core.torch_state import is_intercepted
 from pyro_maf.sweep.kernels import kernels, loaded
 from pyro_maf.sweep.layout import LANES, Array, Step, Triangular
-from pyro_maf.sweep.program import Pack, Program, Reading, is_ordinary, program_of
+from pyro_maf.sweep.program import Pack, Program, Programs, Reading, is_ordinary, program_of
 from pyro_maf.sweep.threads import in_parts
 from pyro_maf.sweep.torch_engine.layers import at_once, gradients, one_by_one, together, triangular
 
@@ -40,18 +40,19 @@ class Run(NamedTuple):
     tensors: Sequence[Tensor]
 
     @classmethod
-    def of(cls, owner: nn.Module, place: object, steps: Sequence[Step | Triangular]) -> Run | None:
+    def of(cls, programs: Programs, place: object, steps: Sequence[Step | Triangular], dim: int) -> Run | None:
         """The layers in their current state, or None where no program has them and torch is to apply them.
 
         Args:
-            owner: The flow that the layers belong to.
+            programs: Those of the flow that the layers belong to.
             place: Which of its runs this is.
             steps: The layers; at least one with a network.
+            dim: D.
         """
         reading = Reading.of(steps)
         if reading is None or reading.tensors[0].dtype not in DTYPES or not reading.is_uniform():
             return None
-        program = program_of(owner, place, steps, reading)
+        program = program_of(programs, place, steps, reading, dim)
         return None if program is None else cls(program, steps, reading.tensors)
 
     def of_networks(self) -> list[Tensor]:
@@ -130,12 +131,12 @@ _requires_grad = operator.attrgetter("requires_grad")
 
 
 def run(
-    owner: nn.Module, place: object, steps: Sequence[Step | Triangular], v: Tensor, context: Tensor | None
+    programs: Programs, place: object, steps: Sequence[Step | Triangular], dim: int, v: Tensor, context: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """The layers in turn, as a `Run` of them, or None where torch is to apply them."""
     if is_intercepted():
         return None
-    ready = Run.of(owner, place, steps)
+    ready = Run.of(programs, place, steps, dim)
     return None if ready is None else ready(v, context)
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import operator
-import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from pyro_maf.nn.weights import current, is_hooked, is_read
 from pyro_maf.sweep.kernels import loaded
 from pyro_maf.sweep.layout import LANES, MAPS, Array, Layout, Step, Triangular, UnfitError, gain_of, map_of
 
-__all__ = ["Program", "Reading", "forget", "is_ordinary", "program_of"]
+__all__ = ["Program", "Programs", "Reading", "is_ordinary", "program_of"]
 
 ORDINARY = (nn.Parameter, Tensor)
 """Tensors whose entries lie in memory, as not those of every subclass do."""
@@ -220,33 +219,27 @@ class Program:
         return pack
 
 
-# Outside the modules, so that copies and pickles leave the programs behind. A program holds none of the modules.
-_programs: weakref.WeakKeyDictionary[nn.Module, dict[object, Program | None]] = weakref.WeakKeyDictionary()
+Programs: TypeAlias = dict[object, Program]
+"""Programs of a flow's runs, by their places. A program holds none of the modules."""
 
 
-def program_of(owner: nn.Module, place: object, steps: Sequence[Step | Triangular], reading: Reading) -> Program | None:
+def program_of(
+    programs: Programs, place: object, steps: Sequence[Step | Triangular], reading: Reading, dim: int
+) -> Program | None:
     """The program of a run, laid out when its modules are new or have changed; None for masks that are no staircases.
 
     Args:
-        owner: The flow that the run belongs to.
+        programs: Those of the flow, to which a new one is added.
         place: Which of its runs this is.
         steps: The run.
         reading: The current state of its modules.
+        dim: D.
     """
-    programs = _programs.get(owner)
-    if programs is None:
-        programs = _programs[owner] = {}
     program = programs.get(place)
     if program is None or not program.holds_for(reading):
         context_dim = max(network.context_dim for step in steps for network in step.networks)  # type: ignore[type-var]
         try:
-            program = Program(reading, steps, owner.input_dim, context_dim)  # type: ignore[arg-type]
+            program = programs[place] = Program(reading, steps, dim, context_dim)  # type: ignore[arg-type]
         except UnfitError:
             return None
-        programs[place] = program
     return program
-
-
-def forget(owner: nn.Module) -> None:
-    """Drop a flow's programs, and with them the weights that they hold."""
-    _programs.pop(owner, None)

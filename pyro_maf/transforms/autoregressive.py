@@ -67,7 +67,7 @@ class _Autoregressive(UnivariateFlow):
 
     def _through_map(self, v: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         (step,) = steps = self.program_steps(inverse)
-        compiled = run(self, inverse, steps, v, context)
+        compiled = run(self._programs, inverse, steps, self.input_dim, v, context)
         if compiled is not None:
             return compiled
         return (solve if step.sequential else parallel)(step, v, context)

@@ -15,8 +15,7 @@ from pyro_maf._core.checks import check_context, check_event, check_positive, ch
 from pyro_maf._core.module_state import Observed
 from pyro_maf._core.torch_state import converted, count_change, reference_tensor, without_autocast
 from pyro_maf.saving import Savable
-from pyro_maf.sweep import Step, Triangular
-from pyro_maf.sweep import forget as forget_weights
+from pyro_maf.sweep import Programs, Step, Triangular
 from pyro_maf.transforms.cache import Cache, caching_is_possible
 from pyro_maf.univariate import UnivariateMap, univariate_map
 
@@ -73,6 +72,7 @@ class Flow(Savable, Observed, TransformModule):
         self.input_dim = check_positive(type(self).__name__, "input_dim", input_dim)
         self.context_dim = check_positive(type(self).__name__, "context_dim", context_dim, least=0)
         self._cache = Cache()
+        self._programs: Programs = {}
         self._inverse_state: dict[str, object] | None = None
 
     # -- implemented by subclasses ---------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ class Flow(Savable, Observed, TransformModule):
 
     def _forget(self) -> None:
         self._cache.clear()
-        forget_weights(self)
+        self._programs.clear()
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         """Shape of y for x of `shape`."""
@@ -300,7 +300,7 @@ class Flow(Savable, Observed, TransformModule):
         return f"{self.name}({self.input_dim})"
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_inv": None, "_cache": Cache(), "_inverse_state": None}
+        return {**self.__dict__, "_inv": None, "_cache": Cache(), "_programs": {}, "_inverse_state": None}
 
     def __eq__(self, other: object) -> bool:
         return self is other

@@ -191,13 +191,11 @@ def _parts(module: nn.Module) -> tuple[list[object], list[Tensor]]:
 
 
 def _graph(tensors: list[Tensor]) -> list[bool]:
-    """`requires_grad` and `is_leaf` of each tensor; nothing in no-grad mode, where they do not matter."""
-    if not torch.is_grad_enabled():
-        return []
-    return [*map(_requires_grad, tensors), *map(_is_leaf, tensors)]
+    """Whether each tensor requires a gradient; nothing in no-grad mode, where that does not matter."""
+    return list(map(_requires_grad, tensors)) if torch.is_grad_enabled() else []
 
 
-_requires_grad, _is_leaf = attrgetter("requires_grad"), attrgetter("is_leaf")
+_requires_grad = attrgetter("requires_grad")
 
 
 def _ends(x: Tensor, y: Tensor) -> tuple[int | bool, ...]:

@@ -126,7 +126,7 @@ class Coupling(UnivariateFlow):
         return (Step(networks, self.univariate, inverse, seen, moved),)  # type: ignore[arg-type]
 
     def _through_map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        compiled = run(self, inverse, self.program_steps(inverse), value, context)
+        compiled = run(self._programs, inverse, self.program_steps(inverse), self.input_dim, value, context)
         if compiled is not None:
             return compiled
         # index_select takes half the time of indexing with a tensor.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from pyro_maf.transforms.permute import Permute
 from pyro_maf.transforms.triangular import Head, LowerTriangularAffine
 from pyro_maf.univariate import Affine
 
-__all__ = ["Stack", "run_of"]
+__all__ = ["Stack"]
 
 TAKEN = (Coupling, InverseAutoregressive, MaskedAutoregressive, Permute) + (
     ActNorm,
@@ -61,6 +60,7 @@ class Stack(Flow):
                 raise ValueError(f"{type(self).__name__} expected layers of one {size}, got {sorted(found)}.")
         super().__init__(layers[0].input_dim, max(layer.context_dim for layer in layers))
         self.layers = nn.ModuleList(layers)
+        self._prepared: dict[bool, tuple[ModuleState, list[_Turn]]] = {}
 
     @property
     def fast(self) -> str:  # type: ignore[override]
@@ -114,22 +114,44 @@ class Stack(Flow):
 
     def _through_rows(self, inverse: bool, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Apply the layers in turn; flatten a batch of several dimensions once, not in every layer."""
-        if value.dim() < 3 or context is not None or not self.is_by_row:
-            return self._in_turn(inverse, value, context)
-        output, log_det = self._in_turn(inverse, value.flatten(0, -2), None)
-        batch = value.shape[:-1]
-        return output.unflatten(0, batch), log_det.unflatten(0, batch)
-
-    def _in_turn(self, inverse: bool, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        if value.dim() > 2 and context is None and self.is_by_row:
+            output, log_det = self._through_rows(inverse, value.flatten(0, -2), None)
+            batch = value.shape[:-1]
+            return output.unflatten(0, batch), log_det.unflatten(0, batch)
         total = None
-        for turn in _turns(self, inverse):
+        for turn in self._turns(inverse):
             value, log_det = turn.applied(value, context)
             total = log_det if total is None else total + log_det
         return value, total  # type: ignore[return-value]
 
+    def run(self, inverse: bool) -> Run | None:
+        """The run that is all of a direction, if one compiled program applies it."""
+        turns = self._turns(inverse) if _is_unchanged(type(self)) else ()
+        return turns[0].run if len(turns) == 1 else None
+
+    def _turns(self, inverse: bool) -> list[_Turn]:
+        """The layers of a direction by turns, prepared again when anything but numbers has changed."""
+        if is_intercepted():
+            return [_Turn([part], None) for part in _parts(self, inverse)]
+        if (before := self._prepared.get(inverse)) is not None and before[0].holds_for(self):
+            return before[1]
+        # Taken first, so that a change in between is seen by the next call.
+        state = ModuleState.of(self)
+        runs = enumerate(_runs(_parts(self, inverse)))
+        turns = [_Turn(layers, self._run((inverse, place), steps)) for place, (layers, steps) in runs]
+        if state is not None and all(turn.run is None or state.has(turn.run.of_networks()) for turn in turns):
+            self._prepared[inverse] = state, turns
+        return turns
+
+    def _run(self, place: object, steps: Sequence[Step | Triangular]) -> Run | None:
+        return Run.of(self._programs, place, steps, self.input_dim) if any(step.networks for step in steps) else None
+
     def _forget(self) -> None:
         super()._forget()
-        _prepared.pop(self, None)
+        self._prepared.clear()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**super().__getstate__(), "_prepared": {}}
 
     def __repr__(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.parameters())
@@ -180,39 +202,6 @@ class _Turn(NamedTuple):
             log_det = log_det if log_sign > 0 else -log_det
             total = log_det if total is None else total + log_det
         return value, total  # type: ignore[return-value]
-
-
-# Outside the stacks, so that copies and pickles leave the programs behind. None of it refers to the stack itself.
-_prepared: weakref.WeakKeyDictionary[Stack, dict[bool, tuple[ModuleState, list[_Turn]]]] = weakref.WeakKeyDictionary()
-
-
-def run_of(model: nn.Module, inverse: bool) -> Run | None:
-    """The run that is all of a direction of a model, if it is a stack, and one compiled program applies it."""
-    if not isinstance(model, Stack) or not _is_unchanged(type(model)):
-        return None
-    turns = _turns(model, inverse)
-    return turns[0].run if len(turns) == 1 else None
-
-
-def _turns(stack: Stack, inverse: bool) -> list[_Turn]:
-    """The layers of a direction of a stack by turns, prepared again when anything but numbers has changed."""
-    if is_intercepted():
-        return [_Turn([part], None) for part in _parts(stack, inverse)]
-    if (prepared := _prepared.get(stack)) is None:
-        prepared = _prepared[stack] = {}
-    if (before := prepared.get(inverse)) is not None and before[0].holds_for(stack):
-        return before[1]
-    # Taken first, so that a change in between is seen by the next call.
-    state = ModuleState.of(stack)
-    runs = enumerate(_runs(_parts(stack, inverse)))
-    turns = [_Turn(layers, _run(stack, (inverse, place), steps)) for place, (layers, steps) in runs]
-    if state is not None and all(turn.run is None or state.has(turn.run.of_networks()) for turn in turns):
-        prepared[inverse] = state, turns
-    return turns
-
-
-def _run(stack: Stack, place: object, steps: Sequence[Step | Triangular]) -> Run | None:
-    return Run.of(stack, place, steps) if any(step.networks for step in steps) else None
 
 
 def _parts(stack: Stack, inverse: bool, log_sign: int = 1) -> Iterator[_Part]:
