@@ -159,12 +159,11 @@ class NoiseToData(Stack):
         """The units, the last layer."""
         return cast("DataUnits", self[-1])
 
-    def _checked_x(self, x: Tensor, like: Tensor | None) -> Tensor:
-        return super()._checked_x(x, self.units.inner)
-
-    def _checked_y(self, y: Tensor, like: Tensor | None) -> Tensor:
+    def _checked(self, role: str, value: Tensor, like: Tensor | None) -> Tensor:
+        if role == "x":
+            return super()._checked(role, value, self.units.inner)
         size = self.units.support.event_size
-        return check_event(self.name, "y", y, size, "event_size of its support", self.units.loc)
+        return check_event(self.name, role, value, size, "event_size of its support", self.units.loc)
 
 
 def float32_holds(loc: Tensor, scale: Tensor, support: Support | None = None, resolution: float = RESOLUTION) -> Tensor:

@@ -270,7 +270,8 @@ class FlowPrior(NamedDensity):
 
     def run(self) -> Run | None:
         """The compiled program from standardised values to noise, if one is all of the flow."""
-        return self.model.run(True) if isinstance(self.model, Stack) else None
+        model: object = self.model
+        return model.run(inverse=True) if isinstance(model, Stack) else None
 
     @torch.no_grad()
     def differentiate(self, descent: Descent, value: Tensor, context: Tensor | None, factors: Tensor) -> float | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_maf._core.checks import check_positive
 from pyro_maf.distributions.density import ConditionalDensityForm, Density
 from pyro_maf.nn import MADE, MADEOptions
-from pyro_maf.nn.weights import is_called, own_tensors, walk_by_calls
+from pyro_maf.nn.weights import is_called, walk_by_calls
 from pyro_maf.sweep import plan_of, walk
 from pyro_maf.univariate import soft_bound
 
@@ -125,7 +125,7 @@ class MADEMoG(Density):
                 mu, s = mu.gather(0, component)[0], s.gather(0, component)[0]
                 return mu + _log_sigma(s).exp() * normal[i]
 
-            if own_tensors(self.made) is None and is_called(self.made):
+            if is_called(self.made):
                 y = walk_by_calls(self.order, lambda known: self.made(known, context), draw, normal[0])
                 return y.reshape(*shape, self.input_dim)
             y = walk(plan_of(self.made, context), draw, rows).w

@@ -17,7 +17,6 @@ from pyro_maf._core.checks import (
     check_positive,
     check_sizes,
 )
-from pyro_maf._core.torch_state import is_intercepted
 from pyro_maf.nn.layers import Linear, MaskedLinear, Tempered, masks
 from pyro_maf.nn.layers import degrees as spread_degrees
 
@@ -80,8 +79,6 @@ def reseeded(options: Options, seed: int) -> Options:
 
 
 BULK = 3.0
-FEW = 400
-"""Maximum number of entries on a CPU for which it pays to check whether any lies in the tails."""
 
 
 def compress_tails(x: Tensor) -> Tensor:
@@ -95,14 +92,6 @@ def compress_tails(x: Tensor) -> Tensor:
         >>> compress_tails(torch.tensor([-2.0, 1.5, 50.0]))
         tensor([-2.0000,  1.5000,  6.8712])
     """
-    # Tracing is tested first: reading the number of entries would specialise a dynamic batch size.
-    if (
-        x.device.type == "cpu"
-        and not is_intercepted()
-        and 0 < x.numel() <= FEW
-        and float(x.detach().abs().amax()) <= BULK
-    ):
-        return x
     beyond = F.softshrink(x, BULK)
     return x.clamp(-BULK, BULK) + beyond.detach().sign() * beyond.abs().log1p()
 

@@ -19,7 +19,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from pyro_maf.nn import MADE, MLP, MaskedLinear
 from pyro_maf.nn.layers import Linear
 
-__all__ = ["current", "is_called", "is_hooked", "is_read", "outputs_of", "own_tensors", "walk_by_calls"]
+__all__ = ["current", "is_called", "is_hooked", "is_read", "outputs_of", "walk_by_calls"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -29,23 +29,8 @@ PLAIN = (MaskedLinear, Linear, nn.Linear)
 PLAIN_FORWARDS = tuple(layer.forward for layer in PLAIN)
 
 
-def own_tensors(made: MADE) -> list[Tensor] | None:
-    """Weight, bias and mask of each layer in turn, or None if the network depends on anything else."""
-    if type(made) is not MADE or is_hooked(made):
-        return None
-    tensors: list[Tensor] = []
-    for layer in made._modules["layers"]._modules.values():  # type: ignore[union-attr]
-        if type(layer) is not MaskedLinear or is_hooked(layer):
-            return None
-        weight, bias, mask = layer._parameters.get("weight"), layer._parameters.get("bias"), layer._buffers.get("mask")
-        if weight is None or bias is None or mask is None:
-            return None
-        tensors += weight, bias, mask
-    return tensors
-
-
 def is_called(made: MADE) -> bool:
-    """Return whether the network has to be called, for one whose `own_tensors` are None.
+    """Return whether the network has to be called, as its weights do not tell all that a call does.
 
     Raises:
         TypeError: For a layer without a mask, since the dependencies among variables would be unknown.

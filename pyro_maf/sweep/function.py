@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,34 +71,34 @@ class Run(NamedTuple):
         Returns:
             The last layer's output, (\*batch, D), and the sum of the log-determinants, (\*batch,).
         """
-        inputs = self.inputs(v, context)
-        if inputs is None:
-            return None
-        rows, features, needs_gradient = inputs
-        if needs_gradient:
-            w, log_det = _applied(_Layers, (self,), (rows, features), self.tensors)
-        else:
-            w, log_det = _forward(self.program, self.program.remembered(self.tensors), rows, features, None)
-        if rows is v:
-            return w, log_det
-        batch = self._batch(v, context)
-        return w.reshape(*batch, v.shape[-1]), log_det.reshape(batch)
+        return self._through(v, context, None)
 
     def log_density(self, v: Tensor, context: Tensor | None, constant: float) -> Tensor | None:
         r"""`constant` - |w|^2 / 2 - log-determinant, (\*batch,), for the output w; or None, as `__call__`.
 
         It is the log-density of v whose noise w is standard normal, up to the constant. One node of the graph.
         """
-        inputs = self.inputs(v, context)
-        if inputs is None:
+        density: Tensor | None = self._through(v, context, constant)
+        return density
+
+    def _through(self, v: Tensor, context: Tensor | None, constant: float | None) -> Any:
+        """The log-density if there is a constant, and otherwise the pair."""
+        if (inputs := self.inputs(v, context)) is None:
             return None
         rows, features, needs_gradient = inputs
         if needs_gradient:
-            density = _applied(_Density, (self, constant), (rows, features), self.tensors)
+            result = _apply(self, constant, *unwrap_dead_wrappers((rows, features)), *self.tensors)
         else:
-            w, log_det = _forward(self.program, self.program.remembered(self.tensors), rows, features, None)
-            density = _normal(w, log_det, constant)
-        return density if rows is v else density.reshape(self._batch(v, context))
+            pack = self.program.remembered(self.tensors)
+            result = _normal(constant, *_forward(self.program, pack, rows, features, None))
+        if rows is v:
+            return result
+        batch = v.shape[:-1]
+        if features is not None:
+            batch = torch.broadcast_shapes(batch, context.shape[:-1])  # type: ignore[union-attr]
+        if constant is not None:
+            return result.reshape(batch)
+        return result[0].reshape(*batch, v.shape[-1]), result[1].reshape(batch)
 
     def inputs(self, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None, bool] | None:
         """v and context as rows, (batch, D) and (batch, context_dim), and whether a gradient is wanted.
@@ -120,12 +121,6 @@ class Run(NamedTuple):
         inputs = (rows, *tensors) if context is None else (rows, context, *tensors)
         return rows, context, torch.is_grad_enabled() and any(map(_requires_grad, inputs))
 
-    def _batch(self, v: Tensor, context: Tensor | None) -> torch.Size:
-        """Batch shape of v and context together."""
-        if context is None or not self.program.context_dim:
-            return v.shape[:-1]
-        return torch.broadcast_shapes(v.shape[:-1], context.shape[:-1])
-
 
 _requires_grad = operator.attrgetter("requires_grad")
 
@@ -140,60 +135,39 @@ def run(
     return None if ready is None else ready(v, context)
 
 
-def _applied(
-    function: type[torch.autograd.Function],
-    settings: tuple[object, ...],
-    inputs: tuple[Tensor | None, ...],
-    tensors: Sequence[Tensor],
-) -> Any:
-    """The result of `function.apply`, which would look at each parameter for wrappers that torch.func left behind."""
-    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-    return apply(*settings, *unwrap_dead_wrappers(inputs), *tensors)
-
-
 class _Layers(torch.autograd.Function):
-    """The layers, with the walk back as the backward."""
+    """The layers, or the log-density of what they map to standard normal noise, with the walk back as the backward."""
 
     @staticmethod
-    def forward(ctx: Any, run: Run, v: Tensor, context: Tensor | None, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, run: Run, constant: float | None, v: Tensor, context: Tensor | None, *tensors: Tensor) -> Any:
         w, log_det, saved = _recorded(run, v, context, tensors)
-        ctx.run = run
-        ctx.save_for_backward(*saved)
-        return w, log_det
+        ctx.run, ctx.constant = run, constant
+        ctx.save_for_backward(*saved, *(() if constant is None else (w,)))
+        return _normal(constant, w, log_det)
 
     @staticmethod
-    def backward(ctx: Any, grad_w: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[1:]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needed, saved, is_density = ctx.needs_input_grad[2:], ctx.saved_tensors, ctx.constant is not None
+        saved, noise = saved[: 2 + len(needed)], saved[-1]
         if torch.is_grad_enabled() or is_intercepted():
-            return None, *_by_plain_operations(_plain, ctx.run, ctx.saved_tensors, needed, (grad_w, grad_log_det))
-        arrays = grad_w.contiguous().numpy(), grad_log_det.contiguous().numpy()
-        return None, *_backward(ctx.run.program, ctx.saved_tensors, needed, *arrays)
-
-
-class _Density(torch.autograd.Function):
-    """The log-density of what the layers map to standard normal noise."""
-
-    @staticmethod
-    def forward(ctx: Any, run: Run, constant: float, v: Tensor, context: Tensor | None, *tensors: Tensor) -> Tensor:
-        w, log_det, saved = _recorded(run, v, context, tensors)
-        ctx.run = run
-        ctx.save_for_backward(w, *saved)
-        return _normal(w, log_det, constant)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[2:]
-        w, *saved = ctx.saved_tensors
-        if torch.is_grad_enabled() or is_intercepted():
-            return None, None, *_by_plain_operations(_plain_density, ctx.run, saved, needed, (grad,))
-        noise, factors = w.numpy(), grad.contiguous().numpy()
-        arrays = np.empty_like(noise), np.empty_like(factors)
-        loaded().differentiate_normal(0.0, factors, noise, factors, *arrays)
+            plain = partial(_plain, ctx.run.steps, is_density)
+            return None, None, *gradients(plain, saved[2:], needed, grads)
+        arrays = [grad.contiguous().numpy() for grad in grads]
+        if is_density:
+            w, (factors,) = noise.numpy(), arrays
+            arrays = [np.empty_like(w), np.empty_like(factors)]
+            loaded().differentiate_normal(0.0, factors, w, factors, *arrays)
         return None, None, *_backward(ctx.run.program, saved, needed, *arrays)
 
 
-def _normal(w: Tensor, log_det: Tensor, constant: float) -> Tensor:
-    """`constant` - |w|^2 / 2 - log-determinant, in the place of the latter."""
+# Without `unwrap_dead_wrappers`: it would look at each parameter for what torch.func may have left behind.
+_apply: Callable[..., Any] = super(torch.autograd.Function, _Layers).apply
+
+
+def _normal(constant: float | None, w: Tensor, log_det: Tensor) -> Any:
+    """w and log-determinants, or the log-densities `constant` - |w|^2 / 2 - log-determinant, in the latter's place."""
+    if constant is None:
+        return w, log_det
     loaded().normal(constant, w.numpy(), log_det.numpy())
     return log_det
 
@@ -291,29 +265,10 @@ def _add(total: Array, other: Array) -> None:
     in_parts(add, len(total), LANES, ADDITION)
 
 
-def _by_plain_operations(
-    plain: Callable[..., tuple[Tensor, ...]],
-    run: Run,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
-    grads: tuple[Tensor, ...],
-) -> list[Tensor | None]:
-    """The same gradients by plain operations, which can be differentiated again."""
-    return gradients(lambda v, context, *tensors: plain(run.steps, v, context, tensors), saved[2:], needed, grads)
-
-
-def _plain_density(
-    steps: Sequence[Step | Triangular], v: Tensor, context: Tensor | None, tensors: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """The log-density by plain operations, up to the constant."""
-    w, log_det = _plain(steps, v, context, tensors)
-    return (-log_det - 0.5 * w.square().sum(-1),)
-
-
 def _plain(
-    steps: Sequence[Step | Triangular], v: Tensor, context: Tensor | None, tensors: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """The layers in turn by plain operations, with these tensors as the networks' own."""
+    steps: Sequence[Step | Triangular], is_density: bool, v: Tensor, context: Tensor | None, *tensors: Tensor
+) -> tuple[Tensor, ...]:
+    """The layers in turn, or the log-density up to its constant, by plain operations with these tensors."""
     every, total = iter(tensors), v.new_zeros(len(v))
     for step in steps:
         if isinstance(step, Triangular):
@@ -326,4 +281,4 @@ def _plain(
         passes = one_by_one if step.sequential else at_once
         v, log_derivative = passes(step, v, context, every)
         total = total + step.log_sign * log_derivative.sum(-1)
-    return v, total
+    return (-total - 0.5 * v.square().sum(-1),) if is_density else (v, total)

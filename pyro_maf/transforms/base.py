@@ -22,7 +22,6 @@ from pyro_maf.univariate import UnivariateMap, univariate_map
 __all__ = ["Flow", "Inverse", "LayerOptions", "UnivariateFlow"]
 
 Direction: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
-Check: TypeAlias = Callable[[Tensor, "Tensor | None"], Tensor]
 
 
 class LayerOptions(TypedDict, total=False):
@@ -127,10 +126,10 @@ class Flow(Savable, Observed, TransformModule):
 
     def __call__(self, x: Tensor) -> Tensor:
         r"""Map noise x (\*batch, D) to data y."""
-        return self._through(x, self._checked_x, self.forward_and_log_det)
+        return self._through("x", x, self.forward_and_log_det)
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        return self._through(y, self._checked_y, self.inverse_and_log_det)
+        return self._through("y", y, self.inverse_and_log_det)
 
     def _call(self, x: Tensor) -> Tensor:
         return self.forward_and_log_det(x)[0]
@@ -138,8 +137,8 @@ class Flow(Savable, Observed, TransformModule):
     def _inverse(self, y: Tensor) -> Tensor:
         return self.inverse_and_log_det(y)[0]
 
-    def _through(self, value: Tensor, checked: Check, direction: Direction) -> Tensor:
-        value = checked(value, self._like())
+    def _through(self, role: str, value: Tensor, direction: Direction) -> Tensor:
+        value = self._checked(role, value, self._like())
         caches = self._caches()
         if caches and (cached := self._cache.input_of(self, value)) is not None:
             return cached
@@ -168,7 +167,7 @@ class Flow(Savable, Observed, TransformModule):
         if caching_is_possible() and (log_det := cache.log_det_of(self, x, y)) is not None:
             return log_det
         like = self._like()
-        x, y = self._checked_x(x, like), self._checked_y(y, like)
+        x, y = self._checked("x", x, like), self._checked("y", y, like)
         if self.fast == "forward" or (self.fast == "both" and cache.joins(self, x, y)):
             return self._computed(self.forward_and_log_det, x)[1]
         return self._computed(self.inverse_and_log_det, y)[1]
@@ -192,12 +191,6 @@ class Flow(Savable, Observed, TransformModule):
         like = reference_tensor(self)
         check_takes_gradient(self.name, self, like)
         return like
-
-    def _checked_x(self, x: Tensor, like: Tensor | None) -> Tensor:
-        return self._checked("x", x, like)
-
-    def _checked_y(self, y: Tensor, like: Tensor | None) -> Tensor:
-        return self._checked("y", y, like)
 
     def _checked(self, role: str, value: Tensor, like: Tensor | None) -> Tensor:
         value = converted(value, like)

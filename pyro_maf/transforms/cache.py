@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -46,9 +47,15 @@ class Cache:
             return
         modes, tensors = _parts(module)
         self._snapshot = Snapshot.of(tensors) if self._snapshot is None else self._snapshot.later(tensors)
-        if self._snapshot is not None:
-            state = _State(modes, self._snapshot, _graph(tensors))
-            self._pair = Pair(state, x, y, log_det, _Release(self))
+        if self._snapshot is None:
+            return
+        owner = weakref.ref(self)  # the callback must keep neither cache nor pair alive
+
+        def release(output: object) -> None:
+            if (cache := owner()) is not None:
+                cache._release(output)
+
+        self._pair = Pair(_State(modes, self._snapshot, _graph(tensors)), x, y, log_det, release)
 
     def input_of(self, module: nn.Module, y: Tensor) -> Tensor | None:
         """The input with output `y`; or None if that is not certain, and the pair is dropped."""
@@ -74,7 +81,7 @@ class Cache:
         pair = self._pair
         return pair is not None and pair.joins(module, x, y)
 
-    def release(self, output: object) -> None:
+    def _release(self, output: object) -> None:
         """Drop the pair if `output` is the weak reference to its output."""
         pair = self._pair
         if pair is not None and pair.output is output:
@@ -85,21 +92,10 @@ class Cache:
         self._pair = self._snapshot = None
 
 
-class _Release:
-    """Callback that drops a cache's pair when its output is freed; keeps neither alive."""
-
-    def __init__(self, cache: Cache) -> None:
-        self._cache = weakref.ref(cache)
-
-    def __call__(self, output: object) -> None:
-        if (cache := self._cache()) is not None:
-            cache.release(output)
-
-
 class Pair:
     """Input, weak reference to the output, and log-determinant, with the state in which they belong together."""
 
-    def __init__(self, state: _State, x: Tensor, y: Tensor, log_det: Tensor, release: _Release) -> None:
+    def __init__(self, state: _State, x: Tensor, y: Tensor, log_det: Tensor, release: Callable[[object], None]) -> None:
         self._state = state
         self._input = x
         self.output = weakref.ref(y, release)
@@ -110,8 +106,9 @@ class Pair:
         self._log_dets = [log_det]
         # The hooks hold this list alone: they must keep neither the pair nor its tensors alive.
         self._retired: list[bool] = []
+        retired = self._retired
         for node in {y.grad_fn, log_det.grad_fn} - {None}:
-            node.register_prehook(_Retire(self._retired))  # type: ignore[union-attr]
+            node.register_prehook(lambda *_: retired.append(True))  # type: ignore[union-attr]
 
     def input_of(self, module: nn.Module, y: Tensor) -> Tensor | None:
         """As `Cache.input_of`."""
@@ -138,16 +135,6 @@ class Pair:
 
     def _holds(self, module: nn.Module, y: Tensor) -> bool:
         return not self._retired and self._ends == _ends(self._input, y) and self._state.holds_for(module)
-
-
-class _Retire:
-    """Hook of a graph's node that retires a pair; keeps neither the pair nor its tensors alive."""
-
-    def __init__(self, retired: list[bool]) -> None:
-        self._retired = retired
-
-    def __call__(self, *_: object) -> None:
-        self._retired.append(True)
 
 
 class _State(NamedTuple):

@@ -21,8 +21,8 @@ __all__ = ["ConditionalLowerTriangularAffine", "Head", "LowerTriangularAffine"]
 class TriangularMap(Flow):
     r"""Base of the affine maps y = loc + L x, with L lower triangular with a positive diagonal.
 
-    A subclass returns loc, log L_ii and the entries of L below the diagonal, row by row, as `_entries()`. With a
-    context, the outputs of a network of it are added to these; they start at 0. A gain multiplies the entries below.
+    A subclass holds loc, log L_ii and the entries of L below the diagonal, row by row. With a context, the outputs of a
+    network of it are added to these; they start at 0. A gain multiplies the entries below.
     """
 
     is_by_row = True
@@ -73,10 +73,7 @@ class TriangularMap(Flow):
         return (Triangular(self._stored(), inverse, gain),)
 
     def _stored(self) -> tuple[Tensor, ...]:
-        """The tensors of `_entries`: each for itself, or one in which they follow one another."""
-        raise NotImplementedError
-
-    def _entries(self) -> Sequence[Tensor]:
+        """loc, log L_ii and the entries below the diagonal: three tensors, or one in which they follow one another."""
         raise NotImplementedError
 
     def _sizes(self) -> list[int]:
@@ -85,7 +82,8 @@ class TriangularMap(Flow):
 
     def _factor(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return loc, L and log |det L|."""
-        loc, log_diagonal, below = self._entries()
+        stored = current(self)._stored()
+        loc, log_diagonal, below = stored if len(stored) > 1 else stored[0].split(self._sizes())
         if context is not None:
             shifts = outputs_of(self.network, context, None).split(self._sizes(), -1)
             loc, log_diagonal, below = loc + shifts[0], log_diagonal + shifts[1], below + shifts[2]
@@ -140,9 +138,6 @@ class LowerTriangularAffine(TriangularMap):
     def _stored(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.loc, self.log_diagonal, self.below
 
-    def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
-        return current(self)._stored()
-
 
 class Head(TriangularMap):
     r"""y = loc + L (b + A x), with a fixed location and a fixed factor L, and A and b trained: the head of a guide.
@@ -196,9 +191,6 @@ class Head(TriangularMap):
 
     def _stored(self) -> tuple[Tensor]:
         return (self.free,)
-
-    def _entries(self) -> tuple[Tensor, ...]:
-        return current(self).free.split(self._sizes())
 
     def _fixed_log_det(self) -> Tensor:
         return self.scale_tril.diagonal().log().sum()

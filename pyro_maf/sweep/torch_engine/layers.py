@@ -25,7 +25,7 @@ from torch.torch_version import TorchVersion
 
 from pyro_maf._core.torch_state import is_exported, is_traced
 from pyro_maf.nn import ACTIVATIONS, MADE, compress_tails
-from pyro_maf.nn.weights import current, is_called, own_tensors, walk_by_calls
+from pyro_maf.nn.weights import current, is_called, walk_by_calls
 from pyro_maf.sweep.layout import Step, Triangular
 from pyro_maf.univariate import Affine
 
@@ -53,7 +53,7 @@ def solve(step: Step, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor
     if context is not None:
         v, context = together(v, context)
     rows = v if v.dim() == 2 else v.reshape(-1, made.input_dim)
-    if own_tensors(made) is None and is_called(made):
+    if is_called(made):
         w, log_derivatives = _one_by_one(step, rows, lambda known: made(known, context))
         return w.reshape(v.shape), log_derivatives.sum(-1).reshape(v.shape[:-1])
     tensors = _tensors_of(made, context)
@@ -68,8 +68,7 @@ def solve(step: Step, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor
 def parallel(step: Step, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
     """The parallel direction, w_i = f(v_i; phi_i(v_<i)). Arguments and results are those of `solve`."""
     made: Any = step.networks[0]
-    is_plain = own_tensors(made) is not None or not is_called(made)
-    phi = made.parameters_of(v, context) if is_plain else made(v, context)
+    phi = made(v, context) if is_called(made) else made.parameters_of(v, context)
     w, log_derivative = _direction_of(step)(v, phi)
     return w, log_derivative.sum(-1)
 
