@@ -178,7 +178,7 @@ def _parts(module: nn.Module) -> tuple[list[object], list[Tensor]]:
 
 
 def _graph(tensors: list[Tensor]) -> list[bool]:
-    """Whether each tensor requires a gradient; nothing in no-grad mode, where that does not matter."""
+    """`requires_grad` of each tensor; nothing in no-grad mode, where it does not matter."""
     return list(map(_requires_grad, tensors)) if torch.is_grad_enabled() else []
 
 
