@@ -46,10 +46,11 @@ INDEX_OF_PANDAS = re.compile(r"__index_level_\d+__")
 DAMAGED = (EOFError, OSError, ValueError)
 NO_ARRAY = (*DAMAGED, ArithmeticError, MemoryError, RecursionError, SyntaxError, TokenError, TypeError)
 """Errors of numpy for a damaged header, which it parses as Python literals, and for a truncated file."""
-NO_NUMBERS = "not of numbers"
+NO_NUMBERS = "damaged, truncated or not of numbers"
 
 NO_ARCHIVE = (*DAMAGED, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
 """Errors of zipfile for a damaged archive, and for members with encryption or unsupported compression."""
+LOCKED = "damaged, truncated or locked"
 
 
 class Source:
@@ -109,7 +110,8 @@ class ArraySource(Source):
 
     def __init__(self, path: Path, label: str) -> None:
         super().__init__(path, label)
-        with _reading(label, NO_ARRAY, NO_NUMBERS):
+        # Without numpy's warnings about headers that Python 2 wrote.
+        with warnings.catch_warnings(action="ignore"), _reading(label, NO_ARRAY, NO_NUMBERS):
             array: NDArray[np.generic] = np.load(path, mmap_mode="r", allow_pickle=False)
         if array.dtype.kind not in REAL_KINDS or array.ndim not in (1, 2):
             raise ValueError(
@@ -139,7 +141,7 @@ class ParquetSource(Source):
         super().__init__(path, label)
         from pyarrow.parquet import ParquetFile
 
-        with self._reading(), ParquetFile(path) as file:
+        with _reading(label, _no_parquet()), ParquetFile(path) as file:
             self._schema = file.schema_arrow
             self.names = tuple(name for name in self._schema.names if not INDEX_OF_PANDAS.fullmatch(name))
 
@@ -165,19 +167,10 @@ class ParquetSource(Source):
         from pyarrow.types import is_dictionary
 
         size = max(1, NUMBERS_IN_A_BATCH // max(1, len(names)))
-        with self._reading(), ParquetFile(self.path) as file:
+        with _reading(self.label, _no_parquet()), ParquetFile(self.path) as file:
             for batch in file.iter_batches(size, columns=list(names)):
                 columns = [batch.column(name) for name in names]
                 yield [column.dictionary_decode() if is_dictionary(column.type) else column for column in columns]
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        from pyarrow import ArrowException
-
-        try:
-            yield
-        except (ArrowException, OSError) as error:
-            raise self.wrong(f"damaged or truncated: {_one_line(error)}") from None
 
 
 class CsvSource(Source):
@@ -317,11 +310,8 @@ def _as_file(source: FileOrStream) -> tuple[Path, str]:
 
 
 def _unzipped(path: Path, label: str) -> Path:
-    try:
-        with gzip.open(path) as file:
-            return copied(file)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"read_table found {label} damaged or truncated: {_one_line(error)}") from None
+    with _reading(label, (OSError, EOFError, zlib.error)), gzip.open(path) as file:
+        return copied(file)
 
 
 def _first_bytes(path: Path) -> bytes:
@@ -337,7 +327,7 @@ def _one_line(error: Exception) -> str:
 
 def _member_of(path: Path, label: str, array: str | None) -> tuple[Path, str]:
     """Extract an array of an .npz file to an .npy file; also return its label for errors."""
-    with _reading(label, NO_ARCHIVE, "locked"), zipfile.ZipFile(path) as archive:
+    with _reading(label, NO_ARCHIVE, LOCKED), zipfile.ZipFile(path) as archive:
         members = {name.removesuffix(".npy"): name for name in archive.namelist() if name.endswith(".npy")}
         is_workbook = "xl/workbook.xml" in archive.namelist()
         tables = [
@@ -350,7 +340,7 @@ def _member_of(path: Path, label: str, array: str | None) -> tuple[Path, str]:
     chosen = _chosen(list(members), tables, label) if array is None else array
     if chosen not in members:
         raise ValueError(f"read_table found no array {chosen!r} in {label}, but {listed(list(members))}.")
-    with _reading(label, NO_ARCHIVE, "locked"), zipfile.ZipFile(path) as archive, archive.open(members[chosen]) as file:
+    with _reading(label, NO_ARCHIVE, LOCKED), zipfile.ZipFile(path) as archive, archive.open(members[chosen]) as file:
         return copied(file), f"{shown(chosen)} of {label}"
 
 
@@ -366,21 +356,26 @@ def _chosen(members: list[str], tables: list[str], label: str) -> str:
 
 
 def _dimensions(archive: zipfile.ZipFile, member: str) -> int:
-    with archive.open(member) as file, _reading(member, NO_ARRAY, NO_NUMBERS):
+    ignored = warnings.catch_warnings(action="ignore")
+    with archive.open(member) as file, ignored, _reading(member, NO_ARRAY, NO_NUMBERS):
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         return len(read(file)[0])
 
 
 @contextmanager
-def _reading(label: str, errors: tuple[type[Exception], ...], what: str) -> Iterator[None]:
-    """Turn errors of a parser into one about the file, and ignore its warnings about headers that Python 2 wrote."""
+def _reading(label: str, errors: tuple[type[Exception], ...], what: str = "damaged or truncated") -> Iterator[None]:
+    """Turn errors of a parser into one about the file."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     except errors as error:
-        raise ValueError(f"read_table found {label} damaged, truncated or {what}: {_one_line(error)}") from None
+        raise ValueError(f"read_table found {label} {what}: {_one_line(error)}") from None
+
+
+def _no_parquet() -> tuple[type[Exception], ...]:
+    from pyarrow import ArrowException
+
+    return ArrowException, OSError
 
 
 def _recoded(path: Path, label: str, encoding: str) -> Path:

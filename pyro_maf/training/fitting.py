@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -36,7 +35,7 @@ from pyro_maf.training.batches import Batches
 from pyro_maf.training.choice import CHOSEN, RELAXATIONS, DefaultFlow, choose
 from pyro_maf.training.loop import Loop
 from pyro_maf.training.preparation import Choice, Fitted, Model, Prepared, Recipe, Validation, prepare
-from pyro_maf.training.records import checkpoints
+from pyro_maf.training.records import CheckpointFolder, checkpoints
 from pyro_maf.training.result import FitResult
 from pyro_maf.training.scores import log_likelihood_of
 from pyro_maf.training.screening import announce, screen_ending
@@ -290,6 +289,8 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
     """Train a density on prepared rows, in the dtype and on the device of a weight."""
     density, processes = prepared.density, Processes(options.devices)
     layout, context_layout = source.layout, source.context_layout
+    if not isinstance(density.unwrapped, TableDensity):  # which draws in the dtypes of a data frame
+        layout = layout._replace(dtypes=())
     if processes.is_first:
         announce(prepared.warnings)
     trained = prepared.trained
@@ -298,7 +299,7 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
     settings = {} if options.folder is None else options.settings(prepared, weight.dtype)
     if layout.names or context_layout.names:
         # Not among the settings: a resumed fit may have the table without its names.
-        density.name_columns(_layout(density, source), context_layout)
+        density.name_columns(layout, context_layout)
     where = {"resume": options.resume, "overwrite": options.overwrite, "is_first": processes.is_first}
     with (
         checkpoints(options.folder, settings, **where) as folder,
@@ -328,7 +329,7 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
         if folder is not None and processes.is_first:
             try_to_write(folder.folder / MODEL, packed(prepared.density))
     processes.wait()
-    result = _result(loop.state, prepared, source, options, joined, None if folder is None else folder.folder)
+    result = _result(loop.state, prepared, layout, context_layout, options, joined, folder)
     if processes.is_first:
         announce(result.warnings[len(prepared.warnings) :])
         if will_show(options.progress) and not result.interrupted:
@@ -340,7 +341,13 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
 
 
 def _result(
-    state: State, prepared: Prepared, source: NamedRows, options: _Options, joined: Joined, folder: Path | None
+    state: State,
+    prepared: Prepared,
+    layout: Layout,
+    context_layout: Layout,
+    options: _Options,
+    joined: Joined,
+    folder: CheckpointFolder | None,
 ) -> FitResult:
     """Return the result of a fit that has ended in `state`."""
     schedule, stopped, test = state.schedule, state.reason, prepared.test
@@ -370,11 +377,11 @@ def _result(
         gaussians=joined.gaussians,
         rows=prepared.rows,
         skipped_steps=state.skipped,
-        folder=folder,
+        folder=None if folder is None else folder.folder,
         warnings=(*prepared.warnings, *endings, *joined.lines),
         repeats=prepared.repeats,
-        layout=_layout(prepared.density, source),
-        context_layout=source.context_layout,
+        layout=layout,
+        context_layout=context_layout,
     )
 
 
@@ -383,12 +390,6 @@ def _score(prepared: Prepared, best: float, *, doubts: bool) -> float:
     if not (prepared.spacing or doubts):
         return best
     return log_likelihood_of(prepared.density, prepared.validation.rows).mean
-
-
-def _layout(density: Fitted, source: NamedRows) -> Layout:
-    """The form of samples: of numbers on a grid and categories in the dtypes of a data frame."""
-    is_table = isinstance(density.unwrapped, TableDensity)
-    return source.layout if is_table else source.layout._replace(dtypes=())
 
 
 def _first_weight(model: object, data: object) -> Tensor:

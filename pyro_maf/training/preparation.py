@@ -94,11 +94,6 @@ class Choice(NamedTuple):
         """Shape of one row of context for the network; () without one."""
         return () if self.net is None else tuple(self.net.shape)
 
-    @property
-    def embedding(self) -> dict[str, Any]:
-        """Arguments `context_net` and `context_shape` of a density; {} without a network."""
-        return {} if self.net is None else self.net.arguments
-
 
 class Trained(NamedTuple):
     """A density that is trained, its rows, and their units.
@@ -345,7 +340,9 @@ def _in_units(
         return model
     inner: Flow | Density = model.unwrapped if isinstance(model, (ConditionalFlow, ConditionalDensity)) else model
     of_data, of_context = units
-    arguments: dict[str, Any] = {**kinds.units_of_numbers(of_data, support)._asdict(), **choice.embedding}
+    arguments: dict[str, Any] = kinds.units_of_numbers(of_data, support)._asdict()
+    if choice.net is not None:
+        arguments |= choice.net.arguments
     if inner.context_dim:
         (loc, scale), one_hot = of_context or (torch.zeros(0), torch.ones(0)), sum(kinds.num_categories)
         arguments["context_loc"] = torch.cat([loc, loc.new_zeros(one_hot)])
