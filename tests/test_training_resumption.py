@@ -115,6 +115,13 @@ def test_every_family_goes_on_bit_for_bit(make: Any, tmp_path: Path) -> None:
     assert without_time(whole) == without_time(second)
 
 
+def test_a_checkpoint_holds_the_units_of_the_data(tmp_path: Path) -> None:
+    result = fit(flow(), gaussian_rows().exp(), support="positive", folder=tmp_path, **OPTIONS)
+    units = Checkpoint.read(tmp_path / "checkpoint.safetensors").under("density")["units.loc"]
+    assert torch.equal(units, result.density.loc)
+    assert units.any()
+
+
 def test_it_may_be_interrupted_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = fit(flow(Pressed), gaussian_rows(), **OPTIONS)
     for _ in range(5):

@@ -309,6 +309,7 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
     ):
         loop = Loop(
             trained.density,
+            trained.stored,
             batches,
             Batches(trained.validation, VALIDATION_BATCH, None, processes),
             schedule=Schedule(

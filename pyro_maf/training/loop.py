@@ -30,7 +30,8 @@ class Loop:
     rate. Building it starts or joins the other processes, if any, and resumes from a checkpoint.
 
     Args:
-        density: The density to fit, in the data's units.
+        density: The density to fit.
+        stored: The density of the same weights whose state checkpoints hold.
         batches, held_out: The training rows and the validation rows.
         schedule: Learning rate, weight decay and patience.
         max_epochs: Maximum number of epochs, those before a checkpoint included.
@@ -48,6 +49,7 @@ class Loop:
     def __init__(
         self,
         density: Density,
+        stored: Density,
         batches: Batches,
         held_out: Batches,
         *,
@@ -76,7 +78,7 @@ class Loop:
             each.to(device)
         self._log = Log(folder.folder) if folder is not None and processes.is_first else None
         self._objective = objective_of(density, processes)
-        self.state = State(density, self._objective, batches, schedule)
+        self.state = State(stored, self._objective, batches, schedule)
         self._initial = self._objective.losses(held_out) if doubts else None
         self._is_resumed = folder is not None and folder.checkpoint is not None
         if folder is not None and folder.checkpoint is not None:

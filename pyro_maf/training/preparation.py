@@ -100,11 +100,13 @@ class Trained(NamedTuple):
 
     Attributes:
         density: The density whose mean log-density is maximised.
+        stored: The density whose state checkpoints hold: with the same weights, and its units.
         training, validation: The rows.
         offsets: Nats by which mean losses of the training and of the validation rows are above those that are reported.
     """
 
     density: Density
+    stored: Density
     training: Rows | MappedRows
     validation: Rows
     offsets: tuple[float, float]
@@ -148,14 +150,15 @@ class Prepared(NamedTuple):
                 validation = validation.take(torch.arange(len(validation.data)).repeat(copies))
                 noisy = dequantised(validation.data, self.spacing, torch.Generator().manual_seed(0))
                 validation = validation._replace(data=noisy)
-            return Trained(of_numbers, self.training, validation, (inner.steps.log_volume,) * 2)
+            return Trained(of_numbers, of_numbers, self.training, validation, (inner.steps.log_volume,) * 2)
         support = inner.units.support
         is_affine = inner.tails is None and support.name == "real"
         if is_affine or support.angles or isinstance(self.training, MappedRows):
-            return Trained(inner, self.training, validation, (0.0, 0.0))
+            return Trained(inner, inner, self.training, validation, (0.0, 0.0))
         training, of_training = _standardised(self.training, inner)
         validation, of_validation = _standardised(validation, inner)
-        return Trained(FlowPrior(inner.model, **inner.embedding), training, validation, (of_training, of_validation))
+        in_model_units = FlowPrior(inner.model, **inner.embedding)
+        return Trained(in_model_units, inner, training, validation, (of_training, of_validation))
 
     def digest(self) -> str:
         """Fingerprint of the units, the rows that are held out and the weights."""

@@ -48,7 +48,7 @@ class Ours(TorchPeer):
             batches, schedule = Batches(one, 1, None, processes), Schedule(LEARNING_RATE, patience=1, weight_decay=1e-6)
             limits = {"max_epochs": 1, "max_grad_norm": 100.0}
             together = {"schedule": schedule, "interruption": Interruption(), "processes": processes}
-            self._loop = Loop(prior, batches, batches, **limits, **together)
+            self._loop = Loop(prior, prior, batches, batches, **limits, **together)
         self._loop.step(Rows(data, None))
         self._finished(data)
 
