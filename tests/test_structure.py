@@ -14,9 +14,10 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from torch import Tensor
-from torch.distributions import AffineTransform, ExpTransform, SigmoidTransform
+from torch.distributions import AffineTransform, ExpTransform, SigmoidTransform, biject_to
 
 from pyro_maf.infer import AutoIAF, AutoRealNVP, TracePath_ELBO, diagnose, fit_guide, neutra, reweight
+from pyro_maf.infer.models.location_scale import location_and_scale
 from tests.posteriors import SMALL, drawn
 
 GROUPS = 6
@@ -83,6 +84,15 @@ def transformed() -> None:
         pyro.sample("walk", dist.Laplace(steps.cumsum(-1)[..., 3], 1.0))
 
 
+def shapes() -> None:
+    """Positive sites and shares of latent concentrations."""
+    shape = pyro.sample("shape", dist.LogNormal(0.0, torch.tensor(0.5)))
+    with pyro.plate("rows", 2):
+        pyro.sample("rate", dist.Gamma(shape, 2.0))
+        pyro.sample("time", dist.InverseGamma(1 + shape, 2.0))
+        pyro.sample("part", dist.Beta(shape, 3.0))
+
+
 MODELS: dict[str, tuple[Callable[[], None], list[str]]] = {
     "hierarchy": (hierarchy, ["theta"]),
     "funnel": (funnel, ["x"]),
@@ -90,6 +100,7 @@ MODELS: dict[str, tuple[Callable[[], None], list[str]]] = {
     "levels": (levels, ["scale", "rate", "size", "z"]),
     "processes": (processes, ["f", "g", "h"]),
     "transformed": (transformed, ["affine", "share", "steps", "walk"]),
+    "shapes": (shapes, ["rate", "time", "part"]),
 }
 
 
@@ -107,6 +118,15 @@ def guide_of(model: Callable[..., Any], seed: int = 0, **options: Any) -> Any:
 def test_sites_are_found_by_themselves(name: str) -> None:
     model, names = MODELS[name]
     assert guide_of(model, init_scale=0.1).coordinates.names == names
+
+
+@pytest.mark.parametrize("fn", [dist.Gamma(0.7, 3.0), dist.InverseGamma(2.5, 0.2), dist.Beta(0.8, 3.0)])
+def test_location_and_scale_of_a_concentration_are_those_of_unconstrained_draws(fn: Any) -> None:
+    prior = location_and_scale(fn)
+    draws = biject_to(fn.support).inv(fn.sample((100_000,)))
+    assert prior is not None
+    assert float(prior.loc) == pytest.approx(float(draws.mean()), abs=0.03)
+    assert float(prior.scale.tensor) == pytest.approx(float(draws.std()), rel=0.03)
 
 
 @pytest.mark.parametrize("name", MODELS)

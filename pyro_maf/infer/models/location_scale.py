@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import (
     AffineTransform,
+    Beta,
     Distribution,
     Exponential,
     ExpTransform,
@@ -27,7 +28,7 @@ from pyro_maf.infer.models.model import layers_of
 
 __all__ = ["LocationScale", "Scale", "location_and_scale"]
 
-PARAMETERS = {"loc", "scale", "rate"}
+PARAMETERS = {"loc", "scale", "rate", "concentration", "concentration1"}
 REAL, POSITIVE, UNIT = "real", "positive", "unit_interval"
 IMAGES = {ExpTransform: POSITIVE, SigmoidTransform: UNIT}
 """Maps from real numbers that are also those from unconstrained values to a support."""
@@ -104,18 +105,28 @@ def location_and_scale(fn: TorchDistribution) -> LocationScale | None:
 
 
 def _of_family(family: Distribution) -> tuple[LocationScale | None, str]:
-    """Location and scale of a distribution, or of the logarithm of a positive one, and its region."""
+    """Location and scale of a distribution, of the logarithm of a positive one or the log-odds of a Beta's share.
+
+    Also its region.
+    """
     region = _region(cast("Constraint", family.support))
-    loc, scale, rate, matrix = (getattr(family, name, None) for name in ("loc", "scale", "rate", "scale_tril"))
+    loc, scale = (getattr(family, name, None) for name in ("loc", "scale"))
     if loc is not None and "scale_tril" in family.arg_constraints:
-        return LocationScale(loc, Scale(cast("Tensor", matrix), True)), region
+        return LocationScale(loc, Scale(cast("Any", family).scale_tril, True)), region
     if loc is not None:
         return (None if scale is None else LocationScale(loc, Scale(scale))), region
     if region == POSITIVE and scale is not None:
         return LocationScale(scale.log(), Scale(torch.ones_like(scale))), region
-    if isinstance(family, (Exponential, Gamma, InverseGamma)) and rate is not None:
-        sign = 1 if isinstance(family, InverseGamma) else -1
-        return LocationScale(sign * rate.log(), Scale(torch.ones_like(rate))), region
+    if isinstance(family, Exponential):
+        return LocationScale(-family.rate.log(), Scale(torch.ones_like(family.rate))), region
+    if isinstance(family, (Gamma, InverseGamma)):
+        sign = -1 if isinstance(family, InverseGamma) else 1
+        shape, rate = family.concentration, family.rate
+        return LocationScale(sign * (shape.digamma() - rate.log()), Scale(shape.polygamma(1).sqrt())), region
+    if isinstance(family, Beta):
+        one, other = family.concentration1, family.concentration0
+        scale = (one.polygamma(1) + other.polygamma(1)).sqrt()
+        return LocationScale(one.digamma() - other.digamma(), Scale(scale)), region
     return None, region
 
 
