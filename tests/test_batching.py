@@ -15,8 +15,8 @@ from pyro.nn import PyroModule, PyroSample
 from torch import Tensor
 
 from pyro_maf.infer import AutoIAF
+from pyro_maf.infer.models.broadcasting import why_alone
 from pyro_maf.infer.models.model import Call
-from pyro_maf.infer.models.plates import why_alone
 from tests.posteriors import SMALL
 
 pytestmark = pytest.mark.usefixtures("fresh")

@@ -1,4 +1,4 @@
-"""Plates of a model: minibatches that together score all rows, and why a model fails inside a plate of draws."""
+"""Plates of a model, and the minibatches that together score all rows of those that subsample."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from functools import partial
 from itertools import product
 from typing import NamedTuple
 
-import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -17,14 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 from pyro_maf.infer.models.model import (
     Args,
-    Call,
     Frame,
-    Guide,
     Kwargs,
     Site,
     Trace,
     is_subsample,
-    latent_sites,
     sample_sites,
 )
 
@@ -37,18 +33,10 @@ __all__ = [
     "minibatches_of",
     "nesting_of",
     "subsampled",
-    "why_alone",
 ]
 
 SHAPE_ONLY = ("__get__", "__len__", "__hash__", "size", "dim", "numel")
 """Functions that depend on a tensor's shape and not on its values."""
-
-DRAWS = 7
-"""Number of draws of the trial: unlikely to equal any size of a model."""
-SHOWN = 2
-"""Maximum number of latent sites whose shapes are shown."""
-LONGEST = 120
-"""Maximum number of characters quoted from an error."""
 
 
 class PartialRowsError(Exception):
@@ -271,123 +259,3 @@ class _UseRecorder(TorchFunctionMode):
             inputs = {id(value) for value in tree_leaves((args, kwargs))}
             self._recorder.used.update(name for name, rows in self._recorder.rows.items() if id(rows) in inputs)
         return func(*args, **kwargs)
-
-
-@torch.no_grad()
-def why_alone(call: Call, guide: Guide, drawn: Trace, single: Trace) -> str:
-    """Describe the failure of a model that is run for several draws of its guide at once, and name the site.
-
-    Args:
-        call: The model with its arguments.
-        guide: Its guide.
-        drawn, single: Traces of the guide for one draw, and of the model with its values.
-
-    Returns:
-        A clause such as "with 7 draws at once site y has batch shape (7, 1, 20), expected (7, 20)"; "" if nothing
-        fails, as for a density that is NaN in any case.
-    """
-    trial = _Trial(single, max(nesting_of(single), nesting_of(drawn)))
-    try:
-        with trial.plate():
-            draws = call.of(guide).trace()
-            with trial:
-                many = call.replayed(draws)
-        failure = trial.wrong_shape() or trial.wrong_density(call, many)
-    except Exception as error:  # a model that was never meant for a batch may fail in any way
-        failure = trial.wrong_shape() or trial.raised(error)
-    return f"with {DRAWS} draws at once {failure}" if failure else ""
-
-
-class _Trial(Messenger):
-    """Handler of a run inside a plate of draws: records its sample sites, and compares them with those of one draw.
-
-    Args:
-        single: A trace of the model for one draw.
-        nesting: Number of dimensions of the plates of model and guide.
-    """
-
-    def __init__(self, single: Trace, nesting: int) -> None:
-        super().__init__()
-        self._single, self._latents, self._nesting = sample_sites(single), latent_sites(single), nesting
-        self._batches: dict[str, torch.Size] = {}
-        self._values: dict[str, torch.Size] = {}
-
-    def plate(self) -> pyro.plate:
-        """Return the plate of the draws."""
-        return pyro.plate("_draws", DRAWS, dim=-self._nesting - 1)
-
-    def _pyro_sample(self, msg: Site) -> None:
-        if hasattr(msg["fn"], "batch_shape"):
-            self._batches[msg["name"]] = msg["fn"].batch_shape
-
-    def _pyro_post_sample(self, msg: Site) -> None:
-        if isinstance(msg["value"], Tensor):
-            self._values[msg["name"]] = msg["value"].shape
-
-    def wrong_shape(self) -> str:
-        """Name the sites whose batch shape does not broadcast to the expected one; "" if there are none."""
-        return " and ".join(
-            f"site {name} has batch shape {tuple(batch)}, expected {tuple(expected)}"
-            for name, batch in self._batches.items()
-            if name in self._single and not _broadcasts(batch, expected := self._expected(name))
-        )
-
-    def wrong_density(self, call: Call, many: Trace) -> str:
-        """Name the sites whose log-density differs between all draws together and the first of them alone."""
-        sites = sample_sites(many)
-        shapes = {name: site["value"].shape for name, site in self._latents.items()}
-        alone = call.conditioned({name: _first(sites[name]["value"]).reshape(shapes[name]) for name in shapes})
-        for trace in (alone, many):
-            trace.compute_log_prob()
-        wrong = [
-            name
-            for name, site in sample_sites(alone).items()
-            if name in sites
-            and not torch.allclose(
-                _first(sites[name]["log_prob"]).sum(), site["log_prob_sum"], rtol=1e-3, atol=1e-3, equal_nan=True
-            )
-        ]
-        number = "site {} has" if len(wrong) == 1 else "sites {} have"
-        return (
-            f"{number.format(', '.join(wrong))} another density than for each draw alone{self._shapes()}"
-            if wrong
-            else ""
-        )
-
-    def raised(self, error: Exception) -> str:
-        """Say which error the model raised, and before which site."""
-        missing = (
-            name
-            for name, site in self._single.items()
-            if hasattr(site["fn"], "batch_shape") and name not in self._values
-        )
-        name = next(missing, None)
-        before = f" before site {name}, whose batch shape should be {tuple(self._expected(name))}" if name else ""
-        message = str(error).partition("\n")[0][:LONGEST].rstrip(".")
-        return f"it raises {type(error).__name__}{before}{self._shapes()}: {message}"
-
-    def _expected(self, name: str) -> torch.Size:
-        """Return the expected batch shape of a site for several draws."""
-        alone = self._single[name]["fn"].batch_shape
-        return torch.Size([DRAWS, *[1] * (self._nesting - len(alone)), *alone])
-
-    def _shapes(self) -> str:
-        """Format the shapes of the last latent sites of the run, together and alone, in brackets."""
-        run = [(name, site) for name, site in self._latents.items() if name in self._values]
-        shapes = [
-            f"there {name} has shape {tuple(self._values[name])}, alone {tuple(site['value'].shape)}"
-            for name, site in run[-SHOWN:]
-        ]
-        return f" ({'; '.join(shapes)})" if shapes else ""
-
-
-def _first(draws: Tensor) -> Tensor:
-    """Return the first of several draws, which may be one for all."""
-    return draws.expand(DRAWS, *draws.shape[1:])[0]
-
-
-def _broadcasts(batch: torch.Size, expected: torch.Size) -> bool:
-    try:
-        return torch.broadcast_shapes(batch, expected) == expected
-    except RuntimeError:
-        return False

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import dis
-import gc
-import sys
-import sysconfig
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
-from importlib import import_module
 from operator import getitem
-from pathlib import Path
-from types import CodeType, FrameType
 from typing import NamedTuple, cast
 
 import torch
@@ -22,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_maf._core.torch_state import is_intercepted
+from pyro_maf.infer.models.effects import Watch
 from pyro_maf.infer.models.fused import compiled, note_shape
 from pyro_maf.infer.models.model import Args, Kwargs
 
@@ -57,12 +50,6 @@ OUT_OF_PLACE = {aten.logical_and_.default: aten.logical_and.default}
 """Operations in place on conditions, as in the gradient of a clamp, and those that return the same."""
 GATHER = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 """Operations whose output has a shape that depends on values only if an index is a mask."""
-
-STORES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL")
-INSTALLED = ("site-packages", "dist-packages")
-"""Folders of other packages, which may be within that of Python's own modules."""
-TAKERS = ("next", "pop", "popleft", "popitem")
-"""Built-in functions that change what they are called on, and return a part of it."""
 
 Program = Callable[..., tuple[Tensor | None, ...]]
 Function = Callable[[Tensor], Tensor]
@@ -131,7 +118,7 @@ def record(function: Function, argument: Tensor, weights: Sequence[Tensor]) -> R
     argument = argument.detach().requires_grad_()
     recorder = _Recorder()
     try:
-        with _Watch() as watch, torch.enable_grad(), recorder:
+        with Watch() as watch, torch.enable_grad(), recorder:
             values = function(argument)
             found = torch.autograd.grad(values.sum(), [argument, *weights], allow_unused=True)
         if watch.has_effects or found[0] is None:
@@ -384,67 +371,3 @@ def _storage(tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):  # as of a sparse tensor
         raise UnrecordedError from None
-
-
-class _Watch:
-    """Watch over the Python code that runs while entered, for effects on objects that outlive it.
-
-    Attributes:
-        has_effects: True if code that is not torch's, Pyro's, Python's or this package's has some.
-    """
-
-    def __init__(self) -> None:
-        self.has_effects = False
-
-    def __enter__(self) -> _Watch:
-        # Finalizers of garbage are no part of what is watched.
-        self._collects = gc.isenabled()
-        gc.disable()
-        self._before = sys.getprofile()
-        if self._before is None:
-            sys.setprofile(self._see)
-        else:  # a profiler takes its place
-            self.has_effects = True
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._before is None:
-            sys.setprofile(None)
-        if self._collects:
-            gc.enable()
-
-    def _see(self, frame: FrameType, event: str, argument: object) -> None:
-        if event == "call":
-            self.has_effects |= _has_effects(frame.f_code)
-        elif event == "c_call" and getattr(argument, "__name__", "") in TAKERS:
-            self.has_effects |= not _is_library(frame.f_code.co_filename)
-
-
-@cache
-def _has_effects(code: CodeType) -> bool:
-    """True if code assigns to attributes, except to those of a new object, or to names of an outer scope."""
-    if _is_library(code.co_filename):
-        return False
-    instructions = [(each.opname, each.argval) for each in dis.get_instructions(code)]
-    is_new = code.co_name in ("__init__", "__new__", "__post_init__")
-    return any(
-        (name in STORES and not is_new) or (name in ("STORE_DEREF", "DELETE_DEREF") and value in code.co_freevars)
-        for name, value in instructions
-    )
-
-
-@cache
-def _is_library(filename: str) -> bool:
-    packages, standard = _library_folders()
-    is_standard = filename.startswith(("<frozen", *standard)) and not any(name in filename for name in INSTALLED)
-    return is_standard or filename.startswith(packages)
-
-
-@cache
-def _library_folders() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The folders of torch, Pyro, what it sums discrete sites out by and this package, and Python's own modules."""
-    packages = [Path(str(import_module(name).__file__)).parent for name in ("torch", "pyro", "opt_einsum")]
-    standard = [path for name, path in sysconfig.get_paths().items() if "stdlib" in name]
-    return tuple(f"{folder}/" for folder in (*packages, Path(__file__).parents[1])), tuple(
-        f"{path}/" for path in standard
-    )
