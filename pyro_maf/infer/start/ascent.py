@@ -21,6 +21,7 @@ CONVERGED = 1e-4
 """Gain of a step, in nats, below which an ascent ends."""
 AT_REST = 1e-2
 """Half the squared length of a Newton step, in nats, below which its point is a mode up to that many nats."""
+LARGEST_SCALES = (math.inf, 10.0, 1.0)
 HALVINGS = 12
 HISTORY = 20
 QUASI_STEPS = 4
@@ -118,10 +119,10 @@ class Place(NamedTuple):
     curvature: Curvature | None = None
     estimate: Normal | None = None
 
-    def normals(self, largest_scales: tuple[float, ...]) -> list[Normal]:
-        """Return the normals of the curvature with these largest scales."""
+    def normals(self) -> list[Normal]:
+        """Return the normals of the curvature: with scales of any size, and of at most 10 and 1."""
         if self.curvature is not None:
-            return [self.curvature.normal(self.loc, largest) for largest in largest_scales]
+            return [self.curvature.normal(self.loc, largest) for largest in LARGEST_SCALES]
         return [] if self.estimate is None else [self.estimate]
 
 

@@ -30,7 +30,6 @@ LEAST_ITERATIONS = 30
 BETTER = 1.0
 """Nats by which the normal of another ascent has to be better, where it is not at a mode of its own."""
 ISOTROPIC = (1.0, 0.1)
-LARGEST_SCALES = (math.inf, 10.0, 1.0)
 DENSE = 200
 """Maximum number of dimensions for which there are matrices with a row for each."""
 FEW = 20
@@ -233,7 +232,7 @@ class _Search:
         ascents = self._ascents
         rows = [int(row) for row in ascents.at_mode.nonzero()[:, 0]]
         rows.sort(key=lambda row: -float(ascents.values[row]))
-        normals = {row: ascents.paths[row][-1].normals(LARGEST_SCALES) for row in rows}
+        normals = {row: ascents.paths[row][-1].normals() for row in rows}
         return [End(ascents.locs[row], float(ascents.values[row]), normals[row]) for row in rows if normals[row]]
 
     def best_of_others(self) -> tuple[Normal, float]:
@@ -301,4 +300,4 @@ class _Search:
 
 def _candidates(place: Place) -> list[Normal]:
     """The normals that a place of an ascent proposes."""
-    return place.normals(LARGEST_SCALES) + [Normal.isotropic(place.loc, scale) for scale in ISOTROPIC]
+    return place.normals() + [Normal.isotropic(place.loc, scale) for scale in ISOTROPIC]

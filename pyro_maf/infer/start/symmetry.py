@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import permutations
+from functools import partial
+from itertools import chain, permutations
 
 import torch
 from torch import Tensor
@@ -44,46 +45,30 @@ def exchanges(
     for axes, labels in _groups(events):
         turned = [*range(1, labels), 0]
         swapped = [1, 0, *range(2, labels)]
-        same = (_is_same(log_joint, _Exchange(axes, order), values, expected) for order in (swapped, turned))
-        if all(same):
-            found += [_Exchange(axes, list(order)) for order in _orders(labels)]
+        tried = (partial(_exchanged, axes, order) for order in (swapped, turned))
+        if all(_is_same(log_joint, each, values, expected) for each in tried):
+            found += [partial(_exchanged, axes, order) for order in _orders(labels)]
     seen: set[str] = set()
     for group in _groups_of_sites(events):
         if not seen.intersection(name for names in group for name in names):
             for alike in _alike(group, log_joint, values, expected):
                 seen.update(name for names in alike for name in names)
-                found += [_Renaming(alike, order) for order in _orders(len(alike))]
+                found += [partial(_renamed, alike, order) for order in _orders(len(alike))]
     return found
 
 
-class _Exchange:
-    """An order of labels along an axis, counted from the right, of some sites."""
-
-    def __init__(self, axes: Mapping[str, int], order: list[int]) -> None:
-        self._axes, self._order = axes, order
-
-    def __call__(self, values: Values) -> dict[str, Tensor]:
-        """Return the values in this order of labels."""
-        axes, order = self._axes, self._order
-        return {
-            name: value.index_select(axes[name], torch.tensor(order, device=value.device)) if name in axes else value
-            for name, value in values.items()
-        }
+def _exchanged(axes: Mapping[str, int], order: Sequence[int], values: Values) -> dict[str, Tensor]:
+    """Values with labels along an axis, counted from the right, of some sites in another order."""
+    return {
+        name: value.index_select(axes[name], torch.tensor(order, device=value.device)) if name in axes else value
+        for name, value in values.items()
+    }
 
 
-class _Renaming:
-    """An order of sites that are labels."""
-
-    def __init__(self, labels: Sequence[Names], order: Sequence[int]) -> None:
-        self._source = {
-            name: source
-            for names, place in zip(labels, order, strict=True)
-            for name, source in zip(names, labels[place], strict=True)
-        }
-
-    def __call__(self, values: Values) -> dict[str, Tensor]:
-        """Return the values in this order of labels."""
-        return {name: values[self._source.get(name, name)] for name in values}
+def _renamed(labels: Sequence[Names], order: Sequence[int], values: Values) -> dict[str, Tensor]:
+    """Values with sites that are labels in another order."""
+    source = dict(zip(chain(*labels), chain(*(labels[place] for place in order)), strict=True))
+    return {name: values[source.get(name, name)] for name in values}
 
 
 def _groups_of_sites(events: Mapping[str, torch.Size]) -> Iterator[list[Names]]:
@@ -109,10 +94,8 @@ def _alike(
     """Labels of a group that may change places with one another, two of them and more."""
     while group:
         first, *others = group
-        alike = [first]
-        for other in others:
-            if _is_same(log_joint, _Renaming((first, other), (1, 0)), values, expected):
-                alike.append(other)
+        swaps = ((other, partial(_renamed, (first, other), (1, 0))) for other in others)
+        alike = [first, *(other for other, swap in swaps if _is_same(log_joint, swap, values, expected))]
         if len(alike) > 1:
             yield alike
         group = [label for label in others if label not in alike]
