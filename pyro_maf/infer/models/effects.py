@@ -1,23 +1,93 @@
-"""Effects of Python code on objects that outlive it, without which a recording of its tensors' operations is not it."""
+"""Effects of a model's run besides its results: random numbers that it draws, and objects that it changes."""
 
 from __future__ import annotations
 
 import dis
 import gc
+import random
 import sys
 import sysconfig
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import CodeType, FrameType
+from typing import Self, cast
 
-__all__ = ["Watch"]
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pyro_maf.infer.models.model import Args, Kwargs
+
+__all__ = ["DrawRecorder", "Watch"]
 
 STORES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL")
 INSTALLED = ("site-packages", "dist-packages")
 """Folders of other packages, which may be within that of Python's own modules."""
 TAKERS = ("next", "pop", "popleft", "popitem")
 """Built-in functions that change what they are called on, and return a part of it."""
+
+
+class DrawRecorder(TorchDispatchMode):
+    """Mode that records the sites for which random numbers are drawn.
+
+    A handler within a model, such as `poutine.block`, hides a site from handlers around the model, but not its draw.
+
+    Attributes:
+        sites: Their names.
+        any: True if any random numbers were drawn; those of Python and numpy are noticed on exit.
+        largest: Numbers in the largest tensor that was computed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: set[str] = set()
+        self.any = False
+        self.largest = 1
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch's compiler, which takes a second to load, has no part in this
+
+    def __enter__(self) -> Self:
+        self._before = _other_states()
+        return cast("Self", super().__enter__())
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.any = self.any or _other_states() != self._before
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.any = True
+            if name := _site_above():
+                self.sites.add(name)
+        sizes = (leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        self.largest = max([self.largest, *sizes])
+        return result
+
+
+def _other_states() -> tuple[object, ...]:
+    """States of the generators of Python and numpy."""
+    state = np.random.get_state(legacy=False)["state"]
+    return random.getstate(), state["pos"], state["key"].tobytes()
+
+
+def _site_above() -> str:
+    """Return the name of the site that is being drawn further up the call stack; "" if none is."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is pyro.sample.__code__:
+            return str(frame.f_locals["name"])
+        frame = frame.f_back
+    return ""
 
 
 class Watch:

@@ -13,11 +13,11 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_maf._core.torch_state import seeded
+from pyro_maf.infer.models.effects import DrawRecorder
 from pyro_maf.infer.models.enumeration import is_enumerated, log_densities, total_by_draw
 from pyro_maf.infer.models.mapped import mapped
 from pyro_maf.infer.models.model import (
     Call,
-    DrawRecorder,
     RefusalError,
     Site,
     Trace,
@@ -234,7 +234,7 @@ class LogJoint:
 
     def _test_randomness(self, one: Values) -> None:
         """Set `hidden` and `is_random`, the latter if the density of one draw differs between seeds."""
-        recorder = DrawRecorder(self._like.device)
+        recorder = DrawRecorder()
         try:
             with recorder:
                 first = self._in_turn(one, self._first)

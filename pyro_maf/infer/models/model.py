@@ -5,19 +5,13 @@ from __future__ import annotations
 import difflib
 import inspect
 import operator
-import random
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import TypedDict, cast
 
-import numpy as np
-import pyro
-import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution, Unit
 from pyro.infer.autoguide import AutoGuide
@@ -27,14 +21,12 @@ from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.overrides import TorchFunctionMode
 
 from pyro_maf._core.progress import Bar
 
 __all__ = [
     "Args",
     "Call",
-    "DrawRecorder",
     "Frame",
     "Guide",
     "Kwargs",
@@ -210,67 +202,6 @@ def report_run() -> None:
     callback = _callback.get()
     if callback is not None:
         callback()
-
-
-class DrawRecorder(TorchFunctionMode):
-    """Mode that records the sites for which random numbers are drawn.
-
-    A handler within a model, such as `poutine.block`, hides a site from handlers around the model, but not its draw
-    from the random state.
-
-    Attributes:
-        sites: Their names.
-        any: True if any random numbers were drawn; set on exit.
-        largest: Numbers in the largest tensor that was computed.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self._device = device
-        self.sites: set[str] = set()
-        self.any = False
-        self.largest = 1
-
-    def __enter__(self) -> DrawRecorder:
-        self._before = self._all_states()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
-        self.any = bool(self.sites) or self._all_states() != self._before
-
-    def _all_states(self) -> tuple[object, ...]:
-        numpy = np.random.get_state(legacy=False)["state"]
-        return (*self._states(), random.getstate(), numpy["pos"], numpy["key"].tobytes())
-
-    def _states(self) -> tuple[bytes, ...]:
-        """Return the states of torch's generators."""
-        states = [torch.get_rng_state()]
-        if self._device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(self._device))
-        return tuple(state.numpy().tobytes() for state in states)
-
-    def __torch_function__(
-        self, func: Callable[..., object], types: object, args: Args = (), kwargs: Kwargs | None = None
-    ) -> object:
-        before = self._states()
-        result = func(*args, **(kwargs or {}))
-        if self._states() != before and (name := _site_above()):
-            self.sites.add(name)
-        if isinstance(result, Tensor):
-            self.largest = max(self.largest, result.numel())
-        return result
-
-
-def _site_above() -> str:
-    """Return the name of the site that is being drawn further up the call stack; "" if none is."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is pyro.sample.__code__:
-            return str(frame.f_locals["name"])
-        frame = frame.f_back
-    return ""
 
 
 class RefusalError(ValueError):
