@@ -134,11 +134,19 @@ class _Block(NamedTuple):
         """Their numbers."""
         return range(self.first, self.first + torch.Size(self.shape).numel() // self.shape[-self.place])
 
-    def of(self, numbers: Tensor) -> Tensor:
-        """View all registers' numbers, (registers, draws), as those of this tensor."""
+    def of(self, registers: Tensor) -> Tensor:
+        """View these of all registers, (registers, draws), as the tensor."""
+        return self._shaped(registers[self.first : self.registers.stop])
+
+    def addresses(self) -> Tensor:
+        """Place of each of the tensor's numbers among those of all registers."""
+        draws = self.shape[-self.place]
+        return self._shaped(torch.arange(self.first * draws, self.registers.stop * draws))
+
+    def _shaped(self, numbers: Tensor) -> Tensor:
         axis = len(self.shape) - self.place
         last = (*self.shape[:axis], *self.shape[axis + 1 :], self.shape[axis])
-        return numbers[self.first : self.registers.stop].view(last).movedim(-1, axis)
+        return numbers.view(last).movedim(-1, axis)
 
 
 class _Draws(NamedTuple):
@@ -153,11 +161,6 @@ class _Draws(NamedTuple):
             return 0
         shape = list(node.meta["shape"])
         return len(shape) - shape.index(self.number) if shape.count(self.number) == 1 else 0
-
-    def addresses(self, block: _Block) -> Tensor:
-        """Address of each of a tensor's numbers: its place among all registers' numbers."""
-        numbers = torch.arange(block.registers.stop * self.number)
-        return block.of(numbers.view(-1, self.number))
 
     def compute(self, node: fx.Node) -> bool:
         """True if an operation is arithmetic on at most 16 numbers of a draw."""
@@ -187,7 +190,7 @@ class _Draws(NamedTuple):
         if name in TAKES and (sizes[0] > MOST_LOADED * self.number or inputs[0].meta.get("is_ordered")):
             return False
         blocks = [_Block(1, each.meta["shape"], self.place(each)) for each in inputs]  # behind that of zeros
-        moved = _moved(node, dict(zip(inputs, map(self.addresses, blocks), strict=True)))
+        moved = _moved(node, {each: block.addresses() for each, block in zip(inputs, blocks, strict=True)})
         moved = moved.movedim(-self.place(node), -1)
         is_in_order = (moved - moved[..., :1] == torch.arange(self.number)) & (moved[..., :1] % self.number == 0)
         return bool((is_in_order | (moved == 0)).all())
@@ -270,7 +273,7 @@ class _Fusion:
         ]
         code = torch.full_like(result, OPERATIONS.index(operation))
         self._rows[self._runs[node]].append(torch.stack([code, result, *columns], -1))
-        return self._draws.addresses(block)
+        return block.addresses()
 
     def _operand(self, value: object, user: fx.Node, place: int) -> Tensor:
         """Addresses of an argument of a fused operation, with draws at this place; a run loads what is not fused."""
@@ -288,7 +291,7 @@ class _Fusion:
             self._fixed.append((self._constants[value], block))
         else:
             self._loads[self._runs[user]].append((value, block))
-        self._operands[value, place] = self._draws.addresses(block)
+        self._operands[value, place] = block.addresses()
         return self._operands[value, place]
 
     def _block(self, shape: Sequence[int], place: int) -> _Block:
