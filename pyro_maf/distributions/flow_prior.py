@@ -270,7 +270,7 @@ class FlowPrior(NamedDensity):
 
     def run(self) -> Run | None:
         """The compiled program from standardised values to noise, if one is all of the flow."""
-        model: object = self.model
+        model = self._modules["model"]  # the fastest access, at each call
         return model.run(inverse=True) if isinstance(model, Stack) else None
 
     @torch.no_grad()
