@@ -202,8 +202,6 @@ def fit(
         if not isinstance(model, DefaultFlow):
             _first_weight(model, data)
         chosen, data = cast("Model | DefaultFlow", model), cast("TableLike | Table", data)
-    if batch_size is not None:
-        check_positive("fit", "batch_size", batch_size)
     source = named_rows("fit", data, context, weights)
     choice = choose(chosen, source, support, context_net=context_net, dequantise=dequantise, seed=seed)
     recipe = choice.recipe

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TypedDict, TypeVar, Unpack, cast
 
 from torch import nn
 
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.support import SupportLike
-from pyro_maf.tables.layout import TableLike, number_of_columns
-from pyro_maf.tables.named_rows import named_rows
+from pyro_maf.tables.layout import TableLike
 from pyro_maf.tables.table import Table
 from pyro_maf.training.fitting import fit
 from pyro_maf.training.preparation import Model, Validation
@@ -96,10 +95,6 @@ def fit_prior(
         >>> prior.support.check(prior.sample((5,)))
         tensor([True, True, True, True, True])
     """
-    if isinstance(support, Mapping):
-        source = named_rows("fit", data, context, options.get("weights"))
-        columns = number_of_columns("fit", "data", source.data)
-        support = source.layout.spread("fit_prior", "support", support, "real", columns)
     arguments = (data,) if flow is None else (flow, data)
     result = fit(*arguments, context=context, support=support, seed=seed, dequantise=False, test=0.0, **options)
     return cast("FlowPrior | ConditionalFlowPrior", result.density.requires_grad_(False))
