@@ -13,7 +13,7 @@ import torch
 from pyro_maf import NSF, FlowPrior, fit, load
 from pyro_maf.datasets import Dataset
 from pyro_maf.distributions import MixtureFlow
-from pyro_maf.distributions.gaussian_mixture import GaussianMixture, Mixture
+from pyro_maf.distributions.gaussian_mixture import GaussianMixture, Mixture, fit_mixture
 from pyro_maf.experiments import candidates, compare
 from pyro_maf.training.choice import default_model
 from pyro_maf.training.preparation import Recipe
@@ -27,8 +27,10 @@ def test_the_default_heeds_rows_and_columns() -> None:
     assert isinstance(flow, NSF)
     assert not recipe.starts
     assert [len(cast("NSF", default_model(4, rows, seed=0)[0])) for rows in (1000, 10_000)] == [3, 5]
-    wide = cast("NSF", default_model(80, 10_000, seed=0)[0])
-    assert (len(wide), wide[0].univariate.num_bins) == (3, 4)
+    wide, many, few = (
+        cast("NSF", default_model(*each, seed=0)[0]) for each in ((80, 10_000), (30, 10_000), (30, 2000))
+    )
+    assert [(len(flow), flow[0].univariate.num_bins) for flow in (wide, many, few)] == [(3, 4), (5, 8), (3, 4)]
     assert default_model(4, 10_000, seed=0)[1] == Recipe(256, 3e-4, relaxations=2, joins=True)
     widths = [default_model(dim, 1000, seed=0)[0].architecture["hidden_dims"] for dim in (4, 20)]
     assert widths == [(128, 128), (160, 160)]
@@ -125,6 +127,17 @@ def test_an_ordinary_table_has_none() -> None:
     rows = torch.randn(600, 3, generator=torch.Generator().manual_seed(0))
     result = fit(rows, max_epochs=10, progress=False)
     assert isinstance(cast(FlowPrior, result.density).model, NSF)
+
+
+def test_a_mixture_is_as_narrow_as_its_rows_and_has_as_many_components_as_they_ask_for() -> None:
+    generator = torch.Generator().manual_seed(0)
+    line = torch.randn(1000, 1, generator=generator)
+    rows = torch.cat([line, line + 0.01 * torch.randn(1000, 1, generator=generator)], 1)
+    truth = -math.log(0.01) - math.log(2 * math.pi) - 1
+    assert float(fit_mixture(rows[:500]).log_prob(rows[500:].double()).mean()) > truth - 0.1
+    places = torch.arange(16.0).repeat_interleave(60)[:, None]
+    apart = torch.cat([places, places % 4], 1) + 0.05 * torch.randn(960, 2, generator=generator)
+    assert len(fit_mixture(apart / apart.std(0)).shares) == 16
 
 
 def bent_flow() -> MixtureFlow:

@@ -45,7 +45,7 @@ LAYERS, MANY_ROWS = (2, 3, 5), 5_000
 """Layers with a mixture as base, with fewer rows than these, and with as many."""
 BINS, FEW_BINS, WIDE = 8, 4, 40
 """From so many columns on, layers have half the bins, and no more than three: their last product, of 3 K + 1 outputs a
-column, takes most of the time."""
+column, takes most of the time. With half as many columns and few rows bins are half too: more learn these by heart."""
 LEAST_BATCH, MOST_BATCH, BATCHES = 32, 256, 32
 """Batches are of 32 to 256 rows, about 32 of them in an epoch: else the epochs of a small table were too few steps."""
 PRECISION, MOST_DECAY, RELAXATIONS = 3.0, 0.1, 2
@@ -314,7 +314,7 @@ def default_model(
     num_layers = default.num_layers
     if num_layers is None:
         num_layers = LAYERS[0 if starts else 1 if rows < MANY_ROWS or columns >= WIDE else 2]
-    univariate = Spline(num_bins=FEW_BINS if columns >= WIDE else BINS)
+    univariate = Spline(num_bins=BINS if columns < (WIDE / 2 if rows < MANY_ROWS else WIDE) else FEW_BINS)
     # The networks of a single column have nothing to see without a context.
     if columns == 1 and not context_dim:
         hidden_dims: Sequence[int] = ()
