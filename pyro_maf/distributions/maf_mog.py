@@ -21,15 +21,10 @@ class MAFMoG(FlowOnBase):
 
     Args:
         input_dim: D.
-        num_layers: Number of autoregressive layers of the flow.
-        hidden_dims: Widths of each network's hidden layers, by default two by `pyro_maf.nn.default_hidden_dims`.
         num_components: K, the number of components of each of the base's conditionals.
-        activation: A name from `pyro_maf.nn.ACTIVATIONS`.
-        order: Orders of the flow's layers, as in `MAF`.
-        batch_norm: Put a `BatchNorm` after every layer, seen from the data.
+        num_layers, hidden_dims, activation, order, batch_norm, degrees, seed: As in `MAF`; the base's network has the
+            same widths, activation and degrees.
         context_dim: Number of context features, 0 for none. `ConditionalMAFMoG` is the form to use with a context.
-        degrees: Degrees of the hidden units, "sequential" or "random".
-        seed: Seed of random orders and degrees. Weights are drawn from torch's global generator.
 
     Attributes:
         flow: The `MAF`.
@@ -78,13 +73,10 @@ class ConditionalMAFMoG(ConditionalDensityForm):
 
     Args:
         input_dim: D.
-        context_dim: Number of context features, at least 1.
-        num_layers, hidden_dims, num_components, activation, order, batch_norm, degrees, seed: As in `MAFMoG`.
-
-    Shapes:
-        context is (\*batch or (), context_dim) and broadcasts with values, (\*batch, D).
-
-    Cost: as `MAFMoG`.
+        num_components, num_layers, hidden_dims, activation, order, batch_norm, degrees, seed: As in `MAFMoG`, and so is
+            the cost.
+        context_dim: Number of context features, at least 1; a context, (\*batch or (), context_dim), broadcasts with
+            values, (\*batch, D).
 
     Raises:
         ValueError: As in `MAFMoG`, and for a context of the wrong width.

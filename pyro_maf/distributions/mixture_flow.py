@@ -144,15 +144,11 @@ class ConditionalMixtureFlow(ConditionalDensityForm):
 
     Args:
         input_dim: D.
-        context_dim: Number of context features, at least 1.
         num_components, num_layers, hidden_dims, activation, order, batch_norm, degrees, univariate, seed: As in
-            `MixtureFlow`.
+            `MixtureFlow`, and so is the cost.
         num_beside: 0, as no mixture stands beside a flow with a context.
-
-    Shapes:
-        context is (\*batch or (), context_dim) and broadcasts with values, (\*batch, D).
-
-    Cost: as `MixtureFlow`.
+        context_dim: Number of context features, at least 1; a context, (\*batch or (), context_dim), broadcasts with
+            values, (\*batch, D).
 
     Raises:
         ValueError: As in `MixtureFlow`, and for a context of the wrong width.
