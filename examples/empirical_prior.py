@@ -199,7 +199,7 @@ def draw(by_name: dict[str, Any], past: Tensor, new: Groups) -> Figure:
         draws = posterior_draws(prior, new.x[0], new.y[0])
         axes.plot(*past.T, ".", color="0.75", markersize=2, label="past estimates")
         levels = (density.max() * torch.tensor([0.03, 0.1, 0.3, 0.6, 0.9])).tolist()
-        axes.contour(a, b, density, levels=levels, cmap="viridis", linewidths=0.8)
+        axes.contour(a.numpy(), b.numpy(), density.numpy(), levels=levels, cmap="viridis", linewidths=0.8)
         axes.plot(*draws.T, ".", color="tab:orange", markersize=2, label="posterior of a new group")
         axes.plot(*new.coefficients[0], "*", color="black", markersize=10, label="its true coefficients")
         axes.set(title=f"prior: {name}", xlabel="a", xlim=WINDOW[0], ylim=WINDOW[1])

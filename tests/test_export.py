@@ -90,7 +90,7 @@ def test_scoring_is_exported_for_any_number_of_rows(name: str, frozen: bool) -> 
     number = torch.export.Dim("number", min=2, max=100_000)
     example = rows(4)
     shapes = {name: {0: number} for name in ("x", "context")[: len(example)]}
-    exported = torch.export.export(scored, example, dynamic_shapes=shapes).module()
+    exported = torch.export.export(scored, example, dynamic_shapes=shapes, strict=False).module()
     for count in (2, 7, 1_000):  # of which the last has values in the networks' tails
         given = tuple(10 * part for part in rows(count))
         torch.testing.assert_close(exported(*given), scored(*given), rtol=1e-4, atol=1e-4)

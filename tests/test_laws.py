@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor, nn
 
-from pyro_maf import MAF, ConditionalMAF, FlowPrior, MADEMoG
+from pyro_maf import MAF, NSF, ConditionalMAF, FlowPrior, MADEMoG
 from pyro_maf.infer import AutoIAF
 from pyro_maf.testing import BrokenLawError, check_density, check_guide, check_transform, transforms
 from pyro_maf.transforms import ActNorm, Flow
@@ -81,6 +82,16 @@ class Forgetful(Scale):
 )
 def test_transforms_that_are_right_pass(make: Callable[[int], Any]) -> None:
     check_transform(make, dimensions=(2,))
+
+
+def test_a_difference_that_straddles_a_knot_is_no_wrong_derivative() -> None:
+    check_transform(lambda d: NSF(d, **SIZE), dimensions=(2,), seed=734698)
+
+
+def test_a_network_of_many_parameters_takes_seconds() -> None:
+    started = time.process_time()
+    transforms.has_derivatives(MAF(2).double().eval())
+    assert time.process_time() - started < 10  # parameter by parameter it takes minutes
 
 
 class Heavy(Flow):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -206,7 +206,8 @@ class _Turn(NamedTuple):
 
 def _parts(stack: Stack, inverse: bool, log_sign: int = 1) -> Iterator[_Part]:
     """The layers of a stack and of those inside it, in the order of a direction."""
-    for flow in reversed(list(stack)) if inverse else stack:
+    layers: Iterable[Flow] = stack.layers  # type: ignore[assignment]  # not the stack, which torch 2.4 cannot trace
+    for flow in reversed(list(layers)) if inverse else layers:
         backward, sign = inverse, log_sign
         while type(flow) is Inverse:
             flow, backward, sign = flow.flow, not backward, -sign
