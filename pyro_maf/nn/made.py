@@ -127,7 +127,7 @@ class Network(Tempered):
 
     def _context_layer(self, layer: nn.Linear) -> nn.Linear:
         """Linear layer from the context to a layer's units; each feature starts with about the weight of an input."""
-        made = nn.Linear(self.context_dim, layer.out_features, bias=False)
+        made = Linear(self.context_dim, layer.out_features, bias=False)
         visible = layer.mask.sum(1) if isinstance(layer, MaskedLinear) else torch.full((1,), float(layer.in_features))
         with torch.no_grad():
             # With the default initialisation, for the context alone, it would drown out hundreds of inputs.

@@ -143,12 +143,15 @@ class Conditioned(AtContext, Flow):
         return value
 
     def _broadcast(self, shape: torch.Size) -> torch.Size:
+        batch = self.context.shape[:-1]
+        if not batch or batch == shape[:-1]:  # the usual ones, at each call
+            return shape[:-1]
         try:
-            return torch.broadcast_shapes(shape[:-1], self.context.shape[:-1])
+            return torch.broadcast_shapes(shape[:-1], batch)
         except RuntimeError:
             raise ValueError(
                 f"{self.name} expected x and context with batch shapes that broadcast, "
-                f"got {tuple(shape[:-1])} and {tuple(self.context.shape[:-1])}."
+                f"got {tuple(shape[:-1])} and {tuple(batch)}."
             ) from None
 
 

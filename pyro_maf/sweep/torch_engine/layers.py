@@ -81,10 +81,10 @@ def _direction_of(step: Step) -> Direction:
 
 def together(v: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
     """Broadcast v to the common batch shape, and a batched context to one row for each row of v."""
-    batch = torch.broadcast_shapes(v.shape[:-1], context.shape[:-1])
-    if context.dim() > 1:
-        context = context.expand(*batch, -1).reshape(-1, context.shape[-1])
-    return v.expand(*batch, v.shape[-1]), context
+    if context.dim() > 1 and context.shape[:-1] != v.shape[:-1]:  # most often there is nothing to do, at each call
+        batch = torch.broadcast_shapes(v.shape[:-1], context.shape[:-1])
+        v, context = v.expand(*batch, -1), context.expand(*batch, -1)
+    return v, context.reshape(-1, context.shape[-1]) if context.dim() > 1 else context
 
 
 class _Sweep(torch.autograd.Function):
