@@ -27,7 +27,6 @@ from pyro_maf.infer.models.model import (
 )
 from pyro_maf.infer.models.plates import (
     Minibatch,
-    Minibatches,
     PartialRowsError,
     minibatches_of,
     nesting_of,
@@ -122,7 +121,7 @@ class LogJoint:
         self._minibatches, self.partial = minibatches_of(
             lambda: self._run(values), sample_sites(example).values(), self._like, most_minibatches
         )
-        self.runs = self._minibatches.count if isinstance(self._minibatches, Minibatches) else 1
+        self.runs = len(self._minibatches)
         self._all_rows = {name: _of_all_rows(latents[name], shapes[name]) for name in values}
         if not self.partial:
             self.partial = _within_subsamples(latents, self._all_rows)
@@ -162,7 +161,7 @@ class LogJoint:
     def can_score(self, values: Values) -> bool:
         """True if the density at values of one draw, (1, ...), is finite, by a run for that draw."""
         try:
-            return bool(self._in_turn(values, self._first).isfinite())
+            return bool(self._in_turn(values, self._minibatches[0]).isfinite())
         except FAILURES:
             return False
 
@@ -180,7 +179,7 @@ class LogJoint:
 
     def returned(self, values: Values) -> object:
         """Return value of the model at values of one draw, (1, ...), with the rows of the first minibatch."""
-        return self._scored(self._single(_draws(values, 0)), self._first).nodes["_RETURN"]["value"]
+        return self._scored(self._single(_draws(values, 0)), self._minibatches[0]).nodes["_RETURN"]["value"]
 
     def prior_draws(self, count: int) -> dict[str, Tensor]:
         r"""Draw the latent sites from the prior, (count, \*site); at most 64, by a run for each, without broadcasting.
@@ -205,14 +204,14 @@ class LogJoint:
         try:
             return self._settled(values)
         except PartialRowsError as reason:
-            self._minibatches, self.partial, self.runs = (Minibatch({}),), str(reason), 1
+            self._minibatches, self.partial, self.runs = [Minibatch({})], str(reason), 1
             return self._settled(values)
 
     def _settled(self, values: Values) -> LogJoint:
         alone, error = [], None
         for index in range(_count(values)):
             try:
-                alone.append(self._in_turn(_draws(values, slice(index, index + 1)), self._first))
+                alone.append(self._in_turn(_draws(values, slice(index, index + 1)), self._minibatches[0]))
             except FAILURES as failure:
                 alone.append(self._like.new_full((1,), torch.nan))
                 error = failure
@@ -227,7 +226,7 @@ class LogJoint:
         batched: tuple[Scorer, ...] = (self._together,)
         if self._largest <= LARGEST:
             batched += (self._mapped, partial(self._mapped, writes=True))
-        agreeing = (each for each in batched if _agrees(partial(each, values, self._first), expected))
+        agreeing = (each for each in batched if _agrees(partial(each, values, self._minibatches[0]), expected))
         self._score = next(agreeing, self._in_turn)
         self.broadcasts, self.is_vectorised = self._score == self._together, self._score != self._in_turn
         return self
@@ -237,19 +236,15 @@ class LogJoint:
         recorder = DrawRecorder()
         try:
             with recorder:
-                first = self._in_turn(one, self._first)
+                first = self._in_turn(one, self._minibatches[0])
             self.hidden = tuple(sorted(recorder.sites))
             self._largest = recorder.largest
             seeds = range(1, SEEDS if recorder.any else 2)
-            others = (self._in_turn(one, self._first, seed) for seed in seeds)
+            others = (self._in_turn(one, self._minibatches[0], seed) for seed in seeds)
             differs = any(not torch.allclose(first, other, rtol=1e-5, atol=1e-5, equal_nan=True) for other in others)
         except FAILURES:
             differs = False
         self.is_random = differs or bool(self.hidden)
-
-    @property
-    def _first(self) -> Minibatch:
-        return next(iter(self._minibatches))
 
     def _total(self, score: Scorer, values: Values) -> Tensor:
         """Sum over the runs that score all rows."""

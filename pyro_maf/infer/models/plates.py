@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import product
 from typing import NamedTuple
@@ -26,7 +26,6 @@ from pyro_maf.infer.models.model import (
 
 __all__ = [
     "Minibatch",
-    "Minibatches",
     "PartialRowsError",
     "frames_of",
     "joined",
@@ -114,46 +113,40 @@ class Minibatch(Messenger):
         return value
 
 
-class Minibatches:
-    """Runs of a model that together cover every row of its plates once.
+def _covering(
+    plates: Mapping[str, Subsampled], together: Iterable[frozenset[str]], most: float, like: Tensor
+) -> list[Minibatch]:
+    """Return runs of a model that together cover every row of its plates once.
 
     A row that the last minibatch of a plate shares with another has half its weight in each. Plates without a common
     site iterate side by side, so that the number of runs is the largest of theirs; others in all combinations.
 
     Args:
-        plates: The size of each plate that subsamples, and that of its minibatch.
+        plates: The plates that subsample.
         together: The sets of such plates around single sites.
-        most: Maximum number of minibatches of a plate; of more, these stand for those left out.
-        like: A tensor of the dtype and device of the weights.
+        most, like: As in `minibatches_of`.
     """
+    parts = {name: _split(plate, most, like) for name, plate in plates.items()}
+    groups = joined([*together, *(frozenset([name]) for name in plates)])
+    combinations = [list(product(*(parts[name] for name in sorted(group)))) for group in groups]
+    count = max(map(len, combinations), default=1)
 
-    def __init__(
-        self, plates: Mapping[str, Subsampled], together: Iterable[frozenset[str]], most: float, like: Tensor
-    ) -> None:
-        self._plates = {name: _split(plate, most, like) for name, plate in plates.items()}
-        self._groups = joined([*together, *(frozenset([name]) for name in plates)])
-        self._combinations = [
-            list(product(*(range(len(self._plates[name])) for name in sorted(group)))) for group in self._groups
-        ]
-        self.count = max(map(len, self._combinations), default=1)
+    def share(run: int, inside: frozenset[str]) -> float:
+        for group, chosen in zip(groups, combinations, strict=True):
+            if inside and inside <= group:
+                times = len(range(run % len(chosen), count, len(chosen)))
+                return 1 / times / math.prod(len(parts[name]) for name in group - inside)
+        return 1 / count
 
-    def __iter__(self) -> Iterator[Minibatch]:
-        for run in range(self.count):
-            chosen = {
-                name: self._plates[name][index]
-                for group, combinations in zip(self._groups, self._combinations, strict=True)
-                for name, index in zip(sorted(group), combinations[run % len(combinations)], strict=True)
-            }
-            rows = {name: pair[0] for name, pair in chosen.items()}
-            weights = {name: pair[1] for name, pair in chosen.items()}
-            yield Minibatch(rows, weights, partial(self._share, run))
-
-    def _share(self, run: int, plates: frozenset[str]) -> float:
-        for group, combinations in zip(self._groups, self._combinations, strict=True):
-            if plates and plates <= group:
-                times = len(range(run % len(combinations), self.count, len(combinations)))
-                return 1 / times / math.prod(len(self._plates[name]) for name in group - plates)
-        return 1 / self.count
+    minibatches = []
+    for run in range(count):
+        rows: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
+        for group, chosen in zip(groups, combinations, strict=True):
+            for name, part in zip(sorted(group), chosen[run % len(chosen)], strict=True):
+                rows[name], weights[name] = part
+        minibatches.append(Minibatch(rows, weights, partial(share, run)))
+    return minibatches
 
 
 def _split(plate: Subsampled, most: float, like: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -184,8 +177,8 @@ def joined(sets: Iterable[frozenset[str]]) -> list[frozenset[str]]:
 
 
 def minibatches_of(
-    run: Callable[[], Trace], sites: Iterable[Site], like: Tensor, most: float = math.inf
-) -> tuple[Iterable[Minibatch], str]:
+    run: Callable[[], Trace], sites: Iterable[Site], like: Tensor, most: float
+) -> tuple[list[Minibatch], str]:
     """Return the minibatches that score all rows of a model, and "".
 
     If its rows cannot be chosen, return one minibatch that stands for all, and the reason as a clause; if no plate
@@ -194,10 +187,11 @@ def minibatches_of(
     Args:
         run: A function that runs the model.
         sites: Its sites, from a trace.
-        like, most: As in `Minibatches`.
+        like: A tensor of the dtype and device of the weights.
+        most: Maximum number of minibatches of a plate; of more, these stand for those left out.
     """
     if not any(map(subsampled, sites)):
-        return (Minibatch({}),), ""
+        return [Minibatch({})], ""
     recorder = _SubsampleRecorder()
     with recorder, _UseRecorder(recorder):
         trace = run()
@@ -206,8 +200,8 @@ def minibatches_of(
     try:
         recorder.check(plates)
     except PartialRowsError as reason:
-        return (Minibatch(recorder.rows),), str(reason)
-    return Minibatches(plates, (frozenset(frame.name for frame in each) for each in frames), most, like), ""
+        return [Minibatch(recorder.rows)], str(reason)
+    return _covering(plates, (frozenset(frame.name for frame in each) for each in frames), most, like), ""
 
 
 class _SubsampleRecorder(Messenger):
