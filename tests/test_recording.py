@@ -321,6 +321,19 @@ def clamped(x: Tensor) -> Tensor:
     return level.log()
 
 
+def interleaved(x: Tensor) -> Tensor:
+    """Numbers that a later call of the kernel needs before an earlier one does, in the order of the function."""
+    shared, number = torch.erf(x).sum(-1), x[:, 1]
+    for _ in range(60):
+        number = 0.9 * number + 0.1
+    late, early = torch.erf(number), x[:, 1]
+    for _ in range(60):
+        late = 0.9 * late + shared
+    for _ in range(60):
+        early = 0.8 * early + shared
+    return late + early
+
+
 def with_changes_between(x: Tensor) -> Tensor:
     """Numbers of a draw between changes in place, which have to stay in their order."""
     table, number = torch.zeros(len(x), 50), x[:, 0]
@@ -332,7 +345,7 @@ def with_changes_between(x: Tensor) -> Tensor:
     return table.sum(-1)
 
 
-@pytest.mark.parametrize("function", [recursion, system, clamped, with_changes_between])
+@pytest.mark.parametrize("function", [recursion, system, clamped, interleaved, with_changes_between])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_operations_on_numbers_of_a_draw_are_fused(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)

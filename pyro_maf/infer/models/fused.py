@@ -214,14 +214,12 @@ class _Fusion:
         self._rows: list[list[Tensor]] = [[] for _ in range(1 + max(runs.values()))]
         self._loads: list[list[tuple[fx.Node, _Block]]] = [[] for _ in self._rows]
         self._fixed: list[tuple[Tensor, _Block]] = []
-        for node in graph.nodes:
-            if node in fused:
-                place = draws.place(node)
-                if _name(node) in MOVES:
-                    inputs = {each: self._operand(each, node, draws.place(each)) for each in _inputs(node)}
-                    self._addresses[node] = _moved(node, inputs)
-                else:
-                    self._addresses[node] = self._computed(node, place)
+        for node in sorted((each for each in graph.nodes if each in fused), key=runs.__getitem__):  # to load in time
+            if _name(node) in MOVES:
+                inputs = {each: self._operand(each, node, draws.place(each)) for each in _inputs(node)}
+                self._addresses[node] = _moved(node, inputs)
+            else:
+                self._addresses[node] = self._computed(node, draws.place(node))
 
     def module(self, argument: Tensor) -> fx.GraphModule:
         """Compose the graph: runs, and after each the operations that need it and no later one."""
