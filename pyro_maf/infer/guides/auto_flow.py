@@ -3,9 +3,8 @@ r"""Base class of the guides: a flow over all latent variables where Pyro expect
 from __future__ import annotations
 
 import copy
-import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple, Self, cast
@@ -13,10 +12,9 @@ from typing import NamedTuple, Self, cast
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyro_maf.infer.guides.mixture import FlowMixture, MixturePosterior
+from pyro_maf.infer.guides.density import LOG_TWO_PI
 from pyro_maf.infer.guides.path_gradient import zero_bad_gradients
 from pyro_maf.infer.guides.posterior import Posterior
 from pyro_maf.infer.guides.saved import saved_guide
@@ -27,11 +25,8 @@ from pyro_maf.infer.models.latents import Part
 from pyro_maf.infer.models.model import Call, RefusalError, Site, Trace
 from pyro_maf.infer.models.plates import frames_of
 from pyro_maf.saving import drop_weak_references
-from pyro_maf.transforms import Flow
 
 __all__ = ["AutoFlow", "Modes"]
-
-LOG_TWO_PI = math.log(2 * math.pi)
 
 
 class Modes(NamedTuple):
@@ -49,57 +44,12 @@ class Modes(NamedTuple):
 class AutoFlow(GuideSetUp):
     """Base class of the three guides; see `AutoIAF`."""
 
-    def get_base_dist(self) -> TorchDistribution:
-        """Return the standard normal distribution of the noise, of event shape (D,)."""
-        zeros = self._weight.new_zeros(self.latent_dim)
-        return dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
-
-    def get_transform(self, *args: object, **kwargs: object) -> Flow:
-        """Return the map from noise to unconstrained latent variables, conditioned on the encoder's context if any.
-
-        Of a guide with several modes, that of the heaviest: a change of variables for the whole space all the same.
-        """
-        self._set_up_once(*args, **kwargs)
-        transform = self._map
-        if isinstance(transform, FlowMixture):
-            return transform.heaviest
-        return transform if isinstance(transform, Flow) else transform.condition(self._context(*args, **kwargs))
-
-    def get_posterior(self, *args: object, **kwargs: object) -> TorchDistribution:
-        """Return the distribution of the vector of unconstrained latent variables."""
-        self.setup(*args, **kwargs)
-        return self._posterior(*args, **kwargs)
-
-    def _posterior(self, *args: object, **kwargs: object) -> TorchDistribution:
-        if (mixture := self._mixture) is not None:
-            return MixturePosterior(mixture)
-        transform = self.get_transform(*args, **kwargs)
-        return dist.TransformedDistribution(self.get_base_dist(), [transform], validate_args=False)
-
-    def get_noise_dist(self) -> TorchDistribution:
-        """Return the standard normal distribution of all numbers that a draw is computed from."""
-        zeros = self._weight.new_zeros(self.noise_dim)
-        return dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
-
     @property
     def modes(self) -> Modes:
         """How many modes of the posterior were seen when the guide was set up, and how many of them it covers."""
         if (mixture := self._mixture) is None:
             return Modes(1 + self._missed_modes, 1)
         return Modes(len(mixture.components) + self._missed_modes, len(mixture.covered))
-
-    @property
-    def noise_dim(self) -> int:
-        """Number of standard normal numbers for a draw: D, and one more if there are several modes."""
-        return self.latent_dim if (mixture := self._mixture) is None else mixture.noise_dim
-
-    def _of_noise(self, noise: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Callable[[], Tensor]]:
-        if (mixture := self._mixture) is not None:
-            latent = mixture.of_noise(noise)
-            return latent, lambda: -0.5 * (noise.square() + LOG_TWO_PI).sum(-1) - mixture.log_density(latent)
-        transform = self.get_transform(*args, **kwargs)
-        latent = transform(noise)
-        return latent, lambda: transform.log_abs_det_jacobian(noise, latent)
 
     def draw(self, count: int, call: Call) -> Tensor:
         """Draw vectors, (count, D), with gradient, as the posterior does; without checks and caches."""

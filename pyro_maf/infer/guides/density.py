@@ -2,26 +2,33 @@ r"""Draws of a guide of this package, and its density at values of the sites."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import cast
+from typing import Self, cast
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
 from pyro_maf._core.checks import check_shape
+from pyro_maf.infer.guides.mixture import FlowMixture, MixturePosterior
 from pyro_maf.infer.guides.posterior import Levels, checked_levels, even_noise, marginal_quantiles
 from pyro_maf.infer.models.coordinates import Coordinates
 from pyro_maf.infer.models.latents import Images, Latents
 from pyro_maf.infer.models.model import Args, Call, Kwargs, RefusalError
+from pyro_maf.transforms import ConditionalFlow, Flow, Stack
 
-__all__ = ["GuideDensity"]
+__all__ = ["LOG_TWO_PI", "Encoder", "GuideDensity"]
+
+Encoder = Callable[..., Tensor]
+LOG_TWO_PI = math.log(2 * math.pi)
 
 
 class GuideDensity(AutoContinuous):
-    """Draws and densities of a guide, by the map and the posterior that a subclass defines."""
+    """Draws and densities of a guide, by the map `transform` from noise to the vector that `latents` lays out."""
 
     latents: Latents
     _first_call: Call | None = None
@@ -30,27 +37,86 @@ class GuideDensity(AutoContinuous):
     def _who(self) -> str:
         return type(self).__name__
 
+    def setup(self, *args: object, **kwargs: object) -> Self:
+        """Set the guide up if it is not, and load the weights of Pyro's store; return the guide."""
+        raise NotImplementedError
+
+    def _set_up_once(self, *args: object, **kwargs: object) -> None:
+        """Set the guide up if it is not; nothing for one without a model."""
+
+    # Modules are read here without registering their parameters with Pyro, as reading an attribute of a guide would.
+
+    @property
+    def _map(self) -> Stack | ConditionalFlow | FlowMixture:
+        return cast("Stack | ConditionalFlow | FlowMixture", self._modules["transform"])
+
+    @property
+    def _mixture(self) -> FlowMixture | None:
+        transform = self._map
+        return transform if isinstance(transform, FlowMixture) else None
+
     @property
     def _weight(self) -> Tensor:
         """A weight, for its dtype and device."""
-        raise NotImplementedError
+        return next(self._map.parameters())
+
+    @property
+    def _encoder(self) -> Encoder | None:
+        return cast("Encoder | None", self._modules.get("encoder", self.__dict__.get("encoder")))
+
+    def _context(self, *args: object, **kwargs: object) -> Tensor:
+        context = cast("Encoder", self._encoder)(*args, **kwargs)
+        if not isinstance(context, Tensor) or context.dim() == 0:
+            raise RefusalError(f"{self._who} expected encoder to return a tensor (*rows, features), got {context!r}.")
+        return context
+
+    def get_base_dist(self) -> TorchDistribution:
+        """Return the standard normal distribution of the noise, of event shape (D,)."""
+        return self._standard_normal(self.latent_dim)
+
+    def get_noise_dist(self) -> TorchDistribution:
+        """Return the standard normal distribution of all numbers that a draw is computed from."""
+        return self._standard_normal(self.noise_dim)
+
+    def _standard_normal(self, dim: int) -> TorchDistribution:
+        zeros = self._weight.new_zeros(dim)
+        return dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
+
+    def get_transform(self, *args: object, **kwargs: object) -> Flow:
+        """Return the map from noise to unconstrained latent variables, conditioned on the encoder's context if any.
+
+        Of a guide with several modes, that of the heaviest: a change of variables for the whole space all the same.
+        """
+        self._set_up_once(*args, **kwargs)
+        transform = self._map
+        if isinstance(transform, FlowMixture):
+            return transform.heaviest
+        return transform if isinstance(transform, Flow) else transform.condition(self._context(*args, **kwargs))
+
+    def get_posterior(self, *args: object, **kwargs: object) -> TorchDistribution:
+        """Return the distribution of the vector of unconstrained latent variables."""
+        self.setup(*args, **kwargs)
+        return self._posterior(*args, **kwargs)
+
+    def _posterior(self, *args: object, **kwargs: object) -> TorchDistribution:
+        if (mixture := self._mixture) is not None:
+            return MixturePosterior(mixture)
+        transform = self.get_transform(*args, **kwargs)
+        return dist.TransformedDistribution(self.get_base_dist(), [transform], validate_args=False)
 
     @property
     def noise_dim(self) -> int:
         """Number of standard normal numbers for a draw: D, and one more if there are several modes."""
-        raise NotImplementedError
+        return self.latent_dim if (mixture := self._mixture) is None else mixture.noise_dim
 
     def _of_noise(self, noise: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Callable[[], Tensor]]:
         r"""Map noise u to vectors v, (\*batch, D); also return a function for log(p(u) / q(v)), (\*batch,)."""
-        raise NotImplementedError
-
-    def _set_up_once(self, *args: object, **kwargs: object) -> None:
-        """Set the guide up if it is not."""
-        raise NotImplementedError
-
-    def get_posterior(self, *args: object, **kwargs: object) -> TorchDistribution:
-        """Return the distribution of the vector of unconstrained latent variables."""
-        raise NotImplementedError
+        if (mixture := self._mixture) is not None:
+            latent = mixture.of_noise(noise)
+            return latent, lambda: -0.5 * (noise.square() + LOG_TWO_PI).sum(-1) - mixture.log_density(latent)
+        transform = self.get_transform(*args, **kwargs)
+        latent = transform(noise)
+        return latent, lambda: transform.log_abs_det_jacobian(noise, latent)
 
     @property
     def _coordinates(self) -> Coordinates | None:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Self, cast
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.guides.density import GuideDensity
-from pyro_maf.infer.guides.mixture import FlowMixture, MixturePosterior
+from pyro_maf.infer.guides.mixture import FlowMixture
 from pyro_maf.infer.models.coordinates import Coordinates
 from pyro_maf.infer.models.latents import Latents, Part
 from pyro_maf.infer.models.log_joint import FAILURES
@@ -29,8 +27,6 @@ from pyro_maf.saving import Savable
 from pyro_maf.transforms import Stack
 
 __all__ = ["SavedGuide", "saved_guide"]
-
-LOG_TWO_PI = math.log(2 * math.pi)
 
 CHECKED, WIDEST = 64, 3.0
 """Number of draws at which a recorded prior is compared with the model's, and the largest factor of their noise."""
@@ -110,45 +106,12 @@ class SavedGuide(GuideDensity, Savable):
         if (coordinates := self._coordinates) is not None:  # whose prior fails now rather than at the first draw
             coordinates.images(self.latents, self._weight.new_zeros(self.latent_dim), self._call((), {}), strict=True)
 
-    @property
-    def _map(self) -> Stack | FlowMixture:
-        # Not registered with Pyro, as reading an attribute would.
-        return cast("Stack | FlowMixture", self._modules["transform"])
-
-    @property
-    def _weight(self) -> Tensor:
-        return next(self._map.parameters())
-
     def _call(self, args: Args, kwargs: Kwargs) -> Call:
         return Call(cast("RecordedPrior", self._modules["prior"]))
-
-    @property
-    def noise_dim(self) -> int:
-        """Number of standard normal numbers for a draw: D, and one more if there are several modes."""
-        return self._map.noise_dim if isinstance(self._map, FlowMixture) else self.latent_dim
 
     def setup(self, *args: object, **kwargs: object) -> Self:
         """Return the guide, which needs no model to be set up with."""
         return self
-
-    def _set_up_once(self, *args: object, **kwargs: object) -> None:
-        """Do nothing, likewise."""
-
-    def _of_noise(self, noise: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Callable[[], Tensor]]:
-        transform = self._map
-        if isinstance(transform, FlowMixture):
-            latent = transform.of_noise(noise)
-            return latent, lambda: -0.5 * (noise.square() + LOG_TWO_PI).sum(-1) - transform.log_density(latent)
-        latent = transform(noise)
-        return latent, lambda: transform.log_abs_det_jacobian(noise, latent)
-
-    def get_posterior(self, *args: object, **kwargs: object) -> TorchDistribution:
-        """Return the distribution of the vector of unconstrained latent variables."""
-        if isinstance(self._map, FlowMixture):
-            return MixturePosterior(self._map)
-        zeros = self._weight.new_zeros(self.latent_dim)
-        base = dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
-        return dist.TransformedDistribution(base, [self._map], validate_args=False)
 
     def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Draw every latent site; return the values by name."""

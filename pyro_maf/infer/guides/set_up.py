@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_maf._core.checks import check_above_zero, check_choice, check_positive, check_sizes
 from pyro_maf._core.options import ClassSignature, named_arguments
 from pyro_maf._core.torch_state import seeded
-from pyro_maf.infer.guides.density import GuideDensity
+from pyro_maf.infer.guides.density import Encoder, GuideDensity
 from pyro_maf.infer.guides.mixture import FlowMixture
 from pyro_maf.infer.guides.posterior import TRIES, start_of
 from pyro_maf.infer.guides.shares import Shares
@@ -54,7 +54,6 @@ from pyro_maf.transforms.triangular import Head
 
 __all__ = ["GuideSetUp"]
 
-Encoder = Callable[..., Tensor]
 CreatePlates = Callable[..., Plates]
 
 NARROWEST, WIDEST = 64, 512
@@ -317,32 +316,6 @@ class GuideSetUp(GuideDensity):
         helpers = is_normal.nonzero()[:HELPERS, 0]  # an affine flow bends a variable by way of others
         is_normal[helpers] = False
         return [int(index) for index in (~is_normal).nonzero()]
-
-    def _context(self, *args: object, **kwargs: object) -> Tensor:
-        context = cast("Encoder", self._encoder)(*args, **kwargs)
-        if not isinstance(context, Tensor) or context.dim() == 0:
-            raise RefusalError(f"{self._who} expected encoder to return a tensor (*rows, features), got {context!r}.")
-        return context
-
-    # Modules are read here without registering their parameters with Pyro, as reading an attribute of a guide would.
-
-    @property
-    def _map(self) -> Stack | ConditionalFlow | FlowMixture:
-        return cast("Stack | ConditionalFlow | FlowMixture", self._modules["transform"])
-
-    @property
-    def _mixture(self) -> FlowMixture | None:
-        transform = self._map
-        return transform if isinstance(transform, FlowMixture) else None
-
-    @property
-    def _encoder(self) -> Encoder | None:
-        return cast("Encoder | None", self._modules.get("encoder", self.__dict__.get("encoder")))
-
-    @property
-    def _weight(self) -> Tensor:
-        """A weight, for its dtype and device."""
-        return next(self._map.parameters())
 
     def _stored_modules(self) -> dict[str, nn.Module]:
         """The modules that have weights, by their names in Pyro's store."""
