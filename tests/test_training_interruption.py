@@ -57,7 +57,7 @@ def test_ctrl_c_ends_a_fit_with_the_best_so_far() -> None:
 def test_ctrl_c_at_the_comparison_or_before_leaves_the_result(
     is_at_end: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def compared(*_: object) -> str:
+    def compared(*_: object, **__: object) -> str:
         signal.raise_signal(signal.SIGINT)
         return "compared"
 
