@@ -62,8 +62,8 @@ def draw(cells: list[Cell], path: Path) -> None:
     titles = ("C2ST (0.5 is the posterior)", "training, CPU s", "10,000 draws, CPU s")
     for panel, key, title in zip(panels, ("c2st", "training_seconds", "sampling_seconds"), titles, strict=True):
         for cell in rows:
-            for place, (name, own) in enumerate(cell["estimators"].items()):
-                height = tasks.index(cell["task"]) + 0.13 * (place - 2)
+            for name, own in cell["estimators"].items():
+                height = tasks.index(cell["task"]) + 0.13 * (list(COLOURS).index(name) - 2)
                 size = 3 if cell["simulations"] < 5_000 else 7
                 panel.plot(np.mean(own[key]), height, "o", markersize=size, color=COLOURS[name], alpha=0.8)
         panel.set_title(title, fontsize=10)
