@@ -63,7 +63,7 @@ class Descent:
         """
         if (inputs := self._run.inputs(v, context)) is None:
             return None
-        program, kernels, (weights, biases) = self._run.program, loaded(), self._pack()
+        program, kernels, pack = self._run.program, loaded(), self._pack()
         values, of_each, count = inputs[0].contiguous().numpy(), factors.numpy(), v.shape[0]
         contexts = values[:, :0] if inputs[1] is None else inputs[1].contiguous().numpy()
         chunk, nothing = program.chunk_of(count), values[:, :0]
@@ -77,13 +77,11 @@ class Descent:
             for start in range(first, end, room.points):
                 here = slice(start, min(start + room.points, end))
                 x, size = values[here], (program.rows, 0, here.stop - start)
-                w, log_det, grad_w, grad_log_det = (array[: size[2]] for array in room.results)
-                layers = program.tables, weights, biases, x, contexts[here]
-                kernels.forward(*layers, *size, program.few, room.tape, w, log_det)
-                total += kernels.differentiate_normal(constant, of_each[here], w, log_det, grad_w, grad_log_det)
-                grads = grad_w, grad_log_det, nothing, nothing
-                network = program.tables, weights, program.every_matrix
-                kernels.backward(*network, *size, room.tape, *grads, *gradients, start > first)
+                w, density = room.noise[: size[2]], room.density[: size[2]]
+                kernels.forward(program.tables, pack, (x, contexts[here]), *size, constant, room.tape, (w, density))
+                total += float(of_each[here] @ density)
+                grads = (w, of_each[here]), True, (nothing, nothing), gradients
+                kernels.backward(program.tables, pack[0], *size, room.tape, *grads, program.every_matrix, start > first)
             return total, gradients
 
         self._idle += self._used
@@ -147,25 +145,21 @@ class _Room(NamedTuple):
     Attributes:
         points: Number of points that go forward and back together.
         tape: Their tape.
-        results: Noise, log-determinants, and the gradients with respect to both.
+        noise, density: Noise and log-densities.
     """
 
     points: int
     tape: Array
-    results: tuple[Array, Array, Array, Array]
+    noise: Array
+    density: Array
 
     @classmethod
     def of(cls, run: Run, points: int, chunk: int, like: Tensor) -> _Room:
         """Memory with arbitrary entries for so many points, in chunks of this length."""
         program = run.program
         chunks = min(-(-points // chunk), max(1, TAPE // (program.rows * chunk * like.element_size())))
-        noise, log_det = (
-            like.new_empty(2, chunks * chunk, program.dim).numpy(),
-            like.new_empty(2, chunks * chunk).numpy(),
-        )
-        tape = like.new_empty(chunks * program.rows, chunk).numpy()
-        results = noise[0], log_det[0], noise[1], log_det[1]
-        return cls(chunks * chunk, tape, results)
+        sizes = (chunks * program.rows, chunk), (chunks * chunk, program.dim), (chunks * chunk,)
+        return cls(chunks * chunk, *[like.new_empty(size).numpy() for size in sizes])
 
 
 _version = operator.attrgetter("_version")

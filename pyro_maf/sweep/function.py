@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -90,7 +91,7 @@ class Run(NamedTuple):
             result = _apply(self, constant, *unwrap_dead_wrappers((rows, features)), *self.tensors)
         else:
             pack = self.program.remembered(self.tensors)
-            result = _normal(constant, *_forward(self.program, pack, rows, features, None))
+            result = _result(constant, *_forward(self.program, pack, rows, features, constant))
         if rows is v:
             return result
         batch = v.shape[:-1]
@@ -140,10 +141,10 @@ class _Layers(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: Run, constant: float | None, v: Tensor, context: Tensor | None, *tensors: Tensor) -> Any:
-        w, log_det, saved = _recorded(run, v, context, tensors)
+        w, log_det, saved = _recorded(run, v, context, tensors, constant)
         ctx.run, ctx.constant = run, constant
         ctx.save_for_backward(*saved, *(() if constant is None else (w,)))
-        return _normal(constant, w, log_det)
+        return _result(constant, w, log_det)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -153,57 +154,58 @@ class _Layers(torch.autograd.Function):
             plain = partial(_plain, ctx.run.steps, is_density)
             return None, None, *gradients(plain, saved[2:], needed, grads)
         arrays = [grad.contiguous().numpy() for grad in grads]
-        if is_density:
-            w, (factors,) = noise.numpy(), arrays
-            arrays = [np.empty_like(w), np.empty_like(factors)]
-            loaded().differentiate_normal(0.0, factors, w, factors, *arrays)
-        return None, None, *_backward(ctx.run.program, saved, needed, *arrays)
+        w, factors = (noise.numpy(), *arrays) if is_density else arrays
+        return None, None, *_backward(ctx.run.program, saved, needed, w, factors, is_density)
 
 
 # Without `unwrap_dead_wrappers`: it would look at each parameter for what torch.func may have left behind.
 _apply: Callable[..., Any] = super(torch.autograd.Function, _Layers).apply
 
 
-def _normal(constant: float | None, w: Tensor, log_det: Tensor) -> Any:
-    """w and log-determinants, or the log-densities `constant` - |w|^2 / 2 - log-determinant, in the latter's place."""
-    if constant is None:
-        return w, log_det
-    loaded().normal(constant, w.numpy(), log_det.numpy())
-    return log_det
+def _result(constant: float | None, w: Tensor, log_det: Tensor) -> Any:
+    """Results of `_forward`: w and log-determinants, or log-densities alone."""
+    return (w, log_det) if constant is None else log_det
 
 
 def _recorded(
-    run: Run, v: Tensor, context: Tensor | None, tensors: Sequence[Tensor]
+    run: Run, v: Tensor, context: Tensor | None, tensors: Sequence[Tensor], constant: float | None
 ) -> tuple[Tensor, Tensor, list[Any]]:
-    """w and log-determinants of v, and what `_backward` reads: packed weights, tape, v, context and the tensors."""
+    """Results of `_forward`, and what `_backward` reads: packed weights, tape, v, context and the tensors."""
     # Not the pack of an earlier call: gradcheck, for one, writes through `.data`, which no version counter records.
     program, points = run.program, v.shape[0]
     pack, chunk = program.pack(tensors), program.chunk_of(points)
     rows = -(-points // chunk) * program.rows
     tape = empty(rows * chunk, v).view(rows, chunk)
-    w, log_det = _forward(program, pack, v, context, tape)
+    w, log_det = _forward(program, pack, v, context, constant, tape)
     return w, log_det, [pack.memory, tape, v, context, *tensors]
 
 
 def _forward(
-    program: Program, pack: Pack, v: Tensor, context: Tensor | None, tape: Tensor | None
+    program: Program, pack: Pack, v: Tensor, context: Tensor | None, constant: float | None, tape: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """w, (batch, D), and log-determinants of v (batch, D); fills the tape, if there is one."""
+    """w, (batch, D), and log-determinants of v (batch, D), or log-densities; fills the tape, if there is one."""
     v, points = v.detach().contiguous(), v.shape[0]
     w, log_det, rows, chunk = torch.empty_like(v), v.new_empty(points), v.numpy(), program.chunk_of(points)
     features = rows[:, :0] if context is None else context.detach().contiguous().numpy()
-    network = program.tables, pack.weights, pack.biases, rows, features, program.rows
-    results = np.empty((0, chunk), rows.dtype) if tape is None else tape.numpy(), w.numpy(), log_det.numpy()
+    network = program.tables, (pack.weights, pack.biases), (rows, features), program.rows
+    results = np.empty((0, chunk), rows.dtype) if tape is None else tape.numpy(), (w.numpy(), log_det.numpy())
+
+    addend = math.nan if constant is None else constant
 
     def walk(first: int, end: int) -> None:
-        loaded().forward(*network, first, end, program.few, *results)
+        loaded().forward(*network, first, end, addend, *results)
 
     in_parts(walk, points, chunk, program.work)
     return w, log_det
 
 
 def _backward(
-    program: Program, saved: Sequence[Tensor], needed: Sequence[bool], grad_w: Array, grad_log_det: Array
+    program: Program,
+    saved: Sequence[Tensor],
+    needed: Sequence[bool],
+    grad_w: Array,
+    grad_log_det: Array,
+    of_density: bool,
 ) -> list[Tensor | None]:
     """Gradients with respect to v, the context and the tensors; None where not needed. For `saved` see `_recorded`."""
     of_v, of_context, *of_tensors = needed
@@ -216,13 +218,14 @@ def _backward(
     grad_context = context.new_empty(context.shape) if of_context else None
     nothing = grad_w[:, :0]
     memory = empty(program.shift + program.num_weights, pack)
-    flat, network = memory.numpy(), (program.tables, pack.numpy(), wanted, program.rows)
-    arrays = tape.numpy(), grad_w, grad_log_det, *[nothing if g is None else g.numpy() for g in (grad_v, grad_context)]
+    flat, network = memory.numpy(), (program.tables, pack.numpy(), program.rows)
+    by_inputs = nothing if grad_v is None else grad_v.numpy(), nothing if grad_context is None else grad_context.numpy()
+    arrays = tape.numpy(), (grad_w, grad_log_det), of_density, by_inputs
 
     def walk(first: int, end: int) -> tuple[Array, Array]:
         # The first part's gradients lie behind those of the tensors.
         gradients = program.room_for_gradients(pack, None if first else flat[program.shift :])
-        loaded().backward(*network, first, end, *arrays, *gradients, False)
+        loaded().backward(*network, first, end, *arrays, gradients, wanted, False)
         return gradients
 
     parts = in_parts(walk, len(grad_w), tape.shape[1], 2 * program.work)

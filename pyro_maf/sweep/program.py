@@ -24,8 +24,6 @@ ORDINARY = (nn.Parameter, Tensor)
 CHUNK, SWEPT_CHUNK = 112, 240
 """Maximum number of points that pass through the layers together, and through those of which some are sequential: an
 odd number of cache lines, since rows a power of two apart compete for the same lines."""
-FEW, SWEPT_FEW = 2, 7
-"""Greatest number of points for which products of one row with one column are faster than tiles of many."""
 
 
 class Reading(NamedTuple):
@@ -158,7 +156,7 @@ class Program:
         self.rows = int(self.tables.layers["rows"].sum()) + dim + context_dim + LANES
         self.num_weights, self.num_biases = layout.weights, layout.biases
         sequential = bool(self.tables.layers["levels"].any())
-        self.chunk, self.few = (SWEPT_CHUNK, SWEPT_FEW) if sequential else (CHUNK, FEW)
+        self.chunk = SWEPT_CHUNK if sequential else CHUNK
         self.work = int(self.tables.seen.sum())
         """Multiplications a point."""
         self.every_matrix = np.ones(len(self.tables.matrices), bool)
@@ -176,7 +174,12 @@ class Program:
         return LANES * -(-max(0, int((written - unread).max())) // LANES)
 
     def chunk_of(self, points: int) -> int:
-        """Number of points that pass through the layers together, of so many: chunks of about the same size."""
+        """Number of points that pass through the layers together, of so many: chunks of about the same size.
+
+        One point is alone: sums over the columns of each row then take half the time of products of padded rows.
+        """
+        if points == 1:
+            return 1
         chunks = max(1, -(-points // self.chunk))
         return LANES * (-(-points // (chunks * LANES)) | 1)
 

@@ -1,8 +1,7 @@
 """The kernels that Python calls: the two walks, and what a training step does besides them.
 
-Weights come into the order of a program and gradients out of it, the standard normal density of the result is
-differentiated, and Adam takes a step with the entries that masks let through alone. `Tails`, too, are compiled: for few
-draws torch takes longer to start operations than to run them.
+Weights come into the order of a program and gradients out of it, and Adam takes a step with the entries that masks let
+through alone. `Tails`, too, are compiled: for few draws torch takes longer to start operations than to run them.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pyro_maf.sweep.kernels.products import TALLEST, VECTOR, pointer_to, take
 from pyro_maf.sweep.kernels.walks import backward, forward
 from pyro_maf.sweep.layout import LANES, Array, Matrix, Tables
 
-__all__ = ["backward", "bend", "bend_back", "descend", "differentiate_normal", "forward", "normal", "pack", "unpack"]
+__all__ = ["backward", "bend", "bend_back", "descend", "forward", "pack", "unpack"]
 
 Settings = tuple[float, float, float, float, float, float]
 SERIES = 0.01
@@ -95,39 +94,6 @@ def unpack(tables: Tables, offsets: Array, gradients: Array, by_biases: Array, f
 
 
 # -- a step of Adam ---------------------------------------------------------------------------------------------------
-
-
-@entry
-def normal(constant: float, w: Array, log_det: Array) -> None:
-    """Replace each log_det by the log-density `constant` - |w|^2 / 2 - log_det."""
-    for b in range(len(w)):
-        squares = w.dtype.type(0)
-        for i in range(w.shape[1]):
-            squares += w[b, i] * w[b, i]
-        log_det[b] = w.dtype.type(constant) - w.dtype.type(0.5) * squares - log_det[b]
-
-
-@entry
-def differentiate_normal(
-    constant: float, factors: Array, w: Array, log_det: Array, grad_w: Array, grad_log_det: Array
-) -> float:
-    """The sum of log-densities `constant` - |w|^2 / 2 - log_det with these factors, and its gradients.
-
-    Args:
-        constant: The constant.
-        factors: (points,).
-        w, log_det: From `forward`.
-        grad_w, grad_log_det: As `backward` takes them, filled here.
-    """
-    total = 0.0
-    for b in range(len(w)):
-        squares, factor = w.dtype.type(0), factors[b]
-        for i in range(w.shape[1]):
-            squares += w[b, i] * w[b, i]
-            grad_w[b, i] = -factor * w[b, i]
-        grad_log_det[b] = -factor
-        total += factor * (constant - 0.5 * squares - log_det[b])
-    return total
 
 
 @entry

@@ -16,11 +16,14 @@ import numpy as np
 
 from pyro_maf.sweep.kernels.compiler import entry, inner
 from pyro_maf.sweep.kernels.elementwise import activate, compress, differentiate
-from pyro_maf.sweep.kernels.products import ADDED, VECTOR, add_product, dot, height_of, transpose
+from pyro_maf.sweep.kernels.products import ADDED, VECTOR, add_multiple, add_product, dot, height_of, transpose
 from pyro_maf.sweep.kernels.univariate import Adjoint, Part, apply, pull_back
 from pyro_maf.sweep.layout import CONTEXT, INPUTS, LANES, Array, Layer, Matrix, Tables
 
 __all__ = ["backward", "forward"]
+
+Pair = tuple[Array, Array]
+Range = tuple[int, int]
 
 
 @inner
@@ -61,34 +64,24 @@ def _most_rows(layers: Array, dim: int) -> int:
 
 @entry
 def forward(
-    tables: Tables,
-    weights: Array,
-    biases: Array,
-    v: Array,
-    context: Array,
-    rows: int,
-    first: int,
-    end: int,
-    few: int,
-    tape: Array,
-    w: Array,
-    log_det: Array,
+    tables: Tables, pack: Pair, inputs: Pair, rows: int, first: int, end: int, constant: float, tape: Array, out: Pair
 ) -> None:
-    """Points `first` .. `end` - 1 through all layers: fills w, log_det and, for `backward`, the tape.
+    """Points `first` .. `end` - 1 through all layers: fills `out` and, for `backward`, the tape.
 
     Args:
         tables: The layers.
-        weights, biases: From `pack`.
-        v: The input, (points, D).
-        context: (points, features), with no features for none.
+        pack: Weights and biases, from `pack`.
+        inputs: v, (points, D), and the context, (points, features), with no features for none.
         rows: Rows of the tape for one chunk, of which the last `LANES` are padding.
         first, end: Range of points; `first` is a multiple of the chunk's length.
-        few: Greatest number of points that pass one by one, if nothing is saved.
-        tape: (rows of all chunks, points of a chunk); with no rows if nothing is saved for `backward`.
-        w, log_det: (points, D) and (points,).
+        constant: NaN, or the constant of the log-densities constant - |w|^2 / 2 - log_det in place of log_det.
+        tape: (rows of all chunks, points of a chunk); with no rows if nothing is saved for `backward`. Points of a
+            chunk are 1 or a multiple of `LANES`.
+        out: w, (points, D), and log_det, (points,).
     """
+    (weights, biases), (v, context), (w, log_det) = pack, inputs, out
     dim, keep, most = v.shape[1], len(tape) > 0, _most_rows(tables.layers, v.shape[1])
-    chunk = tape.shape[1] if keep or end - first > few else 1
+    chunk, number = tape.shape[1], v.dtype.type
     # If nothing is saved, every layer has the same rows, and one more for a variable's result.
     work = tape if keep else _room(most + 1 + context.shape[1], chunk, v)
     both, natural = _room(2, chunk, v), np.arange(max(dim, context.shape[1]))
@@ -111,6 +104,11 @@ def forward(
         for b in range(points):  # between arrays, an assignment of slices takes a second to compile
             log_det[b0 + b] = logs[b]
         _store(work[here:], tables.result, b0, points, w)
+        for b in range(b0, b0 + points if constant == constant else b0):
+            squares = number(0)
+            for i in range(dim):
+                squares += w[b, i] * w[b, i]
+            log_det[b] = number(constant) - number(0.5) * squares - log_det[b]
 
 
 @inner
@@ -212,18 +210,9 @@ def _walk(layer: Layer, tables: Tables, weights: Array, part: Part, logs: Array,
 
 @inner
 def _add(
-    layer: Layer,
-    matrices: Array,
-    final: Array,
-    own: tuple[int, int],
-    below: tuple[int, int],
-    weights: Array,
-    tape: Array,
-    column: Array,
-    here: int,
-    width: int,
-    completes: bool,
-) -> None:
+    layer: Layer, matrices: Array, final: Array, own: Range, below: Range, weights: Array, tape: Array, column: Array,
+    here: int, width: int, completes: bool,
+) -> None:  # fmt: skip
     """Add the products of the units below of some steps, `below`, to the units of others, `own`."""
     for level in range(1, layer.levels + 1):
         matrix = matrices[_index(layer, level)]
@@ -245,31 +234,21 @@ def _add(
 
 @entry
 def backward(
-    tables: Tables,
-    weights: Array,
-    wanted: Array,
-    rows: int,
-    first: int,
-    end: int,
-    tape: Array,
-    grad_w: Array,
-    grad_log_det: Array,
-    grad_v: Array,
-    grad_context: Array,
-    gradients: Array,
-    by_biases: Array,
-    added: bool,
-) -> None:
+    tables: Tables, weights: Array, rows: int, first: int, end: int, tape: Array, grads: Pair, of_density: bool,
+    by_inputs: Pair, by_pack: Pair, wanted: Array, added: bool,
+) -> None:  # fmt: skip
     """Gradients of <grad_w, w> + <grad_log_det, log_det> for points `first` .. `end` - 1.
 
     Args:
         tables, weights, rows, first, end, tape: As in `forward`.
+        grads: grad_w and grad_log_det, (points, D) and (points,).
+        of_density: Whether these are instead w and the gradient with respect to log-densities.
+        by_inputs: Those with respect to v and the context, filled here; with no columns if not wanted.
+        by_pack: Those with respect to the packed weights and biases, flat, filled here.
         wanted: For each matrix, whether the gradient with respect to its weight or bias is.
-        grad_w, grad_log_det: (points, D) and (points,).
-        grad_v, grad_context: (points, D) and (points, features); with no columns if not wanted.
-        gradients, by_biases: Flat, with respect to the packed weights and biases; filled here.
-        added: Whether these gradients are added to what is there.
+        added: Whether these are added to what is there.
     """
+    (grad_w, grad_log_det), (grad_v, grad_context) = grads, by_inputs
     layers, chunk, dim = tables.layers, tape.shape[1], grad_w.shape[1]
     delta, natural = _room(_most_rows(layers, dim), chunk, tape), np.arange(max(dim, grad_context.shape[1]))
     both, of_context = _room(2, chunk, tape), _room(grad_context.shape[1], chunk, tape)
@@ -278,16 +257,19 @@ def backward(
     adjoint = Adjoint(grad, logs, delta, of_context, both, transposed, zeros)
     for b0 in range(first, end, chunk):
         points = min(chunk, end - b0)
-        width, at_context, fresh = -(-points // LANES) * LANES, b0 // chunk * rows, b0 == first and not added
-        after = at_context + rows - LANES - dim
+        width, at_context = min(-(-points // LANES) * LANES, chunk), b0 // chunk * rows
+        after, fresh = at_context + rows - LANES - dim, b0 == first and not added
         _load(grad_w, tables.result, b0, points, width, grad)
         for b in range(width):
-            logs[b] = grad_log_det[b0 + b] if b < points else 0
+            logs[b] = (-grad_log_det[b0 + b] if of_density else grad_log_det[b0 + b]) if b < points else 0
+        for i in range(dim if of_density else 0):
+            for b in range(width):
+                grad[i, b] *= logs[b]
         of_context[:] = 0
         for index in range(len(layers) - 1, -1, -1):
             part = Part(tape, after - layers[index].rows, after, at_context, points, width, True)
             to_variables = index > 0 or grad_v.shape[1] > 0
-            _back(layers[index], tables, weights, part, adjoint, to_variables, wanted, fresh, gradients, by_biases)
+            _back(layers[index], tables, weights, part, adjoint, to_variables, wanted, fresh, by_pack)
             after = part.here
         _store(grad, natural, b0, points, grad_v)
         _store(of_context, natural, b0, points, grad_context)
@@ -295,17 +277,9 @@ def backward(
 
 @inner
 def _back(
-    layer: Layer,
-    tables: Tables,
-    weights: Array,
-    part: Part,
-    adjoint: Adjoint,
-    to_variables: bool,
-    wanted: Array,
-    fresh: bool,
-    gradients: Array,
-    by_biases: Array,
-) -> None:
+    layer: Layer, tables: Tables, weights: Array, part: Part, adjoint: Adjoint, to_variables: bool, wanted: Array,
+    fresh: bool, by_pack: Pair,
+) -> None:  # fmt: skip
     """The adjoint of one layer; the gradient with respect to its variables if `to_variables`."""
     variables, is_parallel = tables.variables, layer.levels == 0
     if is_parallel:
@@ -316,12 +290,12 @@ def _back(
     for m in range(layer.end - 1, layer.first - 1, -1):
         matrix = tables.matrices[m]
         if wanted[m]:
-            _add_gradient(matrix, tables.seen, part, adjoint, fresh, gradients, by_biases)
+            _add_gradient(matrix, tables.seen, part, adjoint, fresh, by_pack)
         if matrix.source == CONTEXT:
             if len(adjoint.context) > 0:
-                _multiply_back(matrix, tables.heard, weights, part, adjoint, adjoint.context, 0)
+                _multiply_back(matrix, tables, weights, part, adjoint, adjoint.context, 0)
         elif is_parallel and (matrix.source != INPUTS or to_variables):
-            _multiply_back(matrix, tables.heard, weights, part, adjoint, adjoint.delta, matrix.below)
+            _multiply_back(matrix, tables, weights, part, adjoint, adjoint.delta, matrix.below)
     for j in range(layer.seen if is_parallel and to_variables else 0):
         _compress_back(layer, j, variables[layer.seen_from + j], part.here, part, adjoint)
 
@@ -349,15 +323,26 @@ def _compress_back(layer: Layer, i: int, row: int, first: int, part: Part, adjoi
 
 
 @inner
-def _add_gradient(
-    matrix: Matrix, seen: Array, part: Part, adjoint: Adjoint, fresh: bool, gradients: Array, by_biases: Array
-) -> None:
+def _add_gradient(matrix: Matrix, seen: Array, part: Part, adjoint: Adjoint, fresh: bool, by_pack: Pair) -> None:
     """Add the gradient with respect to a matrix, from that of its outputs and from its inputs.
 
-    With `fresh` nothing was added before.
+    With `fresh` nothing was added before; there is but one point if it is alone.
     """
-    delta, transposed = adjoint.delta, adjoint.transposed
-    width, below = part.width, part.context if matrix.source == CONTEXT else part.here + matrix.below
+    (gradients, by_biases), delta, transposed, width = by_pack, adjoint.delta, adjoint.transposed, part.width
+    below = part.context if matrix.source == CONTEXT else part.here + matrix.below
+    if matrix.first:
+        for r in range(matrix.rows):
+            total = delta.dtype.type(0)
+            for t in range(part.points):
+                total += delta[matrix.own + r, t]
+            by_biases[matrix.bias + r] = total if fresh else total + by_biases[matrix.bias + r]
+    if width == 1:
+        column, lower = part.tape.reshape(-1), np.uintp(below)
+        for r in range(matrix.rows):
+            by_output, at = delta[matrix.own + r, 0], np.uintp(matrix.start + r * matrix.stride)
+            for k in range(np.uintp(seen[matrix.rows_from + r])):
+                gradients[at + k] = by_output * column[lower + k]
+        return
     transpose(part.tape, below, matrix.columns, width, transposed)
     transposed[:width, matrix.columns : matrix.stride] = 0
     own = gradients[matrix.start : matrix.start + matrix.rows * matrix.stride].reshape((matrix.rows, matrix.stride))
@@ -369,26 +354,27 @@ def _add_gradient(
         terms, first = (0, part.points), 0 if fresh else ADDED
         add_product(flat, start, step, 1, (r, last), terms, transposed, 0, own, 0, columns, adjoint.zeros, first)
         r = last
-    if matrix.first:
-        for r in range(matrix.rows):
-            total = delta.dtype.type(0)
-            for t in range(part.points):
-                total += delta[matrix.own + r, t]
-            by_biases[matrix.bias + r] = total if fresh else total + by_biases[matrix.bias + r]
 
 
 @inner
 def _multiply_back(
-    matrix: Matrix, heard: Array, weights: Array, part: Part, adjoint: Adjoint, out: Array, out_row: int
+    matrix: Matrix, tables: Tables, weights: Array, part: Part, adjoint: Adjoint, out: Array, out_row: int
 ) -> None:
     """Add the transposed matrix's product with the gradient of its outputs to that of its inputs."""
-    delta, zeros = adjoint.delta, adjoint.zeros
+    delta, zeros, seen = adjoint.delta, adjoint.zeros, tables.seen
     width, start, step, own, first = part.width, matrix.start, matrix.stride, matrix.own, 0 if matrix.fresh else ADDED
+    if width == 1:
+        column = out.reshape(-1)
+        if matrix.fresh:
+            column[out_row : out_row + matrix.columns] = 0
+        for r in range(matrix.rows):
+            add_multiple(delta[own + r, 0], weights, start + r * step, seen[matrix.rows_from + r], column, out_row)
     k = 0
     while k < matrix.columns:
         last = k + height_of(matrix.columns - k)
-        rows = (heard[matrix.columns_from + k], matrix.rows)
-        add_product(weights, start, 1, step, (k, last), rows, delta, own, out, out_row, width, zeros, first)
+        if width > 1:
+            rows = (tables.heard[matrix.columns_from + k], matrix.rows)
+            add_product(weights, start, 1, step, (k, last), rows, delta, own, out, out_row, width, zeros, first)
         if matrix.below_kind >= 0:
             below, slopes = part.here + matrix.below + k, matrix.below_slopes - matrix.below
             end = below + last - k
@@ -430,9 +416,12 @@ def _walk_back(layer: Layer, tables: Tables, weights: Array, part: Part, adjoint
 
 
 @inner
-def _add_back(
-    matrix: Matrix, weights: Array, own: tuple[int, int], above: tuple[int, int], delta: Array, width: int
-) -> None:
+def _add_back(matrix: Matrix, weights: Array, own: Range, above: Range, delta: Array, width: int) -> None:
     """Add to the gradients of some of a matrix's inputs the products with those of some of its outputs."""
     start, step, row, lower = matrix.start, matrix.stride, matrix.own, matrix.below
-    add_product(weights, start, 1, step, own, above, delta, row, delta, lower, width, weights, ADDED)
+    if width > 1:
+        add_product(weights, start, 1, step, own, above, delta, row, delta, lower, width, weights, ADDED)
+        return
+    column, (first, end) = delta.reshape(-1), own
+    for r in range(above[0], above[1]):
+        add_multiple(column[row + r], weights, start + r * step + first, end - first, column, lower + first)
