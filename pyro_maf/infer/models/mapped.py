@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from pyro.ops import special
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import constraints, distribution
 from torch.overrides import TorchFunctionMode
 
 from pyro_maf.infer.models.model import Args, Kwargs
@@ -52,6 +52,10 @@ def mapped(
         return torch.func.vmap(of_one, randomness="same")(dict(values), zeros)
 
 
+CHECKS = (constraints.__file__, distribution.__file__)
+"""Files of the validation of distributions."""
+
+
 class _OneDraw(TorchFunctionMode):
     """Mode for what differs between one draw and many under `vmap`.
 
@@ -75,8 +79,8 @@ class _OneDraw(TorchFunctionMode):
         self, func: Callable[..., object], types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         kwargs = kwargs or {}
-        # The check of a matrix, which is square and symmetric first, reads the outcome by itself.
-        if func is torch._is_all_true or (func is Tensor.__bool__ and _is_within(constraints.__file__)):
+        # The check of a matrix, which is square and symmetric first, reads its outcome; torch 2.4 reads any.
+        if func is torch._is_all_true or (func is Tensor.__bool__ and _is_within(*CHECKS)):
             self._record(args[0])
             return True
         if getattr(func, "__self__", None) is Tensor.data:
@@ -107,6 +111,6 @@ class _Log:
         return torch.where(is_plain, x.where(is_plain, torch.ones_like(x)).log(), bounded)
 
 
-def _is_within(filename: str) -> bool:
-    """True if the code that calls a function of torch is in this file."""
-    return sys._getframe(2).f_code.co_filename == filename
+def _is_within(*filenames: str) -> bool:
+    """True if the code that calls a function of torch is in one of these files."""
+    return sys._getframe(2).f_code.co_filename in filenames
