@@ -63,7 +63,7 @@ def test_a_tempered_flow_computes_the_same_to_the_last_bit(make: Any) -> None:
         if isinstance(part, Tempered)
         for index, gain in enumerate(part._gains())
     }
-    assert min(gains.values()) == 1 / 16
+    assert min(gains.values()) == 0.25
     x = torch.randn(7, 48)
     expected, found = computed(plain, x), computed(tempered, x)
     assert torch.equal(found[0], expected[0])
@@ -74,7 +74,7 @@ def test_a_tempered_flow_computes_the_same_to_the_last_bit(make: Any) -> None:
 
 @pytest.mark.parametrize("make", FLOWS)
 def test_narrow_networks_stay_as_they_are(make: Any) -> None:
-    flow = make(16, hidden_dims=[16, 16])
+    flow = make(16, hidden_dims=[64, 64])
     before = copy.deepcopy(flow.state_dict())
     after = temper(flow).state_dict()
     assert after.keys() == before.keys()

@@ -14,8 +14,8 @@ from pyro_maf._core.module_state import Observed
 
 __all__ = ["Linear", "MaskedLinear", "Tempered", "degrees", "gain_of", "masks"]
 
-INPUTS, VARIABLES = 16, 64
-"""Maximum number of inputs of a layer, and of variables of a network, with a gain of 1."""
+INPUTS, UNITS = 16, 64
+"""Maximum number of inputs, and of units of a hidden layer, with a gain of 1."""
 
 
 def gain_of(inputs: int, usual: int = INPUTS) -> float:
@@ -57,9 +57,9 @@ class Tempered(Observed):
     def temper(self) -> None:
         """Set the gains by the widths of the layers, at most 1; the network's function stays the same."""
         layers: list[nn.Linear] = list(self.layers)  # type: ignore[arg-type]
-        gains = [gain_of(layer.in_features) for layer in layers]
+        gains = [gain_of(layer.in_features, UNITS if index else INPUTS) for index, layer in enumerate(layers)]
         # The divergence by errors of the outputs adds up over the variables, of which there are as many as inputs.
-        gains[-1] *= gain_of(layers[0].in_features, VARIABLES)
+        gains[-1] *= gain_of(layers[0].in_features, UNITS)
         if min(gains) == 1.0:
             return
         for layer, gain in zip(layers, gains, strict=True):
