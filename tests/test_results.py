@@ -137,7 +137,7 @@ BAD = {
     "swapped": (lambda r, g: fit(FRAME, MAF(2)), "got DataFrame. The model comes first: fit(model, data)."),
     "a support of none": (
         lambda r, g: fit_prior(FRAME, support={"d": "positive"}),
-        "fit_prior expected support of columns 'a', 'b', 'c', got one of 'd'.",
+        "fit expected support of columns 'a', 'b', 'c', got one of 'd'.",
     ),
     "support of nothing": (
         lambda r, g: fit(flow(), FRAME[["a", "b"]], support={"a": "round"}),
