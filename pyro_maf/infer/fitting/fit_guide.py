@@ -47,6 +47,8 @@ FAILURES_TO_RETREAT = 10
 CLIP = 4.0
 AVERAGED_STEPS = 100
 RECENT = 100
+FEW_PARTICLES, MOST_PARTICLES, NUMBERS = 32, 128, 2**16
+"""Limits of the number of particles by default, and of their log-probabilities: those of more take noticeable time."""
 ALONE = 4
 """Number of particles if the model has to be run for each."""
 DIAGNOSED, MOST_DIAGNOSED = 10_000, 1_000_000_000
@@ -116,7 +118,7 @@ def fit_guide(
     guide: AnyGuide,
     *args: object,
     steps: int = 10_000,
-    num_particles: int = 32,
+    num_particles: int | None = None,
     learning_rate: float = 1e-2,
     progress: bool | str = True,
     **kwargs: object,
@@ -140,7 +142,8 @@ def fit_guide(
         *args, **kwargs: Arguments of model and guide. For one that has the name of an option below, fit
             `functools.partial(model, steps=...)` with a guide of that.
         steps: Maximum number of steps.
-        num_particles: Draws in each step: all in one run if the model allows that, else at most four.
+        num_particles: Draws in each step: by default 128, or fewer, at least 32, where they have more than 65,536
+            log-probabilities. All in one run if the model allows that, else at most four.
         learning_rate: Maximum learning rate.
         progress: True shows a bar on a terminal or in a notebook, False never, "always" in any case.
 
@@ -193,14 +196,19 @@ def fit_guide(
                     what = f"fit_guide sets {type(guide).__name__} up anew, since it was set up with other data."
                     warnings.warn(what, UserWarning, stacklevel=2)
                 guide.setup(*args, **kwargs)  # not in a trace, which would lengthen its error messages
-                threads.enter_context(guide.threads(num_particles))
+                threads.enter_context(guide.threads(num_particles or FEW_PARTICLES))
             run = _Run(call, guide, num_particles, Schedule(learning_rate, steps))
+            if isinstance(guide, AutoFlow):
+                threads.close()
+                threads.enter_context(guide.threads(run.num_particles))
         if run.alone:
             advice = ADVICE[isinstance(guide, AutoFlow)]
             what = f"fit_guide runs the model for each draw, which is slow: {run.alone}. {advice}"
             warnings.warn(what, UserWarning, stacklevel=2)
         reason = run.to_the_end(steps, shown)
         diagnosis = run.diagnosed(shown)
+    if run.failure is not None and diagnosis.reason != IMPROPER:
+        raise run.failure
     return GuideFit(
         guide=guide,
         elbo=tuple(run.elbo),
@@ -213,10 +221,12 @@ def fit_guide(
     )
 
 
-def _check(call: Call, guide: Guide, steps: int, num_particles: int, learning_rate: float, progress: object) -> None:
+def _check(
+    call: Call, guide: Guide, steps: int, num_particles: int | None, learning_rate: float, progress: object
+) -> None:
     check_pair("fit_guide", call.program, guide)
     check_positive("fit_guide", "steps", steps)
-    check_positive("fit_guide", "num_particles", num_particles)
+    check_positive("fit_guide", "num_particles", 1 if num_particles is None else num_particles)
     check_above_zero("fit_guide", "learning_rate", learning_rate, finite=True)
     check_progress("fit_guide", progress)
     check_call("fit_guide", call, OPTIONS)
@@ -225,10 +235,12 @@ def _check(call: Call, guide: Guide, steps: int, num_particles: int, learning_ra
 class _Run:
     """State and steps of a fit."""
 
-    def __init__(self, call: Call, guide: Guide, num_particles: int, schedule: Schedule) -> None:
+    def __init__(self, call: Call, guide: Guide, num_particles: int | None, schedule: Schedule) -> None:
         self._call, self._guide = call, guide
         self._pair = Pair("fit_guide", call, guide)
         joint = self._pair.joint
+        affordable = max(FEW_PARTICLES, min(MOST_PARTICLES, NUMBERS // max(1, self._pair.numbers)))
+        self.num_particles = num_particles or affordable
         walks = can_walk(guide, joint)
         self.alone = "" if walks or joint.broadcasts else why_alone(call, guide, *self._pair.traces)
         objective = (
@@ -236,14 +248,14 @@ class _Run:
         )
         # Pass max_plate_nesting explicitly; Pyro would otherwise guess it and print a warning.
         self._objective = objective(
-            num_particles=num_particles if joint.broadcasts else min(num_particles, ALONE),
+            num_particles=self.num_particles if joint.broadcasts else min(self.num_particles, ALONE),
             vectorize_particles=joint.broadcasts,
             max_plate_nesting=self._pair.nesting,
         )
         self._parameters = self._find_parameters()
         self._walk: Walk | None = None
         if walks:
-            self._walk = Walk(call, cast("AutoFlow", guide), joint, num_particles, self._parameters)
+            self._walk = Walk(call, cast("AutoFlow", guide), joint, self.num_particles, self._parameters)
         # While the model's parameters move, so does the posterior: its draws may be effective far from the maximum.
         self._weights_tell = not self._trains_model()
         self._optimizer = Adam(self._parameters)
@@ -255,6 +267,7 @@ class _Run:
         self.elbo: list[float] = []
         self.skipped = 0
         self.retreats = 0
+        self.failure: Exception | None = None
         self._is_abandoned = False
         self._end = ""
 
@@ -369,13 +382,10 @@ class _Run:
             self._retreat()
         if self._failures < MOST_FAILURES:
             return
-        if self.elbo:
-            what = "no step was finite" if error is None else f"the model raised {type(error).__name__}"
-            self._end = f"{what} {MOST_FAILURES} times in a row"
-        elif error is not None:
-            raise error
-        else:
-            raise ArithmeticError(
+        what = "no step was finite" if error is None else f"the model raised {type(error).__name__}"
+        self._end = f"{what} {MOST_FAILURES} times in a row"
+        if not self.elbo:
+            self.failure = error or ArithmeticError(
                 f"fit_guide got no finite loss and gradient in {MOST_FAILURES} steps in a row: scale the "
                 "data, or choose another starting point by the guide's init_loc_fn."
             )
