@@ -41,6 +41,8 @@ def check_transform(
     In float64, and in float32 where it says so: it inverts, also 50 standard deviations out; its log-determinant is
     that of the Jacobian; densities integrate to 1; gradients and second derivatives are those of differences; nothing
     is stale after a change; it trains in any loop, takes any batch, runs in every mode, can be copied, pickled, saved.
+    Gradients count as wrong only where they are so at two inputs, since a difference may straddle a kink; those of more
+    than 2,000 parameters are compared in one random direction instead of one by one.
 
     Args:
         make: Function of D that builds the transform or conditional form. Its class must be importable, for copies.
