@@ -78,25 +78,22 @@ class SavedModel:
     @property
     def layout(self) -> Layout:
         """Names and categories of the columns of data: those of the density, or x1, x2, ..."""
-        return self._layout("layout", "x", self.inner.event_shape[0])
+        return self._held("layout") or _numbered("x", self.inner.event_shape[0])
 
     @property
     def context_layout(self) -> Layout:
         """Names and categories of the columns of context: those of the density, or c1, c2, ..."""
-        return self._layout("context_layout", "c", self.inner.context_dim)
+        return self._held("context_layout") or _numbered("c", self.inner.context_dim)
 
-    def _layout(self, attribute: str, letter: str, width: int) -> Layout:
-        from pyro_maf.tables.layout import NAMELESS, Layout
-
-        layout: Layout = getattr(self.inner, attribute, NAMELESS)
-        return layout if layout.names else Layout.named([(f"{letter}{i}", ()) for i in range(1, width + 1)])
+    def _held(self, attribute: str) -> Layout | None:
+        """A layout that the density has, if it has names."""
+        layout: Layout | None = getattr(self.inner, attribute, None)
+        return layout if layout is not None and layout.names else None
 
     @property
     def has_names(self) -> bool:
         """True if the density has the names of its columns of data."""
-        from pyro_maf.distributions.named_density import NamedDensity
-
-        return isinstance(self.inner, NamedDensity) and bool(self.inner.layout.names)
+        return self._held("layout") is not None
 
     def at(self, context: Tensor | None) -> Density:
         """The density at a context, if it takes one."""
@@ -127,6 +124,12 @@ class SavedModel:
             layout=layouts[0],
             context_layout=layouts[1],
         )
+
+
+def _numbered(letter: str, width: int) -> Layout:
+    from pyro_maf.tables.layout import Layout
+
+    return Layout.named([(f"{letter}{i}", ()) for i in range(1, width + 1)])
 
 
 def read_model(path: Path) -> SavedModel:

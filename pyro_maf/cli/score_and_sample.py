@@ -165,7 +165,7 @@ def _context(model: SavedModel, pairs: Sequence[str]) -> Tensor | None:
     """
     import torch
 
-    columns = dict(model.context_layout.columns) if model.inner.context_dim else {}
+    columns = dict(model.context_layout.columns)
     expected = f"the model is given {', '.join(columns)}" if columns else "the model takes no context"
     values: dict[str, str] = {}
     for pair in pairs:

@@ -70,7 +70,7 @@ class Layout(NamedTuple):
     """The form of a table, and the names of its columns.
 
     Attributes:
-        form: "frame", "dict" or, without names, "rows".
+        form: "frame", "dict" or "rows", the form of draws; the last has names only if it is of a table in a file.
         names: Names of the columns of a frame, or of the entries of a dictionary: the sites of a posterior.
         shapes: Shape of one row of each: () for a column.
         categories: Categories of each column, or None for a column of numbers; () if there are none.

@@ -226,7 +226,8 @@ def _check(
 ) -> None:
     check_pair("fit_guide", call.program, guide)
     check_positive("fit_guide", "steps", steps)
-    check_positive("fit_guide", "num_particles", 1 if num_particles is None else num_particles)
+    if num_particles is not None:
+        check_positive("fit_guide", "num_particles", num_particles)
     check_above_zero("fit_guide", "learning_rate", learning_rate, finite=True)
     check_progress("fit_guide", progress)
     check_call("fit_guide", call, OPTIONS)
@@ -239,7 +240,7 @@ class _Run:
         self._call, self._guide = call, guide
         self._pair = Pair("fit_guide", call, guide)
         joint = self._pair.joint
-        affordable = max(FEW_PARTICLES, min(MOST_PARTICLES, NUMBERS // max(1, self._pair.numbers)))
+        affordable = max(FEW_PARTICLES, min(MOST_PARTICLES, NUMBERS // self._pair.numbers))
         self.num_particles = num_particles or affordable
         walks = can_walk(guide, joint)
         self.alone = "" if walks or joint.broadcasts else why_alone(call, guide, *self._pair.traces)
