@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_maf._core.checks import check_above_zero, check_choice, check_positive
+from pyro_maf._core.options import OBJECTS
 from pyro_maf.saving import Savable
 
 __all__ = ["UNIVARIATE", "Affine", "Spline", "UnivariateMap", "soft_bound", "univariate_map"]
@@ -189,6 +190,7 @@ class Spline(Savable):
 
 UNIVARIATE: dict[str, type[Affine] | type[Spline]] = {"affine": Affine, "spline": Spline}
 """Univariate maps, by name."""
+OBJECTS["univariate"] = Spline  # `Affine` has no options
 
 
 def univariate_map(who: str, univariate: str | UnivariateMap) -> UnivariateMap:

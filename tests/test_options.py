@@ -126,6 +126,12 @@ def test_an_unknown_option_is_refused_in_one_line(cls: type) -> None:
         built(cls, hidden_dim=[8])
 
 
+@pytest.mark.parametrize("cls", [NSF, ConditionalMAF, MixtureFlow, transforms.Coupling])
+def test_an_option_of_the_spline_is_sent_there(cls: type) -> None:
+    with pytest.raises(TypeError, match=r"'num_bins': use univariate=Spline\(num_bins=6\)\.$"):
+        built(cls, num_bins=6)
+
+
 def test_an_option_of_layers_is_one_of_stacks_and_conditional_forms() -> None:
     class Named(transforms.MaskedAutoregressive):
         def __init__(self, input_dim: int, *, context_dim: int = 0, activation: str = "tanh", **options: Any) -> None:

@@ -197,6 +197,27 @@ def test_act_norm_starts_with_the_statistics_of_the_training_rows() -> None:
     assert model.log_scale.exp().tolist() == pytest.approx([math.sqrt(270 / 269)] * 2, rel=1e-9)
 
 
+def test_layers_of_users_are_in_eval_mode_while_they_are_validated() -> None:
+    modes: list[bool] = []
+
+    class Noting(Permute):
+        def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            modes.append(self.training)
+            return super().inverse_and_log_det(y, context)
+
+    fit(Stack([Noting([1, 0]), ActNorm(2)]).double(), gaussian_rows(), batch_size=90, max_epochs=1, progress=False)
+    assert modes[-4:] == [True, True, True, False]
+
+
+def test_modes_that_nothing_heeds_are_not_switched(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, modes = small_maf(), list[bool]()
+    train = type(model[0]).train
+    monkeypatch.setattr(type(model[0]), "train", lambda self, mode=True: modes.append(mode) or train(self, mode))
+    fit(model, gaussian_rows(), **QUICK)
+    assert set(modes) == {False}
+    assert not model.training
+
+
 def test_averaged_weights_are_validated_and_training_goes_on_with_its_own() -> None:
     trained: list[Tensor] = []
     validated: list[Tensor] = []

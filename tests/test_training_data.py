@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pyro.infer import HMC, MCMC
 from torch import Tensor
 
 from pyro_maf import MAF, ConditionalFlowPrior, ConditionalMADEMoG, ConditionalMAF, FlowPrior, fit, fit_prior
@@ -336,6 +337,11 @@ BAD_DATA: dict[str, tuple[Any, type[Exception], str]] = {
     "ragged": ([[1, 2], [3]], ValueError, "fit expected data to be a table, got rows of different lengths."),
     "None": (None, TypeError, f"{NOT_A_TABLE} NoneType of object."),
     "text": ("rows.csv", TypeError, f"{NOT_A_TABLE} str of <U8."),
+    "a sampler": (
+        MCMC(HMC(lambda: None), 1),
+        TypeError,
+        f"{NOT_A_TABLE} MCMC of object: pass its draws, get_samples().",
+    ),
     "lists with None": ([[1.0, None]] * 20, TypeError, f"{NOT_A_TABLE} list of object."),
     "dates": (np.zeros((20, 2), "datetime64[s]"), TypeError, f"{NOT_A_TABLE} ndarray of datetime64[s]."),
     "complex array": (ROWS + 1j, TypeError, f"{NOT_A_TABLE} ndarray of complex128."),

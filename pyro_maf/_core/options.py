@@ -12,7 +12,10 @@ from difflib import get_close_matches
 from inspect import Parameter, Signature
 from typing import get_args, get_type_hints
 
-__all__ = ["ClassSignature", "named_arguments", "show_options", "signature_of"]
+__all__ = ["OBJECTS", "ClassSignature", "named_arguments", "show_options", "signature_of"]
+
+OBJECTS: dict[str, type] = {}
+"""Classes with options of their own, by the name of the option that takes an object of them."""
 
 
 class ClassSignature:
@@ -82,10 +85,13 @@ def named_arguments(cls: type, args: Sequence[object], kwargs: Mapping[str, obje
         arguments = signature.bind_partial(*args, **kwargs).arguments
     except TypeError as error:
         takes = ", ".join(signature.parameters) or "no arguments"
-        unknown = [name for name in kwargs if name not in signature.parameters][:1]
-        close = [match for name in unknown for match in get_close_matches(name, signature.parameters, n=1)]
-        advice = "".join(f": use {name}" for name in close)
-        raise TypeError(f"{cls.__name__} takes {takes}: {error}{advice}.") from None
+        unknown = next((name for name in kwargs if name not in signature.parameters), "")
+        uses = [
+            f"{option}={of.__name__}({unknown}={kwargs[unknown]!r})"
+            for option, of in OBJECTS.items()
+            if option in signature.parameters and unknown in signature_of(of).parameters
+        ] or get_close_matches(unknown, signature.parameters, n=1)
+        raise TypeError(f"{cls.__name__} takes {takes}: {error}{''.join(f': use {use}' for use in uses)}.") from None
     for parameter in signature.parameters.values():
         if parameter.kind is Parameter.VAR_KEYWORD:
             arguments.update(arguments.pop(parameter.name, {}))

@@ -336,9 +336,10 @@ def numbers(who: str, name: str, value: TableLike) -> Tensor:
     except ValueError:
         raise ValueError(f"{who} expected {name} to be a table, got rows of different lengths.") from None
     if array.dtype.kind not in NUMERIC_KINDS:
+        advice = ": pass its draws, get_samples()" if hasattr(value, "get_samples") else ""
         raise TypeError(
             f"{who} expected {name} to be a tensor, array or data frame of numbers, "
-            f"got {type(value).__name__} of {array.dtype}."
+            f"got {type(value).__name__} of {array.dtype}{advice}."
         )
     # A copy: torch takes neither negative strides nor foreign byte orders, and warns of arrays it may not write to.
     return torch.from_numpy(np.array(array, _dtype_for(array.dtype), order="C"))

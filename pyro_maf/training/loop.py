@@ -6,6 +6,7 @@ import warnings
 from contextlib import closing, nullcontext
 
 import torch
+from torch import nn
 
 from pyro_maf._core.interruption import Interruption
 from pyro_maf._core.processes import Processes
@@ -16,6 +17,7 @@ from pyro_maf.training.batches import Batches
 from pyro_maf.training.objective import objective_of
 from pyro_maf.training.records import CheckpointFolder, Epoch, Log
 from pyro_maf.training.state import Schedule, State
+from pyro_maf.transforms import ActNorm, BatchNorm
 
 __all__ = ["Loop"]
 
@@ -63,6 +65,7 @@ class Loop:
         doubts: bool = False,
     ) -> None:
         self._density = density
+        self._has_modes = any(map(_heeds_its_mode, density.modules()))
         self._batches = batches
         self._held_out = held_out
         self._schedule = schedule
@@ -88,7 +91,7 @@ class Loop:
         """Train to the end, or until a second Ctrl-C; leave the density with its best weights, in eval mode."""
         shown = progress if self._processes.is_first else False
         try:
-            self._density.train()
+            self._switch_to_training(True)
             if self._goes_on:
                 with (
                     nullcontext() if self._log is None else closing(self._log),
@@ -104,6 +107,11 @@ class Loop:
             self.state.restore_best()
             self._objective.close()
             self._density.eval()
+
+    def _switch_to_training(self, mode: bool) -> None:
+        """Set the mode of every module, if any of them heeds it: that takes as long as some steps."""
+        if self._has_modes:
+            self._density.train(mode)
 
     def save(self, taken: int) -> None:
         """Write a checkpoint, with so many batches of the present epoch done."""
@@ -136,9 +144,9 @@ class Loop:
         self._processes.copy_first(self._objective.weights)
         self._objective.fit_statistics(self._batches.sample, initial=True)
         self.state.average.restart()
-        self._density.eval()
+        self._switch_to_training(False)
         self._schedule.improves(0, self._objective.mean(self._objective.losses(self._held_out)) - self._offsets[1])
-        self._density.train()
+        self._switch_to_training(True)
         self.state.record_best()
         self.save(taken=0)
 
@@ -204,7 +212,7 @@ class Loop:
     def _validate(self) -> None:
         """Validate the averaged weights, with their statistics, and record them if they are the best so far."""
         state = self.state
-        self._density.eval()
+        self._switch_to_training(False)
         state.average.swap()
         self._objective.fit_statistics(self._batches.sample)
         all_skipped, learning_rate = not state.train_rows, self._schedule.learning_rate
@@ -218,7 +226,7 @@ class Loop:
             state.record_best()
         state.optimizer.weight_decay = self._schedule.weight_decay
         state.average.swap()
-        self._density.train()
+        self._switch_to_training(True)
         if all_skipped:
             state.stop(f"no step of epoch {epoch} had a finite loss and gradient")
         elif self._is_interrupted:
@@ -232,3 +240,9 @@ class Loop:
             losses = f"train {history[-1].train_loss:.3f}  val {history[-1].validation_loss:.3f}  {best}"
         done = len(history) + fraction
         line.show("epoch", done, self._max_epochs, epoch=max(1, len(history)), losses=losses)
+
+
+def _heeds_its_mode(module: nn.Module) -> bool:
+    """Whether training and eval mode may differ: of the modules of this package they do in two."""
+    is_of_package = type(module).__module__.startswith("pyro_maf.") or type(module) is nn.ModuleList
+    return isinstance(module, (ActNorm, BatchNorm)) or not is_of_package
