@@ -243,6 +243,6 @@ class Loop:
 
 
 def _heeds_its_mode(module: nn.Module) -> bool:
-    """Whether training and eval mode may differ: of the modules of this package they do in two."""
+    """True if a module may differ in training and eval mode: of those of this package two do."""
     is_of_package = type(module).__module__.startswith("pyro_maf.") or type(module) is nn.ModuleList
     return isinstance(module, (ActNorm, BatchNorm)) or not is_of_package
