@@ -40,10 +40,11 @@ class NamedDensity(Density):
     @property
     def names_of_columns(self) -> dict[str, object]:
         """Arguments of the constructor for the names, as JSON holds them."""
-        names = {"columns": self.layout.as_entries(), "context_columns": self.context_layout.as_entries()}
-        labels = self.context_layout.as_labels()
-        # Only if there are any: a fit of an earlier version without them can be resumed.
-        return {**names, "context_labels": labels} if labels else dict(names)
+        return {
+            "columns": self.layout.as_entries(),
+            "context_columns": self.context_layout.as_entries(),
+            "context_labels": self.context_layout.as_labels(),
+        }
 
     def check_precise(self, role: str, value: object) -> None:
         """Raise for a value that was rounded too coarsely before; most densities take all."""

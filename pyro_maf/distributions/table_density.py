@@ -117,9 +117,7 @@ class TableDensity(NamedDensity):
     def architecture(self) -> dict[str, object]:
         """Arguments of the constructor, with names as JSON needs."""
         kinds = {"labels": self.layout.as_labels(), "dtypes": self.layout.dtypes}
-        # Only those there are: a fit of an earlier version without them can be resumed.
-        present = {name: value for name, value in kinds.items() if value}
-        return {**self._arguments, **self.names_of_columns, **present}
+        return {**self._arguments, **self.names_of_columns, **kinds}
 
     @property
     def numeric(self) -> list[int]:
