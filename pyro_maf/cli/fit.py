@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, cast, get_args
 import typer
 
 import pyro_maf
-from pyro_maf._core.files import CHECKPOINT, FILES, MODEL, RECORD, REPORT, held, recover
+from pyro_maf._core.files import CHECKPOINT, RECORD, REPORT, held, recover
 from pyro_maf._core.messages import MOST_LISTED, listed
 from pyro_maf.cli.errors import INTERRUPTED, CommandError, command_line, input_errors, say, warnings_as_lines
 from pyro_maf.cli.saved_model import Record, write_json
-from pyro_maf.cli.shared_options import TableOptions, TrainingOptions, flag, option, read, separated, source_and_array
+from pyro_maf.cli.shared_options import TableOptions, TrainingOptions, flag, option, separated, source_and_array
 
 if TYPE_CHECKING:
     from pyro_maf.datasets import Table
@@ -110,12 +110,13 @@ class FitOptions(TableOptions, TrainingOptions):
             raise CommandError("fit expected a file for several --devices, as each process reads it, got a pipe.")
 
     def check_folder(self) -> None:
-        """Refuse to overwrite a fit unasked.
+        """Refuse to overwrite a fit unasked, before the table is read.
 
         Raises:
-            CommandError: If the folder is a file, or holds a fit that is neither to be resumed nor overwritten or that
-                has no checkpoint to be resumed from, or if another process writes to it.
+            CommandError: If the folder is a file, or as `check_unused`.
         """
+        from pyro_maf.training.records import check_unused
+
         folder = self.results
         if self.resume and self.overwrite:
             raise CommandError("fit got both --resume and --overwrite: choose one.")
@@ -123,18 +124,8 @@ class FitOptions(TableOptions, TrainingOptions):
             raise CommandError(f"fit expected --folder to be a folder, got the file {folder}.")
         with input_errors():
             recover(folder)
-        files = [name for name in FILES if (folder / name).exists()]
-        if not files or self.overwrite:
-            return
-        if not self.resume:
-            raise CommandError(
-                f"fit found a fit in {folder} ({files[0]}): go on with it by --resume, replace it by --overwrite, or "
-                "choose another folder with --folder."
-            )
-        if MODEL in files and CHECKPOINT not in files:
-            raise CommandError(
-                f"fit found {MODEL} in {folder}, but no {CHECKPOINT} to go on from: choose another folder."
-            )
+            if not self.overwrite:
+                check_unused(folder, resume=self.resume)
 
     def validation_rows(self, table: Table) -> float | Table:
         """Return the fraction of validation rows, or the table of them."""
@@ -143,9 +134,8 @@ class FitOptions(TableOptions, TrainingOptions):
         fraction = number_in(self.validation)
         if not math.isnan(fraction):
             return fraction
-        return read(
+        return self.read_from(
             self.validation,
-            self.text,
             columns=table.layout,
             context=table.context_layout,
             dtype=table.data.dtype.name,

@@ -13,7 +13,7 @@ import typer
 from pyro_maf._core.files import MODEL, RECORD, recover, write_whole
 from pyro_maf._core.messages import shown
 from pyro_maf.cli.errors import CommandError, input_errors
-from pyro_maf.cli.shared_options import ModelPath, TextOptions, read
+from pyro_maf.cli.shared_options import ModelPath, TextOptions
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +100,7 @@ class SavedModel:
         return self.inner if context is None else cast("ConditionalDensity", self.density).condition(context)
 
     def read(self, source: str, text: TextOptions) -> Table:
-        """Read the table in `source` for this model; `text` as in `pyro_maf.cli.shared_options.read`.
+        """Read the table in `source` for this model; `text` has its form.
 
         Raises:
             CommandError: As `read_table`, and for a table of another width if the density has no names.
@@ -109,8 +109,8 @@ class SavedModel:
         dtype = max(self.dtype, _name_of(self.density.context_dtype))
         layouts = self.layout, self.context_layout
         if self.has_names:
-            return read(source, text, columns=layouts[0], context=layouts[1], dtype=dtype)
-        table = read(source, text, dtype=dtype)
+            return text.read_from(source, columns=layouts[0], context=layouts[1], dtype=dtype)
+        table = text.read_from(source, dtype=dtype)
         data, context = (len(layout.labels) for layout in layouts)
         if len(table.names) != data + context:
             raise CommandError(

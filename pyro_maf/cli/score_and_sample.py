@@ -7,7 +7,7 @@ import io
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO, TypeAlias
 
@@ -18,7 +18,7 @@ from pyro_maf._core.files import writing_whole
 from pyro_maf._core.messages import require
 from pyro_maf.cli.errors import CommandError, input_errors, say
 from pyro_maf.cli.saved_model import SavedModel, read_model
-from pyro_maf.cli.shared_options import Decimal, Encoding, ModelPath, Out, Source, flag, separated
+from pyro_maf.cli.shared_options import Decimal, Encoding, ModelPath, Out, Source, TextOptions, flag, separated
 
 if TYPE_CHECKING:
     import pyarrow
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from pyro_maf.tables.layout import Layout
 
     Write: TypeAlias = Callable[[NDArray[np.floating]], None]
-    WriteBatch: TypeAlias = Callable[[pyarrow.RecordBatch], None]
 
 __all__ = ["SAMPLE_EXAMPLES", "SCORE_EXAMPLES", "sample", "score", "writing_rows"]
 
@@ -71,7 +70,7 @@ def score(
     import torch
 
     saved = read_model(model)
-    table = saved.read(data, {"drop_missing": drop_missing, "decimal": decimal, "encoding": encoding})
+    table = saved.read(data, TextOptions(drop_missing=drop_missing, decimal=decimal, encoding=encoding))
     total = squares = 0.0
     count = rows = 0
     first = None
@@ -226,6 +225,7 @@ def writing_rows(
     """
     require("pyro-maf", "pyarrow")
     import pyarrow
+    from pyarrow.parquet import ParquetWriter
 
     number = pyarrow.float64() if dtype == "float64" else pyarrow.float32()
     among = (layout.categories if layout else ()) or (None,) * len(names)
@@ -237,35 +237,27 @@ def writing_rows(
         columns = [_arrow_column(*each) for each in zip(rows.T, among, kinds, strict=True)]
         return pyarrow.record_batch(columns, schema=schema)
 
-    writers = {".csv": _csv_writer, ".parquet": _parquet_writer}
-    if path == STANDARD_OUTPUT:
-        with _csv_writer(sys.stdout.buffer, schema) as write:
-            yield lambda rows: write(batch(rows))
+    is_standard = path == STANDARD_OUTPUT
+    if not is_standard and path.suffix not in (".csv", ".parquet"):
+        raise CommandError(f'expected --out to end in .csv or .parquet, or to be "-", got {path}.')
+    writer_of = ParquetWriter if path.suffix == ".parquet" else _csv_writer
+    with (
+        nullcontext(sys.stdout.buffer) if is_standard else writing_whole(path) as file,
+        writer_of(file, schema) as writer,
+    ):
+        yield lambda rows: writer.write(batch(rows))
+    if is_standard:
         sys.stdout.flush()
-        return
-    if path.suffix not in writers:
-        raise CommandError(f'expected --out to end in {" or ".join(writers)}, or to be "-", got {path}.')
-    with writing_whole(path) as file, writers[path.suffix](file, schema) as write:
-        yield lambda rows: write(batch(rows))
 
 
-@contextmanager
-def _csv_writer(file: BinaryIO, schema: pyarrow.Schema) -> Iterator[WriteBatch]:
+def _csv_writer(file: BinaryIO, schema: pyarrow.Schema) -> pyarrow.csv.CSVWriter:
+    """Writer below a header without the quotes that pyarrow would put around each name."""
     from pyarrow.csv import CSVWriter, WriteOptions
 
     header = io.StringIO()
     csv.writer(header, lineterminator="\n").writerow(schema.names)
     file.write(header.getvalue().encode())
-    with CSVWriter(file, schema, write_options=WriteOptions(include_header=False)) as writer:
-        yield writer.write
-
-
-@contextmanager
-def _parquet_writer(file: BinaryIO, schema: pyarrow.Schema) -> Iterator[WriteBatch]:
-    from pyarrow.parquet import ParquetWriter
-
-    with ParquetWriter(file, schema) as writer:
-        yield writer.write
+    return CSVWriter(file, schema, write_options=WriteOptions(include_header=False))
 
 
 def _arrow_type(categories: Categories, dtype: str, number: pyarrow.DataType) -> pyarrow.DataType:

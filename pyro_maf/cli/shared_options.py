@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypedDict, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 
 import typer
 
@@ -31,7 +31,6 @@ __all__ = [
     "as_command",
     "flag",
     "option",
-    "read",
     "separated",
     "source_and_array",
 ]
@@ -73,27 +72,37 @@ Encoding = Annotated[str, option("Encoding of text that is not in UTF-8, such as
 Device = Annotated[Literal["cpu", "cuda"], option("Device of the fit: cpu or cuda.", "DEVICE")]
 
 
-class FittingOptions(TypedDict):
-    """Options of `pyro_maf.fit`."""
+@dataclass(kw_only=True)
+class TextOptions:
+    """The form of a table of text, and what to do with its gaps."""
 
-    max_epochs: int
-    batch_size: int | None
-    learning_rate: float
-    weight_decay: float | None
-    patience: int
-    seed: int
+    drop_missing: Annotated[bool, flag("drop-missing", "Leave out rows with missing values.")] = False
+    decimal: Decimal = "."
+    encoding: Encoding = "utf-8"
 
+    def read_from(self, source: str, **options: Any) -> Table:
+        """Read the table in a file, in an array of a file, or on standard input.
 
-class TextOptions(TypedDict):
-    """Options of `read_table` for text."""
+        Args:
+            source: The user's argument.
+            **options: `columns`, none of them for all, `context`, `categories`, `weights` and `dtype`, as in
+                `read_table`.
 
-    drop_missing: bool
-    decimal: str
-    encoding: str
+        Raises:
+            InputError, FileNotFoundError: As `read_table`.
+        """
+        from pyro_maf.datasets import read_table
+
+        path, options["array"] = source_and_array(source)
+        options["columns"] = options.get("columns") or None
+        with input_errors():
+            return read_table(
+                path, drop_missing=self.drop_missing, decimal=self.decimal, encoding=self.encoding, **options
+            )
 
 
 @dataclass(kw_only=True)
-class TableOptions:
+class TableOptions(TextOptions):
     """The table to fit, and its columns."""
 
     data: Source
@@ -102,14 +111,6 @@ class TableOptions:
     categories: Annotated[
         Names, option("Columns to condition on whose numbers are labels, such as 0 to 9.", "NAMES")
     ] = None
-    drop_missing: Annotated[bool, flag("drop-missing", "Leave out rows with missing values.")] = False
-    decimal: Decimal = "."
-    encoding: Encoding = "utf-8"
-
-    @property
-    def text(self) -> TextOptions:
-        """The options for text."""
-        return {"drop_missing": self.drop_missing, "decimal": self.decimal, "encoding": self.encoding}
 
     @property
     def stem(self) -> str:
@@ -124,9 +125,8 @@ class TableOptions:
         """
         categories = separated(self.categories)
         context = list(dict.fromkeys([*separated(self.context), *categories]))
-        return read(
+        return self.read_from(
             self.data,
-            self.text,
             columns=separated(self.columns),
             context=context,
             categories=categories,
@@ -154,16 +154,9 @@ class TrainingOptions:
     device: Device = "cpu"
 
     @property
-    def fitting(self) -> FittingOptions:
+    def fitting(self) -> dict[str, Any]:
         """The options of `pyro_maf.fit` among them."""
-        return {
-            "max_epochs": self.max_epochs,
-            "batch_size": self.batch_size,
-            "learning_rate": self.learning_rate,
-            "weight_decay": self.weight_decay,
-            "patience": self.patience,
-            "seed": self.seed,
-        }
+        return {each.name: getattr(self, each.name) for each in fields(TrainingOptions) if each.name != "device"}
 
 
 def as_command(run: Callable[..., None]) -> Callable[..., None]:
@@ -204,24 +197,6 @@ def source_and_array(source: str) -> tuple[str, str | None]:
     """
     path, colon, array = source.rpartition(":")
     return (path, array) if colon and path.endswith(".npz") else (source, None)
-
-
-def read(source: str, text: TextOptions, **options: Any) -> Table:
-    """Read the table in a file, in an array of a file, or on standard input.
-
-    Args:
-        source: The user's argument.
-        text: The user's options for text.
-        **options: `columns`, none of them for all, `context`, `categories`, `weights` and `dtype`, as in `read_table`.
-
-    Raises:
-        InputError, FileNotFoundError: As `read_table`.
-    """
-    from pyro_maf.datasets import read_table
-
-    path, array = source_and_array(source)
-    with input_errors():
-        return read_table(path, array=array, **{**options, "columns": options.get("columns") or None}, **text)
 
 
 def separated(values: Sequence[str] | None) -> list[str]:

@@ -15,7 +15,7 @@ from pyro_maf._core.checks import check_choice, check_positive
 from pyro_maf._core.options import signature_of
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
-from pyro_maf.tables.moments import RunningMoments
+from pyro_maf.tables.moments import plain_moments_of
 from pyro_maf.training.preparation import Model
 from pyro_maf.transforms import ConditionalFlow, Coupling, Flow, LowerTriangularAffine, Stack
 
@@ -192,9 +192,7 @@ def fit_gaussian(data: Tensor, context: Tensor | None = None) -> FlowPrior | Con
 
 def _standardised(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and standard deviation of the columns, as maximum likelihood requires, and the rows in these units."""
-    moments = RunningMoments()
-    moments.add(table)
-    loc, scale = moments.moments()
+    loc, scale = plain_moments_of(table)
     return loc, scale, (table.double() - loc) / scale
 
 

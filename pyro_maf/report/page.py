@@ -27,7 +27,7 @@ from pyro_maf.report.examination import Examination, examine
 from pyro_maf.report.kolmogorov import distance_between, distance_to_uniform
 from pyro_maf.tables import Rows
 from pyro_maf.tables.layout import TableLike
-from pyro_maf.tables.named_rows import NamedRows, check_categories, named_rows
+from pyro_maf.tables.named_rows import named_rows
 from pyro_maf.tables.table import Table
 from pyro_maf.training import FitResult
 from pyro_maf.training.preparation import FITTED
@@ -126,26 +126,14 @@ def write_report(
     label = data.label if isinstance(data, Table) else ""
     if data is None:
         data, context, weights = _held_out(result)
-    check_categories("write_report", "data", data, result.layout)
+    rows = named_rows("write_report", data, context, weights)
     examination = examine(
         result.density,
-        _as_in_fit(result, named_rows("write_report", data, context, weights)),
+        rows.as_in("write_report", result.layout, result.context_layout),
         held_out={"test": result.test_rows, "validation": result.validation_rows},
         progress=progress,
     )
     write_whole(path, _page(result, examination, command, label).encode())
-
-
-def _as_in_fit(result: FitResult, source: NamedRows) -> NamedRows:
-    """Select the columns of a fit, in its order, if it has their names."""
-    layout, context_layout = result.layout, result.context_layout
-    context = source.context
-    return source._replace(
-        data=layout.pick("write_report", "data", source.data),
-        context=None if context is None else context_layout.pick("write_report", "context", context),
-        layout=layout if layout.names else source.layout,
-        context_layout=context_layout if context_layout.names else source.context_layout,
-    )
 
 
 def _held_out(result: FitResult) -> Rows:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -100,6 +101,10 @@ class Column:
         """Error about a row of this column, counted from 1."""
         return InputError(message, row=row - 1, column=self.index)
 
+    @cached_property
+    def _codes(self) -> dict[str, int]:
+        return codes_of(self.categories or ())
+
     def _numbers(self, cells: Cells, first_row: int) -> NDArray[np.float64]:
         numbers = _numbers_of(cells, self.decimal)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -133,7 +138,7 @@ class Column:
         import pyarrow
         import pyarrow.compute as pc
 
-        texts, codes = _texts_of(cells), codes_of(self.categories or ())
+        texts, codes = _texts_of(cells), self._codes
         found = pc.index_in(texts, value_set=pyarrow.array(list(codes), texts.type))
         # A text that is no category is at -1, the last.
         places = np.array([*codes.values(), -1])[pc.fill_null(found, -1).to_numpy(zero_copy_only=False)]

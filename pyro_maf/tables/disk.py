@@ -24,7 +24,6 @@ from torch import Tensor
 
 from pyro_maf.support import Support
 from pyro_maf.tables.layout import NUMERIC_KINDS, FloatArray, TableLike, number_of_rows, part_of
-from pyro_maf.tables.moments import RunningMoments
 from pyro_maf.tables.reader import Reader
 from pyro_maf.tables.rows import LEAST_HELD_OUT, Hashes, Rows, Split, Standardiser, hash_rows, mixed
 
@@ -170,16 +169,13 @@ class MappedRows:
 
     def _survey(self, fraction: float, seed: int, by_chance: bool) -> int:
         """Scan every row once: choose the validation rows, and return the number of repeats."""
-        of_data, of_context, weights = RunningMoments(), RunningMoments(), hashlib.sha256()
-        total = 0.0
+        extremes, weights, total = list[Rows](), hashlib.sha256(), 0.0
         # Somewhat more than are to be held out, as a margin for chance.
         share = min(1.0, 1.5 * (fraction or min(COUNTED, MOST_HELD / len(self.data))) + 30 / len(self.data))
         counted = []
         for start in self.starts:
             rows = self._whole(start)
-            of_data.add(rows.data, rows.weights)
-            if rows.context is not None:
-                of_context.add(rows.context, rows.weights)
+            extremes.append(_extremes(rows.counted))
             if rows.weights is not None:
                 weights.update(rows.weights.numpy().tobytes())
                 total += float(rows.weights.sum())
@@ -191,9 +187,7 @@ class MappedRows:
         if self.weights is not None:
             self._reader.check_some_weight(total)
             self._total_weight, self.digest = total, weights.digest()
-        self._reader.check_varying(of_data.low, of_data.high)
-        if self.context is not None and self._reader.context_columns:
-            self._reader.check_varying(of_context.low, of_context.high, of_context=True)
+        self._reader.check_varying(_joined(extremes))
         if by_chance:
             self._choice = _Choice(fraction, seed)
             return 0
@@ -278,6 +272,16 @@ def _release(table: object) -> None:
 def _joined(parts: Sequence[Rows]) -> Rows:
     joined = [[part for part in column if part is not None] for column in zip(*parts, strict=True)]
     return Rows(*(torch.cat(column) if column else None for column in joined))  # type: ignore[arg-type]
+
+
+def _extremes(rows: Rows) -> Rows:
+    """Two rows, of the lowest and of the highest values of the columns; none of none."""
+    if not len(rows.data):
+        return rows
+    return rows._replace(
+        data=torch.stack(rows.data.aminmax(dim=0)),
+        context=None if rows.context is None else torch.stack(rows.context.aminmax(dim=0)),
+    )
 
 
 class Spool:

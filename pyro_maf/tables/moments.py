@@ -9,9 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["NORMAL_QUARTILES", "Moments", "RunningMoments", "context_moments_of", "moments_of", "quantiles"]
+__all__ = ["NORMAL_QUARTILES", "Moments", "context_moments_of", "moments_of", "plain_moments_of", "quantiles"]
 
-BLOCK_ROWS = 2**16
 NORMAL_QUARTILES = 1.3490
 NORMAL_TAILS = 3.2897
 """Distance in standard deviations of a normal distribution between its quartiles, and between its 5 % quantiles."""
@@ -33,52 +32,25 @@ class Moments(NamedTuple):
         return Moments(self.loc.float(), self.scale.float())
 
 
-class RunningMoments:
-    """Mean, variance and range of columns, accumulated block by block in float64.
-
-    Sums are taken in units of a power of two of the first block's size, so that squares neither overflow nor vanish.
-
-    Attributes:
-        low, high: The range of each column so far.
+def plain_moments_of(table: Tensor, weights: Tensor | None = None) -> Moments:
+    """Mean and standard deviation of the columns of `table`, outliers and all, in float64; a constant one has scale 1.
 
     Example:
-        >>> running = RunningMoments()
-        >>> for block in (torch.tensor([[1.0], [2.0]]), torch.tensor([[6.0]])):
-        ...     running.add(block)
-        >>> running.moments().loc, running.high
-        (tensor([3.], dtype=torch.float64), tensor([6.], dtype=torch.float64))
+        >>> plain_moments_of(torch.tensor([[1.0], [2.0], [6.0]])).loc
+        tensor([3.], dtype=torch.float64)
     """
-
-    def __init__(self) -> None:
-        self._rows = 0.0
-        self._size = self._mean = self._squares = self.low = self.high = torch.zeros(())
-
-    def add(self, table: Tensor, weights: Tensor | None = None) -> None:
-        """Add the rows of a block, each as often as its weight says."""
-        if weights is not None:  # rows of weight 0 do not count in the range either
-            table, weights = table[weights > 0], weights[weights > 0]
-        if not len(table):
-            return
-        table = table.double()
-        low, high = table.aminmax(dim=0)
-        if not self._rows:
-            largest = low.abs().maximum(high.abs())
-            power = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent - 1)
-            self._size = torch.where(largest > 0, power, 1.0)
-        variance, mean, count = _var_mean(table / self._size, weights)
-        if not self._rows:
-            self._mean, self._squares, self.low, self.high = mean, torch.zeros_like(mean), low, high
-        total = self._rows + count
-        apart = mean - self._mean
-        self._squares = self._squares + count * (variance + apart**2 * self._rows / total)
-        self._mean = self._mean + apart * count / total
-        self.low, self.high = self.low.minimum(low), self.high.maximum(high)
-        self._rows = total
-
-    def moments(self) -> Moments:
-        """Return mean and standard deviation; a constant column has scale 1."""
-        deviation = (self._squares / self._rows).sqrt() * self._size
-        return Moments(self._mean * self._size, torch.where(deviation > 0, deviation, torch.ones_like(deviation)))
+    # In units of a power of two of a column's size, so that squares neither overflow nor vanish.
+    largest = table.abs().amax(0).double()
+    size = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent - 1)
+    table = table.double() / size
+    if weights is None:
+        variance, mean = torch.var_mean(table, 0, correction=0)
+    else:
+        share = weights.double() / weights.double().sum()
+        mean = share @ table
+        variance = share @ (table - mean).square()
+    deviation = variance.sqrt() * size
+    return Moments(mean * size, torch.where(deviation > 0, deviation, 1.0))
 
 
 def moments_of(table: Tensor, most_beyond: float = 1.0, weights: Tensor | None = None) -> Moments:
@@ -108,14 +80,11 @@ def moments_of(table: Tensor, most_beyond: float = 1.0, weights: Tensor | None =
         1.0
     """
     # A column at a time: a sorted copy of all of them might not fit.
+    columns = (column.double() for column in table.detach().unbind(1))
     often = None if weights is None else weights.double().numpy()
-    fences = [_fence(column.double().numpy(), most_beyond, often) for column in table.detach().unbind(1)]
-    low, high = torch.tensor(fences, dtype=torch.float64).reshape(-1, 2).unbind(1)
-    running = RunningMoments()
-    for start in range(0, len(table), BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
-        running.add(table[block].double().clamp(low, high), None if weights is None else weights[block])
-    return running.moments()
+    clamped = (column.clamp(*_fence(column.numpy(), most_beyond, often)) for column in columns)
+    each = [[*map(float, plain_moments_of(column[:, None], weights))] for column in clamped]
+    return Moments(*torch.tensor(each, dtype=torch.float64).reshape(-1, 2).unbind(1))
 
 
 def context_moments_of(table: Tensor, weights: Tensor | None = None, *, together: bool = False) -> Moments:
@@ -132,16 +101,6 @@ def context_moments_of(table: Tensor, weights: Tensor | None = None, *, together
     often = None if weights is None else weights[some].repeat_interleave(width)
     loc, scale = moments_of(table.reshape(-1, 1), OUTLIERS, often)
     return Moments(loc.expand(width), scale.expand(width))
-
-
-def _var_mean(table: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, float]:
-    """Variance and mean of the columns of a block, and the number of its rows."""
-    if weights is None:
-        return *torch.var_mean(table, 0, correction=0), len(table)
-    weights = weights.double()
-    count = float(weights.sum())
-    mean = weights @ table / count
-    return weights @ (table - mean).square() / count, mean, count
 
 
 def quantiles(

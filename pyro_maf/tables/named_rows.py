@@ -17,9 +17,7 @@ from pyro_maf.tables.table import Table
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-__all__ = ["NamedRows", "check_categories", "named_rows", "without_column"]
-
-NOTHING = itertools.repeat(None)
+__all__ = ["NamedRows", "named_rows"]
 
 
 class NamedRows(NamedTuple):
@@ -101,6 +99,51 @@ class NamedRows(NamedTuple):
         form = Layout("frame", tuple(frame.columns), layout.shapes, layout.categories, dtypes)
         return self._replace(data=frame, layout=form, labels=Labels.of(frame))
 
+    def as_in(self, who: str, layout: Layout, context_layout: Layout, role: str = "", name: str = "data") -> NamedRows:
+        """The columns of the layouts of a fit, by name where both have names.
+
+        The context may be among the columns of data.
+
+        Args:
+            who: The caller, for errors.
+            layout, context_layout: Those of the fit.
+            role, name: What messages call the rows: "validation " or "", and "data" or "rows".
+
+        Raises:
+            ValueError: For a column that is missing, for categories that are not those of the layout, and as
+                `check_paired`.
+        """
+        self._check_categories(who, f"{role}{name}", layout)
+        data = layout.pick(who, f"{role}{name}", self.data)
+        context = self.context
+        if context is None and context_layout.has_all(self.data):
+            context = self.data
+        if context is not None:
+            picked = context_layout.pick(who, f"{role}context", context)
+            # Categories are picked as a dictionary, without the index of a frame.
+            paired = context if is_frame(context) else picked
+            check_paired(who, f"{role}{name}", data, f"{role}context", paired)
+            context = picked
+        return self._replace(
+            data=data,
+            context=context,
+            labels=self.labels if data is self.data else Labels.of(data),
+            context_labels=self.context_labels if context is self.context else Labels.of(context),
+            layout=layout if layout.names else self.layout,
+            context_layout=context_layout if context_layout.names else self.context_layout,
+        )
+
+    def _check_categories(self, who: str, role: str, layout: Layout) -> None:
+        """Refuse numbers of other categories than those of a layout, as a `Table` may hold them."""
+        for name, among, expected in zip(
+            self.layout.names, self.layout.categories, layout.categories or itertools.repeat(None), strict=False
+        ):
+            if among is not None and among != expected:
+                raise ValueError(
+                    f"{who} expected {role} with the categories {shown(repr(expected))} of column {name!r}, got "
+                    f"{shown(repr(among))}: read it with columns= and context=, the layouts of the fit."
+                )
+
 
 def named_rows(
     who: str, data: TableLike | Table, context: TableLike | None, weights: str | TableLike | None = None
@@ -117,7 +160,7 @@ def named_rows(
         _check_differ(who, "data", data)
         _check_differ(who, "context", context)
         if isinstance(weights, str):
-            data, weights = without_column(who, "weights", data, weights)
+            data, weights = _without_column(who, data, weights)
         layout = Layout.of(data)
         if layout.form == "frame":
             kinds = data.dtypes if is_frame(data) else [cast("Series[Any]", data).dtype]
@@ -141,37 +184,17 @@ def named_rows(
     return NamedRows(data.data, data.context, labels, context_labels, weights, data.layout, data.context_layout)
 
 
-def without_column(who: str, option: str, value: TableLike, name: str) -> tuple[TableLike, TableLike]:
-    """Split a table with names into the other columns or entries and the one of this name, for an option.
-
-    Raises:
-        ValueError: If it has no such column.
-
-    Example:
-        >>> without_column("fit", "weights", {"a": [1.0, 2.0], "w": [3.0, 4.0]}, "w")
-        ({'a': [1.0, 2.0]}, [3.0, 4.0])
-    """
+def _without_column(who: str, value: TableLike, name: str) -> tuple[TableLike, TableLike]:
+    """Split a table with names into the other columns or entries and that of weights."""
     names = Layout.of(value).names
     wanted = next((each for each in names if str(each) == name), None)
     if wanted is None or len(names) < 2:
         named = f"columns {listed_names(names)}" if names else "columns without names"
-        raise ValueError(f"{who} expected {option} as one of several columns or as an array, got {name!r} of {named}.")
+        raise ValueError(f"{who} expected weights as one of several columns or as an array, got {name!r} of {named}.")
     if isinstance(value, Mapping):
         return {each: entry for each, entry in value.items() if each != wanted}, value[wanted]
     frame = cast("DataFrame", value)
     return frame[[each for each in names if each != wanted]], frame[[wanted]]
-
-
-def check_categories(who: str, role: str, rows: TableLike | Table, layout: Layout) -> None:
-    """Refuse a `Table` whose categories, of which it holds the numbers, are not those of a layout."""
-    if not isinstance(rows, Table):
-        return
-    for name, among, expected in zip(rows.names, rows.categories, layout.categories or NOTHING, strict=False):
-        if among is not None and among != expected:
-            raise ValueError(
-                f"{who} expected {role} with the categories {shown(repr(expected))} of column {name!r}, got "
-                f"{shown(repr(among))}: read it with columns= and context=, the layouts of the fit."
-            )
 
 
 def _check_differ(who: str, role: str, value: TableLike | None) -> None:

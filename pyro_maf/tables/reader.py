@@ -124,34 +124,32 @@ class Reader:
 
     def check_training(self, rows: Rows, *, of_context: bool = True) -> None:
         """Refuse too few rows, and constant columns, also those of context; rows of weight 0 do not count."""
+        counted = rows.counted
         if rows.weights is not None:
             self.check_some_weight(float(rows.weights.sum()))
-            rows = rows.take(rows.weights > 0)
-        if len(rows.data) < LEAST_ROWS:
-            counted = "" if rows.weights is None else " with a weight above 0"
-            raise ValueError(f"{self.who} expected at least {LEAST_ROWS} rows of data{counted}, got {len(rows.data)}.")
-        self.check_varying(*rows.data.aminmax(dim=0))
-        if of_context and rows.context is not None and self.context_columns:
-            self.check_varying(*rows.context.aminmax(dim=0), of_context=True)
+        if len(counted.data) < LEAST_ROWS:
+            which = "" if rows.weights is None else " with a weight above 0"
+            raise ValueError(f"{self.who} expected at least {LEAST_ROWS} rows of data{which}, got {len(counted.data)}.")
+        self.check_varying(counted, of_context=of_context)
 
     def check_some_weight(self, total: float) -> None:
         """Refuse weights that sum to 0."""
         if not total:
             raise ValueError(f"{self.who} expected {self.role}weights of which some are above 0, got 0 for every row.")
 
-    def check_varying(self, low: Tensor, high: Tensor, *, of_context: bool = False) -> None:
-        """Refuse constant columns, by the range of each column of data or of context."""
-        same = (low == high).nonzero()[:, 0].tolist()
-        if not same:
-            return
-        labels = self.context_labels if of_context else self.labels
-        others = [labels.column(column) for column in same[1:9]] + [f"{len(same) - 9} more"] * (len(same) > 9)
-        which = f"that column, and likewise {', '.join(others)}" if others else "that column"
-        raise InputError(
-            f"{self.who} expected {'context' if of_context else 'data'} that varies in every column, "
-            f"got {low[same[0]].item():g} in every row of {labels.column(same[0])}: drop {which}.",
-            column=same[0],
-        )
+    def check_varying(self, rows: Rows, *, of_context: bool = True) -> None:
+        """Refuse constant columns, also those of context."""
+        context = rows.context if of_context and self.context_columns else None
+        for name, table, labels in (("data", rows.data, self.labels), ("context", context, self.context_labels)):
+            if table is None or not (same := (table == table[0]).all(0).nonzero()[:, 0].tolist()):
+                continue
+            others = [labels.column(column) for column in same[1:9]] + [f"{len(same) - 9} more"] * (len(same) > 9)
+            which = f"that column, and likewise {', '.join(others)}" if others else "that column"
+            raise InputError(
+                f"{self.who} expected {name} that varies in every column, got {table[0, same[0]].item():g} in every "
+                f"row of {labels.column(same[0])}: drop {which}.",
+                column=same[0],
+            )
 
     def check_rounded(self, rows: Rows, density: Standardiser, places: Sequence[int] | None = None) -> None:
         """Refuse outliers so far out that they are infinite in the units of a density and the dtype of its model."""

@@ -72,6 +72,11 @@ class Rows(NamedTuple):
         """Number of rows in each block that is read at once: here there is one block."""
         return [len(self.data)]
 
+    @property
+    def counted(self) -> Rows:
+        """The rows of a weight above 0."""
+        return self if self.weights is None else self.take(self.weights > 0)
+
     def read(self, blocks: Iterable[int]) -> Rows:
         """Return the rows of blocks: here all."""
         return self

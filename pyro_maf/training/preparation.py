@@ -25,7 +25,7 @@ from pyro_maf.support import Support
 from pyro_maf.tables import MappedRows, Reader, Rows, rows_of
 from pyro_maf.tables.layout import TableLike
 from pyro_maf.tables.moments import Moments
-from pyro_maf.tables.named_rows import NamedRows, check_categories, named_rows, without_column
+from pyro_maf.tables.named_rows import NamedRows, named_rows
 from pyro_maf.tables.reader import Labels
 from pyro_maf.tables.rows import repeat_as_a_whole
 from pyro_maf.tables.table import Table
@@ -271,15 +271,10 @@ def _validation(
             f"{len(parts)}."
         )
     data, context = cast("tuple[TableLike | Table, TableLike | None]", parts[:2])
-    often = parts[2] if len(parts) == 3 else None
-    check_categories("fit", "validation data", data, source.layout)
-    if not isinstance(data, Table):
-        if isinstance(weights, str) and often is None:
-            data, often = without_column("fit", "validation weights", data, weights)
-        data = source.layout.pick("fit", "validation data", data)
-    if context is not None:
-        context = source.context_layout.pick("fit", "validation context", context)
-    rows = named_rows("fit", data, context, often)
+    often = cast("str | TableLike | None", parts[2] if len(parts) == 3 else None)
+    if isinstance(weights, str) and often is None and not isinstance(data, Table):
+        often = weights
+    rows = named_rows("fit", data, context, often).as_in("fit", source.layout, source.context_layout, "validation ")
     reader = _reader(choice, rows, "validation ")
     read = reader.read(rows.data, rows.context, weights=rows.weights)
     if read.weights is not None:

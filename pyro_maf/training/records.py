@@ -24,7 +24,6 @@ from pyro_maf._core.files import (
     CHECKPOINT,
     FILES,
     LOG,
-    MODEL,
     held,
     recover,
     remove_unfinished,
@@ -37,7 +36,7 @@ from pyro_maf.saving import Kind, pack, unpack
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["Checkpoint", "CheckpointFolder", "Epoch", "Log", "checkpoints"]
+__all__ = ["Checkpoint", "CheckpointFolder", "Epoch", "Log", "check_unused", "checkpoints"]
 
 FORMAT = 1
 Facts: TypeAlias = dict[str, Any]
@@ -147,7 +146,7 @@ class CheckpointFolder:
         if not is_first:
             return
         if self.checkpoint is None and not overwrite:
-            self._check_unused()
+            check_unused(folder, resume=False)
         for name in FILES:
             remove_unfinished(folder / name)
 
@@ -170,18 +169,6 @@ class CheckpointFolder:
         ended = time.monotonic()
         self._next = ended + max(SECONDS_BETWEEN, (ended - began) / MOST_OF_THE_TIME)
 
-    def _check_unused(self) -> None:
-        if self.path.exists():
-            raise ValueError(
-                f"fit found a fit in {self.folder}: overwrite=True replaces it, resume=True goes on with it, or choose "
-                "another folder."
-            )
-        for name in (LOG, MODEL):
-            if (self.folder / name).exists():
-                raise ValueError(
-                    f"fit found {name} in {self.folder}, but no {CHECKPOINT} to go on from: choose another folder."
-                )
-
     def _check_settings(self, before: object) -> None:
         if not isinstance(before, dict):
             raise ValueError(f"fit found {self.path} without the settings of its fit. {REMEDY}")
@@ -197,6 +184,25 @@ class CheckpointFolder:
                     f"fit found a fit with another {name} in {self.folder} "
                     f"({_difference(before.get(name), value)}): resume with the same, or choose another folder."
                 )
+
+
+def check_unused(folder: Path, *, resume: bool) -> None:
+    """Refuse a folder that holds a fit, unless it is one to resume.
+
+    Raises:
+        ValueError: If there is a checkpoint that is not to be resumed, or another file of a fit without one.
+    """
+    files = [name for name in FILES if (folder / name).exists()]
+    if CHECKPOINT in files and not resume:
+        raise ValueError(
+            f"fit found a fit in {folder}: overwrite=True or --overwrite replaces it, --resume or resume=True goes on "
+            "with it, or choose another folder."
+        )
+    if files and CHECKPOINT not in files:
+        raise ValueError(
+            f"fit found {files[0]} in {folder}, but no {CHECKPOINT} to go on from: overwrite it by overwrite=True or "
+            "--overwrite, or choose another folder."
+        )
 
 
 @contextmanager

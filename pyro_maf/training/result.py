@@ -20,9 +20,9 @@ from pyro_maf.distributions import (
 )
 from pyro_maf.distributions.gaussian_mixture import Mixture
 from pyro_maf.tables import Rows
-from pyro_maf.tables.layout import NAMELESS, Layout, TableLike, is_frame, numbers
-from pyro_maf.tables.named_rows import check_categories, named_rows
-from pyro_maf.tables.reader import check_context, check_paired
+from pyro_maf.tables.layout import NAMELESS, Layout, TableLike, numbers
+from pyro_maf.tables.named_rows import named_rows
+from pyro_maf.tables.reader import check_context
 from pyro_maf.tables.table import Table
 from pyro_maf.training.baselines import Comparison, compare
 from pyro_maf.training.scores import LogLikelihood, log_prob_of
@@ -143,17 +143,9 @@ class FitResult:
             ValueError: For columns that are missing, or another number of them; for a context missing, superfluous, of
                 another length, or of data frames whose index has another order than that of the rows.
         """
-        check_categories("score", "rows", rows, self.layout)
-        rows, context, *_ = named_rows("score", rows, context)
-        if context is None and self.density.unwrapped.context_dim and self.context_layout.has_all(rows):
-            context = rows
-        self._check_context("score", context)
-        rows = self.layout.pick("score", "rows", rows)
-        if context is not None:
-            picked = self.context_layout.pick("score", "context", context)
-            check_paired("score", "rows", rows, "context", context if is_frame(context) else picked)
-            context = picked
-        return torch.cat([torch.empty(0), *log_prob_of(self.density, rows, context)])
+        picked = named_rows("score", rows, context).as_in("score", self.layout, self.context_layout, name="rows")
+        self._check_context("score", picked.context)
+        return torch.cat([torch.empty(0), *log_prob_of(self.density, picked.data, picked.context)])
 
     def sample(self, number: int, context: TableLike | None = None) -> Tensor | DataFrame | dict[str, Tensor]:
         """Draw new rows, in the form of the fitted data: a data frame, a dictionary or a tensor.
