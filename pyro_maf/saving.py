@@ -210,8 +210,9 @@ def pack(tensors: Mapping[str, Tensor], kind: Kind, text: str) -> bytes:
     """Content of a safetensors file of `tensors`, with `text` and a digest of all in its header."""
     from safetensors.torch import save
 
-    # Copies: no two tensors of a file may share memory.
-    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    # Copies: no two tensors of a file may share memory, and one number may have a stride of more than 1.
+    whole = torch.contiguous_format
+    copies = {name: tensor.detach().cpu().clone(memory_format=whole) for name, tensor in tensors.items()}
     content = save(copies, {kind.key: text})
     # safetensors writes two entries in either order, so that one module would give two different files.
     (size,) = LENGTH.unpack_from(content)

@@ -124,6 +124,14 @@ def test_what_is_loaded_is_what_was_saved(name: str, dtype: torch.dtype, path: P
     assert path.read_bytes() == path.with_suffix(".again").read_bytes()
 
 
+def test_units_from_the_middle_of_a_table_are_saved(path: Path) -> None:
+    units = torch.tensor([[1.0, 2.0]])
+    prior = FlowPrior(MAF(1), loc=units[:, 0], scale=units[:, 1])
+    prior.loc = units[:, 1]
+    prior.save(path)
+    assert pyro_maf.load(path).loc.item() == 2
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ["MAF", "an inverse", "ConditionalFlow", "FlowPrior of a density"])
 def test_modes_are_kept(name: str, training: bool, path: Path) -> None:

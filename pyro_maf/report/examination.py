@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple, cast
 
 import torch
@@ -17,14 +18,13 @@ from pyro_maf.distributions import ConditionalDensity, FlowPrior, TableDensity
 from pyro_maf.report.kolmogorov import Calibration, calibration_of, radius_of
 from pyro_maf.tables import MappedRows, Reader, Rows, rows_of
 from pyro_maf.tables.categories import Label
-from pyro_maf.tables.layout import Layout
 from pyro_maf.tables.named_rows import NamedRows
 from pyro_maf.tables.reader import Labels
 from pyro_maf.tables.rows import in_proportion, mean_and_error
 from pyro_maf.training.preparation import Fitted
 from pyro_maf.training.scores import log_prob_of
 
-__all__ = ["ContextColumn", "Examination", "LowRow", "examine"]
+__all__ = ["Examination", "LowRow", "examine"]
 
 MOST_VALUES = 10_000_000
 """Maximum number of values that are scored; of more rows, a random part."""
@@ -38,32 +38,6 @@ NOTHING: Mapping[str, Rows | None] = {}
 SEED = 0
 MANY_DIGITS = 10_000
 """Values from here on, such as time stamps, may share more than the four digits that others are shown with."""
-
-
-@dataclass(frozen=True)
-class ContextColumn:
-    """A column of context in its table: numeric, or categorical, which the density takes one-hot.
-
-    Attributes:
-        name: Name of the column.
-        first: Index of its first value in a row of the encoded context.
-        categories: Its categories in order, or None for a column of numbers.
-
-    Example:
-        >>> ContextColumn("colour", 1, ["blue", "red"]).text([30.5, 0.0, 1.0])
-        'red'
-    """
-
-    name: str
-    first: int
-    categories: Sequence[Label] | None = None
-
-    def text(self, context: Sequence[float]) -> str:
-        """Decode this column from a row of encoded context."""
-        if self.categories is None:
-            number = context[self.first]
-            return f"{number:.4g}" if abs(number) < MANY_DIGITS else f"{number:.10g}"
-        return str(self.categories[context.index(1.0, self.first) - self.first])
 
 
 @dataclass(frozen=True)
@@ -186,7 +160,7 @@ def examine(
         lowest = log_prob.argsort()[:LOWEST]
         return Examination(
             table.names,
-            [column.name for column in table.context_columns],
+            [name for name, _ in table.context_columns],
             _noise_names(density, table.names),
             total,
             next((role for role, rows in held_out.items() if rows is not None and scorer.are_all(rows)), ""),
@@ -213,13 +187,13 @@ class _Table(NamedTuple):
     Attributes:
         rows: The rows, in memory or on disk.
         names: Names of the columns of data.
-        context_columns: The columns of context.
+        context_columns: Names of the columns of context, and their categories, which are one-hot, or None.
         number: Number of the row at an index, counted from 1.
     """
 
     rows: Rows | MappedRows
     names: list[str]
-    context_columns: list[ContextColumn]
+    context_columns: list[tuple[str, list[Label] | None]]
     number: Callable[[int], int]
 
 
@@ -228,24 +202,17 @@ def _read(density: Fitted, source: NamedRows) -> _Table:
     prior = density.unwrapped
     (width,), context_width, shape = prior.event_shape, prior.context_dim, prior.context_shape
     names = _labels(source.layout.labels, "x", width)
-    columns = [] if len(shape) > 1 else _context_columns(source.context_layout, context_width)  # an image has none
+    columns = source.context_layout.columns
+    if len(source.context_layout.encoded_labels) != context_width:
+        columns = [(name, None) for name in _labels([], "c", context_width)]
+    if len(shape) > 1:
+        columns = []  # an image has none
     number = source.labels.count or (lambda index: index + 1)
-    labels = Labels(names, number), Labels([column.name for column in columns], number)
+    labels = Labels(names, number), Labels([name for name, _ in columns], number)
     reader = Reader(
         "write_report", width, context_width, labels=labels[0], context_labels=labels[1], context_shape=shape
     )
     return _Table(rows_of(source.data, source.context, reader, source.weights), names, columns, number)
-
-
-def _context_columns(layout: Layout, width: int) -> list[ContextColumn]:
-    """Return the columns of context, each with its place in an encoded row of this width."""
-    if len(layout.encoded_labels) != width:
-        return [ContextColumn(name, place) for place, name in enumerate(_labels([], "c", width))]
-    columns, first = [], 0
-    for name, among in layout.columns:
-        columns.append(ContextColumn(name, first, among))
-        first += len(among or [0])
-    return columns
 
 
 def _labels(labels: list[str], letter: str, width: int) -> list[str]:
@@ -355,16 +322,28 @@ class _Scorer:
         rows = self.read(index)
         noise = self._noise(rows)
         furthest = noise.abs().argmax(-1)
-        columns = [] if rows.context is None else self.table.context_columns
         contexts = [[]] * len(index) if rows.context is None else rows.context.tolist()
         return [
             LowRow(
                 row=self.table.number(int(index[i])),
                 log_prob=float(log_prob[i]),
                 values=rows.data[i].tolist(),
-                context=[column.text(contexts[i]) for column in columns],
+                context=_texts(contexts[i], self.table.context_columns),
                 dimension=int(furthest[i]),
                 noise=float(noise[i, furthest[i]]),
             )
             for i in range(len(index))
         ]
+
+
+def _texts(context: Sequence[float], columns: Sequence[tuple[str, list[Label] | None]]) -> list[str]:
+    """The values of a row of context, those of one-hot columns by the name of the category."""
+    numbers, texts = iter(context), []
+    for _, categories in columns:
+        if categories is not None:
+            hot = list(islice(numbers, len(categories))).index(1.0)
+            texts.append(str(categories[hot]))
+        else:
+            number = next(numbers)
+            texts.append(f"{number:.4g}" if abs(number) < MANY_DIGITS else f"{number:.10g}")
+    return texts

@@ -84,7 +84,7 @@ def moments_of(table: Tensor, most_beyond: float = 1.0, weights: Tensor | None =
     often = None if weights is None else weights.double().numpy()
     clamped = (column.clamp(*_fence(column.numpy(), most_beyond, often)) for column in columns)
     each = [[*map(float, plain_moments_of(column[:, None], weights))] for column in clamped]
-    return Moments(*torch.tensor(each, dtype=torch.float64).reshape(-1, 2).unbind(1))
+    return Moments(*torch.tensor(each, dtype=torch.float64).reshape(-1, 2).T.contiguous())
 
 
 def context_moments_of(table: Tensor, weights: Tensor | None = None, *, together: bool = False) -> Moments:

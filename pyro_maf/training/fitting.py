@@ -205,24 +205,15 @@ def fit(
     source = named_rows("fit", data, context, weights)
     choice = choose(chosen, source, support, context_net=context_net, dequantise=dequantise, seed=seed)
     recipe = choice.recipe
+    if batch_size is not None:
+        recipe = recipe._replace(batch_size=batch_size)
     if weight_decay is not None:
         recipe = recipe._replace(weight_decay=weight_decay, relaxations=RELAXATIONS)
     options = _Options(
-        batch_size=recipe.batch_size if batch_size is None else batch_size,
-        recipe=recipe,
-        max_epochs=max_epochs,
-        patience=patience,
-        learning_rate=learning_rate,
-        max_grad_norm=max_grad_norm,
-        seed=seed,
-        folder=folder,
-        resume=resume,
-        overwrite=overwrite,
-        devices=devices,
-        progress=progress,
+        recipe, max_epochs, patience, learning_rate, max_grad_norm, seed, folder, resume, overwrite, devices, progress
     )
     weight = _first_weight(choice.model, data)
-    with Alone(_largest_product(choice, options.batch_size)):
+    with Alone(_largest_product(choice, recipe.batch_size)):
         prepared = prepare(
             choice, validation, test, dequantise=dequantise, weights=weights, dtype=weight.dtype, seed=int(options.seed)
         )
@@ -233,7 +224,6 @@ def fit(
 class _Options:
     """Options of `fit`, checked."""
 
-    batch_size: int
     recipe: Recipe
     max_epochs: int
     patience: int
@@ -247,7 +237,8 @@ class _Options:
     progress: bool | str
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_epochs", "patience", "devices"):
+        check_positive("fit", "batch_size", self.recipe.batch_size)
+        for name in ("max_epochs", "patience", "devices"):
             check_positive("fit", name, getattr(self, name))
         check_above_zero("fit", "learning_rate", self.learning_rate, finite=True)
         check_above_zero("fit", "max_grad_norm", self.max_grad_norm)
@@ -274,7 +265,7 @@ class _Options:
             "precision": str(dtype),
             "data": prepared.digest(),
             "seed": self.seed,
-            "batch_size": self.batch_size,
+            "batch_size": self.recipe.batch_size,
             "weight_decay": self.recipe.weight_decay,
             "relaxations": self.recipe.relaxations,
             "learning_rate": self.learning_rate,
@@ -292,8 +283,8 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
     if processes.is_first:
         announce(prepared.warnings)
     trained = prepared.trained
-    batches = Batches(trained.training, options.batch_size, prepared.generator, processes, prepared.spacing)
-    _check_batches(density, batches, options.batch_size, processes)
+    batches = Batches(trained.training, options.recipe.batch_size, prepared.generator, processes, prepared.spacing)
+    _check_batches(density, batches, options.recipe.batch_size, processes)
     settings = {} if options.folder is None else options.settings(prepared, weight.dtype)
     if layout.names or context_layout.names:
         # Not among the settings: a resumed fit may have the table without its names.
@@ -306,8 +297,7 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
         torch.autocast(weight.device.type, enabled=False),
     ):
         loop = Loop(
-            trained.density,
-            trained.stored,
+            trained,
             batches,
             Batches(trained.validation, VALIDATION_BATCH, None, processes),
             schedule=Schedule(
@@ -318,7 +308,6 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
             interruption=interruption,
             processes=processes,
             folder=folder,
-            offsets=trained.offsets,
             doubts=options.recipe.starts,
         )
         loop.run(options.progress)

@@ -11,10 +11,10 @@ from torch import nn
 from pyro_maf._core.interruption import Interruption
 from pyro_maf._core.processes import Processes
 from pyro_maf._core.progress import Bar, bar
-from pyro_maf.distributions import Density
 from pyro_maf.tables import Rows
 from pyro_maf.training.batches import Batches
 from pyro_maf.training.objective import objective_of
+from pyro_maf.training.preparation import Trained
 from pyro_maf.training.records import CheckpointFolder, Epoch, Log
 from pyro_maf.training.state import Schedule, State
 from pyro_maf.transforms import ActNorm, BatchNorm
@@ -32,16 +32,14 @@ class Loop:
     rate. Building it starts or joins the other processes, if any, and resumes from a checkpoint.
 
     Args:
-        density: The density to fit.
-        stored: The density of the same weights whose state checkpoints hold.
-        batches, held_out: The training rows and the validation rows.
+        trained: The density to fit.
+        batches, held_out: Its training rows and its validation rows.
         schedule: Learning rate, weight decay and patience.
         max_epochs: Maximum number of epochs, those before a checkpoint included.
         max_grad_norm: Norm to which a step's gradient is clipped.
         interruption: Request to stop by the user.
         processes: The processes that take part.
         folder: Folder of checkpoints and log, if any.
-        offsets: Numbers of nats that are subtracted from every training loss, and from every validation loss.
         doubts: Whether an epoch counts by what it gains over the initial weights less what that may be by chance.
 
     Attributes:
@@ -50,8 +48,7 @@ class Loop:
 
     def __init__(
         self,
-        density: Density,
-        stored: Density,
+        trained: Trained,
         batches: Batches,
         held_out: Batches,
         *,
@@ -61,10 +58,10 @@ class Loop:
         interruption: Interruption,
         processes: Processes,
         folder: CheckpointFolder | None = None,
-        offsets: tuple[float, float] = (0.0, 0.0),
         doubts: bool = False,
     ) -> None:
-        self._density = density
+        self._density = density = trained.density
+        self._offsets = trained.offsets
         self._has_modes = any(map(_heeds_its_mode, density.modules()))
         self._batches = batches
         self._held_out = held_out
@@ -74,14 +71,13 @@ class Loop:
         self._interruption = interruption
         self._processes = processes
         self._folder = folder
-        self._offsets = offsets
         self._home = next(weight.device for weight in density.parameters() if weight.requires_grad)
         device = processes.launch(self._home)
         for each in (density, batches, held_out):
             each.to(device)
         self._log = Log(folder.folder) if folder is not None and processes.is_first else None
         self._objective = objective_of(density, processes)
-        self.state = State(stored, self._objective, batches, schedule)
+        self.state = State(trained.stored, self._objective, batches, schedule)
         self._initial = self._objective.losses(held_out) if doubts else None
         self._is_resumed = folder is not None and folder.checkpoint is not None
         if folder is not None and folder.checkpoint is not None:

@@ -36,7 +36,7 @@ from pyro_maf.training.screening import screen_data
 from pyro_maf.training.state import WEIGHT_DECAY
 from pyro_maf.transforms import ConditionalFlow, Flow
 
-__all__ = ["FITTED", "Choice", "Fitted", "Model", "Prepared", "Recipe", "Validation", "prepare"]
+__all__ = ["FITTED", "Choice", "Fitted", "Model", "Prepared", "Recipe", "Trained", "Validation", "prepare"]
 
 Model: TypeAlias = Flow | ConditionalFlow | Density | ConditionalDensity
 Fitted: TypeAlias = FlowPrior | ConditionalFlowPrior | TableDensity | ConditionalTableDensity
