@@ -124,11 +124,10 @@ def test_what_is_loaded_is_what_was_saved(name: str, dtype: torch.dtype, path: P
     assert path.read_bytes() == path.with_suffix(".again").read_bytes()
 
 
-def test_units_from_the_middle_of_a_table_are_saved(path: Path) -> None:
-    units = torch.tensor([[1.0, 2.0]])
-    prior = FlowPrior(MAF(1), loc=units[:, 0], scale=units[:, 1])
-    prior.loc = units[:, 1]
-    prior.save(path)
+def test_a_number_from_the_middle_of_a_table_is_saved(path: Path) -> None:
+    norm = ActNorm(1)
+    norm.loc.data = torch.tensor([[1.0, 2.0]])[:, 1]
+    norm.save(path)
     assert pyro_maf.load(path).loc.item() == 2
 
 
