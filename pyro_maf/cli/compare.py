@@ -169,17 +169,12 @@ def _parts(data: Dataset) -> Iterator[tuple[str, Dataset]]:
 
 
 def _tell(score: Score) -> None:
-    """Print the score of a model."""
     name = " ".join(filter(None, (score.candidate.name, score.candidate.widths)))
     say(f"{name}: {score.test} nats, {score.seconds:.1f} s; {score.stop_reason}.")
 
 
 def _finish(comparison: Comparison, folder: Path, name: str, published: Mapping[str, float] | None = None) -> None:
-    """Print the table, and write it to a folder as name.md, .csv and .json.
-
-    Raises:
-        typer.Exit: If the comparison was interrupted.
-    """
+    """Print the table, and write it to a folder as name.md, .csv and .json; end the command if it was interrupted."""
     from rich.console import Console
 
     from pyro_maf.experiments import results

@@ -234,7 +234,6 @@ def _train(
     validation: float | Table,
     command: str,
 ) -> FitResult:
-    """Fit the model; an interruption without time to finish ends the command, with a hint how to resume."""
     from pyro_maf import training
 
     folder = options.results
@@ -330,7 +329,6 @@ def _leave(options: FitOptions, result: FitResult, table: Table, held_out: Table
 
 
 def _described(table: Table) -> str:
-    """Describe the columns that were read."""
     context = f" given {_listed(table.context_names)}" if table.context_names else ""
     counts = ("" if among is None else f" ({len(among)} categories)" for among in table.categories)
     return f"{_listed([name + count for name, count in zip(table.names, counts, strict=True)])}{context}"

@@ -90,7 +90,6 @@ def score(
 
 
 def _log_probs(model: SavedModel, table: Table) -> Iterator[Tensor]:
-    """Iterate over log-densities of blocks of rows."""
     from pyro_maf.training.scores import log_prob_of
 
     with input_errors():
@@ -157,11 +156,7 @@ def sample(
 
 
 def _context(model: SavedModel, pairs: Sequence[str]) -> Tensor | None:
-    """Parse NAME=VALUE pairs to the context, (C,), or None for a model without one.
-
-    Raises:
-        CommandError: For a column that is missing, unknown or repeated, or a value that is invalid for it.
-    """
+    """Context, (C,), of NAME=VALUE pairs; None for a model without one."""
     import torch
 
     columns = dict(model.context_layout.columns)
@@ -181,7 +176,6 @@ def _context(model: SavedModel, pairs: Sequence[str]) -> Tensor | None:
 
 
 def _encoded(name: str, value: str, categories: Sequence[Label] | None) -> list[float]:
-    """Encode a value of context."""
     from pyro_maf.tables.columns import codes_of, number_in
 
     if categories is not None:

@@ -49,18 +49,8 @@ def digits(*, margin: float = 1e-6, seed: int = 0) -> Dataset:
     test = round(len(rows) / 10)
     validation = round((len(rows) - test) / 10)
     sizes = [len(rows) - validation - test, validation, test]
-    train_rows, validation_rows, test_rows = torch.split(rows, sizes)
-    train_context, validation_context, test_context = torch.split(context, sizes)
-    return Dataset(
-        "Digits",
-        train_rows,
-        validation_rows,
-        test_rows,
-        train_context=train_context,
-        validation_context=validation_context,
-        test_context=test_context,
-        pixels=pixels,
-    )
+    parts, contexts = rows.split(sizes), context.split(sizes)
+    return Dataset("Digits", parts[0], parts[1], parts[2], contexts[0], contexts[1], contexts[2], pixels)
 
 
 def patches(*, train: int = 30_000, validation: int = 5_000, test: int = 5_000, seed: int = 0) -> Dataset:

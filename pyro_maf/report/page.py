@@ -145,7 +145,6 @@ def _held_out(result: FitResult) -> Rows:
 
 
 def _page(result: FitResult, examination: Examination, command: str, label: str) -> str:
-    """Render the page."""
     from jinja2 import Environment, StrictUndefined
 
     template = files("pyro_maf.report").joinpath("page.html").read_text(encoding="utf-8")
@@ -181,7 +180,6 @@ def _title(result: FitResult, examination: Examination, label: str) -> str:
 
 
 def _figures(result: FitResult, examination: Examination) -> list[Headline]:
-    """Return the headline figures."""
     weight = reference_tensor(result.density)
     dtype = "" if weight is None else str(weight.dtype).removeprefix("torch.")
     parameters = f"{sum(parameter.numel() for parameter in result.density.parameters()):,}"
@@ -212,7 +210,6 @@ def _log_likelihood(examination: Examination) -> Headline:
 
 
 def _rows(result: FitResult, examination: Examination) -> Headline:
-    """Return the number of rows, and their role in the fit."""
     scored, rows = len(examination.log_prob), examination.rows
     notes = [f"held out for {examination.role}"] * bool(examination.role)
     notes += [f"{scored:,} of them, drawn at random, were scored"] * (scored < rows)
@@ -221,7 +218,6 @@ def _rows(result: FitResult, examination: Examination) -> Headline:
 
 
 def _lowest(result: FitResult, examination: Examination) -> dict[str, object]:
-    """Return the table of the rows of the lowest density."""
     inner = result.density.unwrapped
     labels = (inner.layout.as_labels() if isinstance(inner, TableDensity) else []) or [None] * len(examination.names)
     columns, contexts = (names[:MOST_VALUES_OF_A_ROW] for names in (examination.names, examination.context_names))
@@ -284,13 +280,11 @@ class Picture:
 
 
 def _losses(result: FitResult) -> Picture:
-    """Draw training and validation losses."""
     figure = plotting.losses({"validation": result})
     return _embedded(figure, f"Losses in training and validation over {result.epochs} epochs.")
 
 
 def _marginals(examination: Examination) -> Picture:
-    """Draw histograms of columns of data and samples."""
     data, samples, names = examination.data, examination.samples, examination.names
     shown, note = _foremost(distance_between(data, samples), MOST_MARGINALS, "whose data and samples differ most")
     figure = plotting.marginals(data[:, shown], samples[:, shown], names=_drawn(names, shown), columns=ABREAST)
@@ -298,7 +292,6 @@ def _marginals(examination: Examination) -> Picture:
 
 
 def _noise(examination: Examination) -> tuple[Picture, Picture]:
-    """Draw PIT histograms and QQ plots of the columns of noise."""
     u, names = examination.scores, examination.score_names
     distances = distance_to_uniform(torch.special.ndtr(u))
     shown, note = _foremost(distances, MOST_NOISE, "that are furthest from uniform", "panels")
@@ -314,7 +307,6 @@ def _noise(examination: Examination) -> tuple[Picture, Picture]:
 
 
 def _pairs(examination: Examination) -> Picture:
-    """Draw every pair of a few columns of data and samples."""
     data, samples, names = examination.data, examination.samples, examination.names
     shown = _most_correlated(data[:, :CORRELATED_COLUMNS])
     note = ""
@@ -326,7 +318,6 @@ def _pairs(examination: Examination) -> Picture:
 
 
 def _log_densities(examination: Examination) -> Picture:
-    """Draw histograms of the log-densities of data and samples."""
     heights = {"data": examination.log_prob, "samples": examination.samples_log_prob}
     return _embedded(plotting.log_densities(heights), "Histograms of the log-densities of data and of samples.")
 

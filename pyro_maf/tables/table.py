@@ -253,7 +253,6 @@ def _layout(columns: Sequence[Column], dtype: str | None = None) -> Layout:
 
 
 def _repeated(names: Iterable[str]) -> str | None:
-    """Return a name that is repeated, if any."""
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
@@ -293,7 +292,6 @@ def _weights(source: Source, name: str, others: Sequence[Column]) -> list[Column
 
 
 def _number(source: Source, name: str, role: str = "data") -> Column:
-    """Return a column of numbers."""
     column = source.column(name)
     if source.holds_text(name):
         raise ValueError(

@@ -7,8 +7,8 @@ import math
 import os
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ def mnist(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Datase
         parts = _unpickle_mnist(pickled)
     else:
         whole, test = (_idx_part(root, name) for name in ("train", "t10k"))
-        parts = [*whole.split(len(whole) - len(whole) // 6), test]
+        parts = [*whole.hold_out(6), test]
     return _dataset("MNIST", parts, LogitPixels(levels=256, margin=1e-6))
 
 
@@ -129,8 +129,8 @@ def cifar10(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Data
         batches = [_unpickle_batch(locate("cifar10", root, f"cifar10/{name}", source=ZENODO)) for name in BATCHES]
     else:
         batches = [_read_batch(locate("cifar10", root, f"cifar10/{name}.bin", source=CIFAR)) for name in BATCHES]
-    whole = _Images.join(batches[:-1])
-    parts = [*whole.split(len(whole) - len(whole) // 10), batches[-1]]
+    whole = _Images(*map(np.concatenate, zip(*batches[:-1], strict=True)))
+    parts = [*whole.hold_out(10), batches[-1]]
     return _dataset("CIFAR-10", parts, LogitPixels(levels=256, margin=0.05), mirrored=True)
 
 
@@ -168,27 +168,16 @@ def _mirror(images: Tensor, out: Tensor) -> None:
         mirrored.copy_(some.unflatten(1, (3, 32, 32)).flip(-1).flatten(1))
 
 
-@dataclass(frozen=True)
-class _Images:
+class _Images(NamedTuple):
     """Levels of 0 .. 255, (images, pixels), and labels of 0 .. 9, (images,), in int64."""
 
     levels: NDArray[np.uint8]
     labels: NDArray[np.int64]
 
-    def __len__(self) -> int:
-        return len(self.levels)
-
-    def split(self, first: int) -> tuple[_Images, _Images]:
-        """Split off the first `first` images."""
-        return (
-            _Images(self.levels[:first], self.labels[:first]),
-            _Images(self.levels[first:], self.labels[first:]),
-        )
-
-    @staticmethod
-    def join(parts: Sequence[_Images]) -> _Images:
-        """Concatenate."""
-        return _Images(np.concatenate([part.levels for part in parts]), np.concatenate([part.labels for part in parts]))
+    def hold_out(self, part: int) -> tuple[_Images, _Images]:
+        """Split off the last of so many equal parts, rounded down."""
+        first = len(self.levels) - len(self.levels) // part
+        return _Images(self.levels[:first], self.labels[:first]), _Images(self.levels[first:], self.labels[first:])
 
 
 def _read_idx(images: Path, labels: Path) -> _Images:

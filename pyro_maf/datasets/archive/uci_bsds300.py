@@ -343,19 +343,7 @@ def _three_parts(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _standardise(who: str, path: Path, rows: Rows, *others: Rows, by: int | None = None, ddof: int = 0) -> None:
-    """Standardise by the mean and standard deviation of the first rows, in place, in float64.
-
-    Args:
-        who: The loader, for errors.
-        path: The file of the rows.
-        rows: The rows that define mean and standard deviation, and are standardised.
-        others: Further rows to standardise by them.
-        by: Number of the first `rows` that define mean and standard deviation, by default all.
-        ddof: Delta degrees of freedom of the variance.
-
-    Raises:
-        ValueError: If a column is constant.
-    """
+    """Standardise rows, and others, by the mean and deviation of the rows, or of the first `by`, in place."""
     reference = rows[:by]
     constant = np.flatnonzero(reference.min(0) == reference.max(0))
     if len(constant):
@@ -370,5 +358,4 @@ def _standardise(who: str, path: Path, rows: Rows, *others: Rows, by: int | None
 
 
 def _tensor(rows: Rows) -> Tensor:
-    """Convert rows to a float32 tensor."""
     return torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32))
