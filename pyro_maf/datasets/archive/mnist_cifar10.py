@@ -143,7 +143,7 @@ def _dataset(name: str, parts: Sequence[_Images], pixels: LogitPixels, *, mirror
     """Return logits and one-hot labels of training, validation and test images, the noise drawn in that order."""
     random = np.random.RandomState(42)
     contexts = [F.one_hot(torch.from_numpy(part.labels), LABELS).float() for part in parts]
-    train = torch.empty((2 if mirrored else 1) * len(parts[0]), parts[0].levels.shape[1])
+    train = torch.empty((2 if mirrored else 1) * len(parts[0].levels), parts[0].levels.shape[1])
     _dequantise(parts[0].levels, pixels, random, train)
     if mirrored:
         _mirror(*train.chunk(2))
