@@ -160,7 +160,8 @@ class NSF(MAF):
     Shapes:
         x and y are (\*batch, D), log-determinants (\*batch,) in nats.
 
-    Cost: as `MAF`, with 25 outputs of each network a dimension in place of 2.
+    Cost: as `MAF`, with 25 outputs of each network a dimension in place of 2; with more than 200,000 weights from the
+    last hidden layer on, 8 outputs a dimension, of which the 25 are linear functions.
 
     Raises:
         ValueError: As in `MAF`.

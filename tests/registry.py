@@ -21,7 +21,7 @@ from pyro_maf import (
     RealNVP,
     transforms,
 )
-from pyro_maf.nn import ACTIVATIONS
+from pyro_maf.nn import ACTIVATIONS, MADE
 from pyro_maf.testing.subjects import shaken
 from pyro_maf.transforms import ConditionalFlow, Flow
 from pyro_maf.transforms.low_rank import LowRankHead
@@ -85,6 +85,15 @@ def architectures(draw: Any, largest: int = 12) -> Architecture:
     )
 
 
+def of_rank(rank: int, flow: Any) -> Any:
+    """A flow with outputs of this rank, as wide ones have."""
+    for network in flow.modules():
+        if isinstance(network, MADE):
+            network.set_rank(rank)
+            network.zero_output()
+    return flow
+
+
 Builder = Callable[[Architecture], "Flow | ConditionalFlow"]
 
 REGISTRY: dict[str, Builder] = {
@@ -97,6 +106,9 @@ REGISTRY: dict[str, Builder] = {
     ),
     "InverseAutoregressive spline": lambda a: transforms.InverseAutoregressive(
         a.input_dim, univariate=Spline(num_bins=5, bound=3.0), **a.layer
+    ),
+    "MaskedAutoregressive of rank 3": lambda a: of_rank(
+        3, transforms.MaskedAutoregressive(a.input_dim, univariate="spline", **a.layer)
     ),
     "Coupling spline": lambda a: transforms.Coupling(a.input_dim, mask=a.mask, univariate="spline", **a.network),
     "BatchNorm": lambda a: transforms.BatchNorm(a.input_dim),
@@ -151,6 +163,7 @@ REGISTRY: dict[str, Builder] = {
     ),
     "ConditionalMAF": lambda a: ConditionalMAF(a.input_dim, a.context_dim, **a.stack),
     "ConditionalNSF": lambda a: ConditionalNSF(a.input_dim, a.context_dim, **a.stack),
+    "ConditionalNSF of rank 4": lambda a: of_rank(4, ConditionalNSF(a.input_dim, a.context_dim, **a.stack)),
     "ConditionalIAF": lambda a: ConditionalIAF(a.input_dim, a.context_dim, **a.stack),
     "ConditionalRealNVP": lambda a: ConditionalRealNVP(a.input_dim, a.context_dim, networks="separate", **a.stack),
 }

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pyro_maf.nn import ACTIVATIONS, MADE, MLP, MaskedLinear, compress_tails, default_hidden_dims, degrees, masks
-from pyro_maf.transforms import MaskedAutoregressive
+from pyro_maf.transforms import ConditionalMaskedAutoregressive, MaskedAutoregressive
 
 double = torch.float64
 MODULES: dict[str, nn.Module] = {
@@ -213,6 +213,41 @@ def test_state_dict_holds_order_and_degrees() -> None:
     torch.testing.assert_close(other(x), stored(x), rtol=0, atol=0)
     assert other.order.tolist() == [3, 1, 4, 0, 2]
     assert all(map(torch.equal, other.made.hidden_degrees, stored.made.hidden_degrees))
+
+
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_outputs_of_low_rank_are_those_of_a_product_of_weights(context_dim: int) -> None:
+    made = MADE(4, [9], outputs_per_input=7, context_dim=context_dim, order=[2, 0, 3, 1]).double()
+    made.set_rank(3)
+    full = MADE(4, [9], outputs_per_input=7, context_dim=context_dim, order=[2, 0, 3, 1]).double()
+    full.load_state_dict(of_full_rank(made))
+    x, context = torch.randn(5, 4, dtype=double), torch.randn(5, 2, dtype=double) if context_dim else None
+    torch.testing.assert_close(made(x, context), full(x, context))
+
+
+def of_full_rank(made: Any) -> dict[str, Tensor]:
+    """The state of the same network with a last layer of all outputs."""
+    state = made.state_dict()
+    matrix, bias = state.pop("head.weight"), state.pop("head.bias").flatten()
+    for name in ("layers.1.weight", "layers.1.bias", "context_layers.1.weight"):
+        if name in state:
+            state[name] = (matrix @ state[name].reshape(4, 3, -1)).flatten(0, 1)
+    state["layers.1.bias"] = state["layers.1.bias"].flatten() + bias
+    return state
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_a_state_keeps_its_rank(rank: int | None) -> None:
+    """A file of either form is read by whatever form is built: it may be older than the rule by which one is chosen."""
+    stored, other = (ConditionalMaskedAutoregressive(4, 2, hidden_dims=[9], univariate="spline").double() for _ in "ab")
+    stored.flow.made.set_rank(rank)
+    other.flow.made.set_rank(None if rank else 5)
+    for parameter in stored.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    other.load_state_dict(stored.state_dict())
+    x, context = torch.randn(20, 4, dtype=double), torch.randn(2, dtype=double)
+    assert torch.equal(other.condition(context)(x), stored.condition(context)(x))
+    assert torch.equal(other.condition(context).inv(x), stored.condition(context).inv(x))
 
 
 @pytest.mark.parametrize("strict", [True, False])

@@ -53,6 +53,8 @@ NAMES = (
     "Coupling spline",
     "RealNVP spline",
     "ConditionalNSF",
+    "MaskedAutoregressive of rank 3",
+    "ConditionalNSF of rank 4",
 )
 SMALL = Architecture(4, 2, 3, [9, 17], "tanh", "random", 0)
 double = torch.float64

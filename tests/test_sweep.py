@@ -32,7 +32,7 @@ LAYERS = (
     "ConditionalMaskedAutoregressive",
     "ConditionalInverseAutoregressive",
 )
-SPLINES = ("MaskedAutoregressive spline", "InverseAutoregressive spline")
+SPLINES = ("MaskedAutoregressive spline", "InverseAutoregressive spline", "MaskedAutoregressive of rank 3")
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 needs_kernels = pytest.mark.skipif(kernels() is None, reason="no compiled kernels on this machine")
 

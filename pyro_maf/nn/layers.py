@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyro_maf._core.checks import check_choice, check_permutation, check_positive, check_sizes
 from pyro_maf._core.module_state import Observed
 
-__all__ = ["Linear", "MaskedLinear", "Tempered", "degrees", "gain_of", "masks"]
+__all__ = ["BlockLinear", "Linear", "MaskedLinear", "Tempered", "degrees", "gain_of", "masks"]
 
 INPUTS, UNITS = 16, 64
 """Maximum number of inputs, and of units of a hidden layer, with a gain of 1."""
@@ -216,3 +216,34 @@ class MaskedLinear(Observed, nn.Linear):
         if not self.in_features:  # a product over nothing has no gradient under torch.jit
             return (self.bias + self.weight.sum(-1)).expand(*x.shape[:-1], -1)
         return F.linear(x, self.weight * self.mask, self.bias)
+
+
+class BlockLinear(Observed):
+    r"""One small linear layer for each of some blocks: y_i = A_i z_i + b_i.
+
+    At the start the first r outputs are the inputs themselves, such as the shift and the log-scale of an affine map,
+    and the others sums of them with random weights.
+
+    Args:
+        blocks: D, the number of blocks.
+        inputs: r, the number of inputs of a block.
+        outputs: P, the number of its outputs.
+
+    Shapes:
+        z is (\*batch, D, r), y is (\*batch, D, P).
+
+    Example:
+        >>> BlockLinear(3, 2, 5)(torch.zeros(4, 3, 2)).shape
+        torch.Size([4, 3, 5])
+    """
+
+    def __init__(self, blocks: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        weight = torch.randn(blocks, outputs, inputs) / inputs**0.5
+        weight[:, :inputs] = torch.eye(outputs, inputs)[:inputs]
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(torch.zeros(blocks, outputs))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Apply the layer; D small products."""
+        return torch.einsum("ipr,...ir->...ip", self.weight, z) + self.bias

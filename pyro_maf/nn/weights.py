@@ -17,7 +17,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from pyro_maf.nn import MADE, MLP, MaskedLinear
-from pyro_maf.nn.layers import Linear
+from pyro_maf.nn.layers import BlockLinear, Linear
 
 __all__ = ["current", "is_called", "is_hooked", "is_read", "outputs_of", "walk_by_calls"]
 
@@ -25,7 +25,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
 """Hooks that set a weight before a call and do nothing else."""
-PLAIN = (MaskedLinear, Linear, nn.Linear)
+PLAIN = (MaskedLinear, BlockLinear, Linear, nn.Linear)
 PLAIN_FORWARDS = tuple(layer.forward for layer in PLAIN)
 
 
@@ -45,6 +45,7 @@ def is_called(made: MADE) -> bool:
         is_hooked(made)
         or any(getattr(type(made), name) is not getattr(MADE, name) for name in ("forward", "parameters_of", "run"))
         or not all(map(is_read, made.layers))
+        or not (made.head is None or is_read(made.head))
     )
 
 

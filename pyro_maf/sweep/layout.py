@@ -56,6 +56,7 @@ class Layer:
 
     rows: int  # of the tape
     first: int  # of its matrices
+    heads: int  # first of those that map the r outputs of one variable to its P parameters, or else `end`
     end: int  # of its matrices
     inputs: int  # row of the first
     seen_from: int  # where the variables that its networks see begin in `variables`
@@ -204,7 +205,7 @@ class Layout:
         self.place = np.arange(dim)
         """The row of each variable among the D of a layer; permutations change nothing else."""
         self.context_dim, self.tensors, self.number = context_dim, tensors, 0
-        self.weights = self.biases = 0
+        self.weights = self.biases = self.rows = self.columns = 0
         self.layers: list[dict[str, float]] = []
         self.matrices: list[dict[str, float]] = []
         self.variables: list[int] = []
@@ -221,12 +222,14 @@ class Layout:
             return
         first = len(self.matrices)
         seen, moved = self.place[step.seen.numpy()], self.place[step.moved.numpy()]
-        own, phi = len(self.place) + len(seen), []
+        own, phi, heads = len(self.place) + len(seen), [], 0
         for network in step.networks:
             is_made = isinstance(network, MADE)
             order = step.seen.numpy() if is_made else np.arange(len(seen))
             fresh = network is step.networks[-1]
             own, outputs = self._add_network(network, order, len(self.place), own, fresh=fresh)
+            if is_made and network.head is not None:
+                own, outputs, heads = *self._add_heads(order, network.head, own), len(order)
             phi.append(outputs)
         rows = np.concatenate(phi)
         univariate = map_of(step.univariate)
@@ -234,9 +237,9 @@ class Layout:
             raise UnfitError
         rows = rows.reshape(len(moved), -1) if is_made else rows.reshape(-1, len(moved)).T
         levels = len(network.layers) if step.sequential else 0  # type: ignore[arg-type]
-        self._add_layer(step, first, own, (seen, moved, rows.ravel()), univariate, BULK, levels)
+        self._add_layer(step, first, own, (seen, moved, rows.ravel()), univariate, BULK, levels, heads)
         if step.sequential:
-            self._add_steps(_final(network), levels, first)
+            self._add_steps(_final(network), self.layers[-1])
 
     def _add_layer(
         self,
@@ -247,28 +250,29 @@ class Layout:
         univariate: tuple[int, int, int, float],
         bulk: float,
         levels: int,
+        heads: int = 0,
     ) -> None:
         """Append a layer whose matrices are the last ones, from `first` on, and which has `own` rows.
 
         `lists` are the variables that its networks see, those that are mapped, and the rows of the map's parameters.
         """
-        dim, (seen, moved, phi) = len(self.place), lists
+        dim, (seen, moved, phi), end = len(self.place), lists, len(self.matrices)
         rest = np.setdiff1d(np.arange(dim), moved)
         layer = {**dict(zip(MAP_FIELDS, univariate, strict=True)), "bulk": bulk}
-        layer |= {"rows": own, "first": first, "end": len(self.matrices), "inputs": dim}
+        layer |= {"rows": own, "first": first, "heads": end - heads, "end": end, "inputs": dim}
         layer |= {"seen": len(seen), "moved": len(moved), "rest": len(rest)}
         layer |= {"sign": -1 if step.inverse else 1, "log_sign": step.log_sign}
-        layer |= {"levels": levels, "matrices": (len(self.matrices) - first) // levels if levels else 0}
+        layer |= {"levels": levels, "matrices": (end - heads - first) // levels if levels else 0}
         layer |= {"steps_from": sum(map(len, self.steps)), "block": _block(dim)}
         for name, entries in zip(("seen", "moved", "rest", "phi"), (seen, moved, rest, phi), strict=True):
             layer[f"{name}_from"] = len(self.variables)
             self.variables += entries.tolist()
         self.layers.append(layer)
 
-    def _add_steps(self, final: Array, levels: int, first: int) -> None:
-        """Append the numbers of final units of a layer, whose matrices are the last ones, from `first` on."""
-        each = (len(self.matrices) - first) // levels
-        matrices = range(first + each - 1, len(self.matrices), each)
+    def _add_steps(self, final: Array, layer: dict[str, Any]) -> None:
+        """Append the numbers of final units of a layer."""
+        each = layer["matrices"]
+        matrices = range(layer["first"] + each - 1, layer["heads"], each)
         for number, below, own in zip(matrices, final, final[1:], strict=False):
             seen = self.lists["seen"][number][: own[-1]]
             if not np.array_equal(seen, np.repeat(below[1:], np.diff(own))):
@@ -299,7 +303,7 @@ class Layout:
         levels = int(step.sequential)
         self._add_layer(step, first, dim + len(seen) + 2 * dim, lists, (LINEAR, 2, 0, 0.0), math.inf, levels)
         if levels:
-            self._add_steps(np.array([[0, *every], np.arange(dim + 1)]), levels, first)
+            self._add_steps(np.array([[0, *every], np.arange(dim + 1)]), self.layers[-1])
 
     def _add_network(self, network: Any, order: Array, below: int, own: int, *, fresh: bool) -> tuple[int, Array]:
         """Append a network whose inputs have rows from `below` on, and units from `own` on.
@@ -335,6 +339,22 @@ class Layout:
             below, own, kind, slopes, width = own, own_slopes + rows, above, own_slopes, rows
         return own, np.arange(below, below + rows)
 
+    def _add_heads(self, order: Array, head: Any, own: int) -> tuple[int, Array]:
+        """Append the matrices of a `BlockLinear`, in this order of the variables; arguments and results as before."""
+        dim, outputs, rank = shape = head.weight.shape
+        self._check(self.number, shape, (dim, outputs))
+        inputs = {"source": UNITS, "below_kind": -1, "kind": -1, "first": 1, "fresh": 1, "rows": outputs}
+        every, columns = np.arange(outputs), np.arange(rank)
+        for i, variable in enumerate(order):
+            row = own + i * outputs
+            entry = {**inputs, "below": own - (dim - i) * rank, "own": row, "slopes": row, "bias": self.biases}
+            entry |= {"weight": self.number, "weight_from": variable * outputs * rank}
+            entry |= {"addend": self.number + 1, "addend_from": variable * outputs}
+            self._add_matrix(entry, np.full(outputs, rank), every, columns)
+            self.biases += outputs
+        self.number += 2
+        return own + dim * outputs, np.arange(own, own + dim * outputs)
+
     def _check(self, number: int, *shapes: tuple[int, ...]) -> None:
         """Raise unless the tensors from this number on have these shapes: the kernels read so much of them."""
         if any(self.tensors[number + index].shape != shape for index, shape in enumerate(shapes)):
@@ -348,12 +368,14 @@ class Layout:
         )  # else rows compete for the same lines of the cache
         heard = np.searchsorted(seen, np.arange(columns), side="right")
         place = {"start": self.weights, "columns": columns, "stride": stride}
-        place |= {"rows_from": sum(map(len, self.lists["seen"])), "columns_from": sum(map(len, self.lists["heard"]))}
+        place |= {"rows_from": self.rows, "columns_from": self.columns}
         natural = bool((column_order == np.arange(columns)).all())
         self.matrices.append({**DEFAULTS, **entry, **place, "natural": natural})
         for name, entries in zip(self.lists, (seen, heard, row_order, column_order), strict=True):
             self.lists[name].append(entries)
         self.weights += rows * stride
+        self.rows += rows
+        self.columns += columns
 
     def tables(self) -> Tables:
         """The tables."""
@@ -369,7 +391,7 @@ def _final(made: Any) -> Array:
     dim = made.input_dim
     if len(made.ready) != len(made.layers) - 1:
         raise UnfitError
-    outputs = made.outputs_per_input * np.arange(dim + 1)
+    outputs = made.rank * np.arange(dim + 1)
     final = np.array([np.arange(-1, dim), *([0, *ready] for ready in made.ready), outputs])
     final[0, 0] = 0
     return final

@@ -72,6 +72,12 @@ class Reading(NamedTuple):
             for layer in layers:
                 if not self._add_level(layer, next(context, None), masked=type(network) is MADE):
                     return False
+            head: Any = modules.get("head")
+            if head is not None:
+                if not is_read(head):
+                    return False
+                self.tensors.extend((current(head).weight, head.bias))
+                marks += head.weight.shape, head.bias.shape
         return True
 
     def _add_level(self, layer: Any, context: Any, *, masked: bool) -> bool:

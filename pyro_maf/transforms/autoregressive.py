@@ -8,6 +8,7 @@ from typing import Unpack
 from torch import Tensor
 
 from pyro_maf.nn import MADE, MADEOptions
+from pyro_maf.nn.made import default_rank
 from pyro_maf.sweep import Step, parallel, run, solve
 from pyro_maf.transforms.base import LayerOptions, UnivariateFlow
 from pyro_maf.transforms.conditional import ConditionalForm
@@ -44,6 +45,8 @@ class _Autoregressive(UnivariateFlow):
         super().__init__(input_dim, context_dim, univariate)
         outputs = self.univariate.num_parameters
         self.made = MADE(input_dim, outputs_per_input=outputs, context_dim=context_dim, order=order, **network)
+        if (rank := default_rank(input_dim, outputs, self.made.hidden_dims)) is not None:
+            self.made.set_rank(rank)
         self.made.zero_output()
 
     @property

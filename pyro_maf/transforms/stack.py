@@ -247,6 +247,8 @@ def _describe(layer: Flow) -> str:
     if network is None:
         return repr(layer)
     widths = [network.input_dim, *network.hidden_dims, network.layers[-1].out_features]
+    if (head := getattr(network, "head", None)) is not None:
+        widths.append(head.bias.numel())
     univariate = getattr(layer, "univariate", None)
     spline = "" if univariate is None or isinstance(univariate, Affine) else f", {univariate!r}"
     return f"{layer.name}({' -> '.join(map(str, widths))}, {network.activation}{spline})"

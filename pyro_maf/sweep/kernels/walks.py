@@ -99,7 +99,7 @@ def forward(
                 _pass(layer, tables, weights, biases, part, logs[:width], nowhere[:width])
             else:
                 _begin(layer, tables, weights, biases, part)
-                _walk(layer, tables, weights, part, logs[:width], nowhere[:width])
+                _walk(layer, tables, weights, biases, part, logs[:width], nowhere[:width])
             here += layer.rows if keep else 0
         for b in range(points):  # between arrays, an assignment of slices takes a second to compile
             log_det[b0 + b] = logs[b]
@@ -133,7 +133,7 @@ def _pass(layer: Layer, tables: Tables, weights: Array, biases: Array, part: Par
 def _begin(layer: Layer, tables: Tables, weights: Array, biases: Array, part: Part) -> None:
     """Set all units to what does not depend on the variables: their biases, and the products with the context."""
     tape, here, _, context, _, width, _ = part
-    for m in range(layer.first, layer.end):
+    for m in range(layer.first, layer.heads):
         matrix = tables.matrices[m]
         if matrix.source == CONTEXT:
             _multiply(matrix, tables.seen, weights, biases, tape, here, context, width)
@@ -183,11 +183,11 @@ def _index(layer: Layer, level: int) -> int:
 
 
 @inner
-def _walk(layer: Layer, tables: Tables, weights: Array, part: Part, logs: Array, nowhere: Array) -> None:
+def _walk(layer: Layer, tables: Tables, weights: Array, biases: Array, part: Part, logs: Array, nowhere: Array) -> None:
     """w from v and phi(w), one variable after another, where units hold their biases and the products of the context.
 
     Args:
-        layer, tables, weights, part: The layer, and what it refers to.
+        layer, tables, weights, biases, part: The layer, and what it refers to.
         logs: Log-determinants, (points,), to which the layer's are added.
         nowhere: Room for as many numbers.
     """
@@ -201,6 +201,8 @@ def _walk(layer: Layer, tables: Tables, weights: Array, part: Part, logs: Array,
         for i in range(i0, i1):
             below = (i0 if width > 1 else 0, i + 1)  # one row with one column is as fast whatever its length
             _add(layer, matrices, final, (i, i + 1), below, weights, tape, column, here, width, True)
+            if layer.heads < layer.end:
+                _multiply(matrices[layer.heads + i], tables.seen, weights, biases, tape, here, part.context, width)
             w = apply(layer, i, variables, part, logs)
             compress(w, tape[here + layer.inputs + i, :width], nowhere, layer.bulk)
     for level in range(1, layer.levels):  # units of so high a degree that no output sees them
@@ -403,6 +405,9 @@ def _walk_back(layer: Layer, tables: Tables, weights: Array, part: Part, adjoint
             _add_back(matrices[_index(layer, 1)], weights, (i, i + 1), (final[1, i + 1], final[1, i1]), delta, width)
             _compress_back(layer, i, variables[layer.moved_from + i], part.after, part, adjoint)
             pull_back(layer, i, variables, part, adjoint)
+            if layer.heads < layer.end:
+                head = matrices[layer.heads + i]
+                _multiply_back(head, tables, weights, part, adjoint, delta, head.below)
             for level in range(layer.levels - 1, 0, -1):
                 upper = matrices[_index(layer, level + 1)]
                 own, above = (final[level, i], final[level, i + 1]), (final[level + 1, i], final[level + 1, i1])

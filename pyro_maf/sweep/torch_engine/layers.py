@@ -32,6 +32,7 @@ from pyro_maf.univariate import Affine
 __all__ = ["Activations", "Plan", "TorchSweep", "at_once", "gradients", "one_by_one", "parallel", "plan_of", "solve"]
 __all__ += ["takes_triton", "together", "triangular", "walk"]
 
+BLOCKS, EVERY = "ipr,...ir->...ip", slice(None)
 Direction = Callable[..., tuple[Tensor, Tensor]]
 """One direction of a univariate map: (v, phi) to (w, log dy/dx), elementwise."""
 
@@ -109,8 +110,8 @@ class _Sweep(torch.autograd.Function):
                 return w, log_derivatives.sum(-1)
 
             return None, *gradients(passes, [v, *tensors], ctx.needs_input_grad[1:], (grad_w, grad_log_det))
-        grad_v, by_weights, by_units = ctx.engine.adjoint(v, w, activations, grad_w, grad_log_det)
-        return None, grad_v, *_lay_back(ctx.step.networks[0], by_weights, by_units, tensors)
+        grad_v, by_weights, by_units, by_head = ctx.engine.adjoint(v, w, activations, grad_w, grad_log_det)
+        return None, grad_v, *_lay_back(ctx.step.networks[0], by_weights, by_units, by_head, tensors)
 
 
 def _engine(step: Step, tensors: Sequence[Tensor], v: Tensor) -> TorchSweep:
@@ -126,7 +127,8 @@ def _engine(step: Step, tensors: Sequence[Tensor], v: Tensor) -> TorchSweep:
 
 def takes_triton(step: Step, v: Tensor) -> bool:
     """Return whether there are Triton kernels for a layer's univariate map, device and dtype."""
-    return type(step.univariate) is Affine and v.is_cuda and v.dtype == torch.float32 and _has_triton()
+    is_taken = type(step.univariate) is Affine and step.networks[0].head is None
+    return is_taken and v.is_cuda and v.dtype == torch.float32 and _has_triton()
 
 
 @functools.cache
@@ -167,9 +169,9 @@ def at_once(step: Step, v: Tensor, context: Tensor | None, tensors: Iterator[Ten
     """A layer in its parallel direction: its output and log-derivatives."""
     is_made = isinstance(step.networks[0], MADE)
     seen, moved = (v, v) if is_made else (v[:, step.seen], v[:, step.moved])
-    outputs = torch.cat([_outputs(network, seen, context, tensors) for network in step.networks], -1)
-    size = moved.shape[1], step.univariate.num_parameters  # type: ignore[union-attr]
-    phi = outputs.unflatten(-1, size) if is_made else outputs.unflatten(-1, size[::-1]).mT
+    phi = torch.cat([_outputs(network, seen, context, tensors) for network in step.networks], -1)
+    if not is_made:
+        phi = phi.unflatten(-1, (-1, moved.shape[1])).mT
     moved, log_derivative = _direction_of(step)(moved, phi)
     return moved if is_made else v.index_copy(-1, step.moved, moved), log_derivative
 
@@ -178,10 +180,10 @@ def one_by_one(step: Step, v: Tensor, context: Tensor | None, tensors: Iterator[
     """A layer in its sequential direction, by D passes: its output and log-derivatives."""
     network: Any = step.networks[0]
     each = 2 if context is None or not len(network.context_layers) else 3
-    used = list(itertools.islice(tensors, each * len(network.layers)))
+    used = list(itertools.islice(tensors, each * len(network.layers) + 2 * (network.head is not None)))
 
     def outputs(known: Tensor) -> Tensor:
-        return _outputs(network, known, context, iter(used)).unflatten(-1, (v.shape[1], -1))
+        return _outputs(network, known, context, iter(used))
 
     return _one_by_one(step, v, outputs)
 
@@ -225,7 +227,10 @@ def _outputs(network: Any, x: Tensor, context: Tensor | None, tensors: Iterator[
             x = x + F.linear(context, next(tensors))
         if index < len(network.layers) - 1:
             x = ACTIVATIONS[network.activation](x)
-    return x
+    if not isinstance(network, MADE):
+        return x
+    x = x.unflatten(-1, (network.input_dim, -1))
+    return x if network.head is None else torch.einsum(BLOCKS, next(tensors), x) + next(tensors)
 
 
 # -- the sweep --------------------------------------------------------------------------------------------------------
@@ -239,6 +244,7 @@ class Plan(NamedTuple):
             order of the variables; the last has P adjacent rows for each variable.
         biases: One per layer, (units out, 1), or (units out, batch) where the context differs along the batch.
         order: The variables, first to last.
+        head: A, (D, P, r), and b, (D, P), if P parameters A z + b of each variable follow the r outputs z.
         ready: For each hidden layer, the number of units that are final once the first 0, 1, .. D - 1 variables are
             determined.
         activation: The elementwise function between layers.
@@ -247,6 +253,7 @@ class Plan(NamedTuple):
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
     order: Tensor
+    head: tuple[Tensor, Tensor] | None
     ready: list[list[int]]
     activation: Callable[[Tensor], Tensor]
 
@@ -256,9 +263,16 @@ class Plan(NamedTuple):
         return self.weights[0].shape[1]
 
     @property
-    def num_parameters(self) -> int:
-        """P, the outputs for each variable."""
+    def num_outputs(self) -> int:
+        """r, the outputs for each variable; P without a head."""
         return self.weights[-1].shape[0] // self.dim
+
+    def parameters_at(self, variables: int | slice, outputs: Tensor) -> Tensor:
+        """Parameters (.., P) of variables at these places in the order, for outputs (.., r, batch)."""
+        if self.head is None:
+            return outputs.mT
+        matrix, bias = (part[variables] for part in self.head)
+        return outputs.mT @ matrix.mT + bias[..., None, :]
 
     @property
     def hidden_widths(self) -> list[int]:
@@ -268,13 +282,16 @@ class Plan(NamedTuple):
     @classmethod
     def of(cls, made: MADE, tensors: Sequence[Tensor]) -> Plan:
         """Lay out a MADE with these weights and biases, as `tensors_of` returns them. Differentiable."""
+        tensors, head = _split(made, tensors)
         masked = [weight * layer.mask for weight, layer in zip(tensors[::2], made.masked_layers, strict=True)]
         rows = [bias.reshape(-1, bias.shape[-1]).T for bias in tensors[1::2]]
         if not made.is_natural:
             outputs = _output_rows(made, made.order)
             masked[0] = masked[0][:, made.order]
             masked[-1], rows[-1] = masked[-1][outputs], rows[-1][outputs]
-        return cls(tuple(masked), tuple(rows), made.order, made.ready, ACTIVATIONS[made.activation])
+            head = [part[made.order] for part in head]
+        heads = (head[0], head[1]) if head else None
+        return cls(tuple(masked), tuple(rows), made.order, heads, made.ready, ACTIVATIONS[made.activation])
 
 
 def plan_of(made: MADE, context: Tensor | None = None) -> Plan:
@@ -283,7 +300,7 @@ def plan_of(made: MADE, context: Tensor | None = None) -> Plan:
 
 
 def _tensors_of(made: MADE, context: Tensor | None) -> list[Tensor]:
-    """Weight and bias of each layer in turn, as a call would compute them. Differentiable.
+    """Weight and bias of each layer in turn, and of the head, as a call would compute them. Differentiable.
 
     The weight is that before the mask; the bias includes the term of the context, (units,) or (batch, units).
     """
@@ -292,24 +309,36 @@ def _tensors_of(made: MADE, context: Tensor | None) -> list[Tensor]:
         bias: Tensor | None = layer.bias  # a user may have removed it
         bias = layer.weight.new_zeros(layer.out_features) if bias is None else bias
         tensors += layer.weight, bias if term is None else bias + term
+    if made.head is not None:
+        tensors += current(made.head).weight, made.head.bias
     return tensors
 
 
-def _lay_back(made: MADE, weights: list[Tensor], units: list[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+def _split(made: MADE, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Tensor]]:
+    """Tensors as from `_tensors_of`: those of the masked layers, and those of the head."""
+    count = 2 * len(made.layers)
+    return tensors[:count], list(tensors[count:])
+
+
+def _lay_back(
+    made: MADE, weights: list[Tensor], units: list[Tensor], head: list[Tensor], tensors: Sequence[Tensor]
+) -> list[Tensor]:
     """Map gradients with respect to a plan's weights and to pre-activations back to what `_tensors_of` returned."""
-    biases = [unit.sum(1) if bias.dim() == 1 else unit.T for unit, bias in zip(units, tensors[1::2], strict=True)]
+    added = _split(made, tensors)[0][1::2]
+    biases = [unit.sum(1) if bias.dim() == 1 else unit.T for unit, bias in zip(units, added, strict=True)]
     if not made.is_natural:
         place = made.order.argsort()
         outputs = _output_rows(made, place)
         weights[0] = weights[0][:, place]
         weights[-1], biases[-1] = weights[-1][outputs], biases[-1][..., outputs]
+        head = [part[place] for part in head]
     masked = [weight.mul_(layer.mask) for weight, layer in zip(weights, made.masked_layers, strict=True)]
-    return [gradient for pair in zip(masked, biases, strict=True) for gradient in pair]
+    return [*(gradient for pair in zip(masked, biases, strict=True) for gradient in pair), *head]
 
 
 def _output_rows(made: MADE, order: Tensor) -> Tensor:
     """Rows of the last layer for the variables in an order."""
-    rows = torch.arange(made.input_dim * made.outputs_per_input, device=order.device)
+    rows = torch.arange(made.input_dim * made.rank, device=order.device)
     return rows.view(made.input_dim, -1)[order].flatten()
 
 
@@ -318,12 +347,12 @@ class Activations(NamedTuple):
 
     Attributes:
         w: The solution, (D, batch), in the order of the variables.
-        parameters: phi, (D, P, batch).
+        outputs: (D, r, batch), or phi, (D, P, batch), without a head.
         before: Pre-activations of the hidden units, layer by layer, (units, batch); 0 for those that no output sees.
     """
 
     w: Tensor
-    parameters: Tensor
+    outputs: Tensor
     before: Tensor
 
 
@@ -335,12 +364,12 @@ def walk(plan: Plan, step: Callable[[int, Tensor], Tensor], batch: int) -> Activ
     like = plan.weights[0]
     w = like.new_empty(plan.dim, batch)
     seen = torch.empty_like(w)
-    parameters = like.new_empty(plan.dim, plan.num_parameters, batch)
+    outputs = like.new_empty(plan.dim, plan.num_outputs, batch)
     hidden = like.new_zeros(sum(plan.hidden_widths), batch)
     before = hidden.split(plan.hidden_widths)
     after = [torch.empty_like(layer) for layer in before]
     done = [0] * len(before)
-    rows = plan.num_parameters
+    rows = plan.num_outputs
     for i in range(plan.dim):
         known, count = seen, i
         for layer, ready in enumerate(plan.ready):
@@ -352,10 +381,10 @@ def walk(plan: Plan, step: Callable[[int, Tensor], Tensor], batch: int) -> Activ
             done[layer] = new.stop
             known, count = after[layer], new.stop
         own = slice(i * rows, (i + 1) * rows)
-        torch.addmm(plan.biases[-1][own], plan.weights[-1][own, :count], known[:count], out=parameters[i])
-        w[i] = step(i, parameters[i])
+        torch.addmm(plan.biases[-1][own], plan.weights[-1][own, :count], known[:count], out=outputs[i])
+        w[i] = step(i, plan.parameters_at(i, outputs[i]).T)
         seen[i] = compress_tails(w[i])
-    return Activations(w, parameters, hidden)
+    return Activations(w, outputs, hidden)
 
 
 @dataclass(frozen=True)
@@ -375,26 +404,40 @@ class TorchSweep:
         plan = self.plan
         given = v[:, plan.order].T.contiguous()
         solved = walk(plan, lambda i, parameters: self.direction(given[i], parameters.T)[0], v.shape[0])
-        log_det = self.direction(given, solved.parameters.transpose(1, 2))[1].sum(0)
+        log_det = self.direction(given, plan.parameters_at(EVERY, solved.outputs))[1].sum(0)
         return solved.w.T[:, plan.order.argsort()], log_det, solved
 
     def adjoint(
         self, v: Tensor, w: Tensor, kept: Activations, grad_w: Tensor, grad_log_det: Tensor
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Gradients of <grad_w, w> + <grad_log_det, log_det> w.r.t. v, the weights and the pre-activations.
+    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+        """Gradients of <grad_w, w> + <grad_log_det, log_det> w.r.t. v, weights, pre-activations and the head.
 
         Cost: one pass through the non-zero half of the weights, then one product a layer for the weights' gradients.
         """
         plan = self.plan
         given, total_w = (tensor[:, plan.order].T.contiguous() for tensor in (v, grad_w))
-        dw_dv, dw_dphi, dlog_dv, dlog_dphi = _partials(self.direction, given, kept.parameters)
+        dw_dv, dw_dphi, dlog_dv, dlog_dphi = _partials(self._through, given, kept.outputs)
         seen_slope, seen = _slope_of(compress_tails, kept.w)
         slope, active = _slope_of(plan.activation, kept.before)
         units = self.walk_back(total_w, dlog_dphi * grad_log_det, dw_dphi, seen_slope, slope)
         grad_v = torch.addcmul(dlog_dv * grad_log_det, dw_dv, total_w).T[:, plan.order.argsort()]
         after = active.split(plan.hidden_widths)
         grad_weights = [total @ below.T for total, below in zip(units, [seen, *after], strict=True)]
-        return grad_v, grad_weights, units
+        return grad_v, grad_weights, units, self._by_head(given, kept.outputs, total_w, grad_log_det)
+
+    def _through(self, v: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The direction of the map, for outputs of the masked layers, (D, r, batch)."""
+        return self.direction(v, self.plan.parameters_at(EVERY, outputs))
+
+    def _by_head(self, v: Tensor, outputs: Tensor, total_w: Tensor, grad_log_det: Tensor) -> list[Tensor]:
+        """Gradients with respect to the head, from those with respect to w with all that depends on it."""
+        if self.plan.head is None:
+            return []
+        with torch.enable_grad():
+            matrix, bias = (part.detach().requires_grad_() for part in self.plan.head)
+            plan = self.plan._replace(head=(matrix, bias))
+            results = self.direction(v, plan.parameters_at(EVERY, outputs))
+        return list(torch.autograd.grad(results, (matrix, bias), (total_w, grad_log_det.expand_as(v))))
 
     def walk_back(
         self, total_w: Tensor, total_phi: Tensor, dw_dphi: Tensor, seen_slope: Tensor, slope: Tensor
@@ -403,13 +446,13 @@ class TorchSweep:
 
         Args:
             total_w: Gradient w.r.t. w, (D, batch), without the contributions of later variables; completed in place.
-            total_phi: Gradient of the log-determinants w.r.t. phi, (D, P, batch).
-            dw_dphi: (D, P, batch).
+            total_phi: Gradient of the log-determinants w.r.t. the outputs, (D, r, batch).
+            dw_dphi: (D, r, batch).
             seen_slope: The derivative of `compress_tails` at w, (D, batch).
             slope: The derivative of the activation of each hidden unit, (units, batch).
         """
         plan = self.plan
-        outputs, rows = plan.weights[-1].shape[0], plan.num_parameters
+        outputs, rows = plan.weights[-1].shape[0], plan.num_outputs
         flat_phi = total_phi.view(outputs, total_w.shape[1])
         slopes = slope.split(plan.hidden_widths)
         totals = [torch.zeros_like(layer) for layer in slopes]
@@ -429,11 +472,11 @@ class TorchSweep:
         return [*totals, flat_phi]
 
 
-def _partials(direction: Direction, v: Tensor, parameters: Tensor) -> list[Tensor]:
-    """dw/dv, dw/dphi, dlog/dv, dlog/dphi of the univariate map, elementwise."""
+def _partials(direction: Direction, v: Tensor, outputs: Tensor) -> list[Tensor]:
+    """dw/dv, dw/dphi, dlog/dv, dlog/dphi of the univariate map as a function of outputs phi, elementwise."""
     with torch.enable_grad():
-        inputs = v.detach().requires_grad_(), parameters.detach().requires_grad_()
-        results = direction(inputs[0], inputs[1].transpose(1, 2))
+        inputs = v.detach().requires_grad_(), outputs.detach().requires_grad_()
+        results = direction(*inputs)
         options: Any = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
         pairs = [torch.autograd.grad(result.sum(), inputs, **options) for result in results]
     return [partial.contiguous() for pair in pairs for partial in pair]

@@ -69,7 +69,7 @@ class TritonSweep(TorchSweep):
                 v.contiguous(), plan.order, weights, biases, *self._tables(v.device), w, log_det, tape, before,
                 points, columns, plan.dim, self.inverse, Affine.BOUND, BULK, kind, len(plan.weights), *tiles,
             )  # fmt: skip
-        phi = before[-self._widths[-1] :].view(plan.dim, plan.num_parameters, points)
+        phi = before[-self._widths[-1] :].view(plan.dim, plan.num_outputs, points)
         hidden = before[plan.dim : -self._widths[-1]]
         return w, log_det, Activations(w[:, plan.order].T.contiguous(), phi, hidden)
 
@@ -85,13 +85,13 @@ class TritonSweep(TorchSweep):
         if points:
             walk_back[programs](
                 weights, *self._tables(total_w.device), dw_dphi.contiguous(), torch.cat([seen_slope, slope]), delta,
-                total_w, points, plan.dim, plan.num_parameters, len(plan.weights), *tiles,
+                total_w, points, plan.dim, plan.num_outputs, len(plan.weights), *tiles,
             )  # fmt: skip
         return list(delta.split(self._widths)[1:])
 
     @property
     def _widths(self) -> list[int]:
-        return [self.plan.dim, *self.plan.hidden_widths, self.plan.dim * self.plan.num_parameters]
+        return [self.plan.dim, *self.plan.hidden_widths, self.plan.dim * self.plan.num_outputs]
 
     def _tables(self, device: torch.device) -> list[Tensor]:
         """`starts`, `levels` and `final` on the device, copied there once for each layout."""
