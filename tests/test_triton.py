@@ -60,7 +60,7 @@ def random_made(device: str, input_dim: int, **options: Any) -> MADE:
 
 def both_walks(engine: TorchSweep, v: Tensor, grad_w: Tensor, grad_log_det: Tensor) -> list[Tensor]:
     w, log_det, kept = engine.forward(v)
-    grad_v, grad_weights, units = engine.adjoint(v, w, kept, grad_w.clone(), grad_log_det)
+    grad_v, grad_weights, units, _ = engine.adjoint(v, w, kept, grad_w.clone(), grad_log_det)
     return [w, log_det, grad_v, *grad_weights, *units]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pyro.distributions as dist
 import pytest
@@ -282,6 +283,20 @@ def test_a_flow_remembers_its_map(univariate: str | Spline, tmp_path: object) ->
     again = pyro_maf.load(path)
     assert repr(again[0].univariate) == repr(flow[0].univariate)
     x = torch.randn(4, 3)
+    assert torch.equal(again(x), flow(x))
+
+
+@pytest.mark.parametrize("rank", [8, None])
+def test_a_wide_spline_flow_has_outputs_of_rank_8_unless_it_was_saved_without(rank: int | None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    flow, x = NSF(40, num_layers=1, hidden_dims=[256]), torch.randn(4, 40)
+    assert "40 -> 256 -> 320 -> 1000" in repr(flow)
+    assert torch.allclose(flow.inv(x), x, atol=1e-5)
+    if rank is None:
+        flow[0].made.set_rank(None)
+    flow.save(tmp_path / "flow.safetensors")
+    again = pyro_maf.load(tmp_path / "flow.safetensors")
+    assert repr(again) == repr(flow)
     assert torch.equal(again(x), flow(x))
 
 

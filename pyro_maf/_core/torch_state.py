@@ -1,4 +1,4 @@
-"""State of torch: tracing, autocast, random states, and changes to tensors.
+"""State of torch: tracing, autocast, random states, changes to tensors, and gradients of a function.
 
 torch counts in-place changes of each tensor, with exceptions: fused optimizers write without counting, so every step of
 any optimizer counts as a change of all tensors; and writes of another process to shared memory are not counted, so such
@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ __all__ = [
     "converted",
     "count_change",
     "generator_states",
+    "gradients",
     "is_exported",
     "is_intercepted",
     "is_traced",
@@ -225,3 +226,27 @@ _version = operator.attrgetter("_version")
 
 def _is_shared_on_cpu(storage: torch.UntypedStorage) -> bool:
     return storage.device.type == "cpu" and storage.is_shared()
+
+
+def gradients(
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients with respect to the inputs that need one; in grad mode they can be differentiated again.
+
+    Args:
+        function: Function of the inputs, by operations that can be differentiated.
+        inputs: Tensors, or None.
+        needed: Whether the gradient with respect to each is.
+        grads: Gradients with respect to the results.
+    """
+    with torch.enable_grad():
+        # As views: one input may depend on another, and the gradient through that is not the function's.
+        inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+        results = function(*inputs)
+    wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
+    # Of one variable, the log-determinant may depend on nothing that is wanted.
+    pairs = [pair for pair in zip(results, grads, strict=True) if pair[0].requires_grad]
+    outputs, by_outputs = zip(*pairs, strict=True)
+    again = torch.is_grad_enabled()
+    found = iter(torch.autograd.grad(outputs, wanted, by_outputs, create_graph=again, allow_unused=True))
+    return [next(found) if need else None for need in needed]

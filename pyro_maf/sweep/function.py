@@ -14,12 +14,12 @@ from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
 from pyro_maf._core.memory_pool import empty
-from pyro_maf._core.torch_state import is_intercepted
+from pyro_maf._core.torch_state import gradients, is_intercepted
 from pyro_maf.sweep.kernels import kernels, loaded
 from pyro_maf.sweep.layout import LANES, Array, Step, Triangular
 from pyro_maf.sweep.program import Pack, Program, Programs, Reading, is_ordinary, program_of
 from pyro_maf.sweep.threads import in_parts
-from pyro_maf.sweep.torch_engine.layers import at_once, gradients, one_by_one, together, triangular
+from pyro_maf.sweep.torch_engine.layers import at_once, one_by_one, together, triangular
 
 __all__ = ["Run", "add_up", "run", "unpack"]
 

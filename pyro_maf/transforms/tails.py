@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyro_maf._core.torch_state import is_intercepted
+from pyro_maf._core.torch_state import gradients, is_intercepted
 from pyro_maf.nn.weights import current
 from pyro_maf.sweep.kernels import kernels, loaded
-from pyro_maf.sweep.torch_engine.layers import gradients
 from pyro_maf.transforms.base import Flow
 
 __all__ = ["Tails", "with_tails"]

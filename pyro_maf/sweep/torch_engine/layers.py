@@ -23,14 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from pyro_maf._core.torch_state import is_exported, is_traced
+from pyro_maf._core.torch_state import gradients, is_exported, is_traced
 from pyro_maf.nn import ACTIVATIONS, MADE, compress_tails
 from pyro_maf.nn.weights import current, is_called, walk_by_calls
 from pyro_maf.sweep.layout import Step, Triangular
 from pyro_maf.univariate import Affine
 
-__all__ = ["Activations", "Plan", "TorchSweep", "at_once", "gradients", "one_by_one", "parallel", "plan_of", "solve"]
-__all__ += ["takes_triton", "together", "triangular", "walk"]
+__all__ = ["Activations", "Plan", "TorchSweep", "at_once", "one_by_one", "parallel", "plan_of", "solve"]
+__all__ += ["together", "triangular", "walk"]
 
 BLOCKS, EVERY = "ipr,...ir->...ip", slice(None)
 Direction = Callable[..., tuple[Tensor, Tensor]]
@@ -118,17 +118,12 @@ def _engine(step: Step, tensors: Sequence[Tensor], v: Tensor) -> TorchSweep:
     """The fastest sweep of a layer with these weights and biases."""
     made: Any = step.networks[0]
     plan, direction = Plan.of(made, tensors), _direction_of(step)
-    if not takes_triton(step, v):
+    has_kernels = type(step.univariate) is Affine and plan.head is None and v.dtype == torch.float32
+    if not (has_kernels and v.is_cuda and _has_triton()):
         return TorchSweep(plan, direction)
     from pyro_maf.sweep.torch_engine.triton import TritonSweep
 
     return TritonSweep(plan, direction, made, step.inverse)
-
-
-def takes_triton(step: Step, v: Tensor) -> bool:
-    """Return whether there are Triton kernels for a layer's univariate map, device and dtype."""
-    is_taken = type(step.univariate) is Affine and step.networks[0].head is None
-    return is_taken and v.is_cuda and v.dtype == torch.float32 and _has_triton()
 
 
 @functools.cache
@@ -139,30 +134,6 @@ def _has_triton() -> bool:
     import triton
 
     return TorchVersion(triton.__version__) >= TorchVersion("3.2")
-
-
-def gradients(
-    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """Gradients with respect to the inputs that need one; in grad mode they can be differentiated again.
-
-    Args:
-        function: Function of the inputs, by operations that can be differentiated.
-        inputs: Tensors, or None.
-        needed: Whether the gradient with respect to each is.
-        grads: Gradients with respect to the results.
-    """
-    with torch.enable_grad():
-        # As views: one input may depend on another, and the gradient through that is not the function's.
-        inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-        results = function(*inputs)
-    wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
-    # Of one variable, the log-determinant may depend on nothing that is wanted.
-    pairs = [pair for pair in zip(results, grads, strict=True) if pair[0].requires_grad]
-    outputs, by_outputs = zip(*pairs, strict=True)
-    again = torch.is_grad_enabled()
-    found = iter(torch.autograd.grad(outputs, wanted, by_outputs, create_graph=again, allow_unused=True))
-    return [next(found) if need else None for need in needed]
 
 
 def at_once(step: Step, v: Tensor, context: Tensor | None, tensors: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
@@ -282,9 +253,9 @@ class Plan(NamedTuple):
     @classmethod
     def of(cls, made: MADE, tensors: Sequence[Tensor]) -> Plan:
         """Lay out a MADE with these weights and biases, as `tensors_of` returns them. Differentiable."""
-        tensors, head = _split(made, tensors)
-        masked = [weight * layer.mask for weight, layer in zip(tensors[::2], made.masked_layers, strict=True)]
-        rows = [bias.reshape(-1, bias.shape[-1]).T for bias in tensors[1::2]]
+        count = 2 * len(made.layers)
+        masked = [weight * layer.mask for weight, layer in zip(tensors[:count:2], made.masked_layers, strict=True)]
+        rows, head = [bias.reshape(-1, bias.shape[-1]).T for bias in tensors[1:count:2]], tensors[count:]
         if not made.is_natural:
             outputs = _output_rows(made, made.order)
             masked[0] = masked[0][:, made.order]
@@ -314,18 +285,12 @@ def _tensors_of(made: MADE, context: Tensor | None) -> list[Tensor]:
     return tensors
 
 
-def _split(made: MADE, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Tensor]]:
-    """Tensors as from `_tensors_of`: those of the masked layers, and those of the head."""
-    count = 2 * len(made.layers)
-    return tensors[:count], list(tensors[count:])
-
-
 def _lay_back(
     made: MADE, weights: list[Tensor], units: list[Tensor], head: list[Tensor], tensors: Sequence[Tensor]
 ) -> list[Tensor]:
     """Map gradients with respect to a plan's weights and to pre-activations back to what `_tensors_of` returned."""
-    added = _split(made, tensors)[0][1::2]
-    biases = [unit.sum(1) if bias.dim() == 1 else unit.T for unit, bias in zip(units, added, strict=True)]
+    added = zip(units, tensors[1::2], strict=False)  # behind them is the head's
+    biases = [unit.sum(1) if bias.dim() == 1 else unit.T for unit, bias in added]
     if not made.is_natural:
         place = made.order.argsort()
         outputs = _output_rows(made, place)
@@ -416,7 +381,7 @@ class TorchSweep:
         """
         plan = self.plan
         given, total_w = (tensor[:, plan.order].T.contiguous() for tensor in (v, grad_w))
-        dw_dv, dw_dphi, dlog_dv, dlog_dphi = _partials(self._through, given, kept.outputs)
+        dw_dv, dw_dphi, dlog_dv, dlog_dphi = _partials(plan, self.direction, given, kept.outputs)
         seen_slope, seen = _slope_of(compress_tails, kept.w)
         slope, active = _slope_of(plan.activation, kept.before)
         units = self.walk_back(total_w, dlog_dphi * grad_log_det, dw_dphi, seen_slope, slope)
@@ -424,10 +389,6 @@ class TorchSweep:
         after = active.split(plan.hidden_widths)
         grad_weights = [total @ below.T for total, below in zip(units, [seen, *after], strict=True)]
         return grad_v, grad_weights, units, self._by_head(given, kept.outputs, total_w, grad_log_det)
-
-    def _through(self, v: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """The direction of the map, for outputs of the masked layers, (D, r, batch)."""
-        return self.direction(v, self.plan.parameters_at(EVERY, outputs))
 
     def _by_head(self, v: Tensor, outputs: Tensor, total_w: Tensor, grad_log_det: Tensor) -> list[Tensor]:
         """Gradients with respect to the head, from those with respect to w with all that depends on it."""
@@ -444,12 +405,9 @@ class TorchSweep:
     ) -> list[Tensor]:
         """Gradient with respect to the pre-activations, layer by layer, (units, batch).
 
-        Args:
-            total_w: Gradient w.r.t. w, (D, batch), without the contributions of later variables; completed in place.
-            total_phi: Gradient of the log-determinants w.r.t. the outputs, (D, r, batch).
-            dw_dphi: (D, r, batch).
-            seen_slope: The derivative of `compress_tails` at w, (D, batch).
-            slope: The derivative of the activation of each hidden unit, (units, batch).
+        `total_w`, the gradient w.r.t. w, lacks the contributions of later variables, and is completed in place;
+        `total_phi` is that of the log-determinants w.r.t. the outputs, (D, r, batch). The slopes are those of
+        `compress_tails` at w, (D, batch), and of the activation of each hidden unit, (units, batch).
         """
         plan = self.plan
         outputs, rows = plan.weights[-1].shape[0], plan.num_outputs
@@ -472,11 +430,11 @@ class TorchSweep:
         return [*totals, flat_phi]
 
 
-def _partials(direction: Direction, v: Tensor, outputs: Tensor) -> list[Tensor]:
+def _partials(plan: Plan, direction: Direction, v: Tensor, outputs: Tensor) -> list[Tensor]:
     """dw/dv, dw/dphi, dlog/dv, dlog/dphi of the univariate map as a function of outputs phi, elementwise."""
     with torch.enable_grad():
         inputs = v.detach().requires_grad_(), outputs.detach().requires_grad_()
-        results = direction(*inputs)
+        results = direction(inputs[0], plan.parameters_at(EVERY, inputs[1]))
         options: Any = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
         pairs = [torch.autograd.grad(result.sum(), inputs, **options) for result in results]
     return [partial.contiguous() for pair in pairs for partial in pair]
