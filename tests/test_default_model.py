@@ -140,6 +140,21 @@ def test_a_mixture_is_as_narrow_as_its_rows_and_has_as_many_components_as_they_a
     assert len(fit_mixture(apart / apart.std(0)).shares) == 16
 
 
+def test_a_mixture_finds_unequal_clusters() -> None:
+    generator = torch.Generator().manual_seed(1)
+    means = 4 * torch.randn(5, 5, generator=generator, dtype=torch.float64)
+    factors = torch.randn(5, 5, 5, generator=generator, dtype=torch.float64).tril() / 2
+    factors.diagonal(dim1=1, dim2=2).abs_().clamp_(min=0.01)
+    truth = Mixture(torch.tensor([0.1, 0.35, 0.2, 0.05, 0.3], dtype=torch.float64), means, factors)
+    number = torch.multinomial(truth.shares, 4000, replacement=True, generator=generator)
+    noise = torch.randn(4000, 5, 1, generator=generator, dtype=torch.float64)
+    rows = means[number] + (factors[number] @ noise)[..., 0]
+    scale, fitted = rows.std(0), fit_mixture(rows[:2000] / rows.std(0))
+    assert len(fitted.shares) == 5
+    found = fitted.log_prob(rows[2000:] / scale) - scale.log().sum()
+    assert (truth.log_prob(rows[2000:]) - found).mean() < 0.06
+
+
 def bent_flow() -> MixtureFlow:
     """A flow that is not the identity, its weights drawn from the global generator after seeding that."""
     torch.manual_seed(0)

@@ -155,6 +155,26 @@ def test_a_weight_is_that_of_copies_and_one_row_has_no_say() -> None:
     assert units_of(moments_of(ordinary), ordinary).tails is None
 
 
+def test_clusters_beyond_others_are_no_tail() -> None:
+    random = np.random.default_rng(6)
+    centres, factors = 4 * random.standard_normal((5, 5)), random.standard_normal((5, 5, 5)) / 2
+    number = random.choice(5, 3200, p=random.dirichlet(np.full(5, 2.0)))
+    noise = np.einsum("nij,nj->ni", factors[number], random.standard_normal((3200, 5)))
+    rows = torch.from_numpy(centres[number] + noise)
+    assert units_of(moments_of(rows), rows).tails is None
+    tailed = torch.cat([rows, torch.from_numpy(random.standard_t(2, (3200, 1)))], 1)
+    tails = units_of(moments_of(tailed), tailed).tails
+    assert tails is not None
+    assert tails.any(0).nonzero()[:, 0].tolist() == [5]
+
+
+def test_a_row_that_outweighs_its_side_has_no_tail() -> None:
+    rows = torch.from_numpy(normal(200, 1))
+    weights = torch.ones(200, dtype=torch.float64)
+    weights[rows[:, 0].argmax()] = 90.0
+    assert units_of(moments_of(rows, weights=weights), rows, weights).tails is None
+
+
 def test_columns_that_are_linear_and_long_tailed_together_keep_their_units() -> None:
     """As neighbours in an image: in units of the tail of each they would be linear no more."""
     generator = torch.Generator().manual_seed(0)

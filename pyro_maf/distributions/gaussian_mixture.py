@@ -13,18 +13,19 @@ from pyro_maf.distributions.density import Density, drawn_index
 
 __all__ = ["GaussianMixture", "Mixture", "fit_mixture"]
 
-COMPONENTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+COMPONENTS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 ROWS_EACH = 2
 """Number of rows for each parameter below which no further component is tried: BIC counts parameters for many rows."""
 ITERATIONS, SETTLED = 100, 1e-4
-SCATTER = 0.01
+SCATTER = 1e-5
 """Scatter of a component before any rows, in units of the rows' variances: its few rows cannot collapse, and many may
 lie as close to a plane as they do."""
 SHRINKAGES = (0.0, 0.003, 0.01, 0.03, 0.06, 0.1, 0.2, 0.3, 0.5)
 FOLDS = 5
 MOST_WIDENED = 4.0
 """Maximum factor by which the covariance of a component of few rows is widened."""
-LLOYD = 10
+CANDIDATES, LLOYD = 5, 10
+"""Rows of which the one with the least distances becomes a centre, and iterations of Lloyd's from these centres."""
 
 
 class Mixture(NamedTuple):
@@ -237,15 +238,19 @@ def _climb(rows: Tensor, weights: Tensor, components: int) -> tuple[Mixture, Ten
 def _clusters(rows: Tensor, components: int) -> Tensor:
     """Number of the cluster of each row: centres far from one another, then Lloyd's iterations."""
     generator = torch.Generator().manual_seed(0)
-    centres = rows.mean(0, keepdim=True)
-    # The first is forgotten: the mean is no good centre of one cluster among several.
+    nearest = torch.ones(len(rows), dtype=rows.dtype)
+    chosen = []
     for number in range(components):
-        distance = (rows[:, None] - centres[None]).square().sum(-1).amin(1)
-        drawn = int(torch.multinomial(distance / distance.sum(), 1, generator=generator))
-        centres = torch.cat([centres if number else centres[:0], rows[drawn : drawn + 1]])
+        drawn = torch.multinomial(nearest, CANDIDATES, replacement=True, generator=generator)
+        distances = torch.cdist(rows[drawn], rows).square()
+        distances = torch.minimum(distances, nearest) if number else distances
+        best = int(distances.sum(1).argmin())
+        nearest = distances[best]
+        chosen.append(drawn[best])
+    centres = rows[torch.stack(chosen)]
     numbers = torch.zeros(len(rows), dtype=torch.int64)
     for _ in range(LLOYD):
-        numbers = (rows[:, None] - centres[None]).square().sum(-1).argmin(1)
+        numbers = torch.cdist(rows, centres).argmin(1)
         present = numbers.bincount(minlength=components)[:, None]
         sums = torch.zeros_like(centres).index_add_(0, numbers, rows)
         centres = torch.where(present > 0, sums / present.clamp(min=1), centres)

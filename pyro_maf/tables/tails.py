@@ -16,15 +16,20 @@ __all__ = ["Units", "units_of"]
 
 GRID = torch.tensor([0, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1, 3 / 2, 2], dtype=torch.float64)
 """Weights, inverse degrees of freedom of Student's t, from normal to heavier than Cauchy."""
-SIZES = torch.linspace(-1.2, 1.2, 13, dtype=torch.float64).exp()
-"""Scales of a side, in units of that of a normal distribution of the same median distance."""
+SIZES = torch.linspace(-3.0, 1.2, 22, dtype=torch.float64).exp()
+"""Scales of a side, in units of that of a normal distribution of the same quantile."""
 MEAN_WEIGHT = 1 / 8
 """Mean of the exponential prior of a weight: what few rows come to, of which 1,000 normal ones say 0."""
 LEAST = 3 / 16
 """Weight, five degrees of freedom, from which a tail is heavy: one normal column of 100 rows in 30 has it, none of 200;
 with two degrees of freedom 7 in 10 of 100 rows do, 97 in 100 of 200. A spline fits lighter tails as they are."""
+BEGINNINGS = (0.5, 0.75, 0.875)
+"""Parts of a side beyond which its tail is looked at: the half, and then what is further out."""
+LIGHTER = 2.0
+"""Nats by which a further part is likelier with no tail than with the least heavy one, where the half only seems to have
+one: of clusters that lie beyond others they are tens, of Student's t, Pareto and log-normal columns less than 1.5."""
 FARTHEST = 0.01
-"""Part of the outer half of a side, and one row at least, that counts as being further out than all others, however
+"""Part of the rows beyond, and one row at least, that counts as being further out than all others, however
 far: an error among the rows says nothing of the others."""
 REACH, NORMAL_REACH = 1000.0, 10.0
 """A tail that is not heeded may be so long, in standard deviations; of one that is, no value is so far out."""
@@ -102,7 +107,8 @@ def units_of(moments: Moments, table: Tensor, weights: Tensor | None = None) -> 
 
     The outer half of the rows on either side of the median are taken to follow y = median + s x sqrt((exp(w x^2) - 1) /
     (w x^2)) for a normal x, as in `Tails`; the weight of that side is the mean of w over its likelihood, with s at its
-    maximum, and an exponential prior. A column with a weight above 3 / 16 on either side has units of its median and
+    maximum, and an exponential prior. It is 0 if the outer quarter or eighth is likelier without a tail, as where rows
+    form clusters. A column with a weight above 3 / 16 on either side has units of its median and
     quartiles and weights of both tails, so that it looks normal to a model; any other has its moments.
 
     Columns that are heavy-tailed each may be linear in one another, and long-tailed together, as neighbours in an
@@ -114,7 +120,7 @@ def units_of(moments: Moments, table: Tensor, weights: Tensor | None = None) -> 
         table: Rows, (N, D), or some of them.
         weights: How often each row counts, (N,); by default once.
 
-    Cost: a sort of each column and some 70,000 logarithms; and, with heavy tails, some 100 matrices of covariance of a
+    Cost: a sort of each column and some 100,000 logarithms; and, with heavy tails, some 100 matrices of covariance of a
     thousand rows, for each column again if these lose by them.
 
     Example:
@@ -201,22 +207,20 @@ def _squared_distance(factor: Tensor, rows: Tensor) -> Tensor:
 
 
 def _weight(apart: Tensor, often: Tensor) -> Tensor:
-    """Weight of the tail of a side: that of the positive distances."""
+    """Weight of the tail of a side, that of the positive distances: 0 if it is lighter further out, as of clusters."""
     apart, often = apart[apart > 0], often[apart > 0]
+    if len(apart) < LEAST_ROWS:
+        return GRID[0]
     order = torch.from_numpy(np.argsort(apart.numpy()))  # in a tenth of torch's time
     apart, often = apart[order], often[order]
-    below = often.cumsum(0)
-    start = int(torch.searchsorted(below, below[-1:] / 2)) if len(below) else 0
-    rows = len(below) - start - 1  # beyond the median distance
-    last = rows - max(1, math.ceil(FARTHEST * rows))
-    if len(below) < LEAST_ROWS:
-        return GRID[0]
-    beyond, counts = apart[start + 1 :] / apart[start], often[start + 1 :]
-    farther = counts[last:].sum()
-    beyond, counts = _thinned(beyond[:last], counts[:last])
-    log_likelihood = _log_likelihood(beyond, counts, farther) - GRID / MEAN_WEIGHT
+    log_likelihood = _log_likelihood(apart, often, BEGINNINGS[0]) - GRID / MEAN_WEIGHT
     likelihood = (log_likelihood - log_likelihood.max()).exp()
-    return torch.trapezoid(GRID * likelihood, GRID) / torch.trapezoid(likelihood, GRID)
+    weight = torch.trapezoid(GRID * likelihood, GRID) / torch.trapezoid(likelihood, GRID)
+    for beginning in BEGINNINGS[1:] if weight > LEAST else ():
+        further = _log_likelihood(apart, often, beginning)
+        if further[0] > further[GRID == LEAST] + LIGHTER:
+            return GRID[0]
+    return weight
 
 
 def _thinned(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,10 +232,19 @@ def _thinned(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     return values[torch.searchsorted(below, levels)], (below[-1] / POINTS).expand(POINTS)
 
 
-def _log_likelihood(beyond: Tensor, counts: Tensor, farther: Tensor) -> Tensor:
-    """Log-likelihood of distances beyond 1, and of some farther than all, for each weight, at the best of scales."""
-    unit = torch.special.ndtri(torch.tensor(0.75, dtype=torch.float64))
-    distance = torch.cat([beyond, beyond.new_ones(1), beyond[-1:]]) * unit / SIZES[:, None]
+def _log_likelihood(apart: Tensor, often: Tensor, beginning: float) -> Tensor:
+    """Log-likelihood of the ordered distances beyond a quantile, for each weight, at the best of scales."""
+    below = often.cumsum(0)
+    start = int(torch.searchsorted(below, beginning * below[-1:]))
+    rows = len(below) - start - 1
+    last = rows - max(1, math.ceil(FARTHEST * rows))
+    if last < 1:
+        return torch.zeros_like(GRID)
+    beyond, counts = apart[start + 1 :] / apart[start], often[start + 1 :]
+    farther = counts[last:].sum()
+    beyond, counts = _thinned(beyond[:last], counts[:last])
+    quantile = torch.special.ndtri(torch.tensor((1 + beginning) / 2, dtype=torch.float64))
+    distance = torch.cat([beyond, beyond.new_ones(1), beyond[-1:]]) * quantile / SIZES[:, None]
     raw = GRID[:, None, None] * distance.square()
     is_normal = raw == 0
     normal = torch.where(is_normal, distance, (raw.log1p() / torch.where(is_normal, 1.0, GRID[:, None, None])).sqrt())
