@@ -26,8 +26,8 @@ with two degrees of freedom 7 in 10 of 100 rows do, 97 in 100 of 200. A spline f
 BEGINNINGS = (0.5, 0.75, 0.875)
 """Parts of a side beyond which its tail is looked at: the half, and then what is further out."""
 LIGHTER = 2.0
-"""Nats by which a further part is likelier with no tail than with the least heavy one, where the half only seems to have
-one: of clusters that lie beyond others they are tens, of Student's t, Pareto and log-normal columns less than 1.5."""
+"""Nats by which a further part is likelier with no tail than with the least heavy one, where only the half seems to have
+one: tens of clusters that lie beyond others, less than 1.5 of Student's t, Pareto and log-normal columns."""
 FARTHEST = 0.01
 """Part of the rows beyond, and one row at least, that counts as being further out than all others, however
 far: an error among the rows says nothing of the others."""
@@ -108,8 +108,8 @@ def units_of(moments: Moments, table: Tensor, weights: Tensor | None = None) -> 
     The outer half of the rows on either side of the median are taken to follow y = median + s x sqrt((exp(w x^2) - 1) /
     (w x^2)) for a normal x, as in `Tails`; the weight of that side is the mean of w over its likelihood, with s at its
     maximum, and an exponential prior. It is 0 if the outer quarter or eighth is likelier without a tail, as where rows
-    form clusters. A column with a weight above 3 / 16 on either side has units of its median and
-    quartiles and weights of both tails, so that it looks normal to a model; any other has its moments.
+    form clusters. A column with a weight above 3 / 16 on either side has units of its median and quartiles and weights
+    of both tails, so that it looks normal to a model; any other has its moments.
 
     Columns that are heavy-tailed each may be linear in one another, and long-tailed together, as neighbours in an
     image, of which some are all edges: curved one by one they are neither. So if a multivariate t of all columns loses
