@@ -26,8 +26,8 @@ with two degrees of freedom 7 in 10 of 100 rows do, 97 in 100 of 200. A spline f
 BEGINNINGS = (0.5, 0.75, 0.875)
 """Parts of a side beyond which its tail is looked at: the half, and then what is further out."""
 LIGHTER = 2.0
-"""Nats by which a further part is likelier with no tail than with the least heavy one, where only the half seems to have
-one: tens of clusters that lie beyond others, less than 1.5 of Student's t, Pareto and log-normal columns."""
+"""Nats by which a further part is likelier with no tail than with the least heavy one, where the half seems to have it:
+tens of clusters that lie beyond others, less than 1.5 of Student's t, Pareto and log-normal columns."""
 FARTHEST = 0.01
 """Part of the rows beyond, and one row at least, that counts as being further out than all others, however
 far: an error among the rows says nothing of the others."""
