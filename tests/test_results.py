@@ -54,6 +54,16 @@ def given() -> Any:
     return fit(ConditionalMAF(1, 2, num_layers=1), FRAME[["a"]], context=FRAME[["b", "c"]], **QUICK)
 
 
+def test_a_context_may_be_among_the_columns_of_data(given: Any, tmp_path: Path) -> None:
+    model = ConditionalMAF(1, 2, num_layers=1)
+    again = fit(model, FRAME[["a"]], context=FRAME[["b", "c"]], validation=FRAME[["c", "b", "a"]], **QUICK)
+    assert np.allclose(again.validation_rows.context, FRAME[["b", "c"]])
+    assert torch.equal(given.score(FRAME), given.score(FRAME, FRAME))
+    write_report(tmp_path / "report.html", given, FRAME, progress=False)
+    with pytest.raises(ValueError, match="write_report expected context in the order of the data"):
+        write_report(tmp_path / "report.html", given, FRAME, context=FRAME[::-1], progress=False)
+
+
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 def test_score_and_log_prob_take_what_fit_took(result: Any, form: Callable[[Any], Any]) -> None:
     rows = form(FRAME[["a", "b"]])

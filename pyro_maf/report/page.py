@@ -90,7 +90,7 @@ def write_report(
             columns with names are matched by name, and those without are x1, x2 and so on. A `np.memmap` is read in
             blocks. Or a table of `read_table` with its context: then the page has the name of the table in its title,
             and rows by their numbers in the file.
-        context: Rows (N, C) of the same kinds, if the density takes a context.
+        context: Rows (N, C) of the same kinds, if the density takes a context and `data` has not its columns too.
         weights: How often each row counts, as in `fit`: in the mean log-likelihood, the calibration and the pictures.
         command: The command of the fit, to show.
         progress: A bar on stderr: True on a terminal or in a notebook, False never, "always" in any case.

@@ -24,4 +24,4 @@ def rows_of(
     """
     if is_mapped(data):
         return MappedRows(data, context, reader, weights)
-    return reader.read(data, context, weights=weights)
+    return reader.read(data, context, weights)

@@ -109,7 +109,7 @@ class MappedRows:
         at = index if isinstance(index, slice) else index.numpy()
         context, weights = (None if part is None else part_of(part, at) for part in (self.context, self.weights))
         try:
-            return self._reader.read(part_of(self.data, at), context, places, weights)
+            return self._reader.at(places).read(part_of(self.data, at), context, weights)
         finally:
             for table in (self.data, self.context, self.weights):
                 _release(table)
@@ -207,7 +207,7 @@ class MappedRows:
         aside = self._choice.mask(start, rows)
         if self._density is not None:
             rows = rows.rounded_for(self._density)
-            self._reader.check_rounded(rows, self._density, range(start, start + self.block))
+            self._reader.at(range(start, start + self.block)).check_rounded(rows, self._density)
         rows = rows.take(~aside)
         if rows.weights is None:
             return rows

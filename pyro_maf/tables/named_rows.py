@@ -146,21 +146,26 @@ class NamedRows(NamedTuple):
 
 
 def named_rows(
-    who: str, data: TableLike | Table, context: TableLike | None, weights: str | TableLike | None = None
+    who: str,
+    data: TableLike | Table,
+    context: TableLike | None,
+    weights: str | TableLike | None = None,
+    role: str = "",
 ) -> NamedRows:
     """Return the rows of a `Table`, which has a context and names, or of other data and context.
 
-    Weights may be the name of the column of data that holds them, which is then none of the data.
+    Weights may be the name of the column of data that holds them, which is then none of the data. Messages are of
+    data, context and weights of a role, "validation " or none.
 
     Raises:
         ValueError: For a context or weights beside a `Table` that has its own, for a name that no column has, and for
             columns of the same name.
     """
     if not isinstance(data, Table):
-        _check_differ(who, "data", data)
-        _check_differ(who, "context", context)
+        _check_differ(who, f"{role}data", data)
+        _check_differ(who, f"{role}context", context)
         if isinstance(weights, str):
-            data, weights = _without_column(who, data, weights)
+            data, weights = _without_column(who, f"{role}weights", data, weights)
         layout = Layout.of(data)
         if layout.form == "frame":
             kinds = data.dtypes if is_frame(data) else [cast("Series[Any]", data).dtype]
@@ -184,13 +189,13 @@ def named_rows(
     return NamedRows(data.data, data.context, labels, context_labels, weights, data.layout, data.context_layout)
 
 
-def _without_column(who: str, value: TableLike, name: str) -> tuple[TableLike, TableLike]:
+def _without_column(who: str, option: str, value: TableLike, name: str) -> tuple[TableLike, TableLike]:
     """Split a table with names into the other columns or entries and that of weights."""
     names = Layout.of(value).names
     wanted = next((each for each in names if str(each) == name), None)
     if wanted is None or len(names) < 2:
         named = f"columns {listed_names(names)}" if names else "columns without names"
-        raise ValueError(f"{who} expected weights as one of several columns or as an array, got {name!r} of {named}.")
+        raise ValueError(f"{who} expected {option} as one of several columns or as an array, got {name!r} of {named}.")
     if isinstance(value, Mapping):
         return {each: entry for each, entry in value.items() if each != wanted}, value[wanted]
     frame = cast("DataFrame", value)

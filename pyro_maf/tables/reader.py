@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -70,6 +70,7 @@ class Reader:
         context_shape: Shape of one row of context, if that is no table: its entries are no columns, of which each has
             to vary and units of its own, but one array, such as an image.
         role: "" or "validation ", the prefix of "data" and "context" in errors.
+        places: Indices in their table of the rows that are read, if they are some of it.
     """
 
     who: str
@@ -82,22 +83,19 @@ class Reader:
     support: Support | None = None
     role: str = ""
     context_shape: tuple[int, ...] = ()
+    places: Sequence[int] | None = None
 
     @property
     def context_columns(self) -> int:
         """Number of columns of a context that is a table; 0 for another."""
         return 0 if len(self.context_shape) > 1 else self.context_width
 
-    def read(
-        self,
-        data: TableLike,
-        context: TableLike | None,
-        places: Sequence[int] | None = None,
-        weights: TableLike | None = None,
-    ) -> Rows:
-        """Convert rows to tensors on the CPU, of float32 if that is exact and otherwise of float64, as weights are.
+    def at(self, places: Sequence[int] | None) -> Reader:
+        """The reader of some rows of the table, at these indices."""
+        return replace(self, places=places)
 
-        Some rows of a table are named by their `places` in it, from 0; without, rows are all.
+    def read(self, data: TableLike, context: TableLike | None, weights: TableLike | None = None) -> Rows:
+        """Convert rows to tensors on the CPU, of float32 if that is exact and otherwise of float64, as weights are.
 
         Raises:
             InputError: For values that are not finite or not inside the support, and for negative weights.
@@ -106,15 +104,15 @@ class Reader:
         """
         size, context_size = self.sizes
         table = self._table("data", data, self.width, size)
-        self._check_finite("data", table, self.labels, places)
-        self._check_inside(table, places)
+        self._check_finite("data", table, self.labels)
+        self._check_inside(table)
         more = f" ({context_size})" if context_size else ""
         check_context(self.who, f"{self.role}context", context, self.context_width, refused=self.refused, more=more)
-        often = None if weights is None else self._weights(weights, len(table), places)
+        often = None if weights is None else self._weights(weights, len(table))
         if context is None:
             return Rows(table, None, often)
         context_table = self._table("context", context, self.context_width, context_size, self.context_shape)
-        self._check_finite("context", context_table, self.context_labels, places)
+        self._check_finite("context", context_table, self.context_labels)
         self.check_paired(data, context)
         return Rows(table, context_table, often)
 
@@ -151,12 +149,11 @@ class Reader:
                 column=same[0],
             )
 
-    def check_rounded(self, rows: Rows, density: Standardiser, places: Sequence[int] | None = None) -> None:
+    def check_rounded(self, rows: Rows, density: Standardiser) -> None:
         """Refuse outliers so far out that they are infinite in the units of a density and the dtype of its model."""
-        self._check_finite("data", density.standardised(rows.data), self.labels, places)
+        self._check_finite("data", density.standardised(rows.data), self.labels)
         if rows.context is not None:
-            standard = density.standardised_context(rows.context)
-            self._check_finite("context", standard, self.context_labels, places)
+            self._check_finite("context", density.standardised_context(rows.context), self.context_labels)
 
     def _table(self, name: str, value: TableLike, width: int, size: str, shape: tuple[int, ...] = ()) -> Tensor:
         name = f"{self.role}{name}"
@@ -166,7 +163,7 @@ class Reader:
             raise ValueError(f"{self.who} expected {name} with rows in it, got shape {tuple(table.shape)}.")
         return table.to(torch.float32 if table.dtype in IN_FLOAT32 else torch.float64)
 
-    def _weights(self, weights: TableLike, rows: int, places: Sequence[int] | None) -> Tensor:
+    def _weights(self, weights: TableLike, rows: int) -> Tensor:
         table = numbers(self.who, f"{self.role}weights", weights).double()
         table = table[:, 0] if table.dim() == 2 and table.shape[1] == 1 else table
         if table.shape != (rows,):
@@ -177,50 +174,58 @@ class Reader:
         if not (wrong := ~((table >= 0) & table.isfinite())).any():
             return table
         row = int(wrong.nonzero()[0])
-        place = _place(row, places)
+        place = self._place(row)
         raise InputError(
             f"{self.who} expected finite {self.role}weights of at least 0, got {table[row].item()} in "
-            f"{self.labels.row(place)}{_tally(wrong, places, 'rows have such weights')}: a weight says how often its "
+            f"{self.labels.row(place)}{self._tally(wrong, 'rows have such weights')}: a weight says how often its "
             "row counts, so fill it in, or drop the row.",
             row=place,
         )
 
-    def _check_finite(self, name: str, table: Tensor, labels: Labels, places: Sequence[int] | None) -> None:
+    def _check_finite(self, name: str, table: Tensor, labels: Labels) -> None:
         wrong = ~table.isfinite()
         if not wrong.any():
             return
         row, column = wrong.nonzero()[0].tolist()
-        place = _place(row, places)
+        place = self._place(row)
         raise InputError(
             f"{self.who} expected finite {self.role}{name}, got {table[row, column].item()} in {labels.row(place)}, "
-            f"{labels.column(column)}{_tally(wrong.any(1), places, 'rows have such values')}: "
+            f"{labels.column(column)}{self._tally(wrong.any(1), 'rows have such values')}: "
             "drop those rows or fill them in.",
             row=place,
             column=column,
         )
 
-    def _check_inside(self, table: Tensor, places: Sequence[int] | None) -> None:
+    def _check_inside(self, table: Tensor) -> None:
         support = self.support
         if support is None or not (outside := support.outside(table)).any():
             return
         wrong = support.outside_by_column(table)
         is_sum = not wrong.any()
         row, column = (int(outside.nonzero()[0]), 0) if is_sum else wrong.nonzero()[0].tolist()
-        place = _place(row, places)
+        place = self._place(row)
         who = f"{self.who} expected {self.role}data of"
         if is_sum:
             raise InputError(
                 f"{who} rows that sum to 1 (support simplex), got {table[row].sum().item():.7g} in "
-                f"{self.labels.row(place)}{_tally(outside, places, 'rows do not')}: divide each row by its sum.",
+                f"{self.labels.row(place)}{self._tally(outside, 'rows do not')}: divide each row by its sum.",
                 row=place,
             )
         raise InputError(
             f"{who} {support.values_of(column)} in {self.labels.column(column)} (support {support.name_of(column)}), "
             f"got {table[row, column].item()} in {self.labels.row(place)}"
-            f"{_tally(outside, places, 'rows are not inside')}: move those rows inside or choose another support.",
+            f"{self._tally(outside, 'rows are not inside')}: move those rows inside or choose another support.",
             row=place,
             column=column,
         )
+
+    def _place(self, row: int) -> int:
+        """Index in the table of one of the rows."""
+        return row if self.places is None else int(self.places[row])
+
+    def _tally(self, wrong: Tensor, what: str) -> str:
+        """Count the rows in words, if they are all of the table."""
+        return "" if self.places is not None else f" ({int(wrong.sum())} of {len(wrong)} {what})"
 
 
 def check_paired(who: str, name: str, rows: TableLike, context_name: str, context: TableLike) -> None:
@@ -275,13 +280,3 @@ def table_of(
         expected = ", ".join(map(str, ("rows", *(shape or [width]))))
         raise ValueError(f"{who} expected {name} of shape ({expected}), {about}, got {got}.")
     return table
-
-
-def _place(row: int, places: Sequence[int] | None) -> int:
-    """Number of a row in the table, for one of some of its rows."""
-    return row if places is None else int(places[row])
-
-
-def _tally(wrong: Tensor, places: Sequence[int] | None, what: str) -> str:
-    """Count the rows in words, if they are all of the table."""
-    return "" if places is not None else f" ({int(wrong.sum())} of {len(wrong)} {what})"

@@ -125,9 +125,10 @@ def fit(
             by name of column or entry, {"income": "positive", "age": (0, 120)}, where others are real. By
             default "real" or that of a `FlowPrior`.
         validation: The fraction of the rows to hold out at random for validation, between 0 and 1, by default 0.1;
-            or rows like `data`; or a tuple (data, context) of such for a model with a context, whose columns are
-            matched by name if they have names; or (data, context, weights), with None for what there is not. A fraction
-            is of distinct rows: all copies of a row, with its context, are for training, or all are for validation.
+            or rows like `data`, whose columns are matched by name if they have names; or a tuple (data, context) of
+            such for a model with a context, unless data has its columns too; or (data, context, weights), with None for
+            what there is not. A fraction is of distinct rows: all copies of a row, with its context, are for training,
+            or all are for validation.
         test: The fraction of the rows to hold out for the test log-likelihood, `FitResult.test`: they choose nothing,
             neither weights nor epoch nor units. By default, from 1,000 rows of data on, as many as for validation, and
             at most half of the rest; none of fewer rows, and none if `validation` is rows, as whoever divides the data

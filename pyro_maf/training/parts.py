@@ -31,7 +31,7 @@ class Aside(NamedTuple):
     def rounded_for(self, prior: FlowPrior | TableDensity, reader: Reader) -> Aside:
         """The rows in the dtypes of a density, and checked for them."""
         rows = self.rows.rounded_for(prior)
-        reader.check_rounded(rows, prior, None if self.places is None else self.places.tolist())
+        reader.at(None if self.places is None else self.places.tolist()).check_rounded(rows, prior)
         return self._replace(rows=rows)
 
     def normalised(self) -> Aside:

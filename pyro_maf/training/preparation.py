@@ -274,9 +274,10 @@ def _validation(
     often = cast("str | TableLike | None", parts[2] if len(parts) == 3 else None)
     if isinstance(weights, str) and often is None and not isinstance(data, Table):
         often = weights
-    rows = named_rows("fit", data, context, often).as_in("fit", source.layout, source.context_layout, "validation ")
-    reader = _reader(choice, rows, "validation ")
-    read = reader.read(rows.data, rows.context, weights=rows.weights)
+    role = "validation "
+    rows = named_rows("fit", data, context, often, role).as_in("fit", source.layout, source.context_layout, role)
+    reader = _reader(choice, rows, role)
+    read = reader.read(rows.data, rows.context, rows.weights)
     if read.weights is not None:
         reader.check_some_weight(float(read.weights.sum()))
     return 0.0, (read, reader)
