@@ -27,6 +27,7 @@ from pyro_maf.distributions.steps import POINTS, Steps
 from pyro_maf.report import write_report
 from pyro_maf.support import Support
 from pyro_maf.tables import Rows, disk
+from pyro_maf.tables.categories import coded
 from pyro_maf.tables.grid import grid_of
 from pyro_maf.training.kinds import few_values, grids_of
 from tests.fits import mean_log_prob, same, seeded, weights
@@ -188,6 +189,12 @@ def test_a_missing_value_gives_nan_and_no_gradient_of_nan() -> None:
     assert scores.isnan().tolist() == [True, True, False, False]
     scores[2:3].sum().backward()
     assert all(weight.grad is None or weight.grad.isfinite().all() for weight in density.parameters())
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), np.nan, pd.NaT, pd.NA])
+def test_any_missing_value_among_categories_is_one(missing: Any) -> None:
+    codes = coded(pd.Series([np.str_("a"), missing, 2.5, np.float64(2.5), "z"], dtype=object), ("a", 2.5))
+    np.testing.assert_array_equal(codes, [0, np.nan, 1, 1, -1])
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (0,), (2, 3)])

@@ -101,11 +101,18 @@ def coded(values: object, categories: Sequence[Hashable]) -> NDArray[np.float32]
         [1.0, -1.0, nan]
     """
     number = {category: index for index, category in enumerate(categories)}
-    codes = [
-        np.nan if value is None or value != value else number.get(value, number.get(label_of(value), -1))
-        for value in np.asarray(values, dtype=object).tolist()
-    ]
-    return np.array(codes, np.float32)
+    each = np.asarray(values, dtype=object).tolist()
+    codes = {
+        value: np.nan if _is_missing(value) else number.get(value, number.get(label_of(value), -1))
+        for value in set(each)
+    }
+    return np.array([codes[value] for value in each], np.float32)
+
+
+def _is_missing(value: object) -> bool:
+    """True for None, NaN, and NA of pandas, of which it is missing too whether it equals itself."""
+    is_itself = value == value
+    return value is None or not (isinstance(is_itself, (bool, np.bool_)) and is_itself)
 
 
 def one_hot(
