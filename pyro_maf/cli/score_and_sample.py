@@ -260,13 +260,8 @@ def _arrow_type(categories: Categories, dtype: str, number: pyarrow.DataType) ->
 
     if categories is None:
         return pyarrow.int64() if dtype.lower().startswith(("int", "uint")) else number
-    kinds: tuple[tuple[type, pyarrow.DataType], ...] = (
-        (bool, pyarrow.bool_()),
-        (int, pyarrow.int64()),
-        (float, pyarrow.float64()),
-    )
-    fitting = (kind for form, kind in kinds if all(type(each) is form for each in categories))
-    return next(fitting, pyarrow.string())
+    types = {type(each) for each in categories}
+    return pyarrow.array(categories).type if types in ({bool}, {int}, {float}) else pyarrow.string()
 
 
 def _arrow_column(column: NDArray[np.floating], categories: Categories, kind: pyarrow.DataType) -> pyarrow.Array:

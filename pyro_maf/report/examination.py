@@ -293,14 +293,9 @@ class _Scorer:
         with seeded(SEED, self.like.device):
             for rows in self.blocks(index):
                 data, context, _ = rows.to(self.like.device)
-                if context is None:
-                    samples = self.prior.sample((len(data),))
-                    log_prob = self.prior.log_prob(samples)
-                else:
-                    at = cast("ConditionalDensity", self.density).condition(context)
-                    samples = at.sample()
-                    log_prob = at.log_prob(samples)
-                parts.append((samples.double().cpu(), log_prob.double().cpu()))
+                at = self.prior if context is None else cast("ConditionalDensity", self.density).condition(context)
+                samples = at.sample((len(data),) if context is None else ())
+                parts.append((samples.double().cpu(), at.log_prob(samples).double().cpu()))
         samples, log_prob = map(torch.cat, zip(*parts, strict=True))
         finite = samples.isfinite().all(-1)
         return samples[finite], log_prob[finite]

@@ -134,12 +134,11 @@ class Layout(NamedTuple):
     @property
     def encoded_labels(self) -> list[str]:
         """A name for each number of a row that `coded` encodes."""
-        if not (self.one_hot and self.in_categories):
+        if not self.one_hot:
             return self.labels
-        pairs = zip(self.labels, self.categories, strict=True)
         return [
             label
-            for name, among in pairs
+            for name, among in self.columns
             for label in ([name] if among is None else [f"{name}={each}" for each in among])
         ]
 

@@ -15,7 +15,7 @@ import sys
 import warnings
 import zipfile
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -238,7 +238,10 @@ class CsvSource(Source):
         """Error for the first row whose number of cells is not that of the columns; None if there is none."""
         try:
             with open(self.path, encoding="utf-8-sig", newline="") as file:
-                for number, row in enumerate(self._rows(file), 1):
+                rows = csv.reader(file, delimiter=self._delimiter)
+                # Without empty lines, as pyarrow does.
+                data = filter(None, itertools.islice(rows, self._rows_above, None))
+                for number, row in enumerate(data, 1):
                     if len(row) != len(self.names):
                         return InputError(
                             f"read_table found {self.label} ragged: data row {number} (counted from 1) has {len(row)} "
@@ -248,11 +251,6 @@ class CsvSource(Source):
         except (UnicodeDecodeError, csv.Error) as error:
             return self._no_text(error)
         return None
-
-    def _rows(self, file: Iterable[str]) -> Iterator[list[str]]:
-        """Iterate over the rows of data, without empty lines, as pyarrow does."""
-        rows = csv.reader(file, delimiter=self._delimiter)
-        return filter(None, itertools.islice(rows, self._rows_above, None))
 
     def _no_text(self, error: Exception) -> ValueError:
         advice = " encoding= or --encoding reads text of another encoding." if isinstance(error, UnicodeError) else ""
