@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_maf._core.memory_pool import empty
 from pyro_maf._core.optimization import Adam, WeightAverage
 from pyro_maf._core.torch_state import count_change, uncounted_changes
 from pyro_maf.sweep.function import Run, add_up
 from pyro_maf.sweep.kernels import loaded
 from pyro_maf.sweep.layout import LANES, Array
-from pyro_maf.sweep.threads import in_parts, most_threads
+from pyro_maf.sweep.threads import in_parts
 
 __all__ = ["Descent"]
 
@@ -22,8 +23,6 @@ TAPE = 2**20
 """Bytes of a tape that stay in the processor's cache between the walk forward and the walk back."""
 PASSES = 3
 """Products with each weight: forward, back to its inputs, and for its gradient."""
-MOST_SIZES = 4
-"""Number of sizes of batches for which memory is held."""
 
 
 class Descent:
@@ -43,11 +42,7 @@ class Descent:
         self._run, self._weights = run, weights
         self._flat = weights.numpy()
         self._packed: tuple[list[int], tuple[Array, Array]] | None = None
-        self._rooms: dict[tuple[int, int, int], _Room] = {}
         self._parts: list[tuple[Array, Array]] = []
-        # Memory for gradients: what the last call took, and what it left.
-        self._used: list[tuple[Array, Array]] = []
-        self._idle: list[tuple[Array, Array]] = []
 
     def differentiate(self, v: Tensor, context: Tensor | None, constant: float, factors: Tensor) -> float | None:
         """The sum of log-densities, those of `Run.log_density`, with these factors; its gradient stays here.
@@ -69,25 +64,27 @@ class Descent:
         chunk, nothing = program.chunk_of(count), values[:, :0]
 
         def walk(first: int, end: int) -> tuple[float, tuple[Array, Array]]:
-            room, total = self._room(first, end, chunk, v), 0.0
             try:
-                gradients = self._idle.pop()  # atomic: another thread gets another
+                gradients = idle.pop()  # atomic: another thread gets another
             except IndexError:
                 gradients = program.room_for_gradients(v)
-            for start in range(first, end, room.points):
-                here = slice(start, min(start + room.points, end))
-                x, size = values[here], (program.rows, 0, here.stop - start)
-                w, density = room.noise[: size[2]], room.density[: size[2]]
-                kernels.forward(program.tables, pack, (x, contexts[here]), *size, constant, room.tape, (w, density))
+            rows, total = program.rows, 0.0
+            chunks = min(-(-(end - first) // chunk), max(1, TAPE // (rows * chunk * v.element_size())))
+            tape = empty(chunks * rows * chunk, v).numpy().reshape(-1, chunk)
+            noise, densities = np.empty((chunks * chunk, program.dim), tape.dtype), np.empty(chunks * chunk, tape.dtype)
+            for start in range(first, end, len(noise)):
+                here = slice(start, min(start + len(noise), end))
+                size = rows, 0, here.stop - start
+                x, w, density = (values[here], contexts[here]), noise[: size[2]], densities[: size[2]]
+                kernels.forward(program.tables, pack, x, *size, constant, tape, (w, density))
                 total += float(of_each[here] @ density)
                 grads = (w, of_each[here]), True, (nothing, nothing), gradients
-                kernels.backward(program.tables, pack[0], *size, room.tape, *grads, program.every_matrix, start > first)
+                kernels.backward(program.tables, pack[0], *size, tape, *grads, program.every_matrix, start > first)
             return total, gradients
 
-        self._idle += self._used
+        idle, self._parts = self._parts, []
         parts = in_parts(walk, count, chunk, PASSES * program.work)
-        self._used = [gradients for _, gradients in parts]
-        self._parts = list(self._used)
+        self._parts = [gradients for _, gradients in parts]
         return sum(total for total, _ in parts)
 
     def packed_gradient(self) -> list[Tensor]:
@@ -129,37 +126,6 @@ class Descent:
             pack = self._run.program.pack(self._run.tensors)
             self._packed = marks, (pack.weights, pack.biases)
         return self._packed[1]
-
-    def _room(self, first: int, end: int, chunk: int, like: Tensor) -> _Room:
-        """Memory for points `first` .. `end` - 1."""
-        if (room := self._rooms.get((first, end, chunk))) is None:
-            if len(self._rooms) >= MOST_SIZES * most_threads():
-                self._rooms.clear()
-            room = self._rooms[first, end, chunk] = _Room.of(self._run, end - first, chunk, like)
-        return room
-
-
-class _Room(NamedTuple):
-    """Memory for points that a thread takes.
-
-    Attributes:
-        points: Number of points that go forward and back together.
-        tape: Their tape.
-        noise, density: Noise and log-densities.
-    """
-
-    points: int
-    tape: Array
-    noise: Array
-    density: Array
-
-    @classmethod
-    def of(cls, run: Run, points: int, chunk: int, like: Tensor) -> _Room:
-        """Memory with arbitrary entries for so many points, in chunks of this length."""
-        program = run.program
-        chunks = min(-(-points // chunk), max(1, TAPE // (program.rows * chunk * like.element_size())))
-        sizes = (chunks * program.rows, chunk), (chunks * chunk, program.dim), (chunks * chunk,)
-        return cls(chunks * chunk, *[like.new_empty(size).numpy() for size in sizes])
 
 
 _version = operator.attrgetter("_version")
