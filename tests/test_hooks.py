@@ -165,6 +165,13 @@ def test_hooks_of_the_network_itself_run(name: str) -> None:
     assert torch.allclose(layer(x), before)
 
 
+@pytest.mark.parametrize("change", [parametrizations.weight_norm, old_weight_norm, pruned, own_forward, IN_THE_CALL[2]])
+def test_heads_of_outputs_are_as_other_layers(change: Callable[[Any], Any]) -> None:
+    layer = at_context(build("MaskedAutoregressive of rank 3", NETWORK, double, "cpu"))
+    change(layer.made.head)
+    assert_as_by_calls(layer)
+
+
 @pytest.mark.parametrize("name", NAMES[:2])
 def test_hooks_on_gradients_run(name: str) -> None:
     layer = at_context(build(name, NETWORK, double, "cpu"))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_maf._core.torch_state import Snapshot
+from pyro_maf.nn.layers import BlockLinear
 
 __all__ = ["Cache", "caching_is_possible"]
 
@@ -166,7 +167,7 @@ def _parts(module: nn.Module) -> tuple[list[object], list[Tensor]]:
             tensors += buffers.values()
         if children := state["_modules"]:
             members += children.values()
-        elif len(parameters) < 2 and isinstance(member, nn.Linear):
+        elif len(parameters) < 2 and isinstance(member, (nn.Linear, BlockLinear)):
             for name in {"weight", "bias"} - parameters.keys():
                 # A tensor in place of a parameter; or a property that is drawn at each access and never the same again.
                 replaced = state.get(name)

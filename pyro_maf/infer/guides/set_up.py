@@ -302,7 +302,8 @@ class GuideSetUp(GuideDensity):
                 module.temper()
                 if isinstance(start, WideNormal) and count == size:
                     # Shifts and scales of the head do the same, and errors of thousands of such numbers add up.
-                    cast("nn.Linear", module.layers[-1]).bias.requires_grad_(False)
+                    last = getattr(module, "head", None) or module.layers[-1]
+                    cast("nn.Linear", last).bias.requires_grad_(False)
         return stack
 
     def _variables(self) -> list[int]:
