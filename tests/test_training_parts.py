@@ -82,6 +82,17 @@ def test_when_there_is_a_test_part() -> None:
     assert torch.equal(prior.loc, whole.density.loc)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("seed", [3, 5, 11])
+def test_a_flow_of_few_rows_has_rows_enough_to_end_by(seed: int) -> None:
+    """Two validation rows of 24 took epochs whose scales are far too small for new rows: 8 to 159 nats behind."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.tensor([[1.0, 0.5, 0.2], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
+    few, new = (torch.randn(count, 3, generator=generator) @ mixing for count in (24, 2000))
+    truth = torch.distributions.MultivariateNormal(torch.zeros(3), mixing.T @ mixing).log_prob(new).mean()
+    result = fit(MAF(3, seed=seed), few, seed=seed, progress=False)
+    assert (truth - result.score(new).mean()).item() < 1
+
+
 def test_copies_are_in_one_part() -> None:
     draws = rows(500)[torch.randint(500, (2000,), generator=torch.Generator().manual_seed(1))]
     with pytest.warns(UserWarning, match="repeat an earlier one"):

@@ -124,11 +124,12 @@ def fit(
             an `AngleFlow`, and a flow sees them by cosine and sine, the last features of its context; or a dictionary
             by name of column or entry, {"income": "positive", "age": (0, 120)}, where others are real. By
             default "real" or that of a `FlowPrior`.
-        validation: The fraction of the rows to hold out at random for validation, between 0 and 1, by default 0.1;
-            or rows like `data`, whose columns are matched by name if they have names; or a tuple (data, context) of
-            such for a model with a context, unless data has its columns too; or (data, context, weights), with None for
-            what there is not. A fraction is of distinct rows: all copies of a row, with its context, are for training,
-            or all are for validation.
+        validation: The fraction of the rows to hold out at random for validation, between 0 and 1, by default 0.1, or
+            what makes 16 rows but at most a third, unless the fit starts at a mixture; or rows like `data`, whose
+            columns are matched by name if they have names; or a tuple (data, context) of such for a model with a
+            context, unless data has its columns too; or (data, context, weights), with None for what there is not. A
+            fraction is of distinct rows: all copies of a row, with its context, are for training, or all are for
+            validation.
         test: The fraction of the rows to hold out for the test log-likelihood, `FitResult.test`: they choose nothing,
             neither weights nor epoch nor units. By default, from 1,000 rows of data on, as many as for validation, and
             at most half of the rest; none of fewer rows, and none if `validation` is rows, as whoever divides the data

@@ -13,7 +13,9 @@ from pyro_maf.tables.reader import Labels, Reader
 
 __all__ = ["Aside", "divide", "fractions_of", "without_far_rows"]
 
-VALIDATION_FRACTION = 0.1
+VALIDATION_FRACTION, LEAST_VALIDATED, MOST_VALIDATED = 0.1, 16, 1 / 3
+"""Part of the rows for validation; and if that is fewer rows, so many, but at most this part: the epoch that three rows
+say is best may have a scale that is far too small for a fourth, and lose tens of nats by it."""
 LEAST_TESTED = 1000
 """Number of rows from which some are held out for test: a tenth of fewer says little, and training misses them."""
 
@@ -39,13 +41,16 @@ class Aside(NamedTuple):
         return self._replace(rows=self.rows.normalised())
 
 
-def fractions_of(validation: float | None, test: float | None, rows: int) -> tuple[float, float]:
+def fractions_of(
+    validation: float | None, test: float | None, rows: int, *, starts: bool = False
+) -> tuple[float, float]:
     """Fractions of the rows for validation and for test.
 
     Args:
         validation: As in `fit`, 0 if the validation rows are others.
         test: As in `fit`: by default as many as for validation, but at most half of the rest, from 1,000 rows on.
         rows: Number of rows.
+        starts: Whether the fit starts at a mixture, which is the result unless validation rows leave no doubt.
 
     Raises:
         ValueError: For fractions that leave no rows to train with.
@@ -53,8 +58,13 @@ def fractions_of(validation: float | None, test: float | None, rows: int) -> tup
     Example:
         >>> fractions_of(None, None, 999), fractions_of(None, None, 1000), fractions_of(0.5, None, 1000)
         ((0.1, 0.0), (0.1, 0.1), (0.5, 0.25))
+        >>> fractions_of(None, None, 64), fractions_of(None, None, 64, starts=True)
+        ((0.25, 0.0), (0.1, 0.0))
     """
-    fraction = VALIDATION_FRACTION if validation is None else float(validation)
+    if validation is None:
+        most = 0.0 if starts else MOST_VALIDATED * (1 - (test or 0.0))
+        validation = max(VALIDATION_FRACTION, min(LEAST_VALIDATED / rows, most))
+    fraction = float(validation)
     if test is None:
         return fraction, min(fraction, (1 - fraction) / 2) if rows >= LEAST_TESTED else 0.0
     if not (test >= 0 and fraction + test < 1):

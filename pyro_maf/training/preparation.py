@@ -194,7 +194,8 @@ def prepare(
     fraction, separate = _validation(choice, validated, weights)
     reader = _reader(choice, source)
     rows = rows_of(source.data, source.context, reader, source.weights)
-    fractions = fractions_of(fraction, 0.0 if separate and tested is None else tested, len(rows.data))
+    tested = 0.0 if separate and tested is None else tested
+    fractions = fractions_of(fraction, tested, len(rows.data), starts=recipe.starts)
     if isinstance(rows, Rows):
         # A density with units of its own may lack a category of its context here.
         reader.check_training(rows, of_context=not isinstance(model, FITTED))
