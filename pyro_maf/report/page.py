@@ -97,7 +97,7 @@ def write_report(
 
     Cost:
         One `log_prob` a row, up to 10 million values and a random part of the rows beyond that; and for up to 10,000
-        rows a sample, its `log_prob` and the noise. A page is some hundred kilobytes for any number of rows.
+        rows a sample, its `log_prob` and the noise. A page is about a megabyte for any number of rows.
 
     Raises:
         TypeError: For a result that is not from `fit`, or data that are not numeric.
