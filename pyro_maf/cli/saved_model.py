@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from types import NoneType
+from typing import TYPE_CHECKING, cast
 
 import typer
 
@@ -32,7 +33,14 @@ pyro-maf info wine-maf
 ```
 """
 
-JSON: TypeAlias = dict[str, Any]
+KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "float | None": (int, float, NoneType),
+    "list[str]": (list,),
+}
+"""Types of JSON values by the annotations of `Record`."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +161,7 @@ def read_model(path: Path) -> SavedModel:
         raise FileNotFoundError(f"expected a fit's folder or a .safetensors file at {path}, found {found}.")
     with input_errors():
         density = _as_density(load(file), file).eval()
-    is_in_folder = file.name == MODEL
-    facts = _read_json(file.with_name(RECORD)) if is_in_folder else None
-    return SavedModel(density, None if facts is None else _record(facts, file.with_name(RECORD)))
+    return SavedModel(density, _read_record(file.with_name(RECORD)) if file.name == MODEL else None)
 
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
@@ -163,46 +169,21 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
     write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def _read_json(path: Path) -> JSON | None:
-    """Read a JSON file; None if there is none."""
+def _read_record(path: Path) -> Record | None:
+    """The record in a file, or None; entries that are missing, unknown or of another type are refused."""
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CommandError(f"found {path} damaged: {error}.") from None
-    if not isinstance(value, dict):
-        raise CommandError(f"found {path} damaged: it holds no object.")
-    return value
-
-
-def _record(facts: JSON, path: Path) -> Record:
-    """Check and return the record in a file.
-
-    Raises:
-        CommandError: For entries that are missing, unknown or of another type.
-    """
-    try:
-        record = Record(**facts)
-    except TypeError as error:
+        record = Record(**json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError, RecursionError) as error:
         raise CommandError(f"found {path} damaged: {error}.") from None
     for each in fields(Record):
-        value = getattr(record, each.name)
-        if not _is_of(str(each.type), value):
-            raise CommandError(
-                f"found {path} damaged: expected {each.name} of type {each.type}, got {shown(repr(value))}."
-            )
+        value, kind = getattr(record, each.name), str(each.type)
+        texts = value if isinstance(value, list) else []
+        is_right = isinstance(value, KINDS[kind]) and not isinstance(value, bool)
+        if not (is_right and all(isinstance(text, str) for text in texts)):
+            raise CommandError(f"found {path} damaged: expected {each.name} of type {kind}, got {shown(repr(value))}.")
     return record
-
-
-def _is_of(kind: str, value: object) -> bool:
-    """True if a JSON value is of the type of a field of `Record`."""
-    if kind == "list[str]":
-        return isinstance(value, list) and all(isinstance(text, str) for text in value)
-    if kind == "float | None":
-        return value is None or _is_of("float", value)
-    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
-    return isinstance(value, kinds[kind]) and not isinstance(value, bool)
 
 
 def _as_density(model: object, path: Path) -> Density | ConditionalDensity:
