@@ -155,6 +155,9 @@ REGISTRY: dict[str, Builder] = {
     "ConditionalInverseAutoregressive": lambda a: transforms.ConditionalInverseAutoregressive(
         a.input_dim, a.context_dim, **a.layer
     ),
+    "ConditionalInverseAutoregressive of rank 3": lambda a: of_rank(
+        3, transforms.ConditionalInverseAutoregressive(a.input_dim, a.context_dim, univariate="spline", **a.layer)
+    ),
     "ConditionalCoupling": lambda a: transforms.ConditionalCoupling(
         a.input_dim, a.context_dim, mask=a.mask, **a.network
     ),
@@ -163,7 +166,6 @@ REGISTRY: dict[str, Builder] = {
     ),
     "ConditionalMAF": lambda a: ConditionalMAF(a.input_dim, a.context_dim, **a.stack),
     "ConditionalNSF": lambda a: ConditionalNSF(a.input_dim, a.context_dim, **a.stack),
-    "ConditionalNSF of rank 4": lambda a: of_rank(4, ConditionalNSF(a.input_dim, a.context_dim, **a.stack)),
     "ConditionalIAF": lambda a: ConditionalIAF(a.input_dim, a.context_dim, **a.stack),
     "ConditionalRealNVP": lambda a: ConditionalRealNVP(a.input_dim, a.context_dim, networks="separate", **a.stack),
 }

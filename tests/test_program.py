@@ -54,7 +54,7 @@ NAMES = (
     "RealNVP spline",
     "ConditionalNSF",
     "MaskedAutoregressive of rank 3",
-    "ConditionalNSF of rank 4",
+    "ConditionalInverseAutoregressive of rank 3",
 )
 SMALL = Architecture(4, 2, 3, [9, 17], "tanh", "random", 0)
 double = torch.float64
