@@ -90,6 +90,12 @@ def test_verdicts_are_sentences(k_hat: float, ess: float, unscored: int, words: 
     assert (f"{unscored} draws could not be scored" in repr(found)) == (unscored > 0)
 
 
+def test_a_good_verdict_says_that_weights_hardly_differ_only_if_they_do() -> None:
+    found = Diagnosis(k_hat=0.54, ess=800.0, elbo=-1.0, elbo_se=0.1, num_samples=1000, misplaced=0.071)
+    assert found.grade == "good"
+    assert found.verdict.startswith("k-hat 0.54 is usable, and 7.1 % of the probability is misplaced")
+
+
 def test_k_hat_of_weights_that_hardly_differ_is_explained_rather_than_shown() -> None:
     found = Diagnosis(k_hat=1.08, ess=9978.0, elbo=-1.0, elbo_se=0.1, num_samples=10_000, misplaced=0.014)
     assert found.grade == "good"

@@ -21,7 +21,7 @@ from pyro_maf.infer.guides.mixture import FlowMixture, MixturePosterior
 from pyro_maf.infer.models.model import Call
 from pyro_maf.infer.start.initialization import Start, best_start, other_points
 from pyro_maf.infer.start.symmetry import exchanges
-from pyro_maf.transforms import Tails
+from pyro_maf.transforms import Stack, Tails
 from tests.posteriors import GUIDES, SMALL, drawn, same, steps, weights
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -432,3 +432,20 @@ def test_the_distribution_expands() -> None:
     assert draws.shape == (2, 3, 1, 2)
     assert fn.log_prob(draws).shape == (2, 3, 1)
     assert fn.log_prob(torch.zeros(2)).shape == (3, 1)
+
+
+@pytest.mark.parametrize("far", [1e3, 1e16, 1e25])
+def test_a_component_that_is_far_from_a_point_has_no_gradient_there(far: float) -> None:
+    """Neither NaN, as 0 times what overflows: one draw far out in a heavy tail ended a loop of SVI."""
+    normal, heavy = Tails(2, lighter=False), Tails(2)
+    torch.nn.init.constant_(normal.free, -0.5)
+    torch.nn.init.constant_(heavy.free, 0.5)
+    mixture = FlowMixture([Stack([heavy]), Stack([normal])], torch.tensor([0.5, 0.5]))
+    points = torch.tensor([[0.5, -0.5], [far, 0.0]], dtype=torch.float32, requires_grad=True)
+    values = mixture.log_density(points)
+    alone = FlowMixture([Stack([heavy])], torch.tensor([1.0])).log_density(points)
+    assert values[1].item() == pytest.approx(alone[1].item() - math.log(2))
+    values.sum().backward()
+    for tensor in (points, normal.free, heavy.free):
+        assert tensor.grad is not None
+        assert tensor.grad.isfinite().all()

@@ -102,6 +102,23 @@ def test_gradients_in_closed_form_are_those_of_differentiation(
         assert float(closed[1].abs().min()) > 0  # at 0, too, both signs of a weight can be reached
 
 
+@pytest.mark.parametrize("weight", [0.1, -0.1])
+@pytest.mark.parametrize("most_compiled", [0, 4096])
+def test_gradients_are_finite_where_squares_overflow(
+    weight: float, most_compiled: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In single precision, beyond where the map goes on as its tangent."""
+    monkeypatch.setattr("pyro_maf.transforms.tails.MOST_COMPILED", most_compiled)
+    layer = tails(weight, -weight, dim=2).float().to(device)
+    for far, direction in ((1e25, layer.inverse_and_log_det), (1e9, layer.forward_and_log_det)):
+        x = torch.tensor([[far, -far]], device=device, requires_grad=True)
+        y, log_det = direction(x)
+        assert bool(y.isfinite().any())
+        for value in (y[y.isfinite()].sum() / far, log_det.sum()):
+            for gradient in torch.autograd.grad(value, [x, layer.free], retain_graph=True):
+                assert bool(gradient.isfinite().all())
+
+
 def test_a_gradient_through_both_directions_counts_each_once() -> None:
     layer = tails(1.0, 1.0)
     noise = torch.tensor([[4.0]], dtype=torch.float64)

@@ -128,12 +128,12 @@ def _plain(x: Tensor, weights: Tensor, loc: Tensor, scale: Tensor, sign: int) ->
     is_heavy = weight >= 0
     # Not `abs`, whose gradient at 0 is 0.
     size = torch.where(is_heavy, weight, -weight)
-    raw = size * z.square()
-    limit = torch.full_like(raw, math.expm1(LARGEST)).masked_fill(is_heavy, LARGEST)
-    is_inside = ~(raw > limit)  # if NaN too, which passes through
+    limit = torch.full_like(z, math.expm1(LARGEST)).masked_fill(is_heavy, LARGEST)
+    is_inside = ~(size.detach() * z.detach().square() > limit)  # if NaN too, which passes through
     edge = torch.copysign((limit / torch.where(is_inside, 1.0, size)).sqrt(), z)
     inner = torch.where(is_inside, z, edge)
-    raw = torch.where(is_inside, raw, limit)
+    # Squares of what is inside only: the gradient of others, which may overflow, would be 0 times infinity.
+    raw = torch.where(is_inside, size * torch.where(is_inside, z, 0.0).square(), limit)
     exponent = torch.where(is_heavy, raw, torch.log1p(torch.where(is_heavy, 0.0, raw)))
     half = 0.5 * _log_ratio(exponent)
     log_derivative = torch.where(is_heavy, exponent - half, half - exponent)

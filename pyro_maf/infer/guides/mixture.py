@@ -30,6 +30,8 @@ Shape = torch.Size | list[int] | tuple[int, ...]
 ROUNDS = 100
 """Maximum number of iterations of expectation maximisation, each of which costs a product of (draws, components)."""
 SETTLED = 1e-5
+FAR = 1e6
+"""Log-density below that of another component, in nats, from which on a component is left out: a share of 0 exactly."""
 
 
 class FlowMixture(nn.Module):
@@ -100,6 +102,8 @@ class FlowMixture(nn.Module):
         covered = self.covered
         rows = latent.reshape(-1, self.input_dim)
         logs = torch.stack([self._log_density_of(index, rows) + math.log(share) for index, share in covered.items()])
+        if logs.requires_grad and not is_traced():
+            logs = self._of_near_rows(rows, logs)
         return logs.logsumexp(0).reshape(latent.shape[:-1])
 
     @torch.no_grad()
@@ -149,6 +153,21 @@ class FlowMixture(nn.Module):
             order.append(rows)
             pieces.append(self._component(index).forward_and_log_det(noise[rows])[0])
         return torch.cat(pieces)[torch.cat(order).argsort()]
+
+    def _of_near_rows(self, rows: Tensor, logs: Tensor) -> Tensor:
+        """The same log-densities, (components, rows), without a graph of components where they weigh nothing at all.
+
+        The gradient of what overflows there, as z^3 of tails does, would be 0 times infinity.
+        """
+        values = logs.detach()
+        is_near = values >= values.amax(0) - FAR
+        if bool(is_near.all()):
+            return logs
+        pieces = []
+        for each, (index, share), near in zip(values, self.covered.items(), is_near, strict=True):
+            of_near = self._log_density_of(index, rows[near]) + math.log(share)
+            pieces.append(each.masked_scatter(near, of_near))
+        return torch.stack(pieces)
 
     def _log_density_of(self, index: int, latent: Tensor) -> Tensor:
         noise, log_det = self._component(index).inverse_and_log_det(latent)

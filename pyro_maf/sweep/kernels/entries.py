@@ -280,13 +280,15 @@ def bend(
             y[b, i] = loc[i] + unit * moved
             total += log_derivative
             if partials.shape[1] > 0:
+                # Outside, the exponent is constant; and squares of what is there may overflow.
                 share = 0.0 if outside else 1.0 if weight >= 0 else math.exp(-exponent)
+                square = 0.0 if outside else z * z
                 by_log = (1 - slope) * share
                 by_size = (growth - derivative) * edge / (2 * size) if outside else 0.0
                 partials[0, b, i] = derivative
                 partials[1, b, i] = 2 * weight * z * by_log / unit
-                partials[2, b, i] = unit * (moved * slope * share * z * z - side * by_size)
-                partials[3, b, i] = z * z * by_log
+                partials[2, b, i] = unit * (moved * slope * share * square - side * by_size)
+                partials[3, b, i] = square * by_log
         log_det[b] = total
 
 
