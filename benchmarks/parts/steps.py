@@ -19,7 +19,20 @@ from pyro_maf.infer import TracePath_ELBO
 SEEDS = 100
 REPETITIONS = 300
 WARM_UP = 20
-OBJECTIVES = {"Trace_ELBO": Trace_ELBO, "TracePath_ELBO": TracePath_ELBO}
+
+
+class DensityELBO(Trace_ELBO):
+    """`Trace_ELBO` as of other guides: the gradient of the entropy is that of the density, parameters included."""
+
+    def _get_trace(self, *arguments: Any) -> Any:
+        traces = super()._get_trace(*arguments)
+        for site in traces[1].nodes.values():
+            if "score_parts" in site:
+                site["score_parts"] = site["score_parts"]._replace(entropy_term=site["log_prob"])
+        return traces
+
+
+OBJECTIVES = {"Trace_ELBO": DensityELBO, "TracePath_ELBO": TracePath_ELBO}
 
 
 def gradients(posterior: Posterior, guide: Any, seeds: int = SEEDS, repetitions: int = REPETITIONS) -> dict[str, Any]:

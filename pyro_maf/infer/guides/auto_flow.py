@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf.infer.guides.density import LOG_TWO_PI
-from pyro_maf.infer.guides.path_gradient import zero_bad_gradients
+from pyro_maf.infer.guides.path_gradient import GradientLimit
 from pyro_maf.infer.guides.posterior import Posterior
 from pyro_maf.infer.guides.saved import saved_guide
 from pyro_maf.infer.guides.set_up import GuideSetUp
@@ -55,11 +55,11 @@ class AutoFlow(GuideSetUp):
         """Draw vectors, (count, D), with gradient, as the posterior does; without checks and caches."""
         if (mixture := self._mixture) is not None:
             self._shares.count(mixture, call, self._density_of)
-            return _without_bad_gradients(mixture.draw(count))
+            return self._limited(mixture.draw(count))
         like = self._weight
         noise = torch.randn(count, self.latent_dim, dtype=like.dtype, device=like.device)
         latent, _ = self.get_transform(*call.args, **call.kwargs).forward_and_log_det(noise)
-        return _without_bad_gradients(latent)
+        return self._limited(latent)
 
     def log_density(self, latent: Tensor, call: Call) -> Tensor:
         """Return the log-density of vectors, (count, D), in nats, (count,), likewise."""
@@ -94,7 +94,14 @@ class AutoFlow(GuideSetUp):
         first = next(iter(self.latents.parts.values()))
         with self._in_plates(first) if self.latents.rows else nullcontext():
             latent = pyro.sample(f"_{self.name}_latent", posterior, infer={"is_auxiliary": True})
-        return _without_bad_gradients(latent)
+        return self._limited(latent)
+
+    def _limited(self, latent: Tensor) -> Tensor:
+        """Limit the gradient of draws."""
+        if latent.grad_fn is not None:
+            # On the operation: a hook on the tensor would bypass the cache, and the density would be computed again.
+            latent.grad_fn.register_prehook(partial(self._limit, latent.output_nr))
+        return latent
 
     def weigh_modes(self, call: Call) -> None:
         """Set the share of each mode by its evidence, once the guide is trained; nothing, for a guide with one."""
@@ -155,24 +162,16 @@ class AutoFlow(GuideSetUp):
         memo[id(self)] = twin
         copied = ("_modules", "_parameters", "_buffers", "training", "_pyro_context")
         twin.__dict__.update(self.__dict__, **{name: copy.deepcopy(self.__dict__[name], memo) for name in copied})
-        twin.__dict__.update(_stored=self._stored.of_a_copy(), _shares=Shares())
+        twin.__dict__.update(_stored=self._stored.of_a_copy(), _shares=Shares(), _limit=GradientLimit())
         return twin
 
     def __getstate__(self) -> dict[str, object]:
         # Without the model, as Pyro's guides are pickled, but leaving this one as it is; its data stay behind too.
         drop_weak_references(self)
         state = {**self.__dict__, "_model": None, "_plain_model": None, "_first_call": None, "master": None}
-        state |= {"_stored": self._stored.of_a_copy(), "_shares": Shares()}
+        state |= {"_stored": self._stored.of_a_copy(), "_shares": Shares(), "_limit": GradientLimit()}
         if self.prototype_trace is not None:
             # Not used again once set up, and often functions that cannot be pickled.
             state |= {"init_loc_fn": None, "plates": {}}
             state |= {"prototype_trace": bare_trace(self.prototype_trace), "latents": bare_latents(self.latents)}
         return state
-
-
-def _without_bad_gradients(latent: Tensor) -> Tensor:
-    """Zero the gradient of draws where it is not finite."""
-    if latent.grad_fn is not None:
-        # On the operation: a hook on the tensor would bypass the cache, and the density would be computed again.
-        latent.grad_fn.register_prehook(partial(zero_bad_gradients, latent.output_nr))
-    return latent

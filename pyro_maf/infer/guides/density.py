@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_maf._core.checks import check_shape
 from pyro_maf.infer.guides.mixture import FlowMixture, MixturePosterior
+from pyro_maf.infer.guides.path_gradient import FlowPosterior
 from pyro_maf.infer.guides.posterior import Levels, checked_levels, even_noise, marginal_quantiles
 from pyro_maf.infer.models.coordinates import Coordinates
 from pyro_maf.infer.models.latents import Images, Latents
@@ -102,7 +103,7 @@ class GuideDensity(AutoContinuous):
         if (mixture := self._mixture) is not None:
             return MixturePosterior(mixture)
         transform = self.get_transform(*args, **kwargs)
-        return dist.TransformedDistribution(self.get_base_dist(), [transform], validate_args=False)
+        return FlowPosterior(self.get_base_dist(), [transform], validate_args=False)
 
     @property
     def noise_dim(self) -> int:

@@ -51,10 +51,10 @@ class AutoIAF(AutoFlow):
         coordinates: The map from v to the sites of a hierarchy, or None for a model without one.
 
     Cost:
-        A step, as drawing and scoring its draws, is one pass a layer. `log_prob` of other points is one sweep a
-        layer. Setting up takes some tens of Hessians of the model and some thousand evaluations, in batches; of a model
-        that has to be run for each draw, some 300 runs, and one ascent. With K modes a draw costs as much as with one,
-        and its density K times as much.
+        Drawing, and scoring the draws, is one pass a layer, `log_prob` of other points one sweep; a step is both, for
+        the path gradient, which `Trace_ELBO` takes from the guide. Setting up takes some tens of Hessians of the model
+        and some thousand evaluations, in batches; of a model that has to be run for each draw, some 300 runs, and one
+        ascent. With K modes a draw costs as much as with one, and its density K times as much.
 
     Raises:
         ValueError: For a model without latent variables, with discrete ones, or with some in a plate that subsamples
@@ -87,7 +87,7 @@ class AutoMAF(AutoFlow):
         model, num_layers, hidden_dims, activation, init_loc_fn, init_scale, encoder, create_plates: As in `AutoIAF`.
 
     Cost:
-        A step is one sweep a layer and its adjoint. `log_prob` of other points is one pass a layer.
+        Drawing is one sweep a layer, `log_prob` one pass; a step is both, and their adjoints.
 
     Raises:
         ValueError: As in `AutoIAF`.
@@ -111,7 +111,7 @@ class AutoRealNVP(AutoFlow):
     Args:
         model, num_layers, hidden_dims, activation, init_loc_fn, init_scale, encoder, create_plates: As in `AutoIAF`.
 
-    Cost: one pass a layer, for a step and for `log_prob` of any points.
+    Cost: one pass a layer for draws, and one for `log_prob` of any points; a step is both.
 
     Raises:
         ValueError: As in `AutoIAF`.

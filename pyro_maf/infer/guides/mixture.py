@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyro_maf._core.torch_state import is_traced
+from pyro_maf.infer.guides.path_gradient import PathGradient
 from pyro_maf.infer.models.double_precision import scored
 from pyro_maf.infer.start.modes import NEGLIGIBLE
 from pyro_maf.transforms import Stack
@@ -175,7 +176,7 @@ class FlowMixture(nn.Module):
         return torch.where(scores.isnan(), -torch.inf, scores)
 
 
-class MixturePosterior(TorchDistribution):
+class MixturePosterior(PathGradient, TorchDistribution):
     """The distribution of vectors drawn from a mixture of flows.
 
     Args:

@@ -10,7 +10,9 @@ from typing import TypeVar, cast
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
+from pyro.distributions import Delta, TransformedDistribution
+from pyro.distributions.score_parts import ScoreParts
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer import Trace_ELBO
 from pyro.infer.util import torch_item
 from pyro.util import warn_if_nan
@@ -31,9 +33,10 @@ from pyro_maf.infer.models.model import (
     sample_sites,
 )
 
-__all__ = ["TracePath_ELBO", "detached", "frozen", "zero_bad_gradients"]
+__all__ = ["FlowPosterior", "GradientLimit", "PathGradient", "TracePath_ELBO", "detached", "frozen"]
 
 T = TypeVar("T")
+LIMIT, RATE = 4.0, 0.02
 
 
 class TracePath_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's way to name objectives)
@@ -43,6 +46,8 @@ class TracePath_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's way to name objectives)
     E[(d/dz)(log p(x, z) - log q(z)) dz/dphi]: the gradient of log q with respect to its parameters has mean zero, and
     is left out. If q is the posterior, the bracket is zero for every draw, not only on average. Far from it,
     `Trace_ELBO` may have the smaller variance.
+
+    Guides of this package have it under `Trace_ELBO` too; here so have those of Pyro.
 
     Takes the arguments of `Trace_ELBO`, such as `num_particles` and `vectorize_particles`, and has the same value.
     Discrete sites of the model that have `infer={"enumerate": "parallel"}` and that the guide leaves out are summed
@@ -114,6 +119,25 @@ class TracePath_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's way to name objectives)
         return -elbo, -surrogate
 
 
+class PathGradient(TorchDistributionMixin):
+    """A distribution whose entropy has its path gradient in Pyro's objectives, as in `TracePath_ELBO`.
+
+    `Trace_ELBO` takes the entropy's gradient from `score_parts`, which leaves its estimator to the distribution; for
+    others, and where nothing is reparameterised, it is that of `log_prob`.
+    """
+
+    def score_parts(self, x: Tensor, *args: object, **kwargs: object) -> ScoreParts:
+        """Return the log-density, and the same as a function of the value alone: the term of the entropy."""
+        log_prob = self.log_prob(x)
+        is_path = x.requires_grad and torch.is_grad_enabled()
+        entropy = _along_path(self, x) if is_path else log_prob
+        return ScoreParts(log_prob, 0, entropy)  # type: ignore[arg-type]  # as Pyro's own do
+
+
+class FlowPosterior(PathGradient, TransformedDistribution):  # type: ignore[misc]
+    """The distribution of vectors that a flow maps noise to."""
+
+
 def _has_enumerated(call: Call, guide: Guide) -> bool:
     """True if a model has discrete sites to sum out that its guide leaves out; the random state is not advanced."""
     with torch.random.fork_rng(), poutine.block():
@@ -133,15 +157,21 @@ def _path_log_prob(site: Site) -> Tensor:
         raise NotImplementedError(
             f"TracePath_ELBO expected reparameterised sites, got {site['name']} of {type(fn).__name__}: use Trace_ELBO."
         )
+    if isinstance(_innermost(fn), PathGradient):
+        return site["score_parts"].entropy_term.sum()
+    log_prob, scale, mask = _along_path(fn, value), site["scale"], site["mask"]
+    if mask is not None:
+        log_prob = torch.where(torch.as_tensor(mask, device=log_prob.device), log_prob, 0.0)
+    return (log_prob * scale).sum()
+
+
+def _along_path(fn: Distribution, value: Tensor) -> Tensor:
+    """Return the log-density of a value as a function of the value alone."""
     modules: list[nn.Module] = []
     twin = detached(fn, modules)
     with frozen([parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]):
         # A new tensor of the same values: no cache then links it to the parameters that it was computed from.
-        log_prob = twin.log_prob(value.view_as(value))
-    scale, mask = site["scale"], site["mask"]
-    if mask is not None:
-        log_prob = torch.where(torch.as_tensor(mask, device=log_prob.device), log_prob, 0.0)
-    return (log_prob * scale).sum()
+        return twin.log_prob(value.view_as(value))
 
 
 def _innermost(fn: Distribution) -> Distribution:
@@ -186,10 +216,31 @@ def _detached(value: object, modules: list[nn.Module]) -> object:
     return value
 
 
-def zero_bad_gradients(output: int, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Zero the gradient of draws where it is not finite, so that they do not reach the parameters."""
-    gradient = gradients[output]
-    if gradient is None or (gradient.device.type == "cpu" and math.isfinite(float(gradient.sum()))):
-        return gradients
-    clean = torch.where(gradient.isfinite().all(-1, keepdim=True), gradient, 0.0)
-    return *gradients[:output], clean, *gradients[output + 1 :]
+class GradientLimit:
+    r"""Limit of the gradients of a guide's draws: finite, and not far beyond their usual size.
+
+    Steps of Adam are in units of the usual gradient: a single far larger one moves every weight by some thirty learning
+    rates. The path gradient of a guide near the posterior is small, but for rare draws. So that of a draw is scaled to
+    at most 4 sqrt(draws) times the usual one, entry by entry: one draw then moves the mean of all by about four times
+    the mean's usual size. One that is not finite is 0.
+    """
+
+    def __init__(self) -> None:
+        self._usual: Tensor | None = None
+
+    def __call__(self, output: int, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        r"""Return the gradients of an operation's outputs, with that of the draws, (\*batch, D), limited."""
+        gradient = gradients[output]
+        if gradient is None:
+            return gradients
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        usual = self._usual
+        if usual is None or usual.shape != rows.shape[1:] or usual.device != rows.device:
+            usual = rows.new_full(rows.shape[1:], math.inf)
+        most = LIMIT * math.sqrt(len(rows))
+        shares = (most / (rows.abs() / usual).amax(-1, keepdim=True)).clamp(max=1.0)
+        rows = torch.where(shares > 0, rows * shares, 0.0)
+        mean = rows.abs().mean(0)
+        mean = torch.where(usual.isinf(), mean, usual.lerp(mean, RATE))
+        self._usual = torch.where(mean > 0, mean, math.inf)
+        return *gradients[:output], rows.view_as(gradient), *gradients[output + 1 :]

@@ -21,6 +21,7 @@ from pyro_maf._core.options import ClassSignature, named_arguments
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.guides.density import Encoder, GuideDensity
 from pyro_maf.infer.guides.mixture import FlowMixture
+from pyro_maf.infer.guides.path_gradient import GradientLimit
 from pyro_maf.infer.guides.posterior import TRIES, start_of
 from pyro_maf.infer.guides.shares import Shares
 from pyro_maf.infer.guides.state import StoredWeights, digest_of
@@ -41,7 +42,7 @@ from pyro_maf.infer.models.model import (
     without_empty_tables,
 )
 from pyro_maf.infer.models.plates import frames_of
-from pyro_maf.infer.start.initialization import Normal, Start
+from pyro_maf.infer.start.initialization import DENSE, Normal, Start
 from pyro_maf.infer.start.wide_normal import WideNormal
 from pyro_maf.nn import ACTIVATIONS, NetworkOptions
 from pyro_maf.nn.layers import Tempered
@@ -135,6 +136,7 @@ class GuideSetUp(GuideDensity):
         self._missed_modes = 0
         self._largest_operation = math.inf
         self._shares = Shares()
+        self._limit = GradientLimit()
         self._stored = StoredWeights()
         self._data = ""
 
@@ -284,7 +286,7 @@ class GuideSetUp(GuideDensity):
         flow = self.flow_class(
             count, num_layers=self._num_layers, context_dim=context_dim, univariate=univariate, **options
         )
-        if isinstance(start, Normal) and not context_dim and count > 1:
+        if count <= DENSE and not context_dim and count > 1:
             # A spline of each variable alone: the shape of many skewed ones, which affine layers reach by one another.
             with seeded(0):  # its weights are all 0, and take no random numbers from others
                 spline = Coupling(count, mask=torch.zeros(count, dtype=torch.bool), hidden_dims=(), univariate="spline")

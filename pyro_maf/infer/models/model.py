@@ -14,6 +14,7 @@ from typing import TypedDict, cast
 
 from pyro import poutine
 from pyro.distributions import TorchDistribution, Unit
+from pyro.distributions.score_parts import ScoreParts
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine import Trace
 from pyro.poutine.indep_messenger import CondIndepStackFrame as Frame
@@ -91,6 +92,7 @@ class Site(TypedDict):
     log_prob_sum: Tensor
     unscaled_log_prob: Tensor
     packed: Site
+    score_parts: ScoreParts
 
 
 def sample_sites(trace: Trace) -> dict[str, Site]:
