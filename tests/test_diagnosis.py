@@ -456,8 +456,8 @@ def test_of_a_guide_that_lacks_far_tails_a_few_weights_do_not_decide(seed: int) 
     assert found.log_evidence == pytest.approx(0.0, abs=0.1)
 
 
-def test_more_draws_decide_where_k_hat_is_within_its_error_of_the_cut() -> None:
-    """Weights exp(0.7 z) of an exponential z have a tail of shape 0.7, and exp(0.2 z) of a wider one of 0.4."""
+def test_more_draws_decide_where_k_hat_is_within_its_error_of_the_cuts() -> None:
+    """Weights exp(0.7 z) of an exponential z have a tail of shape 0.7, and exp(0.05 z) of a wider one of 0.14."""
 
     def model() -> None:
         pyro.sample("z", dist.Exponential(0.3))
@@ -467,6 +467,6 @@ def test_more_draws_decide_where_k_hat_is_within_its_error_of_the_cut() -> None:
 
     pyro.set_rng_seed(1)
     found = diagnose(model, rival)
-    assert found.num_samples == 40_000
-    assert found.k_hat == pytest.approx(0.7, abs=0.15)
-    assert diagnose(model, lambda: pyro.sample("z", dist.Exponential(0.5))).num_samples == 10_000
+    assert found.num_samples == 100_000
+    assert found.k_hat == pytest.approx(0.7, abs=0.1)
+    assert diagnose(model, lambda: pyro.sample("z", dist.Exponential(0.35))).num_samples == 10_000

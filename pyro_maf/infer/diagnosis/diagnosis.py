@@ -31,8 +31,9 @@ FEW = 0.1
 """Below this fraction of effective draws, a light tail only means that hardly any of it was sampled."""
 SHOWN_SITES, SHOWN_NUMBERS = 3, 3
 """Maximum number of sites of a missed mode in a verdict, and of numbers of each."""
-MORE = 4
-"""Factor of the number of draws where k-hat cannot tell on which side of `USABLE` it is: its error is a third less."""
+MORE, SURE = 10, 2
+"""Factor of the number of draws where k-hat is not `SURE` standard errors below `GOOD` or above `USABLE`: its error is
+half, and weights that hardly differ have few draws in their tail, from which it is too large."""
 CANDIDATES = 4
 """Number of weighted draws for each draw that `reweight` returns."""
 
@@ -241,8 +242,8 @@ def diagnose(model: Model, guide: Guide, *args: object, num_samples: int = 10_00
     Args:
         model: A Pyro model.
         guide: Its guide: one of this package, of Pyro, or your own.
-        num_samples: Number of draws to weight; four times as many if k-hat is within its error of 0.7, and one run of
-            the model scores them.
+        num_samples: Number of draws to weight; up to ten times as many, in one run of the model, for a k-hat that is
+            within two standard errors of 0.5 to 0.7.
         *args, **kwargs: Arguments of model and guide.
 
     Returns:
@@ -273,8 +274,9 @@ def diagnose(model: Model, guide: Guide, *args: object, num_samples: int = 10_00
     try:
         pair = _pair("diagnose", Call(model, args, kwargs), guide)
         weighted, _, diagnosis = _diagnosed_draws(pair, num_samples)
-        if abs(diagnosis.k_hat - USABLE) < diagnosis.k_hat_se and pair.weighs_at_once(MORE * num_samples):
-            weighted, _, diagnosis = _diagnosed_draws(pair, MORE * num_samples)
+        margin, more = SURE * diagnosis.k_hat_se, min(MORE * num_samples, pair.most_at_once)
+        if GOOD - margin < diagnosis.k_hat < USABLE + margin and more > num_samples:
+            diagnosis = _diagnosed_draws(pair, more).diagnosis
         search = pair.modes(weighted, diagnosis.log_evidence)
         return replace(diagnosis, missed=search.regions, unsearched=search.obstacle)
     except NoVerdictError as error:

@@ -175,9 +175,10 @@ class Pair:
         log_weights = torch.cat([block.log_weights for block in blocks])
         return Weighted(values, log_weights, max(block.rounding for block in blocks))
 
-    def weighs_at_once(self, num_samples: int) -> bool:
-        """True if one run of the model weights so many draws."""
-        return self.joint.is_vectorised and self.joint.runs == 1 and num_samples * self.numbers <= MOST_NUMBERS
+    @property
+    def most_at_once(self) -> int:
+        """Number of draws that one run of the model weights; 0 if it has to be run several times."""
+        return MOST_NUMBERS // self.numbers if self.joint.is_vectorised and self.joint.runs == 1 else 0
 
     def modes(self, weighted: Weighted, log_evidence: float) -> Search:
         """Look for modes outside of the draws of the guide, with a share of the posterior that it lacks.

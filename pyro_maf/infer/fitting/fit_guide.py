@@ -198,9 +198,6 @@ def fit_guide(
                 guide.setup(*args, **kwargs)  # not in a trace, which would lengthen its error messages
                 threads.enter_context(guide.threads(num_particles or FEW_PARTICLES))
             run = _Run(call, guide, num_particles, Schedule(learning_rate, steps))
-            if isinstance(guide, AutoFlow):
-                threads.close()
-                threads.enter_context(guide.threads(run.num_particles))
         if run.alone:
             advice = ADVICE[isinstance(guide, AutoFlow)]
             what = f"fit_guide runs the model for each draw, which is slow: {run.alone}. {advice}"
