@@ -189,7 +189,7 @@ def kind_of(name: str) -> Kind:
         'numbers between 0 and 120, both excluded'
     """
     if GROUP.fullmatch(name):
-        return KINDS.setdefault(name, KINDS[ORDERED])
+        return KINDS[ORDERED]
     if name not in KINDS:
         form, first, second = ("angle", -math.pi, math.pi) if name == ANGLE else parsed(name)
         if form in (ANGLE, "interval"):

@@ -81,7 +81,7 @@ class Support:
 
     @property
     def _kinds(self) -> list[Kind]:
-        return [KINDS[name] for name, _ in self._runs]
+        return [kind_of(name) for name, _ in self._runs]
 
     @property
     def constraint(self) -> constraints.Constraint:

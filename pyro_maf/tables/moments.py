@@ -41,7 +41,7 @@ def plain_moments_of(table: Tensor, weights: Tensor | None = None) -> Moments:
     """
     # In units of a power of two of a column's size, so that squares neither overflow nor vanish.
     largest = table.abs().amax(0).double()
-    size = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent - 1)
+    size = torch.where(largest > 0, largest / (2 * largest.frexp().mantissa), 1.0)
     table = table.double() / size
     if weights is None:
         variance, mean = torch.var_mean(table, 0, correction=0)
