@@ -16,6 +16,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.infer import Predictive
 from torch import Tensor
 
@@ -178,7 +179,17 @@ def regressions() -> None:
         pyro.sample("y", dist.Normal(size, 1.0), obs=torch.ones(4))
 
 
-STRUCTURED = {**{name: model for name, (model, _) in MODELS.items()}, "regressions": regressions}
+def bounded() -> None:
+    """Supports of entries and of vectors that end at values of other sites, and a scale of one of them."""
+    top = pyro.sample("top", dist.LogNormal(0.0, torch.tensor(1.0)))
+    ends = torch.stack([top, 2 * top], -1)
+    pyro.sample("below", dist.ImproperUniform(constraints.independent(constraints.less_than(ends), 1), (), (2,)))
+    with pyro.plate("rows", 3):
+        part = pyro.sample("part", dist.Uniform(0.0, top + torch.arange(3)))
+        pyro.sample("z", dist.Normal(0.0, 0.1 + part))
+
+
+STRUCTURED = {**{name: model for name, (model, _) in MODELS.items()}, "regressions": regressions, "bounded": bounded}
 
 
 def structured(model: Any) -> Any:

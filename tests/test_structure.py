@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro
@@ -18,7 +19,7 @@ from torch.distributions import AffineTransform, ExpTransform, SigmoidTransform,
 
 from pyro_maf.infer import AutoIAF, AutoRealNVP, TracePath_ELBO, diagnose, fit_guide, neutra, reweight
 from pyro_maf.infer.models.location_scale import location_and_scale
-from tests.posteriors import SMALL, drawn
+from tests.posteriors import SMALL, bound, drawn
 
 GROUPS = 6
 ERRORS = torch.tensor([0.02, 0.02, 0.02, 20.0, 20.0, 20.0])
@@ -91,6 +92,7 @@ def shapes() -> None:
         pyro.sample("rate", dist.Gamma(shape, 2.0))
         pyro.sample("time", dist.InverseGamma(1 + shape, 2.0))
         pyro.sample("part", dist.Beta(shape, 3.0))
+        pyro.sample("shares", dist.Dirichlet(shape[..., None] * torch.tensor([1.0, 2.0, 0.5])))
 
 
 MODELS: dict[str, tuple[Callable[[], None], list[str]]] = {
@@ -100,7 +102,7 @@ MODELS: dict[str, tuple[Callable[[], None], list[str]]] = {
     "levels": (levels, ["scale", "rate", "size", "z"]),
     "processes": (processes, ["f", "g", "h"]),
     "transformed": (transformed, ["affine", "share", "steps", "walk"]),
-    "shapes": (shapes, ["rate", "time", "part"]),
+    "shapes": (shapes, ["rate", "time", "part", "shares"]),
 }
 
 
@@ -120,13 +122,21 @@ def test_sites_are_found_by_themselves(name: str) -> None:
     assert guide_of(model, init_scale=0.1).coordinates.names == names
 
 
-@pytest.mark.parametrize("fn", [dist.Gamma(0.7, 3.0), dist.InverseGamma(2.5, 0.2), dist.Beta(0.8, 3.0)])
+CONCENTRATIONS = (
+    dist.Gamma(0.7, 3.0),
+    dist.InverseGamma(2.5, 0.2),
+    dist.Beta(0.8, 3.0),
+    dist.Dirichlet(torch.tensor([3.0, 0.8, 5.0, 1.0])),
+)
+
+
+@pytest.mark.parametrize("fn", CONCENTRATIONS)
 def test_location_and_scale_of_a_concentration_are_those_of_unconstrained_draws(fn: Any) -> None:
     prior = location_and_scale(fn)
     draws = biject_to(fn.support).inv(fn.sample((100_000,)))
     assert prior is not None
-    assert float(prior.loc) == pytest.approx(float(draws.mean()), abs=0.03)
-    assert float(prior.scale.tensor) == pytest.approx(float(draws.std()), rel=0.03)
+    torch.testing.assert_close(prior.loc, draws.mean(0), atol=0.03, rtol=0.0)
+    torch.testing.assert_close(prior.scale.tensor, draws.std(0), atol=0.0, rtol=0.03)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -141,7 +151,10 @@ def test_the_density_is_that_of_the_draws(name: str) -> None:
     noise = torch.randn(guide.latent_dim, dtype=torch.float64)
 
     def vector(u: Tensor) -> Tensor:
-        return torch.cat([value.flatten() for value in guide.sites_of(u).values()])
+        values = guide.sites_of(u)
+        if "shares" in values:  # of which the last is no variable of its own
+            values["shares"] = values["shares"][..., :-1]
+        return torch.cat([value.flatten() for value in values.values()])
 
     log_det = torch.linalg.slogdet(torch.autograd.functional.jacobian(vector, noise)).logabsdet
     log_base = guide.get_base_dist().log_prob(noise)
@@ -184,6 +197,28 @@ def test_degrees_of_a_process_begin_where_data_are() -> None:
     assert bool((degrees[1:] < 0.3).all()), degrees
 
 
+def test_the_start_does_not_depend_on_where_the_data_are() -> None:
+    """Steps of a fixed size end half-way to data far from 0."""
+    x = torch.arange(-2.0, 3.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        slopes = 6.0 + 0.5 * torch.randn(12, 1)
+        y = 14 * torch.randn(12, 1) + slopes * x + 4 * torch.randn(12, 5)
+
+    def growth(far: float) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1000.0).expand([2]).to_event(1))
+        scale = pyro.sample("scale", dist.HalfCauchy(torch.tensor([20.0, 5.0])).to_event(1))
+        noise = pyro.sample("noise", dist.HalfCauchy(20.0))
+        with pyro.plate("animals", 12, dim=-2):
+            level = pyro.sample("level", dist.Normal(loc[..., 0], scale[..., 0]))
+            slope = pyro.sample("slope", dist.Normal(loc[..., 1], scale[..., 1]))
+            with pyro.plate("times", 5, dim=-1):
+                pyro.sample("y", dist.Normal(level + slope * x, noise), obs=y + far)
+
+    near, far = (bound(partial(growth, shift), AutoIAF(partial(growth, shift)).setup()) for shift in (0.0, 300.0))
+    assert far == pytest.approx(near, abs=1.0)
+
+
 def test_draws_at_which_the_model_raises_have_the_usual_scale() -> None:
     def model() -> None:
         scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
@@ -224,6 +259,31 @@ def test_coordinates_of_a_normal_hierarchy_do_not_depend_on_its_scale() -> None:
         places.append(guide.coordinates.of_values(guide.latents, values, guide._first_call)[0][:, 2:].detach())
     for place in places[1:]:
         torch.testing.assert_close(place, places[0], rtol=0.05, atol=0.05)
+
+
+def test_coordinates_of_a_process_are_standard_normal_given_its_kernel() -> None:
+    """With normal data, at any location and kernel: the mean is 0, and steps of the covariance's factor are units."""
+    y, errors = torch.tensor([1.0, -0.5, 3.0, 2.0]), torch.tensor([0.3, 1.0, 2.0, 0.1])
+    apart = (torch.arange(4.0)[:, None] - torch.arange(4.0)).square()
+
+    def kernel(size: Tensor) -> Tensor:
+        return size * (-apart / (1 + size)).exp() + 1e-4 * torch.eye(4).to(size)
+
+    def model() -> None:
+        size = pyro.sample("size", dist.LogNormal(0.0, torch.tensor(0.5)))[..., None, None]
+        loc = pyro.sample("loc", dist.Normal(0.0, 2.0))[..., None]
+        f = pyro.sample("f", dist.MultivariateNormal(loc + torch.zeros(4), kernel(size)))
+        pyro.sample("y", dist.Normal(f, errors).to_event(1), obs=y)
+
+    guide = AutoIAF(model, **SMALL).setup()
+    for size, loc in ((0.3, 0.0), (1.0, 2.0), (4.0, -1.0)):
+        inverse = torch.linalg.inv(kernel(torch.tensor(size, dtype=torch.float64)))
+        covariance = torch.linalg.inv(inverse + errors.double().square().reciprocal().diag())
+        mean = covariance @ (inverse @ torch.full((4,), loc).double() + y / errors.square())
+        f = torch.cat([mean[None], mean + torch.linalg.cholesky(covariance).mT]).float()
+        values = {"size": torch.full((5,), size), "loc": torch.full((5,), loc), "f": f}
+        place = guide.coordinates.of_values(guide.latents, values, guide._first_call)[0][:, 2:].detach()
+        torch.testing.assert_close(place, torch.cat([torch.zeros(1, 4), torch.eye(4)]), rtol=0.0, atol=0.02)
 
 
 def test_models_without_such_sites_have_no_coordinates() -> None:

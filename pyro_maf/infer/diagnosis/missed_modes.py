@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.models.double_precision import Score
+from pyro_maf.infer.start.ascent import quasi_newton
 from pyro_maf.infer.start.initialization import Normal, best_normal
 
 __all__ = ["POOL", "Missed", "missed_modes", "why_no_search"]
@@ -201,7 +202,7 @@ def _ascents(score: Score, points: Tensor, covariance: Tensor) -> tuple[Tensor, 
         points = points + moved
         before = gradients
         values, gradients = _derivatives(score, points)
-        inverse = _updated(inverse, moved, before - gradients)
+        inverse = quasi_newton(inverse, moved, before - gradients)
         if (idle >= TAIL).all():
             break
     return points, values
@@ -213,19 +214,6 @@ def _derivatives(score: Score, points: Tensor) -> tuple[Tensor, Tensor]:
         values = score(points)
         (gradients,) = torch.autograd.grad(values.sum(), points)
     return values.detach(), gradients.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _updated(inverse: Tensor, moved: Tensor, bent: Tensor) -> Tensor:
-    """One BFGS update of each inverse Hessian, (points, D, D), where the curvature is positive."""
-    product = (moved * bent).sum(1)
-    positive = product > 1e-8 * (bent**2).sum(1)
-    weight = torch.where(positive, 1 / product.where(positive, torch.ones_like(product)), 0.0)[:, None, None]
-    projected = (inverse @ bent[..., None])[..., 0]
-    outer = moved[:, :, None] * projected[:, None]
-    quadratic = (bent * projected).sum(1)[:, None, None]
-    return (
-        inverse - weight * (outer + outer.mT) + weight * (weight * quadratic + 1) * moved[:, :, None] * moved[:, None]
-    )
 
 
 @torch.no_grad()

@@ -85,15 +85,19 @@ class SavedGuide(GuideDensity, Savable):
         self._sites = {each[0]: _site(*each) for each in zip(names, supports, shapes, event_dims, plates, strict=True)}
         for index, site in enumerate(self._sites.values()):
             self.register_buffer(f"value_{index}", site["value"])
-        self._lay_out()
         self.prior = prior
-        self.coordinates = None if prior is None else Coordinates(self.latents, prior.names, prior.correlated)
+        self._lay_out()
+        self.coordinates = (
+            None if prior is None else Coordinates(self.latents, prior.names, prior.correlated, prior.moving)
+        )
 
     def _lay_out(self) -> None:
         """Lay out the sites by the values that are now in the buffers."""
         for index, site in enumerate(self._sites.values()):
             site["value"] = self.get_buffer(f"value_{index}")
         self.latents = Latents(self._who, self._sites, torch.Size())
+        if (prior := self._modules.get("prior")) is not None:
+            self.latents.release(cast("RecordedPrior", prior).moving)
         if self._idle:
             mask = torch.zeros(self.latents.size, dtype=torch.bool)
             mask[self._idle] = True
@@ -201,9 +205,9 @@ def _checked_prior(latents: Latents, transform: Stack, coordinates: Coordinates,
     points = transform(noise * torch.linspace(0.0, WIDEST, CHECKED).to(noise)[:, None])
     points = points.reshape(CHECKED, *(1,) * latents.nesting, -1)
     try:
-        prior = recorded_prior(latents, coordinates.names, call, weight.dtype)
+        prior = recorded_prior(latents, coordinates, call, weight.dtype)
         ours, theirs = (coordinates.images(latents, points, each, strict=True) for each in (Call(prior), call))
-    except (UnrecordedError, *FAILURES, NotImplementedError) as error:
+    except (UnrecordedError, *FAILURES, NotImplementedError, TypeError) as error:
         reason = " ".join(str(error).split()) or "as it draws random numbers, or branches on values"
     else:
         tolerance = TOLERANCE * torch.finfo(weight.dtype).eps

@@ -10,10 +10,13 @@ where b is what the data add to loc_0 at loc_0 and scale_0. Coordinates are c = 
 d = 1, (v - loc) / scale in fixed units for d = 0 and b = 0, and v for every d at loc = loc_0 and scale = scale_0. Of a
 hierarchy with normal data they do not depend on loc and scale at all.
 
-Where the scale is a triangular matrix L, as of a Gaussian process whose kernel has latent parameters, the degrees are
-those of the entries of L^-1 (v - loc): data determine some of these and leave others as in the prior. With D = diag(d)
+Where the scale is a triangular matrix L, as of a Gaussian process whose kernel has latent parameters, data of a
+precision P that put v at y, with q = P y, leave a normal of covariance L S^-1 L^T where S = 1 + L^T P L. With the upper
+triangular W of S = W W^T the coordinates are c in
 
-    v = loc + (L (1 - D) + L_0 D) (c - D L_0^-1 (loc - loc_0)).
+    v = loc + T T^T (q - P loc) + T c,   T = L W^-T,
+
+a standard normal in the posterior given loc and L, and (v - loc) / L where data say nothing.
 
 Reference: Gorinova, Moore & Hoffman, *Automatic reparameterisation of probabilistic programs*, 2020; Papaspiliopoulos,
 Roberts & Skold, *A general framework for the parametrization of hierarchical models*, 2007.
@@ -31,7 +34,6 @@ from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.models.latents import Images, Latents, Part, within_reach
 from pyro_maf.infer.models.location_scale import LocationScale, Scale, location_and_scale
 from pyro_maf.infer.models.log_joint import FAILURES
@@ -52,8 +54,6 @@ LOST = 0.1
 """Relative error of a residual by rounding at which the prior's density is corrected."""
 FARTHEST = 1e9
 """Maximum correction, in nats."""
-PROBES = 8
-"""Number of random vectors for the diagonal of a precision, at each draw."""
 
 
 class _Map(NamedTuple):
@@ -86,23 +86,24 @@ class Coordinates(nn.Module):
     Attributes:
         degree: The degree of centring of each of their entries: trained with the guide, unless it is set by the data's
             precision, from which the noise of training would take it away.
-        loc, log_scale: loc_0 and log scale_0 of each, fixed by the initialization; of matrices L_0 the diagonals.
-        shift: b of each, likewise; none of matrices.
-        below: The matrices L_0, one after another, of which the entries below the diagonal are heeded.
+        loc, log_scale: loc_0 and log scale_0 of each, fixed by the initialization; of a matrix scale_0 is the diagonal.
+        shift: b of each, likewise; of matrices q.
+        precision: The matrices P, one after another; zero before anything is known of the posterior.
         normal: Names of sites whose coordinates are normal given all others.
+        moving: As in the arguments.
     """
 
     degree: Tensor
     loc: Tensor
     log_scale: Tensor
     shift: Tensor
-    below: Tensor
+    precision: Tensor
 
     def __init__(
         self, latents: Latents, names: Sequence[str], correlated: Collection[str] = (), moving: Collection[str] = ()
     ) -> None:
         super().__init__()
-        self._moving = frozenset(moving)
+        self.moving = frozenset(moving)
         self.normal: list[str] = []
         self._slices: dict[str, slice] = {}
         self._squares: dict[str, slice] = {}
@@ -114,13 +115,13 @@ class Coordinates(nn.Module):
                 self._squares[name] = slice(square, square := square + shape.numel() * shape[-1])
         like = latents.initial()
         self.degree = nn.Parameter(torch.full((size,), DEGREE).to(like))
-        for buffer, length in {"loc": size, "log_scale": size, "shift": size, "below": square}.items():
+        for buffer, length in {"loc": size, "log_scale": size, "shift": size, "precision": square}.items():
             self.register_buffer(buffer, torch.zeros(length).to(like))
 
     @property
     def names(self) -> list[str]:
         """The sites with a degree of centring, or a support that moves."""
-        return [*self._slices, *self._moving]
+        return [*self._slices, *self.moving]
 
     def images(self, latents: Latents, coordinates: Tensor, call: Call, *, strict: bool = False) -> Images:
         r"""Map coordinates, in the shape that `Latents.split` takes, to the values of all sites.
@@ -160,92 +161,10 @@ class Coordinates(nn.Module):
     @torch.no_grad()
     def centre(self, latents: Latents, values: Mapping[str, Tensor], call: Call) -> Tensor:
         """Take location and scale at these values of all sites as the usual ones; return the coordinates, (D,)."""
-        self._settle(self._priors(latents, {name: value[None] for name, value in values.items()}, call), latents)
+        self.settle(self.priors(latents, {name: value[None] for name, value in values.items()}, call))
         return self.of_values(latents, values, call)[0].reshape(latents.size)
 
-    @torch.no_grad()
-    def set_by_precision(
-        self,
-        latents: Latents,
-        gradient: Tensor,
-        product: Callable[[Tensor], Tensor],
-        values: Mapping[str, Tensor],
-        call: Call,
-    ) -> None:
-        r"""Set each degree, for good, to the share of the data in the precision given the rest: Hutchinson's estimate.
-
-        The rest are coordinates: of a site that is the location of others, what these have to say of it is then that
-        of their data, as they would move along with it. Location and scale at the mean of the values are the usual
-        ones from then on, and what data add to that location is computed by the gradient without the prior's share.
-
-        Args:
-            latents: The layout of the latent vector.
-            gradient: Gradient of the log-density with respect to c at the draws, (draws, D).
-            product: Minus the Hessian of the log-density with respect to c times vectors, (draws, D).
-            values: The draws, (draws, \*site), of every site.
-            call: The model with its arguments.
-        """
-        priors = self._priors(latents, values, call)
-        slopes = {name: self._map(latents.parts[name], prior).slope for name, prior in priors.items()}
-        total = self._precisions(latents, product, priors, slopes, len(gradient))
-        self._settle(priors, latents)
-        if isinstance(self.degree, nn.Parameter) and not self._squares:  # of matrices the estimate is rough
-            self.register_buffer("degree", self._parameters.pop("degree").detach())  # type: ignore[union-attr]
-        entries, pulls = self._by_entry(latents, latents.pack(values)[0]), self._by_entry(latents, gradient)
-        for name, (loc, scale) in priors.items():
-            place, part = self._slices[name], latents.parts[name]
-            odds = (total[name] - 1).flatten().clamp(min=0.0)  # of data to prior; with those at the usual scale for d
-            if not scale.is_matrix:
-                odds = odds * (2 * self.log_scale[place]).exp() / scale.tensor.square().mean(0).flatten()
-            self.degree[place] = degree = (1 - 1 / (1 + odds)).nan_to_num(nan=DEGREE)
-            if scale.is_matrix:
-                continue
-            value, pull = (each[:, part.start : part.stop].reshape(loc.shape) for each in (entries, pulls))
-            pull = pull / slopes[name].tensor + (value - loc) / scale.tensor.square()
-            away = value.mean(0).flatten() - self.loc[place]
-            shift = (1 - degree) * (2 * self.log_scale[place]).exp() * pull.mean(0).flatten() + degree * away
-            self.shift[place] = shift.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-    def _precisions(
-        self,
-        latents: Latents,
-        product: Callable[[Tensor], Tensor],
-        priors: Mapping[str, LocationScale],
-        slopes: Mapping[str, Scale],
-        count: int,
-    ) -> dict[str, Tensor]:
-        """Diagonal of the precision of each site given all other coordinates, relative to its prior's.
-
-        Sites are probed in turns: what neighbours in the model have to do with each other is no noise of the estimate.
-        """
-        total = dict.fromkeys(priors, self.degree.new_zeros(()))
-        turns = min(PROBES, max(1, len(priors)))
-        for probe in range(PROBES):
-            names = list(priors)[probe % turns :: turns]
-            with seeded(probe, self.degree.device):
-                signs = {name: 2.0 * torch.randint(0, 2, priors[name].loc.shape).to(self.degree) - 1 for name in names}
-            vectors = self.degree.new_zeros(count, len(latents.idle))
-            for name, sign in signs.items():
-                part = latents.parts[name]
-                along = slopes[name].solve(priors[name].scale.times(sign))
-                vectors[:, part.start : part.stop] = along.reshape(count, -1)
-            image = self._by_entry(latents, product(vectors[:, ~latents.idle]))
-            times = len(range(probe % turns, PROBES, turns))
-            for name, sign in signs.items():
-                part = latents.parts[name]
-                pull = image[:, part.start : part.stop].reshape(sign.shape)
-                pull = priors[name].scale.transposed_times(slopes[name].transposed_solve(pull))
-                total[name] = total[name] + (sign * pull).mean(0) / times
-        return total
-
-    @staticmethod
-    def _by_entry(latents: Latents, vectors: Tensor) -> Tensor:
-        """Spread vectors, (draws, D), over the entries of all sites, with zeros for those that are left out."""
-        entries = vectors.new_zeros(len(vectors), len(latents.idle))
-        entries[:, ~latents.idle] = vectors
-        return entries
-
-    def _priors(self, latents: Latents, values: Mapping[str, Tensor], call: Call) -> dict[str, LocationScale]:
+    def priors(self, latents: Latents, values: Mapping[str, Tensor], call: Call) -> dict[str, LocationScale]:
         r"""Location and scale at draws of all sites, (draws, \*site), of the sites with a degree."""
         priors = {}
 
@@ -262,17 +181,44 @@ class Coordinates(nn.Module):
         run_with(call, latents.parts, value_of)
         return priors
 
-    def _settle(self, priors: Mapping[str, LocationScale], latents: Latents) -> None:
+    def settle(self, priors: Mapping[str, LocationScale]) -> None:
         """Take the mean location and scale of draws as the usual ones."""
         for name, (loc, scale) in priors.items():
             self.loc[self._slices[name]] = loc.mean(0).flatten()
             self.log_scale[self._slices[name]] = scale.diagonal.log().mean(0).flatten()
-            if scale.is_matrix:
-                self.below[self._squares[name]] = scale.tensor.mean(0).flatten()
+
+    def slope(self, part: Part, prior: LocationScale) -> Scale:
+        """dv/dc of a site with a degree, given all others."""
+        return self._map(part, prior).slope
+
+    def fix(self, name: str, pull: Tensor, value: Tensor, share: Tensor) -> None:
+        """Set the degree of a site, for good, by what its data say.
+
+        Args:
+            name: The site.
+            pull: Gradient of the data's log-density with respect to the site's v, (*site), averaged over draws.
+            value: v of the site, likewise.
+            share: Precision of the data about each entry, in units of the prior's at the usual scale, (*site); of a
+                site with a matrix their precision P, (*site, n).
+        """
+        if isinstance(self.degree, nn.Parameter):
+            self.register_buffer("degree", self._parameters.pop("degree").detach())  # type: ignore[union-attr]
+        place = self._slices[name]
+        if name in self._squares:
+            self.precision[self._squares[name]] = share.flatten().to(self.precision)
+            shift = (pull + (share @ value[..., None])[..., 0]).flatten()
+            odds = share.diagonal(dim1=-2, dim2=-1).flatten() * (2 * self.log_scale[place]).exp()
+            degree = 1 - 1 / (1 + odds)
+        else:
+            degree = (1 - 1 / (1 + share.flatten())).nan_to_num(nan=DEGREE)
+            away = value.flatten() - self.loc[place]
+            shift = (1 - degree) * (2 * self.log_scale[place]).exp() * pull.flatten() + degree * away
+        self.degree[place] = degree.to(self.degree)
+        self.shift[place] = shift.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).to(self.shift)
 
     def _outward(self, part: Part, piece: Tensor, fn: TorchDistribution | None) -> tuple[Tensor, Tensor | None]:
         """Map c to v; also return log |dv/dc|, in the shape of the site, or None for a site that is as it is."""
-        if part.site["name"] in self._moving:
+        if part.site["name"] in self.moving:
             transform = entry_map(part.site["fn"] if fn is None else fn)
             piece = within_reach(transform, piece)
             entries = transform(piece)
@@ -287,7 +233,7 @@ class Coordinates(nn.Module):
 
     def _inward(self, part: Part, entries: Tensor, fn: TorchDistribution | None) -> tuple[Tensor, Tensor | None]:
         """Map v to c, NaN where a value is outside of its support; also return log |dv/dc|."""
-        if part.site["name"] in self._moving:
+        if part.site["name"] in self.moving:
             transform = entry_map(part.site["fn"] if fn is None else fn)
             piece = transform.inv(entries)
             is_inside = torch.isclose(transform(piece), entries, rtol=1e-3, atol=1e-5)  # some inverses clamp
@@ -302,20 +248,34 @@ class Coordinates(nn.Module):
         name = part.site["name"]
         place = self._slices[name]
         degree, usual, log_unit = (each[place].reshape(part.shape) for each in (self.degree, self.loc, self.log_scale))
-        unit = Scale(log_unit.exp())
-        if name in self._squares:
-            below = self.below[self._squares[name]].reshape(part.shape + part.shape[-1:]).tril(-1)
-            unit = Scale(below + unit.tensor.diag_embed(), True)
-        loc, scale = LocationScale(usual, unit) if prior is None else prior
-        if unit.is_matrix:
-            slope = Scale(scale.tensor * (1 - degree[..., None, :]) + unit.tensor * degree[..., None, :], True)
-            return _Map(loc, 0.0, slope, degree * unit.solve(loc - usual), scale)
+        unit, is_matrix = log_unit.exp(), name in self._squares
+        if prior is None:
+            prior = LocationScale(usual, Scale(unit.diag_embed() if is_matrix else unit, is_matrix))
+        loc, scale = prior
+        if is_matrix:
+            dtype = torch.promote_types(
+                scale.tensor.dtype, self.precision.dtype
+            )  # products do not promote by themselves
+            precision = self.precision[self._squares[name]].reshape(part.shape + part.shape[-1:]).to(dtype)
+            slope = _posterior_scale(scale.tensor.to(dtype), precision)
+            aim = self.shift[place].reshape(part.shape) - (precision @ loc.to(dtype)[..., None])[..., 0]
+            return _Map(loc, slope.times(slope.transposed_times(aim)), slope, torch.zeros_like(usual), scale)
         shift, degree = self.shift[place].reshape(part.shape), degree.clamp(0.0, 1.0)
-        ratio = (scale.tensor / unit.tensor).square()
+        ratio = (scale.tensor / unit).square()
         total = 1 - degree + degree * ratio
         variance = ratio / total
         away = variance * (shift - degree * (loc - usual))
         return _Map(loc, away, Scale(variance.sqrt()), usual + shift, scale)
+
+
+def _posterior_scale(scale: Tensor, precision: Tensor) -> Scale:
+    """T, triangular, of the covariance T T^T that data of a precision leave of a prior's L L^T."""
+    within = scale.mT @ precision @ scale
+    within = within + torch.eye(within.shape[-1]).to(within)
+    # The factor W is upper triangular: that of the last entry first, and back.
+    last_first, failed = torch.linalg.cholesky_ex(within.flip(-2, -1))
+    last_first = last_first.where((failed == 0)[..., None, None], torch.nan)
+    return Scale(torch.linalg.solve_triangular(last_first.flip(-2, -1), scale.mT, upper=True).mT, True)
 
 
 def _along(latents: Latents, vectors: Tensor, call: Call, strict: bool, step: Step) -> dict[str, tuple[Tensor, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.models.coordinates import Coordinates, run_with
-from pyro_maf.infer.models.latents import UNIFORM, Latents, masked_elements
+from pyro_maf.infer.models.latents import Latents, masked_elements
 from pyro_maf.infer.models.location_scale import location_and_scale
 from pyro_maf.infer.models.log_joint import FAILURES
 from pyro_maf.infer.models.model import Call
@@ -20,6 +21,8 @@ __all__ = ["coordinates_of"]
 
 SPREAD, POINTS = 0.1, 3
 """Spread of latent variables in the trial of a map, and the number of their vectors."""
+TOLERANCE = 1e-3
+"""Maximum error of a map and its inverse in the trial, relative and absolute."""
 
 
 def coordinates_of(call: Call, latents: Latents, moving: Collection[str]) -> Coordinates | None:
@@ -39,9 +42,11 @@ def coordinates_of(call: Call, latents: Latents, moving: Collection[str]) -> Coo
             found = _dependent(call, latents)
         correlated = [name for name, is_matrix in found.items() if is_matrix]
         coordinates = Coordinates(latents, list(found), correlated, moving) if found or moving else None
-        # Where a prior says nothing, as a gamma distribution of shape 0.001, its median overflows.
+        # Where a prior says nothing, as a gamma distribution of shape 0.001, its median overflows. Scales e^v are tried
+        # where a 1 beside their squares is not lost to rounding.
         centre = latents.initial()
-        centres = (centre, centre.clamp(-UNIFORM, UNIFORM))
+        most = math.log(TOLERANCE / torch.finfo(centre.dtype).eps) / 2
+        centres = (centre, centre.clamp(-most, most))
         is_sound = coordinates is not None and any(_is_sound(coordinates, latents, call, each) for each in centres)
         return coordinates if is_sound else None
     except (*FAILURES, NotImplementedError):
@@ -99,4 +104,7 @@ def _is_sound(coordinates: Coordinates, latents: Latents, call: Call, like: Tens
         with seeded(2 + index, like.device):
             alone, _ = latents.unpack(point.flatten(), coordinates.images(latents, point.flatten(), call, strict=True))
         pairs += [(values[name][index], value) for name, value in alone.items()]
-    return all(left.shape == right.shape and torch.allclose(left, right, rtol=1e-3, atol=1e-3) for left, right in pairs)
+    return all(
+        left.shape == right.shape and torch.allclose(left, right, rtol=TOLERANCE, atol=TOLERANCE)
+        for left, right in pairs
+    )

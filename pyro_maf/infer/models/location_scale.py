@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import (
     AffineTransform,
     Beta,
+    Dirichlet,
     Distribution,
     Exponential,
     ExpTransform,
@@ -29,7 +30,7 @@ from pyro_maf.infer.models.model import layers_of
 __all__ = ["LocationScale", "Scale", "location_and_scale"]
 
 PARAMETERS = {"loc", "scale", "rate", "concentration", "concentration1"}
-REAL, POSITIVE, UNIT = "real", "positive", "unit_interval"
+REAL, POSITIVE, UNIT, SIMPLEX = "real", "positive", "unit_interval", "simplex"
 IMAGES = {ExpTransform: POSITIVE, SigmoidTransform: UNIT}
 """Maps from real numbers that are also those from unconstrained values to a support."""
 
@@ -105,9 +106,9 @@ def location_and_scale(fn: TorchDistribution) -> LocationScale | None:
 
 
 def _of_family(family: Distribution) -> tuple[LocationScale | None, str]:
-    """Location and scale of a distribution, of the logarithm of a positive one or the log-odds of a Beta's share.
+    """Location and scale of a distribution, of the logarithm of a positive one or the log-odds of a share.
 
-    Also its region.
+    Also its region. The shares of a Dirichlet distribution are those of what the ones before leave, as in its map.
     """
     region = _region(cast("Constraint", family.support))
     loc, scale = (getattr(family, name, None) for name in ("loc", "scale"))
@@ -124,10 +125,20 @@ def _of_family(family: Distribution) -> tuple[LocationScale | None, str]:
         shape, rate = family.concentration, family.rate
         return LocationScale(sign * (shape.digamma() - rate.log()), Scale(shape.polygamma(1).sqrt())), region
     if isinstance(family, Beta):
-        one, other = family.concentration1, family.concentration0
-        scale = (one.polygamma(1) + other.polygamma(1)).sqrt()
-        return LocationScale(one.digamma() - other.digamma(), Scale(scale)), region
+        return _of_log_odds(family.concentration1, family.concentration0), region
+    if isinstance(family, Dirichlet):
+        shares = family.concentration
+        rest = shares.flip(-1).cumsum(-1).flip(-1)[..., 1:]
+        loc, scale = _of_log_odds(shares[..., :-1], rest)
+        # torch's map takes even shares to 0: the first is one against all others.
+        others = torch.arange(loc.shape[-1], 0, -1, device=loc.device).to(loc)
+        return LocationScale(loc + others.log(), scale), region
     return None, region
+
+
+def _of_log_odds(one: Tensor, other: Tensor) -> LocationScale:
+    """Location and scale of the log-odds of a Beta's share with these concentrations."""
+    return LocationScale(one.digamma() - other.digamma(), Scale((one.polygamma(1) + other.polygamma(1)).sqrt()))
 
 
 def _transforms(layers: Sequence[Distribution]) -> Iterator[Transform]:
@@ -152,8 +163,8 @@ def _region(support: Constraint) -> str:
     """Name of a support among those of families with a location or scale; "" for another one."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    if support is constraints.real:
-        return REAL
+    if support in (constraints.real, constraints.simplex):
+        return REAL if support is constraints.real else SIMPLEX
     bounds = {name: bound for name, bound in vars(support).items() if name.endswith("_bound")}
     if any(isinstance(bound, Tensor) for bound in bounds.values()):
         return ""

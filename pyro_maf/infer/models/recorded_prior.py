@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import islice
 from operator import getitem
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -15,14 +16,16 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
+from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pyro_maf._core.torch_state import seeded
-from pyro_maf.infer.models.coordinates import run_with
+from pyro_maf.infer.models.coordinates import Coordinates, run_with
 from pyro_maf.infer.models.latents import Latents
 from pyro_maf.infer.models.location_scale import location_and_scale
 from pyro_maf.infer.models.model import Call
 from pyro_maf.infer.models.recording import UnrecordedError, operations_of
+from pyro_maf.infer.models.supports import bounds_of, support_between
 from pyro_maf.saving import Savable
 
 __all__ = ["RecordedPrior", "recorded_prior"]
@@ -45,6 +48,7 @@ KNOWN = frozenset((*SHAPES, *SELECTIONS, *SUMS, *PRODUCTS))
 """torch's operations that a recorded prior may consist of, besides those by element."""
 VIEWS = ("view", "_unsafe_view")
 """Operations on contiguous memory; `reshape` does the same on any."""
+SCALES, MATRIX = "scales", "matrix"
 PART = "part"
 """The operation that takes one of several results."""
 OF_PLACE = ("device", "layout", "memory_format", "non_blocking", "pin_memory")
@@ -59,7 +63,7 @@ class _Number:
 
 
 class RecordedPrior(nn.Module, Savable):
-    r"""The prior's location and scale of some sites, as functions of the values of the sites before them.
+    r"""The prior's location and scale, or bounds, of some sites, as functions of the values of the sites before them.
 
     It is a Pyro model of latent sites in their order, to be run with their values and for any number of draws: the
     operations are those of one draw, and `torch.vmap` runs them for many. Tensors are numbered: first come the sites'
@@ -69,8 +73,8 @@ class RecordedPrior(nn.Module, Savable):
         names: Names of all latent sites.
         shapes: Shapes of their values.
         nestings: Number of plates around each.
-        priors: Name of each site with a location and scale, and the numbers of these two tensors.
-        correlated: Names of those whose scale is a matrix.
+        priors: Name of each such site, what its tensors are, and their numbers: of a location and "scales" or a
+            "matrix", or of the bounds of a support of this name.
         constants: Shape and dtype of each constant, whose values are in the state_dict.
         steps: The operations as JSON, each a list of its name, its arguments and those by name, in which
             `{"tensor": 3}` stands for a tensor and `{"dtype": "float64"}` for a dtype.
@@ -85,14 +89,12 @@ class RecordedPrior(nn.Module, Savable):
         shapes: Sequence[Sequence[int]],
         nestings: Sequence[int],
         priors: Sequence[Sequence[Any]],
-        correlated: Sequence[str],
         constants: Sequence[Sequence[Any]],
         steps: str,
     ) -> None:
         super().__init__()
         self._sites = {name: (tuple(shape), nests) for name, shape, nests in zip(names, shapes, nestings, strict=True)}
-        self._priors: dict[str, Sequence[int]] = {name: numbers for name, *numbers in priors}
-        self.correlated = list(correlated)
+        self._priors: dict[str, tuple[str, Sequence[int]]] = {name: (kind, each) for name, kind, *each in priors}
         self._values = len(names)
         self._constants = len(constants)
         for index, (shape, dtype) in enumerate(constants):
@@ -106,7 +108,17 @@ class RecordedPrior(nn.Module, Savable):
     @property
     def names(self) -> list[str]:
         """The sites with a location and scale."""
-        return list(self._priors)
+        return [name for name, (kind, _) in self._priors.items() if kind in (SCALES, MATRIX)]
+
+    @property
+    def correlated(self) -> list[str]:
+        """Names of those whose scale is a matrix."""
+        return [name for name, (kind, _) in self._priors.items() if kind == MATRIX]
+
+    @property
+    def moving(self) -> list[str]:
+        """The sites with bounds."""
+        return [name for name, (kind, _) in self._priors.items() if kind not in (SCALES, MATRIX)]
 
     def _by_site(self) -> list[list[int]]:
         """Numbers of the results that can be computed once a site has its value, which is the last that they need."""
@@ -162,43 +174,50 @@ class RecordedPrior(nn.Module, Savable):
         return self.get_buffer(f"constant_{constant}") if 0 <= constant < self._constants else found[place.number]
 
     def _distribution(self, name: str, found: Mapping[int, Tensor], lead: Sequence[int]) -> TorchDistribution:
-        """A distribution with a site's location and scale, in dimensions of the draws and then of the site's."""
-        dims, is_matrix = len(self._sites[name][0]), name in self.correlated
+        """A distribution of a site's location and scale, or bounds, in dimensions of the draws and then of the site."""
+        dims, (kind, numbers) = len(self._sites[name][0]), self._priors[name]
         tensors = []
-        for number, width in zip(self._priors[name], (dims, dims + is_matrix), strict=True):
+        for number, width in zip(numbers, (dims, dims + (kind == MATRIX)), strict=False):
             tensor = self._tensor(found, _Number(number))
             if number in found:
                 shape = tensor.shape[1:]
                 tensor = tensor.reshape((*lead, *(1,) * (width - len(shape) if lead else 0), *shape))
             tensors.append(tensor)
-        loc, scale = tensors
-        if is_matrix:
-            return dist.MultivariateNormal(loc, scale_tril=scale, validate_args=False)
-        return dist.Normal(loc, scale, validate_args=False)
+        if kind == MATRIX:
+            return dist.MultivariateNormal(tensors[0], scale_tril=tensors[1], validate_args=False)
+        if kind == SCALES:
+            return dist.Normal(tensors[0], tensors[1], validate_args=False)
+        return dist.ImproperUniform(support_between(kind, tensors), (), ())
 
 
-def recorded_prior(latents: Latents, names: Sequence[str], call: Call, dtype: torch.dtype) -> RecordedPrior:
-    """Record the prior's location and scale of some sites.
+def recorded_prior(latents: Latents, coordinates: Coordinates, call: Call, dtype: torch.dtype) -> RecordedPrior:
+    """Record what the prior has to say of the sites that coordinates map: location and scale, or bounds.
 
     Args:
         latents: The layout of the latent vector.
-        names: The sites.
+        coordinates: The coordinates.
         call: The model with its arguments.
         dtype: The dtype of the values.
 
     Raises:
         UnrecordedError: If it draws random numbers, branches on values or takes operations besides the known ones.
+        TypeError: If a support that moves is not one of those with bounds.
     """
     values = {name: value.detach().to(dtype, copy=True) for name, value in latents.values.items()}
-    sites: dict[str, bool] = {}
+    kinds: dict[str, tuple[str, int]] = {}
 
     def priors() -> list[Tensor]:
         found: list[Tensor] = []
 
         def value_of(name: str, fn: TorchDistribution) -> Tensor:
-            if name in names and (prior := location_and_scale(fn)) is not None:
-                sites[name] = prior.scale.is_matrix
-                found.extend((prior.loc, prior.scale.tensor))
+            if name in coordinates.moving:
+                kind, tensors = bounds_of(cast("Constraint", fn.support))
+            elif name in coordinates.names and (prior := location_and_scale(fn)) is not None:
+                kind, tensors = MATRIX if prior.scale.is_matrix else SCALES, [prior.loc, prior.scale.tensor]
+            else:
+                return values[name]
+            kinds[name] = kind, len(tensors)
+            found.extend(torch.as_tensor(each) for each in tensors)
             return values[name]
 
         run_with(call, values, value_of)
@@ -207,13 +226,13 @@ def recorded_prior(latents: Latents, names: Sequence[str], call: Call, dtype: to
     with seeded(0, latents.idle.device):
         graph, constants = operations_of(priors, list(values.values()))
     steps, outputs = _described(graph, len(values) + len(constants))
+    rest = iter(outputs)
     parts = latents.parts.values()
     prior = RecordedPrior(
         list(values),
         [tuple(part.value.shape) for part in parts],
         [len(part.plates) for part in parts],
-        [(name, *outputs[2 * index : 2 * index + 2]) for index, name in enumerate(sites)],
-        [name for name, is_matrix in sites.items() if is_matrix],
+        [(name, kind, *islice(rest, count)) for name, (kind, count) in kinds.items()],
         [(tuple(constant.shape), _name(constant.dtype)) for constant in constants],
         json.dumps(steps),
     )

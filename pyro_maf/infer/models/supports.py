@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from torch.distributions import Distribution, Transform, biject_to
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import IndependentTransform
 
-__all__ = ["described_support", "entry_map", "support_map", "support_of"]
+__all__ = ["bounds_of", "described_support", "entry_map", "support_between", "support_map", "support_of"]
 
 PLAIN = (
     "real",
@@ -136,10 +137,33 @@ def support_map(support: Constraint) -> Transform:
 
 def entry_map(fn: Distribution) -> Transform:
     """Return the bijection from a real number to each entry of a support that is one of entries, as an interval."""
-    support = cast("Constraint", fn.support)
+    return support_map(_of_entries(cast("Constraint", fn.support)))
+
+
+def _of_entries(support: Constraint) -> Constraint:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    return support_map(support)
+    return support
+
+
+def bounds_of(support: Constraint) -> tuple[str, list[float | Tensor]]:
+    """Name and bounds of a support whose entries have some.
+
+    Raises:
+        TypeError: If it is none of the known ones.
+    """
+    support = _of_entries(support)
+    for name, bounds in BOUNDED.items():
+        if type(support) is getattr(constraints, name):
+            return name, [getattr(support, bound) for bound in bounds]
+    raise TypeError(f"the support {support} has no description")
+
+
+def support_between(name: str, bounds: Sequence[float | Tensor]) -> Constraint:
+    """Return the support of entries with this name and bounds."""
+    if name not in BOUNDED:
+        raise ValueError(f"{name} is no support with bounds")
+    return cast("Constraint", getattr(constraints, name)(*bounds))
 
 
 def described_support(support: Constraint) -> Any:
@@ -153,9 +177,9 @@ def described_support(support: Constraint) -> Any:
     if isinstance(support, constraints.independent):
         base = described_support(support.base_constraint)
         return {"independent": base, "dims": support.reinterpreted_batch_ndims}
-    for name, bounds in BOUNDED.items():
-        if type(support) is getattr(constraints, name):
-            return {"name": name, **{bound: _plain(getattr(support, bound)) for bound in bounds}}
+    with suppress(TypeError):  # first, since some of the others are special cases
+        name, bounds = bounds_of(support)
+        return {"name": name, **dict(zip(BOUNDED[name], map(_plain, bounds), strict=True))}
     for name in PLAIN:
         if type(support) is type(getattr(constraints, name)):
             return name
@@ -176,8 +200,7 @@ def support_of(described: Any) -> Constraint:
         raise ValueError(f"{described!r} is no support")
     if "independent" in described:
         return constraints.independent(support_of(described["independent"]), int(described["dims"]))
-    bounds = {bound: _bound(described[bound]) for bound in BOUNDED[described["name"]]}
-    return cast("Constraint", getattr(constraints, described["name"])(**bounds))
+    return support_between(described["name"], [_bound(described[bound]) for bound in BOUNDED[described["name"]]])
 
 
 def _plain(bound: float | Tensor) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_maf.infer.models.double_precision import Score, is_resolved, nudged, widened
 from pyro_maf.infer.models.log_joint import FAILURES
 
-__all__ = ["Ascents", "Normal", "Place"]
+__all__ = ["Ascents", "Normal", "Place", "quasi_newton"]
 
 CONVERGED = 1e-4
 """Gain of a step, in nats, below which an ascent ends."""
@@ -99,11 +99,9 @@ class _Quasi:
     def update(self, moved: Tensor, gradient: Tensor) -> None:
         """Update the estimate after a step."""
         bent, self.gradient = self.gradient - gradient, gradient
-        if moved @ bent > 1e-8 * bent @ bent:
-            if self._updates % HISTORY == 0:  # forget the curvature of points far away
-                identity = torch.eye(len(moved), dtype=moved.dtype, device=moved.device)
-                self.covariance = identity * ((moved @ bent) / (bent @ bent))
-            self.covariance = _updated(self.covariance, moved, bent)
+        if self._updates % HISTORY == 0 and _is_convex(moved, bent):  # forget the curvature of points far away
+            self.covariance = torch.eye(len(moved)).to(moved) * ((moved @ bent) / (bent @ bent))
+        self.covariance = quasi_newton(self.covariance, moved, bent)
         self._updates += 1
 
     def normal(self, loc: Tensor) -> Normal | None:
@@ -248,14 +246,24 @@ class Ascents:
                 self.active[row] = False
 
 
-def _updated(covariance: Tensor, moved: Tensor, bent: Tensor) -> Tensor:
-    """One BFGS update of the inverse Hessian."""
-    weight = 1 / (moved @ bent)
-    projected = covariance @ bent
-    outer = torch.outer(moved, projected)
-    return (
-        covariance - weight * (outer + outer.T) + weight * (1 + weight * bent @ projected) * torch.outer(moved, moved)
-    )
+def _is_convex(moved: Tensor, bent: Tensor) -> Tensor:
+    r"""Test if the curvature along a step is positive, (\*batch,), so that BFGS may use it."""
+    return (moved * bent).sum(-1) > 1e-8 * bent.square().sum(-1)
+
+
+def quasi_newton(inverse: Tensor, moved: Tensor, bent: Tensor) -> Tensor:
+    r"""Update inverse Hessians of -log p, (\*batch, D, D), by BFGS, where `_is_convex`.
+
+    Args:
+        inverse: The estimates before.
+        moved, bent: Change of the point, and minus that of the gradient, (\*batch, D).
+    """
+    weight = torch.where(_is_convex(moved, bent), 1 / (moved * bent).sum(-1), 0.0)[..., None, None]
+    projected = (inverse @ bent[..., None])[..., 0]
+    outer = moved[..., :, None] * projected[..., None, :]
+    quadratic = (bent * projected).sum(-1)[..., None, None]
+    along = weight * (1 + weight * quadratic) * moved[..., :, None] * moved[..., None, :]
+    return inverse - weight * (outer + outer.mT) + along
 
 
 def _line_search(log_density: Score, locs: Tensor, steps: Tensor, vectorised: bool) -> tuple[Tensor, Tensor]:

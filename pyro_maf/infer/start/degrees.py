@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.models.coordinates import Coordinates
-from pyro_maf.infer.models.double_precision import Score
+from pyro_maf.infer.models.double_precision import Score, in_double, promoted
 from pyro_maf.infer.models.latents import Latents
+from pyro_maf.infer.models.location_scale import LocationScale
 from pyro_maf.infer.models.log_joint import FAILURES
 from pyro_maf.infer.models.model import Call
-from pyro_maf.infer.start.mean_field import diagonal_normal, fixed_noise, narrow_place, second_derivatives
+from pyro_maf.infer.start.initialization import best_normal
+from pyro_maf.infer.start.mean_field import RATE, diagonal_normal, fixed_noise, narrow_place, second_derivatives
 
 __all__ = ["fit_degrees", "normal_sites"]
 
 ROUNDS, STEPS = 3, 60
+FAR = RATE * STEPS / 4
+"""Distance that takes half of the steps of a round, whose rate falls."""
 REACH, TOLERANCE = 2.0, 3e-3
 """Factor of a normal's noise within which a site is tested, and relative error of a precision: of a thousand entries
 with that, the divergence is 0.002 nats."""
 FEW = 200
-"""Maximum number of dimensions for which the noise of all steps is the same."""
+"""Maximum number of dimensions for which the noise of all steps is the same, and there are ascents by Hessians."""
+
+
+Product = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+"""Products of directions of some sites, (draws, *site), with their precision given all other coordinates."""
+PROBES, FULL = 8, 50
+"""Number of random vectors for the diagonal of a precision, at each draw; and the size of a matrix up to which all
+entries are computed, which of a process with data at its points are those of the diagonal."""
 
 
 def fit_degrees(coordinates: Coordinates, latents: Latents, call: Call, score: Score, loc: Tensor) -> Tensor:
@@ -40,14 +52,21 @@ def fit_degrees(coordinates: Coordinates, latents: Latents, call: Call, score: S
     Returns:
         Location and log-scale of the normal, (2, D), in the final coordinates.
 
-    Cost: 180 gradients for 32 rows each, and 16 products of a Hessian and a vector.
+    Cost: 180 gradients for 32 rows each, and 16 products of a Hessian and a vector; where the normal is far from `loc`,
+        an ascent and 60 gradients more.
     """
-    noise, place = fixed_noise(loc), narrow_place(loc)
-    for number in range(ROUNDS):
-        degree = coordinates.degree if number == 0 else None
-        place = diagonal_normal(score, place, STEPS, noise=None if len(loc) > FEW else noise, degree=degree)
-        if number + 1 < ROUNDS:
-            place = _updated(coordinates, latents, call, score, place[0] + noise * place[1].exp(), place)
+    noise = fixed_noise(loc)
+    fixed = None if len(loc) > FEW else noise
+    place = diagonal_normal(score, narrow_place(loc), STEPS, noise=fixed, degree=coordinates.degree)
+    if len(loc) <= FEW and bool(((place[0] - loc).abs() > FAR).any()):
+        # Steps of Adam have the units of the latent variables, and end half-way to an intercept of hundreds.
+        normal = best_normal(score, loc)
+        scale = torch.cholesky_inverse(normal.scale_tril).diagonal().rsqrt()
+        place = torch.stack([normal.loc, scale.log()])
+        place = diagonal_normal(score, place, STEPS, noise=fixed, degree=coordinates.degree)
+    for _ in range(ROUNDS - 1):
+        place = _updated(coordinates, latents, call, score, place[0] + noise * place[1].exp(), place)
+        place = diagonal_normal(score, place, STEPS, noise=fixed)
     return place
 
 
@@ -55,21 +74,133 @@ def _updated(
     coordinates: Coordinates, latents: Latents, call: Call, score: Score, draws: Tensor, place: Tensor
 ) -> Tensor:
     """Update the degrees by draws; return location and log-scale of the draws in the new coordinates."""
-    with torch.no_grad():
-        padded = draws.reshape(len(draws), *(1,) * latents.nesting, -1)
-        images = coordinates.images(latents, padded, call)
-        values = {
-            name: value.reshape(len(draws), *latents.parts[name].value.shape) for name, (value, _) in images.items()
-        }
+
+    def update(draws: Tensor) -> Tensor:
+        with torch.no_grad():
+            padded = draws.reshape(len(draws), *(1,) * latents.nesting, -1)
+            images = coordinates.images(latents, padded, call)
+            values = {
+                name: value.reshape(len(draws), *latents.parts[name].value.shape) for name, (value, _) in images.items()
+            }
+        _set_by_precision(coordinates, latents, *second_derivatives(score, draws), values, call)
+        with torch.no_grad():
+            return coordinates.of_values(latents, values, call)[0]
+
     try:
-        coordinates.set_by_precision(latents, *second_derivatives(score, draws), values, call)
+        # What data add to the precision of a smooth process is a millionth of it.
+        is_wide = in_double(score, draws[0]) is not None
+        moved = (promoted(update)(draws.double()) if is_wide else update(draws)).to(place)
     except FAILURES:  # such as an operation without a second derivative
         return place
-    with torch.no_grad():
-        moved, _ = coordinates.of_values(latents, values, call)
     if not bool(moved.isfinite().all()):
         return place
     return torch.stack([moved.mean(0), moved.std(0).clamp(min=1e-6).log()])
+
+
+@torch.no_grad()
+def _set_by_precision(
+    coordinates: Coordinates,
+    latents: Latents,
+    gradient: Tensor,
+    product: Callable[[Tensor], Tensor],
+    values: Mapping[str, Tensor],
+    call: Call,
+) -> None:
+    """Set each degree, for good, to the share of the data in the precision given the rest, at draws of every site.
+
+    The rest are coordinates: of a site that is the location of others, what these have to say of it is then that of
+    their data, as they would move along with it.
+    """
+    priors = coordinates.priors(latents, values, call)
+    slopes = {name: coordinates.slope(latents.parts[name], prior) for name, prior in priors.items()}
+    spans = {name: slice(latents.parts[name].start, latents.parts[name].stop) for name in priors}
+
+    def by_entry(vectors: Tensor) -> Tensor:
+        entries = vectors.new_zeros(len(vectors), len(latents.idle))
+        entries[:, ~latents.idle] = vectors
+        return entries
+
+    def precision_along(directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        vectors = gradient.new_zeros(len(gradient), len(latents.idle))
+        for name, direction in directions.items():
+            vectors[:, spans[name]] = slopes[name].solve(direction).reshape(len(gradient), -1)
+        image = by_entry(product(vectors[:, ~latents.idle]))
+        return {
+            name: slopes[name].transposed_solve(image[:, spans[name]].reshape(each.shape))
+            for name, each in directions.items()
+        }
+
+    shares = _shares({name: prior for name, prior in priors.items() if not prior.scale.is_matrix}, precision_along)
+    shares |= _precisions({name: prior for name, prior in priors.items() if prior.scale.is_matrix}, precision_along)
+    coordinates.settle(priors)
+    entries, pulls = by_entry(latents.pack(values)[0]), by_entry(gradient)
+    for name, (loc, scale) in priors.items():
+        value, pull = (each[:, spans[name]].reshape(loc.shape) for each in (entries, pulls))
+        of_data = slopes[name].transposed_solve(pull) + scale.transposed_solve(scale.solve(value - loc))
+        coordinates.fix(name, of_data.mean(0), value.mean(0), shares[name])
+
+
+def _signs(like: Tensor) -> Tensor:
+    """Random signs in the shape of a tensor."""
+    return 2.0 * torch.randint(0, 2, like.shape).to(like) - 1
+
+
+def _shares(priors: Mapping[str, LocationScale], along: Product) -> dict[str, Tensor]:
+    """Precision of the data about each entry given all other coordinates, relative to the prior's at the mean scale.
+
+    Hutchinson's estimate of the diagonal. Sites are probed in turns: what neighbours in the model have to do with each
+    other is no noise of it.
+    """
+    total: dict[str, Tensor] = {}
+    turns = min(PROBES, len(priors))
+    for probe in range(PROBES if priors else 0):
+        names = list(priors)[probe % turns :: turns]
+        with seeded(probe, priors[names[0]].loc.device):
+            signs = {name: _signs(priors[name].loc) for name in names}
+        times = len(range(probe % turns, PROBES, turns))
+        for name, image in along({name: priors[name].scale.times(sign) for name, sign in signs.items()}).items():
+            total[name] = total.get(name, 0.0) + (signs[name] * priors[name].scale.times(image)).mean(0) / times
+    usual = {name: (2 * scale.tensor.log().mean(0)).exp() for name, (_, scale) in priors.items()}
+    return {
+        name: (each - 1).clamp(min=0.0) * usual[name] / priors[name].scale.tensor.square().mean(0)
+        for name, each in total.items()
+    }
+
+
+def _precisions(priors: Mapping[str, LocationScale], along: Product) -> dict[str, Tensor]:
+    """Precision matrix of the data about each site given all other coordinates, (*site, n); in turns, as above."""
+    columns: dict[str, list[Tensor]] = {name: [] for name in priors}
+    with seeded(0, next((prior.loc.device for prior in priors.values()), None)):
+        # Neighbours in plates have to do with each other by other sites alone: their signs are no noise.
+        signs = {name: torch.stack([_signs(prior.loc[0]) for _ in range(PROBES)]) for name, prior in priors.items()}
+    for name, sign in signs.items():
+        if (size := sign.shape[-1]) <= FULL:
+            signs[name] = torch.stack([sign[0, ..., :1] * unit for unit in torch.eye(size).to(sign)])
+    for turn in range(PROBES):
+        names = list(priors)[turn::PROBES]
+        for probe in range(max((len(signs[name]) for name in names), default=0)):
+            directions = {
+                name: signs[name][probe].expand_as(priors[name].loc) for name in names if probe < len(signs[name])
+            }
+            for name, image in along(directions).items():
+                scale = priors[name].scale
+                of_prior = scale.transposed_solve(scale.solve(directions[name]))
+                columns[name].append((image - of_prior).mean(0))
+    return {name: _positive(_of_columns(signs[name], torch.stack(each))) for name, each in columns.items()}
+
+
+def _of_columns(signs: Tensor, columns: Tensor) -> Tensor:
+    """The matrix, or its diagonal, of the products with some signs, (probes, *site)."""
+    size = signs.shape[-1]
+    if size <= FULL:
+        return (columns * signs.sum(-1, keepdim=True)).movedim(0, -1)
+    return (signs * columns).mean(0).diag_embed()
+
+
+def _positive(matrix: Tensor) -> Tensor:
+    """The symmetric part of a matrix without negative eigenvalues; 0 if it is not finite."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) / 2)
+    return (vectors * values.clamp(min=0.0)[..., None, :]) @ vectors.mT
 
 
 def normal_sites(

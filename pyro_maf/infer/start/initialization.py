@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf._core.torch_state import seeded
-from pyro_maf.infer.models.double_precision import Score, in_double, is_resolved, nudged
+from pyro_maf.infer.models.double_precision import Score, in_double, is_resolved, nudged, promoted
 from pyro_maf.infer.models.latents import UNIFORM
 from pyro_maf.infer.start.ascent import Ascents, Normal, Place
 from pyro_maf.infer.start.mean_field import DRAWS, diagonal_normal, fixed_noise, narrow_place
@@ -98,7 +98,8 @@ def best_start(
     wide = in_double(log_density, loc)
     if wide is not None:
         exact = loc.double()
-        best = _start(wide, exact, others.to(exact), [each.to(exact) for each in proposals], images, vectorised)
+        moved = None if images is None else promoted(images)
+        best = _start(wide, exact, others.to(exact), [each.to(exact) for each in proposals], moved, vectorised)
         normals = tuple(each.to(loc) for each in best.normals)
         if all(_survives(log_density, wide, normal, vectorised) for normal in normals):
             return best._replace(normals=normals, shares=best.shares.to(loc))

@@ -12,7 +12,7 @@ from pyro_maf._core.optimization import Adam
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.models.double_precision import Score
 
-__all__ = ["DRAWS", "diagonal_normal", "fixed_noise", "narrow_place", "second_derivatives"]
+__all__ = ["DRAWS", "RATE", "diagonal_normal", "fixed_noise", "narrow_place", "second_derivatives"]
 
 DRAWS = 32
 RATE, BETAS = 0.2, (0.8, 0.95)
@@ -53,7 +53,7 @@ def diagonal_normal(
             loss = -score(weights[0][0] + draws * weights[0][1].exp()).mean() - weights[0][1].sum()
         if not bool(loss.isfinite()):
             break
-        gradients = torch.autograd.grad(loss, weights)
+        gradients = torch.autograd.grad(loss, weights, materialize_grads=True)  # a site may have none
         for gradient in gradients:
             gradient.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         optimizer.step(gradients, RATE * (1 - step / steps))
