@@ -24,7 +24,7 @@ from pyro_maf.infer.models.double_precision import (
 )
 from pyro_maf.infer.models.log_joint import FAILURES, LogJoint
 from pyro_maf.infer.models.model import Call, Guide
-from pyro_maf.infer.models.recording import Derivatives, Recording, record
+from pyro_maf.infer.models.recording import Derivatives, Recording, plain_derivatives, record
 
 __all__ = ["Step", "Walk", "can_walk"]
 
@@ -119,7 +119,7 @@ class Walk:
             self._wide = in_double(self._in_dtype, latent[log_weights.median(0).indices])
             if self._wide is not None:
                 self._recording, self._recordings = None, 0
-                return self._resolved(latent, self._of_model(latent), log_q)
+                return self._resolved(latent, plain_derivatives(self._log_joint, latent, self._weights), log_q)
         return derivatives._replace(values=derivatives.values.where(resolved, -torch.inf))
 
     def _partial_step(self, latent: Tensor, values: Tensor) -> Step:
@@ -159,19 +159,11 @@ class Walk:
             self._recording, is_checked = record(self._log_joint, latent, self._weights), True
         found = None if self._recording is None else self._recording(latent)
         if found is None or is_checked:
-            expected = self._of_model(latent)
+            expected = plain_derivatives(self._log_joint, latent, self._weights)
             if found is not None and not _agree(found, expected):
                 self._recording, self._recordings = None, RECORDINGS
             return expected
         return found
-
-    def _of_model(self, latent: Tensor) -> Derivatives:
-        latent = latent.detach().requires_grad_()
-        with torch.enable_grad():
-            values = self._log_joint(latent)
-            total = values.sum() + 0.0 * latent.sum()  # so that there is a gradient in any case
-            gradient, *others = torch.autograd.grad(total, [latent, *self._weights], allow_unused=True)
-        return Derivatives(values.detach(), gradient, list(others))
 
     def _log_joint(self, latent: Tensor) -> Tensor:
         return self._in_dtype(latent) if self._wide is None else self._wide(widened(latent)).to(latent.dtype)

@@ -70,9 +70,7 @@ class RecordedPrior(nn.Module, Savable):
     values, then constants, then the results of the operations.
 
     Args:
-        names: Names of all latent sites.
-        shapes: Shapes of their values.
-        nestings: Number of plates around each.
+        sites: Name of every latent site, shape of its value, and number of plates around it.
         priors: Name of each such site, what its tensors are, and their numbers: of a location and "scales" or a
             "matrix", or of the bounds of a support of this name.
         constants: Shape and dtype of each constant, whose values are in the state_dict.
@@ -85,17 +83,15 @@ class RecordedPrior(nn.Module, Savable):
 
     def __init__(
         self,
-        names: Sequence[str],
-        shapes: Sequence[Sequence[int]],
-        nestings: Sequence[int],
+        sites: Sequence[Sequence[Any]],
         priors: Sequence[Sequence[Any]],
         constants: Sequence[Sequence[Any]],
         steps: str,
     ) -> None:
         super().__init__()
-        self._sites = {name: (tuple(shape), nests) for name, shape, nests in zip(names, shapes, nestings, strict=True)}
+        self._sites = {name: (tuple(shape), nests) for name, shape, nests in sites}
         self._priors: dict[str, tuple[str, Sequence[int]]] = {name: (kind, each) for name, kind, *each in priors}
-        self._values = len(names)
+        self._values = len(sites)
         self._constants = len(constants)
         for index, (shape, dtype) in enumerate(constants):
             self.register_buffer(f"constant_{index}", torch.zeros(shape, dtype=_dtype(dtype)))
@@ -227,11 +223,8 @@ def recorded_prior(latents: Latents, coordinates: Coordinates, call: Call, dtype
         graph, constants = operations_of(priors, list(values.values()))
     steps, outputs = _described(graph, len(values) + len(constants))
     rest = iter(outputs)
-    parts = latents.parts.values()
     prior = RecordedPrior(
-        list(values),
-        [tuple(part.value.shape) for part in parts],
-        [len(part.plates) for part in parts],
+        [(name, tuple(part.value.shape), len(part.plates)) for name, part in latents.parts.items()],
         [(name, kind, *islice(rest, count)) for name, (kind, count) in kinds.items()],
         [(tuple(constant.shape), _name(constant.dtype)) for constant in constants],
         json.dumps(steps),

@@ -18,7 +18,7 @@ from pyro_maf.infer.models.effects import Watch
 from pyro_maf.infer.models.fused import compiled, note_shape
 from pyro_maf.infer.models.model import Args, Kwargs
 
-__all__ = ["Derivatives", "Recording", "UnrecordedError", "operations_of", "record"]
+__all__ = ["Derivatives", "Recording", "UnrecordedError", "operations_of", "plain_derivatives", "record"]
 
 aten = torch.ops.aten
 ALIASES = (aten.detach.default, aten.alias.default)
@@ -126,6 +126,16 @@ def record(function: Function, argument: Tensor, weights: Sequence[Tensor]) -> R
         return Recording(recorder.entries, [argument, *weights], [values, *found])
     except Exception:  # what torch cannot record may fail in any way, and what is wrong shows in a plain run
         return None
+
+
+def plain_derivatives(function: Function, argument: Tensor, weights: Sequence[Tensor]) -> Derivatives:
+    """Values and gradients of a function, as a recording returns them, by a plain run."""
+    argument = argument.detach().requires_grad_()
+    with torch.enable_grad():
+        values = function(argument)
+        total = values.sum() + 0.0 * argument.sum()  # so that there is a gradient in any case
+        gradient, *others = torch.autograd.grad(total, [argument, *weights], allow_unused=True)
+    return Derivatives(values.detach(), gradient, list(others))
 
 
 class UnrecordedError(Exception):

@@ -11,6 +11,8 @@ from torch import Tensor
 from pyro_maf._core.optimization import Adam
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.models.double_precision import Score
+from pyro_maf.infer.models.log_joint import FAILURES
+from pyro_maf.infer.models.recording import Derivatives, Recording, plain_derivatives, record
 
 __all__ = ["DRAWS", "RATE", "diagonal_normal", "fixed_noise", "narrow_place", "second_derivatives"]
 
@@ -45,21 +47,36 @@ def diagonal_normal(
             are many more numbers than draws.
         degree: Numbers from 0 to 1 that the density depends on, changed along.
     """
-    weights = [place.clone().requires_grad_()] + ([] if degree is None else [degree])
-    optimizer = Adam(weights, betas=BETAS)
+    place = place.detach().clone()
+    trained = [] if degree is None else [degree]
+    optimizer = Adam([place, *trained], betas=BETAS)
+    recording: Recording | None = None
     for step in range(steps):
-        with torch.enable_grad():
-            draws = fixed_noise(place[0], seed=step) if noise is None else noise
-            loss = -score(weights[0][0] + draws * weights[0][1].exp()).mean() - weights[0][1].sum()
-        if not bool(loss.isfinite()):
+        draws = fixed_noise(place[0], seed=step) if noise is None else noise
+        points = place[0] + draws * place[1].exp()
+        if step == 0:
+            recording = record(score, points, trained)
+        found = _recorded(recording, points) or plain_derivatives(score, points, trained)
+        if not bool(found.values.mean().isfinite()):
             break
-        gradients = torch.autograd.grad(loss, weights, materialize_grads=True)  # a site may have none
+        loc, scale = found.gradient.mean(0), (found.gradient * draws).mean(0) * place[1].exp()
+        gradients = [torch.stack([-loc, -scale - 1])]
+        pairs = zip(trained, found.of_weights, strict=True)
+        gradients += [torch.zeros_like(each) if pull is None else -pull / len(draws) for each, pull in pairs]
         for gradient in gradients:
             gradient.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         optimizer.step(gradients, RATE * (1 - step / steps))
-        if degree is not None:
-            degree.detach().clamp_(0.0, 1.0)
-    return weights[0].detach()
+        for each in trained:
+            each.detach().clamp_(0.0, 1.0)
+    return place
+
+
+def _recorded(recording: Recording | None, points: Tensor) -> Derivatives | None:
+    """Derivatives by a recording; None without one, or where it fails or is of another outcome."""
+    try:
+        return None if recording is None else recording(points)
+    except FAILURES:
+        return None
 
 
 def second_derivatives(score: Score, points: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
