@@ -168,6 +168,18 @@ def test_clusters_beyond_others_are_no_tail() -> None:
     assert tails.any(0).nonzero()[:, 0].tolist() == [5]
 
 
+def test_columns_of_few_skewed_factors_keep_their_units() -> None:
+    random = np.random.default_rng(1)
+    factors = random.standard_gamma(2, (1000, 4)) @ random.standard_normal((4, 30))
+    rows = torch.from_numpy(factors + 0.3 * random.standard_normal((1000, 30)))
+    units = units_of(moments_of(rows), rows)
+    assert units.tails is None or units.tails.any(0).sum() < 3
+    together = random.standard_normal((2000, 20)) / np.sqrt(random.chisquare(2, (2000, 1)) / 2)
+    tails = units_of(moments_of(torch.from_numpy(together)), torch.from_numpy(together)).tails
+    assert tails is not None
+    assert tails.any(0).all()
+
+
 def test_a_row_that_outweighs_its_side_has_no_tail() -> None:
     rows = torch.from_numpy(normal(200, 1))
     weights = torch.ones(200, dtype=torch.float64)

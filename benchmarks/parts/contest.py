@@ -21,6 +21,7 @@ from parts.peers.base import UnsupportedError
 from parts.sets import standardised
 from pyro_maf._core.files import write_whole
 from pyro_maf.datasets import Dataset
+from pyro_maf.distributions import TableDensity
 from pyro_maf.experiments import Candidate, Estimate, compare, estimate
 
 OURS = "pyro-maf"
@@ -145,10 +146,11 @@ def _default(data: Dataset, seed: int) -> Fit:
         data.train,
         context=data.train_context,
         validation=(data.validation, data.validation_context),
-        dequantise=False,
         seed=seed,
         progress=False,
     )
+    if isinstance(result.density.unwrapped, TableDensity):
+        raise ValueError(f"{data.name} has columns on a grid, whose probabilities are no densities to compare.")
     log_prob = result.score(data.test, data.test_context).double()
     seconds = time.process_time() - started
     parameters = sum(weight.numel() for weight in result.density.parameters())
