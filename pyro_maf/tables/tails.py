@@ -38,9 +38,9 @@ JUDGED = 1_000
 """Number of rows by which tails are judged together."""
 MOST_LOST, LOST_EACH = 3.0, 0.1
 """Nats a row that a multivariate t may lose by units of tails, in all and for each column in them: it likes rows that
-are long-tailed together, of which a flow fits the tails of the first columns badly. Of those it loses 0.03 to 0.06 each;
-of columns that are linear in others, as image patches or sums of a few skewed factors, 0.1 to 0.5, and a flow loses too.
-"""
+are long-tailed together, of which a flow fits the tails of the first columns badly. Of those it loses 0.03 to 0.06
+each, of columns that are linear in others, as image patches or sums of a few skewed factors, 0.1 to 0.5; there a flow
+loses too."""
 NO_LOSS = 0.02
 """Nats a row that are none."""
 FREEDOMS = (1.0, 2.0, 4.0, 8.0, 1e6)
