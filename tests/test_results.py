@@ -112,6 +112,13 @@ def test_one_row_is_scored_and_given_by_name() -> None:
     assert drawn[0].equals(drawn[2])
 
 
+def test_a_missing_number_of_one_row_scores_nan(result: Any) -> None:
+    row = {"a": 0.0, "b": 0.0}
+    assert not result.score(row).isnan().any()
+    for missing in (None, np.nan):
+        assert result.score({**row, "b": missing}).isnan().all()
+
+
 def test_frames_that_were_shuffled_apart_are_refused() -> None:
     shuffled, context = FRAME[["a"]][::-1], FRAME[["b", "c"]]
     refusal = "in the order of the {}, got an index with the same labels in another order: sort one as the other"

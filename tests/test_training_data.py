@@ -350,6 +350,11 @@ BAD_DATA: dict[str, tuple[Any, type[Exception], str]] = {
         TypeError,
         "fit expected data of real numbers, got torch.complex64.",
     ),
+    "sparse tensor": (
+        torch.eye(20, 2).to_sparse(),
+        TypeError,
+        "fit expected data to be a dense tensor, got torch.sparse_coo: pass it .to_dense().",
+    ),
     "dates in a frame": (
         FRAME.assign(weight=pd.date_range("2020", periods=200)),
         TypeError,

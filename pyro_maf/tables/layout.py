@@ -321,6 +321,8 @@ def numbers(who: str, name: str, value: TableLike) -> Tensor:
     if isinstance(value, Tensor):
         if value.is_complex():
             raise TypeError(f"{who} expected {name} of real numbers, got {value.dtype}.")
+        if value.layout is not torch.strided:
+            raise TypeError(f"{who} expected {name} to be a dense tensor, got {value.layout}: pass it .to_dense().")
         return value.detach().cpu()
     if isinstance(value, Mapping):
         return _side_by_side(who, name, value)
@@ -384,7 +386,10 @@ def _dtype_for(dtype: np.dtype[np.generic]) -> type[np.float32 | np.float64]:
 
 
 def _one_entry(number: Entry) -> Entry:
-    return number.reshape(1) if isinstance(number, Tensor) else np.asarray(number).reshape(1)
+    if isinstance(number, Tensor):
+        return number.reshape(1)
+    # None is a missing number, as in a row of a data frame.
+    return np.asarray([np.nan if number is None else number]).reshape(1)
 
 
 def _shape(value: object) -> tuple[int, ...]:
