@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from pyro_maf import MAF, FlowPrior
-from pyro_maf._core.module_state import ModuleState
+from pyro_maf._core.module_state import Structure
 
 
 def _call(module: Any, *_: object) -> None:
@@ -50,23 +50,24 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_seen(change: str) -> None:
     flow = MAF(3, num_layers=2, hidden_dims=[8])
-    state = ModuleState.of(flow)
-    assert state is not None
-    assert state.holds_for(flow)
+    structure = Structure.of(flow)
+    kinds = structure.kinds()
+    assert (structure.kinds(), Structure.of(flow, structure), Structure.of(flow)) == (kinds, structure, structure)
     CHANGES[change](flow)
-    assert not state.holds_for(flow)
+    for now in (Structure.of(flow, structure), Structure.of(flow)):
+        assert now != structure or now.kinds() != kinds
 
 
 def test_numbers_of_parameters_and_uses_are_no_change() -> None:
     flow = MAF(3, num_layers=2, hidden_dims=[8])
-    state = ModuleState.of(flow)
-    assert state is not None
+    structure = Structure.of(flow)
+    kinds = structure.kinds()
     (-FlowPrior(flow).log_prob(torch.randn(5, 3)).mean()).backward()
     torch.optim.Adam(flow.parameters()).step()
     flow.inv(flow(torch.randn(4, 3)))
-    assert state.holds_for(flow)
-    assert state.has(flow.parameters())
-    assert not state.has([flow[0].made.layers[0].weight * 1])  # type: ignore[union-attr,index,operator]
+    assert Structure.of(flow, structure) is structure
+    assert structure.kinds() == kinds
+    assert structure.is_plain
 
 
 def test_a_state_does_not_keep_its_module_alive() -> None:

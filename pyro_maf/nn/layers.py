@@ -237,6 +237,8 @@ class BlockLinear(Observed):
         torch.Size([4, 3, 5])
     """
 
+    is_linear = True
+
     def __init__(self, blocks: int, inputs: int, outputs: int) -> None:
         super().__init__()
         weight = torch.randn(blocks, outputs, inputs) / inputs**0.5

@@ -16,12 +16,12 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from pyro_maf._core.memory_pool import empty
 from pyro_maf._core.torch_state import gradients, is_intercepted
 from pyro_maf.sweep.kernels import kernels, loaded
-from pyro_maf.sweep.layout import LANES, Array, Step, Triangular
-from pyro_maf.sweep.program import Pack, Program, Programs, Reading, is_ordinary, program_of
+from pyro_maf.sweep.layout import LANES, Array, Step, Triangular, UnfitError
+from pyro_maf.sweep.program import Pack, Program, Programs, Reading, is_ordinary
 from pyro_maf.sweep.threads import in_parts
 from pyro_maf.sweep.torch_engine.layers import at_once, one_by_one, together, triangular
 
-__all__ = ["Run", "add_up", "run", "unpack"]
+__all__ = ["Run", "add_up", "run"]
 
 DTYPES = (torch.float32, torch.float64)
 ADDITION = 8
@@ -54,13 +54,14 @@ class Run(NamedTuple):
         reading = Reading.of(steps)
         if reading is None or reading.tensors[0].dtype not in DTYPES or not reading.is_uniform():
             return None
-        program = program_of(programs, place, steps, reading, dim)
-        return None if program is None else cls(program, steps, reading.tensors)
-
-    def of_networks(self) -> list[Tensor]:
-        """Weights and biases of the networks, of all tensors."""
-        others = {id(tensor) for step in self.steps if isinstance(step, Triangular) for tensor in step.tensors}
-        return [tensor for tensor in self.tensors if id(tensor) not in others]
+        program = programs.get(place)
+        if program is None or not program.reading.holds_for(reading):
+            context_dim = max(network.context_dim for step in steps for network in step.networks)  # type: ignore[type-var]
+            try:
+                program = programs[place] = Program(reading, steps, dim, context_dim)  # type: ignore[arg-type]
+            except UnfitError:
+                return None
+        return cls(program, steps, reading.tensors)
 
     def __call__(self, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor] | None:
         r"""The layers in turn, or None where torch is to apply them.

@@ -15,9 +15,9 @@ from pyro_maf._core.torch_state import Snapshot
 from pyro_maf.nn import MADE, MLP
 from pyro_maf.nn.weights import current, is_hooked, is_read
 from pyro_maf.sweep.kernels import loaded
-from pyro_maf.sweep.layout import LANES, MAPS, Array, Layout, Step, Triangular, UnfitError, gain_of, map_of
+from pyro_maf.sweep.layout import LANES, MAPS, Array, Layout, Step, Triangular, gain_of, map_of
 
-__all__ = ["Program", "Programs", "Reading", "is_ordinary", "program_of"]
+__all__ = ["Program", "Programs", "Reading", "is_ordinary"]
 
 ORDINARY = (nn.Parameter, Tensor)
 """Tensors whose entries lie in memory, as not those of every subclass do."""
@@ -153,7 +153,7 @@ class Program:
         layout = Layout(dim, context_dim, reading.tensors)
         for step in steps:
             layout.add(step)
-        self.fixed, self.marks = reading.fixed, reading.marks
+        self.reading = reading._replace(tensors=[])
         self.dim, self.context_dim = dim, context_dim
         self.tables = layout.tables()
         self.sizes = [tensor.numel() for tensor in reading.tensors]
@@ -188,10 +188,6 @@ class Program:
             return 1
         chunks = max(1, -(-points // self.chunk))
         return LANES * (-(-points // (chunks * LANES)) | 1)
-
-    def holds_for(self, reading: Reading) -> bool:
-        """Return whether the program is one of modules in this state."""
-        return Reading(self.fixed, self.marks, []).holds_for(reading)
 
     def fits(self, v: Tensor, context: Tensor | None) -> bool:
         """Return whether these are inputs of the right widths and dtype, with a context if the layers see one."""
@@ -230,25 +226,3 @@ class Program:
 
 Programs: TypeAlias = dict[object, Program]
 """Programs of a flow's runs, by their places. A program holds none of the modules."""
-
-
-def program_of(
-    programs: Programs, place: object, steps: Sequence[Step | Triangular], reading: Reading, dim: int
-) -> Program | None:
-    """The program of a run, laid out when its modules are new or have changed; None for masks that are no staircases.
-
-    Args:
-        programs: Those of the flow, to which a new one is added.
-        place: Which of its runs this is.
-        steps: The run.
-        reading: The current state of its modules.
-        dim: D.
-    """
-    program = programs.get(place)
-    if program is None or not program.holds_for(reading):
-        context_dim = max(network.context_dim for step in steps for network in step.networks)  # type: ignore[type-var]
-        try:
-            program = programs[place] = Program(reading, steps, dim, context_dim)  # type: ignore[arg-type]
-        except UnfitError:
-            return None
-    return program

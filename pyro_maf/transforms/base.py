@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeAlias, TypedDict, cast
+from typing import Any, Self, TypedDict, cast
 
 import torch
 from pyro.distributions.torch_transform import TransformModule
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_maf._core.checks import check_context, check_event, check_positive, check_takes_gradient
-from pyro_maf._core.module_state import Observed
+from pyro_maf._core.module_state import Observed, Structure
 from pyro_maf._core.torch_state import converted, count_change, reference_tensor, without_autocast
 from pyro_maf.saving import Savable
 from pyro_maf.sweep import Programs, Step, Triangular
@@ -20,8 +20,6 @@ from pyro_maf.transforms.cache import Cache, caching_is_possible
 from pyro_maf.univariate import UnivariateMap, univariate_map
 
 __all__ = ["Flow", "Inverse", "LayerOptions", "UnivariateFlow"]
-
-Direction: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class LayerOptions(TypedDict, total=False):
@@ -126,10 +124,10 @@ class Flow(Savable, Observed, TransformModule):
 
     def __call__(self, x: Tensor) -> Tensor:
         r"""Map noise x (\*batch, D) to data y."""
-        return self._through("x", x, self.forward_and_log_det)
+        return self._through("x", x, inverse=False)
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        return self._through("y", y, self.inverse_and_log_det)
+        return self._through("y", y, inverse=True)
 
     def _call(self, x: Tensor) -> Tensor:
         return self.forward_and_log_det(x)[0]
@@ -137,22 +135,29 @@ class Flow(Savable, Observed, TransformModule):
     def _inverse(self, y: Tensor) -> Tensor:
         return self.inverse_and_log_det(y)[0]
 
-    def _through(self, role: str, value: Tensor, direction: Direction) -> Tensor:
+    def _through(self, role: str, value: Tensor, *, inverse: bool) -> Tensor:
         value = self._checked(role, value, self._like())
         caches = self._caches()
         if caches and (cached := self._cache.input_of(self, value)) is not None:
             return cached
-        output, log_det = self._computed(direction, value)
+        structure, result = self._compiled(value, inverse)
+        if result is None:
+            structure, result = None, self._computed(value, inverse)
         if caches:
-            self._cache.store(self, value, output, log_det)
-        return output
+            self._cache.store(structure or self._cache.structure(self), value, *result)
+        return result[0]
 
-    def _computed(self, direction: Direction, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _compiled(self, value: Tensor, inverse: bool) -> tuple[Structure | None, tuple[Tensor, Tensor] | None]:
+        """The structure, and output and log-determinant by a compiled program, if one is all of the flow."""
+        return None, None
+
+    def _computed(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        direction = self.inverse_and_log_det if inverse else self.forward_and_log_det
         result = without_autocast(direction, value, like=value)
         if type(result) is not tuple:  # a tensor alone would be taken apart, row by row
             raise TypeError(
-                f"{self.name} expected {getattr(direction, '__name__', 'a direction')} to return a pair, the output "
-                f"and the log-determinant, got {type(result).__name__}."
+                f"{self.name} expected {direction.__name__} to return a pair, the output and the log-determinant, "
+                f"got {type(result).__name__}."
             )
         return result
 
@@ -169,8 +174,8 @@ class Flow(Savable, Observed, TransformModule):
         like = self._like()
         x, y = self._checked("x", x, like), self._checked("y", y, like)
         if self.fast == "forward" or (self.fast == "both" and cache.joins(self, x, y)):
-            return self._computed(self.forward_and_log_det, x)[1]
-        return self._computed(self.inverse_and_log_det, y)[1]
+            return self._computed(x, inverse=False)[1]
+        return self._computed(y, inverse=True)[1]
 
     def cached_input(self, y: Tensor) -> Tensor | None:
         """x for which the flow computed y last, if nothing has changed since."""

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
-from typing import NamedTuple
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from pyro_maf._core.module_state import Structure
 from pyro_maf._core.torch_state import Snapshot
-from pyro_maf.nn.layers import BlockLinear
 
 __all__ = ["Cache", "caching_is_possible"]
+
+Now: TypeAlias = Callable[[], Structure]
+"""The module's current structure."""
 
 
 def caching_is_possible() -> bool:
@@ -29,8 +33,8 @@ class Cache:
     """Cache of one input of a module, the output for it, and their log-determinant.
 
     The pair lives as long as the output does. It is valid for the same tensor objects at the same versions, the same
-    parameters and buffers at the same versions, the same train/eval and grad modes, and as long as the same ones
-    of these tensors require a gradient. A backward through its graph retires it, so that no graph is traversed twice.
+    structure of the module with the same numbers in its tensors, the same grad mode, and as long as the same ones of
+    these tensors require a gradient. A backward through its graph retires it, so that no graph is traversed twice.
 
     The cache does not refer to the module, which owns it. It is neither copied nor pickled with that: a module's
     `__getstate__` puts an empty one in its place.
@@ -38,15 +42,21 @@ class Cache:
 
     def __init__(self) -> None:
         self._pair: Pair | None = None
-        # The last one, since another is taken faster after it.
+        # The last ones, since others are taken faster after them.
+        self._structure: Structure | None = None
         self._snapshot: Snapshot | None = None
 
-    def store(self, module: nn.Module, x: Tensor, y: Tensor, log_det: Tensor) -> None:
-        """Store a pair, unless something that it depends on can change without a version count."""
+    def structure(self, module: nn.Module) -> Structure:
+        """The module's current structure."""
+        structure = self._structure = Structure.of(module, self._structure)
+        return structure
+
+    def store(self, structure: Structure, x: Tensor, y: Tensor, log_det: Tensor) -> None:
+        """Store a pair that a module of this structure computed, unless numbers can change without a version count."""
         # An output that is its input has no identity of its own, by which the cache could recognise it.
         if y is x or y.is_inference() or x.is_inference():
             return
-        modes, tensors = _parts(module)
+        tensors = structure.tensors
         self._snapshot = Snapshot.of(tensors) if self._snapshot is None else self._snapshot.later(tensors)
         if self._snapshot is None:
             return
@@ -56,12 +66,12 @@ class Cache:
             if (cache := owner()) is not None:
                 cache._release(output)
 
-        self._pair = Pair(_State(modes, self._snapshot, _graph(tensors)), x, y, log_det, release)
+        self._pair = Pair(structure, self._snapshot, x, y, log_det, release)
 
     def input_of(self, module: nn.Module, y: Tensor) -> Tensor | None:
         """The input with output `y`; or None if that is not certain, and the pair is dropped."""
         pair = self._pair  # read once: another thread may replace it
-        x = None if pair is None else pair.input_of(module, y)
+        x = None if pair is None else pair.input_of(partial(self.structure, module), y)
         if x is None:
             self._pair = None
         return x
@@ -74,13 +84,14 @@ class Cache:
         pair = self._pair
         if pair is None:
             return None
-        log_det = pair.log_det_of(module, x, y)
-        return pair.log_det_of(module, y, x) if log_det is None else log_det
+        now = partial(self.structure, module)
+        log_det = pair.log_det_of(now, x, y)
+        return pair.log_det_of(now, y, x) if log_det is None else log_det
 
     def joins(self, module: nn.Module, x: Tensor, y: Tensor) -> bool:
         """Return whether `y` is certain to be the module's output for `x`."""
         pair = self._pair
-        return pair is not None and pair.joins(module, x, y)
+        return pair is not None and pair.joins(partial(self.structure, module), x, y)
 
     def _release(self, output: object) -> None:
         """Drop the pair if `output` is the weak reference to its output."""
@@ -90,14 +101,22 @@ class Cache:
 
     def clear(self) -> None:
         """Drop the pair, and the storages of the module's parameters and buffers, which may have moved."""
-        self._pair = self._snapshot = None
+        self._pair = self._structure = self._snapshot = None
 
 
 class Pair:
-    """Input, weak reference to the output, and log-determinant, with the state in which they belong together."""
+    """Input, weak reference to the output, log-determinant, and the module's state in which they belong together."""
 
-    def __init__(self, state: _State, x: Tensor, y: Tensor, log_det: Tensor, release: Callable[[object], None]) -> None:
-        self._state = state
+    def __init__(
+        self,
+        structure: Structure,
+        snapshot: Snapshot,
+        x: Tensor,
+        y: Tensor,
+        log_det: Tensor,
+        release: Callable[[object], None],
+    ) -> None:
+        self._structure, self._snapshot, self._graph = structure, snapshot, _graph(structure)
         self._input = x
         self.output = weakref.ref(y, release)
         self._ends = _ends(x, y)
@@ -111,16 +130,16 @@ class Pair:
         for node in {y.grad_fn, log_det.grad_fn} - {None}:
             node.register_prehook(lambda *_: retired.append(True))  # type: ignore[union-attr]
 
-    def input_of(self, module: nn.Module, y: Tensor) -> Tensor | None:
+    def input_of(self, now: Now, y: Tensor) -> Tensor | None:
         """As `Cache.input_of`."""
         x = self._input
         if self.output() is not y or (x.requires_grad and not torch.is_grad_enabled()):
             return None
-        return x if self._holds(module, y) and not _is_watched(y) else None
+        return x if self._holds(now, y) and not _is_watched(y) else None
 
-    def log_det_of(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
+    def log_det_of(self, now: Now, x: Tensor, y: Tensor) -> Tensor | None:
         """As `Cache.log_det_of`."""
-        if not self._log_dets or not self.joins(module, x, y) or _is_watched(y):
+        if not self._log_dets or not self.joins(now, x, y) or _is_watched(y):
             return None
         try:
             log_det = self._log_dets.pop()
@@ -130,57 +149,25 @@ class Pair:
             self._log_dets.append(log_det)
         return log_det
 
-    def joins(self, module: nn.Module, x: Tensor, y: Tensor) -> bool:
+    def joins(self, now: Now, x: Tensor, y: Tensor) -> bool:
         """As `Cache.joins`."""
-        return self._input is x and self.output() is y and self._holds(module, y)
+        return self._input is x and self.output() is y and self._holds(now, y)
 
-    def _holds(self, module: nn.Module, y: Tensor) -> bool:
-        return not self._retired and self._ends == _ends(self._input, y) and self._state.holds_for(module)
-
-
-class _State(NamedTuple):
-    """State that a module's map depends on, and which of its tensors are part of a graph."""
-
-    modes: list[object]
-    tensors: Snapshot
-    graph: list[bool]
-
-    def holds_for(self, module: nn.Module) -> bool:
-        """Return whether the module is still in this state."""
-        modes, tensors = _parts(module)
-        return self.modes == modes and self.tensors.holds_for(tensors) and self.graph == _graph(tensors)
+    def _holds(self, now: Now, y: Tensor) -> bool:
+        if self._retired or self._ends != _ends(self._input, y):
+            return False
+        structure = now()
+        return (
+            self._structure == structure
+            and self._snapshot.holds_for(structure.tensors)
+            and self._graph == _graph(structure)
+        )
 
 
-def _parts(module: nn.Module) -> tuple[list[object], list[Tensor]]:
-    """The grad mode, the train/eval mode and the hooks of each module in it, and all parameters and buffers."""
-    tensors: list[Tensor | None] = []
-    modes: list[object] = [torch.is_grad_enabled()]
-    members: list[nn.Module | None] = [module]
-    for member in members:  # grows as it is walked
-        if member is None:
-            continue
-        state = member.__dict__  # the fastest access to a module's members
-        modes.append(state["training"])
-        if parameters := state["_parameters"]:
-            tensors += parameters.values()
-        if buffers := state["_buffers"]:
-            tensors += buffers.values()
-        if children := state["_modules"]:
-            members += children.values()
-        elif len(parameters) < 2 and isinstance(member, (nn.Linear, BlockLinear)):
-            for name in {"weight", "bias"} - parameters.keys():
-                # A tensor in place of a parameter; or a property that is drawn at each access and never the same again.
-                replaced = state.get(name)
-                tensors.append(replaced)
-                modes.append(name if isinstance(replaced, Tensor) else object())
-        if state["_forward_hooks"] or state["_forward_pre_hooks"]:
-            modes += *state["_forward_hooks"], *state["_forward_pre_hooks"]
-    return modes, [tensor for tensor in tensors if tensor is not None]
-
-
-def _graph(tensors: list[Tensor]) -> list[bool]:
-    """`requires_grad` of each tensor; nothing in no-grad mode, where it does not matter."""
-    return list(map(_requires_grad, tensors)) if torch.is_grad_enabled() else []
+def _graph(structure: Structure) -> list[bool]:
+    """The grad mode, and `requires_grad` of each tensor where that matters."""
+    is_enabled = torch.is_grad_enabled()
+    return [is_enabled, *map(_requires_grad, structure.tensors)] if is_enabled else [is_enabled]
 
 
 _requires_grad = attrgetter("requires_grad")

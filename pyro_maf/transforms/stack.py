@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyro_maf._core.module_state import ModuleState
+from pyro_maf._core.module_state import Structure
 from pyro_maf._core.torch_state import is_intercepted
 from pyro_maf.sweep import Run, Step, Triangular
 from pyro_maf.transforms.autoregressive import InverseAutoregressive, MaskedAutoregressive
@@ -60,7 +60,7 @@ class Stack(Flow):
                 raise ValueError(f"{type(self).__name__} expected layers of one {size}, got {sorted(found)}.")
         super().__init__(layers[0].input_dim, max(layer.context_dim for layer in layers))
         self.layers = nn.ModuleList(layers)
-        self._prepared: dict[bool, tuple[ModuleState, list[_Turn]]] = {}
+        self._prepared: dict[bool, tuple[Structure, list[object], list[_Turn]]] = {}
 
     @property
     def fast(self) -> str:  # type: ignore[override]
@@ -119,29 +119,37 @@ class Stack(Flow):
             batch = value.shape[:-1]
             return output.unflatten(0, batch), log_det.unflatten(0, batch)
         total = None
-        for turn in self._turns(inverse):
+        for turn in self._turns(inverse)[1]:
             value, log_det = turn.applied(value, context)
             total = log_det if total is None else total + log_det
         return value, total  # type: ignore[return-value]
 
     def run(self, inverse: bool) -> Run | None:
         """The run that is all of a direction, if one compiled program applies it."""
-        turns = self._turns(inverse) if _is_unchanged(type(self)) else ()
+        turns = self._turns(inverse)[1] if _is_unchanged(type(self)) else ()
         return turns[0].run if len(turns) == 1 else None
 
-    def _turns(self, inverse: bool) -> list[_Turn]:
-        """The layers of a direction by turns, prepared again when anything but numbers has changed."""
+    def _compiled(self, value: Tensor, inverse: bool) -> tuple[Structure | None, tuple[Tensor, Tensor] | None]:
+        if not _is_unchanged(type(self)):
+            return None, None
+        structure, turns = self._turns(inverse)
+        run = turns[0].run if len(turns) == 1 else None
+        return structure, None if run is None else run(value, None)
+
+    def _turns(self, inverse: bool) -> tuple[Structure | None, list[_Turn]]:
+        """The structure, and a direction's layers by turns, prepared again when it or a kind of tensor has changed."""
         if is_intercepted():
-            return [_Turn([part], None) for part in _parts(self, inverse)]
-        if (before := self._prepared.get(inverse)) is not None and before[0].holds_for(self):
-            return before[1]
+            return None, [_Turn([part], None) for part in _parts(self, inverse)]
         # Taken first, so that a change in between is seen by the next call.
-        state = ModuleState.of(self)
+        structure = self._cache.structure(self)
+        kinds = structure.kinds()
+        if (before := self._prepared.get(inverse)) is not None and before[0] == structure and before[1] == kinds:
+            return structure, before[2]
         runs = enumerate(_runs(_parts(self, inverse)))
         turns = [_Turn(layers, self._run((inverse, place), steps)) for place, (layers, steps) in runs]
-        if state is not None and all(turn.run is None or state.has(turn.run.of_networks()) for turn in turns):
-            self._prepared[inverse] = state, turns
-        return turns
+        if kinds is not None and structure.is_plain:
+            self._prepared[inverse] = structure, kinds, turns
+        return structure, turns
 
     def _run(self, place: object, steps: Sequence[Step | Triangular]) -> Run | None:
         return Run.of(self._programs, place, steps, self.input_dim) if any(step.networks for step in steps) else None
