@@ -36,20 +36,26 @@ from sbi.neural_nets.estimators import ConditionalDensityEstimator  # noqa: E402
 __all__ = ["FlowEstimator", "likelihood_nn", "posterior_nn"]
 
 
-def _nsf(input_dim: int, **options: Unpack[StackOptions]) -> Stack:
-    """Few layers, which draws cost, of deep networks: a posterior depends on x by statistics that are not linear."""
-    width, _ = default_hidden_dims(input_dim)
-    sizes: StackOptions = {"num_layers": 3, "hidden_dims": [width] * 3, **options}
-    return flows.NSF(input_dim, **sizes)
-
-
 FLOWS: dict[str, Callable[..., Stack]] = {
-    "nsf": _nsf,
+    "nsf": flows.NSF,
     "maf": flows.MAF,
     "iaf": flows.IAF,
     "realnvp": flows.RealNVP,
 }
 Builder: TypeAlias = Callable[[Tensor, Tensor], "FlowEstimator"]
+
+
+class Statistics(nn.Module):
+    """A condition, flattened, beside statistics of it that two hidden layers learn once for all layers of a flow."""
+
+    def __init__(self, entries: int, width: int) -> None:
+        super().__init__()
+        self.learned = nn.Sequential(nn.Linear(entries, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
+
+    def forward(self, condition: Tensor) -> Tensor:
+        """Features, (rows, entries + width)."""
+        flat = condition.flatten(1)
+        return torch.cat([flat, self.learned(flat)], -1)
 
 
 class FlowEstimator(ConditionalDensityEstimator):
@@ -154,10 +160,9 @@ def posterior_nn(
     series of several channels; means and scales are robust to outliers, as those of `pyro_maf.fit`.
 
     Args:
-        flow: "nsf", by default of three layers whose networks have three hidden layers, "maf", "iaf" or "realnvp"; or a
-            class of stacks, such as `pyro_maf.MAF`.
+        flow: "nsf", "maf", "iaf" or "realnvp"; or a class of stacks, such as `pyro_maf.MAF`.
         embedding_net: From standardised x, (rows, \*x_shape), to features (rows, C), trained with the flow; by default
-            x itself, flattened.
+            x itself, flattened, and statistics of it by two hidden layers.
         support: Support of theta, as in `FlowPrior`, such as ["positive", "unit_interval"]. Draws are inside.
         options: Options of the flow: `num_layers`, `hidden_dims`, `activation`, `order`, ...
 
@@ -186,7 +191,7 @@ def likelihood_nn(
 
     Args:
         flow, options: As in `posterior_nn`.
-        embedding_net: From standardised theta to features.
+        embedding_net: From standardised theta to features; by default as in `posterior_nn`.
         support: Support of x, as in `FlowPrior`.
 
     Raises:
@@ -218,18 +223,19 @@ def _builder(
         space = _space(who, support, values)
         loc, scale = moments_of(space.unconstrain(values)[0].cpu())
         shape = conditions.shape[1:]
-        net = embedding_net or (None if len(shape) == 1 else nn.Flatten())
+        net = embedding_net
+        if net is None:
+            net = Statistics(shape.numel(), default_hidden_dims(len(loc))[0]).to(conditions)
         context = context_moments_of(conditions.cpu().flatten(1), together=len(shape) > 1)
-        embedding = None if net is None else ContextNet(who, net, shape)
-        features = shape.numel() if embedding is None else embedding.features
+        embedding = ContextNet(who, net, shape)
         density = FlowPrior(
-            make(len(loc), context_dim=features, **options).to(values),
+            make(len(loc), context_dim=embedding.features, **options).to(values),
             support=space.name,
             loc=loc.to(values),
             scale=scale.to(values),
             context_loc=context.loc.to(conditions),
             context_scale=context.scale.to(conditions),
-            **({} if embedding is None else embedding.arguments),
+            **embedding.arguments,
         )
         return FlowEstimator(density)
 

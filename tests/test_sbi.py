@@ -115,6 +115,14 @@ def test_draws_are_inside_the_support() -> None:
         posterior_nn("maf", support="positive", **TINY)(theta - 0.5, theta)
 
 
+def test_statistics_of_a_condition_are_learned_beside_it() -> None:
+    theta, x = simulations()
+    estimator = shaken(posterior_nn("maf", **TINY)(theta, x))
+    assert estimator.embedding_net(x)[:, : x.shape[1]].equal(x)
+    estimator.loss(theta, x).mean().backward()
+    assert all(weight.grad is not None and weight.grad.any() for weight in estimator.embedding_net.parameters())
+
+
 def test_images_pass_an_embedding_that_trains_with_the_flow() -> None:
     theta, _ = simulations()
     x = 100 + torch.randn(60, 1, 6, 6, generator=torch.Generator().manual_seed(0))
