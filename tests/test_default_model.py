@@ -15,7 +15,7 @@ from pyro_maf.datasets import Dataset
 from pyro_maf.distributions import MixtureFlow
 from pyro_maf.distributions.gaussian_mixture import GaussianMixture, Mixture, fit_mixture
 from pyro_maf.experiments import candidates, compare
-from pyro_maf.training.choice import default_model
+from pyro_maf.training.choice import DefaultFlow, default_model
 from pyro_maf.training.preparation import Recipe
 
 
@@ -23,7 +23,7 @@ def test_the_default_heeds_rows_and_columns() -> None:
     few, recipe = default_model(4, 100, seed=0)
     assert isinstance(few, MixtureFlow)
     assert recipe == Recipe(32, 0.03, relaxations=2, starts=True, joins=True)
-    flow, recipe = default_model(4, 100, seed=0, has_rsample=True)
+    flow, recipe = default_model(4, 100, seed=0, default=DefaultFlow(has_rsample=True))
     assert isinstance(flow, NSF)
     assert not recipe.starts
     assert [len(cast("NSF", default_model(4, rows, seed=0)[0])) for rows in (1000, 10_000)] == [3, 5]
@@ -69,10 +69,10 @@ def test_weight_decay_that_falls_is_ahead_of_one_that_stays(monkeypatch: pytest.
     angle = 20 * torch.rand(900, 1, generator=generator)
     rows = torch.cat([angle * angle.sin(), angle * angle.cos()], 1)  # a thin spiral
     rows += 0.1 * torch.randn(900, 2, generator=generator)
-    options: dict[str, Any] = {"validation": rows[600:750], "max_epochs": 150, "dequantise": False, "progress": False}
-    falls = fit(rows[:600], **options).score(rows[750:])
+    options: dict[str, Any] = {"validation": rows[600:750], "max_epochs": 150, "progress": False}
+    falls = fit(DefaultFlow(has_rsample=True), rows[:600], **options).score(rows[750:])
     monkeypatch.setattr("pyro_maf.training.choice.RELAXATIONS", 0)
-    stays = fit(rows[:600], **options).score(rows[750:])
+    stays = fit(DefaultFlow(has_rsample=True), rows[:600], **options).score(rows[750:])
     assert float((falls - stays).mean()) > 0.1
 
 
@@ -111,7 +111,7 @@ def test_a_table_of_near_copies_has_kernels_at_its_rows_beside_the_flow(tmp_path
     frame = pd.DataFrame(rows[order[:500]].numpy(), columns=["x", "y", "z"])
     new = pd.DataFrame(rows[order[500:]].numpy(), columns=["x", "y", "z"])
     whole = fit(frame, max_epochs=10, progress=False)
-    alone = fit(frame, max_epochs=10, dequantise=False, progress=False)
+    alone = fit(DefaultFlow(has_rsample=True), frame, max_epochs=10, progress=False)
     assert "a mixture beside the flow" in whole.warnings[-1]
     assert float((whole.score(new) - alone.score(new)).mean()) > 3
     assert whole.validation_log_likelihood == pytest.approx(
@@ -138,6 +138,23 @@ def test_a_mixture_is_as_narrow_as_its_rows_and_has_as_many_components_as_they_a
     places = torch.arange(16.0).repeat_interleave(60)[:, None]
     apart = torch.cat([places, places % 4], 1) + 0.05 * torch.randn(960, 2, generator=generator)
     assert len(fit_mixture(apart / apart.std(0)).shares) == 16
+
+
+def test_a_mixture_has_as_many_components_as_there_are_small_clusters() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = 3 * torch.randn(8, 8, generator=generator)
+    rows = centres.repeat(130, 1) + 0.5 * torch.randn(1040, 8, generator=generator)
+    alike, fitted = fit_mixture(torch.randn(240, 8, generator=generator)), fit_mixture(rows[:240])
+    assert (len(alike.shares), len(fitted.shares)) == (1, 8)
+    truth = -4 * math.log(2 * math.pi) - 8 * math.log(0.5) - 4 - math.log(8)
+    assert float(fitted.log_prob(rows[240:].double()).mean()) > truth - 2
+
+
+def test_a_density_of_numbers_alone_has_a_mixture_beside_the_flow() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.tensor([[-1.0, 0.0], [1.0, 0.0]]).repeat(100, 1) + torch.randn(200, 2, generator=generator) / 4
+    density = fit(rows, dequantise=False, max_epochs=5, progress=False).density
+    assert isinstance(cast(FlowPrior, density).model, MixtureFlow)
 
 
 def test_a_mixture_finds_unequal_clusters() -> None:

@@ -14,8 +14,9 @@ from pyro_maf.distributions.density import Density, drawn_index
 __all__ = ["GaussianMixture", "Mixture", "fit_mixture"]
 
 COMPONENTS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
-ROWS_EACH = 2
-"""Number of rows for each parameter below which no further component is tried: BIC counts parameters for many rows."""
+LEAST_ROWS, ROWS_EACH = 20, 0.5
+"""Number of rows of a component, and of rows for each of its parameters, below which no further one is tried: BIC, which
+counts parameters for many rows, takes too many."""
 ITERATIONS, SETTLED = 100, 1e-4
 SCATTER = 1e-5
 """Scatter of a component before any rows, in units of the rows' variances: its few rows cannot collapse, and many may
@@ -175,8 +176,8 @@ class GaussianMixture(Density):
 def fit_mixture(rows: Tensor, weights: Tensor | None = None, *, most: int = COMPONENTS[-1]) -> Mixture:
     r"""Fit a mixture of Gaussians, with the number of components that BIC is lowest for.
 
-    No more components are tried than there are two rows for each of the K (1 + D + D (D + 1) / 2) parameters. Of the
-    highest likelihood, Gaussians of few rows are too narrow. So the correlations within components are multiplied by
+    No more components are tried than leave each 20 rows, and half a row for each of its 1 + D + D (D + 1) / 2
+    parameters. Of the highest likelihood, Gaussians of few rows are too narrow. So the correlations within components are multiplied by
     1 - s, with the s of 0 .. 0.5 of the highest likelihood in five-fold cross-validation; and the covariance
     of a component of n rows is multiplied by (n + 1) / (n - D - 2), as the squared distance of new rows is by these.
 
@@ -200,9 +201,10 @@ def fit_mixture(rows: Tensor, weights: Tensor | None = None, *, most: int = COMP
     weights = torch.ones(len(rows), dtype=torch.float64) if weights is None else weights.double() / weights.mean()
     dim = rows.shape[1]
     each = _parameters_of(dim)
+    least = max(LEAST_ROWS, ROWS_EACH * each)
     score, shares, worse = math.inf, weights[:, None], 0
     for components in COMPONENTS:
-        if components > most or (components > 1 and ROWS_EACH * each * components > len(rows)) or worse > 1:
+        if components > most or (components > 1 and least * components > len(rows)) or worse > 1:
             break
         mixture, responsibilities = _climb(rows, weights, components)
         log_likelihood = float(weights @ mixture.log_prob(rows))

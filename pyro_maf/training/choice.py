@@ -62,12 +62,14 @@ class DefaultFlow:
         num_layers: Number of layers.
         hidden_dims: Widths of the hidden layers of each network.
         dtype, device: By default those of the data if they are a floating tensor, else torch's.
+        has_rsample: Whether draws must have a gradient, which those of a mixture have not.
     """
 
     num_layers: int | None = None
     hidden_dims: Sequence[int] | None = None
     dtype: torch.dtype | None = None
     device: str | None = None
+    has_rsample: bool = False
 
 
 CHOSEN = DefaultFlow()
@@ -215,7 +217,6 @@ def _without_model(
         context + one_hot + 2 * len(angles),
         default=default,
         seed=seed,
-        has_rsample=not dequantise,
         data=rows.data,
     )
     model: MAF | MixtureFlow | AngleFlow = flow
@@ -291,7 +292,6 @@ def default_model(
     *,
     default: DefaultFlow = CHOSEN,
     seed: int,
-    has_rsample: bool = False,
     data: TableLike | None = None,
 ) -> tuple[MAF | MixtureFlow, Recipe]:
     """Model of a table and how to train it, from its numbers of rows and columns; the global random state is unchanged.
@@ -302,7 +302,6 @@ def default_model(
         context_dim: Number of context features.
         default: What is not to be chosen.
         seed: Seed of the initial weights.
-        has_rsample: Whether draws must have a gradient, which those of a mixture have not.
         data: The rows: the model has their dtype and device if they are a floating tensor.
 
     Example:
@@ -310,7 +309,7 @@ def default_model(
         ('MixtureFlow', 'NSF')
     """
     check_positive("fit", "seed", seed, least=0)
-    starts = columns > 1 and rows <= MIXTURE_ROWS and not has_rsample
+    starts = columns > 1 and rows <= MIXTURE_ROWS and not default.has_rsample
     num_layers = default.num_layers
     if num_layers is None:
         num_layers = LAYERS[0 if starts else 1 if rows < MANY_ROWS or columns >= WIDE else 2]
@@ -336,7 +335,7 @@ def default_model(
         model = model.to(like)
     model = model.to(device=default.device, dtype=default.dtype)
     batch_size = max(LEAST_BATCH, min(MOST_BATCH, rows // BATCHES))
-    recipe = Recipe(batch_size, min(MOST_DECAY, PRECISION / max(1, rows)), RELAXATIONS, starts, not has_rsample)
+    recipe = Recipe(batch_size, min(MOST_DECAY, PRECISION / max(1, rows)), RELAXATIONS, starts, not default.has_rsample)
     return model, recipe
 
 

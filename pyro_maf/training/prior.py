@@ -13,6 +13,7 @@ from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.support import SupportLike
 from pyro_maf.tables.layout import TableLike
 from pyro_maf.tables.table import Table
+from pyro_maf.training.choice import DefaultFlow
 from pyro_maf.training.fitting import fit
 from pyro_maf.training.preparation import Model, Validation
 
@@ -95,6 +96,6 @@ def fit_prior(
         >>> prior.support.check(prior.sample((5,)))
         tensor([True, True, True, True, True])
     """
-    arguments = (data,) if flow is None else (flow, data)
-    result = fit(*arguments, context=context, support=support, seed=seed, dequantise=False, test=0.0, **options)
+    model = DefaultFlow(has_rsample=True) if flow is None else flow
+    result = fit(model, data, context=context, support=support, seed=seed, dequantise=False, test=0.0, **options)
     return cast("FlowPrior | ConditionalFlowPrior", result.density.requires_grad_(False))
