@@ -15,8 +15,8 @@ __all__ = ["GaussianMixture", "Mixture", "fit_mixture"]
 
 COMPONENTS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 LEAST_ROWS, ROWS_EACH = 20, 0.5
-"""Number of rows of a component, and of rows for each of its parameters, below which no further one is tried: BIC, which
-counts parameters for many rows, takes too many."""
+"""Least number of rows of a component, and least share of a row for each of its parameters: BIC, which counts
+parameters for many rows, takes too many."""
 ITERATIONS, SETTLED = 100, 1e-4
 SCATTER = 1e-5
 """Scatter of a component before any rows, in units of the rows' variances: its few rows cannot collapse, and many may
@@ -177,9 +177,10 @@ def fit_mixture(rows: Tensor, weights: Tensor | None = None, *, most: int = COMP
     r"""Fit a mixture of Gaussians, with the number of components that BIC is lowest for.
 
     No more components are tried than leave each 20 rows, and half a row for each of its 1 + D + D (D + 1) / 2
-    parameters. Of the highest likelihood, Gaussians of few rows are too narrow. So the correlations within components are multiplied by
-    1 - s, with the s of 0 .. 0.5 of the highest likelihood in five-fold cross-validation; and the covariance
-    of a component of n rows is multiplied by (n + 1) / (n - D - 2), as the squared distance of new rows is by these.
+    parameters. Of the highest likelihood, Gaussians of few rows are too narrow. So the correlations within components
+    are multiplied by 1 - s, with the s of 0 .. 0.5 of the highest likelihood in five-fold cross-validation; and the
+    covariance of a component of n rows is multiplied by (n + 1) / (n - D - 2), as the squared distance of new rows is
+    by these.
 
     Args:
         rows: Rows (N, D), in units in which their variances are about 1.
