@@ -434,7 +434,8 @@ def test_draws_become_inference_data(make: Any) -> None:
 def test_a_fresh_guide_of_a_skewed_posterior_says_how_good_it_is() -> None:
     found = diagnose(counting, GUIDES[1](counting, **SMALL))
     assert found.k_hat < 0.7
-    assert 5_000 < found.ess < 10_000
+    assert found.num_samples == 100_000  # more than asked for, as k-hat of 10,000 is near 0.5
+    assert 50_000 < found.ess < 100_000
 
 
 def test_weights_that_differ_by_hundreds_of_nats_are_judged_without_a_warning() -> None:

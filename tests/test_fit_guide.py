@@ -561,7 +561,7 @@ def test_a_model_that_broadcasts_is_said_nothing_of() -> None:
     fit = fit_guide(counting, AutoIAF(counting, **SMALL), steps=5, **QUICK)
     assert fit.run_alone == ""
     assert "for each draw" not in repr(fit)
-    assert fit.diagnosis.num_samples == 10_000
+    assert fit.diagnosis.num_samples >= 10_000
 
 
 @pytest.mark.parametrize(("steps", "least"), [(10, 200), (105, 210)])

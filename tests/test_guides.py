@@ -331,9 +331,13 @@ def test_the_gradient_vanishes_at_the_posterior(objective: Any, vectorised: bool
 
 def test_a_draw_far_beyond_the_usual_gradients_is_limited() -> None:
     limit = GradientLimit()
-    usual = torch.ones(4, 2) * torch.tensor([1.0, 0.0])
-    assert torch.equal(limit(0, (usual,))[0], usual)
+    usual = torch.ones(32, 2) * torch.tensor([1.0, 0.0])
     odd = torch.tensor([[1.0, 0.0], [800.0, 100.0], [math.nan, 0.0], [-1.0, math.inf]])
+    unlike = limit(0, (torch.tensor([[900.0, 1.0], [math.inf, 1.0]]),))[0]  # nothing is usual yet
+    assert torch.equal(unlike, torch.tensor([[900.0, 1.0], [0.0, 0.0]]))
+    limit = GradientLimit()
+    for _ in range(2):
+        assert torch.equal(limit(0, (usual,))[0], usual)
     limited = limit(0, (odd,))[0]  # nothing is usual yet of the second entry
     assert torch.allclose(limited, torch.tensor([[1.0, 0.0], [8.0, 1.0], [0.0, 0.0], [0.0, 0.0]]))
 

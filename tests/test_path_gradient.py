@@ -21,6 +21,17 @@ from tests.posteriors import GUIDES, SMALL, bound, counting, regression, steps
 pytestmark = pytest.mark.usefixtures("fresh")
 
 
+class DensityELBO(Trace_ELBO):
+    """`Trace_ELBO` as of other guides: the gradient of the entropy is that of the density, parameters included."""
+
+    def _get_trace(self, *arguments: Any) -> Any:
+        traces = super()._get_trace(*arguments)
+        for site in traces[1].nodes.values():
+            if "score_parts" in site:
+                site["score_parts"] = site["score_parts"]._replace(entropy_term=site["log_prob"])
+        return traces
+
+
 def shake(parameters: list[Tensor]) -> None:
     with torch.no_grad():
         for parameter in parameters:
@@ -65,7 +76,7 @@ def differ_by_the_score(model: Any, guide: Any, particles: int = 3) -> None:
     parameters = trained(guide)
     shake(parameters)
     options: dict[str, Any] = {"num_particles": particles, "vectorize_particles": True, "max_plate_nesting": 2}
-    loss, total = gradients(Trace_ELBO(**options), model, guide, parameters)
+    loss, total = gradients(DensityELBO(**options), model, guide, parameters)
     path_loss, path = gradients(TracePath_ELBO(**options), model, guide, parameters)
     assert path_loss == pytest.approx(loss, rel=1e-5, abs=1e-5)
     found = [a - b for a, b in zip(total, path, strict=True)]
@@ -81,6 +92,22 @@ def test_gradients_differ_from_the_usual_ones_by_the_score_alone(make: Any) -> N
     guide = make(known.model, **SMALL) if make in GUIDES else make(known.model)
     guide()
     differ_by_the_score(known.model, guide.double())
+
+
+@pytest.mark.parametrize("make", GUIDES)
+def test_guides_have_their_path_gradient_under_trace_elbo_too(make: Any) -> None:
+    known = regression()
+    guide = make(known.model, **SMALL)
+    guide()
+    parameters = trained(guide.double())
+    shake(parameters)
+    options: dict[str, Any] = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 2}
+    loss, usual = gradients(Trace_ELBO(**options), known.model, guide, parameters)
+    path_loss, path = gradients(TracePath_ELBO(**options), known.model, guide, parameters)
+    assert path_loss == pytest.approx(loss, rel=1e-9)
+    assert largest(path) > 1e-3
+    for one, other in zip(usual, path, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("make", GUIDES)
@@ -127,7 +154,7 @@ def test_a_context_is_held_fixed_with_the_parameters_it_came_from() -> None:
 def no_gradient_in(model: Any, guide: Any, atol: float) -> None:
     parameters = trained(guide)
     options: dict[str, Any] = {"num_particles": 4, "vectorize_particles": True, "max_plate_nesting": 1}
-    _, usual = gradients(Trace_ELBO(**options), model, guide, parameters)
+    _, usual = gradients(DensityELBO(**options), model, guide, parameters)
     _, path = gradients(TracePath_ELBO(**options), model, guide, parameters)
     assert largest(usual) > 0.1
     assert largest(path) < atol
@@ -244,7 +271,7 @@ def test_the_mean_over_many_draws_is_that_of_the_usual_gradient() -> None:
     guide()
     parameters = trained(guide)
     options: dict[str, Any] = {"num_particles": 20_000, "vectorize_particles": True, "max_plate_nesting": 1}
-    _, usual = gradients(Trace_ELBO(**options), counting, guide, parameters)
+    _, usual = gradients(DensityELBO(**options), counting, guide, parameters)
     _, path = gradients(TracePath_ELBO(**options), counting, guide, parameters)
     for one, other in zip(usual, path, strict=True):
         torch.testing.assert_close(one, other, rtol=0.03, atol=0.1)

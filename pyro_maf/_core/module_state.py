@@ -34,26 +34,30 @@ class Observed(nn.Module):
     is_linear = False
 
     def __setattr__(self, name: str, value: Any) -> None:
-        is_another = vars(self).get(name, self) is not value
+        is_another = _is_setting(name) and vars(self).get(name, self) is not value
         super().__setattr__(name, value)
         if is_another:
-            _count(self, name)
+            _count(self)
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
-        _count(self, name)
+        if _is_setting(name):
+            _count(self)
 
 
-def _count(module: nn.Module, name: str) -> None:
-    # Other names with an underscore are memory, or torch's bookkeeping.
-    if name[0] != "_" or name == "__class__":
-        vars(module)[COUNT] = vars(module).get(COUNT, 0) + 1
+def _is_setting(name: str) -> bool:
+    """Return whether an attribute is one that a call may depend on: others are memory, or torch's bookkeeping."""
+    return name[0] != "_" or name == "__class__"
+
+
+def _count(module: nn.Module) -> None:
+    vars(module)[COUNT] = vars(module).get(COUNT, 0) + 1
 
 
 def _counted(register: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(register)
     def count(self: Observed, *arguments: Any, **options: Any) -> Any:
-        _count(self, "__class__")
+        _count(self)
         return register(self, *arguments, **options)
 
     return count

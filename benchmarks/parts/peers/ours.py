@@ -15,6 +15,7 @@ from pyro_maf._core.processes import Processes
 from pyro_maf.tables import Rows
 from pyro_maf.training.batches import Batches
 from pyro_maf.training.loop import Loop
+from pyro_maf.training.preparation import Trained
 from pyro_maf.training.state import Schedule
 from pyro_maf.transforms import Stack
 
@@ -48,7 +49,8 @@ class Ours(TorchPeer):
             batches, schedule = Batches(one, 1, None, processes), Schedule(LEARNING_RATE, patience=1, weight_decay=1e-6)
             limits = {"max_epochs": 1, "max_grad_norm": 100.0}
             together = {"schedule": schedule, "interruption": Interruption(), "processes": processes}
-            self._loop = Loop(prior, prior, batches, batches, **limits, **together)
+            trained = Trained(prior, prior, one, one, (0.0, 0.0))
+            self._loop = Loop(trained, batches, batches, **limits, **together)
         self._loop.step(Rows(data, None))
         self._finished(data)
 

@@ -36,7 +36,7 @@ from pyro_maf.infer.models.model import (
 __all__ = ["FlowPosterior", "GradientLimit", "PathGradient", "TracePath_ELBO", "detached", "frozen"]
 
 T = TypeVar("T")
-LIMIT, RATE = 4.0, 0.02
+LIMIT, RATE, FIRST = 4.0, 0.02, 64
 
 
 class TracePath_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's way to name objectives)
@@ -222,25 +222,27 @@ class GradientLimit:
     Steps of Adam are in units of the usual gradient: a single far larger one moves every weight by some thirty learning
     rates. The path gradient of a guide near the posterior is small, but for rare draws. So that of a draw is scaled to
     at most 4 sqrt(draws) times the usual one, entry by entry: one draw then moves the mean of all by about four times
-    the mean's usual size. One that is not finite is 0.
+    the mean's usual size. One that is not finite is 0. The first 64 draws tell what is usual.
     """
 
     def __init__(self) -> None:
         self._usual: Tensor | None = None
+        self._draws = 0
 
     def __call__(self, output: int, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         r"""Return the gradients of an operation's outputs, with that of the draws, (\*batch, D), limited."""
         gradient = gradients[output]
-        if gradient is None:
+        if gradient is None or not gradient.numel():
             return gradients
         rows = gradient.reshape(-1, gradient.shape[-1])
         usual = self._usual
         if usual is None or usual.shape != rows.shape[1:] or usual.device != rows.device:
-            usual = rows.new_full(rows.shape[1:], math.inf)
-        most = LIMIT * math.sqrt(len(rows))
+            usual, self._draws = rows.new_full(rows.shape[1:], math.inf), 0
+        most = LIMIT * math.sqrt(len(rows)) if self._draws >= FIRST else math.inf
         shares = (most / (rows.abs() / usual).amax(-1, keepdim=True)).clamp(max=1.0)
         rows = torch.where(shares > 0, rows * shares, 0.0)
         mean = rows.abs().mean(0)
-        mean = torch.where(usual.isinf(), mean, usual.lerp(mean, RATE))
+        self._draws += len(rows)
+        mean = torch.where(usual.isinf(), mean, usual.lerp(mean, max(RATE, len(rows) / self._draws)))
         self._usual = torch.where(mean > 0, mean, math.inf)
         return *gradients[:output], rows.view_as(gradient), *gradients[output + 1 :]
