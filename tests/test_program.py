@@ -366,6 +366,26 @@ def test_a_log_density_is_that_of_torch(name: str, units: str) -> None:
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-9 * float(1 + other.detach().norm()))
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("Conditional")])
+def test_many_points_at_one_context_are_as_at_a_context_each(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyro_maf.sweep.function.FOLDED", 8)
+    torch.manual_seed(0)
+    flow: Any = build(name, SMALL, double, "cpu", gain=0.3).unwrapped
+    for _ in range(2):  # and once more with other weights
+        with torch.no_grad():
+            for parameter in flow.parameters():
+                parameter.mul_(1.1)
+            points, context = (
+                torch.randn(40, 2, flow.input_dim, dtype=double),
+                torch.randn(1, flow.context_dim, dtype=double),
+            )
+            for direction in (flow.forward_and_log_det, flow.inverse_and_log_det):
+                for at_once, each in zip(
+                    direction(points, context), direction(points, context.repeat(40, 2, 1)), strict=True
+                ):
+                    torch.testing.assert_close(at_once, each, rtol=1e-9, atol=1e-11)
+
+
 def test_a_log_density_is_one_operation() -> None:
     prior = FlowPrior(MAF(4, num_layers=2, hidden_dims=[8]), scale=torch.full((4,), 2.0))
     assert type(prior.log_prob(torch.randn(5, 4)).grad_fn).__name__ == "_LayersBackward"

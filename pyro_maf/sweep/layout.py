@@ -323,7 +323,8 @@ class Layout:
             above = -1 if index == top else list(ACTIVATIONS).index(network.activation)
             own_slopes = own + rows if index < top and network.activation in NOT_BY_VALUE else own
             entry = {"rows": rows, "bias": self.biases, "own": own, "slopes": own_slopes, "addend": self.number + 1}
-            if (context := next(contexts, None)) is not None:
+            context = next(contexts, None)
+            if is_seen := context is not None and self.context_dim > 0:
                 features = np.arange(self.context_dim)
                 self._check(self.number + 2, (rows, self.context_dim))
                 self._add_matrix(
@@ -332,7 +333,7 @@ class Layout:
                 )  # fmt: skip
             source = {"source": UNITS if index else INPUTS, "below": below, "below_kind": kind, "below_slopes": slopes}
             seen, gain = _staircase(layer, row_order, column_order)
-            state = {"kind": above, "first": context is None, "fresh": bool(index) or fresh, "gain": gain}
+            state = {"kind": above, "first": not is_seen, "fresh": bool(index) or fresh, "gain": gain}
             self._add_matrix({**entry, **source, **state, "weight": self.number}, seen, row_order, column_order)
             self.biases += rows
             self.number += 2 + (context is not None)
