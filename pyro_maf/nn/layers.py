@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyro_maf._core.checks import check_choice, check_permutation, check_positive, check_sizes
 from pyro_maf._core.module_state import Observed
 
-__all__ = ["BlockLinear", "Linear", "MaskedLinear", "Tempered", "degrees", "gain_of", "masks"]
+__all__ = ["BlockLinear", "Linear", "MaskedLinear", "Tempered", "block_linear", "degrees", "gain_of", "masks"]
 
 INPUTS, UNITS = 16, 64
 """Maximum number of inputs, and of units of a hidden layer, with a gain of 1."""
@@ -248,4 +248,9 @@ class BlockLinear(Observed):
 
     def forward(self, z: Tensor) -> Tensor:
         """Apply the layer; D small products."""
-        return torch.einsum("ipr,...ir->...ip", self.weight, z) + self.bias
+        return block_linear(z, self.weight, self.bias)
+
+
+def block_linear(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A `BlockLinear` of z with this weight, (D, P, r), and bias, (D, P)."""
+    return torch.einsum("ipr,...ir->...ip", weight, z) + bias

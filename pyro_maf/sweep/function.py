@@ -94,8 +94,7 @@ class Run(NamedTuple):
         if needs_gradient:
             result = _apply(self, constant, *unwrap_dead_wrappers((rows, features)), *self.tensors)
         elif features is not None and features.stride(0) == 0 and features.numel() >= FOLDED:
-            with torch.no_grad():
-                program, tensors = self.program.at_one_context(self.steps, self.tensors, features[0])
+            program, tensors = self.program.at_one_context(self.steps, self.tensors, features[0])
             result = _result(constant, *_forward(program, program.pack(tensors), rows, None, constant))
         else:
             pack = self.program.remembered(self.tensors)

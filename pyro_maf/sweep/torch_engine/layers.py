@@ -25,6 +25,7 @@ from torch.torch_version import TorchVersion
 
 from pyro_maf._core.torch_state import gradients, is_exported, is_traced
 from pyro_maf.nn import ACTIVATIONS, MADE, compress_tails
+from pyro_maf.nn.layers import block_linear
 from pyro_maf.nn.weights import current, is_called, walk_by_calls
 from pyro_maf.sweep.layout import Step, Triangular
 from pyro_maf.univariate import Affine
@@ -32,7 +33,7 @@ from pyro_maf.univariate import Affine
 __all__ = ["Activations", "Plan", "TorchSweep", "at_once", "one_by_one", "parallel", "plan_of", "solve"]
 __all__ += ["together", "triangular", "walk"]
 
-BLOCKS, EVERY = "ipr,...ir->...ip", slice(None)
+EVERY = slice(None)
 Direction = Callable[..., tuple[Tensor, Tensor]]
 """One direction of a univariate map: (v, phi) to (w, log dy/dx), elementwise."""
 
@@ -201,7 +202,7 @@ def _outputs(network: Any, x: Tensor, context: Tensor | None, tensors: Iterator[
     if not isinstance(network, MADE):
         return x
     x = x.unflatten(-1, (network.input_dim, -1))
-    return x if network.head is None else torch.einsum(BLOCKS, next(tensors), x) + next(tensors)
+    return x if network.head is None else block_linear(x, next(tensors), next(tensors))
 
 
 # -- the sweep --------------------------------------------------------------------------------------------------------
