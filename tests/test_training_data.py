@@ -342,7 +342,16 @@ BAD_DATA: dict[str, tuple[Any, type[Exception], str]] = {
         TypeError,
         f"{NOT_A_TABLE} MCMC of object: pass its draws, get_samples().",
     ),
-    "lists with None": ([[1.0, None]] * 20, TypeError, f"{NOT_A_TABLE} list of object."),
+    "lists with None": (
+        [[1.0, None]] * 20,
+        ValueError,
+        "fit expected finite data, got nan in row 0, column 1 (20 of 20 rows have such values): drop those rows or",
+    ),
+    "None in a frame": (
+        FRAME.assign(weight=[None, *range(199)]).astype({"weight": object}),
+        ValueError,
+        "fit expected finite data, got nan in row 0, column 'weight' (1 of 200 rows have such values): drop those rows",
+    ),
     "dates": (np.zeros((20, 2), "datetime64[s]"), TypeError, f"{NOT_A_TABLE} ndarray of datetime64[s]."),
     "complex array": (ROWS + 1j, TypeError, f"{NOT_A_TABLE} ndarray of complex128."),
     "complex tensor": (
@@ -360,10 +369,10 @@ BAD_DATA: dict[str, tuple[Any, type[Exception], str]] = {
         TypeError,
         "]: put seconds or days since the first in its place, or drop it.",
     ),
-    "numbers as objects in a frame": (
-        FRAME.astype({"weight": object}),
+    "objects in a frame": (
+        FRAME.assign(weight=[object()] * 200),
         TypeError,
-        "'weight' of object: drop it or encode it, or where its entries are numbers convert it by pandas.to_numeric.",
+        "fit expected data of numeric columns, got column 'weight' of object: drop it or encode it.",
     ),
     "text in a frame": (
         FRAME.assign(weight=pd.Categorical(["light", "heavy"] * 100)),

@@ -438,6 +438,13 @@ def test_a_prior_whose_units_are_too_coarse_says_so() -> None:
     assert result.density is given
 
 
+@pytest.mark.parametrize("size", [1e37, 1e-36])
+def test_a_size_near_the_end_of_float32_is_no_offset(size: float) -> None:
+    rows = torch.from_numpy(normal().astype(np.float32)) * torch.tensor([size, 1.0])
+    with pytest.warns(UserWarning, match=r"in float32, which ends at 1e-38 and 3e38, near .*: take units of about"):
+        fit(model(), rows, **QUICK)
+
+
 def test_a_prior_of_float64_values_is_fitted_further() -> None:
     first = fit(model(), northings(), **QUICK)
     again = fit(first.density, northings(seed=1), **QUICK)

@@ -57,6 +57,22 @@ def test_only_ratios_of_weights_matter(factor: float) -> None:
         torch.testing.assert_close(tensor, weights(other)[name], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("is_mapped", [False, True])
+def test_equal_weights_are_none(is_mapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: Any = DATA
+    if is_mapped:
+        monkeypatch.setattr(disk, "IN_MEMORY", 0)
+        np.save(tmp_path / "rows.npy", DATA.numpy())
+        rows = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    models = [small_maf() for _ in range(3)]
+    results = [fit(models[0], rows, **WHOLE)]
+    results += [fit(model, rows, weights=each * np.ones(120), **WHOLE) for model, each in zip(models[1:], (1, 0.3))]
+    for model, result in zip(models[1:], results[1:], strict=True):
+        assert same(weights(models[0]), weights(model))
+        assert result.validation_loss == results[0].validation_loss
+        assert torch.equal(result.validation_places, results[0].validation_places)
+
+
 def test_units_are_those_of_copies() -> None:
     result: Any = fit(small_maf(), DATA, weights=OFTEN, validation=NEW, **WHOLE)
     expected = moments_of(copies(DATA))

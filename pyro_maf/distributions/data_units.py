@@ -18,6 +18,7 @@ __all__ = [
     "DataUnits",
     "NoiseToData",
     "float32_holds",
+    "float32_reaches",
     "has_float64",
     "keep_float64",
     "statistics",
@@ -181,7 +182,7 @@ def float32_holds(loc: Tensor, scale: Tensor, support: Support | None = None, re
     loc, scale = loc.detach().double().cpu(), scale.detach().double().cpu()
     single = torch.finfo(torch.float32)
     rounding = single.eps * loc.abs()
-    holds = (scale > single.tiny / single.eps) & (loc.abs() + scale < single.max * single.eps)
+    holds = float32_reaches(loc, scale)
     if support is not None and support.name != "real":
         y = support.constrain(loc)[0]
         # Alternately up and down: a simplex is invariant to a common factor of its entries.
@@ -190,6 +191,12 @@ def float32_holds(loc: Tensor, scale: Tensor, support: Support | None = None, re
         rounding = rounding.maximum((nudged - loc).abs())
         holds = holds & support.unconstrain(y.float().double())[0].isfinite()
     return holds & (rounding <= resolution * scale)
+
+
+def float32_reaches(loc: Tensor, scale: Tensor) -> Tensor:
+    """Return whether values of each column, in float64, are far from the largest and least numbers of float32, (D,)."""
+    single = torch.finfo(torch.float32)
+    return (scale > single.tiny / single.eps) & (loc.abs() + scale < single.max * single.eps)
 
 
 def has_float64(device: torch.device) -> bool:

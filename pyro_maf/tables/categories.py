@@ -22,6 +22,7 @@ __all__ = [
     "categories_of",
     "coded",
     "decoded",
+    "is_missing",
     "label_of",
     "one_hot",
     "restored",
@@ -103,13 +104,13 @@ def coded(values: object, categories: Sequence[Hashable]) -> NDArray[np.float32]
     number = {category: index for index, category in enumerate(categories)}
     each = np.asarray(values, dtype=object).tolist()
     codes = {
-        value: np.nan if _is_missing(value) else number.get(value, number.get(label_of(value), -1))
+        value: np.nan if is_missing(value) else number.get(value, number.get(label_of(value), -1))
         for value in set(each)
     }
     return np.array([codes[value] for value in each], np.float32)
 
 
-def _is_missing(value: object) -> bool:
+def is_missing(value: object) -> bool:
     """True for None, NaN, and NA of pandas, of which it is missing too whether it equals itself."""
     is_itself = value == value
     return value is None or not (isinstance(is_itself, (bool, np.bool_)) and is_itself)

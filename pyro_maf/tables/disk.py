@@ -151,6 +151,7 @@ class MappedRows:
         fraction = min(fraction, MOST_HELD / len(self.data))
         training = copy.copy(self)
         repeats = training._survey(fraction, generator.initial_seed(), by_chance)
+        self.weights = training.weights  # none if they are equal
         held_out, places, sample, training.sizes = [], [], [], []
         share = min(1.0, MOST_SAMPLED / ((1 - fraction) * len(self.data)))
         for start in self.starts:
@@ -172,13 +173,15 @@ class MappedRows:
         extremes, weights, total = list[Rows](), hashlib.sha256(), 0.0
         # Somewhat more than are to be held out, as a margin for chance.
         share = min(1.0, 1.5 * (fraction or min(COUNTED, MOST_HELD / len(self.data))) + 30 / len(self.data))
-        counted = []
+        counted, first, are_equal = [], None, True
         for start in self.starts:
             rows = self._whole(start)
             extremes.append(_extremes(rows.counted))
             if rows.weights is not None:
                 weights.update(rows.weights.numpy().tobytes())
                 total += float(rows.weights.sum())
+                first = rows.weights[0] if first is None else first
+                are_equal = are_equal and bool((rows.weights == first).all())
             self._leaves = self._leaves or (
                 self._reader.support is not None and rows.leaves_in_float32(self._reader.support)
             )
@@ -187,6 +190,8 @@ class MappedRows:
         if self.weights is not None:
             self._reader.check_some_weight(total)
             self._total_weight, self.digest = total, weights.digest()
+            if are_equal:
+                self.weights, self._total_weight, self.digest = None, float(len(self.data)), b""
         self._reader.check_varying(_joined(extremes))
         if by_chance:
             self._choice = _Choice(fraction, seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence, Sized
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeGuard, TypeVar, cast
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_maf.tables.categories import Categories, Label, coded, label_of, one_hot, restored
+from pyro_maf.tables.categories import Categories, Label, coded, is_missing, label_of, one_hot, restored
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -312,7 +313,7 @@ def part_of(value: TableLike, index: slice | NDArray[np.int_]) -> TableLike:
 def numbers(who: str, name: str, value: TableLike) -> Tensor:
     """A table as a tensor on the CPU: a tensor keeps its dtype, others become float32 or, if needed, float64.
 
-    An entry (rows, ...) of a dictionary gives one column for each number of its rows.
+    An entry (rows, ...) of a dictionary gives one column for each number of its rows. None among numbers is NaN.
 
     Raises:
         TypeError: For values that are not numeric.
@@ -333,7 +334,7 @@ def numbers(who: str, name: str, value: TableLike) -> Tensor:
         # Masked entries are missing, whatever their value.
         value = np.ma.filled(value.astype(np.float64), np.nan)
     try:
-        array = np.asarray(value)
+        array = _without_objects(np.asarray(value))
     except ValueError:
         raise ValueError(f"{who} expected {name} to be a table, got rows of different lengths.") from None
     if array.dtype.kind not in NUMERIC_KINDS:
@@ -361,7 +362,19 @@ def _side_by_side(who: str, name: str, value: Mapping[str, Entry]) -> Tensor:
     return torch.cat(flat, -1)
 
 
+def _without_objects(values: NDArray[Any]) -> NDArray[Any]:
+    """Rows of objects as float64 if all are numbers, or missing ones; others as they are."""
+    if values.dtype.kind != "O" or not values.ndim:
+        return values
+    each = [np.nan if is_missing(value) else value for value in values.ravel().tolist()]
+    if not all(isinstance(value, Real) for value in each):
+        return values
+    return np.array(each, np.float64).reshape(values.shape)
+
+
 def _column_of_frame(who: str, name: str, label: Hashable, column: Series[Any]) -> FloatArray:
+    if isinstance(column.dtype, np.dtype) and column.dtype.kind == "O":
+        column = type(column)(_without_objects(column.to_numpy()))
     if getattr(column.dtype, "kind", "O") not in NUMERIC_KINDS:
         raise TypeError(
             f"{who} expected {name} of numeric columns, got column {label!r} of {column.dtype}: {_advice(column)}."
@@ -375,9 +388,7 @@ def _advice(column: Series[Any]) -> str:
     """Advice for a column of a data frame that is not numeric."""
     if getattr(column.dtype, "kind", "O") in TIME_KINDS:
         return "put seconds or days since the first in its place, or drop it"
-    if not isinstance(column.dtype, np.dtype) or column.dtype.kind != "O":
-        return "drop it or encode it"
-    return "drop it or encode it, or where its entries are numbers convert it by pandas.to_numeric"
+    return "drop it or encode it"
 
 
 def _dtype_for(dtype: np.dtype[np.generic]) -> type[np.float32 | np.float64]:

@@ -109,6 +109,8 @@ class Reader:
         more = f" ({context_size})" if context_size else ""
         check_context(self.who, f"{self.role}context", context, self.context_width, refused=self.refused, more=more)
         often = None if weights is None else self._weights(weights, len(table))
+        if often is not None and self.places is None and often[0] > 0 and bool((often == often[0]).all()):
+            often = None  # equal ones say no more than none
         if context is None:
             return Rows(table, None, often)
         context_table = self._table("context", context, self.context_width, context_size, self.context_shape)

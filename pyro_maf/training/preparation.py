@@ -18,7 +18,7 @@ from pyro_maf.distributions import (
 )
 from pyro_maf.distributions.angle_flow import AngleFlow
 from pyro_maf.distributions.context_net import ContextNet
-from pyro_maf.distributions.data_units import float32_holds
+from pyro_maf.distributions.data_units import float32_holds, float32_reaches
 from pyro_maf.distributions.mixture_flow import MixtureFlow
 from pyro_maf.distributions.steps import dequantised
 from pyro_maf.support import Support
@@ -407,9 +407,13 @@ def _on_rounding(density: FlowPrior | TableDensity, units: tuple[Units, Moments 
         coarse = ~float32_holds(loc, scale, support, resolution=COARSE)
         if dtype != torch.float64 and coarse.any():
             column = int(coarse.int().argmax())
+            value = f"{loc[column].item():.8g} +- {scale[column].item():.2g}"
+            if float32_reaches(loc[column].double(), scale[column].double()):
+                why = f"has few different values there, {value}: subtract what the rows have in common while they are"
+            else:
+                why = f"ends at 1e-38 and 3e38, near {value}: take units of about that size, best while the rows are"
             lines.append(
-                f"fit takes {role}{labels.column(column)} in float32, which has few different values there, "
-                f"{loc[column].item():.8g} +- {scale[column].item():.2g}: subtract what the rows have in common while "
-                "they are in float64, or fit a model in float64, model.double(), to rows in float64."
+                f"fit takes {role}{labels.column(column)} in float32, which {why} in float64, or fit a model in "
+                "float64, model.double(), to rows in float64."
             )
     return lines
