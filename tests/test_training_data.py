@@ -555,3 +555,19 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ModuleNotFoundError, match=re.escape(message)):
         fit(small_maf(), ROWS, devices=2, **QUICK)
     assert fit(small_maf(), ROWS, **QUICK).epochs  # by one process it needs none
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"height": None, "weight": 1.0},
+        {"height": [None], "weight": [1.0]},
+        pd.DataFrame({"height": [None], "weight": [1.0]}),
+        pd.Series({"height": None, "weight": 1.0}),
+        [[None, 1.0]],
+    ],
+    ids=["numbers", "lists", "frame", "series", "nested"],
+)
+def test_none_is_a_missing_number_in_any_form(row: Any) -> None:
+    result = fit(MAF(2, num_layers=1, hidden_dims=[4]), FRAME, max_epochs=1, progress=False)
+    assert result.score(row).isnan().tolist() == [True]
