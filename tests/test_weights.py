@@ -66,7 +66,9 @@ def test_equal_weights_are_none(is_mapped: bool, tmp_path: Path, monkeypatch: py
         rows = np.load(tmp_path / "rows.npy", mmap_mode="r")
     models = [small_maf() for _ in range(3)]
     results = [fit(models[0], rows, **WHOLE)]
-    results += [fit(model, rows, weights=each * np.ones(120), **WHOLE) for model, each in zip(models[1:], (1, 0.3))]
+    results += [
+        fit(model, rows, weights=each * np.ones(120), **WHOLE) for model, each in zip(models[1:], (1, 0.3), strict=True)
+    ]
     for model, result in zip(models[1:], results[1:], strict=True):
         assert same(weights(models[0]), weights(model))
         assert result.validation_loss == results[0].validation_loss
