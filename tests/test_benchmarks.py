@@ -97,7 +97,7 @@ def test_the_default_of_fit_is_compared_on_small_tables(tmp_path):
 
 def test_the_page_on_fits_has_the_table_of_the_stored_run():
     *_, table = (BENCHMARKS / "results" / "fitting.md").read_text().strip().split("\n\n")
-    assert table in (ROOT / "docs" / "fitting.md").read_text()
+    assert table in (ROOT / "docs" / "measurements.md").read_text()
 
 
 def test_exact_posterior_of_two_moons_is_that_of_its_simulator(monkeypatch):
