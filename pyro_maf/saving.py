@@ -2,7 +2,7 @@
 
 Loading a file runs no code from it: the header names a class of this package, or one derived from it that the program
 has imported, and its constructor's arguments as plain values. A digest covers weights and header: a file with a single
-flipped bit is refused.
+flipped bit is refused, and so is one without a digest.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ import importlib
 import json
 import os
 import struct
-import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, SupportsIndex
 
@@ -24,7 +22,6 @@ from torch import Tensor, nn
 
 from pyro_maf._core import files
 from pyro_maf._core.files import write_whole
-from pyro_maf._core.memory_limit import Allowance
 from pyro_maf._core.options import ClassSignature, named_arguments, show_options
 
 __all__ = [
@@ -180,16 +177,7 @@ def load(path: str | os.PathLike[str], *, context_net: nn.Module | None = None) 
         advice = f": the model in it is {of_fit}" if of_fit.is_file() else ""
         raise FileNotFoundError(f"load expected a file at {path}, found {found}{advice}.")
     contents = unpack(path, MODEL)
-    # With a digest, architecture and weights are certain to be those of a module that has been built before.
-    with nullcontext() if contents.has_digest else Allowance(contents.tensors.values()):
-        module = _rebuild(path, contents, {} if context_net is None else {"context_net": context_net})
-    if not contents.has_digest:
-        warnings.warn(
-            f"load found no digest in {path}, as an earlier version or another program wrote it: damage to its weights "
-            "would go unnoticed. Save it again.",
-            stacklevel=2,
-        )
-    return module
+    return _rebuild(path, contents, {} if context_net is None else {"context_net": context_net})
 
 
 class Contents(NamedTuple):
@@ -198,12 +186,10 @@ class Contents(NamedTuple):
     Attributes:
         text: Text in the header.
         tensors: Tensors by name.
-        has_digest: Whether the file has a digest, which then matches.
     """
 
     text: str
     tensors: dict[str, Tensor]
-    has_digest: bool
 
 
 def pack(tensors: Mapping[str, Tensor], kind: Kind, text: str) -> bytes:
@@ -248,11 +234,14 @@ def unpack(path: Path, kind: Kind) -> Contents:
             f"{kind.reader} found no {kind.key} architecture in {path}: another program wrote it, or it is no "
             f"{kind.name}."
         )
-    text, digest = metadata[kind.key], metadata.get(DIGEST)
-    # Without a digest the header has one entry; a second one is a digest whose name is damaged.
-    if digest != _digest(text, tensors) if digest is not None else len(metadata) > 1:
+    text = metadata[kind.key]
+    if len(metadata) == 1:
+        raise ValueError(
+            f"{kind.reader} found no digest in {path}: another program, or a version before 0.2.0, wrote it."
+        )
+    if metadata.get(DIGEST) != _digest(text, tensors):
         raise ValueError(f"{kind.reader} found {path} damaged: its content is not what was written. {kind.remedy}")
-    return Contents(text, tensors, digest is not None)
+    return Contents(text, tensors)
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:

@@ -7,8 +7,6 @@ import json
 import random
 import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -20,9 +18,8 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 import pyro_maf
-from pyro_maf import MAF, FlowPrior, fit
+from pyro_maf import MAF, fit
 from pyro_maf._core.files import write_whole
-from pyro_maf._core.memory_limit import Allowance
 from pyro_maf.training.records import Checkpoint
 from tests.fits import gaussian_rows, same, seeded, weights
 
@@ -130,15 +127,13 @@ def damages(how: str, content: bytes, count: int) -> Iterator[bytes]:
     return islice((damaged for damaged in some if damaged != content), count)
 
 
-def is_refused(path: Path, damaged: bytes, run: Callable[[], Any], right: dict[str, Tensor] | None = None) -> bool:
-    """Whether what runs on a damaged file refuses it in a line, and leaves it; else it has to come to what is right."""
+def is_refused(path: Path, damaged: bytes, run: Callable[[], Any]) -> bool:
+    """Whether what runs on a damaged file refuses it in a line, and leaves it."""
     path.write_bytes(damaged)
     try:
-        result = weights(run())
+        run()
     except ValueError as error:
         return str(path) in str(error) and "\n" not in str(error) and path.read_bytes() == damaged
-    assert right is not None
-    assert same(result, right)
     return False
 
 
@@ -152,19 +147,11 @@ def test_a_damaged_checkpoint_is_refused_whole(how: str, folder: Path) -> None:
     assert {file.name for file in folder.glob("*.*")} == {*NAMES}
 
 
-@pytest.mark.parametrize("how", [how for how in DAMAGES if how != "rewritten"])
+@pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_model_is_refused(how: str, folder: Path) -> None:
     path = folder / "model.safetensors"
     for damaged in damages(how, path.read_bytes(), 60):
         assert is_refused(path, damaged, lambda: pyro_maf.load(path))
-
-
-@pytest.mark.filterwarnings("ignore:load found no digest")
-def test_a_rewritten_model_is_refused_or_the_same(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    right = weights(pyro_maf.load(path))
-    some = list(damages("rewritten", path.read_bytes(), 60))
-    assert sum(is_refused(path, damaged, lambda: pyro_maf.load(path), right) for damaged in some) > 50
 
 
 def test_no_bit_of_the_weights_flips_unnoticed(folder: Path) -> None:
@@ -180,23 +167,13 @@ def test_no_bit_of_the_weights_flips_unnoticed(folder: Path) -> None:
             pyro_maf.load(path)
 
 
-def test_a_model_without_a_digest_is_loaded_with_a_warning(tmp_path: Path) -> None:
-    path = tmp_path / "old.safetensors"
-    model = FlowPrior(flow(), loc=torch.ones(2), scale=torch.ones(2))
-    model.save(path)
+@pytest.mark.parametrize(("name", "key"), [("model", "pyro_maf"), ("checkpoint", "pyro_maf.fit")])
+def test_a_file_without_a_digest_is_refused(name: str, key: str, folder: Path) -> None:
+    path = folder / f"{name}.safetensors"
     header, _ = parts(path.read_bytes())
-    save_file(load(path.read_bytes()), path, {"pyro_maf": header["__metadata__"]["pyro_maf"]})
-    with pytest.warns(UserWarning, match="load found no digest in .*old.safetensors") as caught:
-        assert same(weights(pyro_maf.load(path)), weights(model))
-    assert caught[0].filename == __file__
-
-
-def test_a_checkpoint_without_a_digest_is_refused(folder: Path) -> None:
-    path = folder / "checkpoint.safetensors"
-    header, _ = parts(path.read_bytes())
-    save_file(load(path.read_bytes()), path, {"pyro_maf.fit": header["__metadata__"]["pyro_maf.fit"]})
-    with pytest.raises(ValueError, match=r"^fit found no digest in .*checkpoint.safetensors: an earlier version"):
-        resumed(folder)
+    save_file(load(path.read_bytes()), path, {key: header["__metadata__"][key]})
+    with pytest.raises(ValueError, match=f"^(load|fit) found no digest in .*{name}.safetensors: another program"):
+        pyro_maf.load(path) if name == "model" else resumed(folder)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -364,54 +341,3 @@ def test_a_disk_that_is_full_from_the_start_refuses_a_fit(tmp_path: Path, monkey
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/checkpoint.safetensors'"):
         fit(flow(), gaussian_rows(100), folder=tmp_path, max_epochs=1, **OPTIONS)
     assert not list(tmp_path.iterdir())
-
-
-# -- memory -----------------------------------------------------------------------------------------------------------
-
-HUGE: dict[str, dict[str, Any]] = {
-    "MAF": {"input_dim": 6000, "hidden_dims": [6000], "num_layers": 1},
-    "IAF": {"input_dim": 10**6, "hidden_dims": [10**6]},
-    "RealNVP": {"input_dim": 50_000, "hidden_dims": [50_000]},
-    "MADEMoG": {"input_dim": 6000, "num_components": 1000},
-    "ConditionalMAF": {"input_dim": 2, "context_dim": 10**9},
-    "LowerTriangularAffine": {"input_dim": 50_000},
-    "FlowPrior": {"model": {"class": "MAF", "arguments": {"input_dim": 6000}}},
-    "Stack": {"layers": [{"class": "MAF", "arguments": {"input_dim": 1, "num_layers": 10**9}}]},
-    "many couplings": {"input_dim": 2, "num_layers": 10**9},
-    "one order of many layers": {"input_dim": 2, "order": [1, 0], "num_layers": 10**9},
-}
-
-
-def describe_huge(name: str, path: Path) -> None:
-    classes = {"many couplings": "RealNVP", "one order of many layers": "IAF"}
-    header = {"format": 1, "training": [], "frozen": [], "class": classes.get(name, name), "arguments": HUGE[name]}
-    save_file({"a": torch.zeros(1)}, path, {"pyro_maf": json.dumps(header)})
-
-
-@pytest.mark.parametrize("name", HUGE)
-def test_an_architecture_larger_than_its_file_is_refused_before_it_is_built(name: str, tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    describe_huge(name, path)
-    with pytest.raises(ValueError, match=f"{path} describes: its architecture takes far more memory than the 1 num"):
-        pyro_maf.load(path)
-
-
-def test_a_file_of_some_hundred_bytes_takes_no_memory(tmp_path: Path) -> None:
-    describe_huge("MAF", tmp_path / "model.safetensors")
-    program = (
-        "import resource, sys, pyro_maf\n"
-        "pyro_maf.MAF(2).save(sys.argv[1] + '.small'); pyro_maf.load(sys.argv[1] + '.small')\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "try: pyro_maf.load(sys.argv[1])\n"
-        "except ValueError: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
-    )
-    path = str(tmp_path / "model.safetensors")
-    done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 32 * 1024  # KiB on Linux
-
-
-def test_an_allowance_is_enough_for_what_was_stored() -> None:
-    for build in (lambda: MAF(20, hidden_dims=[300, 300]), lambda: pyro_maf.MAFMoG(8, num_components=30)):
-        stored = build().state_dict().values()
-        with Allowance(stored):
-            assert len(build().state_dict()) == len(stored)

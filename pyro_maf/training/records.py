@@ -70,10 +70,6 @@ class Checkpoint(NamedTuple):
             ) from None
         if later:
             raise ValueError(f"fit found {path} with format {facts['format']}, this version reads up to {FORMAT}.")
-        if not contents.has_digest:
-            raise ValueError(
-                f"fit found no digest in {path}: an earlier version or another program wrote it. Choose another folder."
-            )
         return cls(contents.tensors, facts)
 
     def check(self, path: Path, like: Checkpoint) -> None:
