@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -97,12 +96,6 @@ def write_gas_parquet(root: Path, frame: pd.DataFrame | None = None) -> pd.DataF
     return frame
 
 
-def write_gas_pickle(root: Path, content: Any = None) -> Any:
-    content = sensor_frame() if content is None else content
-    (folder_of(root, "gas") / "ethylene_CO.pickle").write_bytes(pickle.dumps(content))
-    return content
-
-
 def mnist_images() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Levels (images, 28, 28) and labels; whole images of 0 and 255 among them."""
     random = np.random.RandomState(7)
@@ -128,21 +121,6 @@ def write_mnist(root: Path, suffix: str = "") -> dict[str, tuple[np.ndarray, np.
     return images
 
 
-def old_pickle(content: Any) -> bytes:
-    """As Python 2 wrote it in 2017, when numpy's modules had other names."""
-    return pickle.dumps(content, protocol=2).replace(b"numpy._core.", b"numpy.core.")
-
-
-def write_mnist_pickle(root: Path) -> None:
-    """The three parts as the archive has them: pixels in float32, those of a level v being v / 256."""
-    (train, labels), (test, test_labels) = (
-        (levels.reshape(-1, 784).astype(np.float32) / 256, labels.astype(np.int64))
-        for levels, labels in mnist_images().values()
-    )
-    parts = ((train[:55], labels[:55]), (train[55:], labels[55:]), (test, test_labels))
-    (folder_of(root, "mnist") / "mnist.pkl.gz").write_bytes(gzip.compress(old_pickle(parts)))
-
-
 def cifar_images() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     random = np.random.RandomState(8)
     return {
@@ -156,12 +134,6 @@ def write_cifar10(root: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     for name, (levels, labels) in images.items():
         np.hstack([labels[:, None], levels]).tofile(folder / f"{name}.bin")
     return images
-
-
-def write_cifar10_pickles(root: Path) -> None:
-    folder = folder_of(root, "cifar10")
-    for name, (levels, labels) in cifar_images().items():
-        (folder / name).write_bytes(old_pickle({"data": levels, "labels": labels.tolist()}))
 
 
 WRITERS: Mapping[str, Callable[[Path], Any]] = MappingProxyType(

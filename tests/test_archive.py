@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_maf.datasets import ARCHIVE, Dataset, bsds300, cifar10, gas, hepmass, load_dataset, miniboone, mnist, power
+from pyro_maf.datasets import ARCHIVE, Dataset, bsds300, cifar10, gas, hepmass, miniboone, mnist, power
 from tests import archives
 from tests.archives import BATCHES, WRITERS
 
@@ -105,10 +104,9 @@ def expected_gas(frame: pd.DataFrame) -> np.ndarray:
     return ((sensors - sensors.mean()) / sensors.std()).to_numpy()
 
 
-@pytest.mark.parametrize("write", [archives.write_gas_parquet, archives.write_gas_pickle])
-def test_gas_of_the_archives_frame_drops_sensors_that_go_together(tmp_path: Path, write: Callable[..., Any]) -> None:
-    frame = write(tmp_path)
-    data = gas(tmp_path, allow_pickle=True)
+def test_gas_of_the_archives_frame_drops_sensors_that_go_together(tmp_path: Path) -> None:
+    frame = archives.write_gas_parquet(tmp_path)
+    data = gas(tmp_path)
     tenth, rest = len(frame) // 10, len(frame) - len(frame) // 10
     assert parts(data) == [rest - rest // 10, rest // 10, tenth]
     close(whole(data), expected_gas(frame))
@@ -129,13 +127,11 @@ def test_a_sensor_that_mirrors_another_is_kept(tmp_path: Path) -> None:
     close(whole(gas(tmp_path)), expected_gas(frame))
 
 
-def test_gas_prefers_the_frame_without_code_to_the_pickle_and_the_pickle_to_the_text(tmp_path: Path) -> None:
+def test_gas_prefers_the_frame_to_the_text(tmp_path: Path) -> None:
     archives.write_gas_text(tmp_path)
-    pickled = archives.write_gas_pickle(tmp_path, archives.sensor_frame(seed=10))
     assert parts(gas(tmp_path)) == [81, 9, 10]
-    close(whole(gas(tmp_path, allow_pickle=True)), expected_gas(pickled))
     converted = archives.write_gas_parquet(tmp_path, archives.sensor_frame(seed=11))
-    close(whole(gas(tmp_path, allow_pickle=True)), expected_gas(converted))
+    close(whole(gas(tmp_path)), expected_gas(converted))
 
 
 def logits(levels: np.ndarray, noise: np.ndarray, margin: float) -> np.ndarray:
@@ -184,30 +180,10 @@ def test_more_images_than_are_prepared_at_a_time_get_one_stream_of_noise(
     assert torch.equal(whole(mnist(tmp_path)), whole(at_once))
 
 
-@pytest.mark.parametrize(
-    ("load", "write", "write_pickle"),
-    [
-        (mnist, archives.write_mnist, archives.write_mnist_pickle),
-        (cifar10, archives.write_cifar10, archives.write_cifar10_pickles),
-    ],
-)
-def test_images_of_pickles_are_those_of_the_plain_files(
-    tmp_path: Path, load: Callable[..., Dataset], write: Callable[[Path], Any], write_pickle: Callable[[Path], None]
-) -> None:
-    for folder in ("plain", "pickled"):
-        (tmp_path / folder).mkdir()
-    write(tmp_path / "plain")
-    write_pickle(tmp_path / "pickled")
-    plain, pickled = load(tmp_path / "plain"), load(tmp_path / "pickled", allow_pickle=True)
-    assert torch.equal(whole(plain), whole(pickled))
-    for part in ("train_context", "validation_context", "test_context"):
-        assert torch.equal(getattr(plain, part), getattr(pickled, part))
-
-
 @pytest.mark.parametrize(("name", "margin"), [("mnist", 1e-6), ("cifar10", 0.05)])
 def test_pixels_carry_densities_back_with_the_jacobian_of_autograd(tmp_path: Path, name: str, margin: float) -> None:
     WRITERS[name](tmp_path)
-    data = load_dataset(name, tmp_path)
+    data = ARCHIVE[name](tmp_path)
     assert data.pixels is not None
     assert (data.pixels.levels, data.pixels.margin) == (256, margin)
     y = data.test[:, 500:700].double()[:3]
@@ -226,7 +202,7 @@ def test_pixels_carry_densities_back_with_the_jacobian_of_autograd(tmp_path: Pat
 def test_every_set_is_loaded_by_name_and_leaves_global_generators_alone(tmp_path: Path, name: str) -> None:
     WRITERS[name](tmp_path)
     before = np.random.get_state()[1].tolist(), torch.get_rng_state()
-    data, again = load_dataset(name, str(tmp_path)), ARCHIVE[name](tmp_path)
+    data, again = ARCHIVE[name](str(tmp_path)), ARCHIVE[name](tmp_path)
     assert np.random.get_state()[1].tolist() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
     assert data.name.lower().replace("-", "") == name
@@ -236,8 +212,3 @@ def test_every_set_is_loaded_by_name_and_leaves_global_generators_alone(tmp_path
         assert rows.dtype == torch.float32
         assert rows.isfinite().all()
         assert torch.equal(rows, getattr(again, part))
-
-
-def test_a_set_that_is_none_of_the_papers_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"load_dataset expected name to be one of power, gas, .* got 'adult'"):
-        load_dataset("adult", tmp_path)

@@ -74,12 +74,6 @@ def table(folder: Path, **options: Any) -> None:
     datasets.read_table(folder / ("table.npy" if options else "table.csv"), **options)
 
 
-def gas(folder: Path) -> None:
-    (folder / "gas").mkdir()
-    (folder / "gas" / "ethylene_CO.pickle").write_bytes(b"pickle")
-    datasets.gas(folder, allow_pickle=True)
-
-
 NEEDS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
     "fit by several processes": (
         "lightning_fabric",
@@ -96,7 +90,6 @@ NEEDS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
     "categories": ("pyarrow", "read_table", lambda folder: table(folder, context=["x1"], categories=["x1"])),
     "rows as csv": ("pyarrow", "pyro-maf", rows),
     "HDF5": ("h5py", "bsds300", datasets.bsds300),
-    "a pickle": ("pandas", "gas", gas),
 }
 
 

@@ -109,9 +109,6 @@ class PaperOptions:
     ] = None
     seed: Annotated[int, option("Seed of the weights and of the order of batches.")] = 0
     device: Device = "cpu"
-    allow_pickle: Annotated[
-        bool, flag("allow-pickle", "Load a pickle if there is no other file: it can run any code.")
-    ] = False
     folder: Annotated[Path | None, option("Folder of the results; by default named after the set.", "DIR")] = None
 
     def candidates(self) -> tuple[Candidate, ...]:
@@ -137,13 +134,13 @@ def paper(options: PaperOptions) -> None:
     same command resumes.
     """
     from pyro_maf import experiments
-    from pyro_maf.datasets import load_dataset
+    from pyro_maf.datasets import ARCHIVE
     from pyro_maf.experiments.models import BATCH_SIZE, PATIENCE
 
     settings = experiments.SETTINGS[options.name]
     candidates = options.candidates()
     with input_errors():
-        dataset = load_dataset(settings.loader, options.root, allow_pickle=options.allow_pickle)
+        dataset = ARCHIVE[settings.loader](options.root)
     folder = options.folder or Path(f"{options.name.lower()}-paper")
     for part, data in _parts(dataset):
         with input_errors():

@@ -18,16 +18,12 @@ __all__ = [
     "LEAST_ROWS",
     "ZENODO",
     "Column",
-    "ask_first",
     "check_rows",
-    "find",
     "locate",
-    "read_csv",
     "read_npy",
     "read_parquet",
     "read_text",
     "reading",
-    "unpickling",
 ]
 
 S = TypeVar("S", bound=np.generic)
@@ -37,11 +33,6 @@ LONGEST_REASON = 160
 LEAST_ROWS = 20
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError, MemoryError, zlib.error)
 """Errors of the readers of numpy, pyarrow, h5py and gzip for a file of another format."""
-
-
-def find(root: str | os.PathLike[str], *names: str) -> Path | None:
-    """Return the first of the files `names` under `root`, or None."""
-    return next((path for path in (Path(root) / name for name in names) if path.is_file()), None)
 
 
 def locate(who: str, root: str | os.PathLike[str], *names: str, source: str) -> Path:
@@ -56,14 +47,14 @@ def locate(who: str, root: str | os.PathLike[str], *names: str, source: str) -> 
     Raises:
         FileNotFoundError: If there is none, with the expected path and its source.
     """
-    path = find(root, *names)
-    if path is not None:
-        return path
-    wanted = Path(root) / names[0]
-    others = "".join(f" or {Path(name).name}" for name in names[1:])
-    present = "a folder" if wanted.is_dir() else "nothing"
+    paths = [Path(root, name) for name in names]
+    for path in paths:
+        if path.is_file():
+            return path
+    others = "".join(f" or {path.name}" for path in paths[1:])
+    present = "a folder" if paths[0].is_dir() else "nothing"
     raise FileNotFoundError(
-        f"{who} expected a file at {wanted}{others}, found {present}: get it from {source} and put it there."
+        f"{who} expected a file at {paths[0]}{others}, found {present}: get it from {source} and put it there."
     )
 
 
@@ -90,40 +81,6 @@ def reading(who: str, path: Path, kind: str) -> Iterator[None]:
         ) from None
 
 
-def ask_first(who: str, path: Path, allowed: bool, instead: str) -> None:
-    """Refuse to load a pickle unless the user allows it.
-
-    Args:
-        who: The loader that reads.
-        path: The pickle.
-        allowed: Whether the user trusts it.
-        instead: The format that runs no code, and its source.
-
-    Raises:
-        ValueError: If it is not allowed.
-    """
-    if not allowed:
-        raise ValueError(
-            f"{who} expected files that cannot run code, got the pickle {path} alone: "
-            f"pass allow_pickle=True if you trust it, or get {instead}."
-        )
-
-
-@contextmanager
-def unpickling(who: str, path: Path) -> Iterator[None]:
-    """Convert errors of loading a pickle to one line that names it.
-
-    Raises:
-        ValueError: If the block that loads it fails, in any way: the error of a damaged pickle depends on its bytes.
-    """
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(
-            f"{who} expected {path} to be a pickle that can be loaded here, got {type(error).__name__}: {_line(error)}."
-        ) from None
-
-
 def read_npy(who: str, path: Path, columns: int) -> Column:
     """Map the rows of an .npy file into memory."""
     with reading(who, path, "an .npy file"):
@@ -131,26 +88,14 @@ def read_npy(who: str, path: Path, columns: int) -> Column:
     return check_rows(who, path, rows, columns)
 
 
-def read_csv(who: str, path: Path) -> NDArray[np.float64]:
-    """Read the rows below the header line of a file of comma-separated numbers.
+def read_text(who: str, path: Path, delimiter: str | None = None) -> NDArray[np.float64]:
+    """Read the rows below the header line of a file of numbers, separated by spaces unless otherwise said.
 
     The header is skipped, not parsed: that of HEPMASS may have another number of names than of columns.
     """
-    require(who, "pyarrow")
-    from pyarrow import csv
-
-    with reading(who, path, "a csv file with a header line"):
-        _check_header(path)
-        table = csv.read_csv(path, csv.ReadOptions(skip_rows=1, autogenerate_column_names=True))
-        return np.column_stack([column.to_numpy().astype(np.float64) for column in table.columns])
-
-
-def read_text(who: str, path: Path, columns: int) -> NDArray[np.float64]:
-    """Read the rows below the header line of a file of space-separated numbers."""
     with reading(who, path, "a text file of numbers below a header line"):
         _check_header(path)
-        rows = np.loadtxt(path, skiprows=1, ndmin=2, encoding="utf-8")
-    return check_rows(who, path, rows, columns)
+        return np.loadtxt(path, delimiter=delimiter, skiprows=1, ndmin=2, encoding="utf-8")
 
 
 def read_parquet(who: str, path: Path) -> dict[str, Column]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import math
 import os
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,14 +15,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_maf.datasets.archive.formats import ZENODO, Column, ask_first, find, locate, reading, unpickling
+from pyro_maf.datasets.archive.formats import locate, reading
 from pyro_maf.datasets.dataset import Dataset, LogitPixels
 
 __all__ = ["cifar10", "mnist"]
 
 MNIST = "http://yann.lecun.com/exdb/mnist (The MNIST database of handwritten digits)"
 CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html (CIFAR-10 binary version)"
-MNIST_PICKLE = "mnist/mnist.pkl.gz"
 BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
 ROWS_AT_A_TIME = 1000
 LABELS = 10
@@ -31,29 +29,26 @@ LEAST_IMAGES = 10
 BYTE = 0x08  # the code of unsigned bytes in idx files
 
 
-def mnist(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Dataset:
+def mnist(root: str | os.PathLike[str]) -> Dataset:
     r"""MNIST: handwritten digits of 28 x 28 pixels; 784 dimensions, and 10 of context.
 
     Grey levels v become y = logit(lambda + (1 - 2 lambda) x) of x = (v + U(0, 1)) / 256, lambda = 1e-6, with the noise
     of the published code. The context is the label, one-hot. The last sixth of the training images is for
     validation. `pixels` of the result converts log-likelihoods to pixel space and to bits per pixel.
 
-    The four idx files are read, each plain or compressed as .gz. The published archive holds the same images as a
-    pickle, `mnist/mnist.pkl.gz`, and a pickle can run any code when it is loaded: it is read only if there are no
-    idx files and `allow_pickle` is set. The rows are the same.
+    The four idx files are read, each plain or compressed as .gz, and not the pickle of the same images in the published
+    archive, which could run any code. The rows are the same.
 
     Args:
         root: The folder with `mnist/train-images-idx3-ubyte`, `mnist/train-labels-idx1-ubyte`,
             `mnist/t10k-images-idx3-ubyte` and `mnist/t10k-labels-idx1-ubyte`.
-        allow_pickle: Load the pickle, which runs any code in it.
 
     Returns:
         50,000 rows for training, 10,000 for validation and 10,000 for testing, (rows, 784), with context (rows, 10).
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If one is damaged, of another format or shape; if the numbers of labels and images differ; if there
-            is only the pickle and it is not allowed.
+        ValueError: If one is damaged, of another format or shape; if the numbers of labels and images differ.
 
     Example:
         >>> import pathlib, tempfile, numpy
@@ -72,17 +67,11 @@ def mnist(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Datase
     Reference:
         LeCun, Bottou, Bengio & Haffner, *Gradient-Based Learning Applied to Document Recognition*, 1998.
     """
-    pickled = find(root, MNIST_PICKLE)
-    if pickled and not find(root, "mnist/train-images-idx3-ubyte", "mnist/train-images-idx3-ubyte.gz"):
-        ask_first("mnist", pickled, allow_pickle, f"the idx files from {MNIST}")
-        parts = _unpickle_mnist(pickled)
-    else:
-        whole, test = (_idx_part(root, name) for name in ("train", "t10k"))
-        parts = [*whole.hold_out(6), test]
-    return _dataset("MNIST", parts, LogitPixels(levels=256, margin=1e-6))
+    whole, test = (_idx_part(root, name) for name in ("train", "t10k"))
+    return _dataset("MNIST", [*whole.hold_out(6), test], LogitPixels(levels=256, margin=1e-6))
 
 
-def cifar10(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Dataset:
+def cifar10(root: str | os.PathLike[str]) -> Dataset:
     r"""CIFAR-10: colour photographs of 32 x 32 pixels; 3072 dimensions, and 10 of context.
 
     Levels v become y = logit(lambda + (1 - 2 lambda) x) of x = (v + U(0, 1)) / 256, lambda = 0.05, with the noise of
@@ -90,14 +79,12 @@ def cifar10(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Data
     last tenth of the training images is for validation; the others are augmented by their left-right mirror images.
     `pixels` of the result converts log-likelihoods to pixel space and to bits per pixel.
 
-    The binary version is read, six files that end in .bin. The published archive and the Python version hold the same
-    images as pickles of the same names without .bin, and a pickle can run any code when it is loaded: they are read
-    only if there are no .bin files and `allow_pickle` is set. The rows are the same.
+    The binary version is read, six files that end in .bin, and not the pickles of the same images in the published
+    archive, which could run any code. The rows are the same.
 
     Args:
         root: The folder with `cifar10/data_batch_1.bin` to `cifar10/data_batch_5.bin` and
             `cifar10/test_batch.bin`.
-        allow_pickle: Load the pickles, which runs any code in them.
 
     Returns:
         90,000 rows for training, 5,000 for validation and 10,000 for testing, (rows, 3072), with context (rows, 10).
@@ -107,8 +94,7 @@ def cifar10(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Data
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If one is damaged, of another format or shape; if there are only the pickles and they are not
-            allowed.
+        ValueError: If one is damaged, of another format or shape.
 
     Example:
         >>> import pathlib, tempfile
@@ -123,12 +109,7 @@ def cifar10(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Data
     Reference:
         Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009.
     """
-    pickled = find(root, f"cifar10/{BATCHES[0]}")
-    if pickled and not find(root, f"cifar10/{BATCHES[0]}.bin"):
-        ask_first("cifar10", pickled, allow_pickle, f"the .bin files from {CIFAR}")
-        batches = [_unpickle_batch(locate("cifar10", root, f"cifar10/{name}", source=ZENODO)) for name in BATCHES]
-    else:
-        batches = [_read_batch(locate("cifar10", root, f"cifar10/{name}.bin", source=CIFAR)) for name in BATCHES]
+    batches = [_read_batch(locate("cifar10", root, f"cifar10/{name}.bin", source=CIFAR)) for name in BATCHES]
     whole = _Images(*map(np.concatenate, zip(*batches[:-1], strict=True)))
     parts = [*whole.hold_out(10), batches[-1]]
     return _dataset("CIFAR-10", parts, LogitPixels(levels=256, margin=0.05), mirrored=True)
@@ -185,7 +166,7 @@ def _read_idx(images: Path, labels: Path) -> _Images:
     levels = _read_array(images, 3)
     if levels.shape[1:] != (28, 28):
         raise ValueError(f"mnist expected images of 28 x 28 pixels in {images}, got shape {levels.shape}.")
-    return _checked("mnist", labels, levels.reshape(len(levels), 784), _read_array(labels, 1), 784)
+    return _checked("mnist", labels, levels.reshape(len(levels), 784), _read_array(labels, 1))
 
 
 def _read_batch(path: Path) -> _Images:
@@ -194,29 +175,7 @@ def _read_batch(path: Path) -> _Images:
     if size % 3073 or not size:
         raise ValueError(f"cifar10 expected {path} to hold images of 3073 bytes each, got {size} bytes in all.")
     records = np.fromfile(path, dtype=np.uint8).reshape(-1, 3073)
-    return _checked("cifar10", path, records[:, 1:], records[:, 0], 3072)
-
-
-def _unpickle_mnist(path: Path) -> list[_Images]:
-    """Read the three parts of MNIST from the archive's pickle, whose pixels are v / 256. Unpickling can run code."""
-    with unpickling("mnist", path), gzip.open(path) as file:
-        parts = [(np.asarray(x) * 256, np.asarray(labels)) for x, labels in pickle.load(file, encoding="latin1")]
-    if len(parts) != 3:
-        raise ValueError(f"mnist expected three parts in {path}, got {len(parts)}.")
-    for levels, _ in parts:
-        if levels.dtype.kind != "f" or not ((levels >= 0) & (levels < 256) & (levels == levels.round())).all():
-            raise ValueError(f"mnist expected pixels that are 0 .. 255 over 256 in {path}, got others.")
-    return [_checked("mnist", path, levels.astype(np.uint8), labels, 784) for levels, labels in parts]
-
-
-def _unpickle_batch(path: Path) -> _Images:
-    """Read CIFAR-10's images from a file of the Python version. Unpickling can run code."""
-    with unpickling("cifar10", path), open(path, "rb") as file:
-        batch = pickle.load(file, encoding="latin1")
-        levels, labels = np.asarray(batch["data"]), np.asarray(batch["labels"])
-    if levels.dtype != np.uint8:
-        raise ValueError(f"cifar10 expected pixels of uint8 in {path}, got {levels.dtype}.")
-    return _checked("cifar10", path, levels, labels, 3072)
+    return _checked("cifar10", path, records[:, 1:], records[:, 0])
 
 
 def _read_array(path: Path, dimensions: int) -> NDArray[np.uint8]:
@@ -231,16 +190,12 @@ def _read_array(path: Path, dimensions: int) -> NDArray[np.uint8]:
     return np.frombuffer(content, np.uint8, offset=length).reshape(shape)
 
 
-def _checked(who: str, path: Path, levels: Column, labels: NDArray[np.integer], columns: int) -> _Images:
-    """Return images if they have `columns` pixels and valid labels, or raise."""
-    if levels.ndim != 2 or levels.shape[1] != columns:
-        raise ValueError(f"{who} expected images of {columns} pixels in {path}, got shape {levels.shape}.")
+def _checked(who: str, path: Path, levels: NDArray[np.uint8], labels: NDArray[np.uint8]) -> _Images:
+    """Return images if there are enough of them, with valid labels, or raise."""
     if len(levels) < LEAST_IMAGES:
         raise ValueError(f"{who} expected at least {LEAST_IMAGES} images, those of {path}, got {len(levels)}.")
     if labels.shape != (len(levels),):
         raise ValueError(f"{who} expected {len(levels)} labels in {path}, one an image, got shape {labels.shape}.")
-    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= LABELS:
-        raise ValueError(
-            f"{who} expected labels of 0 .. {LABELS - 1} in {path}, got {labels.dtype} up to {labels.max()}."
-        )
-    return _Images(np.asarray(levels, dtype=np.uint8), labels.astype(np.int64))
+    if labels.max() >= LABELS:
+        raise ValueError(f"{who} expected labels of 0 .. {LABELS - 1} in {path}, got labels up to {labels.max()}.")
+    return _Images(levels, labels.astype(np.int64))

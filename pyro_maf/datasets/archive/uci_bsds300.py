@@ -15,25 +15,23 @@ from pyro_maf._core.messages import require
 from pyro_maf.datasets.archive.formats import (
     LEAST_ROWS,
     ZENODO,
-    Column,
-    ask_first,
     check_rows,
-    find,
     locate,
-    read_csv,
     read_npy,
     read_parquet,
     read_text,
     reading,
-    unpickling,
 )
 from pyro_maf.datasets.dataset import Dataset
 
 __all__ = ["bsds300", "gas", "hepmass", "miniboone", "power"]
 
 Rows: TypeAlias = NDArray[np.float64]
-PARQUET, TEXT, PICKLE = "gas/ethylene_CO.parquet", "gas/ethylene_CO.txt", "gas/ethylene_CO.pickle"
-UCI = "https://archive.ics.uci.edu/dataset/322 (Gas sensor array under dynamic gas mixtures)"
+PARQUET, TEXT = "gas/ethylene_CO.parquet", "gas/ethylene_CO.txt"
+GAS = (
+    "https://archive.ics.uci.edu/dataset/322 (Gas sensor array under dynamic gas mixtures), or convert the archive's "
+    "pickle, which can run any code, by pandas.read_pickle(PICKLE).to_parquet(PARQUET)"
+)
 NO_SENSORS = ("Meth", "Eth", "Time")
 HIGHEST_CORRELATION = 0.98
 MOST_REPEATS = 5
@@ -81,7 +79,7 @@ def power(root: str | os.PathLike[str]) -> Dataset:
     return _standardised_parts("POWER", path, rows)
 
 
-def gas(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Dataset:
+def gas(root: str | os.PathLike[str]) -> Dataset:
     r"""GAS: readings of sensors in mixtures of ethylene and carbon monoxide; 8 dimensions.
 
     Of the 16 sensors, while any correlates with another above 0.98, the first such is dropped. Then the columns are
@@ -91,14 +89,13 @@ def gas(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Dataset:
     The published archive holds a quarter of the rows, drawn at random, as a pickled data frame of columns Time, Meth,
     Eth and the sensors. A pickle can run any code when it is loaded. So the loader looks for these, in this order:
 
-    - `gas/ethylene_CO.parquet`: that frame, converted by someone who trusted it. The rows are those of the paper.
-    - `gas/ethylene_CO.pickle`, with `allow_pickle` only. Likewise.
+    - `gas/ethylene_CO.parquet`: that frame, by `pandas.read_pickle(...).to_parquet(...)` if you trust it. The rows are
+      those of the paper.
     - `gas/ethylene_CO.txt`, from UCI. A quarter of its rows is drawn with a fixed seed: the same number as in the
       paper and from the same distribution, but other rows.
 
     Args:
         root: The folder with one of these.
-        allow_pickle: Load the pickle, which runs any code in it. It needs pandas.
 
     Returns:
         852,174 rows for training, 94,685 for validation and 105,206 for testing, (rows, 8).
@@ -109,8 +106,8 @@ def gas(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Dataset:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, of another format or shape, or has values that are not finite; if not 8 sensors
-            remain; if there is only the pickle and it is not allowed.
-        ModuleNotFoundError: For the pickle without pandas.
+            remain.
+        ModuleNotFoundError: For parquet without the `cli` extra.
 
     Example:
         >>> import pathlib, tempfile, numpy
@@ -127,11 +124,7 @@ def gas(root: str | os.PathLike[str], *, allow_pickle: bool = False) -> Dataset:
         Fonollosa, Sheik, Huerta & Marco, *Reservoir computing compensates slow response of chemosensor arrays exposed
         to fast varying gas concentrations in continuous monitoring*, 2015.
     """
-    pickled = find(root, PICKLE)
-    plain = find(root, PARQUET, *([] if pickled and allow_pickle else [TEXT]))
-    if pickled and not plain:
-        ask_first("gas", pickled, allow_pickle, f"the text file from {UCI}")
-    path = plain or pickled or locate("gas", root, TEXT, PARQUET, source=UCI)
+    path = locate("gas", root, PARQUET, TEXT, source=GAS)
     sensors = _uncorrelated(path, _quarter(path) if path.suffix == ".txt" else _frame(path))
     _standardise("gas", path, sensors, ddof=1)
     return Dataset("GAS", *_three_parts(sensors))
@@ -155,7 +148,6 @@ def hepmass(root: str | os.PathLike[str]) -> Dataset:
         FileNotFoundError: If there is no such file.
         ValueError: If one is damaged, of another format or shape, or has values that are not finite, or if not 21
             features remain.
-        ModuleNotFoundError: Without the `cli` extra.
 
     Example:
         >>> import pathlib, tempfile, numpy
@@ -265,14 +257,14 @@ def bsds300(root: str | os.PathLike[str]) -> Dataset:
 
 def _quarter(path: Path) -> Rows:
     """Return the 16 sensors of a random quarter of the rows of UCI's file, in random order."""
-    rows = read_text("gas", path, 19)
+    rows = check_rows("gas", path, read_text("gas", path), 19)
     drawn = np.random.RandomState(42).permutation(len(rows))[: round(len(rows) / 4)]
     return check_rows("gas", path, rows[drawn, 3:], 16)
 
 
 def _frame(path: Path) -> Rows:
     """Return the sensors of the archive's frame, (rows, sensors)."""
-    columns = read_parquet("gas", path) if path.suffix == ".parquet" else _unpickled_columns(path)
+    columns = read_parquet("gas", path)
     missing = [name for name in NO_SENSORS if name not in columns]
     if missing:
         raise ValueError(f"gas expected columns {', '.join(NO_SENSORS)} in {path}, got none named {missing[0]}.")
@@ -283,17 +275,6 @@ def _frame(path: Path) -> Rows:
         if column.dtype.kind not in "fiu":
             raise ValueError(f"gas expected a number in every row of {path}, got {column.dtype} in column {name}.")
     return check_rows("gas", path, np.column_stack(list(sensors.values())).astype(np.float64), len(sensors))
-
-
-def _unpickled_columns(path: Path) -> dict[str, Column]:
-    require("gas", "pandas")
-    import pandas
-
-    with unpickling("gas", path):
-        frame: object = pandas.read_pickle(path)
-    if not isinstance(frame, pandas.DataFrame):
-        raise ValueError(f"gas expected a pandas data frame in {path}, got {type(frame).__name__}.")
-    return {str(name): frame[name].to_numpy() for name in frame.columns}
 
 
 def _uncorrelated(path: Path, sensors: Rows) -> Rows:
@@ -314,7 +295,7 @@ def _uncorrelated(path: Path, sensors: Rows) -> Rows:
 
 def _signal(path: Path) -> Rows:
     """Read the 27 features of the rows of class 1."""
-    rows = read_csv("hepmass", path)
+    rows = read_text("hepmass", path, ",")
     if rows.shape[1] not in (28, 29):
         raise ValueError(f"hepmass expected a class and 27 features in {path}, got {rows.shape[1]} columns.")
     check_rows("hepmass", path, rows[:, :28], 28)

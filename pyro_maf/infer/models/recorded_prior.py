@@ -44,7 +44,11 @@ PRODUCTS = (
     *("_linalg_solve_ex", "addmm", "addmv", "baddbmm", "bmm", "cholesky_inverse", "cholesky_solve", "dot"),
     *("linalg_cholesky_ex", "linalg_inv_ex", "linalg_solve_triangular", "mm", "mv", "triangular_solve"),
 )
-KNOWN = frozenset((*SHAPES, *SELECTIONS, *SUMS, *PRODUCTS))
+ACTIVATIONS = (
+    *("celu", "elu", "hardshrink", "hardsigmoid", "hardtanh", "leaky_relu", "mish", "selu", "softplus", "softshrink"),
+    "threshold",  # earlier versions of torch do not say of these that they are by element
+)
+KNOWN = frozenset((*SHAPES, *SELECTIONS, *SUMS, *PRODUCTS, *ACTIVATIONS))
 """torch's operations that a recorded prior may consist of, besides those by element."""
 VIEWS = ("view", "_unsafe_view")
 """Operations on contiguous memory; `reshape` does the same on any."""
