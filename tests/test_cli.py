@@ -600,7 +600,7 @@ def test_damaged_files_beside_a_model_are_refused(folder: Path, here: Path) -> N
         (
             "fit.json",
             (folder / "plain" / "fit.json").read_text().replace('"rows": 200', '"rows": "200"'),
-            "expected rows of type int",
+            "fit.json damaged",
         ),
     ):
         whole = (here / name).read_bytes()

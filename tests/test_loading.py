@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import pyro_maf
 from pyro_maf import MAF
-from pyro_maf.saving import Savable
+from pyro_maf.saving import MODEL, Savable, pack
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def header_of(path: Path) -> dict[str, Any]:
 def rewrite(path: Path, header: Any = None, state: dict[str, torch.Tensor] | None = None) -> None:
     """The same file with another architecture, or with some tensors replaced."""
     text = header if isinstance(header, str) else json.dumps(header_of(path) if header is None else header)
-    save_file({**load_file(path), **(state or {})}, path, {"pyro_maf": text})
+    path.write_bytes(pack({**load_file(path), **(state or {})}, MODEL, text))
 
 
 def refused(path: Path, message: str) -> None:

@@ -73,8 +73,8 @@ class CompareOptions(TableOptions, TrainingOptions):
 def compare(options: CompareOptions) -> None:
     """Fit the paper's models to a table, and compare their test log-likelihoods.
 
-    Writes a folder for each model, which score and sample take, and the table as comparison.md, .csv and .json. Models
-    in the folder are not fitted again: after Ctrl-C the same command resumes.
+    Writes a folder for each model, which score and sample take, and the table as comparison.md and .json. Models in
+    the folder are not fitted again: after Ctrl-C the same command resumes.
     """
     from pyro_maf import experiments
 
@@ -171,14 +171,13 @@ def _tell(score: Score) -> None:
 
 
 def _finish(comparison: Comparison, folder: Path, name: str, published: Mapping[str, float] | None = None) -> None:
-    """Print the table, and write it to a folder as name.md, .csv and .json; end the command if it was interrupted."""
+    """Print the table, and write it to a folder as name.md and .json; end the command if it was interrupted."""
     from rich.console import Console
 
     from pyro_maf.experiments import results
 
     Console().print(results.as_table(comparison, published))
-    forms = {"md": results.as_markdown, "csv": results.as_csv, "json": results.as_json}
-    for ending, form in forms.items():
+    for ending, form in (("md", results.as_markdown), ("json", results.as_json)):
         write_whole(folder / f"{name}.{ending}", form(comparison, published).encode())
     for model, reason in comparison.failed.items():
         say(f"{model} is left out: {reason}")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, cast
 
 import typer
@@ -33,15 +32,6 @@ pyro-maf info wine-maf
 ```
 """
 
-KINDS: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "float | None": (int, float, NoneType),
-    "list[str]": (list,),
-}
-"""Types of JSON values by the annotations of `Record`."""
-
 
 @dataclass(frozen=True)
 class Record:
@@ -63,15 +53,15 @@ class Record:
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A saved density and the record of its fit.
+    """A saved density and what is known of its fit.
 
     Attributes:
         density: The density, on the CPU, in eval mode.
-        record: Record of the fit; None for a model without its folder.
+        record: Names and values of facts about the fit; none for a model without its folder.
     """
 
     density: ConditionalDensity | Density
-    record: Record | None
+    record: Sequence[tuple[str, str]]
 
     @property
     def inner(self) -> Density:
@@ -161,7 +151,7 @@ def read_model(path: Path) -> SavedModel:
         raise FileNotFoundError(f"expected a fit's folder or a .safetensors file at {path}, found {found}.")
     with input_errors():
         density = _as_density(load(file), file).eval()
-    return SavedModel(density, _read_record(file.with_name(RECORD)) if file.name == MODEL else None)
+    return SavedModel(density, _read_record(file.with_name(RECORD)) if file.name == MODEL else ())
 
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
@@ -169,21 +159,14 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
     write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def _read_record(path: Path) -> Record | None:
-    """The record in a file, or None; entries that are missing, unknown or of another type are refused."""
+def _read_record(path: Path) -> list[tuple[str, str]]:
+    """The facts of the record in a file, if there is one."""
     if not path.is_file():
-        return None
+        return []
     try:
-        record = Record(**json.loads(path.read_text(encoding="utf-8")))
+        return list(_facts_of_fit(Record(**json.loads(path.read_text(encoding="utf-8")))))
     except (TypeError, ValueError, RecursionError) as error:
         raise CommandError(f"found {path} damaged: {error}.") from None
-    for each in fields(Record):
-        value, kind = getattr(record, each.name), str(each.type)
-        texts = value if isinstance(value, list) else []
-        is_right = isinstance(value, KINDS[kind]) and not isinstance(value, bool)
-        if not (is_right and all(isinstance(text, str) for text in texts)):
-            raise CommandError(f"found {path} damaged: expected {each.name} of type {kind}, got {shown(repr(value))}.")
-    return record
 
 
 def _as_density(model: object, path: Path) -> Density | ConditionalDensity:
@@ -224,7 +207,7 @@ def _joined(names: Sequence[object]) -> str:
 
 def _facts(model: SavedModel) -> Iterator[tuple[str, str]]:
     """Iterate over names and values of facts, of which a value may have several lines."""
-    inner, record = model.inner, model.record
+    inner = model.inner
     yield "model", repr(model.density)
     yield "dimensions", str(inner.event_shape[0])
     if inner.context_dim:
@@ -237,17 +220,20 @@ def _facts(model: SavedModel) -> Iterator[tuple[str, str]]:
                 yield "among", f"{name}: {_joined(categories)}"
         for name, categories in model.context_layout.columns:
             yield "given", _joined([name]) if categories is None else f"{_joined([name])}: {_joined(categories)}"
-    if record is not None:
-        if record.test_log_likelihood is not None:
-            score = f"log-likelihood {record.test_log_likelihood:.4f} nats"
-            yield "test", f"{score}, standard error {record.test_standard_error:.4f}"
-        yield (
-            "validation",
-            f"log-likelihood {record.validation_log_likelihood:.4f} nats after epoch {record.best_epoch} of "
-            f"{record.epochs}",
-        )
-        yield "stopped", f"{record.stop_reason}, after {record.seconds:.1f} s"
-        for line in record.warnings:
-            yield "warning", line
-        yield "data", f"{record.rows:,} rows of {record.data}"
-        yield "made by", f"{record.command} (version {record.version})"
+    yield from model.record
+
+
+def _facts_of_fit(record: Record) -> Iterator[tuple[str, str]]:
+    if record.test_log_likelihood is not None:
+        score = f"log-likelihood {record.test_log_likelihood:.4f} nats"
+        yield "test", f"{score}, standard error {record.test_standard_error:.4f}"
+    yield (
+        "validation",
+        f"log-likelihood {record.validation_log_likelihood:.4f} nats after epoch {record.best_epoch} of "
+        f"{record.epochs}",
+    )
+    yield "stopped", f"{record.stop_reason}, after {record.seconds:.1f} s"
+    for line in record.warnings:
+        yield "warning", line
+    yield "data", f"{record.rows:,} rows of {record.data}"
+    yield "made by", f"{record.command} (version {record.version})"

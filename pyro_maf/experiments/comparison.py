@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +20,7 @@ from pyro_maf.datasets import Dataset
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
 from pyro_maf.experiments.models import Candidate, candidates, fit_gaussian
 from pyro_maf.experiments.results import Comparison, Score
+from pyro_maf.saving import Kind, pack, unpack
 from pyro_maf.tables import Rows
 from pyro_maf.tables.layout import TableLike, number_of_rows, numbers
 from pyro_maf.tables.named_rows import named_rows
@@ -34,7 +33,9 @@ from pyro_maf.training.scores import log_prob_of
 __all__ = ["compare", "divide"]
 
 CLOSED_FORM = "closed form"
-LOG_PROB, SCORE = "log_prob.npy", "score.json"
+SCORE = "score.safetensors"
+FILE = Kind("pyro_maf.score", "score of a comparison", "compare", "Remove its folder to fit the model anew.")
+FACTS = ("validation", "parameters", "epochs", "seconds", "stop_reason")
 LEAST_ROWS = 10
 
 Facts: TypeAlias = dict[str, Any]
@@ -243,15 +244,10 @@ def _fingerprint(data: Dataset, candidate: Candidate, options: Facts) -> Facts:
 
 
 def _write_score(folder: Path, score: Score, density: FlowPrior | ConditionalFlowPrior, fingerprint: Facts) -> None:
-    """Write density and score to `folder`; `score.json`, which marks it as complete, comes last."""
+    """Write density and score to `folder`; the score, which marks it as complete, comes last."""
     density.save(folder / MODEL)
-    array = io.BytesIO()
-    np.save(array, score.log_prob.numpy(), allow_pickle=False)
-    write_whole(folder / LOG_PROB, array.getvalue())
-    facts: Facts = {"fingerprint": fingerprint}
-    facts |= {name: getattr(score, name) for name in ("validation", "parameters", "epochs", "seconds", "stop_reason")}
-    facts["digest"] = _digest(score.log_prob, facts)
-    write_whole(folder / SCORE, json.dumps(facts, indent=1).encode())
+    facts = {"fingerprint": fingerprint, **{name: getattr(score, name) for name in FACTS}}
+    write_whole(folder / SCORE, pack({"log_prob": score.log_prob}, FILE, json.dumps(facts)))
 
 
 def _read_score(folder: Path, data: Dataset, candidate: Candidate, fingerprint: Facts) -> Score | None:
@@ -262,29 +258,16 @@ def _read_score(folder: Path, data: Dataset, candidate: Candidate, fingerprint: 
     """
     if not (folder / SCORE).is_file():
         return None
-    try:
-        stored = json.loads((folder / SCORE).read_text(encoding="utf-8"))
-        log_prob = torch.from_numpy(np.load(folder / LOG_PROB, allow_pickle=False))
-        if not isinstance(stored, dict) or stored.pop("digest", None) != _digest(log_prob, stored):
-            raise ValueError("its content is not what was written")
-        other = stored.pop("fingerprint")
-        score = Score(candidate, log_prob, _bits_of(data, log_prob), **stored)
-    except (ValueError, TypeError, KeyError, OSError, EOFError, RecursionError) as error:
-        raise ValueError(f"compare found {folder} damaged ({error}): remove it to fit {candidate.name} anew.") from None
+    contents = unpack(folder / SCORE, FILE)
+    facts, log_prob = json.loads(contents.text), contents.tensors["log_prob"]
+    other = facts.pop("fingerprint")
     if other != fingerprint:
         what = ", ".join(name for name in fingerprint if other.get(name) != fingerprint[name])
         raise ValueError(
             f"compare found {candidate.name} in {folder} fitted with other {what}: "
             "name another folder, or remove that one to fit it anew."
         )
-    return score
-
-
-def _digest(log_prob: Tensor, facts: Facts) -> str:
-    """Fingerprint of the scores and facts."""
-    hashed = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    hashed.update(log_prob.numpy().tobytes())
-    return hashed.hexdigest()
+    return Score(candidate, log_prob, _bits_of(data, log_prob), **facts)
 
 
 def _bits_of(data: Dataset, log_prob: Tensor) -> Tensor | None:

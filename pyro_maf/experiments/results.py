@@ -1,9 +1,7 @@
-"""Scores of fitted models, and the comparison of them as a table: on the terminal, in Markdown, CSV and JSON."""
+"""Scores of fitted models, and the comparison of them as a table: on the terminal, in Markdown and JSON."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Mapping
@@ -17,7 +15,7 @@ from pyro_maf.experiments.models import Candidate
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Comparison", "Estimate", "Score", "as_csv", "as_json", "as_markdown", "as_table", "estimate", "lines"]
+__all__ = ["Comparison", "Estimate", "Score", "as_json", "as_markdown", "as_table", "estimate", "lines"]
 
 Line: TypeAlias = dict[str, str | float | None]
 """Figures of a model by name."""
@@ -167,16 +165,6 @@ def as_json(comparison: Comparison, published: Published = None) -> str:
     about["rows"] = dict(zip(("train", "validation", "test"), comparison.rows, strict=True))
     about |= {"models": lines(comparison, published), "failed": comparison.failed, "missing": list(comparison.missing)}
     return json.dumps(about, indent=1) + "\n"
-
-
-def as_csv(comparison: Comparison, published: Published = None) -> str:
-    """Format the records as CSV, with a header."""
-    records = lines(comparison, published)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(records[0]) if records else ["model"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()
 
 
 def as_markdown(comparison: Comparison, published: Published = None) -> str:
