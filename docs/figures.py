@@ -5,7 +5,6 @@ The posterior takes a minute: NUTS gives the reference, and two guides are fitte
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -72,13 +71,13 @@ def posterior() -> Figure:
     pyro.set_rng_seed(0)
     guides = {"AutoMultivariateNormal": AutoMultivariateNormal(schools), "AutoIAF": AutoIAF(schools)}
     effect, log_tau = reference()
-    figure, panels = plt.subplots(1, 2, figsize=(8, 3.1), sharex=True, sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(6, 2.7), sharex=True, sharey=True, layout="constrained")
     for axes, (name, guide), colour in zip(panels, guides.items(), (ORANGE, BLUE), strict=True):
         axes.plot(effect, log_tau, ".", markersize=3, color=GREY, label="NUTS")
         axes.plot(*by_guide(guide), ".", markersize=1.5, color=colour, label=name)
         axes.set(xlim=(-20, 40), ylim=(-4, 4), xlabel="effect of the first school", title=name)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="lower right", markerscale=4, frameon=False)
+        axes.legend(loc="lower right", markerscale=4, frameon=False, handletextpad=0)
     panels[0].set_ylabel("log tau")
     return figure
 
@@ -105,30 +104,6 @@ def sweep(dim: int = 6, units: int = 12, step: int = 3) -> Figure:
     return figure
 
 
-def cost() -> Figure:
-    """Draw the cost of sampling 1,000 rows in six packages, as measured by benchmarks/directions.py."""
-    cells = json.loads((ROOT / "benchmarks" / "results" / "directions.json").read_text(encoding="utf-8"))["cells"]
-    wanted = {"task": "sample", "threads": 1, "layers": 1, "batch": 1000}
-    cells = sorted((cell for cell in cells if wanted.items() <= cell.items()), key=lambda cell: cell["D"])
-    dims = [cell["D"] for cell in cells]
-    figure, axes = plt.subplots(figsize=(4.6, 3.1), layout="constrained")
-    for name in ("pyro", "zuko", "nflows", "normflows", "flowjax", "pyro-maf"):
-        heights = [cell["times"][name]["over_dense"] for cell in cells]
-        colour, width = (BLUE, 3) if name == "pyro-maf" else (GREY, 1)
-        axes.plot(dims, heights, color=colour, linewidth=width)
-        for dim, height, cell in zip(dims, heights, cells, strict=True):
-            face = colour if cell["times"][name]["measured"] else "white"
-            axes.plot(dim, height, "o", markersize=4, color=colour, markerfacecolor=face)
-    axes.text(dims[-1], 1.1 * heights[-1], "pyro-maf", color=BLUE, ha="right", va="bottom", weight="bold")
-    axes.text(60, 250, "Pyro, zuko, nflows,\nnormflows, flowjax", color="0.4", ha="right", va="bottom")
-    axes.set(xscale="log", yscale="log", ylim=(0.3, 2000), xlabel="dimensions", ylabel="time / one dense pass")
-    axes.set_xticks(dims, dims)
-    axes.minorticks_off()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title("1,000 rows from a MAF layer (hollow: predicted)", fontsize=10)
-    return figure
-
-
 def _draw(axes: Axes, mask: np.ndarray[Any, Any], before: np.ndarray[Any, Any], now: np.ndarray[Any, Any]) -> None:
     image = np.ones((*mask.shape, 3))
     for rows, colour in ((before, BEFORE), (now, NOW), (~(before | now), LATER)):
@@ -144,8 +119,8 @@ def main() -> None:
     """Draw all figures."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for draw in (cost, sweep, posterior):
-            draw().savefig(ASSETS / f"{draw.__name__}.png", dpi=110)
+        for draw in (sweep, posterior):
+            draw().savefig(ASSETS / f"{draw.__name__}.png", dpi=150)
 
 
 if __name__ == "__main__":
