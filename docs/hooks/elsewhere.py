@@ -48,8 +48,8 @@ def _linked(text: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Lead to the copies from pages, whose links are those of the repository; the search shows the API's pages last."""
-    if page.file.src_uri.startswith("api/"):
+    """Lead to the copies from pages, whose links are those of the repository; API and changelog are found last."""
+    if page.file.src_uri.startswith(("api/", "changelog")):
         page.meta["search"] = {"boost": 0.1}
     markdown = markdown.replace("](../README.md", "](index.md")
     for picture in PICTURES:
