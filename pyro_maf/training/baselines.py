@@ -36,9 +36,8 @@ WIDTHS, MOST_KERNELS = (0.02, 0.06, 0.2, 0.6), 2**18
 """Widths of kernels beside a flow, in the same units, and the maximum number of values in the factors of one width."""
 SHARE_ITERATIONS, LEAST_SHARE = 100, 0.01
 """Iterations for the shares of a mixture, and the least share of what is in it."""
-BEHIND, BESIDE = 2.0, 1.0
-"""Standard errors from which on a flow is said to be behind, and from which on a mixture is put beside it: a gain in a
-single row is one, and two densities together are behind the better one by no more than the logarithm of its share."""
+BEHIND = 2.0
+"""Standard errors from which on a flow is said to be behind."""
 
 
 class Baseline(NamedTuple):
@@ -127,8 +126,9 @@ def with_mixture(prepared: Prepared) -> Joined:
     """Put a mixture beside a fitted flow, of Gaussians and of a kernel at each row, if validation rows say so.
 
     That is where a flow has to learn what they begin with: with few rows clusters, and with near copies, as points of
-    trajectories are, where the rows are. The shares of the three have the highest likelihood of the validation rows,
-    and are taken if that is higher than the flow's by a standard error and what shares gain by chance.
+    trajectories are, where the rows are. The shares have the highest likelihood of the validation rows, and are taken
+    if Akaike's criterion for few rows prefers them, gain > taken / (rows - taken - 1). It asks for no more, as the same
+    rows chose the flow's epoch, and the worst that the others can do is the logarithm of its share.
 
     Args:
         prepared: The fitted density and its rows.
@@ -154,12 +154,9 @@ def with_mixture(prepared: Prepared) -> Joined:
         shares = torch.where(shares > LEAST_SHARE, shares, 0)
         shares[0] = max(LEAST_SHARE, float(shares[0]))  # for rows far from all others
         shares = shares / shares.sum()
-    gain, error = mean_and_error((shares.log() + log_prob).logsumexp(1) - of_flow, held_out.weights)
-    beside = 1 - float(shares[0])
-    count, taken = len(new), int((shares[1:] > 0).sum())
-    # By Student's t, of three rows infinite; and what the shares themselves gain by chance.
-    doubt = BESIDE * error * math.sqrt((count - 1) / (count - 3)) + taken / count if count > 3 else math.inf
-    if not gain > doubt:
+    gain = held_out.mean((shares.log() + log_prob).logsumexp(1) - of_flow)
+    beside, count, taken = 1 - float(shares[0]), len(new), int((shares[1:] > 0).sum())
+    if not gain * max(0, count - taken - 1) > taken:
         return Joined(prepared.density, gaussians=gaussians)
     parts = [
         Mixture(mixture.shares * share / beside, mixture.means, mixture.factors)
