@@ -71,13 +71,13 @@ def posterior() -> Figure:
     pyro.set_rng_seed(0)
     guides = {"AutoMultivariateNormal": AutoMultivariateNormal(schools), "AutoIAF": AutoIAF(schools)}
     effect, log_tau = reference()
-    figure, panels = plt.subplots(1, 2, figsize=(8, 3.1), sharex=True, sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(6, 2.7), sharex=True, sharey=True, layout="constrained")
     for axes, (name, guide), colour in zip(panels, guides.items(), (ORANGE, BLUE), strict=True):
         axes.plot(effect, log_tau, ".", markersize=3, color=GREY, label="NUTS")
         axes.plot(*by_guide(guide), ".", markersize=1.5, color=colour, label=name)
         axes.set(xlim=(-20, 40), ylim=(-4, 4), xlabel="effect of the first school", title=name)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="lower right", markerscale=4, frameon=False)
+        axes.legend(loc="lower right", markerscale=4, frameon=False, handletextpad=0)
     panels[0].set_ylabel("log tau")
     return figure
 
@@ -120,7 +120,7 @@ def main() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for draw in (sweep, posterior):
-            draw().savefig(ASSETS / f"{draw.__name__}.png", dpi=110)
+            draw().savefig(ASSETS / f"{draw.__name__}.png", dpi=150)
 
 
 if __name__ == "__main__":
