@@ -12,7 +12,7 @@ from typing import TypeAlias, Unpack
 import torch
 from torch import Tensor
 
-from pyro_maf._core.checks import check_permutation, check_positive
+from pyro_maf._core.checks import check_permutation, check_positive, check_seed
 from pyro_maf.nn import reseeded
 from pyro_maf.transforms import (
     BatchNorm,
@@ -44,13 +44,10 @@ class StackOptions(AutoregressiveOptions, total=False):
 def _orders(
     who: str, input_dim: int, num_layers: int, order: Orders, seed: int, *, flips: bool = True
 ) -> Iterator[Tensor]:
-    """The order of the variables in each layer, noise to data; "reverse" is the natural one in all unless `flips`.
-
-    One at a time, so that a file's claim of a thousand million layers is refused at the first ones.
-    """
+    """The order of the variables in each layer, noise to data; "reverse" is the natural one in all unless `flips`."""
     check_positive(who, "input_dim", input_dim)
     check_positive(who, "num_layers", num_layers)
-    check_positive(who, "seed", seed, least=0)
+    check_seed(who, seed)
     natural = torch.arange(input_dim)
     expected = f'{who} expected order "reverse", "random", or permutations, got {order!r}.'
     if isinstance(order, str):

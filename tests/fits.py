@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
@@ -21,6 +22,12 @@ GAUSSIAN = MultivariateNormal(
     scale_tril=torch.tensor([[1.0, 0.0], [1.2, 0.5]], dtype=torch.float64),
 )
 """Its total correlation is 0.96 nats: what a fit has to gain on independent normals, which is where a flow starts."""
+
+
+def since_torch(minor: int) -> pytest.MarkDecorator:
+    """Mark of a test of torch's compiler, which before version 2.`minor` cannot trace the test's program whole."""
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    return pytest.mark.skipif(version < (2, minor), reason=f"torch before 2.{minor} does not trace it whole")
 
 
 def gaussian_rows(rows: int = 300, seed: int = 0) -> Tensor:

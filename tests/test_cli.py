@@ -556,6 +556,7 @@ WRONG = {
     "no folder": (("sample", "{}/plain", "--out", "none/new.csv"), "expected an existing folder for new.csv, got none"),
     "no rows": (("sample", "{}/plain", "-n", "0"), "sample expected --number of at least 1, got 0"),
     "a negative seed": (("sample", "{}/plain", "--seed", "-1"), "sample expected --seed of at least 0, got -1"),
+    "a seed beyond any generator": (("sample", "{}/plain", "--seed", str(2**63)), r"--seed below 2\*\*63, got 9223"),
     "no context": (("sample", "{}/given", "--context", "age=3"), "sample expected --context colour=VALUE"),
     "an unknown context": (("sample", "{}/given", "--context", "ages=3"), "got --context ages=3, which is no column"),
     "a context twice": (("sample", "{}/given", "--context", "age=3,age=4"), "got --context age=4, twice"),
@@ -742,3 +743,14 @@ def test_a_closed_pipe_is_no_error(folder: Path) -> None:
         errors = process.stderr.read()
         assert process.wait() == 0
     assert b"Error" not in errors
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closes its streams by a shell")
+def test_a_stream_that_is_closed_from_the_start_is_empty(folder: Path) -> None:
+    program = f"{sys.executable} -m pyro_maf"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for arguments, code in ((f"info {folder / 'plain'} >&- 2>&-", 0), (f"score {folder / 'plain'} - <&-", 2)):
+        done = subprocess.run(f"{program} {arguments}", shell=True, env=environment, capture_output=True, text=True)
+        assert done.returncode == code
+        assert done.stdout == ""
+        assert done.stderr == ("pyro-maf: read_table found standard input empty.\n" if code else "")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf import transforms
+from tests.fits import since_torch
 
 
 def autoregressive(input_dim: int, hidden_dims: Sequence[int] = (16,)) -> Any:
@@ -90,6 +91,7 @@ def test_hidden_layers_may_be_narrower_than_the_input() -> None:
     assert int((jacobian[-1] != 0).sum()) >= 4
 
 
+@since_torch(6)
 def test_density_compiles_in_one_graph() -> None:
     """In the parallel direction, and with validation off, since that branches on data."""
     flow = shaken(autoregressive(3).double())

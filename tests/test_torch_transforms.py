@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, stack_mod
 
 from pyro_maf import IAF, MAF, ConditionalMAF, RealNVP
 from pyro_maf.transforms import Flow
+from tests.fits import since_torch
 from tests.test_pyro_conventions import TINY, double, normal, shaken
 
 SHALLOW = {**TINY, "num_layers": 1}
@@ -37,6 +38,7 @@ def parallel_flows() -> list[Any]:
     return [shaken(MAF(3, **TINY)), shaken(RealNVP(3, **TINY)), iaf, at_a_context]
 
 
+@since_torch(13)  # 2.7 does not yet trace a flow whose inverse is built there
 @pytest.mark.parametrize(
     ("which", "backend"),
     [(0, "eager"), (1, "eager"), (0, "aot_eager"), (1, "aot_eager"), (2, "aot_eager"), (3, "aot_eager")],

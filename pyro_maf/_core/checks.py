@@ -21,6 +21,7 @@ __all__ = [
     "check_event",
     "check_permutation",
     "check_positive",
+    "check_seed",
     "check_shape",
     "check_sizes",
 ]
@@ -56,6 +57,13 @@ def check_positive(who: str, name: str, value: Any, least: int = 1) -> int:
     if value < least:
         raise ValueError(f"{who} expected {name} of at least {least}, got {value}.")
     return int(value)
+
+
+def check_seed(who: str, seed: Any, name: str = "seed") -> int:
+    """Return a seed as an int; raise if it is not one that every generator of torch takes."""
+    if check_positive(who, name, seed, least=0) >= 2**63:
+        raise ValueError(f"{who} expected {name} below 2**63, got {seed}.")
+    return int(seed)
 
 
 def check_above_zero(who: str, name: str, value: Any, *, finite: bool = False) -> None:

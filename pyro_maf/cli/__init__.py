@@ -5,6 +5,7 @@ Slow imports, above all torch, are in the commands that need them.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ BAD_INPUT = 2
 
 def main() -> None:
     """Run the command in the program's arguments; without the `cli` extra, print what to install."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started the program
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for as long as the program runs)
     try:
         require("pyro-maf", "typer")
     except ModuleNotFoundError as error:

@@ -217,7 +217,8 @@ def fit(options: FitOptions, ctx: typer.Context) -> None:
         for each in (table, validation):
             if not isinstance(each, float) and each.missing is not None:
                 say(f"left out of {each.label}: {each.missing}.")
-        say(f"{len(table.data):,} rows of {_described(table)}, to {options.results}.")
+        rows = len(table.data)
+        say(f"{rows:,} row{'s' * (rows != 1)} of {_described(table)}, to {options.results}.")
     command = command_line(ctx)
     result = _train(options, model, table, support, validation, command)
     if is_first:

@@ -122,7 +122,7 @@ def _summary(count: int, outside: int, where: str, total: float, squares: float)
         return f"{rows}, of which {outside:,} {'has' if outside == 1 else 'have'} density 0{where}."
     mean = total / count
     error = math.sqrt(max(0.0, squares / count - mean**2) / count)
-    return f"{rows}, mean log-density {mean:.3f} nats, standard error {error:.3f}."
+    return f"{rows}, mean log-density {mean:.3f} nats" + f", standard error {error:.3f}" * (count > 1) + "."
 
 
 def sample(
@@ -140,11 +140,11 @@ def sample(
     """Draw rows from a model, with the columns that it was fitted to."""
     import torch
 
-    from pyro_maf._core.checks import check_positive
+    from pyro_maf._core.checks import check_positive, check_seed
 
     with input_errors():
         check_positive("sample", "--number", number)
-        check_positive("sample", "--seed", seed, least=0)
+        check_seed("sample", seed, "--seed")
     saved = read_model(model)
     density = saved.at(_context(saved, separated(context)))
     layout = saved.layout

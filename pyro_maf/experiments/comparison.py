@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from pyro_maf._core.checks import check_positive
+from pyro_maf._core.checks import check_seed
 from pyro_maf._core.files import CHECKPOINT, MODEL, write_whole
 from pyro_maf.datasets import Dataset
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
@@ -315,7 +315,7 @@ def divide(
     for role, part in (("test", test), ("validation", validation)):
         if not 0 < part < 1:
             raise ValueError(f"divide expected {role} as a part between 0 and 1, got {part!r}.")
-    check_positive("divide", "seed", seed, least=0)
+    check_seed("divide", seed)
     source = named_rows("divide", data, context)
     if source.layout.in_categories:
         column = source.labels.column(source.layout.in_categories[0])

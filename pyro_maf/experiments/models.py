@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf import distributions, flows
-from pyro_maf._core.checks import check_choice, check_positive
+from pyro_maf._core.checks import check_choice, check_positive, check_seed
 from pyro_maf._core.options import signature_of
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.distributions import ConditionalFlowPrior, FlowPrior
@@ -98,7 +98,7 @@ def build(
     check_choice("build", "flow", flow, FLOWS)
     check_positive("build", "input_dim", input_dim)
     check_positive("build", "context_dim", context_dim, least=0)
-    check_positive("build", "seed", seed, least=0)
+    check_seed("build", seed)
     if flow == "gaussian":
         return gaussian(input_dim, context_dim)
     options = {

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_maf._core.checks import check_choice, check_permutation, check_positive, check_sizes
+from pyro_maf._core.checks import check_choice, check_permutation, check_positive, check_seed, check_sizes
 from pyro_maf._core.module_state import Observed
 
 __all__ = ["BlockLinear", "Linear", "MaskedLinear", "Tempered", "block_linear", "degrees", "gain_of", "masks"]
@@ -116,7 +116,7 @@ def degrees(
     """
     check_positive("degrees", "input_dim", input_dim)
     check_choice("degrees", "kind", kind, ("sequential", "random"))
-    check_positive("degrees", "seed", seed, least=0)
+    check_seed("degrees", seed)
     if lowest not in (0, 1):
         raise ValueError(f"degrees expected lowest to be 0 or 1, got {lowest!r}.")
     highest = max(lowest, input_dim - 1)

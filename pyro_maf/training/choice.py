@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from pyro_maf._core.checks import check_positive
+from pyro_maf._core.checks import check_seed
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.distributions import (
     AngleFlow,
@@ -308,7 +308,7 @@ def default_model(
         >>> default_model(3, 100, seed=0)[0].name, default_model(3, 100_000, seed=0)[0].name
         ('MixtureFlow', 'NSF')
     """
-    check_positive("fit", "seed", seed, least=0)
+    check_seed("fit", seed)
     starts = columns > 1 and rows <= MIXTURE_ROWS and not default.has_rsample
     num_layers = default.num_layers
     if num_layers is None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyro_maf._core.checks import check_above_zero, check_positive
+from pyro_maf._core.checks import check_above_zero, check_positive, check_seed
 from pyro_maf._core.files import MODEL, try_to_write
 from pyro_maf._core.interruption import Interruption
 from pyro_maf._core.messages import require
@@ -246,8 +246,7 @@ class _Options:
         check_above_zero("fit", "max_grad_norm", self.max_grad_norm)
         if self.recipe.weight_decay:
             check_above_zero("fit", "weight_decay", self.recipe.weight_decay, finite=True)
-        if (seed := check_positive("fit", "seed", self.seed, least=0)) >= 2**63:
-            raise ValueError(f"fit expected seed below 2**63, got {seed}.")
+        check_seed("fit", self.seed)
         check_progress("fit", self.progress)
         if self.resume and self.overwrite:
             raise ValueError("fit got both resume and overwrite: choose one.")
