@@ -21,9 +21,9 @@ __all__ = ["Program", "Programs", "Reading", "is_ordinary"]
 
 ORDINARY = (nn.Parameter, Tensor)
 """Tensors whose entries lie in memory, as not those of every subclass do."""
-CHUNK, SWEPT_CHUNK = 112, 240
-"""Maximum number of points that pass through the layers together, and through those of which some are sequential: an
-odd number of cache lines, since rows a power of two apart compete for the same lines."""
+CHUNK = 240
+"""Maximum number of points that pass through the layers together: an odd number of cache lines, since rows a power of
+two apart compete for the same lines."""
 
 
 class Reading(NamedTuple):
@@ -161,8 +161,6 @@ class Program:
         self.size, self.offsets = sum(self.sizes), np.cumsum([0, *self.sizes])
         self.rows = int(self.tables.layers["rows"].sum()) + dim + context_dim + LANES
         self.num_weights, self.num_biases = layout.weights, layout.biases
-        sequential = bool(self.tables.layers["levels"].any())
-        self.chunk = SWEPT_CHUNK if sequential else CHUNK
         self.work = int(self.tables.seen.sum())
         """Multiplications a point."""
         self.every_matrix = np.ones(len(self.tables.matrices), bool)
@@ -187,7 +185,7 @@ class Program:
         """
         if points == 1:
             return 1
-        chunks = max(1, -(-points // self.chunk))
+        chunks = max(1, -(-points // CHUNK))
         return LANES * (-(-points // (chunks * LANES)) | 1)
 
     def fits(self, v: Tensor, context: Tensor | None) -> bool:

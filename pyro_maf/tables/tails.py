@@ -73,9 +73,10 @@ class Units(NamedTuple):
         if self.tails is None:
             return z, log_slope
         zero = torch.zeros_like(self.loc[:1])
-        # Columns are points of one dimension, so that each has a log-determinant of its own.
-        mapped, log_bent = with_tails(z.T[..., None], self.tails[..., None, None], zero, zero + 1, -1)
-        return mapped[..., 0].T, log_slope + log_bent.T
+        # Each column alone, so that it has a log-determinant of its own.
+        columns = zip(z.split(1, -1), self.tails.split(1, -1), strict=True)
+        mapped, log_bent = zip(*(with_tails(*column, zero, zero + 1, -1) for column in columns), strict=True)
+        return torch.cat(mapped, -1), log_slope + torch.stack(log_bent, -1)
 
     @property
     def reach(self) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -24,9 +23,6 @@ LARGEST = 64.0
 """Largest exponent: from there on the map is linear, and single precision holds it far beyond."""
 SMALL = 0.25
 """Exponent up to which functions are summed as series, exact to rounding: they are quotients of small numbers."""
-TINY = 1e-30
-MOST_COMPILED = 1024
-"""Number of entries up to which the compiled map takes less time than torch's operations, which are vectorised."""
 DTYPES = (torch.float32, torch.float64)
 
 
@@ -114,11 +110,11 @@ def with_tails(x: Tensor, weights: Tensor, loc: Tensor, scale: Tensor, sign: int
     Returns:
         y (\*batch, D) and log |det dy/dx|, (\*batch,).
     """
-    mapped: Any = _plain
-    if not (is_intercepted() or loc.requires_grad or scale.requires_grad):
-        mapped = _Compiled.apply if _pays(x, weights, loc, scale) else _Mapped.apply
-    y, log_det = mapped(x, weights, loc, scale, sign)
-    return y, log_det
+    if is_intercepted() or loc.requires_grad or scale.requires_grad or not _is_compiled(x, weights, loc, scale):
+        return _plain(x, weights, loc, scale, sign)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y, log_det = _Compiled.apply(rows, weights, loc, scale, sign)
+    return (y, log_det) if rows is x else (y.view(x.shape), log_det.view(x.shape[:-1]))
 
 
 def _plain(x: Tensor, weights: Tensor, loc: Tensor, scale: Tensor, sign: int) -> tuple[Tensor, Tensor]:
@@ -150,17 +146,10 @@ def _log_ratio(u: Tensor) -> Tensor:
     return torch.where(is_small, small / 2 + square * series, (torch.expm1(other) / other).log())
 
 
-def _slope(u: Tensor) -> Tensor:
-    """Derivative of `_log_ratio`, without a graph; below a bound from its tangent, 1 / 2 + u / 12 up to u^3 / 720."""
-    bounded = u.clamp(min=torch.finfo(u.dtype).eps ** 0.25)  # where cancellation and the tangent err least
-    slope = bounded.neg().expm1_().reciprocal_().add_(bounded.reciprocal()).neg_()
-    return slope.add_(u - bounded, alpha=1 / 12)
-
-
-def _pays(x: Tensor, *others: Tensor) -> bool:
-    """True if the compiled map takes these tensors, x in rows, and less time than torch."""
-    ordinary = x.dim() == 2 and all(each.is_cpu and each.dtype is x.dtype for each in (x, *others))
-    return ordinary and x.numel() <= MOST_COMPILED and x.dtype in DTYPES and kernels() is not None
+def _is_compiled(*tensors: Tensor) -> bool:
+    """Return whether the compiled map takes these tensors."""
+    dtype = tensors[0].dtype
+    return dtype in DTYPES and all(each.is_cpu and each.dtype is dtype for each in tensors) and kernels() is not None
 
 
 def _array(tensor: Tensor) -> Any:
@@ -185,7 +174,9 @@ class _Compiled(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         needed, inputs = ctx.needs_input_grad[:2], ctx.saved_tensors  # which raises for a graph that is freed
         if torch.is_grad_enabled() or is_intercepted():
-            return *_by_plain(ctx.sign, needed, inputs, (grad_y, grad_log_det)), None
+            # By operations that can be differentiated again.
+            plain = partial(_plain, sign=ctx.sign)
+            return *gradients(plain, inputs, (*needed, False, False), (grad_y, grad_log_det)), None
         rows = ctx.arrays[0]
         grad_x, by_weights = np.empty_like(rows), np.zeros((2, rows.shape[1]), rows.dtype)
         loaded().bend_back(*ctx.arrays, *map(_array, (grad_y, grad_log_det)), ctx.sign, grad_x, by_weights)
@@ -193,63 +184,3 @@ class _Compiled(torch.autograd.Function):
             torch.from_numpy(grad) if need else None for grad, need in zip((grad_x, by_weights), needed, strict=True)
         )
         return *grads, None, None, None
-
-
-def _by_plain(
-    sign: int, needed: Sequence[bool], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]
-) -> list[Tensor | None]:
-    """The gradients by operations that can be differentiated again."""
-    return gradients(partial(_plain, sign=sign), inputs, (*needed, False, False), grads)
-
-
-class _Mapped(torch.autograd.Function):
-    """`_plain` in fewer operations, with its gradients in closed form."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, loc: Tensor, scale: Tensor, sign: int) -> tuple[Tensor, Tensor]:
-        z = (x - loc) / scale
-        is_right = z > 0
-        weight = sign * torch.where(is_right, weights[0], weights[1])
-        squares = z.square()
-        raw = weight.abs() * squares
-        exponent = torch.where(weight < 0, raw.log1p(), raw)
-        ctx.sign, ctx.is_inside = sign, not raw.numel() or float(exponent.amax()) <= LARGEST  # not, if one is NaN
-        if not ctx.is_inside:
-            ctx.save_for_backward(x, weights, loc, scale)
-            return _plain(x, weights, loc, scale, sign)
-        positive = exponent.clamp(min=TINY)
-        half = (positive.expm1() / positive).log().mul_(0.5)
-        log_derivative = torch.copysign(exponent - half, weight)
-        moved = z * torch.copysign(half, weight).exp_()
-        arrays = z, is_right, squares, weight, exponent, moved, log_derivative
-        ctx.save_for_backward(x, weights, loc, scale, *arrays)
-        return torch.addcmul(loc, scale, moved), log_derivative.sum(-1)
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, loc, scale, *arrays = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:2]
-        if not ctx.is_inside or torch.is_grad_enabled() or is_intercepted():
-            return *_by_plain(ctx.sign, needed, (x, weights, loc, scale), (grad_y, grad_log_det)), None
-        return *_closed(needed, scale, ctx.sign, arrays, grad_y, grad_log_det), None, None, None
-
-
-def _closed(
-    needed: tuple[bool, bool], scale: Tensor, sign: int, arrays: list[Tensor], grad_y: Tensor, grad_log_det: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients with respect to x and the weights."""
-    z, is_right, squares, weight, exponent, moved, log_derivative = arrays
-    half = _slope(exponent).mul_(0.5)
-    by_log_det = grad_log_det.unsqueeze(-1)
-    # Derivative of the exponent by w x^2: of lighter tails the exponent is log(1 + |w| x^2).
-    share = torch.where(weight < 0, exponent.neg().exp_(), 1.0)
-    rest = (1 - half) * share * by_log_det
-    grad_x = grad_weights = None
-    if needed[0]:
-        grad_x = grad_y * log_derivative.exp() + 2 * weight * z * rest / scale
-    if needed[1]:
-        by_weight = squares * (grad_y * scale * moved * half * share + rest)
-        right = torch.where(is_right, by_weight, 0.0)
-        sides = [side.reshape(-1, side.shape[-1]).sum(0) for side in (right, by_weight - right)]
-        grad_weights = torch.stack(sides) * sign
-    return grad_x, grad_weights

@@ -14,7 +14,7 @@ from pyro_maf.sweep.layout import Array, Layer
 from pyro_maf.univariate import Affine
 
 __all__ = ["LOG_SCALE", "activate", "affine", "affine_back", "compress", "copy", "differentiate", "exp"]
-__all__ += ["linear", "linear_back", "log", "tanh"]
+__all__ += ["expm1", "linear", "linear_back", "log", "tanh"]
 
 RELU, TANH, ELU, SILU, GELU, LEAKY_RELU, SOFTPLUS, SIGMOID = range(8)
 LOG_SCALE = Affine.BOUND
@@ -25,20 +25,21 @@ LEAK, LINEAR = 0.01, 20
 LOG2_E = np.float32(1.44269504)
 LN2_HIGH = np.float32(0.693359375)
 LN2_LOW = np.float32(-2.12194440e-4)
+LOG2_E_DOUBLE = 1 / math.log(2)
 LN2_HIGH_DOUBLE = math.ldexp(math.floor(math.ldexp(math.log(2), 32)), -32)
 LN2_LOW_DOUBLE = 1.90821492927058770002e-10
 
 
 @inner
 def exp(x: Any) -> Any:
-    """The exponential of x, clamped to e^-87 .. e^88 in float32."""
+    """The exponential of x, clamped to e^-87 .. e^88 in float32 and to e^-708 .. e^709 in float64."""
     power, rest = _exp_parts(x)
     return power * rest + power
 
 
 @inner
-def _expm1(x: Any) -> Any:
-    """exp(x) - 1, to full precision around 0."""
+def expm1(x: Any) -> Any:
+    """exp(x) - 1, to full precision around 0, for x clamped likewise."""
     power, rest = _exp_parts(x)
     return power * rest + (power - type(x)(1))
 
@@ -49,12 +50,12 @@ def tanh(x: Any) -> Any:
     limit = type(x)(20)
     x = limit if x > limit else x
     x = -limit if x < -limit else x
-    grown = _expm1(x + x)
+    grown = expm1(x + x)
     return grown / (grown + type(x)(2))
 
 
 def _exp_parts(x: Any) -> tuple[Any, Any]:
-    """A power p of two and a rest r such that exp(x) = p (1 + r). Loops of it in float32 are vectorised."""
+    """A power p of two and a rest r such that exp(x) = p (1 + r). Loops of it are vectorised."""
     return 1.0, math.expm1(x)
 
 
@@ -72,7 +73,18 @@ def _compiled_exp_parts(x: Any) -> Any:
         p = p * r + np.float32(0.5)
         return np.int32((np.int32(n) + 127) << 23).view(np.float32), p * r * r + r
 
-    return single if x == types.float32 else _exp_parts
+    def double(x: Any) -> Any:
+        x = 709.0 if x > 709.0 else x
+        x = -708.0 if x < -708.0 else x
+        n = np.floor(x * LOG2_E_DOUBLE + 0.5)
+        r = x - n * LN2_HIGH_DOUBLE - n * LN2_LOW_DOUBLE
+        p = r / 6227020800 + 1 / 479001600
+        for factor in (39916800, 3628800, 362880, 40320, 5040, 720, 120, 24, 6, 2):
+            p = p * r + 1 / factor
+        # The last digits of n + 2^52 + 1023 are the exponent of the power: no conversion, which is not vectorised.
+        return np.int64(np.float64(n + (2.0**52 + 1023)).view(np.int64) << 52).view(np.float64), p * r * r + r
+
+    return single if x == types.float32 else double
 
 
 def log(x: Any) -> Any:
@@ -141,7 +153,7 @@ def activate(kind: int, tape: Array, first: int, end: int, shift: int, width: in
                 tape[r, t] = one / (one + exp(-tape[r, t]))
         elif kind == ELU:
             for t in range(columns):
-                grown = _expm1(min(tape[r, t], zero))
+                grown = expm1(min(tape[r, t], zero))
                 tape[r, t] = tape[r, t] if tape[r, t] > 0 else grown
         elif kind == SILU:
             for t in range(columns):
@@ -185,7 +197,7 @@ def differentiate(kind: int, tape: Array, first: int, end: int, shift: int, grad
                 grad[g, t] *= one if tape[r, t] > 0 else tape[r, t] + one
         elif kind == SOFTPLUS:
             for t in range(columns):
-                grad[g, t] *= one if tape[r, t] > LINEAR else -_expm1(-tape[r, t])
+                grad[g, t] *= one if tape[r, t] > LINEAR else -expm1(-tape[r, t])
         else:
             for t in range(columns):
                 grad[g, t] *= tape[r + shift, t]
