@@ -16,9 +16,8 @@ from torch.distributions.constraints import Constraint
 from torch.quasirandom import SobolEngine
 
 from pyro_maf._core.torch_state import seeded
-from pyro_maf.infer.models.coordinates import Coordinates
+from pyro_maf.infer.models.coordinates import Coordinates, coordinates_of
 from pyro_maf.infer.models.enumeration import is_enumerated
-from pyro_maf.infer.models.hierarchy import coordinates_of
 from pyro_maf.infer.models.latents import UNIFORM, Images, Latents, Part
 from pyro_maf.infer.models.log_joint import FAILURES, LogJoint
 from pyro_maf.infer.models.model import Call, Model, RefusalError, Trace, latent_sites, sample_sites

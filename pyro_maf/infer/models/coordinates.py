@@ -24,6 +24,8 @@ Roberts & Skold, *A general framework for the parametrization of hierarchical mo
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -34,13 +36,14 @@ from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_maf.infer.models.latents import Images, Latents, Part, within_reach
+from pyro_maf._core.torch_state import seeded
+from pyro_maf.infer.models.latents import Images, Latents, Part, masked_elements, within_reach
 from pyro_maf.infer.models.location_scale import LocationScale, Scale, location_and_scale
 from pyro_maf.infer.models.log_joint import FAILURES
 from pyro_maf.infer.models.model import Call, Site
 from pyro_maf.infer.models.supports import entry_map
 
-__all__ = ["Coordinates", "run_with"]
+__all__ = ["Coordinates", "coordinates_of", "run_with"]
 
 Rule = Callable[[str, TorchDistribution], Tensor]
 """The value of a latent site, by its name and its distribution in this run."""
@@ -54,6 +57,10 @@ LOST = 0.1
 """Relative error of a residual by rounding at which the prior's density is corrected."""
 FARTHEST = 1e9
 """Maximum correction, in nats."""
+SPREAD, POINTS = 0.1, 3
+"""Spread of latent variables in the trial of a map, and the number of their vectors."""
+TOLERANCE = 1e-3
+"""Maximum error of a map and its inverse in the trial, relative and absolute."""
 
 
 class _Map(NamedTuple):
@@ -341,3 +348,82 @@ def run_with(call: Call, names: Collection[str], rule: Rule) -> None:
     """Run a model up to its last latent site, unseen by handlers around, each latent site with a value by a rule."""
     with poutine.block(), suppress(_AllValuedError), _Walk(names, rule):
         call()
+
+
+def coordinates_of(call: Call, latents: Latents, moving: Collection[str]) -> Coordinates | None:
+    """Return the coordinates for sites whose prior's location or scale depends on other latent sites, if there are any.
+
+    Also for those whose supports do, which are `moving`.
+
+    They are left as they are where rows have vectors of their own, and in a model that has to be run for each draw, or
+    whose prior depends on random numbers that are no part of the vector.
+
+    Cost: a run of the model up to its last latent site if there are no such sites.
+    """
+    if latents.rows or any(part.rows for part in latents.parts.values()):
+        return None
+    try:
+        with seeded(0, latents.idle.device):
+            found = _dependent(call, latents)
+        correlated = [name for name, is_matrix in found.items() if is_matrix]
+        coordinates = Coordinates(latents, list(found), correlated, moving) if found or moving else None
+        # Where a prior says nothing, as a gamma distribution of shape 0.001, its median overflows. Scales e^v are tried
+        # where a 1 beside their squares is not lost to rounding.
+        centre = latents.initial()
+        most = math.log(TOLERANCE / torch.finfo(centre.dtype).eps) / 2
+        centres = (centre, centre.clamp(-most, most))
+        is_sound = coordinates is not None and any(_is_sound(coordinates, latents, call, each) for each in centres)
+        return coordinates if is_sound else None
+    except (*FAILURES, NotImplementedError):
+        return None
+
+
+def _dependent(call: Call, latents: Latents) -> dict[str, bool]:
+    """Return the sites whose prior has a location or scale that depends on other latent sites; True for matrices."""
+    pieces = {part.site["name"]: (part, piece) for part, piece in latents.split(latents.initial())}
+    leaves: list[Tensor] = []
+    found: dict[str, bool] = {}
+
+    def value_of(name: str, fn: TorchDistribution) -> Tensor:
+        part, piece = pieces[name]
+        prior = location_and_scale(fn)
+        # Masked entries are constants, which coordinates would move by rounding.
+        is_whole = masked_elements(part.site, part.value) is None
+        if is_whole and prior is not None and any(_reaches(each, leaves) for each in (prior.loc, prior.scale.tensor)):
+            found[name] = prior.scale.is_matrix
+        leaf = piece.detach().clone().requires_grad_()
+        leaves.append(leaf)
+        return latents.mapped(part, leaf)[0]
+
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Converting a tensor with requires_grad=True")  # as by `if float(z) > 0`
+        run_with(call, pieces, value_of)
+    return found
+
+
+def _reaches(tensor: Tensor, leaves: Sequence[Tensor]) -> bool:
+    """True if a tensor was computed from one of the leaves."""
+    if not (tensor.requires_grad and leaves):
+        return False
+    found = torch.autograd.grad(tensor.sum(), leaves, retain_graph=True, allow_unused=True)
+    return any(each is not None for each in found)
+
+
+@torch.no_grad()
+def _is_sound(coordinates: Coordinates, latents: Latents, call: Call, like: Tensor) -> bool:
+    """Test that a run for several vectors is that for each of them, whatever the random numbers, and has an inverse."""
+    with seeded(0, like.device):
+        points = like + SPREAD * torch.randn(POINTS, *(1,) * latents.nesting, len(like)).to(like)
+    with seeded(1, like.device):
+        values, log_det = latents.unpack(points, coordinates.images(latents, points, call, strict=True))
+    values = {name: value.reshape(POINTS, *latents.parts[name].value.shape) for name, value in values.items()}
+    back, log_det_back = coordinates.of_values(latents, values, call, strict=True)
+    pairs = [(log_det_back, log_det.reshape(POINTS)), (back, points.reshape(POINTS, -1))]
+    for index, point in enumerate(points):
+        with seeded(2 + index, like.device):
+            alone, _ = latents.unpack(point.flatten(), coordinates.images(latents, point.flatten(), call, strict=True))
+        pairs += [(values[name][index], value) for name, value in alone.items()]
+    return all(
+        left.shape == right.shape and torch.allclose(left, right, rtol=TOLERANCE, atol=TOLERANCE)
+        for left, right in pairs
+    )

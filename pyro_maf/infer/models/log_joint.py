@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import math
+import random
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
+from types import FrameType
+from typing import Self, cast
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pyro_maf._core.torch_state import seeded
-from pyro_maf.infer.models.effects import DrawRecorder
 from pyro_maf.infer.models.enumeration import is_enumerated, log_densities, total_by_draw
 from pyro_maf.infer.models.mapped import mapped
 from pyro_maf.infer.models.model import (
+    Args,
     Call,
+    Kwargs,
     RefusalError,
     Site,
     Trace,
@@ -233,7 +242,7 @@ class LogJoint:
 
     def _test_randomness(self, one: Values) -> None:
         """Set `hidden` and `is_random`, the latter if the density of one draw differs between seeds."""
-        recorder = DrawRecorder()
+        recorder = _DrawRecorder()
         try:
             with recorder:
                 first = self._in_turn(one, self._minibatches[0])
@@ -336,4 +345,62 @@ def _within_subsamples(latents: Mapping[str, Site], all_rows: Mapping[str, Mappi
                 return (
                     f"latent site {name} is drawn for {frame.size} of the {frame.full_size} rows of plate {frame.name}"
                 )
+    return ""
+
+
+class _DrawRecorder(TorchDispatchMode):
+    """Mode that records the sites for which random numbers are drawn.
+
+    A handler within a model, such as `poutine.block`, hides a site from handlers around the model, but not its draw.
+
+    Attributes:
+        sites: Their names.
+        any: True if any random numbers were drawn; those of Python and numpy are noticed on exit.
+        largest: Numbers in the largest tensor that was computed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: set[str] = set()
+        self.any = False
+        self.largest = 1
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch's compiler, which takes a second to load, has no part in this
+
+    def __enter__(self) -> Self:
+        self._before = _other_states()
+        return cast("Self", super().__enter__())
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.any = self.any or _other_states() != self._before
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.any = True
+            if name := _site_above():
+                self.sites.add(name)
+        sizes = (leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        self.largest = max([self.largest, *sizes])
+        return result
+
+
+def _other_states() -> tuple[object, ...]:
+    """States of the generators of Python and numpy."""
+    state = np.random.get_state(legacy=False)["state"]
+    return random.getstate(), state["pos"], state["key"].tobytes()
+
+
+def _site_above() -> str:
+    """Return the name of the site that is being drawn further up the call stack; "" if none is."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is pyro.sample.__code__:
+            return str(frame.f_locals["name"])
+        frame = frame.f_back
     return ""

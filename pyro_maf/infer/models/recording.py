@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import dis
+import gc
+import sys
+import sysconfig
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from importlib import import_module
 from operator import getitem
+from pathlib import Path
+from types import CodeType, FrameType
 from typing import NamedTuple, cast
 
 import torch
@@ -14,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_maf._core.torch_state import is_intercepted
-from pyro_maf.infer.models.effects import Watch
 from pyro_maf.infer.models.fused import compiled, note_shape
 from pyro_maf.infer.models.model import Args, Kwargs
 
@@ -26,30 +32,14 @@ ALIASES = (aten.detach.default, aten.alias.default)
 READ = aten._local_scalar_dense.default
 """The operation by which a program reads a number."""
 UNCERTAIN = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
-OF_SHAPE = (
-    aten.zeros_like.default,
-    aten.ones_like.default,
-    aten.full_like.default,
-    aten.new_zeros.default,
-    aten.new_ones.default,
-    aten.new_full.default,
-)
-"""Operations whose result depends on the shape of their argument alone."""
-RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.reshape.default)
-NEUTRAL = {
-    aten.add.Tensor: 0,
-    aten.sub.Tensor: 0,
-    aten.mul.Tensor: 1,
-    aten.mul.Scalar: 1,
-    aten.div.Tensor: 1,
-    aten.pow.Tensor_Scalar: 1,
-}
-"""Operations, and the number with which they return their argument."""
-COMMUTATIVE = (aten.add.Tensor, aten.mul.Tensor)
-OUT_OF_PLACE = {aten.logical_and_.default: aten.logical_and.default}
-"""Operations in place on conditions, as in the gradient of a clamp, and those that return the same."""
 GATHER = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 """Operations whose output has a shape that depends on values only if an index is a mask."""
+
+STORES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL")
+INSTALLED = ("site-packages", "dist-packages")
+"""Folders of other packages, which may be within that of Python's own modules."""
+TAKERS = ("next", "pop", "popleft", "popitem")
+"""Built-in functions that change what they are called on, and return a part of it."""
 
 Program = Callable[..., tuple[Tensor | None, ...]]
 Function = Callable[[Tensor], Tensor]
@@ -118,7 +108,7 @@ def record(function: Function, argument: Tensor, weights: Sequence[Tensor]) -> R
     argument = argument.detach().requires_grad_()
     recorder = _Recorder()
     try:
-        with Watch() as watch, torch.enable_grad(), recorder:
+        with _Watch() as watch, torch.enable_grad(), recorder:
             values = function(argument)
             found = torch.autograd.grad(values.sum(), [argument, *weights], allow_unused=True)
         if watch.has_effects or found[0] is None:
@@ -215,12 +205,11 @@ class _Recorder(TorchDispatchMode):
 class _Builder:
     """Builder of a program from the operations that depend on its inputs; the others are constants.
 
-    Operations that change nothing and those that were recorded before are left out, as a tracer would not: most of a
-    model's small operations are such.
+    Operations that were recorded before are left out, as a tracer would not: many of a model's small ones are such.
     """
 
     def __init__(self, entries: Sequence[_Entry], inputs: Sequence[Tensor]) -> None:
-        entries = self._entries = _without_changes(entries)
+        self._entries = entries
         self.graph = fx.Graph()
         self._nodes = {id(each): self._noted(f"x{index}", each) for index, each in enumerate(inputs)}
         self._constants: dict[int, tuple[fx.Node, Tensor]] = {}
@@ -258,7 +247,7 @@ class _Builder:
     def _is_live(self, entry: _Entry) -> bool:
         if self._is_of_changed(entry):
             return True
-        return entry.operation not in OF_SHAPE and any(id(each) in self._nodes for each in entry.inputs)
+        return any(id(each) in self._nodes for each in entry.inputs)
 
     def _is_of_changed(self, entry: _Entry) -> bool:
         """True if an operation reads or writes memory that is changed in place."""
@@ -272,9 +261,8 @@ class _Builder:
         if any(tag in operation.tags for tag in UNCERTAIN) and not (operation in GATHER and self._is_by_number(entry)):
             raise UnrecordedError
         is_pure = isinstance(result, Tensor) and not self._is_of_changed(entry)
-        same = cast("Tensor", entry.args[0]) if operation in ALIASES else self._unchanged(entry) if is_pure else None
-        if same is not None:
-            self._nodes[id(result)] = self._node(same)
+        if operation in ALIASES:
+            self._nodes[id(result)] = self._node(cast("Tensor", entry.args[0]))
             return
         args, kwargs = tree_map(self._argument, (tuple(entry.args), dict(entry.kwargs)))
         key = f"{operation} {args} {kwargs}"
@@ -299,32 +287,6 @@ class _Builder:
                 taken = self.graph.call_function(getitem, (node, index))
                 note_shape(taken, part)
                 self._nodes.setdefault(id(part), taken)
-
-    def _unchanged(self, entry: _Entry) -> Tensor | None:
-        """The argument that a result is equal to, as of a product with one; None if there is none."""
-        operation, args = entry.operation, entry.args
-        result = cast("Tensor", entry.result)
-        if operation in RESHAPES:
-            candidates = [args[0]]
-        elif operation in NEUTRAL:
-            number = NEUTRAL[operation]
-            candidates = [args[0]] if self._is_number(args[1], number) else []
-            if operation in COMMUTATIVE and self._is_number(args[0], number):
-                candidates.append(args[1])
-        else:
-            return None
-        for each in candidates:
-            if isinstance(each, Tensor) and each.shape == result.shape and each.dtype == result.dtype:
-                return each if each.stride() == result.stride() else None
-        return None
-
-    def _is_number(self, value: object, number: float) -> bool:
-        """True if a value is this number, or a constant tensor of it."""
-        if isinstance(value, Tensor):
-            return (
-                id(value) not in self._nodes and _storage(value) not in self._changed and bool((value == number).all())
-            )
-        return value == number
 
     def _is_by_number(self, entry: _Entry) -> bool:
         """True if no index of a gather is a mask that depends on the inputs."""
@@ -362,22 +324,72 @@ class _Builder:
         return node
 
 
-def _without_changes(entries: Sequence[_Entry]) -> list[_Entry]:
-    """Write operations in place on conditions of which there are no views as others: these can be fused."""
-    tensors: dict[int, set[int]] = defaultdict(set)
-    for entry in entries:
-        for each in (*entry.inputs, *entry.outputs):
-            tensors[_storage(each)].add(id(each))
-    return [
-        entry._replace(operation=OUT_OF_PLACE[entry.operation])
-        if entry.operation in OUT_OF_PLACE and all(len(tensors[_storage(each)]) == 1 for each in entry.changed)
-        else entry
-        for entry in entries
-    ]
-
-
 def _storage(tensor: Tensor) -> int:
     try:
         return int(tensor.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):  # as of a sparse tensor
         raise UnrecordedError from None
+
+
+class _Watch:
+    """Watch over the Python code that runs while entered, for effects on objects that outlive it.
+
+    Attributes:
+        has_effects: True if code that is not torch's, Pyro's, Python's or this package's has some.
+    """
+
+    def __init__(self) -> None:
+        self.has_effects = False
+
+    def __enter__(self) -> _Watch:
+        # Finalizers of garbage are no part of what is watched.
+        self._collects = gc.isenabled()
+        gc.disable()
+        self._before = sys.getprofile()
+        if self._before is None:
+            sys.setprofile(self._see)
+        else:  # a profiler takes its place
+            self.has_effects = True
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._before is None:
+            sys.setprofile(None)
+        if self._collects:
+            gc.enable()
+
+    def _see(self, frame: FrameType, event: str, argument: object) -> None:
+        if event == "call":
+            self.has_effects |= _has_effects(frame.f_code)
+        elif event == "c_call" and getattr(argument, "__name__", "") in TAKERS:
+            self.has_effects |= not _is_library(frame.f_code.co_filename)
+
+
+@cache
+def _has_effects(code: CodeType) -> bool:
+    """True if code assigns to attributes, except to those of a new object, or to names of an outer scope."""
+    if _is_library(code.co_filename):
+        return False
+    instructions = [(each.opname, each.argval) for each in dis.get_instructions(code)]
+    is_new = code.co_name in ("__init__", "__new__", "__post_init__")
+    return any(
+        (name in STORES and not is_new) or (name in ("STORE_DEREF", "DELETE_DEREF") and value in code.co_freevars)
+        for name, value in instructions
+    )
+
+
+@cache
+def _is_library(filename: str) -> bool:
+    packages, standard = _library_folders()
+    is_standard = filename.startswith(("<frozen", *standard)) and not any(name in filename for name in INSTALLED)
+    return is_standard or filename.startswith(packages)
+
+
+@cache
+def _library_folders() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The folders of torch, Pyro, what it sums discrete sites out by and this package, and Python's own modules."""
+    packages = [Path(str(import_module(name).__file__)).parent for name in ("torch", "pyro", "opt_einsum")]
+    standard = [path for name, path in sysconfig.get_paths().items() if "stdlib" in name]
+    return tuple(f"{folder}/" for folder in (*packages, Path(__file__).parents[1])), tuple(
+        f"{path}/" for path in standard
+    )
