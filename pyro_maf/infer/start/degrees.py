@@ -19,21 +19,20 @@ from pyro_maf.infer.start.mean_field import RATE, diagonal_normal, fixed_noise, 
 
 __all__ = ["fit_degrees", "normal_sites"]
 
+Product = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+"""Products of directions of some sites, (draws, *site), with their precision given all other coordinates."""
+
 ROUNDS, STEPS = 3, 60
 FAR = RATE * STEPS / 4
 """Distance that takes half of the steps of a round, whose rate falls."""
-REACH, TOLERANCE = 2.0, 3e-3
-"""Factor of a normal's noise within which a site is tested, and relative error of a precision: of a thousand entries
-with that, the divergence is 0.002 nats."""
 FEW = 200
 """Maximum number of dimensions for which the noise of all steps is the same, and there are ascents by Hessians."""
-
-
-Product = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-"""Products of directions of some sites, (draws, *site), with their precision given all other coordinates."""
 PROBES, FULL = 8, 50
 """Number of random vectors for the diagonal of a precision, at each draw; and the size of a matrix up to which all
 entries are computed, which of a process with data at its points are those of the diagonal."""
+REACH, TOLERANCE = 2.0, 3e-3
+"""Factor of a normal's noise within which a site is tested, and relative error of a precision: of a thousand entries
+with that, the divergence is 0.002 nats."""
 
 
 def fit_degrees(coordinates: Coordinates, latents: Latents, call: Call, score: Score, loc: Tensor) -> Tensor:
