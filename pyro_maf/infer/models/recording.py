@@ -31,6 +31,15 @@ ALIASES = (aten.detach.default, aten.alias.default)
 READ = aten._local_scalar_dense.default
 """The operation by which a program reads a number."""
 UNCERTAIN = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+OF_SHAPE = (
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+)
+"""Operations whose result depends on the shape of their argument alone."""
 GATHER = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 """Operations whose output has a shape that depends on values only if an index is a mask."""
 
@@ -246,7 +255,7 @@ class _Builder:
     def _is_live(self, entry: _Entry) -> bool:
         if self._is_of_changed(entry):
             return True
-        return any(id(each) in self._nodes for each in entry.inputs)
+        return entry.operation not in OF_SHAPE and any(id(each) in self._nodes for each in entry.inputs)
 
     def _is_of_changed(self, entry: _Entry) -> bool:
         """True if an operation reads or writes memory that is changed in place."""
