@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -319,3 +320,13 @@ def test_a_report_finds_columns_by_name_and_takes_draws_apart(result: Any, tmp_p
         write_report(tmp_path / "page.html", result, rows, progress=False)
         pages.append((tmp_path / "page.html").read_bytes())
     assert pages[0] == pages[1] == pages[2]
+
+
+def test_frames_of_other_libraries_have_their_names() -> None:
+    """Of pyarrow here; polars has the same methods."""
+    generator = np.random.default_rng(0)
+    columns = {"low": generator.normal(0, 1, 60), "high": generator.normal(50, 1, 60)}
+    table = pyarrow.table(columns)
+    result = fit(table, max_epochs=1, progress=False)
+    assert list(result.sample(2).columns) == ["low", "high"]
+    torch.testing.assert_close(result.score(table.select(["high", "low"])), result.score(columns))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from pyro_maf._core.checks import InputError
 from pyro_maf._core.messages import quoted, shown
@@ -161,6 +161,7 @@ def named_rows(
         ValueError: For a context or weights beside a `Table` that has its own, for a name that no column has, and for
             columns of the same name.
     """
+    data, context = _with_names(data), None if context is None else _with_names(context)
     if not isinstance(data, Table):
         _check_differ(who, f"{role}data", data)
         _check_differ(who, f"{role}context", context)
@@ -211,3 +212,12 @@ def _check_differ(who: str, role: str, value: TableLike | None) -> None:
             f"{who} expected {role} whose columns have names that differ, got {count} columns {name!r}: rename or drop "
             "all but one."
         )
+
+
+T = TypeVar("T")
+
+
+def _with_names(table: T) -> T:
+    """A frame of another library than pandas, such as polars or pyarrow, as one of pandas; others as they are."""
+    convert: Callable[[], T] | None = getattr(table, "to_pandas", None) if hasattr(table, "columns") else None
+    return table if convert is None else convert()
