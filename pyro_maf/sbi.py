@@ -12,7 +12,7 @@ Needs the extra `sbi`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias, Unpack
 
 import torch
@@ -24,7 +24,7 @@ from pyro_maf._core.messages import require
 from pyro_maf.distributions import ConditionedDensity, Density, FlowPrior
 from pyro_maf.distributions.context_net import ContextNet
 from pyro_maf.flows import StackOptions
-from pyro_maf.nn import default_hidden_dims
+from pyro_maf.nn import compress_tails, default_hidden_dims
 from pyro_maf.support import Support, SupportLike
 from pyro_maf.tables.moments import context_moments_of, moments_of
 from pyro_maf.transforms import Stack
@@ -42,19 +42,28 @@ FLOWS: dict[str, Callable[..., Stack]] = {
     "iaf": flows.IAF,
     "realnvp": flows.RealNVP,
 }
+MANY = 4
+"""Number of variables from which on statistics have three wide hidden layers, and a spline flow 3 layers, not 5: layers
+of many variables take most of the time of draws, and statistics none."""
 Builder: TypeAlias = Callable[[Tensor, Tensor], "FlowEstimator"]
 
 
 class Statistics(nn.Module):
-    """A condition, flattened, beside statistics of it that two hidden layers learn once for all layers of a flow."""
+    """A condition, flattened, beside statistics of it that a network learns once for all layers of a flow.
 
-    def __init__(self, entries: int, width: int) -> None:
+    Both of the condition with compressed tails: networks are linear far out, where an observation unlike all
+    simulations would have any posterior.
+    """
+
+    def __init__(self, entries: int, hidden_dims: Sequence[int]) -> None:
         super().__init__()
-        self.learned = nn.Sequential(nn.Linear(entries, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
+        widths = [entries, *hidden_dims]
+        layers = [nn.Linear(*pair) for pair in zip(widths, widths[1:], strict=False)]
+        self.learned = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())))
 
     def forward(self, condition: Tensor) -> Tensor:
-        """Features, (rows, entries + width)."""
-        flat = condition.flatten(1)
+        """Features, (rows, entries + the last width)."""
+        flat = compress_tails(condition.flatten(1))
         return torch.cat([flat, self.learned(flat)], -1)
 
 
@@ -162,9 +171,11 @@ def posterior_nn(
     Args:
         flow: "nsf", "maf", "iaf" or "realnvp"; or a class of stacks, such as `pyro_maf.MAF`.
         embedding_net: From standardised x, (rows, \*x_shape), to features (rows, C), trained with the flow; by default
-            x itself, flattened, and statistics of it by two hidden layers.
+            x itself, flattened and with compressed tails, and statistics of it by two hidden layers, or
+            three wider ones for four variables or more.
         support: Support of theta, as in `FlowPrior`, such as ["positive", "unit_interval"]. Draws are inside.
-        options: Options of the flow: `num_layers`, `hidden_dims`, `activation`, `order`, ...
+        options: Options of the flow: `num_layers`, by default 5, or 3 for an "nsf" of four variables or more,
+            `hidden_dims`, `activation`, `order`, ...
 
     Raises:
         ValueError: For an unknown flow; when built, for simulations outside the support.
@@ -223,13 +234,17 @@ def _builder(
         space = _space(who, support, values)
         loc, scale = moments_of(space.unconstrain(values)[0].cpu())
         shape = conditions.shape[1:]
+        if not shape.numel() or not shape:
+            raise ValueError(f"{who} expected a condition in each row, (rows, ...), got {tuple(conditions.shape)}.")
+        width, is_many = default_hidden_dims(len(loc))[0], len(loc) >= MANY
         net = embedding_net
         if net is None:
-            net = Statistics(shape.numel(), default_hidden_dims(len(loc))[0]).to(conditions)
+            net = Statistics(shape.numel(), 3 * [2 * width] if is_many else 2 * [width]).to(conditions)
         context = context_moments_of(conditions.cpu().flatten(1), together=len(shape) > 1)
         embedding = ContextNet(who, net, shape)
+        stack: StackOptions = {"num_layers": 3, **options} if flow == "nsf" and is_many else options
         density = FlowPrior(
-            make(len(loc), context_dim=embedding.features, **options).to(values),
+            make(len(loc), context_dim=embedding.features, **stack).to(values),
             support=space.name,
             loc=loc.to(values),
             scale=scale.to(values),
@@ -251,5 +266,5 @@ def _space(who: str, support: SupportLike, values: Tensor) -> Support:
         space = Support(who, support, values.shape[1] - 1)
     if (outside := space.outside(values)).any():
         row = int(outside.int().argmax())
-        raise ValueError(f"{who} expected values inside the support, {space!r}, got {values[row].tolist()}.")
+        raise ValueError(f"{who} expected values inside the support, {space.name!r}, got {values[row].tolist()}.")
     return space

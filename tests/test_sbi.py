@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import pyro_maf.sbi
+from pyro_maf.nn import compress_tails
 from pyro_maf.sbi import FlowEstimator, likelihood_nn, posterior_nn
 
 TINY = {"num_layers": 2, "hidden_dims": [8]}
@@ -113,14 +114,23 @@ def test_draws_are_inside_the_support() -> None:
     assert estimator.log_prob(torch.tensor([[1.5, 0.5]]), theta[:1]).item() == -torch.inf
     with pytest.raises(ValueError, match="expected values inside the support"):
         posterior_nn("maf", support="positive", **TINY)(theta - 0.5, theta)
+    with pytest.raises(ValueError, match=r"'unit_interval', got \[5\."):
+        posterior_nn("maf", support="unit_interval", **TINY)(theta + 5, theta)
 
 
 def test_statistics_of_a_condition_are_learned_beside_it() -> None:
     theta, x = simulations()
     estimator = shaken(posterior_nn("maf", **TINY)(theta, x))
-    assert estimator.embedding_net(x)[:, : x.shape[1]].equal(x)
+    assert estimator.embedding_net(x)[:, : x.shape[1]].equal(compress_tails(x))
     estimator.loss(theta, x).mean().backward()
     assert all(weight.grad is not None and weight.grad.any() for weight in estimator.embedding_net.parameters())
+
+
+def test_conditions_far_from_all_simulations_do_not_blow_up() -> None:
+    theta, x = simulations()
+    estimator = shaken(posterior_nn("maf", **TINY)(theta, x))
+    near, far = (estimator.log_prob(theta, x[:1] + factor * x.std(0))[0] for factor in (2.0, 1e5))
+    assert (far > near - 1e3).all()
 
 
 def test_images_pass_an_embedding_that_trains_with_the_flow() -> None:
@@ -155,6 +165,8 @@ def test_bad_arguments_are_refused() -> None:
         posterior_nn("naf")
     with pytest.raises(ValueError, match="expected vectors"):
         likelihood_nn(**TINY)(theta, x[:, :, None])
+    with pytest.raises(ValueError, match="expected a condition in each row"):
+        posterior_nn(**TINY)(theta, x[:, 0])
     with pytest.raises(ValueError, match="as many inputs as conditions"):
         posterior_nn("maf", **TINY)(theta, x).log_prob(theta[:3], x[:4])
 
