@@ -267,6 +267,22 @@ def test_fit_guide_covers_both() -> None:
     assert diagnose(apart, fit.guide).ess > 9000
 
 
+def test_a_mode_that_only_the_diagnosis_finds_is_covered_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start, without ascents from other points, finds one."""
+    monkeypatch.setattr(
+        "pyro_maf.infer.guides.posterior.other_points", lambda score, loc, prior: loc.new_empty(0, len(loc))
+    )
+    guide = AutoIAF(apart, **SMALL)
+    assert guide.setup().modes.covered == 1
+    fit = fit_guide(apart, guide, steps=400, progress=False)
+    assert guide.modes.covered == 2
+    assert fit.diagnosis.missed == ()
+    assert fit.diagnosis.grade == "good"
+    assert len(fit.elbo) <= 400
+    pyro.set_rng_seed(1)
+    assert float((guide.rsample((4000,))["z"][:, 0] < 0).double().mean()) == pytest.approx(0.7, abs=0.05)
+
+
 def labels(locs: tuple[float, ...], with_shares: bool) -> Callable[[], None]:
     """A mixture model with a component at each location; its shares are 1, 2, 3, ... to each other, or known."""
     generator = torch.Generator().manual_seed(0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.models.double_precision import Score
-from pyro_maf.infer.start.ascent import quasi_newton
+from pyro_maf.infer.start.ascent import Ascents
 from pyro_maf.infer.start.initialization import Normal, best_normal
 
 __all__ = ["POOL", "Missed", "missed_modes", "why_no_search"]
@@ -26,12 +26,7 @@ STARTS = 4
 """Number of starting points of either kind that are taken without a look; twice as many are chosen by their density."""
 REACH = 2.0
 """Bound of the uniform starting points, as in Stan."""
-ITERATIONS = 40
-TAIL = 4
-"""Iterations without a gain of `GAIN` nats, after which an ascent has converged."""
-GAIN = 0.01
-LONGEST, SIZES = 4.0, 10
-"""Longest step of a line search, in quasi-Newton steps, and number of step sizes, each half of the last."""
+ITERATIONS = 10
 MOST_DIMENSIONS = 200
 EXAMINED = 3
 """Maximum number of ends whose surroundings are examined."""
@@ -81,7 +76,7 @@ def missed_modes(score: Score, draws: Tensor, log_evidence: float, starts: Tenso
     if not draws.shape[1] or why_no_search(draws):
         return []
     spread = _Spread(draws)
-    ends, values = _ascents(score, _starting_points(score, spread, starts.to(draws)), spread.covariance)
+    ends, values = _ends(score, spread, _starting_points(score, spread, starts.to(draws)))
     total = log_evidence if math.isfinite(log_evidence) else -math.inf
     found: list[tuple[Normal, float]] = []
     for index in spread.outside(ends, values):
@@ -153,14 +148,13 @@ class _Spread:
         factor, failed = torch.linalg.cholesky_ex(covariance + jitter.diag())
         self._factor = covariance.diagonal().clamp(min=1e-12).sqrt().diag() if failed else factor
         self.centre, self.factor = draws.mean(0), self._factor.to(draws)
-        self.covariance = self.factor @ self.factor.T
-        self._draws = self._scaled(draws)
+        self._draws = self.scaled(draws)
         distances = self._to_draws(self._draws[:COMPARED], 1)
         self._usual = float(distances.quantile(NEARLY_ALL))
 
     def outside(self, ends: Tensor, values: Tensor) -> list[int]:
         """Return the indices of ends outside of the draws and apart from each other, of the highest values."""
-        scaled = self._scaled(ends)
+        scaled = self.scaled(ends)
         far = self.is_outside(ends)
         chosen: list[int] = []
         for index in values.argsort(descending=True).tolist():
@@ -171,49 +165,26 @@ class _Spread:
 
     def is_outside(self, points: Tensor) -> Tensor:
         """Test if points, (points, D), are farther from the draws than these are from each other; boolean."""
-        return self._to_draws(self._scaled(points), 0) > self._usual
+        return self._to_draws(self.scaled(points), 0) > self._usual
 
-    def _scaled(self, points: Tensor) -> Tensor:
-        return torch.linalg.solve_triangular(self._factor, points.double().T, upper=False).T
+    def scaled(self, points: Tensor) -> Tensor:
+        """Return points, (points, D), in units of the draws, around their mean, in float64."""
+        return torch.linalg.solve_triangular(self._factor, (points - self.centre).double().T, upper=False).T
 
     def _to_draws(self, points: Tensor, itself: int) -> Tensor:
         """Distance of each point to its tenth nearest draw, without itself."""
         return torch.cdist(points, self._draws).kthvalue(NEIGHBOURS + itself, 1).values
 
 
-@torch.no_grad()
-def _ascents(score: Score, points: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Ascend from several points at once by BFGS; return the ends and their log-densities."""
-    inverse = covariance.repeat(len(points), 1, 1)
-    values, gradients = _derivatives(score, points)
-    sizes = 0.5 ** torch.arange(SIZES).to(points)
-    reach = (points.quantile(0.84, 0) - points.quantile(0.16, 0)) / 2
-    idle = torch.zeros(len(points))
+def _ends(score: Score, spread: _Spread, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascend from several points at once, in units of the guide's draws; return the ends and their log-densities."""
+    ascents = Ascents(
+        lambda rows: score(spread.centre + rows @ spread.factor.T), spread.scaled(points).to(points), True, newton=False
+    )
     for _ in range(ITERATIONS):
-        steps = LONGEST * (inverse @ gradients[..., None])[..., 0]
-        # No farther than the starts are apart: a leap would end at the mode that others end at.
-        steps = steps / (steps.abs() / reach).amax(1, keepdim=True).clamp(min=1)
-        tried = points[:, None] + sizes[:, None] * steps[:, None]
-        scores = score(tried.flatten(0, 1)).view(len(points), SIZES).nan_to_num(nan=-torch.inf)
-        best, which = scores.max(1)
-        better = best > values
-        moved = torch.where(better[:, None], sizes[which, None] * steps, 0.0)
-        idle = torch.where((best > values + GAIN).cpu(), 0, idle + 1)
-        points = points + moved
-        before = gradients
-        values, gradients = _derivatives(score, points)
-        inverse = quasi_newton(inverse, moved, before - gradients)
-        if (idle >= TAIL).all():
-            break
-    return points, values
-
-
-def _derivatives(score: Score, points: Tensor) -> tuple[Tensor, Tensor]:
-    points = points.detach().requires_grad_()
-    with torch.enable_grad():
-        values = score(points)
-        (gradients,) = torch.autograd.grad(values.sum(), points)
-    return values.detach(), gradients.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        if ascents.active.any():
+            ascents.step()
+    return spread.centre + ascents.locs @ spread.factor.T, ascents.values
 
 
 @torch.no_grad()

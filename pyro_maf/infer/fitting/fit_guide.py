@@ -134,7 +134,9 @@ def fit_guide(
     the posterior moves, the bound alone decides. Gradients are clipped to four times their usual norm; draws that the
     model cannot score are left out of a step, and steps where loss or gradient are not finite are skipped. After ten of
     these in a row, and where the bound falls far below its best, the fit goes on from its best weights at half the
-    rate; after fifty it ends with them. The result has the weights averaged over the best window.
+    rate; after fifty it ends with them. The result has the weights averaged over the best window. Where the diagnosis
+    finds modes that a guide of this package lacks, it gets a component for each, and the fit goes on, unless the guide
+    has an `init_loc_fn`.
 
     Args:
         model: A Pyro model.
@@ -202,20 +204,28 @@ def fit_guide(
             advice = ADVICE[isinstance(guide, AutoFlow)]
             what = f"fit_guide runs the model for each draw, which is slow: {run.alone}. {advice}"
             warnings.warn(what, UserWarning, stacklevel=2)
-        reason = run.to_the_end(steps, shown)
-        diagnosis = run.diagnosed(shown)
+        reason, diagnosis, runs = run.to_the_end(steps, shown), run.diagnosed(shown), [run]
+        while (left := steps - sum(len(run.elbo) for run in runs)) > 0 and _covers_missed(guide, diagnosis, call):
+            runs.append(_Run(call, guide, num_particles, Schedule(learning_rate, left)))
+            reason, diagnosis = runs[-1].to_the_end(left, shown), runs[-1].diagnosed(shown)
     if run.failure is not None and diagnosis.reason != IMPROPER:
         raise run.failure
     return GuideFit(
         guide=guide,
-        elbo=tuple(run.elbo),
+        elbo=tuple(bound for run in runs for bound in run.elbo),
         diagnosis=diagnosis,
         seconds=time.monotonic() - started,
         stop_reason="nothing to converge to" if diagnosis.reason == IMPROPER else reason,
-        skipped_steps=run.skipped,
-        retreats=run.retreats,
+        skipped_steps=sum(run.skipped for run in runs),
+        retreats=sum(run.retreats for run in runs),
         run_alone=run.alone,
     )
+
+
+def _covers_missed(guide: Guide, diagnosis: Diagnosis, call: Call) -> bool:
+    """Have a guide of this package cover the modes that its diagnosis finds missing; return True if it does."""
+    modes = [region.values for region in diagnosis.missed if region.is_mode]
+    return isinstance(guide, AutoFlow) and guide.cover(modes, call)
 
 
 def _check(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple, Self, cast
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf.infer.guides.density import LOG_TWO_PI
+from pyro_maf.infer.guides.mixture import FlowMixture
 from pyro_maf.infer.guides.path_gradient import GradientLimit
 from pyro_maf.infer.guides.posterior import Posterior
 from pyro_maf.infer.guides.saved import saved_guide
@@ -24,7 +25,10 @@ from pyro_maf.infer.guides.state import bare_latents, bare_trace, check_is_set_u
 from pyro_maf.infer.models.latents import Part
 from pyro_maf.infer.models.model import Call, RefusalError, Site, Trace
 from pyro_maf.infer.models.plates import frames_of
+from pyro_maf.infer.start.initialization import best_normal
+from pyro_maf.infer.start.modes import MOST
 from pyro_maf.saving import drop_weak_references
+from pyro_maf.transforms import ConditionalFlow
 
 __all__ = ["AutoFlow", "Modes"]
 
@@ -33,7 +37,7 @@ class Modes(NamedTuple):
     """Modes of a posterior that matter.
 
     Attributes:
-        seen: Number of modes that the ascents of the set-up ended at, as far as they matter.
+        seen: Number of modes that ascents ended at, those of the set-up and of a fit, as far as they matter.
         covered: Number of those that the guide has a component for, with a share above a thousandth.
     """
 
@@ -46,7 +50,7 @@ class AutoFlow(GuideSetUp):
 
     @property
     def modes(self) -> Modes:
-        """How many modes of the posterior were seen when the guide was set up, and how many of them it covers."""
+        """How many modes of the posterior were seen, and how many of them the guide covers."""
         if (mixture := self._mixture) is None:
             return Modes(1 + self._missed_modes, 1)
         return Modes(len(mixture.components) + self._missed_modes, len(mixture.covered))
@@ -107,6 +111,26 @@ class AutoFlow(GuideSetUp):
         """Set the share of each mode by its evidence, once the guide is trained; nothing, for a guide with one."""
         if (mixture := self._mixture) is not None:
             self._shares.settle(mixture, call, self._density_of)
+
+    def cover(self, modes: Sequence[Mapping[str, Tensor]], call: Call) -> bool:
+        """Add a component for each mode near these values of the sites; return False if there is none, or no way to.
+
+        There is none with an encoder, nor where the user has chosen where to start.
+        """
+        transform = self._map
+        if self._start_is_chosen or self._init_scale is not None or isinstance(transform, ConditionalFlow):
+            return False
+        components = [*transform.components] if isinstance(transform, FlowMixture) else [transform]
+        modes = modes[: MOST - len(components)]
+        if not modes:
+            return False
+        posterior = self._density_of(call)
+        points = posterior.packed({name: torch.stack([mode[name] for mode in modes]) for name in modes[0]})
+        components += [self._stack_from(best_normal(posterior, point), 0, is_fitted=True) for point in points]
+        self.transform = FlowMixture(components, self._weight.new_full((len(components),), 1 / len(components)))
+        self._stored = self._stored.of_a_copy()
+        self.weigh_modes(call)
+        return True
 
     def _density_of(self, call: Call) -> Posterior:
         posterior = Posterior(call, cast("Trace", self.prototype_trace), self.latents)

@@ -193,7 +193,7 @@ class Posterior:
     def prior_vectors(self, count: int) -> Tensor | None:
         """Draw latent vectors from the prior, (count, D); None if that is not possible, as with an improper one."""
         try:
-            return self._packed(self._joint.prior_draws(count))
+            return self.packed(self._joint.prior_draws(count))
         except (*FAILURES, NotImplementedError, KeyError):  # the last of a site that not every run has
             return None
 
@@ -207,14 +207,14 @@ class Posterior:
         try:
             exchanged = [exchange(values) for exchange in exchanges(self._joint, probes, shapes)]
             found = [
-                self._packed({name: each[name].reshape(-1, *shape) for name, shape in shapes.items()})
+                self.packed({name: each[name].reshape(-1, *shape) for name, shape in shapes.items()})
                 for each in exchanged
             ]
         except (*FAILURES, IndexError):
             return latents[:0]
         return torch.cat([latents[:0], *(image[(image - latents).abs().amax(1) > NEAR] for image in found)])
 
-    def _packed(self, values: Mapping[str, Tensor]) -> Tensor:
+    def packed(self, values: Mapping[str, Tensor]) -> Tensor:
         r"""Return the latent vectors, (draws, D), of values of the sites, (draws, \*site)."""
         if self._coordinates is None:
             return self._latents.pack(values)[0]

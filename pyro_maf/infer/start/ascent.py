@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_maf.infer.models.double_precision import Score, is_resolved, nudged, widened
 from pyro_maf.infer.models.log_joint import FAILURES
 
-__all__ = ["Ascents", "Normal", "Place", "quasi_newton"]
+__all__ = ["Ascents", "Normal", "Place"]
 
 CONVERGED = 1e-4
 """Gain of a step, in nats, below which an ascent ends."""
@@ -101,7 +101,7 @@ class _Quasi:
         bent, self.gradient = self.gradient - gradient, gradient
         if self._updates % HISTORY == 0 and _is_convex(moved, bent):  # forget the curvature of points far away
             self.covariance = torch.eye(len(moved)).to(moved) * ((moved @ bent) / (bent @ bent))
-        self.covariance = quasi_newton(self.covariance, moved, bent)
+        self.covariance = _quasi_newton(self.covariance, moved, bent)
         self._updates += 1
 
     def normal(self, loc: Tensor) -> Normal | None:
@@ -246,24 +246,19 @@ class Ascents:
                 self.active[row] = False
 
 
-def _is_convex(moved: Tensor, bent: Tensor) -> Tensor:
-    r"""Test if the curvature along a step is positive, (\*batch,), so that BFGS may use it."""
-    return (moved * bent).sum(-1) > 1e-8 * bent.square().sum(-1)
+def _is_convex(moved: Tensor, bent: Tensor) -> bool:
+    """Test if the curvature along a step is positive, so that BFGS may use it."""
+    return bool(moved @ bent > 1e-8 * (bent @ bent))
 
 
-def quasi_newton(inverse: Tensor, moved: Tensor, bent: Tensor) -> Tensor:
-    r"""Update inverse Hessians of -log p, (\*batch, D, D), by BFGS, where `_is_convex`.
-
-    Args:
-        inverse: The estimates before.
-        moved, bent: Change of the point, and minus that of the gradient, (\*batch, D).
-    """
-    weight = torch.where(_is_convex(moved, bent), 1 / (moved * bent).sum(-1), 0.0)[..., None, None]
-    projected = (inverse @ bent[..., None])[..., 0]
-    outer = moved[..., :, None] * projected[..., None, :]
-    quadratic = (bent * projected).sum(-1)[..., None, None]
-    along = weight * (1 + weight * quadratic) * moved[..., :, None] * moved[..., None, :]
-    return inverse - weight * (outer + outer.mT) + along
+def _quasi_newton(inverse: Tensor, moved: Tensor, bent: Tensor) -> Tensor:
+    """Update an inverse Hessian of -log p, (D, D), by BFGS, by a step and minus the change of the gradient, (D,)."""
+    if not _is_convex(moved, bent):
+        return inverse
+    weight, projected = 1 / (moved @ bent), inverse @ bent
+    outer = torch.outer(moved, projected)
+    along = weight * (1 + weight * (bent @ projected)) * torch.outer(moved, moved)
+    return inverse - weight * (outer + outer.T) + along
 
 
 def _line_search(log_density: Score, locs: Tensor, steps: Tensor, vectorised: bool) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from pyro_maf.infer.models.double_precision import Score
 from pyro_maf.infer.start.ascent import Normal
 from pyro_maf.infer.start.mean_field import fixed_noise
 
-__all__ = ["End", "Start", "bounds_of", "covering", "different", "distance"]
+__all__ = ["MOST", "End", "Start", "bounds_of", "covering", "different", "distance"]
 
 APART = 1.0
 """Distance, in standard deviations of either's normal, within which two ends are one mode."""
