@@ -38,6 +38,8 @@ SHARE_ITERATIONS, LEAST_SHARE = 100, 0.01
 """Iterations for the shares of a mixture, and the least share of what is in it."""
 BEHIND = 2.0
 """Standard errors from which on a flow is said to be behind."""
+NOTICEABLE = 0.02
+"""Nats a row from which on a gain is worth a mixture, which may have a component at each row."""
 
 
 class Baseline(NamedTuple):
@@ -127,8 +129,9 @@ def with_mixture(prepared: Prepared) -> Joined:
 
     That is where a flow has to learn what they begin with: with few rows clusters, and with near copies, as points of
     trajectories are, where the rows are. The shares have the highest likelihood of the validation rows, and are taken
-    if Akaike's criterion for few rows prefers them, gain > taken / (rows - taken - 1). It asks for no more, as the same
-    rows chose the flow's epoch, and the worst that the others can do is the logarithm of its share.
+    if they gain 0.02 nats and Akaike's criterion for few rows prefers them, gain > taken / (rows - taken - 1). It asks
+    for no more, as the same rows chose the flow's epoch, and the worst that the others can do is the logarithm of its
+    share.
 
     Args:
         prepared: The fitted density and its rows.
@@ -156,7 +159,7 @@ def with_mixture(prepared: Prepared) -> Joined:
         shares = shares / shares.sum()
     gain = held_out.mean((shares.log() + log_prob).logsumexp(1) - of_flow)
     beside, count, taken = 1 - float(shares[0]), len(new), int((shares[1:] > 0).sum())
-    if not gain * max(0, count - taken - 1) > taken:
+    if not (gain >= NOTICEABLE and gain * max(0, count - taken - 1) > taken):
         return Joined(prepared.density, gaussians=gaussians)
     parts = [
         Mixture(mixture.shares * share / beside, mixture.means, mixture.factors)
@@ -168,8 +171,8 @@ def with_mixture(prepared: Prepared) -> Joined:
     joined.name_columns(inner.layout, inner.context_layout)
     line = (
         f"fit put a mixture beside the flow, with shares of {shares[1]:.2f} for Gaussians and {shares[2:].sum():.2f} "
-        f"for kernels at the training rows, by which the validation rows gain {gain:.3f} nats: rows lie close "
-        "together, as in clusters or along trajectories."
+        f"for kernels at the training rows, by which the validation rows gain {gain:.3f} nats, as where "
+        "rows form clusters or follow trajectories."
     )
     return Joined(joined, (line,), gaussians)
 

@@ -195,7 +195,7 @@ class Diagnosis:
         k_hat = f", k-hat {self.k_hat:.2f} +- {self.k_hat_se:.2f}" if is_read else ""
         return (
             f"Diagnosis(ELBO {self.elbo:.3f} +- {self.elbo_se:.3f} nats{evidence}, effective sample size "
-            f"{self.ess:.0f} of {self.num_samples}{unscored}{k_hat}. {self.verdict})"
+            f"{self.ess:.0f} of {self.num_samples}{unscored}{k_hat};\n  {self.verdict})"
         )
 
 
