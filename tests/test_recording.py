@@ -18,6 +18,7 @@ from pyro_maf.infer.diagnosis.importance import Pair
 from pyro_maf.infer.fitting.walk import Walk, can_walk
 from pyro_maf.infer.models.model import Call
 from pyro_maf.infer.models.recording import Recording, record
+from pyro_maf.sweep.kernels.scalars import OPERATIONS, run
 from tests.posteriors import GUIDES, SMALL, counting, regression
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -276,3 +277,100 @@ def test_networks_of_the_model_are_trained() -> None:
     fit_guide(model, AutoIAF(model, **SMALL), steps=30, num_particles=4, progress=False)
     assert not torch.equal(network.weight, before)
     assert isinstance(record(lambda x: network(x).sum(-1), torch.randn(5, 1), list(network.parameters())), Recording)
+
+
+def recursion(x: Tensor) -> Tensor:
+    """Variances of a series, each by the last one: numbers of a draw, put side by side at the end."""
+    level, share = x[:, 0].exp(), torch.sigmoid(x[:, 1])
+    values = [level]
+    for past in torch.linspace(-1.0, 2.0, 60):
+        values.append((level + 0.3 * (past - x[:, 0]) ** 2 + share * values[-1]).clamp(max=3.0))
+    scales = torch.stack(values, -1).sqrt()
+    return dist.Normal(x[:, :1], scales).log_prob(torch.linspace(0, 1, 61)).sum(-1)
+
+
+def system(x: Tensor) -> Tensor:
+    """A differential equation of two numbers, with the draws as the last dimension of its state."""
+    state = torch.stack([x[:, 0].exp(), 1 - x[:, 1]])
+    rates = torch.tensor([0.5, -0.3], dtype=x.dtype)
+    path = []
+    for step in range(40):
+        prey, predators = state.unbind()
+        slope = torch.stack([prey * (1 - predators / 2), predators * (prey - 1)])
+        state = torch.where(state > 4.0, state, (state + 0.1 * slope + 0.01 * rates[:, None]).clamp(min=0.1))
+        if step % 10 == 9:
+            path.append(state)
+    return torch.stack(path).log().sum((0, 1)) - torch.cat(path, -1).mean()
+
+
+def clamped(x: Tensor) -> Tensor:
+    """A recursion within bounds on either side, whose gradient joins two conditions in place."""
+    level = x[:, 0].exp()
+    for _ in range(60):
+        level = (0.9 * level + 0.1 * x[:, 1] ** 2).clamp(0.1, 2.0)
+    return level.log()
+
+
+def interleaved(x: Tensor) -> Tensor:
+    """Numbers that a later call of the kernel needs before an earlier one does, in the order of the function."""
+    shared, number = torch.erf(x).sum(-1), x[:, 1]
+    for _ in range(60):
+        number = 0.9 * number + 0.1
+    late, early = torch.erf(number), x[:, 1]
+    for _ in range(60):
+        late = 0.9 * late + shared
+    for _ in range(60):
+        early = 0.8 * early + shared
+    return late + early
+
+
+def with_changes_between(x: Tensor) -> Tensor:
+    """Numbers of a draw between changes in place, which have to stay in their order."""
+    table, number = torch.zeros(len(x), 50), x[:, 0]
+    for column in range(50):
+        number = (number * 0.9 + x[:, 1] * table[:, column - 1].exp()).tanh() - 0.1 * number / (1 + number**2)
+        number = torch.maximum(number, -number) + torch.rsqrt(1 + number * number)
+        table[:, column] = number
+        table.mul_(0.99)
+    return table.sum(-1)
+
+
+@pytest.mark.parametrize("function", [recursion, system, clamped, interleaved, with_changes_between])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_operations_on_numbers_of_a_draw_are_fused(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    recorded = record(function, torch.randn(7, 2, generator=generator, dtype=dtype), [])
+    assert recorded is not None
+    code = recorded._program.__self__.code
+    assert function is with_changes_between or ("run0" in code and code.count("torch.ops.aten") < 100)
+    for _ in range(2):
+        x = torch.randn(7, 2, generator=generator, dtype=dtype)
+        found = recorded(x)
+        assert found is not None
+        values, (gradient,) = exactly(function, x, [])
+        torch.testing.assert_close(found.values, values)
+        torch.testing.assert_close(found.gradient, gradient)
+
+
+def test_a_recording_with_few_operations_or_one_draw_is_not_fused() -> None:
+    for function, rows in ((filled, 5), (recursion, 1)):
+        recorded = record(function, torch.randn(rows, 2), [])
+        assert recorded is not None
+        assert "run0" not in recorded._program.__self__.code
+
+
+def test_kernels_of_numbers_are_those_of_torch() -> None:
+    x, y = torch.randn(2, 9).double(), torch.randn(2, 9).double().abs() + 0.1
+    x[0, 0] = torch.nan
+    for code, name in enumerate(OPERATIONS):
+        function = getattr(
+            torch, {"le": "less_equal", "lt": "less", "ge": "greater_equal", "gt": "greater"}.get(name, name)
+        )
+        registers = torch.stack([y if name == "pow" else x, y, x + 1, torch.zeros(2, 9).double()])[:, 0].numpy().copy()
+        first, second, third = torch.tensor(registers[:3])
+        run(np.array([[code, 3, 0, 1, 2]], dtype=np.int32), registers)
+        if name == "where":
+            expected = torch.where(first != 0, second, third)
+        else:
+            expected = function(first, second) if code < OPERATIONS.index("neg") else function(first)
+        torch.testing.assert_close(torch.tensor(registers[3]), expected.double(), equal_nan=True, msg=name)

@@ -6,6 +6,7 @@ import dis
 import gc
 import sys
 import sysconfig
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib import import_module
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_maf._core.torch_state import is_intercepted
+from pyro_maf.infer.models.fused import compiled, note_shape
 from pyro_maf.infer.models.model import Args, Kwargs
 
 __all__ = ["Derivatives", "Recording", "UnrecordedError", "operations_of", "plain_derivatives", "record"]
@@ -40,6 +42,8 @@ OF_SHAPE = (
     aten.new_full.default,
 )
 """Operations whose result depends on the shape of their argument alone."""
+OUT_OF_PLACE = {aten.logical_and_.default: aten.logical_and.default}
+"""Operations in place on conditions, as in the gradient of a clamp, and those that return the same."""
 GATHER = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 """Operations whose output has a shape that depends on values only if an index is a mask."""
 
@@ -81,7 +85,7 @@ class Recording:
         self._weights = list(inputs[1:])
         builder = _Builder(entries, inputs)
         self._has_conditions = builder.build([each for each in outputs if each is not None])
-        self._program = builder.program()
+        self._program = builder.program(inputs[0])
         self._constants = builder.constants
         self._used = [each is not None for each in outputs[2:]]
         self._externals = builder.externals
@@ -217,9 +221,9 @@ class _Builder:
     """
 
     def __init__(self, entries: Sequence[_Entry], inputs: Sequence[Tensor]) -> None:
-        self._entries = entries
+        entries = self._entries = _out_of_place(entries)
         self.graph = fx.Graph()
-        self._nodes = {id(each): self.graph.placeholder(f"x{index}") for index, each in enumerate(inputs)}
+        self._nodes = {id(each): self._noted(f"x{index}", each) for index, each in enumerate(inputs)}
         self._constants: dict[int, tuple[fx.Node, Tensor]] = {}
         self._equal: dict[str, fx.Node] = {}
         self._conditions: list[fx.Node] = []
@@ -248,9 +252,9 @@ class _Builder:
                 self.graph.erase_node(node)
         return holds is not None
 
-    def program(self) -> Program:
-        """Compile the graph."""
-        return cast("Program", fx.GraphModule({}, self.graph).forward)
+    def program(self, argument: Tensor) -> Program:
+        """Compile the graph for arguments of this shape."""
+        return cast("Program", compiled(self.graph, argument, dict(self._constants.values())).forward)
 
     def _is_live(self, entry: _Entry) -> bool:
         if self._is_of_changed(entry):
@@ -279,7 +283,9 @@ class _Builder:
             node = self.graph.call_function(operation, args, kwargs)
         if result is None or operation._schema.is_mutable:  # as of a check of errors
             self._effects.add(node)
+        node.meta["is_ordered"] = node in self._effects or self._is_of_changed(entry)
         if isinstance(result, Tensor):
+            note_shape(node, result)
             self._nodes[id(result)] = node
             self._equal[key] = node
         elif result is not None:
@@ -290,7 +296,9 @@ class _Builder:
             raise UnrecordedError
         for index, part in enumerate(parts):
             if isinstance(part, Tensor):
-                self._nodes.setdefault(id(part), self.graph.call_function(getitem, (node, index)))
+                taken = self.graph.call_function(getitem, (node, index))
+                note_shape(taken, part)
+                self._nodes.setdefault(id(part), taken)
 
     def _is_by_number(self, entry: _Entry) -> bool:
         """True if no index of a gather is a mask that depends on the inputs."""
@@ -317,8 +325,29 @@ class _Builder:
         if id(tensor) in self._nodes:
             return self._nodes[id(tensor)]
         if id(tensor) not in self._constants:
-            self._constants[id(tensor)] = self.graph.placeholder(f"c{len(self._constants)}"), tensor.detach()
+            node = self._noted(f"c{len(self._constants)}", tensor)
+            self._constants[id(tensor)] = node, tensor.detach()
         return self._constants[id(tensor)][0]
+
+    def _noted(self, name: str, tensor: Tensor) -> fx.Node:
+        """Create a placeholder."""
+        node = self.graph.placeholder(name)
+        note_shape(node, tensor)
+        return node
+
+
+def _out_of_place(entries: Sequence[_Entry]) -> list[_Entry]:
+    """Write operations in place on conditions of which there are no views as others: these can be fused."""
+    tensors: dict[int, set[int]] = defaultdict(set)
+    for entry in entries:
+        for each in (*entry.inputs, *entry.outputs):
+            tensors[_storage(each)].add(id(each))
+    return [
+        entry._replace(operation=OUT_OF_PLACE[entry.operation])
+        if entry.operation in OUT_OF_PLACE and all(len(tensors[_storage(each)]) == 1 for each in entry.changed)
+        else entry
+        for entry in entries
+    ]
 
 
 def _storage(tensor: Tensor) -> int:
