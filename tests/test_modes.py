@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from pyro.infer import JitTrace_ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, Tra
 from torch import Tensor
 
 from pyro_maf.infer import AutoIAF, TracePath_ELBO, diagnose, fit_guide, neutra, reweight
+from pyro_maf.infer.fitting.fit_guide import _Run
 from pyro_maf.infer.guides.mixture import FlowMixture, MixturePosterior
 from pyro_maf.infer.models.model import Call
 from pyro_maf.infer.start.initialization import Start, best_start, other_points
@@ -267,11 +269,16 @@ def test_fit_guide_covers_both() -> None:
     assert diagnose(apart, fit.guide).ess > 9000
 
 
-def test_a_mode_that_only_the_diagnosis_finds_is_covered_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The start, without ascents from other points, finds one."""
+@pytest.fixture
+def of_one_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts without ascents from other points, which find one mode."""
     monkeypatch.setattr(
         "pyro_maf.infer.guides.posterior.other_points", lambda score, loc, prior: loc.new_empty(0, len(loc))
     )
+
+
+@pytest.mark.usefixtures("of_one_start")
+def test_a_mode_that_only_the_diagnosis_finds_is_covered_too() -> None:
     guide = AutoIAF(apart, **SMALL)
     assert guide.setup().modes.covered == 1
     fit = fit_guide(apart, guide, steps=400, progress=False)
@@ -281,6 +288,28 @@ def test_a_mode_that_only_the_diagnosis_finds_is_covered_too(monkeypatch: pytest
     assert len(fit.elbo) <= 400
     pyro.set_rng_seed(1)
     assert float((guide.rsample((4000,))["z"][:, 0] < 0).double().mean()) == pytest.approx(0.7, abs=0.05)
+
+
+@pytest.mark.usefixtures("of_one_start")
+@pytest.mark.parametrize("is_further", [False, True])
+def test_ctrl_c_ends_a_fit_that_lacks_a_mode(is_further: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its first run, or twice before the first step of a further one is over."""
+    runs, step = list[_Run](), _Run.step
+
+    def pressed(run: _Run) -> None:
+        runs.extend([run] if run not in runs else [])
+        if len(runs) == 2 if is_further else len(run.elbo) == 30:
+            for _ in range(1 + is_further):
+                signal.raise_signal(signal.SIGINT)
+        step(run)
+
+    monkeypatch.setattr(_Run, "step", pressed)
+    guide = AutoIAF(apart, **SMALL)
+    fit = fit_guide(apart, guide, steps=400, progress=False)
+    assert fit.stop_reason == "interrupted"
+    assert len(runs) == 1 + is_further
+    assert 0 < len(fit.elbo) < 400
+    assert guide.rsample()["z"].isfinite().all()
 
 
 def labels(locs: tuple[float, ...], with_shares: bool) -> Callable[[], None]:

@@ -42,6 +42,7 @@ ADVICE = (
     "Compute with tensors, as by torch.where, rather than read values of latent variables by if, float or .item().",
 )
 """What to do about a model that is run for each draw of another guide, and of one of this package."""
+INTERRUPTED = "interrupted"
 MOST_FAILURES = 50
 FAILURES_TO_RETREAT = 10
 CLIP = 4.0
@@ -204,10 +205,16 @@ def fit_guide(
             advice = ADVICE[isinstance(guide, AutoFlow)]
             what = f"fit_guide runs the model for each draw, which is slow: {run.alone}. {advice}"
             warnings.warn(what, UserWarning, stacklevel=2)
-        reason, diagnosis, runs = run.to_the_end(steps, shown), run.diagnosed(shown), [run]
-        while (left := steps - sum(len(run.elbo) for run in runs)) > 0 and _covers_missed(guide, diagnosis, call):
-            runs.append(_Run(call, guide, num_particles, Schedule(learning_rate, left)))
-            reason, diagnosis = runs[-1].to_the_end(left, shown), runs[-1].diagnosed(shown)
+        reason, diagnosis, runs, left = run.to_the_end(steps, shown), run.diagnosed(shown), [run], steps
+        try:
+            while reason != INTERRUPTED and runs[-1].failure is None:
+                left -= len(runs[-1].elbo)
+                if not left or not _covers_missed(guide, diagnosis, call):
+                    break
+                runs.append(_Run(call, guide, num_particles, Schedule(learning_rate, left)))
+                reason, diagnosis = runs[-1].to_the_end(left, shown), runs[-1].diagnosed(shown)
+        except KeyboardInterrupt:  # before the first step of a further run
+            reason = INTERRUPTED
     if run.failure is not None and diagnosis.reason != IMPROPER:
         raise run.failure
     return GuideFit(
@@ -323,11 +330,11 @@ class _Run:
                 if not self.elbo:
                     raise
                 self._is_abandoned = True
-                return "interrupted"
+                return INTERRUPTED
             if shown.is_due and self.elbo:
                 shown.show("step", len(self.elbo), steps, elbo=f"ELBO {fmean(self.elbo[-RECENT:]):.3f} nats")
             if interruption.requested:
-                return "interrupted"
+                return INTERRUPTED
             if reason := self._end or self._schedule.stop_reason:
                 return reason
         return f"reached steps ({steps})"
