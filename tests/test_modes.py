@@ -297,8 +297,10 @@ def test_ctrl_c_ends_a_fit_that_lacks_a_mode(is_further: bool, monkeypatch: pyte
     runs, step = list[_Run](), _Run.step
 
     def pressed(run: _Run) -> None:
-        runs.extend([run] if run not in runs else [])
-        if len(runs) == 2 if is_further else len(run.elbo) == 30:
+        if run not in runs:
+            runs.append(run)
+        is_time = len(runs) == 2 if is_further else len(run.elbo) == 30
+        if is_time:
             for _ in range(1 + is_further):
                 signal.raise_signal(signal.SIGINT)
         step(run)

@@ -369,7 +369,7 @@ def _embedded(figure: Figure, alt: str, note: str = "") -> Picture:
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pyro_maf"}), warnings.catch_warnings():
         # A warning about glyphs missing from matplotlib's font: the browser's have them.
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        warnings.filterwarnings("ignore", r"Glyph .* missing from (current )?font")
         figure.savefig(buffer, format="svg", dpi=DPI, metadata={"Date": None})
     encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
     return Picture(f"data:image/svg+xml;base64,{encoded}", alt, note)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["NamedRows", "named_rows"]
 
+T = TypeVar("T")
+
 
 class NamedRows(NamedTuple):
     """Data and context, with the names of their columns and rows.
@@ -212,9 +214,6 @@ def _check_differ(who: str, role: str, value: TableLike | None) -> None:
             f"{who} expected {role} whose columns have names that differ, got {count} columns {name!r}: rename or drop "
             "all but one."
         )
-
-
-T = TypeVar("T")
 
 
 def _with_names(table: T) -> T:

@@ -205,7 +205,8 @@ def fit_guide(
             advice = ADVICE[isinstance(guide, AutoFlow)]
             what = f"fit_guide runs the model for each draw, which is slow: {run.alone}. {advice}"
             warnings.warn(what, UserWarning, stacklevel=2)
-        reason, diagnosis, runs, left = run.to_the_end(steps, shown), run.diagnosed(shown), [run], steps
+        runs, left = [run], steps
+        reason, diagnosis = run.to_the_end(steps, shown), run.diagnosed(shown)
         try:
             while reason != INTERRUPTED and runs[-1].failure is None:
                 left -= len(runs[-1].elbo)
