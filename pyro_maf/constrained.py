@@ -46,9 +46,16 @@ def _same(z: Tensor) -> tuple[Tensor, Tensor]:
     return z, torch.zeros_like(z)
 
 
-def _exp(z: Tensor) -> tuple[Tensor, Tensor]:
+def _exp(z: Tensor, largest: float = math.inf) -> Tensor:
+    """exp z within the numbers of the dtype, and up to `largest`."""
     ends = torch.finfo(z.dtype)
-    return z.exp().clamp(ends.tiny, ends.max), z
+    # Bounds of z, not of exp z: where that is infinite, a gradient of 0 would become NaN.
+    low, high = math.log(ends.tiny), math.log(min(ends.max, largest))
+    return z.clamp(low * (1 - ends.eps), high * (1 - ends.eps)).exp()
+
+
+def _positive(z: Tensor) -> tuple[Tensor, Tensor]:
+    return _exp(z), z
 
 
 def _log(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +76,7 @@ def _logit(y: Tensor) -> tuple[Tensor, Tensor]:
 def _increase(z: Tensor) -> tuple[Tensor, Tensor]:
     most = torch.finfo(z.dtype).max / (2 * z.shape[-1])
     columns = [z[..., 0].clamp(-most, most)]
-    for step in z[..., 1:].exp().clamp(max=most).unbind(-1):
+    for step in _exp(z[..., 1:], most).unbind(-1):
         least = torch.nextafter(columns[-1].detach(), columns[-1].new_tensor(math.inf))
         columns.append(torch.maximum(columns[-1] + step, least))  # a step may be lost in rounding
     return torch.stack(columns, -1), _but_for_first(z)
@@ -95,7 +102,7 @@ KINDS = {
         constraints.positive,
         "numbers above 0",
         0.5,
-        _exp,
+        _positive,
         _log,
         lambda y: (y <= 0) | (y == torch.inf),
     ),
@@ -159,7 +166,7 @@ def half_line_kind(bound: float, sign: int) -> Kind:
     between = _strictly_between(bound, math.inf) if sign > 0 else _strictly_between(-math.inf, bound)
 
     def constrain(z: Tensor) -> tuple[Tensor, Tensor]:
-        return between(bound + sign * z.exp()), z
+        return between(bound + sign * _exp(z)), z
 
     def unconstrain(y: Tensor) -> tuple[Tensor, Tensor]:
         z = (sign * (y - bound)).log()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from numbers import Real
 from typing import Any, TypeAlias, TypeGuard
 
 import torch
@@ -287,7 +288,7 @@ def _is_pair(support: object) -> TypeGuard[Sequence[float | None]]:
         isinstance(support, Sequence)
         and not isinstance(support, str)
         and len(support) == 2
-        and all(each is None or (isinstance(each, (int, float)) and not isinstance(each, bool)) for each in support)
+        and all(each is None or (isinstance(each, Real) and not isinstance(each, bool)) for each in support)
     )
 
 

@@ -225,6 +225,7 @@ def test_compiles_whole_and_under_vmap(support: Any) -> None:
         ("interval(0,120)", "interval(0.0, 120.0)"),
         ((0, 120), "interval(0.0, 120.0)"),
         ((0, None), "positive"),
+        ((np.float32(0.5), np.int64(2)), "interval(0.5, 2.0)"),
         ((0, 1), "unit_interval"),
         ([(None, 5), (18, math.inf)], ("less_than(5.0)", "greater_than(18.0)")),
         (constraints.simplex, "simplex"),
@@ -256,6 +257,17 @@ def test_draws_far_out_stay_strictly_between_bounds(dtype: torch.dtype) -> None:
     y, log_det = support.constrain(torch.linspace(-2, 2, 4, dtype=torch.float64))
     z, back = support.unconstrain(y)
     torch.testing.assert_close((z, back), (torch.linspace(-2, 2, 4, dtype=torch.float64), log_det))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("support", ["positive", "unit_interval", "simplex", "ordered", (0.1, 0.3), (5, None), (None, 5)])
+def test_gradients_far_out_are_finite(support: Any, dtype: torch.dtype) -> None:
+    support = Support("FlowPrior", support, 2)
+    z = torch.cartesian_prod(*torch.tensor([-1e30, -800.0, -100.0, 0.0, 100.0, 800.0, 1e30], dtype=dtype).expand(2, 7))
+    y, log_det = support.constrain(z.requires_grad_())
+    assert y.isfinite().all()
+    (grad,) = torch.autograd.grad(y.log1p().sum() + log_det.sum(), z)
+    assert grad.isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore:fit found values on a grid")
