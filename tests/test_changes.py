@@ -24,8 +24,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from pyro_maf import IAF, MAF, ConditionalMAF, FlowPrior, RealNVP
 from pyro_maf._core.torch_state import Snapshot
-from pyro_maf.transforms import Flow, Permute
+from pyro_maf.transforms import Flow, LowerTriangularAffine, Permute, Stack
 from pyro_maf.transforms.cache import Pair
+from pyro_maf.transforms.triangular import Head
 
 STACKS = [MAF, IAF, RealNVP]
 every_stack = pytest.mark.parametrize("make", STACKS)
@@ -107,6 +108,11 @@ def _reload(flow: Flow, **options: Any) -> None:
     flow.load_state_dict(_other_state(flow), **options)
 
 
+def _reload_from_meta(flow: Flow) -> None:
+    state = _other_state(flow)
+    flow.to("meta").load_state_dict(state, assign=True)
+
+
 def _reload_swapped(flow: Flow) -> None:
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
@@ -122,6 +128,7 @@ CHANGES: list[Callable[[Flow], Any]] = [
     _empty,
     _reload,
     lambda flow: _reload(flow, assign=True),
+    _reload_from_meta,
     _reload_swapped,
     lambda flow: _assign(flow, lambda data: data + 0.1),
     lambda flow: _assign(flow, lambda data: data.flip(0).clone()),
@@ -146,6 +153,27 @@ def test_whoever_writes_the_weights(make: Callable[..., Flow], change: Callable[
     assert torch.allclose(flow.log_abs_det_jacobian(x, y), fresh.log_abs_det_jacobian(x, y), atol=1e-6)
     assert log_det.shape == (9,)
     assert_fresh(flow, x)
+
+
+@pytest.mark.parametrize(
+    "make", [MAF, RealNVP, lambda d: Stack([Permute(range(d)[::-1]), LowerTriangularAffine(d), Head(d)])]
+)
+def test_a_state_that_is_loaded_in_inference_mode_is_trained_further(make: Callable[[int], Flow]) -> None:
+    flow, x = make(25), torch.randn(9, 25, requires_grad=True)
+    with torch.inference_mode():
+        flow.load_state_dict(_other_state(flow))
+    for direction in (flow, flow.inv):
+        direction(x).sum().backward()
+        torch.func.vmap(direction)(x).sum().backward()
+
+
+def test_a_prior_with_tails_that_is_loaded_in_inference_mode_has_gradients() -> None:
+    prior = FlowPrior(MAF(2), tails=torch.full((2, 2), 0.3))
+    with torch.inference_mode():
+        prior.load_state_dict(prior.state_dict())
+    y = torch.randn(3, 2, requires_grad=True)
+    prior.log_prob(y).sum().backward()
+    torch.func.vmap(prior.log_prob)(y).sum().backward()
 
 
 @every_stack

@@ -260,7 +260,9 @@ def test_draws_far_out_stay_strictly_between_bounds(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("support", ["positive", "unit_interval", "simplex", "ordered", (0.1, 0.3), (5, None), (None, 5)])
+@pytest.mark.parametrize(
+    "support", ["positive", "unit_interval", "simplex", "ordered", (0.1, 0.3), (5, None), (None, 5)]
+)
 def test_gradients_far_out_are_finite(support: Any, dtype: torch.dtype) -> None:
     support = Support("FlowPrior", support, 2)
     z = torch.cartesian_prod(*torch.tensor([-1e30, -800.0, -100.0, 0.0, 100.0, 800.0, 1e30], dtype=dtype).expand(2, 7))

@@ -138,7 +138,8 @@ class DataUnits(Flow):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         widen_for(self._buffers, ("loc", "scale"), state_dict, prefix, self.support)
         tails = state_dict.get(prefix + "tails")
-        self.tails = None if tails is None else torch.zeros_like(tails, device=self.loc.device)
+        with torch.inference_mode(False):  # whose tensors no later graph could save
+            self.tails = None if tails is None else torch.zeros_like(tails, device=self.loc.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -370,9 +370,10 @@ class MADE(Network):
     def _derive(self) -> None:
         """Recompute what follows from order and degrees: the masks, and the number of final units at each step."""
         self.is_natural = self.order.tolist() == list(range(self.input_dim))
-        with torch.no_grad():
+        with torch.inference_mode(False):  # whose tensors no later graph could save
             for layer, mask, gain in zip(self.masked_layers, self.masks(), self._gains(), strict=True):
-                layer.mask.copy_(mask).mul_(gain)  # as part of the mask, the gain applies wherever the mask does
+                # On the order's device. As part of the mask, the gain applies wherever the mask does.
+                layer.mask = gain * mask.to(layer.mask.dtype)
         steps = torch.arange(self.input_dim, device=self.order.device)
         self.ready = [torch.searchsorted(d, steps, right=True).tolist() for d in self.hidden_degrees]
 

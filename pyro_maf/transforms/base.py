@@ -289,7 +289,8 @@ class Flow(Savable, Observed, TransformModule):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._derive()
+        with torch.inference_mode(False):  # whose tensors no later graph could save
+            self._derive()
 
     def _derive(self) -> None:
         """Recompute what follows from a state that was loaded; overridden by subclasses that hold such."""

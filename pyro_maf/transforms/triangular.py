@@ -196,8 +196,9 @@ class Head(TriangularMap):
         return self.scale_tril.diagonal().log().sum()
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        # The gain belongs to the stored entries: none if the stored head has none.
-        self.gain = torch.ones_like(self.free[0].detach()) if prefix + "gain" in state_dict else None
+        with torch.inference_mode(False):  # whose tensors no later graph could save
+            # The gain belongs to the stored entries: none if the stored head has none.
+            self.gain = torch.ones_like(self.free[0].detach()) if prefix + "gain" in state_dict else None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
