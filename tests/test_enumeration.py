@@ -17,9 +17,9 @@ from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from torch import Tensor, nn
 
 from pyro_maf.infer import AutoIAF, TracePath_ELBO, diagnose, fit_guide, neutra, reweight, to_arviz
-from pyro_maf.infer.guides.posterior import without_blocks
 from pyro_maf.infer.models.log_joint import LogJoint
 from pyro_maf.infer.models.model import Call
+from pyro_maf.infer.models.posterior import without_blocks
 from tests.posteriors import GUIDES, SMALL
 
 pytestmark = pytest.mark.usefixtures("fresh")

@@ -13,7 +13,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
 from pyro_maf.infer import AutoIAF
-from pyro_maf.infer.start.wide_normal import wide_start
+from pyro_maf.infer.start.normal import wide_start
 from pyro_maf.transforms.low_rank import LowRankHead
 from tests.posteriors import SMALL, bound
 

@@ -22,7 +22,7 @@ from pyro_maf.infer.fitting.fit_guide import _Run
 from pyro_maf.infer.guides.mixture import FlowMixture, MixturePosterior
 from pyro_maf.infer.models.model import Call
 from pyro_maf.infer.start.initialization import Start, best_start, other_points
-from pyro_maf.infer.start.symmetry import exchanges
+from pyro_maf.infer.start.modes import exchanges
 from pyro_maf.transforms import Stack, Tails
 from tests.posteriors import GUIDES, SMALL, drawn, same, steps, weights
 
@@ -272,9 +272,7 @@ def test_fit_guide_covers_both() -> None:
 @pytest.fixture
 def of_one_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Starts without ascents from other points, which find one mode."""
-    monkeypatch.setattr(
-        "pyro_maf.infer.guides.posterior.other_points", lambda score, loc, prior: loc.new_empty(0, len(loc))
-    )
+    monkeypatch.setattr("pyro_maf.infer.start.start.other_points", lambda score, loc, prior: loc.new_empty(0, len(loc)))
 
 
 @pytest.mark.usefixtures("of_one_start")

@@ -24,8 +24,9 @@ from pyro_maf.infer.guides.auto_flow import AutoFlow
 from pyro_maf.infer.models.double_precision import promoted, scored, widened
 from pyro_maf.infer.models.enumeration import is_enumerated, log_densities, total_by_draw
 from pyro_maf.infer.models.latents import Latents, masked_elements
-from pyro_maf.infer.models.log_joint import FAILURES, LogJoint
+from pyro_maf.infer.models.log_joint import LogJoint
 from pyro_maf.infer.models.model import (
+    FAILURES,
     Call,
     Guide,
     RefusalError,

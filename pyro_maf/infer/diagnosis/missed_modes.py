@@ -16,7 +16,8 @@ from torch import Tensor
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.models.double_precision import Score
 from pyro_maf.infer.start.ascent import Ascents
-from pyro_maf.infer.start.initialization import Normal, best_normal
+from pyro_maf.infer.start.initialization import best_normal
+from pyro_maf.infer.start.normal import Normal
 
 __all__ = ["POOL", "Missed", "missed_modes", "why_no_search"]
 

@@ -28,8 +28,16 @@ from pyro_maf.infer.guides.auto_flow import AutoFlow
 from pyro_maf.infer.guides.path_gradient import TracePath_ELBO
 from pyro_maf.infer.guides.saved import SavedGuide
 from pyro_maf.infer.models.broadcasting import why_alone
-from pyro_maf.infer.models.log_joint import FAILURES
-from pyro_maf.infer.models.model import Call, Guide, Model, check_call, check_pair, show_runs, without_empty_tables
+from pyro_maf.infer.models.model import (
+    FAILURES,
+    Call,
+    Guide,
+    Model,
+    check_call,
+    check_pair,
+    show_runs,
+    without_empty_tables,
+)
 from pyro_maf.infer.start.initialization import ALONE as SET_UP_RUNS
 
 __all__ = ["GuideFit", "fit_guide"]

@@ -22,8 +22,8 @@ from pyro_maf.infer.models.double_precision import (
     stand_out,
     widened,
 )
-from pyro_maf.infer.models.log_joint import FAILURES, LogJoint
-from pyro_maf.infer.models.model import Call, Guide
+from pyro_maf.infer.models.log_joint import LogJoint
+from pyro_maf.infer.models.model import FAILURES, Call, Guide
 from pyro_maf.infer.models.recording import Derivatives, Recording, plain_derivatives, record
 
 __all__ = ["Step", "Walk", "can_walk"]

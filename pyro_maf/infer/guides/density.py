@@ -3,29 +3,38 @@ r"""Draws of a guide of this package, and its density at values of the sites."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Self, cast
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
+from torch.quasirandom import SobolEngine
 
 from pyro_maf._core.checks import check_shape
 from pyro_maf.infer.guides.mixture import FlowMixture, MixturePosterior
 from pyro_maf.infer.guides.path_gradient import FlowPosterior
-from pyro_maf.infer.guides.posterior import Levels, checked_levels, even_noise, marginal_quantiles
 from pyro_maf.infer.models.coordinates import Coordinates
-from pyro_maf.infer.models.latents import Images, Latents
+from pyro_maf.infer.models.latents import Images, Latents, Part
 from pyro_maf.infer.models.model import Args, Call, Kwargs, RefusalError
+from pyro_maf.infer.models.plates import frames_of
 from pyro_maf.transforms import ConditionalFlow, Flow, Stack
 
-__all__ = ["LOG_TWO_PI", "Encoder", "GuideDensity"]
+__all__ = ["LOG_TWO_PI", "Encoder", "GuideDensity", "in_plates"]
 
 Encoder = Callable[..., Tensor]
 LOG_TWO_PI = math.log(2 * math.pi)
+QUANTILE_DRAWS = 8192
+MOST_COLUMNS = 1024
+"""Maximum number of columns at a time: `torch.quantile` takes no more than 16 million numbers."""
+
+Levels = float | Sequence[float] | Tensor
+"""Levels of quantiles, in [0, 1]."""
 
 
 class GuideDensity(AutoContinuous):
@@ -139,6 +148,21 @@ class GuideDensity(AutoContinuous):
             return self.latents.images
         return partial(coordinates.images, self.latents, call=self._call(args, kwargs))
 
+    def _sites_at(
+        self, latent: Tensor, plates: Mapping[str, pyro.plate], *args: object, **kwargs: object
+    ) -> dict[str, Tensor]:
+        """Draw each site, in its plates, from the distribution that has all its mass at an image of the vector."""
+        values = {}
+        for name, (value, log_det) in self._map_to_sites(*args, **kwargs)(latent).items():
+            part = self.latents.parts[name]
+            event_dim = part.site["fn"].event_dim
+            with in_plates(part, plates):
+                for plate, dim in part.rows.items():
+                    indices = plates[plate].indices.to(value.device)
+                    value, log_det = value.index_select(dim, indices), log_det.index_select(dim + event_dim, indices)
+                values[name] = pyro.sample(name, dist.Delta(value, log_density=-log_det, event_dim=event_dim))
+        return values
+
     def rsample(self, sample_shape: Sequence[int] = (), *args: object, **kwargs: object) -> dict[str, Tensor]:
         r"""Draw every site, (\*sample_shape, \*site), with gradient. Further arguments are the model's."""
         shape = check_shape(self._who, "sample_shape", sample_shape)
@@ -200,10 +224,12 @@ class GuideDensity(AutoContinuous):
             ValueError: If a level is outside [0, 1].
         """
         self.setup(*args, **kwargs)
-        levels = checked_levels(self._who, quantiles, self._weight)
-        noise = even_noise(self.noise_dim).to(levels)
+        levels = _checked_levels(self._who, quantiles, self._weight)
+        noise = _even_noise(self.noise_dim).to(levels)
         latent, _ = self._of_noise(noise.reshape(-1, *(1,) * len(self.latents.rows), self.noise_dim), *args, **kwargs)
-        return marginal_quantiles(self.latents, latent, levels, self._map_to_sites(*args, **kwargs))
+        # On the support, not before the map: a map that mixes coordinates does not preserve marginal quantiles.
+        draws = self.latents.sites(latent, torch.Size([QUANTILE_DRAWS]), self._map_to_sites(*args, **kwargs))
+        return {name: _quantiles(value, levels.to(value)) for name, value in draws.items()}
 
     def sites_of(self, noise: Tensor, *args: object, **kwargs: object) -> dict[str, Tensor]:
         r"""Map noise u, (\*batch, `noise_dim`), to the value of each site, (\*batch, \*site)."""
@@ -222,3 +248,46 @@ class GuideDensity(AutoContinuous):
         latent, log_ratio = self._of_noise(noise, *args, **kwargs)
         values, log_det = self.latents.unpack(latent, self._map_to_sites(*args, **kwargs)(latent))
         return values, log_ratio() + log_det
+
+
+@contextmanager
+def in_plates(part: Part, plates: Mapping[str, pyro.plate]) -> Iterator[None]:
+    """Enter the plates of a site."""
+    with ExitStack() as stack:
+        for frame in frames_of(part.site):
+            stack.enter_context(plates[frame.name])
+        yield
+
+
+def _checked_levels(who: str, levels: Levels, like: Tensor) -> Tensor:
+    """Convert levels to a tensor of the dtype and device of `like`.
+
+    Raises:
+        TypeError: If they are not numbers.
+        ValueError: If one is outside [0, 1].
+    """
+    try:
+        checked = torch.as_tensor(levels, dtype=like.dtype, device=like.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{who} expected quantiles to be numbers from 0 to 1, got {levels!r}.") from None
+    outside = checked[~((checked >= 0) & (checked <= 1))].flatten()
+    if len(outside):
+        raise ValueError(f"{who} expected quantiles from 0 to 1, got {float(outside[0]):g}.")
+    return checked
+
+
+def _quantiles(draws: Tensor, levels: Tensor) -> Tensor:
+    r"""Quantiles along the first dimension, (\*levels, \*event), of draws (draws, \*event)."""
+    if not draws.numel():
+        return draws.new_empty(levels.shape + draws.shape[1:])
+    blocks = draws.reshape(len(draws), -1).split(MOST_COLUMNS, -1)
+    quantiles = torch.cat([block.quantile(levels.flatten(), 0) for block in blocks], -1)
+    return quantiles.reshape(levels.shape + draws.shape[1:])
+
+
+def _even_noise(dim: int) -> Tensor:
+    """Standard normal draws of a fixed Sobol sequence; beyond its dimensions, of a fixed seed."""
+    if dim > SobolEngine.MAXDIM:
+        return torch.randn(QUANTILE_DRAWS, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    uniform = SobolEngine(dim, scramble=True, seed=0).draw(QUANTILE_DRAWS, dtype=torch.float64)
+    return torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from typing import Any, Self, cast
 
 import pyro
@@ -18,8 +17,7 @@ from pyro_maf.infer.guides.density import GuideDensity
 from pyro_maf.infer.guides.mixture import FlowMixture
 from pyro_maf.infer.models.coordinates import Coordinates
 from pyro_maf.infer.models.latents import Latents, Part
-from pyro_maf.infer.models.log_joint import FAILURES
-from pyro_maf.infer.models.model import Args, Call, Frame, Kwargs, Site
+from pyro_maf.infer.models.model import FAILURES, Args, Call, Frame, Kwargs, Site
 from pyro_maf.infer.models.recorded_prior import RecordedPrior, recorded_prior
 from pyro_maf.infer.models.recording import UnrecordedError
 from pyro_maf.infer.models.supports import described_support, support_of
@@ -122,21 +120,11 @@ class SavedGuide(GuideDensity, Savable):
         latent = pyro.sample(f"_{self._pyro_name}_latent", self.get_posterior(), infer={"is_auxiliary": True})
         frames = {frame for part in self.latents.parts.values() for frame in part.site["cond_indep_stack"]}
         plates = {frame.name: pyro.plate(frame.name, frame.size, dim=frame.dim) for frame in sorted(frames)}
-        images = self._map_to_sites()(latent)
-        return {name: _sample(self.latents.parts[name], plates, *image) for name, image in images.items()}
+        return self._sites_at(latent, plates)
 
 
 def _no_model() -> None:
     """Stand in for the model of a guide that has none."""
-
-
-def _sample(part: Part, plates: Mapping[str, pyro.plate], value: Tensor, log_det: Tensor) -> Tensor:
-    """Draw a site, in its plates, from the distribution that has all its mass at a value."""
-    with ExitStack() as stack:
-        for frame in part.site["cond_indep_stack"]:
-            stack.enter_context(plates[frame.name])
-        fn = dist.Delta(value, log_density=-log_det, event_dim=part.site["fn"].event_dim)
-        return pyro.sample(part.site["name"], fn)
 
 
 def _site(name: str, support: str, shape: Sequence[int], event_dim: int, plates: Sequence[Plate]) -> Site:

@@ -20,16 +20,14 @@ from pyro_maf._core.checks import check_above_zero, check_choice, check_positive
 from pyro_maf._core.options import ClassSignature, named_arguments
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.guides.density import Encoder, GuideDensity
-from pyro_maf.infer.guides.mixture import FlowMixture
+from pyro_maf.infer.guides.mixture import FlowMixture, Shares
 from pyro_maf.infer.guides.path_gradient import GradientLimit
-from pyro_maf.infer.guides.posterior import TRIES, start_of
-from pyro_maf.infer.guides.shares import Shares
 from pyro_maf.infer.guides.state import StoredWeights, digest_of
 from pyro_maf.infer.models.coordinates import Coordinates
 from pyro_maf.infer.models.enumeration import is_enumerated
 from pyro_maf.infer.models.latents import Latents, Plates, median_or_feasible
-from pyro_maf.infer.models.log_joint import FAILURES
 from pyro_maf.infer.models.model import (
+    FAILURES,
     Args,
     Call,
     Kwargs,
@@ -42,8 +40,10 @@ from pyro_maf.infer.models.model import (
     without_empty_tables,
 )
 from pyro_maf.infer.models.plates import frames_of
-from pyro_maf.infer.start.initialization import DENSE, Normal, Start
-from pyro_maf.infer.start.wide_normal import WideNormal
+from pyro_maf.infer.models.posterior import TRIES
+from pyro_maf.infer.start.initialization import DENSE, Start
+from pyro_maf.infer.start.normal import Normal, WideNormal
+from pyro_maf.infer.start.start import start_of
 from pyro_maf.nn import ACTIVATIONS, NetworkOptions
 from pyro_maf.nn.layers import Tempered
 from pyro_maf.sweep import Alone

@@ -37,11 +37,10 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_maf._core.torch_state import seeded
-from pyro_maf.infer.models.latents import Images, Latents, Part, masked_elements, within_reach
+from pyro_maf.infer.models.latents import Images, Latents, Part, masked_elements
 from pyro_maf.infer.models.location_scale import LocationScale, Scale, location_and_scale
-from pyro_maf.infer.models.log_joint import FAILURES
-from pyro_maf.infer.models.model import Call, Site
-from pyro_maf.infer.models.supports import entry_map
+from pyro_maf.infer.models.model import FAILURES, Call, Site
+from pyro_maf.infer.models.supports import entry_map, within_reach
 
 __all__ = ["Coordinates", "coordinates_of", "run_with"]
 

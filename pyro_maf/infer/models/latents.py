@@ -8,6 +8,7 @@ from typing import NamedTuple, cast
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import init_to_median
@@ -15,19 +16,19 @@ from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor
 from torch.distributions import Transform
 from torch.distributions.constraints import Constraint, real
-from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform, SigmoidTransform
+from torch.distributions.transforms import IndependentTransform
 
-from pyro_maf.infer.models.model import RefusalError, Site, layers_of
+from pyro_maf._core.torch_state import seeded
+from pyro_maf.infer.models.model import FAILURES, Call, RefusalError, Site, layers_of, sample_sites
 from pyro_maf.infer.models.plates import subsampled
-from pyro_maf.infer.models.supports import support_map
+from pyro_maf.infer.models.supports import support_map, tensors_of, within_reach
 
-__all__ = ["UNIFORM", "Images", "Latents", "Part", "Plates", "masked_elements", "median_or_feasible", "within_reach"]
+__all__ = ["UNIFORM", "Images", "Latents", "Part", "Plates", "masked_elements", "median_or_feasible"]
 
 MEDIAN_DRAWS = 15
 """Number of draws for a median, as in Pyro."""
-REACH = {torch.float32: 40.0, torch.float64: 300.0}
-"""Maximum absolute logarithm of a scale; its exponential can be squared and divided by."""
-
+STEP = 0.3
+"""Displacement of latent variables, in unconstrained space, for the test if a support moves with them."""
 UNIFORM = 2.0
 """Half the width of the cube, around 0 in unconstrained space, in which Pyro and Stan start NUTS."""
 
@@ -149,6 +150,32 @@ class Latents:
         """Take the values of sites as they are, since their supports move: coordinates keep them within these."""
         for name in names:
             self.parts[name] = self.parts[name]._replace(transform=support_map(real))
+
+    @torch.no_grad()
+    def release_moving(self, call: Call) -> list[str]:
+        """Release the sites whose supports have a bound that depends on latent variables, or is trained; return these.
+
+        Cost: one run of the model if a support has a tensor for a bound, and none if all bounds are plain numbers.
+        """
+        before = {name: list(tensors_of(part.site["fn"].support)) for name, part in self.parts.items()}
+        if not any(before.values()):
+            return []
+        moved = {
+            name: part.transform(part.transform.inv(part.site["value"]) + STEP) for name, part in self.parts.items()
+        }
+        try:
+            with poutine.block(), seeded(0, self.idle.device):
+                sites = sample_sites(call.conditioned(moved))
+        except FAILURES:
+            sites = {}
+        moving = []
+        for name, bounds in before.items():
+            now = list(tensors_of(sites[name]["fn"].support)) if name in sites else bounds
+            is_same = len(now) == len(bounds) and all(map(torch.equal, now, bounds))
+            if not is_same or any(bound.requires_grad for bound in bounds):
+                moving.append(name)
+        self.release(moving)
+        return moving
 
     def initial(self) -> Tensor:
         """Return the values of the prototype as one vector, (D,)."""
@@ -418,16 +445,3 @@ def _transform_of(who: str, name: str, site: Site) -> Transform:
             f"{who} knows no map from real numbers to the support of site {name}, {support}: "
             "reparameterise it with pyro.poutine.reparam."
         ) from None
-
-
-def within_reach(transform: Transform, unconstrained: Tensor) -> Tensor:
-    """Clamp scales away from 0 and infinity, at which a model would raise for one draw among many."""
-    while isinstance(transform, (IndependentTransform, ComposeTransform)):
-        parts = transform.parts if isinstance(transform, ComposeTransform) else [transform.base_transform]
-        if not parts:
-            return unconstrained
-        transform = parts[0]
-    if not isinstance(transform, (ExpTransform, SigmoidTransform)):
-        return unconstrained
-    reach = REACH.get(unconstrained.dtype, 10.0)
-    return unconstrained.clamp(-reach, reach)

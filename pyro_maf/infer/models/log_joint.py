@@ -24,6 +24,7 @@ from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.models.enumeration import is_enumerated, log_densities, total_by_draw
 from pyro_maf.infer.models.mapped import mapped
 from pyro_maf.infer.models.model import (
+    FAILURES,
     Args,
     Call,
     Kwargs,
@@ -42,10 +43,7 @@ from pyro_maf.infer.models.plates import (
     subsampled,
 )
 
-__all__ = ["FAILURES", "LogJoint"]
-
-FAILURES = (ValueError, ArithmeticError, RuntimeError)
-"""Errors of models and distributions for a value that cannot be scored, linear algebra included."""
+__all__ = ["LogJoint"]
 
 SEEDS = 8
 """Number of seeds under which a model that draws random numbers is run, to test if its density depends on them."""

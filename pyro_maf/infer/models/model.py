@@ -26,6 +26,7 @@ from torch.distributions import Distribution
 from pyro_maf._core.progress import Bar
 
 __all__ = [
+    "FAILURES",
     "Args",
     "Call",
     "Frame",
@@ -56,6 +57,9 @@ Guide = Callable[..., object]
 
 Args = tuple[object, ...]
 Kwargs = Mapping[str, object]
+
+FAILURES = (ValueError, ArithmeticError, RuntimeError)
+"""Errors of models and distributions for a value that cannot be scored, linear algebra included."""
 
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "learning_rate": ("lr", "rate", "step_size"),

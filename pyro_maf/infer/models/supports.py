@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, cast
 
@@ -12,9 +12,18 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to
 from torch.distributions.constraints import Constraint
-from torch.distributions.transforms import IndependentTransform
+from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform, SigmoidTransform
 
-__all__ = ["bounds_of", "described_support", "entry_map", "support_between", "support_map", "support_of"]
+__all__ = [
+    "bounds_of",
+    "described_support",
+    "entry_map",
+    "support_between",
+    "support_map",
+    "support_of",
+    "tensors_of",
+    "within_reach",
+]
 
 PLAIN = (
     "real",
@@ -42,6 +51,9 @@ BOUNDED = {
     "half_open_interval": ("lower_bound", "upper_bound"),
 }
 """Constraints with bounds, and the names of these."""
+
+REACH = {torch.float32: 40.0, torch.float64: 300.0}
+"""Maximum absolute logarithm of a scale; its exponential can be squared and divided by."""
 
 MIXTURE = getattr(constraints, "MixtureSameFamilyConstraint", ())
 """Class of the supports of mixtures; none before torch 2.8, where a mixture has the support of its components."""
@@ -144,6 +156,28 @@ def _of_entries(support: Constraint) -> Constraint:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support
+
+
+def within_reach(transform: Transform, unconstrained: Tensor) -> Tensor:
+    """Clamp scales away from 0 and infinity, at which a model would raise for one draw among many."""
+    while isinstance(transform, (IndependentTransform, ComposeTransform)):
+        parts = transform.parts if isinstance(transform, ComposeTransform) else [transform.base_transform]
+        if not parts:
+            return unconstrained
+        transform = parts[0]
+    if not isinstance(transform, (ExpTransform, SigmoidTransform)):
+        return unconstrained
+    reach = REACH.get(unconstrained.dtype, 10.0)
+    return unconstrained.clamp(-reach, reach)
+
+
+def tensors_of(value: object) -> Iterator[Tensor]:
+    """Iterate over the tensors of a constraint."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Constraint, list, tuple)):
+        for item in vars(value).values() if isinstance(value, Constraint) else value:
+            yield from tensors_of(item)
 
 
 def bounds_of(support: Constraint) -> tuple[str, list[float | Tensor]]:

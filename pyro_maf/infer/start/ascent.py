@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from pyro_maf.infer.models.double_precision import Score, is_resolved, nudged, widened
-from pyro_maf.infer.models.log_joint import FAILURES
+from pyro_maf.infer.models.model import FAILURES
+from pyro_maf.infer.start.normal import Normal
 
-__all__ = ["Ascents", "Normal", "Place"]
+__all__ = ["Ascents", "Place"]
 
 CONVERGED = 1e-4
 """Gain of a step, in nats, below which an ascent ends."""
@@ -26,26 +27,6 @@ HALVINGS = 12
 HISTORY = 20
 QUASI_STEPS = 4
 """BFGS iterations in place of one of Newton's."""
-
-
-class Normal(NamedTuple):
-    """A normal distribution: location (D,) and lower triangular factor (D, D) of the covariance."""
-
-    loc: Tensor
-    scale_tril: Tensor
-
-    @classmethod
-    def isotropic(cls, loc: Tensor, scale: float) -> Normal:
-        """Return a normal with the same scale in every direction."""
-        return cls(loc, scale * torch.eye(len(loc), dtype=loc.dtype, device=loc.device))
-
-    def to(self, like: Tensor) -> Normal:
-        """Convert both to the dtype and device of a tensor."""
-        return Normal(self.loc.to(like), self.scale_tril.to(like))
-
-    def of_noise(self, noise: Tensor) -> Tensor:
-        """Return the points, (rows, D), of standard normal noise."""
-        return self.loc + noise @ self.scale_tril.T
 
 
 class Curvature:
@@ -99,9 +80,14 @@ class _Quasi:
     def update(self, moved: Tensor, gradient: Tensor) -> None:
         """Update the estimate after a step."""
         bent, self.gradient = self.gradient - gradient, gradient
-        if self._updates % HISTORY == 0 and _is_convex(moved, bent):  # forget the curvature of points far away
-            self.covariance = torch.eye(len(moved)).to(moved) * ((moved @ bent) / (bent @ bent))
-        self.covariance = _quasi_newton(self.covariance, moved, bent)
+        along, square = moved @ bent, bent @ bent
+        if along > 1e-8 * square:  # the curvature is positive
+            if self._updates % HISTORY == 0:  # forget the curvature of points far away
+                self.covariance = torch.eye(len(moved)).to(moved) * (along / square)
+            projected = self.covariance @ bent
+            outer = torch.outer(moved, projected) / along
+            gain = (1 + (bent @ projected) / along) / along
+            self.covariance = self.covariance - (outer + outer.T) + gain * torch.outer(moved, moved)
         self._updates += 1
 
     def normal(self, loc: Tensor) -> Normal | None:
@@ -244,21 +230,6 @@ class Ascents:
                 self.locs[row], self.values[row] = loc, value
             if not gain >= CONVERGED:
                 self.active[row] = False
-
-
-def _is_convex(moved: Tensor, bent: Tensor) -> bool:
-    """Test if the curvature along a step is positive, so that BFGS may use it."""
-    return bool(moved @ bent > 1e-8 * (bent @ bent))
-
-
-def _quasi_newton(inverse: Tensor, moved: Tensor, bent: Tensor) -> Tensor:
-    """Update an inverse Hessian of -log p, (D, D), by BFGS, by a step and minus the change of the gradient, (D,)."""
-    if not _is_convex(moved, bent):
-        return inverse
-    weight, projected = 1 / (moved @ bent), inverse @ bent
-    outer = torch.outer(moved, projected)
-    along = weight * (1 + weight * (bent @ projected)) * torch.outer(moved, moved)
-    return inverse - weight * (outer + outer.T) + along
 
 
 def _line_search(log_density: Score, locs: Tensor, steps: Tensor, vectorised: bool) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,9 @@ from pyro_maf.infer.models.coordinates import Coordinates
 from pyro_maf.infer.models.double_precision import Score, in_double, promoted
 from pyro_maf.infer.models.latents import Latents
 from pyro_maf.infer.models.location_scale import LocationScale
-from pyro_maf.infer.models.log_joint import FAILURES
-from pyro_maf.infer.models.model import Call
+from pyro_maf.infer.models.model import FAILURES, Call
 from pyro_maf.infer.start.initialization import best_normal
-from pyro_maf.infer.start.mean_field import RATE, diagonal_normal, fixed_noise, narrow_place, second_derivatives
+from pyro_maf.infer.start.normal import RATE, diagonal_normal, fixed_noise, narrow_place, second_derivatives
 
 __all__ = ["fit_degrees", "normal_sites"]
 

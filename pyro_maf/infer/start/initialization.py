@@ -16,11 +16,11 @@ from torch import Tensor
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.models.double_precision import Score, in_double, is_resolved, nudged, promoted
 from pyro_maf.infer.models.latents import UNIFORM
-from pyro_maf.infer.start.ascent import Ascents, Normal, Place
-from pyro_maf.infer.start.mean_field import DRAWS, diagonal_normal, fixed_noise, narrow_place
+from pyro_maf.infer.start.ascent import Ascents, Place
 from pyro_maf.infer.start.modes import End, Start, bounds_of, covering, different, distance
+from pyro_maf.infer.start.normal import DRAWS, Normal, diagonal_normal, fixed_noise, narrow_place
 
-__all__ = ["DENSE", "Normal", "Start", "best_normal", "best_start", "other_points"]
+__all__ = ["DENSE", "Start", "best_normal", "best_start", "other_points"]
 
 ITERATIONS, OTHERS_ITERATIONS = 300, 100
 PATIENCE, GAIN = 20, 1e-3
@@ -28,7 +28,7 @@ PATIENCE, GAIN = 20, 1e-3
 LEAST_ITERATIONS = 30
 """Iterations of the other ascents in any case, though the first has ended."""
 BETTER = 1.0
-"""Nats by which the normal of another ascent has to be better, where it is not at a mode of its own."""
+"""Nats by which the normal of another ascent has to be better, for a model that has to be run for each row."""
 ISOTROPIC = (1.0, 0.1)
 DENSE = 200
 """Maximum number of dimensions for which there are matrices with a row for each."""
@@ -47,8 +47,6 @@ POOL = 64
 """Number of points of which the starting points in that cube are chosen."""
 MOST_MODES, MOST_IMAGES = 8, 24
 """Maximum number of modes whose images under symmetries are looked at, and of these."""
-BLOCK = 12
-"""Number of places of an ascent whose candidates are tried in one batch."""
 
 
 def best_normal(log_density: Score, loc: Tensor, *, vectorised: bool = True) -> Normal:
@@ -169,16 +167,13 @@ def _start(
                 normal, bound = other, other_bound
     if not (vectorised and len(others)):
         return Start.single(normal)
-    other, other_bound = search.best_of_others()
-    if other_bound > bound + BETTER:
-        normal, bound = other, other_bound
     modes = different(log_density, search.ends())
     if images is not None and modes:
         moved = images(torch.stack([mode.loc for mode in modes[:MOST_MODES]]))[:MOST_IMAGES]
         if len(moved):
             # Not only moved themselves: in unconstrained space a symmetry may bend, and the mode is near its image.
             modes = different(log_density, [*modes, *_Search(log_density, moved, vectorised).ascended()])
-    return Start.single(normal) if len(modes) < 2 else _of_modes(log_density, modes, normal, bound)
+    return _of_modes(log_density, modes, normal, bound) if modes else Start.single(normal)
 
 
 def _of_modes(log_density: Score, modes: list[End], normal: Normal, bound: float) -> Start:
@@ -235,15 +230,6 @@ class _Search:
         rows.sort(key=lambda row: -float(ascents.values[row]))
         normals = {row: ascents.paths[row][-1].normals() for row in rows}
         return [End(ascents.locs[row], float(ascents.values[row]), normals[row]) for row in rows if normals[row]]
-
-    def best_of_others(self) -> tuple[Normal, float]:
-        """The best normal along the ascent, other than the first, whose end has the best one, and its bound."""
-        paths = self._ascents.paths[1:]
-        ends = [self._best_of(_candidates(path[-1]))[1] for path in paths]
-        path = paths[max(range(len(ends)), key=ends.__getitem__)]
-        blocks = [path[start : start + BLOCK] for start in range(0, len(path), BLOCK)]
-        found = [self._best_of([each for place in block for each in _candidates(place)]) for block in blocks]
-        return max(found, key=lambda normal_and_bound: normal_and_bound[1])
 
     def _all_along(self) -> None:
         """Ascend, and try the candidates of every point of the first ascent."""

@@ -1,19 +1,36 @@
-"""Modes at the ends of ascents: which are different, and which hold a part of the probability that matters."""
+"""Modes at the ends of ascents: which are different, which matter, and their images under exchanges of labels."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain, combinations, compress, permutations
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.models.double_precision import Score
-from pyro_maf.infer.start.ascent import Normal
-from pyro_maf.infer.start.mean_field import fixed_noise
+from pyro_maf.infer.models.model import FAILURES
+from pyro_maf.infer.models.posterior import Posterior
+from pyro_maf.infer.start.normal import Normal, fixed_noise
 
-__all__ = ["MOST", "End", "Start", "bounds_of", "covering", "different", "distance"]
+__all__ = [
+    "MOST",
+    "NEGLIGIBLE",
+    "End",
+    "Start",
+    "bounds_of",
+    "covering",
+    "different",
+    "distance",
+    "exchanges",
+    "images",
+]
 
 APART = 1.0
 """Distance, in standard deviations of either's normal, within which two ends are one mode."""
@@ -26,6 +43,20 @@ MOST = 8
 EVIDENCE_DRAWS = 256
 EVEN = 0.2
 """Part of the shares that is distributed evenly, as the evidence of a normal is a rough estimate."""
+MOST_LABELS = 8
+"""Maximum number of entries of an axis, and of sites, that are taken for labels."""
+ALL_ORDERS = 4
+"""Maximum number of labels of which all orders are returned; of more, those that exchange two."""
+PROBES = 4
+"""Number of points at which the density is compared."""
+NEAR = 0.1
+"""Spread of these points, and the distance from which on an image is elsewhere."""
+
+Values = Mapping[str, Tensor]
+"""The value of each latent site, draws along the first dimension."""
+Exchange = Callable[[Values], dict[str, Tensor]]
+Label = tuple[tuple[str, int | None, int], ...]
+"""What a label is of: sites, each with an axis counted from the right and the index along it, or None for all of it."""
 
 
 class End(NamedTuple):
@@ -126,3 +157,93 @@ def covering(log_density: Score, normals: Sequence[Normal], bounds: Sequence[flo
     shares = (1 - EVEN) * shares + EVEN / len(covered)
     kept = tuple(normals[index] for index in covered)
     return Start(kept, shares.to(kept[0].loc), missed=len(within) - len(covered))
+
+
+@torch.no_grad()
+def images(posterior: Posterior, latents: Tensor) -> Tensor:
+    """Return the images, (images, D), of latent vectors under exchanges of labels, as far as they are elsewhere."""
+    with seeded(0, latents.device):
+        noise = torch.randn(PROBES, latents.shape[1]).to(latents)
+    probes, padded = (posterior.unpacked(each)[0] for each in (latents[:1] + NEAR * noise, latents))
+    values = {name: padded[name].reshape(-1, *shape) for name, shape in posterior.shapes.items()}
+    try:
+        symmetries = exchanges(posterior.joint, probes, posterior.shapes)
+        found = [posterior.packed(exchange(values)) for exchange in symmetries]
+    except (*FAILURES, IndexError):
+        return latents[:0]
+    return torch.cat([latents[:0], *(image[(image - latents).abs().amax(1) > NEAR] for image in found)])
+
+
+def exchanges(
+    log_joint: Callable[[Values], Tensor], values: Values, events: Mapping[str, torch.Size]
+) -> list[Exchange]:
+    """Return the exchanges of labels that leave the density of a model as it is.
+
+    An axis of up to eight entries may be one of labels, together with the axes of that length of other sites, the first
+    of each or the last. Up to eight sites of one shape may be labels too, each alone, or with those of the same number
+    in their names, as m0 with s0. Labels are alike if the density is the same, at some points, with each in the place
+    of the first; it is then under every order.
+
+    Args:
+        log_joint: Log joint density as a function of the values, (draws,).
+        values: Values at which it is compared.
+        events: The shape of each site.
+    """
+    expected = log_joint(values)
+    found: list[Exchange] = []
+    seen: set[tuple[str, int | None, int]] = set()
+    for group in _groups(events) if bool(expected.isfinite().all()) else ():
+        labels = [] if seen.intersection(chain(*group)) else group
+        while len(labels) > 1:
+            first, *others = labels
+            scores = [log_joint(_exchanged((first, other), (1, 0), values)) for other in others]
+            same = [torch.allclose(score, expected, rtol=1e-4, atol=1e-3) for score in scores]
+            alike = [first, *compress(others, same)]
+            seen.update(chain(*alike) if len(alike) > 1 else ())
+            found += [partial(_exchanged, alike, order) for order in _orders(len(alike))]
+            labels = [label for label in labels if label not in alike]
+    return found
+
+
+def _groups(events: Mapping[str, torch.Size]) -> Iterator[list[Label]]:
+    """Groups of what may be labels."""
+    for length in sorted({length for shape in events.values() for length in shape if 2 <= length <= MOST_LABELS}):
+        sites = {name: shape for name, shape in events.items() if length in shape}
+        first = {name: shape.index(length) - len(shape) for name, shape in sites.items()}
+        last = {name: -1 - shape[::-1].index(length) for name, shape in sites.items()}
+        for axes in [first] if first == last else [first, last]:
+            yield [tuple((name, axis, index) for name, axis in axes.items()) for index in range(length)]
+    stems: dict[str, dict[str, str]] = defaultdict(dict)
+    shapes: dict[torch.Size, list[Label]] = defaultdict(list)
+    for name, shape in events.items():
+        shapes[shape].append(((name, None, 0),))
+        if numbered := re.fullmatch(r"(.*?)(\d+)", name):
+            stems[numbered[1]][numbered[2]] = name
+    together: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
+    for names in stems.values():
+        if len({events[name] for name in names.values()}) == 1:
+            together[tuple(sorted(names))].append(names)
+    groups: list[list[Label]] = [*shapes.values()]
+    groups[:0] = [[tuple((each[n], None, 0) for each in several) for n in order] for order, several in together.items()]
+    yield from (group for group in groups if 2 <= len(group) <= MOST_LABELS)
+
+
+def _exchanged(labels: Sequence[Label], order: Sequence[int], values: Values) -> dict[str, Tensor]:
+    """Values with labels in another order."""
+    result = {name: value.clone() for name, value in values.items()}
+    for label, place in zip(labels, order, strict=True):
+        for (name, axis, index), (source, _, other) in zip(label, labels[place], strict=True):
+            if axis is None:
+                result[name] = values[source]
+            else:
+                result[name].select(axis, index).copy_(values[source].select(axis, other))
+    return result
+
+
+def _orders(labels: int) -> Iterator[tuple[int, ...]]:
+    """Orders of labels other than the usual one."""
+    if labels <= ALL_ORDERS:
+        yield from list(permutations(range(labels)))[1:]
+        return
+    for one, other in combinations(range(labels), 2):
+        yield tuple({one: other, other: one}.get(label, label) for label in range(labels))
