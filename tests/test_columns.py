@@ -406,6 +406,17 @@ def test_a_fit_of_a_table_is_resumed_to_the_same_weights(tmp_path: Path) -> None
 
 @ON_GRID
 @ENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_of_rounded_numbers_equal_those_of_the_data(dtype: torch.dtype) -> None:
+    random = np.random.default_rng(0)
+    frame = pd.DataFrame({"x": random.normal(size=600), "rounded": random.normal(10.0, 2.0, 600).round(1)})
+    drawn: Any = fit(MAF(2, **SMALL).to(dtype), frame, **{**QUICK, "max_epochs": 1}).sample(200)["rounded"]
+    assert drawn.dtype == np.float64
+    assert (drawn == drawn.round(1)).all()  # 23.7, which is 23.700000762939453 in float32
+
+
+@ON_GRID
+@ENDS
 def test_a_series_with_a_name_is_drawn_in_its_dtype() -> None:
     series = pd.Series(np.random.default_rng(0).poisson(20, 300), name="count")
     assert fit(series, **{**QUICK, "max_epochs": 1}).sample(4)["count"].dtype == series.dtype

@@ -1190,6 +1190,12 @@ def test_an_encoder_that_returns_no_features_is_refused(context: Any) -> None:
         AutoIAF(counting, encoder=lambda: context).setup()
 
 
+def test_an_encoder_without_its_arguments_is_named() -> None:
+    guide = AutoIAF(of_data, encoder=Summary(), **SMALL).setup(torch.ones(3))
+    with pytest.raises(TypeError, match=r"AutoIAF expected the arguments of the model for its encoder, encoder\("):
+        guide.rsample((10,))
+
+
 def test_a_support_without_a_bijection_is_named() -> None:
     class _Ring(constraints.Constraint):
         event_dim = 1

@@ -317,6 +317,16 @@ def test_log_densities_share_their_bins_and_leave_out_what_is_not_finite():
         (lambda: plotting.contours({}, WINDOW), ValueError, r"at least one density, got none"),
         (lambda: plotting.contours({"f": FigureOne()}, ((0, 0), (0, 1))), ValueError, r"low < high .*got \(0, 0\)"),
         (lambda: plotting.losses({}), ValueError, r"at least one result, got none"),
+        (lambda: plotting.losses(result([3.0, 2.0])), TypeError, r"losses expected results by name, .*got FitResult"),
+        (lambda: plotting.contours(FigureOne(), WINDOW), TypeError, r"contours expected densities by name.*FigureOne"),
+        (lambda: plotting.noise(MAF(2), torch.zeros(5, 2)), TypeError, r"noise expected densities by name.*got MAF"),
+        (lambda: plotting.scatter(*torch.zeros(2, 5, 2)), TypeError, r"scatter expected samples by name.*got Tensor"),
+        (lambda: plotting.image_grid(torch.zeros(5, 64)), TypeError, r"image_grid expected images by name.*got Tensor"),
+        (
+            lambda: plotting.log_densities(torch.zeros(5)),
+            TypeError,
+            r"log_densities expected heights by name",
+        ),
         (
             lambda: plotting.image_grid({"Data": torch.zeros(5, 63)}),
             ValueError,

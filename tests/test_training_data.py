@@ -336,7 +336,7 @@ BAD_DATA: dict[str, tuple[Any, type[Exception], str]] = {
     "too few rows": (ROWS[:9], ValueError, "fit expected at least 10 rows of data, got 9."),
     "ragged": ([[1, 2], [3]], ValueError, "fit expected data to be a table, got rows of different lengths."),
     "None": (None, TypeError, f"{NOT_A_TABLE} NoneType of object."),
-    "text": ("rows.csv", TypeError, f"{NOT_A_TABLE} str of <U8."),
+    "text": ("rows.csv", TypeError, f"{NOT_A_TABLE} str of <U8: pyro_maf.datasets.read_table reads a file."),
     "a sampler": (
         MCMC(HMC(lambda: None), 1),
         TypeError,
@@ -425,6 +425,7 @@ BAD_CONTEXT: dict[str, tuple[Any, type[Exception], str]] = {
         "fit expected context that varies in every column, got 1.5 in every row of column 'dose': drop that column.",
     ),
     "text": (["a"] * 200, TypeError, "fit expected context to be a tensor, array or data frame of numbers, got list"),
+    "name": ("dose", TypeError, "got str of <U4: pass the columns, as frame[['dose']]"),
 }
 
 
@@ -432,6 +433,10 @@ BAD_CONTEXT: dict[str, tuple[Any, type[Exception], str]] = {
 def test_a_bad_context_is_refused(context: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         fit(small_conditional(), ROWS, context=context, **QUICK)
+
+
+def test_data_may_be_named() -> None:
+    assert torch.equal(fit(data=ROWS, **QUICK).score(ROWS), fit(ROWS, **QUICK).score(ROWS))
 
 
 def test_a_superfluous_context_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar, TypeAlias, cast
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from pyro_maf._core.messages import shown
 from pyro_maf.distributions.categorical import AutoregressiveCategorical
+from pyro_maf.distributions.data_units import has_float64
 from pyro_maf.distributions.density import ConditionalDensity, Density
 from pyro_maf.distributions.flow_prior import FlowPrior
 from pyro_maf.distributions.named_density import Entries, Labels, NamedDensity
@@ -271,8 +273,12 @@ class TableDensity(NamedDensity):
         for column, grid in zip(rows.unbind(-1), self.grids, strict=True):
             if grid is not None:
                 spacing, low, high = grid
-                most = round((high - low) / spacing)
-                column = low + spacing * ((column - low) / spacing).round().clamp(0, most)
+                steps = ((column - low) / spacing).round().clamp(0, round((high - low) / spacing))
+                decimals = _decimals(spacing, low)
+                if decimals is None or not has_float64(column.device):
+                    column = low + spacing * steps
+                else:  # the same number that was rounded: 0.3, and not 3 * 0.1
+                    column = (low + spacing * steps.double()).round(decimals=decimals).to(column.dtype)
             columns.append(column)
         return torch.stack(columns, -1)
 
@@ -294,6 +300,11 @@ class TableDensity(NamedDensity):
         grids = sum(grid is not None for grid in self.grids)
         categories = "" if self.categorical is None else f", {self.categorical.input_dim} of categories"
         return f"{self.name} of {self.input_dim} columns ({grids} on a grid{categories}) around {self.prior!r}"
+
+
+def _decimals(*numbers: float) -> int | None:
+    """How many decimals numbers have, at most 9, or None."""
+    return next((d for d in range(10) if all(math.isclose(round(n, d), n, abs_tol=1e-12) for n in numbers)), None)
 
 
 class DequantisedDensity(Density):

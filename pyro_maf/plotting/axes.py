@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
 
 import torch
@@ -26,6 +26,7 @@ __all__ = [
     "GREY",
     "Window",
     "bins_of",
+    "check_by_name",
     "dimension_names",
     "dots",
     "edges_of",
@@ -123,6 +124,16 @@ def some_rows(who: str, name: str, rows: ArrayLike | Tensor, dims: Sequence[int]
     if rows.dim() != 2 or rows.shape[-1] < least:
         raise ValueError(f"{who} expected {name} of shape (rows, {least} or more), got shape {tuple(rows.shape)}.")
     return rows[:most, list(dims)]
+
+
+def check_by_name(who: str, name: str, value: object) -> None:
+    """Check that a value is a dictionary.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(value, Mapping):
+        raise TypeError(f'{who} expected {name} by name, as {{"MAF": ...}}, got {type(value).__name__}.')
 
 
 def dimension_names(who: str, names: Sequence[str] | None, size: int, symbol: str = "x") -> list[str]:

@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 
 from pyro_maf.distributions import Density
-from pyro_maf.plotting.axes import COLOURS, GREY, POINTS, dimension_names, dots, label, new_panels, some_rows, styled
+from pyro_maf.plotting.axes import (
+    COLOURS,
+    GREY,
+    POINTS,
+    check_by_name,
+    dimension_names,
+    dots,
+    label,
+    new_panels,
+    some_rows,
+    styled,
+)
 from pyro_maf.transforms import Flow
 
 if TYPE_CHECKING:
@@ -53,6 +64,7 @@ def noise(
     Reference:
         Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017, figure 1.
     """
+    check_by_name("noise", "densities", densities)
     some_rows("noise", "data", data, dims)
     for density in densities.values():
         if not isinstance(density, (Flow, Density)):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from pyro_maf.plotting.axes import COLOURS, GREY, Window, edges_of, histogram, label, new_panels, styled
+from pyro_maf.plotting.axes import COLOURS, GREY, Window, check_by_name, edges_of, histogram, label, new_panels, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,6 +52,7 @@ def contours(
         >>> figure.axes[0].get_title()
         'Exact'
     """
+    check_by_name("contours", "densities", densities)
     if not densities:
         raise ValueError("contours expected at least one density, got none.")
     axis1, axis2 = (_axis(*ends) for ends in window)
@@ -90,6 +91,7 @@ def log_densities(heights: Mapping[str, Tensor], *, title: str = "") -> Figure:
         >>> figure.axes[0].get_xlabel()
         'log-density in nats'
     """
+    check_by_name("log_densities", "heights", heights)
     finite = {name: value[value.isfinite()].detach().cpu().double() for name, value in heights.items()}
     if not all(map(len, finite.values())) or not finite:
         raise ValueError("log_densities expected finite log-densities of at least one row of each, got none.")
@@ -126,6 +128,7 @@ def losses(results: Mapping[str, FitResult], *, marks: Mapping[str, float] | Non
         >>> losses({"MAF": result}).axes[0].get_xlabel()
         'epoch'
     """
+    check_by_name("losses", "results", results)
     if not results:
         raise ValueError("losses expected at least one result, got none.")
     figure, (axes,) = new_panels(1, title, width=5.5, height=3.6)

@@ -16,6 +16,7 @@ from pyro_maf.plotting.axes import (
     GREY,
     Window,
     bins_of,
+    check_by_name,
     dimension_names,
     dots,
     histogram,
@@ -53,6 +54,7 @@ def scatter(data: Tensor, samples: Mapping[str, Tensor], *, dims: tuple[int, int
         >>> [axes.get_title() for axes in figure.axes]
         ['Data', 'MAF']
     """
+    check_by_name("scatter", "samples", samples)
     everything = {name: some_rows("scatter", name, rows, dims) for name, rows in {"Data": data, **samples}.items()}
     figure, panels = new_panels(len(everything), title)
     limits = limits_of(everything["Data"])
@@ -159,6 +161,7 @@ def image_grid(images: Mapping[str, Tensor], *, columns: int = 8, title: str = "
         >>> [axes.get_title() for axes in figure.axes]
         ['Data', 'MAF']
     """
+    check_by_name("image_grid", "images", images)
     check_positive("image_grid", "columns", columns)
     sheets = {name: _sheet(name, rows, columns) for name, rows in images.items()}
     figure, panels = new_panels(len(sheets), title)

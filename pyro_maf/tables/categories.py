@@ -156,5 +156,7 @@ def restored(frame: DataFrame, categories: Sequence[Categories], dtypes: Sequenc
             column = type(column)(decoded(column.to_numpy(), among), index=frame.index, dtype=object)
         elif dtype.lower().startswith(("int", "uint")):
             column = column.round()
+        elif (str(column.dtype), dtype) == ("float32", "float64"):
+            column = column.astype(str)  # 23.7 in float32 is 23.7 again, and not 23.700000762939453
         frame.isetitem(place, column.astype(dtype))
     return frame

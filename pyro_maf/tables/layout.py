@@ -339,6 +339,9 @@ def numbers(who: str, name: str, value: TableLike) -> Tensor:
         raise ValueError(f"{who} expected {name} to be a table, got rows of different lengths.") from None
     if array.dtype.kind not in NUMERIC_KINDS:
         advice = ": pass its draws, get_samples()" if hasattr(value, "get_samples") else ""
+        if isinstance(value, str):
+            of_data, of_others = "pyro_maf.datasets.read_table reads a file", f"pass the columns, as frame[[{value!r}]]"
+            advice = f": {of_data if name == 'data' else of_others}"
         raise TypeError(
             f"{who} expected {name} to be a tensor, array or data frame of numbers, "
             f"got {type(value).__name__} of {array.dtype}{advice}."

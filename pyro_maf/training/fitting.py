@@ -49,7 +49,7 @@ VALIDATION_BATCH = 2048
 
 @torch.inference_mode(False)
 def fit(
-    model: Model | DefaultFlow | TableLike | Table,
+    model: Model | DefaultFlow | TableLike | Table | None = None,
     data: TableLike | Table | None = None,
     *,
     context: TableLike | None = None,
@@ -200,11 +200,11 @@ def fit(
     chosen: Model | DefaultFlow = CHOSEN
     if data is None and not isinstance(model, (DefaultFlow, nn.Module, type)):
         data = cast("TableLike | Table", model)
-    else:
+    elif model is not None:
         if not isinstance(model, DefaultFlow):
             _first_weight(model, data)
-        chosen, data = cast("Model | DefaultFlow", model), cast("TableLike | Table", data)
-    source = named_rows("fit", data, context, weights)
+        chosen = cast("Model | DefaultFlow", model)
+    source = named_rows("fit", cast("TableLike | Table", data), context, weights)
     choice = choose(chosen, source, support, context_net=context_net, dequantise=dequantise, seed=seed)
     recipe = choice.recipe
     if batch_size is not None:

@@ -21,7 +21,7 @@ from pyro_maf.infer.guides.mixture import FlowMixture, MixturePosterior
 from pyro_maf.infer.guides.path_gradient import FlowPosterior
 from pyro_maf.infer.models.coordinates import Coordinates
 from pyro_maf.infer.models.latents import Images, Latents, Part
-from pyro_maf.infer.models.model import Args, Call, Kwargs, RefusalError
+from pyro_maf.infer.models.model import Args, Call, Kwargs, RefusalError, check_encoder_call
 from pyro_maf.infer.models.plates import frames_of
 from pyro_maf.transforms import ConditionalFlow, Flow, Stack
 
@@ -75,7 +75,12 @@ class GuideDensity(AutoContinuous):
         return cast("Encoder | None", self._modules.get("encoder", self.__dict__.get("encoder")))
 
     def _context(self, *args: object, **kwargs: object) -> Tensor:
-        context = cast("Encoder", self._encoder)(*args, **kwargs)
+        encoder = cast("Encoder", self._encoder)
+        try:
+            context = encoder(*args, **kwargs)
+        except TypeError:
+            check_encoder_call(self._who, Call(encoder, args, kwargs))
+            raise
         if not isinstance(context, Tensor) or context.dim() == 0:
             raise RefusalError(f"{self._who} expected encoder to return a tensor (*rows, features), got {context!r}.")
         return context

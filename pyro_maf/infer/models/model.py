@@ -37,6 +37,7 @@ __all__ = [
     "Site",
     "Trace",
     "check_call",
+    "check_encoder_call",
     "check_observes_nothing",
     "check_pair",
     "check_set_up_call",
@@ -339,6 +340,20 @@ def check_set_up_call(who: str, call: Call) -> None:
         raise TypeError(
             f"{who} expected the arguments of the model, model({', '.join(names)}), since it is not set "
             f"up yet: {error}; call fit_guide, or guide.setup() with these."
+        )
+
+
+def check_encoder_call(who: str, call: Call) -> None:
+    """Check that the encoder of a guide, the program of a call, takes its arguments.
+
+    Raises:
+        TypeError: If it does not.
+    """
+    if mismatch := _mismatch(call):
+        names, error = mismatch
+        raise TypeError(
+            f"{who} expected the arguments of the model for its encoder, encoder({', '.join(names)}), "
+            f"as in rsample((1000,), *args): {error}."
         )
 
 
