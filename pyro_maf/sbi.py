@@ -26,7 +26,7 @@ from pyro_maf.distributions.context_net import ContextNet
 from pyro_maf.flows import StackOptions
 from pyro_maf.nn import compress_tails, default_hidden_dims
 from pyro_maf.support import Support, SupportLike
-from pyro_maf.tables.moments import context_moments_of, moments_of
+from pyro_maf.tables.moments import Moments, context_moments_of, moments_of
 from pyro_maf.transforms import Stack
 
 require("pyro_maf.sbi", "sbi")
@@ -172,13 +172,15 @@ def posterior_nn(
         flow: "nsf", "maf", "iaf" or "realnvp"; or a class of stacks, such as `pyro_maf.MAF`.
         embedding_net: From standardised x, (rows, \*x_shape), to features (rows, C), trained with the flow; by default
             x itself, flattened and with compressed tails, and statistics of it by two hidden layers, or
-            three wider ones for four variables or more.
-        support: Support of theta, as in `FlowPrior`, such as ["positive", "unit_interval"]. Draws are inside.
+            three wider ones for four variables or more. It may mask NaN, which means and scales of x leave out.
+        support: Support of theta, as in `FlowPrior`, such as ["positive", "unit_interval"], or `prior.support`. Draws
+            are inside.
         options: Options of the flow: `num_layers`, by default 5, or 3 for an "nsf" of four variables or more,
             `hidden_dims`, `activation`, `order`, ...
 
     Raises:
-        ValueError: For an unknown flow; when built, for simulations outside the support.
+        ValueError: For an unknown flow; when built, for simulations outside the support, and NaN or infinite x without
+            an `embedding_net`.
 
     Example:
         >>> theta = torch.randn(50, 2)
@@ -240,7 +242,7 @@ def _builder(
         net = embedding_net
         if net is None:
             net = Statistics(shape.numel(), 3 * [2 * width] if is_many else 2 * [width]).to(conditions)
-        context = context_moments_of(conditions.cpu().flatten(1), together=len(shape) > 1)
+        context = _context_moments(who, conditions, embedding_net)
         embedding = ContextNet(who, net, shape)
         stack: StackOptions = {"num_layers": 3, **options} if flow == "nsf" and is_many else options
         density = FlowPrior(
@@ -255,6 +257,21 @@ def _builder(
         return FlowEstimator(density)
 
     return build
+
+
+def _context_moments(who: str, conditions: Tensor, embedding_net: nn.Module | None) -> Moments:
+    """Moments of conditions, of which NaN marks what is missing, such as trials that an embedding masks."""
+    flat = conditions.cpu().flatten(1)
+    if embedding_net is None and not (finite := flat.isfinite().all(1)).all():
+        raise ValueError(
+            f"{who} expected finite conditions, or an embedding_net that masks what is missing, got NaN or infinity in "
+            f"row {int(finite.int().argmin())}."
+        )
+    columns = flat.unbind(1) if conditions.dim() == 2 else (flat.flatten(),)
+    entries = [column[column.isfinite()] if column.isfinite().any() else column.new_zeros(1) for column in columns]
+    each = [context_moments_of(column[:, None], together=True) for column in entries]
+    loc, scale = (torch.cat(parts).expand(flat.shape[1]) for parts in zip(*each, strict=True))
+    return Moments(loc, scale)
 
 
 def _space(who: str, support: SupportLike, values: Tensor) -> Support:

@@ -26,6 +26,7 @@ SupportLike: TypeAlias = SupportOfColumn | Sequence[SupportOfColumn] | Mapping[A
 
 SIMPLEX = "simplex"
 
+ENDS = {"lower_bound": -math.inf, "upper_bound": math.inf}
 BOUNDED_CONSTRAINTS = tuple(
     map(type, (constraints.interval(0, 1), constraints.greater_than(0), constraints.less_than(0)))
 )
@@ -184,10 +185,15 @@ for registry in (biject_to, transform_to):
 
 def _names(who: str, support: object, input_dim: int) -> tuple[str, ...]:
     """A name for each of the D columns of z."""
-    if isinstance(support, Columns):
+    if isinstance(support, constraints.independent) and support.event_dim <= 1:
+        support = support.base_constraint
+    if isinstance(support, constraints.cat):
         ordered = type(constraints.ordered_vector)
         parts = [f"{ORDERED}({place})" if type(part) is ordered else part for place, part in enumerate(support.cseq)]
-        support = [part for part, length in zip(parts, support.lengths, strict=True) for _ in range(length)]
+        each = (_names(who, part, length) for part, length in zip(parts, support.lengths, strict=True))
+        support = [name for names in each for name in names]
+    elif type(support) in BOUNDED_CONSTRAINTS and not _are_numbers(support):
+        support = _bounds_of_columns(support, input_dim)
     if isinstance(support, Sequence) and not isinstance(support, str) and not _is_pair(support):
         names = tuple(_name(who, each) for each in support)
         if SIMPLEX in names and names != (SIMPLEX,):
@@ -201,6 +207,14 @@ def _names(who: str, support: object, input_dim: int) -> tuple[str, ...]:
             )
         return names
     return (_name(who, support),) * input_dim
+
+
+def _bounds_of_columns(support: object, input_dim: int) -> list[tuple[float, float]]:
+    """Bounds of the columns of a constraint with bounds in tensors, (D,) or of one number, as of a uniform prior."""
+    ends = [torch.as_tensor(getattr(support, name, inf)) for name, inf in ENDS.items()]
+    low, high = (end.flatten() for end in torch.broadcast_tensors(*ends))
+    repeats = input_dim if len(low) == 1 else 1
+    return repeats * [*zip(low.tolist(), high.tolist(), strict=True)]
 
 
 def _name(who: str, support: object) -> str:
@@ -268,7 +282,7 @@ def _bounds(support: object) -> tuple[float, float] | None:
         except ValueError:
             return None
         return low, high
-    of_constraint = tuple(getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
+    of_constraint = tuple(getattr(support, name, None) for name in ENDS)
     return _bounds(of_constraint) if type(support) in BOUNDED_CONSTRAINTS and _is_pair(of_constraint) else None
 
 

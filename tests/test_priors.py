@@ -234,6 +234,16 @@ def test_compiles_whole_and_under_vmap(support: Any) -> None:
         (["ordered(a)", "ordered(a)"], "ordered"),
         ([constraints.real, "unit_interval"], ("real", "unit_interval")),
         (FlowPrior(MAF(2), support=["real", "positive"]).support, ("real", "positive")),
+        (dist.Uniform(0.0, torch.ones(2)).to_event(1).support, "unit_interval"),
+        (constraints.greater_than(torch.tensor(1.0)), "greater_than(1.0)"),
+        (
+            constraints.independent(constraints.less_than(torch.tensor([1.0, 2.0])), 1),
+            ("less_than(1.0)", "less_than(2.0)"),
+        ),
+        (
+            constraints.cat([constraints.interval(torch.zeros(1), 3.0), constraints.positive], -1, [1, 1]),
+            ("interval(0.0, 3.0)", "positive"),
+        ),
     ],
 )
 def test_constraints_are_known_by_name(given: Any, name: Any, tmp_path: Path) -> None:
@@ -323,7 +333,8 @@ def test_groups_of_ordered_columns_are_told_apart(tmp_path: Path) -> None:
             "negative",
             "expected support to be one of real, positive, unit_interval, ordered, angle, simplex, .* got 'negative'",
         ),
-        (constraints.greater_than(torch.tensor([1.0, 2.0])), r"got GreaterThan\(lower_bound="),
+        (constraints.greater_than(torch.tensor([1.0, 2.0, 3.0])), r"for each of 2 columns, got \['greater_than\(1"),
+        (constraints.interval(torch.tensor([0.0, 1.0]), 1.0), r"got \(1\.0, 1\.0\)"),
         ((5, 5), r"a pair of bounds \(low, high\), .* got \(5, 5\)"),
         ("interval(2, one)", r"got 'interval\(2, one\)'"),
         (constraints.nonnegative, "expected support to be one of"),

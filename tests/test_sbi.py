@@ -112,6 +112,9 @@ def test_draws_are_inside_the_support() -> None:
     assert (draws > 0).all()
     assert (draws[..., 0] < 1).all()
     assert estimator.log_prob(torch.tensor([[1.5, 0.5]]), theta[:1]).item() == -torch.inf
+    uniform = dist.Uniform(torch.zeros(2), torch.tensor([1.0, 2.0])).to_event(1)
+    builder = posterior_nn("maf", support=uniform.support, **TINY)
+    assert uniform.support.check(shaken(builder(theta, theta)).sample(torch.Size([500]), theta[:2])).all()
     with pytest.raises(ValueError, match="expected values inside the support"):
         posterior_nn("maf", support="positive", **TINY)(theta - 0.5, theta)
     with pytest.raises(ValueError, match=r"'unit_interval', got \[5\."):
@@ -141,6 +144,24 @@ def test_images_pass_an_embedding_that_trains_with_the_flow() -> None:
     assert estimator.sample(torch.Size([3]), x[:2]).shape == (3, 2, 2)
     estimator.loss(theta, x).mean().backward()
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in network.parameters())
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (12,)])
+def test_an_embedding_may_mask_what_is_missing(shape: tuple[int, ...]) -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.nan_to_num(0.0).flatten(1)
+
+    theta, _ = simulations()
+    x = 5 + 2 * torch.randn(60, *shape, generator=torch.Generator().manual_seed(0))
+    x[::3, -1] = torch.nan
+    estimator = posterior_nn("maf", embedding_net=Masked(), **TINY)(theta, x)
+    seen = estimator.net.features(x.flatten(1))
+    assert seen.isfinite().all()
+    assert seen.std().item() == pytest.approx(1.0, abs=0.2)
+    assert shaken(estimator).sample(torch.Size([3]), x[:2]).isfinite().all()
+    with pytest.raises(ValueError, match="an embedding_net that masks what is missing, got NaN or infinity in row 0"):
+        posterior_nn("maf", **TINY)(theta, x)
 
 
 def test_likelihoods_model_the_simulations() -> None:
