@@ -28,7 +28,7 @@ PATIENCE, GAIN = 20, 1e-3
 LEAST_ITERATIONS = 30
 """Iterations of the other ascents in any case, though the first has ended."""
 BETTER = 1.0
-"""Nats by which the normal of another ascent has to be better, for a model that has to be run for each row."""
+"""Nats by which the normal of another ascent has to be better, where it is not at a mode of its own."""
 ISOTROPIC = (1.0, 0.1)
 DENSE = 200
 """Maximum number of dimensions for which there are matrices with a row for each."""
@@ -47,6 +47,8 @@ POOL = 64
 """Number of points of which the starting points in that cube are chosen."""
 MOST_MODES, MOST_IMAGES = 8, 24
 """Maximum number of modes whose images under symmetries are looked at, and of these."""
+BLOCK = 12
+"""Number of places of an ascent whose candidates are tried in one batch."""
 
 
 def best_normal(log_density: Score, loc: Tensor, *, vectorised: bool = True) -> Normal:
@@ -160,20 +162,22 @@ def _start(
     """Return the initialization, in the dtype of `loc`."""
     search = _Search(log_density, torch.cat([loc[None], others]) if vectorised else loc[None], vectorised)
     normal, bound = search.best(proposals)
-    if not vectorised:
-        for point in others:
-            other, other_bound = _Search(log_density, point[None], False, ALONE_BY_OTHER).best(())
-            if other_bound > bound + BETTER:
-                normal, bound = other, other_bound
+    for point in others if not vectorised else ():
+        other, other_bound = _Search(log_density, point[None], False, ALONE_BY_OTHER).best(())
+        if other_bound > bound + BETTER:
+            normal, bound = other, other_bound
     if not (vectorised and len(others)):
         return Start.single(normal)
+    other, other_bound = search.best_of_others()
+    if other_bound > bound + BETTER:
+        normal, bound = other, other_bound
     modes = different(log_density, search.ends())
     if images is not None and modes:
         moved = images(torch.stack([mode.loc for mode in modes[:MOST_MODES]]))[:MOST_IMAGES]
         if len(moved):
             # Not only moved themselves: in unconstrained space a symmetry may bend, and the mode is near its image.
             modes = different(log_density, [*modes, *_Search(log_density, moved, vectorised).ascended()])
-    return _of_modes(log_density, modes, normal, bound) if modes else Start.single(normal)
+    return Start.single(normal) if len(modes) < 2 else _of_modes(log_density, modes, normal, bound)
 
 
 def _of_modes(log_density: Score, modes: list[End], normal: Normal, bound: float) -> Start:
@@ -230,6 +234,15 @@ class _Search:
         rows.sort(key=lambda row: -float(ascents.values[row]))
         normals = {row: ascents.paths[row][-1].normals() for row in rows}
         return [End(ascents.locs[row], float(ascents.values[row]), normals[row]) for row in rows if normals[row]]
+
+    def best_of_others(self) -> tuple[Normal, float]:
+        """The best normal along the ascent, other than the first, whose end has the best one, and its bound."""
+        paths = self._ascents.paths[1:]
+        ends = [self._best_of(_candidates(path[-1]))[1] for path in paths]
+        path = paths[max(range(len(ends)), key=ends.__getitem__)]
+        blocks = [path[start : start + BLOCK] for start in range(0, len(path), BLOCK)]
+        found = [self._best_of([each for place in block for each in _candidates(place)]) for block in blocks]
+        return max(found, key=lambda normal_and_bound: normal_and_bound[1])
 
     def _all_along(self) -> None:
         """Ascend, and try the candidates of every point of the first ascent."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf.infer.models.coordinates import Coordinates, coordinates_of
-from pyro_maf.infer.models.latents import UNIFORM, Latents
+from pyro_maf.infer.models.latents import Latents
 from pyro_maf.infer.models.model import Call, RefusalError, Trace
 from pyro_maf.infer.models.posterior import Posterior
 from pyro_maf.infer.start.degrees import fit_degrees, normal_sites
@@ -52,8 +52,6 @@ def start_of(
         )
     loc = latents.initial() if posterior is None else posterior.centre
     if coordinates is not None:
-        if posterior is not None and not start_is_chosen:
-            loc = _moderate(posterior, loc)
         values = {name: value[0] for name, value in latents.sites(loc[None], torch.Size([1])).items()}
         loc = coordinates.centre(latents, values, call)
     if scale is not None or posterior is None or not posterior.is_complete:
@@ -78,13 +76,6 @@ def start_of(
     if len(normals) == 1:
         coordinates.normal = normal_sites(coordinates, latents, posterior, normals[0].of_noise)
     return near, coordinates
-
-
-@torch.no_grad()
-def _moderate(posterior: Posterior, loc: Tensor) -> Tensor:
-    """Return a point, or the nearest one of the cube in which NUTS is started if that is more probable."""
-    points = torch.stack([loc, loc.clamp(-UNIFORM, UNIFORM)])
-    return points[int(posterior(points).argmax())]
 
 
 def _start_near(posterior: Posterior, place: Tensor, proposals: list[Normal], is_chosen: bool) -> Start | WideNormal:
