@@ -196,10 +196,13 @@ def wide_start(score: Score, place: Tensor) -> WideNormal:
     loc, log_scale = diagonal_normal(score, place, STEPS)
     search = _Search(score, WideNormal.diagonal(loc, log_scale.exp()))
     try:
-        for shaped in (_linked, _curved):
-            for _ in range(MOST_ROUNDS):
-                if not search.tries(_fitted(score, shaped(score, search.best))):
-                    break
+        for _ in range(MOST_ROUNDS):
+            linked = _linked(score, search.best)
+            if not (search.tries(linked) | search.tries(_fitted(score, linked))):
+                break
+        for _ in range(MOST_ROUNDS):
+            if not search.tries(_fitted(score, _curved(score, search.best))):
+                break
     except FAILURES:  # such as an operation without a second derivative
         pass
     return search.best
