@@ -48,12 +48,10 @@ def noise(
         densities: Densities by name, each a flow, a `FlowPrior`, a `MADEMoG` or a `MAFMoG`.
         data: Rows (N, D). At most 4,000 of them are drawn.
         dims: The two dimensions of u to show.
-        title: Title of the figure.
 
     Raises:
         TypeError: For a density without a map to noise.
         ValueError: For data that are not (rows, D), or lack these dimensions.
-        ModuleNotFoundError: Without the `plot` extra.
 
     Example:
         >>> from pyro_maf import MAF
@@ -92,11 +90,9 @@ def pit(u: Tensor, *, names: Sequence[str] | None = None, columns: int = 3, titl
         u: Noise of the data, (N, D), of the dimensions to show, as in `noise`.
         names: Names of the dimensions.
         columns: Maximum number of panels side by side.
-        title: Title of the figure.
 
     Raises:
         ValueError: For noise of another shape, or if there are not D names.
-        ModuleNotFoundError: Without the `plot` extra.
 
     Example:
         >>> figure = pit(torch.randn(500, 3))
@@ -133,11 +129,10 @@ def qq(u: Tensor, *, names: Sequence[str] | None = None, columns: int = 3, title
     sqrt(p (1 - p) / N) / phi(z_p). The tails, which a histogram hides, are at the ends.
 
     Args:
-        u, names, columns, title: As in `pit`.
+        u, names, columns: As in `pit`.
 
     Raises:
         ValueError: As in `pit`.
-        ModuleNotFoundError: Without the `plot` extra.
 
     Example:
         >>> figure = qq(torch.randn(500, 2), names=["height", "weight"])

@@ -29,22 +29,15 @@ class HasLogProb(Protocol):
 
 
 @styled
-def contours(
-    densities: Mapping[str, HasLogProb],
-    window: Window,
-    *,
-    title: str = "",
-) -> Figure:
+def contours(densities: Mapping[str, HasLogProb], window: Window, *, title: str = "") -> Figure:
     """Densities over the plane, on the colour scale of the first.
 
     Args:
         densities: Densities by name, with a `log_prob` of points (rows, 2).
         window: Minimum and maximum of x1, and of x2.
-        title: Title of the figure.
 
     Raises:
         ValueError: If there are no densities, or a window is empty.
-        ModuleNotFoundError: Without the `plot` extra.
 
     Example:
         >>> from pyro_maf.datasets import FigureOne
@@ -80,11 +73,9 @@ def log_densities(heights: Mapping[str, Tensor], *, title: str = "") -> Figure:
 
     Args:
         heights: Log-densities (rows,), in nats, by name.
-        title: Title of the figure.
 
     Raises:
         ValueError: If there are none.
-        ModuleNotFoundError: Without the `plot` extra.
 
     Example:
         >>> figure = log_densities({"data": torch.randn(50), "samples": torch.randn(80)})
@@ -116,11 +107,9 @@ def losses(results: Mapping[str, FitResult], *, marks: Mapping[str, float] | Non
     Args:
         results: Results of `pyro_maf.fit`, by name.
         marks: Losses to compare with, in nats, by name, such as that of the true density on the validation rows.
-        title: Title of the figure.
 
     Raises:
         ValueError: If there are no results.
-        ModuleNotFoundError: Without the `plot` extra.
 
     Example:
         >>> from pyro_maf.training import FitResult

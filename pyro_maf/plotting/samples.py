@@ -43,11 +43,9 @@ def scatter(data: Tensor, samples: Mapping[str, Tensor], *, dims: tuple[int, int
         data: Rows (N, D).
         samples: Rows (M, D) of each model, by name. At most 4,000 rows of each are drawn.
         dims: The two dimensions to show.
-        title: Title of the figure.
 
     Raises:
         ValueError: For rows that are not (rows, D), or lack these dimensions.
-        ModuleNotFoundError: Without the `plot` extra.
 
     Example:
         >>> figure = scatter(torch.randn(50, 2), {"MAF": torch.randn(50, 2)})
@@ -75,11 +73,10 @@ def marginals(
     Args:
         data: Rows (N, D), of the dimensions to show.
         samples: Rows (M, D).
-        names, columns, title: As in `pit`.
+        names, columns: As in `pit`.
 
     Raises:
         ValueError: For rows of another shape, or if there are not D names.
-        ModuleNotFoundError: Without the `plot` extra.
 
     Example:
         >>> figure = marginals(torch.randn(50, 2), torch.randn(80, 2), names=["height", "weight"])
@@ -111,11 +108,9 @@ def pairs(data: Tensor, samples: Tensor, *, names: Sequence[str] | None = None, 
         data: Rows (N, D), of the few dimensions to show.
         samples: Rows (M, D). At most 4,000 of either are drawn.
         names: Names of the dimensions.
-        title: Title of the figure.
 
     Raises:
         ValueError: For rows of another shape, or if there are not D names.
-        ModuleNotFoundError: Without the `plot` extra.
 
     Example:
         >>> figure = pairs(torch.randn(50, 3), torch.randn(50, 3))
@@ -150,11 +145,9 @@ def image_grid(images: Mapping[str, Tensor], *, columns: int = 8, title: str = "
     Args:
         images: Rows (N, D) by name, D a square number; the first `columns` squared of each are drawn.
         columns: Number of images in a row, and of rows.
-        title: Title of the figure.
 
     Raises:
         ValueError: For rows that are not square images.
-        ModuleNotFoundError: Without the `plot` extra.
 
     Example:
         >>> figure = image_grid({"Data": torch.rand(70, 64), "MAF": torch.rand(70, 64)})
