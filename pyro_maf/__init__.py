@@ -60,16 +60,9 @@ __all__ = [
 ]
 __version__ = "0.2.0"
 
-HOMES = {
-    "distributions": "ConditionalFlowPrior ConditionalMADEMoG ConditionalMAFMoG ConditionalMixtureFlow FlowPrior "
-    "MADEMoG MAFMoG MixtureFlow",
-    "flows": "IAF MAF NSF ConditionalIAF ConditionalMAF ConditionalNSF ConditionalRealNVP RealNVP",
-    "nn": "MADE",
-    "saving": "load",
-    "training": "fit fit_prior",
-}
-"""Modules of the names above. Each is imported on first access, since it imports torch, for which the help of the
-command line should not wait."""
+HOMES = ("saving", "nn", "flows", "distributions", "training")
+"""Modules of the names above, each of which imports those before it. They are imported on first access, since they
+import torch, for which the help of the command line should not wait."""
 
 PARTS = (
     "datasets",
@@ -91,9 +84,9 @@ PARTS = (
 def __getattr__(name: str) -> Any:
     if name in PARTS:
         return importlib.import_module(f"pyro_maf.{name}")
-    for home, names in HOMES.items():
-        if name in names.split():
-            value = globals()[name] = getattr(importlib.import_module(f"pyro_maf.{home}"), name)
+    for home in HOMES if name in __all__ else ():
+        if name in (module := importlib.import_module(f"pyro_maf.{home}")).__all__:
+            value = globals()[name] = getattr(module, name)
             return value
     raise AttributeError(f"module 'pyro_maf' has no attribute {name!r}{_hint(name)}", name=name)
 
