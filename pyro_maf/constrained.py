@@ -99,12 +99,7 @@ def _not_above_last(y: Tensor) -> Tensor:
 KINDS = {
     "real": Kind(constraints.real, "real numbers", 0.5, _same, _same, lambda y: torch.zeros_like(y, dtype=torch.bool)),
     "positive": Kind(
-        constraints.positive,
-        "numbers above 0",
-        0.5,
-        _positive,
-        _log,
-        lambda y: (y <= 0) | (y == torch.inf),
+        constraints.positive, "numbers above 0", 0.5, _positive, _log, lambda y: (y <= 0) | (y == torch.inf)
     ),
     "unit_interval": Kind(
         constraints.unit_interval,
@@ -198,15 +193,25 @@ def kind_of(name: str) -> Kind:
     if GROUP.fullmatch(name):
         return KINDS[ORDERED]
     if name not in KINDS:
-        form, first, second = ("angle", -math.pi, math.pi) if name == ANGLE else parsed(name)
-        if form in (ANGLE, "interval"):
-            KINDS[name] = (angle_kind if form == ANGLE else interval_kind)(float(first), float(second))
+        form, low, high = (ANGLE, -math.pi, math.pi) if name == ANGLE else parsed(name)
+        if form == ANGLE:
+            KINDS[name] = angle_kind(low, high)
+        elif math.isinf(low) or math.isinf(high):
+            KINDS[name] = half_line_kind(low, 1) if math.isinf(high) else half_line_kind(high, -1)
         else:
-            KINDS[name] = half_line_kind(float(first), 1 if form == "greater_than" else -1)
+            KINDS[name] = interval_kind(low, high)
     return KINDS[name]
 
 
-def parsed(name: str) -> tuple[str, ...]:
-    """Form and bounds in the name of a support with bounds."""
+def parsed(name: str) -> tuple[str, float, float]:
+    """Form of the name of a support with bounds, and both bounds, infinite where there is none; NaN for other names."""
     match = BOUNDED.fullmatch(name.strip())
-    return ("", "nan", "nan") if match is None else (match[1], match[2], match[3] or "")
+    if match is None:
+        return "", math.nan, math.nan
+    form, first, second = match.groups("nan")
+    ends = {"greater_than": (first, "inf"), "less_than": ("-inf", first)}.get(form, (first, second))
+    try:
+        low, high = map(float, ends)
+    except ValueError:
+        return "", math.nan, math.nan
+    return form, low, high

@@ -221,8 +221,6 @@ def _name(who: str, support: object) -> str:
     choices = (*NAMES, ANGLE, SIMPLEX)
     if isinstance(support, str) and (support in choices or GROUP.fullmatch(support)):
         return support
-    if isinstance(support, str) and (turn := _turn(support)) is not None:
-        return turn
     constraint = support
     if isinstance(support, constraints.independent) and support.event_dim <= 1:
         constraint = support.base_constraint
@@ -230,9 +228,11 @@ def _name(who: str, support: object) -> str:
         # Exactly the same type with the same bounds: `greater_than(0)` is "positive", `greater_than(1)` is not.
         if type(constraint) is type(named) and _are_numbers(constraint) and vars(constraint) == vars(named):
             return name
-    bounds = _bounds(constraint)
-    if bounds is not None and bounds[0] < bounds[1]:
-        return _named(*bounds)
+    form, low, high = _bounds(constraint)
+    if form == ANGLE and -math.inf < low < high < math.inf:
+        return f"{ANGLE}({low!r}, {high!r})"
+    if form != ANGLE and low < high:
+        return _named(low, high)
     raise ValueError(
         f"{who} expected support to be one of {', '.join(choices)}, a pair of bounds (low, high), a constraint that is "
         f"one of these, or a sequence with one for each column, got {support!r}."
@@ -269,31 +269,16 @@ def _named(low: float, high: float) -> str:
     return f"less_than({high!r})" if math.isinf(low) else f"interval({low!r}, {high!r})"
 
 
-def _bounds(support: object) -> tuple[float, float] | None:
-    """Bounds of a pair, of the name of a support or of a constraint; None for others."""
-    if _is_pair(support):
-        low, high = support
-        return -math.inf if low is None else float(low), math.inf if high is None else float(high)
+def _bounds(support: object) -> tuple[str, float, float]:
+    """As `parsed`, also of a pair of bounds and of a constraint."""
     if isinstance(support, str):
-        form, first, second = parsed(support)
-        ends = {"greater_than": (first, "inf"), "less_than": ("-inf", first), "interval": (first, second)}
-        try:
-            low, high = map(float, ends.get(form, ("nan", "nan")))
-        except ValueError:
-            return None
-        return low, high
-    of_constraint = tuple(getattr(support, name, None) for name in ENDS)
-    return _bounds(of_constraint) if type(support) in BOUNDED_CONSTRAINTS and _is_pair(of_constraint) else None
-
-
-def _turn(support: str) -> str | None:
-    """Name of a support of angles with bounds; None for others."""
-    form, *ends = parsed(support)
-    try:
-        low, high = map(float, ends)
-    except ValueError:
-        return None
-    return f"{ANGLE}({low!r}, {high!r})" if form == ANGLE and -math.inf < low < high < math.inf else None
+        return parsed(support)
+    if type(support) in BOUNDED_CONSTRAINTS:
+        support = tuple(getattr(support, name, None) for name in ENDS)
+    if not _is_pair(support):
+        return "", math.nan, math.nan
+    low, high = support
+    return "interval", -math.inf if low is None else float(low), math.inf if high is None else float(high)
 
 
 def _is_pair(support: object) -> TypeGuard[Sequence[float | None]]:
