@@ -72,7 +72,7 @@ class AngleFlow(Density):
     ) -> None:
         columns = len(angles) + (0 if flow is None else flow.input_dim)
         super().__init__(columns, context_dim)
-        self._angles = tuple(angles)
+        self.angles = tuple(angles)
         check_sizes(self.name, "hidden_dims", hidden_dims)
         self.num_components = check_positive(self.name, "num_components", num_components)
         if not angles or len(set(angles)) < len(angles) or not all(0 <= index < columns for index in angles):
@@ -97,11 +97,6 @@ class AngleFlow(Density):
         like = None if flow is None else reference_tensor(flow)
         if like is not None:
             self.to(like)
-
-    @property
-    def angles(self) -> tuple[int, ...]:
-        """Indices of the columns of angles."""
-        return self._angles
 
     def for_flow(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         r"""The other columns, (\*batch, others), and the context of their flow."""

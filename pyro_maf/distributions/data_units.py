@@ -208,14 +208,7 @@ def has_float64(device: torch.device) -> bool:
 def keep_float64(
     buffers: dict[str, Tensor | None], names: Sequence[str], before: tuple[Tensor, Tensor], support: Support | None
 ) -> None:
-    """Restore units in float64 that float32 does not resolve, after a module's conversion to another dtype.
-
-    Args:
-        buffers: Buffers of the module.
-        names: Names of location and scale.
-        before: Their values before the conversion.
-        support: As in `float32_holds`.
-    """
+    """After a module's conversion, restore location and scale `before` it if float32 does not resolve them."""
     now = buffers[names[0]]
     if now is None or now.dtype == torch.float64 or before[0].dtype != torch.float64 or not has_float64(now.device):
         return
@@ -230,13 +223,7 @@ def widen_for(
     prefix: str,
     support: Support | None,
 ) -> None:
-    """Convert units to float64 before loading ones that float32 does not resolve.
-
-    Args:
-        buffers, names, support: As in `keep_float64`.
-        state: The `state_dict` to load.
-        prefix: Prefix of the names in it.
-    """
+    """Convert units, location and scale, to float64 before loading ones that float32 does not resolve."""
     now, coming = buffers[names[0]], [state.get(prefix + name) for name in names]
     if now is None or now.dtype == torch.float64 or not has_float64(now.device):
         return
@@ -257,14 +244,12 @@ def statistics(
     like: Tensor,
     support: Support | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Location and scale as vectors like `like`, or in float64 if they are and float32 does not resolve them.
+    """Location and scale, (size,), by default 0 and 1, like `like`, or in float64 if float32 does not resolve them.
 
     Args:
-        who: The caller, for errors.
-        prefix: "" or "context_", before "loc" and "scale" in errors.
-        values: (size,) each, or None for 0 and 1.
-        size: Their length.
-        like: A tensor of the model's dtype and device.
+        who, prefix: The caller, and "" or "context_", before "loc" and "scale", for errors.
+        values: Location and scale, or None.
+        size, like: Their length, and a tensor of the model's dtype and device.
         support: As in `float32_holds`.
 
     Raises:
@@ -283,12 +268,7 @@ def statistics(
 
 
 def tail_weights(who: str, tails: Tensor | None, size: int) -> Tensor | None:
-    """Weights of right and left tails as they are.
-
-    Args:
-        who: The caller, for errors.
-        tails: (2, size), or None.
-        size: Number of columns.
+    """A copy of weights of right and left tails, (2, size), or None.
 
     Raises:
         TypeError: For weights that are not a tensor.

@@ -42,6 +42,7 @@ class Density(Savable, TorchDistribution, nn.Module):
         event_shape: (D,), or (event_size,).
         support: Real vectors, unless a subclass overrides it.
         has_rsample: Whether there is `rsample`: draws with the gradient with respect to the parameters.
+        angles: Indices of the columns in which it has a period of 2 pi; most densities have none.
 
     Example:
         >>> class Uniform(Density):
@@ -55,13 +56,10 @@ class Density(Savable, TorchDistribution, nn.Module):
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    angles: tuple[int, ...] = ()
 
     def __init__(
-        self,
-        input_dim: int,
-        context_dim: int = 0,
-        batch_shape: Sequence[int] = (),
-        event_size: int | None = None,
+        self, input_dim: int, context_dim: int = 0, batch_shape: Sequence[int] = (), event_size: int | None = None
     ) -> None:
         check_positive(type(self).__name__, "input_dim", input_dim)
         check_positive(type(self).__name__, "context_dim", context_dim, least=0)
@@ -105,11 +103,6 @@ class Density(Savable, TorchDistribution, nn.Module):
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
         """Set the density's statistics of the data from data `y`, (rows, D); most densities have none."""
-
-    @property
-    def angles(self) -> tuple[int, ...]:
-        """Indices of the columns in which the density has a period of 2 pi; most densities have none."""
-        return ()
 
     # -- drawing and scoring --------------------------------------------------------------------------------------
 

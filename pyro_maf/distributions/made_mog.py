@@ -37,13 +37,9 @@ class MADEMoG(Density):
 
     Args:
         input_dim: D.
-        hidden_dims: Widths of the hidden layers, by default two by `pyro_maf.nn.default_hidden_dims`.
         num_components: K, the number of components of each conditional.
-        activation: A name from `pyro_maf.nn.ACTIVATIONS`.
-        order: The dimensions' indices, first to last; by default 0 .. D - 1.
-        context_dim: Number of context features, 0 for none. `ConditionalMADEMoG` is the form to use with a context.
-        degrees: Degrees of the hidden units, "sequential" or "random".
-        seed: Seed of random degrees. Weights are drawn from torch's global generator.
+        hidden_dims, activation, order, context_dim, degrees, seed: As in `MaskedAutoregressive`; weights are drawn from
+            torch's global generator. `ConditionalMADEMoG` is the form to use with a context.
 
     Shapes:
         Values are (\*batch, D), log-densities (\*batch,) in nats.
@@ -149,12 +145,12 @@ class ConditionalMADEMoG(ConditionalDensityForm):
     r"""A `MADEMoG` whose network sees a context: `condition(context)` is a density.
 
     Args:
-        input_dim, num_components, hidden_dims, activation, order, degrees, seed: As in `MADEMoG`, and so is the cost.
-        context_dim: Number of context features, at least 1; a context, (\*batch or (), context_dim), broadcasts with
-            values, (\*batch, D).
+        input_dim: D.
+        context_dim: Number of context features, at least 1; a context of another width is refused.
+        density: Options of `MADEMoG`.
 
-    Raises:
-        ValueError: As in `MADEMoG`, and for a context of the wrong width.
+    Shapes:
+        context is (\*batch or (), context_dim) and broadcasts with values, (\*batch, D).
 
     Example:
         >>> density = ConditionalMADEMoG(3, 2, hidden_dims=[16])

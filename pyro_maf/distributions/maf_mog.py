@@ -28,18 +28,11 @@ class MAFMoG(FlowOnBase):
 
     Attributes:
         flow: The `MAF`.
-        base: The `MADEMoG`.
-
-    Shapes:
-        Values are (\*batch, D), log-densities (\*batch,) in nats.
+        base: The `MADEMoG`, which has the same shapes and errors.
 
     Cost:
         `log_prob`: one dense pass a layer, and one for the base. `sample`: one sweep for each of them, about half the
         multiplications of a dense pass, in sequence. A draw picks components, so there is no `rsample`.
-
-    Raises:
-        ValueError: As in `MAF` and `MADEMoG`.
-        TypeError: As in `MAF` and `MADEMoG`.
 
     Example:
         >>> density = MAFMoG(3, num_layers=2, hidden_dims=[16])
@@ -69,25 +62,12 @@ class MAFMoG(FlowOnBase):
 
 
 class ConditionalMAFMoG(ConditionalDensityForm):
-    r"""A `MAFMoG` whose networks see a context, flow and base alike: `condition(context)` is a density.
-
-    Args:
-        input_dim: D.
-        num_components, num_layers, hidden_dims, activation, order, batch_norm, degrees, seed: As in `MAFMoG`, and so is
-            the cost.
-        context_dim: Number of context features, at least 1; a context, (\*batch or (), context_dim), broadcasts with
-            values, (\*batch, D).
-
-    Raises:
-        ValueError: As in `MAFMoG`, and for a context of the wrong width.
+    """A `MAFMoG` whose networks, of flow and base, see a context; built as `ConditionalMADEMoG`.
 
     Example:
         >>> density = ConditionalMAFMoG(3, 2, num_layers=2, hidden_dims=[16])
         >>> density.condition(torch.zeros(7, 2)).sample().shape
         torch.Size([7, 3])
-
-    Reference:
-        Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017, section 3.4.
     """
 
     density_class = MAFMoG

@@ -140,18 +140,7 @@ class MixtureFlow(FlowOnBase):
 
 
 class ConditionalMixtureFlow(ConditionalDensityForm):
-    r"""A `MixtureFlow` whose flow and base see a context: `condition(context)` is a density.
-
-    Args:
-        input_dim: D.
-        num_components, num_layers, hidden_dims, activation, order, batch_norm, degrees, univariate, seed: As in
-            `MixtureFlow`, and so is the cost.
-        num_beside: 0, as no mixture stands beside a flow with a context.
-        context_dim: Number of context features, at least 1; a context, (\*batch or (), context_dim), broadcasts with
-            values, (\*batch, D).
-
-    Raises:
-        ValueError: As in `MixtureFlow`, and for a context of the wrong width.
+    """A `MixtureFlow` whose flow and base see a context; as `ConditionalMADEMoG`. No mixture is beside it.
 
     Example:
         >>> density = ConditionalMixtureFlow(3, 2, num_layers=2, hidden_dims=[16])

@@ -323,12 +323,7 @@ class _Regression(Density):
         self.register_buffer("coefficients", coefficients)
         self.register_buffer("residual_scale", scale)
         self._log_prob: Callable[[Tensor], Tensor] = log_prob
-        self._angles = angles
-
-    @property
-    def angles(self) -> tuple[int, ...]:
-        """Columns of angles."""
-        return self._angles
+        self.angles = angles
 
     def log_density(self, value: Tensor, context: Tensor | None = None) -> Tensor:
         r"""Log-density (\*batch,) in nats."""
