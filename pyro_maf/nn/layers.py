@@ -206,11 +206,6 @@ class MaskedLinear(Observed, nn.Linear):
             self.weight.uniform_(-1, 1).mul_(bound[:, None])
             self.bias.uniform_(-1, 1).mul_(bound)
 
-    @property
-    def masked_weight(self) -> Tensor:
-        """M * W, of shape (units out, units in)."""
-        return self.weight * self.mask
-
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer; one dense product."""
         if not self.in_features:  # a product over nothing has no gradient under torch.jit
