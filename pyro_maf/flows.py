@@ -151,18 +151,11 @@ class NSF(MAF):
     Starts as the identity, and with D = 1 is a spline with learned knots.
 
     Args:
-        input_dim, num_layers, hidden_dims, activation, order, batch_norm, context_dim, degrees, seed: As in `MAF`.
-        univariate: A `pyro_maf.univariate.Spline`, by default of 8 bins.
-
-    Shapes:
-        x and y are (\*batch, D), log-determinants (\*batch,) in nats.
+        univariate: A `pyro_maf.univariate.Spline`, by default of 8 bins. The other options, shapes and errors are those
+            of `MAF`.
 
     Cost: as `MAF`, with 25 outputs of each network a dimension in place of 2; with more than 200,000 weights from the
     last hidden layer on, 8 outputs a dimension, of which the 25 are linear functions.
-
-    Raises:
-        ValueError: As in `MAF`.
-        TypeError: As in `MAF`.
 
     Example:
         >>> from pyro_maf.univariate import Spline
@@ -186,22 +179,11 @@ class IAF(_AutoregressiveStack):
     r"""Inverse autoregressive flow: `num_layers` layers of `InverseAutoregressive`.
 
     Each maps y_i = f(x_i; phi_i(x_<i)) in its own order of the variables, f affine by default: y_i = x_i
-    exp(alpha_i(x_<i)) + mu_i(x_<i). Starts as the identity.
-
-    Args:
-        input_dim, num_layers, hidden_dims, activation, order, batch_norm, context_dim, univariate, degrees, seed: As in
-            `MAF`.
-
-    Shapes:
-        x and y are (\*batch, D), log-determinants (\*batch,) in nats.
+    exp(alpha_i(x_<i)) + mu_i(x_<i). Starts as the identity. Options, shapes and errors are those of `MAF`.
 
     Cost:
         `flow(x)`, sampling and the density of its own samples: one dense pass a layer. `flow.inv(y)` and the density of
         outside points: one sweep a layer, about half the multiplications of a dense pass, but in sequence.
-
-    Raises:
-        ValueError: As in `MAF`.
-        TypeError: As in `MAF`.
 
     Example:
         >>> flow = IAF(5, num_layers=2, hidden_dims=[32, 32])
@@ -222,26 +204,12 @@ class RealNVP(Stack):
     Starts as the identity.
 
     Args:
-        input_dim: D.
-        num_layers: Number of coupling layers.
-        hidden_dims: Widths of each network's hidden layers, by default two by `pyro_maf.nn.default_hidden_dims`.
-        activation: A name from `pyro_maf.nn.ACTIVATIONS`.
         order: As in `MAF`, but "reverse" is the natural order in every layer. In the layer next to the data the even
             places of its order pass through and the odd ones are transformed; the two alternate from layer to layer.
-        batch_norm: Put a `BatchNorm` after every layer, seen from the data.
-        context_dim: Number of context features; 0 for none. `ConditionalRealNVP` is the form to use with a context.
-        univariate: The map of each dimension: "affine", "spline" or a map of `pyro_maf.univariate`.
-        networks: "joint" or, as in the paper, "separate" networks for mu and alpha; see `Coupling`.
-        seed: Seed of random orders.
-
-    Shapes:
-        x and y are (\*batch, D), log-determinants (\*batch,) in nats.
+        networks: "joint" or, as in the paper, "separate" networks for mu and alpha; see `Coupling`. The other options
+            (but no `degrees`), shapes and errors are those of `MAF`.
 
     Cost: one dense pass a layer in either direction.
-
-    Raises:
-        ValueError: As in `MAF`.
-        TypeError: As in `MAF`.
 
     Example:
         >>> flow = RealNVP(5, num_layers=2, hidden_dims=[32, 32])
@@ -282,16 +250,13 @@ class ConditionalMAF(ConditionalForm):
 
     Args:
         input_dim: D.
-        context_dim: Number of context features, at least 1.
-        num_layers, hidden_dims, activation, order, batch_norm, univariate, degrees, seed: As in `MAF`.
+        context_dim: Number of context features, at least 1; a context of another width is refused.
+        flow: Options of `MAF`.
 
     Shapes:
         context is (\*batch or (), context_dim) and broadcasts with x and y, (\*batch, D).
 
     Cost: as `MAF`; the terms of the context are computed once a layer.
-
-    Raises:
-        ValueError: As in `MAF`, and for a context of the wrong width.
 
     Example:
         >>> flow = ConditionalMAF(5, 2, num_layers=2, hidden_dims=[32, 32])
@@ -306,11 +271,7 @@ class ConditionalMAF(ConditionalForm):
 
 
 class ConditionalNSF(ConditionalForm):
-    r"""An `NSF` whose networks see a context: `condition(context)` is a flow.
-
-    It takes input_dim and context_dim as `ConditionalMAF`, and the options of `NSF`: num_layers, hidden_dims,
-    activation, order, batch_norm, univariate, degrees, seed. Shapes and errors are those of the first, the cost is
-    that of the second.
+    """An `NSF` whose networks see a context: as `ConditionalMAF`, with options and cost of `NSF`.
 
     Example:
         >>> flow = ConditionalNSF(1, 2, num_layers=3)
@@ -322,11 +283,7 @@ class ConditionalNSF(ConditionalForm):
 
 
 class ConditionalIAF(ConditionalForm):
-    r"""An `IAF` whose networks see a context: `condition(context)` is a flow.
-
-    It takes input_dim and context_dim as `ConditionalMAF`, and the options of `IAF`: num_layers, hidden_dims,
-    activation, order, batch_norm, univariate, degrees, seed. Shapes and errors are those of the first, the cost is
-    that of the second.
+    """An `IAF` whose networks see a context: as `ConditionalMAF`, with options and cost of `IAF`.
 
     Example:
         >>> flow = ConditionalIAF(5, 2, num_layers=2, hidden_dims=[32, 32])
@@ -338,11 +295,7 @@ class ConditionalIAF(ConditionalForm):
 
 
 class ConditionalRealNVP(ConditionalForm):
-    r"""A `RealNVP` whose networks see a context: `condition(context)` is a flow.
-
-    It takes input_dim and context_dim as `ConditionalMAF`, and the options of `RealNVP`: num_layers, hidden_dims,
-    activation, order, batch_norm, univariate, networks, seed. Shapes and errors are those of the first, the cost is
-    that of the second.
+    """A `RealNVP` whose networks see a context: as `ConditionalMAF`, with options and cost of `RealNVP`.
 
     Example:
         >>> flow = ConditionalRealNVP(5, 2, num_layers=2, hidden_dims=[32, 32])

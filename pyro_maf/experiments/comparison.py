@@ -197,12 +197,7 @@ class _Contest:
         )
 
     def _score(
-        self,
-        model: Candidate,
-        density: FlowPrior | ConditionalFlowPrior,
-        epochs: int,
-        seconds: float,
-        stop_reason: str,
+        self, model: Candidate, density: FlowPrior | ConditionalFlowPrior, epochs: int, seconds: float, stop_reason: str
     ) -> Score:
         data = self.data
         test, validation = (

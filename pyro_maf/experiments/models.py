@@ -76,10 +76,7 @@ def build(
         input_dim: D.
         context_dim: Number of context features, 0 for none; with one, the model is a conditional form.
         num_layers: Number of layers of "maf", "nsf", "iaf", "realnvp" and "maf-mog"; fixed for the others.
-        hidden_dims: Widths of each network's hidden layers, by default two by `pyro_maf.nn.default_hidden_dims`.
-        activation: A name from `pyro_maf.nn.ACTIVATIONS`.
-        batch_norm: Put a `BatchNorm` after every layer of the flows with several layers.
-        degrees: Degrees of the hidden units of masked networks, "sequential" or "random".
+        hidden_dims, activation, batch_norm, degrees: As in `MAF`, for the models that have them.
         networks: "joint" or "separate" networks for shift and scale of "realnvp".
         seed: Seed of the weights and of random degrees; the global random state is left unchanged.
 

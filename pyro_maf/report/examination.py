@@ -122,11 +122,7 @@ class Examination:
 
 
 def examine(
-    density: Fitted,
-    source: NamedRows,
-    *,
-    held_out: Mapping[str, Rows | None] = NOTHING,
-    progress: bool | str = False,
+    density: Fitted, source: NamedRows, *, held_out: Mapping[str, Rows | None] = NOTHING, progress: bool | str = False
 ) -> Examination:
     """Examine a density with rows of data; the global random state is left unchanged.
 

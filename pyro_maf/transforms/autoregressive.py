@@ -54,14 +54,6 @@ class _Autoregressive(UnivariateFlow):
         """The dimensions' indices, first to last."""
         return self.made.order
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y from x, and log |det dy/dx|."""
-        return self._through_map(x, context, False)
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x from y, and log |det dy/dx|."""
-        return self._through_map(y, context, True)
-
     def program_steps(self, inverse: bool) -> tuple[Step]:
         """Either direction as a compiled program takes it."""
         made: MADE = self._modules["made"]  # type: ignore[assignment]  # the fastest access, at each call
@@ -121,21 +113,11 @@ class InverseAutoregressive(_Autoregressive):
     r"""An IAF layer: y_i = f(x_i; phi_i(x_<i)), so log |det dy/dx| = sum_i log f'(x_i).
 
     By default f is affine: y_i = x_i exp(alpha_i(x_<i)) + mu_i(x_<i). "< i" is in the layer's own order. The phi_i are
-    the outputs of one MADE. Starts as the identity.
-
-    Args:
-        input_dim, hidden_dims, context_dim, activation, order, univariate, degrees, seed: As in `MaskedAutoregressive`.
-
-    Shapes:
-        x and y are (\*batch, D), log-determinants (\*batch,) in nats.
+    the outputs of one MADE. Starts as the identity. Options, shapes and errors are those of `MaskedAutoregressive`.
 
     Cost:
         x to y (sampling, and the density of its own samples): one dense pass. y to x (the density of other points): one
         sweep, which is about half the multiplications of a dense pass, in sequence; its gradient costs as much again.
-
-    Raises:
-        ValueError: As in `MaskedAutoregressive`.
-        TypeError: As in `MaskedAutoregressive`.
 
     Example:
         >>> layer = InverseAutoregressive(3, hidden_dims=[16])
@@ -155,17 +137,13 @@ class ConditionalMaskedAutoregressive(ConditionalForm):
 
     Args:
         input_dim: D.
-        context_dim: Number of context features, at least 1.
-        hidden_dims, activation, order, univariate, degrees, seed: As in `MaskedAutoregressive`.
+        context_dim: Number of context features, at least 1; a context of another width is refused.
+        flow: Options of `MaskedAutoregressive`.
 
     Shapes:
         context is (\*batch or (), context_dim) and broadcasts with x and y, (\*batch, D).
 
     Cost: as `MaskedAutoregressive`; the terms of the context are one product a hidden layer.
-
-    Raises:
-        ValueError: As in `MaskedAutoregressive`, and for a context of the wrong width.
-        TypeError: As in `MaskedAutoregressive`.
 
     Example:
         >>> layer = ConditionalMaskedAutoregressive(3, 2, hidden_dims=[16])
@@ -177,11 +155,7 @@ class ConditionalMaskedAutoregressive(ConditionalForm):
 
 
 class ConditionalInverseAutoregressive(ConditionalForm):
-    r"""An `InverseAutoregressive` whose network sees a context: `condition(context)` is a flow.
-
-    It takes input_dim and context_dim as `ConditionalMaskedAutoregressive`, and the options of `InverseAutoregressive`:
-    hidden_dims, activation, order, univariate, degrees, seed. Shapes and errors are those of the first, the cost is
-    that of the second.
+    """An `InverseAutoregressive` whose network sees a context; built as `ConditionalMaskedAutoregressive`.
 
     Example:
         >>> layer = ConditionalInverseAutoregressive(3, 2, hidden_dims=[16])

@@ -129,12 +129,6 @@ class Flow(Savable, Observed, TransformModule):
     def _inv_call(self, y: Tensor) -> Tensor:
         return self._through("y", y, inverse=True)
 
-    def _call(self, x: Tensor) -> Tensor:
-        return self.forward_and_log_det(x)[0]
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        return self.inverse_and_log_det(y)[0]
-
     def _through(self, role: str, value: Tensor, *, inverse: bool) -> Tensor:
         value = self._checked(role, value, self._like())
         caches = self._caches()
@@ -187,12 +181,7 @@ class Flow(Savable, Observed, TransformModule):
     def _like(self) -> Tensor | None:
         """Tensor of the dtype and device that inputs need, or None; raises for a flow without its context."""
         if self.context_dim:
-            check_context(
-                self.name,
-                None,
-                self.context_dim,
-                advice=": use ConditionalFlow(flow).condition(context)",
-            )
+            check_context(self.name, None, self.context_dim, advice=": use ConditionalFlow(flow).condition(context)")
         like = reference_tensor(self)
         check_takes_gradient(self.name, self, like)
         return like
@@ -301,10 +290,7 @@ class Flow(Savable, Observed, TransformModule):
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_inv": None, "_cache": Cache(), "_programs": {}, "_inverse_state": None}
 
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # faster than Pyro's
 
 
 class UnivariateFlow(Flow):
@@ -315,6 +301,18 @@ class UnivariateFlow(Flow):
         self.univariate = univariate_map(self.name, univariate)
         if settings := self.univariate.settings:
             self.register_buffer("univariate_settings", torch.tensor(settings))
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """y from x, and log |det dy/dx|."""
+        return self._through_map(x, context, False)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x from y, and log |det dy/dx|."""
+        return self._through_map(y, context, True)
+
+    def _through_map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        """Either direction."""
+        raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         stored, error_messages = state_dict.get(prefix + "univariate_settings"), cast("list[str]", args[-1])

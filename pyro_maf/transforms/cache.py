@@ -175,16 +175,7 @@ _requires_grad = attrgetter("requires_grad")
 
 def _ends(x: Tensor, y: Tensor) -> tuple[int | bool, ...]:
     """Marks of a pair that change when either end is written to or becomes part of another graph."""
-    return (
-        x._version,
-        y._version,
-        x.data_ptr(),
-        y.data_ptr(),
-        x.requires_grad,
-        y.requires_grad,
-        x.is_leaf,
-        y.is_leaf,
-    )
+    return (x._version, y._version, x.data_ptr(), y.data_ptr(), x.requires_grad, y.requires_grad, x.is_leaf, y.is_leaf)
 
 
 def _is_watched(y: Tensor) -> bool:

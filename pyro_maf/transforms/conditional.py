@@ -26,15 +26,12 @@ class TakesContext(Protocol):
     @property
     def name(self) -> str:
         """Name of the class."""
-        ...
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
         """Set the statistics of the data."""
-        ...
 
     def noise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """Noise that is mapped to y."""
-        ...
 
 
 Wrapped = TypeVar("Wrapped", bound=TakesContext)

@@ -40,10 +40,7 @@ class Coupling(UnivariateFlow):
         input_dim: D.
         mask: m, D booleans, true where a dimension passes through; by default every other one, the first included.
             With D = 1 nothing passes through, and the map of the one dimension is constant or depends on the context.
-        hidden_dims: Widths of the hidden layers, by default two by `pyro_maf.nn.default_hidden_dims`.
-        context_dim: Number of context features, 0 for none.
-        activation: A name from `pyro_maf.nn.ACTIVATIONS`.
-        univariate: f, the map of each dimension: "affine", "spline" or a map of `pyro_maf.univariate`.
+        hidden_dims, context_dim, activation, univariate: As in `MaskedAutoregressive`.
         networks: "joint", one network for all of phi; or "separate", the paper's, for the affine map: one with tanh
             units for alpha and one with `activation` units for mu.
 
@@ -110,14 +107,6 @@ class Coupling(UnivariateFlow):
             self.networks.append(network)
         self._derive()
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y from x, and log |det dy/dx|; one pass of the networks."""
-        return self._through_map(x, context, False)
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x from y, and log |det dy/dx|; one pass of the networks."""
-        return self._through_map(y, context, True)
-
     def program_steps(self, inverse: bool) -> tuple[Step]:
         """Either direction as a compiled program takes it."""
         # By the fastest access, since this is done at each call.
@@ -147,17 +136,7 @@ class Coupling(UnivariateFlow):
 
 
 class ConditionalCoupling(ConditionalForm):
-    r"""A `Coupling` whose networks see a context.
-
-    Args:
-        input_dim: D.
-        context_dim: Number of context features, at least 1; they broadcast as in `ConditionalMaskedAutoregressive`.
-        mask, hidden_dims, activation, univariate, networks: As in `Coupling`.
-
-    Cost: one dense pass in either direction.
-
-    Raises:
-        ValueError, TypeError: As in `Coupling`, and for a context of the wrong width.
+    """A `Coupling` whose networks see a context; built as `ConditionalMaskedAutoregressive`.
 
     Example:
         >>> layer = ConditionalCoupling(3, 2)

@@ -34,7 +34,6 @@ class Partial(Flow):
         tensor([12., 11., 10.])
     """
 
-    is_by_row = True
     variables: Tensor
 
     def __init__(self, input_dim: int, flow: Flow, variables: Sequence[int]) -> None:
@@ -45,6 +44,7 @@ class Partial(Flow):
         if len(indices.unique()) < len(indices):
             raise ValueError(f"Partial expected distinct variables, got {variables!r}.")
         self.inner = flow
+        self.is_by_row = flow.is_by_row
         self.register_buffer("variables", indices)
 
     @property

@@ -126,15 +126,15 @@ class Stack(Flow):
 
     def run(self, inverse: bool) -> Run | None:
         """The run that is all of a direction, if one compiled program applies it."""
-        turns = self._turns(inverse)[1] if _is_unchanged(type(self)) else ()
-        return turns[0].run if len(turns) == 1 else None
+        return self._structure_and_run(inverse)[1]
 
     def _compiled(self, value: Tensor, inverse: bool) -> tuple[Structure | None, tuple[Tensor, Tensor] | None]:
-        if not _is_unchanged(type(self)):
-            return None, None
-        structure, turns = self._turns(inverse)
-        run = turns[0].run if len(turns) == 1 else None
+        structure, run = self._structure_and_run(inverse)
         return structure, None if run is None else run(value, None)
+
+    def _structure_and_run(self, inverse: bool) -> tuple[Structure | None, Run | None]:
+        structure, turns = self._turns(inverse) if _is_unchanged(type(self)) else (None, [])
+        return structure, turns[0].run if len(turns) == 1 else None
 
     def _turns(self, inverse: bool) -> tuple[Structure | None, list[_Turn]]:
         """The structure, and a direction's layers by turns, prepared again when it or a kind of tensor has changed."""

@@ -227,14 +227,7 @@ def solve_lower(factor: Tensor, y: Tensor) -> Tensor:
 
 
 class ConditionalLowerTriangularAffine(ConditionalForm):
-    r"""A `LowerTriangularAffine` whose loc and L depend on a context.
-
-    Args:
-        input_dim: D.
-        context_dim: Number of context features, at least 1.
-        loc, scale_tril, hidden_dims, activation: As in `LowerTriangularAffine`.
-
-    Shapes and errors are those of `ConditionalMaskedAutoregressive`.
+    """A `LowerTriangularAffine` whose loc and L depend on a context; built as `ConditionalMaskedAutoregressive`.
 
     Cost: a pass of the network, and for each row a triangular product or solve: D^2 multiplications.
 
