@@ -151,8 +151,9 @@ class NSF(MAF):
     Starts as the identity, and with D = 1 is a spline with learned knots.
 
     Args:
-        univariate: A `pyro_maf.univariate.Spline`, by default of 8 bins. The other options, shapes and errors are those
-            of `MAF`.
+        univariate: A `pyro_maf.univariate.Spline`, by default of 8 bins.
+        input_dim, num_layers, hidden_dims, activation, order, batch_norm, context_dim, degrees, seed: As in `MAF`; so
+            are shapes and errors.
 
     Cost: as `MAF`, with 25 outputs of each network a dimension in place of 2; with more than 200,000 weights from the
     last hidden layer on, 8 outputs a dimension, of which the 25 are linear functions.
@@ -179,7 +180,11 @@ class IAF(_AutoregressiveStack):
     r"""Inverse autoregressive flow: `num_layers` layers of `InverseAutoregressive`.
 
     Each maps y_i = f(x_i; phi_i(x_<i)) in its own order of the variables, f affine by default: y_i = x_i
-    exp(alpha_i(x_<i)) + mu_i(x_<i). Starts as the identity. Options, shapes and errors are those of `MAF`.
+    exp(alpha_i(x_<i)) + mu_i(x_<i). Starts as the identity.
+
+    Args:
+        input_dim, num_layers, hidden_dims, activation, order, batch_norm, context_dim, univariate, degrees, seed: As in
+            `MAF`; so are shapes and errors.
 
     Cost:
         `flow(x)`, sampling and the density of its own samples: one dense pass a layer. `flow.inv(y)` and the density of
@@ -206,8 +211,9 @@ class RealNVP(Stack):
     Args:
         order: As in `MAF`, but "reverse" is the natural order in every layer. In the layer next to the data the even
             places of its order pass through and the odd ones are transformed; the two alternate from layer to layer.
-        networks: "joint" or, as in the paper, "separate" networks for mu and alpha; see `Coupling`. The other options
-            (but no `degrees`), shapes and errors are those of `MAF`.
+        networks: "joint" or, as in the paper, "separate" networks for mu and alpha; see `Coupling`.
+        input_dim, num_layers, hidden_dims, activation, batch_norm, context_dim, univariate, seed: As in `MAF`; so are
+            shapes and errors.
 
     Cost: one dense pass a layer in either direction.
 
@@ -251,7 +257,7 @@ class ConditionalMAF(ConditionalForm):
     Args:
         input_dim: D.
         context_dim: Number of context features, at least 1; a context of another width is refused.
-        flow: Options of `MAF`.
+        num_layers, hidden_dims, activation, order, batch_norm, univariate, degrees, seed: As in `MAF`.
 
     Shapes:
         context is (\*batch or (), context_dim) and broadcasts with x and y, (\*batch, D).
@@ -271,7 +277,11 @@ class ConditionalMAF(ConditionalForm):
 
 
 class ConditionalNSF(ConditionalForm):
-    """An `NSF` whose networks see a context: as `ConditionalMAF`, with options and cost of `NSF`.
+    """An `NSF` whose networks see a context: `condition(context)` is a flow.
+
+    Args:
+        input_dim, context_dim: As in `ConditionalMAF`.
+        num_layers, hidden_dims, activation, order, batch_norm, univariate, degrees, seed: As in `NSF`.
 
     Example:
         >>> flow = ConditionalNSF(1, 2, num_layers=3)
@@ -283,7 +293,11 @@ class ConditionalNSF(ConditionalForm):
 
 
 class ConditionalIAF(ConditionalForm):
-    """An `IAF` whose networks see a context: as `ConditionalMAF`, with options and cost of `IAF`.
+    """An `IAF` whose networks see a context: `condition(context)` is a flow.
+
+    Args:
+        input_dim, context_dim: As in `ConditionalMAF`.
+        num_layers, hidden_dims, activation, order, batch_norm, univariate, degrees, seed: As in `IAF`.
 
     Example:
         >>> flow = ConditionalIAF(5, 2, num_layers=2, hidden_dims=[32, 32])
@@ -295,7 +309,11 @@ class ConditionalIAF(ConditionalForm):
 
 
 class ConditionalRealNVP(ConditionalForm):
-    """A `RealNVP` whose networks see a context: as `ConditionalMAF`, with options and cost of `RealNVP`.
+    """A `RealNVP` whose networks see a context: `condition(context)` is a flow.
+
+    Args:
+        input_dim, context_dim: As in `ConditionalMAF`.
+        num_layers, hidden_dims, activation, order, batch_norm, univariate, networks, seed: As in `RealNVP`.
 
     Example:
         >>> flow = ConditionalRealNVP(5, 2, num_layers=2, hidden_dims=[32, 32])

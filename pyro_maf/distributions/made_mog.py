@@ -147,7 +147,7 @@ class ConditionalMADEMoG(ConditionalDensityForm):
     Args:
         input_dim: D.
         context_dim: Number of context features, at least 1; a context of another width is refused.
-        density: Options of `MADEMoG`.
+        num_components, hidden_dims, activation, order, degrees, seed: As in `MADEMoG`.
 
     Shapes:
         context is (\*batch or (), context_dim) and broadcasts with values, (\*batch, D).

@@ -62,7 +62,11 @@ class MAFMoG(FlowOnBase):
 
 
 class ConditionalMAFMoG(ConditionalDensityForm):
-    """A `MAFMoG` whose networks, of flow and base, see a context; built as `ConditionalMADEMoG`.
+    """A `MAFMoG` whose networks, of flow and base, see a context, as in `ConditionalMADEMoG`.
+
+    Args:
+        input_dim, context_dim: As there.
+        num_components, num_layers, hidden_dims, activation, order, batch_norm, degrees, seed: As in `MAFMoG`.
 
     Example:
         >>> density = ConditionalMAFMoG(3, 2, num_layers=2, hidden_dims=[16])

@@ -140,7 +140,13 @@ class MixtureFlow(FlowOnBase):
 
 
 class ConditionalMixtureFlow(ConditionalDensityForm):
-    """A `MixtureFlow` whose flow and base see a context; as `ConditionalMADEMoG`. No mixture is beside it.
+    """A `MixtureFlow` whose flow and base see a context, as in `ConditionalMADEMoG`.
+
+    Args:
+        input_dim, context_dim: As there.
+        num_components, num_layers, hidden_dims, activation, order, batch_norm, degrees, univariate, seed: As in
+            `MixtureFlow`.
+        num_beside: 0, as no mixture stands beside a flow with a context.
 
     Example:
         >>> density = ConditionalMixtureFlow(3, 2, num_layers=2, hidden_dims=[16])

@@ -113,7 +113,11 @@ class InverseAutoregressive(_Autoregressive):
     r"""An IAF layer: y_i = f(x_i; phi_i(x_<i)), so log |det dy/dx| = sum_i log f'(x_i).
 
     By default f is affine: y_i = x_i exp(alpha_i(x_<i)) + mu_i(x_<i). "< i" is in the layer's own order. The phi_i are
-    the outputs of one MADE. Starts as the identity. Options, shapes and errors are those of `MaskedAutoregressive`.
+    the outputs of one MADE. Starts as the identity.
+
+    Args:
+        input_dim, hidden_dims, context_dim, activation, order, univariate, degrees, seed: As in `MaskedAutoregressive`;
+            so are shapes and errors.
 
     Cost:
         x to y (sampling, and the density of its own samples): one dense pass. y to x (the density of other points): one
@@ -138,7 +142,7 @@ class ConditionalMaskedAutoregressive(ConditionalForm):
     Args:
         input_dim: D.
         context_dim: Number of context features, at least 1; a context of another width is refused.
-        flow: Options of `MaskedAutoregressive`.
+        hidden_dims, activation, order, univariate, degrees, seed: As in `MaskedAutoregressive`.
 
     Shapes:
         context is (\*batch or (), context_dim) and broadcasts with x and y, (\*batch, D).
@@ -155,7 +159,10 @@ class ConditionalMaskedAutoregressive(ConditionalForm):
 
 
 class ConditionalInverseAutoregressive(ConditionalForm):
-    """An `InverseAutoregressive` whose network sees a context; built as `ConditionalMaskedAutoregressive`.
+    """An `InverseAutoregressive` whose network sees a context: as `ConditionalMaskedAutoregressive`.
+
+    Args:
+        input_dim, context_dim, hidden_dims, activation, order, univariate, degrees, seed: As there.
 
     Example:
         >>> layer = ConditionalInverseAutoregressive(3, 2, hidden_dims=[16])

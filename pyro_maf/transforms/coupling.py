@@ -136,7 +136,11 @@ class Coupling(UnivariateFlow):
 
 
 class ConditionalCoupling(ConditionalForm):
-    """A `Coupling` whose networks see a context; built as `ConditionalMaskedAutoregressive`.
+    """A `Coupling` whose networks see a context, as that of `ConditionalMaskedAutoregressive` does.
+
+    Args:
+        input_dim, context_dim: As there.
+        mask, hidden_dims, activation, univariate, networks: As in `Coupling`.
 
     Example:
         >>> layer = ConditionalCoupling(3, 2)

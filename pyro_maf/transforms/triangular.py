@@ -227,7 +227,11 @@ def solve_lower(factor: Tensor, y: Tensor) -> Tensor:
 
 
 class ConditionalLowerTriangularAffine(ConditionalForm):
-    """A `LowerTriangularAffine` whose loc and L depend on a context; built as `ConditionalMaskedAutoregressive`.
+    """A `LowerTriangularAffine` whose loc and L depend on a context, of shapes as in `ConditionalMaskedAutoregressive`.
+
+    Args:
+        input_dim, context_dim: As there.
+        loc, scale_tril, hidden_dims, activation: As in `LowerTriangularAffine`.
 
     Cost: a pass of the network, and for each row a triangular product or solve: D^2 multiplications.
 
