@@ -15,7 +15,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from pyro_maf.infer import AutoIAF, Diagnosis, diagnose, fit_guide, neutra, reweight, to_arviz
-from pyro_maf.infer.diagnosis.importance import smoothed
+from pyro_maf.infer.diagnosis.pareto import smoothed_log_weights
 from tests.posteriors import GUIDES, SMALL, counting, regression
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -171,7 +171,7 @@ def test_heavy_tails_and_data_far_away_are_not_improper(where: float, heavy: boo
 def test_the_error_of_k_hat_is_its_spread_between_sets_of_draws() -> None:
     """Ten thousand weights u^-0.4 of uniform u have a tail of shape 0.4."""
     pyro.set_rng_seed(0)
-    shapes = torch.tensor([smoothed(-0.4 * torch.rand(10_000).log())[1] for _ in range(30)])
+    shapes = torch.tensor([smoothed_log_weights(-0.4 * torch.rand(10_000).log())[1] for _ in range(30)])
     error = Diagnosis(k_hat=0.4, num_samples=10_000).k_hat_se
     assert float(shapes.mean()) == pytest.approx(0.4, abs=0.05)
     assert error == pytest.approx(float(shapes.std()), rel=0.4)
@@ -439,7 +439,7 @@ def test_a_fresh_guide_of_a_skewed_posterior_says_how_good_it_is() -> None:
 
 
 def test_weights_that_differ_by_hundreds_of_nats_are_judged_without_a_warning() -> None:
-    log_weights, k_hat = smoothed(100 * torch.randn(100_000, generator=torch.Generator().manual_seed(0)))
+    log_weights, k_hat = smoothed_log_weights(100 * torch.randn(100_000, generator=torch.Generator().manual_seed(0)))
     assert k_hat > 1
     assert float(log_weights.exp().sum()) == pytest.approx(1)
 

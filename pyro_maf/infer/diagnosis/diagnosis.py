@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from importlib import import_module
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_maf._core.checks import check_positive
-from pyro_maf.infer.diagnosis.importance import NoVerdictError, Pair, Region, Weighted, arviz, smoothed
+from pyro_maf._core.messages import require
+from pyro_maf.infer.diagnosis.importance import NoVerdictError, Pair, Weighted
+from pyro_maf.infer.diagnosis.missed_modes import Region
+from pyro_maf.infer.diagnosis.pareto import smoothed_log_weights
 from pyro_maf.infer.guides.auto_flow import AutoFlow
 from pyro_maf.infer.models.model import Call, Guide, Model, check_call, check_pair, without_empty_tables
 
@@ -357,10 +363,20 @@ def to_arviz(model: Model, guide: Guide, *args: object, num_samples: int = 4_000
         "sample_stats": {"log_weight": draws.log_weights[None].cpu().numpy()},
     }
     attributes = {name: getattr(diagnosis, name) for name in ("k_hat", "elbo", "log_evidence", "verdict")}
-    library = arviz()
+    library = _arviz()
     if "InferenceData" in vars(library):  # before arviz 1, which warns of being asked
         return library.from_dict(**groups, posterior_attrs=attributes)
     return library.from_dict(groups, attrs={"posterior": attributes})
+
+
+def _arviz() -> ModuleType:
+    """Import arviz lazily: it prints a notice, and two processes that import it at once can collide."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        for _ in range(2):
+            with suppress(FileNotFoundError):
+                require("to_arviz", "arviz")
+        return import_module("arviz")
 
 
 class _DiagnosedDraws(NamedTuple):
@@ -385,7 +401,7 @@ def _diagnosed_draws(pair: Pair, num_samples: int) -> _DiagnosedDraws:
     """Weight draws of the guide and smooth the weights."""
     with without_empty_tables():
         weighted = pair.weigh(num_samples)
-    log_weights, k_hat = smoothed(weighted.log_weights, weighted.rounding)
+    log_weights, k_hat = smoothed_log_weights(weighted.log_weights, weighted.rounding)
     return _DiagnosedDraws(weighted, log_weights, _diagnosis(weighted.log_weights.double(), log_weights, k_hat))
 
 

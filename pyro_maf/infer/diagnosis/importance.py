@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from importlib import import_module
-from types import ModuleType
 from typing import NamedTuple, cast
 
 import pyro
@@ -16,9 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_maf._core.messages import require
-from pyro_maf.infer.diagnosis.missed_modes import POOL, Missed, missed_modes, why_no_search
-from pyro_maf.infer.diagnosis.pareto import smoothed_log_weights
+from pyro_maf.infer.diagnosis.missed_modes import POOL, Region, missed_modes, why_no_search
 from pyro_maf.infer.diagnosis.propriety import IMPROPER, seems_improper
 from pyro_maf.infer.guides.auto_flow import AutoFlow
 from pyro_maf.infer.models.double_precision import promoted, scored, widened
@@ -39,7 +33,7 @@ from pyro_maf.infer.models.model import (
 )
 from pyro_maf.infer.models.plates import PartialRowsError, nesting_of
 
-__all__ = ["NoVerdictError", "Pair", "Region", "Search", "Weighted", "arviz", "smoothed"]
+__all__ = ["NoVerdictError", "Pair", "Search", "Weighted"]
 
 ROUNDING = 32
 """Spread by rounding of ten thousand sums, in units in the last place of the log joint density."""
@@ -50,8 +44,6 @@ Score = Callable[[dict[str, Tensor]], Tensor]
 """Log joint density of draws by site, (draws,)."""
 TRIES = 10
 """Number of draws of a guide that a model is tried with."""
-NEGLIGIBLE = 0.1
-"""Spread of log weights, in nats, at which 99.7 % of the draws are effective: larger ones never count as equal."""
 MOST_NUMBERS = 4_000_000
 """Maximum number of log-probabilities of single sites and rows in memory."""
 CIRCULAR = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
@@ -83,22 +75,6 @@ class Weighted(NamedTuple):
     values: dict[str, Tensor]
     log_weights: Tensor
     rounding: float
-
-
-class Region(NamedTuple):
-    r"""A region of the posterior that a guide has missed: around a mode, or beyond the guide's draws.
-
-    Attributes:
-        values: The value of each latent site at the mode, or at the most probable of some points there, (\*site).
-        log_joint: Log joint density in unconstrained coordinates there, in nats.
-        share: Its share of the posterior.
-        is_mode: Whether there is a mode; if not, the guide is too narrow.
-    """
-
-    values: dict[str, Tensor]
-    log_joint: float
-    share: float
-    is_mode: bool
 
 
 class Search(NamedTuple):
@@ -201,15 +177,20 @@ class Pair:
             values, log_det = latents.unpack(rows.reshape(len(rows), *(1,) * self.joint.nesting, -1))
             return self.joint(values) + log_det.reshape(len(rows))
 
+        def sites(loc: Tensor) -> dict[str, Tensor]:
+            return {name: value[0] for name, value in latents.sites(loc[None], torch.Size([1])).items()}
+
         try:
             draws, _ = latents.pack(weighted.values)
-            draws, starts = draws[draws.isfinite().all(1)], self._prior_starts(latents).to(draws)
-            if draws.numel() and not why_no_search(draws) and seems_improper(score, starts, draws):
+            draws = draws[draws.isfinite().all(1)]
+            if (obstacle := why_no_search(draws)) or not draws.shape[1]:
+                return Search((), obstacle)
+            starts = self._prior_starts(latents).to(draws)
+            if seems_improper(score, starts, draws):
                 raise NoVerdictError(self._who, IMPROPER)
-            found = missed_modes(score, draws, log_evidence, starts)
+            return Search(tuple(missed_modes(score, draws, log_evidence, starts, sites)), "")
         except PartialRowsError:
             return Search((), "the model does not score all rows at once")
-        return Search(tuple(_region_of(latents, part) for part in found), why_no_search(draws))
 
     def _latents(self) -> Latents | None:
         """The layout of the sites as one vector; None if they cannot be laid out, or are those of rows."""
@@ -308,12 +289,6 @@ def _resolving(joint: LogJoint, values: dict[str, Tensor]) -> tuple[Score, dict[
     return (double, wide) if bool(errors.median() < ROUNDED < errors.max()) else (joint, values)
 
 
-def _region_of(latents: Latents, part: Missed) -> Region:
-    """State where a part of the posterior is by the values of the sites."""
-    sites = latents.sites(part.loc[None], torch.Size([1]))
-    return Region({name: value[0] for name, value in sites.items()}, *part[1:])
-
-
 def _check_shapes(who: str, call: Call, guide: Guide) -> None:
     """Raise for a guide whose sites have other shapes than the model's, as of data with more rows."""
     try:
@@ -376,33 +351,3 @@ def _check_draws(who: str, joint: LogJoint) -> None:
             f"{who} expected a model with one density at one value of its sites, got one that differs from run to run: "
             "put what it draws into sites that the guide has, and modules with dropout into eval mode."
         )
-
-
-def smoothed(log_weights: Tensor, rounding: float = 0.0) -> tuple[Tensor, float]:
-    """Return the normalised, Pareto-smoothed log weights, and k-hat, the shape of their tail.
-
-    Log weights that differ by at most `rounding`, and by less than `NEGLIGIBLE`, count as equal.
-
-    Reference:
-        Vehtari et al., *Pareto smoothed importance sampling*, 2024.
-    """
-    scored = log_weights.isfinite()
-    if int(scored.sum()) < 10:
-        return log_weights.new_full(log_weights.shape, -torch.inf), math.inf
-    weights = widened(log_weights[scored])
-    if float(weights.max() - weights.min()) < max(1e-10, min(rounding, NEGLIGIBLE)):  # the guide is the posterior
-        return torch.where(scored, -scored.sum().log(), -torch.inf), -math.inf
-    smooth, k_hat = smoothed_log_weights(weights)
-    result = torch.full(log_weights.shape, -torch.inf, dtype=torch.float64, device=smooth.device)
-    result[scored.to(smooth.device)] = smooth
-    return result.to(log_weights.device), k_hat
-
-
-def arviz() -> ModuleType:
-    """Import arviz lazily: it prints a notice, and two processes that import it at once can collide."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        for _ in range(2):
-            with suppress(FileNotFoundError):
-                require("to_arviz", "arviz")
-        return import_module("arviz")

@@ -8,6 +8,7 @@ none, draws of wide normals around those of the guide tell if it is the peak of 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from pyro_maf.infer.start.ascent import Ascents
 from pyro_maf.infer.start.initialization import best_normal
 from pyro_maf.infer.start.normal import Normal
 
-__all__ = ["POOL", "Missed", "missed_modes", "why_no_search"]
+__all__ = ["POOL", "Region", "missed_modes", "why_no_search"]
 
 POOL = 256
 """Number of points of either kind that starting points are of: draws of the prior, uniform ones in real numbers."""
@@ -45,23 +46,25 @@ NEIGHBOURS = 10
 COMPARED, NEARLY_ALL = 256, 0.99
 
 
-class Missed(NamedTuple):
-    """A part of a posterior outside of a guide's draws.
+class Region(NamedTuple):
+    r"""A region of the posterior that a guide has missed: around a mode, or beyond the guide's draws.
 
     Attributes:
-        loc: Latent vector of a mode, or of a point beyond the draws, (D,).
-        log_joint: Log joint density there, in the latent vector's coordinates, in nats.
-        share: Share of the posterior in that part, without what the guide has there.
-        is_mode: Whether it has a mode of its own; if not, it is what lies around the draws, such as tails.
+        values: The value of each latent site at the mode, or at the most probable of some points there, (\*site).
+        log_joint: Log joint density in unconstrained coordinates there, in nats.
+        share: Its share of the posterior, without what the guide has there.
+        is_mode: Whether there is a mode; if not, the guide is too narrow.
     """
 
-    loc: Tensor
+    values: dict[str, Tensor]
     log_joint: float
     share: float
     is_mode: bool
 
 
-def missed_modes(score: Score, draws: Tensor, log_evidence: float, starts: Tensor) -> list[Missed]:
+def missed_modes(
+    score: Score, draws: Tensor, log_evidence: float, starts: Tensor, sites: Callable[[Tensor], dict[str, Tensor]]
+) -> list[Region]:
     """Return modes with a share of the posterior that a guide lacks, the largest first; or what it lacks around them.
 
     Args:
@@ -69,13 +72,12 @@ def missed_modes(score: Score, draws: Tensor, log_evidence: float, starts: Tenso
         draws: Draws of the guide, (rows, D).
         log_evidence: Log evidence in nats by the weights of these draws.
         starts: Draws of the prior, (starts, D); ascents start from some of them, and from uniform points.
+        sites: The values of the latent sites at a latent vector, (D,).
 
     Cost: 512 evaluations; some dozen gradients and line searches for 16 starts in one batch; for up to three ends
         outside of the draws, the search for a normal as of a guide's start, and if there are none 2,048 evaluations
-        around the draws. Nothing where `why_no_search` says so.
+        around the draws.
     """
-    if not draws.shape[1] or why_no_search(draws):
-        return []
     spread = _Spread(draws)
     ends, values = _ends(score, spread, _starting_points(score, spread, starts.to(draws)))
     total = log_evidence if math.isfinite(log_evidence) else -math.inf
@@ -90,10 +92,10 @@ def missed_modes(score: Score, draws: Tensor, log_evidence: float, starts: Tenso
             found.append((normal, log_mass))
             total = combined
     if not found:
-        return _around(score, spread, total)
+        return _around(score, spread, total, sites)
     with torch.no_grad():
         modes = [
-            Missed(loc, float(score(loc[None])), math.exp(mass - total), bool(spread.is_outside(loc[None])))
+            Region(sites(loc), float(score(loc[None])), math.exp(mass - total), bool(spread.is_outside(loc[None])))
             for (loc, _), mass in found
         ]
     return sorted(modes, key=lambda mode: -mode.share)
@@ -108,9 +110,11 @@ def why_no_search(draws: Tensor) -> str:
 
 
 @torch.no_grad()
-def _around(score: Score, spread: _Spread, log_evidence: float) -> list[Missed]:
+def _around(
+    score: Score, spread: _Spread, log_evidence: float, sites: Callable[[Tensor], dict[str, Tensor]]
+) -> list[Region]:
     """Return the place of what a guide lacks around its draws, where it is too narrow by far, if there is any."""
-    best: list[Missed] = []
+    best: list[Region] = []
     for scale in SCALES:
         normal = Normal(spread.centre, scale * spread.factor)
         points, log_weights = _weighted(score, normal)
@@ -121,7 +125,7 @@ def _around(score: Score, spread: _Spread, log_evidence: float) -> list[Missed]:
         share = math.exp(log_mass - float(torch.logaddexp(torch.tensor(log_evidence), torch.tensor(log_mass))))
         if share > max([LEAST, *(each.share for each in best)]):
             loc = points[int(log_weights.argmax())]
-            best = [Missed(loc, float(score(loc[None])), share, is_mode=False)]
+            best = [Region(sites(loc), float(score(loc[None])), share, is_mode=False)]
     return best
 
 

@@ -7,9 +7,15 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_maf.infer.models.double_precision import widened
+
 __all__ = ["fit_pareto", "smoothed_log_weights"]
 
-LEAST_TAIL = 5
+LEAST, LEAST_TAIL = 10, 5
+"""Minimum number of weights, and of those in their tail."""
+EQUAL, NEGLIGIBLE = 1e-10, 0.1
+"""Spread of log weights, in nats, below which they are equal, and at which 99.7 % of the draws are effective: larger
+ones never count as rounding."""
 GRID = 30
 SPREAD = 3.0
 """Spread of the grid, in quartiles of the tail."""
@@ -49,7 +55,7 @@ def fit_pareto(excesses: Tensor) -> tuple[float, float]:
     return float(shrunk), float(-shape / theta)
 
 
-def smoothed_log_weights(log_weights: Tensor) -> tuple[Tensor, float]:
+def smoothed_log_weights(log_weights: Tensor, rounding: float = 0.0) -> tuple[Tensor, float]:
     r"""Replace the largest of n log weights by quantiles of a Pareto distribution; normalise.
 
     The tail is the largest 3 \sqrt n of them, at most a fifth. Importance weights have a mean, the evidence, as a tail
@@ -57,36 +63,46 @@ def smoothed_log_weights(log_weights: Tensor) -> tuple[Tensor, float]:
     a guide wider than the posterior that lacks its far tails. Those weights are bounded by \sqrt n times their mean.
 
     Args:
-        log_weights: (n,), finite, in float64.
+        log_weights: (n,); those that are not finite are left out.
+        rounding: Bound on their rounding error, in nats: if they differ by less, and by less than 0.1, they are equal.
 
     Returns:
-        The logarithms of weights that sum to one, and k-hat: infinity where a tail has fewer than five draws.
+        The logarithms of weights that sum to one, in float64, minus infinity for those left out, or for all if fewer
+        than ten are left. And k-hat: minus infinity for equal weights, infinity where a tail has fewer than five draws.
 
     Example:
-        >>> smooth, shape = smoothed_log_weights(torch.zeros(50, dtype=torch.float64))
+        >>> smooth, shape = smoothed_log_weights(torch.zeros(50))
         >>> float(smooth.exp().sum()), shape
-        (1.0, inf)
+        (1.0, -inf)
 
     Reference:
         Vehtari et al., *Pareto smoothed importance sampling*, 2024; Ionides, *Truncated importance sampling*, 2008.
     """
-    shifted = log_weights - log_weights.max()
-    ordered, order = shifted.sort()
+    weights = widened(log_weights)
+    smooth = torch.full_like(weights, -torch.inf)
+    is_scored = weights.isfinite()
+    ordered, order = weights[is_scored].sort()
     size = len(ordered)
-    length = math.ceil(min(size / 5, 3 * math.sqrt(size)))
-    threshold = max(float(ordered[-length - 1]), math.log(torch.finfo(ordered.dtype).tiny))
-    tail = ordered > threshold
-    count = int(tail.sum())
+    if size < LEAST:
+        return smooth.to(log_weights.device), math.inf
+    ordered -= ordered[-1].clone()
     shape = math.inf
-    if count >= LEAST_TAIL:
-        base = math.exp(threshold)
-        shape, scale = fit_pareto(ordered[tail].exp() - base)
-        if shape < 1:
-            ordered[tail] = (_quantiles(shape, scale, count, ordered) + base).log().clamp(max=0.0)
-        else:
-            ordered.clamp_(max=float(ordered.logsumexp(0)) - 0.5 * math.log(size))
-    smooth = torch.empty_like(ordered).scatter_(0, order, ordered)
-    return smooth - smooth.logsumexp(0), shape
+    if float(ordered[0]) > -max(EQUAL, min(rounding, NEGLIGIBLE)):
+        ordered, shape = torch.zeros_like(ordered), -math.inf
+    else:
+        length = math.ceil(min(size / 5, 3 * math.sqrt(size)))
+        threshold = max(float(ordered[-length - 1]), math.log(torch.finfo(ordered.dtype).tiny))
+        tail = ordered > threshold
+        count = int(tail.sum())
+        if count >= LEAST_TAIL:
+            base = math.exp(threshold)
+            shape, scale = fit_pareto(ordered[tail].exp() - base)
+            if shape < 1:
+                ordered[tail] = (_quantiles(shape, scale, count, ordered) + base).log().clamp(max=0.0)
+            else:
+                ordered.clamp_(max=float(ordered.logsumexp(0)) - 0.5 * math.log(size))
+    smooth[is_scored] = torch.empty_like(ordered).scatter_(0, order, ordered.log_softmax(0))
+    return smooth.to(log_weights.device), shape
 
 
 def _quantiles(shape: float, scale: float, count: int, like: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from pyro_maf.infer.models.model import (
     Model,
     check_call,
     check_pair,
+    sample_sites,
     show_runs,
     without_empty_tables,
 )
@@ -195,7 +196,13 @@ def fit_guide(
     """
     started = time.monotonic()
     call = Call(model, args, kwargs)
-    _check(call, guide, steps, num_particles, learning_rate, progress)
+    check_pair("fit_guide", model, guide)
+    check_positive("fit_guide", "steps", steps)
+    if num_particles is not None:
+        check_positive("fit_guide", "num_particles", num_particles)
+    check_above_zero("fit_guide", "learning_rate", learning_rate, finite=True)
+    check_progress("fit_guide", progress)
+    check_call("fit_guide", call, OPTIONS)
     with (
         ExitStack() as threads,
         _without_idle_words(),
@@ -244,18 +251,6 @@ def _covers_missed(guide: Guide, diagnosis: Diagnosis, call: Call) -> bool:
     return isinstance(guide, AutoFlow) and guide.cover(modes, call)
 
 
-def _check(
-    call: Call, guide: Guide, steps: int, num_particles: int | None, learning_rate: float, progress: object
-) -> None:
-    check_pair("fit_guide", call.program, guide)
-    check_positive("fit_guide", "steps", steps)
-    if num_particles is not None:
-        check_positive("fit_guide", "num_particles", num_particles)
-    check_above_zero("fit_guide", "learning_rate", learning_rate, finite=True)
-    check_progress("fit_guide", progress)
-    check_call("fit_guide", call, OPTIONS)
-
-
 class _Run:
     """State and steps of a fit."""
 
@@ -281,7 +276,8 @@ class _Run:
         if walks:
             self._walk = Walk(call, cast("AutoFlow", guide), joint, self.num_particles, self._parameters)
         # While the model's parameters move, so does the posterior: its draws may be effective far from the maximum.
-        self._weights_tell = not self._trains_model()
+        of_guide = {id(each) for each in guide.parameters()} if isinstance(guide, AutoFlow) else set()
+        self._weights_tell = of_guide.issuperset(map(id, self._parameters))
         self._optimizer = Adam(self._parameters)
         self._usual_norm = math.inf
         self._failures = 0
@@ -315,11 +311,6 @@ class _Run:
                 advice += "guide.transform.load_state_dict(loaded.transform.state_dict())"
             raise failure or ValueError(f"fit_guide expected a guide with parameters to train, got none{advice}.")
         return parameters
-
-    def _trains_model(self) -> bool:
-        """True if there are parameters that are not of a guide of this package: those of the model."""
-        of_guide = {id(each) for each in self._guide.parameters()} if isinstance(self._guide, AutoFlow) else set()
-        return any(id(parameter) not in of_guide for parameter in self._parameters)
 
     def to_the_end(self, steps: int, shown: Bar) -> str:
         """Take steps until there is a reason to stop, which is returned; set the guide to its averaged weights."""
@@ -409,10 +400,18 @@ class _Run:
         what = "no step was finite" if error is None else f"the model raised {type(error).__name__}"
         self._end = f"{what} {MOST_FAILURES} times in a row"
         if not self.elbo:
+            where = self._unscored_sites()
             self.failure = error or ArithmeticError(
-                f"fit_guide got no finite loss and gradient in {MOST_FAILURES} steps in a row: scale the "
-                "data, or choose another starting point by the guide's init_loc_fn."
+                f"fit_guide got no finite loss and gradient in {MOST_FAILURES} steps in a row{where}: look for NaN in "
+                "the data, scale them, or choose another starting point by the guide's init_loc_fn."
             )
+
+    def _unscored_sites(self) -> str:
+        """The sites of the model whose density is not finite, as a clause; "" if there are none."""
+        trace = self._pair.traces[1]
+        trace.compute_log_prob()
+        names = [name for name, site in sample_sites(trace).items() if not site["log_prob"].isfinite().all()]
+        return f", and no finite density of {', '.join(names)}" if names else ""
 
     def _retreat(self) -> None:
         """Continue from the best weights at half the rate, with the optimizer's moments reset."""
