@@ -22,6 +22,7 @@ from pyro_maf.infer.guides.set_up import GuideSetUp
 from pyro_maf.infer.guides.state import bare_latents, bare_trace, check_is_set_up
 from pyro_maf.infer.models.model import Call, RefusalError, Site, Trace
 from pyro_maf.infer.models.posterior import Posterior
+from pyro_maf.infer.models.supports import within_reach
 from pyro_maf.infer.start.initialization import best_normal
 from pyro_maf.infer.start.modes import MOST
 from pyro_maf.saving import drop_weak_references
@@ -124,7 +125,7 @@ class AutoFlow(GuideSetUp):
         return posterior if (coordinates := self._coordinates) is None else posterior.within(coordinates)
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Site, Tensor]]:
-        return ((part.site, unconstrained) for part, unconstrained in self.latents.split(latent))
+        return ((part.site, within_reach(part.transform, each)) for part, each in self.latents.split(latent))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the guide to a file from which `pyro_maf.load` restores it, without model or data.

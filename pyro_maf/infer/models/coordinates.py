@@ -226,16 +226,16 @@ class Coordinates(nn.Module):
         """Map c to v; also return log |dv/dc|, in the shape of the site, or None for a site that is as it is."""
         if part.site["name"] in self.moving:
             transform = entry_map(part.site["fn"] if fn is None else fn)
-            piece = within_reach(transform, piece)
-            entries = transform(piece)
-            return entries, transform.log_abs_det_jacobian(piece, entries)
+            inside = within_reach(transform, piece)
+            entries = transform(inside)
+            return entries, transform.log_abs_det_jacobian(inside, entries) - (piece - inside).abs()
         if part.site["name"] not in self._slices:
             return piece, None
         site = self._map(part, None if fn is None else location_and_scale(fn))
         residual = site.away + site.slope.times(piece - site.origin)
         entries = site.loc + residual
         log_slope = site.log_slope(entries) + _lost_to_rounding(site.loc, site.scale, residual, entries)
-        return within_reach(part.transform, entries), log_slope
+        return entries, log_slope
 
     def _inward(self, part: Part, entries: Tensor, fn: TorchDistribution | None) -> tuple[Tensor, Tensor | None]:
         """Map v to c, NaN where a value is outside of its support; also return log |dv/dc|."""

@@ -218,7 +218,7 @@ class Latents:
         for part in self.parts.values():
             batch = torch.broadcast_shapes(part.plates, latent.shape[:-1])
             value = latent[..., part.start : part.stop].reshape(batch + part.event)
-            yield part, within_reach(part.transform, value)
+            yield part, value
 
     def images(self, latent: Tensor) -> Images:
         r"""Map a latent (\*batch, D), as in `split`, to the value of each site."""
@@ -257,9 +257,17 @@ class Latents:
         return {name: value.reshape(shape + self.parts[name].value.shape) for name, value in values.items()}
 
     def mapped(self, part: Part, unconstrained: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Map unconstrained values to a site; also return log |det dz/dv| in nats by event, without idle entries."""
-        value = part.transform(unconstrained)
-        return value, self._log_det(part, unconstrained, value)
+        r"""Map unconstrained values to a site; also return log |det dz/dv| in nats by event, without idle entries.
+
+        Beyond the reach of a map, where values no longer change, the log-determinant falls by a nat a unit: the density
+        would be level there without end, and a posterior that is thrown upon 0 have an infinite integral.
+        """
+        inside = within_reach(part.transform, unconstrained)
+        value = part.transform(inside)
+        log_det = self._log_det(part, inside, value)
+        if inside is not unconstrained:
+            log_det = log_det - sum_rightmost((unconstrained - inside).abs(), unconstrained.dim() - log_det.dim())
+        return value, log_det
 
     def _log_det(self, part: Part, unconstrained: Tensor, value: Tensor) -> Tensor:
         transform = part.transform

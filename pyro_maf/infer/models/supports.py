@@ -12,7 +12,13 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to
 from torch.distributions.constraints import Constraint
-from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform, SigmoidTransform
+from torch.distributions.transforms import (
+    ComposeTransform,
+    ExpTransform,
+    IndependentTransform,
+    SigmoidTransform,
+    StickBreakingTransform,
+)
 
 __all__ = [
     "bounds_of",
@@ -165,7 +171,7 @@ def within_reach(transform: Transform, unconstrained: Tensor) -> Tensor:
         if not parts:
             return unconstrained
         transform = parts[0]
-    if not isinstance(transform, (ExpTransform, SigmoidTransform)):
+    if not isinstance(transform, (ExpTransform, SigmoidTransform, StickBreakingTransform)):
         return unconstrained
     reach = REACH.get(unconstrained.dtype, 10.0)
     return unconstrained.clamp(-reach, reach)
