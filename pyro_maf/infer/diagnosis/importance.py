@@ -157,6 +157,12 @@ class Pair:
         """Number of draws that one run of the model weights; 0 if it has to be run several times."""
         return MOST_NUMBERS // self.numbers if self.joint.is_vectorised and self.joint.runs == 1 else 0
 
+    def unscored_sites(self) -> list[str]:
+        """Names of the sites of the model that had no finite density in its trial run."""
+        trace = self.traces[1]
+        trace.compute_log_prob()
+        return [name for name, site in sample_sites(trace).items() if not site["log_prob"].isfinite().all()]
+
     def modes(self, weighted: Weighted, log_evidence: float) -> Search:
         """Look for modes outside of the draws of the guide, with a share of the posterior that it lacks.
 

@@ -56,7 +56,6 @@ class Schedule:
         steps: Maximum number of steps.
 
     Attributes:
-        is_as_good_as_any: True if the last window was no worse than the best, up to its standard error, or 0.005 nats.
         effective: Share of effective draws in the last window; 0 if it is not known.
     """
 
@@ -66,7 +65,6 @@ class Schedule:
         self._best = math.inf
         self._window: list[float] = []
         self._weights: list[Tensor] = []
-        self.is_as_good_as_any = False
         self.effective = 0.0
 
     @property
@@ -90,7 +88,11 @@ class Schedule:
         self._window, self._weights = [], []
 
     def step(self, loss: float, log_weights: Tensor | None = None) -> bool:
-        """Record a step's loss, and the log weights of its draws if known; return True if it ended a window."""
+        """Record a step's loss, and the log weights of its draws if known.
+
+        Returns:
+            True if it ended a window that was no worse than the best, up to its standard error, or 0.005 nats.
+        """
         self._taken += 1
         self._window.append(loss)
         if log_weights is not None:
@@ -103,10 +105,10 @@ class Schedule:
         if self.effective >= MOST or not mean < self._best - max(error, GAIN, WORTH * far if far > FAR else 0.0):
             self._halvings += 1
         # Where steps have hardly any noise, rounding decides otherwise: it would return an average over early steps.
-        self.is_as_good_as_any = mean <= self._best + max(error, GAIN)
+        is_as_good_as_any = mean <= self._best + max(error, GAIN)
         self._best = min(self._best, mean)
         self._window, self._weights = [], []
-        return True
+        return is_as_good_as_any
 
     def ends_as_good_as_any(self) -> bool:
         """Return True if the losses since the last window, if any, are as good as any."""

@@ -35,7 +35,6 @@ from pyro_maf.infer.models.model import (
     Model,
     check_call,
     check_pair,
-    sample_sites,
     show_runs,
     without_empty_tables,
 )
@@ -196,13 +195,7 @@ def fit_guide(
     """
     started = time.monotonic()
     call = Call(model, args, kwargs)
-    check_pair("fit_guide", model, guide)
-    check_positive("fit_guide", "steps", steps)
-    if num_particles is not None:
-        check_positive("fit_guide", "num_particles", num_particles)
-    check_above_zero("fit_guide", "learning_rate", learning_rate, finite=True)
-    check_progress("fit_guide", progress)
-    check_call("fit_guide", call, OPTIONS)
+    _check(call, guide, steps, num_particles, learning_rate, progress)
     with (
         ExitStack() as threads,
         _without_idle_words(),
@@ -249,6 +242,18 @@ def _covers_missed(guide: Guide, diagnosis: Diagnosis, call: Call) -> bool:
     """Have a guide of this package cover the modes that its diagnosis finds missing; return True if it does."""
     modes = [region.values for region in diagnosis.missed if region.is_mode]
     return isinstance(guide, AutoFlow) and guide.cover(modes, call)
+
+
+def _check(
+    call: Call, guide: Guide, steps: int, num_particles: int | None, learning_rate: float, progress: object
+) -> None:
+    check_pair("fit_guide", call.program, guide)
+    check_positive("fit_guide", "steps", steps)
+    if num_particles is not None:
+        check_positive("fit_guide", "num_particles", num_particles)
+    check_above_zero("fit_guide", "learning_rate", learning_rate, finite=True)
+    check_progress("fit_guide", progress)
+    check_call("fit_guide", call, OPTIONS)
 
 
 class _Run:
@@ -379,7 +384,7 @@ class _Run:
         self._usual_norm = norm if self._usual_norm == math.inf else 0.98 * self._usual_norm + 0.02 * norm
         self._optimizer.step(gradients, self._schedule.learning_rate)
         self._average.add()
-        if self._schedule.step(loss, log_weights if self._weights_tell else None) and self._schedule.is_as_good_as_any:
+        if self._schedule.step(loss, log_weights if self._weights_tell else None):
             self._average.record_best()
 
     def _loss_and_gradients(self) -> Step:
@@ -400,18 +405,12 @@ class _Run:
         what = "no step was finite" if error is None else f"the model raised {type(error).__name__}"
         self._end = f"{what} {MOST_FAILURES} times in a row"
         if not self.elbo:
-            where = self._unscored_sites()
+            names = ", ".join(self._pair.unscored_sites())
+            where = f", and no finite density of {names}" if names else ""
             self.failure = error or ArithmeticError(
                 f"fit_guide got no finite loss and gradient in {MOST_FAILURES} steps in a row{where}: look for NaN in "
                 "the data, scale them, or choose another starting point by the guide's init_loc_fn."
             )
-
-    def _unscored_sites(self) -> str:
-        """The sites of the model whose density is not finite, as a clause; "" if there are none."""
-        trace = self._pair.traces[1]
-        trace.compute_log_prob()
-        names = [name for name, site in sample_sites(trace).items() if not site["log_prob"].isfinite().all()]
-        return f", and no finite density of {', '.join(names)}" if names else ""
 
     def _retreat(self) -> None:
         """Continue from the best weights at half the rate, with the optimizer's moments reset."""

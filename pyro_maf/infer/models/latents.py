@@ -35,7 +35,6 @@ UNIFORM = 2.0
 Plates = pyro.plate | Iterable[pyro.plate]
 """The result of a function for `create_plates`, as in Pyro's guides."""
 
-
 Images = dict[str, tuple[Tensor, Tensor]]
 """The value of each site, and by event the logarithm of the absolute determinant of its map, in nats."""
 
@@ -217,8 +216,7 @@ class Latents:
             latent = entries
         for part in self.parts.values():
             batch = torch.broadcast_shapes(part.plates, latent.shape[:-1])
-            value = latent[..., part.start : part.stop].reshape(batch + part.event)
-            yield part, value
+            yield part, latent[..., part.start : part.stop].reshape(batch + part.event)
 
     def images(self, latent: Tensor) -> Images:
         r"""Map a latent (\*batch, D), as in `split`, to the value of each site."""
@@ -259,15 +257,12 @@ class Latents:
     def mapped(self, part: Part, unconstrained: Tensor) -> tuple[Tensor, Tensor]:
         r"""Map unconstrained values to a site; also return log |det dz/dv| in nats by event, without idle entries.
 
-        Beyond the reach of a map, where values no longer change, the log-determinant falls by a nat a unit: the density
-        would be level there without end, and a posterior that is thrown upon 0 have an infinite integral.
+        Beyond the reach of a map, where values stay, it falls by a nat a unit: level, a density has no finite integral.
         """
         inside = within_reach(part.transform, unconstrained)
         value = part.transform(inside)
-        log_det = self._log_det(part, inside, value)
-        if inside is not unconstrained:
-            log_det = log_det - sum_rightmost((unconstrained - inside).abs(), unconstrained.dim() - log_det.dim())
-        return value, log_det
+        beyond = 0.0 if inside is unconstrained else sum_rightmost((unconstrained - inside).abs(), len(part.event))
+        return value, self._log_det(part, inside, value) - beyond
 
     def _log_det(self, part: Part, unconstrained: Tensor, value: Tensor) -> Tensor:
         transform = part.transform
