@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import pyro_maf
 from pyro_maf import MAF, NSF, ConditionalMAF, ConditionalNSF, FlowPrior, fit, fit_prior
-from pyro_maf.cli import app
+from pyro_maf.cli.commands import app
 from pyro_maf.distributions import AngleFlow, TableDensity
 from pyro_maf.support import Support
 from tests.test_distributions import shaken

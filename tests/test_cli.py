@@ -24,8 +24,9 @@ from typer.testing import CliRunner
 
 import pyro_maf
 import pyro_maf.report
-from pyro_maf.cli import app, score_and_sample
 from pyro_maf.cli import fit as fit_module
+from pyro_maf.cli import score_and_sample
+from pyro_maf.cli.commands import app
 from pyro_maf.experiments import build
 from pyro_maf.experiments.models import FLOWS, STACKS
 
@@ -728,7 +729,7 @@ def test_every_command_has_help_with_examples() -> None:
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys; from pyro_maf.cli import app; print('torch' in sys.modules)"
+    code = "import sys; from pyro_maf.cli.commands import app; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
 
 

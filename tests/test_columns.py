@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import pyro_maf
 from pyro_maf import MAF, NSF, ConditionalMAF, FlowPrior, MAFMoG, fit, fit_prior
 from pyro_maf._core.checks import InputError
-from pyro_maf.cli import app
+from pyro_maf.cli.commands import app
 from pyro_maf.distributions import (
     AutoregressiveCategorical,
     ConditionalTableDensity,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from pyro_maf.cli import app
+from pyro_maf.cli.commands import app
 from pyro_maf.cli.compare import DataSet
 from pyro_maf.cli.shared_options import Row
 from pyro_maf.experiments import ROWS, SETTINGS, candidates, comparison

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import pyro_maf
 from docs.hooks.links import problems
-from pyro_maf.cli import app
+from pyro_maf.cli.commands import app
 from tests.pages import ROOT, promised, run, sections, whole
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))

@@ -20,7 +20,7 @@ import pyro_maf
 from pyro_maf import MAF, fit
 from pyro_maf._core import files
 from pyro_maf._core.files import CHECKPOINT, FILES, RECORD, held, recover, replaced
-from pyro_maf.cli import app
+from pyro_maf.cli.commands import app
 from pyro_maf.training.loop import Loop
 from tests.fits import gaussian_rows, same, seeded, weights
 

@@ -16,7 +16,7 @@ from sklearn import datasets
 from typer.testing import CliRunner
 
 from pyro_maf import MAF, ConditionalMAF, fit, fit_prior
-from pyro_maf.cli import app
+from pyro_maf.cli.commands import app
 from pyro_maf.support import Support
 from pyro_maf.tables import Reader, rows_of
 from pyro_maf.tables.reader import Labels

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
-__all__ = ["Bar", "bar", "check_progress", "say_before_bar", "shows", "will_show"]
+__all__ = ["Bar", "bar", "check_progress", "shows", "will_show"]
 
 SECONDS_BETWEEN_UPDATES = 0.2
 NOTEBOOK_WIDTH = 100
@@ -46,12 +45,6 @@ def will_show(progress: bool | str) -> bool:
     from rich.console import Console
 
     return shows(progress, Console(stderr=True))
-
-
-def say_before_bar(text: str, progress: bool | str) -> None:
-    """Print to stderr what a progress bar is waiting for, if one will be shown."""
-    if will_show(progress):
-        print(text, file=sys.stderr, flush=True)
 
 
 class Bar:

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Any
 
 from pyro_maf._core.messages import require
 
-if TYPE_CHECKING:
-    from pyro_maf.cli.commands import app
+__all__ = ["main"]
 
-__all__ = ["app", "main"]
-
-BAD_INPUT = 2
+BAD_INPUT, INTERRUPTED = 2, 130
+"""Exit codes."""
 
 
 def main() -> None:
@@ -29,14 +26,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         print(f"pyro-maf: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
-    from pyro_maf.cli.commands import main
-
-    main()
-
-
-def __getattr__(name: str) -> Any:
-    if name == "app":
+    try:
         from pyro_maf.cli.commands import app
 
-        return app
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        app(prog_name="pyro-maf")  # always by this name, for which completion is installed
+    except KeyboardInterrupt:  # before a command has started
+        sys.exit(INTERRUPTED)

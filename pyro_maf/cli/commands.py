@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
 import pyro_maf
 from pyro_maf.cli.compare import COMPARE_EXAMPLES, PAPER_EXAMPLES, compare, paper
-from pyro_maf.cli.errors import INTERRUPTED, Commands
+from pyro_maf.cli.errors import Commands
 from pyro_maf.cli.fit import FIT_EXAMPLES, fit
 from pyro_maf.cli.saved_model import INFO_EXAMPLES, info
 from pyro_maf.cli.score_and_sample import SAMPLE_EXAMPLES, SCORE_EXAMPLES, sample, score
 from pyro_maf.cli.shared_options import as_command
 
-__all__ = ["app", "main"]
+__all__ = ["app"]
 
 app = typer.Typer(
     name="pyro-maf",
@@ -34,16 +33,6 @@ for name, command, examples in (
     ("paper", as_command(paper), PAPER_EXAMPLES),
 ):
     app.command(name, epilog=examples, no_args_is_help=True)(command)
-
-
-def main() -> None:
-    """Run the command in the program's arguments."""
-    try:
-        # Always by this name, for which completion is installed.
-        app(prog_name="pyro-maf")
-    except KeyboardInterrupt:
-        # Interrupted before a command has started.
-        sys.exit(INTERRUPTED)
 
 
 def _show_version(is_asked: bool) -> None:

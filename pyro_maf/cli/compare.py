@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 import typer
 
 from pyro_maf._core.files import write_whole
-from pyro_maf.cli.errors import INTERRUPTED, CommandError, input_errors, say, warnings_as_lines
+from pyro_maf.cli import INTERRUPTED
+from pyro_maf.cli.errors import CommandError, input_errors, say, warnings_as_lines
 from pyro_maf.cli.shared_options import Device, Epochs, Models, TableOptions, TrainingOptions, flag, option, separated
 
 if TYPE_CHECKING:

@@ -14,10 +14,9 @@ import typer
 from typer.core import TyperGroup
 
 from pyro_maf._core.messages import shown
+from pyro_maf.cli import BAD_INPUT, INTERRUPTED
 
 __all__ = [
-    "BAD_INPUT",
-    "INTERRUPTED",
     "CommandError",
     "Commands",
     "command_line",
@@ -26,8 +25,6 @@ __all__ = [
     "warnings_as_lines",
 ]
 
-BAD_INPUT = 2
-INTERRUPTED = 130
 LONGEST_ERROR = 1000
 COMMAND = "pyro_maf.command"
 

@@ -18,7 +18,8 @@ import typer
 import pyro_maf
 from pyro_maf._core.files import CHECKPOINT, RECORD, REPORT, held, recover
 from pyro_maf._core.messages import MOST_LISTED, listed
-from pyro_maf.cli.errors import INTERRUPTED, CommandError, command_line, input_errors, say, warnings_as_lines
+from pyro_maf.cli import INTERRUPTED
+from pyro_maf.cli.errors import CommandError, command_line, input_errors, say, warnings_as_lines
 from pyro_maf.cli.saved_model import Record, write_json
 from pyro_maf.cli.shared_options import TableOptions, TrainingOptions, flag, option, separated, source_and_array
 

@@ -98,7 +98,6 @@ def _log_probs(model: SavedModel, table: Table) -> Iterator[Tensor]:
 
 def _with_gaps(scores: Iterator[Tensor], table: Table) -> Iterator[Tensor]:
     """Iterate over log-densities of all rows of the file, NaN for those left out of the table."""
-    import numpy as np
     import torch
 
     if table.missing is None:

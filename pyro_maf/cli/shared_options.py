@@ -115,7 +115,10 @@ class TableOptions(TextOptions):
     @property
     def stem(self) -> str:
         """The name of the table's file without endings; "table" for standard input."""
-        return "table" if self.data == "-" else Path(source_and_array(self.data)[0].removesuffix(".gz")).stem
+        if self.data == "-":
+            return "table"
+        path = Path(source_and_array(self.data)[0])
+        return Path(path.stem if path.suffix in (".gz", ".bz2", ".xz") else path).stem
 
     def read(self, dtype: str | None = None, weights: str | None = None) -> Table:
         """Read the table; its precision, and the column of its weights, are by default none in particular.

@@ -3,16 +3,7 @@
 All random draws are from a seed and leave the global generators unchanged.
 """
 
-from pyro_maf.datasets.archive import (
-    ARCHIVE,
-    bsds300,
-    cifar10,
-    gas,
-    hepmass,
-    miniboone,
-    mnist,
-    power,
-)
+from pyro_maf.datasets.archive import ARCHIVE, bsds300, cifar10, gas, hepmass, miniboone, mnist, power
 from pyro_maf.datasets.dataset import Dataset, LogitPixels
 from pyro_maf.datasets.images import complete_patches, digits, patches
 from pyro_maf.datasets.toys import TOYS, FigureOne, Funnel, Moons, Pinwheel, Ring, Toy

@@ -105,10 +105,6 @@ class Funnel(Toy):
 
     Entropy log(2 pi e) + log 3 = 3.936 nats, as the mean of x1, twice the log-scale of x2, is 0.
 
-    Example:
-        >>> Funnel().sample(4).shape
-        torch.Size([4, 2])
-
     Reference:
         Neal, *Slice Sampling*, 2003.
     """
@@ -178,10 +174,6 @@ class Pinwheel(Toy):
 
     A rotation by an angle that depends on the radius alone preserves area, so the density is that of the mixture at
     the point rotated back. The entropy has no closed form.
-
-    Example:
-        >>> Pinwheel().sample(4).shape
-        torch.Size([4, 2])
 
     Reference:
         Johnson et al., *Composing Graphical Models with Neural Networks for Structured Representations*, 2016.

@@ -7,27 +7,14 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pyro_maf._core.messages import require
-
-__all__ = [
-    "LEAST_ROWS",
-    "ZENODO",
-    "Column",
-    "check_rows",
-    "locate",
-    "read_npy",
-    "read_parquet",
-    "read_text",
-    "reading",
-]
+__all__ = ["LEAST_ROWS", "ZENODO", "check_rows", "locate", "read_npy", "read_text", "reading"]
 
 S = TypeVar("S", bound=np.generic)
-Column: TypeAlias = NDArray[np.generic]
 ZENODO = "data.tar.gz of https://zenodo.org/records/1161203 (Preprocessed datasets for MAF experiments)"
 LONGEST_REASON = 160
 LEAST_ROWS = 20
@@ -81,7 +68,7 @@ def reading(who: str, path: Path, kind: str) -> Iterator[None]:
         ) from None
 
 
-def read_npy(who: str, path: Path, columns: int) -> Column:
+def read_npy(who: str, path: Path, columns: int) -> NDArray[np.generic]:
     """Map the rows of an .npy file into memory."""
     with reading(who, path, "an .npy file"):
         rows = np.lib.format.open_memmap(path, mode="r")
@@ -96,17 +83,6 @@ def read_text(who: str, path: Path, delimiter: str | None = None) -> NDArray[np.
     with reading(who, path, "a text file of numbers below a header line"):
         _check_header(path)
         return np.loadtxt(path, delimiter=delimiter, skiprows=1, ndmin=2, encoding="utf-8")
-
-
-def read_parquet(who: str, path: Path) -> dict[str, Column]:
-    """Read the columns of a parquet file by name, without the row labels that pandas writes."""
-    require(who, "pyarrow")
-    from pyarrow import parquet
-
-    with reading(who, path, "a parquet file"):
-        table = parquet.read_table(path)
-        names = [name for name in table.column_names if not name.startswith("__index_level_")]
-        return {name: table[name].to_numpy() for name in names}
 
 
 def check_rows(who: str, path: Path, rows: NDArray[S], columns: int) -> NDArray[S]:

@@ -50,20 +50,6 @@ def mnist(root: str | os.PathLike[str]) -> Dataset:
         FileNotFoundError: If there is no such file.
         ValueError: If one is damaged, of another format or shape; if the numbers of labels and images differ.
 
-    Example:
-        >>> import pathlib, tempfile, numpy
-        >>> with tempfile.TemporaryDirectory() as root:
-        ...     pathlib.Path(root, "mnist").mkdir()
-        ...     for part, n in {"train": 60, "t10k": 10}.items():
-        ...         shape = numpy.array([n, 28, 28], ">u4").tobytes()
-        ...         images, labels = (pathlib.Path(root, "mnist", f"{part}-{kind}-ubyte")
-        ...                           for kind in ("images-idx3", "labels-idx1"))
-        ...         _ = images.write_bytes(b"\0\0\x08\x03" + shape + bytes(n * 784))
-        ...         _ = labels.write_bytes(b"\0\0\x08\x01" + shape[:4] + bytes(n))
-        ...     data = mnist(root)
-        >>> data.train.shape, data.validation.shape, data.test_context.shape
-        (torch.Size([50, 784]), torch.Size([10, 784]), torch.Size([10, 10]))
-
     Reference:
         LeCun, Bottou, Bengio & Haffner, *Gradient-Based Learning Applied to Document Recognition*, 1998.
     """
@@ -95,16 +81,6 @@ def cifar10(root: str | os.PathLike[str]) -> Dataset:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If one is damaged, of another format or shape.
-
-    Example:
-        >>> import pathlib, tempfile
-        >>> with tempfile.TemporaryDirectory() as root:
-        ...     pathlib.Path(root, "cifar10").mkdir()
-        ...     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
-        ...         _ = pathlib.Path(root, "cifar10", f"{name}.bin").write_bytes(bytes(10 * 3073))
-        ...     data = cifar10(root)
-        >>> data.train.shape, data.validation.shape, data.test_context.shape
-        (torch.Size([90, 3072]), torch.Size([5, 3072]), torch.Size([10, 10]))
 
     Reference:
         Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009.
