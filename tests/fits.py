@@ -17,6 +17,8 @@ from pyro_maf.transforms import MaskedAutoregressive
 
 SMALL: dict[str, Any] = {"num_layers": 2, "hidden_dims": [16]}
 QUICK: dict[str, Any] = {"batch_size": 50, "max_epochs": 3, "progress": False}
+SHARED = "ignore:fit found .* validation rows among the training rows"
+"""Filter of the warning of a test that takes some of its rows for validation too."""
 GAUSSIAN = MultivariateNormal(
     torch.tensor([3.0, -2.0], dtype=torch.float64),
     scale_tril=torch.tensor([[1.0, 0.0], [1.2, 0.5]], dtype=torch.float64),

@@ -28,7 +28,7 @@ from pyro_maf.distributions import ConditionalFlowPrior
 from pyro_maf.support import Columns, Support
 from pyro_maf.training.prior import FitOptions
 from pyro_maf.transforms import Permute, Stack
-from tests.fits import same, weights
+from tests.fits import SHARED, same, weights
 from tests.test_distributions import SMALL, shaken
 
 QUICK: dict[str, Any] = {"max_epochs": 2, "progress": False}
@@ -467,6 +467,7 @@ def test_fit_with_a_context(flow: Any) -> None:
     assert at.support.check(at.sample()).all()
 
 
+@pytest.mark.filterwarnings(SHARED)
 def test_fit_takes_arrays_frames_lists_and_validation_rows() -> None:
     data = rows_on("positive")
     for given in (data.numpy(), pd.DataFrame(data.numpy()), data.tolist(), data[:, 0]):

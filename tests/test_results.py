@@ -22,6 +22,7 @@ import pyro_maf
 from pyro_maf import MAF, ConditionalFlowPrior, ConditionalMAF, FlowPrior, MADEMoG, fit, fit_prior
 from pyro_maf.report import write_report
 from pyro_maf.tables.layout import Layout, numbers
+from tests.fits import SHARED
 
 FRAME = pd.DataFrame(np.random.default_rng(0).normal(size=(200, 3)), columns=["a", "b", "c"])
 ROWS = torch.tensor(FRAME[["a", "b"]].to_numpy())
@@ -55,6 +56,7 @@ def given() -> Any:
     return fit(ConditionalMAF(1, 2, num_layers=1), FRAME[["a"]], context=FRAME[["b", "c"]], **QUICK)
 
 
+@pytest.mark.filterwarnings(SHARED)
 def test_a_context_may_be_among_the_columns_of_data(given: Any, tmp_path: Path) -> None:
     model = ConditionalMAF(1, 2, num_layers=1)
     again = fit(model, FRAME[["a"]], context=FRAME[["b", "c"]], validation=FRAME[["c", "b", "a"]], **QUICK)
@@ -76,6 +78,7 @@ def test_score_and_log_prob_take_what_fit_took(result: Any, form: Callable[[Any]
     assert torch.allclose(result.density.log_prob(rows).detach(), expected, rtol=1e-6)
 
 
+@pytest.mark.filterwarnings(SHARED)
 def test_score_is_in_the_units_of_the_table_and_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     frame = 1000 + 0.5 * FRAME[["a", "b"]]
     result = fit(flow(), frame, validation=frame, **QUICK)
@@ -199,6 +202,7 @@ def test_samples_have_the_form_and_the_names_of_the_data(result: Any, given: Any
     assert {name: tuple(values.shape) for name, values in draws.items()} == {"mu": (7,), "b": (7, 2)}
 
 
+@pytest.mark.filterwarnings(SHARED)
 def test_validation_rows_are_found_by_name(result: Any) -> None:
     again = fit(flow(), FRAME[["a", "b"]], validation=FRAME[["c", "b", "a"]][:50], **QUICK)
     expected = fit(flow(), ROWS, validation=ROWS[:50], **QUICK)

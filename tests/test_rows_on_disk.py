@@ -16,9 +16,8 @@ from pyro_maf import MAF, ConditionalMAF, fit
 from pyro_maf._core.processes import Processes
 from pyro_maf.support import Support
 from pyro_maf.tables import MappedRows, Reader, disk
-from pyro_maf.tables.moments import moments_of
 from pyro_maf.tables.rows import Split
-from pyro_maf.tables.tails import units_of
+from pyro_maf.tables.units import moments_of, units_of
 from pyro_maf.training import batches as batches_module
 from pyro_maf.training.batches import Batches
 from tests.fits import GAUSSIAN, gaussian_rows, mean_log_prob, same, seeded, weights
@@ -199,7 +198,7 @@ def test_a_fit_says_which_rows_it_held_out(tmp_path: Path) -> None:
         assert torch.equal(
             result.validation_rows.data, torch.as_tensor(rows)[result.validation_places].to(torch.float32)
         )
-    result = fit(model(), rows, max_epochs=1, validation=rows[:50], progress=False)
+    result = fit(model(), rows, max_epochs=1, validation=gaussian_rows(seed=1)[:50], progress=False)
     assert (result.rows, result.validation_places) == (len(rows), None)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import os
+import pickle
 import random
 import re
 import subprocess
@@ -16,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -23,6 +27,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from pyarrow import csv as arrow_csv
+from pyarrow import feather
 
 from pyro_maf import MAF, fit, fit_prior
 from pyro_maf.datasets import read_table
@@ -56,9 +61,13 @@ def write_csv(path: Path, table: pd.DataFrame, **options: Any) -> Path:
     return path
 
 
-def write_gzip(path: Path, table: pd.DataFrame) -> Path:
-    path.write_bytes(gzip.compress(write_csv(path, table).read_bytes()))
+def write_compressed(path: Path, table: pd.DataFrame, compress: Callable[[bytes], bytes]) -> Path:
+    path.write_bytes(compress(write_csv(path, table).read_bytes()))
     return path
+
+
+def write_gzip(path: Path, table: pd.DataFrame) -> Path:
+    return write_compressed(path, table, gzip.compress)
 
 
 def write_parquet(path: Path, table: pd.DataFrame) -> Path:
@@ -75,6 +84,8 @@ WITH_NAMES: dict[str, Callable[[Path, pd.DataFrame], Path]] = {
     "Windows lines": lambda path, table: write_csv(path, table, lineterminator="\r\n"),
     "all quoted": lambda path, table: write_csv(path, table, quoting=1),
     "gzip": write_gzip,
+    "bzip2": lambda path, table: write_compressed(path, table, bz2.compress),
+    "xz": lambda path, table: write_compressed(path, table, lzma.compress),
     "parquet": write_parquet,
 }
 
@@ -867,11 +878,38 @@ def test_names_and_cells_can_not_move_a_terminals_cursor_or_fill_it(tmp_path: Pa
     assert str(caught.value).isprintable()
 
 
-def test_a_workbook_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "table.xlsx", "w") as workbook:
+@pytest.mark.parametrize("mark", [" ", ",", "|", "\t"])
+def test_names_in_a_comment_of_numpy_are_read(mark: str, tmp_path: Path) -> None:
+    np.savetxt(tmp_path / "rows.txt", numbers(), delimiter=mark, header=mark.join(NAMES), fmt="%.9g")
+    table = read_table(tmp_path / "rows.txt")
+    assert table.names == NAMES
+    assert np.array_equal(table.data, numbers())
+
+
+def write_workbook(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as workbook:
         workbook.writestr("xl/workbook.xml", "<workbook/>")
-    with pytest.raises(ValueError, match=r"found a workbook at table\.xlsx: save the sheet with the table as csv"):
-        read_table(tmp_path / "table.xlsx")
+
+
+def write_hdf5(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file["rows"] = numbers()
+
+
+OTHER_FORMATS: dict[str, Callable[[Path], Any]] = {
+    "a workbook": write_workbook,
+    "an HDF5 file": write_hdf5,
+    "a Feather file": lambda path: feather.write_feather(frame(), path),
+    "a pickle": lambda path: path.write_bytes(pickle.dumps(numbers())),
+    "compressed by zstd": lambda path: path.write_bytes(pa.compress(b"a,b", "zstd", asbytes=True)),
+}
+
+
+@pytest.mark.parametrize(("name", "write"), OTHER_FORMATS.items())
+def test_other_formats_are_named_with_what_to_do(name: str, write: Callable[[Path], Any], tmp_path: Path) -> None:
+    write(tmp_path / "table")
+    with pytest.raises(ValueError, match=f"found table to be {name}: save the table as csv or parquet"):
+        read_table(tmp_path / "table")
 
 
 def test_sources_that_are_none_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,8 @@ def test_a_table_of_a_file_is_fitted_and_named() -> None:
     result = fit(small_conditional(), table(), validation=0.1, **QUICK)
     assert result.validation_loss == pytest.approx(expected.validation_loss, rel=1e-6)
     assert torch.equal(result.score(table()), result.score(table().data, table().context))
-    fit(small_conditional(), table(), validation=table(), **QUICK)
+    with pytest.warns(UserWarning, match="fit found 200 of 200 validation rows among the training rows"):
+        fit(small_conditional(), table(), validation=table(), **QUICK)
     positive = {"weight": "positive"}
     with pytest.raises(InputError, match=r"^fit expected data of numbers above 0 in column 'weight'") as caught:
         fit(small_conditional(), table(), support=positive, **QUICK)
@@ -187,6 +188,20 @@ def test_rows_that_repeat_are_validated_with_as_fresh_rows_are(seed: int) -> Non
     assert result.validation_log_likelihood == pytest.approx(score, abs=0.5)
     assert result.repeats == 1600 - len(chain(seed).unique(dim=0))
     assert "repeat an earlier one" in result.warnings[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_validation_rows_that_are_training_rows_are_said(dtype: torch.dtype) -> None:
+    rows = torch.tensor(ROWS)
+    half = torch.cat([rows[:100].to(dtype), torch.randn(100, rows.shape[1]).to(dtype)])
+    with pytest.warns(UserWarning, match="fit found 100 of 200 validation rows among the training rows: the valid"):
+        fit(small_maf(), rows, validation=half, **QUICK)
+
+
+def test_validation_rows_that_are_equal_by_chance_are_fine() -> None:
+    rows, others = torch.randint(5, (2, 200, 2), generator=torch.Generator().manual_seed(0)).float()
+    with pytest.warns(UserWarning, match="on a grid"):  # and no other
+        fit(small_maf(), rows, validation=others, **QUICK)
 
 
 @pytest.mark.parametrize(("validation", "rows"), [(None, 20), (0.25, 50), (0.001, 1), (0.999, 198)])

@@ -19,7 +19,7 @@ from pyro_maf.report import write_report
 from pyro_maf.tables import disk
 from pyro_maf.training import FitResult
 from pyro_maf.training.parts import fractions_of
-from tests.fits import seeded
+from tests.fits import SHARED, seeded
 
 SMALL: dict[str, Any] = {"num_layers": 1, "hidden_dims": [8]}
 QUICK: dict[str, Any] = {"max_epochs": 2, "batch_size": 200, "progress": False}
@@ -67,6 +67,7 @@ def test_a_thousand_rows_have_three_parts_and_the_test_part_chose_nothing() -> N
     assert repr(result).startswith(f"FitResult(test log-likelihood {result.test.mean:.3f} nats, standard error ")  # type: ignore[union-attr]
 
 
+@pytest.mark.filterwarnings(SHARED)
 def test_when_there_is_a_test_part() -> None:
     data = rows()
     assert fitted(data[:999]).test is fitted(data, test=0).test is fitted(data, validation=data[:50]).test is None

@@ -18,8 +18,7 @@ from pyro_maf import IAF, MAF, ConditionalFlowPrior, ConditionalMAF, FlowPrior, 
 from pyro_maf.distributions.data_units import float32_holds
 from pyro_maf.support import Support
 from pyro_maf.tables import disk
-from pyro_maf.tables.moments import context_moments_of, moments_of
-from pyro_maf.tables.tails import units_of
+from pyro_maf.tables.units import context_moments_of, moments_of, units_of
 from tests.fits import mean_log_prob, same, seeded, weights
 
 OFFSET, SCALE = 5.4e6, 0.1
@@ -436,6 +435,14 @@ def test_a_prior_whose_units_are_too_coarse_says_so() -> None:
     with pytest.warns(UserWarning, match=message):
         result = fit(given, northings(), **QUICK)
     assert result.density is given
+
+
+@pytest.mark.filterwarnings("ignore:fit ")
+def test_integers_that_float64_cannot_tell_apart_are_said() -> None:
+    rows = np.stack([2**60 + np.arange(200) * 37 % 5000, np.arange(200) * 7 % 200], 1)
+    message = r"fit takes column 0 in float64, which has few different values there, 1\.1529215e\+18 \+- .*: subtract"
+    with pytest.warns(UserWarning, match=message):
+        fit(rows, **QUICK)
 
 
 @pytest.mark.parametrize("size", [1e37, 1e-36])

@@ -213,7 +213,7 @@ class Survey:
             return None
         return replace(self._column, categories=sorted(texts, key=_in_order), is_label=True)
 
-    def check_number(self) -> None:
+    def check_few(self) -> None:
         """Refuse too many categories."""
         if len(self._texts) > MOST_CATEGORIES:
             advice = f"{NO_DATES}, or leave it out" if all(map(_is_date, self._texts)) else "leave it out"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import csv
 import gzip
 import io
 import itertools
+import lzma
 import math
 import os
 import re
@@ -15,12 +17,12 @@ import sys
 import warnings
 import zipfile
 import zlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from tokenize import TokenError
-from typing import BinaryIO, TypeAlias
+from typing import BinaryIO, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,8 +36,23 @@ from pyro_maf.tables.layout import REAL_KINDS
 
 __all__ = ["ArraySource", "FileOrStream", "Source", "open_source"]
 
+T = TypeVar("T")
 FileOrStream: TypeAlias = str | os.PathLike[str] | BinaryIO
 """A path, "-" for standard input, or a binary stream."""
+
+COMPRESSED: dict[bytes, Callable[[Path], gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile]] = {
+    rb"\x1f\x8b": gzip.open,
+    rb"BZh\d1AY": bz2.open,
+    rb"\xfd7zXZ\0": lzma.open,
+}
+OTHER_FORMATS = {
+    rb"ARROW1|FEA1": "a Feather file",
+    rb"\x89HDF": "an HDF5 file",
+    rb"\x80[\2-\5]": "a pickle",
+    rb"\xd0\xcf\x11\xe0": "a workbook",
+    rb"\x28\xb5\x2f\xfd": "compressed by zstd",
+}
+"""Patterns of the first bytes of files that are decompressed, and of those that are refused by name."""
 
 NUMBERS_IN_A_BATCH = 2**21
 BYTES_IN_A_BLOCK = 2**23
@@ -174,7 +191,7 @@ class ParquetSource(Source):
 
 
 class CsvSource(Source):
-    """Text in UTF-8, a row a line, with cells separated by tabs, commas, semicolons or single spaces.
+    """Text in UTF-8, a row a line, with cells separated by tabs, commas, semicolons, bars or single spaces.
 
     The first line is a header, unless it is a row of numbers like the others.
     """
@@ -187,7 +204,9 @@ class CsvSource(Source):
                 first, second = itertools.islice(itertools.chain(filter(str.strip, file), ("", "")), 2)
                 if "\0" in first:
                     raise csv.Error("it holds bytes that are no text")
-                self._delimiter = _delimiter_between(first, second, "\t;" if decimal == "," else "\t,;")
+                self._delimiter = _delimiter_between(
+                    re.sub("^# *", "", first), second, "\t;|" if decimal == "," else "\t,;|"
+                )
                 file.seek(0)
                 rows = csv.reader(file, delimiter=self._delimiter)
                 head = list(itertools.islice(((place, row) for place, row in enumerate(rows) if row), 2))
@@ -198,6 +217,8 @@ class CsvSource(Source):
         cells = [[cell.strip() for cell in row] for _, row in head]
         self.is_named = _is_header(cells[0], cells[1] if len(cells) > 1 else [], decimal)
         cells[0][0] = cells[0][0].lstrip("# ")  # numpy.savetxt writes names as a comment
+        if not cells[0][0] and self._delimiter == " ":
+            del cells[0][0]
         self.names = tuple(cells[0]) if self.is_named else tuple(f"x{i}" for i in range(1, len(cells[0]) + 1))
         self._rows_above = head[0][0] + 1 if self.is_named else 0
 
@@ -232,28 +253,23 @@ class CsvSource(Source):
                 for batch in reader:
                     yield batch.columns
         except pyarrow.ArrowException as error:
-            raise self._ragged() or self.wrong(f"damaged: {_one_line(error)}") from None
+            raise self._refused(error) from None
 
-    def _ragged(self) -> ValueError | None:
-        """Error for the first row whose number of cells is not that of the columns; None if there is none."""
-        try:
-            with open(self.path, encoding="utf-8-sig", newline="") as file:
-                rows = csv.reader(file, delimiter=self._delimiter)
-                # Without empty lines, as pyarrow does.
-                data = filter(None, itertools.islice(rows, self._rows_above, None))
-                for number, row in enumerate(data, 1):
-                    if len(row) != len(self.names):
-                        return InputError(
-                            f"read_table found {self.label} ragged: data row {number} (counted from 1) has {len(row)} "
-                            f"cells where {len(self.names)} were expected.",
-                            row=number - 1,
-                        )
-        except (UnicodeDecodeError, csv.Error) as error:
+    def _refused(self, error: Exception) -> ValueError:
+        """Error for one of pyarrow's."""
+        if "invalid UTF8" in str(error):
             return self._no_text(error)
-        return None
+        if (ragged := re.search(r"Row #(\d+): Expected \d+ columns, got (\d+)", str(error))) is None:
+            return self.wrong(f"damaged: {_one_line(error)}")
+        row = int(ragged[1]) - self._rows_above
+        return InputError(
+            f"read_table found {self.label} ragged: data row {row} (counted from 1) has {ragged[2]} cells where "
+            f"{len(self.names)} were expected.",
+            row=row - 1,
+        )
 
     def _no_text(self, error: Exception) -> ValueError:
-        advice = " encoding= or --encoding reads text of another encoding." if isinstance(error, UnicodeError) else ""
+        advice = "" if isinstance(error, csv.Error) else " encoding= or --encoding reads text of another encoding."
         return self.wrong(f"to be neither csv in UTF-8 nor parquet, npy or npz: {_one_line(error)}{advice}")
 
 
@@ -267,8 +283,9 @@ def open_source(source: FileOrStream, array: str | None, decimal: str, encoding:
     """
     path, label = _as_file(source)
     start = _first_bytes(path)
-    if start.startswith(b"\x1f\x8b"):
-        path = _unzipped(path, label)
+    if (decompress := _of_start(COMPRESSED, start)) is not None:
+        with _reading(label, (OSError, EOFError, zlib.error, lzma.LZMAError)), decompress(path) as file:
+            path = copied(file)
         start = _first_bytes(path)
     if not start:
         raise ValueError(f"read_table found {label} empty.")
@@ -278,6 +295,8 @@ def open_source(source: FileOrStream, array: str | None, decimal: str, encoding:
         raise ValueError(f"read_table got array={array!r} for {label}, which is no .npz file: leave it out.")
     if start.startswith(b"\x93NUMPY"):
         return ArraySource(path, label)
+    if (other := _of_start(OTHER_FORMATS, start)) is not None:
+        raise ValueError(f"read_table found {label} to be {other}: save the table as csv or parquet.")
     require("read_table", "pyarrow")
     if start.startswith(b"PAR1"):
         return ParquetSource(path, label)
@@ -307,9 +326,9 @@ def _as_file(source: FileOrStream) -> tuple[Path, str]:
     return copied(stream), "the stream"
 
 
-def _unzipped(path: Path, label: str) -> Path:
-    with _reading(label, (OSError, EOFError, zlib.error)), gzip.open(path) as file:
-        return copied(file)
+def _of_start(formats: Mapping[bytes, T], start: bytes) -> T | None:
+    """Value of the pattern that the first bytes of a file match, or None."""
+    return next((value for pattern, value in formats.items() if re.match(pattern, start)), None)
 
 
 def _first_bytes(path: Path) -> bytes:
@@ -332,7 +351,7 @@ def _member_of(path: Path, label: str, array: str | None) -> tuple[Path, str]:
             name for name in members if array is None and len(members) > 1 and _dimensions(archive, members[name]) == 2
         ]
     if is_workbook:
-        raise ValueError(f"read_table found a workbook at {label}: save the sheet with the table as csv.")
+        raise ValueError(f"read_table found {label} to be a workbook: save the table as csv or parquet.")
     if not members:
         raise ValueError(f"read_table found a zip archive without arrays at {label}: it is no .npz file.")
     chosen = _chosen(list(members), tables, label) if array is None else array

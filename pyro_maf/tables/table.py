@@ -163,10 +163,10 @@ def read_table(
 ) -> Table:
     r"""Read csv, tsv, parquet, npy or npz, which may be larger than memory.
 
-    The first bytes determine the format. Text may be compressed by gzip; a header of names is optional. Columns
-    without names are x1, x2, ... Numbers are rounded to float32 if its precision suffices, which it does not for a
-    column of 5.4e6 +- 0.1 or of time stamps. More than half a gibibyte of them is stored in a temporary file that is
-    deleted when the program ends, or mapped from the .npy file itself.
+    The first bytes determine the format. Text may be compressed by gzip, bzip2 or xz; a header of names is optional.
+    Columns without names are x1, x2, ... Numbers are rounded to float32 if its precision suffices, which it does not
+    for a column of 5.4e6 +- 0.1 or of time stamps. More than half a gibibyte of them is stored in a temporary file that
+    is deleted when the program ends, or mapped from the .npy file itself.
 
     Args:
         source: A path; "-" for standard input; or a binary stream.
@@ -324,7 +324,7 @@ def _surveyed(source: Source, kinds: Mapping[str, bool | None], *, of_context: b
                     if of_context or survey.may_be_labels:
                         survey.add(cells)
                     if of_context:
-                        survey.check_number()
+                        survey.check_few()
                 if not of_context and not any(survey.may_be_labels for survey in surveys.values()):
                     break
     return surveys

@@ -23,7 +23,7 @@ from pyro_maf.tables import MappedRows, Rows
 from pyro_maf.tables.grid import Grid, describe, grid_of
 from pyro_maf.tables.reader import Labels
 from pyro_maf.tables.rows import repeat_as_a_whole
-from pyro_maf.tables.tails import Units
+from pyro_maf.tables.units import Units
 
 __all__ = ["Kinds", "few_values", "grids_of"]
 

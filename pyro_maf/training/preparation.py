@@ -6,7 +6,9 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pyro_maf.distributions import (
     ConditionalDensity,
@@ -24,12 +26,11 @@ from pyro_maf.distributions.steps import dequantised
 from pyro_maf.support import Support
 from pyro_maf.tables import MappedRows, Reader, Rows, rows_of
 from pyro_maf.tables.layout import TableLike
-from pyro_maf.tables.moments import Moments
 from pyro_maf.tables.named_rows import NamedRows, named_rows
 from pyro_maf.tables.reader import Labels
-from pyro_maf.tables.rows import repeat_as_a_whole
+from pyro_maf.tables.rows import hash_rows, repeat_as_a_whole
 from pyro_maf.tables.table import Table
-from pyro_maf.tables.tails import Units, units_of
+from pyro_maf.tables.units import Moments, Units, units_of
 from pyro_maf.training.kinds import Kinds, grids_of
 from pyro_maf.training.parts import Aside, divide, fractions_of, without_far_rows
 from pyro_maf.training.screening import screen_data
@@ -218,6 +219,7 @@ def prepare(
     reach = (of_units if is_new else Units(*of_data)).reach
     warnings = [
         *_on_repeats(rows, repeats),
+        *([] if separate is None else _on_shared_rows(rows, separate[0])),
         *_on_rounding(prior, units, reader),
         *kinds.lines(reader.labels, named),
         *screen_data(rows, reader, kinds.categories, [i for i, grid in enumerate(kinds.grids) if grid], in_tails),
@@ -394,6 +396,23 @@ def _on_repeats(rows: Rows | MappedRows, repeats: int) -> list[str]:
     ]
 
 
+def _on_shared_rows(rows: Rows | MappedRows, validation: Rows) -> list[str]:
+    """Return a line on validation rows that are training rows too, unless few are, or their values are few."""
+    sample, total = rows.sample(), len(validation.data)
+
+    def hashed(part: Rows) -> NDArray[np.uint64]:
+        # float32 of both: one may be of float64.
+        return hash_rows(Rows(part.data.float(), None if part.context is None else part.context.float()))
+
+    shared = int(np.isin(hashed(validation), hashed(sample)).sum())
+    if shared < MENTIONED * total or not repeat_as_a_whole(sample):
+        return []
+    return [
+        f"fit found {shared:,} of {total:,} validation rows among the training rows: the validation score is too high, "
+        "and does not show when the flow overfits. Leave validation= out, and fit holds out rows itself."
+    ]
+
+
 def _on_rounding(density: FlowPrior | TableDensity, units: tuple[Units, Moments | None], reader: Reader) -> list[str]:
     """Return a line on a column of data, and of context, for which the dtype of the density's values is too coarse."""
     of_data, of_context = units
@@ -404,16 +423,19 @@ def _on_rounding(density: FlowPrior | TableDensity, units: tuple[Units, Moments 
         each.append(("context ", of_context, None, density.context_dtype, reader.context_labels))
     lines = []
     for role, (loc, scale), support, dtype, labels in each:
-        coarse = ~float32_holds(loc, scale, support, resolution=COARSE)
-        if dtype != torch.float64 and coarse.any():
-            column = int(coarse.int().argmax())
-            value = f"{loc[column].item():.8g} +- {scale[column].item():.2g}"
-            if float32_reaches(loc[column].double(), scale[column].double()):
-                why = f"has few different values there, {value}: subtract what the rows have in common while they are"
-            else:
-                why = f"ends at 1e-38 and 3e38, near {value}: take units of about that size, best while the rows are"
-            lines.append(
-                f"fit takes {role}{labels.column(column)} in float32, which {why} in float64, or fit a model in "
-                "float64, model.double(), to rows in float64."
-            )
+        if dtype == torch.float64:
+            coarse = torch.finfo(dtype).eps * loc.abs() > COARSE * scale
+        else:
+            coarse = ~float32_holds(loc, scale, support, resolution=COARSE)
+        if not coarse.any():
+            continue
+        column = int(coarse.int().argmax())
+        value = f"{loc[column].item():.8g} +- {scale[column].item():.2g}"
+        why = f"has few different values there, {value}: subtract what the rows have in common while they are"
+        advice = "in float64, or fit a model in float64, model.double(), to rows in float64"
+        if dtype == torch.float64:
+            advice = "integers or text"
+        elif not float32_reaches(loc[column].double(), scale[column].double()):
+            why = f"ends at 1e-38 and 3e38, near {value}: take units of about that size, best while the rows are"
+        lines.append(f"fit takes {role}{labels.column(column)} in {str(dtype)[6:]}, which {why} {advice}.")
     return lines
