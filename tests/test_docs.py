@@ -115,7 +115,8 @@ def commands(page: Path) -> list[tuple[list[str], list[str]]]:
 
 
 def gist(line: str) -> str:
-    """A line without its numbers, and without the width that they give to a table."""
+    """A line without its numbers, the width that they give to a table, and why a fit stopped, as rounding may say."""
+    line = re.sub(r"stopped: .*?\. See", "stopped: #. See", line)
     return " ".join(re.sub("─+", "─", NUMBER.sub("#", line)).split())
 
 
