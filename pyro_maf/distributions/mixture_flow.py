@@ -11,8 +11,9 @@ from torch import Tensor
 from pyro_maf._core.checks import check_positive
 from pyro_maf.distributions.density import ConditionalDensityForm
 from pyro_maf.distributions.flow_on_base import FlowOnBase
-from pyro_maf.distributions.gaussian_mixture import GaussianMixture, Mixture
+from pyro_maf.distributions.gaussian_mixture import GaussianMixture
 from pyro_maf.flows import NSF, StackOptions
+from pyro_maf.tables.mixture import Mixture
 from pyro_maf.univariate import UnivariateMap
 
 __all__ = ["ConditionalMixtureFlow", "MixtureFlow"]

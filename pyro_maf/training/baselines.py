@@ -11,12 +11,12 @@ from torch import Tensor
 
 from pyro_maf._core.torch_state import reference_tensor
 from pyro_maf.distributions import Density, FlowPrior, TableDensity
-from pyro_maf.distributions.gaussian_mixture import Mixture, fit_mixture
 from pyro_maf.distributions.mixture_flow import MixtureFlow
 from pyro_maf.distributions.steps import POINTS, dequantised
 from pyro_maf.flows import NSF
 from pyro_maf.sweep import Alone
 from pyro_maf.tables import MappedRows, Rows
+from pyro_maf.tables.mixture import Mixture, fit_mixture
 from pyro_maf.tables.rows import mean_and_error
 from pyro_maf.training.preparation import FENCE, Fitted, Prepared
 from pyro_maf.training.scores import log_prob_of
@@ -265,7 +265,7 @@ def _baselines(
             gaussians.shares, (gaussians.means - coefficients[0]) / scale, gaussians.factors / scale[:, None]
         )
     each = {
-        "Gaussian": fit_mixture(rows.data, rows.weights, most=1).log_prob,
+        "Gaussian": fit_mixture(rows.data, rows.weights, most=1, has_tails=False).log_prob,
         "mixture of Gaussians": gaussians.log_prob,
     }
     if len(z) < _most(inner.event_shape[0]) and len(z) * queries <= MOST_PAIRS:

@@ -18,9 +18,9 @@ from pyro_maf.distributions import (
     FlowPrior,
     TableDensity,
 )
-from pyro_maf.distributions.gaussian_mixture import Mixture
 from pyro_maf.tables import Rows
 from pyro_maf.tables.layout import NAMELESS, Layout, TableLike, numbers
+from pyro_maf.tables.mixture import Mixture
 from pyro_maf.tables.named_rows import named_rows
 from pyro_maf.tables.reader import check_context
 from pyro_maf.tables.table import Table
