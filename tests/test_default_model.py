@@ -189,7 +189,7 @@ def test_a_mixture_finds_unequal_clusters() -> None:
 def long_tailed_clusters(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of three clusters of Student's t with three degrees of freedom, and their log-densities."""
     generator = torch.Generator().manual_seed(2)
-    centres = 4 * torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    centres = 2 * torch.randn(3, 4, generator=generator, dtype=torch.float64)
     factors = torch.randn(3, 4, 4, generator=generator, dtype=torch.float64).tril() / 2
     factors.diagonal(dim1=1, dim2=2).abs_().clamp_(min=0.2)
     number = torch.randint(3, (rows,), generator=generator)
