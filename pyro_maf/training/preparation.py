@@ -399,10 +399,11 @@ def _on_repeats(rows: Rows | MappedRows, repeats: int) -> list[str]:
 def _on_shared_rows(rows: Rows | MappedRows, validation: Rows) -> list[str]:
     """Return a line on validation rows that are training rows too, unless few are, or their values are few."""
     sample, total = rows.sample(), len(validation.data)
+    dtypes = {part.data.dtype for part in (sample, validation)}
+    dtype = torch.float32 if len(dtypes) > 1 else dtypes.pop()  # what float32 rounds is compared as rounded
 
     def hashed(part: Rows) -> NDArray[np.uint64]:
-        # float32 of both: one may be of float64.
-        return hash_rows(Rows(part.data.float(), None if part.context is None else part.context.float()))
+        return hash_rows(Rows(part.data.to(dtype), None if part.context is None else part.context.float()))
 
     shared = int(np.isin(hashed(validation), hashed(sample)).sum())
     if shared < MENTIONED * total or not repeat_as_a_whole(sample):

@@ -165,7 +165,7 @@ def images(posterior: Posterior, latents: Tensor) -> Tensor:
     with seeded(0, latents.device):
         noise = torch.randn(PROBES, latents.shape[1]).to(latents)
     probes, padded = (posterior.unpacked(each)[0] for each in (latents[:1] + NEAR * noise, latents))
-    values = {name: padded[name].reshape(-1, *shape) for name, shape in posterior.shapes.items()}
+    values = {name: padded[name].reshape(len(latents), *shape) for name, shape in posterior.shapes.items()}
     try:
         symmetries = exchanges(posterior.joint, probes, posterior.shapes)
         found = [posterior.packed(exchange(values)) for exchange in symmetries]
