@@ -254,7 +254,7 @@ def check_context(who: str, name: str, context: object, columns: int, refused: s
     if context is not None and not columns:
         raise ValueError(f"{who} got {name} for {refused}.")
     if context is None and columns:
-        raise ValueError(f"{who} expected {name} with {columns} columns{more}, got none.")
+        raise ValueError(f"{who} expected {name} with {columns} column{'s' * (columns > 1)}{more}, got none.")
 
 
 def row_shape(who: str, name: str, value: TableLike) -> tuple[int, ...]:
