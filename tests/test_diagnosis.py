@@ -429,6 +429,46 @@ def test_draws_become_inference_data(make: Any) -> None:
     assert data.sample_stats["log_weight"].shape == (1, 300)
     assert float((2.718281828 ** data.sample_stats["log_weight"]).sum()) == pytest.approx(1.0, rel=1e-4)
     assert {"k_hat", "elbo", "verdict"} <= data.posterior.attrs.keys()
+    density = dist.Normal(torch.tensor(data.posterior["z"].values), 1.0).log_prob(y.expand(2, -1))
+    assert torch.allclose(torch.tensor(data.log_likelihood["y"].values), density, atol=1e-5)
+    assert data.observed_data["y"].shape == (2, 3)
+
+
+def in_python(y: Tensor) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    shift = 1.0 if float(loc) > 0 else -1.0  # so it is run for each draw
+    pyro.factor("penalty", -loc.abs())
+    pyro.deterministic("twice", 2 * loc)
+    with pyro.plate("rows", 3):
+        pyro.sample("y", dist.Normal(loc, 1.0).mask(y > 0), obs=y)
+        pyro.sample("zero", dist.Normal(shift * loc, 1.0).expand([3]), obs=torch.zeros(3))
+
+
+def test_rows_of_models_that_do_not_broadcast_have_log_likelihoods_too() -> None:
+    y = torch.tensor([0.5, -0.5, 1.0])
+    data = to_arviz(in_python, AutoNormal(in_python), y, num_samples=100)
+    loc = torch.tensor(data.posterior["loc"].values)[..., None]
+    expected = dist.Normal(loc, 1.0).log_prob(y) * (y > 0)
+    assert set(data.log_likelihood.data_vars) == set(data.observed_data.data_vars) == {"y", "zero"}
+    assert torch.allclose(torch.tensor(data.log_likelihood["y"].values), expected, atol=1e-5)
+
+
+def test_arviz_leaves_rows_out_by_the_draws_of_a_guide() -> None:
+    import arviz
+
+    pyro.set_rng_seed(0)
+    y = torch.randn(40) + 1.0
+
+    def model() -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    data = to_arviz(model, lambda: pyro.sample("mean", dist.Normal(y.sum() / 41, 41**-0.5)))
+    exact = dist.Normal((y.sum() - y) / 40, (1 + 1 / 40) ** 0.5).log_prob(y).sum()
+    found = arviz.loo(data)
+    elpd = found.elpd if hasattr(found, "elpd") else found.elpd_loo  # before arviz 1
+    assert float(elpd) == pytest.approx(float(exact), abs=0.05)
 
 
 def test_a_fresh_guide_of_a_skewed_posterior_says_how_good_it_is() -> None:

@@ -178,7 +178,9 @@ def test_everything_that_scores_sums_them_out() -> None:
         draws = reweight(mixture, guide, size, num_samples=4000)["mu"]
         assert float(draws.mean()) == pytest.approx(mean, abs=0.1 * deviation)
         assert diagnose(mixture, guide, size).elbo == pytest.approx(diagnose(summed, guide).elbo, abs=0.02)
-    assert set(to_arviz(mixture, guide, num_samples=100).posterior) == {"mu"}
+    data = to_arviz(mixture, guide, num_samples=100)
+    assert set(data.posterior) == {"mu"}
+    assert not hasattr(data, "log_likelihood")  # of rows that share what is summed out
     noise = {"AutoIAF_shared_latent": torch.zeros(1)}
     mcmc = MCMC(NUTS(neutra(mixture, guide), max_tree_depth=3), num_samples=40, warmup_steps=10, disable_progbar=True)
     mcmc.run()

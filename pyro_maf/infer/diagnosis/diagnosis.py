@@ -341,7 +341,12 @@ def to_arviz(model: Model, guide: Guide, *args: object, num_samples: int = 4_000
 
     Returns:
         An `xarray.DataTree`, or an `arviz.InferenceData` before arviz 1: `posterior` holds the draws as they are;
-        `sample_stats` the smoothed log weights, as `log_weight`; attributes of `posterior` the diagnosis.
+        `sample_stats` the smoothed log weights, as `log_weight`; attributes of `posterior` the diagnosis. And
+        `observed_data` holds the observed sites, `log_likelihood` the log-densities of their rows, for `arviz.loo` and
+        `arviz.compare`; the latter is left out where rows have none of their own, as discrete sites are summed out, and
+        where these would be more than 10^8 numbers.
+
+    Cost: a run of the model for many draws, or one for each draw of a model that does not broadcast.
 
     Raises:
         TypeError: If the two are swapped, or the model does not take the arguments.
@@ -356,12 +361,21 @@ def to_arviz(model: Model, guide: Guide, *args: object, num_samples: int = 4_000
         (1, 4000, 3)
     """
     check_positive("to_arviz", "num_samples", num_samples, least=100)
-    draws = _diagnosed_draws(_pair("to_arviz", Call(model, args, kwargs), guide), num_samples)
+    pair = _pair("to_arviz", Call(model, args, kwargs), guide)
+    draws = _diagnosed_draws(pair, num_samples)
     diagnosis = draws.diagnosis
-    groups = {
-        "posterior": {name: value[None].cpu().numpy() for name, value in draws.weighted.values.items()},
-        "sample_stats": {"log_weight": draws.log_weights[None].cpu().numpy()},
+    tables = {
+        "posterior": draws.weighted.values,
+        "sample_stats": {"log_weight": draws.log_weights},
+        "log_likelihood": pair.log_likelihood(draws.weighted),
     }
+    groups = {
+        group: {name: value[None].cpu().numpy() for name, value in values.items()}
+        for group, values in tables.items()
+        if values
+    }
+    if data := {name: value.cpu().numpy() for name, value in pair.data().items()}:
+        groups["observed_data"] = data
     attributes = {name: getattr(diagnosis, name) for name in ("k_hat", "elbo", "log_evidence", "verdict")}
     library = _arviz()
     if "InferenceData" in vars(library):  # before arviz 1, which warns of being asked

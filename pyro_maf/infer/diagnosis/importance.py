@@ -27,6 +27,7 @@ from pyro_maf.infer.models.model import (
     Site,
     Trace,
     check_observes_nothing,
+    data_sites,
     latent_sites,
     layers_of,
     sample_sites,
@@ -151,6 +152,19 @@ class Pair:
                 )
         log_weights = torch.cat([block.log_weights for block in blocks])
         return Weighted(values, log_weights, max(block.rounding for block in blocks))
+
+    def data(self) -> dict[str, Tensor]:
+        """Values of the observed sites."""
+        return {name: site["value"] for name, site in data_sites(self.traces[1]).items()}
+
+    def log_likelihood(self, weighted: Weighted) -> dict[str, Tensor]:
+        r"""As `LogJoint.log_likelihood`, of draws (draws, \*site)."""
+        values = {}
+        for name, value in weighted.values.items():
+            place = value.dim() - self._sites[name]["fn"].event_dim
+            plates = (*(1,) * (self.joint.nesting + 1 - place), *value.shape[1:place])
+            values[name] = value.reshape(len(value), *plates, *value.shape[place:])
+        return self.joint.log_likelihood(values)
 
     @property
     def most_at_once(self) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +32,7 @@ from pyro_maf.infer.models.model import (
     RefusalError,
     Site,
     Trace,
+    data_sites,
     latent_sites,
     report_run,
     sample_sites,
@@ -38,6 +40,7 @@ from pyro_maf.infer.models.model import (
 from pyro_maf.infer.models.plates import (
     Minibatch,
     PartialRowsError,
+    frames_of,
     minibatches_of,
     nesting_of,
     subsampled,
@@ -53,6 +56,9 @@ LARGEST = 50_000
 
 MOST_NUMBERS = 2**24
 """Maximum numbers in a tensor of a run for many draws, without gradients."""
+
+MOST_TERMS = 10**8
+"""Maximum number of log-densities of rows, of all draws."""
 
 MOST_ALONE = 64
 """Maximum number of draws of the prior by a run for each."""
@@ -113,6 +119,7 @@ class LogJoint:
         if shapes is None:
             shapes = {name: site["value"].shape for name, site in latents.items() if not is_enumerated(site)}
         self._shapes = shapes
+        self._plate_dims = {name: _plate_dims(site) for name, site in data_sites(example).items()}
         self.enumerated = any(is_enumerated(site) for name, site in latents.items() if name not in shapes)
         self.nesting = nesting_of(example) + SPARE
         self.is_vectorised = self.broadcasts = True
@@ -171,6 +178,33 @@ class LogJoint:
             return bool(self._in_turn(values, self._minibatches[0]).isfinite())
         except FAILURES:
             return False
+
+    @torch.no_grad()
+    def log_likelihood(self, values: Values) -> dict[str, Tensor]:
+        r"""Return log p(x_i | z) in nats of the observed sites, (draws, \*plates), without the scales of handlers.
+
+        Nothing if the rows have no densities of their own, as sites are summed out, are not scored by one run, or have
+        more than 10^8 densities in all.
+        """
+        if self.enumerated or self.partial or self.runs > 1 or _count(values) * self.numbers > MOST_TERMS:
+            return {}
+        size = max(1, MOST_NUMBERS // max(self.numbers, self._largest)) if self.broadcasts else 1
+        parts = [self._by_row(_draws(values, slice(at, at + size))) for at in range(0, _count(values), size)]
+        return {name: torch.cat([part[name] for part in parts]) for name in self._plate_dims}
+
+    def _by_row(self, values: Values) -> dict[str, Tensor]:
+        """Compute `log_likelihood` by one run."""
+        draws, (minibatch,) = _count(values), self._minibatches
+        if self.broadcasts:
+            trace = self._scored_together(values, minibatch)
+        else:
+            trace = self._scored(self._single(values), minibatch)
+        terms, sites = {}, sample_sites(trace)
+        for name, depth in self._plate_dims.items():
+            term = scale_and_mask(sites[name]["unscaled_log_prob"], mask=sites[name]["mask"])
+            term = term.expand(torch.broadcast_shapes(term.shape, (draws, *(1,) * self.nesting)))
+            terms[name] = term.reshape(draws, *term.shape[term.dim() - depth :])
+        return terms
 
     def check_sites(self, who: str) -> None:
         """Check that all runs for one draw so far had the same sites.
@@ -263,10 +297,12 @@ class LogJoint:
         return _sum(terms)
 
     def _together(self, values: Values, minibatch: Minibatch) -> Tensor:
-        draws = _count(values)
-        with pyro.plate("_draws", draws, dim=-self.nesting - 1):
-            trace = self._scored(values, minibatch)
-        return total_by_draw(log_densities(trace, minibatch.weight), (draws, *(1,) * self.nesting))
+        trace = self._scored_together(values, minibatch)
+        return total_by_draw(log_densities(trace, minibatch.weight), (_count(values), *(1,) * self.nesting))
+
+    def _scored_together(self, values: Values, minibatch: Minibatch) -> Trace:
+        with pyro.plate("_draws", _count(values), dim=-self.nesting - 1):
+            return self._scored(values, minibatch)
 
     def _mapped(self, values: Values, minibatch: Minibatch, writes: bool = False) -> Tensor:
         return mapped(lambda one: self._score_of_one(one, minibatch), values, writes=writes)
@@ -327,6 +363,11 @@ def _draws(values: Values, index: slice | Tensor | int) -> dict[str, Tensor]:
 
 def _count(values: Values) -> int:
     return len(next(iter(values.values())))
+
+
+def _plate_dims(site: Site) -> int:
+    """Number of dimensions of the rows of an observed site."""
+    return max(site["value"].dim() - site["fn"].event_dim, *(-frame.dim for frame in frames_of(site)), 0)  # type: ignore[operator]
 
 
 def _of_all_rows(site: Site, shape: torch.Size) -> dict[str, int]:

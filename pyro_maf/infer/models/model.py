@@ -41,6 +41,7 @@ __all__ = [
     "check_observes_nothing",
     "check_pair",
     "check_set_up_call",
+    "data_sites",
     "is_subsample",
     "latent_sites",
     "layers_of",
@@ -110,6 +111,16 @@ def latent_sites(trace: Trace) -> dict[str, Site]:
     """Return the latent sites of a trace by name, without the indices of subsamples."""
     sites = sample_sites(trace)
     return {name: site for name, site in sites.items() if not site["is_observed"] and not is_subsample(site)}
+
+
+def data_sites(trace: Trace) -> dict[str, Site]:
+    """Return the sites of a trace that observe data, without `pyro.factor` and `pyro.deterministic`."""
+    observed = {name: site for name, site in sample_sites(trace).items() if site["is_observed"]}
+    return {
+        name: site
+        for name, site in observed.items()
+        if not (is_subsample(site) or isinstance(site["fn"], Unit) or "_deterministic" in (site["infer"] or {}))
+    }
 
 
 def is_subsample(site: Site) -> bool:
