@@ -453,7 +453,7 @@ CONDITIONAL = ConditionalFlowPrior(ConditionalMAF(2, 1, **SMALL))
         (standard(), normal(5).to(torch.complex64), {}, TypeError, r"real numbers, got torch.complex64"),
         (standard(), normal(5), {"context": normal(5)}, ValueError, r"takes none: leave it out"),
         (standard(support="positive"), normal(5), {}, ValueError, r"inside the support, positive.*got data row 1 "),
-        (CONDITIONAL, normal(5), {}, ValueError, r"context with 1 columns, got none"),
+        (CONDITIONAL, normal(5), {}, ValueError, r"context with 1 column, got none"),
         (CONDITIONAL, normal(5), {"context": normal(4, 1)}, ValueError, r"got 4 and 5"),
         (MAF(2, **SMALL), normal(5), {}, TypeError, r"what fit returned"),
     ],

@@ -421,7 +421,7 @@ BAD_CONTEXT: dict[str, tuple[Any, type[Exception], str]] = {
     "missing": (
         None,
         ValueError,
-        "fit expected context with 1 columns (context_dim of ConditionalMAF), got none.",
+        "fit expected context with 1 column (context_dim of ConditionalMAF), got none.",
     ),
     "shorter": (
         CONTEXT[:150],
@@ -473,7 +473,7 @@ BAD_VALIDATION: dict[str, tuple[Any, type[Exception], str]] = {
     "no context": (
         ROWS,
         ValueError,
-        "fit expected validation context with 1 columns (context_dim of ConditionalMAF), got none.",
+        "fit expected validation context with 1 column (context_dim of ConditionalMAF), got none.",
     ),
     "shorter context": (
         (ROWS, CONTEXT[:3]),
