@@ -316,9 +316,7 @@ def check_call(who: str, call: Call, options: Sequence[str]) -> None:
     if unknown is None:
         taken = next((f"{name}=..." for name in options if name in names and f"'{name}'" in str(error)), "")
         advice = f"; this is an option of {who}, so use functools.partial(model, {taken}) as the model" if taken else ""
-        raise TypeError(
-            f"{who} expected the arguments of the model, model({', '.join(names)}), after the guide: {error}{advice}."
-        )
+        raise _wrong_arguments(who, mismatch, "after the guide", advice)
     option = _option_meant(unknown, options)
     advice = f"use {option}" if option else f"the options are {', '.join(options)}"
     raise TypeError(
@@ -347,11 +345,8 @@ def check_set_up_call(who: str, call: Call) -> None:
         TypeError: If it is not.
     """
     if mismatch := _mismatch(call):
-        names, error = mismatch
-        raise TypeError(
-            f"{who} expected the arguments of the model, model({', '.join(names)}), since it is not set "
-            f"up yet: {error}; call fit_guide, or guide.setup() with these."
-        )
+        advice = "; call fit_guide, or guide.setup() with these"
+        raise _wrong_arguments(who, mismatch, "since it is not set up yet", advice)
 
 
 def check_encoder_call(who: str, call: Call) -> None:
@@ -361,11 +356,22 @@ def check_encoder_call(who: str, call: Call) -> None:
         TypeError: If it does not.
     """
     if mismatch := _mismatch(call):
-        names, error = mismatch
-        raise TypeError(
-            f"{who} expected the arguments of the model for its encoder, encoder({', '.join(names)}), "
-            f"as in rsample((1000,), *args): {error}."
+        raise _wrong_arguments(
+            who, mismatch, "as in rsample((1000,), *args)", program="the model for its encoder, encoder"
         )
+
+
+def _wrong_arguments(
+    who: str,
+    mismatch: tuple[Sequence[str], TypeError],
+    where: str,
+    advice: str = "",
+    *,
+    program: str = "the model, model",
+) -> TypeError:
+    """Error for arguments that a model, or an encoder, does not take."""
+    names, error = mismatch
+    return TypeError(f"{who} expected the arguments of {program}({', '.join(names)}), {where}: {error}{advice}.")
 
 
 def _signature(model: Model) -> inspect.Signature | None:
