@@ -531,6 +531,7 @@ def test_the_noise_at_a_context_is_that_of_the_conditional_form() -> None:
     for form in (ConditionalMAFMoG(3, 2, num_layers=1), ConditionalFlowPrior(ConditionalMAF(3, 2, num_layers=1))):
         noise = form.noise(y, context)
         torch.testing.assert_close(form.condition(context).noise(y), noise)
+        torch.testing.assert_close(form.condition(context[0]).noise(y[:1]), noise[:1])
         torch.testing.assert_close(form.unwrapped.noise(y, context), noise)
 
 

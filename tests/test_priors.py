@@ -269,6 +269,12 @@ def test_draws_far_out_stay_strictly_between_bounds(dtype: torch.dtype) -> None:
     torch.testing.assert_close((z, back), (torch.linspace(-2, 2, 4, dtype=torch.float64), log_det))
 
 
+def test_bounds_that_float32_cannot_hold_have_draws_of_float64() -> None:
+    prior = FlowPrior(MAF(2, num_layers=1), support=(5.4e6, 5.4e6 + 1))
+    assert (prior.dtype, FlowPrior(MAF(2), support=(0, 120)).dtype) == (torch.float64, torch.float32)
+    assert (prior.sample((50,)).std(0) > 0.1).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "support", ["positive", "unit_interval", "simplex", "ordered", (0.1, 0.3), (5, None), (None, 5)]
@@ -473,7 +479,8 @@ def test_fit_takes_arrays_frames_lists_and_validation_rows() -> None:
     for given in (data.numpy(), pd.DataFrame(data.numpy()), data.tolist(), data[:, 0]):
         prior = fit_prior(given, support="positive", validation=0.2, **QUICK)
         assert (prior.loc.dtype, prior.event_shape[0]) == (torch.float32, 1 if given is data[:, 0] else prior.input_dim)
-    fit_prior(data, support="positive", validation=data[:20], **QUICK)
+    prior = fit_prior(data, support="positive", validation=data[:20], **QUICK)
+    assert torch.equal(prior.noise(pd.DataFrame(data.numpy())), prior.noise(data))
     with pytest.raises(ValueError, match=r"expected validation data of numbers above 0 in column 1 .* in row 0"):
         fit_prior(data, support="positive", validation=data[:20] * torch.tensor([1.0, -1.0, 1.0]), **QUICK)
 

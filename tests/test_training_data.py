@@ -349,6 +349,7 @@ BAD_DATA: dict[str, tuple[Any, type[Exception], str]] = {
     "no rows": (ROWS[:0], ValueError, "fit expected data with rows in it, got shape (0, 2)."),
     "a frame without columns": (FRAME[[]], ValueError, "2 being the input_dim of MAF, got (200, 0)."),
     "too few rows": (ROWS[:9], ValueError, "fit expected at least 10 rows of data, got 9."),
+    "chains": ({"mu": ROWS[:4]}, ValueError, "got 4: chains of draws come joined, as of"),
     "ragged": ([[1, 2], [3]], ValueError, "fit expected data to be a table, got rows of different lengths."),
     "None": (None, TypeError, f"{NOT_A_TABLE} NoneType of object."),
     "text": ("rows.csv", TypeError, f"{NOT_A_TABLE} str of <U8: pyro_maf.datasets.read_table reads a file."),

@@ -261,8 +261,9 @@ def statistics(
     loc = torch.zeros(size) if loc is None else check_event(who, f"{prefix}loc", loc, size, size_name)
     scale = torch.ones(size) if scale is None else check_event(who, f"{prefix}scale", scale, size, size_name)
     dtype = like.dtype
-    may_need_more = torch.float64 in (loc.dtype, scale.dtype) and dtype != torch.float64 and has_float64(like.device)
-    if may_need_more and loc.shape == scale.shape and not float32_holds(loc, scale, support).all():
+    is_bounded = support is not None and support.name != "real"
+    is_fine = is_bounded or torch.float64 in (loc.dtype, scale.dtype)
+    if is_fine and dtype != torch.float64 and has_float64(like.device) and loc.shape == scale.shape and not float32_holds(loc, scale, support).all():
         dtype = torch.float64
     return _statistic(who, f"{prefix}loc", loc, like, dtype), _statistic(who, f"{prefix}scale", scale, like, dtype)
 

@@ -332,7 +332,7 @@ class ConditionedDensity(AtContext, Density):
 
     def noise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """As of the density, at the context; for a context of several rows, the first of them."""
-        return self.density.noise(y, self.context[: len(y)])
+        return self.density.noise(y, self.context[: len(y)] if self.batch_shape else self.context)
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
         """Set the density's statistics from data y, at this context."""

@@ -311,7 +311,7 @@ class FlowPrior(NamedDensity):
         return self.noise_to_data(u) if context is None else self.noise_to_data.forward_and_log_det(u, context)[0]
 
     def noise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        r"""Noise u, (rows, D), that the model maps to the standardised y.
+        r"""Noise u, (rows, D), that the model maps to the standardised y, rows in any form that `log_prob` takes.
 
         Example:
             >>> from pyro_maf import MAF
@@ -319,6 +319,7 @@ class FlowPrior(NamedDensity):
             >>> prior.noise(torch.tensor([[5.0, 6.0]])).shape
             torch.Size([1, 2])
         """
+        y = self.as_value(y, self.value_like, "y")
         return self.model.noise(self.standardised(y), self._features(context))
 
     def _features(self, context: Tensor | None) -> Tensor | None:

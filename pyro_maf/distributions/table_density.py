@@ -288,6 +288,7 @@ class TableDensity(NamedDensity):
         Standard normal if the density is that of y: the residuals of a discrete distribution that Dunn and Smyth (1996)
         randomise in the same way.
         """
+        y = self.as_value(y, self.value_like, "y")
         numeric = y[..., self.numeric]
         numeric = dequantised(numeric, self.steps.spacing, torch.Generator().manual_seed(0))
         return self.prior.noise(numeric, self.parts(y, context)[1])

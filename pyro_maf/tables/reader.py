@@ -122,14 +122,20 @@ class Reader:
         """Refuse a context of another length or order than the data."""
         check_paired(self.who, f"{self.role}data", data, f"{self.role}context", context)
 
-    def check_training(self, rows: Rows, *, of_context: bool = True) -> None:
-        """Refuse too few rows, and constant columns, also those of context; rows of weight 0 do not count."""
+    def check_training(self, rows: Rows, *, of_context: bool = True, of_draws: bool = False) -> None:
+        """Refuse too few rows, perhaps chains of draws, and constant columns, also those of context.
+
+        Rows of weight 0 do not count.
+        """
         counted = rows.counted
         if rows.weights is not None:
             self.check_some_weight(float(rows.weights.sum()))
         if len(counted.data) < LEAST_ROWS:
             which = "" if rows.weights is None else " with a weight above 0"
-            raise ValueError(f"{self.who} expected at least {LEAST_ROWS} rows of data{which}, got {len(counted.data)}.")
+            advice = ": chains of draws come joined, as of get_samples() without group_by_chain" * of_draws
+            raise ValueError(
+                f"{self.who} expected at least {LEAST_ROWS} rows of data{which}, got {len(counted.data)}{advice}."
+            )
         self.check_varying(counted, of_context=of_context)
 
     def check_some_weight(self, total: float) -> None:

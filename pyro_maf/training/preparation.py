@@ -199,7 +199,8 @@ def prepare(
     fractions = fractions_of(fraction, tested, len(rows.data), starts=recipe.starts)
     if isinstance(rows, Rows):
         # A density with units of its own may lack a category of its context here.
-        reader.check_training(rows, of_context=not isinstance(model, FITTED))
+        of_draws = source.layout.form == "dict"
+        reader.check_training(rows, of_context=not isinstance(model, FITTED), of_draws=of_draws)
     kinds = Kinds(tuple(levels))
     if dequantise and not isinstance(model, (FlowPrior, ConditionalFlowPrior)):
         kinds = kinds._replace(grids=grids_of(rows, separate[0] if separate else None, support, levels))
