@@ -93,7 +93,8 @@ def test_verdicts_are_sentences(k_hat: float, ess: float, unscored: int, words: 
 def test_a_good_verdict_says_that_weights_hardly_differ_only_if_they_do() -> None:
     found = Diagnosis(k_hat=0.54, ess=800.0, elbo=-1.0, elbo_se=0.1, num_samples=1000, misplaced=0.071)
     assert found.grade == "good"
-    assert found.verdict.startswith("k-hat 0.54 is usable, and 7.1 % of the probability is misplaced")
+    assert found.verdict.startswith("The guide is good: 7.1 % of the probability is misplaced, so that its draws")
+    assert "usable" not in found.verdict
 
 
 def test_k_hat_of_weights_that_hardly_differ_is_explained_rather_than_shown() -> None:

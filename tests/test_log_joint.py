@@ -74,6 +74,12 @@ def filling() -> None:
     pyro.sample("y", dist.Normal(loc, 0.1).to_event(1), obs=torch.ones(4))
 
 
+def counting() -> None:
+    """Of a multinomial distribution, which writes where a mask is true."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    pyro.sample("y", dist.Multinomial(5, z.softmax(0)), obs=torch.tensor([3.0, 0.0, 2.0]))
+
+
 def correlating() -> None:
     """Of a matrix that is checked to be positive definite, which it is not where z is outside of (-1, 1)."""
     z = pyro.sample("z", dist.Normal(torch.zeros(3), 0.1).to_event(1))
@@ -83,12 +89,13 @@ def correlating() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "event", "is_vectorised"), [(branching, (), False), (picking, (3,), True), (filling, (3,), True)]
+    ("model", "event", "is_vectorised"),
+    [(branching, (), False), (picking, (3,), True), (filling, (3,), True), (counting, (3,), True)],
 )
 def test_a_model_that_does_not_broadcast_is_mapped_over_draws_or_run_for_each(
     model: Any, event: tuple[int, ...], is_vectorised: bool
 ) -> None:
-    """One that raises on a batch, one that takes it and scores something else, and one that writes into a tensor."""
+    """One that raises on a batch, one that takes it and scores something else, and ones that write into a tensor."""
     values = {"z": torch.randn(5, 1, 1, *event)}
     joint = joint_of(model, values)
     assert (joint.broadcasts, joint.is_vectorised) == (False, is_vectorised)

@@ -138,9 +138,10 @@ class Diagnosis:
         match self.grade:
             case "good" if self.k_hat == -math.inf:
                 return "The weights are equal, so the guide is good: it is the posterior, as far as its draws reach."
-            case "good" if self.k_hat < GOOD or not self._are_even:
-                word = "good" if self.k_hat < GOOD else "usable"
-                return f"{k_hat} is {word}, and {share}: draws of this guide may be used as they are, or reweighted."
+            case "good" if self.k_hat < GOOD:
+                return f"{k_hat} is good, and {share}: draws of this guide may be used as they are, or reweighted."
+            case "good" if not self._are_even:
+                return f"The guide is good: {share}, so that its draws may be used as they are, or reweighted."
             case "good":
                 return (
                     "The weights hardly differ, so the guide is good: "

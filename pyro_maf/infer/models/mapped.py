@@ -89,6 +89,11 @@ class _OneDraw(TorchFunctionMode):
             factor, failed = torch.linalg.cholesky_ex(*cast("tuple[Tensor]", args), **cast("dict[str, bool]", kwargs))
             self._record(failed == 0)
             return factor
+        if func is Tensor.__setitem__ and _is_mask(args[1]) and not kwargs:
+            target, mask, number = cast("tuple[Tensor, Tensor, float | Tensor]", args)
+            if not isinstance(number, Tensor) or number.dim() == 0:  # as multinomial densities: `x[mask] = 0`
+                mask = mask.reshape(mask.shape + (1,) * (target.dim() - mask.dim()))
+                return target.masked_fill_(mask, number)
         result = func(*args, **kwargs)
         if self._zero is not None and func in (*CREATED, *COPIES) and isinstance(result, Tensor):
             return result ^ self._zero.bool() if result.dtype == torch.bool else result + self._zero.to(result.dtype)
@@ -109,6 +114,10 @@ class _Log:
         is_plain = x > least
         bounded = x.detach().log() + (x - x.detach()) / least
         return torch.where(is_plain, x.where(is_plain, torch.ones_like(x)).log(), bounded)
+
+
+def _is_mask(index: object) -> bool:
+    return isinstance(index, Tensor) and index.dtype == torch.bool
 
 
 def _is_within(*filenames: str) -> bool:
