@@ -24,9 +24,17 @@ from torch import Tensor
 
 from pyro_maf import MAF, FlowPrior
 from pyro_maf.infer import AutoIAF, fit_guide
+from pyro_maf.infer.fitting import fit_guide as guide_fitting
 from tests.posteriors import SMALL
 
 pytestmark = pytest.mark.usefixtures("fresh")
+
+
+@pytest.fixture(autouse=True)
+def _few_draws_in_a_diagnosis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks are of draws that the diagnosis has no part in."""
+    monkeypatch.setattr(guide_fitting, "DIAGNOSED", 1_000)
+
 
 each_number = pytest.mark.parametrize("data_sets", [8, pytest.param(100, marks=pytest.mark.slow)])
 DRAWS, STEPS = 400, 60

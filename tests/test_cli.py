@@ -162,22 +162,22 @@ def test_layers_widths_and_precision_override_the_choice_and_nothing_else(here: 
 
 
 def test_text_among_the_data_is_categories_and_is_drawn_as_text(here: Path) -> None:
-    for name, ending in (("table.csv", "csv"), ("table.parquet", "parquet")):
-        frame().assign(is_old=frame()["age"] > 50).to_parquet("table.parquet")
-        for flow in ([], ["--flow", "maf"]):
-            result = run("fit", name, "--columns", "length,colour,width", "--overwrite", "--max-epochs", 2, *flow)
-            assert "200 rows of length, colour (2 categories), width, to table-" in result.stderr
-            fitted = "table-maf" if flow else "table-fit"
-            drawn = pd.read_csv(io.StringIO(run("sample", fitted, "-n", 50).stdout))
-            assert drawn.columns.tolist() == ["length", "colour", "width"]
-            assert set(drawn["colour"]) == {"blue", "red"}
-            out = f"scores.{ending}"
-            run("score", fitted, name, "--out", out)
-            scores = (pd.read_csv if ending == "csv" else pd.read_parquet)(out)["log_density"]
-            density = pyro_maf.load(f"{fitted}/model.safetensors")
-            expected = density.log_prob(frame()).detach().numpy()
-            assert scores.to_numpy() == pytest.approx(expected, abs=1e-4)
-            assert "colour: blue, red" in run("info", fitted).stdout
+    frame().assign(is_old=frame()["age"] > 50).to_parquet("table.parquet")
+    for ending, flow in (("csv", []), ("parquet", ["--flow", "maf"])):
+        name = f"table.{ending}"
+        result = run("fit", name, "--columns", "length,colour,width", "--max-epochs", 2, *flow)
+        assert "200 rows of length, colour (2 categories), width, to table-" in result.stderr
+        fitted = "table-maf" if flow else "table-fit"
+        drawn = pd.read_csv(io.StringIO(run("sample", fitted, "-n", 50).stdout))
+        assert drawn.columns.tolist() == ["length", "colour", "width"]
+        assert set(drawn["colour"]) == {"blue", "red"}
+        out = f"scores.{ending}"
+        run("score", fitted, name, "--out", out)
+        scores = (pd.read_csv if ending == "csv" else pd.read_parquet)(out)["log_density"]
+        density = pyro_maf.load(f"{fitted}/model.safetensors")
+        expected = density.log_prob(frame()).detach().numpy()
+        assert scores.to_numpy() == pytest.approx(expected, abs=1e-4)
+        assert "colour: blue, red" in run("info", fitted).stdout
     report = Path("table-fit/report.html").read_text()
     assert "<td>blue</td>" in report or "<td>red</td>" in report
     frame().assign(colour="green").to_csv("green.csv", index=False)

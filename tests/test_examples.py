@@ -148,7 +148,7 @@ def test_the_empirical_prior_prints_its_table_and_draws_its_picture(
 def test_chains_in_either_coordinates_are_compared_and_drawn(
     neutra: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = neutra.Settings(fit_steps=20, chains=2, warmup=10, draws=20)
+    small = neutra.Settings(fit_steps=20, chains=2, warmup=4, draws=8)
     monkeypatch.setattr(neutra, "Settings", lambda: small)
     with neutra.CONSOLE.capture() as capture:
         neutra.main(["--out", str(tmp_path / "pictures")])

@@ -25,7 +25,22 @@ from tests.posteriors import GAMMA, GUIDES, SMALL, counting, regression, same, s
 
 pytestmark = pytest.mark.usefixtures("fresh")
 QUICK: dict[str, Any] = {"num_particles": 8, "progress": False}
-AutoIAF = GUIDES[1]
+AutoMAF, AutoIAF, AutoRealNVP = GUIDES
+
+
+@pytest.fixture(autouse=True)
+def _few_diagnosed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of the draws in a diagnosis: most tests are of what comes before."""
+    monkeypatch.setattr(guide_fitting, "DIAGNOSED", 1_000)
+
+
+@pytest.fixture
+def _all_diagnosed(_few_diagnosed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guide_fitting, "DIAGNOSED", DIAGNOSED)
+
+
+DIAGNOSED = guide_fitting.DIAGNOSED
+of_the_verdict = pytest.mark.usefixtures("_all_diagnosed")
 
 
 class Counted:
@@ -54,6 +69,7 @@ alone = pytest.warns(
 )
 
 
+@of_the_verdict
 def test_finds_a_normal_posterior_from_a_poor_start() -> None:
     known = regression()
     sd = known.covariance.diagonal().sqrt()
@@ -73,6 +89,7 @@ def known_correlation(covariance: Tensor) -> Tensor:
     return covariance / sd / sd[:, None]
 
 
+@of_the_verdict
 def test_finds_a_gamma_posterior() -> None:
     fit = fit_guide(counting, AutoIAF(counting, **SMALL), steps=150, **QUICK)
     draws = fit.guide.rsample((20_000,))["rate"].detach()
@@ -100,6 +117,7 @@ def test_stops_once_the_bound_has_converged() -> None:
     assert abs(float(pyro.param("loc").detach())) < 0.05
 
 
+@of_the_verdict
 @pytest.mark.parametrize("make", GUIDES)
 def test_stops_when_steps_are_reached(make: Any) -> None:
     fit = fit_guide(counting, make(counting, **SMALL), steps=7, **QUICK)
@@ -125,6 +143,7 @@ def test_a_fit_without_a_verdict_prints_four_lines_too() -> None:
         assert lines[2:] == ["  ELBO about -2.000 nats in the last steps;", "  No verdict: the data are a minibatch)"]
 
 
+@of_the_verdict
 def test_ctrl_c_ends_a_fit_with_what_it_had() -> None:
     model = Counted(math.inf, lambda model: None)
     guide = AutoIAF(model, **SMALL).setup()
@@ -260,6 +279,7 @@ def test_far_from_the_posterior_a_gain_has_to_be_worth_its_window(nats: float, s
     assert (schedule.learning_rate == 0.01) != ends
 
 
+@of_the_verdict
 def test_a_normal_posterior_takes_few_steps() -> None:
     known = regression(dtype=torch.float32)
     fit = fit_guide(known.model, AutoIAF(known.model), progress=False)
@@ -458,10 +478,7 @@ MANY: dict[str, tuple[Any, float]] = {
 
 
 @pytest.mark.parametrize(("model", "least"), MANY.values(), ids=MANY)
-def test_the_default_rate_suits_a_hundred_latent_variables(
-    monkeypatch: pytest.MonkeyPatch, model: Any, least: float
-) -> None:
-    monkeypatch.setattr(guide_fitting, "DIAGNOSED", 1_000)
+def test_the_default_rate_suits_a_hundred_latent_variables(model: Any, least: float) -> None:
     fit = fit_guide(model, AutoIAF(model), steps=60, **QUICK)
     assert (fit.skipped_steps, fit.retreats) == (0, 0)
     bounds = [median(fit.elbo[start : start + 10]) for start in range(0, 60, 10)]
@@ -540,6 +557,7 @@ def test_a_model_that_takes_no_batch_is_fitted_all_the_same() -> None:
     torch.testing.assert_close(guide.median()["z"], torch.tensor([0.8, 0.0]), atol=0.1, rtol=0)
 
 
+@of_the_verdict
 def test_a_guide_that_was_set_up_with_other_data_is_set_up_anew() -> None:
     def model(y: Tensor) -> None:
         loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
@@ -558,6 +576,7 @@ def test_a_guide_that_was_set_up_with_other_data_is_set_up_anew() -> None:
     assert fit.diagnosis.grade == "good"
 
 
+@of_the_verdict
 def test_a_model_that_broadcasts_is_said_nothing_of() -> None:
     fit = fit_guide(counting, AutoIAF(counting, **SMALL), steps=5, **QUICK)
     assert fit.run_alone == ""
@@ -565,6 +584,7 @@ def test_a_model_that_broadcasts_is_said_nothing_of() -> None:
     assert fit.diagnosis.num_samples >= 10_000
 
 
+@of_the_verdict
 @pytest.mark.parametrize(("steps", "least"), [(10, 200), (105, 210)])
 def test_what_comes_before_and_after_the_steps_costs_in_proportion_to_them(steps: int, least: int) -> None:
     model = Counted(math.inf, lambda model: None, in_turn)
@@ -577,6 +597,7 @@ def test_what_comes_before_and_after_the_steps_costs_in_proportion_to_them(steps
     assert model.runs - before < 4 * steps + least + 60
 
 
+@of_the_verdict
 def test_arguments_are_the_models_and_amortised_guides_are_fitted() -> None:
     def model(y: Tensor, *, scale: float) -> None:
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -807,8 +828,15 @@ def test_a_guide_that_leaves_out_a_site_is_refused() -> None:
         fit_guide(model, lambda: pyro.sample("a", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0)), **QUICK)
 
 
-@pytest.mark.parametrize("guide_class", GUIDES)
-@pytest.mark.parametrize("fn", [dist.Gamma(0.5, 1.0), dist.StudentT(2.0), dist.Beta(0.5, 0.5)])
+SHAPES = dist.Gamma(0.5, 1.0), dist.StudentT(2.0), dist.Beta(0.5, 0.5)
+
+
+# An AutoMAF differs from an AutoIAF by the order of dimensions, of which there is one here.
+@of_the_verdict
+@pytest.mark.parametrize(
+    ("guide_class", "fn"),
+    [*((each, fn) for each in (AutoIAF, AutoRealNVP) for fn in SHAPES), (AutoMAF, SHAPES[0])],
+)
 def test_a_single_latent_variable_has_any_shape(guide_class: Any, fn: Any) -> None:
     """Affine layers of one variable are one affine map: 12 % of the probability was misplaced."""
     pyro.set_rng_seed(0)
