@@ -116,14 +116,14 @@ def line(name: str, cell: dict[str, list[float]], shape: tuple[int, int]) -> lis
     return [f"{name}, {shape[0]:,} x {shape[1]}", *others, f"{np.mean(cell['seconds']):.1f}"]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Fit, store, show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
     parser.add_argument("--splits", type=int, default=SPLITS)
     parser.add_argument("--least-seconds", type=float, default=LEAST_SECONDS)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -44,9 +44,9 @@ ESTIMATORS: dict[str, Any] = {
 HELD_OUT, OBSERVATIONS, DRAWS, COMPARED, REPETITIONS = 1_000, 5, 10_000, 2_000, 3
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure what there are no results of, store, show."""
-    options = parse()
+    options = parse(arguments)
     torch.set_num_threads(1)
     options.out = options.out.absolute()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def main() -> None:
     print(text)
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", metavar="NAME", default=[task.name for task in TASKS])
@@ -81,7 +81,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=2**31 - 1, help="the maximum of each training")
     parser.add_argument("--again", action="store_true", help="measure again what there are results of")
     parser.add_argument("--out", metavar="FOLDER", type=Path, default=RESULTS, help="where results are merged")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def measured(task: Task, names: list[str], simulations: int, seed: int, epochs: int) -> dict[str, Any]:

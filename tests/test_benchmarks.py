@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
+import warnings
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import pyro
 import pytest
 import torch
+
+from pyro_maf.infer.fitting import fit_guide as guide_fitting
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -23,6 +25,24 @@ def parts(monkeypatch):
     from parts import report, timing
 
     return report, timing
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a benchmark as its command would, in this process, and return what it printed."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def run(name, *arguments):
+        threads = torch.get_num_threads()
+        with warnings.catch_warnings(), pyro.validation_enabled(True):
+            warnings.simplefilter("ignore")  # of peers
+            try:
+                import_module(name).main([str(argument) for argument in arguments])
+            finally:
+                torch.set_num_threads(threads)
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.fixture
@@ -40,10 +60,9 @@ def posteriors(tmp_path):
     return folder
 
 
-def test_a_quick_run_measures_every_task_and_writes_results_table_and_picture(tmp_path):
-    command = [sys.executable, BENCHMARKS / "directions.py", "--quick", "--peers", "zuko", "--out", tmp_path]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+def test_a_quick_run_measures_every_task_and_writes_results_table_and_picture(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of the processes that measure
+    run("directions", "--quick", "--peers", "zuko", "--out", tmp_path)
     results = json.loads((tmp_path / "directions.json").read_text())
     splines = {"spline_log_prob", "spline_train", "spline_sample"}
     tasks = {"log_prob", "train", "fit", "sample", "sample_backward", "coupling_log_prob", "coupling_sample"}
@@ -69,11 +88,9 @@ def test_a_whole_run_has_one_deep_stack_for_more_threads(monkeypatch):
     assert [plan.sizes for plan in directions.plans(directions.parse(["--sizes", "6,32"]))] == [((6, 32),)] * 2
 
 
-def test_posteriors_of_simulators_are_estimated_and_compared(tmp_path):
+def test_posteriors_of_simulators_are_estimated_and_compared(run, tmp_path):
     options = ["--simulations", "200", "--epochs", "2", "--tasks", "two moons", "--out", tmp_path]
-    command = [sys.executable, BENCHMARKS / "simulators.py", *options, "--estimators", "pyro-maf maf", "sbi nsf"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
+    run("simulators", *options, "--estimators", "pyro-maf maf", "sbi nsf")
     (cell,) = json.loads((tmp_path / "simulators.json").read_text())["cells"]
     figures = cell["estimators"]
     assert (cell["task"], cell["simulations"], cell["seed"]) == ("two moons", 200, 0)
@@ -84,11 +101,8 @@ def test_posteriors_of_simulators_are_estimated_and_compared(tmp_path):
     assert (tmp_path / "simulators.png").stat().st_size > 0
 
 
-def test_the_default_of_fit_is_compared_on_small_tables(tmp_path):
-    options = ["--tables", "normal", "--splits", "2", "--least-seconds", "0.1", "--out", tmp_path]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, BENCHMARKS / "fitting.py", *options]
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
+def test_the_default_of_fit_is_compared_on_small_tables(run, tmp_path):
+    run("fitting", "--tables", "normal", "--splits", "2", "--least-seconds", "0.1", "--out", tmp_path)
     cell = json.loads((tmp_path / "fitting.json").read_text())["cells"]["normal"]
     assert cell.keys() == {"Gaussian", "mixture of Gaussians", "KDE", "MAF", "zuko", "nats", "seconds"}
     assert all(len(values) == 2 and np.isfinite(values).all() for values in cell.values())
@@ -150,12 +164,16 @@ def test_exact_posteriors_rank_the_truth_uniformly(name, monkeypatch):
     assert all(kstest(rank, "uniform").pvalue > 1e-4 for rank in ranks.T.numpy())
 
 
-def test_guides_are_fitted_measured_and_drawn_where_the_model_is_known(posteriors, tmp_path):
+def test_guides_are_fitted_measured_and_drawn_where_the_model_is_known(run, posteriors, monkeypatch, tmp_path):
+    for place, size in (("parts.accuracy.COMPARED", 100), ("parts.guides.DIAGNOSED", 1_000)):
+        monkeypatch.setattr(place, size)
+    monkeypatch.setattr(guide_fitting, "DIAGNOSED", 1_000)
     out = tmp_path / "results"
     names = ["AutoIAF", "AutoIAF, fit_guide", "AutoIAFNormal", "ZukoToPyro NSF", "NUTS"]
-    run = run_guides(posteriors, "--guides", *names, "--costs", "--out", out, "--targets", "eight_schools_centered")
-    assert "another.npz is skipped" in run.stdout
-    assert "AutoIAFNormal" in run.stdout
+    options = ["--costs", "--steps", "3", "--out", out, "--targets", "eight_schools_centered"]
+    printed = run("guides", posteriors, "--guides", *names, *options)
+    assert "another.npz is skipped" in printed
+    assert "AutoIAFNormal" in printed
     found = json.loads((out / "guides.json").read_text())["posteriors"]["eight_schools_centered"]
     assert list(found["guides"]) == names
     for name, fits in found["guides"].items():
@@ -189,7 +207,7 @@ def test_results_of_guides_are_merged_and_what_is_there_is_not_fitted_again(monk
     import guides
     from parts import accuracy
 
-    monkeypatch.setattr(accuracy, "COMPARED", 200)
+    monkeypatch.setattr(accuracy, "COMPARED", 50)
     options = ["--guides", "AutoNormal", "--steps", "3", "--out", str(tmp_path)]
     guides.main(["--targets", "counts", *options])
     first = json.loads((tmp_path / "guides.json").read_text())["posteriors"]["counts"]
@@ -213,13 +231,6 @@ def test_a_population_of_chains_has_the_draws_of_two_modes(monkeypatch):
     assert abs((logs[:, 0] > 0).mean() - 0.75) < 0.06
     assert abs(logs[:, 1].mean()) < 0.1
     assert abs(logs[:, 1].std() - 1) < 0.1
-
-
-def run_guides(*options):
-    """The command of guides, three steps each."""
-    command = [sys.executable, BENCHMARKS / "guides.py", *options, "--steps", "3"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
 
 
 def test_toys_of_a_grid_have_the_draws_of_their_density(monkeypatch):
@@ -250,12 +261,10 @@ def sets_of_data(tmp_path):
     return folder
 
 
-def test_the_papers_models_are_compared_with_the_peers_and_given_a_class(sets_of_data, tmp_path):
+def test_the_papers_models_are_compared_with_the_peers_and_given_a_class(run, sets_of_data, tmp_path):
     options = ["--quick", "--steps", "2", "--depths", "1", "--peers", "zuko", "--figure-one", "--speed"]
     options += ["--models", "Gaussian", "MADE", "MAF (5)", "--fits", tmp_path / "fits", "--out", tmp_path / "results"]
-    command = [sys.executable, BENCHMARKS / "paper.py", sets_of_data, *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    first = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    printed = run("paper", sets_of_data, *options)
     results = json.loads((tmp_path / "results" / "paper.json").read_text())
     assert list(results["sets"]) == ["bent", "squares", "squares, given the class"]
     for name, section in results["sets"].items():
@@ -283,7 +292,7 @@ def test_the_papers_models_are_compared_with_the_peers_and_given_a_class(sets_of
     assert cell["fit_rows_per_second"] > 0
     for picture in ("paper-digits.png", "paper-figure1-density.png", "paper-figure1-noise.png"):
         assert (tmp_path / "results" / picture).stat().st_size > 0
-    assert (tmp_path / "results" / "paper.md").read_text() in first.stdout
+    assert (tmp_path / "results" / "paper.md").read_text() in printed
 
 
 def test_fits_of_the_papers_models_are_kept_and_read_back(monkeypatch, tmp_path):
