@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import Any
 
 import pyro
 import pytest
 import torch
+
+import pyro_maf
+
+
+def pytest_sessionstart() -> None:
+    """Compile the kernels of one precision in every other worker: in a fresh clone each would compile both."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None:
+        dtype = (torch.float32, torch.float64)[int(worker.removeprefix("gw")) % 2]
+        rows = torch.randn(20, 2, dtype=dtype)
+        flow = pyro_maf.MAF(2, num_layers=1, hidden_dims=[8]).to(dtype)
+        pyro_maf.FlowPrior(flow).log_prob(rows).sum().backward()
+        pyro_maf.fit(flow, rows, max_epochs=1, progress=False)
 
 
 @pytest.fixture(scope="session", autouse=True)
