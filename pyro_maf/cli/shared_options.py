@@ -152,7 +152,9 @@ class TrainingOptions:
     weight_decay: Annotated[
         float | None, option("Initial weight decay, which falls where nothing is gained; 1e-6 by default, or chosen.")
     ] = None
-    patience: Annotated[int, option("Epochs without a better validation loss after which to stop.")] = 30
+    patience: Annotated[
+        int | None, option("Epochs without a better validation loss after which to stop; 30 by default, or chosen.")
+    ] = None
     seed: Annotated[int, option("Seed of the weights, of the split of the rows and of the order of batches.")] = 0
     device: Device = "cpu"
 

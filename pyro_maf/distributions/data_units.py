@@ -263,7 +263,13 @@ def statistics(
     dtype = like.dtype
     is_bounded = support is not None and support.name != "real"
     is_fine = is_bounded or torch.float64 in (loc.dtype, scale.dtype)
-    if is_fine and dtype != torch.float64 and has_float64(like.device) and loc.shape == scale.shape and not float32_holds(loc, scale, support).all():
+    if (
+        is_fine
+        and dtype != torch.float64
+        and has_float64(like.device)
+        and loc.shape == scale.shape
+        and not float32_holds(loc, scale, support).all()
+    ):
         dtype = torch.float64
     return _statistic(who, f"{prefix}loc", loc, like, dtype), _statistic(who, f"{prefix}scale", scale, like, dtype)
 

@@ -49,7 +49,7 @@ def compare(
     folder: str | Path | None = None,
     batch_size: int | None = None,
     max_epochs: int = 1000,
-    patience: int = 30,
+    patience: int | None = None,
     learning_rate: float = 2e-3,
     weight_decay: float | None = None,
     seed: int = 0,

@@ -57,7 +57,7 @@ class Recipe(NamedTuple):
 
     Attributes:
         batch_size: As in `fit`.
-        weight_decay, relaxations: As in `Schedule`.
+        weight_decay, relaxations, patience: As in `Schedule`.
         starts: Whether the base of the model is a mixture that is to be fitted to the training rows.
         joins: Whether a mixture may come beside the model at the end.
     """
@@ -65,6 +65,7 @@ class Recipe(NamedTuple):
     batch_size: int = 256
     weight_decay: float = WEIGHT_DECAY
     relaxations: int = 0
+    patience: int = 30
     starts: bool = False
     joins: bool = False
 

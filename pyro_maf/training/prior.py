@@ -30,7 +30,7 @@ class FitOptions(TypedDict, total=False):
     validation: Validation
     batch_size: int | None
     max_epochs: int
-    patience: int
+    patience: int | None
     learning_rate: float
     max_grad_norm: float
     weight_decay: float | None
