@@ -342,6 +342,17 @@ def test_a_draw_far_beyond_the_usual_gradients_is_limited() -> None:
     assert torch.allclose(limited, torch.tensor([[1.0, 0.0], [8.0, 1.0], [0.0, 0.0], [0.0, 0.0]]))
 
 
+@pytest.mark.parametrize(("draws", "most"), [(1, [4.0, 4.0]), (16, [2.0, 6.0])])
+def test_the_mean_gradient_of_draws_grows_slowly_in_loops_of_pyro(draws: int, most: list[float]) -> None:
+    """Steps of Adam are several learning rates long where gradients grow by more than their average."""
+    limit, rows = GradientLimit(), torch.ones(draws, 2)
+    usual = rows * torch.tensor([1.0, 0.0])
+    for _ in range(80):
+        assert torch.equal(limit(0, (usual,), of_mean=True)[0], usual)
+    limited = limit(0, (6 * rows,), of_mean=True)[0]  # nothing is usual yet of the second entry
+    assert torch.allclose(limited, rows * torch.tensor(most))
+
+
 @each_guide
 def test_the_bound_rises_to_the_evidence(make: Any) -> None:
     """A gamma posterior, for which a flow does better than a normal in the logarithm."""

@@ -86,13 +86,13 @@ class AutoFlow(GuideSetUp):
         first = next(iter(self.latents.parts.values()))
         with in_plates(first, self.plates) if self.latents.rows else nullcontext():
             latent = pyro.sample(f"_{self.name}_latent", posterior, infer={"is_auxiliary": True})
-        return self._limited(latent)
+        return self._limited(latent, of_mean=True)
 
-    def _limited(self, latent: Tensor) -> Tensor:
+    def _limited(self, latent: Tensor, *, of_mean: bool = False) -> Tensor:
         """Limit the gradient of draws."""
         if latent.grad_fn is not None:
             # On the operation: a hook on the tensor would bypass the cache, and the density would be computed again.
-            latent.grad_fn.register_prehook(partial(self._limit, latent.output_nr))
+            latent.grad_fn.register_prehook(partial(self._limit, latent.output_nr, of_mean=of_mean))
         return latent
 
     def weigh_modes(self, call: Call) -> None:
