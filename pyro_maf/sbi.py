@@ -13,7 +13,7 @@ Needs the extra `sbi`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias, Unpack
+from typing import Any, Self, TypeAlias, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from pyro_maf import flows
 from pyro_maf._core.checks import check_choice
 from pyro_maf._core.messages import require
+from pyro_maf._core.optimization import WeightAverage
+from pyro_maf._core.torch_state import uncounted_changes
 from pyro_maf.distributions import ConditionedDensity, Density, FlowPrior
 from pyro_maf.distributions.context_net import ContextNet
 from pyro_maf.flows import StackOptions
@@ -45,6 +47,8 @@ FLOWS: dict[str, Callable[..., Stack]] = {
 MANY = 4
 """Number of variables from which on statistics have three wide hidden layers, and a spline flow 3 layers, not 5: layers
 of many variables take most of the time of draws, and statistics none."""
+AVERAGED_STEPS = 100
+AVERAGING_ORDER = 8
 Builder: TypeAlias = Callable[[Tensor, Tensor], "FlowEstimator"]
 
 
@@ -73,6 +77,9 @@ class FlowEstimator(ConditionalDensityEstimator):
     With loc, scale the mean and standard deviation of y in the simulations, T the map to its support, and h the
     embedding of the standardised condition: y = T(loc + scale f(u; h)), u standard normal.
 
+    In eval mode its weights are an average over the last 100 steps of the optimizer, fewer of a short training, which
+    is better than any of them; in training mode they are those that the optimizer changes.
+
     Args:
         density: The flow in the units of y, of a context, with `context_net`, that is the condition.
 
@@ -96,6 +103,8 @@ class FlowEstimator(ConditionalDensityEstimator):
 
     def __init__(self, density: FlowPrior) -> None:
         super().__init__(density, density.event_shape, density.context_shape)
+        self._average: WeightAverage | None = None
+        self._seen = (0, 0)
 
     @property
     def embedding_net(self) -> nn.Module:
@@ -105,7 +114,15 @@ class FlowEstimator(ConditionalDensityEstimator):
     def log_prob(self, input: Tensor, condition: Tensor, **kwargs: object) -> Tensor:
         """Log-density in nats, (samples, batch)."""
         rows, conditions = self._aligned(input, condition)
+        if self.training and torch.is_grad_enabled():
+            self._average_weights()
         return self.net.log_density(rows, conditions)
+
+    def forward(self, *_: object) -> Tensor:
+        """Refuse to be a classifier, which trainers of ratios call."""
+        raise TypeError(
+            "FlowEstimator is a density, for sbi's NPE and NLE: trainers of ratios, as NRE, train a classifier."
+        )
 
     def loss(self, input: Tensor, condition: Tensor, **kwargs: object) -> Tensor:
         """Negative log-density of (batch, D), (batch,)."""
@@ -137,6 +154,43 @@ class FlowEstimator(ConditionalDensityEstimator):
         batch = torch.broadcast_shapes(input.shape[:-1], flat.shape[:-1])
         rows = [each.expand(*batch, -1).flatten(0, -2) for each in (input, flat)]
         return self.net.noise(*rows).reshape(*batch, -1)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to the weights that an optimizer changes, or in eval mode to their average."""
+        if self._average is not None and mode != self.training:
+            if not mode:
+                self._average_weights()  # those after the last step
+            if not mode or self._changes()[1] == self._seen[1]:
+                self._average.swap()
+                self._seen = self._changes()
+            else:  # other weights were loaded since
+                self._average = None
+        return super().train(mode)
+
+    def _average_weights(self) -> None:
+        """Add the weights to their average, if an optimizer changed them."""
+        if self._average is None:
+            buffers = [buffer for buffer in self.buffers() if buffer.is_floating_point()]  # statistics of batch norms
+            tensors = [*self.parameters(), *buffers]
+            self._average = WeightAverage(tensors, AVERAGED_STEPS, order=AVERAGING_ORDER, with_initial=True)
+        elif self._changes() != self._seen:
+            self._average.add()
+        self._seen = self._changes()
+
+    def _changes(self) -> tuple[int, int]:
+        """Number of changes of all tensors that torch does not count, and of those of the weights that it does."""
+        return uncounted_changes(), sum(parameter._version for parameter in self.parameters())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._average = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._average = None
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_average": None}
 
     def _aligned(self, input: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs, (samples, batch, D), and flat conditions that broadcast with them."""

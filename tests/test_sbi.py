@@ -188,6 +188,8 @@ def test_bad_arguments_are_refused() -> None:
         likelihood_nn(**TINY)(theta, x[:, :, None])
     with pytest.raises(ValueError, match="expected a condition in each row"):
         posterior_nn(**TINY)(theta, x[:, 0])
+    with pytest.raises(TypeError, match="is a density, for sbi's NPE and NLE"):
+        posterior_nn("maf", **TINY)(theta, x)([theta, x])
     with pytest.raises(ValueError, match="as many inputs as conditions"):
         posterior_nn("maf", **TINY)(theta, x).log_prob(theta[:3], x[:4])
 
@@ -208,3 +210,24 @@ def test_posterior_by_sbi_is_the_exact_one(tmp_path: Path, monkeypatch: pytest.M
     draws = inference.build_posterior().sample((5000,), x=at, show_progress_bars=False)
     assert ((draws.mean(0) - 0.8 * at[0]).abs() < 0.1).all()
     assert ((draws.std(0) - 0.2**0.5).abs() < 0.1).all()  # the prior's is 1; a fit of so few rows errs by 0.05
+
+
+def test_weights_are_averaged_in_eval_mode() -> None:
+    theta, x = simulations()
+    estimator = posterior_nn("maf", **TINY)(theta, x)
+    optimizer, steps = torch.optim.SGD(estimator.parameters(), lr=0.1), []
+    for _ in range(3):
+        estimator.train()
+        optimizer.zero_grad()
+        estimator.loss(theta, x).mean().backward()
+        optimizer.step()
+        steps.append(torch.nn.utils.parameters_to_vector(estimator.parameters()).detach())
+        estimator.eval()
+    average = torch.nn.utils.parameters_to_vector(estimator.parameters()).detach()
+    assert not average.equal(steps[-1])
+    assert (average - steps[-1]).norm() < (steps[-2] - steps[-1]).norm()
+    assert copy.deepcopy(estimator).train().log_prob(theta, x).equal(estimator.log_prob(theta, x))
+    best = copy.deepcopy(estimator.state_dict())
+    assert torch.nn.utils.parameters_to_vector(estimator.train().parameters()).equal(steps[-1])
+    estimator.eval().load_state_dict(best)
+    assert torch.nn.utils.parameters_to_vector(estimator.train().parameters()).equal(average)
