@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
+import pyro.distributions.transforms as pyro_transforms
 import pytest
 import torch
 from pyro import poutine
+from pyro.distributions import TorchDistribution, TransformModule
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor, nn
+from torch.distributions import Transform, constraints
+from torch.distributions.transforms import (
+    ComposeTransform,
+    ExpTransform,
+    SigmoidTransform,
+    SoftmaxTransform,
+    StickBreakingTransform,
+)
 
 from pyro_maf import MAF, NSF, ConditionalMAF, FlowPrior, MADEMoG
 from pyro_maf.infer import AutoIAF
@@ -126,6 +136,135 @@ def test_a_broken_law_is_named_with_its_error_and_where(make: type[Flow], messag
         check_transform(make, dimensions=(2,), identity=make is not Forgetful)
 
 
+# -- transforms of torch and Pyro --------------------------------------------------------------------------------------
+
+
+class Stretch(TransformModule):
+    """y = exp(a) x, whose parts subclasses get wrong."""
+
+    domain = codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, input_dim: int) -> None:
+        super().__init__(cache_size=1)
+        self.a = nn.Parameter(torch.zeros(input_dim))
+
+    def _call(self, x: Tensor) -> Tensor:
+        return x * self.a.exp()
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return y / self.a.exp()
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.a.sum().expand(x.shape[:-1])
+
+
+class Mirrored(Stretch):
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return -super().log_abs_det_jacobian(x, y)
+
+
+class Beside(Stretch):
+    def _inverse(self, y: Tensor) -> Tensor:
+        return super()._inverse(y) + 0.01
+
+
+class ByColumn(Stretch):
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.a.expand(x.shape)
+
+
+class OfTheBatch(Stretch):
+    def _call(self, x: Tensor) -> Tensor:
+        return super()._call(x if x.dim() < 2 else x - x.mean(0))
+
+
+class Stored(Stretch):
+    def _call(self, x: Tensor) -> Tensor:
+        self.stored = x
+        return x + x**3
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.stored
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return (1 + 3 * self.stored**2).log().sum(-1)
+
+
+class Widened(Stretch):
+    def _call(self, x: Tensor) -> Tensor:
+        return super()._call(x).double()
+
+
+class Univariate(Stretch):
+    domain = codomain = constraints.real
+
+
+class Signed(Stretch):
+    codomain = constraints.independent(constraints.positive, 1)
+
+
+class Detached(Stretch):
+    def _call(self, x: Tensor) -> Tensor:
+        return x * self.a.exp().detach()
+
+
+class Noisy(Stretch):
+    def _call(self, x: Tensor) -> Tensor:
+        return super()._call(x) + 0.1 * torch.randn_like(x)
+
+
+class Unfinished(Stretch):
+    log_abs_det_jacobian = Transform.log_abs_det_jacobian  # type: ignore[assignment]
+
+
+WRONG: dict[Callable[[int], Any], str] = {
+    Mirrored: '"has the log-determinant of its Jacobian": got .*, at the input',
+    Beside: r'"inverts, x to y and back": .* off by 0\.01',
+    ByColumn: r"for x of \(2,\) and a domain of event_dim 1 log_abs_det_jacobian is of \(2,\), not \(\)",
+    OfTheBatch: '"maps batches of its domain to its codomain": got',
+    Stored: '"remembers nothing that is wrong": got',
+    Widened: r"y and log_abs_det_jacobian are torch\.float64 and torch\.float32, x torch\.float32",
+    Univariate: r"event_dim 0 log_abs_det_jacobian is of \(4,\), not \(4, 2\)",
+    Signed: "y = .* is not in IndependentConstraint",
+    Detached: '"has the derivatives of differences, from x to y": Jacobian mismatch',
+    Noisy: '"maps batches of its domain to its codomain": got',
+    Unfinished: "it is bijective and has no log_abs_det_jacobian",
+    pyro_transforms.neural_autoregressive: '"remembers nothing that is wrong"',
+    pyro_transforms.sylvester: '"has the log-determinant of its Jacobian"',
+    lambda d: pyro_transforms.ELUTransform(): "is not in GreaterThan",
+}
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG.items(), ids=lambda value: getattr(value, "__name__", ""))
+def test_other_transforms_that_are_wrong_are_found_out(make: Callable[[int], Any], message: str) -> None:
+    with pytest.raises(BrokenLawError, match=message):
+        check_transform(make, dimensions=(2,))
+
+
+RIGHT: dict[str, Callable[[int], Any]] = {
+    "module": Stretch,
+    "spline": pyro_transforms.Spline,
+    "no inverse": pyro_transforms.Planar,
+    "random": pyro_transforms.permute,
+    "coupling": lambda d: pyro_transforms.affine_coupling(d, hidden_dims=[4]),
+    "more outputs": lambda d: StickBreakingTransform(),
+    "not bijective": lambda d: SoftmaxTransform(),
+    "numbers": lambda d: ExpTransform(),
+    "composed": lambda d: ComposeTransform([pyro_transforms.Spline(d), SigmoidTransform()]),
+}
+
+
+@pytest.mark.parametrize("make", RIGHT.values(), ids=RIGHT)
+def test_other_transforms_that_are_right_pass(make: Callable[[int], Any]) -> None:
+    check_transform(make, dimensions=(2,))
+
+
+def test_conditional_transforms_of_others_are_to_be_conditioned() -> None:
+    with pytest.raises(TypeError, match=r"got ConditionalPlanar: condition a conditional one"):
+        check_transform(lambda d: pyro_transforms.conditional_planar(d, 2))
+
+
 def test_a_transform_in_place_of_its_class_is_refused() -> None:
     with pytest.raises(TypeError, match=r"builds a transform .* got MAF\(2\): pass the class MAF, or lambda d: MAF"):
         check_transform(MAF(2, **SIZE))  # type: ignore[arg-type]
@@ -151,6 +290,61 @@ class Wide(FlowPrior):
         return 1.1 * super().sample(sample_shape)
 
 
+class Plain(TorchDistribution):
+    """Standard normal, whose parts subclasses get wrong."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = constraints.real_vector
+
+    def __init__(self, input_dim: int, batch_shape: Any = ()) -> None:
+        super().__init__(torch.Size(batch_shape), torch.Size([input_dim]))
+
+    def expand(self, batch_shape: Any, _instance: object = None) -> Any:
+        return type(self)(self.event_shape[0], batch_shape)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return torch.randn(*sample_shape, *self.batch_shape, *self.event_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return dist.Normal(0.0, 1.0).log_prob(value).sum(-1)
+
+
+class Repeated(Plain):
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        shape = (*sample_shape, *self.batch_shape, *self.event_shape)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+class Unseeded(Plain):
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        generator = torch.Generator()
+        generator.seed()
+        return torch.randn(*sample_shape, *self.batch_shape, *self.event_shape, generator=generator)
+
+
+class Constant(Plain):
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value.detach()) + 0 * value.sum(-1)
+
+
+class Mixed(Plain):
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value).double()
+
+
+class Narrow(Plain):
+    def expand(self, batch_shape: Any, _instance: object = None) -> Any:
+        return self
+
+
+class Positive(Plain):
+    support = constraints.independent(constraints.positive, 1)
+
+
+class Numbers(Plain):
+    support = constraints.real
+
+
 DENSITIES: dict[str, Callable[[int], Any]] = {
     "normal": lambda d: dist.Normal(torch.zeros(d), 1.0).to_event(1),
     "gamma": lambda d: dist.Gamma(torch.full((d,), 2.0), 1.0).to_event(1),
@@ -164,6 +358,24 @@ DENSITIES: dict[str, Callable[[int], Any]] = {
 @pytest.mark.parametrize("make", DENSITIES.values(), ids=DENSITIES)
 def test_densities_that_are_right_pass(make: Callable[[int], Any]) -> None:
     check_density(make)
+
+
+FAULTS = {
+    Repeated: '"draws by the seed of torch": it draws the same numbers twice',
+    Unseeded: '"draws by the seed of torch": draws differ after the same seed',
+    Constant: '"has the gradient of differences": off by',
+    Mixed: r"draws are torch\.float32, their log-densities torch\.float64",
+    Narrow: r"expand\(\[3\]\) draws \(3,\), not \(3, 3\)",
+    Positive: r"it draws \[.*\], outside of its support",
+    Numbers: r"the support Real\(\) has event_dim 0, the event_shape is \(3,\)",
+}
+
+
+@pytest.mark.parametrize(("kind", "message"), FAULTS.items(), ids=lambda value: getattr(value, "__name__", ""))
+def test_faults_of_densities_of_any_dimension_are_found_out(kind: Any, message: str) -> None:
+    check_density(Plain, dimensions=[3])
+    with pytest.raises(BrokenLawError, match=message):
+        check_density(kind, dimensions=[3])
 
 
 @pytest.mark.parametrize(("kind", "law"), [(Lifted, "integrates to 1"), (Wide, "draws from its density")])
@@ -199,3 +411,69 @@ def test_an_evidence_that_differs_by_a_tenth_of_a_nat_is_refused() -> None:
 def test_a_guide_that_leaves_out_a_site_is_found_out() -> None:
     with pytest.raises(BrokenLawError, match=r"^AutoNormal breaks the law .* z of the model is not drawn"):
         check_guide(model, lambda model: AutoNormal(poutine.block(model, hide=["z"])))
+
+
+def plates() -> None:
+    scale = pyro.sample("scale", dist.Gamma(3.0, 1.0))
+    with pyro.plate("rows", 3):
+        pyro.sample("z", dist.Normal(0.0, scale))
+
+
+class ByHand(pyro.nn.PyroModule):
+    """A guide for `plates`, whose sites subclasses get wrong."""
+
+    def __init__(self, model: object) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(2))
+
+    def scale(self) -> None:
+        pyro.sample("scale", dist.LogNormal(self.loc[0], 0.5))
+
+    def forward(self) -> None:
+        self.scale()
+        with pyro.plate("rows", 3):
+            pyro.sample("z", dist.Normal(self.loc[1], 1.0))
+
+
+class Outside(ByHand):
+    def scale(self) -> None:
+        pyro.sample("scale", dist.Normal(self.loc[0] - 5, 0.1))
+
+
+class Shaped(ByHand):
+    def scale(self) -> None:
+        pyro.sample("scale", dist.LogNormal(self.loc[:1], 0.5))
+
+
+class More(ByHand):
+    def scale(self) -> None:
+        super().scale()
+        pyro.sample("more", dist.Normal(0.0, 1.0))
+
+
+class Same(ByHand):
+    def scale(self) -> None:
+        torch.manual_seed(0)
+        super().scale()
+
+
+class Unreached(ByHand):
+    def __init__(self, model: object) -> None:
+        super().__init__(model)
+        self.other = nn.Parameter(torch.zeros(()))
+
+
+WRONG_GUIDES = {
+    Outside: "scale is outside of its support",
+    Shaped: r"scale has shape and dtype \(\(1,\), torch\.float32\), the model's \(\(\), torch\.float32\)",
+    More: "more is not of the model, nor marked as is_auxiliary",
+    Same: '"draws anew each time": scale, z are the same in two draws',
+    Unreached: "no gradient reaches other",
+}
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG_GUIDES.items(), ids=lambda value: getattr(value, "__name__", ""))
+def test_guides_that_are_wrong_are_found_out(make: Any, message: str) -> None:
+    check_guide(plates, ByHand)
+    with pytest.raises(BrokenLawError, match=message):
+        check_guide(plates, make)

@@ -6,8 +6,8 @@ a run that passed passes again; where chance has a part, at most one of a millio
 
 from __future__ import annotations
 
+from pyro_maf.testing.checks import check_transform
 from pyro_maf.testing.comparison import BrokenLawError
 from pyro_maf.testing.densities import check_density, check_guide
-from pyro_maf.testing.transforms import check_transform
 
 __all__ = ["BrokenLawError", "check_density", "check_guide", "check_transform"]

@@ -67,4 +67,4 @@ def _row(values: Tensor, place: float) -> str:
 def name_of(who: object) -> str:
     """Name of a flow, that inside of one at a context, with its dimensions; of others that of their class."""
     inner = who.flow if isinstance(who, Conditioned) else who
-    return f"{type(inner).__name__}({inner.input_dim})" if isinstance(inner, Flow) else type(inner).__name__
+    return f"{inner.name}({inner.input_dim})" if isinstance(inner, Flow) else type(inner).__name__

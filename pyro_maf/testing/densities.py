@@ -8,18 +8,19 @@ import pickle
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 from torch.distributions import Distribution, biject_to
 
 from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer import fit_guide
-from pyro_maf.infer.models.model import Model
+from pyro_maf.infer.models.model import Model, is_subsample
 from pyro_maf.saving import Savable, load
 from pyro_maf.testing.comparison import BrokenLawError, close, name_of, within
 
@@ -33,11 +34,12 @@ FALSE_FAILS = 1e-6
 def check_density(make: Callable[[int], Distribution], *, dimensions: Sequence[int] = (1, 2, 5), seed: int = 0) -> None:
     r"""Hold a density of vectors to its laws.
 
-    Its draws lie in its support and have finite scores, shapes are those of batches of events, copies and saved files
-    score alike. In one and two dimensions the density integrates to 1, to 2e-3 on a grid, and the distribution function
-    of 100,000 draws, along each axis and the diagonals, is that of the density up to 2e-3 and the bound of Dvoretzky,
-    Kiefer and Wolfowitz: at most one of a million seeds fails a correct density. A scale that is off by a tenth, or a
-    location off by a twentieth of a standard deviation, is found.
+    Its draws lie in its support, follow the seed of torch and have finite scores, shapes are those of batches of
+    events, gradients those of differences, copies and saved files score alike. In one and two dimensions the density
+    integrates to 1, to 2e-3 on a grid, and the distribution function of 100,000 draws, along each axis and the
+    diagonals, is that of the density up to 2e-3 and the bound of Dvoretzky, Kiefer and Wolfowitz: at most one of a
+    million seeds fails a correct density. A scale that is off by a tenth, or a location off by a twentieth of a
+    standard deviation, is found.
 
     Args:
         make: Function of D that builds the density, a distribution with event shape (D,) and a continuous support.
@@ -55,6 +57,8 @@ def check_density(make: Callable[[int], Distribution], *, dimensions: Sequence[i
         density = make(input_dim)
         with seeded(seed), torch.no_grad():
             has_scores_of_its_draws(density)
+            draws_by_the_seed(density)
+            has_a_gradient(density)
             can_be_copied(density)
             if _free_dim(density) <= 2:
                 has_draws_that_follow_it(density)
@@ -62,17 +66,58 @@ def check_density(make: Callable[[int], Distribution], *, dimensions: Sequence[i
 
 def has_scores_of_its_draws(density: Distribution) -> None:
     """Draws of any batch lie in the support, and have finite log-densities of the batch's shape, alone or together."""
-    law = "scores its draws"
-    support: Any = density.support
+    law, who, support = "scores its draws", name_of(density), cast(Any, density.support)
+    if support.event_dim != len(density.event_shape):
+        raise BrokenLawError(
+            who,
+            law,
+            f"the support {support} has event_dim {support.event_dim}, the event_shape is {tuple(density.event_shape)}",
+        )
     for shape in ((), (4, 3)):
         y = density.sample(torch.Size(shape))
         score = density.log_prob(y)
         if y.shape != (*shape, *density.event_shape) or score.shape != torch.Size(shape):
-            raise BrokenLawError(name_of(density), law, f"shapes are {tuple(y.shape)} and {tuple(score.shape)}")
-        if not bool(score.isfinite().all() and support.check(y).all()):
-            raise BrokenLawError(name_of(density), law, f"its draws {y.tolist()} have log-densities {score.tolist()}")
+            raise BrokenLawError(who, law, f"shapes are {tuple(y.shape)} and {tuple(score.shape)}")
+        if y.dtype != score.dtype:
+            raise BrokenLawError(who, law, f"draws are {y.dtype}, their log-densities {score.dtype}")
+        for role, wrong in (("outside of its support", ~support.check(y)), ("of no finite density", ~score.isfinite())):
+            if bool(wrong.any()):
+                raise BrokenLawError(who, law, f"it draws {y[wrong][0].tolist()}, {role}, {support}")
     close(law, density, density.log_prob(y[0]), score[0], 1e-5, y[0])
-    close(law, density, density.expand(torch.Size([3])).log_prob(y), score, 1e-5, y)
+    several = density.expand(torch.Size([3]))
+    close(law, density, several.log_prob(y), score, 1e-5, y)
+    if several.sample().shape != y[0].shape:
+        raise BrokenLawError(who, law, f"expand([3]) draws {tuple(several.sample().shape)}, not {tuple(y[0].shape)}")
+
+
+def draws_by_the_seed(density: Distribution) -> None:
+    """Draws are those of torch's seed, and others each time."""
+    state = torch.get_rng_state()
+    first, second = density.sample(torch.Size([3])), density.sample(torch.Size([3]))
+    torch.set_rng_state(state)
+    for how, is_broken in (
+        ("draws differ after the same seed", not density.sample(torch.Size([3])).equal(first)),
+        ("it draws the same numbers twice", second.equal(first)),
+    ):
+        if is_broken:
+            raise BrokenLawError(name_of(density), "draws by the seed of torch", how)
+
+
+def has_a_gradient(density: Distribution) -> None:
+    """The gradient of the log-density is that of differences, at most of its draws: one may straddle a kink."""
+    law, free = "has the gradient of differences", biject_to(density.support)
+    z = free.inv(density.sample(torch.Size([50])))
+    step = torch.finfo(z.dtype).eps ** (1 / 3) * torch.randn_like(z)
+    there = density.log_prob(free(z + step)) - density.log_prob(free(z - step))
+    with torch.enable_grad():
+        z.requires_grad_()
+        score = density.log_prob(free(z))
+        if not score.requires_grad:
+            raise BrokenLawError(name_of(density), law, "log_prob of a value has no gradient")
+        gradient = torch.autograd.grad(score.sum(), z)[0]
+    size = step.norm(dim=-1) * (1 + gradient.norm(dim=-1))
+    error = (there / 2 - (gradient * step).sum(-1)).abs() / size
+    within(law, density, error.median(), 0.02)
 
 
 def can_be_copied(density: Distribution) -> None:
@@ -139,11 +184,12 @@ def check_guide(
 ) -> None:
     """Hold a guide to the laws of guides, for one model.
 
-    It draws every latent variable, within its support and with a finite density under the model; if it has `log_prob`,
-    that of a draw is the density of the trace that drew it, to 2e-3; steps of SVI, also with vectorised particles,
-    change its parameters and leave them finite. With `log_evidence` the guide is fitted, and its estimate by importance
-    weights has to be within five standard errors: for a k-hat below 0.5, about one of a million seeds fails a correct
-    guide. An error in the guide's density, which no other comparison shows, moves that estimate.
+    It draws every latent variable and no other, anew each time, of the model's shape and dtype, within its support and
+    with a finite density under the model; if it has `log_prob`, that of a draw is the density of the trace that drew
+    it, to 2e-3; steps of SVI, also with vectorised particles, reach its parameters and leave them finite. With
+    `log_evidence` the guide is fitted, and its estimate by importance weights has to be within five standard errors:
+    for a k-hat below 0.5, about one of a million seeds fails a correct guide. An error in the guide's density, which no
+    other comparison shows, moves that estimate.
 
     Args:
         model: The Pyro model.
@@ -171,16 +217,31 @@ def check_guide(
 
 
 def draws_every_site(model: Model, guide: Any, *args: object, **kwargs: object) -> None:
-    """A draw has every latent site, in its support, and its density is that of the trace."""
+    """A draw has every latent site, as the model draws it, in its support, and its density is that of the trace."""
     law, who = "draws every latent variable", type(guide).__name__
-    trace: Any = poutine.trace(guide).get_trace(*args, **kwargs)
-    replayed: Any = poutine.trace(poutine.replay(model, trace=trace)).get_trace(*args, **kwargs)
-    latent = replayed.stochastic_nodes
+    trace, again = (cast(Any, poutine.trace(guide).get_trace(*args, **kwargs)) for _ in range(2))
+    random = [
+        name
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not (site["is_observed"] or isinstance(site["fn"], Delta) or is_subsample(site))
+    ]
+    if random and all(again.nodes[name]["value"].equal(trace.nodes[name]["value"]) for name in random):
+        raise BrokenLawError(who, "draws anew each time", f"{', '.join(random)} are the same in two draws")
+    prior: Any = poutine.trace(model).get_trace(*args, **kwargs)
+    with pyro.validation_enabled(False):  # of what follows from a value outside of its support
+        replayed: Any = poutine.trace(poutine.replay(model, trace=trace)).get_trace(*args, **kwargs)
+        replayed.compute_log_prob()
+    latent = [name for name in replayed.stochastic_nodes if not is_subsample(replayed.nodes[name])]
     if missing := [name for name in latent if name not in trace.nodes]:
         raise BrokenLawError(who, law, f"{', '.join(missing)} of the model is not drawn")
-    replayed.compute_log_prob()
+    others = [name for name in random if name not in prior.nodes and not trace.nodes[name]["infer"].get("is_auxiliary")]
+    if others:
+        raise BrokenLawError(who, law, f"{', '.join(others)} is not of the model, nor marked as is_auxiliary")
     for name in latent:
-        site = replayed.nodes[name]
+        site, own = replayed.nodes[name], prior.nodes[name]["value"]
+        found, wanted = ((tuple(value.shape), value.dtype) for value in (site["value"], own))
+        if found != wanted:
+            raise BrokenLawError(who, law, f"{name} has shape and dtype {found}, the model's {wanted}")
         inside = bool(site["fn"].support.check(site["value"]).all())
         if not (inside and bool(site["log_prob"].isfinite().all())):
             raise BrokenLawError(
@@ -188,8 +249,8 @@ def draws_every_site(model: Model, guide: Any, *args: object, **kwargs: object) 
             )
     if hasattr(guide, "log_prob"):
         sites = {name: trace.nodes[name]["value"] for name in latent}
-        found = guide.log_prob(sites, *args, **kwargs).detach()
-        close("scores the draws of its traces", guide, found, torch.as_tensor(trace.log_prob_sum()).detach(), 2e-3)
+        score = guide.log_prob(sites, *args, **kwargs).detach()
+        close("scores the draws of its traces", guide, score, torch.as_tensor(trace.log_prob_sum()).detach(), 2e-3)
 
 
 def takes_steps(model: Model, guide: Any, *args: object, **kwargs: object) -> None:
@@ -204,6 +265,9 @@ def takes_steps(model: Model, guide: Any, *args: object, **kwargs: object) -> No
             raise BrokenLawError(who, law, f"the loss of {particles} particles is {loss}, or a parameter is not finite")
         if len(before) == len(after) and all(map(torch.equal, before, after)):
             raise BrokenLawError(who, law, f"no parameter changes in a step with {particles} particles")
+    named = guide.named_parameters()
+    if unreached := [name for name, value in named if value.requires_grad and value.grad is None]:
+        raise BrokenLawError(who, law, f"no gradient reaches {', '.join(unreached)}")
 
 
 def estimates_the_evidence(model: Model, guide: Any, log_evidence: float, *args: object, **kwargs: Any) -> None:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from pyro_maf._core.torch_state import reference_tensor
 from pyro_maf.transforms import BatchNorm, ConditionalFlow, Conditioned, Flow, Inverse, LowerTriangularAffine, Stack
 
-__all__ = ["Transform", "at_context", "fresh", "layers_of", "points", "shaken"]
+__all__ = ["FlowOrForm", "at_context", "fresh", "layers_of", "points", "shaken"]
 
-Transform: TypeAlias = "Flow | ConditionalFlow"
+FlowOrForm: TypeAlias = "Flow | ConditionalFlow"
 
 
-def shaken(transform: Transform, gain: float = 1.0) -> Transform:
+def shaken(transform: FlowOrForm, gain: float = 1.0) -> FlowOrForm:
     """Draw all parameters and statistics at random, of a size that outputs keep: a stand-in for a trained transform."""
     with torch.no_grad():
         for parameter in transform.parameters():
@@ -34,7 +34,7 @@ def shaken(transform: Transform, gain: float = 1.0) -> Transform:
     return transform
 
 
-def at_context(transform: Transform, *batch: int) -> Flow:
+def at_context(transform: FlowOrForm, *batch: int) -> Flow:
     """The flow itself, or a conditional one at a random context of that batch shape."""
     if isinstance(transform, Flow):
         return transform

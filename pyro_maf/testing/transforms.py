@@ -11,108 +11,23 @@ import math
 import pickle
 import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
-from pyro_maf._core.torch_state import seeded
 from pyro_maf.saving import load
 from pyro_maf.testing.comparison import BrokenLawError, close, close_by_row, name_of, within
-from pyro_maf.testing.subjects import Transform, at_context, fresh, layers_of, points, shaken
+from pyro_maf.testing.subjects import FlowOrForm, at_context, fresh, layers_of, points
 from pyro_maf.transforms import BatchNorm, Conditioned, Flow, InverseAutoregressive, MaskedAutoregressive
-
-__all__ = ["check_transform"]
 
 AUTOREGRESSIVE = (MaskedAutoregressive, InverseAutoregressive)
 HALVINGS = 10
 """Maximum number of times that a cell of an integral is halved."""
 SEPARATELY = 2_000
 """Greatest number of parameters whose derivatives are tested one by one; of more, a random combination is."""
-
-
-def check_transform(
-    make: Callable[[int], Transform], *, dimensions: Sequence[int] = (1, 2, 5), seed: int = 0, identity: bool = True
-) -> None:
-    r"""Hold a transform of your own to the laws that every transform of this package keeps.
-
-    In float64, and in float32 where it says so: it inverts, also 50 standard deviations out; its log-determinant is
-    that of the Jacobian; densities integrate to 1; gradients and second derivatives are those of differences; nothing
-    is stale after a change; it trains in any loop, takes any batch, runs in every mode, can be copied, pickled, saved.
-    Gradients count as wrong only where they are so at two inputs, since a difference may straddle a kink; those of more
-    than 2,000 parameters are compared in one random direction instead of one by one.
-
-    Args:
-        make: Function of D that builds the transform or conditional form. Its class must be importable, for copies.
-        dimensions: The D to test; one of them at most 2 for the integral.
-        seed: Of parameters and inputs, which are drawn at random; the global generator is left alone.
-        identity: Whether the transform is the identity with its initial parameters, as layers should be.
-
-    Raises:
-        BrokenLawError: For the first law that is broken: by how much, and at which input.
-        TypeError: For a transform in place of a function that builds one.
-
-    Cost: seconds.
-
-    Example:
-        >>> from pyro_maf.transforms import ActNorm, Flow
-        >>> check_transform(ActNorm, dimensions=[2])
-
-        A log-determinant that is forgotten:
-
-        >>> class Twice(Flow):
-        ...     def forward_and_log_det(self, x, context=None):
-        ...         return 2 * x, x.new_zeros(x.shape[:-1])
-        ...     def inverse_and_log_det(self, y, context=None):
-        ...         return y / 2, y.new_zeros(y.shape[:-1])
-        >>> check_transform(Twice, identity=False)
-        Traceback (most recent call last):
-            ...
-        pyro_maf.testing.comparison.BrokenLawError: Twice(1) breaks the law "has the log-determinant of its Jacobian":
-        got 0, expected 0.6931, off by 0.409, allowed are 1e-09, at the input -0.7699.
-    """
-    if isinstance(make, nn.Module):
-        kind = type(make).__name__
-        raise TypeError(
-            f"check_transform expected a function that builds a transform of D dimensions, got {name_of(make)}: "
-            f"pass the class {kind}, or lambda d: {kind}(d, ...)."
-        )
-    for input_dim in dimensions:
-
-        def built(gain: float = 1.0, *, input_dim: int = input_dim) -> Transform:
-            transform = make(input_dim).double().eval()
-            return shaken(transform, gain) if gain else transform
-
-        with seeded(seed):
-            _check(built, identity)
-
-
-def _check(built: Callable[..., Transform], identity: bool) -> None:
-    if identity:
-        starts_as_the_identity(at_context(built(0.0)))
-    for scale in (1.0, 50.0):
-        inverts(at_context(built(), 20), scale)
-        inverts(at_context(built(0.5).float(), 20), scale)
-    for batch in ((), (0,), (2, 3)):
-        takes_any_batch(at_context(built()), *batch)
-    is_triangular(at_context(built()))
-    for flow in (at_context(built()), at_context(built()).inv):
-        has_the_log_det_of_its_jacobian(flow)
-    if (flow := at_context(built(0.3))).input_dim <= 2:
-        integrates_to_one(flow)
-    for inverted in (False, True):
-        has_derivatives(at_context(built(0.5), 2), inverted)
-    for step in STEPS:
-        is_never_stale(at_context(built(), 5), step)
-    keeps_no_tensor_alive(at_context(built(), 5))
-    for law in (trains_on_one_batch, scores_its_own_draws, gives_two_losses_of_one_draw):
-        law(at_context(built(), 8))
-    runs_in_every_mode(at_context(built(0.5).float(), 8))
-    can_be_copied(built(), built())
-    broadcasts_its_context(built())
-    can_be_vectorised(at_context(built()))
 
 
 def _jacobian(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
@@ -122,11 +37,11 @@ def _jacobian(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
 # -- laws ------------------------------------------------------------------------------------------------------------
 
 
-def inverts(flow: Flow, scale: float = 1.0) -> None:
-    """Either direction undoes the other: to 1e-9 in float64, to 1e-4 in float32, for inputs of any scale."""
+def inverts(flow: Flow, scale: float = 1.0, tolerance: float = 1e-9) -> None:
+    """Either direction undoes the other: to the tolerance in float64, to 1e-4 in float32, for inputs of any scale."""
     flow = fresh(flow)
     x = points(flow, 20, scale=scale)
-    tolerance = 1e-9 if x.dtype == torch.float64 else 1e-4
+    tolerance = tolerance if x.dtype == torch.float64 else 1e-4
     close_by_row("inverts, x to y and back", flow, flow.inv(flow(x)), x, tolerance, x)
     close_by_row("inverts, y to x and back", flow, flow(flow.inv(x)), x, tolerance, x)
 
@@ -148,7 +63,7 @@ def is_triangular(flow: Flow) -> None:
     close("is the composition of its layers", flow, product / largest, total / largest, 1e-9)
 
 
-def has_the_log_det_of_its_jacobian(flow: Flow) -> None:
+def has_the_log_det_of_its_jacobian(flow: Flow, tolerance: float = 1e-9) -> None:
     """log |det dy/dx| is that of the Jacobian by autograd, cached or not, for any pair (x, y); in float64."""
     law = "has the log-determinant of its Jacobian"
     x, wanted = points(flow), torch.zeros(1, dtype=torch.float64)
@@ -158,8 +73,8 @@ def has_the_log_det_of_its_jacobian(flow: Flow) -> None:
         at = layer(at).detach()
     x, other = x[None], points(flow, 1)
     y, other_y = flow(x), fresh(flow)(other)
-    close(law, flow, flow.log_abs_det_jacobian(x, y), wanted, 1e-9, x)
-    close(law, flow, flow.log_abs_det_jacobian(x.clone(), y.clone()), wanted, 1e-7, x)
+    close(law, flow, flow.log_abs_det_jacobian(x, y), wanted, tolerance, x)
+    close(law, flow, flow.log_abs_det_jacobian(x.clone(), y.clone()), wanted, max(tolerance, 1e-7), x)
     found = flow.log_abs_det_jacobian(other, other_y)
     close(law, flow, found, fresh(flow).log_abs_det_jacobian(other, other_y), 1e-9, other)
 
@@ -373,7 +288,7 @@ class _Direction(nn.Module):
         return self.flow.inverse_and_log_det(value) if self.inverted else self.flow.forward_and_log_det(value)
 
 
-def can_be_copied(transform: Transform, other: Transform | None = None) -> None:
+def can_be_copied(transform: FlowOrForm, other: FlowOrForm | None = None) -> None:
     """Copies, pickles and saved files, made after use, are the same map; so is `other`, once it has the state."""
     flow = at_context(transform, 5)
     x = points(flow, 5)
@@ -408,7 +323,7 @@ def takes_any_batch(flow: Flow, *batch: int) -> None:
             close(law, flow, y.reshape(rows.shape), torch.stack([member(row) for row in rows]), 1e-9, rows)
 
 
-def broadcasts_its_context(transform: Transform) -> None:
+def broadcasts_its_context(transform: FlowOrForm) -> None:
     """The batch shape of a context broadcasts with that of the input."""
     if isinstance(transform, Flow):
         return
