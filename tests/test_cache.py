@@ -220,14 +220,17 @@ def test_compiled_code_goes_with_the_constants_that_it_holds(monkeypatch: pytest
 
 
 PROGRAM = """
-import hashlib, torch, pyro_maf
+import hashlib, sys, torch, pyro_maf
 torch.manual_seed(0)
 flow = pyro_maf.NSF(3, num_layers=1, hidden_dims=[8])
 for parameter in flow.parameters():
     parameter.data.add_(torch.randn_like(parameter))
+flow.requires_grad_(sys.argv[1] == "gradients")
 x = 3 * torch.randn(200, 3)
 log_prob = pyro_maf.FlowPrior(flow).log_prob(x)
-results = [log_prob, *torch.autograd.grad(log_prob.sum(), list(flow.parameters()))]
+results = [log_prob]
+if log_prob.requires_grad:
+    results += torch.autograd.grad(log_prob.sum(), list(flow.parameters()))
 with torch.no_grad():
     results += flow.inv(x), flow(x)
 print((results[-1] - x).abs().max() > 0.1, *[hashlib.sha256(each.detach().numpy()).hexdigest() for each in results])
@@ -235,8 +238,11 @@ print((results[-1] - x).abs().max() > 0.1, *[hashlib.sha256(each.detach().numpy(
 
 
 @pytest.mark.skipif(kernels() is None, reason="no compiled kernels on this machine")
-def test_the_process_that_compiles_answers_as_later_ones_do_whatever_became_of_its_kernels(tmp_path: Path) -> None:
-    """Bit by bit, though it may run code that was never on disk: log-densities, their gradients, noise and samples."""
+@pytest.mark.parametrize("what", ["values", pytest.param("gradients", marks=pytest.mark.slow)])
+def test_the_process_that_compiles_answers_as_later_ones_do_whatever_became_of_its_kernels(
+    what: str, tmp_path: Path
+) -> None:
+    """Bit by bit, though it may run code that was never on disk: log-densities, noise and samples, and gradients."""
     kernel = kernels()
     assert kernel is not None
     cache = kernel.forward._cache
@@ -246,7 +252,7 @@ def test_the_process_that_compiles_answers_as_later_ones_do_whatever_became_of_i
     environment = {**os.environ, "PYRO_MAF_KERNEL": "", "NUMBA_CACHE_DIR": str(tmp_path)}
     first, later = (
         subprocess.run(
-            [sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+            [sys.executable, "-c", PROGRAM, what], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
         )
         for _ in range(2)
     )
