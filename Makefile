@@ -19,7 +19,7 @@ test: check  ## Check, then run every test and every example of the documentatio
 check: $(VENV)/.dev  ## Lint, layout of the code, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy -n $(JOBS)
 
 bench: $(VENV)/.bench  ## Run every benchmark, one after another
 	set -e; for file in benchmarks/[a-z]*.py; do $(BIN)/python $$file; done
