@@ -19,7 +19,7 @@ from pyro.infer.autoguide.guides import AutoContinuous
 from pyro.optim import ClippedAdam
 
 from parts.posteriors import Posterior
-from parts.standings_of_guides import CHAIN, FITTED
+from parts.standings_of_guides import CHAIN, CONSTANT, FITTED
 from pyro_maf.infer import AutoIAF, AutoMAF, AutoRealNVP, Diagnosis, diagnose, fit_guide
 
 WIDTHS = [64, 64]
@@ -56,6 +56,7 @@ class AutoZuko(AutoContinuous):
 GUIDES: dict[str, Callable[[Any], Any]] = {
     "AutoIAF": AutoIAF,
     FITTED: AutoIAF,
+    CONSTANT: AutoIAF,
     "AutoMAF": AutoMAF,
     "AutoRealNVP": AutoRealNVP,
     "AutoNormal": AutoNormal,
@@ -102,7 +103,7 @@ def fit(name: str, posterior: Posterior, steps: int | None, seed: int = 0) -> Fi
         result = fit_guide(posterior.model, guide, *posterior.args, progress=False, **limit)
         return Fit(guide, result.diagnosis, {}, start, time.process_time() - before, len(result.elbo))
     taken = steps or STEPS
-    svi = stepper(posterior, guide, taken)
+    svi = stepper(posterior, guide, taken, falls=name != CONSTANT)
     for _ in range(taken):
         svi.step(*posterior.args)
     seconds = time.process_time() - before
@@ -164,8 +165,8 @@ def started(name: str, posterior: Posterior, seed: int = 0) -> tuple[Any, float]
     return guide, time.process_time() - before
 
 
-def stepper(posterior: Posterior, guide: Any, steps: int = STEPS) -> SVI:
-    """The plain loop's SVI: the learning rate falls from first to last over `steps`."""
-    decay = (LAST_RATE / FIRST_RATE) ** (1 / steps)
+def stepper(posterior: Posterior, guide: Any, steps: int = STEPS, *, falls: bool = True) -> SVI:
+    """The plain loop's SVI: the learning rate falls from first to last over `steps`, or stays the first."""
+    decay = (LAST_RATE / FIRST_RATE) ** (1 / steps) if falls else 1.0
     elbo = Trace_ELBO(num_particles=PARTICLES, vectorize_particles=True, max_plate_nesting=NESTING)
     return SVI(posterior.model, guide, ClippedAdam({"lr": FIRST_RATE, "lrd": decay}), elbo)

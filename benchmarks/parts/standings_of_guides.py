@@ -6,7 +6,7 @@ from collections import Counter
 from statistics import median
 from typing import Any
 
-FITTED, CHAIN = "AutoIAF, fit_guide", "NUTS"
+FITTED, CONSTANT, CHAIN = "AutoIAF, fit_guide", "AutoIAF, constant rate", "NUTS"
 HEADS = ("guide", "C2ST", "worst", "err", "k-hat", "ELBO, nats", "quantile error", "CPU s", "steps")
 WRONG = 0.55
 """C2ST from which on a guide is not the posterior."""
