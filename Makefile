@@ -41,7 +41,7 @@ $(BIN)/pip:
 # A stamp for each extra, so that it is installed again only when its requirements have changed. torch comes first: with
 # the pinned version in place nothing else pulls in another build of it.
 INSTALL := $(BIN)/pip install -q --no-compile -c constraints.txt
-# pip compiles one file after another, those of tests too: half of the time that it takes.
+# pip compiles one file after another, those of packages' tests too; this on all cores. What does not compile is left.
 COMPILE := $(BIN)/python -m compileall -qq -j 0 -x /tests/ $(VENV)/lib || true
 
 $(VENV)/.all: pyproject.toml constraints.txt | $(BIN)/pip

@@ -169,13 +169,14 @@ class FlowEstimator(ConditionalDensityEstimator):
 
     def _average_weights(self) -> None:
         """Add the weights to their average, if an optimizer changed them."""
+        changes = self._changes()
         if self._average is None:
             buffers = [buffer for buffer in self.buffers() if buffer.is_floating_point()]  # statistics of batch norms
             tensors = [*self.parameters(), *buffers]
             self._average = WeightAverage(tensors, AVERAGED_STEPS, order=AVERAGING_ORDER, with_initial=True)
-        elif self._changes() != self._seen:
+        elif changes != self._seen:
             self._average.add()
-        self._seen = self._changes()
+        self._seen = changes
 
     def _changes(self) -> tuple[int, int]:
         """Number of changes of all tensors that torch does not count, and of those of the weights that it does."""

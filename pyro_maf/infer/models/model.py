@@ -283,11 +283,8 @@ def check_observes_nothing(who: str, guide_trace: Trace, model_trace: Trace) -> 
     Raises:
         ValueError: If one of them is observed.
     """
-    for name, site in sample_sites(guide_trace).items():
-        if not site["is_observed"] or name in model_trace:
-            continue
-        infer = site["infer"] or {}
-        if not (isinstance(site["fn"], Unit) or infer.keys() & {"is_auxiliary", "_deterministic"}):
+    for name, site in data_sites(guide_trace).items():
+        if name not in model_trace and "is_auxiliary" not in (site["infer"] or {}):
             raise RefusalError(
                 f"{who} expected a model and then its guide, which observes nothing, got one that observes {name}: "
                 f"if the two are swapped, call {who}(model, guide)."
