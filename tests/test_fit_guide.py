@@ -471,7 +471,6 @@ def horseshoe(size: int) -> Any:
 
 
 MANY: dict[str, tuple[Any, float]] = {
-    "hierarchy": (hierarchy(100), -160.0),
     "funnel": (funnel(100), -6.0),
     "horseshoe": (horseshoe(50), -160.0),
 }
@@ -537,7 +536,7 @@ def test_effective_draws_are_no_end_while_parameters_of_the_model_move() -> None
         with pyro.plate("rows", len(y)):
             pyro.sample("y", dist.Normal(mu, scale), obs=y)
 
-    fit = fit_guide(model, AutoIAF(model), progress=False)
+    fit = fit_guide(model, AutoIAF(model, **SMALL), progress=False)
     assert "converged" in fit.stop_reason
     assert pyro.param("scale").item() == pytest.approx(float(y.std()), rel=0.01)
 
@@ -831,11 +830,11 @@ def test_a_guide_that_leaves_out_a_site_is_refused() -> None:
 SHAPES = dist.Gamma(0.5, 1.0), dist.StudentT(2.0), dist.Beta(0.5, 0.5)
 
 
-# An AutoMAF differs from an AutoIAF by the order of dimensions, of which there is one here.
+# Guides of one variable differ by the network, of which it sees nothing.
 @of_the_verdict
 @pytest.mark.parametrize(
     ("guide_class", "fn"),
-    [*((each, fn) for each in (AutoIAF, AutoRealNVP) for fn in SHAPES), (AutoMAF, SHAPES[0])],
+    [*((AutoIAF, fn) for fn in SHAPES), (AutoRealNVP, SHAPES[0])],
 )
 def test_a_single_latent_variable_has_any_shape(guide_class: Any, fn: Any) -> None:
     """Affine layers of one variable are one affine map: 12 % of the probability was misplaced."""

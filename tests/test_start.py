@@ -70,7 +70,7 @@ STEEP: dict[str, tuple[Callable[[], None], float]] = {
 }
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(("model", "expected"), STEEP.values(), ids=STEEP)
 def test_the_ascent_goes_on_until_it_has_converged(model: Any, expected: float, seed: int) -> None:
     pyro.set_rng_seed(seed)
@@ -122,7 +122,7 @@ def test_of_several_modes_a_model_that_is_run_alone_starts_from_the_one_that_mat
     assert len(runs) < 450
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_a_hierarchy_starts_where_its_scale_is_neither_lost_nor_left(seed: int) -> None:
     """Curvature along the ascent, which ends in the neck of the posterior, is some hundred nats worse."""
     y = 1 + 0.3 * torch.randn(200, generator=torch.Generator().manual_seed(1))
@@ -154,14 +154,14 @@ def a_tone() -> None:
         pyro.sample("y", dist.Normal(size * torch.sin(2 * torch.pi * frequency * t + phase), scale), obs=y)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_of_several_modes_the_one_that_matters_is_started_from(seed: int) -> None:
     pyro.set_rng_seed(seed)
     guide = AutoIAF(a_tone, **SMALL).setup()
     assert float(guide.median()["frequency"]) == pytest.approx(0.45, abs=0.02)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_a_funnel_starts_where_its_probability_is(seed: int) -> None:
     """The ascent passes the best place on its way to a mode where hardly any probability is."""
 

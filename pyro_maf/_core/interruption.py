@@ -13,21 +13,9 @@ __all__ = ["Interruption"]
 class Interruption:
     """Context manager: the first Ctrl-C sets `requested`, a second raises KeyboardInterrupt.
 
-    It does nothing outside the main thread, which alone gets signals, or if Ctrl-C is ignored.
-
-    Args:
-        defers_termination: Whether SIGTERM, unless the program handles it, sets `requested` too, and ends the program
-            on exit. A second one ends it at once.
-
-    Attributes:
-        requested: Whether there was a Ctrl-C.
-
-    Example:
-        >>> import signal
-        >>> with Interruption() as interruption:
-        ...     signal.raise_signal(signal.SIGINT)
-        >>> interruption.requested
-        True
+    It does nothing outside the main thread, which alone gets signals, or if Ctrl-C is ignored. With
+    `defers_termination`, SIGTERM, unless the program handles it, sets `requested` too, and ends the program on exit; a
+    second one ends it at once.
     """
 
     def __init__(self, *, defers_termination: bool = False) -> None:

@@ -32,13 +32,6 @@ def empty(size: int, like: Tensor) -> Tensor:
     An allocator gives megabytes back to the system as soon as they are free, and the system clears what it gives out:
     for the weights of five layers of 512 units and their gradient that takes two of a training step's 13 ms. So some
     arrays are held here, and given out again when no tensor refers to one any more.
-
-    Example:
-        >>> like = torch.zeros(1)
-        >>> address = empty(100_000, like).data_ptr()
-        >>> tensor = empty(100_000, like)
-        >>> tensor.data_ptr() == address, empty(100_000, like).data_ptr() == address
-        (True, False)
     """
     dtype = DTYPES[like.dtype]
     if size * dtype.itemsize < SMALLEST:

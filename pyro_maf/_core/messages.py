@@ -12,12 +12,7 @@ MOST_LISTED = 10
 
 
 def shown(text: str, most: int = LONGEST_TEXT) -> str:
-    r"""Escape control characters in a text, and shorten it to `most` characters.
-
-    Example:
-        >>> shown("a\x1b[2Jb"), shown("a" * 9, most=4)
-        ('a\\x1b[2Jb', 'aaa…')
-    """
+    """Escape control characters in a text, and shorten it to `most` characters."""
     cut = text if len(text) <= most else f"{text[: most - 1]}…"
     return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in cut)
 
@@ -28,12 +23,7 @@ def quoted(text: str) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names separated by commas: all, or the first ones and the last of many.
-
-    Example:
-        >>> listed("ab"), listed("abcdefghijklmn")
-        ('a, b', 'a, b, c, d, e, f, g, h, i, ... n')
-    """
+    """Names separated by commas: all, or the first ones and the last of many."""
     if len(names) <= MOST_LISTED:
         return ", ".join(map(shown, names))
     return f"{', '.join(map(shown, names[: MOST_LISTED - 1]))}, ... {shown(names[-1])}"
@@ -48,21 +38,7 @@ EXTRAS = {"matplotlib": "plot", "typer": "cli", "pyarrow": "cli", "jinja2": "cli
 
 
 def require(who: str, *packages: str) -> None:
-    """Raise unless these packages can be imported.
-
-    Args:
-        who: The function that needs them.
-        packages: Their import names.
-
-    Raises:
-        ModuleNotFoundError: For the first that is not installed; the message says what to install.
-
-    Example:
-        >>> require("fit", "numpy", "no_such_package")
-        Traceback (most recent call last):
-            ...
-        ModuleNotFoundError: fit needs no_such_package, which is not installed: pip install pyro-maf[all].
-    """
+    """Raise a ModuleNotFoundError that says what to install, unless these packages can be imported."""
     for package in packages:
         try:
             import_module(package)

@@ -78,13 +78,6 @@ class Structure:
         is_plain: Whether all weights of linear layers are parameters.
 
     Cost: a fifth of a microsecond for each `Observed` module, after an earlier structure.
-
-    Example:
-        >>> import torch
-        >>> network = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
-        >>> structure = Structure.of(network)
-        >>> structure == Structure.of(network), structure == Structure.of(network.eval())
-        (True, False)
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -24,24 +24,10 @@ class Adam:
     Its numbers are those of `torch.optim.Adam`, bit for bit with `fused=True`, at two thirds of the time a step. And it
     does not import torch's compiler, which `torch.optim.Adam` does when it is first built: a second, and 200 MiB.
 
-    Args:
-        weights: The weights to train.
-        weight_decay: Factor of the weights that is added to their gradients.
-        betas: Decay rates of the averages of gradients and of their squares.
-
     Attributes:
         weight_decay: That of the next step.
         steps: Number of steps of each weight.
         states: `step`, `exp_avg` and `exp_avg_sq` of each weight; written to in place to resume from those of another.
-
-    Example:
-        >>> weight = torch.tensor([1.0])
-        >>> Adam([weight]).step([torch.tensor([3.0])], learning_rate=0.1)
-        >>> weight
-        tensor([0.9000])
-
-    Reference:
-        Kingma & Ba, *Adam: A Method for Stochastic Optimization*, 2015.
     """
 
     def __init__(
@@ -103,13 +89,7 @@ class Adam:
 
 
 def clip(gradients: Sequence[Tensor | None], most: float) -> float:
-    """Scale gradients in place to a norm of at most `most`; return the norm before, which may not be finite.
-
-    Example:
-        >>> gradient = torch.tensor([3.0, 4.0])
-        >>> clip([gradient, None], most=1.0), gradient
-        (5.0, tensor([0.6000, 0.8000]))
-    """
+    """Scale gradients in place to a norm of at most `most`; return the norm before, which may not be finite."""
     present = [gradient for gradient in gradients if gradient is not None]
     if not present:
         return 0.0
@@ -130,28 +110,13 @@ class WeightAverage:
 
     Step n takes the average a to a + f (w - a) with f = max(1 / steps, (1 + q) / (n + s + q)): a polynomial-decay
     average of order q, of the s = 1 or 0 initial weights and those after each step, until it spans `steps` of them.
+    After Shamir & Zhang, *Stochastic Gradient Descent for Non-smooth Optimization*, 2013, section 4.
 
     Args:
         weights: The weights to average, which the optimizer changes in place.
         steps: Approximate number of the last steps that it averages over.
-        order: The order q: 0 for the plain mean at first, higher to forget faster.
+        order: q: 0 for the plain mean at first, higher to forget faster.
         with_initial: Whether the initial weights are the first of those averaged.
-
-    Attributes:
-        values: The average of each weight.
-        taken: Number of steps so far.
-
-    Example:
-        >>> weight = torch.zeros(1)
-        >>> average = WeightAverage([weight], steps=10)
-        >>> for value in (1.0, 2.0, 3.0):
-        ...     _ = weight.fill_(value)
-        ...     average.add()
-        >>> average.values[0]
-        tensor([2.])
-
-    Reference:
-        Shamir & Zhang, *Stochastic Gradient Descent for Non-smooth Optimization*, 2013, section 4.
     """
 
     def __init__(self, weights: Sequence[Tensor], steps: int, *, order: int = 0, with_initial: bool = False) -> None:

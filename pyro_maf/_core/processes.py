@@ -21,18 +21,10 @@ class Processes:
 
     They communicate through `torch.distributed`, once `launch` has set that up.
 
-    Args:
-        devices: Number of processes on this machine, if torchrun has not set it.
-
     Attributes:
         by_torchrun: True if torchrun has started them.
-        here: Number of processes on this machine.
+        here: Number of processes on this machine, `devices` unless torchrun has set it.
         machines: Number of machines.
-
-    Example:
-        >>> alone = Processes()
-        >>> alone.are_several, alone.total(2.0, 3), alone.part(torch.arange(3)).tolist()
-        (False, (2.0, 3), [0, 1, 2])
     """
 
     def __init__(self, devices: int = 1) -> None:

@@ -112,15 +112,7 @@ def _is_cast(kind: str) -> bool:
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Context manager that seeds torch on the CPU and on `device`, and restores the random states on exit.
-
-    Example:
-        >>> with seeded(0):
-        ...     first = torch.rand(3)
-        >>> with seeded(0):
-        ...     print(torch.equal(torch.rand(3), first))
-        True
-    """
+    """Context manager that seeds torch on the CPU and on `device`, and restores the random states on exit."""
     gpus = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus):
         # Not `torch.manual_seed`, which seeds every device.
@@ -167,12 +159,6 @@ class Snapshot(NamedTuple):
         tensors: The tensors themselves, which are compared by identity.
         marks: The number of uncounted changes so far; then each tensor's version, and its address.
         storages: Storages of the tensors. While these are held, no other tensor can get one of the addresses.
-
-    Example:
-        >>> x = torch.zeros(3)
-        >>> before = Snapshot.of([x])
-        >>> before.holds_for([x]), before.holds_for([x.add_(1)])
-        (True, False)
     """
 
     tensors: Sequence[Tensor]
@@ -233,11 +219,7 @@ def gradients(
 ) -> list[Tensor | None]:
     """Gradients with respect to the inputs that need one; in grad mode they can be differentiated again.
 
-    Args:
-        function: Function of the inputs, by operations that can be differentiated.
-        inputs: Tensors, or None.
-        needed: Whether the gradient with respect to each is.
-        grads: Gradients with respect to the results.
+    `inputs` are tensors or None, `grads` the gradients with respect to the function's results.
     """
     with torch.enable_grad():
         # As views: one input may depend on another, and the gradient through that is not the function's.

@@ -16,7 +16,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from pyro_maf._core.memory_pool import empty
 from pyro_maf._core.torch_state import gradients, is_intercepted
 from pyro_maf.sweep.kernels import kernels, loaded
-from pyro_maf.sweep.layout import LANES, Array, Step, Triangular, UnfitError
+from pyro_maf.sweep.layout import Array, Step, Triangular, UnfitError
 from pyro_maf.sweep.program import Pack, Program, Programs, Reading, is_ordinary
 from pyro_maf.sweep.threads import in_parts
 from pyro_maf.sweep.torch_engine.layers import at_once, one_by_one, together, triangular
@@ -27,8 +27,6 @@ DTYPES = (torch.float32, torch.float64)
 FOLDED = 8192
 """Number of features, of all points at one context, from which its terms are computed once: for fewer, packing the
 weights with them takes as long."""
-ADDITION = 8
-"""Multiplications that take as long as the addition of a number to one in memory."""
 
 
 class Run(NamedTuple):
@@ -192,7 +190,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """w, (batch, D), and log-determinants of v (batch, D), or log-densities; fills the tape, if there is one."""
     v, points = v.detach().contiguous(), v.shape[0]
-    w, log_det, rows, chunk = torch.empty_like(v), v.new_empty(points), v.numpy(), program.chunk_of(points)
+    w, log_det, rows = torch.empty_like(v), v.new_empty(points), v.numpy()
+    # One point is alone: sums over the columns of each row then take half the time of products of padded rows.
+    chunk = 1 if points == 1 and tape is None else program.chunk_of(points)
     features = rows[:, :0] if context is None else context.detach().contiguous().numpy()
     network = program.tables, (pack.weights, pack.biases), (rows, features), program.rows
     results = np.empty((0, chunk), rows.dtype) if tape is None else tape.numpy(), (w.numpy(), log_det.numpy())
@@ -264,15 +264,8 @@ def add_up(parts: list[tuple[Array, Array]]) -> None:
     with np.errstate(all="ignore"):  # entries that no row sees are arbitrary
         for others in parts[1:]:
             for total, other in zip(parts[0], others, strict=True):
-                _add(total, other)
+                total += other
     del parts[1:]
-
-
-def _add(total: Array, other: Array) -> None:
-    def add(first: int, end: int) -> None:
-        total[first:end] += other[first:end]
-
-    in_parts(add, len(total), LANES, ADDITION)
 
 
 def _plain(

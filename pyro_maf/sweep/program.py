@@ -179,12 +179,7 @@ class Program:
         return LANES * -(-max(0, int((written - unread).max())) // LANES)
 
     def chunk_of(self, points: int) -> int:
-        """Number of points that pass through the layers together, of so many: chunks of about the same size.
-
-        One point is alone: sums over the columns of each row then take half the time of products of padded rows.
-        """
-        if points == 1:
-            return 1
+        """Number of points that pass through the layers together, of so many: chunks of about the same size."""
         chunks = max(1, -(-points // CHUNK))
         return LANES * (-(-points // (chunks * LANES)) | 1)
 

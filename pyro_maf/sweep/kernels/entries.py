@@ -231,12 +231,6 @@ def _descend(
 
 # -- tails of learned weight ------------------------------------------------------------------------------------------
 
-STRIP = 128
-"""Number of entries that pass through the map together: the length of a row of their room."""
-Z, WEIGHT, UNIT, EXPONENT, GROWN, EDGE, GROWTH, DERIVATIVE, MOVED, LOG, END = range(0, 11 * STRIP, STRIP)
-"""Rows: x in units of the scale, weights, and scales; u and exp(u) - 1; z up to where the map is its tangent, and y / z
-there; dy/dx, y in these units and log dy/dx."""
-
 
 @entry
 def bend(
@@ -262,66 +256,36 @@ def bend(
         partials: Derivatives of y and of the log-determinant by x, and of both by the weight, filled here,
             (4, points, D); or with no points if not wanted.
     """
-    dim, flat, moved = x.shape[1], x.reshape(-1), y.reshape(-1)
-    room, derivatives = np.empty(END), partials.reshape((4, -1))
-    log_det[:] = 0
-    for start in range(0, len(flat), STRIP):
-        count, i = min(STRIP, len(flat) - start), start % dim
-        for t in range(count):
-            room[UNIT + t] = scale[i]
-            room[Z + t] = z = (float(flat[start + t]) - float(loc[i])) / float(scale[i])
-            room[WEIGHT + t] = sign * float(weights[0 if z > 0 else 1, i])
-            i = i + 1 if i + 1 < dim else 0
-        _bend(largest, count, room)
-        if partials.shape[1] > 0:
-            _bend_partials(count, room, derivatives[:, start:])
-        i, b = start % dim, start // dim
-        for t in range(count):
-            moved[start + t] = loc[i] + scale[i] * room[MOVED + t]
-            log_det[b] += room[LOG + t]
-            i, b = (i + 1, b) if i + 1 < dim else (0, b + 1)
-
-
-@inner
-def _bend(largest: float, count: int, room: Array) -> None:
-    """Fill in the results of a strip."""
-    far = math.expm1(largest)
-    for t in range(count):
-        is_heavy, raw = room[WEIGHT + t] >= 0, abs(room[WEIGHT + t]) * room[Z + t] * room[Z + t]
-        limit = largest if is_heavy else far
-        raw = limit if raw > limit else raw
-        grown, logarithm = expm1(raw), log(1 + raw)
-        room[GROWN + t] = grown if is_heavy else raw
-        room[EXPONENT + t] = raw if is_heavy else logarithm
-    for t in range(count):
-        z, u, grown = room[Z + t], room[EXPONENT + t], room[GROWN + t]
-        is_heavy, size = room[WEIGHT + t] >= 0, abs(room[WEIGHT + t])
-        limit, ratio = largest if is_heavy else far, grown / u
-        ratio = 1 + u / 2 * (1 + u / 3 * (1 + u / 4 * (1 + u / 5 * (1 + u / 6)))) if u < SERIES else ratio
-        root, half, whole = math.sqrt(ratio), 0.5 * log(ratio), 1 + grown
-        edge = math.copysign(math.sqrt(limit / size), z)
-        edge = edge if size * z * z > limit else z
-        room[LOG + t] = u - half if is_heavy else half - u
-        room[GROWTH + t] = growth = root if is_heavy else 1 / root
-        room[DERIVATIVE + t] = derivative = whole / root if is_heavy else root / whole
-        room[EDGE + t], room[MOVED + t] = edge, edge * growth + (z - edge) * derivative
-
-
-@inner
-def _bend_partials(count: int, room: Array, partials: Array) -> None:
-    """Fill in the derivatives of a strip."""
-    for t in range(count):
-        z, weight, u, grown, edge = room[Z + t], room[WEIGHT + t], room[EXPONENT + t], room[GROWN + t], room[EDGE + t]
-        derivative, unit, outside = room[DERIVATIVE + t], room[UNIT + t], edge != z
-        slope = 0.25 + u / 24 - u * u * u / 1440 if u < SERIES else 0.5 / grown + 0.5 - 0.5 / u
-        # Outside, the exponent is constant; and squares of what is there may overflow.
-        share = 0.0 if outside else 1.0 if weight >= 0 else 1 / (1 + grown)
-        square, by_log = 0.0 if outside else z * z, (1 - slope) * share
-        by_weight = (room[GROWTH + t] - derivative) * edge / (-2 * weight) if outside else 0.0
-        partials[0, t] = derivative
-        partials[1, t] = 2 * weight * z * by_log / unit
-        partials[2, t] = unit * (room[MOVED + t] * slope * share * square + by_weight)
-        partials[3, t] = square * by_log
+    far, wanted = math.expm1(largest), partials.shape[1] > 0
+    for b in range(len(x)):
+        total = 0.0
+        for i in range(x.shape[1]):
+            unit = float(scale[i])
+            z = (float(x[b, i]) - float(loc[i])) / unit
+            weight = sign * float(weights[0 if z > 0 else 1, i])
+            is_heavy, size = weight >= 0, abs(weight)
+            limit = largest if is_heavy else far
+            outside = size * z * z > limit
+            edge = math.copysign(math.sqrt(limit / size), z) if outside else z
+            raw = limit if outside else size * z * z
+            u, grown = (raw, expm1(raw)) if is_heavy else (log(1 + raw), raw)
+            ratio = 1 + u / 2 * (1 + u / 3 * (1 + u / 4 * (1 + u / 5 * (1 + u / 6)))) if u < SERIES else grown / u
+            root, half, whole = math.sqrt(ratio), 0.5 * log(ratio), 1 + grown
+            growth, derivative = (root, whole / root) if is_heavy else (1 / root, root / whole)
+            moved = edge * growth + (z - edge) * derivative
+            y[b, i] = loc[i] + unit * moved
+            total += u - half if is_heavy else half - u
+            if wanted:
+                slope = 0.25 + u / 24 - u * u * u / 1440 if u < SERIES else 0.5 / grown + 0.5 - 0.5 / u
+                # Outside, the exponent is constant; and squares of what is there may overflow.
+                share = 0.0 if outside else 1.0 if is_heavy else 1 / (1 + grown)
+                square, by_log = 0.0 if outside else z * z, (1 - slope) * share
+                by_weight = (growth - derivative) * edge / (-2 * weight) if outside else 0.0
+                partials[0, b, i] = derivative
+                partials[1, b, i] = 2 * weight * z * by_log / unit
+                partials[2, b, i] = unit * (moved * slope * share * square + by_weight)
+                partials[3, b, i] = square * by_log
+        log_det[b] = total
 
 
 @entry

@@ -18,7 +18,7 @@ from numba.extending import intrinsic, overload
 from pyro_maf.sweep.kernels.compiler import INNER, inner
 from pyro_maf.sweep.layout import Array
 
-__all__ = ["ADDED", "TALLEST", "VECTOR", "add_multiple", "add_product", "dot", "height_of", "pointer_to", "take"]
+__all__ = ["ADDED", "TALLEST", "VECTOR", "add_product", "dot", "height_of", "pointer_to", "take"]
 __all__ += ["transpose"]
 
 VECTOR = 64
@@ -281,11 +281,3 @@ def dot(a: Array, a_from: int, b: Array, b_from: int, terms: int) -> Any:
     for k in range(np.uintp(terms)):
         total += a[a_first + k] * b[b_first + k]
     return total
-
-
-@inner
-def add_multiple(factor: Any, a: Array, a_from: int, terms: int, y: Array, y_from: int) -> None:
-    """y[y_from + k] += factor a[a_from + k] for k < terms."""
-    a_first, y_first = np.uintp(a_from), np.uintp(y_from)
-    for k in range(np.uintp(terms)):
-        y[y_first + k] += factor * a[a_first + k]

@@ -16,7 +16,7 @@ import numpy as np
 
 from pyro_maf.sweep.kernels.compiler import entry, inner
 from pyro_maf.sweep.kernels.elementwise import activate, compress, differentiate
-from pyro_maf.sweep.kernels.products import ADDED, VECTOR, add_multiple, add_product, dot, height_of, transpose
+from pyro_maf.sweep.kernels.products import ADDED, VECTOR, add_product, dot, height_of, transpose
 from pyro_maf.sweep.kernels.univariate import Adjoint, Part, apply, pull_back
 from pyro_maf.sweep.layout import CONTEXT, INPUTS, LANES, Array, Layer, Matrix, Tables
 
@@ -76,7 +76,7 @@ def forward(
         first, end: Range of points; `first` is a multiple of the chunk's length.
         constant: NaN, or the constant of the log-densities constant - |w|^2 / 2 - log_det in place of log_det.
         tape: (rows of all chunks, points of a chunk); with no rows if nothing is saved for `backward`. Points of a
-            chunk are 1 or a multiple of `LANES`.
+            chunk are a multiple of `LANES`, or 1 if nothing is saved.
         out: w, (points, D), and log_det, (points,).
     """
     (weights, biases), (v, context), (w, log_det) = pack, inputs, out
@@ -328,7 +328,7 @@ def _compress_back(layer: Layer, i: int, row: int, first: int, part: Part, adjoi
 def _add_gradient(matrix: Matrix, seen: Array, part: Part, adjoint: Adjoint, fresh: bool, by_pack: Pair) -> None:
     """Add the gradient with respect to a matrix, from that of its outputs and from its inputs.
 
-    With `fresh` nothing was added before; there is but one point if it is alone.
+    With `fresh` nothing was added before.
     """
     (gradients, by_biases), delta, transposed, width = by_pack, adjoint.delta, adjoint.transposed, part.width
     below = part.context if matrix.source == CONTEXT else part.here + matrix.below
@@ -338,13 +338,6 @@ def _add_gradient(matrix: Matrix, seen: Array, part: Part, adjoint: Adjoint, fre
             for t in range(part.points):
                 total += delta[matrix.own + r, t]
             by_biases[matrix.bias + r] = total if fresh else total + by_biases[matrix.bias + r]
-    if width == 1:
-        column, lower = part.tape.reshape(-1), np.uintp(below)
-        for r in range(matrix.rows):
-            by_output, at = delta[matrix.own + r, 0], np.uintp(matrix.start + r * matrix.stride)
-            for k in range(np.uintp(seen[matrix.rows_from + r])):
-                gradients[at + k] = by_output * column[lower + k]
-        return
     transpose(part.tape, below, matrix.columns, width, transposed)
     transposed[:width, matrix.columns : matrix.stride] = 0
     own = gradients[matrix.start : matrix.start + matrix.rows * matrix.stride].reshape((matrix.rows, matrix.stride))
@@ -363,20 +356,13 @@ def _multiply_back(
     matrix: Matrix, tables: Tables, weights: Array, part: Part, adjoint: Adjoint, out: Array, out_row: int
 ) -> None:
     """Add the transposed matrix's product with the gradient of its outputs to that of its inputs."""
-    delta, zeros, seen = adjoint.delta, adjoint.zeros, tables.seen
+    delta, zeros = adjoint.delta, adjoint.zeros
     width, start, step, own, first = part.width, matrix.start, matrix.stride, matrix.own, 0 if matrix.fresh else ADDED
-    if width == 1:
-        column = out.reshape(-1)
-        if matrix.fresh:
-            column[out_row : out_row + matrix.columns] = 0
-        for r in range(matrix.rows):
-            add_multiple(delta[own + r, 0], weights, start + r * step, seen[matrix.rows_from + r], column, out_row)
     k = 0
     while k < matrix.columns:
         last = k + height_of(matrix.columns - k)
-        if width > 1:
-            rows = (tables.heard[matrix.columns_from + k], matrix.rows)
-            add_product(weights, start, 1, step, (k, last), rows, delta, own, out, out_row, width, zeros, first)
+        rows = (tables.heard[matrix.columns_from + k], matrix.rows)
+        add_product(weights, start, 1, step, (k, last), rows, delta, own, out, out_row, width, zeros, first)
         if matrix.below_kind >= 0:
             below, slopes = part.here + matrix.below + k, matrix.below_slopes - matrix.below
             end = below + last - k
@@ -424,9 +410,4 @@ def _walk_back(layer: Layer, tables: Tables, weights: Array, part: Part, adjoint
 def _add_back(matrix: Matrix, weights: Array, own: Range, above: Range, delta: Array, width: int) -> None:
     """Add to the gradients of some of a matrix's inputs the products with those of some of its outputs."""
     start, step, row, lower = matrix.start, matrix.stride, matrix.own, matrix.below
-    if width > 1:
-        add_product(weights, start, 1, step, own, above, delta, row, delta, lower, width, weights, ADDED)
-        return
-    column, (first, end) = delta.reshape(-1), own
-    for r in range(above[0], above[1]):
-        add_multiple(column[row + r], weights, start + r * step + first, end - first, column, lower + first)
+    add_product(weights, start, 1, step, own, above, delta, row, delta, lower, width, weights, ADDED)
