@@ -36,6 +36,8 @@ from tests.test_sweep import TOLERANCE, in_torch, largest_difference
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no compiled kernels on this machine")
 
 NAMES = (
+    "MaskedAutoregressive",
+    "ConditionalInverseAutoregressive",
     "Coupling",
     "Coupling separate",
     "ConditionalCoupling",

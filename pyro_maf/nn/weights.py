@@ -72,15 +72,12 @@ def outputs_of(network: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
 def walk_by_calls(
     order: Tensor, network: Callable[[Tensor], Tensor], step: Callable[[int, Tensor], Tensor], like: Tensor
 ) -> Tensor:
-    """Walk over the variables, as `walk` of `sweep.torch_engine`; w, (batch, D).
+    """Walk over the variables, as `walk` of `sweep.torch_engine`, by D calls of the network; return w, (batch, D).
 
     Args:
         order: The variables, first to last.
         network: Maps what is known of w, (batch, D), to parameters, (batch, D, P).
-        step: Maps the position of a variable in the order, and its parameters (P, batch), to its w, (batch,).
-        like: A tensor of this shape.
-
-    Cost: D calls of the network.
+        step: Maps the position of a variable in the order, and its parameters (P, batch), to its w, (batch,), `like`.
     """
     # By positions, as an exported program has no constants of tensors.
     place, zeros, w = order.argsort(), torch.zeros_like(like), list[Tensor]()

@@ -45,17 +45,7 @@ class Descent:
         self._parts: list[tuple[Array, Array]] = []
 
     def differentiate(self, v: Tensor, context: Tensor | None, constant: float, factors: Tensor) -> float | None:
-        """The sum of log-densities, those of `Run.log_density`, with these factors; its gradient stays here.
-
-        Args:
-            v: (batch, D).
-            context: (batch, context_dim), or None.
-            constant: As in `Run.log_density`.
-            factors: (batch,).
-
-        Returns:
-            The sum, or None, as `Run.__call__`.
-        """
+        """The sum of log-densities, those of `Run.log_density`, times factors, (batch,); its gradient stays here."""
         if (inputs := self._run.inputs(v, context)) is None:
             return None
         program, kernels, pack = self._run.program, loaded(), self._pack()
@@ -93,16 +83,7 @@ class Descent:
         return list(map(torch.from_numpy, self._parts[0]))
 
     def take(self, adam: Adam, average: WeightAverage, learning_rate: float, max_norm: float) -> bool:
-        """Take a step along the last gradient, clipped to a norm, unless the gradient is not finite.
-
-        Args:
-            adam, average: Of the weights.
-            learning_rate: Learning rate.
-            max_norm: The norm.
-
-        Returns:
-            Whether it was taken.
-        """
+        """Take a step along the last gradient, clipped to a norm; return whether it was finite, and so was taken."""
         if self._packed is None:
             raise RuntimeError("Descent expected a gradient before a step.")
         add_up(self._parts)

@@ -44,13 +44,9 @@ class Run(NamedTuple):
 
     @classmethod
     def of(cls, programs: Programs, place: object, steps: Sequence[Step | Triangular], dim: int) -> Run | None:
-        """The layers in their current state, or None where no program has them and torch is to apply them.
+        """The layers in their current state, at least one of them with a network, or None where torch applies them.
 
-        Args:
-            programs: Those of the flow that the layers belong to.
-            place: Which of its runs this is.
-            steps: The layers; at least one with a network.
-            dim: D.
+        `programs` are those of the flow that the layers belong to, and `place` is which of its runs this is.
         """
         reading = Reading.of(steps)
         if reading is None or reading.tensors[0].dtype not in DTYPES or not reading.is_uniform():
@@ -65,14 +61,9 @@ class Run(NamedTuple):
         return cls(program, steps, reading.tensors)
 
     def __call__(self, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        r"""The layers in turn, or None where torch is to apply them.
+        r"""The layers' output and the sum of their log-determinants, (\*batch,), or None where torch is to apply them.
 
-        Args:
-            v: (\*batch, D).
-            context: (\*batch or (), context_dim), or None.
-
-        Returns:
-            The last layer's output, (\*batch, D), and the sum of the log-determinants, (\*batch,).
+        Input and output are (\*batch, D), the context (\*batch or (), context_dim).
         """
         return self._through(v, context, None)
 

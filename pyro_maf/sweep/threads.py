@@ -46,13 +46,8 @@ def most_threads() -> int:
 def in_parts(run: Callable[[int, int], Result], points: int, together: int, work: int) -> list[Result]:
     """Results of run(first, end) for parts that cover 0 .. points, in parallel if the work is worth it.
 
-    `run` releases the interpreter's lock. At most `most_threads()` threads take part.
-
-    Args:
-        run: Processes points first .. end - 1.
-        points: Number of points.
-        together: Granularity: the size of every part but the last is a multiple of this.
-        work: Multiplications per point.
+    `run` releases the interpreter's lock. The size of every part but the last is a multiple of `together`, `work` the
+    number of multiplications per point.
     """
     if not points:
         return []

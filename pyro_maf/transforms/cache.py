@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from functools import partial
 from operator import attrgetter
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +13,6 @@ from pyro_maf._core.module_state import Structure
 from pyro_maf._core.torch_state import Snapshot
 
 __all__ = ["Cache", "caching_is_possible"]
-
-Now: TypeAlias = Callable[[], Structure]
-"""The module's current structure."""
 
 
 def caching_is_possible() -> bool:
@@ -71,10 +66,15 @@ class Cache:
     def input_of(self, module: nn.Module, y: Tensor) -> Tensor | None:
         """The input with output `y`; or None if that is not certain, and the pair is dropped."""
         pair = self._pair  # read once: another thread may replace it
-        x = None if pair is None else pair.input_of(partial(self.structure, module), y)
-        if x is None:
-            self._pair = None
-        return x
+        if (
+            pair is not None
+            and self._joins(pair, module, pair.input, y)
+            and (torch.is_grad_enabled() or not pair.input.requires_grad)
+            and not _is_watched(y)
+        ):
+            return pair.input
+        self._pair = None
+        return None
 
     def log_det_of(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
         """The log-determinant of (x, y), whichever of them is the input, or None if that is not certain.
@@ -82,16 +82,37 @@ class Cache:
         One with a graph is returned once only, so that two losses can be differentiated one after the other.
         """
         pair = self._pair
-        if pair is None:
+        if pair is None or not pair.log_dets:
             return None
-        now = partial(self.structure, module)
-        log_det = pair.log_det_of(now, x, y)
-        return pair.log_det_of(now, y, x) if log_det is None else log_det
+        x, y = (x, y) if pair.input is x else (y, x)
+        if not self._joins(pair, module, x, y) or _is_watched(y):
+            return None
+        try:
+            log_det = pair.log_dets.pop()
+        except IndexError:  # another thread was first
+            return None
+        if not log_det.requires_grad:
+            pair.log_dets.append(log_det)
+        return log_det
 
     def joins(self, module: nn.Module, x: Tensor, y: Tensor) -> bool:
         """Return whether `y` is certain to be the module's output for `x`."""
         pair = self._pair
-        return pair is not None and pair.joins(partial(self.structure, module), x, y)
+        return pair is not None and self._joins(pair, module, x, y)
+
+    def _joins(self, pair: Pair, module: nn.Module, x: Tensor, y: Tensor) -> bool:
+        return pair.input is x and pair.output() is y and self._holds(pair, module, y)
+
+    def _holds(self, pair: Pair, module: nn.Module, y: Tensor) -> bool:
+        """Return whether nothing that a pair with this output depends on has changed."""
+        if pair.retired or pair.ends != _ends(pair.input, y):
+            return False
+        structure = self.structure(module)
+        return (
+            pair.structure == structure
+            and pair.snapshot.holds_for(structure.tensors)
+            and pair.graph == _graph(structure)
+        )
 
     def _release(self, output: object) -> None:
         """Drop the pair if `output` is the weak reference to its output."""
@@ -116,52 +137,17 @@ class Pair:
         log_det: Tensor,
         release: Callable[[object], None],
     ) -> None:
-        self._structure, self._snapshot, self._graph = structure, snapshot, _graph(structure)
-        self._input = x
-        self.output = weakref.ref(y, release)
-        self._ends = _ends(x, y)
+        self.structure, self.snapshot, self.graph = structure, snapshot, _graph(structure)
+        self.input, self.output = x, weakref.ref(y, release)
+        self.ends = _ends(x, y)
         # Holding the storages ensures that no other tensor gets the same address.
         self._storages = x.untyped_storage(), y.untyped_storage()
         # In a list, whose `pop` is atomic: only one of several threads gets it.
-        self._log_dets = [log_det]
+        self.log_dets = [log_det]
         # The hooks hold this list alone: they must keep neither the pair nor its tensors alive.
-        self._retired: list[bool] = []
-        retired = self._retired
+        self.retired = retired = list[bool]()
         for node in {y.grad_fn, log_det.grad_fn} - {None}:
             node.register_prehook(lambda *_: retired.append(True))  # type: ignore[union-attr]
-
-    def input_of(self, now: Now, y: Tensor) -> Tensor | None:
-        """As `Cache.input_of`."""
-        x = self._input
-        if self.output() is not y or (x.requires_grad and not torch.is_grad_enabled()):
-            return None
-        return x if self._holds(now, y) and not _is_watched(y) else None
-
-    def log_det_of(self, now: Now, x: Tensor, y: Tensor) -> Tensor | None:
-        """As `Cache.log_det_of`."""
-        if not self._log_dets or not self.joins(now, x, y) or _is_watched(y):
-            return None
-        try:
-            log_det = self._log_dets.pop()
-        except IndexError:  # another thread was first
-            return None
-        if not log_det.requires_grad:
-            self._log_dets.append(log_det)
-        return log_det
-
-    def joins(self, now: Now, x: Tensor, y: Tensor) -> bool:
-        """As `Cache.joins`."""
-        return self._input is x and self.output() is y and self._holds(now, y)
-
-    def _holds(self, now: Now, y: Tensor) -> bool:
-        if self._retired or self._ends != _ends(self._input, y):
-            return False
-        structure = now()
-        return (
-            self._structure == structure
-            and self._snapshot.holds_for(structure.tensors)
-            and self._graph == _graph(structure)
-        )
 
 
 def _graph(structure: Structure) -> list[bool]:

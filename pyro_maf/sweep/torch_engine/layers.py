@@ -39,15 +39,9 @@ Direction = Callable[..., tuple[Tensor, Tensor]]
 
 
 def solve(step: Step, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-    r"""The sequential direction of an autoregressive layer: w_i = f(v_i; phi_i(w_<i)).
+    r"""The sequential direction of an autoregressive layer, w_i = f(v_i; phi_i(w_<i)), and sum_i log dy_i/dx_i.
 
-    Args:
-        step: The layer.
-        v: The input, (\*batch, D).
-        context: (\*batch or (), context_dim), or None.
-
-    Returns:
-        w, (\*batch, D), and the sum over i of log dy_i/dx_i, (\*batch,).
+    v and w are (\*batch, D), the context (\*batch or (), context_dim), the log-determinant (\*batch,).
 
     Cost: one pass through the non-zero half of the network's weights, and as much again for the gradient, whatever D.
     """
