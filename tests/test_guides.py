@@ -123,7 +123,10 @@ MODELS: dict[str, tuple[Callable[[], None], dict[str, tuple[int, ...]]]] = {
     "flat": (flat, {"z": (2,)}),
     "double": (double, {"z": (2,), "scale": ()}),
 }
-each_model = pytest.mark.parametrize(("model", "shapes"), MODELS.values(), ids=MODELS)
+# Guides differ by the flow alone.
+in_turn = pytest.mark.parametrize(
+    ("make", "model", "shapes"), [(GUIDES[i % 3], *known) for i, known in enumerate(MODELS.values())], ids=MODELS
+)
 
 
 def supports(model: Any, guide: Any) -> dict[str, Any]:
@@ -131,8 +134,7 @@ def supports(model: Any, guide: Any) -> dict[str, Any]:
     return {name: trace.nodes[name]["fn"].support for name in trace.stochastic_nodes if name in guide()}
 
 
-@each_model
-@each_guide
+@in_turn
 def test_takes_models_of_every_shape(make: Any, model: Any, shapes: dict[str, tuple[int, ...]]) -> None:
     guide = shaken(make(model, **SMALL).setup())
     sites, log_q = drawn(guide)
@@ -155,11 +157,8 @@ def test_takes_models_of_every_shape(make: Any, model: Any, shapes: dict[str, tu
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in guide.transform.parameters())
 
 
-# In turn: their kinds differ by the flow alone.
-@pytest.mark.parametrize(
-    ("make", "model"), [(GUIDES[i % 3], model) for i, (model, _) in enumerate(MODELS.values())], ids=MODELS
-)
-def test_trains_on_models_of_every_shape(make: Any, model: Any) -> None:
+@in_turn
+def test_trains_on_models_of_every_shape(make: Any, model: Any, shapes: Any) -> None:
     """From the first step of an optimizer on, with particles in a plate of which the set-up knows nothing."""
     guide = make(model, **SMALL)
     nesting = 2 if model is nested else 1
