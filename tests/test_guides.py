@@ -8,6 +8,7 @@ import io
 import math
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ from pyro.infer import (
     TraceMeanField_ELBO,
 )
 from pyro.infer.autoguide import init_to_value
+from pyro.optim.clipped_adam import ClippedAdam as PyroClippedAdam
 from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_maf import IAF, MAF, FlowPrior, load
 from pyro_maf.infer import AutoIAF, TracePath_ELBO, fit_guide
+from pyro_maf.infer.guides import annealing
 from pyro_maf.infer.guides.path_gradient import GradientLimit
 from tests.posteriors import (
     COUNTS,
@@ -343,15 +346,48 @@ def test_a_draw_far_beyond_the_usual_gradients_is_limited() -> None:
     assert torch.allclose(limited, torch.tensor([[1.0, 0.0], [8.0, 1.0], [0.0, 0.0], [0.0, 0.0]]))
 
 
-@pytest.mark.parametrize(("draws", "most"), [(1, [4.0, 4.0]), (16, [2.0, 6.0])])
-def test_the_mean_gradient_of_draws_grows_slowly_in_loops_of_pyro(draws: int, most: list[float]) -> None:
-    """Steps of Adam are several learning rates long where gradients grow by more than their average."""
-    limit, rows = GradientLimit(), torch.ones(draws, 2)
-    usual = rows * torch.tensor([1.0, 0.0])
-    for _ in range(80):
-        assert torch.equal(limit(0, (usual,), of_mean=True)[0], usual)
-    limited = limit(0, (6 * rows,), of_mean=True)[0]  # nothing is usual yet of the second entry
-    assert torch.allclose(limited, rows * torch.tensor(most))
+def by_hand(optimizer: torch.optim.Optimizer, weight: Tensor, count: int) -> float:
+    """How far so many steps along a gradient of 1 move a weight."""
+    before = weight.detach().clone()
+    for _ in range(count):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    return float((before - weight.detach()).mean())
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("make", [partial(torch.optim.SGD, lr=2.0**-10), partial(PyroClippedAdam, lr=2.0**-10)])
+def test_steps_shorten_at_a_constant_rate(make: Any, local: bool) -> None:
+    """Or else Adam's, a learning rate long for the smallest gradient, move a guide away from the posterior again."""
+    with pyro.settings.context(module_local_params=local):
+        guide = AutoIAF(counting, **SMALL)
+        guide()
+        trained, other = next(guide.parameters()), nn.Parameter(torch.zeros(2))
+        optimizers = make([trained]), make([other])
+        first, second = by_hand(optimizers[0], trained, 1_000), by_hand(optimizers[0], trained, 1_000)
+        assert first == pytest.approx(2.0**-10 * 1_000 * (3**0.5 - 1), rel=1e-3)
+        assert first + second == pytest.approx(2.0**-10 * 1_000 * (5**0.5 - 1), rel=1e-3)
+        assert by_hand(optimizers[1], other, 1_000) == pytest.approx(2.0**-10 * 1_000, rel=1e-3)
+
+
+def test_a_copy_begins_with_whole_steps_again() -> None:
+    guide = AutoIAF(counting, **SMALL)
+    guide()
+    weight = next(guide.parameters())
+    by_hand(torch.optim.SGD([weight], lr=1e-3), weight, 500)
+    for twin in (copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
+        twin()
+        first = next(twin.parameters())
+        assert by_hand(torch.optim.SGD([first], lr=1e-3), first, 1) == pytest.approx(1e-3, rel=1e-3)
+    assert by_hand(torch.optim.SGD([weight], lr=1e-3), weight, 1) == pytest.approx(1e-3 / 2**0.5, rel=1e-3)
+
+
+def test_weights_that_are_gone_are_not_remembered() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    annealing.anneal([weight])
+    before = len(annealing._annealed)
+    del weight
+    assert len(annealing._annealed) == before - 1
 
 
 @each_guide

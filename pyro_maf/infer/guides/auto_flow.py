@@ -86,13 +86,13 @@ class AutoFlow(GuideSetUp):
         first = next(iter(self.latents.parts.values()))
         with in_plates(first, self.plates) if self.latents.rows else nullcontext():
             latent = pyro.sample(f"_{self.name}_latent", posterior, infer={"is_auxiliary": True})
-        return self._limited(latent, of_mean=True)
+        return self._limited(latent)
 
-    def _limited(self, latent: Tensor, *, of_mean: bool = False) -> Tensor:
+    def _limited(self, latent: Tensor) -> Tensor:
         """Limit the gradient of draws."""
         if latent.grad_fn is not None:
             # On the operation: a hook on the tensor would bypass the cache, and the density would be computed again.
-            latent.grad_fn.register_prehook(partial(self._limit, latent.output_nr, of_mean=of_mean))
+            latent.grad_fn.register_prehook(partial(self._limit, latent.output_nr))
         return latent
 
     def weigh_modes(self, call: Call) -> None:
@@ -201,6 +201,9 @@ class AutoIAF(AutoFlow):
     coordinates between centred and non-centred: with a degree of centring for each entry, the share of the data in its
     precision. Sites that are normal given all others in these stay out of the flow, but for three entries. Models are
     written centred, whatever their data.
+
+    Steps of optimizers shorten with their number: step n + 1 moves the weights by 1 / sqrt(1 + n / 500) of what the
+    optimizer would, so that a guide settles at a constant learning rate. `fit_guide` has a schedule of its own.
 
     Args:
         model: A Pyro model.

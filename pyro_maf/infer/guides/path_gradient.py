@@ -36,7 +36,7 @@ from pyro_maf.infer.models.model import (
 __all__ = ["FlowPosterior", "GradientLimit", "PathGradient", "TracePath_ELBO", "detached", "frozen"]
 
 T = TypeVar("T")
-LIMIT, RATE, SLOW_RATE, FIRST = 4.0, 0.02, 0.002, 64
+LIMIT, RATE, FIRST = 4.0, 0.02, 64
 
 
 class TracePath_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's way to name objectives)
@@ -223,21 +223,13 @@ class GradientLimit:
     rates. The path gradient of a guide near the posterior is small, but for rare draws. So that of a draw is scaled to
     at most 4 sqrt(draws) times the usual one, entry by entry: one draw then moves the mean of all by about four times
     the mean's usual size. One that is not finite is 0. The first 64 draws tell what is usual.
-
-    As the path gradient vanishes, so does what Adam divides by, but only over a thousand steps: gradients that grow
-    make steps of several learning rates, by which they grow further, until the guide is lost. So in Pyro's loops,
-    where the rate may stay what it is, each entry of the mean is at most twice its average over some 500 steps, four
-    times for a single draw: steps are then about as long.
     """
 
     def __init__(self) -> None:
         self._usual: Tensor | None = None
-        self._average = torch.empty(0)
-        self._draws = self._calls = 0
+        self._draws = 0
 
-    def __call__(
-        self, output: int, gradients: tuple[Tensor | None, ...], *, of_mean: bool = False
-    ) -> tuple[Tensor | None, ...]:
+    def __call__(self, output: int, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         r"""Return the gradients of an operation's outputs, with that of the draws, (\*batch, D), limited."""
         gradient = gradients[output]
         if gradient is None or not gradient.numel():
@@ -245,8 +237,7 @@ class GradientLimit:
         rows = gradient.reshape(-1, gradient.shape[-1])
         usual = self._usual
         if usual is None or usual.shape != rows.shape[1:] or usual.device != rows.device:
-            usual, self._draws, self._calls = rows.new_full(rows.shape[1:], math.inf), 0, 0
-            self._average = usual
+            usual, self._draws = rows.new_full(rows.shape[1:], math.inf), 0
         limit = LIMIT if self._draws >= FIRST else math.inf
         shares = (limit * math.sqrt(len(rows)) / (rows.abs() / usual).amax(-1, keepdim=True)).clamp(max=1.0)
         rows = torch.where(shares > 0, rows * shares, 0.0)
@@ -254,11 +245,4 @@ class GradientLimit:
         self._draws += len(rows)
         usual = torch.where(usual.isinf(), mean, usual.lerp(mean, max(RATE, len(rows) / self._draws)))
         self._usual = torch.where(usual > 0, usual, math.inf)
-        if of_mean:
-            self._calls += 1
-            shares = (limit * max(0.5, len(rows) ** -0.5) * self._average / mean).clamp(max=1.0)
-            rows, mean = rows * shares, mean * shares
-            average = self._average.lerp(mean, max(SLOW_RATE, 1 / self._calls))
-            average = torch.where(self._average.isinf(), mean, average)
-            self._average = torch.where(average > 0, average, math.inf)
         return *gradients[:output], rows.view_as(gradient), *gradients[output + 1 :]

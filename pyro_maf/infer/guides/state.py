@@ -23,6 +23,7 @@ from torch.distributions import constraints
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pyro_maf.infer.guides.annealing import anneal
 from pyro_maf.infer.guides.path_gradient import detached
 from pyro_maf.infer.models.latents import Latents
 from pyro_maf.infer.models.model import Args, Kwargs, RefusalError, Site, Trace, latent_sites
@@ -113,6 +114,7 @@ class StoredWeights:
         self._buffers: dict[str, list[str]] = {}
         self._views: dict[str, Tensor] = {}
         self._entered_at = 0
+        self._is_annealed = False
 
     def of_a_copy(self) -> StoredWeights:
         """Return the entries of a copy of the guide, whose weights have yet to be entered."""
@@ -181,11 +183,14 @@ class StoredWeights:
         }
 
     def register(self, who: str, modules: Modules) -> None:
-        """Load weights from the store, enter all weights, and register the parameters with Pyro.
+        """Load weights from the store, enter all weights, register the parameters with Pyro, and anneal them.
 
         Raises:
             ValueError: As `load`.
         """
+        if not self._is_annealed:
+            anneal(weight.tensor for weight in self._weights(modules) if weight.is_registered)
+            self._is_annealed = True
         if pyro.settings.get("module_local_params"):
             for weight in self._weights(modules):
                 if weight.is_registered:
