@@ -16,6 +16,7 @@ import argparse
 import json
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,15 +32,17 @@ from sbi.inference import NPE
 from sklearn.model_selection import cross_val_score
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor
+from torch.distributions import Distribution
 
 import pyro_maf.sbi
 
-ESTIMATORS: dict[str, Any] = {
-    "pyro-maf nsf": lambda: pyro_maf.sbi.posterior_nn("nsf"),
-    "pyro-maf maf": lambda: pyro_maf.sbi.posterior_nn("maf"),
-    "sbi nsf": lambda: "nsf",
-    "sbi maf": lambda: "maf",
-    "sbi zuko_nsf": lambda: "zuko_nsf",
+ESTIMATORS: dict[str, Callable[[Distribution], Any]] = {
+    "pyro-maf nsf": lambda prior: pyro_maf.sbi.posterior_nn("nsf"),
+    "pyro-maf nsf, support": lambda prior: pyro_maf.sbi.posterior_nn("nsf", support=prior.support),
+    "pyro-maf maf": lambda prior: pyro_maf.sbi.posterior_nn("maf"),
+    "sbi nsf": lambda prior: "nsf",
+    "sbi maf": lambda prior: "maf",
+    "sbi zuko_nsf": lambda prior: "zuko_nsf",
 }
 HELD_OUT, OBSERVATIONS, DRAWS, COMPARED, REPETITIONS = 1_000, 5, 10_000, 2_000, 3
 
@@ -135,7 +138,7 @@ def _trained(task: Task, name: str, training: tuple[Tensor, Tensor], seed: int, 
     torch.manual_seed(seed)
     with warnings.catch_warnings(), TemporaryDirectory() as folder, chdir(folder):  # sbi writes a log
         warnings.simplefilter("ignore")
-        inference = NPE(task.prior, density_estimator=ESTIMATORS[name](), show_progress_bars=False)
+        inference = NPE(task.prior, density_estimator=ESTIMATORS[name](task.prior), show_progress_bars=False)
         inference.append_simulations(*training).train(max_num_epochs=epochs)
     return inference
 

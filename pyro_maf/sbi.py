@@ -116,7 +116,7 @@ class FlowEstimator(ConditionalDensityEstimator):
         rows, conditions = self._aligned(input, condition)
         if self.training and torch.is_grad_enabled():
             self._average_weights()
-        return self.net.log_density(rows, conditions)
+        return self.net.log_density(self.net.units.support.off_bounds(rows), conditions)
 
     def forward(self, *_: object) -> Tensor:
         """Refuse to be a classifier, which trainers of ratios call."""
@@ -288,7 +288,7 @@ def _builder(
     make = FLOWS[check_choice(who, "flow", flow, FLOWS)] if isinstance(flow, str) else flow
 
     def build(values: Tensor, conditions: Tensor) -> FlowEstimator:
-        space = _space(who, support, values)
+        space, values = _space(who, support, values)
         loc, scale = moments_of(space.unconstrain(values)[0].cpu())
         shape = conditions.shape[1:]
         if not shape.numel() or not shape:
@@ -329,14 +329,15 @@ def _context_moments(who: str, conditions: Tensor, embedding_net: nn.Module | No
     return Moments(loc, scale)
 
 
-def _space(who: str, support: SupportLike, values: Tensor) -> Support:
-    """The support, which all values are in."""
+def _space(who: str, support: SupportLike, values: Tensor) -> tuple[Support, Tensor]:
+    """The support, and all values inside it: a draw of a prior may be on its bound."""
     if values.dim() != 2:
         raise ValueError(f"{who} expected vectors, (rows, D), to be modelled, got {tuple(values.shape)}.")
     space = Support(who, support, values.shape[1])
     if space.event_size > values.shape[1]:  # a simplex, of one dimension less than its entries
         space = Support(who, support, values.shape[1] - 1)
-    if (outside := space.outside(values)).any():
+    inside = space.off_bounds(values)
+    if (outside := space.outside(inside)).any():
         row = int(outside.int().argmax())
         raise ValueError(f"{who} expected values inside the support, {space.name!r}, got {values[row].tolist()}.")
-    return space
+    return space, inside

@@ -27,9 +27,14 @@ SupportLike: TypeAlias = SupportOfColumn | Sequence[SupportOfColumn] | Mapping[A
 SIMPLEX = "simplex"
 
 ENDS = {"lower_bound": -math.inf, "upper_bound": math.inf}
-BOUNDED_CONSTRAINTS = tuple(
-    map(type, (constraints.interval(0, 1), constraints.greater_than(0), constraints.less_than(0)))
+CLOSED_OR_OPEN = (  # whether a bound belongs to a support is the same to a density
+    constraints.interval(0, 1),
+    constraints.half_open_interval(0, 1),
+    constraints.greater_than(0),
+    constraints.greater_than_eq(0),
+    constraints.less_than(0),
 )
+BOUNDED_CONSTRAINTS = tuple(map(type, CLOSED_OR_OPEN))
 
 
 class Support:
@@ -125,6 +130,17 @@ class Support:
             return y <= 0
         parts = y.split([length for _, length in self._runs], -1)
         return torch.cat([kind.outside(part) for kind, part in zip(self._kinds, parts, strict=True)], -1)
+
+    def off_bounds(self, y: Tensor) -> Tensor:
+        """Move values on a bound, where rounding may have put them, to the next number inside."""
+        if self.name in ("real", SIMPLEX):
+            return y
+        parts = []
+        for kind, part in zip(self._kinds, y.split([length for _, length in self._runs], -1), strict=True):
+            low, high = (getattr(kind.constraint, *end) for end in ENDS.items())
+            next_inside = torch.nextafter(part, part.new_tensor(kind.middle))
+            parts.append(torch.where((part == low) | (part == high), next_inside, part))
+        return torch.cat(parts, -1)
 
     def inside(self, y: Tensor, outside: Tensor) -> Tensor:
         """Replace points y that are outside by one at which the density and its gradient are finite."""

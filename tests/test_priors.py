@@ -217,6 +217,9 @@ def test_compiles_whole_and_under_vmap(support: Any) -> None:
         (constraints.positive, "positive"),
         (constraints.independent(constraints.positive, 1), "positive"),
         (constraints.greater_than(0.0), "positive"),
+        (constraints.nonnegative, "positive"),
+        (dist.Gamma(torch.ones(2), 1.0).to_event(1).support, "positive"),
+        (constraints.half_open_interval(0.0, 1.0), "unit_interval"),
         (constraints.unit_interval, "unit_interval"),
         (constraints.interval(0.0, 1.0), "unit_interval"),
         (constraints.greater_than(1.0), "greater_than(1.0)"),
@@ -343,7 +346,7 @@ def test_groups_of_ordered_columns_are_told_apart(tmp_path: Path) -> None:
         (constraints.interval(torch.tensor([0.0, 1.0]), 1.0), r"got \(1\.0, 1\.0\)"),
         ((5, 5), r"a pair of bounds \(low, high\), .* got \(5, 5\)"),
         ("interval(2, one)", r"got 'interval\(2, one\)'"),
-        (constraints.nonnegative, "expected support to be one of"),
+        (constraints.nonnegative_integer, "expected support to be one of"),
         (constraints.independent(constraints.positive, 2), "expected support to be one of"),
         (None, "got None"),
         (

@@ -121,6 +121,15 @@ def test_draws_are_inside_the_support() -> None:
         posterior_nn("maf", support="unit_interval", **TINY)(theta + 5, theta)
 
 
+def test_draws_of_a_prior_may_be_on_its_bounds() -> None:
+    prior = dist.Uniform(torch.full((2,), 1000.0), 1001.0).to_event(1)  # in float32, one of 16,000 draws is
+    theta = prior.sample((60,))
+    theta[:2] = torch.tensor([[1000.0, 1001.0], [1001.0, 1000.0]])
+    estimator = posterior_nn("maf", support=prior.support, **TINY)(theta, theta)
+    assert estimator.log_prob(theta, theta).isfinite().all()
+    assert estimator.log_prob(torch.tensor([[1000.5, 1001.1]]), theta[:1]).item() == -torch.inf
+
+
 def test_statistics_of_a_condition_are_learned_beside_it() -> None:
     theta, x = simulations()
     estimator = shaken(posterior_nn("maf", **TINY)(theta, x))
