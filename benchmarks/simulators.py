@@ -4,10 +4,11 @@
     python benchmarks/simulators.py --tasks SLCP --simulations 1000 --seeds 0 1 --out FOLDER
 
 Within a cell, of a task, a number of simulations and a seed, all estimators learn from the same simulations, by sbi's
-`NPE.train` with its defaults. Measured: the mean of log q(theta | x) over 1,000 held-out pairs, in nats, paired with
-that of sbi's `nsf`; the accuracy of a classifier between draws of `posterior.sample` and of the exact posterior, at
-five observations (0.5 is perfect); CPU seconds of training, and of 10,000 draws at one observation. Cells are merged
-into what the folder of results has, so that a run can be ended and taken up.
+`NPE.train` with its defaults; one knows the support of the prior. Measured: the mean of log q(theta | x) over 1,000
+held-out pairs, in nats, paired with that of sbi's `nsf`; the accuracy of a classifier between draws of
+`posterior.sample` and of the exact posterior, at five observations (0.5 is perfect); CPU seconds of training, and of
+10,000 draws at one observation. Cells are merged into what the folder of results has, so that a run can be ended and
+taken up.
 """
 
 from __future__ import annotations

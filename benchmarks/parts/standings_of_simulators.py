@@ -15,6 +15,7 @@ BASELINE = "sbi nsf"
 HEADS = ("estimator", "C2ST", "log q, nats", f"over {BASELINE}", "training, CPU s", "epochs", "10,000 draws, CPU s")
 COLOURS = {
     "pyro-maf nsf": "#0072b2",
+    "pyro-maf nsf, support": "#009e73",
     "pyro-maf maf": "#56b4e9",
     "sbi nsf": "#d55e00",
     "sbi maf": "#e69f00",
@@ -63,7 +64,7 @@ def draw(cells: list[Cell], path: Path) -> None:
     for panel, key, title in zip(panels, ("c2st", "training_seconds", "sampling_seconds"), titles, strict=True):
         for cell in rows:
             for name, own in cell["estimators"].items():
-                height = tasks.index(cell["task"]) + 0.13 * (list(COLOURS).index(name) - 2)
+                height = tasks.index(cell["task"]) + 0.12 * (list(COLOURS).index(name) - 2.5)
                 size = 3 if cell["simulations"] < 5_000 else 7
                 panel.plot(np.mean(own[key]), height, "o", markersize=size, color=COLOURS[name], alpha=0.8)
         panel.set_title(title, fontsize=10)
@@ -75,5 +76,5 @@ def draw(cells: list[Cell], path: Path) -> None:
             panel.set_xscale("log")
     panels[0].invert_yaxis()
     handles = [panels[0].plot([], [], "o", color=colour, label=name)[0] for name, colour in COLOURS.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(COLOURS), frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(COLOURS) // 2, frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
