@@ -450,13 +450,13 @@ def test_what_is_normal_given_the_rest_stays_out_of_the_flow() -> None:
     def model(family: Callable[..., Any], likelihood: Callable[[Tensor], Any]) -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
         tau = pyro.sample("tau", dist.HalfNormal(torch.tensor(2.0)))
-        with pyro.plate("groups", 8):
+        with pyro.plate("groups", 4):
             theta = pyro.sample("theta", family(mu, tau))
-            pyro.sample("y", likelihood(theta), obs=torch.arange(8.0))
+            pyro.sample("y", likelihood(theta), obs=torch.arange(4.0))
 
     pyro.set_rng_seed(0)
     normal, counts = (lambda theta: dist.Normal(theta, 2.0)), (lambda theta: dist.Poisson(theta.exp()))
-    guide = AutoIAF(model).setup(dist.Normal, normal)
+    guide = AutoIAF(model, **SMALL).setup(dist.Normal, normal)
     assert guide.coordinates.normal == ["theta"]
     assert guide.transform[0].variables.tolist() == [0, 1, 2, 3, 4]
     before = guide.coordinates.degree.clone()

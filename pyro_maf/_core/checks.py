@@ -149,12 +149,9 @@ def check_context(who: str, context: object, context_dim: int, like: Tensor | No
 
 
 def check_takes_gradient(who: str, module: nn.Module, like: Tensor | None) -> None:
-    """Raise for parameters of inference mode if a gradient is needed: torch would silently lose that of some.
+    """Raise for a module's parameters of inference mode if a gradient is needed: torch would silently lose some.
 
-    Args:
-        who: The module's name.
-        module: The module.
-        like: One of its tensors, or None.
+    `like` is one of its tensors, or None.
     """
     # The test cannot be compiled, and no compiler runs with tensors of inference mode.
     if like is None or torch.compiler.is_compiling() or not like.is_inference() or not torch.is_grad_enabled():

@@ -126,11 +126,8 @@ _guard = threading.Lock()
 def held(folder: Path, *, make: bool = True) -> Iterator[None]:
     """Context manager with exclusive write access to `folder` for this thread; re-entrant.
 
-    The operating system releases the lock of a process that ends, even one that is killed.
-
-    Args:
-        folder: The folder of a fit.
-        make: Whether to create it; if not, it is locked at the first entry at which it exists.
+    The operating system releases the lock of a process that ends, even one that is killed. Unless `make`, the folder is
+    locked at the first entry at which it exists.
 
     Raises:
         ValueError: If another thread or process holds it; the message says which.
@@ -240,11 +237,7 @@ def replaced(folder: Path) -> Iterator[None]:
 
 
 def recover(folder: Path) -> None:
-    """Restore a fit that was set aside for a new one, if that was killed before its first checkpoint.
-
-    Raises:
-        ValueError: If there is one, and another process holds the folder.
-    """
+    """Restore a fit that was set aside for a new one, if that was killed before its first checkpoint."""
     asides = sorted(folder.glob(f"{ASIDE}*"))
     with held(folder) if asides else nullcontext():
         for aside in asides:

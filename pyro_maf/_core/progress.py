@@ -48,11 +48,7 @@ def will_show(progress: bool | str) -> bool:
 
 
 class Bar:
-    """Lines of progress, or nothing at all; yielded by `bar`.
-
-    Args:
-        lines: The lines, or None to show nothing.
-    """
+    """Lines of progress, or nothing at all; yielded by `bar`."""
 
     def __init__(self, lines: Progress | None) -> None:
         self._lines = lines
@@ -65,13 +61,7 @@ class Bar:
         return self._lines is not None and time.monotonic() - self._updated > SECONDS_BETWEEN_UPDATES
 
     def show(self, line: str, completed: float, total: float, **fields: Any) -> None:
-        """Update a line, or begin it.
-
-        Args:
-            line: Its name, the texts' `{task.description}`.
-            completed, total: The amount of work that is done, and of all.
-            fields: Further fields of the texts.
-        """
+        """Update or begin a line, the texts' `{task.description}`; `fields` are further ones of the texts."""
         if self._lines is None:
             return
         self._updated = time.monotonic()
@@ -114,15 +104,9 @@ class _NotebookBar(Bar):
 
 @contextmanager
 def bar(progress: bool | str, place: str, figures: str, console: Console | None = None) -> Iterator[Bar]:
-    """Show lines of a text, a bar, another text, the time elapsed, and the maximum time remaining.
+    """Show lines of a text, a bar, another text, the time elapsed, and the maximum time remaining, if `shows`.
 
-    Args:
-        progress: Whether to show them, as `shows` takes it.
-        place, figures: The texts, in rich's format.
-        console: Console of the lines, by default stderr; in a notebook they are an output of the cell.
-
-    Yields:
-        A `Bar` to report progress to.
+    The texts are in rich's format; the console is stderr by default, in a notebook an output of the cell.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn

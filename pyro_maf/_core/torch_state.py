@@ -92,10 +92,7 @@ def without_autocast(run: Callable[..., Result], *arguments: object, like: Tenso
 def as_far_as_exact(like: Tensor, value: Tensor, *, as_model: bool) -> Tensor:
     """Convert a value to the dtype of `like` if that loses nothing that matters; otherwise return it unchanged.
 
-    Args:
-        like: A tensor like the density's values or context.
-        value: A tensor of any dtype.
-        as_model: Whether `like` has the model's dtype, to which floating-point values are rounded, not a finer one.
+    With `as_model`, `like` has the model's dtype, to which floating-point values are rounded, not a finer one.
     """
     if value.dtype == like.dtype or value.is_complex():
         return value

@@ -124,12 +124,7 @@ def is_ordinary(tensor: Tensor, dtype: torch.dtype) -> bool:
 
 
 class Pack(NamedTuple):
-    """The weights of a run, masked and in the order of its tables, and the biases.
-
-    Attributes:
-        memory: The tensor whose memory the weights are in.
-        weights, biases: Flat.
-    """
+    """The weights of a run, masked and in the order of its tables, in the memory of a tensor; and the biases."""
 
     memory: Tensor
     weights: Array
@@ -137,13 +132,9 @@ class Pack(NamedTuple):
 
 
 class Program:
-    """A run of layers, laid out.
+    """A run of layers, laid out for a state of its modules.
 
-    Args:
-        reading: The state that it is laid out for.
-        steps: The layers, the one that is applied first first.
-        dim: D.
-        context_dim: Number of context features; 0 for none, and for biases that hold the terms of one context.
+    `context_dim` is 0 for no context, and for biases that hold the terms of one.
 
     Raises:
         UnfitError: For masks that are no staircases, and for networks whose layers do not fit together.

@@ -22,12 +22,8 @@ from pyro_maf.univariate import Affine
 
 __all__ = ["Stack"]
 
-TAKEN = (Coupling, InverseAutoregressive, MaskedAutoregressive, Permute) + (
-    ActNorm,
-    BatchNorm,
-    Head,
-    LowerTriangularAffine,
-)
+NORMALIZING, TRIANGULAR = (ActNorm, BatchNorm), (Head, LowerTriangularAffine)
+TAKEN = (Coupling, InverseAutoregressive, MaskedAutoregressive, Permute, *NORMALIZING, *TRIANGULAR)
 """Layers of which a compiled program takes a run at once; it is these classes alone, as a subclass may compute else."""
 
 

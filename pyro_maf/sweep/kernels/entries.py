@@ -27,13 +27,7 @@ SERIES = 0.01
 
 @entry
 def pack(addresses: Array, tables: Tables, weights: Array, biases: Array) -> None:
-    """Gather masked weights, and biases, from the memory of the parameters.
-
-    Args:
-        addresses: Where each tensor begins.
-        tables: The layers.
-        weights, biases: Flat, filled here.
-    """
+    """Gather masked weights, and biases, both flat, from the addresses at which the parameters begin."""
     seen, row_order, column_order = tables.seen, tables.row_order, tables.column_order
     for matrix in tables.matrices:
         rows, columns, row_at, gain = matrix.rows, matrix.columns, matrix.rows_from, weights.dtype.type(matrix.gain)
@@ -67,14 +61,7 @@ def _begins(matrix: Matrix, row: int) -> int:
 
 @entry
 def unpack(tables: Tables, offsets: Array, gradients: Array, by_biases: Array, flat: Array) -> None:
-    """Gradients with respect to the parameters, one after another.
-
-    Args:
-        tables: The layers.
-        offsets: Where the gradient of each tensor begins.
-        gradients, by_biases: From `backward`.
-        flat: Filled here.
-    """
+    """Fill in gradients with respect to the parameters, one after another from these offsets on, by `backward`'s."""
     seen, row_order, column_order = tables.seen, tables.row_order, tables.column_order
     for matrix in tables.matrices:
         rows, columns, gain, order = matrix.rows, matrix.columns, flat.dtype.type(matrix.gain), matrix.columns_from

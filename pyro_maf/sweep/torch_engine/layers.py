@@ -303,7 +303,7 @@ def _output_rows(made: MADE, order: Tensor) -> Tensor:
 
 
 class Activations(NamedTuple):
-    """Intermediate results of a sweep: one set of activations.
+    """Intermediate results of a sweep.
 
     Attributes:
         w: The solution, (D, batch), in the order of the variables.
@@ -349,12 +349,7 @@ def walk(plan: Plan, step: Callable[[int, Tensor], Tensor], batch: int) -> Activ
 
 @dataclass(frozen=True)
 class TorchSweep:
-    """The sweep of a univariate map, and its adjoint, on any device and in any dtype.
-
-    Args:
-        plan: The network.
-        direction: One direction of the univariate map.
-    """
+    """The sweep of one direction of a univariate map, and its adjoint, on any device and in any dtype."""
 
     plan: Plan
     direction: Direction

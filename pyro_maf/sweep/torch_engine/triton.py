@@ -42,14 +42,7 @@ _tables: weakref.WeakKeyDictionary[MADE, tuple[list[list[int]], torch.device, li
 
 @dataclass(frozen=True)
 class TritonSweep(TorchSweep):
-    """The sweep of one network with the affine map, and its adjoint.
-
-    Args:
-        plan: The network.
-        direction: One direction of the univariate map.
-        made: The network of the plan.
-        inverse: Whether v is y and w is x, rather than the reverse.
-    """
+    """The sweep of one network, `made`, with the affine map, and its adjoint; with `inverse`, v is y and w is x."""
 
     made: MADE
     inverse: bool
