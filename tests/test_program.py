@@ -433,7 +433,7 @@ def test_torch_has_its_threads_back() -> None:
     try:
         (-prior.log_prob(torch.randn(5, 4)).mean()).backward()
         assert torch.get_num_threads() == 3
-        with pytest.raises(RuntimeError), threads.Alone():
+        with pytest.raises(RuntimeError), threads.OneThread():
             torch.zeros(torch.get_num_threads() + 1).view(3)
         assert torch.get_num_threads() == 3
     finally:

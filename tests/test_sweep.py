@@ -253,7 +253,7 @@ def test_parts_are_taken_by_the_threads_there_are(alone: bool, parallel: bool, m
 
     torch.set_num_threads(2)
     try:
-        with threads.Alone() if alone else nullcontext():
+        with threads.OneThread() if alone else nullcontext():
             assert threads.in_parts(part, 10, 1, 1) == [(0, 5), (5, 10)]
             with pytest.raises(KeyboardInterrupt):
                 threads.in_parts(interrupted, 10, 1, 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_maf._core.checks import check_event
 from pyro_maf.support import Support
-from pyro_maf.sweep import Alone
+from pyro_maf.sweep import OneThread
 from pyro_maf.transforms import Flow, Stack
 from pyro_maf.transforms.tails import with_tails
 
@@ -99,7 +99,7 @@ class DataUnits(Flow):
             self._constants = constants = _Constants(loc, scale, versions, scale.log().sum().item(), is_identity)
         if constants.is_identity and not loc.requires_grad:
             return y, constants.volume
-        with Alone():
+        with OneThread():
             return (y - loc) / scale, constants.volume
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from pyro_maf.distributions.data_units import (
 from pyro_maf.distributions.density import ConditionalDensity, Density
 from pyro_maf.distributions.named_density import Entries, Labels, NamedDensity
 from pyro_maf.support import Support, SupportLike
-from pyro_maf.sweep import Alone, Descent, Run
+from pyro_maf.sweep import Descent, OneThread, Run
 from pyro_maf.tables.layout import Layout
 from pyro_maf.transforms import ConditionalFlow, Flow, Stack
 from pyro_maf.transforms.cache import caching_is_possible
@@ -291,7 +291,7 @@ class FlowPrior(NamedDensity):
             (z, log_volume), of_units = scaled, 0.0
             constant -= log_volume
         else:
-            with Alone():
+            with OneThread():
                 z, log_units = units.inverse_and_log_det(value)
                 of_units = float((factors * log_units).sum())
         total = descent.differentiate(z, context, constant, factors)

@@ -11,7 +11,19 @@ from pyro_maf.sweep.descent import Descent
 from pyro_maf.sweep.function import Run, run
 from pyro_maf.sweep.layout import Step, Triangular
 from pyro_maf.sweep.program import Programs
-from pyro_maf.sweep.threads import Alone
+from pyro_maf.sweep.threads import OneThread
 from pyro_maf.sweep.torch_engine.layers import parallel, plan_of, solve, walk
 
-__all__ = ["Alone", "Descent", "Programs", "Run", "Step", "Triangular", "parallel", "plan_of", "run", "solve", "walk"]
+__all__ = [
+    "Descent",
+    "OneThread",
+    "Programs",
+    "Run",
+    "Step",
+    "Triangular",
+    "parallel",
+    "plan_of",
+    "run",
+    "solve",
+    "walk",
+]

@@ -78,11 +78,11 @@ class Descent:
         return sum(total for total, _ in parts)
 
     def packed_gradient(self) -> list[Tensor]:
-        """The last gradient as `take` reads it, to be changed in place."""
+        """The last gradient as `step` reads it, to be changed in place."""
         add_up(self._parts)
         return list(map(torch.from_numpy, self._parts[0]))
 
-    def take(self, adam: Adam, average: WeightAverage, learning_rate: float, max_norm: float) -> bool:
+    def step(self, adam: Adam, average: WeightAverage, learning_rate: float, max_norm: float) -> bool:
         """Take a step along the last gradient, clipped to a norm; return whether it was finite, and so was taken."""
         if self._packed is None:
             raise RuntimeError("Descent expected a gradient before a step.")
@@ -92,7 +92,7 @@ class Descent:
         arrays = state["exp_avg"].numpy(), state["exp_avg_sq"].numpy(), values.numpy()
         network = program.tables, program.offsets, *self._parts[0]
         settings, steps = (*adam.settings(learning_rate), average.share), adam.steps.numpy()
-        norm = loaded().descend(*network, max_norm, settings, self._flat, arrays, steps, *pack)
+        norm = loaded().adam_step(*network, max_norm, settings, self._flat, arrays, steps, *pack)
         if not math.isfinite(norm):
             return False
         average.taken += 1

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["Alone", "in_parts", "most_threads"]
+__all__ = ["OneThread", "in_parts", "most_threads"]
 
 Result = TypeVar("Result")
 
@@ -30,7 +30,7 @@ _is_forked = False
 
 
 class _Local(threading.local):
-    """Torch's number of threads before the outermost `Alone` of this thread; 0 outside."""
+    """Torch's number of threads before the outermost `OneThread` of this thread; 0 outside."""
 
     outside = 0
 
@@ -39,7 +39,7 @@ _local = _Local()
 
 
 def most_threads() -> int:
-    """Number of threads that may take part: torch's, in `Alone` those that it had before."""
+    """Number of threads that may take part: torch's, in `OneThread` those that it had before."""
     return _local.outside or torch.get_num_threads()
 
 
@@ -85,7 +85,7 @@ def _in_threads(take: Callable[[object], None], threads: int) -> None:
             other.result()
 
 
-class Alone:
+class OneThread:
     """Context in which torch computes with one thread; the compiled engine may have as many as before.
 
     OpenMP's threads wait for one another at the end of each operation: beside another busy process, that is until the

@@ -14,7 +14,7 @@ from pyro_maf.distributions import Density, FlowPrior, TableDensity
 from pyro_maf.distributions.mixture_flow import MixtureFlow
 from pyro_maf.distributions.steps import POINTS, dequantised
 from pyro_maf.flows import NSF
-from pyro_maf.sweep import Alone
+from pyro_maf.sweep import OneThread
 from pyro_maf.tables import MappedRows, Rows
 from pyro_maf.tables.mixture import Mixture, fit_mixture
 from pyro_maf.tables.rows import mean_and_error
@@ -236,7 +236,7 @@ def compare(density: Fitted, training: Rows, rows: Rows, role: str, *, gaussians
         rows = rows.take(torch.randperm(len(rows.data), generator=torch.Generator().manual_seed(0))[:most])
     flow = torch.cat([*log_prob_of(density, rows.data, rows.context)]).double()
     baselines = []
-    with torch.no_grad(), Alone():
+    with torch.no_grad(), OneThread():
         for name, baseline in _baselines(inner, training, points * len(rows.data), gaussians):
             scores = baseline.log_density(rows.data, rows.context).double()
             gain = mean_and_error(flow - scores, rows.weights)

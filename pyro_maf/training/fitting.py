@@ -26,7 +26,7 @@ from pyro_maf.distributions import ConditionalDensity, Density, TableDensity
 from pyro_maf.distributions.context_net import BATCH_NORMS
 from pyro_maf.saving import describe, packed
 from pyro_maf.support import SupportLike
-from pyro_maf.sweep import Alone
+from pyro_maf.sweep import OneThread
 from pyro_maf.tables.layout import Layout, TableLike
 from pyro_maf.tables.named_rows import NamedRows, named_rows
 from pyro_maf.tables.table import Table
@@ -217,7 +217,7 @@ def fit(
         recipe, max_epochs, learning_rate, max_grad_norm, seed, folder, resume, overwrite, devices, progress
     )
     weight = _first_weight(choice.model, data)
-    with Alone(_largest_product(choice, recipe.batch_size)):
+    with OneThread(_largest_product(choice, recipe.batch_size)):
         prepared = prepare(
             choice, validation, test, dequantise=dequantise, weights=weights, dtype=weight.dtype, seed=int(options.seed)
         )

@@ -209,7 +209,7 @@ class JoinedLikelihood(MaximumLikelihood):
             packed = self._descent.packed_gradient()
             torch._foreach_mul_(packed, count / float(rows))
             self._processes.add_up(packed)
-        if not math.isfinite(loss) or not self._descent.take(adam, average, learning_rate, max_norm):
+        if not math.isfinite(loss) or not self._descent.step(adam, average, learning_rate, max_norm):
             return None
         return loss, int(rows)
 

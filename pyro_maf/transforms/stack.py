@@ -23,7 +23,7 @@ from pyro_maf.univariate import Affine
 __all__ = ["Stack"]
 
 NORMALIZING, TRIANGULAR = (ActNorm, BatchNorm), (Head, LowerTriangularAffine)
-TAKEN = (Coupling, InverseAutoregressive, MaskedAutoregressive, Permute, *NORMALIZING, *TRIANGULAR)
+COMPILED = (Coupling, InverseAutoregressive, MaskedAutoregressive, Permute, *NORMALIZING, *TRIANGULAR)
 """Layers of which a compiled program takes a run at once; it is these classes alone, as a subclass may compute else."""
 
 
@@ -181,7 +181,7 @@ class _Part(NamedTuple):
 
     def steps(self) -> list[Step | Triangular] | None:
         """The same for a compiled program, or None if it does not take the layer."""
-        steps = self.flow.program_steps(self.inverse) if type(self.flow) in TAKEN else None
+        steps = self.flow.program_steps(self.inverse) if type(self.flow) in COMPILED else None
         if steps is None or self.log_sign > 0:
             return None if steps is None else list(steps)
         return [step._replace(log_sign=-step.log_sign) for step in steps]

@@ -165,7 +165,7 @@ class _Compiled(torch.autograd.Function):
         y, log_det = np.empty_like(rows), np.empty(len(rows), rows.dtype)
         partials = np.empty((4, len(rows) if any(ctx.needs_input_grad) else 0, rows.shape[1]), rows.dtype)
         arguments = _array(weights), _array(loc), _array(scale), sign, LARGEST
-        loaded().bend(rows, *arguments, y, log_det, partials)
+        loaded().tails(rows, *arguments, y, log_det, partials)
         ctx.sign, ctx.arrays = sign, (rows, arguments[1], partials)
         ctx.save_for_backward(x, weights, loc, scale)
         return torch.from_numpy(y), torch.from_numpy(log_det)
@@ -179,7 +179,7 @@ class _Compiled(torch.autograd.Function):
             return *gradients(plain, inputs, (*needed, False, False), (grad_y, grad_log_det)), None
         rows = ctx.arrays[0]
         grad_x, by_weights = np.empty_like(rows), np.zeros((2, rows.shape[1]), rows.dtype)
-        loaded().bend_back(*ctx.arrays, *map(_array, (grad_y, grad_log_det)), ctx.sign, grad_x, by_weights)
+        loaded().tails_back(*ctx.arrays, *map(_array, (grad_y, grad_log_det)), ctx.sign, grad_x, by_weights)
         grads = (
             torch.from_numpy(grad) if need else None for grad, need in zip((grad_x, by_weights), needed, strict=True)
         )

@@ -46,7 +46,7 @@ from pyro_maf.infer.start.normal import Normal, WideNormal
 from pyro_maf.infer.start.start import start_of
 from pyro_maf.nn import ACTIVATIONS, NetworkOptions
 from pyro_maf.nn.layers import Tempered
-from pyro_maf.sweep import Alone
+from pyro_maf.sweep import OneThread
 from pyro_maf.transforms import ConditionalFlow, Coupling, Flow, Stack
 from pyro_maf.transforms.low_rank import LowRankHead
 from pyro_maf.transforms.partial import Partial
@@ -174,9 +174,9 @@ class GuideSetUp(GuideDensity):
         """True if it is a function of the model's arguments, by an encoder."""
         return self._encoder is not None
 
-    def threads(self, draws: int) -> Alone:
+    def threads(self, draws: int) -> OneThread:
         """Context with one thread of torch, if the model's operations are small for so many draws."""
-        return Alone(CAUTION * self._largest_operation * draws**1.5)
+        return OneThread(CAUTION * self._largest_operation * draws**1.5)
 
     def _set_up_once(self, *args: object, **kwargs: object) -> None:
         if self.prototype_trace is None:

@@ -14,11 +14,11 @@ from numba import carray  # type: ignore[attr-defined]
 
 from pyro_maf.sweep.kernels.compiler import entry, inner
 from pyro_maf.sweep.kernels.elementwise import expm1, log
-from pyro_maf.sweep.kernels.products import TALLEST, VECTOR, pointer_to, take
+from pyro_maf.sweep.kernels.products import TALLEST, VECTOR, adam, pointer_to
 from pyro_maf.sweep.kernels.walks import backward, forward
 from pyro_maf.sweep.layout import LANES, Array, Matrix, Tables
 
-__all__ = ["backward", "bend", "bend_back", "descend", "forward", "pack", "unpack"]
+__all__ = ["adam_step", "backward", "forward", "pack", "tails", "tails_back", "unpack"]
 
 Settings = tuple[float, float, float, float, float, float]
 SERIES = 0.01
@@ -85,7 +85,7 @@ def unpack(tables: Tables, offsets: Array, gradients: Array, by_biases: Array, f
 
 
 @entry
-def descend(
+def adam_step(
     tables: Tables,
     offsets: Array,
     gradients: Array,
@@ -130,17 +130,17 @@ def descend(
         factors = (number(clipped * matrix.gain), number(matrix.gain)) + others
         order, offset = tables.column_order[matrix.columns_from :][: matrix.columns], offsets[matrix.weight]
         of_rows = tables.row_order[matrix.rows_from :], tables.seen[matrix.rows_from :]
-        _descend(matrix, False, of_rows, order, offset, gradients, factors, flat, state, weights, rank, room)
+        _step_of_matrix(matrix, False, of_rows, order, offset, gradients, factors, flat, state, weights, rank, room)
         if matrix.first:
             factors = (number(clipped), number(1)) + others
             order, offset = of_rows[0][: matrix.rows], offsets[matrix.addend] + matrix.addend_from
-            _descend(matrix, True, of_rows, order, offset, by_biases, factors, flat, state, biases, rank, room)
+            _step_of_matrix(matrix, True, of_rows, order, offset, by_biases, factors, flat, state, biases, rank, room)
     return norm
 
 
 @inner
 def _numbers(number: Any, settings: Settings, steps: int) -> tuple[Any, ...]:
-    """Numbers of a step as `take` reads them, after those of a matrix."""
+    """Numbers of a step as `adam` reads them, after those of a matrix."""
     rate, decay, beta1, beta2, epsilon, share = settings
     rate, root = rate / (1 - beta1**steps), (1 - beta2**steps) ** -0.5
     averages = number(decay), number(1 - beta1), number(1 - beta2)
@@ -177,7 +177,7 @@ def _rank(order: Array, rank: Array) -> bool:
 
 
 @inner
-def _descend(
+def _step_of_matrix(
     matrix: Matrix,
     is_bias: bool,
     of_rows: tuple[Array, Array],
@@ -205,13 +205,13 @@ def _descend(
         if is_sorted:
             for k in range(0, count, lanes):
                 here, left = own + k, count - k
-                take(gradients, here, flat, first, second, average, at + k, weights, here, rank, 0, left, factors)
+                adam(gradients, here, flat, first, second, average, at + k, weights, here, rank, 0, left, factors)
             continue
         in_order[: len(order)] = 0
         for k in range(count):
             in_order[order[k]] = gradients[own + k]
         for k in range(0, len(order), lanes):
-            take(in_order, k, flat, first, second, average, at + k, result, k, rank, k, count, factors)
+            adam(in_order, k, flat, first, second, average, at + k, result, k, rank, k, count, factors)
         for k in range(count):
             weights[own + k] = result[order[k]]
 
@@ -220,7 +220,7 @@ def _descend(
 
 
 @entry
-def bend(
+def tails(
     x: Array,
     weights: Array,
     loc: Array,
@@ -276,7 +276,7 @@ def bend(
 
 
 @entry
-def bend_back(
+def tails_back(
     x: Array,
     loc: Array,
     partials: Array,
@@ -286,7 +286,7 @@ def bend_back(
     grad_x: Array,
     by_weights: Array,
 ) -> None:
-    """The adjoint of `bend`: fills `grad_x`, and adds the gradient with respect to the weights to `by_weights`."""
+    """The adjoint of `tails`: fills `grad_x`, and adds the gradient with respect to the weights to `by_weights`."""
     for b in range(len(x)):
         for i in range(x.shape[1]):
             grad_x[b, i] = grad_y[b, i] * partials[0, b, i] + grad_log_det[b] * partials[1, b, i]

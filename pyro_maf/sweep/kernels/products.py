@@ -18,7 +18,7 @@ from numba.extending import intrinsic, overload
 from pyro_maf.sweep.kernels.compiler import INNER, inner
 from pyro_maf.sweep.layout import Array
 
-__all__ = ["ADDED", "TALLEST", "VECTOR", "add_product", "dot", "height_of", "pointer_to", "take"]
+__all__ = ["ADDED", "TALLEST", "VECTOR", "adam", "add_product", "dot", "height_of", "pointer_to"]
 __all__ += ["transpose"]
 
 VECTOR = 64
@@ -154,7 +154,7 @@ transpose_tile: Any = intrinsic(
 arrays would do."""
 
 
-def _take(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+def _adam(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
     code = _Code(context, builder, signature, arguments, 0)
     _, own, _, _, _, _, at, _, packed_at, _, rank_at, count, of_factors = arguments
     places = [code.place(array, at) for array in (2, 3, 4, 5)] + [code.place(7, packed_at)]
@@ -181,13 +181,13 @@ def _take(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
     return context.get_dummy_value()
 
 
-take: Any = intrinsic(
+adam: Any = intrinsic(
     lambda _, gradients, own, flat, first, second, average, at, weights, packed_at, rank, rank_at, count, factors: (
         types.void(gradients, N, flat, first, second, average, N, weights, N, rank, N, N, factors),
-        _take,
+        _adam,
     )
 )
-"""A step of Adam for a vector of entries, those of a rank below `count`; arguments are those of `entries.descend`.
+"""A step of Adam for a vector of entries, those of a rank below `count`; arguments are those of `entries.adam_step`.
 
 It holds six arrays, more than a compiler takes for disjoint in a loop: rows of numba's loops took four times as long,
 120 us instead of 30 for five layers of 6 variables and 100 units.
