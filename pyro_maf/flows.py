@@ -20,6 +20,7 @@ from pyro_maf.transforms import (
     Coupling,
     Flow,
     InverseAutoregressive,
+    LowerTriangularAffine,
     MaskedAutoregressive,
     Stack,
 )
@@ -39,6 +40,7 @@ class StackOptions(AutoregressiveOptions, total=False):
     num_layers: int
     order: Orders
     batch_norm: bool
+    linear: bool
 
 
 def _orders(
@@ -89,6 +91,7 @@ class _AutoregressiveStack(Stack):
         num_layers: int = 5,
         order: Orders = "reverse",
         batch_norm: bool = False,
+        linear: bool = False,
         univariate: str | UnivariateMap = "affine",
         **layer: Unpack[AutoregressiveOptions],
     ) -> None:
@@ -98,7 +101,15 @@ class _AutoregressiveStack(Stack):
             self.layer_class(input_dim, order=layer_order, univariate=univariate, **reseeded(layer, seed + index))
             for index, layer_order in enumerate(orders)
         ]
-        super().__init__(_with_batch_norm(layers, batch_norm))
+        members = _with_batch_norm(layers, batch_norm)
+        if linear:
+            members.insert(-1, LowerTriangularAffine(input_dim))
+        super().__init__(members)
+
+    @property
+    def linear(self) -> LowerTriangularAffine | None:
+        """The linear layer next to that at the data, if any."""
+        return next((layer for layer in self if isinstance(layer, LowerTriangularAffine)), None)
 
 
 class MAF(_AutoregressiveStack):
@@ -115,6 +126,8 @@ class MAF(_AutoregressiveStack):
         order: "reverse": natural in the layer next to the data, and reversed from layer to layer; "random"; one
             permutation for all layers; or a permutation for each, noise to data.
         batch_norm: Put a `BatchNorm` after every layer, seen from the data.
+        linear: Put a `LowerTriangularAffine` after the layer next to the data, seen from there. `fit` starts it at the
+            regression of each column on those before it: what is linear, networks need not learn.
         context_dim: Number of context features; 0 for none. `ConditionalMAF` is the form to use with a context.
         univariate: f, the map of each dimension: "affine", "spline" or a map of `pyro_maf.univariate`.
         degrees: Degrees of the hidden units, "sequential" or "random".
@@ -152,8 +165,8 @@ class NSF(MAF):
 
     Args:
         univariate: A `pyro_maf.univariate.Spline`, by default of 8 bins.
-        input_dim, num_layers, hidden_dims, activation, order, batch_norm, context_dim, degrees, seed: As in `MAF`; so
-            are shapes and errors.
+        input_dim, num_layers, hidden_dims, activation, order, batch_norm, linear, context_dim, degrees, seed: As in
+            `MAF`; so are shapes and errors.
 
     Cost: as `MAF`, with 25 outputs of each network a dimension in place of 2; with more than 200,000 weights from the
     last hidden layer on, 8 outputs a dimension, of which the 25 are linear functions.
@@ -183,8 +196,8 @@ class IAF(_AutoregressiveStack):
     exp(alpha_i(x_<i)) + mu_i(x_<i). Starts as the identity.
 
     Args:
-        input_dim, num_layers, hidden_dims, activation, order, batch_norm, context_dim, univariate, degrees, seed: As in
-            `MAF`; so are shapes and errors.
+        input_dim, num_layers, hidden_dims, activation, order, batch_norm, linear, context_dim, univariate, degrees,
+            seed: As in `MAF`; so are shapes and errors.
 
     Cost:
         `flow(x)`, sampling and the density of its own samples: one dense pass a layer. `flow.inv(y)` and the density of
@@ -257,7 +270,7 @@ class ConditionalMAF(ConditionalForm):
     Args:
         input_dim: D.
         context_dim: Number of context features, at least 1; a context of another width is refused.
-        num_layers, hidden_dims, activation, order, batch_norm, univariate, degrees, seed: As in `MAF`.
+        num_layers, hidden_dims, activation, order, batch_norm, linear, univariate, degrees, seed: As in `MAF`.
 
     Shapes:
         context is (\*batch or (), context_dim) and broadcasts with x and y, (\*batch, D).
@@ -281,7 +294,7 @@ class ConditionalNSF(ConditionalForm):
 
     Args:
         input_dim, context_dim: As in `ConditionalMAF`.
-        num_layers, hidden_dims, activation, order, batch_norm, univariate, degrees, seed: As in `NSF`.
+        num_layers, hidden_dims, activation, order, batch_norm, linear, univariate, degrees, seed: As in `NSF`.
 
     Example:
         >>> flow = ConditionalNSF(1, 2, num_layers=3)
@@ -297,7 +310,7 @@ class ConditionalIAF(ConditionalForm):
 
     Args:
         input_dim, context_dim: As in `ConditionalMAF`.
-        num_layers, hidden_dims, activation, order, batch_norm, univariate, degrees, seed: As in `IAF`.
+        num_layers, hidden_dims, activation, order, batch_norm, linear, univariate, degrees, seed: As in `IAF`.
 
     Example:
         >>> flow = ConditionalIAF(5, 2, num_layers=2, hidden_dims=[32, 32])

@@ -129,7 +129,7 @@ REGISTRY: dict[str, Builder] = {
     "MAF batch norm": lambda a: MAF(a.input_dim, batch_norm=True, **a.stack),
     "IAF": lambda a: IAF(a.input_dim, **a.stack),
     "RealNVP": lambda a: RealNVP(a.input_dim, **a.stack),
-    "NSF": lambda a: NSF(a.input_dim, **a.stack),
+    "NSF": lambda a: NSF(a.input_dim, linear=True, **a.stack),
     "IAF spline": lambda a: IAF(a.input_dim, univariate="spline", **a.stack),
     "RealNVP spline": lambda a: RealNVP(a.input_dim, univariate="spline", **a.stack),
     "Stack": lambda a: transforms.Stack(  # of at most four layers, as all others: float32 inverts no more to 1e-4

@@ -29,11 +29,16 @@ def test_the_default_heeds_rows_and_columns() -> None:
     flow, recipe = default_model(4, 100, seed=0, default=DefaultFlow(has_rsample=True))
     assert isinstance(flow, NSF)
     assert not recipe.starts
-    assert [len(cast("NSF", default_model(4, rows, seed=0)[0])) for rows in (1000, 10_000)] == [3, 5]
+    # A linear layer is one more.
+    assert [len(cast("NSF", default_model(4, rows, seed=0)[0])) for rows in (1000, 10_000)] == [3 + 1, 5 + 1]
     wide, many, few = (
         cast("NSF", default_model(*each, seed=0)[0]) for each in ((80, 10_000), (30, 10_000), (30, 2000))
     )
-    assert [(len(flow), flow[0].univariate.num_bins) for flow in (wide, many, few)] == [(3, 4), (5, 8), (3, 4)]
+    assert [(len(flow), flow[0].univariate.num_bins) for flow in (wide, many, few)] == [
+        (3 + 1, 4),
+        (5 + 1, 8),
+        (3 + 1, 4),
+    ]
     assert default_model(4, 10_000, seed=0)[1] == Recipe(78, 3e-4, relaxations=2, patience=16, joins=True)
     widths = [default_model(dim, 1000, seed=0)[0].architecture["hidden_dims"] for dim in (4, 20)]
     assert widths == [(128, 128), (160, 160)]

@@ -330,6 +330,7 @@ def default_model(
             context_dim=context_dim,
             univariate=univariate,
             hidden_dims=hidden_dims,
+            linear=columns > 1 and not starts,
         )
     like = next(iter(data.values()), None) if isinstance(data, Mapping) else data
     if isinstance(like, Tensor) and like.dtype in (torch.float32, torch.float64):

@@ -28,7 +28,8 @@ from pyro_maf.tables import MappedRows, Reader, Rows, rows_of
 from pyro_maf.tables.layout import TableLike
 from pyro_maf.tables.named_rows import NamedRows, named_rows
 from pyro_maf.tables.reader import Labels
-from pyro_maf.tables.rows import hash_rows, repeat_as_a_whole
+from pyro_maf.tables.regression import triangular_regression
+from pyro_maf.tables.rows import hash_rows, in_proportion, repeat_as_a_whole
 from pyro_maf.tables.table import Table
 from pyro_maf.tables.units import Moments, Units, units_of
 from pyro_maf.training.kinds import Kinds, grids_of
@@ -213,10 +214,10 @@ def prepare(
     units = _as_precise((of_units, of_context), rows.dtypes, dtype)
     leaves = any(part.leaves_in_float32(support) for part in (training, validation.rows, test.rows))
     density = _in_units(choice, units, kinds, sample, leaves=leaves, seed=seed)
-    if recipe.starts:
-        _start(density, sample, seed)
-    prior = density.unwrapped
     is_new = not isinstance(model, FITTED)
+    if is_new:
+        _start(density, sample, seed, of_mixture=recipe.starts)
+    prior = density.unwrapped
     in_tails = of_units.reaching(unconstrained) if is_new else []
     reach = (of_units if is_new else Units(*of_data)).reach
     warnings = [
@@ -365,23 +366,34 @@ def _in_units(
     return density if kinds.are_plain else kinds.around(prior, training, seed)
 
 
-def _start(density: Fitted, training: Rows, seed: int) -> None:
-    """Start a model on a mixture at training rows, or some of them, with numbers anywhere in their steps."""
+def _start(density: Fitted, training: Rows, seed: int, *, of_mixture: bool) -> None:
+    """Start the linear layer of a model at the regressions of training rows, or its base at a mixture of them.
+
+    The rows are all or some, with numbers anywhere in their steps.
+    """
     inner = density.unwrapped
+    prior = inner.prior if isinstance(inner, TableDensity) else inner
+    model = prior.model.flow if isinstance(prior.model, AngleFlow) else prior.model
+    linear = getattr(model, "linear", None)
+    if linear is None and not (of_mixture and isinstance(model, MixtureFlow)):
+        return
     rows = training.rounded_for(inner)
-    prior, values, context = inner, rows.data, rows.context
+    values, context = rows.data, rows.context
     if isinstance(inner, TableDensity):
-        prior, values, context = inner.prior, rows.data[:, inner.numeric], inner.parts(rows.data, context)[1]
+        values, context = rows.data[:, inner.numeric], inner.parts(rows.data, context)[1]
         values = dequantised(values, inner.steps.spacing, torch.Generator().manual_seed(seed))
     # What a network says of a context, it does not yet say before it is trained.
     seen = None if context is None or prior.context_net is not None else prior.features(context)
-    model, z = prior.model, prior.standardised(values)
-    if isinstance(model, AngleFlow) and model.flow is not None:
-        z, seen = model.for_flow(z, seen)
-        model = model.flow
-    if isinstance(model, MixtureFlow):
+    z = prior.standardised(values)
+    if isinstance(prior.model, AngleFlow):
+        z, seen = prior.model.for_flow(z, seen)
+    z = z.clamp(-FENCE, FENCE)
+    if linear is not None:
+        some = slice(None) if rows.weights is None else in_proportion(rows.weights, len(z))
+        linear.become(*triangular_regression(z[some]))
+    elif isinstance(model, MixtureFlow):
         seen = seen if seen is None or seen.shape[1] == model.context_dim else None
-        model.base.start_at(z.clamp(-FENCE, FENCE), rows.weights, None if seen is None else seen.clamp(-FENCE, FENCE))
+        model.base.start_at(z, rows.weights, None if seen is None else seen.clamp(-FENCE, FENCE))
 
 
 def _on_repeats(rows: Rows | MappedRows, repeats: int) -> list[str]:

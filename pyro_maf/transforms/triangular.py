@@ -135,6 +135,13 @@ class LowerTriangularAffine(TriangularMap):
         self.log_diagonal = nn.Parameter(scale_tril.diagonal().log())
         self.below = nn.Parameter(scale_tril[tuple(torch.tril_indices(size, size, -1))])
 
+    def become(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """Set loc, (D,), and L, (D, D)."""
+        below = scale_tril[tuple(torch.tril_indices(self.input_dim, self.input_dim, -1))]
+        with torch.no_grad():
+            for own, value in ((self.loc, loc), (self.log_diagonal, scale_tril.diagonal().log()), (self.below, below)):
+                own.copy_(value)
+
     def _stored(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.loc, self.log_diagonal, self.below
 

@@ -1,0 +1,94 @@
+"""Rows as a triangular linear map of residuals, and fits that start there."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pyro_maf import MAF, ConditionalNSF, fit
+from pyro_maf.tables.regression import triangular_regression
+from pyro_maf.transforms import LowerTriangularAffine
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def cholesky(rows: Tensor) -> Tensor:
+    return torch.linalg.cholesky(rows.T.cov())
+
+
+def sharp(count: int, seed: int = 0) -> Tensor:
+    """Three columns, of which each is nearly linear in those before it."""
+    x = noise(count, 3, seed=seed)
+    return torch.stack([x[:, 0], x[:, 0] + x[:, 1] / 10, x[:, 0] - x[:, 1] + x[:, 2] / 20], 1)
+
+
+@given(st.integers(2, 6), st.integers(0, 10**6))
+def test_of_correlated_normal_columns_it_is_the_factor_of_their_covariance(dim: int, seed: int) -> None:
+    mixing = torch.eye(dim, dtype=torch.float64) / 2 + torch.ones(dim, dim, dtype=torch.float64).tril()
+    rows = noise(500, dim, seed=seed) @ mixing.T / dim
+    mean, factor = triangular_regression(rows)
+    torch.testing.assert_close(mean, rows.mean(0))
+    torch.testing.assert_close(factor, cholesky(rows), rtol=1e-3, atol=1e-3)
+
+
+def test_independent_columns_are_standardised() -> None:
+    rows = noise(400, 4) * torch.tensor([0.5, 1.0, 2.0, 1.0])
+    _, factor = triangular_regression(rows)
+    torch.testing.assert_close(factor, rows.std(0).diag())
+
+
+def test_a_column_of_few_values_is_not_smeared() -> None:
+    rows = sharp(1000)
+    rows[:, 1] = rows[:, 1].round()
+    _, factor = triangular_regression(rows)
+    assert factor[1].tolist() == [0.0, pytest.approx(float(rows[:, 1].std())), 0.0]
+    assert abs(factor[2, 0]) > 0.1
+
+
+def test_columns_that_follow_from_others_leave_a_scale() -> None:
+    rows = sharp(300)[:, [0, 1, 1, 2]]
+    mean, factor = triangular_regression(rows)
+    residuals = torch.linalg.solve_triangular(factor, (rows - mean).T, upper=False)
+    assert residuals.isfinite().all()
+    assert factor.diagonal().min() >= 1e-3
+    assert factor.abs().max() < 10
+
+
+def test_more_columns_than_rows_are_left_alone() -> None:
+    _, factor = triangular_regression(noise(20, 40))
+    assert factor.isfinite().all()
+    assert factor.tril(-1).abs().max() == 0
+
+
+def test_a_fit_starts_as_the_normal_distribution_of_its_columns() -> None:
+    model = MAF(3, num_layers=2, hidden_dims=[8], linear=True)
+    result = fit(model, sharp(2000), learning_rate=1e-12, max_epochs=1, progress=False)
+    new = sharp(2000, seed=1)
+    entropy = 1.5 * (1 + math.log(2 * math.pi)) - math.log(200)
+    assert float(result.score(new).mean()) == pytest.approx(-entropy, abs=0.05)
+
+
+def test_rows_count_as_often_as_their_weights_say() -> None:
+    rows = torch.cat([sharp(200), noise(200, 3)])  # of which the latter are independent, and do not count
+    model = MAF(3, num_layers=1, hidden_dims=[8], linear=True)
+    weights = (torch.arange(400) < 200).double()
+    fit(model, rows, weights=weights, learning_rate=1e-12, max_epochs=1, progress=False)
+    assert model.linear is not None
+    assert model.linear.log_diagonal.tolist() == pytest.approx([0.0, math.log(0.1), math.log(0.05 / 2**0.5)], abs=0.15)
+
+
+def test_a_fit_with_a_context_and_angles_starts_there_too() -> None:
+    rows = torch.cat([noise(200, 1) % 6.28 - 3.14, sharp(200)[:, :2]], 1)
+    result = fit(rows, context=noise(200, 1, seed=1), support=["angle", "real", "real"], max_epochs=1, progress=False)
+    assert result.score(rows, noise(200, 1, seed=1)).isfinite().all()
+    conditional = ConditionalNSF(3, 1, num_layers=1, hidden_dims=[8], linear=True)
+    fit(conditional, sharp(200), context=noise(200, 1), learning_rate=1e-12, max_epochs=1, progress=False)
+    linear = next(layer for layer in conditional.modules() if isinstance(layer, LowerTriangularAffine))
+    assert float(linear.log_diagonal.detach()[1]) < -1.5
