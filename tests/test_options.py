@@ -40,7 +40,8 @@ MASKED = {**NETWORK, "degrees": "sequential", "seed": 0}
 NETWORK_OF_LAYER = {**MASKED, "order": None}
 LAYER = {**NETWORK_OF_LAYER, "univariate": "affine"}
 STACK = {"num_layers": 5, "order": "reverse", "batch_norm": False}
-FLOW = {**MASKED, **STACK, "univariate": "affine"}
+MASKED_STACK = {**MASKED, **STACK, "linear": False}
+FLOW = {**MASKED_STACK, "univariate": "affine"}
 COUPLING = {**NETWORK, "mask": None, "univariate": "affine", "networks": "joint"}
 AFFINE = {**NETWORK, "loc": None, "scale_tril": None}
 PRIOR = {
@@ -63,7 +64,7 @@ WITH_CONTEXT_DIM: dict[type, dict[str, Any]] = {
     IAF: FLOW,
     RealNVP: {**NETWORK, **STACK, "univariate": "affine", "networks": "joint", "seed": 0},
     MADEMoG: {**NETWORK_OF_LAYER, "num_components": 10},
-    MAFMoG: {**MASKED, **STACK, "num_components": 10},
+    MAFMoG: {**MASKED_STACK, "num_components": 10},
     MixtureFlow: {**FLOW, "univariate": "spline", "num_components": 1, "num_beside": 0},
     transforms.MaskedAutoregressive: LAYER,
     transforms.InverseAutoregressive: LAYER,

@@ -22,8 +22,8 @@ class MAFMoG(FlowOnBase):
     Args:
         input_dim: D.
         num_components: K, the number of components of each of the base's conditionals.
-        num_layers, hidden_dims, activation, order, batch_norm, degrees, seed: As in `MAF`; the base's network has the
-            same widths, activation and degrees.
+        num_layers, hidden_dims, activation, order, batch_norm, linear, degrees, seed: As in `MAF`; the base's network
+            has the same widths, activation and degrees.
         context_dim: Number of context features, 0 for none. `ConditionalMAFMoG` is the form to use with a context.
 
     Attributes:
@@ -66,7 +66,7 @@ class ConditionalMAFMoG(ConditionalDensityForm):
 
     Args:
         input_dim, context_dim: As there.
-        num_components, num_layers, hidden_dims, activation, order, batch_norm, degrees, seed: As in `MAFMoG`.
+        num_components, num_layers, hidden_dims, activation, order, batch_norm, linear, degrees, seed: As in `MAFMoG`.
 
     Example:
         >>> density = ConditionalMAFMoG(3, 2, num_layers=2, hidden_dims=[16])

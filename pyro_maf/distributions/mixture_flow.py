@@ -36,7 +36,7 @@ class MixtureFlow(FlowOnBase):
         input_dim: D.
         num_components: K, the number of components of the base; `base.start_at` chooses another.
         num_beside: Number of components of the mixture beside the flow, 0 for none; `put_beside` sets it.
-        num_layers, order, batch_norm, univariate, hidden_dims, activation, degrees, seed: As in `NSF`.
+        num_layers, order, batch_norm, linear, univariate, hidden_dims, activation, degrees, seed: As in `NSF`.
         context_dim: Number of context features, 0 for none. Given them the base is a mixture of linear regressions.
 
     Attributes:
@@ -145,7 +145,7 @@ class ConditionalMixtureFlow(ConditionalDensityForm):
 
     Args:
         input_dim, context_dim: As there.
-        num_components, num_layers, hidden_dims, activation, order, batch_norm, degrees, univariate, seed: As in
+        num_components, num_layers, hidden_dims, activation, order, batch_norm, linear, degrees, univariate, seed: As in
             `MixtureFlow`.
         num_beside: 0, as no mixture stands beside a flow with a context.
 

@@ -18,8 +18,9 @@ from pyro_maf.sweep import OneThread
 from pyro_maf.tables import MappedRows, Rows
 from pyro_maf.tables.mixture import Mixture, fit_mixture
 from pyro_maf.tables.rows import mean_and_error
-from pyro_maf.training.preparation import FENCE, Fitted, Prepared
+from pyro_maf.training.preparation import Fitted, Prepared
 from pyro_maf.training.scores import log_prob_of
+from pyro_maf.training.start import FENCE
 from pyro_maf.transforms import Flow
 
 __all__ = ["Baseline", "Comparison", "compare", "fitted_rows", "with_mixture"]

@@ -18,23 +18,21 @@ from pyro_maf.distributions import (
     FlowPrior,
     TableDensity,
 )
-from pyro_maf.distributions.angle_flow import AngleFlow
 from pyro_maf.distributions.context_net import ContextNet
 from pyro_maf.distributions.data_units import float32_holds, float32_reaches
-from pyro_maf.distributions.mixture_flow import MixtureFlow
 from pyro_maf.distributions.steps import dequantised
 from pyro_maf.support import Support
 from pyro_maf.tables import MappedRows, Reader, Rows, rows_of
 from pyro_maf.tables.layout import TableLike
 from pyro_maf.tables.named_rows import NamedRows, named_rows
 from pyro_maf.tables.reader import Labels
-from pyro_maf.tables.regression import triangular_regression
-from pyro_maf.tables.rows import hash_rows, in_proportion, repeat_as_a_whole
+from pyro_maf.tables.rows import hash_rows, repeat_as_a_whole
 from pyro_maf.tables.table import Table
 from pyro_maf.tables.units import Moments, Units, units_of
 from pyro_maf.training.kinds import Kinds, grids_of
 from pyro_maf.training.parts import Aside, divide, fractions_of, without_far_rows
 from pyro_maf.training.screening import screen_data
+from pyro_maf.training.start import start_at
 from pyro_maf.training.state import WEIGHT_DECAY
 from pyro_maf.transforms import ConditionalFlow, Flow
 
@@ -49,8 +47,6 @@ MENTIONED = 0.01
 COARSE = 0.05
 MOST_COPIES, COPIED_ROWS = 8, 2048
 """Copies of a validation row, with other noise, up to some number of rows: so few are soon scored."""
-FENCE = 10.0
-"""Standard deviations beyond which a value counts as this for the start, as it does for the units."""
 
 
 class Recipe(NamedTuple):
@@ -216,7 +212,7 @@ def prepare(
     density = _in_units(choice, units, kinds, sample, leaves=leaves, seed=seed)
     is_new = not isinstance(model, FITTED)
     if is_new:
-        _start(density, sample, seed, of_mixture=recipe.starts)
+        start_at(density, sample, seed, of_mixture=recipe.starts)
     prior = density.unwrapped
     in_tails = of_units.reaching(unconstrained) if is_new else []
     reach = (of_units if is_new else Units(*of_data)).reach
@@ -364,36 +360,6 @@ def _in_units(
     if leaves:
         prior.units.widen()
     return density if kinds.are_plain else kinds.around(prior, training, seed)
-
-
-def _start(density: Fitted, training: Rows, seed: int, *, of_mixture: bool) -> None:
-    """Start the linear layer of a model at the regressions of training rows, or its base at a mixture of them.
-
-    The rows are all or some, with numbers anywhere in their steps.
-    """
-    inner = density.unwrapped
-    prior = inner.prior if isinstance(inner, TableDensity) else inner
-    model = prior.model.flow if isinstance(prior.model, AngleFlow) else prior.model
-    linear = getattr(model, "linear", None)
-    if linear is None and not (of_mixture and isinstance(model, MixtureFlow)):
-        return
-    rows = training.rounded_for(inner)
-    values, context = rows.data, rows.context
-    if isinstance(inner, TableDensity):
-        values, context = rows.data[:, inner.numeric], inner.parts(rows.data, context)[1]
-        values = dequantised(values, inner.steps.spacing, torch.Generator().manual_seed(seed))
-    # What a network says of a context, it does not yet say before it is trained.
-    seen = None if context is None or prior.context_net is not None else prior.features(context)
-    z = prior.standardised(values)
-    if isinstance(prior.model, AngleFlow):
-        z, seen = prior.model.for_flow(z, seen)
-    z = z.clamp(-FENCE, FENCE)
-    if linear is not None:
-        some = slice(None) if rows.weights is None else in_proportion(rows.weights, len(z))
-        linear.become(*triangular_regression(z[some]))
-    elif isinstance(model, MixtureFlow):
-        seen = seen if seen is None or seen.shape[1] == model.context_dim else None
-        model.base.start_at(z, rows.weights, None if seen is None else seen.clamp(-FENCE, FENCE))
 
 
 def _on_repeats(rows: Rows | MappedRows, repeats: int) -> list[str]:
