@@ -370,6 +370,13 @@ def test_steps_shorten_at_a_constant_rate(make: Any, local: bool) -> None:
         assert by_hand(optimizers[1], other, 1_000) == pytest.approx(2.0**-10 * 1_000, rel=1e-3)
 
 
+def test_steps_with_an_encoder_stay_whole() -> None:
+    guide = AutoIAF(by_row, encoder=lambda y: y[:, None], create_plates=lambda y: pyro.plate("rows", len(y)), **SMALL)
+    guide(torch.zeros(3))
+    weight = next(guide.parameters())
+    assert by_hand(torch.optim.SGD([weight], lr=2.0**-10), weight, 1_000) == pytest.approx(2.0**-10 * 1_000, rel=1e-3)
+
+
 def test_a_copy_begins_with_whole_steps_again() -> None:
     guide = AutoIAF(counting, **SMALL)
     guide()

@@ -73,7 +73,8 @@ class AutoFlow(GuideSetUp):
     def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Draw every latent site; return the values by name."""
         self._set_up_once(*args, **kwargs)
-        self._stored.register(self._who, self._stored_modules())
+        # With an encoder there may always be new data to learn from.
+        self._stored.register(self._who, self._stored_modules(), anneals=not self.is_amortised)
         self._create_plates(*args, **kwargs)
         latent = self.sample_latent(*args, **kwargs)
         return self._sites_at(latent, self.plates, *args, **kwargs)
@@ -203,7 +204,8 @@ class AutoIAF(AutoFlow):
     written centred, whatever their data.
 
     Steps of optimizers shorten with their number: step n + 1 moves the weights by 1 / sqrt(1 + n / 500) of what the
-    optimizer would, so that a guide settles at a constant learning rate. `fit_guide` has a schedule of its own.
+    optimizer would, so that a guide settles at a constant learning rate. With an encoder they stay whole, as there may
+    always be new data; `fit_guide` has a schedule of its own.
 
     Args:
         model: A Pyro model.

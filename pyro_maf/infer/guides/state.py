@@ -182,13 +182,13 @@ class StoredWeights:
             if name.startswith(prefix) and self._is_loaded(value)
         }
 
-    def register(self, who: str, modules: Modules) -> None:
-        """Load weights from the store, enter all weights, register the parameters with Pyro, and anneal them.
+    def register(self, who: str, modules: Modules, *, anneals: bool) -> None:
+        """Load weights from the store, enter all weights, register the parameters with Pyro, and perhaps anneal them.
 
         Raises:
             ValueError: As `load`.
         """
-        if not self._is_annealed:
+        if anneals and not self._is_annealed:
             anneal(weight.tensor for weight in self._weights(modules) if weight.is_registered)
             self._is_annealed = True
         if pyro.settings.get("module_local_params"):
