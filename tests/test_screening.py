@@ -201,7 +201,7 @@ def test_the_command_says_them_by_name_and_the_report_shows_them(tmp_path: Path)
         twice=lambda frame: 2 * frame["height"], dose=np.exp(3 * normal(1)[:, 0])
     )
     frame.to_csv(tmp_path / "rows.csv", index=False)
-    command = ["fit", str(tmp_path / "rows.csv"), "--context", "dose", "--num-layers", "1", "--max-epochs", "2"]
+    command = ["fit", str(tmp_path / "rows.csv"), "--context", "dose", "--flow", "maf", "--max-epochs", "2"]
     done = CliRunner().invoke(app, [*command, "--folder", str(tmp_path / "out")])
     assert done.exit_code == 0
     lines = [

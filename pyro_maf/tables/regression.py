@@ -19,11 +19,10 @@ LEAST_SCALE = 1e-3
 
 
 def triangular_regression(rows: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Mean m and lower triangular L of rows y = m + L r, with residuals r of mean 0 and variance 1.
+    r"""Location m and lower triangular L of rows y = m + L r, with r_i a residual of variance 1, or y_i itself.
 
     Column i is regressed on all before it if the entropy of its leave-one-out residual is lower than its own, by at
-    least 0.1 nats or 2 / sqrt(N); else r_i is the column itself, standardised. Both entropies are Vasicek's estimate,
-    by spacings.
+    least 0.1 nats or 2 / sqrt(N). Both entropies are Vasicek's estimate, by spacings.
 
     Args:
         rows: Rows (N, D), in units in which they are of about 1.
@@ -36,7 +35,7 @@ def triangular_regression(rows: Tensor) -> tuple[Tensor, Tensor]:
     Example:
         >>> x = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         >>> x[:, 1] = x[:, 0] + x[:, 1] / 10
-        >>> mean, factor = triangular_regression(x)
+        >>> loc, factor = triangular_regression(x)
         >>> [[round(entry, 1) for entry in row] for row in factor.tolist()]
         [[1.0, 0.0], [1.0, 0.1]]
 
@@ -56,11 +55,12 @@ def triangular_regression(rows: Tensor) -> tuple[Tensor, Tensor]:
     unseen = diagonal * orthogonal / (1 - leverage).clamp(min=RIDGE)
     falls = _entropy(centred) - _entropy(unseen) >= max(LEAST_GAIN, BY_CHANCE / math.sqrt(count))
     falls[0] = False
-    # Rows of the unit triangular map from columns to residuals.
-    to_residuals = diagonal[:, None] * torch.linalg.inv(triangle).T
-    to_residuals = torch.where(falls[:, None], to_residuals, torch.eye(dim, dtype=centred.dtype))
-    scale = (centred @ to_residuals.T).std(0).clamp(min=LEAST_SCALE)
-    return mean, torch.linalg.solve_triangular(to_residuals, scale.diag(), upper=False)
+    # The unit triangular map from columns to residuals.
+    unscaled = torch.where(falls[:, None], diagonal[:, None] * torch.linalg.inv(triangle).T, torch.eye(dim).double())
+    scale = torch.where(falls, (centred @ unscaled.T).std(0).clamp(min=LEAST_SCALE), 1.0)
+    intercept = torch.where(falls, unscaled @ mean, 0.0)
+    both = torch.linalg.solve_triangular(unscaled, torch.cat([intercept[:, None], scale.diag()], 1), upper=False)
+    return both[:, 0], both[:, 1:]
 
 
 def _entropy(columns: Tensor) -> Tensor:

@@ -129,6 +129,12 @@ class Flow(Savable, Observed, TransformModule):
     def _inv_call(self, y: Tensor) -> Tensor:
         return self._through("y", y, inverse=True)
 
+    def _call(self, x: Tensor) -> Tensor:
+        return self.forward_and_log_det(x)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.inverse_and_log_det(y)[0]
+
     def _through(self, role: str, value: Tensor, *, inverse: bool) -> Tensor:
         value = self._checked(role, value, self._like())
         caches = self._caches()
