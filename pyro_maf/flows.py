@@ -103,12 +103,12 @@ class _AutoregressiveStack(Stack):
         ]
         members = _with_batch_norm(layers, batch_norm)
         if linear:
-            members.insert(-1, LowerTriangularAffine(input_dim))
+            members.insert(num_layers // 2 * (1 + batch_norm), LowerTriangularAffine(input_dim))
         super().__init__(members)
 
     @property
     def linear(self) -> LowerTriangularAffine | None:
-        """The linear layer next to that at the data, if any."""
+        """The linear layer, if any."""
         return next((layer for layer in self if isinstance(layer, LowerTriangularAffine)), None)
 
 
@@ -126,8 +126,9 @@ class MAF(_AutoregressiveStack):
         order: "reverse": natural in the layer next to the data, and reversed from layer to layer; "random"; one
             permutation for all layers; or a permutation for each, noise to data.
         batch_norm: Put a `BatchNorm` after every layer, seen from the data.
-        linear: Put a `LowerTriangularAffine` after the layer next to the data, seen from there. `fit` starts it at the
-            regression of each column on those before it: what is linear, networks need not learn.
+        linear: Put a `LowerTriangularAffine` in the middle. `fit` starts it at the regression of each column on those
+            before it: what is linear, the layers on its noise side need not learn, and those at the data see the
+            columns as they are.
         context_dim: Number of context features; 0 for none. `ConditionalMAF` is the form to use with a context.
         univariate: f, the map of each dimension: "affine", "spline" or a map of `pyro_maf.univariate`.
         degrees: Degrees of the hidden units, "sequential" or "random".
