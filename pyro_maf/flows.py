@@ -197,8 +197,8 @@ class IAF(_AutoregressiveStack):
     exp(alpha_i(x_<i)) + mu_i(x_<i). Starts as the identity.
 
     Args:
-        input_dim, num_layers, hidden_dims, activation, order, batch_norm, linear, context_dim, univariate, degrees,
-            seed: As in `MAF`; so are shapes and errors.
+        input_dim, num_layers, hidden_dims, activation, order, batch_norm, linear, context_dim: As in `MAF`.
+        univariate, degrees, seed: Likewise; so are shapes and errors.
 
     Cost:
         `flow(x)`, sampling and the density of its own samples: one dense pass a layer. `flow.inv(y)` and the density of
