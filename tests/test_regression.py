@@ -77,6 +77,15 @@ def test_a_fit_starts_as_the_normal_distribution_of_its_columns() -> None:
     assert float(result.score(new).mean()) == pytest.approx(-entropy, abs=0.05)
 
 
+def test_a_linear_layer_that_was_trained_is_not_begun_anew() -> None:
+    model = MAF(3, num_layers=1, hidden_dims=[8], linear=True)
+    assert model.linear is not None
+    factor = torch.eye(3) + torch.ones(3, 3).tril(-1) / 4
+    model.linear.become(torch.zeros(3), factor)
+    fit(model, sharp(200), learning_rate=1e-12, max_epochs=1, progress=False)
+    torch.testing.assert_close(model.linear.below.detach(), torch.full((3,), 0.25))
+
+
 def test_rows_count_as_often_as_their_weights_say() -> None:
     rows = torch.cat([sharp(200), noise(200, 3)])  # of which the latter are independent, and do not count
     model = MAF(3, num_layers=1, hidden_dims=[8], linear=True)

@@ -27,12 +27,14 @@ def start_at(
 ) -> None:
     """Start the linear layer of a model at the regressions of training rows, or its base at a mixture of them.
 
-    The rows are all or some, with numbers anywhere in their steps.
+    The rows are all or some, with numbers anywhere in their steps. A linear layer that is no identity stays.
     """
     inner = density.unwrapped
     prior = inner.prior if isinstance(inner, TableDensity) else inner
     model = prior.model.flow if isinstance(prior.model, AngleFlow) else prior.model
     linear = getattr(model, "linear", None)
+    if linear is not None and any(map(torch.any, linear.parameters())):
+        return  # trained before, or set by the user
     if linear is None and not (of_mixture and isinstance(model, MixtureFlow)):
         return
     rows = training.rounded_for(inner)
@@ -48,7 +50,7 @@ def start_at(
     z = z.clamp(-FENCE, FENCE)
     if linear is not None:
         some = slice(None) if rows.weights is None else in_proportion(rows.weights, len(z))
-        linear.become(*triangular_regression(z[some]))
+        linear.become(*triangular_regression(z[some].cpu()))
     elif isinstance(model, MixtureFlow):
         seen = seen if seen is None or seen.shape[1] == model.context_dim else None
         model.base.start_at(z, rows.weights, None if seen is None else seen.clamp(-FENCE, FENCE))
