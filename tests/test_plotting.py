@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import matplotlib as mpl
+import pandas as pd
 import pytest
 import torch
 from IPython.core.formatters import PNGFormatter
@@ -345,3 +346,17 @@ def test_log_densities_share_their_bins_and_leave_out_what_is_not_finite():
 def test_bad_arguments_are_refused_in_words(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_figures_take_frames_and_name_their_columns(rows):
+    frame = pd.DataFrame(rows.numpy(), columns=["length", "width", "age"])
+    other = frame.iloc[:, [2, 0, 1]] + 100  # in another order
+    drawn = plotting.pairs(frame, other)
+    assert [axes.get_xlabel() for axes in drawn.axes][-3:] == ["length", "width", "age"]
+    assert torch.equal(torch.from_numpy(drawn.axes[1].collections[0].get_offsets().data).float(), rows[:, :2] + 100)
+    assert titles(plotting.marginals(frame, other)) == titles(plotting.qq(frame)) == ["length", "width", "age"]
+    assert titles(plotting.scatter(frame, {"MAF": rows.tolist()})) == ["Data", "MAF"]
+    assert titles(plotting.noise({"MAF": FlowPrior(MAF(3))}, frame)) == ["MAF"]
+    assert plotting.log_densities({"data": frame["age"]}).axes[0].get_legend_handles_labels()[1] == ["data"]
+    with pytest.raises(TypeError, match="column 'age' of"):
+        plotting.pairs(frame.assign(age="old"), frame)

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
 
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
 from pyro_maf._core.checks import check_positive
 from pyro_maf._core.messages import require
+from pyro_maf.tables.layout import TableLike, is_frame, numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -117,13 +117,15 @@ def new_panels(
     return figure, panels[:count]
 
 
-def some_rows(who: str, name: str, rows: ArrayLike | Tensor, dims: Sequence[int], most: int | None = POINTS) -> Tensor:
-    """Return the columns `dims` of at most `most` rows, on the CPU."""
-    rows = torch.as_tensor(rows).detach().cpu()
-    least = max(dims, default=0) + 1
-    if rows.dim() != 2 or rows.shape[-1] < least:
-        raise ValueError(f"{who} expected {name} of shape (rows, {least} or more), got shape {tuple(rows.shape)}.")
-    return rows[:most, list(dims)]
+def some_rows(
+    who: str, name: str, rows: TableLike, dims: Sequence[int] | None = None, most: int | None = POINTS
+) -> Tensor:
+    """Return the columns `dims`, by default all, of at most `most` rows, on the CPU."""
+    table = numbers(who, name, rows)
+    least = max(dims or (0,)) + 1
+    if table.dim() != 2 or table.shape[-1] < least:
+        raise ValueError(f"{who} expected {name} of shape (rows, {least} or more), got shape {tuple(table.shape)}.")
+    return table[:most] if dims is None else table[:most, list(dims)]
 
 
 def check_by_name(who: str, name: str, value: object) -> None:
@@ -136,12 +138,13 @@ def check_by_name(who: str, name: str, value: object) -> None:
         raise TypeError(f'{who} expected {name} by name, as {{"MAF": ...}}, got {type(value).__name__}.')
 
 
-def dimension_names(who: str, names: Sequence[str] | None, size: int, symbol: str = "x") -> list[str]:
-    """Return the names of the dimensions, by default the symbol with a number."""
-    names = [f"${symbol}_{{{i + 1}}}$" for i in range(size)] if names is None else list(names)
+def dimension_names(who: str, names: Sequence[str] | None, rows: TableLike, size: int, symbol: str = "x") -> list[str]:
+    """Return the names of the dimensions, by default those of the columns or the symbol with a number."""
+    if names is None:
+        names = [str(name) for name in rows] if is_frame(rows) else [f"${symbol}_{{{i + 1}}}$" for i in range(size)]
     if len(names) != size:
         raise ValueError(f"{who} expected {size} names, one for each dimension, got {len(names)}.")
-    return names
+    return list(names)
 
 
 def limits_of(rows: Tensor) -> Window:

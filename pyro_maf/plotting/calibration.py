@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
+from pyro_maf._core.torch_state import reference_tensor
 from pyro_maf.distributions import Density
 from pyro_maf.plotting.axes import (
     COLOURS,
@@ -22,6 +23,7 @@ from pyro_maf.plotting.axes import (
     some_rows,
     styled,
 )
+from pyro_maf.tables.layout import TableLike, numbers, part_of
 from pyro_maf.transforms import Flow
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ QUANTILES = 200
 
 @styled
 def noise(
-    densities: Mapping[str, Flow | Density], data: Tensor, *, dims: tuple[int, int] = (0, 1), title: str = ""
+    densities: Mapping[str, Flow | Density], data: TableLike, *, dims: tuple[int, int] = (0, 1), title: str = ""
 ) -> Figure:
     r"""The noise u = t^-1(y) of data under each model; under a perfect model it is standard normal.
 
@@ -46,7 +48,7 @@ def noise(
 
     Args:
         densities: Densities by name, each a flow, a `FlowPrior`, a `MADEMoG` or a `MAFMoG`.
-        data: Rows (N, D). At most 4,000 of them are drawn.
+        data: Rows (N, D), also a data frame. At most 4,000 of them are drawn.
         dims: The two dimensions of u to show.
 
     Raises:
@@ -63,14 +65,17 @@ def noise(
         Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017, figure 1.
     """
     check_by_name("noise", "densities", densities)
-    some_rows("noise", "data", data, dims)
+    some_rows("noise", "data", part_of(data, slice(1)), dims)
     for density in densities.values():
         if not isinstance(density, (Flow, Density)):
             raise TypeError(f"noise expected flows or densities with a map to noise, got {type(density).__name__}.")
     figure, panels = new_panels(len(densities), title)
     for axes, (name, density) in zip(panels, densities.items(), strict=True):
         with torch.no_grad():
-            u = density.noise(data[:POINTS])
+            rows = part_of(data, slice(POINTS))
+            if isinstance(density, Flow):  # a density reads frames by itself
+                rows = numbers("noise", "data", rows).to(reference_tensor(density))
+            u = density.noise(cast(Tensor, rows))
         dots(axes, some_rows("noise", name, u, dims), COLOURS[0])
         _circles(axes)
         label(axes, name, dims, "u", ((-4.5, 4.5), (-4.5, 4.5)))
@@ -79,7 +84,7 @@ def noise(
 
 
 @styled
-def pit(u: Tensor, *, names: Sequence[str] | None = None, columns: int = 3, title: str = "") -> Figure:
+def pit(u: TableLike, *, names: Sequence[str] | None = None, columns: int = 3, title: str = "") -> Figure:
     r"""Probability integral transforms: a histogram of Phi(u_i) for each dimension of the noise of data.
 
     Under a perfect model Phi(u_i) is uniform. The band then contains 95 % of the bars: two standard errors of a
@@ -88,7 +93,7 @@ def pit(u: Tensor, *, names: Sequence[str] | None = None, columns: int = 3, titl
 
     Args:
         u: Noise of the data, (N, D), of the dimensions to show, as in `noise`.
-        names: Names of the dimensions.
+        names: Names of the dimensions, by default those of the columns of a data frame.
         columns: Maximum number of panels side by side.
 
     Raises:
@@ -102,10 +107,9 @@ def pit(u: Tensor, *, names: Sequence[str] | None = None, columns: int = 3, titl
     Reference:
         Dawid, *Statistical Theory: The Prequential Approach*, 1984.
     """
-    size = torch.as_tensor(u).shape[-1]
-    uniform = torch.special.ndtr(some_rows("pit", "u", u, range(size), most=None).double())
-    names = dimension_names("pit", names, size, "u")
-    total = len(uniform)
+    uniform = torch.special.ndtr(some_rows("pit", "u", u, most=None).double())
+    total, size = uniform.shape
+    names = dimension_names("pit", names, u, size, "u")
     bins = max(4, min(MOST_BINS, total // ROWS_IN_A_BIN))
     margin = 2 * math.sqrt((bins - 1) / total)
     heights = [torch.histc(column, bins, 0, 1).max() * bins / total for column in uniform.T]
@@ -122,7 +126,7 @@ def pit(u: Tensor, *, names: Sequence[str] | None = None, columns: int = 3, titl
 
 
 @styled
-def qq(u: Tensor, *, names: Sequence[str] | None = None, columns: int = 3, title: str = "") -> Figure:
+def qq(u: TableLike, *, names: Sequence[str] | None = None, columns: int = 3, title: str = "") -> Figure:
     r"""Quantiles of each dimension of the noise of data against those of the standard normal.
 
     Under a perfect model they lie on the diagonal. The band is two standard errors of a quantile on either side,
@@ -139,11 +143,11 @@ def qq(u: Tensor, *, names: Sequence[str] | None = None, columns: int = 3, title
         >>> [axes.get_title() for axes in figure.axes]
         ['height', 'weight']
     """
-    size = torch.as_tensor(u).shape[-1]
-    u = some_rows("qq", "u", u, range(size), most=None).double()
-    names = dimension_names("qq", names, size, "u")
-    places, normal, error = _normal_order(len(u))
-    observed = u.sort(0).values[places]
+    ordered = some_rows("qq", "u", u, most=None).double().sort(0).values
+    total, size = ordered.shape
+    names = dimension_names("qq", names, u, size, "u")
+    places, normal, error = _normal_order(total)
+    observed = ordered[places]
     edge = max(2.0, float(normal[-1])) + 1
     figure, panels = new_panels(size, title, height=2.3, of="dimension", columns=columns)
     for i, (axes, name) in enumerate(zip(panels, names, strict=True)):

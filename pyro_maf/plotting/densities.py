@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf.plotting.axes import COLOURS, GREY, Window, check_by_name, edges_of, histogram, label, new_panels, styled
+from pyro_maf.tables.layout import TableLike, numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,7 +66,7 @@ def contours(densities: Mapping[str, HasLogProb], window: Window, *, title: str 
 
 
 @styled
-def log_densities(heights: Mapping[str, Tensor], *, title: str = "") -> Figure:
+def log_densities(heights: Mapping[str, TableLike], *, title: str = "") -> Figure:
     """Histograms of log-densities of rows, for instance of data and of samples, in the same bins.
 
     If a model has learnt the data's density, its samples and the data have the same distribution of log-densities.
@@ -83,7 +84,8 @@ def log_densities(heights: Mapping[str, Tensor], *, title: str = "") -> Figure:
         'log-density in nats'
     """
     check_by_name("log_densities", "heights", heights)
-    finite = {name: value[value.isfinite()].detach().cpu().double() for name, value in heights.items()}
+    tables = {name: numbers("log_densities", name, value).double() for name, value in heights.items()}
+    finite = {name: value[value.isfinite()] for name, value in tables.items()}
     if not all(map(len, finite.values())) or not finite:
         raise ValueError("log_densities expected finite log-densities of at least one row of each, got none.")
     first = next(iter(finite.values()))

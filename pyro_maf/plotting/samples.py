@@ -14,6 +14,7 @@ from pyro_maf.plotting.axes import (
     COLOURS,
     DARK,
     GREY,
+    POINTS,
     Window,
     bins_of,
     check_by_name,
@@ -27,6 +28,7 @@ from pyro_maf.plotting.axes import (
     some_rows,
     styled,
 )
+from pyro_maf.tables.layout import TableLike, is_frame
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +38,9 @@ __all__ = ["image_grid", "marginals", "pairs", "scatter"]
 
 
 @styled
-def scatter(data: Tensor, samples: Mapping[str, Tensor], *, dims: tuple[int, int] = (0, 1), title: str = "") -> Figure:
+def scatter(
+    data: TableLike, samples: Mapping[str, TableLike], *, dims: tuple[int, int] = (0, 1), title: str = ""
+) -> Figure:
     """Data beside each model's samples, in two of their dimensions, on the same axes.
 
     Args:
@@ -64,7 +68,7 @@ def scatter(data: Tensor, samples: Mapping[str, Tensor], *, dims: tuple[int, int
 
 @styled
 def marginals(
-    data: Tensor, samples: Tensor, *, names: Sequence[str] | None = None, columns: int = 3, title: str = ""
+    data: TableLike, samples: TableLike, *, names: Sequence[str] | None = None, columns: int = 3, title: str = ""
 ) -> Figure:
     """The histogram of each dimension, data under samples of one model, in the same bins.
 
@@ -83,13 +87,8 @@ def marginals(
         >>> [axes.get_title() for axes in figure.axes]
         ['height', 'weight']
     """
-    size = torch.as_tensor(data).shape[-1]
-    data, samples = (
-        some_rows("marginals", name, rows, range(size), most=None)
-        for name, rows in (("data", data), ("samples", samples))
-    )
-    names = dimension_names("marginals", names, size)
-    figure, panels = new_panels(size, title, height=1.8, of="dimension", columns=columns)
+    data, samples, names = _compared("marginals", data, samples, names, most=None)
+    figure, panels = new_panels(len(names), title, height=1.8, of="dimension", columns=columns)
     for i, (axes, name) in enumerate(zip(panels, names, strict=True)):
         edges = bins_of(data[:, i], samples[:, i])
         histogram(axes, data[:, i], edges, GREY, filled=True, name="" if i else "data")
@@ -101,13 +100,13 @@ def marginals(
 
 
 @styled
-def pairs(data: Tensor, samples: Tensor, *, names: Sequence[str] | None = None, title: str = "") -> Figure:
+def pairs(data: TableLike, samples: TableLike, *, names: Sequence[str] | None = None, title: str = "") -> Figure:
     """Every pair of dimensions, data over samples of one model, with the histogram of each dimension.
 
     Args:
         data: Rows (N, D), of the few dimensions to show.
         samples: Rows (M, D). At most 4,000 of either are drawn.
-        names: Names of the dimensions.
+        names: Names of the dimensions, by default those of the columns of a data frame.
 
     Raises:
         ValueError: For rows of another shape, or if there are not D names.
@@ -117,11 +116,8 @@ def pairs(data: Tensor, samples: Tensor, *, names: Sequence[str] | None = None, 
         >>> len(figure.axes)
         6
     """
-    size = torch.as_tensor(data).shape[-1]
-    data, samples = (
-        some_rows("pairs", name, rows, range(size)) for name, rows in (("data", data), ("samples", samples))
-    )
-    names = dimension_names("pairs", names, size)
+    data, samples, names = _compared("pairs", data, samples, names)
+    size = len(names)
     figure = new_figure(1.6 * size + 0.6, 1.6 * size + 0.3, title)
     grid = figure.subplots(size, size, squeeze=False)
     limits = [limits_of(data[:, [i, i]])[0] for i in range(size)]
@@ -139,7 +135,7 @@ def pairs(data: Tensor, samples: Tensor, *, names: Sequence[str] | None = None, 
 
 
 @styled
-def image_grid(images: Mapping[str, Tensor], *, columns: int = 8, title: str = "") -> Figure:
+def image_grid(images: Mapping[str, TableLike], *, columns: int = 8, title: str = "") -> Figure:
     """Square grey-scale images of each source, side by side, on the grey scale of the first.
 
     Args:
@@ -156,7 +152,10 @@ def image_grid(images: Mapping[str, Tensor], *, columns: int = 8, title: str = "
     """
     check_by_name("image_grid", "images", images)
     check_positive("image_grid", "columns", columns)
-    sheets = {name: _sheet(name, rows, columns) for name, rows in images.items()}
+    sheets = {
+        name: _sheet(name, some_rows("image_grid", name, rows, most=columns**2), columns)
+        for name, rows in images.items()
+    }
     figure, panels = new_panels(len(sheets), title)
     limits: list[float] = []
     for axes, (name, sheet) in zip(panels, sheets.items(), strict=True):
@@ -165,6 +164,17 @@ def image_grid(images: Mapping[str, Tensor], *, columns: int = 8, title: str = "
         axes.set_title(name)
         axes.set_axis_off()
     return figure
+
+
+def _compared(
+    who: str, data: TableLike, samples: TableLike, names: Sequence[str] | None, most: int | None = POINTS
+) -> tuple[Tensor, Tensor, list[str]]:
+    """Rows of data and samples with as many dimensions, and their names; columns of frames are matched by name."""
+    rows = some_rows(who, "data", data, most=most)
+    names = dimension_names(who, names, data, rows.shape[-1])
+    if is_frame(data) and is_frame(samples):
+        samples = samples[list(data.columns)]
+    return rows, some_rows(who, "samples", samples, range(len(names)), most), names
 
 
 def _pair(axes: Axes, data: Tensor, samples: Tensor, limits: Window) -> None:
@@ -185,10 +195,10 @@ def _pair(axes: Axes, data: Tensor, samples: Tensor, limits: Window) -> None:
 def _sheet(name: str, rows: Tensor, columns: int) -> Tensor:
     """Tile images into one, with gaps of NaN, which are drawn white."""
     side = math.isqrt(rows.shape[-1])
-    if rows.dim() != 2 or side * side != rows.shape[-1]:
+    if side * side != rows.shape[-1]:
         raise ValueError(f"image_grid expected {name} of shape (rows, a square number), got shape {tuple(rows.shape)}.")
     sheet = torch.full((columns * (side + 1) - 1, columns * (side + 1) - 1), torch.nan)
-    for index, image in enumerate(rows[: columns**2].detach().cpu().reshape(-1, side, side)):
+    for index, image in enumerate(rows.reshape(-1, side, side)):
         top, left = (side + 1) * (index // columns), (side + 1) * (index % columns)
         sheet[top : top + side, left : left + side] = image
     return sheet
