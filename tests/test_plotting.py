@@ -38,6 +38,10 @@ def result(losses):
     return FitResult(None, tuple(losses), tuple(losses), losses.index(best) + 1, -best, 1.0, "reached max_epochs")
 
 
+def offsets(axes):
+    return torch.from_numpy(axes.collections[0].get_offsets().data).float()
+
+
 def titles(figure):
     return [axes.get_title() for axes in figure.axes if axes.get_title()]
 
@@ -353,10 +357,14 @@ def test_figures_take_frames_and_name_their_columns(rows):
     other = frame.iloc[:, [2, 0, 1]] + 100  # in another order
     drawn = plotting.pairs(frame, other)
     assert [axes.get_xlabel() for axes in drawn.axes][-3:] == ["length", "width", "age"]
-    assert torch.equal(torch.from_numpy(drawn.axes[1].collections[0].get_offsets().data).float(), rows[:, :2] + 100)
+    assert torch.equal(offsets(drawn.axes[1]), rows[:, :2] + 100)
     assert titles(plotting.marginals(frame, other)) == titles(plotting.qq(frame)) == ["length", "width", "age"]
     assert titles(plotting.scatter(frame, {"MAF": rows.tolist()})) == ["Data", "MAF"]
     assert titles(plotting.noise({"MAF": FlowPrior(MAF(3))}, frame)) == ["MAF"]
     assert plotting.log_densities({"data": frame["age"]}).axes[0].get_legend_handles_labels()[1] == ["data"]
     with pytest.raises(TypeError, match="column 'age' of"):
         plotting.pairs(frame.assign(age="old"), frame)
+    assert torch.equal(offsets(plotting.scatter(frame, {"other": other}).axes[1]), rows[:, :2] + 100)
+    assert titles(plotting.noise({"MADE": MADEMoG(3)}, frame)) == ["MADE"]
+    with pytest.raises(ValueError, match="expected samples with column 'age'"):
+        plotting.pairs(frame, frame[["length", "width"]])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_maf._core.checks import check_positive
 from pyro_maf._core.messages import require
-from pyro_maf.tables.layout import TableLike, is_frame, numbers
+from pyro_maf.tables.layout import Layout, TableLike, numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -141,7 +141,7 @@ def check_by_name(who: str, name: str, value: object) -> None:
 def dimension_names(who: str, names: Sequence[str] | None, rows: TableLike, size: int, symbol: str = "x") -> list[str]:
     """Return the names of the dimensions, by default those of the columns or the symbol with a number."""
     if names is None:
-        names = [str(name) for name in rows] if is_frame(rows) else [f"${symbol}_{{{i + 1}}}$" for i in range(size)]
+        names = Layout.of(rows).labels or [f"${symbol}_{{{i + 1}}}$" for i in range(size)]
     if len(names) != size:
         raise ValueError(f"{who} expected {size} names, one for each dimension, got {len(names)}.")
     return list(names)

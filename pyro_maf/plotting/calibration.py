@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf._core.torch_state import reference_tensor
-from pyro_maf.distributions import Density
+from pyro_maf.distributions import Density, FlowPrior, TableDensity
 from pyro_maf.plotting.axes import (
     COLOURS,
     GREY,
@@ -65,17 +65,18 @@ def noise(
         Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017, figure 1.
     """
     check_by_name("noise", "densities", densities)
-    some_rows("noise", "data", part_of(data, slice(1)), dims)
+    data = part_of(data, slice(POINTS))
+    table = numbers("noise", "data", data)
+    some_rows("noise", "data", table, dims)
     for density in densities.values():
         if not isinstance(density, (Flow, Density)):
             raise TypeError(f"noise expected flows or densities with a map to noise, got {type(density).__name__}.")
     figure, panels = new_panels(len(densities), title)
     for axes, (name, density) in zip(panels, densities.items(), strict=True):
         with torch.no_grad():
-            rows = part_of(data, slice(POINTS))
-            if isinstance(density, Flow):  # a density reads frames by itself
-                rows = numbers("noise", "data", rows).to(reference_tensor(density))
-            u = density.noise(cast(Tensor, rows))
+            # In the units of the data, a density reads tables by itself, and takes the columns that it knows.
+            reads = isinstance(density, (FlowPrior, TableDensity))
+            u = density.noise(cast(Tensor, data) if reads else table.to(reference_tensor(density)))
         dots(axes, some_rows("noise", name, u, dims), COLOURS[0])
         _circles(axes)
         label(axes, name, dims, "u", ((-4.5, 4.5), (-4.5, 4.5)))

@@ -28,7 +28,7 @@ from pyro_maf.plotting.axes import (
     some_rows,
     styled,
 )
-from pyro_maf.tables.layout import TableLike, is_frame
+from pyro_maf.tables.layout import Layout, TableLike
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +57,9 @@ def scatter(
         ['Data', 'MAF']
     """
     check_by_name("scatter", "samples", samples)
-    everything = {name: some_rows("scatter", name, rows, dims) for name, rows in {"Data": data, **samples}.items()}
+    layout = Layout.of(data)
+    picked = {name: layout.pick("scatter", name, rows) for name, rows in samples.items()}
+    everything = {name: some_rows("scatter", name, rows, dims) for name, rows in {"Data": data, **picked}.items()}
     figure, panels = new_panels(len(everything), title)
     limits = limits_of(everything["Data"])
     for index, (axes, (name, rows)) in enumerate(zip(panels, everything.items(), strict=True)):
@@ -169,12 +171,11 @@ def image_grid(images: Mapping[str, TableLike], *, columns: int = 8, title: str 
 def _compared(
     who: str, data: TableLike, samples: TableLike, names: Sequence[str] | None, most: int | None = POINTS
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """Rows of data and samples with as many dimensions, and their names; columns of frames are matched by name."""
+    """Rows of data and samples with as many dimensions, and their names, by which columns with names are matched."""
     rows = some_rows(who, "data", data, most=most)
     names = dimension_names(who, names, data, rows.shape[-1])
-    if is_frame(data) and is_frame(samples):
-        samples = samples[list(data.columns)]
-    return rows, some_rows(who, "samples", samples, range(len(names)), most), names
+    picked = Layout.of(data).pick(who, "samples", samples)
+    return rows, some_rows(who, "samples", picked, range(len(names)), most), names
 
 
 def _pair(axes: Axes, data: Tensor, samples: Tensor, limits: Window) -> None:
