@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Sequence
 from typing import Any, Self, cast
@@ -172,7 +171,7 @@ def saved_guide(
         torch.nonzero(latents.idle).flatten().tolist(),
         prior,
     )
-    guide.coordinates = copy.deepcopy(coordinates)
+    guide.coordinates = None if coordinates is None else coordinates.batched()
     if isinstance(transform, FlowMixture):
         cast("FlowMixture", guide.transform).set_shares(transform.shares)
     for index, part in enumerate(parts):
@@ -194,7 +193,8 @@ def _checked_prior(latents: Latents, transform: Stack, coordinates: Coordinates,
     points = points.reshape(CHECKED, *(1,) * latents.nesting, -1)
     try:
         prior = recorded_prior(latents, coordinates, call, weight.dtype)
-        ours, theirs = (coordinates.images(latents, points, each, strict=True) for each in (Call(prior), call))
+        ours = coordinates.batched().images(latents, points, Call(prior), strict=True)
+        theirs = coordinates.images(latents, points, call, strict=True)
     except (UnrecordedError, *FAILURES, NotImplementedError, TypeError) as error:
         reason = " ".join(str(error).split()) or "as it draws random numbers, or branches on values"
     else:

@@ -24,31 +24,25 @@ Roberts & Skold, *A general framework for the parametrization of hierarchical mo
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
 import torch
-from pyro import poutine
 from pyro.distributions import TorchDistribution
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_maf._core.torch_state import seeded
+from pyro_maf._core.torch_state import is_traced, seeded
 from pyro_maf.infer.models.latents import Images, Latents, Part, masked_elements
 from pyro_maf.infer.models.location_scale import LocationScale, Scale, location_and_scale
-from pyro_maf.infer.models.model import FAILURES, Call, Site
+from pyro_maf.infer.models.model import FAILURES, Call
+from pyro_maf.infer.models.prior_walk import WAYS, run_with, walk
 from pyro_maf.infer.models.supports import entry_map, within_reach
 
-__all__ = ["Coordinates", "coordinates_of", "run_with"]
-
-Rule = Callable[[str, TorchDistribution], Tensor]
-"""The value of a latent site, by its name and its distribution in this run."""
-
-Step = Callable[[Part, Tensor, TorchDistribution | None], tuple[Tensor, tuple[Tensor, Tensor]]]
-"""The value of a site, and the results of its map, by its part of a vector and its distribution, if it has one."""
+__all__ = ["Coordinates", "coordinates_of"]
 
 DEGREE = 0.5
 """Degree of centring before anything is known of the posterior."""
@@ -97,6 +91,7 @@ class Coordinates(nn.Module):
         precision: The matrices P, one after another; zero before anything is known of the posterior.
         normal: Names of sites whose coordinates are normal given all others.
         moving: As in the arguments.
+        way: How the model is run for many draws, one of `WAYS`; by default they are batch dimensions.
     """
 
     degree: Tensor
@@ -111,6 +106,7 @@ class Coordinates(nn.Module):
         super().__init__()
         self.moving = frozenset(moving)
         self.normal: list[str] = []
+        self.way = WAYS[0]
         self._slices: dict[str, slice] = {}
         self._squares: dict[str, slice] = {}
         size = square = 0
@@ -129,6 +125,12 @@ class Coordinates(nn.Module):
         """The sites with a degree of centring, or a support that moves."""
         return [*self._slices, *self.moving]
 
+    def batched(self) -> Coordinates:
+        """Return a copy for a model that takes draws as batch dimensions, whatever that of the original takes."""
+        twin = copy.deepcopy(self)
+        twin.way = WAYS[0]
+        return twin
+
     def images(self, latents: Latents, coordinates: Tensor, call: Call, *, strict: bool = False) -> Images:
         r"""Map coordinates, in the shape that `Latents.split` takes, to the values of all sites.
 
@@ -144,7 +146,7 @@ class Coordinates(nn.Module):
                 log_det = log_det + (log_slope.flatten(-events).sum(-1) if events else log_slope)
             return value, (value, log_det)
 
-        return _along(latents, coordinates, call, strict, outward)
+        return walk(latents, coordinates, call, outward, self.way, strict)
 
     def of_values(
         self, latents: Latents, values: Mapping[str, Tensor], call: Call, *, strict: bool = False
@@ -156,13 +158,12 @@ class Coordinates(nn.Module):
 
         def inward(part: Part, piece: Tensor, fn: TorchDistribution | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
             inside, log_slope = self._inward(part, piece, fn)
-            total = piece.new_zeros(len(piece)) if log_slope is None else log_slope.reshape(len(piece), -1).sum(-1)
-            return latents.mapped(part, piece)[0], (inside.reshape(len(inside), -1), total)
+            return latents.mapped(part, piece)[0], (inside, torch.zeros_like(piece) if log_slope is None else log_slope)
 
-        sites = _along(latents, flat, call, strict, inward)
-        packed = torch.cat([sites[name][0] for name in latents.parts], -1)[:, ~latents.idle]
-        log_slope = torch.stack([total for _, total in sites.values()]).sum(0)
-        return packed.reshape(*batch, -1), log_det + log_slope.reshape(batch)
+        sites = walk(latents, flat, call, inward, self.way, strict)
+        pairs = [[each.reshape(len(flat), -1) for each in sites[name]] for name in latents.parts]
+        packed, log_slopes = (torch.cat(each, -1) for each in zip(*pairs, strict=True))
+        return packed[:, ~latents.idle].reshape(*batch, -1), log_det + log_slopes.sum(-1).reshape(batch)
 
     @torch.no_grad()
     def centre(self, latents: Latents, values: Mapping[str, Tensor], call: Call) -> Tensor:
@@ -172,20 +173,27 @@ class Coordinates(nn.Module):
 
     def priors(self, latents: Latents, values: Mapping[str, Tensor], call: Call) -> dict[str, LocationScale]:
         r"""Location and scale at draws of all sites, (draws, \*site), of the sites with a degree."""
-        priors = {}
+        shapes = {name: (latents.parts[name].shape, latents.parts[name].shape) for name in self._slices}
+        shapes |= {name: (shape, shape + shape[-1:]) for name, (shape, _) in shapes.items() if name in self._squares}
+        found: set[str] = set()
 
-        def value_of(name: str, fn: TorchDistribution) -> Tensor:
-            if name in self._slices and (prior := location_and_scale(fn)) is not None:
-                shape = latents.parts[name].shape
-                lead = (len(values[name]), *(1,) * (latents.nesting - len(latents.parts[name].plates)))
-                loc = prior.loc.expand(lead + shape).reshape(-1, *shape)
-                shape = shape + shape[-1:] if prior.scale.is_matrix else shape
-                scale = prior.scale.tensor.expand(lead + shape).reshape(-1, *shape)
-                priors[name] = LocationScale(loc, Scale(scale, prior.scale.is_matrix))
-            return latents.padded(name, values[name])
+        def prior(part: Part, piece: Tensor, fn: TorchDistribution | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            name, value = part.site["name"], latents.mapped(part, piece)[0]
+            if fn is None or name not in shapes or (prior := location_and_scale(fn)) is None:
+                return value, (piece, piece)
+            found.add(name)
+            of_loc, of_scale = (piece.shape[: piece.dim() - len(part.shape)] + shape for shape in shapes[name])
+            return value, (prior.loc.expand(of_loc), prior.scale.tensor.expand(of_scale))
 
-        run_with(call, latents.parts, value_of)
-        return priors
+        entries = latents.pack(values)[0]
+        flat = entries.reshape(-1, *(1,) * latents.nesting, entries.shape[-1])
+        sites = walk(latents, flat, call, prior, self.way, strict=True)
+        return {
+            name: LocationScale(loc, Scale(scale, name in self._squares))
+            for name, pair in shapes.items()
+            if name in found
+            for loc, scale in [[each.reshape(-1, *shape) for each, shape in zip(sites[name], pair, strict=True)]]
+        }
 
     def settle(self, priors: Mapping[str, LocationScale]) -> None:
         """Take the mean location and scale of draws as the usual ones."""
@@ -284,31 +292,6 @@ def _posterior_scale(scale: Tensor, precision: Tensor) -> Scale:
     return Scale(torch.linalg.solve_triangular(last_first.flip(-2, -1), scale.mT, upper=True).mT, True)
 
 
-def _along(latents: Latents, vectors: Tensor, call: Call, strict: bool, step: Step) -> dict[str, tuple[Tensor, Tensor]]:
-    """Map the sites of vectors, as `Latents.split` takes them, in the order of the model; errors are as in `images`."""
-    pieces = {part.site["name"]: (part, piece) for part, piece in latents.split(vectors)}
-    results: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def value_of(name: str, fn: TorchDistribution | None) -> Tensor:
-        value, results[name] = step(*pieces[name], fn)
-        return value
-
-    try:
-        run_with(call, pieces, value_of)
-    except FAILURES:
-        if strict:
-            raise
-        if vectors.dim() > 1 + latents.nesting and len(vectors) > 1:
-            first, second = (_along(latents, half, call, strict, step) for half in vectors.tensor_split(2))
-            return {
-                name: (torch.cat([one, second[name][0]]), torch.cat([other, second[name][1]]))
-                for name, (one, other) in first.items()
-            }
-    for name in pieces.keys() - results.keys():  # also in a branch of the model without a site
-        value_of(name, None)
-    return results
-
-
 def _lost_to_rounding(loc: Tensor, scale: Scale, residual: Tensor, entries: Tensor) -> Tensor | float:
     """Log-density that a prior does not lose where rounding removes the residual from loc + residual, as a normal's.
 
@@ -317,36 +300,11 @@ def _lost_to_rounding(loc: Tensor, scale: Scale, residual: Tensor, entries: Tens
     """
     rounded = entries - loc
     lost = (rounded - residual).abs() > LOST * residual.abs()
-    if not bool(lost.any()):
+    if not is_traced() and not bool(lost.any()):
         return 0.0
     missing = (scale.solve(rounded).square() - scale.solve(residual).square()) / 2
     lost = lost.any(-1, keepdim=True) if scale.is_matrix else lost
     return torch.where(lost, missing.clamp(min=-FARTHEST, max=0.0), 0.0)
-
-
-class _AllValuedError(Exception):
-    """Raised in a run of a model once all latent sites have values: the rest of it is not needed."""
-
-
-class _Walk(Messenger):
-    """Handler that sets the values of latent sites by a rule, in the order of the model."""
-
-    def __init__(self, names: Collection[str], rule: Rule) -> None:
-        super().__init__()
-        self._missing, self._rule = set(names), rule
-
-    def _pyro_sample(self, msg: Site) -> None:
-        if msg["name"] in self._missing and not msg["is_observed"]:
-            self._missing.remove(msg["name"])
-            msg["value"], msg["done"] = self._rule(msg["name"], msg["fn"]), True
-            if not self._missing:
-                raise _AllValuedError
-
-
-def run_with(call: Call, names: Collection[str], rule: Rule) -> None:
-    """Run a model up to its last latent site, unseen by handlers around, each latent site with a value by a rule."""
-    with poutine.block(), suppress(_AllValuedError), _Walk(names, rule):
-        call()
 
 
 def coordinates_of(call: Call, latents: Latents, moving: Collection[str]) -> Coordinates | None:
@@ -355,7 +313,7 @@ def coordinates_of(call: Call, latents: Latents, moving: Collection[str]) -> Coo
     Also for those whose supports do, which are `moving`.
 
     They are left as they are where rows have vectors of their own, and in a model that has to be run for each draw, or
-    whose prior depends on random numbers that are no part of the vector.
+    whose prior depends on random numbers that are no part of the vector. A model that does not broadcast is mapped.
 
     Cost: a run of the model up to its last latent site if there are no such sites.
     """
@@ -365,16 +323,22 @@ def coordinates_of(call: Call, latents: Latents, moving: Collection[str]) -> Coo
         with seeded(0, latents.idle.device):
             found = _dependent(call, latents)
         correlated = [name for name, is_matrix in found.items() if is_matrix]
-        coordinates = Coordinates(latents, list(found), correlated, moving) if found or moving else None
+        if not found and not moving:
+            return None
+        coordinates = Coordinates(latents, list(found), correlated, moving)
         # Where a prior says nothing, as a gamma distribution of shape 0.001, its median overflows. Scales e^v are tried
         # where a 1 beside their squares is not lost to rounding.
         centre = latents.initial()
         most = math.log(TOLERANCE / torch.finfo(centre.dtype).eps) / 2
         centres = (centre, centre.clamp(-most, most))
-        is_sound = coordinates is not None and any(_is_sound(coordinates, latents, call, each) for each in centres)
-        return coordinates if is_sound else None
     except (*FAILURES, NotImplementedError):
         return None
+    for coordinates.way in WAYS:
+        for each in centres:
+            with suppress(Exception):  # a model not written for a batch may fail in any way
+                if _is_sound(coordinates, latents, call, each):
+                    return coordinates
+    return None
 
 
 def _dependent(call: Call, latents: Latents) -> dict[str, bool]:

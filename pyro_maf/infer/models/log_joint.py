@@ -305,7 +305,8 @@ class LogJoint:
             return self._scored(values, minibatch)
 
     def _mapped(self, values: Values, minibatch: Minibatch, writes: bool = False) -> Tensor:
-        return mapped(lambda one: self._score_of_one(one, minibatch), values, writes=writes)
+        scores, is_valid = mapped(lambda one: self._score_of_one(one, minibatch), values, writes=writes)
+        return torch.where(is_valid, scores, -torch.inf)
 
     def _in_turn(self, values: Values, minibatch: Minibatch, seed: int = 0) -> Tensor:
         scores = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import TypeVar, cast
 from unittest.mock import patch
 
 import torch
@@ -18,6 +18,8 @@ from pyro_maf.infer.models.model import Args, Kwargs
 
 __all__ = ["mapped"]
 
+Results = TypeVar("Results")
+
 COPIES = (torch.clone, Tensor.clone)
 CREATED = (
     *(torch.zeros, torch.ones, torch.empty, torch.full, torch.eye),
@@ -28,22 +30,24 @@ CREATED = (
 
 
 def mapped(
-    score: Callable[[Mapping[str, Tensor]], Tensor], values: Mapping[str, Tensor], *, writes: bool = False
-) -> Tensor:
-    """Return the log-density of each of several draws, (draws,), by one call of a function of a single one.
-
-    Minus infinity where the validation of a distribution would raise.
+    function: Callable[[Mapping[str, Tensor]], Results], values: Mapping[str, Tensor], *, writes: bool = False
+) -> tuple[Results, Tensor]:
+    """Return the results of a function for each of several draws, by one call of that of a single draw.
 
     Args:
-        score: Log-density of one draw, ().
+        function: A function of the value of each site at one draw, to tensors in tuples and dictionaries.
         values: The value of each site, draws along the first dimension.
         writes: True if the function writes into tensors that it creates; each draw then has its own.
+
+    Returns:
+        The results, draws along the first dimension, and a mask over the draws, (draws,): false where the validation
+        of a distribution would raise.
     """
 
-    def of_one(one: Mapping[str, Tensor], zero: Tensor) -> Tensor:
+    def of_one(one: Mapping[str, Tensor], zero: Tensor) -> tuple[Results, Tensor]:
         with _OneDraw(zero if writes else None) as run:
-            total = score(one)
-        return torch.where(run.is_valid, total, -torch.inf)
+            results = function(one)
+        return results, run.is_valid
 
     first = next(iter(values.values()))
     zeros = torch.zeros(len(first), dtype=torch.uint8, device=first.device)

@@ -20,10 +20,11 @@ from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pyro_maf._core.torch_state import seeded
-from pyro_maf.infer.models.coordinates import Coordinates, run_with
+from pyro_maf.infer.models.coordinates import Coordinates
 from pyro_maf.infer.models.latents import Latents
 from pyro_maf.infer.models.location_scale import location_and_scale
 from pyro_maf.infer.models.model import Call
+from pyro_maf.infer.models.prior_walk import run_with
 from pyro_maf.infer.models.recording import UnrecordedError, operations_of
 from pyro_maf.infer.models.supports import bounds_of, support_between
 from pyro_maf.saving import Savable
