@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import repeat
-from typing import TypeAlias, Unpack
+from typing import TypeAlias, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from pyro_maf.transforms import (
 )
 from pyro_maf.transforms.autoregressive import AutoregressiveOptions
 from pyro_maf.transforms.coupling import CouplingOptions
-from pyro_maf.univariate import UnivariateMap
+from pyro_maf.univariate import Affine, UnivariateMap
 
 __all__ = ["IAF", "MAF", "NSF", "ConditionalIAF", "ConditionalMAF", "ConditionalNSF", "ConditionalRealNVP", "RealNVP"]
 
@@ -102,14 +102,29 @@ class _AutoregressiveStack(Stack):
             for index, layer_order in enumerate(orders)
         ]
         members = _with_batch_norm(layers, batch_norm)
+        added: list[Flow] = []
         if linear:
-            members.insert(num_layers // 2 * (1 + batch_norm), LowerTriangularAffine(input_dim))
+            added.append(LowerTriangularAffine(input_dim))
+            if context_dim := layer.get("context_dim", 0):
+                added.append(self.layer_class(input_dim, hidden_dims=(), context_dim=context_dim))
+        middle = num_layers // 2 * (1 + batch_norm)
+        members[middle:middle] = added
         super().__init__(members)
+        self._linear = slice(middle, middle + len(added))
 
     @property
-    def linear(self) -> LowerTriangularAffine | None:
-        """The linear layer, if any."""
-        return next((layer for layer in self if isinstance(layer, LowerTriangularAffine)), None)
+    def linear(self) -> list[Flow]:
+        """The linear layers, if any: a `LowerTriangularAffine` and, with a context, a layer without hidden units."""
+        return list(self)[self._linear]
+
+    @torch.no_grad()
+    def become_linear(self, loc: Tensor, scale_tril: Tensor, slopes: Tensor) -> None:
+        """Set the linear layers to y = loc + scale_tril x + slopes c, with slopes (D, C); C may be 0."""
+        of_columns, *of_context = self.linear
+        cast(LowerTriangularAffine, of_columns).become(loc, scale_tril)
+        for layer in of_context if slopes.numel() else ():
+            last = cast(MaskedAutoregressive, layer).made.context_layers[-1]
+            cast(Tensor, last.weight)[:: Affine.num_parameters].copy_(slopes)
 
 
 class MAF(_AutoregressiveStack):
@@ -126,9 +141,9 @@ class MAF(_AutoregressiveStack):
         order: "reverse": natural in the layer next to the data, and reversed from layer to layer; "random"; one
             permutation for all layers; or a permutation for each, noise to data.
         batch_norm: Put a `BatchNorm` after every layer, seen from the data.
-        linear: Put a `LowerTriangularAffine` in the middle. `fit` starts it at the regression of each column on those
-            before it: what is linear, the layers on its noise side need not learn, and those at the data see the
-            columns as they are.
+        linear: Put a `LowerTriangularAffine` in the middle and, with a context, a layer without hidden units. `fit`
+            starts them at the regression of each column on the context and the columns before it: what is linear, the
+            layers on their noise side need not learn, and those at the data see the columns as they are.
         context_dim: Number of context features; 0 for none. `ConditionalMAF` is the form to use with a context.
         univariate: f, the map of each dimension: "affine", "spline" or a map of `pyro_maf.univariate`.
         degrees: Degrees of the hidden units, "sequential" or "random".

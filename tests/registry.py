@@ -166,6 +166,9 @@ REGISTRY: dict[str, Builder] = {
     ),
     "ConditionalMAF": lambda a: ConditionalMAF(a.input_dim, a.context_dim, **a.stack),
     "ConditionalNSF": lambda a: ConditionalNSF(a.input_dim, a.context_dim, **a.stack),
+    "ConditionalNSF linear": lambda a: ConditionalNSF(  # three layers
+        a.input_dim, a.context_dim, linear=True, **{**a.stack, "num_layers": 1}
+    ),
     "ConditionalIAF": lambda a: ConditionalIAF(a.input_dim, a.context_dim, **a.stack),
     "ConditionalRealNVP": lambda a: ConditionalRealNVP(a.input_dim, a.context_dim, networks="separate", **a.stack),
 }

@@ -29,19 +29,23 @@ def sharp(count: int, seed: int = 0) -> Tensor:
     return torch.stack([x[:, 0], x[:, 0] + x[:, 1] / 10, x[:, 0] - x[:, 1] + x[:, 2] / 20], 1)
 
 
+def of_columns(model: torch.nn.Module) -> LowerTriangularAffine:
+    return next(layer for layer in model.modules() if isinstance(layer, LowerTriangularAffine))
+
+
 @given(st.integers(2, 6), st.integers(0, 10**6))
 def test_of_correlated_normal_columns_it_is_the_factor_of_their_covariance(dim: int, seed: int) -> None:
     mixing = torch.eye(dim, dtype=torch.float64) / 2 + torch.ones(dim, dim, dtype=torch.float64).tril()
     rows = noise(500, dim, seed=seed) @ mixing.T / dim
     rows = (rows - rows.mean(0)) / rows.std(0)
-    loc, factor = triangular_regression(rows + 1)
+    loc, factor, _ = triangular_regression(rows + 1)
     torch.testing.assert_close(factor, cholesky(rows), rtol=1e-3, atol=1e-3)
     residuals = torch.linalg.solve_triangular(factor, (rows + 1 - loc).T, upper=False)
     torch.testing.assert_close(residuals.mean(1), torch.eye(dim).double()[0], rtol=1e-3, atol=1e-3)
 
 
 def test_independent_columns_stay_as_they_are() -> None:
-    loc, factor = triangular_regression(1 + noise(400, 4) * torch.tensor([0.5, 1.0, 2.0, 1.0]))
+    loc, factor, _ = triangular_regression(1 + noise(400, 4) * torch.tensor([0.5, 1.0, 2.0, 1.0]))
     assert torch.equal(loc, torch.zeros_like(loc))
     assert torch.equal(factor, torch.eye(4).double())
 
@@ -49,14 +53,14 @@ def test_independent_columns_stay_as_they_are() -> None:
 def test_a_column_of_few_values_is_not_smeared() -> None:
     rows = sharp(1000)
     rows[:, 1] = rows[:, 1].round()
-    _, factor = triangular_regression(rows)
+    _, factor, _ = triangular_regression(rows)
     assert factor[1].tolist() == [0.0, 1.0, 0.0]
     assert abs(factor[2, 0]) > 0.1
 
 
 def test_columns_that_follow_from_others_leave_a_scale() -> None:
     rows = sharp(300)[:, [0, 1, 1, 2]]
-    loc, factor = triangular_regression(rows)
+    loc, factor, _ = triangular_regression(rows)
     residuals = torch.linalg.solve_triangular(factor, (rows - loc).T, upper=False)
     assert residuals.isfinite().all()
     assert factor.diagonal().min() >= 1e-3
@@ -64,7 +68,7 @@ def test_columns_that_follow_from_others_leave_a_scale() -> None:
 
 
 def test_more_columns_than_rows_are_left_alone() -> None:
-    _, factor = triangular_regression(noise(20, 40))
+    _, factor, _ = triangular_regression(noise(20, 40))
     assert factor.isfinite().all()
     assert factor.tril(-1).abs().max() == 0
 
@@ -79,11 +83,10 @@ def test_a_fit_starts_as_the_normal_distribution_of_its_columns() -> None:
 
 def test_a_linear_layer_that_was_trained_is_not_begun_anew() -> None:
     model = MAF(3, num_layers=1, hidden_dims=[8], linear=True)
-    assert model.linear is not None
     factor = torch.eye(3) + torch.ones(3, 3).tril(-1) / 4
-    model.linear.become(torch.zeros(3), factor)
+    model.become_linear(torch.zeros(3), factor, torch.zeros(3, 0))
     fit(model, sharp(200), learning_rate=1e-12, max_epochs=1, progress=False)
-    torch.testing.assert_close(model.linear.below.detach(), torch.full((3,), 0.25))
+    torch.testing.assert_close(of_columns(model).below.detach(), torch.full((3,), 0.25))
 
 
 def test_rows_count_as_often_as_their_weights_say() -> None:
@@ -91,8 +94,37 @@ def test_rows_count_as_often_as_their_weights_say() -> None:
     model = MAF(3, num_layers=1, hidden_dims=[8], linear=True)
     weights = (torch.arange(400) < 200).double()
     fit(model, rows, weights=weights, learning_rate=1e-12, max_epochs=1, progress=False)
-    assert model.linear is not None
-    assert model.linear.log_diagonal.tolist() == pytest.approx([0.0, math.log(0.1), math.log(0.05 / 2**0.5)], abs=0.15)
+    assert of_columns(model).log_diagonal.tolist() == pytest.approx(
+        [0.0, math.log(0.1), math.log(0.05 / 2**0.5)], abs=0.15
+    )
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 10**6))
+def test_given_a_context_it_is_the_regression_on_it(dim: int, context_dim: int, seed: int) -> None:
+    context, slopes = noise(500, context_dim, seed=seed), 1 + noise(dim, context_dim, seed=seed + 1).abs()
+    mixing = torch.eye(dim, dtype=torch.float64) + torch.ones(dim, dim, dtype=torch.float64).tril(-1)
+    rows = 2 + context @ slopes.T + noise(500, dim, seed=seed + 2) @ mixing.T / 10
+    loc, factor, found = triangular_regression(rows, context)
+    torch.testing.assert_close(loc, torch.full((dim,), 2.0).double(), rtol=0, atol=0.1)
+    torch.testing.assert_close(found, slopes, rtol=0, atol=0.1)
+    torch.testing.assert_close(factor, mixing / 10, rtol=0, atol=0.1)
+
+
+def test_a_context_that_tells_nothing_is_left_out() -> None:
+    _, factor, slopes = triangular_regression(noise(400, 2), noise(400, 3, seed=1))
+    assert torch.equal(slopes, torch.zeros(2, 3).double())
+    assert torch.equal(factor, torch.eye(2).double())
+
+
+@pytest.mark.parametrize("rows", [100, 500])  # a mixture to start with, and a linear layer
+@pytest.mark.parametrize("features", [2, 20])
+def test_a_column_that_is_linear_in_its_context_is_at_once(rows: int, features: int) -> None:
+    context, new = noise(rows, features), noise(2000, features, seed=1)
+    slopes = torch.linspace(-1, 1, features).double()[:, None]
+    result = fit(context @ slopes + noise(rows, 1, seed=2) / 5, context=context, max_epochs=1, progress=False)
+    entropy = 0.5 * (1 + math.log(2 * math.pi)) - math.log(5)
+    score = float(result.score(new @ slopes + noise(2000, 1, seed=3) / 5, new).mean())
+    assert score > -entropy - 0.02 - 1.5 * features / rows
 
 
 def test_a_fit_with_a_context_and_angles_starts_there_too() -> None:
@@ -101,5 +133,4 @@ def test_a_fit_with_a_context_and_angles_starts_there_too() -> None:
     assert result.score(rows, noise(200, 1, seed=1)).isfinite().all()
     conditional = ConditionalNSF(3, 1, num_layers=1, hidden_dims=[8], linear=True)
     fit(conditional, sharp(200), context=noise(200, 1), learning_rate=1e-12, max_epochs=1, progress=False)
-    linear = next(layer for layer in conditional.modules() if isinstance(layer, LowerTriangularAffine))
-    assert float(linear.log_diagonal.detach()[1]) < -1.5
+    assert float(of_columns(conditional).log_diagonal.detach()[1]) < -1.5

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from pyro_maf._core.checks import check_positive
 from pyro_maf.distributions.density import Density, drawn_index
-from pyro_maf.tables.mixture import Mixture, fit_mixture, num_parameters
+from pyro_maf.tables.mixture import Mixture, fit_mixture
 
 __all__ = ["GaussianMixture"]
+
+ROWS_A_COLUMN = 2
+"""Rows of each column of context and value, of fewer than which these are not taken together."""
 
 
 class GaussianMixture(Density):
@@ -55,11 +58,11 @@ class GaussianMixture(Density):
 
         Args:
             rows, weights: The rows.
-            context: Their context, (rows, C). Without, and with fewer rows than a component has parameters, it
-                is the same mixture for any context.
+            context: Their context, (rows, C). Without, and with fewer than 2 (C + D) rows, it is the same mixture for
+                any context.
         """
         joined = rows if context is None else torch.cat([context, rows], 1)
-        if len(rows) < num_parameters(joined.shape[1]):
+        if len(rows) < ROWS_A_COLUMN * joined.shape[1]:
             joined = rows
         shares, means, factors = fit_mixture(joined.cpu(), None if weights is None else weights.cpu())
         spare = self.context_dim + self.input_dim - joined.shape[1]

@@ -1,4 +1,4 @@
-"""Rows as a triangular linear map of residuals: each column regressed on those before it, where that is worthwhile."""
+"""Rows as a triangular linear map of residuals and context: regressions of columns where these are worthwhile."""
 
 from __future__ import annotations
 
@@ -14,53 +14,61 @@ LEAST_GAIN, BY_CHANCE = 0.1, 2.0
 values in long steps, which its residual would smear, has less entropy as it is, however well others predict it."""
 RIDGE = 1e-6
 """Variance of the noise on each regressor, in units of the columns."""
+MOST_VALUES = 2**22
+"""Maximum number of values, in rows from all over the table, that the regressions are of."""
 LEAST_SCALE = 1e-3
 """Least scale of a residual: columns that follow from others would have none."""
 
 
-def triangular_regression(rows: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Location m and lower triangular L of rows y = m + L r, with r_i a residual of variance 1, or y_i itself.
+def triangular_regression(rows: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    r"""m, lower triangular L and slopes V of rows y = m + L r + V c, with r_i a residual of variance 1, or y_i itself.
 
-    Column i is regressed on all before it if the entropy of its leave-one-out residual is lower than its own, by at
-    least 0.1 nats or 2 / sqrt(N). Both entropies are Vasicek's estimate, by spacings.
+    Column i is regressed on the context c and all columns before it if the entropy of its leave-one-out residual is
+    lower than its own, by at least 0.1 nats or 2 / sqrt(N). Both entropies are Vasicek's estimate, by spacings.
 
     Args:
         rows: Rows (N, D), in units in which they are of about 1.
+        context: Their context c, (N, C), likewise; by default none.
 
     Returns:
-        m, (D,), and L, (D, D), in float64.
+        m, (D,), L, (D, D), and V, (D, C), in float64.
 
-    Cost: O(N D^2).
+    Cost: O(N (C + D)^2), of some 4 million values at most.
 
     Example:
         >>> x = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         >>> x[:, 1] = x[:, 0] + x[:, 1] / 10
-        >>> loc, factor = triangular_regression(x)
+        >>> loc, factor, _ = triangular_regression(x)
         >>> [[round(entry, 1) for entry in row] for row in factor.tolist()]
         [[1.0, 0.0], [1.0, 0.1]]
 
     Reference:
         Vasicek, *A Test for Normality Based on Sample Entropy*, 1976.
     """
-    count, dim = rows.shape
-    mean = rows.double().mean(0)
-    centred = rows.double() - mean
+    joined = rows if context is None else torch.cat([context, rows], 1)
+    size, seen = joined.shape[1], joined.shape[1] - rows.shape[1]
+    count = min(len(rows), max(1, MOST_VALUES // size))
+    joined = joined[torch.linspace(0, len(rows) - 1, count).long()].double()
+    mean = joined.mean(0)
+    centred = joined - mean
     # Of all regressions at once: with Z = Q R, the residual of a column is R_ii q_i, and the leverages of the columns
     # before it are the sums of the squares of theirs. The rows below are those of a ridge.
-    padded = torch.cat([centred, math.sqrt(RIDGE * count) * torch.eye(dim, dtype=centred.dtype)])
+    padded = torch.cat([centred, math.sqrt(RIDGE * count) * torch.eye(size, dtype=centred.dtype)])
     orthogonal, triangle = torch.linalg.qr(padded)
     orthogonal = orthogonal[:count]
     diagonal = triangle.diagonal()
     leverage = 1 / count + orthogonal.square().cumsum(1) - orthogonal.square()
     unseen = diagonal * orthogonal / (1 - leverage).clamp(min=RIDGE)
     falls = _entropy(centred) - _entropy(unseen) >= max(LEAST_GAIN, BY_CHANCE / math.sqrt(count))
-    falls[0] = False
+    falls[: max(1, seen)] = False
     # The unit triangular map from columns to residuals.
-    unscaled = torch.where(falls[:, None], diagonal[:, None] * torch.linalg.inv(triangle).T, torch.eye(dim).double())
+    unscaled = torch.where(falls[:, None], diagonal[:, None] * torch.linalg.inv(triangle).T, torch.eye(size).double())
     scale = torch.where(falls, (centred @ unscaled.T).std(0).clamp(min=LEAST_SCALE), 1.0)
     intercept = torch.where(falls, unscaled @ mean, 0.0)
-    both = torch.linalg.solve_triangular(unscaled, torch.cat([intercept[:, None], scale.diag()], 1), upper=False)
-    return both[:, 0], both[:, 1:]
+    of_rows, of_context = unscaled[seen:, seen:], unscaled[seen:, :seen]
+    both = torch.cat([intercept[seen:, None], -of_context, scale[seen:].diag()], 1)
+    loc, slopes, factor = torch.linalg.solve_triangular(of_rows, both, upper=False).split([1, seen, size - seen], 1)
+    return loc[:, 0], factor, slopes
 
 
 def _entropy(columns: Tensor) -> Tensor:

@@ -310,7 +310,7 @@ def default_model(
         ('MixtureFlow', 'NSF')
     """
     check_seed("fit", seed)
-    starts = columns > 1 and rows <= MIXTURE_ROWS and not default.has_rsample
+    starts = (columns > 1 or context_dim > 0) and rows <= MIXTURE_ROWS and not default.has_rsample
     num_layers = default.num_layers
     if num_layers is None:
         num_layers = LAYERS[0 if starts else 1 if rows < MANY_ROWS or columns >= WIDE else 2]
@@ -330,7 +330,7 @@ def default_model(
             context_dim=context_dim,
             univariate=univariate,
             hidden_dims=hidden_dims,
-            linear=columns > 1 and not starts,
+            linear=(columns > 1 or context_dim > 0) and not starts,
         )
     like = next(iter(data.values()), None) if isinstance(data, Mapping) else data
     if isinstance(like, Tensor) and like.dtype in (torch.float32, torch.float64):

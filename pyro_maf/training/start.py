@@ -1,6 +1,8 @@
-"""The start of a model of new rows: its linear layer at regressions, or its base at a mixture."""
+"""The start of a model of new rows: its linear layers at regressions, or its base at a mixture."""
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 
@@ -8,6 +10,7 @@ from pyro_maf.distributions import ConditionalFlowPrior, ConditionalTableDensity
 from pyro_maf.distributions.angle_flow import AngleFlow
 from pyro_maf.distributions.mixture_flow import MixtureFlow
 from pyro_maf.distributions.steps import dequantised
+from pyro_maf.flows import IAF, MAF
 from pyro_maf.tables import Rows
 from pyro_maf.tables.regression import triangular_regression
 from pyro_maf.tables.rows import in_proportion
@@ -25,17 +28,18 @@ def start_at(
     *,
     of_mixture: bool,
 ) -> None:
-    """Start the linear layer of a model at the regressions of training rows, or its base at a mixture of them.
+    """Start the linear layers of a model at the regressions of training rows, or its base at a mixture of them.
 
-    The rows are all or some, with numbers anywhere in their steps. A linear layer that is no identity stays.
+    The rows are all or some, with numbers anywhere in their steps. Linear layers that are no identity stay.
     """
     inner = density.unwrapped
     prior = inner.prior if isinstance(inner, TableDensity) else inner
     model = prior.model.flow if isinstance(prior.model, AngleFlow) else prior.model
-    linear = getattr(model, "linear", None)
-    if linear is not None and any(map(torch.any, linear.parameters())):
+    stack = cast("MAF | IAF | None", model if isinstance(model, (MAF, IAF)) else None)
+    weights = [] if stack is None else [weight for layer in stack.linear for weight in layer.parameters()]
+    if any(map(torch.any, weights)):
         return  # trained before, or set by the user
-    if linear is None and not (of_mixture and isinstance(model, MixtureFlow)):
+    if model is None or not (weights or (isinstance(model, MixtureFlow) and of_mixture)):
         return
     rows = training.rounded_for(inner)
     values, context = rows.data, rows.context
@@ -48,9 +52,10 @@ def start_at(
     if isinstance(prior.model, AngleFlow):
         z, seen = prior.model.for_flow(z, seen)
     z = z.clamp(-FENCE, FENCE)
-    if linear is not None:
+    if seen is not None:
+        seen = seen.clamp(-FENCE, FENCE) if seen.shape[1] == model.context_dim else None
+    if stack is not None:
         some = slice(None) if rows.weights is None else in_proportion(rows.weights, len(z))
-        linear.become(*triangular_regression(z[some].cpu()))
+        stack.become_linear(*triangular_regression(z[some].cpu(), None if seen is None else seen[some].cpu()))
     elif isinstance(model, MixtureFlow):
-        seen = seen if seen is None or seen.shape[1] == model.context_dim else None
-        model.base.start_at(z, rows.weights, None if seen is None else seen.clamp(-FENCE, FENCE))
+        model.base.start_at(z, rows.weights, seen)
