@@ -53,6 +53,8 @@ from tests.posteriors import (
 
 pytestmark = pytest.mark.usefixtures("fresh")
 each_guide = pytest.mark.parametrize("make", GUIDES)
+UNSEARCHED: dict[str, Any] = {**SMALL, "init_scale": 0.3}
+"""For guides that are not asked how near their posterior they start: a search for it would take most of the time."""
 
 
 def shaken(guide: Any, gain: float = 0.3) -> Any:
@@ -163,7 +165,7 @@ def test_takes_models_of_every_shape(make: Any, model: Any, shapes: dict[str, tu
 @in_turn
 def test_trains_on_models_of_every_shape(make: Any, model: Any, shapes: Any) -> None:
     """From the first step of an optimizer on, with particles in a plate of which the set-up knows nothing."""
-    guide = make(model, **SMALL)
+    guide = make(model, **UNSEARCHED)
     nesting = 2 if model is nested else 1
     objective = Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=nesting)
     losses = steps(objective, model, guide, 2)
@@ -271,7 +273,7 @@ def test_arguments_are_the_models() -> None:
 
 @each_guide
 def test_pyros_guides_have_what_these_have(make: Any) -> None:
-    guide = make(several, **SMALL).setup()
+    guide = make(several, **UNSEARCHED).setup()
     assert guide.get_posterior().event_shape == (guide.latent_dim,) == (5,)
     assert guide.sample_latent().shape == (5,)
     torch.testing.assert_close(guide.get_base_dist().mean, torch.zeros(5))
@@ -312,7 +314,7 @@ def test_trains_with_a_compiled_objective(make: Any) -> None:
 def test_a_step_inverts_its_draws_once_for_the_path_gradient(
     monkeypatch: pytest.MonkeyPatch, make: Any, objective: Any
 ) -> None:
-    guide = make(plates, **SMALL).setup()
+    guide = make(plates, **UNSEARCHED).setup()
     pulled: list[int] = []
     pull = type(guide.transform).inverse_and_log_det
     monkeypatch.setattr(type(guide.transform), "inverse_and_log_det", lambda *args: pulled.append(1) or pull(*args))
@@ -360,7 +362,7 @@ def by_hand(optimizer: torch.optim.Optimizer, weight: Tensor, count: int) -> flo
 def test_steps_shorten_at_a_constant_rate(make: Any, local: bool) -> None:
     """Or else Adam's, a learning rate long for the smallest gradient, move a guide away from the posterior again."""
     with pyro.settings.context(module_local_params=local):
-        guide = AutoIAF(counting, **SMALL)
+        guide = AutoIAF(counting, **UNSEARCHED)
         guide()
         trained, other = next(guide.parameters()), nn.Parameter(torch.zeros(2))
         optimizers = make([trained]), make([other])
@@ -378,7 +380,7 @@ def test_steps_with_an_encoder_stay_whole() -> None:
 
 
 def test_a_copy_begins_with_whole_steps_again() -> None:
-    guide = AutoIAF(counting, **SMALL)
+    guide = AutoIAF(counting, **UNSEARCHED)
     guide()
     weight = next(guide.parameters())
     by_hand(torch.optim.SGD([weight], lr=1e-3), weight, 500)
@@ -491,7 +493,7 @@ def test_quantiles_are_exact_where_they_are_known(make: Any) -> None:
 
 @each_guide
 def test_quantiles_are_those_of_draws(make: Any) -> None:
-    guide = shaken(make(several, **SMALL).setup())
+    guide = shaken(make(several, **UNSEARCHED).setup())
     draws = guide.rsample((20_000,))
     for name, found in guide.quantiles([0.2, 0.8]).items():
         share = (draws[name][:, None] < found).float().mean(0)
@@ -537,7 +539,7 @@ def test_quantiles_of_shares_are_those_of_their_beta() -> None:
 
 
 def test_quantiles_of_any_shape_of_levels() -> None:
-    guide = AutoIAF(several, **SMALL).setup()
+    guide = AutoIAF(several, **UNSEARCHED).setup()
     levels = torch.tensor([[0.1, 0.9], [0.5, 0.2]])
     found = guide.quantiles(levels)["vector"]
     assert found.shape == (2, 2, 3)
@@ -557,7 +559,7 @@ def test_quantiles_that_are_no_numbers_are_refused() -> None:
 
 @each_guide
 def test_quantiles_are_repeatable_and_leave_the_random_state_alone(make: Any) -> None:
-    guide = shaken(make(several, **SMALL).setup())
+    guide = shaken(make(several, **UNSEARCHED).setup())
     before = torch.get_rng_state()
     assert same(guide.quantiles([0.1, 0.9]), guide.quantiles([0.1, 0.9]))
     assert same(guide.median(), guide.median())
@@ -568,7 +570,7 @@ def test_quantiles_are_repeatable_and_leave_the_random_state_alone(make: Any) ->
 @each_guide
 def test_density_is_a_change_of_variables(make: Any) -> None:
     """By the Jacobian of noise to sites, in double precision."""
-    guide = shaken(make(double, **SMALL).setup())
+    guide = shaken(make(double, **UNSEARCHED).setup())
     noise = torch.randn(3, dtype=torch.float64)
 
     def sites(u: Tensor) -> Tensor:
@@ -591,7 +593,7 @@ def test_density_integrates_to_one(make: Any) -> None:
 
 @each_guide
 def test_a_single_draw_has_the_shape_of_the_site(make: Any) -> None:
-    guide = make(several, **SMALL).setup()
+    guide = make(several, **UNSEARCHED).setup()
     expected = {"scale": (), "share": (), "vector": (3,)}
     for sites in (guide.rsample(), guide.sites_of(torch.zeros(5)), guide.quantiles(torch.tensor(0.5))):
         assert {name: tuple(value.shape) for name, value in sites.items()} == expected
@@ -604,7 +606,7 @@ def test_a_shape_of_draws_that_is_no_sequence_is_refused(shape: Any) -> None:
 
 
 def test_numbers_arrays_and_ints_have_a_density() -> None:
-    guide = shaken(AutoIAF(several, **SMALL).setup())
+    guide = shaken(AutoIAF(several, **UNSEARCHED).setup())
     tensors = {"scale": torch.tensor(2.0), "share": torch.tensor(0.5), "vector": torch.tensor([1.0, 0.0, -1.0])}
     expected = guide.log_prob(tensors)
     numbers = {"scale": 2, "share": 0.5, "vector": np.array([1.0, 0.0, -1.0])}
@@ -617,7 +619,7 @@ def test_numbers_arrays_and_ints_have_a_density() -> None:
 
 
 def test_a_density_is_zero_outside_of_the_support() -> None:
-    guide = shaken(AutoIAF(several, **SMALL).setup())
+    guide = shaken(AutoIAF(several, **UNSEARCHED).setup())
     values = {
         "scale": torch.tensor([1.0, -1.0, 0.0, 1.0]),
         "share": torch.tensor([0.5, 0.5, 0.5, 1.5]),
@@ -628,7 +630,7 @@ def test_a_density_is_zero_outside_of_the_support() -> None:
     assert bool((found[1:] == -torch.inf).all())
     found[0].backward()
     assert all(bool(p.grad.isfinite().all()) for p in guide.parameters() if p.grad is not None)
-    shares = AutoIAF(mixing, **SMALL).setup()
+    shares = AutoIAF(mixing, **UNSEARCHED).setup()
     draws = {name: value.detach() for name, value in shares.rsample((3,)).items()}
     assert bool(shares.log_prob(draws).isfinite().all())
     assert shares.log_prob({**draws, "shares": 2 * draws["shares"]}).tolist() == [-math.inf] * 3
@@ -651,18 +653,18 @@ def test_a_density_is_zero_outside_of_the_support() -> None:
 def test_values_that_do_not_fit_are_named(changed: Any, error: Any, message: str) -> None:
     values = {"scale": torch.tensor(1.0), "share": torch.tensor(0.5), "vector": torch.zeros(3)}
     with pytest.raises(error, match=f"AutoIAF .*{message}") as raised:
-        AutoIAF(several, **SMALL).log_prob({**values, **changed})
+        AutoIAF(several, **UNSEARCHED).log_prob({**values, **changed})
     assert "\n" not in str(raised.value)
 
 
 def test_values_without_names_are_refused() -> None:
     with pytest.raises(TypeError, match="AutoIAF expected values of the sites by name, as a dictionary, got Tensor"):
-        AutoIAF(several, **SMALL).log_prob(torch.zeros(5))
+        AutoIAF(several, **UNSEARCHED).log_prob(torch.zeros(5))
 
 
 @each_guide
 def test_a_missing_site_of_a_density_is_named(make: Any) -> None:
-    guide = make(several, **SMALL).setup()
+    guide = make(several, **UNSEARCHED).setup()
     with pytest.raises(ValueError, match=r"values of every site, got none of \['share', 'vector'\]"):
         guide.log_prob({"scale": torch.tensor(1.0)})
 
@@ -672,7 +674,7 @@ def test_a_missing_site_of_a_density_is_named(make: Any) -> None:
 
 @each_guide
 def test_a_deep_copy_and_the_original_train_independently(make: Any) -> None:
-    guide = make(counting, **SMALL)
+    guide = make(counting, **UNSEARCHED)
     steps(Trace_ELBO(), counting, guide, 2)
     twin = copy.deepcopy(guide)
     assert same(weights(guide), weights(twin))
@@ -693,7 +695,7 @@ def test_a_guide_that_is_not_set_up_can_be_copied() -> None:
 
 @each_guide
 def test_a_pickled_guide_draws_as_before(make: Any) -> None:
-    guide = shaken(make(counting, **SMALL).setup())
+    guide = shaken(make(counting, **UNSEARCHED).setup())
     twin = pickle.loads(pickle.dumps(guide))
     assert same(guide.median(), twin.median())
     assert guide()["rate"].shape == twin()["rate"].shape == ()
@@ -816,7 +818,7 @@ def within_an_angle() -> None:
 def test_draws_follow_a_support_that_moves(model: Any) -> None:
     """NUTS keeps to the support of its first run, so that it misses what is outside of that without a word."""
     pyro.set_rng_seed(0)
-    guide = AutoIAF(model, **SMALL)
+    guide = AutoIAF(model, **UNSEARCHED)
     steps(Trace_ELBO(), model, guide, 1)
     steps(Trace_ELBO(num_particles=3, vectorize_particles=True), model, guide, 1)
     with torch.no_grad():
@@ -917,7 +919,7 @@ def test_a_guide_in_use_goes_back_to_what_was_saved(make: Any, tmp_path: Path) -
 
 
 def test_saving_the_store_says_nothing_to_other_guides(tmp_path: Path) -> None:
-    guides = [shaken(AutoIAF(counting, **SMALL).setup()) for _ in range(2)]
+    guides = [shaken(AutoIAF(counting, **UNSEARCHED).setup()) for _ in range(2)]
     for guide in guides:
         guide()
     for _ in range(2):
@@ -944,10 +946,10 @@ def test_a_scope_leaves_no_weights_to_a_guide_of_another_model() -> None:
 
 @pytest.mark.parametrize("options", [{"num_layers": 2}, {"hidden_dims": [5]}, {"hidden_dims": [8, 8]}])
 def test_weights_of_a_guide_that_is_built_otherwise_are_refused(options: Any, tmp_path: Path) -> None:
-    AutoIAF(counting, **SMALL).setup()()
+    AutoIAF(counting, **UNSEARCHED).setup()()
     through_a_file(tmp_path)
     with pytest.raises(ValueError, match=r"^AutoIAF expected the weights of a guide that is built alike .*\.$"):
-        AutoIAF(counting, **{**SMALL, **options})()
+        AutoIAF(counting, **{**UNSEARCHED, **options})()
 
 
 def test_an_encoder_comes_from_the_store_too(tmp_path: Path) -> None:
@@ -977,11 +979,11 @@ def test_weights_load_into_a_guide_that_is_set_up(make: Any) -> None:
 
 @each_guide
 def test_weights_for_a_guide_that_is_not_set_up_are_refused_in_one_line(make: Any) -> None:
-    state = make(counting, **SMALL).setup().state_dict()
+    state = make(counting, **UNSEARCHED).setup().state_dict()
     with pytest.raises(ValueError, match=rf"^{make.__name__} expected to be set up before .*guide.setup\(\) .*\.$"):
-        make(counting, **SMALL).load_state_dict(state)
-    fresh = make(counting, **SMALL)
-    fresh.load_state_dict(make(counting, **SMALL).state_dict())  # which has none
+        make(counting, **UNSEARCHED).load_state_dict(state)
+    fresh = make(counting, **UNSEARCHED)
+    fresh.load_state_dict(make(counting, **UNSEARCHED).state_dict())  # which has none
     assert fresh.setup().state_dict().keys() == state.keys()
 
 
@@ -1002,7 +1004,7 @@ def test_what_needs_the_models_arguments_says_so_until_the_guide_is_set_up(make:
 @each_guide
 def test_two_guides_of_one_name_train_independently(make: Any) -> None:
     """Pyro's store knows parameters by name, and both are called the same."""
-    guides = [make(counting, **SMALL) for _ in range(2)]
+    guides = [make(counting, **UNSEARCHED) for _ in range(2)]
     runs = [SVI(counting, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()) for guide in guides]
     for _ in range(3):
         for guide, other, run in zip(guides, guides[::-1], runs, strict=True):
@@ -1120,8 +1122,7 @@ def test_a_context_for_rows_that_a_site_is_not_in_is_refused() -> None:
 # -- data in subsamples ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("by_plates", [True, False])
-@each_guide
+@pytest.mark.parametrize(("make", "by_plates"), [*((make, True) for make in GUIDES), (AutoIAF, False)])
 def test_trains_on_subsamples_of_the_data(make: Any, by_plates: bool) -> None:
     def model(y: Tensor) -> None:
         loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
@@ -1221,7 +1222,7 @@ def test_an_unknown_option_is_refused_and_the_close_one_named(make: Any) -> None
 @each_guide
 @pytest.mark.parametrize("activation", ["tanh", "softplus"])
 def test_a_guide_has_the_activation_that_it_is_built_with(make: Any, activation: str) -> None:
-    guide = make(scalar, activation=activation, **SMALL).setup()
+    guide = make(scalar, activation=activation, **UNSEARCHED).setup()
     assert {part.activation for part in guide.transform.modules() if hasattr(part, "activation")} == {activation}
     with pytest.raises(ValueError, match=f"^{make.__name__} expected activation to be one of relu, .*, got 'cosine'"):
         make(scalar, activation="cosine")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
 from pyro_maf.infer.models.model import Args, Kwargs
 
@@ -73,10 +73,20 @@ class _Promoting(TorchFunctionMode):
         self, func: Callable[..., object], types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         kwargs = kwargs or {}
-        dtypes = {leaf.dtype for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        if dtypes >= {torch.float32, torch.float64} and not _writes(func, kwargs):
+        if _dtypes((*args, *kwargs.values())) >= {torch.float32, torch.float64} and not _writes(func, kwargs):
             args, kwargs = tree_map_only(Tensor, _promoted, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _dtypes(values: Iterable[object]) -> set[torch.dtype]:
+    """Dtypes of the tensors among the arguments of an operation, and in lists of them: torch's own walk is slow."""
+    found = set()
+    for value in values:
+        if isinstance(value, Tensor):
+            found.add(value.dtype)
+        elif isinstance(value, (tuple, list)):
+            found |= _dtypes(value)
+    return found
 
 
 def _promoted(tensor: Tensor) -> Tensor:
