@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from typing import Any
@@ -22,6 +23,17 @@ def pytest_sessionstart() -> None:
         flow = pyro_maf.MAF(2, num_layers=1, hidden_dims=[8]).to(dtype)
         pyro_maf.FlowPrior(flow).log_prob(rows).sum().backward()
         pyro_maf.fit(flow, rows, max_epochs=1, progress=False)
+
+
+def pytest_collection() -> None:
+    """Have no garbage collected meanwhile: there are but libraries and thousands of tests, which stay."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage again, without a look at what was there before."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

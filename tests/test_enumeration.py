@@ -152,7 +152,7 @@ def truth() -> tuple[float, float]:
 # -- fits and verdicts -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("seed", "annotated"), [(0, True), (1, False), (2, True)])
+@pytest.mark.parametrize(("seed", "annotated"), [(0, True), (1, False)])
 def test_a_mixture_is_fitted_with_its_discrete_sites_summed_out(seed: int, annotated: bool) -> None:
     pyro.set_rng_seed(seed)
 
@@ -196,8 +196,9 @@ def test_everything_that_scores_sums_them_out() -> None:
 
 @pytest.mark.parametrize("make", GUIDES)
 def test_the_start_is_that_of_the_marginalised_model(make: Any) -> None:
+    whole = make(summed, **SMALL).setup()
     for hide in ({"hide": ["z"]}, {"expose": ["mu"]}):
-        blocked, whole = make(poutine.block(mixture, **hide), **SMALL).setup(), make(summed, **SMALL).setup()
+        blocked = make(poutine.block(mixture, **hide), **SMALL).setup()
         noise = torch.tensor([[-1.0], [0.0], [1.0]])
         for left, right in zip(blocked.sites_of(noise)["mu"], whole.sites_of(noise)["mu"], strict=True):
             torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-3)
