@@ -499,6 +499,15 @@ def test_info_says_what_a_model_is_and_how_it_was_made(folder: Path) -> None:
     assert "columns     length, width" in alone
 
 
+def test_names_and_categories_of_context_may_hold_commas_and_equals_signs(tmp_path: Path) -> None:
+    flow = pyro_maf.ConditionalMAF(2, 3, num_layers=1)
+    labels = {"context_columns": [("x=1", ()), ("city", ())], "context_labels": [None, ["Paris, FR", "Rome"]]}
+    pyro_maf.distributions.ConditionalFlowPrior(flow, **labels).save(tmp_path / "density.safetensors")
+    for context in (["x=1=2,city=Paris, FR"], ["city=Paris, FR", "--context", "x=1=2"]):
+        drawn = run("sample", tmp_path / "density.safetensors", "-n", 1, "--context", *context).stdout
+        assert drawn.startswith("x1,x2\n")
+
+
 def test_a_flow_that_was_saved_alone_is_a_density_too(tmp_path: Path) -> None:
     pyro_maf.MAF(2, num_layers=1).save(tmp_path / "flow.safetensors")
     pyro_maf.ConditionalMAF(2, 1, num_layers=1).save(tmp_path / "given.safetensors")
@@ -555,6 +564,10 @@ WRONG = {
         "expected --out to end in .csv or .parquet",
     ),
     "no folder": (("sample", "{}/plain", "--out", "none/new.csv"), "expected an existing folder for new.csv, got none"),
+    "scores in place of the data": (
+        ("score", "{}/plain", "table.csv", "--out", "./table.csv"),
+        "score expected --out to be another file than the data",
+    ),
     "no rows": (("sample", "{}/plain", "-n", "0"), "sample expected --number of at least 1, got 0"),
     "a negative seed": (("sample", "{}/plain", "--seed", "-1"), "sample expected --seed of at least 0, got -1"),
     "a seed beyond any generator": (("sample", "{}/plain", "--seed", str(2**63)), r"--seed below 2\*\*63, got 9223"),

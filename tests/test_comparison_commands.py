@@ -112,6 +112,13 @@ def test_compare_refuses_in_one_line(invoke, wine, options, message):
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_without_a_single_score_compare_fails(invoke, tmp_path):
+    (tmp_path / "line.csv").write_text("\n".join(["a,b", *(f"{i},{2 * i}" for i in range(40))]))
+    result = invoke("compare", tmp_path / "line.csv", "--models", "Gaussian")
+    assert result.exit_code == 2
+    assert "Gaussian is left out: fit_gaussian expected rows with a covariance of full rank" in result.stderr
+
+
 def test_compare_calls_columns_by_name(invoke, wine, tmp_path):
     wine.write_text("\n".join(["acid,sugar", *(f"{value},1" for value in range(100))]))
     result = invoke("compare", wine, "--models", "MADE")

@@ -121,6 +121,10 @@ def test_a_missing_number_of_one_row_scores_nan(result: Any) -> None:
     assert not result.score(row).isnan().any()
     for missing in (None, np.nan):
         assert result.score({**row, "b": missing}).isnan().all()
+    # Infinite numbers, also in the dtype of the density, are as strange as can be.
+    for infinite in (np.inf, -np.inf, 1e300):
+        assert torch.isneginf(result.score({**row, "b": infinite})).all()
+        assert result.score({"a": np.nan, "b": infinite}).isnan().all()
 
 
 def test_frames_that_were_shuffled_apart_are_refused() -> None:
@@ -149,7 +153,25 @@ BAD = {
     "another length": (lambda r, g: g.score(FRAME, FRAME[:3]), "as many rows of context as of rows, got 3 and 200."),
     "contexts of samples": (
         lambda r, g: g.sample(3, FRAME[:2]),
-        "sample expected context of shape (1, 2) or (3, 2), got (2, 2).",
+        "sample expected context of 1 row, for all draws, or of 3, one for each, got 2.",
+    ),
+    "a context of another width": (
+        lambda r, g: g.sample(3, np.zeros((1, 3))),
+        "sample expected context of shape (1, 2) or (3, 2), got (1, 3).",
+    ),
+    "a context that is missing": (
+        lambda r, g: g.sample(3, {"b": 1.0, "c": None}),
+        "sample expected finite context, got a missing or infinite value in row 0, column 'c'.",
+    ),
+    "names for a context": (
+        lambda r, g: fit(FRAME, context=["a", "b"]),
+        "fit expected context to be a tensor, array or data frame of numbers, got list of <U1: pass the columns, as "
+        "frame[['a', 'b']].",
+    ),
+    "a column twice": (
+        lambda r, g: fit(FRAME, context=FRAME[["b"]]),
+        "fit expected other columns of data than of context, got 'b' in both: leave it out of the data, as by "
+        "frame.drop(columns=['b']).",
     ),
     "text": (lambda r, g: r.score(FRAME.assign(a="x")), "score expected rows of numeric columns, got column 'a'"),
     "log_prob": (lambda r, g: r.density.log_prob(FRAME[["a"]]), "FlowPrior expected value with column 'b', as in"),

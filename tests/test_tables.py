@@ -465,6 +465,12 @@ WRONG_TEXT = {
         "read_table expected numbers with a decimal point, got '2,5' in data row 2 (counted from 1) of column 'b' of "
         "the stream: replace the comma.",
     ),
+    "commas between thousands": (
+        "a;b\n1;2\n1;2,500\n",
+        {},
+        "read_table expected numbers with a decimal point, got '2,500' in data row 2 (counted from 1) of column 'b' of "
+        "the stream: replace the comma, or take it out if it is between thousands.",
+    ),
     "missing": (
         "a,b\n1,2\n3,\n",
         {},
@@ -901,6 +907,7 @@ OTHER_FORMATS: dict[str, Callable[[Path], Any]] = {
     "an HDF5 file": write_hdf5,
     "a Feather file": lambda path: feather.write_feather(frame(), path),
     "a pickle": lambda path: path.write_bytes(pickle.dumps(numbers())),
+    "JSON": lambda path: frame().to_json(path, orient="records"),
     "compressed by zstd": lambda path: path.write_bytes(pa.compress(b"a,b", "zstd", asbytes=True)),
 }
 
@@ -910,6 +917,11 @@ def test_other_formats_are_named_with_what_to_do(name: str, write: Callable[[Pat
     write(tmp_path / "table")
     with pytest.raises(ValueError, match=f"found table to be {name}: save the table as csv or parquet"):
         read_table(tmp_path / "table")
+
+
+def test_the_first_bytes_decide_and_not_the_ending(tmp_path: Path) -> None:
+    (tmp_path / "plain.csv.gz").write_bytes(b"a,b\n1,2\n")
+    assert read_table(tmp_path / "plain.csv.gz").names == ("a", "b")
 
 
 def test_sources_that_are_none_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

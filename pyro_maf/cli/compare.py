@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 import typer
 
 from pyro_maf._core.files import write_whole
-from pyro_maf.cli import INTERRUPTED
+from pyro_maf.cli import BAD_INPUT, INTERRUPTED
 from pyro_maf.cli.errors import CommandError, input_errors, say, warnings_as_lines
 from pyro_maf.cli.shared_options import Device, Epochs, Models, TableOptions, TrainingOptions, flag, option, separated
 
@@ -182,6 +182,8 @@ def _finish(comparison: Comparison, folder: Path, name: str, published: Mapping[
         write_whole(folder / f"{name}.{ending}", form(comparison, published).encode())
     for model, reason in comparison.failed.items():
         say(f"{model} is left out: {reason}")
+    if comparison.failed and not comparison.scores:
+        raise typer.Exit(BAD_INPUT)
     if comparison.missing:
         say(f"interrupted before {', '.join(comparison.missing)}. The same command goes on from there.")
         raise typer.Exit(INTERRUPTED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,7 +19,7 @@ from pyro_maf._core.files import writing_whole
 from pyro_maf._core.messages import require
 from pyro_maf.cli.errors import CommandError, input_errors, say
 from pyro_maf.cli.saved_model import SavedModel, read_model
-from pyro_maf.cli.shared_options import Decimal, Encoding, ModelPath, Out, Source, TextOptions, flag, separated
+from pyro_maf.cli.shared_options import Decimal, Encoding, ModelPath, Out, Source, TextOptions, flag, source_and_array
 
 if TYPE_CHECKING:
     import pyarrow
@@ -69,6 +70,8 @@ def score(
     """
     import torch
 
+    if out.exists() and Path(source_and_array(data)[0]).exists() and out.samefile(source_and_array(data)[0]):
+        raise CommandError(f"score expected --out to be another file than the data, got {out} for both.")
     saved = read_model(model)
     table = saved.read(data, TextOptions(drop_missing=drop_missing, decimal=decimal, encoding=encoding))
     total = squares = 0.0
@@ -145,7 +148,7 @@ def sample(
         check_positive("sample", "--number", number)
         check_seed("sample", seed, "--seed")
     saved = read_model(model)
-    density = saved.at(_context(saved, separated(context)))
+    density = saved.at(_context(saved, context or []))
     layout = saved.layout
     rows = max(1, VALUES_AT_ONCE // len(layout.labels))
     torch.manual_seed(seed)
@@ -154,15 +157,18 @@ def sample(
             write(density.sample((min(rows, number - start),)).numpy())
 
 
-def _context(model: SavedModel, pairs: Sequence[str]) -> Tensor | None:
-    """Context, (C,), of NAME=VALUE pairs; None for a model without one."""
+def _context(model: SavedModel, texts: Sequence[str]) -> Tensor | None:
+    """Context, (C,), of NAME=VALUE pairs, of which a text may hold several; None for a model without one."""
     import torch
 
     columns = dict(model.context_layout.columns)
     expected = f"the model is given {', '.join(columns)}" if columns else "the model takes no context"
+    # A name may hold "=", and a value commas.
+    known = "|".join(map(re.escape, sorted(columns, key=len, reverse=True))) or "(?!)"
     values: dict[str, str] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
+    for pair in (pair for text in texts for pair in re.split(rf",\s*(?=(?:{known})=)", text.strip())):
+        match = re.match(rf"({known})(=)(.*)", pair, re.DOTALL)
+        name, equals, value = match.groups() if match else pair.partition("=")
         if not equals or name in values or name not in columns:
             problem = "twice" if name in values else "which is no column of context" if equals else "without a value"
             raise CommandError(f"sample got --context {pair}, {problem}: {expected}.")

@@ -58,7 +58,7 @@ def scatter(
     """
     check_by_name("scatter", "samples", samples)
     layout = Layout.of(data)
-    picked = {name: layout.pick("scatter", name, rows) for name, rows in samples.items()}
+    picked = {name: layout.pick("scatter", name, rows, "the data") for name, rows in samples.items()}
     everything = {name: some_rows("scatter", name, rows, dims) for name, rows in {"Data": data, **picked}.items()}
     figure, panels = new_panels(len(everything), title)
     limits = limits_of(everything["Data"])
@@ -174,7 +174,7 @@ def _compared(
     """Rows of data and samples with as many dimensions, and their names, by which columns with names are matched."""
     rows = some_rows(who, "data", data, most=most)
     names = dimension_names(who, names, data, rows.shape[-1])
-    picked = Layout.of(data).pick(who, "samples", samples)
+    picked = Layout.of(data).pick(who, "samples", samples, "the data")
     return rows, some_rows(who, "samples", picked, range(len(names)), most), names
 
 

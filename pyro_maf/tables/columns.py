@@ -30,6 +30,7 @@ DATE = re.compile(
     r"([T ,]|$)|\d{1,2}:\d{2}(:\d{2}|$)"
 )
 
+THOUSANDS = re.compile(r"[+-]?\d{1,3}[.,]\d{3}")
 MARKS = {".": "point", ",": "comma"}
 OTHER = {".": ",", ",": "."}
 NO_DATES = "put numbers in their place, such as days or seconds since the first of them"
@@ -130,7 +131,8 @@ class Column:
         if self.decimal in text and not math.isnan(number_in(text.replace(other, ""), self.decimal)):
             return f"take the {MARKS[other]} between thousands out"
         if not math.isnan(number_in(text, other)):
-            return f"replace the {MARKS[other]}. decimal={other!r}, or --decimal {other}, reads such numbers"
+            thousands = ", or take it out if it is between thousands" * bool(THOUSANDS.fullmatch(text.strip()))
+            return f"replace the {MARKS[other]}{thousands}. decimal={other!r}, or --decimal {other}, reads such numbers"
         return "leave the column out or make it context"
 
     def _places(self, cells: Cells, first_row: int) -> NDArray[np.int_]:
@@ -257,7 +259,7 @@ def _in_order(category: Label) -> tuple[float, str]:
 
 
 def number_in(text: str, decimal: str = ".") -> float:
-    """Parse the number in a cell; NaN if there is none. With a decimal comma, a point may separate thousands.
+    """Parse the number in a cell; NaN if there is none.
 
     Example:
         >>> number_in("+1.5e3"), number_in("1_5"), number_in("1,5", ","), number_in("1.500", ",")

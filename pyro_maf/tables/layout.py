@@ -174,10 +174,10 @@ class Layout(NamedTuple):
                 columns[str(name)] = numbers(who, role, one).flatten()
         return columns
 
-    def pick(self, who: str, role: str, value: TableLike) -> TableLike:
+    def pick(self, who: str, role: str, value: TableLike, source: str = "the fit") -> TableLike:
         """Select the columns of this layout, in its order, from a table with names; return others unchanged.
 
-        Categories become their numbers, -1 for unknown ones, or one-hot.
+        Categories become their numbers, -1 for unknown ones, or one-hot. Messages say which source has this layout.
 
         Raises:
             ValueError: If a column is missing, or an entry has another shape.
@@ -191,7 +191,7 @@ class Layout(NamedTuple):
         missing = [name for name in wanted if str(name) not in by_name]
         if missing:
             raise ValueError(
-                f"{who} expected {role} with column {str(missing[0])!r}, as in the fit, got "
+                f"{who} expected {role} with column {str(missing[0])!r}, as in {source}, got "
                 f"{listed_names(other.names)}."
             )
         names = [by_name[str(name)] for name in wanted]
@@ -339,9 +339,10 @@ def numbers(who: str, name: str, value: TableLike) -> Tensor:
         raise ValueError(f"{who} expected {name} to be a table, got rows of different lengths.") from None
     if array.dtype.kind not in NUMERIC_KINDS:
         advice = ": pass its draws, get_samples()" if hasattr(value, "get_samples") else ""
-        if isinstance(value, str):
-            of_data, of_others = "pyro_maf.datasets.read_table reads a file", f"pass the columns, as frame[[{value!r}]]"
-            advice = f": {of_data if name == 'data' else of_others}"
+        if isinstance(value, str) and name == "data":
+            advice = ": pyro_maf.datasets.read_table reads a file"
+        elif isinstance(value, (str, list, tuple)) and array.dtype.kind == "U" and array.ndim < 2:
+            advice = f": pass the columns, as frame[{np.atleast_1d(array).tolist()}]"
         raise TypeError(
             f"{who} expected {name} to be a tensor, array or data frame of numbers, "
             f"got {type(value).__name__} of {array.dtype}{advice}."

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
+import numpy as np
+
 from pyro_maf._core.checks import InputError
 from pyro_maf._core.messages import quoted, shown
 from pyro_maf.tables.categories import categories_of
@@ -40,6 +42,18 @@ class NamedRows(NamedTuple):
     weights: TableLike | None = None
     layout: Layout = NAMELESS
     context_layout: Layout = NAMELESS
+
+    def check_apart(self, who: str) -> None:
+        """Refuse a column that is of the data and of the context too, with the same values."""
+        data, context = self.data, self.context
+        if not (isinstance(data, Mapping) or is_frame(data)) or not (isinstance(context, Mapping) or is_frame(context)):
+            return
+        for name in set(self.layout.names) & set(self.context_layout.names):
+            if np.array_equal(np.asarray(data[name]), np.asarray(context[name])):
+                raise ValueError(
+                    f"{who} expected other columns of data than of context, got {name!r} in both: leave it out of the "
+                    f"data, as by frame.drop(columns={[name]})."
+                )
 
     def coded(self, who: str) -> NamedRows:
         """The rows with categories as numbers: texts, truth values and categorical columns of a data frame.

@@ -51,6 +51,7 @@ OTHER_FORMATS = {
     rb"\x80[\2-\5]": "a pickle",
     rb"\xd0\xcf\x11\xe0": "a workbook",
     rb"\x28\xb5\x2f\xfd": "compressed by zstd",
+    rb"\s*\[?\s*\{": "JSON",
 }
 """Patterns of the first bytes of files that are decompressed, and of those that are refused by name."""
 
@@ -234,7 +235,7 @@ class CsvSource(Source):
         try:
             # A reader left to the garbage collector is destroyed while its threads run, which aborts the process.
             with arrow_csv.open_csv(
-                self.path,
+                pyarrow.OSFile(str(self.path)),  # of a path, it would decompress by the ending
                 arrow_csv.ReadOptions(
                     use_threads=False,
                     block_size=BYTES_IN_A_BLOCK,

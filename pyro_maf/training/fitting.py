@@ -205,6 +205,7 @@ def fit(
             _first_weight(model, data)
         chosen = cast("Model | DefaultFlow", model)
     source = named_rows("fit", cast("TableLike | Table", data), context, weights)
+    source.check_apart("fit")
     choice = choose(chosen, source, support, context_net=context_net, dequantise=dequantise, seed=seed)
     recipe = choice.recipe
     if batch_size is not None:

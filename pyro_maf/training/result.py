@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from pyro_maf._core.checks import check_positive
+from pyro_maf._core.checks import InputError, check_positive
 from pyro_maf.distributions import (
     ConditionalDensity,
     ConditionalFlowPrior,
@@ -136,7 +136,7 @@ class FitResult:
             context: Rows of context, for a density that takes one. It may be left out if `rows` has its columns too.
 
         Returns:
-            The log-densities; -inf outside the support, NaN for a row with a missing value.
+            The log-densities; -inf outside the support and for infinite values, NaN for a row with a missing value.
 
         Raises:
             TypeError: For values that are not numeric.
@@ -157,7 +157,7 @@ class FitResult:
             context: For a density that takes one: a row, for all of them, or as many rows, one for each.
 
         Raises:
-            ValueError: For a context missing, superfluous, or of another number of rows.
+            ValueError: For a context missing, superfluous, not finite, or of another number of rows.
         """
         number = check_positive("sample", "number", number)
         self._check_context("sample", context)
@@ -167,10 +167,19 @@ class FitResult:
         table = numbers("sample", "context", self.context_layout.pick("sample", "context", context))
         if table.shape == shape or (table.dim() < 2 and table.numel() % shape.numel() == 0):
             table = table.reshape(-1, *shape)
-        if table.shape[1:] != shape or len(table) not in (1, number):
+        if table.shape[1:] != shape:
             raise ValueError(
                 f"sample expected context of shape {(1, *shape)} or {(number, *shape)}, got {tuple(table.shape)}."
             )
+        if len(table) not in (1, number):
+            raise ValueError(
+                f"sample expected context of 1 row, for all draws, or of {number}, one for each, got {len(table)}."
+            )
+        if (wrong := ~table.isfinite().flatten(1)).any():
+            row, column = wrong.nonzero()[0].tolist()
+            labels = self.context_layout.encoded_labels
+            where = f"row {row}, column {labels[column]!r}" if labels else f"row {row}"
+            raise InputError(f"sample expected finite context, got a missing or infinite value in {where}.", row=row)
         density = cast(ConditionalDensity, self.density)
         if len(table) == 1:
             return self.layout.like(density.condition(table[0]).sample((number,)).cpu())

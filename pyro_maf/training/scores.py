@@ -42,7 +42,8 @@ def log_prob_of(
 ) -> Iterator[Tensor]:
     """Iterate over the log-densities of blocks of rows, (block,) each, in nats; without gradient, on the CPU.
 
-    Rows and context are of any form that `numbers` reads; of a memory-mapped array a block is read at a time.
+    Rows and context are of any form that `numbers` reads; of a memory-mapped array a block is read at a time. No
+    density is above 0 at infinity, where networks compute NaN.
 
     Raises:
         TypeError: For values that are not numeric.
@@ -63,7 +64,9 @@ def log_prob_of(
             if isinstance(density, ConditionalDensity) and context is not None:
                 features = _table("context", part_of(context, block), inner.context_dim, inner.context_shape)
                 at = cast("ConditionalDensity", density).condition(features.to(device, context_dtype))
-            yield at.log_prob(_table("rows", part_of(rows, block), width).to(device, dtype)).cpu()
+            table = _table("rows", part_of(rows, block), width)
+            infinite = table.to(density.dtype).isinf().any(-1) & ~table.isnan().any(-1)
+            yield at.log_prob(table.to(device, dtype)).cpu().masked_fill(infinite, -torch.inf)
 
 
 def _table(role: str, value: TableLike, width: int, shape: tuple[int, ...] = ()) -> Tensor:
