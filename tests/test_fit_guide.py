@@ -549,11 +549,23 @@ def test_a_model_that_takes_no_batch_is_fitted_all_the_same() -> None:
     assert warned[0].filename == __file__
     assert "before site y, whose batch shape should be (7,)" in str(warned[0].message)
     assert "z has shape (7, 2), alone (2,)" in str(warned[0].message)
-    assert "\n" not in str(warned[0].message)
+    assert str(warned[0].message).endswith("by if, float or .item().")
     assert fit.run_alone in str(warned[0].message)
     assert "the model was run for each draw" in repr(fit)
     assert fit.skipped_steps == 0
     torch.testing.assert_close(guide.median()["z"], torch.tensor([0.8, 0.0]), atol=0.1, rtol=0)
+
+
+def test_a_model_of_minibatches_that_reads_no_values_is_told_to_broadcast() -> None:
+    rows = torch.linspace(-1.0, 1.0, 9).reshape(3, 3)
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        with pyro.plate("rows", 3, subsample_size=2) as index:
+            pyro.sample("y", dist.Normal(rows[index] @ w, 1.0), obs=torch.zeros(2))
+
+    with pytest.warns(UserWarning, match=r"slow: with 7 draws at once .* Draws come first: index and reduce from the"):
+        fit_guide(model, AutoIAF(model, init_scale=0.1, **SMALL), steps=1, **QUICK)
 
 
 @of_the_verdict

@@ -18,7 +18,7 @@ from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.models.double_precision import Score
 from pyro_maf.infer.start.ascent import Ascents
 from pyro_maf.infer.start.initialization import best_normal
-from pyro_maf.infer.start.normal import Normal
+from pyro_maf.infer.start.normal import Normal, truncated
 
 __all__ = ["POOL", "Region", "missed_modes", "why_no_search"]
 
@@ -117,8 +117,9 @@ def _around(
     best: list[Region] = []
     for scale in SCALES:
         normal = Normal(spread.centre, scale * spread.factor)
-        points, log_weights = _weighted(score, normal)
-        log_weights = log_weights.where(spread.is_outside(points), -torch.inf)
+        noise = _noise(normal)
+        points = normal.of_noise(noise)
+        log_weights = normal.log_weights(score, noise).where(spread.is_outside(points), -torch.inf)
         if float(2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)) < math.log(LEAST_EFFECTIVE):
             continue
         log_mass = _log_mean(log_weights)
@@ -138,7 +139,7 @@ def _starting_points(score: Score, spread: _Spread, prior: Tensor) -> Tensor:
     with seeded(2, prior.device):
         uniform = REACH * (2 * torch.rand(POOL, prior.shape[1]) - 1).to(prior)
     pool = torch.cat([prior, uniform])
-    beside = score(pool) + _squares(pool, Normal(spread.centre, spread.factor)) / 2
+    beside = score(pool) + Normal(spread.centre, spread.factor).noise_of(pool).square().sum(1) / 2
     chosen = beside.nan_to_num(nan=-torch.inf).topk(min(2 * STARTS, len(pool))).indices
     return torch.cat([prior[:STARTS], uniform[:STARTS], pool[chosen]])
 
@@ -151,8 +152,9 @@ class _Spread:
         covariance = centred.T @ centred / len(draws)
         jitter = 1e-6 * covariance.diagonal().clamp(min=1e-12)
         factor, failed = torch.linalg.cholesky_ex(covariance + jitter.diag())
-        self._factor = covariance.diagonal().clamp(min=1e-12).sqrt().diag() if failed else factor
-        self.centre, self.factor = draws.mean(0), self._factor.to(draws)
+        factor = covariance.diagonal().clamp(min=1e-12).sqrt().diag() if failed else factor
+        self.centre, self.factor = draws.mean(0), factor.to(draws)
+        self._normal = Normal(self.centre.double(), factor)
         self._draws = self.scaled(draws)
         distances = self._to_draws(self._draws[:COMPARED], 1)
         self._usual = float(distances.quantile(NEARLY_ALL))
@@ -174,7 +176,7 @@ class _Spread:
 
     def scaled(self, points: Tensor) -> Tensor:
         """Return points, (points, D), in units of the draws, around their mean, in float64."""
-        return torch.linalg.solve_triangular(self._factor, (points - self.centre).double().T, upper=False).T
+        return self._normal.noise_of(points.double())
 
     def _to_draws(self, points: Tensor, itself: int) -> Tensor:
         """Distance of each point to its tenth nearest draw, without itself."""
@@ -196,39 +198,26 @@ def _ends(score: Score, spread: _Spread, points: Tensor) -> tuple[Tensor, Tensor
 @torch.no_grad()
 def _log_mass(score: Score, normal: Normal) -> float:
     """Logarithm of the integral of the density over the region around a mode, in nats."""
-    points, log_weights = _weighted(score, normal)
-    return _log_mean(log_weights.where(_squares(points, normal) <= _radius(len(normal.loc)), -torch.inf))
+    noise = _noise(normal)
+    return _log_mean(normal.log_weights(score, noise).where(_is_within(noise), -torch.inf))
 
 
-def _weighted(score: Score, normal: Normal) -> tuple[Tensor, Tensor]:
-    """Draws of a normal, and the log-density at these over that of the normal, in nats."""
-    size = len(normal.loc)
-    with seeded(3, normal.loc.device):
-        noise = torch.randn(DRAWS, size).to(normal.loc)
-    points = normal.loc + noise @ normal.scale_tril.T
-    log_det = float(normal.scale_tril.diagonal().double().log().sum())
-    return points, score(points).double() + (noise.double() ** 2).sum(1) / 2 + size / 2 * math.log(
-        2 * math.pi
-    ) + log_det
+def _noise(like: Normal) -> Tensor:
+    with seeded(3, like.loc.device):
+        return torch.randn(DRAWS, len(like.loc)).to(like.loc)
 
 
 def _log_mean(log_weights: Tensor) -> float:
-    """Logarithm of the mean of weights, truncated so that no single one decides."""
-    ceiling = log_weights.logsumexp(0) - 0.5 * math.log(len(log_weights))
-    return float(log_weights.minimum(ceiling).logsumexp(0)) - math.log(len(log_weights))
+    """Logarithm of the mean of truncated weights."""
+    return float(truncated(log_weights).logsumexp(0)) - math.log(len(log_weights))
 
 
 def _fraction(draws: Tensor, normal: Normal) -> float:
     """Fraction of draws in the region around a mode."""
-    return float((_squares(draws, normal) <= _radius(len(normal.loc))).double().mean())
+    return float(_is_within(normal.noise_of(draws)).double().mean())
 
 
-def _squares(points: Tensor, normal: Normal) -> Tensor:
-    """Squared distance of points from a normal's location, in its units."""
-    scaled = torch.linalg.solve_triangular(normal.scale_tril, (points - normal.loc).T, upper=False)
-    return (scaled**2).sum(0)
-
-
-def _radius(size: int) -> float:
-    """Squared radius of the region, in standard deviations."""
-    return size + RADII * math.sqrt(2 * size)
+def _is_within(noise: Tensor) -> Tensor:
+    """Test if points are in the region around a normal's mode, by their noise, (points, D); boolean."""
+    size = noise.shape[1]
+    return noise.square().sum(1) <= size + RADII * math.sqrt(2 * size)

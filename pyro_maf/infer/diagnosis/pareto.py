@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_maf.infer.models.double_precision import widened
+from pyro_maf.infer.start.normal import truncated
 
 __all__ = ["fit_pareto", "smoothed_log_weights"]
 
@@ -60,7 +61,7 @@ def smoothed_log_weights(log_weights: Tensor, rounding: float = 0.0) -> tuple[Te
 
     The tail is the largest 3 \sqrt n of them, at most a fifth. Importance weights have a mean, the evidence, as a tail
     of shape 1 and more has not: of that shape it is no tail that goes on, but a step at the end of even weights, as of
-    a guide wider than the posterior that lacks its far tails. Those weights are bounded by \sqrt n times their mean.
+    a guide wider than the posterior that lacks its far tails. Those weights are truncated at \sqrt n times their mean.
 
     Args:
         log_weights: (n,); those that are not finite are left out.
@@ -100,7 +101,7 @@ def smoothed_log_weights(log_weights: Tensor, rounding: float = 0.0) -> tuple[Te
             if shape < 1:
                 ordered[tail] = (_quantiles(shape, scale, count, ordered) + base).log().clamp(max=0.0)
             else:
-                ordered.clamp_(max=float(ordered.logsumexp(0)) - 0.5 * math.log(size))
+                ordered = truncated(ordered)
     smooth[is_scored] = torch.empty_like(ordered).scatter_(0, order, ordered.log_softmax(0))
     return smooth.to(log_weights.device), shape
 

@@ -49,7 +49,7 @@ ADVICE = (
     "Draws come first: index and reduce from the right, such as (X * w).sum(-1) or w[..., 0].",
     "Compute with tensors, as by torch.where, rather than read values of latent variables by if, float or .item().",
 )
-"""What to do about a model that is run for each draw of another guide, and of one of this package."""
+"""What to do about a model that is run for each draw, if under `vmap` it can be run for all, and if it cannot."""
 INTERRUPTED = "interrupted"
 MOST_FAILURES = 50
 FAILURES_TO_RETREAT = 10
@@ -210,7 +210,7 @@ def fit_guide(
                 threads.enter_context(guide.threads(num_particles or FEW_PARTICLES))
             run = _Run(call, guide, num_particles, Schedule(learning_rate, steps))
         if run.alone:
-            advice = ADVICE[isinstance(guide, AutoFlow)]
+            advice = ADVICE[not run.is_vectorised]
             what = f"fit_guide runs the model for each draw, which is slow: {run.alone}. {advice}"
             warnings.warn(what, UserWarning, stacklevel=2)
         runs, left = [run], steps
@@ -266,6 +266,7 @@ class _Run:
         affordable = max(FEW_PARTICLES, min(MOST_PARTICLES, NUMBERS // self._pair.numbers))
         self.num_particles = num_particles or affordable
         walks = can_walk(guide, joint)
+        self.is_vectorised = joint.is_vectorised
         self.alone = "" if walks or joint.broadcasts else why_alone(call, guide, *self._pair.traces)
         objective = (
             TracePath_ELBO if isinstance(guide, AutoFlow) else TraceEnum_ELBO if joint.enumerated else Trace_ELBO
@@ -347,7 +348,7 @@ class _Run:
     def diagnosed(self, shown: Bar) -> Diagnosis:
         """Diagnose the guide; without a verdict if interrupted."""
         draws = max(1_000, min(DIAGNOSED, MOST_DIAGNOSED // (self._pair.joint.runs * self._pair.numbers)))
-        if not self._pair.joint.is_vectorised:
+        if not self.is_vectorised:
             draws = min(draws, max(LEAST_DIAGNOSED, DIAGNOSED_BY_STEP * len(self.elbo) // self._pair.joint.runs))
         try:
             if not self._is_abandoned:

@@ -25,6 +25,7 @@ from pyro_maf.infer.models.double_precision import scored
 from pyro_maf.infer.models.model import FAILURES, Call
 from pyro_maf.infer.models.posterior import Posterior
 from pyro_maf.infer.start.modes import NEGLIGIBLE
+from pyro_maf.infer.start.normal import truncated
 from pyro_maf.transforms import Stack
 
 __all__ = ["FlowMixture", "MixturePosterior", "Shares"]
@@ -119,8 +120,8 @@ class FlowMixture(nn.Module):
     def evident_shares(self, log_density: Callable[[Tensor], Tensor], draws: int) -> Tensor | None:
         """Return the shares of largest expected log-density under the posterior, (components,).
 
-        They are estimated from draws of every component, those without a share too, by importance weights, which are
-        truncated so that none of them decides alone. None if no draw could be scored.
+        They are estimated from draws of every component, those without a share too, by truncated importance weights.
+        None if no draw could be scored.
 
         Args:
             log_density: Log-density of the posterior, up to a constant: (rows, D) to (rows,).
@@ -136,8 +137,7 @@ class FlowMixture(nn.Module):
         if not usable.any():
             return None
         logs, log_weights = logs[usable], log_weights[usable]
-        mean = log_weights.logsumexp(0) - math.log(len(log_weights))
-        weights = log_weights.minimum(mean + math.log(len(log_weights)) / 2).softmax(0)
+        weights = truncated(log_weights).softmax(0)
         shares = torch.full((count,), 1 / count, dtype=torch.float64, device=logs.device)
         for _ in range(ROUNDS):
             before = shares

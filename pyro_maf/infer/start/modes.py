@@ -17,7 +17,7 @@ from pyro_maf._core.torch_state import seeded
 from pyro_maf.infer.models.double_precision import Score
 from pyro_maf.infer.models.model import FAILURES
 from pyro_maf.infer.models.posterior import Posterior
-from pyro_maf.infer.start.normal import Normal, fixed_noise
+from pyro_maf.infer.start.normal import Normal, fixed_noise, truncated
 
 __all__ = [
     "MOST",
@@ -89,7 +89,7 @@ class Start(NamedTuple):
 
 
 def bounds_of(log_density: Score, candidates: Sequence[Normal], noise: Tensor) -> Tensor:
-    """Evidence lower bound of each candidate, up to a common constant.
+    """Evidence lower bound of each candidate in nats.
 
     If all have draws that cannot be scored, it is that of the others, less twice the nats of their share.
     """
@@ -100,27 +100,20 @@ def bounds_of(log_density: Score, candidates: Sequence[Normal], noise: Tensor) -
     if not scored.all(1).any():
         shares = scored.double().mean(1)
         means = (scores.where(scored, 0.0).mean(1) / shares + 2 * shares.log()).to(draws)
-    entropies = torch.stack([each.scale_tril.diagonal().log().sum() for each in candidates])
+    log_dets = torch.stack([each.scale_tril.diagonal().log().sum() for each in candidates])
+    entropies = log_dets + noise.shape[1] * (1 + math.log(2 * math.pi)) / 2
     return (means + entropies).nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
 
 
 def _evidence(log_density: Score, normal: Normal) -> float:
-    """Log evidence in nats by importance weights of a normal's draws, up to the same constant as `bounds_of`.
-
-    Weights are truncated at the root of their number times their mean, so that none of them decides alone.
-    """
-    noise = fixed_noise(normal.loc, draws=EVIDENCE_DRAWS)
-    scores = log_density(normal.of_noise(noise)).nan_to_num(nan=-torch.inf)
-    log_weights = scores + (noise.square().sum(1) - len(normal.loc)) / 2 + normal.scale_tril.diagonal().log().sum()
-    mean = log_weights.logsumexp(0) - math.log(len(noise))
-    truncated = log_weights.minimum(mean + math.log(len(noise)) / 2)
-    return float(truncated.logsumexp(0)) - math.log(len(noise))
+    """Log evidence in nats by truncated importance weights of a normal's draws."""
+    log_weights = normal.log_weights(log_density, fixed_noise(normal.loc, draws=EVIDENCE_DRAWS))
+    return float(truncated(log_weights.nan_to_num(nan=-torch.inf)).logsumexp(0)) - math.log(EVIDENCE_DRAWS)
 
 
 def distance(normal: Normal, loc: Tensor) -> float:
     """Distance of a point from a normal's location, in its standard deviations."""
-    moved = (loc - normal.loc)[:, None]
-    return float(torch.linalg.solve_triangular(normal.scale_tril, moved, upper=False).norm())
+    return float(normal.noise_of(loc[None]).norm())
 
 
 def different(log_density: Score, ends: Sequence[End]) -> list[End]:

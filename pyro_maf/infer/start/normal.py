@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_maf._core.optimization import Adam
 from pyro_maf._core.torch_state import seeded
-from pyro_maf.infer.models.double_precision import Score
+from pyro_maf.infer.models.double_precision import Score, widened
 from pyro_maf.infer.models.model import FAILURES
 from pyro_maf.infer.models.recording import Derivatives, Recording, plain_derivatives, record
 from pyro_maf.transforms.low_rank import along_chain
@@ -25,6 +25,7 @@ __all__ = [
     "fixed_noise",
     "narrow_place",
     "second_derivatives",
+    "truncated",
     "wide_start",
 ]
 
@@ -62,6 +63,16 @@ class Normal(NamedTuple):
     def of_noise(self, noise: Tensor) -> Tensor:
         """Return the points, (rows, D), of standard normal noise."""
         return self.loc + noise @ self.scale_tril.T
+
+    def noise_of(self, points: Tensor) -> Tensor:
+        """Return the noise, (rows, D), of points: how many standard deviations they are away."""
+        return torch.linalg.solve_triangular(self.scale_tril, (points - self.loc).T, upper=False).T
+
+    def log_weights(self, score: Score, noise: Tensor) -> Tensor:
+        """Log-density over that of this normal in nats, (rows,), at the points of some noise."""
+        scores, noise = widened(score(self.of_noise(noise))), widened(noise)
+        log_det = widened(self.scale_tril.diagonal()).log().sum()
+        return scores + (noise.square() + math.log(2 * math.pi)).sum(1) / 2 + log_det
 
 
 class WideNormal(NamedTuple):
@@ -113,6 +124,15 @@ def fixed_noise(like: Tensor, seed: int = 0, draws: int = DRAWS) -> Tensor:
     with seeded(seed, like.device):
         noise = torch.randn(draws // 2, len(like)).to(like)
     return torch.cat([noise, -noise])
+
+
+def truncated(log_weights: Tensor) -> Tensor:
+    r"""Truncate n log weights, (n,), at the logarithm of \sqrt n times their mean, so that no single one decides.
+
+    Reference:
+        Ionides, *Truncated importance sampling*, 2008.
+    """
+    return log_weights.clamp(max=float(log_weights.logsumexp(0)) - 0.5 * math.log(len(log_weights)))
 
 
 def narrow_place(loc: Tensor) -> Tensor:
