@@ -1,6 +1,6 @@
 """Peak memory of sampling and its gradient: a process for each contender, which prints the bytes.
 
-    python -m parts.memory NAME D H ROWS
+    python -m parts.memory D H ROWS NAME [NAME ...]
 
 NAME is one of `peers.PEERS`, "pyro-maf" for us, or "D passes" for the plain loop.
 """
@@ -14,6 +14,7 @@ import os
 import resource
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,18 +32,11 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "
 
 def measured(names: list[str], dim: int, hidden: int, batch: int) -> dict[str, int]:
     """Bytes by which the process of each contender grew, at its largest; those that cannot be measured are left out."""
-    found = {}
-    for name in (OURS, LOOP, *names):
-        command = [sys.executable, "-m", "parts.memory", name, str(dim), str(hidden), str(batch)]
-        folder = Path(__file__).resolve().parents[1]
-        process = subprocess.run(
-            command, cwd=folder, env=os.environ | ALLOCATOR, capture_output=True, text=True, check=False
-        )
-        if process.returncode == 0:
-            found[name] = int(process.stdout.split()[-1])
-        else:
-            print(f"memory of {name}: {process.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-    return found
+    command = [sys.executable, "-m", "parts.memory", *map(str, (dim, hidden, batch)), OURS, LOOP, *names]
+    folder, environment = Path(__file__).resolve().parents[1], os.environ | ALLOCATOR
+    process = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    lines = (line.rsplit(maxsplit=1) for line in process.stdout.splitlines())
+    return {name: int(grown) for name, grown in lines}
 
 
 def d_passes(flow: Stack) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -96,8 +90,25 @@ def _trim() -> None:
         return
 
 
-def main(name: str, dim: int, hidden: int, batch: int) -> None:
-    """Print the bytes of one contender."""
+def main(dim: int, hidden: int, batch: int, names: list[str]) -> None:
+    """Print each contender and its bytes; its process is forked from this one, which has imported what they share."""
+    for name in names:
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
+            continue
+        code = 1
+        try:
+            print(name, _grown(name, dim, hidden, batch), flush=True)
+            code = 0
+        except Exception:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+
+def _grown(name: str, dim: int, hidden: int, batch: int) -> int:
+    """Bytes of one contender."""
     torch.set_num_threads(1)
     architecture = Architecture("MAF", dim, hidden, 1)
     flow = architecture.flow()
@@ -119,8 +130,9 @@ def main(name: str, dim: int, hidden: int, batch: int) -> None:
         def work() -> None:
             peer.sample_and_differentiate(next(given))
 
-    print(growth(work))
+    return growth(work)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    sizes = [int(number) for number in sys.argv[1:4]]
+    main(sizes[0], sizes[1], sizes[2], sys.argv[4:])
