@@ -48,7 +48,7 @@ def test_draws_are_of_the_posterior_whatever_the_guide() -> None:
 
 @pytest.mark.parametrize("make", GUIDES)
 def test_the_density_of_noise_is_that_of_the_sites_it_makes_and_the_volume(make: Any) -> None:
-    guide = shaken(make(rows, **SMALL).setup())
+    guide = shaken(make(rows, **SMALL, init_scale=0.3).setup())
     warped = neutra(rows, guide)
     noise = torch.randn(guide.latent_dim)
     (name,) = [name for name in poutine.trace(warped).get_trace().nodes if name.endswith("_shared_latent")]
@@ -60,7 +60,7 @@ def test_the_density_of_noise_is_that_of_the_sites_it_makes_and_the_volume(make:
 
 
 def test_draws_have_the_shapes_of_the_sites() -> None:
-    guide = AutoIAF(rows, **SMALL).setup()
+    guide = AutoIAF(rows, **SMALL, init_scale=0.3).setup()
     warped = neutra(rows, guide)
     expected = {"loc": (), "scale": (2, 1), "z": (2, 3)}
     for batch in ((), (5,), (2, 5)):
