@@ -288,10 +288,12 @@ class TableDensity(NamedDensity):
         Standard normal if the density is that of y: the residuals of a discrete distribution that Dunn and Smyth (1996)
         randomise in the same way.
         """
-        y = self.as_value(y, self.value_like, "y")
-        numeric = y[..., self.numeric]
-        numeric = dequantised(numeric, self.steps.spacing, torch.Generator().manual_seed(0))
-        return self.prior.noise(numeric, self.parts(y, context)[1])
+        return self.prior.noise(*self.of_prior(self.as_value(y, self.value_like, "y"), context))
+
+    def of_prior(self, y: Tensor, context: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor | None]:
+        r"""Numbers of rows y, (\*batch, numbers), at random places of their steps, and the context of the prior."""
+        generator = torch.Generator().manual_seed(seed)
+        return dequantised(y[..., self.numeric], self.steps.spacing, generator), self.parts(y, context)[1]
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
         r"""Set the model's statistics of the data from data `y`, (rows, D), in the data's units."""

@@ -252,8 +252,7 @@ def _baselines(
     prior: FlowPrior = inner.prior if isinstance(inner, TableDensity) else inner
     data, context = training.data, training.context
     if isinstance(inner, TableDensity):
-        data, context = data[:, inner.numeric], inner.parts(data, context)[1]
-        data = dequantised(data, inner.steps.spacing, torch.Generator().manual_seed(0))
+        data, context = inner.of_prior(data, context)
     z = prior.standardised(data).double()
     features = z.new_zeros(len(z), 0) if context is None else prior.features(context).double()
     coefficients, residuals = _regressed(z, features, training.weights)

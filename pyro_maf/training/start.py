@@ -9,7 +9,6 @@ import torch
 from pyro_maf.distributions import ConditionalFlowPrior, ConditionalTableDensity, FlowPrior, TableDensity
 from pyro_maf.distributions.angle_flow import AngleFlow
 from pyro_maf.distributions.mixture_flow import MixtureFlow
-from pyro_maf.distributions.steps import dequantised
 from pyro_maf.flows import IAF, MAF
 from pyro_maf.tables import Rows
 from pyro_maf.tables.regression import triangular_regression
@@ -44,8 +43,7 @@ def start_at(
     rows = training.rounded_for(inner)
     values, context = rows.data, rows.context
     if isinstance(inner, TableDensity):
-        values, context = rows.data[:, inner.numeric], inner.parts(rows.data, context)[1]
-        values = dequantised(values, inner.steps.spacing, torch.Generator().manual_seed(seed))
+        values, context = inner.of_prior(values, context, seed)
     # What a network says of a context, it does not yet say before it is trained.
     seen = None if context is None or prior.context_net is not None else prior.features(context)
     z = prior.standardised(values)

@@ -133,7 +133,8 @@ class AutoFlow(GuideSetUp):
 
         The file is safetensors and JSON: weights, names, supports and shapes of the sites, and their plates. Where the
         guide is in coordinates by the model's prior, the file holds that as a list of torch's operations, with the
-        arguments of the set-up. Loading it runs no code. `torch.save` keeps what cannot be saved so.
+        arguments of the set-up. Loading it runs no code. `torch.save` keeps a guide with an encoder too, and a
+        `state_dict` any, for a new guide of the same model.
 
         Args:
             path: A file, by convention with suffix .safetensors; one that exists is replaced once all is written.

@@ -143,7 +143,7 @@ class GuideDensity(AutoContinuous):
             raise RefusalError(
                 f"{self._who} expected its model, whose prior the coordinates of "
                 f"{', '.join(cast('Coordinates', self._coordinates).names)} are computed with, got none, since it was "
-                "pickled without: draw from it before, or set up a guide of the model and load its state_dict."
+                "pickled without: set up a guide of the model and load its state_dict."
             )
         return Call(self._first_call.program, args, kwargs) if args or kwargs else self._first_call
 

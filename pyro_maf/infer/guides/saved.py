@@ -205,7 +205,8 @@ def _checked_prior(latents: Latents, transform: Stack, coordinates: Coordinates,
         reason = "the operations of one run are not those of another"
     raise TypeError(
         f"{latents.who} cannot be saved: coordinates of {', '.join(coordinates.names)} are computed with the model's "
-        f"prior, which is no plain function of values ({reason}): pickle it with torch.save, or save draws of it."
+        f"prior, which is no plain function of values ({reason}): keep its state_dict for a new guide of the "
+        "model, or save draws of it."
     )
 
 
