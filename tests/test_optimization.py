@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +10,6 @@ from pyro_maf._core import optimization
 from pyro_maf._core.optimization import Adam, clip
 from pyro_maf._core.torch_state import Snapshot
 
-ROOT = Path(__file__).parent.parent
 SHAPES = ((3, 4), (5,), (2, 2, 2))
 
 
@@ -82,13 +77,3 @@ def test_gradients_are_clipped_as_torch_clips_them(most: float) -> None:
     assert clip([*gradients, None], most) == float(norm)
     assert all(twin.grad is not None and torch.equal(twin.grad, g) for twin, g in zip(twins, gradients, strict=True))
     assert clip([None], most) == 0.0
-
-
-def test_a_fit_imports_neither_a_trainer_nor_the_compiler_of_torch() -> None:
-    program = (
-        "import sys, torch; from pyro_maf import MAF, fit; "
-        "fit(MAF(2, num_layers=1), torch.randn(50, 2), max_epochs=1, progress=False); "
-        "print([name for name in ('lightning_fabric', 'lightning', 'torch._dynamo', 'sympy') if name in sys.modules])"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", program]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
