@@ -28,6 +28,17 @@ def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "_said", [])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def beside_its_source() -> Iterator[None]:
+    """Compiled code is beside its source, also where the environment has another place for it."""
+    import numba
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("NUMBA_CACHE_DIR", raising=False)
+        patch.setattr(numba.config, "CACHE_DIR", "")
+        yield
+
+
 @pytest.fixture(scope="module")
 def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with two functions, compiled."""
