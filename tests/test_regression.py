@@ -39,7 +39,10 @@ def test_of_correlated_normal_columns_it_is_the_factor_of_their_covariance(dim: 
     rows = noise(500, dim, seed=seed) @ mixing.T / dim
     rows = (rows - rows.mean(0)) / rows.std(0)
     loc, factor, _ = triangular_regression(rows + 1)
-    torch.testing.assert_close(factor, cholesky(rows), rtol=1e-3, atol=1e-3)
+    unexplained = factor.diagonal() / cholesky(rows).diagonal()  # more of new rows than of those that are fitted
+    assert unexplained.min() > 1 - 1e-3
+    assert unexplained.max() < 1 + (dim + 2) / 500
+    torch.testing.assert_close(factor / unexplained, cholesky(rows), rtol=1e-3, atol=1e-3)
     residuals = torch.linalg.solve_triangular(factor, (rows + 1 - loc).T, upper=False)
     torch.testing.assert_close(residuals.mean(1), torch.eye(dim).double()[0], rtol=1e-3, atol=1e-3)
 
@@ -114,6 +117,14 @@ def test_a_context_that_tells_nothing_is_left_out() -> None:
     _, factor, slopes = triangular_regression(noise(400, 2), noise(400, 3, seed=1))
     assert torch.equal(slopes, torch.zeros(2, 3).double())
     assert torch.equal(factor, torch.eye(2).double())
+
+
+def test_with_nearly_as_many_features_as_rows_the_scale_is_that_of_new_rows() -> None:
+    context, new, slopes = noise(400, 300), noise(400, 300, seed=1), torch.zeros(300, 1).double()
+    slopes[:10] = 1.0
+    loc, factor, found = triangular_regression(context @ slopes + noise(400, 1, seed=2) / 3, context)
+    residuals = (new @ slopes + noise(400, 1, seed=3) / 3 - loc - new @ found.T) / factor[0, 0]
+    assert 0.8 < float(residuals.std()) < 1.25
 
 
 @pytest.mark.parametrize("rows", [100, 500])  # a mixture to start with, and a linear layer

@@ -14,17 +14,18 @@ LEAST_GAIN, BY_CHANCE = 0.1, 2.0
 values in long steps, which its residual would smear, has less entropy as it is, however well others predict it."""
 RIDGE = 1e-6
 """Variance of the noise on each regressor, in units of the columns."""
-MOST_VALUES = 2**22
+MOST_VALUES = 2**24
 """Maximum number of values, in rows from all over the table, that the regressions are of."""
 LEAST_SCALE = 1e-3
 """Least scale of a residual: columns that follow from others would have none."""
 
 
 def triangular_regression(rows: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    r"""m, lower triangular L and slopes V of rows y = m + L r + V c, with r_i a residual of variance 1, or y_i itself.
+    r"""m, lower triangular L and slopes V of rows y = m + L r + V c, with r_i a residual, or y_i itself.
 
     Column i is regressed on the context c and all columns before it if the entropy of its leave-one-out residual is
-    lower than its own, by at least 0.1 nats or 2 / sqrt(N). Both entropies are Vasicek's estimate, by spacings.
+    lower than its own, by at least 0.1 nats or 2 / sqrt(N). Both entropies are Vasicek's estimate, by spacings. These
+    residuals, as those of new rows, have variance 1.
 
     Args:
         rows: Rows (N, D), in units in which they are of about 1.
@@ -33,7 +34,7 @@ def triangular_regression(rows: Tensor, context: Tensor | None = None) -> tuple[
     Returns:
         m, (D,), L, (D, D), and V, (D, C), in float64.
 
-    Cost: O(N (C + D)^2), of some 4 million values at most.
+    Cost: O(N (C + D)^2), of some 16 million values at most.
 
     Example:
         >>> x = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -48,7 +49,7 @@ def triangular_regression(rows: Tensor, context: Tensor | None = None) -> tuple[
     joined = rows if context is None else torch.cat([context, rows], 1)
     size, seen = joined.shape[1], joined.shape[1] - rows.shape[1]
     count = min(len(rows), max(1, MOST_VALUES // size))
-    joined = joined[torch.linspace(0, len(rows) - 1, count).long()].double()
+    joined = joined[torch.linspace(0, len(rows) - 1, count, dtype=torch.float64).long()].double()
     mean = joined.mean(0)
     centred = joined - mean
     # Of all regressions at once: with Z = Q R, the residual of a column is R_ii q_i, and the leverages of the columns
@@ -63,7 +64,7 @@ def triangular_regression(rows: Tensor, context: Tensor | None = None) -> tuple[
     falls[: max(1, seen)] = False
     # The unit triangular map from columns to residuals.
     unscaled = torch.where(falls[:, None], diagonal[:, None] * torch.linalg.inv(triangle).T, torch.eye(size).double())
-    scale = torch.where(falls, (centred @ unscaled.T).std(0).clamp(min=LEAST_SCALE), 1.0)
+    scale = torch.where(falls, unseen.std(0).clamp(min=LEAST_SCALE), 1.0)
     intercept = torch.where(falls, unscaled @ mean, 0.0)
     of_rows, of_context = unscaled[seen:, seen:], unscaled[seen:, :seen]
     both = torch.cat([intercept[seen:, None], -of_context, scale[seen:].diag()], 1)
