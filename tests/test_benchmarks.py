@@ -60,6 +60,7 @@ def posteriors(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_a_quick_run_measures_every_task_and_writes_results_table_and_picture(run, monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of the processes that measure
     run("directions", "--quick", "--peers", "zuko", "--out", tmp_path)
@@ -166,6 +167,7 @@ def test_exact_posteriors_rank_the_truth_uniformly(name, monkeypatch):
     assert all(kstest(rank, "uniform").pvalue > 1e-4 for rank in ranks.T.numpy())
 
 
+@pytest.mark.slow
 def test_guides_are_fitted_measured_and_drawn_where_the_model_is_known(run, posteriors, monkeypatch, tmp_path):
     for place, size in (("parts.accuracy.COMPARED", 100), ("parts.guides.DIAGNOSED", 1_000)):
         monkeypatch.setattr(place, size)
