@@ -24,9 +24,6 @@ from pyro_maf.sweep.torch_engine.layers import at_once, one_by_one, together, tr
 __all__ = ["Run", "add_up", "run"]
 
 DTYPES = (torch.float32, torch.float64)
-FOLDED = 8192
-"""Number of features, of all points at one context, from which its terms are computed once: for fewer, packing the
-weights with them takes as long."""
 
 
 class Run(NamedTuple):
@@ -82,10 +79,9 @@ class Run(NamedTuple):
         rows, features, needs_gradient = inputs
         if needs_gradient:
             result = _apply(self, constant, *unwrap_dead_wrappers((rows, features)), *self.tensors)
-        elif features is not None and features.stride(0) == 0 and features.numel() >= FOLDED:
-            program, tensors = self.program.at_one_context(self.steps, self.tensors, features[0])
-            result = _result(constant, *_forward(program, program.pack(tensors), rows, None, constant))
         else:
+            if features is not None and features.stride(0) == 0:
+                features = features[:1]  # the kernels take one row for all points
             pack = self.program.remembered(self.tensors)
             result = _result(constant, *_forward(self.program, pack, rows, features, constant))
         if rows is v:

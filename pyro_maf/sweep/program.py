@@ -15,7 +15,7 @@ from pyro_maf._core.torch_state import Snapshot
 from pyro_maf.nn import MADE, MLP
 from pyro_maf.nn.weights import current, is_hooked, is_read
 from pyro_maf.sweep.kernels import loaded
-from pyro_maf.sweep.layout import CONTEXT, LANES, MAPS, Array, Layout, Step, Triangular, gain_of, map_of
+from pyro_maf.sweep.layout import LANES, MAPS, Array, Layout, Step, Triangular, gain_of, map_of
 
 __all__ = ["Program", "Programs", "Reading", "is_ordinary"]
 
@@ -134,7 +134,7 @@ class Pack(NamedTuple):
 class Program:
     """A run of layers, laid out for a state of its modules.
 
-    `context_dim` is 0 for no context, and for biases that hold the terms of one.
+    `context_dim` is 0 for no context.
 
     Raises:
         UnfitError: For masks that are no staircases, and for networks whose layers do not fit together.
@@ -157,7 +157,6 @@ class Program:
         self.every_matrix = np.ones(len(self.tables.matrices), bool)
         self.shift = self._shift()
         self._packed: tuple[Snapshot, Pack] | None = None
-        self._at_one_context: Program | None = None
 
     def _shift(self) -> int:
         """Number of entries that packed gradients lie behind those of the tensors, if both are in one memory.
@@ -181,19 +180,6 @@ class Program:
         if context is None:
             return not self.context_dim
         return is_ordinary(context, v.dtype) and context.shape[-1:] == (self.context_dim,)
-
-    def at_one_context(
-        self, steps: Sequence[Step | Triangular], tensors: Sequence[Tensor], context: Tensor
-    ) -> tuple[Program, list[Tensor]]:
-        """The layers at one context for all points, (context_dim,): its terms are then part of the biases."""
-        if self._at_one_context is None:
-            reading = self.reading._replace(tensors=list(tensors))
-            self._at_one_context = Program(reading, steps, self.dim, 0)
-        folded, matrices = list(tensors), self.tables.matrices
-        of_context = matrices[matrices["source"] == CONTEXT]
-        for weight, bias in zip(of_context["weight"].tolist(), of_context["addend"].tolist(), strict=True):
-            folded[bias] = torch.addmv(tensors[bias], tensors[weight], context)
-        return self._at_one_context, folded
 
     def room_for_gradients(self, like: Tensor, memory: Array | None = None) -> tuple[Array, Array]:
         """Arrays for the gradients by packed weights and biases, with arbitrary entries; the former in this memory."""

@@ -71,7 +71,8 @@ def forward(
     Args:
         tables: The layers.
         pack: Weights and biases, from `pack`.
-        inputs: v, (points, D), and the context, (points, features), with no features for none.
+        inputs: v, (points, D), and the context, (points, features), with no features for none; or, if nothing is saved
+            for `backward`, (1, features) for one of all points.
         rows: Rows of the tape for one chunk, of which the last `LANES` are padding.
         first, end: Range of points; `first` is a multiple of the chunk's length.
         constant: NaN, or the constant of the log-densities constant - |w|^2 / 2 - log_det in place of log_det.
@@ -85,20 +86,22 @@ def forward(
     # If nothing is saved, every layer has the same rows, and one more for a variable's result.
     work = tape if keep else _room(most + 1 + context.shape[1], chunk, v)
     both, natural = _room(2, chunk, v), np.arange(max(dim, context.shape[1]))
-    logs, nowhere = both[0], both[1]
+    logs, nowhere, is_one = both[0], both[1], len(context) < len(v)
+    if is_one:
+        tables, biases = _at_one_context(tables, weights, biases, context[0])
     for b0 in range(first, end, chunk):
         points = min(chunk, end - b0)
         width, at_context = min(-(-points // LANES) * LANES, chunk), b0 // chunk * rows if keep else most + 1
         here = at_context + context.shape[1] if keep else 0
         _load(v, natural, b0, points, width, work[here:])
-        _load(context, natural, b0, points, width, work[at_context:])
+        if not is_one:
+            _load(context, natural, b0, points, width, work[at_context:])
         logs[:] = 0
         for layer in tables.layers:
             part = Part(work, here, here + layer.rows if keep else most, at_context, points, width, keep)
             if layer.levels == 0:
                 _pass(layer, tables, weights, biases, part, logs[:width], nowhere[:width])
             else:
-                _begin(layer, tables, weights, biases, part)
                 _walk(layer, tables, weights, biases, part, logs[:width], nowhere[:width])
             here += layer.rows if keep else 0
         for b in range(points):  # between arrays, an assignment of slices takes a second to compile
@@ -109,6 +112,36 @@ def forward(
             for i in range(dim):
                 squares += w[b, i] * w[b, i]
             log_det[b] = number(constant) - number(0.5) * squares - log_det[b]
+
+
+@inner
+def _at_one_context(tables: Tables, weights: Array, biases: Array, context: Array) -> tuple[Tables, Array]:
+    """Tables and biases at one context, (features,).
+
+    The biases have its terms, and those of the first units of sequential layers, which see it alone.
+    """
+    layers, matrices, variables, seen, heard, row_order, column_order, steps, result = tables
+    matrices, steps, biases = matrices.copy(), steps.copy(), biases.copy()
+    for m in range(len(matrices)):
+        matrices[m].first = 1
+        if matrices[m].source == CONTEXT:
+            _add_to_biases(matrices[m], weights, biases, context, 0, len(context))
+            matrices[m].rows = 0
+    for layer in layers:
+        final = _steps(layer, steps) if layer.levels > 1 else steps.reshape((1, -1))
+        for level in range(1, layer.levels):  # the first units' biases become their values
+            own, above, count = matrices[_index(layer, level)], matrices[_index(layer, level + 1)], final[level, 1]
+            activate(own.kind, biases.reshape((-1, 1)), own.bias, own.bias + count, 0, 1)
+            _add_to_biases(above, weights, biases, biases, own.bias, count)
+            final[level, 0] = count
+    return Tables(layers, matrices, variables, seen, heard, row_order, column_order, steps, result), biases
+
+
+@inner
+def _add_to_biases(matrix: Matrix, weights: Array, biases: Array, inputs: Array, first: int, count: int) -> None:
+    """Add a matrix's products with its first `count` inputs, those from `first` on, to its biases."""
+    for r in range(matrix.rows):
+        biases[matrix.bias + r] += dot(weights, matrix.start + r * matrix.stride, inputs, first, count)
 
 
 @inner
@@ -127,21 +160,6 @@ def _pass(layer: Layer, tables: Tables, weights: Array, biases: Array, part: Par
         row = variables[layer.rest_from + j]
         for t in range(width):
             tape[after + row, t] = tape[here + row, t]
-
-
-@inner
-def _begin(layer: Layer, tables: Tables, weights: Array, biases: Array, part: Part) -> None:
-    """Set all units to what does not depend on the variables: their biases, and the products with the context."""
-    tape, here, _, context, _, width, _ = part
-    for m in range(layer.first, layer.heads):
-        matrix = tables.matrices[m]
-        if matrix.source == CONTEXT:
-            _multiply(matrix, tables.seen, weights, biases, tape, here, context, width)
-        elif matrix.first:
-            for r in range(matrix.rows):
-                own, bias = here + matrix.own + r, biases[matrix.bias + r]  # read once, or the loop is not vectorised
-                for t in range(width):
-                    tape[own, t] = bias
 
 
 @inner
@@ -194,13 +212,16 @@ def _walk(layer: Layer, tables: Tables, weights: Array, biases: Array, part: Par
     final, dim, column = _steps(layer, tables.steps), layer.moved, part.tape.reshape(-1)
     # Each use of a record's array is counted as a reference.
     matrices, variables, tape, here, width = tables.matrices, tables.variables, part.tape, part.here, part.width
+    for m in range(layer.first, layer.heads):
+        if (m + 1 - layer.first) % layer.matrices > 0:  # those of the context, or of the scales of a triangular map
+            _multiply(matrices[m], tables.seen, weights, biases, tape, here, part.context, width)
     for i0 in range(0, dim, layer.block):
         i1 = min(dim, i0 + layer.block)
-        if width > 1:
-            _add(layer, matrices, final, (i0, i1), (0, i0), weights, tape, column, here, width, False)
+        if width > 1 and i0 > 0:
+            _add(layer, matrices, final, (i0, i1), (0, i0), weights, biases, tape, column, here, width, False)
         for i in range(i0, i1):
             below = (i0 if width > 1 else 0, i + 1)  # one row with one column is as fast whatever its length
-            _add(layer, matrices, final, (i, i + 1), below, weights, tape, column, here, width, True)
+            _add(layer, matrices, final, (i, i + 1), below, weights, biases, tape, column, here, width, True)
             if layer.heads < layer.end:
                 _multiply(matrices[layer.heads + i], tables.seen, weights, biases, tape, here, part.context, width)
             w = apply(layer, i, variables, part, logs)
@@ -212,21 +233,27 @@ def _walk(layer: Layer, tables: Tables, weights: Array, biases: Array, part: Par
 
 @inner
 def _add(
-    layer: Layer, matrices: Array, final: Array, own: Range, below: Range, weights: Array, tape: Array, column: Array,
-    here: int, width: int, completes: bool,
+    layer: Layer, matrices: Array, final: Array, own: Range, below: Range, weights: Array, biases: Array, tape: Array,
+    column: Array, here: int, width: int, completes: bool,
 ) -> None:  # fmt: skip
-    """Add the products of the units below of some steps, `below`, to the units of others, `own`."""
+    """Add the products of the units below of some steps, `below`, to the units of others, `own`.
+
+    Products of the first units below are added to the biases, unless the context's precede them.
+    """
     for level in range(1, layer.levels + 1):
         matrix = matrices[_index(layer, level)]
         start, step, lower, row = matrix.start, matrix.stride, here + matrix.below, here + matrix.own
         low, high = final[level, own[0]], final[level, own[1]]
         first, end = final[level - 1, below[0]], final[level - 1, below[1]]
+        bias = matrix.bias if matrix.first and below[0] == 0 else ADDED
         if width > 1:
             columns = first, end
-            add_product(weights, start, step, 1, (low, high), columns, tape, lower, tape, row, width, weights, ADDED)
+            add_product(weights, start, step, 1, (low, high), columns, tape, lower, tape, row, width, biases, bias)
         else:
             for r in range(low, high):
-                column[row + r] += dot(weights, start + r * step, column, lower, end)
+                before = biases[bias + r] if bias >= 0 else column[row + r]
+                at = start + r * step + first
+                column[row + r] = before + dot(weights, at, column, lower + first, end - first)
         if completes and level < layer.levels:
             activate(matrix.kind, tape, row + low, row + high, matrix.slopes - matrix.own, width)
 
