@@ -391,6 +391,19 @@ def test_few_values_are_categories_where_fit_chooses_the_flow() -> None:
     assert set(result.sample(50)[:, 1].tolist()) <= {0.1, 2.0, 7.5}  # type: ignore[index, union-attr]
 
 
+def test_few_values_are_categories_also_beside_a_column_on_another_support() -> None:
+    random = np.random.default_rng(0)
+    counts = random.choice([0, 1, 2, 3], 300)
+    frame = pd.DataFrame({"mass": random.gamma(2.0, size=300), "other": random.normal(size=300), "count": counts})
+    with pytest.warns(UserWarning, match="few distinct values in column 'count'"):
+        density: Any = fit(frame, support={"mass": "positive"}, **QUICK).density
+    assert density.levels == [None, None, (0.0, 1.0, 2.0, 3.0)]
+    assert density.support.check(density.sample((50,))).all()
+    with pytest.warns(UserWarning, match="column 'count'"):
+        on_steps: Any = fit(frame, support={"count": (-1, 4)}, **QUICK).density
+    assert on_steps.levels == [None, None, None]
+
+
 @ON_GRID
 @ENDS
 def test_a_fit_of_a_table_is_resumed_to_the_same_weights(tmp_path: Path) -> None:

@@ -201,8 +201,10 @@ def _without_model(
     width = number_of_columns("fit", "data", rows.data)
     levels = _levels(rows) if rows.layout.in_categories else [None] * width
     named: list[int] = []
-    if dequantise and support is None and not is_mapped(rows.data):
+    if dequantise and not is_mapped(rows.data):
+        on = Support("fit", "real" if support is None else support, width)
         found = few_values(numbers("fit", "data", rows.data).reshape(-1, width))
+        found = [level if on.name_of(column) == "real" else None for column, level in enumerate(found)]
         both = [level or other for level, other in zip(levels, found, strict=True)]
         if not all(both):
             named = [i for i, level in enumerate(levels) if level is None and both[i] is not None]
