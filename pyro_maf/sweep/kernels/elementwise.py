@@ -206,7 +206,8 @@ def differentiate(kind: int, tape: Array, first: int, end: int, shift: int, grad
 @inner
 def compress(x: Array, seen: Array, slope: Array, end_of_bulk: float) -> None:
     """Write `compress_tails` of x, and its derivative to `slope`; with an infinite bulk, x itself."""
-    one, bulk = x.dtype.type(1), x.dtype.type(end_of_bulk)
+    number = x.dtype.type
+    one, zero, bulk, infinity = number(1), number(0), number(end_of_bulk), number(np.inf)
     far = False
     for t in range(len(x)):
         seen[t] = x[t]
@@ -214,10 +215,10 @@ def compress(x: Array, seen: Array, slope: Array, end_of_bulk: float) -> None:
     slope[: len(x)] = one
     if far:
         for t in range(len(x)):
-            if abs(x[t]) > bulk:
-                beyond = abs(x[t]) - bulk
-                slope[t] = one / (one + beyond)
-                seen[t] = math.copysign(bulk + math.log1p(beyond), x[t])
+            beyond = abs(x[t]) - bulk if abs(x[t]) > bulk else zero
+            compressed = math.copysign(bulk + log(one + beyond), x[t])
+            seen[t] = compressed if (beyond > 0) & (beyond < infinity) else x[t]
+            slope[t] = one / (one + beyond)
 
 
 @inner
