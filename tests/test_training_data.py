@@ -66,6 +66,13 @@ def test_data_and_context_come_in_many_forms(form: Callable[[Any], Any]) -> None
     assert np.array_equal(context, CONTEXT)
 
 
+def test_entries_of_data_and_context_may_have_the_same_name_but_not_the_same_values() -> None:
+    rows, context = torch.tensor(ROWS), torch.tensor(CONTEXT, requires_grad=True)
+    fit(small_conditional(), {"x": rows}, context={"x": context}, **QUICK)
+    with pytest.raises(ValueError, match="got 'x' in both"):
+        fit(small_conditional(), {"x": rows}, context={"x": rows.clone().requires_grad_()}, **QUICK)
+
+
 def test_an_array_that_may_not_be_written_to_is_read() -> None:
     rows = ROWS.copy()
     rows.flags.writeable = False

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from pyro_maf._core.checks import InputError
 from pyro_maf._core.messages import quoted, shown
@@ -49,7 +51,7 @@ class NamedRows(NamedTuple):
         if not (isinstance(data, Mapping) or is_frame(data)) or not (isinstance(context, Mapping) or is_frame(context)):
             return
         for name in set(self.layout.names) & set(self.context_layout.names):
-            if np.array_equal(np.asarray(data[name]), np.asarray(context[name])):
+            if np.array_equal(_array(data[name]), _array(context[name])):
                 raise ValueError(
                     f"{who} expected other columns of data than of context, got {name!r} in both: leave it out of the "
                     f"data, as by frame.drop(columns={[name]})."
@@ -234,3 +236,7 @@ def _with_names(table: T) -> T:
     """A frame of another library than pandas, such as polars or pyarrow, as one of pandas; others as they are."""
     convert: Callable[[], T] | None = getattr(table, "to_pandas", None) if hasattr(table, "columns") else None
     return table if convert is None else convert()
+
+
+def _array(column: object) -> NDArray[Any]:
+    return column.detach().cpu().double().numpy() if isinstance(column, Tensor) else np.asarray(column)
