@@ -46,10 +46,7 @@ def expm1(x: Any) -> Any:
 
 @inner
 def tanh(x: Any) -> Any:
-    """The hyperbolic tangent of x, which rounds to 1 long before 20."""
-    limit = type(x)(20)
-    x = limit if x > limit else x
-    x = -limit if x < -limit else x
+    """The hyperbolic tangent of x."""
     grown = expm1(x + x)
     return grown / (grown + type(x)(2))
 
@@ -115,8 +112,9 @@ def _compiled_log(x: Any) -> Any:
 
     def single(x: Any) -> Any:
         bits = np.float32(x).view(np.int32)
-        n = (bits - np.int32(0x3F3504F3)) >> np.int32(23)
-        m = np.int32(bits - (n << np.int32(23))).view(np.float32)
+        # Cast each time, since the result of two int32 is an int64, of which half as many fit a vector.
+        n = np.int32(np.int32(bits - np.int32(0x3F3504F3)) >> np.int32(23))
+        m = np.int32(bits - np.int32(n << np.int32(23))).view(np.float32)
         s = (m - np.float32(1)) / (m + np.float32(1))
         q = s * s
         p = np.float32(1 / 9) * q + np.float32(1 / 7)

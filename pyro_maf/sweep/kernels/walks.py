@@ -38,20 +38,24 @@ def _room(rows: int, columns: int, like: Array) -> Array:
 @inner
 def _load(values: Array, place: Array, b0: int, points: int, width: int, rows: Array) -> None:
     """Points b0 .. b0 + points - 1 as columns, variable i in row place[i]; the padding is 0."""
-    for i0 in range(0, values.shape[1], LANES):  # some variables at a time, whose rows stay in the cache
-        for b in range(points):
-            for i in range(i0, min(i0 + LANES, values.shape[1])):
-                rows[place[i], b] = values[b0 + b, i]
+    offset = np.uintp(b0)  # indices that may be negative take twice as long
+    for t0 in range(0, points, LANES):  # some points at a time, whose part of a row is a line of the cache
+        for i in range(values.shape[1]):
+            row, column = place[i], np.uintp(i)
+            for b in range(np.uintp(t0), np.uintp(min(t0 + LANES, points))):
+                rows[row, b] = values[offset + b, column]
     rows[: values.shape[1], points:width] = 0
 
 
 @inner
 def _store(rows: Array, place: Array, b0: int, points: int, values: Array) -> None:
     """Columns as points b0 .. b0 + points - 1; variable i is in row place[i]."""
-    for i0 in range(0, values.shape[1], LANES):
-        for b in range(points):
-            for i in range(i0, min(i0 + LANES, values.shape[1])):
-                values[b0 + b, i] = rows[place[i], b]
+    offset = np.uintp(b0)
+    for t0 in range(0, points, LANES):
+        for i in range(values.shape[1]):
+            row, column = place[i], np.uintp(i)
+            for b in range(np.uintp(t0), np.uintp(min(t0 + LANES, points))):
+                values[offset + b, column] = rows[row, b]
 
 
 @inner
