@@ -70,7 +70,8 @@ def score(
     """
     import torch
 
-    if out.exists() and Path(source_and_array(data)[0]).exists() and out.samefile(source_and_array(data)[0]):
+    source = Path(source_and_array(data)[0])
+    if out.exists() and source.exists() and out.samefile(source):
         raise CommandError(f"score expected --out to be another file than the data, got {out} for both.")
     saved = read_model(model)
     table = saved.read(data, TextOptions(drop_missing=drop_missing, decimal=decimal, encoding=encoding))

@@ -312,13 +312,14 @@ def default_model(
         ('MixtureFlow', 'NSF')
     """
     check_seed("fit", seed)
-    starts = (columns > 1 or context_dim > 0) and rows <= MIXTURE_ROWS and not default.has_rsample
+    # The networks of a single column have nothing to see without a context.
+    sees_others = columns > 1 or context_dim > 0
+    starts = sees_others and rows <= MIXTURE_ROWS and not default.has_rsample
     num_layers = default.num_layers
     if num_layers is None:
         num_layers = LAYERS[0 if starts else 1 if rows < MANY_ROWS or columns >= WIDE else 2]
     univariate = Spline(num_bins=BINS if columns < (WIDE / 2 if rows < MANY_ROWS else WIDE) else FEW_BINS)
-    # The networks of a single column have nothing to see without a context.
-    if columns == 1 and not context_dim:
+    if not sees_others:
         hidden_dims: Sequence[int] = ()
     elif default.hidden_dims is None:
         hidden_dims = [max(WIDTH, units) for units in default_hidden_dims(columns)]
@@ -332,7 +333,7 @@ def default_model(
             context_dim=context_dim,
             univariate=univariate,
             hidden_dims=hidden_dims,
-            linear=(columns > 1 or context_dim > 0) and not starts,
+            linear=sees_others and not starts,
         )
     like = next(iter(data.values()), None) if isinstance(data, Mapping) else data
     if isinstance(like, Tensor) and like.dtype in (torch.float32, torch.float64):

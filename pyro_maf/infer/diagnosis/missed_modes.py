@@ -116,7 +116,7 @@ def _around(
     """Return the place of what a guide lacks around its draws, where it is too narrow by far, if there is any."""
     best: list[Region] = []
     for scale in SCALES:
-        normal = Normal(spread.centre, scale * spread.factor)
+        normal = Normal(spread.normal.loc, scale * spread.normal.scale_tril)
         noise = _noise(normal)
         points = normal.of_noise(noise)
         log_weights = normal.log_weights(score, noise).where(spread.is_outside(points), -torch.inf)
@@ -139,13 +139,17 @@ def _starting_points(score: Score, spread: _Spread, prior: Tensor) -> Tensor:
     with seeded(2, prior.device):
         uniform = REACH * (2 * torch.rand(POOL, prior.shape[1]) - 1).to(prior)
     pool = torch.cat([prior, uniform])
-    beside = score(pool) + Normal(spread.centre, spread.factor).noise_of(pool).square().sum(1) / 2
+    beside = score(pool) + spread.normal.noise_of(pool).square().sum(1) / 2
     chosen = beside.nan_to_num(nan=-torch.inf).topk(min(2 * STARTS, len(pool))).indices
     return torch.cat([prior[:STARTS], uniform[:STARTS], pool[chosen]])
 
 
 class _Spread:
-    """Region of the draws of a guide, in units in which they have the covariance of a standard normal."""
+    """Region of the draws of a guide, in units in which they have the covariance of a standard normal.
+
+    Attributes:
+        normal: The normal with the mean and covariance of the draws.
+    """
 
     def __init__(self, draws: Tensor) -> None:
         centred = draws.double() - draws.double().mean(0)
@@ -153,8 +157,8 @@ class _Spread:
         jitter = 1e-6 * covariance.diagonal().clamp(min=1e-12)
         factor, failed = torch.linalg.cholesky_ex(covariance + jitter.diag())
         factor = covariance.diagonal().clamp(min=1e-12).sqrt().diag() if failed else factor
-        self.centre, self.factor = draws.mean(0), factor.to(draws)
-        self._normal = Normal(self.centre.double(), factor)
+        self.normal = Normal(draws.mean(0), factor.to(draws))
+        self._precise = Normal(self.normal.loc.double(), factor)
         self._draws = self.scaled(draws)
         distances = self._to_draws(self._draws[:COMPARED], 1)
         self._usual = float(distances.quantile(NEARLY_ALL))
@@ -176,7 +180,7 @@ class _Spread:
 
     def scaled(self, points: Tensor) -> Tensor:
         """Return points, (points, D), in units of the draws, around their mean, in float64."""
-        return self._normal.noise_of(points.double())
+        return self._precise.noise_of(points.double())
 
     def _to_draws(self, points: Tensor, itself: int) -> Tensor:
         """Distance of each point to its tenth nearest draw, without itself."""
@@ -187,12 +191,12 @@ class _Spread:
 def _ends(score: Score, spread: _Spread, points: Tensor) -> tuple[Tensor, Tensor]:
     """Ascend from several points at once, in units of the guide's draws; return the ends and their log-densities."""
     ascents = Ascents(
-        lambda rows: score(spread.centre + rows @ spread.factor.T), spread.scaled(points).to(points), True, newton=False
+        lambda rows: score(spread.normal.of_noise(rows)), spread.scaled(points).to(points), True, newton=False
     )
     for _ in range(ITERATIONS):
         if ascents.active.any():
             ascents.step()
-    return spread.centre + ascents.locs @ spread.factor.T, ascents.values
+    return spread.normal.of_noise(ascents.locs), ascents.values
 
 
 @torch.no_grad()
