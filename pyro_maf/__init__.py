@@ -61,8 +61,8 @@ __all__ = [
 __version__ = "0.2.0"
 
 HOMES = ("saving", "nn", "flows", "distributions", "training")
-"""Modules of the names above, each of which imports those before it. They are imported on first access, since they
-import torch, for which the help of the command line should not wait."""
+"""Modules of the names above, each of which imports the preceding ones. They are imported on first access, because they
+import torch, and `pyro-maf --help` should not wait for it."""
 
 PARTS = (
     "datasets",

@@ -1,4 +1,4 @@
-"""Kinds of columns with constraints, and the maps to them from real numbers."""
+"""Kinds of constrained columns, and the maps to them from real numbers."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ __all__ = ["ANGLE", "GROUP", "KINDS", "NAMES", "ORDERED", "Kind", "kind_of", "pa
 
 ORDERED = "ordered"
 GROUP = re.compile(rf"{ORDERED}(\(([^()]+)\))?")
-"""Names of the supports of columns that increase; one in parentheses tells neighbouring groups apart."""
+"""Supports of increasing columns; a name in parentheses distinguishes adjacent groups."""
 ANGLE = "angle"
 BOUNDED = re.compile(r"(angle|interval|greater_than|less_than)\(([^,()]+)(?:,([^,()]+))?\)")
-"""Names of supports with bounds."""
+"""Supports with bounds."""
 
 
 class Kind(NamedTuple):
-    """Kind of neighbouring columns: the constraint, and the map z -> y to it, elementwise but for ordered columns.
+    """Constraint of adjacent columns and the map z -> y to it, elementwise except for ordered columns.
 
     Attributes:
         constraint: Constraint of one number, or of a vector.
         values: Description of the values, for messages.
-        middle: One of the values; of ordered columns the first one's, and later ones have more by 1 each.
+        middle: A typical value; for ordered columns that of the first, and each later one has 1 more.
         constrain: Maps z to y, strictly inside, and log dy/dz.
         unconstrain: Maps y to z, and log dy/dz.
-        outside: Maps y to true where the density is 0. NaN is not outside: it stays NaN.
+        outside: Maps y to true where the density is 0. NaN does not count as outside: its density is NaN.
     """
 
     constraint: constraints.Constraint
@@ -47,9 +47,9 @@ def _same(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _exp(z: Tensor, largest: float = math.inf) -> Tensor:
-    """exp z within the numbers of the dtype, and up to `largest`."""
+    """exp z, clamped to the finite numbers of the dtype and to `largest`."""
     ends = torch.finfo(z.dtype)
-    # Bounds of z, not of exp z: where that is infinite, a gradient of 0 would become NaN.
+    # Clamps z, not exp z: where exp z is infinite, a gradient of 0 would become NaN.
     low, high = math.log(ends.tiny), math.log(min(ends.max, largest))
     return z.clamp(low * (1 - ends.eps), high * (1 - ends.eps)).exp()
 
@@ -119,7 +119,7 @@ KINDS = {
     ),
 }
 NAMES = tuple(KINDS)
-"""The kinds without bounds; `kind_of` adds those with bounds to `KINDS`."""
+"""Kinds without bounds; `kind_of` adds those with bounds to `KINDS`."""
 
 
 def interval_kind(low: float, high: float) -> Kind:
@@ -141,7 +141,7 @@ def interval_kind(low: float, high: float) -> Kind:
 
 
 def angle_kind(low: float, high: float) -> Kind:
-    """Angles, of which a turn is high - low: y = low + (z + pi) (high - low) / (2 pi), in [low, high)."""
+    """Angles with a full turn of high - low: y = low + (z + pi) (high - low) / (2 pi), in [low, high)."""
     rate = (high - low) / (2 * math.pi)
 
     def constrain(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,7 +175,7 @@ def half_line_kind(bound: float, sign: int) -> Kind:
 
 
 def _strictly_between(low: float, high: float) -> Callable[[Tensor], Tensor]:
-    """Move values strictly between bounds, which rounding may reach."""
+    """Return a function that moves values strictly inside the bounds, which rounding may reach."""
     ends = {}
     for dtype in (torch.float32, torch.float64):
         bounds = torch.tensor([low, high], dtype=dtype)
@@ -184,7 +184,7 @@ def _strictly_between(low: float, high: float) -> Callable[[Tensor], Tensor]:
 
 
 def kind_of(name: str) -> Kind:
-    """Kind of a column by the name of its support.
+    """The kind with this name.
 
     Example:
         >>> kind_of("interval(0, 120)").values
@@ -204,7 +204,7 @@ def kind_of(name: str) -> Kind:
 
 
 def parsed(name: str) -> tuple[str, float, float]:
-    """Form of the name of a support with bounds, and both bounds, infinite where there is none; NaN for other names."""
+    """The form and both bounds of a support with bounds, infinite where there is none; NaN for other names."""
     match = BOUNDED.fullmatch(name.strip())
     if match is None:
         return "", math.nan, math.nan

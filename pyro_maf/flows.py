@@ -35,7 +35,7 @@ Orders: TypeAlias = str | Sequence[int] | Sequence[Sequence[int]] | Tensor
 
 
 class StackOptions(AutoregressiveOptions, total=False):
-    """Options of a stack of autoregressive layers, but for the univariate map."""
+    """Options of a stack of autoregressive layers, except for the univariate map."""
 
     num_layers: int
     order: Orders
@@ -46,7 +46,7 @@ class StackOptions(AutoregressiveOptions, total=False):
 def _orders(
     who: str, input_dim: int, num_layers: int, order: Orders, seed: int, *, flips: bool = True
 ) -> Iterator[Tensor]:
-    """The order of the variables in each layer, noise to data; "reverse" is the natural one in all unless `flips`."""
+    """Order of the variables in each layer, noise to data; without `flips`, "reverse" is natural in every layer."""
     check_positive(who, "input_dim", input_dim)
     check_positive(who, "num_layers", num_layers)
     check_seed(who, seed)
@@ -138,13 +138,14 @@ class MAF(_AutoregressiveStack):
         num_layers: Number of autoregressive layers.
         hidden_dims: Widths of each network's hidden layers, by default two by `pyro_maf.nn.default_hidden_dims`.
         activation: A name from `pyro_maf.nn.ACTIVATIONS`.
-        order: "reverse": natural in the layer next to the data, and reversed from layer to layer; "random"; one
-            permutation for all layers; or a permutation for each, noise to data.
-        batch_norm: Put a `BatchNorm` after every layer, seen from the data.
+        order: "reverse", which is natural in the layer next to the data and flips from layer to layer; "random"; one
+            permutation for all layers; or one permutation per layer, noise to data.
+        batch_norm: Put a `BatchNorm` after every layer, as seen from the data.
         linear: Put a `LowerTriangularAffine` in the middle and, with a context, a layer without hidden units. `fit`
-            starts them at the regression of each column on the context and the columns before it: what is linear, the
-            layers on their noise side need not learn, and those at the data see the columns as they are.
-        context_dim: Number of context features; 0 for none. `ConditionalMAF` is the form to use with a context.
+            initialises them to the regression of each column on the context and the preceding columns, so that the
+            layers on the noise side need not learn linear dependence, and the layers on the data side see the raw
+            columns.
+        context_dim: Number of context features; 0 for none. With a context, use `ConditionalMAF`.
         univariate: f, the map of each dimension: "affine", "spline" or a map of `pyro_maf.univariate`.
         degrees: Degrees of the hidden units, "sequential" or "random".
         seed: Seed of random orders and degrees. Weights are drawn from torch's global generator.
@@ -153,12 +154,12 @@ class MAF(_AutoregressiveStack):
         x and y are (\*batch, D), log-determinants (\*batch,) in nats.
 
     Cost:
-        `flow.inv(y)` and the density of data: one dense pass a layer. `flow(x)` and sampling: one sweep a layer, about
-        half the multiplications of a dense pass, but in sequence.
+        `flow.inv(y)` and the density of data: one dense pass per layer. `flow(x)` and sampling: one sequential sweep
+        per layer, which takes about half the multiplications of a dense pass.
 
     Raises:
-        ValueError: For non-positive sizes, unknown names, orders that are no permutations, inputs of the wrong width.
-        TypeError: For inputs of another dtype than the parameters.
+        ValueError: For non-positive sizes, unknown names, orders that are not permutations, inputs of the wrong width.
+        TypeError: For inputs whose dtype differs from that of the parameters.
 
     Example:
         >>> import pyro.distributions as dist
@@ -175,17 +176,17 @@ class MAF(_AutoregressiveStack):
 
 
 class NSF(MAF):
-    r"""Neural spline flow, autoregressive: a `MAF` whose map of each dimension is a monotone rational-quadratic spline.
+    r"""Autoregressive neural spline flow: a `MAF` whose univariate map is a monotone rational-quadratic spline.
 
-    Starts as the identity, and with D = 1 is a spline with learned knots.
+    Starts as the identity. With D = 1 it is a spline with learned knots.
 
     Args:
-        univariate: A `pyro_maf.univariate.Spline`, by default of 8 bins.
+        univariate: A `pyro_maf.univariate.Spline`, by default with 8 bins.
         input_dim, num_layers, hidden_dims, activation, order, batch_norm, linear, context_dim, degrees, seed: As in
-            `MAF`; so are shapes and errors.
+            `MAF`, as are shapes and errors.
 
-    Cost: as `MAF`, with 25 outputs of each network a dimension in place of 2; with more than 200,000 weights from the
-    last hidden layer on, 8 outputs a dimension, of which the 25 are linear functions.
+    Cost: as `MAF`, with 25 network outputs per dimension instead of 2. If the last layer would have more than 200,000
+    weights, it has 8 outputs per dimension, and the 25 are linear functions of them.
 
     Example:
         >>> from pyro_maf.univariate import Spline
@@ -213,11 +214,11 @@ class IAF(_AutoregressiveStack):
 
     Args:
         input_dim, num_layers, hidden_dims, activation, order, batch_norm, linear, context_dim: As in `MAF`.
-        univariate, degrees, seed: Likewise; so are shapes and errors.
+        univariate, degrees, seed: As in `MAF`, as are shapes and errors.
 
     Cost:
-        `flow(x)`, sampling and the density of its own samples: one dense pass a layer. `flow.inv(y)` and the density of
-        outside points: one sweep a layer, about half the multiplications of a dense pass, but in sequence.
+        `flow(x)`, sampling and the density of its own samples: one dense pass per layer. `flow.inv(y)` and the density
+        of other points: one sequential sweep per layer, about half the multiplications of a dense pass.
 
     Example:
         >>> flow = IAF(5, num_layers=2, hidden_dims=[32, 32])
@@ -238,13 +239,13 @@ class RealNVP(Stack):
     Starts as the identity.
 
     Args:
-        order: As in `MAF`, but "reverse" is the natural order in every layer. In the layer next to the data the even
-            places of its order pass through and the odd ones are transformed; the two alternate from layer to layer.
-        networks: "joint" or, as in the paper, "separate" networks for mu and alpha; see `Coupling`.
-        input_dim, num_layers, hidden_dims, activation, batch_norm, context_dim, univariate, seed: As in `MAF`; so are
+        order: As in `MAF`, but "reverse" is the natural order in every layer. In the layer next to the data, the even
+            places of its order pass through and the odd ones are transformed; the next layer swaps them, and so on.
+        networks: "joint", or, as in the paper, "separate" networks for mu and alpha; see `Coupling`.
+        input_dim, num_layers, hidden_dims, activation, batch_norm, context_dim, univariate, seed: As in `MAF`, as are
             shapes and errors.
 
-    Cost: one dense pass a layer in either direction.
+    Cost: one dense pass per layer in either direction.
 
     Example:
         >>> flow = RealNVP(5, num_layers=2, hidden_dims=[32, 32])
@@ -273,7 +274,7 @@ class RealNVP(Stack):
 
 
 def _alternating_masks(who: str, input_dim: int, num_layers: int, order: Orders, seed: int) -> Iterator[Tensor]:
-    """Masks, true where a dimension passes through: at the even places of the order, and in turn at the odd ones."""
+    """Masks, true where a dimension passes through: alternately at the even and odd places of the order."""
     return (
         (layer_order.argsort() % 2 == (num_layers - 1 - layer) % 2) & (input_dim > 1)
         for layer, layer_order in enumerate(_orders(who, input_dim, num_layers, order, seed, flips=False))
@@ -285,13 +286,13 @@ class ConditionalMAF(ConditionalForm):
 
     Args:
         input_dim: D.
-        context_dim: Number of context features, at least 1; a context of another width is refused.
+        context_dim: Number of context features, at least 1; a context of another width raises.
         num_layers, hidden_dims, activation, order, batch_norm, linear, univariate, degrees, seed: As in `MAF`.
 
     Shapes:
         context is (\*batch or (), context_dim) and broadcasts with x and y, (\*batch, D).
 
-    Cost: as `MAF`; the terms of the context are computed once a layer.
+    Cost: as `MAF`; the terms of the context are computed once per layer.
 
     Example:
         >>> flow = ConditionalMAF(5, 2, num_layers=2, hidden_dims=[32, 32])

@@ -1,8 +1,8 @@
 """Saving and loading: one safetensors file with the weights, and the architecture as JSON in its header.
 
-Loading a file runs no code from it: the header names a class of this package, or one derived from it that the program
-has imported, and its constructor's arguments as plain values. A digest covers weights and header: a file with a single
-flipped bit is refused, and so is one without a digest.
+Loading a file runs no code from it. The header names a class of this package, or a subclass that the program has
+imported, and its constructor arguments as plain values. A digest covers weights and header: a file with a flipped bit,
+or without a digest, is rejected.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class Kind(NamedTuple):
     """A kind of file that this package writes.
 
     Attributes:
-        key: Key of its text in the header.
-        name: Name of the kind, for messages, as are the next two.
-        reader: Function that reads it.
-        remedy: Advice for a damaged file.
+        key: Key of the text in the header.
+        name: Name of the kind, used in messages; so are the next two.
+        reader: Function that reads such files.
+        remedy: Advice about a damaged file.
     """
 
     key: str
@@ -65,17 +65,17 @@ _classes: dict[str, type[Savable]] = {}
 
 
 class Savable:
-    """A module that remembers the arguments it was built with, which are its architecture.
+    """A module that records its constructor arguments, which define its architecture.
 
-    Arguments are numbers, strings, booleans, None, sequences of these, integer tensors or arrays and other savable
-    modules. Floating-point tensors are starting values of what the state_dict holds, and are left to it.
+    Arguments are numbers, strings, booleans, None, sequences of these, integer tensors or arrays, and other savable
+    modules. Floating-point tensors are initial values of entries in the state_dict and are not recorded.
     """
 
     _arguments: dict[str, object]
     _unsavable: ClassVar[str] = ""
     """Advice for a class that cannot be saved."""
     _supplied: ClassVar[tuple[str, ...]] = ()
-    """Arguments that may be modules of a user's, of which a file holds the weights alone."""
+    """Arguments that may be user-defined modules; a file holds only their weights."""
     __signature__ = ClassSignature()
 
     def __init_subclass__(cls, **options: object) -> None:
@@ -95,11 +95,11 @@ class Savable:
 
     @property
     def architecture(self) -> dict[str, object]:
-        """Arguments that build a module of this architecture: those of the constructor, unless a class overrides it."""
+        """Arguments that build a module of this architecture: the constructor's, unless a class overrides this."""
         return self._arguments
 
     def __copy__(self) -> Self:
-        # The default, without the preparation for pickling: a copy may be taken in the middle of a training step.
+        # Not the default, which prepares for pickling: a copy may be taken in the middle of a training step.
         twin = object.__new__(type(self))
         twin.__dict__.update(getattr(self, "__getstate__", lambda: self.__dict__)())
         return twin
@@ -110,14 +110,14 @@ class Savable:
         return super().__reduce_ex__(protocol)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write weights and architecture to `path`, whole or not at all.
+        """Write weights and architecture to `path`, atomically.
 
         Args:
-            path: A file, by convention with suffix .safetensors; one that exists is replaced once all is written.
+            path: A file, by convention with suffix .safetensors. An existing file is replaced once all is written.
 
         Raises:
             FileNotFoundError: If its folder does not exist.
-            TypeError: If a constructor argument is none of the above, or for a flow or density at one context.
+            TypeError: If a constructor argument cannot be saved, or for a flow or density at one context.
         """
         write_whole(Path(path), packed(self))
 
@@ -145,19 +145,19 @@ def drop_weak_references(module: nn.Module) -> None:
 def load(path: str | os.PathLike[str], *, context_net: nn.Module | None = None) -> Any:
     """Load a saved flow, conditional flow, density or guide, on the CPU, with the dtype and modes it was saved with.
 
-    Parameters that were frozen, `requires_grad_(False)`, are frozen again.
+    Parameters that were frozen with `requires_grad_(False)` are frozen again.
 
     Args:
         path: The file.
-        context_net: The embedding network of a density that was fitted with one, as it was built for the fit: a file
-            holds its weights, which it takes, but no code. One of a class derived from `pyro_maf.saving.Savable` is
-            rebuilt without.
+        context_net: The embedding network of a density that was fitted with one, built as for the fit. The file holds
+            its weights, which are loaded into it, but no code. A network whose class derives from
+            `pyro_maf.saving.Savable` is rebuilt from the file instead.
 
     Raises:
-        TypeError: If `path` is no path.
+        TypeError: If `path` is not a path.
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, truncated, foreign or from a later version; the message says which. For a
-            `context_net` that is missing, superfluous or another than that of the fit.
+        ValueError: If the file is damaged, truncated, foreign or from a later version; the message says which. Also if
+            `context_net` is missing, superfluous or differs from that of the fit.
 
     Example:
         >>> import os, tempfile, pyro_maf
@@ -193,14 +193,14 @@ class Contents(NamedTuple):
 
 
 def pack(tensors: Mapping[str, Tensor], kind: Kind, text: str) -> bytes:
-    """Content of a safetensors file of `tensors`, with `text` and a digest of all in its header."""
+    """Content of a safetensors file with `tensors`, and with `text` and a digest of everything in its header."""
     from safetensors.torch import save
 
-    # Copies: no two tensors of a file may share memory, and one number may have a stride of more than 1.
+    # Copies, because tensors in a file may not share memory, and a single number may have a stride of more than 1.
     whole = torch.contiguous_format
     copies = {name: tensor.detach().cpu().clone(memory_format=whole) for name, tensor in tensors.items()}
     content = save(copies, {kind.key: text})
-    # safetensors writes two entries in either order, so that one module would give two different files.
+    # safetensors writes two header entries in arbitrary order, so the same module could give two different files.
     (size,) = LENGTH.unpack_from(content)
     header = json.loads(content[LENGTH.size : LENGTH.size + size])
     header["__metadata__"][DIGEST] = _digest(text, copies)
@@ -306,7 +306,7 @@ def describe(module: Savable) -> dict[str, object]:
 
 
 def _hides_ours(cls: type[Savable]) -> bool:
-    """Return whether a class from elsewhere has the name of one of this package: a file could not tell them apart."""
+    """Return whether a class from elsewhere shares its name with one of this package, which files cannot resolve."""
     ours, its = (each.__module__.partition(".")[0] == KEY for each in (_classes.get(cls.__name__, cls), cls))
     return ours and not its
 
@@ -334,7 +334,7 @@ def _encode(who: str, name: str, value: object) -> object:
 
 
 def _build(description: dict[str, Any], supplied: dict[str, nn.Module]) -> Any:
-    """Build what a file describes; what it does not hold is taken from `supplied`."""
+    """Build the object that a file describes; modules that the file does not hold are taken from `supplied`."""
     name = description["class"]
     if (argument := description.get(SUPPLIED)) is not None:
         if argument not in supplied:
@@ -344,7 +344,7 @@ def _build(description: dict[str, Any], supplied: dict[str, nn.Module]) -> Any:
             )
         return supplied.pop(argument)
     if name not in _classes:
-        # A program that only loads may not have imported this package's classes, all of which these two import.
+        # A program that only loads may not have imported all classes of this package; these two modules import them.
         for room in ("distributions", "infer"):
             importlib.import_module(f"{KEY}.{room}")
     if name not in _classes:

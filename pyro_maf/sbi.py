@@ -1,4 +1,4 @@
-r"""Conditional flows as the density estimators of the package sbi, for neural posterior and likelihood estimation.
+r"""Conditional flows as density estimators for the package sbi: neural posterior and likelihood estimation.
 
     from sbi.inference import NPE
     import pyro_maf.sbi
@@ -47,18 +47,18 @@ FLOWS: dict[str, Callable[..., Stack]] = {
     "realnvp": flows.RealNVP,
 }
 MANY = 4
-"""Number of variables from which on statistics have three wide hidden layers, and a spline flow 3 layers, not 5: layers
-of many variables take most of the time of draws, and statistics none."""
+"""Number of variables from which on the summary network has three wide hidden layers, and a spline flow 3 layers
+instead of 5: layers of many variables take most of the time of sampling, and the summary network none."""
 AVERAGED_STEPS = 100
 AVERAGING_ORDER = 8
 Builder: TypeAlias = Callable[[Tensor, Tensor], "FlowEstimator"]
 
 
 class Statistics(nn.Module):
-    """A condition, flattened, beside statistics of it that a network learns once for all layers of a flow.
+    """The flattened condition, concatenated with summary statistics that one network learns for all layers of a flow.
 
-    Both of the condition with compressed tails: networks are linear far out, where an observation unlike all
-    simulations would have any posterior.
+    Both use the condition with compressed tails: networks are linear far out, so that an observation unlike all
+    simulations could get any posterior.
     """
 
     def __init__(self, entries: int, hidden_dims: Sequence[int]) -> None:
@@ -74,25 +74,25 @@ class Statistics(nn.Module):
 
 
 class FlowEstimator(ConditionalDensityEstimator):
-    r"""The density q(y | c) of a flow in the units of y, given features of the condition c.
+    r"""The density q(y | c) of a flow, in the units of y, given features of the condition c.
 
-    With loc, scale the mean and standard deviation of y in the simulations, T the map to its support, and h the
-    embedding of the standardised condition: y = T(loc + scale f(u; h)), u standard normal.
+    y = T(loc + scale f(u; h)) for a standard normal u, with loc and scale the mean and standard deviation of y in the
+    simulations, T the map to its support, and h the embedding of the standardised condition.
 
-    In eval mode its weights are an average over the last 100 steps of the optimizer, fewer of a short training, which
-    is better than any of them; in training mode they are those that the optimizer changes.
+    In eval mode the weights are an average over the last 100 optimizer steps (fewer in a short training), which
+    performs better than the weights of any single step. In training mode they are the weights being optimized.
 
     Args:
-        density: The flow in the units of y, of a context, with `context_net`, that is the condition.
+        density: The flow in the units of y, whose context is the condition, with a `context_net`.
 
     Shapes:
         Inputs are (samples, batch, D) or (batch, D), conditions (batch, \*condition_shape) or (samples, batch,
-        \*condition_shape), where a batch of 1 is broadcast; log-densities are (samples, batch), in nats; draws
+        \*condition_shape), where a batch of 1 broadcasts; log-densities are (samples, batch), in nats; draws
         (\*sample_shape, batch, D).
 
     Cost:
-        The embedding once for each condition, not for each sample. For a `MAF` or `NSF`, `log_prob` is one parallel
-        pass a layer, and `sample` one sequential sweep.
+        The embedding is computed once per condition, not per sample. For a `MAF` or `NSF`, `log_prob` is one parallel
+        pass per layer, and `sample` one sequential sweep.
 
     Example:
         >>> theta = torch.randn(50, 2)
@@ -110,7 +110,7 @@ class FlowEstimator(ConditionalDensityEstimator):
 
     @property
     def embedding_net(self) -> nn.Module:
-        """From standardised conditions to the flow's context."""
+        """The network from standardised conditions to the flow's context."""
         return nn.Identity() if self.net.context_net is None else self.net.context_net.net
 
     def log_prob(self, input: Tensor, condition: Tensor, **kwargs: object) -> Tensor:
@@ -121,13 +121,13 @@ class FlowEstimator(ConditionalDensityEstimator):
         return self.net.log_density(self.net.units.support.off_bounds(rows), conditions)
 
     def forward(self, *_: object) -> Tensor:
-        """Refuse to be a classifier, which trainers of ratios call."""
+        """Raise an error: trainers of ratio estimators call this, but a density is not a classifier."""
         raise TypeError(
             "FlowEstimator is a density, for sbi's NPE and NLE: trainers of ratios, as NRE, train a classifier."
         )
 
     def loss(self, input: Tensor, condition: Tensor, **kwargs: object) -> Tensor:
-        """Negative log-density of (batch, D), (batch,)."""
+        """Negative log-density of inputs (batch, D), (batch,)."""
         return -self.log_prob(input, condition)[0]
 
     def sample(self, sample_shape: torch.Size, condition: Tensor, **kwargs: object) -> Tensor:
@@ -138,7 +138,7 @@ class FlowEstimator(ConditionalDensityEstimator):
             return self.net.draw(torch.Size([*sample_shape, *flat.shape[:-1]]), flat)
 
     def condition(self, condition: Tensor) -> Density:
-        r"""The density at conditions (\*batch, \*condition_shape), as one of Pyro, for `pyro.sample` in a model.
+        r"""The density at conditions (\*batch, \*condition_shape), as a Pyro distribution for `pyro.sample` in a model.
 
         Example:
             >>> theta = torch.randn(50, 2)
@@ -158,19 +158,19 @@ class FlowEstimator(ConditionalDensityEstimator):
         return self.net.noise(*rows).reshape(*batch, -1)
 
     def train(self, mode: bool = True) -> Self:
-        """Switch to the weights that an optimizer changes, or in eval mode to their average."""
+        """Switch to the weights being optimized or, in eval mode, to their average."""
         if self._average is not None and mode != self.training:
             if not mode:
-                self._average_weights()  # those after the last step
+                self._average_weights()  # the weights after the last step
             if not mode or self._changes()[1] == self._seen[1]:
                 self._average.swap()
                 self._seen = self._changes()
-            else:  # other weights were loaded since
+            else:  # other weights have been loaded since
                 self._average = None
         return super().train(mode)
 
     def _average_weights(self) -> None:
-        """Add the weights to their average, if an optimizer changed them."""
+        """Add the current weights to the average, if an optimizer has changed them."""
         changes = self._changes()
         if self._average is None:
             buffers = [buffer for buffer in self.buffers() if buffer.is_floating_point()]  # statistics of batch norms
@@ -181,7 +181,7 @@ class FlowEstimator(ConditionalDensityEstimator):
         self._seen = changes
 
     def _changes(self) -> tuple[int, int]:
-        """Number of changes of all tensors that torch does not count, and of those of the weights that it does."""
+        """Number of changes that torch does not count, to any tensor, and of those that it does, to the weights."""
         return uncounted_changes(), sum(parameter._version for parameter in self.parameters())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -196,7 +196,7 @@ class FlowEstimator(ConditionalDensityEstimator):
         return {**self.__dict__, "_average": None}
 
     def _aligned(self, input: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs, (samples, batch, D), and flat conditions that broadcast with them."""
+        """Return inputs, (samples, batch, D), and flat conditions that broadcast with them."""
         self._check_condition_shape(condition)
         self._check_input_shape(input)
         rows = input if input.dim() > 2 else input[None]
@@ -209,7 +209,7 @@ class FlowEstimator(ConditionalDensityEstimator):
         return rows.expand(-1, max(sizes), -1), flat
 
     def _flat(self, condition: Tensor) -> Tensor:
-        r"""Conditions as contexts of the density, (\*leading, entries)."""
+        r"""Flatten conditions to contexts of the density, (\*leading, entries)."""
         return condition.flatten(condition.dim() - len(self.condition_shape))
 
 
@@ -222,22 +222,22 @@ def posterior_nn(
 ) -> Builder:
     r"""Builder of q(theta | x), for `density_estimator=` of sbi's `NPE` trainers.
 
-    It standardises theta column by column, and x likewise, or all of x together where a simulation is an image or a
-    series of several channels; means and scales are robust to outliers, as those of `pyro_maf.fit`.
+    theta is standardised column by column. So is x, except that an image or a series of several channels is
+    standardised as a whole. Means and scales are robust to outliers, as in `pyro_maf.fit`.
 
     Args:
         flow: "nsf", "maf", "iaf" or "realnvp"; or a class of stacks, such as `pyro_maf.MAF`.
-        embedding_net: From standardised x, (rows, \*x_shape), to features (rows, C), trained with the flow; by default
-            x itself, flattened and with compressed tails, and statistics of it by two hidden layers, or
-            three wider ones for four variables or more. It may mask NaN, which means and scales of x leave out.
-        support: Support of theta: `prior.support`, which sbi does not tell an estimator, or as in `FlowPrior`, such as
-            ["positive", "unit_interval"]. Draws are inside, so that none is rejected.
-        options: Options of the flow: `num_layers`, `hidden_dims`, `activation`, `order`, ... By default an "nsf" of
-            four variables or more has 3 layers instead of 5, of three quarters of the width, and 5 bins instead of 8.
+        embedding_net: From standardised x, (rows, \*x_shape), to features, (rows, C), trained with the flow. By default
+            x itself, flattened and with compressed tails, and summary statistics from a network with two hidden layers,
+            or three wider ones for four or more variables. It may mask NaN, which are left out of the means and scales.
+        support: Support of theta: `prior.support`, which sbi does not pass to an estimator, or as in `FlowPrior`, such
+            as ["positive", "unit_interval"]. All draws lie inside it, so that none is rejected.
+        options: Options of the flow: `num_layers`, `hidden_dims`, `activation`, `order`, ... By default, an "nsf" of
+            four or more variables has 3 layers instead of 5, three quarters of the width, and 5 bins instead of 8.
 
     Raises:
-        ValueError: For an unknown flow; when built, for simulations outside the support, and NaN or infinite x without
-            an `embedding_net`.
+        ValueError: For an unknown flow. When built, for simulations outside the support, or for NaN or infinite x
+            without an `embedding_net`.
 
     Example:
         >>> theta = torch.randn(50, 2)
@@ -261,12 +261,12 @@ def likelihood_nn(
 
     Args:
         flow: As in `posterior_nn`.
-        options: As there; an "nsf" has 3 layers for four variables or more, of the usual width and bins.
+        options: As there; with four or more variables an "nsf" has 3 layers, of the usual width and number of bins.
         embedding_net: From standardised theta to features; by default as in `posterior_nn`.
         support: Support of x, as in `FlowPrior`.
 
     Raises:
-        ValueError: As `posterior_nn`; and when built, for x that is not a vector.
+        ValueError: As `posterior_nn`. When built, for x that is not a vector.
 
     Example:
         >>> theta = torch.randn(50, 2)
@@ -288,7 +288,7 @@ def _builder(
     options: StackOptions,
     is_small: bool = False,
 ) -> Builder:
-    """Builder of the density of its first argument, (rows, D), at the second, in the units of these simulations."""
+    """Builder of the density of its first argument, (rows, D), given the second, in the units of these simulations."""
     make = FLOWS[check_choice(who, "flow", flow, FLOWS)] if isinstance(flow, str) else flow
 
     def build(values: Tensor, conditions: Tensor) -> FlowEstimator:
@@ -306,7 +306,7 @@ def _builder(
         make_stack = make
         if flow == "nsf" and is_many:
             make_stack = partial(make, num_layers=3)
-            if is_small:  # statistics learn most of what a posterior depends on; a likelihood may be sharper
+            if is_small:  # the statistics learn most of what a posterior depends on; a likelihood may be sharper
                 make_stack = partial(make_stack, hidden_dims=2 * [3 * width // 4], univariate=Spline(num_bins=5))
         density = FlowPrior(
             make_stack(len(loc), context_dim=embedding.features, **options).to(values),
@@ -323,7 +323,7 @@ def _builder(
 
 
 def _context_moments(who: str, conditions: Tensor, embedding_net: nn.Module | None) -> Moments:
-    """Moments of conditions, of which NaN marks what is missing, such as trials that an embedding masks."""
+    """Moments of conditions; NaN marks missing values, such as trials that an embedding masks."""
     flat = conditions.cpu().flatten(1)
     if embedding_net is None and not (finite := flat.isfinite().all(1)).all():
         raise ValueError(
@@ -338,11 +338,11 @@ def _context_moments(who: str, conditions: Tensor, embedding_net: nn.Module | No
 
 
 def _space(who: str, support: SupportLike, values: Tensor) -> tuple[Support, Tensor]:
-    """The support, and all values inside it: a draw of a prior may be on its bound."""
+    """Return the support and all values moved inside it, since a draw from a prior may lie on a bound."""
     if values.dim() != 2:
         raise ValueError(f"{who} expected vectors, (rows, D), to be modelled, got {tuple(values.shape)}.")
     space = Support(who, support, values.shape[1])
-    if space.event_size > values.shape[1]:  # a simplex, of one dimension less than its entries
+    if space.event_size > values.shape[1]:  # a simplex, which has one dimension less than entries
         space = Support(who, support, values.shape[1] - 1)
     inside = space.off_bounds(values)
     if (outside := space.outside(inside)).any():

@@ -20,14 +20,14 @@ from pyro_maf.constrained import ANGLE, GROUP, KINDS, NAMES, ORDERED, Kind, kind
 __all__ = ["Columns", "Support", "SupportLike"]
 
 SupportOfColumn: TypeAlias = str | constraints.Constraint | Sequence[float | None]
-"""A name, a constraint, or a pair of bounds (low, high), None where there is none."""
+"""A name, a constraint, or a pair of bounds (low, high), where None means unbounded."""
 SupportLike: TypeAlias = SupportOfColumn | Sequence[SupportOfColumn] | Mapping[Any, SupportOfColumn]
-"""Forms in which a support is named: for all columns, for each, or for some by their names."""
+"""Forms of a support: one for all columns, one for each, or one for some columns by name."""
 
 SIMPLEX = "simplex"
 
 ENDS = {"lower_bound": -math.inf, "upper_bound": math.inf}
-CLOSED_OR_OPEN = (  # whether a bound belongs to a support is the same to a density
+CLOSED_OR_OPEN = (  # for a density it makes no difference whether the bound belongs to the support
     constraints.interval(0, 1),
     constraints.half_open_interval(0, 1),
     constraints.greater_than(0),
@@ -40,29 +40,30 @@ BOUNDED_CONSTRAINTS = tuple(map(type, CLOSED_OR_OPEN))
 class Support:
     r"""Support of a prior over vectors y, and the map to it from vectors z of D real numbers.
 
-    For each column: y = z ("real"), exp z ("positive") or 1 / (1 + exp(-z)) ("unit_interval"); with bounds a and b,
-    a + (b - a) / (1 + exp(-z)), and with one of them a + exp z or b - exp z. "simplex" has D + 1 columns, by breaking a
-    stick: y_k = s_k (1 - y_1 - ... - y_{k-1}) with s_k = sigmoid(z_k - log(D + 1 - k)), and the rest is y_{D+1}.
-    "ordered" columns, two or more side by side, increase: y_1 = z_1, y_k = y_{k-1} + exp z_k; "ordered(NAME)" tells
-    groups of them apart that are neighbours. These are the maps of `biject_to(constraint)`, so NUTS walks where the
-    flow lives. "angle" is in radians, [-pi, pi), "angle(0, 360)" in degrees, and z the same angle in radians; that a
-    density is periodic there takes an `AngleFlow`.
+    Elementwise: y = z ("real"), exp z ("positive") or 1 / (1 + exp(-z)) ("unit_interval"); between bounds a and b,
+    a + (b - a) / (1 + exp(-z)); with one bound, a + exp z or b - exp z. "simplex" has D + 1 columns, by stick-breaking:
+    y_k = s_k (1 - y_1 - ... - y_{k-1}) with s_k = sigmoid(z_k - log(D + 1 - k)), and y_{D+1} is the rest. Two or more
+    adjacent "ordered" columns increase: y_1 = z_1, y_k = y_{k-1} + exp z_k; "ordered(NAME)" distinguishes adjacent
+    groups. These are the maps of `biject_to(constraint)`, so NUTS samples in the space in which the flow is defined.
+    "angle" is in radians, [-pi, pi), and "angle(0, 360)" in degrees; z is the same angle in radians. For a density that
+    is periodic in them, use an `AngleFlow`.
 
     Args:
-        who: The caller, for errors.
-        support: A name, a pair of bounds (low, high), None or infinite where there is none, a constraint that is one of
-            these, or a sequence with one for each of D columns.
+        who: The caller, for error messages.
+        support: A name, a pair of bounds (low, high) where None or an infinity means unbounded, a constraint equivalent
+            to one of these, or a sequence with one for each of D columns.
         input_dim: D.
 
     Attributes:
-        name: A name or, if columns differ, a tuple with one for each; valid JSON.
+        name: A name or, if columns differ, a tuple with one per column; valid JSON.
         event_size: Number of columns of y: D, or D + 1 for the simplex.
-        constraint: The corresponding constraint of torch and Pyro, of event_dim 1.
+        constraint: The corresponding constraint of torch and Pyro, with event_dim 1.
 
+    Cost: a few elementwise operations per column.
     Cost: a few elementwise operations a column.
 
     Raises:
-        ValueError: For an unknown support, or a sequence of another length than D.
+        ValueError: For an unknown support, or a sequence whose length is not D.
 
     Example:
         >>> support = Support("FlowPrior", ["real", "positive"], 2)
@@ -82,7 +83,7 @@ class Support:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        for name, _ in self._runs:  # those with bounds are built here, not in a trace of torch
+        for name, _ in self._runs:  # build bounded kinds here rather than during tracing
             if name != SIMPLEX:
                 kind_of(name)
 
@@ -125,14 +126,14 @@ class Support:
         return wrong | _off_plane(y) if self.name == SIMPLEX else wrong
 
     def outside_by_column(self, y: Tensor) -> Tensor:
-        """Mask of the entries of y that no point of the support has, of the shape of y."""
+        """Mask of the entries of y that lie outside the support, of the same shape as y."""
         if self.name == SIMPLEX:
             return y <= 0
         parts = y.split([length for _, length in self._runs], -1)
         return torch.cat([kind.outside(part) for kind, part in zip(self._kinds, parts, strict=True)], -1)
 
     def off_bounds(self, y: Tensor) -> Tensor:
-        """Move values on a bound, where rounding may have put them, to the next number inside."""
+        """Move values on a bound, where rounding may have put them, to the adjacent number inside."""
         if self.name in ("real", SIMPLEX):
             return y
         parts = []
@@ -143,7 +144,7 @@ class Support:
         return torch.cat(parts, -1)
 
     def inside(self, y: Tensor, outside: Tensor) -> Tensor:
-        """Replace points y that are outside by one at which the density and its gradient are finite."""
+        """Replace points y outside the support by one at which the density and its gradient are finite."""
         if self.name == SIMPLEX:
             return torch.where(outside.unsqueeze(-1), torch.full_like(y, 1 / self.event_size), y)
         middle = torch.tensor(list(map(self.middle_of, range(self.event_size))), dtype=y.dtype, device=y.device)
@@ -155,7 +156,7 @@ class Support:
         return kind_of("positive" if name == SIMPLEX else name).values
 
     def middle_of(self, column: int) -> float:
-        """One of a column's values."""
+        """A typical value of a column."""
         name = self.name_of(column)
         if name == SIMPLEX:
             return 1 / self.event_size
@@ -166,7 +167,7 @@ class Support:
         return self.name if isinstance(self.name, str) else self.name[column]
 
     def _by_column(self, direction: str, value: Tensor) -> tuple[Tensor, Tensor]:
-        if self.name == "real":  # a shortcut: small batches would notice the detour
+        if self.name == "real":  # a shortcut that matters for small batches
             return value, value.new_zeros(value.shape[:-1])
         parts = value.split([length for _, length in self._runs], -1)
         mapped = [getattr(kind, direction)(part) for kind, part in zip(self._kinds, parts, strict=True)]
@@ -177,13 +178,13 @@ class Support:
 
 
 class Columns(constraints.cat):
-    """Constraints of columns side by side, each of event_dim 1, as one of event_dim 1.
+    """Constraints of adjacent columns, each of event_dim 1, combined into one of event_dim 1.
 
-    `check` of `constraints.cat` returns a result for each part of a vector; this one for the vector.
+    Unlike `constraints.cat`, `check` returns one result per vector, not one per part.
     """
 
     def check(self, value: Tensor) -> Tensor:
-        """Return whether each vector satisfies the constraints of all parts."""
+        """Return whether each vector satisfies the constraints of all its parts."""
         checks = [part.check(each) for part, each in zip(self.cseq, value.split(self.lengths, -1), strict=True)]
         return torch.stack(checks).all(0)
 
@@ -226,7 +227,7 @@ def _names(who: str, support: object, input_dim: int) -> tuple[str, ...]:
 
 
 def _bounds_of_columns(support: object, input_dim: int) -> list[tuple[float, float]]:
-    """Bounds of the columns of a constraint with bounds in tensors, (D,) or of one number, as of a uniform prior."""
+    """Bounds of each column, from a constraint with bounds of shape (D,) or (1,), such as a uniform prior."""
     ends = [torch.as_tensor(getattr(support, name, inf)) for name, inf in ENDS.items()]
     low, high = (end.flatten() for end in torch.broadcast_tensors(*ends))
     repeats = input_dim if len(low) == 1 else 1
@@ -241,7 +242,7 @@ def _name(who: str, support: object) -> str:
     if isinstance(support, constraints.independent) and support.event_dim <= 1:
         constraint = support.base_constraint
     for name, named in ((SIMPLEX, constraints.simplex), *((name, KINDS[name].constraint) for name in NAMES)):
-        # Exactly the same type with the same bounds: `greater_than(0)` is "positive", `greater_than(1)` is not.
+        # Compares type and bounds exactly: `greater_than(0)` is "positive", `greater_than(1)` is not.
         if type(constraint) is type(named) and _are_numbers(constraint) and vars(constraint) == vars(named):
             return name
     form, low, high = _bounds(constraint)
@@ -256,7 +257,7 @@ def _name(who: str, support: object) -> str:
 
 
 def _grouped(who: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The names with groups of ordered columns by their number, without it the first one."""
+    """Replace ordered names by numbered groups; the first group has no number."""
     runs = [(name, len(list(run))) for name, run in groupby(names)]
     groups = [name for name, _ in runs if GROUP.fullmatch(name)]
     for name, length in runs:
@@ -270,12 +271,12 @@ def _grouped(who: str, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _are_numbers(constraint: object) -> bool:
-    """True if no bound of a constraint is a tensor, which may differ by entry."""
+    """Return whether no bound of a constraint is a tensor, whose entries may differ."""
     return not any(isinstance(value, Tensor) for value in vars(constraint).values())
 
 
 def _named(low: float, high: float) -> str:
-    """Name of the support between two bounds, of which one may be infinite."""
+    """Name of the support between two bounds, one of which may be infinite."""
     if (low, high) == (-math.inf, math.inf):
         return "real"
     if (low, high) in ((0.0, math.inf), (0.0, 1.0)):
@@ -286,7 +287,7 @@ def _named(low: float, high: float) -> str:
 
 
 def _bounds(support: object) -> tuple[str, float, float]:
-    """As `parsed`, also of a pair of bounds and of a constraint."""
+    """As `parsed`, but also for a pair of bounds or a constraint."""
     if isinstance(support, str):
         return parsed(support)
     if type(support) in BOUNDED_CONSTRAINTS:
@@ -298,7 +299,7 @@ def _bounds(support: object) -> tuple[str, float, float]:
 
 
 def _is_pair(support: object) -> TypeGuard[Sequence[float | None]]:
-    """True for two bounds, of which None or an infinity is none."""
+    """Return whether `support` is a pair of bounds, each a number or None."""
     return (
         isinstance(support, Sequence)
         and not isinstance(support, str)
@@ -315,8 +316,8 @@ def _break_stick(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _join_stick(y: Tensor) -> tuple[Tensor, Tensor]:
-    # The rest of the stick as the sum of the later entries, not as 1 minus the earlier ones, which would cancel. The
-    # product of the determinant's factors 1 - s_k is the last entry, so that the determinant is that of all entries.
+    # The rest of the stick is the sum of the later entries; 1 minus the earlier ones would cancel. The determinant's
+    # factors 1 - s_k multiply to the last entry, so the determinant is the product of all entries.
     rest = y.flip(-1).cumsum(-1).flip(-1)[..., 1:]
     log_y = y.log()
     z = log_y[..., :-1] - rest.log()
@@ -324,7 +325,7 @@ def _join_stick(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _offset(z: Tensor) -> Tensor:
-    """Offset of z with which z = 0 is the centre of the simplex."""
+    """Offset of z such that z = 0 maps to the centre of the simplex."""
     return torch.arange(z.shape[-1], 0, -1, dtype=z.dtype, device=z.device).log()
 
 

@@ -1,4 +1,4 @@
-"""Univariate maps, whose parameters are a network's outputs."""
+"""Univariate maps, parametrised by the outputs of a network."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ __all__ = ["UNIVARIATE", "Affine", "Spline", "UnivariateMap", "soft_bound", "uni
 
 @runtime_checkable
 class UnivariateMap(Protocol):
-    """An increasing elementwise map of the real line: the interface that a layer needs, for maps of your own.
+    """An increasing elementwise map of the real line: the interface to implement for a map of your own.
 
-    A map that is derived from `pyro_maf.saving.Savable` is saved with its flow.
+    A map that derives from `pyro_maf.saving.Savable` is saved with its flow.
 
     Attributes:
-        num_parameters: P, the number of network outputs for each dimension. With all of them 0 the map is the
-            identity.
+        num_parameters: P, the number of network outputs per dimension. If all of them are 0, the map is the identity.
 
     Example:
         >>> from pyro_maf import MAF
@@ -41,7 +40,7 @@ class UnivariateMap(Protocol):
         ...         v = (torch.asinh(y) - shift) * (-log_tail).exp()
         ...         x = torch.sinh(v)
         ...         return x, self.forward(x, phi)[1]
-        >>> MAF(3, univariate=SinhArcsinh())(torch.zeros(3)).tolist()  # the identity, as yet
+        >>> MAF(3, univariate=SinhArcsinh())(torch.zeros(3)).tolist()  # the identity at initialisation
         [0.0, 0.0, 0.0]
     """
 
@@ -52,11 +51,11 @@ class UnivariateMap(Protocol):
 
     @property
     def settings(self) -> tuple[int, ...]:
-        """Integers that define the map beside its parameters; a layer stores them in its `state_dict`."""
+        """Integers that define the map besides its parameters; a layer stores them in its `state_dict`."""
         ...
 
     def forward(self, x: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
-        """y and log dy/dx, for phi with one more dimension than x, of P."""
+        """y and log dy/dx; phi has one more dimension than x, of size P."""
         ...
 
     def inverse(self, y: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,10 +66,9 @@ class UnivariateMap(Protocol):
 class Affine(Savable):
     r"""y = x exp(alpha) + mu, with log dy/dx = alpha.
 
-    The network outputs (s, a): alpha = b tanh(a / b) with b = `BOUND`, the same in both directions, so the inverse is
-    exact; and mu = s exp(alpha / 2). If mu were itself the output, a small scale would lose x to the rounding of a
-    large mu, and the inverse likewise with a large scale; applying exp(alpha / 2) on either side of the shift is best
-    for both.
+    The network outputs (s, a). alpha = b tanh(a / b) with b = `BOUND`, the same in both directions, so the inverse is
+    exact; and mu = s exp(alpha / 2). If mu itself were the output, x would be lost to the rounding of a large mu at a
+    small scale, and y in the inverse at a large scale; applying exp(alpha / 2) before and after the shift serves both.
 
     Example:
         >>> y, log_derivative = Affine().forward(torch.tensor(1.0), torch.tensor([0.5, 0.0]))
@@ -103,24 +101,24 @@ class Affine(Savable):
 class Spline(Savable):
     r"""y = affine(q^-1(x)): an `Affine` map after a monotone rational-quadratic spline on a box.
 
-    q maps [-B, B] to itself in K bins and is the identity beyond. Bin k has width w_k, height h_k and the slopes d_k
-    and d_k+1 at its ends; with s = h_k / w_k and t = (z - z_k) / w_k, at z = affine^-1(y),
+    q maps [-B, B] to itself in K bins and is the identity outside. Bin k has width w_k, height h_k and slopes d_k and
+    d_k+1 at its ends. With s = h_k / w_k, t = (z - z_k) / w_k and z = affine^-1(y),
 
         q(z) = q_k + h_k (s t^2 + d_k t (1 - t)) / (s + (d_k + d_k+1 - 2 s) t (1 - t)).
 
-    Data to noise is this formula; noise to data solves it for t, a quadratic. Both are exact. The network outputs the
-    two numbers of `Affine`, K for the widths, K for the heights and K - 1 for the slopes at the inner knots: with the
-    spline's at 0 the map is the affine one. Slopes at the knots and of the chords, s, are within e^-2 .. e^2, and a
-    knot's slope is at most e times that of either chord beside it: q' is then at least about e^-3.5, so that float32
-    inverts a stack of such maps. The affine map contributes slopes of e^-3 .. e^3.
+    Data to noise evaluates this formula; noise to data solves a quadratic for t. Both are exact. The network outputs
+    the 2 parameters of `Affine`, K for the widths, K for the heights and K - 1 for the slopes at the inner knots; with
+    all spline parameters 0, the map is affine. Knot slopes and chord slopes s are within e^-2 .. e^2, and a knot's
+    slope is at most e times that of either adjacent chord. Hence q' is at least about e^-3.5, and float32 can invert a
+    stack of these maps. The affine map contributes slopes of e^-3 .. e^3.
 
     Args:
         num_bins: K, at least 2.
         bound: B, in units of the noise.
 
     Raises:
-        TypeError: If `num_bins` is no int or `bound` no number.
-        ValueError: If `num_bins` is below 2 or `bound` not above 0.
+        TypeError: If `num_bins` is not an int or `bound` not a number.
+        ValueError: If `num_bins` is below 2 or `bound` is not positive.
 
     Example:
         >>> spline = Spline(num_bins=4)
@@ -135,8 +133,8 @@ class Spline(Savable):
     LOG_SLOPE = 2.0
     STEEPEST = math.e
     GAIN = 0.35
-    """Weight of the network's outputs. Each of them moves all knots: at a weight of 1, a random network of four layers
-    would change the map so fast from point to point that float32 could not invert the stack."""
+    """Factor on the network's outputs. Each output moves all knots: with a factor of 1, a random four-layer network
+    would change the map so quickly from point to point that float32 could not invert the stack."""
 
     def __init__(self, num_bins: int = 8, bound: float = 3.0) -> None:
         self.num_bins = check_positive("Spline", "num_bins", num_bins, least=2)
@@ -168,14 +166,14 @@ class Spline(Savable):
         return f"Spline(num_bins={self.num_bins}, bound={self.bound:g})"
 
     def _split(self, value: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
-        """Parameters of the affine map and of the spline, for each value."""
+        """Split the parameters into those of the affine map and those of the spline, for each value."""
         phi = phi.expand(*torch.broadcast_shapes(value.shape, phi.shape[:-1]), -1)
         return phi[..., : self.affine.num_parameters], phi[..., self.affine.num_parameters :]
 
     def _bins(self, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Widths and heights of the bins, (..., K), and slopes at all knots, (..., K + 1)."""
         widths, heights, slopes = (self.GAIN * phi).split([self.num_bins, self.num_bins, self.num_bins - 1], -1)
-        # A ratio of two softmaxes is the ratio of their terms times that of their sums: half of the bound for each.
+        # A ratio of two softmax outputs is a ratio of terms times a ratio of sums: each gets half of the bound.
         log_width = soft_bound(widths, self.LOG_SLOPE / 2)
         log_height = log_width + soft_bound(heights, self.LOG_SLOPE / 2)
         width, height = 2 * self.bound * log_width.softmax(-1), 2 * self.bound * log_height.softmax(-1)
@@ -188,7 +186,7 @@ class Spline(Savable):
         """q(value) or, with `solve`, q^-1(value); and log q' at the argument of q."""
         width, height, slope = self._bins(phi)
         left, bottom = (F.pad(size.cumsum(-1)[..., :-1], (1, 0)) - self.bound for size in (width, height))
-        # Clipped before the arithmetic: the branch that `where` drops must have a finite gradient.
+        # Clipped before the arithmetic, so that the branch that `where` discards has a finite gradient.
         inside = value.clamp(-self.bound, self.bound).expand(phi.shape[:-1])
         bin_of = ((bottom if solve else left)[..., 1:] <= inside[..., None]).sum(-1, keepdim=True)
         w, h, z_k, q_k, d_k = (part.gather(-1, bin_of)[..., 0] for part in (width, height, left, bottom, slope))
@@ -204,7 +202,7 @@ class Spline(Savable):
         result = z_k + w * t if solve else q_k + h * (s * t * t + d_k * t * (1 - t)) / denominator
         numerator = d_next * t * t + 2 * s * t * (1 - t) + d_k * (1 - t) ** 2
         log_slope = 2 * s.log() + numerator.log() - 2 * denominator.log()
-        is_outside = ~(value.abs() < self.bound)  # NaN too
+        is_outside = ~(value.abs() < self.bound)  # true for NaN
         return torch.where(is_outside, value, result), torch.where(is_outside, 0.0, log_slope)
 
 
@@ -214,7 +212,7 @@ OBJECTS["univariate"] = Spline  # `Affine` has no options
 
 
 def univariate_map(who: str, univariate: str | UnivariateMap) -> UnivariateMap:
-    """The map of this name, or the map itself.
+    """The map with this name, or the map itself.
 
     Raises:
         ValueError: For an unknown name.
@@ -228,11 +226,11 @@ def univariate_map(who: str, univariate: str | UnivariateMap) -> UnivariateMap:
 
 
 def soft_bound(value: Tensor, bound: float) -> Tensor:
-    """b tanh(value / b): about the value near 0, and within b everywhere."""
+    """b tanh(value / b): close to the value near 0, and within +-b everywhere."""
     return bound * torch.tanh(value / bound)
 
 
 def _root(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """The root of a t^2 + b t + c in [0, 1], in the form that loses no digits for a near 0."""
+    """The root of a t^2 + b t + c in [0, 1], in the form that loses no digits when a is small."""
     discriminant = (b * b - 4 * a * c).clamp(min=torch.finfo(b.dtype).tiny)
     return 2 * c / (-b - discriminant.sqrt())

@@ -1,4 +1,4 @@
-"""Densities of angles, periodic and exact, in front of a flow of the other columns."""
+"""Exact, periodic densities of angles, followed by a flow of the other columns."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from pyro_maf.univariate import soft_bound
 __all__ = ["AngleFlow"]
 
 BOUND = 8.0
-"""Bound on the logarithm of a concentration: no component is narrower than about a degree."""
+"""Bound on the log-concentration: no component is narrower than about a degree."""
 NODES = 512
 
 
 class AngleFlow(Density):
-    r"""Angles a, autoregressive mixtures of von Mises distributions, and other columns x by a flow that sees them.
+    r"""Angles a, by autoregressive mixtures of von Mises distributions, and other columns x, by a flow that sees them.
 
-    p(a, x | c) = prod_j [sum_k pi_jk vM(a_j; m_jk, kappa_jk)] p_flow(x | c, cos a, sin a), with the density of von
-    Mises, exp(kappa cos(a - m)) / (2 pi I_0(kappa)), and parameters from a network of the context c and of cosine and
-    sine of the angles before a_j. It is periodic in every angle, with all derivatives, and integrates to 1 over a
-    period. A new one is almost uniform in the angles.
+    p(a, x | c) = prod_j [sum_k pi_jk vM(a_j; m_jk, kappa_jk)] p_flow(x | c, cos a, sin a), with the von Mises density
+    exp(kappa cos(a - m)) / (2 pi I_0(kappa)). The parameters of a_j come from a network of the context c and of the
+    cosines and sines of the preceding angles. The density and all its derivatives are periodic in every angle, and it
+    integrates to 1 over a period. At initialisation it is almost uniform in the angles.
 
     Args:
-        flow: The flow, or density, of the other columns, with a context of c followed by the cosines and the sines; or
-            None if all columns are angles.
-        angles: Indices of the columns of angles, in radians.
+        flow: The flow, or density, of the other columns, whose context is c followed by the cosines and the sines; None
+            if all columns are angles.
+        angles: Indices of the columns that are angles, in radians.
         context_dim: Number of context features c, 0 for none.
-        num_components: K, for each angle.
+        num_components: K, the number of components per angle.
         hidden_dims: Widths of the hidden layers of each angle's network.
 
     Shapes:
-        Values are (\*batch, D), angles any number, of which draws are in [-pi, pi); log-densities are (\*batch,), in
-        nats.
+        Values are (\*batch, D); angles may be any number, and drawn ones are in [-pi, pi). Log-densities are
+        (\*batch,), in nats.
 
-    Cost: that of the flow, and a small dense pass an angle. A draw picks components, so there is no `rsample`.
+    Cost: the flow's, and a small dense pass per angle. Sampling picks components, so there is no `rsample`.
 
     Raises:
-        ValueError: For angles that are no columns, and a flow of another context.
+        ValueError: For indices that are not columns, or a flow whose context has another width.
 
     Example:
         >>> from pyro_maf import MAF
@@ -91,7 +91,7 @@ class AngleFlow(Density):
         turns = 2 * math.pi * torch.arange(num_components) / num_components
         for network in self.conditionals:
             cast(MLP, network).zero_output()
-            with torch.no_grad():  # means all around the circle, and shares that are equal
+            with torch.no_grad():  # means all around the circle, with equal weights
                 bias = cast(nn.Linear, cast(MLP, network).layers[-1]).bias.view(4, num_components)
                 bias[1:3] = torch.stack([turns.cos(), turns.sin()])
         like = None if flow is None else reference_tensor(flow)
@@ -99,11 +99,11 @@ class AngleFlow(Density):
             self.to(like)
 
     def for_flow(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        r"""The other columns, (\*batch, others), and the context of their flow."""
+        r"""Split a value into the other columns, (\*batch, others), and the context of their flow."""
         return value[..., self.others], self._joined(self._seen(value[..., self.angles]), context)
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
-        r"""Set the flow's statistics of the data from data `y`, (rows, D)."""
+        r"""Set the flow's data statistics from data `y`, (rows, D)."""
         if self.flow is not None:
             self.flow.fit_statistics(*self.for_flow(y, context))
 
@@ -143,7 +143,7 @@ class AngleFlow(Density):
         return rows
 
     def noise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        """Noise u, (rows, D): of an angle Phi^-1(F(a)), F its distribution function from -pi by a sum of 512 terms."""
+        """Noise u, (rows, D). For an angle, Phi^-1(F(a)), with the CDF F from -pi computed as a sum of 512 terms."""
         noise = torch.empty_like(y)
         seen = self._seen(y[..., self.angles])
         places = (torch.arange(NODES, dtype=y.dtype, device=y.device) + 0.5) / NODES
@@ -169,7 +169,7 @@ class AngleFlow(Density):
         return torch.cat([context.expand(*shape, -1), seen.expand(*shape, -1)], -1)
 
     def _mixture(self, j: int, before: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        r"""Log-shares, (\*batch, K, 1), and concentrations times mean directions, (\*batch, K, 2), of angle j."""
+        r"""Log-weights, (\*batch, K, 1), and concentration times mean direction, (\*batch, K, 2), of angle j."""
         outputs = cast(MLP, self.conditionals[j]).run(before, context)
         share, x, y, size = outputs.unflatten(-1, (4, self.num_components)).unbind(-2)
         direction = torch.stack([x, y], -1)
@@ -183,7 +183,7 @@ class AngleFlow(Density):
 
 def _log_mixture(log_share: Tensor, direction: Tensor, at: Tensor) -> Tensor:
     r"""Log-density of a mixture of von Mises distributions at unit vectors, (\*batch, 2)."""
-    # The smallest concentration has a gradient too: I_0 is even.
+    # Keeps the gradient at concentration 0 finite; exact to rounding, since I_0 is even.
     size = (direction.square().sum(-1) + 1e-30).sqrt()
     exponent = (direction * at[..., None, :]).sum(-1) - size
     normaliser = torch.special.i0e(size).log() + math.log(2 * math.pi)

@@ -1,4 +1,4 @@
-"""An autoregressive categorical distribution of several columns."""
+"""Autoregressive categorical distributions over several columns."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["AutoregressiveCategorical"]
 
 
 class AutoregressiveCategorical(Density):
-    r"""Probability of categories: p(k) = prod_j softmax(logits_j(k_<j, context))[k_j], a network a column.
+    r"""Probabilities of categories, p(k) = prod_j softmax(logits_j(k_<j, context))[k_j], with one network per column.
 
-    Each network sees the columns before its own one-hot, to which its output is linear but for a hidden layer; that of
-    the first column sees the context alone. A new one is uniform. `start_at` sets it to frequencies in some rows: of
-    each column given the one before it that tells most about it.
+    Each network sees the preceding columns one-hot, through a hidden layer and through a linear skip connection; the
+    first column's network sees only the context. At initialisation all categories are equally likely. `start_at` sets
+    the probabilities to frequencies in some rows: of each column given its most informative predecessor.
 
     Args:
         num_categories: Number of categories of each column, at least 1.
@@ -33,10 +33,10 @@ class AutoregressiveCategorical(Density):
         context_dim: Number of context features, 0 for none.
 
     Shapes:
-        Values are indices 0 .. K_j - 1 as floating-point numbers, (\*batch, columns); log-probabilities are (\*batch,),
-        in nats, and -inf for other values.
+        Values are indices 0 .. K_j - 1 as floating-point numbers, (\*batch, columns). Log-probabilities are (\*batch,),
+        in nats, and -inf for values that are not categories.
 
-    Cost: a small dense pass a column, for `log_prob` and for `sample`.
+    Cost: a small dense pass per column, for `log_prob` and for `sample`.
 
     Raises:
         ValueError: For numbers of categories or widths that are not positive.
@@ -74,25 +74,25 @@ class AutoregressiveCategorical(Density):
 
     @property
     def width(self) -> int:
-        """Number of features of all categories one-hot."""
+        """Total number of one-hot features."""
         return sum(self.num_categories)
 
     @property
     def support(self) -> constraints.Constraint:
-        """Indices of categories, each column from 0."""
+        """Indices of categories, from 0 in each column."""
         most = self.value_like.new_tensor(self.num_categories) - 1  # type: ignore[union-attr]
         return constraints.independent(constraints.integer_interval(0, most), 1)
 
     def start_at(self, value: Tensor, weights: Tensor | None = None) -> None:
-        """Set the probabilities to frequencies in rows, of each column given one before it or none.
+        """Set the probabilities of each column to frequencies in rows, given one preceding column or none.
 
-        The one before it is that of the largest mutual information, if by Bayes' information criterion it is worth its
-        parameters. Frequencies have half a row more for each category, so that none is impossible, and those given
-        another column a row more of the column's own.
+        The column to condition on is the one with the largest mutual information, provided that the Bayesian
+        information criterion justifies its parameters. Frequencies have half a pseudo-count per category, so that none
+        is impossible; conditional ones also have one pseudo-row distributed like the column's marginal.
 
         Args:
             value: The rows, (rows, columns).
-            weights: How often each row counts, (rows,); by default once.
+            weights: Weight of each row, (rows,); by default 1.
 
         Reference:
             Chow & Liu, *Approximating Discrete Probability Distributions with Dependence Trees*, 1968.
@@ -117,7 +117,7 @@ class AutoregressiveCategorical(Density):
                     self.direct[number][:, first : first + len(best[1])] = best[1].T.to(self.direct[number])
 
     def one_hot(self, value: Tensor) -> Tensor:
-        r"""All categories one-hot, (\*batch, width), in the density's dtype; values that are none are clamped."""
+        r"""Encode all categories one-hot, (\*batch, width), in the density's dtype; out-of-range values are clamped."""
         index = value.long().unbind(-1)
         parts = [
             F.one_hot(column.clamp(0, count - 1), count)

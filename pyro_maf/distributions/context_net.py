@@ -19,25 +19,25 @@ ROWS_AT_ONCE = 1024
 
 
 class ContextNet(nn.Module):
-    r"""Features h = [net(c), k] of a context c, of any shape, and of further numbers k behind it, as they are.
+    r"""Features h = [net(c), k] of a context c of any shape, followed by further numbers k that pass through.
 
     Args:
-        who: The caller, for errors.
+        who: The caller, for error messages.
         net: From contexts (rows, \*shape) to features (rows, C).
-        shape: Shape of one context, such as (1, 28, 28) of an image, (points, coordinates) of a set or (columns,).
+        shape: Shape of one context: (1, 28, 28) for an image, (points, coordinates) for a set, (columns,) for a vector.
 
     Attributes:
         net: The network.
         shape: Shape of one context.
-        size: Number of its entries.
+        size: Number of entries of one context.
         features: C.
 
     Shapes:
         Contexts are flat, (\*batch, size + k); features are (\*batch, C + k).
 
     Raises:
-        TypeError: For a net that is no module.
-        ValueError: For a shape that the network does not take, and an output that is not (rows, C).
+        TypeError: For a net that is not a module.
+        ValueError: For a shape that the network does not accept, or an output that is not (rows, C).
 
     Example:
         >>> embedded = ContextNet("fit", nn.Sequential(nn.Flatten(), nn.Linear(6, 4)), (2, 3))
@@ -60,7 +60,7 @@ class ContextNet(nn.Module):
         self.features = self._count(who)
 
     def _count(self, who: str) -> int:
-        """Number of features, from a pass of two contexts of zeros in eval mode, which leaves all statistics alone."""
+        """Number of features, from a pass of two zero contexts in eval mode, which leaves all statistics unchanged."""
         like = reference_tensor(self.net)
         dtype, device = (torch.get_default_dtype(), None) if like is None else (like.dtype, like.device)
         training = [member for member in self.net.modules() if member.training]
@@ -86,14 +86,14 @@ class ContextNet(nn.Module):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Arguments `context_net` and `context_shape` of a density that shares the network."""
+        """Arguments `context_net` and `context_shape` for a density that shares the network."""
         return {"context_net": self.net, "context_shape": tuple(self.shape)}
 
     def context_dim_of(self, who: str, model: TakesContext) -> int:
-        """Number of entries of flat contexts of the network in front of a model.
+        """Number of entries of a flat context, for the network in front of a model.
 
         Raises:
-            ValueError: For a model that takes fewer features than the network has.
+            ValueError: For a model that takes fewer features than the network outputs.
         """
         if model.context_dim < self.features:
             raise ValueError(
@@ -103,9 +103,9 @@ class ContextNet(nn.Module):
         return model.context_dim - self.features + self.size
 
     def fit_statistics(self, context: Tensor) -> None:
-        """Set the running statistics of the batch norms of the network to those of flat contexts, (rows, size + k).
+        """Set the running statistics of the network's batch norms to those of flat contexts, (rows, size + k).
 
-        They are those of weights of earlier steps otherwise, which an average of weights does not have.
+        Otherwise they would belong to the weights of earlier steps, not to averaged weights.
         """
         norms = [member for member in self.net.modules() if isinstance(member, BATCH_NORMS)]
         if not norms:
@@ -113,7 +113,7 @@ class ContextNet(nn.Module):
         momenta, training = [norm.momentum for norm in norms], [norm.training for norm in norms]
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # the mean over all batches
+            norm.momentum = None  # averages over all batches
             norm.training = True
         for part in context.split(ROWS_AT_ONCE):
             if len(part) > 1:

@@ -1,4 +1,4 @@
-"""The map from the standardised space of a prior's model to the data: the columns' units and support."""
+"""The map from the standardised space of a prior's model to the units and support of the data."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ RESOLUTION = 1e-3
 
 
 class DataUnits(Flow):
-    r"""y = T(loc + scale t(x)), where T maps to the support and t is that of `Tails`; no trainable parameters.
+    r"""y = T(loc + scale t(x)), where T maps to the support and t is the map of `Tails`; without trainable parameters.
 
-    loc, scale and y have one dtype, and x that of the model. The two differ if the model is in float32 and the columns
-    need float64: 5.4e6 +- 0.1, for example, where float32 resolves three values. Then y is standardised in float64, and
-    rounded after that.
+    loc, scale and y share a dtype, which differs from the model's, that of x, if the model is in float32 and the
+    columns need float64: for 5.4e6 +- 0.1, for example, float32 resolves only three values. Then y is standardised in
+    float64 and rounded afterwards.
 
     Args:
-        loc, scale: (D,) each.
+        loc, scale: Location and scale, (D,) each.
         support: The image of T.
-        like: A tensor of the dtype and on the device of x.
+        like: A tensor with the dtype and device of x.
         tails: Weights of the right and left tails, (2, D), or None for t(x) = x.
     """
 
@@ -60,12 +60,12 @@ class DataUnits(Flow):
         self._constants: _Constants | None = None
 
     def widen(self) -> None:
-        """Convert y to float64, if the device supports it, for any dtype of x."""
+        """Convert loc and scale, and thus y, to float64 if the device supports it, whatever the dtype of x."""
         if has_float64(self.loc.device):
             self.loc, self.scale = self.loc.double(), self.scale.double()
 
     def check_precise(self, who: str, role: str, value: object) -> None:
-        """Raise for values that were rounded to a dtype that does not resolve them.
+        """Raise if values were already rounded to a dtype that does not resolve them.
 
         Args:
             who, role: As in `check_event`.
@@ -81,7 +81,7 @@ class DataUnits(Flow):
         )
 
     def scaled(self, y: Tensor) -> tuple[Tensor, float] | None:
-        """x, and log |det dy/dx|, if that is a constant: for real y of the dtype of x, on the CPU."""
+        """x and log |det dy/dx| if that is constant: for real y with the dtype of x, on the CPU; otherwise None."""
         buffers = cast("dict[str, Tensor]", self._buffers)  # the fastest access, at each call
         loc, scale = buffers["loc"], buffers["scale"]
         if self.support.name != "real" or scale.dtype is not buffers["inner"].dtype or not scale.is_cpu:
@@ -103,7 +103,7 @@ class DataUnits(Flow):
             return (y - loc) / scale, constants.volume
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y = c(loc + scale t(x)), c the map to the support, and log |det dy/dx|."""
+        """Return y = c(loc + scale t(x)), with c the map to the support, and log |det dy/dx|."""
         if self.tails is None:
             y, log_det = self.support.constrain(self.loc + self.scale * x)
         else:
@@ -113,7 +113,7 @@ class DataUnits(Flow):
         return y, log_det + self.scale.log().sum()
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x = t^-1((c^-1(y) - loc) / scale), and log |det dy/dx|."""
+        """Return x = t^-1((c^-1(y) - loc) / scale) and log |det dy/dx|."""
         w, log_det = self.support.unconstrain(y)
         x = (w - self.loc) / self.scale
         if self.tails is not None:
@@ -138,13 +138,13 @@ class DataUnits(Flow):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         widen_for(self._buffers, ("loc", "scale"), state_dict, prefix, self.support)
         tails = state_dict.get(prefix + "tails")
-        with torch.inference_mode(False):  # whose tensors no later graph could save
+        with torch.inference_mode(False):  # no later graph could save an inference tensor
             self.tails = None if tails is None else torch.zeros_like(tails, device=self.loc.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class _Constants(NamedTuple):
-    """Numbers that follow from location and scale, at these versions of theirs."""
+    """Numbers that follow from location and scale, at these versions of the two tensors."""
 
     loc: Tensor
     scale: Tensor
@@ -186,7 +186,7 @@ def float32_holds(loc: Tensor, scale: Tensor, support: Support | None = None, re
     holds = float32_reaches(loc, scale)
     if support is not None and support.name != "real":
         y = support.constrain(loc)[0]
-        # Alternately up and down: a simplex is invariant to a common factor of its entries.
+        # Alternately up and down, because a simplex is invariant to a common factor of its entries.
         signs = torch.arange(y.shape[-1], dtype=y.dtype) % 2 * 2 - 1
         nudged = support.unconstrain(y * (1 + single.eps * signs))[0]
         rounding = rounding.maximum((nudged - loc).abs())
@@ -195,7 +195,7 @@ def float32_holds(loc: Tensor, scale: Tensor, support: Support | None = None, re
 
 
 def float32_reaches(loc: Tensor, scale: Tensor) -> Tensor:
-    """Return whether values of each column, in float64, are far from the largest and least numbers of float32, (D,)."""
+    """Return whether each column's float64 values are far from the limits of float32's range, (D,)."""
     single = torch.finfo(torch.float32)
     return (scale > single.tiny / single.eps) & (loc.abs() + scale < single.max * single.eps)
 
@@ -208,7 +208,7 @@ def has_float64(device: torch.device) -> bool:
 def keep_float64(
     buffers: dict[str, Tensor | None], names: Sequence[str], before: tuple[Tensor, Tensor], support: Support | None
 ) -> None:
-    """After a module's conversion, restore location and scale `before` it if float32 does not resolve them."""
+    """Restore the location and scale from `before` a module's conversion if float32 does not resolve them."""
     now = buffers[names[0]]
     if now is None or now.dtype == torch.float64 or before[0].dtype != torch.float64 or not has_float64(now.device):
         return
@@ -223,7 +223,7 @@ def widen_for(
     prefix: str,
     support: Support | None,
 ) -> None:
-    """Convert units, location and scale, to float64 before loading ones that float32 does not resolve."""
+    """Convert location and scale to float64 before loading values that float32 does not resolve."""
     now, coming = buffers[names[0]], [state.get(prefix + name) for name in names]
     if now is None or now.dtype == torch.float64 or not has_float64(now.device):
         return
@@ -247,14 +247,14 @@ def statistics(
     """Location and scale, (size,), by default 0 and 1, like `like`, or in float64 if float32 does not resolve them.
 
     Args:
-        who, prefix: The caller, and "" or "context_", before "loc" and "scale", for errors.
-        values: Location and scale, or None.
+        who, prefix: The caller, and "" or "context_", the prefix of "loc" and "scale", for error messages.
+        values: Location and scale, each a tensor or None.
         size, like: Their length, and a tensor of the model's dtype and device.
         support: As in `float32_holds`.
 
     Raises:
         TypeError: For values that are not tensors.
-        ValueError: For other shapes, infinite numbers and scales that are not positive.
+        ValueError: For the wrong shape, infinite numbers or scales that are not positive.
     """
     size_name = "context_dim" if prefix else "input_dim"
     loc, scale = values
@@ -275,11 +275,11 @@ def statistics(
 
 
 def tail_weights(who: str, tails: Tensor | None, size: int) -> Tensor | None:
-    """A copy of weights of right and left tails, (2, size), or None.
+    """A copy of the weights of the right and left tails, (2, size), or None.
 
     Raises:
         TypeError: For weights that are not a tensor.
-        ValueError: For another shape, and infinite weights.
+        ValueError: For the wrong shape or infinite weights.
     """
     if tails is None:
         return None

@@ -1,4 +1,4 @@
-"""Base classes of densities: input checks, shapes, sampling and scoring, conditioning on a context."""
+"""Base classes of densities: input checks, shapes, sampling, scoring, and conditioning on a context."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from pyro_maf.transforms.conditional import AtContext, Conditional
 __all__ = ["ConditionalDensity", "ConditionalDensityForm", "ConditionedDensity", "Density", "drawn_index"]
 
 DRAWS, ROWS = 10_000, 100_000
-"""Number of draws that estimate a moment, and maximum number of rows, over all batches, drawn at a time."""
+"""Number of draws per estimate of a moment, and maximum number of rows, over all batches, drawn at a time."""
 
 UNLISTED = ("mean", "mode", "stddev", "variance")
-"""Left out of `dir`: `torch.jit.trace` and `inspect.getmembers` read all that is listed, and would sample for each."""
+"""Left out of `dir`: `torch.jit.trace` and `inspect.getmembers` read all listed attributes, and each would sample."""
 
 
 class Density(Savable, TorchDistribution, nn.Module):
     r"""A distribution over vectors of D real numbers whose parameters are those of a module.
 
-    Both a Pyro distribution, so that calling it draws a value and `pyro.sample` accepts it, and a torch module. A
-    subclass implements `log_density` and `draw`, and where it can `noise`; everything else is implemented here.
+    It is both a Pyro distribution, which draws a value when called and which `pyro.sample` accepts, and a torch module.
+    A subclass implements `log_density`, `draw` and, where possible, `noise`; this class implements everything else.
 
     Args:
         input_dim: D.
         context_dim: Number of context features that `log_density` and `draw` take; 0 for none.
-        batch_shape: Shape over which the distribution itself varies; () for most.
-        event_size: Number of columns of a value, if that is not D.
+        batch_shape: Batch shape of the distribution itself; () for most.
+        event_size: Number of columns of a value, if it differs from D.
 
     Attributes:
         event_shape: (D,), or (event_size,).
         support: Real vectors, unless a subclass overrides it.
-        has_rsample: Whether there is `rsample`: draws with the gradient with respect to the parameters.
-        angles: Indices of the columns in which it has a period of 2 pi; most densities have none.
+        has_rsample: Whether `rsample` exists: draws with a gradient with respect to the parameters.
+        angles: Indices of the columns in which the density has period 2 pi; most densities have none.
 
     Example:
         >>> class Uniform(Density):
@@ -71,9 +71,9 @@ class Density(Savable, TorchDistribution, nn.Module):
     # -- implemented by subclasses ---------------------------------------------------------------------------------
 
     def log_density(self, value: Tensor, context: Tensor | None = None) -> Tensor:
-        r"""Log-density (\*batch,) in nats of `value` (\*batch, D), with batch the joint one of value and context.
+        r"""Log-density (\*batch,) in nats of `value` (\*batch, D); batch is the broadcast shape of value and context.
 
-        Other densities, and `fit`, call this; it checks nothing, as `log_prob` does.
+        Called by other densities and by `fit`. Unlike `log_prob`, it checks nothing.
         """
         raise NotImplementedError
 
@@ -82,16 +82,16 @@ class Density(Savable, TorchDistribution, nn.Module):
         raise NotImplementedError
 
     def noise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        r"""Noise u, (rows, D), that the density maps to y; standard normal if the density is that of y.
+        r"""Noise u, (rows, D), that the density maps to y; standard normal if y follows the density.
 
-        For a flow u = flow.inv(y). For mixtures of Gaussians u_i = Phi^-1(F_i(y_i | y_<i)), with F_i the distribution
-        function of the conditional.
+        For a flow u = flow.inv(y). For mixtures of Gaussians u_i = Phi^-1(F_i(y_i | y_<i)), with F_i the conditional
+        distribution function.
 
         Args:
-            y: Rows (rows, D), or (rows, D + 1) on a simplex, inside the support, of the density's dtype and device.
+            y: Rows (rows, D), or (rows, D + 1) on a simplex, inside the support, with the density's dtype and device.
             context: Rows (rows, C), for a density that takes a context.
 
-        Cost: that of `log_prob`.
+        Cost: as `log_prob`.
 
         Raises:
             TypeError: For a density without such a map.
@@ -102,7 +102,7 @@ class Density(Savable, TorchDistribution, nn.Module):
         raise TypeError(f"noise expected a density with a map to noise, got {self.name}, which has none.")
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
-        """Set the density's statistics of the data from data `y`, (rows, D); most densities have none."""
+        """Set data statistics from data `y`, (rows, D); a no-op for most densities."""
 
     # -- drawing and scoring --------------------------------------------------------------------------------------
 
@@ -129,10 +129,10 @@ class Density(Savable, TorchDistribution, nn.Module):
             return self._draw_checked(sample_shape)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        r"""Draws with gradient, (\*sample_shape, \*batch_shape, D), where `has_rsample` is true.
+        r"""Draws with gradient, (\*sample_shape, \*batch_shape, D), if `has_rsample` is true.
 
         Raises:
-            NotImplementedError: Where it is not, as for mixtures.
+            NotImplementedError: If it is false, as for mixtures.
         """
         if not self.has_rsample:
             raise NotImplementedError(f"{self.name} has no reparameterised draws: use sample.")
@@ -144,23 +144,23 @@ class Density(Savable, TorchDistribution, nn.Module):
     def mean(self) -> Tensor:
         r"""Monte Carlo estimate of E[y], (\*batch_shape, D), with a standard error of 1 % of the standard deviation.
 
-        From 10,000 draws with a fixed seed: equal at every access, the random state unchanged. It has a gradient with
-        respect to the parameters if `has_rsample` is true, else none. The same holds for `variance`, `stddev` and
-        `entropy`.
+        Uses 10,000 draws with a fixed seed: it is the same at every access and leaves the random state unchanged. It
+        has a gradient with respect to the parameters if `has_rsample` is true. The same holds for `variance`, `stddev`
+        and `entropy`.
 
-        Cost: that of 10,000 draws for each element of `batch_shape`, at every access.
+        Cost: 10,000 draws per element of `batch_shape`, at every access.
         """
         return torch.cat(self._drawn()).mean(0)
 
     @property
     def variance(self) -> Tensor:
-        r"""Monte Carlo estimate of the variance of each number, (\*batch_shape, D), from the draws of `mean`."""
+        r"""Monte Carlo estimate of the variance of each column, (\*batch_shape, D), from the draws of `mean`."""
         return torch.cat(self._drawn()).var(0)
 
     def entropy(self) -> Tensor:
         r"""Monte Carlo estimate of -E[log p(y)] in nats, (\*batch_shape,), from the draws of `mean`.
 
-        Cost: the draws, and `log_prob` of each.
+        Cost: as `mean`, and `log_prob` of each draw.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.has_rsample):
             return -torch.cat([self.log_prob(draws) for draws in self._drawn()]).mean(0)
@@ -186,15 +186,15 @@ class Density(Savable, TorchDistribution, nn.Module):
         return reference_tensor(self)
 
     def as_value(self, value: TableLike, like: Tensor | None, role: str = "value") -> Tensor:
-        """A value as a tensor of the right width, dtype and device.
+        """Convert a value to a tensor of the right width, dtype and device.
 
         Args:
-            value: A tensor; for a `FlowPrior` other forms too.
-            like: `value_like`, or None to check the width alone.
-            role: Name of the value, for errors.
+            value: A tensor; a `FlowPrior` takes other forms too.
+            like: `value_like`, or None to check only the width.
+            role: Name of the value, for error messages.
 
         Raises:
-            TypeError: For a value that is no tensor, or of another dtype.
+            TypeError: For a value that is not a tensor or has another dtype.
             ValueError: For another width or device.
         """
         (size,) = self.event_shape
@@ -203,11 +203,11 @@ class Density(Savable, TorchDistribution, nn.Module):
 
     @property
     def context_shape(self) -> torch.Size:
-        """Shape of one context: (context_dim,), but for a density with a `context_net`."""
+        """Shape of one context: (context_dim,), except for a density with a `context_net`."""
         return torch.Size([self.context_dim])
 
     def as_context(self, context: TableLike) -> Tensor:
-        r"""A context, (\*batch, \*context_shape) or flat, as a flat tensor of the right dtype and device.
+        r"""Convert a context, (\*batch, \*context_shape) or flat, to a flat tensor of the right dtype and device.
 
         Raises as `as_value`.
         """
@@ -254,11 +254,11 @@ class Density(Savable, TorchDistribution, nn.Module):
 
     @property
     def unwrapped(self) -> Self:
-        """The density itself, as that inside a conditional form."""
+        """The density itself; a conditional form returns the density inside it."""
         return self
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> Self:
-        """This density with a larger batch shape; a shallow twin that shares every parameter.
+        """This density with a larger batch shape: a shallow copy that shares every parameter.
 
         Raises:
             ValueError: If the current batch shape does not broadcast to `batch_shape`.
@@ -289,7 +289,7 @@ class Density(Savable, TorchDistribution, nn.Module):
 
 
 class ConditionedDensity(AtContext, Density):
-    r"""A density at one context: an ordinary density, whose batch shape is that of the context.
+    r"""A density at one context: an ordinary density, with the batch shape of the context.
 
     Args:
         density: A density with `context_dim` > 0.
@@ -315,34 +315,34 @@ class ConditionedDensity(AtContext, Density):
 
     @property
     def value_like(self) -> Tensor | None:
-        """As of the density."""
+        """As the density's."""
         return self.density.value_like
 
     def as_value(self, value: TableLike, like: Tensor | None, role: str = "value") -> Tensor:
-        """As of the density."""
+        """As the density's."""
         return self.density.as_value(value, like, role)
 
     def log_density(self, value: Tensor, context: Tensor | None = None) -> Tensor:
-        """As of the density, at the context."""
+        """As the density's, at the context."""
         return self.density.log_density(value, self.context)
 
     def draw(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
-        """As of the density, at the context."""
+        """As the density's, at the context."""
         return self.density.draw(shape, self.context)
 
     def noise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        """As of the density, at the context; for a context of several rows, the first of them."""
+        """As the density's, at the context; of a context with several rows, the first ones are used."""
         return self.density.noise(y, self.context[: len(y)] if self.batch_shape else self.context)
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
-        """Set the density's statistics from data y, at this context."""
+        """Set the density's data statistics from data y at this context."""
         self.density.fit_statistics(y, self.context)
 
 
 class ConditionalDensity(Conditional[Density], ConditionalDistribution, nn.Module):
     r"""A density that needs a context: `condition(context)` returns the density at that context.
 
-    It holds the parameters of a density with `context_dim` > 0, and refuses one without by a ValueError.
+    It holds a density with `context_dim` > 0; one without a context raises a ValueError.
 
     Example:
         >>> from pyro_maf import MADEMoG
@@ -366,12 +366,12 @@ class ConditionalDensity(Conditional[Density], ConditionalDistribution, nn.Modul
 
     @property
     def unwrapped(self) -> Density:
-        """The density inside, which takes the context as an argument."""
+        """The wrapped density, which takes the context as an argument."""
         return self.density
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the values of the density at a context."""
+        """Dtype of the values."""
         return self.density.dtype
 
     @property
@@ -385,7 +385,7 @@ class ConditionalDensity(Conditional[Density], ConditionalDistribution, nn.Modul
 
 
 class ConditionalDensityForm(ConditionalDensity):
-    """The conditional form of a class of densities, its `density_class`; built as `ConditionalForm` is."""
+    """Conditional form of a class of densities, its `density_class`; built like `ConditionalForm`."""
 
     density_class: ClassVar[Callable[..., Density]]
 
@@ -395,7 +395,7 @@ class ConditionalDensityForm(ConditionalDensity):
 
 def drawn_index(logits: Tensor) -> Tensor:
     r"""Draw an index of the last dimension with probabilities softmax(logits), (\*batch, K) to (\*batch,)."""
-    # The maximum of logits plus Gumbel noise is at each index with its probability.
+    # The argmax of logits plus Gumbel noise has the softmax probabilities.
     return (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
 
 

@@ -36,56 +36,56 @@ CONTEXT_UNITS = ("context_loc", "context_scale")
 
 
 class FlowPrior(NamedDensity):
-    r"""Density of y = T(loc + scale t(z)), where z follows the model, t sets its tails and T maps to the support.
+    r"""Density of y = T(loc + scale t(z)), where z follows the model, t sets the tails and T maps to the support.
 
-    For a flow, z = flow(u) with u standard normal. With w = loc + scale t(z),
+    For a flow, z = flow(u) with u standard normal, and with w = loc + scale t(z),
     log p(y) = log N(u; 0, I) - log |det dz/du| - log |det dt/dz| - sum_i log scale_i - log |det dT/dw|. For a density,
-    z ~ model. T is the identity, or in each column exp or the logistic function, or stick-breaking for the simplex; t
-    is the identity, or the map of `Tails` with fixed weights.
-    `pyro_maf.fit_prior` fits one to draws or data.
+    z ~ model. T is elementwise the identity, exp or the logistic function, or stick-breaking for the simplex; t is the
+    identity, or the map of `Tails` with fixed weights.
+    `pyro_maf.fit_prior` fits such a prior to draws or data.
 
     Args:
         model: A `Flow` or a `Density`. For one with `context_dim` > 0 use `ConditionalFlowPrior`.
-        support: "real", "positive", "unit_interval", "ordered" or "simplex"; a pair of bounds such as (18, None); a
-            sequence with one of these, but no simplex, for each column; or the corresponding constraints of torch. The
-            density is 0, the log-density -inf, outside and on the boundary. A simplex is that of D + 1 numbers, and its
-            density that of the first D. Or a dictionary by name of column, if `columns` has names, or else by number;
-            columns that it leaves out are real.
-        loc: Shift of each dimension, (D,), in units of w; by default 0. A buffer, as are the next four: not trained.
+        support: "real", "positive", "unit_interval", "ordered" or "simplex"; a pair of bounds such as (18, None); the
+            corresponding constraint of torch; or a sequence of these, without "simplex", one per column; or a
+            dictionary by column name, or by number if `columns` has no names, in which columns left out are real. The
+            density is 0, and the log-density -inf, outside the support and on its boundary. A simplex has D + 1
+            entries, and its density is that of the first D.
+        loc: Shift of each dimension, (D,), in units of w; by default 0. Like the next four, a buffer: not trained.
         scale: Positive scale of each dimension, (D,); by default 1. Both are converted to the model's dtype, unless
-            they are of float64 and float32 does not resolve a thousandth of the scale, as for 5.4e6 +- 0.1: then values
-            y are of float64, and z is rounded to the model's dtype. `dtype` is that of y.
-        tails: Weights of the right and left tails, (2, D), as of `pyro_maf.transforms.Tails`: inverse degrees of
-            freedom of Student's t, 0 for z as it is. By default all are.
+            they are float64 and float32 does not resolve a thousandth of the scale, as for 5.4e6 +- 0.1. In that case
+            values y are float64, and z is rounded to the model's dtype. `dtype` is the dtype of y.
+        tails: Weights of the right and left tails, (2, D), as in `pyro_maf.transforms.Tails`: inverse degrees of
+            freedom of Student's t, where 0 leaves z unchanged. By default all are 0.
         context_loc: Shift, (context_dim,), subtracted from the context before the model; by default 0.
         context_scale: Positive scale, (context_dim,), by which the context is then divided; by default 1. The dtype of
-            a context, `context_dtype`, follows the same rule.
-        context_net: A network from contexts in these units, (rows, \*context_shape), to the model's context, (rows,
-            model.context_dim), with weights of its own to train; it takes the model's dtype and device. If the model
-            takes more features, `context_dim` has as many more entries, behind those of the context, which it takes as
-            they are. A saved file holds its weights alone: `load(path, context_net=...)`. By default none.
+            a context, `context_dtype`, follows the same rule as `dtype`.
+        context_net: A trainable network from contexts in these units, (rows, \*context_shape), to the model's context,
+            (rows, model.context_dim), with the model's dtype and device. If the model takes more features than the
+            network outputs, a flat context has further entries at its end, which bypass the network. A saved file holds
+            only the network's weights: `load(path, context_net=...)`. By default None.
         context_shape: Shape of one context of `context_net`, such as (1, 28, 28).
         columns: Names of a value's columns or sites, in order, each with its shape, () for a number; set by `fit` to
             the columns of a data frame or the sites of a posterior. By default none.
-        context_columns: Those of the context.
-        context_labels: For each of these the categories of a data frame's column, which is one-hot in the context, or
-            None for numbers.
+        context_columns: Likewise for the context.
+        context_labels: For each of `context_columns`, the categories of a data frame's column, which is one-hot in the
+            context, or None for numbers.
 
     Shapes:
         Values are (\*batch, D), or (\*batch, D + 1) for a simplex; log-densities are (\*batch,), in nats.
-        `log_prob` also takes the forms of data of `fit`, (rows, D): arrays, lists, other dtypes if exact, data frames
-        and dictionaries of draws, with columns matched by name.
+        `log_prob` also takes the forms of data that `fit` takes, (rows, D): arrays, lists, other dtypes if exact, and
+        data frames and dictionaries of draws, with columns matched by name.
 
     Cost:
-        That of the model, and a few elementwise operations for the support. `log_prob` is `flow.inv`: one dense pass a
-        layer for a MAF or RealNVP; one sweep a layer for an IAF, except for the last draws of its `rsample`, whose
-        density is cached. Drawing is `flow(u)`: one sweep a layer for a MAF, one dense pass a layer for an IAF
-        or RealNVP.
+        The model's, plus a few elementwise operations for the support. `log_prob` is `flow.inv`: one dense pass per
+        layer for a MAF or RealNVP; one sweep per layer for an IAF, except for the last draws of its `rsample`, whose
+        density is cached. Sampling is `flow(u)`: one sweep per layer for a MAF, one dense pass per layer for an IAF or
+        RealNVP.
 
     Raises:
-        TypeError: If the model is neither flow nor density, or a statistic is not a tensor.
-        ValueError: For statistics of the wrong shape, infinite ones, scales that are not positive, context
-            statistics for a model without context, an unknown support, or a model that has a support already.
+        TypeError: If the model is neither a flow nor a density, or a statistic is not a tensor.
+        ValueError: For statistics of the wrong shape or infinite ones, scales that are not positive, context statistics
+            for a model without context, an unknown support, or a model that has a support already.
 
     Example:
         >>> import pyro
@@ -136,7 +136,7 @@ class FlowPrior(NamedDensity):
         super().__init__(model.input_dim, context_dim, model.batch_shape, target.event_size)
         self.name_columns(Layout.named(columns), Layout.named(context_columns, context_labels)._replace(one_hot=True))
         like = reference_tensor(model)
-        if like is None:  # a model of permutations alone has a device, but no dtype
+        if like is None:  # a model that only permutes has a device, but no dtype
             like = torch.zeros((), device=getattr(reference_tensor(model, floating=False), "device", None))
         self.model: Flow | Density = model
         of_data = statistics(self.name, "", (loc, scale), model.input_dim, like, target)
@@ -147,18 +147,18 @@ class FlowPrior(NamedDensity):
         self.context_net: ContextNet | None = None if net is None else net.to(like)
         self.has_rsample = isinstance(model, Flow) or model.has_rsample
         if isinstance(model, Flow):
-            # One map from noise to the data, so that its cache holds the last draws; past nn.Module, which would
-            # register it as a submodule although its layers are registered already.
+            # A single map from noise to data, so that its cache holds the last draws. It bypasses nn.Module, which
+            # would register it as a submodule although its layers are registered already.
             object.__setattr__(self, "noise_to_data", NoiseToData([model, self.units]))
 
     @property
     def architecture(self) -> dict[str, object]:
-        """Arguments of the constructor, with support and columns by name, as JSON needs."""
+        """Constructor arguments, with support and columns by name, as JSON values."""
         by_name = {"support": self.units.support.name, **self.names_of_columns}
         return {**{name: value for name, value in self._arguments.items() if name not in by_name}, **by_name}
 
     def unpack(self, value: Tensor) -> dict[str, Tensor]:
-        r"""Split a value, (\*batch, D), by the names of its columns; for a prior from draws, by site, (\*batch, ...).
+        r"""Split a value, (\*batch, D), into named columns or, for a prior fitted to draws, sites, (\*batch, ...).
 
         Raises:
             ValueError: If the columns have no names.
@@ -178,7 +178,7 @@ class FlowPrior(NamedDensity):
 
     @property
     def support(self) -> Constraint:
-        """Constraint of the values, of event_dim 1: the density is 0 elsewhere."""
+        """Constraint of the values, with event_dim 1; the density is 0 elsewhere."""
         return self.units.support.constraint
 
     @property
@@ -202,7 +202,7 @@ class FlowPrior(NamedDensity):
 
     @property
     def tails(self) -> Tensor | None:
-        """Weights of the right and left tails, (2, D), if any."""
+        """Weights of the right and left tails, (2, D), or None."""
         return self.units.tails
 
     def standardised(self, y: Tensor) -> Tensor:
@@ -226,11 +226,11 @@ class FlowPrior(NamedDensity):
 
     @property
     def embedding(self) -> dict[str, Any]:
-        """Arguments of a prior that shares the `context_net`, {} without one."""
+        """Arguments for a prior that shares the `context_net`; {} without one."""
         return {} if self.context_net is None else self.context_net.arguments
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
-        r"""Set the statistics of the data of model and `context_net` from data `y`, (rows, D), in the data's units."""
+        r"""Set data statistics of the model and `context_net` from data `y`, (rows, D), in the data's units."""
         y = self.as_value(y, self.value_like, "y")
         with torch.no_grad():
             if self.context_net is not None and context is not None:
@@ -243,7 +243,7 @@ class FlowPrior(NamedDensity):
         if support.name == "real":
             return self._log_density_inside(value, context)
         outside = support.outside(value)
-        # The cache recognises the last draws by identity: a copy of them would have to be inverted.
+        # The cache recognises the last draws by identity; a copy of them would have to be inverted.
         if not caching_is_possible() or torch._C._is_tracing() or outside.any():
             value = support.inside(value, outside)
         return torch.where(outside, -torch.inf, self._log_density_inside(value, context))
@@ -269,22 +269,22 @@ class FlowPrior(NamedDensity):
         return torch.rsub(torch.add(log_det, u.square().sum(-1), alpha=0.5), -self._log_normaliser)
 
     def run(self) -> Run | None:
-        """The compiled program from standardised values to noise, if one is all of the flow."""
-        model = self._modules["model"]  # the fastest access, at each call
+        """The compiled program from standardised values to noise, if one covers the whole flow."""
+        model = self._modules["model"]  # the fastest access, at every call
         return model.run(inverse=True) if isinstance(model, Stack) else None
 
     @torch.no_grad()
     def differentiate(self, descent: Descent, value: Tensor, context: Tensor | None, factors: Tensor) -> float | None:
-        """The sum of log-densities with these factors, without a graph; its gradient stays in `descent`.
+        """Weighted sum of log-densities, computed without a graph; its gradient stays in `descent`.
 
         Args:
-            descent: That of `run()`.
+            descent: The `Descent` of `run()`.
             value: Rows (rows, D) inside the support.
-            context: Rows of context, if the model takes one.
-            factors: (rows,).
+            context: Context of the rows, if the model takes one.
+            factors: Weights of the log-densities, (rows,).
 
         Returns:
-            The sum, or None where torch is to compute and differentiate it.
+            The sum, or None if torch has to compute and differentiate it.
         """
         units, constant, context = self.units, -self._log_normaliser, self._features(context)
         if (scaled := units.scaled(value)) is not None:
@@ -311,7 +311,7 @@ class FlowPrior(NamedDensity):
         return self.noise_to_data(u) if context is None else self.noise_to_data.forward_and_log_det(u, context)[0]
 
     def noise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        r"""Noise u, (rows, D), that the model maps to the standardised y, rows in any form that `log_prob` takes.
+        r"""Noise u, (rows, D), that the model maps to the standardised y, in any form that `log_prob` takes.
 
         Example:
             >>> from pyro_maf import MAF
@@ -336,17 +336,17 @@ class FlowPrior(NamedDensity):
         return self.context_loc
 
     def is_rounded(self, like: Tensor) -> bool:
-        """True if the dtype of `like` is the model's, not a finer one."""
+        """Return whether the dtype of `like` is the model's, rather than a finer one."""
         return like.dtype == self.units.inner.dtype
 
     def check_precise(self, role: str, value: object) -> None:
-        """Raise for a value that was rounded to a dtype that does not resolve the columns."""
+        """Raise if a value was already rounded to a dtype that does not resolve the columns."""
         self.units.check_precise(self.name, role, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.context_loc, self.context_scale
         if isinstance(self.model, Flow):
-            self.noise_to_data.clear_cache()  # no submodule, so that nothing else reaches it
+            self.noise_to_data.clear_cache()  # not a submodule, so nothing else would reach it
         super()._apply(fn, recurse)
         keep_float64(self._buffers, CONTEXT_UNITS, before, None)
         return self
@@ -370,10 +370,10 @@ class ConditionalFlowPrior(ConditionalDensity):
         context_loc, context_scale, context_net, context_shape, context_columns, context_labels: As there.
 
     Shapes:
-        context is (\*batch or (), context_dim), or with a `context_net` (\*batch or (), \*context_shape), in its own
-        units, and broadcasts with values, (\*batch, D), or (\*batch, D + 1) for a simplex.
+        context is (\*batch or (), context_dim), or with a `context_net` (\*batch or (), \*context_shape), in the units
+        of the context data. It broadcasts with values, (\*batch, D), or (\*batch, D + 1) for a simplex.
 
-    Cost: as `FlowPrior`, but `log_prob` of an IAF takes a sweep a layer for its own draws too.
+    Cost: as `FlowPrior`, but `log_prob` of an IAF takes a sweep per layer even for its own draws.
 
     Raises:
         TypeError: As in `FlowPrior`.
@@ -397,12 +397,12 @@ class ConditionalFlowPrior(ConditionalDensity):
 
     @property
     def unwrapped(self) -> FlowPrior:
-        """The prior inside, which takes the context as an argument."""
+        """The wrapped prior, which takes the context as an argument."""
         return self.density
 
     @property
     def architecture(self) -> dict[str, object]:
-        """As `FlowPrior.architecture`, with the model that this form was built with."""
+        """As `FlowPrior.architecture`, with the model that this form was built from."""
         return {**self.density.architecture, "model": self._arguments["model"]}
 
     def name_columns(self, layout: Layout, context_layout: Layout) -> None:
@@ -410,12 +410,12 @@ class ConditionalFlowPrior(ConditionalDensity):
         self.density.name_columns(layout, context_layout)
 
     def unpack(self, value: Tensor) -> dict[str, Tensor]:
-        r"""Split a value, (\*batch, D), by the names of its columns, as `FlowPrior.unpack`."""
+        r"""Split a value, (\*batch, D), by the names of its columns, like `FlowPrior.unpack`."""
         return self.density.unpack(value)
 
 
 def _check_angles(who: str, support: Support, model: Flow | Density) -> None:
-    """Refuse columns of angles whose density would not be periodic."""
+    """Raise for columns of angles whose density would not be periodic."""
     if set(support.angles) - set(model.angles if isinstance(model, Density) else ()):
         raise ValueError(
             f"{who} expected an AngleFlow, whose density is periodic, of columns {list(support.angles)} on {ANGLE}, "

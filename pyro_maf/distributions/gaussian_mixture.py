@@ -1,4 +1,4 @@
-"""Mixtures of Gaussians with full covariances, also given a context."""
+"""Mixtures of Gaussians with full covariances, optionally given a context."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pyro_maf.tables.mixture import Mixture, fit_mixture
 __all__ = ["GaussianMixture"]
 
 ROWS_A_COLUMN = 2
-"""Rows of each column of context and value, of fewer than which these are not taken together."""
+"""Minimum number of rows per column of context and value for modelling the two jointly."""
 
 
 class GaussianMixture(Density):
-    r"""Mixture of K Gaussians, p(y) = sum_k s_k N(y; m_k, L_k L_k^T), or of y given a context c, p(c, y) / p(c).
+    r"""Mixture of K Gaussians, p(y) = sum_k s_k N(y; m_k, L_k L_k^T), or p(c, y) / p(c) given a context c.
 
-    Given a context it is a mixture of linear regressions: shares s_k N(c; k), means that are linear in c, and
-    covariances that do not depend on it. A new one is standard normal for any context; it is not trained.
+    Given a context it is a mixture of linear regressions: weights s_k N(c; k), means linear in c, and covariances that
+    do not depend on c. At initialisation it is standard normal for any context; it is not trained.
 
     Args:
         input_dim: D.
@@ -29,7 +29,7 @@ class GaussianMixture(Density):
         context_dim: C, the number of context features, 0 for none.
 
     Attributes:
-        shares, means, factors: Shares s, means m and Cholesky factors L of the components, of c and y together, (K,),
+        shares, means, factors: Weights s, means m and Cholesky factors L of the components, of c and y jointly, (K,),
             (K, C + D), (K, C + D, C + D).
     """
 
@@ -54,12 +54,12 @@ class GaussianMixture(Density):
 
     @torch.no_grad()
     def start_at(self, rows: Tensor, weights: Tensor | None = None, context: Tensor | None = None) -> None:
-        """Become the mixture of rows, (rows, D), with weights (rows,): as many components as BIC says.
+        """Fit the mixture to rows, (rows, D), with weights (rows,); BIC chooses the number of components.
 
         Args:
-            rows, weights: The rows.
-            context: Their context, (rows, C). Without, and with fewer than 2 (C + D) rows, it is the same mixture for
-                any context.
+            rows, weights: The rows and their weights.
+            context: Context of the rows, (rows, C). Without one, or with fewer than 2 (C + D) rows, the mixture is the
+                same for any context.
         """
         joined = rows if context is None else torch.cat([context, rows], 1)
         if len(rows) < ROWS_A_COLUMN * joined.shape[1]:
@@ -71,18 +71,18 @@ class GaussianMixture(Density):
         self.become(Mixture(shares, torch.nn.functional.pad(means, (spare, 0)), whole))
 
     def become(self, mixture: Mixture) -> None:
-        """Have these components, of context and value together."""
+        """Set the components, of context and value jointly."""
         self._set(*(each.to(self.shares) for each in mixture))
 
     @property
     def mixture(self) -> Mixture:
-        """The components, of context and value together."""
+        """The components, of context and value jointly."""
         return Mixture(self.shares, self.means, self.factors)
 
     def log_density(self, value: Tensor, context: Tensor | None = None) -> Tensor:
         r"""Log-density (\*batch,) in nats, unchecked; O(K (C + D)^2)."""
         each = self._log_factors(value, context)
-        # One by one rather than as a difference of log-densities, which is inexact for a context far out.
+        # Factor by factor: a difference of log-densities would be inexact for a context far out.
         log_share = (self.shares.log() + each[..., : self.context_dim].sum(-1)).log_softmax(-1)
         return (log_share + each[..., self.context_dim :].sum(-1)).logsumexp(-1)
 
@@ -107,7 +107,7 @@ class GaussianMixture(Density):
         """Noise u_i = Phi^-1(F_i(y_i | y_<i)), (rows, D)."""
         standard = self.mixture.standardised(self._joined(y, context)).double()
         each = self._log_factors(y, context).double()
-        # Share of each component at dimension i, after those before it: N(y_<i; k) is a product of normals.
+        # Weight of each component at dimension i, after the preceding ones: N(y_<i; k) is a product of normals.
         before = self.shares.double().log()[:, None] + each.cumsum(-1) - each
         log_share = before.log_softmax(-2)
         # erfc keeps its relative precision in the tail.
@@ -117,14 +117,14 @@ class GaussianMixture(Density):
         return noise[..., self.context_dim :].to(y.dtype)
 
     def _joined(self, value: Tensor, context: Tensor | None) -> Tensor:
-        """Context and value together."""
+        """Concatenate context and value."""
         if context is None:
             return value
         shape = torch.broadcast_shapes(context.shape[:-1], value.shape[:-1])
         return torch.cat([context.expand(*shape, -1), value.expand(*shape, -1)], -1)
 
     def _log_factors(self, value: Tensor, context: Tensor | None) -> Tensor:
-        r"""Log-densities of each entry of context and value given those before it, (\*batch, K, C + D)."""
+        r"""Log-densities of each entry of context and value given the preceding ones, (\*batch, K, C + D)."""
         standard = self.mixture.standardised(self._joined(value, context))
         log_scale = self.factors.diagonal(dim1=1, dim2=2).log()
         return -0.5 * standard.square() - log_scale - 0.5 * math.log(2 * math.pi)

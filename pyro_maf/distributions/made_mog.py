@@ -31,26 +31,27 @@ SMALL = 0.1
 class MADEMoG(Density):
     r"""MADE with mixtures of Gaussians: p(y) = prod_i sum_k pi_ik N(y_i; mu_ik, sigma_ik^2).
 
-    The weights, means and deviations of dimension i are outputs of one MADE at y_<i, "< i" in the density's own order:
-    pi = softmax(a), and log sigma = b tanh(s / b) with b = 5, so that no component can collapse onto a point. Starts
-    near the standard normal, as a mixture of components with distinct means.
+    The weights, means and deviations of dimension i are outputs of a single MADE at y_<i, where "< i" refers to
+    `order`. pi = softmax(a), and log sigma = b tanh(s / b) with b = 5, so that no component can collapse onto a point.
+    Starts near the standard normal, as a mixture of components with distinct means.
 
     Args:
         input_dim: D.
         num_components: K, the number of components of each conditional.
         hidden_dims, activation, order, context_dim, degrees, seed: As in `MaskedAutoregressive`; weights are drawn from
-            torch's global generator. `ConditionalMADEMoG` is the form to use with a context.
+            torch's global generator. With a context, use `ConditionalMADEMoG`.
 
     Shapes:
         Values are (\*batch, D), log-densities (\*batch,) in nats.
 
     Cost:
-        `log_prob`: one dense pass. `sample`: one sweep, about half the multiplications of a dense pass, in sequence.
-        A draw picks components, so there is no `rsample`.
+        `log_prob`: one dense pass. `sample`: one sequential sweep, about half the multiplications of a dense pass.
+        Sampling picks components, so there is no `rsample`.
 
     Raises:
-        ValueError: For non-positive sizes, unknown names, an order that is no permutation, values of the wrong width.
-        TypeError: For values of another dtype than the parameters.
+        ValueError: For non-positive sizes, unknown names, an order that is not a permutation, values of the wrong
+            width.
+        TypeError: For values whose dtype differs from that of the parameters.
 
     Example:
         >>> density = MADEMoG(3, hidden_dims=[16], num_components=4)
@@ -81,7 +82,7 @@ class MADEMoG(Density):
 
     @property
     def order(self) -> Tensor:
-        """The dimensions' indices, first to last."""
+        """Indices of the dimensions, first to last."""
         return self.made.order
 
     def mixtures(self, value: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,7 +98,7 @@ class MADEMoG(Density):
         return (log_pi + log_normal).logsumexp(-1).sum(-1)
 
     def noise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        """Noise u_i = Phi^-1(F_i(y_i | y_<i)), (rows, D), with F_i the distribution function of the conditional."""
+        """Noise u_i = Phi^-1(F_i(y_i | y_<i)), (rows, D), with F_i the conditional distribution function."""
         log_pi, mu, log_sigma = self.mixtures(y, context)
         # erfc keeps its relative precision in the tail, where torch.special.ndtr rounds to 0.
         standard = ((y[..., None] - mu) * (-log_sigma).exp()).double() / math.sqrt(2)
@@ -112,7 +113,7 @@ class MADEMoG(Density):
                 context = context.expand(*shape, -1).reshape(-1, context.shape[-1])
             rows, like = shape.numel(), self.made.masked_layers[-1].mask
             normal = torch.randn(self.input_dim, rows, dtype=like.dtype, device=like.device)
-            # The maximum of logits plus Gumbel noise is at each component with that component's probability.
+            # The argmax of logits plus Gumbel noise has the softmax probabilities.
             gumbel = -like.new_empty(self.input_dim, self.num_components, rows).exponential_().log()
 
             def draw(i: int, parameters: Tensor) -> Tensor:
@@ -146,7 +147,7 @@ class ConditionalMADEMoG(ConditionalDensityForm):
 
     Args:
         input_dim: D.
-        context_dim: Number of context features, at least 1; a context of another width is refused.
+        context_dim: Number of context features, at least 1; a context of another width raises.
         num_components, hidden_dims, activation, order, degrees, seed: As in `MADEMoG`.
 
     Shapes:
@@ -169,7 +170,7 @@ def _log_sigma(s: Tensor) -> Tensor:
 
 
 def _normal_mixture(num_components: int) -> tuple[Tensor, float]:
-    """Means, and the s of a common sigma, of an even mixture that is near the standard normal: mean 0, variance 1."""
+    """Means, and the s of the common sigma, of an equal-weight mixture close to standard normal: mean 0, variance 1."""
     if num_components == 1:
         return torch.zeros(1), 0.0
     means = torch.special.ndtri((torch.arange(num_components) + 0.5) / num_components)

@@ -17,22 +17,22 @@ __all__ = ["ConditionalMAFMoG", "MAFMoG"]
 class MAFMoG(FlowOnBase):
     r"""MAF on a MADE MoG base: log p(y) = log p_base(z) - log |det dy/dz|, z = flow.inv(y).
 
-    The base's order is the reverse of that of the layer next to it. Starts near the standard normal.
+    The base's order is the reverse of that of the adjacent layer. Starts near the standard normal.
 
     Args:
         input_dim: D.
-        num_components: K, the number of components of each of the base's conditionals.
+        num_components: K, the number of components of each conditional of the base.
         num_layers, hidden_dims, activation, order, batch_norm, linear, degrees, seed: As in `MAF`; the base's network
             has the same widths, activation and degrees.
-        context_dim: Number of context features, 0 for none. `ConditionalMAFMoG` is the form to use with a context.
+        context_dim: Number of context features, 0 for none. With a context, use `ConditionalMAFMoG`.
 
     Attributes:
         flow: The `MAF`.
-        base: The `MADEMoG`, which has the same shapes and errors.
+        base: The `MADEMoG`, with the same shapes and errors.
 
     Cost:
-        `log_prob`: one dense pass a layer, and one for the base. `sample`: one sweep for each of them, about half the
-        multiplications of a dense pass, in sequence. A draw picks components, so there is no `rsample`.
+        `log_prob`: one dense pass per layer, and one for the base. `sample`: one sequential sweep for each of them,
+        about half the multiplications of a dense pass. Sampling picks components, so there is no `rsample`.
 
     Example:
         >>> density = MAFMoG(3, num_layers=2, hidden_dims=[16])
@@ -62,7 +62,7 @@ class MAFMoG(FlowOnBase):
 
 
 class ConditionalMAFMoG(ConditionalDensityForm):
-    """A `MAFMoG` whose networks, of flow and base, see a context, as in `ConditionalMADEMoG`.
+    """A `MAFMoG` whose networks, in flow and base, see a context, as in `ConditionalMADEMoG`.
 
     Args:
         input_dim, context_dim: As there.

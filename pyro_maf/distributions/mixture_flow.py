@@ -1,4 +1,4 @@
-"""A spline flow on a base that is a mixture of Gaussians with full covariances."""
+"""A spline flow whose base is a mixture of Gaussians with full covariances."""
 
 from __future__ import annotations
 
@@ -19,40 +19,42 @@ from pyro_maf.univariate import UnivariateMap
 __all__ = ["ConditionalMixtureFlow", "MixtureFlow"]
 
 MOST_VALUES = 2**22
-"""Maximum number of rows, times components and dimensions of the mixture beside, that are worked on together."""
+"""Maximum product of rows, components and dimensions that the side mixture processes at a time."""
 
 
 class MixtureFlow(FlowOnBase):
     r"""NSF on a mixture of Gaussians: log p(y) = log sum_k s_k N(z; m_k, L_k L_k^T) - log |det dy/dz|, z = flow.inv(y).
 
-    The flow starts as the identity, so that the density starts as the mixture, which `base.start_at` fits to rows: with
-    few of them, that is most of what can be learnt. The mixture is not trained with the flow; a new one is standard
+    The flow starts as the identity, so the density starts as the mixture, which `base.start_at` fits to rows; with few
+    rows, that is most of what can be learnt. The mixture is not trained with the flow. At initialisation it is standard
     normal.
 
-    Beside the flow there may be another mixture, q: then the density is (1 - w) p(y) + w q(y). With a component at each
-    row of a table that is a kernel density, which is what a table of near copies asks for.
+    A second mixture q may stand beside the flow: the density is then (1 - w) p(y) + w q(y). With a component at each
+    row of a table, q is a kernel density, which suits tables of near copies.
 
     Args:
         input_dim: D.
-        num_components: K, the number of components of the base; `base.start_at` chooses another.
-        num_beside: Number of components of the mixture beside the flow, 0 for none; `put_beside` sets it.
+        num_components: K, the number of components of the base; `base.start_at` changes it.
+        num_beside: Number of components of the mixture beside the flow, 0 for none; set by `put_beside`.
         num_layers, order, batch_norm, linear, univariate, hidden_dims, activation, degrees, seed: As in `NSF`.
-        context_dim: Number of context features, 0 for none. Given them the base is a mixture of linear regressions.
+        context_dim: Number of context features, 0 for none. Given a context, the base is a mixture of linear
+            regressions.
 
     Attributes:
         flow: The `NSF`.
-        base: The `GaussianMixture`, with shares s, means m and Cholesky factors L of the components.
-        beside, share: The mixture q and its share w, 0 to begin with; None and no share without one.
+        base: The `GaussianMixture`, with weights s, means m and Cholesky factors L of the components.
+        beside, share: The mixture q and its weight w, initially 0; if there is none, `beside` is None and there is no
+            `share`.
 
     Shapes:
         Values are (\*batch, D), log-densities (\*batch,) in nats.
 
     Cost:
-        `log_prob`: one dense pass a layer, and O(K D^2) for the base. `sample`: one sweep a layer. A draw picks a
+        `log_prob`: one dense pass per layer, and O(K D^2) for the base. `sample`: one sweep per layer. Sampling picks a
         component, so there is no `rsample`.
 
     Raises:
-        ValueError: As in `NSF`, for a number of components below 1, and for a mixture beside a flow with a context.
+        ValueError: As in `NSF`, for fewer than one component, or for a mixture beside a flow with a context.
         TypeError: As in `NSF`.
 
     Example:
@@ -91,7 +93,7 @@ class MixtureFlow(FlowOnBase):
             self.register_buffer("share", torch.zeros(()))
 
     def put_beside(self, mixture: Mixture, share: float) -> MixtureFlow:
-        """This flow and base with a mixture beside them, of a share between 0 and 1."""
+        """A density with this flow and base, and a mixture beside them with a weight `share` between 0 and 1."""
         arguments = {**self.architecture, "num_beside": len(mixture.shares)}
         whole = MixtureFlow(**arguments)  # type: ignore[arg-type]
         whole.flow, whole.base = self.flow, self.base
@@ -101,7 +103,7 @@ class MixtureFlow(FlowOnBase):
         return whole.to(self.base.shares)
 
     def log_density(self, value: Tensor, context: Tensor | None = None) -> Tensor:
-        r"""Log-density (\*batch,) in nats, unchecked; one dense pass a layer, and the mixtures'."""
+        r"""Log-density (\*batch,) in nats, unchecked; one dense pass per layer, and the mixtures'."""
         inside = super().log_density(value, context)
         if self.beside is None:
             return inside
@@ -109,7 +111,7 @@ class MixtureFlow(FlowOnBase):
 
     @torch.no_grad()
     def draw(self, shape: torch.Size, context: Tensor | None = None) -> Tensor:
-        r"""Draws (\*shape, D), unchecked and without gradient; one sweep a layer, after the base's draws."""
+        r"""Draws (\*shape, D), unchecked and without gradient; one sweep per layer, after the base's draws."""
         drawn = super().draw(shape, context)
         if self.beside is None:
             return drawn
@@ -117,7 +119,7 @@ class MixtureFlow(FlowOnBase):
         return torch.where(is_beside[..., None], self.beside.draw(shape), drawn)
 
     def noise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        """Noise of the base, (rows, D), or of the mixture beside for rows that, by chance, are taken for its own."""
+        """Noise of the base, (rows, D), or of the mixture beside it for rows randomly assigned to that mixture."""
         noise = super().noise(y, context)
         if self.beside is None:
             return noise
@@ -130,13 +132,13 @@ class MixtureFlow(FlowOnBase):
         return self._in_parts(cast(GaussianMixture, self.beside).log_density, rows).reshape(value.shape[:-1])
 
     def _in_parts(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-        """The value of a function of rows, of few at a time."""
+        """Apply a function to a few rows at a time."""
         components = cast(GaussianMixture, self.beside).means
         return torch.cat([function(part) for part in rows.split(max(1, MOST_VALUES // components.numel()))])
 
     @property
     def architecture(self) -> dict[str, object]:
-        """Arguments of the constructor, with the present number of components."""
+        """Constructor arguments, with the current number of components."""
         return {**self._arguments, "num_components": len(self.base.shares)}
 
 
@@ -147,7 +149,7 @@ class ConditionalMixtureFlow(ConditionalDensityForm):
         input_dim, context_dim: As there.
         num_components, num_layers, hidden_dims, activation, order, batch_norm, linear, degrees, univariate, seed: As in
             `MixtureFlow`.
-        num_beside: 0, as no mixture stands beside a flow with a context.
+        num_beside: 0, since there is no mixture beside a flow with a context.
 
     Example:
         >>> density = ConditionalMixtureFlow(3, 2, num_layers=2, hidden_dims=[16])

@@ -1,4 +1,4 @@
-"""Densities of tables, whose columns have names."""
+"""Densities of tables with named columns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Labels: TypeAlias = Sequence[Sequence[Label] | None]
 
 
 class NamedDensity(Density):
-    """A density that takes values and contexts in the forms of data of `fit`, with columns matched by name."""
+    """A density that takes values and contexts in the forms of data that `fit` takes, with columns matched by name."""
 
     _layouts: dict[str, Layout]
 
@@ -29,17 +29,17 @@ class NamedDensity(Density):
 
     @property
     def layout(self) -> Layout:
-        """Names, categories and dtypes of the columns, if there are any."""
+        """Names, categories and dtypes of the columns, if any."""
         return self._layouts["value"]
 
     @property
     def context_layout(self) -> Layout:
-        """Names and categories of the columns of context, if there are any."""
+        """Names and categories of the context's columns, if any."""
         return self._layouts["context"]
 
     @property
     def names_of_columns(self) -> dict[str, object]:
-        """Arguments of the constructor for the names, as JSON holds them."""
+        """Constructor arguments for the names, as JSON values."""
         return {
             "columns": self.layout.as_entries(),
             "context_columns": self.context_layout.as_entries(),
@@ -47,14 +47,14 @@ class NamedDensity(Density):
         }
 
     def check_precise(self, role: str, value: object) -> None:
-        """Raise for a value that was rounded too coarsely before; most densities take all."""
+        """Raise if a value was already rounded too coarsely; a no-op for most densities."""
 
     def is_rounded(self, like: Tensor) -> bool:
-        """True if floating-point numbers are rounded to the dtype of `like`, that of values or contexts."""
+        """Return whether floating-point numbers are rounded to the dtype of `like`, that of values or contexts."""
         return True
 
     def as_value(self, value: TableLike, like: Tensor | None, role: str = "value") -> Tensor:
-        """A value as a tensor; also from the other forms of data that `fit` takes, if the conversion is exact."""
+        """Convert a value to a tensor, also from the other forms of data that `fit` takes if that is exact."""
         if like is not None and isinstance(value, Tensor) and value.dtype is like.dtype:  # the usual one, at each call
             return super().as_value(value, like, role)
         if like is not None:
@@ -63,7 +63,7 @@ class NamedDensity(Density):
         return super().as_value(value, like, role)
 
     def as_context(self, context: TableLike) -> Tensor:
-        """A context as a tensor, from the same forms as values."""
+        """Convert a context to a tensor, from the same forms as values."""
         like = self.context_like
         if like is not None:
             context = self._converted("context", context, like, self.context_dim)

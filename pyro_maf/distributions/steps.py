@@ -1,4 +1,4 @@
-"""Probabilities of the steps of numbers on a grid, under a density of numbers anywhere in them."""
+"""Probabilities of values on a grid, under a continuous density."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["Steps", "dequantised"]
 
 POINTS = 64
 VALUES_AT_ONCE = 2**20
-"""Points of a step that the density is averaged over, and values computed at once."""
+"""Number of points per step that the density is averaged over, and maximum number of values computed at a time."""
 
 
 class Steps:
     r"""P(n) = \int p(n + h (v - 1/2)) dv prod_j h_j, over v in the unit cube of the columns with a spacing h_j > 0.
 
-    Of a single column it is exact, Phi(u(n + h / 2)) - Phi(u(n - h / 2)) with u the noise of the density. Otherwise the
-    integral is a mean over 64 points of a scrambled Sobol sequence, the same at every call.
+    For a single column it is exact, Phi(u(n + h / 2)) - Phi(u(n - h / 2)) with u the noise of the density. Otherwise
+    the integral is a mean over 64 points of a scrambled Sobol sequence, the same at every call.
 
     Args:
         prior: The density p.
-        spacing: The spacing of each column, 0 for one that is on no grid.
+        spacing: The spacing of each column, 0 for a column that is not on a grid.
 
     Shapes:
         Values are (\*batch, columns), log-probabilities (\*batch,) in nats.
@@ -51,12 +51,12 @@ class Steps:
 
     @property
     def is_exact(self) -> bool:
-        """True if no mean over points is taken."""
+        """True if no mean over points is needed."""
         has_noise = not isinstance(self.prior.model, Density) or type(self.prior.model).noise is not Density.noise
         return not any(self.spacing) or (len(self.spacing) == 1 and has_noise)
 
     def log_prob(self, value: Tensor, context: Tensor | None) -> Tensor:
-        """Log-probability of the steps, and log-density of columns without."""
+        """Log-probability of the steps; log-density for columns that are not on a grid."""
         if not any(self.spacing):
             return self.prior.log_density(value, context)
         if self.is_exact:
@@ -96,7 +96,7 @@ class Steps:
         low, high = (self.prior.noise(value + side, context)[..., 0] for side in (-half, half))
         if has_float64(value.device):
             low, high = low.double(), high.double()
-        # Where both are above 0, by symmetry, on the side where Phi is small.
+        # If both are above 0, use symmetry to evaluate Phi in the tail where it is small.
         low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)
         log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
         exact = (log_high + torch.log1p(-(log_low - log_high).clamp(max=-1e-12).exp())).to(value.dtype)
@@ -107,7 +107,7 @@ class Steps:
 
 
 def dequantised(value: Tensor, spacing: Sequence[float], generator: torch.Generator | None = None) -> Tensor:
-    r"""Values, (\*batch, columns), with uniform noise in their steps added; unchanged where the spacing is 0.
+    r"""Add uniform noise within their steps to values, (\*batch, columns), except where the spacing is 0.
 
     Args:
         value: The values.

@@ -1,4 +1,4 @@
-"""The density of a table with categories and with columns on a grid, around a flow."""
+"""Density of a table with categorical columns and columns on a grid, built around a flow."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pyro_maf.tables.layout import Layout, TableLike
 __all__ = ["ConditionalTableDensity", "DequantisedDensity", "TableDensity"]
 
 NEAR = 1e-3
-"""How far off the grid, in steps, a value may lie because of rounding."""
+"""Distance from the grid, in steps, up to which a value counts as on it, because of rounding."""
 
 Grids: TypeAlias = Sequence[Sequence[float] | None]
 Levels: TypeAlias = Sequence[Sequence[float] | None]
@@ -31,33 +31,33 @@ Levels: TypeAlias = Sequence[Sequence[float] | None]
 class TableDensity(NamedDensity):
     r"""Distribution of rows with categories k, numbers n on a grid of spacing h, and other numbers x, around a flow.
 
-    p(k, n, x) = p(k) \int p(n + h (v - 1/2), x | k) dv prod_j h_j, over v in the unit cube: categories are
+    p(k, n, x) = p(k) \int p(n + h (v - 1/2), x | k) dv prod_j h_j, over v in the unit cube. The categories are
     autoregressive, the flow takes them one-hot as context, and a number on a grid has the probability that the flow
-    gives to its step. So `log_prob` is a log-probability in columns of categories and on a grid, and a log-density in
-    the others; it sums and integrates to 1. A value off its grid, or that is no category, has probability 0.
+    assigns to its step. So `log_prob` is a log-probability in the categorical and grid columns and a log-density in the
+    others; it sums and integrates to 1. A value off its grid, or that is not a category, has probability 0.
 
-    The integral is exact if a single column is not a category, by the flow's distribution function. Otherwise it is a
-    mean over 64 points of a scrambled Sobol sequence in the step, the same for all rows: unbiased for the probability
-    over the scrambling, so that log_prob is on average below the log-probability, by half the variance of that mean
-    relative to its square. `log_prob_error` is its standard error.
+    The integral is exact, by the flow's distribution function, if only one column is not categorical. Otherwise it is a
+    mean over 64 points of a scrambled Sobol sequence within the step, the same for all rows. The probability is
+    unbiased over the scrambling, so log_prob is too low on average, by half the squared relative standard error of that
+    mean. `log_prob_error` is its standard error.
 
     Args:
-        prior: The density of the columns that are no categories, with numbers anywhere in their steps. Its context is
-            that of this density, if any, followed by the categories one-hot.
-        levels: For each column its categories as numbers, in order, or None for other columns. By default none are.
-        grids: For each column (spacing, lowest, highest) of its grid, or None. The grid goes on beyond both ends;
-            draws from beyond are moved to the nearer one.
+        prior: The density of the non-categorical columns, dequantised. Its context is that of this density, if any,
+            followed by the categories one-hot.
+        levels: For each column, its categories as numbers, in order, or None for other columns. By default none are.
+        grids: For each column, (spacing, lowest, highest) of its grid, or None. The grid continues beyond both ends;
+            draws beyond an end are moved to it.
         categorical: The distribution of the categories, if there are any.
         columns, context_columns, context_labels: Names, as in `FlowPrior`.
-        labels: For each named column the categories of a data frame, whose numbers are 0, 1, ..., or None for numbers.
-        dtypes: Dtypes of the columns of a data frame, by name, for drawn rows in files.
+        labels: For each named column, the categories of a data frame, numbered 0, 1, ..., or None for numbers.
+        dtypes: Dtypes of the columns of a data frame, by name, for writing drawn rows to files.
 
     Shapes:
-        Values are (\*batch, D), log-probabilities (\*batch,) in nats. Forms of data are taken as by `FlowPrior`.
+        Values are (\*batch, D), log-probabilities (\*batch,) in nats. Forms of data are as in `FlowPrior`.
 
     Cost:
-        `log_prob`: that of the prior 64 times if there are columns on a grid, twice for a single one, else once.
-        `sample`: that of the prior. There is no `rsample`.
+        `log_prob`: 64 times the prior's if there are columns on a grid, twice if there is a single one, otherwise once.
+        `sample`: the prior's. There is no `rsample`.
 
     Raises:
         ValueError: For specifications that do not fit the prior.
@@ -117,33 +117,33 @@ class TableDensity(NamedDensity):
 
     @property
     def architecture(self) -> dict[str, object]:
-        """Arguments of the constructor, with names as JSON needs."""
+        """Constructor arguments, with names as JSON values."""
         kinds = {"labels": self.layout.as_labels(), "dtypes": self.layout.dtypes}
         return {**self._arguments, **self.names_of_columns, **kinds}
 
     @property
     def numeric(self) -> list[int]:
-        """Indices of the columns that are no categories."""
+        """Indices of the columns that are not categorical."""
         return [index for index, level in enumerate(self.levels) if level is None]
 
     @property
     def spacing(self) -> list[float]:
-        """Spacing of the grid of each column, 0 for one without."""
+        """Grid spacing of each column, 0 for a column without a grid."""
         return [0.0 if grid is None else grid[0] for grid in self.grids]
 
     @property
     def steps(self) -> Steps:
-        """The probabilities of steps of the numeric columns."""
+        """Probabilities of the steps of the numeric columns."""
         return Steps(self.prior, [self.spacing[index] for index in self.numeric])
 
     @property
     def dequantised(self) -> DequantisedDensity:
-        """The density with numbers anywhere in their steps, that `fit` trains."""
+        """The density of dequantised rows, which `fit` trains."""
         return DequantisedDensity(self)
 
     @property
     def support(self) -> constraints.Constraint:
-        """Constraint of the values, of event_dim 1: the probability is 0 elsewhere."""
+        """Constraint of the values, with event_dim 1; the probability is 0 elsewhere."""
         return _OnTable(self)
 
     @property
@@ -167,7 +167,7 @@ class TableDensity(NamedDensity):
         return super().context_shape if self.prior.context_net is None else self.prior.context_net.shape
 
     def standardised(self, y: Tensor) -> Tensor:
-        r"""Standardised numbers, (\*batch, D), as `FlowPrior.standardised`; 0 for categories."""
+        r"""Standardised numbers, (\*batch, D), as in `FlowPrior.standardised`; 0 for categories."""
         z = self.prior.standardised(y[..., self.numeric])
         full = z.new_zeros(y.shape)
         full[..., self.numeric] = z
@@ -178,16 +178,16 @@ class TableDensity(NamedDensity):
         return self.prior.standardised_context(self._filled(context))[..., : self.context_dim]
 
     def features(self, context: Tensor) -> Tensor:
-        r"""Features of the context that the prior's model takes beside the categories, (\*batch, features)."""
+        r"""Context features that the prior's model takes besides the categories, (\*batch, features)."""
         features = self.prior.features(self._filled(context))
         return features[..., : features.shape[-1] - (self.prior.context_dim - self.context_dim)]
 
     def _filled(self, context: Tensor) -> Tensor:
-        """The context with zeros for the categories."""
+        """Pad the context with zeros for the categories."""
         return torch.nn.functional.pad(context, (0, self.prior.context_dim - self.context_dim))
 
     def outside(self, value: Tensor) -> Tensor:
-        r"""Return whether each value has probability 0, as off its grid, (\*batch,); not for NaN."""
+        r"""Return whether each value has probability 0, e.g. because it is off its grid, (\*batch,); false for NaN."""
         wrong = self.prior.units.support.outside(value[..., self.numeric])
         for column, grid, level in zip(value.unbind(-1), self.grids, self.levels, strict=True):
             if grid is not None:
@@ -210,7 +210,7 @@ class TableDensity(NamedDensity):
         return torch.where(outside, -torch.inf, total)
 
     def parts(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        r"""Log-probability of the categories, (\*batch,), 0 without, and the context of the prior."""
+        r"""Log-probability of the categories, (\*batch,), 0 if there are none, and the context of the prior."""
         if self.categorical is None:
             return value.new_zeros(value.shape[:-1]), context
         columns = zip(value.unbind(-1), self.levels, strict=True)
@@ -229,14 +229,14 @@ class TableDensity(NamedDensity):
         return torch.cat([context.expand(*shape, -1), one_hot.expand(*shape, -1)], -1)
 
     def log_prob_error(self, value: TableLike, context: TableLike | None = None) -> Tensor:
-        r"""Standard error of `log_prob` in nats, (\*batch,): 0 where that is exact; from the spread over the points.
+        r"""Standard error of `log_prob` in nats, (\*batch,), from the spread over the points; 0 where it is exact.
 
-        Half its square estimates how far `log_prob` is below the log-probability on average. The points are spread more
-        evenly than independent ones, for which it would hold, so that it is an upper estimate.
+        Half its square estimates how far `log_prob` is below the log-probability on average. The formula holds for
+        independent points; these are spread more evenly, so it is an upper estimate.
 
         Args:
             value: Rows, as for `log_prob`.
-            context: Their context, for a density that takes one.
+            context: Context of the rows, for a density that takes one.
         """
         row = self.as_value(value, self.value_like)
         given = None if context is None else self.as_context(context)
@@ -268,7 +268,7 @@ class TableDensity(NamedDensity):
             return self.on_grid(rows)
 
     def on_grid(self, rows: Tensor) -> Tensor:
-        r"""Rows, (\*batch, D), with each number on a grid moved to its nearest point between lowest and highest."""
+        r"""Move each number on a grid to the nearest grid point between lowest and highest, in rows (\*batch, D)."""
         columns = []
         for column, grid in zip(rows.unbind(-1), self.grids, strict=True):
             if grid is not None:
@@ -277,26 +277,26 @@ class TableDensity(NamedDensity):
                 decimals = _decimals(spacing, low)
                 if decimals is None or not has_float64(column.device):
                     column = low + spacing * steps
-                else:  # the same number that was rounded: 0.3, and not 3 * 0.1
+                else:  # gives the number that was rounded: 0.3 rather than 3 * 0.1
                     column = (low + spacing * steps.double()).round(decimals=decimals).to(column.dtype)
             columns.append(column)
         return torch.stack(columns, -1)
 
     def noise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        """Noise u, (rows, numbers), of the prior for numbers at random places of their steps, always the same.
+        """Noise u, (rows, numbers), of the prior, for numbers at random but reproducible places within their steps.
 
-        Standard normal if the density is that of y: the residuals of a discrete distribution that Dunn and Smyth (1996)
-        randomise in the same way.
+        Standard normal if y follows the density. For a discrete distribution these are the randomised residuals of Dunn
+        and Smyth (1996).
         """
         return self.prior.noise(*self.of_prior(self.as_value(y, self.value_like, "y"), context))
 
     def of_prior(self, y: Tensor, context: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Tensor | None]:
-        r"""Numbers of rows y, (\*batch, numbers), at random places of their steps, and the context of the prior."""
+        r"""Dequantise the numbers of rows y, (\*batch, numbers), and return them with the context of the prior."""
         generator = torch.Generator().manual_seed(seed)
         return dequantised(y[..., self.numeric], self.steps.spacing, generator), self.parts(y, context)[1]
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
-        r"""Set the model's statistics of the data from data `y`, (rows, D), in the data's units."""
+        r"""Set the model's data statistics from data `y`, (rows, D), in the data's units."""
         self.prior.fit_statistics(y[..., self.numeric], self.parts(y, context)[1])
 
     def __repr__(self) -> str:
@@ -306,14 +306,15 @@ class TableDensity(NamedDensity):
 
 
 def _decimals(*numbers: float) -> int | None:
-    """How many decimals numbers have, at most 9, or None."""
+    """Number of decimals of the numbers, at most 9, or None."""
     return next((d for d in range(10) if all(math.isclose(round(n, d), n, abs_tol=1e-12) for n in numbers)), None)
 
 
 class DequantisedDensity(Density):
-    r"""A `TableDensity` with numbers anywhere in their steps: log p(k) + log p(n, x | k), the categories' probability.
+    r"""A `TableDensity` before quantisation: log p(k) + log p(n, x | k), with n anywhere within its step.
 
-    Its mean over uniform noise in the steps, plus sum_j log h_j, is below the log-probability: what `fit` maximises.
+    Its mean over uniform noise in the steps, plus sum_j log h_j, is a lower bound of the log-probability, which `fit`
+    maximises.
 
     Args:
         table: The density of the table.
@@ -345,7 +346,7 @@ class DequantisedDensity(Density):
         return self.table.draw(shape, context)
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
-        r"""As of the table."""
+        r"""As the table's."""
         self.table.fit_statistics(y, context)
 
 
@@ -353,10 +354,10 @@ class ConditionalTableDensity(ConditionalDensity):
     r"""A `TableDensity` that takes a context: `condition(context)` is a density.
 
     Args:
-        prior, levels, grids, categorical, columns, context_columns: As in `TableDensity`; so are shapes and cost.
+        prior, levels, grids, categorical, columns, context_columns: As in `TableDensity`, as are shapes and cost.
 
     Raises:
-        ValueError: As in `TableDensity`, and for a prior that takes no context beside the categories.
+        ValueError: As in `TableDensity`, and for a prior that takes no context besides the categories.
 
     Example:
         >>> from pyro_maf import MAF
@@ -388,7 +389,7 @@ class ConditionalTableDensity(ConditionalDensity):
 
 
 class _OnTable(constraints.Constraint):
-    """Rows of a table density with a probability above 0."""
+    """Rows to which a table density assigns a probability above 0."""
 
     event_dim = 1
 
@@ -397,12 +398,12 @@ class _OnTable(constraints.Constraint):
         super().__init__()
 
     def check(self, value: Tensor) -> Tensor:
-        """Return whether each row is inside."""
+        """Return whether each row has a probability above 0."""
         return ~self._density.outside(value) & ~value.isnan().any(-1)
 
 
 def _check_names(layout: Layout, levels: Levels, labels: Labels, dtypes: Sequence[str]) -> None:
-    """Refuse labels and dtypes that do not fit the columns."""
+    """Raise for labels and dtypes that do not fit the columns."""
     width = len(levels)
     for name, each, kind in (("labels", labels, (list, tuple, type(None))), ("dtypes", dtypes, (str,))):
         is_sequence = isinstance(each, (list, tuple)) and all(isinstance(entry, kind) for entry in each)
@@ -423,6 +424,6 @@ def _check_names(layout: Layout, levels: Levels, labels: Labels, dtypes: Sequenc
 
 
 def _index(column: Tensor, levels: Sequence[float]) -> Tensor:
-    """Index of each value of a column in the levels, -1 for others."""
+    """Index of each value of a column in the levels, -1 if it is not there."""
     is_level = column[..., None] == column.new_tensor(levels)
     return torch.where(is_level.any(-1), is_level.int().argmax(-1), -1)

@@ -1,4 +1,4 @@
-"""Parts of a MADE: degrees, masks, masked layers, and weights parametrised by the width of their layer."""
+"""Building blocks of a MADE: degrees, masks, masked layers, and weights with a width-dependent parametrisation."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ INPUTS, UNITS = 16, 64
 
 
 def gain_of(inputs: int, usual: int = INPUTS) -> float:
-    """About usual / inputs, at most 1, rounded to a power of two, so that the multiplication is exact."""
+    """About usual / inputs, at most 1, rounded to a power of two so that the multiplication is exact."""
     return 0.5 ** max(0, round(math.log2(max(1, inputs) / usual)))
 
 
 class Linear(Observed, nn.Linear):
-    """y = gain W x + b, with a gain of 1 until a network sets another."""
+    """y = gain W x + b, with a gain of 1 unless the network sets another."""
 
     gain = 1.0
 
@@ -37,10 +37,10 @@ class Tempered(Observed):
     """A network whose weights may be parametrised as gain * W, layer by layer.
 
     Adam moves each entry of W by about the learning rate, whatever the size of the gradient, and a sum over n inputs by
-    up to n times that. With a gain of about 1 / n one learning rate suits every width.
+    up to n times as much. With a gain of about 1 / n, one learning rate suits every width.
 
     Attributes:
-        gains: The gain of each layer, (layers,), part of the `state_dict`; None where all are 1.
+        gains: The gain of each layer, (layers,), stored in the `state_dict`; None if all are 1.
 
     Reference:
         Yang & Hu, *Feature learning in infinite-width neural networks*, 2021.
@@ -55,10 +55,10 @@ class Tempered(Observed):
 
     @torch.no_grad()
     def temper(self) -> None:
-        """Set the gains by the widths of the layers, at most 1; the network's function stays the same."""
+        """Set the gains from the layers' widths, at most 1; the network's function stays the same."""
         layers: list[nn.Linear] = list(self.layers)  # type: ignore[arg-type]
         gains = [gain_of(layer.in_features, UNITS if index else INPUTS) for index, layer in enumerate(layers)]
-        # The divergence by errors of the outputs adds up over the variables, of which there are as many as inputs.
+        # The divergence due to errors in the outputs adds up over the variables, one per input.
         gains[-1] *= gain_of(layers[0].in_features, UNITS)
         if min(gains) == 1.0:
             return
@@ -77,7 +77,7 @@ class Tempered(Observed):
         return [1.0] * len(self.layers) if self.gains is None else self.gains.tolist()
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        # The gains belong to the stored weights: an untempered network is stored without any.
+        # The gains belong to the stored weights: an untempered network is stored without them.
         self.gains = (
             next(self.layers.parameters()).new_ones(len(self.layers)) if prefix + "gains" in state_dict else None
         )
@@ -90,14 +90,14 @@ def degrees(
 ) -> list[Tensor]:
     """Degrees of the hidden units of a MADE, sorted within each layer.
 
-    A unit of degree d sees the first d inputs of the order. Degrees run from `lowest` to D - 1; a unit of degree 0
-    sees the context alone, so `lowest` is 0 for a network with a context.
+    A unit of degree d sees the first d inputs of the order. Degrees run from `lowest` to D - 1. A unit of degree 0 sees
+    only the context, so `lowest` is 0 for a network with a context.
 
     Args:
         input_dim: D, the number of inputs.
         hidden_dims: Widths of the hidden layers; any positive width, also below D.
-        kind: "sequential" spreads the degrees evenly; "random" draws them uniformly. Either way each layer's last
-            unit has degree D - 1, so that the last output sees every input.
+        kind: "sequential" spreads the degrees evenly; "random" draws them uniformly. Either way the last unit of each
+            layer has degree D - 1, so that the last output sees every input before it.
         lowest: 0 or 1.
         seed: Seed of the random degrees.
 
@@ -137,13 +137,13 @@ def degrees(
 def masks(order: Sequence[int] | Tensor, hidden_degrees: Sequence[Tensor], outputs_per_input: int = 1) -> list[Tensor]:
     """Masks that make a network autoregressive in `order`.
 
-    Entry (k, j) of a hidden layer's mask is true where the degree of unit k is at least that of unit j; of the last
-    one where it is greater, so that output i depends on the inputs before i in `order` alone.
+    Entry (k, j) of a hidden layer's mask is true where the degree of unit k is at least that of unit j. In the last
+    layer it must be greater, so that output i depends only on the inputs before i in `order`.
 
     Args:
-        order: The inputs' indices, first to last.
-        hidden_degrees: Degrees of the hidden units, as from `degrees`.
-        outputs_per_input: Outputs for each input, adjacent to each other.
+        order: Indices of the inputs, first to last.
+        hidden_degrees: Degrees of the hidden units, as returned by `degrees`.
+        outputs_per_input: Number of outputs per input; they are adjacent.
 
     Returns:
         One bool tensor per layer, of shape (units out, units in).
@@ -169,7 +169,7 @@ def masks(order: Sequence[int] | Tensor, hidden_degrees: Sequence[Tensor], outpu
 class MaskedLinear(Observed, nn.Linear):
     r"""A linear layer with a masked weight: y = (M * W) x + b.
 
-    Weights and biases are drawn uniformly within +- 1 / sqrt(n), with n the number of inputs that the unit sees.
+    Weights and biases are drawn uniformly within +- 1 / sqrt(n), where n is the number of inputs that the unit sees.
 
     Args:
         mask: M, of shape (units out, units in); false or 0 where a weight is masked out.
@@ -195,7 +195,7 @@ class MaskedLinear(Observed, nn.Linear):
         self.out_features, self.in_features = mask.shape
         self.weight = nn.Parameter(torch.empty(mask.shape))
         self.bias = nn.Parameter(torch.empty(self.out_features))
-        # Not in the state_dict: the network stores the degrees from which the mask follows.
+        # Not in the state_dict: the network stores the degrees, from which the mask follows.
         self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
         self.reset_parameters()
 
@@ -208,21 +208,21 @@ class MaskedLinear(Observed, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer; one dense product."""
-        if not self.in_features:  # a product over nothing has no gradient under torch.jit
+        if not self.in_features:  # an empty product has no gradient under torch.jit
             return (self.bias + self.weight.sum(-1)).expand(*x.shape[:-1], -1)
         return F.linear(x, self.weight * self.mask, self.bias)
 
 
 class BlockLinear(Observed):
-    r"""One small linear layer for each of some blocks: y_i = A_i z_i + b_i.
+    r"""One small linear layer per block: y_i = A_i z_i + b_i.
 
-    At the start the first r outputs are the inputs themselves, such as the shift and the log-scale of an affine map,
-    and the others sums of them with random weights.
+    At initialisation the first r outputs are the inputs themselves, such as the shift and log-scale of an affine map,
+    and the others are sums of them with random weights.
 
     Args:
         blocks: D, the number of blocks.
-        inputs: r, the number of inputs of a block.
-        outputs: P, the number of its outputs.
+        inputs: r, the number of inputs per block.
+        outputs: P, the number of outputs per block.
 
     Shapes:
         z is (\*batch, D, r), y is (\*batch, D, P).
@@ -247,5 +247,5 @@ class BlockLinear(Observed):
 
 
 def block_linear(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A `BlockLinear` of z with this weight, (D, P, r), and bias, (D, P)."""
+    """Apply a `BlockLinear` with this weight, (D, P, r), and bias, (D, P), to z."""
     return torch.einsum("ipr,...ir->...ip", weight, z) + bias

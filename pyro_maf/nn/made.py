@@ -73,7 +73,7 @@ Options = TypeVar("Options", bound=MADEOptions)
 
 
 def reseeded(options: Options, seed: int) -> Options:
-    """The options with another seed, so that networks of equal options have different random degrees."""
+    """The options with another seed, so that networks with equal options have different random degrees."""
     options = options.copy()
     options["seed"] = seed
     return options
@@ -81,7 +81,7 @@ def reseeded(options: Options, seed: int) -> Options:
 
 BULK = 3.0
 LEAST_RANK, MOST_WEIGHTS = 8, 200_000
-"""Splines with 25 parameters, of 63 to 80 variables, learn as much by rank 8 as by full rank, by rank 4 a nat less."""
+"""For splines with 25 parameters and 63 to 80 variables, rank 8 learns as much as full rank; rank 4 loses a nat."""
 
 
 def compress_tails(x: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def compress_tails(x: Tensor) -> Tensor:
 
 
 def default_hidden_dims(input_dim: int) -> tuple[int, int]:
-    """Two hidden layers of eight units per dimension, at least 64 and at most 512.
+    """Widths of two hidden layers: eight units per dimension, at least 64 and at most 512.
 
     Example:
         >>> default_hidden_dims(6), default_hidden_dims(21), default_hidden_dims(784)
@@ -111,9 +111,9 @@ def default_hidden_dims(input_dim: int) -> tuple[int, int]:
 
 
 def default_rank(input_dim: int, outputs_per_input: int, hidden_dims: Sequence[int]) -> int | None:
-    """Rank of the outputs of a `MADE`: a third of P, at least 8, where the last layer takes most of the time.
+    """Rank of the outputs of a `MADE` with a large last layer: a third of P, and at least 8.
 
-    That is if it has more than 200,000 weights. None, for a full rank, below, and if less than half would be saved.
+    None, for full rank, if the last layer has at most 200,000 weights or the rank would not even halve it.
 
     Example:
         >>> default_rank(8, 25, [100, 100]), default_rank(63, 25, [512, 512]), default_rank(63, 2, [512, 512])
@@ -187,7 +187,7 @@ class Network(Tempered):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         stored = state_dict.get(prefix + "activation_index")
         error_messages = cast("list[str]", args[-1])
-        # Not compared with the buffer, which is uninitialised after `to_empty`.
+        # Not compared with the buffer, which `to_empty` leaves uninitialised.
         if stored is not None and int(stored) != list(ACTIVATIONS).index(self.activation):
             name = dict(enumerate(map(repr, ACTIVATIONS))).get(int(stored), "one unknown here")
             error_messages.append(f"activation of {prefix[:-1]}: {name} was stored, {self.activation!r} is built here.")
@@ -199,7 +199,7 @@ class MLP(Network):
     r"""A plain network with a named activation, and a context that every layer sees.
 
     Args:
-        input_dim: Number of inputs; 0 if the output depends on the context alone or is constant.
+        input_dim: Number of inputs; 0 if the output depends only on the context or is constant.
         hidden_dims: Widths of the hidden layers.
         output_dim: Number of outputs.
         context_dim: Number of context features, 0 for none.
@@ -229,7 +229,7 @@ class MLP(Network):
         self.input_dim = check_positive("MLP", "input_dim", input_dim, least=0)
         self.hidden_dims = check_sizes("MLP", "hidden_dims", hidden_dims)
         widths = [self.input_dim, *self.hidden_dims, check_positive("MLP", "output_dim", output_dim)]
-        # A mask of ones is a plain layer; an input of no columns would make nn.Linear warn.
+        # A mask of ones is a plain layer; nn.Linear would warn about an input without columns.
         self._make([_plain(before, after) for before, after in zip(widths, widths[1:], strict=False)])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -244,22 +244,22 @@ class MADE(Network):
     Args:
         input_dim: D, the number of inputs.
         hidden_dims: Widths of the hidden layers, by default two by `default_hidden_dims`.
-        outputs_per_input: P, the number of outputs for each input.
+        outputs_per_input: P, the number of outputs per input.
         context_dim: Number of context features, 0 for none. Every unit sees all of them.
         activation: A name from `ACTIVATIONS`.
-        order: The inputs' indices, first to last; by default 0 .. D - 1.
-        degrees: "sequential" or "random", as in the function of that name.
+        order: Indices of the inputs, first to last; by default 0 .. D - 1.
+        degrees: "sequential" or "random", as in `pyro_maf.nn.degrees`.
         seed: Seed of random degrees.
 
     Shapes:
         x is (\*batch, D), context (\*batch or (), context_dim), the output (\*batch, D, P).
 
-    Cost: one dense pass, whatever D; the masks are multiplied in first.
+    Cost: one dense pass for any D; the masks are multiplied in beforehand.
 
     Raises:
-        ValueError: For non-positive sizes, an unknown activation, an order that is no permutation, an input or
+        ValueError: For non-positive sizes, an unknown activation, an order that is not a permutation, an input or
             context of the wrong width, a missing or superfluous context.
-        TypeError: For an input of another dtype than the parameters.
+        TypeError: For an input whose dtype differs from that of the parameters.
 
     Example:
         >>> made = MADE(3, [16, 16], outputs_per_input=2)
@@ -301,9 +301,9 @@ class MADE(Network):
         self._derive()
 
     def set_rank(self, rank: int | None) -> None:
-        """Replace the last layer by one of r outputs for each input, of which its P outputs are linear functions.
+        """Replace the last layer by one with r outputs per input; the P outputs are linear functions of them.
 
-        A `BlockLinear`, the `head`, follows: the last layer takes r / P of the time.
+        The linear functions are a `BlockLinear`, the `head`. The last layer then takes r / P of the time.
 
         Args:
             rank: r, or None for P outputs and no head.
@@ -323,7 +323,7 @@ class MADE(Network):
 
     @property
     def hidden_degrees(self) -> list[Tensor]:
-        """Degrees of the hidden units, a sorted int64 tensor per layer."""
+        """Degrees of the hidden units, one sorted int64 tensor per layer."""
         return [getattr(self, f"degrees_{index}") for index in range(len(self.hidden_dims))]
 
     @property
@@ -358,7 +358,7 @@ class MADE(Network):
         return outputs if self.head is None else self.head(outputs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        # The form of the outputs belongs to the stored weights, whatever the rule by which a layer would choose it.
+        # The rank belongs to the stored weights, whatever rank a layer would choose by default.
         stored = state_dict.get(f"{prefix}layers.{len(self.layers) - 1}.weight")
         head = state_dict.get(prefix + "head.weight")
         rank = None if head is None else head.shape[-1]
@@ -370,9 +370,9 @@ class MADE(Network):
     def _derive(self) -> None:
         """Recompute what follows from order and degrees: the masks, and the number of final units at each step."""
         self.is_natural = self.order.tolist() == list(range(self.input_dim))
-        with torch.inference_mode(False):  # whose tensors no later graph could save
+        with torch.inference_mode(False):  # no later graph could save an inference tensor
             for layer, mask, gain in zip(self.masked_layers, self.masks(), self._gains(), strict=True):
-                # On the order's device. As part of the mask, the gain applies wherever the mask does.
+                # On the device of the order. Being part of the mask, the gain applies wherever the mask does.
                 layer.mask = gain * mask.to(layer.mask.dtype)
         steps = torch.arange(self.input_dim, device=self.order.device)
         self.ready = [torch.searchsorted(d, steps, right=True).tolist() for d in self.hidden_degrees]

@@ -1,8 +1,8 @@
-"""Weights of a network: parameters of its layers, results of parametrizations and hooks, or accessible by calls alone.
+"""Weights of a network, whether they are parameters, results of parametrizations and hooks, or hidden behind a call.
 
-A masked layer computes M * W x + b. If W and b are parameters of the layer, or computed from others by
+A masked layer computes M * W x + b. If W and b are parameters of the layer, or are computed from others by
 `torch.nn.utils.parametrize` or by the hooks of `weight_norm`, `spectral_norm` and `prune`, a sweep reads them from the
-layer. With other hooks or a user-defined `forward`, the network is called, once for each variable.
+layer. With other hooks or a user-defined `forward`, the network is called once per variable.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PLAIN_FORWARDS = tuple(layer.forward for layer in PLAIN)
 
 
 def is_called(made: MADE) -> bool:
-    """Return whether the network has to be called, as its weights do not tell all that a call does.
+    """Return whether the network has to be called, because its weights do not describe all that a call does.
 
     Raises:
         TypeError: For a layer without a mask, since the dependencies among variables would be unknown.
@@ -41,7 +41,7 @@ def is_called(made: MADE) -> bool:
                 f"{type(made).__name__} expected layers that are MaskedLinear, got {type(layer).__name__}: "
                 "change a weight by torch.nn.utils.parametrize, which leaves the mask in place."
             )
-    # Torch 2.4 compiles a comparison of classes, and none of functions.
+    # Torch 2.4 can compile a comparison of classes but not of functions.
     is_changed = type(made) is not MADE and any(
         getattr(type(made), name) is not getattr(MADE, name) for name in ("forward", "parameters_of", "run")
     )
@@ -54,7 +54,7 @@ def is_called(made: MADE) -> bool:
 
 
 def current(module: Module) -> Module:
-    """The module, after running the hooks that set its weights before a call, for use without a call."""
+    """The module, after running the hooks that set its weights before a call; to read weights without a call."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WEIGHT_HOOKS):
             hook(module, ())
@@ -62,7 +62,7 @@ def current(module: Module) -> Module:
 
 
 def outputs_of(network: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
-    """Outputs of an `MLP` or of a module in its place; an `MLP` without hooks runs unchecked."""
+    """Outputs of an `MLP`, or of a module in its place; an `MLP` without hooks runs unchecked."""
     if type(network) is MLP and not is_hooked(network):
         return network.run(x, context)
     outputs: Tensor = network(x, context)
@@ -72,18 +72,18 @@ def outputs_of(network: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
 def walk_by_calls(
     order: Tensor, network: Callable[[Tensor], Tensor], step: Callable[[int, Tensor], Tensor], like: Tensor
 ) -> Tensor:
-    """Walk over the variables, as `walk` of `sweep.torch_engine`, by D calls of the network; return w, (batch, D).
+    """Solve for the variables one at a time, like `walk` of `sweep.torch_engine`, by D calls; return w, (batch, D).
 
     Args:
         order: The variables, first to last.
-        network: Maps what is known of w, (batch, D), to parameters, (batch, D, P).
+        network: Maps w, (batch, D), with 0 for the variables yet to come, to parameters, (batch, D, P).
         step: Maps the position of a variable in the order, and its parameters (P, batch), to its w, (batch,), `like`.
     """
-    # By positions, as an exported program has no constants of tensors.
+    # By position, since an exported program cannot have constant tensors.
     place, zeros, w = order.argsort(), torch.zeros_like(like), list[Tensor]()
     for i in range(len(order)):
-        known = torch.stack([*w, *[zeros] * (len(order) - i)], -1)[:, place]
-        w.append(step(i, network(known)[:, order][:, i].T))
+        partial = torch.stack([*w, *[zeros] * (len(order) - i)], -1)[:, place]
+        w.append(step(i, network(partial)[:, order][:, i].T))
     return torch.stack(w, -1)[:, place]
 
 
@@ -100,7 +100,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def is_read(layer: nn.Module) -> bool:
-    """Return whether a call of a linear layer does no more than its weight, mask, gain and bias tell."""
+    """Return whether a linear layer's weight, mask, gain and bias describe all that a call of it does."""
     if not is_hooked(layer):
         return type(layer) in PLAIN or type(layer).forward in PLAIN_FORWARDS
     others = [hook for hook in layer._forward_pre_hooks.values() if not isinstance(hook, WEIGHT_HOOKS)]

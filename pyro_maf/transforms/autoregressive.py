@@ -24,7 +24,7 @@ __all__ = [
 
 
 class AutoregressiveOptions(LayerOptions, MADEOptions, total=False):
-    """Options of an autoregressive layer, but for its order and univariate map."""
+    """Options of an autoregressive layer, except for its order and univariate map."""
 
 
 class _Autoregressive(UnivariateFlow):
@@ -51,12 +51,12 @@ class _Autoregressive(UnivariateFlow):
 
     @property
     def order(self) -> Tensor:
-        """The dimensions' indices, first to last."""
+        """Indices of the dimensions, first to last."""
         return self.made.order
 
     def program_steps(self, inverse: bool) -> tuple[Step]:
-        """Either direction as a compiled program takes it."""
-        made: MADE = self._modules["made"]  # type: ignore[assignment]  # the fastest access, at each call
+        """Either direction, as a step of a compiled program."""
+        made: MADE = self._modules["made"]  # type: ignore[assignment]  # the fastest access, at every call
         order: Tensor = made._buffers["order"]  # type: ignore[assignment]
         return (Step((made,), self.univariate, inverse, order, order, sequential=inverse != (self.fast == "inverse")),)
 
@@ -71,15 +71,15 @@ class _Autoregressive(UnivariateFlow):
 class MaskedAutoregressive(_Autoregressive):
     r"""A MAF layer: y_i = f(x_i; phi_i(y_<i)), so log |det dy/dx| = sum_i log f'(x_i).
 
-    By default f is affine: y_i = x_i exp(alpha_i(y_<i)) + mu_i(y_<i). "< i" is in the layer's own order. The phi_i are
-    the outputs of one MADE. Starts as the identity.
+    By default f is affine: y_i = x_i exp(alpha_i(y_<i)) + mu_i(y_<i). "< i" refers to the layer's `order`. A single
+    MADE outputs all phi_i. Starts as the identity.
 
     Args:
         input_dim: D.
         hidden_dims: Widths of the hidden layers, by default two by `pyro_maf.nn.default_hidden_dims`.
         context_dim: Number of context features, 0 for none; with one, use `ConditionalMaskedAutoregressive`.
         activation: A name from `pyro_maf.nn.ACTIVATIONS`.
-        order: The dimensions' indices, first to last; by default 0 .. D - 1.
+        order: Indices of the dimensions, first to last; by default 0 .. D - 1.
         univariate: f, the map of each dimension: "affine", "spline" or a map of `pyro_maf.univariate`.
         degrees: Degrees of the hidden units, "sequential" or "random".
         seed: Seed of random degrees.
@@ -88,12 +88,13 @@ class MaskedAutoregressive(_Autoregressive):
         x and y are (\*batch, D), log-determinants (\*batch,) in nats.
 
     Cost:
-        y to x (the density of data): one dense pass. x to y (sampling): one sweep, which is about half the
-        multiplications of a dense pass, in sequence; its gradient costs as much again.
+        y to x (the density of data): one dense pass. x to y (sampling): one sequential sweep, about half the
+        multiplications of a dense pass; its gradient costs as much again.
 
     Raises:
-        ValueError: For non-positive sizes, unknown names, an order that is no permutation, inputs of the wrong width.
-        TypeError: For inputs of another dtype than the parameters.
+        ValueError: For non-positive sizes, unknown names, an order that is not a permutation, inputs of the wrong
+            width.
+        TypeError: For inputs whose dtype differs from that of the parameters.
 
     Example:
         >>> layer = MaskedAutoregressive(3, hidden_dims=[16])
@@ -112,16 +113,16 @@ class MaskedAutoregressive(_Autoregressive):
 class InverseAutoregressive(_Autoregressive):
     r"""An IAF layer: y_i = f(x_i; phi_i(x_<i)), so log |det dy/dx| = sum_i log f'(x_i).
 
-    By default f is affine: y_i = x_i exp(alpha_i(x_<i)) + mu_i(x_<i). "< i" is in the layer's own order. The phi_i are
-    the outputs of one MADE. Starts as the identity.
+    By default f is affine: y_i = x_i exp(alpha_i(x_<i)) + mu_i(x_<i). "< i" refers to the layer's `order`. A single
+    MADE outputs all phi_i. Starts as the identity.
 
     Args:
-        input_dim, hidden_dims, context_dim, activation, order, univariate, degrees, seed: As in `MaskedAutoregressive`;
-            so are shapes and errors.
+        input_dim, hidden_dims, context_dim, activation, order, univariate, degrees, seed: As in `MaskedAutoregressive`,
+            as are shapes and errors.
 
     Cost:
         x to y (sampling, and the density of its own samples): one dense pass. y to x (the density of other points): one
-        sweep, which is about half the multiplications of a dense pass, in sequence; its gradient costs as much again.
+        sequential sweep, about half the multiplications of a dense pass; its gradient costs as much again.
 
     Example:
         >>> layer = InverseAutoregressive(3, hidden_dims=[16])
@@ -141,13 +142,13 @@ class ConditionalMaskedAutoregressive(ConditionalForm):
 
     Args:
         input_dim: D.
-        context_dim: Number of context features, at least 1; a context of another width is refused.
+        context_dim: Number of context features, at least 1; a context of another width raises.
         hidden_dims, activation, order, univariate, degrees, seed: As in `MaskedAutoregressive`.
 
     Shapes:
         context is (\*batch or (), context_dim) and broadcasts with x and y, (\*batch, D).
 
-    Cost: as `MaskedAutoregressive`; the terms of the context are one product a hidden layer.
+    Cost: as `MaskedAutoregressive`; the context adds one product per hidden layer.
 
     Example:
         >>> layer = ConditionalMaskedAutoregressive(3, 2, hidden_dims=[16])

@@ -1,4 +1,4 @@
-"""Base class of flows, with input checks, the cache and the inverse as a module."""
+"""Base class of flows: input checks, the cache, and the inverse as a module."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Flow", "Inverse", "LayerOptions", "UnivariateFlow"]
 
 
 class LayerOptions(TypedDict, total=False):
-    """Options of every layer with a network, beside those of the network, which a stack forwards to its layers.
+    """Options of every layer with a network, besides the network's; a stack forwards them to its layers.
 
     Attributes:
         context_dim: Number of context features, 0 for none.
@@ -35,8 +35,8 @@ class LayerOptions(TypedDict, total=False):
 class Flow(Savable, Observed, TransformModule):
     r"""An invertible map from noise x to data y, both of D dimensions, with its log-determinant.
 
-    A subclass implements `forward_and_log_det` and `inverse_and_log_det`; both return their output and log |det dy/dx|.
-    Everything else is implemented here, for layers and stacks alike.
+    A subclass implements `forward_and_log_det` and `inverse_and_log_det`, which return their output and
+    log |det dy/dx|. This class implements everything else, for layers and stacks alike.
 
     Args:
         input_dim: D.
@@ -45,8 +45,7 @@ class Flow(Savable, Observed, TransformModule):
     Attributes:
         domain, codomain: Real vectors, so `event_dim` is 1.
         fast: "both", "forward" (x to y) or "inverse" (y to x): the directions that take one parallel pass.
-        is_by_row: Whether a batch may be flattened to rows (N, D): false if the flow has, or may have, a batch shape
-            of its own.
+        is_by_row: Whether a batch may be flattened to rows (N, D); false if the flow has, or may have, a batch shape.
 
     Example:
         >>> class Shift(Flow):
@@ -77,12 +76,12 @@ class Flow(Savable, Observed, TransformModule):
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r"""y for noise x (\*batch, D), and log |det dy/dx| (\*batch,) in nats; implemented by each flow.
 
-        Layers and densities call this; it neither checks nor caches, as a call of the flow does.
+        Called by layers and densities. Unlike a call of the flow, it neither checks nor caches.
         """
         raise NotImplementedError(f"{self.name} has no method forward_and_log_det, from noise to data.")
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        r"""x for data y (\*batch, D), and log |det dy/dx| (\*batch,) in nats, of the forward direction too."""
+        r"""x for data y (\*batch, D), and log |det dy/dx| (\*batch,) in nats, as in the forward direction."""
         raise NotImplementedError(f"{self.name} has no method inverse_and_log_det, from data to noise.")
 
     def noise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
@@ -90,9 +89,9 @@ class Flow(Savable, Observed, TransformModule):
         return self.inverse_and_log_det(y, context)[0]
 
     def program_steps(self, inverse: bool) -> Sequence[Step | Triangular] | None:
-        """One direction as a compiled program takes it, or None if it is computed by the flow's method alone.
+        """One direction as steps of a compiled program, or None if only the flow's methods can compute it.
 
-        The tensors of triangular steps are parameters or buffers, or computed from buffers alone.
+        The tensors of triangular steps are parameters or buffers, or computed from buffers only.
 
         Args:
             inverse: Whether y to x, rather than x to y.
@@ -100,15 +99,15 @@ class Flow(Savable, Observed, TransformModule):
         return None
 
     def fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
-        r"""Set the flow's statistics of the data (batch norm, act norm); most flows have none.
+        r"""Set data statistics (batch norm, act norm); a no-op for most flows.
 
         Args:
             y: Data, (\*batch, D), at least two rows.
             context: The context of y, if the flow takes one.
 
         Raises:
-            ValueError: For data or context of the wrong width, or too few rows.
-            TypeError: For data or context of another dtype than the parameters.
+            ValueError: If data or context have the wrong width, or there are too few rows.
+            TypeError: If the dtype of data or context differs from that of the parameters.
         """
         like = reference_tensor(self)
         check_event(self.name, "y", y, self.input_dim, "input_dim", like)
@@ -118,7 +117,7 @@ class Flow(Savable, Observed, TransformModule):
         self._fit_statistics(y, context)
 
     def _fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
-        """`fit_statistics` of checked data; overridden by subclasses with statistics."""
+        """`fit_statistics` after the checks; overridden by subclasses with statistics."""
 
     # -- the two directions ---------------------------------------------------------------------------------------
 
@@ -148,13 +147,13 @@ class Flow(Savable, Observed, TransformModule):
         return result[0]
 
     def _compiled(self, value: Tensor, inverse: bool) -> tuple[Structure | None, tuple[Tensor, Tensor] | None]:
-        """The structure, and output and log-determinant by a compiled program, if one is all of the flow."""
+        """The structure, and the output and log-determinant from a compiled program if one covers the whole flow."""
         return None, None
 
     def _computed(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         direction = self.inverse_and_log_det if inverse else self.forward_and_log_det
         result = without_autocast(direction, value, like=value)
-        if type(result) is not tuple:  # a tensor alone would be taken apart, row by row
+        if type(result) is not tuple:  # unpacking a tensor would split it by row
             raise TypeError(
                 f"{self.name} expected {direction.__name__} to return a pair, the output and the log-determinant, "
                 f"got {type(result).__name__}."
@@ -164,9 +163,8 @@ class Flow(Savable, Observed, TransformModule):
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         r"""log |det dy/dx| in nats, (\*batch,), for y = self(x).
 
-        Computed in the fast direction: from x alone if that is "forward", from y alone if it is "inverse". If it is
-        "both", from y, unless the cache has y as the output for x: a batch norm in training then uses the stored
-        statistics.
+        Computed in the fast direction: from x if that is "forward", from y if it is "inverse". If it is "both", from y,
+        unless y is the cached output for x; a batch norm in training mode then uses the stored statistics.
         """
         cache = self._cache
         if caching_is_possible() and (log_det := cache.log_det_of(self, x, y)) is not None:
@@ -178,14 +176,14 @@ class Flow(Savable, Observed, TransformModule):
         return self._computed(y, inverse=True)[1]
 
     def cached_input(self, y: Tensor) -> Tensor | None:
-        """x for which the flow computed y last, if nothing has changed since."""
+        """The x from which y was last computed, if nothing has changed since."""
         return self._cache.input_of(self, y) if self._caches() else None
 
     def _caches(self) -> bool:
         return self._cache_size > 0 and caching_is_possible()
 
     def _like(self) -> Tensor | None:
-        """Tensor of the dtype and device that inputs need, or None; raises for a flow without its context."""
+        """Tensor whose dtype and device inputs must match, or None; raises for a flow without its context."""
         if self.context_dim:
             check_context(self.name, None, self.context_dim, advice=": use ConditionalFlow(flow).condition(context)")
         like = reference_tensor(self)
@@ -206,12 +204,12 @@ class Flow(Savable, Observed, TransformModule):
 
     @property
     def batch_shape(self) -> torch.Size:
-        """Shape over which the flow itself varies: that of the context of a flow at one, () for most."""
+        """Batch shape of the flow itself: that of the context if the flow is at one, otherwise ()."""
         return self.forward_shape(torch.Size([self.input_dim]))[:-1]
 
     @property
     def unwrapped(self) -> Self:
-        """The flow itself, as that inside a conditional form."""
+        """The flow itself; a conditional form returns the flow inside it."""
         return self
 
     @property
@@ -225,7 +223,7 @@ class Flow(Savable, Observed, TransformModule):
         return inverse
 
     def _new_inverse(self) -> Inverse:
-        # Rebuilt whenever nobody holds the last one, so it must be fast: all but references to this flow is stored.
+        # Rebuilt whenever no reference to the last one is left, so it must be fast: its other attributes are stored.
         if self._inverse_state is None:
             self._inverse_state = {**vars(Inverse(self)), "_modules": None, "_arguments": None}
         inverse: Inverse = object.__new__(Inverse)
@@ -236,11 +234,11 @@ class Flow(Savable, Observed, TransformModule):
 
     @property
     def sign(self) -> int:
-        """+1: every flow here is increasing in each dimension."""
+        """+1: every flow in this package is increasing in each dimension."""
         return 1
 
     def with_cache(self, cache_size: int = 1) -> Flow:
-        """The same flow, parameters shared, with caching on (1) or off (0)."""
+        """The same flow, sharing parameters, with caching on (1) or off (0)."""
         if cache_size not in (0, 1):
             raise ValueError(f"{self.name} expected cache_size 0 or 1, got {cache_size!r}.")
         if cache_size == self._cache_size:
@@ -253,14 +251,14 @@ class Flow(Savable, Observed, TransformModule):
     def clear_cache(self) -> None:
         """Clear the cache.
 
-        Only needed after writes that torch's version counters miss: through `.data`, through an array of numpy or
-        another library that shares the memory (`.numpy()`, `torch.from_numpy`, DLPack), or by another process to inputs
-        and outputs in shared memory. With parameters in shared memory nothing is cached.
+        Needed only after writes that torch's version counters miss: through `.data`, through memory shared with numpy
+        or another library (`.numpy()`, `torch.from_numpy`, DLPack), or by another process to inputs and outputs in
+        shared memory. Nothing is cached while the parameters are in shared memory.
         """
         for member in self.modules():
             if isinstance(member, Flow):
                 member._forget()
-        count_change()  # a prior, or a stack around this flow, has a cache too
+        count_change()  # a prior, or a stack that contains this flow, has a cache too
 
     def _forget(self) -> None:
         self._cache.clear()
@@ -284,11 +282,11 @@ class Flow(Savable, Observed, TransformModule):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        with torch.inference_mode(False):  # whose tensors no later graph could save
+        with torch.inference_mode(False):  # no later graph could save an inference tensor
             self._derive()
 
     def _derive(self) -> None:
-        """Recompute what follows from a state that was loaded; overridden by subclasses that hold such."""
+        """Recompute what depends on the loaded state; overridden by subclasses that need it."""
 
     def __repr__(self) -> str:
         return f"{self.name}({self.input_dim})"
@@ -309,11 +307,11 @@ class UnivariateFlow(Flow):
             self.register_buffer("univariate_settings", torch.tensor(settings))
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y from x, and log |det dy/dx|."""
+        """Return y and log |det dy/dx|."""
         return self._through_map(x, context, False)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x from y, and log |det dy/dx|."""
+        """Return x and log |det dy/dx|."""
         return self._through_map(y, context, True)
 
     def _through_map(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -322,7 +320,7 @@ class UnivariateFlow(Flow):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         stored, error_messages = state_dict.get(prefix + "univariate_settings"), cast("list[str]", args[-1])
-        # Not compared with the buffer, which is uninitialised after `to_empty`.
+        # Not compared with the buffer, which `to_empty` leaves uninitialised.
         settings = list(self.univariate.settings)
         if stored is not None and (numbers := [int(number) for number in stored]) != settings:
             error_messages.append(
@@ -336,8 +334,8 @@ class UnivariateFlow(Flow):
 class Inverse(Flow):
     r"""The inverse of a flow: maps y to x, with log-determinant log |det dx/dy|.
 
-    It holds the flow as its submodule `flow`, parameters included, and shares the flow's cache.
-    `flow.inv` is the usual way to get one.
+    Holds the flow as its submodule `flow`, including its parameters, and shares its cache. Usually obtained as
+    `flow.inv`.
 
     Example:
         >>> from pyro_maf import MAF
@@ -353,7 +351,7 @@ class Inverse(Flow):
 
     @property
     def fast(self) -> str:  # type: ignore[override]
-        """Fast direction of the flow, reversed."""
+        """The flow's fast direction, reversed."""
         return {"forward": "inverse", "inverse": "forward"}.get(self.flow.fast, self.flow.fast)
 
     @property
@@ -362,23 +360,23 @@ class Inverse(Flow):
         return self.flow.is_by_row
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Map data of the flow to its noise."""
+        """Map the flow's data to its noise."""
         return self.flow._inv_call(x)
 
     def _inv_call(self, y: Tensor) -> Tensor:
         return self.flow(y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Negative log-determinant of the flow at (y, x), in nats, of the batch shape."""
+        r"""Negative log-determinant of the flow at (y, x), in nats, (\*batch,)."""
         return -self.flow.log_abs_det_jacobian(y, x)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x of the flow for its y, and the negative of its log |det|."""
+        """Map the flow's y to its x, with the negative log |det|."""
         y, log_det = self.flow.inverse_and_log_det(x, context)
         return y, -log_det
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y of the flow for its x, and the negative of its log |det|."""
+        """Map the flow's x to its y, with the negative log |det|."""
         x, log_det = self.flow.forward_and_log_det(y, context)
         return x, -log_det
 

@@ -1,4 +1,4 @@
-"""Cache of the pair (x, y) that a flow computed last, valid only while nothing that it depends on has changed."""
+"""Cache of the last pair (x, y) that a flow computed, valid only while nothing it depends on has changed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Cache", "caching_is_possible"]
 
 
 def caching_is_possible() -> bool:
-    """False where tensors have no lasting identity: under compile, `torch.func` and inference mode."""
+    """Return whether tensors have a lasting identity: not under compile, `torch.func` or inference mode."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -25,19 +25,19 @@ def caching_is_possible() -> bool:
 
 
 class Cache:
-    """Cache of one input of a module, the output for it, and their log-determinant.
+    """Cache of one input of a module, its output and their log-determinant.
 
-    The pair lives as long as the output does. It is valid for the same tensor objects at the same versions, the same
-    structure of the module with the same numbers in its tensors, the same grad mode, and as long as the same ones of
-    these tensors require a gradient. A backward through its graph retires it, so that no graph is traversed twice.
+    The pair lives as long as the output. It is valid for the same tensor objects at the same versions, while the
+    module has the same structure and parameter values, the grad mode is the same, and the same tensors require a
+    gradient. A backward pass through its graph retires it, so that no graph is traversed twice.
 
-    The cache does not refer to the module, which owns it. It is neither copied nor pickled with that: a module's
-    `__getstate__` puts an empty one in its place.
+    The cache holds no reference to the module that owns it, and is neither copied nor pickled with it: the module's
+    `__getstate__` replaces it by an empty one.
     """
 
     def __init__(self) -> None:
         self._pair: Pair | None = None
-        # The last ones, since others are taken faster after them.
+        # Reused, because the next ones are computed faster from them.
         self._structure: Structure | None = None
         self._snapshot: Snapshot | None = None
 
@@ -47,15 +47,15 @@ class Cache:
         return structure
 
     def store(self, structure: Structure, x: Tensor, y: Tensor, log_det: Tensor) -> None:
-        """Store a pair that a module of this structure computed, unless numbers can change without a version count."""
-        # An output that is its input has no identity of its own, by which the cache could recognise it.
+        """Store a pair computed by a module of this structure, unless values can change without a version count."""
+        # An output that is also the input has no identity by which the cache could recognise it.
         if y is x or y.is_inference() or x.is_inference():
             return
         tensors = structure.tensors
         self._snapshot = Snapshot.of(tensors) if self._snapshot is None else self._snapshot.later(tensors)
         if self._snapshot is None:
             return
-        owner = weakref.ref(self)  # the callback must keep neither cache nor pair alive
+        owner = weakref.ref(self)  # the callback must not keep the cache or the pair alive
 
         def release(output: object) -> None:
             if (cache := owner()) is not None:
@@ -64,7 +64,7 @@ class Cache:
         self._pair = Pair(structure, self._snapshot, x, y, log_det, release)
 
     def input_of(self, module: nn.Module, y: Tensor) -> Tensor | None:
-        """The input with output `y`; or None if that is not certain, and the pair is dropped."""
+        """The input that gave `y`, or None, dropping the pair, if that is not certain."""
         pair = self._pair  # read once: another thread may replace it
         if (
             pair is not None
@@ -79,7 +79,7 @@ class Cache:
     def log_det_of(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
         """The log-determinant of (x, y), whichever of them is the input, or None if that is not certain.
 
-        One with a graph is returned once only, so that two losses can be differentiated one after the other.
+        One with a graph is returned only once, so that two losses can be differentiated one after the other.
         """
         pair = self._pair
         if pair is None or not pair.log_dets:
@@ -89,14 +89,14 @@ class Cache:
             return None
         try:
             log_det = pair.log_dets.pop()
-        except IndexError:  # another thread was first
+        except IndexError:  # another thread took it first
             return None
         if not log_det.requires_grad:
             pair.log_dets.append(log_det)
         return log_det
 
     def joins(self, module: nn.Module, x: Tensor, y: Tensor) -> bool:
-        """Return whether `y` is certain to be the module's output for `x`."""
+        """Return whether `y` is certainly the module's output for `x`."""
         pair = self._pair
         return pair is not None and self._joins(pair, module, x, y)
 
@@ -121,12 +121,12 @@ class Cache:
             self._pair = None
 
     def clear(self) -> None:
-        """Drop the pair, and the storages of the module's parameters and buffers, which may have moved."""
+        """Drop the pair and the storages of the module's parameters and buffers, which may have moved."""
         self._pair = self._structure = self._snapshot = None
 
 
 class Pair:
-    """Input, weak reference to the output, log-determinant, and the module's state in which they belong together."""
+    """Input, weak reference to the output, log-determinant, and the state of the module they were computed in."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class Pair:
         self._storages = x.untyped_storage(), y.untyped_storage()
         # In a list, whose `pop` is atomic: only one of several threads gets it.
         self.log_dets = [log_det]
-        # The hooks hold this list alone: they must keep neither the pair nor its tensors alive.
+        # The hooks reference only this list, so that they keep neither the pair nor its tensors alive.
         self.retired = retired = list[bool]()
         for node in {y.grad_fn, log_det.grad_fn} - {None}:
             node.register_prehook(lambda *_: retired.append(True))  # type: ignore[union-attr]

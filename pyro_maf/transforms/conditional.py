@@ -18,7 +18,7 @@ __all__ = ["AtContext", "Conditional", "ConditionalFlow", "ConditionalForm", "Co
 
 
 class TakesContext(Protocol):
-    """A flow or density whose methods take a context, the last argument, of `context_dim` features."""
+    """A flow or density whose methods take a context of `context_dim` features as their last argument."""
 
     input_dim: int
     context_dim: int
@@ -42,7 +42,7 @@ class Conditional(Savable, Generic[Wrapped]):
 
     @property
     def unwrapped(self) -> Wrapped:
-        """The flow or density inside, which takes the context as an argument."""
+        """The wrapped flow or density, which takes the context as an argument."""
         raise NotImplementedError
 
     @property
@@ -56,11 +56,11 @@ class Conditional(Savable, Generic[Wrapped]):
         return self.unwrapped.context_dim
 
     def fit_statistics(self, y: Tensor, context: Tensor) -> None:
-        r"""Set the statistics of the data (batch norm, act norm) from data `y`, (rows, D), and its context."""
+        r"""Set data statistics (batch norm, act norm) from data `y`, (rows, D), and its context."""
         self.unwrapped.fit_statistics(y, context)
 
     def noise(self, y: Tensor, context: Tensor) -> Tensor:
-        r"""Noise u, (rows, D), that is mapped to y, (rows, D), at each row of a context, (rows, context_dim)."""
+        r"""Noise u, (rows, D), that is mapped to y, (rows, D), given the context of each row, (rows, context_dim)."""
         return self.unwrapped.noise(y, context)
 
     def _checked(self, wrapped: Wrapped) -> Wrapped:
@@ -73,7 +73,7 @@ class Conditional(Savable, Generic[Wrapped]):
 
 
 class AtContext(Savable):
-    """Base of flows and densities at one context: each wraps the flow or density that takes the context."""
+    """Base of flows and densities at one context: wraps the flow or density that takes the context."""
 
     context: Tensor
     _unsavable = "save the conditional form and condition it anew"
@@ -119,11 +119,11 @@ class Conditioned(AtContext, Flow):
         return self.flow.fast
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As of the flow, at the context."""
+        """As the flow's, at the stored context."""
         return self.flow.forward_and_log_det(x, self.context)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As of the flow, at the context."""
+        """As the flow's, at the stored context."""
         return self.flow.inverse_and_log_det(y, self.context)
 
     def _fit_statistics(self, y: Tensor, context: Tensor | None = None) -> None:
@@ -141,7 +141,7 @@ class Conditioned(AtContext, Flow):
 
     def _broadcast(self, shape: torch.Size) -> torch.Size:
         batch = self.context.shape[:-1]
-        if not batch or batch == shape[:-1]:  # the usual ones, at each call
+        if not batch or batch == shape[:-1]:  # the common cases, checked first at every call
             return shape[:-1]
         try:
             return torch.broadcast_shapes(shape[:-1], batch)
@@ -156,7 +156,7 @@ class ConditionalFlow(Conditional[Flow], ConditionalTransformModule):
     r"""A flow that needs a context: `condition(context)` returns the flow at that context.
 
     Args:
-        flow: A flow with `context_dim` > 0, whose parameters this module holds.
+        flow: A flow with `context_dim` > 0, registered as a submodule.
 
     Raises:
         ValueError: If the flow takes no context.
@@ -174,7 +174,7 @@ class ConditionalFlow(Conditional[Flow], ConditionalTransformModule):
 
     @property
     def unwrapped(self) -> Flow:
-        """The flow inside, which takes the context as an argument."""
+        """The wrapped flow, which takes the context as an argument."""
         return self.flow
 
     def condition(self, context: Tensor) -> Flow:
@@ -182,17 +182,17 @@ class ConditionalFlow(Conditional[Flow], ConditionalTransformModule):
         return Conditioned(self.flow, context)
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
-        """Refuse a call without a context."""
+        """Raise an error: a call needs a context."""
         raise TypeError(f"{type(self).__name__} depends on a context: call {type(self).__name__}.condition(context).")
 
 
 class ConditionalForm(ConditionalFlow):
-    """The conditional form of a class of flows, which a subclass names as its `flow_class`.
+    """Conditional form of a class of flows; a subclass sets the class as its `flow_class`.
 
     Args:
         input_dim: D.
         context_dim: Number of context features, at least 1.
-        flow: The other options of that class.
+        flow: Other options of `flow_class`.
 
     Example:
         >>> from pyro_maf import MAF

@@ -19,7 +19,7 @@ __all__ = ["ConditionalCoupling", "Coupling", "CouplingOptions"]
 
 
 class CouplingOptions(LayerOptions, NetworkOptions, total=False):
-    """Options of a coupling, but for its mask.
+    """Options of a coupling, except for its mask.
 
     Attributes:
         univariate: The map of each dimension.
@@ -31,18 +31,18 @@ class CouplingOptions(LayerOptions, NetworkOptions, total=False):
 
 
 class Coupling(UnivariateFlow):
-    r"""A RealNVP layer: dimensions where the mask m is true pass through and condition the map of the others.
+    r"""A RealNVP layer: dimensions where the mask m is true pass through and condition the maps of the others.
 
-    y_i = x_i where m_i is true; y_i = f(x_i; phi_i(x_m)) for the others, and log |det dy/dx| is the sum of their
-    log f'(x_i). By default f is affine: y_i = x_i exp(alpha_i(x_m)) + mu_i(x_m). Starts as the identity.
+    y_i = x_i where m_i is true, otherwise y_i = f(x_i; phi_i(x_m)); log |det dy/dx| is the sum of log f'(x_i) over the
+    latter. By default f is affine: y_i = x_i exp(alpha_i(x_m)) + mu_i(x_m). Starts as the identity.
 
     Args:
         input_dim: D.
-        mask: m, D booleans, true where a dimension passes through; by default every other one, the first included.
-            With D = 1 nothing passes through, and the map of the one dimension is constant or depends on the context.
+        mask: m, D booleans, true where a dimension passes through; by default every other one, starting with the first.
+            With D = 1 nothing passes through: the map depends only on the context, if there is one.
         hidden_dims, context_dim, activation, univariate: As in `MaskedAutoregressive`.
-        networks: "joint", one network for all of phi; or "separate", the paper's, for the affine map: one with tanh
-            units for alpha and one with `activation` units for mu.
+        networks: "joint", one network for all of phi; or "separate", as in the paper, for the affine map: a network
+            with tanh units for alpha and one with `activation` units for mu.
 
     Shapes:
         x and y are (\*batch, D), log-determinants (\*batch,) in nats.
@@ -50,8 +50,8 @@ class Coupling(UnivariateFlow):
     Cost: one dense pass in either direction.
 
     Raises:
-        ValueError: For a mask of the wrong length or one that is true everywhere, for separate networks of a map that
-            is not affine, and as in `MLP`.
+        ValueError: For a mask of the wrong length or one that is true everywhere, for separate networks with a
+            univariate map that is not affine, and as in `MLP`.
 
     Example:
         >>> layer = Coupling(3, mask=[True, False, False])
@@ -108,8 +108,8 @@ class Coupling(UnivariateFlow):
         self._derive()
 
     def program_steps(self, inverse: bool) -> tuple[Step]:
-        """Either direction as a compiled program takes it."""
-        # By the fastest access, since this is done at each call.
+        """Either direction, as a step of a compiled program."""
+        # The fastest access, on a path taken at every call.
         networks = tuple(self._modules["networks"]._modules.values())  # type: ignore[union-attr]
         seen, moved = self._buffers["_fixed"], self._buffers["_moved"]
         return (Step(networks, self.univariate, inverse, seen, moved),)  # type: ignore[arg-type]
@@ -136,7 +136,7 @@ class Coupling(UnivariateFlow):
 
 
 class ConditionalCoupling(ConditionalForm):
-    """A `Coupling` whose networks see a context, as that of `ConditionalMaskedAutoregressive` does.
+    """A `Coupling` whose networks see a context, with shapes as in `ConditionalMaskedAutoregressive`.
 
     Args:
         input_dim, context_dim: As there.

@@ -1,4 +1,4 @@
-"""Head of a guide of many dimensions: a diagonal, a few directions and a chain in place of a full matrix."""
+"""Affine head of a guide with many dimensions: a diagonal, a few directions and a chain instead of a full matrix."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from pyro_maf.transforms.triangular import solve_lower
 __all__ = ["LowRankHead", "along_chain"]
 
 FEW = 4
-"""Square root of the number of dimensions up to which the trained numbers have a gain of 1."""
+"""Square root of the number of dimensions up to which the trained parameters have a gain of 1."""
 
 
 class LowRankHead(Flow):
-    r"""y = loc + scale * C^-1 R (b + e^d * A x), the head of a guide of many dimensions: without D x D numbers.
+    r"""y = loc + scale * C^-1 R (b + e^d * A x): the head of a guide with many dimensions, without a D x D matrix.
 
-    With fixed orthonormal directions Q, (D, k), and fixed stretches r, R = I + Q (diag(r) - I) Q^T. Trained are b, d,
-    the lower triangular T of A = I + Q (T - I) Q^T, and the chain C, with 1 on the diagonal and -tanh(a_i) below it,
-    whose inverse is a sum along the vector: a dependence between neighbours, as of the steps of a time series. b and A
-    start as 0 and the identity.
+    With fixed orthonormal directions Q, (D, k), and fixed stretches r, R = I + Q (diag(r) - I) Q^T. The parameters are
+    b, d, the lower triangular T of A = I + Q (T - I) Q^T, and the chain C, with 1 on the diagonal and -tanh(a_i) below
+    it. The inverse of C is a cumulative sum along the vector: a dependence between neighbours, such as the steps of a
+    time series. b and A start as 0 and the identity.
 
     Args:
         input_dim: D.
@@ -40,7 +40,7 @@ class LowRankHead(Flow):
     Shapes:
         x and y are (\*batch, D), log-determinants (\*batch,) in nats.
 
-    Cost: O(D k) multiplications in either direction, and log2(D) sums over the vector forward; memory O(D k).
+    Cost: O(D k) multiplications in either direction, and log2(D) vector sums in the forward direction; memory O(D k).
 
     Raises:
         ValueError: For tensors of the wrong shape, or scales or stretches that are not positive.
@@ -83,7 +83,7 @@ class LowRankHead(Flow):
                 raise ValueError(f"{self.name} expected positive {name}, got a minimum of {float(tensor.min()):g}.")
             self.register_buffer(name, tensor.detach().clone(memory_format=torch.contiguous_format))
         self._sizes = [input_dim, input_dim, input_dim - 1, rank, rank * (rank - 1) // 2]
-        # One tensor, since each costs an optimizer time.
+        # One tensor for all, since the optimizer takes time for each.
         self.free = nn.Parameter(torch.zeros(sum(self._sizes)).to(loc))
         first = torch.zeros_like(self.free.detach())
         if log_diagonal is not None:
@@ -91,11 +91,12 @@ class LowRankHead(Flow):
         if chain is not None:
             first[2 * input_dim : 3 * input_dim - 1] = chain.atanh()
         self.register_buffer("first", first)
-        # Errors of D shifts and D scales add up: a step of Adam moves the normal as far as in few dimensions.
+        # Errors of D shifts and D scales add up; the gain makes a step of Adam move the normal as far as in few
+        # dimensions.
         self._gain = gain_of(math.isqrt(input_dim), FEW)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Convert parameters and buffers; in a wider dtype, directions are orthonormal to its precision."""
+        """Convert parameters and buffers; in a wider dtype, make the directions orthonormal to its precision."""
         before = self.directions.dtype
         super()._apply(fn, recurse)
         if torch.finfo(self.directions.dtype).eps < torch.finfo(before).eps and self.directions.numel():
@@ -104,7 +105,7 @@ class LowRankHead(Flow):
         return self
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y from the base's x, and log |det dy/dx|."""
+        """Return y and log |det dy/dx|."""
         shift, log_diagonal, chain, inner, log_det = self._parts()
         if len(inner):
             along = x @ self.directions
@@ -115,7 +116,7 @@ class LowRankHead(Flow):
         return self.loc + self.scale * along_chain(chain, z), log_det.expand(x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x from y, and log |det dy/dx|."""
+        """Return x and log |det dy/dx|."""
         shift, log_diagonal, chain, inner, log_det = self._parts()
         z = (y - self.loc) / self.scale
         z = z - F.pad(chain * z[..., :-1], (1, 0))
@@ -140,7 +141,7 @@ class LowRankHead(Flow):
 
 
 def along_chain(chain: Tensor, x: Tensor) -> Tensor:
-    r"""The z of z_i = chain_(i-1) z_(i-1) + x_i, for a chain (D - 1,) and x (\*batch, D), by log2(D) sums."""
+    r"""Solve z_i = chain_(i-1) z_(i-1) + x_i for z, with chain (D - 1,) and x (\*batch, D), in log2(D) sums."""
     size, step = x.shape[-1], 1
     factor = F.pad(chain, (1, 0))
     while step < size:

@@ -1,4 +1,4 @@
-"""Layers that normalise: by statistics of the batch, or by those of the first batch."""
+"""Normalising layers: by the statistics of each batch, or by those of the first."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["ActNorm", "BatchNorm", "statistics_over_processes"]
 class BatchNorm(Flow):
     r"""Normalizes in the data-to-noise direction: x = exp(log_gamma) (y - m) / sqrt(v + eps) + beta.
 
-    m and v are the mean and variance of y. In training mode the data-to-noise direction uses those of the batch and
-    updates the running ones with momentum 0.1. Everything else uses the stored ones: running, or exact after
-    `fit_statistics` of the training set. log |det dy/dx| = sum_i (log(v_i + eps) / 2 - log_gamma_i).
+    m and v are the mean and variance of y. In training mode the data-to-noise direction uses the batch's statistics and
+    updates the running statistics with momentum 0.1. Everything else uses the stored statistics: running ones, or,
+    after `fit_statistics`, those of the training set. log |det dy/dx| = sum_i (log(v_i + eps) / 2 - log_gamma_i).
 
-    In training mode the two directions are inverse only for a pair that was computed together, since the statistics
-    belong to the batch. Starts near the identity: m = 0, v = 1.
+    In training mode the two directions are inverses only for a pair computed together, since the statistics belong to
+    the batch. Starts near the identity: m = 0, v = 1.
 
     Args:
         input_dim: D.
@@ -63,21 +63,21 @@ class BatchNorm(Flow):
         self.register_buffer("variance", torch.ones(input_dim))
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y from x by the stored statistics, and log |det dy/dx|."""
+        """Return y, using the stored statistics, and log |det dy/dx|."""
         log_scale = self._log_scale(self.variance)
         return (x - self.beta) * log_scale.exp() + self.mean, log_scale.sum().expand(x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x from y by the batch's statistics in training and by the stored ones otherwise, and log |det dy/dx|."""
+        """Return x, by the batch's statistics in training mode, otherwise by the stored ones, and log |det dy/dx|."""
         mean, variance = self._batch_statistics(y) if self.training and y.numel() else (self.mean, self.variance)
         log_scale = self._log_scale(variance)
         return (y - mean) * (-log_scale).exp() + self.beta, log_scale.sum().expand(y.shape[:-1])
 
     def program_steps(self, inverse: bool) -> tuple[Triangular, ...] | None:
-        """Two maps, by the stored statistics and by the parameters; None where those of the batch are used."""
+        """Two maps, one by the stored statistics and one by the parameters; None where batch statistics are used."""
         if (inverse and self.training) or is_hooked(self) or self.variance.requires_grad:
             return None
-        # No tensor of inference mode, which no later graph could save.
+        # Outside inference mode, whose tensors no later graph could save.
         with torch.inference_mode(False), torch.no_grad():
             stored = Triangular((self.mean, 0.5 * (self.variance + self.EPS).log()), inverse)
         trained = Triangular((self.beta, self.log_gamma), not inverse, log_sign=-1)
@@ -113,9 +113,9 @@ _over_processes = False
 
 @contextmanager
 def statistics_over_processes() -> Iterator[None]:
-    """Context in which batch statistics are those of the rows of all processes of `torch.distributed`.
+    """Context manager in which batch statistics cover the rows of all processes of `torch.distributed`.
 
-    Each process has a part of the batch, and enters the context for the same layers in the same order.
+    Each process has part of the batch, and must run the same layers in the same order.
     """
     global _over_processes
     _over_processes = True

@@ -13,12 +13,12 @@ __all__ = ["Partial"]
 
 
 class Partial(Flow):
-    r"""A flow over some of the variables; the others stay as they are, and have no part in it.
+    r"""A flow over some of the variables; the others pass through and do not affect it.
 
     Args:
         input_dim: D.
         flow: A flow of k dimensions without context.
-        variables: Indices of its variables, k distinct ones of 0 .. D - 1, part of the `state_dict`.
+        variables: Indices of the variables it acts on, k distinct ones from 0 .. D - 1; stored in the `state_dict`.
 
     Shapes:
         x and y are (\*batch, D), log-determinants (\*batch,) in nats.
@@ -26,7 +26,7 @@ class Partial(Flow):
     Cost: that of the flow, and a copy of the vector.
 
     Raises:
-        ValueError: For indices that are out of range, repeated, or not as many as the flow has dimensions.
+        ValueError: For indices that are out of range or repeated, or whose number is not k.
 
     Example:
         >>> from pyro_maf.transforms import Permute
@@ -53,11 +53,11 @@ class Partial(Flow):
         return self.inner.fast
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y from x, and log |det dy/dx|."""
+        """Return y and log |det dy/dx|."""
         y, log_det = self.inner.forward_and_log_det(x.index_select(-1, self.variables))
         return x.index_copy(-1, self.variables, y), log_det
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x from y, and log |det dy/dx|."""
+        """Return x and log |det dy/dx|."""
         x, log_det = self.inner.inverse_and_log_det(y.index_select(-1, self.variables))
         return y.index_copy(-1, self.variables, x), log_det

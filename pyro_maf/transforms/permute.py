@@ -14,7 +14,7 @@ __all__ = ["Permute"]
 
 
 class Permute(Flow):
-    r"""y_i = x_{p(i)}, with log-determinant 0. The permutation p is part of the state_dict.
+    r"""y_i = x_{p(i)}, with log-determinant 0. The permutation p is stored in the `state_dict`.
 
     Args:
         permutation: p, with each of 0 .. D - 1 once.
@@ -25,7 +25,7 @@ class Permute(Flow):
     Cost: one copy in either direction.
 
     Raises:
-        ValueError: If it is not a permutation.
+        ValueError: If `permutation` is not a permutation.
 
     Example:
         >>> import torch
@@ -52,7 +52,7 @@ class Permute(Flow):
         return y.index_select(-1, self._inverse_permutation), y.new_zeros(y.shape[:-1])
 
     def program_steps(self, inverse: bool) -> tuple[Step]:
-        """A program that has layers before and after it only renames their variables."""
+        """A step that only renames variables, for programs with other layers before or after it."""
         order = self._inverse_permutation if inverse else self.permutation
         return (Step((), None, inverse, order, order),)
 

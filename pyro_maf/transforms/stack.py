@@ -24,14 +24,14 @@ __all__ = ["Stack"]
 
 NORMALIZING, TRIANGULAR = (ActNorm, BatchNorm), (Head, LowerTriangularAffine)
 COMPILED = (Coupling, InverseAutoregressive, MaskedAutoregressive, Permute, *NORMALIZING, *TRIANGULAR)
-"""Layers of which a compiled program takes a run at once; it is these classes alone, as a subclass may compute else."""
+"""Layers that a compiled program can run together: exactly these classes, since a subclass may compute differently."""
 
 
 class Stack(Flow):
     r"""Composition of flows: y = t_L(... t_1(x)), with the sum of their log-determinants.
 
     Args:
-        layers: From noise to data. They agree on D; those that take a context agree on its width.
+        layers: From noise to data, with the same D; those that take a context have the same `context_dim`.
 
     Raises:
         ValueError: For no layers, or layers that disagree on a width.
@@ -60,7 +60,7 @@ class Stack(Flow):
 
     @property
     def fast(self) -> str:  # type: ignore[override]
-        """The direction in which all layers are fast, or else the one in which more of them are."""
+        """The direction in which all layers are fast, or else that in which most are."""
         speeds = [layer.fast for layer in self if layer.fast != "both"]
         if not speeds:
             return "both"
@@ -68,7 +68,7 @@ class Stack(Flow):
 
     @property
     def is_by_row(self) -> bool:  # type: ignore[override]
-        """True if it is for all layers."""
+        """True if all layers are by row."""
         return all(layer.is_by_row for layer in self)
 
     def __len__(self) -> int:
@@ -81,7 +81,7 @@ class Stack(Flow):
         return self.layers[index]  # type: ignore[return-value]
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
-        """Shape of the output: that of the input, mapped by every layer in turn."""
+        """Shape of the output: the input's, mapped by each layer in turn."""
         shape = super().forward_shape(shape)
         for layer in self:
             shape = layer.forward_shape(shape)
@@ -101,15 +101,15 @@ class Stack(Flow):
                 member.training = training
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y after every layer, noise to data, and the sum of their log |det dy/dx|."""
+        """Apply the layers in turn, noise to data; return y and the sum of their log |det dy/dx|."""
         return self._through_rows(False, x, context)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x after the inverse of every layer, data to noise, and the sum of their log |det dy/dx|."""
+        """Apply the layers' inverses in turn, data to noise; return x and the sum of their log |det dy/dx|."""
         return self._through_rows(True, y, context)
 
     def _through_rows(self, inverse: bool, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Apply the layers in turn; flatten a batch of several dimensions once, not in every layer."""
+        """Apply the layers in turn, flattening a batch of several dimensions once rather than in every layer."""
         if value.dim() > 2 and context is None and self.is_by_row:
             output, log_det = self._through_rows(inverse, value.flatten(0, -2), None)
             batch = value.shape[:-1]
@@ -121,7 +121,7 @@ class Stack(Flow):
         return value, total  # type: ignore[return-value]
 
     def run(self, inverse: bool) -> Run | None:
-        """The run that is all of a direction, if one compiled program applies it."""
+        """The run that covers a whole direction, if one compiled program can apply it."""
         return self._structure_and_run(inverse)[1]
 
     def _compiled(self, value: Tensor, inverse: bool) -> tuple[Structure | None, tuple[Tensor, Tensor] | None]:
@@ -133,10 +133,10 @@ class Stack(Flow):
         return structure, turns[0].run if len(turns) == 1 else None
 
     def _turns(self, inverse: bool) -> tuple[Structure | None, list[_Turn]]:
-        """The structure, and a direction's layers by turns, prepared again when it or a kind of tensor has changed."""
+        """The structure and the turns of a direction, prepared again when structure or tensor types have changed."""
         if is_intercepted():
             return None, [_Turn([part], None) for part in _parts(self, inverse)]
-        # Taken first, so that a change in between is seen by the next call.
+        # Taken first, so that the next call notices a change made in between.
         structure = self._cache.structure(self)
         kinds = structure.kinds()
         if (before := self._prepared.get(inverse)) is not None and before[0] == structure and before[1] == kinds:
@@ -180,7 +180,7 @@ class _Part(NamedTuple):
     log_sign: int
 
     def steps(self) -> list[Step | Triangular] | None:
-        """The same for a compiled program, or None if it does not take the layer."""
+        """Steps of a compiled program, or None if it does not support the layer."""
         steps = self.flow.program_steps(self.inverse) if type(self.flow) in COMPILED else None
         if steps is None or self.log_sign > 0:
             return None if steps is None else list(steps)
@@ -188,13 +188,13 @@ class _Part(NamedTuple):
 
 
 class _Turn(NamedTuple):
-    """Layers that a compiled program applies at once, if there is a run of them; or else one after another."""
+    """Layers that are applied at once if they form a run of a compiled program, otherwise one after another."""
 
     layers: list[_Part]
     run: Run | None
 
     def applied(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The last layer's output, and the sum of the log-determinants."""
+        """Return the last layer's output and the sum of the log-determinants."""
         if self.run is not None:
             compiled = self.run(value, context)
             if compiled is not None:
@@ -209,7 +209,7 @@ class _Turn(NamedTuple):
 
 
 def _parts(stack: Stack, inverse: bool, log_sign: int = 1) -> Iterator[_Part]:
-    """The layers of a stack and of those inside it, in the order of a direction."""
+    """The layers of a stack, including those of nested stacks, in the order of a direction."""
     layers: Iterable[Flow] = stack.layers  # type: ignore[assignment]  # not the stack, which torch 2.4 cannot trace
     for flow in reversed(list(layers)) if inverse else layers:
         backward, sign = inverse, log_sign
@@ -223,14 +223,14 @@ def _parts(stack: Stack, inverse: bool, log_sign: int = 1) -> Iterator[_Part]:
 
 
 def _is_unchanged(kind: type[Flow]) -> bool:
-    """Return whether a subclass computes as `Stack` does."""
+    """Return whether a subclass keeps both directions of `Stack`."""
     return (
         kind.forward_and_log_det is Stack.forward_and_log_det and kind.inverse_and_log_det is Stack.inverse_and_log_det
     )
 
 
 def _runs(parts: Iterator[_Part]) -> Iterator[tuple[list[_Part], list[Step | Triangular]]]:
-    """Maximal runs of layers that a compiled program takes, with their steps, and every other layer alone."""
+    """Split layers into maximal runs for a compiled program, with their steps, and single other layers."""
     for is_taken, group in itertools.groupby(
         ((part, part.steps()) for part in parts), lambda pair: pair[1] is not None
     ):

@@ -1,4 +1,4 @@
-"""Elementwise transform of the weight of tails."""
+"""Elementwise transform with learned tail weights."""
 
 from __future__ import annotations
 
@@ -18,35 +18,36 @@ from pyro_maf.transforms.base import Flow
 __all__ = ["Tails", "with_tails"]
 
 BOUND = 2.0
-"""Bound of the weights: a Cauchy distribution has 1."""
+"""Bound of the weights; a Cauchy distribution has weight 1."""
 LARGEST = 64.0
-"""Largest exponent: from there on the map is linear, and single precision holds it far beyond."""
+"""Exponent beyond which the map is linear; single precision represents values far beyond it."""
 SMALL = 0.25
-"""Exponent up to which functions are summed as series, exact to rounding: they are quotients of small numbers."""
+"""Exponent below which functions are computed by their series, exact to rounding, since they are quotients of small
+numbers."""
 DTYPES = (torch.float32, torch.float64)
 
 
 class Tails(Flow):
-    r"""Tails of learned weight, for each dimension and side: a normal variable becomes one of Student's.
+    r"""Learned tail weights, for each dimension and side: a normal variable becomes Student's t.
 
-    In units of loc and scale, and for a weight w > 0 of the side that x is on,
+    In units of loc and scale, and with w > 0 the weight of the side on which x lies,
 
     y = x sqrt((exp(w x^2) - 1) / (w x^2)), so that x = y sqrt(log(1 + w y^2) / (w y^2)).
 
-    To third order y is x + w x^3 / 4: the bulk hardly moves. The tails of y for a normal x are those of Student's t
-    with 1 / w degrees of freedom, and all of its distribution nearly so: for 3 degrees of freedom within 1e-5 nats. A
-    negative weight swaps the two directions, for tails lighter than normal. The weight is w = 2 tanh(theta / 2) with a
-    trained theta that starts at 0: y = x. From |w| x^2 = 64 on, or log(1 + |w| x^2) = 64, the map goes on as its
-    tangent.
+    To third order y is x + w x^3 / 4, so the bulk hardly moves. For a normal x, the tails of y are those of Student's t
+    with 1 / w degrees of freedom, and the whole distribution is close to it: within 1e-5 nats for 3 degrees of freedom.
+    A negative weight swaps the two directions, for tails lighter than normal. The weight is w = 2 tanh(theta / 2),
+    where the parameter theta starts at 0, so that y = x. Beyond |w| x^2 = 64, or log(1 + |w| x^2) = 64, the map
+    continues as its tangent.
 
     With u = w x^2 and m = log((exp(u) - 1) / u), y = x exp(m / 2) and log |det dy/dx| = sum_i u_i - m_i / 2.
 
     Args:
         input_dim: D.
         loc: Fixed location of the bulk, (D,), by default 0.
-        scale: Its fixed scale, (D,), by default 1.
-        lighter: Whether tails may become lighter than normal. If not, the weight is 0 for a negative theta, whose
-            gradient is that of 0, so that it finds back.
+        scale: Fixed scale of the bulk, (D,), by default 1.
+        lighter: Whether tails may become lighter than normal. If not, a negative theta gives weight 0 but the gradient
+            of theta = 0, so that it can recover.
 
     Shapes:
         x and y are (\*batch, D), log-determinants (\*batch,) in nats.
@@ -85,15 +86,15 @@ class Tails(Flow):
             self.register_buffer(name, tensor.detach().clone())
         if not bool((scale > 0).all()):
             raise ValueError(f"{self.name} expected a positive scale, got a minimum of {float(scale.min()):g}.")
-        # Theta of the right and of the left tails, as one tensor: each costs an optimizer time.
+        # Theta of the right and left tails in one tensor, since the optimizer takes time for each.
         self.free = nn.Parameter(torch.zeros(2, input_dim).to(loc))
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y from x, and log |det dy/dx|."""
+        """Return y and log |det dy/dx|."""
         return self._mapped(x, 1)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x from y, and log |det dy/dx|: the inverse is the map of the opposite weights."""
+        """Return x and log |det dy/dx|: the inverse is the map with the opposite weights."""
         x, log_det = self._mapped(y, -1)
         return x, -log_det
 
@@ -105,7 +106,7 @@ class Tails(Flow):
 
 
 def with_tails(x: Tensor, weights: Tensor, loc: Tensor, scale: Tensor, sign: int = 1) -> tuple[Tensor, Tensor]:
-    r"""Map x as `Tails` does with these weights of the right and left tails, (2, D); inversely if sign is -1.
+    r"""Map x like `Tails`, with these weights of the right and left tails, (2, D); inversely if sign is -1.
 
     Returns:
         y (\*batch, D) and log |det dy/dx|, (\*batch,).
@@ -125,10 +126,10 @@ def _plain(x: Tensor, weights: Tensor, loc: Tensor, scale: Tensor, sign: int) ->
     # Not `abs`, whose gradient at 0 is 0.
     size = torch.where(is_heavy, weight, -weight)
     limit = torch.full_like(z, math.expm1(LARGEST)).masked_fill(is_heavy, LARGEST)
-    is_inside = ~(size.detach() * z.detach().square() > limit)  # if NaN too, which passes through
+    is_inside = ~(size.detach() * z.detach().square() > limit)  # true for NaN, which passes through
     edge = torch.copysign((limit / torch.where(is_inside, 1.0, size)).sqrt(), z)
     inner = torch.where(is_inside, z, edge)
-    # Squares of what is inside only: the gradient of others, which may overflow, would be 0 times infinity.
+    # Squares only the values inside: for others, which may overflow, the gradient would be 0 times infinity.
     raw = torch.where(is_inside, size * torch.where(is_inside, z, 0.0).square(), limit)
     exponent = torch.where(is_heavy, raw, torch.log1p(torch.where(is_heavy, 0.0, raw)))
     half = 0.5 * _log_ratio(exponent)
@@ -138,7 +139,7 @@ def _plain(x: Tensor, weights: Tensor, loc: Tensor, scale: Tensor, sign: int) ->
 
 
 def _log_ratio(u: Tensor) -> Tensor:
-    """log((exp(u) - 1) / u) for u of 0 and more."""
+    """log((exp(u) - 1) / u) for u >= 0."""
     is_small = u < SMALL
     small, other = torch.where(is_small, u, 0.0), torch.where(is_small, 1.0, u)
     square = small.square()
@@ -147,7 +148,7 @@ def _log_ratio(u: Tensor) -> Tensor:
 
 
 def _is_compiled(*tensors: Tensor) -> bool:
-    """Return whether the compiled map takes these tensors."""
+    """Return whether the compiled map supports these tensors."""
     dtype = tensors[0].dtype
     return dtype in DTYPES and all(each.is_cpu and each.dtype is dtype for each in tensors) and kernels() is not None
 
@@ -157,7 +158,7 @@ def _array(tensor: Tensor) -> Any:
 
 
 class _Compiled(torch.autograd.Function):
-    """`_plain`, compiled, of rows, (rows, D)."""
+    """Compiled form of `_plain`, for rows, (rows, D)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, loc: Tensor, scale: Tensor, sign: int) -> tuple[Tensor, Tensor]:
@@ -172,7 +173,7 @@ class _Compiled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
-        needed, inputs = ctx.needs_input_grad[:2], ctx.saved_tensors  # which raises for a graph that is freed
+        needed, inputs = ctx.needs_input_grad[:2], ctx.saved_tensors  # raises if the graph was freed
         if torch.is_grad_enabled() or is_intercepted():
             # By operations that can be differentiated again.
             plain = partial(_plain, sign=ctx.sign)

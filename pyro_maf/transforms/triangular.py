@@ -1,4 +1,4 @@
-"""Transforms of a full-rank normal: location and Cholesky factor."""
+"""Affine maps of a full-rank normal: location and Cholesky factor."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ __all__ = ["ConditionalLowerTriangularAffine", "Head", "LowerTriangularAffine"]
 class TriangularMap(Flow):
     r"""Base of the affine maps y = loc + L x, with L lower triangular with a positive diagonal.
 
-    A subclass holds loc, log L_ii and the entries of L below the diagonal, row by row. With a context, the outputs of a
-    network of it are added to these; they start at 0. A gain multiplies the entries below.
+    A subclass holds loc, log L_ii and the entries of L below the diagonal, row by row. With a context, a network's
+    outputs are added to these; they start at 0. The entries below the diagonal are multiplied by a gain.
     """
 
     is_by_row = True
@@ -54,30 +54,30 @@ class TriangularMap(Flow):
         raise NotImplementedError
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y = L x + loc, and log |det L|."""
+        """Return y = L x + loc and log |det L|."""
         loc, factor, log_det = self._factor(context)
         y = F.linear(x, factor, loc) if factor.dim() == 2 else loc + (factor @ x[..., None])[..., 0]
         return y, log_det.expand(y.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x = L^-1 (y - loc), and log |det L|."""
+        """Return x = L^-1 (y - loc) and log |det L|."""
         loc, factor, log_det = self._factor(context)
         x = solve_lower(factor, y - loc)
         return x, log_det.expand(x.shape[:-1])
 
     def program_steps(self, inverse: bool) -> tuple[Triangular, ...] | None:
-        """A map, except with a context."""
+        """One map, or None with a context."""
         if self.context_dim or is_hooked(self):
             return None
         gain = 1.0 if self.gain is None else float(self.gain)
         return (Triangular(self._stored(), inverse, gain),)
 
     def _stored(self) -> tuple[Tensor, ...]:
-        """loc, log L_ii and the entries below the diagonal: three tensors, or one in which they follow one another."""
+        """loc, log L_ii and the entries below the diagonal: three tensors, or one that concatenates them."""
         raise NotImplementedError
 
     def _sizes(self) -> list[int]:
-        """Numbers of entries of loc, on the diagonal of L and below it."""
+        """Numbers of entries in loc, on the diagonal of L and below it."""
         return [self.input_dim, self.input_dim, self.input_dim * (self.input_dim - 1) // 2]
 
     def _factor(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,7 +92,7 @@ class TriangularMap(Flow):
         return loc, factor.unflatten(-1, (self.input_dim, self.input_dim)), log_diagonal.sum(-1)
 
     def _derive(self) -> None:
-        """Compute the index of each entry of L in the vector (0, diagonal, entries below it)."""
+        """Compute the index of each entry of L in the vector (0, diagonal, entries below the diagonal)."""
         size, device = self.input_dim, next(self.parameters()).device
         places = torch.zeros(size, size, dtype=torch.int64, device=device)
         diagonal, below = torch.arange(1, 1 + size * (size + 1) // 2, device=device).tensor_split([size])
@@ -104,14 +104,14 @@ class TriangularMap(Flow):
 class LowerTriangularAffine(TriangularMap):
     r"""y = loc + L x, with L lower triangular with a positive diagonal: log |det dy/dx| = sum_i log L_ii.
 
-    With a standard normal x, y is normal with covariance L L^T. Starts as the identity by default.
+    If x is standard normal, y is normal with covariance L L^T. Starts as the identity by default.
 
     Args:
         input_dim: D.
         loc: Initial location, (D,).
         scale_tril: Initial factor L, (D, D).
-        context_dim: Number of context features, 0 for none. With a context, a network of it adds to loc, to log L_ii
-            and to L below the diagonal; each of its outputs starts at 0.
+        context_dim: Number of context features, 0 for none. With a context, the outputs of a network are added to loc,
+            to log L_ii and to L below the diagonal; all of them start at 0.
         hidden_dims: Widths of that network, by default two by `pyro_maf.nn.default_hidden_dims`.
         activation: A name from `pyro_maf.nn.ACTIVATIONS`.
 
@@ -121,7 +121,7 @@ class LowerTriangularAffine(TriangularMap):
     Cost: one triangular product from x to y, one triangular solve from y to x.
 
     Raises:
-        ValueError: For a loc or scale_tril of the wrong shape, a non-positive diagonal, or non-zero entries above it.
+        ValueError: For loc or scale_tril of the wrong shape, a non-positive diagonal, or non-zero entries above it.
 
     Example:
         >>> layer = LowerTriangularAffine(2, scale_tril=torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
@@ -139,30 +139,32 @@ class LowerTriangularAffine(TriangularMap):
         """Set loc, (D,), and L, (D, D)."""
         below = scale_tril[tuple(torch.tril_indices(self.input_dim, self.input_dim, -1))]
         with torch.no_grad():
-            for own, value in ((self.loc, loc), (self.log_diagonal, scale_tril.diagonal().log()), (self.below, below)):
-                own.copy_(value)
+            for parameter, value in zip(
+                (self.loc, self.log_diagonal, self.below), (loc, scale_tril.diagonal().log(), below), strict=True
+            ):
+                parameter.copy_(value)
 
     def _stored(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.loc, self.log_diagonal, self.below
 
 
 class Head(TriangularMap):
-    r"""y = loc + L (b + A x), with a fixed location and a fixed factor L, and A and b trained: the head of a guide.
+    r"""y = loc + L (b + A x), with fixed loc and L, and trained A and b: the affine head of a guide.
 
     L and A are lower triangular with positive diagonals. A and b start as the identity and 0, so that y starts as
-    loc + L x: the trained parameters live in units in which the posterior is about standard normal, and one learning
-    rate suits every model. From 23 dimensions on, the entries below the diagonal of A are their parameters times a gain
-    of about 16 / D, so that a step of Adam on all D (D - 1) / 2 of them moves y no further than in few dimensions.
+    loc + L x. The parameters thus have units in which the posterior is about standard normal, and one learning rate
+    suits every model. From 23 dimensions on, the entries of A below the diagonal are their parameters times a gain of
+    about 16 / D, so that a step of Adam on all D (D - 1) / 2 of them moves y no further than in few dimensions.
 
     Args:
         input_dim: D.
-        loc, scale_tril: The fixed location, (D,), and L, (D, D), by default 0 and the identity.
+        loc, scale_tril: The fixed location, (D,), and factor L, (D, D), by default 0 and the identity.
         context_dim, hidden_dims, activation: As in `LowerTriangularAffine`, for the network that adds to b and A.
 
     Shapes:
         x and y are (\*batch, D), log-determinants (\*batch,) in nats.
 
-    Cost: two products forward, two triangular solves inverse.
+    Cost: two products forward, two triangular solves in the inverse.
     """
 
     loc: Tensor
@@ -171,27 +173,28 @@ class Head(TriangularMap):
     def _register(self, loc: Tensor, scale_tril: Tensor) -> None:
         self.register_buffer("loc", loc.clone())
         self.register_buffer("scale_tril", scale_tril.clone(memory_format=torch.contiguous_format))
-        # b, the logarithm of A's diagonal, and the entries below it, as one tensor: each costs an optimizer time.
+        # b, the logarithm of A's diagonal, and the entries below it in one tensor, since the optimizer takes time for
+        # each.
         self.free = nn.Parameter(torch.zeros(sum(self._sizes())).to(loc))
         gain = gain_of(self.input_dim)
         self.gain = None if gain == 1.0 else torch.tensor(gain).to(loc)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y from the base's x, and log |det LA|."""
+        """Return y and log |det LA|."""
         z, log_det = super().forward_and_log_det(x, context)
         return F.linear(z, self.scale_tril, self.loc), log_det + self._fixed_log_det()
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x from y, and log |det LA|."""
+        """Return x and log |det LA|."""
         x, log_det = super().inverse_and_log_det(solve_lower(self.scale_tril, y - self.loc), context)
         return x, log_det + self._fixed_log_det()
 
     def program_steps(self, inverse: bool) -> tuple[Triangular, ...] | None:
-        """Two maps, except with a context: A and b, and the fixed one."""
+        """Two maps, A x + b and the fixed one; None with a context."""
         trained, fixed = super().program_steps(inverse), self.scale_tril
         if trained is None or fixed.requires_grad:
             return None
-        # No tensor of inference mode, which no later graph could save.
+        # Outside inference mode, whose tensors no later graph could save.
         with torch.inference_mode(False), torch.no_grad():
             start = Triangular((self.loc, fixed.diagonal().log(), fixed), inverse)
         return (start, *trained) if inverse else (*trained, start)
@@ -203,8 +206,8 @@ class Head(TriangularMap):
         return self.scale_tril.diagonal().log().sum()
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        with torch.inference_mode(False):  # whose tensors no later graph could save
-            # The gain belongs to the stored entries: none if the stored head has none.
+        with torch.inference_mode(False):  # no later graph could save an inference tensor
+            # The gain belongs to the stored entries: a head stored without one has none.
             self.gain = torch.ones_like(self.free[0].detach()) if prefix + "gain" in state_dict else None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -226,7 +229,7 @@ def _start(who: str, input_dim: int, loc: Tensor | None, scale_tril: Tensor | No
 
 
 def solve_lower(factor: Tensor, y: Tensor) -> Tensor:
-    r"""The x of y = L x, for a lower triangular L, (D, D) or with the batch shape of y, (\*batch, D)."""
+    r"""Solve y = L x for x, with a lower triangular L, (D, D) or with the batch shape of y, (\*batch, D)."""
     if factor.dim() > 2:
         return torch.linalg.solve_triangular(factor, y[..., None], upper=False)[..., 0]
     columns = y.reshape(-1, y.shape[-1]).T
@@ -234,13 +237,13 @@ def solve_lower(factor: Tensor, y: Tensor) -> Tensor:
 
 
 class ConditionalLowerTriangularAffine(ConditionalForm):
-    """A `LowerTriangularAffine` whose loc and L depend on a context, of shapes as in `ConditionalMaskedAutoregressive`.
+    """A `LowerTriangularAffine` whose loc and L depend on a context; shapes as in `ConditionalMaskedAutoregressive`.
 
     Args:
         input_dim, context_dim: As there.
         loc, scale_tril, hidden_dims, activation: As in `LowerTriangularAffine`.
 
-    Cost: a pass of the network, and for each row a triangular product or solve: D^2 multiplications.
+    Cost: one pass of the network, and a triangular product or solve per row, D^2 multiplications.
 
     Example:
         >>> layer = ConditionalLowerTriangularAffine(3, 2)
