@@ -1,4 +1,4 @@
-"""Columns of categories: texts and truth values of a data frame, as numbers and back."""
+"""Categorical columns: conversion of the texts and truth values of a data frame to numbers and back."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ __all__ = [
 ]
 
 Categories: TypeAlias = tuple[Hashable, ...] | None
-"""Categories of a column in order, whose numbers are 0, 1, ...; None for a column of numbers."""
+"""Categories of a column in order, numbered 0, 1, ...; None for a column of numbers."""
 Label: TypeAlias = str | bool | int | float
-"""A category as JSON holds it."""
+"""A category as a JSON value."""
 
 MOST_CATEGORIES = 1000
 LEAST_REPEATS = 2
-"""Maximum number of categories, and least number of rows to one on average: of fewer they are names of rows."""
+"""Maximum number of categories, and minimum average number of rows per category; with fewer, they are row names."""
 
 
 def categories_of(who: str, frame: DataFrame) -> tuple[Categories, ...]:
     """Categories of each column of a data frame that holds texts, truth values or a categorical type.
 
-    Columns of other objects, as of dates, have None, as numbers have.
+    Columns of numbers, and of other objects such as dates, have None.
 
     Raises:
-        InputError: For a missing value among categories, with row and column, and for a column of a single one.
-        ValueError: For a column with as many categories as rows, such as names.
+        InputError: For a missing value among categories, with row and column, or for a column with a single category.
+        ValueError: For a column whose categories hardly repeat, such as names.
 
     Example:
         >>> from pandas import DataFrame
@@ -90,12 +90,12 @@ def _categories(who: str, place: int, name: Hashable, column: Series[Any]) -> Ca
 
 
 def label_of(category: Hashable) -> Label:
-    """A category as JSON holds it: one of another type, such as an interval, by its text."""
+    """The category as a JSON value: itself, or its text if it has another type, such as an interval."""
     return category if isinstance(category, (str, bool, int, float)) else str(category)
 
 
 def coded(values: object, categories: Sequence[Hashable]) -> NDArray[np.float32]:
-    """Numbers of values in their categories, -1 for others, NaN for missing ones.
+    """Numbers of values among the categories: -1 for unknown values, NaN for missing ones.
 
     Example:
         >>> coded(["red", "green", None], ("blue", "red")).tolist()
@@ -111,7 +111,7 @@ def coded(values: object, categories: Sequence[Hashable]) -> NDArray[np.float32]
 
 
 def is_missing(value: object) -> bool:
-    """True for None, NaN, and NA of pandas, of which it is missing too whether it equals itself."""
+    """Return whether a value is None, NaN or pandas's NA, whose comparison with itself is NA."""
     is_itself = value == value
     return value is None or not (isinstance(is_itself, (bool, np.bool_)) and is_itself)
 
@@ -119,10 +119,10 @@ def is_missing(value: object) -> bool:
 def one_hot(
     who: str, role: str, name: Hashable, values: object, categories: Sequence[Hashable]
 ) -> dict[str, NDArray[np.float32]]:
-    """A column of categories one-hot, by the names of its columns.
+    """Encode a column of categories one-hot, as a dictionary of named columns.
 
     Raises:
-        InputError: For a value that is no category.
+        InputError: For a value that is not a category.
 
     Example:
         >>> one_hot("fit", "context", "colour", ["red", "blue", "red"], ("blue", "red"))["colour=red"].tolist()
@@ -142,12 +142,12 @@ def one_hot(
 
 
 def decoded(numbers: NDArray[np.floating], categories: Sequence[Hashable]) -> list[Hashable]:
-    """The categories of numbers."""
+    """The categories with these numbers."""
     return [categories[number] for number in numbers.astype(int).tolist()]
 
 
 def restored(frame: DataFrame, categories: Sequence[Categories], dtypes: Sequence[str]) -> DataFrame:
-    """A frame of numbers with categories by their names, if there are any, and in these dtypes by name."""
+    """Convert a frame of numbers back to categories, where there are any, and to these dtypes by name."""
     frame = frame.copy()
     for place, dtype in enumerate(dtypes):
         column: Any = frame.iloc[:, place]
@@ -157,6 +157,6 @@ def restored(frame: DataFrame, categories: Sequence[Categories], dtypes: Sequenc
         elif dtype.lower().startswith(("int", "uint")):
             column = column.round()
         elif (str(column.dtype), dtype) == ("float32", "float64"):
-            column = column.astype(str)  # 23.7 in float32 is 23.7 again, and not 23.700000762939453
+            column = column.astype(str)  # 23.7 in float32 becomes 23.7 again, not 23.700000762939453
         frame.isetitem(place, column.astype(dtype))
     return frame

@@ -1,4 +1,4 @@
-"""Columns of a table in a file: numeric, or categorical and encoded one-hot; and their cells."""
+"""Columns of a table in a file, numeric or categorical, and their cells."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Cells", "Column", "Survey", "codes_of", "is_missing", "is_text", "number_in"]
 
 Cells: TypeAlias = "NDArray[np.generic] | pyarrow.Array"
-"""Cells of a column: a one-dimensional array of numpy or pyarrow."""
+"""Cells of a column: a one-dimensional numpy or pyarrow array."""
 
 MISSING = {"", "na", "n/a", "nan", "null", "none", "?"}
 DATE = re.compile(
@@ -41,12 +41,12 @@ class Column:
     """A column of a table and its encoding.
 
     Attributes:
-        name: Its name.
-        place: Its name and table, for errors.
-        index: Its position in the table, from 0.
-        categories: Its categories in order, or None for a column of numbers.
-        decimal: The decimal mark in its texts, a point or a comma.
-        is_label: True if categories are encoded by their numbers, as a column of data, not one-hot.
+        name: Name of the column.
+        place: Name of the column and its table, for error messages.
+        index: Position in the table, from 0.
+        categories: Categories in order, or None for a column of numbers.
+        decimal: Decimal mark in texts, a point or a comma.
+        is_label: Whether categories are encoded by their numbers, as in a column of data, rather than one-hot.
 
     Example:
         >>> column = Column("colour", "column 'colour'", categories=["blue", "red"])
@@ -74,7 +74,7 @@ class Column:
         """Encode cells as float64, (rows, 1) or one-hot (rows, categories), NaN for missing values.
 
         Raises:
-            ValueError: For cells that are not finite numbers, or not among the categories; rows count from `first_row`.
+            ValueError: For cells that are not finite numbers, or not among the categories. Rows count from `first_row`.
         """
         if self.categories is None:
             return self._numbers(cells, first_row)
@@ -83,7 +83,7 @@ class Column:
         return codes if self.is_label else np.where(np.isnan(codes), np.nan, np.eye(len(self.categories))[places])
 
     def complaint(self, cells: Cells, row: int, first_row: int) -> str:
-        """Begin the error message for one of `cells`: who, expected and actual value, and position."""
+        """Start of the error message about one of `cells`: expected and actual value, and position."""
         text = _text_in(cells, row)
         if self.categories is not None:
             among = [quoted(str(category)) for category in self.categories[:10]]
@@ -119,7 +119,7 @@ class Column:
         return numbers[:, None]
 
     def _advice(self, text: str) -> str:
-        """Advice for a cell without a valid number."""
+        """Advice about a cell without a valid number."""
         number = number_in(text, self.decimal)
         if math.isinf(number):
             return "fill it in, drop that row or leave the column out"
@@ -136,13 +136,13 @@ class Column:
         return "leave the column out or make it context"
 
     def _places(self, cells: Cells, first_row: int) -> NDArray[np.int_]:
-        """Indices of cells in the categories, -1 for missing values."""
+        """Indices of cells among the categories, -1 for missing values."""
         import pyarrow
         import pyarrow.compute as pc
 
         texts, codes = _texts_of(cells), self._codes
         found = pc.index_in(texts, value_set=pyarrow.array(list(codes), texts.type))
-        # A text that is no category is at -1, the last.
+        # A text that is not a category is at -1, the last place.
         places = np.array([*codes.values(), -1])[pc.fill_null(found, -1).to_numpy(zero_copy_only=False)]
         unknown = places < 0
         if unknown.any():
@@ -154,7 +154,7 @@ class Column:
 
 
 def codes_of(categories: Sequence[Label]) -> dict[str, int]:
-    """Numbers of the categories by their texts in files, which several programs write in different ways.
+    """Numbers of the categories by their texts in files; different programs write truth values differently.
 
     Example:
         >>> codes_of([False, True])
@@ -178,8 +178,8 @@ class Survey:
     """Type inference for a column, batch by batch: numeric, or categorical with its categories.
 
     Args:
-        column: The column as one of numbers.
-        holds_text: True for text, or numbers that are labels of categories; otherwise inferred from the cells.
+        column: The column, as one of numbers.
+        holds_text: True for text, or for numbers that label categories; otherwise inferred from the cells.
     """
 
     def __init__(self, column: Column, holds_text: bool) -> None:
@@ -190,7 +190,7 @@ class Survey:
         self._rows = 0
 
     def add(self, cells: Cells) -> None:
-        """Add cells, an array of numpy or pyarrow."""
+        """Add cells, a numpy or pyarrow array."""
         different = _texts_of(cells).unique()
         self._rows += len(cells)
         is_number = np.zeros(len(different), bool)
@@ -205,18 +205,18 @@ class Survey:
 
     @property
     def may_be_labels(self) -> bool:
-        """True if no cell so far is a number, and not too many differ."""
+        """True if no cell so far is a number and there are not too many distinct texts."""
         return self._number is None and len(self._texts) <= MOST_CATEGORIES
 
     def labels(self) -> Column | None:
-        """The column as one of labels, for data: of texts that differ and repeat, and are no dates; None for others."""
+        """The column as a data column of labels if its texts vary, repeat and are not dates; otherwise None."""
         texts = self._texts
         if not self.may_be_labels or not 1 < len(texts) <= self._rows // LEAST_REPEATS or all(map(_is_date, texts)):
             return None
         return replace(self._column, categories=sorted(texts, key=_in_order), is_label=True)
 
     def check_few(self) -> None:
-        """Refuse too many categories."""
+        """Raise if there are too many categories."""
         if len(self._texts) > MOST_CATEGORIES:
             advice = f"{NO_DATES}, or leave it out" if all(map(_is_date, self._texts)) else "leave it out"
             raise ValueError(
@@ -224,7 +224,7 @@ class Survey:
             )
 
     def column(self) -> Column:
-        """The inferred column, for context.
+        """The inferred column, as a column of context.
 
         Raises:
             ValueError: If it holds both numbers and texts, or the same text in every row.
@@ -274,19 +274,19 @@ def number_in(text: str, decimal: str = ".") -> float:
 
 
 def _is_date(text: str) -> bool:
-    """True if a cell holds a date, a time or both rather than a number."""
+    """Return whether a cell holds a date or time rather than a number."""
     return DATE.match(text) is not None
 
 
 def is_missing(text: str) -> bool:
-    """True if a cell marks a missing number."""
+    """Return whether a cell marks a missing number."""
     return text.casefold() in MISSING
 
 
 def _numbers_of(column: Cells, decimal: str = ".") -> NDArray[np.float64]:
     """Convert a column to float64, NaN for cells without a number; `decimal` as in `number_in`."""
     if isinstance(column, np.ndarray):
-        with np.errstate(invalid="ignore"):  # a signalling NaN is a NaN too
+        with np.errstate(invalid="ignore"):  # a signalling NaN counts as NaN
             return column.astype(np.float64)
     import pyarrow
     import pyarrow.compute as pc
@@ -303,7 +303,7 @@ def _numbers_of(column: Cells, decimal: str = ".") -> NDArray[np.float64]:
 
 
 def _with_points(column: pyarrow.Array) -> pyarrow.Array:
-    """Replace the first comma of texts by a point; null for texts that have a point."""
+    """Replace the first comma of each text by a point; texts that have a point become null."""
     import pyarrow
     import pyarrow.compute as pc
 
@@ -314,7 +314,7 @@ def _with_points(column: pyarrow.Array) -> pyarrow.Array:
 
 
 def _without_gaps(column: pyarrow.Array) -> pyarrow.Array:
-    """Parse texts, some of which arrow does not parse as numbers."""
+    """Parse texts, including numbers that arrow does not parse."""
     import pyarrow
     import pyarrow.compute as pc
 
@@ -341,7 +341,7 @@ def _missing_in(column: Cells) -> NDArray[np.bool_]:
 
 
 def _texts_of(column: Cells) -> pyarrow.Array:
-    """Convert a column to stripped texts of pyarrow; truth values become True and False, as in Python."""
+    """Convert a column to stripped pyarrow texts; truth values become True and False, as in Python."""
     require("read_table", "pyarrow")
     import pyarrow
     import pyarrow.compute as pc
@@ -361,7 +361,7 @@ def _text_in(column: Cells, row: int) -> str:
 
 
 def _text_at(column: Cells, row: int) -> str:
-    """Content of a cell in an error message: text is quoted."""
+    """Content of a cell, for an error message; text is quoted."""
     text = _text_in(column, row)
     if not text:
         return "an empty cell"
@@ -369,7 +369,7 @@ def _text_at(column: Cells, row: int) -> str:
 
 
 def is_text(kind: pyarrow.DataType) -> bool:
-    """True if a type of pyarrow is a text type."""
+    """Return whether a pyarrow type is a text type."""
     from pyarrow import types
 
     # string_view is newer than the oldest supported pyarrow.

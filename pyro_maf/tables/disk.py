@@ -1,4 +1,4 @@
-"""Rows on disk, too many for memory: collected in temporary files, and read a few blocks at a time."""
+"""Rows that do not fit in memory: written to temporary files, and read a few blocks at a time."""
 
 from __future__ import annotations
 
@@ -34,45 +34,45 @@ __all__ = ["MappedRows", "Spool", "copied", "is_mapped", "temporary_file"]
 
 IN_MEMORY = 2**29
 BLOCK_BYTES = 2**20
-"""Size of a table, in bytes, beyond which it is read in blocks, and size of such a block."""
+"""Size of a table, in bytes, beyond which it is read in blocks, and size of a block."""
 MOST_HELD, MOST_SAMPLED = 2**18, 2**16
-"""Maximum number of validation rows, and of rows for units and for batch norm."""
+"""Maximum number of validation rows, and of rows sampled for units and batch norm."""
 SPOOLED_ROWS = 2**14
 RESOLUTION = 1e-4
 COUNTED = 0.1
-"""Fraction of the rows whose copies are counted if none are held out."""
+"""Fraction of the rows among which copies are counted if no rows are held out."""
 
 Mapped: TypeAlias = np.memmap[tuple[int, ...], np.dtype[np.generic]]
 
 
 def is_mapped(data: object) -> TypeGuard[Mapped]:
-    """True if `data` is mapped from a file that is too large to be read into memory as a whole."""
+    """Return whether `data` is mapped from a file that is too large to be read into memory."""
     return isinstance(data, np.memmap) and data.dtype.kind in NUMERIC_KINDS and data.nbytes > IN_MEMORY
 
 
 class MappedRows:
-    """A table that is mapped from a file and, for a conditional model, one of its context, read in blocks of rows.
+    """A table that is mapped from a file, with its context for a conditional model, read in blocks of rows.
 
-    `split` holds out a pseudo-random choice of rows, always the same. It depends on the values of a row, so that equal
-    rows stay together. A row with more copies than the number of validation rows is for training; if that leaves fewer
-    than 3 distinct validation rows, the choice depends on the position of a row in its block.
+    `split` holds out a pseudo-random, reproducible choice of rows. The choice depends on the values of a row, so that
+    equal rows stay together. A row with more copies than there are validation rows goes to training; if that leaves
+    fewer than 3 distinct validation rows, the choice depends on the position of a row in its block.
 
     Args:
         data: (rows, D), a `numpy.memmap`.
         context: (rows, C), or None.
         reader: Conversion and checks of the rows.
-        weights: (rows,), or None. The fraction that `split` holds out is of rows, whatever their weights, and rows of
+        weights: (rows,), or None. `split` holds out a fraction of the rows regardless of their weights, and rows with
             weight 0 are read like others.
 
     Attributes:
-        block: Number of rows of a block.
+        block: Number of rows in a block.
         starts: Index of the first row of each block.
-        sizes: Number of training rows in each block: all before `split`.
+        sizes: Number of training rows in each block; before `split`, of all rows.
         dtypes: Dtypes of data and context as they are read.
         digest: Fingerprint of the weights, after `split`; empty without weights.
 
     Raises:
-        ValueError: For wrong shapes, and for a context missing, superfluous or of another length.
+        ValueError: For wrong shapes, or a context that is missing, superfluous or of another length.
     """
 
     def __init__(
@@ -115,11 +115,11 @@ class MappedRows:
                 _release(table)
 
     def read(self, blocks: Iterable[int]) -> Rows:
-        """Read the training rows of blocks, in the dtypes of the density of `rounded_for`; the mean weight is 1."""
+        """Read the training rows of these blocks, in the dtypes set by `rounded_for`; weights have mean 1."""
         return _joined([self._training(self.starts[number]) for number in blocks])
 
     def sample(self) -> Rows:
-        """Rows from all over the file, up to a limit of memory: after `split` training rows, of which none are read."""
+        """Rows from all over the file, limited by memory; after `split`, training rows that were collected there."""
         if self._sample is None:
             total = len(self.data)
             drawn = np.random.default_rng(0).choice(total, min(total, MOST_SAMPLED), replace=False)
@@ -127,23 +127,23 @@ class MappedRows:
         return self._sample if self._density is None else self._sample.rounded_for(self._density)
 
     def rounded_for(self, density: Standardiser) -> MappedRows:
-        """Return the same rows in the dtypes of `density`; those too far out for that of its model are refused."""
+        """Return the rows in the dtypes of `density`; values too far out for its model's dtype raise when read."""
         rounded = copy.copy(self)
         rounded._density = density
         return rounded
 
     def normalised(self) -> MappedRows:
-        """Return the rows, whose weights have mean 1 when they are read."""
+        """Return the rows; their weights have mean 1 when they are read."""
         return self
 
     def leaves_in_float32(self, support: Support) -> bool:
-        """Return whether values leave the support, as `Rows.leaves_in_float32`; after `split`."""
+        """Return whether values leave the support, like `Rows.leaves_in_float32`; valid after `split`."""
         return self._leaves
 
     def split(self, fraction: float, generator: torch.Generator, *, by_chance: bool = False) -> Split[MappedRows]:
-        """Hold out rows as `Rows.split`, by the seed of `generator`, and no more than a limit of memory.
+        """Hold out rows like `Rows.split`, with the seed of `generator`, up to a limit set by memory.
 
-        Cost: two passes over the file, the first one of which checks every row.
+        Cost: two passes over the file; the first one checks every row.
 
         Raises:
             InputError: As `take`, and for columns that do not vary.
@@ -151,7 +151,7 @@ class MappedRows:
         fraction = min(fraction, MOST_HELD / len(self.data))
         training = copy.copy(self)
         repeats = training._survey(fraction, generator.initial_seed(), by_chance)
-        self.weights = training.weights  # none if they are equal
+        self.weights = training.weights  # None if all are equal
         held_out, places, sample, training.sizes = [], [], [], []
         share = min(1.0, MOST_SAMPLED / ((1 - fraction) * len(self.data)))
         for start in self.starts:
@@ -200,14 +200,14 @@ class MappedRows:
         hashes, place = np.unique(each, return_inverse=True)
         number = np.bincount(place, copies).astype(np.int64)
         self._choice = _Choice.of(hashes, number, fraction, len(self.data), seed)
-        # Either all copies of a row are counted or none.
+        # The copies of a row are counted either all or not at all.
         return round(len(self.data) * (1 - len(number) / max(1, number.sum())))
 
     def _whole(self, start: int) -> Rows:
         return self.take(slice(start, start + self.block))
 
     def _training(self, start: int) -> Rows:
-        """Read the training rows of the block that begins at row `start`."""
+        """Read the training rows of the block that starts at row `start`."""
         rows = self._whole(start)
         aside = self._choice.mask(start, rows)
         if self._density is not None:
@@ -225,8 +225,8 @@ class _Choice:
 
     Attributes:
         fraction, seed: Fraction of the rows, and seed of the choice.
-        threshold: Those with a lower lot are chosen; None if the choice depends on the position in a block.
-        for_training: Hashes of the rows with too many copies.
+        threshold: Rows with a lower lot are chosen; None if the choice depends on the position in a block.
+        for_training: Hashes of the rows that have too many copies.
     """
 
     fraction: float = 0.0
@@ -236,7 +236,7 @@ class _Choice:
 
     @classmethod
     def of(cls, hashes: Hashes, number: NDArray[np.int64], fraction: float, rows: int, seed: int) -> _Choice:
-        """Choose among so many rows by the hashes of a random part of them, of which each has a number of copies."""
+        """Choose among `rows` rows, from the hashes of a random part of them and the number of copies of each."""
         most = fraction * rows
         many = number > most
         lots = _lot_of(hashes[~many], seed)
@@ -246,7 +246,7 @@ class _Choice:
         return cls(fraction, seed, threshold, hashes[many])
 
     def mask(self, start: int, rows: Rows) -> Tensor:
-        """Mask of the validation rows among those of a whole block that begins at row `start`."""
+        """Mask of the validation rows in the whole block that starts at row `start`."""
         length = len(rows.data)
         if not self.fraction:
             return torch.zeros(length, dtype=torch.bool)
@@ -257,19 +257,19 @@ class _Choice:
         return torch.from_numpy(is_drawn)
 
     def shuffled(self, start: int, rows: Rows) -> Tensor:
-        """Indices of rows in a random order that depends on that of the first one."""
+        """Indices of the rows in a random order that depends on `start`."""
         return torch.randperm(len(rows.data), generator=torch.Generator().manual_seed(self.seed + start))
 
 
 def _lot_of(hashes: Hashes, seed: int) -> NDArray[np.float64]:
-    """Return a pseudo-random number between 0 and 1 for each hash; it depends on `seed`."""
+    """Return a pseudo-random number between 0 and 1 for each hash, depending on `seed`."""
     return mixed(hashes ^ np.uint64(seed)) / 2.0**64
 
 
 def _release(table: object) -> None:
-    """Release the pages that were read; otherwise the whole file would become resident."""
+    """Release pages that have been read; otherwise the whole file would become resident."""
     file = getattr(table, "_mmap", None)
-    # Not for a private copy, whose changes would be lost.
+    # Not for a private copy, which would lose its changes.
     if isinstance(file, mmap.mmap) and hasattr(file, "madvise") and getattr(table, "mode", None) != "c":
         file.madvise(mmap.MADV_DONTNEED)
 
@@ -280,7 +280,7 @@ def _joined(parts: Sequence[Rows]) -> Rows:
 
 
 def _extremes(rows: Rows) -> Rows:
-    """Two rows, of the lowest and of the highest values of the columns; none of none."""
+    """Two rows: the minimum and the maximum of each column; none if there are no rows."""
     if not len(rows.data):
         return rows
     return rows._replace(
@@ -290,7 +290,7 @@ def _extremes(rows: Rows) -> Rows:
 
 
 class Spool:
-    """Rows of float64 that are collected in memory or, beyond a bound, in a temporary file; a context manager.
+    """Rows of float64, collected in memory or, beyond a bound, in a temporary file; a context manager.
 
     Example:
         >>> with Spool(2, bound=16) as spool:
@@ -327,9 +327,9 @@ class Spool:
             self._parts.clear()
 
     def rows(self, dtype: str | None = None) -> FloatArray:
-        """Return all rows, (length, width): an array, or a read-only `np.memmap` of the file. Appending ends there.
+        """Return all rows, (length, width), as an array or a read-only `np.memmap` of the file; ends appending.
 
-        They are of a dtype, by its name, or by default of float32 if `float32_suffices`.
+        Their dtype is `dtype`, by default float32 if `float32_suffices`.
         """
         if self._file is None:
             rows = np.concatenate(self._parts or [np.empty((0, self._width))])
@@ -344,15 +344,15 @@ class Spool:
         with open(temporary_file(".float32"), "wb") as file:
             for block in _blocks(rows):
                 file.write(block.astype(np.float32).tobytes())
-        with suppress(OSError):  # on a system that does not remove mapped files: it is removed at exit
+        with suppress(OSError):  # some systems do not remove mapped files: it is removed at exit
             os.unlink(self._file.name)
         return np.memmap(file.name, np.float32, "r", shape=(self.length, self._width))
 
 
 def float32_suffices(rows: NDArray[np.float64]) -> bool:
-    """True if float32 is exact for every column, or resolves its interquartile range to 1e-4 of its width.
+    """Return whether float32 is exact for every column, or resolves its interquartile range to 1e-4 of its width.
 
-    Not if another value is rounded to 0 or 1: some supports end there.
+    Not if another value would round to 0 or 1, where some supports end.
 
     Example:
         >>> float32_suffices(np.array([[20.1], [21.2], [22.3]])), float32_suffices(np.array([[5e6 + 0.1], [5e6]]))

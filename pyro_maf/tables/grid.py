@@ -1,4 +1,4 @@
-"""Grids of columns whose values were counted or rounded: their spacing, found in the values."""
+"""Grids of columns whose values are counts or were rounded, inferred from the values."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from numpy.typing import NDArray
 __all__ = ["Grid", "grid_of"]
 
 REPEATS = 3
-"""A column is on a grid where a value occurs in 3 rows on average: of fewer, a density cannot tell a spike."""
+"""Minimum average number of rows per value for a column on a grid; with fewer, a density cannot resolve spikes."""
 FINEST = 1e-3
 """Spacing, in standard deviations of the column, below which rounding is finer than a flow resolves."""
 DECIMALS = range(9, -10, -1)
 ROUNDING = 4.0
 CLEAR = 0.05
-"""Tolerance of a multiple, in units in the last place of the values, and its maximum, in steps: beyond it the dtype is
-too coarse to tell multiples from other values."""
+"""Tolerance of a multiple, in units in the last place of the values, and its maximum, in steps; beyond it, the dtype is
+too coarse to distinguish multiples from other values."""
 
 
 class Grid(NamedTuple):
-    """Multiples of a spacing, counted from the lowest value, to the highest."""
+    """Multiples of a spacing, counted from the lowest value, up to the highest."""
 
     spacing: float
     low: float
     high: float
 
     def misses(self, values: NDArray[np.floating]) -> bool:
-        """True if some value lies between the points of the grid, which goes on beyond its lowest and highest."""
+        """Return whether any value lies off the grid, which continues below its lowest and above its highest point."""
         steps = (values.astype(np.float64) - self.low) / self.spacing
         return bool((np.abs(steps - np.round(steps)) > _tolerance(values, self.spacing)).any())
 
@@ -41,8 +41,8 @@ class Grid(NamedTuple):
 def grid_of(column: NDArray[np.floating]) -> Grid | None:
     """Return the grid of a column of finite values, (rows,), some of which repeat, or None.
 
-    The spacing is the largest by which all values differ, a multiple of a power of 10: 1 of counts, 0.5 of half steps,
-    2.54 of inches in centimetres.
+    The spacing is the greatest common divisor of all differences, as a multiple of a power of 10: 1 for counts, 0.5 for
+    half steps, 2.54 for inches in centimetres.
 
     Example:
         >>> grid_of(np.array([1.5, 0.5, 0.5, 2.0] * 5))
@@ -71,11 +71,11 @@ def grid_of(column: NDArray[np.floating]) -> Grid | None:
 
 
 def _tolerance(values: NDArray[np.floating], spacing: float) -> NDArray[np.float64]:
-    """How far, in steps, a multiple may lie from one because of rounding to the dtype of the values."""
+    """Distance from a multiple, in steps, that rounding to the dtype of the values may cause."""
     return np.maximum(1e-6, ROUNDING * np.finfo(values.dtype).eps * np.abs(values).astype(np.float64) / spacing)
 
 
 def describe(grid: Grid) -> str:
-    """Describe the spacing for a message, as "steps of 0.1"."""
+    """Description of the spacing for a message, such as "steps of 0.1"."""
     digits = max(0, -math.floor(math.log10(grid.spacing))) + 3
     return f"steps of {round(grid.spacing, digits):g}"

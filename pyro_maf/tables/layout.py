@@ -1,4 +1,4 @@
-"""Tables of numbers in any form: tensors, arrays, data frames, nested lists, dictionaries of draws."""
+"""Forms of tables, and names of columns: tensors, arrays, data frames, nested lists, dictionaries of draws."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ __all__ = [
 ]
 
 REAL_KINDS, NUMERIC_KINDS, TIME_KINDS = "fiu", "fiub", "mM"
-"""Kinds of dtypes of numpy: real numbers, these and truth values, and times."""
+"""Kinds of numpy dtypes: real numbers, these and truth values, and times."""
 
 
 class ArrayLike(Protocol):
-    """A value that numpy takes as an array, as of numpy, JAX or xarray, or a series of pandas."""
+    """A value that numpy can convert to an array: a numpy, JAX or xarray array, or a pandas series."""
 
     def __array__(self) -> NDArray[np.generic]: ...
 
 
 class DataFrameLike(Protocol):
-    """A data frame, as of pandas."""
+    """A data frame, such as one of pandas."""
 
     @property
     def columns(self) -> Iterable[Hashable]:
@@ -53,7 +53,7 @@ class DataFrameLike(Protocol):
 
     @property
     def iloc(self) -> object:
-        """Rows by their position."""
+        """Rows by position."""
 
     def __len__(self) -> int: ...
 
@@ -71,12 +71,12 @@ class Layout(NamedTuple):
     """The form of a table, and the names of its columns.
 
     Attributes:
-        form: "frame", "dict" or "rows", the form of draws; the last has names only if it is of a table in a file.
-        names: Names of the columns of a frame, or of the entries of a dictionary: the sites of a posterior.
-        shapes: Shape of one row of each: () for a column.
+        form: "frame", "dict" or "rows", which is the form of samples; "rows" has names only for a table from a file.
+        names: Names of the columns of a frame, or of the entries of a dictionary, such as the sites of a posterior.
+        shapes: Shape of one row of each entry; () for a column.
         categories: Categories of each column, or None for a column of numbers; () if there are none.
         dtypes: Dtypes of the columns of a frame, by name, to which samples are converted.
-        one_hot: Whether a column of categories is one of numbers for each of them, as in a context.
+        one_hot: Whether categories are encoded one-hot, as in a context.
 
     Example:
         >>> layout = Layout.of({"mu": torch.zeros(9), "b": torch.zeros(9, 2)})
@@ -108,33 +108,33 @@ class Layout(NamedTuple):
     def named(
         cls, entries: Sequence[tuple[Hashable, Sequence[int]]], labels: Sequence[Sequence[Label] | None] = ()
     ) -> Layout:
-        """Layout of a dictionary with entries of these names and row shapes, and categories as of `as_labels`."""
+        """Layout of a dictionary with entries of these names and row shapes, and categories as from `as_labels`."""
         categories = tuple(None if each is None else tuple(each) for each in labels)
         return cls("dict", tuple(name for name, _ in entries), tuple(tuple(shape) for _, shape in entries), categories)
 
     def as_entries(self) -> tuple[tuple[str, Sequence[int]], ...]:
-        """Names and shapes, from which `named` builds it; () if the columns have no names."""
+        """Names and shapes as arguments of `named`; () if the columns have no names."""
         return tuple(zip(map(str, self.names), self.shapes, strict=True))
 
     def as_labels(self) -> list[list[Label] | None]:
-        """Categories of each column as JSON holds them; [] if there are none."""
+        """Categories of each column as JSON values; [] if there are none."""
         if not self.in_categories:
             return []
         return [None if each is None else list(map(label_of, each)) for each in self.categories]
 
     @property
     def labels(self) -> list[str]:
-        """A name for each number of a row."""
+        """Name of each number in a row."""
         return [label for name, shape in zip(self.names, self.shapes, strict=True) for label in _labels(name, shape)]
 
     @property
     def columns(self) -> list[tuple[str, list[Label] | None]]:
-        """Name of each number of a row, and its categories as JSON holds them, or None."""
+        """Name of each number in a row, with its categories as JSON values, or None."""
         return list(zip(self.labels, self.as_labels() or itertools.repeat(None), strict=False))
 
     @property
     def encoded_labels(self) -> list[str]:
-        """A name for each number of a row that `coded` encodes."""
+        """Name of each number in a row that `coded` encodes."""
         if not self.one_hot:
             return self.labels
         return [
@@ -145,14 +145,14 @@ class Layout(NamedTuple):
 
     @property
     def in_categories(self) -> list[int]:
-        """Indices of the columns of categories."""
+        """Indices of the categorical columns."""
         return [index for index, categories in enumerate(self.categories) if categories is not None]
 
     def coded(self, who: str, role: str, value: TableLike) -> TableLike:
-        """A frame or dictionary with this layout's columns, its categories as numbers; others as they are.
+        """Select this layout's columns from a frame or dictionary, with categories as numbers; return others unchanged.
 
         Raises:
-            InputError: For a value that is no category, if they are one-hot.
+            InputError: For a value that is not a category, if they are one-hot.
         """
         if not self.in_categories or not (isinstance(value, Mapping) or is_frame(value)):
             return value
@@ -177,7 +177,8 @@ class Layout(NamedTuple):
     def pick(self, who: str, role: str, value: TableLike, source: str = "the fit") -> TableLike:
         """Select the columns of this layout, in its order, from a table with names; return others unchanged.
 
-        Categories become their numbers, -1 for unknown ones, or one-hot. Messages say which source has this layout.
+        Categories become their numbers, -1 for unknown ones, or one-hot. `source` names the origin of the layout in
+        messages.
 
         Raises:
             ValueError: If a column is missing, or an entry has another shape.
@@ -213,7 +214,7 @@ class Layout(NamedTuple):
         return bool(self.names) and names.issuperset(map(str, wanted))
 
     def _one_row(self, value: TableLike) -> TableLike:
-        """A row of a data frame, or a dictionary of single numbers, as a table of one row; others as they are."""
+        """Convert a row of a frame, or a dictionary of single numbers, to a one-row table; return others unchanged."""
         if isinstance(value, Mapping):
             if not any(_shape(entry) for entry in value.values()):
                 return {name: _one_entry(entry) for name, entry in value.items()}
@@ -227,10 +228,10 @@ class Layout(NamedTuple):
         return value
 
     def spread(self, who: str, option: str, values: Mapping[K, T], default: T, width: int) -> T | list[T]:
-        """Expand an option by name of column or entry, or by number without names, to one value for each column.
+        """Expand an option by name of column or entry, or by number without names, to one value per column.
 
         Returns:
-            The value that all columns share, or a list with one for each, the default for those without a value.
+            The value that all columns share, or a list with one per column, with the default for those without a value.
 
         Raises:
             ValueError: For a name that no column has.
@@ -250,7 +251,7 @@ class Layout(NamedTuple):
         return spread[0] if all(value == spread[0] for value in spread) else spread
 
     def like(self, rows: Tensor) -> Tensor | DataFrame | dict[str, Tensor]:
-        r"""Rows, (\*batch, columns), in the form of this layout: a data frame of (rows, columns), or a dictionary."""
+        r"""Convert rows, (\*batch, columns), to this layout: a data frame for (rows, columns), or a dictionary."""
         if self.form == "frame":
             from pandas import DataFrame
 
@@ -259,7 +260,7 @@ class Layout(NamedTuple):
         return self.entries(rows) if self.form == "dict" else rows
 
     def entries(self, rows: Tensor) -> dict[str, Tensor]:
-        r"""The columns of rows, (\*batch, columns), by name, (\*batch, \*shape) each."""
+        r"""Split rows, (\*batch, columns), into entries by name, (\*batch, \*shape) each."""
         parts = rows.split([math.prod(shape) for shape in self.shapes], -1)
         return {
             str(name): part.reshape((*rows.shape[:-1], *shape))
@@ -276,7 +277,7 @@ def is_frame(value: object) -> TypeGuard[DataFrame]:
 
 
 def is_indexed(value: object) -> TypeGuard[Series[Any]]:
-    """Return whether a value is a series, or likewise a data frame, whose rows have labels."""
+    """Return whether a value is a series or a data frame, whose rows have labels."""
     return hasattr(value, "iloc")
 
 
@@ -286,7 +287,7 @@ def number_of_rows(value: TableLike) -> int:
 
 
 def number_of_columns(who: str, name: str, value: TableLike) -> int:
-    """Number of columns of a table; a vector is one.
+    """Number of columns of a table; 1 for a vector.
 
     Raises:
         ValueError: For a value that is not a table.
@@ -300,7 +301,7 @@ def number_of_columns(who: str, name: str, value: TableLike) -> int:
 
 
 def part_of(value: TableLike, index: slice | NDArray[np.int_]) -> TableLike:
-    """Some rows of a table, in its form; of a memory-mapped one no others are read."""
+    """Select rows of a table, in its form; of a memory-mapped table, only these are read."""
     if isinstance(value, Mapping):
         return {name: cast(Entry, part_of(entry, index)) for name, entry in value.items()}
     if is_indexed(value):
@@ -311,9 +312,9 @@ def part_of(value: TableLike, index: slice | NDArray[np.int_]) -> TableLike:
 
 
 def numbers(who: str, name: str, value: TableLike) -> Tensor:
-    """A table as a tensor on the CPU: a tensor keeps its dtype, others become float32 or, if needed, float64.
+    """Convert a table to a CPU tensor: a tensor keeps its dtype, others become float32 or, if needed, float64.
 
-    An entry (rows, ...) of a dictionary gives one column for each number of its rows. None among numbers is NaN.
+    An entry (rows, ...) of a dictionary gives one column for each number in its rows. None among numbers becomes NaN.
 
     Raises:
         TypeError: For values that are not numeric.
@@ -347,12 +348,12 @@ def numbers(who: str, name: str, value: TableLike) -> Tensor:
             f"{who} expected {name} to be a tensor, array or data frame of numbers, "
             f"got {type(value).__name__} of {array.dtype}{advice}."
         )
-    # A copy: torch takes neither negative strides nor foreign byte orders, and warns of arrays it may not write to.
+    # A copy: torch accepts neither negative strides nor foreign byte orders, and warns about read-only arrays.
     return torch.from_numpy(np.array(array, _dtype_for(array.dtype), order="C"))
 
 
 def _side_by_side(who: str, name: str, value: Mapping[str, Entry]) -> Tensor:
-    """The entries of a dictionary as columns side by side."""
+    """Concatenate the entries of a dictionary as columns."""
     entries = {label: numbers(who, f"{name} {label!r}", entry) for label, entry in value.items()}
     lengths = {label: len(entry) if entry.dim() else None for label, entry in entries.items()}
     if not entries or None in lengths.values() or len(set(lengths.values())) > 1:
@@ -367,7 +368,7 @@ def _side_by_side(who: str, name: str, value: Mapping[str, Entry]) -> Tensor:
 
 
 def _without_objects(values: NDArray[Any]) -> NDArray[Any]:
-    """Rows of objects as float64 if all are numbers, or missing ones; others as they are."""
+    """Convert rows of objects to float64 if all are numbers or missing; return others unchanged."""
     if values.dtype.kind != "O" or not values.ndim:
         return values
     each = [np.nan if is_missing(value) else value for value in values.ravel().tolist()]
@@ -383,20 +384,20 @@ def _column_of_frame(who: str, name: str, label: Hashable, column: Series[Any]) 
         raise TypeError(
             f"{who} expected {name} of numeric columns, got column {label!r} of {column.dtype}: {_advice(column)}."
         )
-    # A nullable dtype of pandas names the corresponding one of numpy.
+    # A nullable pandas dtype is named after the corresponding numpy dtype.
     dtype = _dtype_for(cast("np.dtype[np.generic]", getattr(column.dtype, "numpy_dtype", column.dtype)))
     return column.to_numpy(dtype=dtype, na_value=np.nan)
 
 
 def _advice(column: Series[Any]) -> str:
-    """Advice for a column of a data frame that is not numeric."""
+    """Advice about a column of a data frame that is not numeric."""
     if getattr(column.dtype, "kind", "O") in TIME_KINDS:
         return "put seconds or days since the first in its place, or drop it"
     return "drop it or encode it"
 
 
 def _dtype_for(dtype: np.dtype[np.generic]) -> type[np.float32 | np.float64]:
-    """float32 if it holds every value of the dtype, else float64."""
+    """float32 if it represents every value of the dtype, otherwise float64."""
     return np.float32 if np.can_cast(dtype, np.float32) else np.float64
 
 
@@ -421,6 +422,6 @@ def _with_rows(shape: Sequence[int]) -> str:
 
 
 def listed_names(names: Sequence[Hashable]) -> str:
-    """Names of columns in quotes: all, or the first of many and how many more there are."""
+    """Names of columns in quotes: all of them, or the first few and the number of others."""
     shown = ", ".join(repr(str(name)) for name in names[:8])
     return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown

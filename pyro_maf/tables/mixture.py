@@ -1,4 +1,4 @@
-"""Mixtures of Gaussians of rows, by expectation maximisation."""
+"""Mixtures of Gaussians, fitted to rows by expectation maximisation."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ __all__ = ["Mixture", "fit_mixture", "num_parameters"]
 
 COMPONENTS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 LEAST_ROWS, ROWS_EACH = 20, 0.5
-"""Least number of rows of a cluster, and least share of a row for each of its parameters: BIC, which counts parameters
-for many rows, takes too many."""
+"""Minimum number of rows of a cluster, and of rows per parameter of a cluster. BIC, derived for many rows, would allow
+too many clusters."""
 SCALES = 2.0 ** torch.arange(4, dtype=torch.float64)
-"""Scales of the Gaussians of a cluster. Factors of 2 are as good as any between, for tails of Student's t too."""
+"""Scales of the Gaussians of a cluster. Factors of 2 are as good as finer ones, even for the tails of Student's t."""
 CORE = 0.8
-"""Share of the first scale to begin with."""
+"""Initial weight of the first scale."""
 STARTS, START_ROWS, START_ITERATIONS = 4, 1024, 10
-"""Starts of which the likeliest after some iterations, of at most so many rows, goes on: one alone often has two
-clusters for one of the rows, and one for two, which no iteration amends."""
+"""Number of starts, of which the likeliest after some iterations on a subset of the rows is continued. A single start
+often splits one cluster of the rows and merges two others, which no iteration mends."""
 ITERATIONS, SETTLED, COARSELY = 100, 1e-4, 1e-3
-"""Maximum number of iterations, and gain in nats a row of one after which to end: of numbers of clusters that are
-compared, more is enough."""
+"""Maximum number of iterations, and gain per iteration, in nats per row, below which to stop: for the final fit, and,
+coarser, for comparing numbers of clusters."""
 SCATTER = 1e-5
-"""Scatter of a cluster before any rows, in units of the rows' variances: its few rows cannot collapse, and many may
-lie as close to a plane as they do."""
+"""Prior scatter of a cluster, in units of the rows' variances. It keeps a cluster of few rows from collapsing, and lets
+one of many rows lie as close to a plane as they do."""
 SHRINKAGES = (0.0, 0.003, 0.01, 0.03, 0.06, 0.1, 0.2, 0.3, 0.5)
 FOLDS = 5
 MOST_WIDENED = 4.0
-"""Maximum factor by which the covariance of a cluster of few rows is widened."""
+"""Maximum factor by which the covariance of a cluster with few rows is widened."""
 CANDIDATES, LLOYD = 5, 10
-"""Rows of which the one with the least distances becomes a centre, and iterations of Lloyd's from these centres."""
+"""Number of candidate rows for each initial centre, as in greedy k-means++, and number of Lloyd iterations."""
 
 
 class Mixture(NamedTuple):
     """A mixture of K Gaussians in D dimensions.
 
     Attributes:
-        shares: Shares of the components, (K,).
-        means: Their means, (K, D).
+        shares: Weights of the components, (K,).
+        means: Means of the components, (K, D).
         factors: Cholesky factors of their covariances, (K, D, D).
     """
 
@@ -49,14 +49,14 @@ class Mixture(NamedTuple):
     factors: Tensor
 
     def standardised(self, rows: Tensor) -> Tensor:
-        r"""L_k^-1 (y - m_k), (\*batch, K, D), of rows y, (\*batch, D)."""
+        r"""L_k^-1 (y - m_k), (\*batch, K, D), for rows y, (\*batch, D)."""
         components, dim = self.means.shape
         whitening = torch.linalg.solve_triangular(self.factors, torch.eye(dim).to(rows), upper=False)
         shift = (whitening @ self.means[..., None]).reshape(-1)
         return (rows @ whitening.reshape(components * dim, dim).T - shift).unflatten(-1, (components, dim))
 
     def log_joint(self, rows: Tensor) -> Tensor:
-        r"""Log-density of each row and component together, (\*batch, K)."""
+        r"""Joint log-density of each row and component, (\*batch, K)."""
         log_det = self.factors.diagonal(dim1=1, dim2=2).log().sum(1)
         constant = 0.5 * rows.shape[-1] * math.log(2 * math.pi)
         return self.shares.log() - log_det - constant - 0.5 * self.standardised(rows).square().sum(-1)
@@ -67,12 +67,12 @@ class Mixture(NamedTuple):
 
 
 class _Clusters(NamedTuple):
-    """Mixture of K clusters, each of S Gaussians with one mean, and with covariances that are multiples of one another.
+    """Mixture of K clusters, each of S Gaussians that share a mean and whose covariances are multiples of one another.
 
     Attributes:
         cores: The Gaussians of scale 1, (K,).
         scales: Scales of the Gaussians of a cluster, (S,).
-        scale_shares: Their shares, the same in each cluster, (S,).
+        scale_shares: Weights of the scales, the same in each cluster, (S,).
     """
 
     cores: Mixture
@@ -80,7 +80,7 @@ class _Clusters(NamedTuple):
     scale_shares: Tensor
 
     def log_joint(self, rows: Tensor) -> Tensor:
-        """Log-density of each row, (N, D), cluster and scale together, (N, K, S)."""
+        """Joint log-density of each row, (N, D), cluster and scale, (N, K, S)."""
         dim = rows.shape[1]
         squares = self.cores.standardised(rows).square().sum(-1)
         log_det = self.cores.factors.diagonal(dim1=1, dim2=2).log().sum(1)
@@ -89,7 +89,7 @@ class _Clusters(NamedTuple):
         return log_core[:, None] + log_scale - 0.5 * squares[..., None] / self.scales.square()
 
     def mixture(self) -> Mixture:
-        """The K S Gaussians, without scales of no rows."""
+        """The K S Gaussians, without scales of negligible weight."""
         used = self.scale_shares > SETTLED
         scales, scale_shares = self.scales[used], self.scale_shares[used]
         shares = self.cores.shares[:, None] * scale_shares / scale_shares.sum()
@@ -100,28 +100,27 @@ class _Clusters(NamedTuple):
 def fit_mixture(
     rows: Tensor, weights: Tensor | None = None, *, most: int = COMPONENTS[-1], has_tails: bool = True
 ) -> Mixture:
-    r"""Fit a mixture of Gaussians, with the number of clusters that BIC is lowest for.
+    r"""Fit a mixture of Gaussians, with the number of clusters that minimises BIC.
 
-    A cluster is a Gaussian, or, if that has a lower BIC, four with one mean, and the covariance of the first times 1,
-    4, 16 and 64, with shares that all clusters have in common: these are heavy-tailed in every direction, as Student's
-    t is.
+    A cluster is a single Gaussian or, if that lowers BIC, four with the same mean, and covariances that are 1, 4, 16
+    and 64 times the first, with weights that all clusters share. Such clusters are heavy-tailed in every direction,
+    like Student's t.
 
-    No more clusters are tried than leave each 20 rows, and half a row for each of its 1 + D + D (D + 1) / 2
-    parameters. Of the highest likelihood, Gaussians of few rows are too narrow. So the correlations within clusters
-    are multiplied by 1 - s, with the s of 0 .. 0.5 of the highest likelihood in five-fold cross-validation; and the
-    covariance of a cluster of n rows is multiplied by (n + 1) / (n - D - 2), as the squared distance of new rows is
-    by these.
+    Each cluster must have at least 20 rows, and half a row for each of its 1 + D + D (D + 1) / 2 parameters. At maximum
+    likelihood, Gaussians with few rows are too narrow. So correlations within clusters are multiplied by 1 - s, with
+    the s in 0 .. 0.5 that has the highest likelihood in five-fold cross-validation; and the covariance of a cluster
+    with n rows is multiplied by (n + 1) / (n - D - 2), the ratio by which squared distances of new rows are larger.
 
     Args:
         rows: Rows (N, D), in units in which their variances are about 1.
-        weights: How often each row counts, (N,), of mean 1.
+        weights: Weight of each row, (N,), with mean 1.
         most: Maximum number of clusters.
-        has_tails: Whether a cluster may be of four Gaussians.
+        has_tails: Whether clusters of four Gaussians are considered.
 
     Returns:
-        The mixture, in float64. The same rows have the same one.
+        The mixture, in float64. The result is deterministic.
 
-    Cost: O(N D^2) an iteration and cluster.
+    Cost: O(N D^2) per iteration and cluster.
 
     Example:
         >>> noise = torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
@@ -132,7 +131,7 @@ def fit_mixture(
     rows = rows.double()
     weights = torch.ones(len(rows), dtype=torch.float64) if weights is None else weights.double() / weights.mean()
     lowest, best = _by_bic(rows, weights, most, SCALES[:1])
-    if has_tails:  # with which there are no more clusters
+    if has_tails:  # needs no more clusters than without tails
         bic, clusters = _by_bic(rows, weights, len(best.cores.shares), SCALES)
         best = clusters if bic < lowest else best
     _, _, responsibilities = _climb(best, rows, weights, ITERATIONS)
@@ -140,12 +139,12 @@ def fit_mixture(
 
 
 def num_parameters(dim: int) -> int:
-    """Number of parameters of a Gaussian and its share."""
+    """Number of parameters of a Gaussian and its weight."""
     return 1 + dim + dim * (dim + 1) // 2
 
 
 def _by_bic(rows: Tensor, weights: Tensor, most: int, scales: Tensor) -> tuple[float, _Clusters]:
-    """The lowest BIC, and its clusters."""
+    """Return the lowest BIC and its clusters."""
     each = num_parameters(rows.shape[1])
     least = max(LEAST_ROWS, ROWS_EACH * each)
     generator = torch.Generator().manual_seed(0)
@@ -165,7 +164,7 @@ def _by_bic(rows: Tensor, weights: Tensor, most: int, scales: Tensor) -> tuple[f
 def _likeliest_start(
     rows: Tensor, weights: Tensor, number: int, scales: Tensor, generator: torch.Generator
 ) -> _Clusters:
-    """The likeliest of several beginnings of some rows."""
+    """The likeliest of several starts on a subset of the rows."""
     if len(rows) > START_ROWS:
         some = torch.linspace(0, len(rows) - 1, START_ROWS).long()
         rows, weights = rows[some], weights[some]
@@ -182,7 +181,7 @@ def _likeliest_start(
 def _climb(
     clusters: _Clusters, rows: Tensor, weights: Tensor, iterations: int, settled: float = SETTLED
 ) -> tuple[_Clusters, float, Tensor]:
-    """Expectation maximisation; also the log-likelihood and the (weighted) responsibilities before the last step."""
+    """Expectation maximisation; returns also the log-likelihood and weighted responsibilities before the last step."""
     last = -math.inf
     for _ in range(iterations):
         log_joint = clusters.log_joint(rows)
@@ -199,7 +198,7 @@ def _climb(
 
 
 def _nearest_centres(rows: Tensor, number: int, generator: torch.Generator) -> Tensor:
-    """Index of the nearest centre to each row: of centres far from one another, after Lloyd's iterations."""
+    """Index of the nearest centre to each row, by k-means++ and Lloyd's iterations."""
     nearest = torch.ones(len(rows), dtype=rows.dtype)
     chosen = []
     for count in range(number):
@@ -220,13 +219,13 @@ def _nearest_centres(rows: Tensor, number: int, generator: torch.Generator) -> T
 
 
 def _maximised(rows: Tensor, responsibilities: Tensor, scales: Tensor, shrinkage: float | None = None) -> _Clusters:
-    """The likeliest clusters of responsibilities, (N, K, S), and scatter; with a shrinkage, those of new rows."""
+    """The maximum-likelihood clusters for responsibilities, (N, K, S); with `shrinkage`, shrunk and widened."""
     of_scale = responsibilities.sum((0, 1))
     count = responsibilities.sum((0, 2)).clamp(min=1e-10)
-    pull = responsibilities @ scales**-2.0  # of a row far out in a wide Gaussian, little
+    pull = responsibilities @ scales**-2.0  # small for a row far out in a wide Gaussian
     means = pull.T @ rows / pull.sum(0).clamp(min=1e-10)[:, None]
     scatter = []
-    for mean, of_row in zip(means, pull.unbind(1), strict=True):  # in half the time of all at once
+    for mean, of_row in zip(means, pull.unbind(1), strict=True):  # half the time of all at once
         centred = rows - mean
         scatter.append((centred * of_row[:, None]).T @ centred)
     covariance = torch.stack(scatter) / count[:, None, None]
@@ -241,7 +240,7 @@ def _maximised(rows: Tensor, responsibilities: Tensor, scales: Tensor, shrinkage
 
 
 def _shrunk(rows: Tensor, responsibilities: Tensor, scales: Tensor) -> _Clusters:
-    """The clusters of these responsibilities, with the shrinkage of the highest likelihood in cross-validation."""
+    """The clusters for these responsibilities, with the shrinkage that cross-validation prefers."""
     fold = torch.arange(len(rows)) % FOLDS
     best, chosen = -math.inf, SHRINKAGES[0]
     for shrinkage in SHRINKAGES:
@@ -250,7 +249,7 @@ def _shrunk(rows: Tensor, responsibilities: Tensor, scales: Tensor) -> _Clusters
             inside, outside = fold != number, fold == number
             clusters = _maximised(rows[inside], responsibilities[inside], scales, shrinkage)
             each = responsibilities[outside] * clusters.log_joint(rows[outside])
-            score += float(each.nansum())  # 0 of a scale without rows
+            score += float(each.nansum())  # NaN for a scale without rows
         if score <= best:
             break
         best, chosen = score, shrinkage

@@ -31,10 +31,10 @@ class NamedRows(NamedTuple):
 
     Attributes:
         data: Rows (N, D).
-        context: As many rows (N, C), or None.
+        context: Context of the rows, (N, C), or None.
         labels, context_labels: Names of columns and rows in messages.
         weights: Weights (N,), or None.
-        layout, context_layout: Form of data, and of samples like them, and of context; and the names of their columns.
+        layout, context_layout: Form and column names of the data, also for samples of it, and of the context.
     """
 
     data: TableLike
@@ -46,7 +46,7 @@ class NamedRows(NamedTuple):
     context_layout: Layout = NAMELESS
 
     def check_apart(self, who: str) -> None:
-        """Refuse a column that is of the data and of the context too, with the same values."""
+        """Raise if a column is both in the data and in the context, with the same values."""
         data, context = self.data, self.context
         if not (isinstance(data, Mapping) or is_frame(data)) or not (isinstance(context, Mapping) or is_frame(context)):
             return
@@ -58,7 +58,7 @@ class NamedRows(NamedTuple):
                 )
 
     def coded(self, who: str) -> NamedRows:
-        """The rows with categories as numbers: texts, truth values and categorical columns of a data frame.
+        """Encode categories of a data frame as numbers: texts, truth values and categorical columns.
 
         Raises:
             ValueError: As `categories_of`, and for a frame without rows.
@@ -75,9 +75,10 @@ class NamedRows(NamedTuple):
         return self._replace(data=data, layout=layout)
 
     def with_context_coded(self, who: str, layout: Layout) -> NamedRows:
-        """The rows with categories of a context one-hot: texts and categorical columns of a data frame.
+        """Encode categories of a context's data frame one-hot: texts and categorical columns.
 
-        They are those of a layout, of which a value is refused that is none of them, or else those of the rows.
+        The categories are those of the layout, and any other value raises; without a layout, they are those of the
+        rows.
         """
         if not is_frame(self.context):
             return self
@@ -93,11 +94,11 @@ class NamedRows(NamedTuple):
         return self._replace(context=context, context_layout=layout, context_labels=Labels.of(context))
 
     def coded_as(self, who: str, layout: Layout) -> NamedRows:
-        """The columns of a layout, by name, with its categories as numbers; as `coded` if it has none.
+        """Select the columns of a layout by name, and encode its categories as numbers; like `coded` if it has none.
 
         Raises:
-            InputError: For a value that is none of its categories.
-            ValueError: For a column that is missing.
+            InputError: For a value that is not one of the categories.
+            ValueError: For a missing column.
         """
         if not layout.in_categories or not is_frame(self.data):
             return self.coded(who)
@@ -118,18 +119,17 @@ class NamedRows(NamedTuple):
         return self._replace(data=frame, layout=form, labels=Labels.of(frame))
 
     def as_in(self, who: str, layout: Layout, context_layout: Layout, role: str = "", name: str = "data") -> NamedRows:
-        """The columns of the layouts of a fit, by name where both have names.
+        """Select the columns of a fit's layouts, by name where both have names.
 
         The context may be among the columns of data.
 
         Args:
-            who: The caller, for errors.
-            layout, context_layout: Those of the fit.
-            role, name: What messages call the rows: "validation " or "", and "data" or "rows".
+            who: The caller, for error messages.
+            layout, context_layout: The layouts of the fit.
+            role, name: Words for the rows in messages: "validation " or "", and "data" or "rows".
 
         Raises:
-            ValueError: For a column that is missing, for categories that are not those of the layout, and as
-                `check_paired`.
+            ValueError: For a missing column, for categories that differ from the layout's, and as `check_paired`.
         """
         self._check_categories(who, f"{role}{name}", layout)
         data = layout.pick(who, f"{role}{name}", self.data)
@@ -152,7 +152,7 @@ class NamedRows(NamedTuple):
         )
 
     def _check_categories(self, who: str, role: str, layout: Layout) -> None:
-        """Refuse numbers of other categories than those of a layout, as a `Table` may hold them."""
+        """Raise if numbers, as in a `Table`, stand for other categories than those of a layout."""
         for name, among, expected in zip(
             self.layout.names, self.layout.categories, layout.categories or itertools.repeat(None), strict=False
         ):
@@ -172,12 +172,12 @@ def named_rows(
 ) -> NamedRows:
     """Return the rows of a `Table`, which has a context and names, or of other data and context.
 
-    Weights may be the name of the column of data that holds them, which is then none of the data. Messages are of
-    data, context and weights of a role, "validation " or none.
+    Weights may be the name of the data column that holds them, which is then removed from the data. Messages mention
+    data, context and weights of a role, "validation " or "".
 
     Raises:
-        ValueError: For a context or weights beside a `Table` that has its own, for a name that no column has, and for
-            columns of the same name.
+        ValueError: For a context or weights in addition to those of a `Table`, for an unknown name, and for columns
+            with the same name.
     """
     data, context = _with_names(data), None if context is None else _with_names(context)
     if not isinstance(data, Table):
@@ -209,7 +209,7 @@ def named_rows(
 
 
 def _without_column(who: str, option: str, value: TableLike, name: str) -> tuple[TableLike, TableLike]:
-    """Split a table with names into the other columns or entries and that of weights."""
+    """Split a table with names into its other columns or entries and the one of weights."""
     names = Layout.of(value).names
     wanted = next((each for each in names if str(each) == name), None)
     if wanted is None or len(names) < 2:
@@ -222,7 +222,7 @@ def _without_column(who: str, option: str, value: TableLike, name: str) -> tuple
 
 
 def _check_differ(who: str, role: str, value: TableLike | None) -> None:
-    """Refuse columns of the same name: by names they could not be told apart."""
+    """Raise if columns have the same name, by which they could not be distinguished."""
     names = Counter(() if value is None else Layout.of(value).labels)
     if names and names.total() > len(names):
         name, count = names.most_common(1)[0]
@@ -233,7 +233,7 @@ def _check_differ(who: str, role: str, value: TableLike | None) -> None:
 
 
 def _with_names(table: T) -> T:
-    """A frame of another library than pandas, such as polars or pyarrow, as one of pandas; others as they are."""
+    """Convert a frame of another library, such as polars or pyarrow, to pandas; return others unchanged."""
     convert: Callable[[], T] | None = getattr(table, "to_pandas", None) if hasattr(table, "columns") else None
     return table if convert is None else convert()
 

@@ -1,4 +1,4 @@
-"""The reader of rows: conversion to tensors, with checks whose errors name rows and columns."""
+"""Conversion of rows to tensors, with checks whose errors name rows and columns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Labels", "Reader", "check_context", "check_paired", "row_shape", "ta
 LEAST_ROWS = 10
 REFUSED = "a density that takes none: leave it out"
 IN_FLOAT32 = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int16, torch.bool)
-"""Dtypes whose every value float32 represents exactly."""
+"""Dtypes all of whose values float32 represents exactly."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Labels:
     """Names of the columns and rows of a table in messages.
 
     Attributes:
-        names: Names of the columns as they are to be shown; empty for their numbers from 0.
-        count: Number of the row at an index, counted from 1; None for the index itself, from 0.
+        names: Names of the columns as shown in messages; if empty, columns are numbered from 0.
+        count: Maps the index of a row to its number, counted from 1; None to show the index, from 0.
 
     Example:
         >>> labels = Labels.of({"height": torch.zeros(3), "weight": torch.zeros(3)})
@@ -43,7 +43,7 @@ class Labels:
     @classmethod
     def of(cls, value: TableLike | None) -> Labels:
         """Labels of a table that `numbers` accepts."""
-        # The names of a frame may be of any type.
+        # The names of a frame may have any type.
         names = value.columns if value is not None and is_frame(value) else Layout.of(value).labels
         return cls(tuple(map(repr, names)))
 
@@ -61,16 +61,16 @@ class Reader:
     """Conversion of data, context and weights to tensors, with checks whose errors name rows and columns.
 
     Attributes:
-        who: The caller, for errors.
+        who: The caller, for error messages.
         width, context_width: Expected number of columns of data, and of context, 0 for none.
-        refused: Density that refuses a context, and advice, as "MAF, which takes none: leave it out".
-        sizes: Names of the widths, as "input_dim of MAF", for errors; empty without.
+        refused: Density that takes no context, and advice, such as "MAF, which takes none: leave it out".
+        sizes: Names of the widths, such as "input_dim of MAF", for error messages; may be empty.
         labels, context_labels: Names of columns and rows.
-        support: The support of the data; rows may lie anywhere if it is None.
-        context_shape: Shape of one row of context, if that is no table: its entries are no columns, of which each has
-            to vary and units of its own, but one array, such as an image.
-        role: "" or "validation ", the prefix of "data" and "context" in errors.
-        places: Indices in their table of the rows that are read, if they are some of it.
+        support: The support of the data; None if rows may lie anywhere.
+        context_shape: Shape of one row of context if it is an array such as an image, rather than a table whose columns
+            have to vary and have units of their own.
+        role: "" or "validation ", the prefix of "data" and "context" in error messages.
+        places: Indices in the table of the rows that are read, if they are part of it.
     """
 
     who: str
@@ -87,20 +87,20 @@ class Reader:
 
     @property
     def context_columns(self) -> int:
-        """Number of columns of a context that is a table; 0 for another."""
+        """Number of columns of a context that is a table; 0 if it is an array."""
         return 0 if len(self.context_shape) > 1 else self.context_width
 
     def at(self, places: Sequence[int] | None) -> Reader:
-        """The reader of some rows of the table, at these indices."""
+        """The reader for the rows of the table at these indices."""
         return replace(self, places=places)
 
     def read(self, data: TableLike, context: TableLike | None, weights: TableLike | None = None) -> Rows:
-        """Convert rows to tensors on the CPU, of float32 if that is exact and otherwise of float64, as weights are.
+        """Convert rows to CPU tensors, in float32 if that is exact and otherwise in float64; weights likewise.
 
         Raises:
             InputError: For values that are not finite or not inside the support, and for negative weights.
             TypeError: For values that are not numeric.
-            ValueError: For wrong shapes, or a context missing, superfluous or of another length.
+            ValueError: For wrong shapes, or a context that is missing, superfluous or of another length.
         """
         size, context_size = self.sizes
         table = self._table("data", data, self.width, size)
@@ -110,7 +110,7 @@ class Reader:
         check_context(self.who, f"{self.role}context", context, self.context_width, refused=self.refused, more=more)
         often = None if weights is None else self._weights(weights, len(table))
         if often is not None and self.places is None and often[0] > 0 and bool((often == often[0]).all()):
-            often = None  # equal ones say no more than none
+            often = None  # equal weights are equivalent to none
         if context is None:
             return Rows(table, None, often)
         context_table = self._table("context", context, self.context_width, context_size, self.context_shape)
@@ -119,11 +119,11 @@ class Reader:
         return Rows(table, context_table, often)
 
     def check_paired(self, data: TableLike, context: TableLike) -> None:
-        """Refuse a context of another length or order than the data."""
+        """Check that the context has the length and order of the data."""
         check_paired(self.who, f"{self.role}data", data, f"{self.role}context", context)
 
     def check_training(self, rows: Rows, *, of_context: bool = True, of_draws: bool = False) -> None:
-        """Refuse too few rows, perhaps chains of draws, and constant columns, also those of context.
+        """Check that there are enough rows, which chains of draws may lack, and that all columns vary.
 
         Rows of weight 0 do not count.
         """
@@ -139,12 +139,12 @@ class Reader:
         self.check_varying(counted, of_context=of_context)
 
     def check_some_weight(self, total: float) -> None:
-        """Refuse weights that sum to 0."""
+        """Check that not all weights are 0."""
         if not total:
             raise ValueError(f"{self.who} expected {self.role}weights of which some are above 0, got 0 for every row.")
 
     def check_varying(self, rows: Rows, *, of_context: bool = True) -> None:
-        """Refuse constant columns, also those of context."""
+        """Check that all columns vary, including those of context."""
         context = rows.context if of_context and self.context_columns else None
         for name, table, labels in (("data", rows.data, self.labels), ("context", context, self.context_labels)):
             if table is None or not (same := (table == table[0]).all(0).nonzero()[:, 0].tolist()):
@@ -158,7 +158,7 @@ class Reader:
             )
 
     def check_rounded(self, rows: Rows, density: Standardiser) -> None:
-        """Refuse outliers so far out that they are infinite in the units of a density and the dtype of its model."""
+        """Check that no outlier is infinite in the units of a density and the dtype of its model."""
         self._check_finite("data", density.standardised(rows.data), self.labels)
         if rows.context is not None:
             self._check_finite("context", density.standardised_context(rows.context), self.context_labels)
@@ -232,14 +232,14 @@ class Reader:
         return row if self.places is None else int(self.places[row])
 
     def _tally(self, wrong: Tensor, what: str) -> str:
-        """Count the rows in words, if they are all of the table."""
+        """Number of such rows in words, if the rows are the whole table."""
         return "" if self.places is not None else f" ({int(wrong.sum())} of {len(wrong)} {what})"
 
 
 def check_paired(who: str, name: str, rows: TableLike, context_name: str, context: TableLike) -> None:
-    """Refuse a context of another length, and one of data frames whose index has the same labels in another order.
+    """Check the length of a context and, for data frames, that its index is not a reordering of that of the rows.
 
-    Rows are paired by their order, so that one of the two was shuffled or sorted without the other.
+    Rows are paired by position, so a reordered index means that one of the two was shuffled or sorted alone.
     """
     lengths = number_of_rows(context), number_of_rows(rows)
     if lengths[0] != lengths[1]:
@@ -256,7 +256,7 @@ def check_paired(who: str, name: str, rows: TableLike, context_name: str, contex
 
 
 def check_context(who: str, name: str, context: object, columns: int, refused: str = REFUSED, more: str = "") -> None:
-    """Refuse a context that is missing, with `more` on its columns, or superfluous, for a `refused` density."""
+    """Raise for a missing context, with `more` about its columns, or one for a density that takes none (`refused`)."""
     if context is not None and not columns:
         raise ValueError(f"{who} got {name} for {refused}.")
     if context is None and columns:
@@ -264,7 +264,7 @@ def check_context(who: str, name: str, context: object, columns: int, refused: s
 
 
 def row_shape(who: str, name: str, value: TableLike) -> tuple[int, ...]:
-    """Shape of one row: that of an image of (rows, height, width), (columns,) of a table. Raises as `numbers`."""
+    """Shape of one row: (height, width) of images (rows, height, width), (columns,) of a table. Raises as `numbers`."""
     if isinstance(value, Mapping) or is_frame(value):
         return (number_of_columns(who, name, value),)
     return tuple(np.shape(cast(Any, value))[1:]) or (1,)
@@ -273,10 +273,10 @@ def row_shape(who: str, name: str, value: TableLike) -> tuple[int, ...]:
 def table_of(
     who: str, name: str, value: TableLike, width: int, about: str, *, least: int = 0, shape: tuple[int, ...] = ()
 ) -> Tensor:
-    """A table as a tensor of `width` columns, as by `numbers`; a vector is one column.
+    """Convert a table to a tensor of `width` columns, as `numbers` does; a vector is one column.
 
-    Rows of another shape, of `width` numbers, may come flat. Fewer rows than `least`, or of another shape, are refused
-    with a description of it.
+    Rows of `width` numbers in another shape may be flat. Fewer rows than `least`, or another shape, raise an error that
+    describes the table by `about`.
     """
     table = numbers(who, name, value)
     got = tuple(table.shape)

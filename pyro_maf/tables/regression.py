@@ -1,4 +1,4 @@
-"""Rows as a triangular linear map of residuals and context: regressions of columns where these are worthwhile."""
+"""Triangular linear maps from residuals and context to rows: regressions of the columns for which they pay off."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ from torch import Tensor
 __all__ = ["triangular_regression"]
 
 LEAST_GAIN, BY_CHANCE = 0.1, 2.0
-"""Nats by which the entropy of a column falls, from which on it is regressed; of few rows 2 / sqrt(N). A column of few
-values in long steps, which its residual would smear, has less entropy as it is, however well others predict it."""
+"""Minimum decrease of a column's entropy for it to be regressed, in nats; with few rows, 2 / sqrt(N). A column with few
+values in large steps has a low entropy, and is not regressed even if others predict it: its residual would blur
+them."""
 RIDGE = 1e-6
 """Variance of the noise on each regressor, in units of the columns."""
 MOST_VALUES = 2**24
-"""Maximum number of values, in rows from all over the table, that the regressions are of."""
+"""Maximum number of values, in rows from all over the table, that the regressions use."""
 LEAST_SCALE = 1e-3
-"""Least scale of a residual: columns that follow from others would have none."""
+"""Minimum scale of a residual; a column that follows from others would have scale 0."""
 
 
 def triangular_regression(rows: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    r"""m, lower triangular L and slopes V of rows y = m + L r + V c, with r_i a residual, or y_i itself.
+    r"""m, lower triangular L and slopes V of rows y = m + L r + V c, where r_i is a residual or, unscaled, y_i itself.
 
-    Column i is regressed on the context c and all columns before it if the entropy of its leave-one-out residual is
-    lower than its own, by at least 0.1 nats or 2 / sqrt(N). Both entropies are Vasicek's estimate, by spacings. These
-    residuals, as those of new rows, have variance 1.
+    Column i is regressed on the context c and all preceding columns if the entropy of its leave-one-out residual is
+    lower than its own by at least 0.1 nats or 2 / sqrt(N). Both entropies are Vasicek's estimates, from spacings. The
+    leave-one-out residuals, like those of new rows, have variance 1.
 
     Args:
-        rows: Rows (N, D), in units in which they are of about 1.
-        context: Their context c, (N, C), likewise; by default none.
+        rows: Rows (N, D), in units in which they are about 1.
+        context: Context c of the rows, (N, C), likewise; by default none.
 
     Returns:
         m, (D,), L, (D, D), and V, (D, C), in float64.
 
-    Cost: O(N (C + D)^2), of some 16 million values at most.
+    Cost: O(N (C + D)^2), using at most some 16 million values.
 
     Example:
         >>> x = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -52,8 +53,8 @@ def triangular_regression(rows: Tensor, context: Tensor | None = None) -> tuple[
     joined = joined[torch.linspace(0, len(rows) - 1, count, dtype=torch.float64).long()].double()
     mean = joined.mean(0)
     centred = joined - mean
-    # Of all regressions at once: with Z = Q R, the residual of a column is R_ii q_i, and the leverages of the columns
-    # before it are the sums of the squares of theirs. The rows below are those of a ridge.
+    # All regressions at once: with Z = Q R, the residual of a column is R_ii q_i, and its leverages are the sums of
+    # squares of the preceding columns of Q. The rows appended below are those of a ridge penalty.
     padded = torch.cat([centred, math.sqrt(RIDGE * count) * torch.eye(size, dtype=centred.dtype)])
     orthogonal, triangle = torch.linalg.qr(padded)
     orthogonal = orthogonal[:count]
@@ -73,7 +74,7 @@ def triangular_regression(rows: Tensor, context: Tensor | None = None) -> tuple[
 
 
 def _entropy(columns: Tensor) -> Tensor:
-    """Entropy of each column but for a constant, (D,), in nats: the mean logarithm of its spacings."""
+    """Entropy of each column up to a constant, (D,), in nats: the mean logarithm of its spacings."""
     step = max(1, math.isqrt(len(columns)))
     ordered = columns.sort(0).values
     return (ordered[step:] - ordered[:-step]).clamp(min=1e-12).log().mean(0)

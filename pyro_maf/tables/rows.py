@@ -31,7 +31,7 @@ R = TypeVar("R")
 Hashes = NDArray[np.uint64]
 """A hash of each row, (rows,)."""
 
-# Constants of splitmix64, whose steps flip half of the bits of a number on average if one bit of it changes.
+# Constants of splitmix64, whose steps flip on average half of the bits of a number if one of them changes.
 STEP = np.uint64(0x9E3779B97F4A7C15)
 MIXES = ((np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.uint64(0x94D049BB133111EB)))
 LAST_SHIFT = np.uint64(31)
@@ -52,11 +52,11 @@ class Standardiser(Protocol):
         """Standardised data, in the dtype of the density's model."""
 
     def standardised_context(self, context: Tensor) -> Tensor:
-        """Standardised context, likewise."""
+        """Standardised context, in the dtype of the density's model."""
 
 
 class Rows(NamedTuple):
-    """Data (rows, D), for a conditional model as many rows of context (rows, C), and their weights (rows,), if any."""
+    """Data (rows, D), context (rows, C) for a conditional model, and weights (rows,), if any."""
 
     data: Tensor
     context: Tensor | None
@@ -64,25 +64,25 @@ class Rows(NamedTuple):
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """Dtypes of the data and of the context; without a context, twice that of the data."""
+        """Dtypes of data and context; without a context, the former twice."""
         return self.data.dtype, (self.data if self.context is None else self.context).dtype
 
     @property
     def sizes(self) -> list[int]:
-        """Number of rows in each block that is read at once: here there is one block."""
+        """Number of rows in each block that is read at once; rows in memory are one block."""
         return [len(self.data)]
 
     @property
     def counted(self) -> Rows:
-        """The rows of a weight above 0."""
+        """The rows with positive weight."""
         return self if self.weights is None else self.take(self.weights > 0)
 
     def read(self, blocks: Iterable[int]) -> Rows:
-        """Return the rows of blocks: here all."""
+        """Return the rows of these blocks: all of them."""
         return self
 
     def sample(self) -> Rows:
-        """Return as many rows as memory holds: here all."""
+        """Return as many rows as fit in memory: all of them."""
         return self
 
     def take(self, index: Tensor | slice) -> Rows:
@@ -94,33 +94,33 @@ class Rows(NamedTuple):
         return Rows(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
 
     def rounded_for(self, density: Standardiser) -> Rows:
-        """Convert the rows to the dtypes of a density's values and of its context."""
+        """Convert the rows to the dtypes of a density's values and context."""
         return self._replace(
             data=self.data.to(density.dtype),
             context=None if self.context is None else self.context.to(density.context_dtype),
         )
 
     def weighted(self, values: Tensor) -> Tensor:
-        """Multiply values, one a row, by the weights of the rows."""
+        """Multiply values, one per row, by the weights of the rows."""
         return values if self.weights is None else values * self.weights.to(values.dtype)
 
     def mean(self, values: Tensor) -> float:
-        """Mean of values, one a row, in which a row counts as often as its weight says."""
+        """Weighted mean of values, one per row."""
         return mean_and_error(values, self.weights)[0]
 
     def normalised(self) -> Rows:
-        """Divide the weights by their mean, so that sums over the rows divided by their number are weighted means."""
+        """Divide the weights by their mean, so that a sum over rows divided by their number is a weighted mean."""
         return self if self.weights is None else self._replace(weights=self.weights / self.weights.mean())
 
     def moments(self, support: Support, *, together: bool = False) -> tuple[Moments, Moments | None]:
-        """Return the moments of the columns of the unconstrained data, and of those of the context, or all together."""
+        """Return the moments of the unconstrained data and of the context, by column or, of the context, `together`."""
         context = None if self.context is None else context_moments_of(self.context, self.weights, together=together)
         return moments_of(support.unconstrain(self.data)[0], weights=self.weights), context
 
     def leaves_in_float32(self, support: Support) -> bool:
-        """True if values inside the support leave it when rounded to float32, as 1 - 1e-9 and 1e-40 do.
+        """Return whether values inside the support leave it when rounded to float32, like 1 - 1e-9 and 1e-40.
 
-        1e-40 counts, since draws on a support that ends at 0 are at least the smallest normal number.
+        1e-40 counts because draws on a support that ends at 0 are at least the smallest normal number.
         """
         if support.name == "real" or self.data.dtype != torch.float64:
             return False
@@ -131,12 +131,13 @@ class Rows(NamedTuple):
     def split(self, fraction: float, generator: torch.Generator, *, by_chance: bool = False) -> Split[Rows]:
         """Hold out a random fraction of the rows, at least one, for validation; none for a fraction of 0.
 
-        Equal rows stay together, or the validation score would be that of rows that were trained on. A row with more
-        copies than the number of validation rows is for training. If that leaves fewer than 3 distinct rows for
-        validation, there are so few values that they are categories, and rows are drawn one by one. A row of weight 2
-        is two copies of a row, and one of weight 0 none: it is on neither side.
+        Equal rows stay together, since validation rows must not be trained on. A row with more copies than there are
+        validation rows goes to training. If that leaves fewer than 3 distinct validation rows, the few distinct values
+        are categories, and rows are drawn individually. A row of weight 2 counts as two copies; a row of weight 0 is on
+        neither side.
 
-        With `by_chance`, rows are equal by chance, their values being few, and no copies: they are drawn one by one.
+        With `by_chance`, rows are equal because they have few values, rather than being copies: they are drawn
+        individually.
         """
         if self.weights is not None and not self.weights.all():
             counted = self.weights.nonzero()[:, 0]
@@ -152,7 +153,7 @@ class Rows(NamedTuple):
 
 
 class Split(NamedTuple, Generic[R]):
-    """Training rows, held-out rows with their indices in the table, and how many rows repeat an earlier one."""
+    """Training rows, validation rows with their indices in the table, and number of rows that repeat earlier ones."""
 
     training: R
     held_out: Rows
@@ -161,7 +162,7 @@ class Split(NamedTuple, Generic[R]):
 
 
 def copies_of(rows: Rows) -> tuple[int, Tensor]:
-    """Group equal rows: the number of distinct ones, and the number of the group of each row, (rows,).
+    """Group equal rows: return the number of groups, and the group number of each row, (rows,).
 
     Example:
         >>> copies_of(Rows(torch.tensor([[7.0], [9.0], [7.0]]), None))
@@ -172,16 +173,16 @@ def copies_of(rows: Rows) -> tuple[int, Tensor]:
 
 
 def repeat_as_a_whole(rows: Rows) -> bool:
-    """True if rows repeat as copies, so that some column has about as many distinct values as there are distinct rows.
+    """Return whether repeated rows are copies: a column has about as many distinct values as there are distinct rows.
 
-    Otherwise rows are equal by chance, as their columns have few values.
+    Otherwise rows are equal by chance, because their columns have few values.
     """
     values = (len(np.unique(column)) for table in rows[:2] if table is not None for column in table.numpy().T)
     return 2 * max(values) > copies_of(rows)[0]
 
 
 def mean_and_error(values: Tensor, weights: Tensor | None = None) -> tuple[float, float]:
-    """Mean of values, (rows,), with these weights, and its standard error, NaN of one row.
+    """Weighted mean of values, (rows,), and its standard error, NaN for a single row.
 
     Example:
         >>> mean_and_error(torch.tensor([1.0, 3.0]))
@@ -191,13 +192,13 @@ def mean_and_error(values: Tensor, weights: Tensor | None = None) -> tuple[float
     share = torch.ones_like(values) if weights is None else weights.double()
     share = share / share.sum()
     mean = share @ values
-    # For equal weights the standard deviation over the square root of the number of rows.
+    # For equal weights, the standard deviation over the square root of the number of rows.
     squares = share.square()
     return float(mean), float((squares @ (values - mean).square() / (1 - squares.sum())).sqrt())
 
 
 def in_proportion(weights: Tensor, number: int, start: float = 0.5) -> Tensor:
-    """Indices of rows in proportion to their weights, (number,): a systematic sample from an offset in [0, 1).
+    """Indices of rows in proportion to their weights, (number,): a systematic sample with an offset in [0, 1).
 
     Example:
         >>> in_proportion(torch.tensor([1.0, 0.0, 2.0, 1.0]), 8)
@@ -230,7 +231,7 @@ def hash_rows(rows: Rows) -> Hashes:
 
 
 def mixed(hashes: Hashes) -> Hashes:
-    """Flip half of the bits of each number on average if one bit of it changes."""
+    """Flip on average half of the bits of each number if one of them changes."""
     for shift, factor in MIXES:
         hashes = (hashes ^ hashes >> shift) * factor
     return hashes ^ hashes >> LAST_SHIFT
@@ -239,7 +240,7 @@ def mixed(hashes: Hashes) -> Hashes:
 def _divide(
     distinct: int, number: Tensor, weights: Tensor | None, fraction: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Indices of training and validation rows, from the number of distinct rows, the group of each and its weight."""
+    """Indices of training and validation rows, from the number of groups, and the group and weight of each row."""
     total = len(number)
     aside: float = min(max(1, round(fraction * total)), total - 2)
     if distinct < total or weights is not None:

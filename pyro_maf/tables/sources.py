@@ -1,4 +1,4 @@
-"""Tables in files and streams, of a format that their first bytes tell: csv, parquet, npy or npz."""
+"""Tables in files and streams, in the format that the first bytes indicate: csv, parquet, npy or npz."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ OTHER_FORMATS = {
     rb"\x28\xb5\x2f\xfd": "compressed by zstd",
     rb"\s*\[?\s*\{": "JSON",
 }
-"""Patterns of the first bytes of files that are decompressed, and of those that are refused by name."""
+"""Patterns of the first bytes of files that are decompressed, and of formats that are rejected by name."""
 
 NUMBERS_IN_A_BATCH = 2**21
 BYTES_IN_A_BLOCK = 2**23
-"""Size of a batch of rows, in numbers, and of one of text, in bytes."""
+"""Size of a batch of rows, in numbers, and of a block of text, in bytes."""
 
 INDEX_OF_PANDAS = re.compile(r"__index_level_\d+__")
 
@@ -72,13 +72,13 @@ LOCKED = "damaged, truncated or locked"
 
 
 class Source:
-    """A table in a file, read in batches of columns. A subclass defines `names`, `holds_text` and `batches`.
+    """A table in a file, read in batches. A subclass defines `names`, `holds_text` and `batches`.
 
     Attributes:
-        label: Its name in errors.
-        names: Names of its columns.
-        is_named: True if the file has names; otherwise they are x1, x2, ...
-        decimal: The decimal mark in its texts, a point or a comma.
+        label: Name of the file in error messages.
+        names: Names of the columns.
+        is_named: Whether the names come from the file; otherwise they are x1, x2, ...
+        decimal: Decimal mark in texts, a point or a comma.
     """
 
     names: tuple[str, ...]
@@ -95,21 +95,21 @@ class Source:
         return {name: place for place, name in enumerate(self.names)}
 
     def holds_text(self, name: str) -> bool | None:
-        """True if a column is of text, truth values or a dictionary; None if its cells have to be read for that.
+        """True for a column of text, truth values or a dictionary; None if its cells have to be read to find out.
 
-        One that is neither of these nor numeric is refused.
+        A column that is neither one of these nor numeric raises a ValueError.
         """
         raise NotImplementedError
 
     def batches(self, names: Sequence[str]) -> Generator[list[Cells], None, None]:
-        """Iterate over batches of rows of the columns `names`: arrays of numpy, or of pyarrow.
+        """Iterate over batches of rows of the columns `names`, as numpy or pyarrow arrays.
 
-        Close the generator if it may end early: it holds the file open.
+        The generator holds the file open: close it if it may end early.
         """
         raise NotImplementedError
 
     def column(self, name: str, categories: Sequence[Label] | None = None) -> Column:
-        """Return a column, for `batches`, of numbers or with its categories."""
+        """Return a column, for `batches`, numeric or with these categories."""
         return Column(name, f"column {quoted(name)} of {self.label}", self.index[name], categories, self.decimal)
 
     def wrong(self, what: str) -> ValueError:
@@ -128,7 +128,7 @@ class ArraySource(Source):
 
     def __init__(self, path: Path, label: str) -> None:
         super().__init__(path, label)
-        # Without numpy's warnings about headers that Python 2 wrote.
+        # Silences numpy's warnings about headers written by Python 2.
         with warnings.catch_warnings(action="ignore"), _reading(label, NO_ARRAY, NO_NUMBERS):
             array: NDArray[np.generic] = np.load(path, mmap_mode="r", allow_pickle=False)
         if array.dtype.kind not in REAL_KINDS or array.ndim not in (1, 2):
@@ -153,7 +153,7 @@ class ArraySource(Source):
 
 
 class ParquetSource(Source):
-    """A Parquet file. An index that pandas wrote is not a column."""
+    """A Parquet file. An index written by pandas is not a column."""
 
     def __init__(self, path: Path, label: str) -> None:
         super().__init__(path, label)
@@ -164,7 +164,7 @@ class ParquetSource(Source):
             self.names = tuple(name for name in self._schema.names if not INDEX_OF_PANDAS.fullmatch(name))
 
     def holds_text(self, name: str) -> bool | None:
-        """Return the answer of the schema."""
+        """Return the answer from the schema."""
         from pyarrow import types
 
         kind = self._schema.field(name).type
@@ -192,7 +192,7 @@ class ParquetSource(Source):
 
 
 class CsvSource(Source):
-    """Text in UTF-8, a row a line, with cells separated by tabs, commas, semicolons, bars or single spaces.
+    """UTF-8 text, one row per line, with cells separated by tabs, commas, semicolons, bars or single spaces.
 
     The first line is a header, unless it is a row of numbers like the others.
     """
@@ -224,26 +224,26 @@ class CsvSource(Source):
         self._rows_above = head[0][0] + 1 if self.is_named else 0
 
     def holds_text(self, name: str) -> bool | None:
-        """Return None: the cells have to be read for that."""
+        """Return None: the cells have to be read to find out."""
         return None
 
     def batches(self, names: Sequence[str]) -> Generator[list[Cells], None, None]:
-        """Iterate over rows as pyarrow parses them, every column as text."""
+        """Iterate over rows as parsed by pyarrow, every column as text."""
         import pyarrow
         from pyarrow import csv as arrow_csv
 
         try:
             # A reader left to the garbage collector is destroyed while its threads run, which aborts the process.
             with arrow_csv.open_csv(
-                pyarrow.OSFile(str(self.path)),  # of a path, it would decompress by the ending
+                pyarrow.OSFile(str(self.path)),  # given a path, pyarrow would decompress by the suffix
                 arrow_csv.ReadOptions(
                     use_threads=False,
                     block_size=BYTES_IN_A_BLOCK,
                     column_names=self.names,
                     skip_rows_after_names=self._rows_above,
                 ),
-                # Nothing of Python's, such as a handler of ragged rows: a thread of pyarrow's that let go of it after
-                # the interpreter's end would end the process as well.
+                # No Python callbacks, such as a handler of ragged rows: a pyarrow thread that releases one after the
+                # interpreter has ended would abort the process as well.
                 arrow_csv.ParseOptions(delimiter=self._delimiter, newlines_in_values=True),
                 arrow_csv.ConvertOptions(
                     column_types=dict.fromkeys(names, pyarrow.string()),
@@ -257,7 +257,7 @@ class CsvSource(Source):
             raise self._refused(error) from None
 
     def _refused(self, error: Exception) -> ValueError:
-        """Error for one of pyarrow's."""
+        """Convert an error of pyarrow to one about the file."""
         if "invalid UTF8" in str(error):
             return self._no_text(error)
         if (ragged := re.search(r"Row #(\d+): Expected \d+ columns, got (\d+)", str(error))) is None:
@@ -275,7 +275,7 @@ class CsvSource(Source):
 
 
 def open_source(source: FileOrStream, array: str | None, decimal: str, encoding: str) -> Source:
-    """Open the table in a file or stream, as `read_table`; its first bytes determine the format.
+    """Open the table in a file or stream, as `read_table` does; its first bytes determine the format.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -328,7 +328,7 @@ def _as_file(source: FileOrStream) -> tuple[Path, str]:
 
 
 def _of_start(formats: Mapping[bytes, T], start: bytes) -> T | None:
-    """Value of the pattern that the first bytes of a file match, or None."""
+    """The value whose pattern matches the first bytes of a file, or None."""
     return next((value for pattern, value in formats.items() if re.match(pattern, start)), None)
 
 
@@ -338,13 +338,13 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def _one_line(error: Exception) -> str:
-    """Convert the message of another package's error to the end of a sentence."""
+    """Format another package's error message as the end of a sentence."""
     text = shown(" ".join(str(error).split()) or type(error).__name__, 200)
     return text.removesuffix(".") + "."
 
 
 def _member_of(path: Path, label: str, array: str | None) -> tuple[Path, str]:
-    """Extract an array of an .npz file to an .npy file; also return its label for errors."""
+    """Extract an array of an .npz file to an .npy file; return its path and label for error messages."""
     with _reading(label, NO_ARCHIVE, LOCKED), zipfile.ZipFile(path) as archive:
         members = {name.removesuffix(".npy"): name for name in archive.namelist() if name.endswith(".npy")}
         is_workbook = "xl/workbook.xml" in archive.namelist()
@@ -397,9 +397,9 @@ def _no_parquet() -> tuple[type[Exception], ...]:
 
 
 def _recoded(path: Path, label: str, encoding: str) -> Path:
-    """Return a file of text in UTF-8: this one, or a temporary one if it has another encoding.
+    """Return a file with the text in UTF-8: this one, or a temporary one if the encoding differs.
 
-    pyarrow would have Python decode it in another thread, for which the interpreter does not wait at exit.
+    pyarrow would let Python decode it in another thread, for which the interpreter does not wait at exit.
     """
     try:
         name = codecs.lookup(encoding).name
@@ -428,7 +428,7 @@ def _delimiter_between(first: str, second: str, marks: str) -> str:
 
 
 def _is_header(first: list[str], second: list[str], decimal: str) -> bool:
-    """True if a row is a header: only text, a text above a number, or the numbers of the columns."""
+    """Return whether a row is a header: only text, some text above a number, or the column numbers."""
     above, below = ([_is_number(cell, decimal) for cell in row] for row in (first, second))
     if not any(above) or any(number and not name for name, number in zip(above, below, strict=False)):
         return True

@@ -1,4 +1,4 @@
-"""Any table of numbers as data and context: reading, and the description of its columns."""
+"""Reading of tables of numbers into data and context, with a description of their columns."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ __all__ = ["Gaps", "Table", "read_table"]
 
 BYTES_IN_MEMORY = 2**29
 MOST_COMPARED = 2000
-"""Maximum number of names that are searched for one similar to an unknown name: each takes time."""
+"""Maximum number of names that are searched for one similar to an unknown name, since each takes time."""
 MOST_ROWS, MOST_COLUMNS = 3, 5
 """Number of rows, and of columns, with missing values that a message names."""
 
 
 class Gaps:
-    """Missing values of the columns of a table, collected batch by batch.
+    """Missing values in the columns of a table, collected batch by batch.
 
     Attributes:
         length: Number of rows.
         rows: Numbers of the rows with a missing value, counted from 1.
-        first: Column and row, counted from 1, of the first missing value, and its description for an error; or None.
+        first: Column, row, counted from 1, and description of the first missing value, for an error message; or None.
     """
 
     def __init__(self, columns: Sequence[Column]) -> None:
@@ -49,7 +49,7 @@ class Gaps:
         self._examples: dict[int, list[int]] = {}
 
     def add(self, numbers: NDArray[np.float64], cells: Sequence[Cells]) -> NDArray[np.bool_]:
-        """Record a batch of cells, encoded as numbers, NaN for missing values; return the mask of its whole rows."""
+        """Record a batch of cells, encoded as numbers with NaN for missing values; return the mask of complete rows."""
         before, self.length = self.length, self.length + len(numbers)
         missing = np.isnan(numbers)
         if not missing.any():
@@ -71,7 +71,7 @@ class Gaps:
         return ~gone
 
     def error(self) -> InputError | None:
-        """Error about the first missing value, and how many there are; None without one."""
+        """Error about the first missing value, with the total number; None if there is none."""
         if self.first is None:
             return None
         column, row, complaint = self.first
@@ -97,18 +97,18 @@ class Gaps:
 
 @dataclass(frozen=True, repr=False)
 class Table:
-    """Named columns of numbers, float32 or float64, one row an event.
+    """Named columns of numbers, float32 or float64, one event per row.
 
     Attributes:
         data: (rows, D): an array or, for a table larger than half a gibibyte, a read-only `np.memmap`.
         context: (rows, C), or None without a context.
-        layout: Names of the columns of data, and the categories of those whose numbers 0, 1, ... `data` holds.
-        context_layout: Names of the columns of context, and the categories of those that are one-hot. `read_table`
-            takes both layouts to read another table in the same way.
+        layout: Names of the data columns, and the categories of those that `data` holds as numbers 0, 1, ...
+        context_layout: Names of the context columns, and the categories of those that are one-hot. Pass both layouts to
+            `read_table` to read another table in the same way.
         label: Name of the file; "" for a table from elsewhere.
-        rows: Number of each row in the file, counted from 1; None for all of them in their order.
-        missing: Rows left out for missing values: their number, which, and in which columns; None if there are none.
-        weights: How often each row counts, (rows,), or None.
+        rows: Number of each row in the file, counted from 1; None for all rows in order.
+        missing: Rows left out because of missing values: how many, which ones and in which columns; None if none were.
+        weights: Weight of each row, (rows,), or None.
     """
 
     data: FloatArray
@@ -127,7 +127,7 @@ class Table:
 
     @property
     def context_names(self) -> tuple[str, ...]:
-        """Names of the C columns of context; that of a category is column=category."""
+        """Names of the C columns of context; those of one-hot categories are column=category."""
         return tuple(self.context_layout.encoded_labels)
 
     @property
@@ -161,46 +161,46 @@ def read_table(
     encoding: str = "utf-8",
     weights: str | None = None,
 ) -> Table:
-    r"""Read csv, tsv, parquet, npy or npz, which may be larger than memory.
+    r"""Read csv, tsv, parquet, npy or npz files, which may be larger than memory.
 
     The first bytes determine the format. Text may be compressed by gzip, bzip2 or xz; a header of names is optional.
-    Columns without names are x1, x2, ... Numbers are rounded to float32 if its precision suffices, which it does not
-    for a column of 5.4e6 +- 0.1 or of time stamps. More than half a gibibyte of them is stored in a temporary file that
-    is deleted when the program ends, or mapped from the .npy file itself.
+    Columns without names are called x1, x2, ... Numbers are rounded to float32 if its precision suffices, which it does
+    not for a column of 5.4e6 +- 0.1 or of time stamps. Tables of more than half a gibibyte are stored in a temporary
+    file, which is deleted when the program ends, or mapped from the .npy file itself.
 
     Args:
         source: A path; "-" for standard input; or a binary stream.
-        columns: The columns of data, in this order; by default all that are not context. One of text or truth values
-            that repeat has the number of its category, in alphabetical order: see `Table.categories`. Or the `layout`
-            of another table or of a density: its columns are matched by name, with its categories, and further ones are
-            ignored. A table without names may also have the same number of columns, in the same order.
-        context: Columns that the distribution of the data depends on. One of text, of truth values or of a dictionary
-            becomes a column of 0 and 1 for each of its categories, in alphabetical order. Or the `context_layout`
-            beside a `layout`.
-        categories: Columns of context whose numbers are labels, such as 0 to 9, and so categories too.
+        columns: The data columns, in this order; by default all that are not context. A column of repeating texts or
+            truth values holds the number of the category, in alphabetical order: see `Table.categories`. Or the
+            `layout` of another table or of a density: its columns are matched by name, with its categories, and other
+            columns are ignored. A table without names may also have the same number of columns, in the same order.
+        context: Columns that the distribution of the data depends on. A column of text, truth values or a dictionary is
+            encoded one-hot, with its categories in alphabetical order. Or the `context_layout` that belongs to a
+            `layout`.
+        categories: Context columns whose numbers are labels, such as 0 to 9, and are treated as categories.
         array: Name of the array in an .npz file; optional if only one has rows and columns.
-        dtype: "float32" or "float64", for a table that must match another one; an array that is mapped from its file
-            has the dtype of the file.
+        dtype: "float32" or "float64", for a table that must match another one; an array mapped from its file keeps the
+            dtype of the file.
         drop_missing: Leave out rows with a missing value in one of these columns: an empty cell, NaN, null, or text
-            such as NA; `Table.rows` has the numbers of the others.
+            such as NA. `Table.rows` has the numbers of the other rows.
         decimal: Decimal mark of text, "." or ",".
-        encoding: Encoding of text, by a name of Python's, such as "latin-1".
-        weights: A column of numbers that say how often each row counts; it is neither data nor context.
+        encoding: Encoding of text, by its Python name, such as "latin-1".
+        weights: A numeric column with the weight of each row; it is neither data nor context.
 
     Returns:
         A `Table`.
 
     Cost:
-        One pass over the file, after one over columns that may be text, which ends with the first part of the rows if
-        none is.
+        One pass over the file, after a pass over columns that may be text; the latter ends with the first part of the
+        rows if none is.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        TypeError: For a source or a choice of columns of another type.
-        ValueError: For a file that is empty, damaged or ragged; for columns that are unknown, repeated or without a
-            name; for text among numbers or that does not repeat, missing values and those that are not finite, with the
-            row, counted from 1, and the column, and how many are missing where; for categories that the other table did
-            not have, or too many.
+        TypeError: If the source or a choice of columns has the wrong type.
+        ValueError: If the file is empty, damaged or ragged. If columns are unknown, repeated or without a name. If
+            there is text among numbers or text that does not repeat, or a value is missing or not finite; the message
+            has the row, counted from 1, the column, and the total numbers of missing values. If there are too many
+            categories, or ones that the other table did not have.
         ModuleNotFoundError: For csv and parquet without the `cli` extra.
 
     Example:
@@ -240,7 +240,7 @@ def read_table(
 
 
 def _layout(columns: Sequence[Column], dtype: str | None = None) -> Layout:
-    """The layout of columns of data, whose rows are drawn with their texts in a data frame, or of context."""
+    """The layout of the columns, of data if `dtype` is set, whose samples are data frames with texts, or of context."""
     names = tuple(column.name for column in columns)
     layout = Layout("rows", names, ((),) * len(names))
     if all(column.categories is None for column in columns):
@@ -263,7 +263,7 @@ def _chosen(
     categories: Sequence[str],
     weights: str | None,
 ) -> tuple[list[Column], list[Column]]:
-    """Return the requested columns of data and of context, or all the rest."""
+    """Return the requested columns of data and of context, or by default all the rest as data."""
     for name, value in (("columns", columns), ("context", context), ("categories", categories)):
         if isinstance(value, str) or not isinstance(value, (Sequence, type(None))):
             raise TypeError(f"read_table expected {name} to be a sequence of names, got {value!r}.")
@@ -284,7 +284,7 @@ def _chosen(
 
 
 def _weights(source: Source, name: str, others: Sequence[Column]) -> list[Column]:
-    """Return the column of weights, which must be numeric and no other column."""
+    """Return the column of weights, which must be numeric and not be used otherwise."""
     _check_known(source, [name])
     if any(column.name == name for column in others):
         raise ValueError(f"read_table expected weights that are neither data nor context, got {quoted(name)}: choose.")
@@ -301,7 +301,7 @@ def _number(source: Source, name: str, role: str = "data") -> Column:
 
 
 def _labelled(source: Source, names: Sequence[str]) -> list[Column]:
-    """Return columns of data, numeric or of labels."""
+    """Return columns of data, numeric or categorical."""
     surveys = _surveyed(source, {name: source.holds_text(name) for name in names}, of_context=False)
     labels = {name: survey.labels() for name, survey in surveys.items()}
     return [labels.get(name) or _number(source, name) for name in names]
@@ -315,7 +315,7 @@ def _inferred(source: Source, names: Sequence[str], categories: Sequence[str]) -
 
 
 def _surveyed(source: Source, kinds: Mapping[str, bool | None], *, of_context: bool) -> dict[str, Survey]:
-    """Read the columns that may hold text; those of data as far as they may be labels."""
+    """Read the columns that may hold text; columns of data only as long as they may be labels."""
     surveys = {name: Survey(source.column(name), bool(kind)) for name, kind in kinds.items() if kind is not False}
     if surveys:
         with closing(source.batches(list(surveys))) as batches:
@@ -333,7 +333,7 @@ def _surveyed(source: Source, kinds: Mapping[str, bool | None], *, of_context: b
 def _described(
     source: Source, layout: object, context: object, categories: Sequence[str]
 ) -> tuple[list[Column], list[Column]]:
-    """Return the columns of data and of context of two layouts."""
+    """Return the columns of data and of context that two layouts describe."""
     if categories or not (isinstance(layout, Layout) and isinstance(context, Layout)):
         raise ValueError("read_table expected columns and context as the two layouts of a table, got names with one.")
     data, given = layout.columns, context.columns
@@ -365,9 +365,9 @@ def _check_known(source: Source, names: Sequence[str]) -> None:
 
 
 def _read(source: Source, columns: Sequence[Column], dtype: str | None, drop_missing: bool) -> tuple[FloatArray, Gaps]:
-    """Read and encode the columns, (rows, numbers); refuse missing values, or return those that are left out.
+    """Read and encode the columns, (rows, numbers); raise for missing values, or drop and return their rows.
 
-    A large array that has exactly these columns in floating point stays mapped from its file.
+    A large floating-point array that has exactly these columns stays mapped from its file.
     """
     names, mapped = [column.name for column in columns], None
     if isinstance(source, ArraySource) and not drop_missing and names == list(source.names):
