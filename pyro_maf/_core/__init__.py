@@ -1,1 +1,1 @@
-"""Parts that need only torch and Python: checks, states of torch, random numbers, files, progress, interruption."""
+"""Utilities that need only torch and Python: checks, states of torch, random numbers, files, progress, interruption."""

@@ -47,7 +47,7 @@ class InputError(ValueError):
 
 
 def check_positive(who: str, name: str, value: Any, least: int = 1) -> int:
-    """Return `value` as an int; raise if it is not one, or below `least`."""
+    """Return `value` as an int; raise if it is not an int or is below `least`."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -60,14 +60,14 @@ def check_positive(who: str, name: str, value: Any, least: int = 1) -> int:
 
 
 def check_seed(who: str, seed: Any, name: str = "seed") -> int:
-    """Return a seed as an int; raise if it is not one that every generator of torch takes."""
+    """Return a seed as an int; raise if some torch generator does not accept it."""
     if check_positive(who, name, seed, least=0) >= 2**63:
         raise ValueError(f"{who} expected {name} below 2**63, got {seed}.")
     return int(seed)
 
 
 def check_above_zero(who: str, name: str, value: Any, *, finite: bool = False) -> None:
-    """Raise if `value` is not a number above 0 or, with `finite`, not finite."""
+    """Raise if `value` is not a number above 0 or, with `finite`, is infinite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{who} expected {name} to be a number, got {value!r}.")
     if math.isnan(value) or value <= 0 or (finite and math.isinf(value)):
@@ -89,7 +89,7 @@ def check_shape(who: str, name: str, values: Iterable[int] | int) -> torch.Size:
 
 
 def check_choice(who: str, name: str, value: Any, choices: Iterable[str]) -> str:
-    """Return `value` if it is one of `choices`."""
+    """Return `value` if it is one of `choices`; otherwise raise."""
     choices = tuple(choices)
     if value not in choices:
         raise ValueError(f"{who} expected {name} to be one of {', '.join(choices)}, got {value!r}.")
@@ -97,7 +97,7 @@ def check_choice(who: str, name: str, value: Any, choices: Iterable[str]) -> str
 
 
 def check_permutation(who: str, name: str, value: Any, size: int | None = None) -> Tensor:
-    """Return `value` as an int64 tensor that holds each of 0 .. size - 1 once."""
+    """Return `value` as an int64 tensor; raise unless it holds each of 0 .. size - 1 once."""
     try:
         permutation = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
@@ -111,7 +111,7 @@ def check_permutation(who: str, name: str, value: Any, size: int | None = None) 
 
 
 def check_event(who: str, name: str, value: Any, size: int, size_name: str, like: Tensor | None = None) -> Tensor:
-    """Check a tensor of events: its last dimension and, against `like`, its device and, unless of indices, dtype."""
+    """Check a tensor of events: its last dimension and, with `like`, its device and, except for indices, its dtype."""
     if not isinstance(value, Tensor):
         of_frame = ".to_numpy()" if hasattr(value, "to_numpy") else ""
         dtype = "" if like is None or not like.is_floating_point() else f", dtype=torch.{_short(like.dtype)}"
@@ -139,7 +139,7 @@ def check_event(who: str, name: str, value: Any, size: int, size_name: str, like
 
 
 def check_context(who: str, context: object, context_dim: int, like: Tensor | None = None, *, advice: str = "") -> None:
-    """Raise for a context that is missing, superfluous or invalid; `advice` ends the sentence about a missing one."""
+    """Raise for a missing, superfluous or invalid context; `advice` ends the sentence about a missing one."""
     if context is None and context_dim:
         raise ValueError(f"{who} expected a context with last dimension {context_dim} (context_dim), got none{advice}.")
     if context is not None and not context_dim:
@@ -149,11 +149,11 @@ def check_context(who: str, context: object, context_dim: int, like: Tensor | No
 
 
 def check_takes_gradient(who: str, module: nn.Module, like: Tensor | None) -> None:
-    """Raise for a module's parameters of inference mode if a gradient is needed: torch would silently lose some.
+    """Raise if a gradient is needed for parameters created in inference mode: torch would silently lose some.
 
-    `like` is one of its tensors, or None.
+    `like` is one of the module's tensors, or None.
     """
-    # The test cannot be compiled, and no compiler runs with tensors of inference mode.
+    # The test cannot be compiled, and no compiler runs with inference tensors.
     if like is None or torch.compiler.is_compiling() or not like.is_inference() or not torch.is_grad_enabled():
         return
     if any(parameter.requires_grad for parameter in module.parameters()):

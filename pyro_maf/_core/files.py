@@ -45,13 +45,13 @@ CHECKPOINT, LOG, MODEL, BOARD = "checkpoint.safetensors", "log.csv", "model.safe
 """Files that `pyro_maf.fit` writes."""
 
 RECORD, REPORT = "fit.json", "report.html"
-"""Files that the command adds: columns of a table for the model, settings of the fit, and report of its quality."""
+"""Files that the command adds: record and report of the fit."""
 
 FILES = (MODEL, CHECKPOINT, LOG, RECORD, REPORT)
 
 LOCK = ".lock"
 LOCKED_BYTE = 2**20
-"""Position of the lock on Windows: beyond the line in the file, which other processes need to read."""
+"""Position of the lock on Windows, beyond the line in the file, which other processes need to read."""
 ASIDE = ".replaced-"
 TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 UNLOCKABLE = (errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -62,7 +62,7 @@ TOKEN_BYTES = 8
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file atomically, as `writing_whole`."""
+    """Write a file atomically, with `writing_whole`."""
     with writing_whole(path) as file:
         file.write(content)
 
@@ -74,7 +74,7 @@ def writing_whole(path: Path) -> Iterator[BinaryIO]:
         raise FileNotFoundError(f"save expected an existing folder for {path.name}, got {path.parent}.")
     if path.is_dir():
         raise IsADirectoryError(f"save expected a file name, got the folder {path}.")
-    # Not a file of `tempfile`, which only its owner can read.
+    # Not a file from `tempfile`, which only its owner can read.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(TOKEN_BYTES)}")
     try:
         with open(temporary, "xb") as file:
@@ -103,7 +103,7 @@ def try_to_write(path: Path, content: bytes) -> bool:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove temporary files of `path` that a killed process has left behind."""
+    """Remove temporary files of `path` left behind by a killed process."""
     token = "[0-9a-f]" * (2 * TOKEN_BYTES)
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.{token}"):
         temporary.unlink(missing_ok=True)
@@ -126,12 +126,12 @@ _guard = threading.Lock()
 def held(folder: Path, *, make: bool = True) -> Iterator[None]:
     """Context manager with exclusive write access to `folder` for this thread; re-entrant.
 
-    The operating system releases the lock of a process that ends, even one that is killed. Unless `make`, the folder is
+    The operating system releases the lock when a process ends, even if it is killed. Unless `make`, the folder is
     locked at the first entry at which it exists.
 
     Raises:
-        ValueError: If another thread or process holds it; the message says which.
-        OSError: If the folder is not writable, or a file stands there.
+        ValueError: If another thread or process holds the folder; the message says which.
+        OSError: If the folder is not writable, or a file exists at its path.
     """
     key = folder.resolve()
     with _guard:
@@ -165,7 +165,7 @@ def _lock(folder: Path) -> IO[bytes] | None:
             raise OSError(error.errno, error.strerror, str(folder)) from None
         try:
             _lock_file(file)
-            # The previous holder may have removed it since it was opened: then others lock a new file.
+            # The previous holder may have removed the file after it was opened; others would then lock a new one.
             if _is(path, file):
                 _sign(file)
                 return file
@@ -210,7 +210,7 @@ def _sign(file: IO[bytes]) -> None:
 def _release(folder: Path, lock: IO[bytes] | None) -> None:
     if lock is None:
         return
-    # Removed while still locked, so that it is no other process's; Windows removes no open file.
+    # Removed while still locked, so that it cannot be another process's; Windows cannot remove open files.
     with suppress(OSError):
         (folder / LOCK).unlink()
     lock.close()
@@ -224,11 +224,11 @@ def _taken(folder: Path, holder: str) -> ValueError:
 
 @contextmanager
 def replaced(folder: Path) -> Iterator[None]:
-    """Set the fit in `folder` aside while entered; without a new checkpoint it is restored, on exit or later."""
+    """Set the fit in `folder` aside while the context is active; without a new checkpoint, restore it then or later."""
     old = [folder / name for name in (CHECKPOINT, *FILES, BOARD) if (folder / name).exists()]
     aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=folder))
     try:
-        # The checkpoint is moved first and restored last: a checkpoint in the folder is always the new one.
+        # The checkpoint is moved first and restored last, so that a checkpoint in the folder is always the new one.
         for path in dict.fromkeys(old):
             path.rename(aside / path.name)
         yield
@@ -237,7 +237,7 @@ def replaced(folder: Path) -> Iterator[None]:
 
 
 def recover(folder: Path) -> None:
-    """Restore a fit that was set aside for a new one, if that was killed before its first checkpoint."""
+    """Restore a fit that was set aside for a new one, if the latter was killed before its first checkpoint."""
     asides = sorted(folder.glob(f"{ASIDE}*"))
     with held(folder) if asides else nullcontext():
         for aside in asides:

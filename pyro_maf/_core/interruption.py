@@ -1,4 +1,4 @@
-"""Ctrl-C, and the signal to terminate, as a request to stop early, with the result so far."""
+"""Ctrl-C, or a termination signal, as a request to stop early with the result so far."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["Interruption"]
 class Interruption:
     """Context manager: the first Ctrl-C sets `requested`, a second raises KeyboardInterrupt.
 
-    It does nothing outside the main thread, which alone gets signals, or if Ctrl-C is ignored. With
-    `defers_termination`, SIGTERM, unless the program handles it, sets `requested` too, and ends the program on exit; a
-    second one ends it at once.
+    It does nothing outside the main thread, the only one to receive signals, or if Ctrl-C is ignored. With
+    `defers_termination`, SIGTERM, unless the program handles it, also sets `requested`, and ends the program on exit; a
+    second SIGTERM ends it immediately.
     """
 
     def __init__(self, *, defers_termination: bool = False) -> None:
@@ -39,7 +39,7 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._is_terminated:
-            # As a shell reports a program that the signal has ended.
+            # The exit code with which a shell reports a program ended by the signal.
             raise SystemExit(128 + signal.SIGTERM)
 
     def settle(self) -> None:

@@ -1,4 +1,4 @@
-"""Memory for large temporary tensors, used again and again instead of returned to the system."""
+"""Memory for large temporary tensors, reused instead of being returned to the system."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ __all__ = ["empty"]
 
 DTYPES: dict[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 SMALLEST = 2**17
-"""Bytes from which on memory is held: less than that an allocator holds itself."""
+"""Bytes from which on memory is pooled; allocators keep smaller blocks themselves."""
 MOST, MOST_BYTES = 8, 2**28
-"""Number of pieces of memory that are held at most, and their size in all."""
+"""Maximum number of pooled arrays, and their maximum total size in bytes."""
 LINE = 64
-"""Bytes of a line of the processor's cache, where a tensor begins, as torch's own do: a vector of the kernels that lies
-in two lines takes as long as two."""
+"""Bytes in a cache line, to which tensors are aligned, like torch's own: a kernel's vector that spans two lines takes
+twice as long to load."""
 FREE = 2
-"""References to an array that nobody else refers to: the local variable, and the argument of `getrefcount`."""
+"""References to an array that is not in use: the local variable, and the argument of `getrefcount`."""
 
 _arrays: list[NDArray[Any]] = []
 
 
 def empty(size: int, like: Tensor) -> Tensor:
-    """A tensor (size,) on the CPU with arbitrary entries, of the dtype of `like`, float32 or float64.
+    """A tensor (size,) on the CPU with arbitrary entries, with the dtype of `like`, float32 or float64.
 
-    An allocator gives megabytes back to the system as soon as they are free, and the system clears what it gives out:
-    for the weights of five layers of 512 units and their gradient that takes two of a training step's 13 ms. So some
-    arrays are held here, and given out again when no tensor refers to one any more.
+    An allocator returns megabytes to the system as soon as they are free, and the system clears memory it hands out:
+    for the weights of five layers of 512 units and their gradient, that takes 2 of a training step's 13 ms. So some
+    arrays are kept here, and reused once no tensor refers to them.
     """
     dtype = DTYPES[like.dtype]
     if size * dtype.itemsize < SMALLEST:
         return like.new_empty(size)
-    # The one that was used longest ago is first: that is whose turn it is, where some sizes follow each other.
+    # The least recently used array comes first, which is the right one if several sizes alternate.
     for place in range(len(_arrays)):
         try:
-            array = _arrays.pop(place)  # atomic: another thread gets another
+            array = _arrays.pop(place)  # atomic: another thread gets another array
         except IndexError:
             break
         if array.size == size and array.dtype == dtype and sys.getrefcount(array) == FREE:

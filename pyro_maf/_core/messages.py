@@ -1,4 +1,4 @@
-"""Texts of messages: names quoted and shortened, lists, and packages that are missing."""
+"""Texts of messages: quoting, shortening, lists, and missing packages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "lightning_fabric": "lightning-fabric"}
-"""Names of distributions that differ from the name of their package."""
+"""Names of distributions that differ from the names of their packages."""
 
 
 EXTRAS = {"matplotlib": "plot", "typer": "cli", "pyarrow": "cli", "jinja2": "cli", "sbi": "sbi"}
@@ -38,12 +38,12 @@ EXTRAS = {"matplotlib": "plot", "typer": "cli", "pyarrow": "cli", "jinja2": "cli
 
 
 def require(who: str, *packages: str) -> None:
-    """Raise a ModuleNotFoundError that says what to install, unless these packages can be imported."""
+    """Raise a ModuleNotFoundError that says what to install if one of these packages cannot be imported."""
     for package in packages:
         try:
             import_module(package)
         except ModuleNotFoundError as error:
-            if error.name != package:  # the package is there, and is broken
+            if error.name != package:  # the package exists but is broken
                 raise
             raise ModuleNotFoundError(
                 f"{who} needs {DISTRIBUTIONS.get(package, package)}, which is not installed: "

@@ -1,4 +1,4 @@
-"""Structure of a module: all that determines what its call computes, but for numbers."""
+"""Structure of a module: everything that determines what a call computes, except for tensor values."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ COUNT = "_changes"
 
 
 class Observed(nn.Module):
-    """A module that counts changes: of its class and public attributes, and registrations of hooks and entries.
+    """A module that counts changes to its class and public attributes, and registrations of hooks and entries.
 
-    So that none of them has to be read again while nothing is counted.
+    While the counts stay the same, none of these has to be read again.
 
     Attributes:
-        is_linear: Whether it has a `weight` and a `bias` as `nn.Linear`, of which it need not be one.
+        is_linear: Whether it has a `weight` and a `bias` like `nn.Linear`, without having to be one.
     """
 
     is_linear = False
@@ -46,7 +46,7 @@ class Observed(nn.Module):
 
 
 def _is_setting(name: str) -> bool:
-    """Return whether an attribute is one that a call may depend on: others are memory, or torch's bookkeeping."""
+    """Return whether a call may depend on an attribute; others hold memory or torch's bookkeeping."""
     return name[0] != "_" or name == "__class__"
 
 
@@ -68,16 +68,16 @@ for _name in REGISTRATIONS:
 
 
 class Structure:
-    """All that determines what a call of a module computes, at one moment, but for the numbers in its tensors.
+    """Everything that determines what a call of a module computes at one moment, except for tensor values.
 
-    That is the modules in it, their classes, public attributes and train/eval modes, their hooks, and which tensors are
-    their parameters and buffers, all compared by identity. It does not refer to the module, which may own it.
+    It consists of the submodules, their classes, public attributes and train/eval modes, their hooks, and their
+    parameter and buffer tensors, all compared by identity. It does not refer to the module, which may own it.
 
     Attributes:
-        tensors: Parameters, and tensors in the place of weights of linear layers; then buffers.
+        tensors: Parameters and tensors used as weights of linear layers, followed by buffers.
         is_plain: Whether all weights of linear layers are parameters.
 
-    Cost: a fifth of a microsecond for each `Observed` module, after an earlier structure.
+    Cost: a fifth of a microsecond per `Observed` module, after an earlier structure.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -85,7 +85,7 @@ class Structure:
         self.is_plain = True
         self._objects, self._marks = list[object](), list[object]()
         members: list[nn.Module | None] = [module]
-        for member in members:  # grows as it is walked
+        for member in members:  # grows during iteration
             if member is None:
                 continue
             own = member.__dict__  # the fastest access to a module's members
@@ -99,8 +99,8 @@ class Structure:
             if len(weights) < 2 and (isinstance(member, nn.Linear) or getattr(member, "is_linear", False)):
                 self.is_plain = False
                 for name in () if children else {"weight", "bias"} - weights.keys():
-                    # A tensor in place of a parameter; or a property that is drawn at each access and never the same
-                    # again.
+                    # A tensor instead of a parameter, or a property that is computed anew at each access and never the
+                    # same.
                     replaced = own.get(name)
                     parameters.append(replaced)
                     self._marks.append(name if isinstance(replaced, Tensor) else object())
@@ -114,7 +114,7 @@ class Structure:
 
     @classmethod
     def of(cls, module: nn.Module, before: Structure | None = None) -> Structure:
-        """The current structure; `before`, an earlier one of the module, if that is certain to hold still."""
+        """The current structure; `before`, an earlier one of the module, if it certainly still holds."""
         return before if before is not None and before._holds_for(module) else cls(module)
 
     def kinds(self) -> list[object] | None:
@@ -122,13 +122,13 @@ class Structure:
         of_parameters = (map(mark, self._parameters) for mark in (_dtype, _is_cpu, Tensor.size))
         try:
             return [*chain.from_iterable(of_parameters), *map(_version, self._buffers)]
-        except RuntimeError:  # tensors of inference mode have none
+        except RuntimeError:  # inference tensors have none
             return None
 
     def _remember(self, owns: list[dict[str, Any]]) -> None:
         tables = [own[name] for own in owns for name in TABLES]
         self._filled = [table for table in tables if table]
-        # That the rest is empty is seen faster than that entries are the same.
+        # Checking that the rest is empty is faster than comparing entries.
         self._empty = [table for table in tables if not table]
         self._entries = self._read()
         self._counted = [own for own in owns[1:] if COUNT in own]

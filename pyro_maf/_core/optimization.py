@@ -1,4 +1,4 @@
-"""Adam in one call of torch a step, the clipping of gradients, and an average of the weights that oscillate."""
+"""Adam in one torch call per step, gradient clipping, and an average of weights that oscillate."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ __all__ = ["Adam", "WeightAverage", "clip"]
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 FUSED = ("cpu", "cuda")
-"""Types of devices on which torch has a step of Adam over many weights."""
+"""Types of devices on which torch has a fused Adam step for many weights."""
 
 
 class Adam:
     """Adam over a fixed list of weights; the learning rate is an argument of each step.
 
-    Its numbers are those of `torch.optim.Adam`, bit for bit with `fused=True`, at two thirds of the time a step. And it
-    does not import torch's compiler, which `torch.optim.Adam` does when it is first built: a second, and 200 MiB.
+    It computes the same values as `torch.optim.Adam`, bit for bit with `fused=True`, in two thirds of the time per
+    step. Unlike `torch.optim.Adam`, it does not import torch's compiler when first built: a second, and 200 MiB.
 
     Attributes:
-        weight_decay: That of the next step.
+        weight_decay: Weight decay of the next step.
         steps: Number of steps of each weight.
-        states: `step`, `exp_avg` and `exp_avg_sq` of each weight; written to in place to resume from those of another.
+        states: `step`, `exp_avg` and `exp_avg_sq` of each weight; write to them in place to resume from stored ones.
     """
 
     def __init__(
@@ -41,8 +41,8 @@ class Adam:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all gradients."""
-        # In one tensor, since counting in 30 takes as long as the step.
+        """Discard all moments and step counts."""
+        # In a single tensor, since counting in 30 would take as long as the step.
         device = self._weights[0].device if self._weights else None
         self.steps = torch.zeros(len(self._weights), dtype=torch.float32, device=device)
         self.states = [
@@ -51,12 +51,12 @@ class Adam:
         ]
 
     def settings(self, learning_rate: float) -> tuple[float, float, float, float, float]:
-        """Numbers of a step that is taken elsewhere: learning rate, weight decay, both betas and epsilon."""
+        """Constants of a step that is taken elsewhere: learning rate, weight decay, both betas and epsilon."""
         return learning_rate, self.weight_decay, *self._betas, EPSILON
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor | None], learning_rate: float) -> None:
-        """Take one step; weights without a gradient stay."""
+        """Take one step; weights without a gradient stay unchanged."""
         present = {index: gradient for index, gradient in enumerate(gradients) if gradient is not None}
         for indices in self._groups:
             taking = [index for index in indices if index in present]
@@ -84,12 +84,12 @@ class Adam:
                 amsgrad=False,
                 maximize=False,
             )
-        # The fused step changes weights without counting it.
+        # The fused step changes weights without incrementing their versions.
         count_change()
 
 
 def clip(gradients: Sequence[Tensor | None], most: float) -> float:
-    """Scale gradients in place to a norm of at most `most`; return the norm before, which may not be finite."""
+    """Scale gradients in place to a norm of at most `most`; return the original norm, which may not be finite."""
     present = [gradient for gradient in gradients if gradient is not None]
     if not present:
         return 0.0
@@ -106,17 +106,17 @@ def clip(gradients: Sequence[Tensor | None], most: float) -> float:
 
 
 class WeightAverage:
-    r"""Exponential average of weights, which at first is over fewer steps, to forget the initial weights.
+    r"""Exponential average of weights that initially spans fewer steps, to forget the initial weights.
 
-    Step n takes the average a to a + f (w - a) with f = max(1 / steps, (1 + q) / (n + s + q)): a polynomial-decay
-    average of order q, of the s = 1 or 0 initial weights and those after each step, until it spans `steps` of them.
-    After Shamir & Zhang, *Stochastic Gradient Descent for Non-smooth Optimization*, 2013, section 4.
+    Step n moves the average a to a + f (w - a) with f = max(1 / steps, (1 + q) / (n + s + q)). Until it spans `steps`
+    weights, this is a polynomial-decay average of order q over the s = 1 or 0 initial weights and those after each
+    step. After Shamir & Zhang, *Stochastic Gradient Descent for Non-smooth Optimization*, 2013, section 4.
 
     Args:
         weights: The weights to average, which the optimizer changes in place.
-        steps: Approximate number of the last steps that it averages over.
-        order: q: 0 for the plain mean at first, higher to forget faster.
-        with_initial: Whether the initial weights are the first of those averaged.
+        steps: Approximate number of last steps that the average spans.
+        order: q: 0 initially gives the plain mean, higher values forget faster.
+        with_initial: Whether the initial weights are included in the average.
     """
 
     def __init__(self, weights: Sequence[Tensor], steps: int, *, order: int = 0, with_initial: bool = False) -> None:
@@ -128,7 +128,7 @@ class WeightAverage:
         self.restart()
 
     def restart(self) -> None:
-        """Restart the average from the present weights; the best average stays."""
+        """Restart the average from the current weights; the best average is retained."""
         self.load([weight.detach().clone() for weight in self._weights], 0)
 
     def load(self, values: list[Tensor], taken: int) -> None:
@@ -138,7 +138,7 @@ class WeightAverage:
 
     @property
     def share(self) -> float:
-        """Share of the weights after the next step in the average with them."""
+        """Fraction that the weights after the next step will have in the average."""
         return max(1 / self._steps, (1 + self._order) / (self.taken + 1 + self._initial + self._order))
 
     @torch.no_grad()
@@ -154,15 +154,15 @@ class WeightAverage:
             before = weight.clone()
             weight.copy_(average)
             average.copy_(before)
-        count_change()  # of parameters, too, that are views of these weights
+        count_change()  # also of parameters that are views of these weights
 
     def record_best(self) -> None:
-        """Record the present average as the best."""
+        """Record the current average as the best."""
         self._best = [value.clone() for value in self.values]
 
     @torch.no_grad()
     def use_best(self) -> None:
-        """Set the weights to the best average, or to the present one if none was recorded."""
+        """Set the weights to the best average, or to the current one if none was recorded."""
         for weight, value in zip(self._weights, self._best or self.values, strict=True):
             weight.copy_(value)
         count_change()

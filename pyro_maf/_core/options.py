@@ -1,7 +1,7 @@
 """Options that one constructor forwards to another: in signatures, in errors, and by name.
 
-A constructor with `**layer` forwards these to its class attribute `layer_class`; one with `**network`, to
-`network_class`. An option is thus declared, with its default, by the class that uses it, and by no other.
+A constructor with `**layer` forwards them to its class attribute `layer_class`; one with `**network`, to
+`network_class`. Each option is thus declared, with its default, only by the class that uses it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import get_args, get_type_hints
 __all__ = ["OBJECTS", "ClassSignature", "named_arguments", "show_options", "signature_of"]
 
 OBJECTS: dict[str, type] = {}
-"""Classes with options of their own, by the name of the option that takes an object of them."""
+"""Classes with options of their own, by the name of the option that takes an instance."""
 
 
 class ClassSignature:
-    """`__signature__` of a class with forwarded options, for `help` and completion; its instances have none."""
+    """`__signature__` of a class with forwarded options, for `help` and completion; instances have none."""
 
     def __get__(self, instance: object | None, cls: type) -> Signature:
         """The signature of the class."""
@@ -35,15 +35,15 @@ def show_options(cls: type) -> None:
     vars(cls)["__init__"].__signature__ = signature
 
 
-# Not functools.cache, which compilers do not trace.
+# Not functools.cache, which compilers cannot trace.
 _signatures: dict[type, Signature] = {}
 
 
 def signature_of(cls: type) -> Signature:
-    """Signature of a class, with the options that its constructor forwards in place of `**layer`.
+    """Signature of a class, in which forwarded options replace `**layer`.
 
-    Those are keyword arguments of `layer_class`: all that the constructor does not have itself, or those among them
-    that the typed dictionary of its annotation, `Unpack[...]`, has.
+    These are keyword arguments of `layer_class`: all that the constructor itself lacks, or those among them that the
+    typed dictionary in its annotation, `Unpack[...]`, has.
     """
     if cls not in _signatures:
         _signatures[cls] = _with_options(cls)
@@ -75,10 +75,10 @@ def _with_options(cls: type) -> Signature:
 
 
 def named_arguments(cls: type, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
-    """Arguments of a constructor by name, those that it forwards included.
+    """Arguments of a constructor by name, including forwarded ones.
 
     Raises:
-        TypeError: For an option that neither the class nor the one it forwards to takes.
+        TypeError: For an option that neither the class nor the class it forwards to accepts.
     """
     signature = signature_of(cls)
     try:

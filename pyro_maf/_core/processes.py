@@ -1,4 +1,4 @@
-"""The processes of a distributed fit: each takes its part of every batch, and all have the same weights."""
+"""Processes of a distributed fit: each takes its part of every batch, and all have the same weights."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ ACCELERATORS = {"cpu": "cpu", "cuda": "gpu", "mps": "mps"}
 
 
 class Processes:
-    """The processes that torchrun has started, or that `launch` starts; or this one alone.
+    """The processes started by torchrun, or to be started by `launch`; or only this one.
 
-    They communicate through `torch.distributed`, once `launch` has set that up.
+    They communicate through `torch.distributed` once `launch` has set it up.
 
     Attributes:
-        by_torchrun: True if torchrun has started them.
+        by_torchrun: Whether torchrun started them.
         here: Number of processes on this machine, `devices` unless torchrun has set it.
         machines: Number of machines.
     """
@@ -45,21 +45,21 @@ class Processes:
     @property
     def is_first(self) -> bool:
         """True in the process that writes files and shows progress."""
-        # As torchrun numbers them, or Fabric those that it starts.
+        # Ranks as numbered by torchrun, or by Fabric for processes that it starts.
         rank = os.environ.get("RANK") if self.by_torchrun else os.environ.get("LOCAL_RANK")
         return not self.are_several or int(rank or 0) == 0
 
     def launch(self, device: torch.device) -> torch.device:
-        """Start the other processes, or join them; return the device of this one, with several GPUs its own.
+        """Start the other processes, or join them; return this one's device, which is its own GPU if there are several.
 
-        Lightning Fabric does that; a fit by one process never imports it.
+        Uses Lightning Fabric, which a fit with one process never imports.
         """
         if not self.are_several:
             return device
         from lightning_fabric import Fabric
         from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
-        # Neither its internals nor the device, the caller's choice, are of interest.
+        # Fabric's internals, and the device, which the caller chose, are not worth a message.
         logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="(GPU|TPU|MPS) available but not used")
@@ -90,7 +90,7 @@ class Processes:
         if not self.are_several:
             return values
         together = torch.stack([torch.as_tensor(value, dtype=torch.float64).detach().cpu() for value in values])
-        # NCCL supports GPUs only.
+        # NCCL supports only GPUs.
         together = together.cuda() if distributed.get_backend() == "nccl" else together
         distributed.all_reduce(together)
         return tuple(together)
@@ -112,6 +112,6 @@ class Processes:
 
 
 def _leave() -> None:
-    """Leave the group of processes: its threads, where they outlive Python, abort the program."""
+    """Leave the process group: its threads abort the program if they outlive Python."""
     if distributed.is_initialized():
         distributed.destroy_process_group()

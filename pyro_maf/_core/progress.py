@@ -30,8 +30,8 @@ def check_progress(who: str, progress: object) -> None:
 def shows(progress: bool | str, console: Console) -> bool:
     """Return whether to show a bar: never (False), in a terminal or notebook (True), or everywhere ("always").
 
-    A notebook shows one if ipywidgets is installed, as for the bars of other packages.
-    With FORCE_COLOR set, as for the shell commands of a notebook and by some CI, rich takes a pipe for a terminal.
+    A notebook shows one if ipywidgets is installed, as for the bars of other packages. With FORCE_COLOR set, as in the
+    shell commands of a notebook and in some CI systems, rich mistakes a pipe for a terminal.
     """
     if console.is_jupyter and find_spec("ipywidgets") is None:
         return False
@@ -41,7 +41,7 @@ def shows(progress: bool | str, console: Console) -> bool:
 
 
 def will_show(progress: bool | str) -> bool:
-    """Return whether a bar on stderr is to be shown, as `shows`."""
+    """Return whether a bar on stderr would be shown, by the rule of `shows`."""
     from rich.console import Console
 
     return shows(progress, Console(stderr=True))
@@ -57,11 +57,11 @@ class Bar:
 
     @property
     def is_due(self) -> bool:
-        """True if there are lines, and none was updated for a moment."""
+        """True if there are lines, and the last update was a moment ago."""
         return self._lines is not None and time.monotonic() - self._updated > SECONDS_BETWEEN_UPDATES
 
     def show(self, line: str, completed: float, total: float, **fields: Any) -> None:
-        """Update or begin a line, the texts' `{task.description}`; `fields` are further ones of the texts."""
+        """Update or add a line, by its `{task.description}`; `fields` are further fields of the texts."""
         if self._lines is None:
             return
         self._updated = time.monotonic()
@@ -71,9 +71,9 @@ class Bar:
 
 
 class _NotebookBar(Bar):
-    """Lines as plain text in the output of a cell, replaced as the work proceeds and stored with the notebook.
+    """Lines as plain text in the output of a notebook cell, replaced as the work proceeds and saved with the notebook.
 
-    rich itself would display a widget, which is lost when the notebook is stored, and an empty output.
+    rich itself would display a widget, which is lost when the notebook is saved, and an empty output.
     """
 
     def __init__(self, lines: Progress) -> None:
@@ -91,7 +91,7 @@ class _NotebookBar(Bar):
             self.display()
 
     def display(self) -> None:
-        """Replace the output by the present state."""
+        """Replace the output by the current state."""
         self._displayed = time.monotonic()
         if self._output is not None:
             self._output.update(self._text(), raw=True)
@@ -104,9 +104,9 @@ class _NotebookBar(Bar):
 
 @contextmanager
 def bar(progress: bool | str, place: str, figures: str, console: Console | None = None) -> Iterator[Bar]:
-    """Show lines of a text, a bar, another text, the time elapsed, and the maximum time remaining, if `shows`.
+    """Show lines with a text, a bar, another text, the elapsed time and the maximum remaining time, if `shows`.
 
-    The texts are in rich's format; the console is stderr by default, in a notebook an output of the cell.
+    The texts are in rich's format. The console is stderr by default; in a notebook, a cell output.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn

@@ -1,8 +1,8 @@
 """State of torch: tracing, autocast, random states, changes to tensors, and gradients of a function.
 
-torch counts in-place changes of each tensor, with exceptions: fused optimizers write without counting, so every step of
-any optimizer counts as a change of all tensors; and writes of another process to shared memory are not counted, so such
-tensors are never taken for unchanged.
+torch counts in-place changes of each tensor, with exceptions. Fused optimizers write without counting, so every step of
+any optimizer counts as a change of all tensors. Writes by another process to shared memory are not counted, so such
+tensors never count as unchanged.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def is_intercepted() -> bool:
 
 def reference_tensor(module: nn.Module, *, floating: bool = True) -> Tensor | None:
     """A floating-point tensor of the module, or None; without `floating`, one of any dtype."""
-    # Traversed by hand: `parameters()` is slower and cannot be compiled.
+    # A manual traversal: `parameters()` is slower and cannot be compiled.
     for own in (module._parameters, module._buffers):
         for tensor in own.values():
             if tensor is not None and (not floating or tensor.is_floating_point()):
@@ -92,7 +92,7 @@ def without_autocast(run: Callable[..., Result], *arguments: object, like: Tenso
 def as_far_as_exact(like: Tensor, value: Tensor, *, as_model: bool) -> Tensor:
     """Convert a value to the dtype of `like` if that loses nothing that matters; otherwise return it unchanged.
 
-    With `as_model`, `like` has the model's dtype, to which floating-point values are rounded, not a finer one.
+    With `as_model`, `like` has the model's dtype, not a finer one, and floating-point values are rounded to it.
     """
     if value.dtype == like.dtype or value.is_complex():
         return value
@@ -103,7 +103,7 @@ def as_far_as_exact(like: Tensor, value: Tensor, *, as_model: bool) -> Tensor:
 
 
 def _is_cast(kind: str) -> bool:
-    """Return whether autocast is active on a device type; a query for one without, such as meta, would raise."""
+    """Return whether autocast is active on a device type; asking torch about one without it, like meta, raises."""
     return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
 
 
@@ -129,14 +129,14 @@ def generator_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_generator_states(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Restore the random states of `generator_states`, as far as there is such a device."""
+    """Restore the random states from `generator_states`, for devices that exist."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def count_change(*_: object) -> None:
-    """Record a change that torch does not count, of any tensors."""
+    """Record a change to any tensors that torch does not count."""
     global _steps
     _steps += 1
 
@@ -153,9 +153,9 @@ class Snapshot(NamedTuple):
     """State of tensors at one moment.
 
     Attributes:
-        tensors: The tensors themselves, which are compared by identity.
-        marks: The number of uncounted changes so far; then each tensor's version, and its address.
-        storages: Storages of the tensors. While these are held, no other tensor can get one of the addresses.
+        tensors: The tensors, which are compared by identity.
+        marks: The number of uncounted changes so far, followed by the tensors' versions and addresses.
+        storages: Storages of the tensors. While they are referenced, no other tensor can get their addresses.
     """
 
     tensors: Sequence[Tensor]
@@ -166,20 +166,20 @@ class Snapshot(NamedTuple):
     def of(cls, tensors: Sequence[Tensor]) -> Snapshot | None:
         """The current state of tensors, or None if one of them can change without a version count.
 
-        Such are tensors of inference mode, in shared memory, and without a storage.
+        These are inference tensors, tensors in shared memory, and tensors without a storage.
         """
         try:
             marks = _marks(tensors)
             storages = list(map(torch.Tensor.untyped_storage, tensors))
         except (RuntimeError, NotImplementedError):
             return None
-        # torch reports every storage on a GPU as shared.
+        # torch reports every GPU storage as shared.
         if any(map(torch.UntypedStorage.is_shared, storages)) and any(map(_is_shared_on_cpu, storages)):
             return None
         return cls(tensors, marks, storages)
 
     def later(self, tensors: Sequence[Tensor]) -> Snapshot | None:
-        """As `of`, which takes longer: storages at the same addresses are the same, and none of them is shared."""
+        """As `of`, but faster: storages at the same addresses are the same, and none of them is shared."""
         try:
             marks = _marks(tensors)
         except (RuntimeError, NotImplementedError):
@@ -191,7 +191,7 @@ class Snapshot(NamedTuple):
 
     def holds_for(self, tensors: Sequence[Tensor]) -> bool:
         """Return whether these are the same tensors, unchanged since."""
-        # In this order: tensors of inference mode, which have no version, are never those of a snapshot.
+        # In this order, since inference tensors have no version but are never part of a snapshot.
         return (
             self.marks[0] == _steps
             and len(self.tensors) == len(tensors)
@@ -216,14 +216,15 @@ def gradients(
 ) -> list[Tensor | None]:
     """Gradients with respect to the inputs that need one; in grad mode they can be differentiated again.
 
-    `inputs` are tensors or None, `grads` the gradients with respect to the function's results.
+    `inputs` are tensors or None; `grads` are the gradients with respect to the function's results.
     """
     with torch.enable_grad():
-        # As views: one input may depend on another, and the gradient through that is not the function's.
+        # Views, because one input may depend on another, and the gradient through that dependence is not the
+        # function's.
         inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
         results = function(*inputs)
     wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
-    # Of one variable, the log-determinant may depend on nothing that is wanted.
+    # With a single variable, the log-determinant may not depend on any input that needs a gradient.
     pairs = [pair for pair in zip(results, grads, strict=True) if pair[0].requires_grad]
     outputs, by_outputs = zip(*pairs, strict=True)
     again = torch.is_grad_enabled()

@@ -1,6 +1,6 @@
 """The command line: fit a density to a table, score rows, draw samples, describe a model.
 
-Slow imports, above all torch, are in the commands that need them.
+Slow imports, above all torch, are left to the commands that need them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BAD_INPUT, INTERRUPTED = 2, 130
 
 
 def main() -> None:
-    """Run the command in the program's arguments; without the `cli` extra, print what to install."""
+    """Run the command given by the program's arguments; without the `cli` extra, print what to install."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by whoever started the program
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for as long as the program runs)
@@ -29,6 +29,6 @@ def main() -> None:
     try:
         from pyro_maf.cli.commands import app
 
-        app(prog_name="pyro-maf")  # always by this name, for which completion is installed
+        app(prog_name="pyro-maf")  # always this name, for which completion is installed
     except KeyboardInterrupt:  # before a command has started
         sys.exit(INTERRUPTED)

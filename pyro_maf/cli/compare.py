@@ -1,4 +1,4 @@
-"""`pyro-maf compare` and `pyro-maf paper`: the paper's models on a table of the user's, or on the paper's data sets."""
+"""`pyro-maf compare` and `pyro-maf paper`: the paper's models on the user's table, or on the paper's data sets."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class CompareOptions(TableOptions, TrainingOptions):
 def compare(options: CompareOptions) -> None:
     """Fit the paper's models to a table, and compare their test log-likelihoods.
 
-    Writes a folder for each model, which score and sample take, and the table as comparison.md and .json. Models in
-    the folder are not fitted again: after Ctrl-C the same command resumes.
+    Writes a folder for each model, for use with score and sample, and the table as comparison.md and .json. Models
+    already in the folder are not fitted again: after Ctrl-C, the same command resumes.
     """
     from pyro_maf import experiments
 
@@ -130,9 +130,9 @@ class PaperOptions:
 def paper(options: PaperOptions) -> None:
     """Repeat the paper's experiment on one of its data sets, and compare with the published figures.
 
-    Every width that the paper tried is fitted, with its settings, and the best on the validation rows counts. Images
-    are fitted without and then with their class as context. Models in the folder are not fitted again: after Ctrl-C the
-    same command resumes.
+    Every width that the paper tried is fitted, with its settings; the best on the validation rows counts. Images are
+    fitted first without, then with their class as context. Models already in the folder are not fitted again: after
+    Ctrl-C, the same command resumes.
     """
     from pyro_maf import experiments
     from pyro_maf.datasets import ARCHIVE
@@ -172,7 +172,7 @@ def _tell(score: Score) -> None:
 
 
 def _finish(comparison: Comparison, folder: Path, name: str, published: Mapping[str, float] | None = None) -> None:
-    """Print the table, and write it to a folder as name.md and .json; end the command if it was interrupted."""
+    """Print the table and write it to a folder as name.md and .json; end the command if it was interrupted."""
     from rich.console import Console
 
     from pyro_maf.experiments import results

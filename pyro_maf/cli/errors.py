@@ -1,4 +1,4 @@
-"""Ends of a command: 0; 2, with one line, on bad input; 130 on interruption. A defect of ours shows its traceback."""
+"""Exit codes: 0; 2, with one line, on bad input; 130 on interruption. A bug shows its traceback."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ COMMAND = "pyro_maf.command"
 
 
 class CommandError(Exception):
-    """Error about the input of a command, whose message is all that the user sees."""
+    """Error about the input of a command; the user sees only its message."""
 
 
 @contextmanager
 def input_errors() -> Iterator[None]:
-    """Context of a call of a public function: what it refuses is bad input."""
+    """Context manager for a call of a public function: turns its errors into errors about the input."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -44,7 +44,7 @@ def input_errors() -> Iterator[None]:
 
 @contextmanager
 def warnings_as_lines() -> Iterator[None]:
-    """Context in which each different warning of `pyro_maf.fit` is a line on stderr."""
+    """Context manager in which each distinct warning of `pyro_maf.fit` is printed as a line on stderr."""
     said: set[str] = set()
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
@@ -53,7 +53,7 @@ def warnings_as_lines() -> Iterator[None]:
         said.add(str(message))
 
     with warnings.catch_warnings():
-        # Filters that turn warnings into errors are for programs; the command line has no program to debug.
+        # Filters that turn warnings into errors are for programs; a command line has nothing to debug.
         warnings.filterwarnings("always", "fit ", UserWarning)
         warnings.showwarning = show
         yield
@@ -89,5 +89,5 @@ def command_line(ctx: typer.Context) -> str:
 
 
 def say(message: str) -> None:
-    """Print a line on stderr: standard output is for data."""
+    """Print a line on stderr, since standard output is for data."""
     typer.echo(f"pyro-maf: {shown(message, len(message))}", err=True)

@@ -1,4 +1,4 @@
-"""`pyro-maf fit`: a density of a table, in a folder."""
+"""`pyro-maf fit`: fit a density to a table, and write it to a folder."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class FitOptions(TableOptions, TrainingOptions):
         return self.folder or Path("-".join(filter(None, (self.stem, array, self.flow or "fit"))))
 
     def check(self) -> None:
-        """Refuse options without effect, and devices that are not available."""
+        """Raise for options without effect and for unavailable devices."""
         import torch
 
         if self.num_layers is not None and self.flow not in (None, *LAYERED):
@@ -111,7 +111,7 @@ class FitOptions(TableOptions, TrainingOptions):
             raise CommandError("fit expected a file for several --devices, as each process reads it, got a pipe.")
 
     def check_folder(self) -> None:
-        """Refuse to overwrite a fit unasked, before the table is read.
+        """Check before the table is read that no fit would be overwritten by accident.
 
         Raises:
             CommandError: If the folder is a file, or as `check_unused`.
@@ -144,7 +144,7 @@ class FitOptions(TableOptions, TrainingOptions):
         )
 
     def support_of(self, names: Sequence[str]) -> Support:
-        """Return the support for `pyro_maf.fit`: one for all columns, or one for each."""
+        """Return the support for `pyro_maf.fit`: one for all columns, or one per column."""
         # Commas also separate the bounds of an interval.
         items = [item for value in self.support or () for item in re.split(r",\s*(?![^()]*\))", value) if item]
         plain = [item for item in items if "=" not in item]
@@ -160,7 +160,7 @@ class FitOptions(TableOptions, TrainingOptions):
         return [by_name.get(name, plain[0] if plain else "real") for name in names]
 
     def model(self, table: Table, support: Support) -> Model | DefaultFlow:
-        """Build the model to train; without a name, `fit` does.
+        """Build the model to train; without a model name, `fit` chooses it.
 
         Raises:
             CommandError: For invalid sizes.
@@ -183,8 +183,8 @@ class FitOptions(TableOptions, TrainingOptions):
         with input_errors():
             return build(
                 self.flow,
-                # On a simplex the last column follows from the others. A flow is given categories one-hot, and angles
-                # by cosine and sine.
+                # On a simplex the last column follows from the others. A flow takes categories one-hot, and angles as
+                # cosine and sine.
                 len(table.names) - len(sizes) - angles - (support == "simplex"),
                 context_dim=len(table.context_names) + sum(sizes) + 2 * angles,
                 hidden_dims=hidden_dims,
@@ -196,14 +196,14 @@ class FitOptions(TableOptions, TrainingOptions):
 def fit(options: FitOptions, ctx: typer.Context) -> None:
     """Fit a density to a table by maximum likelihood.
 
-    Writes a folder with the model, its columns, a log of its epochs, a checkpoint to resume from, and a report for a
-    browser. Ctrl-C ends a fit early; --resume resumes it from there.
+    Writes a folder with the model, its columns, a log of its epochs, a checkpoint to resume from, and a report to open
+    in a browser. Ctrl-C ends a fit early; --resume continues it.
     """
     if sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0":
         say("loading torch, some seconds.")  # before anything about the table can be printed
     from pyro_maf._core.processes import Processes
 
-    # Processes that the first one starts write no files or messages.
+    # Processes started by the first one write no files or messages.
     is_first = Processes(options.devices).is_first
     if is_first:
         with input_errors():
@@ -256,7 +256,7 @@ def _train(
 
 @contextmanager
 def _resumable(folder: Path, command: str, *, overwrite: bool) -> Iterator[None]:
-    """Context in which an interruption without time to finish ends the command, with a hint how to resume."""
+    """Context manager in which an interruption without time to finish ends the command, with a hint how to resume."""
     old = _version(folder / CHECKPOINT) if overwrite else None
     try:
         yield
@@ -267,7 +267,7 @@ def _resumable(folder: Path, command: str, *, overwrite: bool) -> Iterator[None]
 
 
 def _version(path: Path) -> tuple[int, int] | None:
-    """Identity of a file, other than that of files it replaced; None without one."""
+    """Identity of a file, which differs from that of a file it replaced; None if there is no file."""
     if not path.exists():
         return None
     status = path.stat()
@@ -281,7 +281,7 @@ def _interrupted(command: str) -> typer.Exit:
 
 
 def _held_out(result: FitResult, table: Table, validation: float | Table) -> Table:
-    """Return the fit's test rows or, without such, its validation rows, in the form of their table."""
+    """Return the fit's test rows, or validation rows if there are none, in the form of their table."""
     is_tested = result.test_rows is not None
     rows, places = (
         (result.test_rows, result.test_places) if is_tested else (result.validation_rows, result.validation_places)
@@ -298,12 +298,12 @@ def _held_out(result: FitResult, table: Table, validation: float | Table) -> Tab
 
 
 def _leave(options: FitOptions, result: FitResult, table: Table, held_out: Table, command: str) -> None:
-    """Write record and report of a fit to its folder."""
+    """Write the record and the report of a fit to its folder."""
     from pyro_maf import report
     from pyro_maf._core.progress import will_show
 
     folder, test = options.results, result.test
-    result.density.cpu()  # where the rows are
+    result.density.cpu()  # like the rows
     comparison = result.comparison
     record = Record(
         command=command,

@@ -53,11 +53,11 @@ class Record:
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A saved density and what is known of its fit.
+    """A saved density and the record of its fit.
 
     Attributes:
         density: The density, on the CPU, in eval mode.
-        record: Names and values of facts about the fit; none for a model without its folder.
+        record: Names and values of facts about the fit; empty for a model without its folder.
     """
 
     density: ConditionalDensity | Density
@@ -70,27 +70,27 @@ class SavedModel:
 
     @property
     def dtype(self) -> str:
-        """Dtype of the rows that it draws and takes, "float32" or "float64"."""
+        """Dtype of the rows that it draws and scores, "float32" or "float64"."""
         return _name_of(self.density.dtype)
 
     @property
     def layout(self) -> Layout:
-        """Names and categories of the columns of data: those of the density, or x1, x2, ..."""
+        """Names and categories of the data columns: the density's, or x1, x2, ..."""
         return self._held("layout") or _numbered("x", self.inner.event_shape[0])
 
     @property
     def context_layout(self) -> Layout:
-        """Names and categories of the columns of context: those of the density, or c1, c2, ..."""
+        """Names and categories of the context columns: the density's, or c1, c2, ..."""
         return self._held("context_layout") or _numbered("c", self.inner.context_dim)
 
     def _held(self, attribute: str) -> Layout | None:
-        """A layout that the density has, if it has names."""
+        """A layout of the density, if it has names."""
         layout: Layout | None = getattr(self.inner, attribute, None)
         return layout if layout is not None and layout.names else None
 
     @property
     def has_names(self) -> bool:
-        """True if the density has the names of its columns of data."""
+        """True if the density has names for its data columns."""
         return self._held("layout") is not None
 
     def at(self, context: Tensor | None) -> Density:
@@ -98,12 +98,12 @@ class SavedModel:
         return self.inner if context is None else cast("ConditionalDensity", self.density).condition(context)
 
     def read(self, source: str, text: TextOptions) -> Table:
-        """Read the table in `source` for this model; `text` has its form.
+        """Read the table in `source` for this model; `text` describes its form.
 
         Raises:
-            CommandError: As `read_table`, and for a table of another width if the density has no names.
+            CommandError: As `read_table`, and if the density has no names and the table has another width.
         """
-        # Of data and context, the more precise.
+        # The more precise dtype of data and context.
         dtype = max(self.dtype, _name_of(self.density.context_dtype))
         layouts = self.layout, self.context_layout
         if self.has_names:
@@ -134,7 +134,7 @@ def read_model(path: Path) -> SavedModel:
     """Read a model and the files of its folder.
 
     Args:
-        path: The folder of a fit, or a model file of any name.
+        path: The folder of a fit, or a model file with any name.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -160,7 +160,7 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
 
 
 def _read_record(path: Path) -> list[tuple[str, str]]:
-    """The facts of the record in a file, if there is one."""
+    """The facts in a record file, if it exists."""
     if not path.is_file():
         return []
     try:
@@ -170,7 +170,7 @@ def _read_record(path: Path) -> list[tuple[str, str]]:
 
 
 def _as_density(model: object, path: Path) -> Density | ConditionalDensity:
-    """Convert a loaded model to a density: a flow is on standard normal noise."""
+    """Convert a loaded model to a density; a flow gets standard normal noise."""
     from pyro_maf.distributions import ConditionalDensity, ConditionalFlowPrior, Density, FlowPrior
     from pyro_maf.transforms import Flow
 
@@ -197,7 +197,7 @@ def info(model: ModelPath) -> None:
 
 
 def _printable(value: str) -> str:
-    """Escape control characters of the terminal: names may come from an untrusted file."""
+    """Escape control characters of the terminal, since names may come from an untrusted file."""
     return "\n".join(shown(line, len(line)) for line in value.split("\n"))
 
 
@@ -206,7 +206,7 @@ def _joined(names: Sequence[object]) -> str:
 
 
 def _facts(model: SavedModel) -> Iterator[tuple[str, str]]:
-    """Iterate over names and values of facts, of which a value may have several lines."""
+    """Iterate over names and values of facts; a value may have several lines."""
     inner = model.inner
     yield "model", repr(model.density)
     yield "dimensions", str(inner.event_shape[0])

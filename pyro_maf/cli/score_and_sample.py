@@ -65,8 +65,8 @@ def score(
 ) -> None:
     """Compute the log-density of every row, in nats.
 
-    One column, log_density, with a row for each of DATA, in its order. The columns of DATA are matched by name; others
-    are ignored.
+    The output has one column, log_density, and one row for each row of DATA, in order. The columns of DATA are matched
+    by name; others are ignored.
     """
     import torch
 
@@ -101,7 +101,7 @@ def _log_probs(model: SavedModel, table: Table) -> Iterator[Tensor]:
 
 
 def _with_gaps(scores: Iterator[Tensor], table: Table) -> Iterator[Tensor]:
-    """Iterate over log-densities of all rows of the file, NaN for those left out of the table."""
+    """Iterate over log-densities of all rows of the file, with NaN for rows that the table leaves out."""
     import torch
 
     if table.missing is None:
@@ -159,7 +159,7 @@ def sample(
 
 
 def _context(model: SavedModel, texts: Sequence[str]) -> Tensor | None:
-    """Context, (C,), of NAME=VALUE pairs, of which a text may hold several; None for a model without one."""
+    """Context, (C,), from NAME=VALUE pairs, several of which may be in one text; None for a model without context."""
     import torch
 
     columns = dict(model.context_layout.columns)
@@ -200,18 +200,18 @@ def _encoded(name: str, value: str, categories: Sequence[Label] | None) -> list[
 def writing_rows(
     path: Path, names: Sequence[str], dtype: str = "float32", layout: Layout | None = None
 ) -> Iterator[Write]:
-    r"""Context that yields a function to write rows, (n, columns), under the column names `names`.
+    r"""Context manager that yields a function to write rows, (n, columns), under the column names `names`.
 
-    A file is replaced atomically once all is written.
+    A file is replaced atomically once everything is written.
 
     Args:
         path: "-" for standard output, as csv, or a file that ends in .csv or .parquet.
         names: Names of the columns.
-        dtype: "float32" or "float64", the dtype of the output and so its number of digits.
-        layout: Categories and dtypes of the columns, if they are not all such numbers.
+        dtype: "float32" or "float64", the dtype of the output, which determines its number of digits.
+        layout: Categories and dtypes of the columns, if they are not all of this dtype.
 
     Raises:
-        CommandError: For another ending.
+        CommandError: For another file ending.
         FileNotFoundError: If its folder does not exist.
         ModuleNotFoundError: Without pyarrow.
 
@@ -251,7 +251,7 @@ def writing_rows(
 
 
 def _csv_writer(file: BinaryIO, schema: pyarrow.Schema) -> pyarrow.csv.CSVWriter:
-    """Writer below a header without the quotes that pyarrow would put around each name."""
+    """Write a header, without the quotes that pyarrow would put around each name, and return the writer."""
     from pyarrow.csv import CSVWriter, WriteOptions
 
     header = io.StringIO()
@@ -261,7 +261,7 @@ def _csv_writer(file: BinaryIO, schema: pyarrow.Schema) -> pyarrow.csv.CSVWriter
 
 
 def _arrow_type(categories: Categories, dtype: str, number: pyarrow.DataType) -> pyarrow.DataType:
-    """Type of a column in files: that of its categories, whole numbers for a dtype of these, or else `number`."""
+    """Type of a column in files: that of its categories, whole numbers for integer dtypes, otherwise `number`."""
     import pyarrow
 
     if categories is None:
@@ -271,7 +271,7 @@ def _arrow_type(categories: Categories, dtype: str, number: pyarrow.DataType) ->
 
 
 def _arrow_column(column: NDArray[np.floating], categories: Categories, kind: pyarrow.DataType) -> pyarrow.Array:
-    """A column of numbers, (rows,), as written in files."""
+    """A column of numbers, (rows,), as written to files."""
     import pyarrow
 
     from pyro_maf.tables.categories import decoded

@@ -1,4 +1,4 @@
-"""Options that commands share, declared once, and the conversion of a dataclass of options to a command."""
+"""Options that commands share, each declared once, and the conversion of a dataclass of options to a command."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def option(help: str, metavar: str = "N") -> Any:
 
 
 def flag(name: str, help: str) -> Any:
-    """Declare an option without a value, which has no negative form."""
+    """Declare an option without a value and without a negative form."""
     return typer.Option(f"--{name}", help=help)
 
 
@@ -74,7 +74,7 @@ Device = Annotated[Literal["cpu", "cuda"], option("Device of the fit: cpu or cud
 
 @dataclass(kw_only=True)
 class TextOptions:
-    """The form of a table of text, and what to do with its gaps."""
+    """The form of a text table, and the treatment of missing values."""
 
     drop_missing: Annotated[bool, flag("drop-missing", "Leave out rows with missing values.")] = False
     decimal: Decimal = "."
@@ -85,8 +85,7 @@ class TextOptions:
 
         Args:
             source: The user's argument.
-            **options: `columns`, none of them for all, `context`, `categories`, `weights` and `dtype`, as in
-                `read_table`.
+            **options: `columns` (empty for all), `context`, `categories`, `weights` and `dtype`, as in `read_table`.
 
         Raises:
             InputError, FileNotFoundError: As `read_table`.
@@ -114,17 +113,17 @@ class TableOptions(TextOptions):
 
     @property
     def stem(self) -> str:
-        """The name of the table's file without endings; "table" for standard input."""
+        """Name of the table's file without suffixes; "table" for standard input."""
         if self.data == "-":
             return "table"
         path = Path(source_and_array(self.data)[0])
         return Path(path.stem if path.suffix in (".gz", ".bz2", ".xz") else path).stem
 
     def read(self, dtype: str | None = None, weights: str | None = None) -> Table:
-        """Read the table; its precision, and the column of its weights, are by default none in particular.
+        """Read the table, by default with its own precision and without weights.
 
         Raises:
-            InputError, FileNotFoundError: If it is not as expected.
+            InputError, FileNotFoundError: As `read_table`.
         """
         categories = separated(self.categories)
         context = list(dict.fromkeys([*separated(self.context), *categories]))
@@ -140,7 +139,7 @@ class TableOptions(TextOptions):
 
 @dataclass(kw_only=True)
 class TrainingOptions:
-    """The training of every model."""
+    """The training options of every model."""
 
     max_epochs: Epochs = 1000
     batch_size: Annotated[int | None, option("Approximate number of rows in a batch; 256 by default, or chosen.")] = (
@@ -160,17 +159,17 @@ class TrainingOptions:
 
     @property
     def fitting(self) -> dict[str, Any]:
-        """The options of `pyro_maf.fit` among them."""
+        """The options that `pyro_maf.fit` takes."""
         return {each.name: getattr(self, each.name) for each in fields(TrainingOptions) if each.name != "device"}
 
 
 def as_command(run: Callable[..., None]) -> Callable[..., None]:
-    """Command for typer whose options are the fields of a dataclass, the first parameter of `run`.
+    """Convert a function to a typer command whose options are the fields of the dataclass that `run` takes first.
 
-    Those of the class itself come first in the help, then those of its bases.
+    The fields of the class itself come first in the help, then those of its bases.
 
     Args:
-        run: A function of the options and, if it likes, of typer's context, `ctx`.
+        run: A function of the options and, optionally, of typer's context, `ctx`.
     """
     hints = get_type_hints(run)
     options = hints[next(iter(hints))]
@@ -194,7 +193,7 @@ def as_command(run: Callable[..., None]) -> Callable[..., None]:
 
 
 def source_and_array(source: str) -> tuple[str, str | None]:
-    """Split FILE.npz:ARRAY into the file and the name of the array, None for other files.
+    """Split FILE.npz:ARRAY into the file and the name of the array; the name is None for other files.
 
     Example:
         >>> source_and_array("power.npz:train"), source_and_array("C:power.csv")
@@ -205,7 +204,7 @@ def source_and_array(source: str) -> tuple[str, str | None]:
 
 
 def separated(values: Sequence[str] | None) -> list[str]:
-    """Split the items of an option that is repeated, or has commas.
+    """Split the items of an option that is repeated or contains commas.
 
     Example:
         >>> separated(["a,b", "c"])

@@ -1,6 +1,6 @@
 """Data to fit: any table of numbers, the paper's sets from local files, exact toy densities, scikit-learn's images.
 
-All random draws are from a seed and leave the global generators unchanged.
+All random draws use a seed and leave the global generators unchanged.
 """
 
 from pyro_maf.datasets.archive import ARCHIVE, bsds300, cifar10, gas, hepmass, miniboone, mnist, power

@@ -1,4 +1,4 @@
-"""A data set in three parts, and the map from the pixels of images to its rows."""
+"""A data set split into three parts, and the map between image pixels and rows."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["Dataset", "LogitPixels"]
 
 @dataclass(frozen=True)
 class Dataset:
-    r"""Data in three parts, one row an event: float32, or float64 if float32 is too coarse.
+    r"""Data in three parts, one event per row: float32, or float64 if float32 is too coarse.
 
     Attributes:
         name: Name in tables and figures.
         train, validation, test: (rows, D) each.
         train_context, validation_context, test_context: (rows, C) each, or None without a context.
         pixels: The map from pixels to rows, or None.
-        layout, context_layout: Names of the columns, and categories of those that are one-hot; none by default.
+        layout, context_layout: Names of the columns, and categories of one-hot columns; none by default.
     """
 
     name: str
@@ -51,9 +51,9 @@ class Dataset:
 
 @dataclass(frozen=True)
 class LogitPixels:
-    r"""The paper's map from grey levels to the real line, and back, with its Jacobian.
+    r"""The paper's map from grey levels to the real line and back, with its Jacobian.
 
-    A level v of 0 .. levels - 1 becomes a pixel x = (v + U(0, 1)) / levels in [0, 1), and that a logit
+    A level v of 0 .. levels - 1 becomes a pixel x = (v + U(0, 1)) / levels in [0, 1), and then a logit
     y = logit(margin + (1 - 2 margin) x). Densities of logits transform by p(x) = p(y) prod_i dy_i/dx_i.
 
     Args:
@@ -114,8 +114,8 @@ class LogitPixels:
     def bits_per_pixel(self, log_prob: Tensor, y: Tensor) -> Tensor:
         r"""Bits per pixel, (\*batch,): log2(levels) - log p(x) / (D log 2).
 
-        An upper bound, on average, on the length of a lossless code of the levels; a uniform density over the pixels
-        has log2(levels): 8 for a byte, 4.087 for scikit-learn's digits, which have 17 levels.
+        On average an upper bound on the length of a lossless code of the levels. A uniform density over the pixels has
+        log2(levels): 8 for a byte, 4.087 for the 17 levels of scikit-learn's digits.
 
         Args:
             log_prob: The log-density of the logits, in nats, (\*batch,).

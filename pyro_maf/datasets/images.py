@@ -1,4 +1,4 @@
-"""The images that scikit-learn ships, prepared as the paper prepares MNIST and BSDS300."""
+"""scikit-learn's sample images, prepared like the paper's MNIST and BSDS300."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ TILE = 16
 
 
 def digits(*, margin: float = 1e-6, seed: int = 0) -> Dataset:
-    r"""scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, as the paper prepares MNIST: logits of 64 pixels.
+    r"""scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, prepared like the paper's MNIST: logits of 64 pixels.
 
-    The rows are shuffled; the last 10 % are for testing and 10 % of the rest for validation. The context is the label,
-    one-hot. `pixels` of the result converts log-likelihoods to pixel space and to bits per pixel.
+    The rows are shuffled; the last 10 % are for testing, and 10 % of the rest for validation. The context is the
+    one-hot label. `pixels` of the result converts log-likelihoods to pixel space and to bits per pixel.
 
     Args:
         margin: The paper's lambda.
@@ -56,10 +56,10 @@ def digits(*, margin: float = 1e-6, seed: int = 0) -> Dataset:
 def patches(*, train: int = 30_000, validation: int = 5_000, test: int = 5_000, seed: int = 0) -> Dataset:
     r"""Patches of 8 x 8 pixels of scikit-learn's two photographs, prepared like the paper's BSDS300: 63 dimensions.
 
-    Grey levels 0 .. 255 become (v + U(0, 1)) / 256, the patch's mean is removed, and the last pixel, which the others
-    now determine, is dropped; `complete_patches` restores it. The photographs are cut into tiles of 16 x 16 pixels,
-    80 % of which are for training, and patches lie within one tile, so no two parts share a pixel. Within a part
-    patches overlap, but no two are at the same position.
+    Grey levels 0 .. 255 become (v + U(0, 1)) / 256, the patch's mean is subtracted, and the last pixel, which the
+    others then determine, is dropped; `complete_patches` restores it. The photographs are cut into tiles of 16 x 16
+    pixels, 80 % of them for training. Each patch lies within one tile, so no two parts share a pixel. Patches of the
+    same part overlap, but no two are at the same position.
 
     Args:
         train: Number of patches for training.
@@ -88,7 +88,7 @@ def patches(*, train: int = 30_000, validation: int = 5_000, test: int = 5_000, 
 
 
 def complete_patches(y: Tensor) -> Tensor:
-    r"""Restore all 64 pixels, (\*batch, 64), of `patches` rows y, (\*batch, 63): those of a patch sum to 0.
+    r"""Restore all 64 pixels, (\*batch, 64), of `patches` rows y, (\*batch, 63); the pixels of a patch sum to 0.
 
     Raises:
         ValueError: If the last dimension of `y` is not 63.

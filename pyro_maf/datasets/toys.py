@@ -1,7 +1,7 @@
-"""Toy densities over the plane, with exact log-densities.
+"""Toy densities on the plane, with exact log-densities.
 
-Each has samples, log-densities and, if there is a closed form, the entropy: minus the mean log-likelihood of a
-perfect model.
+Each has samples, log-densities and, if it has a closed form, the entropy: minus the mean log-likelihood of a perfect
+model.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ LOG_2PI_E = math.log(2 * math.pi) + 1
 
 
 class Toy:
-    r"""A density over the plane with an exact log-density. A subclass defines `_draw` and `_log_density`.
+    r"""A density on the plane with an exact log-density. A subclass defines `_draw` and `_log_density`.
 
     Attributes:
         name: Name in tables and figures.
-        entropy: Entropy in nats, or None without a closed form.
+        entropy: Entropy in nats, or None if there is no closed form.
 
     Example:
         >>> toy = FigureOne()
@@ -36,7 +36,7 @@ class Toy:
     entropy: float | None = None
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
-        """Draw `n` points, (n, 2) in float32; they depend on `seed` alone.
+        """Draw `n` points, (n, 2), in float32; they depend only on `seed`.
 
         Raises:
             ValueError: If `n` is below 1.
@@ -76,8 +76,8 @@ class Toy:
 class FigureOne(Toy):
     r"""The density of the paper's Figure 1: p(x1, x2) = N(x2 | 0, 4) N(x1 | x2^2 / 4, 1), N(mean, variance).
 
-    Each factor is Gaussian, but in the order (x1, x2) the second, p(x2 | x1), is not: it has two modes. Entropy
-    log(2 pi e) + log 2 = 3.531 nats.
+    Each factor is Gaussian. In the order (x1, x2), however, the second factor p(x2 | x1) is not: it has two modes.
+    Entropy log(2 pi e) + log 2 = 3.531 nats.
 
     Example:
         >>> round(FigureOne().entropy, 3)
@@ -103,7 +103,7 @@ class FigureOne(Toy):
 class Funnel(Toy):
     r"""Neal's funnel in the plane: p(x1, x2) = N(x1 | 0, 9) N(x2 | 0, exp(x1)), N(mean, variance).
 
-    Entropy log(2 pi e) + log 3 = 3.936 nats, as the mean of x1, twice the log-scale of x2, is 0.
+    Entropy log(2 pi e) + log 3 = 3.936 nats, since x1, twice the log-scale of x2, has mean 0.
 
     Reference:
         Neal, *Slice Sampling*, 2003.
@@ -141,7 +141,7 @@ class Ring(Toy):
         return torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
 
     def _log_density(self, y: Tensor) -> Tensor:
-        # The log is clamped at the centre, so that the density there is 0 rather than undefined.
+        # The log is clamped, so that the density at the centre is 0 rather than undefined.
         log_radius = y.norm(dim=-1).clamp_min(torch.finfo(y.dtype).tiny).log()
         log_prob = _normal(log_radius, math.log(2), 0.1) - 2 * log_radius - math.log(2 * math.pi)
         return torch.where((y == 0).all(-1), -torch.inf, log_prob)
@@ -172,8 +172,8 @@ class Moons(Toy):
 class Pinwheel(Toy):
     r"""Five elongated Gaussians like the blades of a wheel, rotated by an angle that grows with the radius.
 
-    A rotation by an angle that depends on the radius alone preserves area, so the density is that of the mixture at
-    the point rotated back. The entropy has no closed form.
+    A rotation by an angle that depends only on the radius preserves area, so the density is the mixture's at the point
+    rotated back. The entropy has no closed form.
 
     Reference:
         Johnson et al., *Composing Graphical Models with Neural Networks for Structured Representations*, 2016.

@@ -1,4 +1,4 @@
-"""Several models fitted to the same data: the paper's table, on any data."""
+"""Comparison of several models fitted to the same data: the paper's table, for any data."""
 
 from __future__ import annotations
 
@@ -59,28 +59,28 @@ def compare(
 ) -> Comparison:
     r"""Fit each model to the same training rows, and score it on the same test rows.
 
-    Every fit is one of `pyro_maf.fit`, apart from the Gaussian, which has a closed form. With a context in `data` the
-    models are conditional.
+    Every fit uses `pyro_maf.fit`, except for the Gaussian, which has a closed form. If `data` has a context, the models
+    are conditional.
 
     Args:
         data: Training, validation and test rows, and their contexts.
         models: The models to fit, by default every row of the paper's table.
-        folder: Folder with a subfolder for each model, with its density, its score and the log of its fit. Results
-            in it are read back and not fitted again, and an interrupted fit is resumed.
+        folder: Folder with a subfolder for each model, with its density, its score and the log of its fit. Results in
+            it are read rather than fitted again, and an interrupted fit is resumed.
         batch_size, max_epochs, patience, learning_rate, weight_decay, progress: As in `fit`; a candidate's learning
-            rate has priority.
-        seed: Seed of the initial weights, and of the batches.
+            rate takes precedence.
+        seed: Seed of the initial weights and of the batches.
         device: Device of the fits.
-        tell: Callback with each score.
+        tell: Callback for each score.
 
     Returns:
-        A `Comparison`. Ctrl-C ends it, without the present model and those after it; with a folder, the same call
+        A `Comparison`. Ctrl-C ends it, without the current model and those after it; with a folder, the same call
         resumes from there.
 
-    Cost: that of the fits; results that are read back are free.
+    Cost: that of the fits; reading stored results is free.
 
     Raises:
-        ValueError: As `fit` for its options; and for a folder in which a model was fitted to other data or with other
+        ValueError: As `fit` for its options, or if a model in the folder was fitted to other data or with other
             options.
         TypeError: As `fit`.
 
@@ -123,7 +123,7 @@ def compare(
 
 @dataclass
 class _Contest:
-    """State that the fits of a comparison share."""
+    """State shared by the fits of a comparison."""
 
     data: Dataset
     options: Facts
@@ -172,7 +172,7 @@ class _Contest:
         if folder is not None:
             density.name_columns(self.data.layout, self.data.context_layout)
             _write_score(folder, score, density, fingerprint)
-            # Four times the size of the model, and of no further use.
+            # Four times the size of the model, and no longer needed.
             (folder / CHECKPOINT).unlink(missing_ok=True)
         return score
 
@@ -189,7 +189,7 @@ class _Contest:
             rows,
             context=context,
             validation=(validation, validation_context),
-            dequantise=False,  # densities, to be compared with the paper's
+            dequantise=False,  # densities, comparable with the paper's
             progress=self.progress,
             folder=folder,
             resume=folder is not None,
@@ -217,7 +217,7 @@ class _Contest:
 
 
 def _by_name(names: Sequence[str], rows: Tensor) -> TableLike:
-    """Return rows by the names of their columns, if there are names, for messages of `fit`."""
+    """Return rows as named columns, if they have names, for the messages of `fit`."""
     return dict(zip(names, rows.unbind(1), strict=True)) if names else rows
 
 
@@ -239,7 +239,7 @@ def _fingerprint(data: Dataset, candidate: Candidate, options: Facts) -> Facts:
 
 
 def _write_score(folder: Path, score: Score, density: FlowPrior | ConditionalFlowPrior, fingerprint: Facts) -> None:
-    """Write density and score to `folder`; the score, which marks it as complete, comes last."""
+    """Write density and score to `folder`; the score comes last, since it marks the result as complete."""
     density.save(folder / MODEL)
     facts = {"fingerprint": fingerprint, **{name: getattr(score, name) for name in FACTS}}
     write_whole(folder / SCORE, pack({"log_prob": score.log_prob}, FILE, json.dumps(facts)))
@@ -249,7 +249,7 @@ def _read_score(folder: Path, data: Dataset, candidate: Candidate, fingerprint: 
     """Read the score in `folder`; None if there is none.
 
     Raises:
-        ValueError: If it is from other data or other options, or is damaged.
+        ValueError: If it belongs to other data or other options, or is damaged.
     """
     if not (folder / SCORE).is_file():
         return None
@@ -266,7 +266,7 @@ def _read_score(folder: Path, data: Dataset, candidate: Candidate, fingerprint: 
 
 
 def _bits_of(data: Dataset, log_prob: Tensor) -> Tensor | None:
-    """Bits per pixel of each test row, if the rows are images; else None."""
+    """Bits per pixel of each test row, if the rows are images; otherwise None."""
     return None if data.pixels is None else data.pixels.bits_per_pixel(log_prob, data.test.double())
 
 
@@ -288,7 +288,7 @@ def divide(
         data: Rows (N, D): an array, a tensor or a data frame of numbers; or a table of `read_table`, with its context.
         context: Rows (N, C), or None.
         test: Fraction of the rows for testing, between 0 and 1.
-        validation: Fraction of the others for validation.
+        validation: Fraction of the remaining rows for validation.
         seed: Seed of the shuffle.
 
     Returns:
@@ -296,8 +296,8 @@ def divide(
 
     Raises:
         TypeError: For columns of a data frame that are not numeric.
-        ValueError: For fractions outside (0, 1), too few rows for all three, or data frames with the same index in
-            another order.
+        ValueError: For fractions outside (0, 1), too few rows for all three parts, or data frames with the same index
+            in different order.
 
     Example:
         >>> data = divide("rows", torch.randn(100, 2))
@@ -338,7 +338,7 @@ def divide(
 
 
 def _sizes(total: int, test: float, validation: float) -> list[int]:
-    """Return the number of rows to train with, to validate with and to test with."""
+    """Return the numbers of rows for training, validation and testing."""
     for_test = round(test * total)
     for_validation = round(validation * (total - for_test))
     sizes = [total - for_test - for_validation, for_validation, for_test]

@@ -1,4 +1,4 @@
-"""The paper's models by name, the Gaussian among them, and the candidates of a comparison."""
+"""The paper's models by name, including the Gaussian, and the candidates of a comparison."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ CLASSES: dict[str, tuple[type, type]] = {
     "made-mog": (distributions.MADEMoG, distributions.ConditionalMADEMoG),
     "maf-mog": (distributions.MAFMoG, distributions.ConditionalMAFMoG),
 }
-"""The classes by name, without and with a context."""
+"""Classes by name, without and with a context."""
 
 FLOWS = (*CLASSES, "gaussian")
 """The names that `build` accepts."""
 
 STACKS = ("maf", "nsf", "iaf", "realnvp", "maf-mog")
-"""The flows with several layers, and optional batch norm between them."""
+"""Flows with several layers and optional batch norm between them."""
 
 
 def build(
@@ -67,21 +67,20 @@ def build(
 ) -> Model:
     r"""Build one of the paper's models or a neural spline flow, "nsf", untrained, for `pyro_maf.fit`.
 
-    "made" has Gaussian conditionals in the natural order: a MAF of one layer. "gaussian" is normal with a full
-    covariance; with a context c the mean, and the log of each dimension's scale, are linear in c. Its closed form is
-    `fit_gaussian`.
+    "made" has Gaussian conditionals in the natural order: a single-layer MAF. "gaussian" has a full covariance; with a
+    context c the mean, and the log of each dimension's scale, are linear in c. `fit_gaussian` is its closed-form fit.
 
     Args:
         flow: "maf", "nsf", "iaf", "realnvp", "made", "made-mog", "maf-mog" or "gaussian".
         input_dim: D.
-        context_dim: Number of context features, 0 for none; with one, the model is a conditional form.
+        context_dim: Number of context features, 0 for none; with a context, the model is a conditional form.
         num_layers: Number of layers of "maf", "nsf", "iaf", "realnvp" and "maf-mog"; fixed for the others.
         hidden_dims, activation, batch_norm, degrees: As in `MAF`, for the models that have them.
         networks: "joint" or "separate" networks for shift and scale of "realnvp".
         seed: Seed of the weights and of random degrees; the global random state is left unchanged.
 
     Raises:
-        ValueError: For an unknown name, non-positive sizes, and as the model.
+        ValueError: For an unknown name or non-positive sizes, and as the model.
 
     Example:
         >>> type(build("maf", 3)).__name__, type(build("made-mog", 3, context_dim=2)).__name__
@@ -125,11 +124,11 @@ in float32 that much is rounding."""
 def gaussian(
     input_dim: int, context_dim: int = 0, factor: Tensor | None = None, weight: Tensor | None = None
 ) -> Flow | ConditionalFlow:
-    """Build a flow whose density is N(A c, L L^T), in training with the log of each scale linear in the context c too.
+    """Build a flow with density N(A c, L L^T), whose log-scales can be trained to be linear in the context c, too.
 
     Args:
         input_dim: D.
-        context_dim: C, 0 for no context: then the mean is 0.
+        context_dim: C, 0 for no context, in which case the mean is 0.
         factor: L, (D, D), by default the identity.
         weight: A, (D, C), by default 0.
     """
@@ -138,8 +137,8 @@ def gaussian(
 
 
 def _linear_in(context_dim: int, input_dim: int, weight: Tensor | None) -> Flow:
-    """Layer y_i = exp((B c + b)_i) x_i + (A c + a)_i of a context c, with A = `weight`; a, B and b begin at 0."""
-    # With no dimension to pass through, the network of a coupling sees the context alone; without hidden layers it is
+    """Layer y_i = exp((B c + b)_i) x_i + (A c + a)_i of a context c, with A = `weight`; a, B and b start at 0."""
+    # If no dimension passes through, the network of a coupling sees only the context; without hidden layers it is
     # linear. Its outputs are the D shifts, then the D log-scales.
     layer = Coupling(input_dim, mask=[False] * input_dim, hidden_dims=[], context_dim=context_dim)
     if weight is not None:
@@ -150,10 +149,10 @@ def _linear_in(context_dim: int, input_dim: int, weight: Tensor | None) -> Flow:
 
 
 def fit_gaussian(data: Tensor, context: Tensor | None = None) -> FlowPrior | ConditionalFlowPrior:
-    r"""Fit N(y; m, S) or, with a context, N(y; m + A c, S): the maximum of the likelihood, without any steps.
+    r"""Fit N(y; m, S) or, with a context, N(y; m + A c, S): the maximum-likelihood solution in closed form.
 
-    m and S are mean and covariance of the rows, or of the residuals of the least squares regression of y on c. With a
-    one-hot context that is a mean for each class and a common covariance.
+    m and S are the mean and covariance of the rows, or of the residuals of the least-squares regression of y on c. With
+    a one-hot context, that is one mean per class and a common covariance.
 
     Args:
         data: Rows (N, D) of finite numbers, on the CPU.
@@ -165,7 +164,7 @@ def fit_gaussian(data: Tensor, context: Tensor | None = None) -> FlowPrior | Con
     Cost: products over the rows and a Cholesky factor, in float64: O(N (D + C)^2 + D^3).
 
     Raises:
-        ValueError: For rows whose covariance is singular: too few of them, or a column that the others determine.
+        ValueError: For rows with a singular covariance: too few of them, or a column that the others determine.
 
     Example:
         >>> data = 3 + 2 * torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
@@ -178,7 +177,7 @@ def fit_gaussian(data: Tensor, context: Tensor | None = None) -> FlowPrior | Con
         layer = LowerTriangularAffine(data.shape[1], scale_tril=_factor(standard, data.dtype))
         return FlowPrior(layer, loc=loc, scale=scale).eval()
     context_loc, context_scale, predictors = _standardised(context)
-    # The columns of a one-hot context are dependent: the pseudo-inverse yields the minimum-norm solution.
+    # The columns of a one-hot context are dependent: the pseudo-inverse gives the minimum-norm solution.
     weight = torch.linalg.pinv(predictors) @ standard
     factor = _factor(standard - predictors @ weight, data.dtype)
     model = gaussian(data.shape[1], context.shape[1], factor, weight.T.to(data.dtype))
@@ -188,7 +187,7 @@ def fit_gaussian(data: Tensor, context: Tensor | None = None) -> FlowPrior | Con
 
 
 def _standardised(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and standard deviation of the columns, as maximum likelihood requires, and the rows in these units."""
+    """Mean and maximum-likelihood standard deviation of the columns, and the rows in these units."""
     loc, scale = plain_moments_of(table)
     return loc, scale, (table.double() - loc) / scale
 
@@ -196,7 +195,7 @@ def _standardised(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _factor(centred: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the Cholesky factor of the covariance of rows whose mean is 0."""
     factor = torch.linalg.cholesky_ex(centred.T @ centred / len(centred)).L
-    # Beyond the first non-positive pivot the factor holds the original matrix, or NaN.
+    # Beyond the first non-positive pivot, the factor holds the original matrix or NaN.
     collinear = ~(factor.diagonal() > ROUNDING)
     if collinear.any():
         raise ValueError(
@@ -217,14 +216,14 @@ ROWS: dict[str, tuple[str, int]] = {
     "MAF MoG (5)": ("maf-mog", 5),
     "NSF (5)": ("nsf", 5),
 }
-"""The rows of the paper's table, and a spline flow after them: the flow of each, and its number of layers."""
+"""The rows of the paper's table, followed by a spline flow: the flow of each, and its number of layers."""
 
 SPELLINGS = {
     re.sub(r"[^a-z0-9]", "", spelling.casefold()): row
     for row, (flow, layers) in ROWS.items()
     for spelling in (row, *([] if layers == 10 else [flow]))
 }
-"""Each row by its letters and digits: maf-mog is MAF MoG (5), as for `build`, and realnvp-10 RealNVP (10)."""
+"""Each row by its letters and digits: maf-mog is MAF MoG (5), as for `build`, and realnvp-10 is RealNVP (10)."""
 
 BATCH_SIZE = 100
 PATIENCE = 30
@@ -241,15 +240,15 @@ PUBLISHED: dict[str, dict[str, float]] = {
         "BSDS300": (96.67, 148.85, 153.71, 152.97, 153.28, 155.69, 154.93, 156.36),
     }.items()
 }
-"""Test log-likelihood in nats by set and model: the paper's table 1, which ends before splines."""
+"""Test log-likelihood in nats by set and model: the paper's table 1, which has no spline flows."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to fit. Candidates of one name differ in their widths; the one with the best validation score counts.
+    """A model to fit. Among candidates with the same name, which differ in width, the best validation score counts.
 
     Attributes:
-        name: Its name in the table.
+        name: Name in the table.
         flow, num_layers, hidden_dims, activation, batch_norm, degrees, networks: As in `build`.
         learning_rate: Initial learning rate of Adam, or None for that of the comparison.
 
@@ -270,13 +269,13 @@ class Candidate:
 
     @property
     def slug(self) -> str:
-        """Name of its folder."""
+        """Name of the candidate's folder."""
         layers = f"-{self.num_layers}" if self.flow in STACKS else ""
         return f"{self.flow}{layers}" + (f"-{self.widths}" if self.widths else "")
 
     @property
     def widths(self) -> str:
-        """Widths of the hidden layers; "" for the default or for no hidden layers."""
+        """Widths of the hidden layers; "" by default or if there are none."""
         return "x".join(map(str, self.hidden_dims or ())) if self.flow != "gaussian" else ""
 
     def build(self, input_dim: int, context_dim: int, seed: int) -> Model:
@@ -289,12 +288,12 @@ class Candidate:
 def candidates(
     names: Sequence[str] = tuple(ROWS), *, hidden_dims: Sequence[Sequence[int]] = (), batch_norm: bool = False
 ) -> tuple[Candidate, ...]:
-    """Return the paper's models for any data.
+    """Return the paper's models, for any data.
 
     Args:
-        names: Rows of the paper's table, all of them by default, as there or as in `build`: "MADE MoG" or "made-mog",
+        names: Rows of the paper's table, by default all, named as there or as in `build`: "MADE MoG" or "made-mog",
             "MAF (5)", "maf-5" or "maf".
-        hidden_dims: Widths to try, each of the hidden layers of one network; by default the choice of `build`.
+        hidden_dims: Alternatives for the widths of a network's hidden layers; by default the choice of `build`.
         batch_norm: Put a `BatchNorm` after every layer of the flows.
 
     Raises:
@@ -325,9 +324,9 @@ class Settings:
 
     Attributes:
         name: Name in the paper.
-        loader: The function of `pyro_maf.datasets` that reads it.
-        units: Numbers of units of a hidden layer that were tried, each in one layer and in two.
-        activation: Activation of the masked networks; those of couplings are tanh for the scale and ReLU for the shift.
+        loader: The function of `pyro_maf.datasets` that reads the set.
+        units: Numbers of hidden units that were tried, each in one layer and in two.
+        activation: Activation of the masked networks; couplings use tanh for the scale and ReLU for the shift.
         degrees: Degrees of the masked networks' hidden units.
 
     Example:
@@ -343,7 +342,7 @@ class Settings:
 
     @property
     def published(self) -> dict[str, float]:
-        """The paper's figures by model; empty if its table 1 has none."""
+        """The paper's results by model; empty if its table 1 has none."""
         return PUBLISHED.get(self.name, {})
 
     @property
@@ -378,4 +377,4 @@ SETTINGS = {
         Settings("CIFAR-10", "cifar10", (1024, 2048), degrees="random"),
     )
 }
-"""Settings by the paper's name of each set."""
+"""Settings by the paper's name for each set."""

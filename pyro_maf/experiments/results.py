@@ -1,4 +1,4 @@
-"""Scores of fitted models, and the comparison of them as a table: on the terminal, in Markdown and JSON."""
+"""Scores of fitted models, and their comparison as a table: on the terminal, in Markdown and in JSON."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 __all__ = ["Comparison", "Estimate", "Score", "as_json", "as_markdown", "as_table", "estimate", "lines"]
 
 Line: TypeAlias = dict[str, str | float | None]
-"""Figures of a model by name."""
+"""Results of a model by name."""
 
 Published: TypeAlias = Mapping[str, float] | None
-"""Published figures by model, to show beside ours."""
+"""Published results by model, shown for comparison."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Score:
     Attributes:
         candidate: The candidate.
         log_prob: The log-density of each test row, in nats, (rows,), in float64.
-        bits_per_pixel: Bits per pixel of each, for images, or None.
+        bits_per_pixel: Bits per pixel of each test row, for images, or None.
         validation: Mean log-likelihood of the validation rows, in nats.
         parameters: Number of fitted parameters.
         epochs: Number of epochs, 0 for a closed form.
@@ -71,7 +71,7 @@ class Score:
         return None if self.bits_per_pixel is None else estimate(self.bits_per_pixel)
 
     def ahead_of(self, other: Score) -> Estimate:
-        """Mean gain in nats of a test row over another score, paired by row, so that common difficulty cancels."""
+        """Mean gain over another score, in nats per test row, paired by row so that common difficulty cancels."""
         return estimate(self.log_prob - other.log_prob)
 
 
@@ -94,8 +94,8 @@ class Comparison:
         data: Name of the data.
         input_dim, context_dim: D and C.
         rows: Number of rows for training, validation and testing.
-        tried: Every fit.
-        failed: Why a model has no score, by its name.
+        tried: All fits.
+        failed: Reasons why models have no score, by name.
         missing: Names of the models that were not reached before an interruption.
     """
 
@@ -109,7 +109,7 @@ class Comparison:
 
     @property
     def scores(self) -> tuple[Score, ...]:
-        """One score for each name, in the requested order: of the widths tried, that with the best validation score."""
+        """One score per name, in the requested order; among the widths tried, that with the best validation score."""
         chosen: dict[str, Score] = {}
         for score in self.tried:
             best = chosen.get(score.candidate.name)
@@ -119,7 +119,7 @@ class Comparison:
 
     @property
     def best(self) -> Score | None:
-        """The score of the highest test log-likelihood, if any."""
+        """The score with the highest test log-likelihood, if any."""
         return max(self.scores, key=lambda score: score.test.mean, default=None)
 
     def __str__(self) -> str:
@@ -127,10 +127,10 @@ class Comparison:
 
 
 def lines(comparison: Comparison, published: Published = None) -> list[Line]:
-    """Return a flat record for each model, the source of all forms of the table.
+    """Return a flat record for each model, from which all forms of the table are built.
 
-    Log-likelihoods are in nats, `error` and the like are two standard errors; `behind` is the mean gain of the best
-    model for a test row, paired by row.
+    Log-likelihoods are in nats; `error` and similar entries are two standard errors; `behind` is the best model's mean
+    gain per test row, paired by row.
     """
     best = comparison.best
     records = []

@@ -1,9 +1,9 @@
 r"""Figures of densities: samples, the noise of data, contours, losses, images.
 
-Each function returns a matplotlib `Figure` that is not registered with pyplot: save it with `figure.savefig(path)`; at
-the end of a notebook's cell it shows itself. Compared models share their axes, and the colours are those of Okabe and
-Ito or of cividis, which colour-blind readers can distinguish. `title` is the title of the figure. Without the `plot`
-extra they raise a ModuleNotFoundError.
+Each function returns a matplotlib `Figure` that is not registered with pyplot: save it with `figure.savefig(path)`. At
+the end of a notebook cell it is displayed. Compared models share axes. The colours, those of Okabe and Ito or of
+cividis, are distinguishable for colour-blind readers. `title` is the title of the figure. Without the `plot` extra the
+functions raise a ModuleNotFoundError.
 """
 
 from pyro_maf.plotting.calibration import noise, pit, qq

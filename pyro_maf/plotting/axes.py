@@ -1,4 +1,4 @@
-"""Style of the figures, figures of panels, and the rows for one panel."""
+"""Style of the figures, figures with several panels, and the rows shown in a panel."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ Window: TypeAlias = tuple[tuple[float, float], tuple[float, float]]
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function to draw in this module's style, and restore the user's."""
+    """Decorate a function to draw in this module's style, leaving the user's style unchanged."""
 
     @functools.wraps(draw)
     def styled(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -82,7 +82,7 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
 
 @functools.cache
 def _figure_class() -> type[Figure]:
-    """Subclass of matplotlib's figure that shows itself at the end of a notebook's cell, without pyplot."""
+    """Subclass of matplotlib's figure that displays itself at the end of a notebook cell, without pyplot."""
     from matplotlib.figure import Figure
 
     class ShownFigure(Figure):
@@ -95,7 +95,7 @@ def _figure_class() -> type[Figure]:
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
-    """Create a figure that is not registered with pyplot; sizes in inches."""
+    """Create a figure that is not registered with pyplot; sizes are in inches."""
     figure = _figure_class()(figsize=(width, height), dpi=DPI, layout="constrained")
     if title:
         figure.suptitle(title, fontsize=11)
@@ -139,7 +139,7 @@ def check_by_name(who: str, name: str, value: object) -> None:
 
 
 def dimension_names(who: str, names: Sequence[str] | None, rows: TableLike, size: int, symbol: str = "x") -> list[str]:
-    """Return the names of the dimensions, by default those of the columns or the symbol with a number."""
+    """Return the names of the dimensions, by default the column names or the symbol with an index."""
     if names is None:
         names = Layout.of(rows).labels or [f"${symbol}_{{{i + 1}}}$" for i in range(size)]
     if len(names) != size:
@@ -156,7 +156,7 @@ def limits_of(rows: Tensor) -> Window:
 
 
 def dots(axes: Axes, rows: Tensor, colour: str) -> None:
-    """Draw a dot for each row, (rows, 2), the larger and darker the fewer there are."""
+    """Draw a dot for each row, (rows, 2), larger and darker if there are few."""
     first, second = rows.T.numpy()
     area = min(LARGEST_DOT, max(SMALLEST_DOT, SMALLEST_DOT * FEW_ROWS / max(1, len(rows))))
     alpha = 0.35 * math.sqrt(area / SMALLEST_DOT)
@@ -164,9 +164,9 @@ def dots(axes: Axes, rows: Tensor, colour: str) -> None:
 
 
 def bins_of(data: Tensor, samples: Tensor) -> list[float]:
-    """Edges of the bins of a histogram of the data, (rows,), over their limits; the number depends on that of rows.
+    """Edges of histogram bins for the data, (rows,), over its limits; their number depends on the number of rows.
 
-    They start and end inside the range of the values: those of positive numbers are not below 0.
+    They start and end inside the range of the values, so that positive data have no edge below 0.
     """
     (low, high), _ = limits_of(data[:, None].expand(-1, 2))
     everything = torch.cat([data, samples]).double()
@@ -177,13 +177,13 @@ def bins_of(data: Tensor, samples: Tensor) -> list[float]:
 
 
 def edges_of(low: float, high: float, total: int) -> list[float]:
-    """Edges of the bins from low to high of a histogram of `total` rows."""
+    """Edges of histogram bins from low to high for `total` rows."""
     bins = min(MOST_BINS, math.ceil(2 * total ** (1 / 3)))
     return torch.linspace(low, high, bins + 1, dtype=torch.float64).tolist()
 
 
 def histogram(axes: Axes, values: Tensor, edges: list[float], colour: str, *, filled: bool, name: str = "") -> None:
-    """Draw the fraction in each bin of all values, (rows,), including those outside the edges; filled or as a line."""
+    """Draw the fraction of all values, (rows,), including those outside the edges, in each bin; filled or as a line."""
     axes.hist(
         values.numpy(),
         bins=edges,
@@ -196,7 +196,7 @@ def histogram(axes: Axes, values: Tensor, edges: list[float], colour: str, *, fi
 
 
 def label(axes: Axes, name: str, dims: tuple[int, int], symbol: str, limits: Window) -> None:
-    """Set title, limits and the names of two dimensions."""
+    """Set the title, the limits and the names of two dimensions."""
     axes.set_title(name)
     axes.set(xlim=limits[0], ylim=limits[1])
     axes.set_xlabel(f"${symbol}_{{{dims[0] + 1}}}$")

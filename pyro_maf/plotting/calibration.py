@@ -1,4 +1,4 @@
-"""Calibration plots: the noise of data under a model against the standard normal distribution."""
+"""Calibration plots: the noise of data under a model, compared with the standard normal distribution."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ QUANTILES = 200
 def noise(
     densities: Mapping[str, Flow | Density], data: TableLike, *, dims: tuple[int, int] = (0, 1), title: str = ""
 ) -> Figure:
-    r"""The noise u = t^-1(y) of data under each model; under a perfect model it is standard normal.
+    r"""The noise u = t^-1(y) of data under each model, which is standard normal under a perfect model.
 
-    For a flow u = flow.inv(y). For mixtures of Gaussians u_i = Phi^-1(F_i(y_i | y_<i)), with F_i the distribution
-    function of the conditional. Circles of radius 1, 2 and 3 contain 39, 86 and 99 % of a standard normal.
+    For a flow u = flow.inv(y). For mixtures of Gaussians u_i = Phi^-1(F_i(y_i | y_<i)), with F_i the conditional
+    distribution function. Circles of radius 1, 2 and 3 contain 39, 86 and 99 % of a standard normal.
 
     Args:
         densities: Densities by name, each a flow, a `FlowPrior`, a `MADEMoG` or a `MAFMoG`.
-        data: Rows (N, D), also a data frame. At most 4,000 of them are drawn.
+        data: Rows (N, D), possibly as a data frame. At most 4,000 of them are drawn.
         dims: The two dimensions of u to show.
 
     Raises:
         TypeError: For a density without a map to noise.
-        ValueError: For data that are not (rows, D), or lack these dimensions.
+        ValueError: For data that are not (rows, D) or lack these dimensions.
 
     Example:
         >>> from pyro_maf import MAF
@@ -74,7 +74,7 @@ def noise(
     figure, panels = new_panels(len(densities), title)
     for axes, (name, density) in zip(panels, densities.items(), strict=True):
         with torch.no_grad():
-            # In the units of the data, a density reads tables by itself, and takes the columns that it knows.
+            # A density in the data's units reads tables itself, and selects the columns it was fitted to.
             reads = isinstance(density, (FlowPrior, TableDensity))
             u = density.noise(cast(Tensor, data) if reads else table.to(reference_tensor(density)))
         dots(axes, some_rows("noise", name, u, dims), COLOURS[0])
@@ -88,13 +88,13 @@ def noise(
 def pit(u: TableLike, *, names: Sequence[str] | None = None, columns: int = 3, title: str = "") -> Figure:
     r"""Probability integral transforms: a histogram of Phi(u_i) for each dimension of the noise of data.
 
-    Under a perfect model Phi(u_i) is uniform. The band then contains 95 % of the bars: two standard errors of a
+    Under a perfect model Phi(u_i) is uniform, and the band contains 95 % of the bars: two standard errors of a
     binomial count on either side of 1. A hump means that the density is too wide, a trough that it is too narrow, a
     slope that it is biased.
 
     Args:
-        u: Noise of the data, (N, D), of the dimensions to show, as in `noise`.
-        names: Names of the dimensions, by default those of the columns of a data frame.
+        u: Noise of the data, (N, D), in the dimensions to show, as in `noise`.
+        names: Names of the dimensions, by default the column names of a data frame.
         columns: Maximum number of panels side by side.
 
     Raises:
@@ -164,7 +164,7 @@ def qq(u: TableLike, *, names: Sequence[str] | None = None, columns: int = 3, ti
 
 
 def _normal_order(total: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of some of `total` sorted standard normal draws, the expected quantiles, and their standard errors."""
+    """Indices of some of `total` sorted standard normal draws, their expected quantiles, and their standard errors."""
     count = min(total, QUANTILES)
     # Evenly spaced in z, not in p: the tails matter most.
     edge = torch.special.ndtri(torch.tensor(0.5 / total, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Plots of densities over the plane, of log-densities of rows, and of losses over epochs."""
+"""Plots of densities on the plane, of log-densities of rows, and of losses over epochs."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class HasLogProb(Protocol):
 
 @styled
 def contours(densities: Mapping[str, HasLogProb], window: Window, *, title: str = "") -> Figure:
-    """Densities over the plane, on the colour scale of the first.
+    """Densities on the plane, on the colour scale of the first.
 
     Args:
-        densities: Densities by name, with a `log_prob` of points (rows, 2).
+        densities: Densities by name, each with a `log_prob` for points (rows, 2).
         window: Minimum and maximum of x1, and of x2.
 
     Raises:
@@ -67,10 +67,10 @@ def contours(densities: Mapping[str, HasLogProb], window: Window, *, title: str 
 
 @styled
 def log_densities(heights: Mapping[str, TableLike], *, title: str = "") -> Figure:
-    """Histograms of log-densities of rows, for instance of data and of samples, in the same bins.
+    """Histograms of log-densities of rows, for instance of data and of samples, with the same bins.
 
-    If a model has learnt the data's density, its samples and the data have the same distribution of log-densities.
-    The axis leaves out the lowest thousandth of the first, and values that are not finite.
+    If a model has learnt the density of the data, samples and data have the same distribution of log-densities. The
+    axis leaves out the lowest thousandth of the first histogram, and values that are not finite.
 
     Args:
         heights: Log-densities (rows,), in nats, by name.
@@ -104,11 +104,11 @@ def log_densities(heights: Mapping[str, TableLike], *, title: str = "") -> Figur
 def losses(results: Mapping[str, FitResult], *, marks: Mapping[str, float] | None = None, title: str = "") -> Figure:
     """Validation and training loss of each fit against its epochs.
 
-    The axis of losses leaves out the first tenth of the epochs, so that the final losses can be distinguished.
+    The limits of the loss axis ignore the first tenth of the epochs, so that the final losses can be distinguished.
 
     Args:
         results: Results of `pyro_maf.fit`, by name.
-        marks: Losses to compare with, in nats, by name, such as that of the true density on the validation rows.
+        marks: Losses to compare with, in nats, by name, such as the true density's on the validation rows.
 
     Raises:
         ValueError: If there are no results.

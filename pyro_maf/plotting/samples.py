@@ -41,7 +41,7 @@ __all__ = ["image_grid", "marginals", "pairs", "scatter"]
 def scatter(
     data: TableLike, samples: Mapping[str, TableLike], *, dims: tuple[int, int] = (0, 1), title: str = ""
 ) -> Figure:
-    """Data beside each model's samples, in two of their dimensions, on the same axes.
+    """Data next to each model's samples, in two of their dimensions, on the same axes.
 
     Args:
         data: Rows (N, D).
@@ -72,12 +72,12 @@ def scatter(
 def marginals(
     data: TableLike, samples: TableLike, *, names: Sequence[str] | None = None, columns: int = 3, title: str = ""
 ) -> Figure:
-    """The histogram of each dimension, data under samples of one model, in the same bins.
+    """The histogram of each dimension, with data and samples of one model overlaid, in the same bins.
 
     Heights are fractions of all rows, including those beyond the outermost bins, about a thousandth of the data.
 
     Args:
-        data: Rows (N, D), of the dimensions to show.
+        data: Rows (N, D), in the dimensions to show.
         samples: Rows (M, D).
         names, columns: As in `pit`.
 
@@ -106,9 +106,9 @@ def pairs(data: TableLike, samples: TableLike, *, names: Sequence[str] | None = 
     """Every pair of dimensions, data over samples of one model, with the histogram of each dimension.
 
     Args:
-        data: Rows (N, D), of the few dimensions to show.
+        data: Rows (N, D), in the few dimensions to show.
         samples: Rows (M, D). At most 4,000 of either are drawn.
-        names: Names of the dimensions, by default those of the columns of a data frame.
+        names: Names of the dimensions, by default the column names of a data frame.
 
     Raises:
         ValueError: For rows of another shape, or if there are not D names.
@@ -138,11 +138,11 @@ def pairs(data: TableLike, samples: TableLike, *, names: Sequence[str] | None = 
 
 @styled
 def image_grid(images: Mapping[str, TableLike], *, columns: int = 8, title: str = "") -> Figure:
-    """Square grey-scale images of each source, side by side, on the grey scale of the first.
+    """Square grey-scale images from each source, side by side, on the grey scale of the first.
 
     Args:
-        images: Rows (N, D) by name, D a square number; the first `columns` squared of each are drawn.
-        columns: Number of images in a row, and of rows.
+        images: Rows (N, D) by name, with D a square number; the first `columns` squared images of each are drawn.
+        columns: Number of images per row, and of rows.
 
     Raises:
         ValueError: For rows that are not square images.
@@ -171,7 +171,7 @@ def image_grid(images: Mapping[str, TableLike], *, columns: int = 8, title: str 
 def _compared(
     who: str, data: TableLike, samples: TableLike, names: Sequence[str] | None, most: int | None = POINTS
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """Rows of data and samples with as many dimensions, and their names, by which columns with names are matched."""
+    """Rows of data and samples with the same dimensions, matched by name if possible, and the dimensions' names."""
     rows = some_rows(who, "data", data, most=most)
     names = dimension_names(who, names, data, rows.shape[-1])
     picked = Layout.of(data).pick(who, "samples", samples, "the data")
@@ -179,7 +179,7 @@ def _compared(
 
 
 def _pair(axes: Axes, data: Tensor, samples: Tensor, limits: Window) -> None:
-    """Draw two dimensions of data and samples, or one dimension's histograms if the two are the same."""
+    """Draw two dimensions of data and samples, or histograms if both are the same dimension."""
     axes.set_xlim(limits[0])
     if torch.equal(data[:, 0], data[:, 1]):
         edges = bins_of(data[:, 0], samples[:, 0])

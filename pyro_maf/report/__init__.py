@@ -1,4 +1,4 @@
-"""The report of a fit: one page that a browser shows without a network."""
+"""The report of a fit: a single page that a browser shows without network access."""
 
 from pyro_maf.report.page import write_report
 

@@ -1,4 +1,4 @@
-"""Examination of a density with rows: their log-densities, their noise, and samples to compare with."""
+"""Examination of a density on rows: their log-densities, their noise, and samples to compare with."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pyro_maf.training.scores import log_prob_of
 __all__ = ["Examination", "LowRow", "examine"]
 
 MOST_VALUES = 10_000_000
-"""Maximum number of values that are scored; of more rows, a random part."""
+"""Maximum number of values that are scored; if there are more, a random subset of the rows is."""
 VALUES_AT_ONCE = 2**18
 ROWS_AT_ONCE = 4096
 PICTURED_ROWS = 10_000
@@ -37,7 +37,7 @@ LOWEST = 10
 NOTHING: Mapping[str, Rows | None] = {}
 SEED = 0
 MANY_DIGITS = 10_000
-"""Values from here on, such as time stamps, may share more than the four digits that others are shown with."""
+"""Size from which on values, such as time stamps, may share more than the four digits shown for others."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class LowRow:
     """A row of low density.
 
     Attributes:
-        row: Its number in the table, from 1.
+        row: Number of the row in the table, from 1.
         log_prob: Log-density in nats.
-        values: Its values.
-        context: Its context as text, a category by its name; empty without one.
+        values: Values of the row.
+        context: Context of the row as text, with categories by name; empty without context.
         dimension: The dimension of its noise that is furthest from 0.
-        noise: That dimension's noise.
+        noise: Noise in that dimension.
     """
 
     row: int
@@ -63,19 +63,19 @@ class LowRow:
 
 @dataclass(frozen=True)
 class Examination:
-    """A density and the rows of its examination. Tensors are on the CPU, in float64.
+    """A density and the rows on which it is examined. Tensors are on the CPU, in float64.
 
     Attributes:
         names, context_names: Names of the columns.
-        noise_names: Names of the columns that have noise: all that are no categories.
+        noise_names: Names of the columns that have noise: all that are not categorical.
         rows: Number of rows.
-        role: "test" or "validation" if they are the rows that the fit held out for this, else "".
+        role: "test" or "validation" if they are rows that the fit held out for this purpose, otherwise "".
         log_prob: Log-densities of the scored rows, (scored,), in nats.
-        weights: Their weights, (scored,), or None.
-        lowest: The rows with the lowest of them, in ascending order.
-        data: A random part of them for pictures, (pictured, columns), in proportion to the weights.
-        noise: The noise of those, (pictured, D).
-        samples: The same number of samples, or 2,000 if that is more, at the contexts of those; finite ones.
+        weights: Weights of the scored rows, (scored,), or None.
+        lowest: The rows with the lowest log-densities, in ascending order.
+        data: A random subset of the rows for pictures, (pictured, columns), in proportion to the weights.
+        noise: Noise of these rows, (pictured, D).
+        samples: Finite samples at the contexts of these rows, as many as they are, but at least 2,000.
         samples_log_prob: Log-densities of the samples.
     """
 
@@ -94,12 +94,12 @@ class Examination:
 
     @property
     def mean_log_prob(self) -> tuple[float, float]:
-        """Mean log-density of the scored rows, with their weights, and its standard error, NaN of one row."""
+        """Weighted mean log-density of the scored rows, and its standard error, NaN for a single row."""
         return mean_and_error(self.log_prob, self.weights)
 
     @property
     def has_radius(self) -> bool:
-        """True if the noise has several dimensions, and so a radius."""
+        """True if the noise has several dimensions, and hence a radius."""
         return self.noise.shape[1] > 1
 
     @property
@@ -117,21 +117,21 @@ class Examination:
 
     @property
     def calibration(self) -> Calibration:
-        """Calibration of the noise, and of its radius."""
+        """Calibration of the noise and of its radius."""
         return calibration_of(self.scores, self.score_names)
 
 
 def examine(
     density: Fitted, source: NamedRows, *, held_out: Mapping[str, Rows | None] = NOTHING, progress: bool | str = False
 ) -> Examination:
-    """Examine a density with rows of data; the global random state is left unchanged.
+    """Examine a density on rows of data; the global random state is unchanged.
 
-    Memory is bounded for any number of rows: they are read in blocks, and pictures are of a part.
+    Memory is bounded for any number of rows: they are read in blocks, and pictures show a subset.
 
     Args:
         density: A density with a model that `fit` can fit.
         source: The rows, with the columns of the density.
-        held_out: The rows that the fit held out by their role, None if unavailable.
+        held_out: The rows that the fit held out, by role; None if unavailable.
         progress: As in `write_report`.
 
     Raises:
@@ -147,7 +147,7 @@ def examine(
         pictured = _some(scored, most, generator)
     else:
         pictured = scored[in_proportion(weights, max(1, min(most, len(scored))))]
-    # More than one sample for each of a few rows, or the samples' histograms would be mostly noise.
+    # Several samples per row if there are few rows, since the samples' histograms would be mostly noise.
     sampled = pictured.repeat_interleave(math.ceil(LEAST_SAMPLES / len(pictured)))
     with torch.no_grad(), bar(progress, "report", "{task.percentage:.0f} %") as shown:
         work = len(scored) + len(pictured) + len(sampled)
@@ -183,7 +183,7 @@ class _Table(NamedTuple):
     Attributes:
         rows: The rows, in memory or on disk.
         names: Names of the columns of data.
-        context_columns: Names of the columns of context, and their categories, which are one-hot, or None.
+        context_columns: Names of the context columns, with the categories of one-hot columns, or None.
         number: Number of the row at an index, counted from 1.
     """
 
@@ -212,12 +212,12 @@ def _read(density: Fitted, source: NamedRows) -> _Table:
 
 
 def _labels(labels: list[str], letter: str, width: int) -> list[str]:
-    """Return the names of so many columns, or x1, x2 and so on if there are none."""
+    """Return the names of the columns if there are `width`, otherwise x1, x2 and so on."""
     return labels if len(labels) == width else [f"{letter}{i + 1}" for i in range(width)]
 
 
 def _some(index: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Draw at most `most` of an index, at least one, in their order."""
+    """Draw at most `most` elements of an index, at least one, keeping their order."""
     if len(index) <= most:
         return index
     return index[torch.randperm(len(index), generator=generator)[: max(1, most)]].sort().values
@@ -232,7 +232,7 @@ class _Scorer:
     Args:
         density: The density.
         table: The rows.
-        show: Function to call with the number of rows that are done.
+        show: Function to call with the number of finished rows.
     """
 
     def __init__(self, density: Fitted, table: _Table, show: Callable[[int], None]) -> None:
@@ -280,7 +280,7 @@ class _Scorer:
 
     def _noise(self, rows: Rows) -> Tensor:
         data, context, _ = rows.to(self.like.device)
-        # As `log_prob` does for itself: a rounded network would be a different density.
+        # As in `log_prob`: a rounded network would be a different density.
         return without_autocast(self.prior.noise, data, context, like=self.like).double().cpu()
 
     def samples(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -297,7 +297,7 @@ class _Scorer:
         return samples[finite], log_prob[finite]
 
     def are_all(self, rows: Rows) -> bool:
-        """True if the table holds exactly these rows."""
+        """Return whether the table holds exactly these rows."""
         table, total = self.table.rows, len(self.table.rows.data)
         return len(rows.data) == total and all(
             torch.equal(one, other)
@@ -309,7 +309,7 @@ class _Scorer:
         )
 
     def low_rows(self, index: Tensor, log_prob: Tensor) -> list[LowRow]:
-        """Return the rows at `index`, with their numbers in their table."""
+        """Return the rows at `index`, with their numbers in the table."""
         rows = self.read(index)
         noise = self._noise(rows)
         furthest = noise.abs().argmax(-1)
@@ -328,7 +328,7 @@ class _Scorer:
 
 
 def _texts(context: Sequence[float], columns: Sequence[tuple[str, list[Label] | None]]) -> list[str]:
-    """The values of a row of context, those of one-hot columns by the name of the category."""
+    """The values of a row of context, with one-hot columns shown as the name of the category."""
     numbers, texts = iter(context), []
     for _, categories in columns:
         if categories is not None:

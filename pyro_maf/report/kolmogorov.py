@@ -1,4 +1,4 @@
-r"""Kolmogorov distances of the noise of data from the standard normal, and their limit under chance."""
+r"""Kolmogorov distances of noise from the standard normal, and their limits under chance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Calibration", "calibration_of", "distance_between", "distance_to_uni
 
 LEVEL = 0.05
 LOUD = 4.0
-"""Number of standard errors from which a deviation of a moment of Phi(u) is reported."""
+"""Number of standard errors beyond which a deviation of a moment of Phi(u) is reported."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Calibration:
     r"""The largest distance of Phi(u_i) from the uniform distribution, over dimensions i and the radius.
 
     Attributes:
-        distance: sup_t |F_N(t) - t|, the largest.
-        where: The name of that dimension.
+        distance: The largest sup_t |F_N(t) - t|.
+        where: Name of that dimension.
         expected: Mean of a single distance for N draws from the uniform distribution, 0.87 / sqrt(N).
-        limit: Upper limit of the largest in at least 95 % of data sets from the model, for any N.
+        limit: Upper limit of the largest distance in at least 95 % of data sets from the model, for any N.
         rows: N.
         shape: The form of that dimension's departure, in words; "" if there is none.
     """
@@ -42,10 +42,10 @@ class Calibration:
 
 
 def calibration_of(u: Tensor, names: list[str]) -> Calibration:
-    r"""Compute the calibration of noise u, (rows, columns), whose columns should each be standard normal.
+    r"""Compute the calibration of noise u, (rows, columns), each column of which should be standard normal.
 
-    The limit is that of Dvoretzky, Kiefer and Wolfowitz with Massart's constant, P(distance > t) <= 2 exp(-2 N t^2),
-    divided among the columns (Bonferroni), which need not be independent.
+    The limit is the bound of Dvoretzky, Kiefer and Wolfowitz with Massart's constant, P(distance > t) <=
+    2 exp(-2 N t^2), with a Bonferroni correction for the number of columns, which need not be independent.
 
     Example:
         >>> draws = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
@@ -84,7 +84,7 @@ def distance_to_uniform(values: Tensor) -> Tensor:
 
 
 def distance_between(one: Tensor, other: Tensor) -> Tensor:
-    """The Kolmogorov distance of each column of one sample, (rows, D), from that of another, (rows, D): (D,).
+    """The Kolmogorov distance between each column of two samples, (rows, D) each: (D,).
 
     Example:
         >>> distance_between(torch.tensor([[1.0], [2.0]]), torch.tensor([[2.0], [2.0]]))
@@ -97,7 +97,7 @@ def distance_between(one: Tensor, other: Tensor) -> Tensor:
 
 
 def radius_of(u: Tensor) -> Tensor:
-    r"""Normal scores of |u|^2, (rows,), which is chi-squared of D degrees of freedom if u is standard normal."""
+    r"""Normal scores of |u|^2, (rows,), which is chi-squared with D degrees of freedom if u is standard normal."""
     half, degrees = u.double().square().sum(-1) / 2, torch.tensor(u.shape[-1] / 2, dtype=torch.float64)
     below, above = torch.special.gammainc(degrees, half), torch.special.gammaincc(degrees, half)
     return torch.where(below < above, torch.special.ndtri(below), -torch.special.ndtri(above))

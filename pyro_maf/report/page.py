@@ -1,4 +1,4 @@
-"""The page of a report: its figures, its tables and its pictures, each with a text alternative."""
+"""The page of a report: headline figures, tables and pictures, each picture with a text alternative."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ CORRELATED_COLUMNS = 1000
 """Maximum number of columns among which the most correlated are searched: the cost is quadratic."""
 LONGEST_NAME = 24
 ABREAST = 2
-"""Number of panels side by side: legible on a phone."""
+"""Number of panels side by side, legible on a phone."""
 DPI = 96
 ROLES = {
     "test": ("test rows", "; these rows chose nothing"),
     "validation": ("validation rows", "; these rows also chose the epoch"),
     "": ("these rows", ""),
 }
-"""The rows by their role in the fit, and what the headline says of them."""
+"""Wording for the rows by their role in the fit, and the headline's remark about them."""
 
 
 class Headline(NamedTuple):
@@ -73,36 +73,36 @@ def write_report(
     command: str = "",
     progress: bool | str = True,
 ) -> None:
-    r"""Write a report of a fit as one HTML page, which needs no network and no other file.
+    r"""Write a report of a fit as a single HTML page, which needs no network and no other file.
 
-    It has the figures and warnings of the fit; the mean log-likelihood of `data` with two standard errors; the
-    calibration of the noise of `data` against the standard normal, by the probability integral transform, QQ plots and
-    the largest Kolmogorov distance; histograms and pairs of columns of data and samples; log-densities of both; the
-    rows of the lowest density; losses over the epochs; and the command.
+    It shows the results and warnings of the fit; the mean log-likelihood of `data` with two standard errors; the
+    calibration of the noise of `data` against the standard normal, by probability integral transforms, QQ plots and the
+    largest Kolmogorov distance; histograms and pairs of columns of data and samples; log-densities of both; the rows
+    with the lowest density; losses over the epochs; and the command.
 
-    By default it is about the rows that the fit held out for test, which chose nothing, or else for validation. Others
-    are to be rows that the fit has not seen: those that it was fitted to look better than new ones.
+    By default it uses the fit's test rows, on which no choice was based, or else its validation rows. Other rows should
+    be new to the fit: rows that it was trained on look better than new ones.
 
     Args:
-        path: The file; by custom it ends in .html. An existing file is replaced once all is written.
+        path: The file, which by convention ends in .html. An existing file is replaced once everything is written.
         result: The result of `pyro_maf.fit`.
-        data: By default those that the fit held out. Rows (N, D), or (N, D + 1) on a simplex, as `fit` takes them;
-            columns with names are matched by name, and those without are x1, x2 and so on. A `np.memmap` is read in
-            blocks. Or a table of `read_table` with its context: then the page has the name of the table in its title,
-            and rows by their numbers in the file.
-        context: Rows (N, C) of the same kinds, if the density takes a context and `data` has not its columns too.
-        weights: How often each row counts, as in `fit`: in the mean log-likelihood, the calibration and the pictures.
+        data: Rows (N, D), or (N, D + 1) on a simplex, as in `fit`; by default those that the fit held out. Named
+            columns are matched by name, and columns without names are called x1, x2 and so on. A `np.memmap` is read in
+            blocks. For a table of `read_table` with its context, the page has the table's name in its title and refers
+            to rows by their numbers in the file.
+        context: Rows (N, C) of the same kinds, if the density takes a context that is not among the columns of `data`.
+        weights: Weight of each row, as in `fit`, for the mean log-likelihood, the calibration and the pictures.
         command: The command of the fit, to show.
         progress: A bar on stderr: True on a terminal or in a notebook, False never, "always" in any case.
 
     Cost:
-        One `log_prob` a row, up to 10 million values and a random part of the rows beyond that; and for up to 10,000
-        rows a sample, its `log_prob` and the noise. A page is about a megabyte for any number of rows.
+        One `log_prob` per row, for up to 10 million values and a random subset of the rows beyond that; and for up to
+        10,000 rows a sample, its `log_prob` and the noise. A page has about a megabyte for any number of rows.
 
     Raises:
-        TypeError: For a result that is not from `fit`, or data that are not numeric.
-        ValueError: For data of the wrong width, without rows, not finite or outside the support, with the row; for a
-            context missing, superfluous or of another length. Rows are counted from 1.
+        TypeError: If the result is not from `fit`, or data are not numeric.
+        ValueError: If data have the wrong width, no rows, or a row that is not finite or outside the support; the
+            message has the row, counted from 1. If a context is missing, superfluous or of another length.
         FileNotFoundError: If the folder of `path` does not exist.
         ModuleNotFoundError: Without the `cli` extra.
 
@@ -200,7 +200,7 @@ def _figures(result: FitResult, examination: Examination) -> list[Headline]:
 
 
 def _log_likelihood(examination: Examination) -> Headline:
-    """Return the mean log-likelihood of the rows, with two standard errors from two rows on."""
+    """Return the mean log-likelihood of the rows, with two standard errors if there are two rows or more."""
     mean, error = examination.mean_log_prob
     value = f"{mean:.3f}"
     if math.isfinite(error):
@@ -241,7 +241,7 @@ def _lowest(result: FitResult, examination: Examination) -> dict[str, object]:
 
 
 def _digits(column: torch.Tensor) -> int:
-    """Number of digits that distinguish the values of a column: 4, plus the number of leading ones that all share."""
+    """Number of digits that distinguish the values of a column: 4, plus the number of leading digits they all share."""
     low, middle, high = column.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=column.dtype)).tolist()
     common = math.log10(abs(middle) / (high - low)) if middle and high > low else 0.0
     return 4 + max(0, math.floor(common) - 1)
@@ -271,7 +271,7 @@ class Picture:
     Attributes:
         source: The picture as a data: URL.
         alt: Text alternative.
-        note: What it leaves out; "" for nothing.
+        note: What is left out; "" if nothing is.
     """
 
     source: str
@@ -330,9 +330,9 @@ def _foremost(score: Tensor, most: int, which: str, what: str = "columns") -> tu
 
 
 def _most_correlated(data: Tensor) -> list[int]:
-    """Select correlated columns: the most correlated pair, then repeatedly the one most correlated with any of them.
+    """Select correlated columns: the most correlated pair, then repeatedly the column most correlated with any of them.
 
-    If there are few columns, all of them in their order.
+    If there are few columns, all of them in order.
     """
     width = data.shape[1]
     if width <= MOST_PAIRS:
@@ -363,12 +363,12 @@ def _listed(names: Sequence[str], shown: Sequence[int]) -> str:
 
 
 def _embedded(figure: Figure, alt: str, note: str = "") -> Picture:
-    """Embed a figure as SVG with text elements, byte for byte reproducible."""
+    """Embed a figure as SVG with text elements, reproducible byte for byte."""
     import matplotlib
 
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pyro_maf"}), warnings.catch_warnings():
-        # A warning about glyphs missing from matplotlib's font: the browser's have them.
+        # Ignores warnings about glyphs missing from matplotlib's font: browser fonts have them.
         warnings.filterwarnings("ignore", r"Glyph .* missing from (current )?font")
         figure.savefig(buffer, format="svg", dpi=DPI, metadata={"Date": None})
     encoded = base64.b64encode(buffer.getvalue()).decode("ascii")

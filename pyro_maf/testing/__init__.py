@@ -1,7 +1,7 @@
-"""Laws of transforms, densities and guides, to hold your own to: each raises where it is broken.
+"""Laws of transforms, densities and guides, for checking your own: each check raises if a law is broken.
 
 A law compares with an independent computation, such as the Jacobian by autograd, up to a tolerance. Seeds are fixed, so
-a run that passed passes again; where chance has a part, at most one of a million seeds fails a correct density.
+a run that passed passes again. Where chance plays a part, a correct density fails for at most one in a million seeds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The check of a transform: the laws of flows, or those of other transforms of torch and Pyro."""
+"""The check of a transform: the laws of flows, or those of other torch and Pyro transforms."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pyro_maf.transforms import ConditionalFlow, Flow
 __all__ = ["check_transform"]
 
 TOLERANCE = 1e-6
-"""Of transforms of others, in float64: some of Pyro add 1e-8 to what they divide by."""
+"""Tolerance for other transforms, in float64: some of Pyro's add 1e-8 to denominators."""
 
 
 def check_transform(
@@ -30,31 +30,31 @@ def check_transform(
     seed: int = 0,
     identity: bool = True,
 ) -> None:
-    r"""Hold a transform of your own to the laws that every transform of this package keeps, or every one of torch.
+    r"""Check a transform of your own against the laws that all transforms of this package, or of torch, obey.
 
-    In float64, and in float32 where it says so: it inverts, also 50 standard deviations out; its log-determinant is
-    that of the Jacobian; densities integrate to 1; gradients and second derivatives are those of differences; nothing
-    is stale after a change; it trains in any loop, takes any batch, runs in every mode, can be copied, pickled, saved.
-    Gradients count as wrong only where they are so at two inputs, since a difference may straddle a kink; those of more
-    than 2,000 parameters are compared in one random direction instead of one by one.
+    In float64, and in float32 where noted: the transform inverts, even 50 standard deviations out; its log-determinant
+    is that of the Jacobian; densities integrate to 1; gradients and second derivatives match finite differences;
+    nothing is stale after a change; it trains in any loop, accepts any batch, runs in every mode, and can be copied,
+    pickled and saved. A gradient counts as wrong only if it is wrong at two inputs, since a difference may straddle a
+    kink. For more than 2,000 parameters, it is compared in one random direction instead of one by one.
 
-    A transform of torch or Pyro that is no `Flow` may have any domain and codomain. In float64 and in float32 outputs
-    lie in the codomain and have the shapes, log-determinants and dtypes that torch expects, and results do not depend
-    on earlier calls; in float64 it inverts and has the derivatives and the log-determinant that autograd has, between
-    real vectors, which bijections of torch map to its domain and codomain. Of one without an inverse, such as Pyro's
-    `Planar`, that of the last output is tested. The laws of staleness and training are those of a `Flow` alone: the
-    cache of torch does not know when weights change.
+    A torch or Pyro transform that is not a `Flow` may have any domain and codomain. In float64 and float32, outputs
+    must lie in the codomain and have the shapes, log-determinants and dtypes that torch expects, and results must not
+    depend on earlier calls. In float64, the transform must invert, and its derivatives and log-determinant must match
+    autograd; torch's bijections map its domain and codomain to real vectors for this. If it has no general inverse,
+    like Pyro's `Planar`, the inverse of its last output is tested. The laws about staleness and training apply only to
+    a `Flow`, since torch's cache does not notice changes of weights.
 
     Args:
-        make: Function of D that builds the transform or conditional form, for events of D entries, or of D in each
+        make: Function of D that builds the transform or conditional form, for events with D entries, or with D in each
             dimension. Its class must be importable, for copies.
-        dimensions: The D to test; one of them at most 2 for the integral.
-        seed: Of parameters and inputs, which are drawn at random; the global generator is left alone.
+        dimensions: The values of D to test; the integral needs one of at most 2.
+        seed: Seed of random parameters and inputs; the global generator is unchanged.
         identity: Whether a flow is the identity with its initial parameters, as layers should be.
 
     Raises:
         BrokenLawError: For the first law that is broken: by how much, and at which input.
-        TypeError: For a transform in place of a function that builds one, and for a conditional one of Pyro.
+        TypeError: For a transform instead of a function that builds one, or for a conditional one of Pyro.
 
     Cost: seconds.
 
@@ -62,7 +62,7 @@ def check_transform(
         >>> from pyro_maf.transforms import ActNorm, Flow
         >>> check_transform(ActNorm, dimensions=[2])
 
-        A log-determinant that is forgotten:
+        A log-determinant that was forgotten:
 
         >>> class Twice(Flow):
         ...     def forward_and_log_det(self, x, context=None):
@@ -128,7 +128,7 @@ def _check_flow(make: Callable[[int], FlowOrForm], input_dim: int, identity: boo
 
 
 def _check_other(between: BetweenReals) -> None:
-    with torch.no_grad():  # a cache with a graph has no copy
+    with torch.no_grad():  # a cache with a graph cannot be copied
         other_laws.maps_domain_to_codomain(between)
         other_laws.remembers_nothing_wrong(between)
         other_laws.can_be_copied(between)

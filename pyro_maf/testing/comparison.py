@@ -1,4 +1,4 @@
-"""Comparisons that raise in the words of a law: which is broken, by what, by how much, at which input."""
+"""Comparisons that raise an error about a law: which one is broken, by what, by how much and at which input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["BrokenLawError", "close", "close_by_row", "name_of", "within"]
 
 
 class BrokenLawError(AssertionError):
-    """Error of a transform, density or guide that breaks a law: which one, by how much, at which input.
+    """Error about a transform, density or guide that breaks a law: which one, by how much, at which input.
 
     Example:
         >>> raise BrokenLawError("Shift", "inverts", "off by 1, allowed are 1e-09")
@@ -24,14 +24,14 @@ class BrokenLawError(AssertionError):
 
 
 def close(law: str, who: object, found: Tensor, wanted: Tensor, tolerance: float, at: Tensor | None = None) -> None:
-    """Raise unless |found - wanted| / (1 + |wanted|) is nowhere above the tolerance."""
+    """Raise if |found - wanted| / (1 + |wanted|) is anywhere above the tolerance."""
     within(law, who, (found - wanted).abs() / (1 + wanted.abs()), tolerance, at, (found, wanted))
 
 
 def close_by_row(
     law: str, who: object, found: Tensor, wanted: Tensor, tolerance: float, at: Tensor | None = None
 ) -> None:
-    """Raise unless rows are closer than the tolerance, relative to their length or, where that is below 1, to 1."""
+    """Raise if a row differs by more than the tolerance, relative to its norm or, if that is below 1, to 1."""
     error = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1)
     within(law, who, error, tolerance, at, (found, wanted))
 
@@ -39,14 +39,14 @@ def close_by_row(
 def within(
     law: str, who: object, error: Tensor, tolerance: float, at: Tensor | None = None, pair: tuple[Tensor, ...] = ()
 ) -> None:
-    """Raise unless no error is above the tolerance, nor NaN.
+    """Raise if any error is NaN or above the tolerance.
 
     Args:
-        law, who: Name of the law, and whose it is.
+        law, who: Name of the law, and the object that should obey it.
         error: The errors.
-        tolerance: The largest that is allowed.
-        at: Inputs, of which that with the largest error is named.
-        pair: What was computed, and what it should be.
+        tolerance: The largest error allowed.
+        at: Inputs; the message has the one with the largest error.
+        pair: Computed and expected values.
     """
     if not error.numel() or float(error.detach().max()) <= tolerance:
         return
@@ -59,12 +59,12 @@ def within(
 
 
 def _row(values: Tensor, place: float) -> str:
-    """The row of a batch, or the number, that stands at a place between 0 and 1, with four digits."""
+    """The row of a batch, or the number, at a relative place between 0 and 1, with four digits."""
     rows = values.detach().reshape(-1, values.shape[-1]) if values.dim() > 1 else values.detach().reshape(-1, 1)
     return ", ".join(f"{value:.4g}" for value in rows[int(place * len(rows))].tolist())
 
 
 def name_of(who: object) -> str:
-    """Name of a flow, that inside of one at a context, with its dimensions; of others that of their class."""
+    """Name of a flow, or of the flow inside one at a context, with its dimensions; for others, that of their class."""
     inner = who.flow if isinstance(who, Conditioned) else who
     return f"{inner.name}({inner.input_dim})" if isinstance(inner, Flow) else type(inner).__name__

@@ -28,23 +28,23 @@ __all__ = ["check_density", "check_guide"]
 
 DRAWS = 100_000
 FALSE_FAILS = 1e-6
-"""Share of the seeds for which a law of draws may fail a correct density."""
+"""Fraction of seeds for which a law about draws may fail a correct density."""
 
 
 def check_density(make: Callable[[int], Distribution], *, dimensions: Sequence[int] = (1, 2, 5), seed: int = 0) -> None:
-    r"""Hold a density of vectors to its laws.
+    r"""Check a density of vectors against the laws.
 
-    Its draws lie in its support, follow the seed of torch and have finite scores, shapes are those of batches of
-    events, gradients those of differences, copies and saved files score alike. In one and two dimensions the density
-    integrates to 1, to 2e-3 on a grid, and the distribution function of 100,000 draws, along each axis and the
-    diagonals, is that of the density up to 2e-3 and the bound of Dvoretzky, Kiefer and Wolfowitz: at most one of a
-    million seeds fails a correct density. A scale that is off by a tenth, or a location off by a twentieth of a
-    standard deviation, is found.
+    Its draws lie in its support, follow torch's seed and have finite scores; shapes are those of batches of events;
+    gradients match finite differences; copies and saved files give the same scores. In one and two dimensions, the
+    density integrates to 1, to 2e-3 on a grid, and the distribution function of 100,000 draws, along each axis and the
+    diagonals, matches the density up to 2e-3 and the bound of Dvoretzky, Kiefer and Wolfowitz: a correct density fails
+    for at most one in a million seeds. A scale that is off by a tenth, or a location off by a twentieth of a standard
+    deviation, is detected.
 
     Args:
         make: Function of D that builds the density, a distribution with event shape (D,) and a continuous support.
-        dimensions: The D to test; one of them at most 2 for the integral and the draws.
-        seed: Of draws; the global generator is left alone.
+        dimensions: The values of D to test; the integral and the draws need one of at most 2.
+        seed: Seed of the draws; the global generator is unchanged.
 
     Raises:
         BrokenLawError: For the first law that is broken, by how much.
@@ -65,7 +65,7 @@ def check_density(make: Callable[[int], Distribution], *, dimensions: Sequence[i
 
 
 def has_scores_of_its_draws(density: Distribution) -> None:
-    """Draws of any batch lie in the support, and have finite log-densities of the batch's shape, alone or together."""
+    """Draws of any batch lie in the support and have finite log-densities of the batch's shape, alone or together."""
     law, who, support = "scores its draws", name_of(density), cast(Any, density.support)
     if support.event_dim != len(density.event_shape):
         raise BrokenLawError(
@@ -91,7 +91,7 @@ def has_scores_of_its_draws(density: Distribution) -> None:
 
 
 def draws_by_the_seed(density: Distribution) -> None:
-    """Draws are those of torch's seed, and others each time."""
+    """Draws are determined by torch's seed, and differ from call to call."""
     state = torch.get_rng_state()
     first, second = density.sample(torch.Size([3])), density.sample(torch.Size([3]))
     torch.set_rng_state(state)
@@ -104,7 +104,7 @@ def draws_by_the_seed(density: Distribution) -> None:
 
 
 def has_a_gradient(density: Distribution) -> None:
-    """The gradient of the log-density is that of differences, at most of its draws: one may straddle a kink."""
+    """The gradient of the log-density matches finite differences at most draws; a difference may straddle a kink."""
     law, free = "has the gradient of differences", biject_to(density.support)
     z = free.inv(density.sample(torch.Size([50])))
     step = torch.finfo(z.dtype).eps ** (1 / 3) * torch.randn_like(z)
@@ -121,7 +121,7 @@ def has_a_gradient(density: Distribution) -> None:
 
 
 def can_be_copied(density: Distribution) -> None:
-    """Copies, pickles and files score alike."""
+    """Copies, pickles and files give the same scores."""
     y = density.sample(torch.Size([5]))
     twins = {"deepcopy": copy.deepcopy(density), "pickle": pickle.loads(pickle.dumps(density))}
     if isinstance(density, Savable):
@@ -133,7 +133,7 @@ def can_be_copied(density: Distribution) -> None:
 
 
 def has_draws_that_follow_it(density: Distribution) -> None:
-    """The density integrates to 1, and the draws' distribution function along lines is that of the density."""
+    """The density integrates to 1, and the distribution function of the draws along lines matches it."""
     free = biject_to(density.support)
     draws = free.inv(density.sample(torch.Size([DRAWS]))).double()
     grid, cells = _grid_about(draws)
@@ -155,7 +155,7 @@ def has_draws_that_follow_it(density: Distribution) -> None:
 
 
 def _grid_about(draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Points beyond all draws, dense in their bulk, (n, D), and the volume of each one's cell, (n,)."""
+    """Points that extend beyond all draws, dense in their bulk, (n, D), and the volume of each point's cell, (n,)."""
     side = {1: 40_001, 2: 601}[draws.shape[1]]
     axes, widths = [], []
     for column in draws.T:
@@ -170,7 +170,7 @@ def _grid_about(draws: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _free_dim(density: Distribution) -> int:
-    """Number of dimensions without constraints, one less than D for a simplex."""
+    """Number of unconstrained dimensions, one less than D for a simplex."""
     return int(biject_to(density.support).inverse_shape(density.event_shape)[0])
 
 
@@ -182,21 +182,21 @@ def check_guide(
     seed: int = 0,
     **kwargs: object,
 ) -> None:
-    """Hold a guide to the laws of guides, for one model.
+    """Check a guide against the laws, for one model.
 
-    It draws every latent variable and no other, anew each time, of the model's shape and dtype, within its support and
-    with a finite density under the model; if it has `log_prob`, that of a draw is the density of the trace that drew
-    it, to 2e-3; steps of SVI, also with vectorised particles, reach its parameters and leave them finite. With
-    `log_evidence` the guide is fitted, and its estimate by importance weights has to be within five standard errors:
-    for a k-hat below 0.5, about one of a million seeds fails a correct guide. An error in the guide's density, which no
-    other comparison shows, moves that estimate.
+    It draws every latent variable and no other, with new values each time, with the model's shape and dtype, within the
+    support and with a finite density under the model. If it has `log_prob`, that of a draw equals the density of the
+    trace it came from, to 2e-3. Steps of SVI, also with vectorised particles, reach its parameters and leave them
+    finite. With `log_evidence` the guide is fitted, and its importance-weighted estimate must be within five standard
+    errors; for a k-hat below 0.5, a correct guide fails for about one in a million seeds. An error in the guide's
+    density, which no other comparison shows, shifts that estimate.
 
     Args:
         model: The Pyro model.
         make: Function of the model that builds the guide.
         *args, **kwargs: Arguments of the model.
-        log_evidence: The model's log-evidence in nats, if known: of a model without data 0.
-        seed: Of draws and steps.
+        log_evidence: The model's log-evidence in nats, if known; for a model without data it is 0.
+        seed: Seed of draws and steps.
 
     Raises:
         BrokenLawError: For the first law that is broken, by how much.
@@ -217,7 +217,7 @@ def check_guide(
 
 
 def draws_every_site(model: Model, guide: Any, *args: object, **kwargs: object) -> None:
-    """A draw has every latent site, as the model draws it, in its support, and its density is that of the trace."""
+    """A draw has every latent site, shaped as in the model, within its support, and its density is the trace's."""
     law, who = "draws every latent variable", type(guide).__name__
     trace, again = (cast(Any, poutine.trace(guide).get_trace(*args, **kwargs)) for _ in range(2))
     random = [
@@ -228,7 +228,7 @@ def draws_every_site(model: Model, guide: Any, *args: object, **kwargs: object) 
     if random and all(again.nodes[name]["value"].equal(trace.nodes[name]["value"]) for name in random):
         raise BrokenLawError(who, "draws anew each time", f"{', '.join(random)} are the same in two draws")
     prior: Any = poutine.trace(model).get_trace(*args, **kwargs)
-    with pyro.validation_enabled(False):  # of what follows from a value outside of its support
+    with pyro.validation_enabled(False):  # about consequences of a value outside its support
         replayed: Any = poutine.trace(poutine.replay(model, trace=trace)).get_trace(*args, **kwargs)
         replayed.compute_log_prob()
     latent = [name for name in replayed.stochastic_nodes if not is_subsample(replayed.nodes[name])]
@@ -254,7 +254,7 @@ def draws_every_site(model: Model, guide: Any, *args: object, **kwargs: object) 
 
 
 def takes_steps(model: Model, guide: Any, *args: object, **kwargs: object) -> None:
-    """Steps of SVI, one by one and with particles side by side, change parameters and leave them finite."""
+    """Steps of SVI, with one particle and with vectorised ones, change parameters and leave them finite."""
     law, who = "takes steps of SVI", type(guide).__name__
     for particles in (1, 3):
         objective = Trace_ELBO(num_particles=particles, vectorize_particles=particles > 1)
@@ -271,7 +271,7 @@ def takes_steps(model: Model, guide: Any, *args: object, **kwargs: object) -> No
 
 
 def estimates_the_evidence(model: Model, guide: Any, log_evidence: float, *args: object, **kwargs: Any) -> None:
-    """The estimate by a fitted guide's weights is within five standard errors of the evidence, and 1e-3 nats."""
+    """The importance-weighted estimate of a fitted guide is within five standard errors and 1e-3 nats of the truth."""
     diagnosis = fit_guide(model, guide, *args, steps=300, progress=False, **kwargs).diagnosis
     if not diagnosis.can_be_reweighted:
         raise ValueError(

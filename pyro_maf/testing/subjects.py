@@ -1,4 +1,4 @@
-"""Flows as laws are applied to them: with random parameters, at a context, layer by layer, and their inputs."""
+"""Flows as the laws need them: with random parameters, at a context, layer by layer, and their inputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FlowOrForm: TypeAlias = "Flow | ConditionalFlow"
 
 
 def shaken(transform: FlowOrForm, gain: float = 1.0) -> FlowOrForm:
-    """Draw all parameters and statistics at random, of a size that outputs keep: a stand-in for a trained transform."""
+    """Randomise all parameters and statistics, with outputs of moderate size: a stand-in for a trained transform."""
     with torch.no_grad():
         for parameter in transform.parameters():
             fan_in = parameter.shape[1] if parameter.dim() == 2 else 4
@@ -27,7 +27,7 @@ def shaken(transform: FlowOrForm, gain: float = 1.0) -> FlowOrForm:
                 member.mean.copy_(torch.randn(member.input_dim))
                 member.variance.copy_(torch.rand(member.input_dim) + 0.1)
             if isinstance(member, LowerTriangularAffine):
-                # A triangular matrix with entries of size 1 is singular but for rounding from ten rows on.
+                # From ten rows on, a triangular matrix with entries of size 1 is numerically singular.
                 last = member.network.layers[-1] if member.context_dim else nn.Module()
                 for parameter in (member.below, *last.parameters()):
                     parameter.div_(member.input_dim**0.5)
@@ -35,7 +35,7 @@ def shaken(transform: FlowOrForm, gain: float = 1.0) -> FlowOrForm:
 
 
 def at_context(transform: FlowOrForm, *batch: int) -> Flow:
-    """The flow itself, or a conditional one at a random context of that batch shape."""
+    """The flow itself, or a conditional one at a random context with this batch shape."""
     if isinstance(transform, Flow):
         return transform
     like = next(transform.parameters())
@@ -43,14 +43,14 @@ def at_context(transform: FlowOrForm, *batch: int) -> Flow:
 
 
 def points(flow: Flow, *batch: int, scale: float = 1.0) -> Tensor:
-    """Standard normal inputs of a flow, times `scale`, of its dtype and device."""
+    """Standard normal inputs of a flow, times `scale`, with its dtype and device."""
     like, held = reference_tensor(flow), reference_tensor(flow, floating=False)
     dtype, device = (torch.float64 if like is None else like.dtype), (None if held is None else held.device)
     return scale * torch.randn(*batch, flow.input_dim, dtype=dtype, device=device)
 
 
 def fresh(flow: Flow) -> Flow:
-    """A copy with the same weights and nothing cached."""
+    """A copy with the same weights and an empty cache."""
     return copy.deepcopy(flow).with_cache(0)
 
 

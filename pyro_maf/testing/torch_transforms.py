@@ -1,4 +1,4 @@
-"""Laws of transforms of torch and Pyro that are no `Flow`: between any spaces, with parameters or none."""
+"""Laws of torch and Pyro transforms that are not a `Flow`: between any spaces, with or without parameters."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ __all__ = [
 ]
 
 SHAKE = 0.3
-"""Standard deviation of what is added to each parameter, over the root of the number of inputs of a unit."""
+"""Standard deviation of the noise added to each parameter, over the square root of a unit's number of inputs."""
 
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Context manager of torch's default dtype."""
+    """Context manager that sets torch's default dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -42,10 +42,10 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 class BetweenReals(Flow):
-    """The map w = back(t(free(z))) between real vectors, where free and back are torch's bijections, for a transform t.
+    """The map w = back(t(free(z))) between real vectors, for a transform t and torch's bijections free and back.
 
-    So laws of flows apply to a transform between other spaces. Its parameters are not those it begins with, which
-    may hide what is wrong, as a scale of 1 does.
+    It makes laws of flows applicable to transforms between other spaces. Its parameters differ from their initial
+    values, which may hide errors, as a scale of 1 does.
     """
 
     fast = "forward"
@@ -73,15 +73,15 @@ class BetweenReals(Flow):
         return self.free(points(self, *batch).reshape(*batch, *self.shape))
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """w for z, and log |det dw/dz|."""
+        """Return w for z, and log |det dw/dz|."""
         z = x.reshape(*x.shape[:-1], *self.shape)
-        inner = self.free(z).clone()  # a cache would take a tensor whose numbers changed for that of its last call
+        inner = self.free(z).clone()  # a cache would mistake a tensor with changed values for that of its last call
         outer = self.transform(inner)
         w = self.back.inv(outer)
         return w.reshape(x.shape), self._log_det(z, inner, outer, w, x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """z for w, and log |det dw/dz|."""
+        """Return z for w, and log |det dw/dz|."""
         shape = self.back.inverse_shape(self.transform.forward_shape(self.free.forward_shape(self.shape)))
         w = y.reshape(*y.shape[:-1], *shape)
         outer = self.back(w).clone()
@@ -101,7 +101,7 @@ class BetweenReals(Flow):
 
 
 def maps_domain_to_codomain(between: BetweenReals) -> None:
-    """Outputs lie in the codomain, and shapes and dtypes are those that torch expects, for batches of any shape."""
+    """Outputs lie in the codomain and have the shapes and dtypes that torch expects, for batches of any shape."""
     law, who, t = "maps batches of its domain to its codomain", name_of(between), between.transform
     if t.bijective and type(t).log_abs_det_jacobian is Transform.log_abs_det_jacobian:
         raise BrokenLawError(who, law, "it is bijective and has no log_abs_det_jacobian")
@@ -132,7 +132,7 @@ def maps_domain_to_codomain(between: BetweenReals) -> None:
 
 
 def remembers_nothing_wrong(between: BetweenReals) -> None:
-    """Results are those of a copy that was never used, whatever the transform was called with before."""
+    """Results equal those of an unused copy, whatever the transform was called with before."""
     law, t, unused = "remembers nothing that is wrong", between.transform, copy.deepcopy(between.transform)
     x, other = between.inputs(4), between.inputs(4)
     t(x)
@@ -153,14 +153,14 @@ def can_be_copied(between: BetweenReals) -> None:
 
 
 def has_a_pseudoinverse(between: BetweenReals) -> None:
-    """Of a transform that is not bijective, t(t.inv(y)) is y for y = t(x)."""
+    """For a transform that is not bijective, t(t.inv(y)) is y for y = t(x)."""
     t, x = between.transform, between.inputs(5)
     y = t(x)
     close("has a pseudoinverse", between, t(t.inv(y.clone())), y, 1e-4, x)
 
 
 def inverts_its_output(between: BetweenReals) -> bool:
-    """The inverse of an output is the input; return whether there is one of other tensors too."""
+    """The inverse of an output is the input; return whether there is an inverse of other tensors too."""
     t, x = between.transform, between.inputs(5)
     y = t(x)
     close("inverts its last output", between, t.inv(y), x, 1e-4, x)

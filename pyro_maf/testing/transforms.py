@@ -1,6 +1,6 @@
-"""Laws of transforms: each a function of a flow in eval mode that raises where it is broken.
+"""Laws of transforms: functions of a flow in eval mode, each of which raises if its law is broken.
 
-Laws may change the weights of what they are called with, and leave gradients.
+Laws may change the weights of the flow they are called with, and leave gradients.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ AUTOREGRESSIVE = (MaskedAutoregressive, InverseAutoregressive)
 HALVINGS = 10
 """Maximum number of times that a cell of an integral is halved."""
 SEPARATELY = 2_000
-"""Greatest number of parameters whose derivatives are tested one by one; of more, a random combination is."""
+"""Maximum number of parameters whose derivatives are tested one by one; beyond it, a random combination is tested."""
 
 
 def _jacobian(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def inverts(flow: Flow, scale: float = 1.0, tolerance: float = 1e-9) -> None:
 
 
 def is_triangular(flow: Flow) -> None:
-    """The Jacobian of an autoregressive layer is triangular in its order; that of a stack is the product of layers'."""
+    """The Jacobian of an autoregressive layer is triangular in its order; a stack's is the product of its layers'."""
     x = points(flow)
     total = _jacobian(fresh(flow), x)
     product = torch.eye(flow.input_dim, dtype=x.dtype, device=x.device)
@@ -64,11 +64,11 @@ def is_triangular(flow: Flow) -> None:
 
 
 def has_the_log_det_of_its_jacobian(flow: Flow, tolerance: float = 1e-9) -> None:
-    """log |det dy/dx| is that of the Jacobian by autograd, cached or not, for any pair (x, y); in float64."""
+    """log |det dy/dx| matches the Jacobian by autograd, cached or not, for any pair (x, y); in float64."""
     law = "has the log-determinant of its Jacobian"
     x, wanted = points(flow), torch.zeros(1, dtype=torch.float64)
     at = x
-    for layer in layers_of(flow):  # their determinants are far better conditioned than that of the product
+    for layer in layers_of(flow):  # their determinants are far better conditioned than the product's
         wanted = wanted.to(x) + torch.linalg.slogdet(_jacobian(layer, at))[1]
         at = layer(at).detach()
     x, other = x[None], points(flow, 1)
@@ -80,9 +80,9 @@ def has_the_log_det_of_its_jacobian(flow: Flow, tolerance: float = 1e-9) -> None
 
 
 def integrates_to_one(flow: Flow) -> None:
-    """The density of the images of standard normal noise integrates to 1, to 2e-3; in one or two dimensions.
+    """The density of the images of standard normal noise integrates to 1, to 2e-3, in one or two dimensions.
 
-    The box covers the image of nearly all noise, so the mass expected in it is 1 up to what it cuts off.
+    The box covers the image of nearly all noise, so the expected mass in it is 1 up to the part cut off.
     """
     flow, tolerance = fresh(flow), 2e-3
 
@@ -98,7 +98,7 @@ def integrates_to_one(flow: Flow) -> None:
 
 
 def _integral(function: Callable[[Tensor], Tensor], reach: Tensor, side: int, tolerance: float) -> Tensor:
-    """The integral over the box |y| <= reach, from side^D cells, halved where that moves their part of it."""
+    """The integral over the box |y| <= reach, from side^D cells, halved where that changes their part of it."""
     width, share = 2 * reach / side, tolerance / side ** len(reach)
     axis = 2 * (torch.arange(side).to(reach) + 0.5) / side - 1
     cells = torch.cartesian_prod(*axis.expand(len(reach), side)).reshape(-1, len(reach)) * reach
@@ -108,7 +108,7 @@ def _integral(function: Callable[[Tensor], Tensor], reach: Tensor, side: int, to
         width, share = width / 2, share / len(halves)
         parts = cells[:, None] + halves * width
         fine = function(parts.flatten(0, 1)).reshape(parts.shape[:2]) * width.prod()
-        rough = (fine.sum(1) - coarse).abs() > share * len(halves)  # cells at rest are off by less than they moved
+        rough = (fine.sum(1) - coarse).abs() > share * len(halves)  # converged cells are off by less than they changed
         total = total + fine[~rough].sum()
         cells, coarse = parts[rough].flatten(0, 1), fine[rough].flatten()
     return total + coarse.sum()
@@ -119,14 +119,14 @@ STEPS = ("optimizer", "fused", "state_dict", "x", "y", "replaced", "data")
 
 
 def is_never_stale(flow: Flow, step: str) -> None:
-    """After any change of weights, x or y, results are those of a fresh copy; in float64."""
+    """After any change of weights, x or y, results equal those of a fresh copy; in float64."""
     x = points(flow, 5)
     y = flow(x)
     flow.log_abs_det_jacobian(x, y)
     y = flow(x)
     _change(flow, x, y, step)
     law, wanted = f"is never stale, after a change of {step}", fresh(flow)
-    # In the grad mode that y was computed in, where something is cached.
+    # In the grad mode in which y was computed, where the cache may have an entry.
     close(law, flow, flow.log_abs_det_jacobian(x, y), wanted.log_abs_det_jacobian(x, y), 1e-9)
     close(law, flow, flow.inv(y), wanted.inv(y), 1e-9)
     close(law, flow, flow(x), wanted(x), 1e-9)
@@ -161,7 +161,7 @@ def _change(flow: Flow, x: Tensor, y: Tensor, step: str) -> None:
 
 
 def keeps_no_tensor_alive(flow: Flow) -> None:
-    """The input of a map is freed once it is deleted; a log-determinant computed from the output would keep that."""
+    """The input of a map is freed once it is deleted; a log-determinant computed from the output would keep it."""
     x = points(flow, 5)
     y = flow(x)
     flow.inv(y)
@@ -204,7 +204,7 @@ def trains_on_one_batch(flow: Flow) -> None:
 
 
 def scores_its_own_draws(flow: Flow) -> None:
-    """The gradient of a loss of a draw and its score, of which the cache has the inverse, is that without a cache."""
+    """The gradient of a loss of a draw and its score, whose inverse is cached, equals that without a cache."""
     parameters, noise = list(flow.parameters()), points(flow, 8)
     if not parameters:
         return
@@ -222,7 +222,7 @@ def scores_its_own_draws(flow: Flow) -> None:
 
 
 def gives_two_losses_of_one_draw(flow: Flow) -> None:
-    """Two losses of one draw have a backward pass each; that of a scored draw too, with `retain_graph`."""
+    """Two losses of one draw can each have a backward pass; so can those of a scored draw, with `retain_graph`."""
     if not list(flow.parameters()):
         return
     with torch.no_grad():
@@ -252,7 +252,7 @@ def runs_in_every_mode(flow: Flow) -> None:
 
 
 def has_derivatives(flow: Flow, inverted: bool = False) -> None:
-    """First derivatives to input, context and parameters, and second ones to the input, are those of differences."""
+    """First derivatives w.r.t. input, context and parameters, and second ones w.r.t. the input, match differences."""
     names = [key for key, _ in flow.named_parameters()] + (["context"] if isinstance(flow, Conditioned) else [])
     tensors = dict([*flow.named_parameters(), *flow.named_buffers()])
     values = [tensors[key].detach().clone().requires_grad_() for key in names]
@@ -262,9 +262,9 @@ def has_derivatives(flow: Flow, inverted: bool = False) -> None:
     def function(x: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
         swapped = {f"flow.{key}": value for key, value in zip(names, values, strict=True)}
         y, log_det = functional_call(module, swapped, (x,))
-        return y, log_det + 0 * x.sum()  # gradcheck passes over what takes no gradient
+        return y, log_det + 0 * x.sum()  # gradcheck skips outputs without a gradient
 
-    for once_more in (True, False):  # a difference may straddle a kink, as of a spline at a knot, but hardly twice
+    for once_more in (True, False):  # a difference may straddle a kink, such as a spline's knot, but hardly twice
         x = points(flow, 2, scale=0.7).requires_grad_()
         try:
             torch.autograd.gradcheck(function, (x, *values), fast_mode=many)
@@ -289,7 +289,7 @@ class _Direction(nn.Module):
 
 
 def can_be_copied(transform: FlowOrForm, other: FlowOrForm | None = None) -> None:
-    """Copies, pickles and saved files, made after use, are the same map; so is `other`, once it has the state."""
+    """Copies, pickles and saved files, taken after use, are the same map; so is `other`, once it has the state."""
     flow = at_context(transform, 5)
     x = points(flow, 5)
     y = flow(x)
@@ -309,7 +309,7 @@ def can_be_copied(transform: FlowOrForm, other: FlowOrForm | None = None) -> Non
 
 
 def takes_any_batch(flow: Flow, *batch: int) -> None:
-    """Leading dimensions are batch dimensions, also none and empty ones; rows are as they are one by one."""
+    """Leading dimensions are batch dimensions, including none and empty ones; rows do not depend on one another."""
     law, flow = f"takes batches of any shape, such as {batch}", fresh(flow)
     for member in (flow, flow.inv):
         x = points(flow, *batch)
@@ -348,7 +348,7 @@ def can_be_vectorised(flow: Flow) -> None:
 
 
 def starts_as_the_identity(flow: Flow) -> None:
-    """With its initial parameters a flow is the identity: to 1e-12, to 1e-4 with batch norms, which add 1e-5."""
+    """With its initial parameters a flow is the identity: to 1e-12, or to 1e-4 with batch norms, which add 1e-5."""
     x = points(flow, 5)
     tolerance = 1e-4 if any(isinstance(member, BatchNorm) for member in flow.modules()) else 1e-12
     close_by_row("starts as the identity", flow, flow(x), x, tolerance, x)

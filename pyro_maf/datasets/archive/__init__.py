@@ -1,7 +1,7 @@
-"""The data sets of the paper, from a folder that is laid out as the published archive is: a folder a set.
+"""The data sets of the paper, from a folder laid out like the published archive, with one folder per set.
 
-Nothing is downloaded: each loader reads local files, names a missing one and its source, and prepares rows as the
-published code does, so that the same files yield the same rows.
+Nothing is downloaded: each loader reads local files, reports a missing file and its source, and prepares rows like the
+published code, so that the same files give the same rows.
 
 Reference:
     Papamakarios, Pavlakou & Murray, *Masked Autoregressive Flow for Density Estimation*, 2017,

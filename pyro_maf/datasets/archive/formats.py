@@ -1,4 +1,4 @@
-"""The archive's files: where they lie, the formats of its tables, and errors of one line that name the file."""
+"""The archive's files: their locations, the formats of their tables, and one-line errors that name the file."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def locate(who: str, root: str | os.PathLike[str], *names: str, source: str) -> 
     """Return the first of the files `names` under `root`.
 
     Args:
-        who: The loader, for errors.
-        root: The folder with one folder for each set.
+        who: The loader, for error messages.
+        root: The folder with one folder per set.
         names: Paths under `root`, the preferred one first.
-        source: Where to get it.
+        source: Source of the file.
 
     Raises:
-        FileNotFoundError: If there is none, with the expected path and its source.
+        FileNotFoundError: If none of the files exists, with the expected path and its source.
     """
     paths = [Path(root, name) for name in names]
     for path in paths:
@@ -55,7 +55,7 @@ def reading(who: str, path: Path, kind: str) -> Iterator[None]:
         kind: Its expected format, with an article.
 
     Raises:
-        ValueError: If the file is empty, or the block that reads it fails: it is damaged or of another format.
+        ValueError: If the file is empty, or the block fails because it is damaged or of another format.
     """
     if path.stat().st_size == 0:
         raise ValueError(f"{who} expected {path} to be {kind}, got an empty file.")
@@ -76,9 +76,9 @@ def read_npy(who: str, path: Path, columns: int) -> NDArray[np.generic]:
 
 
 def read_text(who: str, path: Path, delimiter: str | None = None) -> NDArray[np.float64]:
-    """Read the rows below the header line of a file of numbers, separated by spaces unless otherwise said.
+    """Read the rows of a text file of numbers below its header line, separated by spaces unless otherwise specified.
 
-    The header is skipped, not parsed: that of HEPMASS may have another number of names than of columns.
+    The header is skipped, not parsed: in HEPMASS the number of names may differ from the number of columns.
     """
     with reading(who, path, "a text file of numbers below a header line"):
         _check_header(path)
@@ -86,7 +86,7 @@ def read_text(who: str, path: Path, delimiter: str | None = None) -> NDArray[np.
 
 
 def check_rows(who: str, path: Path, rows: NDArray[S], columns: int) -> NDArray[S]:
-    """Return the rows if they are of `columns` finite numbers and enough to split, or raise."""
+    """Return the rows if they have `columns` finite numbers and there are enough to split; otherwise raise."""
     if rows.dtype.kind not in "fiu" or rows.ndim != 2 or rows.shape[1] != columns:
         raise ValueError(f"{who} expected rows of {columns} numbers in {path}, got {rows.dtype} of shape {rows.shape}.")
     if len(rows) < LEAST_ROWS:
@@ -101,7 +101,7 @@ def check_rows(who: str, path: Path, rows: NDArray[S], columns: int) -> NDArray[
 
 
 def _check_header(path: Path) -> None:
-    """Refuse a first line of numbers: skipping it would drop a row."""
+    """Raise if the first line holds numbers: skipping it would drop a row."""
     with open(path, encoding="utf-8") as file:
         first = file.readline(10_000).replace(",", " ").split()
     try:

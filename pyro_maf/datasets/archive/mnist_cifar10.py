@@ -1,4 +1,4 @@
-"""The images of the paper, MNIST and CIFAR-10, as logits of dequantised pixels, with the label as context."""
+"""The paper's images, MNIST and CIFAR-10, as logits of dequantised pixels, with the label as context."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ BYTE = 0x08  # the code of unsigned bytes in idx files
 def mnist(root: str | os.PathLike[str]) -> Dataset:
     r"""MNIST: handwritten digits of 28 x 28 pixels; 784 dimensions, and 10 of context.
 
-    Grey levels v become y = logit(lambda + (1 - 2 lambda) x) of x = (v + U(0, 1)) / 256, lambda = 1e-6, with the noise
-    of the published code. The context is the label, one-hot. The last sixth of the training images is for
+    Grey levels v become y = logit(lambda + (1 - 2 lambda) x) with x = (v + U(0, 1)) / 256 and lambda = 1e-6, with the
+    same noise as in the published code. The context is the one-hot label. The last sixth of the training images is for
     validation. `pixels` of the result converts log-likelihoods to pixel space and to bits per pixel.
 
-    The four idx files are read, each plain or compressed as .gz, and not the pickle of the same images in the published
-    archive, which could run any code. The rows are the same.
+    The loader reads the four idx files, plain or compressed as .gz, instead of the published archive's pickle of the
+    same images, which could run arbitrary code. The rows are the same.
 
     Args:
         root: The folder with `mnist/train-images-idx3-ubyte`, `mnist/train-labels-idx1-ubyte`,
@@ -47,8 +47,8 @@ def mnist(root: str | os.PathLike[str]) -> Dataset:
         50,000 rows for training, 10,000 for validation and 10,000 for testing, (rows, 784), with context (rows, 10).
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If one is damaged, of another format or shape; if the numbers of labels and images differ.
+        FileNotFoundError: If a file does not exist.
+        ValueError: If a file is damaged, of another format or shape, or the numbers of labels and images differ.
 
     Reference:
         LeCun, Bottou, Bengio & Haffner, *Gradient-Based Learning Applied to Document Recognition*, 1998.
@@ -60,13 +60,13 @@ def mnist(root: str | os.PathLike[str]) -> Dataset:
 def cifar10(root: str | os.PathLike[str]) -> Dataset:
     r"""CIFAR-10: colour photographs of 32 x 32 pixels; 3072 dimensions, and 10 of context.
 
-    Levels v become y = logit(lambda + (1 - 2 lambda) x) of x = (v + U(0, 1)) / 256, lambda = 0.05, with the noise of
-    the published code. Red, green and blue follow one another, each row by row. The context is the label, one-hot. The
-    last tenth of the training images is for validation; the others are augmented by their left-right mirror images.
+    Levels v become y = logit(lambda + (1 - 2 lambda) x) with x = (v + U(0, 1)) / 256 and lambda = 0.05, with the same
+    noise as in the published code. Red, green and blue follow one another, each row by row. The context is the one-hot
+    label. The last tenth of the training images is for validation; the others are augmented by their mirror images.
     `pixels` of the result converts log-likelihoods to pixel space and to bits per pixel.
 
-    The binary version is read, six files that end in .bin, and not the pickles of the same images in the published
-    archive, which could run any code. The rows are the same.
+    The loader reads the binary version, six files that end in .bin, instead of the published archive's pickles of the
+    same images, which could run arbitrary code. The rows are the same.
 
     Args:
         root: The folder with `cifar10/data_batch_1.bin` to `cifar10/data_batch_5.bin` and
@@ -79,8 +79,8 @@ def cifar10(root: str | os.PathLike[str]) -> Dataset:
         The rows take 1.3 GB of memory, and their preparation 0.6 GB more.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If one is damaged, of another format or shape.
+        FileNotFoundError: If a file does not exist.
+        ValueError: If a file is damaged, or of another format or shape.
 
     Reference:
         Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009.
@@ -97,7 +97,7 @@ def _idx_part(root: str | os.PathLike[str], part: str) -> _Images:
 
 
 def _dataset(name: str, parts: Sequence[_Images], pixels: LogitPixels, *, mirrored: bool = False) -> Dataset:
-    """Return logits and one-hot labels of training, validation and test images, the noise drawn in that order."""
+    """Return logits and one-hot labels of training, validation and test images, with the noise drawn in that order."""
     random = np.random.RandomState(42)
     contexts = [F.one_hot(torch.from_numpy(part.labels), LABELS).float() for part in parts]
     train = torch.empty((2 if mirrored else 1) * len(parts[0].levels), parts[0].levels.shape[1])
@@ -120,7 +120,7 @@ def _dequantise(levels: NDArray[np.uint8], pixels: LogitPixels, random: np.rando
 
 
 def _mirror(images: Tensor, out: Tensor) -> None:
-    """Write CIFAR-10's images, (images, 3072), to `out` with left and right exchanged."""
+    """Write CIFAR-10's images, (images, 3072), to `out`, mirrored left to right."""
     for some, mirrored in zip(images.split(ROWS_AT_A_TIME), out.split(ROWS_AT_A_TIME), strict=True):
         mirrored.copy_(some.unflatten(1, (3, 32, 32)).flip(-1).flatten(1))
 
@@ -132,7 +132,7 @@ class _Images(NamedTuple):
     labels: NDArray[np.int64]
 
     def hold_out(self, part: int) -> tuple[_Images, _Images]:
-        """Split off the last of so many equal parts, rounded down."""
+        """Split off the last of `part` equal parts, rounded down."""
         first = len(self.levels) - len(self.levels) // part
         return _Images(self.levels[:first], self.labels[:first]), _Images(self.levels[first:], self.labels[first:])
 
@@ -146,7 +146,7 @@ def _read_idx(images: Path, labels: Path) -> _Images:
 
 
 def _read_batch(path: Path) -> _Images:
-    """Read CIFAR-10's images from a file of the binary version: records of one byte of label and 3072 of pixels."""
+    """Read CIFAR-10's images from a file of the binary version: records of 1 byte of label and 3072 of pixels."""
     size = path.stat().st_size
     if size % 3073 or not size:
         raise ValueError(f"cifar10 expected {path} to hold images of 3073 bytes each, got {size} bytes in all.")
@@ -167,7 +167,7 @@ def _read_array(path: Path, dimensions: int) -> NDArray[np.uint8]:
 
 
 def _checked(who: str, path: Path, levels: NDArray[np.uint8], labels: NDArray[np.uint8]) -> _Images:
-    """Return images if there are enough of them, with valid labels, or raise."""
+    """Return the images if there are enough of them, with valid labels; otherwise raise."""
     if len(levels) < LEAST_IMAGES:
         raise ValueError(f"{who} expected at least {LEAST_IMAGES} images, those of {path}, got {len(levels)}.")
     if labels.shape != (len(levels),):

@@ -1,4 +1,4 @@
-"""The tables of the paper: POWER, GAS, HEPMASS and MINIBOONE of the UCI repository, and the patches of BSDS300."""
+"""The paper's tables: POWER, GAS, HEPMASS and MINIBOONE from the UCI repository, and the patches of BSDS300."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def power(root: str | os.PathLike[str]) -> Dataset:
     r"""POWER: electric power consumption of a household, by the minute; 6 dimensions.
 
     The 8 columns of the file are active power, reactive power, voltage, intensity, three sub-meterings and the time.
-    Rows are shuffled, reactive power and intensity are dropped, and uniform noise breaks the ties that rounding left:
+    Rows are shuffled, reactive power and intensity are dropped, and uniform noise breaks the ties caused by rounding:
     up to 0.001 for the active power, 0.01 for the voltage, 1 for each sub-metering. Shuffle and noise are drawn as in
-    the published code, so the rows are those of the paper. The last tenth is for testing, the last tenth of the rest
-    for validation, and all are standardised by the mean and deviation of training and validation rows.
+    the published code, so the rows are the paper's. The last tenth is for testing, and the last tenth of the rest for
+    validation. All are standardised by the mean and deviation of training and validation rows.
 
     Args:
-        root: The folder that holds `power/data.npy` of the published archive.
+        root: The folder that contains the published archive's `power/data.npy`.
 
     Returns:
         1,659,917 rows for training, 184,435 for validation and 204,928 for testing, (rows, 6).
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If it is damaged, of another format or shape, or has values that are not finite.
 
     Example:
@@ -73,20 +73,20 @@ def power(root: str | os.PathLike[str]) -> Dataset:
 def gas(root: str | os.PathLike[str]) -> Dataset:
     r"""GAS: readings of sensors in mixtures of ethylene and carbon monoxide; 8 dimensions.
 
-    Of the 16 sensors, while any correlates with another above 0.98, the first such is dropped. Then the columns are
-    standardised by the mean and deviation of all rows; the last tenth is for testing, the last tenth of the rest for
-    validation.
+    While any of the 16 sensors has a correlation above 0.98 with another, the first such sensor is dropped. Then the
+    columns are standardised by the mean and deviation of all rows; the last tenth is for testing, and the last tenth of
+    the rest for validation.
 
-    The published archive holds a quarter of the rows, drawn at random, as a pickled data frame of columns Time, Meth,
-    Eth and the sensors. A pickle can run any code when it is loaded. So the loader looks for these, in this order:
+    The published archive holds a quarter of the rows, drawn at random, as a pickled data frame with columns Time, Meth,
+    Eth and the sensors. Loading a pickle can run arbitrary code, so the loader looks for these files, in this order:
 
-    - `gas/ethylene_CO.parquet`: that frame, by `pandas.read_pickle(...).to_parquet(...)` if you trust it. The rows are
-      those of the paper.
-    - `gas/ethylene_CO.txt`, from UCI. A quarter of its rows is drawn with a fixed seed: the same number as in the
-      paper and from the same distribution, but other rows.
+    - `gas/ethylene_CO.parquet`: the same frame, converted by `pandas.read_pickle(...).to_parquet(...)` if you trust it.
+      The rows are the paper's.
+    - `gas/ethylene_CO.txt`, from UCI. A quarter of its rows is drawn with a fixed seed: as many as in the paper, from
+      the same distribution, but other rows.
 
     Args:
-        root: The folder with one of these.
+        root: The folder that contains one of these files.
 
     Returns:
         852,174 rows for training, 94,685 for validation and 105,206 for testing, (rows, 8).
@@ -95,7 +95,7 @@ def gas(root: str | os.PathLike[str]) -> Dataset:
         The text file takes about half a minute and 0.8 GB of memory to read.
 
     Raises:
-        FileNotFoundError, ValueError: As `power`, and if not 8 sensors remain.
+        FileNotFoundError, ValueError: As `power`, and if the number of remaining sensors is not 8.
         ModuleNotFoundError: For parquet without the `cli` extra.
 
     Reference:
@@ -111,19 +111,19 @@ def gas(root: str | os.PathLike[str]) -> Dataset:
 def hepmass(root: str | os.PathLike[str]) -> Dataset:
     r"""HEPMASS: collisions that produce a particle of mass 1000; 21 dimensions.
 
-    The rows are those of class 1, and their columns the 27 features after the class; further columns, as in the test
-    file, are dropped. Features are standardised by the mean and deviation of all rows of the training file. A feature
-    whose smallest value occurs more than 5 times among these is dropped: it is partly discrete. The last tenth of the
-    training file is for validation.
+    The rows are those of class 1, and their columns the 27 features after the class; the test file's further columns
+    are dropped. Features are standardised by the mean and deviation of all rows of the training file. A feature whose
+    smallest value occurs more than 5 times in them is partly discrete, and is dropped. The last tenth of the training
+    file is for validation.
 
     Args:
-        root: The folder that holds `hepmass/1000_train.csv` and `hepmass/1000_test.csv` of the published archive.
+        root: The folder that contains the published archive's `hepmass/1000_train.csv` and `hepmass/1000_test.csv`.
 
     Returns:
         315,123 rows for training, 35,013 for validation and 174,987 for testing, (rows, 21).
 
     Raises:
-        FileNotFoundError, ValueError: As `power`, and if not 21 features remain.
+        FileNotFoundError, ValueError: As `power`, and if the number of remaining features is not 21.
 
     Reference:
         Baldi, Cranmer, Faucett, Sadowski & Whiteson, *Parameterized Machine Learning for High-Energy Physics*, 2016.
@@ -144,12 +144,12 @@ def hepmass(root: str | os.PathLike[str]) -> Dataset:
 
 
 def miniboone(root: str | os.PathLike[str]) -> Dataset:
-    r"""MINIBOONE: particles in a detector of neutrinos; 43 dimensions.
+    r"""MINIBOONE: particles in a neutrino detector; 43 dimensions.
 
-    The file is already without outliers and discrete columns. Rows are split and standardised as those of `power`.
+    The file already lacks outliers and discrete columns. Rows are split and standardised as in `power`.
 
     Args:
-        root: The folder that holds `miniboone/data.npy` of the published archive.
+        root: The folder that contains the published archive's `miniboone/data.npy`.
 
     Returns:
         29,556 rows for training, 3,284 for validation and 3,648 for testing, (rows, 43).
@@ -165,12 +165,12 @@ def miniboone(root: str | os.PathLike[str]) -> Dataset:
 
 
 def bsds300(root: str | os.PathLike[str]) -> Dataset:
-    r"""BSDS300: patches of 8 x 8 pixels of natural images, their mean removed; 63 dimensions.
+    r"""BSDS300: patches of 8 x 8 pixels of natural images, with their mean subtracted; 63 dimensions.
 
-    The file holds the three parts ready to use. The last pixel is not in it: `complete_patches` restores it.
+    The file holds the three parts ready to use, without the last pixel, which `complete_patches` restores.
 
     Args:
-        root: The folder that holds `BSDS300/BSDS300.hdf5` of the published archive.
+        root: The folder that contains the published archive's `BSDS300/BSDS300.hdf5`.
 
     Returns:
         1,000,000 rows for training, 50,000 for validation and 250,000 for testing, (rows, 63): 330 MB.
@@ -225,7 +225,7 @@ def _frame(path: Path) -> Rows:
 
 def _uncorrelated(path: Path, sensors: Rows) -> Rows:
     """Drop columns until none correlates with another above 0.98."""
-    with np.errstate(invalid="ignore", divide="ignore"):  # a constant column, which is refused later
+    with np.errstate(invalid="ignore", divide="ignore"):  # for a constant column, which raises later
         high = np.atleast_2d(np.corrcoef(sensors, rowvar=False)) > HIGHEST_CORRELATION
     np.fill_diagonal(high, False)
     remaining = np.arange(sensors.shape[1])
@@ -263,14 +263,14 @@ def _hold_out(rows: Rows) -> tuple[Rows, Rows]:
 
 
 def _three_parts(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Split rows in float32: the last tenth is for testing, the last tenth of the rest for validation."""
+    """Split rows, as float32: the last tenth is for testing, the last tenth of the rest for validation."""
     rest, test = _hold_out(rows)
     train, validation = _hold_out(rest)
     return _tensor(train), _tensor(validation), _tensor(test)
 
 
 def _standardise(who: str, path: Path, rows: Rows, *others: Rows, by: int | None = None, ddof: int = 0) -> None:
-    """Standardise rows, and others, by the mean and deviation of the rows, or of the first `by`, in place."""
+    """Standardise rows, and others, in place by the mean and deviation of the rows, or of the first `by`."""
     reference = rows[:by]
     constant = np.flatnonzero(reference.min(0) == reference.max(0))
     if len(constant):
