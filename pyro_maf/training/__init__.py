@@ -1,6 +1,6 @@
 """Fitting flows, densities and priors to data by maximum likelihood.
 
-Lightning Fabric starts the processes of a fit by several; nothing else imports it.
+Lightning Fabric starts the processes of a distributed fit; nothing else imports it.
 """
 
 from pyro_maf.training.fitting import fit

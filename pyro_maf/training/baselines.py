@@ -1,4 +1,4 @@
-"""Simple densities of the rows of a fit, in its units and scored on its held-out rows: what a flow gains over them."""
+"""Simple densities of a fit's rows, in its units and scored on its held-out rows, for comparison with the flow."""
 
 from __future__ import annotations
 
@@ -28,29 +28,30 @@ __all__ = ["Baseline", "Comparison", "compare", "fitted_rows", "with_mixture"]
 MOST_ROWS, MOST_VALUES = 2**15, 2**21
 """Maximum number of training rows, and of values in them, that baselines are fitted to."""
 MIXTURE_ROWS, SCORED_ROWS, SCORED_STEPS = 2**12, 1000, 200
-"""Maximum number of rows that a mixture is fitted to, that are scored, and that are if each is a mean over its step."""
+"""Maximum numbers of rows that a mixture is fitted to, that are scored, and that are scored by a mean over their
+steps."""
 MOST_PAIRS = 2**26
-"""Maximum number of pairs of rows for a kernel density, some seconds of work beyond it."""
+"""Maximum number of pairs of rows for a kernel density; more would take some seconds."""
 BANDWIDTHS, QUERIES = (0.1, 0.2, 0.3, 0.45, 0.65, 0.9, 1.2), 256
-"""Bandwidths that are tried, in units of N^(-1 / (D + 4)), and number of rows that choose among them."""
+"""Bandwidths that are tried, in units of N^(-1 / (D + 4)), and number of rows by which one is chosen."""
 WIDTHS, MOST_KERNELS = (0.02, 0.06, 0.2, 0.6), 2**18
 """Widths of kernels beside a flow, in the same units, and the maximum number of values in the factors of one width."""
 SHARE_ITERATIONS, LEAST_SHARE = 100, 0.01
-"""Iterations for the shares of a mixture, and the least share of what is in it."""
+"""Iterations for the weights of a mixture, and the minimum weight of a member."""
 BEHIND = 2.0
-"""Standard errors from which on a flow is said to be behind."""
+"""Number of standard errors from which on a flow is reported to be behind."""
 NOTICEABLE = 0.02
-"""Nats a row from which on a gain is worth a mixture, which may have a component at each row."""
+"""Minimum gain, in nats per row, for which a mixture is added, since it may have a component at each row."""
 
 
 class Baseline(NamedTuple):
     """A simple density on held-out rows.
 
     Attributes:
-        name: As "Gaussian".
+        name: Name, such as "Gaussian".
         mean: Mean log-likelihood of the rows, in nats.
-        gain: Mean difference of the flow's log-likelihood to it.
-        standard_error: Standard error of that difference, of pairs within rows.
+        gain: Mean difference between the flow's log-likelihood and this one's.
+        standard_error: Standard error of that difference, paired by row.
     """
 
     name: str
@@ -70,7 +71,7 @@ class Comparison(NamedTuple):
         role: "test" or "validation".
         rows: Number of rows.
         mean: Mean log-likelihood of these rows under the flow, in nats.
-        baselines: The others.
+        baselines: The baselines.
     """
 
     role: str
@@ -84,7 +85,7 @@ class Comparison(NamedTuple):
 
     @property
     def warnings(self) -> list[str]:
-        """A line if the flow is behind one of the baselines."""
+        """A warning if the flow is behind one of the baselines."""
         ahead = [each for each in self.baselines if each.gain < -BEHIND * each.standard_error]
         if not ahead:
             return []
@@ -97,7 +98,7 @@ class Comparison(NamedTuple):
 
 
 def fitted_rows(training: Rows | MappedRows, density: Fitted) -> Rows:
-    """Training rows for baselines: all, or of a table of many some from all over it."""
+    """Training rows for baselines: all of them or, of a large table, some from all over it."""
     return _spread(training.sample().rounded_for(density.unwrapped), _most(training.data.shape[1]))
 
 
@@ -106,18 +107,18 @@ def _most(width: int) -> int:
 
 
 def _spread(rows: Rows, most: int) -> Rows:
-    """At most so many of the rows, evenly spaced."""
+    """At most `most` of the rows, evenly spaced."""
     total = len(rows.data)
     return rows if total <= most else rows.take(torch.linspace(0, total - 1, most).long())
 
 
 class Joined(NamedTuple):
-    """A fitted flow, or a mixture with it.
+    """A fitted flow, or a mixture that contains it.
 
     Attributes:
         density: The density.
-        lines: A line about the mixture beside the flow, if there is one.
-        gaussians: The mixture of Gaussians of the training rows in their units, if it was fitted.
+        lines: A message about the mixture beside the flow, if there is one.
+        gaussians: The mixture of Gaussians fitted to the training rows in their units, if any.
     """
 
     density: Fitted
@@ -126,18 +127,18 @@ class Joined(NamedTuple):
 
 
 def with_mixture(prepared: Prepared) -> Joined:
-    """Put a mixture beside a fitted flow, of Gaussians and of a kernel at each row, if validation rows say so.
+    """Put a mixture of Gaussians and of kernels at the training rows beside a fitted flow if validation rows favour it.
 
-    That is where a flow has to learn what they begin with: with few rows clusters, and with near copies, as points of
-    trajectories are, where the rows are. The shares have the highest likelihood of the validation rows, and are taken
-    if they gain 0.02 nats and Akaike's criterion for few rows prefers them, gain > taken / (rows - taken - 1). It asks
-    for no more, as the same rows chose the flow's epoch, and the worst that the others can do is the logarithm of its
-    share.
+    This helps where a flow has to learn what these start with: clusters, if there are few rows, and the locations of
+    near copies, such as points of trajectories. The weights maximise the likelihood of the validation rows. They are
+    accepted if they gain 0.02 nats and by Akaike's criterion for few rows, gain > taken / (rows - taken - 1). No more
+    is required, because the same rows chose the flow's epoch, and the mixture can cost at most minus the logarithm of
+    the flow's weight.
 
     Args:
         prepared: The fitted density and its rows.
 
-    Cost: that of a mixture of Gaussians, unless the flow began with one, and of kernels.
+    Cost: fitting a mixture of Gaussians, unless the flow started at one, and of kernels.
     """
     inner, training = prepared.density.unwrapped, prepared.training
     held_out = _spread(prepared.validation.rows, SCORED_ROWS)
@@ -146,7 +147,7 @@ def with_mixture(prepared: Prepared) -> Joined:
     if flow is None or isinstance(training, MappedRows) or prior.context_dim:
         return Joined(prepared.density)
     z, new = (_standardised(rows, prior, prepared.spacing) for rows in (training, held_out))
-    begun = flow is prior.model  # at a mixture
+    begun = flow is prior.model  # started at a mixture
     gaussians = Mixture(*map(Tensor.double, flow.base.mixture)) if begun else _gaussians(training._replace(data=z))
     each = [gaussians, *_kernels(z, training.weights)]
     with torch.no_grad():
@@ -179,7 +180,7 @@ def with_mixture(prepared: Prepared) -> Joined:
 
 
 def _as_mixture_flow(model: Flow | Density) -> MixtureFlow | None:
-    """A default model in the form that can have a mixture beside it, or None."""
+    """A default model in a form that allows a mixture beside it, or None."""
     if isinstance(model, MixtureFlow):
         return model
     if not isinstance(model, NSF) or model.input_dim == 1 or model.context_dim:
@@ -191,19 +192,19 @@ def _as_mixture_flow(model: Flow | Density) -> MixtureFlow | None:
 
 
 def _standardised(rows: Rows, prior: FlowPrior, spacing: tuple[float, ...]) -> Tensor:
-    """Rows in the units of a fit, anywhere in their steps, in float64 on the CPU."""
+    """Dequantised rows in the units of a fit, in float64 on the CPU."""
     data = dequantised(rows.data, spacing, torch.Generator().manual_seed(0)) if spacing else rows.data
     return prior.standardised(data.to(_like(prior).device)).cpu().double().clamp(-FENCE, FENCE)
 
 
 def _gaussians(rows: Rows) -> Mixture:
-    """The mixture of as many Gaussians as BIC says."""
+    """A mixture of Gaussians, with the number of components chosen by BIC."""
     some = _spread(rows, MIXTURE_ROWS)
     return fit_mixture(some.data, some.weights)
 
 
 def _kernels(z: Tensor, weights: Tensor | None) -> list[Mixture]:
-    """Mixtures of kernels of several widths at the rows, if these are few."""
+    """Mixtures of kernels of several widths at the rows, if there are few rows."""
     rows, dim = z.shape
     if rows * dim**2 > MOST_KERNELS:
         return []
@@ -215,20 +216,20 @@ def _kernels(z: Tensor, weights: Tensor | None) -> list[Mixture]:
 def compare(density: Fitted, training: Rows, rows: Rows, role: str, *, gaussians: Mixture | None = None) -> Comparison:
     """Compare a fitted density with baselines on held-out rows.
 
-    They are a Gaussian, a mixture of Gaussians with as many components as BIC says, of up to 4,096 rows, and, where the
-    number of rows allows, a kernel density whose bandwidth has the highest leave-one-out likelihood of training rows.
-    All are densities of the numbers in the units and on the support of the fit, after a linear regression on the
-    context and the categories, if any. The categories have the probabilities of the fit, and a number on a grid that of
-    its step.
+    The baselines are a Gaussian, a mixture of Gaussians fitted to up to 4,096 rows, with the number of components
+    chosen by BIC, and, if there are not too many rows, a kernel density whose bandwidth maximises the leave-one-out
+    likelihood of training rows. All are densities of the numeric columns in the fit's units and on its support, after a
+    linear regression on the context and the categories, if any. Categories have the fit's probabilities, and a number
+    on a grid has the probability of its step.
 
     Args:
         density: The fitted density, on the CPU.
-        training: Training rows, those of `fitted_rows`.
+        training: Training rows, as returned by `fitted_rows`.
         rows: The held-out rows.
         role: "test" or "validation".
-        gaussians: The mixture of the training rows in their units, if it is at hand.
+        gaussians: A mixture of Gaussians fitted to the training rows in their units, if available.
 
-    Cost: some two seconds at most.
+    Cost: at most some two seconds.
     """
     inner = density.unwrapped
     points = POINTS if isinstance(inner, TableDensity) and not inner.steps.is_exact else 1
@@ -276,7 +277,7 @@ def _baselines(
 
 
 def _in_units(model: Density, prior: FlowPrior, inner: FlowPrior | TableDensity) -> FlowPrior | TableDensity:
-    """A density of standardised numbers, in the units of a fitted one and with its categories and grids."""
+    """A density of standardised numbers, converted to the units of a fitted one, with its categories and grids."""
     units = ("loc", "scale", "tails", *(("context_loc", "context_scale") if prior.context_dim else ()))
     baseline = FlowPrior(
         model,
@@ -295,7 +296,7 @@ def _like(prior: FlowPrior) -> Tensor:
 
 
 def _regressed(z: Tensor, features: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Coefficients (1 + C, D) of the least squares of z on features (rows, C), and the residuals."""
+    """Least-squares coefficients, (1 + C, D), of z on features (rows, C), and the residuals."""
     design = torch.cat([torch.ones(len(z), 1, dtype=z.dtype), features], 1)
     root = torch.ones(len(z), 1, dtype=z.dtype) if weights is None else weights.double().sqrt()[:, None]
     coefficients = torch.linalg.lstsq(root * design, root * z, driver="gelsd").solution
@@ -309,7 +310,7 @@ class _Regression(Density):
         coefficients: (1 + C, D).
         scale: Scale of the residuals, (D,).
         log_prob: Log-density of residuals in units of the scale.
-        angles: Columns of angles, of which the density is on one turn.
+        angles: Columns of angles, in which the density covers one turn.
     """
 
     coefficients: Tensor

@@ -1,4 +1,4 @@
-"""The flow of a fit without one, and the columns of categories that it takes as context."""
+"""The default flow of a fit, and the categorical columns that a flow takes as context."""
 
 from __future__ import annotations
 
@@ -37,33 +37,34 @@ from pyro_maf.univariate import Spline
 __all__ = ["CHOSEN", "DefaultFlow", "choose", "default_model"]
 
 MIXTURE_ROWS = 300
-"""Up to so many rows the flow has a mixture of Gaussians as base; of more it learns as much by itself, in a third of
-the time."""
+"""Maximum number of rows for which the flow's base is a mixture of Gaussians; with more, it learns as much without one,
+in a third of the time."""
 WIDTH = 128
-"""Least number of units of a hidden layer, for a step of which 64 take nearly as long."""
+"""Minimum number of units in a hidden layer; a step with 64 takes nearly as long."""
 LAYERS, MANY_ROWS = (2, 3, 5), 5_000
-"""Layers with a mixture as base, with fewer rows than these, and with as many."""
+"""Numbers of layers: with a mixture as base, with fewer rows than this, and with more."""
 BINS, FEW_BINS, WIDE = 8, 4, 40
-"""From so many columns on, layers have half the bins, and no more than three: their last product, of 3 K + 1 outputs a
-column, takes most of the time. With half as many columns and few rows bins are half too: more learn these by heart."""
+"""Number of columns from which on layers have half the bins, and there are at most three: their last product, with
+3 K + 1 outputs per column, takes most of the time. With few rows, the bins are halved from half as many columns on,
+since more bins overfit."""
 LEAST_BATCH, MOST_BATCH, BATCHES, FEW_EPOCHS = 32, 256, 128, 16
-"""Batches are of 32 to 256 rows, about 128 of them in an epoch: a step of a quarter of the rows takes little more than
-a quarter of the time, and gains nearly as much. With as many batches, patience is of 16 epochs."""
+"""Batches have 32 to 256 rows, about 128 batches per epoch: a step with a quarter of the rows takes little more than a
+quarter of the time, and gains nearly as much. With that many batches, patience is 16 epochs."""
 PRECISION, MOST_DECAY, RELAXATIONS = 3.0, 0.1, 2
-"""Weight decay is that of a normal prior of this precision on the weights, beside the likelihood of all rows, to begin
-with. It falls twice to a tenth where validation rows gain no more: how sharp a table is, its size does not tell. From
-strong to weak is one fit, in which each decay begins where the one before ended."""
+"""The initial weight decay is that of a normal prior with this precision on the weights. It is divided by 10, twice,
+when the validation loss stalls: the size of a table does not tell how sharp its density is. Going from strong to weak
+decay is a single fit, in which each decay starts where the previous one ended."""
 
 
 @dataclass(frozen=True)
 class DefaultFlow:
-    """The flow that `fit` chooses by the data, but for what is set here.
+    """The flow that `fit` chooses from the data, except for what is set here.
 
     Attributes:
         num_layers: Number of layers.
         hidden_dims: Widths of the hidden layers of each network.
-        dtype, device: By default those of the data if they are a floating tensor, else torch's.
-        has_rsample: Whether draws must have a gradient, which those of a mixture have not.
+        dtype, device: By default those of the data if it is a floating-point tensor, otherwise torch's.
+        has_rsample: Whether draws must have a gradient, which rules out a mixture.
     """
 
     num_layers: int | None = None
@@ -92,7 +93,7 @@ def choose(
         source: Data and context.
 
     Raises:
-        ValueError: For a model of other sizes than the columns, and a table of categories alone.
+        ValueError: For a model whose sizes do not match the columns, or a table with only categories.
     """
     inner = getattr(model, "unwrapped", model)
     source = source.with_context_coded("fit", inner.context_layout if isinstance(inner, NamedDensity) else NAMELESS)
@@ -130,7 +131,7 @@ def choose(
 
 
 def _angles(rows: NamedRows, support: SupportLike | None, levels: Sequence[object]) -> list[int]:
-    """Places of the columns of angles among those that are no categories."""
+    """Indices of the columns of angles among the numeric columns."""
     if support is None:
         return []
     width = number_of_columns("fit", "data", rows.data)
@@ -140,7 +141,7 @@ def _angles(rows: NamedRows, support: SupportLike | None, levels: Sequence[objec
 
 
 def _around_flow(model: Model, rows: NamedRows, support: SupportLike | None, seed: int) -> Model:
-    """The density of angles around a flow of the other columns, or the model if there are none."""
+    """The density of angles around a flow of the other columns, or the model itself if there are no angles."""
     inner = cast("Flow | Density", getattr(model, "unwrapped", model))
     angles = [] if isinstance(inner, Density) and inner.angles else _angles(rows, support, rows.layout.categories)
     if not angles or isinstance(model, FITTED):
@@ -158,7 +159,7 @@ def _around_flow(model: Model, rows: NamedRows, support: SupportLike | None, see
 
 
 def _embedding(model: Model | DefaultFlow, rows: NamedRows, context_net: nn.Module | None) -> ContextNet | None:
-    """The embedding network of a fit, for contexts of the shape of these, or that of a prior that has one."""
+    """The embedding network of a fit, for contexts of this shape, or that of a prior that has one."""
     inner = getattr(model, "unwrapped", model)
     inner = inner.prior if isinstance(inner, TableDensity) else inner
     shape = () if rows.context is None else row_shape("fit", "context", rows.context)
@@ -182,7 +183,7 @@ def _embedding(model: Model | DefaultFlow, rows: NamedRows, context_net: nn.Modu
 
 
 def _number_of_features(rows: NamedRows, net: ContextNet | None) -> int:
-    """Number of features that a model sees of the context."""
+    """Number of features of the context that a model sees."""
     if net is not None:
         return net.features
     return 0 if rows.context is None else number_of_columns("fit", "context", rows.context)
@@ -197,7 +198,7 @@ def _without_model(
     dequantise: bool,
     seed: int,
 ) -> Choice:
-    """The default model of the columns that are no categories."""
+    """The default model of the columns that are not categorical."""
     width = number_of_columns("fit", "data", rows.data)
     levels = _levels(rows) if rows.layout.in_categories else [None] * width
     named: list[int] = []
@@ -233,7 +234,7 @@ def _without_model(
 
 
 def _of_table(model: TableDensity | ConditionalTableDensity, rows: NamedRows, support: SupportLike | None) -> Choice:
-    """The density of a table as it is."""
+    """The density of a table, unchanged."""
     table = model.unwrapped
     own = table.prior.units.support
     names = iter([own.name_of(number) for number in range(len(table.numeric))])
@@ -244,7 +245,7 @@ def _of_table(model: TableDensity | ConditionalTableDensity, rows: NamedRows, su
 
 
 def _levels(rows: NamedRows) -> list[tuple[float, ...] | None]:
-    """Numbers of the categories of each column."""
+    """Numbers of the categories of each column, or None."""
     categories = rows.layout.categories
     levels = [None if each is None else tuple(map(float, range(len(each)))) for each in categories]
     if all(levels):
@@ -253,7 +254,7 @@ def _levels(rows: NamedRows) -> list[tuple[float, ...] | None]:
 
 
 def _check_sizes(model: Model, rows: NamedRows, net: ContextNet | None) -> None:
-    """Refuse a model that is not of the numbers given the categories."""
+    """Raise if the sizes of a model do not match the numeric columns and the categories."""
     texts, width = rows.layout.in_categories, len(rows.layout.categories)
     one_hot = sum(len(rows.layout.categories[i] or ()) for i in texts)
     context = _number_of_features(rows, net)
@@ -270,7 +271,7 @@ def _check_sizes(model: Model, rows: NamedRows, net: ContextNet | None) -> None:
 def _support(
     model: Model, requested: SupportLike | None, dim: int, levels: Sequence[tuple[float, ...] | None]
 ) -> Support:
-    """Return the requested support, or else that of the model."""
+    """Return the requested support, by default that of the model."""
     inner = model.density if isinstance(model, ConditionalFlowPrior) else model
     present = inner.units.support if isinstance(inner, FlowPrior) and not any(levels) else None
     if requested is None:
@@ -279,7 +280,7 @@ def _support(
     wrong = [i for i, level in enumerate(levels) if level and support.name_of(i) != "real"]
     if wrong and not isinstance(support.name, str):
         raise ValueError(f"fit expected support 'real' of a column of categories, got {support.name_of(wrong[0])!r}.")
-    if wrong:  # one for all columns is that of the numbers
+    if wrong:  # a single support for all columns refers to the numeric ones
         support = Support("fit", ["real" if level else support.name_of(i) for i, level in enumerate(levels)], dim)
     if present is not None and present.name != support.name:
         raise ValueError(
@@ -297,22 +298,24 @@ def default_model(
     seed: int,
     data: TableLike | None = None,
 ) -> tuple[MAF | MixtureFlow, Recipe]:
-    """Model of a table and how to train it, from its numbers of rows and columns; the global random state is unchanged.
+    """Default model and training recipe for a table with these numbers of rows and columns.
+
+    The global random state is unchanged.
 
     Args:
-        columns: Number of columns; on a simplex one less.
+        columns: Number of columns, or one less on a simplex.
         rows: Number of rows.
         context_dim: Number of context features.
-        default: What is not to be chosen.
+        default: Settings that are not to be chosen.
         seed: Seed of the initial weights.
-        data: The rows: the model has their dtype and device if they are a floating tensor.
+        data: The rows; if they are a floating-point tensor, the model has its dtype and device.
 
     Example:
         >>> default_model(3, 100, seed=0)[0].name, default_model(3, 100_000, seed=0)[0].name
         ('MixtureFlow', 'NSF')
     """
     check_seed("fit", seed)
-    # The networks of a single column have nothing to see without a context.
+    # Without a context, the networks of a single column have no inputs.
     sees_others = columns > 1 or context_dim > 0
     starts = sees_others and rows <= MIXTURE_ROWS and not default.has_rsample
     num_layers = default.num_layers
@@ -355,7 +358,7 @@ def _is_simplex(columns: int, support: SupportLike | None) -> bool:
     """Return whether the columns are on a simplex.
 
     Raises:
-        ValueError: For a simplex of one column.
+        ValueError: For a simplex with a single column.
     """
     is_simplex = support is not None and Support("fit", support, columns).event_size > columns
     if is_simplex and columns < 2:

@@ -74,115 +74,117 @@ def fit(
 ) -> FitResult:
     r"""Fit a flow or a density to data by maximum likelihood: `fit(model, data)`, or `fit(data)` with a default flow.
 
-    Maximises mean_n log p(y_n | c_n) with p the density of T(loc + scale z), z ~ model, where T maps to the support,
-    and loc and scale are the mean and standard deviation of the training rows before T, of which outliers are moved to
-    a fence: 10 standard deviations, by the quartiles, from the median. A context is standardised likewise, but with a
-    fence against single outliers only. Adam steps on batches; after each epoch an average of the weights over the last
-    two epochs or so is scored on the validation rows. The learning rate is halved when that score stalls, the fit ends
-    after `patience` epochs without a better one, or sooner where only the training rows are fitted better than ever,
-    and the best average is the result. From 1,000 rows on, as many rows again are held out for test, for a score of
-    rows that chose nothing.
+    Maximises mean_n log p(y_n | c_n), where p is the density of T(loc + scale z), z ~ model, and T maps to the support.
+    loc and scale are the mean and standard deviation of the training rows before T, with outliers moved to a fence: 10
+    standard deviations, as estimated from the quartiles, from the median. A context is standardised likewise, but with
+    a fence only against isolated outliers. Adam takes steps on batches. After each epoch, an average of the weights
+    over about the last two epochs is scored on the validation rows. The learning rate is halved when that score stalls.
+    The fit ends after `patience` epochs without a better score, or earlier if only the training score keeps improving,
+    and returns the best average. With 1,000 rows or more, as many rows again are held out for a test score, on which no
+    choice is based.
 
     The model is trained in place, in its own dtype and on its own device, and left in eval mode with its best weights.
-    From the same initial weights, the same call has bitwise the same result on a CPU. The global
-    random states are left unchanged.
+    On a CPU, the same call with the same initial weights has bitwise the same result. The global random states are
+    unchanged.
 
-    With a `folder` a fit can be resumed: after Ctrl-C, or SIGTERM, which ends the program once a checkpoint is written,
-    nothing is lost; after a crash or a killed machine the last second or, if a checkpoint takes long to write, twenty
-    times as long. The same call with `resume=True` goes on from there to the weights of an uninterrupted fit (on a CPU,
+    With a `folder`, a fit can be resumed. After Ctrl-C, or SIGTERM, which ends the program once a checkpoint is
+    written, nothing is lost; after a crash or power failure the last second or, if a checkpoint takes long to write,
+    twenty times as long. The same call with `resume=True` continues to the weights of an uninterrupted fit (on a CPU,
     bit for bit).
 
-    Started by torchrun, its processes, on one machine or several, fit the model together: each takes a part of every
-    batch, and `batch_size` is the total. Every process returns the result.
+    Processes started by torchrun, on one machine or several, fit the model together: each takes a part of every batch,
+    and `batch_size` is the total. Every process returns the result.
 
     Args:
         model: A flow, a density, or a conditional form of either. A `FlowPrior` keeps its units, and is a density of
-            all columns. By default, chosen by the numbers of rows and columns, an `NSF`, or of a few
-            hundred rows a `MixtureFlow`, with weight decay and batches that heed them too. If a data frame has columns
-            of categories, the model is of the other columns, with a context of that of the fit, if any, and then the
-            categories one-hot, one feature each.
-        data: Rows (N, D): a tensor, an array, a data frame or nested lists of finite numbers, at least 10 rows; or a
-            dictionary of tensors or arrays (N, ...), laid side by side, as the draws of a posterior; or a `Table` of
-            `pyro_maf.datasets.read_table`, with its context, whose columns and rows messages name. They are rounded
-            to the model's dtype in their units, not before: where float32 does not hold the values of a column to a
-            thousandth of its scale, the density of a model in float32 takes and draws float64. A `numpy.memmap` of more
-            than 512 MiB is not read into memory but streamed; no more than some 262,144 of its rows are held out, and
-            units and the statistics of batch norm are of some 65,536.
-        context: Rows (N, C) of the same kinds, for a model with `context_dim` > 0. Columns of text or categories in a
-            data frame are one-hot, one feature each. With a `context_net` also images, series or sets, an array (N,
-            *shape).
-        context_net: An embedding network from standardised contexts (rows, *shape) to features (rows, F), a torch
-            module, which is trained with the model; `context_dim` of a model is then F. All entries of an image or a
-            set, a shape of several axes, have the same units. `load(path, context_net=...)` takes it again.
-        weights: How often each row counts, (N,): numbers of at least 0, of which only ratios matter; or the name of the
-            column of data that holds them, which is then none of the data. They count in the losses of training and
-            validation, in early stopping, in the units and in the warnings; only batch norm takes its statistics
-            without. A row of weight 2 is two copies of it, and a row of weight 0 is left out. By default 1.
+            all columns. The default, chosen from the numbers of rows and columns, is an `NSF` or, for up to a few
+            hundred rows, a `MixtureFlow`, with weight decay and batch size chosen accordingly. If a data frame has
+            categorical columns, the model describes the other columns; its context is that of the fit, if any, followed
+            by the categories one-hot, one feature each.
+        data: Rows (N, D), at least 10 of them: a tensor, an array, a data frame or nested lists of finite numbers; a
+            dictionary of tensors or arrays (N, ...), such as the draws of a posterior, which are concatenated as
+            columns; or a `Table` of `pyro_maf.datasets.read_table`, with its context, whose columns and rows are named
+            in messages. Data are rounded to the model's dtype after standardisation, not before: if float32 does not
+            resolve a thousandth of a column's scale, the density of a float32 model takes and returns float64. A
+            `numpy.memmap` of more than 512 MiB is streamed; at most some 262,144 of its rows are held out, and units
+            and batch norm statistics use some 65,536.
+        context: Rows (N, C) of the same kinds, for a model with `context_dim` > 0. Text or categorical columns of a
+            data frame are one-hot encoded, one feature per category. With a `context_net` also images, series or sets,
+            as an array (N, *shape).
+        context_net: An embedding network from standardised contexts (rows, *shape) to features (rows, F): a torch
+            module that is trained with the model, whose `context_dim` is then F. The entries of an image or a set,
+            whose shape has several axes, share their units. Pass it to `load(path, context_net=...)` too.
+        weights: Weight of each row, (N,), a number of times that the row counts: numbers of at least 0, of which only
+            ratios matter; or the name of the data column that holds them, which is then removed from the data. They are
+            used in training and validation losses, early stopping, units and warnings, but not in batch norm
+            statistics. A row of weight 2 counts as two copies; a row of weight 0 is left out. By default 1.
         support: The support of the data: "real", "positive", "unit_interval", a pair of bounds such as (18, None) or
-            (-90, 90), "angle" (radians) or "angle(0, 360)", "ordered", "simplex", or a sequence with one of these but
-            the last for each column, or constraints, as `FlowPrior` takes it; angles come before the other columns, in
-            an `AngleFlow`, and a flow sees them by cosine and sine, the last features of its context; or a dictionary
-            by name of column or entry, {"income": "positive", "age": (0, 120)}, where others are real. By
-            default "real" or that of a `FlowPrior`.
-        validation: The fraction of the rows to hold out at random for validation, between 0 and 1, by default 0.1, or
-            what makes 16 rows but at most a third, unless the fit starts at a mixture; or rows like `data`, whose
-            columns are matched by name if they have names; or a tuple (data, context) of such for a model with a
-            context, unless data has its columns too; or (data, context, weights), with None for what there is not. A
-            fraction is of distinct rows: all copies of a row, with its context, are for training, or all are for
-            validation.
-        test: The fraction of the rows to hold out for the test log-likelihood, `FitResult.test`: they choose nothing,
-            neither weights nor epoch nor units. By default, from 1,000 rows of data on, as many as for validation, and
-            at most half of the rest; none of fewer rows, and none if `validation` is rows, as whoever divides the data
-            has test rows too, for `FitResult.score`. 0 for none.
-        dequantise: Whether columns whose values repeat on a grid, counted or rounded, are fitted as such, and columns
-            of text, truth values or categories in a data frame, and without a model those of up to 10 numbers, as
-            categories. The result is a `TableDensity`: its log-likelihoods are log-probabilities in such columns, which
-            a warning names, and its draws lie on the grid. In training, uniform noise, new in each epoch, takes the
-            place of a number within its step, so that the losses bound the negative log-likelihood from above. False
-            for a density of all columns, as numbers.
-        batch_size: Approximate number of rows in a batch: an epoch is cut into equal ones. By default 256, and
-            without a model a 128th of the rows, from 32 to 256.
+            (-90, 90), "angle" (radians) or "angle(0, 360)", "ordered", "simplex", or a constraint, as in `FlowPrior`; a
+            sequence of these, except "simplex", with one per column; or a dictionary by name of column or entry,
+            {"income": "positive", "age": (0, 120)}, in which others are real. By default "real", or that of a
+            `FlowPrior`. Angles precede the other columns, in an `AngleFlow`; a flow sees their cosines and sines as the
+            last features of its context.
+        validation: The fraction of the rows to hold out at random for validation, between 0 and 1; by default 0.1,
+            raised for few rows to hold out 16, up to a third, unless the fit starts at a mixture. Or rows like `data`,
+            whose columns are matched by name if they have names; or a tuple (data, context), for a model with a context
+            that is not among the columns of the data; or (data, context, weights), with None for a missing one. A
+            fraction refers to distinct rows: all copies of a row, with its context, are either training or validation
+            rows.
+        test: The fraction of the rows to hold out for the test log-likelihood, `FitResult.test`. They affect neither
+            weights nor epoch nor units. By default, with 1,000 rows of data or more, as many as for validation, but at
+            most half of the rest; none with fewer rows, or if `validation` is rows, since then other test rows probably
+            exist, for `FitResult.score`. 0 for none.
+        dequantise: Whether to detect discrete columns: columns whose values repeat on a grid, counted or rounded, and,
+            as categories, columns of text, truth values or categories in a data frame and, without a model, columns
+            with up to 10 distinct numbers. The result is then a `TableDensity`: its log-likelihoods are
+            log-probabilities in these columns, which a warning names, and its draws lie on the grid. In training,
+            numbers are dequantised by uniform noise within their steps, drawn anew in each epoch, so that the losses
+            are upper bounds of the negative log-likelihood. False for a density of all columns as real numbers.
+        batch_size: Approximate number of rows in a batch; batches of an epoch are equal in size. By default 256;
+            without a model a 128th of the rows, but 32 to 256.
         max_epochs: Maximum number of epochs.
-        patience: Number of epochs without a better validation log-likelihood after which to stop. After a quarter of it
-            the learning rate is halved. By default 30, and without a model 16 from 4,096 rows on.
+        patience: Number of epochs without a better validation log-likelihood after which to stop. After a quarter of
+            it, the learning rate is halved. By default 30; without a model 16 for 4,096 rows or more.
         learning_rate: Initial learning rate of Adam.
         max_grad_norm: Norm to which the gradient of a step is clipped.
-        weight_decay: Initial weight decay, which falls twice to a tenth; by default 1e-6, and without a model by rows.
+        weight_decay: Initial weight decay, which is divided by 10 up to twice when the validation loss stalls. By
+            default 1e-6; without a model, chosen from the number of rows.
         seed: Seed of the split and of the order of the batches.
-        folder: Folder of the fit: `checkpoint.safetensors`, to resume from; `log.csv`, a line an epoch,
-            and the same for TensorBoard if that is installed; at the end `model.safetensors`, for `pyro_maf.load`.
-            It is created if necessary, and shared by all processes. One that holds any of these is refused, unless
-            there is a checkpoint to resume, or it is to be overwritten; and so is one that another fit is writing to.
-        resume: Resume from the checkpoint in `folder`, if any. The model, the data and the options must be
-            the same, except `max_epochs` and `patience`, which may be raised, and the options below.
+        folder: Folder of the fit: `checkpoint.safetensors`, to resume from; `log.csv`, with one line per epoch, and the
+            same for TensorBoard if that is installed; at the end `model.safetensors`, for `pyro_maf.load`. It is
+            created if necessary, and shared by all processes. A folder that contains any of these files raises an
+            error, unless there is a checkpoint to resume or it is to be overwritten; so does one that another fit is
+            writing to.
+        resume: Resume from the checkpoint in `folder`, if any. The model, the data and the options must be the same,
+            except `max_epochs` and `patience`, which may be raised, and the options below.
         overwrite: Replace the fit in `folder`, if any. It remains until the first checkpoint of this one.
-        devices: Number of processes on this machine, each on a different GPU if the model is on one. The
-            others are started by running the program again: it must reach this call by itself.
+        devices: Number of processes on this machine, each on a different GPU if the model is on one. The others are
+            started by running the program again, which must reach this call without help.
         progress: A bar on stderr: True on a terminal or in a notebook, False never, "always" in any case.
 
     Returns:
-        A `FitResult`: the density in the data's units, the losses in nats, why it ended. Ctrl-C ends it early, with
-        the best so far; a second Ctrl-C raises KeyboardInterrupt, with the model's best weights in place.
+        A `FitResult`: the density in the data's units, the losses in nats, the reason for stopping. Ctrl-C ends it
+        early, with the best result so far; a second Ctrl-C raises KeyboardInterrupt and leaves the model with its best
+        weights.
 
     Warns:
-        UserWarning: Of silent failures of a density, a line each, with the column and what to do: few
-            distinct values, a value that many rows share, columns that follow from others, heavy tails, a context over
-            orders of magnitude; at the end of a best epoch of 0, and of `max_epochs` reached while it was improving.
-            `FitResult.warnings` holds these. And after 5 steps in a row without a finite loss and gradient: it goes on
-            from the best weights with half the learning rate. And of a file that cannot be written any more: it goes
-            on without.
+        UserWarning: About silent failures of a density, one line each, with the column and a remedy: few distinct
+            values, a value that many rows share, columns that follow from others, heavy tails, a context that spans
+            orders of magnitude; at the end, a best epoch of 0, and `max_epochs` reached while the score was still
+            improving. `FitResult.warnings` holds these. Also after 5 successive steps without a finite loss and
+            gradient: the fit continues from the best weights with half the learning rate. And if a file can no longer
+            be written: the fit continues without it.
 
     Cost:
-        An epoch takes one `log_prob` with its gradient for each training row and one without for each validation row:
-        for an `IAF` that is a sweep a layer. With batch norm, another pass over the training rows for its statistics.
+        Per epoch, one `log_prob` with its gradient for each training row and one without for each validation row; for
+        an `IAF` each is one sweep per layer. With batch norm, another pass over the training rows for its statistics.
 
     Raises:
-        TypeError: For a model that is not a flow or density, or data that is not numeric.
-        ValueError: For data that is not finite, does not vary in a column, has too few rows or the wrong width; for a
-            context missing, superfluous or of another length; for weights that are negative, not finite, all 0 or of
-            another length; for data outside the support or on its boundary, with the
-            row and column; for options out of range; for a folder that holds a fit that is not to be resumed, or one of
-            other settings.
+        TypeError: For a model that is not a flow or density, or data that are not numeric.
+        ValueError: For data that are not finite, do not vary in a column, lie outside the support or on its boundary
+            (the message has the row and column), have too few rows or the wrong width; for a context that is missing,
+            superfluous or of another length; for weights that are negative, not finite, all 0 or of another length; for
+            options out of range; for a folder with a fit that is not to be resumed, or one with other settings.
         ModuleNotFoundError: For several processes without the `all` extra.
 
     Example:
@@ -279,7 +281,7 @@ class _Options:
 
 
 def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Options) -> FitResult:
-    """Train a density on prepared rows, in the dtype and on the device of a weight."""
+    """Train a density on prepared rows, with the dtype and device of `weight`."""
     density, processes = prepared.density, Processes(options.devices)
     layout, context_layout = source.layout, source.context_layout
     if not isinstance(density.unwrapped, TableDensity):  # which draws in the dtypes of a data frame
@@ -291,7 +293,7 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
     _check_batches(density, batches, options.recipe.batch_size, processes)
     settings = {} if options.folder is None else options.settings(prepared, weight.dtype)
     if layout.names or context_layout.names:
-        # Not among the settings: a resumed fit may have the table without its names.
+        # Not among the settings: a resumed fit may have the same table without names.
         density.name_columns(layout, context_layout)
     where = {"resume": options.resume, "overwrite": options.overwrite, "is_first": processes.is_first}
     with (
@@ -328,7 +330,7 @@ def _train(prepared: Prepared, source: NamedRows, weight: Tensor, options: _Opti
     if processes.is_first:
         announce(result.warnings[len(prepared.warnings) :])
         if will_show(options.progress) and not result.interrupted:
-            with suppress(KeyboardInterrupt):  # in the seconds that this takes: the fit must not be lost
+            with suppress(KeyboardInterrupt):  # this takes seconds, in which the fit must not be lost
                 if result.comparison is not None:
                     print(result.comparison, file=sys.stderr)
                     announce(result.comparison.warnings)
@@ -344,10 +346,10 @@ def _result(
     joined: Joined,
     folder: CheckpointFolder | None,
 ) -> FitResult:
-    """Return the result of a fit that has ended in `state`."""
+    """Return the result of a fit that ended in `state`."""
     schedule, stopped, test = state.schedule, state.reason, prepared.test
     losses = tuple(epoch.validation_loss for epoch in state.history)
-    # A mixture that no epoch is better than is no failure.
+    # If the fit started at a mixture, a best epoch of 0 is not a failure.
     ends_as_it_began = options.recipe.starts and not schedule.best_epoch
     endings = (
         []
@@ -381,14 +383,14 @@ def _result(
 
 
 def _score(prepared: Prepared, best: float, *, doubts: bool) -> float:
-    """Mean log-likelihood of the validation rows: the best one of the fit, unless that is of other numbers."""
+    """Mean log-likelihood of the validation rows: the best one of the fit, unless that has another meaning."""
     if not (prepared.spacing or doubts):
         return best
     return log_likelihood_of(prepared.density, prepared.validation.rows).mean
 
 
 def _first_weight(model: object, data: object) -> Tensor:
-    """Return the weight whose dtype and device are those of the fit."""
+    """Return the weight whose dtype and device are the fit's."""
     if not isinstance(model, (Flow, ConditionalFlow, Density, ConditionalDensity)):
         raise TypeError(f"fit expected a flow or a density, got {type(model).__name__}.{_advice(model, data)}")
     for weight in model.parameters():
@@ -398,7 +400,7 @@ def _first_weight(model: object, data: object) -> Tensor:
 
 
 def _largest_product(choice: Choice, rows: int) -> int:
-    """Number of multiplications of a batch of rows with the largest weight, at each place of an image or a set."""
+    """Multiplications of a batch of rows with the largest weight, counting each place of an image or a set."""
     sizes = [weight.numel() for weight in choice.model.parameters()]
     if choice.net is not None:
         places = math.prod(choice.context_shape[1:])
@@ -428,7 +430,7 @@ def _check_batches(density: Fitted, batches: Batches, batch_size: int, processes
 
 @contextmanager
 def _untouched_random_states(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed torch for layers that draw numbers, and restore every global random state on exit."""
+    """Seed torch for layers that draw numbers, and restore all global random states on exit."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with seeded(seed, device):

@@ -1,4 +1,4 @@
-"""Kinds of columns of a fit, categories, numbers on a grid and numbers anywhere, and the density of a table of them."""
+"""Kinds of columns in a fit: categories, numbers on a grid, and real numbers; and the density of a table of them."""
 
 from __future__ import annotations
 
@@ -28,56 +28,56 @@ from pyro_maf.tables.units import Units
 __all__ = ["Kinds", "few_values", "grids_of"]
 
 MOST_LEVELS, ROWS_EACH = 10, 10
-"""Numbers are categories if a column has up to 10 values, which 10 rows each have on average, as truth values and
-grades do: of these a flow would have to model every gap."""
+"""Maximum number of values of a numeric column that counts as categorical, like truth values and grades, and minimum
+average number of rows per value. A flow would have to model every gap between the values."""
 MOST_NAMED = 3
 
 
 class Kinds(NamedTuple):
-    """Kinds of the columns of a table: categories of each as numbers, or None, and the grid of each, or None."""
+    """Kinds of a table's columns: for each its categories as numbers, or None, and its grid, or None."""
 
     levels: tuple[tuple[float, ...] | None, ...]
     grids: tuple[Grid | None, ...] = ()
 
     @property
     def are_plain(self) -> bool:
-        """True if all columns are of numbers anywhere."""
+        """True if all columns are real numbers."""
         return not any(self.levels) and not any(self.grids)
 
     @property
     def numeric(self) -> list[int]:
-        """Indices of the columns that are no categories."""
+        """Indices of the columns that are not categorical."""
         return [index for index, level in enumerate(self.levels) if level is None]
 
     @property
     def categories(self) -> list[int]:
-        """Indices of the columns of categories."""
+        """Indices of the categorical columns."""
         return [index for index, level in enumerate(self.levels) if level is not None]
 
     @property
     def num_categories(self) -> list[int]:
-        """Number of categories of each of those."""
+        """Number of categories of each categorical column."""
         return [len(level) for level in self.levels if level is not None]
 
     @property
     def spacing(self) -> tuple[float, ...]:
-        """Spacing of each column, 0 for one on no grid; () if none is on one."""
+        """Spacing of each column, 0 if it is not on a grid; () if no column is."""
         return tuple(0.0 if grid is None else grid.spacing for grid in self.grids) if any(self.grids) else ()
 
     def repeat_by_chance(self, rows: Rows | MappedRows) -> bool:
-        """True if equal rows need not be copies: of one column on a grid, or several in which most values repeat."""
+        """Return whether equal rows need not be copies: a single column on a grid, or several with few values."""
         if self.are_plain or not all(level or grid for level, grid in zip(self.levels, self.grids, strict=True)):
             return False
         return len(self.levels) == 1 or not repeat_as_a_whole(rows.sample())
 
     def support_of_numbers(self, support: Support) -> Support:
-        """Support of the columns that are no categories."""
+        """Support of the columns that are not categorical."""
         if not self.categories:
             return support
         return Support("fit", [support.name_of(index) for index in self.numeric], len(self.numeric))
 
     def units_of_numbers(self, units: Units, support: Support) -> Units:
-        """Units of the columns that are no categories, with numbers anywhere in their steps."""
+        """Units of the columns that are not categorical, for dequantised numbers."""
         scale = units.scale.clone()
         for index, spacing in enumerate(self.spacing):
             if spacing and support.name_of(index) == "real":
@@ -87,7 +87,7 @@ class Kinds(NamedTuple):
         return units.take(self.numeric) if self.categories else units
 
     def around(self, prior: FlowPrior, rows: Rows, seed: int) -> TableDensity | ConditionalTableDensity:
-        """The density of the table around that of its numbers, with the categories as frequent as in the rows."""
+        """The density of the table around that of its numbers, with category frequencies from the rows."""
         context_dim = prior.model.context_dim - sum(self.num_categories)
         categorical = None
         if self.categories:
@@ -101,7 +101,7 @@ class Kinds(NamedTuple):
         return form(prior, levels=self.levels, grids=self.grids or None, categorical=categorical)
 
     def lines(self, labels: Labels, named: Sequence[int]) -> list[str]:
-        """Lines on columns whose likelihood is a probability, among them the `named` ones, of categories by numbers."""
+        """Messages about columns whose likelihood is a probability, including numeric columns treated as categories."""
         lines = []
         on_grid = [f"{labels.column(i)} ({describe(grid)})" for i, grid in enumerate(self.grids) if grid is not None]
         if on_grid:
@@ -120,13 +120,13 @@ class Kinds(NamedTuple):
 
 
 def few_values(data: Tensor) -> list[tuple[float, ...] | None]:
-    """Levels of columns of rows, (rows, columns), that have few values; None for others, and for all if all have."""
+    """Levels of the columns, (rows, columns), that have few values; None for others, or for all if all have few."""
     levels = [_levels(column) for column in data.unbind(1)]
     return [None] * len(levels) if all(levels) else levels
 
 
 def _levels(column: Tensor) -> tuple[float, ...] | None:
-    # A few rows decide on most columns, without a sort of all.
+    # A few rows settle most columns, without sorting all rows.
     if len(column[: 20 * MOST_LEVELS].unique()) > MOST_LEVELS:
         return None
     values = column.unique()
@@ -138,11 +138,11 @@ def _levels(column: Tensor) -> tuple[float, ...] | None:
 def grids_of(
     rows: Rows | MappedRows, validation: Rows | None, support: Support, levels: Sequence[tuple[float, ...] | None]
 ) -> tuple[Grid | None, ...]:
-    """Grids of the columns, of which a support contains every step.
+    """Grids of the columns, provided that the support contains every step.
 
-    Rows for validation, if they are others, are on them too; columns of categories, with levels, have none.
+    Separate validation rows must lie on them too. Categorical columns, which have levels, have no grid.
 
-    Cost: a sort of each column; of rows on disk one pass if a sample of them is on a grid.
+    Cost: a sort of each column; for rows on disk, a pass over them if a sample lies on a grid.
     """
     if support.name == "simplex":
         return (None,) * len(levels)
@@ -159,7 +159,7 @@ def grids_of(
 
 
 def _extended(grids: Sequence[Grid | None], rows: Rows) -> list[Grid | None]:
-    """The grids that these rows lie on too."""
+    """The grids on which these rows lie too."""
     columns = rows.data.numpy().T
     return [
         None if grid is None or grid.misses(column) else grid.joined(column)
@@ -168,8 +168,8 @@ def _extended(grids: Sequence[Grid | None], rows: Rows) -> list[Grid | None]:
 
 
 def _is_inside(grid: Grid, support: str) -> bool:
-    """True if a support contains all steps."""
-    # Steps of ordered columns may overlap, and those of angles may not fit a turn.
+    """Return whether a support contains all steps."""
+    # Steps of ordered columns may overlap, and those of angles may not divide a turn evenly.
     if support.startswith((ANGLE, ORDERED)):
         return False
     low, high = grid.low - grid.spacing / 2, grid.high + grid.spacing / 2

@@ -1,4 +1,4 @@
-"""The loop of a fit: steps of Adam, validation of averaged weights after each epoch, checkpoints, and the end."""
+"""The training loop: Adam steps, validation of averaged weights after each epoch, checkpoints, and stopping."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ MOST_LOWERINGS = 10
 
 
 class Loop:
-    """Minimisation of the mean negative log-likelihood with Adam, with the weights of the best validation loss.
+    """Minimisation of the mean negative log-likelihood by Adam, keeping the weights with the best validation loss.
 
-    An exponential average of the weights is validated: it is better than any of them, and allows a high learning
-    rate. Building it starts or joins the other processes, if any, and resumes from a checkpoint.
+    An exponential average of the weights is validated: it is better than the weights at any step, and allows a high
+    learning rate. The constructor starts or joins the other processes, if any, and resumes from a checkpoint.
 
     Args:
         trained: The density to fit.
-        batches, held_out: Its training rows and its validation rows.
+        batches, held_out: Training rows and validation rows.
         schedule: Learning rate, weight decay and patience.
-        max_epochs: Maximum number of epochs, those before a checkpoint included.
+        max_epochs: Maximum number of epochs, including those before a checkpoint.
         max_grad_norm: Norm to which a step's gradient is clipped.
-        interruption: Request to stop by the user.
+        interruption: The user's request to stop.
         processes: The processes that take part.
         folder: Folder of checkpoints and log, if any.
-        doubts: Whether an epoch counts by what it gains over the initial weights less what that may be by chance.
+        doubts: Whether an epoch is judged by its gain over the initial weights minus what may be due to chance.
 
     Attributes:
         state: State of the fit.
@@ -105,12 +105,12 @@ class Loop:
             self._density.eval()
 
     def _switch_to_training(self, mode: bool) -> None:
-        """Set the mode of every module, if any of them heeds it: that takes as long as some steps."""
+        """Set the train/eval mode of every module, if any depends on it, since that takes as long as some steps."""
         if self._has_modes:
             self._density.train(mode)
 
     def save(self, taken: int) -> None:
-        """Write a checkpoint, with so many batches of the present epoch done."""
+        """Write a checkpoint, with `taken` batches of the current epoch done."""
         if self._folder is not None and self._processes.is_first:
             self._folder.write(self.state.checkpoint(taken))
 
@@ -128,7 +128,7 @@ class Loop:
         return bool(self._processes.total(float(self._interruption.requested))[0])
 
     def _begin(self) -> None:
-        """Bring the processes together; record the initial weights, in case no others are better."""
+        """Synchronise the processes, and record the initial weights in case none are better."""
         resumed = int(self._processes.total(float(self._is_resumed))[0])
         if 0 < resumed < self._processes.count:
             raise ValueError(
@@ -147,7 +147,7 @@ class Loop:
         self.save(taken=0)
 
     def _epoch(self, line: Bar) -> None:
-        """Take a step for each batch, or for those that are left of a resumed epoch, and validate."""
+        """Take a step for each batch, or each remaining one of a resumed epoch, and validate."""
         for taken, batch in enumerate(self._batches, 1):
             if not isinstance(batch, Rows):
                 continue
@@ -158,7 +158,7 @@ class Loop:
             if interrupted or self._is_due:
                 self.save(taken)
             if interrupted:
-                # The rest is for the result alone: a resumed fit starts here.
+                # The rest is only for the result: a resumed fit starts here.
                 self._folder = None
                 self.state.stop("interrupted", interrupted=True)
             if self.state.stop_reason:
@@ -229,7 +229,7 @@ class Loop:
             state.stop("interrupted", interrupted=True)
 
     def _show(self, line: Bar, fraction: float = 0.0) -> None:
-        """Show the last epoch and its losses, and how much of the next is done."""
+        """Show the last epoch, its losses, and the progress of the current epoch."""
         history, losses = self.state.history, ""
         if history:
             best = f"best {self._schedule.best:.3f}"
@@ -239,6 +239,6 @@ class Loop:
 
 
 def _heeds_its_mode(module: nn.Module) -> bool:
-    """True if a module may differ in training and eval mode: of those of this package two do."""
+    """Return whether train and eval mode of a module may differ; in this package they do for two modules."""
     is_of_package = type(module).__module__.startswith("pyro_maf.") or type(module) is nn.ModuleList
     return isinstance(module, (ActNorm, BatchNorm)) or not is_of_package

@@ -1,4 +1,4 @@
-"""Maximum likelihood: the loss of a batch with its gradient, a step along it, and the validation loss."""
+"""Maximum likelihood: the loss of a batch and its gradient, an optimizer step, and the validation loss."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ __all__ = ["JoinedLikelihood", "MaximumLikelihood", "Step", "objective_of"]
 
 
 class Step(NamedTuple):
-    """Loss of a batch with its gradient, of all processes together.
+    """Loss of a batch and its gradient, over all processes.
 
     Attributes:
-        loss: Negative log-likelihood of the rows, their (weighted) sum in nats, without gradient.
+        loss: Negative log-likelihood of the rows, a (weighted) sum in nats, without gradient.
         rows: Number of rows.
-        gradients: Gradient of the mean loss with respect to each weight; None for one that it does not depend on.
+        gradients: Gradient of the mean loss with respect to each weight; None if the loss does not depend on it.
     """
 
     loss: Tensor | float
@@ -37,9 +37,9 @@ class Step(NamedTuple):
 
 
 def objective_of(density: Density, processes: Processes) -> MaximumLikelihood:
-    """The objective of a fit, with joined weights if a compiled program is all of the density and reads all of them."""
+    """The objective of a fit; weights are joined if a compiled program covers the density and reads all of them."""
     run = density.run() if type(density) is FlowPrior else None
-    # In training a batch norm is not that of the program, which may have been laid out in eval mode.
+    # In training mode, batch norm differs from that of the program, which may have been built in eval mode.
     if run is not None and not any(isinstance(member, BatchNorm) for member in density.modules()):
         weights = [id(weight) for weight in density.parameters() if weight.requires_grad]
         if sorted(map(id, run.tensors)) == sorted(weights) and all(map(_may_be_a_view, run.tensors)):
@@ -50,15 +50,15 @@ def objective_of(density: Density, processes: Processes) -> MaximumLikelihood:
 class MaximumLikelihood:
     """Mean negative log-likelihood of rows under a density.
 
-    Rows may have weights of mean 1 over a pass: sums over a batch are weighted, and divided by its number of rows. That
-    is an unbiased gradient for any weights, which a division by the weights of the batch would not be.
+    Rows may have weights with mean 1 over an epoch: sums over a batch are weighted and divided by its number of rows.
+    That gives an unbiased gradient for any weights, unlike dividing by the sum of the batch's weights.
 
     Args:
         density: The density to fit, in the data's units.
-        processes: The processes that each have a part of every batch.
+        processes: The processes, each of which has a part of every batch.
 
     Attributes:
-        weights: The weights that are trained.
+        weights: The parameters that are trained.
     """
 
     def __init__(self, density: Density, processes: Processes) -> None:
@@ -70,7 +70,7 @@ class MaximumLikelihood:
         self._taken_gradients()
 
     def step(self, batch: Rows) -> Step:
-        """Loss and gradient of a batch, by one pass through the density and back."""
+        """Loss and gradient of a batch, from a forward and a backward pass through the density."""
         rows, loss = self._backward(batch)
         gradients = self._taken_gradients()
         if self._processes.are_several:
@@ -80,10 +80,10 @@ class MaximumLikelihood:
     def descend(
         self, batch: Rows, adam: Adam, average: WeightAverage, learning_rate: float, max_norm: float
     ) -> tuple[Tensor | float, int] | None:
-        """Take a step of Adam, its gradient clipped to a norm, and add the weights to their average.
+        """Take an Adam step with the gradient clipped to a norm, and add the weights to their average.
 
         Returns:
-            `loss` and `rows` of `Step`, or None if no step was taken, as loss or gradient are not finite.
+            `loss` and `rows` of `Step`, or None if loss or gradient were not finite, and no step was taken.
         """
         loss, rows, gradients = self.step(batch)
         if not math.isfinite(clip(gradients, max_norm) + float(loss)):
@@ -93,7 +93,7 @@ class MaximumLikelihood:
         return loss, rows
 
     def _backward(self, batch: Rows) -> tuple[Tensor | float, Tensor | float]:
-        """Add the gradient to the weights; number of rows and their loss, in all processes."""
+        """Accumulate the gradient in the weights; return the number of rows and their loss, over all processes."""
         with statistics_over_processes() if self._processes.are_several else nullcontext():
             log_likelihood = batch.weighted(self.density.log_density(batch.data, batch.context)).sum()
         rows, loss = self._processes.total(len(batch.data), -log_likelihood.detach())
@@ -111,37 +111,37 @@ class MaximumLikelihood:
         return torch.cat(losses).cpu() if losses else torch.empty(0)
 
     def mean(self, losses: Tensor) -> float:
-        """Mean over the rows of all processes of the loss of each row of this one, (rows,)."""
+        """Mean loss over the rows of all processes, from the losses of this one, (rows,)."""
         total, rows = map(float, self._processes.total(losses.sum(dtype=torch.float64), len(losses)))
         return total / rows
 
     def doubt(self, gain: Tensor) -> float:
-        """Two standard deviations of the mean of gains, (rows,), by Student's t: infinite of up to three rows."""
+        """Two standard deviations of the mean of gains, (rows,), by Student's t; infinite for up to three rows."""
         rows, total, squares = map(float, self._processes.total(len(gain), gain.sum(), gain.square().sum()))
         variance = max(0.0, squares / rows - (total / rows) ** 2)
         return 2 * math.sqrt(variance / (rows - 3)) if rows > 3 else math.inf
 
     def fit_statistics(self, sample: Callable[[], Rows], *, initial: bool = False) -> None:
-        """Set the statistics that layers take from a sample of training rows, if any: `initial` ones only once."""
+        """Set layer statistics, if any, from a sample of training rows; the `initial` ones only once."""
         if self._batch_norms or (initial and self._has_act_norm):
             self.density.fit_statistics(*sample()[:2])
 
     def split(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors for each weight of the density that is trained, from tensors for each of `weights`."""
+        """Split tensors for each of `weights` into tensors for each trained parameter of the density."""
         return list(tensors)
 
     def close(self) -> None:
-        """Leave the density with tensors of its own."""
+        """Release the density's parameters from shared storage; a no-op here."""
 
     def _taken_gradients(self) -> list[Tensor | None]:
-        """Take the gradients from the weights, which are left without, so that none is added to later."""
+        """Take the gradients from the weights and reset them, so that nothing is added to them later."""
         gradients = [weight.grad for weight in self.weights]
         for weight in self.weights:
             weight.grad = None
         return gradients
 
     def _checked(self, gradients: list[Tensor | None]) -> list[Tensor]:
-        """Refuse weights without a gradient, which could be some in one process and others in the next."""
+        """Raise if a weight has no gradient: which weights have one might differ between processes."""
         names = [name for name, weight in self.density.named_parameters() if weight.requires_grad]
         for name, gradient in zip(names, gradients, strict=True):
             if gradient is None:
@@ -153,15 +153,15 @@ class MaximumLikelihood:
 
 
 class JoinedLikelihood(MaximumLikelihood):
-    """`MaximumLikelihood` whose gradient the compiled program computes, without a graph.
+    """`MaximumLikelihood` whose gradient is computed by the compiled program, without a graph.
 
-    Until it is closed, the density's weights are views of one tensor, and so are its average and Adam's: what a fit
-    does with them takes one operation, however many layers there are. The numbers are those of `MaximumLikelihood`, up
-    to rounding.
+    Until it is closed, the density's parameters are views of a single tensor, as are their average and Adam's state, so
+    that each update is one operation, however many layers there are. Results equal those of `MaximumLikelihood` up to
+    rounding.
 
     Args:
         density, processes: As in `MaximumLikelihood`.
-        run: The program that is all of the density's flow.
+        run: The program, which covers the density's whole flow.
     """
 
     density: FlowPrior
@@ -182,7 +182,7 @@ class JoinedLikelihood(MaximumLikelihood):
         """-1 / rows for each row of a batch."""
 
     def step(self, batch: Rows) -> Step:
-        """Loss and gradient of a batch by torch, where the program does not take it."""
+        """Loss and gradient of a batch by torch, for batches that the program does not support."""
         rows, loss = self._backward(batch)
         gradient = torch.zeros_like(*self.weights)
         for parameter, part in zip(self._parameters, self.split([gradient]), strict=True):
@@ -196,7 +196,7 @@ class JoinedLikelihood(MaximumLikelihood):
     def descend(
         self, batch: Rows, adam: Adam, average: WeightAverage, learning_rate: float, max_norm: float
     ) -> tuple[Tensor | float, int] | None:
-        """As of `MaximumLikelihood`, by the program alone if it takes the batch."""
+        """As in `MaximumLikelihood`, entirely by the program if it supports the batch."""
         count = batch.data.shape[0]
         if self._share.shape[0] != count:
             self._share = self.weights[0].new_full((count,), -1 / count)
@@ -214,18 +214,18 @@ class JoinedLikelihood(MaximumLikelihood):
         return loss, int(rows)
 
     def split(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Views of the parts of a tensor that belong to each weight."""
+        """Views of the parts of a tensor that belong to each parameter."""
         (joined,) = tensors
         parts = joined.split([*self._sizes, Descent.SPARE])
-        return [parts[at].view_as(own) for at, own in zip(self._places, self._parameters, strict=True)]
+        return [parts[at].view_as(parameter) for at, parameter in zip(self._places, self._parameters, strict=True)]
 
     def close(self) -> None:
-        """Let each weight be a tensor of its own again."""
+        """Give each parameter its own tensor again."""
         for parameter in self._parameters:
             parameter.data = parameter.data.clone()
 
 
 def _may_be_a_view(weight: Tensor) -> bool:
-    """Return whether nobody notices that a weight is a view for a while: no hook waits for its gradient."""
+    """Return whether a parameter may be a view for a while unnoticed: no hook waits for its gradient."""
     hooks = weight._backward_hooks, getattr(weight, "_post_accumulate_grad_hooks", None)
     return isinstance(weight, nn.Parameter) and weight.is_contiguous() and not any(hooks)

@@ -1,4 +1,4 @@
-"""Parts of the rows of a fit: those to train with, to validate with and to test with."""
+"""Split of the rows of a fit into training, validation and test rows."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from pyro_maf.tables.reader import Labels, Reader
 __all__ = ["Aside", "divide", "fractions_of", "without_far_rows"]
 
 VALIDATION_FRACTION, LEAST_VALIDATED, MOST_VALIDATED = 0.1, 16, 1 / 3
-"""Part of the rows for validation; and if that is fewer rows, so many, but at most this part: the epoch that three rows
-say is best may have a scale that is far too small for a fourth, and lose tens of nats by it."""
+"""Fraction of the rows for validation; and, if that would be fewer rows, their minimum number, up to this fraction.
+With only three validation rows, the best epoch may have a scale far too small for a fourth, which costs tens of
+nats."""
 LEAST_TESTED = 1000
-"""Number of rows from which some are held out for test: a tenth of fewer says little, and training misses them."""
+"""Number of rows from which on some are held out for testing: a tenth of fewer is not informative, and training needs
+them."""
 
 
 class Aside(NamedTuple):
-    """Rows that are held out, and their indices in the data, from 0; None if they are others."""
+    """Held-out rows and their indices in the data, from 0, or None if they are not part of it."""
 
     rows: Rows
     places: Tensor | None
@@ -31,7 +33,7 @@ class Aside(NamedTuple):
         return Aside(self.rows.take(index), None if self.places is None else self.places[index])
 
     def rounded_for(self, prior: FlowPrior | TableDensity, reader: Reader) -> Aside:
-        """The rows in the dtypes of a density, and checked for them."""
+        """Convert the rows to the dtypes of a density, and check them."""
         rows = self.rows.rounded_for(prior)
         reader.at(None if self.places is None else self.places.tolist()).check_rounded(rows, prior)
         return self._replace(rows=rows)
@@ -44,16 +46,17 @@ class Aside(NamedTuple):
 def fractions_of(
     validation: float | None, test: float | None, rows: int, *, starts: bool = False
 ) -> tuple[float, float]:
-    """Fractions of the rows for validation and for test.
+    """Fractions of the rows for validation and for testing.
 
     Args:
-        validation: As in `fit`, 0 if the validation rows are others.
-        test: As in `fit`: by default as many as for validation, but at most half of the rest, from 1,000 rows on.
+        validation: As in `fit`; 0 if the validation rows are separate.
+        test: As in `fit`: by default as for validation, but at most half of the rest, from 1,000 rows on.
         rows: Number of rows.
-        starts: Whether the fit starts at a mixture, which is the result unless validation rows leave no doubt.
+        starts: Whether the fit starts at a mixture, which is the result unless the validation rows clearly prefer
+            another.
 
     Raises:
-        ValueError: For fractions that leave no rows to train with.
+        ValueError: For fractions that leave no rows for training.
 
     Example:
         >>> fractions_of(None, None, 999), fractions_of(None, None, 1000), fractions_of(0.5, None, 1000)
@@ -78,10 +81,10 @@ def fractions_of(
 def divide(
     rows: Rows | MappedRows, fractions: tuple[float, float], generator: torch.Generator, *, by_chance: bool
 ) -> tuple[Rows | MappedRows, Aside, Aside, int]:
-    """Divide rows at random, with equal rows in the same part, as `Rows.split`.
+    """Split rows at random, with equal rows in the same part, like `Rows.split`.
 
     Returns:
-        Rows for training, for validation and for test, perhaps none, and the number of rows that repeat an earlier one.
+        Training, validation and test rows, each possibly none, and the number of rows that repeat an earlier one.
     """
     validation, test = fractions
     split = rows.split(validation + test, generator, by_chance=by_chance)
@@ -97,9 +100,9 @@ def divide(
 def without_far_rows(
     aside: Aside, prior: FlowPrior | TableDensity, reach: Tensor, labels: Labels, role: str
 ) -> tuple[Aside, list[str]]:
-    """Drop held-out rows that lie beyond a standardised distance of each column; also return a line on these, if any.
+    """Drop held-out rows beyond a standardised distance in any column; also return a message about them, if any.
 
-    The log-likelihood of one would outweigh that of all others, and select the epoch, or be the score.
+    The log-likelihood of one such row would outweigh all others, and determine the epoch or the score.
     """
     far = (prior.standardised(aside.rows.data).abs() > reach).any(1)
     if aside.places is None or far.all() or not far.any():

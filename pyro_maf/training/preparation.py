@@ -1,4 +1,4 @@
-"""Rows for a fit: read and checked, divided, standardised and rounded, each once and in this order."""
+"""Preparation of the rows for a fit: reading and checking, splitting, standardising and rounding, in this order."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ Validation: TypeAlias = float | TableLike | Table | tuple[TableLike | None, ...]
 MENTIONED = 0.01
 COARSE = 0.05
 MOST_COPIES, COPIED_ROWS = 8, 2048
-"""Copies of a validation row, with other noise, up to some number of rows: so few are soon scored."""
+"""Maximum number of copies of a validation row, with different noise, and of rows in all, which are scored quickly."""
 
 
 class Recipe(NamedTuple):
-    """Options of a fit that come with a default model.
+    """Training options that come with a default model.
 
     Attributes:
         batch_size: As in `fit`.
         weight_decay, relaxations, patience: As in `Schedule`.
-        starts: Whether the base of the model is a mixture that is to be fitted to the training rows.
-        joins: Whether a mixture may come beside the model at the end.
+        starts: Whether the base of the model is a mixture to be fitted to the training rows.
+        joins: Whether a mixture may be put beside the model at the end.
     """
 
     batch_size: int = 256
@@ -68,15 +68,15 @@ class Recipe(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A model for rows, and the columns that are categories.
+    """A model for rows, and the columns that are categorical.
 
     Attributes:
         model: The model of the other columns, given the context and the categories one-hot.
         source: The rows, all of them numbers.
-        support: The support of all columns, in which those of categories are real.
+        support: The support of all columns, real for categorical ones.
         levels: Categories of each column as numbers, or None.
-        named: Columns of numbers that are taken as categories.
-        recipe: How to train the model.
+        named: Numeric columns that are treated as categories.
+        recipe: Training options.
         net: The embedding network between the context and the model, if any.
     """
 
@@ -90,18 +90,19 @@ class Choice(NamedTuple):
 
     @property
     def context_shape(self) -> tuple[int, ...]:
-        """Shape of one row of context for the network; () without one."""
+        """Shape of one row of context for the network; () without a network."""
         return () if self.net is None else tuple(self.net.shape)
 
 
 class Trained(NamedTuple):
-    """A density that is trained, its rows, and their units.
+    """A density to train, its rows, and their units.
 
     Attributes:
         density: The density whose mean log-density is maximised.
-        stored: The density whose state checkpoints hold: with the same weights, and its units.
+        stored: The density whose state is stored in checkpoints: it has the same weights, and the data's units.
         training, validation: The rows.
-        offsets: Nats by which mean losses of the training and of the validation rows are above those that are reported.
+        offsets: Nats to subtract from mean losses of the training and validation rows, to report them in the data's
+            units.
     """
 
     density: Density
@@ -116,15 +117,16 @@ class Prepared(NamedTuple):
 
     Attributes:
         density: The density to fit.
-        spacing: Spacing of the grid of each column, 0 for one without; () if there are none.
+        spacing: Grid spacing of each column, 0 for a column without a grid; () if there are none.
         training: Training rows, in memory or on disk.
         validation: Validation rows.
         test: Test rows, or None.
         rows: Number of rows of the data.
         repeats: Number of rows that repeat an earlier one; an estimate for rows on disk.
-        units: Units of the unconstrained columns of the training data, and moments of those of its context, if any.
+        units: Units of the unconstrained data columns, and moments of the context columns, if any, in the training
+            rows.
         generator: Generator of the order of batches.
-        warnings: Possible failures, a line each.
+        warnings: Possible failures, one line each.
     """
 
     density: Fitted
@@ -140,11 +142,11 @@ class Prepared(NamedTuple):
 
     @property
     def trained(self) -> Trained:
-        """Density and rows of the loop: numbers anywhere in their steps, in the model's units where these take time."""
+        """Density and rows for the loop: dequantised, and in the model's units if conversion takes time."""
         inner, validation = self.density.unwrapped, self.validation.rows
         if isinstance(inner, TableDensity):
             of_numbers = inner.prior if inner.categorical is None else inner.dequantised
-            if self.spacing:  # always the same
+            if self.spacing:  # the same noise in every epoch
                 copies = max(1, min(MOST_COPIES, COPIED_ROWS // max(1, len(validation.data))))
                 validation = validation.take(torch.arange(len(validation.data)).repeat(copies))
                 noisy = dequantised(validation.data, self.spacing, torch.Generator().manual_seed(0))
@@ -160,7 +162,7 @@ class Prepared(NamedTuple):
         return Trained(in_model_units, inner, training, validation, (of_training, of_validation))
 
     def digest(self) -> str:
-        """Fingerprint of the units, the rows that are held out and the weights."""
+        """Fingerprint of the units, the held-out rows and the weights."""
         hashed = hashlib.sha256(str(len(self.training.data)).encode())
         of_data, of_context = self.units
         training = self.training.weights if isinstance(self.training, Rows) else None
@@ -196,7 +198,7 @@ def prepare(
     tested = 0.0 if separate and tested is None else tested
     fractions = fractions_of(fraction, tested, len(rows.data), starts=recipe.starts)
     if isinstance(rows, Rows):
-        # A density with units of its own may lack a category of its context here.
+        # Here, a density with its own units may lack a category of its context.
         of_draws = source.layout.form == "dict"
         reader.check_training(rows, of_context=not isinstance(model, FITTED), of_draws=of_draws)
     kinds = Kinds(tuple(levels))
@@ -260,7 +262,7 @@ def _standardised(rows: Rows, prior: FlowPrior) -> tuple[Rows, float]:
 def _validation(
     choice: Choice, validation: Validation, weights: str | TableLike | None
 ) -> tuple[float | None, tuple[Rows, Reader] | None]:
-    """Return the fraction of rows to hold out, or else the validation rows that were passed, with their reader."""
+    """Return the fraction of rows to hold out, or the separate validation rows with their reader."""
     source = choice.source
     if validation is None or isinstance(validation, (int, float)):
         if validation is not None and not 0 < validation < 1:
@@ -313,7 +315,7 @@ def _reader(choice: Choice, rows: NamedRows, role: str = "") -> Reader:
 def _as_precise(
     units: tuple[Units, Moments | None], dtypes: tuple[torch.dtype, torch.dtype], dtype: torch.dtype
 ) -> tuple[Units, Moments | None]:
-    """Round units to float32 where both the model, of `dtype`, and the rows are of float32."""
+    """Round units to float32 if both the model, of `dtype`, and the rows are float32."""
     of_data, of_context = units
     if torch.float64 not in (dtype, dtypes[0]):
         of_data = of_data.float()
@@ -327,7 +329,7 @@ def _in_units(
 ) -> Fitted:
     """Return the model on its support, standardised by the training rows; a prior keeps its units.
 
-    Categories are at the end of its context, as they are. Values that leave the support in float32 are in float64.
+    Categories follow the context, without standardisation. Values that leave the support in float32 stay in float64.
 
     Raises:
         ValueError: For a model with a batch shape.
@@ -363,7 +365,7 @@ def _in_units(
 
 
 def _on_repeats(rows: Rows | MappedRows, repeats: int) -> list[str]:
-    """Return a line on rows that repeat, unless they are few, or repeat because their values are few."""
+    """Return a message about repeated rows, unless they are few, or repeat because they have few values."""
     total = len(rows.data)
     if repeats < MENTIONED * total:
         return []
@@ -377,10 +379,10 @@ def _on_repeats(rows: Rows | MappedRows, repeats: int) -> list[str]:
 
 
 def _on_shared_rows(rows: Rows | MappedRows, validation: Rows) -> list[str]:
-    """Return a line on validation rows that are training rows too, unless few are, or their values are few."""
+    """Return a message about validation rows among the training rows, unless they are few, or have few values."""
     sample, total = rows.sample(), len(validation.data)
     dtypes = {part.data.dtype for part in (sample, validation)}
-    dtype = torch.float32 if len(dtypes) > 1 else dtypes.pop()  # what float32 rounds is compared as rounded
+    dtype = torch.float32 if len(dtypes) > 1 else dtypes.pop()  # float32 and float64 are compared in float32
 
     def hashed(part: Rows) -> NDArray[np.uint64]:
         return hash_rows(Rows(part.data.to(dtype), None if part.context is None else part.context.float()))
@@ -395,7 +397,7 @@ def _on_shared_rows(rows: Rows | MappedRows, validation: Rows) -> list[str]:
 
 
 def _on_rounding(density: FlowPrior | TableDensity, units: tuple[Units, Moments | None], reader: Reader) -> list[str]:
-    """Return a line on a column of data, and of context, for which the dtype of the density's values is too coarse."""
+    """Return messages about columns of data and of context for which the dtype of the density is too coarse."""
     of_data, of_context = units
     each: list[tuple[str, Moments, Support | None, torch.dtype, Labels]] = [
         ("", Moments(of_data.loc, of_data.scale), reader.support, density.dtype, reader.labels)

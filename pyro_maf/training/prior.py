@@ -42,7 +42,7 @@ class FitOptions(TypedDict, total=False):
 
 
 def _with_signature_of_options(function: F) -> F:
-    """Have `help` list each of `FitOptions`, with the default of `fit`."""
+    """Make `help` list each of `FitOptions`, with the default of `fit`."""
     signature = inspect.signature(function)
     options = [inspect.signature(fit).parameters[name] for name in FitOptions.__annotations__]
     parameters = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
@@ -63,19 +63,19 @@ def fit_prior(
     r"""Fit a prior to draws or data by maximum likelihood, with `pyro_maf.fit`, for use in a model.
 
     The prior is frozen: inference neither trains it nor computes gradients with respect to its weights. To train it
-    further with a model, unfreeze it, `prior.requires_grad_(True)`, and register it there,
-    `pyro.module("prior", prior)`. No rows are held out for test, as the score would be lost.
+    further with a model, unfreeze it by `prior.requires_grad_(True)` and register it there by
+    `pyro.module("prior", prior)`. No rows are held out for testing, since the score would not be returned.
 
     Args:
-        data: Rows (N, D), or (N, D + 1) for a simplex: a tensor, an array, a data frame or nested lists. Or the
-            draws of a posterior, `mcmc.get_samples()`: a dictionary of tensors (N, ...), concatenated, which
-            `prior.unpack(value)` splits again.
-        flow: A flow, a density, a conditional form of either, or a prior to fit further; it is trained and frozen
-            in place. By default an `NSF` whose size is chosen by the numbers of rows and columns; in the dtype and on
-            the device of `data` if that is a floating tensor, and in torch's default dtype otherwise.
-        support: As in `FlowPrior`; by default "real", or that of `flow` if it is a prior. Or a dictionary by name
-            of column or site, {"scale": "positive"}; columns that it leaves out are real.
-        context: Rows (N, C) that the distribution of the data depends on, or with a `context_net` (N, *shape); by
+        data: Rows (N, D), or (N, D + 1) for a simplex: a tensor, an array, a data frame or nested lists. Or the draws
+            of a posterior, `mcmc.get_samples()`: a dictionary of tensors (N, ...), which are concatenated as columns
+            and which `prior.unpack(value)` splits again.
+        flow: A flow, a density, a conditional form of either, or a prior to fit further; it is trained and frozen in
+            place. By default an `NSF` whose size is chosen from the numbers of rows and columns, with the dtype and
+            device of `data` if that is a floating-point tensor, and otherwise with torch's default dtype.
+        support: As in `FlowPrior`; by default "real", or that of `flow` if it is a prior. Or a dictionary by name of
+            column or site, {"scale": "positive"}, in which columns left out are real.
+        context: Rows (N, C) that the distribution of the data depends on, or (N, *shape) with a `context_net`; by
             default none.
         seed: As in `pyro_maf.fit`; also the seed of the initial weights of the default flow.
         options: Other options of `pyro_maf.fit`, such as `max_epochs`. With a `folder`, the model stored there is not
@@ -88,7 +88,7 @@ def fit_prior(
 
     Raises:
         TypeError: As `pyro_maf.fit`.
-        ValueError: As `pyro_maf.fit`, as for data outside the support or on its boundary.
+        ValueError: As `pyro_maf.fit`, for instance for data outside the support or on its boundary.
 
     Example:
         >>> waits = torch.distributions.Exponential(torch.tensor([1.0, 0.1])).sample((200,))

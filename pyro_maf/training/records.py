@@ -1,6 +1,6 @@
-"""Checkpoints of a fit, enough to resume and reach bitwise the same weights, and its log, a line an epoch.
+"""Checkpoints of a fit, from which a resumed fit reaches bitwise the same weights, and its log, one line per epoch.
 
-A checkpoint is one file of safetensors with JSON in its header, as for a model: nothing in it can run code.
+A checkpoint is a safetensors file with JSON in its header, like a saved model: nothing in it can run code.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ MOST_OF_THE_TIME = 1 / 20
 
 
 class Checkpoint(NamedTuple):
-    """State of a fit at one moment: tensors, and JSON values, the settings, the position and the losses, by name."""
+    """State of a fit at one moment: tensors, and the settings, position and losses as JSON values, by name."""
 
     tensors: dict[str, Tensor]
     facts: Facts
 
     def packed(self) -> bytes:
-        """Return the bytes of the file."""
+        """Return the content of the file."""
         return pack(self.tensors, FILE, json.dumps({"format": FORMAT, **self.facts}))
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
-        """Read a file; refuse one that is damaged, not a checkpoint, or from a later version."""
+        """Read a file; raise if it is damaged, not a checkpoint, or from a later version."""
         contents = unpack(path, FILE)
         try:
             facts = json.loads(contents.text)
@@ -73,7 +73,7 @@ class Checkpoint(NamedTuple):
         return cls(contents.tensors, facts)
 
     def check(self, path: Path, like: Checkpoint) -> None:
-        """Refuse the checkpoint of another fit or another version, unlike one of this fit.
+        """Check that the checkpoint has the form of `like`, one of this fit; that of another fit or version differs.
 
         Raises:
             ValueError: For the first entry that is missing, superfluous or of another form.
@@ -82,7 +82,7 @@ class Checkpoint(NamedTuple):
         wrong = [
             name for name, example in like.facts.items() if name not in facts or not _is_like(facts[name], example)
         ]
-        # Not the random states of a GPU: it may have been written on another device.
+        # Not the random states of a GPU: the checkpoint may have been written on another device.
         expected, present = (
             {name: tensor.shape for name, tensor in each.tensors.items() if name != "global/cuda"}
             for each in (like, self)
@@ -96,7 +96,7 @@ class Checkpoint(NamedTuple):
             )
 
     def under(self, prefix: str) -> dict[str, Tensor]:
-        """Return the tensors whose names begin with `prefix/`, by the rest of their names."""
+        """Return the tensors whose names begin with `prefix/`, without that prefix."""
         return {
             name.removeprefix(f"{prefix}/"): tensor
             for name, tensor in self.tensors.items()
@@ -108,18 +108,18 @@ class CheckpointFolder:
     """Checkpoints of a fit in a folder: frequent, but at most 5 % of the time.
 
     Args:
-        folder: The folder, of which the process that writes has the lock.
+        folder: The folder, locked by the process that writes.
         settings: The settings that a resumed fit must share.
         resume, overwrite: As in `fit`.
-        is_first: True in the process that writes.
+        is_first: Whether this process writes.
 
     Attributes:
         path: Path of the checkpoint.
         checkpoint: The checkpoint to resume from, or None.
 
     Raises:
-        ValueError: If there is a fit that is not to be resumed, or one that is damaged, has other settings or lacks
-            its checkpoint; the message says which.
+        ValueError: If there is a fit that is not to be resumed, is damaged, has other settings or lacks its checkpoint;
+            the message says which.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class CheckpointFolder:
     ) -> None:
         self.folder = folder
         self.checkpoint: Checkpoint | None = None
-        # Counts may be numpy's.
+        # Counts may be numpy scalars.
         self._settings = json.loads(json.dumps(settings, default=int))
         self.path = folder / CHECKPOINT
         self._next = 0.0
@@ -152,7 +152,7 @@ class CheckpointFolder:
         return time.monotonic() >= self._next
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint now: if that fails, the first one raises and later ones warn."""
+        """Write a checkpoint now; if that fails, the first one raises and later ones warn."""
         began = time.monotonic()
         checkpoint.facts["settings"] = self._settings
         if self._has_written:
@@ -183,7 +183,7 @@ class CheckpointFolder:
 
 
 def check_unused(folder: Path, *, resume: bool) -> None:
-    """Refuse a folder that holds a fit, unless it is one to resume.
+    """Raise if a folder holds a fit, unless it is one to resume.
 
     Raises:
         ValueError: If there is a checkpoint that is not to be resumed, or another file of a fit without one.
@@ -210,7 +210,7 @@ def checkpoints(
     overwrite: bool,
     is_first: bool,
 ) -> Iterator[CheckpointFolder | None]:
-    """Context in which a fit has checkpoints in `folder`, under a lock; yields None without a folder.
+    """Context manager that yields a fit's checkpoints in `folder`, under a lock, or None without a folder.
 
     Raises:
         ValueError: As `CheckpointFolder`, and if another process writes there.
@@ -228,10 +228,10 @@ class Epoch(NamedTuple):
     """Record of an epoch.
 
     Attributes:
-        seconds: Time since the fit began, without interruptions.
+        seconds: Time since the fit started, without interruptions.
         train_loss, validation_loss: Losses in nats.
         learning_rate: Learning rate of its steps.
-        skipped_steps: Number of steps left out so far.
+        skipped_steps: Number of steps skipped so far.
     """
 
     seconds: float
@@ -244,7 +244,7 @@ class Epoch(NamedTuple):
 class Log:
     """Log of a fit in its folder: `log.csv`, and the same for TensorBoard if that is installed.
 
-    The file is rewritten as a whole at each epoch, so that it agrees with the fit, also a resumed one.
+    The file is rewritten completely at each epoch, so that it agrees with the fit even after resuming.
 
     Args:
         folder: The folder of the fit.
@@ -257,7 +257,7 @@ class Log:
         self._board: SummaryWriter | None = None
 
     def write(self, history: Sequence[Epoch]) -> None:
-        """Write the epochs so far, of which the last is new."""
+        """Write the epochs so far, the last of which is new."""
         text = io.StringIO()
         rows = csv.writer(text, lineterminator="\n")
         rows.writerow(["epoch", *Epoch._fields])
@@ -267,7 +267,7 @@ class Log:
             self._write_to_board(len(history), history[-1])
 
     def close(self) -> None:
-        """Close the file of TensorBoard."""
+        """Close the TensorBoard file."""
         if self._board is not None:
             self._board.close()
 
@@ -276,7 +276,8 @@ class Log:
 
         try:
             if self._board is None:
-                # Not before: until its first checkpoint, a fit leaves the folder unchanged. Later entries are purged.
+                # Not before its first checkpoint: until then, a fit leaves the folder unchanged. Later entries are
+                # purged.
                 self._board = SummaryWriter(str(self._events), purge_step=number)
             for name, value in epoch._asdict().items():
                 self._board.add_scalar(name, value, number)
@@ -287,7 +288,7 @@ class Log:
 
 
 def _is_like(value: object, example: object) -> bool:
-    """Compare JSON with the form of an example: a list of one item is for any number, None for a string or none."""
+    """Compare JSON with an example: a list of one item allows any number of items, None allows a string or None."""
     if isinstance(example, dict):
         if not isinstance(value, dict):
             return False
@@ -303,7 +304,7 @@ def _is_like(value: object, example: object) -> bool:
 
 
 def _difference(before: object, now: object) -> str:
-    """Describe the first difference of two settings, by the name of the innermost entry."""
+    """Description of the first difference between two settings, with the name of the innermost entry."""
     if isinstance(before, dict) and isinstance(now, dict):
         name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
         inner = _difference(before.get(name), now.get(name))

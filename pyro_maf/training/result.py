@@ -41,29 +41,30 @@ class FitResult:
 
     Attributes:
         density: A `FlowPrior`, or a `ConditionalFlowPrior` if there is a context, in eval mode. It holds the fitted
-            model, with its best weights. With columns on a grid or of categories, a `TableDensity` around it, or its
+            model with its best weights. With grid or categorical columns, a `TableDensity` around it, or its
             conditional form.
         train_loss: The mean loss of each epoch's training batches, under the weights at each step.
         validation_loss: The loss on the validation rows after each epoch, with the averaged weights.
-        best_epoch: Number of epochs after which the weights were best; 0 if none was better than the initial weights.
-        validation_log_likelihood: The mean log-likelihood of the validation rows under the best weights, which they
-            chose. Of a `TableDensity`, the losses are of numbers with noise, and upper bounds of its negative.
-        test: The mean log-likelihood of the test rows, which chose nothing, a `LogLikelihood` (mean, standard error,
-            rows); None without such rows, as of fewer than 1,000 rows of data.
+        best_epoch: Number of epochs after which the weights were best; 0 if none were better than the initial weights.
+        validation_log_likelihood: The mean log-likelihood of the validation rows under the best weights, which these
+            rows selected. For a `TableDensity`, the losses use dequantised numbers and are upper bounds of its
+            negative.
+        test: The mean log-likelihood of the test rows, on which no choice was based: a `LogLikelihood` (mean, standard
+            error, rows); None without test rows, for instance with fewer than 1,000 rows of data.
         seconds: Duration, without the time between an interruption and its resumption.
         stop_reason: Reason for stopping, in words.
-        interrupted: True if it was stopped by Ctrl-C, not ended.
-        skipped_steps: Number of steps left out because their loss or its gradient was not finite.
+        interrupted: True if Ctrl-C stopped the fit.
+        skipped_steps: Number of steps skipped because their loss or its gradient was not finite.
         validation_rows: The validation rows (data, context, weights), on the CPU; weights have mean 1, or are None.
-        validation_places: Indices of these in the data, from 0; None if they were passed as `validation`.
-        test_rows, test_places: Likewise, of the test rows; None without.
-        training_rows: The training rows, or some of many, which `comparison` fits simple densities to.
-        gaussians: A mixture of Gaussians of these in the units of the fit, if the fit took one.
+        validation_places: Indices of the validation rows in the data, from 0; None if they were passed as `validation`.
+        test_rows, test_places: Likewise for the test rows; None if there are none.
+        training_rows: The training rows, or some of many, to which `comparison` fits simple densities.
+        gaussians: A mixture of Gaussians fitted to these rows in the fit's units, if the fit used one.
         rows: Number of rows of data.
         folder: Folder of the fit, if any.
         repeats: Number of rows that repeat an earlier one; an estimate for rows that are streamed.
-        warnings: Possible failures without an error, a line each: columns of few values, columns that follow
-            from others, heavy tails, a context over orders of magnitude, rows that repeat, a best epoch of 0, too few
+        warnings: Possible failures without an error, one line each: columns with few values, columns that follow from
+            others, heavy tails, a context that spans orders of magnitude, repeated rows, a best epoch of 0, too few
             epochs.
         layout, context_layout: The form of the data and of the context, and the names of their columns.
 
@@ -101,13 +102,14 @@ class FitResult:
 
     @cached_property
     def comparison(self) -> Comparison | None:
-        """The flow and simpler densities on the test rows or, without such, on the validation rows.
+        """The flow and simpler densities on the test rows or, if there are none, on the validation rows.
 
-        A Gaussian, a mixture of Gaussians by BIC and, of not too many rows, a kernel density, in the same units: their
-        log-likelihoods, and by how much they are behind. A progress bar ends with its `line`, and its `warnings` say
-        if one is ahead; None for a result without training rows.
+        A Gaussian, a mixture of Gaussians chosen by BIC and, if there are not too many rows, a kernel density, in the
+        same
+        units: their log-likelihoods, and how far they are behind the flow. It is printed after a progress bar, and its
+        `warnings` report a density that is ahead. None for a result without training rows.
 
-        Cost: some two seconds at most, at the first use.
+        Cost: at most some two seconds, at the first access.
         """
         role, rows = ("validation", self.validation_rows) if self.test_rows is None else ("test", self.test_rows)
         if rows is None or self.training_rows is None:
@@ -121,7 +123,7 @@ class FitResult:
 
     @property
     def headline(self) -> str:
-        """The log-likelihood of the test rows or, without such, of the validation rows, in words."""
+        """The log-likelihood of the test rows or, if there are none, of the validation rows, in words."""
         if self.test is not None:
             return f"test log-likelihood {self.test}"
         return f"validation log-likelihood {self.validation_log_likelihood:.3f} nats, of rows that chose the epoch"
@@ -130,18 +132,18 @@ class FitResult:
         """Log-likelihood of each row, (rows,), in nats, in the data's units; without gradient, on the CPU.
 
         Args:
-            rows: Rows as for `fit`, in the same units. Columns with names are matched by name if the fit had names,
-                and further ones are ignored; others go by their order. A row of a data frame and a
-                dictionary of single numbers are one row.
-            context: Rows of context, for a density that takes one. It may be left out if `rows` has its columns too.
+            rows: Rows as for `fit`, in the same units. If the fit had column names, columns are matched by name, and
+                others are ignored; otherwise they are matched by position. A row of a data frame or a dictionary of
+                single numbers counts as one row.
+            context: Rows of context, for a density that takes one. It may be left out if its columns are among `rows`.
 
         Returns:
             The log-densities; -inf outside the support and for infinite values, NaN for a row with a missing value.
 
         Raises:
             TypeError: For values that are not numeric.
-            ValueError: For columns that are missing, or another number of them; for a context missing, superfluous, of
-                another length, or of data frames whose index has another order than that of the rows.
+            ValueError: For missing columns or a wrong number of them; for a context that is missing, superfluous or of
+                another length, or in a data frame whose index is a reordering of that of the rows.
         """
         picked = named_rows("score", rows, context).as_in("score", self.layout, self.context_layout, name="rows")
         self._check_context("score", picked.context)
@@ -150,14 +152,14 @@ class FitResult:
     def sample(self, number: int, context: TableLike | None = None) -> Tensor | DataFrame | dict[str, Tensor]:
         """Draw new rows, in the form of the fitted data: a data frame, a dictionary or a tensor.
 
-        They are drawn with torch's global random state.
+        Uses torch's global random state.
 
         Args:
             number: Number of rows.
-            context: For a density that takes one: a row, for all of them, or as many rows, one for each.
+            context: For a density that takes a context: one row for all draws, or one row for each.
 
         Raises:
-            ValueError: For a context missing, superfluous, not finite, or of another number of rows.
+            ValueError: For a context that is missing, superfluous, not finite, or has another number of rows.
         """
         number = check_positive("sample", "number", number)
         self._check_context("sample", context)

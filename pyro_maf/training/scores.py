@@ -1,4 +1,4 @@
-"""Log-likelihoods of rows under a density: of each, and their mean."""
+"""Log-likelihoods of rows under a density, individually and as a mean."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROWS_AT_ONCE, VALUES_AT_ONCE = 2**14, 2**18
 
 
 class LogLikelihood(NamedTuple):
-    """Mean log-likelihood of rows in nats, its standard error, NaN of one row, and the number of rows."""
+    """Mean log-likelihood of rows in nats, its standard error (NaN for a single row), and the number of rows."""
 
     mean: float
     standard_error: float
@@ -32,7 +32,7 @@ class LogLikelihood(NamedTuple):
 
 
 def log_likelihood_of(density: Density | ConditionalDensity, rows: Rows) -> LogLikelihood:
-    """Mean log-likelihood of rows, with their weights."""
+    """Weighted mean log-likelihood of rows."""
     log_prob = torch.cat([*log_prob_of(density, rows.data, rows.context)])
     return LogLikelihood(*mean_and_error(log_prob, rows.weights), len(rows.data))
 
@@ -42,8 +42,8 @@ def log_prob_of(
 ) -> Iterator[Tensor]:
     """Iterate over the log-densities of blocks of rows, (block,) each, in nats; without gradient, on the CPU.
 
-    Rows and context are of any form that `numbers` reads; of a memory-mapped array a block is read at a time. No
-    density is above 0 at infinity, where networks compute NaN.
+    Rows and context may have any form that `numbers` reads; a memory-mapped array is read one block at a time. The
+    density is 0 at infinity, where networks compute NaN.
 
     Raises:
         TypeError: For values that are not numeric.
@@ -52,7 +52,7 @@ def log_prob_of(
     inner = density.unwrapped
     like = reference_tensor(inner)
     (width,), device = inner.event_shape, None if like is None else like.device
-    # A prior rounds by itself, and refuses rows that are too coarse for it.
+    # A prior rounds by itself, and raises for rows that are too coarse for it.
     dtype, context_dtype = (
         (None, None) if isinstance(inner, (FlowPrior, TableDensity)) else (density.dtype, density.context_dtype)
     )

@@ -1,7 +1,7 @@
-"""Data screening: properties of a table, or of the end of a fit, that let a density fail without an error.
+"""Data screening: properties of a table, or of the end of a fit, that make a density fail without an error.
 
-The statistics are of at most 10,000 rows drawn at random, each repeated as often as its weight says. All thresholds are
-below, with examples of what passes them.
+The statistics use at most 10,000 rows drawn at random, each repeated in proportion to its weight. All thresholds are
+below, with examples that pass them.
 """
 
 from __future__ import annotations
@@ -27,36 +27,37 @@ Array = NDArray[np.float64]
 
 MOST_ROWS = 10_000
 MOST_NUMBERS = 4_000_000
-"""Maximum number of values of a table that are screened: a fraction of a second."""
+"""Maximum number of values of a table that are screened, which takes a fraction of a second."""
 
 FEW_VALUES, FEW_REPEATS = 20, 3
 SOME_VALUES, SOME_REPEATS = 100, 50
-"""A column has few distinct values if there are up to 20 that occur 3 times each on average, or up to 100, 50 times
-each: ratings, counts, hours, ages in years. Iris, in steps of a millimetre (22 values, 7 times each), passes."""
+"""A column has few distinct values if there are up to 20 that occur 3 times each on average, or up to 100 that occur 50
+times each: ratings, counts, hours, ages in years. Iris, in steps of a millimetre (22 values, 7 times each), passes."""
 
 ATOM_SHARE, ATOM_RATIO, ATOM_ROWS = 0.05, 10, 10
-"""An atom, such as the 0 of a dry day: a value in 5 % of the rows and 10 of them, 10 times as frequent as any other."""
+"""An atom, such as the 0 of a dry day: a value in 5 % of the rows, at least 10, and 10 times as frequent as any
+other."""
 
 UNEXPLAINED = 1e-4
 SPARE_ROWS = 10
 MOST_COLUMNS = 1000
 """A column follows from others, or from the context, if a linear combination leaves a residual of 1 % of its standard
-deviation, and of its median deviation, which is robust to a shared outlier. Units converted and rounded fall under
-it; the radius and the perimeter of a cell (2.6e-4 of the variance) pass. With fewer rows than columns + 10, or more
-columns than 1,000, there is no test: it would be undetermined or take too long."""
+deviation and of its median deviation, which is robust to a shared outlier. Units converted and rounded are detected;
+the radius and perimeter of a cell (2.6e-4 of the variance) pass. With fewer rows than columns + 10, or more than 1,000
+columns, there is no test: it would be underdetermined or take too long."""
 
 TAIL_RATIO, TAIL_INDEX, TAIL_SHARE, TAIL_ROWS = 2.0, 2.0, 0.05, 50
 OUTLIER_RATIO = 12.0
-"""A tail is heavy if, of 50 rows and more, the furthest in a thousand (the fifth furthest of few rows) lies twice as
-far from the median as under a Laplace distribution of the same median deviation, and the furthest 5 % fall off like a
-power of 2 or less (Hill's estimator); or where the furthest of all lies 12 times as far as under that distribution. Of
-200 rows and more, less than one column in 300 that is normal, uniform, exponential, gamma, bimodal or t (3 degrees) is
-a false positive; of 1,000 rows, Cauchy, t (1.5) and log-normal (sigma 1.5) columns are detected in 98 cases of 100,
+"""A tail is heavy if, among 50 rows or more, the furthest in a thousand (the fifth furthest of few rows) lies twice as
+far from the median as under a Laplace distribution with the same median deviation, and the furthest 5 % fall off like a
+power of 2 or less (Hill's estimator); or if the furthest row lies 12 times as far as under that distribution. With 200
+rows or more, less than one in 300 columns that are normal, uniform, exponential, gamma, bimodal or t (3 degrees) is a
+false positive. With 1,000 rows, Cauchy, t (1.5) and log-normal (sigma 1.5) columns are detected in 98 of 100 cases,
 t (2) in half, log-normal (sigma 1) in a third."""
 
 MAGNITUDES, MAGNITUDE_SKEW, CONTEXT_ROWS = 100.0, 8.0, 20
-"""A context is over orders of magnitude if its 95 % quantile is 100 times the 5 % quantile, and 8 times as far from
-the median: log-normal with sigma 1.5, three decades. Uniform, exponential and normal ones pass."""
+"""A context spans orders of magnitude if its 95 % quantile is 100 times the 5 % quantile, and 8 times as far from the
+median: log-normal with sigma 1.5, three decades. Uniform, exponential and normal contexts pass."""
 
 STILL_IMPROVING = 0.01
 """Gain in nats over the last epochs, a quarter of the patience or half of all, that counts as still improving."""
@@ -91,14 +92,14 @@ def screen_data(
     on_grid: Sequence[int] = (),
     in_tails: Sequence[int] = (),
 ) -> list[str]:
-    """Warnings about the columns of the data and the context of a fit, a line each.
+    """Warnings about the data and context columns of a fit, one line each.
 
     Args:
         rows: The rows.
-        reader: Their reader, for the names of columns and the support. Tails are those of the unconstrained values.
-        categories: Columns of categories, which nothing is said about.
-        on_grid: Columns whose likelihood is that of a grid, where values may repeat.
-        in_tails: Columns of heavy tails in units that heed them, which needs no warning.
+        reader: Their reader, for the names of columns and the support. Tails refer to the unconstrained values.
+        categories: Categorical columns, which cause no warnings.
+        on_grid: Columns whose likelihood accounts for a grid, so that values may repeat.
+        in_tails: Heavy-tailed columns whose units account for the tails, so that they need no warning.
 
     Cost: some sorting of at most 10,000 rows.
 
@@ -120,7 +121,7 @@ def screen_data(
     context_labels = [f"context {reader.context_labels.column(column)}" for column in range(context_width)]
     support = reader.support or Support("fit", "real", width)
     unconstrained = support.unconstrain(torch.from_numpy(data))[0].numpy()
-    free = data[:, : unconstrained.shape[1]].copy()  # the last of a simplex follows from the others
+    free = data[:, : unconstrained.shape[1]].copy()  # the last column of a simplex follows from the others
     free[:, list(categories)] = 0.0
     ordered = np.sort(data, 0)
     may_repeat = [_Finding(column, "") for column in (*categories, *on_grid)]
@@ -141,7 +142,7 @@ def screen_data(
 
 
 def _some_rows(rows: Rows | MappedRows, most: int) -> Rows:
-    """Draw rows, always the same for the same number of rows; of those on disk no others are read."""
+    """Draw rows, always the same for a given number of rows; of rows on disk, only these are read."""
     total = len(rows.data)
     random = np.random.default_rng(0)
     index = slice(None) if total <= most else torch.from_numpy(np.sort(random.choice(total, most, replace=False)))
@@ -152,13 +153,13 @@ def _some_rows(rows: Rows | MappedRows, most: int) -> Rows:
 
 
 def screen_ending(losses: Sequence[float], schedule: Schedule, *, has_more: bool, has_skipped: bool) -> list[str]:
-    """Warnings about the end of a fit, a line each.
+    """Warnings about the end of a fit, one line each.
 
     Args:
         losses: The validation loss after each epoch.
-        schedule: The schedule after the last of them.
-        has_more: True if it would have gone on with more epochs.
-        has_skipped: True if some steps had no finite loss or gradient.
+        schedule: The schedule after the last epoch.
+        has_more: Whether more epochs would have followed.
+        has_skipped: Whether some steps had no finite loss or gradient.
 
     Example:
         >>> schedule = Schedule(learning_rate=1e-3, patience=30)
@@ -188,7 +189,7 @@ def screen_ending(losses: Sequence[float], schedule: Schedule, *, has_more: bool
 
 
 def announce(lines: Sequence[str]) -> None:
-    """Warn of each line, with the location of the call of this package."""
+    """Issue each line as a warning, at the location where this package was called."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("pyro_maf", "torch"):
         level, frame = level + 1, frame.f_back
@@ -197,7 +198,7 @@ def announce(lines: Sequence[str]) -> None:
 
 
 def _tail_lines(tails: Sequence[_Finding], labels: Sequence[str], takes_logarithm: Sequence[bool]) -> list[str]:
-    """Lines on heavy tails, with advice for columns that take a logarithm and for others."""
+    """Messages about heavy tails, with different advice for columns that may be log-transformed."""
     return [
         _line("heavy tails", [tail for tail in tails if takes_logarithm[tail.column] is takes], labels, advice)
         for takes, advice in ((True, LOGARITHM_ADVICE), (False, TAIL_ADVICE))
@@ -241,7 +242,7 @@ def _few_values(ordered: Array) -> list[_Finding]:
 def _atoms(ordered: Array) -> list[_Finding]:
     rows = len(ordered)
     least = max(ATOM_ROWS, math.ceil(ATOM_SHARE * rows))
-    # After sorting, a value in so many rows is the same at both ends of some window of that length.
+    # After sorting, a value in so many rows is at both ends of some window of that length.
     candidates = (ordered[least - 1 :] == ordered[: rows - least + 1]).any(0) if least <= rows else np.zeros(0, bool)
     findings = []
     for column in candidates.nonzero()[0]:
@@ -255,11 +256,11 @@ def _atoms(ordered: Array) -> list[_Finding]:
 
 
 def _dependent(rows: Array, labels: Sequence[str], first: int) -> str:
-    """Describe the columns, from `first` on, that are linear combinations of earlier ones."""
+    """Description of the columns, from `first` on, that are linear combinations of earlier ones."""
     count, width = rows.shape
     if not 2 <= width <= MOST_COLUMNS or count < width + SPARE_ROWS:
         return ""
-    # By a power of two first, which is exact: squares of 1e200 overflow, and those of 1e-200 vanish.
+    # By a power of two first, which is exact: squares of 1e200 overflow, and those of 1e-200 underflow.
     sized = np.ldexp(rows, -np.frexp(np.abs(rows).max(0))[1])
     scale = sized.std(0)
     standard = (sized - sized.mean(0)) / np.where(scale > 0, scale, 1.0)
@@ -288,14 +289,14 @@ def _dependent(rows: Array, labels: Sequence[str], first: int) -> str:
 
 
 def _explains(predicted: Array, column: Array) -> bool:
-    """True if the residual is small for most rows too: an outlier in all columns makes any two collinear."""
+    """Return whether the residual is small for most rows too: an outlier in all columns makes any two collinear."""
     deviation = np.median(np.abs(column - np.median(column)))
     rest = column - predicted
     return bool(np.median(np.abs(rest - np.median(rest))) <= math.sqrt(UNEXPLAINED) * deviation) or not deviation
 
 
 def _combination(rows: Array, column: int, free: Sequence[int], weights: Array, labels: Sequence[str]) -> str:
-    """Describe a column as a combination of independent ones."""
+    """Description of a column as a combination of independent ones."""
     parts = [free[place] for place in np.argsort(-np.abs(weights), kind="stable") if abs(weights[place]) > 0.02]
     if len(parts) == 1:
         is_same = np.array_equal(rows[:, column], rows[:, parts[0]])
@@ -344,13 +345,13 @@ def _magnitudes(rows: Array) -> list[_Finding]:
 
 
 def _without(findings: Sequence[_Finding], others: Sequence[_Finding]) -> list[_Finding]:
-    """Drop the findings of columns that have another finding."""
+    """Drop the findings about columns that have another finding."""
     columns = {finding.column for finding in others}
     return [finding for finding in findings if finding.column not in columns]
 
 
 def _line(what: str, findings: Sequence[_Finding], labels: Sequence[str], advice: str) -> str:
-    """A warning of one line, or "" without findings."""
+    """A one-line warning, or "" without findings."""
     if not findings:
         return ""
     named = [f"{labels[column]} ({detail})" for column, detail in findings[:MOST_NAMED]]

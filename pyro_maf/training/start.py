@@ -1,4 +1,4 @@
-"""The start of a model of new rows: its linear layers at regressions, or its base at a mixture."""
+"""Initialisation of a model from training rows: its linear layers by regression, or its base by a mixture."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyro_maf.tables.rows import in_proportion
 __all__ = ["FENCE", "start_at"]
 
 FENCE = 10.0
-"""Standard deviations beyond which a value counts as this for the start, as it does for the units."""
+"""Distance, in standard deviations, to which values are clipped for the initialisation, as for the units."""
 
 
 def start_at(
@@ -27,9 +27,9 @@ def start_at(
     *,
     of_mixture: bool,
 ) -> None:
-    """Start the linear layers of a model at the regressions of training rows, or its base at a mixture of them.
+    """Initialise the linear layers of a model by regressions of training rows, or its base by a mixture of them.
 
-    The rows are all or some, with numbers anywhere in their steps. Linear layers that are no identity stay.
+    The rows are all or some, and are dequantised. Linear layers that are not the identity stay unchanged.
     """
     inner = density.unwrapped
     prior = inner.prior if isinstance(inner, TableDensity) else inner
@@ -37,14 +37,14 @@ def start_at(
     stack = cast("MAF | IAF | None", model if isinstance(model, (MAF, IAF)) else None)
     weights = [] if stack is None else [weight for layer in stack.linear for weight in layer.parameters()]
     if any(map(torch.any, weights)):
-        return  # trained before, or set by the user
+        return  # trained already, or set by the user
     if model is None or not (weights or (isinstance(model, MixtureFlow) and of_mixture)):
         return
     rows = training.rounded_for(inner)
     values, context = rows.data, rows.context
     if isinstance(inner, TableDensity):
         values, context = inner.of_prior(values, context, seed)
-    # What a network says of a context, it does not yet say before it is trained.
+    # An untrained embedding network says nothing about the context yet.
     seen = None if context is None or prior.context_net is not None else prior.features(context)
     z = prior.standardised(values)
     if isinstance(prior.model, AngleFlow):

@@ -1,4 +1,4 @@
-"""State of a fit: all that a checkpoint holds, and the schedule of the learning rate."""
+"""State of a fit, as stored in a checkpoint, and the schedule of the learning rate."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ AVERAGED_STEPS = 50
 AVERAGING_ORDER = 8
 WEIGHT_DECAY, RELAXED = 1e-6, 10.0
 LEAST_TREND = 3
-"""Minimum number of epochs in a row that tell a trend, else a sixth of the patience."""
+"""Minimum number of consecutive epochs that make a trend; or a sixth of the patience, if that is more."""
 
 
 class Schedule:
-    """Early stopping; and after a quarter of the patience without a better validation loss a lower decay or rate.
+    """Early stopping, and a schedule that lowers the decay or rate after a quarter of the patience without improvement.
 
-    The weight decay falls to a tenth, as often as it may; then the learning rate is halved.
+    The weight decay is divided by 10, as often as `relaxations` allows; after that, the learning rate is halved.
 
     Args:
         learning_rate: Initial learning rate.
         patience: Number of epochs without a better validation loss after which to stop.
-        weight_decay: Initial factor of the weights that is added to their gradients; by default the paper's.
-        relaxations: How often it may fall.
+        weight_decay: Initial factor by which the weights are added to their gradients; by default the paper's.
+        relaxations: How often the weight decay may be lowered.
 
     Attributes:
-        learning_rate, weight_decay, relaxations: Present ones.
+        learning_rate, weight_decay, relaxations: Current values.
         best: The lowest validation loss so far.
         best_epoch: The epoch of that loss.
 
@@ -88,21 +88,21 @@ class Schedule:
         return {name: value for name, value in vars(self).items() if name != "patience"}
 
     def load(self, state: Mapping[str, float]) -> None:
-        """Resume from a state, except for its patience."""
+        """Resume from a state; the patience is unaffected."""
         vars(self).update(state)
 
     @property
     def reason(self) -> str | None:
-        """Reason for stopping, that the patience is exhausted; or None."""
+        """Reason for stopping if the patience is exhausted; otherwise None."""
         is_over = self._epoch - self.best_epoch >= self.patience
         return f"no better validation log-likelihood for {self.patience} epochs" if is_over else None
 
 
 def overfitting(history: Sequence[Epoch], patience: int) -> str | None:
-    """Reason for stopping, that the last epochs gain on the training rows only, which no lower rate amends; or None.
+    """Reason for stopping if the last epochs overfit, which no lower learning rate mends; otherwise None.
 
-    Their training losses are all lower than any up to the best epoch, so that nothing disturbs the optimisation, and
-    their validation losses all higher than those of as many epochs before.
+    Their training losses are all lower than any up to the best epoch, so the optimisation works, and their validation
+    losses are all higher than those of the same number of epochs before them.
     """
     length = max(LEAST_TREND, patience // 6)
     if len(history) <= 2 * length:
@@ -118,18 +118,18 @@ def overfitting(history: Sequence[Epoch], patience: int) -> str | None:
 
 
 class State:
-    """State of a fit, all that a checkpoint holds: weights, optimizer, average, schedule, position and history.
+    """State of a fit, as stored in a checkpoint: weights, optimizer, average, schedule, position and history.
 
     Attributes:
-        optimizer, average: Adam over the weights, and their average.
+        optimizer, average: Adam for the weights, and their average.
         best: State of the density with the best validation loss; empty before the first validation.
-        train_loss, train_rows: Sum of the losses of the present epoch's steps, and number of their rows. The sum stays
-            on its device, since reading it synchronises.
+        train_loss, train_rows: Sum of the losses of the current epoch's steps, and number of their rows. The sum stays
+            on its device, since reading it would synchronise.
         history: The epochs so far.
-        skipped: Number of steps left out because their loss or gradient was not finite.
-        skipped_in_a_row, lowerings_in_a_row: Number of these, and of returns to the best weights, since the last step.
-        stop_reason: Reason for ending before the last epoch, other than patience.
-        interrupted: True if that was an interruption.
+        skipped: Number of steps skipped because their loss or gradient was not finite.
+        skipped_in_a_row, lowerings_in_a_row: Skipped steps, and returns to the best weights, since the last step.
+        stop_reason: Reason for stopping before the last epoch, other than patience.
+        interrupted: True if the reason is an interruption.
     """
 
     def __init__(self, density: Density, objective: MaximumLikelihood, batches: Batches, schedule: Schedule) -> None:
@@ -156,13 +156,13 @@ class State:
         return time.monotonic() - self._began
 
     def taken_loss(self) -> float:
-        """Return the mean loss of the steps so far, NaN of none, and begin another mean."""
+        """Return the mean loss of the steps so far, NaN if there were none, and start a new mean."""
         total, rows = self.train_loss, self.train_rows
         self.train_loss, self.train_rows = 0.0, 0
         return float(total) / rows if rows else math.nan
 
     def record_best(self) -> None:
-        """Record the present weights and statistics as the best."""
+        """Record the current weights and statistics as the best."""
         self.best = {name: tensor.detach().clone() for name, tensor in self.density.state_dict().items()}
 
     def restore_best(self) -> None:
@@ -172,16 +172,16 @@ class State:
 
     @property
     def reason(self) -> str | None:
-        """Reason for stopping, or None: a recorded one, an exhausted patience, or weights that fit by heart."""
+        """Reason for stopping, or None: a recorded one, an exhausted patience, or overfitting."""
         return self.stop_reason or self.schedule.reason or overfitting(self.history, self.schedule.patience)
 
     def stop(self, reason: str, *, interrupted: bool = False) -> None:
-        """Record the reason for ending, unless there is one."""
+        """Record the reason for stopping, unless one is recorded already."""
         if self.stop_reason is None:
             self.stop_reason, self.interrupted = reason, interrupted
 
     def checkpoint(self, taken: int) -> Checkpoint:
-        """Return a checkpoint, with so many batches of the present epoch done."""
+        """Return a checkpoint, with `taken` batches of the current epoch done."""
         loss = self.train_loss
         tensors = {
             **_named("density", self.density.state_dict()),
