@@ -1,4 +1,4 @@
-"""Flows as guides of Pyro models: guides, an objective, fitting, and the diagnosis of the result."""
+"""Flows as guides of Pyro models: guides, an objective, fitting, and diagnosis of the result."""
 
 from pyro_maf.infer.diagnosis.diagnosis import Diagnosis, diagnose, reweight, to_arviz
 from pyro_maf.infer.fitting.fit_guide import GuideFit, fit_guide

@@ -1,4 +1,4 @@
-"""Neural transport: a model in the coordinates of a guide's noise, where NUTS mixes well."""
+"""Neural transport: a model in the coordinates of a guide's noise, in which NUTS mixes well."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class NeuTra:
         """Run the model, with its latent variables computed from noise.
 
         Raises:
-            ValueError: If the model draws random numbers outside of its sites, or if not all rows of plates that
-                subsample can be scored.
+            ValueError: If the model draws random numbers outside of its sites, or if subsampling plates do not allow
+                all rows to be scored.
         """
         call = Call(self._model, args, kwargs)
-        with Messenger():  # without a handler, Pyro takes factors for observations outside of inference
+        with Messenger():  # without any handler, Pyro treats factors as observations outside of inference
             return self._run(call, self._joint_of(call))
 
     def _run(self, call: Call, joint: LogJoint) -> object:
@@ -58,7 +58,7 @@ class NeuTra:
         return result
 
     def _joint_of(self, call: Call) -> LogJoint:
-        """Return the log joint density for these arguments; that of the last ones is cached."""
+        """Return the log joint density for these arguments; the last one is cached."""
         if self._joint is None or not call.has_arguments_of(self._last):
             with poutine.block():
                 self._joint = Pair("neutra", call, self._guide).complete_joint()
@@ -75,24 +75,24 @@ class NeuTra:
 def neutra(model: Model, guide: AutoFlow) -> NeuTra:
     r"""Reparameterise a model by a guide's noise, for NUTS: z = t(u), and the target is p(x, t(u)) |det dt/du|.
 
-    The better the guide, the nearer the density of u is to a standard normal, for a posterior of any shape; as MCMC it
-    is exact with any guide.
+    The better the guide, the closer u is to a standard normal, for a posterior of any shape. As MCMC, it is exact with
+    any guide.
 
-    Discrete sites with `infer={"enumerate": "parallel"}` are left to the sampler, which sums them out. Where plates of
-    the model subsample, every evaluation scores all rows, minibatch by minibatch.
+    Discrete sites with `infer={"enumerate": "parallel"}` are left to the sampler, which sums them out. If plates of the
+    model subsample, every evaluation scores all rows, minibatch by minibatch.
 
     Args:
         model: A Pyro model.
-        guide: Its guide, from this module, fitted and without an encoder. Its weights are frozen:
-            `guide.requires_grad_(True)` undoes that.
+        guide: A fitted guide from this module, without an encoder. Its weights are frozen; undo that by
+            `guide.requires_grad_(True)`.
 
     Returns:
         A `NeuTra`: run NUTS on it; its `draws` maps the samples to the model's sites.
 
-    Cost: besides the model's density and gradient, those of the guide's map: one pass a layer for an `AutoIAF`.
+    Cost: the model's density and gradient, and those of the guide's map: one pass per layer for an `AutoIAF`.
 
     Raises:
-        TypeError: For a guide that is not of this package.
+        TypeError: For a guide that is not from this package.
         ValueError: For a guide that is not set up, or one with an encoder.
 
     Example:

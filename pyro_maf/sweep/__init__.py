@@ -1,10 +1,9 @@
 """Both directions of autoregressive and coupling layers, and their gradients.
 
-`run` is the engine compiled for CPUs: layers in either direction, as many as follow one another, in one operation. A
-`Descent` fits them without torch.
-The others compute one autoregressive layer in torch, for any device, dtype and univariate map, which defines
-correctness: `solve` its sequential direction, one sweep over the network, by Triton on a GPU; and `parallel`
-the other.
+`run` uses the engine compiled for CPUs, and applies a run of layers, each in either direction, in one operation. A
+`Descent` trains them without torch. The other functions compute a single autoregressive layer in torch, for any device,
+dtype and univariate map, and define correctness: `solve` its sequential direction, in one sweep over the network, by
+Triton on a GPU; and `parallel` the other.
 """
 
 from pyro_maf.sweep.descent import Descent

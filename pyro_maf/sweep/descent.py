@@ -1,4 +1,4 @@
-"""Maximum likelihood of a run of layers by its kernels alone."""
+"""Maximum-likelihood training of a run of layers by its kernels, without torch."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from pyro_maf.sweep.threads import in_parts
 __all__ = ["Descent"]
 
 TAPE = 2**20
-"""Bytes of a tape that stay in the processor's cache between the walk forward and the walk back."""
+"""Size in bytes of a tape that stays in the processor's cache between the forward and the backward walk."""
 PASSES = 3
-"""Products with each weight: forward, back to its inputs, and for its gradient."""
+"""Number of products with each weight: forward, back to its inputs, and for its gradient."""
 
 
 class Descent:
-    """Gradients of a run's log-density with respect to its weights, and steps of Adam along them.
+    """Gradients of a run's log-density with respect to its weights, and Adam steps along them.
 
-    The points go forward and back some chunks at a time, and the weights stay packed from one step to the next: nothing
-    but what masks let through is touched.
+    The points go forward and back a few chunks at a time, and the weights stay packed from step to step: entries that
+    are masked out are never touched.
 
     Args:
         run: The layers, from standardised values to noise.
-        weights: Flat. The run's tensors are its views, one after another; `SPARE` entries more follow.
+        weights: Flat tensor. The run's tensors are consecutive views of it; `SPARE` more entries follow.
     """
 
     SPARE = LANES
@@ -45,7 +45,7 @@ class Descent:
         self._parts: list[tuple[Array, Array]] = []
 
     def differentiate(self, v: Tensor, context: Tensor | None, constant: float, factors: Tensor) -> float | None:
-        """The sum of log-densities, those of `Run.log_density`, times factors, (batch,); its gradient stays here."""
+        """Weighted sum of `Run.log_density`, with `factors` of shape (batch,); its gradient is stored here."""
         if (inputs := self._run.inputs(v, context)) is None:
             return None
         program, kernels, pack = self._run.program, loaded(), self._pack()
@@ -55,7 +55,7 @@ class Descent:
 
         def walk(first: int, end: int) -> tuple[float, tuple[Array, Array]]:
             try:
-                gradients = idle.pop()  # atomic: another thread gets another
+                gradients = idle.pop()  # atomic: another thread gets another array
             except IndexError:
                 gradients = program.room_for_gradients(v)
             rows, total = program.rows, 0.0
@@ -78,12 +78,12 @@ class Descent:
         return sum(total for total, _ in parts)
 
     def packed_gradient(self) -> list[Tensor]:
-        """The last gradient as `step` reads it, to be changed in place."""
+        """The last gradient, as `step` reads it, for modification in place."""
         add_up(self._parts)
         return list(map(torch.from_numpy, self._parts[0]))
 
     def step(self, adam: Adam, average: WeightAverage, learning_rate: float, max_norm: float) -> bool:
-        """Take a step along the last gradient, clipped to a norm; return whether it was finite, and so was taken."""
+        """Take a step along the last gradient, clipped to a norm, if it is finite; return whether it was."""
         if self._packed is None:
             raise RuntimeError("Descent expected a gradient before a step.")
         add_up(self._parts)
@@ -101,7 +101,7 @@ class Descent:
         return True
 
     def _pack(self) -> tuple[Array, Array]:
-        """The weights and biases as they are, packed again only if somebody else has changed them."""
+        """The packed weights and biases, packed again only if they were changed from outside."""
         marks = [uncounted_changes(), self._weights._version, *map(_version, self._run.tensors)]
         if self._packed is None or self._packed[0] != marks:
             pack = self._run.program.pack(self._run.tensors)

@@ -1,4 +1,4 @@
-"""A run of layers as one differentiable operation compiled for CPUs."""
+"""A run of layers as one differentiable operation, compiled for CPUs."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Run(NamedTuple):
     """A run of layers as a program, with the tensors that it reads.
 
     Attributes:
-        program: The layers, laid out.
-        steps: The layers, the one that is applied first first.
-        tensors: Parameters of their networks, all of one dtype, on the CPU.
+        program: The compiled layout of the layers.
+        steps: The layers, in the order in which they are applied.
+        tensors: Parameters of their networks, with the same dtype, on the CPU.
     """
 
     program: Program
@@ -41,9 +41,9 @@ class Run(NamedTuple):
 
     @classmethod
     def of(cls, programs: Programs, place: object, steps: Sequence[Step | Triangular], dim: int) -> Run | None:
-        """The layers in their current state, at least one of them with a network, or None where torch applies them.
+        """The layers in their current state, at least one of them with a network, or None if torch has to apply them.
 
-        `programs` are those of the flow that the layers belong to, and `place` is which of its runs this is.
+        `programs` are those of the flow that the layers belong to; `place` identifies the run among them.
         """
         reading = Reading.of(steps)
         if reading is None or reading.tensors[0].dtype not in DTYPES or not reading.is_uniform():
@@ -58,7 +58,7 @@ class Run(NamedTuple):
         return cls(program, steps, reading.tensors)
 
     def __call__(self, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        r"""The layers' output and the sum of their log-determinants, (\*batch,), or None where torch is to apply them.
+        r"""Return the output and the sum of the log-determinants, (\*batch,), or None if torch has to apply the layers.
 
         Input and output are (\*batch, D), the context (\*batch or (), context_dim).
         """
@@ -67,13 +67,13 @@ class Run(NamedTuple):
     def log_density(self, v: Tensor, context: Tensor | None, constant: float) -> Tensor | None:
         r"""`constant` - |w|^2 / 2 - log-determinant, (\*batch,), for the output w; or None, as `__call__`.
 
-        It is the log-density of v whose noise w is standard normal, up to the constant. One node of the graph.
+        Up to the constant, this is the log-density of v if its noise w is standard normal. It is a single graph node.
         """
         density: Tensor | None = self._through(v, context, constant)
         return density
 
     def _through(self, v: Tensor, context: Tensor | None, constant: float | None) -> Any:
-        """The log-density if there is a constant, and otherwise the pair."""
+        """Return the log-density if there is a constant, otherwise the pair."""
         if (inputs := self.inputs(v, context)) is None:
             return None
         rows, features, needs_gradient = inputs
@@ -81,7 +81,7 @@ class Run(NamedTuple):
             result = _apply(self, constant, *unwrap_dead_wrappers((rows, features)), *self.tensors)
         else:
             if features is not None and features.stride(0) == 0:
-                features = features[:1]  # the kernels take one row for all points
+                features = features[:1]  # the kernels accept a single row for all points
             pack = self.program.remembered(self.tensors)
             result = _result(constant, *_forward(self.program, pack, rows, features, constant))
         if rows is v:
@@ -94,17 +94,17 @@ class Run(NamedTuple):
         return result[0].reshape(*batch, v.shape[-1]), result[1].reshape(batch)
 
     def inputs(self, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None, bool] | None:
-        """v and context as rows, (batch, D) and (batch, context_dim), and whether a gradient is wanted.
+        """v and context as rows, (batch, D) and (batch, context_dim), and whether a gradient is needed.
 
-        None where torch is to apply the layers.
+        None if torch has to apply the layers.
         """
         program, tensors = self.program, self.tensors
         if not is_ordinary(v, tensors[0].dtype):
             return None
         context = context if program.context_dim else None
         if not program.fits(v, context):
-            return None  # where an error names what is wrong
-        if kernels() is None:  # asked last, since it loads or compiles them
+            return None  # torch then raises an error that names the problem
+        if kernels() is None:  # checked last, since it loads or compiles them
             return None
         if context is not None:
             v, context = together(v, context)
@@ -121,7 +121,7 @@ _requires_grad = operator.attrgetter("requires_grad")
 def run(
     programs: Programs, place: object, steps: Sequence[Step | Triangular], dim: int, v: Tensor, context: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """The layers in turn, as a `Run` of them, or None where torch is to apply them."""
+    """Apply the layers in turn, as a `Run`, or return None if torch has to apply them."""
     if is_intercepted():
         return None
     ready = Run.of(programs, place, steps, dim)
@@ -129,7 +129,7 @@ def run(
 
 
 class _Layers(torch.autograd.Function):
-    """The layers, or the log-density of what they map to standard normal noise, with the walk back as the backward."""
+    """The layers, or the log-density of their standard normal noise; the backward pass is the walk back."""
 
     @staticmethod
     def forward(ctx: Any, run: Run, constant: float | None, v: Tensor, context: Tensor | None, *tensors: Tensor) -> Any:
@@ -150,12 +150,12 @@ class _Layers(torch.autograd.Function):
         return None, None, *_backward(ctx.run.program, saved, needed, w, factors, is_density)
 
 
-# Without `unwrap_dead_wrappers`: it would look at each parameter for what torch.func may have left behind.
+# Bypasses `unwrap_dead_wrappers`, which would check each parameter for leftovers of torch.func.
 _apply: Callable[..., Any] = super(torch.autograd.Function, _Layers).apply
 
 
 def _result(constant: float | None, w: Tensor, log_det: Tensor) -> Any:
-    """Results of `_forward`: w and log-determinants, or log-densities alone."""
+    """Results of `_forward`: w and log-determinants, or only log-densities."""
     return (w, log_det) if constant is None else log_det
 
 
@@ -163,7 +163,7 @@ def _recorded(
     run: Run, v: Tensor, context: Tensor | None, tensors: Sequence[Tensor], constant: float | None
 ) -> tuple[Tensor, Tensor, list[Any]]:
     """Results of `_forward`, and what `_backward` reads: packed weights, tape, v, context and the tensors."""
-    # Not the pack of an earlier call: gradcheck, for one, writes through `.data`, which no version counter records.
+    # Not the pack of an earlier call: gradcheck, for example, writes through `.data`, which no version counter records.
     program, points = run.program, v.shape[0]
     pack, chunk = program.pack(tensors), program.chunk_of(points)
     rows = -(-points // chunk) * program.rows
@@ -175,10 +175,10 @@ def _recorded(
 def _forward(
     program: Program, pack: Pack, v: Tensor, context: Tensor | None, constant: float | None, tape: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """w, (batch, D), and log-determinants of v (batch, D), or log-densities; fills the tape, if there is one."""
+    """w, (batch, D), and log-determinants, or log-densities, for v (batch, D); fills the tape, if there is one."""
     v, points = v.detach().contiguous(), v.shape[0]
     w, log_det, rows = torch.empty_like(v), v.new_empty(points), v.numpy()
-    # One point is alone: sums over the columns of each row then take half the time of products of padded rows.
+    # For a single point, sums over the columns of each row take half the time of products of padded rows.
     chunk = 1 if points == 1 and tape is None else program.chunk_of(points)
     features = rows[:, :0] if context is None else context.detach().contiguous().numpy()
     network = program.tables, (pack.weights, pack.biases), (rows, features), program.rows
@@ -201,7 +201,7 @@ def _backward(
     grad_log_det: Array,
     of_density: bool,
 ) -> list[Tensor | None]:
-    """Gradients with respect to v, the context and the tensors; None where not needed. For `saved` see `_recorded`."""
+    """Gradients w.r.t. v, the context and the tensors; None where not needed. For `saved` see `_recorded`."""
     of_v, of_context, *of_tensors = needed
     pack, tape, v, context, *tensors = saved
     wanted, has_all = program.every_matrix, all(of_tensors)
@@ -217,7 +217,7 @@ def _backward(
     arrays = tape.numpy(), (grad_w, grad_log_det), of_density, by_inputs
 
     def walk(first: int, end: int) -> tuple[Array, Array]:
-        # The first part's gradients lie behind those of the tensors.
+        # The gradients of the first part are stored behind those of the tensors.
         gradients = program.room_for_gradients(pack, None if first else flat[program.shift :])
         loaded().backward(*network, first, end, *arrays, gradients, wanted, False)
         return gradients
@@ -245,10 +245,10 @@ def unpack(program: Program, parts: list[tuple[Array, Array]], flat: Array) -> N
 
 
 def add_up(parts: list[tuple[Array, Array]]) -> None:
-    """Leave the sum of the parts' gradients in the first of them, the only one then."""
+    """Sum the parts' gradients into the first part, and drop the others."""
     if len(parts) < 2:
         return
-    with np.errstate(all="ignore"):  # entries that no row sees are arbitrary
+    with np.errstate(all="ignore"):  # masked entries are arbitrary
         for others in parts[1:]:
             for total, other in zip(parts[0], others, strict=True):
                 total += other
@@ -258,7 +258,7 @@ def add_up(parts: list[tuple[Array, Array]]) -> None:
 def _plain(
     steps: Sequence[Step | Triangular], is_density: bool, v: Tensor, context: Tensor | None, *tensors: Tensor
 ) -> tuple[Tensor, ...]:
-    """The layers in turn, or the log-density up to its constant, by plain operations with these tensors."""
+    """Apply the layers in turn, or compute the log-density up to its constant, by plain torch operations."""
     every, total = iter(tensors), v.new_zeros(len(v))
     for step in steps:
         if isinstance(step, Triangular):

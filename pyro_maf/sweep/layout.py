@@ -1,15 +1,15 @@
-r"""Tables of integers that describe a run of layers, each in its parallel or its sequential direction, to the kernels.
+r"""Integer tables that describe a run of layers, each in its parallel or sequential direction, to the kernels.
 
-A layer is some networks and an elementwise map: the networks see some variables and output the parameters of the map of
-others. Sorted degrees make every mask a staircase: row r of a matrix sees columns 0 .. seen[r] - 1, and column k is
-seen by the rows from heard[k] on. The matrix of a coupling is a staircase of one step, a context is a matrix of its
-own, whose product is added, and a triangular map has a network of one level: its matrix is L below the diagonal, its
-biases are the location, and a matrix without columns has the log-scales as biases. So layers of all kinds are rows of
-the same tables.
+A layer consists of networks and an elementwise map: the networks see some variables and output the parameters of the
+map of others. With sorted degrees every mask is a staircase: row r of a matrix sees columns 0 .. seen[r] - 1, and
+column k is seen by the rows from heard[k] on. The matrix of a coupling is a staircase with one step. A context is a
+separate matrix, whose product is added. A triangular map is a network with one level: its matrix is L below the
+diagonal, its biases are the location, and a matrix without columns has the log-scales as biases. So layers of all kinds
+are rows of the same tables.
 
-The tape has a row for each quantity and a column for each point. The rows of a layer: its D variables, what its
-networks see, and the units of each level; the outputs are overwritten as `kernels.univariate` says. Before the first
-layer are the rows of the context, and after the last the D of the result.
+The tape has a row for each quantity and a column for each point. The rows of a layer are its D variables, the inputs of
+its networks, and the units of each level; the outputs are overwritten as described in `kernels.univariate`. The rows of
+the context precede the first layer, and the D rows of the result follow the last.
 """
 
 from __future__ import annotations
@@ -39,76 +39,77 @@ __all__ = ["CONTEXT", "INPUTS", "LANES", "LINEAR", "MAPS", "UNITS"] + [
 ]
 
 LANES = 16
-"""Tape columns and columns of weights are padded to a multiple of this, so that loops over them are vectorised."""
+"""Tape columns and weight columns are padded to a multiple of this, so that loops over them are vectorised."""
 INPUTS, UNITS, CONTEXT = range(3)
-"""What a matrix of a program is multiplied with."""
+"""Sources of the inputs of a matrix."""
 Array = np.ndarray[Any, Any]
 NOT_BY_VALUE = ("silu", "gelu")
-"""Activations whose derivative has rows of its own, since the value does not determine it."""
+"""Activations whose derivative is stored in its own rows, since the value does not determine it."""
 MAPS = (Affine, Spline)
-"""Univariate maps that the kernels have."""
+"""Univariate maps that the kernels support."""
 LINEAR = len(MAPS)
-"""Number of the map of a triangular layer: y = x exp(a) + s, with P = 2 parameters s and a; all points have one a."""
+"""Number of the map of a triangular layer: y = x exp(a) + s, with P = 2 parameters s and a; a is shared by all
+points."""
 
 
 class Layer:
     """A layer: fields of a record."""
 
-    rows: int  # of the tape
-    first: int  # of its matrices
-    heads: int  # first of those that map the r outputs of one variable to its P parameters, or else `end`
-    end: int  # of its matrices
-    inputs: int  # row of the first
-    seen_from: int  # where the variables that its networks see begin in `variables`
+    rows: int  # number of tape rows
+    first: int  # index of its first matrix
+    heads: int  # index of the first matrix that maps the r outputs of a variable to its P parameters, otherwise `end`
+    end: int  # index after its last matrix
+    inputs: int  # tape row of the first input
+    seen_from: int  # start, in `variables`, of the variables that its networks see
     seen: int  # number of these
-    moved_from: int  # where those that are mapped begin there
-    moved: int
-    rest_from: int  # where the others begin there
-    rest: int
-    phi_from: int  # where the rows of the map's parameters begin there, those of one variable after those of another
-    sign: int  # of the direction: 1 for y from x and -1 for x from y
-    log_sign: int  # of the log-derivatives in the log-determinant
-    levels: int  # above the inputs in the sequential direction, or else 0
-    matrices: int  # of a level
-    steps_from: int  # where the numbers of final units begin in `steps`
-    block: int  # number of variables
-    univariate: int  # number of the map in `MAPS`
-    outputs: int  # for one variable: P
-    bins: int  # of a spline
-    bound: float  # of its box
-    bulk: float  # from where on the inputs of its networks are compressed
+    moved_from: int  # start, in `variables`, of the variables that are mapped
+    moved: int  # number of these
+    rest_from: int  # start, in `variables`, of the other variables
+    rest: int  # number of these
+    phi_from: int  # start, in `variables`, of the tape rows of the map's parameters, variable by variable
+    sign: int  # direction: 1 for y from x, -1 for x from y
+    log_sign: int  # sign of the log-derivatives in the log-determinant
+    levels: int  # number of levels above the inputs in the sequential direction, otherwise 0
+    matrices: int  # number of matrices per level
+    steps_from: int  # start, in `steps`, of the numbers of final units
+    block: int  # number of variables per block
+    univariate: int  # index of the map in `MAPS`
+    outputs: int  # number of parameters per variable, P
+    bins: int  # number of bins of a spline
+    bound: float  # half the width of a spline's box
+    bulk: float  # value from which on the inputs of its networks are compressed
 
 
 class Matrix:
     """A matrix: fields of a record."""
 
-    start: int  # in the flat weights and in their gradient
+    start: int  # offset in the flat weights and in their gradient
     rows: int
     columns: int
-    bias: int  # place of its level's biases
-    source: int  # of its inputs: `INPUTS`, `UNITS` or `CONTEXT`
-    below: int  # row of its inputs, from the layer's first
-    own: int  # row of its outputs
-    rows_from: int  # where its rows begin in the lists of `Tables`
-    columns_from: int  # where its columns begin there
+    bias: int  # offset of its level's biases
+    source: int  # source of its inputs: `INPUTS`, `UNITS` or `CONTEXT`
+    below: int  # tape row of its inputs, relative to the layer
+    own: int  # tape row of its outputs, relative to the layer
+    rows_from: int  # start of its rows in the lists of `Tables`
+    columns_from: int  # start of its columns there
     stride: int  # length of a row in the flat weights
-    kind: int  # of the activation after it, or -1
-    slopes: int  # row of the derivatives of that
-    below_kind: int  # of the activation before it
-    below_slopes: int
+    kind: int  # activation after it, or -1
+    slopes: int  # tape row of that activation's derivatives
+    below_kind: int  # activation before it, or -1
+    below_slopes: int  # tape row of that activation's derivatives
     first: int  # whether it is the first to be added to its level
     fresh: int  # whether it is the first to add to the gradient of its inputs
-    natural: int  # whether its columns are in their own order
-    weight: int  # number of its weight among the tensors
-    addend: int  # number of its bias
-    weight_from: int  # where its weight begins in the tensor
-    addend_from: int
-    packed: int  # whether the weight has the entries that its rows see alone, those of a triangle, row by row
-    gain: float  # what the weight is multiplied by
+    natural: int  # whether its columns are in their natural order
+    weight: int  # index of its weight among the tensors
+    addend: int  # index of its bias among the tensors
+    weight_from: int  # offset of its weight in the tensor
+    addend_from: int  # offset of its bias in the tensor
+    packed: int  # whether the weight holds only visible entries, those of a triangle, row by row
+    gain: float  # factor of the weight
 
 
 def _kind_of(record: type) -> np.dtype[Any]:
-    """The type of a record with these fields."""
+    """Structured dtype of a record with these fields."""
     kinds = {"int": np.int64, "float": np.float64}
     return np.dtype([(name, kinds[kind]) for name, kind in record.__annotations__.items()])
 
@@ -118,16 +119,16 @@ DEFAULTS = {"below": 0, "below_slopes": 0, "fresh": 0, "weight_from": 0, "addend
 
 
 class Step(NamedTuple):
-    """A layer in one direction, as a program takes it.
+    """A layer in one direction, as input of a program.
 
     Attributes:
         networks: Networks that output the map's parameters; none for a permutation.
         univariate: The map of each variable; None for a permutation.
-        inverse: Whether its `inverse` is applied.
-        seen, moved: The variables that the networks see, and those that are mapped, one for each row of outputs; or
-            the permutation in `moved`.
-        log_sign: Sign of the layer's log-determinant: -1 where the layer stands for its inverse.
-        sequential: Whether the networks see the result, not the input: one variable after another is determined.
+        inverse: Whether the inverse map is applied.
+        seen, moved: The variables that the networks see, and those that are mapped, one per group of outputs; for a
+            permutation, `moved` is the permutation.
+        log_sign: Sign of the layer's log-determinant: -1 if the layer stands for its inverse.
+        sequential: Whether the networks see the result rather than the input, so that variables are solved one by one.
     """
 
     networks: Sequence[nn.Module]
@@ -140,14 +141,11 @@ class Step(NamedTuple):
 
 
 class Triangular(NamedTuple):
-    """A map y = loc + (diag(exp(log_scale)) + gain below) x in one direction, as a program takes it.
+    """A map y = loc + (diag(exp(log_scale)) + gain below) x in one direction, as input of a program.
 
     Attributes:
-        tensors: loc and log_scale, (D,), and, unless it is elementwise, below: (D, D), or its entries row by row,
-            (D (D - 1) / 2,). Or one tensor, in which all three follow one another.
-        inverse: Whether the inverse is applied.
-        gain: Factor of `below`.
-        log_sign: As in `Step`.
+        tensors: loc and log_scale, (D,), and, unless the map is elementwise, `below`: (D, D), or its entries row by
+            row, (D (D - 1) / 2,). Or a single tensor that concatenates all three.
     """
 
     tensors: tuple[Tensor, ...]
@@ -162,11 +160,11 @@ class Triangular(NamedTuple):
 
     @property
     def sequential(self) -> bool:
-        """True if one variable after another is determined."""
+        """True if variables are solved one by one."""
         return self.inverse and len(self.tensors) != 2
 
     def parts(self, tensors: Sequence[Tensor], dim: int) -> Sequence[Tensor]:
-        """loc, log_scale and, unless it is elementwise, `below`, of tensors in the place of its own."""
+        """loc, log_scale and, unless the map is elementwise, `below`, from tensors that replace its own."""
         return tensors if len(tensors) > 1 else tensors[0].split([dim, dim, dim * (dim - 1) // 2])
 
 
@@ -174,13 +172,13 @@ class Tables(NamedTuple):
     """The arrays that the kernels follow.
 
     Attributes:
-        layers, matrices: Records, of `Layer` and `Matrix`.
-        variables: Lists of variables and of rows, to which the layers refer.
+        layers, matrices: Records of `Layer` and `Matrix`.
+        variables: Lists of variables and of tape rows, to which the layers refer.
         seen: For each row of each matrix, the number of columns that it sees, ascending.
         heard: For each column, the first row that sees it.
-        row_order, column_order: The row and the column of the weight that stand there.
-        steps: For each sequential layer, the numbers of units that are final, (levels + 1, D + 1).
-        result: The row of each variable after the last layer.
+        row_order, column_order: For each row and column, its index in the weight.
+        steps: For each sequential layer, the numbers of final units, (levels + 1, D + 1).
+        result: The tape row of each variable after the last layer.
     """
 
     layers: Array
@@ -195,7 +193,7 @@ class Tables(NamedTuple):
 
 
 class UnfitError(Exception):
-    """A mask of which some row sees a column but not all before it, or less than the row above; or wrong sizes."""
+    """Error for a mask that is not a staircase, or for wrong sizes."""
 
 
 class Layout:
@@ -203,7 +201,7 @@ class Layout:
 
     def __init__(self, dim: int, context_dim: int, tensors: Sequence[Tensor]) -> None:
         self.place = np.arange(dim)
-        """The row of each variable among the D of a layer; permutations change nothing else."""
+        """The row of each variable among the D rows of a layer; permutations change only this."""
         self.context_dim, self.tensors, self.number = context_dim, tensors, 0
         self.weights = self.biases = self.rows = self.columns = 0
         self.layers: list[dict[str, float]] = []
@@ -252,9 +250,10 @@ class Layout:
         levels: int,
         heads: int = 0,
     ) -> None:
-        """Append a layer whose matrices are the last ones, from `first` on, and which has `own` rows.
+        """Append a layer with `own` rows, whose matrices are the last ones, from `first` on.
 
-        `lists` are the variables that its networks see, those that are mapped, and the rows of the map's parameters.
+        `lists` are the variables that its networks see, those that are mapped, and the tape rows of the map's
+        parameters.
         """
         dim, (seen, moved, phi), end = len(self.place), lists, len(self.matrices)
         rest = np.setdiff1d(np.arange(dim), moved)
@@ -306,7 +305,7 @@ class Layout:
             self._add_steps(np.array([[0, *every], np.arange(dim + 1)]), self.layers[-1])
 
     def _add_network(self, network: Any, order: Array, below: int, own: int, *, fresh: bool) -> tuple[int, Array]:
-        """Append a network whose inputs have rows from `below` on, and units from `own` on.
+        """Append a network with the rows of its inputs starting at `below`, and those of its units at `own`.
 
         Returns the row after its last, and the rows of its outputs.
         """
@@ -341,7 +340,7 @@ class Layout:
         return own, np.arange(below, below + rows)
 
     def _add_heads(self, order: Array, head: Any, own: int) -> tuple[int, Array]:
-        """Append the matrices of a `BlockLinear`, in this order of the variables; arguments and results as before."""
+        """Append the matrices of a `BlockLinear`, in this order of the variables; arguments and results as above."""
         dim, outputs, rank = shape = head.weight.shape
         self._check(self.number, shape, (dim, outputs))
         inputs = {"source": UNITS, "below_kind": -1, "kind": -1, "first": 1, "fresh": 1, "rows": outputs}
@@ -357,16 +356,14 @@ class Layout:
         return own + dim * outputs, np.arange(own, own + dim * outputs)
 
     def _check(self, number: int, *shapes: tuple[int, ...]) -> None:
-        """Raise unless the tensors from this number on have these shapes: the kernels read so much of them."""
+        """Raise unless the tensors from this index on have these shapes, since the kernels read that much of them."""
         if any(self.tensors[number + index].shape != shape for index, shape in enumerate(shapes)):
             raise UnfitError
 
     def _add_matrix(self, entry: dict[str, Any], seen: Array, row_order: Array, column_order: Array) -> None:
         rows, columns = len(row_order), len(column_order)
         stride = max(1, -(-columns // LANES)) * LANES
-        stride += LANES * (
-            stride > 128 and stride // LANES % 2 == 0
-        )  # else rows compete for the same lines of the cache
+        stride += LANES * (stride > 128 and stride // LANES % 2 == 0)  # else rows compete for the same cache lines
         heard = np.searchsorted(seen, np.arange(columns), side="right")
         place = {"start": self.weights, "columns": columns, "stride": stride}
         place |= {"rows_from": self.rows, "columns_from": self.columns}
@@ -379,7 +376,7 @@ class Layout:
         self.columns += columns
 
     def tables(self) -> Tables:
-        """The tables."""
+        """The finished tables."""
         layers, matrices = _records(self.layers, LAYER), _records(self.matrices, MATRIX)
         seen, heard, row_order, column_order = (np.concatenate(each).astype(np.int64) for each in self.lists.values())
         variables = np.array(self.variables, np.int64)
@@ -388,7 +385,7 @@ class Layout:
 
 
 def _final(made: Any) -> Array:
-    """The numbers of units of each level of a network that are final at each step."""
+    """The number of units of each level of a network that are final at each step."""
     dim = made.input_dim
     if len(made.ready) != len(made.layers) - 1:
         raise UnfitError
@@ -399,7 +396,7 @@ def _final(made: Any) -> Array:
 
 
 def _block(dim: int) -> int:
-    """Number of variables in a block of a sequential layer, by measurement."""
+    """Number of variables in a block of a sequential layer, chosen by measurement."""
     if dim > 100:
         return 16
     return 8 if dim > 12 else 4
@@ -421,7 +418,7 @@ def gain_of(layer: Any) -> float:
 
 
 def _staircase(layer: Any, row_order: Array, column_order: Array) -> tuple[Array, float]:
-    """The number of columns that each row of a layer's weight sees, and what the weight is multiplied by."""
+    """The number of columns that each row of a layer's weight sees, and the factor of the weight."""
     shape = len(row_order), len(column_order)
     if (mask := layer._buffers.get("mask")) is None:
         return np.full(shape[0], shape[1]), gain_of(layer)

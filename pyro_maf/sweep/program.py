@@ -1,4 +1,4 @@
-"""A run of layers as a program: the state of its modules, its tables, and its weights as the kernels read them."""
+"""A run of layers as a program: the state of its modules, its tables, and its weights in the kernels' order."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from pyro_maf.sweep.layout import LANES, MAPS, Array, Layout, Step, Triangular, 
 __all__ = ["Program", "Programs", "Reading", "is_ordinary"]
 
 ORDINARY = (nn.Parameter, Tensor)
-"""Tensors whose entries lie in memory, as not those of every subclass do."""
+"""Tensor types whose entries are in memory, unlike those of some subclasses."""
 CHUNK = 240
-"""Maximum number of points that pass through the layers together: an odd number of cache lines, since rows a power of
-two apart compete for the same lines."""
+"""Maximum number of points that pass through the layers together: an odd number of cache lines, since rows whose
+distance is a power of two compete for the same lines."""
 
 
 class Reading(NamedTuple):
-    """State of a run's modules: what a program is laid out for, and the tensors that it reads.
+    """State of a run's modules: what the layout of a program depends on, and the tensors that it reads.
 
     Attributes:
         fixed: Tensors that determine the layout, compared by identity.
         marks: Numbers and shapes that determine the layout.
-        tensors: Weight and bias of each level, and the weight of its context; those of triangular layers.
+        tensors: Weight, bias and context weight of each level; the tensors of triangular layers.
     """
 
     fixed: list[Tensor]
@@ -41,11 +41,11 @@ class Reading(NamedTuple):
 
     @classmethod
     def of(cls, steps: Sequence[Step | Triangular]) -> Reading | None:
-        """The current state, or None if a module does more than its weights tell, or is of another kind."""
+        """The current state; None if a module's weights do not describe all it does, or its type is not supported."""
         reading = cls([], [], [])
         try:
             taken = all(reading._add(step) for step in steps)
-        except RuntimeError:  # tensors of inference mode have no version
+        except RuntimeError:  # inference tensors have no version
             return None
         return reading if taken else None
 
@@ -105,12 +105,12 @@ class Reading(NamedTuple):
         return True
 
     def is_uniform(self) -> bool:
-        """Return whether all tensors are ordinary ones of one dtype."""
+        """Return whether all tensors are ordinary and have the same dtype."""
         dtype = self.tensors[0].dtype
         return all(is_ordinary(tensor, dtype) for tensor in self.tensors)
 
     def holds_for(self, other: Reading) -> bool:
-        """Return whether a program of this state is one of the other."""
+        """Return whether a program for this state is valid for the other."""
         return (
             len(self.fixed) == len(other.fixed)
             and all(map(operator.is_, self.fixed, other.fixed))
@@ -119,12 +119,12 @@ class Reading(NamedTuple):
 
 
 def is_ordinary(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether a tensor is an ordinary one on the CPU, of this dtype."""
+    """Return whether a tensor is an ordinary CPU tensor of this dtype."""
     return tensor.dtype is dtype and tensor.is_cpu and type(tensor) in ORDINARY
 
 
 class Pack(NamedTuple):
-    """The weights of a run, masked and in the order of its tables, in the memory of a tensor; and the biases."""
+    """Masked weights of a run in the order of its tables, stored in the memory of a tensor, and the biases."""
 
     memory: Tensor
     weights: Array
@@ -137,7 +137,7 @@ class Program:
     `context_dim` is 0 for no context.
 
     Raises:
-        UnfitError: For masks that are no staircases, and for networks whose layers do not fit together.
+        UnfitError: For masks that are not staircases, and for networks whose layers do not fit together.
     """
 
     def __init__(self, reading: Reading, steps: Sequence[Step | Triangular], dim: int, context_dim: int) -> None:
@@ -159,9 +159,9 @@ class Program:
         self._packed: tuple[Snapshot, Pack] | None = None
 
     def _shift(self) -> int:
-        """Number of entries that packed gradients lie behind those of the tensors, if both are in one memory.
+        """Offset of packed gradients behind those of the tensors, if both share memory.
 
-        So that `unpack`, matrix by matrix, overwrites none that it has yet to read.
+        With it `unpack`, matrix by matrix, overwrites no entry that it has yet to read.
         """
         matrices, ends = self.tables.matrices, self.offsets[1:]
         written = np.maximum(ends[matrices["weight"]], ends[matrices["addend"]])
@@ -169,12 +169,12 @@ class Program:
         return LANES * -(-max(0, int((written - unread).max())) // LANES)
 
     def chunk_of(self, points: int) -> int:
-        """Number of points that pass through the layers together, of so many: chunks of about the same size."""
+        """Number of points that pass through the layers together: chunks of about equal size."""
         chunks = max(1, -(-points // CHUNK))
         return LANES * (-(-points // (chunks * LANES)) | 1)
 
     def fits(self, v: Tensor, context: Tensor | None) -> bool:
-        """Return whether these are inputs of the right widths and dtype, with a context if the layers see one."""
+        """Return whether inputs have the right widths and dtype, with a context if the layers see one."""
         if not v.dim() or v.shape[-1] != self.dim:
             return False
         if context is None:
@@ -182,26 +182,26 @@ class Program:
         return is_ordinary(context, v.dtype) and context.shape[-1:] == (self.context_dim,)
 
     def room_for_gradients(self, like: Tensor, memory: Array | None = None) -> tuple[Array, Array]:
-        """Arrays for the gradients by packed weights and biases, with arbitrary entries; the former in this memory."""
+        """Uninitialised arrays for the gradients w.r.t. packed weights, possibly in `memory`, and biases."""
         weights = empty(self.num_weights, like).numpy() if memory is None else memory
         return weights, np.empty(self.num_biases + LANES, weights.dtype)
 
     def pack(self, tensors: Sequence[Tensor]) -> Pack:
-        """The tensors' current values."""
-        whole = list(map(Tensor.contiguous, tensors))  # alive while its memory is read
+        """Pack the tensors' current values."""
+        whole = list(map(Tensor.contiguous, tensors))  # must stay alive while their memory is read
         addresses = np.array(list(map(Tensor.data_ptr, whole)), np.int64)
-        memory = empty(self.num_weights + LANES, tensors[0])  # steps of Adam take whole vectors
+        memory = empty(self.num_weights + LANES, tensors[0])  # Adam steps process whole vectors
         weights = memory.numpy()
         biases = np.empty(self.num_biases + LANES, weights.dtype)
         loaded().pack(addresses, self.tables, weights, biases)
         return Pack(memory, weights, biases)
 
     def remembered(self, tensors: Sequence[Tensor]) -> Pack:
-        """The pack of the tensors, built anew when one of them has changed."""
+        """The pack of the tensors, rebuilt only if one of them has changed."""
         packed = self._packed
         if packed is not None and packed[0].holds_for(tensors):
             return packed[1]
-        # Taken before the weights are read, so that the next call detects a change in between.
+        # Taken before the weights are read, so that the next call detects a change made in between.
         state = Snapshot.of(tensors)
         pack = self.pack([tensor.detach() for tensor in tensors])
         self._packed = None if state is None else (state, pack)
@@ -209,4 +209,4 @@ class Program:
 
 
 Programs: TypeAlias = dict[object, Program]
-"""Programs of a flow's runs, by their places. A program holds none of the modules."""
+"""Programs of a flow's runs, by place. A program holds none of the modules."""

@@ -1,4 +1,4 @@
-"""Threads: points of a batch divided among some, torch's where these are awake, and torch with one of its own."""
+"""Multithreading: points of a batch divided among threads, torch's own if these are awake; and limits for torch's."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["OneThread", "in_parts", "most_threads"]
 Result = TypeVar("Result")
 
 LEAST_WORK = 16_000_000
-"""Minimum number of multiplications for each thread: another begins some 160 us late, as long as 9 million take."""
+"""Minimum number of multiplications per thread: a second thread starts some 160 us late, the time of 9 million."""
 
 SHARED_WORK = 2**30
-"""Number of multiplications in the largest product of a step from which on torch's threads are worth their waits."""
+"""Multiplications in the largest product of a step from which on torch's threads are worth their synchronisation."""
 
 CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -39,15 +39,15 @@ _local = _Local()
 
 
 def most_threads() -> int:
-    """Number of threads that may take part: torch's, in `OneThread` those that it had before."""
+    """Maximum number of threads: torch's or, inside `OneThread`, its previous number."""
     return _local.outside or torch.get_num_threads()
 
 
 def in_parts(run: Callable[[int, int], Result], points: int, together: int, work: int) -> list[Result]:
     """Results of run(first, end) for parts that cover 0 .. points, in parallel if the work is worth it.
 
-    `run` releases the interpreter's lock. The size of every part but the last is a multiple of `together`, `work` the
-    number of multiplications per point.
+    `run` releases the interpreter's lock. The size of every part but the last is a multiple of `together`; `work` is
+    the number of multiplications per point.
     """
     if not points:
         return []
@@ -62,9 +62,9 @@ def in_parts(run: Callable[[int, int], Result], points: int, together: int, work
 
     def take(_: object = None) -> None:
         try:
-            for part, piece in waiting:  # that of all threads: each part has one taker
+            for part, piece in waiting:  # shared by all threads, so that each part is taken once
                 results[part] = run(*piece)
-        except BaseException as error:  # also Ctrl-C: it is lost in a call from C
+        except BaseException as error:  # even Ctrl-C, which would be lost in a call from C
             errors.append(error)
 
     _in_threads(take, parts)
@@ -74,28 +74,28 @@ def in_parts(run: Callable[[int, int], Result], points: int, together: int, work
 
 
 def _in_threads(take: Callable[[object], None], threads: int) -> None:
-    """Call a function in so many threads, this one among them."""
+    """Call a function in `threads` threads, including this one."""
     if torch.get_num_threads() > 1 and not _is_forked and (parallel := _parallel()) is not None:
         parallel(CALLBACK(take), None, threads, 0)
         return
     others = [_threads().submit(take, None) for _ in range(threads - 1)]
     take(None)
     for other in others:
-        if not other.cancel():  # one that begins late finds nothing to do
+        if not other.cancel():  # a thread that starts late finds nothing to do
             other.result()
 
 
 class OneThread:
-    """Context in which torch computes with one thread; the compiled engine may have as many as before.
+    """Context manager in which torch uses one thread; the compiled engine may use as many as before.
 
-    OpenMP's threads wait for one another at the end of each operation: beside another busy process, that is until the
-    system gives each its turn, some milliseconds. On two cores, one of them busy, a step of a MADE at (63, 128) and 256
-    points took 20 times as long with two threads as with one; only products of 4 10^9 multiplications were level. And
-    once woken for a small operation, they spin for milliseconds on the processors that the next walk's threads are to
-    have.
+    OpenMP's threads wait for one another at the end of each operation. If another process is busy, they wait some
+    milliseconds until the system has given each its turn. On two cores, one of them busy, a step of a MADE at (63, 128)
+    and 256 points took 20 times as long with two threads as with one; only products of 4 10^9 multiplications were
+    even. And once woken for a small operation, they spin for milliseconds on the processors that the next walk's
+    threads need.
 
     Args:
-        work: Number of multiplications in the largest product: nothing changes from 2^30 on.
+        work: Number of multiplications in the largest product; from 2^30 on, nothing changes.
     """
 
     def __init__(self, work: float = 0) -> None:
@@ -115,17 +115,17 @@ class OneThread:
 
 @functools.cache
 def _parallel() -> Callable[..., None] | None:
-    """The call that runs a function in the threads of torch's operations, or None if these are not GNU OpenMP's.
+    """The function that runs another in the threads of torch's operations, or None if these are not GNU OpenMP's.
 
-    After an operation they spin for milliseconds in wait of the next. Threads of ours, beside them on the same
-    processors, would begin when these have given up: with two, a step with the gradient through samples at (63, 512)
-    and 1,000 points took as long as with one, and takes 0.64 of that in theirs. Not in a process of `multiprocessing`:
-    it may have been forked before this module was there to notice.
+    After an operation, torch's threads spin for milliseconds, waiting for the next. Other threads on the same
+    processors would start only after they give up: with two of them, a step with the gradient through samples at (63,
+    512) and 1,000 points took as long as with one, but 0.64 of that in torch's threads. Not available in a process of
+    `multiprocessing`, which may have been forked before this module could register a handler.
     """
     if multiprocessing.parent_process() is not None:
         return None
     try:
-        return ctypes.CDLL(torch._C.__file__).GOMP_parallel  # of the libraries that torch itself is linked to
+        return ctypes.CDLL(torch._C.__file__).GOMP_parallel  # from the libraries that torch itself is linked to
     except (OSError, AttributeError):
         return None
 
@@ -138,7 +138,7 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def _forget_threads() -> None:
-    """Drop the pool in a forked process, which has none of its parent's threads: OpenMP would wait for its own."""
+    """Drop the pool in a forked process, which lacks its parent's threads: OpenMP would wait for its own."""
     global _pool, _is_forked
     _pool, _is_forked = None, True
 

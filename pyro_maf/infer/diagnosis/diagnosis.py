@@ -26,20 +26,20 @@ __all__ = ["Diagnosis", "diagnose", "reweight", "to_arviz"]
 Grade = Literal["good", "usable", "poor", "worthless", "none"]
 
 GOOD, USABLE = 0.5, 0.7
-"""Values of k-hat under which an estimate by the weights converges fast, and at all."""
+"""Values of k-hat below which an importance-weighted estimate converges fast, and at all."""
 MISPLACED = 0.08
-"""Maximum share of misplaced probability of a good guide: no classifier is right about more than 54 draws in 100."""
+"""Maximum fraction of misplaced probability of a good guide: no classifier is right about more than 54 draws in 100."""
 HALF = 0.5
-"""Share of misplaced probability from which on a guide is far from the posterior."""
+"""Fraction of misplaced probability from which on a guide is far from the posterior."""
 EVEN = 0.95
-"""Fraction of effective draws above which the tail of the weights weighs nothing, whatever its shape."""
+"""Fraction of effective draws above which the shape of the weights' tail does not matter."""
 FEW = 0.1
-"""Below this fraction of effective draws, a light tail only means that hardly any of it was sampled."""
+"""Fraction of effective draws below which a light tail only means that hardly any of it was sampled."""
 SHOWN_SITES, SHOWN_NUMBERS = 3, 3
-"""Maximum number of sites of a missed mode in a verdict, and of numbers of each."""
+"""Maximum number of sites of a missed mode in a verdict, and of numbers per site."""
 MORE, SURE = 10, 2
-"""Factor of the number of draws where k-hat is not `SURE` standard errors below `GOOD` or above `USABLE`: its error is
-half, and weights that hardly differ have few draws in their tail, from which it is too large."""
+"""Factor by which the number of draws is raised if k-hat is not `SURE` standard errors below `GOOD` or above `USABLE`.
+That halves the error of k-hat, which is too large if weights hardly differ and few draws are in their tail."""
 CANDIDATES = 4
 """Number of weighted draws for each draw that `reweight` returns."""
 
@@ -49,25 +49,25 @@ class Diagnosis:
     """Quality of a guide as an approximation of the posterior.
 
     Attributes:
-        k_hat: Pareto shape of the tail of the importance weights p(x, z) / q(z): under 0.5 good, under 0.7 usable. Of
-            weights that hardly differ, 95 % of the draws being effective, it concerns extreme quantiles alone.
+        k_hat: Pareto shape of the tail of the importance weights p(x, z) / q(z): below 0.5 good, below 0.7 usable. If
+            the weights hardly differ, with 95 % of the draws effective, it only concerns extreme quantiles.
         ess: Effective sample size of the smoothed weights, out of `num_samples`.
         elbo: Evidence lower bound in nats.
         elbo_se: Standard error of `elbo` in nats.
         num_samples: Number of weighted draws.
-        unscored: Number of those that the model could not score; they are left out.
+        unscored: Number of draws that the model could not score; they are left out.
         reason: Why there is no verdict, as a clause; "" if there is one. Without a verdict the figures are NaN.
-        log_evidence: Logarithm of the mean of the smoothed weights in nats, log p(x); to be relied on as `reweight` is.
+        log_evidence: Logarithm of the mean of the smoothed weights in nats, log p(x); as reliable as `reweight`.
         log_evidence_se: Standard error of `log_evidence` in nats.
-        misplaced: Total variation distance from the posterior, as far as draws of the guide reach: the share of
-            probability that is in the wrong place. No classifier tells the guide's draws from the posterior's with
-            an accuracy above (1 + misplaced) / 2.
+        misplaced: Total variation distance from the posterior, as far as the guide's draws reach: the fraction of
+            probability that is in the wrong place. No classifier distinguishes the guide's draws from the posterior's
+            with an accuracy above (1 + misplaced) / 2.
         missed: Modes outside of the guide's draws, the largest first, each with `values` of the sites, `log_joint` and
-            its `share` of the posterior; where there are none, what lies around the draws, with `is_mode` false.
-        unsearched: Why such modes were not looked for, as a clause; "" if they were.
+            its `share` of the posterior. If there are none, what lies around the draws, with `is_mode` false.
+        unsearched: Why such modes were not searched for, as a clause; "" if they were.
         k_hat_se: Standard error of `k_hat`.
-        grade: The conclusion, in one word: "good", "usable", "poor", "worthless", or "none" without a verdict.
-        verdict: The conclusion, in one sentence.
+        grade: The conclusion in one word: "good", "usable", "poor", "worthless", or "none" without a verdict.
+        verdict: The conclusion in one sentence.
     """
 
     k_hat: float = math.nan
@@ -85,7 +85,7 @@ class Diagnosis:
 
     @property
     def k_hat_se(self) -> float:
-        """Standard error of k-hat, that of the shape of a generalised Pareto distribution by maximum likelihood."""
+        """Standard error of k-hat, as for the shape of a generalised Pareto distribution at maximum likelihood."""
         if not math.isfinite(self.k_hat):
             return 0.0 if self.k_hat == -math.inf else self.k_hat
         scored = max(1, self.num_samples - self.unscored)
@@ -168,7 +168,7 @@ class Diagnosis:
 
     @property
     def _most_misplaced(self) -> float:
-        """The share of misplaced probability; if that is not there, its upper bound by the effective sample size."""
+        """The fraction of misplaced probability or, if unknown, its upper bound from the effective sample size."""
         if not math.isnan(self.misplaced):
             return self.misplaced
         return min(1.0, 0.5 * math.sqrt(max(0.0, self.num_samples / self.ess - 1))) if self.ess else 1.0
@@ -179,7 +179,7 @@ class Diagnosis:
 
     @property
     def _are_even(self) -> bool:
-        """True if the weights hardly differ, so that the shape of their tail weighs nothing."""
+        """True if the weights hardly differ, so that the shape of their tail does not matter."""
         return self.ess > EVEN * self.num_samples
 
     @property
@@ -238,31 +238,32 @@ def _percent(share: float) -> str:
 def diagnose(model: Model, guide: Guide, *args: object, num_samples: int = 10_000, **kwargs: object) -> Diagnosis:
     r"""Diagnose a guide by the importance weights p(x, z) / q(z) of its draws.
 
-    Discrete sites of the model with `infer={"enumerate": "parallel"}` are summed out. Where its plates subsample, all
-    rows are scored, in runs over minibatches; where that is not possible, as with data that are a minibatch already,
-    there is no verdict, and `Diagnosis.reason` says why. Since weights are computed where the guide has mass, ascents
-    from dispersed points look for modes elsewhere, and the share of the posterior near these is estimated:
-    `Diagnosis.missed`. Not where the model is run draw by draw, or has more than 200 latent variables: a verdict says
-    so, and `Diagnosis.unsearched` why. Where float32 does not resolve the density at the draws, weights are computed
-    in float64.
+    Discrete sites of the model with `infer={"enumerate": "parallel"}` are summed out. If its plates subsample, all rows
+    are scored, in runs over minibatches; if that is not possible, for instance because the data are a minibatch
+    already, there is no verdict, and `Diagnosis.reason` says why. Weights are computed only where the guide has mass,
+    so ascents from dispersed points search for modes elsewhere and estimate their share of the posterior:
+    `Diagnosis.missed`. There is no search if the model is run draw by draw or has more than 200 latent variables; the
+    verdict says so, and `Diagnosis.unsearched` why. If float32 does not resolve the density at the draws, weights are
+    computed in float64.
 
     Args:
         model: A Pyro model.
         guide: Its guide: one of this package, of Pyro, or your own.
-        num_samples: Number of draws to weight; up to ten times as many, in one run of the model, for a k-hat that is
-            within two standard errors of 0.5 to 0.7.
+        num_samples: Number of draws to weight; up to ten times as many, in one run of the model, if k-hat is within two
+            standard errors of 0.5 to 0.7.
         *args, **kwargs: Arguments of model and guide.
 
     Returns:
         A `Diagnosis`.
 
-    Cost: `num_samples` draws of the guide and evaluations of the model on all rows, in batches where it allows them;
-        for the search of modes, up to 200 latent variables, about 5,000 evaluations more and some dozen gradients of
-        16 rows.
+    Cost: `num_samples` draws of the guide and evaluations of the model on all rows, in batches if the model allows
+        them.
+    The search for modes, with up to 200 latent variables, takes about 5,000 more evaluations and a few dozen gradients
+    of 16 rows.
 
     Raises:
-        TypeError: If the two are swapped, or the model does not take the arguments.
-        ValueError: If the guide leaves out a latent site of the model, or the model draws what no guide has.
+        TypeError: If model and guide are swapped, or the model does not accept the arguments.
+        ValueError: If the guide leaves out a latent site of the model, or the model draws a site that no guide has.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -305,10 +306,10 @@ def reweight(
     Cost: as `diagnose` with four times `num_samples`.
 
     Warns:
-        UserWarning: If k-hat is 0.7 or more and under 95 % of the draws are effective: weights cannot be relied on.
+        UserWarning: If k-hat is 0.7 or more and less than 95 % of the draws are effective: the weights are unreliable.
 
     Raises:
-        TypeError: If the two are swapped, or the model does not take the arguments.
+        TypeError: If model and guide are swapped, or the model does not accept the arguments.
         ValueError: If the guide leaves out a latent site, or the model can score none of its draws or not all rows.
 
     Example:
@@ -341,16 +342,16 @@ def to_arviz(model: Model, guide: Guide, *args: object, num_samples: int = 4_000
         num_samples: Number of draws, as one chain.
 
     Returns:
-        An `xarray.DataTree`, or an `arviz.InferenceData` before arviz 1: `posterior` holds the draws as they are;
-        `sample_stats` the smoothed log weights, as `log_weight`; attributes of `posterior` the diagnosis. And
-        `observed_data` holds the observed sites, `log_likelihood` the log-densities of their rows, for `arviz.loo` and
-        `arviz.compare`; the latter is left out where rows have none of their own, as discrete sites are summed out, and
-        where these would be more than 10^8 numbers.
+        An `xarray.DataTree`, or an `arviz.InferenceData` before arviz 1. `posterior` holds the unweighted draws, and
+        its attributes the diagnosis; `sample_stats` holds the smoothed log weights, as `log_weight`; `observed_data`
+        the observed sites; `log_likelihood` the log-densities of their rows, for `arviz.loo` and `arviz.compare`. The
+        latter is left out if rows have no separate densities, because discrete sites are summed out, or if there would
+        be more than 10^8 numbers.
 
     Cost: a run of the model for many draws, or one for each draw of a model that does not broadcast.
 
     Raises:
-        TypeError: If the two are swapped, or the model does not take the arguments.
+        TypeError: If model and guide are swapped, or the model does not accept the arguments.
         ValueError: If the guide leaves out a latent site, or the model cannot score all rows.
         ModuleNotFoundError: Without the `all` extra.
 
@@ -379,13 +380,13 @@ def to_arviz(model: Model, guide: Guide, *args: object, num_samples: int = 4_000
         groups["observed_data"] = data
     attributes = {name: getattr(diagnosis, name) for name in ("k_hat", "elbo", "log_evidence", "verdict")}
     library = _arviz()
-    if "InferenceData" in vars(library):  # before arviz 1, which warns of being asked
+    if "InferenceData" in vars(library):  # before arviz 1, which warns about the lookup
         return library.from_dict(**groups, posterior_attrs=attributes)
     return library.from_dict(groups, attrs={"posterior": attributes})
 
 
 def _arviz() -> ModuleType:
-    """Import arviz lazily: it prints a notice, and two processes that import it at once can collide."""
+    """Import arviz lazily: it prints a notice, and two processes that import it at the same time can collide."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         for _ in range(2):
@@ -421,11 +422,11 @@ def _diagnosed_draws(pair: Pair, num_samples: int) -> _DiagnosedDraws:
 
 
 def _diagnosis(raw: Tensor, smooth: Tensor, k_hat: float) -> Diagnosis:
-    """Summarise log weights, with the normalised smoothed ones and the shape of their tail."""
+    """Summarise log weights, given the normalised smoothed ones and the shape of their tail."""
     count, scored = len(raw), raw[raw.isfinite()]
     squares = float((2 * smooth).exp().sum())
     ess = 1 / squares if squares else 0.0
-    # The smallest weight is no part of the tail: smoothing has changed it by the normalisation alone.
+    # The smallest weight is not in the tail, so smoothing has changed it only by the normalisation.
     lowest = int(torch.where(smooth.isfinite(), raw, torch.inf).argmin())
     return Diagnosis(
         k_hat=k_hat,

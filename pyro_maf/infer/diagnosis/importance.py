@@ -37,29 +37,29 @@ from pyro_maf.infer.models.plates import PartialRowsError, nesting_of
 __all__ = ["NoVerdictError", "Pair", "Search", "Weighted"]
 
 ROUNDING = 32
-"""Spread by rounding of ten thousand sums, in units in the last place of the log joint density."""
+"""Spread of ten thousand sums due to rounding, in units in the last place of the log joint density."""
 ROUNDED, LOOKED_AT = 0.1, 512
 """Rounding error of a log joint density, in nats, from which on weights are computed in float64, and the number of
-draws at which it is looked for."""
+draws at which it is measured."""
 Score = Callable[[dict[str, Tensor]], Tensor]
 """Log joint density of draws by site, (draws,)."""
 TRIES = 10
-"""Number of draws of a guide that a model is tried with."""
+"""Number of draws of a guide at which a model is tried."""
 MOST_NUMBERS = 4_000_000
 """Maximum number of log-probabilities of single sites and rows in memory."""
 CIRCULAR = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
-"""Distributions of angles: their densities repeat every 2 pi, over all real numbers."""
+"""Distributions of angles, whose densities repeat every 2 pi, over all real numbers."""
 
 
 class NoVerdictError(RefusalError):
-    """Raised where a guide cannot be diagnosed.
+    """Raised if a guide cannot be diagnosed.
 
     Attributes:
-        reason: Why, as a clause.
+        reason: The reason, as a clause.
     """
 
     def __init__(self, who: str, reason: str = "") -> None:
-        # Pyro adds a table to an error raised within a trace by another of its class, with the whole text.
+        # Pyro re-raises an error from a trace as a new one of the same class, with a table and the whole text.
         super().__init__(f"{who} cannot score the model as a whole: {reason}." if reason else who)
         self.reason = reason
 
@@ -69,8 +69,8 @@ class Weighted(NamedTuple):
 
     Attributes:
         values: The value of each latent site, (draws, \*site).
-        log_weights: (draws,); minus infinity where the model could not score a draw.
-        rounding: Bound on their rounding error.
+        log_weights: (draws,); minus infinity for draws that the model could not score.
+        rounding: Upper bound of their rounding error.
     """
 
     values: dict[str, Tensor]
@@ -79,7 +79,7 @@ class Weighted(NamedTuple):
 
 
 class Search(NamedTuple):
-    """Regions that a guide has missed, or why these were not looked for, as a clause; "" if they were."""
+    """Regions that a guide has missed, or why they were not searched for, as a clause; "" if they were."""
 
     regions: tuple[Region, ...]
     obstacle: str
@@ -89,25 +89,25 @@ class Pair:
     """A model and its guide, and the layout of their runs, from trial runs.
 
     Args:
-        who: The function that needs them, for errors.
+        who: The caller, for error messages.
         call: The model with its arguments.
         guide: Its guide.
 
     Attributes:
         joint: Log joint density of the model as a function of the guide's sites.
-        traces: A trace of the guide, and one of the model with its values.
+        traces: A trace of the guide, and one of the model with the same values.
         nesting: Number of plate dimensions of both, counted from the right.
-        numbers: Number of log-probabilities of a draw in a run.
+        numbers: Number of log-probabilities of a draw in one run.
 
     Raises:
-        ValueError: If the guide leaves out a latent site of the model, or the model draws what no guide has.
+        ValueError: If the guide leaves out a latent site of the model, or the model draws a site that no guide has.
     """
 
     @torch.no_grad()
     def __init__(self, who: str, call: Call, guide: Guide) -> None:
         self._who, self._call, self._guide = who, call, guide
         failure: Exception | None = None
-        for _ in range(TRIES):  # as the model may raise for some draws, of which the first may be one
+        for _ in range(TRIES):  # the model may raise for some draws, perhaps the first
             try:
                 self._lay_out()
             except RefusalError:
@@ -120,10 +120,10 @@ class Pair:
         raise cast("Exception", failure)
 
     def complete_joint(self) -> LogJoint:
-        """Return the log joint density, of all rows of the model.
+        """Return the log joint density of all rows of the model.
 
         Raises:
-            NoVerdictError: If not all rows can be scored, or if the guide scores entries that are masked in the model.
+            NoVerdictError: If not all rows can be scored, or if the guide scores entries that the model masks.
         """
         if self._obstacle:
             raise NoVerdictError(self._who, self._obstacle)
@@ -134,7 +134,7 @@ class Pair:
         """Draw from the guide and weight the draws.
 
         Raises:
-            NoVerdictError: As `complete_joint`, and if draws of an angle take more than one turn.
+            NoVerdictError: As `complete_joint`, and if draws of an angle span more than one turn.
         """
         joint, who = self.complete_joint(), self._who
         most = max(1, MOST_NUMBERS // self.numbers)
@@ -158,7 +158,7 @@ class Pair:
         return {name: site["value"] for name, site in data_sites(self.traces[1]).items()}
 
     def log_likelihood(self, weighted: Weighted) -> dict[str, Tensor]:
-        r"""As `LogJoint.log_likelihood`, of draws (draws, \*site)."""
+        r"""As `LogJoint.log_likelihood`, for draws (draws, \*site)."""
         values = {}
         for name, value in weighted.values.items():
             place = value.dim() - self._sites[name]["fn"].event_dim
@@ -168,7 +168,7 @@ class Pair:
 
     @property
     def most_at_once(self) -> int:
-        """Number of draws that one run of the model weights; 0 if it has to be run several times."""
+        """Number of draws that one run of the model can weight; 0 if it has to be run several times."""
         return MOST_NUMBERS // self.numbers if self.joint.is_vectorised and self.joint.runs == 1 else 0
 
     def unscored_sites(self) -> list[str]:
@@ -178,9 +178,9 @@ class Pair:
         return [name for name, site in sample_sites(trace).items() if not site["log_prob"].isfinite().all()]
 
     def modes(self, weighted: Weighted, log_evidence: float) -> Search:
-        """Look for modes outside of the draws of the guide, with a share of the posterior that it lacks.
+        """Search for modes outside of the guide's draws, with a share of the posterior that the guide lacks.
 
-        Not for models that have to be run for each draw, latent variables of the rows of a plate, and angles.
+        Not for models that have to be run for each draw, latent variables of the rows of a plate, or angles.
 
         Raises:
             NoVerdictError: If the posterior seems to be improper.
@@ -213,7 +213,7 @@ class Pair:
             return Search((), "the model does not score all rows at once")
 
     def _latents(self) -> Latents | None:
-        """The layout of the sites as one vector; None if they cannot be laid out, or are those of rows."""
+        """The layout of the sites as one vector; None if that is impossible, or they belong to rows."""
         if isinstance(self._guide, AutoFlow):
             latents = self._guide.latents
             return None if latents.rows or self._all_rows else latents
@@ -227,12 +227,12 @@ class Pair:
     def _prior_starts(self, latents: Latents) -> Tensor:
         try:
             draws, _ = latents.pack(self.joint.prior_draws(POOL))
-        except (*FAILURES, NotImplementedError):  # such as of an improper prior
+        except (*FAILURES, NotImplementedError):  # for instance for an improper prior
             return latents.initial()[None]
         return draws[draws.isfinite().all(1)]
 
     def _lay_out(self) -> None:
-        """Run both, and compare their sites."""
+        """Run model and guide, and compare their sites."""
         who, call, guide = self._who, self._call, self._guide
         guide_trace = call.of(guide).trace()
         example = call.replayed(guide_trace)
@@ -256,7 +256,7 @@ class Pair:
         self.numbers = max(values, self.joint.numbers)
 
     def _check_masks(self, latents: Mapping[str, Site], guide_trace: Trace, draws: dict[str, Tensor]) -> None:
-        """Look for entries that a mask excludes from the model, and the guide scores: its bound has no upper limit."""
+        """Find entries that the guide scores but the model masks: the evidence lower bound has no upper limit."""
         if isinstance(self._guide, AutoFlow):
             if not self._guide.latents.has_masks_of(latents):
                 raise RefusalError(
@@ -296,7 +296,7 @@ class Pair:
 
 
 def _resolving(joint: LogJoint, values: dict[str, Tensor]) -> tuple[Score, dict[str, Tensor]]:
-    """Return a log joint density and numbers for it, in float64 where float32 does not resolve it at some draws."""
+    """Return a log joint density and values for it, in float64 if float32 does not resolve it at some draws."""
     if next(iter(values.values())).dtype == torch.float64 or not joint.is_vectorised or joint.runs > 1:
         return joint, values
     double = promoted(joint)
@@ -310,7 +310,7 @@ def _resolving(joint: LogJoint, values: dict[str, Tensor]) -> tuple[Score, dict[
 
 
 def _check_shapes(who: str, call: Call, guide: Guide) -> None:
-    """Raise for a guide whose sites have other shapes than the model's, as of data with more rows."""
+    """Raise for a guide whose sites differ in shape from the model's, for instance because the data have more rows."""
     try:
         drawn, alone = latent_sites(call.of(guide).trace()), latent_sites(call.trace())
     except FAILURES:
@@ -328,8 +328,8 @@ def _shared_sites(who: str, guide_trace: Trace, model_trace: Trace) -> dict[str,
     """Return the latent sites of the model that its guide has.
 
     Raises:
-        ValueError: If the guide lacks one that is not enumerated, or draws a site that the model does not: no density
-            in the model would match it.
+        ValueError: If the guide lacks one that is not enumerated, or draws a site that the model does not, to which no
+            density in the model would correspond.
     """
     latents, drawn = latent_sites(model_trace), latent_sites(guide_trace)
     missing = [name for name in latents if name not in guide_trace and not is_enumerated(latents[name])]
@@ -349,17 +349,17 @@ def _shared_sites(who: str, guide_trace: Trace, model_trace: Trace) -> dict[str,
 
 
 def _is_angle(fn: Distribution) -> bool:
-    """True if a distribution is of angles, though its declared support is the real numbers."""
+    """Return whether a distribution is over angles, although its declared support is the real numbers."""
     return any(isinstance(layer, CIRCULAR) for layer in layers_of(fn))
 
 
 def _takes_turns(angles: Tensor) -> bool:
-    r"""True if draws of angles, (draws, \*site), span more than a turn: each further turn raises the bound."""
+    r"""Return whether draws of angles, (draws, \*site), span more than a turn: each further turn raises the bound."""
     return bool((angles.amax(0) - angles.amin(0) > 2 * math.pi).any())
 
 
 def _check_draws(who: str, joint: LogJoint) -> None:
-    """Raise for a model that draws random numbers outside of its sites: its density differs from run to run."""
+    """Raise for a model that draws random numbers outside of its sites, so that its density differs from run to run."""
     if joint.hidden:
         raise RefusalError(
             f"{who} expected a model that draws no site but those of its guide, got draws of the hidden site "

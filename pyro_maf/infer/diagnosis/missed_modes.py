@@ -1,8 +1,8 @@
-"""Modes of a posterior that a guide has missed: importance weights, taken where the guide has mass, cannot tell.
+"""Modes of a posterior that a guide has missed, which importance weights, taken where the guide has mass, cannot show.
 
-Ascents from dispersed points end at modes. Around those that lie outside the draws of the guide, the probability of a
-region is estimated from draws of a normal, and compared with the fraction of the guide's draws in it. Where there are
-none, draws of wide normals around those of the guide tell if it is the peak of something much broader.
+Ascents from dispersed points end at modes. Around those that lie outside the guide's draws, the probability of a region
+is estimated from draws of a normal, and compared with the fraction of the guide's draws in it. If there are none, draws
+of wide normals around the guide's show whether it is the peak of something much broader.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pyro_maf.infer.start.normal import Normal, truncated
 __all__ = ["POOL", "Region", "missed_modes", "why_no_search"]
 
 POOL = 256
-"""Number of points of either kind that starting points are of: draws of the prior, uniform ones in real numbers."""
+"""Number of candidate starting points of each kind: draws of the prior, and points uniform in unconstrained space."""
 STARTS = 4
-"""Number of starting points of either kind that are taken without a look; twice as many are chosen by their density."""
+"""Number of starting points of each kind that are taken unconditionally; twice as many are chosen by their density."""
 REACH = 2.0
 """Bound of the uniform starting points, as in Stan."""
 ITERATIONS = 10
@@ -34,13 +34,13 @@ EXAMINED = 3
 """Maximum number of ends whose surroundings are examined."""
 DRAWS = 512
 RADII = 3.0
-"""Radius of a region: the squared distance is at most so many standard deviations above that of a normal's draws."""
+"""Radius of a region: its squared value is this many standard deviations above the mean for draws of a normal."""
 LEAST = 0.05
-"""Least share of the posterior that counts as missed."""
+"""Minimum share of the posterior that counts as missed."""
 SCALES = (3.0, 10.0, 30.0, 100.0)
-"""Scales, in those of the guide's draws, at which there is a search around them."""
+"""Scales, relative to the guide's draws, at which their surroundings are searched."""
 LEAST_EFFECTIVE = 20
-"""Minimum effective number of draws around the guide's."""
+"""Minimum effective number of draws in these surroundings."""
 NEIGHBOURS = 10
 """An end is outside of the draws if its tenth nearest draw is farther away than that of nearly all draws."""
 COMPARED, NEARLY_ALL = 256, 0.99
@@ -52,7 +52,7 @@ class Region(NamedTuple):
     Attributes:
         values: The value of each latent site at the mode, or at the most probable of some points there, (\*site).
         log_joint: Log joint density in unconstrained coordinates there, in nats.
-        share: Its share of the posterior, without what the guide has there.
+        share: Its share of the posterior, minus the guide's share there.
         is_mode: Whether there is a mode; if not, the guide is too narrow.
     """
 
@@ -65,17 +65,17 @@ class Region(NamedTuple):
 def missed_modes(
     score: Score, draws: Tensor, log_evidence: float, starts: Tensor, sites: Callable[[Tensor], dict[str, Tensor]]
 ) -> list[Region]:
-    """Return modes with a share of the posterior that a guide lacks, the largest first; or what it lacks around them.
+    """Return modes with a share of the posterior that a guide lacks, the largest first, or the share around its draws.
 
     Args:
         score: Log joint density of latent vectors in nats, differentiable, for many rows at once.
         draws: Draws of the guide, (rows, D).
-        log_evidence: Log evidence in nats by the weights of these draws.
+        log_evidence: Log-evidence in nats, from the weights of these draws.
         starts: Draws of the prior, (starts, D); ascents start from some of them, and from uniform points.
-        sites: The values of the latent sites at a latent vector, (D,).
+        sites: Maps a latent vector, (D,), to the values of the latent sites.
 
-    Cost: 512 evaluations; some dozen gradients and line searches for 16 starts in one batch; for up to three ends
-        outside of the draws, the search for a normal as of a guide's start, and if there are none 2,048 evaluations
+    Cost: 512 evaluations; a few dozen gradients and line searches for 16 starts in one batch; for up to three ends
+        outside of the draws, the search for a normal as in a guide's set-up; and if there are none, 2,048 evaluations
         around the draws.
     """
     spread = _Spread(draws)
@@ -85,7 +85,7 @@ def missed_modes(
     for index in spread.outside(ends, values):
         normal = best_normal(score, ends[index])
         if any(_fraction(normal.loc[None], other) for other, _ in found):
-            continue  # an ascent to a mode that has been seen, which had not yet converged
+            continue  # an ascent to a mode already seen that had not yet converged
         log_mass = _log_mass(score, normal)
         combined = float(torch.logaddexp(torch.tensor(total), torch.tensor(log_mass)))
         if math.exp(log_mass - combined) - _fraction(draws, normal) > LEAST:
@@ -102,7 +102,7 @@ def missed_modes(
 
 
 def why_no_search(draws: Tensor) -> str:
-    """Say why no modes are looked for around draws of a guide, (rows, D), as a clause; "" where they are."""
+    """Reason why no modes are searched for around draws of a guide, (rows, D), as a clause; "" if they are."""
     size = draws.shape[1]
     if size > MOST_DIMENSIONS:
         return f"there are more than {MOST_DIMENSIONS} latent variables"
@@ -113,7 +113,7 @@ def why_no_search(draws: Tensor) -> str:
 def _around(
     score: Score, spread: _Spread, log_evidence: float, sites: Callable[[Tensor], dict[str, Tensor]]
 ) -> list[Region]:
-    """Return the place of what a guide lacks around its draws, where it is too narrow by far, if there is any."""
+    """Return the region that a guide lacks around its draws, if it is far too narrow."""
     best: list[Region] = []
     for scale in SCALES:
         normal = Normal(spread.normal.loc, scale * spread.normal.scale_tril)
@@ -132,9 +132,9 @@ def _around(
 
 @torch.no_grad()
 def _starting_points(score: Score, spread: _Spread, prior: Tensor) -> Tensor:
-    """Return some points of either kind, and those that are most probable beside a normal of the guide's moments.
+    """Return some points of each kind, and those that are most probable relative to a normal with the guide's moments.
 
-    A sharp mode attracts ascents from a small region alone, which many points find, and a few would miss.
+    A sharp mode attracts ascents only from a small region, which many points find and a few would miss.
     """
     with seeded(2, prior.device):
         uniform = REACH * (2 * torch.rand(POOL, prior.shape[1]) - 1).to(prior)
@@ -145,7 +145,7 @@ def _starting_points(score: Score, spread: _Spread, prior: Tensor) -> Tensor:
 
 
 class _Spread:
-    """Region of the draws of a guide, in units in which they have the covariance of a standard normal.
+    """Region of the draws of a guide, in units in which their covariance is the identity.
 
     Attributes:
         normal: The normal with the mean and covariance of the draws.
@@ -164,7 +164,7 @@ class _Spread:
         self._usual = float(distances.quantile(NEARLY_ALL))
 
     def outside(self, ends: Tensor, values: Tensor) -> list[int]:
-        """Return the indices of ends outside of the draws and apart from each other, of the highest values."""
+        """Return the indices of ends outside of the draws and apart from each other, those with the highest values."""
         scaled = self.scaled(ends)
         far = self.is_outside(ends)
         chosen: list[int] = []
@@ -175,17 +175,17 @@ class _Spread:
         return chosen
 
     def is_outside(self, points: Tensor) -> Tensor:
-        """Test if points, (points, D), are farther from the draws than these are from each other; boolean."""
+        """Test whether points, (points, D), are farther from the draws than these are from each other; boolean."""
         return self._to_draws(self.scaled(points), 0) > self._usual
 
     def scaled(self, points: Tensor) -> Tensor:
-        """Return points, (points, D), in units of the draws, around their mean, in float64."""
+        """Convert points, (points, D), to units of the draws, around their mean, in float64."""
         return self._precise.noise_of(points.double())
 
     def _to_draws(self, points: Tensor, itself: int) -> Tensor:
-        """Distance of each point to its tenth nearest draw, without itself."""
+        """Distance of each point to its tenth nearest draw, except itself."""
         nearest = torch.cdist(points, self._draws).topk(NEIGHBOURS + itself, 1, largest=False)
-        return nearest.values[:, -1]  # an eighth of the time of `kthvalue`
+        return nearest.values[:, -1]  # takes an eighth of the time of `kthvalue`
 
 
 def _ends(score: Score, spread: _Spread, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,6 +222,6 @@ def _fraction(draws: Tensor, normal: Normal) -> float:
 
 
 def _is_within(noise: Tensor) -> Tensor:
-    """Test if points are in the region around a normal's mode, by their noise, (points, D); boolean."""
+    """Test whether points are in the region around a normal's mode, by their noise, (points, D); boolean."""
     size = noise.shape[1]
     return noise.square().sum(1) <= size + RADII * math.sqrt(2 * size)

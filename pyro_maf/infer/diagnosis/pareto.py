@@ -1,4 +1,4 @@
-"""Pareto-smoothed importance sampling: the shape of the tail of importance weights, and weights smoothed by it."""
+"""Pareto-smoothed importance sampling: the tail shape of importance weights, and weights smoothed with it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from pyro_maf.infer.start.normal import truncated
 __all__ = ["fit_pareto", "smoothed_log_weights"]
 
 LEAST, LEAST_TAIL = 10, 5
-"""Minimum number of weights, and of those in their tail."""
+"""Minimum number of weights, and of weights in their tail."""
 EQUAL, NEGLIGIBLE = 1e-10, 0.1
-"""Spread of log weights, in nats, below which they are equal, and at which 99.7 % of the draws are effective: larger
-ones never count as rounding."""
+"""Spread of log weights, in nats, below which they are equal, and above which it never counts as rounding; at the
+latter 99.7 % of the draws are effective."""
 GRID = 30
 SPREAD = 3.0
 """Spread of the grid, in quartiles of the tail."""
 PRIOR_SHAPE, PRIOR_SIZE = 0.5, 10
-"""Shape that a tail is shrunk to, and the number of its draws that this counts as."""
+"""Shape towards which a tail is shrunk, and the number of draws that this counts as."""
 
 
 def fit_pareto(excesses: Tensor) -> tuple[float, float]:
     r"""Fit a generalised Pareto distribution to excesses over a threshold, (n,) in ascending order.
 
-    Zhang and Stephens' estimate: with theta = -k / sigma the likelihood has a profile in one dimension, whose mean over
-    a grid is taken by its weights. The shape is shrunk towards 0.5 as by ten further draws.
+    Zhang and Stephens' estimate: with theta = -k / sigma, the likelihood has a one-dimensional profile, over which
+    theta is averaged on a grid. The shape is shrunk towards 0.5, as by ten more draws.
 
     Returns:
         Shape k and scale sigma.
@@ -57,19 +57,21 @@ def fit_pareto(excesses: Tensor) -> tuple[float, float]:
 
 
 def smoothed_log_weights(log_weights: Tensor, rounding: float = 0.0) -> tuple[Tensor, float]:
-    r"""Replace the largest of n log weights by quantiles of a Pareto distribution; normalise.
+    r"""Replace the largest of n log weights by quantiles of a Pareto distribution, and normalise.
 
-    The tail is the largest 3 \sqrt n of them, at most a fifth. Importance weights have a mean, the evidence, as a tail
-    of shape 1 and more has not: of that shape it is no tail that goes on, but a step at the end of even weights, as of
-    a guide wider than the posterior that lacks its far tails. Those weights are truncated at \sqrt n times their mean.
+    The tail consists of the largest 3 \sqrt n weights, at most a fifth of them. Importance weights have a mean, the
+    evidence, which a tail with shape 1 or more does not. An estimate of such a shape is not a tail that continues but a
+    step at the end of even weights, as for a guide wider than the posterior that lacks its far tails. In that case the
+    weights are truncated at \sqrt n times their mean.
 
     Args:
         log_weights: (n,); those that are not finite are left out.
-        rounding: Bound on their rounding error, in nats: if they differ by less, and by less than 0.1, they are equal.
+        rounding: Upper bound of their rounding error, in nats: if they differ by less, and by less than 0.1, they are
+            equal.
 
     Returns:
-        The logarithms of weights that sum to one, in float64, minus infinity for those left out, or for all if fewer
-        than ten are left. And k-hat: minus infinity for equal weights, infinity where a tail has fewer than five draws.
+        The logarithms of weights that sum to one, in float64; minus infinity for those left out, or for all if fewer
+        than ten are left. And k-hat: minus infinity for equal weights, infinity for a tail with fewer than five draws.
 
     Example:
         >>> smooth, shape = smoothed_log_weights(torch.zeros(50))

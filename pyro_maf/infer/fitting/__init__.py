@@ -1,1 +1,1 @@
-"""Fit of a guide: its steps, learning rate and end."""
+"""Fitting a guide: its steps, learning rate and stopping."""

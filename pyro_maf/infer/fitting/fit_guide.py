@@ -49,7 +49,7 @@ ADVICE = (
     "Draws come first: index and reduce from the right, such as (X * w).sum(-1) or w[..., 0].",
     "Compute with tensors, as by torch.where, rather than read values of latent variables by if, float or .item().",
 )
-"""What to do about a model that is run for each draw, if under `vmap` it can be run for all, and if it cannot."""
+"""Advice about a model that has to be run for each draw: if `vmap` could run it for all draws, and if not."""
 INTERRUPTED = "interrupted"
 MOST_FAILURES = 50
 FAILURES_TO_RETREAT = 10
@@ -57,13 +57,13 @@ CLIP = 4.0
 AVERAGED_STEPS = 100
 RECENT = 100
 FEW_PARTICLES, MOST_PARTICLES, NUMBERS = 32, 128, 2**16
-"""Limits of the number of particles by default, and of their log-probabilities: those of more take noticeable time."""
+"""Limits of the default number of particles, and of their log-probabilities; more would take noticeable time."""
 ALONE = 4
 """Number of particles if the model has to be run for each."""
 DIAGNOSED, MOST_DIAGNOSED = 10_000, 1_000_000_000
-"""Number of draws of the diagnosis, and its maximum number of log-probabilities if a thousand draws take fewer."""
+"""Number of draws in the diagnosis, and its maximum number of log-probabilities if a thousand draws have fewer."""
 DIAGNOSED_BY_STEP, LEAST_DIAGNOSED = 2, 200
-"""Draws of the diagnosis by step, and their minimum, if the model has to be run for each draw."""
+"""Draws in the diagnosis per step, and their minimum, if the model has to be run for each draw."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,9 +76,9 @@ class GuideFit(Generic[AnyGuide]):
         diagnosis: Diagnosis of the returned guide.
         seconds: Duration of the fit.
         stop_reason: Reason for stopping, in words.
-        skipped_steps: Number of steps left out because the model raised, or loss or gradient were not finite.
+        skipped_steps: Number of steps skipped because the model raised, or loss or gradient were not finite.
         retreats: Number of times that the fit returned to its best weights, with half the learning rate.
-        run_alone: Why the model had to be run for each draw, and the site at which that shows; "" otherwise.
+        run_alone: Why the model had to be run for each draw, and the site that shows it; otherwise "".
     """
 
     guide: AnyGuide
@@ -114,7 +114,7 @@ class GuideFit(Generic[AnyGuide]):
         return f"ELBO {figures.elbo:.3f} +- {figures.elbo_se:.3f} nats, {draws}"
 
     def _verdict(self) -> str:
-        """The verdict, shortened to a line; `diagnosis` has all of it."""
+        """The verdict, shortened to a line; `diagnosis` has the full text."""
         verdict = self.diagnosis.verdict.rstrip(".")
         if self.diagnosis.reason or self.diagnosis.grade == "usable":  # how far, and what to do
             return verdict
@@ -134,48 +134,49 @@ def fit_guide(
 ) -> GuideFit[AnyGuide]:
     r"""Fit a guide, and the parameters of the model if it has any, until the evidence lower bound stops rising.
 
-    Adam on the path gradient, for guides of this package, or else on that of `Trace_ELBO`. The learning rate warms up,
-    is halved whenever the bound of a window of steps is no better than the best before, by more than its standard
-    error, and falls in any case over the last 30 % of `steps`. After five halvings the bound has converged. A window is
-    the last eighth of all steps, at least 100; if 99 % of its draws are effective the rate is halved too, and at 99.9 %
-    nothing is left to gain. Farther than 5 nats from the posterior, by the spread of the log weights, it is halved
-    where a window gains less than a twentieth of what is left. Where parameters of the model are fitted too, with which
-    the posterior moves, the bound alone decides. Gradients are clipped to four times their usual norm; draws that the
-    model cannot score are left out of a step, and steps where loss or gradient are not finite are skipped. After ten of
-    these in a row, and where the bound falls far below its best, the fit goes on from its best weights at half the
-    rate; after fifty it ends with them. The result has the weights averaged over the best window. Where the diagnosis
-    finds modes that a guide of this package lacks, it gets a component for each, and the fit goes on, unless the guide
-    has an `init_loc_fn`.
+    Adam uses the path gradient for guides of this package, and that of `Trace_ELBO` for others. The learning rate warms
+    up, is halved whenever the bound over a window of steps does not improve on the best before it by more than its
+    standard error, and falls in any case over the last 30 % of `steps`. After five halvings the bound has converged. A
+    window is the last eighth of all steps, at least 100. If 99 % of its draws are effective, the rate is halved too,
+    and at 99.9 % nothing is left to gain. If the guide is more than 5 nats from the posterior, judged by the spread of
+    the log weights, the rate is halved when a window gains less than a twentieth of the remainder. If parameters of the
+    model are fitted too, the posterior moves, and only the bound decides.
+
+    Gradients are clipped to four times their usual norm. Draws that the model cannot score are left out of a step, and
+    steps whose loss or gradient is not finite are skipped. After ten of these in a row, or if the bound falls far below
+    its best, the fit continues from its best weights at half the rate; after fifty it ends with them. The result has
+    the weights averaged over the best window. If the diagnosis finds modes that a guide of this package lacks, the
+    guide gets a component for each and the fit continues, unless the guide has an `init_loc_fn`.
 
     Args:
         model: A Pyro model.
         guide: Its guide: one of this package, of Pyro, or your own.
-        *args, **kwargs: Arguments of model and guide. For one that has the name of an option below, fit
+        *args, **kwargs: Arguments of model and guide. If an argument has the name of an option below, fit
             `functools.partial(model, steps=...)` with a guide of that.
         steps: Maximum number of steps.
-        num_particles: Draws in each step: by default 128, or fewer, at least 32, where they have more than 65,536
-            log-probabilities. All in one run if the model allows that, else at most four.
+        num_particles: Draws per step: by default 128, or fewer, at least 32, if they have more than 65,536
+            log-probabilities. All in one run if the model allows that, otherwise at most four.
         learning_rate: Maximum learning rate.
         progress: True shows a bar on a terminal or in a notebook, False never, "always" in any case.
 
     Returns:
-        A `GuideFit`. Ctrl-C ends it early, with the best so far; during the closing diagnosis, without a verdict.
+        A `GuideFit`. Ctrl-C ends it early, with the best result so far; during the final diagnosis, without a verdict.
 
     Cost:
-        A step is one run of guide and model, and one of their gradients; the diagnosis ten thousand draws, in batches.
-        Where the model has to be run for each draw, a step is up to four runs, setting up some 300, and the diagnosis
-        two for each step, at least 200.
+        A step is one run of guide and model, and one of their gradients; the diagnosis is ten thousand draws, in
+        batches. If the model has to be run for each draw, a step takes up to four runs, the set-up some 300, and the
+        diagnosis two per step, at least 200.
 
     Warns:
-        UserWarning: If the model has to be run for each draw: why, and the sites at which that shows. If the guide is
-            one of this package that was set up with other data: it is then set up anew.
+        UserWarning: If the model has to be run for each draw, with the reason and the sites that show it. If a guide of
+            this package was set up with other data, in which case it is set up again.
 
     Raises:
         ValueError: For options out of range, or a guide without parameters.
-        TypeError: For a guide's class in place of a guide, a model and guide that are swapped, or if the model does not
-            take the arguments.
+        TypeError: For a guide's class instead of a guide, if model and guide are swapped, or if the model does not
+            accept the arguments.
         Exception: The error of the model, if it raises one in each of the first fifty steps.
-        ArithmeticError: If loss or gradient are not finite in each of the first fifty.
+        ArithmeticError: If loss or gradient are not finite in each of the first fifty steps.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -239,7 +240,7 @@ def fit_guide(
 
 
 def _covers_missed(guide: Guide, diagnosis: Diagnosis, call: Call) -> bool:
-    """Have a guide of this package cover the modes that its diagnosis finds missing; return True if it does."""
+    """Add the modes that the diagnosis finds missing to a guide of this package; return True if any were added."""
     modes = [region.values for region in diagnosis.missed if region.is_mode]
     return isinstance(guide, AutoFlow) and guide.cover(modes, call)
 
@@ -281,7 +282,7 @@ class _Run:
         self._walk: Walk | None = None
         if walks:
             self._walk = Walk(call, cast("AutoFlow", guide), joint, self.num_particles, self._parameters)
-        # While the model's parameters move, so does the posterior: its draws may be effective far from the maximum.
+        # While the model's parameters move, so does the posterior: draws may be effective far from the maximum.
         of_guide = {id(each) for each in guide.parameters()} if isinstance(guide, AutoFlow) else set()
         self._weights_tell = of_guide.issuperset(map(id, self._parameters))
         self._optimizer = Adam(self._parameters)
@@ -389,14 +390,14 @@ class _Run:
             self._average.record_best()
 
     def _loss_and_gradients(self) -> Step:
-        """Set the gradients of a step; return its loss, and the log weights of its draws where they are known."""
+        """Set the gradients of a step; return its loss and, if known, the log weights of its draws."""
         if self._walk is not None:
             return self._walk.step()
         call = self._call
         return Step(float(self._objective.loss_and_grads(call.program, self._guide, *call.args, **call.kwargs)), None)
 
     def _skip(self, error: Exception | None) -> None:
-        """Skip a step that raised an error, or had no finite loss and gradient."""
+        """Skip a step that raised an error, or whose loss or gradient was not finite."""
         self.skipped += 1
         self._failures += 1
         if self._failures % FAILURES_TO_RETREAT == 0:
@@ -435,12 +436,12 @@ class _Run:
 
 @contextmanager
 def _without_idle_words() -> Iterator[None]:
-    """Context without empty tables of sites, and Pyro's warnings of infinite densities: those steps are counted."""
+    """Context manager without empty tables of sites, and without Pyro's warnings about infinite densities."""
     with without_empty_tables(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Encountered (NaN|[+-]?inf)", UserWarning)
         yield
 
 
 def _leaf(value: object) -> Tensor:
-    """Return the trained leaf of a parameter; with `module_local_params` Pyro states some without a constraint."""
+    """Return the trained leaf of a parameter; with `module_local_params` Pyro registers some without a constraint."""
     return cast("Tensor", value.unconstrained() if hasattr(value, "unconstrained") else value)

@@ -1,4 +1,4 @@
-"""Loss and gradients of a step of a guide's fit, in one walk over guide and model."""
+"""Loss and gradients for a step of a guide's fit, in one walk over guide and model."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ __all__ = ["Step", "Walk", "can_walk"]
 CHECKED = 100
 """Number of steps between two comparisons of the recorded log joint density with the model's."""
 FIRST = 3
-"""Number of first steps that are compared likewise."""
+"""Number of initial steps that are compared as well."""
 RECORDINGS = 3
-"""Maximum number of recordings: another if the model raised, and each time that its data have changed."""
+"""Maximum number of recordings; a new one is made if the model raised, or its data have changed."""
 
 
 class Step(NamedTuple):
@@ -44,7 +44,7 @@ class Step(NamedTuple):
 
 
 def can_walk(guide: Guide, joint: LogJoint) -> bool:
-    """True if a step of a guide can be a `Walk`: all draws and all rows are scored by one run of the model."""
+    """Return whether a step of a guide can be a `Walk`: one run of the model scores all draws and all rows."""
     return (
         isinstance(guide, AutoFlow)
         and not guide.is_amortised
@@ -59,22 +59,23 @@ def can_walk(guide: Guide, joint: LogJoint) -> bool:
 class Walk:
     r"""The evidence lower bound with its path gradient, without traces of guide and model.
 
-    The guide draws latent vectors v; the log joint density as a function of v, and its gradient, is recorded as a plain
-    sequence of torch's operations where it can be (`record`), which leaves out what Pyro does around them, and is that
-    of a run of the model where not. The recording is compared with runs of the model, at first and every 100 steps.
-    Loss and gradients are those of `TracePath_ELBO`.
+    The guide draws latent vectors v. The log joint density as a function of v, and its gradient, are recorded as a
+    plain sequence of torch operations if possible (`record`), which skips Pyro's overhead; otherwise the model is run.
+    The recording is compared with runs of the model, at first and every 100 steps. Loss and gradients are those of
+    `TracePath_ELBO`.
 
-    Where the model cannot score some draws, because it raises or its density is not a number or zero there, the others
-    are draws of the guide's part where it can. The loss is then the divergence of that part from the posterior, plus
-    the nats of its share. The path of a draw does not see the edge, so that the gradient is that of a score function:
-    the mean of (l - E[l] - 1) d log q over the part, with l = log q - log p, plus that of d log q over all draws.
+    If the model cannot score some draws, because it raises or its density is NaN or zero there, the others are draws of
+    the guide restricted to the region where it can. The loss is then the divergence of the restricted guide from the
+    posterior, plus minus the log of that region's probability. The path of a draw does not see the region's edge, so
+    the gradient is a score-function estimate: the mean of (l - E[l] - 1) d log q over the region, with l = log q - log
+    p, plus that of d log q over all draws.
 
     Args:
         call: The model with its arguments.
         guide: A guide of this package.
-        joint: Log joint density of its model, of `can_walk`.
-        draws: Number of draws in a step.
-        weights: The weights that are trained, of guide and model.
+        joint: Log joint density of its model, accepted by `can_walk`.
+        draws: Number of draws per step.
+        weights: The weights of guide and model that are trained.
     """
 
     def __init__(self, call: Call, guide: AutoFlow, joint: LogJoint, draws: int, weights: Sequence[Tensor]) -> None:
@@ -86,7 +87,7 @@ class Walk:
         self._steps = count()
 
     def step(self) -> Step:
-        """Set the gradients of the weights to those of a step's loss, and return it."""
+        """Set the gradients of the weights to those of a step's loss; return the step."""
         with torch.enable_grad():
             latent = self._guide.draw(self._draws, self._call)
             with frozen(self._weights):
@@ -110,7 +111,7 @@ class Walk:
         return Step(-float(log_weights.mean()), log_weights)
 
     def _resolved(self, latent: Tensor, derivatives: Derivatives, log_q: Tensor) -> Derivatives:
-        """Go on in float64 if rounding makes the weight of a draw far larger than others; if it still does, drop it."""
+        """Continue in float64 if rounding makes a weight far larger than others; if it still does, drop that draw."""
         log_weights = derivatives.values - log_q
         if not stand_out(log_weights):
             return derivatives
@@ -123,13 +124,13 @@ class Walk:
         return derivatives._replace(values=derivatives.values.where(resolved, -torch.inf))
 
     def _partial_step(self, latent: Tensor, values: Tensor) -> Step:
-        """Likewise by the draws that the model can score; the log weights of others are minus infinity."""
+        """A step with the draws that the model can score; the log weights of the others are minus infinity."""
         is_scored = values.isfinite()
         with torch.enable_grad():
             log_q = self._guide.log_density(latent, self._call)
             inside = log_q[is_scored]
             gaps = (inside - values[is_scored]).detach()
-            # The density moves with weights of the model, and of the guide's coordinates.
+            # The density depends on weights of the model and of the guide's coordinates.
             total = ((gaps - gaps.mean() - 1) * inside - self._log_joint(latent[is_scored])).mean() + log_q.mean()
             gradients = torch.autograd.grad(total, self._weights, allow_unused=True)
         for weight, gradient in zip(self._weights, gradients, strict=True):
@@ -149,7 +150,7 @@ class Walk:
         return score(latent) if self._wide is None else promoted(score)(widened(latent)).to(latent.dtype)
 
     def _derivatives(self, latent: Tensor) -> Derivatives:
-        """Log joint density, and its gradients."""
+        """Log joint density and its gradients."""
         step = next(self._steps)
         is_checked = step < FIRST or step % CHECKED == 0
         if self._recording is not None and not self._recording.is_current:
@@ -179,12 +180,12 @@ class Walk:
 
 
 def _in_part(values: Tensor) -> bool:
-    """True if some draws have a finite density, at least two, and some have not."""
+    """Return whether some draws, at least two, have a finite density and others do not."""
     return 2 <= int(values.isfinite().sum()) < len(values)
 
 
 def _agree(found: Derivatives, expected: Derivatives) -> bool:
-    """True if two values are equal up to rounding, gradients included."""
+    """Return whether two results are equal up to rounding, including gradients."""
     ours, theirs = ((*each[:2], *each.of_weights) for each in (found, expected))
     return all(map(_is_close, ours, theirs))
 

@@ -1,1 +1,1 @@
-"""Flows as guides of Pyro models: one, or a mixture of them, and what is saved of it."""
+"""Flows as guides of Pyro models: a single flow or a mixture, and saved guides."""

@@ -1,8 +1,8 @@
-"""Annealing: steps of optimizers over a guide's weights shorten as their number grows.
+"""Annealing: optimizer steps on a guide's weights shorten as their number grows.
 
-Steps of Adam are about a learning rate long however small the gradient is. The path gradient of a guide near the
-posterior is small; where the rate does not fall, the weights keep moving, and now and then away from the posterior.
-With a rate that falls as one over the square root of the number of steps they settle, and still get any distance.
+Adam's steps have about the length of the learning rate, however small the gradient. The path gradient of a guide near
+the posterior is small; at a constant rate, the weights keep moving, and occasionally away from the posterior. With a
+rate proportional to one over the square root of the number of steps they settle, and can still get any distance.
 
 Reference:
     Kingma & Ba, *Adam: A Method for Stochastic Optimization*, 2015, section 4.
@@ -20,16 +20,16 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 __all__ = ["anneal"]
 
 STEPS = 500
-"""Number of steps after which they are shorter by the square root of two: of the order of those that Adam averages."""
+"""Number of steps after which they are shorter by the square root of two, of the order of Adam's averaging window."""
 
 
 class _Annealed:
     """A weight whose steps shorten.
 
     Attributes:
-        weight: Weak reference to it.
-        taken: Number of its steps.
-        before: Its values before the step that is being taken.
+        weight: Weak reference to the weight.
+        taken: Number of steps so far.
+        before: Value before the current step.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -40,11 +40,11 @@ class _Annealed:
 
 
 _annealed: dict[int, _Annealed] = {}
-"""Annealed weights by their identity: a dictionary of torch's by weak references takes ten times as long."""
+"""Annealed weights by identity: torch's dictionary with weak references takes ten times as long."""
 
 
 def anneal(weights: Iterable[Tensor]) -> None:
-    """Have step n + 1 of any optimizer of torch or Pyro move each weight by 1 / sqrt(1 + n / 500) of what it would.
+    """Scale step n + 1 of any torch or Pyro optimizer on these weights by 1 / sqrt(1 + n / 500).
 
     Example:
         >>> weight = torch.ones(1, requires_grad=True)
@@ -53,7 +53,7 @@ def anneal(weights: Iterable[Tensor]) -> None:
         >>> for _ in range(2_000):
         ...     weight.grad = torch.ones(1)
         ...     optimizer.step()
-        >>> round(1 - weight.item(), 3)  # in place of 0.2
+        >>> round(1 - weight.item(), 3)  # instead of 0.2
         0.124
     """
     for weight in weights:
@@ -70,11 +70,11 @@ def _record(optimizer: Optimizer, *_: object) -> None:
 
 
 def _shorten(optimizer: Optimizer, *_: object) -> None:
-    """Go back by a part of the step that an optimizer has taken."""
+    """Undo part of the step that an optimizer has taken."""
     for group in optimizer.param_groups:
         for weight in group["params"]:
             if (annealed := _annealed.get(id(weight))) is not None:
-                # Uncounted as a change, of which the step is one.
+                # Not counted as a change, since the step itself is.
                 weight.data.lerp_(annealed.before, 1 - (1 + annealed.taken / STEPS) ** -0.5)
                 annealed.taken += 1
 

@@ -1,4 +1,4 @@
-r"""Flows as guides: `AutoMAF`, `AutoIAF` and `AutoRealNVP`, over all latent variables where Pyro expects a guide."""
+r"""Flows as guides: `AutoMAF`, `AutoIAF` and `AutoRealNVP`, over all latent variables of a Pyro model."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Modes(NamedTuple):
     """Modes of a posterior that matter.
 
     Attributes:
-        seen: Number of modes that ascents ended at, those of the set-up and of a fit, as far as they matter.
-        covered: Number of those that the guide has a component for, with a share above a thousandth.
+        seen: Number of modes that ascents ended at, in the set-up and in a fit, if they matter.
+        covered: Number of modes that the guide has a component for, with a share above a thousandth.
     """
 
     seen: int
@@ -48,13 +48,13 @@ class AutoFlow(GuideSetUp):
 
     @property
     def modes(self) -> Modes:
-        """How many modes of the posterior were seen, and how many of them the guide covers."""
+        """Numbers of posterior modes that were seen, and that the guide covers."""
         if (mixture := self._mixture) is None:
             return Modes(1 + self._missed_modes, 1)
         return Modes(len(mixture.components) + self._missed_modes, len(mixture.covered))
 
     def draw(self, count: int, call: Call) -> Tensor:
-        """Draw vectors, (count, D), with gradient, as the posterior does; without checks and caches."""
+        """Draw vectors, (count, D), with gradient, as `get_posterior` does but without checks and caches."""
         if (mixture := self._mixture) is not None:
             self._shares.count(mixture, call, self._density_of)
             return self._limited(mixture.draw(count))
@@ -64,7 +64,7 @@ class AutoFlow(GuideSetUp):
         return self._limited(latent)
 
     def log_density(self, latent: Tensor, call: Call) -> Tensor:
-        """Return the log-density of vectors, (count, D), in nats, (count,), likewise."""
+        """Log-density of vectors, (count, D), in nats, (count,), without checks and caches."""
         if (mixture := self._mixture) is not None:
             return mixture.log_density(latent)
         noise, log_det = self.get_transform(*call.args, **call.kwargs).inverse_and_log_det(latent)
@@ -73,17 +73,17 @@ class AutoFlow(GuideSetUp):
     def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Draw every latent site; return the values by name."""
         self._set_up_once(*args, **kwargs)
-        # With an encoder there may always be new data to learn from.
+        # With an encoder, there may always be new data to learn from.
         self._stored.register(self._who, self._stored_modules(), anneals=not self.is_amortised)
         self._create_plates(*args, **kwargs)
         latent = self.sample_latent(*args, **kwargs)
         return self._sites_at(latent, self.plates, *args, **kwargs)
 
     def sample_latent(self, *args: object, **kwargs: object) -> Tensor:
-        """Draw the unconstrained latent variables, as an auxiliary site of Pyro's."""
+        """Draw the unconstrained latent variables, as an auxiliary site."""
         if (mixture := self._mixture) is not None and self._plain_model is not None:
             self._shares.count(mixture, Call(self._plain_model[0], args, kwargs), self._density_of)
-        posterior = self._posterior(*args, **kwargs)  # the weights are already read, in a call
+        posterior = self._posterior(*args, **kwargs)  # in a call, the weights have been read already
         first = next(iter(self.latents.parts.values()))
         with in_plates(first, self.plates) if self.latents.rows else nullcontext():
             latent = pyro.sample(f"_{self.name}_latent", posterior, infer={"is_auxiliary": True})
@@ -92,19 +92,19 @@ class AutoFlow(GuideSetUp):
     def _limited(self, latent: Tensor) -> Tensor:
         """Limit the gradient of draws."""
         if latent.grad_fn is not None:
-            # On the operation: a hook on the tensor would bypass the cache, and the density would be computed again.
+            # On the operation: a hook on the tensor would bypass the cache, and the density would be recomputed.
             latent.grad_fn.register_prehook(partial(self._limit, latent.output_nr))
         return latent
 
     def weigh_modes(self, call: Call) -> None:
-        """Set the share of each mode by its evidence, once the guide is trained; nothing, for a guide with one."""
+        """Set the share of each mode from its evidence, once the guide is trained; a no-op for a single mode."""
         if (mixture := self._mixture) is not None:
             self._shares.settle(mixture, call, self._density_of)
 
     def cover(self, modes: Sequence[Mapping[str, Tensor]], call: Call) -> bool:
-        """Add a component for each mode near these values of the sites; return False if there is none, or no way to.
+        """Add a component for each mode near these values of the sites; return whether any was added.
 
-        There is none with an encoder, nor where the user has chosen where to start.
+        None is added with an encoder, or if the user has chosen where to start.
         """
         transform = self._map
         if self._start_is_chosen or self._init_scale is not None or isinstance(transform, ConditionalFlow):
@@ -131,18 +131,18 @@ class AutoFlow(GuideSetUp):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the guide to a file from which `pyro_maf.load` restores it, without model or data.
 
-        The file is safetensors and JSON: weights, names, supports and shapes of the sites, and their plates. Where the
-        guide is in coordinates by the model's prior, the file holds that as a list of torch's operations, with the
-        arguments of the set-up. Loading it runs no code. `torch.save` keeps a guide with an encoder too, and a
-        `state_dict` any, for a new guide of the same model.
+        The file is safetensors with JSON: weights, names, supports and shapes of the sites, and their plates. If the
+        guide's coordinates depend on the model's prior, the file holds the prior as a list of torch operations, with
+        the arguments of the set-up. Loading it runs no code. `torch.save` also works for a guide with an encoder, and a
+        `state_dict` for any guide, to be loaded into a new guide of the same model.
 
         Args:
-            path: A file, by convention with suffix .safetensors; one that exists is replaced once all is written.
+            path: A file, by convention with suffix .safetensors; an existing file is replaced once all is written.
 
         Raises:
             ValueError: If the guide is not set up.
-            TypeError: If it has an encoder, a site whose support is not one of Pyro's, or coordinates by a prior that
-                is no plain function of values, as one that branches on them.
+            TypeError: If it has an encoder, a site whose support is not one of Pyro's, or coordinates from a prior that
+                is not a plain function of values, for instance because it branches on them.
             FileNotFoundError: If the folder does not exist.
         """
         if self.prototype_trace is None:
@@ -163,7 +163,7 @@ class AutoFlow(GuideSetUp):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
-        # Pyro's method would remove the model from the original. What is fixed once set up is shared.
+        # Pyro's method would remove the model from the original. What is fixed after the set-up is shared.
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         copied = ("_modules", "_parameters", "_buffers", "training", "_pyro_context")
@@ -172,12 +172,12 @@ class AutoFlow(GuideSetUp):
         return twin
 
     def __getstate__(self) -> dict[str, object]:
-        # Without the model, as Pyro's guides are pickled, but leaving this one as it is; its data stay behind too.
+        # Without model and data, as Pyro's guides are pickled, but leaving this one unchanged.
         drop_weak_references(self)
         state = {**self.__dict__, "_model": None, "_plain_model": None, "_first_call": None, "master": None}
         state |= {"_stored": self._stored.of_a_copy(), "_shares": Shares(), "_limit": GradientLimit()}
         if self.prototype_trace is not None:
-            # Not used again once set up, and often functions that cannot be pickled.
+            # Not needed after the set-up, and often functions that cannot be pickled.
             state |= {"init_loc_fn": None, "plates": {}}
             state |= {"prototype_trace": bare_trace(self.prototype_trace), "latents": bare_latents(self.latents)}
         return state
@@ -187,26 +187,26 @@ class AutoIAF(AutoFlow):
     r"""Inverse autoregressive flow over all latent variables of a model, as a guide.
 
     With v the latent variables in unconstrained space as one vector, v = tails(loc + L (b + A flow(u))), u standard
-    normal. loc and L are fixed by the initialization: the normal of the largest evidence lower bound among many along
-    an ascent to the mode. b, the lower triangular A, the flow and the weights of the tails, as of
-    `pyro_maf.transforms.Tails` in units of that normal, are trained, and start as the identity; so a new guide is
-    that normal, and the family contains every full-rank normal, and Student's t of independent variables nearly. Beyond
-    200 latent variables, L and A are a diagonal, up to 300 directions and a chain along the vector, memory is linear in
-    their number, and tails stay as they are; so they do with `init_scale` or an encoder.
+    normal. loc and L are fixed by the initialization: the normal with the largest evidence lower bound among many along
+    an ascent to the mode. The trained parameters, b, the lower triangular A, the flow and the tail weights (see
+    `pyro_maf.transforms.Tails`, in units of that normal), start as the identity. So a new guide is that normal, and the
+    family contains every full-rank normal and, nearly, Student's t of independent variables. Beyond 200 latent
+    variables, L and A consist of a diagonal, up to 300 directions and a chain along the vector, memory is linear in
+    their number, and tails are not trained; nor are they with `init_scale` or an encoder.
 
-    There are ascents from the prior's median, from draws of the prior and from the cube (-2, 2) in unconstrained space.
-    If they end at several modes that each hold at least a thousandth of the probability, as label switching has them,
-    the guide is a mixture, with a flow for each of at most eight: q(v) = sum_k s_k q_k(v). Draws are stratified over
-    the modes, the density is exact, and the shares s_k are set by evidence, every hundred draws in training.
+    Ascents start from the prior's median, from draws of the prior and from the cube (-2, 2) in unconstrained space. If
+    they end at several modes that each hold at least a thousandth of the probability, as with label switching, the
+    guide is a mixture with a flow for each of at most eight modes: q(v) = sum_k s_k q_k(v). Draws are stratified over
+    the modes, the density is exact, and the shares s_k are set from the evidence, every hundred draws during training.
 
-    Where the prior of a site has a location or scale that depends on other latent variables, as in a hierarchy, v are
-    coordinates between centred and non-centred: with a degree of centring for each entry, the share of the data in its
-    precision. Sites that are normal given all others in these stay out of the flow, but for three entries. Models are
-    written centred, whatever their data.
+    If the prior of a site has a location or scale that depends on other latent variables, as in a hierarchy, v are
+    coordinates between centred and non-centred, with a degree of centring for each entry: the fraction of its precision
+    that is due to the data. Sites that are normal in these coordinates given all others are left out of the flow,
+    except for three entries. Models can thus be written centred, whatever their data.
 
-    Steps of optimizers shorten with their number: step n + 1 moves the weights by 1 / sqrt(1 + n / 500) of what the
-    optimizer would, so that a guide settles at a constant learning rate. With an encoder they stay whole, as there may
-    always be new data; `fit_guide` has a schedule of its own.
+    Optimizer steps shorten with their number: step n + 1 moves the weights by 1 / sqrt(1 + n / 500) of what the
+    optimizer would, so that a guide settles at a constant learning rate. With an encoder they are not shortened, since
+    there may always be new data; `fit_guide` has its own schedule.
 
     Args:
         model: A Pyro model.
@@ -214,30 +214,31 @@ class AutoIAF(AutoFlow):
         hidden_dims: Widths of each network's hidden layers, by default two of 64 to 512 units, depending on the number
             of latent variables.
         activation: A name from `pyro_maf.nn.ACTIVATIONS`.
-        init_loc_fn: Starting point of the ascent, site by site, as for other guides of Pyro; by default the prior's
-            median, or the middle of the support of an improper prior.
+        init_loc_fn: Starting point of the ascent, site by site, as for Pyro's guides; by default the prior's median, or
+            the middle of the support of an improper prior.
         init_scale: Start with this scale in every direction, at the point of `init_loc_fn`, without an ascent.
         encoder: Amortises the guide: a function or a module that maps the model's arguments to the context of a
-            conditional flow. A context of shape (features,) is for all latent variables together. One of shape
-            (\*rows, features) is for each row of a plate, which all latent variables are in; if batches differ in
-            size, `create_plates` has to create that plate.
-        create_plates: As in Pyro's guides: creates plates that subsample from the model's arguments. The guide has the
-            latent variables of all rows of these.
+            conditional flow. A context of shape (features,) is shared by all latent variables. One of shape (\*rows,
+            features) has a row for each row of a plate that contains all latent variables; if batches differ in size,
+            `create_plates` has to create that plate.
+        create_plates: As in Pyro's guides: creates subsampling plates from the model's arguments. The guide has the
+            latent variables of all rows of these plates.
 
     Attributes:
-        latent_dim: D, the number of unconstrained latent variables, or those of one row.
+        latent_dim: D, the number of unconstrained latent variables, or of those in one row.
         transform: The map from u to v, once set up.
-        coordinates: The map from v to the sites of a hierarchy, or None for a model without one.
+        coordinates: The map from v to the sites of a hierarchy, or None for other models.
 
     Cost:
-        Drawing, and scoring the draws, is one pass a layer, `log_prob` of other points one sweep; a step is both, for
-        the path gradient, which `Trace_ELBO` takes from the guide. Setting up takes some tens of Hessians of the model
-        and some thousand evaluations, in batches; of a model that has to be run for each draw, some 300 runs, and one
-        ascent. With K modes a draw costs as much as with one, and its density K times as much.
+        Drawing and scoring the draws is one pass per layer; `log_prob` of other points is one sweep per layer. A
+        training step takes both, for the path gradient, which `Trace_ELBO` gets from the guide. The set-up takes some
+        tens of Hessians of the model and some thousand evaluations, in batches; for a model that has to be run for each
+        draw, some 300 runs and a single ascent. With K modes, a draw costs the same as with one, and its density K
+        times as much.
 
     Raises:
-        ValueError: For a model without latent variables, with discrete ones, or with some in a plate that subsamples
-            and that neither `encoder` nor `create_plates` is for; for options out of range.
+        ValueError: For a model without latent variables, with discrete ones, or with some in a subsampling plate that
+            neither `encoder` nor `create_plates` covers; for options out of range.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -266,7 +267,7 @@ class AutoMAF(AutoFlow):
         model, num_layers, hidden_dims, activation, init_loc_fn, init_scale, encoder, create_plates: As in `AutoIAF`.
 
     Cost:
-        Drawing is one sweep a layer, `log_prob` one pass; a step is both, and their adjoints.
+        Drawing is one sweep per layer, `log_prob` one pass; a training step takes both, and their adjoints.
 
     Raises:
         ValueError: As in `AutoIAF`.
@@ -285,12 +286,12 @@ class AutoMAF(AutoFlow):
 
 
 class AutoRealNVP(AutoFlow):
-    r"""RealNVP over all latent variables of a model, as a guide. Six layers by default.
+    r"""RealNVP over all latent variables of a model, as a guide; six layers by default.
 
     Args:
         model, num_layers, hidden_dims, activation, init_loc_fn, init_scale, encoder, create_plates: As in `AutoIAF`.
 
-    Cost: one pass a layer for draws, and one for `log_prob` of any points; a step is both.
+    Cost: one pass per layer for draws, and one for `log_prob` of any points; a training step takes both.
 
     Raises:
         ValueError: As in `AutoIAF`.

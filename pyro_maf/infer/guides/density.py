@@ -31,14 +31,14 @@ Encoder = Callable[..., Tensor]
 LOG_TWO_PI = math.log(2 * math.pi)
 QUANTILE_DRAWS = 8192
 MOST_COLUMNS = 1024
-"""Maximum number of columns at a time: `torch.quantile` takes no more than 16 million numbers."""
+"""Maximum number of columns processed at a time, since `torch.quantile` accepts at most 16 million numbers."""
 
 Levels = float | Sequence[float] | Tensor
 """Levels of quantiles, in [0, 1]."""
 
 
 class GuideDensity(AutoContinuous):
-    """Draws and densities of a guide, by the map `transform` from noise to the vector that `latents` lays out."""
+    """Draws and densities of a guide, from its map `transform` from noise to the vector that `latents` describes."""
 
     latents: Latents
     _first_call: Call | None = None
@@ -48,13 +48,13 @@ class GuideDensity(AutoContinuous):
         return type(self).__name__
 
     def setup(self, *args: object, **kwargs: object) -> Self:
-        """Set the guide up if it is not, and load the weights of Pyro's store; return the guide."""
+        """Set the guide up if necessary, and load its weights from Pyro's store; return the guide."""
         raise NotImplementedError
 
     def _set_up_once(self, *args: object, **kwargs: object) -> None:
-        """Set the guide up if it is not; nothing for one without a model."""
+        """Set the guide up if necessary; a no-op for one without a model."""
 
-    # Modules are read here without registering their parameters with Pyro, as reading an attribute of a guide would.
+    # Modules are read here without registering their parameters with Pyro, unlike when an attribute of a guide is read.
 
     @property
     def _map(self) -> Stack | ConditionalFlow | FlowMixture:
@@ -67,7 +67,7 @@ class GuideDensity(AutoContinuous):
 
     @property
     def _weight(self) -> Tensor:
-        """A weight, for its dtype and device."""
+        """One of the weights, for its dtype and device."""
         return next(self._map.parameters())
 
     @property
@@ -86,7 +86,7 @@ class GuideDensity(AutoContinuous):
         return context
 
     def get_base_dist(self) -> TorchDistribution:
-        """Return the standard normal distribution of the noise, of event shape (D,)."""
+        """Return the standard normal distribution of the noise, with event shape (D,)."""
         return self._standard_normal(self.latent_dim)
 
     def get_noise_dist(self) -> TorchDistribution:
@@ -100,7 +100,8 @@ class GuideDensity(AutoContinuous):
     def get_transform(self, *args: object, **kwargs: object) -> Flow:
         """Return the map from noise to unconstrained latent variables, conditioned on the encoder's context if any.
 
-        Of a guide with several modes, that of the heaviest: a change of variables for the whole space all the same.
+        For a guide with several modes it is that of the heaviest, which is a change of variables for the whole space
+        too.
         """
         self._set_up_once(*args, **kwargs)
         transform = self._map
@@ -121,7 +122,7 @@ class GuideDensity(AutoContinuous):
 
     @property
     def noise_dim(self) -> int:
-        """Number of standard normal numbers for a draw: D, and one more if there are several modes."""
+        """Number of standard normal numbers per draw: D, and one more if there are several modes."""
         return self.latent_dim if (mixture := self._mixture) is None else mixture.noise_dim
 
     def _of_noise(self, noise: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Callable[[], Tensor]]:
@@ -138,7 +139,7 @@ class GuideDensity(AutoContinuous):
         return cast("Coordinates | None", self._modules.get("coordinates"))
 
     def _call(self, args: Args, kwargs: Kwargs) -> Call:
-        """Return the call of the model with these arguments, or without any with those of its setting up."""
+        """Return the call of the model with these arguments, or without any, with those of the set-up."""
         if self._first_call is None:
             raise RefusalError(
                 f"{self._who} expected its model, whose prior the coordinates of "
@@ -148,7 +149,7 @@ class GuideDensity(AutoContinuous):
         return Call(self._first_call.program, args, kwargs) if args or kwargs else self._first_call
 
     def _map_to_sites(self, *args: object, **kwargs: object) -> Callable[[Tensor], Images]:
-        """Return the map from the guide's vector to the value of each site and its log-determinant."""
+        """Return the map from the guide's vector to the values of the sites and their log-determinant."""
         if (coordinates := self._coordinates) is None:
             return self.latents.images
         return partial(coordinates.images, self.latents, call=self._call(args, kwargs))
@@ -156,7 +157,7 @@ class GuideDensity(AutoContinuous):
     def _sites_at(
         self, latent: Tensor, plates: Mapping[str, pyro.plate], *args: object, **kwargs: object
     ) -> dict[str, Tensor]:
-        """Draw each site, in its plates, from the distribution that has all its mass at an image of the vector."""
+        """Sample each site, in its plates, from a point mass at its value for the vector."""
         values = {}
         for name, (value, log_det) in self._map_to_sites(*args, **kwargs)(latent).items():
             part = self.latents.parts[name]
@@ -175,7 +176,7 @@ class GuideDensity(AutoContinuous):
         return self.latents.sites(latent, shape, self._map_to_sites(*args, **kwargs))
 
     def scored_draws(self, count: int, nesting: int, call: Call) -> tuple[dict[str, Tensor], Tensor]:
-        """Draw every site for all rows, plates padded to `nesting`; also return the log-density in nats."""
+        """Draw every site for all rows, with plates padded to `nesting`; also return the log-density in nats."""
         posterior = self.get_posterior(*call.args, **call.kwargs)
         latent = posterior.rsample(torch.Size((count, *(1,) * nesting)))
         values, log_det = self.unpacked(latent, call)
@@ -184,11 +185,11 @@ class GuideDensity(AutoContinuous):
     def log_prob(self, values: Mapping[str, Tensor | float], *args: object, **kwargs: object) -> Tensor:
         r"""Log-density of the guide in nats, (\*batch,), at values (\*batch, \*site) of every site.
 
-        With an encoder whose context has rows, `batch` ends with them. Outside the support it is minus infinity.
-        Further arguments are the model's.
+        If the encoder's context has rows, `batch` ends with them. Outside the support it is minus infinity. Further
+        arguments are the model's.
 
         Raises:
-            TypeError: If values are not numeric, or floating-point tensors of another dtype than the guide's.
+            TypeError: If values are not numeric, or floating-point tensors whose dtype differs from the guide's.
             ValueError: If a site is missing or of another shape.
         """
         posterior = self.get_posterior(*args, **kwargs)
@@ -203,12 +204,12 @@ class GuideDensity(AutoContinuous):
                 for part, mask in zip(parts, batch, strict=True)
             }  # a model may raise for others
             latent, log_det = coordinates.of_values(self.latents, scored, self._call(args, kwargs))
-            inside = inside & latent.isfinite().all(-1)  # a support may move
+            inside = inside & latent.isfinite().all(-1)  # a support may depend on other sites
         log_prob = posterior.log_prob(torch.where(inside[..., None], latent, 0.0)) - log_det
         return torch.where(inside, log_prob, -torch.inf)
 
     def unpacked(self, latent: Tensor, call: Call) -> tuple[dict[str, Tensor], Tensor]:
-        """Map vectors, padded with ones where plates are, to the value of each site; also return log |det| in nats."""
+        """Map vectors, with ones in place of plates, to the values of the sites; also return log |det| in nats."""
         return self.latents.unpack(latent, self._map_to_sites(*call.args, **call.kwargs)(latent))
 
     @torch.no_grad()
@@ -220,9 +221,9 @@ class GuideDensity(AutoContinuous):
     def quantiles(self, quantiles: Levels, *args: object, **kwargs: object) -> dict[str, Tensor]:
         r"""Marginal quantiles of every latent variable, (\*levels, \*site), at levels in [0, 1].
 
-        Empirical quantiles of 8,192 draws of each site, on its support: by component for a simplex or an ordered
-        vector, so that medians of shares need not sum to 1. The noise is a fixed Sobol sequence, so that repeated calls
-        agree.
+        These are empirical quantiles of 8,192 draws of each site, on its support: elementwise for a simplex or an
+        ordered vector, so that medians on a simplex need not sum to 1. The noise is a fixed Sobol sequence, so that
+        repeated calls agree.
 
         Raises:
             TypeError: If a level is not a number.
@@ -232,7 +233,7 @@ class GuideDensity(AutoContinuous):
         levels = _checked_levels(self._who, quantiles, self._weight)
         noise = _even_noise(self.noise_dim).to(levels)
         latent, _ = self._of_noise(noise.reshape(-1, *(1,) * len(self.latents.rows), self.noise_dim), *args, **kwargs)
-        # On the support, not before the map: a map that mixes coordinates does not preserve marginal quantiles.
+        # On the support, since a map that mixes coordinates does not preserve marginal quantiles.
         draws = self.latents.sites(latent, torch.Size([QUANTILE_DRAWS]), self._map_to_sites(*args, **kwargs))
         return {name: _quantiles(value, levels.to(value)) for name, value in draws.items()}
 
@@ -244,10 +245,10 @@ class GuideDensity(AutoContinuous):
         return self.latents.sites(latent, shape, self._map_to_sites(*args, **kwargs))
 
     def sites_and_log_ratio(self, noise: Tensor, *args: object, **kwargs: object) -> tuple[dict[str, Tensor], Tensor]:
-        r"""Map noise u to the value of each site, and return log(p(u) / q(z)) in nats, (\*batch,), with it.
+        r"""Map noise u to the value of each site; also return log(p(u) / q(z)) in nats, (\*batch,).
 
-        That is log |det dz/du| for a guide with one mode. `noise` is (`noise_dim`,), or (\*batch, `noise_dim`) with
-        ones in `batch` where the plates of the model are.
+        For a guide with one mode that is log |det dz/du|. `noise` is (`noise_dim`,), or (\*batch, `noise_dim`) with
+        ones in `batch` in place of the model's plates.
         """
         self._set_up_once(*args, **kwargs)
         latent, log_ratio = self._of_noise(noise, *args, **kwargs)
@@ -265,7 +266,7 @@ def in_plates(part: Part, plates: Mapping[str, pyro.plate]) -> Iterator[None]:
 
 
 def _checked_levels(who: str, levels: Levels, like: Tensor) -> Tensor:
-    """Convert levels to a tensor of the dtype and device of `like`.
+    """Convert levels to a tensor with the dtype and device of `like`.
 
     Raises:
         TypeError: If they are not numbers.
@@ -291,7 +292,7 @@ def _quantiles(draws: Tensor, levels: Tensor) -> Tensor:
 
 
 def _even_noise(dim: int) -> Tensor:
-    """Standard normal draws of a fixed Sobol sequence; beyond its dimensions, of a fixed seed."""
+    """Standard normal draws from a fixed Sobol sequence or, beyond its dimensions, a fixed seed."""
     if dim > SobolEngine.MAXDIM:
         return torch.randn(QUANTILE_DRAWS, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     uniform = SobolEngine(dim, scramble=True, seed=0).draw(QUANTILE_DRAWS, dtype=torch.float64)

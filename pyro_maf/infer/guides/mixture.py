@@ -1,9 +1,9 @@
-r"""Mixture of flows, one for each mode of a posterior, with an exact density and shares set by evidence.
+r"""Mixture of flows, one for each mode of a posterior, with an exact density and shares set from the evidence.
 
-q(v) = sum_k s_k q_k(v). A draw is that of one component. Components are trained by the gradients of their own draws;
-for the shares there is no such path, since moving a share moves draws from one mode to another. They are those that
-maximise E[log q(v)] under the posterior, by importance weights of draws of all components: for modes far apart, the
-evidence of each.
+q(v) = sum_k s_k q_k(v). Each draw comes from one component. Components are trained by the gradients of their own
+draws. The shares have no such path gradient, since changing a share moves draws from one mode to another. They are set
+to maximise E[log q(v)] under the posterior, by importance weights of draws of all components; for modes far apart, that
+is the evidence of each.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ ROUNDS = 100
 """Maximum number of iterations of expectation maximisation, each of which costs a product of (draws, components)."""
 SETTLED = 1e-5
 EVERY, DRAWS = 100, 256
-"""Number of draws of a guide in training between two updates, and of weighted draws of each mode in one."""
+"""Number of a guide's draws in training between two updates, and of weighted draws of each mode in an update."""
 RATE = 0.5
-"""Part of the way that an update goes: the noise of the last ones is averaged."""
+"""Fraction of the way that an update moves the shares, which averages the noise of the last updates."""
 FINAL_DRAWS = 4096
 FAR = 1e6
-"""Log-density below that of another component, in nats, from which on a component is left out: a share of 0 exactly."""
+"""Difference of log-densities, in nats, beyond which the smaller component is left out: its share is exactly 0."""
 
 
 class FlowMixture(nn.Module):
     r"""A mixture of flows, each from standard normal noise.
 
-    Components whose share is below a thousandth take no part: neither draws nor densities cost anything.
+    Components with a share below a thousandth are ignored: they cost nothing in draws and densities.
 
     Args:
         components: The flows.
-        shares: Their shares, (components,), which sum to one.
+        shares: The share of each flow, (components,); they sum to one.
 
     Attributes:
         input_dim: D.
-        noise_dim: D + 1: the noise of a component, and a standard normal number that picks it.
+        noise_dim: D + 1: the noise of a component, and a standard normal number that selects it.
         shares: The share of each component, (components,): a buffer, set by `set_shares`.
     """
 
@@ -71,8 +71,8 @@ class FlowMixture(nn.Module):
 
     @property
     def covered(self) -> dict[int, float]:
-        """The components that take part, with their shares, which sum to one."""
-        # In Python's numbers, read again when the buffer has changed: a draw on a GPU then waits for nothing.
+        """The components that are not ignored, with their shares, which sum to one."""
+        # As Python numbers, re-read only when the buffer has changed, so that a draw on a GPU need not synchronise.
         mark = (id(self.shares), self.shares._version)
         if self._covered[0] != mark:
             shares = self.shares.tolist()
@@ -83,11 +83,11 @@ class FlowMixture(nn.Module):
 
     @property
     def heaviest(self) -> Stack:
-        """The component of the largest share."""
+        """The component with the largest share."""
         return self._component(int(self.shares.argmax()))
 
     def draw(self, count: int) -> Tensor:
-        """Draw vectors, (count, D), with gradient: stratified, as many of each component as its share says."""
+        """Draw vectors, (count, D), with gradient, stratified over the components by their shares."""
         noise = torch.randn(count, self.input_dim, dtype=self.shares.dtype, device=self.shares.device)
         offset = 0.5 if is_traced() else float(torch.rand(()))
         edges = [math.ceil(count * edge - offset) for edge in accumulate(self.covered.values())]
@@ -100,7 +100,7 @@ class FlowMixture(nn.Module):
         return torch.cat(pieces)[torch.randperm(count, device=noise.device)]
 
     def of_noise(self, noise: Tensor) -> Tensor:
-        r"""Map noise (\*batch, D + 1) to vectors (\*batch, D); if the noise is standard normal, they are draws."""
+        r"""Map noise (\*batch, D + 1) to vectors (\*batch, D); for standard normal noise they are draws."""
         rows = noise.reshape(-1, self.noise_dim)
         levels = torch.special.ndtr(rows[:, -1].detach().double())
         edges = torch.tensor(list(accumulate(self.covered.values()))[:-1], dtype=levels.dtype, device=levels.device)
@@ -118,10 +118,10 @@ class FlowMixture(nn.Module):
 
     @torch.no_grad()
     def evident_shares(self, log_density: Callable[[Tensor], Tensor], draws: int) -> Tensor | None:
-        """Return the shares of largest expected log-density under the posterior, (components,).
+        """Return the shares that maximise the expected log-density under the posterior, (components,).
 
-        They are estimated from draws of every component, those without a share too, by truncated importance weights.
-        None if no draw could be scored.
+        They are estimated by truncated importance weights of draws of every component, including ignored ones. None if
+        no draw could be scored.
 
         Args:
             log_density: Log-density of the posterior, up to a constant: (rows, D) to (rows,).
@@ -155,7 +155,7 @@ class FlowMixture(nn.Module):
         return cast("Stack", self.components[index])
 
     def _mapped(self, noise: Tensor, picked: Tensor) -> Tensor:
-        """Map noise (rows, D) by the component that is picked for each row."""
+        """Map noise (rows, D) by the component selected for each row."""
         order, pieces = [], []
         for index in picked.unique().tolist():
             rows = (picked == index).nonzero()[:, 0]
@@ -164,9 +164,9 @@ class FlowMixture(nn.Module):
         return torch.cat(pieces)[torch.cat(order).argsort()]
 
     def _of_near_rows(self, rows: Tensor, logs: Tensor) -> Tensor:
-        """The same log-densities, (components, rows), without a graph of components where they weigh nothing at all.
+        """The same log-densities, (components, rows), without the graph of components where they are negligible.
 
-        The gradient of what overflows there, as z^3 of tails does, would be 0 times infinity.
+        The gradient of values that overflow there, like z^3 in the tails, would be 0 times infinity.
         """
         values = logs.detach()
         is_near = values >= values.amax(0) - FAR
@@ -216,7 +216,7 @@ class MixturePosterior(PathGradient, TorchDistribution):
 
 
 class Shares:
-    """Updates of the shares of a mixture by the evidence of its modes.
+    """Updates of the shares of a mixture from the evidence of its modes.
 
     An update takes a few hundred draws of each mode, scored by the model in one run.
     """
@@ -235,11 +235,11 @@ class Shares:
             self._update(mixture, self._of(call, posterior_of), DRAWS, RATE)
 
     def settle(self, mixture: FlowMixture, call: Call, posterior_of: Callable[[Call], Posterior]) -> None:
-        """Set the shares by many draws, after training."""
+        """Set the shares from many draws, after training."""
         self._update(mixture, self._of(call, posterior_of), FINAL_DRAWS, 1.0)
 
     def _of(self, call: Call, posterior_of: Callable[[Call], Posterior]) -> Posterior | None:
-        """Return the posterior for these arguments; that of the last ones is cached. None if it cannot be scored."""
+        """Return the posterior for these arguments, of which the last is cached; None if it cannot be scored."""
         if self._posterior is None or not call.has_arguments_of(self._last):
             try:
                 with poutine.block():  # an update must be invisible to handlers around the guide

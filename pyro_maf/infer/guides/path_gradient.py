@@ -45,20 +45,20 @@ class TracePath_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's way to name objectives)
     With z = t(u; phi), the gradient of E[log p(x, z) - log q(z; phi)] with respect to phi is
     E[(d/dz)(log p(x, z) - log q(z)) dz/dphi]: the gradient of log q with respect to its parameters has mean zero, and
     is left out. If q is the posterior, the bracket is zero for every draw, not only on average. Far from it,
-    `Trace_ELBO` may have the smaller variance.
+    `Trace_ELBO` may have a smaller variance.
 
-    Guides of this package have it under `Trace_ELBO` too; here so have those of Pyro.
+    Guides of this package have this gradient under `Trace_ELBO` too; here, so do those of Pyro.
 
     Takes the arguments of `Trace_ELBO`, such as `num_particles` and `vectorize_particles`, and has the same value.
-    Discrete sites of the model that have `infer={"enumerate": "parallel"}` and that the guide leaves out are summed
-    out, as by `TraceEnum_ELBO`.
+    Discrete sites of the model with `infer={"enumerate": "parallel"}` that the guide leaves out are summed out, as in
+    `TraceEnum_ELBO`.
 
     Cost:
-        In addition to a step of `Trace_ELBO`, the density of the draws as a function of the draws alone: for a flow its
-        inverse, which is one pass or one sweep a layer, and the gradient of that with respect to the draws.
+        In addition to a step of `Trace_ELBO`, the density of the draws as a function of only the draws: for a flow its
+        inverse, which is one pass or one sweep per layer, and the gradient of that with respect to the draws.
 
     Raises:
-        NotImplementedError: For a guide with a site that is not reparameterised, or one whose parameters cannot be
+        NotImplementedError: For a guide with a site that is not reparameterised, or whose parameters cannot be
             separated from its value.
 
     Example:
@@ -92,7 +92,7 @@ class TracePath_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's way to name objectives)
         return super()._get_trace(model, guide, args, kwargs)
 
     def _log_joints(self, model_trace: Trace) -> list[Tensor]:
-        """Return the terms that sum to the log joint density, each a number."""
+        """Return the terms that sum to the log joint density, each a single number."""
         if self._enumerates:
             return [log_density.sum() for log_density in log_densities(model_trace)]
         model_trace.compute_log_prob()
@@ -122,12 +122,12 @@ class TracePath_ELBO(Trace_ELBO):  # noqa: N801 (Pyro's way to name objectives)
 class PathGradient(TorchDistributionMixin):
     """A distribution whose entropy has its path gradient in Pyro's objectives, as in `TracePath_ELBO`.
 
-    `Trace_ELBO` takes the entropy's gradient from `score_parts`, which leaves its estimator to the distribution; for
-    others, and where nothing is reparameterised, it is that of `log_prob`.
+    `Trace_ELBO` takes the entropy's gradient from `score_parts`, which lets a distribution choose its estimator. For
+    others, and if nothing is reparameterised, it is the gradient of `log_prob`.
     """
 
     def score_parts(self, x: Tensor, *args: object, **kwargs: object) -> ScoreParts:
-        """Return the log-density, and the same as a function of the value alone: the term of the entropy."""
+        """Return the log-density, and the same as a function of only the value, for the entropy term."""
         log_prob = self.log_prob(x)
         is_path = x.requires_grad and torch.is_grad_enabled()
         entropy = _along_path(self, x) if is_path else log_prob
@@ -139,7 +139,7 @@ class FlowPosterior(PathGradient, TransformedDistribution):  # type: ignore[misc
 
 
 def _has_enumerated(call: Call, guide: Guide) -> bool:
-    """True if a model has discrete sites to sum out that its guide leaves out; the random state is not advanced."""
+    """Return whether a model has discrete sites to sum out that its guide lacks; the random state is unchanged."""
     with torch.random.fork_rng(), poutine.block():
         guide_trace = call.of(guide).trace()
         sites = latent_sites(call.replayed(guide_trace))
@@ -147,12 +147,12 @@ def _has_enumerated(call: Call, guide: Guide) -> bool:
 
 
 def _path_log_prob(site: Site) -> Tensor:
-    """Return the log-density of a site's value, as a function of the value alone."""
+    """Return the log-density of a site's value, as a function of only the value."""
     fn, value = site["fn"], site["value"]
     if not isinstance(value, Tensor) or not (value.requires_grad or site["log_prob_sum"].requires_grad):
         return site["log_prob_sum"]
     if isinstance(_innermost(fn), Delta):
-        return site["log_prob_sum"]  # its density is that of a change of variables, without parameters
+        return site["log_prob_sum"]  # the density of a change of variables, without parameters
     if not fn.has_rsample:
         raise NotImplementedError(
             f"TracePath_ELBO expected reparameterised sites, got {site['name']} of {type(fn).__name__}: use Trace_ELBO."
@@ -166,11 +166,11 @@ def _path_log_prob(site: Site) -> Tensor:
 
 
 def _along_path(fn: Distribution, value: Tensor) -> Tensor:
-    """Return the log-density of a value as a function of the value alone."""
+    """Return the log-density of a value as a function of only the value."""
     modules: list[nn.Module] = []
     twin = detached(fn, modules)
     with frozen([parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]):
-        # A new tensor of the same values: no cache then links it to the parameters that it was computed from.
+        # A new tensor with the same values, so that no cache links it to the parameters that it was computed from.
         return twin.log_prob(value.view_as(value))
 
 
@@ -181,7 +181,7 @@ def _innermost(fn: Distribution) -> Distribution:
 
 @contextmanager
 def frozen(weights: Sequence[Tensor]) -> Iterator[None]:
-    """Context without gradients with respect to weights."""
+    """Context manager that disables gradients with respect to weights."""
     for weight in weights:
         weight.requires_grad_(False)
     try:
@@ -192,7 +192,7 @@ def frozen(weights: Sequence[Tensor]) -> Iterator[None]:
 
 
 def detached(value: T, modules: list[nn.Module]) -> T:
-    """Copy tensors, distributions and transforms without gradient; collect the modules in them."""
+    """Copy tensors, distributions and transforms without gradient; collect the modules they contain."""
     return cast("T", _detached(value, modules))
 
 
@@ -219,10 +219,11 @@ def _detached(value: object, modules: list[nn.Module]) -> object:
 class GradientLimit:
     r"""Limit of the gradients of a guide's draws: finite, and not far beyond their usual size.
 
-    Steps of Adam are in units of the usual gradient: a single far larger one moves every weight by some thirty learning
-    rates. The path gradient of a guide near the posterior is small, but for rare draws. So that of a draw is scaled to
-    at most 4 sqrt(draws) times the usual one, entry by entry: one draw then moves the mean of all by about four times
-    the mean's usual size. One that is not finite is 0. The first 64 draws tell what is usual.
+    Adam's steps are in units of the usual gradient: a single, far larger one moves every weight by some thirty learning
+    rates. The path gradient of a guide near the posterior is small except for rare draws. So the gradient of a draw is
+    limited, entry by entry, to 4 sqrt(draws) times the usual one: a single draw then moves the mean over all draws by
+    at most about four times the mean's usual size. A gradient that is not finite is set to 0. The first 64 draws define
+    what is usual.
     """
 
     def __init__(self) -> None:

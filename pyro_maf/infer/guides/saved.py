@@ -1,4 +1,4 @@
-"""A guide without its model: what a file of a guide holds, and what `pyro_maf.load` returns."""
+"""Guides without their models: the content of a guide's file, and the result of `pyro_maf.load`."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ Plate = Sequence[Any]
 
 
 class SavedGuide(GuideDensity, Savable):
-    r"""A fitted guide without model and data, as `pyro_maf.load` returns it from a file that `guide.save` wrote.
+    r"""A fitted guide without model and data, as `pyro_maf.load` returns it from a file written by `guide.save`.
 
-    It has the guide's `rsample`, `log_prob`, `quantiles` and `median`, and is a guide itself, in `Predictive`,
-    `diagnose` and `reweight`, which take the model. Arguments of the model are accepted and ignored.
+    It has the guide's `rsample`, `log_prob`, `quantiles` and `median`, and can itself be used as a guide in
+    `Predictive`, `diagnose` and `reweight`, which take the model. Arguments of the model are accepted and ignored.
 
     Args:
-        components: The map from noise to the vector of unconstrained latent variables; of several modes, one of each,
-            whose shares are in the state_dict.
+        components: The map from noise to the vector of unconstrained latent variables; with several modes, one for
+            each, with shares in the state_dict.
         names: Name of each site.
-        supports: Its support, as JSON.
-        shapes: Shape of its value.
-        event_dims: Number of dimensions of its events.
-        plates: The plates around it, each with name, dimension and size.
-        idle: Indices of entries that a mask left out of the vector, fixed at the values of the state_dict.
-        prior: Of a guide with coordinates, the prior's locations and scales that they are computed with.
+        supports: Support of each site, as JSON.
+        shapes: Shape of each site's value.
+        event_dims: Number of event dimensions of each site.
+        plates: The plates around each site, with name, dimension and size.
+        idle: Indices of entries that a mask left out of the vector, fixed at the values in the state_dict.
+        prior: For a guide with coordinates, the prior's locations and scales from which they are computed.
 
-    Cost: draws and densities cost what they cost of the guide; loading runs no code from the file.
+    Cost: draws and densities cost the same as the original guide's; loading runs no code from the file.
 
     Example:
         >>> import os, tempfile, pyro, pyro.distributions as dist, pyro_maf
@@ -89,7 +89,7 @@ class SavedGuide(GuideDensity, Savable):
         )
 
     def _lay_out(self) -> None:
-        """Lay out the sites by the values that are now in the buffers."""
+        """Lay out the sites with the current values of the buffers."""
         for index, site in enumerate(self._sites.values()):
             site["value"] = self.get_buffer(f"value_{index}")
         self.latents = Latents(self._who, self._sites, torch.Size())
@@ -104,14 +104,14 @@ class SavedGuide(GuideDensity, Savable):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._lay_out()
-        if (coordinates := self._coordinates) is not None:  # whose prior fails now rather than at the first draw
+        if (coordinates := self._coordinates) is not None:  # so that a prior fails now rather than at the first draw
             coordinates.images(self.latents, self._weight.new_zeros(self.latent_dim), self._call((), {}), strict=True)
 
     def _call(self, args: Args, kwargs: Kwargs) -> Call:
         return Call(cast("RecordedPrior", self._modules["prior"]))
 
     def setup(self, *args: object, **kwargs: object) -> Self:
-        """Return the guide, which needs no model to be set up with."""
+        """Return the guide, which is set up already."""
         return self
 
     def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
@@ -123,11 +123,11 @@ class SavedGuide(GuideDensity, Savable):
 
 
 def _no_model() -> None:
-    """Stand in for the model of a guide that has none."""
+    """Placeholder for the model of a guide without one."""
 
 
 def _site(name: str, support: str, shape: Sequence[int], event_dim: int, plates: Sequence[Plate]) -> Site:
-    """A latent site of this support and shape, of no density."""
+    """A latent site with this support and shape, and without a density."""
     shape = torch.Size(shape)
     batch, event = shape[: len(shape) - event_dim], shape[len(shape) - event_dim :]
     fn = dist.ImproperUniform(support_of(json.loads(support)), batch, event)
@@ -139,13 +139,13 @@ def _site(name: str, support: str, shape: Sequence[int], event_dim: int, plates:
 def saved_guide(
     latents: Latents, transform: nn.Module, coordinates: Coordinates | None, call: Call | None
 ) -> SavedGuide:
-    """Return the guide without a model that has this layout, this map and these coordinates.
+    """Return the guide without a model that has this layout, map and coordinates.
 
     Args:
         latents: The layout of the sites.
         transform: The map from noise to the guide's vector.
-        coordinates: The coordinates that the vector is in, or None.
-        call: The model with its arguments, for the prior that coordinates are computed with.
+        coordinates: The coordinates of the vector, or None.
+        call: The model with its arguments, for the prior from which coordinates are computed.
 
     Raises:
         TypeError: If it cannot be saved.
@@ -181,10 +181,10 @@ def saved_guide(
 
 @torch.no_grad()
 def _checked_prior(latents: Latents, transform: Stack, coordinates: Coordinates, call: Call) -> RecordedPrior:
-    """Record the prior that coordinates are computed with; compare both on draws of a guide, and on wider ones.
+    """Record the prior from which coordinates are computed, and compare both at draws of a guide and at wider ones.
 
     Raises:
-        TypeError: If it cannot be recorded, or is another function than that of the model.
+        TypeError: If it cannot be recorded, or the recording differs from the model's.
     """
     weight = next(transform.parameters())
     with seeded(0, weight.device):

@@ -1,4 +1,4 @@
-r"""Setting up of a guide: its options, the run of the model that lays out its vector, and its initial map."""
+r"""Set-up of a guide: its options, the run of the model that lays out its vector, and its initial map."""
 
 from __future__ import annotations
 
@@ -59,25 +59,27 @@ CreatePlates = Callable[..., Plates]
 
 NARROWEST, WIDEST = 64, 512
 BOUNDLESS = 1e18
-"""Units of tails where those of the posterior are not known: within them nothing is a tail. Far out of small ones, a
-tail overflows."""
+"""Units of tails if those of the posterior are unknown: nothing counts as a tail within them. With small units, a tail
+far out would overflow."""
 SEARCHED = 32
-"""Number of draws that a start is searched with at once, or so."""
+"""Approximate number of draws that the search for a start evaluates at once."""
 CAUTION = 16
-"""Factor of the size of a model's operations, for those that its first run does not show."""
+"""Factor on the size of a model's operations, for those that its first run does not show."""
 HELPERS = 3
-"""Number of variables in the flow that are normal given the others, if there are so many."""
+"""Number of conditionally normal variables in the flow, if there are as many."""
 WEIGHTS = 200 * WIDEST
-"""Maximum number of weights between the latent vector and a hidden layer of default width, unless that is narrowest."""
+"""Maximum number of weights between the latent vector and a hidden layer of default width, unless that is
+`NARROWEST`."""
 
 
 class _OperationSizes(TorchFunctionMode):
     """Mode that records the size of the largest operation.
 
-    It is the geometric mean of the numbers of entries of its tensors to the power 1.5: m n k for a product of matrices.
+    The size is the geometric mean of the numbers of entries of its tensors to the power 1.5: m n k for a matrix
+    product.
 
     Attributes:
-        largest: That size; 0 without operations.
+        largest: The size; 0 without operations.
     """
 
     largest = 0.0
@@ -93,14 +95,14 @@ class _OperationSizes(TorchFunctionMode):
 
 
 class GuideSetUp(GuideDensity):
-    """Options and setting up of a guide."""
+    """Options and set-up of a guide."""
 
     flow_class: Callable[..., Stack]
     default_num_layers = 3
     __signature__ = ClassSignature()
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
-        """Create an instance, or refuse an option that the class does not have."""
+        """Create an instance; raise for an option that the class does not have."""
         named_arguments(cls, args, kwargs)
         return super().__new__(cls)
 
@@ -124,7 +126,7 @@ class GuideSetUp(GuideDensity):
         super().__init__(model, median_or_feasible if init_loc_fn is None else init_loc_fn)
         self._start_is_chosen = init_loc_fn is not None
         self.create_plates = create_plates
-        self._plain_model = (model,)  # in a tuple, as Pyro does: a model that is a module is no part of its guide
+        self._plain_model = (model,)  # in a tuple, as in Pyro: a model that is a module is not a submodule of its guide
         num_layers = self.default_num_layers if num_layers is None else num_layers
         self._num_layers = check_positive(who, "num_layers", num_layers)
         self._hidden_dims = None if hidden_dims is None else check_sizes(who, "hidden_dims", hidden_dims)
@@ -142,13 +144,13 @@ class GuideSetUp(GuideDensity):
 
     @property
     def name(self) -> str:
-        """Name in Pyro, with which the names of its parameters and auxiliary sites begin."""
+        """Name in Pyro, the prefix of its parameters and auxiliary sites."""
         return str(self._pyro_name)
 
     def setup(self, *args: object, **kwargs: object) -> Self:
         """Run the model, create the parameters and initialise them near the posterior; return the guide.
 
-        The first call of the guide does the same. Call it before that where an optimizer needs the parameters, or
+        The first call of the guide does the same. Call it earlier if an optimizer needs the parameters, or
         `load_state_dict` a target. Arguments are the model's.
         """
         self._set_up_once(*args, **kwargs)
@@ -156,10 +158,10 @@ class GuideSetUp(GuideDensity):
         return self
 
     def renew(self, *args: object, **kwargs: object) -> bool:
-        """Set the guide up anew if it was set up with other data; return whether it was.
+        """Set the guide up again if it was set up with other data; return whether it was.
 
-        A start, modes and degrees of centring are those of the data. Not with an encoder, which is for any data, and
-        not of a guide that was pickled, which has no model.
+        The start, modes and degrees of centring depend on the data. A guide with an encoder, which is for any data, or
+        one that was pickled, which has no model, is left unchanged.
         """
         is_other = self._data not in ("", digest_of(args, kwargs))
         if self.prototype_trace is None or not is_other or self.is_amortised or self._plain_model is None:
@@ -171,11 +173,11 @@ class GuideSetUp(GuideDensity):
 
     @property
     def is_amortised(self) -> bool:
-        """True if it is a function of the model's arguments, by an encoder."""
+        """True if an encoder makes the guide a function of the model's arguments."""
         return self._encoder is not None
 
     def threads(self, draws: int) -> OneThread:
-        """Context with one thread of torch, if the model's operations are small for so many draws."""
+        """Context manager with one torch thread, if the model's operations are small for this number of draws."""
         return OneThread(CAUTION * self._largest_operation * draws**1.5)
 
     def _set_up_once(self, *args: object, **kwargs: object) -> None:
@@ -186,7 +188,7 @@ class GuideSetUp(GuideDensity):
                 self._compose_for(weights)
 
     def _compose_for(self, weights: Mapping[str, Tensor]) -> None:
-        """Compose the map anew if weights to be loaded, by their names in it, are of another number of modes."""
+        """Compose the map again if weights to be loaded, by their names in it, have another number of modes."""
         transform = self._map
         if isinstance(transform, ConditionalFlow):
             return
@@ -222,11 +224,11 @@ class GuideSetUp(GuideDensity):
 
     @staticmethod
     def _prototype_hide_fn(msg: Site) -> bool:
-        # Discrete sites that are summed out have no part in the guide, as in NUTS.
+        # Discrete sites that are summed out are not part of the guide, as in NUTS.
         return bool(prototype_hide_fn(msg)) or is_enumerated(msg)
 
     def _run_prototype(self, call: Call) -> None:
-        """Run the model at initial values; where it raises there, at points of the cube in which NUTS is started."""
+        """Run the model at initial values; if it raises, at points of the cube in which Stan starts NUTS."""
         run = partial(self._trace_prototype, call)
         try:
             run()
@@ -241,7 +243,7 @@ class GuideSetUp(GuideDensity):
                 self._model = initial
 
     def _trace_prototype(self, call: Call) -> None:
-        """Set the prototype by a run of the model: as Pyro does, which refuses sites in sequential plates."""
+        """Set the prototype from a run of the model, as Pyro does; sites in sequential plates raise an error."""
         model = poutine.block(self.model, cast("Callable[[object], bool]", self._prototype_hide_fn))
         with poutine.block(), _OperationSizes() as sizes:
             self.prototype_trace = call.of(model).trace()
@@ -275,27 +277,28 @@ class GuideSetUp(GuideDensity):
         return ConditionalFlow(stacks[0]) if context_dim else stacks[0]
 
     def _stack_from(self, start: Normal | WideNormal, context_dim: int, *, is_fitted: bool = False) -> Stack:
-        """Compose flow, head and tails: a map that starts as a normal, and trains at a guide's learning rate."""
+        """Compose flow, head and tails into a map that starts as a normal and trains at a guide's learning rate."""
         size = len(start.loc)
         variables = self._variables()
         count = len(variables)
         widths = 2 * (_width(count),) if self._hidden_dims is None else self._hidden_dims
         options: NetworkOptions = {"hidden_dims": widths, "activation": self._activation}
-        # Without another variable to depend on, affine layers would be one affine map.
+        # Without another variable to depend on, affine layers would be a single affine map.
         univariate = "spline" if count == 1 else "affine"
         flow = self.flow_class(
             count, num_layers=self._num_layers, context_dim=context_dim, univariate=univariate, **options
         )
         if count <= DENSE and not context_dim and count > 1:
-            # A spline of each variable alone: the shape of many skewed ones, which affine layers reach by one another.
-            with seeded(0):  # its weights are all 0, and take no random numbers from others
+            # A spline for each variable separately: the shape of many skewed ones, which affine layers model through
+            # one another.
+            with seeded(0):  # its weights are all 0, and must not advance the random state
                 spline = Coupling(count, mask=torch.zeros(count, dtype=torch.bool), hidden_dims=(), univariate="spline")
             flow = Stack([*flow, spline])
         bends = [*flow] if count == size else [Partial(size, flow, variables)]
         layers = [*bends, _head(start, context_dim, options)]
         if isinstance(start, Normal) and not context_dim:
-            # Behind the head, so that the tail of one variable is not that of others; in units of the marginals. Tails
-            # that are too heavy bound importance weights, and lighter ones would bend the bulk, as the flow can.
+            # After the head, so that the tail of one variable is not shared by others; in units of the marginals. Tails
+            # that are too heavy bound importance weights; lighter ones would bend the bulk, which the flow can do.
             scale = start.scale_tril.norm(dim=-1) if is_fitted else torch.full_like(start.loc, BOUNDLESS)
             layers.append(Tails(size, loc=start.loc, scale=scale, lighter=False))
         stack = Stack(layers).to(start.loc)
@@ -309,14 +312,14 @@ class GuideSetUp(GuideDensity):
         return stack
 
     def _variables(self) -> list[int]:
-        """Variables that the flow acts on: those that are not normal given the others, and some of the rest."""
+        """Variables that the flow acts on: those that are not conditionally normal, and some of the others."""
         parts, idle = self.latents.parts.values(), self.latents.idle
         is_normal = torch.zeros_like(idle)
         for part in parts:
             if self.coordinates is not None and part.site["name"] in self.coordinates.normal:
                 is_normal[part.start : part.stop] = True
         is_normal = is_normal[~idle]
-        helpers = is_normal.nonzero()[:HELPERS, 0]  # an affine flow bends a variable by way of others
+        helpers = is_normal.nonzero()[:HELPERS, 0]  # an affine flow bends a variable through others
         is_normal[helpers] = False
         return [int(index) for index in (~is_normal).nonzero()]
 
@@ -337,15 +340,15 @@ def _succeeds(run: Callable[[], object], seed: int) -> bool:
 
 
 def _width(size: int) -> int:
-    """Default width of hidden layers: four units for each latent variable, and so few that memory is linear in them."""
+    """Default width of hidden layers: four units per latent variable, but few enough that memory is linear in these."""
     return max(NARROWEST, min(WIDEST, 4 * size, WEIGHTS // size // 16 * 16))
 
 
 def _head(start: Normal | WideNormal, context_dim: int, options: NetworkOptions) -> Flow:
-    """Last layer of a guide: its initial normal, and the linear maps near it."""
+    """Last layer of a guide: its initial normal, and the linear maps around it."""
     size = len(start.loc)
     if isinstance(start, WideNormal):
         if not context_dim:
             return LowRankHead(size, start.directions.shape[-1], **start._asdict())
-        start = Normal(start.loc, start.scale.diag())  # of an encoder, and so without directions
+        start = Normal(start.loc, start.scale.diag())  # with an encoder there are no directions
     return Head(size, loc=start.loc, scale_tril=start.scale_tril, context_dim=context_dim, **options)

@@ -1,7 +1,7 @@
 """The state of a guide: its weights in Pyro's param store, and the part of its prototype that is pickled.
 
-The store identifies weights by name, and guides of one class have one name. A guide ignores the entries of another
-guide; weights that were loaded, or restored by `set_state`, are those that the user wants it to have.
+The store identifies weights by name, and guides of the same class have the same name. A guide ignores the entries of
+another guide; weights that the user loaded, or restored by `set_state`, are used.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def check_is_set_up(who: str, state_dict: Mapping[str, object], prefix: str) -> 
     """Check that no weights are loaded into a guide that is not set up, and so lacks the parameters for them.
 
     Raises:
-        ValueError: If there are some whose names begin with `prefix`.
+        ValueError: If there are any whose names begin with `prefix`.
     """
     if any(name.startswith(prefix) for name in state_dict):
         raise RefusalError(
@@ -62,7 +62,7 @@ def check_is_set_up(who: str, state_dict: Mapping[str, object], prefix: str) -> 
 
 
 class _Record:
-    """Record of the tensors that guides have entered in the store, and of its clearings until then."""
+    """Record of the tensors that guides have entered in the store, and of the times it was cleared."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -70,7 +70,7 @@ class _Record:
         self._entered = WeakTensorKeyDictionary()
 
     def now(self) -> int:
-        """Number of observed clearings of the store."""
+        """Number of times that the store was seen cleared."""
         # Clearing replaces the dictionary; since this one is referenced, no other can have its address.
         if self._params is not (params := pyro.get_param_store()._params):
             self._params = params
@@ -78,12 +78,12 @@ class _Record:
         return self._count
 
     def is_of_a_guide(self, tensor: Tensor, *, since_cleared: bool) -> bool:
-        """True if a guide has entered a tensor, at any time or since the store was cleared."""
+        """Return whether a guide has entered a tensor, at any time or since the store was cleared."""
         entered = self._entered.get(tensor)
         return entered is not None and (not since_cleared or entered == self.now())
 
     def enter(self, name: str, tensor: Tensor) -> None:
-        """Enter a tensor in the store, in place of any entry of the same name."""
+        """Enter a tensor in the store, replacing any entry with the same name."""
         store = pyro.get_param_store()
         if name in store:
             del store[name]
@@ -95,7 +95,7 @@ _record = _Record()
 
 
 class _Weight(NamedTuple):
-    """A tensor, its name in the store, and flags for an entry there and a registration with Pyro."""
+    """A tensor, its name in the store, and whether it is to be entered there and registered with Pyro."""
 
     name: str
     tensor: Tensor
@@ -104,10 +104,10 @@ class _Weight(NamedTuple):
 
 
 class StoredWeights:
-    """Entries of a guide in the store: its parameters, and the floating-point buffers of its `state_dict`.
+    """Entries of a guide in the store: its parameters, and the floating-point buffers in its `state_dict`.
 
-    Buffers hold the initialization: with another one the same parameters are another guide. They are entered as
-    views of the same memory, and not registered with Pyro, which would train them.
+    Buffers hold the initialization: with another one, the same parameters are another guide. They are entered as views
+    of the same memory, and not registered with Pyro, which would train them.
     """
 
     def __init__(self) -> None:
@@ -126,11 +126,11 @@ class StoredWeights:
         """Load the weights in the store that no guide has entered.
 
         Args:
-            who: The guide's class, for errors.
+            who: The guide's class, for error messages.
             modules: Its modules, by name.
 
         Raises:
-            ValueError: If they are those of a guide of another architecture.
+            ValueError: If they belong to a guide with another architecture.
         """
         if not pyro.settings.get("module_local_params"):
             self._load(who, modules, {weight.name: weight for weight in self._weights(modules)})
@@ -158,7 +158,7 @@ class StoredWeights:
         wrong = [name for name in loaded if name not in weights or weights[name].tensor.shape != loaded[name].shape]
         mismatches = [*missing, *wrong]
         if mismatches and not foreign:
-            return  # another guide's, restored at the end of a scope
+            return  # another guide's weights, restored at the end of a scope
         if mismatches:
             raise RefusalError(
                 f"{who} expected the weights of a guide that is built alike in Pyro's param store, got others "
@@ -211,8 +211,8 @@ class StoredWeights:
         self._entered_at = now
 
     def _is_loaded(self, tensor: Tensor) -> bool:
-        # Once a guide is in the store, the tensors of another one never are its weights, even if the store was
-        # cleared and restored in between.
+        # Once a guide is in the store, tensors of another guide never become its weights, even if the store was cleared
+        # and restored in between.
         return not _record.is_of_a_guide(tensor, since_cleared=not self._entered_at)
 
     def _weights(self, modules: Modules) -> Iterator[_Weight]:
@@ -227,7 +227,7 @@ class StoredWeights:
                 yield _Weight(full_name, self._view(full_name, module.get_buffer(name)), True, False)
 
     def _view(self, name: str, buffer: Tensor) -> Tensor:
-        """Return a leaf that shares a buffer's memory: the store makes its entries require gradients."""
+        """Return a leaf that shares a buffer's memory, since the store makes its entries require gradients."""
         view = self._views.get(name)
         if view is None or view.data_ptr() != buffer.data_ptr() or view.dtype != buffer.dtype:
             view = self._views[name] = buffer.detach()
@@ -235,7 +235,7 @@ class StoredWeights:
 
 
 def _buffers_of(module: nn.Module) -> list[str]:
-    """Names of a module's persistent floating-point buffers, contiguous ones alone: the store copies others."""
+    """Names of a module's persistent, contiguous floating-point buffers; the store would copy other ones."""
     stored, buffers = module.state_dict(), dict(module.named_buffers())
     return [name for name, value in buffers.items() if name in stored and _can_be_entered(value)]
 
@@ -245,7 +245,7 @@ def _can_be_entered(buffer: Tensor) -> bool:
 
 
 def _register_locally(name: str, parameter: Tensor) -> None:
-    """Register a parameter as Pyro's modules do under `module_local_params`, without the store."""
+    """Register a parameter like Pyro's modules under `module_local_params`, without the store."""
     vars(parameter)["unconstrained"] = weakref.ref(parameter)
     effectful(type="param")(lambda *_, **__: parameter)(name, parameter, constraint=constraints.real, name=name)
 
@@ -269,7 +269,7 @@ def bare_trace(trace: Trace) -> Trace:
 
 
 def _bare_site(site: Site) -> Site:
-    """Copy a site with its value and a distribution of its shapes, without the distribution's parameters."""
+    """Copy a site with its value and a distribution of the same shapes, without the distribution's parameters."""
     value = site["value"].detach().clone()
     shapes = Delta(value, event_dim=site["fn"].event_dim)
     scale, mask = (detached(site[name], []) for name in ("scale", "mask"))

@@ -1,11 +1,11 @@
-"""numba's compiler, set up so that a kernel is the same code in the process that compiles it and in later ones.
+"""numba's compiler, configured so that a kernel is the same code in the process that compiles it and in later ones.
 
-By default, numba optimises each function with those that it calls, for its own use, and links it as a weak symbol into
-its callers, to be optimised again with them. Wherever LLVM does not inline it, the process that compiles runs the
-former code, and a process that loads the callers from disk the latter, which differs in the last digits. Here, all that
-a kernel calls is private to it, and optimised as part of it alone. That takes half the time, too.
+By default, numba optimises each function together with its callees, and links it as a weak symbol into its callers,
+where it is optimised again. If LLVM does not inline it, the process that compiles runs the former code, and a process
+that loads the callers from disk runs the latter, which differs in the last digits. Here, everything that a kernel calls
+is private to it, and optimised only as part of it. That also takes half the time.
 
-On disk, numba runs whatever its files hold: a truncated one raises an unpickling error at each call; one with a
+numba runs whatever its files on disk hold: a truncated one raises an unpickling error at each call, and one with a
 flipped bit may compute anything. Here every file ends in a seal, the digest of its name and content, and no file with a
 broken seal is unpickled. Such a file costs a warning and a recompilation, which restores it.
 """
@@ -38,15 +38,15 @@ __all__ = ["INNER", "entry", "inner", "stored"]
 
 KERNELS = ["compiler", "elementwise", "products", "univariate", "walks"]
 SOURCES = ("layout", *(f"kernels/{name}" for name in KERNELS))
-"""Modules that the compiled code is built from. numba itself checks only the module of the function."""
+"""Modules that the compiled code is built from; numba itself checks only the module of the function."""
 CONSTANTS = Affine.BOUND, Spline.GAIN, Spline.STEEPEST, Spline.LOG_SLOPE
-"""Numbers of other modules that it holds."""
+"""Constants of other modules that the compiled code contains."""
 SEAL = hashlib.sha256().digest_size
 Function = TypeVar("Function")
 
 
 class _Kernel(JITCodeLibrary):
-    """Code of a function that Python calls, with all that it calls."""
+    """Code of a function that Python calls, with all its callees."""
 
     def _optimize_final_module(self) -> None:
         for function in self._final_module.functions:
@@ -59,10 +59,10 @@ class _Part(JITCodeLibrary):
     """Code of a function that other kernels call."""
 
     def _optimize_final_module(self) -> None:
-        """Leave it to the kernels."""
+        """Do nothing: the kernels optimise it."""
 
     def _finalize_final_module(self) -> None:
-        """Hand over to the engine nothing but the variables that numba sets when it has compiled a function."""
+        """Pass to the engine only the variables that numba sets after compiling a function."""
         whole = self._final_module
         names = [variable.name for variable in whole.global_variables if variable.name.startswith("_ZN08NumbaEnv")]
         self._final_module = llvm.parse_assembly("\n".join(f'@"{name}" = common global i8* null' for name in names))
@@ -84,14 +84,14 @@ class _PartCompiler(_KernelCompiler):
     library = _Part
 
 
-# Not the full fastmath: infinities and NaNs must pass through.
+# Not the full fastmath, since infinities and NaNs must propagate.
 COMMON: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
 INNER = {**COMMON, "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": _PartCompiler}
 """Compiler options of functions that other kernels call."""
 
 
 def entry(function: Any) -> Any:
-    """Compile a function that Python calls, once for each machine; it releases the interpreter's lock."""
+    """Compile a function that Python calls, once per machine; it releases the interpreter's lock."""
     return stored(njit(**COMMON, nogil=True, pipeline_class=_KernelCompiler)(function))
 
 
@@ -105,7 +105,7 @@ def inner(function: Function) -> Function:
 
 
 def stored(dispatcher: Any) -> Any:
-    """Cache a numba function's compiled code on disk, in place of `njit(cache=True)`.
+    """Cache a numba function's compiled code on disk, instead of `njit(cache=True)`.
 
     Raises:
         RuntimeError: From numba, if there is no writable folder.
@@ -124,10 +124,10 @@ class _Cache(FunctionCache):
         self._cache_file = _SealedFiles(self.cache_path, self._impl.filename_base, stamp)
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
-        """The compiled code for a signature, or None, after saying that it is about to be compiled."""
+        """The compiled code for a signature, or None after announcing that it is about to be compiled."""
         code = super().load_overload(signature, target_context)
         if code is None:
-            # Of its arrays: both have tables of float64, and both count steps in float32.
+            # Judged by its arrays: both precisions have float64 tables, and both count steps in float32.
             single, double = (str(signature).lower().count(f"array({kind}") for kind in ("float32", "float64"))
             _say("single" if single > double else "double")
         return code
@@ -146,7 +146,7 @@ class _SealedFiles(IndexDataCacheFile):
     def load(self, key: Any) -> Any:
         """The code for a signature, or None."""
         found = super().load(key)
-        # Processes that compile at the same time may use one number for the code of different signatures.
+        # Processes that compile at the same time may use the same number for the code of different signatures.
         return found[1] if found is not None and found[0] == key else None
 
     def save(self, key: Any, data: Any) -> None:
@@ -158,7 +158,7 @@ class _SealedFiles(IndexDataCacheFile):
             return {}
         try:
             return super()._load_index()
-        except (ImportError, AttributeError):  # signatures of other sources, with classes that are no longer there
+        except (ImportError, AttributeError):  # signatures of other sources, with classes that no longer exist
             return {}
 
     def _load_data(self, name: str) -> Any:
@@ -207,7 +207,7 @@ def _stamp() -> str:
 
 @functools.cache
 def _say(precision: str) -> None:
-    """Say once for each precision that the kernels are compiled."""
+    """Announce once per precision that the kernels are compiled."""
     print(
         f"pyro-maf compiles its kernels for this machine and {precision} precision, once: about 15 seconds.",
         file=sys.stderr,

@@ -1,4 +1,4 @@
-"""Elementwise functions of the kernels: exponentials, activations, compression of a network's inputs, affine maps."""
+"""Elementwise functions of the kernels: exponentials, activations, compression of network inputs, affine maps."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def exp(x: Any) -> Any:
 
 @inner
 def expm1(x: Any) -> Any:
-    """exp(x) - 1, to full precision around 0, for x clamped likewise."""
+    """exp(x) - 1, to full precision around 0, with x clamped likewise."""
     power, rest = _exp_parts(x)
     return power * rest + (power - type(x)(1))
 
@@ -52,7 +52,7 @@ def tanh(x: Any) -> Any:
 
 
 def _exp_parts(x: Any) -> tuple[Any, Any]:
-    """A power p of two and a rest r such that exp(x) = p (1 + r). Loops of it are vectorised."""
+    """A power of two p and a remainder r such that exp(x) = p (1 + r). Loops over it are vectorised."""
     return 1.0, math.expm1(x)
 
 
@@ -78,14 +78,14 @@ def _compiled_exp_parts(x: Any) -> Any:
         p = r / 6227020800 + 1 / 479001600
         for factor in (39916800, 3628800, 362880, 40320, 5040, 720, 120, 24, 6, 2):
             p = p * r + 1 / factor
-        # The last digits of n + 2^52 + 1023 are the exponent of the power: no conversion, which is not vectorised.
+        # The last digits of n + 2^52 + 1023 are the exponent of the power; a conversion would not be vectorised.
         return np.int64(np.float64(n + (2.0**52 + 1023)).view(np.int64) << 52).view(np.float64), p * r * r + r
 
     return single if x == types.float32 else double
 
 
 def log(x: Any) -> Any:
-    """The logarithm of a normal number above 0; NaN for NaN. Loops of it are vectorised."""
+    """The logarithm of a positive normal number; NaN for NaN. Loops over it are vectorised."""
     return math.log(x)
 
 
@@ -112,7 +112,7 @@ def _compiled_log(x: Any) -> Any:
 
     def single(x: Any) -> Any:
         bits = np.float32(x).view(np.int32)
-        # Cast each time, since the result of two int32 is an int64, of which half as many fit a vector.
+        # Cast each time, since the result of two int32 is an int64, only half as many of which fit a vector.
         n = np.int32(np.int32(bits - np.int32(0x3F3504F3)) >> np.int32(23))
         m = np.int32(bits - np.int32(n << np.int32(23))).view(np.float32)
         s = (m - np.float32(1)) / (m + np.float32(1))
@@ -129,12 +129,12 @@ def _compiled_log(x: Any) -> Any:
 
 @inner
 def activate(kind: int, tape: Array, first: int, end: int, shift: int, width: int) -> None:
-    """Replace pre-activations, rows `first` .. `end` - 1 and the first `width` columns of a tape, by their activations.
+    """Replace pre-activations, in rows `first` .. `end` - 1 and the first `width` columns of a tape, by activations.
 
-    Writes the derivatives of those activations whose value does not determine it, silu and gelu, `shift` rows further.
-    Rows are not passed as slices, each of which would be counted as a reference.
+    For silu and gelu, whose value does not determine their derivative, the derivative is written `shift` rows further
+    on. Rows are not passed as slices, each of which would be reference-counted.
     """
-    columns = np.uintp(width)  # since a column that may be negative keeps a loop from being vectorised
+    columns = np.uintp(width)  # unsigned, since a possibly negative column keeps a loop from being vectorised
     one, half, zero = tape.dtype.type(1), tape.dtype.type(0.5), tape.dtype.type(0)
     for r in range(first, end):
         if kind == RELU:
@@ -173,7 +173,7 @@ def activate(kind: int, tape: Array, first: int, end: int, shift: int, width: in
 
 @inner
 def differentiate(kind: int, tape: Array, first: int, end: int, shift: int, grad: Array, row: int, width: int) -> None:
-    """Multiply rows of a gradient, from `row` on, by the derivatives of activations: arguments of `activate`."""
+    """Multiply rows of a gradient, from `row` on, by the derivatives of activations; arguments as in `activate`."""
     columns = np.uintp(width)
     one, zero = tape.dtype.type(1), tape.dtype.type(0)
     for r in range(first, end):
@@ -203,7 +203,7 @@ def differentiate(kind: int, tape: Array, first: int, end: int, shift: int, grad
 
 @inner
 def compress(x: Array, seen: Array, slope: Array, end_of_bulk: float) -> None:
-    """Write `compress_tails` of x, and its derivative to `slope`; with an infinite bulk, x itself."""
+    """Write `compress_tails` of x, and its derivative to `slope`; x itself if the bulk is infinite."""
     number = x.dtype.type
     one, zero, bulk, infinity = number(1), number(0), number(end_of_bulk), number(np.inf)
     far = False
@@ -221,7 +221,7 @@ def compress(x: Array, seen: Array, slope: Array, end_of_bulk: float) -> None:
 
 @inner
 def copy(values: Array, place: Array) -> None:
-    """Copy entries to another array; an assignment of slices takes a second to compile."""
+    """Copy entries to another array; an assignment of slices would take a second to compile."""
     for t in range(len(values)):
         place[t] = values[t]
 
@@ -233,7 +233,8 @@ def copy(values: Array, place: Array) -> None:
 def affine(layer: Layer, x: Array, shift: Array, scale: Array, w: Array, logs: Array) -> None:
     """w = (x e + sign s) e with e = exp(sign alpha / 2) and alpha = b tanh(a / b), for the network's outputs s and a.
 
-    Leaves e in `shift` and tanh(a / b) in `scale`. One loop for each, since loops over many arrays are not vectorised.
+    Leaves e in `shift` and tanh(a / b) in `scale`. Uses separate loops, since loops over many arrays are not
+    vectorised.
     """
     number = x.dtype.type
     for t in range(len(x)):
@@ -250,7 +251,7 @@ def affine(layer: Layer, x: Array, shift: Array, scale: Array, w: Array, logs: A
 def affine_back(
     layer: Layer, x: Array, w: Array, e: Array, bounded: Array, grad: Array, logs: Array, by_shift: Array, by_a: Array
 ) -> None:
-    """The adjoint of `affine`, which leaves e and `bounded`, tanh(a / b)."""
+    """The adjoint of `affine`, which left e and `bounded`, tanh(a / b)."""
     number = x.dtype.type
     one, half, signed, of_log = number(1), number(0.5 * layer.sign), number(layer.sign), number(layer.log_sign)
     for t in range(len(x)):
@@ -264,7 +265,7 @@ def affine_back(
 
 @inner
 def linear(layer: Layer, x: Array, shift: Array, scale: Array, w: Array, logs: Array) -> None:
-    """w = x e + s, or (x - s) e for sign -1, with e = exp(sign a), for the shift s and an a that all points share."""
+    """w = x e + s, or (x - s) e for sign -1, with e = exp(sign a), for the shift s and an a shared by all points."""
     number = x.dtype.type
     e, log_derivative = exp(number(layer.sign) * scale[0]), number(layer.log_sign) * scale[0]
     if layer.sign > 0:

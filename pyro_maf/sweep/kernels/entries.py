@@ -1,7 +1,7 @@
-"""The kernels that Python calls: the two walks, and what a training step does besides them.
+"""The kernels that Python calls: the two walks, and the other parts of a training step.
 
-Weights come into the order of a program and gradients out of it, and Adam takes a step with the entries that masks let
-through alone. `Tails`, too, are compiled: for few draws torch takes longer to start operations than to run them.
+Weights are brought into the order of a program, and gradients out of it; Adam's step touches only entries that are not
+masked out. `Tails` is compiled, too: for few draws, torch takes longer to start operations than to run them.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ __all__ = ["adam_step", "backward", "forward", "pack", "tails", "tails_back", "u
 
 Settings = tuple[float, float, float, float, float, float]
 SERIES = 0.01
-"""Exponent up to which functions are summed as series, exact to rounding."""
+"""Exponent below which functions are computed by their series, exact to rounding."""
 
 
 @entry
 def pack(addresses: Array, tables: Tables, weights: Array, biases: Array) -> None:
-    """Gather masked weights, and biases, both flat, from the addresses at which the parameters begin."""
+    """Gather masked weights, and biases, both flat, from the addresses of the parameters."""
     seen, row_order, column_order = tables.seen, tables.row_order, tables.column_order
     for matrix in tables.matrices:
         rows, columns, row_at, gain = matrix.rows, matrix.columns, matrix.rows_from, weights.dtype.type(matrix.gain)
@@ -38,7 +38,7 @@ def pack(addresses: Array, tables: Tables, weights: Array, biases: Array) -> Non
             place, count = row_order[row_at + r], seen[row_at + r]
             if matrix.first:
                 biases[matrix.bias + r] = bias[matrix.addend_from + place]
-            # Unsigned indices into whole arrays: slices would be counted as references, and keep loops from being
+            # Unsigned indices into whole arrays: slices would be reference-counted, and keep loops from being
             # vectorised.
             at, own = np.uintp(_begins(matrix, place)), np.uintp(matrix.start + r * matrix.stride)
             if matrix.natural:
@@ -55,13 +55,13 @@ def pack(addresses: Array, tables: Tables, weights: Array, biases: Array) -> Non
 
 @inner
 def _begins(matrix: Matrix, row: int) -> int:
-    """The place where a row of a matrix begins, in the tensor of its weight."""
+    """Offset of a row of a matrix in the tensor of its weight."""
     return matrix.weight_from + (row * (row - 1) // 2 if matrix.packed else row * matrix.columns)
 
 
 @entry
 def unpack(tables: Tables, offsets: Array, gradients: Array, by_biases: Array, flat: Array) -> None:
-    """Fill in gradients with respect to the parameters, one after another from these offsets on, by `backward`'s."""
+    """Write gradients w.r.t. the parameters, consecutively from these offsets on, from those of `backward`."""
     seen, row_order, column_order = tables.seen, tables.row_order, tables.column_order
     for matrix in tables.matrices:
         rows, columns, gain, order = matrix.rows, matrix.columns, flat.dtype.type(matrix.gain), matrix.columns_from
@@ -98,23 +98,23 @@ def adam_step(
     weights: Array,
     biases: Array,
 ) -> float:
-    """Take a step of Adam, and add the result to an average of the weights; do neither if the gradient is not finite.
+    """Take an Adam step and add the result to an average of the weights; do neither if the gradient is not finite.
 
-    Entries that no row sees stay as they are. What it reads and writes in vectors has `LANES` more entries at its end.
+    Masked entries stay unchanged. Arrays that are read and written in vectors have `LANES` more entries at their end.
 
     Args:
         tables: The layers.
-        offsets: Where each tensor begins in `flat`.
+        offsets: Start of each tensor in `flat`.
         gradients, by_biases: From `backward`.
         most: Norm to which the gradient is clipped.
-        settings: Learning rate, weight decay, beta1, beta2, epsilon, and the share of the result in its average.
-        flat: The tensors, one after another.
-        state: Their averages of gradients and of their squares, and of themselves, in the same order.
-        steps: The number of steps so far, counted here.
+        settings: Learning rate, weight decay, beta1, beta2, epsilon, and the weight of the result in its average.
+        flat: The concatenated tensors.
+        state: Averages of their gradients, of the squares of these, and of the tensors themselves, in the same order.
+        steps: The number of steps so far, incremented here.
         weights, biases: As from `pack`, before the step and after it.
 
     Returns:
-        The gradient's norm before it is clipped.
+        The gradient's norm before clipping.
     """
     norm = math.sqrt(_squares(tables, gradients, by_biases))
     if not norm < np.inf:
@@ -140,7 +140,7 @@ def adam_step(
 
 @inner
 def _numbers(number: Any, settings: Settings, steps: int) -> tuple[Any, ...]:
-    """Numbers of a step as `adam` reads them, after those of a matrix."""
+    """Constants of a step in the order in which `adam` reads them, after those of a matrix."""
     rate, decay, beta1, beta2, epsilon, share = settings
     rate, root = rate / (1 - beta1**steps), (1 - beta2**steps) ** -0.5
     averages = number(decay), number(1 - beta1), number(1 - beta2)
@@ -167,7 +167,7 @@ def _squares(tables: Tables, gradients: Array, by_biases: Array) -> float:
 
 @inner
 def _rank(order: Array, rank: Array) -> bool:
-    """Fill in the place of each entry in an order, beyond all of them no place; return whether they are sorted."""
+    """Compute the rank of each entry in an order, and its length as rank beyond; return whether it is sorted."""
     is_sorted = True
     for k in range(len(order)):
         rank[order[k]] = k
@@ -191,9 +191,9 @@ def _step_of_matrix(
     rank: Array,
     room: Array,
 ) -> None:
-    """The step for all rows of a matrix, or for its biases, which are one row, from `offset` on in `flat`.
+    """The step for all rows of a matrix, or for its biases, which form one row, from `offset` on in `flat`.
 
-    All in one function: a call for each row would count references to the arrays of the state each time.
+    All in one function, since a call per row would reference-count the arrays of the state each time.
     """
     (first, second, average), (row_order, seen), in_order, result = state, of_rows, room[0], room[1]
     lanes, is_sorted = VECTOR // flat.itemsize, _rank(order, rank)
@@ -235,13 +235,13 @@ def tails(
 
     Args:
         x: (points, D).
-        weights: Of the right and of the left tails, (2, D).
+        weights: Weights of the right and left tails, (2, D).
         loc, scale: (D,).
-        sign: Of the weights.
-        largest: Exponent from which on the map is its tangent.
+        sign: Sign of the weights.
+        largest: Exponent beyond which the map is its tangent.
         y, log_det: Filled here, (points, D) and (points,).
-        partials: Derivatives of y and of the log-determinant by x, and of both by the weight, filled here,
-            (4, points, D); or with no points if not wanted.
+        partials: Derivatives of y and of the log-determinant w.r.t. x, and of both w.r.t. the weight, filled here,
+            (4, points, D); or without points if not wanted.
     """
     far, wanted = math.expm1(largest), partials.shape[1] > 0
     for b in range(len(x)):
@@ -264,7 +264,7 @@ def tails(
             total += u - half if is_heavy else half - u
             if wanted:
                 slope = 0.25 + u / 24 - u * u * u / 1440 if u < SERIES else 0.5 / grown + 0.5 - 0.5 / u
-                # Outside, the exponent is constant; and squares of what is there may overflow.
+                # Outside, the exponent is constant, and squares of the values there may overflow.
                 share = 0.0 if outside else 1.0 if is_heavy else 1 / (1 + grown)
                 square, by_log = 0.0 if outside else z * z, (1 - slope) * share
                 by_weight = (growth - derivative) * edge / (-2 * weight) if outside else 0.0

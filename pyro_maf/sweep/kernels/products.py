@@ -1,6 +1,6 @@
-"""Matrix products of the kernels, over rows of a tape, and other loops over whole vectors of the processor.
+"""Matrix products of the kernels, over rows of a tape, and other loops over whole processor vectors.
 
-Where numba's loops are slower, these are written in LLVM's language.
+Loops that numba would compile to slower code are written in LLVM IR.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ __all__ = ["ADDED", "TALLEST", "VECTOR", "adam", "add_product", "dot", "height_o
 __all__ += ["transpose"]
 
 VECTOR = 64
-"""Bytes of a row that are processed together."""
+"""Number of bytes of a row that are processed together."""
 TALLEST = 8 if "+avx512f" in get_host_cpu_features() else 6
-"""Maximum number of rows whose sums fit the processor's registers along with the operands."""
+"""Maximum number of rows whose sums fit into the processor's registers along with the operands."""
 N, PLACE = types.intp, ir.IntType(32)
 PANEL = 256
 """Number of terms added to all rows of y before the next ones, so that these rows of x stay in cache."""
 ADDED = -1
-"""For sums that are added to what is there."""
+"""Value of `initial_at` for sums that are added to the existing values."""
 
 
 class _Code:
-    """The code of an intrinsic, over vectors of the numbers in its arrays.
+    """The code of an intrinsic, for vectors of the numbers in its arrays.
 
     Args:
         context, builder, signature, arguments: From numba.
-        first: Which of the arguments is an array.
+        first: Index of an argument that is an array.
     """
 
     def __init__(self, context: Any, builder: Any, signature: Any, arguments: Sequence[Any], first: int) -> None:
@@ -52,7 +52,7 @@ class _Code:
         }
 
     def place(self, array: int, at: Any, row: Any = None, kind: Any = None) -> Any:
-        """Pointer to the vector of this kind that begins at an entry of an array, or of one of its rows."""
+        """Pointer to the vector of this kind that starts at an entry of an array, or of one of its rows."""
         if row is not None:
             width = cgutils.unpack_tuple(self.builder, self.arrays[array].shape)[1]
             at = self.builder.add(self.builder.mul(row, width), at)
@@ -66,11 +66,11 @@ class _Code:
         self.builder.store(value, place, align=self.size)
 
     def entry(self, array: int, at: Any) -> Any:
-        """A vector of one entry of an array."""
+        """A vector that repeats an entry of an array."""
         return self.repeated(self.builder.load(self.builder.gep(self.arrays[array].data, [at])))
 
     def repeated(self, value: Any) -> Any:
-        """A vector of a number."""
+        """A vector that repeats a number."""
         undefined = ir.Constant(ir.VectorType(value.type, self.count), ir.Undefined)
         one = self.builder.insert_element(undefined, value, ir.Constant(PLACE, 0))
         return self.builder.shuffle_vector(one, undefined, ir.Constant(self.places, None))
@@ -122,7 +122,7 @@ add_tile: Any = intrinsic(prefer_literal=True)(
 )
 """`products.add_product` for `height` rows of y, `vectors` vectors of tape columns from t on, and `terms` terms.
 
-`at` is the place of the first weight, with the steps to the next row and column. The sums stay in registers until all
+`at` is the place of the first weight, with the strides to the next row and column. The sums stay in registers until all
 terms are added, which a loop over arrays does not achieve.
 """
 
@@ -139,7 +139,7 @@ def _transpose_tile(context: Any, builder: Any, signature: Any, arguments: Any) 
         return ir.Constant(code.places, [ir.Constant(PLACE, lane) for lane in lanes])
 
     rows = [code.load(code.place(0, t, row_of(x_row, row))) for row in range(code.count)]
-    for _ in range(code.count.bit_length() - 1):  # interleaving rows half the tile apart, log2 of its size times
+    for _ in range(code.count.bit_length() - 1):  # interleave rows half a tile apart, log2 of the tile's size times
         pairs = zip(rows[:half], rows[half:], strict=True)
         rows = [builder.shuffle_vector(*pair, interleaved(first)) for pair in pairs for first in (0, half)]
     for row, value in enumerate(rows):
@@ -150,8 +150,8 @@ def _transpose_tile(context: Any, builder: Any, signature: Any, arguments: Any) 
 transpose_tile: Any = intrinsic(
     lambda _, x, x_row, t, y, y_row, column: (types.void(x, N, N, y, N, N), _transpose_tile)
 )
-"""y[y_row + j, column + i] = x[x_row + i, t + j] for i and j over one vector's worth; in registers, as no loop over
-arrays would do."""
+"""y[y_row + j, column + i] = x[x_row + i, t + j] for i and j over one vector each; in registers, unlike any loop over
+arrays."""
 
 
 def _adam(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -187,10 +187,10 @@ adam: Any = intrinsic(
         _adam,
     )
 )
-"""A step of Adam for a vector of entries, those of a rank below `count`; arguments are those of `entries.adam_step`.
+"""An Adam step for a vector of entries, those with a rank below `count`; arguments as in `entries.adam_step`.
 
-It holds six arrays, more than a compiler takes for disjoint in a loop: rows of numba's loops took four times as long,
-120 us instead of 30 for five layers of 6 variables and 100 units.
+It uses six arrays, more than a compiler assumes to be disjoint in a loop: rows of numba's loops took four times as
+long, 120 us instead of 30 for five layers of 6 variables and 100 units.
 """
 pointer_to: Any = intrinsic(
     lambda _, address, like: (
@@ -200,7 +200,7 @@ pointer_to: Any = intrinsic(
         ),
     )
 )
-"""A pointer to an address, of the type of an array's entries."""
+"""A pointer to an address, with the type of an array's entries."""
 
 
 # -- loops over tiles -------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ pointer_to: Any = intrinsic(
 
 @inner
 def height_of(left: int) -> int:
-    """Rows of the next tile, with so many left: those of a tile share the columns that the last one sees."""
+    """Number of rows in the next tile, with `left` rows left; they share the columns that the last one sees."""
     return TALLEST if left >= TALLEST else 4 if left >= 4 else 2 if left >= 2 else 1
 
 
@@ -261,7 +261,7 @@ def add_product(
             break
 
 
-# As an overload it is compiled once: `njit` compiles anew for each combination of arguments that are literals.
+# An overload is compiled once, whereas `njit` compiles for each combination of literal arguments.
 overload(add_product, jit_options=INNER, strict=False)(lambda *_: add_product)  # type: ignore[arg-type]
 
 
@@ -276,7 +276,7 @@ def transpose(x: Array, x_row: int, rows: int, columns: int, y: Array) -> None:
 
 @inner
 def dot(a: Array, a_from: int, b: Array, b_from: int, terms: int) -> Any:
-    """sum_k a[a_from + k] b[b_from + k] over k < terms. Slices would be counted as references."""
+    """sum_k a[a_from + k] b[b_from + k] over k < terms. Slices would be reference-counted."""
     total, a_first, b_first = a.dtype.type(0), np.uintp(a_from), np.uintp(b_from)
     for k in range(np.uintp(terms)):
         total += a[a_first + k] * b[b_first + k]

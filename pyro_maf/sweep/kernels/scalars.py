@@ -1,4 +1,4 @@
-"""Arithmetic on numbers of a draw, operation by operation for all draws at once, compiled by numba for CPUs."""
+"""Arithmetic on the numbers of a draw, one operation at a time for all draws, compiled by numba for CPUs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["OPERATIONS", "run"]
 BINARY = ("add", "mul", "sub", "div", "pow", "maximum", "minimum", "le", "lt", "ge", "gt")
 UNARY = ("neg", "sqrt", "exp", "log", "log1p", "expm1", "rsqrt", "reciprocal", "tanh", "sigmoid", "sin", "cos", "abs")
 OPERATIONS = (*BINARY, *UNARY, "where")
-"""Names of the operations, as in torch: the code of one is its place. Conditions are 0 and 1."""
+"""Names of the operations, as in torch; the code of an operation is its index. Conditions are 0 and 1."""
 FIRST_UNARY, WHERE = len(BINARY), len(BINARY) + len(UNARY)
 
 

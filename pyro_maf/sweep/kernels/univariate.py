@@ -1,7 +1,7 @@
-r"""The univariate maps of the kernels, and their adjoints: nothing else there depends on the map or its parameters.
+r"""The univariate maps of the kernels, and their adjoints; no other module there depends on the map or its parameters.
 
-The parameters of one variable are rows of a tape, and the points its columns. `layer` is a record of `layout.LAYER`,
-which says where the lists of these rows begin and which map it is, in which direction.
+The parameters of one variable are rows of a tape, whose columns are the points. `layer` is a record of `layout.LAYER`,
+which says where the lists of these rows start, and which map is applied in which direction.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Part(NamedTuple):
         tape: (rows, points).
         here, after, context: First rows of the layer, of its result and of the context.
         points: Number of points.
-        width: The same, padded.
-        keeps: Whether the result is that of all variables, the first rows of the next layer; or one row for all, which
-            is copied over the variable's input.
+        width: Number of points, padded.
+        keeps: Whether the result has a row for each variable, the first rows of the next layer, rather than a single
+            row, which is copied over the variable's input.
     """
 
     tape: Array
@@ -49,10 +49,10 @@ class Adjoint(NamedTuple):
     Attributes:
         grad: With respect to the variables.
         logs: With respect to the log-determinants.
-        delta: With respect to pre-activations and what networks see; its first row is that of the layer.
-        context: With respect to the context; with no rows if not wanted.
-        room: Two rows.
-        transposed: Room for transposed inputs of a matrix, (points, columns).
+        delta: With respect to pre-activations and inputs of networks; its first row is that of the layer.
+        context: With respect to the context; without rows if not wanted.
+        room: Two rows of scratch space.
+        transposed: Scratch space for transposed inputs of a matrix, (points, columns).
         zeros: (rows,).
     """
 
@@ -69,7 +69,7 @@ class Adjoint(NamedTuple):
 def apply(layer: Layer, j: int, variables: Array, part: Part, logs: Array) -> Array:
     """Map the layer's variable j in its direction, add the log-derivative to `logs`, and return the result, (points,).
 
-    Leaves in the rows of the parameters what `pull_back` needs. `variables` are the lists that the layer refers to.
+    Leaves what `pull_back` needs in the rows of the parameters. `variables` are the lists that the layer refers to.
     """
     tape, here, after, _, _, width, keeps = part
     row, phi = variables[layer.moved_from + j], layer.phi_from + layer.outputs * j
@@ -89,9 +89,9 @@ def apply(layer: Layer, j: int, variables: Array, part: Part, logs: Array) -> Ar
 
 @inner
 def pull_back(layer: Layer, j: int, variables: Array, part: Part, adjoint: Adjoint) -> None:
-    """The adjoint of `apply`, after it: turns the gradient with respect to the result into that to the variable.
+    """The adjoint of `apply`, called after it: turns the gradient w.r.t. the result into that w.r.t. the variable.
 
-    Writes the gradients with respect to the parameters to `adjoint.delta`.
+    Writes the gradients w.r.t. the parameters to `adjoint.delta`.
     """
     tape, here, width, logs, delta = part.tape, part.here, part.width, adjoint.logs[: part.width], adjoint.delta
     row, phi = variables[layer.moved_from + j], layer.phi_from + layer.outputs * j
@@ -111,36 +111,35 @@ def pull_back(layer: Layer, j: int, variables: Array, part: Part, adjoint: Adjoi
 # -- splines ----------------------------------------------------------------------------------------------------------
 #
 # As in `pyro_maf.univariate.Spline`. With A_k and C_k the exponentials of the bounded outputs for widths and heights,
-# bin k has the width 2 B A_k / sum A, the height 2 B A_k C_k / sum A C and the chord C_k sum A / sum A C. Positions in
-# the box are in units in which the width is A_k, or the height A_k C_k. The adjoint differentiates q at z, for q^-1
-# too. Loops run over rows of one flat array, `room`, a constant number of entries apart, so that LLVM can tell that
-# they do not overlap; of several arrays it vectorises few loops.
+# bin k has width 2 B A_k / sum A, height 2 B A_k C_k / sum A C and chord C_k sum A / sum A C. Positions in the box are
+# in units in which the width is A_k, or the height A_k C_k. The adjoint differentiates q at z, for q^-1 too. Loops run
+# over rows of one flat array, `room`, at constant distances, so that LLVM can prove that they do not overlap; with
+# several arrays it vectorises few loops.
 
 GAIN, STEEPEST, LOG_SLOPE, LOG_CHORD = Spline.GAIN, Spline.STEEPEST, Spline.LOG_SLOPE, Spline.LOG_SLOPE / 2
 STRIP = 128
 """Number of points that pass through a spline together: the length of a row of `room`."""
 POINT, RESULT, LOG, WIDTHS, HEIGHTS, AT, LEFT, BOTTOM = range(0, 8 * STRIP, STRIP)
-"""Rows: argument, result and log q' of the box; the sums of A and of A C; the argument's position; the sums up to a
-bin."""
+"""Rows: argument, result and log q' of the box; the sums of A and of A C; the argument's position; the partial sums."""
 BIN, BIN_LEFT, BIN_BOTTOM, A, C, C_BEFORE, C_AFTER, OUTPUT, OUTPUT_AFTER = range(8 * STRIP, 17 * STRIP, STRIP)
 """Rows for the argument's bin: its number; the sums before it; its A and C; the C of its neighbours; the outputs for
 the slopes at its knots."""
 SLOPE, SLOPE_AFTER, PLACE, GRAD, GRAD_LOG, SHARED, SHARED_C = range(17 * STRIP, 24 * STRIP, STRIP)
-"""Rows: the slopes at the bin's knots; t, the argument's place between them, 0 to 1; the gradients with respect to the
-result, later the argument, and to log q'; and, of those with respect to A and A C, what is common to all bins."""
+"""Rows: the slopes at the bin's knots; t, the argument's relative place between them; the gradients w.r.t. the result,
+later the argument, and w.r.t. log q'; and the part of the gradients w.r.t. A and A C that all bins share."""
 STEP, STEP_C, RISE, BY_C, BY_C_BEFORE, BY_C_AFTER = range(24 * STRIP, 30 * STRIP, STRIP)
-"""Rows: of the same gradients, what is added for the bins before the argument's, of which its own has the part t, or
-that of its height; and the gradients with respect to log C."""
+"""Rows: the terms of these gradients that are added for the bins before the argument's, whose own bin gets a fraction
+t, or that of its height; and the gradients w.r.t. log C."""
 FIRST, NEXT = 35 * STRIP, 5 * STRIP
-"""Row of the A of the first bin, after which come its C, the output for the slope at its end, and the derivatives of
-log A and log C with respect to their outputs; and from one bin to the next."""
+"""Row of the A of the first bin, followed by its C, the output for the slope at its end, and the derivatives of log A
+and log C w.r.t. their outputs; and the distance from one bin to the next."""
 BEYOND = -1
-"""The C beside the first and the last bin: at the box's edge the slope is 1."""
+"""The C beyond the first and the last bin: at the box's edge the slope is 1."""
 
 
 @inner
 def _spline(layer: Layer, phi: int, rows: Array, tape: Array, here: int, x: Array, w: Array, logs: Array) -> None:
-    """`apply` of a spline. Leaves z in place of the shift, and bounded outputs for scale, widths and heights."""
+    """`apply` for a spline. Replaces the shift by z, and scale, widths and heights by bounded outputs."""
     number, room, solve = x.dtype.type, _room(layer, x), layer.sign > 0
     for start in range(0, len(x), STRIP):
         end = min(len(x), start + STRIP)
@@ -178,14 +177,14 @@ def _room(layer: Layer, like: Array) -> Array:
 def _set_bins(
     layer: Layer, phi: int, rows: Array, tape: Array, here: int, t0: int, points: int, room: Array, fresh: bool
 ) -> None:
-    """Fill in the rows of all bins, and their sums; replaces the outputs for A and C, if `fresh`, by their tanh."""
+    """Fill the rows of all bins, and their sums; if `fresh`, replace the outputs for A and C by their tanh."""
     number = tape.dtype.type
     one, gain, end = number(1), number(GAIN), t0 + points
     for t in range(points):
         room[WIDTHS + t] = room[HEIGHTS + t] = 0
     for k in range(layer.bins):
         at, phi_k = FIRST + k * NEXT, phi + 2 + k
-        for part in range(2):  # A and C: one array at a time, or no loop is vectorised
+        for part in range(2):  # A and C one at a time, since otherwise no loop is vectorised
             outputs, row = tape[here + rows[phi_k + part * layer.bins], t0:end], at + part * STRIP
             if fresh:
                 for t in range(points):
@@ -206,7 +205,7 @@ def _set_bins(
 
 @inner
 def _find_bin(layer: Layer, points: int, room: Array, solve: bool) -> None:
-    """Fill in the argument's position, clipped to the box, and what belongs to its bin."""
+    """Fill in the argument's position, clipped to the box, and the rows that describe its bin."""
     number = room.dtype.type
     bound, zero = number(layer.bound), number(0)
     for t in range(points):
@@ -219,8 +218,8 @@ def _find_bin(layer: Layer, points: int, room: Array, solve: bool) -> None:
         room[OUTPUT + t] = room[OUTPUT_AFTER + t] = zero
     for k in range(layer.bins):
         a, is_first, is_last = FIRST + k * NEXT, k == 0, k == layer.bins - 1
-        # Sums with zeros, since a choice between two entries is compiled to one between their addresses, which is slow.
-        # All are read before: loops that may leave an entry unread are not vectorised.
+        # Sums with zeros, since a choice between two entries is compiled to a slow choice between their addresses. All
+        # are read beforehand: loops that may skip reading an entry are not vectorised.
         for t in range(points):
             at, left, bottom, width = room[AT + t], room[LEFT + t], room[BOTTOM + t], room[a + t]
             c_before, c, c_after = room[a + STRIP - NEXT + t], room[a + STRIP + t], room[a + STRIP + NEXT + t]
@@ -243,7 +242,7 @@ def _find_bin(layer: Layer, points: int, room: Array, solve: bool) -> None:
 
 @inner
 def _slope(output: Any, c: Any, beside: Any, ratio: Any) -> tuple[Any, Any, Any]:
-    """The slope at a knot between bins with these C, if it is the limit, and its logarithm over its bound if not."""
+    """The slope at a knot between bins with these C, whether it is the limit, and its log over its bound otherwise."""
     bounded = tanh(type(output)(GAIN / LOG_SLOPE) * output)
     free = exp(type(c)(LOG_SLOPE) * bounded)
     limit = type(c)(STEEPEST) * ratio * min(c, beside)
@@ -280,7 +279,7 @@ def _through_box(layer: Layer, points: int, room: Array, solve: bool) -> None:
         width = (room[BIN_LEFT + t] + room[A + t] * place) / room[WIDTHS + t]
         height = (room[BIN_BOTTOM + t] + room[A + t] * room[C + t] * rise) / room[HEIGHTS + t]
         numerator = room[SLOPE_AFTER + t] * place * place + two * s * place * rest + slope * rest * rest
-        is_inside = abs(room[POINT + t]) < bound  # not for NaN
+        is_inside = abs(room[POINT + t]) < bound  # false for NaN
         result = two * bound * (width if solve else height) - bound
         room[RESULT + t] = result if is_inside else room[POINT + t]
         slope = s * s * numerator / (denominator * denominator)
@@ -293,7 +292,7 @@ def _through_box(layer: Layer, points: int, room: Array, solve: bool) -> None:
 def _spline_back(
     layer: Layer, phi: int, rows: Array, part: Part, x: Array, w: Array, grad: Array, logs: Array, delta: Array
 ) -> None:
-    """`pull_back` of a spline."""
+    """`pull_back` for a spline."""
     number, room, e, solve = x.dtype.type, _room(layer, x), np.empty(STRIP, x.dtype), layer.sign > 0
     shift, scale, tape, here = rows[phi], rows[phi + 1], part.tape, part.here
     for start in range(0, len(x), STRIP):
@@ -323,9 +322,9 @@ def _spline_back(
 
 @inner
 def _box_back(layer: Layer, points: int, room: Array, solve: bool) -> None:
-    """Turn the gradient with respect to the result of the box into that with respect to its argument.
+    """Turn the gradient w.r.t. the result of the box into that w.r.t. its argument.
 
-    Fills in the rows from which `_bins_back` computes those with respect to the outputs.
+    Fills in the rows from which `_bins_back` computes gradients w.r.t. the outputs.
     """
     number = room.dtype.type
     zero, two, bound = number(0), number(2), number(layer.bound)
@@ -336,7 +335,7 @@ def _box_back(layer: Layer, points: int, room: Array, solve: bool) -> None:
         slope_after, is_limit_after, bounded_after = _slope(room[OUTPUT_AFTER + t], c, c_after, ratio)
         s, place = c * ratio, (room[AT + t] - room[BIN_LEFT + t]) / a
         rise, of_rise, of_log = _derivatives(s, slope, slope_after, place)
-        # q' with respect to z, and the units of z in which the bin has the width A.
+        # q' with respect to z, in the units in which the bin has width A.
         derivative, unit = s * of_rise[0], room[WIDTHS + t] / (two * bound)
         is_inside = abs(room[POINT + t]) < bound
         grad, grad_log = room[GRAD + t], room[GRAD_LOG + t] if is_inside else zero
@@ -349,7 +348,7 @@ def _box_back(layer: Layer, points: int, room: Array, solve: bool) -> None:
             by_z += grad * derivative
         grad_q = grad_q if is_inside else zero
         room[GRAD + t] = by_z if is_inside else grad
-        # With respect to what determines q and log q' in the bin.
+        # W.r.t. the quantities that determine q and log q' in the bin.
         height = two * bound / room[HEIGHTS + t]
         by_rise = grad_q * height * a * c
         by_place = by_rise * of_rise[0] + grad_log * of_log[0]
@@ -370,7 +369,7 @@ def _box_back(layer: Layer, points: int, room: Array, solve: bool) -> None:
 
 @inner
 def _derivatives(s: Any, slope: Any, slope_after: Any, place: Any) -> tuple[Any, Any, Any]:
-    """The rise of q in a bin, over its height, and the derivatives of it and of log q' by t, s and the two slopes."""
+    """The rise of q in a bin, over its height, and derivatives of it and of log q' w.r.t. t, s and the two slopes."""
     one, two = type(s)(1), type(s)(2)
     rest, excess = one - place, slope + slope_after - two * s
     across, turned = place * rest, one - two * place
@@ -388,16 +387,16 @@ def _derivatives(s: Any, slope: Any, slope_after: Any, place: Any) -> tuple[Any,
 
 @inner
 def _knot_back(by_slope: Any, is_limit: Any, bounded: Any, c: Any, beside: Any) -> tuple[Any, Any, Any]:
-    """Gradients with respect to a knot's output, the logarithm of its limit, and, of that, the log C beside it."""
+    """Gradients w.r.t. a knot's output, the logarithm of its limit, and, through that, log C of the adjacent bin."""
     number = type(c)
     by_limit = by_slope if is_limit else number(0)
-    share = number(1) if beside < c else number(0.5) if beside == c else number(0)  # of the lesser C
+    share = number(1) if beside < c else number(0.5) if beside == c else number(0)  # of the smaller C
     return number(GAIN) * (number(1) - bounded * bounded) * (by_slope - by_limit), by_limit, share * by_limit
 
 
 @inner
 def _bins_back(layer: Layer, phi: int, rows: Array, t0: int, points: int, room: Array, delta: Array) -> None:
-    """Gradients with respect to the outputs for widths, heights and slopes."""
+    """Gradients w.r.t. the outputs for widths, heights and slopes."""
     number = room.dtype.type
     one, zero = number(1), number(0)
     for k in range(layer.bins):

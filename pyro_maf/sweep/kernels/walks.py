@@ -1,13 +1,13 @@
-r"""The two walks over a program, compiled by numba for CPUs: forward, and back with the gradients.
+r"""The two walks over a program, forward and back with the gradients, compiled by numba for CPUs.
 
 A chunk of points passes through all layers before the next, so that its part of the tape stays in the processor's
 cache. See `layout` for the tables.
 
-In its sequential direction, level 0 of a layer is its inputs, the last its outputs. `final[l, i + 1]` is the number of
-units of level l that are final at step i, when the variables before i are determined; `final[l, 0]` is 0. Step i thus
-completes units final[l, i] .. final[l, i + 1] - 1, and each of them sees exactly the first final[l - 1, i + 1] units
-below. Variables are processed in blocks: one matrix product adds the contributions of all earlier blocks to a block's
-units; inside the block, small products follow the variables one by one.
+In the sequential direction of a layer, level 0 is its inputs and the last level its outputs. `final[l, i + 1]` is the
+number of units of level l that are final at step i, when the variables before i are determined; `final[l, 0]` is 0.
+Step i thus completes units final[l, i] .. final[l, i + 1] - 1, each of which sees exactly the first final[l - 1, i + 1]
+units below. Variables are processed in blocks: one matrix product adds the contributions of all earlier blocks to a
+block's units; inside the block, small products follow the variables one by one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Range = tuple[int, int]
 
 @inner
 def _room(rows: int, columns: int, like: Array) -> Array:
-    """Rows with arbitrary entries that begin where a line of the processor's cache does, if `columns` are lines."""
+    """Uninitialised rows that start at cache lines if `columns` is a whole number of lines."""
     line = VECTOR // like.itemsize
     flat = np.empty(rows * columns + line, like.dtype)
     first = -flat.ctypes.data // like.itemsize % line
@@ -37,9 +37,9 @@ def _room(rows: int, columns: int, like: Array) -> Array:
 
 @inner
 def _load(values: Array, place: Array, b0: int, points: int, width: int, rows: Array) -> None:
-    """Points b0 .. b0 + points - 1 as columns, variable i in row place[i]; the padding is 0."""
-    offset = np.uintp(b0)  # indices that may be negative take twice as long
-    for t0 in range(0, points, LANES):  # some points at a time, whose part of a row is a line of the cache
+    """Load points b0 .. b0 + points - 1 as columns, with variable i in row place[i]; the padding is 0."""
+    offset = np.uintp(b0)  # possibly negative indices take twice as long
+    for t0 in range(0, points, LANES):  # as many points at a time as fit into one cache line of a row
         for i in range(values.shape[1]):
             row, column = place[i], np.uintp(i)
             for b in range(np.uintp(t0), np.uintp(min(t0 + LANES, points))):
@@ -49,7 +49,7 @@ def _load(values: Array, place: Array, b0: int, points: int, width: int, rows: A
 
 @inner
 def _store(rows: Array, place: Array, b0: int, points: int, values: Array) -> None:
-    """Columns as points b0 .. b0 + points - 1; variable i is in row place[i]."""
+    """Store columns as points b0 .. b0 + points - 1; variable i is in row place[i]."""
     offset = np.uintp(b0)
     for t0 in range(0, points, LANES):
         for i in range(values.shape[1]):
@@ -70,24 +70,24 @@ def _most_rows(layers: Array, dim: int) -> int:
 def forward(
     tables: Tables, pack: Pair, inputs: Pair, rows: int, first: int, end: int, constant: float, tape: Array, out: Pair
 ) -> None:
-    """Points `first` .. `end` - 1 through all layers: fills `out` and, for `backward`, the tape.
+    """Pass points `first` .. `end` - 1 through all layers; fills `out` and, for `backward`, the tape.
 
     Args:
         tables: The layers.
         pack: Weights and biases, from `pack`.
-        inputs: v, (points, D), and the context, (points, features), with no features for none; or, if nothing is saved
-            for `backward`, (1, features) for one of all points.
-        rows: Rows of the tape for one chunk, of which the last `LANES` are padding.
+        inputs: v, (points, D), and the context, (points, features), without features if there is none; if nothing is
+            saved for `backward`, (1, features) for a context shared by all points.
+        rows: Number of tape rows for one chunk, the last `LANES` of which are padding.
         first, end: Range of points; `first` is a multiple of the chunk's length.
-        constant: NaN, or the constant of the log-densities constant - |w|^2 / 2 - log_det in place of log_det.
-        tape: (rows of all chunks, points of a chunk); with no rows if nothing is saved for `backward`. Points of a
-            chunk are a multiple of `LANES`, or 1 if nothing is saved.
+        constant: NaN, or the constant of the log-densities constant - |w|^2 / 2 - log_det that replace log_det.
+        tape: (rows of all chunks, points per chunk); without rows if nothing is saved for `backward`. Points per chunk
+            are a multiple of `LANES`, or 1 if nothing is saved.
         out: w, (points, D), and log_det, (points,).
     """
     (weights, biases), (v, context), (w, log_det) = pack, inputs, out
     dim, keep, most = v.shape[1], len(tape) > 0, _most_rows(tables.layers, v.shape[1])
     chunk, number = tape.shape[1], v.dtype.type
-    # If nothing is saved, every layer has the same rows, and one more for a variable's result.
+    # If nothing is saved, all layers share rows, with one more for a variable's result.
     work = tape if keep else _room(most + 1 + context.shape[1], chunk, v)
     both, natural = _room(2, chunk, v), np.arange(max(dim, context.shape[1]))
     logs, nowhere, is_one = both[0], both[1], len(context) < len(v)
@@ -108,7 +108,7 @@ def forward(
             else:
                 _walk(layer, tables, weights, biases, part, logs[:width], nowhere[:width])
             here += layer.rows if keep else 0
-        for b in range(points):  # between arrays, an assignment of slices takes a second to compile
+        for b in range(points):  # an assignment of slices would take a second to compile
             log_det[b0 + b] = logs[b]
         _store(work[here:], tables.result, b0, points, w)
         for b in range(b0, b0 + points if constant == constant else b0):
@@ -122,7 +122,7 @@ def forward(
 def _at_one_context(tables: Tables, weights: Array, biases: Array, context: Array) -> tuple[Tables, Array]:
     """Tables and biases at one context, (features,).
 
-    The biases have its terms, and those of the first units of sequential layers, which see it alone.
+    The biases include its terms and those of the first units of sequential layers, which see only the context.
     """
     layers, matrices, variables, seen, heard, row_order, column_order, steps, result = tables
     matrices, steps, biases = matrices.copy(), steps.copy(), biases.copy()
@@ -143,14 +143,14 @@ def _at_one_context(tables: Tables, weights: Array, biases: Array, context: Arra
 
 @inner
 def _add_to_biases(matrix: Matrix, weights: Array, biases: Array, inputs: Array, first: int, count: int) -> None:
-    """Add a matrix's products with its first `count` inputs, those from `first` on, to its biases."""
+    """Add a matrix's products with its first `count` inputs, stored from `first` on, to its biases."""
     for r in range(matrix.rows):
         biases[matrix.bias + r] += dot(weights, matrix.start + r * matrix.stride, inputs, first, count)
 
 
 @inner
 def _pass(layer: Layer, tables: Tables, weights: Array, biases: Array, part: Part, logs: Array, nowhere: Array) -> None:
-    """A layer in its parallel direction."""
+    """Apply a layer in its parallel direction."""
     variables, matrices, seen = tables.variables, tables.matrices, tables.seen
     tape, here, after, context, _, width, keeps = part
     for j in range(layer.seen):
@@ -170,7 +170,7 @@ def _pass(layer: Layer, tables: Tables, weights: Array, biases: Array, part: Par
 def _multiply(
     matrix: Matrix, seen: Array, weights: Array, biases: Array, tape: Array, here: int, context: int, width: int
 ) -> None:
-    """Add a matrix's product to its level and, if it is the last to be added, apply the activation."""
+    """Add a matrix's product to its level and, if it is the last one to be added, apply the activation."""
     own, slopes = here + matrix.own, here + matrix.slopes
     below = context if matrix.source == CONTEXT else here + matrix.below
     start, step, first = matrix.start, matrix.stride, matrix.bias if matrix.first else ADDED
@@ -200,37 +200,37 @@ def _steps(layer: Layer, steps: Array) -> Array:
 
 @inner
 def _index(layer: Layer, level: int) -> int:
-    """Number of the matrix between a level and the one below; that of the context, if there is one, precedes it."""
+    """Index of the matrix between a level and the one below; that of the context, if there is one, precedes it."""
     return layer.first + layer.matrices * level - 1
 
 
 @inner
 def _walk(layer: Layer, tables: Tables, weights: Array, biases: Array, part: Part, logs: Array, nowhere: Array) -> None:
-    """w from v and phi(w), one variable after another, where units hold their biases and the products of the context.
+    """Solve for w given v and phi(w), one variable at a time; units hold their biases and the context's products.
 
     Args:
         layer, tables, weights, biases, part: The layer, and what it refers to.
         logs: Log-determinants, (points,), to which the layer's are added.
-        nowhere: Room for as many numbers.
+        nowhere: Scratch space for as many numbers.
     """
     final, dim, column = _steps(layer, tables.steps), layer.moved, part.tape.reshape(-1)
-    # Each use of a record's array is counted as a reference.
+    # Each use of a record's array is reference-counted.
     matrices, variables, tape, here, width = tables.matrices, tables.variables, part.tape, part.here, part.width
     for m in range(layer.first, layer.heads):
-        if (m + 1 - layer.first) % layer.matrices > 0:  # those of the context, or of the scales of a triangular map
+        if (m + 1 - layer.first) % layer.matrices > 0:  # not of the context, nor of the scales of a triangular map
             _multiply(matrices[m], tables.seen, weights, biases, tape, here, part.context, width)
     for i0 in range(0, dim, layer.block):
         i1 = min(dim, i0 + layer.block)
         if width > 1 and i0 > 0:
             _add(layer, matrices, final, (i0, i1), (0, i0), weights, biases, tape, column, here, width, False)
         for i in range(i0, i1):
-            below = (i0 if width > 1 else 0, i + 1)  # one row with one column is as fast whatever its length
+            below = (i0 if width > 1 else 0, i + 1)  # a row with one column takes the same time for any length
             _add(layer, matrices, final, (i, i + 1), below, weights, biases, tape, column, here, width, True)
             if layer.heads < layer.end:
                 _multiply(matrices[layer.heads + i], tables.seen, weights, biases, tape, here, part.context, width)
             w = apply(layer, i, variables, part, logs)
             compress(w, tape[here + layer.inputs + i, :width], nowhere, layer.bulk)
-    for level in range(1, layer.levels):  # units of so high a degree that no output sees them
+    for level in range(1, layer.levels):  # units whose degree is so high that no output sees them
         matrix = matrices[_index(layer, level)]
         tape[here + matrix.own + final[level, dim] : here + matrix.own + matrix.rows, :width] = 0
 
@@ -240,9 +240,9 @@ def _add(
     layer: Layer, matrices: Array, final: Array, own: Range, below: Range, weights: Array, biases: Array, tape: Array,
     column: Array, here: int, width: int, completes: bool,
 ) -> None:  # fmt: skip
-    """Add the products of the units below of some steps, `below`, to the units of others, `own`.
+    """Add the products with the units below of some steps, `below`, to the units of others, `own`.
 
-    Products of the first units below are added to the biases, unless the context's precede them.
+    Products with the first units below are added to the biases, unless the context's precede them.
     """
     for level in range(1, layer.levels + 1):
         matrix = matrices[_index(layer, level)]
@@ -275,11 +275,11 @@ def backward(
     Args:
         tables, weights, rows, first, end, tape: As in `forward`.
         grads: grad_w and grad_log_det, (points, D) and (points,).
-        of_density: Whether these are instead w and the gradient with respect to log-densities.
-        by_inputs: Those with respect to v and the context, filled here; with no columns if not wanted.
-        by_pack: Those with respect to the packed weights and biases, flat, filled here.
-        wanted: For each matrix, whether the gradient with respect to its weight or bias is.
-        added: Whether these are added to what is there.
+        of_density: Whether `grads` are instead w and the gradient w.r.t. log-densities.
+        by_inputs: Gradients w.r.t. v and the context, filled here; without columns if not wanted.
+        by_pack: Gradients w.r.t. the packed weights and biases, flat, filled here.
+        wanted: For each matrix, whether the gradient w.r.t. its weight or bias is wanted.
+        added: Whether gradients are added to existing values.
     """
     (grad_w, grad_log_det), (grad_v, grad_context) = grads, by_inputs
     layers, chunk, dim = tables.layers, tape.shape[1], grad_w.shape[1]
@@ -313,7 +313,7 @@ def _back(
     layer: Layer, tables: Tables, weights: Array, part: Part, adjoint: Adjoint, to_variables: bool, wanted: Array,
     fresh: bool, by_pack: Pair,
 ) -> None:  # fmt: skip
-    """The adjoint of one layer; the gradient with respect to its variables if `to_variables`."""
+    """The adjoint of one layer; computes the gradient w.r.t. its variables if `to_variables`."""
     variables, is_parallel = tables.variables, layer.levels == 0
     if is_parallel:
         for j in range(layer.moved):
@@ -344,9 +344,9 @@ def _widest(matrices: Array) -> int:
 
 @inner
 def _compress_back(layer: Layer, i: int, row: int, first: int, part: Part, adjoint: Adjoint) -> None:
-    """Add the gradient with respect to what the networks see as number i to that with respect to the variable, a row.
+    """Add the gradient w.r.t. input i of the networks to that w.r.t. its variable, in `row`.
 
-    `first` is the tape's row of the first variable.
+    `first` is the tape row of the first variable.
     """
     width, grad, delta = part.width, adjoint.grad, adjoint.delta
     nowhere, slope = adjoint.room[0, :width], adjoint.room[1, :width]
@@ -357,9 +357,9 @@ def _compress_back(layer: Layer, i: int, row: int, first: int, part: Part, adjoi
 
 @inner
 def _add_gradient(matrix: Matrix, seen: Array, part: Part, adjoint: Adjoint, fresh: bool, by_pack: Pair) -> None:
-    """Add the gradient with respect to a matrix, from that of its outputs and from its inputs.
+    """Add the gradient w.r.t. a matrix, computed from the gradient of its outputs and from its inputs.
 
-    With `fresh` nothing was added before.
+    With `fresh`, nothing was added before.
     """
     (gradients, by_biases), delta, transposed, width = by_pack, adjoint.delta, adjoint.transposed, part.width
     below = part.context if matrix.source == CONTEXT else part.here + matrix.below
@@ -403,13 +403,13 @@ def _multiply_back(
 
 @inner
 def _walk_back(layer: Layer, tables: Tables, weights: Array, part: Part, adjoint: Adjoint) -> None:
-    """The adjoint of `_walk`: turns gradients by w into those by v, and writes those by pre-activations to `delta`.
+    """The adjoint of `_walk`: turns gradients w.r.t. w into those w.r.t. v; writes those of pre-activations to `delta`.
 
     Args:
         layer, tables, weights, part: As in `_walk`, after it.
         adjoint: The gradients.
     """
-    final, dim, block = _steps(layer, tables.steps), layer.moved, 2 * layer.block  # as weights are read down columns
+    final, dim, block = _steps(layer, tables.steps), layer.moved, 2 * layer.block  # since weights are read by column
     matrices, variables, delta, width = tables.matrices, tables.variables, adjoint.delta, part.width
     for i0 in range((dim - 1) // block * block, -1, -block):
         i1 = min(dim, i0 + block)
@@ -439,6 +439,6 @@ def _walk_back(layer: Layer, tables: Tables, weights: Array, part: Part, adjoint
 
 @inner
 def _add_back(matrix: Matrix, weights: Array, own: Range, above: Range, delta: Array, width: int) -> None:
-    """Add to the gradients of some of a matrix's inputs the products with those of some of its outputs."""
+    """Add products with the gradients of some of a matrix's outputs to the gradients of some of its inputs."""
     start, step, row, lower = matrix.start, matrix.stride, matrix.own, matrix.below
     add_product(weights, start, 1, step, own, above, delta, row, delta, lower, width, weights, ADDED)

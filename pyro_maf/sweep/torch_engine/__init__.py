@@ -1,1 +1,1 @@
-"""The engine of torch's operations, for any device, dtype and univariate map: it defines what is right."""
+"""The engine of torch operations, for any device, dtype and univariate map, which defines correctness."""

@@ -1,12 +1,12 @@
-r"""Layers by operations of torch, for any device, dtype and univariate map: they define what is right.
+r"""Layers by torch operations, for any device, dtype and univariate map; they define correctness.
 
-The parallel direction is a call of the network. The sequential one solves w_i = f(v_i; phi_i(w_<i)), i = 1 .. D, where
-phi is a MADE, by a sweep that touches each weight once forward and once in reverse: when w_1 .. w_i are solved, the
-hidden units of degree up to i are final. So the sweep walks over i, completing at each step the newly determined units
-of every layer and one set of parameters phi_i. The work is that of one pass through the non-zero part of the masked
+The parallel direction is a call of the network. The sequential direction solves w_i = f(v_i; phi_i(w_<i)), i = 1 .. D,
+where phi is a MADE, by a sweep that touches each weight once forward and once in reverse: when w_1 .. w_i are solved,
+the hidden units of degree up to i are final. So the sweep walks over i, completing at each step the newly determined
+units of every layer and one set of parameters phi_i. The work is that of one pass through the unmasked part of the
 weights. The adjoint walks back from D to 1 in the same manner, and is the transposed triangular solve: from the saved
-activations it computes the gradient with respect to every pre-activation; that of the weights is then one product a
-layer.
+activations it computes the gradient with respect to every pre-activation; the gradients of the weights are then one
+product per layer.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def solve(step: Step, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor
 
     v and w are (\*batch, D), the context (\*batch or (), context_dim), the log-determinant (\*batch,).
 
-    Cost: one pass through the non-zero half of the network's weights, and as much again for the gradient, whatever D.
+    Cost: one pass through the unmasked half of the network's weights, and as much again for the gradient, for any D.
     """
     made: Any = step.networks[0]
     if context is not None:
@@ -53,7 +53,7 @@ def solve(step: Step, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor
         w, log_derivatives = _one_by_one(step, rows, lambda known: made(known, context))
         return w.reshape(v.shape), log_derivatives.sum(-1).reshape(v.shape[:-1])
     tensors = _tensors_of(made, context)
-    if is_traced() or (torch.is_grad_enabled() and is_exported()):  # what is exported cannot hold the sweep's adjoint
+    if is_traced() or (torch.is_grad_enabled() and is_exported()):  # an exported program cannot hold the adjoint
         w, log_derivatives = one_by_one(step, rows, None, iter(tensors))
         log_det = log_derivatives.sum(-1)
     else:
@@ -62,7 +62,7 @@ def solve(step: Step, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor
 
 
 def parallel(step: Step, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The parallel direction, w_i = f(v_i; phi_i(v_<i)). Arguments and results are those of `solve`."""
+    """The parallel direction, w_i = f(v_i; phi_i(v_<i)). Arguments and results are as in `solve`."""
     made: Any = step.networks[0]
     phi = made(v, context) if is_called(made) else made.parameters_of(v, context)
     w, log_derivative = _direction_of(step)(v, phi)
@@ -70,21 +70,21 @@ def parallel(step: Step, v: Tensor, context: Tensor | None) -> tuple[Tensor, Ten
 
 
 def _direction_of(step: Step) -> Direction:
-    """The direction of its univariate map in which a layer is applied."""
+    """The direction of the univariate map in which a layer is applied."""
     univariate: Any = step.univariate
     return univariate.inverse if step.inverse else univariate.forward
 
 
 def together(v: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
     """Broadcast v to the common batch shape, and a batched context to one row for each row of v."""
-    if context.dim() > 1 and context.shape[:-1] != v.shape[:-1]:  # most often there is nothing to do, at each call
+    if context.dim() > 1 and context.shape[:-1] != v.shape[:-1]:  # rarely, but checked at every call
         batch = torch.broadcast_shapes(v.shape[:-1], context.shape[:-1])
         v, context = v.expand(*batch, -1), context.expand(*batch, -1)
     return v, context.reshape(-1, context.shape[-1]) if context.dim() > 1 else context
 
 
 class _Sweep(torch.autograd.Function):
-    """The sequential direction, with its adjoint as the backward."""
+    """The sequential direction; the backward pass is its adjoint."""
 
     @staticmethod
     def forward(ctx: Any, step: Step, v: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ class _Sweep(torch.autograd.Function):
     def backward(ctx: Any, grad_w: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         v, w, *saved = ctx.saved_tensors
         tensors, activations = saved[: ctx.count], Activations(*saved[ctx.count :])
-        if torch.is_grad_enabled():  # by passes, so that they can be differentiated again
+        if torch.is_grad_enabled():  # by D passes, which can be differentiated again
 
             def passes(v: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
                 w, log_derivatives = one_by_one(ctx.step, v, None, iter(tensors))
@@ -110,7 +110,7 @@ class _Sweep(torch.autograd.Function):
 
 
 def _engine(step: Step, tensors: Sequence[Tensor], v: Tensor) -> TorchSweep:
-    """The fastest sweep of a layer with these weights and biases."""
+    """The fastest sweep for a layer with these weights and biases."""
     made: Any = step.networks[0]
     plan, direction = Plan.of(made, tensors), _direction_of(step)
     has_kernels = type(step.univariate) is Affine and plan.head is None and v.dtype == torch.float32
@@ -123,7 +123,7 @@ def _engine(step: Step, tensors: Sequence[Tensor], v: Tensor) -> TorchSweep:
 
 @functools.cache
 def _has_triton() -> bool:
-    """Return whether there is a Triton that the tests compile the kernels with; torch 2.6 brings the first."""
+    """Return whether Triton is installed in a version for which the kernels are tested; torch 2.6 brings the first."""
     if importlib.util.find_spec("triton") is None:
         return False
     import triton
@@ -132,7 +132,7 @@ def _has_triton() -> bool:
 
 
 def at_once(step: Step, v: Tensor, context: Tensor | None, tensors: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
-    """A layer in its parallel direction: its output and log-derivatives."""
+    """Apply a layer in its parallel direction; return its output and log-derivatives."""
     is_made = isinstance(step.networks[0], MADE)
     seen, moved = (v, v) if is_made else (v[:, step.seen], v[:, step.moved])
     phi = torch.cat([_outputs(network, seen, context, tensors) for network in step.networks], -1)
@@ -143,19 +143,19 @@ def at_once(step: Step, v: Tensor, context: Tensor | None, tensors: Iterator[Ten
 
 
 def one_by_one(step: Step, v: Tensor, context: Tensor | None, tensors: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
-    """A layer in its sequential direction, by D passes: its output and log-derivatives."""
+    """Apply a layer in its sequential direction, by D passes; return its output and log-derivatives."""
     network: Any = step.networks[0]
     each = 2 if context is None or not len(network.context_layers) else 3
     used = list(itertools.islice(tensors, each * len(network.layers) + 2 * (network.head is not None)))
 
-    def outputs(known: Tensor) -> Tensor:
-        return _outputs(network, known, context, iter(used))
+    def outputs(partial: Tensor) -> Tensor:
+        return _outputs(network, partial, context, iter(used))
 
     return _one_by_one(step, v, outputs)
 
 
 def _one_by_one(step: Step, v: Tensor, outputs: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """w of v, (batch, D), and log-derivatives, by D calls of a network with what is known of w."""
+    """Solve for w given v, (batch, D), by D calls of a network; return w and log-derivatives."""
     direction, order = _direction_of(step), step.moved
     given, logs = v[:, order], []
 
@@ -169,7 +169,7 @@ def _one_by_one(step: Step, v: Tensor, outputs: Callable[[Tensor], Tensor]) -> t
 
 
 def triangular(step: Triangular, v: Tensor, tensors: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
-    """A triangular layer: its output, and its log-determinant, for all points the same."""
+    """Apply a triangular layer; return its output and its log-determinant, the same for all points."""
     dim = v.shape[1]
     loc, log_scale, *matrix = step.parts(list(itertools.islice(tensors, len(step.tensors))), dim)
     factor = log_scale.exp().diag()
@@ -188,7 +188,7 @@ def _outputs(network: Any, x: Tensor, context: Tensor | None, tensors: Iterator[
     for index, layer in enumerate(network.layers):
         weight, bias = next(tensors), next(tensors)
         weight = weight * layer.mask if hasattr(layer, "mask") else getattr(layer, "gain", 1.0) * weight
-        x = x @ weight.T + bias  # which may differ from row to row
+        x = x @ weight.T + bias  # the bias may differ from row to row
         if context is not None and len(network.context_layers):
             x = x + F.linear(context, next(tensors))
         if index < len(network.layers) - 1:
@@ -206,11 +206,11 @@ class Plan(NamedTuple):
     """A MADE in the layout of a sweep. Arrays are feature-major: units by batch.
 
     Attributes:
-        weights: One matrix per layer, (units out, units in); columns of the first and rows of the last follow the
-            order of the variables; the last has P adjacent rows for each variable.
-        biases: One per layer, (units out, 1), or (units out, batch) where the context differs along the batch.
+        weights: One matrix per layer, (units out, units in). Columns of the first and rows of the last follow the order
+            of the variables; the last has P adjacent rows for each variable.
+        biases: One per layer, (units out, 1), or (units out, batch) if the context differs along the batch.
         order: The variables, first to last.
-        head: A, (D, P, r), and b, (D, P), if P parameters A z + b of each variable follow the r outputs z.
+        head: A, (D, P, r), and b, (D, P), if the P parameters of each variable are A z + b for its r outputs z.
         ready: For each hidden layer, the number of units that are final once the first 0, 1, .. D - 1 variables are
             determined.
         activation: The elementwise function between layers.
@@ -230,11 +230,11 @@ class Plan(NamedTuple):
 
     @property
     def num_outputs(self) -> int:
-        """r, the outputs for each variable; P without a head."""
+        """r, the number of outputs per variable; P without a head."""
         return self.weights[-1].shape[0] // self.dim
 
     def parameters_at(self, variables: int | slice, outputs: Tensor) -> Tensor:
-        """Parameters (.., P) of variables at these places in the order, for outputs (.., r, batch)."""
+        """Parameters (.., P) of the variables at these places in the order, from outputs (.., r, batch)."""
         if self.head is None:
             return outputs.mT
         matrix, bias = (part[variables] for part in self.head)
@@ -247,7 +247,7 @@ class Plan(NamedTuple):
 
     @classmethod
     def of(cls, made: MADE, tensors: Sequence[Tensor]) -> Plan:
-        """Lay out a MADE with these weights and biases, as `tensors_of` returns them. Differentiable."""
+        """Lay out a MADE with these weights and biases, as returned by `_tensors_of`. Differentiable."""
         count = 2 * len(made.layers)
         masked = [weight * layer.mask for weight, layer in zip(tensors[:count:2], made.masked_layers, strict=True)]
         rows, head = [bias.reshape(-1, bias.shape[-1]).T for bias in tensors[1:count:2]], tensors[count:]
@@ -268,7 +268,7 @@ def plan_of(made: MADE, context: Tensor | None = None) -> Plan:
 def _tensors_of(made: MADE, context: Tensor | None) -> list[Tensor]:
     """Weight and bias of each layer in turn, and of the head, as a call would compute them. Differentiable.
 
-    The weight is that before the mask; the bias includes the term of the context, (units,) or (batch, units).
+    Weights are those before masking; biases include the term of the context, (units,) or (batch, units).
     """
     tensors: list[Tensor] = []
     for layer, term in zip(map(current, made.masked_layers), made.context_terms(context), strict=True):
@@ -283,8 +283,8 @@ def _tensors_of(made: MADE, context: Tensor | None) -> list[Tensor]:
 def _lay_back(
     made: MADE, weights: list[Tensor], units: list[Tensor], head: list[Tensor], tensors: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Map gradients with respect to a plan's weights and to pre-activations back to what `_tensors_of` returned."""
-    added = zip(units, tensors[1::2], strict=False)  # behind them is the head's
+    """Map gradients w.r.t. a plan's weights and pre-activations back to those w.r.t. the results of `_tensors_of`."""
+    added = zip(units, tensors[1::2], strict=False)  # the head's follow them
     biases = [unit.sum(1) if bias.dim() == 1 else unit.T for unit, bias in added]
     if not made.is_natural:
         place = made.order.argsort()
@@ -308,7 +308,7 @@ class Activations(NamedTuple):
     Attributes:
         w: The solution, (D, batch), in the order of the variables.
         outputs: (D, r, batch), or phi, (D, P, batch), without a head.
-        before: Pre-activations of the hidden units, layer by layer, (units, batch); 0 for those that no output sees.
+        before: Pre-activations of the hidden units, layer by layer, (units, batch); 0 for units that no output sees.
     """
 
     w: Tensor
@@ -319,7 +319,7 @@ class Activations(NamedTuple):
 def walk(plan: Plan, step: Callable[[int, Tensor], Tensor], batch: int) -> Activations:
     """Walk over the variables; `step(i, phi_i)` maps phi_i (P, batch) to w_i (batch,).
 
-    Cost: one pass through the non-zero half of the weights; D (layers + 1) small products.
+    Cost: one pass through the unmasked half of the weights; D (layers + 1) small products.
     """
     like = plan.weights[0]
     w = like.new_empty(plan.dim, batch)
@@ -349,7 +349,7 @@ def walk(plan: Plan, step: Callable[[int, Tensor], Tensor], batch: int) -> Activ
 
 @dataclass(frozen=True)
 class TorchSweep:
-    """The sweep of one direction of a univariate map, and its adjoint, on any device and in any dtype."""
+    """The sweep for one direction of a univariate map, and its adjoint, for any device and dtype."""
 
     plan: Plan
     direction: Direction
@@ -367,7 +367,7 @@ class TorchSweep:
     ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
         """Gradients of <grad_w, w> + <grad_log_det, log_det> w.r.t. v, weights, pre-activations and the head.
 
-        Cost: one pass through the non-zero half of the weights, then one product a layer for the weights' gradients.
+        Cost: one pass through the unmasked half of the weights, then one product per layer for the weights' gradients.
         """
         plan = self.plan
         given, total_w = (tensor[:, plan.order].T.contiguous() for tensor in (v, grad_w))
@@ -381,7 +381,7 @@ class TorchSweep:
         return grad_v, grad_weights, units, self._by_head(given, kept.outputs, total_w, grad_log_det)
 
     def _by_head(self, v: Tensor, outputs: Tensor, total_w: Tensor, grad_log_det: Tensor) -> list[Tensor]:
-        """Gradients with respect to the head, from those with respect to w with all that depends on it."""
+        """Gradients w.r.t. the head, from those w.r.t. w including everything that depends on it."""
         if self.plan.head is None:
             return []
         with torch.enable_grad():
@@ -393,7 +393,7 @@ class TorchSweep:
     def walk_back(
         self, total_w: Tensor, total_phi: Tensor, dw_dphi: Tensor, seen_slope: Tensor, slope: Tensor
     ) -> list[Tensor]:
-        """Gradient with respect to the pre-activations, layer by layer, (units, batch).
+        """Gradients w.r.t. the pre-activations, layer by layer, (units, batch).
 
         `total_w`, the gradient w.r.t. w, lacks the contributions of later variables, and is completed in place;
         `total_phi` is that of the log-determinants w.r.t. the outputs, (D, r, batch). The slopes are those of
@@ -404,7 +404,7 @@ class TorchSweep:
         flat_phi = total_phi.view(outputs, total_w.shape[1])
         slopes = slope.split(plan.hidden_widths)
         totals = [torch.zeros_like(layer) for layer in slopes]
-        # Units that no output sees have index plan.ready[.][-1] and up: their gradient is zero.
+        # Units that no output sees, from index plan.ready[.][-1] on, have gradient zero.
         for i in reversed(range(plan.dim)):
             total_phi[i].addcmul_(dw_dphi[i], total_w[i])
             above, weight, first, last = flat_phi, plan.weights[-1], i * rows, outputs

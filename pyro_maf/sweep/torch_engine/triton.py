@@ -1,14 +1,14 @@
-r"""The sweep on a CUDA device, for the affine map in float32: each walk is one Triton kernel, one launch, whatever D.
+r"""The sweep on a CUDA device, for the affine map in float32: each walk is one launch of a Triton kernel, for any D.
 
 A program owns a few points and walks over the variables, so no two programs wait for each other. Each step reads the
 results of the previous one from global memory, where a barrier makes them visible to the whole program.
 
-The tables are in int32. `levels[l]` is where the units of level l begin in a tape, (units,
-points), from the inputs up to the outputs; `starts[l]` is where its weights begin in the flat buffer; `final[l, i + 1]`
-is the number of its units that are final once the first i variables are determined, and `final[l, 0]` is 0.
+The tables are int32. `levels[l]` is the row where the units of level l start in a tape, (units, points), from the
+inputs up to the outputs; `starts[l]` is the offset of its weights in the flat buffer; `final[l, i + 1]` is the number
+of its units that are final once the first i variables are determined, and `final[l, 0]` is 0.
 
-Constants of a launch: `tile` points a program; `rows` units at a time, and `few` where there are no more than the
-outputs of one variable; `block` units below at a time. All are powers of two.
+Constants of a launch: `tile`, points per program; `rows`, units at a time, and `few`, the same if there are no more
+than the outputs of one variable; `block`, units below at a time. All are powers of two.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TILES = ((256, (2, 8, 256)), (4096, (4, 8, 128)), (None, (8, 8, 64)))
 few points are spread over the whole device, many share the weights that a program reads."""
 FEW = 2
 
-# Outside the networks, as packs are. A network replaces its list `ready` whenever its order or degrees change.
+# Stored outside the networks, as packs are. A network replaces its list `ready` whenever its order or degrees change.
 _tables: weakref.WeakKeyDictionary[MADE, tuple[list[list[int]], torch.device, list[Tensor]]] = (
     weakref.WeakKeyDictionary()
 )
@@ -87,7 +87,7 @@ class TritonSweep(TorchSweep):
         return [self.plan.dim, *self.plan.hidden_widths, self.plan.dim * self.plan.num_outputs]
 
     def _tables(self, device: torch.device) -> list[Tensor]:
-        """`starts`, `levels` and `final` on the device, copied there once for each layout."""
+        """`starts`, `levels` and `final` on the device, copied there once per layout."""
         entry = _tables.get(self.made)
         if entry is None or entry[0] is not self.made.ready or entry[1] != device:
             tables = [torch.as_tensor(table.astype("int32"), device=device) for table in _layout(self.made)]
@@ -118,7 +118,7 @@ def _layout(made: MADE) -> tuple[Array, Array, Array]:
 
 @triton.jit
 def _expm1(x):
-    # Kahan's way: the rounding of exp(x) cancels, and every digit is right near 0.
+    # Kahan's method: the rounding of exp(x) cancels, and every digit is right near 0.
     e = tl.exp(x)
     plain = (e == 1) | (e == 0)
     return tl.where(plain, tl.where(e == 1, x, -1.0), (e - 1) * x / tl.log(tl.where(plain, 2.0, e)))
@@ -126,7 +126,7 @@ def _expm1(x):
 
 @triton.jit
 def _log1p(x):
-    # For x >= 0; by Kahan, likewise.
+    # Kahan's method, for x >= 0.
     u = 1 + x
     plain = (u == 1) | (u == float("inf"))
     return tl.where(plain, x, tl.log(u) * (x / tl.where(plain, 1.0, u - 1)))
@@ -141,7 +141,7 @@ def _tanh(x):
 
 @triton.jit
 def _activate(x, kind: tl.constexpr):
-    # `kind` is the place of the activation in `nn.ACTIVATIONS`.
+    # `kind` is the index of the activation in `nn.ACTIVATIONS`.
     if kind == 0:
         return tl.where(x < 0, 0.0, x)
     if kind == 1:
@@ -172,8 +172,8 @@ def _product(
     weights, width, row, inside, tape, below, first, last, point, stride, points,
     rows: tl.constexpr, tile: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    # weights[row, first:last] @ tape[below + first : below + last, point], (rows, tile); 0 outside. One sum at the end:
-    # a reduction across threads costs more than the products.
+    # weights[row, first:last] @ tape[below + first : below + last, point], (rows, tile); 0 outside. The terms are
+    # summed once at the end: a reduction across threads costs more than the products.
     total = tl.zeros((rows, block, tile), dtype=tl.float32)
     for start in range(first, last, block):
         column = start + tl.arange(0, block)
@@ -192,7 +192,7 @@ def _complete(
     weights, own, row, inside, tape, below, seen, biases, before, point, points, bias_stride, dim,
     rows: tl.constexpr, tile: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    # Pre-activations of rows of the level from `own` on, (rows, tile), which are stored in `before`.
+    # Pre-activations, (rows, tile), of rows of the level that starts at `own`; they are stored in `before`.
     stride = tl.zeros((tile,), dtype=tl.int64) + points
     here = point < points
     value = _product(
@@ -222,11 +222,10 @@ def walk(
     inverse: tl.constexpr, bound: tl.constexpr, bulk: tl.constexpr, kind: tl.constexpr, top: tl.constexpr,
     tile: tl.constexpr, rows: tl.constexpr, few: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """w and log-determinant of v, (points, dim), by the affine map.
+    """w and log-determinant of v, (points, dim), for the affine map.
 
-    Fills `tape`, (units, points), with the compressed w and the activations, and `before` with
-    pre-activations and outputs. `biases` are (units, 1), with `bias_stride` 1, or (units, points). `top` is the level
-    of the outputs.
+    Fills `tape`, (units, points), with the compressed w and the activations, and `before` with pre-activations and
+    outputs. `biases` are (units, 1), with `bias_stride` 1, or (units, points). `top` is the level of the outputs.
     """
     point = (tl.program_id(0) * tile + tl.arange(0, tile)).to(tl.int64)
     stride = tl.zeros((tile,), dtype=tl.int64) + points
@@ -303,8 +302,8 @@ def walk_back(
 ):  # fmt: skip
     """The adjoint of `walk`: fills `delta`, (units, points), and completes `total_w`, (dim, points).
 
-    `weights` are transposed, (units in, units out) for each level; `slopes` are dw/dseen and the derivatives of the
-    activations, (units, points); `delta` begins with the gradient of the log-determinant with respect to the outputs.
+    `weights` are transposed, (units in, units out) per level; `slopes` are dw/dseen and the derivatives of the
+    activations, (units, points); `delta` initially holds the log-determinant's gradient w.r.t. the outputs.
     """
     point = (tl.program_id(0) * tile + tl.arange(0, tile)).to(tl.int64)
     stride = tl.zeros((tile,), dtype=tl.int64) + points
