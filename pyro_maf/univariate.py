@@ -69,6 +69,7 @@ class Affine(Savable):
     The network outputs (s, a). alpha = b tanh(a / b) with b = `BOUND`, the same in both directions, so the inverse is
     exact; and mu = s exp(alpha / 2). If mu itself were the output, x would be lost to the rounding of a large mu at a
     small scale, and y in the inverse at a large scale; applying exp(alpha / 2) before and after the shift serves both.
+    The inverse divides by the same exp(alpha / 2), whose rounding thus cancels.
 
     Example:
         >>> y, log_derivative = Affine().forward(torch.tensor(1.0), torch.tensor([0.5, 0.0]))
@@ -91,8 +92,8 @@ class Affine(Savable):
         """x and log dy/dx = alpha."""
         shift, a = phi.unbind(-1)
         alpha = soft_bound(a, self.BOUND)
-        half = torch.exp(-0.5 * alpha)
-        return (y * half - shift) * half, alpha
+        half = torch.exp(0.5 * alpha)
+        return (y / half - shift) / half, alpha
 
     def __repr__(self) -> str:
         return "Affine()"

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pyro_maf.transforms import Conditioned, Flow
 
-__all__ = ["BrokenLawError", "close", "close_by_row", "name_of", "within"]
+__all__ = ["BrokenLawError", "close", "close_by_row", "error_by_row", "name_of", "within"]
 
 
 class BrokenLawError(AssertionError):
@@ -32,8 +32,12 @@ def close_by_row(
     law: str, who: object, found: Tensor, wanted: Tensor, tolerance: float, at: Tensor | None = None
 ) -> None:
     """Raise if a row differs by more than the tolerance, relative to its norm or, if that is below 1, to 1."""
-    error = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1)
-    within(law, who, error, tolerance, at, (found, wanted))
+    within(law, who, error_by_row(found, wanted), tolerance, at, (found, wanted))
+
+
+def error_by_row(found: Tensor, wanted: Tensor) -> Tensor:
+    """Norm of the error of each row, relative to that of the row or, if that is below 1, to 1."""
+    return (found - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1)
 
 
 def within(

@@ -231,20 +231,27 @@ def copy(values: Array, place: Array) -> None:
 
 @inner
 def affine(layer: Layer, x: Array, shift: Array, scale: Array, w: Array, logs: Array) -> None:
-    """w = (x e + sign s) e with e = exp(sign alpha / 2) and alpha = b tanh(a / b), for the network's outputs s and a.
+    """w = (x e + s) e or, for sign -1, (x / e - s) / e, with e = exp(alpha / 2), alpha = b tanh(a / b).
 
-    Leaves e in `shift` and tanh(a / b) in `scale`. Uses separate loops, since loops over many arrays are not
-    vectorised.
+    s and a are the network's outputs. Leaves exp(sign alpha / 2) in `shift` and tanh(a / b) in `scale`. Uses separate
+    loops, since loops over many arrays are not vectorised.
     """
     number = x.dtype.type
+    one = number(1)
     for t in range(len(x)):
         scale[t] = tanh(scale[t] / number(LOG_SCALE))
     for t in range(len(x)):
         logs[t] += number(layer.log_sign * LOG_SCALE) * scale[t]
-    for t in range(len(x)):
-        e = exp(number(0.5 * layer.sign * LOG_SCALE) * scale[t])
-        w[t] = (x[t] * e + number(layer.sign) * shift[t]) * e
-        shift[t] = e
+    if layer.sign > 0:
+        for t in range(len(x)):
+            e = exp(number(0.5 * LOG_SCALE) * scale[t])
+            w[t] = (x[t] * e + shift[t]) * e
+            shift[t] = e
+    else:
+        for t in range(len(x)):
+            e = exp(number(0.5 * LOG_SCALE) * scale[t])
+            w[t] = (x[t] / e - shift[t]) / e
+            shift[t] = one / e
 
 
 @inner
@@ -265,15 +272,15 @@ def affine_back(
 
 @inner
 def linear(layer: Layer, x: Array, shift: Array, scale: Array, w: Array, logs: Array) -> None:
-    """w = x e + s, or (x - s) e for sign -1, with e = exp(sign a), for the shift s and an a shared by all points."""
+    """w = x e + s, or (x - s) / e for sign -1, with e = exp(a), for the shift s and an a shared by all points."""
     number = x.dtype.type
-    e, log_derivative = exp(number(layer.sign) * scale[0]), number(layer.log_sign) * scale[0]
+    e, log_derivative = exp(scale[0]), number(layer.log_sign) * scale[0]
     if layer.sign > 0:
         for t in range(len(x)):
             w[t] = x[t] * e + shift[t]
     else:
         for t in range(len(x)):
-            w[t] = (x[t] - shift[t]) * e
+            w[t] = (x[t] - shift[t]) / e
     for t in range(len(x)):
         logs[t] += log_derivative
 

@@ -256,6 +256,9 @@ def _through_box(layer: Layer, points: int, room: Array, solve: bool) -> None:
     number = room.dtype.type
     one, two, bound, least = number(1), number(2), number(layer.bound), np.finfo(room.dtype).tiny
     for t in range(points):
+        # In units of z, where float32 subtracts neighbours exactly; in a loop before, or LLVM would reorder the sums.
+        room[LEFT + t] = room[BIN_LEFT + t] * (two * bound / room[WIDTHS + t]) - bound
+        room[BOTTOM + t] = room[BIN_BOTTOM + t] * (two * bound / room[HEIGHTS + t]) - bound
         ratio, c = room[WIDTHS + t] / room[HEIGHTS + t], room[C + t]
         room[SLOPE + t] = _slope(room[OUTPUT + t], c, room[C_BEFORE + t], ratio)[0]
         room[SLOPE_AFTER + t] = _slope(room[OUTPUT_AFTER + t], c, room[C_AFTER + t], ratio)[0]
@@ -263,24 +266,27 @@ def _through_box(layer: Layer, points: int, room: Array, solve: bool) -> None:
         for t in range(points):
             s, slope = room[C + t] * room[WIDTHS + t] / room[HEIGHTS + t], room[SLOPE + t]
             excess = slope + room[SLOPE_AFTER + t] - two * s
-            rise = (room[AT + t] - room[BIN_BOTTOM + t]) / (room[A + t] * room[C + t])
+            inside, unit = min(max(room[POINT + t], -bound), bound), two * bound / room[HEIGHTS + t]
+            rise = (inside - room[BOTTOM + t]) / (room[A + t] * room[C + t] * unit)
             b = slope - rise * excess
             discriminant = b * b + number(4) * (s - slope + rise * excess) * s * rise
             root = math.sqrt(least if discriminant < least else discriminant)
             room[PLACE + t] = two * s * rise / (b + root)
     else:
         for t in range(points):
-            room[PLACE + t] = (room[AT + t] - room[BIN_LEFT + t]) / room[A + t]
+            inside, unit = min(max(room[POINT + t], -bound), bound), two * bound / room[WIDTHS + t]
+            room[PLACE + t] = (inside - room[LEFT + t]) / (room[A + t] * unit)
     for t in range(points):
         s, slope, place = room[C + t] * room[WIDTHS + t] / room[HEIGHTS + t], room[SLOPE + t], room[PLACE + t]
         rest = one - place
         denominator = s + (slope + room[SLOPE_AFTER + t] - two * s) * place * rest
         rise = place * (s * place + slope * rest) / denominator
-        width = (room[BIN_LEFT + t] + room[A + t] * place) / room[WIDTHS + t]
-        height = (room[BIN_BOTTOM + t] + room[A + t] * room[C + t] * rise) / room[HEIGHTS + t]
+        unit, unit_q = two * bound / room[WIDTHS + t], two * bound / room[HEIGHTS + t]
+        z = room[LEFT + t] + room[A + t] * unit * place
+        q = room[BOTTOM + t] + room[A + t] * room[C + t] * unit_q * rise
         numerator = room[SLOPE_AFTER + t] * place * place + two * s * place * rest + slope * rest * rest
         is_inside = abs(room[POINT + t]) < bound  # false for NaN
-        result = two * bound * (width if solve else height) - bound
+        result = z if solve else q
         room[RESULT + t] = result if is_inside else room[POINT + t]
         slope = s * s * numerator / (denominator * denominator)
         room[LOG + t] = slope if is_inside else one

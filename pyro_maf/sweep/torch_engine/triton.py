@@ -209,10 +209,9 @@ def _complete(
 @triton.jit
 def _affine(x, shift, alpha, inverse: tl.constexpr):
     # y from x, or x from y, for the bounded log-scale alpha.
-    if inverse:
-        half = tl.exp(-0.5 * alpha)
-        return (x * half - shift) * half
     half = tl.exp(0.5 * alpha)
+    if inverse:
+        return (x / half - shift) / half
     return (x * half + shift) * half
 
 
