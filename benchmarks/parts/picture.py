@@ -27,14 +27,16 @@ def draw(results: dict[str, Any], path: Path) -> bool:
     cells = [cell for cell in cells if (cell["threads"], cell["layers"]) == (threads, layers)]
     batches = sorted({cell["batch"] for cell in cells})
     # A figure of its own, not one of pyplot, needs no display.
-    figure = Figure(figsize=(2.5 + 4.0 * len(batches), 4.2), layout="tight")
+    figure = Figure(figsize=(1 + 3 * len(batches), 3.8), layout="constrained")
     panels = figure.subplots(1, len(batches), sharey=True, squeeze=False)
     for panel, batch in zip(panels[0], batches, strict=True):
         _panel(panel, [cell for cell in cells if cell["batch"] == batch])
         panel.set_title(f"batch {batch:,}", fontsize=10)
         panel.set_xlabel("dimensions D")
-    panels[0][0].set_ylabel("time / one dense pass of the same network")
-    panels[0][-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    panels[0][0].set_ylabel("time / one dense pass")
+    figure.legend(
+        *panels[0][0].get_legend_handles_labels(), fontsize=9, frameon=False, loc="outside lower center", ncols=4
+    )
     figure.suptitle(
         f"Sampling from a MAF: {layers} layer{'s' * (layers > 1)}, {threads} thread{'s' * (threads > 1)}, float32; "
         "hollow: predicted",

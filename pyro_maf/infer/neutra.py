@@ -87,7 +87,7 @@ def neutra(model: Model, guide: AutoFlow) -> NeuTra:
             `guide.requires_grad_(True)`.
 
     Returns:
-        A `NeuTra`: run NUTS on it; its `draws` maps the samples to the model's sites.
+        The model to run NUTS on, whose `draws` maps the samples to the sites of the original.
 
     Cost: the model's density and gradient, and those of the guide's map: one pass per layer for an `AutoIAF`.
 

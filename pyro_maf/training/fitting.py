@@ -163,9 +163,8 @@ def fit(
         progress: A bar on stderr: True on a terminal or in a notebook, False never, "always" in any case.
 
     Returns:
-        A `FitResult`: the density in the data's units, the losses in nats, the reason for stopping. Ctrl-C ends it
-        early, with the best result so far; a second Ctrl-C raises KeyboardInterrupt and leaves the model with its best
-        weights.
+        The density in the data's units, the losses in nats, and the reason for stopping. Ctrl-C ends it early, with the
+        best result so far; a second Ctrl-C raises KeyboardInterrupt and leaves the model with its best weights.
 
     Warns:
         UserWarning: About silent failures of a density, one line each, with the column and a remedy: few distinct
