@@ -367,6 +367,9 @@ def test_what_is_no_category_is_refused() -> None:
     assert error.value.column == 4
     with pytest.raises(ValueError, match="expected at least 10 rows of data, got 0"):
         fit(frame.iloc[:0])
+    other = "of the data, got 'green' in row 0, column 'colour': leave that validation row out"
+    with pytest.raises(InputError, match=other):
+        fit(frame, validation=frame.iloc[:20].assign(colour="green"))
 
 
 def test_columns_of_the_same_name_are_refused() -> None:
@@ -626,6 +629,9 @@ def test_text_in_the_context_of_a_frame_is_one_hot(tmp_path: Path) -> None:
         again.condition({**elm, "species": "yew"})
     with pytest.raises(ValueError, match="in another order"):
         result.score(data, context.iloc[::-1])
+    one = fit(data, context=context["species"], max_epochs=1, progress=False)
+    assert torch.equal(one.score(data, context["species"]), one.score(data, context[["species"]]))
+    assert len(one.sample(2, context["species"].iloc[:2])) == 2
 
 
 @ENDS

@@ -133,8 +133,10 @@ def test_frames_that_were_shuffled_apart_are_refused() -> None:
     given = fit(ConditionalMAF(1, 2, num_layers=1), FRAME[["a"]], context=context, **QUICK)
     with pytest.raises(ValueError, match="fit expected context " + refusal.format("data")):
         fit(ConditionalMAF(1, 2), shuffled, context=context)
-    with pytest.raises(ValueError, match="fit expected context " + refusal.format("validation data")):
+    with pytest.raises(ValueError, match="fit expected validation context " + refusal.format("validation data")):
         fit(ConditionalMAF(1, 2), FRAME[["a"]], context=context, validation=(shuffled, context))
+    with pytest.raises(ValueError, match="fit expected weights " + refusal.format("data")):
+        fit(flow(), FRAME[["a", "b"]], weights=FRAME["c"].abs()[::-1])
     with pytest.raises(ValueError, match="score expected context " + refusal.format("rows")):
         given.score(shuffled, context)
     assert torch.equal(given.score(shuffled, context[::-1]), given.score(FRAME).flip(0))

@@ -7,10 +7,12 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from pyro.infer import HMC, MCMC
@@ -397,6 +399,12 @@ BAD_DATA: dict[str, tuple[Any, type[Exception], str]] = {
         TypeError,
         "fit expected data of numeric columns, got column 'weight' of object: drop it or encode it.",
     ),
+    "whole numbers that are one in float64": (
+        FRAME.assign(weight=np.uint64(2**64 - 1) - np.arange(200, dtype="uint64")),
+        ValueError,
+        "got 1.84467e+19 in every row of column 'weight' in float64: subtract what the rows have in common while they "
+        "are integers or text, or drop that column.",
+    ),
     "text in a frame": (
         FRAME.assign(weight=pd.Categorical(["light", "heavy"] * 100)),
         ValueError,
@@ -599,3 +607,17 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
 def test_none_is_a_missing_number_in_any_form(row: Any) -> None:
     result = fit(MAF(2, num_layers=1, hidden_dims=[4]), FRAME, max_epochs=1, progress=False)
     assert result.score(row).isnan().tolist() == [True]
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [object, pd.ArrowDtype(pa.decimal128(12, 9)), pd.SparseDtype("float64", 0.0)],
+    ids=["decimals", "decimals of Arrow", "sparse"],
+)
+def test_numbers_of_any_dtype_are_numbers(dtype: Any) -> None:
+    rounded = FRAME.round(9)
+    given = [Decimal(f"{value:.9f}") for value in rounded["weight"]]
+    weight = pd.Series(rounded["weight"] if isinstance(dtype, pd.SparseDtype) else given, FRAME.index).astype(dtype)
+    result, plain = (fit(small_maf(), frame, **QUICK) for frame in (rounded.assign(weight=weight), rounded))
+    assert result.validation_loss == plain.validation_loss
+    assert result.sample(3)["weight"].shape == (3,)  # type: ignore[call-overload, index]

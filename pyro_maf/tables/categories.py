@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -158,5 +159,7 @@ def restored(frame: DataFrame, categories: Sequence[Categories], dtypes: Sequenc
             column = column.round()
         elif (str(column.dtype), dtype) == ("float32", "float64"):
             column = column.astype(str)  # 23.7 in float32 becomes 23.7 again, not 23.700000762939453
-        frame.isetitem(place, column.astype(dtype))
+        with contextlib.suppress(NotImplementedError):  # pandas has no name for some Arrow types, such as decimals
+            column = column.astype(dtype)
+        frame.isetitem(place, column)
     return frame

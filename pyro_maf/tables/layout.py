@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence, Sized
+from decimal import Decimal
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeGuard, TypeVar, cast
 
@@ -32,6 +33,7 @@ __all__ = [
     "number_of_rows",
     "numbers",
     "part_of",
+    "with_frame",
 ]
 
 REAL_KINDS, NUMERIC_KINDS, TIME_KINDS = "fiu", "fiub", "mM"
@@ -225,7 +227,7 @@ class Layout(NamedTuple):
             and set(self.labels) <= {str(label) for label in value.index}
         ):
             return value.to_frame().T.infer_objects()
-        return value
+        return with_frame(value)
 
     def spread(self, who: str, option: str, values: Mapping[K, T], default: T, width: int) -> T | list[T]:
         """Expand an option by name of column or entry, or by number without names, to one value per column.
@@ -279,6 +281,13 @@ def is_frame(value: object) -> TypeGuard[DataFrame]:
 def is_indexed(value: object) -> TypeGuard[Series[Any]]:
     """Return whether a value is a series or a data frame, whose rows have labels."""
     return hasattr(value, "iloc")
+
+
+def with_frame(value: T) -> T:
+    """A series of texts or other categories as a frame of one column; others as they are."""
+    if not is_indexed(value) or is_frame(value) or getattr(value.dtype, "kind", "O") in NUMERIC_KINDS:
+        return value
+    return cast(T, value.to_frame())
 
 
 def number_of_rows(value: TableLike) -> int:
@@ -372,21 +381,22 @@ def _without_objects(values: NDArray[Any]) -> NDArray[Any]:
     if values.dtype.kind != "O" or not values.ndim:
         return values
     each = [np.nan if is_missing(value) else value for value in values.ravel().tolist()]
-    if not all(isinstance(value, Real) for value in each):
+    if not all(isinstance(value, (Real, Decimal)) for value in each):
         return values
     return np.array(each, np.float64).reshape(values.shape)
 
 
 def _column_of_frame(who: str, name: str, label: Hashable, column: Series[Any]) -> FloatArray:
-    if isinstance(column.dtype, np.dtype) and column.dtype.kind == "O":
+    given = column.dtype
+    if getattr(given, "kind", "O") == "O":
         column = type(column)(_without_objects(column.to_numpy()))
     if getattr(column.dtype, "kind", "O") not in NUMERIC_KINDS:
         raise TypeError(
-            f"{who} expected {name} of numeric columns, got column {label!r} of {column.dtype}: {_advice(column)}."
+            f"{who} expected {name} of numeric columns, got column {label!r} of {given}: {_advice(column)}."
         )
-    # A nullable pandas dtype is named after the corresponding numpy dtype.
-    dtype = _dtype_for(cast("np.dtype[np.generic]", getattr(column.dtype, "numpy_dtype", column.dtype)))
-    return column.to_numpy(dtype=dtype, na_value=np.nan)
+    # Nullable and sparse dtypes of pandas name the corresponding numpy dtype.
+    dtype: Any = getattr(column.dtype, "numpy_dtype", getattr(column.dtype, "subtype", column.dtype))
+    return column.to_numpy(dtype=_dtype_for(dtype), na_value=np.nan)
 
 
 def _advice(column: Series[Any]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_maf._core.checks import InputError
 from pyro_maf._core.messages import quoted, shown
 from pyro_maf.tables.categories import categories_of
-from pyro_maf.tables.layout import NAMELESS, Layout, TableLike, is_frame, listed_names
+from pyro_maf.tables.layout import NAMELESS, Layout, TableLike, is_frame, listed_names, with_frame
 from pyro_maf.tables.reader import LEAST_ROWS, Labels, check_paired
 from pyro_maf.tables.table import Table
 
@@ -63,15 +63,16 @@ class NamedRows(NamedTuple):
         Raises:
             ValueError: As `categories_of`, and for a frame without rows.
         """
-        if not is_frame(self.data):
+        frame = with_frame(self.data)
+        if not is_frame(frame):
             return self
-        if not len(self.data):
+        if not len(frame):
             raise ValueError(f"{who} expected at least {LEAST_ROWS} rows of data, got 0.")
-        categories = categories_of(who, self.data)
+        categories = categories_of(who, frame)
         if not any(categories):
             return self
         layout = self.layout._replace(categories=categories)
-        data = layout.coded(who, "data", self.data)
+        data = layout.coded(who, "data", frame)
         return self._replace(data=data, layout=layout)
 
     def with_context_coded(self, who: str, layout: Layout) -> NamedRows:
@@ -80,15 +81,16 @@ class NamedRows(NamedTuple):
         The categories are those of the layout, and any other value raises; without a layout, they are those of the
         rows.
         """
-        if not is_frame(self.context):
+        frame = with_frame(self.context)
+        if not is_frame(frame):
             return self
-        check_paired(who, "data", self.data, "context", self.context)
+        check_paired(who, "data", self.data, "context", frame)
         if not layout.in_categories:
-            each = categories_of(who, self.context)
+            each = categories_of(who, frame)
             # Truth values are numbers here.
             categories = tuple(None if among is None or set(among) <= {False, True} else among for among in each)
-            layout = self.context_layout._replace(categories=categories, one_hot=True)
-        context = layout.pick(who, "context", self.context)
+            layout = Layout.of(frame)._replace(categories=categories, one_hot=True)
+        context = layout.pick(who, "context", frame)
         if not layout.in_categories:
             return self
         return self._replace(context=context, context_layout=layout, context_labels=Labels.of(context))
@@ -105,16 +107,7 @@ class NamedRows(NamedTuple):
         frame = cast("DataFrame", layout.pick(who, "data", self.data))
         original = self.data[list(frame.columns)]
         dtypes = tuple(map(str, original.dtypes))
-        for place in layout.in_categories:
-            unknown = (frame.iloc[:, place] == -1).to_numpy()
-            if unknown.any():
-                row = int(unknown.argmax())
-                raise InputError(
-                    f"{who} expected one of the categories {shown(repr(layout.categories[place]))} of the density, got "
-                    f"{original.iloc[row, place]!r} in row {row}, column {frame.columns[place]!r}: fit a new density.",
-                    row=row,
-                    column=place,
-                )
+        _check_no_others(who, layout, frame, original, "of the density", "fit a new density")
         form = Layout("frame", tuple(frame.columns), layout.shapes, layout.categories, dtypes)
         return self._replace(data=frame, layout=form, labels=Labels.of(frame))
 
@@ -133,6 +126,9 @@ class NamedRows(NamedTuple):
         """
         self._check_categories(who, f"{role}{name}", layout)
         data = layout.pick(who, f"{role}{name}", self.data)
+        if role and layout.in_categories and is_frame(data) and is_frame(self.data):
+            original = self.data[list(data.columns)]
+            _check_no_others(who, layout, data, original, "of the data", f"leave that {role}row out")
         context = self.context
         if context is None and context_layout.has_all(self.data):
             context = self.data
@@ -219,6 +215,20 @@ def _without_column(who: str, option: str, value: TableLike, name: str) -> tuple
         return {each: entry for each, entry in value.items() if each != wanted}, value[wanted]
     frame = cast("DataFrame", value)
     return frame[[each for each in names if each != wanted]], frame[[wanted]]
+
+
+def _check_no_others(who: str, layout: Layout, coded: DataFrame, frame: DataFrame, owner: str, advice: str) -> None:
+    """Refuse a frame with values, coded as -1, that are none of the categories of a layout."""
+    for place in layout.in_categories:
+        unknown = (coded.iloc[:, place] == -1).to_numpy()
+        if unknown.any():
+            row = int(unknown.argmax())
+            raise InputError(
+                f"{who} expected one of the categories {shown(repr(layout.categories[place]))} {owner}, got "
+                f"{frame.iloc[row, place]!r} in row {row}, column {coded.columns[place]!r}: {advice}.",
+                row=row,
+                column=place,
+            )
 
 
 def _check_differ(who: str, role: str, value: TableLike | None) -> None:

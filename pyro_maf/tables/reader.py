@@ -109,6 +109,8 @@ class Reader:
         more = f" ({context_size})" if context_size else ""
         check_context(self.who, f"{self.role}context", context, self.context_width, refused=self.refused, more=more)
         often = None if weights is None else self._weights(weights, len(table))
+        if weights is not None:
+            check_paired(self.who, f"{self.role}data", data, f"{self.role}weights", weights)
         if often is not None and self.places is None and often[0] > 0 and bool((often == often[0]).all()):
             often = None  # equal weights are equivalent to none
         if context is None:
@@ -151,9 +153,11 @@ class Reader:
                 continue
             others = [labels.column(column) for column in same[1:9]] + [f"{len(same) - 9} more"] * (len(same) > 9)
             which = f"that column, and likewise {', '.join(others)}" if others else "that column"
+            value = table[0, same[0]].item()
+            rounded = " in float64: subtract what the rows have in common while they are integers or text, or"
             raise InputError(
-                f"{self.who} expected {name} that varies in every column, got {table[0, same[0]].item():g} in every "
-                f"row of {labels.column(same[0])}: drop {which}.",
+                f"{self.who} expected {name} that varies in every column, got {value:g} in every row of "
+                f"{labels.column(same[0])}{rounded if abs(value) >= 2**53 else ':'} drop {which}.",
                 column=same[0],
             )
 
@@ -237,7 +241,7 @@ class Reader:
 
 
 def check_paired(who: str, name: str, rows: TableLike, context_name: str, context: TableLike) -> None:
-    """Check the length of a context and, for data frames, that its index is not a reordering of that of the rows.
+    """Check the length of a context or weights and, for data frames, that the index is no reordering of that of the rows.
 
     Rows are paired by position, so a reordered index means that one of the two was shuffled or sorted alone.
     """
@@ -250,8 +254,9 @@ def check_paired(who: str, name: str, rows: TableLike, context_name: str, contex
         return
     if not rows.index.equals(context.index) and bool(rows.index.isin(context.index).all()):
         raise ValueError(
-            f"{who} expected context in the order of the {name}, got an index with the same labels in another order: "
-            "sort one as the other, as by context.loc[rows.index], or pass arrays where their rows do match."
+            f"{who} expected {context_name} in the order of the {name}, got an index with the same labels in another "
+            f"order: sort one as the other, as by {context_name.split()[-1]}.loc[rows.index], or pass arrays where "
+            "their rows do match."
         )
 
 
