@@ -241,7 +241,7 @@ class Reader:
 
 
 def check_paired(who: str, name: str, rows: TableLike, context_name: str, context: TableLike) -> None:
-    """Check the length of a context or weights and, for data frames, that the index is no reordering of that of the rows.
+    """Check the length of a context or weights and, for data frames, that the index has the order of that of the rows.
 
     Rows are paired by position, so a reordered index means that one of the two was shuffled or sorted alone.
     """
