@@ -973,7 +973,7 @@ def test_weights_load_into_a_guide_that_is_set_up(make: Any) -> None:
     stored.seek(0)
     other = make(counting, **SMALL, init_scale=0.3).setup()
     assert not same(guide.median(), other.median())
-    other.load_state_dict(torch.load(stored))
+    other.load_state_dict(torch.load(stored, weights_only=True))
     assert same(guide.median(), other.median())
 
 

@@ -441,7 +441,7 @@ def test_copies_have_all_modes() -> None:
     torch.save(guide.state_dict(), buffer)
     buffer.seek(0)
     loaded = ready()
-    loaded.load_state_dict(torch.load(buffer))
+    loaded.load_state_dict(torch.load(buffer, weights_only=True))
     for twin in (copy.deepcopy(guide), pickle.loads(pickle.dumps(guide)), loaded):
         assert torch.equal(twin.log_prob(value), expected)
         assert twin.modes == (2, 2)
