@@ -197,9 +197,6 @@ class Pair:
             values, log_det = latents.unpack(rows.reshape(len(rows), *(1,) * self.joint.nesting, -1))
             return self.joint(values) + log_det.reshape(len(rows))
 
-        def sites(loc: Tensor) -> dict[str, Tensor]:
-            return {name: value[0] for name, value in latents.sites(loc[None], torch.Size([1])).items()}
-
         try:
             draws, _ = latents.pack(weighted.values)
             draws = draws[draws.isfinite().all(1)]
@@ -208,7 +205,7 @@ class Pair:
             starts = self._prior_starts(latents).to(draws)
             if seems_improper(score, starts, draws):
                 raise NoVerdictError(self._who, IMPROPER)
-            return Search(tuple(missed_modes(score, draws, log_evidence, starts, sites)), "")
+            return Search(tuple(missed_modes(score, draws, log_evidence, starts, latents.sites)), "")
         except PartialRowsError:
             return Search((), "the model does not score all rows at once")
 

@@ -29,6 +29,7 @@ import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -267,9 +268,8 @@ class Coordinates(nn.Module):
             prior = LocationScale(usual, Scale(unit.diag_embed() if is_matrix else unit, is_matrix))
         loc, scale = prior
         if is_matrix:
-            dtype = torch.promote_types(
-                scale.tensor.dtype, self.precision.dtype
-            )  # products do not promote by themselves
+            # Products do not promote by themselves.
+            dtype = torch.promote_types(scale.tensor.dtype, self.precision.dtype)
             precision = self.precision[self._squares[name]].reshape(part.shape + part.shape[-1:]).to(dtype)
             slope = _posterior_scale(scale.tensor.to(dtype), precision)
             aim = self.shift[place].reshape(part.shape) - (precision @ loc.to(dtype)[..., None])[..., 0]
@@ -330,14 +330,14 @@ def coordinates_of(call: Call, latents: Latents, moving: Collection[str]) -> Coo
         # where a 1 beside their squares is not lost to rounding.
         centre = latents.initial()
         most = math.log(TOLERANCE / torch.finfo(centre.dtype).eps) / 2
-        centres = (centre, centre.clamp(-most, most))
+        bounded = centre.clamp(-most, most)
     except (*FAILURES, NotImplementedError):
         return None
-    for coordinates.way in WAYS:
-        for each in centres:
-            with suppress(Exception):  # a model not written for a batch may fail in any way
-                if _is_sound(coordinates, latents, call, each):
-                    return coordinates
+    for way, point in product(WAYS, [centre] if torch.equal(centre, bounded) else [centre, bounded]):
+        with suppress(Exception):  # a model not written for a batch may fail in any way
+            coordinates.way = way
+            if _is_sound(coordinates, latents, call, point):
+                return coordinates
     return None
 
 

@@ -239,13 +239,11 @@ class Latents:
         """Number of dimensions of the plates around sites, without rows that each have their vector."""
         return max(len(part.plates) for part in self.parts.values())
 
-    def padded(self, name: str, value: Tensor) -> Tensor:
-        r"""View values of a site, (draws, \*site), with ones for the plates that it is not in."""
-        site = self.parts[name].value.shape
-        return value.reshape(len(value), *(1,) * (self.nesting - len(self.parts[name].plates)), *site)
-
     def sites(
-        self, latent: Tensor, shape: torch.Size, images: Callable[[Tensor], Images] | None = None
+        self,
+        latent: Tensor,
+        shape: torch.Size = torch.Size(),  # noqa: B008
+        images: Callable[[Tensor], Images] | None = None,
     ) -> dict[str, Tensor]:
         r"""Map a latent (\*shape, \*rows, D) to the value of each site, (\*shape, \*site); with `images` by it."""
         batch = latent.reshape(-1, *(1,) * self.nesting, *latent.shape[len(shape) :])

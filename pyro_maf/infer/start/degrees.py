@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -75,11 +76,7 @@ def _updated(
 
     def update(draws: Tensor) -> Tensor:
         with torch.no_grad():
-            padded = draws.reshape(len(draws), *(1,) * latents.nesting, -1)
-            images = coordinates.images(latents, padded, call)
-            values = {
-                name: value.reshape(len(draws), *latents.parts[name].value.shape) for name, (value, _) in images.items()
-            }
+            values = latents.sites(draws, draws.shape[:1], partial(coordinates.images, latents, call=call))
         _set_by_precision(coordinates, latents, *second_derivatives(score, draws), values, call)
         with torch.no_grad():
             return coordinates.of_values(latents, values, call)[0]

@@ -52,8 +52,7 @@ def start_of(
         )
     loc = latents.initial() if posterior is None else posterior.centre
     if coordinates is not None:
-        values = {name: value[0] for name, value in latents.sites(loc[None], torch.Size([1])).items()}
-        loc = coordinates.centre(latents, values, call)
+        loc = coordinates.centre(latents, latents.sites(loc), call)
     if scale is not None or posterior is None or not posterior.is_complete:
         return _isotropic(loc, 0.1 if scale is None else scale), coordinates
     if not posterior.is_vectorised:
